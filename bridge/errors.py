@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+
+from bridge.record import record
 
 
 class Exit:
@@ -49,7 +50,7 @@ class BridgeError(Exception):
         return str(self)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SettingsProblem:
     """One thing that is wrong in the settings; `str()` of it is a line for the operator."""
 
@@ -75,7 +76,7 @@ class SettingsError(BridgeError):
         super().__init__("\n".join(map(str, problems)), hint=hint)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class Violation:
     """One way in which a certificate, or a CA's configuration, is not what was asked for."""
 

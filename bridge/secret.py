@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+
+from bridge.record import record
 
 #: In a settings field's metadata: its value comes from the bridge, and no key of the settings file has its name.
 GIVEN = "given"
@@ -14,7 +15,7 @@ class SecretUnavailableError(Exception):
     """A secret can't be read; the text names where it was looked for, never its value."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Secret:
     """
     Where a secret comes from; the value is read when it is needed, and is in no text of this object.

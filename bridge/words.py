@@ -9,9 +9,9 @@ from collections.abc import Iterable
 _BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 _LONGEST_LINE = 300
 #: C0 and C1, YAML's and Unicode's line ends.
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROLS = "[\x00-\x1f\x7f-\x9f\u2028\u2029]"
 #: The same but for line ends and tabs; what turns the direction of a line (UAX #9); halves of characters, which no terminal takes.
-_STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_STEERS = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
 def one_line(value: object, longest: int = _LONGEST_LINE) -> str:
@@ -34,17 +34,17 @@ def cause(text: str, name: str) -> str:
 
 def has_controls(text: str) -> bool:
     """Whether there is a character in it that ends a line somewhere, or that no text has."""
-    return _CONTROLS.search(text) is not None
+    return re.search(_CONTROLS, text) is not None
 
 
 def steady(text: str) -> str:
     """Several lines without what would steer a terminal, or show them in another order."""
-    return _STEERS.sub("\N{REPLACEMENT CHARACTER}", text)
+    return re.sub(_STEERS, "\N{REPLACEMENT CHARACTER}", text)
 
 
 def escaped(json: str) -> str:
     """JSON that means the same, without characters that would steer a terminal or end a line in YAML."""
-    return _STEERS.sub(lambda found: f"\\u{ord(found[0]):04x}", json)
+    return re.sub(_STEERS, lambda found: f"\\u{ord(found[0]):04x}", json)
 
 
 def name_found(name: str, known: Iterable[str]) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -134,7 +133,7 @@ def width_here() -> int | None:
     if named.isdecimal() and int(named):
         return int(named)
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    return shutil.get_terminal_size().columns if is_terminal else None
+    return console.columns() if is_terminal else None
 
 
 def say_json(**structure: Any) -> None:

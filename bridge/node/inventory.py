@@ -7,14 +7,12 @@ It names what is wrong and goes on: one broken file hides no other (kubeadm list
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from cryptography import x509
 
@@ -26,6 +24,7 @@ from bridge.node.kubelet import KUBELET_DIR, KubeletFiles
 from bridge.node.manifests import Manifest
 from bridge.pki import identity
 from bridge.pki.certificates import has_key_of, is_ca, load_pem_certificates
+from bridge.record import record, replace
 from bridge.settings.tables import NodeSettings
 from bridge.specs import (
     AUTHORITIES,
@@ -52,7 +51,7 @@ _PEOPLES = ("admin.conf", "super-admin.conf")
 Role = Literal["control plane", "worker"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class Item:
     """One leaf certificate that the node has, or should have."""
 
@@ -96,7 +95,7 @@ class Item:
         return (*self.certificates, *self.copy) if self.is_anchor_first else self.ending
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class AuthorityState:
     """One CA, as far as the node has it."""
 
@@ -109,7 +108,7 @@ class AuthorityState:
     listed: bool  #: kubeadm has a row for it.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class Node:
     """The node, as its files tell."""
 
@@ -138,7 +137,8 @@ class Node:
         return None if apiserver is None else apiserver.version
 
 
-class _Found(NamedTuple):
+@record(kw_only=True)
+class _Found:
     """The result of reading a place that should hold certificates."""
 
     state: FileState
@@ -262,7 +262,7 @@ def _with_shared_files(items: Sequence[Item]) -> tuple[Item, ...]:
             wanted, found = ("a file of its own", f"the same as {others}'s") if others else ("two files", "one")
             text = f"wanted {wanted} for certificate and key, found {found}: {file}"
             obstacles[name] = SharedFileError(text)
-    return tuple(dataclasses.replace(item, obstacle=obstacles.get(item.spec.name, item.obstacle)) for item in items)
+    return tuple(replace(item, obstacle=obstacles.get(item.spec.name, item.obstacle)) for item in items)
 
 
 def _real(path: Path) -> str:
@@ -393,7 +393,7 @@ def _kubeconfig_item(spec: CertificateSpec, authority: AuthorityState, path: Pat
         if parsed is None:
             item = _item(spec, authority, _Found(state="missing"), path, None, listed=spec.listed)
             is_kept = spec == _KUBELET and kubelet.directory.is_dir()
-            return dataclasses.replace(item, current=kubelet.client) if is_kept else item
+            return replace(item, current=kubelet.client) if is_kept else item
         if parsed.certificate_data is None and parsed.certificate_file and parsed.key_file and not parsed.key_present:
             item = _referring_item(spec, authority, path, parsed.certificate_file, parsed.key_file)
             return _rotating(item, kubelet.rotates) if spec == _KUBELET else item
@@ -412,13 +412,13 @@ def _with_copy(item: Item, kubelet: KubeletFiles) -> Item:
     if not kubelet.directory.is_dir():
         return item
     copy = _certificates_in(kubelet.client)
-    return dataclasses.replace(item, current=kubelet.client, copy=copy.certificates[:1])
+    return replace(item, current=kubelet.client, copy=copy.certificates[:1])
 
 
 def _rotating(item: Item, rotates: bool | None) -> Item:
     """A dated file behind a symlink, as a kubelet keeps its pairs; some kubelets don't rotate what is there."""
     is_link = item.in_one_file and item.certificate_path.name.endswith("-current.pem")
-    return dataclasses.replace(
+    return replace(
         item,
         rotates=rotates is not False,
         managed=rotates is False or item.managed,
@@ -446,7 +446,7 @@ def _serving_items(authority: AuthorityState, kubelet: KubeletFiles) -> list[Ite
         if authority.certificates
         else found.certificates[-1].issuer != found.certificates[-1].subject  # a kubelet puts its own CA behind it
     )
-    return [item if is_ours else dataclasses.replace(item, foreign=True, key_trouble=None)]
+    return [item if is_ours else replace(item, foreign=True, key_trouble=None)]
 
 
 def _embedded(path: Path, parsed: Kubeconfig) -> _Found:
@@ -487,7 +487,7 @@ def _referring_item(
     rotates = spec == _KUBELET
     managed = not rotates or authority.key == "external"
     item = _item(spec, authority, found, certificate_path, key_path, managed=managed, listed=spec.listed)
-    return dataclasses.replace(item, rotates=rotates)
+    return replace(item, rotates=rotates)
 
 
 def _older(current: Path) -> str:

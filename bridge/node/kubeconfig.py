@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import base64
 import binascii
-import dataclasses
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import yaml
 
 from bridge.errors import BridgeError
 from bridge.node.yamltree import YamlError, YamlNode, document, events, split_bom
 from bridge.pki.certificates import has_key_of, load_pem_certificates
+from bridge.record import field, record, replace
 
 _CERTIFICATE = "client-certificate-data"
 _KEY = "client-key-data"
@@ -40,7 +39,7 @@ class KubeconfigError(BridgeError):
         return KubeconfigError(f"{path}: {self}", hint=self.hint.replace("FILE", str(path)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class Kubeconfig:
     """The user, server and certificates of a kubeconfig's current context; no key in it."""
 
@@ -72,7 +71,7 @@ def key_data(data: bytes) -> bytes | None:
     return _reading(lambda: _data(_Entries.of(document(split_bom(data)[1])).user, _KEY))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class EmbeddedUser:
     """An entry of `users` with a certificate and a key in it."""
 
@@ -155,7 +154,7 @@ def with_references(data: bytes, path: str) -> bytes:
         edited = edited[: begin + len(key) - len("-data")] + between + json.dumps(path) + line_end + edited[end:]
     result = (bom + edited).encode()
     after = parse(result)
-    named = dataclasses.replace(
+    named = replace(
         before,
         certificate_data=None,
         key_present=False,
@@ -164,7 +163,7 @@ def with_references(data: bytes, path: str) -> bytes:
         not_editable=None,
         key_fits=None,
     )
-    if dataclasses.replace(after, not_editable=None) != named or _others(text) != _others(edited):
+    if replace(after, not_editable=None) != named or _others(text) != _others(edited):
         raise KubeconfigError("wanted two entries of the kubeconfig to change, found that others would too")
     return result
 
@@ -186,7 +185,8 @@ def _reading(read: Callable[[], _Result]) -> _Result:
     raise KubeconfigError(problem)
 
 
-class _Entries(NamedTuple):
+@record
+class _Entries:
     """The nodes that the current context leads to."""
 
     user_name: str
@@ -374,7 +374,7 @@ def _meaning(event: yaml.Event, changed: dict[int, str]) -> tuple[object, ...]:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class FreshKubeconfig:
     """A kubeconfig, but for the user's certificate and key."""
 

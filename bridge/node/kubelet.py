@@ -7,11 +7,9 @@ https://kubernetes.io/docs/reference/command-line-tools-reference/kubelet/; meas
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +19,7 @@ from bridge.node import kubeconfig
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.yamltree import YamlError, document, split_bom
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
+from bridge.record import record, replace
 from bridge.system.paths import UnreadableError, read
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ _FLAGS = {
 Serving = Literal["made", "named", "asked"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class Kubelet:
     """The part of the kubelet's configuration that its health check and its pods need."""
 
@@ -71,7 +70,7 @@ class Kubelet:
         return cls(health_url=url if port != "0" else None, runtime_endpoint=found.get("containerRuntimeEndpoint", ""))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class KubeletFiles:
     """The part of the kubelet's configuration that says where certificates are, and for which names."""
 
@@ -172,7 +171,7 @@ def with_node_name(settings: Settings) -> Settings:
     if settings.node.name:
         return settings
     name = node_name(settings.node.pki_dir, settings.node.kubeconfig_dir)
-    return dataclasses.replace(settings, node=dataclasses.replace(settings.node, name=name)) if name else settings
+    return replace(settings, node=replace(settings.node, name=name)) if name else settings
 
 
 def node_name(pki_dir: Path, kubeconfig_dir: Path) -> str:

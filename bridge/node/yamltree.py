@@ -8,7 +8,6 @@ For files that have to be read without being trusted and edited without being re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import yaml
@@ -48,21 +47,23 @@ class Position(NamedTuple):
     end: int  #: Of a mapping or sequence: where its first entry may begin.
 
 
-@dataclass(slots=True)
 class YamlNode:
     """One value of the document."""
 
-    kind: Literal["scalar", "mapping", "sequence", "alias"]
-    place: Position
-    value: str = field(default="", repr=False)  #: Of a scalar; it may be a private key.
-    style: str = ""  #: Of a scalar: empty when plain, else its first character.
-    tag: str | None = None
-    anchor: str | None = None
-    children: list[YamlNode] = field(default_factory=list, repr=False)  #: Of a mapping: key, value, key, value, …
-    target: YamlNode | None = field(default=None, repr=False)  #: Of an alias.
-    _places: dict[str, list[int]] | None = field(
-        default=None, repr=False
-    )  #: By key of a mapping: where its values are.
+    __slots__ = ("_places", "anchor", "children", "kind", "place", "style", "tag", "target", "value")
+
+    def __init__(
+        self, kind: Literal["scalar", "mapping", "sequence", "alias"], place: Position, target: YamlNode | None = None
+    ) -> None:
+        self.kind = kind
+        self.place = place
+        self.target = target  #: Of an alias.
+        self.value = ""  #: Of a scalar; it may be a private key.
+        self.style = ""  #: Of a scalar: empty when plain, else its first character.
+        self.tag: str | None = None
+        self.anchor: str | None = None
+        self.children: list[YamlNode] = []  #: Of a mapping: key, value, key, value, …
+        self._places: dict[str, list[int]] | None = None  #: By key of a mapping: where its values are.
 
     @property
     def resolved(self) -> YamlNode:
@@ -230,15 +231,16 @@ def documents(text: str, most: int = MAX_DOCUMENTS) -> list[YamlNode]:
 def _node(event: yaml.NodeEvent, anchors: dict[str, YamlNode]) -> YamlNode:
     place = _place(event)
     if isinstance(event, yaml.ScalarEvent):
-        style = event.style or ""
-        node = YamlNode("scalar", place, value=event.value, style=style, tag=event.tag, anchor=event.anchor)
+        node = YamlNode("scalar", place)
+        node.value, node.style = event.value, event.style or ""
     elif isinstance(event, yaml.CollectionStartEvent):
         kind: Literal["mapping", "sequence"] = "mapping" if isinstance(event, yaml.MappingStartEvent) else "sequence"
-        node = YamlNode(kind, place, tag=event.tag, anchor=event.anchor)
+        node = YamlNode(kind, place)
     elif event.anchor in anchors:
         return YamlNode("alias", place, target=anchors[event.anchor])
     else:
         raise YamlError(f"line {place.line}: wanted an alias of an anchor above it, found no such anchor")
+    node.tag, node.anchor = event.tag, event.anchor
     if event.anchor:
         anchors[event.anchor] = node
     return node

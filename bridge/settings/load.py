@@ -6,14 +6,13 @@ Reads the settings file into `Settings`.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bridge.errors import SettingsError, SettingsProblem
+from bridge.record import fields, record, replace
 from bridge.settings.reader import Reader, Source, found_text, opened
 from bridge.settings.tables import (
     AuditSettings,
@@ -38,7 +37,7 @@ from bridge.words import name_found
 DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Overrides:
     """The places that every command takes as options; None: as the settings file has it."""
 
@@ -116,13 +115,13 @@ def overridden(
     settings: Settings, pki_dir: Path | None, kubeconfig_dir: Path | None, state_dir: Path | None
 ) -> Settings:
     """The settings with other places; relative ones are below the working directory."""
-    node = dataclasses.replace(
+    node = replace(
         settings.node,
         pki_dir=(pki_dir or settings.node.pki_dir).absolute(),
         kubeconfig_dir=(kubeconfig_dir or settings.node.kubeconfig_dir).absolute(),
         state_dir=(state_dir or settings.node.state_dir).absolute(),
     )
-    return dataclasses.replace(settings, node=node)
+    return replace(settings, node=node)
 
 
 #: Tables with keys of our own.
@@ -195,7 +194,7 @@ def _certificates(reader: Reader, table: Mapping[str, Any]) -> dict[str, Certifi
 def _authorities(
     reader: Reader, table: Mapping[str, Any], backends: Mapping[str, Any]
 ) -> tuple[dict[str, AuthoritySettings], dict[str, Mapping[str, Any]]]:
-    ours = {f.name for f in dataclasses.fields(AuthoritySettings)}
+    ours = {f.name for f in fields(AuthoritySettings)}
     read: dict[str, AuthoritySettings] = {}
     rest: dict[str, Mapping[str, Any]] = {}
     for name, authority in table.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import tomllib
 import types
@@ -14,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import parse_duration
+from bridge.record import fields, is_dataclass
 from bridge.secret import GIVEN, Secret
 from bridge.words import has_controls, name_found
 
@@ -172,16 +172,14 @@ class Reader:
         """
         before = len(self.problems)
         values = self.values(schema, table, prefix)
-        missing = [
-            f.name for f in dataclasses.fields(typing.cast(Any, schema)) if _is_required(f) and f.name not in values
-        ]
+        missing = [f.name for f in fields(schema) if f.is_required and f.name not in values]
         if not partial:
             hints = _hints(schema)
             for name in missing:
                 self.add((*prefix, _keys_of(name, hints[name])[0]), _wanted(hints[name]), "nothing")
         if missing or len(self.problems) > before:
             return None
-        wanted = {f.name for f in dataclasses.fields(typing.cast(Any, schema)) if GIVEN in f.metadata}
+        wanted = {f.name for f in fields(schema) if GIVEN in f.metadata}
         ours = {name: value for name, value in (given or {}).items() if name in wanted}
         return self._made(schema, {**values, **ours}, prefix)
 
@@ -191,7 +189,7 @@ class Reader:
             return {}
         hints, known = _hints(schema), set()
         values: dict[str, Any] = {}
-        for f in dataclasses.fields(schema):
+        for f in fields(schema):
             if GIVEN in f.metadata:
                 continue
             keys = _keys_of(f.name, hints[f.name])
@@ -220,7 +218,7 @@ class Reader:
 
     def _value(self, hint: Any, value: Any, key: Key) -> Any:
         hint = _bare(hint)
-        if dataclasses.is_dataclass(hint) and not hasattr(hint, "from_setting") and hint is not Secret:
+        if is_dataclass(hint) and not hasattr(hint, "from_setting") and hint is not Secret:
             if isinstance(value, dict):
                 return self.read(typing.cast(type[Any], hint), value, key)
             self.add(key, "a table", found_text(value))
@@ -242,10 +240,6 @@ class Reader:
             if not isinstance(text, str):
                 self.add((*key, name), "a text", found_text(text))
         return value
-
-
-def _is_required(f: dataclasses.Field[Any]) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 
 def _bare(hint: Any) -> Any:

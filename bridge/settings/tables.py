@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, Literal
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import Before, duration_text
+from bridge.record import field, record, replace
 from bridge.settings.reader import Source
 from bridge.settings.windows import Jitter, Windows
 from bridge.specs import DEFAULT_CLUSTER, KUBELET_SERVER, Component, KeyAlgorithm
@@ -24,7 +23,7 @@ LOCALTIME = Path("/etc/localtime")
 _WANTED_ZONE = 'the name of a time zone that this machine knows, such as "Europe/Berlin", or "" for the machine\'s own'
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Zone:
     """A name of the IANA database; empty: the machine's own zone."""
 
@@ -85,7 +84,7 @@ def _named_zone(name: str) -> tzinfo | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Version:
     """A Kubernetes version, as far as the program's behaviour depends on it."""
 
@@ -104,7 +103,7 @@ class Version:
         return f"{self.major}.{self.minor}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class NodeSettings:
     """Table `[node]`."""
 
@@ -135,12 +134,12 @@ class NodeSettings:
         return self.name or os.uname().nodename.strip().lower()
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class RenewalSettings:
     """Table `[renewal]`."""
 
     #: A certificate is due when less than this is left; a percentage is of its whole lifetime.
-    before: Before = Before(remaining=timedelta(days=30))  # noqa: RUF009 (frozen)
+    before: Before = Before(remaining=timedelta(days=30))
     validity: timedelta = timedelta(days=365)  #: The lifetime that the CA is asked for; the CA may give less.
     min_validity: timedelta = timedelta(days=7)  #: A new certificate with a shorter lifetime is refused.
     #: Whether a new certificate may end before the one that it replaces.
@@ -167,7 +166,7 @@ class RenewalSettings:
             yield SettingsProblem("before", wanted, duration_text(self.before.remaining))
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Components:
     """Which components are restarted after a renewal."""
 
@@ -189,7 +188,7 @@ class Components:
         return ", ".join(component.value for component in self.listed) or self.which
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class RestartSettings:
     """Table `[restart]`."""
 
@@ -225,7 +224,7 @@ class RestartSettings:
         return _words(self.commands.get(component.value, ""))
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Commands:
     """Programs with their arguments."""
 
@@ -247,7 +246,7 @@ class Commands:
         return list(map(_words, self.texts))
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class HookSettings:
     """Table `[hooks]`; see `hooks`."""
 
@@ -269,13 +268,13 @@ def _words(command: str) -> list[str]:
 
 
 #: A label of DNS, as the API wants names of leases.
-_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _WANTED_LABEL = "at most 63 small letters, digits and hyphens, a letter or digit first and last"
 #: It is renewed three times in that, each of which may take some seconds; and others wait that long for a dead node.
 _SHORTEST_LEASE, _LONGEST_LEASE = timedelta(seconds=15), timedelta(hours=1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class ClusterSettings:
     """Table `[cluster]`: the other control-plane nodes, before a component is restarted; see `bridge.control_plane.neighbours`."""
 
@@ -292,14 +291,14 @@ class ClusterSettings:
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Settings that the API or the clock would not take."""
-        if not _LABEL.fullmatch(self.lease_name):
+        if not re.fullmatch(_LABEL, self.lease_name):
             yield SettingsProblem("lease_name", _WANTED_LABEL, repr(self.lease_name))
         if not _SHORTEST_LEASE <= self.lease_duration <= _LONGEST_LEASE:
             wanted = f"{duration_text(_SHORTEST_LEASE)} to {duration_text(_LONGEST_LEASE)}"
             yield SettingsProblem("lease_duration", wanted, duration_text(self.lease_duration))
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Size:
     """A number of bytes."""
 
@@ -321,7 +320,7 @@ class Size:
 _SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class AuditSettings:
     """Table `[audit]`."""
 
@@ -337,7 +336,7 @@ class AuditSettings:
             yield SettingsProblem("keep_total", f"at least twice rotate_at ({self.rotate_at})", str(self.keep_total))
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Paths:
     """Absolute paths, each once."""
 
@@ -360,7 +359,7 @@ def _is_odd(path: Path) -> bool:
     return ".." in path.parts or "\0" in str(path) or path == Path("/")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class CopiesSettings:
     """Table `[copies]`; see `bridge.state.copies`."""
 
@@ -368,7 +367,7 @@ class CopiesSettings:
     files: Paths = Paths()
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class MetricsSettings:
     """Table `[metrics]`; see `bridge.monitoring`."""
 
@@ -380,7 +379,7 @@ class MetricsSettings:
             yield SettingsProblem("file", "a path that ends with .prom, without ..", repr(str(self.file)))
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class UserSettings:
     """Table `[users]`: what `kubeconfig user` may have signed; see `bridge.users.issue`."""
 
@@ -399,7 +398,7 @@ class UserSettings:
             yield SettingsProblem("validity", "at most users.max_validity", duration_text(self.validity))
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class BackupSettings:
     """Table `[backups]`; see `backups.retire`."""
 
@@ -415,7 +414,7 @@ class BackupSettings:
             yield SettingsProblem("keep", "at least 1", str(self.keep))
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class AuthoritySettings:
     """Table `[authority.NAME]`; its other keys go to the backend."""
 
@@ -455,7 +454,7 @@ EXTRA_SUBJECT_OIDS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class CertificateSettings:
     """Table `[certificate.NAME]`: what is asked for one certificate, whatever the live one has."""
 
@@ -492,15 +491,15 @@ def is_service(name: str) -> bool:
 _LONGEST_NAME = 253
 
 
-_IDENTITY = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,126}[A-Za-z0-9])?")
-_LISTEN = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
+_IDENTITY = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,126}[A-Za-z0-9])?"
+_LISTEN = r"(\[[0-9a-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})"
 #: Three renewals have to fit into it; and another one waits that long for one that died.
 _SHORTEST_ELECTION, _LONGEST_ELECTION = timedelta(seconds=5), timedelta(minutes=5)
 _LAST_PORT = 65535
 _MOST_THREADS = 64
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class GatewaySettings:
     """Table `[gateway]`."""
 
@@ -534,9 +533,9 @@ class GatewaySettings:
     def problems(self) -> Iterator[SettingsProblem]:
         """Settings that the API, the clock or this machine would not take."""
         for key in ("lease_namespace", "lease_name"):
-            if not _LABEL.fullmatch(getattr(self, key)):
+            if not re.fullmatch(_LABEL, getattr(self, key)):
                 yield SettingsProblem(key, _WANTED_LABEL, repr(getattr(self, key)))
-        if self.identity and not _IDENTITY.fullmatch(self.identity):
+        if self.identity and not re.fullmatch(_IDENTITY, self.identity):
             yield SettingsProblem("identity", "letters, digits, hyphens, dots", repr(self.identity))
         if not _SHORTEST_ELECTION <= self.lease_duration <= _LONGEST_ELECTION:
             wanted = f"{duration_text(_SHORTEST_ELECTION)} to {duration_text(_LONGEST_ELECTION)}"
@@ -552,13 +551,13 @@ class GatewaySettings:
     @property
     def address(self) -> tuple[str, int] | None:
         """Host and port of `listen`."""
-        match = _LISTEN.fullmatch(self.listen)
+        match = re.fullmatch(_LISTEN, self.listen)
         if match is None or int(match[2]) > _LAST_PORT:
             return None
         return match[1].strip("[]"), int(match[2])
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class Settings:
     """The whole settings file; backends' tables are raw."""
 
@@ -609,9 +608,9 @@ def for_rehearsal(settings: Settings) -> Settings:
         over = {key: value for key, value in ours.rehearsal.items() if key not in _OURS}
         backend = ours.rehearsal.get("backend", ours.backend)
         own = settings.authority_tables.get(name, {}) if backend == ours.backend else {}
-        authorities[name] = dataclasses.replace(ours, backend=backend)
+        authorities[name] = replace(ours, backend=backend)
         tables[name] = {**own, **over}
-    return dataclasses.replace(settings, authorities=authorities, authority_tables=tables)
+    return replace(settings, authorities=authorities, authority_tables=tables)
 
 
 def anchor(settings: Settings, authority: str) -> Path | None:

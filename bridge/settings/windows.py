@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
 
 from bridge.pki.expiry import duration_text, parse_duration
+from bridge.record import record
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 DAY_MINUTES = 24 * 60
 
 _WANTED = 'a list of windows such as "Sat-Sun 02:00-06:00", "Wed 22:00-02:00" or "03:00-05:00" (every day)'
-_HOURS = re.compile(r"([0-9]{1,2}):([0-9]{2})-([0-9]{1,2}):([0-9]{2})")
+_HOURS = r"([0-9]{1,2}):([0-9]{2})-([0-9]{1,2}):([0-9]{2})"
 
 #: Whatever the windows are, a certificate does not wait any more when less is left: a nightly timer then has two tries.
 LAST_DAYS = timedelta(days=2)
@@ -21,7 +21,7 @@ LAST_DAYS = timedelta(days=2)
 _LOOK_AHEAD_DAYS = 23
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Window:
     """Hours of some days of the week, by the clock on the wall."""
 
@@ -33,7 +33,7 @@ class Window:
     def parse(cls, text: str) -> Window:
         """Parse such as `"Sat-Sun 02:00-06:00"`, `"Mon,Wed 22:00-02:00"`, `"03:00-05:00"`; or a ValueError."""
         days, _, hours = text.strip().rpartition(" ")
-        match = _HOURS.fullmatch(hours)
+        match = re.fullmatch(_HOURS, hours)
         if match is None:
             raise ValueError(_WANTED)
         begin_hour, begin_minute, end_hour, end_minute = map(int, match.groups())
@@ -66,7 +66,7 @@ def _days(text: str) -> frozenset[int]:
     return frozenset(found)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Windows:
     """The windows of maintenance; none: any time will do."""
 
@@ -89,7 +89,7 @@ class Windows:
         return ", ".join(map(str, self.windows))
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Jitter:
     """A delay of less than this, so that not all nodes come at once."""
 
@@ -104,7 +104,7 @@ class Jitter:
         return duration_text(self.most)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class Decision:
     """Whether a due certificate may be renewed now."""
 

@@ -7,12 +7,10 @@ import errno
 import json
 import logging
 import os
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -115,6 +113,13 @@ def is_lively(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in {"", "dumb"}
 
 
+def columns() -> int:
+    """How wide the terminal is, by $COLUMNS or the terminal itself."""
+    import shutil  # noqa: PLC0415 (2 ms, and a table in a file has no width)
+
+    return shutil.get_terminal_size().columns
+
+
 def is_coloured(stream: TextIO | None) -> bool:
     """Whether colours are seen there, and wanted (https://no-color.org)."""
     return is_lively(stream) and not os.environ.get("NO_COLOR")
@@ -149,13 +154,13 @@ def is_verbose() -> bool:
     return log.isEnabledFor(logging.DEBUG)
 
 
-@dataclass
 class Doing:
     """Something that goes on."""
 
-    text: str
-    since: float = field(default_factory=time.monotonic)
-    is_logged: bool = False  #: On a plain line, or not to be.
+    def __init__(self, text: str, *, is_logged: bool = False) -> None:
+        self.text = text
+        self.since = time.monotonic()
+        self.is_logged = is_logged  #: On a plain line, or not to be.
 
 
 class _Line:
@@ -202,7 +207,7 @@ class _Line:
 
     def _show(self, one: Doing, passed: float, frame: str) -> None:
         if is_lively(sys.stderr):
-            room = shutil.get_terminal_size().columns - 1
+            room = columns() - 1
             _write(f"{_CLEAR}{f'{frame} {one.text} … {passed:.0f} s'[:room]}")
             self._is_shown = True
         elif not one.is_logged:
@@ -288,7 +293,7 @@ class _TerminalFormat(_TextFormat):
     def format(self, record: logging.LogRecord) -> str:
         import textwrap  # noqa: PLC0415 (for people alone)
 
-        width = shutil.get_terminal_size().columns
+        width = columns()
         words = super().format(record)
         text = "\n  ".join(textwrap.wrap(words, width - 2, break_long_words=False, break_on_hyphens=False))
         level, colon, rest = text.partition(":")
