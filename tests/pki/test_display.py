@@ -1,0 +1,73 @@
+"""What a person reads of a certificate or a CSR is one printable line, also where it can't be read."""
+
+from __future__ import annotations
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from bridge.pki import csr, display
+from bridge.pki.certificates import load_der_certificate
+from tests.kit.issuing import Signer, cn, odd_certificates
+
+KEY = csr.generate_key("ecdsa-p256")
+
+
+def request(*names: str, subject: x509.Name | None = None) -> x509.CertificateSigningRequest:
+    naming = csr.Naming(subject=cn("x") if subject is None else subject, sans=csr.alternative_names(names))
+    return x509.load_pem_x509_csr(csr.build_for(naming, KEY))
+
+
+def spoilt(request: x509.CertificateSigningRequest, old: bytes, new: bytes) -> x509.CertificateSigningRequest:
+    """With other bytes of the same number in one place."""
+    der = request.public_bytes(Encoding.DER)
+    assert der.count(old) == 1
+    return x509.load_der_x509_csr(der.replace(old, new))
+
+
+def test_names() -> None:
+    """Of an empty subject this is said; what would steer a terminal is not printed."""
+    certificate = Signer.make("leaf", parent=Signer.make("root"), ca=False).certificate
+    assert (display.name(certificate), display.issuer(certificate)) == ("CN=leaf", "CN=root")
+    assert display.name(request("a", subject=x509.Name([]))) == "(no subject)"
+    assert "\x1b" not in display.name(request(subject=cn("a\x1b[2J")))
+
+
+def test_sans_are_sorted() -> None:
+    """By type, then by name; none is said, too."""
+    assert display.sans(request("b", "192.0.2.1", "a")) == "DNS:a, DNS:b, IP:192.0.2.1"
+    assert display.sans(request()) == "none"
+
+
+def test_of_many_sans_the_first_hundred_are_told() -> None:
+    """And how many more there are."""
+    names = [f"n{number:03}" for number in range(101)]
+    texts = [f"DNS:{name}" for name in names]
+    assert display.sans(request(*names[:100])) == ", ".join(texts[:100])
+    assert display.sans(request(*names)) == ", ".join([*texts[:100], "and 1 more"])
+
+
+def test_keys() -> None:
+    """By algorithm and size."""
+    assert display.key(request()) == "ecdsa-p256"
+
+
+def test_what_cannot_be_read_is_told_with_its_reason() -> None:
+    """In the place of the value."""
+    curve = bytes.fromhex("06082a8648ce3d030107")  # P-256
+    assert display.key(spoilt(request(), curve, curve[:-1] + b"\x7f")).startswith("(one that can't be read: ")
+    twice = load_der_certificate(odd_certificates(Signer.make().certificate)["an extension twice"])
+    assert display.sans(twice).startswith("(extensions that can't be read: ")
+    odd = spoilt(request(subject=cn("kubernetes")), b"\x0c\x0akubernetes", b"\x0c\x0akubernete\xff")
+    assert display.name(odd).startswith("(a subject that can't be read: ")
+    der = Signer.make("leaf", parent=Signer.make("a root")).certificate.public_bytes(Encoding.DER)
+    below = x509.load_der_x509_certificate(der.replace(b"\x0c\x06a root", b"\x0c\x06a roo\xff"))
+    assert display.issuer(below).startswith("(an issuer that can't be read: ")
+
+
+@pytest.mark.parametrize(
+    ("digest", "text"), [("00" * 32, "00000-00000-00000-00000"), ("ff" * 32, "ZZZZZ-ZZZZZ-ZZZZZ-ZZZZZ")]
+)
+def test_fingerprints_are_read_out_in_groups(digest: str, text: str) -> None:
+    """Twenty digits and letters."""
+    assert display.fingerprint_text(digest) == text
