@@ -142,7 +142,7 @@ _NAMES = {
     r"(?<![\w.])[0-9a-f]{8}(?![\w.])": "x" * 8,
 }
 
-#: Typed one after the other, by the name of the block that shows it; a line without one makes what the next ones need.
+#: Typed one after the other, by the name of the block that shows it; `-` begins what no block shows.
 NODE = {
     "check-expiration": "ca-bridge check-expiration",
     "settings-check": "ca-bridge settings check",
@@ -161,7 +161,6 @@ NODE = {
     "user-request": "ca-bridge kubeconfig request bob --group dev --group ops",
     "user": "ca-bridge kubeconfig user bob --group dev --group ops --csr bob.csr --validity 8h",
     "export": "ca-bridge export /media/stick/cp-1.request.json",
-    "pending": "ca-bridge pending list",
     "setup-nodes": "ca-bridge setup vault --nodes nodes.txt -o roles",
 }
 DESK = {
@@ -171,7 +170,11 @@ DESK = {
     "sign": "ca-bridge sign /media/stick/cp-1.request.json -o /media/stick/cp-1.answer.json --approve",
 }
 EXPIRED = {"expired": "ca-bridge check-expiration", "renew-expired": "ca-bridge renew all"}
-WORKER = {"worker": "ca-bridge check-expiration"}
+WORKER = {
+    "worker": "ca-bridge check-expiration",
+    "-export": "ca-bridge export /media/stick/w-1.request.json kubelet.conf",
+    "pending": "ca-bridge pending list",  # by the ends of certificates, to the second: of one alone the order is known
+}
 NEW_NODE = {
     "version": "ca-bridge --version",
     "settings-init": "ca-bridge settings init openssl",
@@ -245,6 +248,7 @@ def expired(node: Machine, root: Path) -> Machine:
 def worker(node: Machine, root: Path) -> Machine:
     """A node with a kubelet alone."""
     machine = Machine(root, "w-1")
+    (root / "media/stick").mkdir()
     for name in ("kubelet.conf", "pki/ca.crt"):
         machine.write(f"/etc/kubernetes/{name}", (node.root / "etc/kubernetes" / name).read_text(encoding="utf-8"))
     return machine
