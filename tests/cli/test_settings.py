@@ -60,7 +60,8 @@ dir = "srv/fp"
     assert result.exit_code == 2
     lines = [int(line.split(f"{path}:")[1].split(":")[0]) for line in result.stderr.splitlines() if str(path) in line]
     assert lines == [2, 5, 6, 8, 10, 12, 15, 16]
-    path.write_text("\n".join(path.read_text().splitlines()[2:5]).replace("pasph", "passph"))
+    right = "\n".join(path.read_text().splitlines()[2:5]).replace("pasph", "passph")
+    path.write_text(f'{right}\ndir = "/srv/ca"\n')
     assert run("settings", "check", "--config", path).exit_code == 0
 
 
