@@ -247,7 +247,8 @@ def commands(
         _WRITE.format(path=shlex.quote(f"{mount}/roles/{name}"), json=_json(payload))
         for name, payload in role_payloads.items()
     ]
-    return "\n".join([_HEAD, *writes, _POLICY.format(name=shlex.quote(policy_name), text=policy_text.strip())])
+    ending = _POLICY.format(name=shlex.quote(policy_name), text=policy_text.strip(), mount=shlex.quote(mount))
+    return "\n".join([_HEAD, *writes, ending])
 
 
 _HEAD = """\
@@ -257,16 +258,22 @@ _HEAD = """\
 # not_before_bound that it does not know them; there, any IP address passes.
 set -eu
 cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
+# Also where what reads the lines ends early (`| head`), all is written.
+trap '' PIPE
+say() { echo "$*" 2>/dev/null || :; }
 """
 _WRITE = """\
-"$cli" write {path} - <<'JSON'
+"$cli" write {path} - >/dev/null <<'JSON'
 {json}
 JSON
+written=$((${{written:-0}} + 1)); say role {path}
 """
 _POLICY = """\
-"$cli" policy write {name} - <<'HCL'
+"$cli" policy write {name} - >/dev/null <<'HCL'
 {text}
 HCL
+written=$((${{written:-0}} + 1)); say policy {name}, for the mount {mount}
+say "$written written"
 """
 
 

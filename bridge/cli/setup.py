@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,6 +27,7 @@ from bridge.renewal.prepare import serving_names
 from bridge.settings.tables import NodeSettings, Settings
 from bridge.specs import AUTHORITIES, CA
 from bridge.system import jobs
+from bridge.system.files import DIRECTORY_MODE
 from bridge.system.jobs import Job, Places
 from bridge.system.paths import UnreadableError, read
 from bridge.words import name_found
@@ -68,7 +69,10 @@ def setup(
     if kind in _KINDS:
         desk = _desk_of(inbox, outbox, user)
         made = _make_jobs(settings, common.words(), kind, desk, example().parent)
-        _print_or_enable(made, kind, user if desk else "root", directory, enable=enable)
+        if enable:
+            _look_first(made, kind, user if desk else "root")
+            prepare(settings, desk)
+        _print_or_enable(made, kind, directory, enable=enable)
         return
     if kind == "kubernetes" and authority is None:
         from bridge.cli.gateway import manifests  # noqa: PLC0415 (all of the gateway)
@@ -136,6 +140,7 @@ def files_for(settings: Settings, type_name: str, authority: str | None, list_of
     live = _live_certificates(settings, authority)
     if not live:
         raise _nothing_live(settings, authority)
+    _warn_of_defaults(settings, type_name, live)
     own = settings.node.node_name
     nodes = _nodes(list_of_nodes, own) if list_of_nodes is not None else {own: {}}
     return _joined(
@@ -175,6 +180,25 @@ def files_of(
             for node, found in nodes.items()
         }
     )
+
+
+def _warn_of_defaults(settings: Settings, type_name: str, authorities: Iterable[str]) -> None:
+    """Say where the settings have no backend of this type, so that the type's own defaults stand in what is made."""
+    ours = settings.authorities
+    types = {name: settings.backends[ours[name].backend]["type"] for name in authorities if name in ours}
+    others = [name for name in authorities if types.get(name) != type_name]
+    if others:
+        found = ", ".join(dict.fromkeys(types[name] for name in others if name in types)) or "no backend"
+        place = settings.source.file or "no settings file"
+        log.warning(
+            "%s: the settings have %s for it (%s), so this has the defaults of %s",
+            ", ".join(others),
+            found,
+            place,
+            type_name,
+        )
+        hint = f"`ca-bridge settings init {type_name} FILE` writes such settings; name them by --config FILE"
+        log.warning("%s", hint, extra={"is_hint": True})
 
 
 def _live_certificates(settings: Settings, authority: str | None) -> dict[str, dict[str, x509.Certificate]]:
@@ -279,18 +303,30 @@ def _request(
 # --- jobs for systemd and cron ---------------------------------------------------------------------------------------
 
 
-def _print_or_enable(made: Sequence[jobs.Job], kind: _Kind, user: str, directory: Path | None, *, enable: bool) -> None:
+def _look_first(made: Sequence[jobs.Job], kind: _Kind, user: str) -> None:
+    """
+    Look whether something here would run the job, and name another job that does the same.
+
+    Raises:
+        BridgeError: Nothing here would run it.
+    """
+    (jobs.assert_cron_takes if kind == "cron" else jobs.assert_systemd_takes)(user)
+    for other in jobs.others(made):
+        log.warning("%s does the same, so that both would run", other)
+        undo = f"rm {other}" if kind == "systemd" else f"systemctl disable --now {other.name}"
+        log.warning("%s", undo, extra={"is_hint": True})
+
+
+def _print_or_enable(made: Sequence[jobs.Job], kind: _Kind, directory: Path | None, *, enable: bool) -> None:
     """
     Print the files of a job, or write and enable them.
 
     Raises:
-        BridgeError: A file can't be written, systemd refuses it, or nothing here would run it.
+        BridgeError: A file can't be written, or systemd refuses it.
     """
     if not enable and directory is None:
         say("\n".join(f"# {job.path}\n{job.text}" for job in made))
         return
-    if enable and kind == "cron":
-        jobs.assert_cron_takes(user)
     _say_written(jobs.write(made, directory))
     if enable and kind == "systemd":
         units = _to_enable(made)
@@ -311,19 +347,25 @@ _NODE = {
     "systemd": ("systemd/ca-bridge.service", "systemd/ca-bridge.timer", "systemd/ca-bridge-recover.service"),
     "cron": ("cron/ca-bridge",),
 }
+#: Where an answer comes later: what is due goes out, and what came is installed, within the hour.
+_CARRIED = {
+    "systemd": ("systemd/ca-bridge.service", "exchange/ca-bridge.timer", "systemd/ca-bridge-recover.service"),
+    "cron": ("exchange/crontab",),
+}
 _DESK = {
     "systemd": ("desk/ca-bridge-desk.service", "desk/ca-bridge-desk.timer"),
     "cron": ("desk/crontab",),
 }
 _DESK_INBOX, _DESK_OUTBOX = "/srv/desk/inbox", "/srv/desk/outbox"
-_DESK_CRONTAB = "ca-bridge-desk"
+#: A file in /etc/cron.d is read only if it has no dot in its name (cron(8)).
+_CRONTABS = {"desk/crontab": "ca-bridge-desk", "exchange/crontab": "ca-bridge"}
 #: As systemd takes it (systemd.exec(5), User=; https://systemd.io/USER_NAMES), at its widest: what ends a word or a line
 #: would be more than a name in a unit or a crontab.
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*\$?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _DeskJob:
+class DeskJob:
     """A CA desk's job."""
 
     inbox: Path
@@ -331,7 +373,7 @@ class _DeskJob:
     user: str  #: Whose the CA is.
 
 
-def _desk_of(inbox: Path | None, outbox: Path | None, user: str) -> _DeskJob | None:
+def _desk_of(inbox: Path | None, outbox: Path | None, user: str) -> DeskJob | None:
     """
     A desk, if its directories are named.
 
@@ -345,11 +387,11 @@ def _desk_of(inbox: Path | None, outbox: Path | None, user: str) -> _DeskJob | N
         raise SettingsError([SettingsProblem(missing, f"a directory, since {given} is given", "nothing")])
     if not _USER.fullmatch(user):
         raise SettingsError([SettingsProblem("--user", "a user's name", repr(user))])
-    return _DeskJob(inbox=inbox, outbox=outbox, user=user)
+    return DeskJob(inbox=inbox, outbox=outbox, user=user)
 
 
 def _make_jobs(
-    settings: Settings, options: Sequence[str], kind: _Kind, desk: _DeskJob | None, shipped: Path
+    settings: Settings, options: Sequence[str], kind: _Kind, desk: DeskJob | None, shipped: Path
 ) -> list[Job]:
     """
     The files of a node's job, or of a desk's.
@@ -367,8 +409,11 @@ def _make_jobs(
     """
     places = _places(settings, options, desk)
     make_one = jobs.unit if kind == "systemd" else jobs.crontab
-    names = (_DESK if desk else _NODE)[kind]
-    return [make_one(_installed_name(name), (shipped / name).read_text(encoding="utf-8"), places) for name in names]
+    names = (_DESK if desk else _CARRIED if _is_carried(settings) else _NODE)[kind]
+    return [
+        make_one(_CRONTABS.get(name, Path(name).name), (shipped / name).read_text(encoding="utf-8"), places)
+        for name in names
+    ]
 
 
 def _to_enable(made: Sequence[Job]) -> list[str]:
@@ -376,12 +421,37 @@ def _to_enable(made: Sequence[Job]) -> list[str]:
     return [job.path.name for job in made if re.search(r"^WantedBy=", job.text, re.MULTILINE)]
 
 
-def _installed_name(name: str) -> str:
-    """A file in /etc/cron.d is read only if it has no dot in its name (cron(8))."""
-    return _DESK_CRONTAB if name == "desk/crontab" else Path(name).name
+def _is_carried(settings: Settings) -> bool:
+    """Whether requests of an authority are carried to its CA, which answers later."""
+    backends = registry.configured(settings, settings.authorities)
+    return any(hasattr(one.backend_type, "carries") for one in backends.values())
 
 
-def _places(settings: Settings, options: Sequence[str], desk: _DeskJob | None) -> Places:
+def prepare(settings: Settings, desk: DeskJob | None) -> None:
+    """
+    Make the directories that a job needs with its user as owner: a desk's own, and those of the backends' secrets.
+
+    Raises:
+        JobError: One of them is another user's, or a directory that a backend writes to is not there.
+    """
+    user = desk.user if desk else "root"
+    if desk is not None:
+        for path in (desk.inbox, desk.outbox):
+            jobs.make_directory(path, user, _CARRIERS_MODE)
+        jobs.make_directory(settings.node.state_dir, user, DIRECTORY_MODE)
+    for configured in registry.configured(settings, settings.authorities).values():
+        for path in configured.settings.writes():
+            jobs.assert_may_write(path, user, f"that {configured.label} writes to")
+        for secret in configured.settings.private_files():
+            if not secret.parent.exists():
+                jobs.make_directory(secret.parent, user, DIRECTORY_MODE)
+
+
+#: Bundles hold nothing secret, and another user carries them.
+_CARRIERS_MODE = 0o755
+
+
+def _places(settings: Settings, options: Sequence[str], desk: DeskJob | None) -> Places:
     node, usual = settings.node, NodeSettings()
     paths = {str(usual.kubeconfig_dir): str(node.kubeconfig_dir), str(usual.state_dir): str(node.state_dir)}
     writable, maybe = [node.kubeconfig_dir, node.pki_dir], _kubelets(node)

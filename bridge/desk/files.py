@@ -235,6 +235,7 @@ class Session:
             raise BridgeError(f"{out}: wanted a directory for the answers, found none")
         for directory in (source, out):
             _assert_mounted(directory)
+        _assert_writable(out)
         names = _names_in(source)
         if not names:
             self._assert_inbox(source)
@@ -375,6 +376,13 @@ def _assert_mounted(directory: Path) -> None:
     for place in _places_in(FSTAB, 1) if mounted else ():
         if directory.resolve().is_relative_to(place) and place not in mounted:
             raise BridgeError(f"{directory}: wanted it mounted, as {FSTAB} has {place}, found that it is not")
+
+
+def _assert_writable(outbox: Path) -> None:
+    """Before anything is signed that could not be answered."""
+    if not os.access(outbox, os.W_OK | os.X_OK):
+        text = f"{outbox}: wanted to write answers there, found a directory of user {outbox.stat().st_uid}"
+        raise BridgeError(text, hint=f"as root: chown {os.geteuid()} {outbox}")
 
 
 def _places_in(table: Path, field: int) -> set[Path]:

@@ -82,6 +82,7 @@ def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from machine.state_directory(settings.node.state_dir)
     yield from machine.lock(settings.node.state_dir, now)
     yield from machine.jobs_of_cron()
+    yield from machine.desk_directories()
     if not settings.authorities:
         text = "wanted an [authority.NAME] for each CA that signs here, found none"
         yield Finding(level="error", check="settings", about="settings", text=text)

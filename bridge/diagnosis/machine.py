@@ -138,6 +138,23 @@ def jobs_of_cron() -> Iterator[Finding]:
         yield Finding(level="warning", check="cron", about="cron", text=text, hint=hint)
 
 
+def desk_directories() -> Iterator[Finding]:
+    """Whether the desk's job can take requests out of its inbox, and put answers into its outbox."""
+    for places in jobs.desk_places():
+        for name, path in (("inbox", places.inbox), ("outbox", places.outbox)):
+            try:
+                found = jobs.trouble_with(path, places.user)
+            except KeyError:
+                found = f"no user {places.user}, as which {places.job} runs"
+            if found:
+                hint = f"chown {places.user} {path}" if path.is_dir() else f"install -d -o {places.user} {path}"
+                text = f"wanted the desk's {name}, which {places.user} can write to, found {found}"
+                yield Finding(level="error", check="desk-directory", about=str(path), text=text, hint=hint)
+            else:
+                text = f"the {name} of the job in {places.job}"
+                yield Finding(level="ok", check="desk-directory", about=str(path), text=text)
+
+
 def _metrics(settings: Settings) -> Iterator[Finding]:
     """Whether the next run could write its metrics; nothing is written."""
     file = settings.metrics.file

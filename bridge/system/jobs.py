@@ -8,6 +8,7 @@ import pwd
 import re
 import shlex
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from bridge.errors import BridgeError
-from bridge.system.files import write_atomically
+from bridge.system.files import DIRECTORY_MODE, write_atomically
 from bridge.system.paths import program_exposure
 from bridge.system.run_command import Command, run
 from bridge.words import has_controls
@@ -184,21 +185,147 @@ def crontabs(directory: Path = CRON_DIRECTORY) -> list[Path]:
     return [path for name in ("ca-bridge", "ca-bridge-desk") if (path := directory / name).exists()]
 
 
+def assert_user(user: str) -> None:
+    """Raise a JobError where a job's user is not there, so that it would run nothing."""
+    if _uid(user) is None:
+        raise JobError(
+            f"wanted the job's user {user}, found none: nothing would run as an unknown user",
+            hint=f"make the user (`useradd --system {user}`), or name another one: --user",
+        )
+
+
 def assert_cron_takes(user: str) -> None:
     """Raise a JobError where a file in /etc/cron.d would run nothing: without that user, or without a cron."""
-    try:
-        pwd.getpwnam(user)
-    except KeyError:
-        raise JobError(
-            f"wanted the job's user {user}, found none: cron refuses a file with an unknown user",
-            hint=f"make the user (`useradd --system {user}`), or name another one: --user",
-        ) from None
+    assert_user(user)
     if not cron_runs():
         raise JobError(
             "wanted a cron that runs, found none: nothing would read the file",
             hint="install and start one (Debian: `apt-get install cron`), or take `ca-bridge setup systemd --enable`; "
             f"`-o {CRON_DIRECTORY}` writes the file all the same",
         )
+
+
+#: As sd_booted(3) looks.
+_SYSTEMD_RUNS = Path("/run/systemd/system")
+
+
+def assert_systemd_takes(user: str) -> None:
+    """Raise a JobError where units would run nothing: without that user, or where systemd is not the init."""
+    assert_user(user)
+    if not _SYSTEMD_RUNS.is_dir():
+        raise JobError(
+            "wanted a systemd that runs, found none: nothing would read the units",
+            hint=f"`ca-bridge setup cron --enable` needs none; `-o {UNIT_DIRECTORY}` writes the units all the same",
+        )
+
+
+def others(made: Sequence[Job]) -> list[Path]:
+    """Jobs of the other kind that do the same as these, and are enabled: a crontab's timer, a timer's crontab."""
+    timers = {f"{job.path.name}.timer" for job in made if job.path.parent == CRON_DIRECTORY}
+    crontab = {job.path.stem for job in made if job.path.suffix == ".timer"}
+    wanted = (UNIT_DIRECTORY / "timers.target.wants" / name for name in timers)
+    return [path for path in (*wanted, *(CRON_DIRECTORY / name for name in crontab)) if os.path.lexists(path)]
+
+
+# --- the directories of a job's user ----------------------------------------------------------------------------------
+
+
+def make_directory(path: Path, user: str, mode: int) -> None:
+    """
+    Make a directory that belongs to a job's user, or accept one that the user may write to.
+
+    Raises:
+        JobError: There is another one, or it can't be made.
+    """
+    if path.exists():
+        assert_may_write(path, user, "of the job's user")
+        return
+    account = pwd.getpwnam(user)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=DIRECTORY_MODE)
+        # by a descriptor, so that a link in its place is not followed
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            if os.fstat(descriptor).st_uid == os.geteuid():
+                os.fchmod(descriptor, mode)
+                if account.pw_uid != os.geteuid():
+                    os.fchown(descriptor, account.pw_uid, account.pw_gid)
+        finally:
+            os.close(descriptor)
+    except OSError as e:
+        raise JobError(f"{path}: wanted to make it, found: {e.strerror}", hint=_install(path, user)) from e
+
+
+def assert_may_write(path: Path, user: str, which: str) -> None:
+    """Raise a JobError where a job's user can't add and remove files in a directory."""
+    found = trouble_with(path, user)
+    if found == _NO_DIRECTORY:
+        hint = f"mount it, or make it: {_install(path, user)}"
+        raise JobError(f"{path}: wanted the directory {which}, found none", hint=hint)
+    if found:
+        raise JobError(f"{path}: wanted a directory {which}, found {found}", hint=f"chown {user} {path}")
+
+
+def _install(path: Path, user: str) -> str:
+    return f"`install -d -o {user} {path}`"
+
+
+_NO_DIRECTORY = "no directory"
+
+
+def trouble_with(path: Path, user: str) -> str:
+    """What keeps a user from adding and removing files in a directory, by its owner and mode; empty: nothing."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return _NO_DIRECTORY
+    except OSError as e:
+        return str(e.strerror)
+    if not stat.S_ISDIR(status.st_mode):
+        return _NO_DIRECTORY
+    account = pwd.getpwnam(user)
+    groups = os.getgrouplist(user, account.pw_gid)
+    shift = 6 if status.st_uid == account.pw_uid else 3 if status.st_gid in groups else 0
+    if account.pw_uid == 0 or (status.st_mode >> shift) & stat.S_IRWXO == stat.S_IRWXO:
+        return ""
+    return f"that {user} can't write to it (owner {_user_name(status.st_uid)}, mode {stat.S_IMODE(status.st_mode):04o})"
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeskPlaces:
+    """What an installed job of a CA desk works on."""
+
+    job: Path
+    user: str
+    inbox: Path
+    outbox: Path
+
+
+def desk_places() -> list[DeskPlaces]:
+    """The places of the desks' jobs that are installed here."""
+    found = []
+    for job in (CRON_DIRECTORY / "ca-bridge-desk", UNIT_DIRECTORY / "ca-bridge-desk.service"):
+        with contextlib.suppress(OSError, ValueError):
+            text = job.read_text(encoding="utf-8")
+            is_unit = job.suffix == ".service"
+            pattern = r"^ExecStart=(.*)$" if is_unit else r"^(?:\S+\s+){5}(\S+\s+.*)$"
+            line = re.search(pattern, re.sub(r"^#.*\n", "", text, flags=re.MULTILINE), re.MULTILINE)
+            words = shlex.split(line[1].replace("\\%", "%").replace("%%", "%")) if line else []
+            user = re.search(r"^User=(.*)$", text, re.MULTILINE)
+            if "-o" in words:
+                at = words.index("-o")
+                runs_as = (user[1] if user else "root") if is_unit else words[0]
+                inbox, outbox = Path(words[at - 1]), Path(words[at + 1])
+                found.append(DeskPlaces(job=job, user=runs_as, inbox=inbox, outbox=outbox))
+    return found
 
 
 def enable(units: Sequence[str]) -> None:

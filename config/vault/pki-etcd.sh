@@ -4,8 +4,11 @@
 # not_before_bound that it does not know them; there, any IP address passes.
 set -eu
 cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
+# Also where what reads the lines ends early (`| head`), all is written.
+trap '' PIPE
+say() { echo "$*" 2>/dev/null || :; }
 
-"$cli" write pki-etcd/roles/kubeadm-apiserver-etcd-client - <<'JSON'
+"$cli" write pki-etcd/roles/kubeadm-apiserver-etcd-client - >/dev/null <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -37,8 +40,9 @@ cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vaul
   "organization": []
 }
 JSON
+written=$((${written:-0} + 1)); say role pki-etcd/roles/kubeadm-apiserver-etcd-client
 
-"$cli" write pki-etcd/roles/kubeadm-etcd-healthcheck-client - <<'JSON'
+"$cli" write pki-etcd/roles/kubeadm-etcd-healthcheck-client - >/dev/null <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -70,8 +74,9 @@ JSON
   "organization": []
 }
 JSON
+written=$((${written:-0} + 1)); say role pki-etcd/roles/kubeadm-etcd-healthcheck-client
 
-"$cli" write pki-etcd/roles/kubeadm-cp-1-etcd-peer - <<'JSON'
+"$cli" write pki-etcd/roles/kubeadm-cp-1-etcd-peer - >/dev/null <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -103,8 +108,9 @@ JSON
   "organization": []
 }
 JSON
+written=$((${written:-0} + 1)); say role pki-etcd/roles/kubeadm-cp-1-etcd-peer
 
-"$cli" write pki-etcd/roles/kubeadm-cp-1-etcd-server - <<'JSON'
+"$cli" write pki-etcd/roles/kubeadm-cp-1-etcd-server - >/dev/null <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -136,8 +142,9 @@ JSON
   "organization": []
 }
 JSON
+written=$((${written:-0} + 1)); say role pki-etcd/roles/kubeadm-cp-1-etcd-server
 
-"$cli" policy write ca-bridge-cp-1-etcd-ca - <<'HCL'
+"$cli" policy write ca-bridge-cp-1-etcd-ca - >/dev/null <<'HCL'
 path "pki-etcd/sign/kubeadm-apiserver-etcd-client" {
   capabilities        = ["update"]
   allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
@@ -192,3 +199,5 @@ path "sys/capabilities-self" {
 #   capabilities = ["update"]
 # }
 HCL
+written=$((${written:-0} + 1)); say policy ca-bridge-cp-1-etcd-ca, for the mount pki-etcd
+say "$written written"

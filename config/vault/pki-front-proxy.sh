@@ -4,8 +4,11 @@
 # not_before_bound that it does not know them; there, any IP address passes.
 set -eu
 cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
+# Also where what reads the lines ends early (`| head`), all is written.
+trap '' PIPE
+say() { echo "$*" 2>/dev/null || :; }
 
-"$cli" write pki-front-proxy/roles/kubeadm-front-proxy-client - <<'JSON'
+"$cli" write pki-front-proxy/roles/kubeadm-front-proxy-client - >/dev/null <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -37,8 +40,9 @@ cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vaul
   "organization": []
 }
 JSON
+written=$((${written:-0} + 1)); say role pki-front-proxy/roles/kubeadm-front-proxy-client
 
-"$cli" policy write ca-bridge-cp-1-front-proxy-ca - <<'HCL'
+"$cli" policy write ca-bridge-cp-1-front-proxy-ca - >/dev/null <<'HCL'
 path "pki-front-proxy/sign/kubeadm-front-proxy-client" {
   capabilities        = ["update"]
   allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
@@ -63,3 +67,5 @@ path "sys/capabilities-self" {
 #   capabilities = ["update"]
 # }
 HCL
+written=$((${written:-0} + 1)); say policy ca-bridge-cp-1-front-proxy-ca, for the mount pki-front-proxy
+say "$written written"

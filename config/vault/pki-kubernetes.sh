@@ -4,8 +4,11 @@
 # not_before_bound that it does not know them; there, any IP address passes.
 set -eu
 cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
+# Also where what reads the lines ends early (`| head`), all is written.
+trap '' PIPE
+say() { echo "$*" 2>/dev/null || :; }
 
-"$cli" write pki-kubernetes/roles/kubeadm-admin.conf - <<'JSON'
+"$cli" write pki-kubernetes/roles/kubeadm-admin.conf - >/dev/null <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -37,8 +40,9 @@ cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vaul
   "organization": ["kubeadm:cluster-admins"]
 }
 JSON
+written=$((${written:-0} + 1)); say role pki-kubernetes/roles/kubeadm-admin.conf
 
-"$cli" write pki-kubernetes/roles/kubeadm-cp-1-apiserver - <<'JSON'
+"$cli" write pki-kubernetes/roles/kubeadm-cp-1-apiserver - >/dev/null <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -70,8 +74,9 @@ JSON
   "organization": []
 }
 JSON
+written=$((${written:-0} + 1)); say role pki-kubernetes/roles/kubeadm-cp-1-apiserver
 
-"$cli" write pki-kubernetes/roles/kubeadm-apiserver-kubelet-client - <<'JSON'
+"$cli" write pki-kubernetes/roles/kubeadm-apiserver-kubelet-client - >/dev/null <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -103,8 +108,9 @@ JSON
   "organization": []
 }
 JSON
+written=$((${written:-0} + 1)); say role pki-kubernetes/roles/kubeadm-apiserver-kubelet-client
 
-"$cli" write pki-kubernetes/roles/kubeadm-controller-manager.conf - <<'JSON'
+"$cli" write pki-kubernetes/roles/kubeadm-controller-manager.conf - >/dev/null <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -136,8 +142,9 @@ JSON
   "organization": []
 }
 JSON
+written=$((${written:-0} + 1)); say role pki-kubernetes/roles/kubeadm-controller-manager.conf
 
-"$cli" write pki-kubernetes/roles/kubeadm-scheduler.conf - <<'JSON'
+"$cli" write pki-kubernetes/roles/kubeadm-scheduler.conf - >/dev/null <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -169,8 +176,9 @@ JSON
   "organization": []
 }
 JSON
+written=$((${written:-0} + 1)); say role pki-kubernetes/roles/kubeadm-scheduler.conf
 
-"$cli" write pki-kubernetes/roles/kubeadm-super-admin.conf - <<'JSON'
+"$cli" write pki-kubernetes/roles/kubeadm-super-admin.conf - >/dev/null <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -202,8 +210,9 @@ JSON
   "organization": ["system:masters"]
 }
 JSON
+written=$((${written:-0} + 1)); say role pki-kubernetes/roles/kubeadm-super-admin.conf
 
-"$cli" write pki-kubernetes/roles/kubeadm-cp-1-kubelet.conf - <<'JSON'
+"$cli" write pki-kubernetes/roles/kubeadm-cp-1-kubelet.conf - >/dev/null <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -235,8 +244,9 @@ JSON
   "organization": ["system:nodes"]
 }
 JSON
+written=$((${written:-0} + 1)); say role pki-kubernetes/roles/kubeadm-cp-1-kubelet.conf
 
-"$cli" policy write ca-bridge-cp-1-ca - <<'HCL'
+"$cli" policy write ca-bridge-cp-1-ca - >/dev/null <<'HCL'
 path "pki-kubernetes/sign/kubeadm-admin.conf" {
   capabilities        = ["update"]
   allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
@@ -321,3 +331,5 @@ path "sys/capabilities-self" {
 #   capabilities = ["update"]
 # }
 HCL
+written=$((${written:-0} + 1)); say policy ca-bridge-cp-1-ca, for the mount pki-kubernetes
+say "$written written"

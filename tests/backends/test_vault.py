@@ -1313,12 +1313,27 @@ def test_the_printed_script_makes_all_that_signing_needs(
     environment = {"PATH": f"{program.parent}:{os.defpath}", "HOME": str(tmp_path)}
     environment |= {"BAO_ADDR": bao.url, "BAO_TOKEN": bao.root_token}
     for _ in range(2):
-        subprocess.run(["sh"], input=text, text=True, check=True, env=environment, capture_output=True)
+        done = subprocess.run(["sh"], input=text, text=True, check=True, env=environment, capture_output=True)
+        roles_written = [f"role scripted/roles/{role}" for role in roles]
+        assert done.stdout.splitlines() == [*roles_written, "policy a node's, for the mount scripted", "4 written"]
     with vault(bao.url, token_file(tmp_path, bao.token("a node's")), mount="scripted") as backend:
         assert backend.check([SPECS[name] for name in some]) == {}
         for name, certificate in some.items():
             request = sign_request(certificate, SPECS[name], "ecdsa-p256", timedelta(days=90))
             verify.check(backend.sign(request), request, expectation(ca.certificate))
+
+
+def test_the_printed_script_writes_all_though_nobody_reads(live: dict[str, x509.Certificate], tmp_path: Path) -> None:
+    """`sh roles.sh | head -1`, whose pipe is closed after the first line: each role and the policy all the same."""
+    (tmp_path / "bao").write_text(f'#!/bin/sh\ncat >/dev/null; echo "$*" >>{tmp_path}/calls; sleep 0.05\n')
+    (tmp_path / "bao").chmod(0o755)
+    text = vault_setup.commands("pki", vault_setup.roles(live, DAYS_30), policy_name="node", policy_text="")
+    (tmp_path / "roles.sh").write_text(text)
+    environment = {"PATH": f"{tmp_path}:{os.defpath}"}
+    words = ["sh", "-c", f"sh {tmp_path}/roles.sh | head -1"]
+    done = subprocess.run(words, text=True, check=True, env=environment, capture_output=True)
+    assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
+    assert len((tmp_path / "calls").read_text().splitlines()) == len(live) + 1
 
 
 def test_the_printed_script_says_what_it_lacks(live: dict[str, x509.Certificate], tmp_path: Path) -> None:

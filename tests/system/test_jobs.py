@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from bridge.cli.setup import DeskJob, prepare
 from bridge.diagnosis import machine
 from bridge.errors import BridgeError
+from bridge.settings.load import parse
 from bridge.system import jobs
 from bridge.system.jobs import Places
 from tests.kit.pki import Pki, handmade_pki
@@ -58,6 +60,8 @@ def cron_command(text: str) -> str:
 
 def test_the_crontab_runs_as_cron_runs_it(config: Path) -> None:
     """With cron's bare environment, from an install that is in nobody's PATH."""
+    settings = config.read_text()
+    config.write_text(settings[: settings.index("[backend.door]")])
     text = setup(config, "cron").stdout
     run = subprocess.run(
         ["/bin/sh", "-c", cron_command(text)],
@@ -153,6 +157,115 @@ def test_a_job_works_on_the_places_of_its_options(config: Path) -> None:
         assert commands
         assert all(" ".join(places) in line and "--config" in line for line in commands)
         assert not any("--pki-dir" in line for line in setup(config, kind).stdout.splitlines())
+
+
+def test_a_node_whose_requests_are_carried_looks_every_hour(config: Path) -> None:
+    """By systemd and by cron, since an answer comes at any time; the twin's CA answers at once."""
+    assert "OnCalendar=hourly" in setup(config, "systemd").stdout
+    assert re.search(r"^17 \* \* \* \*  root  ", setup(config, "cron").stdout, re.MULTILINE)
+    text = config.read_text()
+    config.write_text(text[: text.index("[backend.door]")])
+    assert "OnCalendar=*-*-* 03:17:00" in setup(config, "systemd").stdout
+    assert re.search(r"^17 3 \* \* \*  root  ", setup(config, "cron").stdout, re.MULTILINE)
+
+
+def test_units_that_nothing_would_read_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where systemd is not the init, before a file is written; the twin has one."""
+    monkeypatch.setattr(jobs, "_SYSTEMD_RUNS", tmp_path)
+    jobs.assert_systemd_takes("root")
+    with pytest.raises(BridgeError, match="wanted the job's user nobody-of-this-name"):
+        jobs.assert_systemd_takes("nobody-of-this-name")
+    monkeypatch.setattr(jobs, "_SYSTEMD_RUNS", tmp_path / "none")
+    with pytest.raises(BridgeError, match="wanted a systemd that runs") as e:
+        jobs.assert_systemd_takes("root")
+    assert "setup cron --enable" in e.value.hint
+
+
+def test_the_other_job_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A timer that is enabled where a crontab is made, and a crontab where a timer is; a desk's is another job."""
+    monkeypatch.setattr(jobs, "CRON_DIRECTORY", tmp_path / "cron.d")
+    monkeypatch.setattr(jobs, "UNIT_DIRECTORY", tmp_path / "units")
+    wants = tmp_path / "units/timers.target.wants"
+    for path in (wants / "ca-bridge.timer", tmp_path / "cron.d/ca-bridge-desk"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    made = {name: [jobs.Job(path=tmp_path / name, text="")] for name in ("cron.d/ca-bridge", "units/ca-bridge.timer")}
+    desk = [jobs.Job(path=tmp_path / "units/ca-bridge-desk.timer", text="")]
+    assert jobs.others(made["cron.d/ca-bridge"]) == [wants / "ca-bridge.timer"]
+    assert jobs.others(desk) == [tmp_path / "cron.d/ca-bridge-desk"]
+    assert jobs.others(made["units/ca-bridge.timer"]) == []
+
+
+DESK = """\
+[backend.openssl]
+type = "openssl"
+passphrase_file = "{place}/secrets/passphrase"
+[authority.ca]
+backend = "openssl"
+dir = "{place}/ca"
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give directories to another user")
+def test_a_desks_directories_are_made_for_its_user_or_refused(tmp_path: Path) -> None:
+    """Inbox, outbox, state directory and those of secrets; the CA's own have to be there, and the user's."""
+    ours = parse(f'[node]\nstate_dir = "{tmp_path}/state"\n{DESK.format(place=tmp_path)}')
+    desk = DeskJob(inbox=tmp_path / "desk/inbox", outbox=tmp_path / "desk/outbox", user="nobody")
+    with pytest.raises(BridgeError, match=r"ca: wanted the directory that openssl .* found none"):
+        prepare(ours, desk)
+    (tmp_path / "ca").mkdir()
+    with pytest.raises(BridgeError, match=r"ca: wanted a directory that openssl .* found that nobody can't write") as e:
+        prepare(ours, desk)
+    assert e.value.hint == f"chown nobody {tmp_path}/ca"
+    os.chown(tmp_path / "ca", pwd.getpwnam("nobody").pw_uid, -1)
+    prepare(ours, desk)
+    made = {name: (tmp_path / name).stat() for name in ("desk/inbox", "desk/outbox", "state", "secrets")}
+    assert {status.st_uid for status in made.values()} == {pwd.getpwnam("nobody").pw_uid}
+    assert [status.st_mode & 0o777 for status in made.values()] == [0o755, 0o755, 0o700, 0o700]
+    prepare(ours, desk)
+    os.chown(tmp_path / "desk/outbox", 0, 0)
+    with pytest.raises(BridgeError, match="outbox: wanted a directory of the job's user") as e:
+        prepare(ours, desk)
+    assert e.value.hint == f"chown nobody {tmp_path}/desk/outbox"
+    door = f'[backend.door]\ntype = "exchange"\noutbox = "{tmp_path}/o"\ninbox = "{tmp_path}/i"\n'
+    with pytest.raises(BridgeError, match=r"o: wanted the directory that door .* found none") as e:
+        prepare(parse(f'{door}[authority.ca]\nbackend = "door"\n'), None)
+    assert e.value.hint == f"mount it, or make it: `install -d -o root {tmp_path}/o`"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give directories to another user")
+@pytest.mark.parametrize("kind", ["cron", "systemd"])
+def test_the_doctor_looks_at_a_desks_inbox_and_outbox(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As the installed job names them, for the job's user; a desk without a job has none."""
+    monkeypatch.setattr(jobs, "CRON_DIRECTORY", tmp_path / "jobs")
+    monkeypatch.setattr(jobs, "UNIT_DIRECTORY", tmp_path / "jobs")
+    assert list(machine.desk_directories()) == []
+    inbox, outbox = tmp_path / "50% in", tmp_path / "out box"
+    places = ["--inbox", str(inbox), "--outbox", str(outbox), "--user", "nobody"]
+    assert setup(config, kind, "-o", str(tmp_path / "jobs"), *places).returncode == 0
+    inbox.mkdir()
+    os.chown(inbox, pwd.getpwnam("nobody").pw_uid, -1)
+    found = {one.about: (one.level, one.hint) for one in machine.desk_directories()}
+    assert found == {str(inbox): ("ok", ""), str(outbox): ("error", f"install -d -o nobody {outbox}")}
+    outbox.mkdir()
+    found = {one.about: (one.level, one.hint) for one in machine.desk_directories()}
+    assert found[str(outbox)] == ("error", f"chown nobody {outbox}")
+    outbox.chmod(0o777)
+    assert {one.level for one in machine.desk_directories()} == {"ok"}
+
+
+def test_defaults_of_a_ca_that_the_settings_do_not_name_are_announced(config: Path) -> None:
+    """`setup vault` beside settings of another backend says which it found; for its own it says nothing."""
+    other = setup(config, "vault", "--authority", "ca")
+    assert "roles/kubeadm-" in other.stdout
+    assert f"ca: the settings have exchange for it ({config}), so this has the defaults of vault" in other.stderr
+    assert "`ca-bridge settings init vault FILE`" in other.stderr
+    text = config.read_text().replace('type = "exchange"', 'type = "vault"\nurl = "https://v.corp.example:8200"')
+    config.write_text(re.sub(r"^(outbox|inbox) = .*\n", "", text, flags=re.MULTILINE))
+    own = setup(config, "vault", "--authority", "ca")
+    assert (own.returncode, own.stderr) == (0, "")
 
 
 def process(proc: Path, comm: str, *words: str) -> None:
