@@ -7,6 +7,8 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,23 @@ from bridge.state.install import (
     KEY_MASK,
     KUBECONFIG_MASK,
     InstallError,
+    Recovery,
     Replacement,
+    attributes_from,
+    attributes_json,
     digest,
+    fingerprint,
     install,
+    journal_file,
+    manifest_file,
     recover,
+    staging_file,
     written_file,
 )
 from bridge.state.store import Store
+from bridge.system.files import Attributes
 from bridge.system.locks import LockedError, lock
+from bridge.system.state_file import StateError, StateFile
 
 #: What the installer asks of the system; Path's methods go through these too.
 CALLS = ("open", "fsync", "fchmod", "rename", "unlink", "mkdir")
@@ -176,8 +187,11 @@ def test_a_file_that_changed_since_its_csr_was_made_stops_everything(pki: Path, 
     """Somebody else (kubeadm) renewed meanwhile: nothing is replaced."""
     files = replacements(pki)
     (pki / "server.crt").write_bytes(b"kubeadm's")
-    with pytest.raises(InstallError):
+    with pytest.raises(InstallError) as e:
         install(store, files, "run1", {})
+    wanted = "wanted the file that the CSR was made from, found another content"
+    assert str(e.value) == f"nothing was replaced: {pki / 'server.crt'}: {wanted}"
+    assert e.value.hint == "something else writes to the PKI; find it, then run again"
     assert contents(pki) == FILES | {"server.crt": b"kubeadm's"}
 
 
@@ -185,9 +199,170 @@ def test_a_directory_in_the_place_of_a_file_stops_everything(pki: Path, store: S
     """Nothing is replaced, nothing left over."""
     (pki / "server.crt").unlink()
     (pki / "server.crt").mkdir()
-    with pytest.raises(InstallError):
+    with pytest.raises(InstallError) as e:
         run(pki, store)
+    assert str(e.value) == f"nothing was replaced: {pki / 'server.crt'}: wanted a file, found something else"
     assert (pki / "server.key").read_bytes() == FILES["server.key"]
+    _assert_whole_and_old(store)
+
+
+def test_a_symlink_that_leads_nowhere_stops_everything(pki: Path, store: Store) -> None:
+    """The file behind it may be on a disk that is not mounted."""
+    (pki / "server.crt").unlink()
+    (pki / "server.crt").symlink_to("/nonexistent/server.crt")
+    with pytest.raises(InstallError) as e:
+        run(pki, store)
+    wanted = "wanted a file, found a symlink that leads nowhere"
+    assert str(e.value) == f"nothing was replaced: {pki / 'server.crt'}: {wanted}"
+    assert e.value.hint == "mount or fix what it leads to, or remove it"
+    _assert_whole_and_old(store)
+
+
+def test_a_directory_that_is_not_there_stops_everything(pki: Path, store: Store) -> None:
+    """The path and the reason are named."""
+    gone = pki / "gone" / "server.crt"
+    files = [Replacement(certificate="x", path=gone, data=b"x", mode_mask=CERTIFICATE_MASK, was=None)]
+    with pytest.raises(InstallError) as e:
+        install(store, files, "run1", {})
+    assert str(e.value) == f"nothing was replaced: {gone.parent}: No such file or directory"
+    _assert_whole_and_old(store)
+
+
+def _assert_whole_and_old(store: Store) -> None:
+    """Nothing was staged that is still there, and nothing is left of a backup."""
+    assert [path.name for path in store.directory.iterdir()] == ["backups"]
+    assert list(store.backups.iterdir()) == []
+
+
+def test_a_backup_says_what_it_holds(pki: Path, store: Store) -> None:
+    """Each file with its digest and attributes, what it is about, and its place in the order of backups."""
+    (pki / "server.crt").unlink()
+    files = replacements(pki)
+    files[1] = replace(files[1], was=None)
+    first = install(store, files, "run1", {"command": "renew", "certificates": ["x"]})
+    manifest = manifest_file(store.backups / first).read()
+    assert manifest is not None
+    created = datetime.fromisoformat(manifest.pop("created"))
+    assert first == f"{created:%Y%m%dT%H%M%SZ}-run1"
+    assert abs(created - datetime.now(UTC)) < timedelta(minutes=5)
+    attributes = {"mode": 0o600, "uid": os.getuid(), "gid": os.getgid(), "extended": {}}
+    entries: list[dict[str, Any]] = [
+        {"certificate": "x", "path": str(pki / name), "backup": f"{number:02}-{name}", "sha256": digest(FILES[name])}
+        | {"attributes": attributes}
+        for number, name in enumerate(FILES)
+    ]
+    entries[1] = {"certificate": "x", "path": str(pki / "server.crt"), "backup": None}
+    about = {"command": "renew", "certificates": ["x"]}
+    assert manifest == {"id": first, "number": 1, "run_id": "run1", "files": entries, **about}
+    assert {path.name for path in (store.backups / first).iterdir()} == {
+        *("00-server.key", "02-admin.conf", "manifest.json")
+    }
+    again = [
+        Replacement(certificate="x", path=pki / name, data=old, mode_mask=MASKS[name], was=digest(new(old)))
+        for name, old in FILES.items()
+    ]
+    second = manifest_file(store.backups / install(store, again, "run2", {})).read()
+    assert second is not None
+    assert second["number"] == 2
+
+
+JOURNAL = {
+    "version": 1,
+    "run_id": "run1",
+    "backup": "20260101T000000Z-run1",
+    "direction": "back",
+    "targets": [{"certificate": "x", "path": "/pki/a", "staged": "/pki/.ca-bridge-run1-a", "sha256": None}],
+}
+TARGET: dict[str, Any] = JOURNAL["targets"][0]  # type: ignore[index]
+STAGED = {"run_id": "run1", "staged": ["/pki/.ca-bridge-run1-a"]}
+SAVED = {"certificate": "x", "path": "/pki/a", "backup": "00-a", "sha256": "0" * 64}
+SAVED_LINK = {"certificate": "x", "path": "/pki/b", "backup": None, "leads_to": "c"}
+SAVED_AS = {
+    "id": "i",
+    "number": 1,
+    "created": "2026-01-01T00:00:00+00:00",
+    "run_id": "run1",
+    "files": [SAVED, SAVED_LINK],
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"direction": "sideways"}, {"run_id": 1}, {"backup": None}),
+        *({"targets": [TARGET | change]} for change in ({"certificate": 1}, {"sha256": 1}, {"path": "/pki/b"})),
+        *({"targets": [TARGET | change]} for change in ({"staged": "/pki/a"}, {"staged": "/pki/.ca-bridge-run2-a"})),
+        {"targets": [TARGET | {"path": "pki/a", "staged": "pki/.ca-bridge-run1-a"}]},
+        {"targets": [TARGET, TARGET | {"certificate": 1}]},
+    ],
+)
+def test_a_journal_that_we_did_not_write_is_refused(store: Store, change: dict[str, Any]) -> None:
+    """Each path in it is a place where files are put; its twin is read."""
+    for direction in ("forward", "back"):
+        journal_file(store).replace(JOURNAL | {"direction": direction})
+        assert journal_file(store).read() == JOURNAL | {"direction": direction}
+    journal_file(store).replace(JOURNAL | change)
+    _assert_damaged(journal_file(store), "our journal of an installation", "`ca-bridge doctor` shows whether each key")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"staged": ["pki/.ca-bridge-run1-a"]}, {"staged": ["/pki/a"]}, {"run_id": "run2"}),
+        {"staged": ["/pki/.ca-bridge-run1-a", "/pki/.ca-bridge-run2-a"]},
+    ],
+)
+def test_a_list_of_staged_files_that_we_did_not_write_is_refused(store: Store, change: dict[str, Any]) -> None:
+    """Each path in it is one that we remove; its twin is read."""
+    files: Any = staging_file(store)
+    files.replace(STAGED)
+    assert files.read() == (Path("/pki/.ca-bridge-run1-a"),)
+    files.replace(STAGED | change)
+    _assert_damaged(files, "the list of files that were staged", "remove what begins with .ca-bridge-")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"number": "1"}, {"number": True}, {"id": 1}, {"created": None}, {"run_id": 1}, {"files": {}}),
+        *({"files": [SAVED | change]} for change in ({"backup": 1}, {"sha256": 1}, {"certificate": 1}, {"path": 1})),
+        *({"files": [SAVED, SAVED_LINK | change]} for change in ({"leads_to": 1}, {"path": None})),
+    ],
+)
+def test_a_manifest_that_we_did_not_write_is_refused(store: Store, change: dict[str, Any]) -> None:
+    """Without one of these fields a backup can't be listed or put back; one without a number is an earlier version's."""
+    directory = store.backups / "i"
+    directory.mkdir()
+    unnumbered = {key: value for key, value in SAVED_AS.items() if key != "number"}
+    for good in (SAVED_AS, unnumbered):
+        manifest_file(directory).replace(good)
+        assert manifest_file(directory).read() == good
+    manifest_file(directory).replace(SAVED_AS | change)
+    _assert_damaged(manifest_file(directory), "a backup's manifest", "`ca-bridge backups` lists the others")
+
+
+def _assert_damaged(file: StateFile[Any], what: str, afterwards: str) -> None:
+    with pytest.raises(StateError) as e:
+        file.read()
+    assert what in str(e.value)
+    assert afterwards in f"{e.value} {e.value.hint}"
+
+
+def test_attributes_are_written_and_read() -> None:
+    """Extended ones in hex."""
+    attributes = Attributes(mode=0o640, uid=1, gid=2, extended={"user.x": b"\x00\xff"})
+    assert attributes_json(attributes) == {"mode": 0o640, "uid": 1, "gid": 2, "extended": {"user.x": "00ff"}}
+    assert attributes_from(attributes_json(attributes)) == attributes
+
+
+def test_a_symlinks_fingerprint_is_no_files(tmp_path: Path) -> None:
+    """Where it leads counts, and not what is there."""
+    link, file = tmp_path / "link", tmp_path / "file"
+    assert fingerprint(link) is None
+    link.symlink_to("file")
+    assert fingerprint(link) == digest(b"symlink\0file")
+    file.write_bytes(b"symlink\0fil")
+    assert fingerprint(file) == digest(b"symlink\0fil") != fingerprint(link)
 
 
 class Tripwire:
@@ -344,7 +519,13 @@ def test_recovery_goes_forward_if_all_new_files_are_there(
     _interrupted(pki, store, monkeypatch)
     found = recover(store)
     assert found is not None
-    assert found.direction == "forward"
+    assert found == Recovery(
+        run_id="run1", direction="forward", paths=tuple(str(pki / name) for name in FILES), certificates=("x",)
+    )
+    assert str(found) == "finished the installation of run run1, which was interrupted: 3 files of x"
+    assert str(replace(found, direction="back", certificates=("x", "y"))) == (
+        "undid the installation of run run1, which was interrupted: 3 files of x, y"
+    )
     assert contents(pki) == NEW
     assert recover(store) is None
 
@@ -357,7 +538,28 @@ def test_recovery_that_can_go_nowhere_keeps_the_journal(
     (pki / ".ca-bridge-run1-admin.conf").unlink()
     for saved in store.backups.glob("*/*key"):
         saved.unlink()
-    with pytest.raises(InstallError):
+    [backup] = store.backups.iterdir()
+    with pytest.raises(InstallError) as e:
+        recover(store)
+    reason = f"{backup / '00-server.key'}: No such file or directory"
+    assert str(e.value) == f"an interrupted installation can neither be finished nor undone: {reason}"
+    assert e.value.hint == f"the old files are in {backup}, the journal is {store.journal}"
+    assert store.journal.exists()
+    (backup / "manifest.json").unlink()
+    with pytest.raises(InstallError, match=f"{backup / 'manifest.json'}: wanted the backup's manifest, found none"):
+        recover(store)
+
+
+def test_a_backup_of_other_files_is_not_put_back(pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal names a file that its backup does not hold."""
+    _interrupted(pki, store, monkeypatch)
+    (pki / ".ca-bridge-run1-admin.conf").unlink()
+    [backup] = store.backups.iterdir()
+    manifest = manifest_file(backup).read()
+    assert manifest is not None
+    manifest_file(backup).replace(manifest | {"files": manifest["files"][:1]})
+    lacking = f"{pki / 'admin.conf'}, {pki / 'server.crt'}"
+    with pytest.raises(InstallError, match=f"{backup}: wanted a backup of {lacking}, found none"):
         recover(store)
     assert store.journal.exists()
 
