@@ -76,11 +76,9 @@ class Issuing:
             context.queue.remove(one.uid)
             if one.is_deleted:
                 context.give_up(one.uid, "the object is gone")
-            if one.certificate and not self._writer.is_ours(one.uid):
+            if one.certificate and not self._writer.has_settled(one.uid):
                 self._saw(one)
             return
-        if self._writer.is_ours(one.uid):
-            return  # the watch is behind our own writes: a CA is not asked twice
         for uid in context.queue.put(one, self._judge.look):
             context.give_up(uid, "a newer request of the same node has come")
 
@@ -147,6 +145,8 @@ class Issuing:
     def _answer(self, job: Job) -> None:
         """Judge, have it signed and proven, judge again, write."""
         context = self._context
+        if self._writer.has_settled(job.one.uid):
+            return  # this version is older than our own write: no CA is asked twice
         self._assert_current(job)
         ticket = context.tickets.get(job.one.uid)
         if not job.begun and ticket is None:

@@ -29,7 +29,7 @@ from bridge.words import one_line
 log = logging.getLogger("ca-bridge")
 
 _TURNS = 5  # each 409 means that another client has written
-_MOST_OURS = 10_000
+_MOST_SETTLED = 10_000
 
 
 class Writer:
@@ -38,11 +38,17 @@ class Writer:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._mutex = Lock()
-        self._ours: OrderedDict[str, None] = OrderedDict()  # uids whose certificates we wrote
+        self._settled: OrderedDict[str, None] = OrderedDict()  # uids of objects that we gave an answer to
 
-    def is_ours(self, uid: str) -> bool:
-        """Whether we wrote its certificate, and so know it."""
-        return uid in self._ours
+    def has_settled(self, uid: str) -> bool:
+        """Whether we wrote the object's certificate or refusal; the watch may still show an older version of it."""
+        return uid in self._settled
+
+    def _settle(self, uid: str) -> None:
+        with self._mutex:
+            self._settled[uid] = None
+            if len(self._settled) > _MOST_SETTLED:
+                self._settled.popitem(last=False)
 
     # --- answers ----------------------------------------------------------------------------------------------------
     # each raises GoneError (the object is settled, or another one), LeftError or NoAnswerError where it was not written
@@ -56,6 +62,7 @@ class Writer:
             subresource, kind = ("status", watch.FAILED) if is_approved else ("approval", watch.DENIED)
             body = with_condition(job.one, kind, watch.NOT_ALLOWED, context.now())
             if self._patch(job.one, subresource, body).status == HTTPStatus.OK:
+                self._settle(job.one.uid)
                 context.metrics.count(job.one.request.signer, kind.lower())
                 log.info("%s: %s", kind.lower(), one_line(reason), extra=extra(job, kind.lower()))
                 context.give_up(job.one.uid, "it was denied")
@@ -66,6 +73,7 @@ class Writer:
         for _ in self.turns(job):
             body = with_condition(job.one, watch.FAILED, watch.NOT_ANSWERED, self._context.now())
             if self._patch(job.one, "status", body).status == HTTPStatus.OK:
+                self._settle(job.one.uid)
                 return
 
     def waits(self, job: Job) -> None:
@@ -92,10 +100,7 @@ class Writer:
         chain = b"".join(map(pem, (found.leaf, *found.intermediates)))
         if self._patch(job.one, "status", with_certificate(job.one, chain)).status != HTTPStatus.OK:
             return False
-        with self._mutex:
-            self._ours[job.one.uid] = None
-            if len(self._ours) > _MOST_OURS:
-                self._ours.popitem(last=False)
+        self._settle(job.one.uid)
         return True
 
     # --- objects ----------------------------------------------------------------------------------------------------

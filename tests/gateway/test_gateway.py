@@ -17,8 +17,15 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from bridge.gateway import watch
+from bridge.gateway.context import Context
+from bridge.gateway.issue import Issuing
+from bridge.gateway.ledger import Ledger
+from bridge.gateway.pending_at_ca import Tickets
 from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
+from bridge.gateway.service import Service
 from bridge.pki.certificates import fingerprint
+from bridge.settings import load
 from bridge.state import audit
 from bridge.state.store import Store
 from tests.kit import api_proxy, cluster_api, desk_program, gateways, hostile_csrs, openbao
@@ -289,6 +296,47 @@ def test_only_the_newest_of_a_node_is_asked_for(
         signed = [name for name in names if state_of(read(cluster, name)) == "signed"]
         assert names[-1] in signed
         assert len(signed) <= len(desk.calls) <= 2  # the first may have been begun before the others were seen
+
+
+def test_the_watch_may_be_behind_our_own_writes(
+    cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path
+) -> None:
+    """An older version of an object that we have answered asks no CA, before or after the newer one; another replica looks."""
+    settings = load.load(place_with(cluster, desk, tmp_path, worker, lease=False).write())
+    service = Service(settings, lambda: datetime.now(UTC))
+    store = Store(tmp_path / "state")
+    store.prepare()
+
+    def replica() -> Issuing:
+        return Issuing(
+            Context(
+                settings=settings, api=service.api, nodes=service.nodes, authorities=service.authorities,
+                ledger=Ledger(store, settings.audit), tickets=Tickets(store), metrics=service.metrics,
+                holder=service.holder, now=lambda: datetime.now(UTC),
+            )
+        )  # fmt: skip
+
+    foreign = csr_pem(node_subject(worker), [x509.DNSName("kubernetes.default.svc")])
+    signed, denied = ask(cluster, worker), ask(cluster, worker, SERVING, foreign)
+    old = [watch.parse(read(cluster, name), 1000) for name in (signed, denied)]
+    issuing = replica()
+    for one in old:
+        issuing.changed(one)
+        assert issuing.work(0)
+    assert [state_of(read(cluster, name)) for name in (signed, denied)] == ["signed", "denied"]
+    recorded = (tmp_path / "state/audit.jsonl").read_bytes()
+    new = [watch.parse(read(cluster, name), 1000) for name in (signed, denied)]
+    for events in ([*old, *new], [*new, *old]):
+        for one in events:
+            issuing.changed(one)
+        while issuing.work(0):
+            pass
+    assert len(desk.calls) == 1
+    assert (tmp_path / "state/audit.jsonl").read_bytes() == recorded
+    another = replica()
+    another.changed(old[0])
+    assert another.work(0)
+    assert len(desk.calls) == 2
 
 
 # --- replicas, kills, drains ------------------------------------------------------------------------------------------
