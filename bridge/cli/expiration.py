@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bridge.cli.expiration_forms import look
+from bridge.cli.help import Command
 from bridge.cli.options import Common, command, duration_option, utc_now
 from bridge.cli.printing import say
 from bridge.errors import BridgeError
@@ -36,7 +38,36 @@ class ExpirationOutput(StrEnum):
     NAGIOS = "nagios"
 
 
-@command(commands, "check-expiration")
+class _Check(Command):
+    """The command; a wrong option is told to a monitor in its own way."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Parse the command line."""
+        with _told_to_nagios(asked=any(word.endswith(ExpirationOutput.NAGIOS) for word in args)):
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Do what it says."""
+        with _told_to_nagios(asked=ctx.params["output"] == ExpirationOutput.NAGIOS):
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _told_to_nagios(*, asked: bool) -> Iterator[None]:
+    """Print a usage error as a plugin's line, too: monitors show no standard error, and code 2 is CRITICAL for them."""
+    try:
+        yield
+    except typer.TyperException as error:
+        if not asked:
+            raise
+        e: Any = error  # the classes of usage errors are not exported
+        from bridge.cli import nagios  # noqa: PLC0415 (for monitors alone)
+
+        e.show()
+        raise typer.Exit(_shown(nagios.unknown(e.format_message()), [], nagios.UNKNOWN)) from None
+
+
+@command(commands, "check-expiration", _Check)
 def check_expiration(
     common: Common,
     output: Annotated[ExpirationOutput, typer.Option("--output", "-o", help="Format.")] = ExpirationOutput.TABLE,

@@ -91,7 +91,7 @@ def group(to: typer.Typer, name: str, sentence: str) -> typer.Typer:
     return made
 
 
-def command(to: typer.Typer, name: str) -> Callable[[_Function], _Function]:
+def command(to: typer.Typer, name: str, cls: type[Command] = Command) -> Callable[[_Function], _Function]:
     """
     Register a command, which returns its exit code (None: 0) and whose first parameter is a `Common`.
 
@@ -122,7 +122,7 @@ def command(to: typer.Typer, name: str) -> Callable[[_Function], _Function]:
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*options, *ours.values())]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        to.command(name, cls=Command)(run)
+        to.command(name, cls=cls)(run)
         return function
 
     return register

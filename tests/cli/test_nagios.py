@@ -156,11 +156,26 @@ def test_a_monitor_that_may_not_read_the_settings_says_unknown() -> None:
             assert (run.returncode, run.stdout.split()[1:2], run.stdout.count("\n")) == (code, [word], 1), run.stderr
 
 
-def test_swapped_thresholds_are_refused(tmp_path: Path) -> None:
-    """With the critical one first nobody would ever be warned."""
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("-o", "nagios", "-w", "5d", "-c", "21d"), "shorter than -w"),
+        (("--output=nagios", "-w", "soon"), "soon"),
+        (("-w", "|", "-o", "nagios"), "found '/'"),
+        (("-onagios", "--no-such-option"), "--no-such-option"),
+        (("-o", "nagios", "-c"), "-c"),
+    ],
+)
+def test_a_usage_error_is_unknown(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    """A monitor shows the line on standard output; other formats have their exit code 2, and nothing there."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
-    run: subprocess.CompletedProcess[str] = bridge.run("check-expiration", "-o", "nagios", "-w", "5d", "-c", "21d")
-    assert (run.returncode, "shorter than -w" in run.stderr, run.stdout) == (2, True, "")
+    run: subprocess.CompletedProcess[str] = bridge.run("check-expiration", *arguments)
+    assert (run.returncode, run.stdout.count("\n"), run.stdout.count("|")) == (3, 1, 0), run
+    assert run.stdout.startswith("CERTIFICATES UNKNOWN - ")
+    assert says in run.stdout
+    assert "Usage:" in run.stderr
+    other = bridge.run("check-expiration", *(word.replace("nagios", "json") for word in arguments))
+    assert (other.returncode, other.stdout) == (2, "")
 
 
 @pytest.mark.parametrize("arguments", [("-w", "3d"), ("-c", "3d", "-o", "json")])
