@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import subprocess
 from collections.abc import Collection
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -29,6 +30,7 @@ from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.state.install import InstallError
 from bridge.state.store import Store
+from tests.kit.cas import Bridge, add_openssl
 from tests.kit.issuing import Signer
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
@@ -392,3 +394,20 @@ def test_a_ca_whose_clock_is_ahead_is_waited_for(monkeypatch: pytest.MonkeyPatch
     assert waits[0] == 0
     assert 15 < waits[1] <= 20
     assert waits[2] == 60
+
+
+def test_renew_says_which_streams_end_once(node: Pki, tmp_path: Path) -> None:
+    """Those through kubelets, where an API server is here and its client certificate is installed; other certificates end none."""
+    bridge = Bridge(pki=node, directory=tmp_path / "bridge")
+    add_openssl(bridge, "ca")
+    manifest = node.kubeconfig_dir / "manifests/kube-apiserver.yaml"
+
+    def says(name: str) -> int:
+        run: subprocess.CompletedProcess[str] = bridge.run("renew", name, "--no-restart")
+        assert run.returncode == 0, run
+        return run.stderr.count("open streams through kubelets (kubectl logs -f, exec, port-forward) end once")
+
+    assert says("apiserver-kubelet-client") == 0
+    manifest.parent.mkdir(exist_ok=True)
+    manifest.write_text(APISERVER.replace("{etcd}", str(node.pki_dir)))
+    assert (says("apiserver-kubelet-client"), says("apiserver")) == (1, 0)
