@@ -205,6 +205,7 @@ def _api(ip: str, keys: Path, files_dir: Path) -> ClusterApi:
 def _place(api: ClusterApi, bao: OpenBao, files_dir: Path, validity: str, nodes: Mapping[str, str]) -> Place:
     first, *_ = nodes
     inventory = ['[cluster]\nendpoints = ["api.example.com"]\nservice_networks = ["10.96.0.0/12"]\n']
+    inventory.append(f'[node.{ASKS}]\naddresses = ["198.18.77.250"]\n')
     for name, ip in nodes.items():
         inventory.append(f'[node.{name}]\naddresses = ["{ip}"]\n' + ("control_plane = true\n" if name == first else ""))
     place = Place(
@@ -233,6 +234,11 @@ def _install_manifests(cluster: GatewayCluster, files_dir: Path) -> None:
 
 #: Requests with as many annotations as the admission policy lets through: the queue has room for 900.
 _BURST = 1_200
+#: A node of the inventory that has no kubelet: its certificates say how long an honest request waits.
+ASKS = "asks"
+#: After a kill everything works again by then.
+_UPSET_SECONDS = 30.0
+_SOON_SECONDS = 10.0
 
 
 @dataclass(kw_only=True)
@@ -248,6 +254,9 @@ class Figures:
     outages: list[float] = field(default_factory=list)  #: Seconds that the API server did not answer.
     flooded: int = 0  #: Large requests of one worker.
     most_mb: float = 0  #: Memory of a gateway.
+    waited: list[float] = field(default_factory=list)  #: Seconds until an honest request was answered, nothing killed.
+    waited_upset: list[float] = field(default_factory=list)  #: The same with a kill shortly before or meanwhile.
+    untrue: list[str] = field(default_factory=list)  #: What a gateway said of its health that was not so.
     signed: int = 0
     wrong: list[str] = field(default_factory=list)
 
@@ -262,6 +271,11 @@ class Figures:
         yield f"hostile requests: {', '.join(f'{kind} {count}' for kind, count in sorted(self.hostile.items()))}"
         if self.flooded:
             yield f"large requests of one worker: {self.flooded}, gateways' memory at most {self.most_mb:.0f} MB"
+        if self.waited:
+            yield f"honest requests of another node: {len(self.waited)}, longest {max(self.waited):.1f} s"
+            upset = f"{len(self.waited_upset)}, longest {max(self.waited_upset, default=0):.1f} s"
+            yield f"honest requests with a kill in the {_UPSET_SECONDS:.0f} s before, or meanwhile: {upset}"
+            yield f"health pages that were not true: {len(self.untrue)}"
         yield f"certificates signed: {self.signed}; wrong: {len(self.wrong)}"
 
 
@@ -276,6 +290,7 @@ class Motion:
         self._end = threading.Event()
         self._admin = cluster.admin  # whose certificate is made here, and not by two threads at once
         self._pair = cluster.api.credentials(f"system:node:{cluster.nodes[1].name}", "system:nodes")
+        self._upset = time.monotonic()  #: When something was killed last.
         self._known: dict[str, int] = {}
         self._objects: dict[str, dict[str, Any]] = {}  #: By uid, as each was last seen: the cluster clears them away.
         self.figures = Figures()
@@ -308,7 +323,7 @@ class Motion:
             return go
 
         began = time.monotonic()
-        works = [self._watch, self._ask, self._collect, *([self._flood] if flood else [])]
+        works = [self._watch, self._ask, self._collect, *([self._flood, self._wait] if flood else [])]
         threads = [threading.Thread(target=guarded(work)) for work in works]
         for thread in threads:
             thread.start()
@@ -335,7 +350,7 @@ class Motion:
             yield moment, self._random.choice(["gateway", "API server", "CA"])
 
     def _kill(self, what: str) -> None:
-        cluster = self._cluster
+        cluster, self._upset = self._cluster, time.monotonic()
         if what == "gateway":
             name = wait_for("a gateway that works", cluster.holder, seconds=300)
             began = time.monotonic()
@@ -349,6 +364,7 @@ class Motion:
             cluster.bao.stop()
             time.sleep(self._random.uniform(2, 10))
             cluster.bao.start_again()
+        self._upset = time.monotonic()
         self.figures.kills[what] += 1
 
     def _watch(self) -> None:
@@ -415,6 +431,45 @@ class Motion:
                 with contextlib.suppress(OSError):  # it was killed, too
                     self.figures.most_mb = max(self.figures.most_mb, gateway.peak_mb())
 
+    def _wait(self) -> None:
+        """An honest node asks for a certificate every ten seconds, and looks at what the gateways say meanwhile."""
+        api, admin = self._cluster.api, self._cluster.admin
+        pair = api.credentials(f"system:node:{ASKS}", "system:nodes")
+        who = ApiClient(url=api.url, trust=api.pki_dir / "ca.crt", pair=pair)
+        wait_for("a node", lambda: _is_made(admin, "/api/v1/nodes", {"metadata": {"name": ASKS}}))
+        for number in itertools.count():
+            if self._end.wait(10):
+                return
+            made = gateways.body(csr_pem(node_subject(ASKS)), CLIENT_KUBELET, name=f"asks-{number}")
+            wait_for("an API server", lambda: _is_made(who, CSRS, made), seconds=300)  # noqa: B023
+            asked, told = time.monotonic(), False
+            while not self._is_answered(admin, f"asks-{number}"):
+                is_late = time.monotonic() - max(asked, self._upset + _UPSET_SECONDS) > _SOON_SECONDS
+                if is_late and not told and (name := self._cluster.holder()):
+                    told = True
+                    self.figures.untrue.append(f"{name} works, and asks-{number} waits")
+                if self._end.wait(0.2):
+                    return
+            is_upset = self._upset > asked - _UPSET_SECONDS
+            (self.figures.waited_upset if is_upset else self.figures.waited).append(time.monotonic() - asked)
+            if not is_upset:
+                self._look_at_health()
+
+    def _is_answered(self, admin: ApiClient, name: str) -> bool:
+        with contextlib.suppress(requests.RequestException, ValueError, KeyError):
+            return bool(gateways.chain(admin.csr(name)))
+        return False
+
+    def _look_at_health(self) -> None:
+        """Nothing was killed for a while, and a certificate has just come: all replicas are well."""
+        pages = {
+            (name, page): one.page(page)
+            for name, one in self._cluster.gateways.items()
+            for page in ("healthz", "readyz")
+        }
+        if self._upset < time.monotonic() - _UPSET_SECONDS:
+            self.figures.untrue += [f"{key}: {said}" for key, said in pages.items() if said[0] != 200]
+
     def _collect(self) -> None:
         """Once a minute all objects: those whose certificate has ended are cleared away by the hour."""
         admin = self._cluster.admin
@@ -424,7 +479,7 @@ class Motion:
 
     def _judge(self) -> None:
         """Every object that there was: whose certificate it is, by the inventory and not by what was asked."""
-        addresses = {node.name: node.ip for node in self._cluster.nodes}
+        addresses = {ASKS: ""} | {node.name: node.ip for node in self._cluster.nodes}
         admin = self._cluster.admin
         last = wait_for("the API server", lambda: _objects(admin), seconds=300)
         self._objects |= {one["metadata"]["uid"]: one for one in last}
@@ -444,6 +499,13 @@ class Motion:
 
 def _planned(kills: Mapping[float, str]) -> Iterator[tuple[float, str]]:
     yield from sorted(kills.items())
+
+
+def _is_made(who: ApiClient, path: str, document: dict[str, Any]) -> bool:
+    """Whether the object is there; an API server that was killed may have made it."""
+    with contextlib.suppress(requests.RequestException, ValueError):
+        return who.ask("POST", path, document).status in {201, 409}
+    return False
 
 
 def _objects(admin: ApiClient) -> list[dict[str, Any]] | None:
