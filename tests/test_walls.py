@@ -181,9 +181,9 @@ _ALSO = {
 
 
 def backend_wall(source: str, module: str) -> Iterator[str]:
-    """Of ours, a backend imports the doors, how HTTP is done, its own family's files, and what `_ALSO` says."""
+    """Of ours, a backend imports the doors, how HTTP and JSON are read, its own family's files, and what `_ALSO` says."""
     family = ".".join(module.split(".")[:2])
-    allowed = [*(f"bridge.{door}" for door in DOORS), "bridge.system.http", *_ALSO.get(family, ())]
+    allowed = [*(f"bridge.{door}" for door in DOORS), "bridge.system.http", "bridge.pki.budget", *_ALSO.get(family, ())]
     if module.endswith(".setup"):  # prints what a CA needs for certificates that it looks into
         allowed += ["bridge.pki.certificates"]
     for name in imports(source, module):

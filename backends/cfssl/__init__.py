@@ -47,6 +47,7 @@ from bridge.contract import (
     Wanted,
 )
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsProblem, Violation
+from bridge.pki.budget import Budget, json_of
 from bridge.specs import EKU, SPECS, CertificateSpec
 from bridge.system.http import Answer
 from bridge.words import one_line
@@ -425,8 +426,8 @@ def _parse(answer: Answer, sent: Mapping[str, str]) -> _Reply:
     """
     later = retry_after_seconds(answer, datetime.now(UTC))
     try:
-        envelope = json.loads(answer.body)
-    except (ValueError, RecursionError):
+        envelope = json_of(answer.body, Budget(len(answer.body)))
+    except ValueError:
         envelope = None
     if not isinstance(envelope, dict) or "success" not in envelope:
         text = answer.body.decode("utf-8", "replace").strip()

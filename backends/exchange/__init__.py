@@ -9,6 +9,7 @@ since each answer is proven like any CA's.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -26,6 +27,7 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
+from bridge.pki.budget import MOST_BYTES, Budget, OverBudgetError
 from bridge.pki.bundle import AnswerBundle, BundleError, IncompleteBundleError, Refusal, RequestBundle, bundle_of
 from bridge.pki.bundle_format import (
     answer_message,
@@ -40,6 +42,9 @@ from bridge.pki.signatures import is_by, public_key
 from bridge.specs import CertificateSpec
 from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, read, read_once
+
+#: One look at an inbox costs no more; what was read is remembered, so that the next look goes on from there.
+_MOST_READ, _MOST_FILES, _LONGEST_LOOK_SECONDS = 64 << 20, 2000, 10.0
 
 #: Requests hold nothing secret, and who carries them is usually another user.
 REQUEST_MODE = 0o644
@@ -145,7 +150,7 @@ class ExchangeBackend:
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
         """Look for an answer bundle to the request bundle with this digest."""
         self.check(())
-        answers, notes = self._inbox(reference)
+        answers, notes = self._inbox(request, reference)
         ours = self._outbox(request.continuity.node) if request.continuity is not None else ()
         sent = [(path, there) for path, there in ours if digest(there) == reference]
         given = _given(answers, request)
@@ -165,12 +170,12 @@ class ExchangeBackend:
 
     def candidates(self, request: SignRequest, reference: str) -> Sequence[Issued]:
         """Certificates in all answer bundles to the request bundle with this digest, the latest first."""
-        return [one for _, one in _given(self._inbox(reference)[0], request) if isinstance(one, Issued)]
+        return [one for _, one in _given(self._inbox(request, reference)[0], request) if isinstance(one, Issued)]
 
     def accepted(self, request: SignRequest, reference: str) -> None:
         """Take the request bundle out of the outbox once all of it is answered, or another desk has yet to fetch it."""
         with contextlib.suppress(OSError, BackendUnavailableError):  # a bundle that stays does no harm
-            answered = {name for answer in self._inbox(reference)[0] for name in answer.answers}
+            answered = {name for answer in self._inbox(request, reference)[0] for name in answer.answers}
             for path, bundle in self._outbox(request.continuity.node if request.continuity is not None else ""):
                 if digest(bundle) == reference and answered >= {one.name for one in bundle.requests}:
                     path.unlink(missing_ok=True)
@@ -182,18 +187,30 @@ class ExchangeBackend:
                 with contextlib.suppress(FileNotFoundError, BundleError, UnreadableError):  # another's, whatever it is
                     yield path, loads_request(read_once(path)[0])
 
-    def _inbox(self, reference: str) -> tuple[list[AnswerBundle], list[str]]:
-        """Whole answer bundles to this request bundle, and what is to be said of files that are none."""
-        found, notes = [], []
-        for path in self._files(self._settings.inbox):
-            seen = self._look(path, reference)
+    def _inbox(self, request: SignRequest, reference: str) -> tuple[list[AnswerBundle], list[str]]:
+        """
+        Whole answer bundles to this request bundle, and what is to be said of files that are none.
+
+        Files with the node's name come first, as a desk calls its answers, and then the newest: others can fill an inbox.
+        """
+        found: list[AnswerBundle] = []
+        notes: list[str] = []
+        node = request.continuity.node if request.continuity is not None else ""
+        budget = Budget(_MOST_READ, _MOST_FILES, seconds=_LONGEST_LOOK_SECONDS, clock=time.monotonic)
+        files = self._files(self._settings.inbox)
+        for path in sorted(files, key=lambda path: (path.name.startswith(node), _written(path)), reverse=True):
+            try:
+                seen = self._look(path, reference, budget)
+            except OverBudgetError:
+                notes.append(f"{self._settings.inbox} holds more than one look reads ({len(files)} files): empty it")
+                break
             if seen is not None and seen.answer is not None and seen.digest == reference:
                 found.append(seen.answer)
             elif seen is not None and seen.note:
                 notes.append(seen.note)
         return found, notes
 
-    def _look(self, path: Path, reference: str) -> _Found | None:
+    def _look(self, path: Path, reference: str, budget: Budget) -> _Found | None:
         """Read once, as long as it stays the same, since each request of a run asks for it; None: taken away meanwhile."""
         try:
             status = path.lstat()
@@ -202,6 +219,7 @@ class ExchangeBackend:
         version = (status.st_ino, status.st_size, status.st_mtime_ns)
         known = self._read.get(path)
         if known is None or known[0] != version or (known[1].answer is None and known[1].digest == reference):
+            budget.spend(min(status.st_size, MOST_BYTES), 1)
             known = self._read[path] = version, self._answer_at(path, reference)
         return known[1]
 
@@ -228,6 +246,14 @@ class ExchangeBackend:
             raise BackendUnavailableError(
                 f"{directory}: wanted to look for bundles there, found: {e.strerror}", hint="mount or fix it"
             ) from e
+
+
+def _written(path: Path) -> int:
+    """When the file was written last; 0 for one that was taken away meanwhile."""
+    try:
+        return path.lstat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _given(answers: Sequence[AnswerBundle], request: SignRequest) -> list[tuple[AnswerBundle, Issued | Refusal]]:

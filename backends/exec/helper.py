@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cryptography import x509
 
+from bridge.pki.budget import Budget, json_of
 from bridge.pki.certificates import certificates_in
 from bridge.specs import CertificateSpec
 from bridge.words import one_line
@@ -42,9 +42,9 @@ def certificates(output: bytes) -> list[x509.Certificate]:
 
 def _texts(output: bytes) -> list[str]:
     try:
-        document = json.loads(output)
+        document = json_of(output, Budget(len(output)))
         texts = list(_members(document))
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError('JSON without {"certificate": …, "chain": [{"certificate": …}]}') from None
     if not all(isinstance(text, str) and text.isascii() for text in texts):
         raise ValueError("JSON with a certificate that is no text")

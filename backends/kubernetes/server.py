@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from urllib.parse import quote
 
 from backends.http import Http, Wording, retry_after_seconds, without
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
+from bridge.pki.budget import Budget, json_of
 from bridge.words import one_line
 
 if TYPE_CHECKING:
@@ -98,8 +98,9 @@ class Api:
 def _document(data: bytes, token: str | None) -> Mapping[str, Any]:
     """An object in JSON; anything else is not quoted: it may come from anywhere."""
     try:
-        found = json.loads(without(data.decode(), [token]))
-    except (ValueError, RecursionError):
+        text = without(data.decode(), [token]).encode()
+        found = json_of(text, Budget(len(text)))
+    except ValueError:
         found = None
     return found if isinstance(found, dict) else {"message": "no object in JSON"}
 

@@ -38,6 +38,7 @@ from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.node.pair import is_sa_pair
 from bridge.pki import kubeadm_names, signatures
+from bridge.pki.budget import MOST_BYTES, OverBudgetError, json_of
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.display import fingerprint_text
 from bridge.settings.tables import Settings
@@ -46,7 +47,6 @@ from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, open_secret, read
 
 _SCHEMA, _VERSION = "ca-bridge/new-node", 1
-_MOST_BYTES = 1 << 20
 _KEYS = frozenset({"schema", "version", "cluster", "authorities", "node", "serviceAccount", "signature"})
 
 
@@ -118,11 +118,11 @@ def _document(order: Order) -> dict[str, Any]:
 
 def loads(data: bytes) -> Order:
     """Read an order and judge every field; an error holds nothing of the content."""
-    if len(data) > _MOST_BYTES:
-        raise OrderError(f"wanted an order, found {len(data)} bytes")
     try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
-    except (ValueError, RecursionError):
+        document = json_of(data, pairs=_once)
+    except OverBudgetError as e:
+        raise OrderError(f"wanted an order: {e}") from None
+    except ValueError:
         document = None  # not raised here, since a traceback could lead to the text, which may hold a key
     if not isinstance(document, dict) or document.get("schema") != _SCHEMA or document.get("version") != _VERSION:
         raise OrderError(f"wanted a JSON document of schema {_SCHEMA}, version {_VERSION}, found something else")
@@ -267,7 +267,7 @@ def share(settings: Settings, places: Places, config: Path, now: datetime, *, wo
 def read_order(path: Path) -> Order:
     """An order, or what a node shares; `-` is standard input. A file with a key in it must be for its owner alone."""
     if str(path) == "-":
-        return loads(sys.stdin.buffer.read(_MOST_BYTES + 1))
+        return loads(sys.stdin.buffer.read(MOST_BYTES + 1))
     try:
         data = read(path)
     except UnreadableError as e:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import ssl
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from cryptography import x509
 
 from bridge.node.endpoints import Address, Server
 from bridge.node.processes import file_contents
+from bridge.pki.budget import of_server
 from bridge.system import http
 from bridge.system.http import Answer, KeptConnection, Peer
 
@@ -110,8 +110,8 @@ NOBODY = Client(name="nobody", certificate_pem=None, key_pem=None, trust_pem=Non
 def document(body: bytes) -> dict[str, Any]:
     """An object in JSON; an UnreachableError for anything else."""
     try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
+        found = of_server(body)
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise http.UnreachableError("wanted an object in JSON, found something else")

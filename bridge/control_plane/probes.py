@@ -8,7 +8,6 @@ manager and the scheduler serve certificates that no CA has signed, and proof ju
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -27,6 +26,7 @@ from bridge.node.endpoints import Address, Server
 from bridge.node.inventory import Node
 from bridge.node.kubelet import Kubelet
 from bridge.node.processes import file_contents
+from bridge.pki.budget import of_server
 from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.specs import Component
 from bridge.system import http
@@ -184,8 +184,8 @@ def words(answer: http.Answer) -> str:
     """The message in a server's answer: of Kubernetes' Status or of etcd's error, or the text itself."""
     text = answer.body[:_MOST_WORDS].decode(errors="replace").strip()
     try:
-        found = json.loads(answer.body)
-    except (ValueError, RecursionError):
+        found = of_server(answer.body)
+    except ValueError:
         return text
     message = found.get("message") if isinstance(found, dict) else None
     return message[:_MOST_WORDS] if isinstance(message, str) else text

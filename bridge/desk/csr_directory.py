@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 
 from bridge.contract import Issued
 from bridge.errors import BridgeError
+from bridge.pki.budget import Budget, OverBudgetError
 from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import pem
 from bridge.specs import SPECS, CertificateSpec
@@ -155,11 +156,19 @@ def _kubeconfig(path: Path) -> bytes | None:
         raise CsrDirectoryError(f"{path}: wanted the kubeconfig beside {path.name}{_SUFFIX}; {e}") from None
 
 
+def _yaml(data: bytes) -> Any:
+    """The value of a small document; kubeadm's kubeconfig has 20 values."""
+    budget = Budget(steps=1000)
+    for event in yaml.parse(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        budget.spend(steps=isinstance(event, yaml.NodeEvent))
+    return yaml.safe_load(data)
+
+
 def _completed(path: Path, data: bytes, issued: Issued, chain: bytes, ca: x509.Certificate) -> bytes:
     """The kubeconfig with the client's certificate and the CA's, laid out as kubeadm does it."""
     wanted = "wanted a kubeconfig with one cluster and one user, as `kubeadm certs generate-csr` writes it"
     try:
-        config: Any = yaml.safe_load(data)
+        config = _yaml(data)
         [cluster], [user] = config["clusters"], config["users"]
         key = load_pem_private_key(base64.b64decode(user["user"]["client-key-data"]), None)
         cluster["cluster"]["certificate-authority-data"] = base64.b64encode(pem(ca)).decode()
@@ -173,7 +182,7 @@ def _completed(path: Path, data: bytes, issued: Issued, chain: bytes, ca: x509.C
         RecursionError,
         UnsupportedAlgorithm,
     ) as e:
-        key, found = None, type(e).__name__
+        key, found = None, str(e) if isinstance(e, OverBudgetError) else type(e).__name__
     if key is None:
         raise CsrDirectoryError(f"{path}: {wanted}, found something else ({found})")
     if key.public_key() != issued.leaf.public_key():

@@ -28,8 +28,9 @@ from bridge.desk.records import Archive, Journal, archive_directory
 from bridge.desk.workers import GARBAGE, WORTHWHILE, ReadAhead, Workers
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki import signatures
+from bridge.pki.budget import MOST_BYTES
 from bridge.pki.bundle import CARRIED, AnswerBundle, BundleError, IncompleteBundleError, RequestBundle
-from bridge.pki.bundle_format import MAX_BUNDLE_BYTES, answer_suffix, digest, dumps, file_names, loads, loads_request
+from bridge.pki.bundle_format import answer_suffix, digest, dumps, file_names, loads, loads_request
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import is_due
 from bridge.settings.load import DEFAULT_FILE
@@ -292,7 +293,7 @@ class Session:
             except FileNotFoundError:
                 continue  # taken back
             except UnreadableError as e:
-                text = f"wanted a file of at most {MAX_BUNDLE_BYTES} bytes with a bundle, found: {e}"
+                text = f"wanted a file of at most {MOST_BYTES} bytes with a bundle, found: {e}"
                 self._passed_over(one_line(path), BridgeError(text))
 
     def _inbox_job(self, file: _InboxFile, outbox: Path, ahead: ReadAhead | None) -> Job | None:

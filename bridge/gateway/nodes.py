@@ -7,7 +7,6 @@ In a burst, one list of names replaces hundreds of questions about single Node o
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import socket
 import threading
@@ -27,6 +26,7 @@ from bridge.desk.node_inventory import Inventory, NodeEntry
 from bridge.errors import BridgeError
 from bridge.gateway import policy
 from bridge.gateway.policy import GatewayPolicy, NodeState
+from bridge.pki.budget import json_of
 from bridge.pki.kubeadm_names import is_node_name
 from bridge.settings.reader import Reader, Source
 from bridge.settings.tables import GatewaySettings
@@ -253,8 +253,8 @@ def _asked(command: Path, name: str) -> NodeEntry | None:
 
 def _object(text: bytes) -> dict[str, Any] | None:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = json_of(text)
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
 

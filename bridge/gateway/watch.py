@@ -20,6 +20,7 @@ from urllib.parse import quote, urlencode
 
 from bridge.cluster.api import Api, Lines, NoAnswerError
 from bridge.gateway.policy import Request
+from bridge.pki.budget import Budget, json_of
 
 COLLECTION = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 APPROVED, DENIED, FAILED = "Approved", "Denied", "Failed"
@@ -182,12 +183,12 @@ class Watch:
                 self._has_seen_all = True
             return
         try:
-            event = json.loads(line)
+            event = json_of(line, Budget(len(line)))
             kind, document = event["type"], event["object"]
             if kind not in {"ADDED", "MODIFIED", "DELETED"}:
                 return
             found = parse(document, len(line))
-        except (ValueError, KeyError, TypeError, RecursionError, NotAnObjectError):
+        except (ValueError, KeyError, TypeError, NotAnObjectError):
             return
         if found.request.signer not in self._wanted:
             return

@@ -7,7 +7,6 @@ By the process table, or by the container runtime where crictl answers.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -19,6 +18,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from bridge.node.kubelet import Kubelet
+from bridge.pki.budget import of_server
 from bridge.specs import Component
 from bridge.system import paths
 from bridge.system.paths import UnreadableError
@@ -260,7 +260,7 @@ def _crictl(*arguments: str) -> dict[str, Any]:
     ended = run(command, answer.extend)
     if ended.failure:
         raise OSError(f"crictl {ended.failure}")
-    found = json.loads(answer)
+    found = of_server(bytes(answer))
     if not isinstance(found, dict):
         raise ValueError("something else")  # noqa: TRY004 (of a program, not of a caller)
     return found

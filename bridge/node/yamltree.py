@@ -12,14 +12,12 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-#: The kubeconfigs and manifests of kubeadm are below 20 kB.
-MAX_YAML_BYTES = 1 << 20
+from bridge.pki.budget import Budget, OverBudgetError
+
 #: Theirs is below 12; libyaml ends at 100 or 1000 by itself, the parser in Python does not.
 MAX_DEPTH = 64
 #: A kubeadm configuration file has five kinds of them.
 MAX_DOCUMENTS = 20
-#: A kubeconfig with a thousand clusters has about 30,000 values.
-MAX_NODES = 100_000
 
 _BOM = "\ufeff"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is not in every build
@@ -158,10 +156,11 @@ def _plain_scalar(node: YamlNode) -> str | float | bool | None:
 
 def split_bom(data: bytes) -> tuple[str, str]:
     """The byte order mark (mostly empty) and the text after it."""
-    if len(data) > MAX_YAML_BYTES:
-        raise YamlError(f"wanted at most {MAX_YAML_BYTES} bytes, found {len(data)}")
     try:
+        Budget().spend(len(data))
         text = data.decode()
+    except OverBudgetError as e:
+        raise YamlError(str(e)) from None
     except UnicodeDecodeError as e:
         place = e.start
     else:
@@ -188,6 +187,7 @@ def events(text: str, most: int = 1) -> Iterator[yaml.Event]:
 
 def _limited(parsed: Iterator[yaml.Event], most: int) -> Iterator[yaml.Event]:
     depth = documents = 0
+    budget = Budget()
     for event in parsed:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         documents += isinstance(event, yaml.DocumentStartEvent)
@@ -196,6 +196,10 @@ def _limited(parsed: Iterator[yaml.Event], most: int) -> Iterator[yaml.Event]:
         if documents > most:
             wanted = "one document" if most == 1 else f"at most {most} documents"
             raise YamlError(f"line {_place(event).line}: wanted {wanted}, found another")
+        try:
+            budget.spend(steps=isinstance(event, yaml.NodeEvent))
+        except OverBudgetError as e:
+            raise YamlError(f"line {_place(event).line}: {e}") from None
         yield event
 
 
@@ -209,16 +213,12 @@ def documents(text: str, most: int = MAX_DOCUMENTS) -> list[YamlNode]:
     root = YamlNode("sequence", Position(1, 0, 0))
     stack = [root]
     anchors: dict[str, YamlNode] = {}
-    left = MAX_NODES + 1
     for event in events(text, most):
         if isinstance(event, yaml.DocumentStartEvent):
             anchors = {}  # an alias leads to its own document (YAML 1.2 §3.2.2.2)
         elif isinstance(event, yaml.CollectionEndEvent):
             stack.pop()
         elif isinstance(event, yaml.NodeEvent):
-            left -= 1
-            if not left:
-                raise YamlError(f"line {_place(event).line}: wanted at most {MAX_NODES} values, found more")
             node = _node(event, anchors)
             stack[-1].children.append(node)
             if isinstance(event, yaml.CollectionStartEvent):

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import Issued
 from bridge.pki import display
+from bridge.pki.budget import OverBudgetError, json_of
 from bridge.pki.bundle import (
     CARRIED,
     LONGEST_TEXT,
@@ -308,8 +309,6 @@ def _assert_digest(fields: Fields) -> None:
         raise BundleError("digest", f"{wanted}, which is that of what it holds", given)
 
 
-#: The requests of one node, a dozen with long chains, are a tenth of it.
-MAX_BUNDLE_BYTES = 1 << 20
 #: No object in a bundle has more than a dozen; answers have one for each certificate.
 _MOST_KEYS = 1000
 _LONGEST_FOUND = 60
@@ -326,18 +325,16 @@ _CSR_HINT = (
 
 def parse(data: bytes) -> dict[str, Any]:
     """The JSON object that the bytes are."""
-    if len(data) > MAX_BUNDLE_BYTES:
-        raise BundleError("", f"at most {MAX_BUNDLE_BYTES} bytes", f"{len(data)}")
     try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise BundleError("", "a bundle", "nesting without end") from None
+        document = json_of(data, pairs=_unique)
+    except OverBudgetError as e:
+        raise BundleError("", e.wanted, e.found) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         reason = "bytes that are no UTF-8" if isinstance(e, UnicodeDecodeError) else f"none: {e.msg} at byte {e.pos}"
         hint = _CSR_HINT if b"CERTIFICATE REQUEST-----" in data else "is it still being copied?"
         raise IncompleteBundleError("", "one JSON document", reason, hint=hint) from None
-    except ValueError:  # a number of thousands of digits
-        raise BundleError("", "a bundle", "a number without end") from None
+    except ValueError:  # a number of thousands of digits, or NaN
+        raise BundleError("", "a bundle", "a number that is none, or without end") from None
     if not isinstance(document, dict):
         raise BundleError("", "a JSON object", excerpt(document))
     return document
@@ -359,10 +356,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise BundleError(excerpt(key), "each key once", "it twice")
         values[key] = value
     return values
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise BundleError("", "numbers", text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.errors import BridgeError, Exit
+from bridge.pki.budget import Budget
 from bridge.pki.certificates import load_pem_certificates
 from bridge.words import one_line
 
@@ -342,8 +343,7 @@ class _Limits:
 
     def __init__(self, seconds: float, longest: int) -> None:
         self.seconds = seconds
-        self._end = time.monotonic() + seconds
-        self._bytes_left = longest + _SPARE_BYTES
+        self._budget = Budget(longest + _SPARE_BYTES, seconds=seconds, clock=time.monotonic)
         self._longest = longest
         self._silence: float | None = None
 
@@ -354,15 +354,14 @@ class _Limits:
     def seconds_left(self) -> float:
         if self._silence is not None:
             return self._silence
-        left = self._end - time.monotonic()
+        left = self._budget.seconds_left()
         if left <= 0:
             raise TimeoutError
         return left
 
     def count(self, received: int) -> None:
         """Count what came, below the parser: a server's word for a length (a chunk of -1) is no limit."""
-        self._bytes_left -= received
-        if self._silence is None and self._bytes_left < 0:
+        if self._silence is None and not self._budget.allows(received):
             raise TooLongError(f"wanted an answer of at most {self._longest} bytes, found a longer one")
 
 

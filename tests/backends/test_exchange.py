@@ -196,6 +196,24 @@ def test_a_half_copied_answer_is_left_alone_until_it_is_whole(tmp_path: Path) ->
     assert backend.collect(request, reference) == issued
 
 
+@pytest.mark.attack("N5")
+def test_a_full_inbox_delays_a_run_by_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look reads so many files; ours by its name is among them, and under another name it is found by a later look."""
+    monkeypatch.setattr("backends.exchange._MOST_FILES", 20)
+    backend, request = opened(tmp_path), asked()
+    reference = pending(backend.sign(request)).reference
+    for number in range(50):
+        (tmp_path / f"inbox/zz-{number}.json").write_bytes(b"[" + b"[]," * 100 + b"[]]")
+    assert "holds more than one look reads (50 files)" in pending(backend.collect(request, reference)).note
+    issued = issue(request)
+    path = put(tmp_path, "cp-1-x.answer.json", answer_to(tmp_path, {"apiserver": issued}))
+    os.utime(path, (1, 1))
+    assert opened(tmp_path).collect(request, reference) == issued
+    path.rename(tmp_path / "inbox/another-name.json")
+    looks = [backend.collect(request, reference) for _ in range(3)]
+    assert ([isinstance(one, Issued) for one in looks], looks[-1]) == ([False, True, True], issued)
+
+
 def test_a_changed_byte_is_named(tmp_path: Path) -> None:
     """The request waits on, and the operator is told which file it is."""
     backend, request = opened(tmp_path), asked()

@@ -1289,6 +1289,23 @@ def test_a_kubeconfig_with_another_key_is_not_completed(tmp_path: Path, pki: Pki
     assert (csrs / "admin.conf").read_bytes() == (pki.kubeconfig_dir / "admin.conf").read_bytes()
 
 
+@pytest.mark.attack("N5")
+def test_a_kubeconfig_beside_a_csr_keeps_no_desk_busy(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
+    """A megabyte of empty lists would take a minute to become values."""
+    desk_ = make_desk(tmp_path / "desk", pki, policy=RULES)
+    csrs = tmp_path / "csrs"
+    csrs.mkdir()
+    (csrs / "admin.conf.csr").write_bytes(new_csr(pairs["admin.conf"][0]).public_bytes(Encoding.PEM))
+    (csrs / "admin.conf").write_bytes(b"[" + b"[]," * 340_000 + b"[]]")
+    begin = time.monotonic()
+
+    run = desk_.run("sign", csrs, "--node", "cp-1", "--cluster", "kubernetes", *waived(["admin.conf"]))
+
+    assert run.returncode == Exit.FAILED
+    assert "at most 1000 values" in run.stderr
+    assert time.monotonic() - begin < 15
+
+
 # --- what is installed with the program -------------------------------------------------------------------------------
 
 

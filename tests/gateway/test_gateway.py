@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bridge.gateway.pending_at_ca import Tickets
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
@@ -21,7 +22,6 @@ from bridge.gateway import watch
 from bridge.gateway.context import Context
 from bridge.gateway.issue import Issuing
 from bridge.gateway.ledger import Ledger
-from bridge.gateway.pending_at_ca import Tickets
 from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
 from bridge.gateway.service import Service
 from bridge.pki.certificates import fingerprint

@@ -26,6 +26,7 @@ from bridge.node.kubeconfig import (
     with_credentials,
     with_users,
 )
+from bridge.pki.budget import MOST_BYTES
 
 LOADERS = [loader for loader in (getattr(yaml, "CSafeLoader", None), yaml.SafeLoader) if loader is not None]
 
@@ -164,7 +165,7 @@ UNREADABLE: dict[str, str | bytes] = {
     "binary by a tag": PLAIN.replace(b64(CERTIFICATE), f"!!binary {b64(CERTIFICATE)}"),
     "a certificate that is a list": PLAIN.replace(b64(CERTIFICATE), "[a]"),
     "an alias of nothing": PLAIN.replace(b64(CERTIFICATE), "*nothing"),
-    "too large": PLAIN + "#" * yamltree.MAX_YAML_BYTES,
+    "too large": PLAIN + "#" * MOST_BYTES,
     "nested too deeply": PLAIN + "x: " + "[" * 70 + "]" * 70 + "\n",
     "nested without an end": PLAIN + "x: " + "[" * 100_000,
 }

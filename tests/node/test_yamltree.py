@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.node.yamltree import MAX_NODES, YamlError, document
+from bridge.node.yamltree import YamlError, document
+from bridge.pki.budget import MOST_STEPS
 
 _TEXTS = st.text(st.characters(exclude_categories=["C"]), max_size=8)
 _VALUES: st.SearchStrategy[Any] = st.recursive(
@@ -76,9 +77,9 @@ def test_what_two_readers_take_differently_is_refused(text: str, found: str) -> 
 @pytest.mark.attack("N1")
 def test_a_document_of_too_many_values_is_refused() -> None:
     """Below the limit of bytes, and each of them short: a budget of values ends it; one less is read."""
-    many = "- 1\n" * (MAX_NODES - 1)
+    many = "- 1\n" * (MOST_STEPS - 1)
 
-    assert len(document(many).items()) == MAX_NODES - 1
+    assert len(document(many).items()) == MOST_STEPS - 1
     with pytest.raises(YamlError, match="values, found more"):
         document(many + "- 1\n")
 

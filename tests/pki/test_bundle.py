@@ -26,6 +26,7 @@ from bridge.contract import Issued
 from bridge.node import sample_pki
 from bridge.pki import bundle as bundles
 from bridge.pki import bundle_format, signatures
+from bridge.pki.budget import MOST_BYTES
 from bridge.pki.bundle import (
     AnswerBundle,
     Bundle,
@@ -37,7 +38,6 @@ from bridge.pki.bundle import (
     sign_request,
 )
 from bridge.pki.bundle_format import (
-    MAX_BUNDLE_BYTES,
     describe,
     digest,
     dumps,
@@ -417,7 +417,7 @@ def test_what_is_no_bundle_is_refused(data: bytes) -> None:
 
 def test_a_bundle_has_a_size_limit(either: Bundle) -> None:
     """It is known before the first byte is read."""
-    assert "at most" in error_of(dumps(either) + b" " * MAX_BUNDLE_BYTES).wanted
+    assert "at most" in error_of(dumps(either) + b" " * MOST_BYTES).wanted
 
 
 def test_a_name_asked_for_twice_is_refused(request_bundle: RequestBundle) -> None:
@@ -554,7 +554,7 @@ def test_a_proof_is_good_for_its_own_request_only(request_bundle: RequestBundle,
 def test_a_key_that_is_there_twice_costs_no_time(keys: int) -> None:
     """One mebibyte of keys would take minutes if each were looked for among all; the second key is found either way."""
     data = ("{" + "".join(f'"{number:06}":0,' for number in range(keys)) + f'"{keys - 1:06}":0}}').encode()
-    assert len(data) < bundle_format.MAX_BUNDLE_BYTES
+    assert len(data) < MOST_BYTES
     begin = time.process_time()
     with pytest.raises(BundleError, match="at most" if keys > 1000 else "each key once"):
         bundle_format.parse(data)

@@ -1,0 +1,95 @@
+"""
+What a reader may spend on something that others wrote: bytes, steps and time. Whatever is above it is refused.
+
+A step is a value, a key or a file. Bytes alone are no limit: a megabyte of `[],` is 350,000 lists, and 25 MB in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+#: A kubeconfig with a thousand clusters has about 30,000 values, a bundle of a dozen requests 500.
+MOST_BYTES, MOST_STEPS = 1 << 20, 100_000
+#: A page of a thousand Node objects' metadata has up to 400 values a node.
+MOST_OF_SERVER = 1_000_000
+
+
+class OverBudgetError(ValueError):
+    """There is more than a reader may spend on it."""
+
+    def __init__(self, wanted: str, found: str) -> None:
+        self.wanted = wanted
+        self.found = found
+        super().__init__(f"wanted {wanted}, found {found}")
+
+
+class Budget:
+    """What is left; one object goes through all that is read together."""
+
+    def __init__(
+        self,
+        size: int = MOST_BYTES,
+        steps: int = MOST_STEPS,
+        *,
+        seconds: float | None = None,
+        clock: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """Begin; `clock` counts seconds, and is needed for a limit of time alone."""
+        self._size, self._steps, self._seconds = size, steps, seconds
+        self._bytes_left, self._steps_left = size, steps
+        self._clock = clock
+        self._end = None if seconds is None else clock() + seconds
+
+    def spend(self, size: int = 0, steps: int = 0) -> None:
+        """Take bytes and steps, or raise an OverBudgetError: they, or the time, are used up."""
+        if not self.allows(size):
+            raise OverBudgetError(f"at most {self._size} bytes", f"{self._size - self._bytes_left}")
+        self._steps_left -= steps
+        if self._steps_left < 0:
+            raise OverBudgetError(f"at most {self._steps} values", "more")
+        if self.seconds_left() <= 0:
+            raise OverBudgetError(f"no more than can be read within {self._seconds:g} s", "more")
+
+    def allows(self, size: int) -> bool:
+        """Take bytes alone, and say whether there were as many."""
+        self._bytes_left -= size
+        return self._bytes_left >= 0
+
+    def seconds_left(self) -> float:
+        """The time that is left; without a limit it is infinite."""
+        return float("inf") if self._end is None else self._end - self._clock()
+
+
+def of_server(body: bytes) -> Any:
+    """JSON of a server that asks us for a lot of trust; its length was bounded when it was received."""
+    return json_of(body, Budget(len(body), MOST_OF_SERVER))
+
+
+def json_of(
+    data: bytes, budget: Budget | None = None, *, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """
+    The JSON document that the bytes are.
+
+    Args:
+        data: Of UTF-8.
+        budget: None: a new one.
+        pairs: What becomes of an object's keys and values.
+
+    Raises:
+        OverBudgetError: It has more than the budget, or nesting or a number without end.
+        ValueError: It is no JSON.
+    """
+    # at most so many values: each but the first comes after one of these
+    steps = 1 + sum(map(data.count, (b",", b"[", b"{")))
+    (Budget() if budget is None else budget).spend(len(data), steps)
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=_no_constant)
+    except RecursionError:
+        raise OverBudgetError("JSON", "nesting without end") from None
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"wanted numbers, found {text}")
