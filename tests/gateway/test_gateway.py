@@ -28,7 +28,7 @@ from bridge.pki.certificates import fingerprint
 from bridge.settings import load
 from bridge.state import audit
 from bridge.state.store import Store
-from tests.kit import api_proxy, cluster_api, desk_program, gateways, hostile_csrs, openbao
+from tests.kit import api_proxy, cluster_api, desk_program, gateways, hostile_csrs, kube_api, openbao
 from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.desk_program import DeskProgram
@@ -175,6 +175,38 @@ def test_somebody_else_has_to_approve(cluster: ClusterApi, desk: DeskProgram, wo
         gateway.until(lambda: "only a controller has approved it" in gateway.text())
         assert (state_of(read(cluster, automatic)), len(desk.calls)) == ("open", 1)
     assert cluster.client().ask("DELETE", f"{CSRS}/{automatic}").ok  # no other test's gateway signs it
+
+
+@pytest.mark.attack("G8")
+@pytest.mark.kube("kube-apiserver", "etcd", "kube-controller-manager")
+def test_kube_controller_manager_approves_for_nobody(tmp_path: Path) -> None:
+    """With kubeadm's binding it approves a new node's request at once: that counts only where no person has to approve."""
+    with kube_api.serving(tmp_path / "cluster") as api:
+        cluster = api.cluster
+        gateways.grant_rights(cluster)
+        role = "system:certificates.k8s.io:certificatesigningrequests:nodeclient"
+        group = {"kind": "Group", "name": cluster_api.BOOTSTRAP_GROUP, "apiGroup": "rbac.authorization.k8s.io"}
+        binding = {
+            "metadata": {"name": "kubeadm:node-autoapprove-bootstrap"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
+            "subjects": [group],
+        }
+        cluster.client().create("/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", binding)
+        api.start_controller_manager()
+        desk = DeskProgram.make(tmp_path / "desk", cluster.ca, cluster.cas["front-proxy-ca"])
+        place = place_with(cluster, desk, tmp_path, "w1")
+        usual, table = place.policy, f'[signer."{CLIENT_KUBELET}"]\n'
+        place.policy = usual.replace(table, f'{table}approval = "required"\n')
+        pem = csr_pem(node_subject("w1"))
+        headers = {"Impersonate-User": "system:bootstrap:abcdef", "Impersonate-Group": cluster_api.BOOTSTRAP_GROUP}
+        name = cluster.client().create(CSRS, gateways.body(pem, CLIENT_KUBELET), **headers)["metadata"]["name"]
+        with gateways.running(place) as gateway:
+            gateway.until(lambda: "only a controller has approved it" in gateway.text(), 60)
+            [approved] = read(cluster, name)["status"]["conditions"]
+            assert (approved["type"], approved["reason"]) == ("Approved", "AutoApproved")
+            assert (state_of(read(cluster, name)), desk.calls) == ("open", [])
+            place.write_policy(usual)
+            leaf_for(cluster, until_signed(gateway, cluster, name), pem)
 
 
 def approve(cluster: ClusterApi, name: str, reason: str) -> None:

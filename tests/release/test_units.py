@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,8 +14,11 @@ import pytest
 from cryptography import x509
 
 from bridge.node import sample_pki
-from tests.kit.cas import Bridge, add_cfssl, live_certificates
-from tests.kit.pki import handmade_pki
+from tests.kit import cmp, est, gateways, kube_api, openbao
+from tests.kit.cas import Bridge, add_cfssl, add_vault, live_certificates
+from tests.kit.gateways import Place
+from tests.kit.opensslca import make_ca_directory
+from tests.kit.pki import ADDRESS, NODE, handmade_pki
 from tests.kit.trees import Booted, Tree
 
 SERVICE = "ca-bridge.service"
@@ -208,33 +211,101 @@ def network_of(machine: Booted) -> Iterator[None]:
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 
 
+#: A certificate of each CA, and its file.
+PATHS = {"apiserver": "apiserver.crt", "etcd-server": "etcd/server.crt", "front-proxy-client": "front-proxy-client.crt"}
+
+
+def with_cfssl_and_exchange(bridge: Bridge, stack: ExitStack) -> None:
+    """A `cfssl serve` with mutual TLS, and an outbox that a courier empties."""
+    stack.enter_context(add_cfssl(bridge, "front-proxy-ca"))
+    for name in ("out", "in"):
+        (bridge.directory / name).mkdir()
+    exchange = {"type": "exchange", "outbox": f"{bridge.directory}/out", "inbox": f"{bridge.directory}/in"}
+    bridge.add("backend.door", exchange)
+    bridge.add("authority.etcd-ca", {"backend": "door"})
+
+
+def with_vault_est_and_cmp(bridge: Bridge, stack: ExitStack) -> None:
+    """OpenBao, `estserver` with a client certificate, and a CMP registration authority with a shared secret."""
+    add_vault(bridge, stack.enter_context(openbao.dev_server()), "ca", "cage")
+    tls, servers = est.make_tls(bridge.directory / "tls"), bridge.directory.parent / "servers"
+    url = stack.enter_context(est.estserver(servers / "est", bridge.pki.ca_pem("etcd-ca"), tls))
+    files = {key: str(path) for key, path in {**tls.agent("agent"), "ca_file": tls.ca}.items()}
+    bridge.add("backend.enrol", {"type": "est", "url": url, "label": "{usage}", "retry_for": "1s", **files})
+    bridge.add("authority.etcd-ca", {"backend": "enrol"})
+    ra = stack.enter_context(cmp.registration_authority(servers / "ra"))
+    ra.add_ca("fp", *bridge.pki.ca_pem("front-proxy-ca"), days=365)
+    keys = ra.mac() | {"secret_file": bridge.secret("cmp", Path(ra.mac()["secret_file"]).read_text())}
+    bridge.add("backend.corp", {"type": "cmp", "url": ra.url("fp"), "timeout": "20s", "wait": "1s", **keys})
+    bridge.add("authority.front-proxy-ca", {"backend": "corp"})
+
+
+def with_kubernetes(bridge: Bridge, stack: ExitStack) -> None:
+    """Another cluster's API server, where a gateway with `openssl ca` signs."""
+    servers = bridge.directory.parent / "servers"
+    api = stack.enter_context(kube_api.serving(servers / "cluster"))
+    gateways.grant_rights(api.cluster)
+    signer = f"{gateways.DOMAIN}/front-proxy-client"
+    ca = make_ca_directory(servers / "ca", *bridge.pki.ca_pem("front-proxy-ca"))
+    policy = f'[allow]\nclusters = ["*"]\nnodes = ["*"]\nmax_validity = "400d"\n[signer."{signer}"]\n'
+    policy += f'[signer."{signer}".grant.itself]\nusers = ["system:serviceaccount:ca-bridge:ca-bridge-{{node}}"]\n'
+    table = f'[backend.desk]\ntype = "openssl"\ndir = "{ca}"\n[authority.front-proxy-ca]\nbackend = "desk"\n'
+    inventory = f'[node.{NODE}]\ncontrol_plane = true\naddresses = ["{ADDRESS}"]\n'
+    place = Place(
+        cluster=api.cluster, directory=servers / "gateway", policy=policy, inventory=inventory, tables=[table],
+        trust=bridge.pki.pki_dir,
+    )  # fmt: skip
+    trust = bridge.secret("cluster-ca.crt", api.trust.read_text())
+    who = {"url": api.url, "ca_file": trust, "token_file": bridge.secret("token", "none yet")}
+    bridge.add("backend.cluster", {"type": "kubernetes", "wait": "60s", "retry_for": "5s", **who})
+    bridge.add("authority.front-proxy-ca", {"backend": "cluster", "signer": f"{gateways.DOMAIN}/{{name}}"})
+    api.apply(bridge.run("setup", "kubernetes", "--authority", "front-proxy-ca").stdout)
+    bridge.secret("token", api.bearer("ca-bridge", f"ca-bridge-{NODE}").token)
+    stack.enter_context(gateways.running(place))
+
+
+@pytest.mark.kube("cfssl", "estserver", "cmp-ra", "kube-apiserver", "etcd", "kubectl")
+@pytest.mark.attack("N3")
 @pytest.mark.parametrize("installed", ["trixie"], indirect=True)
-def test_a_ca_is_reached_by_https_and_by_files_from_the_cage(installed: Tree, tmp_path: Path) -> None:
-    """A `cfssl serve` with mutual TLS, as the other backends over HTTP; a request is laid into an outbox."""
-    bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
-    names = "front-proxy-client etcd-server"
-    drop_in = f"[Service]\nExecStart=\nExecStart=/usr/bin/ca-bridge renew {names}\nReadWritePaths=/srv/t\n"
-    installed.put(f"/etc/systemd/system/{SERVICE}.d/site.conf", drop_in.encode())
-    with installed.booted() as machine, ExitStack() as stack:
-        with network_of(machine):
-            stack.enter_context(add_cfssl(bridge, "front-proxy-ca"))
-        (tmp_path / "bridge/out").mkdir()
-        (tmp_path / "bridge/in").mkdir()
-        exchange = {"type": "exchange", "outbox": f"{bridge.directory}/out", "inbox": f"{bridge.directory}/in"}
-        bridge.add("backend.door", exchange)
-        bridge.add("authority.etcd-ca", {"backend": "door"})
-        tar = subprocess.run(["tar", "-c", "-C", tmp_path, "node", "bridge"], capture_output=True, check=True).stdout
-        machine.run("mkdir -p /etc/kubernetes; mkdir -m 755 /srv/t; tar -x -C /srv/t", stdin=tar)
-        machine.run("mkdir -p /etc/ca-bridge; cat >/etc/ca-bridge/config.toml", stdin=bridge.config.read_bytes())
-        machine.run(f"sed -i 's|{tmp_path}|/srv/t|g' /etc/ca-bridge/config.toml")
-        machine.run(f"systemctl start {SERVICE}", check=False)
-        assert properties(machine, SERVICE, "ExecMainStatus") == ["4"], machine.journal()  # one waits
-        assert "front-proxy-client" in machine.journal()
-        (request,) = machine.run("ls /srv/t/bridge/out").stdout.split()
+def test_every_kind_of_ca_is_reached_from_the_cage(installed: Tree, tmp_path: Path) -> None:
+    """Servers with and without TLS, with each kind of credential; a request is laid into an outbox."""
+    runs = {
+        with_cfssl_and_exchange: ("4", ["front-proxy-client", "etcd-server"], {"front-proxy-client"}),  # one waits
+        with_vault_est_and_cmp: ("0", list(PATHS), set(PATHS)),
+        with_kubernetes: ("0", ["front-proxy-client"], {"front-proxy-client"}),
+    }
+    installed.run(f"mkdir -p /etc/kubernetes /etc/ca-bridge /etc/systemd/system/{SERVICE}.d; mkdir -m 755 /srv/t")
+    with installed.booted() as machine:
+        for servers, (code, asked, renewed) in runs.items():
+            directory = tmp_path / servers.__name__
+            # `estserver` signs for 90 days, and a renewal never shortens
+            pki = handmade_pki(directory / "node", not_after=datetime.now(UTC) + timedelta(days=60))
+            bridge = Bridge(pki=pki, directory=directory / "bridge")
+            with network_of(machine), ExitStack() as stack:
+                servers(bridge, stack)
+                run_in(machine, bridge, asked)
+            assert properties(machine, SERVICE, "ExecMainStatus") == [code], machine.journal()
+            before = live_certificates(pki)
+            pems = {
+                name: machine.run(f"cat /srv/t/{directory.name}/node/etc/kubernetes/pki/{PATHS[name]}").stdout
+                for name in PATHS
+            }
+            after = {name: x509.load_pem_x509_certificate(text.encode()) for name, text in pems.items()}
+            assert {name for name, one in after.items() if one != before[name]} == renewed, machine.journal()
+        (request,) = machine.run("ls /srv/t/with_cfssl_and_exchange/bridge/out").stdout.split()
         assert request.endswith(".json")
-        pem = machine.run("cat /srv/t/node/etc/kubernetes/pki/front-proxy-client.crt").stdout
-        before = live_certificates(bridge.pki)["front-proxy-client"]
-        assert x509.load_pem_x509_certificate(pem.encode()) != before
+
+
+def run_in(machine: Booted, bridge: Bridge, names: Collection[str]) -> None:
+    """Copy a node with its settings and secrets into the machine, and start the unit for these certificates."""
+    directory = bridge.directory.parent
+    command = ["tar", "-c", "--exclude=servers", "-C", directory.parent, directory.name]
+    machine.run("tar -x -C /srv/t", stdin=subprocess.run(command, capture_output=True, check=True).stdout)
+    machine.run("cat >/etc/ca-bridge/config.toml", stdin=bridge.config.read_bytes())
+    machine.run(f"sed -i 's|{directory}|/srv/t/{directory.name}|g' /etc/ca-bridge/config.toml")
+    drop_in = f"[Service]\nExecStart=\nExecStart=/usr/bin/ca-bridge renew {' '.join(names)}\nReadWritePaths=/srv/t\n"
+    machine.run(f"cat >/etc/systemd/system/{SERVICE}.d/site.conf", stdin=drop_in.encode())
+    machine.run(f"systemctl daemon-reload; systemctl start {SERVICE}", check=False)
 
 
 @pytest.mark.parametrize("installed", ["trixie"], indirect=True)
