@@ -15,7 +15,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,9 +108,10 @@ class Tree:
     @contextmanager
     def booted(self) -> Iterator[Booted]:
         """With its own systemd as process 1 (systemd-nspawn), and again without network."""
+        name = f"t{os.getpid()}-{time.monotonic_ns()}"
         command = [
             *("systemd-nspawn", "--quiet", "--directory", str(self.base / "root"), "--boot", "--private-network"),
-            *("--register=no", "--keep-unit", "--console=pipe", f"--machine=t{os.getpid()}-{time.monotonic_ns()}"),
+            *("--register=no", "--keep-unit", "--console=pipe", f"--machine={name}"),
         ]
         # A machine with cgroup v1 has an empty v2 beside it, which is all that systemd needs to keep services apart.
         environment = {**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
@@ -121,7 +122,7 @@ class Tree:
             "private",
             "sh",
             "-c",
-            f"{self._mount} && exec {shlex.join(command)}",
+            f"{_enter(name)} && {self._mount} && exec {shlex.join(command)}",
         ]
         with (self.base / "console").open("wb") as console:
             process = subprocess.Popen(
@@ -136,6 +137,29 @@ class Tree:
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
+                _remove(name)
+
+
+#: Where control groups are, of version 2, or of version 1 with an empty version 2 beside it.
+_CONTROL_GROUPS = ("/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd", "/sys/fs/cgroup")
+
+
+def _enter(name: str) -> str:
+    """
+    Shell words that put the shell into a control group of its own.
+
+    Two machines would have one tree of groups: when a unit ends in one of them, its systemd removes the group of the unit
+    that is called alike in the other, which may be about to start a process there ("Failed to spawn executor").
+    """
+    tops = " ".join(_CONTROL_GROUPS)
+    return f"for top in {tops}; do [ ! -e $top/cgroup.procs ] || {{ mkdir $top/{name} && echo $$ >$top/{name}/cgroup.procs; }}; done"
+
+
+def _remove(name: str) -> None:
+    for top in _CONTROL_GROUPS:
+        for directory, _, _ in os.walk(f"{top}/{name}", topdown=False):
+            with suppress(OSError):
+                Path(directory).rmdir()
 
 
 @dataclass(frozen=True, slots=True)

@@ -358,6 +358,20 @@ def test_the_gateway_runs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
         assert properties(machine, "ca-bridge-gateway", "Result", "NRestarts") == ["success", "0"], machine.journal()
 
 
+def test_machines_beside_each_other_share_no_control_group(bookworm: Tree, tmp_path: Path) -> None:
+    """A unit that ends in one takes nothing from the unit that is called alike in the other; neither leaves one behind."""
+    other = Tree.new("trixie", tmp_path / "other")
+    with bookworm.booted() as one, other.booted() as two:
+        groups = [Path(f"/proc/{machine.pid}/cgroup").read_text().partition("0::")[2] for machine in (one, two)]
+        for machine in (one, two):
+            machine.run("systemd-run --quiet --unit=same sleep 1000")
+        one.run("systemctl stop same.service")
+        assert properties(two, "same.service", "ActiveState") == ["active"]
+        assert groups[0].split("/")[1] != groups[1].split("/")[1]
+    names = {group.split("/")[1] for group in groups}
+    assert not [path for path in Path("/sys/fs/cgroup").glob("*/*") if path.name in names]
+
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs/run-nightly.md"
 START, END = (
