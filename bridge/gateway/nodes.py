@@ -207,11 +207,14 @@ class Resolver:
             return thread
 
     def _look_up(self, address: str) -> None:
-        host = host_of(address)
-        with self._mutex:
-            self._known.put(address, host)
-            del self._asking[address]
-        self._room.release()
+        host = None
+        try:
+            host = host_of(address)
+        finally:  # whatever the resolver makes of a name that others chose, the room is free again
+            with self._mutex:
+                self._known.put(address, host)
+                del self._asking[address]
+            self._room.release()
 
 
 def host_of(address: str) -> str | None:

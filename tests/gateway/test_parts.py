@@ -469,6 +469,23 @@ def test_a_resolver_that_does_not_answer_holds_few_threads(monkeypatch: pytest.M
     assert len(running) == 4  # remembered
 
 
+@pytest.mark.attack("G7")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_name_that_breaks_the_resolver_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who own an address choose the name that it leads to; the next lookups have a thread all the same."""
+
+    def broken(address: str) -> str:
+        if address.startswith("192.0.2."):
+            raise ValueError("embedded null character")
+        return f"{address}.example"
+
+    monkeypatch.setattr(nodes, "host_of", broken)
+    resolver = nodes.Resolver(2)
+    for number in range(5):
+        assert resolver.hosts([f"192.0.2.{number}"]) == {f"192.0.2.{number}": None}
+    assert resolver.hosts(["198.51.100.1"]) == {"198.51.100.1": "198.51.100.1.example"}
+
+
 def test_what_counts_at_a_write_is_looked_at_then(tmp_path: Path) -> None:
     """A file and a Node object of a moment ago are good enough before the CA is asked, and not when its answer is written."""
     there = [b"{}"]
