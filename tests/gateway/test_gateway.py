@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bridge.gateway.pending_at_ca import Tickets
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from bridge.gateway import watch
-from bridge.gateway.context import Context
+from bridge.gateway.context import Context, Tickets
 from bridge.gateway.issue import Issuing
 from bridge.gateway.ledger import Ledger
 from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING

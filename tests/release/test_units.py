@@ -299,7 +299,7 @@ def test_every_kind_of_ca_is_reached_from_the_cage(installed: Tree, tmp_path: Pa
 def run_in(machine: Booted, bridge: Bridge, names: Collection[str]) -> None:
     """Copy a node with its settings and secrets into the machine, and start the unit for these certificates."""
     directory = bridge.directory.parent
-    command = ["tar", "-c", "--exclude=servers", "-C", directory.parent, directory.name]
+    command: list[str | Path] = ["tar", "-c", "--exclude=servers", "-C", directory.parent, directory.name]
     machine.run("tar -x -C /srv/t", stdin=subprocess.run(command, capture_output=True, check=True).stdout)
     machine.run("cat >/etc/ca-bridge/config.toml", stdin=bridge.config.read_bytes())
     machine.run(f"sed -i 's|{directory}|/srv/t/{directory.name}|g' /etc/ca-bridge/config.toml")
