@@ -121,6 +121,16 @@ class CA:
         self.wrong = self._question(lambda: usages(self.backend, specs))
         self.identity = self.ask_identity()
 
+    def preflight(
+        self, specs: Sequence[CertificateSpec], wanted: Sequence[Wanted], expected: Expectation | None
+    ) -> Mapping[str, BridgeError]:
+        """As the function `preflight`, and by all that the CA lets us see of profiles and roles for what is `wanted`."""
+        backend = self.opened()
+        found: dict[str, BridgeError] = dict(self._question(lambda: preflight(backend, specs, expected)))
+        if isinstance(backend, ChecksWhole) and wanted:
+            return {**self._question(lambda: whole(backend, wanted)), **found}
+        return found
+
     def ask_identity(self) -> str | None:
         """Our name at the CA, for the record alone: a CA that does not tell may still sign."""
         with contextlib.suppress(BackendError):
@@ -150,7 +160,7 @@ class CA:
 
         `done` gets the answers as they come, from several threads.
         """
-        backend = self._opened()
+        backend = self.opened()
         if isinstance(backend, SignsMany):
             answers = self._ask_many(backend, requests)
             done(list(zip(requests, answers, strict=True)))
@@ -240,7 +250,8 @@ class CA:
         except OSError as e:
             raise _failed(self.label, e) from e
 
-    def _opened(self) -> Backend:
+    def opened(self) -> Backend:
+        """The backend; the error that kept it from being opened."""
         if self.backend is None:
             raise self.trouble or AssertionError("a CA without a backend has a reason for it")
         return self.backend

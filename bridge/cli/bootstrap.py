@@ -161,12 +161,7 @@ def _both(one: str, other: str) -> SettingsError:
 def _said(
     settings: Settings, options: NodeOptions, facts: ConfigurationFacts, shared: Path | None = None
 ) -> NodeInputs:
-    """
-    Read the files that are carried.
-
-    Raises:
-        OrderError, UnsignedOrderError: One can't be read, or is not who's it should be.
-    """
+    """Read the files that are carried; an OrderError if one can't be used."""
     return NodeInputs(
         facts=facts,
         config=options.kubeadm_config,

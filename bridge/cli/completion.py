@@ -37,13 +37,7 @@ def complete(context: typer.Context, words: Annotated[list[str] | None, typer.Ar
 
 
 def offers(program: Any, words: Sequence[str]) -> list[Offer]:
-    """
-    The words that the last one may become.
-
-    Args:
-        program: typer's command.
-        words: What was typed after the program's name; the last one may be empty.
-    """
+    """The words that the last one may become; `words` is what was typed after the program's name."""
     *typed, last = [word for word in words if word != "="] or [""]
     command, rest = _command(program, typed)
     option, is_joined, begun = last.partition("=")
@@ -112,12 +106,7 @@ def _values(command: Any, parameter: Any, typed: Sequence[str]) -> Iterator[Offe
 
 
 def _settings(typed: Sequence[str]) -> Settings:
-    """
-    The settings that the command would have.
-
-    Raises:
-        BridgeError: They can't be used.
-    """
+    """The settings that the command would have; a BridgeError if they can't be used."""
     named = dict(itertools.pairwise(typed))
     places = [named.get(option) for option in ("--config", "--pki-dir", "--kubeconfig-dir", "--state-dir")]
     return Overrides(*(Path(place) if place else None for place in places)).settings()

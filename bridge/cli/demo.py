@@ -158,12 +158,8 @@ class _Story:
         """
         Run it, and show its first and last lines.
 
-        Args:
-            typed: As a person would type it.
-            head: How many of the first lines are shown.
-            tail: How many of the last lines.
-            until: The line that begins with this, and those below it, are not shown.
-            renamed: How many files it may put into their places before it is killed.
+        Lines from the one that begins with `until` on are not shown; the process is killed after it has
+        `renamed` files.
         """
         _say(f"{_INDENT}{_styled(f'$ {typed}', 'hint')}")
         with doing(f"running {typed}", is_plain=False):
@@ -259,13 +255,15 @@ def _is_good_for(item: Item, purpose: str) -> bool:
 _DAYS_LEFT = 20  # less than renewal.before, so that everything is due
 _PASSPHRASE = "correct horse battery staple"  # noqa: S105 (of a CA that lives for a minute)
 
-_SETTINGS = """\
+_NODE_SETTINGS = """\
 [node]
 pki_dir = "{base}/kubernetes/pki"
 kubeconfig_dir = "{base}/kubernetes"
 state_dir = "{base}/state"
 name = "cp-1"
 
+"""
+_SETTINGS = """\
 [backend.desk]
 type = "openssl"
 passphrase_file = "{base}/passphrase"
@@ -284,12 +282,6 @@ dir = "{base}/corporate-ca/front-proxy-ca"
 """
 
 _CARELESS_SETTINGS = """\
-[node]
-pki_dir = "{base}/kubernetes/pki"
-kubeconfig_dir = "{base}/kubernetes"
-state_dir = "{base}/state"
-name = "cp-1"
-
 [backend.careless]
 type = "exec"
 command = ["{base}/careless-ca"]
@@ -338,12 +330,7 @@ class _Place:
 
 @contextlib.contextmanager
 def _directory_for(wanted: Path | None) -> Iterator[Path]:
-    """
-    The one that was named, which stays, or a temporary one.
-
-    Raises:
-        BridgeError: There is something in it.
-    """
+    """The named directory, which stays and must be empty, or a temporary one."""
     if wanted is None:
         with tempfile.TemporaryDirectory(prefix="ca-bridge-demo-") as temporary:
             yield Path(temporary)
@@ -364,8 +351,8 @@ def _make(base: Path, now: datetime) -> _Place:
         sample_pki.create_openssl_directory(directory, ca.certificate_pem, ca.key_pem, _PASSPHRASE)
     words = {"ca": shlex.quote(str(base / "corporate-ca/ca")), "passphrase": shlex.quote(str(base / "passphrase"))}
     _write(base / "passphrase", f"{_PASSPHRASE}\n", 0o600)
-    _write(place.settings, _SETTINGS.format(base=base), 0o644)
-    _write(base / "careless.toml", _CARELESS_SETTINGS.format(base=base), 0o644)
+    _write(place.settings, (_NODE_SETTINGS + _SETTINGS).format(base=base), 0o644)
+    _write(base / "careless.toml", (_NODE_SETTINGS + _CARELESS_SETTINGS).format(base=base), 0o644)
     _write(base / "careless-ca", _CARELESS_CA.format(**words), 0o755)
     return place
 

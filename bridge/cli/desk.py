@@ -200,10 +200,7 @@ class _Terminal:
     """The person at the desk, at the terminal that this process belongs to, wherever its input and output go."""
 
     def __init__(self) -> None:
-        """
-        Raises:
-            BridgeError: There is no terminal.
-        """
+        """Open the terminal; a BridgeError if there is none."""
         self._in: TextIO
         self._out: TextIO
         try:

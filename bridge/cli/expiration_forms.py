@@ -40,19 +40,11 @@ def look(
     known: Remembered | None = None,
 ) -> tuple[str, list[str], int]:
     """
-    Say what there is, in the form `output`: `table`, `json`, `yaml` or `prometheus`.
+    Say what there is as `table`, `json`, `yaml` or `prometheus`: standard output, lines for standard error, exit
+    code.
 
-    Args:
-        node: What is on it.
-        now: Aware, UTC.
-        within: A certificate that ends sooner is due.
-        output: The form.
-        renewal: When a certificate is due, for `prometheus` and for colours; the defaults without it.
-        known: For `prometheus`: what only root may see; None: this user may not.
-
-    Returns:
-        Standard output, lines for standard error, and the exit code: 1 when a file is there and can't be used, else
-        3 when a certificate is due, else 0.
+    The code is 1 when a file is there and can't be used, else 3 when a certificate ends `within` this time, else 0.
+    `known` is what only root may see; None for another user.
     """
     found = report(node, now, None if within is None else lambda _: within)
     forms: Mapping[str, Callable[[ExpiryReport], str]] = {

@@ -78,19 +78,7 @@ _MONTH_SECONDS = 2592000
 
 
 def manifests(settings: Settings, shipped: Path) -> list[SetupFile]:
-    """
-    The shipped manifests, made this cluster's as far as the settings tell.
-
-    Without a settings file they are what is shipped; without a policy or an inventory that part is.
-
-    Args:
-        settings: This node's, with `[gateway]` and the CA's tables.
-        shipped: The directory of the files that are installed with the program.
-
-    Raises:
-        SettingsError: Settings, policy or inventory can't be used.
-        BridgeError: The shipped files are not there.
-    """
+    """The shipped manifests, filled in for this cluster as far as settings, policy and inventory are there."""
     texts = {path.name: path.read_text(encoding="utf-8") for path in sorted((shipped / "kubernetes").glob("*.yaml"))}
     if not texts:
         raise BridgeError("wanted the manifests that are installed with the program, found none", hint="reinstall it")
@@ -127,13 +115,7 @@ def _with_signers(text: str, signers: Mapping[str, SignerRules]) -> str:
 
 
 def _with_block(text: str, key: str, content: str) -> str:
-    """
-    Another value for a key of the ConfigMap.
-
-    Raises:
-        BridgeError: Characters that end a line in YAML and not in TOML, so that a comment's end would be a setting, or
-            others that YAML can't have.
-    """
+    """Another value for a key of the ConfigMap; without control characters, some of which end a line in YAML alone."""
     lines = content.rstrip("\n").replace("\r\n", "\n").split("\n")
     for number, line in enumerate(lines, 1):
         if has_controls(line.replace("\t", " ")):
@@ -233,12 +215,7 @@ def _changed(table: Any) -> Iterator[str]:
 
 
 def _moved(table: Any, files: dict[str, Path]) -> Any:
-    """
-    The same with the places that its files have in the pod.
-
-    Raises:
-        SettingsError: A secret is in no file, or two files have one name.
-    """
+    """The same settings with the paths that the files have in the pod."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(table):
         value = getattr(table, field.name)

@@ -17,20 +17,7 @@ from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute, rfc3339
 from bridge.renewal.verify_and_install import Result
 from bridge.specs import SPECS, USER, Component
-from bridge.state import backups, copies
-from bridge.state.audit import (
-    DAMAGED,
-    FAILED,
-    INSTALLED,
-    NEEDS_A_PERSON,
-    RECOVERED,
-    REFUSED,
-    ROLLED_BACK,
-    UNAVAILABLE,
-    deleted_lines,
-    events,
-    verify,
-)
+from bridge.state import audit, backups, copies
 from bridge.state.backups import Rollback, put_back_and_retire
 from bridge.state.install import Recovery
 from bridge.state.session import alone
@@ -39,7 +26,7 @@ from bridge.system.console import log, print_error, printable
 from bridge.words import name_found
 
 commands = typer.Typer()
-audit = group(commands, "audit", "Show and verify the audit log.")
+audit_group = group(commands, "audit", "Show and verify the audit log.")
 
 
 @command(commands, "recover")
@@ -208,12 +195,12 @@ def _rollback_json(done: Rollback, components: Sequence[Component]) -> dict[str,
 
 #: How the audit log's events stand out.
 _EVENT_STYLES = {
-    **dict.fromkeys((REFUSED, FAILED, UNAVAILABLE, DAMAGED, NEEDS_A_PERSON), "error"),
-    **dict.fromkeys((INSTALLED, ROLLED_BACK, RECOVERED), "ok"),
+    **dict.fromkeys((audit.REFUSED, audit.FAILED, audit.UNAVAILABLE, audit.DAMAGED, audit.NEEDS_A_PERSON), "error"),
+    **dict.fromkeys((audit.INSTALLED, audit.ROLLED_BACK, audit.RECOVERED), "ok"),
 }
 
 
-@command(audit, "show")
+@command(audit_group, "show")
 def audit_show(
     common: Common,
     since: Annotated[timedelta | None, duration_option('Only events younger than this, such as "7d".')] = None,
@@ -231,7 +218,7 @@ def audit_show(
     if name is not None and name not in known and not name.startswith(f"{USER.name} "):
         wanted = f"the name of a certificate or component ({', '.join(known)}), or `{USER.name} NAME`"
         raise SettingsError([SettingsProblem("--name", wanted, name_found(name, known))])
-    found = list(events(Store(settings.node.state_dir), begin, name))
+    found = list(audit.events(Store(settings.node.state_dir), begin, name))
     if output is Output.JSON:
         say_json(events=found)
     elif found:
@@ -242,7 +229,7 @@ def audit_show(
         say("nothing recorded")
 
 
-@command(audit, "verify")
+@command(audit_group, "verify")
 def audit_verify(common: Common) -> int:
     """
     Find changed, missing, inserted, moved and cut lines of the audit log.
@@ -250,13 +237,13 @@ def audit_verify(common: Common) -> int:
     Exits with 1 if there are any. A log that was written anew as a whole can only be found by a copy elsewhere.
     """
     store = Store(common.settings_with_record().node.state_dir)
-    count, damages = verify(store)
+    count, damages = audit.verify(store)
     for damage in damages:
         log.error("%s", damage)
     if damages:
         log.error("compare with a copy that was made elsewhere (syslog, a backup)", extra={"is_hint": True})
         return Exit.FAILED
     say(f"{count} lines, each follows the one before it" if count else "no audit log yet: nothing was renewed here")
-    if deleted := deleted_lines(store):
+    if deleted := audit.deleted_lines(store):
         say(f"the {deleted} lines before them were deleted (audit.keep_total), as the log says")
     return Exit.DONE

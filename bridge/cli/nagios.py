@@ -55,16 +55,9 @@ def check(
     settings: Settings, now: datetime, limits: Thresholds, failures: Mapping[str, Failures] | None
 ) -> tuple[str, list[str], int]:
     """
-    Look at a node.
+    Look at a node: the plugin's line, lines for standard error, and its status.
 
-    Args:
-        settings: Where the node's files are.
-        now: Aware, UTC.
-        limits: Of its certificates.
-        failures: Runs that failed, by CA; None: that can't be seen by this user.
-
-    Returns:
-        The line, lines for standard error, and the plugin's status.
+    `failures` has the failed runs by CA; None: this user can't see them.
     """
     node = inventory.of(settings.node)
     early, late = report(node, now, limits.warning), report(node, now, limits.critical)

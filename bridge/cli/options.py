@@ -36,12 +36,7 @@ class Common(Overrides):
     """The options that every command has."""
 
     def settings(self) -> Settings:
-        """
-        The settings file with the options over it; the node's name, if nothing sets it, is that of its certificates.
-
-        Raises:
-            SettingsError: The file can't be used.
-        """
+        """The settings file with the options over it; without node.name, the certificates have the node's name."""
         return kubelet.with_node_name(Overrides.settings(self))
 
     def examined(self) -> tuple[Settings, list[SettingsProblem]]:
@@ -50,12 +45,7 @@ class Common(Overrides):
         return settings if problems else kubelet.with_node_name(settings), problems
 
     def settings_with_record(self) -> Settings:
-        """
-        As `settings`, for a command that shows what a state directory has: one that is named has to be there.
-
-        Raises:
-            SettingsError: The file can't be used, or the directory is not there.
-        """
+        """As `settings`, for a command that shows a state directory: one that is named must be there."""
         if self.state_dir is not None and not self.state_dir.is_dir():
             raise SettingsError([SettingsProblem("--state-dir", "a state directory", f"no directory {self.state_dir}")])
         return self.settings()
@@ -194,12 +184,7 @@ class Output(StrEnum):
 
 
 def duration(text: str | timedelta) -> timedelta:
-    """
-    Read an option such as "30d"; an option's default is one already.
-
-    Raises:
-        typer.BadParameter: It is none.
-    """
+    """Read an option such as "30d"; an option's default is a duration already."""
     if isinstance(text, timedelta):
         return text
     try:
@@ -272,12 +257,7 @@ class ChangeOptions:
     any_identity: AnyIdentityOption = None
 
     def read(self, names: Sequence[str] | None, **more: Any) -> RunOptions:
-        """
-        The options of a run as one value; without names it is about those whose SANs are to change.
-
-        Raises:
-            typer.BadParameter: A SAN that is none.
-        """
+        """The options of a run as one value; without names it is about those whose SANs are to change."""
         from bridge.renewal.select import Changes, RunOptions  # noqa: PLC0415 (only commands that renew have these)
 
         changes = Changes(

@@ -35,13 +35,7 @@ def end_text(end: datetime, now: datetime) -> str:
 
 
 def say(text: str, *, is_styled: bool = False) -> None:
-    """
-    Print lines; the last one needs no line break, and no text is no line.
-
-    Args:
-        text: May have words from outside in it, which don't steer a terminal.
-        is_styled: It has colours of ours, and nothing from outside.
-    """
+    """Print lines; the last one needs no line break. Text that is not `is_styled` by us can't steer a terminal."""
     import typer  # noqa: PLC0415 (what makes the text can be had without a command line)
 
     console.clear_status()
@@ -50,13 +44,8 @@ def say(text: str, *, is_styled: bool = False) -> None:
 
 def say_sentence(text: str, indent: str = "", *, hanging: int = 2, style: str = "") -> None:
     """
-    Print prose; where it is wider than what shows it, its lines end between words, which stay whole.
-
-    Args:
-        text: One line.
-        indent: Before it.
-        hanging: How much further to the right its other lines begin.
-        style: The colour of its first word.
+    Print prose, its first word in a style; lines that are too long end between words and go on `hanging` columns
+    further right.
     """
     lines = wrapped(f"{indent}{text}", width_here(), len(indent) + hanging)
     say("\n".join(_styled(lines, text.partition(" ")[0], style)), is_styled=True)
@@ -90,14 +79,10 @@ def say_table(
     rows: Sequence[Sequence[str]], optional: Sequence[int] | None = None, styles: Sequence[str] = (), *, styled: int = 0
 ) -> None:
     """
-    Print rows, if there are any.
+    Print rows, if there are any, the cell of the column `styled` in the row's style.
 
-    Args:
-        rows: Each with as many cells.
-        optional: The columns that a terminal does without where a row would not fit on one line, the first of these
-            first; then the last column is cut. `-v`, a file and a pipe have all of it, as all have it without this.
-        styles: A colour for each row.
-        styled: The column that has it.
+    On a terminal a row is one line if the `optional` columns are named, in the order in which they are left out; at
+    last the last column is cut. `-v`, a file and a pipe show all.
     """
     width, lines = width_here(), []
     for row, style, shown in zip(
@@ -152,11 +137,7 @@ def columns(rows: Sequence[Sequence[str]], width: int | None = None) -> Iterator
     """
     Lines with the cells of each column below each other: the one look of all tables.
 
-    Where a row is wider than what it is shown on, the columns that don't fit go on below it, a bit to the right.
-
-    Args:
-        rows: Each with as many cells.
-        width: Of what shows them; without it as `width_here` finds.
+    In a row that is too wide, the columns that don't fit go on below it, a bit to the right.
     """
     for lines in _rows(rows, width or width_here()):
         yield from lines

@@ -152,12 +152,7 @@ _DESK = "desk"
 
 
 def initial(kind: str | None) -> str:
-    """
-    A settings file to begin with: one kind's tables, and below them the program's own, with every default.
-
-    Raises:
-        SettingsError: There is no such kind.
-    """
+    """A settings file to begin with: one kind's tables, and below them the program's own, with every default."""
     general = example().read_text(encoding="utf-8")
     examples = {path.parent.name: path.read_text(encoding="utf-8") for path in example().parent.glob("*/config.toml")}
     kinds = {name: text for name, text in sorted(examples.items()) if "\n[authority.ca]" in text}

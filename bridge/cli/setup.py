@@ -84,13 +84,7 @@ def setup(
 
 
 def print_or_write(files: Sequence[SetupFile], directory: Path | None, between: str = "\n") -> None:
-    """
-    Write the files into a directory, or print them one after the other.
-
-    Raises:
-        SettingsError: One of them has to be alone on standard output.
-        BridgeError: A file is there, or can't be written.
-    """
+    """Write the files into a directory, or print them one after the other if standard output can hold them all."""
     if directory is not None:
         _say_written(write_files(files, directory))
         return
@@ -104,12 +98,7 @@ def print_or_write(files: Sequence[SetupFile], directory: Path | None, between: 
 
 
 def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
-    """
-    Write each into a directory, which is made if it is not there; never over an older file.
-
-    Raises:
-        BridgeError: A file is there, or can't be written.
-    """
+    """Write each file into a directory, which is made if it is not there; never over an older file."""
     written = []
     for file in files:
         path = directory / file.name
@@ -126,13 +115,7 @@ def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
 
 
 def files_for(settings: Settings, type_name: str, authority: str | None, list_of_nodes: Path | None) -> list[SetupFile]:
-    """
-    The files that a CA's administrator needs for this node's certificates, or for those of several nodes.
-
-    Raises:
-        SettingsError: No such authority, no such type that could tell, or a list of nodes that can't be read.
-        BridgeError: The certificates can't be had from such a CA.
-    """
+    """The files that a CA's administrator needs for this node's certificates, or for those of several nodes."""
     if authority is not None and authority not in AUTHORITIES:
         problem = SettingsProblem("--authority", f"one of {', '.join(AUTHORITIES)}", name_found(authority, AUTHORITIES))
         raise SettingsError([problem])
@@ -158,17 +141,7 @@ def files_for(settings: Settings, type_name: str, authority: str | None, list_of
 def files_of(
     settings: Settings, type_name: str, nodes: Mapping[str, Mapping[str, Mapping[str, x509.Certificate]]]
 ) -> list[SetupFile]:
-    """
-    The same for nodes that are yet to be made.
-
-    Args:
-        settings: The backends' tables, as far as there are any.
-        type_name: The backend's.
-        nodes: By node, authority and name: certificates as they will be.
-
-    Raises:
-        SettingsError, BridgeError: As `files_for`.
-    """
+    """The same for nodes that are yet to be made: `nodes` has the future certificates by node, authority and name."""
     backend_type = registry.that_sets_up(type_name)
     return _joined(
         {
@@ -304,12 +277,7 @@ def _request(
 
 
 def _look_first(made: Sequence[jobs.Job], kind: _Kind, user: str) -> None:
-    """
-    Look whether something here would run the job, and name another job that does the same.
-
-    Raises:
-        BridgeError: Nothing here would run it.
-    """
+    """Look whether something here would run the job, and name another job that does the same."""
     (jobs.assert_cron_takes if kind == "cron" else jobs.assert_systemd_takes)(user)
     for other in jobs.others(made):
         log.warning("%s does the same, so that both would run", other)
@@ -318,12 +286,7 @@ def _look_first(made: Sequence[jobs.Job], kind: _Kind, user: str) -> None:
 
 
 def _print_or_enable(made: Sequence[jobs.Job], kind: _Kind, directory: Path | None, *, enable: bool) -> None:
-    """
-    Print the files of a job, or write and enable them.
-
-    Raises:
-        BridgeError: A file can't be written, or systemd refuses it.
-    """
+    """Print the files of a job, or write and enable them."""
     if not enable and directory is None:
         say("\n".join(f"# {job.path}\n{job.text}" for job in made))
         return
@@ -393,20 +356,7 @@ def _desk_of(inbox: Path | None, outbox: Path | None, user: str) -> DeskJob | No
 def _make_jobs(
     settings: Settings, options: Sequence[str], kind: _Kind, desk: DeskJob | None, shipped: Path
 ) -> list[Job]:
-    """
-    The files of a node's job, or of a desk's.
-
-    Args:
-        settings: Where the files are that the job works on.
-        options: By which the job's commands find the same settings.
-        kind: For systemd or cron.
-        desk: None: a node's.
-        shipped: The directory of the files that are installed with the program.
-
-    Raises:
-        SettingsError: A directory is not absolute, or the backends' tables can't be read.
-        BridgeError: The shipped files or the program are not there, or a path can't be named in such a file.
-    """
+    """The files of a node's job, or of a desk's; `options` are those by which the job finds the same settings."""
     places = _places(settings, options, desk)
     make_one = jobs.unit if kind == "systemd" else jobs.crontab
     names = (_DESK if desk else _CARRIED if _is_carried(settings) else _NODE)[kind]

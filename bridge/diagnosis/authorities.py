@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from bridge.ca import ca, registry
-from bridge.contract import Backend, ChecksWhole, ListsIssuers, Spends, TellsTime, Wanted
+from bridge.ca import registry
+from bridge.ca.ca import CA
+from bridge.ca.retry import Rest
+from bridge.contract import Backend, ListsIssuers, Spends, TellsTime, Wanted
 from bridge.diagnosis.findings import Finding, Level, from_error
 from bridge.diagnosis.installed import private_file
-from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, SettingsError
+from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError
 from bridge.node.inventory import Item, Node
 from bridge.pki import csr, verify
 from bridge.pki.expiry import duration_text
@@ -56,7 +58,7 @@ def _by_hand(settings: Settings) -> Finding:
         f"by hand: no [authority.NAME] ({place}), so that nobody was asked; `ca-bridge export` writes requests for a "
         "CA desk, `ca-bridge import` takes its answers"
     )
-    return Finding(level="note", check="by-hand", about="CAs", text=text)
+    return Finding.note("by-hand", "CAs", text)
 
 
 def _question(items: Sequence[Item], expected: verify.Expectation, settings: Settings) -> Question:
@@ -89,7 +91,7 @@ def ask_all(settings: Settings, names: Mapping[str, None], questions: Mapping[st
         backends = registry.configured(settings, names)
     except SettingsError as e:
         for problem in e.problems:
-            yield Finding(level="error", check="settings", about="settings", text=str(problem), hint=e.hint)
+            yield Finding.error("settings", "settings", str(problem), e.hint)
         return
     silent: dict[str, BackendUnavailableError] = {}
     with contextlib.ExitStack() as opened:  # until all were asked, since they may share a login
@@ -115,7 +117,7 @@ def _refused(configured: registry.Configured, error: BridgeError) -> Finding:
     """The clock is the likelier cause of a TLS certificate that is not valid *yet*, whatever the backend makes of it."""
     found = from_error("backend", _about(configured), error)
     if "not yet valid" in found.text:
-        return Finding(level="error", check="clock", about=found.about, text=found.text, hint=found.hint)
+        return Finding.error("clock", found.about, found.text, found.hint)
     return found
 
 
@@ -125,26 +127,16 @@ def _secrets(configured: registry.Configured) -> Iterator[Finding]:
 
 
 def _ask(configured: registry.Configured, question: Question, opened: contextlib.ExitStack) -> Iterator[Finding]:
-    backend = configured.open()
-    opened.callback(registry.close, backend)
+    reached = CA.of(configured, Rest())
+    opened.callback(reached.close)
+    backend = reached.opened()
     spends = backend.spends() if isinstance(backend, Spends) else ""
-    specs, wanted = ([], []) if spends else (question.specs, question.wanted)
-    wrong = _preflight(backend, specs, wanted, question.expected)
+    wrong = reached.preflight(*((), ()) if spends else (question.specs, question.wanted), question.expected)
     for name, error in wrong.items():
         yield from_error("what-the-ca-would-sign", name, error)
     yield from _clock(backend, configured)
     if not wrong:
-        yield Finding(level="ok", check="backend", about=_about(configured), text=_answers(configured, backend, spends))
-
-
-def _preflight(
-    backend: Backend, specs: Sequence[CertificateSpec], wanted: Sequence[Wanted], expected: verify.Expectation | None
-) -> Mapping[str, BackendError]:
-    found = dict(ca.preflight(backend, specs, expected))
-    if isinstance(backend, ChecksWhole) and wanted:
-        for name, error in ca.whole(backend, wanted).items():
-            found.setdefault(name, error)
-    return found
+        yield Finding.ok("backend", _about(configured), _answers(configured, backend, spends))
 
 
 def _answers(configured: registry.Configured, backend: Backend, spends: str) -> str:
@@ -179,7 +171,7 @@ def failures(settings: Settings) -> Iterator[Finding]:
         is_local = found.exit_code == Exit.FAILED  # a CA's errors have codes of their own
         text = f"{found}{', and no CA had a part in that' if is_local else ''}; the last failure: {found.reason}"
         about = "this node" if is_local else f"backend of {name}"
-        yield Finding(level="warning", check="failed-runs", about=about, text=one_line(text))
+        yield Finding.warning("failed-runs", about, one_line(text))
 
 
 def _windows(settings: Settings, now: datetime) -> Iterator[Finding]:
@@ -193,7 +185,7 @@ def _windows(settings: Settings, now: datetime) -> Iterator[Finding]:
         return
     text = f"{renewal.window} ({zone})"
     if ever_waits(now, renewal.window, zone, renewal.before.of(renewal.validity)):
-        yield Finding(level="ok", check="window", about=about, text=f"{text}; the timer must fire within it")
+        yield Finding.ok("window", about, f"{text}; the timer must fire within it")
     else:
         text = f"wanted renewal.before longer than two windows take, found {renewal.before}: nothing waits for {text}"
-        yield Finding(level="warning", check="window", about=about, text=text)
+        yield Finding.warning("window", about, text)

@@ -27,7 +27,7 @@ def before_upgrade(settings: Settings, now: datetime) -> Iterator[Finding]:
     node = inventory.of(settings.node)
     if not node.is_here:
         error = inventory.NoNodeError(settings.node.pki_dir)
-        yield Finding(level="error", check="no-node", about="node", text=str(error), hint=error.hint)
+        yield Finding.error("no-node", "node", str(error), error.hint)
         return
     yield from _whole(lambda: upgrade.look(node, settings, now))
     yield from _whole(lambda: use.look_at_names(node, settings))
@@ -49,7 +49,7 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     elif not is_desk:
         error = inventory.NoNodeError(settings.node.pki_dir)
         hint = f"{error.hint}; a CA desk has its policy in {desk_files.policy_path(settings)}"
-        yield Finding(level="error", check="no-node", about="node", text=str(error), hint=hint)
+        yield Finding.error("no-node", "node", str(error), hint)
     if is_desk:
         yield from _whole(lambda: look_at_desk(settings, now))
 
@@ -60,8 +60,7 @@ def _whole(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         yield from look()
     except OSError as e:
         place = str(e.filename or "this machine")
-        text = f"wanted to look at it, found: {e.strerror}"
-        yield Finding(level="error", check="unreadable", about=place, text=text)
+        yield Finding.error("unreadable", place, f"wanted to look at it, found: {e.strerror}")
     except BridgeError as e:
         yield from_error("unreadable", "state directory", e)
 
@@ -72,10 +71,10 @@ def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
     policy = None
     try:
         policy = desk_files.load_policy(settings, None)
-        yield Finding(level="ok", check="desk-policy", about=str(file), text="nothing wrong")
+        yield Finding.ok("desk-policy", str(file), "nothing wrong")
     except SettingsError as e:
         for problem in e.problems:
-            yield Finding(level="error", check="desk-policy", about=str(file), text=str(problem), hint=e.hint)
+            yield Finding.error("desk-policy", str(file), str(problem), e.hint)
     archive = policy.desk.archive if policy is not None else None
     yield from installed.open_directories([file.parent, *([archive] if archive is not None else [])])
     yield from machine.room(settings, node=False)
@@ -85,7 +84,7 @@ def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from machine.desk_directories()
     if not settings.authorities:
         text = "wanted an [authority.NAME] for each CA that signs here, found none"
-        yield Finding(level="error", check="settings", about="settings", text=text)
+        yield Finding.error("settings", "settings", text)
     names = dict.fromkeys(settings.authorities)
     questions = {name: _question(name, policy, settings, now) for name in names}
     yield from authorities.ask_all(settings, names, questions)

@@ -28,6 +28,26 @@ class Finding:
     text: str  #: Without what it is about; untrusted words in it are shown as they may be.
     hint: str = ""
 
+    @classmethod
+    def error(cls, check: str, about: str, text: str, hint: str = "") -> Finding:
+        """A fault that makes a renewal fail, or a component."""
+        return cls(level="error", check=check, about=about, text=text, hint=hint)
+
+    @classmethod
+    def warning(cls, check: str, about: str, text: str, hint: str = "") -> Finding:
+        """A fault that will do so, or may."""
+        return cls(level="warning", check=check, about=about, text=text, hint=hint)
+
+    @classmethod
+    def note(cls, check: str, about: str, text: str, hint: str = "") -> Finding:
+        """Something that is in order, and worth knowing."""
+        return cls(level="note", check=check, about=about, text=text, hint=hint)
+
+    @classmethod
+    def ok(cls, check: str, about: str, text: str) -> Finding:
+        """Something that is in order."""
+        return cls(level="ok", check=check, about=about, text=text)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:

@@ -58,7 +58,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
                 yield from _cluster(item, anchors.get(item.spec.authority.name, ()), node, settings)
     for state in node.authorities:
         if node.is_worker and state.state == "missing" and not (settings.node.kubelet_dir / "config.yaml").exists():
-            yield Finding(level="note", check="ca", about=f"CA {state.authority.name}", text=_BEFORE_JOIN)
+            yield Finding.note("ca", f"CA {state.authority.name}", _BEFORE_JOIN)
         else:
             yield from _authority(state, now)
             yield from _further_cas(state, node, now)
@@ -74,7 +74,7 @@ def _node_name(node: Node, settings: Settings) -> Iterator[Finding]:
     if names and ours not in names:
         found = ", ".join(sorted(names))
         text = f"wanted the node's name in the cluster, which is {one_line(found)}, found {one_line(ours)}"
-        yield Finding(level="warning", check="node-name", about="node.name", text=text, hint="set node.name")
+        yield Finding.warning("node-name", "node.name", text, "set node.name")
 
 
 def _name_in(item: Item) -> str:
@@ -100,13 +100,13 @@ def _self_made(item: Item, node: Node, now: datetime) -> Iterator[Finding]:
     text = f"wanted a certificate of the CA in {item.anchor_path}, found one of {_issuer(item.certificates[0])}"
     if is_verified:
         more = ", and kube-apiserver verifies it (--kubelet-certificate-authority): no logs, no exec"
-        yield Finding(level="error", check="kubelet-self-signed", about=name, text=f"{text}{more}", hint=hint)
+        yield Finding.error("kubelet-self-signed", name, f"{text}{more}", hint)
     elif end <= now:
         more = f"{expiry.left_text(end, now)}, and the kubelet does not make another one; {text}"
-        yield Finding(level="warning", check="kubelet-self-signed", about=name, text=more, hint=hint)
+        yield Finding.warning("kubelet-self-signed", name, more, hint)
     else:
         more = f"{expiry.left_text(end, now)}; made by the kubelet itself, which nobody can verify; {hint}"
-        yield Finding(level="note", check="kubelet-self-signed", about=name, text=more)
+        yield Finding.note("kubelet-self-signed", name, more)
 
 
 # --- one certificate -------------------------------------------------------------------------------------------------
@@ -122,25 +122,25 @@ def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
         if item.obstacle is not None:
             yield from_error("not-replaceable", name, item.obstacle)
     elif item.state == "missing" and item.spec.optional:
-        yield Finding(level="ok", check="certificate", about=name, text="not on this node, which is normal for it")
+        yield Finding.ok("certificate", name, "not on this node, which is normal for it")
     else:
         text = item.trouble or f"wanted a certificate in {item.certificate_path}, found nothing"
         is_made = item.state == "missing" and (item.listed or name == KUBELET_CONF)
         hint = f"{_RESTORE}; or `ca-bridge renew {name}` makes it anew" if is_made else _RESTORE
-        yield Finding(level="error", check=f"certificate-{item.state}", about=name, text=text, hint=hint)
+        yield Finding.error(f"certificate-{item.state}", name, text, hint)
 
 
 def _early(certificate: x509.Certificate, about: str, now: datetime, hint: str) -> Finding:
     begin = certificate.not_valid_before_utc
     text = f"valid only from {expiry.minute(begin)}, and this node's clock says {expiry.minute(now)}"
-    return Finding(level="error", check="clock", about=about, text=text, hint=hint)
+    return Finding.error("clock", about, text, hint)
 
 
 def _super_admin(item: Item) -> Finding:
     """A finding about super-admin.conf: kubeadm leaves it there, and its documentation says to move it away."""
     text = "still here, as kubeadm init leaves it: no RBAC rule holds it back, and each renewal renews it"
     hint = f"rm {item.certificate_path}; `ca-bridge renew {SUPER_ADMIN}` makes it when it is needed"
-    return Finding(level="note", check="super-admin", about=SUPER_ADMIN, text=text, hint=hint)
+    return Finding.note("super-admin", SUPER_ADMIN, text, hint)
 
 
 def _identity(item: Item, settings: Settings) -> Iterator[Finding]:
@@ -164,25 +164,22 @@ def _end(item: Item, settings: Settings, now: datetime) -> Finding:
         text = expiry.left_text(end, now) + _by_its_ca(item, end)
         if name == KUBELET_CONF:
             text += "; a kubelet that starts with it ends at once: after a reboot nothing on this node comes up"
-        return Finding(level="error", check="expired", about=name, text=text, hint=hint)
+        return Finding.error("expired", name, text, hint)
     if item.rotates and not expiry.is_rotation_late(item.renewable, now):
         config = settings.node.kubelet_dir / "config.yaml"
         unless = "" if config.exists() else f", unless its configuration says otherwise: no {config} is here"
-        text = f"{expiry.left_text(end, now)}; rotated by the kubelet itself{unless}"
-        return Finding(level="ok", check="certificate", about=name, text=text)
+        return Finding.ok("certificate", name, f"{expiry.left_text(end, now)}; rotated by the kubelet itself{unless}")
     if not item.managed:
         text = f"{expiry.left_text(end, now)}, and the kubelet should have rotated it"
         hint = "does a signer in the cluster answer the kubelet's requests (kubectl get csr)?"
-        return Finding(level="warning", check="rotation", about=name, text=text, hint=hint)
+        return Finding.warning("rotation", name, text, hint)
     before = settings.renewal.before.of(min(end - begin, settings.renewal.validity))
     due_since = max(begin, end - before)  # one that lives shorter than that is due from its first day
     if end - now < (end - due_since) * _OVERDUE_SHARE:
         text = f"{expiry.left_text(end, now)}{_by_its_ca(item, end)}, and due since {expiry.minute(due_since)}"
-        hint = "does the timer or cron job run? `ca-bridge renew` does it now"
-        return Finding(level="warning", check="overdue", about=name, text=text, hint=hint)
+        return Finding.warning("overdue", name, text, "does the timer or cron job run? `ca-bridge renew` does it now")
     due = ", due" if end - now < before else ""
-    text = f"{expiry.left_text(end, now)}{_by_its_ca(item, end)}{due}"
-    return Finding(level="ok", check="certificate", about=name, text=text)
+    return Finding.ok("certificate", name, f"{expiry.left_text(end, now)}{_by_its_ca(item, end)}{due}")
 
 
 def _by_its_ca(item: Item, end: datetime) -> str:
@@ -202,14 +199,14 @@ def _pair(item: Item) -> Iterator[Finding]:
         data = read(path)
         pem = kubeconfig.key_data(data or b"") if item.embedded else data
     except UnreadableError as e:
-        yield Finding(level="error", check="key-unreadable", about=name, text=f"wanted its key in {path}, found: {e}")
+        yield Finding.error("key-unreadable", name, f"wanted its key in {path}, found: {e}")
         return
     except KubeconfigError as e:
-        yield Finding(level="error", check="key-unreadable", about=name, text=f"{path}: {e}", hint=_RESTORE)
+        yield Finding.error("key-unreadable", name, f"{path}: {e}", _RESTORE)
         return
     if pem is None:
         text = f"wanted its key in {path}, found nothing"
-        yield Finding(level="error", check="key-missing", about=name, text=text, hint="renew it: that makes a new key")
+        yield Finding.error("key-missing", name, text, "renew it: that makes a new key")
         return
     yield from _belongs(item, pem, path)
     yield from private_file(path, name)
@@ -220,10 +217,10 @@ def _belongs(item: Item, pem: bytes, path: Path) -> Iterator[Finding]:
     if found is not None and found.kind == "other":
         text = f"wanted the key of {item.certificate_path} in {path}, found another certificate's"
         hint = f"renew {name}, which makes a new pair, before its component restarts; or put the right key back"
-        yield Finding(level="error", check="key-of-another-certificate", about=name, text=text, hint=hint)
+        yield Finding.error("key-of-another-certificate", name, text, hint)
     elif found is not None and found.kind == "unreadable":
         text = f"wanted a private key without a passphrase in {path}, found something else"
-        yield Finding(level="error", check="key-unreadable", about=name, text=text, hint=_RESTORE)
+        yield Finding.error("key-unreadable", name, text, _RESTORE)
 
 
 def private_file(path: Path, about: str) -> Iterator[Finding]:
@@ -233,7 +230,7 @@ def private_file(path: Path, about: str) -> Iterator[Finding]:
     except OSError:
         return  # the check that needs it says so
     if opened is not None:
-        yield Finding(level="error", check="open-secret", about=about, text=str(opened), hint=opened.hint)
+        yield Finding.error("open-secret", about, str(opened), opened.hint)
     yield from _exposed(path, about)
 
 
@@ -253,9 +250,9 @@ def _exposed(path: Path, about: str) -> Iterator[Finding]:
         return
     subject, text = about if found.path == path else str(found.path), str(found)
     if owner in {0, os.geteuid()}:
-        yield Finding(level="error", check="open-directory", about=subject, text=text, hint=found.hint)
+        yield Finding.error("open-directory", subject, text, found.hint)
     else:
-        yield Finding(level="error", check="owner", about=subject, text=text, hint=found.hint)
+        yield Finding.error("owner", subject, text, found.hint)
 
 
 def _user(uid: int) -> str:
@@ -279,12 +276,11 @@ def _chain(item: Item, authorities: Sequence[AuthorityState]) -> Iterator[Findin
     known = {_subject(ca): state.authority.name for state in authorities for ca in state.certificates}
     if issuer in known:
         other = "another CA of the same name" if issuer == _subject(anchors[0]) else f"one of {known[issuer]}"
-        text = f"{wanted}, found {other}"
-        yield Finding(level="error", check="pair-of-another-ca", about=name, text=text, hint=_RESTORE)
+        yield Finding.error("pair-of-another-ca", name, f"{wanted}, found {other}", _RESTORE)
     else:
         text = f"{wanted}, found one of {one_line(issuer)}, whose certificate is not in {item.certificate_path}"
         hint = "the intermediate belongs behind the certificate in its file; or is it of another cluster? renew it"
-        yield Finding(level="error", check="missing-intermediate", about=name, text=text, hint=hint)
+        yield Finding.error("missing-intermediate", name, text, hint)
 
 
 def _leads_to(leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate) -> bool:
@@ -319,13 +315,12 @@ def _authority(state: AuthorityState, now: datetime) -> Iterator[Finding]:
     about = f"CA {state.authority.name}"
     if state.state != "present":
         text = state.trouble or f"wanted a CA certificate in {state.path}, found nothing"
-        yield Finding(level="error", check="ca-missing", about=about, text=text, hint=_RESTORE)
+        yield Finding.error("ca-missing", about, text, _RESTORE)
         return
     yield ca_end(state.certificates[0], about, now, f", key {state.key}")
     if state.key == "local":
         text = "its key is on this disk; whoever reads it can be anybody in the cluster"
-        hint = "move it to where certificates are signed"
-        yield Finding(level="warning", check="ca-key-on-disk", about=about, text=text, hint=hint)
+        yield Finding.warning("ca-key-on-disk", about, text, "move it to where certificates are signed")
 
 
 def _further_cas(state: AuthorityState, node: Node, now: datetime) -> Iterator[Finding]:
@@ -343,7 +338,7 @@ def _further_cas(state: AuthorityState, node: Node, now: datetime) -> Iterator[F
         elif end <= now:
             text = f"{expiry.left_text(end, now)}; no certificate on this node leads to it"
             hint = f"take it out of {state.path} when no node of the cluster needs it"
-            yield Finding(level="warning", check="ca-expired", about=about, text=text, hint=hint)
+            yield Finding.warning("ca-expired", about, text, hint)
         else:
             yield ca_end(certificate, about, now)
 
@@ -356,12 +351,11 @@ def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str =
     if end <= now:
         text = f"{expiry.left_text(end, now)}: nothing that it signs is valid"
         hint = "its owner has to renew it first, with the same key; is this node's clock right?"
-        return Finding(level="error", check="ca-expired", about=about, text=text, hint=hint)
+        return Finding.error("ca-expired", about, text, hint)
     if end - now < CA_ENDS_SOON:
         text = f"{expiry.left_text(end, now)}; no certificate may outlive it"
-        hint = "plan the CA's own renewal; kubeadm does none"
-        return Finding(level="warning", check="ca-ends-soon", about=about, text=text, hint=hint)
-    return Finding(level="ok", check="ca", about=about, text=f"{expiry.left_text(end, now)}{more}")
+        return Finding.warning("ca-ends-soon", about, text, "plan the CA's own renewal; kubeadm does none")
+    return Finding.ok("ca", about, f"{expiry.left_text(end, now)}{more}")
 
 
 # --- a kubeconfig's cluster ------------------------------------------------------------------------------------------
@@ -375,7 +369,7 @@ def _cluster(item: Item, anchors: Sequence[x509.Certificate], node: Node, settin
         trusted = _trusted(parsed, path)
     except (BridgeError, UnreadableError, ValueError) as e:
         text = f"wanted the CA of its API server in {path}, found: {e}"
-        yield Finding(level="error", check="kubeconfig-ca", about=item.spec.name, text=text, hint=_RESTORE)
+        yield Finding.error("kubeconfig-ca", item.spec.name, text, _RESTORE)
         return
     if anchors and trusted is not None and anchors[0] not in trusted:
         yield _foreign_ca(item, anchors, trusted)
@@ -386,11 +380,9 @@ def _foreign_ca(item: Item, anchors: Sequence[x509.Certificate], trusted: Sequen
     wanted = f"wanted the CA of {item.anchor_path} to be trusted"
     hint = "the kubeconfig's certificate-authority-data is to be the content of that file"
     if any(anchor in trusted for anchor in anchors):
-        text = f"{wanted}, found only an older one of it"
-        return Finding(level="warning", check="kubeconfig-old-ca", about=item.spec.name, text=text, hint=hint)
+        return Finding.warning("kubeconfig-old-ca", item.spec.name, f"{wanted}, found only an older one of it", hint)
     found = ", ".join(map(_subject, trusted)) or "none"
-    text = f"{wanted}, found another CA ({found})"
-    return Finding(level="error", check="kubeconfig-ca", about=item.spec.name, text=text, hint=hint)
+    return Finding.error("kubeconfig-ca", item.spec.name, f"{wanted}, found another CA ({found})", hint)
 
 
 def _trusted(parsed: Kubeconfig, path: Path) -> list[x509.Certificate] | None:
@@ -413,7 +405,7 @@ def server(item: Item, parsed: Kubeconfig, node: Node) -> Iterator[Finding]:
         return
     text = f"wanted a server that is among the SANs of apiserver, found {one_line(parsed.server)}"
     hint = f"is it another cluster's? else: ca-bridge renew --add-san apiserver={one_line(host)}"
-    yield Finding(level="warning", check="kubeconfig-server", about=item.spec.name, text=text, hint=hint)
+    yield Finding.warning("kubeconfig-server", item.spec.name, text, hint)
 
 
 def _host(url: str) -> str:
@@ -453,18 +445,18 @@ def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
         try:
             data = read(path)
         except UnreadableError as e:
-            yield Finding(level="error", check="service-account-key", about=base, text=f"{path}: {e}")
+            yield Finding.error("service-account-key", base, f"{path}: {e}")
             return
         if not data:
             text = f"wanted the service account key in {path}, found {'nothing' if data is None else 'an empty file'}"
-            yield Finding(level="error", check="service-account-key", about=base, text=text, hint=_SA_HINT)
+            yield Finding.error("service-account-key", base, text, _SA_HINT)
             continue
         found.append(data)
         if flag == "--service-account-signing-key-file":
             yield from private_file(path, base)
     if len(found) == 2 and b"PUBLIC KEY" in found[1] and not is_sa_pair(*found):  # noqa: PLR2004 (a pair)
         text = "wanted sa.key and sa.pub to be a pair, found two of different pairs"
-        yield Finding(level="error", check="service-account-key", about="sa.pub", text=text, hint=_SA_HINT)
+        yield Finding.error("service-account-key", "sa.pub", text, _SA_HINT)
 
 
 # --- the directories -------------------------------------------------------------------------------------------------
@@ -489,7 +481,7 @@ def _manifests(node: Node, settings: Settings) -> Iterator[Finding]:
     if static is not None and os.path.realpath(static) != os.path.realpath(directory):
         text = f"wanted the kubelet to take its static pods from {directory}, found staticPodPath {one_line(static)}"
         hint = "a restart moves manifests in the first, which this kubelet does not read: set one of the two right"
-        yield Finding(level="error", check="static-pod-path", about="kubelet", text=text, hint=hint)
+        yield Finding.error("static-pod-path", "kubelet", text, hint)
     ours = {path_of(component, settings.node.kubeconfig_dir).name: component for component in node.manifests}
     for path in sorted(directory.iterdir()):
         if path.name.startswith(".") or path.is_dir():
@@ -498,5 +490,4 @@ def _manifests(node: Node, settings: Settings) -> Iterator[Finding]:
         name = pod_name(path) if path.name not in ours else None
         if name in {component.value for component in ours.values()}:
             text = f"wanted one manifest of {name}, found a second one: a kubelet takes every file of this directory"
-            hint = f"mv {path} to a directory that no kubelet reads"
-            yield Finding(level="error", check="second-manifest", about=str(path), text=text, hint=hint)
+            yield Finding.error("second-manifest", str(path), text, f"mv {path} to a directory that no kubelet reads")

@@ -59,7 +59,7 @@ def _room(found: DiskSpace) -> Iterator[Finding]:
     about = f"file system of {found.place}"
     if found.is_read_only:
         text = "wanted one that can be written to, found it mounted read-only: no renewal can be installed"
-        yield Finding(level="error", check="read-only", about=about, text=text, hint=READ_ONLY_HINT)
+        yield Finding.error("read-only", about, text, READ_ONLY_HINT)
     if found.free < _LITTLE:
         text = (
             f"wanted {_LITTLE >> 20} MiB for a renewal, its backup and some time to come, found {found.free >> 10} KiB"
@@ -85,8 +85,7 @@ def _frozen(node: Node) -> Iterator[Finding]:
             text = (
                 f"wanted to be able to replace {path}, found it immutable or append-only: no renewal can be installed"
             )
-            hint = f"chattr -i -a {path}, after a look at who set it"
-            yield Finding(level="error", check="immutable", about=name, text=text, hint=hint)
+            yield Finding.error("immutable", name, text, f"chattr -i -a {path}, after a look at who set it")
 
 
 # --- the state directory ---------------------------------------------------------------------------------------------
@@ -97,18 +96,18 @@ def state_directory(path: Path) -> Iterator[Finding]:
     about = "state directory"
     if Store(path).is_interrupted:
         text = "an installation or restart is under way, or was interrupted; the next run, or `recover`, finishes it"
-        yield Finding(level="warning", check="interrupted", about=about, text=text)
+        yield Finding.warning("interrupted", about, text)
     if not path.is_dir():
-        yield Finding(level="ok", check="state-directory", about=about, text=f"{path} is made by the first renewal")
+        yield Finding.ok("state-directory", about, f"{path} is made by the first renewal")
         return
     status = path.stat()
     mode = stat.S_IMODE(status.st_mode)
     if status.st_uid != os.geteuid() or mode & 0o077:
         text = f"wanted {path} to be ours with mode 0700, found owner {status.st_uid} and mode {mode:04o}"
         hint = files.how_to_own(path, status.st_uid)
-        yield Finding(level="error", check="state-directory", about=about, text=text, hint=hint)
+        yield Finding.error("state-directory", about, text, hint)
     else:
-        yield Finding(level="ok", check="state-directory", about=about, text=str(path))
+        yield Finding.ok("state-directory", about, str(path))
 
 
 def lock(state_dir: Path, now: datetime) -> Iterator[Finding]:
@@ -124,9 +123,9 @@ def lock(state_dir: Path, now: datetime) -> Iterator[Finding]:
     if since is None or now - since > _HUNG_AFTER:
         text = f"wanted a run to end within an hour, found {one_line(holder)}"
         hint = "see what it waits for (`ps`, its log), then end it; the next run goes on where it stopped"
-        yield Finding(level="warning", check="hung-run", about="lock", text=text, hint=hint)
+        yield Finding.warning("hung-run", "lock", text, hint)
     else:
-        yield Finding(level="note", check="lock", about="lock", text=f"a run is under way: {one_line(holder)}")
+        yield Finding.note("lock", "lock", f"a run is under way: {one_line(holder)}")
 
 
 def jobs_of_cron() -> Iterator[Finding]:
@@ -135,7 +134,7 @@ def jobs_of_cron() -> Iterator[Finding]:
     if found and not jobs.cron_runs():
         text = f"wanted a cron that runs the jobs of {', '.join(map(str, found))}, found none"
         hint = "start one; or `ca-bridge setup systemd --enable`, and remove the file"
-        yield Finding(level="warning", check="cron", about="cron", text=text, hint=hint)
+        yield Finding.warning("cron", "cron", text, hint)
 
 
 def desk_directories() -> Iterator[Finding]:
@@ -167,9 +166,9 @@ def _metrics(settings: Settings) -> Iterator[Finding]:
         reason = e.strerror if isinstance(e, OSError) else str(e)
         text = f"wanted a directory for the metrics file, found: {reason}"
         hint = "mend it, or metrics.file in the settings; until then each `renew` ends with exit code 1"
-        yield Finding(level="error", check="metrics", about=str(file), text=one_line(str(text)), hint=hint)
+        yield Finding.error("metrics", str(file), one_line(str(text)), hint)
     else:
-        yield Finding(level="ok", check="metrics", about=str(file), text="is written by each `renew`")
+        yield Finding.ok("metrics", str(file), "is written by each `renew`")
 
 
 # --- copies of admin.conf --------------------------------------------------------------------------------------------
@@ -199,11 +198,11 @@ def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:
                 f"a copy of {live[certificate]}, which is to be copied again after each renewal, "
                 "or listed in copies.files"
             )
-            yield Finding(level="note", check="admin-copy", about=str(path), text=text)
+            yield Finding.note("admin-copy", str(path), text)
         elif name := _name_of_old(certificate, admins):
             text = f"wanted a copy of {name} as it is now, found an older one (serial {serial_hex(certificate)})"
             hint = f"copy {admins[name].certificate_path} there again"
-            yield Finding(level="warning", check="admin-copy-old", about=str(path), text=text, hint=hint)
+            yield Finding.warning("admin-copy-old", str(path), text, hint)
 
 
 def _listed_copies(node: Node, settings: Settings) -> Iterator[Finding]:
@@ -213,17 +212,17 @@ def _listed_copies(node: Node, settings: Settings) -> Iterator[Finding]:
         if copy.error is not None:
             reason = str(copy.error).removeprefix(f"{copy.path}: ")
             hint = "mend it, or take it out of copies.files"
-            yield Finding(level="error", check="copy", about=about, text=one_line(reason), hint=hint)
+            yield Finding.error("copy", about, one_line(reason), hint)
         elif not copy.is_there:
             text, hint = "wanted a copy of a kubeconfig, found nothing", "put it there, or take it out of copies.files"
-            yield Finding(level="warning", check="copy", about=about, text=text, hint=hint)
+            yield Finding.warning("copy", about, text, hint)
         elif not copy.names:
             text = "wanted the client certificate of one of the node's kubeconfigs, found none as it is now"
             hint = "copy it there again: a renewal refreshes what holds the certificate that it replaces"
-            yield Finding(level="warning", check="copy", about=about, text=text, hint=hint)
+            yield Finding.warning("copy", about, text, hint)
         else:
             text = f"holds the certificate of {', '.join(copy.names)}, and is refreshed with it"
-            yield Finding(level="ok", check="copy", about=about, text=text)
+            yield Finding.ok("copy", about, text)
 
 
 def _client_certificate(path: Path) -> x509.Certificate | None:

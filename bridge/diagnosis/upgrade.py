@@ -80,7 +80,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
 
 
 def _says(about: str, text: str, hint: str = "") -> Finding:
-    return Finding(level="note", check="upgrade", about=about, text=text, hint=hint)
+    return Finding.note("upgrade", about, text, hint)
 
 
 # --- certificates ----------------------------------------------------------------------------------------------------
@@ -102,12 +102,10 @@ def _authority(state: AuthorityState, node: Node, now: datetime) -> Iterator[Fin
         if item is None or wrong is None:
             continue
         if wrong.is_later:
-            hint = f"ca-bridge renew {certificate}"
-            yield Finding(level="warning", check="upgrade-ends-soon", about=certificate, text=wrong.text, hint=hint)
+            yield Finding.warning("upgrade-ends-soon", certificate, wrong.text, f"ca-bridge renew {certificate}")
             continue
         hint = f"ca-bridge renew {certificate}, before kubeadm upgrade; or upgrade with --certificate-renewal=false"
-        text = f"{wrong.text}: kubeadm upgrade {_where(name, node)}"
-        yield Finding(level="error", check="upgrade-aborts", about=certificate, text=text, hint=hint)
+        yield Finding.error("upgrade-aborts", certificate, f"{wrong.text}: kubeadm upgrade {_where(name, node)}", hint)
 
 
 def _where(authority: str, node: Node) -> str:
@@ -162,7 +160,7 @@ def _access(name: str, node: Node, now: datetime) -> Iterator[Finding]:
         hint = f"ca-bridge renew {name}"
     else:
         return
-    yield Finding(level="error", check="upgrade-no-access", about=name, text=text, hint=hint)
+    yield Finding.error("upgrade-no-access", name, text, hint)
 
 
 # --- files that it writes --------------------------------------------------------------------------------------------
@@ -184,7 +182,7 @@ def _kubelet(node: Node, settings: Settings) -> Iterator[Finding]:
     if serving is not None and not is_named(serving, local):
         hint = f"ca-bridge renew --add-san apiserver={local}, before kubeadm upgrade"
         text = f"{text}, and the API server's certificate lacks that address"
-        yield Finding(level="error", check="upgrade-kubelet-server", about="kubelet.conf", text=text, hint=hint)
+        yield Finding.error("upgrade-kubelet-server", "kubelet.conf", text, hint)
     else:
         yield _says("kubelet.conf", text, "its certificate stays")
 
@@ -216,8 +214,7 @@ def _cluster(api: Api) -> Iterator[Finding]:
         yield from _kubelet_config(api)
     except (NoAnswerError, YamlError, UnreadableError) as e:
         text = f"kubeadm-config, kubelet-config and bindings were not looked at: {e}"
-        hint = "kubeadm upgrade needs the API server, too"
-        yield Finding(level="warning", check="upgrade-not-looked-at", about="cluster", text=text, hint=hint)
+        yield Finding.warning("upgrade-not-looked-at", "cluster", text, "kubeadm upgrade needs the API server, too")
 
 
 def _bindings(api: Api) -> Iterator[Finding]:
@@ -226,7 +223,7 @@ def _bindings(api: Api) -> Iterator[Finding]:
         names = ", ".join(f"kubeadm:{name}" for name in absent)
         text = f"wanted no automatic approval, as now; kubeadm upgrade apply puts it back: {names}"
         hint = f"after it: kubectl delete clusterrolebinding {names.replace(',', '')}"
-        yield Finding(level="warning", check="upgrade-auto-approve", about="ClusterRoleBindings", text=text, hint=hint)
+        yield Finding.warning("upgrade-auto-approve", "ClusterRoleBindings", text, hint)
     if _status(api, f"{_BINDINGS}{_KUBELET_CLIENT}") == HTTPStatus.NOT_FOUND:
         text = f"kubeadm:{_KUBELET_CLIENT} is not there; upgrade apply makes it from 1.36 on"
         yield _says("ClusterRoleBindings", text, f"only after it: ca-bridge renew {_KUBELET_CLIENT} --adopt-defaults")
@@ -242,18 +239,18 @@ def _config(api: Api) -> Iterator[Finding]:
     if root is None:
         text = "wanted kubeadm-config in the cluster, found none: kubeadm upgrade aborts"
         hint = "kubeadm init phase upload-config kubeadm --config FILE"
-        yield Finding(level="error", check="upgrade-no-config", about="kubeadm-config", text=text, hint=hint)
+        yield Finding.error("upgrade-no-config", "kubeadm-config", text, hint)
         return
     gates = root.get("featureGates")
     old = _text(root, "apiVersion").rpartition("/")[2]
     if gates is not None and gates.get("PublicKeysECDSA") is not None:
         text = "wanted encryptionAlgorithm, found the feature gate PublicKeysECDSA, which 1.37 does not know"
         hint = "kubectl edit -n kube-system cm kubeadm-config: encryptionAlgorithm: ECDSA-P256 instead of it"
-        yield Finding(level="warning", check="upgrade-old-config", about="kubeadm-config", text=text, hint=hint)
+        yield Finding.warning("upgrade-old-config", "kubeadm-config", text, hint)
     if old in {"v1beta2", "v1beta3"}:
         text = f"wanted kubeadm.k8s.io/v1beta4, found {old}, which 1.37 does not read"
         hint = "kubeadm config migrate of the version that runs makes the newer one"
-        yield Finding(level="warning", check="upgrade-old-config", about="kubeadm-config", text=text, hint=hint)
+        yield Finding.warning("upgrade-old-config", "kubeadm-config", text, hint)
 
 
 def _kubelet_config(api: Api) -> Iterator[Finding]:
@@ -270,7 +267,7 @@ def _kubelet_config(api: Api) -> Iterator[Finding]:
         shown = ", ".join(map(one_line, differing[:10]))
         text = f"kubeadm upgrade writes it from the ConfigMap kubelet-config, which differs in {shown}"
         hint = "put into the ConfigMap (or into --patches) what is to stay"
-        yield Finding(level="warning", check="upgrade-kubelet-config", about=str(KUBELET_CONFIG), text=text, hint=hint)
+        yield Finding.warning("upgrade-kubelet-config", str(KUBELET_CONFIG), text, hint)
 
 
 def _document(api: Api, path: str, key: str) -> YamlNode | None:

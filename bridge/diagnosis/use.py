@@ -64,7 +64,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Examine how the node uses its certificates: files, CAs, names, restarts and hooks."""
     if not node.manifests:
         text = f"no static pods in {settings.node.kubeconfig_dir / 'manifests'}: which files they use was not looked at"
-        yield Finding(level="note", check="manifests", about="manifests", text=text)
+        yield Finding.note("manifests", "manifests", text)
     for item in node.items:
         if item.state == "present" and item.managed:
             yield from _files(item, node, settings)
@@ -93,9 +93,7 @@ def _files(item: Item, node: Node, settings: Settings) -> Iterator[Finding]:
         if named is not None and os.path.realpath(named) != os.path.realpath(path):
             text = f"wanted {flag}={path} in {component.value}.yaml, found {named}: a renewal replaces the first"
             hint = "name the file that is renewed, or have the other one's own issuer renew it"
-            yield Finding(
-                level="error", check="manifest-names-another-file", about=item.spec.name, text=text, hint=hint
-            )
+            yield Finding.error("manifest-names-another-file", item.spec.name, text, hint)
 
 
 def _authorities(node: Node) -> Iterator[Finding]:
@@ -113,7 +111,7 @@ def _authorities(node: Node) -> Iterator[Finding]:
                 what = found if isinstance(found, str) else "other certificates"
                 text = f"wanted the CA of {state.path} in the file of {flag} ({path}), found {what}"
                 hint = "new certificates of this CA would not be accepted"
-                yield Finding(level="error", check="manifest-ca", about=component.value, text=text, hint=hint)
+                yield Finding.error("manifest-ca", component.value, text, hint)
 
 
 def _certificates(path: Path) -> list[object] | str:
@@ -132,7 +130,7 @@ def _not_in_use(node: Node, settings: Settings, now: datetime) -> Iterator[Findi
         if one.component is not None:
             text = f"{one.component.value} was not seen to use the installed certificate: {one.what}: {one.detail}"
             hint = restart_plan.how(one.component, settings.node.kubeconfig_dir / "manifests")
-            yield Finding(level="warning", check="not-in-use", about=one.certificate, text=text, hint=hint)
+            yield Finding.warning("not-in-use", one.certificate, text, hint)
 
 
 def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
@@ -147,8 +145,7 @@ def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
         if error is not None:
             yield from_error("restart-command", key, error)
         elif words and shutil.which(words[0]) is None:
-            text = f"wanted a program {words[0]!r}, found none that can be run"
-            yield Finding(level="error", check="restart-command", about=key, text=text)
+            yield Finding.error("restart-command", key, f"wanted a program {words[0]!r}, found none that can be run")
 
 
 def _hooks(settings: Settings) -> Iterator[Finding]:
@@ -156,13 +153,13 @@ def _hooks(settings: Settings) -> Iterator[Finding]:
         for words in getattr(settings.hooks, event).words():
             found, about = shutil.which(words[0]), f"hook {event}"
             if (unsafe := unsafe_program(words)) is not None:
-                yield Finding(level="error", check="hook", about=about, text=str(unsafe), hint=unsafe.hint)
+                yield Finding.error("hook", about, str(unsafe), unsafe.hint)
                 continue
             text = found or f"wanted a program {words[0]!r}, found none that can be run"
             yield Finding(level="ok" if found else "warning", check="hook", about=about, text=text)
     if Store(settings.node.state_dir).hooks.exists():
         text = "some of an earlier run did not succeed; the next `ca-bridge renew` runs them again"
-        yield Finding(level="warning", check="hooks-owed", about="hooks", text=text)
+        yield Finding.warning("hooks-owed", "hooks", text)
 
 
 _SERVICE_RANGE = "--service-cluster-ip-range"
@@ -227,8 +224,7 @@ def _missing_names(node: Node, name: str, hosts: Iterable[str], whose: str, chec
     if missing:
         text = f"wanted the addresses {whose} among its SANs, found no {', '.join(map(one_line, missing))}"
         options = " ".join(f"--add-san {name}={one_line(host)}" for host in missing)
-        hint = f"a renewal copies the SANs as they are: ca-bridge renew {options}"
-        yield Finding(level="warning", check=check, about=name, text=text, hint=hint)
+        yield Finding.warning(check, name, text, f"a renewal copies the SANs as they are: ca-bridge renew {options}")
 
 
 def _live(node: Node, name: str) -> x509.Certificate | None:
@@ -246,8 +242,7 @@ def _cluster(node: Node, settings: Settings) -> Iterator[Finding]:
     try:
         config = _config(node, settings, manifest.flags)
     except (BridgeError, ValueError) as e:
-        text = f"not compared with the SANs: {e}"
-        yield Finding(level="note", check="kubeadm-config", about="kubeadm-config", text=text)
+        yield Finding.note("kubeadm-config", "kubeadm-config", f"not compared with the SANs: {e}")
         return
     names = {
         "apiserver": [config.service_address, *config.api_sans, *([config.endpoint_host] if config.endpoint else [])],
@@ -281,9 +276,7 @@ def _manifest(config: KubeadmConfig, flags: Flags) -> Iterator[Finding]:
     if found is not None and found != config.service_subnet:
         text = f"wanted {_SERVICE_RANGE}={config.service_subnet}, as kubeadm-config has it, found {one_line(found)}"
         hint = "the next `kubeadm upgrade` writes the manifest from kubeadm-config: make them say the same before"
-        yield Finding(
-            level="warning", check="manifest-of-kubeadm-config", about="kube-apiserver.yaml", text=text, hint=hint
-        )
+        yield Finding.warning("manifest-of-kubeadm-config", "kube-apiserver.yaml", text, hint)
 
 
 def _endpoint(config: KubeadmConfig, settings: Settings) -> Iterator[Finding]:
@@ -295,7 +288,7 @@ def _endpoint(config: KubeadmConfig, settings: Settings) -> Iterator[Finding]:
     if config.endpoint_url and found.rstrip("/") != config.endpoint_url:
         text = f"wanted kubeadm-config's controlPlaneEndpoint, {config.endpoint_url}, found {one_line(found)}"
         hint = "which of the two is right? kubeadm makes new kubeconfigs with the first"
-        yield Finding(level="warning", check="endpoint-of-kubeadm-config", about="admin.conf", text=text, hint=hint)
+        yield Finding.warning("endpoint-of-kubeadm-config", "admin.conf", text, hint)
 
 
 def _beyond(config: KubeadmConfig, node: Node, settings: Settings, flags: Flags) -> Iterator[Finding]:
@@ -315,8 +308,8 @@ def _of_one(item: Item, facts: NamingFacts) -> Iterator[Finding]:
     if more := sorted(san_entries(certificate) - names_of(wanted.sans)):
         shown = ", ".join(one_line(f"{kind}:{value}") for kind, value in more[:10])
         text = f"has SANs that kubeadm-config does not: {shown}; a renewal keeps them, kubeadm would not make them"
-        yield Finding(level="note", check="kubeadm-config", about=name, text=text)
+        yield Finding.note("kubeadm-config", name, text)
     if sorted(attributes(certificate.subject)) != sorted(attributes(wanted.subject)):
         text = f"subject of another version; kubeadm {facts.release} makes {wanted.text.partition(' with ')[0]}"
         hint = f"a renewal keeps it; ca-bridge renew {name} --adopt-defaults changes it, if its rights are there"
-        yield Finding(level="note", check="kubeadm-config", about=name, text=text, hint=hint)
+        yield Finding.note("kubeadm-config", name, text, hint)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import bridge.diagnosis
+from bridge.diagnosis.findings import LEVELS
 
 DOCUMENT = Path(__file__).parents[2] / "docs/doctor.md"
 #: Of lines that say what is in order, or what was not looked at.
@@ -21,7 +22,14 @@ def checks_in(source: str) -> set[str]:
         if isinstance(node, ast.Call):
             name = getattr(node.func, "id", "")
             values = [word.value for word in node.keywords if word.arg == "check"]
-            values += node.args[:1] if name == "from_error" else node.args[-1:] if name == "_missing_names" else []
+            is_finding = ast.unparse(node.func) in {f"Finding.{level}" for level in LEVELS}
+            values += (
+                node.args[:1]
+                if name == "from_error" or is_finding
+                else node.args[-1:]
+                if name == "_missing_names"
+                else []
+            )
             found |= {str(value.value) for value in values if isinstance(value, ast.Constant)}
     return found
 
@@ -37,8 +45,5 @@ def test_the_document_has_each_check_and_no_other() -> None:
 
 def test_the_comparison_can_fail() -> None:
     """A name in the code is seen in both ways in which a finding is made."""
-    assert checks_in("Finding(check='a')\nfrom_error('b', 'x', e)\n_missing_names(n, 'c', h, w, 'd')") == {
-        "a",
-        "b",
-        "d",
-    }
+    source = "Finding(check='a')\nfrom_error('b', 'x', e)\n_missing_names(n, 'c', h, w, 'd')\nFinding.note('e', 'x', t)"
+    assert checks_in(source) == {"a", "b", "d", "e"}

@@ -96,7 +96,7 @@ def test_a_line_says_what_it_is_about(bridge: Bridge) -> None:
         {"message": None},
         {"certificates": []},
         {"certificates": "apiserver"},
-        {"exitCode": "5"},
+        {"exitCode": "2"},
         {"exitCode": -1},
         {"exitCode": True},
         {"more": 1},
