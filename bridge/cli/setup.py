@@ -337,12 +337,7 @@ class DeskJob:
 
 
 def _desk_of(inbox: Path | None, outbox: Path | None, user: str) -> DeskJob | None:
-    """
-    A desk, if its directories are named.
-
-    Raises:
-        SettingsError: One of them is, or the user is none.
-    """
+    """The desk whose directories are named, if they are."""
     if inbox is None and outbox is None:
         return None
     if inbox is None or outbox is None:
