@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from tests.kit import shown
+from tests.kit import nodes, shown
+from tests.kit.node import AT_ONCE, Node
 
+PROGRAM = Path(sys.executable).with_name("ca-bridge")
 PAGES = [
     page for page in sorted((shown.ROOT / "docs").glob("*.md")) if shown.names_in(page.read_text(encoding="utf-8"))
 ]
@@ -26,19 +29,24 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return shown.blocks(tmp_path_factory.mktemp("shown"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def elsewhere(page: Path) -> bool:
+    """Whether a running node alone fills a page's blocks."""
+    return set(shown.names_in(page.read_text(encoding="utf-8"))) <= shown.LIVE.keys()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not elsewhere(page)], ids=lambda page: page.stem)
 def test_a_page_shows_what_its_commands_print(page: Path, blocks: dict[str, str]) -> None:
     """At 80 columns, on a PKI of the real kubeadm with a real CA; another line would be found."""
     text = page.read_text(encoding="utf-8")
     assert text == shown.written(text, blocks), "run: python -m tests.test_docs_shown"
-    name = shown.names_in(text)[0]
+    name = next(name for name in shown.names_in(text) if name in blocks)
     assert text != shown.written(text, {**blocks, name: "$ another line"})
 
 
 def test_each_command_is_on_a_page(blocks: dict[str, str]) -> None:
     """And no page has a block that no command fills; none of them ended in a mistake of ours."""
     on_pages = {name for page in PAGES for name in shown.names_in(page.read_text(encoding="utf-8"))}
-    assert on_pages == {name for name in blocks if not name.startswith("-")}
+    assert on_pages == {name for name in blocks if not name.startswith("-")} | shown.LIVE.keys()
     assert [name for name, text in blocks.items() if "Traceback" in text or "rror:" in text] == []
 
 
@@ -54,9 +62,15 @@ def test_the_same_run_at_another_time_looks_the_same() -> None:
 
 
 def main() -> None:
-    """Write the blocks of all pages."""
-    with tempfile.TemporaryDirectory() as directory:
-        found = shown.blocks(Path(directory))
+    """Write the blocks of all pages; with `--node` those of a node that runs."""
+    if "--node" in sys.argv:
+        with Node.up(f"shown-{os.getpid() % 100_000}", "198.18.77.62", kubelet=AT_ONCE) as node:
+            nodes.make_ready(node)
+            node.exec(PROGRAM, "prove", "--wait", "60s")
+            found = shown.live(node)
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            found = shown.blocks(Path(directory))
     for page in PAGES:
         page.write_text(shown.written(page.read_text(encoding="utf-8"), found), encoding="utf-8")
 

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.specs import SPECS, Component
-from tests.kit import issuing, nodes
+from tests.kit import issuing, nodes, shown
 from tests.kit.issuing import Signer
 from tests.kit.node import AT_ONCE, Node
 from tests.kit.nodes import wait_for
@@ -89,6 +89,15 @@ def restart(node: Node, component: str) -> None:
 def well(node: Node) -> None:
     """All is well before the test."""
     settled(node, 0, [], set(), "--wait", "60s")
+
+
+@pytest.mark.usefixtures("well")
+def test_a_page_shows_what_prove_prints(node: Node) -> None:
+    """When all is well; `python -m tests.test_docs_shown --node` writes it."""
+    page = shown.ROOT / "docs/after-the-installation.md"
+    text = page.read_text(encoding="utf-8")
+    assert "prove" in shown.names_in(text)
+    assert text == shown.written(text, shown.live(node))
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from tests.kit import airgap, cluster_api, gateways, opensslca, programs, terminals
+from tests.kit.node import Node
 from tests.kit.pki import KubeadmPki, Pki, handmade_pki, kubeadm_pki
 
 ROOT = Path(__file__).parents[2]
@@ -161,7 +162,7 @@ NODE = {
     "user-request": "ca-bridge kubeconfig request bob --group dev --group ops",
     "user": "ca-bridge kubeconfig user bob --group dev --group ops --csr bob.csr --validity 8h",
     "export": "ca-bridge export /media/stick/cp-1.request.json",
-    "setup-nodes": "ca-bridge setup vault --nodes nodes.txt -o roles",
+    "setup-nodes": "ca-bridge setup openssl --nodes nodes.txt -o for-the-ca",
 }
 DESK = {
     "desk-doctor": "ca-bridge doctor",
@@ -199,6 +200,19 @@ def blocks(directory: Path) -> dict[str, str]:
     found |= typed(WORKER, worker(node, directory / "w-1"), normal)
     found |= typed(NEW_NODE, new_node(node, directory / "new"), normal)
     return found | gateway(directory, normal)
+
+
+#: What a node that runs shows (tests/e2e/test_prove_node.py compares it).
+LIVE = {"prove": "ca-bridge prove"}
+
+
+def live(node: Node) -> dict[str, str]:
+    """Of a control plane that is well."""
+    normal, run = (
+        Normal(),
+        functools.partial(node.exec, "env", f"COLUMNS={COLUMNS}", Path(sys.executable).with_name("ca-bridge")),
+    )
+    return {name: f"$ {line}\n{normal.of(run(*line.split()[1:]).stdout)}" for name, line in LIVE.items()}
 
 
 def typed(lines: Mapping[str, str], machine: Machine, normal: Normal) -> dict[str, str]:
@@ -292,9 +306,11 @@ def _section(page: Path, heading: str) -> str:
 
 
 def written(text: str, shown: Mapping[str, str]) -> str:
-    """A page, with what its blocks show now."""
+    """A page, with what its blocks show now; a block of something else stays."""
 
     def block(match: re.Match[str]) -> str:
+        if match[1] not in shown:
+            return match[0]
         lines, most = shown[match[1]].splitlines(), int(match[2] or 0)
         if most and len(lines) > abs(most):
             lines = [*lines[:most], "…"] if most > 0 else [lines[0], "…", *lines[most:]]
