@@ -139,12 +139,12 @@ def _end_quietly(quiet: Quiet) -> NoReturn:
     text = f"{quiet.sentence}\n"
     if quiet.settings.metrics.file is None:
         _end(0, text)
-    from bridge.monitoring import metrics  # noqa: PLC0415 (where it is wanted)
+    from bridge import monitoring  # noqa: PLC0415 (where it is wanted)
     from bridge.system import console  # noqa: PLC0415
 
     console.set_up(0, console.LogFormat.TEXT)
     try:
-        with metrics.written(quiet.settings, lambda: datetime.now(UTC)) as told:
+        with monitoring.written(quiet.settings, lambda: datetime.now(UTC)) as told:
             _print(text)
     except OSError as e:
         _end_unwritten(e)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from bridge import monitoring
 from bridge.cli.options import (
     ZERO,
     AllOrNothingOption,
@@ -37,7 +38,6 @@ from bridge.cli.printing import (
 )
 from bridge.cli.results import grouped, report
 from bridge.errors import BridgeError, Exit
-from bridge.monitoring import metrics
 from bridge.pki import bundle_format
 from bridge.pki.display import fingerprint_text
 from bridge.pki.expiry import residual, rfc3339, seconds_left
@@ -67,7 +67,7 @@ def export(
     for a named one that is missing; the desk's policy decides about that, and about changes.
     """
     settings, wanted = common.settings(), options.read(names, wait=wait)
-    with metrics.kept_current(settings, utc_now), progress_shown() as progress:
+    with monitoring.kept_current(settings, utc_now), progress_shown() as progress:
         done, node = airgap.export(settings, path, wanted, utc_now, progress)
     for sentence in done.skipped:
         log.log(logging.INFO if wanted.is_by_name else logging.DEBUG, "%s", sentence)
@@ -116,7 +116,7 @@ def import_answers(
     Exits with 4 while other requests still wait.
     """
     settings, options = common.settings(), RunOptions(all_or_nothing=all_or_nothing, wait=wait)
-    with metrics.kept_current(settings, utc_now), progress_shown() as progress:
+    with monitoring.kept_current(settings, utc_now), progress_shown() as progress:
         result, node, strange = airgap.import_answers(settings, paths, options, utc_now, progress)
     result = dataclasses.replace(result, errors=(*result.errors, *strange))
     if result.outcomes or result.errors or output is Output.JSON:
@@ -164,7 +164,7 @@ def pending_cancel(
 ) -> int:
     """Forget requests and remove their keys; a later answer to them is refused."""
     settings, options = common.settings(), RunOptions(names=tuple(names), wait=wait)
-    with metrics.kept_current(settings, utc_now), progress_shown() as progress:
+    with monitoring.kept_current(settings, utc_now), progress_shown() as progress:
         done = airgap.cancel(settings, options, utc_now, progress)
     for one in done.requests:
         say_sentence(f"{one.name}: cancelled; its key is removed, and an answer to it will be refused")

@@ -22,7 +22,7 @@ from bridge.state.store import Store
 from bridge.system.console import ROOT_HINT, lacks_rights, log, print_error
 
 if TYPE_CHECKING:
-    from bridge.monitoring.exposition import Remembered
+    from bridge.monitoring import Remembered
     from bridge.renewal.gate import Failures
 
 commands = typer.Typer()
@@ -139,6 +139,6 @@ def _failures(settings: Settings) -> Mapping[str, Failures] | None:
 
 
 def _known(settings: Settings) -> Remembered | None:
-    from bridge.monitoring import metrics  # noqa: PLC0415 (for monitors alone)
+    from bridge import monitoring  # noqa: PLC0415 (for monitors alone)
 
-    return metrics.known_here(settings, utc_now())
+    return monitoring.known_here(settings, utc_now())

@@ -18,7 +18,7 @@ from bridge.system.console import is_verbose, styled
 from bridge.words import escaped, steady
 
 if TYPE_CHECKING:
-    from bridge.monitoring.exposition import Remembered
+    from bridge.monitoring import Remembered
 
 #: Grows when a key changes its meaning or goes; new keys do not count.
 SCHEMA_VERSION = 1
@@ -58,9 +58,9 @@ def look(
 
 
 def _as_prometheus(found: ExpiryReport, node: Node, renewal: RenewalSettings, known: Remembered | None) -> str:
-    from bridge.monitoring import exposition  # noqa: PLC0415 (for monitors alone)
+    from bridge import monitoring  # noqa: PLC0415 (for monitors alone)
 
-    return exposition.text(found, exposition.due_times(node, renewal), known)
+    return monitoring.text(found, monitoring.due_times(node, renewal), known)
 
 
 def table(found: ExpiryReport, renewal: RenewalSettings | None = None) -> str:

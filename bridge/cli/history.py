@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from bridge import monitoring
 from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
 from bridge.cli.printing import say, say_json, say_sentence, say_table
 from bridge.cli.results import errors_json, print_restart, stale
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
-from bridge.monitoring import metrics
 from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute, rfc3339
 from bridge.renewal.verify_and_install import Result
@@ -153,7 +153,7 @@ def rollback(
     backed up: a second rollback undoes the first.
     """
     settings = common.settings()
-    with metrics.kept_current(settings, utc_now):
+    with monitoring.kept_current(settings, utc_now):
         done, node = put_back_and_retire(settings, backup_id, utc_now, force=force, wait=wait)
     components = stale(Result(outcomes=done.outcomes), node, settings)
     if output is Output.JSON:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bridge import monitoring
 from bridge.cli.options import (
     ZERO,
     AllOrNothingOption,
@@ -29,15 +30,13 @@ from bridge.cli.plan import plan
 from bridge.cli.printing import progress_shown, say, say_json, say_table
 from bridge.cli.results import about, errors_json, failed_json, grouped, report
 from bridge.errors import Exit
-from bridge.monitoring import metrics
 from bridge.node import inventory
 from bridge.pki.certificates import name_text, serial_hex
 from bridge.pki.expiry import minute, rfc3339
-from bridge.renewal import rehearsal
 from bridge.renewal import renew as renewal
 from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.prepare import write_csrs as write_csr_files
-from bridge.renewal.rehearsal import Rehearsal
+from bridge.renewal.renew import Rehearsal
 from bridge.renewal.select import RunOptions, nothing_due, select
 from bridge.settings.tables import Settings
 from bridge.state.install import InstallError
@@ -123,7 +122,7 @@ def install_command(
 
 def renew(settings: Settings, options: RunOptions, now: Callable[[], datetime], output: Output) -> int:
     """Renew, print the result, and return the exit code; the metrics file gets the code, whatever it is."""
-    with metrics.written(settings, now) as told:
+    with monitoring.written(settings, now) as told:
         with progress_shown() as progress:
             result, node, selection = renewal.run(settings, options, now, progress)
         for sentence in selection.skipped:
@@ -137,10 +136,10 @@ def install(
     settings: Settings, directory: Path, options: RunOptions, now: Callable[[], datetime], output: Output
 ) -> int:
     """Install from a directory of keys and certificates; return the exit code."""
-    from bridge.renewal import install_directory  # noqa: PLC0415 (20 ms, which `renew` needs not)
+    from bridge.renewal import airgap  # noqa: PLC0415 (20 ms, which `renew` needs not)
 
-    with metrics.kept_current(settings, now), progress_shown() as progress:
-        result, node, selection = install_directory.run(settings, directory, options, now, progress)
+    with monitoring.kept_current(settings, now), progress_shown() as progress:
+        result, node, selection = airgap.install_directory(settings, directory, options, now, progress)
     report(result, node, selection, settings, now(), output, restarts=options.restarts)
     if result.renewed:
         log.warning("%s: what was installed from there is no longer needed: remove the keys", directory)
@@ -173,9 +172,9 @@ def write_csrs(settings: Settings, directory: Path, options: RunOptions, now: da
 
 def rehearse(settings: Settings, options: RunOptions, now: Callable[[], datetime], output: Output) -> int:
     """Rehearse, print the result, and return the exit code; the metrics file gets the code, whatever it is."""
-    with metrics.written(settings, now, rehearsal=True) as told:
+    with monitoring.written(settings, now, rehearsal=True) as told:
         with progress_shown() as progress:
-            result = rehearsal.run(settings, options, now, progress)
+            result = renewal.rehearse(settings, options, now, progress)
         if output is Output.JSON:
             say_json(**_json(result))
         else:

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from bridge.cluster import access
-from bridge.cluster.access import Access, AccessError
-from bridge.cluster.client import TIMEOUT_SECONDS as NODE_TIMEOUT_SECONDS
-from bridge.cluster.client import Client
-from bridge.cluster.client import document as whole_document
+from bridge.cluster.access import TIMEOUT_SECONDS as NODE_TIMEOUT_SECONDS
+from bridge.cluster.access import Access, AccessError, Client
+from bridge.cluster.access import document as whole_document
 from bridge.errors import BridgeError, Exit
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node

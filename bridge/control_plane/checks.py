@@ -21,10 +21,11 @@ from urllib.parse import quote, urlsplit
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from bridge.cluster.client import NOBODY, Client
-from bridge.control_plane.etcd import Etcd, Member
+from bridge.cluster.access import NOBODY, Client
 from bridge.control_plane.probes import (
     Check,
+    Etcd,
+    Member,
     RefusedError,
     Serving,
     Verdict,

@@ -1,37 +1,49 @@
 """
 Renewal, online, in one process: select, prepare, issue, verify, remember, install, activate, conclude.
 
-Keys stay in this process's memory and the state directory until their certificates are installed; a type that leaves
-the node holds none.
+Keys stay in this process's memory and the state directory until their certificates are installed. A rehearsal asks,
+signs and verifies as a renewal does, and throws all of it away: it keeps no request, replaces no file, and revokes what
+was signed where the backend can. It can't find out whether components work with the new certificates.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
 
 from bridge.ca import registry
-from bridge.contract import Issued
-from bridge.errors import VerificationError, WaitingError
+from bridge.ca.ca import CA
+from bridge.contract import Carries, Issued, Pending, Spends
+from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.node.inventory import Item, Node
 from bridge.pki import expiry, verify
-from bridge.pki.expiry import duration_text
+from bridge.pki.certificates import serial_hex
+from bridge.pki.expiry import due_from, duration_text
 from bridge.renewal import gate, new_keys
 from bridge.renewal.changes import decide
 from bridge.renewal.gate import NotYetError
 from bridge.renewal.issuance import Answered, issue_all, reaching
 from bridge.renewal.prepare import Prepared, prepare, preparing
 from bridge.renewal.readiness import assert_room, without_restart
-from bridge.renewal.select import RunOptions, Selection, outcome_of, select
+from bridge.renewal.revocation import RevocationError
+from bridge.renewal.select import ALL, MissingCertificateError, RunOptions, Selection, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
-from bridge.settings.tables import Settings
-from bridge.state import backups
-from bridge.state.open_requests import OpenRequest
+from bridge.settings.tables import Settings, anchor, for_rehearsal, is_scratch
+from bridge.specs import AUTHORITIES
+from bridge.state import audit, backups
+from bridge.state.open_requests import OpenRequest, Unkept
 from bridge.state.session import Run, begun
 from bridge.state.store import Outcome, remember_checked
 from bridge.system.console import Progress, is_attended
+from bridge.system.paths import UnreadableError, read_ca_file
 
 
 def run(
@@ -166,3 +178,217 @@ def _to_ask(run: Run, items: Sequence[Item], kept: Sequence[Answered]) -> tuple[
         else:
             rest.append(item)
     return rest, carried
+
+
+# --- a rehearsal -----------------------------------------------------------------------------------------------------
+
+
+class NoRehearsalError(BridgeError):
+    """A CA that can't be asked for a certificate that is thrown away."""
+
+    exit_code = Exit.USAGE
+    hint = (
+        "name another backend or role for it in [authority.NAME.rehearsal], or rehearse the other certificates by name"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsed:
+    """A certificate that was signed, passed, and has no key any more."""
+
+    outcome: Outcome
+    leaf: x509.Certificate
+    revoked: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """The result that a renewal would have had."""
+
+    passed: tuple[Rehearsed, ...] = ()
+    failed: tuple[Outcome, ...] = ()
+    errors: tuple[BridgeError, ...] = ()  #: About certificates that were signed and are not revoked.
+    skipped: tuple[str, ...] = ()  #: Sentences.
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code that a renewal with these results would have."""
+        return Exit.worst([*(one.exit_code for one in self.failed), *(one.exit_code for one in self.errors)])
+
+
+def rehearse(settings: Settings, options: RunOptions, now: Callable[[], datetime], progress: Progress) -> Rehearsal:
+    """Rehearse the renewal of the named certificates, without names of all; `[authority.NAME.rehearsal]` counts."""
+    options = dataclasses.replace(options, names=options.names or (ALL,))
+    with begun(settings, now, progress, options.wait) as (ours, node):
+        selection = select(node, settings, options, now(), desired=decide(node, settings, options))
+        for sentence in selection.notes:
+            progress.note(sentence)
+        selection = _without_open(_within(selection, settings, now(), options.ahead), ours)
+        ours.record.add(audit.REHEARSED, result="begins: nothing of this run is installed")
+        rehearsing = dataclasses.replace(ours, settings=for_rehearsal(settings), requests=Unkept())
+        return _rehearsed(rehearsing, settings, selection, node)
+
+
+def _within(selection: Selection, settings: Settings, now: datetime, ahead: timedelta | None) -> Selection:
+    """The selection without certificates that are far from being due."""
+    if ahead is None:
+        return selection
+    renewal = settings.renewal
+
+    def is_near(item: Item) -> bool:
+        return not item.certificates or now + ahead >= due_from(
+            item.renewable, renewal.before, renewal.validity, rotates=item.rotates
+        )
+
+    items = tuple(item for item in selection.items if is_near(item))
+    skipped = selection.skipped if items else (*selection.skipped, f"nothing is due within {duration_text(ahead)}")
+    return dataclasses.replace(selection, items=items, skipped=skipped)
+
+
+def _without_open(selection: Selection, run: Run) -> Selection:
+    """The selection without certificates that a CA has been asked for already."""
+    waiting = {one.name for one in run.requests if one.is_waiting}
+    told = tuple(
+        f"{item.spec.name} is not rehearsed: a CA has a request for it already"
+        for item in selection.items
+        if item.spec.name in waiting
+    )
+    items = tuple(item for item in selection.items if item.spec.name not in waiting)
+    return dataclasses.replace(selection, items=items, skipped=(*selection.skipped, *told))
+
+
+def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -> Rehearsal:
+    assert_room(run.settings)
+    expected, unproved = expectations(node, run.settings, selection.items, run.now())
+    expected = {name: _expected(one, settings, name) for name, one in expected.items()}
+    impossible = dict(_impossible(run.settings, expected))
+    stuck = without_restart(node, run.settings, selection.items, run.now())
+    failed = list({o.name: o for o in [*unproved, *stuck]}.values())
+    failed += [outcome_of(i, impossible[i.spec.authority.name]) for i in selection.items
+               if i.spec.authority.name in impossible and i.spec.name not in {o.name for o in failed}]  # fmt: skip
+    without = {outcome.name for outcome in failed}
+    items = [item for item in selection.items if item.spec.name not in without]
+    with (
+        preparing(items, run.settings, {}, selection.desired) as making,
+        reaching(run.settings, items, expected, run.progress) as reached,
+    ):
+        cas = reached()
+        new_keys.use_last_core()
+        answered, unmade = issue_all(run, making, cas, expected)
+        proven, failed = verify_all(run, answered, [*selection.failed, *failed, *unmade])
+        revoked, errors = _thrown_away(run, answered, cas)
+    passed = [
+        Rehearsed(outcome=one.outcome, leaf=one.verified.leaf, revoked=one.verified.leaf in revoked) for one in proven
+    ]
+    for one in passed:
+        result = "passed, and revoked" if one.revoked else "passed, and thrown away; not revoked"
+        run.record.add(audit.REHEARSED, one.outcome.name, authority=one.outcome.authority, new=one.leaf, result=result)
+    return Rehearsal(
+        passed=tuple(passed),
+        failed=tuple(map(_told, failed)),
+        errors=tuple(errors),
+        skipped=selection.skipped,
+    )
+
+
+def _expected(one: verify.Expectation, settings: Settings, authority: str) -> verify.Expectation:
+    """A scratch role may give a short life, and a scratch CA be another one."""
+    if not is_scratch(settings, authority):
+        return one
+    one = dataclasses.replace(one, min_validity=timedelta(), shorter_allowed=True)
+    path = anchor(settings, authority)
+    return one if path is None else dataclasses.replace(one, anchors=_anchors(path), anchor_name=str(path))
+
+
+def _anchors(path: Path) -> tuple[x509.Certificate, ...]:
+    try:
+        return read_ca_file(path)
+    except UnreadableError as e:
+        raise MissingCertificateError(
+            f"{path}: wanted the CA certificate of a rehearsal (anchor), found: {e}", hint="put it there"
+        ) from e
+
+
+def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tuple[str, BridgeError]]:
+    """CAs that are not asked: by authority, why; nothing is asked to find out."""
+    known = [name for name in authorities if name in settings.authorities]
+    for name, configured in registry.configured(settings, known).items():
+        with contextlib.suppress(BridgeError), contextlib.closing(CA.of(configured)) as ca:  # the error comes later
+            if isinstance(ca.backend, Carries):
+                yield name, NoRehearsalError(f"{ca.label}: people carry its requests, and would for nothing")
+            elif isinstance(ca.backend, Spends) and (spent := ca.backend.spends()):
+                yield name, NoRehearsalError(f"{ca.label}: a rehearsal would use up {spent}")
+
+
+def _told(outcome: Outcome) -> Outcome:
+    """The outcome in the words of a rehearsal: the key of a request that a CA answers later is thrown away."""
+    if not isinstance(outcome.error, WaitingError):
+        return outcome
+    error = WaitingError(
+        f"the CA took the request, and has not answered yet ({outcome.error.reason}); its key is thrown away",
+        hint="so far it would work; the people who approve requests at the CA may refuse this one",
+    )
+    return dataclasses.replace(outcome, error=error)
+
+
+# --- what was signed ---------------------------------------------------------------------------------------------------
+
+
+def _thrown_away(
+    run: Run, answered: Sequence[Answered], reached: Mapping[str, CA]
+) -> tuple[set[x509.Certificate], list[BridgeError]]:
+    """Revoke each certificate that was signed for our keys, whether it passed or not."""
+    revoked: set[x509.Certificate] = set()
+    errors: list[BridgeError] = []
+    unable: dict[str, list[str]] = {}
+    for authority in AUTHORITIES:
+        ca = reached.get(authority)
+        signed = _signed([one for one in answered if one.prepared.authority == authority], ca, run.now())
+        for name, leaf in signed:
+            if ca is None or not ca.can_revoke:
+                unable.setdefault(ca.label if ca is not None else authority, []).append(name)
+                continue
+            try:
+                ca.revoke(leaf)
+            except BackendError as e:
+                error = _not_revoked(name, leaf, ca.label, e)
+                run.record.add(audit.FAILED, name, authority=authority, new=leaf, error=error)
+                if isinstance(e, BackendUnavailableError):
+                    errors.append(error)
+                else:
+                    run.progress.note(str(error))
+            else:
+                revoked.add(leaf)
+                run.record.add(audit.REVOKED, name, authority=authority, old=leaf)
+    for label, names in unable.items():
+        run.progress.note(
+            f"{label} can't revoke: what it signed for {', '.join(names)} is valid, without a key to use it"
+        )
+    return revoked, errors
+
+
+def _not_revoked(name: str, leaf: x509.Certificate, label: str, cause: BackendError) -> RevocationError:
+    hint = "its key is gone; revoke it at the CA if your rules ask for that"
+    return RevocationError(f"not revoked: {name}, serial {serial_hex(leaf)}: {label}: {cause}", cause, hint=hint)
+
+
+def _signed(answered: Sequence[Answered], ca: CA | None, now: datetime) -> list[tuple[str, x509.Certificate]]:
+    """
+    Certificates that are to be revoked, by name: for our new keys, and no other that a CA may have sent instead.
+
+    What was signed, though its answer was lost, a CA may be able to find.
+    """
+    found = [(one, one.answer.leaf) for one in answered if isinstance(one.answer, Issued)]
+    lost = [one for one in answered if isinstance(one.answer, Pending | BackendError)]
+    if ca is not None:
+        with contextlib.suppress(BackendError):  # as lost as before
+            recalled = ca.recall([one.prepared.request for one in lost], now - timedelta(days=1))
+            found += [(one, answer.leaf) for one, answer in zip(lost, recalled, strict=True) if answer is not None]
+    return [(one.prepared.name, leaf) for one, leaf in found if _is_ours(one, leaf)]
+
+
+def _is_ours(one: Answered, leaf: x509.Certificate) -> bool:
+    try:
+        return leaf.public_key() == one.prepared.request.csr.public_key()
+    except (ValueError, TypeError):
+        return False

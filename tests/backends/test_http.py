@@ -17,29 +17,29 @@ Talk = Callable[[socket.socket], None]
 #: The clients, each of which calls `ask` with the URL of the server; its own limit of time is a second.
 CLIENTS = {
     "component": """
-from bridge.cluster import client
-client.TIMEOUT_SECONDS = 1
+from bridge.cluster import access
+access.TIMEOUT_SECONDS = 1
 def ask(url):
-    return client.NOBODY.ask(client.Server(url), "/healthz").status
+    return access.NOBODY.ask(access.Server(url), "/healthz").status
 """,
     "node": """
-from bridge.cluster import api, client
+from bridge.cluster import access, api
 api.NODE_TIMEOUT_SECONDS = 1
 def ask(url):
-    return api.Api([client.NOBODY], [client.Server(url)]).ask("GET", "/api").status
+    return api.Api([access.NOBODY], [access.Server(url)]).ask("GET", "/api").status
 """,
     "gateway": """
-from bridge.cluster import api, client
+from bridge.cluster import access, api
 api.TIMEOUT_SECONDS = 1
 def ask(url):
-    made = api.Api([client.NOBODY], [client.Server(url)], again=lambda: None)
+    made = api.Api([access.NOBODY], [access.Server(url)], again=lambda: None)
     return made.ask("GET", "/api").status
 """,
     "watch": """
-from bridge.cluster import api, client
+from bridge.cluster import access, api
 api.TIMEOUT_SECONDS = 1
 def ask(url):
-    made = api.Api([client.NOBODY], [client.Server(url)], again=lambda: None)
+    made = api.Api([access.NOBODY], [access.Server(url)], again=lambda: None)
     with made.lines("/api?watch=1", 1, 1000) as lines:
         for line in lines:
             pass

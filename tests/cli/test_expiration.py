@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from bridge import entry
+from bridge import entry, monitoring
 from bridge.cli import expiration_forms
 from bridge.cli.expiration_forms import look, table
-from bridge.monitoring import exposition
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, report
 from bridge.node.sample_pki import ca_certificate
@@ -537,7 +536,7 @@ def test_the_worst_expiry_is_first_for_a_monitor(damaged: Pki) -> None:
         path.write_text(re.sub(f"{name}-data: .*", f"{name}: pki/apiserver.crt", path.read_text()))
 
     def first(now: datetime) -> str:
-        text = exposition.text(found_report(damaged, now=now), {}, None)
+        text = monitoring.text(found_report(damaged, now=now), {}, None)
         return text.partition('ca_bridge_certificate_not_after_seconds{name="')[2].partition('"')[0]
 
     assert (first(NOW - 300 * DAY), first(NOW + DAY)) == ("admin.conf", "kubelet.conf")
@@ -548,7 +547,7 @@ def test_prometheus_labels_are_escaped(node: Pki, tmp_path: Path) -> None:
     strange = tmp_path / 'a"b\\c\nd'
     shutil.copytree(node.root, strange)
     pki = Pki(root=strange, external=True)
-    text = exposition.text(found_report(pki), {}, None)
+    text = monitoring.text(found_report(pki), {}, None)
     assert r"a\"b\\c\nd" in text
     assert re.fullmatch(r'((#.*|\w+\{(\w+="([^"\\\n]|\\["\\n])*",?)*\} \d+)\n)*', text)
 

@@ -24,9 +24,8 @@ import pytest
 
 from bridge.cluster import access
 from bridge.cluster.api import Api
-from bridge.control_plane import instances, neighbours
-from bridge.control_plane.instances import Instance, InstanceState, Neighbours
-from bridge.control_plane.neighbours import LeaseHeldError, NeighbourError, Turn
+from bridge.control_plane import neighbours
+from bridge.control_plane.neighbours import Instance, InstanceState, LeaseHeldError, NeighbourError, Neighbours, Turn
 from bridge.errors import Exit, SettingsError
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
@@ -158,7 +157,7 @@ def may_restart(place: Place, component: Component = ETCD, rules: str = 'neighbo
 def test_sees_each_member_of_etcd(three: Cluster) -> None:
     """From every node the same, but for which is its own."""
     for own in three.places:
-        others = instances.look(own.node, own.settings())
+        others = neighbours.look(own.node, own.settings())
         assert etcd_of(others) == [(place.name, place is own, "healthy") for place in three.places]
         assert others.quorum_without_own
         may_restart(own)
@@ -180,7 +179,7 @@ def test_refuses_to_take_a_second_member_down(three: Cluster) -> None:
             may_restart(own, Component.CONTROLLER_MANAGER)
         may_restart(own, KUBELET)
         may_restart(own, rules='neighbours = "ignore"')
-    others = instances.look(third.node, third.settings())
+    others = neighbours.look(third.node, third.settings())
     assert others.own_is_down(ETCD)
     assert etcd_of(others) == [
         (first.name, False, "healthy"), (second.name, False, "healthy"), (third.name, True, "unhealthy")
@@ -203,7 +202,7 @@ def test_waits_for_a_member_that_comes_back(three: Cluster) -> None:
 
     neighbours.assert_may_restart(ETCD, first.node, first.settings('neighbour_wait = "1m"'), note=note)
     assert [text for text in notes if "waiting up to 1m for etcd of cp-2" in text] == notes[:1]
-    assert ("cp-2", False, "healthy") in etcd_of(instances.look(first.node, first.settings()))
+    assert ("cp-2", False, "healthy") in etcd_of(neighbours.look(first.node, first.settings()))
 
 
 @needs_etcd
@@ -212,7 +211,7 @@ def test_a_member_that_keeps_silent_for_a_moment_is_needed(three: Cluster, monke
     first, _, third = three.places
     third.kill_etcd()
     three.wait_until_healthy(first)
-    process, real, seen = first.process, instances.look, []
+    process, real, seen = first.process, neighbours.look, []
     assert process is not None
 
     def look(node: Node, settings: Settings) -> Neighbours:
@@ -267,7 +266,7 @@ def test_an_alarm_is_an_obstacle(three: Cluster) -> None:
     try:
         with pytest.raises(NeighbourError, match=f"etcd of {other.name}: alarm NOSPACE"):
             may_restart(own)
-        assert etcd_of(instances.look(own.node, own.settings())) == [
+        assert etcd_of(neighbours.look(own.node, own.settings())) == [
             (place.name, place is own, "healthy") for place in three.places
         ]
     finally:
@@ -285,7 +284,7 @@ def test_a_member_that_has_not_joined_yet_is_an_obstacle(three: Cluster) -> None
     try:
         with pytest.raises(NeighbourError, match=r"etcd of 127\.0\.0\.9 \(no address yet\).*not started"):
             may_restart(own)
-        assert instances.look(own.node, own.settings()).quorum_without_own  # a learner has no vote
+        assert neighbours.look(own.node, own.settings()).quorum_without_own  # a learner has no vote
     finally:
         three.etcd(own, "/v3/cluster/member/remove", json.dumps({"ID": added["ID"]}).encode())
     may_restart(own)
@@ -301,7 +300,7 @@ def test_takes_another_certificate_when_the_first_is_gone(three: Cluster, tmp_pa
         (copy.pki_dir / f"{base}.key").unlink()
         may_restart(copy)
     (copy.pki_dir / "etcd/server.key").unlink()
-    others = instances.look(copy.node, copy.settings())
+    others = neighbours.look(copy.node, copy.settings())
     assert etcd_of(others) == [(own.name, True, "unknown")]
     with pytest.raises(NeighbourError, match=r"etcd's other members are not known.*etcd-server: .*server\.key: wanted"):
         may_restart(copy)
@@ -313,7 +312,7 @@ def test_a_single_member_has_nobody_to_wait_for(tmp_path: Path) -> None:
     """One node's etcd may be restarted, though it has no quorum meanwhile."""
     with members.running(made(tmp_path, 1)) as one:
         [place] = one.places
-        others = instances.look(place.node, place.settings())
+        others = neighbours.look(place.node, place.settings())
         assert etcd_of(others) == [(place.name, True, "healthy")]
         assert others.quorum_without_own is False
         may_restart(place)
@@ -329,7 +328,7 @@ def test_finds_the_port_for_http_where_grpc_has_one_of_its_own(tmp_path: Path) -
     files.client_port = http_port
     with members.running(files):
         own, other = files.places
-        others = instances.look(own.node, own.settings())
+        others = neighbours.look(own.node, own.settings())
         assert etcd_of(others) == [(own.name, True, "healthy"), (other.name, False, "healthy")]
         assert {one.url for one in others.others if one.component is ETCD} == {f"https://{other.address}:{http_port}"}
         assert grpc_port != http_port
@@ -369,7 +368,7 @@ class Servers:
 
     def look(self, place: Place) -> dict[str, tuple[InstanceState, str]]:
         """What a node sees of them: state and reason by name."""
-        others = instances.look(place.node, place.settings())
+        others = neighbours.look(place.node, place.settings())
         return {one.name: (one.state, one.reason) for one in others.instances if one.component is APISERVER}
 
 

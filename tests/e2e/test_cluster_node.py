@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 
+from bridge.cluster.access import Client
 from bridge.cluster.api import Api
-from bridge.cluster.client import Client
 from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.node.endpoints import Server

@@ -15,8 +15,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import yaml
-
 from bridge.cluster.client import Client
+
 from bridge.node import inventory, sample_pki
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node

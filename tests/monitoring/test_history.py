@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import Exit
-from bridge.monitoring.metrics import History, after, history_file
+from bridge.monitoring import History, after, history_file
 from bridge.state.store import Store
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from bridge import monitoring
 from bridge.cli import nagios
 from bridge.diagnosis import examination
 from bridge.errors import Exit
-from bridge.monitoring import metrics
 from bridge.node import processes
 from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
@@ -68,12 +68,12 @@ class Site:
     def warnings(self) -> tuple[bool, bool, bool]:
         """Whether Nagios, the metrics and the doctor warn."""
         line, _, status = nagios.check(self.settings, now(), nagios.Thresholds.of(self.settings, None, None), {})
-        known = metrics.known_here(self.settings, now())
+        known = monitoring.known_here(self.settings, now())
         found = [one.check for one in examination.examine(self.settings, now())]
         return (
             status == 1 and f"kube-scheduler does not use its new {SCHEDULER} yet" in line,
             'ca_bridge_certificate_not_in_use{name="scheduler.conf",component="kube-scheduler"} 1'
-            in metrics.of_node(self.settings, now(), known),
+            in monitoring.of_node(self.settings, now(), known),
             "not-in-use" in found,
         )
 

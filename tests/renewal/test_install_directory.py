@@ -17,8 +17,8 @@ from bridge.desk.csr_directory import find, spec_of
 from bridge.errors import Exit
 from bridge.node import inventory, kubeconfig
 from bridge.pki.certificates import load_pem_certificates
-from bridge.renewal import airgap, install_directory, verify_and_install
-from bridge.renewal.install_directory import DirectoryError
+from bridge.renewal import airgap, verify_and_install
+from bridge.renewal.airgap import DirectoryError
 from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
@@ -78,7 +78,7 @@ def sign_all(node: Pki, directory: Path, names: Collection[str] = tuple(PKI_SPEC
 
 
 def install(settings: Settings, directory: Path, *, all_or_nothing: bool = False) -> Result:
-    return install_directory.run(settings, directory, RunOptions(all_or_nothing=all_or_nothing), now, Quiet())[0]
+    return airgap.install_directory(settings, directory, RunOptions(all_or_nothing=all_or_nothing), now, Quiet())[0]
 
 
 def contents(node: Pki) -> dict[str, bytes]:

@@ -21,10 +21,10 @@ from backends.openssl.settings import OpensslSettings
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, Exit
 from bridge.node import inventory
-from bridge.renewal import rehearsal, renew
+from bridge.renewal import renew
 from bridge.renewal.issuance import Answered
 from bridge.renewal.prepare import Prepared, prepare
-from bridge.renewal.rehearsal import Rehearsal
+from bridge.renewal.renew import Rehearsal
 from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import expectations
 from bridge.settings.load import parse
@@ -51,7 +51,7 @@ def node(tmp_path: Path) -> Pki:
 
 
 def rehearsed(settings: Settings, *names: str, quiet: Quiet | None = None, **options: Any) -> Rehearsal:
-    return rehearsal.run(settings, RunOptions(names=names, **options), now, quiet or Quiet())
+    return renew.rehearse(settings, RunOptions(names=names, **options), now, quiet or Quiet())
 
 
 def files(node: Pki) -> dict[str, tuple[int, int, bytes]]:
@@ -227,11 +227,9 @@ def issued(node: Pki, settings: Settings, name: str) -> Answered:
 def test_a_certificate_that_is_not_for_our_key_is_never_revoked(node: Pki, tmp_path: Path) -> None:
     """A CA that answers with the live certificate would have us revoke it."""
     answered = issued(node, settings_for(node, tmp_path), "apiserver")
-    assert rehearsal._signed([answered], None, now()) == []
+    assert renew._signed([answered], None, now()) == []
     signed = sign(answered.prepared.request, node, tmp_path)
-    assert rehearsal._signed([dataclasses.replace(answered, answer=signed)], None, now()) == [
-        ("apiserver", signed.leaf)
-    ]
+    assert renew._signed([dataclasses.replace(answered, answer=signed)], None, now()) == [("apiserver", signed.leaf)]
 
 
 def sign(request: SignRequest, node: Pki, directory: Path) -> Issued:

@@ -15,7 +15,7 @@ import pytest
 from bridge.bootstrap.new_requests import unfinished_file
 from bridge.desk.records import Journal
 from bridge.gateway.context import Tickets
-from bridge.monitoring.metrics import history_file
+from bridge.monitoring import history_file
 from bridge.pki.certificates import pem
 from bridge.renewal import damage
 from bridge.renewal.gate import attempts_file
