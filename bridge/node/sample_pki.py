@@ -7,12 +7,10 @@ For demonstrations and tests: names, files, modes, extensions and their order, s
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import ipaddress
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -20,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -35,8 +33,12 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import NameOID
 
-from bridge.pki.csr import PrivateKey, algorithm_name, generate_key, key_pem
-from bridge.specs import AUTHORITIES, SPECS, CertificateSpec, KeyAlgorithm
+from bridge.node.kubeconfig import FreshKubeconfig
+from bridge.pki import kubeadm_names
+from bridge.pki.certificates import pem
+from bridge.pki.csr import PrivateKey, alternative_names, generate_key, key_pem, signature_hash
+from bridge.pki.kubeadm_names import NamingFacts, Release
+from bridge.specs import AUTHORITIES, DEFAULT_CLUSTER, SPECS, CertificateSpec, KeyAlgorithm
 
 _BACKDATED = timedelta(minutes=5)
 _CA_LIFETIME = timedelta(days=3650)
@@ -44,45 +46,9 @@ _SERVICE_ADDRESS = "10.96.0.1"  # the first address of the default service subne
 
 #: CN of each authority.
 _CA_NAMES = {"ca": "kubernetes", "etcd-ca": "etcd-ca", "front-proxy-ca": "front-proxy-ca"}
-#: CN and O of each certificate; `{node}` is the node's name.
-_SUBJECTS: Mapping[str, tuple[str, str | None]] = {
-    "admin.conf": ("kubernetes-admin", "kubeadm:cluster-admins"),
-    "apiserver": ("kube-apiserver", None),
-    "apiserver-etcd-client": ("kube-apiserver-etcd-client", None),
-    "apiserver-kubelet-client": ("kube-apiserver-kubelet-client", None),
-    "controller-manager.conf": ("system:kube-controller-manager", None),
-    "etcd-healthcheck-client": ("kube-etcd-healthcheck-client", None),
-    "etcd-peer": ("{node}", None),
-    "etcd-server": ("{node}", None),
-    "front-proxy-client": ("front-proxy-client", None),
-    "kubelet-server": ("system:node:{node}", "system:nodes"),
-    "kubelet.conf": ("system:node:{node}", "system:nodes"),
-    "scheduler.conf": ("system:kube-scheduler", None),
-    "super-admin.conf": ("kubernetes-super-admin", "system:masters"),
-}
+_RELEASE = Release(1, 37)
 #: The kubeconfigs of what runs on the node itself.
 _LOCAL = {"controller-manager.conf", "kubelet.conf", "scheduler.conf"}
-
-_KUBECONFIG = """\
-apiVersion: v1
-clusters:
-- cluster:
-    certificate-authority-data: {ca}
-    server: https://{server}
-  name: kubernetes
-contexts:
-- context:
-    cluster: kubernetes
-    user: {user}
-  name: {user}@kubernetes
-current-context: {user}@kubernetes
-kind: Config
-users:
-- name: {user}
-  user:
-    client-certificate-data: {certificate}
-    client-key-data: {key}
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,22 +65,20 @@ class Cluster:
         """Address and port of this node's API server."""
         return f"[{self.address}]:6443" if ":" in self.address else f"{self.address}:6443"
 
-    def sans(self, name: str) -> list[str]:
-        """SANs of the certificate with this name, in no order; most have none."""
-        if name == "apiserver":
-            service = [
-                "kubernetes",
-                "kubernetes.default",
-                "kubernetes.default.svc",
-                "kubernetes.default.svc.cluster.local",
-            ]
-            host = urlsplit(f"//{self.endpoint}").hostname or ""
-            return [self.node, *service, _SERVICE_ADDRESS, self.address, host, *self.extra_sans]
-        if name == "kubelet-server":
-            return [self.node, self.address]
-        if name in {"etcd-server", "etcd-peer"}:
-            return [self.node, "localhost", self.address, "127.0.0.1", "::1"]
-        return []
+    def sans(self, spec: CertificateSpec) -> Sequence[x509.GeneralName]:
+        """The SANs that kubeadm gives this certificate; most have none."""
+        if spec.kubelets:
+            return alternative_names([self.node, self.address])
+        facts = NamingFacts(
+            release=_RELEASE,
+            node=self.node,
+            address=self.address,
+            service_address=_SERVICE_ADDRESS,
+            endpoint_host=urlsplit(f"//{self.endpoint}").hostname or "",
+            dns_domain="cluster.local",
+            api_sans=self.extra_sans,
+        )
+        return kubeadm_names.naming(spec, facts).sans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +91,7 @@ class ThrowawayCA:
     @property
     def certificate_pem(self) -> bytes:
         """The certificate as one PEM block."""
-        return _pem(self.certificate)
+        return pem(self.certificate)
 
     @property
     def key_pem(self) -> bytes:
@@ -165,24 +129,11 @@ def make(
         if spec.kubeconfig:
             _write(directory / spec.base, _kubeconfig(name, leaf, keys[name], ca, cluster), 0o600)
         else:
-            _write(pki / f"{spec.base}.crt", _pem(leaf), 0o644)
+            _write(pki / f"{spec.base}.crt", pem(leaf), 0o644)
             _write(pki / f"{spec.base}.key", key_pem(keys[name]), 0o600)
     _write(pki / "sa.key", key_pem(keys["sa"]), 0o600)
     _write(pki / "sa.pub", _public_pem(keys["sa"]), 0o600)
     return cas
-
-
-def write_cas(cas: Mapping[str, ThrowawayCA], directory: Path) -> None:
-    """
-    Write CA certificates and keys into a directory, as kubeadm lays them out below `pki/`.
-
-    A certificate file that is there already stays: in kubeadm's own directory only the keys are missing.
-    """
-    for name, ca in cas.items():
-        certificate_file = directory / AUTHORITIES[name].certificate_file
-        if not certificate_file.exists():
-            _write(certificate_file, ca.certificate_pem, 0o644)
-        _write(directory / AUTHORITIES[name].key_file, ca.key_pem, 0o600)
 
 
 def _generate_keys(names: Iterable[str], algorithm: KeyAlgorithm) -> dict[str, PrivateKey]:
@@ -193,7 +144,7 @@ def _generate_keys(names: Iterable[str], algorithm: KeyAlgorithm) -> dict[str, P
 
 def ca_certificate(cn: str, key: PrivateKey, not_before: datetime, not_after: datetime) -> x509.Certificate:
     """A self-signed CA as kubeadm makes it: a CN alone, KeyUsage without cRLSign."""
-    subject = _name(cn, None)
+    subject = _name(cn)
     ca_usage = _key_usage(certificate_signing=True)
     builder = (
         _builder(subject, subject, key, not_before, not_after)
@@ -202,7 +153,7 @@ def ca_certificate(cn: str, key: PrivateKey, not_before: datetime, not_after: da
         .add_extension(_subject_key_identifier(key), critical=False)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(cn)]), critical=False)
     )
-    return builder.sign(key, _hash(key))
+    return builder.sign(key, signature_hash(key))
 
 
 def leaf_certificate(
@@ -215,8 +166,7 @@ def leaf_certificate(
     not_after: datetime,
 ) -> x509.Certificate:
     """The certificate that kubeadm would make for this spec."""
-    cn, o = _SUBJECTS[spec.name]
-    subject = _name(cn.format(node=cluster.node), o)
+    subject = _name(_user(spec, cluster), *kubeadm_names.groups(spec, _RELEASE))
     # kubeadm still copies the CA's own beginning into certificates of kubeconfigs, however long ago.
     begin = ca.certificate.not_valid_before_utc if spec.kubeconfig else not_before
     identifier = ca.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
@@ -233,9 +183,9 @@ def leaf_certificate(
             critical=False,
         )
     )
-    if sans := cluster.sans(spec.name):
-        builder = builder.add_extension(_subject_alternative_name(sans), critical=False)
-    return builder.sign(ca.key, _hash(ca.key))
+    if sans := cluster.sans(spec):
+        builder = builder.add_extension(x509.SubjectAlternativeName(sans), critical=False)
+    return builder.sign(ca.key, signature_hash(ca.key))
 
 
 def _builder(
@@ -252,9 +202,12 @@ def _builder(
     )
 
 
-def _name(cn: str, o: str | None) -> x509.Name:
-    attributes = [(NameOID.ORGANIZATION_NAME, o)] if o else []
-    attributes.append((NameOID.COMMON_NAME, cn))
+def _user(spec: CertificateSpec, cluster: Cluster) -> str:
+    return spec.common_names[0].replace("{node}", cluster.node)
+
+
+def _name(cn: str, *groups: str) -> x509.Name:
+    attributes = [*((NameOID.ORGANIZATION_NAME, group) for group in groups), (NameOID.COMMON_NAME, cn)]
     return x509.Name([x509.NameAttribute(oid, value, _ASN1Type.PrintableString) for oid, value in attributes])
 
 
@@ -283,35 +236,11 @@ def _subject_key_identifier(key: PrivateKey) -> x509.SubjectKeyIdentifier:
     return x509.SubjectKeyIdentifier(hashlib.sha256(bits).digest()[:20])
 
 
-def _subject_alternative_name(values: Iterable[str]) -> x509.SubjectAlternativeName:
-    """DNS names sorted byte by byte, then addresses in their order, each once."""
-    names, addresses = set(), []
-    for value in values:
-        try:
-            addresses.append(ipaddress.ip_address(value))
-        except ValueError:
-            names.add(value)
-    return x509.SubjectAlternativeName(
-        [*map(x509.DNSName, sorted(names)), *map(x509.IPAddress, dict.fromkeys(addresses))]
-    )
-
-
-def _hash(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:
-    """The hash that Go chooses for signatures by a CA key of that type."""
-    return hashes.SHA384() if algorithm_name(key.public_key()) == "ecdsa-p384" else hashes.SHA256()
-
-
 def _kubeconfig(name: str, leaf: x509.Certificate, key: PrivateKey, ca: ThrowawayCA, cluster: Cluster) -> bytes:
-    data = {"ca": ca.certificate_pem, "certificate": _pem(leaf), "key": key_pem(key)}
-    return _KUBECONFIG.format(
-        server=cluster.local if name in _LOCAL else cluster.endpoint,
-        user=_SUBJECTS[name][0].format(node=cluster.node),
-        **{placeholder: base64.b64encode(pem).decode() for placeholder, pem in data.items()},
-    ).encode()
-
-
-def _pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(serialization.Encoding.PEM)
+    server = f"https://{cluster.local if name in _LOCAL else cluster.endpoint}"
+    user = _user(SPECS[name], cluster)
+    fresh = FreshKubeconfig(server=server, cluster=DEFAULT_CLUSTER, user=user, ca_pem=ca.certificate_pem)
+    return fresh.text(pem(leaf), key_pem(key))
 
 
 def _public_pem(key: PrivateKey) -> bytes:

@@ -138,7 +138,7 @@ def _signed(naming: Naming, key: PrivateKey) -> x509.CertificateSigningRequest:
     if naming.sans:
         # RFC 5280 §4.2.1.6: critical only where the subject is empty
         builder = builder.add_extension(x509.SubjectAlternativeName(naming.sans), critical=not naming.subject)
-    return builder.sign(key, _hash(key))
+    return builder.sign(key, signature_hash(key))
 
 
 def _subject(certificate: x509.Certificate) -> x509.Name:
@@ -157,8 +157,8 @@ def _san(certificate: x509.Certificate) -> x509.SubjectAlternativeName | None:
         raise CannotCarryError(f"SAN: wanted names of a type that a CSR can be made with, found: {e}") from None
 
 
-def _hash(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:
-    """The hash of the CSR's signature, as kubeadm chooses it: SHA-256, but SHA-384 for P-384."""
+def signature_hash(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:
+    """The hash of a signature by this key, as Go and kubeadm choose it: SHA-256, but SHA-384 for P-384."""
     is_p384 = isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP384R1)
     return hashes.SHA384() if is_p384 else hashes.SHA256()
 

@@ -19,8 +19,10 @@ from bridge.desk.patterns import MASTERS as MASTERS_GROUP
 from bridge.desk.policy import Policy, PolicyVerdict, judge, parse
 from bridge.errors import SettingsError
 from bridge.node import sample_pki
+from bridge.pki import kubeadm_names
 from bridge.pki.bundle import RequestBundle
-from bridge.pki.csr import PrivateKey, generate_key
+from bridge.pki.csr import PrivateKey, generate_key, signature_hash
+from bridge.pki.kubeadm_names import Release
 from bridge.specs import AUTHORITIES, EKU, SPECS
 from tests.kit import odd_csrs
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs, proven
@@ -94,7 +96,7 @@ def csr_for(
     if extra is not None:
         builder = builder.add_extension(extra, critical=True)
     key = key or generate_key("ecdsa-p256")
-    return builder.sign(key, sample_pki._hash(key))
+    return builder.sign(key, signature_hash(key))
 
 
 # --- what is allowed --------------------------------------------------------------------------------------------------
@@ -375,7 +377,7 @@ def _leaf(ca: sample_pki.ThrowawayCA, subject: str, key: PrivateKey, *ekus: EKU)
     if ekus:
         usages = x509.ExtendedKeyUsage([x509.ObjectIdentifier(eku.value) for eku in ekus])
         builder = builder.add_extension(usages, critical=False)
-    return builder.sign(ca.key, sample_pki._hash(ca.key))
+    return builder.sign(ca.key, signature_hash(ca.key))
 
 
 @pytest.mark.parametrize(
@@ -701,9 +703,9 @@ def _is_prose(line: str) -> bool:
     return line.startswith("#") and not (body.startswith(("[", "]", '"')) or " = " in body)
 
 
-def test_kubeadms_subjects_are_those_of_the_throwaway_pki() -> None:
-    """The two tables say the same."""
-    for name, (cn, group) in sample_pki._SUBJECTS.items():
+def test_the_subjects_are_kubeadms() -> None:
+    """The policy's table and the specs say the same."""
+    for name, spec in SPECS.items():
         wanted_cn, groups = desk_policy._SUBJECTS[name]
-        assert wanted_cn == cn
-        assert group in (None, MASTERS_GROUP, *groups)
+        assert wanted_cn == spec.common_names[0]
+        assert set(kubeadm_names.groups(spec, Release(1, 37))) <= {MASTERS_GROUP, *groups}

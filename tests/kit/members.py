@@ -15,12 +15,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import yaml
-from bridge.cluster.client import Client
 
+from bridge.cluster.access import Client
 from bridge.node import inventory, sample_pki
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
 from bridge.node.sample_pki import ThrowawayCA
+from bridge.pki.certificates import pem
 from bridge.pki.csr import generate_key, key_pem
 from bridge.settings import load
 from bridge.settings.tables import Settings
@@ -190,7 +191,7 @@ def _write_node(place: Place, cluster: sample_pki.Cluster, begin: datetime, end:
             data = sample_pki._kubeconfig(name, leaf, key, ca, cluster)
             sample_pki._write(place.kubeconfig_dir / spec.base, data, 0o600)
         else:
-            sample_pki._write(place.pki_dir / f"{spec.base}.crt", sample_pki._pem(leaf), 0o644)
+            sample_pki._write(place.pki_dir / f"{spec.base}.crt", pem(leaf), 0o644)
             sample_pki._write(place.pki_dir / f"{spec.base}.key", key_pem(key), 0o600)
 
 

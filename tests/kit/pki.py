@@ -200,8 +200,17 @@ def handmade_pki(
         key=key,
         cluster=cluster,
     )
-    sample_pki.write_cas(cas, pki.ca_dir)
+    for name, ca in cas.items():
+        if external:  # else it is there, and the key alone is missing
+            _write(pki.ca_dir / AUTHORITIES[name].certificate_file, ca.certificate_pem, 0o644)
+        _write(pki.ca_dir / AUTHORITIES[name].key_file, ca.key_pem, 0o600)
     return pki
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=mode)
+    path.write_bytes(data)
 
 
 def _config(

@@ -46,7 +46,7 @@ from bridge.pki.bundle_format import (
     loads_request,
     short_fingerprint,
 )
-from bridge.pki.csr import PrivateKey, generate_key, key_pem
+from bridge.pki.csr import PrivateKey, generate_key, key_pem, signature_hash
 from bridge.pki.display import fingerprint_text
 from bridge.pki.signatures import origin_problem, proof_problem, sign_proof, usages_problem
 from bridge.specs import AUTHORITIES, EKU
@@ -505,7 +505,7 @@ def _self_signed(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.E
         .not_valid_before(NOW)
         .not_valid_after(NOW + timedelta(days=1))
     )
-    return builder.sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else sample_pki._hash(key))
+    return builder.sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else signature_hash(key))
 
 
 def test_a_key_of_another_type_proves_nothing(pairs: Pairs) -> None:
