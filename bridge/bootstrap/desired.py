@@ -10,18 +10,16 @@ from cryptography import x509
 
 from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.configuration import (
-    Configuration,
     ConfigurationFacts,
     for_node,
     from_facts,
     join_configuration,
-    key_algorithm,
     read_configuration,
 )
 from bridge.bootstrap.orders import NewNode, Order, OrderError, new_node
 from bridge.bootstrap.places import ETCD_DIRECTORY, Places, Role
 from bridge.errors import BridgeError, Exit
-from bridge.node.kubeadm_config import KubeadmConfigError
+from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, KeyAlgorithm
 from bridge.state.store import Outcome
@@ -69,7 +67,7 @@ class DesiredNode:
 
     role: Role
     places: Places
-    config: Configuration  #: The node's: InitConfiguration and ClusterConfiguration; a worker's has the names alone.
+    config: KubeadmConfig  #: The node's: InitConfiguration and ClusterConfiguration; a worker's has the names alone.
     text: bytes  #: The same as kubeadm is to read it.
     kubeadm: str = "kubeadm"  #: The program; a worker needs none.
     #: For kubeadm's own use, by path.
@@ -179,7 +177,7 @@ def _desired(
     role: Role,
     said: NodeInputs,
     places: Places,
-    config: Configuration,
+    config: KubeadmConfig,
     text: bytes,
     files: Mapping[Path, bytes],
     addresses: tuple[str, ...],
@@ -196,7 +194,7 @@ def _desired(
         ca_dir=said.ca_dir,
         carried=_carried(said),
         sa=said.given.sa if said.given is not None else None,
-        algorithm=key_algorithm(config),
+        algorithm=config.key,
         keep=said.keep,
         request=said.request,
         answers=said.answers,
@@ -204,9 +202,9 @@ def _desired(
     )
 
 
-def _cluster(said: NodeInputs) -> tuple[Configuration, Configuration]:
+def _cluster(said: NodeInputs) -> tuple[KubeadmConfig, KubeadmConfig]:
     """The cluster's, the same from all who tell it; and what is said of this node beside it."""
-    own = read_configuration(said.config)[0] if said.config is not None else Configuration(documents=())
+    own = read_configuration(said.config)[0] if said.config is not None else KubeadmConfig()
     sources = [one.cluster for one in (said.order, said.given) if one is not None]
     sources += [own] if own.cluster else []
     if not sources:
@@ -222,7 +220,7 @@ def _cluster(said: NodeInputs) -> tuple[Configuration, Configuration]:
     return sources[0], own
 
 
-def _joining(said: NodeInputs, own: Configuration, role: Role | None) -> NewNode:
+def _joining(said: NodeInputs, own: KubeadmConfig, role: Role | None) -> NewNode:
     if said.order is not None and said.order.node is not None:
         found = _ordered(said.order, (role,) if role else ("control-plane", "worker"))
         if said.facts.given():
@@ -262,7 +260,7 @@ def _facts(node: NewNode) -> ConfigurationFacts:
     return ConfigurationFacts(name=node.name, address=node.addresses[0], socket=node.socket)
 
 
-def places_in(settings: Settings, config: Configuration) -> Places:
+def places_in(settings: Settings, config: KubeadmConfig) -> Places:
     """The places that the settings name; etcd's data is where kubeadm's configuration has it."""
     return places_of(settings, Path(config.etcd_directory or ETCD_DIRECTORY))
 

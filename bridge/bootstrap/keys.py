@@ -26,7 +26,6 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
-from bridge.bootstrap.configuration import naming_facts
 from bridge.bootstrap.desired import DesiredNode
 from bridge.bootstrap.orders import Order, OrderError
 from bridge.bootstrap.places import Places, Role, live, specs_of
@@ -299,7 +298,7 @@ def _naming(spec: CertificateSpec, order: Order) -> Naming:
         return _kubelets(node.name)
     if spec.name == KUBELET_SERVER:
         return _kubelets(node.name, tuple(map(general_name, (node.name, *node.addresses))))
-    return naming(spec, naming_facts(order.cluster, node.name, node.addresses[0]))
+    return naming(spec, order.cluster.naming_facts(node.name, node.addresses[0]))
 
 
 def _certificate(ours: Naming, now: datetime) -> x509.Certificate:

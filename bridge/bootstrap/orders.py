@@ -22,10 +22,9 @@ from typing import Any
 
 from cryptography import x509
 
-from bridge.bootstrap import authorities, configuration
+from bridge.bootstrap import authorities
 from bridge.bootstrap.authorities import text as ca_text
 from bridge.bootstrap.configuration import (
-    Configuration,
     ConfigurationFacts,
     assert_usable,
     for_node,
@@ -35,7 +34,7 @@ from bridge.bootstrap.configuration import (
 from bridge.bootstrap.places import ROLES, Places, Role, live
 from bridge.desk.files import load_signing_key
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
-from bridge.node.kubeadm_config import KubeadmConfigError
+from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError, parse_documents
 from bridge.node.pair import is_sa_pair
 from bridge.pki import kubeadm_names, signatures
 from bridge.pki.budget import MOST_BYTES, OverBudgetError, json_of
@@ -71,7 +70,7 @@ class NewNode:
 class Order:
     """An order: the cluster, its CAs, and who the new node is to be."""
 
-    cluster: Configuration  #: The ClusterConfiguration, and others that are the same for all nodes.
+    cluster: KubeadmConfig  #: The ClusterConfiguration, and others that are the same for all nodes.
     authorities: Mapping[str, tuple[x509.Certificate, ...]]
     node: NewNode | None = None  #: None: the node that gets it says who it is.
     sa: tuple[bytes, bytes] | None = field(default=None, repr=False)  #: sa.key and sa.pub.
@@ -145,11 +144,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _cluster(value: object) -> Configuration:
+def _cluster(value: object) -> KubeadmConfig:
     if not isinstance(value, str):
         raise OrderError("cluster: wanted kubeadm's configuration as text, found something else")
     try:
-        found = configuration.parse(value.encode())
+        found = parse_documents(value.encode())
     except KubeadmConfigError as e:
         raise OrderError(f"cluster: {e}") from None
     if not found.cluster:
@@ -234,7 +233,7 @@ def parse_nodes(text: str) -> list[NewNode]:
     return found
 
 
-def order_for(cluster: Configuration, authorities: Mapping[str, tuple[x509.Certificate, ...]], node: NewNode) -> Order:
+def order_for(cluster: KubeadmConfig, authorities: Mapping[str, tuple[x509.Certificate, ...]], node: NewNode) -> Order:
     """The order that an administrator's machine sends to a node; nothing in it is secret."""
     ours = {name: found for name, found in authorities.items() if node.role != "worker" or name == "ca"}
     return Order(cluster=shared(cluster), authorities=ours, node=node)

@@ -16,7 +16,6 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap.authorities import shared_key, trouble
-from bridge.bootstrap.configuration import Configuration, naming_facts
 from bridge.bootstrap.desired import (
     ClusterExistsError,
     DesiredNode,
@@ -36,7 +35,7 @@ from bridge.bootstrap.places import (
     traces_of_cluster,
 )
 from bridge.node import kubeconfig, pair
-from bridge.node.kubeadm_config import KubeadmConfigError
+from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.node.pair import is_sa_pair
 from bridge.pki import identity, verify
@@ -55,7 +54,7 @@ class NodeLook:
     read: Read  #: None: there is no such file.
     now: datetime
     node: str = ""  #: Empty: whatever the certificates say.
-    config: Configuration | None = None  #: What kubeadm will be given, if that is known.
+    config: KubeadmConfig | None = None  #: What kubeadm will be given, if that is known.
     extra_subject: frozenset[tuple[str, str]] = frozenset()
 
     def problems(self) -> list[str]:
@@ -221,11 +220,11 @@ class NodeLook:
         if lacking := wanted - san_entries(leaf):
             yield f"{path}: wanted {', '.join(f'{kind}:{value}' for kind, value in sorted(lacking))} among the SANs, found none"
 
-    def _kubeadms(self, spec: CertificateSpec, config: Configuration) -> set[tuple[str, str]]:
+    def _kubeadms(self, spec: CertificateSpec, config: KubeadmConfig) -> set[tuple[str, str]]:
         """The SANs that kubeadm would ask for; in external-CA mode it does not look for them."""
         if spec.name == KUBELET_SERVER or not config.cluster:
             return set()
-        found = naming(spec, naming_facts(config, self.node, config.address)).sans
+        found = naming(spec, config.naming_facts(self.node, config.address)).sans
         return {("IP" if isinstance(one, x509.IPAddress) else "DNS", str(one.value)) for one in found}
 
     # --- service accounts ---------------------------------------------------------------------------------------------
@@ -241,7 +240,7 @@ class NodeLook:
 
 
 def check(
-    settings: Settings, places: Places, role: Role, files: Sequence[Path], config: Configuration | None, now: datetime
+    settings: Settings, places: Places, role: Role, files: Sequence[Path], config: KubeadmConfig | None, now: datetime
 ) -> list[str]:
     """All that is missing or wrong on a node that kubeadm is about to be run on; nothing is changed."""
     found = [f"{path}: wanted a node without a cluster, found it" for path in traces_of_cluster(places)]

@@ -1,22 +1,27 @@
 """
-kubeadm's configuration: the one reader of its format, and what names in certificates and kubeconfigs come from.
+kubeadm's configuration: the one reader of its format, for names in certificates and kubeconfigs, and for a new node.
 
-A file with `InitConfiguration` and `ClusterConfiguration` (v1beta2 to v1beta4), or the ClusterConfiguration alone, as
-the ConfigMap kube-system/kubeadm-config has it. `bridge.bootstrap.configuration` writes such files.
+A file with `InitConfiguration` and `ClusterConfiguration` (v1beta2 to v1beta4) and documents for the kubelet, or the
+ClusterConfiguration alone, as the ConfigMap kube-system/kubeadm-config has it. `bridge.bootstrap.configuration` makes
+such files.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import yaml
+
 from bridge.errors import BridgeError, Exit
-from bridge.node.yamltree import YamlError, YamlNode, documents, split_bom
+from bridge.node.yamltree import YamlError, documents, split_bom
 from bridge.pki.kubeadm_names import NamingFacts, Release, parse_release
-from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
+from bridge.specs import DEFAULT_CLUSTER, KEY_ALGORITHMS, KeyAlgorithm
 from bridge.system.paths import UnreadableError, read
 
 #: Where the cluster keeps it, for the Kubernetes API.
@@ -41,31 +46,79 @@ class KubeadmConfigError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KubeadmConfig:
-    """Values as they stand there; defaults are kubeadm's."""
+    """The documents, and the values in them that decide names and places; defaults are kubeadm's."""
 
-    release: Release | None  #: Of `kubernetesVersion`; None: not there, or a label such as `stable-1`.
-    endpoint: str = ""  #: `controlPlaneEndpoint`: host, and perhaps a port.
+    documents: tuple[Mapping[str, Any], ...] = ()
+    name: str = ""  #: The node's; empty: the file leaves it to the host.
+    socket: str = ""  #: The container runtime's; empty: the default.
+    address: str = ""  #: `localAPIEndpoint.advertiseAddress`; empty: that of the default route.
+    bind_port: int | None = None  #: The API server's on this node.
+    endpoint: str = ""  #: `controlPlaneEndpoint`, for all nodes: host and port; empty: none.
+    version: str = ""  #: `kubernetesVersion`; empty: whatever kubeadm finds in the internet.
     service_subnet: str = _SERVICE_SUBNET  #: Of both families, with a comma.
     dns_domain: str = "cluster.local"
-    cluster_name: str = "kubernetes"
+    cluster_name: str = DEFAULT_CLUSTER
     api_sans: tuple[str, ...] = ()
     etcd_server_sans: tuple[str, ...] = ()
     etcd_peer_sans: tuple[str, ...] = ()
     is_etcd_external: bool = False
+    etcd_directory: str = ""  #: Where etcd has its data; empty: the default.
+    certificates_dir: str = ""
     key: KeyAlgorithm = "rsa-2048"
-    bind_port: str = ""  #: Of InitConfiguration, as what follows; empty: not there.
-    node: str = ""
-    address: str = ""  #: `localAPIEndpoint.advertiseAddress`.
+    problem: str = ""  #: The first value that kubeadm could not use; it counts as not given.
+
+    @classmethod
+    def of(cls, documents: Sequence[Mapping[str, Any]]) -> KubeadmConfig:
+        """Read documents; a value of another type than kubeadm's is a problem, and no error yet."""
+        kinds = {one.get("kind"): one for one in reversed(documents)}
+        values = _Values(kinds.get(CLUSTER_CONFIGURATION) or {})
+        own = _Values(kinds.get("InitConfiguration") or kinds.get("JoinConfiguration") or {}, values.problems)
+        local = ("controlPlane", "localAPIEndpoint") if own.at("controlPlane") is not None else ("localAPIEndpoint",)
+        port, endpoint = own.at(*local, "bindPort"), values.text("controlPlaneEndpoint")
+        return cls(
+            documents=tuple(documents),
+            name=own.text("nodeRegistration", "name"),
+            socket=own.text("nodeRegistration", "criSocket"),
+            address=own.text(*local, "advertiseAddress"),
+            bind_port=port if isinstance(port, int) else None,
+            endpoint=endpoint if not endpoint or re.search(r":\d+$", endpoint) else f"{endpoint}:6443",
+            version=values.text("kubernetesVersion"),
+            service_subnet=values.text("networking", "serviceSubnet") or _SERVICE_SUBNET,
+            dns_domain=values.text("networking", "dnsDomain") or "cluster.local",
+            cluster_name=values.text("clusterName") or DEFAULT_CLUSTER,
+            api_sans=values.texts("apiServer", "certSANs"),
+            etcd_server_sans=values.texts("etcd", "local", "serverCertSANs"),
+            etcd_peer_sans=values.texts("etcd", "local", "peerCertSANs"),
+            is_etcd_external=values.at("etcd", "external") is not None,
+            etcd_directory=values.text("etcd", "local", "dataDir"),
+            certificates_dir=values.text("certificatesDir"),
+            key=values.key(),
+            problem=next(iter(values.problems), ""),
+        )
+
+    def of_kind(self, kind: str) -> Mapping[str, Any] | None:
+        """The document of this kind, if there is one."""
+        return next((one for one in self.documents if one.get("kind") == kind), None)
+
+    @property
+    def cluster(self) -> Mapping[str, Any]:
+        """The ClusterConfiguration; empty if there is none."""
+        return self.of_kind(CLUSTER_CONFIGURATION) or {}
+
+    @property
+    def release(self) -> Release | None:
+        """The version as numbers; None: not there, or a label such as `stable-1`."""
+        return parse_release(self.version)
 
     @property
     def endpoint_host(self) -> str:
         """Name or address of `controlPlaneEndpoint`; empty if there is none."""
-        return urlsplit(f"//{self.endpoint}").hostname or "" if ":" in self.endpoint else self.endpoint
+        return urlsplit(f"//{self.endpoint}").hostname or ""
 
     @property
     def endpoint_url(self) -> str:
         """The server's URL for kubeconfigs of people; empty if there is none."""
-        host, port = self.endpoint_host, urlsplit(f"//{self.endpoint}").port or 6443
+        host, port = self.endpoint_host, urlsplit(f"//{self.endpoint}").port
         return f"https://{f'[{host}]' if ':' in host else host}:{port}" if host else ""
 
     @property
@@ -73,8 +126,30 @@ class KubeadmConfig:
         """The API server's own: the first of the (first) service subnet (kubeadm's `GetAPIServerVirtualIP`)."""
         return str(ipaddress.ip_network(self.service_subnet.partition(",")[0].strip())[1])
 
+    @property
+    def kubelets_rotate(self) -> bool:
+        """Whether kubelets ask the cluster for their next certificate, and read no other; kubeadm's default."""
+        return (self.of_kind("KubeletConfiguration") or {}).get("rotateCertificates") is not False
+
+    def text(self) -> str:
+        """The documents as YAML."""
+        return "---\n".join(yaml.safe_dump(dict(one), sort_keys=False) for one in self.documents)
+
+    def assert_usable(self, source: str = "") -> None:
+        """Raise a KubeadmConfigError where a value, or the ClusterConfiguration, is not kubeadm's."""
+        problem = self.problem
+        if not _is_kubeadms(self.cluster):
+            problem = f"no {CLUSTER_CONFIGURATION} in it"
+        try:
+            _ = self.endpoint_url, self.service_address
+        except (ValueError, IndexError) as e:
+            problem = problem or str(e)
+        if problem:
+            raise _unusable(problem, source)
+
     def naming_facts(self, node: str, address: str) -> NamingFacts:
         """The facts that kubeadm makes the names of a node with this name and advertise address of."""
+        self.assert_usable()
         return NamingFacts(
             release=self.release,
             node=node,
@@ -86,6 +161,52 @@ class KubeadmConfig:
             etcd_server_sans=self.etcd_server_sans,
             etcd_peer_sans=self.etcd_peer_sans,
         )
+
+
+class _Values:
+    """The values of one document; one of another type than kubeadm's is a problem, and counts as not given."""
+
+    def __init__(self, document: Mapping[str, Any], problems: list[str] | None = None) -> None:
+        self._document = document
+        self.problems = [] if problems is None else problems
+
+    def at(self, *keys: str) -> Any:
+        """The value below these keys; None: it is not given."""
+        found: Any = self._document
+        for key in keys:
+            if not isinstance(found, Mapping):
+                self._odd(keys, "mappings above it")
+                return None
+            if (found := found.get(key)) is None:
+                return None
+        return found
+
+    def text(self, *keys: str) -> str:
+        """A text; empty: it is not given."""
+        found = self.at(*keys)
+        if found is not None and not isinstance(found, str):
+            self._odd(keys, "a text")
+        return found if isinstance(found, str) else ""
+
+    def texts(self, *keys: str) -> tuple[str, ...]:
+        """The texts of a list."""
+        found = self.at(*keys)
+        if found is None or (isinstance(found, list) and all(isinstance(one, str) for one in found)):
+            return tuple(found or ())
+        self._odd(keys, "a list of texts")
+        return ()
+
+    def key(self) -> KeyAlgorithm:
+        """`encryptionAlgorithm`, or below v1beta4 the gate PublicKeysECDSA."""
+        named = self.text("encryptionAlgorithm").lower()
+        if not named:
+            return "ecdsa-p256" if self.at("featureGates", "PublicKeysECDSA") is True else "rsa-2048"
+        if named not in KEY_ALGORITHMS:
+            self._odd(("encryptionAlgorithm",), f"one of {', '.join(KEY_ALGORITHMS).upper()}")
+        return next((one for one in KEY_ALGORITHMS if one == named), "rsa-2048")
+
+    def _odd(self, keys: Sequence[str], wanted: str) -> None:
+        self.problems.append(f"{'.'.join(keys)}: wanted {wanted}, found something else")
 
 
 def read_file(path: Path) -> bytes:
@@ -100,21 +221,16 @@ def read_file(path: Path) -> bytes:
 
 
 def parse(data: bytes, source: str = "") -> KubeadmConfig:
-    """Read what the names come from; `source` says in messages where the documents are from."""
-    try:
-        config = _config(_by_kind(data))
-        _ = config.endpoint_url, config.service_address
-    except (YamlError, ValueError, IndexError) as e:
-        problem = str(e)
-    else:
-        return config
-    raise _unusable(problem, source)
+    """Read a configuration whose names can be used; `source` says in messages where the documents are from."""
+    config = parse_documents(data, source)
+    config.assert_usable(source)
+    return config
 
 
-def parse_documents(data: bytes, source: str = "") -> tuple[dict[str, Any], ...]:
-    """Read the documents whole, those for the kubelet and kube-proxy among them."""
+def parse_documents(data: bytes, source: str = "") -> KubeadmConfig:
+    """Read the documents, each kind once (as kubeadm demands) and one of them kubeadm's; kubeadm judges their values."""
     try:
-        return tuple(one.plain() for one in _by_kind(data).values())
+        return KubeadmConfig.of(_by_kind(data))
     except YamlError as e:
         problem = str(e)
     raise _unusable(problem, source)
@@ -126,70 +242,20 @@ def _unusable(problem: str, source: str) -> KubeadmConfigError:
     return KubeadmConfigError(f"{where}wanted a configuration of kubeadm, found one that can't be used: {problem}")
 
 
-def _by_kind(data: bytes) -> dict[str, YamlNode]:
-    """The documents, of which each kind is there once (as kubeadm demands) and one is kubeadm's."""
-    kinds: dict[str, YamlNode] = {}
+def _by_kind(data: bytes) -> list[Mapping[str, Any]]:
+    kinds: dict[str, Mapping[str, Any]] = {}
     for one in documents(split_bom(data)[1]):
         if one.null:
             continue
-        kind = _text(one, "kind")
+        named = one.get("kind")
+        kind = "" if named is None else named.text()
         if kind in kinds:
             raise YamlError(f"wanted {kind or 'a document without a kind'} once, found it twice")
-        kinds[kind] = one
+        kinds[kind] = one.plain()
     if not any(map(_is_kubeadms, kinds.values())):
         raise YamlError(f"wanted a document of apiVersion {_API}…, found none")
-    return kinds
+    return list(kinds.values())
 
 
-def _is_kubeadms(document: YamlNode) -> bool:
-    return _text(document, "apiVersion").startswith(_API)
-
-
-def _config(every: dict[str, YamlNode]) -> KubeadmConfig:
-    kinds = {kind: one for kind, one in every.items() if _is_kubeadms(one)}
-    cluster, init = kinds.get(CLUSTER_CONFIGURATION), kinds.get("InitConfiguration")
-    if cluster is None:
-        raise YamlError(f"no {CLUSTER_CONFIGURATION} in it")
-    return KubeadmConfig(
-        release=parse_release(_text(cluster, "kubernetesVersion")),
-        endpoint=_text(cluster, "controlPlaneEndpoint"),
-        service_subnet=_text(cluster, "networking", "serviceSubnet") or _SERVICE_SUBNET,
-        dns_domain=_text(cluster, "networking", "dnsDomain") or "cluster.local",
-        cluster_name=_text(cluster, "clusterName") or "kubernetes",
-        api_sans=_texts(cluster, "apiServer", "certSANs"),
-        etcd_server_sans=_texts(cluster, "etcd", "local", "serverCertSANs"),
-        etcd_peer_sans=_texts(cluster, "etcd", "local", "peerCertSANs"),
-        is_etcd_external=_at(cluster, "etcd", "external") is not None,
-        key=_key(cluster),
-        bind_port="" if init is None else _text(init, "localAPIEndpoint", "bindPort"),
-        node="" if init is None else _text(init, "nodeRegistration", "name"),
-        address="" if init is None else _text(init, "localAPIEndpoint", "advertiseAddress"),
-    )
-
-
-def _key(cluster: YamlNode) -> KeyAlgorithm:
-    """`encryptionAlgorithm`, or below v1beta4 the gate PublicKeysECDSA."""
-    named = _text(cluster, "encryptionAlgorithm").lower()
-    if not named:
-        return "ecdsa-p256" if _text(cluster, "featureGates", "PublicKeysECDSA") == "true" else "rsa-2048"
-    for algorithm in KEY_ALGORITHMS:
-        if algorithm == named:
-            return algorithm
-    raise YamlError(f"encryptionAlgorithm: wanted one of {', '.join(KEY_ALGORITHMS).upper()}, found another one")
-
-
-def _at(root: YamlNode, *keys: str) -> YamlNode | None:
-    found: YamlNode | None = root
-    for key in keys:
-        found = None if found is None else found.get(key)
-    return found
-
-
-def _text(root: YamlNode, *keys: str) -> str:
-    found = _at(root, *keys)
-    return "" if found is None else found.text()
-
-
-def _texts(root: YamlNode, *keys: str) -> tuple[str, ...]:
-    found = _at(root, *keys)
-    return () if found is None else tuple(one.text() for one in found.items())
+def _is_kubeadms(document: Mapping[str, Any]) -> bool:
+    return str(document.get("apiVersion")).startswith(_API)

@@ -154,18 +154,18 @@ class _Decision:
         config, manifest = self.config, self.node.manifests.get(Component.APISERVER)
         here = self.settings.node.name
         address = (endpoints.name(manifest.flags) or "") if manifest is not None else ""
-        for what, theirs, ours in (("node", config.node, here), ("advertise address", config.address, address)):
+        for what, theirs, ours in (("node", config.name, here), ("advertise address", config.address, address)):
             if theirs and ours and theirs != ours:
                 raise CannotMakeError(
                     f"{self.source} is for {what} {theirs}, and this is {ours}",
                     hint="name the configuration of this node, or leave the node's part (InitConfiguration) out of it",
                 )
-        sources = [f"node {here or config.node} of {'its certificates or the settings' if here else self.source}"]
+        sources = [f"node {here or config.name} of {'its certificates or the settings' if here else self.source}"]
         if address or config.address:
             sources.append(
                 f"address {address or config.address} of {'kube-apiserver.yaml' if address else self.source}"
             )
-        facts = config.naming_facts(here or config.node, address or config.address)
+        facts = config.naming_facts(here or config.name, address or config.address)
         if facts.release is None:
             facts = dataclasses.replace(facts, release=self._release_here())
         return facts, ", ".join(sources)

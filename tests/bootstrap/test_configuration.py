@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.bootstrap.configuration import ConfigurationFacts, for_node, from_facts, join_configuration, parse
+from bridge.bootstrap.configuration import ConfigurationFacts, for_node, from_facts, join_configuration
 from bridge.node.kubeadm_config import KubeadmConfigError
+from bridge.node.kubeadm_config import parse_documents as parse
 from tests.kit.new_node import ADDRESS, CONFIG, ENDPOINT, NAME
 
 FACTS = ConfigurationFacts(name="cp-2", address="192.0.2.11")
@@ -20,7 +21,7 @@ def test_what_decides_names_is_read() -> None:
     found = parse(CONFIG.encode())
 
     assert (found.name, found.address, found.endpoint, found.version) == (NAME, ADDRESS, ENDPOINT, "v1.37.2")
-    assert (found.socket, found.port) == ("unix:///run/none.sock", 6443)
+    assert (found.socket, found.bind_port) == ("unix:///run/none.sock", 6443)
 
 
 def test_an_endpoint_without_a_port_has_kubeadms() -> None:

@@ -9,9 +9,10 @@ import pytest
 from cryptography import x509
 
 from bridge.bootstrap import keys, orders
-from bridge.bootstrap.configuration import ConfigurationFacts, for_node, parse, shared
+from bridge.bootstrap.configuration import ConfigurationFacts, for_node, shared
 from bridge.bootstrap.orders import Order, OrderError, new_node, order_for
 from bridge.bootstrap.places import Role
+from bridge.node.kubeadm_config import parse_documents as parse
 from bridge.pki.certificates import attributes, san_entries
 from bridge.specs import AUTHORITIES
 from tests.kit import programs

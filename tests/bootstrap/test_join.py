@@ -22,13 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.bootstrap import orders
-from bridge.bootstrap.configuration import parse
 from bridge.bootstrap.keys import sa_public_pem
 from bridge.bootstrap.orders import Order, OrderError, new_node
 from bridge.bootstrap.places import Role
 from bridge.bootstrap.whole import NodeLook
 from bridge.errors import Exit
 from bridge.node import kubeconfig
+from bridge.node.kubeadm_config import parse_documents as parse
 from bridge.pki import signatures
 from bridge.pki.certificates import load_pem_certificates, san_entries
 from bridge.pki.csr import generate_key, key_pem

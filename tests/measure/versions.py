@@ -24,9 +24,10 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge.bootstrap import keys
-from bridge.bootstrap.configuration import parse, shared
+from bridge.bootstrap.configuration import shared
 from bridge.bootstrap.orders import Order, new_node
 from bridge.node import kubeconfig
+from bridge.node.kubeadm_config import parse_documents as parse
 from bridge.pki.certificates import attributes, load_pem_certificates, san_entries
 from bridge.specs import AUTHORITIES, SPECS
 from tests.kit import programs

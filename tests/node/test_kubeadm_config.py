@@ -60,7 +60,7 @@ def test_the_names_are_those_of_the_real_kubeadm(case: str, tmp_path: Path) -> N
     places = ["--cert-dir", str(tmp_path / "pki"), "--kubeconfig-dir", str(tmp_path / "conf")]
     subprocess.run([*command, *places], check=True, capture_output=True)
     config = parse(file.read_bytes())
-    facts = config.naming_facts(config.node, config.address)
+    facts = config.naming_facts(config.name, config.address)
     compared = 0
     for spec in SPECS.values():
         made = tmp_path / "pki" / f"{spec.base}.csr"
