@@ -203,7 +203,10 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
         return None
     try:
         is_something_left = store.is_interrupted or any(
-            map(Path.exists, (store.requests, store.hooks, store.unproven, store.revocations, store.copies))
+            map(
+                Path.exists,
+                (store.requests, store.hooks, store.unproven, store.postponed, store.revocations, store.copies),
+            )
         )
         is_held = not names and (
             bool(settings.renewal.window or settings.renewal.jitter.most) or store.attempts.exists()

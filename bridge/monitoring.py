@@ -50,7 +50,7 @@ class History:
     rehearsed: datetime | None = None  #: The end of the last rehearsal.
     exit_code: int = field(default=Exit.DONE, metadata=named("exitCode"))  #: Of the last run.
     seconds: float = 0  #: How long it took.
-    failures: int = 0  #: Runs in a row that failed; those that only waited, or found another one at work, do not count.
+    failures: int = 0  #: Failed runs in a row; a run that only waited, or found another one at work, does not count.
     #: Of the last rehearsal.
     rehearsal_exit_code: int = field(default=Exit.DONE, metadata=named("rehearsalExitCode"))
 
@@ -60,15 +60,7 @@ class History:
 
 
 def after(before: History | None, exit_code: int, ended: datetime, seconds: float) -> History:
-    """
-    The history with one more run (pure).
-
-    Args:
-        before: Up to then.
-        exit_code: The run's; 128 and the signal's number for one that was interrupted.
-        ended: Aware, UTC.
-        seconds: From its start to its end.
-    """
+    """The history with one more run (pure); an interrupted one has the exit code 128 plus the signal's number."""
     run = dataclasses.replace(before or History(), ended=ended, exit_code=exit_code, seconds=seconds)
     if exit_code == Exit.DONE:
         return dataclasses.replace(run, succeeded=ended, failures=0)
@@ -93,7 +85,7 @@ _WAIT = timedelta(seconds=10)
 
 
 class MetricsError(BridgeError):
-    """The metrics could not be written; what the run did is not touched by that."""
+    """The metrics could not be written; the run's own result stays."""
 
     hint = "fix [metrics] file in the settings, or the directory that it names; the next run writes it"
 
@@ -108,14 +100,9 @@ class Told:
 @contextlib.contextmanager
 def written(settings: Settings, now: Callable[[], datetime], *, rehearsal: bool = False) -> Iterator[Told]:
     """
-    Write the file when the run in it ends, with a result or an error; without `[metrics] file`, nothing.
+    Write the file, if `[metrics] file` names one, when the run in this block ends; the run sets its exit code.
 
-    A rehearsal counts by itself.
-
-    A file that can't be written is told, and makes a success a failure (exit code 1).
-
-    Yields:
-        Where the run puts its exit code, and finds the one that it ends with.
+    A file that can't be written is reported, and turns a success into a failure (exit code 1).
     """
     told, start = Told(), time.monotonic()
     try:
@@ -129,11 +116,7 @@ def written(settings: Settings, now: Callable[[], datetime], *, rehearsal: bool 
 
 @contextlib.contextmanager
 def kept_current(settings: Settings, now: Callable[[], datetime]) -> Iterator[None]:
-    """
-    Write the file when this ends, and count nothing: for commands that are no `renew` and change what it tells.
-
-    A file that can't be written is told.
-    """
+    """Write the file when this ends, and count no run: for commands other than `renew` that change the metrics."""
     try:
         yield
     finally:
@@ -169,18 +152,7 @@ def _write_or_tell(
 
 
 def write(settings: Settings, file: Path, count: Callable[[History | None], History], now: datetime) -> None:
-    """
-    Count a run, and write the metrics.
-
-    Args:
-        settings: The node's.
-        file: Where to; its directory may be the monitor's own.
-        count: The history with the run, from the one without it.
-        now: Aware, UTC.
-
-    Raises:
-        MetricsError: It can't be written.
-    """
+    """Count a run, and write the metrics (MetricsError: they can't be written)."""
     store = Store(settings.node.state_dir)
     try:
         store.prepare()
@@ -204,24 +176,19 @@ def of_node(settings: Settings, now: datetime, seen: Remembered | None) -> str:
 
 
 def known(settings: Settings, now: datetime) -> Remembered:
-    """
-    Read the state directory; its lock need not be held, since each file is replaced whole.
-
-    Raises:
-        StateError: A file is damaged, or can't be read.
-    """
+    """Read the state directory, with or without its lock, since each file is replaced whole (StateError: damage)."""
     store = Store(settings.node.state_dir)
     requests = OpenRequests(store).by_name()
     return Remembered(
         failures=attempts_file(store).read() or {},
         pending=tuple(one for one in requests.values() if one.is_waiting),
         history=history_file(store).read(),
-        late=_late(settings, now) if store.unproven.exists() else (),
+        late=_late(settings, now) if store.unproven.exists() or store.postponed.exists() else (),
     )
 
 
 def known_here(settings: Settings, now: datetime) -> Remembered | None:
-    """`known` of this node's state; None: this user may not see it, or it is damaged (which `doctor` and `renew` tell)."""
+    """`known` of this node's state; None: this user may not see it, or it is damaged, which `doctor` reports."""
     directory = settings.node.state_dir
     try:
         directory.lstat()
@@ -244,9 +211,9 @@ def _late(settings: Settings, now: datetime) -> tuple[tuple[str, str], ...]:
 
 def _put(file: Path, data: bytes) -> None:
     """
-    Replace the file in one step; what a killed run left beside it goes.
+    Replace the file in one step, and remove the temporary files of killed runs.
 
-    The directory may belong to whoever reads the file: nothing in it is opened, and no link is followed.
+    The directory may belong to the monitor's user: no file in it is opened, and no link is followed.
     """
     with opened(file) as place:
         ours = re.compile(rf"\.{re.escape(place.name)}\.[a-z0-9_]{{8}}")  # as `tempfile` makes them
@@ -270,13 +237,7 @@ class Remembered:
 
 
 def due_times(node: Node, renewal: RenewalSettings) -> dict[str, datetime]:
-    """
-    The times from which on `renew` renews each certificate, by name; none for what it leaves to the kubelet (pure).
-
-    Args:
-        node: What is there.
-        renewal: `before` and `validity` say when it is due.
-    """
+    """The times from which on `renew` renews each certificate, by name, without those of the kubelet's own (pure)."""
     return {
         item.spec.name: due_from(item.renewable, renewal.before, renewal.validity, rotates=item.rotates)
         for item in node.items
@@ -289,14 +250,7 @@ def _is_ours(item: Item) -> bool:
 
 
 def text(found: ExpiryReport, due: Mapping[str, datetime], known: Remembered | None) -> str:
-    """
-    All metrics.
-
-    Args:
-        found: The rows.
-        due: From when on each certificate is due, by name.
-        known: None: this user may not see it.
-    """
+    """All metrics, from the rows, the due times by name, and the state that this user may see."""
     return "".join([*_of_files(found, due), *(_of_state(known) if known is not None else ())])
 
 
@@ -386,5 +340,5 @@ def _timestamp(time: datetime) -> int:
 
 
 def _absent(row: Row) -> bool:
-    """Missing, as it may be."""
+    """Whether it is missing, as an optional one may be."""
     return row.state == "missing" and row.optional

@@ -13,12 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.node import endpoints
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError, parse_documents, read_file
 from bridge.pki.kubeadm_names import is_node_name
-from bridge.specs import Component
 
-_PORT = endpoints.PORTS[Component.APISERVER]
 _VERSION = re.compile(r"v?1\.\d+\.\d+([-+].*)?")
 
 
@@ -78,7 +75,7 @@ def for_node(cluster: KubeadmConfig, facts: ConfigurationFacts) -> KubeadmConfig
     node = {
         "apiVersion": api,
         "kind": "InitConfiguration",
-        "localAPIEndpoint": {"advertiseAddress": facts.address, "bindPort": cluster.bind_port or _PORT},
+        "localAPIEndpoint": {"advertiseAddress": facts.address, "bindPort": cluster.port},
         "nodeRegistration": {key: value for key, value in registration.items() if value},
     }
     return KubeadmConfig.of((node, *shared(cluster).documents))
@@ -107,7 +104,7 @@ def join_configuration(
     if control_plane:
         document["controlPlane"] = {
             **_below(base or {}, "controlPlane"),
-            "localAPIEndpoint": {"advertiseAddress": config.address, "bindPort": config.bind_port or _PORT},
+            "localAPIEndpoint": {"advertiseAddress": config.address, "bindPort": config.port},
         }
     return KubeadmConfig.of((document,))
 

@@ -86,20 +86,7 @@ class Client:
         body: bytes | None = None,
         seconds: float | None = None,
     ) -> Answer:
-        """
-        Ask one server over a connection of its own; any status is an answer.
-
-        Args:
-            server: Its path comes first.
-            path: With its query.
-            headers: Besides those that say who we are, and those for JSON.
-            method: HTTP's.
-            body: JSON.
-            seconds: For all of it; None: `TIMEOUT_SECONDS`.
-
-        Raises:
-            HttpsError: No answer.
-        """
+        """Ask one server over a new connection, with a JSON body; any status is an answer (HttpsError: none came)."""
         json_headers = {"Accept": "application/json", **({"Content-Type": "application/json"} if body else {})}
         target = f"{urlsplit(server.url).path}{path}" or "/"
         with contextlib.closing(KeptConnection(self.peer(server))) as connection:
@@ -107,11 +94,7 @@ class Client:
             return connection.ask(method, target, given, body, seconds=seconds or TIMEOUT_SECONDS)
 
     def served(self, place: Address, name: str | None = None) -> x509.Certificate:
-        """
-        The leaf that a server shows this client in a handshake (an HttpsError: none); no request is sent.
-
-        It names `name`, or else the host of the place.
-        """
+        """The leaf that a server shows in a handshake (HttpsError: none); it must name `name`, or the place's host."""
         peer = Peer(host=place.host, port=place.port, tls=lambda: self.tls, server_name=name)
         return http.served(peer, TIMEOUT_SECONDS)
 
@@ -121,7 +104,7 @@ NOBODY = Client(name="nobody", certificate_pem=None, key_pem=None, trust_pem=Non
 
 
 def document(body: bytes) -> dict[str, Any]:
-    """An object in JSON; an UnreachableError for anything else."""
+    """A JSON object (UnreachableError: something else)."""
     try:
         found = of_server(body)
     except ValueError:
@@ -132,7 +115,7 @@ def document(body: bytes) -> dict[str, Any]:
 
 
 def items(of: Mapping[str, Any], *keys: str) -> Iterator[Mapping[str, Any]]:
-    """The objects in a list that is some levels below; whatever is not in that shape is left out."""
+    """The objects in a list below these keys; a value of another shape is left out."""
     found: Any = of
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
@@ -164,11 +147,7 @@ class Access:
 
 
 def of_node(node: Node, kubeconfig_dir: Path) -> Access:
-    """
-    Read a node's: this node's API server comes first, then the one that admin.conf names.
-
-    The node has its manifests, as they are when none of them is out of its directory.
-    """
+    """Read a node's clients and servers: its own API server comes first, then the one that admin.conf names."""
     clients, troubles = [], []
     servers = [Server(url)] if (url := local_url(node)) else []
     for name in _KUBECONFIGS:
@@ -213,7 +192,7 @@ def _of_pod() -> tuple[Client, Server]:
 
 
 def _of_kubeconfig(path: Path, data: bytes) -> tuple[Client, Server]:
-    """Read whom a kubeconfig makes us, and where it leads."""
+    """Read the client and the server of a kubeconfig."""
     parsed = kubeconfig.parse(data)
     parts = urlsplit(parsed.server)
     if parts.scheme != "https" or not parts.hostname:

@@ -1,8 +1,8 @@
 """
-The one client of the cluster's API, by whichever of its servers answers.
+The one client of the cluster's API, which takes the first server that answers.
 
-Each thread keeps its connection. For the gateway, which asks thousands of times, credentials are read again when their
-time is over, or when the server does not know them any more. Nothing of the environment counts; keys stay in memory.
+Each thread keeps its connection. The gateway's credentials are read again every minute, or when the server rejects
+them. Proxy settings of the environment do not count; keys stay in memory.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Reply:
 
     @property
     def message(self) -> str:
-        """The end of an error's text: the beginning may repeat the request, or the object."""
+        """The end of an error's text, since its beginning may repeat the request or the object."""
         text = str(self.document.get("message", ""))
         return one_line(text[-600:].rpartition(": ")[2] or text[-300:])
 
@@ -105,13 +105,7 @@ class Api:
         *,
         again: Callable[[], Access] | None = None,
     ) -> None:
-        """
-        Args:
-            clients: In the order in which they are tried.
-            servers: Likewise; the last one that answered comes first from then on.
-            troubles: Why there are no more clients than these.
-            again: Reads all of it again; then HTTP 403 is an answer like any other.
-        """
+        """Take clients and servers in the order of trial; with `again`, which reads them anew, HTTP 403 is an answer."""
         self.clients = tuple(clients)
         self._servers = tuple(dict.fromkeys(servers))
         self._troubles = tuple(troubles)
@@ -123,13 +117,13 @@ class Api:
 
     @classmethod
     def of_node(cls, node: Node, kubeconfig_dir: Path) -> Api:
-        """A client with a node's rights (see `access.of_node`); nothing is asked yet."""
+        """A client with a node's rights (see `access.of_node`); this sends no request."""
         found = access.of_node(node, kubeconfig_dir)
         return cls(found.clients, found.servers, found.troubles)
 
     @classmethod
     def of_gateway(cls, config: Path | None) -> Api:
-        """A client with the gateway's rights (see `access.of_gateway`); nothing is asked yet."""
+        """A client with the gateway's rights (see `access.of_gateway`); this sends no request."""
         found = access.of_gateway(config)
         return cls(found.clients, found.servers, again=lambda: access.of_gateway(config))
 
@@ -144,7 +138,7 @@ class Api:
         return str(self._servers[0].place)
 
     def add(self, servers: Sequence[Server]) -> None:
-        """More servers, to be tried after the others."""
+        """Add servers, to be tried after the others."""
         with self._mutex:
             self._servers = tuple(dict.fromkeys((*self._servers, *servers)))
 
@@ -248,7 +242,7 @@ class Api:
         return connection
 
     def _read_anew(self, old: Sequence[Client]) -> None:
-        """The credentials as they are now; the old ones where they can't be read at this moment."""
+        """Read the credentials again; the old ones stay if they can't be read now."""
         with self._mutex:
             if self._again is None or self.clients is not old:
                 return
@@ -266,15 +260,9 @@ class Api:
     @contextlib.contextmanager
     def lines(self, path: str, silence_seconds: float, longest: int) -> Iterator[Lines]:
         """
-        A stream of lines, each a JSON text, from the first server by the first client.
+        A stream of lines, each a JSON text, from the first server by the first client (NoAnswerError: it broke).
 
-        Args:
-            path: With its query.
-            silence_seconds: After which the connection counts as dead.
-            longest: Longer lines are left out, and counted.
-
-        Raises:
-            NoAnswerError: No stream; while it is read, that it broke.
+        The connection counts as dead after `silence_seconds`; lines that are longer than `longest` are left out, and counted.
         """
         server, clients = self._servers[0], self.clients
         connection = KeptConnection(clients[0].peer(server))
@@ -304,7 +292,7 @@ class Lines:
         self.left_out = 0  #: Lines that were too long.
 
     def __iter__(self) -> Iterator[bytes]:
-        """Each line without its end; a NoAnswerError where the stream breaks."""
+        """Each line without its end (NoAnswerError: the stream broke)."""
         kept, skipping = bytearray(), False
         while piece := self._piece():
             *whole, rest = piece.split(b"\n")

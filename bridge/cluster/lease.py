@@ -1,8 +1,8 @@
 """
 An object `Lease` of coordination.k8s.io/v1, kept as client-go's leader election keeps it (package tools/leaderelection).
 
-The turn of a node that restarts and the gateway's election are made of it. Clocks of other machines are not compared: a
-lease has expired when it was *seen* not to change for its own duration.
+For the turn of a node that restarts, and for the gateway's election. Clocks of other machines are not compared: a lease
+has expired when it was *seen* not to change for its own duration.
 """
 
 from __future__ import annotations
@@ -64,13 +64,9 @@ class Lease:
         owner: str | None = None,
     ) -> None:
         """
-        Args:
-            api: The more of its servers are known, the longer the lease is kept through restarts.
-            path: Namespace and name.
-            holder: Who we are: no two claims have the same.
-            duration: Others may take the lease when it was not renewed for so long.
-            longest: We wait so long for a holder that does not renew it, whatever the lease says.
-            owner: A holder `OWNER_…` is a claim of ours that died, and is not waited for.
+        Claim the lease at `path` (namespace, name) for a unique `holder`; others may take it `duration` after a renewal.
+
+        A holder that does not renew it is waited for at most `longest`, and `OWNER_…`, an earlier claim of ours, not at all.
         """
         namespace, self.name = path
         self._api = api
@@ -84,7 +80,7 @@ class Lease:
         self.taken_from = ""  #: Who had it, and had not given it back, when `take` last wrote it.
 
     def take(self) -> str:
-        """Take it if it is free, or renew it; who else has it, empty if it is ours now."""
+        """Take it if it is free, or renew it; returns another holder, or an empty text if it is ours now."""
         for _ in range(_TURNS):
             found = self._api.ask("GET", f"{self._collection}/{self.name}")
             record = _Record()
@@ -101,14 +97,13 @@ class Lease:
             if wrote.status in {HTTPStatus.OK, HTTPStatus.CREATED}:
                 self.taken_from = record.holder
                 return ""
-            # 404: deleted meanwhile. After a write that was carried out, and whose answer got lost, the next turn
-            # finds that it is ours.
+            # 404: deleted meanwhile. If a write succeeded and its answer got lost, the next turn finds that it is ours.
             if wrote.status not in {HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND}:
                 raise NoAnswerError(f"wanted the lease {self.name}, found HTTP {wrote.status} {wrote.message}".rstrip())
         raise NoAnswerError(f"wanted the lease {self.name}, found that it changed each time")
 
     def give_back(self) -> None:
-        """Let the next one have it at once, if it is ours."""
+        """Release it at once, if it is ours."""
         for _ in range(_TURNS):
             found = self._api.ask("GET", f"{self._collection}/{self.name}")
             if found.status != HTTPStatus.OK or _Record.of(found.document).holder != self._holder:

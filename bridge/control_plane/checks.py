@@ -1,6 +1,6 @@
 """
-The checks that there are of each component of a node, from the flags of its static-pod manifests: what it shows, who
-accepts its client certificates, and whether it is younger than a file that it reads once.
+The checks of each component of a node, from the flags of its static-pod manifest: the certificates that it shows, the
+servers that accept its client certificates, and whether it is younger than a file that it reads only at its start.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Look:
 
 
 def of(look: Look) -> Iterator[Check]:
-    """All checks: of each component what it serves, then what it is a client with; then of people's kubeconfigs."""
+    """All checks: each component's serving and client certificates, then people's kubeconfigs."""
     yield from _absent(look)
     yield from _unusable(look)
     for component, make in (
@@ -138,7 +138,7 @@ def _absent(look: Look) -> Iterator[Check]:
 
 
 def _unusable(look: Look) -> Iterator[Check]:
-    """Kubeconfigs, and what no component uses, that are there and can't be used: nothing else would name them."""
+    """Kubeconfigs and certificates without a component that can't be used: no other check would report them."""
     for item in look.node.items:
         if item.trouble and (item.spec.kubeconfig or item.spec.component is None):
             judge = functools.partial(Verdict, "unknown", item.trouble)
@@ -163,7 +163,7 @@ def by_files(look: Look) -> Iterator[Check]:
 
 
 def _read_once(look: Look, component: Component, path: Path, by: Sequence[Path] = ()) -> Verdict:
-    """Judge a file that a component reads at its start, and never again; `by` are files that refer to it."""
+    """Judge a file that a component reads at its start only; `by` are files that refer to it."""
     age = processes.compare_age(component, path, look.machine.proc, look.written, by=by)
     if age.older is None:
         return Verdict("unknown", age.detail)
@@ -171,7 +171,7 @@ def _read_once(look: Look, component: Component, path: Path, by: Sequence[Path] 
 
 
 def _read_at_connections(look: Look, component: Component, path: Path) -> Verdict:
-    """Judge a file that is right, and that a component reads whenever it makes a connection, if its version is known to."""
+    """Judge a valid file that a component reads for each connection, if its version is known to do so."""
     age = processes.compare_age(component, path, look.machine.proc, look.written)
     if age.older is False:
         return Verdict("current", age.detail)
@@ -234,8 +234,8 @@ def _etcd_peer(look: Look, serving: Serving) -> Verdict:
     """
     Check that etcd's peers, itself among them, accept the certificate.
 
-    A peer compares the SANs with the address that a client comes from, and ends the connection without a word if
-    they differ; so a peer that shows its own certificate and then gives no answer has refused ours.
+    A peer that shows its certificate and then does not answer has refused ours: it compares the SANs with the client's
+    address, and closes the connection if they differ.
     """
     client, silent, answered = serving.as_client(), [], []
     for server in _members(look):
@@ -324,7 +324,7 @@ def _api(look: Look, name: str | None = None) -> list[Server]:
 
 
 def _ask_etcd(look: Look, client: Client) -> str:
-    """The servers that it has, or the etcd of this node where those don't speak HTTP."""
+    """Ask the API server's etcd servers, or this node's etcd where those do not speak HTTP."""
     etcd, urls = look.flags(Component.ETCD), endpoints.urls(look.flags(Component.APISERVER), "--etcd-servers")
     return _linearizable_read(
         client, _own_etcd(etcd) if endpoints.ETCD_HTTP_ONLY in etcd else [Server(url) for url in urls]
@@ -332,11 +332,7 @@ def _ask_etcd(look: Look, client: Client) -> str:
 
 
 def _ask_kubelet(look: Look, client: Client) -> str:
-    """
-    Ask the kubelet for a line of a log, as `kubectl logs` does; that there is no such pod is an answer, too.
-
-    A kubelet that has allowed it to this certificate goes on to do so for five minutes (its `cacheAuthorizedTTL`).
-    """
+    """Ask the kubelet for a line of a log, as `kubectl logs` does; "no such pod" is an answer, too."""
     server = Server(f"https://{_kubelet_place(look)}")
     path = f"/containerLogs/kube-system/kube-apiserver-{look.settings.node.node_name}/kube-apiserver?tailLines=1"
     return accepted(ask_all(client, [server], path))
@@ -355,11 +351,7 @@ def _kubelet_place(look: Look) -> Address:
 
 
 def _ask_as_front_proxy(look: Look, client: Client) -> str:
-    """
-    Ask for another user, with the front proxy's headers, and see which user the API server takes us for.
-
-    It names that user in its review (from 1.28 on) as well as in a refusal of one.
-    """
+    """Pose as another user by the front proxy's headers; the API server names that user in its answer (from 1.28 on)."""
     flags = look.flags(Component.APISERVER)
     trust = look.anchor(CA)
     known = dataclasses.replace(client, trust_pem=None if trust is None else file_contents(trust))
@@ -459,8 +451,8 @@ def _kubelet_pair(look: Look, item: Item) -> Verdict:
     """
     Judge the pair that a kubelet uses: its own copy if there is one, else kubelet.conf's.
 
-    With `rotateCertificates` it copies the pair of kubelet.conf at its first start, and never looks there again; what
-    it wrote later than kubelet.conf has come from a signer in the cluster.
+    With `rotateCertificates` it copies kubelet.conf's pair at its first start, and never reads that again; a younger copy
+    came from a signer in the cluster.
     """
     if not item.managed or (item.rotates and _was_written_by_a_kubelet(item.certificate_path)):
         return Verdict("not-ours", f"{item.certificate_path} is rotated by the kubelet itself")
@@ -486,7 +478,7 @@ _DATED = re.compile(r"kubelet-client-(\d{4}(?:-\d\d){5})\.pem")
 
 
 def _was_written_by_a_kubelet(path: Path) -> bool:
-    """A kubelet names the file after the local time at which it writes it; what we replace keeps its name."""
+    """Whether the kubelet wrote it: it names the file after the local time; a file that we replace keeps its name."""
     real = path.resolve()
     if file_contents(real).startswith(kubelet.OURS):
         return False
@@ -503,13 +495,13 @@ _WRITING_SECONDS = 2.0
 
 
 def is_rotated(copy: Path, used: x509.Certificate, kubelet_conf: Path, ours: x509.Certificate) -> bool:
-    """Whether a kubelet's copy is younger than kubelet.conf and what that embeds, and so from a signer in the cluster."""
+    """Whether a kubelet's copy is younger than kubelet.conf and its certificate, and so from a signer in the cluster."""
     is_later = copy.stat().st_mtime > kubelet_conf.stat().st_ctime
     return is_later and used.not_valid_before_utc > ours.not_valid_before_utc
 
 
 def _kubeconfig(look: Look, name: str) -> Iterator[Check]:
-    """A kubeconfig's client certificate, asked for what its owner can't do without."""
+    """A check of a kubeconfig's client certificate, by requests that its owner depends on."""
     item = look.item(name)
     if item is not None and (look.flags(Component.APISERVER) or look.node.is_worker):
         judge = functools.partial(_ask_api, look, item)
@@ -518,7 +510,7 @@ def _kubeconfig(look: Look, name: str) -> Iterator[Check]:
 
 
 def _ask_api(look: Look, item: Item) -> Verdict:
-    """Ask this node's API server; its certificate must be good for the server's name in the kubeconfig."""
+    """Ask this node's API server, whose certificate must be valid for the server's name in the kubeconfig."""
     path = look.settings.node.kubeconfig_dir / item.spec.base
     data = file_contents(path)
     parsed = kubeconfig.parse(data)
@@ -537,7 +529,7 @@ def _ask_api(look: Look, item: Item) -> Verdict:
 
 
 def _needs(look: Look, item: Item) -> list[str]:
-    """URL paths that a kubeconfig's owner reads all the time: its lease, and what it works on; the two come by two roles."""
+    """URL paths that a kubeconfig's owner reads: its lease, and the objects that it works on, which two roles allow."""
     component = item.spec.component
     if component is None:
         return ["/api/v1/namespaces/kube-system"]

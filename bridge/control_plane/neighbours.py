@@ -71,11 +71,7 @@ class Neighbours:
         return [one for one in self.instances if not one.own]
 
     def own_is_down(self, component: Component) -> bool:
-        """
-        Whether this node's gives no answer, or is an etcd member without a quorum, so that a restart takes nothing away.
-
-        It may be so for a moment, while etcd elects a leader.
-        """
+        """Whether this node's does not answer, or (perhaps for a moment) is an etcd member without a quorum."""
         return any(
             one.own
             and one.component is component
@@ -94,7 +90,7 @@ class Neighbours:
 
 
 def look(node: Node, settings: Settings) -> Neighbours:
-    """Look at the control plane from this node; what it finds is never an error."""
+    """Look at the control plane from this node; a fault is no error."""
     etcd = _look_at_etcd(node) if node.local_etcd and Component.ETCD in node.manifests else _Seen()
     api = Api.of_node(node, settings.node.kubeconfig_dir)
     api.add([Server(url) for url in _beside_etcd(etcd.instances, node)])
@@ -162,11 +158,7 @@ def _look_at_etcd(node: Node) -> _Seen:
 def _members(
     etcd: Etcd, flags: Mapping[str, str], own: Instance
 ) -> tuple[list[Member], str, tuple[tuple[str, str], ...]]:
-    """
-    The members, our own member's id ("" when it does not answer), and alarms as (id, alarm).
-
-    When our own is down, another member tells: those that the manifest names were there when this one joined.
-    """
+    """The members, our own's id ("" if it does not answer) and alarms as (id, alarm), by any member in the manifest."""
     urls = [own.url, *(_beside(url, own.url) for url in _initial_peers(flags))]
     for url in dict.fromkeys(urls):
         try:
@@ -210,7 +202,7 @@ def _as_instance(member: Member) -> Instance:
 
 
 def _member_state(etcd: Etcd, member: Instance) -> Instance:
-    """A member with its state: well when it can read through the quorum. Alarms are a matter of their own."""
+    """A member with its state: healthy if it can read through the quorum, whatever the alarms."""
     if member.state != "unknown":
         return member
     try:
@@ -225,7 +217,7 @@ def _member_state(etcd: Etcd, member: Instance) -> Instance:
 
 
 def _without_answer(instance: Instance, error: http.HttpsError) -> Instance:
-    """A server that turns our certificate away may be well."""
+    """An instance that did not answer; one that rejected our certificate may be healthy."""
     state: InstanceState = "unknown" if isinstance(error, http.ClientRefusedError) else "unhealthy"
     return replace(instance, state=state, reason=str(error), answers=state == "unknown")
 
@@ -259,7 +251,7 @@ def api_servers(api: Api, node: Node) -> list[tuple[str, str]]:
     """
     The names and URLs of the cluster's API servers, this node's among them (NoAnswerError: no server answers).
 
-    An API server that is down is no endpoint any more; so each control-plane node should have one.
+    One that is down is no endpoint any more, and so each control-plane node counts as having one.
     """
     nodes = _asked(api, _CONTROL_PLANE_NODES)
     # Not before 1.21, where nodes must do.
@@ -342,8 +334,8 @@ def obstacles(neighbours: Neighbours, component: Component) -> list[str]:
     """
     Reasons against a restart of a component that works; pure.
 
-    An etcd cluster of one or two members loses its quorum at every restart: that alone is no obstacle, since waiting
-    does not help. The kubelet may always be restarted: pods go on without it.
+    That etcd has one or two members, and loses its quorum at every restart, is none, since waiting does not help. The
+    kubelet may always be restarted: pods go on without it.
     """
     if component is Component.KUBELET:
         return []
@@ -356,7 +348,7 @@ def obstacles(neighbours: Neighbours, component: Component) -> list[str]:
 
 
 def not_seen(neighbours: Neighbours, component: Component) -> list[str]:
-    """Neighbours that could not be looked at, and hold nothing up; for the operator; pure."""
+    """Neighbours that could not be looked at, which is no obstacle; pure."""
     quiet = {Component.ETCD} if component is Component.ETCD else set()  # an obstacle then
     found = [str(one) for one in neighbours.others if one.state == "unknown" and one.component not in quiet]
     return found + [
@@ -365,12 +357,7 @@ def not_seen(neighbours: Neighbours, component: Component) -> list[str]:
 
 
 def assert_may_restart(component: Component, node: Node, settings: Settings, *, note: Callable[[str], None]) -> None:
-    """
-    Look at the other control-plane nodes, and wait for them as the settings say.
-
-    Raises:
-        NeighbourError: One of them is not well.
-    """
+    """Look at the other control-plane nodes, and wait for them as the settings say (NeighbourError: one is not well)."""
     rules = settings.cluster
     if rules.neighbours == "ignore" or component is Component.KUBELET:
         return
@@ -386,7 +373,7 @@ def assert_may_restart(component: Component, node: Node, settings: Settings, *, 
 def _after_waiting(
     component: Component, node: Node, settings: Settings, note: Callable[[str], None]
 ) -> tuple[Neighbours, list[str]]:
-    """Wait until nothing speaks against a restart or the time is over; a component that is down here does not wait."""
+    """Wait until there is no reason against a restart or the time is over; a component that is down does not wait."""
     rules, said = settings.cluster, list[str]()
 
     def tell(seen: tuple[Neighbours, list[str]]) -> None:
@@ -405,11 +392,7 @@ def _after_waiting(
 
 
 def _after_an_election(component: Component, node: Node, settings: Settings) -> tuple[Neighbours, list[str]]:
-    """
-    Look; where this node's is down as well, until it is well or was down for as long as etcd may need for a new leader.
-
-    A member whose leader has just died has no answer, or no good one, and is needed all the more.
-    """
+    """Look; if this node's component is down as well, again for as long as etcd may need to elect a new leader."""
 
     def seen() -> tuple[Neighbours, list[str]]:
         neighbours = look(node, settings)
@@ -447,13 +430,7 @@ class Turn:
     """
 
     def __init__(self, api: Api, holder: str, rules: ClusterSettings, note: Callable[[str], None]) -> None:
-        """
-        Args:
-            api: Of the cluster.
-            holder: `NODE_RUN`: of one node only one run at a time has the state directory's lock.
-            rules: The lease's name, its duration, and how long to wait for it.
-            note: Called with sentences for the operator, from this thread alone.
-        """
+        """Claim the lease for the holder `NODE_RUN`; `note` gets sentences for the operator, in this thread."""
         owner = holder.rpartition("_")[0]
         self._lease = Lease(api, ("kube-system", rules.lease_name), holder, duration=rules.lease_duration, owner=owner)
         self._rules = rules
@@ -470,12 +447,7 @@ class Turn:
         return self._held and not self._lost_to
 
     def assert_held(self) -> None:
-        """
-        Take it, or renew it; call this before each restart.
-
-        Raises:
-            LeaseHeldError: Another node has it.
-        """
+        """Take it, or renew it; call this before each restart (LeaseHeldError: another node has it)."""
         name = self._rules.lease_name
         if not self._held:
             self._acquire()
@@ -503,12 +475,7 @@ class Turn:
         self._keeper.start()
 
     def _outlast(self, holder: str) -> None:
-        """
-        Wait for a holder that was seen; it stays an obstacle, answer or not: our own API server may be restarted.
-
-        Raises:
-            LeaseHeldError: It still is one.
-        """
+        """Wait for a holder that was seen, even if the API stops answering (LeaseHeldError: it still has the lease)."""
         name, holders = self._rules.lease_name, [holder]
         self._note(f"waiting for the lease {name}, which {holder} has")
 
@@ -526,7 +493,7 @@ class Turn:
             raise LeaseHeldError(f"wanted the lease {name} within {waited}, found that {holders[-1]} has it")
 
     def _tried(self) -> str | NoAnswerError:
-        """Who else has it, empty if it is ours now; an error of the API's is returned, not raised."""
+        """Another holder, or empty if it is ours now; returns an error of the API, and does not raise it."""
         try:
             return self._lease.take()
         except NoAnswerError as e:
@@ -538,7 +505,7 @@ class Turn:
                 self._lost_to = self._lease.take()
 
     def release(self) -> None:
-        """Let the next node have it at once; without an API it expires."""
+        """Give it back; without an API it expires."""
         self._keeper.stop()
         if not self.held:
             return
@@ -557,8 +524,8 @@ def turn(
     """
     Have this node's turn among the control-plane nodes while the block runs.
 
-    Call the result with a component before each restart: it raises LeaseHeldError when another node has the turn, and
-    NeighbourError when another node is not well.
+    Yields a function to be called before each restart: LeaseHeldError if another node has the turn, NeighbourError if
+    another node is not well.
     """
     rules = settings.cluster
     if not rules.lease:

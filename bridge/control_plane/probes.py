@@ -53,7 +53,7 @@ class Verdict(NamedTuple):
 
 
 class RefusedError(BridgeError):
-    """Somebody does not take a certificate."""
+    """A server or client rejects a certificate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class Check:
     judge: Callable[[], Verdict]  #: May raise what `run` knows.
 
     def run(self) -> Verdict:
-        """Judge; whatever stands in the way is a verdict, too."""
+        """Judge; an error is a verdict, too."""
         try:
             return self.judge()
         except (RefusedError, UntrustedError, ClientRefusedError) as e:
@@ -154,12 +154,7 @@ class Serving:
 
 
 def ask_all(client: Client, servers: Sequence[Server], path: str, **request: Any) -> dict[str, http.Answer]:
-    """
-    Ask all of them; by URL the answers of those that have one.
-
-    Raises:
-        HttpsError: One does not accept the certificate or shows a wrong one, or none answers.
-    """
+    """Ask all servers; answers by URL (HttpsError: one rejects the certificate or shows a wrong one, or none answers)."""
     answers, silent = {}, []
     for server in servers:
         try:
@@ -193,12 +188,7 @@ def words(answer: http.Answer) -> str:
 
 
 def accepted(answers: Mapping[str, http.Answer]) -> str:
-    """
-    A sentence about the servers that accepted the client; that the object does not exist is an answer, too.
-
-    Raises:
-        RefusedError: A server does not know the client, or does not let it do what it is for.
-    """
+    """A sentence about the servers that accepted the client (RefusedError: one did not know it, or forbade its work)."""
     for url, answer in answers.items():
         if answer.status == HTTPStatus.UNAUTHORIZED:
             raise RefusedError(f"{url} does not know this client (HTTP 401)")
@@ -209,12 +199,12 @@ def accepted(answers: Mapping[str, http.Answer]) -> str:
 
 # --- health ----------------------------------------------------------------------------------------------------------
 
-#: Where a component says how it is.
+#: Paths of the components' health checks.
 PATHS = {Component.APISERVER: "/readyz", Component.CONTROLLER_MANAGER: "/healthz", Component.SCHEDULER: "/healthz"}
 
 
 def trouble(component: Component, node: Node, kubeconfig_dir: Path) -> str | None:
-    """Why a component of this node is not healthy; None: it is, or it has its health check switched off."""
+    """Why a component of this node is not healthy; None: it is, or its health check is switched off."""
     if component is Component.KUBELET:
         url = Kubelet.load().health_url
         return None if url is None else _trouble(url, NOBODY)
@@ -250,7 +240,7 @@ def _trouble(url: str, client: Client) -> str | None:
 
 
 def _reason(answer: http.Answer) -> str | None:
-    """The failed checks of the API machinery's health handlers begin with [-]."""
+    """Why it is not healthy: the failed checks of the API machinery's health handlers begin with [-]."""
     if answer.status == HTTPStatus.OK:
         return None
     lines = answer.body.decode(errors="replace").splitlines()
@@ -297,11 +287,7 @@ class Etcd:
 
     @classmethod
     def of(cls, node: Node, *, trusting: bool = False) -> Etcd:
-        """
-        A client of the node's etcd, with those of its client certificates that can be read.
-
-        With `trusting` any server is believed, such as an etcd whose own certificate has expired.
-        """
+        """A client of the node's etcd; with `trusting` it accepts any server, such as one with an expired certificate."""
         clients, troubles = [], []
         for item in node.items:
             if item.spec.name in _CLIENTS and item.key_path is not None:
@@ -314,7 +300,7 @@ class Etcd:
         return cls([client for _, client in clients], troubles)
 
     def ask(self, server: Server, path: str, body: bytes | None = None) -> http.Answer:
-        """Ask as the first of our clients that it accepts; without TLS as nobody in particular."""
+        """Ask with the first of our certificates that it accepts; without TLS with none."""
         request: dict[str, Any] = {"method": "GET" if body is None else "POST", "body": body}
         if not server.url.startswith("https:"):
             return NOBODY.ask(server, path, **request)
@@ -338,11 +324,7 @@ class Etcd:
         return Status(id=str(header.get("member_id", "")) if isinstance(header, dict) else "", alarms=tuple(alarms))
 
     def trouble(self, server: Server, *, alarms: bool) -> str | None:
-        """
-        Why a member is not well, by its own word; None: it has a leader, and can read through the quorum.
-
-        With `alarms` an alarm is trouble, too.
-        """
+        """Why a member is not well (with `alarms`, also for one); None: it has a leader, and reads through the quorum."""
         answer = self.ask(server, f"/health{'' if alarms else _WITHOUT_ALARMS}")
         try:
             body = document(answer.body)

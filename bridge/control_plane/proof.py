@@ -1,10 +1,8 @@
 """
 A report of what each component really serves and uses, seen from outside: handshakes, authenticated requests, processes.
 
-Addresses, ports and paths are those of the static-pod manifests, with a program's own default where a flag is not
-there. Writes nothing, restarts nothing; private keys are read, since who proves that a certificate is accepted needs
-its key, and stay in memory. Each look is a new connection: what a component does with the ones that it has is not
-seen, and is what `next-connection` means.
+Addresses, ports and paths come from the static-pod manifests. A proof reads private keys, which stay in memory, and
+changes nothing. It makes new connections, and can't see those that a component has open: `next-connection`.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ _PAUSE_SECONDS = 0.5
 class ProofFinding:
     """One thing that a component serves, uses or accepts."""
 
-    component: Component | None  #: Whose certificate it is; None: people's.
+    component: Component | None  #: The component whose certificate it is; None: people use it.
     certificate: str  #: kubeadm's name, or the file's where kubeadm has none.
     what: str
     state: ProofState
@@ -73,7 +71,7 @@ _CODES: Mapping[ProofState, int] = {
 
 
 def look(node: Node, settings: Settings, now: datetime, machine: Machine | None = None) -> ProofReport:
-    """Look at all that runs on a node, in the time of the slowest answer; what is wrong is a finding, and no error."""
+    """Look at all components of a node concurrently; a fault is a finding, and no error."""
     given = checks.Look(node=node, settings=settings, now=now, machine=machine or Machine())
     made = list(checks.of(given)) if node.manifests or node.is_worker else []
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
@@ -81,7 +79,7 @@ def look(node: Node, settings: Settings, now: datetime, machine: Machine | None 
 
 
 def by_files(node: Node, settings: Settings, now: datetime, machine: Machine | None = None) -> ProofReport:
-    """Look by the ages of processes and files alone: no connection is made, and no key is read."""
+    """Compare the ages of processes and files only, without a connection or a key."""
     given = checks.Look(node=node, settings=settings, now=now, machine=machine or Machine())
     return ProofReport(findings=tuple(map(_finding, checks.by_files(given))))
 
@@ -106,11 +104,7 @@ def within(
     *,
     counts: Callable[[ProofFinding], bool] = lambda _: True,
 ) -> ProofReport:
-    """
-    Look until nothing that counts is wrong or the time is over; the last look, with what does not count.
-
-    Components take a moment for new files, and longer to answer after their start. There is at least one look.
-    """
+    """Look at least once, until no finding that counts is wrong or the time is over; returns the last look."""
     with doing("proving that every component works on its certificates"):
         return wait_until(
             lambda: look(read(), settings, now(), machine),
@@ -121,7 +115,7 @@ def within(
 
 
 def prove(settings: Settings, now: Callable[[], datetime], wait: timedelta) -> ProofReport:
-    """Look at this node, for so long as something is wrong and the time is not over."""
+    """Look at this node until all is well or the time is over."""
     node = settings.node
     found = within(lambda: inventory.of(node), settings, now, wait)
     if not found.findings:

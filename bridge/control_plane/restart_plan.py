@@ -26,11 +26,10 @@ ORDER = (*COMPONENTS, Component.KUBELET)
 
 def reloading(node: Node, settings: NodeSettings, proc: Path = processes.PROC) -> frozenset[Component]:
     """
-    The components that are known to read their certificates again, by the image tags of their manifests.
+    The components that reload their certificates, by the image tags of their manifests.
 
-    An upgrade replaces them one by one, and kubeadm before all of them. `node.kubernetes_version`, the setting, counts
-    more than the API server's tag, and says nothing of etcd. A process that is older than its manifest may be of an
-    older version than the tag says, and is not trusted.
+    The setting `node.kubernetes_version` counts more than the API server's tag. A process that is older than its manifest
+    may have an older version than the tag says, and counts as one that does not reload.
     """
     versions = {
         component: manifest.version
@@ -60,11 +59,7 @@ _OWN_FILE = ("--cert-file", "--tls-cert-file")
 def stale(
     renewed: Iterable[CertificateSpec], reloads: Collection[Component], components: Components
 ) -> list[Component]:
-    """
-    The components to restart after an installation of these, in order.
-
-    "needed": those that go on using an old certificate; "all": every user of a new one; a list: only those in it.
-    """
+    """The components to restart, in order: "needed" are those that do not reload, "all" is every user, or a list."""
     # a kubelet's serving certificate is in use after 0.3 s, as was measured; proof shows where it is not
     trusted = {*reloads, Component.KUBELET} if components.which == "needed" else set()
     users = {spec.component for spec in renewed if not (spec.reloaded and spec.component in trusted)}
@@ -75,7 +70,7 @@ def how(component: Component, manifests: Path) -> str:
     """
     A sentence for the operator on how to restart a component.
 
-    Moving the manifest is the way that the kubelet does not count as a crash; too early back costs it 10 to 25 s.
+    A kubelet does not count a moved manifest as a crash; moved back too early it costs 10 to 25 s.
     """
     if component is Component.KUBELET:
         return "kubelet: systemctl restart kubelet (running containers stay)"

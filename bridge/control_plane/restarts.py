@@ -48,7 +48,7 @@ class RestartPostponedError(PostponedError):
 
 
 class ImpossibleError(RestartError):
-    """There is no way to restart a component from here; that says nothing about what is installed."""
+    """A component can't be restarted from here, which is no fault of the new certificates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,21 +76,12 @@ def restart_all(
     going_back: bool = False,
 ) -> list[Restarted]:
     """
-    Restart these, one at a time, by the settings' method.
+    Restart these, one at a time, by the settings' method, until one of them does not come back.
 
-    The first component that does not come back ends it: with two of them away nothing would be left to compare with.
+    With `force` also if a neighbour is unhealthy, here or on another node, and shortly after another restart; `going_back`
+    is the same, but never while another node is unhealthy.
 
-    Args:
-        components: In any order.
-        node: Read after `parked_manifest.recover`.
-        settings: `restart.method` is not none.
-        store: Its lock is held.
-        record: Gets a line for each of them.
-        force: Also with an unhealthy neighbour, here or on another node, and shortly after another restart.
-        going_back: As `force`, but never with an unhealthy node elsewhere: that would cost the cluster a second one.
-
-    Returns:
-        An entry for each of them, in their order; then one for each other component that is not healthy at the end.
+    Returns an entry for each of them, in their order; then one for each other component that is not healthy at the end.
     """
     run = _Restarts(node=node, settings=settings, store=store, record=record, force=force, at_once=force or going_back)
     return run.all([component for component in restart_plan.ORDER if component in components])
@@ -129,7 +120,7 @@ class _Restarts:
         return [*out, *done]
 
     def _turn(self) -> contextlib.AbstractContextManager[Callable[[Component], None]]:
-        """Forced, a node still waits for its turn, but looks at no other; a worker takes nothing from the cluster."""
+        """The turn of this node: a forced restart waits for it, but ignores other nodes; a worker needs none."""
         if self.node.is_worker:
             return contextlib.nullcontext(lambda _: None)
         settings = self.settings
@@ -147,7 +138,7 @@ class _Restarts:
             if one.error is not None:
                 yield from (Restarted(component=left, error=_not_tried(left, one)) for left in to_come)
                 return
-        # the others may have lost their leases or connections meanwhile: they get the same time to find back
+        # the others may have lost their leases or connections meanwhile: they get the same time to recover
         rest = [component for component in _present(self.node) if component not in ordered]
         for component, text in self._wait_until_healthy(rest).items():
             error = RestartError(f"not restarted, and not healthy afterwards: {text}")
@@ -205,7 +196,7 @@ class _Restarts:
         return {component: text for component, text in found.items() if text is not None}
 
     def _wait_until_healthy(self, components: Sequence[Component]) -> dict[Component, str]:
-        """Look until all are healthy, or the time is over; those that are still not healthy then."""
+        """Wait until all are healthy or the time is over; returns those that are still not healthy."""
         return wait_until(
             lambda: self._unhealthy(components),
             lambda found: not found,
@@ -264,7 +255,7 @@ class _Restarts:
 
 
 class _Answers:
-    """The instances of a component that is seen by its answers alone: it has ended when they have stopped once."""
+    """The instances of a component that only its answers show: it has ended once when they have stopped."""
 
     def __init__(self, trouble: Callable[[], str | None]) -> None:
         self._trouble, self._ends, self._answers = trouble, 0, True
@@ -315,12 +306,12 @@ def times_file(store: Store) -> StateFile[dict[Component, datetime]]:
 
 
 def _remember(component: Component, store: Store) -> None:
-    """Write down a restart before it happens: a run that is killed over and over does not restart over and over."""
+    """Record a restart before it happens, so that runs that are killed again and again do not repeat it."""
     times_file(store).put({**_times(store), component: datetime.now(UTC)})
 
 
 def obstacle(component: Component, node: Node, settings: Settings) -> ImpossibleError | None:
-    """Say why a component can't be restarted by the settings' method, if so."""
+    """The reason why a component can't be restarted by the settings' method, if there is one."""
     if component is not Component.KUBELET and settings.restart.method == "static-pods":
         if component in node.manifests:
             return None
@@ -336,7 +327,7 @@ def obstacle(component: Component, node: Node, settings: Settings) -> Impossible
 
 
 def _command(component: Component, settings: Settings) -> list[str]:
-    """The settings' command; without one systemd's for the kubelet, and none for the others."""
+    """The settings' command; by default systemd's for the kubelet, and none for the others."""
     return settings.restart.command(component) or (_systemctl() if component is Component.KUBELET else [])
 
 
@@ -371,8 +362,8 @@ def take_copy(kubeconfig_dir: Path, copy: Path, store: Store) -> None:
     """
     Remove the kubelet's cached certificate if it differs from kubelet.conf's, because the kubelet prefers the cache.
 
-    Measured on 1.37. A kubelet.conf that refers to files is the kubelet's own affair, and so is a younger copy.
-    The state directory keeps the last copy that was taken; the file that a symlink leads to stays where it is.
+    Measured on 1.37. The kubelet keeps a younger copy, and one that kubelet.conf refers to. The state directory keeps the
+    last removed copy; the target of a symlink stays.
     """
     path = kubeconfig_dir / "kubelet.conf"
     try:
@@ -409,12 +400,12 @@ class RestartReport:
 
     components: tuple[Component, ...]  #: That were to be restarted.
     done: tuple[Restarted, ...] = ()
-    advised: bool = False  #: With `restart.method = "none"` nothing was restarted, and what is wanted runs as before.
-    unknown: BridgeError | None = None  #: What components run on can't be known, or not of all of them.
+    advised: bool = False  #: With `restart.method = "none"` nothing was restarted; an operator has to.
+    unknown: BridgeError | None = None  #: The certificates that some components use can't be seen.
 
     @property
     def exit_code(self) -> int:
-        """7 where the operator has to restart, and the error's of what can't be known."""
+        """The worst exit code: 7 where the operator has to restart something."""
         codes = [one.exit_code for one in self.done]
         if self.advised and self.components:
             codes.append(Exit.NOT_LIVE)
@@ -424,7 +415,7 @@ class RestartReport:
 
 
 class UnknownError(BridgeError):
-    """Nobody can say on which certificates a component runs."""
+    """The certificates that a component uses can't be seen."""
 
     hint = "`ca-bridge prove` shows what was looked at; `ca-bridge restart COMPONENT` restarts without a look"
 
@@ -436,7 +427,7 @@ class UnknownError(BridgeError):
 def restart_stale(
     settings: Settings, names: Sequence[str], now: Callable[[], datetime], *, force: bool, wait: timedelta
 ) -> RestartReport:
-    """Restart what proof shows to be on an old certificate, or what is named."""
+    """Restart the named components, or those that proof shows to use an old certificate."""
     named = _components(names)
     with session.alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
         node = inventory.of(settings.node)

@@ -1,13 +1,13 @@
 """
-Restart a static pod as its kubelet likes it: manifest out, wait until the pod is forgotten, manifest back, wait for health.
+Restart a static pod: manifest out, wait until the kubelet has forgotten the pod, manifest back, wait for health.
 
-A kubelet that has forgotten a pod deletes its mirror in the API. When that API server has no etcd meanwhile, the request
-hangs, and the kubelet does nothing else for 34 s, over and over: five times were seen. A quorum elsewhere does not help,
-since kubeadm lets a control plane's kubelet ask its own API server, and that its own etcd (measured on 1.37: 145 s with
-three members). So etcd's manifest comes back while the pod still ends, and etcd is back after 10 s.
+A kubelet that has forgotten a pod deletes its mirror in the API. While that API server has no etcd, the request hangs,
+and the kubelet does nothing else for 34 s, up to five times. A quorum elsewhere does not help, since a control plane's
+kubelet asks its own API server, and that asks its own etcd (measured on 1.37: 145 s with three members). So etcd's
+manifest comes back while the pod still ends, and etcd is back after 10 s.
 
-The journal is written before the manifest leaves its directory, so that whatever ends this process, `recover` brings
-the manifest back. Not here: whether this is a good moment (`bridge.control_plane.restarts`), and what health is (`probes`).
+The journal is written before the manifest leaves its directory, so that `recover` can bring the manifest back after any
+interruption.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class StoppedError(PostponedError):
 
 
 class NotEndedError(RestartError):
-    """The component goes on after its manifest was taken out of its directory."""
+    """The component still runs after its manifest was moved out of its directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pod:
-    """A static pod, and who looks at it."""
+    """A static pod, and the functions that look at it."""
 
     component: Component
     manifest: Path
@@ -58,12 +58,7 @@ class Pod:
 
 def restart(pod: Pod, store: Store, timeout: timedelta) -> None:
     """
-    Restart it, and wait until it is healthy.
-
-    Args:
-        pod: Its manifest is there.
-        store: Its lock is held, and `recover` was called.
-        timeout: For it to end, and again for it to come back.
+    Restart it, and wait until it is healthy; `timeout` is for its end, and again for its return.
 
     Raises:
         RestartError: It did not end, or not come back, in time; the manifest is in its place.
@@ -119,9 +114,9 @@ def _wait(
 
 
 def _begun(pod: Pod, before: frozenset[str]) -> str | None:
-    """A sentence while the kubelet has not seen that the manifest is out; None as soon as it has."""
+    """A sentence until the kubelet has noticed that the manifest is out."""
     is_over = pod.trouble() is not None or not before & pod.instances()
-    return None if is_over else "it goes on as if nothing had happened"
+    return None if is_over else "it still runs"
 
 
 def _named(instances: frozenset[str]) -> str | None:
@@ -139,10 +134,9 @@ def _settle(time_: timedelta, check: Callable[[], None]) -> None:
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[Callable[[], None]]:
     """
-    Let what ends a run (systemd, a lost terminal, Ctrl-C) leave time to put the manifest back.
+    Hold back SIGTERM, SIGHUP and Ctrl-C until the manifest is back; yields a function that raises a StoppedError after one.
 
-    The function that this gives raises a StoppedError after the first signal; call it where that does no harm. Signals
-    belong to the main thread; in another thread nothing changes, and `recover` does the rest.
+    Only the main thread gets signals; in another thread nothing changes, and `recover` does the rest.
     """
     caught: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Where a component listens and what it reads, from the flags of its static-pod manifest (pure)."""
+"""A component's addresses, ports and files, from the flags of its static-pod manifest (pure)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from bridge.specs import Component
 
-#: The programs' own, where the flag is absent.
+#: The programs' defaults.
 PORTS = {
     Component.APISERVER: 6443,
     Component.CONTROLLER_MANAGER: 10257,
@@ -17,7 +17,7 @@ PORTS = {
     Component.KUBELET: 10250,
 }
 HTTPS = 443
-#: Some give gRPC, which we don't speak, ports of its own (etcd-io/etcd#15402): then `--listen-client-urls` has no HTTP.
+#: With this flag (etcd-io/etcd#15402) `--listen-client-urls` has only gRPC, which we do not speak.
 ETCD_HTTP_ONLY = "--listen-client-http-urls"
 
 Flags = Mapping[str, str]
@@ -41,30 +41,26 @@ class Server(NamedTuple):
 
     @property
     def place(self) -> Address:
-        """Where it is."""
+        """Its host and port."""
         parts = urlsplit(self.url)
         return Address(parts.hostname or "", parts.port or HTTPS)
 
 
 def bound(component: Component, flags: Flags) -> list[Address]:
-    """
-    Where a Kubernetes component listens, none for one that does not.
-
-    Of one that listens on all addresses: loopback, and the API server's the one that it advertises, which comes last.
-    """
+    """The addresses of a Kubernetes component; for all addresses loopback, then the one that an API server advertises."""
     host, port = flags.get("--bind-address", ""), int(flags.get("--secure-port", PORTS[component]))
     hosts = [loopback(host), flags.get("--advertise-address")] if is_any(host) else [host]
     return [Address(one, port) for one in dict.fromkeys(hosts) if one and port]
 
 
 def name(flags: Flags) -> str | None:
-    """The address by which an API server's certificate knows it on its own node; None: the flags don't tell."""
+    """The address in an API server's certificate by which its own node reaches it; None: the flags have none."""
     host = flags.get("--bind-address", "")
     return flags.get("--advertise-address") or (None if is_any(host) else host)
 
 
 def listening(flags: Flags, names: Sequence[str], advertised: str) -> list[Address]:
-    """Where etcd listens with TLS, by the flags with these names; the last is the URL that stands for all addresses."""
+    """etcd's addresses with TLS, by these flags; for all addresses loopback and the advertised one."""
     places = []
     for place in (Server(url).place for one in names for url in urls(flags, one)):
         hosts = [loopback(place.host), host(flags, advertised)] if is_any(place.host) else [place.host]
@@ -73,13 +69,13 @@ def listening(flags: Flags, names: Sequence[str], advertised: str) -> list[Addre
 
 
 def urls(flags: Flags, flag: str) -> list[str]:
-    """The URLs in a flag that have TLS; what is no URL is left out."""
+    """The valid URLs with TLS in a flag."""
     found = (url.rstrip("/") for url in flags.get(flag, "").split(",") if url.startswith("https://"))
     return [url for url in found if is_url(url)]
 
 
 def is_url(text: str) -> bool:
-    """Whether it has a host, and a port that is one, if any: manifests and other nodes may say anything."""
+    """Whether it has a host and no invalid port; manifests and other nodes may contain anything."""
     try:
         parts = urlsplit(text)
         return bool(parts.hostname) and parts.port != 0
@@ -88,7 +84,7 @@ def is_url(text: str) -> bool:
 
 
 def etcd_url(flags: Flags) -> str:
-    """Where this node's etcd answers in HTTP, with TLS or without; on loopback if it is there, too, which no firewall is before."""
+    """The URL of this node's etcd for HTTP, with TLS or without; on loopback if possible, since no firewall is there."""
     found = [url for url in flags.get(ETCD_HTTP_ONLY, flags.get("--listen-client-urls", "")).split(",") if is_url(url)]
     found.sort(key=lambda url: urlsplit(url).hostname not in {"127.0.0.1", "::1", "localhost"})
     url = (found or ["https://127.0.0.1:2379"])[0].strip().rstrip("/")
@@ -114,7 +110,7 @@ def wanted_file(flags: Flags, flag: str) -> Path:
 
 
 def is_any(address: str) -> bool:
-    """Whether who listens there listens on all of the machine's addresses."""
+    """Whether this means all of the machine's addresses."""
     return address in ("0.0.0.0", "::", "")  # noqa: S104 (looked for, not bound)
 
 
@@ -124,7 +120,7 @@ def loopback(address: str) -> str:
 
 
 def reachable(address: str) -> str:
-    """Where to ask one that listens there, on loopback if that is on all addresses; an IPv6 address has its brackets."""
+    """The host for a URL to this listening address, loopback for all addresses; an IPv6 address gets brackets."""
     bare = address.strip("[]")
     bare = loopback(bare) if is_any(bare) else bare
     return f"[{bare}]" if ":" in bare else bare

@@ -29,11 +29,11 @@ class Row:
     chain_seconds_left: int | None  #: The same of the certificate in the chain that ends first.
     authority: str | None  #: None for a CA itself.
     external: bool  #: Its CA's key is not on the node.
-    first: bool  #: A kubelet's client certificate that has ended, or soon does: a node that reboots stays down.
-    due: bool  #: Ends within the time asked for, is not valid yet, or has to be here and is not; False: nothing was asked.
-    limit: timedelta | None  #: With less than this left it is due; None: nothing was asked for.
+    first: bool  #: A kubelet's client certificate that has expired, or soon will: a rebooted node would stay down.
+    due: bool  #: It ends within the limit, is not valid yet, or is missing and must not be; False without a limit.
+    limit: timedelta | None  #: With less than this left it is due; None: without a limit.
     optional: bool = False  #: A healthy node may be without it.
-    foreign: bool = False  #: Not of the cluster's CA, or a further CA that nothing here leads to: shown, and never due.
+    foreign: bool = False  #: Not the cluster's CA's, or a further CA without a certificate here: shown, and never due.
     early: bool = False  #: It, an intermediate or its CA is not valid yet, by this node's clock.
 
     @property
@@ -68,7 +68,7 @@ class ExpiryReport:
 
 
 def report(node: Node, now: datetime, within: Limit | None) -> ExpiryReport:
-    """A report of when a node's certificates end, its CAs included; `within` says when one is due, None: none is."""
+    """The ends of a node's certificates and CAs; `within` is the limit for a due one (None: none is due)."""
     rows = [(item, _item_row(item, now, within)) for item in node.items]
     return ExpiryReport(
         certificates=[row for item, row in rows if item.listed],
@@ -126,7 +126,7 @@ def _authority_row(state: AuthorityState, now: datetime, within: Limit | None) -
 
 
 def _further_rows(state: AuthorityState, node: Node, now: datetime, within: Limit | None) -> Iterator[Row]:
-    """A row for each CA behind the first of a file; only one that a certificate here leads to is ever due."""
+    """A row for each further CA of a file; only one with a certificate here is ever due."""
     used = {item.anchor for item in node.items}
     for number, certificate in enumerate(state.certificates[1:], start=2):
         is_used = certificate in used

@@ -1,8 +1,8 @@
 """
 The inventory: certificates, CAs and manifests of the node, from files alone.
 
-Reads, and writes nothing; opens no file that has nothing but a key; asks no API server.
-It names what is wrong and goes on: one broken file hides no other (kubeadm lists nothing then).
+It writes nothing, opens no file that holds only a key, and asks no API server. It reports a broken file and goes on,
+where kubeadm lists nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ KeyState = Literal["local", "external", "missing"]
 
 _ETCD_CLIENT = SPECS["apiserver-etcd-client"]
 _KUBELET = SPECS[KUBELET_CONF]
-#: What a worker may have beside its kubelet's: an administrator's way to the cluster.
+#: Kubeconfigs of administrators, which a worker may have beside its kubelet's.
 _PEOPLES = ("admin.conf", "super-admin.conf")
 
 Role = Literal["control plane", "worker"]
@@ -67,11 +67,10 @@ class Item:
     managed: bool  #: `renew` may replace it; else a kubelet rotates it, or its CA is not known here.
     listed: bool  #: kubeadm has a row for it.
     rotates: bool = False  #: The kubelet renews it by itself, where a signer in the cluster answers.
-    #: A kubelet's pair is a dated file behind this symlink, which a new one takes; of an embedded one it is the copy.
+    #: The symlink to a kubelet's dated pair, which a new pair takes over; of an embedded pair it leads to the copy.
     current: Path | None = None
-    copy: tuple[
-        x509.Certificate, ...
-    ] = ()  #: The certificate that the kubelet keeps beside an embedded one; its end counts, too.
+    #: The certificate that the kubelet keeps beside an embedded one; its end counts, too.
+    copy: tuple[x509.Certificate, ...] = ()
     anchor: x509.Certificate | None = None  #: The CA in its CA file that it leads to.
     is_anchor_first: bool = True  #: It is the file's first CA, which signs new certificates.
     key_trouble: str | None = None  #: "wanted …, found …" where its key is missing, empty or another certificate's.
@@ -139,7 +138,7 @@ class Node:
 
 @record(kw_only=True)
 class _Found:
-    """The result of reading a place that should hold certificates."""
+    """The result of reading a file that should hold certificates."""
 
     state: FileState
     certificates: tuple[x509.Certificate, ...] = ()
@@ -163,16 +162,16 @@ class NoNodeError(BridgeError):
 class SharedFileError(BridgeError):
     """Two certificates, or a certificate and its key, are in one file."""
 
-    hint = "give each a file of its own (a copy instead of a symlink), and tell whatever reads it"
+    hint = "give each a file of its own (a copy instead of a symlink), and name that in the component's configuration"
 
 
 def of(node: NodeSettings) -> Node:
-    """Look at the node that the settings tell of; see `read`."""
+    """Look at the node whose directories the settings name."""
     return read(node.pki_dir, node.kubeconfig_dir, node.kubelet_dir)
 
 
 def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -> Node:
-    """Look at a node; never fails because of what is on it."""
+    """Look at a node; a fault of its files is no error."""
     kubelet = KubeletFiles.load(kubelet_dir)
     found, troubles = _manifests(kubeconfig_dir)
     if kubelet.trouble is not None:
@@ -206,7 +205,7 @@ def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -
 
 
 def _troubles(items: Sequence[Item], authorities: Sequence[AuthorityState]) -> Iterator[str]:
-    """A kubelet's client certificate first: a rebooted node can't do without it."""
+    """A line for each fault; the kubelet's client certificate comes first, since a rebooted node needs it."""
     for item in sorted(items, key=lambda one: one.spec != _KUBELET):
         if trouble := item.trouble or item.key_trouble:
             yield f"{item.spec.name}: {trouble}"
@@ -216,7 +215,7 @@ def _troubles(items: Sequence[Item], authorities: Sequence[AuthorityState]) -> I
 
 
 def _is_worker(pki_dir: Path, kubeconfig_dir: Path) -> bool:
-    """A kubelet's kubeconfig, and none of a control plane's files; an administrator's kubeconfig says nothing."""
+    """Whether there is a kubelet's kubeconfig, and no file of a control plane but perhaps an administrator's kubeconfig."""
     ours = [spec for spec in SPECS.values() if not spec.kubelets and spec != _KUBELET and spec.name not in _PEOPLES]
     traces = [
         kubeconfig_dir / spec.base if spec.kubeconfig else pki_dir / f"{spec.base}.{suffix}"
@@ -228,7 +227,7 @@ def _is_worker(pki_dir: Path, kubeconfig_dir: Path) -> bool:
 
 
 def _worker(pki_dir: Path, kubeconfig_dir: Path, kubelet: KubeletFiles, troubles: Sequence[str]) -> Node:
-    """One CA, a kubelet, and an administrator's kubeconfig if there is one."""
+    """A worker's node: one CA, a kubelet, and administrators' kubeconfigs."""
     authority = _authority(CA, pki_dir / CA.certificate_file, pki_dir / CA.key_file, listed=True)
     kubeconfigs = [
         _kubeconfig_item(spec, authority, kubeconfig_dir / spec.base, kubelet)
@@ -267,13 +266,13 @@ def _with_shared_files(items: Sequence[Item]) -> tuple[Item, ...]:
 
 def _real(path: Path) -> str:
     try:
-        return os.path.realpath(path)  # unlike `Path.resolve` it bears a loop of symlinks
+        return os.path.realpath(path)  # unlike `Path.resolve` it does not fail at a loop of symlinks
     except ValueError:  # a NUL in a flag
         return str(path)
 
 
 def _no_directory(pki_dir: Path) -> tuple[str, ...]:
-    """A wrong path is no node where everything happens to be missing: a probe must not be content with it."""
+    """A line about a wrong path, which a probe must not take for a node without certificates."""
     try:
         found = pki_dir.is_dir()
     except OSError:  # each file in it says why
@@ -296,10 +295,9 @@ def _manifests(kubeconfig_dir: Path) -> tuple[dict[Component, Manifest], list[st
 
 def _has_local_etcd(found: Mapping[Component, Manifest], pki_dir: Path, kubeconfig_dir: Path) -> bool:
     """
-    Whether etcd runs on this node; without an API server that could tell otherwise it is said to, as kubeadm does.
+    Whether etcd runs on this node; without an API server's manifest it counts as local, as for kubeadm.
 
-    kubeadm itself asks the cluster, and when that is down falls back to a local etcd for all, with rows for
-    certificates that were never there.
+    kubeadm itself asks the cluster, and if that is down shows rows of a local etcd that was never there.
     """
     traces = (
         manifests.path_of(Component.ETCD, kubeconfig_dir),
@@ -309,7 +307,7 @@ def _has_local_etcd(found: Mapping[Component, Manifest], pki_dir: Path, kubeconf
 
 
 def _exists(path: Path) -> bool:
-    """Whether it exists by Go's `!os.IsNotExist(err)`: a dangling symlink does not, what we may not look at does."""
+    """Whether it exists by Go's `!os.IsNotExist(err)`: a dangling symlink does not, an inaccessible file does."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -320,7 +318,7 @@ def _exists(path: Path) -> bool:
 
 
 def _authorities(pki_dir: Path, apiserver_flags: Mapping[str, str], *, local_etcd: bool) -> tuple[AuthorityState, ...]:
-    """The CAs that the node has to do with; an external etcd's only if the API server uses TLS with it."""
+    """The node's CAs, with an external etcd's only if the API server uses TLS with it."""
     states = []
     for authority in AUTHORITIES.values():
         if authority != ETCD_CA or local_etcd:
@@ -404,10 +402,10 @@ def _kubeconfig_item(spec: CertificateSpec, authority: AuthorityState, path: Pat
 
 def _with_copy(item: Item, kubelet: KubeletFiles) -> Item:
     """
-    An embedded one of a kubelet's: the next goes where the kubelet keeps its own, once there is such a directory.
+    A kubelet's embedded pair: the next one goes where the kubelet keeps its own, once it has that directory.
 
-    At its start the kubelet wants the embedded one to be valid, and uses the copy if that is (measured on 1.37): the
-    first of the two that ends is the end.
+    At its start the kubelet needs a valid embedded certificate, and uses its copy if that is valid, too (measured on
+    1.37): the first end of the two counts.
     """
     if not kubelet.directory.is_dir():
         return item
@@ -416,7 +414,7 @@ def _with_copy(item: Item, kubelet: KubeletFiles) -> Item:
 
 
 def _rotating(item: Item, rotates: bool | None) -> Item:
-    """A dated file behind a symlink, as a kubelet keeps its pairs; some kubelets don't rotate what is there."""
+    """A dated file behind a symlink, as a kubelet keeps its pairs, which not every kubelet rotates."""
     is_link = item.in_one_file and item.certificate_path.name.endswith("-current.pem")
     return replace(
         item,
@@ -427,11 +425,7 @@ def _rotating(item: Item, rotates: bool | None) -> Item:
 
 
 def _serving_items(authority: AuthorityState, kubelet: KubeletFiles) -> list[Item]:
-    """
-    The kubelet's serving certificate; none before it has run.
-
-    One that it has to ask for is its own affair while a signer answers.
-    """
+    """The kubelet's serving certificate; none before it has run; it is managed by us where no signer can answer."""
     found = _certificates_in(kubelet.certificate)
     if found.state == "missing" and kubelet.serving != "named":
         return []
@@ -473,9 +467,8 @@ def _referring_item(
     """
     The item of a kubeconfig that refers to files, which kubeadm refuses to look at.
 
-    A kubelet's is written by the kubelet itself as it rotates, certificate and key in one file. With the CA's key
-    elsewhere no signer of the cluster's own answers it (kubeadm's kubelet-finalize makes such a kubelet.conf all the
-    same), so that it is ours.
+    A kubelet writes its own as it rotates. If the CA's key is elsewhere, no signer of the cluster answers the kubelet
+    (kubeadm's kubelet-finalize makes such a kubelet.conf nevertheless), and we renew it.
     """
     certificate_path, key_path = path.parent / certificate_file, path.parent / key_file
     found = _certificates_in(certificate_path)
@@ -491,7 +484,7 @@ def _referring_item(
 
 
 def _older(current: Path) -> str:
-    """A hint with the command that brings a kubelet's lost symlink back; empty: no certificate is left beside it."""
+    """A hint with the command that restores a kubelet's lost symlink; empty: there is no older certificate."""
     dated = f"kubelet-client-{'-'.join(['[0-9]' * 4, *['[0-9][0-9]'] * 5])}.pem"
     found = max((path.name for path in current.parent.glob(dated)), default="")
     if not found or current.name != "kubelet-client-current.pem":
@@ -531,7 +524,7 @@ def _item(
 
 
 def _key_trouble(found: _Found, certificate_path: Path, key_path: Path | None) -> str | None:
-    """Why a certificate can't be used for its key; a file with nothing but a key is not opened, see `other_key`."""
+    """What is wrong with a certificate's key; a file with only a key is not opened, see `other_key`."""
     wanted = f"wanted the key of {certificate_path}"
     if key_path is None or _real(key_path) == _real(certificate_path):
         return f"{wanted} in it, found none or another certificate's" if found.has_key is False else None
@@ -545,7 +538,7 @@ def _key_trouble(found: _Found, certificate_path: Path, key_path: Path | None) -
 
 
 def other_key(item: Item) -> str | None:
-    """Why an item's key is not its certificate's, by a look into the key file; None: it is, or it can't be seen."""
+    """What is wrong with the key in an item's key file; None: it is the certificate's, or it can't be read."""
     if item.key_path is None or not item.certificates or item.in_one_file:
         return None
     try:

@@ -19,9 +19,10 @@ from urllib.parse import urlsplit
 import yaml
 
 from bridge.errors import BridgeError, Exit
+from bridge.node.endpoints import PORTS
 from bridge.node.yamltree import YamlError, documents, split_bom
 from bridge.pki.kubeadm_names import NamingFacts, Release, parse_release
-from bridge.specs import DEFAULT_CLUSTER, KEY_ALGORITHMS, KeyAlgorithm
+from bridge.specs import DEFAULT_CLUSTER, KEY_ALGORITHMS, Component, KeyAlgorithm
 from bridge.system.paths import UnreadableError, read
 
 #: Where the cluster keeps it, for the Kubernetes API.
@@ -52,7 +53,7 @@ class KubeadmConfig:
     name: str = ""  #: The node's; empty: the file leaves it to the host.
     socket: str = ""  #: The container runtime's; empty: the default.
     address: str = ""  #: `localAPIEndpoint.advertiseAddress`; empty: that of the default route.
-    bind_port: int | None = None  #: The API server's on this node.
+    bind_port: int | None = None  #: `localAPIEndpoint.bindPort`.
     endpoint: str = ""  #: `controlPlaneEndpoint`, for all nodes: host and port; empty: none.
     version: str = ""  #: `kubernetesVersion`; empty: whatever kubeadm finds in the internet.
     service_subnet: str = _SERVICE_SUBNET  #: Of both families, with a comma.
@@ -104,6 +105,11 @@ class KubeadmConfig:
     def cluster(self) -> Mapping[str, Any]:
         """The ClusterConfiguration; empty if there is none."""
         return self.of_kind(CLUSTER_CONFIGURATION) or {}
+
+    @property
+    def port(self) -> int:
+        """The API server's on this node."""
+        return self.bind_port or PORTS[Component.APISERVER]
 
     @property
     def release(self) -> Release | None:

@@ -1,9 +1,8 @@
 """
-Kubeconfigs: what a renewal has to know of one, and the edit that changes two values and no other byte.
+Kubeconfigs: the parts that a renewal needs, and an edit that changes two values and no other byte.
 
-What is read is what kubeadm reads (cmd/kubeadm/app/phases/certs/renewal/readwriter.go): the user of the current
-context, not the first one. Written again is nothing: kubeadm loses comments, order and unknown fields.
-No file here, and a key only in `key_data`.
+As kubeadm does (cmd/kubeadm/app/phases/certs/renewal/readwriter.go), this reads the user of the current context, and not
+the first one. Unlike kubeadm, it keeps comments, order and unknown fields. Keys are only in `key_data`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _Result = TypeVar("_Result")
 
 
 class KubeconfigError(BridgeError):
-    """A kubeconfig that can't be read, or can't be edited without touching more than the two values."""
+    """A kubeconfig that can't be read, or in which more than the two values would have to change."""
 
     hint = "`kubectl --kubeconfig FILE config view --raw --flatten` prints the same content in its plain form"
 
@@ -58,11 +57,7 @@ class Kubeconfig:
 
 
 def parse(data: bytes) -> Kubeconfig:
-    """
-    Read a kubeconfig.
-
-    Not checked: whether what is embedded is PEM, whether there is a client certificate at all, files it refers to.
-    """
+    """Read a kubeconfig; this does not check embedded PEM, the presence of a client certificate, or files."""
     return _reading(lambda: _parse(document(split_bom(data)[1])))
 
 
@@ -87,11 +82,7 @@ def embedded_users(data: bytes) -> list[EmbeddedUser]:
 
 
 def with_users(data: bytes, pairs: Mapping[int, tuple[bytes, bytes]]) -> bytes:
-    """
-    The same kubeconfig with other certificates and keys (PEM) embedded for these users, by their number.
-
-    As `with_credentials`; which context is the current one does not count.
-    """
+    """The same kubeconfig with other certificates and keys (PEM) for these users, by number; see `with_credentials`."""
     bom, text = _reading(lambda: split_bom(data))
     nodes = _reading(lambda: _values_of_users(document(text), pairs))
     result = (bom + _reading(lambda: _edited(text, nodes))).encode()
@@ -105,8 +96,8 @@ def with_credentials(data: bytes, certificate_pem: bytes, key_pem: bytes) -> byt
     """
     The same kubeconfig with another certificate and key embedded for the current context's user.
 
-    Each value keeps its style (plain, quoted or block); a block or folded value becomes one line of it.
-    Every other byte stays, and the result was parsed again and compared.
+    Each value keeps its style; a block or folded value becomes one line. Every other byte stays, and the result was parsed
+    again and compared.
     """
     parse(data)
     bom, text = _reading(lambda: split_bom(data))
@@ -131,11 +122,7 @@ def _edited(text: str, values: Sequence[tuple[YamlNode, bytes]]) -> str:
 
 
 def with_references(data: bytes, path: str) -> bytes:
-    """
-    The same kubeconfig with one file for certificate and key of the current context's user, in the place of what is embedded.
-
-    The two entries change their names and values; every other byte stays, and the result was parsed again and compared.
-    """
+    """The same kubeconfig with one file for certificate and key in the place of the embedded ones; no other byte changes."""
     import json  # noqa: PLC0415 (not where a kubeconfig is only read)
 
     before = parse(data)
@@ -177,7 +164,7 @@ def _others(text: str) -> list[str]:
 
 
 def _reading(read: Callable[[], _Result]) -> _Result:
-    """The YAML layer's errors as ours; raised outside of `except`, since a traceback could lead to the text."""
+    """Turn the YAML layer's errors into ours, outside of `except`, since a traceback could lead to the text."""
     try:
         return read()
     except YamlError as e:
@@ -208,7 +195,7 @@ class _Entries:
 
 
 def _named(root: YamlNode, listing: str, name: str, key: str) -> tuple[YamlNode, YamlNode, YamlNode]:
-    """The list, its one entry of that name, and what the entry holds below `key`."""
+    """The list, its one entry of that name, and the entry's value below `key`."""
     sequence = root.get(listing)
     entries = [] if sequence is None else [entry for entry in sequence.items() if _text(entry, "name") == name]
     if sequence is None or len(entries) != 1:
@@ -272,11 +259,7 @@ def _data(mapping: YamlNode, key: str) -> bytes | None:
 
 
 def _users(root: YamlNode) -> list[tuple[str, tuple[YamlNode, ...]]]:
-    """
-    The name of each entry of `users`, and the nodes from the root to the user's mapping.
-
-    Aliases are refused, since thousands of them may stand for one large value, and no program writes any.
-    """
+    """Each user's name, and the nodes from the root to its mapping; no alias, since thousands may mean one large value."""
     sequence = _own(root, "users")
     found: list[tuple[str, tuple[YamlNode, ...]]] = []
     for entry in sequence.items() if sequence is not None else ():
@@ -318,7 +301,7 @@ def _values_of_users(root: YamlNode, pairs: Mapping[int, tuple[bytes, bytes]]) -
 
 
 def _editable_values(root: YamlNode) -> dict[str, YamlNode]:
-    """The nodes of the two values; no other place of the document depends on them."""
+    """The nodes of the two values, on which no other part of the document depends."""
     return _editable(_Entries.of(root).path)
 
 
@@ -339,7 +322,7 @@ def _editable(path: Sequence[YamlNode]) -> dict[str, YamlNode]:
 
 
 def _content(text: str, node: YamlNode) -> tuple[int, int]:
-    """Where a scalar's content begins and ends, without quotes, block header, indentation and last line break."""
+    """The begin and end of a scalar's content, without quotes, block header, indentation and last line break."""
     start, end = node.place.start, node.place.end
     if node.style in ("'", '"'):
         return start + 1, end - 1
@@ -358,7 +341,7 @@ def _assert_only_these_changed(before: str, after: str, changed: dict[int, str])
 
 
 def _meaning(event: yaml.Event, changed: dict[int, str]) -> tuple[object, ...]:
-    """A YAML event as values to compare; a scalar at one of the places (indices) in `changed` has the value from there."""
+    """A YAML event as values to compare; a scalar at an index in `changed` counts as changed to that value."""
     how = tuple(getattr(event, name, None) for name in ("anchor", "tag", "style", "flow_style", "implicit"))
     if not isinstance(event, yaml.ScalarEvent):
         return (type(event), *how)
@@ -384,7 +367,7 @@ class FreshKubeconfig:
     ca_pem: bytes
 
     def text(self, certificate_pem: bytes, key_pem: bytes | None, key_file: str = "") -> bytes:
-        """The file; without a key the user has it, and `key_file` names it, seen from the kubeconfig's directory."""
+        """The file's content; without a key `key_file` names the user's own, relative to the kubeconfig's directory."""
         user = {"client-certificate-data": _base64(certificate_pem)}
         if key_pem is not None:
             user["client-key-data"] = _base64(key_pem)
@@ -393,7 +376,7 @@ class FreshKubeconfig:
         return self._dumped(user)
 
     def referring_text(self, path: str) -> bytes:
-        """The file of a user whose certificate and key are in one other file."""
+        """The content of a kubeconfig whose certificate and key are in one other file."""
         return self._dumped({"client-certificate": path, "client-key": path})
 
     def _dumped(self, user: Mapping[str, str]) -> bytes:

@@ -31,7 +31,7 @@ KUBELET_CONFIG = KUBELET_DIR / "config.yaml"
 #: What kubeadm's drop-in for systemd reads besides, on Debian and on Red Hat.
 _EXTRA_ARGS = (Path("/etc/default/kubelet"), Path("/etc/sysconfig/kubelet"))
 
-#: Before the certificates in a pair that we put there: a kubelet that was running by then has not read it.
+#: The first line of a pair that we install, which a running kubelet has not read.
 OURS = b"# Put here by ca-bridge, and not by the kubelet.\n"
 
 _POD_KEYS = ("healthzBindAddress", "healthzPort", "containerRuntimeEndpoint")
@@ -123,7 +123,7 @@ def _is_true(text: str) -> bool:
 
 
 def _configured(path: Path, keys: Sequence[str]) -> tuple[dict[str, str], str | None]:
-    """The configuration's values, and why it can't be read; empty where it is not there, or can't be read."""
+    """The configuration's values, and the reason why it can't be read."""
     try:
         data = read(path)
         if data is None:
@@ -175,11 +175,7 @@ def with_node_name(settings: Settings) -> Settings:
 
 
 def node_name(pki_dir: Path, kubeconfig_dir: Path) -> str:
-    """
-    Read it from kubelet.conf's certificate (CN system:node:NAME), or else etcd's (CN NAME), as kubeadm makes them.
-
-    Empty: none of them is here, or can be read.
-    """
+    """Read it from kubelet.conf's certificate (CN system:node:NAME), or else etcd's (CN NAME); empty: none can be read."""
     path = kubeconfig_dir / "kubelet.conf"
     try:
         parsed = kubeconfig.parse(read(path) or b"")

@@ -1,4 +1,4 @@
-"""Static-pod manifests, as far as they tell which files a component uses and which version it has."""
+"""Static-pod manifests: the flags and the version of each component."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TAG = re.compile(r":(v?(\d{1,4})\.(\d{1,4})(?!\d)[^:/]*)$")
 class Manifest:
     """One static pod, of which the component's container counts."""
 
-    flags: Mapping[str, str]  #: With two dashes; "true" for a flag without a value; of several the last one.
+    flags: Mapping[str, str]  #: Names with two dashes; "true" for a flag without a value; the last one counts.
     #: By the image's tag (etcd has its own numbers); None when there is no such tag.
     version: tuple[int, int] | None
     tag: str = ""  #: The image's; empty when it has none.
@@ -46,7 +46,7 @@ def load(component: Component, kubeconfig_dir: Path) -> Manifest | None:
 
 
 def pod_name(path: Path) -> str | None:
-    """The name of the pod in any file of the manifests' directory; None: a kubelet makes no pod of it."""
+    """The name of the pod in a file of the manifests' directory; None: no kubelet makes a pod from it."""
     try:
         metadata = document(split_bom(read(path) or b"")[1]).get("metadata")
         return None if metadata is None else _text(metadata.get("name"))
@@ -80,11 +80,7 @@ def _text(node: YamlNode | None) -> str:
 
 
 def _flags(words: list[str]) -> dict[str, str]:
-    """
-    `--name=value` and `--name value`.
-
-    etcd takes one dash as well (Go's flag package); a single letter after it is a shorthand and is left out.
-    """
+    """Flags as `--name=value` and `--name value`; etcd takes one dash as well, except before a single letter."""
     flags = {}
     for word, following in zip_longest(words, words[1:], fillvalue="-"):
         name, equals, value = word.lstrip("-").partition("=")

@@ -1,7 +1,7 @@
 """
 Whether a certificate and its key are fit for use: the one judge of `doctor`, of day 0 and of backups.
 
-It reads no file: each caller brings what it has read, and puts the findings in its own words.
+It reads no file; each caller passes the contents, and words the findings.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from bridge.pki import csr, verify
 from bridge.pki.certificates import UNREADABLE, spki
 from bridge.specs import CertificateSpec
 
-#: `missing`: no key at all; `unreadable`: no key, or one with a passphrase; `other`: another certificate's; `unusable`:
-#: of an algorithm that kubeadm makes no keys of; `certificate`: something in the certificate itself is wrong;
-#: `incomparable`: the certificate that it is compared with says something that a CSR can't.
+#: `missing`: no key at all; `unreadable`: not PEM, or with a passphrase; `other`: another certificate's; `unusable`: an
+#: algorithm that Kubernetes does not take; `certificate`: the certificate itself is wrong; `incomparable`: the
+#: certificate to compare it with has something that a CSR can't say.
 Kind = Literal["missing", "unreadable", "other", "unusable", "certificate", "incomparable"]
 
 
@@ -36,7 +36,7 @@ class PairFinding:
 
 
 def key_finding(certificate: x509.Certificate, key_pem: bytes | None) -> PairFinding | None:
-    """What is wrong with a certificate's key (PEM, certificates may stand before it); None: it is the right one."""
+    """What is wrong with a certificate's key (PEM, perhaps after certificates); None: it is the right one."""
     if key_pem is None:
         return _of_key("missing", "none")
     try:
@@ -63,7 +63,7 @@ def findings(
     expected: verify.Expectation,
     like: x509.Certificate | None = None,
 ) -> Iterator[PairFinding]:
-    """Judge a pair as the answer to a request that we would make now, whatever time is left."""
+    """Judge a pair as the answer to a new request, whatever its remaining validity."""
     leaf, *intermediates = certificates
     if (wrong := key_finding(leaf, key_pem)) is not None:
         yield wrong
@@ -84,7 +84,7 @@ def findings(
 
 
 def is_sa_pair(key: bytes, public: bytes) -> bool:
-    """Whether kube-apiserver can sign tokens of service accounts with the one and check them with the other."""
+    """Whether kube-apiserver can sign service-account tokens with the key and check them with the public key."""
     try:
         there = load_pem_public_key(public)
         loaded = csr.load_key(key, there)

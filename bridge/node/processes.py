@@ -1,8 +1,4 @@
-"""
-What runs on the node: a program's processes, a static pod's instances, and whether they are older than a file.
-
-By the process table, or by the container runtime where crictl answers.
-"""
+"""The node's processes and static pods, by the process table or by crictl, and whether they are older than a file."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ from bridge.system.run_command import Command, run
 
 PROC = Path("/proc")
 
-#: Of `/proc/PID/stat` behind the name, which may hold blanks: proc_pid_stat(5), field 22.
+#: The index in `/proc/PID/stat` after the name, which may hold blanks: proc_pid_stat(5), field 22.
 _START_FIELD = 22 - 3
 
 
@@ -42,11 +38,10 @@ class Process:
 
 def running(program: str, proc: Path = PROC) -> list[Process]:
     """
-    Processes that run a program on this node, the oldest first.
+    Processes of a program on this node, the oldest first; none for a user who may not look at other users' processes.
 
-    On this node means: in our own network namespace. Static pods of a control plane use their host's, and so does a
-    kubelet; another node on the same machine has its own. Another user than root, who may not look at others' processes,
-    finds none.
+    A node is our own network namespace: static pods of a control plane and the kubelet use their host's, and another node
+    on the same machine has its own.
     """
     here = _network(proc / "self")
     return sorted((found for found in _all(program, proc, here)), key=lambda process: process.started)
@@ -54,7 +49,7 @@ def running(program: str, proc: Path = PROC) -> list[Process]:
 
 def _all(program: str, proc: Path, network: str) -> Iterator[Process]:
     for entry in proc.iterdir():
-        # one that ends while we look, or that is not ours to look at
+        # a process may end meanwhile, or be another user's
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             if entry.name.isdigit():
                 arguments = tuple((entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0"))
@@ -69,7 +64,7 @@ def _network(entry: Path) -> str:
 
 
 def _started(entry: Path) -> datetime:
-    """When it started, by today's clock, which may have been set since: the kernel counts from the machine's start."""
+    """When it started, by the present clock, even if that was set since: the kernel counts from the machine's start."""
     behind_name = (entry / "stat").read_text(errors="replace").rpartition(")")[2]
     ticks = int(behind_name.split()[_START_FIELD])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -78,7 +73,7 @@ def _started(entry: Path) -> datetime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """When we wrote a file, by the time since the machine's start, which no setting of the clock changes."""
+    """When we wrote a file, by the time since the machine's start, which a change of the clock does not affect."""
 
     boot: str  #: The kernel's ID of this start of the machine.
     seconds: float
@@ -101,7 +96,7 @@ class Written:
 
     @property
     def moment(self) -> datetime:
-        """When it was, by today's clock as in `_started`; in an earlier start of the machine: when this one began."""
+        """When it was, by the present clock; if the machine was restarted since, the time of that restart."""
         since = time.clock_gettime(time.CLOCK_BOOTTIME)
         return datetime.fromtimestamp(time.time() - since + (self.seconds if self.boot == _boot_id() else 0), UTC)
 
@@ -111,7 +106,7 @@ def _boot_id() -> str:
 
 
 def oldest_start(component: Component, named: Sequence[Path], proc: Path = PROC) -> datetime | None:
-    """When the oldest process of a component that names one of these files started; None: there is none to be seen."""
+    """When the oldest process of a component that names one of these files started; None: none can be seen."""
     found = (one.started for one in running(component.value, proc) if any(_names(one, path) for path in named))
     return next(found, None)
 
@@ -119,7 +114,7 @@ def oldest_start(component: Component, named: Sequence[Path], proc: Path = PROC)
 class Age(NamedTuple):
     """A component's age, compared with a file's."""
 
-    older: bool | None  #: The component is older than the file, or sees another one; None: it can't be seen.
+    older: bool | None  #: The component is older than the file, or sees another content; None: it can't be seen.
     detail: str
 
 
@@ -132,15 +127,11 @@ def compare_age(
     by: Sequence[Path] = (),
 ) -> Age:
     """
-    Compare a running component with a file that it uses.
+    Compare a running component with a file that it uses (UnreadableError, ValueError: the file can't be read).
 
-    The moment at which we wrote the file counts, if that was written down and the file was not changed since, whatever
-    the clock said then; else the file's ctime, which no copying of times sets back, and which a rename sets, too. A
-    container that has a file mounted goes on seeing the old one after a rename, whatever the times say. Of several
-    processes the oldest counts; a process counts only if its arguments name the file, or one of `by`, which refer to it.
-
-    Raises:
-        UnreadableError, ValueError: There is no such file, or it can't be read.
+    The recorded time of our own writing counts, if the file was not changed since; else its ctime, which a rename sets and
+    a copy of times does not. A container with a mounted file sees the old one after a rename, whatever the times. The
+    oldest process counts whose arguments name the file, or one of `by`, which refer to it.
     """
     data = file_contents(path)
     changed = max(_changed(path, written), _changed(path.resolve(), written))
@@ -164,7 +155,7 @@ def compare_age(
 
 
 def _names(process: Process, path: Path) -> bool:
-    """Whether a process has a file among its arguments, perhaps inside of one, or by its own path to the same file."""
+    """Whether a process has a file in its arguments, by our path or by its own."""
     if any(str(path) in word for word in process.arguments):
         return True
     values = (word.rpartition("=")[2] for word in process.arguments)
@@ -179,7 +170,7 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def file_contents(path: Path) -> bytes:
-    """A file that has to be there; ValueError: it is not."""
+    """The content of a file (ValueError: there is none)."""
     try:
         data = paths.read(path)
     except UnreadableError as e:
@@ -195,7 +186,7 @@ def moment_text(moment: datetime) -> str:
 
 
 def _changed(path: Path, written: Mapping[str, Written]) -> datetime:
-    """When the file itself was changed, a link as such: as it was written down, or else by its ctime."""
+    """When the file or link itself was changed, by our record, or else by its ctime."""
     noted = written.get(str(path))
     if noted is not None and noted.is_of(path):
         return noted.moment
@@ -220,8 +211,8 @@ def _container_made(component: Component) -> datetime | None:
     return datetime.fromtimestamp(min(nanoseconds) / 1e9, UTC) if nanoseconds else None
 
 
-#: How long a kubelet needs to forget a pod (measured on 1.37; too early back costs 10 to 25 s) after its sandbox has
-#: ended, and after its process has: the sandbox ends later.
+#: The time that a kubelet needs to forget a pod after its sandbox has ended, and after its process has, which ends
+#: earlier (measured on 1.37; a manifest that is back too early costs 10 to 25 s).
 SANDBOX_SETTLES = timedelta(seconds=3)
 PROCESS_SETTLES = timedelta(seconds=5)
 
@@ -230,10 +221,10 @@ Instances = Callable[[], frozenset[str]]
 
 def instances(component: Component) -> tuple[Instances, timedelta]:
     """
-    A look at what runs of a component's static pod, and how long a kubelet takes to forget the pod after its end.
+    A function that lists what runs of a component's static pod, and how long a kubelet takes to forget the pod.
 
-    crictl looks, where it answers; the process table looks where crictl does not answer, or lists nothing although a
-    process runs: it may have asked another runtime than the kubelet's.
+    It asks crictl, or the process table where crictl does not answer, or lists nothing although a process runs: it may
+    have asked another runtime than the kubelet's.
     """
     with contextlib.suppress(OSError, ValueError):
         runtime = _Runtime(component)
@@ -267,10 +258,10 @@ def _crictl(*arguments: str) -> dict[str, Any]:
 
 
 class _Runtime:
-    """Instances as crictl lists them; while it fails, as it last did. Where kubeadm's pod is, none that is called alike."""
+    """Instances by crictl's last answer; if kubeadm's labelled pod is among them, no other with a similar name."""
 
     def __init__(self, component: Component) -> None:
-        """Ask the runtime; what it raises means that it can't be asked."""
+        """Ask the runtime (OSError, ValueError: it can't be asked)."""
         self._component = component
         self._last = _sandboxes(component)
         self._is_labelled = any(self._last.values())
@@ -287,7 +278,7 @@ class _Runtime:
 
 
 def _sandboxes(component: Component) -> dict[str, bool]:
-    """The pods of manifest files that may be the component's by their name; of each, whether it has kubeadm's label."""
+    """The static pods that may be the component's by name, and whether each has kubeadm's label."""
     found = _crictl("pods", "--state", "ready")
     try:
         ours = [one for one in found.get("items") or () if _may_be_of(one, component)]

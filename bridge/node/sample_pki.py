@@ -1,8 +1,8 @@
 """
-A throwaway PKI in the shape that `kubeadm init phase certs all` and `init phase kubeconfig all` of 1.37 give it.
+A throwaway PKI as `kubeadm init phase certs all` and `init phase kubeconfig all` of 1.37 make it, for demos and tests.
 
-For demonstrations and tests: names, files, modes, extensions and their order, string types and dates are kubeadm's
-(cmd/kubeadm/app/util/pkiutil/pki_helpers.go and phases/kubeconfig/kubeconfig.go); the cluster never existed.
+Names, files, modes, extensions and their order, string types and dates are kubeadm's
+(cmd/kubeadm/app/util/pkiutil/pki_helpers.go and phases/kubeconfig/kubeconfig.go).
 """
 
 from __future__ import annotations

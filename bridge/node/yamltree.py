@@ -1,8 +1,8 @@
 """
-A YAML document as a tree that knows where each value stands in the text.
+A YAML document as a tree that knows the place of each value in the text.
 
-For files that have to be read without being trusted and edited without being rewritten: an alias stays an alias
-(so nothing expands), the text is never part of an error (it may hold a private key), and size and depth are limited.
+For files that are not trusted, and are edited without being rewritten: an alias stays an alias (nothing expands), no
+error quotes the text (it may hold a private key), and size and depth are limited.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import yaml
 
 from bridge.pki.budget import Budget, OverBudgetError
 
-#: Theirs is below 12; libyaml ends at 100 or 1000 by itself, the parser in Python does not.
+#: kubeadm's files have less than 12 levels; libyaml has a limit of 100 or 1000, the parser in Python none.
 MAX_DEPTH = 64
 #: A kubeadm configuration file has five kinds of them.
 MAX_DOCUMENTS = 20
@@ -34,7 +34,7 @@ _PLAIN: dict[str, Callable[[yaml.ScalarNode], float | bool]] = {
 
 
 class YamlError(ValueError):
-    """Not the YAML that was wanted; the text holds a place, never a value."""
+    """Not the expected YAML; the message has a place, never a value."""
 
 
 class Position(NamedTuple):
@@ -61,7 +61,7 @@ class YamlNode:
         self.tag: str | None = None
         self.anchor: str | None = None
         self.children: list[YamlNode] = []  #: Of a mapping: key, value, key, value, …
-        self._places: dict[str, list[int]] | None = None  #: By key of a mapping: where its values are.
+        self._places: dict[str, list[int]] | None = None  #: By key of a mapping, the indices of its values.
 
     @property
     def resolved(self) -> YamlNode:
@@ -93,12 +93,7 @@ class YamlNode:
         return node.children
 
     def get(self, key: str) -> YamlNode | None:
-        """
-        The value below `key` of a mapping, None when there is none or all is null.
-
-        Raises:
-            YamlError: Not a mapping, the key is there twice, or a merge key (`<<`) could bring one in.
-        """
+        """The value below `key` (None: none, or null); YamlError: no mapping, the key twice, or a merge key (`<<`)."""
         node = self.resolved
         if node.null:
             return None
@@ -113,7 +108,7 @@ class YamlNode:
         return node.children[found[0]] if found else None
 
     def index(self) -> dict[str, list[int]]:
-        """Where the values of each key are, looked for once: thousands of aliases may lead to one large mapping."""
+        """The indices of each key's values, searched once: thousands of aliases may lead to one large mapping."""
         if self._places is None:
             self._places = {}
             for number, child in enumerate(self.children[::2]):
@@ -121,7 +116,7 @@ class YamlNode:
         return self._places
 
     def plain(self) -> Any:
-        """The value with all below it as Python's own, for a document that is to be written again."""
+        """The value as Python's own types, without aliases, tags and merge keys."""
         if self.kind == "alias":
             raise YamlError(f"line {self.place.line}: wanted a value, found an alias (*)")
         if self.kind == "scalar":
@@ -138,9 +133,9 @@ class YamlNode:
 
 def _plain_scalar(node: YamlNode) -> str | float | bool | None:
     """
-    Null, a truth value and a number where PyYAML and Go agree on it; all else is a text.
+    Null, a boolean, or a number where PyYAML and Go agree; everything else is a text.
 
-    They don't on numbers to base 60 (`12:30`), which are texts in Go; a date is a text in JSON, and so in Kubernetes.
+    Numbers to base 60 (`12:30`) are texts in Go; a date is a text in JSON, and so in Kubernetes.
     """
     text = node.text()
     if node.null:

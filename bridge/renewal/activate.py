@@ -1,13 +1,13 @@
 """
-After an installation: restart what runs on old certificates, prove that everything runs on the new ones, or roll back.
+After an installation: restart components on old certificates, prove that all run on the new ones, or roll back.
 
 The states of an installation, in the order of this file:
 
-- unproven: it is on disk before anything is installed, and stays there until every certificate is seen in use. A run
-  that was cut off, or could not restart a component, leaves it to the next run, due or not.
+- unproven: recorded on disk before the installation, until every certificate is seen in use. A run that was cut off, or
+  could not restart a component, leaves it to the next run, due or not.
 - proving: components are restarted, and looked at until all is in use or `restart.prove_for` is over.
-- outcome: two tables turn what was seen into a ruling.
-- rollback: the old files come back, unless `restart.on_failure` is "keep". This is on disk as well, until every
+- outcome: two tables turn the findings into a ruling.
+- rollback: the old files come back, unless `restart.on_failure` is "keep". It is recorded the same way, until every
   restarted component runs on the old files again.
 """
 
@@ -32,7 +32,7 @@ from bridge.node.inventory import Node
 from bridge.pki.certificates import serial_hex
 from bridge.renewal import in_use
 from bridge.renewal.hooks import HookEvent
-from bridge.settings.tables import Components
+from bridge.renewal.in_use import NotLiveError, sentence
 from bridge.specs import SPECS, CertificateSpec, Component
 from bridge.state import backups
 from bridge.state.obligations import Owed, Unproven, unproven_file
@@ -41,15 +41,7 @@ from bridge.state.store import Outcome
 from bridge.system.state_file import StateError
 
 log = logging.getLogger("ca-bridge")
-_MOST_SHOWN = 3
 _FAILED = ("refused", "no-answer")
-
-
-class NotLiveError(BridgeError):
-    """An installed certificate is not in use, or does not work."""
-
-    exit_code: ClassVar[int] = Exit.NOT_LIVE
-    hint = "`ca-bridge prove` shows each check; `ca-bridge rollback` puts the old files back"
 
 
 class RolledBackError(BridgeError):
@@ -81,11 +73,7 @@ class Activation:
 
 
 def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
-    """
-    Write down, before the installation, that these certificates are to be proven; if that fails, nothing is installed.
-
-    What earlier runs have installed and not proven stays, together with the backup of what was in use before that.
-    """
+    """Record, before the installation, that these certificates are to be proven, besides unproven ones of earlier runs."""
     node, owed = run.read_node(), unproven_file(run.store).read()
     earlier = {one.name: one for one in owed.live_on(node).certificates} if owed is not None else {}
     failed = [f for f in proof.look(node, run.settings, run.now()).wrong if f.state in _FAILED]
@@ -99,7 +87,7 @@ def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
 
 
 def settle(run: Run, node: Node) -> Activation:
-    """Take what this run or earlier ones have installed from the state that it is in as far as possible."""
+    """Go on with the installations of this run and of earlier ones, from the recorded state as far as possible."""
     try:
         owed = unproven_file(run.store).read()
     except StateError as e:
@@ -123,32 +111,16 @@ def _settle_owed(run: Run, node: Node, owed: Owed) -> Activation:
 
 
 def _left_to_people(run: Run, node: Node, owed: Owed) -> Activation:
-    """With `restart.method = "none"` an operator restarts: what is not seen in use yet is said by each run."""
-    live, findings = owed.live_on(node), in_use.look(owed, node, run.settings, run.now())
-    late = in_use.not_in_use(findings)
-    runs = {one.newest_run for one in live.certificates if one.name in {found.certificate for found in late}}
-    left = tuple(one for one in live.certificates if one.newest_run in runs)
-    to_restart = tuple(c for c in owed.to_restart if c in {one.component for one in late})
-    if left or to_restart:
-        unproven_file(run.store).put(Owed(certificates=left, to_restart=to_restart))
-    else:
-        unproven_file(run.store).remove()
-    errors: list[BridgeError] = []
+    """With `restart.method = "none"` an operator restarts: each run reports certificates that are not seen in use."""
+    live = owed.live_on(node)
+    left, errors = in_use.settle(run, node, owed)
+    in_use.keep(unproven_file(run.store), dataclasses.replace(left, going_back=""))
     if owed.going_back and live.certificates:
-        errors.append(NotLiveError(f"installed, and it was to go back, since {owed.going_back}"))
-    reloads = restart_plan.reloading(node, run.settings.node)
-    users = {*restart_plan.stale([SPECS[name] for name in live.names], reloads, Components("needed")), *owed.to_restart}
-    can_not_be_seen = users - {one.component for one in findings}  # that is said once
-    components = [c for c in restart_plan.ORDER if c in can_not_be_seen or c in {one.component for one in late}]
-    if components:
-        manifests = run.settings.node.kubeconfig_dir / "manifests"
-        hint = "; ".join(restart_plan.how(component, manifests) for component in components)
-        names = ", ".join(component.value for component in components)
-        seen = f": {_sentence(late)}" if late else ""
-        text = f"installed by an earlier run, and not seen in use{seen}; to be restarted: {names}"
-        errors.append(NotLiveError(text, hint=hint))
-    done = dataclasses.replace(live, certificates=tuple(one for one in live.certificates if one not in left))
-    waiting = _result(run, dataclasses.replace(live, certificates=left), errors)
+        errors.insert(0, NotLiveError(f"installed, and it was to go back, since {owed.going_back}"))
+    done = dataclasses.replace(
+        live, certificates=tuple(one for one in live.certificates if one not in left.certificates)
+    )
+    waiting = _result(run, left, errors)
     return dataclasses.replace(waiting, events={**_result(run, done, []).events, **waiting.events})
 
 
@@ -170,8 +142,8 @@ def _to_restart(run: Run, node: Node, owed: Owed) -> list[Component]:
     """
     The components to restart before the first look: users of this run's certificates that are known not to reload.
 
-    With `components = "needed"`, and for what earlier runs have installed, only those that proof shows to be stale;
-    where proof can't show it, those that were not restarted since.
+    With `components = "needed"`, and for earlier runs' certificates, only those that proof shows to be stale; where
+    proof can't tell, those that were not restarted since.
     """
     wanted = run.settings.restart.components
     reloads = restart_plan.reloading(node, run.settings.node)
@@ -193,13 +165,13 @@ def _to_restart(run: Run, node: Node, owed: Owed) -> list[Component]:
 
 
 def _has_read(report: ProofReport) -> bool:
-    """Whether the kubelet is seen to have its new client certificate, or to take it by itself."""
+    """Whether the kubelet is seen to use its new client certificate, or to reload it."""
     found = [f for f in report.findings if f.component is Component.KUBELET and f.what.startswith("has read")]
     return bool(found) and all(f.state in ("current", "next-connection") for f in found)
 
 
 def _read_at_start(node: Node, owed: Owed) -> dict[str, CertificateSpec]:
-    """Only the kubelet itself reads a pair that it got from a signer, and only at its start (measured on 1.37)."""
+    """Specs of pairs that a kubelet got from a signer, and reads at its start only (measured on 1.37)."""
     return {
         item.spec.name: dataclasses.replace(item.spec, reloaded=False)
         for item in node.items
@@ -208,7 +180,7 @@ def _read_at_start(node: Node, owed: Owed) -> dict[str, CertificateSpec]:
 
 
 def _began(run: Run, owed: Owed, *, newest: bool) -> datetime:
-    """When the newest, or the first, of the installations began; the beginning of time where no backup tells."""
+    """When the newest, or the first, of the installations began; long ago if its backup is gone."""
     wanted = {one.newest_run if newest else one.backup_of for one in owed.certificates}
     created = [one.created for one in backups.read_all(run.store)[0] if one.run_id in wanted]
     return (max if newest else min)(created, default=datetime.min.replace(tzinfo=UTC))
@@ -234,9 +206,9 @@ def _is_stopped(restarted: Sequence[Restarted]) -> bool:
 
 def _look(run: Run, owed: Owed, restarted: Sequence[Restarted]) -> tuple[ProofReport, list[Restarted]]:
     """
-    Look until all is well; a component that was trusted to reload and did not is restarted after all.
+    Look until all is well; a component that should have reloaded and did not is restarted after all.
 
-    What could not be restarted now is on its old certificate, and not waited for.
+    A component that can't be restarted now stays on its old certificate, and is not waited for.
     """
     names, done = owed.names, {one.component for one in restarted}
     if any(isinstance(one.error, PostponedError) for one in restarted):
@@ -261,13 +233,6 @@ def _look(run: Run, owed: Owed, restarted: Sequence[Restarted]) -> tuple[ProofRe
 def _look_until(run: Run, counts: Callable[[ProofFinding], bool]) -> ProofReport:
     """Look until none of the findings that count is wrong, or the time is over."""
     return proof.within(run.read_node, run.settings, run.now, run.settings.restart.prove_for, counts=counts)
-
-
-def _sentence(findings: Sequence[ProofFinding]) -> str:
-    """The first few of them, for a message."""
-    parts = [f"{f.certificate}: {f.what}: {f.state}: {f.detail}" for f in findings[:_MOST_SHOWN]]
-    more = len(findings) - _MOST_SHOWN
-    return "; ".join([*parts, *([f"and {more} more"] if more > 0 else [])])
 
 
 # --- outcome: the tables ---------------------------------------------------------------------------------------------
@@ -343,7 +308,7 @@ def rule(meanings: Collection[Meaning], *, postponed: bool, failed: bool, imposs
 
 
 def _judged(run: Run, owed: Owed, restarted: Sequence[Restarted], report: ProofReport) -> Activation:
-    """Judge an installation by its own certificates, not by what is wrong with others or was wrong before it."""
+    """Judge an installation by its own certificates alone, and not by faults that were there before it."""
     postponed = {one.component: one.error for one in restarted if isinstance(one.error, PostponedError)}
     impossible = _impossible(owed, restarted, report)
     failures = [e for e in _errors_of(restarted) if not isinstance(e, PostponedError | ImpossibleError)]
@@ -352,7 +317,7 @@ def _judged(run: Run, owed: Owed, restarted: Sequence[Restarted], report: ProofR
     proven = len(report.findings) - len(report.wrong)
     if ruling is Ruling.FAILED:
         decisive = [f for m in (Meaning.BROKEN, Meaning.NOT_IN_USE, Meaning.UNSEEN) for f in seen.get(m, [])]
-        why = "; ".join([*map(str, failures), *([_sentence(decisive)] if decisive else [])])
+        why = "; ".join([*map(str, failures), *([sentence(decisive)] if decisive else [])])
         if run.settings.restart.on_failure == "keep":
             return _result(run, owed, [NotLiveError(f"installed, and not in use: {why}")], restarted, proven)
         log.error("the new certificates do not work, so the old ones are put back: %s", why)
@@ -387,7 +352,7 @@ def _meanings(
     impossible: Collection[Component | None],
     report: ProofReport,
 ) -> dict[Meaning, list[ProofFinding]]:
-    """Everything that is wrong with these certificates, by what it means for the installation."""
+    """The wrong findings about these certificates, by their meaning for the installation."""
     listed = run.settings.restart.components.listed
     seen: dict[Meaning, list[ProofFinding]] = {}
     for finding in report.wrong:
@@ -405,16 +370,16 @@ def _meanings(
 def _remaining(
     ruling: Ruling, seen: Mapping[Meaning, Sequence[ProofFinding]], impossible: Sequence[ImpossibleError]
 ) -> list[BridgeError]:
-    """Errors about what stays as it is, and what is left to do."""
+    """Errors about certificates that are not in use, or not proven, and stay so."""
     if ruling is Ruling.UNPROVEN:
-        return [UnprovenError(f"installed, and not proven: {_sentence(seen[Meaning.UNSEEN])}")]
+        return [UnprovenError(f"installed, and not proven: {sentence(seen[Meaning.UNSEEN])}")]
     if ruling is Ruling.LEFT and impossible:
         return [NotLiveError(f"installed, and still to be restarted: {e}", hint=e.hint) for e in impossible]
     if ruling is Ruling.LEFT:
-        text = f"installed, and not in use by what restart.components does not list: {_sentence(seen[Meaning.LEFT])}"
+        text = f"installed, and not in use by what restart.components does not list: {sentence(seen[Meaning.LEFT])}"
         return [NotLiveError(text, hint="restart it (`ca-bridge restart NAME`), or list it")]
     if as_before := seen.get(Meaning.AS_BEFORE):
-        text = f"installed, and as before the renewal this does not work: {_sentence(as_before)}"
+        text = f"installed, and as before the renewal this does not work: {sentence(as_before)}"
         return [NotLiveError(text, hint="`ca-bridge prove` shows each check")]
     return []
 
@@ -471,7 +436,7 @@ def _old_serial(backup: backups.Backup | None, name: str) -> str:
 
 
 def _roll_back(run: Run, owed: Owed) -> Activation:
-    """Put the old files back, and restart on them what was restarted on the new ones; or go on with a rollback."""
+    """Put the old files back and restart the components that run on the new ones; or go on with a rollback."""
     live = owed.live_on(run.read_node())
     owed = live if live.certificates else owed  # what was replaced meanwhile stays; else all of it is back already
     if live.certificates:
@@ -509,7 +474,7 @@ def _roll_back(run: Run, owed: Owed) -> Activation:
 
 
 def _backup(run: Run, owed: Owed) -> backups.Backup:
-    """A backup of what was in use, put together from those of one or several runs; an error: it can't be put back."""
+    """A backup of the files that were in use, from those of one or several runs (BridgeError: it can't be put back)."""
     node, now = run.read_node(), run.now()
     found = {one.run_id: one for one in backups.read_all(run.store)[0]}
     missing = {one.backup_of for one in owed.certificates} - found.keys()
@@ -528,7 +493,7 @@ def _backup(run: Run, owed: Owed) -> backups.Backup:
 
 
 def _restart_back(run: Run, owed: Owed) -> tuple[list[Component], list[Restarted]]:
-    """Restart what had been restarted, and what took the new files up by itself and did not let go."""
+    """Restart the components that had been restarted, and those that reloaded the new files and still use them."""
     node = run.read_node()
     stale = proof.look(node, run.settings, run.now()).stale if node.manifests else []
     components = [c for c in restart_plan.ORDER if c in owed.to_restart or c in stale]
@@ -540,6 +505,6 @@ def _on_the_old_files(run: Run, owed: Owed, restarted: Sequence[Restarted]) -> s
     wrong = [finding for finding in report.wrong if finding.certificate in owed.names]
     failures = list(map(str, _errors_of(restarted)))
     if failures or wrong:
-        text = "; ".join([*failures, *([_sentence(wrong)] if wrong else [])])
+        text = "; ".join([*failures, *([sentence(wrong)] if wrong else [])])
         return f"the old ones do not work, either: {text}"
     return f"everything runs on the old files again ({len(report.findings) - len(report.wrong)} checks hold)"

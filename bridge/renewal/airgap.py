@@ -81,7 +81,7 @@ class Exported:
 def export(
     settings: Settings, path: Path, options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Exported, Node]:
-    """Write keys into the state directory and requests into a bundle; a request that waits is exported again as it is."""
+    """Write keys into the state directory and requests into a bundle; a pending request is exported again as it is."""
     assert_free(path, RequestBundle)
     with begun(settings, now, progress, options.wait) as (run, node):
         desired = decide(node, settings, options)
@@ -114,7 +114,7 @@ def export(
 
 
 def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBundle, list[Prepared]]:
-    """Write requests into a bundle for somebody to carry away; they and their keys are safe on disk before."""
+    """Write requests into a bundle; they and their keys are safe in the state directory before."""
     prepared = with_continuity(prepared, run.settings, run.now())
     requests = bundle.bundle_of([one.request for one in prepared], run.now())
     data, digest = bundle_format.dumps(requests), bundle_format.digest(requests)
@@ -140,7 +140,7 @@ def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBu
 
 
 def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
-    """Describe a bundle for a person who approves it; 5 if a continuity proof does not hold, or is another CA's."""
+    """Describe a bundle for the person who approves it; exit code 5 if a continuity proof does not hold."""
     found, cas = _bundle(path), known_cas(settings)
     text = bundle_format.describe(found, now, cas)
     if isinstance(found, RequestBundle) and any(_doubt(one, found, cas) for one in found.requests):
@@ -149,7 +149,7 @@ def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
 
 
 def _doubt(one: BundledRequest, whole: RequestBundle, cas: Mapping[str, Sequence[x509.Certificate]]) -> str | None:
-    """The problem of a proof, as far as this machine can find it."""
+    """What is wrong with a continuity proof, as far as this machine can tell."""
     problem = signatures.proof_problem(one, whole) or signatures.usages_problem(one)
     return problem or (signatures.origin_problem(one, cas[one.authority]) if one.authority in cas else None)
 
@@ -173,7 +173,7 @@ def _bundle(path: Path) -> RequestBundle | AnswerBundle:
 def import_answers(
     settings: Settings, paths: Sequence[Path], options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Result, Node, list[BridgeError]]:
-    """Match certificates to open requests by public key, prove them, and install them as `renew` does."""
+    """Match certificates to open requests by public key, verify them, and install them as `renew` does."""
     with begun(settings, now, progress, options.wait) as (run, as_found):
         transaction = Transaction(run, options)
         node = transaction.settle_earlier(as_found)
@@ -236,7 +236,7 @@ class NotAskedForError(BridgeError):
 
 
 class UnsignedError(BridgeError):
-    """The settings name the desk's key, and the answer is not signed with it."""
+    """The settings name the desk's key, and the answer has no signature by it."""
 
     exit_code = Exit.REFUSED
     hint = "have the desk sign its answers (answer_key in its policy); node.desk_key in the settings names whose signature counts"
@@ -266,7 +266,7 @@ class Found:
     loose: dict[Path, list[x509.Certificate]] = field(default_factory=dict)
 
     def take(self, name: str, answer: Issued | BridgeError, path: Path) -> None:
-        """Keep an answer; which of several counts is decided when all are there."""
+        """Keep an answer; `best` chooses between several."""
         self.candidates.setdefault(name, []).append(Candidate(answer=answer, source=printable(path)))
 
     def take_loose(self, request: SignRequest) -> list[x509.Certificate]:
@@ -279,11 +279,7 @@ class Found:
         return [leaf for _, leaf in leaves]
 
     def best(self, one: Prepared, expected: verify.Expectation) -> Candidate:
-        """
-        The latest certificate that passes; else the latest, which says what is wrong; else a refusal.
-
-        Others who can add a file to those that are carried may try to hide the genuine answer behind a decoy.
-        """
+        """The latest certificate that passes, so that no decoy hides it; else the latest one; else a refusal."""
         latest = sorted(self.candidates[one.name], key=lambda candidate: candidate.begin, reverse=True)
         return next((candidate for candidate in latest if _passes(candidate, one, expected)), latest[0])
 
@@ -294,7 +290,7 @@ def _passes(candidate: Candidate, one: Prepared, expected: verify.Expectation) -
 
 
 def answers_in(run: Run, paths: Sequence[Path]) -> Found:
-    """Read the answers in carried files to requests that are open; what answers none of them is recorded."""
+    """Read the answers in carried files to open requests; an answer to another request is recorded."""
     found = Found()
     for path in paths:
         is_directory = path.is_dir()
@@ -360,7 +356,7 @@ def _is_authentic(run: Run, answer: AnswerBundle) -> bool:
 
 
 def _has_dates(certificate: x509.Certificate, path: Path, found: Found) -> bool:
-    """Whether a certificate's dates can be read; the library reads them only now, and refuses the year 0."""
+    """Whether a certificate's dates can be read: the library does that late, and refuses the year 0."""
     try:
         _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     except UNREADABLE as e:
@@ -429,7 +425,7 @@ def _about(certificate: x509.Certificate) -> str:
 
 
 def answered_by(run: Run, one: Prepared, found: Found, expected: verify.Expectation, verb: str = "import") -> Answered:
-    """The best of the answers to a request, as if its CA had given it."""
+    """The best of the carried answers to a request."""
     best = found.best(one, expected)
     label = f"{verb} of {best.source}"
     run.record.know(one.name, one.request, label, None)
@@ -450,7 +446,7 @@ class Cancelled:
 
 
 def cancel(settings: Settings, options: RunOptions, now: Callable[[], datetime], progress: Progress) -> Cancelled:
-    """Forget requests and their keys; an answer to them is refused from now on."""
+    """Forget requests and their keys; answers to them are refused from now on."""
     names = options.names
     assert_known(names)
     with begun(settings, now, progress, options.wait) as (run, _):
@@ -501,7 +497,7 @@ class _Contents:
 def install_directory(
     settings: Settings, directory: Path, options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Result, Node, Selection]:
-    """Prove a directory's certificates as any CA's answer, and install them with their keys."""
+    """Verify a directory's certificates as a CA's answers, and install them with their keys."""
     contents = _read(directory)
     with begun(settings, now, progress, options.wait) as (ours, found):
         transaction = Transaction(ours, options)
@@ -589,7 +585,7 @@ def _supersede(run: Run, prepared: Prepared) -> None:
 
 
 def _read(directory: Path) -> _Contents:
-    """Read every file once: keys by kubeadm's names, certificates whatever they are called."""
+    """Read every file once: keys by kubeadm's names, certificates under any name."""
     contents = _Contents()
     for path in _files(directory):
         relative = path.relative_to(directory)
@@ -624,7 +620,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _key_in(relative: Path, data: bytes) -> tuple[CertificateSpec | None, bytes | None]:
-    """The key in `NAME.key`, or in the kubeconfig that `generate-csr` has made."""
+    """The key in `NAME.key`, or in a kubeconfig that `generate-csr` made."""
     spec = spec_of(relative, _KEY)
     if relative.suffix == _KEY:
         return spec, data

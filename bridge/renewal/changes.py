@@ -1,11 +1,11 @@
 """
-Decides what a certificate is to say where the live one does not tell: there is none, or an operator wants a change.
+Decides the names of a certificate that is missing, or that an operator wants to change.
 
-The names of a missing certificate come from kubeadm-config, or from kubeadm's configuration file, and from this node's
-own manifests; each is reported with its source, and where a fact is missing, nothing is guessed.
+They come from kubeadm-config, or from kubeadm's configuration file, and from this node's own manifests; each is reported
+with its source, and no missing fact is guessed.
 
-kubeadm's newer subjects are in fewer groups: their rights come from ClusterRoleBindings that `kubeadm init` and
-`kubeadm upgrade apply` make, and `kubeadm certs renew` does not. So these are looked at, too.
+kubeadm's newer subjects have fewer groups: their rights come from ClusterRoleBindings that `kubeadm init` and
+`kubeadm upgrade apply` make, and `kubeadm certs renew` does not. A new subject therefore needs its binding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, SPECS, CertificateSpec, Component
 from bridge.system.paths import UnreadableError, read
 
-#: Of the kubeconfigs of what runs on this node, which talk to its own API server.
+#: Kubeconfigs of components on this node, which talk to its own API server.
 _LOCAL = {"controller-manager.conf", "scheduler.conf", KUBELET_CONF}
 _SERVING = ("apiserver", "etcd-server", "etcd-peer")
 
@@ -49,13 +49,13 @@ class CannotMakeError(BridgeError):
 
 
 class CannotChangeError(BridgeError):
-    """A change that would do harm, or makes no sense here; no CA was asked."""
+    """A change that would cut off a client, or contradicts itself; no CA was asked."""
 
     exit_code = Exit.USAGE
 
 
 class NoSourceError(BridgeError):
-    """The cluster does not tell kubeadm's configuration."""
+    """kubeadm's configuration can't be had from the cluster."""
 
     hint = (
         "name kubeadm's configuration with --kubeadm-config FILE; or put a good copy of the certificate back (an expired "
@@ -71,13 +71,10 @@ class NotBoundError(BridgeError):
 
 def decide(node: Node, settings: Settings, options: RunOptions) -> DesiredByName:
     """
-    Decide what the next certificates are to say, where that is not what the live ones say.
+    Decide the names of the next certificates, where they differ from the live ones (SettingsError: a wrong name).
 
-    The cluster's API is asked only for a named certificate that is missing, and for `adopt_defaults`, and only if the
-    operator gave no configuration file.
-
-    Raises:
-        SettingsError: An unknown name; a change of a certificate that is not named; no names where they are needed.
+    Only a named certificate that is missing, or `adopt_defaults`, needs the cluster's API, and not if the operator gave
+    a configuration file.
     """
     names, changes = options.names, options.changes
     if not names and not changes.is_any:
@@ -113,7 +110,7 @@ def _assert_named(names: Sequence[str], changes: Changes) -> None:
 
 
 class _Decision:
-    """The facts that names are made of: this node's, the operator's, and the cluster's, which is asked at most once."""
+    """The facts that names are made of: this node's, the operator's, and the cluster's, which are read at most once."""
 
     def __init__(self, node: Node, settings: Settings, changes: Changes) -> None:
         self.node, self.settings, self.changes = node, settings, changes
@@ -123,7 +120,7 @@ class _Decision:
     # --- a missing certificate ---------------------------------------------------------------------------------------
 
     def made(self, item: Item) -> Desired:
-        """The names of a missing certificate; an error: there is no source, or it is about another node."""
+        """The names of a missing certificate (CannotMakeError: no source has them, or it is about another node)."""
         spec, path = item.spec, item.certificate_path
         if not spec.listed and spec.name != KUBELET_CONF:
             raise CannotMakeError(
@@ -191,7 +188,7 @@ class _Decision:
     # --- a change of a live certificate ------------------------------------------------------------------------------
 
     def changed(self, item: Item) -> Desired | None:
-        """What replaces a live certificate; None: the next one says what this one says."""
+        """The names that replace a live certificate's; None: they stay."""
         name, notes = item.spec.name, []
         was = naming = csr.naming_of(item.certificates[0])
         if name in self.changes.add or name in self.changes.drop:
@@ -240,11 +237,7 @@ class _Decision:
         return dataclasses.replace(naming, sans=tuple(dict.fromkeys((*sans, *add))))
 
     def _needed(self) -> dict[str, dict[str, str]]:
-        """
-        The names by which this node's own files reach its servers, by certificate name, with the file that says so.
-
-        The kubeconfigs' servers may be another node's or a load balancer's, which are names of this API server, too.
-        """
+        """By certificate, the names by which this node's files reach its servers (or a load balancer), with the file."""
         node, found = self.node, {name: dict[str, str]() for name in _SERVING}
         api, etcd = (node.manifests.get(one) for one in (Component.APISERVER, Component.ETCD))
         if api is not None:
@@ -268,12 +261,12 @@ class _Decision:
 
     @functools.cached_property
     def api(self) -> Api:
-        """The cluster's, whether it answers or not."""
+        """A client of the cluster's API, which may not answer."""
         return Api.of_node(self.node, self.settings.node.kubeconfig_dir)
 
     @functools.cached_property
     def config(self) -> KubeadmConfig:
-        """kubeadm's configuration; an error (NoSourceError, KubeadmConfigError): it can't be had."""
+        """kubeadm's configuration (NoSourceError, KubeadmConfigError: there is none that can be used)."""
         file = self.changes.kubeadm_config
         if file is not None:
             return kubeadm_config.parse(kubeadm_config.read_file(file), self.source)
@@ -291,12 +284,7 @@ class _Decision:
             raise NoSourceError(str(e)) from None
 
     def _rights(self, naming: Naming, spec: CertificateSpec, *, strictly: bool) -> list[str]:
-        """
-        A sentence about the binding that the certificate's rights come from; empty where none is needed.
-
-        Raises:
-            NotBoundError: The binding is not there; with `strictly`, also where the cluster does not answer.
-        """
+        """A sentence about the binding that gives the rights (NotBoundError: it is missing, or `strictly` not seen)."""
         needed = _needed_by(naming, spec)
         if needed is None:
             return []
@@ -323,7 +311,7 @@ def _server_of(path: Path) -> str:
         parsed = kubeconfig.parse(read(path) or b"")
         return parsed.tls_server_name or endpoints.Server(parsed.server).place.host
     except (kubeconfig.KubeconfigError, UnreadableError, ValueError):
-        return ""  # the inventory says what is wrong with it
+        return ""  # the inventory reports what is wrong with it
 
 
 # --- rights by ClusterRoleBindings -----------------------------------------------------------------------------------
@@ -351,7 +339,7 @@ class _Binding(NamedTuple):
 
 
 def _needed_by(naming: Naming, spec: CertificateSpec) -> _Binding | None:
-    """The binding that a certificate's rights come from; None: its rights are its own, or it needs none."""
+    """The binding that a certificate's rights come from; None: it needs none."""
     groups = {value for oid, value in attributes(naming.subject) if oid == _O}
     if MASTERS in groups:
         return None
@@ -363,7 +351,7 @@ def _needed_by(naming: Naming, spec: CertificateSpec) -> _Binding | None:
 
 
 def _missing(api: Api, needed: _Binding) -> str:
-    """What stands in the binding's place, in words; empty: the binding itself."""
+    """What is found in the binding's place, in words; empty: the binding itself."""
     reply = api.ask("GET", f"{_PATH}/{needed.name}")
     if reply.status == HTTPStatus.OK:
         return "" if _binds(reply.document, needed) else "one of that name for another role or subject"

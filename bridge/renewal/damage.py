@@ -1,4 +1,4 @@
-"""Damaged state files: which there are, and the way on for an operator who has read what they owe."""
+"""Damaged state files: finds them, and renames them for an operator who has read what is to be done afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bridge.renewal.gate import attempts_file
 from bridge.settings.tables import Settings
 from bridge.state import audit, backups
 from bridge.state.install import journal_file, staging_file
-from bridge.state.obligations import copies_file, hooks_file, revocations_file, unproven_file
+from bridge.state.obligations import copies_file, hooks_file, postponed_file, revocations_file, unproven_file
 from bridge.state.open_requests import RENEWALS, USERS, file_of
 from bridge.state.parked_manifest import restart_file
 from bridge.state.store import Store
@@ -23,7 +23,7 @@ from bridge.system.state_file import StateError, StateFile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetAside:
-    """One file that is out of the way."""
+    """One file that was renamed."""
 
     path: Path  #: Where it was.
     kept: Path  #: Where it is.
@@ -32,12 +32,13 @@ class SetAside:
 
 
 def state_files(store: Store) -> list[StateFile[Any]]:
-    """All that a damage may stop; the audit log's head is none of them, since the log goes on by itself."""
+    """All files whose damage stops a run; damage to the audit log's head does not."""
     makers = (
         restart_file,
         journal_file,
         staging_file,
         unproven_file,
+        postponed_file,
         hooks_file,
         revocations_file,
     )
@@ -46,11 +47,7 @@ def state_files(store: Store) -> list[StateFile[Any]]:
 
 
 def set_aside(settings: Settings) -> list[SetAside]:
-    """
-    Give every damaged state file another name, and record it; nothing else is touched.
-
-    A journal's list of staged files goes with it, whole or not, so that no run removes what belongs to it.
-    """
+    """Rename every damaged state file, and record that; with a journal goes its list of staged files, whole or not."""
     store = Store(settings.node.state_dir)
     store.prepare()
     with lock(store.lock, shlex.join(sys.argv)), audit.Record(store, settings.audit) as record:
@@ -68,7 +65,7 @@ def set_aside(settings: Settings) -> list[SetAside]:
 
 
 def _of_the_interrupted(store: Store) -> tuple[str, ...]:
-    """Sentences about the installation whose journal is damaged, as far as the list of staged files tells."""
+    """Sentences about the installation whose journal is damaged, by the list of staged files."""
     try:
         staged = staging_file(store).read() or ()
     except StateError:

@@ -1,9 +1,9 @@
 """
-Whether a run without names may act now: its window, and CAs that were asked in vain too often.
+Whether a run without names may act now: its window, and CAs whose renewals failed too often.
 
-It does not act outside its windows, nor at the same second as all other nodes. The failed runs in a row are counted per
-authority: a dead CA does not stop the others, and is not asked every hour for what it refuses. After three failed runs
-the run says that an operator is needed.
+It does not act outside its windows, nor at the same second as all other nodes. Failed runs in a row are counted per
+authority: a dead CA does not stop the others, and pauses between requests to it grow. After three failed runs the run
+reports that an operator is needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bridge.system.codec import named
 from bridge.system.state_file import OnDamage, StateFile, coded
 from bridge.system.waiting import back_off_seconds
 
-#: So many failed runs in a row need a person.
+#: After this many failed runs in a row an operator is needed.
 MANY = 3
 FIRST_PAUSE = timedelta(hours=1)
 LONGEST_PAUSE = timedelta(hours=24)
@@ -46,11 +46,7 @@ def delay(settings: Settings, now: datetime, *, is_terminal: bool) -> timedelta:
 
 
 def hold(selection: Selection, settings: Settings, attempts: Attempts | None, now: datetime) -> Selection:
-    """
-    The selection without what waits for its window, or for a CA that was asked in vain too often.
-
-    `attempts` is None where an operator is at the terminal, who may ask as often as they like.
-    """
+    """The selection without what waits for its window, or (unless `attempts` is None) for a CA that failed too often."""
     selection = hold_for_window(selection, settings.renewal, now)
     return selection if attempts is None else attempts.held(selection, now)
 
@@ -65,12 +61,7 @@ class NotYetError(WaitingError):
 
 
 def decide(selection: Selection, settings: RenewalSettings, now: datetime) -> Decision:
-    """
-    Whether the selected certificates may be renewed now; one that must not wait takes the rest with it.
-
-    Raises:
-        SettingsError: There are windows, and the machine's time zone is not known.
-    """
+    """Whether the selected certificates may be renewed now; if one must not wait, the others do not wait, either."""
     if not settings.window or not selection.items:
         return Decision(act=True, reason="renewal.window is not set, or nothing is due")
     return may_act(now, settings.window, settings.window_zone.resolve(), _first_end(selection))
@@ -104,7 +95,7 @@ def jitter(
 
 
 def _first_end(selection: Selection) -> datetime:
-    """The first end; of one that is missing, and was asked for by an operator, long ago: it waits for no window."""
+    """The first end; a missing certificate, which an operator asked for, waits for no window."""
     return min(first_end(item.ending) if item.certificates else _LONG_AGO for item in selection.items)
 
 
@@ -115,7 +106,7 @@ _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 
 
 class HeldOffError(BridgeError):
-    """A CA was not asked, since it was asked in vain too often; the exit code is that of the last failure."""
+    """A CA is not asked yet, since its renewals failed too often; the exit code is that of the last failure."""
 
     hint = "fix the cause; `ca-bridge renew NAME` or `ca-bridge renew all` asks at once, and success ends the pauses"
 
@@ -151,7 +142,7 @@ class Failures:
 
     @property
     def needs_a_person(self) -> bool:
-        """Whether trying again will hardly help."""
+        """Whether another try without an operator will hardly help."""
         return self.count >= MANY
 
     def __str__(self) -> str:
@@ -163,8 +154,8 @@ def next_try(failures: Failures, expires: datetime) -> datetime:
     """
     The time when the CA may be asked again (pure); `expires` is the first end of the certificates that are due.
 
-    From the third failure on an hour later, then twice as long each time, a day at most; and after half of the time
-    that a certificate has left at most, so that it never expires between two tries.
+    The pause is an hour after the third failure, doubles each time, is a day at most, and at most half of the time that a
+    certificate has left, so that none expires between two tries.
     """
     if not failures.needs_a_person:
         return failures.last
@@ -201,12 +192,7 @@ class Attempts:
         return HeldOffError(text, failures.exit_code)
 
     def note(self, asked: Collection[str], failed: Mapping[str, BridgeError], now: datetime) -> list[NeedsAPersonError]:
-        """
-        Count a run, safe on disk when this returns (StateError: it can't be written).
-
-        An authority that was asked and has no failure has succeeded; a certificate that only waits, or was held back,
-        has not failed. The result has an error for each authority that failed now and needs a person.
-        """
+        """Count a run, safe on disk when this returns; an error for each authority that failed and needs a person."""
         before = dict(self.authorities)
         for name in asked:
             if name in failed:

@@ -1,8 +1,8 @@
 """
 The operator's commands around a renewal: their environment says what happened, and they are limited in time.
 
-What is owed is in a file of the state directory before it is run, and leaves it when it has succeeded: one that fails,
-or is cut off together with us, is run again by the next run. It may therefore run twice.
+A hook is recorded in the state directory before it runs, and the record goes when it has succeeded: the next run repeats
+one that failed, or was cut off with its run. A hook may therefore run twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger("ca-bridge")
 
 BEFORE = "before"
 
-#: With which a `before` hook says "not now" (EX_TEMPFAIL of sysexits.h).
+#: The exit code of a `before` hook that postpones the run (EX_TEMPFAIL of sysexits.h).
 NOT_NOW = 75
 
 _MOST_OWED = 20
@@ -51,10 +51,10 @@ class NotNowByHookError(HookError):
 class HookEvent:
     """The facts that a hook gets; none of them is a secret."""
 
-    names: tuple[str, ...]  #: What the run is about.
-    old_serials: Mapping[str, str] = field(default_factory=dict)  #: Of what was renewed, in hexadecimal, by name.
+    names: tuple[str, ...]  #: The run's certificates.
+    old_serials: Mapping[str, str] = field(default_factory=dict)  #: In hexadecimal, by name, of renewed certificates.
     new_serials: Mapping[str, str] = field(default_factory=dict)
-    files: tuple[str, ...] = ()  #: Those with a new content.
+    files: tuple[str, ...] = ()  #: Files with new content.
     backup_id: str | None = None
     exit_code: int | None = None  #: None: the run is not over.
     errors: tuple[str, ...] = ()  #: Sentences.
@@ -88,7 +88,7 @@ class HookEvent:
         )
 
     def environment(self) -> dict[str, str]:
-        """Lists have one entry a line; what is not known yet is empty."""
+        """The environment variables; a list has one entry a line, and a fact that is not known yet is empty."""
         return {
             "CA_BRIDGE_NAMES": "\n".join(self.names),
             "CA_BRIDGE_RENEWED": "\n".join(self.new_serials),
@@ -97,17 +97,15 @@ class HookEvent:
             "CA_BRIDGE_FILES": "\n".join(self.files),
             "CA_BRIDGE_BACKUP_ID": self.backup_id or "",
             "CA_BRIDGE_EXIT_CODE": "" if self.exit_code is None else str(self.exit_code),
-            "CA_BRIDGE_ERRORS": _printable("\n".join(self.errors))[:_LONGEST_ERRORS],
+            # a CA's words may be in them
+            "CA_BRIDGE_ERRORS": "\n".join(printable(line) for one in self.errors for line in one.split("\n"))[
+                :_LONGEST_ERRORS
+            ],
         }
 
 
 def _pairs(serials: Mapping[str, str]) -> str:
     return "\n".join(f"{name}={serial}" for name, serial in serials.items())
-
-
-def _printable(text: str) -> str:
-    """A CA's words may be in it."""
-    return "\n".join(map(printable, text.split("\n")))
 
 
 class Hooks:
@@ -131,10 +129,7 @@ class Hooks:
                 raise HookError(text, Exit.FAILED, hint="fix it, or take it out of [hooks]")
 
     def installing(self, occasion: HookEvent) -> None:
-        """
-        Write down that the commands of `installed` are owed, if the new certificates are ever live; HookError: install
-        nothing.
-        """
+        """Record, before the installation, that the commands of `installed` are owed (HookError: install nothing)."""
         if self._commands(AFTER_INSTALL).texts:
             try:
                 self._remember(self._owed(AFTER_INSTALL, occasion))
@@ -146,13 +141,13 @@ class Hooks:
         return self._all_of(AFTER_INSTALL, occasion)
 
     def finished(self, occasion: HookEvent) -> list[HookError]:
-        """Run the hooks at the end of a run that had something to do; one that only waits is neither success nor failure."""
+        """Run the hooks at the end of a run that had something to do; a run that only waits has no hooks."""
         if occasion.exit_code in (Exit.DONE, Exit.WAITING):
             return self._all_of(SUCCESS, occasion) if occasion.new_serials else []
         return self._all_of(FAILURE, occasion)
 
     def again(self, node: Node) -> list[HookError]:
-        """Run the hooks that earlier runs owe; if none of its certificates is live any more, a hook is dropped."""
+        """Run the hooks that earlier runs owe; a hook is dropped if none of its certificates is installed any more."""
         try:
             every = self._file.read() or ()
         except StateError as e:
@@ -237,7 +232,7 @@ class Hooks:
     # --- what is owed ------------------------------------------------------------------------------------------------
 
     def _kept(self, owed: OwedHooks, *, is_over: bool = False) -> str:
-        """Remember that a hook is owed, or over: a sentence if that failed, else empty; the hook is run in any case."""
+        """Record that a hook is owed, or done; a sentence if that failed, and the hook runs nevertheless."""
         try:
             self._forget(owed) if is_over else self._remember(owed)
         except StateError as e:

@@ -1,5 +1,5 @@
 """
-Installed certificates that an operator takes into use, since `restart.method` is "none": owed until they are seen in use.
+Installed certificates that an operator takes into use, by `restart.method = "none"` or --no-restart, until they are.
 
 A component that reads its certificates at its start alone goes on with the old ones until it is restarted, by whatever
 means; the ages of processes and files tell whether it was. Runs, `doctor` and monitors ask here.
@@ -10,27 +10,36 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from bridge.control_plane import restart_plan
+from bridge.errors import BridgeError, Exit
 from bridge.node import processes
 from bridge.node.inventory import Node
 from bridge.pki.certificates import serial_hex
 from bridge.settings.tables import Components, Settings
 from bridge.specs import SPECS, Component
-from bridge.state.obligations import Owed, Unproven, unproven_file
+from bridge.state.obligations import Owed, Unproven, postponed_file, unproven_file
 from bridge.state.session import Run
 from bridge.state.store import Outcome, Store
-from bridge.system.state_file import StateError
+from bridge.system.state_file import StateError, StateFile
 
 if TYPE_CHECKING:
     from bridge.control_plane.proof import ProofFinding
 
+_MOST_SHOWN = 3
 
-def owe(run: Run, done: Sequence[Outcome]) -> None:
+
+class NotLiveError(BridgeError):
+    """An installed certificate is not in use, or does not work."""
+
+    exit_code: ClassVar[int] = Exit.NOT_LIVE
+    hint = "`ca-bridge prove` shows each check; `ca-bridge rollback` puts the old files back"
+
+
+def owe(run: Run, done: Sequence[Outcome], file: StateFile[Owed]) -> None:
     """Write down, before the installation, which certificates are in use only after a restart that an operator makes."""
-    node, file = run.read_node(), unproven_file(run.store)
-    owed = file.read() or Owed(certificates=())
+    node, owed = run.read_node(), file.read() or Owed(certificates=())
     reloads = restart_plan.reloading(node, run.settings.node)
     rotating = {item.spec.name for item in node.items if item.rotates}
     running = {*node.manifests, *([Component.KUBELET] if processes.running(Component.KUBELET.value) else [])}
@@ -51,6 +60,55 @@ def is_owed_by(run: Run) -> bool:
     return owed is not None and any(one.newest_run == run.record.run_id for one in owed.certificates)
 
 
+def settle(run: Run, node: Node, owed: Owed) -> tuple[Owed, list[BridgeError]]:
+    """Forget what is seen in use; what is still owed, and an error that names what an operator has to restart."""
+    live, findings = owed.live_on(node), look(owed, node, run.settings, run.now())
+    late = not_in_use(findings)
+    runs = {one.newest_run for one in live.certificates if one.name in {found.certificate for found in late}}
+    left = dataclasses.replace(
+        owed,
+        certificates=tuple(one for one in live.certificates if one.newest_run in runs),
+        to_restart=tuple(c for c in owed.to_restart if c in {one.component for one in late}),
+    )
+    reloads = restart_plan.reloading(node, run.settings.node)
+    users = {*restart_plan.stale([SPECS[name] for name in live.names], reloads, Components("needed")), *owed.to_restart}
+    can_not_be_seen = users - {one.component for one in findings}  # that is said once
+    components = [c for c in restart_plan.ORDER if c in can_not_be_seen or c in {one.component for one in late}]
+    if not components:
+        return left, []
+    manifests = run.settings.node.kubeconfig_dir / "manifests"
+    hint = "; ".join(restart_plan.how(component, manifests) for component in components)
+    names = ", ".join(component.value for component in components)
+    seen = f": {sentence(late)}" if late else ""
+    return left, [
+        NotLiveError(f"installed by an earlier run, and not seen in use{seen}; to be restarted: {names}", hint=hint)
+    ]
+
+
+def settle_postponed(run: Run) -> list[BridgeError]:
+    """Errors about certificates that earlier runs installed with --no-restart and that are not seen in use yet."""
+    file = postponed_file(run.store)
+    try:
+        owed = file.read()
+        if owed is None:
+            return []
+        ours = tuple(one for one in owed.certificates if one.newest_run == run.record.run_id)
+        earlier = tuple(one for one in owed.certificates if one not in ours)
+        left, errors = settle(run, run.read_node(), dataclasses.replace(owed, certificates=earlier))
+        keep(file, dataclasses.replace(left, certificates=(*left.certificates, *ours)))
+    except StateError as e:
+        return [e]
+    return errors
+
+
+def keep(file: StateFile[Owed], left: Owed) -> None:
+    """Write down what is still owed."""
+    if left.certificates or left.to_restart:
+        file.put(left)
+    else:
+        file.remove()
+
+
 def look(owed: Owed, node: Node, settings: Settings, now: datetime) -> list[ProofFinding]:
     """Findings about what is owed, by files and processes alone."""
     from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is owed)
@@ -68,10 +126,21 @@ def not_in_use(findings: Sequence[ProofFinding]) -> list[ProofFinding]:
     return [one for one in findings if one.state in ("stale", "unknown")]
 
 
+def sentence(findings: Sequence[ProofFinding]) -> str:
+    """The first few of them, for a message."""
+    parts = [f"{f.certificate}: {f.what}: {f.state}: {f.detail}" for f in findings[:_MOST_SHOWN]]
+    more = len(findings) - _MOST_SHOWN
+    return "; ".join([*parts, *([f"and {more} more"] if more > 0 else [])])
+
+
 def late(settings: Settings, node: Node, now: datetime) -> list[ProofFinding]:
     """The same for monitors and `doctor`; empty for a user who may not look into the state directory."""
-    try:
-        owed = unproven_file(Store(settings.node.state_dir)).read()
-    except StateError:
-        return []
-    return not_in_use(look(owed, node, settings, now)) if owed is not None else []
+    store = Store(settings.node.state_dir)
+    found: list[ProofFinding] = []
+    for file in (unproven_file(store), postponed_file(store)):
+        try:
+            owed = file.read()
+        except StateError:
+            continue
+        found += not_in_use(look(owed, node, settings, now)) if owed is not None else []
+    return list(dict.fromkeys(found))

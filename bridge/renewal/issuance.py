@@ -1,5 +1,5 @@
 """
-The CAs of a run: reach each, ask what can be asked before a signature is spent, then for the certificates.
+The CAs of a run: reach each, check what can be checked before a signature is spent, then ask for the certificates.
 
 The audit log records each request before it is sent, and each answer after.
 """
@@ -38,7 +38,7 @@ Answer = Issued | Pending | BridgeError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """One certificate, what it has to be, and the answer to its request."""
+    """One request, the expectation of its certificate, and the answer."""
 
     prepared: Prepared
     expected: verify.Expectation
@@ -48,7 +48,7 @@ class Answered:
 
 
 class ShorterError(BridgeError):
-    """Our own settings ask for a certificate that would end before the one that it replaces; no CA was asked."""
+    """By our own settings the next certificate would end before the live one; no CA was asked."""
 
     exit_code = Exit.USAGE
     hint = 'set shorter = "allow" in [renewal] if that is meant, or a longer validity'
@@ -61,7 +61,7 @@ class ShorterError(BridgeError):
 
 
 def shortened(item: Item, settings: Settings, now: datetime) -> ShorterError | None:
-    """The error about a wanted validity that ends before the live certificate does; None: it does not."""
+    """The error if the wanted validity ends before the live certificate does."""
     end = now + settings.renewal.validity
     if not item.certificates or not verify.is_shorter(end, item.certificates[0]):
         return None
@@ -79,15 +79,11 @@ def refused_as_shorter(items: Sequence[Item], settings: Settings, now: datetime)
 def reaching(
     settings: Settings, items: Sequence[Item], expected: Mapping[str, verify.Expectation], progress: Progress
 ) -> Iterator[Callable[[], Mapping[str, CA]]]:
-    """
-    Log in to all CAs at the same time, and ask what can be asked before a signature is spent.
-
-    Yields a function that waits for the CAs, which goes on meanwhile; by authority. All of them are closed at the end.
-    """
+    """Log in to all CAs concurrently, and run their checks; yields a function that waits for them, closes them at the end."""
     backends = registry.configured(settings, dict.fromkeys(item.spec.authority.name for item in items))
 
     def reach_lot(names: Sequence[str]) -> dict[str, CA]:
-        """Authorities that share a backend, which the first of them opens."""
+        """Reach authorities that share a backend, which the first of them opens."""
         found: dict[str, CA] = {}
         opened: Backend | None = None
         for name in names:
@@ -97,7 +93,7 @@ def reaching(
                 _warn_of_open_secrets(backends[name])
             specs, wanted = [item.spec for item in ours], expected[name]
             found[name] = ca = CA.reach(backends[name], specs, lambda _, wanted=wanted: wanted, progress.note, opened)  # type: ignore[misc]
-            if isinstance(ca.backend, AsksValidity):  # it gives no more than is asked for, which we would refuse
+            if isinstance(ca.backend, AsksValidity):  # it would give exactly this validity, which we would refuse
                 ca.wrong = {**refused_as_shorter(ours, settings, wanted.now), **ca.wrong}
             opened = ca.backend
         return found
@@ -110,7 +106,7 @@ def reaching(
 
         try:
             yield reached
-        except KeyboardInterrupt:  # waits for no CA
+        except KeyboardInterrupt:  # do not wait for a CA
             raise
         except BaseException:
             _close(reached())
@@ -124,7 +120,7 @@ def _close(reached: Mapping[str, CA]) -> None:
 
 
 def _sharing(backends: Mapping[str, registry.Configured]) -> list[list[str]]:
-    """Authorities whose requests are carried the same way are together: one file goes out, not one each."""
+    """Group authorities whose requests are carried the same way, so that one file goes out instead of several."""
     lots: list[list[str]] = []
     for name, ours in backends.items():
         alike = [lot for lot in lots if _are_carried_alike(backends[lot[0]], ours)]
@@ -140,7 +136,7 @@ def _are_carried_alike(one: registry.Configured, other: registry.Configured) -> 
 
 
 def _warn_of_open_secrets(configured: registry.Configured) -> None:
-    """Warn of secrets in files that others can read: a renewal must not wait for them; for `doctor` they are an error."""
+    """Warn of secrets in files that other users can read; `doctor` calls it an error, a renewal goes on."""
     for path in configured.settings.private_files():
         with contextlib.suppress(OSError):  # the backend that needs it says so
             found = open_secret(path)
@@ -155,11 +151,7 @@ def issue_all(
     reached: Mapping[str, CA],
     expected: Mapping[str, verify.Expectation],
 ) -> tuple[list[Answered], list[Outcome]]:
-    """
-    Issue each certificate as soon as its key is there; a CA that takes all at once, or answers later, gets all at once.
-
-    Returns the answers and what could not be made, both in the order of `making`.
-    """
+    """Issue each certificate as soon as its key is there, or all at once where a CA wants that; answers and failures."""
     at_once = any(isinstance(ca.backend, SignsMany | Collects | Carries) for ca in reached.values())
     left, answered = set(making), {}
     while left:
@@ -180,7 +172,7 @@ def issue(
     expected: Mapping[str, verify.Expectation],
 ) -> list[Answered]:
     """
-    Ask each CA for its certificates, or for the answers that it owes, all CAs at the same time.
+    Ask all CAs concurrently, each for its certificates or for pending answers.
 
     Requests to a CA that answers later are on disk, and each request is in the audit log, before the CA is asked.
     """
@@ -208,7 +200,7 @@ def issue(
 
 
 def _opened(run: Run, prepared: Sequence[Prepared], reached: Mapping[str, CA]) -> list[Prepared]:
-    """Prepare requests to a CA that answers later: they name the node, and their keys are on disk before it is asked."""
+    """Save requests to a CA that answers later, with their keys, before it is asked; carried ones name the node."""
     opened = {one.name: one for one in prepared}
     to_carry: dict[tuple[int, str], list[Prepared]] = defaultdict(list)
     for one in prepared:
@@ -231,7 +223,7 @@ def _opened(run: Run, prepared: Sequence[Prepared], reached: Mapping[str, CA]) -
 
 
 def _drop_unfit(run: Run, one: Prepared) -> None:
-    """Drop an open request that `prepare` has replaced, since other names or another key are wanted now."""
+    """Drop an open request that `prepare` has replaced by one with other names or another kind of key."""
     made = run.requests.get(one.name)
     if made is not None and one.open is None:
         if made.is_waiting:
@@ -245,7 +237,7 @@ def _answers(
     expected: Mapping[str, verify.Expectation],
     progress: Progress,
 ) -> dict[str, Answer]:
-    """The CAs' answers by certificate name; a backend that several authorities have is asked once, for all of theirs."""
+    """The CAs' answers by certificate name; authorities that share a backend make one request of it."""
     lots: dict[int, list[Prepared]] = defaultdict(list)
     for one in prepared:
         lots[id(reached[one.authority].backend)].append(one)
@@ -262,7 +254,7 @@ def _ask(
     prepared: Sequence[Prepared],
     progress: Progress,
 ) -> dict[str, Answer]:
-    """The answers of one backend, which is not asked for what its preflight refused."""
+    """The answers of one backend; a certificate that its preflight refused is not asked for."""
     ca = reached[prepared[0].authority]
     answers: dict[str, Answer] = {}
     requests = []

@@ -1,7 +1,7 @@
 """
-Makes new keys in threads as soon as it is known that they will be needed; `renew` of docs/evidence/numbers.md depends on it.
+Makes new keys in threads as soon as a run knows that it needs them; `renew` of docs/evidence/numbers.md depends on it.
 
-Making them takes as long as all the rest of a renewal, and needs nothing else of it. They are in memory alone.
+That takes as long as all the rest of a renewal. The keys are in memory only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _to_make: queue.SimpleQueue[tuple[KeyAlgorithm, Future[PrivateKey]]] = queue.Sim
 
 
 def begin(algorithms: Iterable[KeyAlgorithm]) -> None:
-    """Begin to make one key for each, on all cores but one, which the rest of the run needs until it waits for them."""
+    """Begin to make one key for each, on all cores but one, which the rest of the run needs."""
     for algorithm in algorithms:
         future: Future[PrivateKey] = Future()
         with _lock:
@@ -35,7 +35,7 @@ def begin(algorithms: Iterable[KeyAlgorithm]) -> None:
 
 
 def use_last_core() -> None:
-    """Use the last core, too: nothing else is left to do until they are made."""
+    """Use the last core, too: the run has nothing else to do until the keys are made."""
     if not _to_make.empty():
         _start()
 

@@ -1,8 +1,8 @@
 """
-Keys and CSRs of a renewal, from the live certificates; a request that is open already is taken up again.
+Keys and CSRs of a renewal, from the live certificates; an open request is used again.
 
-The names of a kubelet's serving certificate are from the settings, or from the node's own configuration. What the node
-says of itself to the API (`Node.status`) is never asked: a holder of a kubelet's credentials can write it.
+The names of a kubelet's serving certificate come from the settings, or from the node's own configuration; never from its
+`Node.status`, which a holder of a kubelet's credentials can write.
 """
 
 from __future__ import annotations
@@ -78,11 +78,7 @@ def preparing(
     requests: Mapping[str, OpenRequest],
     desired: Mapping[str, Desired] | None = None,
 ) -> Iterator[Making]:
-    """
-    Make keys and CSRs in the order of the items, on all cores, beside other work; one that can't be made fails alone.
-
-    What is not begun when the other work ends is not made.
-    """
+    """Make keys and CSRs in the order of the items, on all cores, while other work goes on, and no longer than that."""
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
         names = [item.spec.name for item in items]
@@ -100,7 +96,7 @@ def prepare(
     requests: Mapping[str, OpenRequest] | None = None,
     desired: Mapping[str, Desired] | None = None,
 ) -> list[Prepared | Outcome]:
-    """The same, waiting for it."""
+    """Make keys and CSRs, and wait for them."""
     with preparing(items, settings, requests or {}, desired) as making:
         return [one.result() for one in making]
 
@@ -153,7 +149,7 @@ def open_request(run: Run, one: Prepared) -> OpenRequest:
 
 
 def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
-    """An open request whose answer is there, whatever kind of key would be made today."""
+    """Use an open request whose answer is there, whatever kind of key the settings name today."""
     if item.obstacle is not None:
         return outcome_of(item, item.obstacle)
     try:
@@ -167,10 +163,10 @@ def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
 
 def with_continuity(prepared: Sequence[Prepared], settings: Settings, now: datetime) -> list[Prepared]:
     """
-    The same, where each request names its node, and proves it with the key of the certificate that it replaces.
+    Have each request name its node, and prove it with the key of the certificate that it replaces.
 
-    All of them form one batch. Requests of an earlier batch stay as they are, since they may have been handed over,
-    unless the node or cluster has another name now, a missing proof can be made, or the proof has become old.
+    All form one batch. Requests of an earlier batch stay as they are, since they may have been handed over, unless the
+    node or cluster was renamed, a missing proof can be made, or the proof is too old.
     """
     said = {(who.batch, who.asked) if (who := one.request.continuity) is not None else None for one in prepared}
     if len(said) == 1 and all(_still_says_it(one, settings, now) for one in prepared):
@@ -216,11 +212,7 @@ def _embedded_key(item: Item) -> bytes:
 
 
 def _fits(made: OpenRequest, replaced: x509.Certificate | None, algorithm: str, naming: Naming | None) -> bool:
-    """
-    Whether an open request is for the live certificate, with the kind of key and the names that are wanted now.
-
-    Without desired names it may differ from the live certificate: an operator wanted that when it was made.
-    """
+    """Whether an open request replaces the live certificate, with the kind of key and the names that are wanted now."""
     says_it = naming is None or naming.is_of(made.request.csr)
     is_alike = csr.algorithm_name(made.request.csr.public_key()) == algorithm
     return made.request.replaces == replaced and is_alike and says_it
@@ -231,12 +223,7 @@ _PRIVATE_KEY = b"PRIVATE KEY-----"
 
 
 def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | None]]:
-    """
-    Read the certificate on disk and the digests of all files of its pair; no certificate: there was none, and is none.
-
-    Raises:
-        BridgeError: It can't be read, or is not the certificate that was looked at, whose identity the next one gets.
-    """
+    """Read the certificate on disk (None: still missing) and its files' digests (BridgeError: changed, or unreadable)."""
     paths = [item.certificate_path] if item.key_path is None else [item.key_path, item.certificate_path]
     for path in paths:
         if (foreign := foreign_link(path)) is not None:
@@ -268,7 +255,7 @@ def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | Non
 
 
 def _was_current(item: Item) -> dict[Path, str | None]:
-    """The fingerprint of the symlink to a kubelet's pair, by path: it is replaced, and not what it leads to."""
+    """The fingerprint of the symlink to a kubelet's pair, by path: the symlink is replaced, and not its target."""
     try:
         return {} if item.current is None else {item.current: fingerprint(item.current)}
     except OSError as e:
@@ -287,17 +274,16 @@ def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        return None  # a key without which its certificate can still be renewed
+        return None  # a renewal needs no old key
     except OSError as e:
         raise MissingCertificateError(f"{path}: wanted to read it, found: {e.strerror}") from e
 
 
 def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
     """
-    Write `NAME.csr` and `NAME.key`, flat and 0600, as `kubeadm certs renew --csr-only` wrote them up to 1.22.
+    Write `NAME.csr` and `NAME.key`, flat and 0600, as `kubeadm certs renew --csr-only` did up to 1.22; all or none.
 
-    Unlike kubeadm, never over an older file: that key may belong to a CSR that a CA is about to sign. After an error
-    none of the files is left.
+    Unlike kubeadm, this overwrites no file: an older key may belong to a CSR that a CA is about to sign.
     """
     written: list[Path] = []
     try:
@@ -325,12 +311,12 @@ _ADDRESSES = "--node-ip of the kubelet (kubeadm: nodeRegistration.kubeletExtraAr
 
 
 def replaced_by_next(item: Item, live: x509.Certificate | None) -> x509.Certificate | None:
-    """The certificate whose names the request takes over; None: the live one says nothing about them."""
+    """The certificate whose names the request takes over; None: the names come from elsewhere."""
     return None if item.foreign and item.spec.name == KUBELET_SERVER else live
 
 
 def serving_names(item: Item, settings: Settings) -> Naming | None:
-    """The names of a kubelet's next serving certificate; None: those of the live certificate, as for all others."""
+    """The names of a kubelet's next serving certificate; None: it keeps the live one's, as all others do."""
     if item.spec.name != KUBELET_SERVER or not (item.foreign or settings.serving_sans):
         return None
     node = settings.node
@@ -347,7 +333,7 @@ def own_names(node: NodeSettings) -> tuple[str, ...]:
     """
     The node's names and addresses by the kubelet's configuration, or by that of an API server beside it.
 
-    Without an address it is a NotReadyError: the API server and metrics-server can't verify a kubelet by name alone.
+    NotReadyError: there is no address, and the API server and metrics-server can't verify a kubelet by name alone.
     """
     kubelet = KubeletFiles.load(node.kubelet_dir)
     addresses = [address for address in kubelet.addresses if is_host(address)] or _advertised(node)
@@ -355,7 +341,7 @@ def own_names(node: NodeSettings) -> tuple[str, ...]:
         names = f'["{node.node_name}", "192.0.2.10"]'
         raise NotReadyError(
             f"{KUBELET_SERVER}: wanted an address of this node, found none in its own configuration ({_ADDRESSES})",
-            hint=f"name all that it is reached by: [certificate.{KUBELET_SERVER}] sans = {names}",
+            hint=f"list each name and address by which clients reach it: [certificate.{KUBELET_SERVER}] sans = {names}",
         )
     return tuple(dict.fromkeys([node.node_name, *([kubelet.hostname] if kubelet.hostname else []), *addresses]))
 

@@ -1,8 +1,4 @@
-"""
-Looks before a CA is asked: is there room for the files, a way to restart components, and is the CA half replaced?
-
-Clients that know only the old CA have no use for certificates of a new one.
-"""
+"""Checks before a CA is asked: disk space, a way to restart components, and a CA that is only half replaced."""
 
 from __future__ import annotations
 
@@ -46,7 +42,7 @@ class ReadOnlyError(NotReadyError):
 
 
 class NoWayToRestartError(NotReadyError):
-    """The new certificate could not be taken into use."""
+    """The component that uses the new certificate can't be restarted."""
 
     exit_code: ClassVar[int] = Exit.USAGE
 
@@ -118,7 +114,7 @@ def half_rotated(node: Node, kubeconfig_dir: Path) -> HalfRotatedError | None:
     anchors = next((one.certificates for one in node.authorities if one.authority.name == "ca"), ())
     if not serving or not anchors or (len(anchors) == 1 and _issued(serving, anchors[0])):
         return None
-    new = anchors[0]  # kubeadm takes the first for the root, and so does whatever is proven here
+    new = anchors[0]  # kubeadm and our own checks take the first for the root
     places = [
         kubeconfig_dir / item.spec.base for item in node.items if item.spec.kubeconfig and item.state == "present"
     ]
@@ -155,7 +151,7 @@ def _trusted(path: Path) -> list[x509.Certificate]:
 
 
 def _is_same(one: x509.Certificate, other: x509.Certificate) -> bool:
-    """A CA's certificate may be renewed for the same key, which changes nothing for what it signs."""
+    """Whether both are certificates of one CA, which may have been renewed for the same key."""
     try:
         return one.subject == other.subject and one.public_key() == other.public_key()
     except UNREADABLE:

@@ -49,15 +49,7 @@ from bridge.system.paths import UnreadableError, read_ca_file
 def run(
     settings: Settings, options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Result, Node, Selection]:
-    """
-    Renew what is due, or the named certificates; a named certificate that is missing is made.
-
-    Raises:
-        LockedError: Another run works on this node.
-        SettingsError: Nothing was asked.
-        StateError: The open requests can't be read or kept; nothing was replaced.
-        InstallError: Nothing was replaced.
-    """
+    """Renew what is due, or the named certificates, and make a named one that is missing; an error: nothing was replaced."""
     is_terminal = is_attended()
     if not options.names:
         _sleep(gate.delay(settings, now(), is_terminal=is_terminal), progress)
@@ -92,13 +84,13 @@ def _sleep(delay: timedelta, progress: Progress) -> None:
 
 
 def _check(settings: Settings, run: Run) -> None:
-    """Read every backend's table, though no CA is asked: a mistake (SettingsError) shows on the day that it is made."""
+    """Read every backend's table, though no CA is asked: a mistake (SettingsError) shows up at once."""
     registry.configured(settings, settings.authorities)
     remember_checked(settings, run.store)
 
 
 def _renew(run: Run, transaction: Transaction, selection: Selection, node: Node, options: RunOptions) -> Result:
-    """Renew: from keys to components that run on them."""
+    """Renew the selected certificates, from keys to components that use them."""
     with transaction.about(selection):
         assert_room(run.settings)
         stuck = without_restart(node, run.settings, selection.items, run.now()) if options.restarts else []
@@ -115,8 +107,7 @@ def _prepare_and_issue(
     """
     Make keys, which takes as long as all the rest, and meanwhile reach the CAs and ask them.
 
-    Returns:
-        The answers; what failed; and, with `all_or_nothing`, the requests that were not sent because something failed.
+    Returns the answers, the failures, and with `all_or_nothing` the requests that were not sent because of failures.
     """
     expected, unproved = expectations(node, run.settings, selection.items, run.now())
     without = {outcome.name for outcome in stuck}
@@ -143,7 +134,7 @@ def _prepare_and_issue(
 def _kept(
     run: Run, items: Sequence[Item], selection: Selection, expected: Mapping[str, verify.Expectation]
 ) -> list[Answered]:
-    """Answers that an earlier run verified and did not install: no CA is asked for them again."""
+    """Answers that an earlier run verified and did not install; no CA is asked for them again."""
     answered = {one.name: one for one in run.requests if one.answer is not None}
     had = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.desired)
     kept = []
@@ -165,7 +156,7 @@ def _is_still_good(answer: Issued, kept: OpenRequest, run: Run, expected: verify
 
 
 def _to_ask(run: Run, items: Sequence[Item], kept: Sequence[Answered]) -> tuple[list[Item], list[Outcome]]:
-    """Items that a backend is asked for, and outcomes of those whose requests a person has carried away."""
+    """Items to ask a backend for, and outcomes of those whose requests an operator has carried away."""
     have = {one.prepared.name for one in kept}
     rest, carried = [], []
     for item in items:
@@ -184,7 +175,7 @@ def _to_ask(run: Run, items: Sequence[Item], kept: Sequence[Answered]) -> tuple[
 
 
 class NoRehearsalError(BridgeError):
-    """A CA that can't be asked for a certificate that is thrown away."""
+    """A CA that must not be asked for a certificate that is thrown away."""
 
     exit_code = Exit.USAGE
     hint = (
@@ -194,7 +185,7 @@ class NoRehearsalError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsed:
-    """A certificate that was signed, passed, and has no key any more."""
+    """A certificate that was signed and passed; its key is gone."""
 
     outcome: Outcome
     leaf: x509.Certificate
@@ -217,7 +208,7 @@ class Rehearsal:
 
 
 def rehearse(settings: Settings, options: RunOptions, now: Callable[[], datetime], progress: Progress) -> Rehearsal:
-    """Rehearse the renewal of the named certificates, without names of all; `[authority.NAME.rehearsal]` counts."""
+    """Rehearse the renewal of the named certificates, or of all, with the settings of `[authority.NAME.rehearsal]`."""
     options = dataclasses.replace(options, names=options.names or (ALL,))
     with begun(settings, now, progress, options.wait) as (ours, node):
         selection = select(node, settings, options, now(), desired=decide(node, settings, options))
@@ -246,7 +237,7 @@ def _within(selection: Selection, settings: Settings, now: datetime, ahead: time
 
 
 def _without_open(selection: Selection, run: Run) -> Selection:
-    """The selection without certificates that a CA has been asked for already."""
+    """The selection without certificates that have a pending request."""
     waiting = {one.name for one in run.requests if one.is_waiting}
     told = tuple(
         f"{item.spec.name} is not rehearsed: a CA has a request for it already"
@@ -292,7 +283,7 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
 
 
 def _expected(one: verify.Expectation, settings: Settings, authority: str) -> verify.Expectation:
-    """A scratch role may give a short life, and a scratch CA be another one."""
+    """The expectation of a rehearsal: a scratch role may give a short life, and a scratch CA may be another CA."""
     if not is_scratch(settings, authority):
         return one
     one = dataclasses.replace(one, min_validity=timedelta(), shorter_allowed=True)
@@ -310,7 +301,7 @@ def _anchors(path: Path) -> tuple[x509.Certificate, ...]:
 
 
 def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tuple[str, BridgeError]]:
-    """CAs that are not asked: by authority, why; nothing is asked to find out."""
+    """By authority, why its CA must not be asked; this asks no CA."""
     known = [name for name in authorities if name in settings.authorities]
     for name, configured in registry.configured(settings, known).items():
         with contextlib.suppress(BridgeError), contextlib.closing(CA.of(configured)) as ca:  # the error comes later
@@ -321,7 +312,7 @@ def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tu
 
 
 def _told(outcome: Outcome) -> Outcome:
-    """The outcome in the words of a rehearsal: the key of a request that a CA answers later is thrown away."""
+    """The outcome, reworded for a pending request, whose key the rehearsal throws away."""
     if not isinstance(outcome.error, WaitingError):
         return outcome
     error = WaitingError(
@@ -373,11 +364,7 @@ def _not_revoked(name: str, leaf: x509.Certificate, label: str, cause: BackendEr
 
 
 def _signed(answered: Sequence[Answered], ca: CA | None, now: datetime) -> list[tuple[str, x509.Certificate]]:
-    """
-    Certificates that are to be revoked, by name: for our new keys, and no other that a CA may have sent instead.
-
-    What was signed, though its answer was lost, a CA may be able to find.
-    """
+    """Names and certificates to revoke: those for our new keys, also where the answer was lost and the CA finds it."""
     found = [(one, one.answer.leaf) for one in answered if isinstance(one.answer, Issued)]
     lost = [one for one in answered if isinstance(one.answer, Pending | BackendError)]
     if ca is not None:

@@ -1,8 +1,8 @@
 """
-Superseded certificates are revoked, where the settings say so: `[renewal] revoke = "superseded"`.
+Revokes superseded certificates, where the settings say so: `[renewal] revoke = "superseded"`.
 
-That it is owed is on disk before the new ones are installed, and stays there until it is done: when the new ones are in
-use and proven, and the delay is over. A certificate that is in use again, or has ended, is left alone.
+The debt is on disk before the new certificates are installed, and is paid when these are seen in use and the delay is
+over. A certificate that is in use again, or has ended, is not revoked.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def _able(run: Run, authorities: Iterable[str]) -> set[str]:
     configured = registry.configured(run.settings, have)
     able = {name for name in have if hasattr(configured[name].backend_type, "revoke")}
     for name in sorted(set(authorities) - able):
-        who = configured[name].label if name in configured else f"nobody signs for {name} here, who"
-        run.progress.note(f"renewal.revoke: {who} can't revoke: what is superseded of {name} is valid until it ends")
+        why = f"{configured[name].label} can't revoke" if name in configured else "no backend is configured for it"
+        run.progress.note(f"renewal.revoke: superseded certificates of {name} stay valid until they end: {why}")
     return able
 
 
@@ -64,14 +64,14 @@ def _able(run: Run, authorities: Iterable[str]) -> set[str]:
 
 
 def settle(run: Run, node: Node) -> list[BridgeError]:
-    """Revoke what is due, and keep what is not, or can't be revoked now."""
+    """Revoke the certificates that are due, and keep the others for a later run."""
     try:
         file = revocations_file(run.store)
         every = file.read() or ()
         if not every:
             return []
         if run.settings.renewal.revoke == "never":
-            run.progress.note(f'renewal.revoke is "never" now, so that these are not revoked: {_names(every)}')
+            run.progress.note(f'renewal.revoke is "never" now; these certificates are not revoked: {_names(every)}')
             file.remove()
             return []
         left = [one for one in every if not one.is_outdated(node, run.now())]
@@ -100,12 +100,12 @@ def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]
     seen = {finding.certificate for finding in report.findings} - {finding.certificate for finding in report.wrong}
     proven = (there & seen) - (set(owed.names) if owed is not None else set())
     if unseen := [one for one in due if one.name not in proven]:
-        run.progress.note(f"renewal.revoke: not revoked, since what replaced it is not seen in use: {_names(unseen)}")
+        run.progress.note(f"renewal.revoke: not revoked, since the successor is not seen in use: {_names(unseen)}")
     return [one for one in due if one.name in proven]
 
 
 def _revoke_all(run: Run, due: Sequence[Superseded]) -> tuple[list[Superseded], list[BridgeError]]:
-    """Ask the CAs to revoke; the certificates that are done with, revoked or not, and the errors."""
+    """Ask the CAs to revoke; the certificates that need no further try, and the errors."""
     done: list[Superseded] = []
     errors: list[BridgeError] = []
     for authority in dict.fromkeys(one.authority for one in due):

@@ -32,7 +32,7 @@ RESTORE = "put a good copy back (an expired one will do), then run again"
 
 @record(kw_only=True)
 class Changes:
-    """Changes that an operator wants in the next certificates."""
+    """Changes that an operator wants in the next certificates' names."""
 
     add: Mapping[str, tuple[x509.GeneralName, ...]] = field(default_factory=dict)  #: SANs by certificate name.
     drop: Mapping[str, tuple[x509.GeneralName, ...]] = field(default_factory=dict)
@@ -53,9 +53,9 @@ class RunOptions:
     any_identity: tuple[str, ...] = ()  #: Names whose live certificates are renewed whatever their identity.
     changes: Changes = Changes()
     all_or_nothing: bool = False  #: If one certificate fails, none is installed.
-    restarts: bool = True  #: False: nothing is restarted and proven; earlier runs' restarts stay owed.
-    csrs_only: bool = False  #: No file is replaced, so that none need be fit for it.
-    ahead: timedelta | None = None  #: Of a rehearsal: only what will be due within this time.
+    restarts: bool = True  #: False: nothing is restarted; the operator does it, and earlier runs' restarts stay owed.
+    csrs_only: bool = False  #: No file is replaced, so that an obstacle to that does not matter.
+    ahead: timedelta | None = None  #: A rehearsal is about certificates that are due within this time.
     wait: timedelta = timedelta()  #: How long to wait for another run on this node to end.
 
     @property
@@ -79,7 +79,7 @@ DesiredByName = Mapping[str, Desired | BridgeError]
 
 
 class ForeignIdentityError(BridgeError):
-    """The live certificate is not what its name says, and the next one would get its subject and SANs."""
+    """The live certificate has another identity than its name says, which the next one would take over."""
 
     def __init__(self, item: Item, violations: Sequence[Violation]) -> None:
         self.violations = tuple(violations)
@@ -97,7 +97,7 @@ class MissingCertificateError(BridgeError):
 
 
 class NotReadyError(BridgeError):
-    """Something on this node is to be mended first; no CA has a part in it, and none was asked."""
+    """Something on this node has to be fixed first; no CA was asked."""
 
 
 @record(kw_only=True)
@@ -108,9 +108,9 @@ class Selection:
     failed: tuple[Outcome, ...] = ()  #: Should be renewed, and can't be.
     skipped: tuple[str, ...] = ()  #: Sentences for the operator.
     waived: tuple[str, ...] = ()  #: Sentences about identities that are renewed as they are.
-    powerful: tuple[str, ...] = ()  #: Sentences about what is renewed because it is there, and need not be.
-    costs: tuple[str, ...] = ()  #: Sentences about what users notice of the installation.
-    lost: tuple[str, ...] = ()  #: Sentences about keys that are none for their certificate.
+    powerful: tuple[str, ...] = ()  #: Sentences about a super-admin.conf that nothing on the node needs.
+    costs: tuple[str, ...] = ()  #: Sentences about interruptions that users of the cluster notice.
+    lost: tuple[str, ...] = ()  #: Sentences about keys that do not belong to their certificates.
     #: By certificate name, where the next one differs from the live one, or there is no live one.
     desired: Mapping[str, Desired] = field(default_factory=dict)
 
@@ -133,16 +133,9 @@ def select(
     desired: DesiredByName | None = None,
 ) -> Selection:
     """
-    Choose what to renew.
+    Choose what to renew: the named certificates, or those that are due by the settings.
 
-    Args:
-        node: The files of this node.
-        settings: `renewal.before` and `renewal.validity` say what is due.
-        options: Which names, and what the operator waives.
-        now: The time.
-        requests: Open requests: the live certificates were judged when these were made.
-        waiting: Names for which an answer is to be fetched, due or not.
-        desired: The result of `changes.decide`.
+    A live certificate with an open request was judged before; an answer to a `waiting` one is fetched, due or not.
     """
     assert_known([*options.names, *options.any_identity])
     if not node.is_here:
@@ -189,7 +182,7 @@ class _Choice:
     asked_for: Mapping[str, x509.Certificate | None]  #: By name, the certificate that an open request replaces.
     waiting: Collection[str]
     desired: DesiredByName
-    lost_keys: Mapping[str, str] = field(default_factory=dict)  #: By name: why the key is none for the certificate.
+    lost_keys: Mapping[str, str] = field(default_factory=dict)  #: By name, what is wrong with the certificate's key.
     lost_cas: Collection[str] = ()  #: CAs whose certificate can't be read; without it no certificate can be proven.
     waived: list[str] = field(default_factory=list)
 
@@ -233,7 +226,7 @@ class _Choice:
         return item if error is None else outcome_of(item, error)
 
     def _against(self, item: Item) -> BridgeError | None:
-        """Why it can't be renewed; a live certificate for which a request is open was judged before."""
+        """The reason why it can't be renewed; a live certificate with an open request was judged before."""
         if not item.managed:
             return _unknown_authority(item)
         if item.obstacle is not None and not self.options.csrs_only:
@@ -266,8 +259,8 @@ def _left_alone(item: Item, settings: Settings, *, by_hand: bool) -> str | None:
     name = item.spec.name
     if item.foreign and not by_hand and not is_other(item, settings):
         return (
-            f"{name} is not of the cluster's CA (a kubelet makes such a one for itself): it stays, unless it is named, "
-            f"or [certificate.{name}] sans is set"
+            f"{name} was not signed by the cluster's CA (a kubelet signs its own): it stays, unless you name it or set "
+            f"sans in [certificate.{name}]"
         )
     if item.spec.component is Component.KUBELET and not item.managed:
         return f"{name} refers to {item.certificate_path}, which the kubelet renews by itself"
@@ -285,7 +278,7 @@ def is_other(item: Item, settings: Settings) -> bool:
 
 
 def foreign_identity(item: Item, settings: Settings) -> BridgeError | None:
-    """Why a live certificate's identity must not be given to the next one; also if that can't be found out."""
+    """The reason why the next certificate must not get this identity, or why that can't be found out."""
     authority = item.spec.authority.name
     try:
         anchors = anchors_of(item)
@@ -317,13 +310,13 @@ def assert_known(names: Collection[str]) -> None:
 
 
 def lost_keys(node: Node) -> dict[str, str]:
-    """Why the keys of certificates here are missing, empty, or another certificate's, by name of the certificate."""
+    """By name, the certificates whose keys are missing, empty or another certificate's, with the reason."""
     found = {item.spec.name: item.key_trouble or other_key(item) for item in node.items if not item.foreign}
     return {name: trouble for name, trouble in found.items() if trouble is not None}
 
 
 def _lost_cas(node: Node, settings: Settings) -> list[str]:
-    """CAs whose certificate is here and can't be read, or has gone; a worker that has not joined has none yet."""
+    """CAs whose certificate is missing or can't be read; a worker that has not joined the cluster has none yet."""
     lost = [state for state in node.authorities if state.state != "present"]
     if node.is_worker and not (settings.node.kubelet_dir / "config.yaml").exists():
         lost = [state for state in lost if state.state != "missing"]

@@ -30,6 +30,7 @@ from bridge.renewal.verify_and_install import (
 )
 from bridge.state import audit, copies
 from bridge.state.copies import CopyError
+from bridge.state.obligations import postponed_file, unproven_file
 from bridge.state.session import Run
 from bridge.state.store import Outcome
 from bridge.system.console import print_error
@@ -43,8 +44,7 @@ class Transaction:
     """
     The steps of one run around its installation, in the order of the methods; the node's lock is held.
 
-    `settle_earlier`, then either `nothing_to_install`, or `about` with the work up to `install` in it, `activate` and
-    `conclude`.
+    `settle_earlier`, then `nothing_to_install`; or `about` with the work up to `install` in it, `activate`, `conclude`.
     """
 
     def __init__(self, run: Run, options: RunOptions) -> None:
@@ -59,7 +59,7 @@ class Transaction:
     # --- before ------------------------------------------------------------------------------------------------------
 
     def settle_earlier(self, node: Node) -> Node:
-        """First in a run, due or not: hooks, proof and copies that earlier runs owe; the node as it is after that."""
+        """Do what earlier runs owe (hooks, proof, copies), whether something is due or not; the node after that."""
         self._errors += self._recorded(self._hooks.again(node))
         if self._is_owed:
             from bridge.renewal import activate  # noqa: PLC0415 (40 ms; only where components are restarted)
@@ -68,18 +68,19 @@ class Transaction:
             self.may_go_on = done.may_go_on
             self._errors += [*done.errors, *self._hooks_of_earlier(done.events)]
             node = self._run.read_node()
-        if self.may_go_on:  # a copy is another user's file: nothing of the node waits for it
+        if self.may_go_on:  # a copy is another user's file, and must not hold up the node
             self._errors += copies.settle(self._run.settings, self._run.store, self._run.record)
         return node
 
     @property
     def _is_owed(self) -> bool:
-        """Whether this run has something to restart and to prove."""
-        return self._options.restarts and self._run.store.unproven.exists()
+        """Whether this run has something to restart and to prove, or to report."""
+        is_ours = self._options.restarts or self._run.settings.restart.method == "none"
+        return is_ours and self._run.store.unproven.exists()
 
     @contextlib.contextmanager
     def about(self, selection: Selection) -> Iterator[None]:
-        """Run the `before` hooks, then the work on these certificates; its error is counted, and hooks learn of it."""
+        """Run the `before` hooks, then the work on these certificates; its error counts, and the hooks get it."""
         try:
             try:
                 self._hooks.before(HookEvent.of(selection.items))
@@ -95,14 +96,14 @@ class Transaction:
     # --- the installation --------------------------------------------------------------------------------------------
 
     def install(self, selection: Selection, proven: Sequence[Proven], failed: Sequence[Outcome]) -> Result:
-        """Install what passed, in one step (BridgeError: nothing was replaced); what will be owed is on disk before."""
+        """Install the certificates that passed, in one step (BridgeError: nothing was replaced), and what is owed first."""
         if failed and self._options.all_or_nothing:
             return hold_back(self._run, [one.prepared for one in proven], failed)
         if not proven:
             return Result(outcomes=tuple(failed))
         done = [one.outcome for one in proven]
         await_validity([one.verified.leaf for one in proven])
-        self._run.record.write()  # nothing is installed that the record does not know
+        self._run.record.write()  # the audit log comes before the installation
         try:
             self._owe(selection, done)
             backup_id = install_all(self._run, proven)
@@ -112,20 +113,22 @@ class Transaction:
         return Result(outcomes=(*done, *failed), backup_id=backup_id)
 
     def _owe(self, selection: Selection, done: Sequence[Outcome]) -> None:
-        """Write down revocation, copies, hooks, restart and proof; if that fails, nothing must be installed."""
+        """Record the revocations, copies, hooks, restarts and proof to come; if that fails, nothing may be installed."""
         revocation.owe(self._run, done)
         replaced = {one.name: one.old for one in done}
         copies.owe(self._run.settings, self._run.store, self._run.read_node(), replaced)
         self._hooks.installing(HookEvent.of(selection.items, done))
-        if self._options.restarts and self._run.settings.restart.method == "none":
-            in_use.owe(self._run, done)
-        elif self._options.restarts:
+        if self._run.settings.restart.method == "none":
+            in_use.owe(self._run, done, unproven_file(self._run.store))
+        elif not self._options.restarts:
+            in_use.owe(self._run, done, postponed_file(self._run.store))
+        else:
             from bridge.renewal import activate  # noqa: PLC0415 (see above)
 
             activate.owe(self._run, done)
 
     def activate(self, selection: Selection, result: Result) -> Result:
-        """After the installation: hooks, restart, proof, and rollback if need be; then copies, which are others' files."""
+        """After the installation: hooks, restart, proof, rollback if needed; then copies, which are other users' files."""
         if result.backup_id is None:
             return result
         occasion = HookEvent.of(selection.items, result.outcomes, backup_id=result.backup_id)
@@ -150,7 +153,7 @@ class Transaction:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def nothing_to_install(self, selection: Selection) -> Result:
-        """The result of a run that can do nothing, or has nothing to do."""
+        """The result of a run that has nothing to install."""
         result = self._with_revocations(Result(outcomes=selection.failed))
         return self._ended(selection, result) if selection.failed or result.errors else self.with_earlier(result)
 
@@ -159,7 +162,7 @@ class Transaction:
         return self._ended(selection, self._with_revocations(result))
 
     def _with_revocations(self, result: Result) -> Result:
-        """Revoke what was superseded, by this run or by earlier ones, when it is time."""
+        """Revoke the certificates that this run or earlier ones superseded, when it is time."""
         if not self._run.store.revocations.exists():
             return result
         errors = revocation.settle(self._run, self._run.read_node())
@@ -170,13 +173,14 @@ class Transaction:
         return self.with_earlier(dataclasses.replace(result, errors=(*result.errors, *more)))
 
     def with_earlier(self, result: Result) -> Result:
-        """The result with what was wrong with earlier runs."""
-        return dataclasses.replace(result, errors=(*self._errors, *result.errors))
+        """The result with what was wrong with earlier runs; what they installed with --no-restart is in use by now, or not."""
+        postponed = in_use.settle_postponed(self._run)
+        return dataclasses.replace(result, errors=(*self._errors, *result.errors, *postponed))
 
     def _count_and_run_hooks(
         self, selection: Selection, result: Result, errors: Sequence[BridgeError]
     ) -> list[BridgeError]:
-        """The errors to add at the run's end: about CAs that need a person, and hooks that failed."""
+        """The errors to add at the run's end: about CAs that need an operator, and hooks that failed."""
         if any(isinstance(error, NotNowByHookError) for error in errors):
             return []  # neither success nor failure
         more: list[BridgeError] = list(self._counted(selection, result, errors))
@@ -189,7 +193,7 @@ class Transaction:
         return [*more, *self._recorded(self._hooks.finished(occasion))]
 
     def _hooks_of_earlier(self, events: Mapping[str, HookEvent]) -> list[HookError]:
-        """Run the hooks of earlier runs, by run, now that the outcome of their installations is known, or still is not."""
+        """Run the hooks of earlier runs, whose installations have an outcome by now, or still have none."""
         run = self._run
         every = [Hooks(run.settings, run.store, run_id).finished(event) for run_id, event in events.items()]
         return self._recorded([error for errors in every for error in errors])
@@ -236,9 +240,9 @@ def by_authority(
     selection: Selection, result: Result, errors: Sequence[BridgeError]
 ) -> tuple[list[str], dict[str, BridgeError]]:
     """
-    The authorities that this run says something about, and the worst error of those that failed (pure).
+    The authorities that failed or succeeded in this run, and the worst error of those that failed (pure).
 
-    An authority whose answers have not come, or were held back because of another's, has neither failed nor succeeded.
+    An authority whose answers are pending, or were held back because of another's, has neither failed nor succeeded.
     """
     by_name = {outcome.name: outcome for outcome in result.outcomes}
     asked: list[str] = []

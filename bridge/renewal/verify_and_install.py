@@ -1,8 +1,4 @@
-"""
-The end of a renewal: prove every answer, keep what passed, install it in one step.
-
-The steps are shared by `renew`, whose answers come from CAs, and by `import`, whose answers come in files.
-"""
+"""The end of a renewal, whose answers come from CAs or in files: verify each, keep what passed, install in one step."""
 
 from __future__ import annotations
 
@@ -60,7 +56,7 @@ class Result:
     errors: tuple[BridgeError, ...] = ()  #: About the run as a whole, or about earlier ones.
     restarted: tuple[str, ...] = ()  #: Sentences, one a component.
     proven: int | None = None  #: How many checks held; None: nothing was looked at.
-    left_to_people: bool = False  #: An operator has to restart what uses the new certificates.
+    left_to_people: bool = False  #: An operator has to restart the components that use the new certificates.
 
     @property
     def renewed(self) -> list[Outcome]:
@@ -86,7 +82,7 @@ class Result:
 def expectations(
     node: Node, settings: Settings, items: Sequence[Item], now: datetime
 ) -> tuple[dict[str, verify.Expectation], list[Outcome]]:
-    """The expectations by authority; and the failures of certificates whose CA file can't be read, or is half replaced."""
+    """Expectations by authority; and failures where the CA file can't be read, or the CA is only half replaced."""
     version = version_of(node, settings)
     half = half_rotated(node, settings.node.kubeconfig_dir)
     demands: dict[str, verify.Expectation] = {}
@@ -112,7 +108,7 @@ def expectations(
 
 
 def version_of(node: Node, settings: Settings) -> tuple[int, int] | None:
-    """Kubernetes' version on this node; the settings count more than the image tags."""
+    """Kubernetes' version on this node, by the settings, or else by the image tags."""
     version = settings.node.kubernetes_version
     return node.kubernetes_version if version is None else (version.major, version.minor)
 
@@ -157,10 +153,10 @@ def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replaceme
 
 def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacement]:
     """
-    Replace a pair as a kubelet does: a dated file, to which the symlink leads from now on; older files stay.
+    Replace a pair as a kubelet does: write a dated file, and turn the symlink to it; older files stay.
 
-    A kubeconfig that embeds the old pair refers to the symlink from now on: with its own data it would be a second
-    place, whose end keeps the kubelet from starting (measured on 1.37).
+    A kubeconfig that embedded the old pair refers to the symlink afterwards: an embedded copy, once expired, keeps the
+    kubelet from starting (measured on 1.37).
     """
     name, base = one.name, current.name.removesuffix("-current.pem")
     moment = datetime.now(UTC)  # of writing, as the kubelet has it
@@ -195,13 +191,13 @@ def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacemen
 
 
 def _conf(one: Prepared, chain: bytes) -> bytes:
-    """The kubeconfig as it is, or a new one where there is none."""
+    """The kubeconfig's content, or that of a new one."""
     fresh = one.kubeconfig
     return one.item.certificate_path.read_bytes() if fresh is None else fresh.text(chain, one.key_pem)
 
 
 def _referring(path: Path, conf: bytes, current: Path, chain: bytes, key_pem: bytes) -> bytes:
-    """A kubeconfig that refers to a kubelet's pair; where its form does not allow that, the same pair is in it, too."""
+    """A kubeconfig that refers to a kubelet's pair, or embeds the pair where its form allows no reference."""
     try:
         return kubeconfig.with_references(conf, str(current))
     except kubeconfig.KubeconfigError:
@@ -214,7 +210,7 @@ def _referring(path: Path, conf: bytes, current: Path, chain: bytes, key_pem: by
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proven:
-    """A certificate whose answer passed, and the files that it will be in."""
+    """A certificate that passed, and the files that will hold it."""
 
     prepared: Prepared
     label: str  #: The CA or file that answered.
@@ -251,11 +247,7 @@ def verify_all(
     earlier: Sequence[Outcome] = (),
     files_of: Callable[[Prepared, verify.Verified], Iterable[Replacement]] = replacements,
 ) -> tuple[list[Proven], list[Outcome]]:
-    """
-    Prove every answer, at this moment: signing may have taken a while.
-
-    Returns what passed; and what did not, after what failed `earlier`. `files_of` says what becomes of the node's files.
-    """
+    """Verify each answer now, since signing may have taken a while; those that passed, and the failures after `earlier`."""
     now, proven, failed = run.now(), [], list(earlier)
     for one in answered:
         try:
@@ -288,10 +280,10 @@ def _verified(one: Answered, now: datetime) -> verify.Verified:
 
 def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *, by_hand: bool = False) -> None:
     """
-    Keep what passed and what is still to come, and forget what came to nothing.
+    Keep answers that passed and requests that are pending; forget requests whose answers were wrong.
 
-    What passed is in the state directory before anything is replaced, so that a run after an interruption asks no CA
-    for it again. A wrong answer that a person brought (`by_hand`) does not close the request.
+    An answer that passed is on disk before a file is replaced, so that no interruption makes a run ask a CA for it again.
+    A wrong answer that a person brought (`by_hand`) does not close the request.
     """
     passed = {one.name for one in proven}
     for one in answered:
@@ -312,7 +304,7 @@ _NOT_ASKED = (BackendUnavailableError, UntrustedAnswerError, RefusedByCheckError
 
 
 def _forget(requests: OpenRequests, kept: OpenRequest) -> None:
-    """Forget a request that was refused, or answered wrongly: the next run makes a new key. What was carried out may come back."""
+    """Forget a request that was refused or answered wrongly; one that was carried out may still get its answer."""
     if kept.bundles:
         requests.put(dataclasses.replace(kept, reference="", note=""))
     else:
@@ -329,19 +321,19 @@ def record_failed(record: audit.Record, failed: Sequence[Outcome]) -> None:
 
 
 class HeldBackError(BridgeError):
-    """The answer was good, and was not installed because another one was not."""
+    """The answer passed, and was not installed because another one did not."""
 
     exit_code = Exit.REFUSED
 
 
 class HeldBackWaitingError(WaitingError):
-    """The answer was good, and is kept until the others are there."""
+    """The answer passed, and is kept until the others are there."""
 
     hint = ""
 
 
 def hold_back(run: Run, good: Sequence[Prepared], failed: Sequence[Outcome]) -> Result:
-    """The result under `--all-or-nothing`: the good answers are not installed, since others failed."""
+    """The result under `--all-or-nothing`: nothing is installed, since some failed."""
     error: BridgeError
     if all(isinstance(outcome.error, WaitingError) for outcome in failed):
         error = HeldBackWaitingError("kept until the others are answered, since --all-or-nothing was given")
@@ -356,13 +348,13 @@ def hold_back(run: Run, good: Sequence[Prepared], failed: Sequence[Outcome]) -> 
 
 
 def await_validity(leaves: Sequence[x509.Certificate]) -> None:
-    """A CA's clock may be some seconds ahead (`verify.CLOCK_SKEW` at most): nothing is installed before it is valid."""
+    """Wait until all are valid: a CA's clock may be some seconds ahead (`verify.CLOCK_SKEW` at most)."""
     begin = max(leaf.not_valid_before_utc for leaf in leaves).timestamp()
     time.sleep(max(0.0, min(begin - time.time(), verify.CLOCK_SKEW.total_seconds())))
 
 
 def install_all(run: Run, proven: Sequence[Proven]) -> str:
-    """Install in one step, and forget the requests; returns the backup's number."""
+    """Install in one step, and forget the requests; the backup's ID."""
     files = [file for one in proven for file in one.files]
     backup_id = install(run.store, files, run.record.run_id, _about(proven))
     for one in proven:
@@ -379,7 +371,7 @@ def install_all(run: Run, proven: Sequence[Proven]) -> str:
 
 
 def _about(proven: Sequence[Proven]) -> dict[str, object]:
-    """The facts about an installation, for the backup's manifest."""
+    """Facts about an installation for the backup's manifest."""
     certificates = [
         {
             "name": one.name,
@@ -392,7 +384,7 @@ def _about(proven: Sequence[Proven]) -> dict[str, object]:
 
 
 def _shorter(one: Proven) -> str:
-    """A sentence about a certificate that ends before the one that it replaces; empty: it does not."""
+    """A sentence about a certificate that ends before the one that it replaces; else empty."""
     old, new = one.prepared.request.replaces, one.verified.leaf.not_valid_after_utc
     if old is None or not verify.is_shorter(new, old):
         return ""
@@ -400,7 +392,7 @@ def _shorter(one: Proven) -> str:
 
 
 def _note_cut_short(run: Run, proven: Sequence[Proven]) -> None:
-    """A CA gives nothing that lasts longer than itself: the operator has to know, and renew the CA."""
+    """Report certificates that end with their CA's: the operator has to renew the CA."""
     cut: dict[datetime, list[str]] = {}
     for one in proven:
         end, asked = one.verified.leaf.not_valid_after_utc, run.now() + one.prepared.request.validity
@@ -416,7 +408,7 @@ def _note_cut_short(run: Run, proven: Sequence[Proven]) -> None:
 
 
 def _note_short_lives(run: Run, proven: Sequence[Proven]) -> None:
-    """A CA that gives less than `renewal.before` lets every run renew all again, and each succeeds."""
+    """Report lifetimes below `renewal.before`: each run would renew again, and succeed."""
     renewal, now = run.settings.renewal, run.now()
     short: dict[str, list[str]] = {}
     for one in proven:

@@ -1,10 +1,9 @@
 """
-The audit log: one line of JSON an event in `state_dir/audit.jsonl`, each with the SHA-256 of the line before it.
+The audit log: one line of JSON for each event in `state_dir/audit.jsonl`, each with the SHA-256 of the line before it.
 
-A line's digest is that of its exact bytes, newline included, so that `sed -n 5p audit.jsonl | sha256sum` gives what
-line 6 must hold. The newest number and digest are in `audit.head` as well, so that a cut end is noticed.
-What the chain can't find: a user who may write to the state directory can write all of it anew. Copies that leave the
-machine (syslog) can.
+A line's digest covers its exact bytes, newline included: `sed -n 5p audit.jsonl | sha256sum` prints the digest that line
+6 must hold. `audit.head` has the newest number and digest, so that a cut end is noticed. A user who may write to the
+state directory can write the whole chain anew; only copies that leave the machine (syslog) show that.
 """
 
 from __future__ import annotations
@@ -46,22 +45,22 @@ REFUSED, UNAVAILABLE, FAILED = "refused", "unavailable", "failed"
 RECOVERED, ROLLED_BACK, RESTARTED = "recovered", "rolled-back", "restarted"
 #: Asked for, signed and proven, and not installed.
 REHEARSED = "rehearsed"
-#: A copy of a kubeconfig, `result`, has got what was installed.
+#: A copy of a kubeconfig, `result`, has got the new certificate.
 COPIED = "copied"
-#: A CA has the request and answers later; a request that is given up.
+#: A CA has the request and answers later; a request was given up.
 PENDING, CANCELLED = "pending", "cancelled"
 #: A CA's renewals fail again and again.
 NEEDS_A_PERSON = "needs-a-person"
 #: Its `previousSerialNumber` is the one that was revoked.
 REVOKED = "revoked"
-#: The log was not as it was left.
+#: The log was changed or cut since its last line.
 DAMAGED = "damaged"
 #: Old files of the log were deleted, by `audit.keep_total`; the line has the last deleted line's number and digest.
 RETIRED = "retired"
 
 _LONGEST_RESULT = 2000
 _SYSLOG_SECONDS = 1.0
-#: Facility authpriv (10), severity notice (5), and critical (2) for what a person must see: RFC 5424 §6.2.1.
+#: Facility authpriv (10), severity notice (5), or critical (2) for events that need an operator: RFC 5424 §6.2.1.
 _SYSLOG_PRIORITY = 10 * 8 + 5
 _SYSLOG_LOUD = {NEEDS_A_PERSON: 10 * 8 + 2, DAMAGED: 10 * 8 + 2}
 
@@ -104,7 +103,7 @@ class Record:
         self._chain = Chain(store, settings, who)
 
     def know(self, name: str, request: SignRequest, backend: str, identity: str | None) -> None:
-        """Remember the facts that each later line about a certificate repeats."""
+        """Remember facts that each later line about a certificate repeats."""
         old = request.replaces
         self._known[name] = {
             "csrSha256": hashlib.sha256(request.csr.public_bytes(Encoding.DER)).hexdigest(),
@@ -125,7 +124,7 @@ class Record:
         result: str = "ok",
         more: Mapping[str, str] | None = None,
     ) -> None:
-        """Add a line, which is not written yet: about a certificate, or about none; with an error, or another result."""
+        """Add a line, to be written later: about a certificate or the run, with an error or another result."""
         line = {
             "run": self.run_id,
             "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -145,9 +144,9 @@ class Record:
 
     def write(self, *, head_later: bool = False) -> None:
         """
-        Write what waits, safe on disk when this returns; AuditError: it is lost.
+        Write the lines, safe on disk when this returns (AuditError: they are lost).
 
-        With `head_later`, a caller that writes hundreds of lines a second calls `write_head` within a second or so.
+        With `head_later` the caller, which writes hundreds of lines a second, calls `write_head` every second.
         """
         waiting, self._waiting = self._waiting, []
         if not waiting:
@@ -163,7 +162,7 @@ class Record:
             _tell_syslog(written)
 
     def write_head(self) -> None:
-        """Write down which line is the newest."""
+        """Record which line is the newest."""
         try:
             self._chain.write_head()
         except (OSError, StateError) as e:
@@ -176,7 +175,7 @@ class Record:
         self.write_or_warn()  # whichever way the run ended
 
     def write_or_warn(self) -> None:
-        """Write what waits; where it is too late to stop, say loudly what the record lacks."""
+        """Write the lines; where it is too late to stop, report which ones the log lacks."""
         lost = [f"{line['event']} {line.get('name', '')}".strip() for line in self._waiting]
         try:
             self.write()
@@ -185,7 +184,7 @@ class Record:
 
 
 def who() -> dict[str, str]:
-    """The effective user, and the one who logged in (which neither sudo nor the environment changes)."""
+    """The effective user, and the user who logged in (which neither sudo nor the environment changes)."""
     doer = {"user": _user_name(os.geteuid()), "host": os.uname().nodename}
     try:
         login = int(Path("/proc/self/loginuid").read_text(encoding="ascii"))
@@ -206,7 +205,7 @@ def _user_name(uid: int) -> str:
 
 
 def _tell_syslog(lines: Sequence[bytes]) -> None:
-    """A copy for whoever collects this machine's logs; the file is what counts."""
+    """Send copies to this machine's syslog; a failure is only reported."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log_socket:
             log_socket.settimeout(_SYSLOG_SECONDS)
@@ -241,14 +240,14 @@ START = Link(0, ZEROS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _End:
-    """Where a writer has left the file; another end is not his."""
+    """The end of the file as a writer left it; a different end is another writer's."""
 
     device: int
     inode: int
     size: int
     changed_ns: int
     link: Link
-    doer: Mapping[str, str]  #: Who this process is to the record.
+    doer: Mapping[str, str]  #: The user and host of this process.
 
     @classmethod
     def of(cls, path: Path, link: Link, doer: Mapping[str, str]) -> _End | None:
@@ -278,11 +277,7 @@ class Chain:
         self._end: _End | None = None
 
     def add(self, events: Sequence[Mapping[str, Any]], *, head_later: bool = False) -> list[bytes]:
-        """
-        Add lines, safe on disk, and return them with those about damage; an error: none was added.
-
-        Where the file's end is still the one that this process made, it is not looked for again.
-        """
+        """Add lines, safe on disk, and return them with those about damage; after an error none was added."""
         path, end = self._store.audit, self._end
         self._end = None
         if head_later and end is not None and end.size < self._limit and end == _End.of(path, end.link, end.doer):
@@ -314,7 +309,7 @@ class Chain:
         return lines, last
 
     def _outdated(self) -> list[Path]:
-        """The oldest files, without which there is room for one more; never the newest."""
+        """The oldest files, to be deleted to make room for one more; never the newest."""
         sizes = {path: path.stat().st_size for path in files(self._store)}
         old: list[Path] = []
         for path in list(sizes)[:-1]:
@@ -382,14 +377,14 @@ def _head_file(store: Store) -> StateFile[Link]:
 
 
 def _rotate(store: Store, last: Link) -> None:
-    """The file keeps its lines under a name with the number of its last one; the next file goes on with the chain."""
+    """Rename the file after the number of its last line; the next file continues the chain."""
     _write_head(store, last)  # or a crash in between could leave it behind the lines that are no longer looked at
     store.audit.rename(store.directory / f"audit-{last.sequence:08}.jsonl")
     sync_directory(store.directory)
 
 
 def _set_aside_torn(store: Store) -> tuple[Link, list[str]]:
-    """The last good line; what stands behind it (a crash cut it) is moved to a file of its own."""
+    """The last good line; bytes after it, which a crash cut, are moved to a file of their own."""
     data = _tail(store.audit)
     if data.endswith(b"\n") and (last := _link(data.splitlines(keepends=True)[-1])) is not None:
         return last, []
@@ -417,7 +412,7 @@ def _tail(path: Path) -> bytes:
 
 
 def _good_part(data: bytes) -> tuple[int, Link]:
-    """How many bytes end with a good line, and that line."""
+    """The number of bytes up to the last good line, and that line."""
     end = len(data)
     while end:
         begin = data.rfind(b"\n", 0, end - 1) + 1
@@ -432,8 +427,8 @@ def _continued(store: Store, last: Link) -> tuple[Link, list[str]]:
     """
     The link at which the chain goes on: after the newest line that was ever written.
 
-    A crash may have come between a line and the head, which is then behind. A head that is ahead, or tells another
-    digest, means that lines were cut or changed: the chain goes on after what the head knows, and so it stays visible.
+    After a crash between a line and the head, the head is behind. A head that is ahead, or has another digest, means that
+    lines were cut or changed: the chain goes on after the head, so that this stays visible.
     """
     try:
         head = _head(store)
@@ -516,10 +511,7 @@ _SENTENCES = {
 
 
 def verify(store: Store) -> tuple[int, list[Damage]]:
-    """
-    Count the lines of all files and find what is wrong; once more if anything is, as a run may be in the middle of a
-    line.
-    """
+    """Count the lines of all files and find damage; look again if there is any, since a run may be writing a line."""
     for _ in range(_WALKS):
         count, found = _walk(store)
         if not found:
@@ -566,7 +558,7 @@ def deleted_lines(store: Store) -> int:
 
 
 def _lines(store: Store) -> Iterator[tuple[str, bytes]]:
-    """The lines of all files with where they stand; all are opened first, since a run may be renaming one."""
+    """The lines of all files with their places; all files are opened first, since a run may be renaming one."""
     with contextlib.ExitStack() as stack:
         for name, file in _opened(store, stack):
             for number, line in enumerate(file, start=1):
@@ -624,5 +616,5 @@ def _time(event: Mapping[str, Any]) -> datetime:
     try:
         time = datetime.fromisoformat(str(event.get("time")))
     except ValueError:
-        return datetime.max.replace(tzinfo=UTC)  # changed by somebody: shown rather than hidden
+        return datetime.max.replace(tzinfo=UTC)  # a changed line is shown rather than hidden
     return time if time.tzinfo is not None else time.replace(tzinfo=UTC)

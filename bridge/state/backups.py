@@ -1,9 +1,9 @@
 """
-The backups in the state directory: what there is, whether one is fit to be put back, putting it back, deleting old ones.
+The backups in the state directory: lists them, judges whether one is fit to be put back, puts it back, deletes old ones.
 
-A backup is what an installation replaced (`bridge.state.install` makes it): copies of the files, and a manifest. It is
-checked as a new certificate is, against the live one's subject and SANs. The node ran on it before, though: what a
-component can start with may be forced, and only what it can't start with may not.
+A backup has copies of the files that an installation replaced, and a manifest (`bridge.state.install` makes it). Its
+certificates are checked as new ones are, against the live subjects and SANs. But the node ran on them before: an operator
+may force one that a component can start with.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class File:
 
     @property
     def target(self) -> Path | None:
-        """The file that the symlink led to; it is in the backup only if that undoes a rollback."""
+        """The symlink's target, which is in the backup only if the backup undoes a rollback."""
         return self.path.parent / self.leads_to if self.leads_to is not None else None
 
     @classmethod
@@ -123,7 +123,7 @@ class Backup:
 
 
 def read_all(store: Store) -> tuple[list[Backup], list[BackupError]]:
-    """All backups, the newest first; and those that can't be read. One without a manifest is none."""
+    """All backups, the newest first; and errors about those that can't be read."""
     found, broken = [], []
     try:
         directories = store.backup_directories()
@@ -199,12 +199,12 @@ class Problem:
 
     @property
     def is_damage(self) -> bool:
-        """Whether it is not whole, not there, or apart from its key: nothing that the certificate says."""
+        """Whether a file is damaged, missing, or apart from its key, whatever the certificate says."""
         return not self.subject
 
     @property
     def can_be_forced(self) -> bool:
-        """Whether the node could run on it nevertheless; a kubelet serves with whatever it has, its own included."""
+        """Whether the node could run on it nevertheless; a kubelet serves with any certificate."""
         return not self.is_damage and (self.certificate == KUBELET_SERVER or self.subject not in _NEVER_FORCED)
 
     def __str__(self) -> str:
@@ -213,12 +213,12 @@ class Problem:
 
 
 _PAIR, _NO_PAIR = "a certificate and its private key", "another key, or none that can be read"
-#: Nobody would trust it: another CA's, or the CA was changed.
+#: No client would trust it: another CA signed it, or the CA was changed.
 _NEVER_FORCED = ("chain", "issuer", "public key", "extensions", "critical extension")
 
 
 def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -> list[Problem]:
-    """All that speaks against putting it back."""
+    """All reasons against putting it back."""
     items = {item.spec.name: item for item in node.items}
     found: list[Problem] = []
     for name in backup.names:
@@ -240,7 +240,7 @@ def files_of(backup: Backup, name: str) -> list[File]:
 def _problems(
     files: Sequence[File], item: Item, kubeconfig_dir: Path, now: datetime, extra: frozenset[tuple[str, str]]
 ) -> Iterator[Problem]:
-    """Problems of one certificate: its files, its pair, what is in it; later ones make no sense without the earlier."""
+    """Problems of one certificate: with its files, else with its pair, else with its content."""
     name = item.spec.name
     found = [*_misplaced(name, files, item, kubeconfig_dir), *_damaged(name, files)]
     if found:
@@ -256,7 +256,7 @@ def _problems(
 
 
 def _misplaced(name: str, files: Sequence[File], item: Item, kubeconfig_dir: Path) -> Iterator[Problem]:
-    """A backup is of this node's files, and writes no others."""
+    """Problems of files that do not belong to this node's certificate."""
     places = {path.resolve() for path in (item.key_path, item.certificate_path) if path is not None}
     if item.current is not None:
         places |= {(kubeconfig_dir / item.spec.base).resolve(), item.current.parent.resolve() / item.current.name}
@@ -274,7 +274,7 @@ def _is_kubelets(file: File, item: Item) -> bool:
     return re.fullmatch(DATED.format(item.current.name.removesuffix("-current.pem")), file.path.name) is not None
 
 
-#: What a kubelet calls its pairs, and we ours; without the name's beginning.
+#: The name of a dated pair, the kubelet's or ours; without its beginning.
 DATED = r"{}-\d{{4}}(?:-\d\d){{5}}\.pem"
 
 
@@ -295,7 +295,7 @@ def _damaged(name: str, files: Sequence[File]) -> Iterator[Problem]:
 
 
 def _content_behind(link: File, files: Sequence[File]) -> bytes | None:
-    """The content that a symlink will lead to: of a file that is put back with it, or one that stays; None: neither."""
+    """The content behind a symlink that is put back: of a file in the backup, or of one that stayed; None: neither."""
     target = link.target
     if target is None:
         return None
@@ -322,7 +322,7 @@ def pair_of(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], 
 
 
 def _kubelets_pair(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], bytes] | None:
-    """The pair that a kubelet starts with: embedded in its kubeconfig, or else where the symlink led; None: neither is here."""
+    """The pair that a kubelet starts with: in its kubeconfig, or else behind the symlink; None: neither is here."""
     for file in files:
         if file.copy is not None and file.path.name == item.spec.base:
             data = file.copy.read_bytes()
@@ -342,7 +342,7 @@ def _unproven(
     now: datetime,
     extra: frozenset[tuple[str, str]],
 ) -> Iterator[Problem]:
-    """Problems of a certificate as an answer to a request that we would make now, but for how long it must be valid."""
+    """Problems of a certificate as an answer to a new request, whatever its remaining validity."""
     name, leaf = item.spec.name, certificates[0]
     live = item.certificates[0] if item.certificates else leaf
     try:
@@ -401,13 +401,10 @@ def put_back_and_retire(
     wait: timedelta,
 ) -> tuple[Rollback, Node]:
     """
-    Put back the files of a backup, or of the newest, all or none, and back up what they replace: a second rollback undoes it.
+    Put back the files of a backup, or of the newest, all or none; a second rollback undoes that.
 
-    Files that were not there when the backup was made are removed. `force` also puts back certificates that a CA must not
-    sign like that now, if the node could run on them.
-
-    Raises:
-        RollbackRefusedError: The backup is not fit. As after any other error, nothing was replaced.
+    Files that the backup has no copy of are removed. `force` also puts back certificates that a CA must not sign like
+    that now, if the node could run on them. RollbackRefusedError: it is not fit, and nothing was replaced.
     """
     with alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
         node = inventory.of(settings.node)
@@ -429,7 +426,7 @@ def put_back(
     now: datetime,
     may_pass: Callable[[Problem], bool],
 ) -> Rollback:
-    """The same for a run that holds the store's lock, and for what may pass of its problems."""
+    """Put back a backup in a run that holds the store's lock, in spite of the problems that `may_pass` accepts."""
     problems = problems_of(backup, settings, node, now)
     if not all(map(may_pass, problems)):
         error = RollbackRefusedError(backup.backup_id, problems)
@@ -439,7 +436,7 @@ def put_back(
     result = f"backup {backup.backup_id}"
     for o in outcomes:
         record.add(audit.VERIFIED, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
-    record.write()  # nothing is put back that the record does not know
+    record.write()  # the audit log comes before the installation
     about = {
         "command": shlex.join(sys.argv),
         **audit.who(),
@@ -460,7 +457,7 @@ def put_back(
     for o in outcomes:
         record.add(audit.ROLLED_BACK, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
     late = copies.settle(settings, store, record)
-    record.write_or_warn()  # what comes after it may take minutes, and be killed
+    record.write_or_warn()  # the next steps may take minutes, and be killed
     return Rollback(
         backup=backup,
         replaced_backup_id=replaced,
@@ -475,7 +472,7 @@ def _serial(certificate: x509.Certificate | None) -> str | None:
 
 
 def outcomes_of(backup: Backup, node: Node) -> list[Outcome]:
-    """The outcomes that putting a backup back has, one a certificate; without a new one where its files are removed."""
+    """The outcomes of putting a backup back; without a new certificate where its files are removed."""
     outcomes = []
     for item in node.items:
         files = files_of(backup, item.spec.name)
@@ -525,11 +522,11 @@ def _replacement(file: File, node: Node) -> Replacement:
 
 def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[str]:
     """
-    Delete the backups that nobody needs, and return their IDs.
+    Delete old backups, and return their IDs.
 
-    A backup goes when `keep` newer ones exist or when it is older than `keep_for`; but never the newest, and never
-    the newest that could be put back now, nor any while an installation is not proven. Keys are unlinked, not
-    overwritten: a journaling file system or an SSD writes elsewhere.
+    A backup goes when `keep` newer ones exist or when it is older than `keep_for`; but never the newest, never the newest
+    that could be put back now, and none while an installation is not proven. Keys are unlinked and not overwritten: a
+    journaling file system or an SSD writes elsewhere.
     """
     found, _ = read_all(store)
     keep = settings.backups
@@ -538,7 +535,7 @@ def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[
         for newer, backup in enumerate(found)
         if newer > 0 and (newer >= keep.keep or now - backup.created > keep.keep_for)
     ]
-    if not old or store.unproven.exists():
+    if not old or store.unproven.exists() or store.postponed.exists():
         return []
     last_good = next((backup for backup in found if not problems_of(backup, settings, node, now)), None)
     deleted = []
@@ -556,7 +553,7 @@ def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[
 
 
 def delete(backup: Backup) -> None:
-    """Delete a backup, its manifest first: what a crash leaves is no backup any more, and the next run removes it."""
+    """Delete a backup, its manifest first: after a crash the next run removes the rest."""
     (backup.directory / MANIFEST).unlink()
     sync_directory(backup.directory)
     shutil.rmtree(backup.directory)

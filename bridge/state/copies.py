@@ -1,12 +1,12 @@
 """
 Copies of the node's kubeconfigs that the settings name: they get the new client certificate and key, too.
 
-What the copies may still hold is on disk before anything is installed, and goes when each of them has what is live now:
-however a run ends, the next one goes on, and after a rollback they go back. So they have no part in the journal of an
-installation, and nobody who owns one can hold that up.
+The certificates that copies may still hold are recorded before an installation, until each copy has the live one: the
+next run goes on after an interruption, and a rollback changes the copies back. They are no part of an installation's
+journal, so that the owner of a copy can't hold up an installation.
 
-A copy may lie in somebody's home: it is opened once, on a way that only its owner and root can change, and gets a new
-key only where it holds the old certificate together with its key, so that nobody is given what he did not have.
+A copy may lie in a user's home: it is opened once, by a path that only its owner and root can change, and gets a new key
+only if it holds the old certificate with its key, so that no user gets rights that they did not have.
 """
 
 from __future__ import annotations
@@ -46,14 +46,13 @@ _STAGED = f"{STAGED_PREFIX}copy-"
 _LONGEST = timedelta(seconds=30)
 #: Users of one copy whose keys are read: there is one, or one a cluster.
 _MOST_KEYS = 8
-_AGAIN = "mend it, or take it out of copies.files; the next `ca-bridge renew` tries again"
 
 
 class CopyError(BridgeError):
-    """A copy could not be refreshed: whoever uses it goes on with the old certificate."""
+    """A copy could not be refreshed: its users go on with the old certificate."""
 
     exit_code = Exit.NOT_LIVE
-    hint = _AGAIN
+    hint = "fix it, or remove it from copies.files; the next `ca-bridge renew` tries again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +77,7 @@ class _Live:
 
 
 def owe(settings: Settings, store: Store, node: Node, replaced: Mapping[str, x509.Certificate | None]) -> None:
-    """Write down before an installation that the copies are to hold what is live after it; StateError: install nothing."""
+    """Record, before an installation, that the copies need the next certificates (StateError: install nothing)."""
     if not settings.copies.files.paths:
         return
     file = copies_file(store)
@@ -95,7 +94,7 @@ def owe(settings: Settings, store: Store, node: Node, replaced: Mapping[str, x50
 
 
 def settle(settings: Settings, store: Store, record: audit.Record) -> list[BridgeError]:
-    """Refresh every copy that holds what was replaced; what could not be done stays owed, and is returned."""
+    """Refresh every copy that holds a replaced certificate; returns errors, after which the debt stays."""
     if not store.copies.exists():
         return []
     file = copies_file(store)
@@ -122,10 +121,9 @@ def settle(settings: Settings, store: Store, record: audit.Record) -> list[Bridg
 
 def _refreshed_in_time(path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequence[str]]) -> list[str]:
     """
-    Give up a copy that takes too long: a home may be on a dead network file system, or made to be read for ever.
+    Refresh one copy in time: a home may be on a dead network file system, or hold a file without end.
 
-    Raises:
-        CopyError: It took too long, and stays owed; its thread is left behind and ends with this process.
+    CopyError: it took too long; its thread is left behind and ends with this process.
     """
     done: Future[list[str]] = Future()
 
@@ -161,7 +159,7 @@ def _live(node: Node) -> tuple[dict[str, _Live], dict[str, CopyError]]:
 
 
 def _refreshed(path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequence[str]]) -> list[str]:
-    """Refresh one copy, if it holds what was replaced, and return kubeadm's names of that; CopyError: it is as it was."""
+    """Refresh one copy; kubeadm's names of the kubeconfigs that it copies (CopyError: it was not changed)."""
     with _reasons(path):
         try:
             with opened(path) as place, _judged(place) as found:
@@ -175,7 +173,7 @@ def _refreshed(path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequenc
 
 
 def _outdated(data: bytes, path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequence[str]]) -> dict[int, str]:
-    """The users of a copy with what was replaced, by their number: kubeadm's name of what they are to hold."""
+    """The users of a copy with a replaced certificate, by number, and kubeadm's name of the kubeconfig they copy."""
     now = {name: fingerprint(one.certificate) for name, one in live.items()}
     old = {one: name for name, found in owed.items() if name in now for one in found if one != now[name]}
     held = [(user.number, found) for user, found in _held(data, {*old, *now.values()})]
@@ -204,8 +202,8 @@ def _held(data: bytes, known: Container[str]) -> Iterator[tuple[EmbeddedUser, st
     """
     Each user with a known certificate (by fingerprint) and its key.
 
-    A certificate is no secret: who has it without its key gets no new one. Keys are not read beside other certificates,
-    nor more than a few of them: a copy's owner decides what is in it, and some keys take OpenSSL long.
+    A certificate without its key is no reason to hand out a new key. Only a few keys are read, and none beside another
+    certificate: the copy's owner may put in keys that take OpenSSL long.
     """
     keys = 0
     for user in kubeconfig.embedded_users(data):
@@ -225,7 +223,7 @@ def _held(data: bytes, known: Container[str]) -> Iterator[tuple[EmbeddedUser, st
 
 
 def look(settings: Settings, node: Node) -> list[Copy]:
-    """Each copy as it is now, and what would speak against refreshing it; nothing is written."""
+    """Each copy as it is now, with the reason why it could not be refreshed; nothing is written."""
     live, _ = _live(node)
     names = {fingerprint(one.certificate): name for name, one in live.items()}
     found = []
@@ -259,7 +257,7 @@ class _Found:
     status: os.stat_result
 
     def assert_still(self, place: Place) -> None:
-        """Make sure that the name still leads to the file that was read, and that it was not written to since."""
+        """Make sure that the name still leads to the file that was read, unchanged."""
         if _version(place.path.lstat()) != _version(self.status):
             raise UnreadableError("it was changed while it was refreshed, and is as its owner has left it")
 
@@ -270,7 +268,7 @@ def _version(status: os.stat_result) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _judged(place: Place) -> Iterator[_Found]:
-    """Open a file once, and no link, if only its owner and root can change it; what is returned is of that very file."""
+    """Open a file, and no link, that only its owner and root can change; everything is read from this descriptor."""
     with regular_file(place.path, os.O_NOFOLLOW) as (descriptor, status):
         path = Path(f"/proc/self/fd/{descriptor}")
         if status.st_nlink != 1:
@@ -285,7 +283,7 @@ def _judged(place: Place) -> Iterator[_Found]:
 
 @contextlib.contextmanager
 def _reasons(path: Path) -> Iterator[None]:
-    """Turn what is wrong with a copy into an error with its path."""
+    """Turn errors into a CopyError with the copy's path."""
     try:
         yield
     except KubeconfigError as e:

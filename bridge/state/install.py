@@ -2,9 +2,8 @@
 Replace a set of files in one recoverable step.
 
 Stage beside each target, back up by copy, write the journal (the commit point), swap by rename, remove the journal.
-A crash before the journal leaves all old, a crash after it all new, once `recover` has run; every command that
-writes runs it first.
-Not checked here: what the files hold (`bridge.pki.verify` did).
+After a crash before the journal all files are old, after a later one all are new, once `recover` has run; every command
+that writes runs it first. The files' content was checked before (`bridge.pki.verify`).
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _PAIRS = (
 
 
 class InstallError(BridgeError):
-    """The files could not be replaced; what is on disk now is in the text."""
+    """The files could not be replaced; the text says what is on disk now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,17 +56,14 @@ class Replacement:
     mode_mask: int  #: The most that the new file's mode may allow.
     #: `fingerprint` of what was there when the CSR was made; None: there was no file.
     was: str | None
-    #: How it is made where there is no file; None: for its owner alone.
-    attributes: Attributes | None = None
-    #: What is replaced is the symlink itself, or what is in its place.
-    is_link: bool = False
-    #: It becomes a symlink that leads there, and has no data; only with `is_link`.
-    leads_to: str | None = None
+    attributes: Attributes | None = None  #: A new file's; None: for its owner alone.
+    is_link: bool = False  #: The symlink itself is replaced, or a file in its place.
+    leads_to: str | None = None  #: The target of the new symlink, which has no data; only with `is_link`.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A replacement with its real path, where its new content waits, and how its old file was."""
+    """A replacement with its real path, the path of its staged content, and the old file's attributes."""
 
     replacement: Replacement
     path: Path
@@ -96,7 +92,7 @@ def digest(data: bytes) -> str:
 
 
 def fingerprint(path: Path) -> str | None:
-    """The SHA-256 of what is at a path itself: a file's content, or where a symlink leads; None: nothing is there."""
+    """The SHA-256 of a file's content, or of a symlink's target; None: neither is there."""
     if path.is_symlink():
         return link_digest(str(path.readlink()))
     return digest(path.read_bytes()) if path.exists() else None
@@ -109,16 +105,7 @@ def link_digest(leads_to: str) -> str:
 
 def install(store: Store, replacements: Sequence[Replacement], run_id: str, about: Mapping[str, Any]) -> str:
     """
-    Replace all files or none.
-
-    Args:
-        store: Prepared; its lock is held.
-        replacements: At least one.
-        run_id: Unique.
-        about: For the backup's manifest: why, which certificates, serial numbers.
-
-    Returns:
-        The backup's ID.
+    Replace all files or none, and return the backup's ID; `about` goes into its manifest.
 
     Raises:
         InstallError: Nothing was replaced, or all was put back; or, if even that failed, the journal stays for `recover`.
@@ -152,7 +139,7 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
 
 
 def _note_time(store: Store, paths: Sequence[Path]) -> None:
-    """Write down when files were written; without it their ctime counts, by a clock that may have been wrong."""
+    """Record when files were written; without that their ctime counts, by a clock that may have been wrong."""
     file = written_file(store)
     try:
         earlier = {path: one for path, one in (file.read() or {}).items() if one.is_of(Path(path))}
@@ -163,14 +150,11 @@ def _note_time(store: Store, paths: Sequence[Path]) -> None:
 
 def recover(store: Store) -> Recovery | None:
     """
-    Finish what a crash left: forward if every new file is there, else back to the backup.
-
-    Returns:
-        What was done; None if there was nothing to do.
+    Finish an interrupted installation: forward if every new file is there, else back to the backup; None: there is none.
 
     Raises:
-        InstallError: Neither way works, and the journal stays; or something that was left can't be removed.
-        StateError: The journal, or the list of what was staged, can't be read or is damaged; nothing was touched.
+        InstallError: Neither way works, and the journal stays; or a leftover file can't be removed.
+        StateError: The journal, or the list of staged files, can't be read or is damaged; nothing was touched.
     """
     try:
         return _recover(store)
@@ -258,7 +242,7 @@ def _stage(target: Target) -> None:
 
 
 def _assert_unchanged(targets: Sequence[Target]) -> None:
-    """Make sure that nobody (kubeadm, an operator) replaced a file since its CSR was made."""
+    """Make sure that no other program or person replaced a file since its CSR was made."""
     for target in targets:
         if fingerprint(target.path) != target.replacement.was:
             raise InstallError(
@@ -268,7 +252,7 @@ def _assert_unchanged(targets: Sequence[Target]) -> None:
 
 
 def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mapping[str, Any]) -> str:
-    """Back up by copying: kubeadm rewrites files in place, and a hard link would change with them. The manifest comes last."""
+    """Back up by copying (kubeadm rewrites files in place, and a hard link would change, too); the manifest comes last."""
     created, place_in_order = datetime.now(UTC), _next_number(store)
     backup_id = f"{created:%Y%m%dT%H%M%SZ}-{run_id}"
     directory = store.backups / backup_id
@@ -324,7 +308,7 @@ def _journal(targets: Sequence[Target], run_id: str, backup_id: str) -> dict[str
 
 
 def _forward(journal: Mapping[str, Any]) -> None:
-    """Put all new files in place: each is there already, or waits beside it; may be repeated."""
+    """Put all new files in place, each of which is there already or staged beside it; may be repeated."""
     for target in journal["targets"]:
         path, staged = Path(target["path"]), Path(target["staged"])
         if target["sha256"] is None:
@@ -364,7 +348,7 @@ def _back(store: Store, journal: dict[str, Any]) -> None:
 
 
 def _leave_all_old(store: Store, error: Exception) -> NoReturn:
-    """Give up before the commit point: nothing but what was staged is taken away."""
+    """Give up before the commit point: remove the staged files and nothing else."""
     try:
         _forget_staged(store, staging_file(store).read())
         _forget_partial_backups(store)
@@ -388,7 +372,7 @@ def _give_up(store: Store, journal: dict[str, Any], error: Exception) -> NoRetur
 
 
 def _close_at_last(store: Store, done: str) -> None:
-    """The files are as they shall be: a journal that can't be removed is for the next run, which finds nothing to do."""
+    """Remove the journal; if that fails the next run does it, since the files need nothing more."""
     try:
         _close(store)
     except StateError as e:
@@ -401,18 +385,18 @@ def _close(store: Store) -> None:
 
 
 def _forget_staged(store: Store, staged: Sequence[Path] | None) -> None:
-    """Staged files without a journal never count; None: there is no list of any."""
+    """Remove staged files without a journal, which never count; None: there is no list of them."""
     if staged is None:
         return
     for path in staged:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            path.lstat()  # a read-only file system would refuse even to remove what is not there
+            path.lstat()  # a read-only file system refuses to remove even a file that is not there
             path.unlink()
     store.staging.unlink()
 
 
 def _forget_partial_backups(store: Store) -> None:
-    """A backup without a manifest was not finished, and nothing was replaced after it."""
+    """Remove backups without a manifest: they were not finished, and no file was replaced after them."""
     for directory in store.backup_directories():
         if not (directory / MANIFEST).exists() and not directory.is_symlink():
             shutil.rmtree(directory)
@@ -446,7 +430,7 @@ def journal_file(store: Store) -> StateFile[dict[str, Any]]:
 
 
 def _journal_of(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Parse a journal, in which each path stands twice, so that damage is noticed in those without a digest, too."""
+    """Parse a journal; each path is in it twice, so that damage shows in a journal without a digest, too."""
     if document["direction"] not in ("forward", "back") or not _names(document, "run_id", "backup"):
         raise ValueError("not written by this program")
     for target in document["targets"]:
@@ -458,7 +442,7 @@ def _journal_of(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def staging_file(store: Store) -> StateFile[tuple[Path, ...]]:
-    """The list of what an installation has staged, or was about to; it may all go while there is no journal."""
+    """The list of files that an installation stages; without a journal they may all be removed."""
     return StateFile(
         path=store.staging,
         what="the list of files that were staged",

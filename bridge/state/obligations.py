@@ -1,8 +1,9 @@
 """
-What is owed until it is done: each is on disk before an installation, and leaves the disk when it is done or outdated.
+Debts of an installation: each is on disk before the installation, and leaves the disk when it is paid or outdated.
 
-Four kinds, each in a file of its own, so that damage to one holds up no other: installed certificates that were not
-seen in use yet, hooks that did not succeed yet, certificates to revoke, and what copies of kubeconfigs may still hold.
+Each kind has a file of its own, so that damage to one holds up no other: installed certificates that were not seen in
+use yet (those with --no-restart apart), hooks that did not succeed yet, certificates to revoke, and what copies of
+kubeconfigs may still hold.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Unproven:
     """A certificate that was installed, perhaps by several runs, and was not seen in use yet."""
 
     name: str  #: kubeadm's.
-    runs: Mapping[str, str]  #: What they installed, or were about to: the run by the serial.
-    backup_of: str  #: The first of them, whose backup has what was in use.
+    runs: Mapping[str, str]  #: The run that installed it, or was about to, by serial.
+    backup_of: str  #: The first of these runs, whose backup has the files that were in use.
     before: frozenset[str] = frozenset()  #: Checks that failed before it, as in `Finding.what`.
 
     def __post_init__(self) -> None:
@@ -52,11 +53,11 @@ class Unproven:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owed:
-    """Installed certificates that are not proven, and what is owed for them."""
+    """Installed certificates that are not proven, and the rollback and restarts that they need."""
 
     certificates: tuple[Unproven, ...]
-    going_back: str = ""  #: Why all of it goes back; empty: it does not.
-    to_restart: tuple[Component, ...] = ()  #: Restarted on what goes back, or went, and not on the old files yet.
+    going_back: str = ""  #: Why all of it is rolled back; empty: it is not.
+    to_restart: tuple[Component, ...] = ()  #: Components that run on files that were rolled back.
 
     @property
     def names(self) -> list[str]:
@@ -86,13 +87,25 @@ class Owed:
 
 
 def unproven_file(store: Store) -> StateFile[Owed]:
-    """The file with what was installed and is not proven; a damaged one may owe a restart, or the way back."""
+    """The file with unproven certificates; a damaged one stops a run, since it may owe a restart or a rollback."""
     return coded(
         Owed,
         store.unproven,
         "what was installed and not proven",
         OnDamage.REFUSE,
         afterwards="`ca-bridge prove` shows whether all is in use, and `ca-bridge restart` restarts what is not",
+        exit_code=Exit.NOT_LIVE,
+    )
+
+
+def postponed_file(store: Store) -> StateFile[Owed]:
+    """The file with what was installed with --no-restart: no run restarts for it, or takes it back."""
+    return coded(
+        Owed,
+        store.postponed,
+        "what was installed with --no-restart and not seen in use",
+        OnDamage.SET_ASIDE,
+        afterwards="`ca-bridge prove` shows whether all is in use",
         exit_code=Exit.NOT_LIVE,
     )
 
@@ -122,7 +135,7 @@ class OwedHooks:
 
 
 def hooks_file(store: Store) -> StateFile[tuple[OwedHooks, ...]]:
-    """The hooks that are to be run again; a renewal goes on without them, and a damaged file is reported once."""
+    """The hooks to be run again; a damaged file is reported once, and does not stop a renewal."""
     return coded(
         tuple[OwedHooks, ...],
         store.hooks,

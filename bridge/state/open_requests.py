@@ -1,9 +1,9 @@
 """
-Requests that a CA was asked, or may have been, and whose certificates are not in use yet: keys, references, answers.
+Requests that a CA has, or may have, and whose certificates are not in use yet: keys, references, answers.
 
-Each kind has a file of its own in the state directory, 0600: lines of JSON, each with a digest of itself, of which the
-last one about a request counts. A key is there before a CA that answers later is asked, and an answer before it is
-delivered, so that no interruption makes a run ask for the same certificate twice.
+Each kind has its own file in the state directory, 0600: lines of JSON, each with its digest; the last one about a request
+counts. A key is saved before a CA that answers later is asked, and an answer before it is delivered, so that no
+interruption makes a run ask for the same certificate twice.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Kind(Generic[T]):
     name: str
     type: type[T]
     key_of: Callable[[T], str]
-    what: str  #: That is in the file, for messages.
-    #: Private keys are in it: each change writes the file anew, so that no old key stays in it, and damage is an error.
-    #: Without keys lines are added, and a damaged one costs a question that a CA has answered already.
+    what: str  #: The file's content, for messages.
+    #: With private keys each change writes the file anew, so that no old key stays in it, and damage is an error.
+    #: Without keys lines are appended, and a damaged one costs one repeated request.
     has_keys: bool = False
-    afterwards: str = ""  #: What to do when a damaged file is out of the way.
+    afterwards: str = ""  #: What the operator has to do after a damaged file was renamed.
     lies_on_disk: bool = False  #: Memory holds only where each line is.
     #: Earlier versions had one document with a list below this key; how to read an entry of it.
     old_key: str = ""
@@ -68,7 +68,7 @@ class RequestsFile(StateFile[dict[str, Any]]):
     kind: Kind[Any]
 
     def _parsed(self, data: bytes) -> dict[str, Any]:
-        """All values by key, from either form; with keys in it, each line has to be there and whole."""
+        """All values by key, from the new form or the old one; a file with keys must be complete."""
         kind = self.kind
         if not data.startswith(_LINE):
             entries = [kind.from_old(entry) for entry in unsealed(data, frozenset({kind.old_key}))[kind.old_key]]
@@ -95,14 +95,10 @@ def file_of(kind: Kind[Any], path: Path) -> RequestsFile:
 
 
 class RequestLog(Generic[T]):
-    """
-    The open requests of one kind, by their keys; changes are on disk after `save`.
-
-    The lock of the directory is held by the process that changes them, in which several threads may.
-    """
+    """The open requests of one kind, by key, for the threads of a process that holds the lock; `save` writes changes."""
 
     def __init__(self, path: Path, kind: Kind[T], still: Callable[[T], T | None] = lambda value: value) -> None:
-        """Read the file; `still` says what becomes of each value in it, and None that it is outdated."""
+        """Read the file; `still` returns each value in it, perhaps changed, or None for an outdated one."""
         self._kind, self._file, self._still = kind, file_of(kind, path), still
         self._lock = threading.RLock()
         self._found: dict[str, T | _Place] = {}
@@ -193,7 +189,7 @@ class RequestLog(Generic[T]):
             return value
 
     def save(self) -> None:
-        """Make all changes safe on disk, those of other threads, too."""
+        """Make all changes safe on disk, those of other threads included."""
         with self._lock:
             if not self._changed:
                 return
@@ -264,14 +260,14 @@ class OpenRequest:
     key_pem: bytes = field(repr=False)
     created: datetime
     run_id: str = field(metadata=named("run"))
-    #: Label of the backend whose CA has the request; empty: none has.
+    #: Label of the backend whose CA has the request; empty: no CA has it.
     backend: str = ""
-    reference: str = ""  #: With which the backend collects the answer.
+    reference: str = ""  #: The backend collects the answer with it.
     note: str = ""  #: The backend's, for the operator.
     answer: Issued | None = None  #: Passed, and is not installed.
     #: SHA-256 of the bundles in which it was carried out of the node.
     bundles: tuple[str, ...] = ()
-    kubeconfig: FreshKubeconfig | None = None  #: The file that it belongs in, where there was none.
+    kubeconfig: FreshKubeconfig | None = None  #: The new file for it, where there was none.
 
     @property
     def name(self) -> str:
@@ -280,7 +276,7 @@ class OpenRequest:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a CA or a desk has it, and has not answered."""
+        """Whether a CA or a desk has it and has not answered."""
         return bool(self.reference or self.bundles) and self.answer is None
 
     @property
@@ -314,7 +310,7 @@ class OpenRequests(RequestLog[OpenRequest]):
 
 
 class Unkept(OpenRequests):
-    """The requests of a run that throws them and their keys away: in memory alone."""
+    """The requests of a rehearsal, in memory only."""
 
     def __init__(self) -> None:
         self._kind, self._lock = RENEWALS, threading.RLock()
@@ -338,8 +334,8 @@ class OpenUser:
     validity: timedelta
     created: datetime
     backend: str  #: Label of the backend whose CA is asked.
-    reference: str = ""  #: With which it collects the answer; empty: it is not known that the CA has the request.
-    carried: Continuity | None = None  #: Who asks, where the request is carried to a desk; there is no proof in it.
+    reference: str = ""  #: The backend collects the answer with it; empty: the CA may not have the request.
+    carried: Continuity | None = None  #: The asking node, where the request is carried to a desk; without a proof.
 
     @property
     def request(self) -> SignRequest:

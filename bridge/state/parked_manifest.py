@@ -1,4 +1,4 @@
-"""A manifest that a restart has moved out of its directory: the journal of it, and the way back after a crash."""
+"""A manifest that a restart has moved out of its directory: the journal, and the recovery after a crash."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bridge.state.store import Store
 from bridge.system.files import Attributes, sync_directory, write_atomically, write_staged
 from bridge.system.state_file import OnDamage, StateFile
 
-#: leaving: the manifest may still be in its place; out: it is not; back: it is there again, but nobody has seen the
-#: component in good health.
+#: leaving: the manifest may still be in its place; out: it is away; back: it is there again, and the component was not
+#: seen healthy yet.
 ParkingState = Literal["leaving", "out", "back"]
 
 
@@ -26,19 +26,12 @@ class RestartError(BridgeError):
 
 
 def aside(manifest: Path) -> Path:
-    """
-    The path where a manifest waits: on the same file system, and where no kubelet looks.
-
-    A kubelet takes every file of its directory for a manifest, whatever its name ends with.
-    """
+    """The path where a manifest waits: on the same file system, outside the directory in which a kubelet reads all files."""
     return manifest.parent.resolve().parent / f"{STAGED_PREFIX}{manifest.name}"
 
 
 def recover(store: Store) -> str | None:
-    """
-    Put back the manifest that an interrupted restart has moved away; returns what was done, None where there was
-    nothing to do.
-    """
+    """Put back the manifest that an interrupted restart has moved away, and return a sentence about that."""
     journal = restart_file(store).read()
     if journal is None:
         return None
@@ -53,7 +46,7 @@ def recover(store: Store) -> str | None:
 
 
 def journal_of(component: Component, manifest: Path) -> dict[str, Any]:
-    """A journal with the whole manifest, so that it comes back even if somebody takes the file that was moved away."""
+    """A journal with the whole manifest, which can be restored even if the moved file is lost."""
     try:
         content, attributes = manifest.read_bytes(), Attributes.of(manifest)
     except OSError as e:
@@ -69,7 +62,7 @@ def journal_of(component: Component, manifest: Path) -> dict[str, Any]:
 
 
 def enter(store: Store, journal: dict[str, Any], state: ParkingState) -> None:
-    """Write down how far a restart has come."""
+    """Record how far a restart has come."""
     journal["state"] = state
     restart_file(store).replace(journal)
 
@@ -89,7 +82,7 @@ def restart_file(store: Store) -> StateFile[dict[str, Any]]:
 
 
 def _journal_of(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's name stands there twice, so that damage to one is noticed in journals without a digest, too."""
+    """Parse a journal; the manifest's name is in it twice, so that damage shows in a journal without a digest, too."""
     Component(document["component"])
     base64.b64decode(document["content"], validate=True)
     attributes_from(document["attributes"])
@@ -101,9 +94,9 @@ def _journal_of(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def put_back(store: Store, journal: dict[str, Any]) -> str | None:
     """
-    See that a manifest is in its place, and return what had to be done, if anything; may be repeated.
+    Make sure that a manifest is in its place, and return what had to be done, if anything; may be repeated.
 
-    A new manifest of kubeadm's or an operator's stays; then ours goes to the state directory.
+    A new manifest of kubeadm's or an operator's stays, and ours goes to the state directory.
     """
     manifest, waiting = Path(journal["manifest"]), Path(journal["aside"])
     content, done = base64.b64decode(journal["content"]), None
@@ -124,7 +117,7 @@ def put_back(store: Store, journal: dict[str, Any]) -> str | None:
 
 
 def _is_whole(waiting: Path, content: bytes) -> bool:
-    """Whether it is more than the rest of a `recover` that was itself interrupted."""
+    """Whether it is complete, and not left by a `recover` that was itself interrupted."""
     if waiting.is_symlink():
         return True
     try:
@@ -134,7 +127,7 @@ def _is_whole(waiting: Path, content: bytes) -> bool:
 
 
 def is_there(path: Path) -> bool:
-    """A symlink is moved as such, and may lead nowhere while it is away."""
+    """Whether a file or symlink is there; a symlink may lead nowhere while it is away."""
     return path.exists() or path.is_symlink()
 
 

@@ -1,4 +1,4 @@
-"""How each run that writes begins: alone, on a node that no earlier run left half done, and with a record."""
+"""How each run that writes begins: alone, after the recovery of an interrupted run, and with an audit log."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def tree_file(store: Store) -> StateFile[Tree]:
 
 
 class OtherTreeError(BridgeError):
-    """The state directory is another cluster's: its requests, their keys and what is owed there would be lost."""
+    """The state directory is another cluster's: its requests, their keys and its debts would be lost."""
 
     def __init__(self, store: Store, ours: Tree, theirs: Tree) -> None:
         super().__init__(
@@ -66,7 +66,7 @@ class OtherTreeError(BridgeError):
 
 
 def _assert_ours(settings: Settings, store: Store) -> Tree | None:
-    """Refuse another cluster's state directory; returns what is to be written into one that says nothing yet."""
+    """Refuse another cluster's state directory; returns the content for a new one."""
     node = settings.node
     ours = Tree(pki_dir=os.path.realpath(node.pki_dir), kubeconfig_dir=os.path.realpath(node.kubeconfig_dir))
     theirs = tree_file(store).read()
@@ -79,19 +79,12 @@ def _assert_ours(settings: Settings, store: Store) -> Tree | None:
 def alone(
     settings: Settings, wait: timedelta, tell: Callable[[Recovery | str], None]
 ) -> Iterator[tuple[Store, audit.Record]]:
-    """
-    Hold the state directory's lock; what an interrupted run left is finished or undone first.
-
-    Raises:
-        LockedError: Another run works on this node.
-        InstallError: What was left can neither be finished nor undone.
-        BridgeError, OSError: The state directory is not ours alone, another cluster's, damaged, or can't be written.
-    """
+    """Hold the state directory's lock; finish or undo first an installation or a restart that was interrupted."""
     store = Store(settings.node.state_dir)
     store.prepare()
     with lock(store.lock, shlex.join(sys.argv), wait), audit.Record(store, settings.audit) as record:
         first_use = _assert_ours(settings, store)
-        # a component that is away comes first: nothing that is wrong with files may keep it away
+        # a component whose manifest is away comes first: a fault of the files must not keep it down
         found = [
             recovery for step in (parked_manifest.recover, install.recover) if (recovery := step(store)) is not None
         ]
@@ -101,7 +94,7 @@ def alone(
         if found:
             _forget_installed(settings, store, tell)
         if first_use is not None:
-            with contextlib.suppress(StateError):  # a full disk stops what matters more, and the next run writes it
+            with contextlib.suppress(StateError):  # on a full disk other steps fail loudly; the next run writes it
                 tree_file(store).put(first_use)
         yield store, record
 
@@ -123,7 +116,7 @@ def _forget_installed(settings: Settings, store: Store, tell: Callable[[Recovery
 def begun(
     settings: Settings, now: Callable[[], datetime], progress: Progress, wait: timedelta
 ) -> Iterator[tuple[Run, Node]]:
-    """The same for a run that deals with requests; those whose certificates were replaced meanwhile are forgotten."""
+    """`alone`, for a run with requests; requests whose certificates were replaced meanwhile are forgotten."""
     with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
         run = Run(
             settings=settings, store=store, requests=OpenRequests(store), record=record, progress=progress, now=now
@@ -134,7 +127,7 @@ def begun(
 
 
 def _forget_outdated(run: Run, node: Node) -> None:
-    """Give up requests whose live certificate has been replaced; one that can't be read now may come back."""
+    """Give up requests whose live certificate was replaced; one that can't be read now may come back."""
     live = {item.spec.name: item.certificates[0] for item in node.items if item.state == "present"}
     for one in run.requests:
         certificate = live.get(one.name)
@@ -147,7 +140,7 @@ def _forget_outdated(run: Run, node: Node) -> None:
 
 
 def give_up(run: Run, name: str, why: str) -> None:
-    """Forget a request that somebody has, and say so; safe on disk after the requests' `save`."""
+    """Forget a pending request, and report that; safe on disk after the requests' `save`."""
     made = run.requests.drop(name)
     if made is not None:
         text = f"forgot the request of {minute(made.created)}: {why}"

@@ -20,13 +20,12 @@ _INSTALLED = Path(__file__).parents[2]
 #: The ends of further directories with distributions; the last one is the offline installation's.
 _PLUG_INS = ("/site-packages", "/dist-packages", "/plugins")
 
-#: What comes and goes under names of its own: the cut end of a record, and a manifest that another one took the place of.
+#: Files with names of their own: the cut end of an audit log, and a manifest that was replaced while it was away.
 _NUMBERED = r"audit\.torn-\d+-[0-9a-f]{8}|[a-z-]+-[0-9a-f]{8}\.yaml"
 _BACKUP = r"\d{8}T\d{6}Z-[0-9a-z]+(-[0-9a-z]+)?"
 
 
-#: IDs of the backups of what this process has replaced, the newest last; for the last words of a run that is
-#: interrupted, wherever that happens.
+#: IDs of the backups that this process has made, the newest last; an interrupted run names them.
 replaced_here: list[str] = []
 
 
@@ -46,6 +45,7 @@ class Store:
         self.restarted = state_dir / "restarted.json"  #: When each component was last restarted.
         self.kubelet_copy = state_dir / "kubelet-client-current.pem"  #: The last one that was taken from the kubelet.
         self.unproven = state_dir / "unproven.json"  #: What was installed, and not yet seen in use.
+        self.postponed = state_dir / "postponed.json"  #: Installed with --no-restart, and not yet seen in use.
         self.hooks = state_dir / "hooks.json"  #: Hooks that did not succeed yet.
         self.revocations = state_dir / "revocations.json"  #: Superseded certificates that are to be revoked.
         self.checked_settings = state_dir / "settings.checked"  #: Which settings file needs no further check.
@@ -61,8 +61,8 @@ class Store:
         self.audit_head = state_dir / "audit.head"  #: The newest line's number and digest.
 
     def prepare(self) -> None:
-        """Make the directories; an error if they are not ours alone."""
-        from bridge.system.files import private_directory  # noqa: PLC0415 (a look at the store needs none of it)
+        """Make the directories (BridgeError: another user can write to them)."""
+        from bridge.system.files import private_directory  # noqa: PLC0415 (reading the store does not need it)
 
         private_directory(self.directory)
         private_directory(self.backups)
@@ -74,7 +74,7 @@ class Store:
         return [path for path in self.directory.glob(".*") if ours.fullmatch(path.name) and path.is_file()]
 
     def backup_directories(self) -> list[Path]:
-        """All of them, finished or not; other names beside them are not ours."""
+        """The directories of all backups, finished or not."""
         found = self.backups.iterdir() if self.backups.is_dir() else ()
         return [path for path in found if re.fullmatch(_BACKUP, path.name) and path.is_dir()]
 

@@ -21,7 +21,7 @@ def test_what_decides_names_is_read() -> None:
     found = parse(CONFIG.encode())
 
     assert (found.name, found.address, found.endpoint, found.version) == (NAME, ADDRESS, ENDPOINT, "v1.37.2")
-    assert (found.socket, found.bind_port) == ("unix:///run/none.sock", 6443)
+    assert (found.socket, found.port) == ("unix:///run/none.sock", 6443)
 
 
 def test_an_endpoint_without_a_port_has_kubeadms() -> None:

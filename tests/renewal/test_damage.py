@@ -165,7 +165,15 @@ def test_every_state_file_can_be_set_aside(node: Pki, store: Store, tmp_path: Pa
     """Those that a damage may stop; whole ones stay."""
     files = damage.state_files(store)
     assert {file.path for file in files} == {
-        *(store.journal, store.staging, store.requests, store.restart, store.restarted, store.unproven),
+        *(
+            store.journal,
+            store.staging,
+            store.requests,
+            store.restart,
+            store.restarted,
+            store.unproven,
+            store.postponed,
+        ),
         *(store.hooks, store.attempts, store.revocations, store.copies, store.users),
     }
     for file in files:

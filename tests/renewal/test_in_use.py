@@ -1,8 +1,9 @@
-"""With `restart.method = "none"` what was installed is owed until it is seen in use, by whatever means it was restarted."""
+"""With `restart.method = "none"`, or --no-restart, what was installed is owed until it is seen in use."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 import time
@@ -14,12 +15,14 @@ import pytest
 
 from bridge import monitoring
 from bridge.cli import nagios
+from bridge.control_plane import probes
 from bridge.diagnosis import examination
 from bridge.errors import Exit
 from bridge.node import processes
 from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import Result
+from bridge.settings.load import parse
 from bridge.settings.tables import Settings
 from bridge.state.store import Store
 from tests.kit.pki import Pki, handmade_pki
@@ -55,9 +58,15 @@ class Site:
         hooks = "\n".join(f"{one} = \"sh -c 'echo {one} >>{self.log}'\"" for one in ("success", "failure"))
         self.settings: Settings = settings_for(self.pki, directory, f"[hooks]\n{hooks}")
 
-    def renew(self, *names: str) -> Result:
+    def restart_with(self, command: str) -> None:
+        """Have a command restart the scheduler, whatever the rest of the cluster does."""
+        table = f'method = "command"\nprove_for = "1s"\non_failure = "keep"\ncommands.kube-scheduler = "{command}"'
+        parsed = parse(f'[restart]\n{table}\n[cluster]\nlease = false\nneighbours = "ignore"')
+        self.settings = dataclasses.replace(self.settings, restart=parsed.restart, cluster=parsed.cluster)
+
+    def renew(self, *names: str, restarts: bool = True) -> Result:
         """One run."""
-        return renew.run(self.settings, RunOptions(names=names), now, Quiet())[0]
+        return renew.run(self.settings, RunOptions(names=names, restarts=restarts), now, Quiet())[0]
 
     @property
     def hooks(self) -> list[str]:
@@ -116,6 +125,42 @@ def test_each_run_says_what_is_not_restarted_until_it_is(site: Site) -> None:
         assert site.renew().exit_code == Exit.DONE
         assert (site.hooks, site.warnings) == (["success"], (False, False, False))
         assert not Store(site.settings.node.state_dir).unproven.exists()
+
+
+@pytest.mark.attack("N2")
+def test_what_was_postponed_is_waited_for_and_no_run_restarts_for_it(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --no-restart each later run says what is not in use, until it is; without it the first run restarts it."""
+    monkeypatch.setattr(probes, "trouble", lambda *_: None)  # nothing else runs here
+    restarted = tmp_path / "restarted"
+    site.restart_with(f"touch {restarted}")
+    postponed = Store(site.settings.node.state_dir).postponed
+    with scheduler(site.conf):
+        assert site.renew(SCHEDULER, restarts=False).exit_code == Exit.DONE
+        assert (site.hooks, site.warnings) == (["success"], (True, True, True))
+        for options in ({}, {"restarts": False}):
+            late = site.renew(**options)
+            assert late.exit_code == Exit.NOT_LIVE
+            assert "to be restarted: kube-scheduler" in str(late.errors[0])
+        assert site.renew("admin.conf").exit_code == Exit.NOT_LIVE  # it restarts for its own certificates alone
+        assert not restarted.exists()
+    with scheduler(site.conf):
+        assert site.renew().exit_code == Exit.DONE
+        assert site.warnings == (False, False, False)
+        assert not postponed.exists()
+        site.renew(SCHEDULER)
+        assert restarted.exists()
+
+
+def test_what_was_postponed_and_is_replaced_is_forgotten(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that restarts has installed another certificate in its place."""
+    monkeypatch.setattr(probes, "trouble", lambda *_: None)
+    site.restart_with("false")
+    with scheduler(site.conf):
+        assert site.renew(SCHEDULER, restarts=False).exit_code == Exit.DONE
+        site.renew(SCHEDULER)
+        assert not Store(site.settings.node.state_dir).postponed.exists()
 
 
 def test_what_reloads_is_not_waited_for(site: Site) -> None:

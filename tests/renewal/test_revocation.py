@@ -136,7 +136,7 @@ def test_nothing_is_revoked_where_nothing_is_seen(
         patch.setattr(proof, "look", lambda *_: ProofReport(findings=()))
         assert run(settings, later=2 * DAY, quiet=quiet).exit_code == 0
     assert (owed(settings), revoked(tmp_path)) == (["apiserver"], set())
-    assert "not revoked, since what replaced it is not seen in use: apiserver" in "; ".join(quiet.notes)
+    assert "not revoked, since the successor is not seen in use: apiserver" in "; ".join(quiet.notes)
     run(settings, later=2 * DAY)
     assert (owed(settings), revoked(tmp_path)) == ([], {old})
 

@@ -74,7 +74,15 @@ def store(tmp_path: Path) -> Store:
 @pytest.mark.parametrize(
     "name",
     [
-        *("journal.json", "staging.json", "requests.json", "restart.json", "restarted.json", "unproven.json"),
+        *(
+            "journal.json",
+            "staging.json",
+            "requests.json",
+            "restart.json",
+            "restarted.json",
+            "unproven.json",
+            "postponed.json",
+        ),
         *("hooks.json", "attempts.json", "audit.head", "audit.torn-7-01234567"),
         *("kubelet-client-current.pem", "kube-apiserver-01234567.yaml"),
     ],
