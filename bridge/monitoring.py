@@ -91,27 +91,27 @@ class MetricsError(BridgeError):
 
 
 @dataclass(slots=True)
-class Told:
+class RunExit:
     """The exit code of a run, for the monitor."""
 
     exit_code: int = Exit.DONE
 
 
 @contextlib.contextmanager
-def written(settings: Settings, now: Callable[[], datetime], *, rehearsal: bool = False) -> Iterator[Told]:
+def written(settings: Settings, now: Callable[[], datetime], *, rehearsal: bool = False) -> Iterator[RunExit]:
     """
     Write the file, if `[metrics] file` names one, when the run in this block ends; the run sets its exit code.
 
     A file that can't be written is reported, and turns a success into a failure (exit code 1).
     """
-    told, start = Told(), time.monotonic()
+    ending, start = RunExit(), time.monotonic()
     try:
-        yield told
+        yield ending
     except BaseException as e:
-        told.exit_code = _code_of(e)
-        _write_or_tell(settings, now, told, start, rehearsal=rehearsal)
+        ending.exit_code = _code_of(e)
         raise
-    _write_or_tell(settings, now, told, start, rehearsal=rehearsal)
+    finally:
+        _write_or_report(settings, now(), ending, time.monotonic() - start, rehearsal=rehearsal)
 
 
 @contextlib.contextmanager
@@ -134,21 +134,20 @@ def _code_of(error: BaseException) -> int:
     return error.exit_code if isinstance(error, BridgeError) else Exit.FAILED
 
 
-def _write_or_tell(
-    settings: Settings, now: Callable[[], datetime], told: Told, start: float, *, rehearsal: bool
-) -> None:
+def _write_or_report(settings: Settings, ended: datetime, ending: RunExit, seconds: float, *, rehearsal: bool) -> None:
+    code = ending.exit_code
+
+    def count(before: History | None) -> History:
+        return after_rehearsal(before, code, ended) if rehearsal else after(before, code, ended, seconds)
+
     if settings.metrics.file is None:
         return
-    ended, seconds = now(), time.monotonic() - start
     try:
-        if rehearsal:
-            write(settings, settings.metrics.file, lambda before: after_rehearsal(before, told.exit_code, ended), ended)
-        else:
-            write(settings, settings.metrics.file, lambda before: after(before, told.exit_code, ended, seconds), ended)
+        write(settings, settings.metrics.file, count, ended)
     except BridgeError as e:
         print_error(e)
-        if told.exit_code in Exit.PRECEDENCE:
-            told.exit_code = Exit.worst([told.exit_code, e.exit_code])
+        if code in Exit.PRECEDENCE:
+            ending.exit_code = Exit.worst([code, e.exit_code])
 
 
 def write(settings: Settings, file: Path, count: Callable[[History | None], History], now: datetime) -> None:
@@ -231,7 +230,7 @@ class Remembered:
     """The values for metrics from the state directory, which only root may read."""
 
     failures: Mapping[str, Failures]  #: Runs in a row that failed, by authority.
-    pending: tuple[OpenRequest, ...]  #: That somebody has, and has not answered.
+    pending: tuple[OpenRequest, ...]  #: Requests that a CA has not answered yet.
     history: History | None  #: None: no run has ended yet.
     late: tuple[tuple[str, str], ...] = ()  #: Certificates that are installed and not in use, and their components.
 

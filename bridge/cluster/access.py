@@ -99,7 +99,7 @@ class Client:
         return http.served(peer, TIMEOUT_SECONDS)
 
 
-#: Without a certificate, and without a look at the server's.
+#: It shows no certificate, and accepts every server's.
 NOBODY = Client(name="nobody", certificate_pem=None, key_pem=None, trust_pem=None)
 
 

@@ -193,7 +193,7 @@ def accepted(answers: Mapping[str, http.Answer]) -> str:
         if answer.status == HTTPStatus.UNAUTHORIZED:
             raise RefusedError(f"{url} does not know this client (HTTP 401)")
         if answer.status == HTTPStatus.FORBIDDEN:
-            raise RefusedError(f"{url} accepts it, but does not allow what it is for: {words(answer)}")
+            raise RefusedError(f"{url} accepts it, but forbids the request that it is for: {words(answer)}")
     return f"accepted by {', '.join(answers)}"
 
 

@@ -52,7 +52,7 @@ def _is_older_than_manifest(component: Component, manifest: Manifest, settings: 
     return started is not None and started.timestamp() < written
 
 
-#: Flags of files by which this node's own etcd and API server are told from others.
+#: Flags of files that distinguish this node's own etcd and API server from others.
 _OWN_FILE = ("--cert-file", "--tls-cert-file")
 
 

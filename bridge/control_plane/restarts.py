@@ -417,7 +417,7 @@ class RestartReport:
 class UnknownError(BridgeError):
     """The certificates that a component uses can't be seen."""
 
-    hint = "`ca-bridge prove` shows what was looked at; `ca-bridge restart COMPONENT` restarts without a look"
+    hint = "`ca-bridge prove` shows each check; `ca-bridge restart COMPONENT` restarts without a check"
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -25,10 +25,10 @@ from bridge.system.paths import UnreadableError, read
 if TYPE_CHECKING:
     from bridge.settings.tables import Settings
 
-#: Where kubeadm has a kubelet keep what is its own.
+#: kubeadm's directory for a kubelet's own files.
 KUBELET_DIR = Path("/var/lib/kubelet")
 KUBELET_CONFIG = KUBELET_DIR / "config.yaml"
-#: What kubeadm's drop-in for systemd reads besides, on Debian and on Red Hat.
+#: Further files of kubeadm's drop-in for systemd, on Debian and on Red Hat.
 _EXTRA_ARGS = (Path("/etc/default/kubelet"), Path("/etc/sysconfig/kubelet"))
 
 #: The first line of a pair that we install, which a running kubelet has not read.

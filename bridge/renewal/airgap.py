@@ -52,7 +52,7 @@ from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.specs import CertificateSpec
-from bridge.state import audit, backups
+from bridge.state import audit
 from bridge.state.open_requests import OpenRequest, OpenRequests
 from bridge.state.session import Run, begun, give_up
 from bridge.state.store import Outcome
@@ -181,18 +181,16 @@ def import_answers(
             return transaction.with_earlier(Result(outcomes=())), node, []
         found = answers_in(run, paths)
         result = _finish_import(run, node, found, transaction)
-        if result.backup_id is not None:
-            backups.retire(run.store, settings, node, now())
         left = tuple(_still_waiting(node, run.requests, result))
         return dataclasses.replace(result, outcomes=(*result.outcomes, *left)), node, found.strange
 
 
 def _still_waiting(node: Node, requests: OpenRequests, result: Result) -> Iterator[Outcome]:
-    told = {outcome.name for outcome in result.outcomes}
+    reported = {outcome.name for outcome in result.outcomes}
     by_name = {item.spec.name: item for item in node.items}
     for one in requests:
         item = by_name.get(one.name)
-        if one.is_waiting and one.name not in told and item is not None:
+        if one.is_waiting and one.name not in reported and item is not None:
             yield outcome_of(item, WaitingError("no answer to it was among these"), one.backend)
 
 
@@ -235,6 +233,9 @@ class NotAskedForError(BridgeError):
     exit_code: ClassVar[int] = Exit.REFUSED
 
 
+_SIGNED = "wanted an answer that the desk has signed"
+
+
 class UnsignedError(BridgeError):
     """The settings name the desk's key, and the answer has no signature by it."""
 
@@ -264,6 +265,12 @@ class Found:
     candidates: dict[str, list[Candidate]] = field(default_factory=dict)  #: By certificate name.
     strange: list[BridgeError] = field(default_factory=list)  #: Answers to something else.
     loose: dict[Path, list[x509.Certificate]] = field(default_factory=dict)
+
+    def refuse(
+        self, path: Path, text: str, hint: str | None = None, kind: type[BridgeError] = NotAskedForError
+    ) -> None:
+        """Keep an answer to something else, as an error."""
+        self.strange.append(kind(f"{path}: {text}", hint=hint))
 
     def take(self, name: str, answer: Issued | BridgeError, path: Path) -> None:
         """Keep an answer; `best` chooses between several."""
@@ -319,13 +326,9 @@ def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
             if _is_authentic(run, answer):
                 _take_bundle(run, path, answer, found)
             else:
-                found.strange.append(
-                    UnsignedError(f"{path}: wanted an answer that the desk has signed, found none of its signature")
-                )
+                found.refuse(path, f"{_SIGNED}, found none of its signature", kind=UnsignedError)
         elif run.settings.node.desk_key is not None:
-            found.strange.append(
-                UnsignedError(f"{path}: wanted an answer that the desk has signed, found loose certificates")
-            )
+            found.refuse(path, f"{_SIGNED}, found loose certificates", kind=UnsignedError)
         else:
             found.loose[path] = [one for one in certificates_in(data) if _has_dates(one, path, found)]
     except BundleError as e:
@@ -360,7 +363,7 @@ def _has_dates(certificate: x509.Certificate, path: Path, found: Found) -> bool:
     try:
         _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     except UNREADABLE as e:
-        found.strange.append(NotAskedForError(f"{path}: wanted a certificate with dates, found: {e}"))
+        found.refuse(path, f"wanted a certificate with dates, found: {e}")
         return False
     return True
 
@@ -368,21 +371,16 @@ def _has_dates(certificate: x509.Certificate, path: Path, found: Found) -> bool:
 def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> None:
     node = run.settings.node
     if (answer.node, answer.cluster) != (node.node_name, node.cluster):
-        found.strange.append(
-            NotAskedForError(
-                f"{path}: wanted an answer to node {node.node_name} of cluster {node.cluster}, "
-                f"found one to node {answer.node} of cluster {answer.cluster}"
-            )
-        )
+        text = f"wanted an answer to node {node.node_name} of cluster {node.cluster}"
+        found.refuse(path, f"{text}, found one to node {answer.node} of cluster {answer.cluster}")
         return
     asked = [one for one in run.requests if answer.request_digest in (*one.bundles, one.reference)]
     if not asked:
-        found.strange.append(
-            NotAskedForError(
-                f"{path}: wanted an answer to a request that waits here, found one to the bundle with the fingerprint "
-                f"{fingerprint_text(answer.request_digest)}, which was cancelled, is done, or is older",
-                hint="`ca-bridge pending list` shows what waits; export again if that is nothing",
-            )
+        found.refuse(
+            path,
+            "wanted an answer to a request that waits here, found one to the bundle with the fingerprint "
+            f"{fingerprint_text(answer.request_digest)}, which was cancelled, is done, or is older",
+            "`ca-bridge pending list` shows what waits; export again if that is nothing",
         )
     for one in asked:
         given = answer.answers.get(one.name)
@@ -409,12 +407,8 @@ def _match_loose(requests: OpenRequests, found: Found) -> None:
         matched |= {leaf.fingerprint(hashes.SHA256()) for leaf in found.take_loose(one.request)}
     for path, certificate in everything:
         if certificate.fingerprint(hashes.SHA256()) not in matched and not is_ca(certificate):
-            found.strange.append(
-                NotAskedForError(
-                    f"{path}: wanted the certificate of a request that waits here, found {_about(certificate)} for another key",
-                    hint="it answers a cancelled or older request, or another node's",
-                )
-            )
+            text = f"wanted the certificate of a request that waits here, found {_about(certificate)} for another key"
+            found.refuse(path, text, "it answers a cancelled or older request, or another node's")
 
 
 def _about(certificate: x509.Certificate) -> str:
@@ -513,8 +507,6 @@ def install_directory(
         else:
             record_failed(ours.record, selection.failed)
             result = transaction.nothing_to_install(selection)
-        if result.backup_id is not None:
-            backups.retire(ours.store, settings, node, now())
         return result, node, selection
 
 

@@ -1,4 +1,4 @@
-"""Damaged state files: finds them, and renames them for an operator who has read what is to be done afterwards."""
+"""Damaged state files: finds them, and renames them for an operator who has read the consequences."""
 
 from __future__ import annotations
 

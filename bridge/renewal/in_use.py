@@ -61,7 +61,7 @@ def is_owed_by(run: Run) -> bool:
 
 
 def settle(run: Run, node: Node, owed: Owed) -> tuple[Owed, list[BridgeError]]:
-    """Forget what is seen in use; what is still owed, and an error that names what an operator has to restart."""
+    """The certificates that are still not seen in use, and an error that names the components to restart."""
     live, findings = owed.live_on(node), look(owed, node, run.settings, run.now())
     late = not_in_use(findings)
     runs = {one.newest_run for one in live.certificates if one.name in {found.certificate for found in late}}

@@ -172,11 +172,9 @@ def with_continuity(prepared: Sequence[Prepared], settings: Settings, now: datet
     if len(said) == 1 and all(_still_says_it(one, settings, now) for one in prepared):
         return list(prepared)
     batch, asked = secrets.token_hex(16), now.replace(microsecond=0)
-    return [_saying(one, _continuity(one, settings, batch, asked)) for one in prepared]
-
-
-def _saying(one: Prepared, who: Continuity) -> Prepared:
-    return dataclasses.replace(one, request=dataclasses.replace(one.request, continuity=who))
+    proofs = [_continuity(one, settings, batch, asked) for one in prepared]
+    requests = [dataclasses.replace(one.request, continuity=who) for one, who in zip(prepared, proofs, strict=True)]
+    return [dataclasses.replace(one, request=request) for one, request in zip(prepared, requests, strict=True)]
 
 
 def _still_says_it(one: Prepared, settings: Settings, now: datetime) -> bool:
@@ -198,17 +196,14 @@ def _continuity(one: Prepared, settings: Settings, batch: str, asked: datetime) 
     if one.request.replaces is None:  # the key of a certificate that is not named proves nothing
         return Continuity(proof=None, asked=asked, **who)
     try:
-        old = one.item.key_path.read_bytes() if one.item.key_path is not None else _embedded_key(one.item)
+        path = one.item.key_path or one.item.certificate_path
+        old = path.read_bytes() if one.item.key_path else kubeconfig.key_data(path.read_bytes()) or b""
         proof = signatures.sign_proof(
             load_pem_private_key(csr.key_block(old), None), one.request.csr, name=one.name, terms=terms, **who
         )
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):  # missing, broken, encrypted, of an odd type
         proof = None
     return Continuity(proof=proof, asked=asked, **who)
-
-
-def _embedded_key(item: Item) -> bytes:
-    return kubeconfig.key_data(item.certificate_path.read_bytes()) or b""
 
 
 def _fits(made: OpenRequest, replaced: x509.Certificate | None, algorithm: str, naming: Naming | None) -> bool:
@@ -234,13 +229,14 @@ def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | Non
     if old_key and _PRIVATE_KEY not in old_key:
         raise BridgeError(
             f"{item.key_path}: wanted the old private key in PEM, which is replaced, found something else",
-            hint="look at what it is and where it leads; when it is moved away, a new key is put there",
+            hint="look at the file, or where the symlink leads; move it away, and a renewal puts a new key there",
         )
+    was = {path: None if content is None else digest(content) for path, content in contents.items()}
+    was |= _was_current(item)
     if item.state == "missing":
         if data is not None:
             raise MissingCertificateError(f"{item.certificate_path} was made while this run began", hint="run again")
-        was = {path: None if content is None else digest(content) for path, content in contents.items()}
-        return None, was | _was_current(item)
+        return None, was
     try:
         certificate_data = kubeconfig.parse(data or b"").certificate_data if item.embedded else data
         live = load_pem_certificates(certificate_data or b"")[0]
@@ -250,8 +246,7 @@ def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | Non
         raise MissingCertificateError(f"{item.certificate_path}: wanted a certificate, found {e}", hint=RESTORE) from e
     if (live,) != item.certificates[:1]:
         raise MissingCertificateError("its certificate was replaced while this run began", hint="run again")
-    was = {path: None if content is None else digest(content) for path, content in contents.items()}
-    return live, was | _was_current(item)
+    return live, was
 
 
 def _was_current(item: Item) -> dict[Path, str | None]:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 
 from cryptography import x509
 
@@ -33,17 +32,16 @@ from bridge.renewal.issuance import Answered, issue_all, reaching
 from bridge.renewal.prepare import Prepared, prepare, preparing
 from bridge.renewal.readiness import assert_room, without_restart
 from bridge.renewal.revocation import RevocationError
-from bridge.renewal.select import ALL, MissingCertificateError, RunOptions, Selection, outcome_of, select
+from bridge.renewal.select import ALL, RunOptions, Selection, anchors_in, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
 from bridge.settings.tables import Settings, anchor, for_rehearsal, is_scratch
 from bridge.specs import AUTHORITIES
-from bridge.state import audit, backups
+from bridge.state import audit
 from bridge.state.open_requests import OpenRequest, Unkept
 from bridge.state.session import Run, begun
 from bridge.state.store import Outcome, remember_checked
 from bridge.system.console import Progress, is_attended
-from bridge.system.paths import UnreadableError, read_ca_file
 
 
 def run(
@@ -72,8 +70,6 @@ def run(
             _check(settings, ours)
             record_failed(ours.record, [o for o in selection.failed if not isinstance(o.error, NotYetError)])
             result = transaction.nothing_to_install(selection)
-        if result.backup_id is not None:
-            backups.retire(ours.store, settings, node, now())
         return result, node, selection
 
 
@@ -239,13 +235,13 @@ def _within(selection: Selection, settings: Settings, now: datetime, ahead: time
 def _without_open(selection: Selection, run: Run) -> Selection:
     """The selection without certificates that have a pending request."""
     waiting = {one.name for one in run.requests if one.is_waiting}
-    told = tuple(
+    notes = tuple(
         f"{item.spec.name} is not rehearsed: a CA has a request for it already"
         for item in selection.items
         if item.spec.name in waiting
     )
     items = tuple(item for item in selection.items if item.spec.name not in waiting)
-    return dataclasses.replace(selection, items=items, skipped=(*selection.skipped, *told))
+    return dataclasses.replace(selection, items=items, skipped=(*selection.skipped, *notes))
 
 
 def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -> Rehearsal:
@@ -288,16 +284,10 @@ def _expected(one: verify.Expectation, settings: Settings, authority: str) -> ve
         return one
     one = dataclasses.replace(one, min_validity=timedelta(), shorter_allowed=True)
     path = anchor(settings, authority)
-    return one if path is None else dataclasses.replace(one, anchors=_anchors(path), anchor_name=str(path))
-
-
-def _anchors(path: Path) -> tuple[x509.Certificate, ...]:
-    try:
-        return read_ca_file(path)
-    except UnreadableError as e:
-        raise MissingCertificateError(
-            f"{path}: wanted the CA certificate of a rehearsal (anchor), found: {e}", hint="put it there"
-        ) from e
+    if path is None:
+        return one
+    anchors = anchors_in(path, "the CA certificate of a rehearsal (anchor)", "put it there")
+    return dataclasses.replace(one, anchors=anchors, anchor_name=str(path))
 
 
 def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tuple[str, BridgeError]]:
@@ -353,7 +343,7 @@ def _thrown_away(
                 run.record.add(audit.REVOKED, name, authority=authority, old=leaf)
     for label, names in unable.items():
         run.progress.note(
-            f"{label} can't revoke: what it signed for {', '.join(names)} is valid, without a key to use it"
+            f"{label} can't revoke: its certificates for {', '.join(names)} stay valid; their keys are gone"
         )
     return revoked, errors
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # a night with nothing due makes none of them
 
 #: As in `kubeadm certs renew all`.
 ALL = "all"
-#: The hint for what is missing or broken.
+#: The hint for a missing or broken file.
 RESTORE = "put a good copy back (an expired one will do), then run again"
 
 
@@ -69,7 +69,7 @@ class Desired:
     """One certificate as it is to be."""
 
     naming: Naming
-    notes: tuple[str, ...]  #: Sentences: what is different, and where it comes from.
+    notes: tuple[str, ...]  #: Sentences about each difference and its source.
     key: KeyAlgorithm | None = None  #: Of the new key, where there is no live certificate to look at.
     kubeconfig: FreshKubeconfig | None = None  #: The whole file, where there is none.
 
@@ -290,14 +290,16 @@ def foreign_identity(item: Item, settings: Settings) -> BridgeError | None:
 
 
 def anchors_of(item: Item) -> tuple[x509.Certificate, ...]:
-    """All certificates of the CA file that it must lead to (MissingCertificateError: it can't be read)."""
+    """All certificates of the CA file that it must lead to."""
+    return anchors_in(item.anchor_path, f"the CA certificate that {item.spec.name} must lead to", "put it back")
+
+
+def anchors_in(path: Path, what: str, hint: str) -> tuple[x509.Certificate, ...]:
+    """All certificates of a CA file (MissingCertificateError: it can't be read)."""
     try:
-        return read_ca_file(item.anchor_path)
+        return read_ca_file(path)
     except UnreadableError as e:
-        raise MissingCertificateError(
-            f"{item.anchor_path}: wanted the CA certificate that {item.spec.name} must lead to, found: {e}",
-            hint="put the CA certificate back",
-        ) from e
+        raise MissingCertificateError(f"{path}: wanted {what}, found: {e}", hint=hint) from e
 
 
 def assert_known(names: Collection[str]) -> None:

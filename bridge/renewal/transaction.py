@@ -28,7 +28,7 @@ from bridge.renewal.verify_and_install import (
     install_all,
     record_failed,
 )
-from bridge.state import audit, copies
+from bridge.state import audit, backups, copies
 from bridge.state.copies import CopyError
 from bridge.state.obligations import postponed_file, unproven_file
 from bridge.state.session import Run
@@ -38,6 +38,10 @@ from bridge.system.state_file import StateError
 
 if TYPE_CHECKING:  # 40 ms
     from bridge.renewal.activate import Activation
+
+
+#: No CA has a part in these.
+_NOT_OF_A_CA = (HookError, SettingsError, PostponedError, NotReadyError, RevocationError, CopyError)
 
 
 class Transaction:
@@ -50,6 +54,7 @@ class Transaction:
     def __init__(self, run: Run, options: RunOptions) -> None:
         self._run = run
         self._options = options
+        self._node: Node | None = None  # before the installation
         self._errors: list[BridgeError] = []  # about earlier runs
         self._hooks = Hooks(run.settings, run.store, run.record.run_id)
         #: False after `settle_earlier`: it was stopped in the middle, and nothing more is to be installed.
@@ -70,6 +75,7 @@ class Transaction:
             node = self._run.read_node()
         if self.may_go_on:  # a copy is another user's file, and must not hold up the node
             self._errors += copies.settle(self._run.settings, self._run.store, self._run.record)
+        self._node = node
         return node
 
     @property
@@ -158,7 +164,7 @@ class Transaction:
         return self._ended(selection, result) if selection.failed or result.errors else self.with_earlier(result)
 
     def conclude(self, selection: Selection, result: Result) -> Result:
-        """End a run that had something to do: revoke what is superseded, count failures, run hooks."""
+        """End a run that had something to do: revoke superseded certificates, count failures, run hooks, delete old backups."""
         return self._ended(selection, self._with_revocations(result))
 
     def _with_revocations(self, result: Result) -> Result:
@@ -170,10 +176,13 @@ class Transaction:
 
     def _ended(self, selection: Selection, result: Result) -> Result:
         more = self._count_and_run_hooks(selection, result, result.errors)
+        if result.backup_id is not None:
+            node = self._node or self._run.read_node()
+            backups.retire(self._run.store, self._run.settings, node, self._run.now())
         return self.with_earlier(dataclasses.replace(result, errors=(*result.errors, *more)))
 
     def with_earlier(self, result: Result) -> Result:
-        """The result with what was wrong with earlier runs; what they installed with --no-restart is in use by now, or not."""
+        """The result with errors about earlier runs, and about certificates of --no-restart that are not in use yet."""
         postponed = in_use.settle_postponed(self._run)
         return dataclasses.replace(result, errors=(*self._errors, *result.errors, *postponed))
 
@@ -199,14 +208,7 @@ class Transaction:
         return self._recorded([error for errors in every for error in errors])
 
     def _counted(self, selection: Selection, result: Result, errors: Sequence[BridgeError]) -> list[BridgeError]:
-        # no CA had a part in those
-        of_the_run = [
-            e
-            for e in errors
-            if not isinstance(
-                e, HookError | SettingsError | PostponedError | NotReadyError | RevocationError | CopyError
-            )
-        ]
+        of_the_run = [e for e in errors if not isinstance(e, _NOT_OF_A_CA)]
         asked, failed = by_authority(selection, result, of_the_run)
         try:
             people = self.attempts.note(asked, failed, self._run.now())

@@ -116,39 +116,21 @@ def version_of(node: Node, settings: Settings) -> tuple[int, int] | None:
 def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replacement]:
     """The files of one pair, key first."""
     chain = b"".join(pem(certificate) for certificate in (verified.leaf, *verified.intermediates))
-    item, name = one.item, one.name
+    item, path = one.item, one.item.certificate_path
     if item.current is not None:
         yield from _kubelets(one, item.current, chain)
-        return
-    if item.key_path is None:
-        path = item.certificate_path
-        if one.kubeconfig is not None:
-            data = one.kubeconfig.text(chain, one.key_pem)
-            yield Replacement(certificate=name, path=path, data=data, mode_mask=KUBECONFIG_MASK, was=one.was[path])
-            return
-        try:
-            data = kubeconfig.with_credentials(path.read_bytes(), chain, one.key_pem)
-        except kubeconfig.KubeconfigError as e:
-            raise e.of(path) from None
-        except OSError as e:
-            raise MissingCertificateError(f"{path}: wanted to read it, found: {e.strerror}") from e
-        yield Replacement(certificate=name, path=path, data=data, mode_mask=KUBECONFIG_MASK, was=one.was[path])
-        return
-    if item.in_one_file:
-        path = item.certificate_path
-        yield Replacement(certificate=name, path=path, data=chain + one.key_pem, mode_mask=KEY_MASK, was=one.was[path])
-        return
-    yield Replacement(
-        certificate=name, path=item.key_path, data=one.key_pem, mode_mask=KEY_MASK, was=one.was[item.key_path]
-    )
-    yield Replacement(
-        certificate=name,
-        path=item.certificate_path,
-        data=chain,
-        mode_mask=CERTIFICATE_MASK,
-        was=one.was[item.certificate_path],
-        attributes=dataclasses.replace(Attributes.private(), mode=_NEW_CERTIFICATE_MODE),
-    )
+    elif item.key_path is None:
+        yield _replacing(one, path, KUBECONFIG_MASK, _embedding(one, _conf(one, chain), chain))
+    elif item.in_one_file:
+        yield _replacing(one, path, KEY_MASK, chain + one.key_pem)
+    else:
+        yield _replacing(one, item.key_path, KEY_MASK, one.key_pem)
+        new = dataclasses.replace(Attributes.private(), mode=_NEW_CERTIFICATE_MODE)
+        yield dataclasses.replace(_replacing(one, path, CERTIFICATE_MASK, chain), attributes=new)
+
+
+def _replacing(one: Prepared, path: Path, mode_mask: int, data: bytes | None) -> Replacement:
+    return Replacement(certificate=one.name, path=path, data=data, mode_mask=mode_mask, was=one.was.get(path))
 
 
 def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacement]:
@@ -158,54 +140,40 @@ def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacemen
     A kubeconfig that embedded the old pair refers to the symlink afterwards: an embedded copy, once expired, keeps the
     kubelet from starting (measured on 1.37).
     """
-    name, base = one.name, current.name.removesuffix("-current.pem")
-    moment = datetime.now(UTC)  # of writing, as the kubelet has it
-    directory = current.parent.resolve()
+    base, moment = current.name.removesuffix("-current.pem"), datetime.now(UTC)  # of writing, as the kubelet has it
+    directory, path = current.parent.resolve(), one.item.certificate_path
     while (dated := directory / f"{base}-{moment.astimezone():%Y-%m-%d-%H-%M-%S}.pem").exists():
         moment += timedelta(seconds=1)
+    conf = None if one.item.key_path is not None else _conf(one, chain)
     try:
         attributes = Attributes.of(current) if current.exists() else None
-        conf = None if one.item.key_path is not None else _conf(one, chain)
     except OSError as e:
         raise MissingCertificateError(f"{e.filename}: wanted to read it, found: {e.strerror}") from e
     pair = kubelet.OURS + chain + one.key_pem
-    yield Replacement(certificate=name, path=dated, data=pair, mode_mask=KEY_MASK, was=None, attributes=attributes)
-    yield Replacement(
-        certificate=name,
-        path=current,
-        data=None,
-        mode_mask=KEY_MASK,
-        was=one.was[current],
-        is_link=True,
-        leads_to=str(dated),
-    )
+    yield dataclasses.replace(_replacing(one, dated, KEY_MASK, pair), attributes=attributes)
+    yield dataclasses.replace(_replacing(one, current, KEY_MASK, None), is_link=True, leads_to=str(dated))
     if conf is not None:
-        path = one.item.certificate_path
-        yield Replacement(
-            certificate=name,
-            path=path,
-            data=_referring(path, conf, current, chain, one.key_pem),
-            mode_mask=KUBECONFIG_MASK,
-            was=one.was[path],
-        )
+        try:
+            data = kubeconfig.with_references(conf, str(current))
+        except kubeconfig.KubeconfigError:  # its form allows none
+            data = _embedding(one, conf, chain)
+        yield _replacing(one, path, KUBECONFIG_MASK, data)
 
 
 def _conf(one: Prepared, chain: bytes) -> bytes:
     """The kubeconfig's content, or that of a new one."""
-    fresh = one.kubeconfig
-    return one.item.certificate_path.read_bytes() if fresh is None else fresh.text(chain, one.key_pem)
+    path, fresh = one.item.certificate_path, one.kubeconfig
+    try:
+        return path.read_bytes() if fresh is None else fresh.text(chain, one.key_pem)
+    except OSError as e:
+        raise MissingCertificateError(f"{path}: wanted to read it, found: {e.strerror}") from e
 
 
-def _referring(path: Path, conf: bytes, current: Path, chain: bytes, key_pem: bytes) -> bytes:
-    """A kubeconfig that refers to a kubelet's pair, or embeds the pair where its form allows no reference."""
+def _embedding(one: Prepared, conf: bytes, chain: bytes) -> bytes:
     try:
-        return kubeconfig.with_references(conf, str(current))
-    except kubeconfig.KubeconfigError:
-        pass
-    try:
-        return kubeconfig.with_credentials(conf, chain, key_pem)
+        return kubeconfig.with_credentials(conf, chain, one.key_pem)
     except kubeconfig.KubeconfigError as e:
-        raise e.of(path) from None
+        raise e.of(one.item.certificate_path) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,7 +332,7 @@ def install_all(run: Run, proven: Sequence[Proven]) -> str:
     try:
         run.requests.save()
     except StateError as e:
-        run.progress.note(f"{e}; all is installed, and the next run forgets what is kept there")
+        run.progress.note(f"{e}; everything is installed, and the next run forgets these requests")
     _note_short_lives(run, proven)
     _note_cut_short(run, proven)
     return backup_id

@@ -72,7 +72,7 @@ class File:
     copy: Path | None  #: None: there was no file.
     sha256: str | None
     attributes: Attributes | None
-    is_link: bool = False  #: A symlink is what was replaced here, or what came into the place of this file.
+    is_link: bool = False  #: A symlink was replaced here, or has replaced this file.
     leads_to: str | None = None  #: It was a symlink, to there.
 
     @property
@@ -376,7 +376,7 @@ class RollbackRefusedError(BridgeError):
         hint = (
             "choose another one of `ca-bridge backups`, or renew"
             if any(not problem.can_be_forced for problem in problems)
-            else "--force puts it back nevertheless; components and clients may refuse what is wrong with it"
+            else "--force puts it back nevertheless; components and clients may refuse such a certificate"
         )
         super().__init__("\n".join(f"backup {backup_id}: {problem}" for problem in problems), hint=hint)
 
@@ -386,10 +386,10 @@ class Rollback:
     """The result of a rollback."""
 
     backup: Backup
-    replaced_backup_id: str  #: The backup of what was there before.
+    replaced_backup_id: str  #: The backup of the files that it replaced.
     outcomes: tuple[Outcome, ...]
     removed: tuple[Path, ...]  #: Were not there when the backup was made.
-    late: tuple[BridgeError, ...] = ()  #: About copies that still hold what was replaced.
+    late: tuple[BridgeError, ...] = ()  #: About copies that still hold a replaced certificate.
 
 
 def put_back_and_retire(

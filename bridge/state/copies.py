@@ -154,7 +154,7 @@ def _live(node: Node) -> tuple[dict[str, _Live], dict[str, CopyError]]:
             pair = (kubeconfig.parse(data).certificate_data or b"", kubeconfig.key_data(data) or b"")
             live[name] = _Live(certificate=load_pem_certificates(pair[0])[0], pair=pair)
         except (KubeconfigError, UnreadableError, ValueError) as e:
-            errors[name] = CopyError(f"{path}: wanted what its copies are to hold, found: {e}")
+            errors[name] = CopyError(f"{path}: wanted the certificate and key for its copies, found: {e}")
     return live, errors
 
 

@@ -54,7 +54,7 @@ class Replacement:
     path: Path  #: A symlink is followed, and stays, unless `is_link`.
     data: bytes | None  #: None: the file goes away.
     mode_mask: int  #: The most that the new file's mode may allow.
-    #: `fingerprint` of what was there when the CSR was made; None: there was no file.
+    #: `fingerprint` of the file when the CSR was made; None: there was none.
     was: str | None
     attributes: Attributes | None = None  #: A new file's; None: for its owner alone.
     is_link: bool = False  #: The symlink itself is replaced, or a file in its place.
@@ -218,12 +218,7 @@ def _target(replacement: Replacement, run_id: str) -> Target:
             f"nothing was replaced: {frozen}: wanted to replace it, found it immutable or append-only",
             hint=f"chattr -i -a {frozen}, after a look at who set it",
         )
-    return Target(
-        replacement=replacement,
-        path=real,
-        staged=_staged(real, run_id),
-        attributes=attributes,
-    )
+    return Target(replacement=replacement, path=real, staged=_staged(real, run_id), attributes=attributes)
 
 
 def _staged(path: Path, run_id: str) -> Path:
@@ -289,7 +284,7 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
 
 
 def _next_number(store: Store) -> int:
-    """One more than the newest backup's: the order of backups, whatever the clock said."""
+    """One more than the newest backup's number, which orders backups independently of the clock."""
     numbers = [0]
     for directory in store.backup_directories():
         with contextlib.suppress(StateError):  # a damaged one is reported by those that list backups
@@ -466,27 +461,18 @@ def written_file(store: Store) -> StateFile[dict[str, Written]]:
     return coded(dict[str, Written], store.written, "when files were installed", OnDamage.START_OVER, key="files")
 
 
+_MANIFEST_KEYS = frozenset(
+    {"id", "number", "created", "run_id", "command", "user", "host", "login", "certificates", "rollback_to", "files"}
+)
+
+
 def manifest_file(directory: Path) -> StateFile[dict[str, Any]]:
     """A backup's manifest; a directory without one is no backup."""
     return StateFile(
         path=directory / MANIFEST,
         what="a backup's manifest",
         parse=_manifest_of,
-        keys=frozenset(
-            {
-                "id",
-                "number",
-                "created",
-                "run_id",
-                "command",
-                "user",
-                "host",
-                "login",
-                "certificates",
-                "rollback_to",
-                "files",
-            }
-        ),
+        keys=_MANIFEST_KEYS,
         on_damage=OnDamage.REFUSE,
         afterwards="`ca-bridge backups` lists the others",
     )

@@ -99,7 +99,7 @@ def unproven_file(store: Store) -> StateFile[Owed]:
 
 
 def postponed_file(store: Store) -> StateFile[Owed]:
-    """The file with what was installed with --no-restart: no run restarts for it, or takes it back."""
+    """The file with certificates that were installed with --no-restart: no run restarts for them, or rolls them back."""
     return coded(
         Owed,
         store.postponed,

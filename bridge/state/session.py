@@ -36,7 +36,7 @@ class Run:
     now: Callable[[], datetime]
 
     def read_node(self) -> Node:
-        """Read what is on the node at this moment."""
+        """Read the node's files now."""
         return inventory.of(self.settings.node)
 
 
