@@ -1,5 +1,1 @@
-"""
-Looking at the control plane's components, here and on other nodes, and restarting them.
-
-Why something is restarted, and what a failure means for a renewal, is known in `bridge.renewal`.
-"""
+"""Looks at the control plane's components, here and on other nodes, and restarts them; `bridge.renewal` says when."""

@@ -1,5 +1,1 @@
-"""
-The machine as it is: certificates, kubeconfigs, manifests, the kubelet, processes. Looks only.
-
-Nothing is written here, and nothing outside the machine is asked.
-"""
+"""The machine as it is: certificates, kubeconfigs, manifests, the kubelet, processes; nothing is written here."""

@@ -1,5 +1,1 @@
-"""
-Memory, and the replacement of files: the state directory, the audit log, installation, backups.
-
-Which certificates are renewed, and whether they are good, is decided elsewhere.
-"""
+"""Memory, and the replacement of files: the state directory, the audit log, installation, backups."""
