@@ -47,7 +47,7 @@ from bridge.contract import (
     Wanted,
 )
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsProblem, Violation
-from bridge.pki.budget import Budget, json_of
+from bridge.pki.budget import of_server
 from bridge.specs import EKU, SPECS, CertificateSpec
 from bridge.system.http import Answer
 from bridge.words import one_line
@@ -426,7 +426,7 @@ def _parse(answer: Answer, sent: Mapping[str, str]) -> _Reply:
     """
     later = retry_after_seconds(answer, datetime.now(UTC))
     try:
-        envelope = json_of(answer.body, Budget(len(answer.body)))
+        envelope = of_server(answer.body)
     except ValueError:
         envelope = None
     if not isinstance(envelope, dict) or "success" not in envelope:

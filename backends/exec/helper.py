@@ -8,7 +8,7 @@ from typing import Any
 
 from cryptography import x509
 
-from bridge.pki.budget import Budget, json_of
+from bridge.pki.budget import of_server
 from bridge.pki.certificates import certificates_in
 from bridge.specs import CertificateSpec
 from bridge.words import one_line
@@ -42,7 +42,7 @@ def certificates(output: bytes) -> list[x509.Certificate]:
 
 def _texts(output: bytes) -> list[str]:
     try:
-        document = json_of(output, Budget(len(output)))
+        document = of_server(output)
         texts = list(_members(document))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError('JSON without {"certificate": …, "chain": [{"certificate": …}]}') from None

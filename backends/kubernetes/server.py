@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from backends.http import Http, Wording, retry_after_seconds, without
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
-from bridge.pki.budget import Budget, json_of
+from bridge.pki.budget import of_server
 from bridge.words import one_line
 
 if TYPE_CHECKING:
@@ -98,8 +98,7 @@ class Api:
 def _document(data: bytes, token: str | None) -> Mapping[str, Any]:
     """An object in JSON; anything else is not quoted: it may come from anywhere."""
     try:
-        text = without(data.decode(), [token]).encode()
-        found = json_of(text, Budget(len(text)))
+        found = of_server(without(data.decode(), [token]).encode())
     except ValueError:
         found = None
     return found if isinstance(found, dict) else {"message": "no object in JSON"}

@@ -21,7 +21,7 @@ from hvac.api.auth_methods import JWT, AppRole, Kubernetes, Userpass
 from backends.http import Http, Wording, retry_after_seconds
 from bridge.contract import Secret, SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
-from bridge.pki.budget import Budget, json_of
+from bridge.pki.budget import of_server
 from bridge.system import http
 from bridge.words import one_line
 
@@ -190,7 +190,7 @@ class Server:
 
     def _answer(self, answer: http.Answer, where: str) -> Answer:
         try:
-            body = json_of(answer.body, Budget(len(answer.body)))
+            body = of_server(answer.body)
         except ValueError:
             # A body of another product is not shown, except what Go's HTTP server says.
             plain = b"Client sent an HTTP request to an HTTPS server"

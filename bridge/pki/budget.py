@@ -6,13 +6,12 @@ A step is a value, a key or a file. Bytes alone are no limit: a megabyte of `[],
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 #: A kubeconfig with a thousand clusters has about 30,000 values, a bundle of a dozen requests 500.
 MOST_BYTES, MOST_STEPS = 1 << 20, 100_000
-#: A page of a thousand Node objects' metadata has up to 400 values a node.
+#: A page of a thousand Node objects' metadata has up to 400 values a node; so many take 70 MB at most.
 MOST_OF_SERVER = 1_000_000
 
 
@@ -63,7 +62,7 @@ class Budget:
 
 
 def of_server(body: bytes) -> Any:
-    """JSON of a server that asks us for a lot of trust; its length was bounded when it was received."""
+    """The JSON of a server or a program, whose length was bounded when it was received."""
     return json_of(body, Budget(len(body), MOST_OF_SERVER))
 
 
@@ -82,6 +81,8 @@ def json_of(
         OverBudgetError: It has more than the budget, or nesting or a number without end.
         ValueError: It is no JSON.
     """
+    import json  # noqa: PLC0415 (not where a kubeconfig is only read)
+
     # at most so many values: each but the first comes after one of these
     steps = 1 + sum(map(data.count, (b",", b"[", b"{")))
     (Budget() if budget is None else budget).spend(len(data), steps)
