@@ -8,18 +8,23 @@ key needs the protection of a CA key.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import PurePath
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from bridge.contract import SetupFile, SetupRequest
+from bridge.contract import Secret, SetupFile, SetupRequest
 from bridge.specs import AUTHORITIES, EKU, SPECS, Authority, CertificateSpec
 from bridge.words import escaped
 
@@ -66,9 +71,53 @@ def signing_config(
 
 
 def setup(wanted: SetupRequest) -> list[SetupFile]:
-    """A script for the authority's server; what the server is called is for its administrator to say."""
-    script = text(wanted.authority, wanted.certificates, wanted.validity)
+    """A script for the authority's server, with the address and file names that the node's settings have for it."""
+    script = text(wanted.authority, wanted.certificates, wanted.validity, settings=wanted.settings)
     return [SetupFile(name=f"{wanted.authority.name}.sh", text=script, executable=True, alone=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Node:
+    """What the node's settings say of the server; else what `ca-bridge settings init cfssl` writes."""
+
+    url: str
+    ca_file: PurePath
+    client_cert: PurePath
+    client_key: PurePath
+    auth_key: str  #: A pattern with `{usage}`.
+
+    @classmethod
+    def of(cls, authority: Authority, settings: Mapping[str, Any]) -> _Node:
+        key = settings.get("auth_key")
+        pattern = key.where if isinstance(key, Secret) and key.kind == "file" else ""
+        return cls(
+            url=settings.get("url") or f"https://cfssl.corp.example:{PORTS[authority.name]}",
+            ca_file=settings.get("ca_file") or PurePath("/etc/ca-bridge/cfssl-ca.pem"),
+            client_cert=settings.get("client_cert") or PurePath("/etc/ca-bridge/client.pem"),
+            client_key=settings.get("client_key") or PurePath("/etc/ca-bridge/client-key.pem"),
+            auth_key=pattern if "{usage}" in pattern else f"/etc/ca-bridge/{authority.name}-{{usage}}.hex",
+        )
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).hostname or "localhost"
+
+    @property
+    def san(self) -> str:
+        """The host as a SAN of the server's certificate."""
+        try:
+            return f"IP:{ipaddress.ip_address(self.host)}"
+        except ValueError:
+            return f"DNS:{self.host}"
+
+    @property
+    def address(self) -> str:
+        """Where the server listens: on one address if the url has it, else on all, where TLS lets in only its clients."""
+        return self.host if self.san.startswith("IP:") or self.host == "localhost" else "0.0.0.0"  # noqa: S104
+
+    def key_name(self, usage: str) -> str:
+        """The file of a profile's HMAC key on the node."""
+        return PurePath(self.auth_key.replace("{usage}", usage)).name
 
 
 def text(
@@ -76,27 +125,41 @@ def text(
     certificates: Mapping[str, x509.Certificate],
     validity: timedelta,
     directory: PurePath = DIRECTORY,
+    *,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """A shell script for the server: signing configuration, HMAC keys and command line, then the node's settings."""
-    ours = _ours(authority, certificates)
-    usages = sorted({spec.usage for spec in ours})
+    """
+    A shell script for the server: TLS, signing configuration, HMAC keys, command line; and the node's files and settings.
+
+    The directory also holds the CA; else as `signing_config`.
+    """
+    usages = sorted({spec.usage for spec in _ours(authority, certificates)})
     config = escaped(
         json.dumps(signing_config(authority, certificates, validity, directory), indent=2, ensure_ascii=False)
     )
+    node = _Node.of(authority, settings)
+    quoted = shlex.quote(str(directory))
+    names = ", ".join(spec.name for spec in _ours(authority, certificates))
     return _SCRIPT.format(
         authority=authority.name,
         names=textwrap.fill(
-            f"cfssl as {authority.name}, for: {', '.join(spec.name for spec in ours)}",
-            width=100,
-            initial_indent="# ",
-            subsequent_indent="#   ",
+            f"cfssl as {authority.name}, for: {names}", width=100, initial_indent="# ", subsequent_indent="#   "
         ),
         directory=directory,
-        quoted=shlex.quote(str(directory)),
+        quoted=quoted,
         config=config,
         keys=" ".join(["deny", *(f"{authority.name}-{usage}" for usage in usages)]),
-        node_keys=" ".join(f"{authority.name}-{usage}.hex" for usage in usages),
-        port=PORTS[authority.name],
+        node_keys="\n".join(
+            f"cp {quoted}/keys/{authority.name}-{usage}.hex {quoted}/node/{shlex.quote(node.key_name(usage))}"
+            for usage in usages
+        ),
+        node=node,
+        host=shlex.quote(node.host),
+        san=shlex.quote(node.san),
+        port=urlsplit(node.url).port or PORTS[authority.name],
+        ca_file=shlex.quote(node.ca_file.name),
+        client_cert=shlex.quote(node.client_cert.name),
+        client_key=shlex.quote(node.client_key.name),
         disabled=DISABLED,
     )
 
@@ -105,9 +168,31 @@ _SCRIPT = """\
 {names}
 # A script for one CA's host, which ends as its server. Beforehand {directory} holds
 #   {authority}.crt, {authority}.key   the CA
-#   server.crt, server.key   for TLS; its SANs hold the name or address that the nodes call
-#   bridge-clients-ca.crt    the CA of the nodes' client certificates (which need clientAuth)
+# and, where the site makes TLS certificates itself (else this script does),
+#   server.crt, server.key   whose SANs hold what the nodes call
+#   bridge-clients-ca.crt    the CA of the nodes' client certificates, which need clientAuth and the CN ca-bridge
 set -eu
+mkdir -p -m 0700 {quoted}/keys {quoted}/node
+exec 9> {quoted}/.lock
+flock 9 # the scripts of the other CAs have the same directory
+
+# TLS, once for the servers on this host: a CA for it, the server's pair, and the nodes' pair.
+if ! test -e {quoted}/server.crt && ! test -e {quoted}/bridge-clients-ca.crt; then
+  umask 077
+  openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3650 -subj '/CN=TLS of cfssl' \
+    -keyout {quoted}/bridge-clients-ca.key -out {quoted}/bridge-clients-ca.crt
+  pair() {{
+    printf 'basicConstraints=critical,CA:FALSE\\nextendedKeyUsage=%s\\nsubjectAltName=%s\\n' "$3" "$4" > {quoted}/$1.ext
+    openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj "/CN=$2" -keyout {quoted}/$1.key |
+      openssl x509 -req -days 825 -CA {quoted}/bridge-clients-ca.crt -CAkey {quoted}/bridge-clients-ca.key \
+        -set_serial "0x$(openssl rand -hex 16)" -extfile {quoted}/$1.ext -out {quoted}/$1.crt
+  }}
+  pair server {host} serverAuth {san}
+  pair client ca-bridge clientAuth DNS:ca-bridge
+  cp {quoted}/bridge-clients-ca.crt {quoted}/node/{ca_file}
+  cp {quoted}/client.crt {quoted}/node/{client_cert}
+  cp {quoted}/client.key {quoted}/node/{client_key}
+fi
 
 # Names are those of one node: for another one, or for all, widen the name_whitelist.
 cat > {quoted}/{authority}.json <<'END'
@@ -115,29 +200,32 @@ cat > {quoted}/{authority}.json <<'END'
 END
 
 # One HMAC key a profile; guard them like the CA's own key, since no setting limits O (who may be system:masters).
-# deny.hex stays here, it keeps the default profile shut; the node gets {node_keys}, in /etc/ca-bridge, mode 0600.
-mkdir -p -m 0700 {quoted}/keys
+# deny.hex stays here: it keeps the default profile shut.
 for key in {keys}; do
   test -s {quoted}/keys/$key.hex || (umask 077; openssl rand -hex 32 > {quoted}/keys/$key.hex)
 done
 
+# What is in {directory}/node goes to /etc/ca-bridge on the node, mode 0600.
+{node_keys}
+exec 9>&-
+
 # In the node's settings:
 #   [authority.{authority}]
-#   backend = "cfssl"
-#   url = "https://THIS-HOST:{port}"
-#   auth_key_file = "/etc/ca-bridge/{authority}-{{usage}}.hex"
-#   [backend.cfssl]
+#   backend = "signer"
+#   url = "{node.url}"
+#   auth_key_file = "{node.auth_key}"
+#   [backend.signer]
 #   type = "cfssl"
-#   ca_file = "/etc/ca-bridge/cfssl-tls-ca.crt"
-#   client_cert = "/etc/ca-bridge/client.crt"
-#   client_key = "/etc/ca-bridge/client.key"
+#   ca_file = "{node.ca_file}"
+#   client_cert = "{node.client_cert}"
+#   client_key = "{node.client_key}"
 
 # `info` stays open: nothing is signed before it has told the CA and the usages, and it needs no key.
 # A change of the configuration needs a restart; "endpoint 'sign' is disabled" in the log is meant so.
-exec cfssl serve -address 127.0.0.1 -port {port} \\
-  -ca {quoted}/{authority}.crt -ca-key {quoted}/{authority}.key -config {quoted}/{authority}.json \\
-  -tls-cert {quoted}/server.crt -tls-key {quoted}/server.key -min-tls-version 1.2 \\
-  -mutual-tls-ca {quoted}/bridge-clients-ca.crt -mutual-tls-cn '^ca-bridge$' \\
+exec cfssl serve -address {node.address} -port {port} \
+  -ca {quoted}/{authority}.crt -ca-key {quoted}/{authority}.key -config {quoted}/{authority}.json \
+  -tls-cert {quoted}/server.crt -tls-key {quoted}/server.key -min-tls-version 1.2 \
+  -mutual-tls-ca {quoted}/bridge-clients-ca.crt -mutual-tls-cn '^ca-bridge$' \
   -disable {disabled}
 """
 

@@ -973,6 +973,47 @@ def test_the_printed_script(authority: Authority, tmp_path: Path, make: Make) ->
         assert backend.check(specs_of(authority)) == {}
         assert backend.sign(request(specs_of(authority)[0])).leaf.issuer == _CA.certificate.subject
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "keys").iterdir()} == {0o600}
+    assert tls.server_cert.read_bytes() == (tmp_path / "server.crt").read_bytes()
+
+
+@pytest.mark.kube("cfssl")
+def test_the_printed_script_makes_tls_and_the_nodes_files(tmp_path: Path, make: Make) -> None:
+    """From a directory with the CA alone, and the node's settings: its host, port and file names; it can be run again."""
+    port = kit.free_port()
+    settings = {
+        "url": f"https://127.0.0.1:{port}",
+        "ca_file": Path("/etc/x/tls.pem"),
+        "client_cert": Path("/etc/x/me.pem"),
+        "client_key": Path("/etc/x/me.key"),
+        "auth_key": Secret("file", "/etc/x/k-{usage}.hex"),
+    }
+    (tmp_path / "ca.crt").write_bytes(_CA.certificate_pem)
+    (tmp_path / "ca.key").write_bytes(_CA.key_pem)
+    text = cfssl_setup.text(AUTHORITIES["ca"], _LIVE, VALIDITY, tmp_path, settings=settings)
+    assert f'url = "https://127.0.0.1:{port}"' in text
+    path = f"PATH={programs.require('cfssl').parent}:{os.environ['PATH']}"
+    node = tmp_path / "node"
+    tls = kit.Tls(
+        server_cert=tmp_path / "server.crt",
+        server_key=tmp_path / "server.key",
+        ca=node / "tls.pem",
+        client_cert=node / "me.pem",
+        client_key=node / "me.key",
+    )
+    subprocess.run(["sh", "-c", text.replace("exec cfssl serve", "exec true")], check=True, capture_output=True)
+    made = {file.name: file.read_bytes() for file in node.iterdir()}
+
+    def again(at: int) -> list[str]:
+        return ["env", path, "sh", "-c", text.replace(f"-port {port}", f"-port {at}")]
+
+    with kit.running(again, tmp_path, tls) as url:
+        files = {"ca_file": tls.ca, "client_cert": tls.client_cert, "client_key": tls.client_key}
+        backend = make(url=url, auth_key=Secret("file", f"{node}/k-{{usage}}.hex"), **files)
+        assert backend.check(specs_of(AUTHORITIES["ca"])) == {}
+        assert backend.sign(request(specs_of(AUTHORITIES["ca"])[0])).leaf.issuer == _CA.certificate.subject
+    assert {file.name: file.read_bytes() for file in node.iterdir()} == made
+    assert set(made) == {"tls.pem", "me.pem", "me.key", "k-client.hex", "k-server.hex"}
+    assert {file.stat().st_mode & 0o777 for file in (node / "me.key", node / "k-client.hex")} == {0o600}
 
 
 @pytest.mark.parametrize("authority", AUTHORITIES.values(), ids=AUTHORITIES)
