@@ -7,6 +7,7 @@ end with the last process in them.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import shlex
@@ -24,6 +25,7 @@ SUITES = ("bookworm", "trixie")
 ENVIRONMENT = ("env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LC_ALL=C.UTF-8", "COLUMNS=80")
 
 _BOOT_SECONDS = 60.0
+_NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 
 
 def directory() -> Path:
@@ -186,6 +188,17 @@ class Booted:
             assert time.monotonic() < end, f"{script}: {done.stdout}{done.stderr}\n{self.journal()}"
             time.sleep(0.2)
         return done.stdout
+
+    @contextmanager
+    def network(self) -> Iterator[None]:
+        """What is started in here listens on the machine's loopback (setns(2) is for this thread and its children alone)."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with Path("/proc/thread-self/ns/net").open() as ours, Path(f"/proc/{self.pid}/ns/net").open() as theirs:
+            assert libc.setns(theirs.fileno(), _NEW_NETWORK) == 0
+            try:
+                yield
+            finally:
+                assert libc.setns(ours.fileno(), _NEW_NETWORK) == 0
 
     def journal(self) -> str:
         """What our units said."""

