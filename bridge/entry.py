@@ -111,7 +111,7 @@ def _patterns_later() -> Iterator[None]:
     Load libraries whose patterns of characters beyond 16 bits are compiled when they are used.
 
     `cryptography.x509.name` and `yaml.reader` have one each, for what a quiet run does not do (it reads no name from a
-    text, and YAML by libyaml). They take a tenth of it: the row of `renew` with nothing due in docs/numbers.md.
+    text, and YAML by libyaml). They take a tenth of it: the row of `renew` with nothing due in docs/evidence/numbers.md.
     """
     compiled = re.compile
 

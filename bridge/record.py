@@ -1,5 +1,5 @@
 """
-Frozen dataclasses for what a night with nothing due loads (the row of `renew` with nothing due in docs/numbers.md).
+Frozen dataclasses for what a night with nothing due loads (the row of `renew` with nothing due in docs/evidence/numbers.md).
 
 `dataclasses` compiles six methods for each class and loads `inspect`, which takes a quarter of such a night: a record has
 the same methods, written once here. To all others it is a dataclass: `dataclasses.fields`, `replace` and `asdict` take it.

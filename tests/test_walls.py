@@ -419,7 +419,7 @@ def test_starting_loads_nothing_heavy() -> None:
 
 
 def test_what_a_quiet_night_loads_makes_no_dataclass() -> None:
-    """Neither `dataclasses` nor `inspect`, a quarter of a run with nothing due (docs/numbers.md)."""
+    """Neither `dataclasses` nor `inspect`, a quarter of a run with nothing due (docs/evidence/numbers.md)."""
     quiet = "from bridge.renewal import select; from bridge.state import store; from bridge.settings import load"
     table = "from bridge.cli import expiration_forms"
     slow = {"dataclasses", "inspect"}

@@ -30,7 +30,10 @@ from tests.kit.pki import KubeadmPki, kubeadm_pki
 from tests.measure import desk_profile, fleet, start_up
 from tests.measure.fleet import seconds
 
-_RATIO = "A ratio is the median of the rounds' own ratios, so that it is not exactly one median divided by the other."
+_RATIO = (
+    "A ratio is the median of the rounds' own ratios, so that it is not exactly one median divided by the other; "
+    "**missed** stands behind a limit that it is above."
+)
 _MEMORY_LIMIT = 400.0  # MB
 HERE = Path(__file__).parent
 NUMBERS = HERE.parents[1] / "docs/evidence/numbers.md"
@@ -59,7 +62,8 @@ class Row:
         """For the table."""
         ours, theirs = statistics.median(self.ours), statistics.median(self.theirs)
         values = [f"{value:.3f} s" if self.unit == "s" else f"{value:.0f} {self.unit}" for value in (ours, theirs)]
-        return self.work, self.against, *values, f"{self.ratio:.2f}", f"{self.limit:.1f}"
+        limit = f"{self.limit:.1f}" if self.ratio <= self.limit else f"{self.limit:.1f}, **missed**"
+        return self.work, self.against, *values, f"{self.ratio:.2f}", limit
 
 
 def paired(
@@ -106,7 +110,7 @@ def measure(directory: Path, rounds: int) -> Iterator[Row]:
         lambda: succeed(bridge, "check-expiration"),
         lambda: pki.run_kubeadm("certs", "check-expiration"),
         rounds * 2,
-        4.0,
+        2.5,
     )
     yield paired(
         "`renew` with nothing due",
@@ -114,7 +118,7 @@ def measure(directory: Path, rounds: int) -> Iterator[Row]:
         lambda: succeed(bridge, "renew"),
         lambda: subprocess.run([sys.executable, "-c", "pass"], check=True),
         rounds * 2,
-        10.0,
+        7.0,
     )
 
 

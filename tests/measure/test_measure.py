@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,13 @@ def test_the_desks_rows(tmp_path: Path) -> None:
     assert [row.limit for row in rows] == [1.3, 11.0, 1.0]
     assert all(min(*row.ours, *row.theirs) > 0 for row in rows)
     assert bench.table(rows).count("\n| ") == 4
+
+
+def test_a_row_above_its_limit_says_so() -> None:
+    """The ratio is the median of the rounds' ratios, and a limit that it is above is marked."""
+    row = bench.Row(work="a", against="b", ours=[1.0, 6.0, 2.0], theirs=[1.0, 1.0, 1.0], limit=2.0)
+    assert row.cells()[-2:] == ("2.00", "2.0")
+    assert replace(row, limit=1.9).cells()[-2:] == ("2.00", "1.9, **missed**")
 
 
 def test_where_the_desks_time_goes(tmp_path: Path) -> None:
