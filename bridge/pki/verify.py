@@ -215,7 +215,7 @@ def _eku_text(oids: Iterable[str]) -> str:
     labels = {eku.value: eku.label for eku in EKU} | {
         ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE.dotted_string: "anyExtendedKeyUsage"
     }
-    return ", ".join(sorted(labels.get(oid) or oid_label(oid) for oid in oids)) or "none"
+    return ", ".join(sorted(labels.get(oid) or oid_label(oid) for oid in oids))
 
 
 def _key_usage(leaf: x509.Certificate) -> Iterator[Violation]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -135,20 +136,54 @@ def test_a_key_usage_is_told_by_its_bits(bits: dict[str, bool], reads: str) -> N
     assert violation == Violation(subject="KeyUsage", want="digitalSignature", got=reads)
 
 
-def test_an_unknown_signature_algorithm_is_named() -> None:
-    """Whose signature it is can't be told; the message does not guess."""
+def forged(change: Callable[[Draft], None]) -> list[Violation]:
+    """Violations of a leaf that was changed before it was signed; unchanged it passes."""
     key = csr.generate_key("ecdsa-p256")
-    asked = SignRequest(
-        spec=SPECS["apiserver"],
-        csr_pem=csr.build(TestCA.make(algorithm="ecdsa-p256").leaf(SPECS["apiserver"]), key),
-        validity=timedelta(days=365),
-    )
+    pem = csr.build(TestCA.make(algorithm="ecdsa-p256").leaf(SPECS["apiserver"]), key)
+    asked = SignRequest(spec=SPECS["apiserver"], csr_pem=pem, validity=timedelta(days=365))
     right = root().issue(asked)
     draft = Draft.of(right.leaf, key)
-    draft.tbs[Draft.SIGNATURE][0].content = oid("1.2.3.4")
-    found = violations(replace(right, leaf=load_der_certificate(draft.signed(root().key))), asked)
+    check(replace(right, leaf=load_der_certificate(draft.signed(root().key))), asked, expectation())
+    change(draft)
+    return violations(replace(right, leaf=load_der_certificate(draft.signed(root().key))), asked)
+
+
+def field_of(*place: int, content: bytes) -> Callable[[Draft], None]:
+    """Other content in one place of a certificate."""
+
+    def change(draft: Draft) -> None:
+        tree = draft.tbs
+        for index in place:
+            tree = tree[index]
+        tree.content = content
+
+    return change
+
+
+def test_an_unknown_signature_algorithm_is_named() -> None:
+    """Whose signature it is can't be told; the message does not guess."""
+    found = forged(field_of(Draft.SIGNATURE, 0, content=oid("1.2.3.4")))
     assert [v.subject for v in found] == ["signature", "chain"]
     assert (found[0].want, found[0].got) == ("SHA-256 or stronger", "1.2.3.4")
+
+
+@pytest.mark.parametrize(("content", "number"), [(b"\x00", "0"), (b"\xff", "-1")])
+def test_a_serial_number_is_positive(content: bytes, number: str) -> None:
+    """RFC 5280 §4.1.2.2; CAs that kubeadm made have 0, a leaf has not."""
+    found = forged(field_of(Draft.SERIAL, content=content))
+    assert found[0] == Violation(subject="serial number", want="a positive number", got=number)
+
+
+def test_a_certificate_of_version_1_is_refused() -> None:
+    """Its extensions would count for some and not for others."""
+
+    def without_version(draft: Draft) -> None:
+        draft.outer = draft.tbs[Draft.SIGNATURE]
+        assert draft.tbs.children is not None
+        del draft.tbs.children[0]
+
+    found = forged(without_version)
+    assert found[0] == Violation(subject="version", want="v3", got="v1")
 
 
 def test_another_root_of_the_cas_name_is_called_one() -> None:
