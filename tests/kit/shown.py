@@ -27,6 +27,7 @@ from tests.kit.pki import KubeadmPki, Pki, handmade_pki, kubeadm_pki
 
 ROOT = Path(__file__).parents[2]
 PAGE, DAY_0, DESK_FILES = ROOT / "docs/first-renewal.md", ROOT / "docs/day-0.md", ROOT / "config/desk"
+EXEC = ROOT / "docs/exec.md"
 COLUMNS = 80
 _PLACES = ("etc", "var/lib", "srv", "media")
 _OF_THE_SYSTEM = ("passwd", "group", "nsswitch.conf", "ssl", "ld.so.cache", "alternatives")
@@ -103,6 +104,7 @@ class Normal:
         for pattern, form in _DATES.items():
             text = re.sub(pattern, functools.partial(self._moved, form=form), text)
         text = re.sub(r"\b\d{6,}(?=[s:])", lambda seconds: str(round(int(seconds[0]) / 3600) * 3600), text)
+        text = text.replace(str(Path(sys.executable).with_name("ca-bridge")), "/usr/bin/ca-bridge")
         for pattern, words in _WORDS.items():
             text = re.sub(pattern, words, text)
         for pattern, form in _NAMES.items():
@@ -158,6 +160,7 @@ NODE = {
     "rollback": "ca-bridge rollback",
     "audit-show": "ca-bridge audit show --name front-proxy-client",
     "audit-verify": "ca-bridge audit verify",
+    "cron": "ca-bridge setup cron",
     "recover": "ca-bridge recover",
     "user-request": "ca-bridge kubeconfig request bob --group dev --group ops",
     "user": "ca-bridge kubeconfig user bob --group dev --group ops --csr bob.csr --validity 8h",
@@ -169,6 +172,10 @@ DESK = {
     "inspect": "ca-bridge inspect /media/stick/cp-1.request.json",
     "sign-dry-run": "ca-bridge sign /media/stick/cp-1.request.json -o /media/stick/cp-1.answer.json --dry-run",
     "sign": "ca-bridge sign /media/stick/cp-1.request.json -o /media/stick/cp-1.answer.json --approve",
+}
+PROGRAM_AS_CA = {
+    "exec-renew": "ca-bridge renew apiserver",
+    "exec-test": "ca-bridge backend test ca apiserver",
 }
 EXPIRED = {"expired": "ca-bridge check-expiration", "renew-expired": "ca-bridge renew all"}
 WORKER = {
@@ -196,6 +203,7 @@ def blocks(directory: Path) -> dict[str, str]:
     found |= typed(DESK, desk, normal)
     shutil.copytree(desk.root / "media", node.root / "media", dirs_exist_ok=True)
     found |= typed(BACK, node, normal)
+    found |= typed(PROGRAM_AS_CA, node_with_program(directory / "exec"), normal)
     found |= typed(EXPIRED, expired(node, directory / "expired"), normal)
     found |= typed(WORKER, worker(node, directory / "w-1"), normal)
     found |= typed(NEW_NODE, new_node(node, directory / "new"), normal)
@@ -247,6 +255,21 @@ def desk_of(node: Machine, root: Path) -> Machine:
     desk.write("/etc/ca-bridge/desk-policy.toml", (DESK_FILES / "desk-policy.toml").read_text(encoding="utf-8"))
     _add_cas(desk, pki, text)
     return desk
+
+
+def node_with_program(root: Path) -> Machine:
+    """The settings and the program of the page, with a CA whose key has no passphrase."""
+    machine, now = Machine(root, "cp-1"), datetime.now(UTC)
+    pki = handmade_pki(root, now=now, not_after=now + timedelta(days=20))
+    text = EXEC.read_text(encoding="utf-8")
+    settings = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)[0].replace("/usr/local/libexec", "/etc")
+    machine.write("/etc/ca-bridge/config.toml", settings)
+    [script] = re.findall(r"```sh\n(#!/bin/sh.*?)```", text, re.DOTALL)
+    machine.write("/etc/ca-bridge/site-ca", script, 0o755)
+    (root / "srv/ca/ca").mkdir(parents=True)
+    for source, name in zip(pki.ca_files("ca"), ("ca.crt", "ca.key"), strict=True):
+        shutil.copy2(source, root / "srv/ca/ca" / name)
+    return machine
 
 
 def expired(node: Machine, root: Path) -> Machine:
