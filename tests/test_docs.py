@@ -22,7 +22,7 @@ from bridge.errors import Exit, SettingsError
 from bridge.settings.load import parse
 from bridge.settings.tables import AuthoritySettings
 from bridge.specs import SPECS
-from tests.kit import manual, settings_page
+from tests.kit import manual, picture, settings_page
 from tests.kit.commands import NAME, commands, help_of, lines_in, why_not
 from tests.kit.pki import KubeadmVersion
 from tests.measure import pictures
@@ -508,12 +508,27 @@ def test_each_command_that_a_message_names_can_be_typed() -> None:
 
 def test_the_picture_of_a_session_shows_commands_that_are_there() -> None:
     """It is what the demo really showed: `python -m tests.kit.picture` draws it."""
-    picture = ET.parse(ROOT / "docs/session.svg")  # noqa: S314 (our own file)
-    lines = ["".join(text.itertext()).strip() for text in picture.iter()]
+    session = ET.parse(ROOT / "docs/session.svg")  # noqa: S314 (our own file)
+    lines = ["".join(text.itertext()).strip() for text in session.iter()]
     typed = [line.removeprefix("$ ") for line in lines if line.startswith("$ ca-bridge")]
     assert len(typed) > 3
     assert [why for line in typed if (why := why_not(line))] == []
     assert any("refused" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", picture.SCREENS)
+def test_a_screen_shows_what_its_page_shows(name: str) -> None:
+    """The picture and the block beside it are of the same command with the same output, which a test compares."""
+    screen = ET.parse(ROOT / f"docs/screen-{name}.svg")  # noqa: S314 (our own file)
+    lines = ["".join(text.itertext()) for text in screen.iter() if text.tag.endswith("text")]
+    (page,) = (page for page in DOCUMENTS if f"(screen-{name}.svg)" in page.read_text(encoding="utf-8"))
+    block = re.findall(
+        rf"^```console {name}(?: -?\d+)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )[0]
+    there = [line for line in block.splitlines() if line not in {"", "…"}]
+    assert len(there) > 5
+    steady = [re.sub(r"-[0-9a-f]{8}$", "", line) for line in lines]  # a run's name counts on
+    assert [line for line in there if re.sub(r"-[0-9a-f]{8}$", "", line) not in steady] == []
 
 
 def test_the_map_leads_to_files_that_are_there() -> None:

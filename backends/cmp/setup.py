@@ -92,8 +92,8 @@ _TEXT = """\
 
 # 4. In the node's settings:
 #   [authority.{authority}]
-#   backend = "cmp-{authority}"
-#   [backend.cmp-{authority}]
+#   backend = "corp"
+#   [backend.corp]
 #   type = "cmp"
 #   url = "{url}"
 #   reference = "{reference}"                             # a)

@@ -84,14 +84,14 @@ def _label_lines(label: str, specs: Sequence[CertificateSpec], wanted: SetupRequ
 
 def _settings_lines(wanted: SetupRequest, url: str, label: Selector) -> Iterator[str]:
     yield "In the node's settings"
-    yield "  [backend.est]"
+    yield "  [backend.enrol]"
     yield '  type = "est"'
     yield f"  url = {_toml(url)}"
     yield '  ca_file = "/etc/ca-bridge/est-tls-ca.crt"       # pins the server: no other CA is trusted'
     yield '  client_cert = "/etc/ca-bridge/agent.crt"        # with its intermediates; good for clientAuth'
     yield '  client_key = "/etc/ca-bridge/agent.key"'
     yield f"  [authority.{wanted.authority.name}]"
-    yield '  backend = "est"'
+    yield '  backend = "enrol"'
     yield f"  label = {_toml(label.pattern)}"
     if label.exceptions:
         yield f"  [authority.{wanted.authority.name}.labels]"

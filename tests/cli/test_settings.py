@@ -107,3 +107,15 @@ def test_settings_check_says_well_formed_and_doubts(tmp_path: Path) -> None:
     assert result.stdout == f"{path}: well-formed; `ca-bridge doctor` tries it\n"
     assert "corp (vault): url is still an example's: https://vault.corp.example:8200" in result.stderr
     assert "corp (vault): /etc/ca-bridge/role-id is not there" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["cfssl", "cmp", "est", "kubernetes", "openssl"])
+def test_setup_prints_the_names_that_init_writes(kind: str, tmp_path: Path) -> None:
+    """A CA's administrator and a node's speak of the same backend; the settings' own names come back, too."""
+    pki, path = handmade_pki(tmp_path / "node"), tmp_path / "config.toml"
+    places = f'[node]\npki_dir = "{pki.pki_dir}"\nkubeconfig_dir = "{pki.kubeconfig_dir}"\n'
+    path.write_text(initial(kind).replace("\n[node]\n", f"\n{places}"))
+    (backend,) = parse(path.read_text()).backends
+    printed = run("setup", kind, "--authority", "ca", "--config", path).stdout
+    assert f"[backend.{backend}]" in printed
+    assert f'backend = "{backend}"' in printed

@@ -1,26 +1,30 @@
 """
-The picture of a terminal session in the README: what `ca-bridge demo` really shows, as SVG.
+Pictures of terminals, as SVG: what `ca-bridge demo` really shows, and three commands on a node of the pages.
 
-`python -m tests.kit.picture` runs it, and writes the steps from the renewal to the recovery to `docs/session.svg`.
+`python -m tests.kit.picture` runs them, and writes the demo's steps from the renewal to the recovery to
+`docs/session.svg`, and the commands to `docs/screen-NAME.svg`.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from tests.kit import terminals
+from tests.kit import shown, terminals
 
-FILE = Path(__file__).parents[2] / "docs/session.svg"
+DOCS = Path(__file__).parents[2] / "docs"
+#: As `shown.NODE` has them.
+SCREENS = ("check-expiration", "doctor", "renew")
 _LINE, _LEFT, _TOP = 18, 14, 44
 _CLASSES = {"1": "bold", "2": "faint", "31": "red", "32": "green", "33": "yellow", "34": "blue", "36": "cyan"}
 
 _HEAD = """\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-labelledby="title">
-  <title id="title">A session in a terminal: ca-bridge demo</title>
+  <title id="title">A session in a terminal: {title}</title>
   <style>
     text {{ font: 13px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; fill: #d1d7e0; white-space: pre }}
     .frame {{ fill: #151b23 }} .bar {{ fill: #262c36 }}
@@ -35,12 +39,22 @@ _HEAD = """\
 """
 
 
+def lines_of(terminal: str) -> list[str]:
+    """What is there in the end, with its colours."""
+    return re.sub(r"[^\n]*\r(?!\n)(?:\x1b\[K)?", "", terminal.replace("\r\n", "\n")).splitlines()
+
+
+def prompt(command: str) -> str:
+    """A command as it is typed."""
+    return f"\x1b[36m$ {command}\x1b[0m"
+
+
 def steps(terminal: str) -> list[str]:
-    """The lines of steps 2 to 4, with their colours."""
-    lines = re.sub(r"[^\n]*\r(?!\n)\x1b\[K", "", terminal.replace("\r\n", "\n")).splitlines()
+    """The lines of steps 2 to 4 of the demo."""
+    lines = lines_of(terminal)
     plain = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
     first, end = (next(n for n, line in enumerate(plain) if line.startswith(f"{step} ")) for step in (2, 5))
-    return ["\x1b[36m$ ca-bridge demo\x1b[0m", "…", *lines[first : end - 1]]
+    return [prompt("ca-bridge demo"), "…", *lines[first : end - 1]]
 
 
 def spans(line: str) -> Iterator[str]:
@@ -53,23 +67,30 @@ def spans(line: str) -> Iterator[str]:
             yield f'<tspan class="{" ".join(classes)}">{escape(text)}</tspan>' if classes else escape(text)
 
 
-def picture(terminal: str) -> str:
+def picture(title: str, lines: Sequence[str]) -> str:
     """Of what a terminal showed."""
-    lines = steps(terminal)
     width, height = 2 * _LEFT + 80 * 8, _TOP + len(lines) * _LINE + 6
     rows = [
         f'  <text x="{_LEFT}" y="{_TOP + 6 + number * _LINE}" xml:space="preserve">{"".join(spans(line))}</text>'
         for number, line in enumerate(lines)
         if line
     ]
-    return _HEAD.format(width=width, height=height, bar=width - 16) + "\n".join([*rows, "</svg>", ""])
+    head = _HEAD.format(title=title, width=width, height=height, bar=width - 16)
+    return head + "\n".join([*rows, "</svg>", ""])
 
 
 def main() -> None:
-    """Run the demo, and write the picture."""
-    shown = terminals.run([str(Path(sys.executable).with_name("ca-bridge")), "demo"])
-    assert shown.exit_code == 0, shown.text
-    FILE.write_text(picture(shown.terminal), encoding="utf-8")
+    """Run the demo and the commands, and write the pictures."""
+    demo = terminals.run([str(Path(sys.executable).with_name("ca-bridge")), "demo"])
+    assert demo.exit_code == 0, demo.text
+    (DOCS / "session.svg").write_text(picture("ca-bridge demo", steps(demo.terminal)), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as directory:
+        node, normal = shown.node_with_openssl(Path(directory, "cp-1")), shown.Normal()
+        for name, line in shown.NODE.items():
+            terminal = normal.of(terminals.run(node.command(line), columns=shown.COLUMNS).terminal)
+            if name in SCREENS:
+                lines = [prompt(line), *lines_of(terminal)]
+                (DOCS / f"screen-{name}.svg").write_text(picture(line, lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -66,12 +66,19 @@ class Machine:
 
     def run(self, line: str, typed: str = "") -> str:
         """What a terminal shows of a line of a page; `typed` is what somebody answers to a question."""
+        command = self.command(line)
+        if typed:
+            return terminals.Shown(*airgap.at_a_terminal(command, [typed], b"later] "), "").text
+        return terminals.run(command, columns=COLUMNS).text
+
+    def command(self, line: str) -> list[str]:
+        """How a line of a page is run on this machine."""
         words = shlex.split(line)
         program = [sys.executable, "-c", _PROGRAM] if words[0] == "ca-bridge" else words[:1]
         path = f"PATH={programs.directory()}:{os.environ['PATH']}"
         settings = ["env", path, "TZ=UTC", "LC_ALL=C.UTF-8", "TERM=xterm", f"COLUMNS={COLUMNS}"]
         network = ["--net"] if self.is_alone else []
-        command = [
+        return [
             *_NAMESPACES,
             *network,
             "sh",
@@ -84,9 +91,6 @@ class Machine:
             *program,
             *words[1:],
         ]
-        if typed:
-            return terminals.Shown(*airgap.at_a_terminal(command, [typed], b"later] "), "").text
-        return terminals.run(command, columns=COLUMNS).text
 
 
 class Normal:
