@@ -126,7 +126,7 @@ class _Restarts:
         settings = self.settings
         if self.force:
             settings = dataclasses.replace(settings, cluster=dataclasses.replace(settings.cluster, neighbours="ignore"))
-        return neighbours.turn(self.node, settings, self.record.run_id, note=_say)
+        return neighbours.turn(self.node, settings, self.record.run_id, note=lambda text: log.info("%s", text))
 
     def _one_by_one(
         self, ordered: Sequence[Component], may_restart: Callable[[Component], None]
@@ -265,10 +265,6 @@ class _Answers:
         self._ends += self._answers and not answers
         self._answers = answers
         return frozenset({f"its answers (after {self._ends} ends)"} if answers else ())
-
-
-def _say(text: str) -> None:
-    log.info("%s", text)
 
 
 def _not_tried(component: Component, failed: Restarted) -> BridgeError:

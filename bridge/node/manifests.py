@@ -57,7 +57,7 @@ def pod_name(path: Path) -> str | None:
 def parse(component: Component, data: bytes) -> Manifest:
     """Read a manifest."""
     container = _container(document(split_bom(data)[1]), component.value)
-    words = [word.text() for key in ("command", "args") for word in _items(container.get(key))]
+    words = [word.text() for key in ("command", "args") if (listed := container.get(key)) for word in listed.items()]
     tag = _TAG.search(_text(container.get("image")).partition("@")[0])
     return Manifest(flags=_flags(words), version=(int(tag[2]), int(tag[3])) if tag else None, tag=tag[1] if tag else "")
 
@@ -65,14 +65,11 @@ def parse(component: Component, data: bytes) -> Manifest:
 def _container(root: YamlNode, name: str) -> YamlNode:
     """The container with the component's name, else the first."""
     spec = root.get("spec")
-    containers = [] if spec is None else _items(spec.get("containers"))
+    listed = None if spec is None else spec.get("containers")
+    containers = [] if listed is None else listed.items()
     if not containers:
         raise YamlError("wanted a pod with a container, found none")
     return next((one for one in containers if _text(one.get("name")) == name), containers[0])
-
-
-def _items(node: YamlNode | None) -> list[YamlNode]:
-    return [] if node is None else node.items()
 
 
 def _text(node: YamlNode | None) -> str:

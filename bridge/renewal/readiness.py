@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import ClassVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 
 from bridge.control_plane import restart_plan
 from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.node.kubeconfig import KubeconfigError
+from bridge.pki import identity
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
 from bridge.pki.expiry import first_end
 from bridge.renewal.select import NotReadyError, outcome_of
 from bridge.settings.tables import Settings
-from bridge.specs import SPECS
 from bridge.state.store import Outcome
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.files import DiskSpace, disk_spaces
@@ -110,9 +109,9 @@ class HalfRotatedError(NotReadyError):
 
 def half_rotated(node: Node, kubeconfig_dir: Path) -> HalfRotatedError | None:
     """Find kubeconfigs that accept the API server's live certificate, and would refuse its next one."""
-    serving = _certificates(node, "apiserver")
+    serving = next((item.certificates for item in node.items if item.spec.name == "apiserver"), ())
     anchors = next((one.certificates for one in node.authorities if one.authority.name == "ca"), ())
-    if not serving or not anchors or (len(anchors) == 1 and _issued(serving, anchors[0])):
+    if not serving or not anchors or (len(anchors) == 1 and identity.leads_to(serving, anchors)):
         return None
     new = anchors[0]  # kubeadm and our own checks take the first for the root
     places = [
@@ -123,7 +122,7 @@ def half_rotated(node: Node, kubeconfig_dir: Path) -> HalfRotatedError | None:
         for path in places
         if (trusted := _trusted(path))
         and not any(_is_same(one, new) for one in trusted)
-        and _leads_to(serving, trusted)
+        and identity.leads_to(serving, trusted)
     ]
     if not behind:
         return None
@@ -134,11 +133,6 @@ def half_rotated(node: Node, kubeconfig_dir: Path) -> HalfRotatedError | None:
         hint="have both CAs in certificate-authority-data of every kubeconfig, of all nodes and people, before the new "
         "one is the first in ca.crt (Kubernetes' “Manual Rotation of CA Certificates”); nothing was asked or replaced",
     )
-
-
-def _certificates(node: Node, name: str) -> tuple[x509.Certificate, ...]:
-    found: Item | None = next((item for item in node.items if item.spec == SPECS[name]), None)
-    return found.certificates if found is not None else ()
 
 
 def _trusted(path: Path) -> list[x509.Certificate]:
@@ -156,16 +150,3 @@ def _is_same(one: x509.Certificate, other: x509.Certificate) -> bool:
         return one.subject == other.subject and one.public_key() == other.public_key()
     except UNREADABLE:
         return False
-
-
-def _leads_to(serving: Sequence[x509.Certificate], trusted: Sequence[x509.Certificate]) -> bool:
-    return any(_issued(serving, one) for one in trusted)
-
-
-def _issued(serving: Sequence[x509.Certificate], ca: x509.Certificate) -> bool:
-    """Whether the last of the chain is the CA's."""
-    try:
-        serving[-1].verify_directly_issued_by(ca)
-    except (*UNREADABLE, InvalidSignature):
-        return False
-    return True

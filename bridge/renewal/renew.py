@@ -23,7 +23,7 @@ from bridge.contract import Carries, Issued, Pending, Spends
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.node.inventory import Item, Node
 from bridge.pki import expiry, verify
-from bridge.pki.certificates import serial_hex
+from bridge.pki.certificates import is_for, serial_hex
 from bridge.pki.expiry import due_from, duration_text
 from bridge.renewal import gate, new_keys
 from bridge.renewal.changes import decide
@@ -361,11 +361,4 @@ def _signed(answered: Sequence[Answered], ca: CA | None, now: datetime) -> list[
         with contextlib.suppress(BackendError):  # as lost as before
             recalled = ca.recall([one.prepared.request for one in lost], now - timedelta(days=1))
             found += [(one, answer.leaf) for one, answer in zip(lost, recalled, strict=True) if answer is not None]
-    return [(one.prepared.name, leaf) for one, leaf in found if _is_ours(one, leaf)]
-
-
-def _is_ours(one: Answered, leaf: x509.Certificate) -> bool:
-    try:
-        return leaf.public_key() == one.prepared.request.csr.public_key()
-    except (ValueError, TypeError):
-        return False
+    return [(one.prepared.name, leaf) for one, leaf in found if is_for(leaf, one.prepared.request.csr)]

@@ -228,7 +228,10 @@ class _Choice:
     def _against(self, item: Item) -> BridgeError | None:
         """The reason why it can't be renewed; a live certificate with an open request was judged before."""
         if not item.managed:
-            return _unknown_authority(item)
+            text = f"wanted to read the CA file {item.anchor_path} that kube-apiserver's --etcd-cafile names, found that it can't be"
+            return MissingCertificateError(
+                text, hint="without it no certificate of that CA can be verified; put it back"
+            )
         if item.obstacle is not None and not self.options.csrs_only:
             return item.obstacle
         is_judged = self.asked_for.get(item.spec.name) == item.certificates[0]
@@ -330,11 +333,6 @@ def _is_due(item: Item, settings: Settings, now: datetime) -> bool:
     if item.rotates and not expiry.is_rotation_late(item.renewable, now):
         return False
     return expiry.is_due(item.renewable, settings.renewal.before, settings.renewal.validity, now)
-
-
-def _unknown_authority(item: Item) -> BridgeError:
-    text = f"wanted to read the CA file {item.anchor_path} that kube-apiserver's --etcd-cafile names, found that it can't be"
-    return MissingCertificateError(text, hint="without it nothing that signs for it can be proven; put it back")
 
 
 def _absent(spec: CertificateSpec, item: Item | None, node: Node) -> Outcome:
