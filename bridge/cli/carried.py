@@ -89,8 +89,9 @@ def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
         state = _end(end, now)
         again = "as before" if request.name in done.again else "new key"
         proof = "with proof" if request.proof is not None else "WITHOUT PROOF: the old key can't be used"
-        rows.append((request.name, f"by {request.authority}", state, again, proof))
-    say_table(rows)
+        rows.append((request.name, state, proof, again, f"by {request.authority}"))
+    is_proven = [request.proof is not None for request in done.bundle.requests]
+    say_table(rows, (4, 3) if all(is_proven) else None, ["ok" if one else "warning" for one in is_proven])
     say(
         f"\n{path} holds {bundle_format.count(len(rows), 'request')}; fingerprint {bundle_format.short_fingerprint(done.bundle)}"
     )
@@ -178,7 +179,8 @@ def pending_cancel(
 
 def _pending_row(one: OpenRequest, now: datetime) -> tuple[str, ...]:
     age = f"asked {residual(max(int((now - one.created).total_seconds()), 0))} ago"
-    return one.name, age, _end(one.deadline, now), f"fingerprint {_fingerprint(one)}"
+    fingerprint = "" if _is_known_by_bundle(one) else f"fingerprint {_fingerprint(one)}"
+    return one.name, age, _end(one.deadline, now), fingerprint
 
 
 def _whereabouts(one: OpenRequest) -> str:
@@ -186,7 +188,14 @@ def _whereabouts(one: OpenRequest) -> str:
         return "answered and proven; the next run installs it"
     if one.reference:
         return printable(f"{one.backend}: {one.note}" if one.note else f"{one.backend} has it")
-    return "an operator has it" if one.bundles else "not asked yet; the next run asks"
+    if one.bundles:
+        return f"an operator has it; fingerprint {_fingerprint(one)}"
+    return "not asked yet; the next run asks"
+
+
+def _is_known_by_bundle(one: OpenRequest) -> bool:
+    """Whether its heading has the fingerprint, which is that of all requests in the bundle."""
+    return one.answer is None and not one.reference and bool(one.bundles)
 
 
 def _fingerprint(one: OpenRequest) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration_option, utc_now
-from bridge.cli.printing import say, say_json, say_sentence, say_table
+from bridge.cli.printing import say, say_json, say_sentence, say_table, say_verdict
 from bridge.control_plane import proof, restart_plan, restarts
 from bridge.settings.tables import Settings
 from bridge.specs import Component
@@ -128,9 +128,9 @@ def print_proof(found: proof.ProofReport, output: Output) -> None:
         _say_components(found)
     count, wrong = len(found.findings), len(found.wrong)
     if wrong:
-        say_sentence(f"{wrong} of {count} checks failed", style="error")
+        say_verdict(f"{wrong} of {count} checks failed", "error")
     else:
-        say_sentence(f"all is well: {count} checks hold", style="ok")
+        say_verdict(f"all is well: {count} checks hold", "ok")
 
 
 def _say_components(found: proof.ProofReport) -> None:

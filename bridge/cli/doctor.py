@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bridge.cli.options import Common, Output, OutputOption, command, utc_now
-from bridge.cli.printing import say_json, say_sentence, width_here
+from bridge.cli.printing import say_json, say_sentence, say_verdict, width_here
 from bridge.diagnosis import findings
 from bridge.diagnosis.examination import before_upgrade, examine
 from bridge.diagnosis.findings import LEVELS, Cause
@@ -88,4 +88,5 @@ def _say_count(causes: Sequence[Cause]) -> None:
     counts = {level: sum(cause.level == level for cause in causes) for level in LEVELS}
     words = [f"{counts[level]} {level}{'' if counts[level] == 1 else 's'}" for level in LEVELS[:2] if counts[level]]
     unasked = "" if all(cause.check != "by-hand" for cause in causes) else " on this node; no CA was asked"
-    say_sentence(", ".join(words) or f"nothing is wrong{unasked}", style="" if words else "ok")
+    worst = next((level for level in LEVELS[:2] if counts[level]), "ok")
+    say_verdict(", ".join(words) or f"nothing is wrong{unasked}", worst)

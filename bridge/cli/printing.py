@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from bridge.pki.expiry import left_text, minute
@@ -30,8 +30,13 @@ VALUES_BEGIN = 14
 
 
 def end_text(end: datetime, now: datetime) -> str:
-    """When a certificate ends, and how long that is from now; dates for people are `minute`, for programs `rfc3339`."""
-    return f"{'expires' if end > now else 'expired'} {minute(end)} ({left_text(end, now).removeprefix('expired ')})"
+    """When a certificate ends, to the minute if that is near, and how long that is from now; for people."""
+    is_near = end - now < _NEAR
+    moment = minute(end) if is_near else f"{end:%Y-%m-%d}"
+    return f"{'expires' if end > now else 'expired'} {moment} ({left_text(end, now).removeprefix('expired ')})"
+
+
+_NEAR = timedelta(days=2)
 
 
 def say(text: str, *, is_styled: bool = False) -> None:
@@ -164,6 +169,11 @@ def _parts(widths: Sequence[int], most: int | None) -> list[list[int]]:
         used += width + (len(_GAP) if parts[-1] else 0)
         parts[-1].append(column)
     return parts
+
+
+def say_verdict(text: str, style: str) -> None:
+    """Print how it all went, on a line in one style."""
+    say(console.styled(steady(text), style, sys.stdout), is_styled=True)
 
 
 def under_headings(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:

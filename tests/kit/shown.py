@@ -35,6 +35,7 @@ _NAMESPACES = ("unshare", *["--mount", "--uts", "--ipc", "--pid", "--fork", "--m
 _START = """\
 root=$1 name=$2; shift 2
 for place in etc var/lib srv media; do mount --bind "$root/$place" "/$place"; done
+mount -t tmpfs tmpfs /dev/shm  # or another walk's CA, which has the same path, sweeps this one's folder away
 hostname "$name"; cd /srv; stty cols 80 2>/dev/null || true; exec "$@"
 """
 #: The installed program, under the path that the packages give it.
@@ -116,7 +117,8 @@ class Normal:
         return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
 
     def _moved(self, found: re.Match[str], form: str) -> str:
-        hours = (datetime.strptime(found[0], form).replace(tzinfo=UTC) - self.began) / timedelta(hours=1)
+        began = self.began if "%H" in form else self.began.replace(hour=0, minute=0, second=0, microsecond=0)
+        hours = (datetime.strptime(found[0], form).replace(tzinfo=UTC) - began) / timedelta(hours=1)
         return (self.THEN + timedelta(hours=round(hours))).strftime(form)
 
     def _named(self, found: re.Match[str], form: str) -> str:
@@ -130,6 +132,7 @@ _DATES = {
     r"\d{4}-\d\d-\d\d \d\d:\d\d(?!:)": "%Y-%m-%d %H:%M",
     r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d": "%Y-%m-%dT%H:%M:%S",
     r"\d{8}T\d{6}Z": "%Y%m%dT%H%M%SZ",
+    r"\d{4}-\d\d-\d\d(?= \()": "%Y-%m-%d",
 }
 #: What is not worth a number.
 _WORDS = {

@@ -822,7 +822,9 @@ def test_the_list_of_what_is_open(node: Node) -> None:
     assert not node.state.exists()
     exported = node.export("apiserver", FRONT)
     text = node.run("pending", "list").stdout
-    assert text.startswith("an operator has it:\n  apiserver ")
+    assert text.startswith(
+        f"an operator has it; fingerprint {bundle_format.short_fingerprint(exported)}:\n  apiserver "
+    )
     assert text.count("asked ") == 2
     found = json.loads(node.run("pending", "list", "-o", "json").stdout)
     assert found["schemaVersion"] == 1
