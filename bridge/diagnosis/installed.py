@@ -125,8 +125,9 @@ def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
         yield Finding.ok("certificate", name, "not on this node, which is normal for it")
     else:
         text = item.trouble or f"wanted a certificate in {item.certificate_path}, found nothing"
-        is_made = item.state == "missing" and (item.listed or name == KUBELET_CONF)
-        hint = f"{_RESTORE}; or `ca-bridge renew {name}` makes it anew" if is_made else _RESTORE
+        first = f"mv {item.certificate_path} /root, and " if item.state == "broken" else ""
+        is_made = item.state in ("missing", "broken") and (item.listed or name == KUBELET_CONF)
+        hint = f"{_RESTORE}; or {first}`ca-bridge renew {name}` makes it anew" if is_made else _RESTORE
         yield Finding.error(f"certificate-{item.state}", name, text, hint)
 
 

@@ -121,7 +121,7 @@ class NeedsAPersonError(BridgeError):
     hint = "fix the cause; without names, `renew` asks this CA less and less often until it succeeds"
 
     def __init__(self, authority: str, failures: Failures) -> None:
-        super().__init__(f"{authority}: {failures}; an operator has to look at it")
+        super().__init__(f"{authority}: {failures}, and will be tried less often")
         self.authority = authority
         self.exit_code = failures.exit_code  # type: ignore[misc]  # as above
 

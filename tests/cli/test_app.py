@@ -367,7 +367,7 @@ def test_each_nodes_script_for_vault_writes_a_policy_of_its_own(run: Run, config
     policies = set()
     for names in ('name = "cp-1"', 'name = "cp-2"', 'name = "cp-1"\ncluster = "blue"'):
         config.write_text(text.replace("[node]", f"[node]\n{names}"))
-        policies |= set(re.findall("policy write (.*) - <<", run("setup", "vault", "--authority", "etcd-ca").stdout))
+        policies |= set(re.findall("policy write (.*) - >", run("setup", "vault", "--authority", "etcd-ca").stdout))
     assert policies == {"ca-bridge-cp-1-etcd-ca", "ca-bridge-cp-2-etcd-ca", "ca-bridge-blue-cp-1-etcd-ca"}
 
 

@@ -637,6 +637,20 @@ def test_a_note_is_no_warning(site: Site) -> None:
     assert {one["level"] for one in told["findings"]} <= {"error", "warning", "ok"}
 
 
+def test_a_broken_certificate_can_be_made_anew(site: Site) -> None:
+    """As the hint says: move the file away, and renew it by name."""
+    with_cas(site)
+    garbled_certificate(site)
+    [found] = [one for one in site.look() if one.check == "certificate-broken"]
+    path = site.pki.pki_dir / "front-proxy-client.crt"
+    assert f"mv {path} /root, and `ca-bridge renew front-proxy-client` makes it anew" in found.hint
+    path.rename(site.home / path.name)
+    config = site.pki.root / "kubeadm.yaml"
+    config.write_text("apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\nkubernetesVersion: v1.37.2\n")
+    made = site.bridge.run("renew", "front-proxy-client", "--kubeadm-config", str(config))
+    assert made.returncode == 0, made.stderr
+
+
 def test_an_immutable_file_is_found(site: Site) -> None:
     """Which not even root can replace; a renewal would stop at it each night."""
     path = site.pki.pki_dir / "etcd/server.crt"

@@ -121,7 +121,7 @@ def test_a_ca_that_fails_three_times_is_left_alone_and_a_person_called(bridge: B
     for number in range(1, 4):
         run = bridge.run("renew")
         assert run.returncode == 2, run.stderr
-        assert ("an operator has to look at it" in run.stderr) == (number == 3)
+        assert ("will be tried less often" in run.stderr) == (number == 3)
     assert events(bridge, "needs-a-person") == 1
     state = bridge.directory / "state/attempts.json"
     assert stat.S_IMODE(state.stat().st_mode) == 0o600
