@@ -15,8 +15,6 @@ from cryptography import x509
 from bridge.node import sample_pki
 from tests.kit import cmp, est, gateways, kube_api, openbao
 from tests.kit.cas import Bridge, add_cfssl, add_vault, live_certificates
-from tests.kit.gateways import Place
-from tests.kit.opensslca import make_ca_directory
 from tests.kit.pki import ADDRESS, NODE, handmade_pki
 from tests.kit.trees import Booted, Tree
 
@@ -199,7 +197,7 @@ def test_a_program_of_another_user_signs_and_is_killed_at_its_limit(installed: T
 PATHS = {"apiserver": "apiserver.crt", "etcd-server": "etcd/server.crt", "front-proxy-client": "front-proxy-client.crt"}
 
 
-def with_cfssl_and_exchange(bridge: Bridge, stack: ExitStack) -> None:
+def with_cfssl_and_exchange(bridge: Bridge, stack: ExitStack, _: Booted) -> None:
     """A `cfssl serve` with mutual TLS, and an outbox that a courier empties."""
     stack.enter_context(add_cfssl(bridge, "front-proxy-ca"))
     for name in ("out", "in"):
@@ -209,7 +207,7 @@ def with_cfssl_and_exchange(bridge: Bridge, stack: ExitStack) -> None:
     bridge.add("authority.etcd-ca", {"backend": "door"})
 
 
-def with_vault_est_and_cmp(bridge: Bridge, stack: ExitStack) -> None:
+def with_vault_est_and_cmp(bridge: Bridge, stack: ExitStack, _: Booted) -> None:
     """OpenBao, `estserver` with a client certificate, and a CMP registration authority with a shared secret."""
     add_vault(bridge, stack.enter_context(openbao.dev_server()), "ca", "cage")
     tls, servers = est.make_tls(bridge.directory / "tls"), bridge.directory.parent / "servers"
@@ -224,28 +222,59 @@ def with_vault_est_and_cmp(bridge: Bridge, stack: ExitStack) -> None:
     bridge.add("authority.front-proxy-ca", {"backend": "corp"})
 
 
-def with_kubernetes(bridge: Bridge, stack: ExitStack) -> None:
-    """Another cluster's API server, where a gateway with `openssl ca` signs."""
-    servers = bridge.directory.parent / "servers"
+GATEWAY = """\
+[gateway]
+listen = "127.0.0.1:9880"
+state_dir = "/var/lib/ca-bridge-gateway"
+kubeconfig = "/run/credentials/ca-bridge-gateway.service/kubeconfig"
+policy = "/etc/ca-bridge/gateway-policy.toml"
+inventory = "/etc/ca-bridge/inventory.toml"
+lease_duration = "5s"
+"""
+#: As the unit's own comments have it.
+GATEWAYS_DROP_IN = """\
+[Service]
+LoadCredential=role-id:/etc/ca-bridge/role-id
+LoadCredential=secret-id:/etc/ca-bridge/secret-id
+ExecStart=
+ExecStart=/usr/bin/ca-bridge gateway --config /etc/ca-bridge/gateway.toml
+"""
+
+
+def with_kubernetes(bridge: Bridge, stack: ExitStack, machine: Booted) -> None:
+    """Another cluster's API server, whose requests the gateway's unit beside the node has OpenBao sign."""
+    servers, bao = bridge.directory.parent / "servers", stack.enter_context(openbao.dev_server())
     api = stack.enter_context(kube_api.serving(servers / "cluster"))
     gateways.grant_rights(api.cluster)
+    its = Bridge(pki=bridge.pki, directory=servers / "gateway")
+    add_vault(its, bao, "front-proxy-ca", "gateway")
+    text = re.sub(r'(role|secret)_id_file = ".*"', r'\1_id_credential = "\1-id"', its.config.read_text() + GATEWAY)
+    text = re.sub('pki_dir = ".*"', 'pki_dir = "/etc/ca-bridge/pki"', text)
     signer = f"{gateways.DOMAIN}/front-proxy-client"
-    ca = make_ca_directory(servers / "ca", *bridge.pki.ca_pem("front-proxy-ca"))
     policy = f'[allow]\nclusters = ["*"]\nnodes = ["*"]\nmax_validity = "400d"\n[signer."{signer}"]\n'
     policy += f'[signer."{signer}".grant.itself]\nusers = ["system:serviceaccount:ca-bridge:ca-bridge-{{node}}"]\n'
-    table = f'[backend.desk]\ntype = "openssl"\ndir = "{ca}"\n[authority.front-proxy-ca]\nbackend = "desk"\n'
-    inventory = f'[node.{NODE}]\ncontrol_plane = true\naddresses = ["{ADDRESS}"]\n'
-    place = Place(
-        cluster=api.cluster, directory=servers / "gateway", policy=policy, inventory=inventory, tables=[table],
-        trust=bridge.pki.pki_dir,
-    )  # fmt: skip
-    trust = bridge.secret("cluster-ca.crt", api.trust.read_text())
-    who = {"url": api.url, "ca_file": trust, "token_file": bridge.secret("token", "none yet")}
-    bridge.add("backend.cluster", {"type": "kubernetes", "wait": "60s", "retry_for": "5s", **who})
+    files = {
+        "gateway.toml": text,
+        "gateway-policy.toml": policy,
+        "inventory.toml": f'[node.{NODE}]\ncontrol_plane = true\naddresses = ["{ADDRESS}"]\n',
+        "gateway.conf": api.kubeconfig(gateways.USER).read_text(),
+        "role-id": (its.directory / "gateway-front-proxy-ca.role-id").read_text(),
+        "secret-id": (its.directory / "gateway-front-proxy-ca.secret-id").read_text(),
+        "pki/front-proxy-ca.crt": bridge.pki.ca_pem("front-proxy-ca")[0].decode(),
+    }
+    machine.run("mkdir -p /etc/ca-bridge/pki /etc/systemd/system/ca-bridge-gateway.service.d")
+    for name, content in files.items():
+        mode = 600 if name in {"gateway.conf", "role-id", "secret-id"} else 644
+        machine.run(f"cat >/etc/ca-bridge/{name}; chmod {mode} /etc/ca-bridge/{name}", stdin=content.encode())
+    machine.run("cat >/etc/systemd/system/ca-bridge-gateway.service.d/site.conf", stdin=GATEWAYS_DROP_IN.encode())
+    who = {"url": api.url, "ca_file": bridge.secret("cluster-ca.crt", api.trust.read_text())}
+    token = bridge.secret("token", "none yet")
+    bridge.add("backend.cluster", {"type": "kubernetes", "wait": "60s", "retry_for": "5s", "token_file": token, **who})
     bridge.add("authority.front-proxy-ca", {"backend": "cluster", "signer": f"{gateways.DOMAIN}/{{name}}"})
     api.apply(bridge.run("setup", "kubernetes", "--authority", "front-proxy-ca").stdout)
     bridge.secret("token", api.bearer("ca-bridge", f"ca-bridge-{NODE}").token)
-    stack.enter_context(gateways.running(place))
+    machine.run("systemctl daemon-reload; systemctl start ca-bridge-gateway.service")
+    stack.callback(machine.run, "systemctl stop ca-bridge-gateway.service", check=False)
 
 
 @pytest.mark.kube("cfssl", "estserver", "cmp-ra", "kube-apiserver", "etcd", "kubectl")
@@ -266,7 +295,7 @@ def test_every_kind_of_ca_is_reached_from_the_cage(installed: Tree, tmp_path: Pa
             pki = handmade_pki(directory / "node", not_after=datetime.now(UTC) + timedelta(days=60))
             bridge = Bridge(pki=pki, directory=directory / "bridge")
             with machine.network(), ExitStack() as stack:
-                servers(bridge, stack)
+                servers(bridge, stack, machine)
                 run_in(machine, bridge, asked)
             assert properties(machine, SERVICE, "ExecMainStatus") == [code], machine.journal()
             before = live_certificates(pki)
