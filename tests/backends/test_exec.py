@@ -796,7 +796,7 @@ def test_the_pages_worked_example_works(one: Bridge) -> None:
     """As it is printed, but for the CA's directory: the suite passes, and a renewal."""
     script = Path(one.directory.parent, "ca/site-ca")
     [text] = [text for text in examples("sh") if text.startswith("#!/bin/sh")]
-    script.write_text(text.replace("/srv/ca", str(script.parent)))
+    script.write_text(text.replace("/srv/ca/$1", str(script.parent)))
     for arguments in (("backend", "test", "front-proxy-ca"), ("renew", "front-proxy-client")):
         run = one.run(*arguments)
         assert run.returncode == 0, run.stdout + run.stderr

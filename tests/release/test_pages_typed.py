@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import openbao, opensslca, programs
+from tests.kit import cmp, openbao, opensslca, programs
 from tests.kit.pki import KubeadmPki, kubeadm_pki
 from tests.kit.trees import Booted, Tree
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 AUTHORITIES = ("ca", "etcd-ca", "front-proxy-ca")
 PASSPHRASE = "a passphrase"
 
-pytestmark = [pytest.mark.slow, pytest.mark.kube("kubeadm", "cfssl")]
+pytestmark = [pytest.mark.slow, pytest.mark.kube("kubeadm", "cfssl", "cmp-ra")]
 only_bookworm = pytest.mark.parametrize("installed", ["bookworm"], indirect=True)
 
 
@@ -156,6 +156,51 @@ def test_cfssl(installed: Tree, pki: KubeadmPki) -> None:
         for port in (8881, 8882, 8883):
             machine.wait(f"openssl s_client -connect cfssl.lan:{port} </dev/null 2>&1 | grep -q 'BEGIN CERT'", 20)
         take_the_steps(machine)
+
+
+def then(machine: Booted, page: str, block: str) -> None:
+    """A page's last block, line by line, and the job that repeats it."""
+    for line in lines(block):
+        done = machine.run(f"cd /root; {line}", check=False)
+        assert done.returncode == 0, f"{page}: {line}\n{done.stdout}{done.stderr}"
+    (job,) = (line for line in lines(blocks("docs/first-renewal.md", "On the node")[0]) if "setup systemd" in line)
+    machine.run(job)
+    machine.run("sed -i '/^ExecStart=/s/ renew/ renew apiserver/' /etc/systemd/system/ca-bridge.service")
+    before = machine.run("cat /etc/kubernetes/pki/apiserver.crt").stdout
+    done = machine.run("systemctl daemon-reload; systemctl start ca-bridge.service", check=False)
+    assert done.returncode == 0, machine.journal()
+    assert machine.run("cat /etc/kubernetes/pki/apiserver.crt").stdout != before
+
+
+@only_bookworm
+def test_a_program(installed: Tree, pki: KubeadmPki) -> None:
+    """From nothing to a nightly renewal with the page's program, and CAs whose keys have no passphrase."""
+    for name in AUTHORITIES:
+        for file, data in zip(("ca.crt", "ca.key"), pki.ca_pem(name), strict=True):
+            installed.put(f"/srv/ca/{name}/{file}", data, 0o600)
+    page = ROOT / "docs/exec.md"
+    program, commands, *_ = blocks("docs/exec.md", "A worked example")
+    installed.put("/usr/local/libexec/ca-bridge/site-ca", program.encode(), 0o755)
+    (settings, *_) = re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    installed.put("/etc/ca-bridge/config.toml", settings.encode())
+    with node_of(installed, pki) as machine:
+        then(machine, page.name, commands)
+
+
+@only_bookworm
+def test_a_cmp_server(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
+    """From nothing to a nightly renewal with a registration authority, whose shared secret its administrator gives."""
+    with node_of(installed, pki) as machine, machine.network(), cmp.registration_authority(tmp_path / "ra") as ra:
+        needed, secret, commands, *_ = blocks("docs/cmp.md", "A worked example")
+        machine.run("ca-bridge settings init cmp")
+        machine.run(f"cd /root\n{needed}\n{secret}")
+        machine.run("sed -i 's|/p/[a-z0-9-]*-{usage}|/p/{usage}|' /etc/ca-bridge/config.toml")  # this server's paths
+        for name in AUTHORITIES:
+            ra.add_ca(name, *pki.ca_pem(name), days=365)
+            machine.run(f"sed -i '/^.authority.{name}.$/a url = \"{ra.url(name)}\"' /etc/ca-bridge/config.toml")
+        machine.run(f"sed -i 's/^reference = .*/reference = \"{ra.mac()['reference']}\"/' /etc/ca-bridge/config.toml")
+        put(machine, "/etc/ca-bridge/cmp.secret", Path(ra.mac()["secret_file"]).read_bytes())
+        then(machine, "cmp.md", commands)
 
 
 DESKS_USER = (
