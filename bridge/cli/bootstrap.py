@@ -284,14 +284,6 @@ def setup(
     ca_setup.print_or_write(files, directory)
 
 
-#: What to do next, by kubeadm's command.
-_CHECK_HINTS = {
-    "init": "`ca-bridge bootstrap init` makes what is missing; a node that is to join is looked at with "
-    "--control-plane or --worker",
-    "join": "`ca-bridge bootstrap join` makes what is missing",
-}
-
-
 @command(bootstrap, "check")
 def check(
     common: Common,
@@ -310,9 +302,11 @@ def check(
     if (config := configuration.together(files)) is not None:
         places = desired.places_in(settings, config)
     problems = whole.check(settings, places, role, files, config, utc_now())
-    if problems:
-        raise NotWholeError("\n".join(problems), hint=_CHECK_HINTS["init" if role == "init" else "join"])
     program = "init" if role == "init" else "join"
+    if problems:
+        joins = "; a node that is to join is looked at with --control-plane or --worker" if program == "init" else ""
+        hint = f"`ca-bridge bootstrap {program}` makes what is missing{joins}"
+        raise NotWholeError("\n".join(problems), hint=hint)
     say(f"nothing is missing and nothing wrong: `kubeadm {program}` may start")
     return Exit.DONE
 

@@ -86,10 +86,9 @@ def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
     rows = []
     for request in done.bundle.requests:
         end = request.replaces.not_valid_after_utc if request.replaces is not None else None
-        state = _end(end, now)
         again = "as before" if request.name in done.again else "new key"
         proof = "with proof" if request.proof is not None else "WITHOUT PROOF: the old key can't be used"
-        rows.append((request.name, state, proof, again, f"by {request.authority}"))
+        rows.append((request.name, end_text(end, now), proof, again, f"by {request.authority}"))
     is_proven = [request.proof is not None for request in done.bundle.requests]
     say_table(rows, (4, 3) if all(is_proven) else None, ["ok" if one else "warning" for one in is_proven])
     say(
@@ -180,7 +179,7 @@ def pending_cancel(
 def _pending_row(one: OpenRequest, now: datetime) -> tuple[str, ...]:
     age = f"asked {residual(max(int((now - one.created).total_seconds()), 0))} ago"
     fingerprint = "" if _is_known_by_bundle(one) else f"fingerprint {_fingerprint(one)}"
-    return one.name, age, _end(one.deadline, now), fingerprint
+    return one.name, age, end_text(one.deadline, now), fingerprint
 
 
 def _whereabouts(one: OpenRequest) -> str:
@@ -227,7 +226,3 @@ def _pending_json(one: OpenRequest, now: datetime) -> dict[str, Any]:
         "bundles": one.bundles,
         "state": "answered" if one.answer is not None else "waiting" if one.is_waiting else "prepared",
     }
-
-
-def _end(end: datetime | None, now: datetime) -> str:
-    return end_text(end, now) if end is not None else ""

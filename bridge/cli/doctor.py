@@ -69,17 +69,13 @@ def _say_cause(cause: Cause) -> None:
     """The sentence stands beside its subject, or below several; below it, where it is long."""
     level, about = cause.level.ljust(len("warning")), ", ".join(cause.about)
     margin = " " * (len(level) + 2)
-    if len(about) > _ABOUT_WIDTH:
-        say_sentence(f"{level}  {about}:", hanging=len(margin), style=cause.level)
+    is_long, width = len(about) > _ABOUT_WIDTH, width_here()
+    line = f"{level}  {about.ljust(_ABOUT_WIDTH)}  {cause.text}"
+    if is_long or (width is not None and len(line) > width):
+        say_sentence(f"{level}  {about}{':' if is_long else ''}", hanging=len(margin), style=cause.level)
         say_sentence(cause.text, margin)
     else:
-        line = f"{level}  {about.ljust(_ABOUT_WIDTH)}  {cause.text}"
-        width = width_here()
-        if width is None or len(line) <= width:
-            say_sentence(line, style=cause.level)
-        else:
-            say_sentence(f"{level}  {about}", style=cause.level)
-            say_sentence(cause.text, margin)
+        say_sentence(line, style=cause.level)
     if cause.hint:
         say_sentence(f"hint: {cause.hint}", margin)
 

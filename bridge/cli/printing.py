@@ -29,10 +29,11 @@ SCHEMA_VERSION = 1
 VALUES_BEGIN = 14
 
 
-def end_text(end: datetime, now: datetime) -> str:
-    """When a certificate ends, to the minute if that is near, and how long that is from now; for people."""
-    is_near = end - now < _NEAR
-    moment = minute(end) if is_near else f"{end:%Y-%m-%d}"
+def end_text(end: datetime | None, now: datetime) -> str:
+    """When a certificate ends, to the minute if that is near, and how long that is from now; nothing for no end."""
+    if end is None:
+        return ""
+    moment = minute(end) if end - now < _NEAR else f"{end:%Y-%m-%d}"
     return f"{'expires' if end > now else 'expired'} {moment} ({left_text(end, now).removeprefix('expired ')})"
 
 

@@ -85,8 +85,8 @@ def _waiting_row(outcome: Outcome, now: datetime) -> tuple[str, tuple[str, ...]]
     """The reason why it waits, as a heading, and the row's cells."""
     reason = printable(outcome.error.reason if outcome.error is not None else "")
     end = outcome.old.not_valid_after_utc if outcome.old is not None else None
-    expires = end_text(end, now) if end is not None else ""
-    return f"{outcome.backend}: {reason}" if outcome.backend else reason, (outcome.name, "waiting", expires)
+    heading = f"{outcome.backend}: {reason}" if outcome.backend else reason
+    return heading, (outcome.name, "waiting", end_text(end, now))
 
 
 #: A certificate that waits for its answer is warned of from here on, and cried out for from there on.
