@@ -3,7 +3,7 @@ ca-bridge: renews a kubeadm control plane's certificates through a CA that lives
 
 The map, from the ground up; each floor imports only what is below it (`tests/test_walls.py` keeps the table):
 
-- the doors, public and stable: `contract`, `errors`, `secret`, `specs`, `words`, and what they are made of, `record`; on top of all floors `entry` and `testing`
+- the doors, public and stable: `contract`, `errors`, `secret`, `specs`, `words`; on top of all floors `entry` and `testing`
 - `pki`: certificates, CSRs, bundles and the checks on them; no I/O, no clock
 - `system`: files, processes, HTTPS, waiting, what goes to standard error
 - `settings`: the settings file

@@ -12,15 +12,13 @@ import contextlib
 import gc
 import itertools
 import os
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from bridge.errors import Exit
-from bridge.record import record
 
 if TYPE_CHECKING:
     from bridge.node.inventory import Item
@@ -95,39 +93,7 @@ def _end_unwritten(error: OSError, *, is_reported: bool = False) -> NoReturn:
     os._exit(Exit.FAILED)
 
 
-class _LaterPattern:
-    """A pattern that is compiled when it is used."""
-
-    def __init__(self, *given: Any) -> None:
-        self._given = given
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(re.compile(*self._given), name)
-
-
-@contextlib.contextmanager
-def _patterns_later() -> Iterator[None]:
-    """
-    Load libraries whose patterns of characters beyond 16 bits are compiled when they are used.
-
-    `cryptography.x509.name` and `yaml.reader` have one each, for what a quiet run does not do (it reads no name from a
-    text, and YAML by libyaml). They take a tenth of it: the row of `renew` with nothing due in docs/evidence/numbers.md.
-    """
-    compiled = re.compile
-
-    def later(pattern: Any, flags: Any = 0) -> Any:
-        is_wide = isinstance(pattern, str) and "\U0010ffff" in pattern.replace(r"\U0010FFFF", "\U0010ffff")
-        return _LaterPattern(pattern, flags) if is_wide else compiled(pattern, flags)
-
-    re.compile = later
-    try:
-        yield
-    finally:
-        re.compile = compiled
-
-
-@record
-class Quiet:
+class Quiet(NamedTuple):
     """A renewal with nothing due."""
 
     sentence: str
@@ -151,8 +117,7 @@ def _end_quietly(quiet: Quiet) -> NoReturn:
     _end(told.exit_code)
 
 
-@record
-class Table:
+class Table(NamedTuple):
     """The text that `check-expiration` prints, and its exit code."""
 
     text: str
@@ -165,9 +130,8 @@ def expirations(arguments: Sequence[str]) -> Table | None:
     if plain is None or plain.names:
         return None
     try:
-        with _patterns_later():
-            from bridge.cli.expiration_forms import look  # noqa: PLC0415 (see above)
-            from bridge.node import inventory  # noqa: PLC0415
+        from bridge.cli.expiration_forms import look  # noqa: PLC0415 (see above)
+        from bridge.node import inventory  # noqa: PLC0415
 
         settings = plain.settings()
         text, troubles, code = look(inventory.of(settings.node), datetime.now(UTC), None, "table")
@@ -188,11 +152,9 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
         return None
     names = plain.names
     from bridge.errors import BridgeError  # noqa: PLC0415
-
-    with _patterns_later():
-        from bridge.node import inventory  # noqa: PLC0415 (see above)
-        from bridge.renewal.select import RunOptions, nothing_due, select  # noqa: PLC0415
-        from bridge.state.store import Store, is_checked  # noqa: PLC0415
+    from bridge.node import inventory  # noqa: PLC0415 (see above)
+    from bridge.renewal.select import RunOptions, nothing_due, select  # noqa: PLC0415
+    from bridge.state.store import Store, is_checked  # noqa: PLC0415
 
     try:
         settings = plain.settings()
@@ -231,8 +193,7 @@ def _begin_keys(items: Sequence[Item], wanted: KeyAlgorithm | Literal["same"]) -
         new_keys.begin([key_algorithm(item.certificates[0], wanted) for item in items])
 
 
-@record
-class _Plain:
+class _Plain(NamedTuple):
     """A command with names and places alone."""
 
     names: list[str]

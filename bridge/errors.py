@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
-
-from bridge.record import record
 
 
 class Exit:
@@ -50,7 +49,7 @@ class BridgeError(Exception):
         return str(self)
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class SettingsProblem:
     """One thing that is wrong in the settings; `str()` of it is a line for the operator."""
 
@@ -76,7 +75,7 @@ class SettingsError(BridgeError):
         super().__init__("\n".join(map(str, problems)), hint=hint)
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Violation:
     """One way in which a certificate, or a CA's configuration, is not what was asked for."""
 

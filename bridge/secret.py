@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-
-from bridge.record import record
 
 #: In a settings field's metadata: its value comes from the bridge, and no key of the settings file has its name.
 GIVEN = "given"
@@ -15,7 +14,7 @@ class SecretUnavailableError(Exception):
     """A secret can't be read; the text names where it was looked for, never its value."""
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Secret:
     """
     Where a secret comes from; the value is read when it is needed, and is in no text of this object.

@@ -9,9 +9,8 @@ Subjects and SANs are not here: a renewal copies them from the certificate that 
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import Literal, get_args
-
-from bridge.record import record
 
 Usage = Literal["server", "client", "peer"]
 #: kubeadm's `encryptionAlgorithm` values, in small letters.
@@ -43,7 +42,7 @@ class Component(enum.Enum):
     KUBELET = "kubelet"
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Authority:
     """One of the three CAs below `pki_dir`; kubeadm never renews it."""
 
@@ -74,7 +73,7 @@ _MASTERS = frozenset({"system:masters"})
 _ADMINS = frozenset({"kubeadm:cluster-admins"})
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateSpec:
     """
     One leaf certificate that kubeadm expects on a control-plane node.

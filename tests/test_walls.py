@@ -20,7 +20,7 @@ import backends
 import bridge
 
 #: The doors on the ground floor, and those that open on the whole house.
-DOORS = ("contract", "errors", "record", "secret", "specs", "words")
+DOORS = ("contract", "errors", "secret", "specs", "words")
 ROOF = ("entry", "testing")
 _GROUND = {"doors"}
 _LOOKS = _GROUND | {"pki", "system", "settings", "node"}
@@ -48,7 +48,7 @@ FLOORS: dict[str, set[str]] = {
 }
 #: No I/O and no clock in these: a package, or a module of another one.
 PURE = (
-    *("pki", "record", "specs", "words", "settings.windows"),
+    *("pki", "specs", "words", "settings.windows"),
     *("desk.patterns", "gateway.rules", "users.user_rules"),
 )
 
@@ -416,15 +416,6 @@ def test_starting_loads_nothing_heavy() -> None:
     """The command line starts without network libraries, tables and backends; only commands that use them load them."""
     assert loaded("import bridge.cli.app") & HEAVY == set()
     assert loaded("import bridge.entry") & {*HEAVY, "typer"} == set()
-
-
-def test_what_a_quiet_night_loads_makes_no_dataclass() -> None:
-    """Neither `dataclasses` nor `inspect`, a quarter of a run with nothing due (docs/evidence/numbers.md)."""
-    quiet = "from bridge.renewal import select; from bridge.state import store; from bridge.settings import load"
-    table = "from bridge.cli import expiration_forms"
-    slow = {"dataclasses", "inspect"}
-    assert loaded(f"import bridge.entry; {quiet}; {table}") & slow == set()
-    assert loaded("import bridge.contract") & slow == slow
 
 
 def test_the_look_at_what_is_loaded_can_fail() -> None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from cryptography import x509
 
 from bridge.node.inventory import AuthorityState, FileState, Item, Node
 from bridge.pki.expiry import ROTATION_IS_LATE, first_end, is_early, seconds_left
-from bridge.record import record, replace
 from bridge.specs import KUBELET_CONF
 
 #: How long before its end a certificate is due, by its lifetime.
 Limit = Callable[[timedelta], timedelta]
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One certificate of the report."""
 
@@ -47,7 +47,7 @@ class Row:
         return self.chain_seconds_left is not None and self.chain_seconds_left < 0 and not self.foreign
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpiryReport:
     """All rows, in the order of the output."""
 

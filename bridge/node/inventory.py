@@ -11,6 +11,7 @@ import os
 import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,6 @@ from bridge.node.kubelet import KUBELET_DIR, KubeletFiles
 from bridge.node.manifests import Manifest
 from bridge.pki import identity
 from bridge.pki.certificates import has_key_of, is_ca, load_pem_certificates
-from bridge.record import record, replace
 from bridge.settings.tables import NodeSettings
 from bridge.specs import (
     AUTHORITIES,
@@ -51,7 +51,7 @@ _PEOPLES = ("admin.conf", "super-admin.conf")
 Role = Literal["control plane", "worker"]
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
     """One leaf certificate that the node has, or should have."""
 
@@ -94,7 +94,7 @@ class Item:
         return (*self.certificates, *self.copy) if self.is_anchor_first else self.ending
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AuthorityState:
     """One CA, as far as the node has it."""
 
@@ -107,7 +107,7 @@ class AuthorityState:
     listed: bool  #: kubeadm has a row for it.
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """The node, as its files tell."""
 
@@ -136,7 +136,7 @@ class Node:
         return None if apiserver is None else apiserver.version
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
     """The result of reading a file that should hold certificates."""
 

@@ -12,6 +12,7 @@ import binascii
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +21,6 @@ import yaml
 from bridge.errors import BridgeError
 from bridge.node.yamltree import YamlError, YamlNode, document, events, split_bom
 from bridge.pki.certificates import has_key_of, load_pem_certificates
-from bridge.record import field, record, replace
 
 _CERTIFICATE = "client-certificate-data"
 _KEY = "client-key-data"
@@ -38,7 +38,7 @@ class KubeconfigError(BridgeError):
         return KubeconfigError(f"{path}: {self}", hint=self.hint.replace("FILE", str(path)))
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kubeconfig:
     """The user, server and certificates of a kubeconfig's current context; no key in it."""
 
@@ -66,7 +66,7 @@ def key_data(data: bytes) -> bytes | None:
     return _reading(lambda: _data(_Entries.of(document(split_bom(data)[1])).user, _KEY))
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddedUser:
     """An entry of `users` with a certificate and a key in it."""
 
@@ -172,7 +172,7 @@ def _reading(read: Callable[[], _Result]) -> _Result:
     raise KubeconfigError(problem)
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class _Entries:
     """The nodes that the current context leads to."""
 
@@ -357,7 +357,7 @@ def _meaning(event: yaml.Event, changed: dict[int, str]) -> tuple[object, ...]:
     )
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FreshKubeconfig:
     """A kubeconfig, but for the user's certificate and key."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +20,6 @@ from bridge.node import kubeconfig
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.yamltree import YamlError, document, split_bom
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
-from bridge.record import record, replace
 from bridge.system.paths import UnreadableError, read
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ _FLAGS = {
 Serving = Literal["made", "named", "asked"]
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kubelet:
     """The part of the kubelet's configuration that its health check and its pods need."""
 
@@ -70,7 +70,7 @@ class Kubelet:
         return cls(health_url=url if port != "0" else None, runtime_endpoint=found.get("containerRuntimeEndpoint", ""))
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KubeletFiles:
     """The part of the kubelet's configuration that says where certificates are, and for which names."""
 

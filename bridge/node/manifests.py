@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
-from bridge.record import record
 from bridge.specs import Component
 from bridge.system.paths import UnreadableError, read
 
@@ -18,7 +18,7 @@ COMPONENTS = (Component.ETCD, Component.APISERVER, Component.CONTROLLER_MANAGER,
 _TAG = re.compile(r":(v?(\d{1,4})\.(\d{1,4})(?!\d)[^:/]*)$")
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """One static pod, of which the component's container counts."""
 

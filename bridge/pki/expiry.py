@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
-
-from bridge.record import record
 
 if TYPE_CHECKING:  # settings have durations, and need no certificates
     from cryptography import x509
@@ -133,7 +132,7 @@ def duration_text(duration: timedelta) -> str:
     return f"{duration.total_seconds():g}s"
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Before:
     """How long before its end a certificate is due: a duration, or a share of its lifetime. One of the two is set."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,6 @@ from cryptography import x509
 from bridge.errors import BridgeError, SettingsError, SettingsProblem, Violation
 from bridge.node.inventory import Item, Node, NoNodeError, other_key
 from bridge.pki import expiry, identity
-from bridge.record import field, record
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec, Component, KeyAlgorithm
 from bridge.state.store import Outcome
@@ -30,7 +30,7 @@ ALL = "all"
 RESTORE = "put a good copy back (an expired one will do), then run again"
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
     """Changes that an operator wants in the next certificates' names."""
 
@@ -45,7 +45,7 @@ class Changes:
         return bool(self.add or self.drop or self.adopt_defaults)
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
     """The options of one run, as the command line (or a test) gives them; commands share those that they have."""
 
@@ -64,7 +64,7 @@ class RunOptions:
         return bool(self.names) and ALL not in self.names
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Desired:
     """One certificate as it is to be."""
 
@@ -100,7 +100,7 @@ class NotReadyError(BridgeError):
     """Something on this node has to be fixed first; no CA was asked."""
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
     """The certificates that a run has to renew, and those that it can't."""
 
@@ -171,7 +171,7 @@ def select(
     )
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Choice:
     """The facts by which each certificate is selected, left alone or refused."""
 

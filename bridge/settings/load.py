@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from bridge.errors import SettingsError, SettingsProblem
-from bridge.record import fields, record, replace
 from bridge.settings.reader import Reader, Source, found_text, opened
 from bridge.settings.tables import (
     AuditSettings,
@@ -37,7 +37,7 @@ from bridge.words import name_found
 DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Overrides:
     """The places that every command takes as options; None: as the settings file has it."""
 

@@ -7,13 +7,13 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import parse_duration
-from bridge.record import fields, is_dataclass
 from bridge.secret import GIVEN, Secret
 from bridge.words import has_controls, name_found
 
@@ -172,14 +172,14 @@ class Reader:
         """
         before = len(self.problems)
         values = self.values(schema, table, prefix)
-        missing = [f.name for f in fields(schema) if f.is_required and f.name not in values]
+        missing = [f.name for f in fields(typing.cast(Any, schema)) if _is_required(f) and f.name not in values]
         if not partial:
             hints = _hints(schema)
             for name in missing:
                 self.add((*prefix, _keys_of(name, hints[name])[0]), _wanted(hints[name]), "nothing")
         if missing or len(self.problems) > before:
             return None
-        wanted = {f.name for f in fields(schema) if GIVEN in f.metadata}
+        wanted = {f.name for f in fields(typing.cast(Any, schema)) if GIVEN in f.metadata}
         ours = {name: value for name, value in (given or {}).items() if name in wanted}
         return self._made(schema, {**values, **ours}, prefix)
 
@@ -240,6 +240,10 @@ class Reader:
             if not isinstance(text, str):
                 self.add((*key, name), "a text", found_text(text))
         return value
+
+
+def _is_required(f: Field[Any]) -> bool:
+    return f.default is MISSING and f.default_factory is MISSING
 
 
 def _bare(hint: Any) -> Any:

@@ -7,13 +7,13 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, Literal
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import Before, duration_text
-from bridge.record import field, record, replace
 from bridge.settings.reader import Source
 from bridge.settings.windows import Jitter, Windows
 from bridge.specs import DEFAULT_CLUSTER, KUBELET_SERVER, Component, KeyAlgorithm
@@ -23,7 +23,7 @@ LOCALTIME = Path("/etc/localtime")
 _WANTED_ZONE = 'the name of a time zone that this machine knows, such as "Europe/Berlin", or "" for the machine\'s own'
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Zone:
     """A name of the IANA database; empty: the machine's own zone."""
 
@@ -84,7 +84,7 @@ def _named_zone(name: str) -> tzinfo | None:
         return None
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Version:
     """A Kubernetes version, as far as the program's behaviour depends on it."""
 
@@ -103,7 +103,7 @@ class Version:
         return f"{self.major}.{self.minor}"
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSettings:
     """Table `[node]`."""
 
@@ -134,12 +134,12 @@ class NodeSettings:
         return self.name or os.uname().nodename.strip().lower()
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RenewalSettings:
     """Table `[renewal]`."""
 
     #: A certificate is due when less than this is left; a percentage is of its whole lifetime.
-    before: Before = Before(remaining=timedelta(days=30))
+    before: Before = Before(remaining=timedelta(days=30))  # noqa: RUF009 (frozen)
     validity: timedelta = timedelta(days=365)  #: The lifetime that the CA is asked for; the CA may give less.
     min_validity: timedelta = timedelta(days=7)  #: A new certificate with a shorter lifetime is refused.
     #: Whether a new certificate may end before the one that it replaces.
@@ -166,7 +166,7 @@ class RenewalSettings:
             yield SettingsProblem("before", wanted, duration_text(self.before.remaining))
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Components:
     """Which components are restarted after a renewal."""
 
@@ -188,7 +188,7 @@ class Components:
         return ", ".join(component.value for component in self.listed) or self.which
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RestartSettings:
     """Table `[restart]`."""
 
@@ -224,7 +224,7 @@ class RestartSettings:
         return _words(self.commands.get(component.value, ""))
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Commands:
     """Programs with their arguments."""
 
@@ -246,7 +246,7 @@ class Commands:
         return list(map(_words, self.texts))
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HookSettings:
     """Table `[hooks]`; see `hooks`."""
 
@@ -274,7 +274,7 @@ _WANTED_LABEL = "at most 63 small letters, digits and hyphens, a letter or digit
 _SHORTEST_LEASE, _LONGEST_LEASE = timedelta(seconds=15), timedelta(hours=1)
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSettings:
     """Table `[cluster]`: the other control-plane nodes, before a component is restarted; see `bridge.control_plane.neighbours`."""
 
@@ -298,7 +298,7 @@ class ClusterSettings:
             yield SettingsProblem("lease_duration", wanted, duration_text(self.lease_duration))
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Size:
     """A number of bytes."""
 
@@ -320,7 +320,7 @@ class Size:
 _SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AuditSettings:
     """Table `[audit]`."""
 
@@ -336,7 +336,7 @@ class AuditSettings:
             yield SettingsProblem("keep_total", f"at least twice rotate_at ({self.rotate_at})", str(self.keep_total))
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Paths:
     """Absolute paths, each once."""
 
@@ -359,7 +359,7 @@ def _is_odd(path: Path) -> bool:
     return ".." in path.parts or "\0" in str(path) or path == Path("/")
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CopiesSettings:
     """Table `[copies]`; see `bridge.state.copies`."""
 
@@ -367,7 +367,7 @@ class CopiesSettings:
     files: Paths = Paths()
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsSettings:
     """Table `[metrics]`; see `bridge.monitoring`."""
 
@@ -379,7 +379,7 @@ class MetricsSettings:
             yield SettingsProblem("file", "a path that ends with .prom, without ..", repr(str(self.file)))
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UserSettings:
     """Table `[users]`: what `kubeconfig user` may have signed; see `bridge.users.issue`."""
 
@@ -398,7 +398,7 @@ class UserSettings:
             yield SettingsProblem("validity", "at most users.max_validity", duration_text(self.validity))
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackupSettings:
     """Table `[backups]`; see `backups.retire`."""
 
@@ -414,7 +414,7 @@ class BackupSettings:
             yield SettingsProblem("keep", "at least 1", str(self.keep))
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AuthoritySettings:
     """Table `[authority.NAME]`; its other keys go to the backend."""
 
@@ -454,7 +454,7 @@ EXTRA_SUBJECT_OIDS = {
 }
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateSettings:
     """Table `[certificate.NAME]`: what is asked for one certificate, whatever the live one has."""
 
@@ -499,7 +499,7 @@ _LAST_PORT = 65535
 _MOST_THREADS = 64
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySettings:
     """Table `[gateway]`."""
 
@@ -557,7 +557,7 @@ class GatewaySettings:
         return match[1].strip("[]"), int(match[2])
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole settings file; backends' tables are raw."""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
 
 from bridge.pki.expiry import duration_text, parse_duration
-from bridge.record import record
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 DAY_MINUTES = 24 * 60
@@ -21,7 +21,7 @@ LAST_DAYS = timedelta(days=2)
 _LOOK_AHEAD_DAYS = 23
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Window:
     """Hours of some days of the week, by the clock on the wall."""
 
@@ -66,7 +66,7 @@ def _days(text: str) -> frozenset[int]:
     return frozenset(found)
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Windows:
     """The windows of maintenance; none: any time will do."""
 
@@ -89,7 +89,7 @@ class Windows:
         return ", ".join(map(str, self.windows))
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Jitter:
     """A delay of less than this, so that not all nodes come at once."""
 
@@ -104,7 +104,7 @@ class Jitter:
         return duration_text(self.most)
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """Whether a due certificate may be renewed now."""
 

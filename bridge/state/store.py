@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge.errors import BridgeError, Exit
-from bridge.record import record
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -84,7 +84,7 @@ class Store:
         return any(path.exists() for path in (self.journal, self.staging, self.restart))
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """The outcome for one certificate."""
 

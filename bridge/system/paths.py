@@ -12,13 +12,13 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.certificates import load_pem_certificates
-from bridge.record import record
 
 #: As the kernel counts them (path_resolution(7)).
 MOST_LINKS = 40
@@ -146,7 +146,7 @@ def assert_ours(path: Path) -> None:
 # --- who decides -----------------------------------------------------------------------------------------------------
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exposure:
     """Something by which others could change what a path leads to."""
 
@@ -266,7 +266,7 @@ class ForeignLinkError(Exception):
     """Somebody else than root and the effective user decides where the path leads; the text says by what."""
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """A name in an open directory, which may be somebody else's, such as a home; what has the name is no link."""
 
@@ -321,7 +321,7 @@ def _place(path: Path) -> Place:
     raise ForeignLinkError(f"{path}: wanted a file, found links without end")
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
     """One name on the way, in a directory that is open until the next step."""
 

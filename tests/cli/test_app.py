@@ -512,33 +512,6 @@ def test_a_plain_renew_with_nothing_due_loads_no_command_line(run: Run, config: 
         assert entry.nothing_to_do([*other, "--config", str(config)]) is None
 
 
-#: Loads what a plain `renew` does, and uses the two patterns that it does not: prints whether they were compiled before.
-_PATTERNS = """
-import re, sys
-compiled = re.compile
-from bridge import entry
-if sys.argv[1:]:
-    entry.nothing_to_do(sys.argv[1:])
-assert re.compile is compiled
-import yaml
-from cryptography import x509
-print(isinstance(yaml.reader.Reader.NON_PRINTABLE, re.Pattern))
-print(x509.Name.from_rfc4514_string("CN=\\u00e4\\U0001f600 x,O=y").rfc4514_string() == "CN=\\u00e4\\U0001f600 x,O=y")
-try:
-    yaml.reader.Reader("a: \\x01")
-except yaml.reader.ReaderError as e:
-    print(e.position)
-"""
-
-
-def test_patterns_of_libraries_are_compiled_when_they_are_used(config: Path) -> None:
-    """A quiet run compiles none for characters beyond 16 bits, and they find what they find without it."""
-    for arguments, is_compiled in ((["renew", "--config", str(config)], False), ([], True)):
-        command = [sys.executable, "-c", _PATTERNS, *arguments]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert run.stdout.split() == [str(is_compiled), "True", "3"]
-
-
 @pytest.mark.parametrize("args", [(), ("-v",)], ids=["fast path", "command line"])
 def test_a_result_that_cannot_be_written_is_an_error(run: Run, config: Path, args: tuple[str, ...]) -> None:
     """On a full disk: exit 1 and a line that says so; where standard output is closed nobody wants to know."""
