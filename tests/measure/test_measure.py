@@ -10,7 +10,7 @@ import pytest
 
 from tests.kit import exec_programs
 from tests.measure import __main__ as bench
-from tests.measure import backends, curves, desk_profile, fleet, gateway, start_up
+from tests.measure import backends, curves, desk_profile, fleet, gateway, mutation, start_up
 
 
 def test_the_desks_rows(tmp_path: Path) -> None:
@@ -62,6 +62,30 @@ def test_the_curves(tmp_path: Path) -> None:
     assert [(one["rows"], one["csrs"]) for one in values["openssl"]] == [(0, 1), (0, 3), (5, 1), (5, 3)]
     assert [one["server"] for one in values["servers"]] == ["cfssl", "OpenBao"]
     assert tmp_path.joinpath("curves.md").read_text().count("\n| ") == 9
+
+
+def test_the_scores_of_mutants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the files that were measured; one with many mutants weighs more, and one that timed out was noticed."""
+    monkeypatch.setattr(mutation, "CACHE", tmp_path)
+    large, small, absent = list(mutation.TESTS)[:3]
+    for file, mutants, killed, timed_out in ((large, 300, 8, 1), (small, 10, 4, 0)):
+        counts = {"mutants": mutants, "tried": 10, "killed": killed, "timed_out": timed_out, "survivors": []}
+        tmp_path.joinpath(f"{file.replace('/', '_')}.json").write_text(json.dumps(counts))
+    lines = mutation.table((large, small, absent)).splitlines()
+    assert lines[2:] == [
+        f"| `{large}` | 300 | 10 | 9 | 1 | 90.0% |",
+        f"| `{small}` | 10 | 10 | 4 | 0 | 40.0% |",
+        "| all | 310 | 20 | | | 88.4% |",
+    ]
+
+
+def test_each_file_of_the_checks_is_mutated() -> None:
+    """With tests that are there."""
+    checks = {str(path.relative_to(mutation.ROOT)) for path in mutation.ROOT.glob("bridge/pki/[!_]*.py")}
+    assert set(mutation.TESTS) == {*checks, "bridge/state/install.py"}
+    assert all(
+        (mutation.ROOT / test.partition("::")[0]).exists() for tests in mutation.TESTS.values() for test in tests
+    )
 
 
 @pytest.mark.skipif(exec_programs.helper("local-submit") is None, reason="install the Debian package certmonger")
