@@ -174,7 +174,7 @@ class Journal:
     def forget(self, requests: Iterable[SignRequest]) -> None:
         """Drop requests whose answers were delivered; on disk after `tidy`."""
         for request in requests:
-            self._log.drop(key_of(request))
+            self._log.forget(key_of(request))
 
     def tidy(self) -> None:
         """Keep on disk only the entries that are still to be delivered, as a rule none."""

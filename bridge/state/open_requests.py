@@ -184,9 +184,14 @@ class RequestLog(Generic[T]):
         """Forget a request, and its key."""
         with self._lock:
             value = self.get(key)
+            self.forget(key)
+            return value
+
+    def forget(self, key: str) -> None:
+        """Drop a request that nothing more is done with: one that lies on disk is not read again."""
+        with self._lock:
             if self._found.pop(key, None) is not None:
                 self._changed[key] = None
-            return value
 
     def save(self) -> None:
         """Make all changes safe on disk, those of other threads included."""

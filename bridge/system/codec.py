@@ -60,19 +60,25 @@ _FORMS: Mapping[object, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 
 
+_PLAIN = frozenset({type(None), bool, int, float, str})
+
+
 def to_json(value: Any) -> Any:
     """Turn a value into what `json.dumps` takes."""
-    if isinstance(value, Enum):
-        return value.value
-    if value is None or isinstance(value, bool | int | float | str):
+    kind = type(value)
+    if kind in _PLAIN:  # most are, and a desk writes tens of thousands
         return value
+    if isinstance(value, Enum | int | float | str):
+        return value.value if isinstance(value, Enum) else value
+    form = _FORMS.get(kind) or next(
+        (one for known, one in _FORMS.items() if isinstance(value, cast("type", known))), None
+    )
+    if form is not None:
+        return form[0](value)
     if isinstance(value, Mapping):
         return {to_json(key): to_json(one) for key, one in value.items()}
     if isinstance(value, tuple | list | frozenset):
         return list(map(to_json, sorted(value) if isinstance(value, frozenset) else value))
-    for kind, (written, _) in _FORMS.items():
-        if isinstance(value, cast("type", kind)):
-            return written(value)
     return {key: _field_to_json(field, getattr(value, field.name)) for field, key, _ in _fields(value.__class__)}
 
 

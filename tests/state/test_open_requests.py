@@ -68,7 +68,8 @@ def test_changes_are_on_disk_after_save(tmp_path: Path, each: Kind[Wish]) -> Non
     assert (again.drop("a"), again.drop("c")) == (None, None)
     again.save()
     assert list(RequestLog(path, each)) == list(again) == [Wish("b", 1)]
-    again.drop("b")
+    again.forget("b")
+    again.forget("c")
     again.save()
     assert not path.exists()
     again.put(Wish("d", 1))
