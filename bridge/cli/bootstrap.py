@@ -304,8 +304,10 @@ def check(
     problems = whole.check(settings, places, role, files, config, utc_now())
     program = "init" if role == "init" else "join"
     if problems:
-        joins = "; a node that is to join is looked at with --control-plane or --worker" if program == "init" else ""
-        hint = f"`ca-bridge bootstrap {program}` makes what is missing{joins}"
+        hint = "`ca-bridge bootstrap join` makes what is missing"
+        if program == "init":
+            joins = "a node that is to join is looked at with --control-plane or --worker"
+            hint = f"`ca-bridge bootstrap init` makes what is missing; {joins}"
         raise NotWholeError("\n".join(problems), hint=hint)
     say(f"nothing is missing and nothing wrong: `kubeadm {program}` may start")
     return Exit.DONE
