@@ -81,8 +81,7 @@ class Transaction:
     @property
     def _is_owed(self) -> bool:
         """Whether this run has something to restart and to prove, or to report."""
-        is_ours = self._options.restarts or self._run.settings.restart.method == "none"
-        return is_ours and self._run.store.unproven.exists()
+        return self._options.restarts and self._run.store.unproven.exists()
 
     @contextlib.contextmanager
     def about(self, selection: Selection) -> Iterator[None]:
@@ -124,11 +123,12 @@ class Transaction:
         replaced = {one.name: one.old for one in done}
         copies.owe(self._run.settings, self._run.store, self._run.read_node(), replaced)
         self._hooks.installing(HookEvent.of(selection.items, done))
-        if self._run.settings.restart.method == "none":
+        is_by_hand = self._run.settings.restart.method == "none"
+        if is_by_hand and self._options.restarts:
             in_use.owe(self._run, done, unproven_file(self._run.store))
-        elif not self._options.restarts:
+        elif not is_by_hand and not self._options.restarts:
             in_use.owe(self._run, done, postponed_file(self._run.store))
-        else:
+        elif not is_by_hand:
             from bridge.renewal import activate  # noqa: PLC0415 (see above)
 
             activate.owe(self._run, done)
