@@ -83,9 +83,8 @@ def test_each_file_of_the_checks_is_mutated() -> None:
     """With tests that are there."""
     checks = {str(path.relative_to(mutation.ROOT)) for path in mutation.ROOT.glob("bridge/pki/[!_]*.py")}
     assert set(mutation.TESTS) == {*checks, "bridge/state/install.py"}
-    assert all(
-        (mutation.ROOT / test.partition("::")[0]).exists() for tests in mutation.TESTS.values() for test in tests
-    )
+    selected = {each.partition("::")[0] for tests in mutation.TESTS.values() for each in tests if each[0] != "-"}
+    assert all((mutation.ROOT / test).exists() for test in selected)
 
 
 @pytest.mark.skipif(exec_programs.helper("local-submit") is None, reason="install the Debian package certmonger")
