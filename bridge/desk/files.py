@@ -236,7 +236,7 @@ class Session:
             raise BridgeError(f"{out}: wanted a directory for the answers, found none")
         for directory in (source, out):
             _assert_mounted(directory)
-        _assert_writable(out)
+        assert_writable(out)
         names = _names_in(source)
         if not names:
             self._assert_inbox(source)
@@ -379,9 +379,9 @@ def _assert_mounted(directory: Path) -> None:
             raise BridgeError(f"{directory}: wanted it mounted, as {FSTAB} has {place}, found that it is not")
 
 
-def _assert_writable(outbox: Path) -> None:
+def assert_writable(outbox: Path) -> None:
     """Before anything is signed that could not be answered."""
-    if not os.access(outbox, os.W_OK | os.X_OK):
+    if not os.access(outbox, os.W_OK | os.X_OK, effective_ids=True):
         text = f"{outbox}: wanted to write answers there, found a directory of user {outbox.stat().st_uid}"
         raise BridgeError(text, hint=f"as root: chown {os.geteuid()} {outbox}")
 

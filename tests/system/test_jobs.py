@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from bridge.cli.setup import DeskJob, prepare
+from bridge.desk import files
 from bridge.diagnosis import machine
 from bridge.errors import BridgeError
 from bridge.settings.load import parse
 from bridge.system import jobs
+from bridge.system.console import hint_of
 from bridge.system.jobs import Places
 from tests.kit.pki import Pki, handmade_pki
 
@@ -254,6 +256,23 @@ def test_the_doctor_looks_at_a_desks_inbox_and_outbox(
     assert found[str(outbox)] == ("error", f"chown nobody {outbox}")
     outbox.chmod(0o777)
     assert {one.level for one in machine.desk_directories()} == {"ok"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+def test_a_desk_that_cannot_answer_signs_nothing(tmp_path: Path) -> None:
+    """An outbox of root's ends the run before a CA is asked, with a hint that does not send its user to root and back."""
+    nobody = pwd.getpwnam("nobody").pw_uid
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:3]:
+        parent.chmod(parent.stat().st_mode | 0o011)
+    files.assert_writable(tmp_path)
+    os.seteuid(nobody)
+    try:
+        with pytest.raises(BridgeError, match="wanted to write answers there, found a directory of user 0") as e:
+            files.assert_writable(tmp_path)
+        assert hint_of(e.value) == f"as root: chown {nobody} {tmp_path}"
+    finally:
+        os.seteuid(0)
 
 
 def test_defaults_of_a_ca_that_the_settings_do_not_name_are_announced(config: Path) -> None:
