@@ -21,7 +21,9 @@ def one_line(value: object, longest: int = _LONGEST_LINE) -> str:
     On one line, so that it draws no line of its own; blanks collapsed; nothing that steers a terminal; cut.
     Secrets in it are the caller's to hide first.
     """
-    text = "".join(c if c.isprintable() and c not in _BLANKS else " " for c in str(value))
+    text = str(value)
+    if not text.isprintable() or not _BLANKS.isdisjoint(text):
+        text = "".join(c if c.isprintable() and c not in _BLANKS else " " for c in text)
     line = " ".join(text.split())
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
