@@ -13,6 +13,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.serialization import pkcs7
+from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +43,7 @@ from bridge.pki.certificates import (
 from bridge.pki.csr import build, generate_key, key_pem
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 from tests.kit.issuing import NOW, Signer, odd_certificates
-from tests.kit.mutants import Tree, value
+from tests.kit.mutants import Draft, Tree, value
 
 ROOT, OTHER = Signer.make("root"), Signer.make("other")
 A, B = pem(ROOT.certificate), pem(OTHER.certificate)
@@ -95,6 +96,7 @@ UNREADABLE = {
     "no end": A[:200],
     "no end, and another": A[:200] + b"\n" + B,
     "not base64": A.replace(b"M", b"*", 1),
+    "a letter to spare that is none of base64": A.replace(b"M", b"*M", 1),
     "cut base64": re.sub(rb".\n-----END", b"\n-----END", A),
     "not a certificate": b"-----BEGIN CERTIFICATE-----\naGVsbG8=\n-----END CERTIFICATE-----\n",
     "an empty block": b"-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n",
@@ -178,6 +180,20 @@ def test_serial_numbers(tmp_path: Path, number: int, text: str) -> None:
     )
     assert (serial(one), serial_hex(one)) == (number, text)
     assert shown.stdout == f"serial={text}\n"
+
+
+@pytest.mark.parametrize(("content", "text"), [(b"\x00", "00"), (b"\xff", "-01"), (b"\x80", "-80")])
+def test_serial_numbers_that_no_ca_should_give(content: bytes, text: str) -> None:
+    """0, as old CAs of kubeadm have it, and negative ones."""
+    draft = Draft.of(ROOT.certificate, ROOT.key)
+    draft.tbs[Draft.SERIAL].content = content
+    assert serial_hex(load_der_certificate(draft.signed(ROOT.key))) == text
+
+
+def test_a_value_that_is_no_text_is_told_in_hex() -> None:
+    """Such as the bits of a unique identifier."""
+    odd = x509.NameAttribute(NameOID.X500_UNIQUE_IDENTIFIER, b"\x00\xff", _ASN1Type.BitString)
+    assert attributes(x509.Name([odd])) == [("2.5.4.45", "#00ff")]
 
 
 def test_pem_is_kubeadms() -> None:
@@ -318,6 +334,7 @@ def test_a_key_is_seen_by_its_public_half(algorithm: KeyAlgorithm) -> None:
         assert has_key_of(A + plain + wrong, own) is True
         assert has_key_of(wrong, own) is False
         assert has_key_of(plain.replace(b"M", b"*", 1), own) is None
+        assert has_key_of(plain.replace(b"\nM", b"\n*M", 1), own) is None
     secret = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"x")
     )
