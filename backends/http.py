@@ -322,3 +322,8 @@ def load_system_cas(context: ssl.SSLContext) -> None:
         context.load_verify_locations(cafile=file)
     if directory.is_dir():
         context.load_verify_locations(capath=directory)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in alphabetical order, for messages."""
+    return ", ".join(sorted(names)) or "none"

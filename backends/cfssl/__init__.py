@@ -15,7 +15,7 @@ import json
 import re
 import secrets
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
@@ -28,6 +28,7 @@ from backends.http import (
     Http,
     Wording,
     common_name,
+    listed,
     pair_problems,
     pem_certificates,
     retry_after_seconds,
@@ -325,11 +326,7 @@ def _usage_violations(
     if offer.usages == want:
         return []
     unknown = "unknown or without these usages" if offer == default() else "without these usages"
-    return [Violation(subject=f"profile {profile}, {unknown}", want=_list(want), got=_list(offer.usages))]
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
+    return [Violation(subject=f"profile {profile}, {unknown}", want=listed(want), got=listed(offer.usages))]
 
 
 def _certificate(result: Mapping[str, Any]) -> x509.Certificate:

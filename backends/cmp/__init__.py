@@ -150,15 +150,10 @@ def _url_problems(url: str) -> Iterator[SettingsProblem]:
 
 def check_files(settings: CmpSettings) -> None:
     """Look at the files with certificates and keys, which openssl would read in the middle of a renewal."""
-    names = ("client_cert", "trusted_file", "tls_ca_file", "tls_client_cert")
-    certificates = {name: getattr(settings, name) for name in names}
-    keys = {name: getattr(settings, name) for name in ("client_key", "tls_client_key")}
-    problems = [
-        problem for name, file in certificates.items() if file for problem in _file_problems(name, file, b"CERTIFICATE")
-    ]
-    problems += [
-        problem for name, file in keys.items() if file for problem in _file_problems(name, file, b"PRIVATE KEY")
-    ]
+    labels = dict.fromkeys(("client_cert", "trusted_file", "tls_ca_file", "tls_client_cert"), b"CERTIFICATE")
+    labels |= dict.fromkeys(("client_key", "tls_client_key"), b"PRIVATE KEY")
+    files = {name: file for name in labels if (file := getattr(settings, name))}
+    problems = [problem for name, file in files.items() for problem in _file_problems(name, file, labels[name])]
     if problems:
         raise SettingsError(problems)
 

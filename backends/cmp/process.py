@@ -16,7 +16,7 @@ from subprocess import STDOUT
 
 from backends.cmp.answers import Poll, body_of, poll_of, quoted
 from bridge.errors import BackendRefusedError, BackendUnavailableError
-from bridge.system.run_command import Command, Ended, run
+from bridge.system.run_command import Command, Ended, openssl_environment, run
 
 OLDEST, OLDEST_WITH_PROFILES = (3, 0), (3, 3)
 #: openssl reads its answers with a limit of 100 kB; a certificate with its chain is a few.
@@ -117,7 +117,7 @@ class Program:
         output = bytearray()
         command = Command(
             words=[self.name, *words],
-            environment=_environment(),
+            environment=openssl_environment(),
             limit=limit,
             folder=folder,
             inherited=inherited,
@@ -202,9 +202,3 @@ def _read(file: Path) -> bytes:
 def _whole_seconds(value: timedelta) -> int:
     """Rounded up; at least one, as 0 means for ever."""
     return max(1, math.ceil(value.total_seconds()))
-
-
-def _environment() -> dict[str, str]:
-    """The environment without proxies, OPENSSL_CONF and secrets that came to us in a variable; messages in English."""
-    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-    return kept | {"LC_ALL": "C"}

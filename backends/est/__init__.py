@@ -216,9 +216,7 @@ class EstBackend:
 
 
 #: Answers to a request without a CSR that say that one with it would fare no better.
-NO_ENTRY = frozenset(
-    {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED}
-)
+NO_ENTRY = frozenset({401, 403, 404, 405})
 
 
 def _digest(request: SignRequest) -> str:

@@ -130,17 +130,7 @@ class Server:
 
 #: Statuses that may pass: a limit of requests or of time, a CA that fails behind the server, proxies (RFC 9110 §15.5
 #: and §15.6, RFC 6585 §4).
-LATER_STATUSES = frozenset(
-    {
-        HTTPStatus.REQUEST_TIMEOUT,
-        HTTPStatus.TOO_EARLY,
-        HTTPStatus.TOO_MANY_REQUESTS,
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-        HTTPStatus.BAD_GATEWAY,
-        HTTPStatus.SERVICE_UNAVAILABLE,
-        HTTPStatus.GATEWAY_TIMEOUT,
-    }
-)
+LATER_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 _LATER_HINTS: Mapping[int, str] = {
     HTTPStatus.TOO_MANY_REQUESTS: "the server limits how often it is asked, by this node or by all",
     HTTPStatus.INTERNAL_SERVER_ERROR: "the CA behind the server has failed (its log says why), or the CSR is too long "
@@ -274,7 +264,11 @@ def intermediates_of(leaf: x509.Certificate, pool: Sequence[x509.Certificate]) -
     Roots are recognised by their signature, since roll-over certificates (OldWithNew, RFC 7030 §4.1.3) have the same
     subject and issuer, too, and are needed.
     """
-    left = [certificate for certificate in dict.fromkeys(pool) if certificate != leaf and not _is_root(certificate)]
+    left = [
+        certificate
+        for certificate in dict.fromkeys(pool)
+        if certificate != leaf and not _certifies(certificate, certificate)
+    ]
     path: list[x509.Certificate] = []
     below = leaf
     while issuer := next((certificate for certificate in left if _certifies(certificate, below)), None):
@@ -288,10 +282,6 @@ def issuing_first(pool: Sequence[x509.Certificate]) -> list[x509.Certificate]:
     """The CA's certificates, first those that certify no other one, since RFC 7030 §4.1.3 promises no order."""
     found = list(dict.fromkeys(pool))
     return sorted(found, key=lambda one: sum(_certifies(one, other) for other in found if other != one))
-
-
-def _is_root(certificate: x509.Certificate) -> bool:
-    return _certifies(certificate, certificate)
 
 
 @functools.lru_cache(maxsize=256)  # the CA's own are asked about again with every leaf

@@ -164,16 +164,9 @@ class ExecBackend:
         profiles = self._ask("GET-SUPPORTED-TEMPLATES", authority, silent=_NO_ANSWER)
         needed = self._ask("GET-NEW-REQUEST-REQUIREMENTS", authority, silent=_NO_ANSWER)
         lacking = sorted(NOT_OURS_TO_GIVE & set(helper.names(needed or b"")) - self._settings.environment.keys())
-        found = {
-            spec.name: [
-                *_profile_violations(self._profile(spec), helper.names(profiles or b"")),
-                *(
-                    Violation(subject="the program's needs", want=name, got="nothing to set it from")
-                    for name in lacking
-                ),
-            ]
-            for spec in specs
-        }
+        needs = [Violation(subject="the program's needs", want=name, got="nothing to set it from") for name in lacking]
+        offered = helper.names(profiles or b"")
+        found = {spec.name: [*_profile_violations(self._profile(spec), offered), *needs] for spec in specs}
         return {name: violations for name, violations in found.items() if violations}
 
     def issuers(self) -> list[x509.Certificate]:
@@ -278,7 +271,9 @@ class ExecBackend:
             "CA_BRIDGE_VALIDITY_SECONDS": f"{seconds:.0f}",
             "CA_BRIDGE_DAYS": str(days),
             **({"CA_BRIDGE_NODE": self._settings.node} if self._settings.node else {}),
-            **({"CA_BRIDGE_REPLACES": _pem(request.replaces)} if request.replaces else {}),
+            **(
+                {"CA_BRIDGE_REPLACES": request.replaces.public_bytes(Encoding.PEM).decode()} if request.replaces else {}
+            ),
         }
 
     def _refused(self, text: str, hint: str = "") -> BackendRefusedError:
@@ -379,10 +374,6 @@ def _sans(csr: x509.CertificateSigningRequest) -> dict[str, list[str]]:
         "CERTMONGER_REQ_IP_ADDRESS": list(map(str, names.get_values_for_type(x509.IPAddress))),
         "CERTMONGER_REQ_EMAIL": names.get_values_for_type(x509.RFC822Name),
     }
-
-
-def _pem(certificate: x509.Certificate) -> str:
-    return certificate.public_bytes(Encoding.PEM).decode()
 
 
 def _printed(ended: _Answer) -> str:

@@ -106,15 +106,7 @@ def _document(data: bytes, token: str | None) -> Mapping[str, Any]:
 
 _NOT_KUBERNETES = "is it a Kubernetes API server that answers at url?"
 #: Statuses below 500 that may pass: a conflict, a version that is gone, time and rate.
-_LATER = frozenset(
-    {
-        HTTPStatus.CONFLICT,
-        HTTPStatus.GONE,
-        HTTPStatus.REQUEST_TIMEOUT,
-        HTTPStatus.TOO_EARLY,
-        HTTPStatus.TOO_MANY_REQUESTS,
-    }
-)
+_LATER = frozenset({408, 409, 410, 425, 429})
 _HINTS: Mapping[int, str] = {
     HTTPStatus.BAD_REQUEST: _NOT_KUBERNETES,
     HTTPStatus.UNAUTHORIZED: "the API server does not know the token or client certificate: expired, deleted, or another "

@@ -34,13 +34,7 @@ from backends.openssl.index import Database, Snapshot, file_name
 from backends.openssl.program import Failure, KeyFile, Openssl, PrivateKey, ProcessEnd
 from backends.openssl.settings import CA_PLACE_HINT, CAFiles, OpensslSettings, files_of, private_key_of
 from bridge.contract import BackendSettings, Issued, SetupFile, SetupRequest, SignRequest
-from bridge.errors import (
-    BackendError,
-    BackendRefusedError,
-    BackendUnavailableError,
-    LocalFileError,
-    Violation,
-)
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
 from bridge.specs import CertificateSpec, Usage
 
 _REVOKED_FOR_SECONDS = 1.0
@@ -553,7 +547,11 @@ def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest) -> str:
     subject = list(csr.subject)
     if not subject:
         return "a subject, found an empty one"
-    odd = [_attribute_text(attribute) for attribute in subject if not _is_readable(attribute)]
+    odd = [
+        f"{attribute.rfc4514_attribute_name} as {_string_type(attribute)}"
+        for attribute in subject
+        if not _is_readable(attribute)
+    ]
     return f"a subject in strings that openssl ca reads, found {', '.join(odd)}" if odd else ""
 
 
@@ -568,10 +566,6 @@ def _is_readable(attribute: x509.NameAttribute[str | bytes]) -> bool:
 def _string_type(attribute: x509.NameAttribute[str | bytes]) -> str:
     """Its ASN.1 string type; empty if the library no longer tells: then halving a run finds what openssl can't read."""
     return getattr(getattr(attribute, "_type", None), "name", "")
-
-
-def _attribute_text(attribute: x509.NameAttribute[str | bytes]) -> str:
-    return f"{attribute.rfc4514_attribute_name} as {_string_type(attribute)}"
 
 
 def public_key(subject: x509.Certificate | x509.CertificateSigningRequest) -> bytes:

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from bridge.contract import Secret, SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsProblem
-from bridge.system.run_command import Command, run
+from bridge.system.run_command import Command, openssl_environment, run
 
 # --- the key ---------------------------------------------------------------------------------------------------------
 
@@ -327,17 +327,13 @@ def uri_problem(uri: str) -> tuple[str, str] | None:
     """What is wrong with a pkcs11: URI, as (wanted, found); never with a value of it, which may be a PIN."""
     if not _URI.fullmatch(uri):
         return "a pkcs11: URI in which other characters than letters, digits and ._~- are percent-encoded", shown(uri)
-    names = _attributes(uri)
+    names = [part.partition("=")[0] for part in _parts(uri)]
     if unknown := [name for name in names if name not in _NAMES]:
         found = ", ".join(unknown)
         return f"a URI of {', '.join(sorted(_NAMES))} alone; PIN and module stand in the table pkcs11", found
     if "token" not in names or not {"object", "id"} & set(names):
         return "a URI with token= and with object= or id=, or openssl would take some key", ", ".join(names)
     return None
-
-
-def _attributes(uri: str) -> Mapping[str, None]:
-    return dict.fromkeys(part.partition("=")[0] for part in _parts(uri))
 
 
 def _parts(uri: str) -> list[str]:
@@ -484,7 +480,7 @@ class Openssl:
             ended = run(
                 Command(
                     words=[str(Path(program).absolute()), *arguments],
-                    environment={**_environment(), **environment},
+                    environment={**openssl_environment(), **environment},
                     limit=limit,
                     folder=folder,
                     inherited=tuple(inherited),
@@ -547,12 +543,6 @@ def _killed(outcome: ProcessEnd) -> BackendUnavailableError | None:
     if outcome.code is not None and outcome.code < 0:
         return BackendUnavailableError(f"openssl was ended by signal {-outcome.code}")
     return None
-
-
-def _environment() -> dict[str, str]:
-    """The environment without OPENSSL_CONF and secrets that came to us in a variable; messages in English."""
-    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-    return kept | {"LC_ALL": "C"}
 
 
 def _short(text: str) -> str:

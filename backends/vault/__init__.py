@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ssl
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from http import HTTPStatus
@@ -20,7 +20,7 @@ from urllib.parse import quote
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.http import pair_problems, pem_certificates, tls_context, url_problems
+from backends.http import listed, pair_problems, pem_certificates, tls_context, url_problems
 from backends.vault.server import Access, Answer, identity_text, log, texts
 from bridge.contract import (
     BackendSettings,
@@ -105,11 +105,6 @@ class VaultSettings(BackendSettings):
     mode: Literal["sign", "sign-verbatim"] = "sign"
     auth: VaultAuth = field(default_factory=VaultAuth)
 
-    @property
-    def select_role(self) -> RoleOf:
-        """Which role a certificate is signed with."""
-        return role_selector(self.role, self.roles, self.node)
-
     def tls_context(self) -> ssl.SSLContext:
         """A TLS context for one connection; see `backends.http.tls_context`."""
         return tls_context(self.ca_file, self.client_cert, self.client_key)
@@ -184,7 +179,8 @@ class VaultBackend:
         Reading a role needs a further right; without it the role is not checked.
         """
         paths = [self._sign_path(role) for spec in specs for role in self._candidates(spec)]
-        rights = self._capabilities(paths)
+        answer = self._send("post", "sys/capabilities-self", {"paths": sorted(set(paths))})
+        rights = {} if answer.forbidden else answer.or_raise().data
         found = {spec.name: self._violations(spec, rights) for spec in specs}
         return {name: violations for name, violations in found.items() if violations}
 
@@ -276,7 +272,7 @@ class VaultBackend:
         Installations of version 0.1 and earlier have default roles without the node's name.
         """
         settings = self._settings
-        found = [settings.select_role(spec)]
+        found = [role_selector(settings.role, settings.roles, settings.node)(spec)]
         if settings.role is None:
             found.append(Selector(DEFAULT_ROLE, settings.roles)(spec))
         return list(dict.fromkeys(found))
@@ -302,10 +298,6 @@ class VaultBackend:
         # Else no EKU, and keyAgreement. keyEncipherment for ECDSA keys too, as kubeadm has it.
         usages = [_EKU_NAMES[eku] for eku in EKU if eku in request.spec.ekus]
         return body | {"key_usage": list(_KEY_USAGE), "ext_key_usage": usages}
-
-    def _capabilities(self, paths: Sequence[str]) -> Mapping[str, object]:
-        answer = self._send("post", "sys/capabilities-self", {"paths": sorted(set(paths))})
-        return {} if answer.forbidden else answer.or_raise().data
 
     def _violations(self, spec: CertificateSpec, rights: Mapping[str, object]) -> list[Violation]:
         """The violations of the first role that is there and may be used; if none is, the right one's."""
@@ -357,18 +349,14 @@ def role_violations(role: Mapping[str, object], spec: CertificateSpec) -> Iterat
     got |= {labels.get(name.lower(), name) for name in named}
     want = {eku.label for eku in spec.ekus}
     if got != want:
-        yield Violation(subject="EKU", want=_listed(want), got=_listed(got))
+        yield Violation(subject="EKU", want=listed(want), got=listed(got))
     usages = {usage.lower() for usage in texts(role.get("key_usage"))}
     needed = {usage.lower() for usage in _KEY_USAGE}
     if not needed <= usages or usages & {"certsign", "crlsign"}:
-        yield Violation(subject="key_usage", want=_listed(_KEY_USAGE), got=_listed(texts(role.get("key_usage"))))
+        yield Violation(subject="key_usage", want=listed(_KEY_USAGE), got=listed(texts(role.get("key_usage"))))
     for key in ("use_csr_common_name", *(("use_csr_sans",) if EKU.SERVER_AUTH in spec.ekus else ())):
         if role.get(key) is False:
             yield Violation(subject=key, want="true", got="false")
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
 
 
 def _path(mount: str) -> str:

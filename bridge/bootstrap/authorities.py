@@ -12,7 +12,7 @@ from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys
 from bridge.ca import registry
 from bridge.ca.ca import signer_of
 from bridge.errors import BridgeError, Exit
-from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, pem, spki
+from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, spki
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
 from bridge.specs import Authority
@@ -129,11 +129,6 @@ def _assert_apart(found: Certificates) -> None:
             hint="any certificate of one would count for the other: with front-proxy-ca it may name any user, "
             "with etcd-ca it may read and write everything",
         )
-
-
-def text(certificates: tuple[x509.Certificate, ...]) -> bytes:
-    """The certificates as kubeadm writes them."""
-    return b"".join(map(pem, certificates))
 
 
 def _about(certificate: x509.Certificate) -> str:

@@ -59,12 +59,7 @@ def from_facts(facts: ConfigurationFacts) -> KubeadmConfig:
         "apiServer": {"certSANs": list(facts.sans)} if facts.sans else {},
         "encryptionAlgorithm": facts.key,
     }
-    node = {
-        "apiVersion": "kubeadm.k8s.io/v1beta4",
-        "kind": "InitConfiguration",
-        "localAPIEndpoint": {"advertiseAddress": facts.address},
-        "nodeRegistration": {key: value for key, value in registration.items() if value},
-    }
+    node = _init_configuration("kubeadm.k8s.io/v1beta4", {"advertiseAddress": facts.address}, registration)
     return KubeadmConfig.of((node, {key: value for key, value in cluster.items() if value}, _KUBELET))
 
 
@@ -72,13 +67,18 @@ def for_node(cluster: KubeadmConfig, facts: ConfigurationFacts) -> KubeadmConfig
     """The cluster's configuration with the part of another node; for `certs generate-csr` on a control plane."""
     registration = {"name": facts.name, "criSocket": facts.socket or cluster.socket}
     api = str(cluster.cluster.get("apiVersion", "kubeadm.k8s.io/v1beta4"))
-    node = {
+    node = _init_configuration(api, {"advertiseAddress": facts.address, "bindPort": cluster.port}, registration)
+    return KubeadmConfig.of((node, *shared(cluster).documents))
+
+
+def _init_configuration(api: str, endpoint: Mapping[str, Any], registration: Mapping[str, str]) -> dict[str, Any]:
+    given = {key: value for key, value in registration.items() if value}
+    return {
         "apiVersion": api,
         "kind": "InitConfiguration",
-        "localAPIEndpoint": {"advertiseAddress": facts.address, "bindPort": cluster.port},
-        "nodeRegistration": {key: value for key, value in registration.items() if value},
+        "localAPIEndpoint": endpoint,
+        "nodeRegistration": given,
     }
-    return KubeadmConfig.of((node, *shared(cluster).documents))
 
 
 def shared(config: KubeadmConfig) -> KubeadmConfig:

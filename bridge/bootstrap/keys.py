@@ -199,11 +199,10 @@ def _kubelets(node: str, sans: tuple[x509.GeneralName, ...] = ()) -> Naming:
 def algorithm_of(made: Mapping[str, Made]) -> KeyAlgorithm:
     """The algorithm of the keys that kubeadm has made, for those that it does not make."""
     first = next(iter(made.values()))
-    found = csr.algorithm_name(x509.load_pem_x509_csr(first.csr_pem).public_key())
-    for algorithm in KEY_ALGORITHMS:
-        if algorithm == found:
-            return algorithm
-    raise KubeadmError(f"wanted keys of {', '.join(KEY_ALGORITHMS)}, found {found}")
+    key = x509.load_pem_x509_csr(first.csr_pem).public_key()
+    if (algorithm := csr.known_algorithm(key)) is not None:
+        return algorithm
+    raise KubeadmError(f"wanted keys of {', '.join(KEY_ALGORITHMS)}, found {csr.algorithm_name(key)}")
 
 
 def assert_fits(made: Mapping[str, Made], node: str) -> None:
@@ -224,12 +223,6 @@ class ForeignSaError(BridgeError):
 
     exit_code = Exit.USAGE
     hint = "copy both from another control-plane node: tokens that it has signed count only with the same pair"
-
-
-def new_sa_pair(algorithm: KeyAlgorithm) -> tuple[bytes, bytes]:
-    """`sa.key` and `sa.pub`, as kubeadm would write them."""
-    key = csr.generate_key(algorithm)
-    return csr.key_pem(key), sa_public_pem(key)
 
 
 def sa_public_pem(key: csr.PrivateKey) -> bytes:
@@ -265,11 +258,11 @@ def assert_sa_at_hand(desired: DesiredNode) -> None:
 
 
 def sa_pair_if_new(places: Places, algorithm: KeyAlgorithm) -> tuple[str, str]:
-    """A new pair as text, both empty where there is one."""
+    """A new `sa.key` and `sa.pub` as kubeadm would write them; both empty if the node has a key."""
     if live(places.sa_key) is not None:
         return "", ""
-    key, public = new_sa_pair(algorithm)
-    return key.decode(), public.decode()
+    key = csr.generate_key(algorithm)
+    return csr.key_pem(key).decode(), sa_public_pem(key).decode()
 
 
 _LIFETIME = timedelta(days=1)

@@ -23,7 +23,6 @@ from typing import Any
 from cryptography import x509
 
 from bridge.bootstrap import authorities
-from bridge.bootstrap.authorities import text as ca_text
 from bridge.bootstrap.configuration import (
     ConfigurationFacts,
     assert_usable,
@@ -38,10 +37,11 @@ from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError, parse_
 from bridge.node.pair import is_sa_pair
 from bridge.pki import kubeadm_names, signatures
 from bridge.pki.budget import MOST_BYTES, OverBudgetError, json_of
-from bridge.pki.certificates import load_pem_certificates
+from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.display import fingerprint_text
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
+from bridge.system.codec import named, to_json
 from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, open_secret, read
 
@@ -63,7 +63,8 @@ class NewNode:
     role: Role
     name: str
     addresses: tuple[str, ...]  #: The first is the node's own; all are in its kubelet's serving certificate.
-    socket: str = ""  #: The container runtime's; empty: kubeadm's default.
+    #: The container runtime's; empty: kubeadm's default.
+    socket: str = field(default="", metadata=named("criSocket"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,16 +101,10 @@ def _document(order: Order) -> dict[str, Any]:
         "schema": _SCHEMA,
         "version": _VERSION,
         "cluster": order.cluster.text(),
-        "authorities": {name: ca_text(certificates).decode() for name, certificates in order.authorities.items()},
+        "authorities": {name: pem(*certificates).decode() for name, certificates in order.authorities.items()},
     }
     if order.node is not None:
-        node = order.node
-        document["node"] = {
-            "role": node.role,
-            "name": node.name,
-            "addresses": list(node.addresses),
-            "criSocket": node.socket,
-        }
+        document["node"] = to_json(order.node)
     if order.sa is not None:
         document["serviceAccount"] = {"key": order.sa[0].decode(), "public": order.sa[1].decode()}
     return document

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from bridge.bootstrap import authorities, new_requests
+from bridge.bootstrap import new_requests
 from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.desired import DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
 from bridge.bootstrap.places import Places, Role, authorities_of, live, some_of, specs_of
@@ -34,7 +32,7 @@ from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, digest
 from bridge.state.session import Run
 from bridge.system.files import Attributes, private_directory
 from bridge.system.paths import exposure
-from bridge.system.state_file import OnDamage, StateFile
+from bridge.system.state_file import OnDamage, StateFile, coded
 
 _DIRECTORY_MODE = 0o755
 #: What a kubelet calls its pairs, and `Composer` the first one.
@@ -82,9 +80,9 @@ def put_back(run: Run, desired: DesiredNode) -> int:
             f"{desired.keep}: wanted copies of what is asked for now, found those of another configuration or role",
             hint="name another directory, or --anew to have all signed anew",
         )
-    pem = _assert_own(run, desired, [path for _, path, _, _ in found.files])
+    pem = _assert_own(run, desired, [Path(one.path) for one in found.files])
     # the path decides the mode, since a user who can write to the copies may have changed it
-    files = [_replacement(name, path, _mode(path), data) for name, path, _, data in found.files]
+    files = [_replacement(one.certificate, Path(one.path), _mode(Path(one.path)), one.data) for one in found.files]
     _assert_free(files, desired.places)
     try:
         put_in_place(run, desired, [file for file in files if live(file.path) != file.data], pem)
@@ -136,15 +134,16 @@ def _keep(run: Run, desired: DesiredNode, whole: Mapping[Path, bytes]) -> None:
     look, current = look_at(run.settings, desired, live, run.now()), desired.places.kubelet_current
     names = {path: spec.name for spec in specs_of(desired.role) for path in look.files_of(spec)}
     files = tuple(
-        (
-            names.get(path, KUBELET_CONF if path.suffix == ".pem" else "node"),
-            Path(os.path.realpath(path)) if path == current else path,
-            _mode(path),
-            data,
+        KeptFile(
+            certificate=names.get(path, KUBELET_CONF if path.suffix == ".pem" else "node"),
+            path=os.path.realpath(path) if path == current else str(path),
+            mode=_mode(path),
+            data=data,
         )
         for path, data in whole.items()
     )
-    write_kept(desired.keep, desired.node, Kept(role=desired.role, config=desired.mark, files=files))
+    private_directory(desired.keep)
+    kept_file(desired.keep, desired.node).put(Kept(role=desired.role, config=desired.mark, files=files))
 
 
 def _mode(path: Path) -> int:
@@ -173,46 +172,35 @@ def _make_directories(desired: DesiredNode) -> None:
             raise BridgeError(f"{path} can't hold keys: {found}", hint=found.hint)
 
 
-_KEY = "keptV1"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptFile:
+    """A copy of one file."""
+
+    certificate: str
+    path: str
+    mode: int
+    data: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """The files of one node."""
+    """Copies of the files of one node."""
 
     role: Role
     config: str  #: kubeadm's, for which they were made.
-    files: tuple[tuple[str, Path, int, bytes], ...] = field(repr=False)  #: Certificate, path, mode, content.
+    files: tuple[KeptFile, ...]
 
 
 def kept_file(directory: Path, node: str) -> StateFile[Kept]:
-    """The file of a node."""
-    return StateFile(
-        path=directory / f"{node}.kept.json",
-        what="copies of a node's files",
-        parse=_from_json,
-        keys=frozenset({_KEY}),
-        on_damage=OnDamage.REFUSE,
+    """The file with a node's copies."""
+    return coded(
+        Kept,
+        directory / f"{node}.kept.json",
+        "copies of a node's files",
+        OnDamage.REFUSE,
+        key="keptV1",
         afterwards="without it all is signed anew",
     )
-
-
-def write_kept(directory: Path, node: str, kept: Kept) -> None:
-    """Write the file; its directory is made if it is missing, and has to be ours alone."""
-    private_directory(directory)
-    files = [
-        {"certificate": name, "path": str(path), "mode": mode, "data": b64encode(data).decode()}
-        for name, path, mode, data in kept.files
-    ]
-    kept_file(directory, node).replace({_KEY: {"role": kept.role, "config": kept.config, "files": files}})
-
-
-def _from_json(document: Mapping[str, Any]) -> Kept:
-    entry = document[_KEY]
-    files = tuple(
-        (str(one["certificate"]), Path(one["path"]), int(one["mode"]), b64decode(one["data"])) for one in entry["files"]
-    )
-    return Kept(role=entry["role"], config=entry["config"], files=files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +216,7 @@ class Composer:
 
     def certificate(self, one: Prepared, verified: Verified) -> Iterator[Replacement]:
         """Key and certificate, or a kubeconfig with them."""
-        chain = b"".join(map(pem, (verified.leaf, *verified.intermediates)))
+        chain = pem(verified.leaf, *verified.intermediates)
         spec, places = one.item.spec, self.places
         if spec.name == KUBELET_CONF:
             yield _replacement(spec.name, self.kubelet_pem, _PRIVATE, chain + one.key_pem)
@@ -252,7 +240,7 @@ class Composer:
         """The CA certificates of a control plane; kubeadm writes a worker's from its kubelet.conf, and refuses one that is there."""
         if self.role != "worker":
             for authority in authorities_of(self.role):
-                data = authorities.text(self.authorities[authority.name])
+                data = pem(*self.authorities[authority.name])
                 path = self.places.authority(authority)
                 if live(path) is None:
                     yield _replacement(authority.name, path, _PUBLIC, data)

@@ -78,9 +78,8 @@ class CA:
     backend: Backend | None  #: None: it can't be opened, for which `trouble` has the reason.
     retry: Retry
     trouble: BridgeError | None = None  #: Why this CA can't be used at all.
-    wrong: Mapping[str, BridgeError] = field(
-        default_factory=dict
-    )  #: Errors about certificates that it would sign wrongly, by name.
+    #: Errors about certificates that it would sign wrongly, by name.
+    wrong: Mapping[str, BridgeError] = field(default_factory=dict)
     identity: str | None = None  #: Our name at the CA, if it tells.
     certificates: tuple[x509.Certificate, ...] = ()  #: The CA's own, if it tells; the one that signs is the first.
 
@@ -322,17 +321,13 @@ def _errors(
     backend: object, specs: Sequence[CertificateSpec], found: Mapping[str, Sequence[Violation]]
 ) -> dict[str, RefusedByCheckError]:
     by_name = {spec.name: spec for spec in specs}
-    return {name: RefusedByCheckError(_violations_text(violations), hint=advice(backend, by_name[name]))
+    return {name: RefusedByCheckError("; ".join(map(str, violations)), hint=advice(backend, by_name[name]))
             for name, violations in found.items() if violations}  # fmt: skip
 
 
 def advice(backend: object, spec: CertificateSpec) -> str:
     """The hint for an error about a certificate that is not what was asked for."""
     return backend.advice(spec) if isinstance(backend, Advises) else VerificationError.hint
-
-
-def _violations_text(violations: Sequence[Violation]) -> str:
-    return "; ".join(map(str, violations))
 
 
 def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expectation) -> None:

@@ -7,14 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
-from bridge.contract import (
-    ENTRY_POINT_GROUP,
-    Backend,
-    BackendSettings,
-    BackendType,
-    Closes,
-    SetsUp,
-)
+from bridge.contract import ENTRY_POINT_GROUP, Backend, BackendSettings, BackendType, Closes, SetsUp
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.settings.reader import Key, Reader
 from bridge.settings.tables import Settings

@@ -122,7 +122,7 @@ def deliver(found: CsrDirectory, target: Path, answers: Mapping[str, Issued], ca
     """
     for name, issued in answers.items():
         relative = found.files[name]
-        chain = b"".join(map(pem, (issued.leaf, *issued.intermediates)))
+        chain = pem(issued.leaf, *issued.intermediates)
         _write(target, relative.with_suffix(".crt"), chain, _CERTIFICATE_MODE)
         relative = relative.with_suffix("")  # admin.conf.csr belongs to admin.conf
         if SPECS[name].kubeconfig and ca is not None:

@@ -23,13 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bridge.ca import registry
 from bridge.ca.ca import CA, Answer, UntrustedAnswerError
-from bridge.contract import (
-    Collects,
-    Issued,
-    Pending,
-    SignRequest,
-    SignsMany,
-)
+from bridge.contract import Collects, Issued, Pending, SignRequest, SignsMany
 from bridge.desk.policy import Policy, PolicyVerdict, judge
 from bridge.desk.records import Answered, Asked, Journal
 from bridge.desk.workers import AnsweredBundle, Judgement, ReadAhead, Workers, compared, for_request
@@ -97,9 +91,8 @@ class Job:
     size_bytes: int = 0  #: The file's.
     ahead: ReadAhead | None = None  #: The bundle as a worker has read and judged it.
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Certificates of an answer that is there already.
-    answered: Mapping[str, Answered] = field(
-        default_factory=dict
-    )  #: Certificates that were signed before, which are answered again.
+    #: Certificates that were signed before, which are answered again.
+    answered: Mapping[str, Answered] = field(default_factory=dict)
     again: set[str] = field(default_factory=set)  #: Names whose answer is an earlier run's.
     verdicts: dict[str, PolicyVerdict] = field(default_factory=dict)
     answers: dict[str, DeskAnswer] = field(default_factory=dict)

@@ -49,22 +49,6 @@ from bridge.words import one_line
 _CLOCKS_DIFFER = timedelta(days=1)
 #: More than any control-plane node has; a replaced certificate may have more.
 _MOST_SANS = 100
-#: kubeadm's CN of each certificate, and the groups (O) that one of its versions gave it besides `system:masters`.
-_SUBJECTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "admin.conf": ("kubernetes-admin", ("kubeadm:cluster-admins",)),
-    "apiserver": ("kube-apiserver", ()),
-    "apiserver-etcd-client": ("kube-apiserver-etcd-client", ()),
-    "apiserver-kubelet-client": ("kube-apiserver-kubelet-client", ("kubeadm:cluster-admins",)),
-    "controller-manager.conf": ("system:kube-controller-manager", ()),
-    "etcd-healthcheck-client": ("kube-etcd-healthcheck-client", ()),
-    "etcd-peer": ("{node}", ()),
-    "etcd-server": ("{node}", ()),
-    "front-proxy-client": ("front-proxy-client", ()),
-    "kubelet-server": ("system:node:{node}", ("system:nodes",)),
-    "kubelet.conf": ("system:node:{node}", ("system:nodes",)),
-    "scheduler.conf": ("system:kube-scheduler", ()),
-    "super-admin.conf": ("kubernetes-super-admin", ()),
-}
 _ETCD_SANS = ("{node}", "localhost", "127.0.0.1", "::1")
 #: Names that kubeadm gives on every node; addresses are the site's.
 _SANS: Mapping[str, tuple[str, ...]] = {
@@ -396,7 +380,7 @@ def _subject_problems(
         if not any(rest == subject_of(text, node) for text in rules.subjects):
             yield f"subject: wanted {one_of([text.replace('{node}', node) for text in rules.subjects])}, found {one_line(subject_text(rest))}"
         return
-    cn, groups = _SUBJECTS[name]
+    cn, groups = kubeadms_subject(name)
     wanted = cn.replace("{node}", node)
     names = [value for oid, value in found if oid == CN_OID]
     if names != [wanted]:
@@ -411,6 +395,12 @@ def _subject_problems(
             yield f"group: wanted {one_of(groups)}, found {one_line(value, LONGEST_SHOWN)}"
         elif oid not in (CN_OID, O_OID) and (oid, value) not in (old or ()):
             yield f"subject: wanted CN and O{' and what the replaced certificate has' if old else ''}, found {oid}={one_line(value, LONGEST_SHOWN)}"
+
+
+def kubeadms_subject(name: str) -> tuple[str, tuple[str, ...]]:
+    """kubeadm's CN of a certificate, and the groups (O) that one of its versions gave it besides `system:masters`."""
+    spec = SPECS[name]
+    return spec.common_names[0], tuple(sorted(frozenset().union(*spec.groups) - {MASTERS}))
 
 
 def _masters_problem(old: Sequence[tuple[str, str]] | None, *, may_be: bool) -> Iterator[str]:

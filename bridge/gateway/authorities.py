@@ -15,19 +15,8 @@ from bridge.ca import registry
 from bridge.ca.ca import CA, Answer, usages
 from bridge.ca.registry import Configured
 from bridge.ca.retry import Rest
-from bridge.contract import (
-    AsksValidity,
-    Issued,
-    Pending,
-    Recalls,
-    SignRequest,
-    SignsMany,
-)
-from bridge.errors import (
-    BackendError,
-    SettingsError,
-    SettingsProblem,
-)
+from bridge.contract import AsksValidity, Issued, Pending, Recalls, SignRequest, SignsMany
+from bridge.errors import BackendError, SettingsError, SettingsProblem
 from bridge.pki.verify import Expectation
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CertificateSpec

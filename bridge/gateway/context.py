@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Protocol
 
 from bridge.cluster.api import Api
 from bridge.errors import BackendError, BackendRefusedError, BridgeError, VerificationError
 from bridge.gateway.authorities import AuthorityOfSigners
+from bridge.gateway.leader import Alone, Leader
 from bridge.gateway.ledger import About, Ledger
 from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
@@ -99,18 +99,6 @@ _GATEWAY = Kind(
 )
 
 
-class Holder(Protocol):
-    """Says whether this replica works."""
-
-    def is_ours(self) -> bool:
-        """Whether the lease is ours at this moment."""
-        ...
-
-    def doubtful_before(self) -> datetime | None:
-        """A dead gateway may have asked for objects older than this; None: the gateway before us has ended well."""
-        ...
-
-
 @dataclass(eq=False, kw_only=True)
 class Context:
     """May be used by several threads."""
@@ -122,7 +110,7 @@ class Context:
     ledger: Ledger
     tickets: Tickets
     metrics: Metrics
-    holder: Holder
+    holder: Leader | Alone
     now: Callable[[], datetime]
     queue: Queue = field(default_factory=Queue)
 

@@ -356,11 +356,6 @@ class Right:
         what = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
         return " ".join(filter(None, (self.verb, what, self.name)))
 
-    @property
-    def attributes(self) -> Mapping[str, str]:
-        """The attributes as a review has them."""
-        return {key: value for key, value in asdict(self).items() if value}
-
 
 def rights_needed(signers: Sequence[str], settings: GatewaySettings) -> Iterator[Right]:
     """The rights that docs/gateway.md names, except to create the lease, which may exist already (pure)."""
@@ -392,10 +387,10 @@ def assert_rights(api: Api, rights: Iterator[Right]) -> None:
 
 def _is_given(api: Api, right: Right) -> bool:
     """A right on a signer may also be given for all signers of its domain, as the API server has it."""
-    names = [right.name]
+    names, attributes = [right.name], {key: value for key, value in asdict(right).items() if value}
     if right.resource == "signers":
         names.append(f"{right.name.partition('/')[0]}/*")
-    return any(_is_allowed(api, {**right.attributes, **({"name": name} if name else {})}) for name in names)
+    return any(_is_allowed(api, {**attributes, **({"name": name} if name else {})}) for name in names)
 
 
 def _is_allowed(api: Api, attributes: Mapping[str, str]) -> bool:

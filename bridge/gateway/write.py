@@ -97,7 +97,7 @@ class Writer:
                 return False
             self._take_over(job, reply)
         context.assert_ours()
-        chain = b"".join(map(pem, (found.leaf, *found.intermediates)))
+        chain = pem(found.leaf, *found.intermediates)
         if self._patch(job.one, "status", with_certificate(job.one, chain)).status != HTTPStatus.OK:
             return False
         self._settle(job.one.uid)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -40,6 +40,8 @@ from bridge.pki.expiry import duration_text, minute
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.specs import AUTHORITIES, EKU
 from bridge.words import one_line
+
+_Signed = TypeVar("_Signed", x509.Certificate, x509.CertificateSigningRequest)
 
 REQUEST_SCHEMA = "ca-bridge/request-bundle"
 ANSWER_SCHEMA = "ca-bridge/answer-bundle"
@@ -440,29 +442,24 @@ class Fields:
 
     def csr(self, key: str) -> x509.CertificateSigningRequest:
         """A CSR as one PEM block, all of which can be read."""
-        value, wanted = self.values[key], "a CSR as one PEM block, and not a byte more"
-        try:
-            csr = x509.load_pem_x509_csr(_ascii(value))
-        except (ValueError, x509.InvalidVersion) as e:
-            self.fail(key, wanted, f"something else ({one_line(e)})")
-        if csr.public_bytes(Encoding.PEM).decode() != value:
-            self.fail(key, wanted, "more than that, or other line breaks")
-        if (damage := _damage(csr)) is not None:
-            self.fail(key, "a CSR that can be read", damage)
-        return csr
+        return _block(x509.load_pem_x509_csr, self.values[key], f"{self.place}{key}", "a CSR")
 
 
 def certificate(value: object, place: str, or_else: str = "") -> x509.Certificate:
     """A certificate as one PEM block, all of which can be read; `or_else` is what else errors say was wanted."""
-    wanted = f"a certificate as one PEM block, and not a byte more{or_else}"
+    return _block(x509.load_pem_x509_certificate, value, place, "a certificate", or_else)
+
+
+def _block(load: Callable[[bytes], _Signed], value: object, place: str, what: str, or_else: str = "") -> _Signed:
+    wanted = f"{what} as one PEM block, and not a byte more{or_else}"
     try:
-        found = x509.load_pem_x509_certificate(_ascii(value))
+        found = load(_ascii(value))
     except (ValueError, x509.InvalidVersion) as e:
         raise BundleError(place, wanted, f"something else ({one_line(e)})") from None
-    if pem(found).decode() != value:
+    if found.public_bytes(Encoding.PEM).decode() != value:
         raise BundleError(place, wanted, "more than that, or other line breaks")
     if (damage := _damage(found)) is not None:
-        raise BundleError(place, "a certificate that can be read", damage)
+        raise BundleError(place, f"{what} that can be read", damage)
     return found
 
 
@@ -476,12 +473,8 @@ def _damage(one: x509.Certificate | x509.CertificateSigningRequest) -> str | Non
     try:
         _ = name_text(one.subject), one.public_key(), san_counts(one), extended_key_usages(one)
         if isinstance(one, x509.Certificate):
-            _ = (
-                name_text(one.issuer),
-                serial_hex(one),
-                minute(one.not_valid_before_utc),
-                minute(one.not_valid_after_utc),
-            )
+            _ = name_text(one.issuer), serial_hex(one)
+            _ = minute(one.not_valid_before_utc), minute(one.not_valid_after_utc)
     except (*UNREADABLE, OverflowError) as e:
         return f"{type(e).__name__}: {one_line(e)}"
     return None

@@ -100,21 +100,16 @@ def load_der_certificate(der: bytes) -> x509.Certificate:
     return certificate
 
 
-def pem(certificate: x509.Certificate) -> bytes:
-    """One PEM block as kubeadm writes it: 64 characters a line, LF, a newline at the end."""
+def pem(*certificates: x509.Certificate) -> bytes:
+    """PEM blocks as kubeadm writes them: 64 characters a line, LF, a newline at the end."""
     from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415 (4 ms, which a look needs not)
 
-    return certificate.public_bytes(Encoding.PEM)
-
-
-def serial(certificate: x509.Certificate) -> int:
-    """The serial number; 0 for a CA that kubeadm made up to 1.20."""
-    return certificate.serial_number
+    return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates)
 
 
 def serial_hex(certificate: x509.Certificate) -> str:
     """The serial number as `openssl x509 -serial` prints it: upper-case pairs of hex digits."""
-    number = serial(certificate)
+    number = certificate.serial_number  # 0 for a CA that kubeadm made up to 1.20
     digits = f"{abs(number):X}"
     return f"{'-' if number < 0 else ''}{digits.zfill(len(digits) + len(digits) % 2)}"
 

@@ -23,7 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from bridge.errors import Violation
 from bridge.pki import der, display
-from bridge.pki.certificates import UNREADABLE, extension, oid_label, serial
+from bridge.pki.certificates import UNREADABLE, extension, oid_label
 from bridge.specs import EKU
 from bridge.words import one_line
 
@@ -114,8 +114,8 @@ def _issuer_form(issuer: x509.Certificate) -> tuple[Violation, ...]:
 def _identifiers(certificate: x509.Certificate, fields: Sequence[der.Element], *, leaf: bool) -> Iterator[Violation]:
     """Serial numbers are not negative (old CAs of kubeadm have 0); the signature's two algorithm names are equal."""
     _small_oid(fields[1].children()[0].content)
-    if not leaf and serial(certificate) < 0:
-        yield Violation(subject="serial number", want="a positive number", got=str(serial(certificate)))
+    if not leaf and certificate.serial_number < 0:
+        yield Violation(subject="serial number", want="a positive number", got=str(certificate.serial_number))
     outer = der.one(certificate.public_bytes(serialization.Encoding.DER), der.SEQUENCE).children()[1]
     if outer.encoded != fields[1].encoded:
         yield Violation(subject="signature", want="one algorithm", got="two that differ")

@@ -145,8 +145,6 @@ def text_of(names: Iterable[x509.GeneralName]) -> str:
 
 #: Begins a kubelet's CN; what follows is the node's name (kubeadm, kubeconfig.go).
 _NODE_USER = "system:node:"
-
-
 _LONGEST_NODE_NAME = 253
 #: RFC 1123 subdomains, as the API wants Node objects to be called.
 _NODE_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
@@ -191,13 +189,7 @@ def parse_nodes(text: str, *, with_roles: bool = False) -> list[ListedNode]:
 
 def renamed(certificate: x509.Certificate, names: Mapping[str, str]) -> x509.Certificate:
     """The certificate with another node's names and a throw-away signature: for reading, never for use."""
-    extensions = [
-        (
-            _renamed_sans(value, names) if isinstance(value := one.value, x509.SubjectAlternativeName) else value,
-            one.critical,
-        )
-        for one in certificate.extensions
-    ]
+    extensions = [(_renamed_sans(one.value, names), one.critical) for one in certificate.extensions]
     return _unsigned(certificate, _subject(certificate.subject, names), extensions)
 
 
@@ -219,7 +211,9 @@ def _unsigned(
     return builder.sign(key, hashes.SHA256())
 
 
-def _renamed_sans(value: x509.SubjectAlternativeName, names: Mapping[str, str]) -> x509.SubjectAlternativeName:
+def _renamed_sans(value: x509.ExtensionType, names: Mapping[str, str]) -> x509.ExtensionType:
+    if not isinstance(value, x509.SubjectAlternativeName):
+        return value
     return x509.SubjectAlternativeName([_san(san, names) for san in value])
 
 

@@ -33,7 +33,6 @@ from bridge.pki.certificates import (
     name_text,
     oid_label,
     san_counts,
-    serial,
     spki,
 )
 from bridge.pki.csr import algorithm_name
@@ -255,8 +254,8 @@ def _form(leaf: x509.Certificate) -> Iterator[Violation]:
     """Version 3, a positive serial number (RFC 5280 §4.1.2.2), no signature by SHA-1 or MD5 (Go refuses both)."""
     if leaf.version is not x509.Version.v3:
         yield Violation(subject="version", want="v3", got=leaf.version.name)
-    if serial(leaf) <= 0:
-        yield Violation(subject="serial number", want="a positive number", got=str(serial(leaf)))
+    if leaf.serial_number <= 0:
+        yield Violation(subject="serial number", want="a positive number", got=str(leaf.serial_number))
     try:
         algorithm = leaf.signature_hash_algorithm
     except UnsupportedAlgorithm:

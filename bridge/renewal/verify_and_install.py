@@ -115,7 +115,7 @@ def version_of(node: Node, settings: Settings) -> tuple[int, int] | None:
 
 def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replacement]:
     """The files of one pair, key first."""
-    chain = b"".join(pem(certificate) for certificate in (verified.leaf, *verified.intermediates))
+    chain = pem(verified.leaf, *verified.intermediates)
     item, path = one.item, one.item.certificate_path
     if item.current is not None:
         yield from _kubelets(one, item.current, chain)

@@ -10,26 +10,11 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.settings.reader import Reader, Source, found_text, opened
-from bridge.settings.tables import (
-    AuditSettings,
-    AuthoritySettings,
-    BackupSettings,
-    CertificateSettings,
-    ClusterSettings,
-    CopiesSettings,
-    GatewaySettings,
-    HookSettings,
-    MetricsSettings,
-    NodeSettings,
-    RenewalSettings,
-    RestartSettings,
-    Settings,
-    UserSettings,
-)
+from bridge.settings.tables import AuthoritySettings, CertificateSettings, Settings
 from bridge.specs import AUTHORITIES, KUBELET_SERVER
 from bridge.system.paths import assert_ours, own_text
 from bridge.words import name_found
@@ -126,17 +111,9 @@ def overridden(
 
 #: Tables with keys of our own.
 _TABLES: dict[str, type[Any]] = {
-    "node": NodeSettings,
-    "renewal": RenewalSettings,
-    "restart": RestartSettings,
-    "hooks": HookSettings,
-    "cluster": ClusterSettings,
-    "audit": AuditSettings,
-    "backups": BackupSettings,
-    "copies": CopiesSettings,
-    "metrics": MetricsSettings,
-    "gateway": GatewaySettings,
-    "users": UserSettings,
+    field.name: cast("type[Any]", field.default_factory)
+    for field in dataclasses.fields(Settings)
+    if dataclasses.is_dataclass(field.default_factory)
 }
 
 

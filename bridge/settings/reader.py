@@ -250,12 +250,8 @@ def _bare(hint: Any) -> Any:
     """The type of a field without its `| None`."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         rest = [part for part in typing.get_args(hint) if part is not type(None)]
-        return rest[0] if len(rest) == 1 else _merged_literal(rest)
+        return rest[0] if len(rest) == 1 else Literal[tuple(one for part in rest for one in typing.get_args(part))]
     return hint
-
-
-def _merged_literal(parts: list[Any]) -> Any:
-    return Literal[tuple(choice for part in parts for choice in typing.get_args(part))]
 
 
 def _keys_of(name: str, hint: Any) -> list[str]:

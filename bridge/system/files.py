@@ -211,16 +211,12 @@ class DiskSpace:
 def disk_spaces(places: Iterable[Path]) -> Iterator[DiskSpace]:
     """Look at each file system once."""
     seen: set[tuple[int, bool]] = set()  # a file system may be mounted twice, once read-only
-    for place in map(_existing, places):
+    for place in (next(one for one in (path, *path.parents) if one.is_dir()) for path in places):
         space = _space(place)
         kind = (place.stat().st_dev, space.is_read_only)
         if kind not in seen:
             seen.add(kind)
             yield space
-
-
-def _existing(path: Path) -> Path:
-    return next(one for one in (path, *path.parents) if one.is_dir())
 
 
 def _space(place: Path) -> DiskSpace:

@@ -98,6 +98,11 @@ def passed_on(variables: Mapping[str, str]) -> dict[str, str]:
     return {"PATH": USUAL_PATH, **{name: os.environ[name] for name in _PASSED if name in os.environ}, **variables}
 
 
+def openssl_environment() -> dict[str, str]:
+    """The environment without proxies, OPENSSL_CONF and secrets that came to us in a variable; messages in English."""
+    return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ} | {"LC_ALL": "C"}
+
+
 def run(
     command: Command,
     output: Sink | int = subprocess.DEVNULL,

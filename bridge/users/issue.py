@@ -228,11 +228,8 @@ def _taken_up(
     """The request that waits for this user, if it is the one that would be made now; else a new one."""
     made = OpenUsers(store).get(order.user.name)
     if made is not None:
-        is_same = (made.name, made.groups, made.backend) == (
-            order.user.name,
-            order.user.groups,
-            label,
-        ) and made.csr_pem == (given or made.csr_pem)
+        wanted = (order.user.groups, label, given or made.csr_pem)
+        is_same = (made.groups, made.backend, made.csr_pem) == wanted
         is_old = made.carried is not None and now - made.created > _CARRIED_ANEW
         if is_same and not is_old and (given is None) is (made.key_pem is not None):
             return made
@@ -337,7 +334,7 @@ def _write(
 ) -> None:
     """0600 from the first byte, whether there is a key in it or not."""
     fresh = FreshKubeconfig(server=server, cluster=cluster, user=order.user.name, ca_pem=pem(ca))
-    chain = b"".join(pem(certificate) for certificate in (verified.leaf, *verified.intermediates))
+    chain = pem(verified.leaf, *verified.intermediates)
     text = fresh.text(chain, one.key_pem, "" if one.key_pem is not None else _key_file(order))
     try:
         with _place(order) as path:

@@ -276,7 +276,7 @@ def test_another_certificate_of_the_same_ca_proves_nothing(
     pairs: Pairs, cas: dict[str, x509.Certificate], judged: Judge, pki: Pki, name: str
 ) -> None:
     """Neither a user's nor another node's nor that of another component, whatever the policy allows or a person waives."""
-    authority, subject = SPECS[name].authority.name, desk_policy._SUBJECTS[name][0].replace("{node}", "cp-1")
+    authority, subject = SPECS[name].authority.name, desk_policy.kubeadms_subject(name)[0].replace("{node}", "cp-1")
     ca = sample_pki.ThrowawayCA(certificate=cas[authority], key=_ca_key(pki, authority))
     key = generate_key("ecdsa-p256")
     others = {cn: (_leaf(ca, f"O=x,CN={cn}", key), key) for cn in ("jane", "system:node:worker-9", "cp-2")}
@@ -284,7 +284,7 @@ def test_another_certificate_of_the_same_ca_proves_nothing(
         other: pair
         for other, pair in pairs.items()
         if SPECS[other].authority.name == authority
-        and desk_policy._SUBJECTS[other][0] != desk_policy._SUBJECTS[name][0]
+        and desk_policy.kubeadms_subject(other)[0] != desk_policy.kubeadms_subject(name)[0]
     }
     honest = _leaf(ca, f"O=x,CN={subject}", key)
 
@@ -347,7 +347,7 @@ def test_one_ca_for_all_proves_no_more(pairs: Pairs) -> None:
     ca = sample_pki.ThrowawayCA(certificate=one, key=key)
     for name, other in (("apiserver-etcd-client", "apiserver-kubelet-client"), ("front-proxy-client", "admin.conf")):
         old = _leaf(ca, pairs[other][0].subject.rfc4514_string(), key)
-        bundle = proven_by(name, f"CN={desk_policy._SUBJECTS[name][0]}", old, key)
+        bundle = proven_by(name, f"CN={desk_policy.kubeadms_subject(name)[0]}", old, key)
         assert "proof: wanted one by" in judge(bundle.requests[0], bundle, parse(WIDE), [one], NOW).problems[0]
 
 
@@ -706,6 +706,6 @@ def _is_prose(line: str) -> bool:
 def test_the_subjects_are_kubeadms() -> None:
     """The policy's table and the specs say the same."""
     for name, spec in SPECS.items():
-        wanted_cn, groups = desk_policy._SUBJECTS[name]
+        wanted_cn, groups = desk_policy.kubeadms_subject(name)
         assert wanted_cn == spec.common_names[0]
         assert set(kubeadm_names.groups(spec, Release(1, 37))) <= {MASTERS_GROUP, *groups}

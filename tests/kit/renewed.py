@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.node import kubeconfig
-from bridge.pki.certificates import attributes, extended_key_usages, san_counts, serial
+from bridge.pki.certificates import attributes, extended_key_usages, san_counts
 from bridge.pki.csr import algorithm_name
 from bridge.pki.verify import BACKDATING
 from bridge.specs import AUTHORITIES, SPECS
@@ -111,7 +111,7 @@ def assert_renewed(pki: KubeadmPki, before: Snapshot, scratch: Path) -> None:
     new, old = live_certificates(pki), before.certificates
     assert Snapshot.of(pki) == before
     assert set(new) == set(old)
-    assert not {serial(c) for c in new.values()} & {serial(c) for c in old.values()}
+    assert not {c.serial_number for c in new.values()} & {c.serial_number for c in old.values()}
     for name, certificate in new.items():
         assert extended_key_usages(certificate) == frozenset(eku.value for eku in SPECS[name].ekus)
         assert certificate.not_valid_after_utc > old[name].not_valid_after_utc - BACKDATING

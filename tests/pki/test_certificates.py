@@ -36,7 +36,6 @@ from bridge.pki.certificates import (
     pem,
     san_counts,
     san_entries,
-    serial,
     serial_hex,
     spki,
 )
@@ -153,10 +152,10 @@ def test_a_ca_of_old_kubeadm_is_read_without_a_warning(tmp_path: Path) -> None:
     script = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from bridge.pki.certificates import load_pem_certificates, serial, serial_hex
+from bridge.pki.certificates import load_pem_certificates, serial_hex
 data = open(sys.argv[1], "rb").read()
 with ThreadPoolExecutor(4) as pool:
-    print(*set(pool.map(lambda _: (serial(load_pem_certificates(data)[0]), serial_hex(load_pem_certificates(data)[0])), range(40))))
+    print(*set(pool.map(lambda _: (load_pem_certificates(data)[0].serial_number, serial_hex(load_pem_certificates(data)[0])), range(40))))
 """
     run = subprocess.run(
         [sys.executable, "-W", "error", "-X", "dev", "-W", "ignore::ResourceWarning", "-c", script, path],
@@ -178,7 +177,7 @@ def test_serial_numbers(tmp_path: Path, number: int, text: str) -> None:
     shown = subprocess.run(
         ["openssl", "x509", "-in", path, "-noout", "-serial"], capture_output=True, text=True, check=True
     )
-    assert (serial(one), serial_hex(one)) == (number, text)
+    assert (one.serial_number, serial_hex(one)) == (number, text)
     assert shown.stdout == f"serial={text}\n"
 
 
