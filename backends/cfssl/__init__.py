@@ -93,7 +93,7 @@ class CfsslSettings(BackendSettings):
             yield from dict.fromkeys(Path(place(spec)) for spec in SPECS.values())
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Settings that contradict each other, or would send a request with its HMAC in the clear."""
+        """Contradictions, and settings that would send a request with its HMAC in the clear."""
         # The HMAC covers neither time nor nonce, so a recorded body is good until the key changes.
         risk = "over plain HTTP a request can be recorded and sent again, for ever new certificates"
         wanted = f"https://HOST[:PORT], without {API} and what follows it"
@@ -193,7 +193,7 @@ class CfsslBackend:
         return found
 
     def advice(self, spec: CertificateSpec) -> str:
-        """The profile, and the key that lets us in."""
+        """The profile, and the HMAC key for it."""
         setup = f"`ca-bridge setup cfssl --authority {spec.authority.name}`"
         return f"compare profile {self._profile(spec)}, and the HMAC key if that is refused, with what {setup} prints"
 
@@ -267,11 +267,11 @@ class CfsslBackend:
         return _Offer(usages=names, expiry=str(info.get("expiry")))
 
     def _no_entry(self, profile: str, key_place: Secret | None) -> list[Violation]:
-        """Ask to sign no CSR at all, as the HMAC is looked at before the CSR."""
+        """Ask for a signature without a CSR, since the server checks the HMAC first."""
         reply = self._server.post(self._settings.endpoint, self._body("", profile, key_place))
         if reply.message in _NO_ENTRY:
             subject = f"{self._settings.endpoint} with profile {profile}"
-            return [Violation(subject=subject, want="that the server lets us in", got=reply.message)]
+            return [Violation(subject=subject, want="that the server accepts us", got=reply.message)]
         if reply.code is None:
             self._result(reply, profile)
         return []
@@ -289,7 +289,7 @@ class CfsslBackend:
         return secret and Secret(secret.kind, Selector(secret.where, node=self._settings.node)(spec))
 
     def _result(self, reply: _Reply, profile: str) -> Mapping[str, Any]:
-        """The one place where cfssl's errors become ours."""
+        """A success's result; the one place where cfssl's errors become ours."""
         if reply.result is not None:
             return reply.result
         code = "" if reply.code is None else f", code {reply.code}"

@@ -29,8 +29,8 @@ from bridge.specs import AUTHORITIES, EKU, SPECS, Authority, CertificateSpec
 from bridge.words import escaped
 
 DIRECTORY = PurePath("/etc/cfssl")
-#: For `cfssl serve -disable`: all but authsign, info and health. Neither newcert (makes a key and certificate for
-#: anybody) nor revoke asks for a key; a name that cfssl does not know disables nothing, and cfssl does not say so.
+#: For `cfssl serve -disable`: all but authsign, info and health. newcert (a key and certificate for anyone) and revoke
+#: ask for no key; cfssl ignores names that it does not know, without a message.
 DISABLED = "sign,newcert,newkey,init_ca,scan,scaninfo,bundle,certinfo,certadd,gencrl,crl,revoke,ocspsign,/"
 #: One server an authority, on these ports.
 PORTS = {name: port for port, name in enumerate(AUTHORITIES, start=8881)}
@@ -166,10 +166,10 @@ def text(
 
 _SCRIPT = """\
 {names}
-# A script for one CA's host, which ends as its server. Beforehand {directory} holds
+# Run this on the CA's host; it ends by starting the server. Before that, {directory} must hold
 #   {authority}.crt, {authority}.key   the CA
-# and, where the site makes TLS certificates itself (else this script does),
-#   server.crt, server.key   whose SANs hold what the nodes call
+# and, if you make the TLS certificates yourself (else this script makes them),
+#   server.crt, server.key   with SANs for the name or address that the nodes use
 #   bridge-clients-ca.crt    the CA of the nodes' client certificates, which need clientAuth and the CN ca-bridge
 set -eu
 mkdir -p -m 0700 {quoted}/keys {quoted}/node
@@ -194,18 +194,18 @@ if ! test -e {quoted}/server.crt && ! test -e {quoted}/bridge-clients-ca.crt; th
   cp {quoted}/client.key {quoted}/node/{client_key}
 fi
 
-# Names are those of one node: for another one, or for all, widen the name_whitelist.
+# The names are those of one node; for further nodes, extend name_whitelist.
 cat > {quoted}/{authority}.json <<'END'
 {config}
 END
 
-# One HMAC key a profile; guard them like the CA's own key, since no setting limits O (who may be system:masters).
-# deny.hex stays here: it keeps the default profile shut.
+# An HMAC key for each profile; protect them like the CA's key, since no setting limits O (such as system:masters).
+# deny.hex stays here and blocks the default profile.
 for key in {keys}; do
   test -s {quoted}/keys/$key.hex || (umask 077; openssl rand -hex 32 > {quoted}/keys/$key.hex)
 done
 
-# What is in {directory}/node goes to /etc/ca-bridge on the node, mode 0600.
+# Copy the files in {directory}/node to /etc/ca-bridge on the node, mode 0600.
 {node_keys}
 exec 9>&-
 
@@ -220,8 +220,8 @@ exec 9>&-
 #   client_cert = "{node.client_cert}"
 #   client_key = "{node.client_key}"
 
-# `info` stays open: nothing is signed before it has told the CA and the usages, and it needs no key.
-# A change of the configuration needs a restart; "endpoint 'sign' is disabled" in the log is meant so.
+# `info` needs no key and stays enabled: ca-bridge asks it for the CA and the usages before a signature.
+# Restart the server after a change of the configuration; "endpoint 'sign' is disabled" in the log is as intended.
 exec cfssl serve -address {node.address} -port {port} \
   -ca {quoted}/{authority}.crt -ca-key {quoted}/{authority}.key -config {quoted}/{authority}.json \
   -tls-cert {quoted}/server.crt -tls-key {quoted}/server.key -min-tls-version 1.2 \

@@ -91,7 +91,7 @@ class CmpSettings(BackendSettings):
         return self.url.lower().startswith("https:")
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Settings that contradict each other, or would let an answer be believed that nobody vouches for."""
+        """Contradictions, and settings that would accept unprotected answers."""
         yield from _url_problems(self.url)
         yield from Selector(self.path_pattern, self.paths).problems("path", "paths")
         for key, path in {"path": self.path_pattern, **{f"paths.{name}": p for name, p in self.paths.items()}}.items():
@@ -119,7 +119,7 @@ class CmpSettings(BackendSettings):
         if self.secret and not self.reference:
             yield SettingsProblem("reference", "the name under which the server has the secret", "nothing")
         if self.client_cert and not self.trusted_file:
-            wanted = "the CA of the certificate that the server signs with (without it no answer can be believed)"
+            wanted = "the CA of the certificate that the server signs with (without it no answer can be verified)"
             yield SettingsProblem("trusted_file", wanted, "nothing")
         if self.sender and not self.trusted_file:
             yield SettingsProblem("trusted_file", "the CA of the sender's certificate", "nothing")
@@ -149,7 +149,7 @@ def _url_problems(url: str) -> Iterator[SettingsProblem]:
 
 
 def check_files(settings: CmpSettings) -> None:
-    """Look at the files with certificates and keys, which openssl would read in the middle of a renewal."""
+    """Check the files with certificates and keys, before openssl reads them during a renewal."""
     labels = dict.fromkeys(("client_cert", "trusted_file", "tls_ca_file", "tls_client_cert"), b"CERTIFICATE")
     labels |= dict.fromkeys(("client_key", "tls_client_key"), b"PRIVATE KEY")
     files = {name: file for name in labels if (file := getattr(settings, name))}
@@ -304,7 +304,7 @@ class CmpBackend:
         return self._addressed(self._url(spec), self._profile(spec))
 
     def _addressed(self, url: str, profile: str) -> list[str]:
-        """The arguments that say whom we ask, who we are, and whom we believe."""
+        """The arguments for the server, for our credentials and for its protection."""
         ours = self._settings
         words = ["-batch", "-server", url]
         optional: dict[str, object] = {

@@ -183,23 +183,23 @@ class Rejection:
 _PASSING = frozenset({"systemUnavail", "systemFailure", "timeNotAvailable"})
 _FAILURE_HINTS: Mapping[str, str] = {
     "systemUnavail": "the server is not in service; run again later",
-    "systemFailure": "the server has a trouble of its own; run again later",
+    "systemFailure": "the server has an internal failure; run again later",
     "timeNotAvailable": "the server has no time source; run again later",
-    "badMessageCheck": "the server does not take our protection: compare `reference` and the secret, or `client_cert` "
-    "and whom the server trusts, with what is registered there",
+    "badMessageCheck": "the server rejects our protection: compare `reference` and the secret, or `client_cert` and its "
+    "CA, with what is registered at the server",
     "signerNotTrusted": "the server does not trust the CA of `client_cert`",
     "notAuthorized": "the server does not give this certificate to this client: is the node registered there, with "
     "these names and for this path or profile?",
-    "badPOP": 'the server found the request\'s signature wrong, or takes no request without one: `mode = "cr"` needs '
-    "a client that the server trusts as an RA",
-    "certConfirmed": "the server issued the certificate and did not take our confirmation, so it may be revoked; it "
-    "was thrown away, and a new run asks for another one",
+    "badPOP": 'the request\'s signature is wrong, or missing where the server wants one: `mode = "cr"` needs a client '
+    "that the server trusts as an RA",
+    "certConfirmed": "the server issued the certificate but rejected our confirmation, so it may be revoked; it was "
+    "discarded, and the next run asks for another one",
     "badCertTemplate": "the server does not accept what is asked for: subject, names, usages or validity",
     "unacceptedPolicy": "the server's policy does not allow what is asked for",
     "unacceptedExtension": "the server does not allow an extension that is asked for, such as a name",
-    "badAlg": "the server does not take an algorithm of the request's: the key's, or that of its protection",
+    "badAlg": "the server rejects an algorithm of the request: the key's, or that of its protection",
     "badTime": "the server's clock and this machine's differ",
-    "badRequest": "the server does not do what it was asked for, or knows nothing of the request any more",
+    "badRequest": "the server does not support this request, or has forgotten it",
     "wrongAuthority": "`recipient` is not the subject of a CA that the server serves",
     "badRecipientNonce": "an answer was repeated, or two clients have the same transaction",
     "transactionIdInUse": "the server has this transaction already; run again",
@@ -222,7 +222,7 @@ class _Rule:
 
 _TLS_CLIENT = "does the server want a TLS client certificate? (`tls_client_cert`; its complaint may be lost)"
 _NOT_CMP = "is it a CMP server that answers at this url and path? A proxy or a sign-in page may be in between"
-_PROTECTION = "somebody may be answering in the server's place"
+_PROTECTION = "someone else may be answering in the server's place"
 
 #: The first that fits counts; those of a transfer come first, as nothing of its answer was looked at.
 _RULES: Sequence[_Rule] = (
@@ -233,7 +233,7 @@ _RULES: Sequence[_Rule] = (
     ),
     _Rule(
         r"alert certificate required|alert (?:bad certificate|unknown ca|certificate unknown|handshake failure)",
-        "the server does not take our TLS client certificate, or wants one",
+        "the server rejects our TLS client certificate, or wants one",
         "`tls_client_cert` and `tls_client_key`, from a CA that the server trusts",
     ),
     _Rule(
@@ -271,13 +271,13 @@ _RULES: Sequence[_Rule] = (
     ),
     _Rule(
         r"code[= ](?P<code>401|403)\b",
-        "the HTTP server does not let us in (status {code})",
-        "what stands before the CMP server wants to know who comes; only TLS client certificates can be shown",
+        "the HTTP server denies access (status {code})",
+        "a proxy before the CMP server wants credentials; ca-bridge can only show a TLS client certificate",
     ),
     _Rule(
         r"code[= ](?P<code>3\d\d)\b|redirection",
-        "the HTTP server sends us somewhere else, and requests are not sent there",
-        "write the place where the CMP server is into `url` and `path`",
+        "the HTTP server redirects to another place, and redirects are not followed",
+        "set `url` and `path` to the CMP server itself",
     ),
     _Rule(r"code[= ](?P<code>[13-9]\d\d)\b", "the HTTP server answered with status {code}", _NOT_CMP),
     _Rule(
@@ -301,7 +301,7 @@ _RULES: Sequence[_Rule] = (
     ),
     _Rule(
         r"missing asn1 encoding|error parsing|inconsistent content length|error decoding|nested asn1 error",
-        "wanted a CMP message, found something that is none",
+        "wanted a CMP message, found something else",
         _NOT_CMP,
     ),
     _Rule(r"total timeout", "the answer came too late and was thrown away", "a longer `timeout` may help", later=True),
@@ -309,14 +309,14 @@ _RULES: Sequence[_Rule] = (
     _Rule(
         r"missing trust anchor",
         "the server signed its answer, and nothing here says whether it may",
-        "with a shared secret this is how a server says that `reference` or the secret is not what it has; "
-        "`trusted_file` with the CA of its certificate lets its reason be read",
+        "with a shared secret, a server answers like this if it does not know `reference` or has another secret; "
+        "`trusted_file` with the CA of its certificate shows the reason",
     ),
     _Rule(
         r"missing protection",
         "wanted an answer with protection, found one without",
-        "servers may leave errors unprotected: `unprotected_errors = true` shows the reason, and lets who is on the way "
-        "forge one; a certificate is never taken from such an answer",
+        "servers may leave errors unprotected: `unprotected_errors = true` shows the reason, but anyone on the network "
+        "path can forge it; a certificate is never taken from such an answer",
     ),
     _Rule(r"wrong pbm value", "the answer is protected by another secret than ours", _PROTECTION),
     _Rule(
@@ -343,12 +343,12 @@ _RULES: Sequence[_Rule] = (
     _Rule(r"msg signature verification failed", "the signature of the answer is wrong", _PROTECTION),
     _Rule(
         r"error = \d+ \((?P<why>[^)\n]*)\)(?s:.*)no suitable sender cert",
-        "the answer is signed by somebody whom `trusted_file` does not vouch for ({why})",
+        "the answer's signer is not trusted by `trusted_file` ({why})",
         "`trusted_file` must hold the CA of the server's CMP certificate (which needs the usage digitalSignature)",
     ),
     _Rule(
         r"no suitable sender cert",
-        "no certificate that came with the answer, or is in `trusted_file`, is that of who signed it",
+        "the signer's certificate is neither in the answer nor in `trusted_file`",
         _PROTECTION,
     ),
     _Rule(

@@ -70,23 +70,23 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
 _TEXT = """\
 # What a CMP server (RFC 9810, RFC 9483) needs to sign for {authority} of node {node}, cluster {cluster}.
 
-# 1. Profiles (some products call them aliases), and the names that they may give. Each certificate has exactly the
-#    extended key usages of its profile, none more: a certificate without that extension is good for anything.
-#    The cluster has three CAs; where one server has them all, each has paths of its own (`path` in the settings).
+# 1. Profiles (some products call them aliases) and their names. Each certificate must have exactly the extended key
+#    usages of its profile: a certificate without that extension is valid for every purpose.
+#    The cluster has three CAs; if one server has all of them, each needs its own paths (`path` in the settings).
 {profiles}
 
 # 2. Requests
 {request}
-#    Implicit confirmation is asked for (RFC 9810 §5.1.1.1); without it each certificate is confirmed.
-#    A second request for the same key and names is one for a renewal that was interrupted, and is to be granted.
-#    Order of an officer's approval: answer `waiting`; the node asks again with pollReq until it is decided.
-#    Errors should be protected like other answers, or the node can't tell why it was refused.
+#    The node asks for implicit confirmation (RFC 9810 §5.1.1.1); without it, it confirms each certificate.
+#    Grant a second request for the same key and names: it comes from a renewal that was interrupted.
+#    If an officer has to approve, answer `waiting`; the node asks again with pollReq until there is a decision.
+#    Protect errors like other answers; otherwise the node can't show the reason.
 
-# 3. Who may ask: this node, for the names above and no others. One of the two:
-#    a) a shared secret, known as reference {reference} (guard it like a CA's key: with it anyone is the node):
+# 3. The client: this node, for the names above and no others. Either
+#    a) a shared secret with reference {reference} (protect it like a CA's key: whoever has it can act as the node):
 #         (umask 077; openssl rand -hex 32 > cmp.secret)
-#       the node gets it as /etc/ca-bridge/cmp.secret, mode 0600;
-#    b) a certificate of an agent (keyUsage digitalSignature) from a CA that the server trusts for this alone:
+#       copy it to the node as /etc/ca-bridge/cmp.secret, mode 0600; or
+#    b) a client certificate (keyUsage digitalSignature) from a CA that the server trusts only for this:
 #         (umask 077; openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes \\
 #           -keyout agent.key -subj /CN=ca-bridge-{node} -out agent.csr)
 

@@ -28,7 +28,7 @@ from bridge.errors import BackendRefusedError, SettingsProblem, Violation
 from bridge.specs import SPECS, CertificateSpec
 from bridge.words import one_line
 
-#: A longer wish to wait, or a clock that was put back, must not keep us from asking until the certificate has expired.
+#: A long Retry-After, or a clock that was set back, must not delay the next try until the certificate has expired.
 LONGEST_WISH = timedelta(days=1)
 
 
@@ -215,7 +215,7 @@ class EstBackend:
         return []
 
 
-#: Answers to a request without a CSR that say that one with it would fare no better.
+#: Answers to a request without a CSR that a request with a CSR would get as well.
 NO_ENTRY = frozenset({401, 403, 404, 405})
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 #: Below the server's root (RFC 7030 §3.2.2).
 ROOT = ".well-known/est"
-#: What every server takes: one line of base64, and both headers, though RFC 8951 §3.1 wants no encoding to be named.
+#: Every server accepts one line of base64 with both headers, although RFC 8951 §3.1 wants no encoding header.
 HEADERS = {
     "Content-Type": "application/pkcs10",
     "Content-Transfer-Encoding": "base64",
@@ -82,11 +82,11 @@ class Server:
         return self._send("GET", label, "cacerts", headers={"Accept": HEADERS["Accept"]})
 
     def enrol(self, label: str, csr_der: bytes) -> Answer:
-        """`simpleenroll`; without a CSR only to see whether we are let in."""
+        """`simpleenroll`; without a CSR only to see whether the server accepts us."""
         return self._send("POST", label, "simpleenroll", data=base64.b64encode(csr_der), headers=HEADERS)
 
     def error(self, answer: Answer) -> BackendError:
-        """The error that an answer without certificates means."""
+        """The error for an answer without certificates."""
         said = answer.text.removeprefix(f"{answer.status} ")
         text = f"est: {answer.where}: HTTP {answer.status}" + (f", {said}" if said else "")
         if answer.status in LATER_STATUSES:
@@ -198,7 +198,7 @@ def _our_verdict_hint(reason: str) -> str:
 
 
 def _agent_faults(client_cert: Path, now: datetime) -> Iterator[str]:
-    """Faults for which everybody would refuse a client certificate; none if the file can't be read."""
+    """Faults for which any server refuses a client certificate; none if the file can't be read."""
     with contextlib.suppress(OSError, ValueError):
         agent = x509.load_pem_x509_certificate(client_cert.read_bytes())
         if not agent.not_valid_before_utc <= now <= agent.not_valid_after_utc:

@@ -44,17 +44,17 @@ def _text(wanted: SetupRequest) -> str:
 _HEAD = """\
 EST for authority {authority} of cluster {cluster}, node {node}
 
-A request of EST names neither usages nor validity, so each label below needs a profile of its own at the CA.
-It must issue under the CA whose certificate the node has as its trust anchor, and add nothing to a subject or to SANs.
+An EST request has neither usages nor validity, so each label below needs its own profile at the CA.
+The CA must be the node's trust anchor or below it, and must add nothing to subject or SANs.
 """
 
 _ASKER = """\
 Who asks
-  One agent (client_cert, or username) for all of the node's requests, by simpleenroll; simplereenroll is never used.
-  It must be allowed these subjects and SANs, and no others: who can have a certificate for clientAuth with
-  O=system:masters, or with CN=system:kube-controller-manager, is master of the cluster.
-  A demand for a link between TLS and the CSR (tls-unique, RFC 7030 section 3.5) has to be off.
-  The server may answer 202: the node asks again with the same CSR, so repeated CSRs must be taken for the same order.
+  One agent (client_cert, or username) sends all of the node's requests, by simpleenroll (never simplereenroll).
+  Allow it these subjects and SANs, and no others: whoever gets a clientAuth certificate with O=system:masters or
+  CN=system:kube-controller-manager controls the cluster.
+  Do not require a link between TLS and the CSR (tls-unique, RFC 7030 section 3.5).
+  If the server answers 202, the node sends the same CSR again; it must count as the same request.
 """
 
 
@@ -69,7 +69,7 @@ def _label_lines(label: str, specs: Sequence[CertificateSpec], wanted: SetupRequ
     usages = {", ".join(eku.label for eku in EKU if eku in spec.ekus) for spec in specs}
     yield f"Label {label}"
     if len(usages) > 1:
-        yield "  CAN'T BE USED: these certificates differ in their usages, so that they need labels of their own"
+        yield "  CAN'T BE USED: these certificates have different usages and need a label each"
     yield f"  extended key usage  {' / '.join(sorted(usages))}, and no other"
     yield "  key usage           digitalSignature, keyEncipherment"
     yield "  basic constraints   CA:FALSE"
@@ -88,7 +88,7 @@ def _settings_lines(wanted: SetupRequest, url: str, label: Selector) -> Iterator
     yield '  type = "est"'
     yield f"  url = {_toml(url)}"
     yield '  ca_file = "/etc/ca-bridge/est-tls-ca.crt"       # pins the server: no other CA is trusted'
-    yield '  client_cert = "/etc/ca-bridge/agent.crt"        # with its intermediates; good for clientAuth'
+    yield '  client_cert = "/etc/ca-bridge/agent.crt"        # with its intermediates; with clientAuth'
     yield '  client_key = "/etc/ca-bridge/agent.key"'
     yield f"  [authority.{wanted.authority.name}]"
     yield '  backend = "enrol"'
@@ -105,7 +105,7 @@ def _try_lines(url: str, labels: Sequence[str]) -> Iterator[str]:
         where = shlex.quote(operation_url(url, label, "cacerts"))
         yield f"  curl -sS --fail --cacert /etc/ca-bridge/est-tls-ca.crt {where} |"
         yield "    tr -d '\\r\\n' | openssl base64 -d -A | openssl pkcs7 -inform DER -print_certs -noout"
-    yield "To see that the server lets the agent in: ca-bridge doctor"
+    yield "To see whether the server accepts the agent: ca-bridge doctor"
 
 
 def _toml(value: Any) -> str:

@@ -46,7 +46,7 @@ from bridge.system.paths import UnreadableError, read, read_once
 #: One look at an inbox costs no more; what was read is remembered, so that the next look goes on from there.
 _MOST_READ, _MOST_FILES, _LONGEST_LOOK_SECONDS = 64 << 20, 2000, 10.0
 
-#: Requests hold nothing secret, and who carries them is usually another user.
+#: Requests hold nothing secret, and usually another user carries them.
 REQUEST_MODE = 0o644
 
 
@@ -89,7 +89,7 @@ class ExchangeBackend:
     def __init__(self, settings: ExchangeSettings) -> None:
         self._settings = settings
         self._desk_key = None if settings.signed_by is None else _public_key(settings.signed_by)
-        #: An answer is the desk's own word, not the word of anyone who can write into the inbox.
+        #: Answers are proven to be the desk's, not those of anyone who can write to the inbox.
         self.authenticated = self._desk_key is not None
         self._read: dict[Path, tuple[tuple[int, int, int], _Found]] = {}
 
@@ -99,7 +99,7 @@ class ExchangeBackend:
         return cls(settings)
 
     def check(self, specs: Sequence[CertificateSpec]) -> Mapping[str, Sequence[Violation]]:
-        """Find whether both directories are there; nothing here knows what the CA will make of a request."""
+        """Find whether both directories are there; nothing here can ask the CA."""
         del specs
         for key in ("outbox", "inbox"):
             directory: Path = getattr(self._settings, key)
@@ -189,7 +189,7 @@ class ExchangeBackend:
 
     def _inbox(self, request: SignRequest, reference: str) -> tuple[list[AnswerBundle], list[str]]:
         """
-        Whole answer bundles to this request bundle, and what is to be said of files that are none.
+        Complete answer bundles to this request bundle, and notes about other files.
 
         Files with the node's name come first, as a desk calls its answers, and then the newest: others can fill an inbox.
         """

@@ -28,17 +28,17 @@ PROGRAM = ("/usr/local/libexec/ca-bridge/program",)
 
 _TEXT = """\
 #!/bin/sh
-# What ca-bridge on {node} (cluster {cluster}) asks the program of {authority} for:
+# The requests of ca-bridge on {node} (cluster {cluster}) to the program of {authority}:
 #
 {table}
 #
-# The CSR has subject and SANs, and no usages: those are the program's to give, exactly these, with key usage
+# The CSR has a subject and SANs but no usages: the program must add exactly the EKUS above, with key usage
 # digitalSignature and keyEncipherment, for {days} days.
 #
 #   try-{authority}.sh NAME [OPERATION]
 #
-# runs the program as ca-bridge does, for a throwaway key, and says how it ended. SUBMIT, which is meant without an
-# OPERATION, asks for a real certificate.
+# runs the program as ca-bridge does, with a throwaway key, and prints its exit status. The default OPERATION, SUBMIT,
+# gets a real certificate.
 set -eu
 case ${{1:-}} in
 {cases}

@@ -64,7 +64,7 @@ _HINT = "`kubectl --kubeconfig FILE config view --raw --flatten` prints a kubeco
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """Where a kubeconfig leads, and as whom."""
+    """A kubeconfig's server and credentials."""
 
     url: str
     trust: bytes  #: PEM.
@@ -98,7 +98,7 @@ class KubernetesSettings(BackendSettings):
             yield self.kubeconfig
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Settings that contradict each other, or that no API server would take."""
+        """Contradictions, and settings that no API server accepts."""
         selector = Selector(self.signer, self.signers, self.node)
         wrong = list(selector.problems("signer", "signers"))
         yield from wrong
@@ -228,7 +228,7 @@ def _bounded(path: Path) -> bytes:
 
 
 def _signer_problems(selector: Selector) -> Iterator[SettingsProblem]:
-    """Signer names that the API would not take, whatever setting makes them."""
+    """Signer names that the API does not accept, from any of the settings."""
     wrong = {name for spec in SPECS.values() if not _SIGNER.fullmatch(name := selector(spec))}
     if wrong:
         wanted = "DOMAIN/NAME, such as ca-bridge.example.com/{name} or clusterissuers.cert-manager.io/corp"
@@ -467,8 +467,8 @@ def _groups(wanted: Wanted) -> set[str]:
 
 
 def _issued(request: SignRequest, name: str, text: object) -> Issued:
-    """Leaf first, then what the signer put behind it; the leaf is looked for, as the API takes them in any order."""
-    hint = "the API stores whatever a signer writes: its log may say more"
+    """The leaf, found by the CSR's key since the API allows any order, then the signer's other certificates."""
+    hint = "the API stores what a signer writes; the signer's log may say more"
     try:
         pem = base64.b64decode(str(text), validate=True)
         found = pem_certificates(pem)

@@ -1,4 +1,4 @@
-"""The few requests that are made to an API server, and the one place where its errors become ours."""
+"""Requests to an API server, and the one place where its errors become ours."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Api:
         return answer
 
     def error(self, answer: Answer) -> BackendError:
-        """The error that an answer means which is not the wanted one."""
+        """The error for an unwanted answer."""
         text = f"kubernetes: {self._url}: HTTP {answer.status}: {answer.text}"
         if "request is too large" in answer.text:  # etcd's word, in a 500
             return BackendRefusedError(text, hint="the CSR is too large for an object: fewer SANs")
@@ -122,7 +122,7 @@ _HINTS: Mapping[int, str] = {
 def _tls_hint(reason: str) -> str:
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         return (
-            "ca_file (or the kubeconfig) must hold the CA of the API server's certificate, whose SANs the host in url"
+            "ca_file (or the kubeconfig) must hold the CA of the API server's certificate, and its SANs the host in url"
         )
     if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason:
         return "does the server speak TLS at this port?"

@@ -55,10 +55,10 @@ def account(node: str) -> str:
 
 
 def _head(wanted: SetupRequest, signers: Mapping[str, str]) -> Iterator[str]:
-    yield f"Requests of node {wanted.node} (cluster {wanted.cluster}) for authority {wanted.authority.name}, signed by THIS cluster."
-    yield "Apply it here, where the CertificateSigningRequest objects will be: kubectl apply -f FILE"
+    yield f"Requests of node {wanted.node} (cluster {wanted.cluster}) for authority {wanted.authority.name}, signed in THIS cluster."
+    yield "Apply it to the cluster that will hold the CertificateSigningRequest objects: kubectl apply -f FILE"
     yield ""
-    yield "What will be asked for, and may be approved:"
+    yield "The requests that will come and may be approved:"
     seconds = int(wanted.validity.total_seconds())
     for name, certificate in wanted.certificates.items():
         usages = ", ".join(eku.label for eku in EKU if eku in SPECS[name].ekus)
@@ -67,7 +67,7 @@ def _head(wanted: SetupRequest, signers: Mapping[str, str]) -> Iterator[str]:
         sans = [f"{kind} {one_line(value)}" for kind, value in sorted(san_entries(certificate))]
         yield from (f"    SAN {san}" for san in sans)
     yield ""
-    yield "A token for the node (an API server may allow less; put it there with mode 0600), and its settings:"
+    yield "A token for the node (the API server may limit its duration; copy it to the node with mode 0600), and the settings:"
     yield f"  kubectl -n {NAMESPACE} create token {account(wanted.node)} --duration=8760h > token"
     yield "  [backend.cluster]"
     yield '  type = "kubernetes"'
@@ -78,7 +78,7 @@ def _head(wanted: SetupRequest, signers: Mapping[str, str]) -> Iterator[str]:
     yield '  backend = "cluster"'
     yield f"  signer = {_quoted(_selector(wanted).pattern)}"
     yield ""
-    yield "Approve by hand, once you have read the CSR:"
+    yield "To approve by hand, read the CSR first:"
     yield "  kubectl get csr ca-bridge-NAME -o jsonpath={.spec.request} | base64 -d | openssl req -noout -text"
     yield "  kubectl certificate approve ca-bridge-NAME"
 
@@ -162,7 +162,7 @@ subjects: [{{kind: ServiceAccount, name: {name}, namespace: {NAMESPACE}}}]
 
 def _approver(wanted: SetupRequest, signers: Sequence[str]) -> str:
     return f"""\
-# For whoever approves; bind it to a person or a program, never to the account above.
+# For the approver: bind it to a person or a program, never to the account above.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata: {{name: ca-bridge-approver-{wanted.authority.name}}}

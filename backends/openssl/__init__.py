@@ -406,7 +406,7 @@ def _not_issued(lost: Sequence[str]) -> BackendError:
             f"wanted a whole certificate in each new file of new_certs_dir, found none in {', '.join(lost[:3])}",
             hint="a full disk does that; make room",
         )
-    return BackendRefusedError("openssl issued nothing for this CSR, as for one whose signature is bad")
+    return BackendRefusedError("openssl issued nothing for this CSR, as it does for a CSR with a bad signature")
 
 
 def _batches(requests: Sequence[SignRequest], size: int) -> list[_Batch]:
@@ -433,12 +433,12 @@ def _checked_all(requests: Sequence[tuple[int, SignRequest]]) -> tuple[list[Chec
 
 
 def _check_signer(path: Path, signer: x509.Certificate) -> None:
-    """A CA that may sign now: openssl signs with any certificate, be it expired or no CA's."""
+    """Check that the CA may sign now: openssl signs with any certificate, even an expired one."""
     now, wrong, hint = datetime.now(UTC), [], ""
     if not signer.not_valid_before_utc <= now < signer.not_valid_after_utc:
         dates = f"{signer.not_valid_before_utc:%Y-%m-%d %H:%M} to {signer.not_valid_after_utc:%Y-%m-%d %H:%M}"
         wrong.append(f"wanted one that is valid now ({now:%Y-%m-%d %H:%M} UTC), found {dates} UTC")
-        hint = "is this machine's clock right? if it is, the CA's owner has to renew that certificate first"
+        hint = "is this machine's clock right? if it is, have the CA's owner renew that certificate first"
     constraints, usage = _extension(signer, x509.BasicConstraints), _extension(signer, x509.KeyUsage)
     if not constraints or not constraints.ca:
         wrong.append("wanted CA:TRUE, found none")
@@ -529,8 +529,8 @@ def checked(position: int, request: SignRequest) -> CheckedCsr:
     except CSR_ERRORS as e:
         wrong = f"a well-formed CSR, found: {e}"
     if wrong:
-        raise BackendRefusedError(f"wanted {wrong}", hint="make the CSR anew")
-    # written anew, so that openssl reads what was looked through
+        raise BackendRefusedError(f"wanted {wrong}", hint="make a new CSR")
+    # encoded again, so that openssl reads what was checked
     return CheckedCsr(position, csr.public_bytes(Encoding.PEM), public_key(csr))
 
 

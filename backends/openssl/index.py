@@ -292,7 +292,7 @@ class Database:
                 )
 
     def back_up(self, before: Snapshot) -> Path:
-        """Keep a copy of the index; `.old` is none, since the next run puts a damaged index there."""
+        """Keep a copy of the index; `.old` is no backup, since the next run puts a damaged index there."""
         copy = self._beside(datetime.now(UTC).strftime(f"{_BACKUP}%Y%m%dT%H%M%S.%fZ"))
         _write(copy, before.data, before.status)
         for path in self._backups()[:-_BACKUPS_KEPT]:
@@ -338,7 +338,7 @@ class Database:
             _sync(folder, whole_file_system=many)
 
     def _pattern(self) -> os.stat_result:
-        """Whose owner and mode new files beside the index get."""
+        """The owner and mode for new files beside the index."""
         for path in (self.index, self._beside(".old"), self.index.parent):
             with suppress(FileNotFoundError):
                 return path.stat()
@@ -363,7 +363,7 @@ def _new_serials(before: Snapshot, after: bytes) -> list[int]:
     """Usually the old rows are all there as they were, and only what follows them need be parsed."""
     if after.startswith(before.data):
         return list(parse_index(after[len(before.data) :]))
-    # somebody without our lock may have revoked a certificate meanwhile: to put the old rows back would undo that
+    # someone without our lock may have revoked a certificate meanwhile: the old rows would undo that
     found = parse_index(after)
     lost = [serial for serial in parse_index(before.data) if serial not in found]
     if lost:

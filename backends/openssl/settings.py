@@ -44,7 +44,7 @@ class OpensslSettings(BackendSettings):
     def private_files(self) -> Iterator[Path]:
         """The CA's key, where it is a file."""
         yield from super().private_files()
-        with suppress(SettingsError):  # told when the backend is made
+        with suppress(SettingsError):  # reported when the backend is made
             key = files_of(self).private_key
             if not key.startswith(SCHEME):
                 yield Path(key)
@@ -140,7 +140,7 @@ _QUOTES = re.compile(r"[\"'`\\]")
 
 
 class ConfigDoubtError(Exception):
-    """A line of an openssl.cnf whose meaning can't be known for sure."""
+    """A line of an openssl.cnf whose meaning is not certain."""
 
     def __init__(self, line: int, wanted: str, found: str) -> None:
         self.line, self.wanted, self.found = line, wanted, found

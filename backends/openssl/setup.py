@@ -35,11 +35,11 @@ _TEXT = """\
 # Signing:
 {commands}
 #
-# openssl ca exits with 0 even when it issued nothing, for instance because a CSR's signature is bad: then NAME.crt is
-# empty. It has no lock of its own, and two at once lose rows of the database: hence flock, on the same file that
-# ca-bridge locks. Never let -out name a certificate that is in use: it is emptied before the new one is certain.
+# openssl ca exits with 0 even if it issued nothing, for instance for a CSR with a bad signature: then NAME.crt is
+# empty. It takes no lock, and two runs at a time lose rows of the database; so flock uses the file that ca-bridge
+# locks. Never let -out name a certificate in use: openssl empties it before it has issued the new one.
 #
-# ca-bridge signs with the same directory by itself; in its settings:
+# ca-bridge can sign with the same directory; in its settings:
 #   [authority.{authority}]
 #   backend = "desk"
 #   dir = "{directory}"
@@ -49,7 +49,7 @@ _TEXT = """\
 
 [ca]
 default_ca = desk
-# Only in this section: elsewhere openssl ignores it, and then drops and reorders parts of the subject.
+# openssl reads this only here; without it, it drops and reorders parts of the subject.
 preserve = yes
 
 [desk]
@@ -58,15 +58,15 @@ new_certs_dir = {directory}/newcerts
 certificate = {directory}/ca.crt
 private_key = {directory}/ca.key
 rand_serial = yes
-# With yes a certificate could not be renewed while the old one is valid; index.txt.attr has to say so too.
+# With yes no certificate could be renewed while the old one is valid; index.txt.attr must have no as well.
 unique_subject = no
 default_md = sha256
 default_days = {days}
 policy = policy
 email_in_dn = yes
-# The SANs from the CSR; the sections below have everything else, so that a CSR can't bring it.
+# Takes the SANs from the CSR; the sections below set everything else, so that a CSR can't.
 copy_extensions = copy
-# There is no such section, so that forgetting -extensions fails; else a CSR could become a CA.
+# This section does not exist, so that a command without -extensions fails; else a CSR could become a CA.
 x509_extensions = extensions_must_be_given
 
 [policy]

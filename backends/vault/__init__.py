@@ -201,7 +201,7 @@ class VaultBackend:
         return found
 
     def advice(self, spec: CertificateSpec) -> str:
-        """The role, or the engine where there is none."""
+        """The role, or in mode `sign-verbatim` the engine."""
         mount = self._settings.mount.strip("/")
         setup = f"`ca-bridge setup vault --authority {spec.authority.name}`"
         if self._settings.mode != "sign":
@@ -226,7 +226,7 @@ class VaultBackend:
         self._send("post", f"{_path(self._settings.mount)}/revoke", {"certificate": pem}).or_raise()
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
-        """Look it up by its number; no token is needed. What the mount has not stored it can't tell of."""
+        """Look it up by its number, without a token; False as well for a certificate that the mount did not store."""
         number = f"{certificate.serial_number:x}"
         pairs = textwrap.wrap(number.zfill(len(number) + len(number) % 2), 2)
         answer = self._server.send("get", f"{_path(self._settings.mount)}/cert/{'-'.join(pairs)}")
@@ -320,7 +320,7 @@ class VaultBackend:
             yield Violation(subject="policy", want=f"update on {path}", got=", ".join(got))
 
     def _read_role(self, name: str) -> Mapping[str, object] | None:
-        """The role; empty: there is none; None: we may not look."""
+        """The role; empty: no such role; None: no right to read it."""
         answer = self._send("get", f"{_path(self._settings.mount)}/roles/{quote(name, safe='')}")
         if answer.forbidden:
             return None

@@ -117,7 +117,7 @@ class Answer:
 
     @property
     def _forbidden_hint(self) -> str:
-        """The server says the same, whatever it is."""
+        """A hint by the path, since the server's text is always the same."""
         if self.where.endswith("/login") or "/login/" in self.where:
             return "are auth.mount and auth.role spelled right, and the credentials good?"
         if self.where.startswith("GET "):
@@ -395,7 +395,7 @@ class Access:
             return found
 
     def leave(self, user: object) -> None:
-        """The last one revokes the tokens that logging in made, and closes the connections."""
+        """The last user revokes the tokens of our logins, and closes the connections."""
         with self._lock:
             self._users.discard(user)
             if self._users:

@@ -42,7 +42,7 @@ _SUBJECT_FIELDS = {
 }
 _HOSTNAME = re.compile(r"([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]*[a-z0-9])?", re.IGNORECASE | re.ASCII)
 
-#: For all roles; everything that is not said has a default that is too wide.
+#: For all roles, since the defaults are too wide.
 _COMMON: Mapping[str, object] = {
     "key_type": "any",
     "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -210,7 +210,7 @@ path "{path}" {{
 }}
 """
 _SELF = """\
-# Whoever logs in may also end the session, and ask what it may do.
+# The node may end its session, and ask for its own rights.
 path "auth/token/revoke-self" {
   capabilities = ["update"]
 }
@@ -220,14 +220,14 @@ path "sys/capabilities-self" {
 }
 """
 _REVOKE = """\
-# Only for `[renewal] revoke = "superseded"`; it can't be narrowed: whoever has it may revoke any certificate of the mount.
+# Only for `[renewal] revoke = "superseded"`. It can't be limited: it allows the node to revoke any certificate of the mount.
 # path "{path}" {{
 #   capabilities = ["update"]
 # }}
 """
 _VERBATIM = """\
-# Whoever has this right can have ANY certificate from this CA, system:masters included: no parameter that could be
-# required or forbidden here binds what the CSR says. Roles (mode "sign") do not give that away.
+# This right gives ANY certificate of this CA, system:masters included: no required or forbidden parameter can limit
+# the CSR. Roles (mode "sign") do limit it.
 path "{path}" {{
   capabilities = ["update"]
 }}
@@ -253,9 +253,9 @@ def commands(
 
 _HEAD = """\
 #!/bin/sh
-# Roles and policy for ca-bridge, made from the certificates that are in use. Needs an administrator's token
-# (BAO_ADDR and BAO_TOKEN, or VAULT_ADDR and VAULT_TOKEN). Vault says of allowed_ip_sans_cidr, not_after_bound and
-# not_before_bound that it does not know them; there, any IP address passes.
+# Roles and policy for ca-bridge, made from the certificates in use. It needs an administrator's token (BAO_ADDR and
+# BAO_TOKEN, or VAULT_ADDR and VAULT_TOKEN). Vault warns that it does not know allowed_ip_sans_cidr, not_after_bound
+# and not_before_bound; with Vault, any IP address passes.
 set -eu
 cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
 # Also where what reads the lines ends early (`| head`), all is written.

@@ -32,7 +32,7 @@ class CaKeyError(BridgeError):
     """A CA's private key is on the node."""
 
     exit_code = Exit.REFUSED
-    hint = "kubeadm would sign with it: find out who put it there, and take it away (shred -u) before anything else"
+    hint = "kubeadm would sign with it: find out who put it there, and remove it (shred -u) first"
 
 
 def gather(
@@ -50,7 +50,7 @@ def gather(
         if named and live and named[0] != live[0]:
             raise AuthorityError(
                 f"{places.authority(authority)}: wanted {_about(named[0])}, found {_about(live[0])}",
-                hint="one of the two is another cluster's",
+                hint="one of the two belongs to another cluster",
             )
         ours = tuple(named or live) or _of_backend(settings, authority)
         _assert_usable(ours, authority, now)
@@ -60,7 +60,7 @@ def gather(
 
 
 def _assert_holds_some(ca_dir: Path, role: Role) -> None:
-    """A mistyped directory would be passed over, and the CAs' own word taken instead."""
+    """Refuse a mistyped directory, which would silently be ignored in favour of the backends' answers."""
     files = [authority.certificate_file for authority in authorities_of(role)]
     if not any((ca_dir / file).exists() for file in files):
         found = "none of them" if ca_dir.is_dir() else "no such directory"
@@ -80,7 +80,7 @@ def _in_file(path: Path) -> tuple[x509.Certificate, ...]:
 
 
 def _of_backend(settings: Settings, authority: Authority) -> tuple[x509.Certificate, ...]:
-    """The one that signs, which is what kubeadm takes for the root."""
+    """The certificate that signs, which kubeadm uses as the root."""
     if authority.name not in settings.authorities:
         return ()
     return signer_of(registry.configured(settings, [authority.name])[authority.name])
@@ -88,9 +88,7 @@ def _of_backend(settings: Settings, authority: Authority) -> tuple[x509.Certific
 
 def _assert_usable(certificates: tuple[x509.Certificate, ...], authority: Authority, now: datetime) -> None:
     if not certificates:
-        raise AuthorityError(
-            f"{authority.name}: wanted the CA's certificate, found none in a file, and no backend that tells it"
-        )
+        raise AuthorityError(f"{authority.name}: wanted the CA's certificate, found it in no file and from no backend")
     if (found := trouble(certificates, now)) is not None:
         raise AuthorityError(f"{authority.name}: {found}")
 
@@ -126,8 +124,8 @@ def _assert_apart(found: Certificates) -> None:
     if twice is not None:
         raise AuthorityError(
             f"{' and '.join(twice)}: wanted a CA each, found the same key for both",
-            hint="any certificate of one would count for the other: with front-proxy-ca it may name any user, "
-            "with etcd-ca it may read and write everything",
+            hint="a certificate of one CA would be valid for the other: with front-proxy-ca it can act as any user, "
+            "with etcd-ca it can read and write everything",
         )
 
 

@@ -21,7 +21,7 @@ _VERSION = re.compile(r"v?1\.\d+\.\d+([-+].*)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigurationFacts:
-    """The few facts that a configuration is made of where there is no file; an empty one was not given."""
+    """Facts for a configuration without a file; an empty fact was not given."""
 
     name: str = ""
     address: str = ""
@@ -38,7 +38,7 @@ class ConfigurationFacts:
         return [name for name in self.__slots__ if getattr(self, name)]
 
 
-#: For nodes in a cluster without a signer: a running kubelet takes a new certificate by itself only with `false`.
+#: For clusters without a signer: only with `false` a running kubelet loads a new certificate from its file.
 _KUBELET = {
     "apiVersion": "kubelet.config.k8s.io/v1beta1",
     "kind": "KubeletConfiguration",
@@ -82,7 +82,7 @@ def _init_configuration(api: str, endpoint: Mapping[str, Any], registration: Map
 
 
 def shared(config: KubeadmConfig) -> KubeadmConfig:
-    """The documents that are the same for all nodes, without those that say who one of them is."""
+    """The documents that are the same for all nodes."""
     ours = ("ClusterConfiguration", "KubeletConfiguration", "KubeProxyConfiguration")
     return KubeadmConfig.of(tuple(one for one in config.documents if one.get("kind") in ours))
 
@@ -113,7 +113,7 @@ _IN_FILE = "the file that --kubeadm-config names; `ca-bridge help day-0` has one
 
 
 def assert_usable(config: KubeadmConfig, pki_dir: str, *, further: bool) -> None:
-    """Refuse what kubeadm would find out too late, or would look for in the internet."""
+    """Refuse what kubeadm would reject too late, or would ask the internet for."""
     name, address = config.name, config.address
     if not is_node_name(name):
         raise KubeadmConfigError(
@@ -153,7 +153,7 @@ def _is_address(text: str) -> bool:
 
 
 def _below(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The mapping below a key; empty for anything else, of which kubeadm complains."""
+    """The mapping below a key; empty for anything else, which kubeadm rejects."""
     found = mapping.get(key)
     return found if isinstance(found, dict) else {}
 
@@ -165,7 +165,7 @@ def read_configuration(path: Path) -> tuple[KubeadmConfig, bytes]:
 
 
 def together(files: Sequence[Path]) -> KubeadmConfig | None:
-    """A node's configuration (the first file) with what others say of the cluster; None: the first is not there."""
+    """A node's configuration (the first file) with the cluster's from the others; None: no first file."""
     own, *others = [read_configuration(path)[0] if path.exists() else None for path in files]
     if own is None:
         return None

@@ -1,4 +1,4 @@
-"""What is to be made for a new node, what comes of it, and what may stand in the way."""
+"""A new node as desired, the result of its bootstrap, and the errors that prevent it."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class ClusterExistsError(BridgeError):
 
 
 class LeftoversError(BridgeError):
-    """Some of the files are there, and it is not known whose."""
+    """Some of the files exist, from an unknown source."""
 
     exit_code = Exit.USAGE
-    hint = "move them away; kubeadm would take a mixture, and fail minutes later"
+    hint = "move them away; kubeadm would use a mixture of files and fail minutes later"
 
 
 class NotWholeError(BridgeError):
     """The set is not what kubeadm needs."""
 
     exit_code = Exit.REFUSED
-    hint = "nothing was changed; kubeadm itself does not look at all of this"
+    hint = "nothing was changed; kubeadm itself checks less than this"
 
 
 class NobodySignsError(BridgeError):
@@ -58,7 +58,7 @@ class OtherNodeDesiredError(BridgeError):
     """An earlier run has begun something else."""
 
     exit_code = Exit.USAGE
-    hint = "run it again as before, or with --anew: that forgets its keys, and answers to them are refused"
+    hint = "run it as before, or with --anew: that discards its keys, so answers for them are refused"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ class Bootstrapped:
 
 
 _ADMIN = "admin.conf"
-#: A preflight error of `kubeadm join`: the pre-signed kubelet.conf, which makes a bootstrap token needless.
+#: A preflight error of `kubeadm join` about the pre-signed kubelet.conf, which replaces a bootstrap token.
 _IGNORED = "FileAvailable--etc-kubernetes-kubelet.conf"
 
 
@@ -203,7 +203,7 @@ def _desired(
 
 
 def _cluster(said: NodeInputs) -> tuple[KubeadmConfig, KubeadmConfig]:
-    """The cluster's, the same from all who tell it; and what is said of this node beside it."""
+    """The cluster's configuration, the same from all sources; and this node's own file."""
     own = read_configuration(said.config)[0] if said.config is not None else KubeadmConfig()
     sources = [one.cluster for one in (said.order, said.given) if one is not None]
     sources += [own] if own.cluster else []
@@ -215,7 +215,7 @@ def _cluster(said: NodeInputs) -> tuple[KubeadmConfig, KubeadmConfig]:
     if any(one.cluster != sources[0].cluster for one in sources):
         raise OrderError(
             "cluster: wanted the same ClusterConfiguration from all sources, found another one",
-            hint="one of the files is another cluster's, or older",
+            hint="one of the files belongs to another cluster, or is older",
         )
     return sources[0], own
 
@@ -244,14 +244,14 @@ def _ordered(order: Order, roles: tuple[Role, ...]) -> NewNode:
 
 
 def _carried(said: NodeInputs) -> dict[str, tuple[x509.Certificate, ...]]:
-    """CA certificates of the order and of another node: all the same, since each in the file would be trusted."""
+    """CA certificates of the order and of another node, which must be the same, since all in the file are trusted."""
     found: dict[str, tuple[x509.Certificate, ...]] = {}
     for one in (said.order, said.given):
         for name, certificates in one.authorities.items() if one is not None else ():
             if found.setdefault(name, certificates) != certificates:
                 raise OrderError(
                     f"authorities.{name}: wanted the same CA in the order and from the other node, found two",
-                    hint="one of the two is another cluster's",
+                    hint="one of the two belongs to another cluster",
                 )
     return found
 

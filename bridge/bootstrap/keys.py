@@ -108,7 +108,7 @@ def _scratch(state_dir: Path) -> Iterator[Path]:
 def _run(words: Sequence[str]) -> list[str]:
     failure, lines = _ended(words)
     if failure:
-        hint = "" if lines else None  # it ran, and its own words say what is wrong
+        hint = "" if lines else None  # it ran, and its own message says what is wrong
         raise KubeadmError(f"{' '.join(words[:3])} {failure}; it said: {_said(lines)}", hint=hint)
     return lines
 
@@ -121,14 +121,14 @@ def _ended(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _said(lines: Sequence[str]) -> str:
-    """kubeadm's own words for what is wrong, which it follows by a remark on stack traces."""
+    """kubeadm's error message, without its remark on stack traces."""
     last = next((line for line in reversed(lines) if line.strip()), "nothing")
     error = next((line for line in lines if line.startswith(_ERROR)), last).removeprefix(_ERROR)
     return _UNMARSHALING.sub(r"\1: ", error)
 
 
 def _assert_valid(program: str, file: Path) -> None:
-    """`generate-csr` only warns of a mistyped key, and the names that it was to give would be lacking for ever."""
+    """Validate the configuration, since `generate-csr` only warns of a mistyped key and leaves its names out."""
     failure, lines = _ended([program, "config", "validate", "--config", str(file)])
     if failure:
         raise KubeadmConfigError(
@@ -138,7 +138,7 @@ def _assert_valid(program: str, file: Path) -> None:
 
 
 def _assert_version(program: str, version: str) -> None:
-    """Refuse a kubeadm of another version: the subject that a certificate gets depends on it."""
+    """Refuse a kubeadm of another version, since it decides the certificates' subjects."""
     lines = _run([program, "version", "-o", "short"])
     found = next((line.strip() for line in lines if re.match(r"v\d", line.strip())), "")
     if _minor(found) != _minor(version):
@@ -180,7 +180,7 @@ def _read(path: Path) -> bytes:
 
 
 def kubelet_client(node: str, server: str, algorithm: KeyAlgorithm) -> Made:
-    """A worker's: what `generate-csr` makes for a control-plane node's kubelet."""
+    """A worker's key and CSR, as `generate-csr` makes them for a control-plane node's kubelet."""
     key = csr.generate_key(algorithm)
     return Made(csr_pem=csr.build_for(_kubelets(node), key), key_pem=csr.key_pem(key), server=server)
 
@@ -197,7 +197,7 @@ def _kubelets(node: str, sans: tuple[x509.GeneralName, ...] = ()) -> Naming:
 
 
 def algorithm_of(made: Mapping[str, Made]) -> KeyAlgorithm:
-    """The algorithm of the keys that kubeadm has made, for those that it does not make."""
+    """The algorithm of kubeadm's keys, for the keys that we make."""
     first = next(iter(made.values()))
     key = x509.load_pem_x509_csr(first.csr_pem).public_key()
     if (algorithm := csr.known_algorithm(key)) is not None:
@@ -206,7 +206,7 @@ def algorithm_of(made: Mapping[str, Made]) -> KeyAlgorithm:
 
 
 def assert_fits(made: Mapping[str, Made], node: str) -> None:
-    """Look whether each CSR is of its key, and for whom its name says."""
+    """Check that each CSR has its key, and the CN of its certificate."""
     for name, one in made.items():
         request = x509.load_pem_x509_csr(one.csr_pem)
         key = load_pem_private_key(one.key_pem, None).public_key()
@@ -222,7 +222,7 @@ class ForeignSaError(BridgeError):
     """`sa.key` and `sa.pub` are not what kube-apiserver could start with."""
 
     exit_code = Exit.USAGE
-    hint = "copy both from another control-plane node: tokens that it has signed count only with the same pair"
+    hint = "copy both from another control-plane node: its tokens are valid only with the same pair"
 
 
 def sa_public_pem(key: csr.PrivateKey) -> bytes:
@@ -246,7 +246,7 @@ def sa_in_place(desired: DesiredNode) -> tuple[bytes, bytes] | None:
 
 
 def assert_sa_at_hand(desired: DesiredNode) -> None:
-    """Make sure, before a CA is asked, that a further control-plane node has the key, which it can't make."""
+    """Make sure, before a CA is asked, that a further control-plane node has the cluster's key."""
     if desired.role == "worker" or sa_in_place(desired) is not None:
         return
     if desired.role == "control-plane" and desired.sa is None:
@@ -269,7 +269,7 @@ _LIFETIME = timedelta(days=1)
 
 
 def expected_certificates(order: Order, now: datetime) -> dict[str, dict[str, x509.Certificate]]:
-    """The certificates that a new node will have, by authority and name: for reading, no CA has signed them."""
+    """Samples of a new node's certificates, by authority and name, without a CA's signature."""
     node = order.node
     if node is None:
         raise OrderError("wanted an order for a node, found one without")

@@ -28,7 +28,7 @@ from bridge.state.session import Run, give_up
 from bridge.state.store import Outcome, Store
 from bridge.system.state_file import OnDamage, StateFile, coded
 
-#: super-admin.conf is needed for seconds; what the settings let be asked for, and a little more.
+#: super-admin.conf is needed for seconds, so it gets little more than the settings' minimum.
 _SUPER_ADMIN_MORE = timedelta(days=1)
 
 
@@ -41,7 +41,7 @@ def begin(run: Run, desired: DesiredNode) -> Unfinished:
             return found
         if not desired.anew and any(one.is_waiting for one in run.requests):
             raise OtherNodeDesiredError(
-                "wanted to go on with what waits for an answer, found that another configuration, name or role is asked for now"
+                "wanted to continue with the requests that wait, found another configuration, name or role"
             )
     for name in open_requests:
         give_up(run, name, "a new node's keys are made anew")
@@ -85,7 +85,7 @@ def prepared(run: Run, desired: DesiredNode, begun: Unfinished) -> list[Prepared
 
 
 def forget(run: Run) -> None:
-    """Drop what was to be remembered until all is in place."""
+    """Drop the open requests and the mark of this bootstrap."""
     for name in run.requests.by_name():
         run.requests.drop(name)
     run.requests.save()
@@ -97,7 +97,7 @@ def _made(run: Run, desired: DesiredNode) -> dict[str, Made]:
         made = {KUBELET_CONF: keys.kubelet_client(desired.node, desired.server, desired.algorithm)}
     else:
         made = keys.by_kubeadm(desired.kubeadm, desired.config.version, desired.text, desired.role, run.store.directory)
-        # the local endpoint, which kubeadm itself writes at the next upgrade
+        # the local endpoint, as kubeadm itself writes it at the next upgrade
         local = made["controller-manager.conf"].server
         made[KUBELET_CONF] = dataclasses.replace(made[KUBELET_CONF], server=local)
     made[KUBELET_SERVER] = keys.kubelet_serving(desired.node, desired.addresses, keys.algorithm_of(made))
@@ -163,7 +163,7 @@ class Answers:
     """The answers that were found to a new node's requests."""
 
     answered: Sequence[Answered]
-    waiting: Sequence[Outcome] = ()  #: Somebody has the request.
+    waiting: Sequence[Outcome] = ()  #: A CA or an operator has the request.
     strange: Sequence[BridgeError] = ()  #: Answers to something else.
 
 
@@ -185,7 +185,7 @@ def expectations(run: Run, desired: DesiredNode, cas: Certificates) -> dict[str,
 def gather_answers(
     run: Run, desired: DesiredNode, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
 ) -> Answers:
-    """Take what was proven before and what was carried; ask the CAs for the rest, or write it down for a desk."""
+    """Take proven and carried answers; ask the CAs for the rest, or write a request bundle for a desk."""
     answered = [one for each in prepared if (one := _proven_before(each, expected)) is not None]
     carried, strange = _carried(run, desired, _rest(prepared, answered), expected)
     answered += carried
@@ -228,7 +228,7 @@ def _asked(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, verify
     lacking = {one.authority for one in prepared} - run.settings.authorities.keys()
     if lacking:
         raise NobodySignsError(
-            f"wanted somebody who signs for {', '.join(name for name in AUTHORITIES if name in lacking)}, found nobody"
+            f"wanted a CA or a desk for {', '.join(name for name in AUTHORITIES if name in lacking)}, found none"
         )
     items = [one.item for one in prepared]
     with reaching(run.settings, items, expected, run.progress) as reached:

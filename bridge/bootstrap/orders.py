@@ -50,7 +50,7 @@ _KEYS = frozenset({"schema", "version", "cluster", "authorities", "node", "servi
 
 
 class OrderError(BridgeError):
-    """The order can't be read, or says what no order may say."""
+    """The order can't be read, or has forbidden content."""
 
     exit_code = Exit.USAGE
     hint = "`ca-bridge bootstrap orders` and `ca-bridge bootstrap share` write them; carry it again, unchanged"
@@ -69,11 +69,11 @@ class NewNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """An order: the cluster, its CAs, and who the new node is to be."""
+    """An order: the cluster, its CAs, and the new node's identity."""
 
     cluster: KubeadmConfig  #: The ClusterConfiguration, and others that are the same for all nodes.
     authorities: Mapping[str, tuple[x509.Certificate, ...]]
-    node: NewNode | None = None  #: None: the node that gets it says who it is.
+    node: NewNode | None = None  #: None: the operator on the node names it.
     sa: tuple[bytes, bytes] | None = field(default=None, repr=False)  #: sa.key and sa.pub.
     signature: bytes | None = None  #: Over `message`; None: it is not signed.
 
@@ -92,7 +92,7 @@ def digest(order: Order) -> str:
 
 
 def message(order: Order) -> bytes:
-    """The bytes that an administrator's signature is over: words of its own, and the digest."""
+    """The bytes that an administrator signs: a prefix of their own, and the digest."""
     return b"ca-bridge order 1\n" + digest(order).encode()
 
 
@@ -132,7 +132,7 @@ def loads(data: bytes) -> Order:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are there once: of two values for one key, two readers may each take another."""
+    """An object with each key once, since two readers may take different values of a repeated key."""
     values = dict(pairs)
     if len(values) != len(pairs):
         raise ValueError
@@ -175,7 +175,7 @@ def _node(value: object) -> NewNode:
 
 
 def new_node(role: str, name: str, addresses: Sequence[str], socket: str = "") -> NewNode:
-    """Judge who a node is to be."""
+    """Check a node's role, name and addresses."""
     if role not in ROLES:
         raise OrderError(f"role: wanted one of {', '.join(ROLES)}, found {role[:40]!r}")
     if not kubeadm_names.is_node_name(name):
@@ -238,7 +238,7 @@ _PUBLIC = 0o644
 
 
 class SharingError(BridgeError):
-    """Something that is to be shared is not there."""
+    """Something that is to be shared is missing."""
 
     exit_code = Exit.USAGE
 
@@ -273,7 +273,9 @@ def read_order(path: Path) -> Order:
     except OrderError as e:
         raise OrderError(f"{path}: {e}", hint=e.hint) from None
     if order.sa is not None and (found := open_secret(path)) is not None:
-        raise OrderError(str(found), hint="whoever could read it can be any service account: send it through a pipe")
+        raise OrderError(
+            str(found), hint="a user who can read it can act as any service account: send it through a pipe"
+        )
     return order
 
 
@@ -285,7 +287,7 @@ class UnsignedOrderError(BridgeError):
 
 
 def read_signed_order(settings: Settings, path: Path) -> Order:
-    """An order; signed, where the settings name who signs."""
+    """An order, with a valid signature if the settings have a key for it."""
     order, file = read_order(path), settings.node.order_key
     if file is None:
         return order
@@ -295,9 +297,7 @@ def read_signed_order(settings: Settings, path: Path) -> Order:
         wanted = str(e) if isinstance(e, ValueError) else "a certificate or a public key in PEM"
         raise SettingsError([SettingsProblem("node.order_key", wanted, f"something else in {file}")]) from None
     if order.signature is None or not signatures.is_by(key, order.signature, message(order)):
-        found = (
-            "no signature" if order.signature is None else "another signature, or something that was changed after it"
-        )
+        found = "no signature" if order.signature is None else "another signature, or an order that was changed later"
         raise UnsignedOrderError(f"{path}: wanted an order that is signed with the key of {file}, found {found}")
     return order
 
@@ -321,7 +321,7 @@ def write_orders(
     sign_with: Path | None,
     now: datetime,
 ) -> list[Written]:
-    """An order for each node of a list, on an administrator's machine; never over an older one of another content."""
+    """Write an order for each node of a list, on an administrator's machine, never over a different order."""
     key = load_signing_key(sign_with, "--sign-with", "orders") if sign_with is not None else None
     listed = _listed(nodes)
     cluster = read_configuration(config)[0]
@@ -347,7 +347,7 @@ def write_orders(
 
 
 def _is_older(path: Path, order: Order) -> bool:
-    """Whether nothing is there, or the same by an earlier run, signed or not."""
+    """Whether there is no file, or the same order from an earlier run, signed or not."""
     data = live(path)
     try:
         return data is None or digest(loads(data)) == digest(order)

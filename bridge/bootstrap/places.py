@@ -1,4 +1,4 @@
-"""Where the files of day 0 go, and what of a cluster is there already."""
+"""Where the files of day 0 go, and which of a cluster's files exist already."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bridge.node.kubelet import KUBELET_DIR
 from bridge.specs import AUTHORITIES, KUBELET_CONF, KUBELET_SERVER, SPECS, Authority, CertificateSpec
 from bridge.system.paths import UnreadableError, read
 
-#: init: the first control-plane node; control-plane: a further one; worker: a node without a control plane.
+#: init: the first control-plane node; control-plane: a further control-plane node; worker: any other node.
 Role = Literal["init", "control-plane", "worker"]
 ROLES: tuple[Role, ...] = get_args(Role)
 #: Reads a file; None: there is no such file.
@@ -49,7 +49,7 @@ class Places:
 
     @property
     def sa_key(self) -> Path:
-        """The key that service account tokens are signed with; the same on all control-plane nodes, for ever."""
+        """The key that signs service account tokens, the same on all control-plane nodes."""
         return self.pki / "sa.key"
 
     @property
@@ -59,7 +59,7 @@ class Places:
 
     @property
     def kubeadm_config(self) -> Path:
-        """The configuration for `kubeadm init`; on a further node it says what the cluster is like."""
+        """The configuration for `kubeadm init`; on a further node it has the cluster's part."""
         return self.kubeconfigs / "kubeadm.yaml"
 
     @property
@@ -72,7 +72,7 @@ class Places:
         return self.pki / authority.certificate_file
 
     def pair(self, spec: CertificateSpec) -> tuple[Path, Path]:
-        """Key and certificate of one that is no kubeconfig's."""
+        """Key and certificate file of a certificate outside kubeconfigs."""
         return self.pki / f"{spec.base}.key", self.pki / f"{spec.base}.crt"
 
     def directories(self, role: Role) -> list[Path]:
@@ -118,7 +118,7 @@ def traces_of_cluster(places: Places) -> Iterator[Path]:
 
 
 def ca_keys(places: Places) -> Iterator[Path]:
-    """Private keys of CAs, which are to be on no node."""
+    """Private keys of CAs, which must be on no node."""
     for authority in AUTHORITIES.values():
         path = places.pki / authority.key_file
         if path.exists() or path.is_symlink():

@@ -35,13 +35,13 @@ from bridge.system.paths import exposure
 from bridge.system.state_file import OnDamage, StateFile, coded
 
 _DIRECTORY_MODE = 0o755
-#: What a kubelet calls its pairs, and `Composer` the first one.
+#: The names that a kubelet, and `Composer`, give its pairs.
 _DATED = re.compile(r"kubelet-client-\d{4}(-\d\d){5}\.pem")
 _PRIVATE, _PUBLIC = 0o600, 0o644
 
 
 def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], kubelet_pem: Path) -> None:
-    """Judge the whole as it will be; copy it if that is wanted; then put all of it in place in one step."""
+    """Judge the result as a whole, copy it if desired, and put all files in place in one step."""
     places = desired.places
     new: dict[Path, bytes | None] = {file.path: file.data for file in files}
     new[places.kubelet_current] = new[kubelet_pem] if kubelet_pem in new else live(kubelet_pem)
@@ -64,21 +64,21 @@ def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], k
 
 
 def keep_what_is_there(run: Run, desired: DesiredNode) -> None:
-    """Copy a node whose files are all in place: an earlier run may have been cut off after the last step but one."""
+    """Copy the files of a complete node: an earlier run may have ended between installing and copying."""
     look = look_at(run.settings, desired, live, run.now())
     there = {path: data for path in look.files() if (data := live(path)) is not None}
     _keep(run, desired, {**there, **desired.files})
 
 
 def put_back(run: Run, desired: DesiredNode) -> int:
-    """Put copies of an earlier run in place again, and tell how many files those are; 0: there are no copies."""
+    """Put copies of an earlier run in place, and return the number of files; 0: no copies."""
     if desired.keep is None or desired.anew or not (desired.keep / f"{desired.node}.kept.json").exists():
         return 0
     found = kept_file(desired.keep, desired.node).read()
     if found is None or (found.role, found.config) != (desired.role, desired.mark):
         raise OtherNodeDesiredError(
             f"{desired.keep}: wanted copies of what is asked for now, found those of another configuration or role",
-            hint="name another directory, or --anew to have all signed anew",
+            hint="name another directory, or use --anew to have all signed again",
         )
     pem = _assert_own(run, desired, [Path(one.path) for one in found.files])
     # the path decides the mode, since a user who can write to the copies may have changed it
@@ -87,7 +87,7 @@ def put_back(run: Run, desired: DesiredNode) -> int:
     try:
         put_in_place(run, desired, [file for file in files if live(file.path) != file.data], pem)
     except NotWholeError as e:
-        e.hint = f"the copies in {desired.keep} are of no use any more: --anew has all signed anew"
+        e.hint = f"the copies in {desired.keep} are no longer usable: --anew has all signed again"
         raise
     run.record.add(audit.RECOVERED, result=f"put {len(files)} kept files of {desired.node} back in place")
     run.record.write_or_warn()
@@ -95,7 +95,7 @@ def put_back(run: Run, desired: DesiredNode) -> int:
 
 
 def _assert_own(run: Run, desired: DesiredNode, paths: Sequence[Path]) -> Path:
-    """Copies write the files of this node and no others; return the one that the kubelet's link leads to."""
+    """Make sure that the copies are this node's files; return the target of the kubelet's link."""
     places = desired.places
     ours = {*look_at(run.settings, desired, live, run.now()).files(), *desired.files} - {places.kubelet_current}
     others = [path for path in paths if path not in ours]
@@ -103,7 +103,7 @@ def _assert_own(run: Run, desired: DesiredNode, paths: Sequence[Path]) -> Path:
         wanted = f"the files of {desired.node} and one {places.kubelet_pki}/kubelet-client-….pem"
         raise NotWholeError(
             f"{desired.keep}: wanted {wanted}, found {some_of(others) or 'none'}",
-            hint="whoever changed the copies may have changed what is in them, too: --anew has all signed anew",
+            hint="the copies were changed, and their content may be, too: --anew has all signed again",
         )
     return others[0]
 
@@ -199,13 +199,13 @@ def kept_file(directory: Path, node: str) -> StateFile[Kept]:
         "copies of a node's files",
         OnDamage.REFUSE,
         key="keptV1",
-        afterwards="without it all is signed anew",
+        afterwards="without it all is signed again",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Composer:
-    """Makes a new node's files from answers; its fields are what they have in common."""
+    """Makes a new node's files from answers."""
 
     places: Places
     role: Role
@@ -237,7 +237,7 @@ class Composer:
         return self.places.kubelet_pki / f"kubelet-client-{self.now:%Y-%m-%d-%H-%M-%S}.pem"
 
     def ca_files(self) -> Iterator[Replacement]:
-        """The CA certificates of a control plane; kubeadm writes a worker's from its kubelet.conf, and refuses one that is there."""
+        """A control plane's CA certificates; kubeadm writes a worker's itself, and refuses an existing file."""
         if self.role != "worker":
             for authority in authorities_of(self.role):
                 data = pem(*self.authorities[authority.name])

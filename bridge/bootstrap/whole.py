@@ -169,7 +169,7 @@ class NodeLook:
             yield from self._reference(path, parsed)
 
     def _reference(self, path: Path, parsed: Kubeconfig) -> Iterator[str]:
-        """Data in it beside a .pem would be two places to renew, and be fatal once they have ended."""
+        """Demand a reference to the .pem: embedded data would need its own renewal, and fail once it has expired."""
         current = str(self.places.kubelet_current)
         if parsed.certificate_data or (parsed.certificate_file, parsed.key_file) != (current, current):
             yield f"{path}: wanted {current} as client-certificate and client-key, found something else"
@@ -202,7 +202,7 @@ class NodeLook:
         yield from self._names(spec, path, leaf)
 
     def _names(self, spec: CertificateSpec, path: Path, leaf: x509.Certificate) -> Iterator[str]:
-        """Name and address of the node: nothing compares them with what `kubeadm join` is given."""
+        """Check the node's name and address, which `kubeadm join` does not compare."""
         if not spec.by_node or not self.node:
             return
         if spec.name == KUBELET_CONF:
@@ -221,7 +221,7 @@ class NodeLook:
             yield f"{path}: wanted {', '.join(f'{kind}:{value}' for kind, value in sorted(lacking))} among the SANs, found none"
 
     def _kubeadms(self, spec: CertificateSpec, config: KubeadmConfig) -> set[tuple[str, str]]:
-        """The SANs that kubeadm would ask for; in external-CA mode it does not look for them."""
+        """The SANs that kubeadm would ask for; with an external CA it does not check them."""
         if spec.name == KUBELET_SERVER or not config.cluster:
             return set()
         found = naming(spec, config.naming_facts(self.node, config.address)).sans
@@ -230,7 +230,7 @@ class NodeLook:
     # --- service accounts ---------------------------------------------------------------------------------------------
 
     def _service_account(self) -> Iterator[str]:
-        """Look at the service account keys, of which kubeadm in external-CA mode prints `Using existing sa keys` without a look."""
+        """Check the service account keys; with an external CA kubeadm prints `Using existing sa keys` without a check."""
         key, public = self.read(self.places.sa_key), self.read(self.places.sa_public)
         for path, data in ((self.places.sa_key, key), (self.places.sa_public, public)):
             if data is None:
@@ -242,7 +242,7 @@ class NodeLook:
 def check(
     settings: Settings, places: Places, role: Role, files: Sequence[Path], config: KubeadmConfig | None, now: datetime
 ) -> list[str]:
-    """All that is missing or wrong on a node that kubeadm is about to be run on; nothing is changed."""
+    """All that is missing or wrong on a node before kubeadm runs; nothing is changed."""
     found = [f"{path}: wanted a node without a cluster, found it" for path in traces_of_cluster(places)]
     wanted = "wanted kubeadm's configuration, by which names are judged, found none"
     found += [f"{file}: {wanted}" for file in files if live(file) is None]
@@ -276,8 +276,8 @@ def _extra_subject(settings: Settings) -> frozenset[tuple[str, str]]:
 
 
 _MADE_FOR_ANOTHER = (
-    "what is in place was made for another configuration: run this as before; or have `kubeadm reset` remove it, keys "
-    "included, then run this again"
+    "the files here were made for another configuration: run this as before; or have `kubeadm reset` remove them, keys "
+    "included, and run this again"
 )
 _BRING_BACK = "bring back what is missing, or move all of it away and run this again"
 
@@ -299,7 +299,7 @@ def assert_as_desired(desired: DesiredNode, look: NodeLook) -> None:
     if problems := look.problems():
         raise NotWholeError(
             "\n".join(problems),
-            hint="all files are there, and kubeadm would fail with them: move them away, or mend them",
+            hint="all files exist, but kubeadm would fail with them: move them away, or correct them",
         )
 
 

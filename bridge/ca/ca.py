@@ -58,7 +58,7 @@ Answered = tuple[SignRequest, Answer]
 
 
 class UntrustedAnswerError(BackendRefusedError):
-    """A refusal, or a certificate that does not pass, which any other user may have put there: it ends no request."""
+    """A refusal or a wrong certificate that another user may have written: it ends no request."""
 
     hint = (
         "other users may have written that, so the request and its key are kept, and a good answer is still installed; "
@@ -67,7 +67,7 @@ class UntrustedAnswerError(BackendRefusedError):
 
 
 class RefusedByCheckError(BackendRefusedError):
-    """The CA would sign another certificate than we need; it was asked for none."""
+    """The CA would sign another certificate than we need, so it was not asked."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -131,7 +131,7 @@ class CA:
         return found
 
     def ask_identity(self) -> str | None:
-        """Our name at the CA, for the record alone: a CA that does not tell may still sign."""
+        """Our name at the CA, for the audit log; None: the CA does not tell."""
         with contextlib.suppress(BackendError):
             return (self.backend.identity() or None) if isinstance(self.backend, Identifies) else None
         return None
@@ -233,7 +233,7 @@ class CA:
         return isinstance(backend, TellsRevoked) and self._question(lambda: backend.is_revoked(certificate))
 
     def close(self) -> None:
-        """Let the backend give back what it took."""
+        """Close the backend."""
         if self.backend is not None:
             registry.close(self.backend)
 
@@ -340,7 +340,7 @@ def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expect
     hint = "the mount, label, URL or directory of this authority may be another one's"
     if not verify.is_valid_at(issuers[0], expected.now):
         got += f", valid only {verify.validity_text(issuers[0], expected.now)}"
-        hint = "a CA certificate that is not valid now signs nothing of use: have it renewed, or the clock put right"
+        hint = "have the CA certificate renewed, or correct this node's clock"
     raise BackendRefusedError(
         f"wanted the CA of {expected.anchor_name} ({display.name(anchor)}, SHA-256 {fingerprint(anchor)[:16]}…), got {got}",
         hint=hint,

@@ -108,7 +108,7 @@ class Trial:
         return [replace(request, continuity=who) for request in requests]
 
     def signed(self, request: SignRequest) -> Issued:
-        """The certificate, be it at once or so much later as there is patience."""
+        """The certificate, at once or within the trial's patience."""
         [request] = self.carried([request])
         return self.awaited(request, self.backend.sign(request))
 
@@ -230,7 +230,7 @@ def signs_from_several_threads(trial: Trial) -> None:
 
 
 def refuses_a_csr_with_a_bad_signature(trial: Trial) -> None:
-    """A CSR whose holder does not hold the key is refused; its untouched twin is signed."""
+    """A CSR with a wrong signature is refused; the same CSR with its own signature is signed."""
     good = trial.request(trial.specs[0])
     trial.signed(good)
     _is_refused(lambda: trial.signed(tampered(good)))
@@ -268,7 +268,7 @@ def a_dead_ca_is_unavailable(trial: Trial) -> None:
 
 
 def close_can_be_called_twice(trial: Trial) -> None:
-    """Giving back what was given back does no harm."""
+    """A second `close` does no harm."""
     if not isinstance(trial.backend, Closes):
         raise NotSupportedError("has nothing to give back")
     trial.backend.close()

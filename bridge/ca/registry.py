@@ -121,7 +121,7 @@ def _loaded(entry: EntryPoint) -> BackendType:
 
 
 def that_sets_up(type_name: str) -> SetsUp:
-    """An installed backend type that can say what its CA's administrator needs."""
+    """An installed backend type with `setup`."""
     found = installed()
     backend_type = _loaded(found[type_name]) if type_name in found else None
     if isinstance(backend_type, SetsUp):
@@ -152,7 +152,7 @@ def located(error: SettingsError, settings: Settings, authority: str) -> Setting
 
 
 def _unused(settings: Settings, types: Mapping[str, BackendType]) -> list[Any]:
-    """Problems of backends that no authority names; a missing key is none, since an authority may add it."""
+    """Problems of backends that no authority uses; keys may be missing, since an authority may add them."""
     used, reader = {a.backend for a in settings.authorities.values()}, Reader(settings.source)
     for name in types.keys() - used:
         table = {k: v for k, v in settings.backends[name].items() if k != "type"}
@@ -191,6 +191,6 @@ def _locator(authority: str, backend: str, over: Mapping[str, Any]) -> Callable[
 
 
 def close(backend: Backend) -> None:
-    """Let a backend give back what it took."""
+    """Close a backend, if it can be closed."""
     if isinstance(backend, Closes):
         backend.close()

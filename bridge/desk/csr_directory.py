@@ -47,7 +47,7 @@ class CsrDirectory:
     """The CSRs of a directory, as a bundle."""
 
     directory: Path
-    bundle: RequestBundle  #: The same requests every time, so that an interrupted run goes on.
+    bundle: RequestBundle  #: The same requests in every run, so that an interrupted run can continue.
     files: Mapping[str, Path]  #: The CSRs by certificate name, relative to the directory.
 
 
@@ -57,7 +57,7 @@ def find(directory: Path) -> list[Path]:
 
 
 def load(directory: Path, *, node: str, cluster: str, validity: timedelta, created: datetime) -> CsrDirectory:
-    """Read a directory's CSRs; the error names every file that is none of kubeadm's, or is there twice."""
+    """Read a directory's CSRs; the error names each file that is not kubeadm's, or is repeated."""
     files: dict[str, Path] = {}
     requests, problems = [], []
     for path in find(directory):
@@ -146,7 +146,7 @@ def _write(target: Path, relative: Path, data: bytes, mode: int) -> None:
 
 
 def _kubeconfig(path: Path) -> bytes | None:
-    """The kubeconfig that a CSR lies beside; None: there is none."""
+    """The kubeconfig beside a CSR; None: no such file."""
     try:
         with opened(path.absolute()) as place:
             return read_once(place.path)[0]

@@ -58,7 +58,7 @@ DeskAnswer = Issued | Refusal
 
 
 class RefusedByPolicyError(BridgeError):
-    """A request that the desk's policy does not allow, or a person did not approve."""
+    """A request that the policy does not allow, or that no operator approved."""
 
     exit_code = Exit.REFUSED
     hint = "the answer says so to the node; the policy file says what is allowed"
@@ -68,7 +68,7 @@ class OtherDeskError(BridgeError):
     """A request for a CA that this desk does not have."""
 
     exit_code = Exit.REFUSED
-    hint = "carry the request to the other desk, too, or add an [authority.NAME] table to the settings"
+    hint = "carry the request to the other desk as well, or add an [authority.NAME] table to the settings"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,14 +205,14 @@ class Desk:
             job.answers[request.name] = self._answer_again(job, request, job.answered[request.name])
 
     def _answer_again(self, job: Job, request: BundledRequest, answered: Answered) -> DeskAnswer:
-        """The certificate that was signed for this CSR: a second one could be had by an old bundle."""
+        """The certificate that was signed for this CSR, so that an old bundle gets no second one."""
         issued = answered.issued
         if issued is not None and self._violations(job.requests[request.name], issued) is None:
             job.again.add(request.name)
             return issued
         return refusal(
             f"wanted a request that was not answered before, found one whose certificate was signed {minute(answered.signed)}"
-            " and is no good any more: `ca-bridge pending cancel` at the node, then a new request"
+            " and is no longer valid: `ca-bridge pending cancel` at the node, then a new request"
         )
 
     def _trouble(self, request: BundledRequest) -> BridgeError | None:
@@ -295,7 +295,7 @@ class Desk:
         observer: Observer,
         workers: Workers | None = None,
     ) -> None:
-        """Sign what may be signed, and deliver the answers; a job's own errors are its troubles."""
+        """Sign allowed requests, and deliver the answers; a job's own errors are in its `troubles`."""
         self._workers = workers
         with ThreadPoolExecutor(1) as signing:
             open_: deque[tuple[list[Job], Future[None]]] = deque()
@@ -308,7 +308,7 @@ class Desk:
         journal.tidy()
 
     def close(self) -> None:
-        """Give back what the backends took."""
+        """Close the backends."""
         for authority in self._cas.values():
             authority.ca.close()
 
@@ -374,7 +374,7 @@ class Desk:
             observer.answered(job, where)
 
     def _delivered(self, window: Sequence[Job]) -> list[str]:
-        """Write the answers: where each is, safe on disk; empty where there is none yet."""
+        """Write the answers; the place of each, safe on disk, or an empty text if there is no answer yet."""
         deliveries = [job.delivery(self._answer_bundle(job)) if job.is_complete else None for job in window]
         errors = write_together([one.files if one is not None else () for one in deliveries])
         return [
@@ -408,7 +408,7 @@ class Desk:
         return self._workers.submit(chunk, compared, answered, by)
 
     def _verify(self, job: Job, reasons: Mapping[str, str]) -> None:
-        """Withhold what a CA signed wrongly; the node would refuse it, too."""
+        """Withhold wrong certificates of a CA, which the node would refuse as well."""
         for request in job.bundle.requests:
             answer = job.answers.get(request.name)
             if not isinstance(answer, Issued):
@@ -495,7 +495,7 @@ def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
 
 
 def _revoked(ca: CA, request: BundledRequest) -> list[str]:
-    """The problem of a proof whose certificate is revoked: its key was lost, or its holder is gone."""
+    """The problem of a proof by a revoked certificate, whose key may be lost or stolen."""
     old = request.replaces
     if old is None or not ca.is_revoked(old):
         return []
@@ -505,7 +505,7 @@ def _revoked(ca: CA, request: BundledRequest) -> list[str]:
 def _recalled(
     ca: CA, asked: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
 ) -> list[tuple[Job, SignRequest]]:
-    """Take what the CA signed for a run that was killed; the requests that have to be asked for again."""
+    """Take what the CA signed for a killed run; return the requests that it must be asked again."""
     if not asked:
         return []
     try:

@@ -1,4 +1,4 @@
-"""The files of `sign`: the policy, bundles and CSRs in, answers out, and the done ones into the archive."""
+"""The files of `sign`: policy, bundles and CSRs in, answers out, and finished bundles into the archive."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from bridge.words import one_line
 POLICY_NAME = "desk-policy.toml"
 #: What is to be mounted, and what is: also what is bound within one file system, which `os.path.ismount` misses.
 FSTAB, MOUNTS = Path("/etc/fstab"), Path("/proc/self/mountinfo")
-#: A copy that has not grown for so long was given up.
+#: A file that has not changed for so long is no longer being copied.
 STALE = timedelta(minutes=10)
 _ANSWER_MODE = 0o644  #: Certificates are public, and another user fetches them.
 
@@ -248,7 +248,7 @@ class Session:
             raise _whose(source)
 
     def _assert_none_below(self, inbox: Path, outbox: Path) -> None:
-        """An inbox whose bundles are all one directory deeper is a mistake: nothing would ever be signed."""
+        """Refuse an inbox whose bundles are all one directory deeper, since nothing would be signed."""
         ours = {self._archive.directory.resolve(), outbox.resolve()}
         for path in sorted(inbox.glob("[!.]*/*.json")):
             if path.parent.resolve() not in ours:
@@ -291,7 +291,7 @@ class Session:
             try:
                 yield _InboxFile(path, *read_once(path))
             except FileNotFoundError:
-                continue  # taken back
+                continue  # removed meanwhile
             except UnreadableError as e:
                 text = f"wanted a file of at most {MOST_BYTES} bytes with a bundle, found: {e}"
                 self._passed_over(one_line(path), BridgeError(text))
@@ -305,7 +305,7 @@ class Session:
             log.info("%s: left alone, as it is still being copied", one_line(file.path))
             return None
         if isinstance(bundle, AnswerBundle):
-            return None  # both ways through one directory
+            return None  # inbox and outbox may be one directory
         asked = ahead.read.digest if ahead is not None else digest(bundle)
         if asked in self._seen:
             log.info("%s: the same bundle once more; the next run puts it away", one_line(file.path))
@@ -372,7 +372,7 @@ def _names_in(inbox: Path) -> list[str]:
 
 
 def _assert_mounted(directory: Path) -> None:
-    """An inbox on a file system that is not mounted looks like an empty one, in every run."""
+    """Refuse an inbox on a file system that is not mounted, since it looks empty."""
     mounted = _places_in(MOUNTS, 4)
     for place in _places_in(FSTAB, 1) if mounted else ():
         if directory.resolve().is_relative_to(place) and place not in mounted:
@@ -397,7 +397,7 @@ def _places_in(table: Path, field: int) -> set[Path]:
 
 
 def _whose(source: Path) -> BridgeError:
-    return BridgeError(f"{source}: wanted to know whose CSRs these are", hint="say it with --node and --cluster")
+    return BridgeError(f"{source}: wanted to know whose CSRs these are", hint="name them with --node and --cluster")
 
 
 def _earlier(path: Path, asked: str) -> dict[str, Issued]:
@@ -412,7 +412,7 @@ def _earlier(path: Path, asked: str) -> dict[str, Issued]:
 def _beside(
     found: csr_directory.CsrDirectory, target: Path, renewal: RenewalSettings, now: datetime
 ) -> dict[str, Issued]:
-    """Certificates in the place of an earlier run's answers that are not due; they are verified later."""
+    """Certificates of an earlier run that are not due; they are verified later."""
     earlier = {}
     for name, relative in found.files.items():
         with contextlib.suppress(UnreadableError, ValueError):

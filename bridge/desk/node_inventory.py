@@ -32,11 +32,11 @@ class NodeEntry:
     addresses: tuple[str, ...] = ()
     names: tuple[str, ...] = ()  #: Besides its own.
     control_plane: bool = False
-    rejoin: bool = False  #: A bootstrap token may ask for it though its Node is there, while it is not ready.
-    blocked: bool = False  #: It gets nothing any more.
+    rejoin: bool = False  #: A bootstrap token may ask for it while its Node object exists but is not ready.
+    blocked: bool = False  #: It gets no certificates.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Names and addresses that are none."""
+        """Malformed names and addresses."""
         for text in self.addresses:
             if address(text) is None:
                 yield SettingsProblem("addresses", "IP addresses", repr(text))
@@ -59,7 +59,7 @@ class ClusterEntry:
     service_domain: str = "cluster.local"
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Names, addresses and networks that are none."""
+        """Malformed names, addresses and networks."""
         for text in self.endpoints:
             if address(text) is None and not is_host_name(text.lower()):
                 yield SettingsProblem("endpoints", "host names and IP addresses, without a port", repr(text))
@@ -119,7 +119,7 @@ class Inventory:
         return ((name, entry) for name, entry in self.control_planes.items() if name != node)
 
     def problems(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
-        """Entries with what no node may have: (key, wanted, found)."""
+        """Entries with forbidden names or addresses: (key, wanted, found)."""
         for name, entry in self.nodes.items():
             for kind, value in sorted(entry.sans(name)):
                 if self.is_never_a_nodes((kind, value), name):

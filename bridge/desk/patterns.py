@@ -56,7 +56,7 @@ def is_host_name(name: str) -> bool:
 
 
 def address(value: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Parse an IP address; None: it is none."""
+    """Parse an IP address; None: another text."""
     try:
         return ipaddress.ip_address(value)
     except ValueError:
@@ -64,7 +64,7 @@ def address(value: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def san_rule(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | str | None:
-    """A network (of one address, perhaps), a name, a suffix; None: none of them."""
+    """A network (perhaps of one address), a name, or a suffix; None: another text."""
     try:
         return ipaddress.ip_network(text)
     except ValueError:

@@ -93,7 +93,7 @@ class Allow:
     oldest_version: int = 2
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Names that are none, and lists that allow nothing."""
+        """Unknown names, and lists that allow nothing."""
         for key in ("clusters", "nodes", "names", "keys"):
             if not getattr(self, key):
                 yield SettingsProblem(key, "at least one", "none")
@@ -118,7 +118,7 @@ class CertificateRules:
     max_validity: timedelta | None = None
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Rules that can't be read, or would go round `allow.masters`."""
+        """Rules that can't be read, or would bypass `allow.masters`."""
         if self.subjects is not None and self.groups is not None:
             yield SettingsProblem("groups", "either subjects or groups", "both")
         for text in self.subjects or ():
@@ -126,7 +126,7 @@ class CertificateRules:
             if subject is None:
                 yield SettingsProblem("subjects", "subjects such as O=system:nodes,CN=system:node:{node}", repr(text))
             elif (O_OID, MASTERS) in subject:
-                yield SettingsProblem("subjects", f"allow.masters to let somebody be in {MASTERS}", repr(text))
+                yield SettingsProblem("subjects", f"allow.masters to allow members of {MASTERS}", repr(text))
         if MASTERS in (self.groups or ()):
             yield SettingsProblem("groups", "allow.masters for that", MASTERS)
         for text in self.sans or ():
@@ -251,7 +251,7 @@ def _who(bundle: RequestBundle, allow: Allow) -> Iterator[str]:
 
 
 def _age(bundle: RequestBundle, allow: Allow, now: datetime) -> Iterator[str]:
-    """Problems with a bundle's age: one kept for long is good for nothing; a clock may be wrong by a day."""
+    """Problems with a bundle's age; clocks may differ by a day."""
     if bundle.version < allow.oldest_version:
         wanted = f"a request bundle of version {allow.oldest_version} (allow.oldest_version)"
         yield f"version: wanted {wanted}, found {bundle.version}: have the node export it again"

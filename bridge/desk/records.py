@@ -37,7 +37,7 @@ _DONE_MODE = 0o644  #: Nothing in a bundle is secret; the directory's mode decid
 class ArchiveError(BridgeError):
     """Others could change what is in the archive."""
 
-    hint = "a directory of this user's own, that nobody else can write to; without desk.archive it is in the state directory"
+    hint = "use a directory that only this user can write to; without desk.archive it is in the state directory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ class Archive:
             remove_unfinished(self._answers, ".*.json.*")
             remove_unfinished(self.directory, ".*.request.json.*")
             return
-        wanted = f"an archive of user {os.geteuid()}'s own, that nobody else can write to"
+        wanted = f"an archive of user {os.geteuid()} that no other user can write to"
         raise ArchiveError(f"{self.directory}: wanted {wanted}, found {found}")
 
     def answers(self, bundle: RequestBundle) -> Mapping[str, Answered]:
@@ -117,7 +117,7 @@ _KEPT = timedelta(days=90)
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A CA was asked by a run that ended before it wrote down the answer."""
+    """An earlier run asked a CA and ended before it wrote the answer."""
 
     since: datetime
 
@@ -177,7 +177,7 @@ class Journal:
             self._log.forget(key_of(request))
 
     def tidy(self) -> None:
-        """Keep on disk only the entries that are still to be delivered, as a rule none."""
+        """Keep on disk only entries that are not delivered yet."""
         self._log.tidy()
 
 

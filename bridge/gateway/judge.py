@@ -126,7 +126,7 @@ class Judge:
         )
 
     def _state(self, node: str, entry: NodeEntry, username: str, since: float) -> NodeState:
-        # a token's node does not exist yet, as a rule; a node that asks for itself may have registered this moment
+        # usually a token's node does not exist yet; a node that asks for itself may have just registered
         itself = username == f"{NODE_USER}{node}"
         return self._states.state(node, since, newer=itself, with_readiness=entry.rejoin and not itself)
 

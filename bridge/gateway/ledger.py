@@ -1,4 +1,4 @@
-"""The record of the gateway: lines of many threads, written and made safe together, keyed by the object's uid."""
+"""The gateway's audit log: lines of many threads, written and synced together, keyed by the object's uid."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bridge.system.many import Combined
 from bridge.words import one_line
 
 _MOST_TOGETHER = 256
-#: After a failure there has to be room for so much, so that the lease does not change hands for each line.
+#: After a failure so much space must be free before writing, so that the lease does not change with each line.
 _ROOM_BYTES = 256 << 10
 _AGAIN_SECONDS = 5.0
 

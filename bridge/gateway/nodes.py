@@ -52,7 +52,7 @@ _DNS_SECONDS = 3.0
 
 
 class WatchedFile(Generic[T]):
-    """A file that says what is signed: only its owner may write it, and the last good text counts."""
+    """A file that decides what is signed: only its owner may write it, and its last valid text is used."""
 
     def __init__(self, path: Path, what: str, parse: Callable[[str, Path], T]) -> None:
         """Read the file; SettingsError if it can't be used."""
@@ -160,7 +160,7 @@ class Nodes:
         if (known := self._entries.get(name)) is not None:
             return known[0]
         if not self._commands.acquire(timeout=_ROOM_SECONDS):
-            raise BridgeError("gateway.inventory_command: as many of it as may run at once are running")
+            raise BridgeError("gateway.inventory_command: too many of them are running")
         try:
             answer = _asked(self._command, name)
         finally:
@@ -179,7 +179,7 @@ class Nodes:
 
 
 class Resolver:
-    """Names of addresses by the DNS; a resolver that does not answer holds threads of its own, and few of them."""
+    """Names of addresses from DNS, in a few threads of its own, since a resolver may not answer."""
 
     def __init__(self, most: int) -> None:
         self._room = threading.BoundedSemaphore(most)
@@ -188,7 +188,7 @@ class Resolver:
         self._asking: dict[str, threading.Thread] = {}
 
     def hosts(self, addresses: Sequence[str]) -> dict[str, str | None]:
-        """The name that leads back to each address; None where there is none, or it is not known in time."""
+        """The name of each address that resolves back to it; None: no such name, or no answer in time."""
         asking = {address: thread for address in addresses if (thread := self._begin(address)) is not None}
         deadline = time.monotonic() + _DNS_SECONDS
         for thread in asking.values():
@@ -218,7 +218,7 @@ class Resolver:
 
 
 def host_of(address: str) -> str | None:
-    """The name that the address leads to and that leads back to it; None: there is none."""
+    """The name of an address, if it resolves back to the address."""
     try:
         host = socket.gethostbyaddr(address)[0].lower().rstrip(".")
         addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
@@ -350,7 +350,7 @@ class NodeStates:
 
 
 def _names(document: Mapping[str, Any]) -> frozenset[str] | None:
-    """The names in a whole list of objects; None: it is none."""
+    """The names in a complete list of objects; None: another document."""
     try:
         if document["kind"] != "PartialObjectMetadataList" or document["metadata"].get("continue"):
             return None

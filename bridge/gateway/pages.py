@@ -48,7 +48,7 @@ class Metrics:
         self.gauges: dict[tuple[str, str], float] = {}
 
     def count(self, signer: str, outcome: str, times: int = 1) -> None:
-        """One more request with this outcome."""
+        """Count a request with this outcome."""
         with self._mutex:
             self._requests[signer, outcome] += times
 
@@ -63,7 +63,7 @@ class Metrics:
         self.saw(signer, name, end)
 
     def saw(self, signer: str, name: str, end: datetime) -> None:
-        """There is a certificate that ends then."""
+        """Note the end of a certificate."""
         with self._mutex:
             key = (signer, name)
             self._ends[key] = max(self._ends.get(key, 0.0), end.timestamp())

@@ -80,7 +80,7 @@ class Grant:
     subjects: tuple[str, ...] = ()  #: Whole ones; `{user}` is the requester.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Rules without a requester, and subjects that no user may have."""
+        """Grants without a requester, and subjects that no user may have."""
         if not self.users and not self.groups:
             yield SettingsProblem("users", "users or groups that may ask", "neither")
         for text in self.subjects:
@@ -115,7 +115,7 @@ class SignerRules:
     grants: tuple[tuple[str, Grant], ...] = field(default=(), metadata={GIVEN: True})
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Keys that are none."""
+        """Unknown keys, and groups that are too wide."""
         for key in self.keys or ():
             if key not in KEY_ALGORITHMS:
                 yield SettingsProblem("keys", f"some of {', '.join(KEY_ALGORITHMS)}", repr(key))

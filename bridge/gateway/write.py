@@ -54,7 +54,7 @@ class Writer:
     # each raises GoneError (the object is settled, or another one), LeftError or NoAnswerError where it was not written
 
     def deny(self, job: Job, reason: str) -> None:
-        """Say no, in words that give nothing away; `Denied` is not possible where another client has approved already."""
+        """Deny the request without the reason; if another client has approved it, write `Failed` instead."""
         context = self._context
         context.ledger.write(context.about(job.one).line(audit.REFUSED, error=NotAllowedError(reason)))
         for _ in self.turns(job):
@@ -88,7 +88,7 @@ class Writer:
                 return
 
     def issue(self, job: Job, found: Verified) -> bool:
-        """Approve, unless another client has, and write the certificate; False: the object has changed in between."""
+        """Approve, unless another client did, and write the certificate; False: the object has changed."""
         one, context = job.one, self._context
         if not one.has(watch.APPROVED):
             body = with_condition(one, watch.APPROVED, watch.ALLOWS, context.now())
@@ -169,7 +169,7 @@ _TEXTS = {
 
 
 def with_condition(one: SigningRequest, kind: str, reason: str, now: datetime) -> dict[str, Any]:
-    """A body with one more condition; a merge patch replaces the whole list, so that the others are in it, too."""
+    """A body with a further condition, and the others, since a merge patch replaces the whole list."""
     time = now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     condition = {
         "type": kind,

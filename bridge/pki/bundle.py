@@ -18,10 +18,10 @@ from bridge.errors import BridgeError
 from bridge.specs import EKU, SPECS, USER, CertificateSpec
 from bridge.words import one_line
 
-#: 2: the continuity proofs cover the validity and the time, too. What today's nodes have sent out is 1, and goes on.
+#: In version 2 the continuity proofs cover the validity and the time as well.
 REQUEST_VERSIONS = (1, 2)
 
-#: What may be asked for by bundles: kubeadm's certificates, and a user's, which is in a bundle of its own.
+#: Certificates that bundles may ask for: kubeadm's, and a user's in its own bundle.
 CARRIED: Mapping[str, CertificateSpec] = {**SPECS, USER.name: USER}
 
 LONGEST_TEXT = 2000
@@ -30,7 +30,7 @@ LONGEST_TEXT = 2000
 class BundleError(BridgeError):
     """A bundle is not as it should be."""
 
-    hint = "carry it again, unchanged; if that does not help, somebody has changed it on the way"
+    hint = "carry it again, unchanged; if that does not help, it was changed on the way"
 
     def __init__(self, field: str, wanted: str, found: str, *, hint: str | None = None) -> None:
         self.field = field  #: Such as `requests[2].csr`; empty for the bundle as a whole.
@@ -40,7 +40,7 @@ class BundleError(BridgeError):
 
 
 class IncompleteBundleError(BundleError):
-    """It is no JSON document, which it may become: as long as a file is being copied, it is none."""
+    """It is no JSON document yet: the file may still be being copied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ Bundle = RequestBundle | AnswerBundle
 
 
 def bundle_of(requests: Sequence[SignRequest], created: datetime) -> RequestBundle:
-    """A bundle of one batch; `created` counts where an earlier version made the requests, which have no time."""
+    """A bundle of one batch; `created` is used for requests of an earlier version, which have no time."""
     batches = {
         (who.batch, who.node, who.cluster, who.asked) for request in requests if (who := request.continuity) is not None
     }
@@ -122,7 +122,7 @@ def bundle_of(requests: Sequence[SignRequest], created: datetime) -> RequestBund
 
 
 def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
-    """The request that a backend is given; EKUs and authority are those of our table, whatever the bundle says."""
+    """The request for a backend; EKUs and authority come from our table, not from the bundle."""
     asked = SignRequest(
         spec=CARRIED[request.name],
         csr_pem=request.csr.public_bytes(Encoding.PEM),
@@ -141,5 +141,5 @@ def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
 
 
 def refusal(reason: str) -> Refusal:
-    """A refusal with a reason that is fit to be carried and shown, from any text."""
+    """A refusal whose reason, from any text, can be carried and shown."""
     return Refusal(reason=one_line(reason, LONGEST_TEXT) or "no reason was given")

@@ -60,14 +60,14 @@ _BATCH = re.compile(r"[0-9a-f]{32}")
 def dumps(bundle: Bundle) -> bytes:
     """The bundle as a file; the same bundle gives the same bytes."""
     document = _document(bundle)
-    _assert_readable(document)  # what one side can't read, the other does not write
+    _assert_readable(document)
     signature = bundle.signature if isinstance(bundle, AnswerBundle) else None
     more = {} if signature is None else {"signature": b64encode(signature).decode()}
     return json.dumps({**document, "digest": _digest(document), **more}, indent=1).encode() + b"\n"
 
 
 def _assert_readable(document: Mapping[str, Any]) -> None:
-    """Refuse what the types leave open and a reader would refuse: texts, numbers, names."""
+    """Refuse texts, numbers and names that a reader would refuse."""
     fields = Fields(document, "")
     _batch(fields)
     _node(fields)
@@ -93,12 +93,12 @@ def digest(bundle: Bundle) -> str:
 
 
 def answer_message(bundle: AnswerBundle) -> bytes:
-    """The bytes that a desk's signature is over: words of its own, and the digest of all that the answer says."""
+    """The bytes that a desk signs: a prefix of their own, and the digest of the whole answer."""
     return b"ca-bridge answer bundle 1\n" + digest(bundle).encode()
 
 
 def short_fingerprint(bundle: Bundle) -> str:
-    """The bundle's digest, short enough to be read out over the phone; see `bridge.pki.display`."""
+    """The bundle's digest, short enough to be read over the phone."""
     return display.fingerprint_text(digest(bundle))
 
 
@@ -152,7 +152,7 @@ def _answer_document(answer: Issued | Refusal) -> dict[str, Any]:
 
 
 def request_file_name(bundle: RequestBundle) -> str:
-    """The name of its file where none was chosen; another for each bundle, so that none is written over another."""
+    """The default name of its file, different for each bundle."""
     return file_names(bundle.node, digest(bundle))[0]
 
 
@@ -163,7 +163,7 @@ def file_names(node: str, request_digest: str, authorities: Collection[str] = tu
 
 
 def answer_suffix(authorities: Collection[str]) -> str:
-    """The end of an answer's file name; a desk with some of the CAs names them, so that two desks' answers can lie side by side."""
+    """The end of an answer's file name; with some of the CAs it names them, so that two desks' answers differ."""
     ours = [name for name in AUTHORITIES if name in authorities]
     return "".join(f".{name}" for name in ours if len(ours) < len(AUTHORITIES)) + ".answer.json"
 
@@ -304,7 +304,7 @@ def _assert_once(fields: Fields, key: str, names: Sequence[str]) -> None:
 
 
 def _assert_digest(fields: Fields) -> None:
-    """Compare the digest with that of the values as they stand there: they were read, and so are as `dumps` writes them."""
+    """Compare the digest with that of the document's values."""
     given = fields.shaped("digest", _DIGEST, "64 hex digits")
     wanted = _digest({key: value for key, value in fields.values.items() if key not in ("digest", "signature")})
     if given != wanted:
@@ -343,13 +343,13 @@ def parse(data: bytes) -> dict[str, Any]:
 
 
 def excerpt(value: object) -> str:
-    """A value from a document as errors show it: short, and nothing that a terminal would obey."""
+    """A value from a document for an error: short, and without control characters."""
     text = repr(value)
     return text if len(text) <= _LONGEST_FOUND else f"{text[:_LONGEST_FOUND]}…"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are there once: of two values, two readers may each take another."""
+    """An object with each key once, since two readers may take different values of a repeated key."""
     if len(pairs) > _MOST_KEYS:
         raise BundleError("", f"objects of at most {_MOST_KEYS} keys", f"{len(pairs)}")
     values: dict[str, Any] = {}
@@ -381,7 +381,7 @@ class Fields:
         return cls(value, place)
 
     def fail(self, key: str, wanted: str, found: str | None = None) -> NoReturn:
-        """Refuse the key's value; what was found is shown as it is unless it is told in words."""
+        """Refuse the key's value, which is shown unless `found` describes it."""
         raise BundleError(f"{self.place}{key}", wanted, excerpt(self.values[key]) if found is None else found)
 
     def text(self, key: str, longest: int = LONGEST_TEXT) -> str:
@@ -403,7 +403,7 @@ class Fields:
         return value
 
     def choice(self, key: str, choices: Sequence[object]) -> Any:
-        """One of these, of its type, too: `true` is not 1."""
+        """One of these, with its type: `true` is not 1."""
         value = self.values[key]
         if not any(value == choice and type(value) is type(choice) for choice in choices):
             self.fail(key, f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else str(choices[0]))
@@ -490,7 +490,7 @@ def _ascii(value: object) -> bytes:
 
 
 def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]]) -> str:
-    """All that a person must know who approves a bundle or gets one back; `cas` tell the origins of their authorities."""
+    """All that a person who approves or receives a bundle must know; `cas` are the CAs by authority."""
     if isinstance(bundle, RequestBundle):
         lines, summary = list(_request_lines(bundle, now, cas)), _asked_in_short(bundle, cas)
     else:

@@ -91,10 +91,10 @@ def _load(body: bytes, number: int) -> x509.Certificate:
 
 
 def load_der_certificate(der: bytes) -> x509.Certificate:
-    """One certificate, whose names can be read; its key and its extensions may still be `UNREADABLE`."""
+    """One certificate with readable names; its key and extensions may still be `UNREADABLE`."""
     try:
         certificate = x509.load_der_x509_certificate(der)
-        _ = certificate.subject, certificate.issuer  # or the code that prints them would be the first to read them
+        _ = certificate.subject, certificate.issuer  # or the code that prints them would fail
     except UNREADABLE as e:
         raise ValueError(str(e)) from e
     return certificate
@@ -186,7 +186,7 @@ def san_entry(name: x509.GeneralName) -> tuple[str, str]:
 
 
 def extended_key_usages(subject: x509.Certificate | x509.CertificateSigningRequest) -> frozenset[str] | None:
-    """The EKUs' OIDs in dotted form; None when the extension is absent, which means "good for anything"."""
+    """The EKUs' OIDs in dotted form; None: no such extension, which allows any purpose."""
     usages = extension(subject, x509.ExtendedKeyUsage)
     return None if usages is None else frozenset(usage.dotted_string for usage in usages)
 
@@ -206,7 +206,7 @@ def extension(subject: x509.Certificate | x509.CertificateSigningRequest, kind: 
         values = [one.value for one in subject.extensions]
     except (x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as e:
         raise ValueError(str(e)) from e
-    # by the exact type, as the library makes it: its classes are abstract ones, which `isinstance` is slow with
+    # by the exact type, since `isinstance` is slow with the library's abstract classes
     return next((value for value in values if type(value) is kind), None)
 
 
@@ -214,7 +214,7 @@ _PKCS7_PEM = (b"-----BEGIN PKCS7-----", b"-----BEGIN CMS-----", b"-----BEGIN PKC
 
 
 def certificates_in(data: bytes) -> list[x509.Certificate]:
-    """All certificates in a file that a person or a program made: PEM, DER or PKCS#7, whatever the file is called."""
+    """All certificates in a file of a person or program: PEM, DER or PKCS#7, with any file name."""
     from cryptography.hazmat.primitives.serialization import pkcs7  # noqa: PLC0415 (4 ms, which few need)
 
     for label in _PKCS7_PEM:

@@ -69,7 +69,7 @@ def known_algorithm(key: CertificatePublicKeyTypes) -> KeyAlgorithm | None:
 
 
 def generate_key(algorithm: KeyAlgorithm) -> PrivateKey:
-    """A new private key; OpenSSL lets other threads run meanwhile."""
+    """A new private key; other threads run meanwhile."""
     if algorithm in _CURVES:
         return ec.generate_private_key(_CURVES[algorithm])
     return rsa.generate_private_key(public_exponent=65537, key_size=int(algorithm.removeprefix("rsa-")))
@@ -81,7 +81,7 @@ def key_block(pem: bytes) -> bytes:
     return found[0] + b"\n" if found else pem
 
 
-#: What PKCS #8 with PEM adds to an RSA key, at a byte for each bit of its modulus.
+#: The size of PKCS #8 and PEM around an RSA key, which itself takes a byte for each bit of its modulus.
 _KEY_OVERHEAD = 400
 
 
@@ -164,7 +164,7 @@ def signature_hash(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:
 
 
 def _assert_same(certificate: x509.Certificate, csr: x509.CertificateSigningRequest) -> None:
-    """Make sure that nothing is lost, whatever the encoder makes of odd string types."""
+    """Make sure that nothing is lost, since the encoder may change rare string types."""
     if attributes(csr.subject) != attributes(certificate.subject):
         raise CannotCarryError(
             f"subject: wanted {name_text(certificate.subject)}, a CSR can only say {name_text(csr.subject)}"

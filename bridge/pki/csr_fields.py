@@ -34,14 +34,14 @@ _BLOCK = re.compile(
 _EXTENSION_REQUEST = "1.2.840.113549.1.9.14"
 _UTF8, _PRINTABLE = 0x0C, 0x13
 _PRINTABLE_VALUE = re.compile(rb"[A-Za-z0-9 '()+,\-./:=?]*")
-#: crypto/tls makes no use of a larger one; a small one is weak with some paddings.
+#: crypto/tls supports no larger exponent; a small one is weak with some paddings.
 _EXPONENTS = range(65537, 1 << 31, 2)
 
 _CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 
 
 class OddRequestError(ValueError):
-    """The text says what is odd about it, in our own words and with nothing of the request in it."""
+    """The text says what is wrong, without any content of the request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class Asked:
 
     @property
     def cn(self) -> str:
-        """The one CN; empty if there is none."""
+        """The CN; empty: no CN."""
         return next((value for oid, value in self.subject if oid == _CN), "")
 
     @property
@@ -66,7 +66,7 @@ class Asked:
 
 
 def read(pem: bytes) -> Asked:
-    """Read a CSR, or raise OddRequestError for what is odd about it."""
+    """Read a CSR, or raise OddRequestError."""
     encoded = _der(pem)
     try:
         csr = x509.load_der_x509_csr(encoded)

@@ -43,13 +43,13 @@ _CA_ONLY = (
     ExtensionOID.POLICY_CONSTRAINTS,
     ExtensionOID.INHIBIT_ANY_POLICY,
 )
-#: Critical ones that make Go refuse to read the certificate (RFC 5280 §4.2.1.1, §4.2.1.2, §4.2.2.1).
+#: Critical extensions that make Go refuse the certificate (RFC 5280 §4.2.1.1, §4.2.1.2, §4.2.2.1).
 _NEVER_CRITICAL = (
     ExtensionOID.SUBJECT_KEY_IDENTIFIER,
     ExtensionOID.AUTHORITY_KEY_IDENTIFIER,
     ExtensionOID.AUTHORITY_INFORMATION_ACCESS,
 )
-#: Critical ones that Go handles; any other makes the whole certificate invalid (RFC 5280 §4.2).
+#: Critical extensions that Go handles; any other makes the certificate invalid (RFC 5280 §4.2).
 _HANDLED = {
     ExtensionOID.KEY_USAGE,
     ExtensionOID.EXTENDED_KEY_USAGE,
@@ -61,11 +61,11 @@ _HANDLED = {
 }
 #: A desk looks at thousands of certificates by the same few issuers, and at each of them more than once in a row.
 _REMEMBERED = 64
-#: Those of SANs and of name constraints that Go handles.
+#: Types of SANs and name constraints that Go handles.
 _NAMES = (x509.DNSName, x509.IPAddress, x509.RFC822Name, x509.UniformResourceIdentifier)
 
 _UTF8, _NUMERIC, _PRINTABLE, _T61, _IA5, _BMP = 0x0C, 0x12, 0x13, 0x14, 0x16, 0x1E
-#: A leaf's values say who it is for, and are read alike by everybody in these types alone.
+#: A leaf's subject must be in these string types, which all readers read alike.
 _LEAF_STRINGS = (_UTF8, _PRINTABLE, _IA5)
 _STRING_NAMES = {
     _NUMERIC: "NumericString",
@@ -186,7 +186,7 @@ def _encodings(certificate: x509.Certificate, fields: Sequence[der.Element]) -> 
 
 
 def _small_oid(content: bytes) -> None:
-    """Refuse an OID with a number of more than 31 bits, as those made of UUIDs: Go reads none."""
+    """Refuse an OID with a number of more than 31 bits (as in those made of UUIDs), which Go can't read."""
     number = 0
     for byte in content:
         number = number << 7 | byte & 0x7F
@@ -231,7 +231,7 @@ def _label(oid: x509.ObjectIdentifier) -> str:
 
 
 def _sans(names: x509.SubjectAlternativeName, critical: bool) -> Iterator[Violation]:
-    """A critical SAN of which Go handles no name is an extension that it does not know; URIs and addresses must be such."""
+    """A critical SAN needs a name that Go handles; URIs and addresses must be well-formed."""
     if critical and not any(isinstance(name, _NAMES) for name in names):
         yield Violation(subject="SAN", want="a name that Kubernetes knows, since it is critical", got="none")
     for name in names:
@@ -242,7 +242,7 @@ def _sans(names: x509.SubjectAlternativeName, critical: bool) -> Iterator[Violat
 
 
 def _constraints(constraints: x509.NameConstraints, critical: bool) -> Iterator[Violation]:
-    """Kinds of names that Go handles, each with a value that it can read."""
+    """Name constraints of types that Go handles, with readable values."""
     subtrees = [*(constraints.permitted_subtrees or ()), *(constraints.excluded_subtrees or ())]
     for base in subtrees:
         if not isinstance(base, _NAMES):
@@ -342,7 +342,7 @@ def path(
 
 
 def _covers(issuer: x509.Certificate, who: str, ekus: Iterable[EKU]) -> Iterator[Violation]:
-    """An issuer that lists EKUs allows no other below it, anchors included (`checkChainForKeyUsage` in verify.go)."""
+    """An issuer's EKUs, if it has any, limit those below it, anchors included (`checkChainForKeyUsage` in verify.go)."""
     listed = extension(issuer, x509.ExtendedKeyUsage)
     if listed is None:
         return
@@ -354,7 +354,7 @@ def _covers(issuer: x509.Certificate, who: str, ekus: Iterable[EKU]) -> Iterator
 
 
 def _links(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
-    """Names are the same bytes, path lengths count every issuer, none is there twice, and all fit into a message."""
+    """Names are equal bytes, path lengths count every issuer, no CA is repeated, and all fit into a message."""
     for child, issuer in pairwise(whole):
         if _fields(child)[2] != _fields(issuer)[4]:
             yield Violation(subject="chain", want="issuer names that are encoded alike", got=display.issuer(child))

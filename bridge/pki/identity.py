@@ -18,7 +18,7 @@ from bridge.pki.certificates import UNREADABLE, attributes, is_ca, is_signed_by,
 from bridge.specs import CertificateSpec
 from bridge.words import one_line
 
-#: No CA has longer chains (and a circle would have no end).
+#: No CA has longer chains, and a circle must end.
 _MOST_INTERMEDIATES = 8
 _CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 #: A node's name in the cluster (RFC 1123 subdomain, which is what Kubernetes takes).
@@ -32,7 +32,7 @@ def check(
     anchor_name: str,
     extra: frozenset[tuple[str, str]] = frozenset(),
 ) -> list[Violation]:
-    """Violations of a live certificate: it is another CA's, another user's, or in other groups."""
+    """Violations of a live certificate: another CA, another user, or other groups."""
     leaf = certificates[0]
     try:
         return [*_issuer(certificates, anchors, anchor_name), *_user(spec, leaf), *_groups(spec, leaf, extra)]
@@ -55,12 +55,12 @@ def _issuer(
 
 
 def leads_to(certificates: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate]) -> bool:
-    """Whether one of these CAs signed it, at whatever time; the leaf, then intermediates."""
+    """Whether the certificates (the leaf, then intermediates) lead to one of these CAs, at any time."""
     return anchor_of(certificates, anchors) is not None
 
 
 def anchor_of(certificates: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate]) -> x509.Certificate | None:
-    """The CA that a certificate leads to (the leaf, then intermediates); of several, the one that ends last."""
+    """The CA that the certificates (the leaf, then intermediates) lead to; of several, the last to end."""
     current, *intermediates = certificates
     found: list[x509.Certificate] = []
     for _ in range(_MOST_INTERMEDIATES + 1):
@@ -73,7 +73,7 @@ def anchor_of(certificates: Sequence[x509.Certificate], anchors: Sequence[x509.C
 
 
 def _user(spec: CertificateSpec, leaf: x509.Certificate) -> Iterator[Violation]:
-    """Kubernetes takes the CN for the user, and etcd does where it knows users."""
+    """Kubernetes takes the CN as the user, and so does etcd with users."""
     found = [value for oid, value in attributes(leaf.subject) if oid == _CN]
     if len(found) != 1 or not any(_is_user(found[0], wanted, leaf) for wanted in spec.common_names):
         want = " or ".join(spec.common_names).replace("{node}", "the node's name")
@@ -81,7 +81,7 @@ def _user(spec: CertificateSpec, leaf: x509.Certificate) -> Iterator[Violation]:
 
 
 def _is_user(found: str, wanted: str, leaf: x509.Certificate) -> bool:
-    """A node's name alone is one of the certificate's DNS names, where kubeadm puts it; `root` and such are not."""
+    """Whether a CN is the wanted one; a bare node name must also be a DNS SAN, so that `root` does not count."""
     begin, placeholder, end = wanted.partition("{node}")
     if not placeholder:
         return found == wanted
@@ -91,7 +91,7 @@ def _is_user(found: str, wanted: str, leaf: x509.Certificate) -> bool:
 
 
 def _groups(spec: CertificateSpec, leaf: x509.Certificate, extra: frozenset[tuple[str, str]]) -> Iterator[Violation]:
-    """Kubernetes takes each O for a group; kubeadm's versions differ in them."""
+    """Kubernetes takes each O as a group; kubeadm's versions differ in them."""
     found = frozenset(value for oid, value in attributes(leaf.subject) if oid == _O and (oid, value) not in extra)
     if not any(found <= allowed for allowed in spec.groups):
         want = " or ".join(", ".join(sorted(allowed)) or "none" for allowed in spec.groups)

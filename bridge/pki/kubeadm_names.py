@@ -50,14 +50,14 @@ def parse_release(text: str) -> Release | None:
 
 
 class NoFactError(BridgeError):
-    """Something that a name is made of is not known; nothing is guessed."""
+    """A fact that a name needs is not known."""
 
     hint = "--kubeadm-config FILE names kubeadm's configuration, which has what is missing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamingFacts:
-    """What kubeadm makes a certificate's subject and SANs of; an empty one is not known."""
+    """The facts for kubeadm's subjects and SANs; an empty fact is not known."""
 
     release: Release | None = None
     node: str = ""  #: Its name in the cluster.
@@ -188,13 +188,13 @@ def parse_nodes(text: str, *, with_roles: bool = False) -> list[ListedNode]:
 
 
 def renamed(certificate: x509.Certificate, names: Mapping[str, str]) -> x509.Certificate:
-    """The certificate with another node's names and a throw-away signature: for reading, never for use."""
+    """The certificate with another node's names and a throw-away signature, only to be read."""
     extensions = [(_renamed_sans(one.value, names), one.critical) for one in certificate.extensions]
     return _unsigned(certificate, _subject(certificate.subject, names), extensions)
 
 
 def named(certificate: x509.Certificate, naming: Naming) -> x509.Certificate:
-    """One of these names alone, with a throw-away signature: for reading, never for use."""
+    """A certificate with these names and a throw-away signature, only to be read."""
     return _unsigned(certificate, naming.subject, [(x509.SubjectAlternativeName(naming.sans), False)])
 
 

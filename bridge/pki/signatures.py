@@ -54,7 +54,7 @@ def check(key: CertificatePublicKeyTypes | PublicKeyTypes, signature: bytes, mes
 
 
 def is_by(key: PublicKeyTypes, signature: bytes, message: bytes) -> bool:
-    """Whether this key's holder has made the signature."""
+    """Whether the signature is by this key."""
     try:
         return check(key, signature, message)
     except (InvalidSignature, ValueError):
@@ -72,7 +72,7 @@ def public_key(pem: bytes) -> PublicKeyTypes:
     return found
 
 
-#: Signed with the old key, so never the beginning of anything else that such a key signs.
+#: The prefix differs from anything else that such a key signs.
 _PROOF_CONTEXT_1 = b"ca-bridge continuity proof v1"
 _PROOF_CONTEXT_2 = b"ca-bridge continuity proof v2"
 
@@ -132,7 +132,7 @@ def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
 
 
 def _other_holder(csr: x509.CertificateSigningRequest, replaces: x509.Certificate) -> str | None:
-    """Groups may have changed since, and what else the policy lets; the CN says who it is."""
+    """Compare the CN, which is the identity; groups may have changed."""
     try:
         is_same = _who(csr) == _who(replaces)
     except UNREADABLE as e:
@@ -160,7 +160,7 @@ def _proof_message(csr: x509.CertificateSigningRequest, who: Sequence[str], term
 
 
 def usages_problem(request: BundledRequest) -> str | None:
-    """Why the replaced certificate does not prove a right to these usages; one without EKUs is good for any."""
+    """Why the replaced certificate does not prove a right to these usages; without EKUs it proves all."""
     if request.replaces is None:
         return "wanted the certificate that is replaced, found none"
     try:

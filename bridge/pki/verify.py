@@ -42,10 +42,10 @@ from bridge.specs import EKU
 CLOCK_SKEW = expiry.CLOCK_SKEW
 
 #: How much earlier than the replaced certificate's the new end may be: CAs count the validity from a beginning that
-#: they backdate (cfssl by 5 minutes unless told otherwise), and a certificate that was made just now may be renewed, too.
+#: they backdate (cfssl by 5 minutes by default), and a certificate that was made just now may be renewed, too.
 BACKDATING = timedelta(hours=1)
 
-#: CAs backdate by minutes, few by hours; what begins longer ago was made then, or a clock is wrong.
+#: CAs backdate by minutes, few by hours; an earlier beginning means an old certificate or a wrong clock.
 LONGEST_BACKDATING = timedelta(days=2)
 
 #: CAs count the longest validity from a beginning of their own, and round.
@@ -83,7 +83,7 @@ class Verified:
 
 
 def check(issued: Issued, request: SignRequest, expected: Expectation) -> Verified:
-    """Compare a CA's answer with the request that we made, never with anything that the CA sent along."""
+    """Compare a CA's answer with our request, never with other data of the CA."""
     violations = [*_unreadable(issued), *_unreadable_anchor(expected)]
     path: tuple[x509.Certificate, ...] = ()
     if not violations:
@@ -125,7 +125,7 @@ def _unreadable(issued: Issued) -> Iterator[Violation]:
 
 
 def _unreadable_anchor(expected: Expectation) -> Iterator[Violation]:
-    """The same of the node's own CA certificate."""
+    """Parts of the node's CA certificate that can't be read."""
     for anchor in expected.anchors[:1]:
         for part, why in _parts_unreadable(anchor):
             want = f"a CA certificate in {expected.anchor_name} that can be read"
@@ -342,7 +342,7 @@ def _chain(
 
 
 def _longest_first(intermediates: Sequence[x509.Certificate]) -> list[x509.Certificate]:
-    """Sort by the end, latest first: where an intermediate and its successor are both sent, the path takes the first."""
+    """Sort by the end, latest first, so that the path uses the newest version of an intermediate."""
     return sorted(intermediates, key=lambda certificate: certificate.not_valid_after_utc, reverse=True)
 
 
@@ -352,7 +352,7 @@ def _path_violations(
     anchor: x509.Certificate,
     expected: Expectation,
 ) -> Iterator[Violation]:
-    """Violations that path validation at one time does not see: issuers that may not sign, or that end before the leaf."""
+    """Violations beyond path validation: issuers that may not sign, or end before the leaf."""
     for issuer in intermediates:
         if leaf.not_valid_after_utc > issuer.not_valid_after_utc:
             want = f"not after its intermediate {name_text(issuer.subject)}'s {issuer.not_valid_after_utc:{_TIME}} UTC"
@@ -371,7 +371,7 @@ def _path_violations(
 
 
 def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reason: str) -> Violation:
-    """Why there is no path, in the words that lead to the cause."""
+    """Why there is no path."""
     leaf, anchor, name = issued.leaf, expected.anchors[0], expected.anchor_name
     want = f"a path to {name} ({name_text(anchor.subject)}, SHA-256 {fingerprint(anchor)[:16]}…)"
     if not is_valid_at(anchor, expected.now):
@@ -386,7 +386,7 @@ def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reas
         return Violation(
             subject="issuer", want=want, got=f"issuer {name_text(leaf.issuer)}, and no certificate of that name"
         )
-    if not _is_weakly_signed(leaf):  # of a weak signature the library can't tell whose it is
+    if not _is_weakly_signed(leaf):  # the library can't verify weak signatures
         signers = [candidate for candidate in candidates if is_signed_by(leaf, candidate)]
         if not signers:
             return Violation(subject="issuer", want=want, got=f"another key under the name {name_text(leaf.issuer)}")

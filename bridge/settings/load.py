@@ -32,7 +32,7 @@ class Overrides:
     state_dir: Path | None = None
 
     def words(self) -> list[str]:
-        """The options as another command takes them; a settings file where everybody looks for it needs none."""
+        """The options for another command; the default settings file needs none."""
         config = self.file()
         places = {
             "--config": None if config == DEFAULT_FILE else config,

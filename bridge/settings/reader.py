@@ -184,8 +184,8 @@ class Reader:
         return self._made(schema, {**values, **ours}, prefix)
 
     def values(self, schema: type[Any], table: Mapping[str, Any], prefix: Key) -> dict[str, Any]:
-        """The values of the keys that are there, by field; a value that can't be read is None, and a problem."""
-        if not table:  # as a rule most of them
+        """The values of the given keys, by field; an unreadable value is None, and a problem."""
+        if not table:  # most of them
             return {}
         hints, known = _hints(schema), set()
         values: dict[str, Any] = {}
@@ -228,7 +228,7 @@ class Reader:
         try:
             return _scalar(hint, value, key)
         except ValueError as e:
-            # in the place of a secret's place the secret itself may stand
+            # the value may be the secret itself instead of its place
             self.add(key, str(e), "something else" if hint is Secret else found_text(value))
             return None
 

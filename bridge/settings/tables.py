@@ -209,7 +209,7 @@ class RestartSettings:
     prove_for: timedelta = timedelta(minutes=1)  #: The limit for the proof that everything works.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Commands of nobody, without words, or missing."""
+        """Commands of unknown components, empty commands, or none."""
         known = [component.value for component in Component]
         for name, command in self.commands.items():
             if name not in known:
@@ -260,7 +260,7 @@ class HookSettings:
 
 
 def _words(command: str) -> list[str]:
-    """Split a command into words; none for what a shell would not take, either."""
+    """Split a command into words; none for a text that no shell accepts."""
     try:
         return shlex.split(command)
     except ValueError:
@@ -270,7 +270,7 @@ def _words(command: str) -> list[str]:
 #: A label of DNS, as the API wants names of leases.
 _LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _WANTED_LABEL = "at most 63 small letters, digits and hyphens, a letter or digit first and last"
-#: It is renewed three times in that, each of which may take some seconds; and others wait that long for a dead node.
+#: Three renewals, of some seconds each, must fit into it, and others wait that long for a dead node.
 _SHORTEST_LEASE, _LONGEST_LEASE = timedelta(seconds=15), timedelta(hours=1)
 
 
@@ -290,7 +290,7 @@ class ClusterSettings:
     lease_wait: timedelta = timedelta(minutes=15)  #: How long to wait for the node that holds the lease.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Settings that the API or the clock would not take."""
+        """Settings that the API does not accept or the clock does not allow."""
         if not re.fullmatch(_LABEL, self.lease_name):
             yield SettingsProblem("lease_name", _WANTED_LABEL, repr(self.lease_name))
         if not _SHORTEST_LEASE <= self.lease_duration <= _LONGEST_LEASE:
@@ -427,13 +427,13 @@ class AuthoritySettings:
     rehearsal: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Identities can't be excepted, and a scratch CA's certificate is found wherever the program runs."""
+        """CN and O as exceptions, and a relative path of a rehearsal's anchor."""
         if not self.rehearsal.get("anchor", "/").startswith("/"):
             yield SettingsProblem("rehearsal.anchor", "an absolute path", repr(self.rehearsal["anchor"]))
         for text in self.allow_extra_subject:
             name = text.partition("=")[0]
             if name not in EXTRA_SUBJECT_OIDS or "=" not in text:
-                wanted = f"NAME=VALUE with NAME one of {', '.join(EXTRA_SUBJECT_OIDS)} (CN and O say who somebody is)"
+                wanted = f"NAME=VALUE with NAME one of {', '.join(EXTRA_SUBJECT_OIDS)} (CN and O are the identity)"
                 yield SettingsProblem("allow_extra_subject", wanted, repr(text))
 
     @property
@@ -443,7 +443,7 @@ class AuthoritySettings:
         return frozenset((EXTRA_SUBJECT_OIDS[name], value) for name, _, value in pairs)
 
 
-#: Kubernetes reads CN (user) and O (groups) only, so that these attributes can't change what somebody may do.
+#: Kubernetes only reads CN (user) and O (groups), so these attributes change no rights.
 EXTRA_SUBJECT_OIDS = {
     "OU": "2.5.4.11",
     "C": "2.5.4.6",
@@ -483,7 +483,7 @@ def is_host(text: str) -> bool:
 
 
 def is_service(name: str) -> bool:
-    """A name by which pods reach a service, the API server's among them: no kubelet may answer to it."""
+    """Whether pods reach a service, such as the API server, by this name, which no kubelet may have."""
     labels = name.split(".")
     return labels[0] == "kubernetes" or "svc" in labels[1:] or name == "localhost"
 
@@ -493,7 +493,7 @@ _LONGEST_NAME = 253
 
 _IDENTITY = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,126}[A-Za-z0-9])?"
 _LISTEN = r"(\[[0-9a-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})"
-#: Three renewals have to fit into it; and another one waits that long for one that died.
+#: Three renewals must fit into it, and another replica waits that long for a dead one.
 _SHORTEST_ELECTION, _LONGEST_ELECTION = timedelta(seconds=5), timedelta(minutes=5)
 _LAST_PORT = 65535
 _MOST_THREADS = 64
@@ -531,7 +531,7 @@ class GatewaySettings:
     min_validity: timedelta = timedelta(minutes=5)  #: A certificate that ends sooner than this is not issued.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Settings that the API, the clock or this machine would not take."""
+        """Settings that the API or this machine does not accept or the clock does not allow."""
         for key in ("lease_namespace", "lease_name"):
             if not re.fullmatch(_LABEL, getattr(self, key)):
                 yield SettingsProblem(key, _WANTED_LABEL, repr(getattr(self, key)))
@@ -621,6 +621,6 @@ def anchor(settings: Settings, authority: str) -> Path | None:
 
 
 def is_scratch(settings: Settings, authority: str) -> bool:
-    """Whether a rehearsal asks somebody or something else than a renewal, which may give less."""
+    """Whether a rehearsal uses other settings than a renewal, so that its answers may be worse."""
     ours = settings.authorities.get(authority)
     return ours is not None and bool(ours.rehearsal)

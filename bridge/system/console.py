@@ -22,7 +22,7 @@ from bridge.specs import SPECS
 log = logging.getLogger("ca-bridge")
 ROOT_HINT = "run it as root (sudo)"
 _ROOM_HINT = "make room there, then run again"
-#: A kernel does that by itself after errors of a disk.
+#: The kernel does that after disk errors.
 READ_ONLY_HINT = "is it meant to be read-only, or has its disk failed (dmesg)? mount it writable"
 _HINTS = {errno.EROFS: READ_ONLY_HINT, errno.ENOSPC: _ROOM_HINT, errno.EDQUOT: _ROOM_HINT}
 
@@ -45,19 +45,19 @@ def print_error(error: BridgeError, about: str = "") -> None:
 
 
 def hint_of(error: BridgeError) -> str:
-    """An error's hint; where rights are what is missing, to run as root, whatever else may be wrong."""
+    """An error's hint; if rights are missing, to run as root."""
     if lacks_rights(error.reason):
         return ROOT_HINT
     return error.hint or next((hint for code, hint in _HINTS.items() if f": {os.strerror(code)}" in error.reason), "")
 
 
 def lacks_rights(text: str) -> bool:
-    """Whether the system says no to a user who is not root."""
+    """Whether the system denied something to a user who is not root."""
     return os.geteuid() != 0 and any(os.strerror(code) in text for code in (errno.EACCES, errno.EPERM))
 
 
 def printable(value: object) -> str:
-    """A CA's words or the names of carried files may be in it, and must not steer a terminal."""
+    """The text without control characters, since a CA's words or file names may be in it."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(value))
 
 
@@ -109,7 +109,7 @@ _CLEAR = "\r\x1b[K"
 
 
 def is_lively(stream: TextIO | None) -> bool:
-    """Whether it is a terminal on which a line can be written over; None: it was closed from the beginning."""
+    """Whether it is a terminal where a line can be overwritten; None: it was closed at the start."""
     return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in {"", "dumb"}
 
 
@@ -121,7 +121,7 @@ def columns() -> int:
 
 
 def is_coloured(stream: TextIO | None) -> bool:
-    """Whether colours are seen there, and wanted (https://no-color.org)."""
+    """Whether it shows colours, and the user wants them (https://no-color.org)."""
     return is_lively(stream) and not os.environ.get("NO_COLOR")
 
 
@@ -164,7 +164,7 @@ class Doing:
 
 
 class _Line:
-    """The newest of what goes on, shown by a thread that lives while there is anything."""
+    """The status line for the newest step, drawn by a thread while any step goes on."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -236,7 +236,7 @@ def doing(text: str, *, is_plain: bool = True) -> Iterator[Doing]:
 
 
 def clear_status() -> None:
-    """Take the line of what goes on away, before something else is written."""
+    """Clear the status line before something else is written."""
     _line.clear()
 
 
@@ -270,7 +270,7 @@ def send_to_journal(fields: Sequence[tuple[str, str]], place: Path = JOURNAL) ->
 
 
 def _encoded(name: str, value: str) -> bytes:
-    """A value with a line break could pass for further fields: it goes with its length."""
+    """A field; a value with a line break is sent with its length, so that it can't add fields."""
     data = value.encode("utf-8", "replace")[:_LONGEST_VALUE]
     if b"\n" not in data:
         return name.encode() + b"=" + data + b"\n"
@@ -288,7 +288,7 @@ class _TextFormat(logging.Formatter):
 
 
 class _TerminalFormat(_TextFormat):
-    """Lines that end between words (paths can be copied), and a colour for what kind of message it is."""
+    """Lines that are wrapped between words, so that paths can be copied, and colours by level."""
 
     def format(self, record: logging.LogRecord) -> str:
         import textwrap  # noqa: PLC0415 (for people alone)
@@ -311,13 +311,13 @@ class _Handler(logging.StreamHandler[TextIO]):
 
 
 class _TaggedFormat(_TextFormat):
-    """For files and mails, where the lines of several runs stand together: each says which it is of."""
+    """For files and mails with lines of several runs: each line has its run's name."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"{super().format(record)} [run {run_id()}]"
 
 
-#: What a message may say it is about (`extra` of the log call), as keys of its line.
+#: Further facts of a message (`extra` of the log call), as keys of its line.
 _ABOUT = ("request", "signer", "requester", "outcome")
 
 

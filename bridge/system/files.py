@@ -186,7 +186,7 @@ def private_directory(path: Path) -> None:
 
 
 def how_to_own(path: Path, owner: int) -> str:
-    """A hint for a directory that is not ours alone: a CA desk's, say, is right as it is, and root is the wrong user."""
+    """A hint for a directory of another user, which may be a CA desk's that root must not use."""
     hint = f"chown {os.geteuid()} {path} && chmod 700 {path}, after a look at who else uses it"
     return hint if owner == os.geteuid() else f"is it a CA desk's? {_run_as(owner)}; otherwise {hint}"
 

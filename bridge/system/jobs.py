@@ -56,7 +56,7 @@ class Places:
 
 
 def this_program(user: str) -> Path:
-    """Where the program is that runs now, as cron and systemd have to call it as this user."""
+    """The running program's path, for cron and systemd to call it as this user."""
     called = Path(sys.argv[0])
     found = called if called.is_absolute() else Path(shutil.which(sys.argv[0]) or called).absolute()
     if found.name != "ca-bridge" or not found.is_file():
@@ -65,7 +65,7 @@ def this_program(user: str) -> Path:
         raise JobError(
             f"wanted the installed program ca-bridge, found {called}", hint="install it, then call it by its name"
         )
-    if os.geteuid() == 0:  # others can have no job run what they print
+    if os.geteuid() == 0:
         unsafe = program_exposure(found, _uid(user))
         if unsafe is not None:
             hint = f"a job would run what others can change: install it where only root can write, or {unsafe.hint}"
@@ -94,7 +94,7 @@ _STATE = "/var/lib/ca-bridge"
 _STATE_LINES = re.compile(r"^StateDirectory(Mode)?=.*\n", re.MULTILINE)
 _WRITABLE = re.compile(r"^ReadWritePaths=.*$", re.MULTILINE)
 _USER = re.compile(r"^User=.*$", re.MULTILINE)
-#: For an administrator who copies a shipped file by hand.
+#: For an administrator who copies the shipped file by hand.
 _WHERE = "# Where it was installed: `command -v ca-bridge` tells.\n"
 _CRON_LINE = re.compile(r"^((?:\S+\s+){5})(\S+)(\s+)(?=/)", re.MULTILINE)
 
@@ -106,7 +106,7 @@ def crontab(name: str, shipped: str, places: Places) -> Job:
 
 
 def _placed(shipped: str, places: Places, word: Callable[[str, str], str]) -> str:
-    """Longest paths first, so that none is taken for the beginning of another; comments stay."""
+    """The shipped text with this machine's paths, longest first, so that no path replaces the start of another."""
     by_length = sorted(places.paths, key=len, reverse=True)
     paths = "|".join(rf"{re.escape(path)}(?![\w.-])" for path in by_length) or "(?!)"
 
@@ -135,7 +135,7 @@ def _cron_word(text: str, _: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """The same text, with which no line of its own can begin in a unit or a crontab."""
+    """The same text, unless it could begin a new line in a unit or a crontab."""
     if has_controls(text):
         raise JobError(
             f"wanted a path without line breaks and other control characters, found {text!r}",

@@ -1,4 +1,4 @@
-"""The lock of a node, and locks like it: they end with their process, however that ends."""
+"""The lock of a node, and similar locks, which end with their process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[No
         if not take_lock(descriptor, wait):
             raise LockedError(f"wanted the lock {path}, found it held by {_holder(descriptor)}")
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        with contextlib.suppress(OSError):  # on a full disk only the others know less
+        with contextlib.suppress(OSError):  # on a full disk the lock still holds
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "command": command, "since": since}).encode(), 0)
         yield
@@ -65,7 +65,7 @@ def _try_lock(descriptor: int) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """Who holds a lock, as far as its file tells."""
+    """The holder of a lock, by its file."""
 
     pid: int | None = None
     command: str = ""
@@ -73,7 +73,7 @@ class Holder:
 
     def __str__(self) -> str:
         if self.pid is None or self.since is None:
-            return "a process that did not say who it is"
+            return "a process that did not write its name"
         age = int((datetime.now(UTC) - self.since).total_seconds())
         return f"process {self.pid} for {age} s: {self.command}"
 
@@ -97,7 +97,7 @@ def held_by(path: Path) -> Holder | None:
 
 
 def _holder(descriptor: int) -> Holder:
-    # a holder that has just got it has not said who it is yet
+    # a new holder has not written its name yet
     limit = timedelta(seconds=_SAYING_SECONDS)
     stated = wait_until(
         lambda: _stated(descriptor), lambda one: one is not None, limit, pause_seconds=_SAYING_SECONDS / 10
@@ -106,7 +106,7 @@ def _holder(descriptor: int) -> Holder:
 
 
 def _stated(descriptor: int) -> Holder | None:
-    """The holder by its own words; None: it has not said yet."""
+    """The holder in the lock's file; None: not written yet."""
     try:
         found = json.loads(os.pread(descriptor, 4096, 0))
         since = datetime.fromisoformat(found["since"])

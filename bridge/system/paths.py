@@ -137,7 +137,7 @@ def own_text(path: Path, what: str, hint: str) -> str:
 
 
 def assert_ours(path: Path) -> None:
-    """Make sure that only root and the effective user can change a file that says what is run or signed."""
+    """Make sure that only root and the effective user can change a file that decides what is run or signed."""
     found = exposure(path)
     if found is not None:
         raise SettingsError([SettingsProblem("", found.wanted, found.found, found.path)], hint=found.hint)
@@ -183,7 +183,7 @@ def program_exposure(path: Path, account: int | None = None) -> Exposure | None:
 
 
 def foreign_link(path: Path) -> Exposure | None:
-    """Find the first link on the way that lies where somebody other than root and the effective user may put links."""
+    """The first link in a directory where users other than root and the effective user can put links."""
     for step in _steps(path):
         if step.status is None or not stat.S_ISLNK(step.status.st_mode):
             continue
@@ -201,7 +201,7 @@ def foreign_link(path: Path) -> Exposure | None:
 
 
 def open_secret(path: Path) -> Exposure | None:
-    """Find whether others than its owner, and the groups of root and of this process, may read a file with a secret."""
+    """Whether others than the owner, and the groups of root and this process, can read a file with a secret."""
     status = path.stat()
     mode = stat.S_IMODE(status.st_mode)
     if not mode & 0o007 and not (mode & 0o070 and status.st_gid not in {0, os.getegid()}):
@@ -210,7 +210,7 @@ def open_secret(path: Path) -> Exposure | None:
         path=path,
         wanted="it for its owner alone",
         found=f"mode {mode:04o}",
-        hint=f"chmod 600 {path}; whoever may have read it has the secret",
+        hint=f"chmod 600 {path}; replace the secret if another user may have read it",
     )
 
 
@@ -263,18 +263,18 @@ def _others_can_change(status: os.stat_result) -> bool:
 
 
 class ForeignLinkError(Exception):
-    """Somebody else than root and the effective user decides where the path leads; the text says by what."""
+    """A user other than root and the effective user decides where the path leads; the text says how."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A name in an open directory, which may be somebody else's, such as a home; what has the name is no link."""
+    """A name in an open directory, perhaps another user's, such as a home; it is no link."""
 
     directory: int  #: Its descriptor; good for nothing but as a part of a path.
     name: str
     #: The users besides root and the effective user who own directories on the way.
     owners: frozenset[int]
-    #: The first directory on the way in which others than its owner can put what they like; empty: there is none.
+    #: The first directory on the way that others than its owner can write to; empty: no such directory.
     shared: str
 
     @property

@@ -174,7 +174,7 @@ class _Running:
         self._begin = begin
 
     def watch(self, sinks: Mapping[int, Sink], is_enough: Callable[[float], bool] | None) -> Stopped:
-        """Hand on what it prints until it ends, whatever else holds the pipes open, or reaches a limit."""
+        """Pass on its output until it ends or reaches a limit, even if others hold the pipes open."""
         left_to_print, limit = self._command.most_output, self._command.limit.total_seconds()
         with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
             for descriptor, sink in sinks.items():
@@ -203,7 +203,7 @@ class _Running:
                     return "enough"
 
     def _has_ended(self) -> bool:
-        """Look without waiting for it, so that its number stays its own, and that of its process group."""
+        """Look without reaping it, so that its process id and group stay its own."""
         try:
             if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 return False
@@ -219,7 +219,7 @@ class _Running:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self, stopped: Stopped) -> Ended:
-        """Kill it where it was stopped, and see it end."""
+        """Kill it if it was stopped, and wait for its end."""
         if stopped:
             self._kill()
         seconds = time.monotonic() - self._begin
@@ -289,7 +289,7 @@ class OutputLines:
 
 
 def unsafe_program(words: Sequence[str]) -> Exposure | None:
-    """Find by what others could change a program that we run; whether it is there shows when it is started."""
+    """How others could change a program that we run; None as well for a missing one, which fails at its start."""
     found = shutil.which(words[0], path=passed_on({})["PATH"])
     if found is None:
         return None
@@ -301,7 +301,7 @@ def unsafe_program(words: Sequence[str]) -> Exposure | None:
 
 
 def run_logged(words: Sequence[str], variables: Mapping[str, str], limit: timedelta, lines: OutputLines) -> Ended:
-    """Run an operator's command, unless others can change it; what it leaves in the background when it ends goes on."""
+    """Run an operator's command, unless others can change it; its background processes go on."""
     if (unsafe := unsafe_program(words)) is not None:
         return Ended(None, f"is not run: {unsafe}{f' ({unsafe.hint})' if unsafe.hint else ''}")
     command = Command(words=words, environment=passed_on(variables), limit=limit)

@@ -64,11 +64,11 @@ class StateDamagedError(StateError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateFile(Generic[T]):
-    """One file; whoever changes it holds the lock of its directory."""
+    """One file; a change needs the lock of its directory."""
 
     path: Path
     what: str  #: That is in it, for messages, such as `the requests that are not finished`.
-    #: From the document, without its digest. A ValueError, KeyError, TypeError or AttributeError says that it is none.
+    #: From the document, without its digest; ValueError, KeyError, TypeError or AttributeError: it is damaged.
     parse: Callable[[Mapping[str, Any]], T]
     #: The document's own. One without a digest that has others was not written by an earlier version, but damaged.
     keys: frozenset[str]
@@ -90,7 +90,7 @@ class StateFile(Generic[T]):
                 log.warning("%s; it counts as none", e)
                 return None
             if self.on_damage is OnDamage.SET_ASIDE:
-                with contextlib.suppress(StateError):  # then it is told again next time
+                with contextlib.suppress(StateError):  # then it is reported again next time
                     e.hint = f"what was in it is in {self.set_aside()} now; {self.afterwards}"
             raise
 
@@ -121,7 +121,7 @@ class StateFile(Generic[T]):
         return self.parse(unsealed(data, self.keys))
 
     def content(self) -> bytes | None:
-        """Read all of it, whatever it is; None: there is none."""
+        """Its bytes; None: no such file."""
         try:
             return self.path.read_bytes()
         except FileNotFoundError:

@@ -20,10 +20,10 @@ from bridge.system.paths import UnreadableError, read
 from bridge.users.user_rules import User
 from bridge.words import one_line
 
-#: Kubernetes takes it everywhere, and it is made in no time.
+#: Kubernetes accepts it everywhere, and it is made at once.
 DEFAULT_KEY: KeyAlgorithm = "ecdsa-p256"
 _CSR_MODE = 0o644
-#: No hyphen within a block, so that a file of beginnings alone is read once, and not once for each of them.
+#: No hyphen within a block, so that a file of BEGIN lines alone is read once, not once for each line.
 _PEM = re.compile(rb"-----BEGIN ((?:NEW )?CERTIFICATE REQUEST)-----[^-]*-----END \1-----")
 _CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 
@@ -36,7 +36,7 @@ class NoCsrError(BridgeError):
 
 
 class CsrRefusedError(BridgeError):
-    """A CSR that asks for something else than the command that names it."""
+    """A CSR that differs from the command's options."""
 
     exit_code = Exit.REFUSED
     hint = "`ca-bridge kubeconfig request NAME --group GROUP` makes one where the person is"
@@ -81,7 +81,7 @@ def write_request(user: User, directory: Path, algorithm: KeyAlgorithm = DEFAULT
 
 
 def load(path: Path, user: User) -> bytes:
-    """Read a CSR that was made elsewhere, and judge it by what the operator has said of the user; it alone, as PEM."""
+    """Read a CSR that was made elsewhere, check it against the operator's options, and return it as PEM."""
     try:
         data = read(path)
     except UnreadableError as e:

@@ -149,7 +149,7 @@ def _add(record: audit.Record, event: str, one: OpenUser, **details: Any) -> Non
 
 @contextlib.contextmanager
 def _place(order: UserOrder) -> Iterator[Path]:
-    """Where the kubeconfig goes, in a directory that stays the same one whatever its owner does meanwhile."""
+    """The kubeconfig's path in a directory that is held open, so that its owner can't exchange it."""
     path = order.out
     try:
         with opened(path) as place:
@@ -317,7 +317,7 @@ class _Asked:
 
 
 def _who_asks(node: NodeSettings, created: datetime) -> Continuity:
-    """The node and cluster that ask, for a desk's policy and for names of files; nothing proves them."""
+    """The node and cluster, unproven, for a desk's policy and for file names."""
     asked = created.replace(microsecond=0)
     return Continuity(batch=secrets.token_hex(16), node=node.node_name, cluster=node.cluster, proof=None, asked=asked)
 
@@ -332,7 +332,7 @@ def _key_file(order: UserOrder) -> str:
 def _write(
     order: UserOrder, server: str, ca: x509.Certificate, cluster: str, verified: verify.Verified, one: OpenUser
 ) -> None:
-    """0600 from the first byte, whether there is a key in it or not."""
+    """Write the kubeconfig with mode 0600, with or without a key in it."""
     fresh = FreshKubeconfig(server=server, cluster=cluster, user=order.user.name, ca_pem=pem(ca))
     chain = pem(verified.leaf, *verified.intermediates)
     text = fresh.text(chain, one.key_pem, "" if one.key_pem is not None else _key_file(order))
@@ -342,5 +342,5 @@ def _write(
     except OSError as e:
         raise BridgeError(
             f"{order.out}: wanted to write the kubeconfig, found: {e.strerror}",
-            hint="run the same command again, with a place that can be written to",
+            hint="run the same command again with a writable place",
         ) from None

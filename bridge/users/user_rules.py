@@ -18,7 +18,7 @@ from bridge.words import one_line
 
 #: Kubernetes' own names (`system:masters`, which no RBAC rule can hold back, nodes and components), and kubeadm's.
 _RESERVED = ("system:", "kubeadm:")
-#: kubeadm's own users: everybody with the file shares them, so that an action has no person's name.
+#: kubeadm's own users, which are shared by all who have the file, so that audit logs name no person.
 _SHARED = {name for spec in SPECS.values() for name in spec.common_names if "{" not in name}
 #: Characters that Kubernetes, RBAC manifests and shells all take; e-mail addresses fit.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:/+-]{0,63}")
@@ -45,7 +45,7 @@ class Limits:
 
 
 def problems(user: User, validity: timedelta, limits: Limits) -> list[str]:
-    """All that speaks against a user."""
+    """All reasons against a user."""
     return [*_name_problems(user, limits), *_group_problems(user.groups, limits), *_validity_problems(validity, limits)]
 
 

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Roles and policy for ca-bridge, made from the certificates that are in use. Needs an administrator's token
-# (BAO_ADDR and BAO_TOKEN, or VAULT_ADDR and VAULT_TOKEN). Vault says of allowed_ip_sans_cidr, not_after_bound and
-# not_before_bound that it does not know them; there, any IP address passes.
+# Roles and policy for ca-bridge, made from the certificates in use. It needs an administrator's token (BAO_ADDR and
+# BAO_TOKEN, or VAULT_ADDR and VAULT_TOKEN). Vault warns that it does not know allowed_ip_sans_cidr, not_after_bound
+# and not_before_bound; with Vault, any IP address passes.
 set -eu
 cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
 # Also where what reads the lines ends early (`| head`), all is written.
@@ -53,7 +53,7 @@ path "pki-front-proxy/roles/kubeadm-front-proxy-client" {
   capabilities = ["read"]
 }
 
-# Whoever logs in may also end the session, and ask what it may do.
+# The node may end its session, and ask for its own rights.
 path "auth/token/revoke-self" {
   capabilities = ["update"]
 }
@@ -62,7 +62,7 @@ path "sys/capabilities-self" {
   capabilities = ["update"]
 }
 
-# Only for `[renewal] revoke = "superseded"`; it can't be narrowed: whoever has it may revoke any certificate of the mount.
+# Only for `[renewal] revoke = "superseded"`. It can't be limited: it allows the node to revoke any certificate of the mount.
 # path "pki-front-proxy/revoke" {
 #   capabilities = ["update"]
 # }

@@ -121,7 +121,7 @@ def test_an_archive_that_others_can_change_is_refused(
 
     run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox, "--archive", archive)
     assert run.returncode == Exit.FAILED
-    assert "that nobody else can write to" in run.stderr
+    assert "that no other user can write to" in run.stderr
     assert (desk_.issued(), list(elsewhere.iterdir())) == ([], [])
     assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox, "--archive", elsewhere).returncode == 0
 

@@ -382,7 +382,7 @@ def test_the_wrong_hmac_key_is_found_before_and_at_signing(closed: dict[str, Any
 
     assert backend.check([APISERVER, ADMIN]) == {
         "admin.conf": [
-            Violation(subject="authsign with profile client", want="that the server lets us in", got="invalid token")
+            Violation(subject="authsign with profile client", want="that the server accepts us", got="invalid token")
         ]
     }
     with pytest.raises(BackendRefusedError) as e:

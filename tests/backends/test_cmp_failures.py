@@ -170,7 +170,7 @@ def test_a_reference_that_is_unknown(ra: kit.RegistrationAuthority, mac: dict[st
 def test_20_a_server_that_nothing_vouches_for(ra: kit.RegistrationAuthority, signed: dict[str, Any]) -> None:
     """Another CA in `trusted_file` than that of the server's CMP certificate; no chain is dumped on the operator."""
     error = error_of(make(ra.url("ca"), **{**signed, "trusted_file": ra.directory / "others-ca.crt"}))
-    assert "`trusted_file` does not vouch for" in str(error)
+    assert "signer is not trusted by `trusted_file`" in str(error)
     assert "digitalSignature" in error.hint
 
 
@@ -246,14 +246,14 @@ HTTP: list[tuple[str, kit.Reply, type[BackendError], str]] = [
         "7d",
         kit.Reply(status=401, **PLAIN, headers={"WWW-Authenticate": "Basic"}),
         REFUSED,
-        "does not let us in (status 401)",
+        "denies access (status 401)",
     ),
     ("7e", kit.Reply(status=400, **PLAIN), REFUSED, "status 400"),
-    ("7f", kit.Reply(status=302, headers={"Location": "http://127.0.0.1:9/"}), REFUSED, "somewhere else"),
+    ("7f", kit.Reply(status=302, headers={"Location": "http://127.0.0.1:9/"}), REFUSED, "redirects to another place"),
     ("8", kit.Reply(content_type="text/html", body=b"<html>sign in</html>"), REFUSED, "text/html"),
     ("9", kit.Reply(after_seconds=60), UNAVAILABLE, "no answer in time"),
     ("empty", kit.Reply(), UNAVAILABLE, "before the answer was whole"),
-    ("garbage", kit.Reply(body=b"no DER at all"), REFUSED, "is none"),
+    ("garbage", kit.Reply(body=b"no DER at all"), REFUSED, "found something else"),
     ("truncated", kit.Reply(body=b"0\x82\x13\x84abc", length=5000), UNAVAILABLE, "before the answer was whole"),
     ("long", kit.Reply(body=b"0\x84\x7f\xff\xff\xff" + b"\0" * 200_000), REFUSED, "without end"),
     ("endless", kit.Reply(body=b"0\x84\x7f\xff\xff\xff" + b"\0" * 9_994, endless=True), REFUSED, "without end"),

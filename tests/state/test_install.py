@@ -609,7 +609,7 @@ def test_one_run_at_a_time(store: Store) -> None:
 
 
 def test_a_lock_that_cannot_tell_its_holder_is_a_lock(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a full disk the command goes on, and the second one waits for a process that did not say who it is."""
+    """On a full disk the command goes on, and the second one waits for a process that did not write its name."""
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -619,7 +619,7 @@ def test_a_lock_that_cannot_tell_its_holder_is_a_lock(store: Store, monkeypatch:
     monkeypatch.setattr(os, "pwrite", full)
     with lock(store.lock, "ca-bridge recover"), pytest.raises(LockedError) as e, lock(store.lock, "other"):
         pass
-    assert "did not say who it is" in str(e.value)
+    assert "did not write its name" in str(e.value)
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o777])
