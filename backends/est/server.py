@@ -264,11 +264,7 @@ def intermediates_of(leaf: x509.Certificate, pool: Sequence[x509.Certificate]) -
     Roots are recognised by their signature, since roll-over certificates (OldWithNew, RFC 7030 §4.1.3) have the same
     subject and issuer, too, and are needed.
     """
-    left = [
-        certificate
-        for certificate in dict.fromkeys(pool)
-        if certificate != leaf and not _certifies(certificate, certificate)
-    ]
+    left = [one for one in dict.fromkeys(pool) if one != leaf and not _certifies(one, one)]
     path: list[x509.Certificate] = []
     below = leaf
     while issuer := next((certificate for certificate in left if _certifies(certificate, below)), None):

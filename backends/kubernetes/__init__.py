@@ -199,11 +199,8 @@ def parse_kubeconfig(data: bytes, directory: Path) -> Access:
 
 def _named(document: Mapping[str, Any], listing: str, name: object, key: str) -> Mapping[str, Any]:
     entries = document.get(listing)
-    found = (
-        [one for one in entries if isinstance(one, dict) and one.get("name") == name]
-        if isinstance(entries, list)
-        else []
-    )
+    listed = entries if isinstance(entries, list) else []
+    found = [one for one in listed if isinstance(one, dict) and one.get("name") == name]
     inner = found[0].get(key) if len(found) == 1 else None
     if not isinstance(inner, dict):
         raise ValueError(f"no one entry of {listing} that the current context leads to")  # noqa: TRY004 (of the file)

@@ -547,11 +547,7 @@ def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest) -> str:
     subject = list(csr.subject)
     if not subject:
         return "a subject, found an empty one"
-    odd = [
-        f"{attribute.rfc4514_attribute_name} as {_string_type(attribute)}"
-        for attribute in subject
-        if not _is_readable(attribute)
-    ]
+    odd = [f"{one.rfc4514_attribute_name} as {_string_type(one)}" for one in subject if not _is_readable(one)]
     return f"a subject in strings that openssl ca reads, found {', '.join(odd)}" if odd else ""
 
 

@@ -19,11 +19,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap.desired import DesiredNode
@@ -83,12 +79,8 @@ def by_kubeadm(program: str, version: str, config: bytes, role: Role, state_dir:
         file, pki, kubeconfigs = scratch / "kubeadm.yaml", scratch / "pki", scratch / "kubeconfigs"
         write_staged(file, config, Attributes.private())
         _assert_valid(program, file)
-        _run(
-            [
-                *(program, "certs", "generate-csr", "--config", str(file)),
-                *("--cert-dir", str(pki), "--kubeconfig-dir", str(kubeconfigs)),
-            ]
-        )
+        words = [program, "certs", "generate-csr", "--config", str(file)]
+        _run([*words, "--cert-dir", str(pki), "--kubeconfig-dir", str(kubeconfigs)])
         return {spec.name: _made(spec, pki, kubeconfigs) for spec in specs_of(role) if _is_kubeadms(spec)}
 
 

@@ -154,9 +154,8 @@ class NodeLook:
             return load_pem_certificates(data), data
         data = self.read(first) or b""
         if spec.kubeconfig:
-            return load_pem_certificates(kubeconfig.parse(data).certificate_data or b""), kubeconfig.key_data(
-                data
-            ) or b""
+            certificates = load_pem_certificates(kubeconfig.parse(data).certificate_data or b"")
+            return certificates, kubeconfig.key_data(data) or b""
         return load_pem_certificates(self.read(rest[0]) or b""), data
 
     def _kubeconfig(self, spec: CertificateSpec, path: Path, anchor: x509.Certificate) -> Iterator[str]:

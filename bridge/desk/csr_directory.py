@@ -174,14 +174,7 @@ def _completed(path: Path, data: bytes, issued: Issued, chain: bytes, ca: x509.C
         cluster["cluster"]["certificate-authority-data"] = base64.b64encode(pem(ca)).decode()
         user["user"]["client-certificate-data"] = base64.b64encode(chain).decode()
     # outside of `except`, since a traceback could lead to the key
-    except (
-        yaml.YAMLError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-        UnsupportedAlgorithm,
-    ) as e:
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError, UnsupportedAlgorithm) as e:
         key, found = None, str(e) if isinstance(e, OverBudgetError) else type(e).__name__
     if key is None:
         raise CsrDirectoryError(f"{path}: {wanted}, found something else ({found})")

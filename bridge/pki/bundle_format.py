@@ -228,15 +228,14 @@ def _read_request_bundle(document: Mapping[str, Any]) -> RequestBundle:
 def _read_request(value: object, place: str) -> BundledRequest:
     keys = ("name", "authority", "ekus", "validitySeconds", "csr", "replaces", "proof")
     fields = Fields.of(value, f"{place}.", keys)
+    replaces = fields.values["replaces"]
     return BundledRequest(
         name=fields.choice("name", list(CARRIED)),
         authority=fields.choice("authority", list(AUTHORITIES)),
         ekus=_ekus(fields),
         validity=_validity(fields),
         csr=fields.csr("csr"),
-        replaces=certificate(fields.values["replaces"], f"{place}.replaces", " or null")
-        if fields.values["replaces"] is not None
-        else None,
+        replaces=None if replaces is None else certificate(replaces, f"{place}.replaces", " or null"),
         proof=fields.encoded("proof"),
     )
 

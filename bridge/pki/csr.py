@@ -40,9 +40,8 @@ def algorithm_name(key: CertificatePublicKeyTypes) -> str:
     if isinstance(key, rsa.RSAPublicKey):
         return f"rsa-{key.key_size}"
     if isinstance(key, ec.EllipticCurvePublicKey):
-        return next(
-            (name for name, curve in _CURVES.items() if curve.name == key.curve.name), f"ecdsa-{key.curve.name}"
-        )
+        names = {curve.name: name for name, curve in _CURVES.items()}
+        return names.get(key.curve.name, f"ecdsa-{key.curve.name}")
     return type(key).__name__.removesuffix("PublicKey").lower()
 
 

@@ -137,11 +137,9 @@ def _other_holder(csr: x509.CertificateSigningRequest, replaces: x509.Certificat
         is_same = _who(csr) == _who(replaces)
     except UNREADABLE as e:
         return f"wanted one by a certificate whose subject can be read, found: {one_line(e)}"
-    return (
-        None
-        if is_same
-        else f"wanted one by the certificate of {display.name(csr)}, found one by that of {display.name(replaces)}"
-    )
+    if is_same:
+        return None
+    return f"wanted one by the certificate of {display.name(csr)}, found one by that of {display.name(replaces)}"
 
 
 def _who(subject: x509.Certificate | x509.CertificateSigningRequest) -> list[tuple[str, str]]:
@@ -168,9 +166,9 @@ def usages_problem(request: BundledRequest) -> str | None:
     except UNREADABLE as e:
         return f"wanted usages in the replaced certificate, found some that can't be read: {one_line(e)}"
     lacking = sorted(eku.label for eku in CARRIED[request.name].ekus if found is not None and eku.value not in found)
-    return (
-        f"wanted one by a certificate with the same usages, found one without {', '.join(lacking)}" if lacking else None
-    )
+    if not lacking:
+        return None
+    return f"wanted one by a certificate with the same usages, found one without {', '.join(lacking)}"
 
 
 def origin_problem(request: BundledRequest, cas: Sequence[x509.Certificate]) -> str | None:
@@ -179,9 +177,8 @@ def origin_problem(request: BundledRequest, cas: Sequence[x509.Certificate]) -> 
         return "wanted the certificate that is replaced, found none"
     if any(is_signed_by(request.replaces, ca) for ca in cas):
         return None
-    wanted = (
-        " or ".join(dict.fromkeys(name_text(ca.subject) for ca in cas)) or f"a CA certificate of {request.authority}"
-    )
+    names = dict.fromkeys(name_text(ca.subject) for ca in cas)
+    wanted = " or ".join(names) or f"a CA certificate of {request.authority}"
     return (
         f"wanted a replaced certificate that {wanted} signed, found "
         f"{display.name(request.replaces)} by {display.issuer(request.replaces)}, not signed by it"

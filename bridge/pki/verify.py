@@ -312,11 +312,8 @@ def _which_clock(now: datetime) -> str:
 def _days(duration: timedelta) -> str:
     if duration >= timedelta(days=2):
         return f"{duration.days}d"
-    return (
-        f"{int(duration.total_seconds() // 3600)}h"
-        if duration >= timedelta(hours=2)
-        else f"{int(duration.total_seconds())}s"
-    )
+    seconds = int(duration.total_seconds())
+    return f"{seconds // 3600}h" if duration >= timedelta(hours=2) else f"{seconds}s"
 
 
 def _chain(
@@ -393,11 +390,8 @@ def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reas
         if anchor not in signers and all(signer.subject == signer.issuer for signer in signers):
             got = f"another root ({name_text(signers[0].subject)}, SHA-256 {fingerprint(signers[0])[:16]}…)"
             return Violation(subject="issuer", want=want, got=got)
-    return Violation(
-        subject="chain",
-        want=want,
-        got=reason.removeprefix("validation failed: ").removeprefix("candidates exhausted: "),
-    )
+    got = reason.removeprefix("validation failed: ").removeprefix("candidates exhausted: ")
+    return Violation(subject="chain", want=want, got=got)
 
 
 def is_valid_at(certificate: x509.Certificate, time: datetime) -> bool:
