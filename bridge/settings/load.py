@@ -111,9 +111,9 @@ def overridden(
 
 #: Tables with keys of our own.
 _TABLES: dict[str, type[Any]] = {
-    field.name: cast("type[Any]", field.default_factory)
-    for field in dataclasses.fields(Settings)
-    if dataclasses.is_dataclass(field.default_factory)
+    one.name: cast("type[Any]", one.default_factory)
+    for one in fields(Settings)
+    if hasattr(one.default_factory, "__record__")
 }
 
 
