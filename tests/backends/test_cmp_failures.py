@@ -113,7 +113,7 @@ ANSWERS: list[tuple[str, str, str, dict[str, Any], type[BackendError], str, str]
     ("22", "", "signed", {"sender": "/CN=another"}, REFUSED, "answer of `sender`", "`sender`"),
     ("23", "badmac", "signed", {}, REFUSED, "signature of the answer is wrong", "in the server's place"),
     ("24", "chainless", "signed", {}, REFUSED, "did not send the certificate", "server"),
-    ("30", "noconf", "mac", {}, REFUSED, "certConfirmed: 'confirmed too late'", "thrown away"),
+    ("30", "noconf", "mac", {}, REFUSED, "certConfirmed: 'confirmed too late'", "discarded"),
     ("loud", "loud", "mac", {}, REFUSED, "notAuthorized: '[2Jno'", "registered"),
     ("long", "long", "mac", {}, REFUSED, "it gave no reason", "log"),
 ]

@@ -817,7 +817,7 @@ def test_check_is_silent_about_what_it_may_not_see(
     pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path
 ) -> None:
     """A token that may sign and do nothing else passes, since nothing is known to be wrong."""
-    stanza = vault_setup.policy("pki", ["kubeadm-apiserver"], read_roles=False).split("# Whoever")[0]
+    stanza = vault_setup.policy("pki", ["kubeadm-apiserver"], read_roles=False).split("# The node may end")[0]
     pki.add_policy("bare", stanza)
     with vault(pki.url, token_file(tmp_path, pki.token("bare", no_default_policy=True))) as backend:
         assert backend.check([APISERVER]) == {}
