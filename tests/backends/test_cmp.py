@@ -806,7 +806,7 @@ def test_setup_follows_the_settings() -> None:
     [file] = CmpBackend.setup(wanted_setup(path="cmp/k8s", profile="a-{usage}", mode="cr", reference="node-7"))
     assert "http://RA-HOST:8080/cmp/k8s, with profile a-server" in file.text
     assert "raVerified" in file.text
-    assert "known as reference node-7" in file.text
+    assert "a shared secret with reference node-7" in file.text
     with pytest.raises(SettingsError):
         CmpBackend.setup(wanted_setup(path="cmp/{role}"))
 
