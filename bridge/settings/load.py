@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -111,9 +111,7 @@ def overridden(
 
 #: Tables with keys of our own.
 _TABLES: dict[str, type[Any]] = {
-    one.name: cast("type[Any]", one.default_factory)
-    for one in fields(Settings)
-    if hasattr(one.default_factory, "__record__")
+    one.name: cast("type[Any]", one.default_factory) for one in fields(Settings) if is_dataclass(one.default_factory)
 }
 
 
