@@ -111,8 +111,19 @@ def test_an_empty_subject_needs_a_san() -> None:
     name = x509.DNSName("cp-1")
     extension = built(live(x509.Name([]), [name])).extensions.get_extension_for_class(x509.SubjectAlternativeName)
     assert extension.critical
-    with pytest.raises(csr.CannotCarryError):
+    reads = "^subject: wanted a subject or a SAN, found neither in the live certificate$"
+    with pytest.raises(csr.CannotCarryError, match=reads):
         csr.build(live(x509.Name([])), KEY)
+
+
+def test_what_a_csr_cannot_say_is_named() -> None:
+    """Each name that would be lost, as often as it would, and both subjects."""
+    certificate = live(cn("x"), [x509.DNSName("a"), x509.DNSName("b"), x509.DNSName("c")])
+    lost = re.escape("SAN: wanted DNS:a, DNS:c, a CSR can't say it")
+    with pytest.raises(csr.CannotCarryError, match=f"^{lost}$"):
+        csr._assert_same(certificate, built(live(cn("x"), [x509.DNSName("b")])))
+    with pytest.raises(csr.CannotCarryError, match=r"^subject: wanted CN=x, a CSR can only say CN=y$"):
+        csr._assert_same(certificate, built(live(cn("y"))))
 
 
 def test_the_key_is_of_the_old_ones_kind() -> None:
@@ -138,7 +149,9 @@ def test_a_key_that_kubeadm_does_not_make_is_named(
     certificate = live(cn("x"), key=key)
     with pytest.raises(csr.CannotCarryError) as e:
         csr.key_algorithm(certificate, "same")
-    assert csr.algorithm_name(key) in str(e.value)
+    wanted = f"wanted one of {', '.join(KEY_ALGORITHMS)}, found {csr.algorithm_name(key)}"
+    assert str(e.value) == f"key: {wanted} in the live certificate"
+    assert e.value.hint == 'set renewal.key to one of them instead of "same"'
     assert csr.key_algorithm(certificate, "rsa-2048") == "rsa-2048"
 
 
