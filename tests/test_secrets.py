@@ -359,7 +359,7 @@ def key_in_the_place_of_a_certificate(bridge: Bridge) -> None:
         (wrong_secret_id, 5),
         (wrong_token, 5),
         (unfit_token, 2),
-        (wrong_passphrase, 5),
+        (wrong_passphrase, 2),
         (dead_server, 6),
         (another_ca, 5),
         (key_for_another_ca, 5),

@@ -487,7 +487,9 @@ def _os_errors() -> Iterator[None]:
         text = f"{e.filename or 'openssl ca'}: {e.strerror}"
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BackendUnavailableError(text, hint="make room") from e
-        raise LocalFileError(text, hint="run as the CA's own user, who must be able to read and write there") from e
+        hint = "run as the CA's own user, who must be able to read and write there"
+        is_denied = isinstance(e, PermissionError)
+        raise LocalFileError(text, hint=hint if is_denied else "look at it as the CA's own user, then try again") from e
 
 
 # --- CSRs before `openssl ca` sees them ------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,17 +56,18 @@ def install(payload: Payload, *, enable: bool, despite_settings: bool) -> None:
     os.umask(0o022)
     places.VERSIONS.mkdir(parents=True, exist_ok=True)
     with locked():
-        before = current()
+        before, others = current(), set(places.VERSIONS.iterdir())
         tree = _unpacked(payload)
         try:
             _assert_settings_load(tree, despite_settings=despite_settings)
         except BaseException:
-            _remove_old({before})
+            _remove_old(others)
             raise
         _switch(tree)
         _install_units(tree, payload.manifest)
         _adopt_environment()
-        _remove_old({tree, before})
+        if tree != before:  # else the version before is still the one to go back to
+            _remove_old({tree, before})
     if enable:
         units.enable()
     _tell(payload.manifest, before, enabled=enable)
@@ -204,7 +206,7 @@ def _adopt_environment() -> None:
         places.replace_link(places.TOP / "bin/ca-bridge", "../current/bin/ca-bridge")
 
 
-def _remove_old(keep: set[Path | None]) -> None:
+def _remove_old(keep: AbstractSet[Path | None]) -> None:
     """Trees, and nothing that somebody else keeps there."""
     for tree in places.VERSIONS.iterdir():
         if tree not in keep and not tree.is_symlink() and (tree / "bin/ca-bridge").is_file():

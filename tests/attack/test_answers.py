@@ -394,7 +394,7 @@ def test_an_answer_of_openssl_that_is_no_certificate(spoilt: str, bridge: Bridge
     """
     Nothing is replaced, in bounded time and memory; what the real program makes is installed.
 
-    Exit 6 for a file that a full disk may have cut: another run can help.
+    Exit 6 for a file that a full disk may have cut: another run can help; 2 for one that can't be read as a file.
     """
     directory = opensslca.make_ca_directory(tmp_path / "ca", *bridge.pki.ca_pem("ca"))
     certificates, hostile = directory / "newcerts", tmp_path / "hostile"
@@ -408,7 +408,7 @@ for certificate in "{certificates}"/*; do {SPOILT_FILES[spoilt]}; done
     )
     script.chmod(0o755)
     hostile.touch()
-    code = 5 if spoilt in ("a directory", "the CA's own") else 6
+    code = {"a directory": 2, "the CA's own": 5}.get(spoilt, 6)
     bridge.add("backend.desk", {"type": "openssl", "dir": str(directory), "openssl": str(script)})
     bridge.add("authority.ca", {"backend": "desk"})
     assert_refused_soon(bridge, code)

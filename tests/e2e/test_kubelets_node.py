@@ -150,7 +150,7 @@ def test_a_reference_is_renewed_by_a_new_file_and_a_restart(worker: Worker) -> N
     assert old.exists()
     assert (worker.node.kubeconfig_dir / "kubelet.conf").read_bytes() == conf
     assert worker.pid() != before
-    assert "has read" in worker.bridge.run("prove").stdout
+    assert "has read" in worker.bridge.run("prove", "-v").stdout
 
     back = worker.bridge.run("rollback")
     assert back.returncode == 0, back.stderr
