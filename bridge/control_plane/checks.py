@@ -128,7 +128,8 @@ def of(look: Look) -> Iterator[Check]:
 def _absent(look: Look) -> Iterator[Check]:
     """Components whose certificates are here, and whose manifest is not."""
     for component in manifests.COMPONENTS:
-        names = [spec.name for spec in SPECS.values() if spec.component is component and look.item(spec.name)]
+        here = [item.spec for item in look.node.items if item.state == "present"]
+        names = [spec.name for spec in here if spec.component is component]
         if names and component not in look.node.manifests:
             path = manifests.path_of(component, look.settings.node.kubeconfig_dir)
             trouble = next((t for t in look.node.troubles if t.startswith(f"{component.value}: ")), "")
@@ -551,10 +552,12 @@ def _lease(namespace: str, name: str) -> str:
 
 def _people(look: Look) -> Iterator[Check]:
     """Certificates that no component uses."""
-    item, servers = look.item("etcd-healthcheck-client"), _own_etcd(look.flags(Component.ETCD))
-    if item is not None and item.key_path is not None and servers:
-        judge = functools.partial(_asks_etcd, item.certificate_path, item.key_path, item.anchor_path, servers)
-        yield Check(component=None, certificate=item.spec.name, what="is accepted by etcd", judge=judge)
+    servers = _own_etcd(look.flags(Component.ETCD))
+    for name in ("etcd-healthcheck-client", "apiserver-etcd-client"):
+        item = look.item(name)
+        if item is not None and item.spec.component is None and item.key_path is not None and servers:
+            judge = functools.partial(_asks_etcd, item.certificate_path, item.key_path, item.anchor_path, servers)
+            yield Check(component=None, certificate=name, what="is accepted by etcd", judge=judge)
     for name in ("admin.conf", "super-admin.conf"):
         yield from _kubeconfig(look, name)
 

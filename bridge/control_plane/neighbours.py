@@ -22,6 +22,7 @@ from bridge.cluster import access
 from bridge.cluster.access import items
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.cluster.lease import Keeper, Lease
+from bridge.control_plane.etcd_claim import EtcdClaim
 from bridge.control_plane.probes import Etcd, Member
 from bridge.errors import PostponedError
 from bridge.node import endpoints
@@ -92,9 +93,11 @@ class Neighbours:
 def look(node: Node, settings: Settings) -> Neighbours:
     """Look at the control plane from this node; a fault is no error."""
     etcd = _look_at_etcd(node) if node.local_etcd and Component.ETCD in node.manifests else _Seen()
-    api = Api.of_node(node, settings.node.kubeconfig_dir)
-    api.add([Server(url) for url in _beside_etcd(etcd.instances, node)])
-    servers = _look_at_api(api, node, settings.node.node_name)
+    servers = _Seen()
+    if not node.is_etcd_host:  # nothing there may ask an API server
+        api = Api.of_node(node, settings.node.kubeconfig_dir)
+        api.add([Server(url) for url in _beside_etcd(etcd.instances, node)])
+        servers = _look_at_api(api, node, settings.node.node_name)
     return Neighbours(
         instances=(*etcd.instances, *servers.instances),
         alarms=etcd.alarms,
@@ -424,15 +427,14 @@ class LeaseHeldError(PostponedError):
 
 class Turn:
     """
-    One control-plane node after the other, by a lease in kube-system, so that two nodes' timers never restart at once.
+    One node after the other, by a lease that all of them see, so that two nodes' timers never restart at once.
 
-    Without an API server there is no lease, and the restart goes ahead: only another holder that was seen is an obstacle.
+    Without an answer there is no lease, and the restart goes ahead: only another holder that was seen is an obstacle.
     """
 
-    def __init__(self, api: Api, holder: str, rules: ClusterSettings, note: Callable[[str], None]) -> None:
-        """Claim the lease for the holder `NODE_RUN`; `note` gets sentences for the operator, in this thread."""
-        owner = holder.rpartition("_")[0]
-        self._lease = Lease(api, ("kube-system", rules.lease_name), holder, duration=rules.lease_duration, owner=owner)
+    def __init__(self, lease: Lease | EtcdClaim, rules: ClusterSettings, note: Callable[[str], None]) -> None:
+        """Claim the lease; `note` gets sentences for the operator, in this thread."""
+        self._lease = lease
         self._rules = rules
         self._note = note
         self._held = False
@@ -517,6 +519,28 @@ class Turn:
             self._note(f"the lease {self._rules.lease_name} was not given back and expires in {text}: {e}")
 
 
+def claim_in_kubernetes(api: Api, holder: str, rules: ClusterSettings) -> Lease:
+    """A claim to the lease of kube-system for the holder `NODE_RUN`."""
+    owner, path = holder.rpartition("_")[0], ("kube-system", rules.lease_name)
+    return Lease(api, path, holder, duration=rules.lease_duration, owner=owner)
+
+
+def _claim(node: Node, settings: Settings, run_id: str) -> Lease | EtcdClaim:
+    """This node's claim: in etcd on a host that has nothing else, and in the cluster's API elsewhere."""
+    name, rules = settings.node.node_name, settings.cluster
+    if node.is_etcd_host and Component.ETCD in node.manifests:
+        urls = [one.url for one in _look_at_etcd(node).instances if one.url]  # its own is the first
+        owner = f"{name}_{urlsplit(urls[0]).netloc}"
+        etcd, holder = Etcd.of(node), f"{owner}_{run_id}"
+        return EtcdClaim(etcd, urls, rules.lease_name, holder, duration=rules.lease_duration, owner=owner)
+    api = connect(node, settings)
+    with contextlib.suppress(NoAnswerError):  # the lease says so
+        api.add([Server(url) for _, url in api_servers(api, node)])
+    # No two nodes share an API server, but hosts may share a name, and then settings that were copied.
+    place = urlsplit(access.local_url(node) or "").netloc
+    return claim_in_kubernetes(api, f"{name}_{place}_{run_id}", rules)
+
+
 @contextlib.contextmanager
 def turn(
     node: Node, settings: Settings, run_id: str, *, note: Callable[[str], None]
@@ -531,13 +555,7 @@ def turn(
     if not rules.lease:
         yield lambda component: assert_may_restart(component, node, settings, note=note)
         return
-    api = connect(node, settings)
-    with contextlib.suppress(NoAnswerError):  # the lease says so
-        api.add([Server(url) for _, url in api_servers(api, node)])
-    # No two nodes share an API server, but hosts may share a name, and then settings that were copied.
-    place = urlsplit(access.local_url(node) or "").netloc
-    holder = f"{settings.node.node_name}_{place}_{run_id}"
-    held = Turn(api, holder, rules, note)
+    held = Turn(_claim(node, settings, run_id), rules, note)
 
     def may_restart(component: Component) -> None:
         held.assert_held()

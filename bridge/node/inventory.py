@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from bridge.specs import (
     AUTHORITIES,
     CA,
     ETCD_CA,
+    FRONT_PROXY_CA,
     KUBELET_CONF,
     KUBELET_SERVER,
     SPECS,
@@ -48,7 +49,9 @@ _KUBELET = SPECS[KUBELET_CONF]
 #: Kubeconfigs of administrators, which a worker may have beside its kubelet's.
 _PEOPLES = ("admin.conf", "super-admin.conf")
 
-Role = Literal["control plane", "worker"]
+#: etcd host: a static pod of etcd with its certificates, and nothing else of a control plane (kubeadm's "Set up a High
+#: Availability etcd Cluster").
+Role = Literal["control plane", "worker", "etcd host"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +127,15 @@ class Node:
         return self.role == "worker"
 
     @property
+    def is_etcd_host(self) -> bool:
+        """Whether it has etcd, and nothing else of a control plane."""
+        return self.role == "etcd host"
+
+    def spec(self, name: str) -> CertificateSpec:
+        """A certificate as it is on this node: on an etcd host no process reads the API servers' client certificate."""
+        return next((item.spec for item in self.items if item.spec.name == name), SPECS[name])
+
+    @property
     def is_here(self) -> bool:
         """Whether there is anything of a node at all."""
         states = [*(item.state for item in self.items), *(one.state for one in self.authorities)]
@@ -178,6 +190,8 @@ def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -
         troubles.append(f"kubelet: {kubelet.trouble}")
     if not found and _is_worker(pki_dir, kubeconfig_dir):
         return _worker(pki_dir, kubeconfig_dir, kubelet, troubles)
+    if _is_etcd_host(pki_dir, kubeconfig_dir):
+        return _etcd_host(pki_dir, found, troubles)
     local_etcd = _has_local_etcd(found, pki_dir, kubeconfig_dir)
     apiserver_flags = {} if local_etcd else found[Component.APISERVER].flags
     authorities = _authorities(pki_dir, apiserver_flags, local_etcd=local_etcd)
@@ -216,14 +230,22 @@ def _troubles(items: Sequence[Item], authorities: Sequence[AuthorityState]) -> I
 
 def _is_worker(pki_dir: Path, kubeconfig_dir: Path) -> bool:
     """Whether there is a kubelet's kubeconfig, and no file of a control plane but perhaps an administrator's kubeconfig."""
-    ours = [spec for spec in SPECS.values() if not spec.kubelets and spec != _KUBELET and spec.name not in _PEOPLES]
-    traces = [
-        kubeconfig_dir / spec.base if spec.kubeconfig else pki_dir / f"{spec.base}.{suffix}"
-        for spec in ours
-        for suffix in ("crt", "key")
-    ]
-    traces += [manifests.path_of(component, kubeconfig_dir) for component in manifests.COMPONENTS]
+    ours = [spec for spec in SPECS.values() if spec != _KUBELET and spec.name not in _PEOPLES]
+    traces = _traces(ours, manifests.COMPONENTS, pki_dir, kubeconfig_dir)
     return _exists(kubeconfig_dir / _KUBELET.base) and not any(map(_exists, traces))
+
+
+def _traces(
+    specs: Iterable[CertificateSpec], components: Iterable[Component], pki_dir: Path, kubeconfig_dir: Path
+) -> Iterator[Path]:
+    """Files that tell what kind of node it is; a kubelet's own do not."""
+    for spec in specs:
+        if spec.kubeconfig:
+            yield kubeconfig_dir / spec.base
+        elif not spec.kubelets:
+            yield from (pki_dir / f"{spec.base}.{suffix}" for suffix in ("crt", "key"))
+    for component in components:
+        yield manifests.path_of(component, kubeconfig_dir)
 
 
 def _worker(pki_dir: Path, kubeconfig_dir: Path, kubelet: KubeletFiles, troubles: Sequence[str]) -> Node:
@@ -242,6 +264,36 @@ def _worker(pki_dir: Path, kubeconfig_dir: Path, kubelet: KubeletFiles, troubles
         manifests={},
         local_etcd=False,
         role="worker",
+        troubles=(*_no_directory(pki_dir), *_troubles(items, (authority,)), *troubles),
+    )
+
+
+def _is_etcd_host(pki_dir: Path, kubeconfig_dir: Path) -> bool:
+    """Whether etcd's own files are there, and none that a control plane or a worker has besides."""
+    own = [spec for spec in SPECS.values() if spec.authority == ETCD_CA and spec != _ETCD_CLIENT]
+    others = [spec for spec in SPECS.values() if spec.authority != ETCD_CA]
+    components = [one for one in manifests.COMPONENTS if one is not Component.ETCD]
+    foreign = [pki_dir / f"{base}.{suffix}" for base in (CA.base, FRONT_PROXY_CA.base) for suffix in ("crt", "key")]
+    foreign += [pki_dir / "sa.key", *_traces(others, components, pki_dir, kubeconfig_dir)]
+    traces = _traces(own, [Component.ETCD], pki_dir, kubeconfig_dir)
+    return any(map(_exists, traces)) and not any(map(_exists, foreign))
+
+
+def _etcd_host(pki_dir: Path, found: Mapping[Component, Manifest], troubles: Sequence[str]) -> Node:
+    """A host of etcd alone; the API servers' client certificate lies there to be copied, and no process reads it."""
+    authority = _authority(ETCD_CA, pki_dir / ETCD_CA.certificate_file, pki_dir / ETCD_CA.key_file, listed=True)
+    copied = replace(_ETCD_CLIENT, component=None, flags=(), optional=True)
+    items = [
+        _file_item(spec, authority, pki_dir / f"{spec.base}.crt", pki_dir / f"{spec.base}.key")
+        for spec in (copied if one == _ETCD_CLIENT else one for one in SPECS.values())
+        if spec.authority == ETCD_CA
+    ]
+    return Node(
+        items=_with_shared_files(items),
+        authorities=(authority,),
+        manifests=found,
+        local_etcd=True,
+        role="etcd host",
         troubles=(*_no_directory(pki_dir), *_troubles(items, (authority,)), *troubles),
     )
 

@@ -33,7 +33,7 @@ from bridge.pki.certificates import serial_hex
 from bridge.renewal import in_use
 from bridge.renewal.hooks import HookEvent
 from bridge.renewal.in_use import NotLiveError, sentence
-from bridge.specs import SPECS, CertificateSpec, Component
+from bridge.specs import CertificateSpec, Component
 from bridge.state import backups
 from bridge.state.obligations import Owed, Unproven, unproven_file
 from bridge.state.session import Run
@@ -147,7 +147,7 @@ def _to_restart(run: Run, node: Node, owed: Owed) -> list[Component]:
     """
     wanted = run.settings.restart.components
     reloads = restart_plan.reloading(node, run.settings.node)
-    specs = {name: SPECS[name] for name in owed.names} | _read_at_start(node, owed)
+    specs = {name: node.spec(name) for name in owed.names} | _read_at_start(node, owed)
     is_ours = {one.name: one.newest_run == run.record.run_id for one in owed.certificates}
     new = restart_plan.stale([specs[name] for name in owed.names if is_ours[name]], reloads, wanted)
     others = restart_plan.stale([specs[name] for name in owed.names if not is_ours[name]], reloads, wanted)

@@ -18,7 +18,7 @@ from bridge.node import processes
 from bridge.node.inventory import Node
 from bridge.pki.certificates import serial_hex
 from bridge.settings.tables import Components, Settings
-from bridge.specs import SPECS, Component
+from bridge.specs import Component
 from bridge.state.obligations import Owed, Unproven, postponed_file, unproven_file
 from bridge.state.session import Run
 from bridge.state.store import Outcome, Store
@@ -45,7 +45,7 @@ def owe(run: Run, done: Sequence[Outcome], file: StateFile[Owed]) -> None:
     running = {*node.manifests, *([Component.KUBELET] if processes.running(Component.KUBELET.value) else [])}
     certificates = {one.name: one for one in owed.live_on(node).certificates}
     for name, serial in ((one.name, serial_hex(one.new)) for one in done if one.new is not None):
-        spec = dataclasses.replace(SPECS[name], reloaded=SPECS[name].reloaded and name not in rotating)
+        spec = dataclasses.replace(node.spec(name), reloaded=node.spec(name).reloaded and name not in rotating)
         if running & set(restart_plan.stale([spec], reloads, Components("needed"))):
             new = Unproven(name=name, runs={}, backup_of=run.record.run_id)
             one = certificates.pop(name, new)
@@ -71,7 +71,7 @@ def settle(run: Run, node: Node, owed: Owed) -> tuple[Owed, list[BridgeError]]:
         to_restart=tuple(c for c in owed.to_restart if c in {one.component for one in late}),
     )
     reloads = restart_plan.reloading(node, run.settings.node)
-    users = {*restart_plan.stale([SPECS[name] for name in live.names], reloads, Components("needed")), *owed.to_restart}
+    users = {*restart_plan.stale(map(node.spec, live.names), reloads, Components("needed")), *owed.to_restart}
     can_not_be_seen = users - {one.component for one in findings}  # that is said once
     components = [c for c in restart_plan.ORDER if c in can_not_be_seen or c in {one.component for one in late}]
     if not components:

@@ -25,7 +25,15 @@ import pytest
 from bridge.cluster import access
 from bridge.cluster.api import Api
 from bridge.control_plane import neighbours
-from bridge.control_plane.neighbours import Instance, InstanceState, LeaseHeldError, NeighbourError, Neighbours, Turn
+from bridge.control_plane.neighbours import (
+    Instance,
+    InstanceState,
+    LeaseHeldError,
+    NeighbourError,
+    Neighbours,
+    Turn,
+    claim_in_kubernetes,
+)
 from bridge.errors import Exit, SettingsError
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
@@ -494,7 +502,8 @@ def hold(
     wait: float = 0,
     note: Callable[[str], None] = silent,
 ) -> Iterator[Turn]:
-    turn = Turn(api(servers, *(places or servers.places)), holder, rules(duration, wait), note)
+    ours = rules(duration, wait)
+    turn = Turn(claim_in_kubernetes(api(servers, *(places or servers.places)), holder, ours), ours, note)
     try:
         turn.assert_held()
         yield turn
@@ -698,7 +707,8 @@ def test_never_two_at_once(servers: Servers) -> None:
         while time.monotonic() < end:
             attempt += 1
             name = f"cp-{number}_{attempt}"
-            entered = Turn(api(servers, *servers.places), name, rules(2, 60), silent)
+            claim = claim_in_kubernetes(api(servers, *servers.places), name, rules(2, 60))
+            entered = Turn(claim, rules(2, 60), silent)
             try:
                 entered.assert_held()
                 inside.append(name)

@@ -65,6 +65,15 @@ class Place:
             f'state_dir = "{self.directory}/state"\n[cluster]\n{rules}\n'
         )
 
+    def become_etcd_host(self) -> None:
+        """Leave what kubeadm's "Set up a High Availability etcd Cluster" leaves on a host: etcd's own files, and a client pair."""
+        keep = {"etcd", "apiserver-etcd-client.crt", "apiserver-etcd-client.key"}
+        for path in self.pki_dir.iterdir():
+            if path.name not in keep:
+                path.unlink()
+        for path in (*self.kubeconfig_dir.glob("*.conf"), self.kubeconfig_dir / "manifests/kube-apiserver.yaml"):
+            path.unlink()
+
     def add_etcd_flags(self, **flags: str) -> None:
         """Into the manifest; `_` stands for a hyphen."""
         path = self.kubeconfig_dir / "manifests/etcd.yaml"
