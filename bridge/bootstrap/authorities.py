@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
 
-from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys
+from bridge.bootstrap.places import Places, Role, ca_keys
 from bridge.ca import registry
 from bridge.ca.ca import signer_of
 from bridge.errors import BridgeError, Exit
@@ -42,9 +42,9 @@ def gather(
     for path in ca_keys(places):
         raise CaKeyError(f"{path}: wanted no CA's private key on a node, found one")
     if ca_dir is not None:
-        _assert_holds_some(ca_dir, role)
+        _assert_holds_some(ca_dir, places.authorities(role))
     found: dict[str, tuple[x509.Certificate, ...]] = {}
-    for authority in authorities_of(role):
+    for authority in places.authorities(role):
         named = carried.get(authority.name) or (_in_file(ca_dir / authority.certificate_file) if ca_dir else ())
         live = _in_file(places.authority(authority))
         if named and live and named[0] != live[0]:
@@ -59,9 +59,9 @@ def gather(
     return found
 
 
-def _assert_holds_some(ca_dir: Path, role: Role) -> None:
+def _assert_holds_some(ca_dir: Path, wanted: Sequence[Authority]) -> None:
     """Refuse a mistyped directory, which would silently be ignored in favour of the backends' answers."""
-    files = [authority.certificate_file for authority in authorities_of(role)]
+    files = [authority.certificate_file for authority in wanted]
     if not any((ca_dir / file).exists() for file in files):
         found = "none of them" if ca_dir.is_dir() else "no such directory"
         raise AuthorityError(f"{ca_dir}: wanted {', '.join(files)} in it, found {found}")

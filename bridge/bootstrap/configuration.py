@@ -7,14 +7,16 @@ kubeadm's configuration on a new node: how it is made, and what kubeadm would re
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError, parse_documents, read_file
+from bridge.node.kubeadm_config import ExternalEtcd, KubeadmConfig, KubeadmConfigError, parse_documents, read_file
 from bridge.pki.kubeadm_names import is_node_name
+from bridge.specs import CA, FRONT_PROXY_CA, SPECS
 
 _VERSION = re.compile(r"v?1\.\d+\.\d+([-+].*)?")
 
@@ -135,14 +137,28 @@ def assert_usable(config: KubeadmConfig, pki_dir: str, *, further: bool) -> None
             "controlPlaneEndpoint: wanted the control plane's stable address, found none",
             hint="kubeadm refuses a second control-plane node without it; a later change needs new certificates",
         )
-    if config.is_etcd_external:
-        raise KubeadmConfigError(
-            "etcd.external: wanted an etcd that runs on the control-plane nodes, found an external one",
-            hint="make its certificates with its own tools, then run kubeadm as its documentation says",
-        )
+    if config.external_etcd is not None and config.external_etcd.has_tls:
+        _assert_own_files(config.external_etcd, pki_dir)
     found = config.certificates_dir
     if found and found.rstrip("/") != pki_dir:
         raise KubeadmConfigError(f"certificatesDir: wanted node.pki_dir of the settings, {pki_dir}, found {found}")
+
+
+def _assert_own_files(etcd: ExternalEtcd, pki_dir: str) -> None:
+    """Refuse an external etcd's files that are not all named, or are another certificate's."""
+    bases = {spec.base: name for name, spec in SPECS.items() if name != "apiserver-etcd-client"}
+    bases |= {CA.base: CA.name, FRONT_PROXY_CA.base: FRONT_PROXY_CA.name}
+    taken = {f"{pki_dir}/{base}.{suffix}": name for base, name in bases.items() for suffix in ("crt", "key")}
+    taken |= {f"{pki_dir}/sa.{suffix}": "the service accounts" for suffix in ("key", "pub")}
+    for name, file in etcd.files.items():
+        path = os.path.normpath(file)
+        found = f"that of {taken[path]}, {file}" if path in taken else file or "none"
+        if not file.startswith("/") or path in taken:
+            raise KubeadmConfigError(
+                f"etcd.external.{name}: wanted a file of its own by its absolute path, found {found}",
+                hint=f"{', '.join(etcd.files)}: an etcd with TLS needs all three; the API server's certificates renew apart",
+            )
+        taken[path] = f"etcd.external.{name}"
 
 
 def _is_address(text: str) -> bool:

@@ -24,7 +24,7 @@ from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap.desired import DesiredNode
 from bridge.bootstrap.orders import Order, OrderError
-from bridge.bootstrap.places import Places, Role, live, specs_of
+from bridge.bootstrap.places import Places, live, specs_of
 from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.kubeadm_config import KubeadmConfigError
@@ -72,8 +72,10 @@ def clear(state_dir: Path) -> None:
         shutil.rmtree(path)
 
 
-def by_kubeadm(program: str, version: str, config: bytes, role: Role, state_dir: Path) -> dict[str, Made]:
-    """Have kubeadm make all of a control-plane node's."""
+def by_kubeadm(
+    program: str, version: str, config: bytes, specs: Sequence[CertificateSpec], state_dir: Path
+) -> dict[str, Made]:
+    """Have kubeadm make these of a control-plane node's; those of an etcd that is elsewhere it makes, too, for nothing."""
     _assert_version(program, version)
     with _scratch(state_dir) as scratch:
         file, pki, kubeconfigs = scratch / "kubeadm.yaml", scratch / "pki", scratch / "kubeconfigs"
@@ -81,7 +83,7 @@ def by_kubeadm(program: str, version: str, config: bytes, role: Role, state_dir:
         _assert_valid(program, file)
         words = [program, "certs", "generate-csr", "--config", str(file)]
         _run([*words, "--cert-dir", str(pki), "--kubeconfig-dir", str(kubeconfigs)])
-        return {spec.name: _made(spec, pki, kubeconfigs) for spec in specs_of(role) if _is_kubeadms(spec)}
+        return {spec.name: _made(spec, pki, kubeconfigs) for spec in specs if _is_kubeadms(spec)}
 
 
 def _is_kubeadms(spec: CertificateSpec) -> bool:
@@ -266,7 +268,7 @@ def expected_certificates(order: Order, now: datetime) -> dict[str, dict[str, x5
     if node is None:
         raise OrderError("wanted an order for a node, found one without")
     found: dict[str, dict[str, x509.Certificate]] = {}
-    for spec in specs_of(node.role):
+    for spec in specs_of(node.role, order.cluster.external_etcd):
         try:
             ours = _naming(spec, order)
         except (NoFactError, KubeadmConfigError) as e:

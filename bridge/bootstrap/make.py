@@ -59,6 +59,7 @@ def _made(run: Run, desired: DesiredNode) -> Bootstrapped:
     if (count := put_back(run, desired)) > 0:
         return dataclasses.replace(_result(desired, [], files=count), from_kept=True)
     cas = authorities.gather(run.settings, desired.places, desired.role, desired.ca_dir, desired.carried, run.now())
+    whole.assert_brought(look, cas)
     keys.assert_sa_at_hand(desired)
     assert_room(run.settings)  # kubeadm's keys need some, too
     open_requests = new_requests.begin(run, desired)

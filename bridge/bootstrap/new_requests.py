@@ -96,7 +96,9 @@ def _made(run: Run, desired: DesiredNode) -> dict[str, Made]:
     if desired.role == "worker":
         made = {KUBELET_CONF: keys.kubelet_client(desired.node, desired.server, desired.algorithm)}
     else:
-        made = keys.by_kubeadm(desired.kubeadm, desired.config.version, desired.text, desired.role, run.store.directory)
+        brought = desired.places.brought
+        specs = [one for one in desired.places.specs(desired.role) if one not in brought]
+        made = keys.by_kubeadm(desired.kubeadm, desired.config.version, desired.text, specs, run.store.directory)
         # the local endpoint, as kubeadm itself writes it at the next upgrade
         local = made["controller-manager.conf"].server
         made[KUBELET_CONF] = dataclasses.replace(made[KUBELET_CONF], server=local)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from bridge.errors import BridgeError
+from bridge.node.kubeadm_config import ExternalEtcd
 from bridge.node.kubelet import KUBELET_DIR
-from bridge.specs import AUTHORITIES, KUBELET_CONF, KUBELET_SERVER, SPECS, Authority, CertificateSpec
+from bridge.specs import AUTHORITIES, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SPECS, Authority, CertificateSpec
 from bridge.system.paths import UnreadableError, read
 
 #: init: the first control-plane node; control-plane: a further control-plane node; worker: any other node.
@@ -19,6 +20,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 Read = Callable[[Path], bytes | None]
 
 SUPER_ADMIN = "super-admin.conf"
+ETCD_CLIENT = SPECS["apiserver-etcd-client"]
 ETCD_DIRECTORY = Path("/var/lib/etcd")
 _MOST_NAMED = 3
 
@@ -31,6 +33,7 @@ class Places:
     kubeconfigs: Path
     kubelet: Path = KUBELET_DIR
     etcd: Path = ETCD_DIRECTORY
+    external_etcd: ExternalEtcd | None = None  #: Whose CA and client pair are where kubeadm's configuration has them.
 
     @property
     def kubelet_pki(self) -> Path:
@@ -69,28 +72,51 @@ class Places:
 
     def authority(self, authority: Authority) -> Path:
         """A CA's certificate."""
+        if authority == ETCD_CA and self.external_etcd is not None and self.external_etcd.has_tls:
+            return Path(self.external_etcd.ca_file)
         return self.pki / authority.certificate_file
 
     def pair(self, spec: CertificateSpec) -> tuple[Path, Path]:
         """Key and certificate file of a certificate outside kubeconfigs."""
+        if spec == ETCD_CLIENT and self.external_etcd is not None and self.external_etcd.has_tls:
+            return Path(self.external_etcd.key_file), Path(self.external_etcd.certificate_file)
         return self.pki / f"{spec.base}.key", self.pki / f"{spec.base}.crt"
 
     def directories(self, role: Role) -> list[Path]:
         """Directories that hold the files, parents first."""
         ours = [self.kubeconfigs, self.kubelet_pki]
-        return [*ours, self.pki, self.pki / "etcd"] if role != "worker" else ours
+        if role == "worker":
+            return ours
+        of_etcd = [path.parent for path in (self.authority(ETCD_CA), *self.pair(ETCD_CLIENT))]
+        return list(dict.fromkeys([*ours, self.pki, *of_etcd]))
+
+    def specs(self, role: Role) -> list[CertificateSpec]:
+        """The certificates that a new node of this kind needs."""
+        return specs_of(role, self.external_etcd)
+
+    def authorities(self, role: Role) -> list[Authority]:
+        """The CAs whose certificates it needs."""
+        if role == "worker":
+            return [AUTHORITIES["ca"]]
+        has_etcds = self.external_etcd is None or self.external_etcd.has_tls
+        return [one for one in AUTHORITIES.values() if has_etcds or one != ETCD_CA]
+
+    @property
+    def brought(self) -> list[CertificateSpec]:
+        """An external etcd's client pair where both files are here already: it stays as it is, and is not asked for."""
+        is_here = all(live(path) is not None for path in self.pair(ETCD_CLIENT))
+        return [ETCD_CLIENT] if self.external_etcd is not None and self.external_etcd.has_tls and is_here else []
 
 
-def specs_of(role: Role) -> list[CertificateSpec]:
-    """The certificates that a new node of this kind needs."""
+def specs_of(role: Role, external_etcd: ExternalEtcd | None = None) -> list[CertificateSpec]:
+    """The certificates that a new node of this kind needs; none that is etcd's own where etcd is elsewhere."""
     if role == "worker":
         return [SPECS[KUBELET_CONF], SPECS[KUBELET_SERVER]]
-    return [one for one in SPECS.values() if role == "init" or one.name != SUPER_ADMIN]
-
-
-def authorities_of(role: Role) -> list[Authority]:
-    """The CAs whose certificates it needs."""
-    return [AUTHORITIES["ca"]] if role == "worker" else list(AUTHORITIES.values())
+    ours = [one for one in SPECS.values() if role == "init" or one.name != SUPER_ADMIN]
+    if external_etcd is None:
+        return ours
+    of_etcd = [ETCD_CLIENT] if external_etcd.has_tls else []
+    return [one for one in ours if one.authority != ETCD_CA or one in of_etcd]
 
 
 def live(path: Path) -> bytes | None:

@@ -19,14 +19,14 @@ from cryptography.x509.oid import NameOID
 from bridge.bootstrap import new_requests
 from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.desired import DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
-from bridge.bootstrap.places import Places, Role, authorities_of, live, some_of, specs_of
+from bridge.bootstrap.places import ETCD_CLIENT, Places, Role, live, some_of
 from bridge.bootstrap.whole import look_at
 from bridge.errors import BridgeError
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki.certificates import pem
 from bridge.pki.verify import Verified
 from bridge.renewal.prepare import Prepared
-from bridge.specs import KUBELET_CONF, KUBELET_SERVER
+from bridge.specs import ETCD_CA, KUBELET_CONF, KUBELET_SERVER
 from bridge.state import audit
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, digest, fingerprint, install
 from bridge.state.session import Run
@@ -82,7 +82,8 @@ def put_back(run: Run, desired: DesiredNode) -> int:
         )
     pem = _assert_own(run, desired, [Path(one.path) for one in found.files])
     # the path decides the mode, since a user who can write to the copies may have changed it
-    files = [_replacement(one.certificate, Path(one.path), _mode(Path(one.path)), one.data) for one in found.files]
+    paths = [(one, Path(one.path)) for one in found.files]
+    files = [_replacement(one.certificate, path, _mode(desired.places, path), one.data) for one, path in paths]
     _assert_free(files, desired.places)
     try:
         put_in_place(run, desired, [file for file in files if live(file.path) != file.data], pem)
@@ -132,12 +133,12 @@ def _keep(run: Run, desired: DesiredNode, whole: Mapping[Path, bytes]) -> None:
     if desired.keep is None:
         return
     look, current = look_at(run.settings, desired, live, run.now()), desired.places.kubelet_current
-    names = {path: spec.name for spec in specs_of(desired.role) for path in look.files_of(spec)}
+    names = {path: spec.name for spec in desired.places.specs(desired.role) for path in look.files_of(spec)}
     files = tuple(
         KeptFile(
             certificate=names.get(path, KUBELET_CONF if path.suffix == ".pem" else "node"),
             path=os.path.realpath(path) if path == current else str(path),
-            mode=_mode(path),
+            mode=_mode(desired.places, path),
             data=data,
         )
         for path, data in whole.items()
@@ -146,9 +147,11 @@ def _keep(run: Run, desired: DesiredNode, whole: Mapping[Path, bytes]) -> None:
     kept_file(desired.keep, desired.node).put(Kept(role=desired.role, config=desired.mark, files=files))
 
 
-def _mode(path: Path) -> int:
-    """The mode that `Composer` gives a file."""
-    return _PUBLIC if path.suffix == ".crt" else _PRIVATE
+def _mode(places: Places, path: Path) -> int:
+    """The mode that `Composer` gives a file; an external etcd's have names of the operator's."""
+    key, certificate = places.pair(ETCD_CLIENT)
+    is_public = path in (certificate, places.authority(ETCD_CA)) or path.suffix == ".crt"
+    return _PUBLIC if is_public and path != key else _PRIVATE
 
 
 def _link(link: Path, target: Path) -> Replacement:
@@ -239,7 +242,7 @@ class Composer:
     def ca_files(self) -> Iterator[Replacement]:
         """A control plane's CA certificates; kubeadm writes a worker's itself, and refuses an existing file."""
         if self.role != "worker":
-            for authority in authorities_of(self.role):
+            for authority in self.places.authorities(self.role):
                 data = pem(*self.authorities[authority.name])
                 path = self.places.authority(authority)
                 if live(path) is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from bridge.bootstrap.authorities import shared_key, trouble
+from bridge.bootstrap.authorities import Certificates, shared_key, trouble
 from bridge.bootstrap.desired import (
     ClusterExistsError,
     DesiredNode,
@@ -27,11 +27,9 @@ from bridge.bootstrap.places import (
     Places,
     Read,
     Role,
-    authorities_of,
     ca_keys,
     live,
     some_of,
-    specs_of,
     traces_of_cluster,
 )
 from bridge.node import kubeconfig, pair
@@ -62,11 +60,15 @@ class NodeLook:
         found = [f"{path}: wanted no CA's private key on a node, found one" for path in ca_keys(self.places)]
         anchors: dict[str, tuple[x509.Certificate, ...]] = {}
         found += self._authorities(anchors)
-        for spec in specs_of(self.role):
+        for spec in self.places.specs(self.role):
             found += self._certificate(spec, anchors.get(spec.authority.name, ()))
         if self.role != "worker":
             found += self._service_account()
         return found
+
+    def problems_of(self, spec: CertificateSpec, anchors: tuple[x509.Certificate, ...]) -> list[str]:
+        """What of one certificate is missing or wrong, in the form of `problems`."""
+        return list(self._certificate(spec, anchors))
 
     def missing(self) -> list[Path]:
         """Files that are not there."""
@@ -77,9 +79,9 @@ class NodeLook:
         places = self.places
         ours: list[Path] = []
         if self.role != "worker":
-            ours += [places.authority(one) for one in authorities_of(self.role)]
+            ours += [places.authority(one) for one in places.authorities(self.role)]
             ours += [places.sa_key, places.sa_public]
-        for spec in specs_of(self.role):
+        for spec in places.specs(self.role):
             ours += self.files_of(spec)
         return ours
 
@@ -98,7 +100,7 @@ class NodeLook:
         if self.role == "worker":
             yield from self._workers_ca(anchors)
             return
-        for authority in authorities_of(self.role):
+        for authority in self.places.authorities(self.role):
             path = self.places.authority(authority)
             data = self.read(path)
             if data is None:
@@ -302,11 +304,20 @@ def assert_as_desired(desired: DesiredNode, look: NodeLook) -> None:
         )
 
 
+def assert_brought(look: NodeLook, cas: Certificates) -> None:
+    """Judge an external etcd's client pair that is here already, before a CA is asked for anything else."""
+    brought = look.places.brought if look.role != "worker" else []
+    found = [text for one in brought for text in look.problems_of(one, cas[one.authority.name])]
+    if found:
+        raise NotWholeError("\n".join(found), hint="copy the right pair from an etcd host, or move this one away")
+
+
 def assert_no_leftovers(desired: DesiredNode, look: NodeLook) -> None:
-    """Judge a node that lacks files; CA certificates, sa.key and the kubelet's serving pair may be there."""
+    """Judge a node that lacks files; CAs, sa.key, the kubelet's serving pair and an external etcd's may be there."""
     places = desired.places
     allowed = {places.sa_key, places.sa_public, *places.serving}
     allowed |= {places.authority(one) for one in AUTHORITIES.values()}
+    allowed |= {path for spec in places.brought for path in places.pair(spec)}
     there = [path for path in look.files() if path not in allowed and look.read(path) is not None]
     missing = look.missing()
     if there and len(missing) < len(there):

@@ -25,7 +25,7 @@ from bridge.node.kubelet import KubeletFiles
 from bridge.pki.kubeadm_names import named, parse_nodes, renamed
 from bridge.renewal.prepare import serving_names
 from bridge.settings.tables import NodeSettings, Settings
-from bridge.specs import AUTHORITIES, CA
+from bridge.specs import AUTHORITIES, CA, ETCD_CA
 from bridge.system import jobs
 from bridge.system.files import DIRECTORY_MODE
 from bridge.system.jobs import Job, Places
@@ -189,8 +189,10 @@ def _live_certificates(settings: Settings, authority: str | None) -> dict[str, d
 
 def _nothing_live(settings: Settings, authority: str | None) -> BridgeError:
     hint = "--pki-dir tells where they are"
-    if authority not in (None, CA.name) and inventory.of(settings.node).is_worker:
-        hint = f"this node is a worker, whose certificates are all of {CA.name}"
+    node = inventory.of(settings.node)
+    for is_such, role, only in ((node.is_worker, "a worker", CA), (node.is_etcd_host, "an etcd host", ETCD_CA)):
+        if is_such and authority not in (None, only.name):
+            hint = f"this node is {role}, whose certificates are all of {only.name}"
     of = f" of {authority}" if authority else ""
     return BridgeError(f"wanted live certificates{of} to make it from, found none", hint=hint)
 

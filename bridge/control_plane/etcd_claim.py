@@ -68,7 +68,11 @@ class EtcdClaim:
         """Have a lease that lives: the old one, or a new one where etcd has ended that."""
         if self._id:
             found = self._call("/v3/lease/keepalive", {"ID": self._id}).get("result")
-            if isinstance(found, dict) and int(found.get("TTL") or 0) > 0:
+            if not isinstance(found, dict):  # a stream's error comes with status 200; the lease may live
+                raise NoAnswerError(
+                    f"wanted to keep the lease {self.name}, found that etcd does not say whether it lives"
+                )
+            if found.get("TTL") not in (None, "0", 0):
                 return
         self._id = str(self._call("/v3/lease/grant", {"TTL": self._seconds}).get("ID") or "")
         if not self._id:
@@ -85,7 +89,9 @@ class EtcdClaim:
         found = self._call("/v3/kv/txn", body)
         if found.get("succeeded") is True:
             return ""
-        values = [one.get("value") for each in items(found, "responses") for one in items(each, "response_range", "kvs")]
+        values = [
+            one.get("value") for each in items(found, "responses") for one in items(each, "response_range", "kvs")
+        ]
         return base64.b64decode(str(values[0])).decode(errors="replace") if values else "a host that has just gone"
 
     def _call(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -526,13 +526,13 @@ def claim_in_kubernetes(api: Api, holder: str, rules: ClusterSettings) -> Lease:
 
 
 def _claim(node: Node, settings: Settings, run_id: str) -> Lease | EtcdClaim:
-    """This node's claim: in etcd on a host that has nothing else, and in the cluster's API elsewhere."""
+    """The claim of this node: in etcd on a host that has nothing else, and in the cluster's API elsewhere."""
     name, rules = settings.node.node_name, settings.cluster
     if node.is_etcd_host and Component.ETCD in node.manifests:
-        urls = [one.url for one in _look_at_etcd(node).instances if one.url]  # its own is the first
-        owner = f"{name}_{urlsplit(urls[0]).netloc}"
-        etcd, holder = Etcd.of(node), f"{owner}_{run_id}"
-        return EtcdClaim(etcd, urls, rules.lease_name, holder, duration=rules.lease_duration, owner=owner)
+        urls = [one.url for one in _look_at_etcd(node).instances if one.url]
+        owner = f"{name}_{urlsplit(endpoints.etcd_url(node.manifests[Component.ETCD].flags)).netloc}"
+        holder, lasting = f"{owner}_{run_id}", rules.lease_duration
+        return EtcdClaim(Etcd.of(node), urls, rules.lease_name, holder, duration=lasting, owner=owner)
     api = connect(node, settings)
     with contextlib.suppress(NoAnswerError):  # the lease says so
         api.add([Server(url) for _, url in api_servers(api, node)])

@@ -62,7 +62,12 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
         yield _says("kubelet", text, "edits of its config.yaml are lost; those of the ConfigMap kubelet-config stay")
         yield from _access(KUBELET_CONF, node, now)
         return
-    external = [state for state in node.authorities if state.key == "external" and state.authority.name in _VALIDATED]
+    if node.is_etcd_host:
+        text = "kubeadm upgrade changes nothing on a host of etcd alone, and kubeadm certs renews nothing of it by the cluster's"
+        yield _says("etcd", text, "the image is in etcd.yaml; ca-bridge renew goes on as before")
+        return
+    # of an external etcd's kubeadm looks at nothing
+    external = [state for state in node.authorities if state.key == "external" and state.listed]
     for state in external:
         yield from _authority(state, node, now)
     yield from _access("admin.conf", node, now)

@@ -46,6 +46,25 @@ class KubeadmConfigError(BridgeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExternalEtcd:
+    """`etcd.external`: files by which the API server reaches an etcd that is elsewhere; all empty: without TLS."""
+
+    ca_file: str = ""
+    certificate_file: str = ""
+    key_file: str = ""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """By kubeadm's names."""
+        return {"caFile": self.ca_file, "certFile": self.certificate_file, "keyFile": self.key_file}
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether there is a client pair."""
+        return any(self.files.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KubeadmConfig:
     """The documents, and the values in them that decide names and places; defaults are kubeadm's."""
 
@@ -62,7 +81,7 @@ class KubeadmConfig:
     api_sans: tuple[str, ...] = ()
     etcd_server_sans: tuple[str, ...] = ()
     etcd_peer_sans: tuple[str, ...] = ()
-    is_etcd_external: bool = False
+    external_etcd: ExternalEtcd | None = None  #: None: etcd runs on the control-plane nodes.
     etcd_directory: str = ""  #: Where etcd has its data; empty: the default.
     certificates_dir: str = ""
     key: KeyAlgorithm = "rsa-2048"
@@ -90,7 +109,7 @@ class KubeadmConfig:
             api_sans=values.texts("apiServer", "certSANs"),
             etcd_server_sans=values.texts("etcd", "local", "serverCertSANs"),
             etcd_peer_sans=values.texts("etcd", "local", "peerCertSANs"),
-            is_etcd_external=values.at("etcd", "external") is not None,
+            external_etcd=values.external_etcd(),
             etcd_directory=values.text("etcd", "local", "dataDir"),
             certificates_dir=values.text("certificatesDir"),
             key=values.key(),
@@ -201,6 +220,13 @@ class _Values:
             return tuple(found or ())
         self._odd(keys, "a list of texts")
         return ()
+
+    def external_etcd(self) -> ExternalEtcd | None:
+        """`etcd.external`."""
+        if self.at("etcd", "external") is None:
+            return None
+        ca, certificate, key = (self.text("etcd", "external", name) for name in ("caFile", "certFile", "keyFile"))
+        return ExternalEtcd(ca_file=ca, certificate_file=certificate, key_file=key)
 
     def key(self) -> KeyAlgorithm:
         """`encryptionAlgorithm`, or below v1beta4 the gate PublicKeysECDSA."""

@@ -351,8 +351,8 @@ def _absent(spec: CertificateSpec, item: Item | None, node: Node) -> Outcome:
 def _why_not_here(spec: CertificateSpec, node: Node) -> str:
     if spec.name == KUBELET_SERVER:
         return "the kubelet makes its first one when it starts, and has not yet"
-    if node.is_worker:
-        return "this node is a worker, which has no such certificate"
+    if node.is_worker or node.is_etcd_host:
+        return f"this node is {'a worker' if node.is_worker else 'an etcd host'}, which has no such certificate"
     return "not on this node" if node.local_etcd else "no local etcd here"
 
 

@@ -282,7 +282,7 @@ class ClusterSettings:
     #: check.
     neighbours: Literal["wait", "refuse", "ignore"] = "wait"
     neighbour_wait: timedelta = timedelta(minutes=5)  #: How long to wait for an unhealthy node.
-    lease: bool = True  #: Restart one node at a time, with a lease in kube-system.
+    lease: bool = True  #: Restart one node at a time, with a lease in kube-system; on a host of etcd alone, in etcd.
     lease_name: str = "ca-bridge"  #: The name of that lease.
     #: After this time other nodes may take the lease of a node that died; it must be longer than a restart of etcd or
     #: an API server takes.

@@ -11,7 +11,7 @@ from cryptography import x509
 from bridge.bootstrap import keys, orders
 from bridge.bootstrap.configuration import ConfigurationFacts, for_node, shared
 from bridge.bootstrap.orders import Order, OrderError, new_node, order_for
-from bridge.bootstrap.places import Role
+from bridge.bootstrap.places import Role, specs_of
 from bridge.node.kubeadm_config import parse_documents as parse
 from bridge.pki.certificates import attributes, san_entries
 from bridge.specs import AUTHORITIES
@@ -33,7 +33,7 @@ def test_names_are_what_kubeadm_asks_for(role: Role, tmp_path: Path) -> None:
     }
     facts = ConfigurationFacts(name="cp-7", address="192.0.2.17", socket="unix:///run/none.sock")
     text = for_node(config, facts).text().encode()
-    made = keys.by_kubeadm(str(programs.require("kubeadm")), config.version, text, role, tmp_path)
+    made = keys.by_kubeadm(str(programs.require("kubeadm")), config.version, text, specs_of(role), tmp_path)
 
     assert made.keys() <= found.keys()
     for name, one in made.items():

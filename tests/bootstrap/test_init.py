@@ -406,7 +406,19 @@ BAD_CONFIGS = {
     "no name": (CONFIG.replace(f"name: {NAME}, ", ""), "nodeRegistration.name"),
     "no address": (CONFIG.replace(ADDRESS, "192.0.2.256"), "advertiseAddress"),
     "another directory": (CONFIG + "certificatesDir: /srv/pki\n", "certificatesDir"),
-    "external etcd": (CONFIG + "etcd: {external: {endpoints: [https://192.0.2.1:2379]}}\n", "etcd.external"),
+    "an external etcd without a key": (
+        CONFIG + "etcd: {external: {endpoints: [https://192.0.2.1:2379], caFile: /a, certFile: /b}}\n",
+        "etcd.external.keyFile: wanted a file of its own by its absolute path, found none",
+    ),
+    "an external etcd's file that is not absolute": (
+        CONFIG + "etcd: {external: {endpoints: [https://192.0.2.1:2379], caFile: a, certFile: /b, keyFile: /c}}\n",
+        "etcd.external.caFile",
+    ),
+    "one file for two": (
+        CONFIG
+        + "etcd: {external: {endpoints: [https://192.0.2.1:2379], caFile: /a, certFile: /b, keyFile: /x/../b}}\n",
+        "found that of etcd.external.certFile, /x/../b",
+    ),
     "no YAML": ("{", "syntax error"),
     "an alias": (f"{CONFIG}x: &x {{y: 1}}\nz: *x\n", "an alias"),
     "something else": ("a: 1", "apiVersion"),

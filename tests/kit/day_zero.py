@@ -149,8 +149,8 @@ class Machine:
         return path
 
 
-def cluster_configuration(machine: Machine, version: str = VERSION) -> str:
-    """kubeadm's file for the first node."""
+def cluster_configuration(machine: Machine, version: str = VERSION, more: str = "") -> str:
+    """kubeadm's file for the first node, with more lines of its ClusterConfiguration."""
     name, ip = machine.node.name, machine.node.ip
     return f"""\
 apiVersion: kubeadm.k8s.io/v1beta4
@@ -164,6 +164,7 @@ kind: ClusterConfiguration
 kubernetesVersion: {version}
 controlPlaneEndpoint: {ip}:6443
 encryptionAlgorithm: ECDSA-P256
+{more}
 ---
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -274,10 +275,11 @@ class Office:
 
 @dataclass(kw_only=True)
 class Online:
-    """Keys that OpenBao has made inside; each node has a login of its own."""
+    """Keys that OpenBao has made inside, or was given; each node has a login of its own."""
 
     bao: OpenBao
     prefix: str
+    given: Mapping[str, tuple[bytes, bytes]] = field(default_factory=dict)  #: Certificate and key in PEM by authority.
     tables: str = ""
     certificates: dict[str, bytes] = field(default_factory=dict)
 
@@ -285,10 +287,13 @@ class Online:
         tables = [f'[backend.corp]\ntype = "vault"\nurl = "{self.bao.url}"\n']
         for name in AUTHORITIES:
             mount = f"{self.prefix}-{name}"
-            self.bao.write(f"sys/mounts/{mount}", type="pki", config={"max_lease_ttl": "87600h"})
-            self.bao.write(
-                f"{mount}/root/generate/internal", common_name=name, ttl="87600h", key_type="ec", key_bits=256
-            )
+            if name in self.given:
+                self.bao.add_ca(mount, *self.given[name])
+            else:
+                self.bao.write(f"sys/mounts/{mount}", type="pki", config={"max_lease_ttl": "87600h"})
+                self.bao.write(
+                    f"{mount}/root/generate/internal", common_name=name, ttl="87600h", key_type="ec", key_bits=256
+                )
             tables.append(f'[authority.{name}]\nbackend = "corp"\nmount = "{mount}"\n')
             self.certificates[name] = self.bao.request("GET", f"{mount}/ca/pem").content
         self.tables = "\n".join(tables)
@@ -423,6 +428,7 @@ def prepare(
     workers: Mapping[str, str],
     done: Walk,
     version: str = VERSION,
+    more: str = "",
 ) -> Cluster:
     """
     Start the machines, and let the CAs know of them.
@@ -435,6 +441,7 @@ def prepare(
         workers: Name and address.
         done: Where steps are noted.
         version: Of Kubernetes, which is that of the kit's programs.
+        more: Lines of kubeadm's ClusterConfiguration.
     """
     began = time.monotonic()
     nodes = hosts(stack, {**control_planes, **workers})
@@ -446,7 +453,8 @@ def prepare(
     roles = ["init", *["control-plane"] * (len(control_planes) - 1), *["worker"] * len(workers)]
     lines = [f"{role} {node.name} {node.ip}" for role, node in zip(roles, nodes.values(), strict=True)]
     office = Office(directory=directory / "office", tables=cas.tables, walk=done)
-    cas.prepare(office.orders(cluster_configuration(first, version), lines, cas.certificates), machines, office)
+    configuration = cluster_configuration(first, version, more)
+    cas.prepare(office.orders(configuration, lines, cas.certificates), machines, office)
     return Cluster(machines=machines, control_planes=list(control_planes), office=office.directory)
 
 

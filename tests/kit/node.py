@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -84,6 +85,24 @@ class Node:
         """
         more = {} if minutes is None else {"KUBELET_MINUTES": str(minutes)}
         return cls._start(cls(name=name, ip=ip), "worker", other.name, form, cluster="", **more)
+
+    @classmethod
+    def etcd_host(cls, name: str, ip: str, members: Mapping[str, str], *, ca_dir: Path, cluster: str = "") -> Node:
+        """
+        Start a host of etcd alone, as kubeadm's "Set up a High Availability etcd Cluster" leaves it.
+
+        Args:
+            name: As in `up`.
+            ip: As in `up`.
+            members: Addresses by name, this one's among them; etcd answers once most of them are up.
+            ca_dir: Where etcd's CA is, or is to be; its key stays on no host.
+            cluster: As in `up`.
+
+        Raises:
+            AssertionError: As `up`.
+        """
+        listed = [f"{member}={address}" for member, address in members.items()]
+        return cls._start(cls(name=name, ip=ip), "etcd_host", str(ca_dir), *listed, cluster=cluster)
 
     @classmethod
     def host(cls, name: str, ip: str) -> Node:

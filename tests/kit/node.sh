@@ -14,6 +14,9 @@
 #                                    reference  a kubelet.conf that refers to a pre-signed .pem (the default)
 #                                    data       a kubelet.conf that holds the pre-signed certificate
 #                                    token      a bootstrap token; somebody has to sign within 5 minutes
+#   node.sh etcd_host NAME IP CA_DIR NAME=IP...
+#                                  a host of etcd alone, as kubeadm's "Set up a High Availability etcd Cluster" leaves it;
+#                                  NAME=IP are all of them. Etcd's CA is CA_DIR's, and is made there if there is none
 #   node.sh exec NAME CMD...       run CMD as on the node
 #   node.sh down NAME              stop it and remove all of it, also when it never came up or is not there
 #
@@ -300,6 +303,72 @@ join() { # join IP OTHER
   echo "$name is up at https://$ip:6443"
 }
 
+# --- hosts of etcd alone ---
+
+write_etcd_config() { # write_etcd_config IP NAME=IP...
+  local ip=$1 cluster; shift
+  cluster=$(printf '%s:2380,' "${@/=/=https:\/\/}")
+  cat >"$kubernetes/kubeadm.yaml" <<YAML
+apiVersion: kubeadm.k8s.io/v1beta4
+kind: InitConfiguration
+localAPIEndpoint: {advertiseAddress: $ip}
+nodeRegistration: {name: $name, criSocket: "unix://$node/run/containerd.sock"}
+---
+apiVersion: kubeadm.k8s.io/v1beta4
+kind: ClusterConfiguration
+kubernetesVersion: $version
+etcd:
+  local:
+    serverCertSANs: ["$ip"]
+    peerCertSANs: ["$ip"]
+    extraArgs:
+    - {name: initial-cluster, value: "${cluster%,}"}
+    - {name: initial-cluster-state, value: new}
+    - {name: name, value: $name}
+    - {name: listen-peer-urls, value: "https://$ip:2380"}
+    - {name: listen-client-urls, value: "https://$ip:2379"}
+    - {name: advertise-client-urls, value: "https://$ip:2379"}
+    - {name: initial-advertise-peer-urls, value: "https://$ip:2380"}
+${KUBEADM_CLUSTER:-}
+YAML
+}
+
+write_stand_alone_kubelet() { # its configuration is not where kubeadm has it, and no kubeconfig is there
+  cat >"$node/root/var/lib/kubelet/stand-alone.yaml" <<YAML
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+authentication: {anonymous: {enabled: false}, webhook: {enabled: false}}
+authorization: {mode: AlwaysAllow}
+address: 127.0.0.1
+containerRuntimeEndpoint: "unix://$node/run/containerd.sock"
+staticPodPath: /etc/kubernetes/manifests
+cgroupDriver: cgroupfs
+cgroupRoot: /$name
+failCgroupV1: false
+failSwapOn: false
+fileCheckFrequency: 20s
+evictionHard: {imagefs.available: "1%", nodefs.available: "1%", memory.available: 50Mi}
+crashLoopBackOff: {maxContainerRestartPeriod: 1s}
+YAML
+}
+
+etcd_host() { # etcd_host IP CA_DIR NAME=IP...
+  local ip=${1:-} ca_dir=${2:-} one
+  [ $# -ge 3 ] || usage
+  make_host "$ip" pause etcd
+  write_etcd_config "$ip" "${@:3}"
+  mkdir -p "$kubernetes/pki/etcd" "$ca_dir/etcd"
+  [ ! -e "$ca_dir/etcd/ca.key" ] || cp -p "$ca_dir"/etcd/ca.{crt,key} "$kubernetes/pki/etcd/"
+  for one in etcd-ca etcd-server etcd-peer etcd-healthcheck-client apiserver-etcd-client; do phase certs "$one"; done
+  cp -p "$kubernetes"/pki/etcd/ca.{crt,key} "$ca_dir/etcd/"
+  rm "$kubernetes/pki/etcd/ca.key"
+  phase etcd local
+  write_stand_alone_kubelet
+  daemon kubelet --config=/var/lib/kubelet/stand-alone.yaml --hostname-override="$name" --node-ip="$ip"
+  within 120 "a member of etcd" enter bash -c "exec 3<>/dev/tcp/$ip/2380" # others answer at 2379 once they are enough
+  echo "$name is an etcd host at $ip"
+}
+
 # --- workers ---
 
 host() { # host IP [IMAGE...]
@@ -466,7 +535,7 @@ main() {
   export KUBECACHEDIR=$node/kubectl-cache
   [ "$(id -u)" = 0 ] || die "wanted root, which may make namespaces, found uid $(id -u)"
   case $verb in
-    up | join | host | worker)
+    up | join | host | worker | etcd_host)
       [ -x "$bin/kubeadm" ] || die "wanted the kit's programs, found no $bin/kubeadm" "run tests/kit/binaries.sh"
       need runc=runc ip=iproute2 gcc=gcc nsenter=util-linux python3=python3 openssl=openssl
       [ -e /usr/include/stdio.h ] || install_packages libc6-dev

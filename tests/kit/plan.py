@@ -19,6 +19,7 @@ SECONDS = {
     "e2e/test_fast_motion_node.py": 365,
     "e2e/test_gateway_node.py": 330,
     "e2e/test_restart_node.py": 220,
+    "e2e/test_etcd_hosts_node.py": 180,
     "e2e/test_kubelets_node.py": 150,
     "e2e/test_prove_node.py": 140,
     "e2e/test_live_node.py": 130,
