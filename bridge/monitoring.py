@@ -171,7 +171,8 @@ def write(settings: Settings, file: Path, count: Callable[[History | None], Hist
 def of_node(settings: Settings, now: datetime, seen: Remembered | None) -> str:
     """All metrics of the node as it is at this moment."""
     node = inventory.of(settings.node)
-    return text(report(node, now, None), due_times(node, settings.renewal), seen)
+    found = report(node, now, None, settings.renewal.left_alone)
+    return text(found, due_times(node, settings.renewal), seen)
 
 
 def known(settings: Settings, now: datetime) -> Remembered:
@@ -240,7 +241,7 @@ def due_times(node: Node, renewal: RenewalSettings) -> dict[str, datetime]:
     return {
         item.spec.name: due_from(item.renewable, renewal.before, renewal.validity, rotates=item.rotates)
         for item in node.items
-        if item.state == "present" and _is_ours(item)
+        if item.state == "present" and _is_ours(item) and item.spec.name not in renewal.left_alone
     }
 
 
@@ -254,7 +255,7 @@ def text(found: ExpiryReport, due: Mapping[str, datetime], known: Remembered | N
 
 
 def _of_files(found: ExpiryReport, due: Mapping[str, datetime]) -> Iterator[str]:
-    leaves = [row for row in found.rows if row.authority]
+    leaves = [row for row in found.rows if row.authority and not row.left_alone]
     cas = [*found.authorities, *(row for row in found.extra if not row.authority and not row.foreign)]
     yield _metric(
         "ca_bridge_certificate_not_after_seconds",

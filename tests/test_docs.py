@@ -373,6 +373,7 @@ ANSWERS = {
     "kubelets.md#the-client-certificate-kubeletconf": ("rotateCertificates",),
     "users.md#a-person": ("ca-bridge kubeconfig request",),
     "changes.md#another-name-or-address": ("--add-san",),
+    "changes.md#what-this-node-may-ask-for": ("[policy]", "sans"),
     "upgrade.md#versions-and-upgrades-of-kubernetes": ("kubeadm upgrade apply", "--certificate-renewal=false"),
     "network.md#connections-of-a-node": ("6443", "2379", "10250"),
     "verification.md#what-was-asked-for": ("subject", "SANs"),

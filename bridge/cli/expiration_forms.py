@@ -46,7 +46,8 @@ def look(
     The code is 1 when a file is there and can't be used, else 3 when a certificate ends `within` this time, else 0.
     `known` is what only root may see; None for another user.
     """
-    found = report(node, now, None if within is None else lambda _: within)
+    left_alone = (renewal or RenewalSettings()).left_alone
+    found = report(node, now, None if within is None else lambda _: within, left_alone)
     forms: Mapping[str, Callable[[ExpiryReport], str]] = {
         "table": lambda one: table(one, renewal),
         "json": as_json,
@@ -84,7 +85,7 @@ def _style(row: Row, renewal: RenewalSettings) -> str:
         return "error"
     lifetime = row.certificate.not_valid_after_utc - row.certificate.not_valid_before_utc
     is_due = row.due or timedelta(seconds=row.seconds_left or 0) <= renewal.before.of(lifetime)
-    return "" if row.foreign else "warning" if is_due else "ok"
+    return "" if row.foreign or row.left_alone else "warning" if is_due else "ok"
 
 
 def _table(header: Sequence[str], rows: Sequence[Row], styles: Mapping[str, str]) -> str:

@@ -60,7 +60,8 @@ def check(
     `failures` has the failed runs by CA; None: this user can't see them.
     """
     node = inventory.of(settings.node)
-    early, late = report(node, now, limits.warning), report(node, now, limits.critical)
+    left_alone = settings.renewal.left_alone
+    early, late = (report(node, now, limit, left_alone) for limit in (limits.warning, limits.critical))
     unused = [] if failures is None else in_use.late(settings, node, now)
     critical, warning = _critical(late), _warning(early, late, failures, unused)
     status = 2 if critical or early.troubles else 1 if warning else 0

@@ -20,6 +20,7 @@ from bridge.ca import registry
 from bridge.cli.options import Common, command, group
 from bridge.cli.printing import say
 from bridge.contract import GIVEN, BackendSettings, Secret, Selector
+from bridge.desk import files as desk_files
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import inventory
 from bridge.pki.expiry import duration_text
@@ -83,6 +84,8 @@ def settings_check(common: Common) -> None:
             problems += [problem for problem in e.problems if problem not in problems]
     if problems:
         raise SettingsError(sorted(problems, key=lambda problem: problem.line or 0))
+    if settings.policy.file is not None:
+        desk_files.load_policy(settings, settings.policy.file)
     for text in doubts(settings):
         log.warning("%s", text)
     say(f"{settings.source.file}: well-formed; `ca-bridge doctor` tries it")
@@ -186,7 +189,7 @@ def in_force(settings: Settings) -> str:
     """The settings in force, as TOML that means the same; a backend's keys are in the tables of its authorities."""
     lines = [f"# from {settings.source.file or 'defaults alone: no settings file'}"]
     named = dataclasses.replace(settings, node=dataclasses.replace(settings.node, name=settings.node.node_name))
-    for name in ("node", "renewal", "restart", "cluster", "hooks", "audit", "backups", "gateway"):
+    for name in ("node", "renewal", "policy", "restart", "cluster", "hooks", "audit", "backups", "gateway"):
         lines += ["", f"[{name}]", *lines_of(getattr(named, name))]
     backends = registry.configured(settings, settings.authorities)
     for name, type_name in {one.name: one.type_name for one in backends.values()}.items():

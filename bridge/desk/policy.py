@@ -35,8 +35,8 @@ from bridge.desk.patterns import (
 )
 from bridge.errors import SettingsProblem
 from bridge.pki.bundle import REQUEST_VERSIONS, BundledRequest, RequestBundle
-from bridge.pki.certificates import attributes, san_counts
-from bridge.pki.csr import algorithm_name
+from bridge.pki.certificates import attributes, san_counts, san_entry
+from bridge.pki.csr import Naming, algorithm_name
 from bridge.pki.csr_fields import requested
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
@@ -225,10 +225,9 @@ def judge(
     without_proof: frozenset[str] = frozenset(),
 ) -> PolicyVerdict:
     """Every problem of a request, and whether its proof holds. The desk's certificates of its authority are `cas`."""
-    if policy.nodes is not None and (entry := policy.nodes.nodes.get(bundle.node)) is not None and entry.blocked:
-        blocked = f"node: wanted one that the inventory ({policy.desk.inventory}) does not block, found {bundle.node}"
+    if blocked := _blocked(bundle.node, policy):
         return PolicyVerdict(problems=(blocked,), proven=False)
-    problems = [*_who(bundle, policy.allow), *_age(bundle, policy.allow, now)]
+    problems = [*_who(bundle.node, bundle.cluster, policy.allow), *_age(bundle, policy.allow, now)]
     waived = policy.allow.proof == "optional" or request.name in without_proof
     unproven: str | None = "a user's"
     try:
@@ -244,8 +243,43 @@ def judge(
     return PolicyVerdict(problems=tuple(problems), proven=not unproven)
 
 
-def _who(bundle: RequestBundle, allow: Allow) -> Iterator[str]:
-    for what, found, patterns in (("cluster", bundle.cluster, allow.clusters), ("node", bundle.node, allow.nodes)):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A certificate that a node is about to ask for, with what the bridge knows before it makes a key."""
+
+    node: str
+    cluster: str
+    name: str  #: kubeadm's.
+    naming: Naming
+    key: str  #: The new key's algorithm, such as `rsa-2048`.
+    validity: timedelta
+    replaces: x509.Certificate | None  #: The live one; None: there is none, or its names are not taken over.
+
+
+def planned_problems(planned: Planned, policy: Policy) -> tuple[str, ...]:
+    """Every problem of a renewal by a node's own policy; the node holds the key of what it replaces, so no proof is needed."""
+    name, node, rules = planned.name, planned.node, policy.certificates.get(planned.name, CertificateRules())
+    if blocked := _blocked(node, policy):
+        return (blocked,)
+    subject, sans = attributes(planned.naming.subject), Counter(map(san_entry, planned.naming.sans))
+    return (
+        *_who(node, planned.cluster, policy.allow),
+        *_limit_problems(name, planned.validity, rules, policy.allow),
+        *_key_problems(planned.key, rules.keys or policy.allow.keys),
+        *_subject_problems(name, subject, rules, policy.allow, node, planned.replaces),
+        *_san_problems(name, sans, _with_inventory(name, rules, policy, node), node, planned.replaces),
+    )
+
+
+def _blocked(node: str, policy: Policy) -> str:
+    """The problem of a node that the inventory blocks; empty for every other node."""
+    if policy.nodes is None or (entry := policy.nodes.nodes.get(node)) is None or not entry.blocked:
+        return ""
+    return f"node: wanted one that the inventory ({policy.desk.inventory}) does not block, found {node}"
+
+
+def _who(node: str, cluster: str, allow: Allow) -> Iterator[str]:
+    for what, found, patterns in (("cluster", cluster, allow.clusters), ("node", node, allow.nodes)):
         if not any(fnmatchcase(found, pattern) for pattern in patterns):
             yield f"{what}: wanted {one_of(patterns)}, found {found}"
 
@@ -277,21 +311,31 @@ def _proof_trouble(
 
 
 def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, proven: bool) -> Iterator[str]:
-    spec, rules = SPECS[request.name], policy.certificates.get(request.name, CertificateRules())
-    if request.name not in policy.allow.names:
-        yield f"name: wanted {one_of(policy.allow.names)}, found {request.name}"
-    yield from _spec_problems(request, spec)
-    longest = rules.max_validity or policy.allow.max_validity
-    if request.validity > longest:
-        yield f"validity: wanted at most {duration_text(longest)}, found {duration_text(request.validity)}"
-    yield from _csr_problems(request.csr, rules.keys or policy.allow.keys, sans=True)
+    name, csr, rules = request.name, request.csr, policy.certificates.get(request.name, CertificateRules())
+    yield from _limit_problems(name, request.validity, rules, policy.allow)
+    yield from _spec_problems(request, SPECS[name])
+    yield from _csr_problems(csr, rules.keys or policy.allow.keys, sans=True)
     old = request.replaces if proven else None
-    yield from _subject_problems(request.name, request.csr, rules, policy.allow, bundle.node, old)
-    if request.name == KUBELET_SERVER and policy.nodes is not None and rules.sans is None:
-        rules = dataclasses.replace(rules, sans=_listed(policy.nodes, bundle.node))
-        if not rules.sans:
-            yield f"node: wanted one that the inventory ({policy.desk.inventory}) has, and does not block, found {bundle.node}"
-    yield from _san_problems(request.name, request.csr, rules, bundle.node, old)
+    yield from _subject_problems(name, attributes(csr.subject), rules, policy.allow, bundle.node, old)
+    listed = _with_inventory(name, rules, policy, bundle.node)
+    if listed.sans == () and rules.sans is None:
+        yield f"node: wanted one that the inventory ({policy.desk.inventory}) has, and does not block, found {bundle.node}"
+    yield from _san_problems(name, san_counts(csr), listed, bundle.node, old)
+
+
+def _limit_problems(name: str, validity: timedelta, rules: CertificateRules, allow: Allow) -> Iterator[str]:
+    if name not in allow.names:
+        yield f"name: wanted {one_of(allow.names)}, found {name}"
+    longest = rules.max_validity or allow.max_validity
+    if validity > longest:
+        yield f"validity: wanted at most {duration_text(longest)}, found {duration_text(validity)}"
+
+
+def _with_inventory(name: str, rules: CertificateRules, policy: Policy, node: str) -> CertificateRules:
+    """The rules, with the inventory's SANs for a kubelet's serving certificate whose SANs the policy does not list."""
+    if name != KUBELET_SERVER or policy.nodes is None or rules.sans is not None:
+        return rules
+    return dataclasses.replace(rules, sans=_listed(policy.nodes, node))
 
 
 def _spec_problems(request: BundledRequest, spec: CertificateSpec) -> Iterator[str]:
@@ -303,13 +347,17 @@ def _spec_problems(request: BundledRequest, spec: CertificateSpec) -> Iterator[s
 
 def _csr_problems(csr: x509.CertificateSigningRequest, keys: Sequence[str], *, sans: bool) -> Iterator[str]:
     """A CSR's key, its signature, and the extensions that it asks for: SANs at most."""
-    if (key := algorithm_name(csr.public_key())) not in keys:
-        yield f"key: wanted {one_of(keys)}, found {key}"
+    yield from _key_problems(algorithm_name(csr.public_key()), keys)
     if not csr.is_signature_valid:
         yield "CSR: wanted one that is signed with its own key, found another signature"
     if others := requested(csr, *([ExtensionOID.SUBJECT_ALTERNATIVE_NAME] if sans else [])):
         what, too = ("SANs and nothing else", " too") if sans else ("no extension", "")
         yield f"CSR: wanted one that asks for {what}, found {', '.join(others)}{too}"
+
+
+def _key_problems(key: str, keys: Sequence[str]) -> Iterator[str]:
+    if key not in keys:
+        yield f"key: wanted {one_of(keys)}, found {key}"
 
 
 # --- a user's request: nothing can prove who a user is, and a certificate of before proves no right to a group ---------
@@ -355,23 +403,22 @@ def name_problems(
 ) -> Iterator[str]:
     """Problems with the names in a CSR without a replaced certificate and a proof; `own_sans` are known to be the node's."""
     rules = policy.certificates.get(name, CertificateRules())
-    yield from _subject_problems(name, csr, rules, policy.allow, node, None)
+    yield from _subject_problems(name, attributes(csr.subject), rules, policy.allow, node, None)
     if name in _SANS or rules.sans is not None:
         more = dataclasses.replace(rules, sans=(*(rules.sans if rules.sans is not None else _SANS[name]), *own_sans))
-        yield from _san_problems(name, csr, more, node, None)
+        yield from _san_problems(name, san_counts(csr), more, node, None)
     else:
-        yield from _san_problems(name, csr, rules, node, None)
+        yield from _san_problems(name, san_counts(csr), rules, node, None)
 
 
 def _subject_problems(
     name: str,
-    csr: x509.CertificateSigningRequest,
+    found: Sequence[tuple[str, str]],
     rules: CertificateRules,
     allow: Allow,
     node: str,
     replaced: x509.Certificate | None,
 ) -> Iterator[str]:
-    found = attributes(csr.subject)
     old = attributes(replaced.subject) if replaced is not None else None
     if (O_OID, MASTERS) in found:
         yield from _masters_problem(old, may_be=name in allow.masters)
@@ -412,13 +459,13 @@ def _masters_problem(old: Sequence[tuple[str, str]] | None, *, may_be: bool) -> 
 
 def _san_problems(
     name: str,
-    csr: x509.CertificateSigningRequest,
+    found: Counter[San],
     rules: CertificateRules,
     node: str,
     replaced: x509.Certificate | None,
 ) -> Iterator[str]:
     """By the policy's list, or else by the replaced certificate, or else by kubeadm's own names."""
-    found, old = san_counts(csr), Counter[San]() if replaced is None else san_counts(replaced)
+    old = Counter[San]() if replaced is None else san_counts(replaced)
     if rules.sans is None and replaced is not None:
         wanted, others = "those of the replaced certificate", found.keys() - old.keys()
     else:

@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
 from bridge.diagnosis.findings import Finding, Level, from_error
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, SettingsError
 from bridge.node import endpoints, kubeconfig
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
@@ -23,6 +23,7 @@ from bridge.node.manifests import path_of, pod_name
 from bridge.node.pair import is_sa_pair, key_finding
 from bridge.pki import expiry, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
+from bridge.renewal.allowed import Allowed
 from bridge.renewal.select import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, SPECS, SUPER_ADMIN, Component
@@ -62,6 +63,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
         else:
             yield from _authority(state, now)
             yield from _further_cas(state, node, now)
+    yield from _policy(node, settings)
     yield from _service_account(node, settings)
     yield from _places(node, settings)
     yield from _manifests(node, settings)
@@ -115,9 +117,10 @@ def _self_made(item: Item, node: Node, now: datetime) -> Iterator[Finding]:
 def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
     name = item.spec.name
     if item.state == "present":
-        yield _end(item, settings, now)
+        if name not in settings.renewal.left_alone:
+            yield _end(item, settings, now)
         if name == SUPER_ADMIN:
-            yield _super_admin(item)
+            yield _super_admin(item, settings)
         yield from _identity(item, settings)
         if item.obstacle is not None:
             yield from_error("not-replaceable", name, item.obstacle)
@@ -137,9 +140,11 @@ def _early(certificate: x509.Certificate, about: str, now: datetime, hint: str) 
     return Finding.error("clock", about, text, hint)
 
 
-def _super_admin(item: Item) -> Finding:
+def _super_admin(item: Item, settings: Settings) -> Finding:
     """A finding about super-admin.conf: kubeadm leaves it there, and its documentation says to move it away."""
-    text = "still here, as kubeadm init leaves it: no RBAC rule holds it back, and each renewal renews it"
+    is_left_alone = SUPER_ADMIN in settings.renewal.left_alone
+    renewed = 'only its name renews it (renewal.super_admin = "by-name")' if is_left_alone else "each renewal renews it"
+    text = f"still here, as kubeadm init leaves it: no RBAC rule holds it back, and {renewed}"
     hint = f"rm {item.certificate_path}; `ca-bridge renew {SUPER_ADMIN}` makes it when it is needed"
     return Finding.note("super-admin", SUPER_ADMIN, text, hint)
 
@@ -149,6 +154,22 @@ def _identity(item: Item, settings: Settings) -> Iterator[Finding]:
     error = foreign_identity(item, settings) if item.managed else None
     if isinstance(error, ForeignIdentityError) and any(each.subject != "issuer" for each in error.violations):
         yield from_error("identity", item.spec.name, error)
+
+
+def _policy(node: Node, settings: Settings) -> Iterator[Finding]:
+    """Judge each live certificate by the node's own policy, long before it is due."""
+    if settings.policy.file is None:
+        return
+    allowed, found = Allowed(settings), []
+    try:
+        for item in node.items:
+            is_judged = item.managed and item.state == "present" and not item.foreign
+            if is_judged and (error := allowed.error(item, None)) is not None:
+                found.append(from_error("policy", item.spec.name, error))
+    except SettingsError as e:
+        found = [Finding.error("policy", "policy.file", str(problem), e.hint) for problem in e.problems]
+    ok = Finding.ok("policy", "policy.file", "allows all certificates that are renewed here")
+    yield from found or [ok]
 
 
 def _end(item: Item, settings: Settings, now: datetime) -> Finding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -34,6 +34,7 @@ class Row:
     limit: timedelta | None  #: With less than this left it is due; None: without a limit.
     optional: bool = False  #: A healthy node may be without it.
     foreign: bool = False  #: Not the cluster's CA's, or a further CA without a certificate here: shown, and never due.
+    left_alone: bool = False  #: Renewed by name alone: shown, and never due.
     early: bool = False  #: It, an intermediate or its CA is not valid yet, by this node's clock.
 
     @property
@@ -44,7 +45,8 @@ class Row:
     @property
     def expired(self) -> bool:
         """Whether it, or an intermediate that it needs, has ended."""
-        return self.chain_seconds_left is not None and self.chain_seconds_left < 0 and not self.foreign
+        is_shown_only = self.foreign or self.left_alone
+        return self.chain_seconds_left is not None and self.chain_seconds_left < 0 and not is_shown_only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +69,13 @@ class ExpiryReport:
         return any(row.due for row in self.rows)
 
 
-def report(node: Node, now: datetime, within: Limit | None) -> ExpiryReport:
-    """The ends of a node's certificates and CAs; `within` is the limit for a due one (None: none is due)."""
-    rows = [(item, _item_row(item, now, within)) for item in node.items]
+def report(node: Node, now: datetime, within: Limit | None, left_alone: Collection[str] = ()) -> ExpiryReport:
+    """
+    The ends of a node's certificates and CAs; `within` is the limit for a due one (None: none is due).
+
+    `left_alone` has the names that are renewed by name alone.
+    """
+    rows = [(item, _item_row(item, now, within, left_alone)) for item in node.items]
     return ExpiryReport(
         certificates=[row for item, row in rows if item.listed],
         authorities=[_authority_row(state, now, within) for state in node.authorities if state.listed],
@@ -90,8 +96,9 @@ def _soon(_: timedelta) -> timedelta:
     return timedelta(days=30)
 
 
-def _item_row(item: Item, now: datetime, within: Limit | None) -> Row:
-    within = None if item.foreign else within
+def _item_row(item: Item, now: datetime, within: Limit | None, left_alone: Collection[str]) -> Row:
+    is_left_alone = item.spec.name in left_alone
+    within = None if item.foreign or is_left_alone else within
     late_share = ROTATION_IS_LATE if item.rotates else 1
     limit = _limit(item.ending, within, late_share)
     chain, path = item.ending, item.certificate_path
@@ -108,6 +115,7 @@ def _item_row(item: Item, now: datetime, within: Limit | None) -> Row:
         authority="none" if item.foreign else item.spec.authority.name,
         external=item.authority_external and not item.foreign,
         foreign=item.foreign,
+        left_alone=is_left_alone,
         due=_is_due(chain, now, limit) or (within is not None and _is_lacking(item)),
         early=not item.foreign and is_early(chain, now),
         first=item.spec.name == KUBELET_CONF and _is_due(chain, now, limit or _limit(chain, _soon, late_share)),

@@ -104,7 +104,7 @@ def prepare(
 def _prepare(item: Item, settings: Settings, made: OpenRequest | None, desired: Desired | None) -> Prepared | Outcome:
     try:
         live, was = live_pair(item)
-        algorithm = _key_algorithm(live, settings, made, desired)
+        algorithm = next_key(live, settings, made, desired)
         naming = desired.naming if desired is not None else serving_names(item, settings)
         replaced = replaced_by_next(item, live)
         if made is not None and _fits(made, replaced, algorithm, naming):
@@ -118,7 +118,7 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None, desired: 
     return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was, kubeconfig=fresh)
 
 
-def _key_algorithm(
+def next_key(
     live: x509.Certificate | None, settings: Settings, made: OpenRequest | None, desired: Desired | None
 ) -> KeyAlgorithm:
     """The new key's algorithm: the settings', else the live certificate's, else kubeadm's configuration's."""

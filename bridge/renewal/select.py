@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from bridge.words import name_found
 if TYPE_CHECKING:  # a night with nothing due makes none of them
     from bridge.node.kubeconfig import FreshKubeconfig
     from bridge.pki.csr import Naming
+    from bridge.renewal.allowed import Allowed
     from bridge.state.open_requests import OpenRequest
 
 #: As in `kubeadm certs renew all`.
@@ -153,6 +155,7 @@ def select(
         desired=desired or {},
         lost_keys=lost_keys(node),
         lost_cas=_lost_cas(node, settings),
+        allowed=functools.cache(lambda: _allowed(settings)),
     )
     verdicts = [choice.of(name) for name in [*asked, *sorted(set(options.names) - {ALL} - set(asked))]]
     items = tuple(one for one in verdicts if isinstance(one, Item))
@@ -184,6 +187,7 @@ class _Choice:
     desired: DesiredByName
     lost_keys: Mapping[str, str] = field(default_factory=dict)  #: By name, what is wrong with the certificate's key.
     lost_cas: Collection[str] = ()  #: CAs whose certificate can't be read; without it no certificate can be proven.
+    allowed: Callable[[], Allowed | None] = lambda: None  #: By the node's own policy; None: there is none.
     waived: list[str] = field(default_factory=list)
 
     def of(self, name: str) -> Item | Outcome | str | None:
@@ -197,13 +201,19 @@ class _Choice:
         if item.state == "missing":
             is_wanted = desired is not None or self.asked_for.get(name, item) is None
             return self._missing(item, is_wanted=is_wanted, by_hand=by_hand)
-        if (sentence := _left_alone(item, self.settings, by_hand=by_hand)) is not None:
+        if (sentence := self._left_alone(item, by_hand=by_hand)) is not None:
             return sentence
         if item.state != "present":
             return outcome_of(item, MissingCertificateError(item.trouble or "", hint=RESTORE))
         is_due = name in self.waiting or is_other(item, self.settings) or _is_due(item, self.settings, self.now)
         is_due = is_due or name in self.lost_keys or item.spec.authority.name in self.lost_cas
         return self._judged(item) if self.options.names or is_due else None
+
+    def _left_alone(self, item: Item, *, by_hand: bool) -> str | None:
+        name = item.spec.name
+        if name in self.settings.renewal.left_alone and not by_hand and name not in self.asked_for:
+            return f'{name} is renewed by name alone (renewal.super_admin = "by-name"): `ca-bridge renew {name}`'
+        return _left_alone(item, self.settings, by_hand=by_hand)
 
     def _missing(self, item: Item, *, is_wanted: bool, by_hand: bool) -> Item | Outcome | str:
         if not is_wanted and item.spec.optional and not by_hand:
@@ -214,7 +224,8 @@ class _Choice:
             anchors_of(item)
         except MissingCertificateError as e:
             return outcome_of(item, e)
-        return item
+        error = self._not_allowed(item)
+        return item if error is None else outcome_of(item, error)
 
     def _judged(self, item: Item) -> Item | Outcome:
         name = item.spec.name
@@ -222,8 +233,13 @@ class _Choice:
         if name in self.options.any_identity and isinstance(error, ForeignIdentityError):
             violations = "; ".join(map(str, error.violations))
             self.waived.append(f"{name} is renewed as it is, as --any-identity says: {violations}")
-            return item
+            error = None
+        error = error or self._not_allowed(item)
         return item if error is None else outcome_of(item, error)
+
+    def _not_allowed(self, item: Item) -> BridgeError | None:
+        allowed, desired = self.allowed(), self.desired.get(item.spec.name)
+        return allowed.error(item, None if isinstance(desired, BridgeError) else desired) if allowed else None
 
     def _against(self, item: Item) -> BridgeError | None:
         """The reason why it can't be renewed; a live certificate with an open request was judged before."""
@@ -236,6 +252,14 @@ class _Choice:
             return item.obstacle
         is_judged = self.asked_for.get(item.spec.name) == item.certificates[0]
         return None if is_judged or item.foreign else foreign_identity(item, self.settings)
+
+
+def _allowed(settings: Settings) -> Allowed | None:
+    if settings.policy.file is None:
+        return None
+    from bridge.renewal.allowed import Allowed  # noqa: PLC0415 (only where the settings name a policy)
+
+    return Allowed(settings)
 
 
 def _powerful(items: Sequence[Item], known: Collection[str]) -> Iterator[str]:
@@ -364,7 +388,9 @@ def outcome_of(item: Item, error: BridgeError, backend: str = "") -> Outcome:
 
 def nothing_due(node: Node, settings: Settings, now: datetime) -> str:
     """A sentence for a run that has nothing to do."""
-    present = [item for item in node.items if item.state == "present" and item.managed and not item.foreign]
+    left_alone = settings.renewal.left_alone
+    ours = (item for item in node.items if item.managed and not item.foreign and item.spec.name not in left_alone)
+    present = [item for item in ours if item.state == "present"]
     if not present:
         return "nothing is due: no certificates here"
     first = min(present, key=lambda item: expiry.first_end(item.ending))

@@ -16,7 +16,7 @@ from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import Before, duration_text
 from bridge.settings.reader import Source
 from bridge.settings.windows import Jitter, Windows
-from bridge.specs import DEFAULT_CLUSTER, KUBELET_SERVER, Component, KeyAlgorithm
+from bridge.specs import DEFAULT_CLUSTER, KUBELET_SERVER, SUPER_ADMIN, Component, KeyAlgorithm
 from bridge.words import name_found
 
 LOCALTIME = Path("/etc/localtime")
@@ -156,6 +156,14 @@ class RenewalSettings:
     revoke: Literal["never", "superseded"] = "never"
     #: How long after the installation a replaced certificate is revoked; until then you can still go back to it.
     revoke_after: timedelta = timedelta(days=1)
+    #: Whether runs renew a super-admin.conf that is here when it is due; with `"by-name"` only
+    #: `ca-bridge renew super-admin.conf` does.
+    super_admin: Literal["due", "by-name"] = "due"
+
+    @property
+    def left_alone(self) -> tuple[str, ...]:
+        """Names of certificates that are renewed by name alone."""
+        return (SUPER_ADMIN,) if self.super_admin == "by-name" else ()
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Durations that contradict each other."""
@@ -164,6 +172,15 @@ class RenewalSettings:
         if self.before.remaining is not None and self.before.remaining >= self.validity:
             wanted = "less than renewal.validity, or each run would renew again"
             yield SettingsProblem("before", wanted, duration_text(self.before.remaining))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySettings:
+    """Table `[policy]`; see `bridge.renewal.allowed`."""
+
+    #: A CA desk's policy that also holds on this node: a certificate whose names, key or lifetime it does not allow is
+    #: not renewed. If not set, a renewal takes over the names of the live certificate, whatever they are.
+    file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -564,6 +581,7 @@ class Settings:
     source: Source
     node: NodeSettings = field(default_factory=NodeSettings)
     renewal: RenewalSettings = field(default_factory=RenewalSettings)
+    policy: PolicySettings = field(default_factory=PolicySettings)
     restart: RestartSettings = field(default_factory=RestartSettings)
     hooks: HookSettings = field(default_factory=HookSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
