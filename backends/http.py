@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import socket
 import ssl
@@ -20,6 +22,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 from requests.adapters import BaseAdapter
 
+from bridge.contract import CredentialEnd, Secret
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError, SettingsProblem
 from bridge.system.http import (
     Answer,
@@ -214,6 +217,29 @@ def without(text: str, hidden: Iterable[str | None]) -> str:
     for value in hidden:
         text = text.replace(value, "…") if value else text
     return text
+
+
+def token_times(token: str) -> tuple[datetime | None, datetime] | None:
+    """When a JWT was issued, and when it ends, by its own word (RFC 7519 §4.1); None: it is none, or does not say."""
+    try:
+        payload = token.split(".")[1]
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        issued, end = claims.get("iat"), datetime.fromtimestamp(claims["exp"], UTC)
+        return (None if issued is None else datetime.fromtimestamp(issued, UTC)), end
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, OSError, RecursionError):
+        return None
+
+
+def token_end(key: str, secret: Secret, token: str) -> Iterator[CredentialEnd]:
+    """The end of a JWT that is a backend's secret `key`; nothing for another kind of token."""
+    if (times := token_times(token)) is not None:
+        yield secret_end(key, secret, *times)
+
+
+def secret_end(key: str, secret: Secret, begins: datetime | None, ends: datetime) -> CredentialEnd:
+    """The end of a secret, with the file that has it."""
+    file = Path(secret.where) if secret.kind == "file" else None
+    return CredentialEnd(key=f"{key}_{secret.kind}", ends=ends, begins=begins, file=file)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -306,6 +306,30 @@ class Spends(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CredentialEnd:
+    """When something ends that a backend logs in with."""
+
+    key: str  #: The settings' key relative to the backend's table, such as `auth.token_file`.
+    ends: datetime
+    begins: datetime | None = None  #: None: the CA does not tell.
+    file: Path | None = None  #: The file that it was read from.
+
+
+@runtime_checkable
+class TellsEnds(Protocol):
+    """Optional: when a token or another secret ends, as far as the CA, or the secret itself, tells."""
+
+    def credential_ends(self) -> Sequence[CredentialEnd]:
+        """
+        Ask, as far as we may; without those that have no end, or that something else renews.
+
+        Raises:
+            BackendRefusedError, BackendUnavailableError: As `sign`.
+        """
+        ...
+
+
 @runtime_checkable
 class Recalls(Protocol):
     """Optional: find what the CA signed for a run that was killed before it could take the answer."""
@@ -460,6 +484,15 @@ class BackendSettings:
         """
         yield from _secret_files(self)
 
+    def credentials(self) -> Iterator[tuple[str, Path]]:
+        """
+        Files with certificates that the backend logs in with, each with its key relative to the backend's table.
+
+        By default those in a field whose name ends with `client_cert`; a backend adds what it has besides. A file may
+        also be a kubeconfig. None is opened.
+        """
+        yield from _certificate_files(self)
+
     def problems(self) -> Iterator[SettingsProblem]:
         """
         Problems that types alone can't see, such as keys that exclude each other.
@@ -479,6 +512,15 @@ def _secret_files(settings: Any) -> Iterator[Path]:
             yield value
         elif is_dataclass(value) and not isinstance(value, (type, Secret)):
             yield from _secret_files(value)
+
+
+def _certificate_files(settings: Any, table: str = "") -> Iterator[tuple[str, Path]]:
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        if isinstance(value, Path) and one.name.endswith("client_cert"):
+            yield f"{table}{one.name}", value
+        elif is_dataclass(value) and not isinstance(value, (type, Secret)):
+            yield from _certificate_files(value, f"{table}{one.name}.")
 
 
 @dataclass(frozen=True, slots=True)

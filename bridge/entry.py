@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bridge.node.inventory import Item
     from bridge.settings.tables import Settings
     from bridge.specs import KeyAlgorithm
+    from bridge.state.credentials import Credential
 
 _INTERRUPTED = 130  # as shells have it: 128 and SIGINT
 
@@ -134,7 +135,14 @@ def expirations(arguments: Sequence[str]) -> Table | None:
         from bridge.node import inventory  # noqa: PLC0415
 
         settings = plain.settings()
-        text, troubles, code = look(inventory.of(settings.node), datetime.now(UTC), None, "table")
+        own: Sequence[Credential] | None = ()
+        if _may_have_credentials(settings):
+            from bridge.state import credentials  # noqa: PLC0415 (only where there is one)
+
+            own = credentials.seen(settings)
+            if own is None and credentials.may_look(settings):
+                return None
+        text, troubles, code = look(inventory.of(settings.node), datetime.now(UTC), None, "table", own=own)
     except Exception:  # noqa: BLE001 (the same again, with a command line that tells what it is)
         return None
     return Table(text, code) if not troubles and text.isascii() else None
@@ -177,11 +185,29 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
         return None
     if selection.items and not is_something_left and not is_held:
         _begin_keys(selection.items, settings.renewal.key)
-    if not is_checked(settings, store):
+    if not is_checked(settings, store) or _has_to_warn(settings, now):
         return None
     if names or selection.items or selection.failed or is_something_left:
         return None
     return Quiet(nothing_due(node, settings, now), settings)
+
+
+def _has_to_warn(settings: Settings, now: datetime) -> bool:
+    """Whether one of our own credentials ends soon, or can't be read."""
+    if not _may_have_credentials(settings):
+        return False
+    from bridge.state import credentials  # noqa: PLC0415 (only where there is one)
+
+    return bool(credentials.warnings(credentials.seen(settings) or (), settings, now))
+
+
+def _may_have_credentials(settings: Settings) -> bool:
+    """Whether the settings name a file with a credential of our own, a CA told of a token, or none of that is known."""
+    from bridge.state.store import Store, checked_credentials  # noqa: PLC0415 (see above)
+
+    store = Store(settings.node.state_dir)
+    keys = settings.node.desk_key or settings.node.order_key or settings.gateway.kubeconfig
+    return bool(keys or checked_credentials(settings, store) != [] or store.credentials.exists())
 
 
 def _begin_keys(items: Sequence[Item], wanted: KeyAlgorithm | Literal["same"]) -> None:

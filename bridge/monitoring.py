@@ -27,6 +27,7 @@ from bridge.renewal import in_use
 from bridge.renewal.gate import Failures, attempts_file
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.specs import AUTHORITIES, Component
+from bridge.state import credentials
 from bridge.state.open_requests import OpenRequest, OpenRequests
 from bridge.state.store import Store
 from bridge.system import waiting
@@ -184,6 +185,7 @@ def known(settings: Settings, now: datetime) -> Remembered:
         pending=tuple(one for one in requests.values() if one.is_waiting),
         history=history_file(store).read(),
         late=_late(settings, now) if store.unproven.exists() or store.postponed.exists() else (),
+        own=credentials.metrics(credentials.seen(settings) or (), settings.renewal.before),
     )
 
 
@@ -234,6 +236,7 @@ class Remembered:
     pending: tuple[OpenRequest, ...]  #: Requests that a CA has not answered yet.
     history: History | None  #: None: no run has ended yet.
     late: tuple[tuple[str, str], ...] = ()  #: Certificates that are installed and not in use, and their components.
+    own: str = ""  #: The metrics of our own credentials.
 
 
 def due_times(node: Node, renewal: RenewalSettings) -> dict[str, datetime]:
@@ -299,6 +302,7 @@ def _of_state(known: Remembered) -> Iterator[str]:
             for one in known.pending
         ),
     )
+    yield known.own
     if known.history is not None:
         yield from _of_runs(known.history)
 

@@ -363,6 +363,7 @@ ANSWERS = {
     "backups.md#the-audit-log": ("audit.jsonl", "time, user and host"),
     "doctor.md#before-it-matters-a-rehearsal": ("renew --rehearse",),
     "monitoring.md#monitoring": ("Nagios", "Prometheus"),
+    "monitoring.md#its-own-credentials": ("client_cert", "auth.secret_id_file"),
     "exit-codes.md#5-refused": ("profile or role",),
     "symptoms.md#symptoms": ("kubectl logs", "NotReady", "x509"),
     "emergency.md#everything-has-expired": ("ca-bridge renew all",),

@@ -17,7 +17,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
@@ -29,10 +29,11 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from backends.http import context_of, pair_problems, pem_certificates, tls_context, url_problems
+from backends.http import context_of, pair_problems, pem_certificates, tls_context, token_end, url_problems
 from backends.kubernetes.server import ACCESS_REVIEWS, CSRS, SUBJECT_REVIEWS, Answer, Api, path_of
 from bridge.contract import (
     BackendSettings,
+    CredentialEnd,
     Issued,
     Pending,
     Secret,
@@ -96,6 +97,12 @@ class KubernetesSettings(BackendSettings):
         yield from super().private_files()
         if self.kubeconfig is not None:
             yield self.kubeconfig
+
+    def credentials(self) -> Iterator[tuple[str, Path]]:
+        """A kubeconfig may log in with a certificate."""
+        yield from super().credentials()
+        if self.kubeconfig is not None:
+            yield "kubeconfig", self.kubeconfig
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Contradictions, and settings that no API server accepts."""
@@ -337,6 +344,16 @@ class KubernetesBackend:
             return ""  # older than 1.28, or not allowed: it does not tell
         user = _table(_table(answer.document, "status"), "userInfo").get("username")
         return one_line(user) if isinstance(user, str) else ""
+
+    def credential_ends(self) -> list[CredentialEnd]:
+        """A service account's token says by itself when it ends."""
+        settings, token = self._settings, self._settings.bearer()
+        if token is None:
+            return []
+        if settings.kubeconfig is None:
+            return [] if settings.token is None else list(token_end("token", settings.token, token))
+        place = settings.access().token or Secret("file", str(settings.kubeconfig))
+        return [replace(one, key="kubeconfig") for one in token_end("token", place, token)]
 
     def close(self) -> None:
         """Remove the objects that were answered, and close the connections."""

@@ -24,6 +24,7 @@ from backends.http import listed, pair_problems, pem_certificates, tls_context, 
 from backends.vault.server import Access, Answer, identity_text, log, texts
 from bridge.contract import (
     BackendSettings,
+    CredentialEnd,
     Issued,
     Secret,
     Selector,
@@ -244,6 +245,10 @@ class VaultBackend:
             looked = answer.or_raise().data
             self._tokens.identity = identity_text("token", {"display_name": looked.get("display_name")}, looked)
         return self._server.presentable(self._tokens.identity)
+
+    def credential_ends(self) -> list[CredentialEnd]:
+        """Look up the token that was given, or the secret id, as far as its policy allows; a JWT says it by itself."""
+        return self._tokens.ends()
 
     def close(self) -> None:
         """Leave the login that others may still use; a server that can't be reached is only logged."""

@@ -18,8 +18,8 @@ import requests
 from hvac.adapters import RawAdapter
 from hvac.api.auth_methods import JWT, AppRole, Kubernetes, Userpass
 
-from backends.http import Http, Wording, retry_after_seconds
-from bridge.contract import Secret, SecretUnavailableError
+from backends.http import Http, Wording, retry_after_seconds, secret_end, token_end
+from bridge.contract import CredentialEnd, Secret, SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.pki.budget import of_server
 from bridge.system import http
@@ -246,6 +246,7 @@ class Tokens:
         self._made: list[str] = []
         self._secret_id: str | None = None  # a wrapped one can be had only once
         self.identity: str | None = None  #: As the login says; None: no login, the token was given.
+        self._role_name: object = None  #: An AppRole's, as the login says.
 
     def get(self) -> str:
         """The token; logs in if there is none yet."""
@@ -305,9 +306,24 @@ class Tokens:
         if not isinstance(token, str) or not token:
             raise BackendRefusedError(f"vault: {answer.where}: wanted a token, found none (a second factor asked for?)")
         self.identity = identity_text(f"auth/{self._mount}", table(login, "metadata"), login)
+        self._role_name = table(login, "metadata").get("role_name")
         if login.get("token_type") != "batch":  # which can't be revoked
             self._made.append(token)
         return self._server.hide(token)
+
+    def ends(self) -> list[CredentialEnd]:
+        """When the given token, secret id or JWT ends; none for what has no end, or as far as a policy forbids to look."""
+        auth, token = self._auth, self.get()
+        if auth.token is not None:
+            looked = self._server.send("get", "auth/token/lookup-self", token=token)
+            if looked.forbidden or looked.or_raise().data.get("period"):  # which something else renews
+                return []
+            return _ends("auth.token", auth.token, looked.data, "issue_time", "expire_time")
+        if auth.secret_id is not None and not auth.wrapped and isinstance(self._role_name, str):
+            path = f"auth/{quote(self._mount)}/role/{quote(self._role_name, safe='')}/secret-id/lookup"
+            looked = self._server.send("post", path, {"secret_id": self._server.read(auth.secret_id)}, token=token)
+            return _ends("auth.secret_id", auth.secret_id, looked.data, "creation_time", "expiration_time")
+        return [] if auth.jwt is None else list(token_end("auth.jwt", auth.jwt, self._server.read(auth.jwt)))
 
     def _read_secret_id(self) -> str:
         if not self._auth.wrapped:
@@ -345,6 +361,20 @@ class Tokens:
                 f"vault: wanted a secret id wrapped in {source}, found something else", hint=_ALARM
             )
         return self._server.hide(secret_id)
+
+
+def _ends(key: str, secret: Secret, data: Mapping[str, object], begin: str, end: str) -> list[CredentialEnd]:
+    ends = _time(data.get(end))
+    return [] if ends is None else [secret_end(key, secret, _time(data.get(begin)), ends)]
+
+
+def _time(value: object) -> datetime | None:
+    """A time of the server's; None: none, or Go's zero, which stands for no end."""
+    try:
+        found = datetime.fromisoformat(str(value))
+    except ValueError:
+        return None
+    return found if found.tzinfo is not None and found.year > 1 else None
 
 
 #: What the login methods tell of us in a token's metadata that is a name. A secret id's own metadata is free text.

@@ -24,6 +24,7 @@ from bridge.contract import (
     ChecksWhole,
     Collects,
     CollectsAll,
+    CredentialEnd,
     Identifies,
     Issued,
     ListsIssuers,
@@ -32,6 +33,8 @@ from bridge.contract import (
     Revokes,
     SignRequest,
     SignsMany,
+    Spends,
+    TellsEnds,
     TellsRevoked,
     Wanted,
 )
@@ -82,6 +85,8 @@ class CA:
     wrong: Mapping[str, BridgeError] = field(default_factory=dict)
     identity: str | None = None  #: Our name at the CA, if it tells.
     certificates: tuple[x509.Certificate, ...] = ()  #: The CA's own, if it tells; the one that signs is the first.
+    #: When what we log in with ends, by the settings' key, where this was asked.
+    ends: Mapping[str, CredentialEnd] = field(default_factory=dict)
 
     @classmethod
     def of(cls, configured: Configured, retry: Retry | None = None) -> CA:
@@ -135,6 +140,17 @@ class CA:
         with contextlib.suppress(BackendError):
             return (self.backend.identity() or None) if isinstance(self.backend, Identifies) else None
         return None
+
+    def ask_ends(self, table: str) -> dict[str, CredentialEnd]:
+        """When what we log in with ends, by the settings' key below `table`; none where the CA does not tell."""
+        backend = self.backend
+        if self.trouble is not None or not isinstance(backend, TellsEnds):
+            return {}
+        if isinstance(backend, Spends) and backend.spends():
+            return {}
+        with contextlib.suppress(BackendError):
+            return {f"{table}.{one.key}": one for one in backend.credential_ends()}
+        return {}
 
     def issuers(self) -> tuple[x509.Certificate, ...]:
         """The CA's own certificates, the one that signs first; none: this CA does not tell."""

@@ -24,6 +24,7 @@ from bridge.system.console import ROOT_HINT, lacks_rights, log, print_error
 if TYPE_CHECKING:
     from bridge.monitoring import Remembered
     from bridge.renewal.gate import Failures
+    from bridge.state.credentials import Credential
 
 commands = typer.Typer()
 
@@ -95,8 +96,8 @@ def check_expiration(
         return _check_for_nagios(common, within if warning is None else warning, critical)
     settings = common.settings()
     known = _known(settings) if output is ExpirationOutput.PROMETHEUS else None
-    node = inventory.of(settings.node)
-    found = look(node, utc_now(), within, output.value, renewal=settings.renewal, known=known)
+    node, own = inventory.of(settings.node), _own(settings)
+    found = look(node, utc_now(), within, output.value, renewal=settings.renewal, known=known, own=own)
     return _shown(*found, is_styled=output is ExpirationOutput.TABLE)
 
 
@@ -107,7 +108,7 @@ def _check_for_nagios(common: Common, warning: timedelta | None, critical: timed
     try:
         settings = common.settings()
         limits = nagios.Thresholds.of(settings, warning, critical)
-        return _shown(*nagios.check(settings, utc_now(), limits, _failures(settings)))
+        return _shown(*nagios.check(settings, utc_now(), limits, _failures(settings), _own(settings) or ()))
     except (BridgeError, OSError) as e:
         error = e if isinstance(e, BridgeError) else BridgeError(f"{e.filename}: {e.strerror}")
         print_error(error)
@@ -136,6 +137,26 @@ def _failures(settings: Settings) -> Mapping[str, Failures] | None:
     except OSError:
         return None
     return Attempts(Store(directory)).authorities if os.access(directory, os.R_OK | os.X_OK) else None
+
+
+def _own(settings: Settings) -> list[Credential] | None:
+    """
+    Our own credentials; None: this user may not see them, or `settings check` has to be asked.
+
+    Settings that no run has checked yet are read with their backends, which takes longer.
+    """
+    from bridge.state import credentials  # noqa: PLC0415 (the fast way to the table has its own)
+
+    found = credentials.seen(settings)
+    if found is not None or not credentials.may_look(settings):
+        return found
+    from bridge.ca import registry  # noqa: PLC0415 (it loads the backends)
+
+    try:
+        places = credentials.places(settings, registry.configured(settings, settings.authorities))
+    except BridgeError:
+        return None
+    return credentials.look(settings, places, Store(settings.node.state_dir))
 
 
 def _known(settings: Settings) -> Remembered | None:

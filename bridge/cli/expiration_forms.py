@@ -12,13 +12,14 @@ from bridge.errors import Exit
 from bridge.node.expiry_report import ExpiryReport, Row, report
 from bridge.node.inventory import Node
 from bridge.pki.certificates import fingerprint, name_text, serial_hex
-from bridge.pki.expiry import residual, rfc3339
+from bridge.pki.expiry import residual, rfc3339, seconds_left
 from bridge.settings.tables import RenewalSettings
 from bridge.system.console import is_verbose, styled
 from bridge.words import escaped, steady
 
 if TYPE_CHECKING:
     from bridge.monitoring import Remembered
+    from bridge.state.credentials import Credential
 
 #: Grows when a key changes its meaning or goes; new keys do not count.
 SCHEMA_VERSION = 1
@@ -27,6 +28,7 @@ SCHEMA_VERSION = 1
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _HEADER = ("CERTIFICATE", "EXPIRES", "RESIDUAL TIME", "CERTIFICATE AUTHORITY", "EXTERNALLY MANAGED")
 _AUTHORITY_HEADER = ("CERTIFICATE AUTHORITY", "EXPIRES", "RESIDUAL TIME", "EXTERNALLY MANAGED")
+_OWN_HEADER = ("CREDENTIAL OF CA-BRIDGE", "EXPIRES", "RESIDUAL TIME", "FILE")
 _EXTRA_HEADER = ("NOT LISTED BY KUBEADM", *_HEADER[1:], "FILE")
 
 
@@ -38,20 +40,21 @@ def look(
     *,
     renewal: RenewalSettings | None = None,
     known: Remembered | None = None,
+    own: Sequence[Credential] | None = (),
 ) -> tuple[str, list[str], int]:
     """
     Say what there is as `table`, `json`, `yaml` or `prometheus`: standard output, lines for standard error, exit
     code.
 
     The code is 1 when a file is there and can't be used, else 3 when a certificate ends `within` this time, else 0.
-    `known` is what only root may see; None for another user.
+    `known` is what only root may see; None for another user. So is `own`, our own credentials, which no code is for.
     """
     left_alone = (renewal or RenewalSettings()).left_alone
     found = report(node, now, None if within is None else lambda _: within, left_alone)
     forms: Mapping[str, Callable[[ExpiryReport], str]] = {
-        "table": lambda one: table(one, renewal),
-        "json": as_json,
-        "yaml": as_yaml,
+        "table": lambda one: table(one, renewal) + _own_table(own or (), renewal or RenewalSettings(), now),
+        "json": lambda one: as_json(one, own, now),
+        "yaml": lambda one: as_yaml(one, own, now),
         "prometheus": lambda one: _as_prometheus(one, node, renewal or RenewalSettings(), known),
     }
     code = Exit.FAILED if found.troubles else Exit.DUE if found.due else Exit.DONE
@@ -95,13 +98,41 @@ def _table(header: Sequence[str], rows: Sequence[Row], styles: Mapping[str, str]
     On a terminal that is too narrow for it, a row is one line in a shorter form, or the whole of it with `-v`.
     """
     most, cells = width_here(), [header, *(_cells(row, header) for row in rows)]
-    widths = [max(10, 3 + max(map(len, column))) for column in zip(*cells, strict=True)][:-1]
-    lines = ["".join(map(str.ljust, row, widths)) + row[-1] for row in cells]
+    lines = _aligned(cells)
     if most is not None and max(len(line.rstrip()) for line in lines) > most:
         if not is_verbose():
             cells = [[_SHORT.get(cell, cell) for cell in header[:_MOST_SHORT]], *(_short(row, header) for row in rows)]
         lines = list(columns([[cell.rstrip() for cell in row] for row in cells], most))
     return "".join(f"{_toned(line, styles)}\n" for line in lines)
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(10, 3 + max(map(len, column))) for column in zip(*cells, strict=True)][:-1]
+    return ["".join(map(str.ljust, row, widths)) + row[-1] for row in cells]
+
+
+def _own_table(own: Sequence[Credential], renewal: RenewalSettings, now: datetime) -> str:
+    """Our own credentials, by which CAs and desks know this node; empty without any."""
+    if not own:
+        return ""
+    most, styles = width_here(), {}
+    cells: list[Sequence[str]] = [_OWN_HEADER]
+    for one in own:
+        is_bad = one.ends is None or one.has_ended(now)
+        styles[one.name] = "error" if is_bad else "warning" if one.is_near(renewal.before, now) else "ok"
+        if one.ends is None:
+            cells.append((f"{_MARKS['unreadable']} {one.name}", "", "", one.path))
+        else:
+            left = residual(seconds_left(one.ends, now))
+            cells.append((one.name, _expires(one.ends), left, one.path or "told by the CA"))
+    lines = _aligned(cells)
+    if most is not None and max(map(len, lines)) > most:
+        lines = list(columns([[_SHORT.get(cell, cell) for cell in row] for row in cells], most))
+    return "\n" + "".join(f"{_toned(line, styles)}\n" for line in lines)
+
+
+def _expires(end: datetime) -> str:
+    return f"{_MONTHS[end.month - 1]} {end:%d}, {end.year:04d} {end:%H:%M} UTC"
 
 
 def _toned(line: str, styles: Mapping[str, str]) -> str:
@@ -127,8 +158,7 @@ def _cells(row: Row, header: Sequence[str]) -> list[str]:
     if row.certificate is None or row.state != "present":
         found = [f"{_MARKS[row.state]} {row.name}", *([""] * (min(len(header), _MOST_SHORT) - 1))]
     else:
-        end = row.certificate.not_valid_after_utc
-        expires = f"{_MONTHS[end.month - 1]} {end:%d}, {end.year:04d} {end:%H:%M} UTC"
+        expires = _expires(row.certificate.not_valid_after_utc)
         found = [row.name, expires, _left(row), *_authority(row, header), f"{_external(row):<8}"]
     return [*found, row.path] if header is _EXTRA_HEADER else found
 
@@ -153,37 +183,47 @@ def _left(row: Row) -> str:
     return "<invalid>" if row.early else residual(row.seconds_left or 0)  # as kubeadm shows one that has ended
 
 
-def as_json(found: ExpiryReport) -> str:
+def as_json(found: ExpiryReport, own: Sequence[Credential] | None, now: datetime) -> str:
     """kubeadm's structure (output.kubeadm.k8s.io/v1alpha3) in its order and indentation, and more keys."""
     import json  # noqa: PLC0415 (7 ms that the table has no use for)
 
-    return escaped(json.dumps(_structure(found), indent=4, ensure_ascii=False)) + "\n"
+    return escaped(json.dumps(_structure(found, own, now), indent=4, ensure_ascii=False)) + "\n"
 
 
-def as_yaml(found: ExpiryReport) -> str:
+def as_yaml(found: ExpiryReport, own: Sequence[Credential] | None, now: datetime) -> str:
     """The same in YAML, with sorted keys as kubeadm's."""
     import yaml  # noqa: PLC0415 (loaded by the reading side already, but as a tree only)
 
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    dumper, structure = getattr(yaml, "CSafeDumper", yaml.SafeDumper), _structure(found, own, now)
 
     def dumped(*, allow_unicode: bool) -> str:
-        return str(
-            yaml.dump(_structure(found), Dumper=dumper, sort_keys=True, allow_unicode=allow_unicode, width=10_000)
-        )
+        return str(yaml.dump(structure, Dumper=dumper, sort_keys=True, allow_unicode=allow_unicode, width=10_000))
 
     text = dumped(allow_unicode=True)
     # what steers a terminal is escaped, and then everything that is not ASCII
     return text if escaped(text) == text else dumped(allow_unicode=False)
 
 
-def _structure(found: ExpiryReport) -> dict[str, Any]:
+def _structure(found: ExpiryReport, own: Sequence[Credential] | None, now: datetime) -> dict[str, Any]:
     return {
         "kind": "CertificateExpirationInfo",
         "apiVersion": "output.kubeadm.k8s.io/v1alpha3",
         "certificates": [_entry(row) for row in found.certificates],
         "certificateAuthorities": [_entry(row) for row in found.authorities],
         "extraCertificates": [_entry(row) for row in found.extra],
+        "ownCredentials": None if own is None else [_own_entry(one, now) for one in own],
         "schemaVersion": SCHEMA_VERSION,
+    }
+
+
+def _own_entry(one: Credential, now: datetime) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "expirationDate": None if one.ends is None else rfc3339(one.ends),
+        "residualTime": 0 if one.ends is None else seconds_left(one.ends, now),
+        "path": one.path,
+        "toldByCA": None if one.told is None else rfc3339(one.told),
+        "trouble": one.trouble or None,
     }
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, Limit, Row, report
-from bridge.pki.expiry import residual
+from bridge.pki.expiry import residual, seconds_left
 from bridge.renewal import in_use
 from bridge.settings.tables import Settings
 from bridge.words import one_line
@@ -21,6 +21,7 @@ from bridge.words import one_line
 if TYPE_CHECKING:
     from bridge.control_plane.proof import ProofFinding
     from bridge.renewal.gate import Failures
+    from bridge.state.credentials import Credential
 
 _WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
 UNKNOWN = 3  #: The status of a check that could not look.
@@ -52,18 +53,24 @@ class Thresholds:
 
 
 def check(
-    settings: Settings, now: datetime, limits: Thresholds, failures: Mapping[str, Failures] | None
+    settings: Settings,
+    now: datetime,
+    limits: Thresholds,
+    failures: Mapping[str, Failures] | None,
+    own: Sequence[Credential] = (),
 ) -> tuple[str, list[str], int]:
     """
     Look at a node: the plugin's line, lines for standard error, and its status.
 
-    `failures` has the failed runs by CA; None: this user can't see them.
+    `failures` has the failed runs by CA; None: this user can't see them. `own` are our own credentials.
     """
     node = inventory.of(settings.node)
     left_alone = settings.renewal.left_alone
     early, late = (report(node, now, limit, left_alone) for limit in (limits.warning, limits.critical))
     unused = [] if failures is None else in_use.late(settings, node, now)
-    critical, warning = _critical(late), _warning(early, late, failures, unused)
+    critical = [*_critical(late), *(f"{one.name} expired" for one in own if one.has_ended(now))]
+    near = [one for one in own if one.is_near(settings.renewal.before, now) and not one.has_ended(now)]
+    warning = [*_warning(early, late, failures, unused), *(_credential_ends(one, now) for one in near)]
     status = 2 if critical or early.troubles else 1 if warning else 0
     what = ", ".join([*critical, *warning]) or _good(early)
     unseen = "" if failures is not None else " (failed runs are for root to see)"
@@ -99,6 +106,10 @@ def _warning(
 
 def _ends(row: Row) -> str:
     return f"{row.name} ends in {residual(row.chain_seconds_left or 0)}"
+
+
+def _credential_ends(one: Credential, now: datetime) -> str:
+    return f"{one.name} ends in {residual(seconds_left(one.ends or now, now))}"
 
 
 def _good(found: ExpiryReport) -> str:

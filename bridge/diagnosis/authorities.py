@@ -10,18 +10,20 @@ from typing import NamedTuple
 from bridge.ca import registry
 from bridge.ca.ca import CA
 from bridge.ca.retry import Rest
-from bridge.contract import Backend, ListsIssuers, Spends, TellsTime, Wanted
+from bridge.contract import Backend, CredentialEnd, ListsIssuers, Spends, TellsTime, Wanted
 from bridge.diagnosis.findings import Finding, Level, from_error
 from bridge.diagnosis.installed import private_file
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError
 from bridge.node.inventory import Item, Node
-from bridge.pki import csr, verify
+from bridge.pki import csr, expiry, verify
 from bridge.pki.expiry import duration_text
 from bridge.renewal import verify_and_install
 from bridge.renewal.gate import Attempts
 from bridge.settings.tables import Settings
 from bridge.settings.windows import ever_waits
 from bridge.specs import CertificateSpec
+from bridge.state import credentials
+from bridge.state.credentials import Credential, CredentialEndedError, Place
 from bridge.state.store import Store
 from bridge.words import one_line
 
@@ -44,12 +46,13 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     items = [item for item in node.items if item.managed and item.state == "present" and not item.foreign]
     names = dict.fromkeys(item.spec.authority.name for item in items)
     if not settings.authorities:
+        yield from _credentials(settings, credentials.places(settings, {}), now)
         yield _by_hand(settings)
         return
     demands, _ = verify_and_install.expectations(node, settings, items, now)
     questions = {name: _question([i for i in items if i.spec.authority.name == name], demands[name], settings)
                  for name in names if name in demands}  # fmt: skip
-    yield from ask_all(settings, names, questions)
+    yield from ask_all(settings, names, questions, now)
 
 
 def _by_hand(settings: Settings) -> Finding:
@@ -85,7 +88,9 @@ def _wanted(item: Item, expected: verify.Expectation, settings: Settings) -> Wan
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
-def ask_all(settings: Settings, names: Mapping[str, None], questions: Mapping[str, Question]) -> Iterator[Finding]:
+def ask_all(
+    settings: Settings, names: Mapping[str, None], questions: Mapping[str, Question], now: datetime
+) -> Iterator[Finding]:
     """Ask each authority's CA; one that does not answer is not asked again for another of its authorities."""
     try:
         backends = registry.configured(settings, names)
@@ -93,6 +98,7 @@ def ask_all(settings: Settings, names: Mapping[str, None], questions: Mapping[st
         for problem in e.problems:
             yield Finding.error("settings", "settings", str(problem), e.hint)
         return
+    yield from _credentials(settings, credentials.places(settings, backends), now)
     silent: dict[str, BackendUnavailableError] = {}
     with contextlib.ExitStack() as opened:  # until all were asked, since they may share a login
         for name, configured in backends.items():
@@ -101,7 +107,7 @@ def ask_all(settings: Settings, names: Mapping[str, None], questions: Mapping[st
                 yield _refused(configured, silent[configured.name])
             elif name in questions:
                 try:
-                    yield from _ask(configured, questions[name], opened)
+                    yield from _ask(configured, questions[name], opened, settings, now)
                 except BackendUnavailableError as e:
                     silent[configured.name] = e
                     yield _refused(configured, e)
@@ -126,7 +132,13 @@ def _secrets(configured: registry.Configured) -> Iterator[Finding]:
         yield from private_file(path, str(path))
 
 
-def _ask(configured: registry.Configured, question: Question, opened: contextlib.ExitStack) -> Iterator[Finding]:
+def _ask(
+    configured: registry.Configured,
+    question: Question,
+    opened: contextlib.ExitStack,
+    settings: Settings,
+    now: datetime,
+) -> Iterator[Finding]:
     reached = CA.of(configured, Rest())
     opened.callback(reached.close)
     backend = reached.opened()
@@ -135,6 +147,8 @@ def _ask(configured: registry.Configured, question: Question, opened: contextlib
     for name, error in wrong.items():
         yield from_error("what-the-ca-would-sign", name, error)
     yield from _clock(backend, configured)
+    for key, one in reached.ask_ends(f"backend.{configured.name}").items():
+        yield _end(_as_told(key, one, now), settings, now)
     if not wrong:
         yield Finding.ok("backend", _about(configured), _answers(configured, backend, spends))
 
@@ -160,6 +174,30 @@ def _clock(backend: Backend, configured: registry.Configured) -> Iterator[Findin
     level: Level = "error" if abs(ahead) > _CLOCK_IS_WRONG else "warning"
     hint = "put right whichever is wrong (`timedatectl`, `chronyc tracking`)"
     yield Finding(level=level, check="clock", about=_about(configured), text=text, hint=hint)
+
+
+# --- our own credentials -----------------------------------------------------------------------------------------------
+
+
+def _credentials(settings: Settings, places: Sequence[Place], now: datetime) -> Iterator[Finding]:
+    """Findings about files alone; what a CA says of a token comes with the question whether it answers."""
+    for one in credentials.look(settings, places, None):
+        yield _end(one, settings, now)
+
+
+def _as_told(name: str, one: CredentialEnd, now: datetime) -> Credential:
+    path = "" if one.file is None else str(one.file)
+    return Credential(name=name, path=path, ends=one.ends, begins=one.begins, told=now)
+
+
+def _end(one: Credential, settings: Settings, now: datetime) -> Finding:
+    hint = CredentialEndedError.hint
+    is_near = one.ends is None or one.is_near(settings.renewal.before, now)
+    if one.ends is not None and not is_near:
+        return Finding.ok("credential", one.name, expiry.left_text(one.ends, now))
+    is_bad = one.ends is None or one.has_ended(now)
+    level: Level = "error" if is_bad and not one.is_key_alone else "warning"
+    return Finding(level=level, check="credential", about=one.name, text=one.text(now), hint=hint)
 
 
 # --- what earlier runs found, and when the next may act ----------------------------------------------------------------

@@ -87,7 +87,7 @@ def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
         yield Finding.error("settings", "settings", text)
     names = dict.fromkeys(settings.authorities)
     questions = {name: _question(name, policy, settings, now) for name in names}
-    yield from authorities.ask_all(settings, names, questions)
+    yield from authorities.ask_all(settings, names, questions, now)
     yield from _cas(settings, now)
 
 

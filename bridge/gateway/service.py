@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
+from functools import cached_property
 from http import HTTPStatus
 
+from bridge.ca import registry
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BackendError, BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.gateway import authorities, pages
@@ -28,6 +30,7 @@ from bridge.gateway.pages import Metrics
 from bridge.gateway.rules import CLIENT_KUBELET, spec_of
 from bridge.gateway.watch import SILENCE_SECONDS, Watch
 from bridge.settings.tables import GatewaySettings, Settings
+from bridge.state import credentials
 from bridge.state.audit import AuditError
 from bridge.state.store import Store
 from bridge.system.locks import LockedError, lock
@@ -286,7 +289,14 @@ class Service:
                 **{("queue", f'{{state="{state}"}}'): float(count) for state, count in states.items()},
                 **{(name, ""): float(value) for name, value in flags.items()},
             }
-        return HTTPStatus.OK, self.metrics.text()
+        own = credentials.look(self.settings, self._places, None)
+        return HTTPStatus.OK, self.metrics.text() + credentials.metrics(own, self.settings.renewal.before)
+
+    @cached_property
+    def _places(self) -> list[credentials.Place]:
+        """The files by which the gateway logs in at the API server and the CAs."""
+        backends = registry.configured(self.settings, self.settings.authorities)
+        return credentials.places(self.settings, backends)
 
     def _healthz(self) -> tuple[int, str]:
         return _page(self._sick(), "ok\n")

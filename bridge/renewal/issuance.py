@@ -95,6 +95,8 @@ def reaching(
             found[name] = ca = CA.reach(backends[name], specs, lambda _, wanted=wanted: wanted, progress.note, opened)  # type: ignore[misc]
             if isinstance(ca.backend, AsksValidity):  # it would give exactly this validity, which we would refuse
                 ca.wrong = {**refused_as_shorter(ours, settings, wanted.now), **ca.wrong}
+            if opened is None:
+                ca.ends = ca.ask_ends(f"backend.{backends[name].name}")
             opened = ca.backend
         return found
 

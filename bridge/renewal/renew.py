@@ -37,11 +37,12 @@ from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
 from bridge.settings.tables import Settings, anchor, for_rehearsal, is_scratch
 from bridge.specs import AUTHORITIES
-from bridge.state import audit
+from bridge.state import audit, credentials
+from bridge.state.credentials import Credential
 from bridge.state.open_requests import OpenRequest, Unkept
 from bridge.state.session import Run, begun
 from bridge.state.store import Outcome, remember_checked
-from bridge.system.console import Progress, is_attended
+from bridge.system.console import Progress, is_attended, log
 
 
 def run(
@@ -65,11 +66,13 @@ def run(
             selection = gate.hold(selection, settings, None if is_terminal else transaction.attempts, now())
         if selection.items:
             result = _renew(ours, transaction, selection, node, options)
-            remember_checked(settings, ours.store)  # all tables were read to find the CAs
+            own = _check(settings, ours)
         else:
-            _check(settings, ours)
+            own = _check(settings, ours)
             record_failed(ours.record, [o for o in selection.failed if not isinstance(o.error, NotYetError)])
             result = transaction.nothing_to_install(selection)
+            result = _with_ended(result, own, now())
+        _warn(own, result, settings, now())
         return result, node, selection
 
 
@@ -79,10 +82,30 @@ def _sleep(delay: timedelta, progress: Progress) -> None:
         time.sleep(delay.total_seconds())
 
 
-def _check(settings: Settings, run: Run) -> None:
-    """Read every backend's table, though no CA is asked: a mistake (SettingsError) shows up at once."""
-    registry.configured(settings, settings.authorities)
-    remember_checked(settings, run.store)
+def _check(settings: Settings, run: Run) -> list[Credential]:
+    """
+    Read every backend's table, though no CA is asked: a mistake (SettingsError) shows up at once.
+
+    Returns the credentials that they name.
+    """
+    places = credentials.places(settings, registry.configured(settings, settings.authorities))
+    remember_checked(settings, run.store, places)
+    return credentials.look(settings, places, run.store)
+
+
+def _with_ended(result: Result, own: Sequence[Credential], now: datetime) -> Result:
+    """The result of a run that asked no CA, with an error about each credential that has ended: the next renewal fails."""
+    return dataclasses.replace(result, errors=(*result.errors, *credentials.ended(own, now)))
+
+
+def _warn(own: Sequence[Credential], result: Result, settings: Settings, now: datetime) -> None:
+    """Warn of credentials that end soon, but for those about which there is an error."""
+    told = [error.name for error in result.errors if isinstance(error, credentials.CredentialEndedError)]
+    for one in own:
+        if one.needs_a_word(settings.renewal.before, now) and one.name not in told:
+            sentence = one.text(now)
+            log.warning("%s", sentence)
+            log.warning("%s", credentials.CredentialEndedError.hint, extra={"is_hint": True})
 
 
 def _renew(run: Run, transaction: Transaction, selection: Selection, node: Node, options: RunOptions) -> Result:
@@ -123,8 +146,14 @@ def _prepare_and_issue(
                 return [], earlier, unasked
         cas = reached()
         new_keys.use_last_core()
+        _remember_ends(run, cas)
         asked, unmade = issue_all(run, making, cas, expected)
     return [*kept, *asked], [*earlier, *unmade], []
+
+
+def _remember_ends(run: Run, cas: Mapping[str, CA]) -> None:
+    """Keep what the CAs have said of our tokens, for the nights on which none is asked."""
+    credentials.remember(run.store, {name: one for ca in cas.values() for name, one in ca.ends.items()}, run.now())
 
 
 def _kept(
@@ -261,6 +290,7 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
     ):
         cas = reached()
         new_keys.use_last_core()
+        _remember_ends(run, cas)
         answered, unmade = issue_all(run, making, cas, expected)
         proven, failed = verify_all(run, answered, [*selection.failed, *failed, *unmade])
         revoked, errors = _thrown_away(run, answered, cas)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from bridge.errors import BridgeError, Exit
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from cryptography import x509
 
     from bridge.settings.tables import Settings
@@ -50,6 +52,7 @@ class Store:
         self.revocations = state_dir / "revocations.json"  #: Superseded certificates that are to be revoked.
         self.checked_settings = state_dir / "settings.checked"  #: Which settings file needs no further check.
         self.copies = state_dir / "copies.json"  #: What copies of kubeconfigs may still hold.
+        self.credentials = state_dir / "credentials.json"  #: When our own tokens end, as CAs have said.
         self.attempts = state_dir / "attempts.json"  #: How often in a row a CA's renewals failed.
         self.history = state_dir / "history.json"  #: How the last runs ended, for monitors.
         self.history_lock = state_dir / "history.lock"
@@ -104,24 +107,40 @@ class Outcome:
 # --- settings that were checked whole, so that a run with nothing due loads no backend for that ----------------------
 
 
+#: Of the file; an earlier version's has no credentials in it, so that its settings count as not checked.
+_FORM = 2
+
+
 def is_checked(settings: Settings, store: Store) -> bool:
     """Whether this very file was checked by this very installation; without a file there is nothing to check."""
+    return checked_credentials(settings, store) is not None
+
+
+def checked_credentials(settings: Settings, store: Store) -> list[tuple[str, Path]] | None:
+    """The files of our own credentials, by their settings, that were found when these were checked; None: they were not."""
     if settings.source.file is None:
-        return True
+        return []
     try:
-        return store.checked_settings.read_text() == _signature(settings.source.file)
+        first, *rest = store.checked_settings.read_text().splitlines()
+        found = [line.split(" ", 1) for line in rest]
+        return [(name, Path(path)) for name, path in found] if first == _signature(settings.source.file) else None
     except (OSError, ValueError):
-        return False
+        return None
 
 
-def remember_checked(settings: Settings, store: Store) -> None:
-    """Remember settings that were checked whole; if that can't be written, the next run checks them again."""
+def remember_checked(settings: Settings, store: Store, credentials: Iterable[tuple[str, Path]] = ()) -> None:
+    """
+    Remember settings that were checked whole, with the files of our own credentials that they name.
+
+    If that can't be written, the next run checks them again.
+    """
     from bridge.system.files import write_atomically  # noqa: PLC0415 (a look needs none of it)
 
     if settings.source.file is None or is_checked(settings, store):
         return
     try:
-        write_atomically(store.checked_settings, _signature(settings.source.file).encode())
+        lines = [_signature(settings.source.file), *(f"{name} {path}" for name, path in credentials)]
+        write_atomically(store.checked_settings, "".join(f"{line}\n" for line in lines).encode())
     except OSError:
         return
 
@@ -131,4 +150,4 @@ def _signature(file: Path) -> str:
     numbers = [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, _INSTALLED.stat().st_mtime_ns]
     plug_ins = dict.fromkeys(path for path in sys.path if path.endswith(_PLUG_INS) and path != str(_INSTALLED))
     numbers += [path.stat().st_mtime_ns for path in map(Path, plug_ins) if path.is_dir()]
-    return f"{file} {' '.join(map(str, numbers))}\n"
+    return f"{file} {' '.join(map(str, numbers))} {_FORM}"

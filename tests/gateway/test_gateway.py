@@ -138,6 +138,7 @@ def test_a_node_joins_serves_and_rotates(cluster: ClusterApi, tmp_path: Path) ->
             assert len({uid for _, uid in events}) == 3
             assert gateway.metric("requests_total", signer=CLIENT_KUBELET, outcome="signed") == 2
             assert gateway.metric("certificate_end_timestamp_seconds", signer=SERVING, name="w5001") > time.time()
+            assert 'ca_bridge_credential_not_after_seconds{name="gateway.kubeconfig",' in gateway.page("metrics")[1]
             assert gateway.end() == 0
             assert audit.verify(Store(gateway.state_dir)) == (9, [])
 

@@ -171,6 +171,15 @@ def not_in_use(directory: Path) -> Iterator[Case]:
     yield Case(text=node.text, later=HOUR, alerts=())
 
 
+def credential(directory: Path) -> Iterator[Case]:
+    """The gateway's kubeconfig ends in two hours, and nothing is due; then it has ended."""
+    own = handmade_pki(directory / "gateway", now=BEGIN - 30 * DAY, not_after=BEGIN + 2 * HOUR)
+    node = Node(directory, more=f'[gateway]\nkubeconfig = "{own.kubeconfig_dir / "admin.conf"}"\n')
+    assert node.night(0) == 0
+    yield Case(text=node.text, later=HOUR, alerts=["CaBridgeCredentialEndsSoon"])
+    yield Case(text=node.text, later=3 * HOUR, alerts=["CaBridgeCredentialExpired"])
+
+
 def rehearsing(directory: Path) -> Iterator[Case]:
     """A rehearsal that fails tells what the renewal would; it is no failed run."""
     node = Node(directory)
@@ -183,7 +192,7 @@ def rehearsing(directory: Path) -> Iterator[Case]:
     yield Case(text=node.text, later=HOUR, alerts=())
 
 
-STORIES = (healthy, renewed, failing, ending, missing, old_ca, pending, not_in_use, rehearsing)
+STORIES = (healthy, renewed, failing, ending, missing, old_ca, pending, not_in_use, credential, rehearsing)
 
 
 @pytest.fixture(scope="module")

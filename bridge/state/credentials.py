@@ -1,0 +1,294 @@
+"""
+Our own credentials: by which a CA, a desk or a cluster knows us, and when each of them ends.
+
+A renewal needs them, and renews none of them. Which files they are in is remembered with the settings that were checked,
+so that a night with nothing due loads no backend; the end of a token or secret id is what its CA said when it was asked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from cryptography import x509
+
+from bridge.errors import BridgeError, Exit
+from bridge.pki.certificates import load_pem_certificates
+from bridge.pki.expiry import ROTATION_IS_LATE, Before, first_end, left_text, minute
+from bridge.settings.tables import Settings
+from bridge.state.store import Store, checked_credentials
+from bridge.system.paths import UnreadableError, read
+
+if TYPE_CHECKING:  # a night with nothing due makes none of them
+    from bridge.contract import BackendSettings, CredentialEnd
+    from bridge.system.state_file import StateFile
+
+
+class Place(NamedTuple):
+    """A file with a credential that ends."""
+
+    name: str  #: The settings' key, such as `backend.corp.client_cert`.
+    path: Path
+
+
+class Configured(Protocol):
+    """A backend as one authority uses it (`bridge.ca.registry.Configured`)."""
+
+    @property
+    def name(self) -> str:
+        """The name of its table."""
+        ...
+
+    @property
+    def settings(self) -> BackendSettings:
+        """Its keys."""
+        ...
+
+
+class CredentialEndedError(BridgeError):
+    """One of our own credentials has ended: what needs it will be refused, whether something is due or not."""
+
+    exit_code = Exit.USAGE
+    hint = "have a new one issued, and put it in its place; `ca-bridge doctor` tries it"
+
+    def __init__(self, credential: Credential, now: datetime) -> None:
+        self.name = credential.name
+        super().__init__(credential.text(now))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credential:
+    """One of ours, and when it ends."""
+
+    name: str  #: The settings' key.
+    path: str  #: Empty: it is in no file.
+    ends: datetime | None = None  #: Of the first to end of a certificate and its intermediates; None: see `trouble`.
+    begins: datetime | None = None
+    trouble: str = ""  #: Why its end is not known.
+    told: datetime | None = None  #: When the CA said so; None: the file says it.
+
+    def near_from(self, before: Before) -> datetime | None:
+        """
+        The time from which on there is reason to warn: as late as `renewal.before` says, or later.
+
+        A credential that a program replaces each hour is worth a warning when the program is late.
+        """
+        if self.ends is None:
+            return None
+        if self.begins is None:
+            return self.ends - (before.remaining or timedelta())
+        lifetime = self.ends - self.begins
+        return self.ends - min(before.of(lifetime), lifetime * ROTATION_IS_LATE)
+
+    def is_near(self, before: Before, now: datetime) -> bool:
+        """Whether it ends soon, or has ended."""
+        near = self.near_from(before)
+        return near is not None and now >= near
+
+    def has_ended(self, now: datetime) -> bool:
+        """Whether it has ended."""
+        return self.ends is not None and self.ends <= now
+
+    def needs_a_word(self, before: Before, now: datetime) -> bool:
+        """Whether it ends soon, has ended, or can't be read."""
+        return self.ends is None or self.is_near(before, now)
+
+    @property
+    def is_key_alone(self) -> bool:
+        """Whether signatures count by the key, which has no end, so that the certificate's end stops nothing."""
+        return self.name in _KEYS
+
+    def text(self, now: datetime) -> str:
+        """A sentence about its end."""
+        place = f"{self.name} ({self.path})" if self.path else self.name
+        if self.ends is None:
+            return (
+                f"own credential {place}: wanted a certificate in PEM, or a kubeconfig with one, found {self.trouble}"
+            )
+        by = f" by the CA's word of {minute(self.told)}" if self.told is not None else ""
+        if not self.has_ended(now):
+            then = "its key counts beyond that" if self.is_key_alone else "from then on what needs it is refused"
+            return f"own credential {place}: {left_text(self.ends, now)}, until {minute(self.ends)}{by}; {then}"
+        then = "its key counts nevertheless" if self.is_key_alone else "what needs it is refused"
+        found = f"one that {left_text(self.ends, now)}, at {minute(self.ends)}{by}"
+        return f"own credential {place}: wanted one that is valid, found {found}; {then}"
+
+
+# --- which there are --------------------------------------------------------------------------------------------------
+
+_KEYS = ("node.desk_key", "node.order_key")
+
+
+def places(settings: Settings, backends: Mapping[str, Configured]) -> list[Place]:
+    """The files of all our credentials; `backends` by authority, none of which is opened."""
+    found = list(_own_places(settings))
+    for authority, one in backends.items():
+        over = settings.authority_tables.get(authority, {})
+        for key, path in one.settings.credentials():
+            table = f"authority.{authority}" if key.partition(".")[0] in over else f"backend.{one.name}"
+            found.append(Place(f"{table}.{key}", path))
+    return list(dict.fromkeys(found))
+
+
+def _own_places(settings: Settings) -> Iterator[Place]:
+    """Files that the program's own tables name."""
+    paths = (settings.node.desk_key, settings.node.order_key, settings.gateway.kubeconfig)
+    for name, path in zip((*_KEYS, "gateway.kubeconfig"), paths, strict=True):
+        if path is not None:
+            yield Place(name, path)
+
+
+def may_look(settings: Settings) -> bool:
+    """Whether this user may see the state directory, or there is none yet."""
+    directory = settings.node.state_dir
+    try:
+        directory.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return os.access(directory, os.R_OK | os.X_OK)
+
+
+def seen(settings: Settings) -> list[Credential] | None:
+    """All of them without loading a backend; None: the settings were not checked yet, or this user may not see that."""
+    store = Store(settings.node.state_dir)
+    if not settings.authorities or settings.source.file is None:
+        return look(settings, list(_own_places(settings)), None)
+    listed = checked_credentials(settings, store) if may_look(settings) else None
+    return None if listed is None else look(settings, [Place(*one) for one in listed], store)
+
+
+def look(settings: Settings, there: Iterable[Place], store: Store | None) -> list[Credential]:
+    """The end of each credential, by its file, or else by what a CA has said (`store`; None: it is not asked for)."""
+    by_file = [one for place in there if (one := _read(place)) is not None]
+    return [*by_file, *(_remembered(settings, store) if store is not None else ())]
+
+
+def _read(place: Place) -> Credential | None:
+    """What the file says; None: it holds a public key or a token alone, or the gateway's file is on another machine."""
+    trouble = ""
+    try:
+        data = read(place.path)
+        if data is None:
+            trouble = "no such file"
+        elif b"PUBLIC KEY" in data and b"CERTIFICATE" not in data:
+            return None
+        elif chain := _certificates(data, place.path):
+            begins = chain[0].not_valid_before_utc
+            return Credential(name=place.name, path=str(place.path), begins=begins, ends=first_end(chain))
+        else:
+            return None
+    except (UnreadableError, ValueError, BridgeError) as e:
+        trouble = str(e) if isinstance(e, UnreadableError) else "something else"
+    if place.name == "gateway.kubeconfig":
+        return None
+    return Credential(name=place.name, path=str(place.path), trouble=trouble)
+
+
+def _certificates(data: bytes, path: Path) -> list[x509.Certificate]:
+    """The certificates of a PEM file, or those by which a kubeconfig logs in; none: it has a token."""
+    if b"-----BEGIN CERTIFICATE-----" in data:
+        return load_pem_certificates(data)
+    from bridge.node import kubeconfig  # noqa: PLC0415 (only where one is a credential)
+
+    found = kubeconfig.parse(data)
+    if found.certificate_data is None and found.certificate_file is None:
+        return []
+    pem = found.certificate_data or read(path.parent / (found.certificate_file or "")) or b""
+    return load_pem_certificates(pem)
+
+
+# --- what a CA has said -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Told:
+    """The end of a token or secret id, as its CA told it."""
+
+    ends: datetime
+    told: datetime
+    begins: datetime | None = None
+    file: str | None = None  #: None: it is in no file.
+    stamp: str | None = None  #: Of the file; with another one in its place the CA's word is forgotten.
+
+
+def told_file(store: Store) -> StateFile[dict[str, _Told]]:
+    """The file; a damaged one counts as none: the worst that follows is a warning that comes later."""
+    from bridge.system.state_file import OnDamage, coded  # noqa: PLC0415 (only where a CA has said something)
+
+    what = "when our own tokens end"
+    return coded(dict[str, _Told], store.credentials, what, OnDamage.START_OVER, key="credentials", version=1)
+
+
+def remember(store: Store, ends: Mapping[str, CredentialEnd], now: datetime) -> None:
+    """Remember what CAs have just said, by the settings' key; what others have said stays."""
+    if not ends:
+        return
+    file = told_file(store)
+    new = {
+        name: _Told(
+            ends=one.ends,
+            told=now,
+            begins=one.begins,
+            file=None if one.file is None else str(one.file),
+            stamp=None if one.file is None else _stamp(one.file),
+        )
+        for name, one in ends.items()
+    }
+    file.put({**(file.read() or {}), **new})
+
+
+def _stamp(path: Path) -> str | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+
+
+def _remembered(settings: Settings, store: Store) -> Iterator[Credential]:
+    if not store.credentials.exists():
+        return
+    for name, one in (told_file(store).read() or {}).items():
+        is_same = one.file is None or _stamp(Path(one.file)) == one.stamp
+        if is_same and name.split(".")[1] in settings.backends:
+            yield Credential(name=name, path=one.file or "", ends=one.ends, begins=one.begins, told=one.told)
+
+
+# --- what is to be said -----------------------------------------------------------------------------------------------
+
+
+def warnings(found: Iterable[Credential], settings: Settings, now: datetime) -> list[str]:
+    """A sentence about each that ends soon, has ended, or can't be read."""
+    return [one.text(now) for one in found if one.needs_a_word(settings.renewal.before, now)]
+
+
+def ended(found: Iterable[Credential], now: datetime) -> list[CredentialEndedError]:
+    """An error for each that this machine itself can see to have ended, and that a renewal logs in with."""
+    logins = (one for one in found if one.told is None and not one.is_key_alone and one.name != "gateway.kubeconfig")
+    return [CredentialEndedError(one, now) for one in logins if one.has_ended(now)]
+
+
+def metrics(found: Sequence[Credential], before: Before) -> str:
+    """The metrics of all whose end is known, in Prometheus' format."""
+    from bridge.system.codec import labels, metric  # noqa: PLC0415 (for monitors alone)
+
+    known = [(labels(name=one.name, path=one.path), one.ends, one.near_from(before)) for one in found]
+    texts = {
+        "not_after": "End of one of ca-bridge's own credentials.",
+        "near": "From when on ca-bridge warns of a credential's end.",
+    }
+    ends = [f"{label} {_seconds(end)}" for label, end, _ in known if end is not None]
+    near = [f"{label} {_seconds(start)}" for label, _, start in known if start is not None]
+    names = {name: f"ca_bridge_credential_{name}_seconds" for name in texts}
+    rows = {"not_after": ends, "near": near}
+    return "".join(metric(names[name], texts[name], (f"{names[name]}{row}" for row in rows[name])) for name in texts)
+
+
+def _seconds(time: datetime) -> int:
+    return int(time.timestamp())
