@@ -255,11 +255,7 @@ def pair_problems(client_cert: Path | None, client_key: Path | None) -> Iterator
 def url_problems(
     url: str, wanted: str = "https://HOST[:PORT]", *, suffix: str = "", plain_http: bool | None = None, risk: str = ""
 ) -> Iterator[SettingsProblem]:
-    """
-    What is wrong with a server's URL; `suffix` is what the backend appends to it.
-
-    `plain_http` says whether `http:` may lead to another machine, at the `risk`; None: no `http:` at all.
-    """
+    """What is wrong with a server's URL; `plain_http` says whether `http:` may lead to another machine."""
     try:
         parts = urlsplit(url)
         scheme, host, _ = parts.scheme, parts.hostname or "", parts.port
@@ -337,11 +333,7 @@ def context_of(trust_pem: bytes, certificate_pem: bytes | None, key_pem: bytes |
 
 
 def load_system_cas(context: ssl.SSLContext) -> None:
-    """
-    Trust the system's CAs, at the places that OpenSSL was built with.
-
-    `load_default_certs` would prefer SSL_CERT_FILE and SSL_CERT_DIR; the environment must not decide who gets a token.
-    """
+    """Trust the system's CAs where OpenSSL was built to find them, whatever SSL_CERT_FILE says."""
     built_in = ssl.get_default_verify_paths()
     file, directory = Path(built_in.openssl_cafile), Path(built_in.openssl_capath)
     if file.is_file():

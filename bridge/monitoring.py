@@ -100,11 +100,7 @@ class RunExit:
 
 @contextlib.contextmanager
 def written(settings: Settings, now: Callable[[], datetime], *, rehearsal: bool = False) -> Iterator[RunExit]:
-    """
-    Write the file, if `[metrics] file` names one, when the run in this block ends; the run sets its exit code.
-
-    A file that can't be written is reported, and turns a success into a failure (exit code 1).
-    """
+    """Write the file when the run in this block ends; without success that is exit code 1."""
     ending, start = RunExit(), time.monotonic()
     try:
         yield ending

@@ -163,12 +163,7 @@ class CfsslBackend:
         return Issued(leaf=_certificate(result), intermediates=intermediates)
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
-        """
-        Ask for each profile's usages, and whether the server accepts us; no certificate is made.
-
-        For an unknown profile the server answers with its default one, whose wrong usages show it; right ones do no
-        harm.
-        """
+        """Ask for each profile's usages, and whether the server accepts us; no certificate is made."""
         offer = functools.cache(self._offer)
         no_entry = functools.cache(self._no_entry)
         unknown = f"no-such-profile-{secrets.token_hex(8)}"
@@ -206,12 +201,7 @@ class CfsslBackend:
         return [self._remember(self._result(self._server.post("info", self._label), ""))]
 
     def revoke(self, certificate: x509.Certificate) -> None:
-        """
-        Have the server's database mark a certificate of its own.
-
-        The server needs a database and an enabled `revoke`, which asks for no key: anyone who reaches the server may
-        revoke.
-        """
+        """Have the server's database mark a certificate; anyone who reaches the server may do so."""
         try:
             known = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
         except (x509.ExtensionNotFound, ValueError):
@@ -416,11 +406,7 @@ _PLAIN = frozenset({"404 page not found", "Invalid CN", "Client sent an HTTP req
 
 
 def _parse(answer: Answer, sent: Mapping[str, str]) -> _Reply:
-    """
-    Read status and envelope; the Content-Type is wrong (errors are labelled text/plain).
-
-    A request that the answer quotes is not shown, since anyone could send it again.
-    """
+    """Read status and envelope; a request that the answer quotes is not shown, since anyone could send it again."""
     later = retry_after_seconds(answer, datetime.now(UTC))
     try:
         envelope = of_server(answer.body)

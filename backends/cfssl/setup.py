@@ -45,12 +45,7 @@ def signing_config(
     validity: timedelta,
     directory: PurePath = DIRECTORY,
 ) -> dict[str, object]:
-    """
-    cfssl's `-config` file for those of the live certificates that are this authority's.
-
-    Validity is in whole minutes; the HMAC keys are in `keys` below the directory. ValueError: no certificate is this
-    authority's.
-    """
+    """cfssl's `-config` file for those live certificates that this authority signs (ValueError: there are none)."""
     ours = _ours(authority, certificates)
     usages = sorted({spec.usage for spec in ours})
     keys: dict[str, str] = {"deny": "deny", **{usage: f"{authority.name}-{usage}" for usage in usages}}
@@ -128,11 +123,7 @@ def text(
     *,
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """
-    A shell script for the server: TLS, signing configuration, HMAC keys, command line; and the node's files and settings.
-
-    The directory also holds the CA; else as `signing_config`.
-    """
+    """A shell script for the server, whose directory also holds the CA; and the node's files and settings."""
     usages = sorted({spec.usage for spec in _ours(authority, certificates)})
     config = escaped(
         json.dumps(signing_config(authority, certificates, validity, directory), indent=2, ensure_ascii=False)

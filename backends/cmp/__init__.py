@@ -206,12 +206,7 @@ class CmpBackend:
         return cmp_setup.setup(wanted)
 
     def sign(self, request: SignRequest) -> Issued | Pending:
-        """
-        Have the server sign one CSR (`bridge.contract.Backend`).
-
-        Only mode `cr` asks for a validity. A certificate that the server wants confirmed is confirmed before the bridge
-        checks it.
-        """
+        """Have the server sign one CSR; only mode `cr` asks for a validity."""
         ran = self._enrol(request, {})
         if ran.code == 0:
             return _issued(ran)
@@ -239,12 +234,7 @@ class CmpBackend:
         raise BackendUnavailableError(str(error), hint=error.hint)
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
-        """
-        Send a general message to each path: is the server there, and does the protection fit on both sides?
-
-        No server tells a profile's usages. A server without general messages says so in a protected message, which is
-        enough.
-        """
+        """Send a general message to each path: is the server there, and does the protection fit on both sides?"""
         greet = functools.cache(self._greet)
         found = {spec.name: greet(self._url(spec), self._profile(spec)) for spec in specs}
         return {name: [violation] for name, violation in found.items() if violation}

@@ -133,11 +133,7 @@ class EstBackend:
         return Issued(leaf=leaf, intermediates=intermediates_of(leaf, [*found, *self._ca_certificates(label)]))
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
-        """
-        Send the same CSR again, as EST demands (RFC 7030 §4.2.3), but not earlier than the server wished.
-
-        A server that does not recognise it takes it for a new request, and the answer does not show that.
-        """
+        """Send the same CSR again, as EST demands (RFC 7030 §4.2.3), but not earlier than the server wished."""
         digest, _, wish = reference.partition("@")
         if digest != _digest(request):
             hint = "`ca-bridge pending cancel` makes room for a new request"

@@ -188,11 +188,7 @@ class ExchangeBackend:
                     yield path, loads_request(read_once(path)[0])
 
     def _inbox(self, request: SignRequest, reference: str) -> tuple[list[AnswerBundle], list[str]]:
-        """
-        Complete answer bundles to this request bundle, and notes about other files.
-
-        Files with the node's name come first, as a desk calls its answers, and then the newest: others can fill an inbox.
-        """
+        """Complete answer bundles to this request bundle, the likely and newest files first, and notes about other files."""
         found: list[AnswerBundle] = []
         notes: list[str] = []
         node = request.continuity.node if request.continuity is not None else ""

@@ -32,11 +32,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """
-        The message of a `Status`, on one line.
-
-        It may quote a refused field as a whole, such as the CSR; then only the text after it counts.
-        """
+        """The message of a `Status` on one line, without a field that it quotes as a whole."""
         details = self.document.get("details")
         causes = details.get("causes") if isinstance(details, dict) else None
         if self.status == HTTPStatus.UNPROCESSABLE_ENTITY and isinstance(causes, list):

@@ -156,12 +156,7 @@ class OpensslBackend:
         self._revoked = None
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
-        """
-        Look the certificate up in the index by its serial number, whichever key of this CA signed it.
-
-        The index is read again only after `_REVOKED_FOR_SECONDS`, since a desk asks for thousands of requests while it
-        signs.
-        """
+        """Look the serial number up in the index, as it was at most `_REVOKED_FOR_SECONDS` ago."""
         with _os_errors():
             if self._revoked is None or time.monotonic() - self._revoked[0] > _REVOKED_FOR_SECONDS:
                 self._revoked = time.monotonic(), self.issuers()[0].subject, self._database().revoked()
@@ -520,11 +515,7 @@ class CheckedCsr:
 
 
 def checked(position: int, request: SignRequest) -> CheckedCsr:
-    """
-    A CSR that can't stop the others of its run, and brings only subject and SANs into a certificate.
-
-    openssl verifies its signature: for a bad one it issues nothing and goes on.
-    """
+    """A CSR that can't stop the others of its run, and brings only subject and SANs into a certificate."""
     try:
         csr = request.csr
         wrong = _wrong_with(request.csr_pem, csr)

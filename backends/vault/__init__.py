@@ -174,11 +174,7 @@ class VaultBackend:
         return _issued(answer)
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
-        """
-        Log in and check the token's rights on the paths, and the roles.
-
-        Reading a role needs a further right; without it the role is not checked.
-        """
+        """Log in and check the token's rights on the paths; and the roles, if a further right allows to read them."""
         paths = [self._sign_path(role) for spec in specs for role in self._candidates(spec)]
         answer = self._send("post", "sys/capabilities-self", {"paths": sorted(set(paths))})
         rights = {} if answer.forbidden else answer.or_raise().data
@@ -271,11 +267,7 @@ class VaultBackend:
         return answer if other == token else self._server.send(method, path, body, token=other)
 
     def _candidates(self, spec: CertificateSpec) -> list[str]:
-        """
-        Roles that may be the certificate's, the right one first.
-
-        Installations of version 0.1 and earlier have default roles without the node's name.
-        """
+        """Roles that may be the certificate's; version 0.1 had default roles without the node's name."""
         settings = self._settings
         found = [role_selector(settings.role, settings.roles, settings.node)(spec)]
         if settings.role is None:

@@ -80,12 +80,7 @@ class Answer:
 
     @property
     def token_rejected(self) -> bool:
-        """
-        The token itself is bad, expired, revoked or used up.
-
-        A policy that forbids the path gives status 403 as well, but with the text "1 error occurred: * permission
-        denied".
-        """
+        """The token itself is bad, expired, revoked or used up; a forbidden path has a text of its own."""
         return self.status == HTTPStatus.FORBIDDEN and not any("1 error occurred" in r for r in self.reasons)
 
     @property
@@ -397,11 +392,7 @@ _ALARM = (
 
 
 class Access:
-    """
-    The server and our login, shared by all backends of this process with the same settings.
-
-    A wrapping token opens once, and a secret id may be good for one login, but a cluster has three CAs.
-    """
+    """The server and our login, shared by all backends with the same settings: a wrapping token opens once."""
 
     _lock: ClassVar[Lock] = Lock()
     _open: ClassVar[WeakValueDictionary[tuple[object, ...], Access]] = WeakValueDictionary()

@@ -181,11 +181,7 @@ def policy(
     mode: Literal["sign", "sign-verbatim"] = "sign",
     read_roles: bool = True,
 ) -> str:
-    """
-    The minimal policy of the node's token, as HCL; in mode `sign-verbatim` role names don't count.
-
-    With `read_roles` the token may read its roles, so that `ca-bridge doctor` can check them.
-    """
+    """The minimal policy of the node's token, as HCL; `read_roles` is for `ca-bridge doctor`."""
     mount = mount.strip("/")
     prefix = f"{mount}/issuer/{issuer}" if issuer else mount
     names = list(dict.fromkeys(role_names))
@@ -237,11 +233,7 @@ path "{path}" {{
 def commands(
     mount: str, role_payloads: Mapping[str, Mapping[str, object]], *, policy_name: str, policy_text: str
 ) -> str:
-    """
-    A shell script for the server's administrator: `bao` or `vault` writes the roles and the policy; it can be repeated.
-
-    It makes no engine, imports no CA and enables no auth method.
-    """
+    """A repeatable script for the server's administrator: roles and policies, but no engine, CA or auth method."""
     mount = mount.strip("/")
     writes = [
         _WRITE.format(path=shlex.quote(f"{mount}/roles/{name}"), json=_json(payload))

@@ -1,8 +1,4 @@
-"""
-kubeadm's configuration on a new node: how it is made, and what kubeadm would refuse too late (pure).
-
-`bridge.node.kubeadm_config` reads its YAML documents; what is not needed here is kept for kubeadm to judge.
-"""
+"""kubeadm's configuration on a new node: how it is made, and what kubeadm would refuse too late (pure)."""
 
 from __future__ import annotations
 

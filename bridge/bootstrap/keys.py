@@ -1,9 +1,4 @@
-"""
-Keys and CSRs of a new node; the keys never leave it.
-
-`kubeadm certs generate-csr` makes a control-plane node's, with the names of the version that will run; it can't make a
-worker's, so we do.
-"""
+"""Keys and CSRs of a new node, made by `kubeadm certs generate-csr`, or for a worker by us; the keys never leave it."""
 
 from __future__ import annotations
 

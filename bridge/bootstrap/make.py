@@ -1,9 +1,4 @@
-"""
-From nothing to a node that `kubeadm init` or `kubeadm join` can run on.
-
-All files are complete and judged as a whole before they are put in place in one step, which the next run finishes or
-undoes after a crash. A run that was interrupted, or waits for a desk, is continued by running it again.
-"""
+"""From nothing to a node that `kubeadm init` or `kubeadm join` can run on; a run that waits is run again."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""
-All files of a new node in one step, after they were judged as a whole; and copies of them, if the operator wants any.
-
-The next run finishes or undoes the step after a crash, as in a renewal.
-"""
+"""All files of a new node in one step, which the next run finishes or undoes after a crash; and copies of them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""
-One CA at work: checked, asked, collected from, asked for earlier answers; and its answers are proven.
-
-The caller writes to disk what must be there before a CA is asked.
-"""
+"""One CA at work: checked, asked, collected from; and its answers are proven."""
 
 from __future__ import annotations
 
@@ -170,11 +166,7 @@ class CA:
     def ask(
         self, requests: Sequence[SignRequest], done: Callable[[Sequence[Answered]], None] = lambda _: None
     ) -> Sequence[Answer]:
-        """
-        Have the CA sign, all at once if it can; one answer (or a backend's error) a request, in their order.
-
-        `done` gets the answers as they come, from several threads.
-        """
+        """Have the CA sign, all at once if it can; `done` gets the answers as they come, from several threads."""
         backend = self.opened()
         if isinstance(backend, SignsMany):
             answers = self._ask_many(backend, requests)
@@ -254,12 +246,7 @@ class CA:
             registry.close(self.backend)
 
     def _question(self, question: Callable[[], T]) -> T:
-        """
-        Ask by the retry policy.
-
-        A backend that fails by itself, such as at a directory without permission, counts as unavailable, so that the
-        run's other CAs go on and the request is kept.
-        """
+        """Ask by the retry policy; a backend that fails by itself counts as unavailable, so that other CAs go on."""
         try:
             return self.retry.ask(question)
         except OSError as e:

@@ -1,8 +1,4 @@
-"""
-Checks of what all backends have in common, with keys made for them; nothing is written.
-
-`bridge.testing` runs them under pytest against CAs of its own, `ca-bridge backend test` against a configured backend.
-"""
+"""Checks of what all backends have in common, for `bridge.testing` and for `ca-bridge backend test`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""
-`complete`: what a shell may offer for the word that is being typed; the scripts below `share/` ask it.
-
-It loads nothing heavy, asks nobody, and whatever is wrong with settings or state is no reason to offer less than the
-rest. Nothing offered means: the shell's own names of files.
-"""
+"""`complete`: what a shell may offer for the word that is being typed; it loads nothing heavy and asks no CA."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""
-`demo`: the main job on a throwaway PKI, in a minute and 80 columns; no root, no cluster, no network.
-
-Each command in it is run for real, as a process of its own, which may end in the middle; what is shown of it is what
-it said, shortened.
-"""
+"""`demo`: the main job on a throwaway PKI, in a minute and 80 columns; each command of it is run for real."""
 
 from __future__ import annotations
 
@@ -155,12 +150,7 @@ class _Story:
         _say(f"\n{_styled(str(self._step), 'number')} {_styled(text, 'heading')}")
 
     def _command(self, typed: str, head: int, tail: int, *, until: str = "", renamed: str = "all") -> _Ended:
-        """
-        Run it, and show its first and last lines.
-
-        Lines from the one that begins with `until` on are not shown; the process is killed after it has
-        `renamed` files.
-        """
+        """Run it, kill it after it has `renamed` files, and show its first and last lines."""
         _say(f"{_INDENT}{_styled(f'$ {typed}', 'hint')}")
         with doing(f"running {typed}", is_plain=False):
             ended = self._run([renamed, str(self._place.kubernetes), *typed.split()[1:]])
@@ -364,9 +354,7 @@ def _write(path: Path, text: str, mode: int) -> None:
 
 def run_program() -> None:
     """
-    Run the program as a process of its own, with the arguments COUNT DIRECTORY ARGUMENT….
-
-    COUNT is `all`, or how many files below DIRECTORY it may rename before SIGKILL ends it.
+    Run the program in this process; its arguments are COUNT (`all`, or renames until SIGKILL) DIRECTORY ARGUMENT….
     """
     from bridge.cli.app import app  # noqa: PLC0415 (only in that process)
 

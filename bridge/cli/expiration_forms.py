@@ -68,11 +68,7 @@ def _as_prometheus(found: ExpiryReport, node: Node, renewal: RenewalSettings, kn
 
 
 def table(found: ExpiryReport, renewal: RenewalSettings | None = None) -> str:
-    """
-    kubeadm 1.37's two tables, and one of what kubeadm has no row for, if there is any.
-
-    That comes first where a kubelet's client certificate has ended or soon does: such a node can't start again.
-    """
+    """kubeadm 1.37's two tables, and one of the certificates that kubeadm has no row for."""
     styles = {row.name: _style(row, renewal or RenewalSettings()) for row in found.rows}
     tables = [_table(_AUTHORITY_HEADER, found.authorities, styles)]
     if found.certificates:  # a worker has none
@@ -92,11 +88,7 @@ def _style(row: Row, renewal: RenewalSettings) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Row], styles: Mapping[str, str]) -> str:
-    """
-    Align rows as Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)` does: the last cell of a row is not padded.
-
-    On a terminal that is too narrow for it, a row is one line in a shorter form, or the whole of it with `-v`.
-    """
+    """Align rows as Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)` does, or in a shorter form."""
     most, cells = width_here(), [header, *(_cells(row, header) for row in rows)]
     lines = _aligned(cells)
     if most is not None and max(len(line.rstrip()) for line in lines) > most:

@@ -1,9 +1,4 @@
-"""
-Help as plain text, the same in a terminal, a log and a document: commands by task, whole sentences, examples.
-
-Options that every command has come last, under a heading of their own. `docs/commands.md` and the manual are made from
-it, too; a test tries each example on the command line.
-"""
+"""Help as plain text, from which `docs/commands.md` is made, too: commands by task, whole sentences, examples."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""
-What commands show: results on standard output, which are printed here alone, and progress on standard error.
-
-Messages go through `bridge.system.console`.
-"""
+"""What commands show: results on standard output, which are printed here alone, and progress on standard error."""
 
 from __future__ import annotations
 
@@ -84,12 +80,7 @@ def wrapped(line: str, width: int | None, hanging: int) -> list[str]:
 def say_table(
     rows: Sequence[Sequence[str]], optional: Sequence[int] | None = None, styles: Sequence[str] = (), *, styled: int = 0
 ) -> None:
-    """
-    Print rows, if there are any, the cell of the column `styled` in the row's style.
-
-    On a terminal a row is one line if the `optional` columns are named, in the order in which they are left out; at
-    last the last column is cut. `-v`, a file and a pipe show all.
-    """
+    """Print rows, the cell of column `styled` in the row's style; a narrow terminal drops `optional` columns."""
     width, lines = width_here(), []
     for row, style, shown in zip(
         rows, styles or [""] * len(rows), _rows(_fitting(rows, optional, width), width), strict=True
@@ -140,11 +131,7 @@ _CONTINUED = "    "
 
 
 def columns(rows: Sequence[Sequence[str]], width: int | None = None) -> Iterator[str]:
-    """
-    Lines with the cells of each column below each other: the one look of all tables.
-
-    In a row that is too wide, the columns that don't fit go on below it, a bit to the right.
-    """
+    """Lines with the cells of each column below each other; cells that don't fit go on below their row."""
     for lines in _rows(rows, width or width_here()):
         yield from lines
 

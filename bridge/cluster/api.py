@@ -1,9 +1,4 @@
-"""
-The one client of the cluster's API, which takes the first server that answers.
-
-Each thread keeps its connection. The gateway's credentials are read again every minute, or when the server rejects
-them. Proxy settings of the environment do not count; keys stay in memory.
-"""
+"""The one client of the cluster's API, which takes the first server that answers; keys stay in memory."""
 
 from __future__ import annotations
 
@@ -259,11 +254,7 @@ class Api:
 
     @contextlib.contextmanager
     def lines(self, path: str, silence_seconds: float, longest: int) -> Iterator[Lines]:
-        """
-        A stream of lines, each a JSON text, from the first server by the first client (NoAnswerError: it broke).
-
-        The connection counts as dead after `silence_seconds`; lines that are longer than `longest` are left out, and counted.
-        """
+        """A stream of JSON lines from the first server; it is dead after `silence_seconds` (NoAnswerError)."""
         server, clients = self._servers[0], self.clients
         connection = KeptConnection(clients[0].peer(server))
         headers = {"Accept": _JSON, **clients[0].headers}

@@ -232,12 +232,7 @@ def _etcd_as_client(look: Look, serving: Serving) -> Verdict:
 
 
 def _etcd_peer(look: Look, serving: Serving) -> Verdict:
-    """
-    Check that etcd's peers, itself among them, accept the certificate.
-
-    A peer that shows its certificate and then does not answer has refused ours: it compares the SANs with the client's
-    address, and closes the connection if they differ.
-    """
+    """Check that etcd's peers, itself among them, accept the certificate; silence after its own is refusal."""
     client, silent, answered = serving.as_client(), [], []
     for server in _members(look):
         try:

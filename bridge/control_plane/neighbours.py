@@ -251,11 +251,7 @@ def _api_server(name: str, url: str, *, own: bool) -> Instance:
 
 
 def api_servers(api: Api, node: Node) -> list[tuple[str, str]]:
-    """
-    The names and URLs of the cluster's API servers, this node's among them (NoAnswerError: no server answers).
-
-    One that is down is no endpoint any more, and so each control-plane node counts as having one.
-    """
+    """The names and URLs of the API servers that are up, and this node's (NoAnswerError: no server answers)."""
     nodes = _asked(api, _CONTROL_PLANE_NODES)
     # Not before 1.21, where nodes must do.
     slices = _asked(api, _ENDPOINTS, missing=True)
@@ -334,12 +330,7 @@ class NeighbourError(PostponedError):
 
 
 def obstacles(neighbours: Neighbours, component: Component) -> list[str]:
-    """
-    Reasons against a restart of a component that works; pure.
-
-    That etcd has one or two members, and loses its quorum at every restart, is none, since waiting does not help. The
-    kubelet may always be restarted: pods go on without it.
-    """
+    """Reasons against a restart of a component that works; pure. A quorum that any restart would lose is no reason."""
     if component is Component.KUBELET:
         return []
     found = [*(str(one) for one in neighbours.others if one.state == "unhealthy"), *neighbours.alarms]

@@ -1,9 +1,4 @@
-"""
-Restart components one at a time, each only when its neighbours are well.
-
-`bridge.control_plane.restart_plan` decides which ones, and in which order; `bridge.control_plane.proof` sees whether
-they run on their new certificates afterwards.
-"""
+"""Restart components one at a time, each only when its neighbours are well."""
 
 from __future__ import annotations
 

@@ -114,12 +114,7 @@ def _batch(requests: Sequence[BundledRequest]) -> str:
 
 
 def deliver(found: CsrDirectory, target: Path, answers: Mapping[str, Issued], ca: x509.Certificate | None) -> None:
-    """
-    Write `….crt` beside the CSRs, and complete the kubeconfigs.
-
-    The directory's owner may replace anything in it by a link while the CA signs, so each file is written through
-    directories that are held open.
-    """
+    """Write `….crt` beside the CSRs and complete kubeconfigs, through directories that are held open."""
     for name, issued in answers.items():
         relative = found.files[name]
         chain = pem(issued.leaf, *issued.intermediates)

@@ -46,12 +46,7 @@ def matches(kind: str, value: str, text: str) -> bool:
 
 
 def is_host_name(name: str) -> bool:
-    """
-    Labels of letters, digits and hyphens with dots between them (RFC 1123 §2.1, RFC 1035 §2.3.4).
-
-    The requester chooses what is below a suffix: NUL, a blank, a second name after a comma, a URL or `..` must not get
-    into a certificate.
-    """
+    """Labels of letters, digits and hyphens with dots between them (RFC 1123 §2.1, RFC 1035 §2.3.4)."""
     return len(name) <= _LONGEST_HOST_NAME and all(map(_LABEL.fullmatch, name.split(".")))
 
 

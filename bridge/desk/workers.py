@@ -274,11 +274,7 @@ class Workers:
     def read_ahead(
         self, files: Iterable[_File], by: Callable[[], Judgement]
     ) -> Iterator[tuple[_File, ReadAhead | None]]:
-        """
-        Each file in its order, as a worker read it while the desk was at earlier ones; None: no worker did.
-
-        Until `by` says which CAs there are to judge by, it is asked before each chunk.
-        """
+        """Each file in its order, as a worker read it ahead by the CAs of `by`; None: no worker did."""
         if not self._workers:
             yield from ((file, None) for file in files)
             return

@@ -34,11 +34,7 @@ def before_upgrade(settings: Settings, now: datetime) -> Iterator[Finding]:
 
 
 def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
-    """
-    Look at all that the next renewal depends on; asks the CAs, spends no signature, writes nothing.
-
-    What is wrong is a finding, and no error.
-    """
+    """Look at all that the next renewal depends on; it spends no signature and writes nothing."""
     node = inventory.of(settings.node)
     is_desk = desk_files.policy_path(settings).is_file()
     if node.is_here:

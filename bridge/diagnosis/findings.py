@@ -66,11 +66,7 @@ def from_error(check: str, about: str, error: BridgeError) -> Finding:
 
 
 def causes(findings: Iterable[Finding]) -> list[Cause]:
-    """
-    Group by level (the worst first), check, hint and text; at a CA, what differs between certificates makes no difference.
-
-    The hint of what a CA would sign names a role or profile for each certificate, and its first one says enough.
-    """
+    """Group by level, check, hint and text; at a CA, the names of roles and profiles make no difference."""
     groups: dict[tuple[Level, str, str, str], list[Finding]] = {}
     for one in findings:
         hint = ROOT_HINT if lacks_rights(one.text) else one.hint

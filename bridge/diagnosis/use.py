@@ -1,8 +1,4 @@
-"""
-Who uses what is installed, and what says otherwise: static pods, restarts, hooks, kubeconfigs, kubeadm's configuration.
-
-A renewal copies the names of the certificate that it replaces: what was changed elsewhere since then is not in them.
-"""
+"""Who uses what is installed: static pods, restarts, hooks, kubeconfigs, kubeadm's configuration."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""
-The gateway's knowledge of nodes: policy and inventory (read again after a change), a command, DNS, Node objects.
-
-In a burst, one list of names replaces hundreds of questions about single Node objects; that needs the right to `list`.
-"""
+"""The gateway's knowledge of nodes: policy and inventory, a command, DNS, Node objects."""
 
 from __future__ import annotations
 
@@ -293,11 +289,7 @@ class NodeStates:
         self._lists_from = 0.0
 
     def state(self, name: str, since: float, *, newer: bool, with_readiness: bool) -> NodeState:
-        """
-        The node's state, by a look no older than `since` (monotonic).
-
-        With `newer` a look that did not find the node is repeated; without `with_readiness` the node counts as ready.
-        """
+        """The node's state, by a look no older than `since`; `newer` repeats a look that did not find it."""
         now = time.monotonic()
         with self._mutex:
             known = self._known.get(name)

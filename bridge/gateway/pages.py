@@ -1,9 +1,4 @@
-"""
-A gateway's pages: `/metrics` (Prometheus), `/healthz` and `/readyz`.
-
-The metrics' names are documented in docs/gateway.md and don't change. Anyone who reaches the address may read the
-pages; they take no input.
-"""
+"""A gateway's pages, for all who reach it: `/metrics` (names as in docs/gateway.md), `/healthz` and `/readyz`."""
 
 from __future__ import annotations
 

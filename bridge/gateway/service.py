@@ -97,11 +97,7 @@ class Service:
         self._threads: list[threading.Thread] = []
 
     def check(self) -> Iterator[str]:
-        """
-        Ask the API server and the CAs, and sign nothing; each problem is a sentence.
-
-        NoAnswerError, ApiRefusesError: the API server is down or rejects us; BackendError: a CA is or does.
-        """
+        """Ask the API server (NoAnswerError, ApiRefusesError) and the CAs (BackendError), and sign nothing."""
         assert_rights(self.api, rights_needed(self.signers, self.settings.gateway))
         for authority in self.authorities.values():
             yield from authority.check([spec for spec in self.specs if spec.authority.name == authority.name])
@@ -122,11 +118,7 @@ class Service:
         self._ending = True  # an Event's lock may be held by the thread that the signal came to
 
     def run(self, started: Callable[[int | None], None]) -> None:
-        """
-        Work until `stop`; `started` gets the port of the status pages, if there are any.
-
-        LockedError: another gateway has the state directory; BridgeError: the directory or the address can't be used.
-        """
+        """Work until `stop`; `started` gets the port of the status pages, if there are any (LockedError)."""
         store = Store(self.settings.gateway.state_dir or self.settings.node.state_dir / "gateway")
         store.prepare()
         with contextlib.ExitStack() as stack:

@@ -346,11 +346,7 @@ def _manifests(kubeconfig_dir: Path) -> tuple[dict[Component, Manifest], list[st
 
 
 def _has_local_etcd(found: Mapping[Component, Manifest], pki_dir: Path, kubeconfig_dir: Path) -> bool:
-    """
-    Whether etcd runs on this node; without an API server's manifest it counts as local, as for kubeadm.
-
-    kubeadm itself asks the cluster, and if that is down shows rows of a local etcd that was never there.
-    """
+    """Whether etcd runs on this node; without an API server's manifest it counts as local, as for kubeadm."""
     traces = (
         manifests.path_of(Component.ETCD, kubeconfig_dir),
         *(pki_dir / f"{SPECS[name].base}.crt" for name in ("etcd-server", "etcd-peer")),
@@ -453,12 +449,7 @@ def _kubeconfig_item(spec: CertificateSpec, authority: AuthorityState, path: Pat
 
 
 def _with_copy(item: Item, kubelet: KubeletFiles) -> Item:
-    """
-    A kubelet's embedded pair: the next one goes where the kubelet keeps its own, once it has that directory.
-
-    At its start the kubelet needs a valid embedded certificate, and uses its copy if that is valid, too (measured on
-    1.37): the first end of the two counts.
-    """
+    """A kubelet's embedded pair; the next one goes where the kubelet keeps its own. The first end of the two counts."""
     if not kubelet.directory.is_dir():
         return item
     copy = _certificates_in(kubelet.client)

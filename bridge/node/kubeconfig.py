@@ -93,12 +93,7 @@ def with_users(data: bytes, pairs: Mapping[int, tuple[bytes, bytes]]) -> bytes:
 
 
 def with_credentials(data: bytes, certificate_pem: bytes, key_pem: bytes) -> bytes:
-    """
-    The same kubeconfig with another certificate and key embedded for the current context's user.
-
-    Each value keeps its style; a block or folded value becomes one line. Every other byte stays, and the result was parsed
-    again and compared.
-    """
+    """The same kubeconfig with another certificate and key for the current user; every other byte stays."""
     parse(data)
     bom, text = _reading(lambda: split_bom(data))
     values = _reading(lambda: _editable_values(document(text)))

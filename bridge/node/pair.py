@@ -1,8 +1,4 @@
-"""
-Whether a certificate and its key are fit for use: the one judge of `doctor`, of day 0 and of backups.
-
-It reads no file; each caller passes the contents, and words the findings.
-"""
+"""Whether a certificate and its key are fit for use: the one judge of `doctor`, day 0 and backups."""
 
 from __future__ import annotations
 

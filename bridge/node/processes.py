@@ -37,12 +37,7 @@ class Process:
 
 
 def running(program: str, proc: Path = PROC) -> list[Process]:
-    """
-    Processes of a program on this node, the oldest first; none for a user who may not look at other users' processes.
-
-    A node is our own network namespace: static pods of a control plane and the kubelet use their host's, and another node
-    on the same machine has its own.
-    """
+    """Processes of a program in our own network namespace, which is the node's, the oldest first."""
     here = _network(proc / "self")
     return sorted((found for found in _all(program, proc, here)), key=lambda process: process.started)
 

@@ -132,11 +132,7 @@ class YamlNode:
 
 
 def _plain_scalar(node: YamlNode) -> str | float | bool | None:
-    """
-    Null, a boolean, or a number where PyYAML and Go agree; everything else is a text.
-
-    Numbers to base 60 (`12:30`) are texts in Go; a date is a text in JSON, and so in Kubernetes.
-    """
+    """Null, a boolean, or a number where PyYAML and Go agree; `12:30` and dates are texts, as in Go and JSON."""
     text = node.text()
     if node.null:
         return None

@@ -1,8 +1,4 @@
-"""
-Bundles: what is carried between a node and a CA desk (pure; `bridge.pki.bundle_format` has them as JSON).
-
-A request bundle holds CSRs, an answer bundle certificates; neither has a field that a private key would fit into.
-"""
+"""Bundles: what is carried between a node and a CA desk (pure); no field of theirs would fit a private key."""
 
 from __future__ import annotations
 

@@ -463,12 +463,7 @@ def _block(load: Callable[[bytes], _Signed], value: object, place: str, what: st
 
 
 def _damage(one: x509.Certificate | x509.CertificateSigningRequest) -> str | None:
-    """
-    Why a part of a CSR or certificate can't be read; None: all of it can.
-
-    The library reads names, keys, dates and extensions on demand and fails in many ways; here all of them are tried
-    once.
-    """
+    """Why a part of a CSR or certificate can't be read; all parts are tried, since the library reads lazily."""
     try:
         _ = name_text(one.subject), one.public_key(), san_counts(one), extended_key_usages(one)
         if isinstance(one, x509.Certificate):

@@ -142,11 +142,7 @@ def oid_label(oid: str) -> str:
 
 
 def san_entries(subject: x509.Certificate | x509.CertificateSigningRequest) -> set[tuple[str, str]]:
-    """
-    The SANs as (type, value): DNS, IP, email, URI, otherName, dirName, registeredID.
-
-    IP addresses are normalised; the case and wildcards of names stay.
-    """
+    """The SANs as (type, value): DNS, IP (normalised), email, URI, otherName, dirName, registeredID."""
     return set(san_counts(subject))
 
 
@@ -268,11 +264,7 @@ _KEY = re.compile(rb"-----BEGIN ([A-Z ]*)PRIVATE KEY-----(.*?)-----END \1PRIVATE
 
 
 def has_key_of(pem: bytes, certificate: x509.Certificate) -> bool | None:
-    """
-    Whether a PEM text has the certificate's private key, by the public half in it; None: it can't be seen.
-
-    Nothing is computed, so it is cheap for a run with nothing to do, and no proof that the key works.
-    """
+    """Whether a PEM text has the certificate's private key, by its public half; None: it can't be seen."""
     found = _KEY.search(pem)
     if found is None:
         return False

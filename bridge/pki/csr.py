@@ -1,8 +1,4 @@
-"""
-Keys and CSRs for a renewal, made from the live certificate alone (pure: no file, no network, no clock).
-
-Unlike kubeadm, which takes over CN, O, DNS names and IP addresses, this keeps all of the subject and the SANs.
-"""
+"""Keys and CSRs for a renewal, made from the live certificate alone (pure: no file, no network, no clock)."""
 
 from __future__ import annotations
 
@@ -85,12 +81,7 @@ _KEY_OVERHEAD = 400
 
 
 def load_key(pem: bytes, of: PublicKeyTypes) -> PrivateKeyTypes:
-    """
-    The first private key of a PEM text from any source; ValueError or TypeError: it can't be used.
-
-    A text that is too long for this public key is refused unread, since OpenSSL tests an RSA key's factors for
-    primality, which takes minutes for 14,000 bits.
-    """
+    """The first private key of a PEM text; one that is too long for the public key is refused unread."""
     block = key_block(pem)
     most = (of.key_size if isinstance(of, rsa.RSAPublicKey) else 0) + _KEY_OVERHEAD
     if len(block) > most:
@@ -106,11 +97,7 @@ def key_pem(key: PrivateKey) -> bytes:
 
 
 def build(certificate: x509.Certificate, key: PrivateKey) -> bytes:
-    """
-    A CSR in PEM with the subject and SANs of the live certificate, which may have expired.
-
-    It has no usages (they are the spec's, and reach the CA by other means) and no extensions that the CA added.
-    """
+    """A CSR in PEM with subject and SANs of the live certificate, which may have expired, and nothing else."""
     csr = _signed(naming_of(certificate), key)
     _assert_same(certificate, csr)
     return csr.public_bytes(serialization.Encoding.PEM)

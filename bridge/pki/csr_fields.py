@@ -121,12 +121,7 @@ def _subject(csr: x509.CertificateSigningRequest) -> tuple[tuple[str, str], ...]
 
 
 def odd_attributes(csr: x509.CertificateSigningRequest) -> list[str]:
-    """
-    OIDs of attributes other than one extensionRequest.
-
-    cryptography and OpenSSL read only the first list of extensions, but CAs in Go read each, and some read Microsoft's
-    attribute for extensions: they would sign more than was judged.
-    """
+    """OIDs of attributes other than one extensionRequest, since CAs in Go read each list of extensions."""
     found = [attribute.oid.dotted_string for attribute in csr.attributes]
     return [oid for position, oid in enumerate(found) if oid != _EXTENSION_REQUEST or oid in found[:position]]
 

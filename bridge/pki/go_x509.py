@@ -168,11 +168,7 @@ _ALLOWED: dict[int, Callable[[bytes], bool]] = {
 
 
 def _encodings(certificate: x509.Certificate, fields: Sequence[der.Element]) -> Iterator[Violation]:
-    """
-    The key is encoded as RFC 3279 §2.3 and the times as RFC 5280 §4.1.2.5 demand.
-
-    Go reads no compressed point, no explicit curve parameters, no RSA key without NULL and no PSS-only key.
-    """
+    """The key is encoded as RFC 3279 §2.3 and the times as RFC 5280 §4.1.2.5 demand, since Go reads nothing else."""
     key = certificate.public_key()
     plain = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     if fields[5].encoded != plain:
@@ -371,11 +367,7 @@ def _links(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
 
 
 def _policies(sent: Sequence[x509.Certificate]) -> Iterator[Violation]:
-    """
-    If an issuer demands policies, one of them must be in all certificates below the anchor, without a mapping.
-
-    RFC 5280 §6.1 allows more (anyPolicy, mapped policies).
-    """
+    """If an issuer demands policies, one must be in all certificates below it (RFC 5280 §6.1 allows more)."""
     mapped = [each for each in sent if _mappings(each)]
     demanded = [each for each in sent if _demands_policy(each)]
     if any(_ANY_POLICY_DER in pair for each in mapped for pair in _mappings(each)):
@@ -411,11 +403,7 @@ def _policy_oids(certificate: x509.Certificate) -> set[str]:
 
 
 def _constrained(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
-    """
-    All SANs below a constrained issuer are within its constraints (RFC 5280 §4.2.1.10).
-
-    Like Go, it includes self-issued certificates and refuses names that it can't compare.
-    """
+    """All SANs below a constrained issuer are within its constraints (RFC 5280 §4.2.1.10), as in Go."""
     for index, issuer in enumerate(whole):
         constraints = extension(issuer, x509.NameConstraints)
         if constraints is None:

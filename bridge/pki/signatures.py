@@ -95,12 +95,7 @@ def sign_proof(
     cluster: str,
     terms: Terms | None,
 ) -> bytes:
-    """
-    Sign this CSR with the key of the certificate that it replaces.
-
-    The signed text has a prefix of its own, each part with its length, and the batch: a proof is good for one request
-    of one bundle. Errors as for `sign`.
-    """
+    """Sign this CSR, for one request of one bundle, with the key of the certificate that it replaces."""
     message = _proof_message(csr, (batch, node, cluster, name), terms)
     return sign(old_key, message)
 

@@ -169,11 +169,7 @@ def _public_key(leaf: x509.Certificate, csr: x509.CertificateSigningRequest) -> 
 def _subject(
     leaf: x509.Certificate, csr: x509.CertificateSigningRequest, extra: frozenset[tuple[str, str]]
 ) -> Iterator[Violation]:
-    """
-    The same attributes with the same values, in any order and grouping, since CAs written in Go rebuild the name.
-
-    A Vault role drops O silently, which makes a valid certificate for another user.
-    """
+    """The same attributes with the same values, in any order and grouping, since CAs written in Go rebuild the name."""
     asked, answered = attributes(csr.subject), attributes(leaf.subject)
     if asked == answered:
         return
@@ -196,12 +192,7 @@ def _san_text(names: Counter[tuple[str, str]]) -> str:
 
 
 def _ekus(leaf: x509.Certificate, request: SignRequest) -> Iterator[Violation]:
-    """
-    The EKUs are exactly the spec's.
-
-    Path validation would accept a certificate without the extension, which is good for any purpose (RFC 5280
-    §4.2.1.12), and one with more EKUs.
-    """
+    """The EKUs are exactly the spec's; path validation would accept more, and none at all (RFC 5280 §4.2.1.12)."""
     want = frozenset(eku.value for eku in request.spec.ekus)
     got = extended_key_usages(leaf)
     if got != want:

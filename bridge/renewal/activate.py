@@ -205,11 +205,7 @@ def _is_stopped(restarted: Sequence[Restarted]) -> bool:
 
 
 def _look(run: Run, owed: Owed, restarted: Sequence[Restarted]) -> tuple[ProofReport, list[Restarted]]:
-    """
-    Look until all is well; a component that should have reloaded and did not is restarted after all.
-
-    A component that can't be restarted now stays on its old certificate, and is not waited for.
-    """
+    """Look until all is well; a component that should have reloaded and did not is restarted after all."""
     names, done = owed.names, {one.component for one in restarted}
     if any(isinstance(one.error, PostponedError) for one in restarted):
         return _look_until(
@@ -290,11 +286,7 @@ _RULINGS = (
 
 
 def rule(meanings: Collection[Meaning], *, postponed: bool, failed: bool, impossible: bool = False) -> Ruling:
-    """
-    Decide the outcome of the installation.
-
-    A postponed or impossible restart has not failed; an impossible one is no proof that its certificates are bad.
-    """
+    """Decide the outcome of the installation; a postponed or impossible restart has not failed."""
     if failed:
         return Ruling.FAILED
     if postponed and Meaning.BROKEN not in meanings:

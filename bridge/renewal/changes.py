@@ -70,12 +70,7 @@ class NotBoundError(BridgeError):
 
 
 def decide(node: Node, settings: Settings, options: RunOptions) -> DesiredByName:
-    """
-    Decide the names of the next certificates, where they differ from the live ones (SettingsError: a wrong name).
-
-    Only a named certificate that is missing, or `adopt_defaults`, needs the cluster's API, and not if the operator gave
-    a configuration file.
-    """
+    """Decide the names of the next certificates where they differ from the live ones (SettingsError: a wrong name)."""
     names, changes = options.names, options.changes
     if not names and not changes.is_any:
         return {}

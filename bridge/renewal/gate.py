@@ -80,11 +80,7 @@ def hold_for_window(selection: Selection, settings: RenewalSettings, now: dateti
 def jitter(
     selection: Selection, settings: RenewalSettings, now: datetime, *, is_terminal: bool, share: float
 ) -> timedelta:
-    """
-    The time to wait before a run takes the lock; `share` is a random number from 0 to below 1.
-
-    Never past the window that is open, nor longer than half of the time that a certificate has left.
-    """
+    """The time to wait before a run takes the lock, within the open window; `share` is random, from 0 to below 1."""
     if is_terminal or not selection.items or not settings.jitter.most:
         return timedelta()
     limits = [settings.jitter.most, (_first_end(selection) - now) / 2]
@@ -151,12 +147,7 @@ class Failures:
 
 
 def next_try(failures: Failures, expires: datetime) -> datetime:
-    """
-    The time when the CA may be asked again (pure); `expires` is the first end of the certificates that are due.
-
-    The pause is an hour after the third failure, doubles each time, is a day at most, and at most half of the time that a
-    certificate has left, so that none expires between two tries.
-    """
+    """When the CA may be asked again (pure): pauses double, a day at most and half of the time until `expires`."""
     if not failures.needs_a_person:
         return failures.last
     longest = LONGEST_PAUSE.total_seconds()

@@ -1,8 +1,4 @@
-"""
-The CAs of a run: reach each, check what can be checked before a signature is spent, then ask for the certificates.
-
-The audit log records each request before it is sent, and each answer after.
-"""
+"""The CAs of a run: reach each, check what can be checked before a signature is spent, then ask."""
 
 from __future__ import annotations
 
@@ -173,11 +169,7 @@ def issue(
     reached: Mapping[str, CA],
     expected: Mapping[str, verify.Expectation],
 ) -> list[Answered]:
-    """
-    Ask all CAs concurrently, each for its certificates or for pending answers.
-
-    Requests to a CA that answers later are on disk, and each request is in the audit log, before the CA is asked.
-    """
+    """Ask all CAs concurrently, each for its certificates or for pending answers; first disk and log, then the CA."""
     prepared = _opened(run, prepared, reached)
     for one in prepared:
         ca = reached[one.authority]

@@ -275,11 +275,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
-    """
-    Write `NAME.csr` and `NAME.key`, flat and 0600, as `kubeadm certs renew --csr-only` did up to 1.22; all or none.
-
-    Unlike kubeadm, this overwrites no file: an older key may belong to a CSR that a CA is about to sign.
-    """
+    """Write `NAME.csr` and `NAME.key`, flat and 0600, over no older file; all or none."""
     written: list[Path] = []
     try:
         if not directory.is_dir():
@@ -325,11 +321,7 @@ def serving_names(item: Item, settings: Settings) -> Naming | None:
 
 
 def own_names(node: NodeSettings) -> tuple[str, ...]:
-    """
-    The node's names and addresses by the kubelet's configuration, or by that of an API server beside it.
-
-    NotReadyError: there is no address, and the API server and metrics-server can't verify a kubelet by name alone.
-    """
+    """The node's names and addresses by its kubelet's or API server's configuration (NotReadyError: none)."""
     kubelet = KubeletFiles.load(node.kubelet_dir)
     addresses = [address for address in kubelet.addresses if is_host(address)] or _advertised(node)
     if not addresses:

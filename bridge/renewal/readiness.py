@@ -69,11 +69,7 @@ def _too_little(room: DiskSpace) -> str:
 
 
 def without_restart(node: Node, settings: Settings, items: Sequence[Item], now: datetime) -> list[Outcome]:
-    """
-    Outcomes of certificates whose components have to be restarted, and can't be.
-
-    One that has expired is none of them: its component doesn't work with it, and the new one helps at its next start.
-    """
+    """Outcomes of certificates whose components have to be restarted, and can't be; expired ones are none of them."""
     if settings.restart.method == "none":
         return []
     from bridge.control_plane import restarts  # noqa: PLC0415 (40 ms; only where components are restarted)

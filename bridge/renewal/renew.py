@@ -123,11 +123,7 @@ def _renew(run: Run, transaction: Transaction, selection: Selection, node: Node,
 def _prepare_and_issue(
     run: Run, selection: Selection, stuck: Sequence[Outcome], node: Node, options: RunOptions
 ) -> tuple[list[Answered], list[Outcome], list[Prepared]]:
-    """
-    Make keys, which takes as long as all the rest, and meanwhile reach the CAs and ask them.
-
-    Returns the answers, the failures, and with `all_or_nothing` the requests that were not sent because of failures.
-    """
+    """Make keys while the CAs are reached, and ask: the answers, the failures, and what `all_or_nothing` held back."""
     expected, unproved = expectations(node, run.settings, selection.items, run.now())
     without = {outcome.name for outcome in stuck}
     items = [i for i in selection.items if i.spec.authority.name in expected and i.spec.name not in without]

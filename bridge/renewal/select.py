@@ -134,11 +134,7 @@ def select(
     waiting: Collection[str] = (),
     desired: DesiredByName | None = None,
 ) -> Selection:
-    """
-    Choose what to renew: the named certificates, or those that are due by the settings.
-
-    A live certificate with an open request was judged before; an answer to a `waiting` one is fetched, due or not.
-    """
+    """Choose what to renew: the named certificates or those that are due, and each one whose answer is waited for."""
     assert_known([*options.names, *options.any_identity])
     if not node.is_here:
         raise NoNodeError(settings.node.pki_dir)

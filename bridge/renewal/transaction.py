@@ -45,11 +45,7 @@ _NOT_OF_A_CA = (HookError, SettingsError, PostponedError, NotReadyError, Revocat
 
 
 class Transaction:
-    """
-    The steps of one run around its installation, in the order of the methods; the node's lock is held.
-
-    `settle_earlier`, then `nothing_to_install`; or `about` with the work up to `install` in it, `activate`, `conclude`.
-    """
+    """The steps of one run around its installation, in the methods' order; the node's lock is held."""
 
     def __init__(self, run: Run, options: RunOptions) -> None:
         self._run = run
@@ -241,11 +237,7 @@ def _with_activation(result: Result, done: Activation) -> Result:
 def by_authority(
     selection: Selection, result: Result, errors: Sequence[BridgeError]
 ) -> tuple[list[str], dict[str, BridgeError]]:
-    """
-    The authorities that failed or succeeded in this run, and the worst error of those that failed (pure).
-
-    An authority whose answers are pending, or were held back because of another's, has neither failed nor succeeded.
-    """
+    """The authorities that failed or succeeded in this run, and the worst error of those that failed (pure)."""
     by_name = {outcome.name: outcome for outcome in result.outcomes}
     asked: list[str] = []
     failed: dict[str, BridgeError] = {}

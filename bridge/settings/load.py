@@ -1,8 +1,4 @@
-"""
-Reads the settings file into `Settings`.
-
-`bridge.ca.registry` reads the backends' tables, so that a command that asks no CA loads no backend.
-"""
+"""Reads the settings file into `Settings`; `bridge.ca.registry` reads the backends' tables, when a CA is asked."""
 
 from __future__ import annotations
 

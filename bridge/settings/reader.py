@@ -48,11 +48,7 @@ class Source:
         self._lines = text.splitlines(keepends=True)
 
     def line(self, key: Key) -> int | None:
-        """
-        The line (from 1) of a key or table, or of the nearest table above it.
-
-        TOML's parser keeps no positions: it is the first line up to which the text contains the key.
-        """
+        """The line (from 1) of a key or table, or of the nearest table above it: the first with that text."""
         while key:
             line = self._first_line_with(key)
             if line is not None:
@@ -165,11 +161,7 @@ class Reader:
         partial: bool = False,
         given: Mapping[str, Any] | None = None,
     ) -> T | None:
-        """
-        An instance of `schema`, or None if there was a problem; fields without a default are required.
-
-        With `partial` required keys may be missing (the result is then None). `given` has the values of `GIVEN` fields.
-        """
+        """An instance of `schema`; None: there was a problem, or a required key is missing from a `partial` one."""
         before = len(self.problems)
         values = self.values(schema, table, prefix)
         missing = [f.name for f in fields(typing.cast(Any, schema)) if _is_required(f) and f.name not in values]

@@ -616,11 +616,7 @@ _OURS = ("backend", "anchor")
 
 
 def for_rehearsal(settings: Settings) -> Settings:
-    """
-    The settings for a rehearsal (pure); unchanged if no authority has a rehearsal table.
-
-    With another backend the authority's own keys don't count: they belong to its usual backend.
-    """
+    """The settings for a rehearsal (pure); keys of an authority don't count where another backend rehearses for it."""
     authorities, tables = {}, {}
     for name, ours in settings.authorities.items():
         over = {key: value for key, value in ours.rehearsal.items() if key not in _OURS}

@@ -114,11 +114,7 @@ class Decision:
 
 
 def may_act(now: datetime, windows: Windows, zone: tzinfo, expires: datetime) -> Decision:
-    """
-    Whether to renew now, if the first certificate expires at `expires`.
-
-    It waits for a window only while two whole windows, so that one may fail, and `LAST_DAYS` are left before that.
-    """
+    """Whether to renew now: it waits for a window while two whole ones and `LAST_DAYS` are left before `expires`."""
     if not windows:
         return Decision(act=True, reason="renewal.window is not set")
     coming = spans(now, windows, zone)

@@ -143,11 +143,7 @@ class Record:
         self._waiting.append({key: value for key, value in line.items() if value is not None})
 
     def write(self, *, head_later: bool = False) -> None:
-        """
-        Write the lines, safe on disk when this returns (AuditError: they are lost).
-
-        With `head_later` the caller, which writes hundreds of lines a second, calls `write_head` every second.
-        """
+        """Write the lines, safe on disk when this returns (AuditError); `head_later` leaves the head to the caller."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
@@ -424,12 +420,7 @@ def _good_part(data: bytes) -> tuple[int, Link]:
 
 
 def _continued(store: Store, last: Link) -> tuple[Link, list[str]]:
-    """
-    The link at which the chain goes on: after the newest line that was ever written.
-
-    After a crash between a line and the head, the head is behind. A head that is ahead, or has another digest, means that
-    lines were cut or changed: the chain goes on after the head, so that this stays visible.
-    """
+    """The link at which the chain goes on: after the newest line ever written, so that a cut of lines stays visible."""
     try:
         head = _head(store)
     except ValueError as e:

@@ -120,11 +120,7 @@ def settle(settings: Settings, store: Store, record: audit.Record) -> list[Bridg
 
 
 def _refreshed_in_time(path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequence[str]]) -> list[str]:
-    """
-    Refresh one copy in time: a home may be on a dead network file system, or hold a file without end.
-
-    CopyError: it took too long; its thread is left behind and ends with this process.
-    """
+    """Refresh one copy in time, since a home may be on a dead file system (CopyError: its thread is left behind)."""
     done: Future[list[str]] = Future()
 
     def run() -> None:

@@ -27,11 +27,7 @@ class LockedError(BridgeError):
 
 @contextlib.contextmanager
 def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[None]:
-    """
-    Take an advisory lock that ends with its process; a LockedError names the holder.
-
-    The file stays when the lock is released, since removing it would let two processes in.
-    """
+    """Take an advisory lock that ends with its process (a LockedError names the holder); its file stays."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SECRET_MODE)
     try:
         if not take_lock(descriptor, wait):

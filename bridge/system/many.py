@@ -35,12 +35,7 @@ class NewFile:
 
 
 def write_together(groups: Sequence[Sequence[NewFile]]) -> list[OSError | None]:
-    """
-    Write groups of files as `files.write_atomically` does one, and wait for the disk once.
-
-    No file of a group is put in place before the whole group is on disk. The answer for each group is None, or the
-    error because of which not all of it is in place.
-    """
+    """Write groups of files and wait for the disk once; no file of a group is put in place before all are on disk."""
     errors: list[OSError | None] = []
     for start in range(0, len(groups), _AT_ONCE):
         some = [_Group([_File(new) for new in group]) for group in groups[start : start + _AT_ONCE]]

@@ -49,12 +49,7 @@ def read(path: Path) -> bytes | None:
 
 
 def read_once(path: Path) -> tuple[bytes, os.stat_result]:
-    """
-    Content and status of a file in a directory that others can write to, opened once and without following a link.
-
-    A caller that judges the content must keep these bytes, since the name may be another file's by then.
-    FileNotFoundError: no such file; UnreadableError: as `read`, and for a link or a directory.
-    """
+    """Content and status of a file, opened once, without following a link; keep these bytes, not the name."""
     try:
         with regular_file(path, os.O_NOFOLLOW) as (descriptor, status):
             return _content(descriptor), status
@@ -64,11 +59,7 @@ def read_once(path: Path) -> tuple[bytes, os.stat_result]:
 
 @contextlib.contextmanager
 def regular_file(path: Path, flags: int = 0) -> Iterator[tuple[int, os.stat_result]]:
-    """
-    Open a regular file for reading; a device is not opened, since that alone can have an effect.
-
-    `flags` may be `O_NOFOLLOW`. FileNotFoundError and NotADirectoryError: no such file; UnreadableError: all else.
-    """
+    """Open a regular file for reading, and no device; FileNotFoundError, NotADirectoryError or UnreadableError."""
     with contextlib.ExitStack() as stack:
         try:
             found = os.open(path, _LOOK | flags)
@@ -117,11 +108,7 @@ def read_ca_file(path: Path) -> tuple[x509.Certificate, ...]:
 
 
 def own_text(path: Path, what: str, hint: str) -> str:
-    """
-    The text of a file that only root and the effective user can change, since it decides what is run or signed.
-
-    `what` names it in the SettingsError (`a settings file`); `hint` is for a file that does not exist.
-    """
+    """The text of a file that only root and the effective user can change; `what` names it in the SettingsError."""
     try:
         assert_ours(path)
         data = read(path)
@@ -285,12 +272,7 @@ class Place:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Place]:
-    """
-    Walk to a file, which need not exist.
-
-    A link is followed only if root or the effective user made it and others could not have changed the way to it; else
-    a ForeignLinkError. OSError: a directory can't be opened.
-    """
+    """Walk to a file, which need not exist, and past no link that others could have made (ForeignLinkError)."""
     place = _place(path)
     try:
         yield place

@@ -312,12 +312,7 @@ def run_logged(words: Sequence[str], variables: Mapping[str, str], limit: timede
 
 
 def python_command(code: str, *arguments: str) -> list[str]:
-    """
-    The command that runs code in another process with this Python and the same modules.
-
-    Neither the environment nor the working directory decides what it loads (-I), and it gets this process's module
-    path, since Python does not know a release's tree.
-    """
+    """The command that runs code in another process with this Python and the same modules, and no others."""
     options = ["-I", "-S"] if sys.flags.no_site else ["-I"]
     places = [place for place in sys.path if place]
     return [sys.executable, *options, "-c", f"import sys; sys.path[:] = {places!r}; {code}", *arguments]

@@ -25,12 +25,7 @@ def wait_until(
     pause_seconds: float,
     between: Callable[[T], object] = lambda _: None,
 ) -> T:
-    """
-    Look until the result is enough or the time is over; there is always a first look, and a last one at the end.
-
-    A look's time counts but is not cut short. `between` gets each look that was not enough; what it raises ends the
-    wait. Returns the last look.
-    """
+    """Look until the result is enough or the time is over, and return the last look; `between` may end it."""
     end = time.monotonic() + limit.total_seconds()
     while not is_enough(seen := look()):
         between(seen)
@@ -79,11 +74,7 @@ def exit_code(error: KeyboardInterrupt) -> int:
 
 @contextlib.contextmanager
 def workers(count: int) -> Iterator[ThreadPoolExecutor]:
-    """
-    Threads that are waited for, unless the run is interrupted: then they are abandoned.
-
-    One may still wait for a CA. The process ends right after, as if it had been killed.
-    """
+    """Threads that are waited for, unless the run is interrupted: then they are abandoned, and the process ends."""
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 (every command loads this module)
 
     pool = ThreadPoolExecutor(count)

@@ -1,8 +1,4 @@
-"""
-One user's certificate: judged by the settings, asked for, proven, and put into a kubeconfig.
-
-Besides the usual proof (`bridge.pki.verify`) it must not live longer than `users.max_validity`.
-"""
+"""One user's certificate: judged by the settings, asked for, proven (its lifetime, too), and put into a kubeconfig."""
 
 from __future__ import annotations
 
@@ -98,12 +94,7 @@ def assert_allowed(user: User, validity: timedelta, rules: UserSettings) -> None
 def issue(
     settings: Settings, order: UserOrder, now: Callable[[], datetime], progress: Progress, wait: timedelta = timedelta()
 ) -> Done:
-    """
-    Have the certificate signed, or collect an answer, and write the kubeconfig.
-
-    NotAllowedError, CsrRefusedError: no CA was asked. WaitingError: the same command again collects the answer.
-    BackendError, VerificationError: no kubeconfig was written.
-    """
+    """Have the certificate signed, or collect its answer, and write the kubeconfig; after an error there is none."""
     rules = settings.users
     validity = order.validity or rules.validity
     assert_allowed(order.user, validity, rules)

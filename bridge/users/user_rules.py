@@ -1,8 +1,4 @@
-"""
-Which names, groups and lifetimes a user's certificate may have, by the settings or a desk's policy (pure).
-
-Names and groups of Kubernetes and kubeadm are refused unless they are listed.
-"""
+"""Which names, groups and lifetimes a user's certificate may have (pure); Kubernetes' own only if they are listed."""
 
 from __future__ import annotations
 
