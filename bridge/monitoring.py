@@ -340,5 +340,4 @@ def _timestamp(time: datetime) -> int:
 
 
 def _absent(row: Row) -> bool:
-    """Whether it is missing, as an optional one may be."""
     return row.state == "missing" and row.optional

@@ -292,8 +292,6 @@ class CfsslBackend:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Offer:
-    """The usages and the validity that a profile gives."""
-
     usages: frozenset[str]  #: cfssl's names.
     expiry: str
 
@@ -320,7 +318,6 @@ def _usage_violations(
 
 
 def _certificate(result: Mapping[str, Any]) -> x509.Certificate:
-    """The only certificate of a successful answer."""
     pem = result.get("certificate")
     try:
         found = pem_certificates(pem.encode() if isinstance(pem, str) else b"")
@@ -392,8 +389,6 @@ _HINTS: Mapping[str | int | None, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reply:
-    """An answer of the server, whatever it says."""
-
     status: int
     result: Mapping[str, Any] | None = None  #: Of a success.
     code: int | None = None  #: Of cfssl's error.
@@ -433,8 +428,6 @@ def _parse(answer: Answer, sent: Mapping[str, str]) -> _Reply:
 
 
 class _Server:
-    """HTTP to the server."""
-
     def __init__(self, settings: CfsslSettings) -> None:
         silent = "" if settings.tls else "does the server speak TLS? url says http://"
         wording = Wording(name="cfssl", not_ours=_HINTS[_NOT_CFSSL], tls=_tls_hint, silent=silent)

@@ -99,7 +99,6 @@ class _Node:
 
     @property
     def san(self) -> str:
-        """The host as a SAN of the server's certificate."""
         try:
             return f"IP:{ipaddress.ip_address(self.host)}"
         except ValueError:

@@ -139,7 +139,6 @@ ENROLMENT = ("-certout", _CERTIFICATE, "-extracertsout", _EXTRA, "-cacertsout", 
 
 
 def _left(folder: Path, names: Sequence[str], output: bytes, code: int | None) -> Ran:
-    """Collect what an ended process left in its directory."""
     return Ran(
         code=code,
         messages=output.decode(errors="replace"),
@@ -193,7 +192,6 @@ def _pipe(secret: bytes | None) -> Iterator[int | None]:
 
 
 def _read(file: Path) -> bytes:
-    """The file's content; empty if it is not there."""
     with suppress(FileNotFoundError):
         return file.read_bytes()
     return b""

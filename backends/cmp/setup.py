@@ -111,7 +111,6 @@ _REQUESTS: Mapping[Mode, str] = {
 
 
 def _profile(place: str, specs: list[CertificateSpec], wanted: SetupRequest) -> Iterator[str]:
-    """One place that requests are sent to, and what is wanted of it."""
     yield f"#\n#  {place}"
     usages = sorted({", ".join(eku.label for eku in EKU if eku in spec.ekus) for spec in specs})
     yield f"#    extendedKeyUsage: {' or, as the request says, '.join(usages)}"

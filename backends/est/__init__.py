@@ -171,7 +171,6 @@ class EstBackend:
         self._server.http.close()
 
     def _ca_certificates(self, label: str) -> Sequence[x509.Certificate]:
-        """The label's, asked for once."""
         if label not in self._cas:
             self._cas[label] = self._certificates(self._server.ca_certificates(label))
         return self._cas[label]
@@ -234,5 +233,4 @@ def _moment_text(moment: datetime) -> str:
 
 
 def _names(found: Sequence[x509.Certificate]) -> str:
-    """The certificates' subjects, for a message."""
     return one_line(" and ".join(one.subject.rfc4514_string() or "a nameless one" for one in found)) or "none"

@@ -102,8 +102,6 @@ def _variable_problems(name: str, value: str) -> Iterator[SettingsProblem]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Answer:
-    """What a program printed, and the status that it ended with."""
-
     code: int
     output: bytes
     messages: bytes  #: On standard error.
@@ -182,7 +180,6 @@ class ExecBackend:
         return sorted(found, key=lambda one: any(one.subject == other.issuer for other in found if other != one))
 
     def _answer(self, request: SignRequest, ended: _Answer) -> Issued | Pending:
-        """The result of SUBMIT or POLL."""
         try:
             if ended.code == _ISSUED:
                 return _issued(request, ended.output)
@@ -257,7 +254,6 @@ class ExecBackend:
         return BackendUnavailableError(f"exec: {self._program}: {text}", hint="`timeout` is how long it may take")
 
     def _request_variables(self, request: SignRequest) -> dict[str, str]:
-        """The variables of a request."""
         seconds = request.validity.total_seconds()
         days = -(-request.validity // timedelta(days=1))
         profile = self._profile(request.spec)
@@ -280,7 +276,6 @@ class ExecBackend:
         return BackendRefusedError(f"exec: {self._program}: {text}", hint=hint)
 
     def _error(self, ended: _Answer) -> BackendError:
-        """Translate a program's exit status into our error."""
         if ended.code < 0:
             text = f"was ended by signal {-ended.code}"
             return BackendUnavailableError(f"exec: {self._program}: {text}{_printed(ended)}")

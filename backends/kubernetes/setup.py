@@ -212,5 +212,4 @@ def _flow(names: Sequence[str]) -> str:
 
 
 def _quoted(text: Any) -> str:
-    """A string of TOML and of YAML."""
     return escaped(json.dumps(str(text), ensure_ascii=False))

@@ -268,7 +268,6 @@ class _Desk:
         return [path for path, leaf in orphans if leaf.not_valid_after_utc > now and _is_issued_by(leaf, signer)]
 
     def revoke(self, certificate: x509.Certificate) -> None:
-        """Mark it in the index."""
         self.database.back_up(self.database.read(self.seen))
         self.folder.joinpath("superseded.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
         outcome = self._run("-revoke", "superseded.crt", "-crl_reason", "superseded")

@@ -300,7 +300,6 @@ class Database:
         return copy
 
     def _backups(self) -> list[Path]:
-        """Ours, the oldest first."""
         prefix = self.index.name + _BACKUP
         return sorted(path for path in self.index.parent.iterdir() if path.name.startswith(prefix))
 

@@ -116,7 +116,6 @@ def config_text(
 
 
 def _by_usage(authority: Authority, certificates: Mapping[str, x509.Certificate]) -> Iterator[tuple[Usage, list[str]]]:
-    """Usage class, and the names of its certificates."""
     specs = [SPECS[name] for name in certificates if SPECS[name].authority == authority]
     for usage in sorted({spec.usage for spec in specs}):
         yield usage, [spec.name for spec in specs if spec.usage == usage]

@@ -67,8 +67,6 @@ class _Commands(Mapping[str, Any]):
 
 
 class _Program(Group):
-    """The program itself."""
-
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         self.commands = _Commands()  # type: ignore[assignment]  # no command is added later

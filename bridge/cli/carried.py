@@ -80,7 +80,6 @@ def export(
 
 
 def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
-    """Print what was asked for, and what to do with the file."""
     if done.bundle is None:
         return
     rows = []

@@ -67,15 +67,11 @@ def demo(
 
 @dataclass(frozen=True)
 class _Ended:
-    """A command's exit code and the lines that it printed."""
-
     code: int
     lines: list[str]
 
 
 class _Story:
-    """The steps of the demonstration, in their order."""
-
     def __init__(self, place: _Place, *, is_temporary: bool) -> None:
         self._place = place
         self._is_temporary = is_temporary
@@ -83,7 +79,6 @@ class _Story:
         self._step = 0
 
     def play(self) -> None:
-        """Run all steps."""
         _say(_styled("ca-bridge: certificates of a kubeadm control plane whose CA keys are elsewhere", "heading"))
         _say(f"Everything is in {self._place.base}; nothing else is touched.")
         self._plan()
@@ -220,7 +215,6 @@ def _node(place: _Place) -> Sequence[Item]:
 
 
 def _is_pair(item: Item) -> bool:
-    """Whether key and certificate of an item belong together."""
     path = item.key_path
     pem_key = path.read_bytes() if path is not None else kubeconfig.key_data(item.certificate_path.read_bytes())
     return load_pem_private_key(pem_key or b"", None).public_key() == item.certificates[0].public_key()
@@ -299,22 +293,17 @@ openssl x509 -req -in "$work/csr" -CA {ca}/ca.crt -CAkey {ca}/ca.key -passin fil
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """A directory with all of it."""
-
     base: Path
 
     @property
     def kubernetes(self) -> Path:
-        """The directory that stands for /etc/kubernetes."""
         return self.base / "kubernetes"
 
     @property
     def settings(self) -> Path:
-        """The settings file, which names the company's CA."""
         return self.base / "config.toml"
 
     def contents(self) -> dict[Path, bytes]:
-        """Every file of the control plane."""
         return {path: path.read_bytes() for path in sorted(self.kubernetes.rglob("*")) if path.is_file()}
 
 
@@ -353,9 +342,7 @@ def _write(path: Path, text: str, mode: int) -> None:
 
 
 def run_program() -> None:
-    """
-    Run the program in this process; its arguments are COUNT (`all`, or renames until SIGKILL) DIRECTORY ARGUMENT….
-    """
+    """Run the program with the arguments COUNT (`all`, or how many renames until SIGKILL) DIRECTORY ARGUMENT…."""
     from bridge.cli.app import app  # noqa: PLC0415 (only in that process)
 
     may_rename, below, *arguments = sys.argv[1:]

@@ -214,7 +214,6 @@ class _Terminal:
             raise BridgeError(f"wanted a terminal to ask on, found: {e.strerror}", hint=hint) from None
 
     def approve(self, job: Job, text: str) -> tuple[bool | None, str]:
-        """Ask at the terminal; see `desk.Approver`."""
         names = ", ".join(request.name for request in job.to_sign)
         width = shutil.get_terminal_size().columns
         lines = [part for line in text.splitlines() for part in wrapped(line, width, VALUES_BEGIN)]

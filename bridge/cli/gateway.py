@@ -206,7 +206,6 @@ def _config(settings: Settings) -> tuple[str, dict[str, Path]]:
 
 
 def _changed(table: Any) -> Iterator[str]:
-    """The settings that are not the default."""
     usual = {field.name: field.default for field in dataclasses.fields(table)}
     for line in lines_of(table):
         key = line.partition(" = ")[0]
@@ -252,7 +251,6 @@ def _anchors(settings: Settings) -> dict[str, Path]:
 
 
 def _place(name: str) -> str:
-    """The path in the pod, below /etc/ca-bridge."""
     anchors = {"etcd-ca.crt": "trust/etcd/ca.crt", "front-proxy-ca.crt": "trust/front-proxy-ca.crt"}
     return anchors.get(name, f"files/{name}")
 

@@ -295,7 +295,6 @@ def _is_given(context: Any, parameter: str | None) -> bool:
 
 
 def _together(command: str) -> Iterator[tuple[str, str]]:
-    """Which options of a command need or exclude others."""
     needs, excludes = NEEDS.get(command, {}), EXCLUDES.get(command, {})
     for option in dict.fromkeys([*needs, *excludes]):
         parts = [f"needs {needs[option]}"] if option in needs else []

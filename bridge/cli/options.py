@@ -150,7 +150,6 @@ def _fail(error: BridgeError) -> NoReturn:
 
 
 def _interrupted(error: KeyboardInterrupt) -> NoReturn:
-    """Say at once whether anything was replaced."""
     if replaced_here:
         text = f"interrupted after files were replaced; the old ones are in the backup {replaced_here[-1]}"
         console.print_error(

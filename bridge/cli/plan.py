@@ -59,8 +59,6 @@ def plan_command(
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What a run would do, and what there is to say about it."""
-
     selection: Selection
     drifted: Sequence[Finding]
     shorter: Sequence[str]  #: Names whose next certificate would end before the live one.
@@ -142,7 +140,6 @@ def _style(item: Item, now: datetime) -> str:
 
 
 def _replaced(item: Item) -> str:
-    """The files, for people."""
     if item.current is not None:
         more = f" and {item.certificate_path}" if item.embedded else ""
         return f"{item.current} by a new file{more}"

@@ -178,8 +178,6 @@ _URLS_AND_TIMES = re.compile(r"https?://\S+|\d\d:\d\d:\d\d")
 
 
 class _Progress:
-    """How many requests the CAs have answered."""
-
     def __init__(self, line: console.Doing) -> None:
         self._line = line
         self._lock = threading.Lock()

@@ -82,7 +82,6 @@ def _print_result(result: Result, node: Node, settings: Settings, now: datetime)
 
 
 def _waiting_row(outcome: Outcome, now: datetime) -> tuple[str, tuple[str, ...]]:
-    """The reason why it waits, as a heading, and the row's cells."""
     reason = printable(outcome.error.reason if outcome.error is not None else "")
     end = outcome.old.not_valid_after_utc if outcome.old is not None else None
     heading = f"{outcome.backend}: {reason}" if outcome.backend else reason

@@ -175,7 +175,6 @@ def _warn_of_defaults(settings: Settings, type_name: str, authorities: Iterable[
 
 
 def _live_certificates(settings: Settings, authority: str | None) -> dict[str, dict[str, x509.Certificate]]:
-    """The live certificates by authority and name; no authority without any."""
     items = inventory.of(settings.node).items
     found: dict[str, dict[str, x509.Certificate]] = {}
     for item in items:
@@ -288,7 +287,6 @@ def _look_first(made: Sequence[jobs.Job], kind: _Kind, user: str) -> None:
 
 
 def _print_or_enable(made: Sequence[jobs.Job], kind: _Kind, directory: Path | None, *, enable: bool) -> None:
-    """Print the files of a job, or write and enable them."""
     if not enable and directory is None:
         say("\n".join(f"# {job.path}\n{job.text}" for job in made))
         return
@@ -300,7 +298,6 @@ def _print_or_enable(made: Sequence[jobs.Job], kind: _Kind, directory: Path | No
 
 
 def _say_written(paths: Sequence[Path]) -> None:
-    """Print the files that were written, one a line."""
     say("\n".join(f"wrote {path}" for path in paths))
 
 

@@ -192,7 +192,6 @@ def _of_pod() -> tuple[Client, Server]:
 
 
 def _of_kubeconfig(path: Path, data: bytes) -> tuple[Client, Server]:
-    """Read the client and the server of a kubeconfig."""
     parsed = kubeconfig.parse(data)
     parts = urlsplit(parsed.server)
     if parts.scheme != "https" or not parts.hostname:

@@ -213,7 +213,6 @@ def _etcd(look: Look) -> Iterator[Check]:
 
 
 def _own_etcd(flags: Flags) -> list[Server]:
-    """Servers at which etcd answers in HTTP on this node."""
     listen = endpoints.ETCD_HTTP_ONLY if endpoints.ETCD_HTTP_ONLY in flags else _CLIENT_URLS[0]
     places = endpoints.listening(flags, (listen,), "--advertise-client-urls")
     name = endpoints.host(flags, "--advertise-client-urls")
@@ -365,7 +364,6 @@ def _ask_as_front_proxy(look: Look, client: Client) -> str:
 
 
 def _controller(look: Look, component: Component) -> Iterator[Check]:
-    """The controller manager or the scheduler."""
     flags = look.flags(component)
     file = endpoints.file(flags, "--tls-cert-file")
     for place in endpoints.bound(component, flags) if flags else ():

@@ -280,7 +280,6 @@ def _asked(api: Api, path: str, *, missing: bool = False) -> Mapping[str, Any]:
 
 
 def _name_and_addresses(node: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """A Node object's, its internal addresses first."""
     metadata = node.get("metadata")
     addresses = sorted(items(node, "status", "addresses"), key=lambda one: one.get("type") != "InternalIP")
     return str(metadata.get("name") if isinstance(metadata, dict) else ""), [

@@ -335,7 +335,6 @@ class Etcd:
         return str(body.get("reason") or "") or "not healthy"
 
     def _call(self, server: Server, path: str) -> dict[str, Any]:
-        """The answer to a request without parameters."""
         answer = self.ask(server, path, b"{}")
         if answer.status != HTTPStatus.OK:
             raise http.UnreachableError(f"wanted an answer of {path}, found HTTP {answer.status}")

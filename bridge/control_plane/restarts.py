@@ -84,8 +84,6 @@ def restart_all(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Restarts:
-    """The restarts of one run."""
-
     node: Node
     settings: Settings
     store: Store
@@ -273,7 +271,6 @@ def _sentence(found: Mapping[Component, str]) -> str:
 
 
 def _present(node: Node) -> list[Component]:
-    """Components that run on this node."""
     return [c for c in restart_plan.ORDER if c in node.manifests or c is Component.KUBELET]
 
 
@@ -323,7 +320,6 @@ def _command(component: Component, settings: Settings) -> list[str]:
 
 
 def _run_command(component: Component, words: Sequence[str], settings: Settings) -> None:
-    """Run a component's command; its output is logged."""
     name = component.value
     log.info("%s: runs %s", name, words[0])
     lines = OutputLines(lambda line: log.info("%s: %s", name, line))

@@ -131,8 +131,6 @@ class Approver(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Authority:
-    """One authority at this desk."""
-
     ca: CA
     anchors: tuple[x509.Certificate, ...]  #: The cluster's CA certificates.
     certificates: tuple[x509.Certificate, ...]  #: Those that may have issued a replaced certificate.

@@ -168,8 +168,6 @@ def _of_backend(settings: Settings, authority: str) -> tuple[x509.Certificate, .
 
 @dataclass(frozen=True, slots=True)
 class _InboxFile:
-    """A file of the inbox, as it was read."""
-
     path: Path
     data: bytes
     status: os.stat_result

@@ -124,8 +124,6 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _AtDesk:
-    """A request, and the last that is known of it."""
-
     key: str
     asked: datetime | None = None  #: A CA was about to be asked.
     added: datetime | None = None  #: It answered; earlier versions did not write it for an answer that comes later.

@@ -55,8 +55,6 @@ _Answer = TypeVar("_Answer")
 
 
 class _HasData(Protocol):
-    """A file that may be a bundle."""
-
     @property
     def data(self) -> bytes:
         """The file's content."""

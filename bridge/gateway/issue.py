@@ -48,8 +48,6 @@ _RECALLED = "the CA had signed it already, and its answer was lost"
 
 @dataclass(frozen=True, kw_only=True)
 class _Asking:
-    """One request to a CA."""
-
     job: Job
     request: SignRequest
     authority: AuthorityOfSigners
@@ -143,7 +141,6 @@ class Issuing:
     # --- the steps --------------------------------------------------------------------------------------------------
 
     def _answer(self, job: Job) -> None:
-        """Judge, have it signed and proven, judge again, write."""
         context = self._context
         if self._writer.has_settled(job.one.uid):
             return  # this version is older than our own write: no CA is asked twice
@@ -211,7 +208,6 @@ class Issuing:
     # --- asking the CA ----------------------------------------------------------------------------------------------
 
     def _signed(self, job: Job, verdict: Allowed, authority: AuthorityOfSigners, ticket: Ticket | None) -> Verified:
-        """Have the CA sign, and verify the answer."""
         context = self._context
         digest = hashlib.sha256(verdict.asked.pem).hexdigest()
         if ticket is not None and (ticket.csr_sha256 != digest or ticket.object_name != job.one.name):
@@ -296,7 +292,6 @@ class Issuing:
         return found
 
     def _from_ca(self, asking: _Asking) -> Issued:
-        """The CA's answer."""
         context, job, authority, ticket = self._context, asking.job, asking.authority, asking.ticket
         self._assert_may_ask(authority)
         if ticket is not None:

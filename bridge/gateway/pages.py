@@ -157,7 +157,6 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _SECONDS
 
     def do_GET(self) -> None:
-        """One of the pages."""
         page = self.server.pages.get(self.path.partition("?")[0])
         status, text = page() if page is not None else (HTTPStatus.NOT_FOUND, "there is /metrics, /healthz, /readyz\n")
         body = text.encode()

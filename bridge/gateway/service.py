@@ -354,7 +354,6 @@ class Right:
     namespace: str = ""
 
     def __str__(self) -> str:
-        """The right as a message has it."""
         what = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
         return " ".join(filter(None, (self.verb, what, self.name)))
 

@@ -207,14 +207,12 @@ class _Values:
         return found
 
     def text(self, *keys: str) -> str:
-        """A text; empty: it is not given."""
         found = self.at(*keys)
         if found is not None and not isinstance(found, str):
             self._odd(keys, "a text")
         return found if isinstance(found, str) else ""
 
     def texts(self, *keys: str) -> tuple[str, ...]:
-        """The texts of a list."""
         found = self.at(*keys)
         if found is None or (isinstance(found, list) and all(isinstance(one, str) for one in found)):
             return tuple(found or ())

@@ -106,7 +106,6 @@ def with_credentials(data: bytes, certificate_pem: bytes, key_pem: bytes) -> byt
 
 
 def _edited(text: str, values: Sequence[tuple[YamlNode, bytes]]) -> str:
-    """The text with other data in these scalars."""
     edited = text
     encoded = {node.place.start: base64.b64encode(data).decode() for node, data in values}
     for node, _ in sorted(values, key=lambda value: value[0].place.start, reverse=True):
@@ -237,7 +236,6 @@ def _not_editable(root: YamlNode) -> str | None:
 
 
 def _text(mapping: YamlNode, key: str) -> str:
-    """The text of a key; empty when there is no such key."""
     node = mapping.get(key)
     return "" if node is None else node.text()
 

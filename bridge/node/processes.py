@@ -268,7 +268,6 @@ class _Runtime:
 
     @property
     def last(self) -> frozenset[str]:
-        """The last answer."""
         return frozenset(pod for pod, labelled in self._last.items() if labelled or not self._is_labelled)
 
 

@@ -544,7 +544,6 @@ def _origin(request: BundledRequest, cas: Mapping[str, Sequence[x509.Certificate
 
 
 def _changes(request: BundledRequest) -> Iterator[str]:
-    """Lines about changes that make this more than a renewal."""
     if request.replaces is None:
         return
     if display.name(request.csr) != display.name(request.replaces):

@@ -208,7 +208,6 @@ def _extensions(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violat
 
 @lru_cache(maxsize=_REMEMBERED)
 def _raw_extensions(certificate: x509.Certificate) -> tuple[tuple[bytes, bytes], ...]:
-    """OID and value of each, as encoded."""
     listed = [field for field in _fields(certificate) if field.tag == der.context(3, constructed=True)]
     each = [one.children() for field in listed for one in der.one(field.content, der.SEQUENCE).children()]
     return tuple((parts[0].content, parts[-1].content) for parts in each)
@@ -299,7 +298,6 @@ def _assert_mappings(value: bytes) -> None:
 
 
 def _assert_small_oids(value: bytes) -> None:
-    """The OIDs of EKUs, and of access methods."""
     for each in der.one(value, der.SEQUENCE).children():
         _small_oid((each if each.tag == der.OID else each.children()[0]).content)
 
@@ -436,7 +434,6 @@ def _matches(name: x509.GeneralName, base: x509.GeneralName) -> bool:
 
 
 def _is_wildcard_of(name: x509.GeneralName, base: x509.GeneralName) -> bool:
-    """Whether a wildcard covers the excluded name."""
     if not isinstance(name, x509.DNSName) or not name.value.startswith("*"):
         return False
     return str(base.value).lower().partition(".")[2] == name.value.lower().partition(".")[2]

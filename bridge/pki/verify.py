@@ -133,7 +133,6 @@ def _unreadable_anchor(expected: Expectation) -> Iterator[Violation]:
 
 
 def _parts_unreadable(certificate: x509.Certificate) -> Iterator[tuple[str, str]]:
-    """The names of the parts, and why."""
     for part, read in _PARTS.items():
         try:
             read(certificate)

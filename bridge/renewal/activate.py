@@ -397,7 +397,6 @@ def _result(
 
 
 def _hook_events(run: Run, owed: Owed, errors: Sequence[BridgeError], *, is_back: bool) -> dict[str, HookEvent]:
-    """The hook events by the run that installed."""
     items = {item.spec.name: item for item in run.read_node().items}
     replaced = {one.run_id: one for one in backups.read_all(run.store)[0]}
     found = {}

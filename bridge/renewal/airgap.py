@@ -481,7 +481,6 @@ class _Contents:
     found: Found = field(default_factory=Found)  #: The certificates.
 
     def take_key(self, spec: CertificateSpec, path: Path, key: PrivateKey) -> None:
-        """Keep a key, the only one for its certificate."""
         if spec.name in self.keys:
             other = self.key_files[spec.name]
             raise DirectoryError(f"{path}: wanted one key for {spec.name}, found {other} too", hint="move one away")
@@ -548,7 +547,6 @@ def _answered_there(
 
 
 def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
-    """The request that a directory's key and certificates answer."""
     key = contents.keys[item.spec.name]
     live, was = live_pair(item)
     pem, replaced = _csr_pem(item, settings, live, key), replaced_by_next(item, live)

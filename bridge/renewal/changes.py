@@ -163,7 +163,6 @@ class _Decision:
         return facts, ", ".join(sources)
 
     def _release_here(self) -> Release | None:
-        """The API server's, by its image's tag."""
         manifest = self.node.manifests.get(Component.APISERVER)
         return None if manifest is None else kubeadm_names.parse_release(manifest.tag)
 
@@ -256,7 +255,6 @@ class _Decision:
 
     @functools.cached_property
     def api(self) -> Api:
-        """A client of the cluster's API, which may not answer."""
         return Api.of_node(self.node, self.settings.node.kubeconfig_dir)
 
     @functools.cached_property
@@ -327,7 +325,6 @@ class _Binding(NamedTuple):
 
     @property
     def command(self) -> str:
-        """The kubectl command that makes the binding."""
         return (
             f"kubectl create clusterrolebinding {self.name} --clusterrole={self.role} --{self.kind.lower()}={self.who}"
         )

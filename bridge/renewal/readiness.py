@@ -87,7 +87,6 @@ def without_restart(node: Node, settings: Settings, items: Sequence[Item], now: 
 
 
 def _has_expired(item: Item, now: datetime) -> bool:
-    """Whether the certificate that a renewal replaces has ended."""
     return bool(item.certificates) and first_end(item.renewable) <= now
 
 

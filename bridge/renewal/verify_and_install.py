@@ -161,7 +161,6 @@ def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacemen
 
 
 def _conf(one: Prepared, chain: bytes) -> bytes:
-    """The kubeconfig's content, or that of a new one."""
     path, fresh = one.item.certificate_path, one.kubeconfig
     try:
         return path.read_bytes() if fresh is None else fresh.text(chain, one.key_pem)
@@ -339,7 +338,6 @@ def install_all(run: Run, proven: Sequence[Proven]) -> str:
 
 
 def _about(proven: Sequence[Proven]) -> dict[str, object]:
-    """Facts about an installation for the backup's manifest."""
     certificates = [
         {
             "name": one.name,

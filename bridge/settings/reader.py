@@ -239,7 +239,6 @@ def _is_required(f: Field[Any]) -> bool:
 
 
 def _bare(hint: Any) -> Any:
-    """The type of a field without its `| None`."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         rest = [part for part in typing.get_args(hint) if part is not type(None)]
         return rest[0] if len(rest) == 1 else Literal[tuple(one for part in rest for one in typing.get_args(part))]
@@ -292,7 +291,6 @@ def _choice(hint: Any, value: Any) -> Any:
 
 
 def _text(hint: Any, value: Any, key: Key) -> Any:
-    """A text, a path, or where a secret is."""
     if not isinstance(value, str) or not value:
         raise ValueError("a text")
     if hint is Secret:

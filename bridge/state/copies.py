@@ -246,8 +246,6 @@ def _look(path: Path, names: Mapping[str, str]) -> Copy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    """The file that was opened."""
-
     data: bytes
     attributes: Attributes
     status: os.stat_result

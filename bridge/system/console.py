@@ -188,7 +188,6 @@ class _Line:
                 self._wake.notify()
 
     def clear(self) -> None:
-        """Make room for another line."""
         with self.lock:
             if self._is_shown:
                 _write(_CLEAR)
@@ -303,8 +302,6 @@ class _TerminalFormat(_TextFormat):
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """A message has a line of its own."""
-
     def emit(self, record: logging.LogRecord) -> None:
         clear_status()
         super().emit(record)

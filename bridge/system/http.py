@@ -381,7 +381,6 @@ class _Received(io.BufferedReader):
         """The connection is kept."""
 
     def has_more(self) -> bool:
-        """Whether more was received than was read."""
         self._reader.is_over = True
         return bool(self.peek(1))
 

@@ -115,7 +115,6 @@ class _Group:
     error: OSError | None = None  #: Nothing more is done.
 
     def each(self, step: Callable[[_File], None]) -> None:
-        """A step of every file."""
         for file in self.files:
             if self.error is None:
                 try:
@@ -132,8 +131,6 @@ class _Group:
 
 
 class _Place(Generic[T, R]):
-    """One caller's place in the line."""
-
     __slots__ = ("error", "item", "leads", "results", "turn")
 
     def __init__(self, item: T) -> None:

@@ -314,7 +314,6 @@ class _Step:
 
     @property
     def judged(self) -> os.stat_result:
-        """The status of what is there."""
         if self.status is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
         return self.status

@@ -166,8 +166,6 @@ _given_up: list[subprocess.Popen[bytes]] = []
 
 
 class _Running:
-    """One program that has been started."""
-
     def __init__(self, command: Command, process: subprocess.Popen[bytes], begin: float) -> None:
         self._command = command
         self._process = process
@@ -246,7 +244,6 @@ class _Running:
 
 
 def _is_alive(group: int) -> bool:
-    """Whether a process group has more than zombies in it."""
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, found = status.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]

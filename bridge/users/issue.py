@@ -127,7 +127,6 @@ def issue(
 
 
 def _name(one: OpenUser) -> str:
-    """The name in the audit log."""
     return f"{USER.name} {one.name}"
 
 
@@ -250,8 +249,6 @@ def _forget(store: Store, one: OpenUser) -> None:
 
 
 class _Asked:
-    """The CA, asked for one user."""
-
     def __init__(self, settings: Settings, ca: CA, one: OpenUser, record: audit.Record, store: Store) -> None:
         self._ca, self._one, self._record, self._store = ca, one, record, store
         self._is_carried = isinstance(ca.backend, Carries)
@@ -259,7 +256,6 @@ class _Asked:
             self._one = dataclasses.replace(one, carried=_who_asks(settings.node, one.created))
 
     def verified(self, expected: verify.Expectation, now: Callable[[], datetime]) -> verify.Verified:
-        """The CA's answer, verified."""
         one = self._one
         try:
             if self._is_carried:  # hours may go by on the way
