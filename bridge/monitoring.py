@@ -68,11 +68,6 @@ def after(before: History | None, exit_code: int, ended: datetime, seconds: floa
     return run if exit_code in _NEITHER else dataclasses.replace(run, failures=run.failures + 1)
 
 
-def after_rehearsal(before: History | None, exit_code: int, ended: datetime) -> History:
-    """The history with one more rehearsal (pure)."""
-    return dataclasses.replace(before or History(), rehearsed=ended, rehearsal_exit_code=exit_code)
-
-
 def history_file(store: Store) -> StateFile[History]:
     """The file; a damaged one counts as none: the worst that follows is a count that begins anew."""
     return coded(History, store.history, "how the last runs ended", OnDamage.START_OVER, version=1)
@@ -135,7 +130,9 @@ def _write_or_report(settings: Settings, ended: datetime, ending: RunExit, secon
     code = ending.exit_code
 
     def count(before: History | None) -> History:
-        return after_rehearsal(before, code, ended) if rehearsal else after(before, code, ended, seconds)
+        if rehearsal:
+            return dataclasses.replace(before or History(), rehearsed=ended, rehearsal_exit_code=code)
+        return after(before, code, ended, seconds)
 
     if settings.metrics.file is None:
         return

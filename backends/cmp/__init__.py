@@ -212,7 +212,8 @@ class CmpBackend:
             return _issued(ran)
         log = Log.of(ran.messages)
         if ran.answers and (ran.poll or log.has_waited):
-            return _pending(ran)
+            # a later process goes on from this answer: it has transaction and nonce, and no secret
+            return Pending(reference=base64.b64encode(ran.answers[0]).decode(), note=_note(ran))
         raise failure(log, self._url(request.spec))
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
@@ -404,11 +405,6 @@ def _error(ran: Ran, url: str) -> BackendError:
     if ran.poll is not None:  # since 3.3 a server may put off anything
         return BackendUnavailableError(f"cmp: {url}: {_note(ran)}")
     return failure(Log.of(ran.messages), url)
-
-
-def _pending(ran: Ran) -> Pending:
-    """The answer "waiting" is what a later process goes on from: it has transaction and nonce, and no secret."""
-    return Pending(reference=base64.b64encode(ran.answers[0]).decode(), note=_note(ran))
 
 
 def _note(ran: Ran) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,11 +132,8 @@ def _subjects(_: object) -> Iterator[Offer]:
 
 
 def _authorities(_: object) -> Iterator[Offer]:
-    yield from ((name, f"signs {_count(name)} certificates") for name in AUTHORITIES)
-
-
-def _count(authority: str) -> int:
-    return sum(spec.authority.name == authority for spec in SPECS.values())
+    signs = Counter(spec.authority.name for spec in SPECS.values())
+    yield from ((name, f"signs {signs[name]} certificates") for name in AUTHORITIES)
 
 
 def _kinds(_: object) -> Iterator[Offer]:

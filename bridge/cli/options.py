@@ -108,7 +108,10 @@ def command(to: typer.Typer, name: str, cls: type[Command] = Command) -> Callabl
             with _Errors():
                 raise typer.Exit(function(common, **arguments) or 0)
 
-        options = [one for p in theirs for one in (_fields(p.annotation) if p.name in bundles else [p])]
+        options: list[inspect.Parameter] = []
+        for p in theirs:
+            own = inspect.signature(bundles[p.name], eval_str=True).parameters if p.name in bundles else {p.name: p}
+            options += own.values()
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*options, *ours.values())]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -116,10 +119,6 @@ def command(to: typer.Typer, name: str, cls: type[Command] = Command) -> Callabl
         return function
 
     return register
-
-
-def _fields(bundle: type) -> list[inspect.Parameter]:
-    return list(inspect.signature(bundle, eval_str=True).parameters.values())
 
 
 #: Exceptions that end a command as they should.

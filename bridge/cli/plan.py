@@ -90,7 +90,9 @@ def plan(settings: Settings, options: RunOptions, now: datetime, output: Output)
     elif found.selection.items:
         styles = [_style(item, now) for item in found.selection.items]
         say_table([_plan_row(item, settings, now) for item in found.selection.items], (3,), styles)
-        say_table([_copy_row(one) for one in found.copies if one.error is None])
+        say_table(
+            [(f"copy of {', '.join(one.names)}", f"refresh {one.path}") for one in found.copies if one.error is None]
+        )
         print_restart("After that, these must be restarted to use the new ones", found.components, settings)
     elif not found.selection.failed:
         say(nothing_due(node, settings, now))
@@ -144,10 +146,6 @@ def _replaced(item: Item) -> str:
         more = f" and {item.certificate_path}" if item.embedded else ""
         return f"{item.current} by a new file{more}"
     return " and ".join([str(item.certificate_path), *([item.key_path.name] if item.key_path else [])])
-
-
-def _copy_row(copy: Copy) -> tuple[str, ...]:
-    return (f"copy of {', '.join(copy.names)}", f"refresh {copy.path}")
 
 
 def _asked(item: Item, settings: Settings) -> str:

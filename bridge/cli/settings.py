@@ -19,7 +19,7 @@ import typer
 from bridge.ca import registry
 from bridge.cli.options import Common, command, group
 from bridge.cli.printing import say
-from bridge.contract import GIVEN, BackendSettings, Secret, Selector
+from bridge.contract import GIVEN, Secret, Selector
 from bridge.desk import files as desk_files
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import inventory
@@ -102,7 +102,8 @@ def doubts(settings: Settings) -> Iterator[str]:
             texts = value if isinstance(value, tuple) else (value,)
             examples = (one for one in texts if isinstance(one, str) and _EXAMPLE_NAME.search(one))
             found |= dict.fromkeys(f"{configured.label}: {key} is still an example's: {one}" for one in examples)
-        files = [*_files(configured.settings), *_secret_files(configured, settings)]
+        files = [value for _, value in _leaves(configured.settings) if isinstance(value, Path)]
+        files += _secret_files(configured, settings)
         found |= dict.fromkeys(f"{configured.label}: {path} is not there" for path in files if _is_absent(path))
     yield from found
 
@@ -123,10 +124,6 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{key}.")
         else:
             yield key, value
-
-
-def _files(settings: BackendSettings) -> Iterator[Path]:
-    yield from (value for _, value in _leaves(settings) if isinstance(value, Path))
 
 
 def _secret_files(configured: registry.Configured, settings: Settings) -> Iterator[Path]:

@@ -292,7 +292,7 @@ def _print_or_enable(made: Sequence[jobs.Job], kind: _Kind, directory: Path | No
         return
     _say_written(jobs.write(made, directory))
     if enable and kind == "systemd":
-        units = _to_enable(made)
+        units = [job.path.name for job in made if re.search(r"^WantedBy=", job.text, re.MULTILINE)]
         jobs.enable(units)
         say(f"enabled {', '.join(units)}")
 
@@ -360,11 +360,6 @@ def _make_jobs(
     ]
 
 
-def _to_enable(made: Sequence[Job]) -> list[str]:
-    """The units that are to be enabled: those that something wants at boot."""
-    return [job.path.name for job in made if re.search(r"^WantedBy=", job.text, re.MULTILINE)]
-
-
 def _is_carried(settings: Settings) -> bool:
     """Whether requests of an authority are carried to its CA, which answers later."""
     backends = registry.configured(settings, settings.authorities)
@@ -398,7 +393,9 @@ _CARRIERS_MODE = 0o755
 def _places(settings: Settings, options: Sequence[str], desk: DeskJob | None) -> Places:
     node, usual = settings.node, NodeSettings()
     paths = {str(usual.kubeconfig_dir): str(node.kubeconfig_dir), str(usual.state_dir): str(node.state_dir)}
-    writable, maybe = [node.kubeconfig_dir, node.pki_dir], _kubelets(node)
+    kubelet = KubeletFiles.load(node.kubelet_dir)
+    writable = [node.kubeconfig_dir, node.pki_dir]
+    maybe = _outermost([kubelet.directory, kubelet.certificate.parent, kubelet.key.parent])
     if desk is not None:
         _assert_absolute(inbox=desk.inbox, outbox=desk.outbox)
         paths |= {_DESK_INBOX: str(desk.inbox), _DESK_OUTBOX: str(desk.outbox)}
@@ -416,12 +413,6 @@ def _places(settings: Settings, options: Sequence[str], desk: DeskJob | None) ->
         writable=_outermost(writable),
         maybe_writable=maybe,
     )
-
-
-def _kubelets(node: NodeSettings) -> list[Path]:
-    """Where the kubelet's certificates are, by its own configuration."""
-    found = KubeletFiles.load(node.kubelet_dir)
-    return _outermost([found.directory, found.certificate.parent, found.key.parent])
 
 
 def _outermost(paths: Sequence[Path]) -> list[Path]:

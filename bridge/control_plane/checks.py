@@ -96,11 +96,6 @@ class Look:
         return {}
 
     @property
-    def kubelet_runs(self) -> bool:
-        """Whether a process of a kubelet is there; it never runs in a container."""
-        return bool(processes.running(Component.KUBELET.value, self.machine.proc))
-
-    @property
     def reloads(self) -> frozenset[Component]:
         """Components that are known to read their certificates again by themselves."""
         return reloading(self.node, self.settings.node, self.machine.proc)
@@ -154,7 +149,7 @@ def by_files(look: Look) -> Iterator[Check]:
     for component in (Component.CONTROLLER_MANAGER, Component.SCHEDULER):
         if component in look.node.manifests:
             yield from _has_read(look, component)
-    if look.kubelet_runs:
+    if processes.running(Component.KUBELET.value, look.machine.proc):  # never in a container
         yield from _kubelet_has_read(look)
     for item in look.node.items:
         user, path = item.spec.component, item.certificate_path

@@ -237,13 +237,10 @@ class Session:
         assert_writable(out)
         names = _names_in(source)
         if not names:
-            self._assert_inbox(source)
+            if any(not path.is_relative_to(self._archive.directory) for path in csr_directory.find(source)):
+                raise _whose(source)
             self._assert_none_below(source, out)
         return Work(jobs=lambda workers: self._inbox(desk, source, out, names, workers), total=len(names))
-
-    def _assert_inbox(self, source: Path) -> None:
-        if any(not path.is_relative_to(self._archive.directory) for path in csr_directory.find(source)):
-            raise _whose(source)
 
     def _assert_none_below(self, inbox: Path, outbox: Path) -> None:
         """Refuse an inbox whose bundles are all one directory deeper, since nothing would be signed."""

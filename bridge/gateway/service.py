@@ -126,7 +126,8 @@ class Service:
             port = None
             address = self.settings.gateway.address
             if self.settings.gateway.serve_status and address is not None:
-                port = stack.enter_context(pages.serving(address, self._pages()))
+                shown = {"/metrics": self._metrics_page, "/healthz": self._healthz, "/readyz": self._readyz}
+                port = stack.enter_context(pages.serving(address, shown))
             ledger = Ledger(store, self.settings.audit)
             self.context = Context(
                 settings=self.settings, api=self.api, nodes=self.nodes, authorities=self.authorities,
@@ -261,9 +262,6 @@ class Service:
         log.info("ended%s", f"; {left} requests were left in the middle" if left else "")
 
     # --- pages --------------------------------------------------------------------------------------------------------
-
-    def _pages(self) -> dict[str, pages.Page]:
-        return {"/metrics": self._metrics_page, "/healthz": self._healthz, "/readyz": self._readyz}
 
     def _metrics_page(self) -> tuple[int, str]:
         if self._started:

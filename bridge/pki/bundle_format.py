@@ -488,7 +488,9 @@ def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Cert
     if isinstance(bundle, RequestBundle):
         lines, summary = list(_request_lines(bundle, now, cas)), _asked_in_short(bundle, cas)
     else:
-        lines, summary = list(_answer_lines(bundle)), _answered_in_short(bundle)
+        refused = sum(isinstance(one, Refusal) for one in bundle.answers.values())
+        summary = f"{count(len(bundle.answers) - refused, 'certificate')}, {refused} refused"
+        lines = list(_answer_lines(bundle))
     return "\n".join([*lines, "", f"fingerprint  {short_fingerprint(bundle)}", f"in short     {summary}", ""])
 
 
@@ -510,11 +512,6 @@ def _asked_in_short(bundle: RequestBundle, cas: Mapping[str, Sequence[x509.Certi
     if masters := sum(_MASTERS in display.name(one.csr) for one in every):
         parts.append(f"{masters} in {_MASTERS}")
     return ", ".join(parts)
-
-
-def _answered_in_short(bundle: AnswerBundle) -> str:
-    refused = sum(isinstance(one, Refusal) for one in bundle.answers.values())
-    return f"{count(len(bundle.answers) - refused, 'certificate')}, {refused} refused"
 
 
 def _request_lines(

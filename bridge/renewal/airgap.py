@@ -549,7 +549,8 @@ def _answered_there(
 def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
     key = contents.keys[item.spec.name]
     live, was = live_pair(item)
-    pem, replaced = _csr_pem(item, settings, live, key), replaced_by_next(item, live)
+    naming, replaced = serving_names(item, settings), replaced_by_next(item, live)
+    pem = csr.build_for(naming, key) if naming is not None else csr.build(present(item, live), key)
     request = SignRequest(spec=item.spec, csr_pem=pem, validity=settings.renewal.validity, replaces=replaced)
     if not contents.found.take_loose(request):
         raise WaitingError(
@@ -557,11 +558,6 @@ def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
             hint="have its CSR signed, put the certificate there under any name, then run this again",
         )
     return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
-
-
-def _csr_pem(item: Item, settings: Settings, live: x509.Certificate | None, key: PrivateKey) -> bytes:
-    naming = serving_names(item, settings)
-    return csr.build_for(naming, key) if naming is not None else csr.build(present(item, live), key)
 
 
 def _supersede(run: Run, prepared: Prepared) -> None:

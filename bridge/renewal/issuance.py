@@ -121,16 +121,13 @@ def _sharing(backends: Mapping[str, registry.Configured]) -> list[list[str]]:
     """Group authorities whose requests are carried the same way, so that one file goes out instead of several."""
     lots: list[list[str]] = []
     for name, ours in backends.items():
-        alike = [lot for lot in lots if _are_carried_alike(backends[lot[0]], ours)]
+        is_carried, same = hasattr(ours.backend_type, "carries"), (ours.name, ours.settings)
+        alike = [lot for lot in lots if is_carried and (backends[lot[0]].name, backends[lot[0]].settings) == same]
         if alike:
             alike[0].append(name)
         else:
             lots.append([name])
     return lots
-
-
-def _are_carried_alike(one: registry.Configured, other: registry.Configured) -> bool:
-    return hasattr(one.backend_type, "carries") and one.name == other.name and one.settings == other.settings
 
 
 def _warn_of_open_secrets(configured: registry.Configured) -> None:

@@ -358,7 +358,8 @@ def _thrown_away(
             try:
                 ca.revoke(leaf)
             except BackendError as e:
-                error = _not_revoked(name, leaf, ca.label, e)
+                text = f"not revoked: {name}, serial {serial_hex(leaf)}: {ca.label}: {e}"
+                error = RevocationError(text, e, hint="its key is gone; revoke it at the CA if your rules ask for that")
                 run.record.add(audit.FAILED, name, authority=authority, new=leaf, error=error)
                 if isinstance(e, BackendUnavailableError):
                     errors.append(error)
@@ -372,11 +373,6 @@ def _thrown_away(
             f"{label} can't revoke: its certificates for {', '.join(names)} stay valid; their keys are gone"
         )
     return revoked, errors
-
-
-def _not_revoked(name: str, leaf: x509.Certificate, label: str, cause: BackendError) -> RevocationError:
-    hint = "its key is gone; revoke it at the CA if your rules ask for that"
-    return RevocationError(f"not revoked: {name}, serial {serial_hex(leaf)}: {label}: {cause}", cause, hint=hint)
 
 
 def _signed(answered: Sequence[Answered], ca: CA | None, now: datetime) -> list[tuple[str, x509.Certificate]]:

@@ -120,11 +120,6 @@ def columns() -> int:
     return shutil.get_terminal_size().columns
 
 
-def is_coloured(stream: TextIO | None) -> bool:
-    """Whether it shows colours, and the user wants them (https://no-color.org)."""
-    return is_lively(stream) and not os.environ.get("NO_COLOR")
-
-
 def is_attended() -> bool:
     """Whether a person is at the terminal who may decide by themselves when to try again."""
     return any(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
@@ -145,8 +140,9 @@ STYLES = {
 
 
 def styled(text: str, style: str, stream: TextIO | None) -> str:
-    """The text in one of the styles, where colours are seen and wanted; no style changes nothing."""
-    return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style and text and is_coloured(stream) else text
+    """The text in one of the styles, where colours are seen, and wanted (https://no-color.org)."""
+    is_coloured = style and text and is_lively(stream) and not os.environ.get("NO_COLOR")
+    return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if is_coloured else text
 
 
 def is_verbose() -> bool:
