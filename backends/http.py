@@ -80,10 +80,7 @@ class Http(BaseAdapter):
 
     def ask(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Answer:
         """
-        Send one request without the overhead of `requests`; any status is an answer.
-
-        BackendRefusedError: TLS failed, the answer is too long, or the request can't be sent. BackendUnavailableError:
-        no answer in time.
+        Send one request without the overhead of `requests`; any status is an answer (BackendError: there is none).
         """
         return self._asked(f"{method} {url}", lambda: self._exchange(method, _target(url), headers, body))
 

@@ -1,9 +1,4 @@
-"""
-For monitors: how the last runs of `renew` ended, each metric's name and meaning, and the file that has them.
-
-Each `renew` writes the file when it ends, however it ends; `check-expiration -o prometheus` prints the same. Times are
-seconds since 1970, and never ages: a file's content stays as it is while time goes on.
-"""
+"""For monitors: how the last runs of `renew` ended, each metric's name and meaning, and the file that has them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""
-What the administrator of an EST server needs: what each label's certificates must be, and who may ask for which.
-
-Products make labels, aliases or policies in their own ways, so this is a page to read, with commands that test the
-result.
-"""
+"""What the administrator of an EST server needs, as a page to read: each label's certificates, and who may ask."""
 
 from __future__ import annotations
 

@@ -1,10 +1,4 @@
-"""
-A CA reached by files: request bundles go into an outbox, answer bundles come from an inbox; a person or a job carries
-them.
-
-Directories may be on removable media. Nothing in them is trusted: whoever can write to the inbox can only cause delay,
-since each answer is proven like any CA's.
-"""
+"""A CA reached by files: request bundles go into an outbox, answer bundles come from an inbox; neither is trusted."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""
-What the author of a program for the backend `exec` needs: what it will be asked for, and a way to try it.
-
-A table of one authority's requests, and a shell script that runs the program for one of them with a throwaway key,
-exactly as ca-bridge does.
-"""
+"""What the author of a program for the backend `exec` needs: what it will be asked for, and a way to try it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""
-What a CA desk needs to sign with `openssl ca`: a directory for a CA, and an openssl.cnf for signing by hand.
-
-The backend needs only the directory; from an openssl.cnf it reads nothing but the places of files.
-"""
+"""What a CA desk needs to sign with `openssl ca`: a directory for a CA, and an openssl.cnf for signing by hand."""
 
 from __future__ import annotations
 
@@ -92,12 +88,7 @@ def config_text(
     validity: timedelta,
     directory: PurePath | None = None,
 ) -> str:
-    """
-    An openssl.cnf with instructions, for signing one authority's CSRs by hand.
-
-    Certificates of other authorities are left out; the validity is in whole days. ValueError: none is this authority's,
-    or the directory's name has special characters.
-    """
+    """An openssl.cnf with instructions, for signing one authority's CSRs by hand (ValueError: it can't be written)."""
     directory = directory or DIRECTORY / authority.name
     if not _PLAIN_PATH.fullmatch(str(directory)):
         raise ValueError(f"wanted an absolute path of plain characters, found {str(directory)!r}")

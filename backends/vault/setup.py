@@ -113,11 +113,7 @@ def roles(
     validity: timedelta,
     select: RoleOf = Selector(DEFAULT_ROLE),  # noqa: B008
 ) -> dict[str, dict[str, object]]:
-    """
-    One role for each live certificate that allows only its like: payloads by role name, with the specs' usages.
-
-    NoRoleError: no role can give such a certificate, or two different certificates would share a role.
-    """
+    """One role for each live certificate that allows only its like: payloads by role name (NoRoleError: none can)."""
     found: dict[str, dict[str, object]] = {}
     for name, certificate in items.items():
         role, payload = select(SPECS[name]), _role(SPECS[name], certificate, validity)

@@ -113,11 +113,7 @@ class Trial:
         verify.check(issued, request, replace(self.expected, now=datetime.now(UTC)))
 
     def awaited(self, request: SignRequest, answer: Issued | Pending | BackendError) -> Issued:
-        """
-        The certificate that an answer is or becomes; a BackendError that is the answer is raised.
-
-        NotConformingError: a pending answer can't be collected; WaitingError: it has not come.
-        """
+        """The certificate that an answer is or becomes (NotConformingError, WaitingError: it does not become one)."""
         if isinstance(answer, BackendError):
             raise answer
         if isinstance(answer, Pending):

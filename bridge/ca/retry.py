@@ -24,11 +24,7 @@ class Retry(Protocol):
     """What happens to a question while the CA is unavailable."""
 
     def ask(self, question: Callable[[], T]) -> T:
-        """
-        Ask the CA.
-
-        A BackendRefusedError comes at once, a BackendUnavailableError after as long as this policy waits.
-        """
+        """Ask the CA; a BackendRefusedError comes at once, a BackendUnavailableError when this policy has waited."""
         ...
 
 

@@ -1,8 +1,4 @@
-"""
-`check-expiration -o nagios`: a line for people, performance data, and a status.
-
-https://nagios-plugins.org/doc/guidelines.html (status codes, thresholds and performance data)
-"""
+"""`check-expiration -o nagios`, by https://nagios-plugins.org/doc/guidelines.html: a line, data, and a status."""
 
 from __future__ import annotations
 

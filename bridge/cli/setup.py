@@ -367,12 +367,7 @@ def _is_carried(settings: Settings) -> bool:
 
 
 def prepare(settings: Settings, desk: DeskJob | None) -> None:
-    """
-    Make the directories that a job needs with its user as owner: a desk's own, and those of the backends' secrets.
-
-    Raises:
-        JobError: One of them is another user's, or a directory that a backend writes to is not there.
-    """
+    """Make a job's directories with its user as owner: a desk's, and those of the backends' secrets (JobError)."""
     user = desk.user if desk else "root"
     if desk is not None:
         for path in (desk.inbox, desk.outbox):

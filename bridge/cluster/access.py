@@ -1,9 +1,4 @@
-"""
-A client of the Kubernetes API, of etcd or of a kubelet: its certificate or token, with whose rights, and which servers.
-
-On a node it has the rights of `admin.conf` or else `super-admin.conf`; the gateway has those of its own kubeconfig, or
-of its pod's service account. Nothing in a renewal itself needs an API server. Keys stay in memory.
-"""
+"""A client of the Kubernetes API, of etcd or of a kubelet: whose rights it has, and which servers it asks."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""
-An object `Lease` of coordination.k8s.io/v1, kept as client-go's leader election keeps it (package tools/leaderelection).
-
-For the turn of a node that restarts, and for the gateway's election. Clocks of other machines are not compared: a lease
-has expired when it was *seen* not to change for its own duration.
-"""
+"""An object `Lease` of coordination.k8s.io/v1, kept as client-go's package tools/leaderelection keeps it."""
 
 from __future__ import annotations
 

@@ -535,12 +535,7 @@ def _claim(node: Node, settings: Settings, run_id: str) -> Lease | EtcdClaim:
 def turn(
     node: Node, settings: Settings, run_id: str, *, note: Callable[[str], None]
 ) -> Iterator[Callable[[Component], None]]:
-    """
-    Have this node's turn among the control-plane nodes while the block runs.
-
-    Yields a function to be called before each restart: LeaseHeldError if another node has the turn, NeighbourError if
-    another node is not well.
-    """
+    """Have this node's turn while the block runs; yields what raises a LeaseHeldError or NeighbourError then."""
     rules = settings.cluster
     if not rules.lease:
         yield lambda component: assert_may_restart(component, node, settings, note=note)

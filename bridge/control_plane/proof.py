@@ -1,9 +1,4 @@
-"""
-A report of what each component really serves and uses, seen from outside: handshakes, authenticated requests, processes.
-
-Addresses, ports and paths come from the static-pod manifests. A proof reads private keys, which stay in memory, and
-changes nothing. It makes new connections, and can't see those that a component has open: `next-connection`.
-"""
+"""A report of what each component really serves and uses, seen from outside by new connections; it changes nothing."""
 
 from __future__ import annotations
 

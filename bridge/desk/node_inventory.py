@@ -1,9 +1,4 @@
-"""
-The inventory file: a cluster's nodes, written by an administrator or a program (pure).
-
-It has nothing that a node says about itself. No node may have a name or address of the API, since kubelets' serving
-certificates are from the API server's CA.
-"""
+"""The inventory file: a cluster's nodes, written by an administrator or a program, and by no node (pure)."""
 
 from __future__ import annotations
 

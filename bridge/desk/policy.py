@@ -1,9 +1,4 @@
-"""
-A CA desk's policy: what it signs and for whom, and the judgement of a request (pure: no I/O, no clock).
-
-A list in it replaces a default. A default never allows more than the replaced certificate has, or, if nothing proves
-that one, more than kubeadm itself asks for.
-"""
+"""A CA desk's policy: what it signs and for whom, and the judgement of a request (pure: no I/O, no clock)."""
 
 from __future__ import annotations
 

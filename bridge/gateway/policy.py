@@ -1,9 +1,4 @@
-"""
-The gateway's policy, and its judgement of a request from the certificates API (pure: no I/O, no clock).
-
-The verdict depends on the requester and signer (which the API server vouches for), the CSR, the policy, the inventory
-and the time. A request is judged before the CA is asked, and again before the certificate is written.
-"""
+"""The gateway's policy, and its judgement of a request from the certificates API (pure: no I/O, no clock)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""
-The tables `[signer."NAME"]` of the gateway's policy: who may ask for what by the certificates API (pure).
-
-The gateway ignores a signer without a table. A grant names whole subjects and requesters; only names that no grant may
-give are forbidden by a list.
-"""
+"""The tables `[signer."NAME"]` of the gateway's policy: who may ask for what by the certificates API (pure)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""
-The operator's commands around a renewal: their environment says what happened, and they are limited in time.
-
-A hook is recorded in the state directory before it runs, and the record goes when it has succeeded: the next run repeats
-one that failed, or was cut off with its run. A hook may therefore run twice.
-"""
+"""The operator's commands around a renewal; each is on disk before it runs, and the next run repeats failed ones."""
 
 from __future__ import annotations
 

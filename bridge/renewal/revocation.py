@@ -1,9 +1,4 @@
-"""
-Revokes superseded certificates, where the settings say so: `[renewal] revoke = "superseded"`.
-
-The debt is on disk before the new certificates are installed, and is paid when these are seen in use and the delay is
-over. A certificate that is in use again, or has ended, is not revoked.
-"""
+"""Revokes superseded certificates, where the settings say so: `[renewal] revoke = "superseded"`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""
-The steps around the installation of answers, which `renew`, `import` and `install` share.
-
-Before it: what earlier runs owe, and hooks. After it: copies, restarts, proof or rollback (`bridge.renewal.activate`),
-revocation, the count of failed runs, and hooks.
-"""
+"""The steps around the installation of answers, which `renew`, `import` and `install` share."""
 
 from __future__ import annotations
 

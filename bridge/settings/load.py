@@ -62,14 +62,7 @@ def load(file: Path | None) -> Settings:
 
 
 def examined(file: Path | None) -> tuple[Settings, list[SettingsProblem]]:
-    """
-    As `load`: the settings as far as they can be read, and every problem, by line.
-
-    With a problem among them they are for finding more of them in the backends' tables, and for nothing else.
-
-    Raises:
-        SettingsError: The file can't be read, or is not TOML.
-    """
+    """The settings as far as they can be read, and every problem by line (SettingsError: they are not TOML)."""
     if file is None and not DEFAULT_FILE.exists():
         return Settings(source=Source(None, "")), []
     path = file or DEFAULT_FILE

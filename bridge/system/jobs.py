@@ -231,12 +231,7 @@ def others(made: Sequence[Job]) -> list[Path]:
 
 
 def make_directory(path: Path, user: str, mode: int) -> None:
-    """
-    Make a directory that belongs to a job's user, or accept one that the user may write to.
-
-    Raises:
-        JobError: There is another one, or it can't be made.
-    """
+    """Make a directory of a job's user, or accept one that the user may write to (JobError: there is another one)."""
     if path.exists():
         assert_may_write(path, user, "of the job's user")
         return

@@ -1,9 +1,4 @@
-"""
-Where a path leads, and who can change that: owners and modes on the way, and reading the file at its end.
-
-Each directory is opened in the one before it, so that no directory's owner can redirect us while we check: the file
-that was checked is the file that is used.
-"""
+"""Where a path leads, and who can change that: owners and modes on the way, and reading the file at its end."""
 
 from __future__ import annotations
 
