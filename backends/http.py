@@ -79,9 +79,7 @@ class Http(BaseAdapter):
         self.session.mount("https://" if self._peer.tls else "http://", self)
 
     def ask(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Answer:
-        """
-        Send one request without the overhead of `requests`; any status is an answer (BackendError: there is none).
-        """
+        """Send one request without the overhead of `requests`; any status is an answer (BackendError: none came)."""
         return self._asked(f"{method} {url}", lambda: self._exchange(method, _target(url), headers, body))
 
     def request(self, method: str, url: str, where: str = "", **options: Any) -> Answer:
