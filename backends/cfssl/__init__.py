@@ -121,9 +121,6 @@ class CfsslSettings(BackendSettings):
             yield SettingsProblem("url", "https:// (as ca_file or client_cert is given)", "http://")
 
 
-# --- the backend ------------------------------------------------------------------------------------------------------
-
-
 class CfsslBackend:
     """One CA behind a cfssl server."""
 

@@ -49,8 +49,6 @@ from bridge.errors import (
 from bridge.specs import EKU, SPECS, CertificateSpec
 from bridge.system.http import UnreachableError, reach
 
-# --- the settings ----------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True, kw_only=True)
 class CmpSettings(BackendSettings):
@@ -170,8 +168,6 @@ def _file_problems(name: str, file: Path, label: bytes) -> Iterator[SettingsProb
     elif label + b"-----" not in data:
         yield SettingsProblem(name, wanted, f"{file}: none in it")
 
-
-# --- the backend -----------------------------------------------------------------------------------------------------
 
 #: openssl reads a line of that many bytes; with less than 16 a recorded request can be attacked offline.
 MIN_SECRET_BYTES, MAX_SECRET_BYTES = 16, 1023

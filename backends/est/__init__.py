@@ -89,9 +89,6 @@ def _label_problems(key: str, label: str) -> Iterator[SettingsProblem]:
         yield SettingsProblem(key, "a label that is not called like an operation of EST", ", ".join(sorted(named)))
 
 
-# --- the backend ------------------------------------------------------------------------------------------------------
-
-
 class EstBackend:
     """One CA behind an EST server."""
 

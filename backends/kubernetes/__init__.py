@@ -254,9 +254,6 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 1.0
 _MOST_ANSWERED = 64
 
 
-# --- the backend ------------------------------------------------------------------------------------------------------
-
-
 class KubernetesBackend:
     """One cluster, with any signer in it."""
 

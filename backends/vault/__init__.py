@@ -130,9 +130,6 @@ def role_selector(pattern: str | None, exceptions: Mapping[str, str], node: str)
     return lambda spec: (own if spec.by_node else chosen)(spec)
 
 
-# --- the backend ------------------------------------------------------------------------------------------------------
-
-
 class VaultBackend:
     """Has certificates signed by a PKI secrets engine."""
 

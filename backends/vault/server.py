@@ -226,9 +226,6 @@ def texts(value: object) -> list[str]:
     return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------
-
-
 class Tokens:
     """The token that requests are made with: given, or got by logging in once for all threads."""
 

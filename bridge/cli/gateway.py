@@ -63,8 +63,6 @@ def _check(service: Service) -> int:
     return Exit.DONE
 
 
-# --- manifests --------------------------------------------------------------------------------------------------------
-
 NAMESPACE = "ca-bridge"
 #: Where the pod has the files that its settings name; and the trust anchors, of which kubeadm's ca.crt is in each namespace.
 FILES, TRUST = Path("/etc/ca-bridge/files"), Path("/etc/ca-bridge/trust")

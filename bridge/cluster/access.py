@@ -222,9 +222,6 @@ def _bytes(path: Path, what: str) -> bytes:
     return found
 
 
-# --- this node's server ----------------------------------------------------------------------------------------------
-
-
 def local_url(node: Node) -> str | None:
     """Where this node's API server is; None when its manifest is not there or does not tell."""
     manifest = node.manifests.get(Component.APISERVER)

@@ -178,9 +178,6 @@ def _read_at_connections(look: Look, component: Component, path: Path) -> Verdic
     return Verdict("stale", f"{age.detail}; this version is not known to read it again")
 
 
-# --- etcd ------------------------------------------------------------------------------------------------------------
-
-
 def _etcd(look: Look) -> Iterator[Check]:
     flags = look.flags(Component.ETCD)
     anchor = look.anchor(ETCD_CA)
@@ -267,9 +264,6 @@ def _shows_a_certificate(server: Server) -> bool:
     except HttpsError:
         return False
     return True
-
-
-# --- the API server --------------------------------------------------------------------------------------------------
 
 
 def _apiserver(look: Look) -> Iterator[Check]:
@@ -533,9 +527,6 @@ def _needs(look: Look, item: Item) -> list[str]:
 
 def _lease(namespace: str, name: str) -> str:
     return f"/apis/coordination.k8s.io/v1/namespaces/{quote(namespace)}/leases/{quote(name)}"
-
-
-# --- people ----------------------------------------------------------------------------------------------------------
 
 
 def _people(look: Look) -> Iterator[Check]:

@@ -131,9 +131,6 @@ class _Seen(NamedTuple):
     trouble: str = ""  #: Why the others are not known.
 
 
-# --- etcd ------------------------------------------------------------------------------------------------------------
-
-
 def _look_at_etcd(node: Node) -> _Seen:
     etcd = Etcd.of(node)
     flags = node.manifests[Component.ETCD].flags
@@ -223,9 +220,6 @@ def _without_answer(instance: Instance, error: http.HttpsError) -> Instance:
     """An instance that did not answer; one that rejected our certificate may be healthy."""
     state: InstanceState = "unknown" if isinstance(error, http.ClientRefusedError) else "unhealthy"
     return replace(instance, state=state, reason=str(error), answers=state == "unknown")
-
-
-# --- API servers -----------------------------------------------------------------------------------------------------
 
 
 def _look_at_api(api: Api, node: Node, node_name: str) -> _Seen:

@@ -42,9 +42,6 @@ _MOST_WORDS = 300
 _MOST_REASON = 200
 
 
-# --- one check -------------------------------------------------------------------------------------------------------
-
-
 class Verdict(NamedTuple):
     """The result of a check."""
 
@@ -102,9 +99,6 @@ def _outside_dates(certificate: x509.Certificate, now: datetime) -> str:
     if now < certificate.not_valid_before_utc:
         return f"not valid before {processes.moment_text(certificate.not_valid_before_utc)}"
     return ""
-
-
-# --- what is served --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,8 +109,6 @@ class Archive:
         return self._answers / f"{request.name}-{csr_digest}.json"
 
 
-# --- the journal ------------------------------------------------------------------------------------------------------
-
 #: Older entries were delivered already, or their bundle was deleted.
 _KEPT = timedelta(days=90)
 

@@ -258,8 +258,6 @@ def _object(text: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-# --- Node objects -----------------------------------------------------------------------------------------------------
-
 _MOST_NODES = 5_000
 _MOST_TOGETHER = 256
 _NODES = "/api/v1/nodes"

@@ -206,9 +206,6 @@ def _who(request: Request, asked: Asked, spec: CertificateSpec, rules: SignerRul
     return _control_plane(request, asked, spec, rules, world)
 
 
-# --- kubelets ---------------------------------------------------------------------------------------------------------
-
-
 def _kubelet(request: Request, asked: Asked, spec: CertificateSpec, rules: SignerRules, world: World) -> str | Verdict:
     name = asked.cn.removeprefix(NODE_USER)
     if asked.subject != tuple(sorted([(CN_OID, f"{NODE_USER}{name}"), (O_OID, NODES_GROUP)])):
@@ -282,9 +279,6 @@ def _texts(values: Iterable[str]) -> str:
     return one_line(", ".join(sorted(values)))
 
 
-# --- users ------------------------------------------------------------------------------------------------------------
-
-
 def _user(request: Request, asked: Asked, rules: SignerRules) -> str | Verdict:
     if asked.sans:
         return Hostile("SAN: a user's certificate has none")
@@ -303,9 +297,6 @@ def _is_granted(asked: Asked, text: str, username: str) -> bool:
     except ValueError:
         return False
     return asked.subject == tuple(sorted((oid, value.replace(_USER_PLACEHOLDER, username)) for oid, value in pattern))
-
-
-# --- the control plane's own ------------------------------------------------------------------------------------------
 
 
 def _control_plane(

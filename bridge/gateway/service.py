@@ -325,8 +325,6 @@ def _page(troubles: Iterator[str], good: str) -> tuple[int, str]:
     return HTTPStatus.OK, good
 
 
-# --- rights -----------------------------------------------------------------------------------------------------------
-
 _REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 _CERTIFICATES, _REQUESTS = "certificates.k8s.io", "certificatesigningrequests"
 

@@ -127,8 +127,6 @@ def decoded(certificate: str) -> bytes:
     return base64.b64decode(certificate, validate=True)
 
 
-# --- the watch --------------------------------------------------------------------------------------------------------
-
 #: A bookmark comes each minute, so that a longer silence is a dead connection.
 SILENCE_SECONDS = 90.0
 ROUND_SECONDS = 300

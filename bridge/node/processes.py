@@ -295,8 +295,5 @@ def _label(pod: Any) -> Any:
     return pod.get("labels", {}).get("component")
 
 
-# --- the process table -----------------------------------------------------------------------------------------------
-
-
 def _in_process_table(component: Component) -> frozenset[str]:
     return frozenset(f"process {one.pid}" for one in running(component.value))

@@ -148,9 +148,6 @@ def _answer_document(answer: Issued | Refusal) -> dict[str, Any]:
     return {"chain": [pem(certificate).decode() for certificate in (answer.leaf, *answer.intermediates)]}
 
 
-# --- names of files -----------------------------------------------------------------------------------------------------
-
-
 def request_file_name(bundle: RequestBundle) -> str:
     """The default name of its file, different for each bundle."""
     return file_names(bundle.node, digest(bundle))[0]

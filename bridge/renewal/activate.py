@@ -201,9 +201,6 @@ def _is_stopped(restarted: Sequence[Restarted]) -> bool:
     return any(isinstance(one.error, StoppedError) for one in restarted)
 
 
-# --- proving: looks --------------------------------------------------------------------------------------------------
-
-
 def _look(run: Run, owed: Owed, restarted: Sequence[Restarted]) -> tuple[ProofReport, list[Restarted]]:
     """Look until all is well; a component that should have reloaded and did not is restarted after all."""
     names, done = owed.names, {one.component for one in restarted}

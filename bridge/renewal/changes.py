@@ -307,9 +307,6 @@ def _server_of(path: Path) -> str:
         return ""  # the inventory reports what is wrong with it
 
 
-# --- rights by ClusterRoleBindings -----------------------------------------------------------------------------------
-
-
 _PATH = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
 _KUBELET_CLIENT = "kubeadm:apiserver-kubelet-client"
 _O = NameOID.ORGANIZATION_NAME.dotted_string

@@ -192,9 +192,6 @@ def _to_ask(run: Run, items: Sequence[Item], kept: Sequence[Answered]) -> tuple[
     return rest, carried
 
 
-# --- a rehearsal -----------------------------------------------------------------------------------------------------
-
-
 class NoRehearsalError(BridgeError):
     """A CA that must not be asked for a certificate that is thrown away."""
 

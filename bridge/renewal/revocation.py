@@ -24,9 +24,6 @@ class RevocationError(BridgeError):
         self.exit_code = cause.exit_code  # type: ignore[misc]  # this one's, where others have their class's
 
 
-# --- before the installation -----------------------------------------------------------------------------------------
-
-
 def owe(run: Run, done: Sequence[Outcome]) -> None:
     """Write down the certificates to revoke, once the new ones are installed and in use."""
     renewal = run.settings.renewal
@@ -53,9 +50,6 @@ def _able(run: Run, authorities: Iterable[str]) -> set[str]:
         why = f"{configured[name].label} can't revoke" if name in configured else "no backend is configured for it"
         run.progress.note(f"renewal.revoke: superseded certificates of {name} stay valid until they end: {why}")
     return able
-
-
-# --- at the end of a run ---------------------------------------------------------------------------------------------
 
 
 def settle(run: Run, node: Node) -> list[BridgeError]:

@@ -311,9 +311,6 @@ def hold_back(run: Run, good: Sequence[Prepared], failed: Sequence[Outcome]) -> 
     return Result(outcomes=(*failed, *held))
 
 
-# --- installation ----------------------------------------------------------------------------------------------------
-
-
 def await_validity(leaves: Sequence[x509.Certificate]) -> None:
     """Wait until all are valid: a CA's clock may be some seconds ahead (`verify.CLOCK_SKEW` at most)."""
     begin = max(leaf.not_valid_before_utc for leaf in leaves).timestamp()

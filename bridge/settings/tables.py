@@ -609,8 +609,6 @@ class Settings:
         return ours.extra_subject if ours is not None else frozenset()
 
 
-# --- rehearsals --------------------------------------------------------------------------------------------------------
-
 #: Keys of the table that are not the backend's.
 _OURS = ("backend", "anchor")
 

@@ -73,9 +73,6 @@ class _Live:
     pair: tuple[bytes, bytes]  #: Certificate and key in PEM, as embedded there.
 
 
-# --- what is owed ------------------------------------------------------------------------------------------------------
-
-
 def owe(settings: Settings, store: Store, node: Node, replaced: Mapping[str, x509.Certificate | None]) -> None:
     """Record, before an installation, that the copies need the next certificates (StateError: install nothing)."""
     if not settings.copies.files.paths:
@@ -88,9 +85,6 @@ def owe(settings: Settings, store: Store, node: Node, replaced: Mapping[str, x50
             owed[item.spec.name] = tuple(dict.fromkeys([*owed.get(item.spec.name, ()), fingerprint(old)]))
     if owed:
         file.put(owed)
-
-
-# --- paying it ---------------------------------------------------------------------------------------------------------
 
 
 def settle(settings: Settings, store: Store, record: audit.Record) -> list[BridgeError]:
@@ -215,9 +209,6 @@ def _held(data: bytes, known: Container[str]) -> Iterator[tuple[EmbeddedUser, st
                 yield user, found
 
 
-# --- looking -----------------------------------------------------------------------------------------------------------
-
-
 def look(settings: Settings, node: Node) -> list[Copy]:
     """Each copy as it is now, with the reason why it could not be refreshed; nothing is written."""
     live, _ = _live(node)
@@ -239,9 +230,6 @@ def _look(path: Path, names: Mapping[str, str]) -> Copy:
                 return Copy(path=path, names=tuple(dict.fromkeys(held)))
         except FileNotFoundError:
             return Copy(path=path, is_there=False)
-
-
-# --- the file ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,9 +30,6 @@ def live_serials(node: Node) -> dict[str, str]:
     return {item.spec.name: serial_hex(item.certificates[0]) for item in node.items if item.certificates}
 
 
-# --- not seen in use yet ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unproven:
     """A certificate that was installed, perhaps by several runs, and was not seen in use yet."""
@@ -110,9 +107,6 @@ def postponed_file(store: Store) -> StateFile[Owed]:
     )
 
 
-# --- hooks -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwedHooks:
     """Hooks of one event that did not all succeed yet."""
@@ -145,9 +139,6 @@ def hooks_file(store: Store) -> StateFile[tuple[OwedHooks, ...]]:
         version=1,
         afterwards="run by hand what your hooks would have done",
     )
-
-
-# --- certificates to revoke ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,9 +176,6 @@ def revocations_file(store: Store) -> StateFile[tuple[Superseded, ...]]:
         key="superseded",
         afterwards="the audit log has the serial numbers of what was replaced: revoke those at the CA",
     )
-
-
-# --- copies ----------------------------------------------------------------------------------------------------------
 
 
 def copies_file(store: Store) -> StateFile[dict[str, tuple[str, ...]]]:

@@ -254,9 +254,6 @@ class RequestLog(Generic[T]):
             raise StateError(text) from e
 
 
-# --- renewals --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenRequest:
     """One request for a certificate of this node, and the key that stays here."""
@@ -323,9 +320,6 @@ class Unkept(OpenRequests):
 
     def save(self) -> None:
         """Write nothing."""
-
-
-# --- users -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

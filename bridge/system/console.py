@@ -74,8 +74,6 @@ class Progress(Protocol):
         """Something that the operator should know."""
 
 
-# --- a run's name -----------------------------------------------------------------------------------------------------
-
 _ID_BYTES = 4
 _ids: list[str] = []
 _taken: set[str] = set()

@@ -195,9 +195,6 @@ def _run_as(uid: int) -> str:
     return "run it as root (sudo)" if uid == 0 else f"run it as user {uid}"
 
 
-# --- disk space -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSpace:
     """The free space of one file system, for us."""

@@ -177,9 +177,6 @@ def _load_pair(tls: ssl.SSLContext, certificate_pem: bytes, key_pem: bytes) -> N
             raise ClientRefusedError(f"wanted a certificate and its key, found: {found}") from None
 
 
-# --- a connection -----------------------------------------------------------------------------------------------------
-
-
 class KeptConnection:
     """A connection to one server, made when it is needed; for one thread at a time."""
 

@@ -245,9 +245,6 @@ def _forget(store: Store, one: OpenUser) -> None:
     requests.save()
 
 
-# --- the CA ----------------------------------------------------------------------------------------------------------
-
-
 class _Asked:
     def __init__(self, settings: Settings, ca: CA, one: OpenUser, record: audit.Record, store: Store) -> None:
         self._ca, self._one, self._record, self._store = ca, one, record, store
