@@ -19,7 +19,7 @@ from bridge.cli.printing import say
 #: The file of each command, below `bridge.cli`.
 FILES = {
     "check-expiration": "expiration",
-    "plan": "plan",
+    "plan": "renew",
     "prove": "components",
     "doctor": "doctor",
     "renew": "renew",

@@ -14,7 +14,6 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from bridge.cli import plan as cli_plan
 from bridge.cli import renew as cli_renew
 from bridge.cli.options import Output
 from bridge.diagnosis import findings
@@ -258,7 +257,7 @@ def test_a_kubeconfig_that_cannot_be_edited_fails_alone(node: Pki, tmp_path: Pat
     path = node.kubeconfig_dir / "admin.conf"
     _with_anchor(path)
     settings = settings_for(node, tmp_path)
-    assert cli_plan.plan(settings, RunOptions(), now(), Output.TEXT) == 1
+    assert cli_renew.plan(settings, RunOptions(), now(), Output.TEXT) == 1
     assert doctors_code(settings) == 1
     result = renewed(settings)
     assert result.exit_code == 1
