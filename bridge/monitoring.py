@@ -266,7 +266,11 @@ def _of_files(found: ExpiryReport, due: Mapping[str, datetime]) -> Iterator[str]
     yield _metric(
         "ca_bridge_certificate_usable",
         "Whether the file is there and can be read.",
-        ((_labels(row), int(row.state == "present")) for row in (*leaves, *cas) if not _absent(row)),
+        (
+            (_labels(row), int(row.state == "present"))
+            for row in (*leaves, *cas)
+            if row.state != "missing" or not row.optional
+        ),
     )
 
 
@@ -329,7 +333,3 @@ def _end(row: Row) -> int:
 
 def _timestamp(time: datetime) -> int:
     return (time - datetime(1970, 1, 1, tzinfo=time.tzinfo)) // timedelta(seconds=1)
-
-
-def _absent(row: Row) -> bool:
-    return row.state == "missing" and row.optional

@@ -342,8 +342,6 @@ def _read_key(place: Secret) -> bytes:
     return key
 
 
-# --- the server -------------------------------------------------------------------------------------------------------
-
 #: Statuses and codes that may pass: from a proxy in front (RFC 9110 §15.6, RFC 6585 §4), the certificate database is
 #: locked (the server signed, but keeps it), the server's own upstream failed. The last two come with status 400.
 _LATER_STATUSES = frozenset({429, 502, 503, 504})

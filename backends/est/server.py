@@ -215,7 +215,6 @@ def operation_url(url: str, label: str, operation: str) -> str:
     return "/".join([url.rstrip("/"), ROOT, *segments, operation])
 
 
-# --- certificates in answers ------------------------------------------------------------------------------------------
 # An answer is a PKCS#7 without a signature (RFC 7030 §4.1.3, §4.2.3), a *set*: its order says nothing, so that keys and
 # signatures have to tell what a certificate is.
 

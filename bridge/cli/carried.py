@@ -177,7 +177,9 @@ def pending_cancel(
 
 def _pending_row(one: OpenRequest, now: datetime) -> tuple[str, ...]:
     age = f"asked {residual(max(int((now - one.created).total_seconds()), 0))} ago"
-    fingerprint = "" if _is_known_by_bundle(one) else f"fingerprint {_fingerprint(one)}"
+    # else its heading has that of all requests in the bundle
+    is_alone = one.answer is not None or one.reference or not one.bundles
+    fingerprint = f"fingerprint {_fingerprint(one)}" if is_alone else ""
     return one.name, age, end_text(one.deadline, now), fingerprint
 
 
@@ -189,11 +191,6 @@ def _whereabouts(one: OpenRequest) -> str:
     if one.bundles:
         return f"an operator has it; fingerprint {_fingerprint(one)}"
     return "not asked yet; the next run asks"
-
-
-def _is_known_by_bundle(one: OpenRequest) -> bool:
-    """Whether its heading has the fingerprint, which is that of all requests in the bundle."""
-    return one.answer is None and not one.reference and bool(one.bundles)
 
 
 def _fingerprint(one: OpenRequest) -> str:

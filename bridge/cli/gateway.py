@@ -181,9 +181,6 @@ def _condition(grant: Grant) -> str:
     return " || ".join(parts)
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
 def _config(settings: Settings) -> tuple[str, dict[str, Path]]:
     """The pod's settings file, and the files that it names, by name."""
     files: dict[str, Path] = {}
@@ -238,19 +235,17 @@ def _added(path: Path, files: dict[str, Path]) -> Path:
     return FILES / name
 
 
+#: CA files to mount, by name in the volume: not the cluster CA's, whose certificate every namespace has.
+_ANCHORS = {"etcd-ca.crt": "etcd/ca.crt", "front-proxy-ca.crt": "front-proxy-ca.crt"}
+
+
 def _anchors(settings: Settings) -> dict[str, Path]:
-    """CA files to mount, by name in the volume: not the cluster CA's, whose certificate every namespace has."""
-    names = {"etcd-ca": "etcd-ca.crt", "front-proxy-ca": "front-proxy-ca.crt"}
-    places = {
-        "etcd-ca": settings.node.pki_dir / "etcd/ca.crt",
-        "front-proxy-ca": settings.node.pki_dir / "front-proxy-ca.crt",
-    }
-    return {names[name]: places[name] for name in settings.authorities if name in names}
+    ours = [f"{name}.crt" for name in settings.authorities]
+    return {name: settings.node.pki_dir / _ANCHORS[name] for name in ours if name in _ANCHORS}
 
 
 def _place(name: str) -> str:
-    anchors = {"etcd-ca.crt": "trust/etcd/ca.crt", "front-proxy-ca.crt": "trust/front-proxy-ca.crt"}
-    return anchors.get(name, f"files/{name}")
+    return f"trust/{_ANCHORS[name]}" if name in _ANCHORS else f"files/{name}"
 
 
 def _with_files(text: str, files: Mapping[str, Path]) -> str:

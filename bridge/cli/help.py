@@ -286,7 +286,10 @@ class Command(TyperCommand):
         if examples:
             with formatter.section("Examples"):
                 for line, sentence in examples:
-                    formatter.write(f"{_copied(line, formatter.width)}\n{_told(sentence, formatter.width)}\n")
+                    # a shell takes it as it is shown: where it is too wide, its lines end with a backslash
+                    typed = " \\\n".join(_wrapped(line, formatter.width - len(" \\"), "  ", "    "))
+                    told = "\n".join(_wrapped(sentence, formatter.width, " " * 6, " " * 6))
+                    formatter.write(f"{typed}\n{told}\n")
 
 
 def _is_given(context: Any, parameter: str | None) -> bool:
@@ -300,15 +303,6 @@ def _together(command: str) -> Iterator[tuple[str, str]]:
         parts = [f"needs {needs[option]}"] if option in needs else []
         parts += [f"not with {', '.join(excludes[option])}"] if option in excludes else []
         yield option, _hard("; ".join(parts))
-
-
-def _copied(line: str, width: int) -> str:
-    """An example, which a shell takes as it is shown: where it is too wide its lines end with a backslash."""
-    return " \\\n".join(_wrapped(line, width - len(" \\"), "  ", "    "))
-
-
-def _told(sentence: str, width: int) -> str:
-    return "\n".join(_wrapped(sentence, width, " " * 6, " " * 6))
 
 
 def _wrapped(text: str, width: int, first: str, others: str) -> list[str]:

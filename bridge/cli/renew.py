@@ -203,7 +203,8 @@ def plan(settings: Settings, options: RunOptions, now: datetime, output: Output)
     if output is Output.JSON:
         say_json(**_plan_json(found, settings))
     elif found.selection.items:
-        styles = [_style(item, now) for item in found.selection.items]
+        is_early = [bool(item.certificates) and first_end(item.ending) > now for item in found.selection.items]
+        styles = ["warning" if one else "error" for one in is_early]
         say_table([_plan_row(item, settings, now) for item in found.selection.items], (3,), styles)
         say_table(
             [(f"copy of {', '.join(one.names)}", f"refresh {one.path}") for one in found.copies if one.error is None]
@@ -250,10 +251,6 @@ def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
         f"ask {_asked(item, settings)}",
         f"{verb} {_replaced(item)}",
     )
-
-
-def _style(item: Item, now: datetime) -> str:
-    return "warning" if item.certificates and first_end(item.ending) > now else "error"
 
 
 def _replaced(item: Item) -> str:

@@ -232,8 +232,6 @@ def _plain(value: Any) -> Any:
             return str(value)
 
 
-# --- pages ------------------------------------------------------------------------------------------------------------
-
 #: The only pagers that are tried: root's environment names no program here.
 _PAGERS = ("/usr/bin/less", "/bin/less")
 

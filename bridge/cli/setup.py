@@ -353,17 +353,13 @@ def _make_jobs(
     """The files of a node's job, or of a desk's; `options` are those by which the job finds the same settings."""
     places = _places(settings, options, desk)
     make_one = jobs.unit if kind == "systemd" else jobs.crontab
-    names = (_DESK if desk else _CARRIED if _is_carried(settings) else _NODE)[kind]
+    backends = registry.configured(settings, settings.authorities)
+    is_carried = any(hasattr(one.backend_type, "carries") for one in backends.values())  # then its CA answers later
+    names = (_DESK if desk else _CARRIED if is_carried else _NODE)[kind]
     return [
         make_one(_CRONTABS.get(name, Path(name).name), (shipped / name).read_text(encoding="utf-8"), places)
         for name in names
     ]
-
-
-def _is_carried(settings: Settings) -> bool:
-    """Whether requests of an authority are carried to its CA, which answers later."""
-    backends = registry.configured(settings, settings.authorities)
-    return any(hasattr(one.backend_type, "carries") for one in backends.values())
 
 
 def prepare(settings: Settings, desk: DeskJob | None) -> None:

@@ -159,8 +159,9 @@ def _members(
     etcd: Etcd, flags: Mapping[str, str], own: Instance
 ) -> tuple[list[Member], str, tuple[tuple[str, str], ...]]:
     """The members, our own's id ("" if it does not answer) and alarms as (id, alarm), by any member in the manifest."""
-    urls = [own.url, *(_beside(url, own.url) for url in _initial_peers(flags))]
-    for url in dict.fromkeys(urls):
+    pairs = (pair.partition("=") for pair in flags.get("--initial-cluster", "").split(","))
+    peers = [url for name, _, url in pairs if endpoints.is_url(url) and name != flags.get("--name")]
+    for url in dict.fromkeys([own.url, *(_beside(peer, own.url) for peer in peers)]):
         try:
             listed, status = etcd.members(Server(url)), etcd.status(Server(url))
         except http.HttpsError as e:
@@ -168,11 +169,6 @@ def _members(
             continue
         return listed, status.id if url == own.url else "", status.alarms
     raise last
-
-
-def _initial_peers(flags: Mapping[str, str]) -> list[str]:
-    pairs = (pair.partition("=") for pair in flags.get("--initial-cluster", "").split(","))
-    return [url for name, _, url in pairs if endpoints.is_url(url) and name != flags.get("--name")]
 
 
 def _beside(url: str, own_url: str) -> str:

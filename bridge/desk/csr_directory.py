@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -77,9 +77,9 @@ def load(directory: Path, *, node: str, cluster: str, validity: timedelta, creat
             "\n".join(problems) or f"{directory}: wanted CSRs, found none",
             hint="move away what is not to be signed" if problems else "",
         )
-    bundle = RequestBundle(
-        batch=_batch(requests), node=node, cluster=cluster, created=created, requests=tuple(requests)
-    )
+    ders = b"".join(sha256(request.csr.public_bytes(Encoding.DER)).digest() for request in requests)
+    batch = sha256(ders).hexdigest()[:32]
+    bundle = RequestBundle(batch=batch, node=node, cluster=cluster, created=created, requests=tuple(requests))
     return CsrDirectory(directory=directory, bundle=bundle, files=files)
 
 
@@ -106,11 +106,6 @@ def _request(spec: CertificateSpec, path: Path, validity: timedelta) -> BundledR
         replaces=None,
         proof=None,
     )
-
-
-def _batch(requests: Sequence[BundledRequest]) -> str:
-    ders = b"".join(sha256(request.csr.public_bytes(Encoding.DER)).digest() for request in requests)
-    return sha256(ders).hexdigest()[:32]
 
 
 def deliver(found: CsrDirectory, target: Path, answers: Mapping[str, Issued], ca: x509.Certificate | None) -> None:

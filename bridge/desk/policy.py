@@ -208,9 +208,6 @@ def _certificates(reader: Reader, tables: Mapping[str, Any]) -> dict[str, Certif
     return rules
 
 
-# --- judgement --------------------------------------------------------------------------------------------------------
-
-
 def judge(
     request: BundledRequest,
     bundle: RequestBundle,
@@ -382,9 +379,6 @@ def _user_problems(request: BundledRequest, policy: Policy, *, waived: bool) -> 
         return
     user = User(name=names[0], groups=tuple(groups))
     yield from user_rules.problems(user, request.validity, policy.users.limits)
-
-
-# --- names ------------------------------------------------------------------------------------------------------------
 
 
 def _listed(nodes: Inventory, name: str) -> tuple[str, ...]:

@@ -162,9 +162,6 @@ def serve() -> None:
             answers.send(task(*arguments))
 
 
-# --- between them -----------------------------------------------------------------------------------------------------
-
-
 def _certificate(der: bytes) -> x509.Certificate:
     return x509.load_der_x509_certificate(der)
 

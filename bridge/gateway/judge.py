@@ -6,7 +6,6 @@ import threading
 import time
 from dataclasses import replace
 
-from bridge.desk.node_inventory import NodeEntry
 from bridge.errors import BridgeError
 from bridge.gateway import watch
 from bridge.gateway.context import Context
@@ -102,7 +101,9 @@ class Judge:
                 return Later(str(e))
             if entry is not None:
                 entry = nodes.with_dns(node, entry, addresses_of(one.request))
-                state = self._state(node, entry, one.request.username, since)
+                # usually a token's node does not exist yet; a node that asks for itself may have just registered
+                itself = one.request.username == f"{NODE_USER}{node}"
+                state = self._states.state(node, since, newer=itself, with_readiness=entry.rejoin and not itself)
                 verdict = judge(one.request, replace(world, entry=entry, state=state))
         rules = world.policy.signers.get(one.request.signer)
         if isinstance(verdict, Allowed) and rules is not None and rules.approval == "required":
@@ -124,11 +125,6 @@ class Judge:
             min_validity=context.settings.gateway.min_validity,
             now=context.now(),
         )
-
-    def _state(self, node: str, entry: NodeEntry, username: str, since: float) -> NodeState:
-        # usually a token's node does not exist yet; a node that asks for itself may have just registered
-        itself = username == f"{NODE_USER}{node}"
-        return self._states.state(node, since, newer=itself, with_readiness=entry.rejoin and not itself)
 
 
 def _unapproved(one: SigningRequest) -> str:

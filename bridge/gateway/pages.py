@@ -109,8 +109,6 @@ def _histogram(signer: str, row: Sequence[float]) -> Iterator[str]:
     yield f"{name}_sum{labels(signer=signer)} {row[-1]:.6f}"
 
 
-# --- the server -------------------------------------------------------------------------------------------------------
-
 #: Connections at a time, so that clients can't use up the threads; with one more the oldest is closed, so that clients
 #: that hold all open can't keep the kubelet's probes out, and have the gateway killed.
 _MOST_CONNECTIONS = 16

@@ -137,7 +137,9 @@ class Service:
             self._started = True
             self._look_at_cas()
             self.holder.start(lambda: not ledger.trouble)
-            threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(self._count)]
+            many = any(one.signs_many for one in self.authorities.values())
+            count = max(self.settings.gateway.concurrency, _THREADS_OF_MANY if many else 0)
+            threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(count)]
             threads.append(threading.Thread(target=self._watch_on, name="watch", daemon=True))
             threads.append(threading.Thread(target=self._keep_looking_at_cas, name="cas", daemon=True))
             for thread in threads:
@@ -148,11 +150,6 @@ class Service:
             gc.set_threshold(_OBJECTS_A_COLLECTION, 20, 50)
             self._tick_until_stopped()
             self._drain(threads)
-
-    @property
-    def _count(self) -> int:
-        many = any(one.signs_many for one in self.authorities.values())
-        return max(self.settings.gateway.concurrency, _THREADS_OF_MANY if many else 0)
 
     def _look_at_cas(self) -> None:
         """Check the CAs as `--check` does; the gateway waits for a CA that does not answer now."""

@@ -228,8 +228,6 @@ def instances(component: Component) -> tuple[Instances, timedelta]:
     return lambda: _in_process_table(component), PROCESS_SETTLES
 
 
-# --- the container runtime -------------------------------------------------------------------------------------------
-
 _CRICTL_LIMIT = timedelta(seconds=10)
 _MOST_ANSWER = 16 << 20
 

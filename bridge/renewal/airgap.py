@@ -65,9 +65,6 @@ SCHEMA_VERSION = 1
 BUNDLE_MODE = 0o644
 
 
-# --- export ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
     """The result of `export`."""
@@ -89,13 +86,9 @@ def export(
         for sentence in selection.notes:
             progress.note(sentence)
         shorter = refused_as_shorter(selection.items, settings, now())
+        items = [one for one in selection.items if one.spec.name not in shorter]
         made = [
-            *prepare(
-                [one for one in selection.items if one.spec.name not in shorter],
-                settings,
-                run.requests.by_name(),
-                selection.desired,
-            ),
+            *prepare(items, settings, run.requests.by_name(), selection.desired),
             *(outcome_of(one, shorter[one.spec.name]) for one in selection.items if one.spec.name in shorter),
         ]
         prepared = [one for one in made if isinstance(one, Prepared)]
@@ -136,9 +129,6 @@ def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBu
     return requests, prepared
 
 
-# --- inspect ---------------------------------------------------------------------------------------------------------
-
-
 def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
     """Describe a bundle for the person who approves it; exit code 5 if a continuity proof does not hold."""
     found, cas = _bundle(path), known_cas(settings)
@@ -165,9 +155,6 @@ def _bundle(path: Path) -> RequestBundle | AnswerBundle:
         return bundle_format.loads(data)
     except BundleError as e:
         raise BridgeError(f"{path}: {e}", hint=e.hint) from None
-
-
-# --- import ----------------------------------------------------------------------------------------------------------
 
 
 def import_answers(
@@ -228,19 +215,17 @@ def _answered(run: Run, node: Node, items: Sequence[Item], found: Found) -> tupl
 
 
 class NotAskedForError(BridgeError):
-    """An answer to no request of this node."""
+    """An answer to no request of this node, or without the desk's signature."""
 
     exit_code: ClassVar[int] = Exit.REFUSED
 
 
+#: Where the settings name the desk's key.
 _SIGNED = "wanted an answer that the desk has signed"
-
-
-class UnsignedError(BridgeError):
-    """The settings name the desk's key, and the answer has no signature by it."""
-
-    exit_code = Exit.REFUSED
-    hint = "have the desk sign its answers (answer_key in its policy); node.desk_key in the settings names whose signature counts"
+_SIGNED_HINT = (
+    "have the desk sign its answers (answer_key in its policy); "
+    "node.desk_key in the settings names whose signature counts"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,11 +251,9 @@ class Found:
     strange: list[BridgeError] = field(default_factory=list)  #: Answers to something else.
     loose: dict[Path, list[x509.Certificate]] = field(default_factory=dict)
 
-    def refuse(
-        self, path: Path, text: str, hint: str | None = None, kind: type[BridgeError] = NotAskedForError
-    ) -> None:
-        """Keep an answer to something else, as an error."""
-        self.strange.append(kind(f"{path}: {text}", hint=hint))
+    def refuse(self, path: Path, text: str, hint: str | None = None) -> None:
+        """Keep an answer to something else, or of unknown origin, as an error."""
+        self.strange.append(NotAskedForError(f"{path}: {text}", hint=hint))
 
     def take(self, name: str, answer: Issued | BridgeError, path: Path) -> None:
         """Keep an answer; `best` chooses between several."""
@@ -288,12 +271,11 @@ class Found:
     def best(self, one: Prepared, expected: verify.Expectation) -> Candidate:
         """The latest certificate that passes, so that no decoy hides it; else the latest one; else a refusal."""
         latest = sorted(self.candidates[one.name], key=lambda candidate: candidate.begin, reverse=True)
-        return next((candidate for candidate in latest if _passes(candidate, one, expected)), latest[0])
-
-
-def _passes(candidate: Candidate, one: Prepared, expected: verify.Expectation) -> bool:
-    answer = candidate.answer
-    return isinstance(answer, Issued) and verify.error_of(answer, one.request, expected) is None
+        for candidate in latest:
+            answer = candidate.answer
+            if isinstance(answer, Issued) and verify.error_of(answer, one.request, expected) is None:
+                return candidate
+        return latest[0]
 
 
 def answers_in(run: Run, paths: Sequence[Path]) -> Found:
@@ -326,9 +308,9 @@ def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
             if _is_authentic(run, answer):
                 _take_bundle(run, path, answer, found)
             else:
-                found.refuse(path, f"{_SIGNED}, found none of its signature", kind=UnsignedError)
+                found.refuse(path, f"{_SIGNED}, found none of its signature", _SIGNED_HINT)
         elif run.settings.node.desk_key is not None:
-            found.refuse(path, f"{_SIGNED}, found loose certificates", kind=UnsignedError)
+            found.refuse(path, f"{_SIGNED}, found loose certificates", _SIGNED_HINT)
         else:
             found.loose[path] = [one for one in certificates_in(data) if _has_dates(one, path, found)]
     except BundleError as e:
@@ -428,9 +410,6 @@ def answered_by(run: Run, one: Prepared, found: Found, expected: verify.Expectat
     return Answered(prepared=one, expected=expected, label=label, answer=best.answer)
 
 
-# --- pending ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancelled:
     """The result of `pending cancel`."""
@@ -525,7 +504,7 @@ def _install(
         proven, failed = verify_all(run, answered, [*selection.failed, *unproved, *failed])
         if not (failed and options.all_or_nothing):
             for one in proven:
-                _supersede(run, one.prepared)
+                give_up(run, one.prepared.name, "another certificate is installed in its place")  # of another key
             names = {one.name for one in proven}
             remember(run, [one for one in answered if one.prepared.name in names], proven)
         result = transaction.install(selection, proven, failed)
@@ -558,13 +537,6 @@ def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
             hint="have its CSR signed, put the certificate there under any name, then run this again",
         )
     return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
-
-
-def _supersede(run: Run, prepared: Prepared) -> None:
-    """Give up an open request for the same certificate, since its key is another one."""
-    made = run.requests.get(prepared.name)
-    if made is not None:
-        give_up(run, prepared.name, "another certificate is installed in its place")
 
 
 # --- the directory ---------------------------------------------------------------------------------------------------

@@ -34,12 +34,6 @@ class NoRoomError(NotReadyError):
     hint = "make room there, then run again; no CA was asked"
 
 
-class ReadOnlyError(NotReadyError):
-    """Nothing can be written there."""
-
-    hint = f"{READ_ONLY_HINT}, then run again; no CA was asked"
-
-
 class NoWayToRestartError(NotReadyError):
     """The component that uses the new certificate can't be restarted."""
 
@@ -47,13 +41,12 @@ class NoWayToRestartError(NotReadyError):
 
 
 def assert_room(settings: Settings) -> None:
-    """Look at the disks of the state, PKI and kubeconfig directories (ReadOnlyError, NoRoomError)."""
+    """Look at the disks of the state, PKI and kubeconfig directories (NotReadyError)."""
     node = settings.node
     found = list(disk_spaces((node.state_dir, node.pki_dir, node.kubeconfig_dir)))
     if closed := [str(room.place) for room in found if room.is_read_only]:
-        raise ReadOnlyError(
-            f"file system of {', '.join(closed)}: wanted one that can be written to, found it read-only"
-        )
+        text = f"file system of {', '.join(closed)}: wanted one that can be written to, found it read-only"
+        raise NotReadyError(text, hint=f"{READ_ONLY_HINT}, then run again; no CA was asked")
     if problems := [text for text in map(_too_little, found) if text]:
         raise NoRoomError("; ".join(problems))
 
@@ -81,13 +74,9 @@ def without_restart(node: Node, settings: Settings, items: Sequence[Item], now: 
         outcome_of(item, obstacles[component])
         for item in items
         if (component := item.spec.component) in obstacles
-        and not _has_expired(item, now)
+        and not (item.certificates and first_end(item.renewable) <= now)
         and component in restart_plan.stale([item.spec], reloads, settings.restart.components)
     ]
-
-
-def _has_expired(item: Item, now: datetime) -> bool:
-    return bool(item.certificates) and first_end(item.renewable) <= now
 
 
 def _no_way(error: BridgeError) -> NoWayToRestartError:

@@ -335,9 +335,6 @@ def _told(outcome: Outcome) -> Outcome:
     return dataclasses.replace(outcome, error=error)
 
 
-# --- what was signed ---------------------------------------------------------------------------------------------------
-
-
 def _thrown_away(
     run: Run, answered: Sequence[Answered], reached: Mapping[str, CA]
 ) -> tuple[set[x509.Certificate], list[BridgeError]]:

@@ -293,17 +293,11 @@ class HeldBackError(BridgeError):
     exit_code = Exit.REFUSED
 
 
-class HeldBackWaitingError(WaitingError):
-    """The answer passed, and is kept until the others are there."""
-
-    hint = ""
-
-
 def hold_back(run: Run, good: Sequence[Prepared], failed: Sequence[Outcome]) -> Result:
     """The result under `--all-or-nothing`: nothing is installed, since some failed."""
     error: BridgeError
     if all(isinstance(outcome.error, WaitingError) for outcome in failed):
-        error = HeldBackWaitingError("kept until the others are answered, since --all-or-nothing was given")
+        error = WaitingError("kept until the others are answered, since --all-or-nothing was given", hint="")
     else:
         error = HeldBackError("not installed, since others failed and --all-or-nothing was given")
     held = [outcome_of(one.item, error) for one in good]

@@ -178,11 +178,8 @@ def find(store: Store, backup_id: str | None) -> Backup:
         if backup_id in (None, backup.backup_id):
             return backup
     wanted = f"the backup {backup_id}" if backup_id else "a backup"
-    raise BackupError(f"wanted {wanted} in {store.backups}, found {_others(len(found))}")
-
-
-def _others(count: int) -> str:
-    return "none" if not count else f"{count} other{'' if count == 1 else 's'}"
+    others = f"{len(found)} other{'' if len(found) == 1 else 's'}" if found else "none"
+    raise BackupError(f"wanted {wanted} in {store.backups}, found {others}")
 
 
 # --- fit to be put back -----------------------------------------------------------------------------------------------
@@ -408,11 +405,8 @@ def put_back_and_retire(
     """
     with alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
         node = inventory.of(settings.node)
-
-        def may_pass(problem: Problem) -> bool:
-            return force and problem.can_be_forced
-
-        done = put_back(find(store, backup_id), settings, store, record, node, now(), may_pass)
+        found = find(store, backup_id)
+        done = put_back(found, settings, store, record, node, now(), lambda one: force and one.can_be_forced)
         retire(store, settings, node, now())
     return done, node
 

@@ -53,25 +53,18 @@ def tree_file(store: Store) -> StateFile[Tree]:
     return coded(Tree, store.tree, "which cluster's files the state is about", OnDamage.START_OVER)
 
 
-class OtherTreeError(BridgeError):
-    """The state directory is another cluster's: its requests, their keys and its debts would be lost."""
-
-    def __init__(self, store: Store, ours: Tree, theirs: Tree) -> None:
-        super().__init__(
+def _assert_ours(settings: Settings, store: Store) -> Tree | None:
+    """Refuse another cluster's state, whose keys and debts would be lost; returns the content for a new directory."""
+    node = settings.node
+    ours = Tree(pki_dir=os.path.realpath(node.pki_dir), kubeconfig_dir=os.path.realpath(node.kubeconfig_dir))
+    theirs = tree_file(store).read()
+    if theirs is not None and theirs != ours:
+        raise BridgeError(
             f"{store.directory}: wanted the state of {ours.pki_dir} and {ours.kubeconfig_dir}, found that of "
             f"{theirs.pki_dir} and {theirs.kubeconfig_dir}",
             hint="give each cluster on this host its own node.state_dir; if these files have moved, and only then, "
             f"remove {store.tree}",
         )
-
-
-def _assert_ours(settings: Settings, store: Store) -> Tree | None:
-    """Refuse another cluster's state directory; returns the content for a new one."""
-    node = settings.node
-    ours = Tree(pki_dir=os.path.realpath(node.pki_dir), kubeconfig_dir=os.path.realpath(node.kubeconfig_dir))
-    theirs = tree_file(store).read()
-    if theirs is not None and theirs != ours:
-        raise OtherTreeError(store, ours, theirs)
     return ours if theirs is None else None
 
 

@@ -409,9 +409,6 @@ def _has_ended(opened: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-# --- connecting -------------------------------------------------------------------------------------------------------
-
-
 def within(seconds: float, work: Callable[[], T]) -> T:
     """Call `work` in a thread with a time limit (a resolver has none); after a TimeoutError a late result is closed."""
     future: Future[T] = Future()

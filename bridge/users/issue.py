@@ -31,7 +31,7 @@ from bridge.node import kubeconfig
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import csr, verify
 from bridge.pki.certificates import pem
-from bridge.settings.tables import NodeSettings, Settings, UserSettings
+from bridge.settings.tables import Settings, UserSettings
 from bridge.specs import CA as CLUSTER_CA
 from bridge.specs import USER, KeyAlgorithm
 from bridge.state import audit
@@ -250,7 +250,10 @@ class _Asked:
         self._ca, self._one, self._record, self._store = ca, one, record, store
         self._is_carried = isinstance(ca.backend, Carries)
         if self._is_carried and one.carried is None:
-            self._one = dataclasses.replace(one, carried=_who_asks(settings.node, one.created))
+            # unproven, for a desk's policy and for file names
+            name, cluster, asked = settings.node.node_name, settings.node.cluster, one.created.replace(microsecond=0)
+            carried = Continuity(batch=secrets.token_hex(16), node=name, cluster=cluster, proof=None, asked=asked)
+            self._one = dataclasses.replace(one, carried=carried)
 
     def verified(self, expected: verify.Expectation, now: Callable[[], datetime]) -> verify.Verified:
         one = self._one
@@ -298,15 +301,6 @@ class _Asked:
         requests = OpenUsers(self._store)
         requests.put(one)
         requests.save()
-
-
-def _who_asks(node: NodeSettings, created: datetime) -> Continuity:
-    """The node and cluster, unproven, for a desk's policy and for file names."""
-    asked = created.replace(microsecond=0)
-    return Continuity(batch=secrets.token_hex(16), node=node.node_name, cluster=node.cluster, proof=None, asked=asked)
-
-
-# --- the kubeconfig --------------------------------------------------------------------------------------------------
 
 
 def _key_file(order: UserOrder) -> str:
