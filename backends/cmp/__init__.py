@@ -1,9 +1,6 @@
 """
-A CA behind a CMP server (RFC 9810, RFC 9483), asked with `openssl cmp` 3.0 or newer.
-
-In mode `p10cr` the CSR is sent as it is, and the path or profile decides the usages. In mode `cr` a server that trusts
-us as an RA gets subject, SANs and usages in a template, and we vouch for the proof of possession. Requests and answers
-are protected by the shared secret or by signatures, over any transport.
+A CA behind a CMP server (RFC 9810, RFC 9483), asked with `openssl cmp` 3.0 or newer: in mode `p10cr` with the CSR, in
+mode `cr` with a template, for whose proof of possession we vouch as an RA.
 """
 
 from __future__ import annotations

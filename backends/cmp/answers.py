@@ -1,9 +1,6 @@
 """
-What a CMP server's answer means, by what `openssl cmp` prints (pure).
-
-The program only ends with 0 or 1, so its messages decide; each text was measured with 3.0.19 and 3.5.9. The server's
-own words are quoted among them as data: whoever writes them can choose between "refused" and "unavailable", and nothing
-else.
+What a CMP server's answer means, by what `openssl cmp` prints (3.0.19 and 3.5.9, measured), since it only ends with 0
+or 1 (pure); the server's own words among it can choose between "refused" and "unavailable" alone.
 """
 
 from __future__ import annotations

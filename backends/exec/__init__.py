@@ -1,9 +1,6 @@
 """
-Any program as a CA, by certmonger's contract for submission helpers (doc/helpers.txt of https://pagure.io/certmonger).
-
-It reads the environment, and answers with its exit status and standard output. certmonger's own helpers work unchanged;
-variables of our own tell a site's script what certmonger can't, above all the exact EKUs. Measured with certmonger
-0.79.17.
+Any program as a CA, by certmonger's contract for submission helpers (doc/helpers.txt of https://pagure.io/certmonger;
+measured with 0.79.17); variables of our own tell a script what certmonger can't, above all the EKUs.
 """
 
 from __future__ import annotations

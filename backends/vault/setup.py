@@ -1,10 +1,7 @@
 """
-What the administrator of a Vault or OpenBao PKI engine needs for this node: roles, a policy, and the commands; also,
-what an existing role would do to a certificate.
-
-A role gives what the CSR can't carry: `sign/:role` replaces the CSR's O by the role's, so each certificate has a role,
-made from the live certificate. Measured with OpenBao 2.7; Vault has no `allowed_ip_sans_cidr` and no `not_*_bound`, and
-ignores unknown fields.
+What the administrator of a Vault or OpenBao PKI engine needs for this node, and what an existing role would do to a
+certificate. `sign/:role` replaces the CSR's O by the role's: so each certificate has a role (OpenBao 2.7; Vault has no
+`allowed_ip_sans_cidr` and no `not_*_bound`, and ignores unknown fields).
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """
-The program `ca-bridge`: each command is in a file of its own, which is loaded when the command is used.
-
-A command's file parses its options, calls a room, prints what came of it, and returns the exit code. Results go to
-standard output, everything else to standard error.
+The program `ca-bridge`: each command is in a file of its own, which is loaded when the command is used; it parses its
+options, calls a room, prints what came of it, and returns the exit code.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """
 The other control-plane nodes: a restart here waits until their etcd members and API servers are well, and for its turn.
-
-A restart on this node must not take a second one down. A fault of this node itself is no obstacle: a node whose API
-server is down because its certificate expired must be repairable; nor is an API that does not answer.
+Neither a fault of this node nor an API that does not answer is an obstacle, since a node must be repairable.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """
-Looking at a component from outside: the certificate that it serves, whether it accepts its clients', and its health.
-
-A check judges by itself; an error in its way is a verdict, too. Health is the component's own word: the controller
-manager and the scheduler serve certificates that no CA has signed, and proof judges served certificates. etcd answers
-by its JSON gateway: https://etcd.io/docs/v3.6/dev-guide/api_grpc_gateway/, https://etcd.io/docs/v3.6/op-guide/monitoring/
+Looking at a component from outside: the certificate that it serves, whether it accepts its clients', and its health, by
+its own word; etcd's by its JSON gateway (https://etcd.io/docs/v3.6/dev-guide/api_grpc_gateway/).
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """
-Directories of CSRs from kubeadm, at a CA desk.
-
-`kubeadm certs renew --csr-only` (up to 1.22) writes `NAME.csr` side by side; `kubeadm certs generate-csr` writes
-`pki/BASE.csr`, and `NAME.conf.csr` beside a kubeconfig with a key and without certificates. Neither names its node or
-proves anything.
+Directories of CSRs from `kubeadm certs renew --csr-only` (up to 1.22) and `kubeadm certs generate-csr`, at a CA desk;
+neither names its node or proves anything.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """
-The CA desk: request bundles in, answer bundles out, by a policy.
-
-Bundles are read in windows, so that memory does not grow with their number. A window's requests go to each CA in one
-lot (`openssl ca` runs once a usage class); meanwhile the next windows are read and judged. A CA's answers are written
-to the journal first.
+The CA desk: request bundles in, answer bundles out, by a policy. A window of bundles goes to each CA in one lot while
+the next windows are read and judged; a CA's answers are written to the journal first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """
-The desk's records: which requests CAs were asked for (the journal), and what was answered to each (the archive).
-
-A request is signed once. If it is handed in again, in any bundle, the answer is the same certificate, which is found by
-the CSR. A run that was killed signs nothing twice.
+The desk's records: which requests CAs were asked for (the journal), and what was answered to each (the archive), found
+by the CSR, so that no request is signed twice.
 """
 
 from __future__ import annotations

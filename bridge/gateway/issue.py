@@ -1,9 +1,6 @@
 """
-From an object to its certificate: judged, signed, proven, recorded, written.
-
-Each step reads what is true at that moment: the object, the policy, the inventory, the Node object, the lease. If the
-object changed before the certificate is written, the API server refuses the write (uid and resourceVersion are in it),
-and the object is judged again. An existing approval counts for nothing.
+From an object to its certificate: judged, signed, proven, recorded, written, by what is true at each step; if the
+object changed meanwhile, the API server refuses the write, and the object is judged again.
 """
 
 from __future__ import annotations

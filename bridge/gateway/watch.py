@@ -1,8 +1,6 @@
 """
-CertificateSigningRequest objects (certificates.k8s.io/v1): reading one, and watching all.
-
-A watch without a resourceVersion begins with all existing objects, one a line, so that no list is ever in memory. It
-ends after a few minutes, so that withdrawn rights take effect and missed objects come again.
+CertificateSigningRequest objects (certificates.k8s.io/v1): reading one, and watching all, one a line, for a few minutes
+at a time, so that withdrawn rights take effect and missed objects come again.
 """
 
 from __future__ import annotations

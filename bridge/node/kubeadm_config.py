@@ -1,9 +1,6 @@
 """
-kubeadm's configuration: the one reader of its format, for names in certificates and kubeconfigs, and for a new node.
-
-A file with `InitConfiguration` and `ClusterConfiguration` (v1beta2 to v1beta4) and documents for the kubelet, or the
-ClusterConfiguration alone, as the ConfigMap kube-system/kubeadm-config has it. `bridge.bootstrap.configuration` makes
-such files.
+kubeadm's configuration: the one reader of its format (v1beta2 to v1beta4, with documents for the kubelet, or as in the
+ConfigMap kube-system/kubeadm-config), for names and for a new node.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """
-Kubeconfigs: the parts that a renewal needs, and an edit that changes two values and no other byte.
-
-As kubeadm does (cmd/kubeadm/app/phases/certs/renewal/readwriter.go), this reads the user of the current context, and not
-the first one. Unlike kubeadm, it keeps comments, order and unknown fields. Keys are only in `key_data`.
+Kubeconfigs: the parts that a renewal needs (the current context's user, as in kubeadm's renewal/readwriter.go), and an
+edit that changes two values and no other byte; keys are only in `key_data`.
 """
 
 from __future__ import annotations

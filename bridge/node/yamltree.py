@@ -1,8 +1,6 @@
 """
-A YAML document as a tree that knows the place of each value in the text.
-
-For files that are not trusted, and are edited without being rewritten: an alias stays an alias (nothing expands), no
-error quotes the text (it may hold a private key), and size and depth are limited.
+A YAML document as a tree that knows the place of each value in the text; for files that are not trusted: no alias
+expands, no error quotes the text, which may hold a key, and size and depth are limited.
 """
 
 from __future__ import annotations

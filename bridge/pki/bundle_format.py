@@ -1,9 +1,6 @@
 """
-Bundles as JSON and as text for people: written, digested, named, read and described (pure: no file, no clock).
-
-The digest finds accidents only, since whoever changes a bundle can compute it again. Against changes there are the
-continuity proof, the desk's policy, the short fingerprint that two people compare, and the node's own check of each
-answer.
+Bundles as JSON and as text for people (pure: no file, no clock). The digest finds accidents only; against changes there
+are continuity proofs, the policy, the fingerprint that people compare, and the node's own checks.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """
-Reads an untrusted CSR so that every later reader sees the same in it (pure).
-
-Go and OpenSSL ignore much of what PKCS#10 may hold: text and further blocks around the first, a second CN (Go takes the
-last, others the first), several values in one RDN, rare string types, further attributes, trailing bytes. No kubelet or
-person needs any of it, so all of it is refused.
+Reads an untrusted CSR so that every later reader sees the same in it (pure): all that Go and OpenSSL would ignore or
+read in two ways is refused, since no kubelet or person needs it.
 """
 
 from __future__ import annotations

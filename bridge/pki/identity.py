@@ -1,8 +1,6 @@
 """
-Whether a live certificate has the identity that its name demands, since the next one gets its subject and SANs (pure).
-
-Otherwise a renewal would copy what an intruder put in its place, such as CN=root for etcd or `system:masters` for the
-scheduler. Dates don't count: expired certificates and those of an expired or earlier CA certificate may be renewed.
+Whether a live certificate has the identity that its name demands (pure), since the next one gets its subject and SANs:
+a renewal must not copy what an intruder put in its place. Dates don't count.
 """
 
 from __future__ import annotations

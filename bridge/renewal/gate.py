@@ -1,9 +1,6 @@
 """
-Whether a run without names may act now: its window, and CAs whose renewals failed too often.
-
-It does not act outside its windows, nor at the same second as all other nodes. Failed runs in a row are counted per
-authority: a dead CA does not stop the others, and pauses between requests to it grow. After three failed runs the run
-reports that an operator is needed.
+Whether a run without names may act now: in its window, not at the same second as other nodes, and not at a CA whose
+renewals failed too often, between requests to which the pauses grow.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """
-Installed certificates that an operator takes into use, by `restart.method = "none"` or --no-restart, until they are.
-
-A component that reads its certificates at its start alone goes on with the old ones until it is restarted, by whatever
-means; the ages of processes and files tell whether it was. Runs, `doctor` and monitors ask here.
+Installed certificates that an operator takes into use, by `restart.method = "none"` or --no-restart, until the ages of
+processes and files tell that they are; runs, `doctor` and monitors ask here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """
-Renewal, online, in one process: select, prepare, issue, verify, remember, install, activate, conclude.
-
-Keys stay in this process's memory and the state directory until their certificates are installed. A rehearsal asks,
-signs and verifies as a renewal does, and throws all of it away: it keeps no request, replaces no file, and revokes what
-was signed where the backend can. It can't find out whether components work with the new certificates.
+Renewal, online, in one process: select, prepare, issue, verify, remember, install, activate, conclude; a rehearsal does
+the first four, throws all of it away, and has it revoked where the backend can.
 """
 
 from __future__ import annotations

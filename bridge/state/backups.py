@@ -1,9 +1,6 @@
 """
-The backups in the state directory: lists them, judges whether one is fit to be put back, puts it back, deletes old ones.
-
-A backup has copies of the files that an installation replaced, and a manifest (`bridge.state.install` makes it). Its
-certificates are checked as new ones are, against the live subjects and SANs. But the node ran on them before: an operator
-may force one that a component can start with.
+The backups in the state directory: lists them, judges by the checks of new certificates whether one is fit to be put
+back, puts it back (an operator may force one that the node could run on), deletes old ones.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """
-Debts of an installation: each is on disk before the installation, and leaves the disk when it is paid or outdated.
-
-Each kind has a file of its own, so that damage to one holds up no other: installed certificates that were not seen in
-use yet (those with --no-restart apart), hooks that did not succeed yet, certificates to revoke, and what copies of
-kubeconfigs may still hold.
+Debts of an installation: each is on disk before the installation, and leaves the disk when it is paid or outdated; each
+kind has a file of its own, so that damage to one holds up no other.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """
-Requests that a CA has, or may have, and whose certificates are not in use yet: keys, references, answers.
-
-Each kind has its own file in the state directory, 0600: lines of JSON, each with its digest; the last one about a request
-counts. A key is saved before a CA that answers later is asked, and an answer before it is delivered, so that no
-interruption makes a run ask for the same certificate twice.
+Requests that a CA has, or may have, and whose certificates are not in use yet: a key is on disk before the CA is asked,
+an answer before it is delivered, in lines of JSON, each with its digest.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """
-One small JSON document that outlives a run: read, validated, replaced as a whole, removed.
-
-Each contains a digest of itself, so that a flipped bit is noticed; documents without one, from earlier versions, are
-still read. `OnDamage` says what happens to a damaged one. A file that can't be read at the moment (disk, permissions)
-is always an error, and is left as it is.
+One small JSON document that outlives a run, with a digest of itself (but in earlier versions'): read, validated,
+replaced as a whole, removed. `OnDamage` says what happens to a damaged one; one that can't be read is left as it is.
 """
 
 from __future__ import annotations
