@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import pwd
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,6 +26,7 @@ from bridge.renewal.allowed import Allowed
 from bridge.renewal.select import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, SPECS, SUPER_ADMIN, Component
+from bridge.system.files import user_name
 from bridge.system.paths import UnreadableError, exposure, open_secret, read
 from bridge.words import one_line
 
@@ -268,20 +268,13 @@ def _exposed(path: Path, about: str) -> Iterator[Finding]:
     if found is None:
         return
     owner = found.path.lstat().st_uid
-    if _user(owner).startswith(_ROOTLESS):
+    if user_name(owner).startswith(_ROOTLESS):
         return
     subject, text = about if found.path == path else str(found.path), str(found)
     if owner in {0, os.geteuid()}:
         yield Finding.error("open-directory", subject, text, found.hint)
     else:
         yield Finding.error("owner", subject, text, found.hint)
-
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 # --- its CA ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import pwd
 import re
 import socket
 import time
@@ -33,7 +32,7 @@ from bridge.settings.tables import AuditSettings
 from bridge.state.store import Store
 from bridge.system import console
 from bridge.system.console import print_error
-from bridge.system.files import append, sync_directory, write_atomically
+from bridge.system.files import append, sync_directory, user_name, write_atomically
 from bridge.system.state_file import OnDamage, StateDamagedError, StateError, StateFile
 
 log = logging.getLogger("ca-bridge")
@@ -181,23 +180,16 @@ class Record:
 
 def who() -> dict[str, str]:
     """The effective user, and the user who logged in (which neither sudo nor the environment changes)."""
-    doer = {"user": _user_name(os.geteuid()), "host": os.uname().nodename}
+    doer = {"user": user_name(os.geteuid()), "host": os.uname().nodename}
     try:
         login = int(Path("/proc/self/loginuid").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return doer  # a kernel without audit
-    return doer if login == _NOBODY_LOGGED_IN else {**doer, "login": _user_name(login)}
+    return doer if login == _NOBODY_LOGGED_IN else {**doer, "login": user_name(login)}
 
 
 #: (uid_t) -1: started by cron, systemd or in a container.
 _NOBODY_LOGGED_IN = 0xFFFFFFFF
-
-
-def _user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def _tell_syslog(lines: Sequence[bytes]) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import pwd
 import stat
 import sys
 import tempfile
@@ -183,6 +184,14 @@ def private_directory(path: Path) -> None:
             f"{path}: wanted a directory of user {os.geteuid()} with mode 0700 (it holds keys), found {owner}",
             hint=how_to_own(path, status.st_uid) if os.geteuid() == 0 else _run_as(status.st_uid),
         )
+
+
+def user_name(uid: int) -> str:
+    """The user's name; where there is none, the number."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def how_to_own(path: Path, owner: int) -> str:

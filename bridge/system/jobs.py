@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from bridge.errors import BridgeError
-from bridge.system.files import DIRECTORY_MODE, write_atomically
+from bridge.system.files import DIRECTORY_MODE, user_name, write_atomically
 from bridge.system.paths import program_exposure
 from bridge.system.run_command import Command, run
 from bridge.words import has_controls
@@ -284,14 +284,7 @@ def trouble_with(path: Path, user: str) -> str:
     shift = 6 if status.st_uid == account.pw_uid else 3 if status.st_gid in groups else 0
     if account.pw_uid == 0 or (status.st_mode >> shift) & stat.S_IRWXO == stat.S_IRWXO:
         return ""
-    return f"that {user} can't write to it (owner {_user_name(status.st_uid)}, mode {stat.S_IMODE(status.st_mode):04o})"
-
-
-def _user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+    return f"that {user} can't write to it (owner {user_name(status.st_uid)}, mode {stat.S_IMODE(status.st_mode):04o})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
