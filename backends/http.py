@@ -286,10 +286,8 @@ def common_name(client_cert: Path) -> str:
 
 def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path | None) -> ssl.SSLContext:
     """
-    TLS 1.2 or newer; the server's name and chain are checked, and our certificate is shown if there is one.
-
-    Without a CA file the system's CAs are trusted, not those of `requests`. A SettingsError names all files that can't
-    be used.
+    TLS 1.2 or newer, with the server's name and chain checked by a CA file or else the system's CAs, and our
+    certificate shown if there is one. A SettingsError names all files that can't be used.
     """
     # not create_default_context, which would obey SSLKEYLOGFILE
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -16,10 +16,8 @@ _STEERS = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2
 
 def one_line(value: object, longest: int = _LONGEST_LINE) -> str:
     """
-    Make text from outside (a CA's words, a name in a CSR or a carried file) fit to be shown.
-
-    On one line, so that it draws no line of its own; blanks collapsed; nothing that steers a terminal; cut.
-    Secrets in it are the caller's to hide first.
+    Make text from outside (a CA's words, a name in a CSR or a carried file) fit to be shown: on one line, blanks
+    collapsed, nothing that steers a terminal; cut. Secrets in it are the caller's to hide first.
     """
     text = str(value)
     if not text.isprintable() or not _BLANKS.isdisjoint(text):

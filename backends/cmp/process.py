@@ -68,11 +68,8 @@ class Program:
 
     def run(self, words: Sequence[str], given: Mapping[str, bytes], secret: bytes | None = None) -> Ran:
         """
-        Run `openssl cmp` in a temporary directory.
-
-        `words` are its arguments without those for time, secret and output; `given` are files without secrets; `secret`
-        is in no file, environment or process list. BackendRefusedError: no such program; BackendUnavailableError: it
-        ran into the time limit, was killed, or the disk is full.
+        Run `openssl cmp` in a temporary directory with files that hold no secret; `secret` is in no file, environment
+        or process list. BackendRefusedError: no such program; BackendUnavailableError: time limit, signal or full disk.
         """
         seconds, wait = _whole_seconds(self.timeout), _whole_seconds(self.wait)
         # An answer that comes after the total is thrown away, issued or not: so it is beyond all that is wanted.
@@ -159,11 +156,8 @@ class _Watch:
 
     def is_enough(self, seconds: float) -> bool:
         """
-        Whether it now sleeps for longer than we wait, so that stopping it loses nothing.
-
-        Each answer is judged once, when it is new: later the program may be asking again, and stopping it could lose a
-        certificate. It gets a moment to reject an answer and end by itself. If the CA wants to be asked again at once,
-        it runs to its own limit.
+        Whether it now sleeps for longer than we wait, so that stopping it loses nothing. Each answer is judged once,
+        when it is new: later the program may be asking again, and stopping it could lose a certificate.
         """
         if self._enough_at is not None:
             return seconds >= self._enough_at

@@ -226,10 +226,8 @@ _PEM_ARMOUR = re.compile(rb"-----[A-Z0-9 ]+-----")
 
 def certificates(body: bytes) -> list[x509.Certificate]:
     """
-    The certificates of an answer, in its order; a ValueError says what was found instead.
-
-    Servers send base64 with or without line breaks (RFC 8951 §3.1), PEM, or bare DER or BER, often with a wrong
-    Content-Type or Content-Transfer-Encoding.
+    The certificates of an answer, in its order (ValueError: found something else): base64 with or without line breaks
+    (RFC 8951 §3.1), PEM, or bare DER or BER, whatever its Content-Type.
     """
     try:
         found = pkcs7.load_der_pkcs7_certificates(_der(body))
@@ -258,10 +256,8 @@ def leaf_of(found: Sequence[x509.Certificate], csr: x509.CertificateSigningReque
 
 def intermediates_of(leaf: x509.Certificate, pool: Sequence[x509.Certificate]) -> tuple[x509.Certificate, ...]:
     """
-    All that may be needed between a leaf and an anchor: first those that certify one another from the leaf upwards.
-
-    Roots are recognised by their signature, since roll-over certificates (OldWithNew, RFC 7030 §4.1.3) have the same
-    subject and issuer, too, and are needed.
+    All that may be needed between a leaf and an anchor, first the path. Roots are known by their signature: roll-over
+    certificates (RFC 7030 §4.1.3) have the same subject and issuer, and are needed.
     """
     left = [one for one in dict.fromkeys(pool) if one != leaf and not _certifies(one, one)]
     path: list[x509.Certificate] = []

@@ -137,11 +137,9 @@ class ExecBackend:
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         """
-        Run the program with SUBMIT (`bridge.contract.Backend`).
-
-        BackendRefusedError: it said no, can't be run, did not answer with a certificate for the CSR's key, or the CSR's
-        signature is wrong (which certmonger's local-submit ignores). BackendUnavailableError: its CA is out of reach,
-        it ran into the time limit, or it ended with status 1 and no cookie, as most broken programs do.
+        Run the program with SUBMIT (BackendRefusedError: it said no, can't be run, or answered something else;
+        BackendUnavailableError: its CA is out of reach, the time limit, or status 1 without a cookie, as a broken
+        program).
         """
         if not _is_signed(request.csr):
             raise BackendRefusedError("exec: wanted a CSR that is signed with its own key, found another signature")

@@ -418,10 +418,8 @@ class Openssl:
         self, folder: Path, command: str, *arguments: str, inherited: Iterable[int] = (), csrs: int = 0
     ) -> ProcessEnd:
         """
-        Run a command that uses the private key, without a terminal and without our environment.
-
-        `command` is the first argument, `arguments` follow it and `-passin`; `inherited` are file descriptors that it
-        keeps, and `csrs` is how many it signs. BackendRefusedError: no such program, key or passphrase.
+        Run a command that uses the private key, without a terminal and our environment; `inherited` file descriptors
+        are kept, `csrs` is how many it signs (BackendRefusedError: no such program, key or passphrase).
         """
         self.key.check()
         # a pipe is in no file, no environment and no process list; with the newline and its end closed openssl

@@ -326,10 +326,8 @@ class Tokens:
 
     def _unwrap(self, token: str) -> str:
         """
-        The secret id in a wrapping token, which can be opened once.
-
-        Its origin is checked before, since anyone can wrap something, but only the server's own paths wrap secret ids
-        (https://openbao.org/docs/concepts/response-wrapping/, "Response wrapping token validation").
+        The secret id in a wrapping token, which opens once. Its origin is checked before: anyone can wrap, but only the
+        server's own paths wrap secret ids (https://openbao.org/docs/concepts/response-wrapping/).
         """
         source = self._auth.secret_id
         looked = self._server.send("post", "sys/wrapping/lookup", {"token": token})

@@ -300,10 +300,8 @@ def preflight(
     backend: Backend, specs: Sequence[CertificateSpec], expected: verify.Expectation | None
 ) -> dict[str, RefusedByCheckError]:
     """
-    Look for what would go wrong, before a signature is spent: errors by certificate name.
-
-    Without specs only the CA is checked; without `expected` (its anchor is unknown) only the usages.
-    BackendRefusedError: another CA, or it rejects us; BackendUnavailableError: no answer.
+    Look for what would go wrong, before a signature is spent: errors by certificate name; without specs at the CA
+    alone, without `expected` at the usages alone (BackendRefusedError: another CA, or it rejects us).
     """
     if expected is not None and isinstance(backend, ListsIssuers) and (issuers := backend.issuers()):
         assert_right_ca(issuers, expected)

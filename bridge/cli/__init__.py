@@ -1,5 +1,1 @@
-"""
-The command line: parse (`app`, `options`), call one function of the command's module, print (`printing`).
-
-No rule is here; `bridge.entry` alone imports this package, and nothing below it prints on standard output.
-"""
+"""The command line: parse, call one function of a room, print; `bridge.entry` alone imports it, and no rule is here."""

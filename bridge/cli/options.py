@@ -83,10 +83,8 @@ def group(to: typer.Typer, name: str, sentence: str) -> typer.Typer:
 
 def command(to: typer.Typer, name: str, cls: type[Command] = Command) -> Callable[[_Function], _Function]:
     """
-    Register a command, which returns its exit code (None: 0) and whose first parameter is a `Common`.
-
-    Errors become messages and exit codes. A parameter whose type is a dataclass stands for an option of each of its
-    fields: a bundle that commands share.
+    Register a command whose first parameter is a `Common`, and which returns its exit code (None: 0); errors become
+    messages and codes, and a parameter whose type is a dataclass an option of each of its fields.
     """
 
     def register(function: _Function) -> _Function:

@@ -432,10 +432,8 @@ def _kubelet_serving(look: Look) -> Iterator[Check]:
 
 def _kubelet_pair(look: Look, item: Item) -> Verdict:
     """
-    Judge the pair that a kubelet uses: its own copy if there is one, else kubelet.conf's.
-
-    With `rotateCertificates` it copies kubelet.conf's pair at its first start, and never reads that again; a younger copy
-    came from a signer in the cluster.
+    Judge the pair that a kubelet uses: with `rotateCertificates` its own copy, which it makes of kubelet.conf's pair at
+    its first start; a younger copy came from a signer in the cluster.
     """
     if not item.managed or (item.rotates and _was_written_by_a_kubelet(item.certificate_path)):
         return Verdict("not-ours", f"{item.certificate_path} is rotated by the kubelet itself")

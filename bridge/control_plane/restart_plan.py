@@ -26,10 +26,8 @@ ORDER = (*COMPONENTS, Component.KUBELET)
 
 def reloading(node: Node, settings: NodeSettings, proc: Path = processes.PROC) -> frozenset[Component]:
     """
-    The components that reload their certificates, by the image tags of their manifests.
-
-    The setting `node.kubernetes_version` counts more than the API server's tag. A process that is older than its manifest
-    may have an older version than the tag says, and counts as one that does not reload.
+    The components that reload their certificates, by `node.kubernetes_version` or else the image tags of their
+    manifests; one older than its manifest may have another version, and does not count.
     """
     versions = {
         component: manifest.version

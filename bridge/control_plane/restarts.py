@@ -347,10 +347,8 @@ def _systemctl() -> list[str]:
 
 def take_copy(kubeconfig_dir: Path, copy: Path, store: Store) -> None:
     """
-    Remove the kubelet's cached certificate if it differs from kubelet.conf's, because the kubelet prefers the cache.
-
-    Measured on 1.37. The kubelet keeps a younger copy, and one that kubelet.conf refers to. The state directory keeps the
-    last removed copy; the target of a symlink stays.
+    Remove the kubelet's cached certificate if it differs from kubelet.conf's, because the kubelet prefers the cache
+    (measured on 1.37); not a younger one, nor one that kubelet.conf refers to. The last one is kept.
     """
     path = kubeconfig_dir / "kubelet.conf"
     try:

@@ -43,10 +43,8 @@ class Judge:
 
     def turn(self, job: Job) -> float | None:
         """
-        Seconds until the rates give the job its turn; None: too many wait already.
-
-        Hostile requests delay only each other, and so do requests for a node of the inventory, since all nodes that
-        join with one bootstrap token are one user.
+        Seconds until the rates give the job its turn; None: too many wait already. Nodes of the inventory have a rate
+        each, since all nodes that join with one bootstrap token are one user.
         """
         user, now = job.one.request.username, time.monotonic()
         with self._mutex:
@@ -59,10 +57,8 @@ class Judge:
 
     def look(self, one: SigningRequest) -> Look:
         """
-        What a request says, compared with the files alone: no program, DNS or API server is asked.
-
-        A node that only `inventory_command` could name counts as allowed here. A large CSR is read only when it has its
-        turn, since thousands of them would delay all requests behind them in the watch.
+        What a request says, compared with the files alone; a node that only `inventory_command` could name counts as
+        allowed. A large CSR has to wait for its turn: thousands would delay all requests behind them.
         """
         spec = self._spec(one)
         if spec is None or len(one.request.pem) > USUAL_BYTES:

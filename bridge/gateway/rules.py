@@ -80,10 +80,8 @@ class Grant:
 
     def is_for(self, username: str, groups: frozenset[str]) -> bool:
         """
-        Whether the grant lets a user ask, `{node}` apart.
-
-        A node's user name counts only with the nodes' group, as in the API server's authorizer, since an identity
-        provider may have a user of that name.
+        Whether the grant lets a user ask, `{node}` apart; a node's user name counts only with the nodes' group, as in
+        the API server's authorizer, since an identity provider may have a user of that name.
         """
         by_name = username in self.users and is_no_false_node(username, groups)
         return by_name or not groups.isdisjoint(self.groups)

@@ -122,11 +122,9 @@ def compare_age(
     by: Sequence[Path] = (),
 ) -> Age:
     """
-    Compare a running component with a file that it uses (UnreadableError, ValueError: the file can't be read).
-
-    The recorded time of our own writing counts, if the file was not changed since; else its ctime, which a rename sets and
-    a copy of times does not. A container with a mounted file sees the old one after a rename, whatever the times. The
-    oldest process counts whose arguments name the file, or one of `by`, which refer to it.
+    Compare a running component with a file that it uses (UnreadableError, ValueError): our own record of writing
+    counts, or else the ctime, which a rename sets. The oldest process counts whose arguments name the file, or one of
+    `by`.
     """
     data = file_contents(path)
     changed = max(_changed(path, written), _changed(path.resolve(), written))
@@ -216,10 +214,8 @@ Instances = Callable[[], frozenset[str]]
 
 def instances(component: Component) -> tuple[Instances, timedelta]:
     """
-    A function that lists what runs of a component's static pod, and how long a kubelet takes to forget the pod.
-
-    It asks crictl, or the process table where crictl does not answer, or lists nothing although a process runs: it may
-    have asked another runtime than the kubelet's.
+    A function that lists what runs of a component's static pod, and how long a kubelet takes to forget the pod: by
+    crictl, or by the process table where crictl asks another runtime or none.
     """
     with contextlib.suppress(OSError, ValueError):
         runtime = _Runtime(component)

@@ -57,11 +57,8 @@ _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 def load_pem_certificates(data: bytes) -> list[x509.Certificate]:
     """
-    All certificates of a PEM text, in their order.
-
-    As Go's `cert.ParseCertsPEM`, which every Kubernetes component uses, it skips text around the blocks, CRLF, other
-    blocks and blocks with headers (so it decodes no key). Unlike there, a damaged block is an error, since the next
-    block would be taken for the leaf.
+    All certificates of a PEM text, in their order; text around them, other blocks and blocks with headers are skipped,
+    as by Go's `cert.ParseCertsPEM`, but a damaged block is an error: the next would be taken for the leaf.
     """
     found = [_load(body, number) for number, body in enumerate(_bodies(data), start=1) if b":" not in body]
     if not found:

@@ -102,10 +102,8 @@ def sign_proof(
 
 def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
     """
-    Why the continuity proof does not hold; None: it holds.
-
-    It proves that the bundle's maker has the key of `replaces`, whose CN is the new certificate's. `origin_problem`
-    checks the CA and `usages_problem` the usages of `replaces`; the policy decides who may have the new one.
+    Why the continuity proof does not hold; None: it proves that the bundle's maker has the key of `replaces`, whose CN
+    is the new certificate's. `origin_problem` and `usages_problem` check the rest.
     """
     if request.replaces is None:
         return "wanted the certificate that is replaced, found none"

@@ -140,10 +140,8 @@ def _prove(run: Run, node: Node, owed: Owed) -> Activation:
 
 def _to_restart(run: Run, node: Node, owed: Owed) -> list[Component]:
     """
-    The components to restart before the first look: users of this run's certificates that are known not to reload.
-
-    With `components = "needed"`, and for earlier runs' certificates, only those that proof shows to be stale; where
-    proof can't tell, those that were not restarted since.
+    The components to restart before the first look: users of this run's certificates that are known not to reload; with
+    `components = "needed"`, and for earlier runs' certificates, only those shown to be stale.
     """
     wanted = run.settings.restart.components
     reloads = restart_plan.reloading(node, run.settings.node)

@@ -163,10 +163,8 @@ def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
 
 def with_continuity(prepared: Sequence[Prepared], settings: Settings, now: datetime) -> list[Prepared]:
     """
-    Have each request name its node, and prove it with the key of the certificate that it replaces.
-
-    All form one batch. Requests of an earlier batch stay as they are, since they may have been handed over, unless the
-    node or cluster was renamed, a missing proof can be made, or the proof is too old.
+    Have each request name its node, and prove it with the key of the certificate that it replaces, all in one batch.
+    Those of an earlier batch, which may have been handed over, stay where they still say it.
     """
     said = {(who.batch, who.asked) if (who := one.request.continuity) is not None else None for one in prepared}
     if len(said) == 1 and all(_still_says_it(one, settings, now) for one in prepared):

@@ -135,10 +135,8 @@ def _replacing(one: Prepared, path: Path, mode_mask: int, data: bytes | None) ->
 
 def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacement]:
     """
-    Replace a pair as a kubelet does: write a dated file, and turn the symlink to it; older files stay.
-
-    A kubeconfig that embedded the old pair refers to the symlink afterwards: an embedded copy, once expired, keeps the
-    kubelet from starting (measured on 1.37).
+    Replace a pair as a kubelet does: a dated file, and the symlink turned to it; older files stay. A kubeconfig refers
+    to the symlink then: an embedded copy, once expired, keeps the kubelet from starting (measured on 1.37).
     """
     base, moment = current.name.removesuffix("-current.pem"), datetime.now(UTC)  # of writing, as the kubelet has it
     directory, path = current.parent.resolve(), one.item.certificate_path
@@ -247,10 +245,8 @@ def _verified(one: Answered, now: datetime) -> verify.Verified:
 
 def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *, by_hand: bool = False) -> None:
     """
-    Keep answers that passed and requests that are pending; forget requests whose answers were wrong.
-
-    An answer that passed is on disk before a file is replaced, so that no interruption makes a run ask a CA for it again.
-    A wrong answer that a person brought (`by_hand`) does not close the request.
+    Keep answers that passed and requests that are pending, on disk before a file is replaced; forget requests whose
+    answers were wrong, unless a person brought them (`by_hand`).
     """
     passed = {one.name for one in proven}
     for one in answered:

@@ -144,10 +144,8 @@ def local_text(moment: datetime, zone: tzinfo) -> str:
 
 def spans(now: datetime, windows: Windows, zone: tzinfo) -> list[tuple[datetime, datetime]]:
     """
-    The times from now on in which a window is open, in order and merged; at least two if the windows leave a gap.
-
-    A window that the clock skips in spring is missing on that day. In autumn a window is open from the first time that
-    the clock shows its beginning to the first time that it shows its end.
+    The times from now on in which a window is open, in order and merged; at least two if the windows leave a gap. A
+    window that the clock skips in spring is missing that day; in autumn it has the hour twice.
     """
     today = now.astimezone(zone).date()
     found = sorted(

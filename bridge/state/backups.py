@@ -395,10 +395,8 @@ def put_back_and_retire(
     wait: timedelta,
 ) -> tuple[Rollback, Node]:
     """
-    Put back the files of a backup, or of the newest, all or none; a second rollback undoes that.
-
-    Files that the backup has no copy of are removed. `force` also puts back certificates that a CA must not sign like
-    that now, if the node could run on them. RollbackRefusedError: it is not fit, and nothing was replaced.
+    Put back the files of a backup, or of the newest, all or none (RollbackRefusedError: it is not fit); files that it
+    has no copy of are removed, and `force` accepts what the node could run on.
     """
     with alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
         node = inventory.of(settings.node)
@@ -513,11 +511,8 @@ def _replacement(file: File, node: Node) -> Replacement:
 
 def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[str]:
     """
-    Delete old backups, and return their IDs.
-
-    A backup goes when `keep` newer ones exist or when it is older than `keep_for`; but never the newest, never the newest
-    that could be put back now, and none while an installation is not proven. Keys are unlinked and not overwritten: a
-    journaling file system or an SSD writes elsewhere.
+    Delete old backups, and return their IDs: by `keep` and `keep_for`, but never the newest, never the newest that
+    could be put back now, and none while an installation is not proven.
     """
     found, _ = read_all(store)
     keep = settings.backups

@@ -190,10 +190,8 @@ def _replace(place: Place, found: _Found, pairs: Mapping[int, tuple[bytes, bytes
 
 def _held(data: bytes, known: Container[str]) -> Iterator[tuple[EmbeddedUser, str]]:
     """
-    Each user with a known certificate (by fingerprint) and its key.
-
-    A certificate without its key is no reason to hand out a new key. Only a few keys are read, and none beside another
-    certificate: the copy's owner may put in keys that take OpenSSL long.
+    Each user with a known certificate (by fingerprint) and its key: without the key a copy gets no new one. Few keys
+    are read, since the copy's owner may put in keys that take OpenSSL long.
     """
     keys = 0
     for user in kubeconfig.embedded_users(data):

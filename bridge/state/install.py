@@ -105,10 +105,8 @@ def link_digest(leads_to: str) -> str:
 
 def install(store: Store, replacements: Sequence[Replacement], run_id: str, about: Mapping[str, Any]) -> str:
     """
-    Replace all files or none, and return the backup's ID; `about` goes into its manifest.
-
-    Raises:
-        InstallError: Nothing was replaced, or all was put back; or, if even that failed, the journal stays for `recover`.
+    Replace all files or none, and return the backup's ID; `about` goes into its manifest. InstallError: nothing was
+    replaced, or all was put back; if even that failed, the journal stays for `recover`.
     """
     targets = [_target(replacement, run_id) for replacement in replacements]
     try:
@@ -150,11 +148,8 @@ def _note_time(store: Store, paths: Sequence[Path]) -> None:
 
 def recover(store: Store) -> Recovery | None:
     """
-    Finish an interrupted installation: forward if every new file is there, else back to the backup; None: there is none.
-
-    Raises:
-        InstallError: Neither way works, and the journal stays; or a leftover file can't be removed.
-        StateError: The journal, or the list of staged files, can't be read or is damaged; nothing was touched.
+    Finish an interrupted installation: forward if every new file is there, else back to the backup; None: there is
+    none. InstallError: neither way works; StateError: the journal is damaged, and nothing was touched.
     """
     try:
         return _recover(store)

@@ -142,10 +142,8 @@ def reach(url: str, seconds: float) -> None:
 
 def context(trust_pem: bytes | None, certificate_pem: bytes | None, key_pem: bytes | None) -> ssl.SSLContext:
     """
-    A TLS client's context; the key is in memory only.
-
-    An anchor need not be self-signed, as in Go. Without anchors any server certificate passes, and the caller checks
-    it. UntrustedError: an anchor can't be read; ClientRefusedError: the client certificate or key can't be used.
+    A TLS client's context; the key is in memory only. Without anchors any server passes, and the caller checks it.
+    UntrustedError: an anchor can't be read; ClientRefusedError: our certificate or key can't be used.
     """
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     tls.set_alpn_protocols(["http/1.1"])
@@ -197,11 +195,8 @@ class KeptConnection:
         longest: int = MAX_ANSWER_BYTES,
     ) -> Answer:
         """
-        Send one request and read its whole answer, of any status, within `seconds` and at most `longest` bytes.
-
-        Raises:
-            HttpsError: No answer, or a longer one.
-            ValueError: Target or headers can't be sent.
+        Send one request and read its whole answer, of any status, within `seconds` and at most `longest` bytes
+        (HttpsError: none, or a longer one; ValueError: target or headers can't be sent).
         """
         limits = _Limits(seconds, longest)
         with self.in_time(limits):
@@ -458,10 +453,8 @@ def _connected(peer: Peer, seconds: float) -> socket.socket:
 
 def _alert(peer: Peer) -> HttpsError | None:
     """
-    Read the TLS alert that a broken connection may have swallowed: why the server turned us away.
-
-    In TLS 1.3 a server judges the client after its own handshake has ended (RFC 8446 §4.4.2.4). If it closes the
-    connection before it has read our request, the kernel drops the alert; so this time nothing is sent.
+    Read the TLS alert that a broken connection may have swallowed: in TLS 1.3 a server judges the client late (RFC 8446
+    §4.4.2.4), and the kernel drops the alert if the request was not read; so nothing is sent now.
     """
     if peer.tls is None or not peer.alert_seconds:
         return None

@@ -143,10 +143,8 @@ class Exposure:
 
 def exposure(path: Path, also: int | None = None) -> Exposure | None:
     """
-    How a user other than root, the effective user and `also` (a uid) could change what a path leads to.
-
-    Counted are the file, each directory on the way, and each link with its target. A directory with the sticky bit may
-    be world-writable, as /tmp is: others can't rename our files in it. OSError: it can't be checked.
+    How a user other than root, the effective user and `also` (a uid) could change the file, a directory on the way, or
+    a link (OSError: it can't be checked). In /tmp the sticky bit keeps others from renaming our files.
     """
     trusted = trusted_users()
     if also is not None:
@@ -198,10 +196,8 @@ def open_secret(path: Path) -> Exposure | None:
 
 def trusted_users() -> set[int]:
     """
-    The users (uids) whose files we trust as our own.
-
-    In a user namespace, every user from outside has one and the same uid, and so does root if the namespace has no root
-    of its own; if it has one (`PrivateUsers=yes`), that uid is not trusted.
+    The users (uids) whose files we trust as our own. In a user namespace all users from outside have one uid, and so
+    has root if the namespace has none of its own; else (`PrivateUsers=yes`) that uid is not trusted.
     """
     ours = {0, os.geteuid()}
     spans = [line.split() for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]

@@ -52,10 +52,8 @@ class TerminatedError(KeyboardInterrupt):
 
 def listen() -> None:
     """
-    Have SIGTERM raise a TerminatedError in the main thread, unless our parent ignores it.
-
-    A timer wakes that thread once a second: if a signal arrives just before the thread waits for another one, or
-    another thread gets it, Python would handle it only after the wait. (Child programs don't inherit timers.)
+    Have SIGTERM raise a TerminatedError in the main thread, unless our parent ignores it. A timer wakes that thread
+    once a second, or Python would handle a signal only after the wait. (Children inherit no timers.)
     """
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminated)
