@@ -203,11 +203,13 @@ def _has_to_warn(settings: Settings, now: datetime) -> bool:
 
 def _may_have_credentials(settings: Settings) -> bool:
     """Whether the settings name a file with a credential of our own, a CA told of a token, or none of that is known."""
+    keys = settings.node.desk_key or settings.node.order_key or settings.gateway.kubeconfig
+    if keys or not settings.authorities:
+        return bool(keys)
     from bridge.state.store import Store, checked_credentials  # noqa: PLC0415 (see above)
 
     store = Store(settings.node.state_dir)
-    keys = settings.node.desk_key or settings.node.order_key or settings.gateway.kubeconfig
-    return bool(keys or checked_credentials(settings, store) != [] or store.credentials.exists())
+    return bool(checked_credentials(settings, store) != [] or store.credentials.exists())
 
 
 def _begin_keys(items: Sequence[Item], wanted: KeyAlgorithm | Literal["same"]) -> None:
