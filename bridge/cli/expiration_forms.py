@@ -80,6 +80,8 @@ def table(found: ExpiryReport, renewal: RenewalSettings | None = None) -> str:
 
 
 def _style(row: Row, renewal: RenewalSettings) -> str:
+    if row.state == "missing" and row.optional:
+        return "note"
     if row.certificate is None or row.state != "present" or row.expired or row.early:
         return "error"
     lifetime = row.certificate.not_valid_after_utc - row.certificate.not_valid_before_utc
@@ -129,7 +131,8 @@ def _expires(end: datetime) -> str:
 
 def _toned(line: str, styles: Mapping[str, str]) -> str:
     word, blank, rest = steady(line).partition(" ")
-    style = "error" if word in _MARKS.values() else styles.get(word, "")
+    name = rest.split(maxsplit=1)[0] if word in _MARKS.values() else word
+    style = styles.get(name, "error" if name != word else "")
     return f"{styled(word, style, sys.stdout)}{blank}{rest}"
 
 

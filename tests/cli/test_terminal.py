@@ -138,7 +138,12 @@ def test_results_have_colour_where_the_terminal_does(config: Path, node: Pki) ->
     shown = terminals.run(command)
     for word, code in (("apiserver", "1;31"), ("admin.conf", "33"), ("etcd-ca", "32")):
         assert f"\x1b[{code}m{word}\x1b[0m" in shown.terminal
-    assert "\x1b[1;31m!INVALID!\x1b[0m" in terminals.run([*command, "-v"]).terminal
+    (node.kubeconfig_dir / "super-admin.conf").unlink(missing_ok=True)
+    (node.pki_dir / "apiserver-kubelet-client.crt").unlink()
+    marked = terminals.run([*command, "-v"]).terminal
+    for mark in ("\x1b[1;31m!INVALID!\x1b[0m apiserver", "\x1b[1;31m!MISSING!\x1b[0m apiserver-kubelet-client"):
+        assert mark in marked
+    assert "\x1b[34m!MISSING!\x1b[0m super-admin.conf" in marked  # a healthy node may be without it
     assert "\x1b[" not in terminals.run(command, {"NO_COLOR": "1"}).terminal
     assert "\x1b[" not in subprocess.run(command, check=False, capture_output=True, text=True).stdout
 
