@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from bridge.desk.files import Options, Session, load_answer_key, load_policy
 from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle import Refusal
 from bridge.state import audit
-from bridge.system.console import Doing, doing, is_lively, log, print_error, printable
+from bridge.system.console import Doing, columns, doing, is_lively, log, print_error, printable
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -215,8 +214,7 @@ class _Terminal:
 
     def approve(self, job: Job, text: str) -> tuple[bool | None, str]:
         names = ", ".join(request.name for request in job.to_sign)
-        width = shutil.get_terminal_size().columns
-        lines = [part for line in text.splitlines() for part in wrapped(line, width, VALUES_BEGIN)]
+        lines = [part for line in text.splitlines() for part in wrapped(line, columns(), VALUES_BEGIN)]
         self._say("\n".join(["", printable(job.label), *lines, ""]))
         while True:
             self._say(f"sign {names}? [yes: sign / no: refuse / later] ")

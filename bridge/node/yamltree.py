@@ -6,6 +6,7 @@ expands, no error quotes the text, which may hold a key, and size and depth are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import yaml
@@ -43,23 +44,20 @@ class Position(NamedTuple):
     end: int  #: Of a mapping or sequence: where its first entry may begin.
 
 
+@dataclass(slots=True)
 class YamlNode:
     """One value of the document."""
 
-    __slots__ = ("_places", "anchor", "children", "kind", "place", "style", "tag", "target", "value")
-
-    def __init__(
-        self, kind: Literal["scalar", "mapping", "sequence", "alias"], place: Position, target: YamlNode | None = None
-    ) -> None:
-        self.kind = kind
-        self.place = place
-        self.target = target  #: Of an alias.
-        self.value = ""  #: Of a scalar; it may be a private key.
-        self.style = ""  #: Of a scalar: empty when plain, else its first character.
-        self.tag: str | None = None
-        self.anchor: str | None = None
-        self.children: list[YamlNode] = []  #: Of a mapping: key, value, key, value, …
-        self._places: dict[str, list[int]] | None = None  #: By key of a mapping, the indices of its values.
+    kind: Literal["scalar", "mapping", "sequence", "alias"]
+    place: Position
+    value: str = field(default="", repr=False)  #: Of a scalar; it may be a private key.
+    style: str = ""  #: Of a scalar: empty when plain, else its first character.
+    tag: str | None = None
+    anchor: str | None = None
+    children: list[YamlNode] = field(default_factory=list, repr=False)  #: Of a mapping: key, value, key, value, …
+    target: YamlNode | None = field(default=None, repr=False)  #: Of an alias.
+    #: By key of a mapping, the indices of its values.
+    _places: dict[str, list[int]] | None = field(default=None, repr=False)
 
     @property
     def resolved(self) -> YamlNode:
@@ -220,16 +218,15 @@ def documents(text: str, most: int = MAX_DOCUMENTS) -> list[YamlNode]:
 def _node(event: yaml.NodeEvent, anchors: dict[str, YamlNode]) -> YamlNode:
     place = _place(event)
     if isinstance(event, yaml.ScalarEvent):
-        node = YamlNode("scalar", place)
-        node.value, node.style = event.value, event.style or ""
+        style = event.style or ""
+        node = YamlNode("scalar", place, value=event.value, style=style, tag=event.tag, anchor=event.anchor)
     elif isinstance(event, yaml.CollectionStartEvent):
         kind: Literal["mapping", "sequence"] = "mapping" if isinstance(event, yaml.MappingStartEvent) else "sequence"
-        node = YamlNode(kind, place)
+        node = YamlNode(kind, place, tag=event.tag, anchor=event.anchor)
     elif event.anchor in anchors:
         return YamlNode("alias", place, target=anchors[event.anchor])
     else:
         raise YamlError(f"line {place.line}: wanted an alias of an anchor above it, found no such anchor")
-    node.tag, node.anchor = event.tag, event.anchor
     if event.anchor:
         anchors[event.anchor] = node
     return node

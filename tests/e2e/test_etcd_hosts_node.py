@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 import shutil
 import threading
 import time
@@ -87,15 +86,6 @@ def is_well(node: Node) -> bool:
         return False
 
 
-def change(bridge: LiveBridge, **values: str) -> None:
-    """Other values for keys that are in the settings once."""
-    lines = bridge.config.read_text().splitlines()
-    for key, value in values.items():
-        [number] = [i for i, line in enumerate(lines) if line.startswith(f"{key} = ")]
-        lines[number] = f"{key} = {json.dumps(value)}"
-    bridge.config.write_text("\n".join(lines) + "\n")
-
-
 @dataclass(kw_only=True)
 class Seen:
     """What the members answered."""
@@ -168,7 +158,7 @@ def test_three_timers_at_once(bridges: list[LiveBridge]) -> None:
     """All that is due is renewed through OpenBao, and members restart in turn: etcd is never without its quorum."""
     before = [live_certificates(bridge.pki) for bridge in bridges]
     for bridge in bridges:
-        change(bridge, before="2d", components="all")
+        bridge.change(before="2d", components="all")
     with watched([bridge.node for bridge in bridges]) as seen, ThreadPoolExecutor(len(bridges)) as pool:
         runs = list(pool.map(lambda bridge: bridge.run("renew", timeout=1500), bridges))
     for run in runs:
@@ -199,7 +189,7 @@ def test_back_and_forth(bridges: list[LiveBridge]) -> None:
     now = live_certificates(bridge.pki)
     assert {name for name in now if now[name] != before[name]} == OURS
     assert_quorum(seen, 1)
-    change(bridge, components="needed")
+    bridge.change(components="needed")
     assert bridge.run("renew").returncode == 0
 
 

@@ -82,15 +82,6 @@ def _bridge(node: Node, bao: OpenBao, keys: Path, directory: Path) -> LiveBridge
     return bridge
 
 
-def change(bridge: LiveBridge, **values: str) -> None:
-    """Other values for keys that are in the settings once."""
-    lines = bridge.config.read_text().splitlines()
-    for key, value in values.items():
-        [number] = [i for i, line in enumerate(lines) if line.startswith(f"{key} = ")]
-        lines[number] = f"{key} = {json.dumps(value)}"
-    bridge.config.write_text("\n".join(lines) + "\n")
-
-
 # --- what is seen meanwhile ------------------------------------------------------------------------------------------
 
 
@@ -278,7 +269,7 @@ def test_three_timers_at_once(bridges: list[LiveBridge], tried: Tried) -> None:
     kubelet.conf refers to a file by now, from which the kubelet may rotate by itself: it is not due before that is late.
     """
     for bridge in bridges:
-        change(bridge, before="60d", validity="300d", components="all")
+        bridge.change(before="60d", validity="300d", components="all")
     nodes, before = [bridge.node for bridge in bridges], [live_certificates(bridge.pki) for bridge in bridges]
     known = [len(bridge.events()) for bridge in bridges]
     with watched(nodes) as seen, ThreadPoolExecutor(len(bridges)) as pool:

@@ -196,6 +196,17 @@ make_host() { # make_host IP [IMAGE...]: the node before kubeadm, with these ima
 
 # --- kubeadm ---
 
+kubelet_here() { # what any kubelet needs on a machine that it shares
+  cat <<YAML
+cgroupDriver: cgroupfs
+cgroupRoot: /$name
+failCgroupV1: false
+failSwapOn: false
+fileCheckFrequency: 20s
+evictionHard: {imagefs.available: "1%", nodefs.available: "1%", memory.available: 50Mi}
+YAML
+}
+
 write_config() { # write_config IP ENDPOINT
   cat >"$kubernetes/kubeadm.yaml" <<YAML
 apiVersion: kubeadm.k8s.io/v1beta4
@@ -211,12 +222,7 @@ ${KUBEADM_CLUSTER:-}
 ---
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
-cgroupDriver: cgroupfs
-cgroupRoot: /$name
-failCgroupV1: false
-failSwapOn: false
-fileCheckFrequency: 20s
-evictionHard: {imagefs.available: "1%", nodefs.available: "1%", memory.available: 50Mi}
+$(kubelet_here)
 ${KUBEADM_KUBELET:-}
 YAML
 }
@@ -342,12 +348,7 @@ authorization: {mode: AlwaysAllow}
 address: 127.0.0.1
 containerRuntimeEndpoint: "unix://$node/run/containerd.sock"
 staticPodPath: /etc/kubernetes/manifests
-cgroupDriver: cgroupfs
-cgroupRoot: /$name
-failCgroupV1: false
-failSwapOn: false
-fileCheckFrequency: 20s
-evictionHard: {imagefs.available: "1%", nodefs.available: "1%", memory.available: 50Mi}
+$(kubelet_here)
 crashLoopBackOff: {maxContainerRestartPeriod: 1s}
 YAML
 }

@@ -99,6 +99,14 @@ class LiveBridge(NodeBridge):
             program, *args, "--config", self.config, check=False, timeout_seconds=timeout, env=environment
         )
 
+    def change(self, **values: str) -> None:
+        """Other values for keys that are in the settings once."""
+        lines = self.config.read_text().splitlines()
+        for key, value in values.items():
+            [number] = [i for i, line in enumerate(lines) if line.startswith(f"{key} = ")]
+            lines[number] = f"{key} = {json.dumps(value)}"
+        self.config.write_text("\n".join(lines) + "\n")
+
     def events(self) -> list[dict[str, Any]]:
         """The record so far."""
         return [json.loads(line) for line in (self.directory / "state/audit.jsonl").read_text().splitlines()]
