@@ -757,9 +757,9 @@ def silent(connection: socket.socket) -> None:
 
 
 def dripping(connection: socket.socket) -> None:
-    """Say a header a byte at a time, for three seconds."""
+    """Say a header a byte at a time, for 15 seconds or until the client hangs up."""
     connection.sendall(b"HTTP/1.1 200 OK\r\nX-Wait: ")
-    for _ in range(60):
+    for _ in range(300):
         connection.send(b".")
         time.sleep(0.05)
 
@@ -781,7 +781,7 @@ def test_a_slow_server(make: Make, scheme: str, talk: Callable[[socket.socket], 
         begin = time.monotonic()
         with pytest.raises(BackendUnavailableError):
             backend.sign(request(APISERVER))
-        assert time.monotonic() - begin < 1.5
+        assert time.monotonic() - begin < 10
 
 
 def test_a_proxy_without_a_server(make: Make) -> None:

@@ -856,10 +856,10 @@ def silent(connection: socket.socket) -> None:
 
 
 def dripping(connection: socket.socket) -> None:
-    """Answer a byte at a time, for longer than the test waits."""
+    """Answer a byte at a time, for 15 seconds or until the client hangs up."""
     with contextlib.suppress(OSError):
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-        for _ in range(35):
+        for _ in range(300):
             connection.sendall(b" ")
             time.sleep(0.05)
 
@@ -881,7 +881,7 @@ def test_a_slow_server_is_unavailable_in_time(
         with vault(url, token_file(tmp_path, "t"), timeout=timedelta(seconds=0.4)) as backend:
             begin = time.monotonic()
             unavailability(backend, apiserver)
-            assert time.monotonic() - begin < 1.5
+            assert time.monotonic() - begin < 10
         thread.join()
 
 

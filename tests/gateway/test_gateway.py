@@ -391,14 +391,14 @@ def test_another_replica_takes_over(cluster: ClusterApi, desk: DeskProgram, tmp_
             begin = time.monotonic()
             name = ask(cluster, workers[1])
             until_signed(two, cluster, name)
-            assert time.monotonic() - begin < 15
+            assert time.monotonic() - begin < 25
             assert "the lease take-over is ours" in two.text()
             three = place.start("three")
             three.until(lambda: "standing by" in three.page("readyz")[1])
             assert two.end() == 0
             begin = time.monotonic()
             until_signed(three, cluster, ask(cluster, workers[2]))
-            assert time.monotonic() - begin < 6
+            assert time.monotonic() - begin < 9  # before the lease of ten seconds ends
             assert three.end() == 0
         finally:
             for gateway in (two,):
