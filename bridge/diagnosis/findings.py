@@ -15,7 +15,7 @@ Level = Literal["error", "warning", "note", "ok"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note", "ok")
 
 
-_WOULD_SIGN = "what-the-ca-would-sign"
+_WOULD_SIGN, _ANY_PATH = "what-the-ca-would-sign", "…"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +27,12 @@ class Finding:
     about: str  #: A certificate, a CA, a file, a setting.
     text: str  #: Without what it is about; untrusted words in it are shown as they may be.
     hint: str = ""
+    path: str = ""  #: A file in text and hint, which differs between findings with one cause.
 
     @classmethod
-    def error(cls, check: str, about: str, text: str, hint: str = "") -> Finding:
+    def error(cls, check: str, about: str, text: str, hint: str = "", path: str = "") -> Finding:
         """A fault that makes a renewal fail, or a component."""
-        return cls(level="error", check=check, about=about, text=text, hint=hint)
+        return cls(level="error", check=check, about=about, text=text, hint=hint, path=path)
 
     @classmethod
     def warning(cls, check: str, about: str, text: str, hint: str = "") -> Finding:
@@ -66,24 +67,36 @@ def from_error(check: str, about: str, error: BridgeError) -> Finding:
 
 
 def causes(findings: Iterable[Finding]) -> list[Cause]:
-    """Group by level, check, hint and text; at a CA, the names of roles and profiles make no difference."""
+    """
+    Group by level, check, hint and text, whatever files these name; at a CA, the names of roles and profiles make no
+    difference.
+    """
     groups: dict[tuple[Level, str, str, str], list[Finding]] = {}
     for one in findings:
-        hint = ROOT_HINT if lacks_rights(one.text) else one.hint
+        text, hint = _of_paths(one.text, one, [_ANY_PATH]), _of_paths(one.hint, one, [_ANY_PATH])
+        if lacks_rights(one.text):
+            hint = ROOT_HINT
+        if one.check in {_WOULD_SIGN, "backend"}:
+            text = cause(one.text, one.about)
         told = "" if one.check == _WOULD_SIGN else hint
-        text = cause(one.text, one.about) if one.check in {_WOULD_SIGN, "backend"} else one.text
         groups.setdefault((one.level, one.check, told, text), []).append(one)
-    found = [
-        Cause(
-            level=ones[0].level,
-            check=ones[0].check,
-            about=tuple(dict.fromkeys(one.about for one in ones)),
-            text=ones[0].text,
-            hint=ROOT_HINT if lacks_rights(ones[0].text) else ones[0].hint,
-        )
-        for ones in groups.values()
-    ]
-    return sorted(found, key=lambda one: LEVELS.index(one.level))
+    return sorted(map(_one_of, groups.values()), key=lambda one: LEVELS.index(one.level))
+
+
+def _one_of(found: Sequence[Finding]) -> Cause:
+    first, paths = found[0], list(dict.fromkeys(one.path for one in found))
+    return Cause(
+        level=first.level,
+        check=first.check,
+        about=tuple(dict.fromkeys(one.about for one in found)),
+        text=_of_paths(first.text, first, paths, ", "),
+        hint=ROOT_HINT if lacks_rights(first.text) else _of_paths(first.hint, first, paths),
+    )
+
+
+def _of_paths(text: str, finding: Finding, paths: Sequence[str], separator: str = " ") -> str:
+    """The text with these paths in place of the finding's own; in a command they are separated by blanks."""
+    return text.replace(finding.path, separator.join(paths)) if finding.path else text
 
 
 def exit_code(found: Sequence[Finding] | Sequence[Cause]) -> int:

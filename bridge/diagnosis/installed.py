@@ -252,7 +252,7 @@ def private_file(path: Path, about: str) -> Iterator[Finding]:
     except OSError:
         return  # the check that needs it says so
     if opened is not None:
-        yield Finding.error("open-secret", about, str(opened), opened.hint)
+        yield Finding.error("open-secret", about, str(opened), opened.hint, str(path))
     yield from _exposed(path, about)
 
 
@@ -272,9 +272,9 @@ def _exposed(path: Path, about: str) -> Iterator[Finding]:
         return
     subject, text = about if found.path == path else str(found.path), str(found)
     if owner in {0, os.geteuid()}:
-        yield Finding.error("open-directory", subject, text, found.hint)
+        yield Finding.error("open-directory", subject, text, found.hint, str(found.path))
     else:
-        yield Finding.error("owner", subject, text, found.hint)
+        yield Finding.error("owner", subject, text, found.hint, str(found.path))
 
 
 # --- its CA ----------------------------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ def _frozen(node: Node) -> Iterator[Finding]:
             text = (
                 f"wanted to be able to replace {path}, found it immutable or append-only: no renewal can be installed"
             )
-            yield Finding.error("immutable", name, text, f"chattr -i -a {path}, after a look at who set it")
+            hint = f"chattr -i -a {path}, after a look at who set it"
+            yield Finding.error("immutable", name, text, hint, str(path))
 
 
 # --- the state directory ---------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ import contextlib
 import errno
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -173,6 +175,26 @@ def test_causes_stay_apart_where_files_differ() -> None:
         ("apiserver",),
         ("etcd-peer",),
     ]
+
+
+def open_secrets(bridge: Bridge) -> list[dict[str, Any]]:
+    """What `doctor` finds of them."""
+    found = json.loads(bridge.run("doctor", "-o", "json").stdout)["findings"]
+    return [one for one in found if one["check"] == "open-secret"]
+
+
+def test_open_key_files_are_one_cause(bridge: Bridge) -> None:
+    """With all of their names in the text, and one command that closes them all; another mode is another cause."""
+    keys = sorted(path for path in bridge.pki.pki_dir.rglob("*.key") if path.name != "sa.key")
+    for key in keys:
+        key.chmod(0o666 if key == keys[0] else 0o644)
+
+    alone, alike = sorted(open_secrets(bridge), key=lambda one: len(one["about"]))
+    assert len(alike["about"]) == len(keys) - 1 > 4
+    assert [key for key in keys if str(key) not in alike["text"]] == keys[:1]
+    assert alone["text"].startswith(f"{keys[0]}: wanted it for its owner alone, found mode 0666")
+    subprocess.run(alike["hint"].partition(";")[0].split(), check=True)
+    assert open_secrets(bridge) == [alone]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user; run as root")
