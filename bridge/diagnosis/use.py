@@ -250,6 +250,7 @@ def _cluster(node: Node, settings: Settings) -> Iterator[Finding]:
         yield from _missing_names(node, certificate, hosts, "of kubeadm-config", "sans-of-kubeadm-config")
     yield from _manifest(config, manifest.flags)
     yield from _endpoint(config, settings)
+    yield from _directory(config, settings)
     yield from _beyond(config, node, settings, manifest.flags)
 
 
@@ -285,6 +286,15 @@ def _endpoint(config: KubeadmConfig, settings: Settings) -> Iterator[Finding]:
         text = f"wanted kubeadm-config's controlPlaneEndpoint, {config.endpoint_url}, found {one_line(found)}"
         hint = "which of the two is right? kubeadm makes new kubeconfigs with the first"
         yield Finding.warning("endpoint-of-kubeadm-config", "admin.conf", text, hint)
+
+
+def _directory(config: KubeadmConfig, settings: Settings) -> Iterator[Finding]:
+    """kubeadm looks for certificates in `certificatesDir`, whatever directory a renewal replaces files in."""
+    found, ours = config.certificates_dir, settings.node.pki_dir
+    if found and os.path.realpath(found) != os.path.realpath(ours):
+        text = f"wanted kubeadm-config's certificatesDir, {one_line(found)}, found {ours}: kubeadm judges other files"
+        hint = "which of the two do the manifests name? `kubeadm upgrade` writes them with the first"
+        yield Finding.warning("certificates-dir", "node.pki_dir", text, hint)
 
 
 def _beyond(config: KubeadmConfig, node: Node, settings: Settings, flags: Flags) -> Iterator[Finding]:

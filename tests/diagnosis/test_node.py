@@ -608,6 +608,25 @@ def test_compares_the_sans_with_kubeadm_config(site: Site, san: str) -> None:
     assert wrong == ({("warning", "sans-of-kubeadm-config", "apiserver")} if san == "new.example.com" else set())
 
 
+@pytest.mark.parametrize("directory", ["{pki}", "{pki}/", "{link}", "/srv/pki", ""])
+def test_compares_the_directory_with_kubeadm_config(site: Site, tmp_path: Path, directory: str) -> None:
+    """kubeadm's `certificatesDir` is `node.pki_dir`, by whatever way, or else a warning names both."""
+    (tmp_path / "link").symlink_to(site.pki.pki_dir)
+    named = directory.format(pki=site.pki.pki_dir, link=tmp_path / "link")
+    place = Place(name=NODE, address="127.0.0.1", directory=site.pki.root / "etc", cas={})
+    config = "apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\nkubernetesVersion: v1.37.2\n"
+    config += f"certificatesDir: {named}\ncontrolPlaneEndpoint: api.example.com:6443\n"
+    state = apiserver.State(config=config)
+    with apiserver.serving(place, state):
+        site.edit(site.manifest("kube-apiserver"), "--secure-port=6443", f"--secure-port={state.port}")
+        found = [one for one in site.look() if one.check == "certificates-dir"]
+    if named != "/srv/pki":
+        assert found == []
+        return
+    assert [(one.level, one.about) for one in found] == [("warning", "node.pki_dir")]
+    assert found[0].text.startswith(f"wanted kubeadm-config's certificatesDir, /srv/pki, found {site.pki.pki_dir}")
+
+
 def test_one_cause_is_told_once(site: Site) -> None:
     """For all certificates and CAs that it concerns; exit 3 for warnings, 1 for an error, as text and as JSON."""
     for path in site.pki.pki_dir.glob("*.key"):
