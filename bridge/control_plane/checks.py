@@ -324,14 +324,11 @@ def _ask_kubelet(look: Look, client: Client) -> str:
 
 def _kubelet_place(look: Look) -> Address:
     """The kubelet's address and port by its configuration, without which it has its defaults."""
-    data = paths.read(look.machine.kubelet_config)
-    root = None if data is None else document(split_bom(data)[1])
-    found = {key: "" if root is None or (node := root.get(key)) is None else node.text() for key in ("address", "port")}
-    own = look.flags(Component.APISERVER).get("--advertise-address", "127.0.0.1")
-    return Address(
-        own if endpoints.is_any(found["address"]) else found["address"],
-        int(found["port"] or endpoints.PORTS[Component.KUBELET]),
-    )
+    root = kubelet.configuration(look.machine.kubelet_config)
+    found = {} if root is None else kubelet.values(root, ("address", "port"))
+    address, own = found.get("address", ""), look.flags(Component.APISERVER).get("--advertise-address", "127.0.0.1")
+    port = int(found.get("port") or endpoints.PORTS[Component.KUBELET])
+    return Address(own if endpoints.is_any(address) else address, port)
 
 
 def _ask_as_front_proxy(look: Look, client: Client) -> str:

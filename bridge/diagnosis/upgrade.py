@@ -8,23 +8,23 @@ whose key is elsewhere it renews nothing, but looks at every certificate of that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from cryptography.x509.verification import VerificationError as NoPathError
 
+from bridge.cluster import kubeadm
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.diagnosis.findings import Finding
 from bridge.diagnosis.installed import is_named
 from bridge.errors import BridgeError
-from bridge.node import endpoints, kubeconfig
+from bridge.node import endpoints, kubeconfig, kubelet
 from bridge.node.inventory import AuthorityState, Item, Node
-from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION, CONFIG_MAP
 from bridge.node.kubelet import KUBELET_CONFIG
-from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
+from bridge.node.yamltree import YamlError, YamlNode, document
 from bridge.pki import verify
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
@@ -34,7 +34,6 @@ from bridge.words import one_line
 
 #: A maintenance should be over by then.
 _SOON = timedelta(days=1)
-_KUBELET_MAP = "/api/v1/namespaces/kube-system/configmaps/kubelet-config"
 _BINDINGS = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/kubeadm:"
 #: kubeadm keeps it for each node, beside that file, and writes it again (NodeLocalCRISocket).
 _OF_THE_NODE = {"containerRuntimeEndpoint"}
@@ -240,7 +239,7 @@ def _status(api: Api, path: str) -> int:
 
 def _config(api: Api) -> Iterator[Finding]:
     """Findings about a configuration in the cluster that kubeadm 1.37 no longer reads."""
-    root = _document(api, CONFIG_MAP, CLUSTER_CONFIGURATION)
+    root = _document(api, kubeadm.CLUSTER)
     if root is None:
         text = "wanted kubeadm-config in the cluster, found none: kubeadm upgrade aborts"
         hint = "kubeadm init phase upload-config kubeadm --config FILE"
@@ -260,11 +259,10 @@ def _config(api: Api) -> Iterator[Finding]:
 
 def _kubelet_config(api: Api) -> Iterator[Finding]:
     """Warn of kubelet settings that are in this node's file alone: an upgrade loses them."""
-    root = _document(api, _KUBELET_MAP, "kubelet")
-    data = read(KUBELET_CONFIG)
-    if root is None or data is None:
+    root, own = _document(api, kubeadm.KUBELETS), kubelet.configuration(KUBELET_CONFIG)
+    if root is None or own is None:
         return
-    ours, theirs = document(split_bom(data)[1]).plain(), root.plain()
+    ours, theirs = own.plain(), root.plain()
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return
     differing = sorted(key for key in {*ours, *theirs} - _OF_THE_NODE if ours.get(key) != theirs.get(key))
@@ -275,10 +273,9 @@ def _kubelet_config(api: Api) -> Iterator[Finding]:
         yield Finding.warning("upgrade-kubelet-config", str(KUBELET_CONFIG), text, hint)
 
 
-def _document(api: Api, path: str, key: str) -> YamlNode | None:
-    data: Mapping[str, Any] | None = api.ask("GET", path).document.get("data")
-    text = data.get(key) if isinstance(data, dict) else None
-    return document(text) if isinstance(text, str) else None
+def _document(api: Api, place: kubeadm.Place) -> YamlNode | None:
+    text = kubeadm.read(api, place).text
+    return None if text is None else document(text)
 
 
 def _text(root: YamlNode, key: str) -> str:

@@ -7,12 +7,12 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
-from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from cryptography import x509
 
+from bridge.cluster import kubeadm
 from bridge.cluster.api import Api
 from bridge.control_plane import restart_plan, restarts
 from bridge.diagnosis.findings import Finding, from_error
@@ -21,7 +21,7 @@ from bridge.errors import BridgeError
 from bridge.node import endpoints, kubeadm_config, kubeconfig
 from bridge.node.endpoints import Flags, Server
 from bridge.node.inventory import Item, Node
-from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION, CONFIG_MAP, KubeadmConfig
+from bridge.node.kubeadm_config import KubeadmConfig
 from bridge.pki import kubeadm_names
 from bridge.pki.certificates import UNREADABLE, attributes, san_entries
 from bridge.pki.csr import names_of
@@ -259,12 +259,10 @@ def _config(node: Node, settings: Settings, flags: Flags) -> KubeadmConfig:
     places = endpoints.bound(Component.APISERVER, flags)
     servers = [Server(f"https://{place}", name) for place in places[:1]]
     known = Api.of_node(node, settings.node.kubeconfig_dir)
-    reply = Api(known.clients, servers).ask("GET", CONFIG_MAP)
-    data = reply.document.get("data")
-    text = data.get(CLUSTER_CONFIGURATION) if isinstance(data, dict) else None
-    if reply.status != HTTPStatus.OK or not isinstance(text, str):
-        raise ValueError(f"the cluster has none (HTTP {reply.status})")
-    return kubeadm_config.parse(text.encode())
+    found = kubeadm.read(Api(known.clients, servers), kubeadm.CLUSTER)
+    if found.text is None:
+        raise ValueError(f"the cluster has none (HTTP {found.status})")
+    return kubeadm_config.parse(found.text.encode())
 
 
 def _manifest(config: KubeadmConfig, flags: Flags) -> Iterator[Finding]:

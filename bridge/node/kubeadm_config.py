@@ -22,9 +22,7 @@ from bridge.pki.kubeadm_names import NamingFacts, Release, parse_release
 from bridge.specs import DEFAULT_CLUSTER, KEY_ALGORITHMS, Component, KeyAlgorithm
 from bridge.system.paths import UnreadableError, read
 
-#: Where the cluster keeps it, for the Kubernetes API.
-CONFIG_MAP = "/api/v1/namespaces/kube-system/configmaps/kubeadm-config"
-#: In that ConfigMap's `data`.
+#: Its kind, and the key in the ConfigMap.
 CLUSTER_CONFIGURATION = "ClusterConfiguration"
 
 _SERVICE_SUBNET = "10.96.0.0/12"

@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from bridge.node import kubeconfig
 from bridge.node.kubeconfig import KubeconfigError
-from bridge.node.yamltree import YamlError, document, split_bom
+from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
 from bridge.system.paths import UnreadableError, read
 
@@ -122,17 +122,24 @@ def _is_true(text: str) -> bool:
     return text.lower() in ("true", "t", "1")
 
 
+def configuration(path: Path) -> YamlNode | None:
+    """The root of a kubelet's configuration file, None without a file (UnreadableError, YamlError: it can't be used)."""
+    data = read(path)
+    return None if data is None else document(split_bom(data)[1])
+
+
+def values(root: YamlNode, keys: Sequence[str]) -> dict[str, str]:
+    """The texts below these keys, as far as they are there (YamlError: a value is no text)."""
+    return {key: node.text() for key in keys if (node := root.get(key)) is not None}
+
+
 def _configured(path: Path, keys: Sequence[str]) -> tuple[dict[str, str], str | None]:
     """The configuration's values, and the reason why it can't be read."""
     try:
-        data = read(path)
-        if data is None:
-            return {}, None
-        root = document(split_bom(data)[1])
-        values = {key: node.text() for key in keys if (node := root.get(key)) is not None}
+        root = configuration(path)
+        return ({}, None) if root is None else ({"kind": "KubeletConfiguration", **values(root, keys)}, None)
     except (UnreadableError, YamlError) as e:
         return {}, f"wanted the kubelet's configuration in {path}, found: {e}"
-    return {"kind": "KubeletConfiguration", **values}, None
 
 
 def _flags(kubelet_dir: Path) -> dict[str, str]:

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 from cryptography.x509.oid import NameOID
 
+from bridge.cluster import kubeadm
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node import endpoints, kubeadm_config, kubeconfig
 from bridge.node.inventory import Item, Node
-from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION, CONFIG_MAP, KubeadmConfig, KubeadmConfigError
+from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import csr, kubeadm_names
 from bridge.pki.certificates import attributes, pem, san_entry
@@ -110,7 +111,7 @@ class _Decision:
     def __init__(self, node: Node, settings: Settings, changes: Changes) -> None:
         self.node, self.settings, self.changes = node, settings, changes
         file = changes.kubeadm_config
-        self.source = str(file) if file is not None else "the cluster's ConfigMap kube-system/kubeadm-config"
+        self.source = str(file) if file is not None else f"the cluster's ConfigMap kube-system/{kubeadm.CLUSTER.name}"
 
     # --- a missing certificate ---------------------------------------------------------------------------------------
 
@@ -264,15 +265,13 @@ class _Decision:
         if file is not None:
             return kubeadm_config.parse(kubeadm_config.read_file(file), self.source)
         try:
-            reply = self.api.ask("GET", CONFIG_MAP)
+            found = kubeadm.read(self.api, kubeadm.CLUSTER)
         except NoAnswerError as e:
             raise NoSourceError(f"wanted {self.source}, found {e}") from None
-        data = reply.document.get("data")
-        text = data.get(CLUSTER_CONFIGURATION) if isinstance(data, dict) else None
-        if reply.status != HTTPStatus.OK or not isinstance(text, str):
-            raise NoSourceError(f"wanted {self.source}, found none there (HTTP {reply.status})")
+        if found.text is None:
+            raise NoSourceError(f"wanted {self.source}, found none there (HTTP {found.status})")
         try:
-            return kubeadm_config.parse(text.encode(), self.source)
+            return kubeadm_config.parse(found.text.encode(), self.source)
         except KubeadmConfigError as e:
             raise NoSourceError(str(e)) from None
 

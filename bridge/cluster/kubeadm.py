@@ -1,0 +1,107 @@
+"""
+The texts that kubeadm keeps in ConfigMaps of kube-system, from which `kubeadm upgrade` and `kubeadm join` write each node's
+files: the one reader and the one writer of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Any, ClassVar, NamedTuple
+
+import yaml
+
+from bridge.cluster.api import Api, NoAnswerError
+from bridge.errors import BridgeError, Exit
+from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION
+from bridge.node.yamltree import YamlError, document
+
+_MAPS = "/api/v1/namespaces/kube-system/configmaps"
+_TURNS = 5  # each 409 means that another client was faster
+
+
+class Place(NamedTuple):
+    """Where a text is: a ConfigMap of kube-system, and the key in its data."""
+
+    name: str
+    key: str
+
+    @property
+    def path(self) -> str:
+        """For the Kubernetes API."""
+        return f"{_MAPS}/{self.name}"
+
+    def __str__(self) -> str:
+        return f"the ConfigMap kube-system/{self.name}"
+
+
+#: From which the static pods' manifests are written.
+CLUSTER = Place("kubeadm-config", CLUSTER_CONFIGURATION)
+#: From which each kubelet's `config.yaml` is written.
+KUBELETS = Place("kubelet-config", "kubelet")
+
+
+class NoConfigError(BridgeError):
+    """A ConfigMap of kubeadm's is not there, or can't be changed."""
+
+    exit_code: ClassVar[int] = Exit.FAILED
+    hint = "kubeadm makes it: kubeadm init phase upload-config all --config FILE"
+
+
+class Found(NamedTuple):
+    """The answer about a text."""
+
+    text: str | None  #: None: there is none.
+    status: int  #: HTTP's, for messages.
+    object: Mapping[str, Any]
+
+
+def read(api: Api, place: Place) -> Found:
+    """Read a text (NoAnswerError: no API server answers)."""
+    reply = api.ask("GET", place.path)
+    data = reply.document.get("data")
+    text = data.get(place.key) if isinstance(data, dict) and reply.status == HTTPStatus.OK else None
+    return Found(text=text if isinstance(text, str) else None, status=reply.status, object=reply.document)
+
+
+def change(api: Api, place: Place, edit: Callable[[str], str]) -> bool:
+    """
+    Have a text changed; a change that another client makes meanwhile stays, and `edit` gets the text once more.
+
+    Returns whether it was changed; False: `edit` left it as it is.
+
+    Raises:
+        NoConfigError: It is not there, or the API server refuses the change.
+        NoAnswerError: No API server answers, or others change the text each time.
+    """
+    for _ in range(_TURNS):
+        found = read(api, place)
+        if found.text is None:
+            raise NoConfigError(f"wanted {place} with {place.key} in it, found none (HTTP {found.status})")
+        edited = edit(found.text)
+        if edited == found.text:
+            return False
+        # with its resourceVersion, so that a change in between is a 409
+        reply = api.ask("PUT", place.path, {**found.object, "data": {**found.object["data"], place.key: edited}})
+        if reply.status == HTTPStatus.OK:
+            return True
+        if reply.status != HTTPStatus.CONFLICT:
+            text = f"wanted to change {place}, found HTTP {reply.status} {reply.message}".rstrip()
+            raise NoConfigError(text, hint="`kubectl auth can-i update configmaps -n kube-system` says who may")
+    raise NoAnswerError(f"wanted to change {place}, found that others changed it each time")
+
+
+def change_cluster(api: Api, edit: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> bool:
+    """Have the ClusterConfiguration changed, as `change` does; `edit` gets it as Python's own types, and returns another one."""
+
+    def edited(text: str) -> str:
+        try:
+            found = document(text).plain()
+        except YamlError as e:
+            raise NoConfigError(f"{CLUSTER}: {e}", hint="kubeadm config validate says what is wrong") from None
+        if not isinstance(found, dict):
+            raise NoConfigError(f"wanted a {CLUSTER.key} in {CLUSTER}, found something else")
+        wanted = edit(found)
+        return text if wanted == found else yaml.safe_dump(dict(wanted), sort_keys=False, width=1 << 20)
+
+    return change(api, CLUSTER, edited)
