@@ -56,16 +56,23 @@ def pod_name(path: Path) -> str | None:
 
 def parse(component: Component, data: bytes) -> Manifest:
     """Read a manifest."""
-    container = _container(document(split_bom(data)[1]), component.value)
-    words = [word.text() for key in ("command", "args") if (listed := container.get(key)) for word in listed.items()]
-    tag = _TAG.search(_text(container.get("image")).partition("@")[0])
+    own = container(document(split_bom(data)[1]), component.value)
+    words = [word.text() for key in ("command", "args") if (listed := own.get(key)) for word in listed.items()]
+    tag = _TAG.search(_text(own.get("image")).partition("@")[0])
     return Manifest(flags=_flags(words), version=(int(tag[2]), int(tag[3])) if tag else None, tag=tag[1] if tag else "")
 
 
-def _container(root: YamlNode, name: str) -> YamlNode:
-    """The container with the component's name, else the first."""
+def pod(root: YamlNode) -> YamlNode:
+    """The pod's `spec`."""
     spec = root.get("spec")
-    listed = None if spec is None else spec.get("containers")
+    if spec is None:
+        raise YamlError("wanted a pod with a container, found none")
+    return spec
+
+
+def container(root: YamlNode, name: str) -> YamlNode:
+    """The container with the component's name, else the first."""
+    listed = pod(root).get("containers")
     containers = [] if listed is None else listed.items()
     if not containers:
         raise YamlError("wanted a pod with a container, found none")
