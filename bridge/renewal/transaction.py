@@ -114,12 +114,11 @@ class Transaction:
         replaced = {one.name: one.old for one in done}
         copies.owe(self._run.settings, self._run.store, self._run.read_node(), replaced)
         self._hooks.installing(HookEvent.of(selection.items, done))
-        is_by_hand = self._run.settings.restart.method == "none"
-        if is_by_hand and self._options.restarts:
-            in_use.owe(self._run, done, unproven_file(self._run.store))
-        elif not is_by_hand and not self._options.restarts:
+        if not self._options.restarts:
             in_use.owe(self._run, done, postponed_file(self._run.store))
-        elif not is_by_hand:
+        elif self._run.settings.restart.method == "none":
+            in_use.owe(self._run, done, unproven_file(self._run.store))
+        else:
             from bridge.renewal import activate  # noqa: PLC0415 (see above)
 
             activate.owe(self._run, done)

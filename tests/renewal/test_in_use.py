@@ -153,6 +153,27 @@ def test_what_was_postponed_is_waited_for_and_no_run_restarts_for_it(
         assert restarted.exists()
 
 
+@pytest.mark.attack("N2")
+def test_without_a_method_no_restart_is_owed_just_as_well(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `restart.method = "none"`, too, and a method that is set later does not restart for it."""
+    monkeypatch.setattr(probes, "trouble", lambda *_: None)
+    restarted = tmp_path / "restarted"
+    with scheduler(site.conf):
+        assert site.renew(SCHEDULER, restarts=False).exit_code == Exit.DONE
+        assert site.warnings == (True, True, True)
+        assert site.renew().exit_code == Exit.NOT_LIVE
+        site.restart_with(f"touch {restarted}")
+        late = site.renew()
+        assert late.exit_code == Exit.NOT_LIVE
+        assert "to be restarted: kube-scheduler" in str(late.errors[0])
+        assert not restarted.exists()
+    with scheduler(site.conf):
+        assert site.renew().exit_code == Exit.DONE
+        assert site.warnings == (False, False, False)
+
+
 def test_what_was_postponed_and_is_replaced_is_forgotten(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that restarts has installed another certificate in its place."""
     monkeypatch.setattr(probes, "trouble", lambda *_: None)
