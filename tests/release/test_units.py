@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 
 from bridge.node import sample_pki
+from bridge.pki.certificates import san_entries
+from bridge.specs import AUTHORITIES
 from tests.kit import cmp, est, gateways, kube_api, openbao
-from tests.kit.cas import Bridge, add_cfssl, add_vault, live_certificates
+from tests.kit.cas import Bridge, add_cfssl, add_openssl, add_vault, live_certificates
 from tests.kit.pki import ADDRESS, NODE, handmade_pki
 from tests.kit.trees import Booted, Tree
 
@@ -62,18 +66,18 @@ os.environ["CREDENTIALS_DIRECTORY"] = "/etc/ca-bridge"
 sys.argv = ["start.py", "ca-bridge", "renew", "all"]
 runpy.run_path("/opt/ca-bridge/current/lib/start.py", run_name="__main__")
 """
-#: A site's own CA, which only its own user can sign with; `$1` is what it does before.
+#: A site's own CA: `$1` is its directory, whose owner alone can sign with it.
 SITE_CA = """\
 #!/bin/sh
 %s
-case $CERTMONGER_OPERATION in SUBMIT) ;; FETCH-ROOTS) cat "/srv/ca/$CA_BRIDGE_AUTHORITY/ca.crt"; exit 0 ;; *) exit 6 ;; esac
-[ "$(id -un)" = helper ] || exit 4
+case $CERTMONGER_OPERATION in SUBMIT) ;; FETCH-ROOTS) cat "$1/$CA_BRIDGE_AUTHORITY/ca.crt"; exit 0 ;; *) exit 6 ;; esac
+[ -O "$1/passphrase" ] || exit 4
 work=$(mktemp -d) && cd "$work" || exit 3
 printf '%%s\\n' "$CERTMONGER_CSR" >csr
 printf 'basicConstraints=critical,CA:FALSE\\nkeyUsage=critical,digitalSignature,keyEncipherment\\n' >extensions
 printf 'extendedKeyUsage=%%s\\n' "$CA_BRIDGE_EKUS" >>extensions
-ca=/srv/ca/$CA_BRIDGE_AUTHORITY
-openssl x509 -req -in csr -CA $ca/ca.crt -CAkey $ca/ca.key -passin file:/srv/ca/passphrase -days "$CA_BRIDGE_DAYS" \\
+ca=$1/$CA_BRIDGE_AUTHORITY
+openssl x509 -req -in csr -CA $ca/ca.crt -CAkey $ca/ca.key -passin "file:$1/passphrase" -days "$CA_BRIDGE_DAYS" \\
   -copy_extensions copy -extfile extensions -set_serial "0x$(openssl rand -hex 16)" || exit 2
 cat $ca/ca.crt
 """
@@ -172,10 +176,10 @@ def test_a_program_of_another_user_signs_and_is_killed_at_its_limit(installed: T
     installed.put("/srv/ca/passphrase", PASSPHRASE.encode(), 0o600)
     installed.run("chown -R helper:helper /srv/ca")
     authorities = "".join(f'[authority.{name}]\nbackend = "site"\n' for name in ("ca", "etcd-ca", "front-proxy-ca"))
-    table = '[backend.site]\ntype = "exec"\ncommand = ["/usr/local/libexec/site-ca"]\nuser = "helper"\n'
+    program = "/usr/local/libexec/site-ca"
+    table = f'[backend.site]\ntype = "exec"\ncommand = ["{program}", "/srv/ca"]\nuser = "helper"\n'
     limits = 'timeout = "20s"\nretry_for = "1s"\n'
     installed.put("/etc/ca-bridge/config.toml", f"{table}{limits}{authorities}".encode())
-    program = "/usr/local/libexec/site-ca"
     with installed.booted() as machine:
         hangs = SITE_CA % "sleep 12345 & sleep 12345"
         machine.run(f"mkdir -p /usr/local/libexec; cat >{program}; chmod 755 {program}", stdin=hangs.encode())
@@ -222,98 +226,149 @@ def with_vault_est_and_cmp(bridge: Bridge, stack: ExitStack, _: Booted) -> None:
     bridge.add("authority.front-proxy-ca", {"backend": "corp"})
 
 
-GATEWAY = """\
+def with_cfssl_openssl_and_exec(bridge: Bridge, stack: ExitStack, machine: Booted) -> None:
+    """A `cfssl serve`, a directory of `openssl ca`, and a program whose CA is in that directory, too."""
+    stack.enter_context(add_cfssl(bridge, "front-proxy-ca"))
+    directory = add_openssl(bridge, "ca").parent
+    (directory / "etcd-ca").mkdir()
+    for name, pem in zip(("ca.crt", "ca.key"), bridge.pki.ca_pem("etcd-ca"), strict=True):
+        (directory / "etcd-ca" / name).write_bytes(pem)
+    (directory / "passphrase").write_text("none is needed")
+    machine.run("cat >/usr/local/bin/site-ca; chmod 755 /usr/local/bin/site-ca", stdin=(SITE_CA % "").encode())
+    bridge.add("backend.site", {"type": "exec", "command": ["/usr/local/bin/site-ca", str(directory)]})
+    bridge.add("authority.etcd-ca", {"backend": "site"})
+
+
+UNIT = "ca-bridge-gateway"
+GATEWAY = f"""\
 [gateway]
 listen = "127.0.0.1:9880"
-state_dir = "/var/lib/ca-bridge-gateway"
-kubeconfig = "/run/credentials/ca-bridge-gateway.service/kubeconfig"
+state_dir = "/var/lib/{UNIT}"
+kubeconfig = "/run/credentials/{UNIT}.service/kubeconfig"
 policy = "/etc/ca-bridge/gateway-policy.toml"
 inventory = "/etc/ca-bridge/inventory.toml"
 lease_duration = "5s"
 """
-#: As the unit's own comments have it.
+POLICY = """\
+[allow]
+clusters = ["*"]
+nodes = ["*"]
+max_validity = "400d"
+"""
+SIGNER = """\
+[signer."{signer}"]
+[signer."{signer}".grant.itself]
+users = ["system:serviceaccount:ca-bridge:ca-bridge-{{node}}"]
+[certificate."{name}"]
+sans = {sans}
+"""
+#: As the unit's own comments have it; here it is a whole directory of credentials.
 GATEWAYS_DROP_IN = """\
 [Service]
-LoadCredential=role-id:/etc/ca-bridge/role-id
-LoadCredential=secret-id:/etc/ca-bridge/secret-id
+LoadCredential=its:/etc/ca-bridge/its
 ExecStart=
 ExecStart=/usr/bin/ca-bridge gateway --config /etc/ca-bridge/gateway.toml
 """
 
 
-def with_kubernetes(bridge: Bridge, stack: ExitStack, machine: Booted) -> None:
-    """Another cluster's API server, whose requests the gateway's unit beside the node has OpenBao sign."""
-    servers, bao = bridge.directory.parent / "servers", stack.enter_context(openbao.dev_server())
+def put_gateway(machine: Booted, its: Bridge, kubeconfig: Path) -> None:
+    """What a gateway's unit reads: secrets come as credentials, and a CA's directory is in the state directory."""
+    text, files = its.config.read_text(), {"gateway.conf": (kubeconfig.read_bytes(), "600")}
+    for number, path in enumerate(
+        sorted({Path(found) for found in re.findall(f'"({its.directory.parent}/[^"]+)"', text)})
+    ):
+        if path.is_file():
+            files[f"its/{number}"] = path.read_bytes(), "600"
+            text = text.replace(f'"{path}"', f'"/run/credentials/{UNIT}.service/its_{number}"')
+    text = re.sub('pki_dir = ".*"', 'pki_dir = "/etc/ca-bridge/pki"', text)
+    text = text.replace(str(its.directory), f"/var/lib/{UNIT}")
+    policy = POLICY
+    for name, live in live_certificates(its.pki).items():
+        if name in PATHS:
+            sans = json.dumps([value for _, value in sorted(san_entries(live))])
+            policy += SIGNER.format(signer=f"{gateways.DOMAIN}/{name}", name=name, sans=sans)
+    inventory = f'[node.{NODE}]\ncontrol_plane = true\naddresses = ["{ADDRESS}"]\n'
+    texts = {"gateway.toml": text + GATEWAY, "gateway-policy.toml": policy, "inventory.toml": inventory}
+    files |= {name: (text.encode(), "644") for name, text in texts.items()}
+    for authority in AUTHORITIES.values():
+        files[f"pki/{authority.certificate_file}"] = its.pki.ca_pem(authority.name)[0], "644"
+    machine.run(f"rm -rf /etc/ca-bridge/its /var/lib/private/{UNIT}")
+    machine.run(f"mkdir -p /etc/ca-bridge/its /etc/ca-bridge/pki/etcd /etc/systemd/system/{UNIT}.service.d")
+    for name, (content, mode) in files.items():
+        machine.run(f"cat >/etc/ca-bridge/{name}; chmod {mode} /etc/ca-bridge/{name}", stdin=content)
+    machine.run(f"cat >/etc/systemd/system/{UNIT}.service.d/site.conf", stdin=GATEWAYS_DROP_IN.encode())
+    directories = [path.name for path in its.directory.iterdir() if path.is_dir()]
+    if directories:
+        machine.run(f"mkdir -p -m 700 /var/lib/private/{UNIT}")
+        put_directory(machine, its.directory, f"/var/lib/private/{UNIT}", *directories)
+
+
+def put_directory(machine: Booted, parent: Path, place: str, *words: str) -> None:
+    """Copy a directory into the machine, as tar's words say."""
+    command: list[str | Path] = ["tar", "-c", "-C", parent, *words]
+    machine.run(f"tar -x -C {place}", stdin=subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+def with_a_gateway(behind: Servers, bridge: Bridge, stack: ExitStack, machine: Booted) -> None:
+    """Another cluster's API server, whose requests the gateway's unit has these CAs sign, one of each kind."""
+    servers = bridge.directory.parent / "servers"
     api = stack.enter_context(kube_api.serving(servers / "cluster"))
     gateways.grant_rights(api.cluster)
     its = Bridge(pki=bridge.pki, directory=servers / "gateway")
-    add_vault(its, bao, "front-proxy-ca", "gateway")
-    text = re.sub(r'(role|secret)_id_file = ".*"', r'\1_id_credential = "\1-id"', its.config.read_text() + GATEWAY)
-    text = re.sub('pki_dir = ".*"', 'pki_dir = "/etc/ca-bridge/pki"', text)
-    signer = f"{gateways.DOMAIN}/front-proxy-client"
-    policy = f'[allow]\nclusters = ["*"]\nnodes = ["*"]\nmax_validity = "400d"\n[signer."{signer}"]\n'
-    policy += f'[signer."{signer}".grant.itself]\nusers = ["system:serviceaccount:ca-bridge:ca-bridge-{{node}}"]\n'
-    files = {
-        "gateway.toml": text,
-        "gateway-policy.toml": policy,
-        "inventory.toml": f'[node.{NODE}]\ncontrol_plane = true\naddresses = ["{ADDRESS}"]\n',
-        "gateway.conf": api.kubeconfig(gateways.USER).read_text(),
-        "role-id": (its.directory / "gateway-front-proxy-ca.role-id").read_text(),
-        "secret-id": (its.directory / "gateway-front-proxy-ca.secret-id").read_text(),
-        "pki/front-proxy-ca.crt": bridge.pki.ca_pem("front-proxy-ca")[0].decode(),
-    }
-    machine.run("mkdir -p /etc/ca-bridge/pki /etc/systemd/system/ca-bridge-gateway.service.d")
-    for name, content in files.items():
-        mode = 600 if name in {"gateway.conf", "role-id", "secret-id"} else 644
-        machine.run(f"cat >/etc/ca-bridge/{name}; chmod {mode} /etc/ca-bridge/{name}", stdin=content.encode())
-    machine.run("cat >/etc/systemd/system/ca-bridge-gateway.service.d/site.conf", stdin=GATEWAYS_DROP_IN.encode())
+    behind(its, stack, machine)
+    put_gateway(machine, its, api.kubeconfig(gateways.USER))
     who = {"url": api.url, "ca_file": bridge.secret("cluster-ca.crt", api.trust.read_text())}
     token = bridge.secret("token", "none yet")
     bridge.add("backend.cluster", {"type": "kubernetes", "wait": "60s", "retry_for": "5s", "token_file": token, **who})
-    bridge.add("authority.front-proxy-ca", {"backend": "cluster", "signer": f"{gateways.DOMAIN}/{{name}}"})
-    api.apply(bridge.run("setup", "kubernetes", "--authority", "front-proxy-ca").stdout)
+    for authority in AUTHORITIES:
+        bridge.add(f"authority.{authority}", {"backend": "cluster", "signer": f"{gateways.DOMAIN}/{{name}}"})
+    for authority in AUTHORITIES:
+        api.apply(bridge.run("setup", "kubernetes", "--authority", authority).stdout)
     bridge.secret("token", api.bearer("ca-bridge", f"ca-bridge-{NODE}").token)
-    machine.run("systemctl daemon-reload; systemctl start ca-bridge-gateway.service")
-    stack.callback(machine.run, "systemctl stop ca-bridge-gateway.service", check=False)
+    machine.run(f"systemctl daemon-reload; systemctl start {UNIT}.service")
+    stack.callback(machine.run, f"systemctl stop {UNIT}.service", check=False)
+
+
+Servers = Callable[[Bridge, ExitStack, Booted], None]
+#: The servers, the exit code, the certificates that the unit renews, and those that it has not got yet.
+KINDS: Mapping[str, tuple[Servers, str, list[str], list[str]]] = {
+    "cfssl-and-exchange": (with_cfssl_and_exchange, "4", ["front-proxy-client"], ["etcd-server"]),
+    "vault-est-and-cmp": (with_vault_est_and_cmp, "0", list(PATHS), []),
+    "gateway-of-vault-est-and-cmp": (partial(with_a_gateway, with_vault_est_and_cmp), "0", list(PATHS), []),
+    "gateway-of-the-others": (partial(with_a_gateway, with_cfssl_openssl_and_exec), "0", list(PATHS), []),
+}
 
 
 @pytest.mark.kube("cfssl", "estserver", "cmp-ra", "kube-apiserver", "etcd", "kubectl")
 @pytest.mark.attack("N3")
 @pytest.mark.parametrize("installed", ["trixie"], indirect=True)
 def test_every_kind_of_ca_is_reached_from_the_cage(installed: Tree, tmp_path: Path) -> None:
-    """Servers with and without TLS, with each kind of credential; a request is laid into an outbox."""
-    runs = {
-        with_cfssl_and_exchange: ("4", ["front-proxy-client", "etcd-server"], {"front-proxy-client"}),  # one waits
-        with_vault_est_and_cmp: ("0", list(PATHS), set(PATHS)),
-        with_kubernetes: ("0", ["front-proxy-client"], {"front-proxy-client"}),
-    }
+    """From the node's unit, and from the gateway's: servers with and without TLS, programs, each kind of credential."""
     installed.run(f"mkdir -p /etc/kubernetes /etc/ca-bridge /etc/systemd/system/{SERVICE}.d; mkdir -m 755 /srv/t")
     with installed.booted() as machine:
-        for servers, (code, asked, renewed) in runs.items():
-            directory = tmp_path / servers.__name__
+        for kind, (servers, code, renewed, waiting) in KINDS.items():
+            directory = tmp_path / kind
             # `estserver` signs for 90 days, and a renewal never shortens
             pki = handmade_pki(directory / "node", not_after=datetime.now(UTC) + timedelta(days=60))
             bridge = Bridge(pki=pki, directory=directory / "bridge")
             with machine.network(), ExitStack() as stack:
                 servers(bridge, stack, machine)
-                run_in(machine, bridge, asked)
+                run_in(machine, bridge, [*renewed, *waiting])
             assert properties(machine, SERVICE, "ExecMainStatus") == [code], machine.journal()
             before = live_certificates(pki)
             pems = {
-                name: machine.run(f"cat /srv/t/{directory.name}/node/etc/kubernetes/pki/{PATHS[name]}").stdout
-                for name in PATHS
+                name: machine.run(f"cat /srv/t/{kind}/node/etc/kubernetes/pki/{PATHS[name]}").stdout for name in PATHS
             }
             after = {name: x509.load_pem_x509_certificate(text.encode()) for name, text in pems.items()}
-            assert {name for name, one in after.items() if one != before[name]} == renewed, machine.journal()
-        (request,) = machine.run("ls /srv/t/with_cfssl_and_exchange/bridge/out").stdout.split()
+            assert {name for name, one in after.items() if one != before[name]} == set(renewed), machine.journal()
+        (request,) = machine.run("ls /srv/t/cfssl-and-exchange/bridge/out").stdout.split()
         assert request.endswith(".json")
 
 
 def run_in(machine: Booted, bridge: Bridge, names: Collection[str]) -> None:
     """Copy a node with its settings and secrets into the machine, and start the unit for these certificates."""
     directory = bridge.directory.parent
-    command: list[str | Path] = ["tar", "-c", "--exclude=servers", "-C", directory.parent, directory.name]
-    machine.run("tar -x -C /srv/t", stdin=subprocess.run(command, capture_output=True, check=True).stdout)
+    put_directory(machine, directory.parent, "/srv/t", "--exclude=servers", directory.name)
     machine.run("cat >/etc/ca-bridge/config.toml", stdin=bridge.config.read_bytes())
     machine.run(f"sed -i 's|{directory}|/srv/t/{directory.name}|g' /etc/ca-bridge/config.toml")
     drop_in = f"[Service]\nExecStart=\nExecStart=/usr/bin/ca-bridge renew {' '.join(names)}\nReadWritePaths=/srv/t\n"
