@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 
@@ -25,6 +26,8 @@ from bridge.pki.expiry import duration_text
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state import audit, session
+from bridge.state.backups import Backup
+from bridge.state.install import newest_number
 from bridge.state.parked_manifest import RestartError
 from bridge.state.store import Store
 from bridge.system.console import doing, log
@@ -160,9 +163,9 @@ class _Restarts:
     # --- is this the moment? -----------------------------------------------------------------------------------------
 
     def _too_soon(self, component: Component) -> RestartPostponedError | None:
-        last, interval = _times(self.store).get(component), self.settings.restart.min_interval
+        restarted, interval = _times(self.store).get(component), self.settings.restart.min_interval
         now = datetime.now(UTC)
-        if last is None or not last <= now < last + interval:
+        if restarted is None or not (last := restarted.at) <= now < last + interval:
             return None
         return RestartPostponedError(
             f"{component.value}: wanted {duration_text(interval)} since its last restart (restart.min_interval), found "
@@ -277,25 +280,45 @@ def _present(node: Node) -> list[Component]:
 # --- the times of the last restarts ----------------------------------------------------------------------------------
 
 
-def restarted_since(store: Store, moment: datetime) -> list[Component]:
-    """The components whose restart was begun then or later, in order."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastRestart:
+    """When a component was restarted, by the clock, and by the number of the newest installation before it."""
+
+    at: datetime
+    installation: int | None = None  #: As in `Backup.number`; None: an earlier version recorded the restart.
+
+    def is_after(self, backup: Backup) -> bool:
+        """Whether it was after an installation; the clock, which may have been set, tells only what has no number."""
+        if self.installation is None or not backup.number:
+            return self.at >= backup.created
+        return self.installation >= backup.number
+
+
+def restarted_since(store: Store, backup: Backup | None) -> list[Component]:
+    """The components whose restart was begun after an installation, in order; None: its backup is gone."""
     times = _times(store)
-    return [c for c in restart_plan.ORDER if c in times and times[c] >= moment]
+    return [c for c in restart_plan.ORDER if c in times and (backup is None or times[c].is_after(backup))]
 
 
-def _times(store: Store) -> dict[Component, datetime]:
+def _times(store: Store) -> dict[Component, LastRestart]:
     return times_file(store).read() or {}
 
 
-def times_file(store: Store) -> StateFile[dict[Component, datetime]]:
-    """When each component was restarted; without it none counts as restarted."""
+def times_file(store: Store) -> StateFile[dict[Component, LastRestart]]:
+    """When each component was restarted; without it none counts as restarted. Earlier versions wrote a time alone."""
     what = "when each component was last restarted"
-    return coded(dict[Component, datetime], store.restarted, what, OnDamage.START_OVER)
+    file = coded(dict[Component, LastRestart], store.restarted, what, OnDamage.START_OVER)
+
+    def parse(document: Mapping[str, Any]) -> dict[Component, LastRestart]:
+        return file.parse({name: {"at": one} if isinstance(one, str) else one for name, one in document.items()})
+
+    return dataclasses.replace(file, parse=parse)
 
 
 def _remember(component: Component, store: Store) -> None:
     """Record a restart before it happens, so that runs that are killed again and again do not repeat it."""
-    times_file(store).put({**_times(store), component: datetime.now(UTC)})
+    now = LastRestart(at=datetime.now(UTC), installation=newest_number(store))
+    times_file(store).put({**_times(store), component: now})
 
 
 def obstacle(component: Component, node: Node, settings: Settings) -> ImpossibleError | None:

@@ -18,7 +18,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from enum import Enum
 from typing import ClassVar
 
@@ -157,7 +156,7 @@ def _to_restart(run: Run, node: Node, owed: Owed) -> list[Component]:
         stale = report.stale
         if wanted.which == "needed":
             new = [c for c in new if c in stale or (c is Component.KUBELET and not _has_read(report))]
-    done = restarted_since(run.store, _began(run, owed, newest=True)) if old else []
+    done = restarted_since(run.store, _backup_of(run, owed, newest=True)) if old else []
     unseen = [c for c in old if c not in done and (c is Component.KUBELET or not is_looked_at)]
     return [c for c in restart_plan.ORDER if c in new or (c in old and (c in stale or c in unseen))]
 
@@ -177,11 +176,11 @@ def _read_at_start(node: Node, owed: Owed) -> dict[str, CertificateSpec]:
     }
 
 
-def _began(run: Run, owed: Owed, *, newest: bool) -> datetime:
-    """When the newest, or the first, of the installations began; long ago if its backup is gone."""
+def _backup_of(run: Run, owed: Owed, *, newest: bool) -> backups.Backup | None:
+    """The backup of the newest, or of the first, of the installations; None: it is gone."""
     wanted = {one.newest_run if newest else one.backup_of for one in owed.certificates}
-    created = [one.created for one in backups.read_all(run.store)[0] if one.run_id in wanted]
-    return (max if newest else min)(created, default=datetime.min.replace(tzinfo=UTC))
+    found = [one for one in backups.read_all(run.store)[0] if one.run_id in wanted]
+    return found[0 if newest else -1] if found else None
 
 
 def _restart(run: Run, node: Node, components: Sequence[Component], *, going_back: bool = False) -> list[Restarted]:
@@ -426,7 +425,7 @@ def _roll_back(run: Run, owed: Owed) -> Activation:
     live = owed.live_on(run.read_node())
     owed = live if live.certificates else owed  # what was replaced meanwhile stays; else all of it is back already
     if live.certificates:
-        on_new = restarted_since(run.store, _began(run, owed, newest=False))
+        on_new = restarted_since(run.store, _backup_of(run, owed, newest=False))
         owed = dataclasses.replace(owed, to_restart=tuple(dict.fromkeys([*owed.to_restart, *on_new])))
     has_begun = False
     late: Sequence[BridgeError] = ()

@@ -243,7 +243,7 @@ def _assert_unchanged(targets: Sequence[Target]) -> None:
 
 def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mapping[str, Any]) -> str:
     """Back up by copying (kubeadm rewrites files in place, and a hard link would change, too); the manifest comes last."""
-    created, place_in_order = datetime.now(UTC), _next_number(store)
+    created, place_in_order = datetime.now(UTC), newest_number(store) + 1
     backup_id = f"{created:%Y%m%dT%H%M%SZ}-{run_id}"
     directory = store.backups / backup_id
     directory.mkdir(mode=0o700)
@@ -278,13 +278,13 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
     return backup_id
 
 
-def _next_number(store: Store) -> int:
-    """One more than the newest backup's number, which orders backups independently of the clock."""
+def newest_number(store: Store) -> int:
+    """The newest backup's number, which orders installations independently of the clock; 0: there is none."""
     numbers = [0]
     for directory in store.backup_directories():
         with contextlib.suppress(StateError):  # a damaged one is reported by those that list backups
             numbers.append((manifest_file(directory).read() or {}).get("number", 0))
-    return max(numbers) + 1
+    return max(numbers)
 
 
 def _journal(targets: Sequence[Target], run_id: str, backup_id: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Components, Settings
 from bridge.specs import Component
 from bridge.state.install import MANIFEST
+from bridge.state.store import Store
 from tests.kit.pki import PKI_SPECS, Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
 
@@ -548,6 +549,23 @@ def owing(site: Site) -> Path:
     path = site.directory / "state/unproven.json"
     assert path.exists()
     return path
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["ours", "an earlier version's"])
+def test_a_clock_that_was_set_back_makes_no_restart(site: Site, is_old: bool) -> None:
+    """A restart before the installation is none after it, whatever the clock said; an earlier version recorded no more."""
+    site.renew(MANAGER)
+    times = restarts.times_file(Store(site.directory / "state"))
+    ahead = {
+        one: dataclasses.replace(last, at=last.at + timedelta(days=1)) for one, last in (times.read() or {}).items()
+    }
+    times.put(ahead)
+    owing(site)
+    assert site.restarted == ["kube-controller-manager"]
+    if is_old:
+        times.replace({one.value: last.at.isoformat() for one, last in ahead.items()})
+    assert site.renew().exit_code == 0
+    assert site.restarted == ["kube-controller-manager"] * (1 if is_old else 2)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"certificates": [3]}', None], ids=["empty", "cut", "other", "bit flip"])
