@@ -25,7 +25,7 @@ from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import duration_text
 from bridge.settings.tables import Settings
 from bridge.specs import Component
-from bridge.state import audit, session
+from bridge.state import audit, parked_manifest, session
 from bridge.state.backups import Backup
 from bridge.state.install import newest_number
 from bridge.state.parked_manifest import RestartError
@@ -72,16 +72,26 @@ def restart_all(
     record: audit.Record,
     force: bool = False,
     going_back: bool = False,
+    contents: Mapping[Component, bytes] | None = None,
 ) -> list[Restarted]:
     """
-    Restart these, one at a time, by the settings' method, until one of them does not come back.
+    Restart these, one at a time, by the settings' method, until one of them does not come back; those in `contents` with
+    this text of their manifests.
 
     With `force` also if a neighbour is unhealthy, here or on another node, and shortly after another restart; `going_back`
     is the same, but never while another node is unhealthy.
 
     Returns an entry for each of them, in their order; then one for each other component that is not healthy at the end.
     """
-    run = _Restarts(node=node, settings=settings, store=store, record=record, force=force, at_once=force or going_back)
+    run = _Restarts(
+        node=node,
+        settings=settings,
+        store=store,
+        record=record,
+        force=force,
+        at_once=force or going_back,
+        contents=contents or {},
+    )
     return run.all([component for component in restart_plan.ORDER if component in components])
 
 
@@ -93,6 +103,7 @@ class _Restarts:
     record: audit.Record
     force: bool
     at_once: bool  #: Without a look at this node's other components, or at the time of the last restart.
+    contents: Mapping[Component, bytes]  #: New texts of manifests.
 
     def all(self, ordered: Sequence[Component]) -> list[Restarted]:
         out = []
@@ -222,6 +233,10 @@ class _Restarts:
             return
         command = _command(component, settings)
         _remember(component, self.store)
+        if component in self.contents:
+            parked_manifest.replace(
+                manifests.path_of(component, settings.node.kubeconfig_dir), self.contents[component]
+            )
         if component is Component.KUBELET:
             take_copy(settings.node.kubeconfig_dir, restart_plan.KUBELET_COPY, self.store)
         _run_command(component, command, settings)
@@ -247,6 +262,7 @@ class _Restarts:
             trouble=trouble,
             settle=settle,
             is_needed_by_api=component is Component.ETCD,
+            content=self.contents.get(component),
         )
 
 

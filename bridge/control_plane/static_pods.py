@@ -54,6 +54,7 @@ class Pod:
     trouble: Callable[[], str | None]  #: Why it is not healthy; None: it is.
     settle: timedelta  #: How long a kubelet needs after its end to forget it; too early back costs 10 to 25 s.
     is_needed_by_api: bool = False  #: The API server that the kubelet asks can't write without it: see above.
+    content: bytes | None = None  #: The manifest comes back with this text; None: as it was.
 
 
 def restart(pod: Pod, store: Store, timeout: timedelta) -> None:
@@ -65,7 +66,8 @@ def restart(pod: Pod, store: Store, timeout: timedelta) -> None:
         StoppedError: By a signal; the manifest is in its place.
         OSError: The manifest could not be moved out; or not back, then the journal stays for `recover`.
     """
-    name, journal, before = pod.component.value, journal_of(pod.component, pod.manifest), pod.instances()
+    name, before = pod.component.value, pod.instances()
+    journal = journal_of(pod.component, pod.manifest, pod.content)
     with _signals_wait() as check:
         try:
             try:

@@ -45,10 +45,12 @@ def recover(store: Store) -> str | None:
     return f"{name}: a restart was interrupted before {name} was seen healthy; its manifest is in its place"
 
 
-def journal_of(component: Component, manifest: Path) -> dict[str, Any]:
-    """A journal with the whole manifest, which can be restored even if the moved file is lost."""
+def journal_of(component: Component, manifest: Path, content: bytes | None = None) -> dict[str, Any]:
+    """A journal with the whole manifest that is to be put back (None: as it is), even if the moved file is lost."""
+    if content is not None and manifest.is_symlink():
+        raise RestartError(f"{manifest}: wanted to change the manifest of {component.value}, found a symlink")
     try:
-        content, attributes = manifest.read_bytes(), Attributes.of(manifest)
+        old, attributes = manifest.read_bytes(), Attributes.of(manifest)
     except OSError as e:
         raise RestartError(f"{manifest}: wanted the manifest of {component.value}, found: {e.strerror}") from e
     return {
@@ -56,9 +58,18 @@ def journal_of(component: Component, manifest: Path) -> dict[str, Any]:
         "component": component.value,
         "manifest": str(manifest),
         "aside": str(aside(manifest)),
-        "content": base64.b64encode(content).decode(),
+        "content": base64.b64encode(old if content is None else content).decode(),
         "attributes": attributes_json(attributes),
     }
+
+
+def replace(manifest: Path, content: bytes) -> None:
+    """Give a manifest another text in one step; a kubelet reads each file of its directory, so it is staged outside."""
+    waiting = aside(manifest)
+    waiting.unlink(missing_ok=True)
+    write_staged(waiting, content, Attributes.of(manifest))
+    waiting.rename(manifest)
+    sync(manifest)
 
 
 def enter(store: Store, journal: dict[str, Any], state: ParkingState) -> None:

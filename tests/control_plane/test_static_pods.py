@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import functools
 import json
 import os
 import shutil
@@ -18,7 +20,7 @@ from bridge.control_plane import static_pods
 from bridge.control_plane.static_pods import Pod, StoppedError, restart
 from bridge.errors import Exit
 from bridge.specs import Component
-from bridge.state.parked_manifest import RestartError, aside, recover
+from bridge.state.parked_manifest import RestartError, aside, recover, replace
 from bridge.state.store import Store
 from bridge.system.state_file import StateDamagedError
 from tests.kit.static_pod import CONTENT, TIMEOUT, Site, attempt, interrupted
@@ -225,6 +227,38 @@ def test_a_kill_at_every_call(calls: int, place: Path) -> None:
         site.assert_whole(at)
         was_away += away
     assert was_away > 5
+
+
+def test_a_kill_while_the_text_changes_leaves_the_old_one_or_the_new_one(place: Path) -> None:
+    """The new text, with mode, owner and attributes of the old, as soon as the manifest has been away; nothing is left over."""
+    new, found = CONTENT + b"# new\n", set()
+
+    def change(site: Site) -> None:
+        restart(dataclasses.replace(site.pod, content=new), site.store, TIMEOUT)
+
+    whole = Site.make(place / "whole")
+    code, count = attempt(lambda: change(whole), 0, kill)
+    assert code == 0
+    whole.assert_whole(content=new)
+    for at in range(1, count + 1):
+        site = Site.make(place / str(at))
+        assert attempt(functools.partial(change, site), at, kill)[0] == -signal.SIGKILL, at
+        was_away = not site.manifest.exists()
+        clean(site.store)
+        found.add(content := site.manifest.read_bytes())
+        assert content == new or not was_away, at
+        site.assert_whole(at, content)
+    assert found == {CONTENT, new}
+
+
+def test_a_symlink_is_not_given_another_text(site: Site) -> None:
+    """It has its reasons, and what it leads to may be another node's; the text of a manifest is replaced in one step."""
+    replace(site.manifest, CONTENT + b"# new\n")
+    site.assert_whole(content=CONTENT + b"# new\n")
+    site.manifest.rename(site.root / "elsewhere")
+    site.manifest.symlink_to(site.root / "elsewhere")
+    with pytest.raises(RestartError, match="found a symlink"):
+        restart(dataclasses.replace(site.pod, content=CONTENT), site.store, TIMEOUT)
 
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EIO", "EACCES"])

@@ -57,16 +57,20 @@ class Site:
         """Its state directory."""
         return Store(self.root / "state")
 
-    def restart(self, timeout: timedelta = TIMEOUT) -> None:
-        """As the program does it."""
-        pod = Pod(
+    @property
+    def pod(self) -> Pod:
+        """As the program sees it."""
+        return Pod(
             component=Component.SCHEDULER,
             manifest=self.manifest,
             instances=self.instances,
             trouble=self.at_trouble,
             settle=timedelta(),
         )
-        restart(pod, self.store, timeout)
+
+    def restart(self, timeout: timedelta = TIMEOUT) -> None:
+        """As the program does it."""
+        restart(self.pod, self.store, timeout)
 
     def instances(self) -> frozenset[str]:
         """The first one while the manifest has not been out; another one when it is back."""
@@ -75,9 +79,9 @@ class Site:
         found = self.at_remains()
         return frozenset({found} if found else ())
 
-    def assert_whole(self, about: object = None) -> None:
-        """The manifest is as it was, and nothing else is left."""
-        assert self.manifest.read_bytes() == CONTENT, about
+    def assert_whole(self, about: object = None, content: bytes = CONTENT) -> None:
+        """The manifest is as it was, but perhaps for its text, and nothing else is left."""
+        assert self.manifest.read_bytes() == content, about
         assert Attributes.of(self.manifest) == self.attributes, about
         assert self.names() == ["etcd.yaml", "kube-scheduler.yaml"], about
         assert [path.name for path in (self.root / "kubernetes").iterdir()] == ["manifests"], about
