@@ -378,14 +378,20 @@ def run_in(machine: Booted, bridge: Bridge, names: Collection[str]) -> None:
 
 @pytest.mark.parametrize("installed", ["trixie"], indirect=True)
 def test_the_desk_signs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
-    """As its own user, without network, with the passphrase as a credential; what the node exports comes back signed."""
+    """As its own user, without network, by `openssl ca` with a passphrase as a credential, and by a program."""
     make_node(installed, tmp_path / "node", left=timedelta(days=20))
+    site = '[backend.site]\ntype = "exec"\ncommand = ["/usr/local/bin/site-ca", "/srv/ca"]\n'
+    by_program = SETTINGS.replace('backend = "desk"\ndir = "/srv/ca/etcd-ca"', 'backend = "site"')
+    installed.put("/etc/ca-bridge/config.toml", (by_program + site).encode())
+    installed.put("/usr/local/bin/site-ca", (SITE_CA % "").encode(), 0o755)
+    installed.put("/srv/ca/passphrase", PASSPHRASE.encode(), 0o600)
     installed.run(
         "useradd --system ca 2>/dev/null || { echo ca:x:990:990::/:/bin/false >>/etc/passwd; echo ca:x:990: >>/etc/group; };"
         "mkdir -p /srv/desk/inbox /srv/desk/outbox; chmod 700 /srv/desk/*;"
         "ca-bridge export /srv/desk/inbox/cp.json all --state-dir /var/lib/node; chown -R ca:ca /srv/ca /srv/desk"
     )
-    policy = b'[allow]\nclusters = ["*"]\nnodes = ["*"]\nmasters = ["super-admin.conf"]\n'
+    policy = b'[desk]\nca_dir = "/etc/kubernetes/pki"\n'
+    policy += b'[allow]\nclusters = ["*"]\nnodes = ["*"]\nmasters = ["super-admin.conf"]\n'
     installed.put("/etc/ca-bridge/desk-policy.toml", policy)
     drop_in = b"[Service]\nLoadCredential=ca-passphrase:/etc/ca-bridge/ca-passphrase\n"
     installed.put("/etc/systemd/system/ca-bridge-desk.service.d/site.conf", drop_in)
@@ -395,7 +401,8 @@ def test_the_desk_signs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
         (answer,) = machine.run("ls /srv/desk/outbox").stdout.split()
         assert machine.run(f"stat -c %U /srv/desk/outbox/{answer}").stdout == "ca\n"
         machine.run(f"ca-bridge import /srv/desk/outbox/{answer} --state-dir /var/lib/node")
-        assert end_of(machine) > datetime.now(UTC) + timedelta(days=300)
+        for name in ("apiserver", "etcd/server", "front-proxy-client"):
+            assert end_of(machine, name) > datetime.now(UTC) + timedelta(days=300)
 
 
 @pytest.mark.parametrize("installed", ["trixie"], indirect=True)
