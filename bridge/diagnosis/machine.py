@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from cryptography import x509
@@ -25,6 +27,7 @@ from bridge.system import files, jobs, locks
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.files import DiskSpace, disk_spaces
 from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read_once
+from bridge.system.waiting import within
 from bridge.words import one_line
 
 #: Below these it is a matter of time.
@@ -175,11 +178,16 @@ def _metrics(settings: Settings) -> Iterator[Finding]:
 # --- copies of admin.conf --------------------------------------------------------------------------------------------
 
 
+#: For one home, which may be on a dead network file system, and for all of them.
+_HOME_SECONDS, _ALL_HOMES_SECONDS = 5.0, 20.0
+_UNSEEN_HINT = "see whether its file system answers"
+
+
 def _homes() -> list[Path]:
     """Home directories of those who may have followed kubeadm's advice to copy admin.conf."""
     found = [Path("/root"), Path("~").expanduser()]
-    with contextlib.suppress(OSError):
-        found += sorted(path for path in Path("/home").iterdir() if path.is_dir())
+    with contextlib.suppress(OSError, TimeoutError):
+        found += sorted(within(_HOME_SECONDS, lambda: list(Path("/home").iterdir())))
     return list(dict.fromkeys(found))
 
 
@@ -187,23 +195,37 @@ def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:
     """Look for copies, which no run renews: each is as old as the day on which it was made."""
     admins = {item.spec.name: item for item in node.items if item.spec.component is None and item.embedded}
     live = {item.certificates[0]: name for name, item in admins.items() if item.certificates}
-    if not live:
-        return
-    for home in homes:
-        path = home / ".kube/config"
-        certificate = _client_certificate(path)
-        if certificate is None:
-            continue
-        if certificate in live:
+    end = time.monotonic() + _ALL_HOMES_SECONDS
+    for path in (home / ".kube/config" for home in homes) if live else ():
+        if end - time.monotonic() < _HOME_SECONDS:
             text = (
-                f"a copy of {live[certificate]}, which is to be copied again after each renewal, "
-                "or listed in copies.files"
+                f"wanted to look into all homes within {_ALL_HOMES_SECONDS:g} s, found no end of those before this one"
             )
-            yield Finding.note("admin-copy", str(path), text)
-        elif name := _name_of_old(certificate, admins):
-            text = f"wanted a copy of {name} as it is now, found an older one (serial {serial_hex(certificate)})"
-            hint = f"copy {admins[name].certificate_path} there again"
-            yield Finding.warning("admin-copy-old", str(path), text, hint)
+            yield Finding.warning("admin-copy-unseen", str(path), text, _UNSEEN_HINT)
+            return
+        try:
+            certificate = within(_HOME_SECONDS, partial(_client_certificate, path))
+        except TimeoutError:
+            text = f"wanted to look within {_HOME_SECONDS:g} s whether it is a copy of admin.conf, found no end of it"
+            yield Finding.warning("admin-copy-unseen", str(path), text, _UNSEEN_HINT)
+            continue
+        if certificate is not None:
+            yield from _copy(path, certificate, live, admins)
+
+
+def _copy(
+    path: Path, certificate: x509.Certificate, live: Mapping[x509.Certificate, str], admins: Mapping[str, Item]
+) -> Iterator[Finding]:
+    """Tell of a file in a home that has this client certificate."""
+    if certificate in live:
+        text = (
+            f"a copy of {live[certificate]}, which is to be copied again after each renewal, or listed in copies.files"
+        )
+        yield Finding.note("admin-copy", str(path), text)
+    elif name := _name_of_old(certificate, admins):
+        text = f"wanted a copy of {name} as it is now, found an older one (serial {serial_hex(certificate)})"
+        hint = f"copy {admins[name].certificate_path} there again"
+        yield Finding.warning("admin-copy-old", str(path), text, hint)
 
 
 def _listed_copies(node: Node, settings: Settings) -> Iterator[Finding]:
@@ -236,7 +258,7 @@ def _client_certificate(path: Path) -> x509.Certificate | None:
         return None
 
 
-def _name_of_old(certificate: x509.Certificate, admins: dict[str, Item]) -> str:
+def _name_of_old(certificate: x509.Certificate, admins: Mapping[str, Item]) -> str:
     """The name of the certificate that it is an earlier one of: the same subject and the same CA's name; empty: of none."""
     for name, item in admins.items():
         for live in item.certificates[:1]:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
-from collections.abc import Container, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -38,12 +39,16 @@ from bridge.state.store import Store
 from bridge.system.files import Attributes, sync_directory, write_staged
 from bridge.system.paths import ForeignLinkError, Place, UnreadableError, opened, read, regular_file, trusted_users
 from bridge.system.state_file import StateError
+from bridge.system.waiting import within
 
 log = logging.getLogger("ca-bridge")
+T = TypeVar("T")
 
 _STAGED = f"{STAGED_PREFIX}copy-"
 #: For one copy; a healthy one takes milliseconds.
 _LONGEST = timedelta(seconds=30)
+#: For one that is looked at when those before it have taken all of that time.
+_SHORTEST_SECONDS = 1.0
 #: Users of one copy whose keys are read: there is one, or one a cluster.
 _MOST_KEYS = 8
 
@@ -100,7 +105,7 @@ def settle(settings: Settings, store: Store, record: audit.Record) -> list[Bridg
     live, unread = _live(inventory.of(settings.node))
     for path in settings.copies.files.paths:
         try:
-            for name in _refreshed_in_time(path, live, owed):
+            for name in _in_time(path, _LONGEST.total_seconds(), partial(_refreshed, path, live, owed)):
                 log.info("%s: holds what %s holds now", path, name)
                 record.add(audit.COPIED, name, new=live[name].certificate, result=str(path))
         except CopyError as e:
@@ -113,22 +118,13 @@ def settle(settings: Settings, store: Store, record: audit.Record) -> list[Bridg
     return errors
 
 
-def _refreshed_in_time(path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequence[str]]) -> list[str]:
-    """Refresh one copy in time, since a home may be on a dead file system (CopyError: its thread is left behind)."""
-    done: Future[list[str]] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(_refreshed(path, live, owed))
-        except BaseException as e:  # noqa: BLE001 (the caller gets it)
-            done.set_exception(e)
-
-    threading.Thread(target=run, daemon=True).start()
+def _in_time(path: Path, seconds: float, work: Callable[[], T]) -> T:
+    """Work on one copy, whose home may be on a dead file system, within a time (CopyError)."""
     try:
-        return done.result(_LONGEST.total_seconds())
+        return within(seconds, work)
     except TimeoutError:
-        seconds = int(_LONGEST.total_seconds())
-        raise CopyError(f"{path}: wanted to refresh it within {seconds} s, found no end of reading it") from None
+        limit = int(_LONGEST.total_seconds())
+        raise CopyError(f"{path}: wanted to read it within {limit} s, found no end of it") from None
 
 
 def _live(node: Node) -> tuple[dict[str, _Live], dict[str, CopyError]]:
@@ -208,13 +204,13 @@ def _held(data: bytes, known: Container[str]) -> Iterator[tuple[EmbeddedUser, st
 
 
 def look(settings: Settings, node: Node) -> list[Copy]:
-    """Each copy as it is now, with the reason why it could not be refreshed; nothing is written."""
+    """Each copy as it is now, with the reason why it could not be refreshed; all within the time of one."""
     live, _ = _live(node)
     names = {fingerprint(one.certificate): name for name, one in live.items()}
-    found = []
+    found, end = [], time.monotonic() + _LONGEST.total_seconds()
     for path in settings.copies.files.paths:
         try:
-            found.append(_look(path, names))
+            found.append(_in_time(path, max(_SHORTEST_SECONDS, end - time.monotonic()), partial(_look, path, names)))
         except CopyError as e:
             found.append(Copy(path=path, error=e))
     return found

@@ -14,10 +14,8 @@ import os
 import select
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -29,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from bridge.errors import BridgeError, Exit
 from bridge.pki.budget import Budget
 from bridge.pki.certificates import load_pem_certificates
+from bridge.system.waiting import within
 from bridge.words import one_line
 
 if TYPE_CHECKING:
@@ -402,29 +401,6 @@ def _has_ended(opened: socket.socket) -> bool:
     poll = select.poll()
     poll.register(opened, select.POLLIN)
     return bool(poll.poll(0))
-
-
-def within(seconds: float, work: Callable[[], T]) -> T:
-    """Call `work` in a thread with a time limit (a resolver has none); after a TimeoutError a late result is closed."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as e:  # noqa: BLE001 (it is raised on the other side)
-            future.set_exception(e)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        return future.result(timeout=seconds)
-    except TimeoutError:
-        future.add_done_callback(_close)
-        raise
-
-
-def _close(late: Future[Any]) -> None:
-    if late.exception() is None and hasattr(late.result(), "close"):
-        late.result().close()
 
 
 def _connected(peer: Peer, seconds: float) -> socket.socket:

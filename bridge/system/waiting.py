@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 T = TypeVar("T")
 #: More doublings would only make a larger number of what is cut off anyway.
@@ -39,6 +40,37 @@ def wait_until(
 def back_off_seconds(failures: int, first: float, longest: float) -> float:
     """The pause after this many failures in a row, the first of which is number 0: each is twice the one before."""
     return min(first * 2.0 ** min(failures, _MOST_DOUBLINGS), longest)
+
+
+# --- a limit of time -------------------------------------------------------------------------------------------------
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """
+    Call `work` in a thread with a time limit, since a resolver and a network file system have none; after a
+    TimeoutError the thread is left behind, and its late result is closed.
+    """
+    from concurrent.futures import Future  # noqa: PLC0415 (every command loads this module)
+
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as e:  # noqa: BLE001 (it is raised on the other side)
+            future.set_exception(e)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(timeout=seconds)
+    except TimeoutError:
+        future.add_done_callback(_close)
+        raise
+
+
+def _close(late: Future[Any]) -> None:
+    if late.exception() is None and hasattr(late.result(), "close"):
+        late.result().close()
 
 
 # --- an interruption --------------------------------------------------------------------------------------------------

@@ -379,7 +379,7 @@ def test_a_copy_that_is_read_for_ever_holds_up_nothing(
         *errors, code = renewed(settings, ADMIN)
     over.set()
     assert (order, code) == (["restart and proof", "copy", "copy"], str(Exit.NOT_LIVE))
-    assert [error for error in errors if f"{dead}: wanted to refresh it within 0 s" in error] == errors
+    assert [error for error in errors if f"{dead}: wanted to read it within 0 s" in error] == errors
     assert is_fresh(good, node)
 
 
@@ -627,6 +627,25 @@ def test_a_look_changes_nothing(node: Pki, home: Path, tmp_path: Path) -> None:
         ((), False, True),
     ]
     assert everything_below(home.parent) == before
+
+
+def test_a_look_ends_in_time(node: Pki, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that does not answer; the copies behind it are looked at, too."""
+    dead, good = home / "config", given(node, tmp_path / "monitoring.conf", uid=0)
+    first, over = copies._look, threading.Event()
+
+    def look(path: Path, *rest: Any) -> copies.Copy:
+        if path == dead:
+            over.wait(60)
+        return first(path, *rest)
+
+    monkeypatch.setattr(copies, "_LONGEST", timedelta(seconds=0.3))
+    monkeypatch.setattr(copies, "_look", look)
+    settings = settings_with(node, tmp_path, dead, good)
+    hung, fresh = copies.look(settings, inventory.read(node.pki_dir, node.kubeconfig_dir))
+    over.set()
+    assert "no end of it" in str(hung.error)
+    assert (fresh.names, fresh.error) == ((ADMIN,), None)
 
 
 def test_plan_doctor_and_recover_tell(node: Pki, home: Path, tmp_path: Path) -> None:

@@ -41,7 +41,6 @@ from bridge.system.http import (
     UnreachableError,
     UntrustedError,
 )
-from bridge.system.waiting import wait_until
 from tests.kit import cfssl
 from tests.kit.loopback import LoopbackServer
 
@@ -505,26 +504,3 @@ print(opened)
     command = [sys.executable, "-c", program, str(pki), noticed]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == ["[]", f"['{noticed}']"]
-
-
-def test_a_connection_that_comes_too_late_is_closed() -> None:
-    """Nobody else would: whoever asked for it has given it up."""
-    ours, theirs = socket.socketpair()
-
-    def slow() -> socket.socket:
-        time.sleep(0.3)
-        return ours
-
-    with theirs, pytest.raises(TimeoutError):
-        http.within(0.05, slow)
-    assert wait_until(ours.fileno, lambda number: number == -1, timedelta(seconds=20), pause_seconds=0.05) == -1
-
-
-def test_an_error_that_comes_too_late_is_nobodys() -> None:
-    """The time limit is what is told; one that comes in time is told itself."""
-
-    def fails() -> None:
-        raise TimeoutError("its own")
-
-    with pytest.raises(TimeoutError, match="its own"):
-        http.within(20, fails)
