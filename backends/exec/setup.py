@@ -11,6 +11,7 @@ from typing import Any
 
 from cryptography import x509
 
+from backends.exec import step_ca
 from backends.exec.helper import ENVIRONMENT, ekus_text
 from bridge.contract import Selector, SetupFile, SetupRequest
 from bridge.errors import SettingsError, SettingsProblem
@@ -55,8 +56,8 @@ exit "$status"
 
 
 def setup(wanted: SetupRequest) -> list[SetupFile]:
-    """One script for the authority."""
-    profile = _selector(wanted.settings, wanted.node)
+    """A script for the authority that tries the program; before it, for step-ca, a script that makes its provisioners."""
+    profile, command = _selector(wanted.settings, wanted.node), _command(wanted.settings)
     rows = [
         (name, profile(SPECS[name]), ekus_text(SPECS[name]), subject_text(certificate), sans_text(certificate))
         for name, certificate in wanted.certificates.items()
@@ -78,9 +79,10 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
         days=-(-wanted.validity // timedelta(days=1)),
         seconds=int(wanted.validity.total_seconds()),
         environment=_assignments({**ENVIRONMENT, **_texts(wanted.settings, "environment")}),
-        command=shlex.join(_command(wanted.settings)),
+        command=shlex.join(command),
     )
-    return [SetupFile(name=f"try-{wanted.authority.name}.sh", text=text, executable=True)]
+    tries = SetupFile(name=f"try-{wanted.authority.name}.sh", text=text, executable=True, by_node=True)
+    return [*([step_ca.provisioners(wanted, profile)] if step_ca.is_meant(command) else []), tries]
 
 
 def _case(name: str, profile: str, ekus: str, subject: str, sans: str) -> str:

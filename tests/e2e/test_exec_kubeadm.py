@@ -1,14 +1,16 @@
-"""PKIs that the real kubeadm made, renewed whole through programs: certmonger's local-submit, and one that asks a person."""
+"""PKIs that the real kubeadm made, renewed whole through programs: certmonger's local-submit, step-ca, and a person."""
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from bridge.pki.certificates import load_pem_certificates
 from bridge.specs import AUTHORITIES
-from tests.kit import exec_programs
+from tests.kit import exec_programs, step_ca
 from tests.kit.cas import Bridge, live_certificates
 from tests.kit.pki import KubeadmPki, kubeadm_pki
 from tests.kit.renewed import Snapshot, assert_renewed
@@ -44,6 +46,32 @@ def test_renews_everything_through_local_submit(pki: KubeadmPki, tmp_path: Path)
     run = bridge.run("renew", "all")
     assert run.returncode == 0, run.stderr
     assert_renewed(pki, before, tmp_path / "scratch")
+
+
+@pytest.mark.kube("step", "step-ca")
+def test_renews_everything_through_step_ca(pki: KubeadmPki, tmp_path: Path) -> None:
+    """Three CAs, each with an intermediate of kubeadm's own and the provisioners that `setup exec` prints for this node."""
+    bridge, before = Bridge(pki=pki, directory=tmp_path / "bridge"), Snapshot.of(pki)
+    cas = {name: step_ca.below(tmp_path / name, *pki.ca_pem(name)) for name in AUTHORITIES}
+    bridge.add("backend.step", {"type": "exec", "command": ["/bin/false"]})
+    for name, ca in cas.items():
+        settings = ca.settings(profile="kubeadm-{node}-{usage}")
+        bridge.add(f"authority.{name}", {"backend": "step"} | {key: settings[key] for key in ("command", "profile")})
+        bridge.add(f"authority.{name}.environment", {"PATH": step_ca.PATH})
+        setup = bridge.run("setup", "exec", "--authority", name, "-o", str(tmp_path / "for-the-ca"))
+        assert setup.returncode == 0, setup.stderr
+        ca.set_up((tmp_path / f"for-the-ca/step-ca-{name}.sh").read_text())
+    with contextlib.ExitStack() as running:
+        for ca in cas.values():
+            running.enter_context(ca.serving())
+        doctor = bridge.run("doctor")
+        assert "step (exec) answers, and is the right CA" in " ".join(doctor.stdout.split())
+        run = bridge.run("renew", "all")
+    assert run.returncode == 0, run.stderr
+    assert_renewed(pki, before, tmp_path / "scratch")
+    for name in ("apiserver.crt", "etcd/peer.crt", "front-proxy-client.crt"):
+        leaf, intermediate = load_pem_certificates((pki.pki_dir / name).read_bytes())
+        assert leaf.issuer == intermediate.subject
 
 
 def approve(directory: Path, pki: KubeadmPki, only: str = "") -> int:

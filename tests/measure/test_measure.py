@@ -10,7 +10,7 @@ import pytest
 
 from tests.kit import exec_programs
 from tests.measure import __main__ as bench
-from tests.measure import backends, curves, desk_profile, fleet, gateway, mutation, start_up
+from tests.measure import backends, curves, desk_profile, fleet, gateway, mutation, start_up, tested_cas
 
 
 def test_the_desks_rows(tmp_path: Path) -> None:
@@ -115,3 +115,16 @@ def test_the_gateway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(tables) == 8
     assert "\n".join(tables[-3:]) in page.read_text()
     assert found.where() in page.read_text()
+
+
+@pytest.mark.kube("cfssl", "step-ca", "kubeadm")
+def test_the_page_of_tested_cas_has_the_kits_versions() -> None:
+    """Where the machine has no say in them; the rows of the others are there, and a wrong cell is put right."""
+    text = tested_cas.DOCUMENT.read_text(encoding="utf-8")
+    found = tested_cas.in_page(text)
+    pinned = {one.row: one.version() for one in tested_cas.TESTED if one.is_pinned}
+    assert {row: found[row] for row in pinned} == pinned
+    assert all(found[one.row] for one in tested_cas.TESTED)
+    wrong = text.replace(f"| OpenBao | {pinned['OpenBao']} |", "| OpenBao | 1.0 |")
+    assert tested_cas.in_page(wrong)["OpenBao"] == "1.0"
+    assert tested_cas.written(wrong, pinned) == text
