@@ -49,15 +49,13 @@ def elements(data: bytes) -> list[Element]:
 
 
 def _length(data: bytes, position: int) -> tuple[int, int]:
-    """A length in its shortest form, and where the content begins."""
+    """A length in the long form, which is the shortest for 128 and more, and where the content begins."""
     if position >= len(data):
         raise ValueError("not DER")
-    first = data[position]
-    if first < 0x80:  # noqa: PLR2004 (X.690 §8.1.3.4: the short form)
-        return first, position + 1
-    end = position + 1 + (first & 0x7F)
+    size = data[position] & 0x7F
+    end = position + 1 + size
     value = int.from_bytes(data[position + 1 : end])
-    if end > len(data) or value.bit_length() <= 8 * ((first & 0x7F) - 1) or value < 0x80:  # noqa: PLR2004
+    if end > len(data) or value.bit_length() <= 8 * (size - 1) or value < 0x80:  # noqa: PLR2004
         raise ValueError("not DER")
     return value, end
 

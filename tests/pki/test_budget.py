@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from bridge.pki.budget import MOST_BYTES, MOST_STEPS, Budget, OverBudgetError, json_of, of_server
+from bridge.pki.budget import MOST_BYTES, MOST_OF_SERVER, MOST_STEPS, Budget, OverBudgetError, json_of, of_server
 
 pytestmark = pytest.mark.attack("N5")
 
@@ -22,16 +22,46 @@ def test_bytes_steps_and_time_are_spent_together() -> None:
     budget = fresh()
     budget.spend(10, 3)
     budget.spend()
-    with pytest.raises(OverBudgetError, match="at most 10 bytes, found 11"):
+    with pytest.raises(OverBudgetError, match=r"^wanted at most 10 bytes, found 11$") as e:
         budget.spend(1)
-    with pytest.raises(OverBudgetError, match="at most 3 values"):
+    assert (e.value.wanted, e.value.found) == ("at most 10 bytes", "11")
+    with pytest.raises(OverBudgetError, match=r"^wanted at most 3 values, found more$"):
         fresh().spend(0, 4)
     budget = fresh()
-    now[0] = 4.9
+    now[0] = 4.75
     budget.spend(1, 1)
+    assert budget.seconds_left() == 0.25
     now[0] = 5.0
-    with pytest.raises(OverBudgetError, match="within 5 s"):
+    with pytest.raises(OverBudgetError, match=r"^wanted no more than can be read within 5 s, found more$"):
         budget.spend()
+
+
+def test_what_may_be_looked_at_is_asked_before() -> None:
+    """The last byte is allowed, and the next is not; steps add up; without a limit of time there is always some left."""
+    budget = Budget(2, 2)
+    assert [budget.allows(1), budget.allows(1), budget.allows(1)] == [True, True, False]
+    budget = Budget(2, 2)
+    budget.spend()
+    budget.spend(steps=2)
+    with pytest.raises(OverBudgetError, match="values"):
+        budget.spend(steps=1)
+    assert budget.seconds_left() == float("inf")
+
+
+def test_several_documents_share_a_budget() -> None:
+    """The second is refused though it is as small as the first; a server's answer may have more values than others."""
+    budget = Budget(8, 5)
+    assert json_of(b"[1,2]", budget) == [1, 2]
+    with pytest.raises(OverBudgetError, match="bytes"):
+        json_of(b"[1,2]", budget)
+    for text in (b"[1,2]", b'{"a":{}}'):
+        json_of(text, Budget(8, 3))
+        with pytest.raises(OverBudgetError, match="values"):
+            json_of(text, Budget(8, 2))
+    many = b"[" + b"0," * MOST_STEPS + b"0]"
+    assert len(of_server(many)) == MOST_STEPS + 1
+    with pytest.raises(OverBudgetError, match=f"at most {MOST_OF_SERVER} values"):
+        of_server(b"[" + b"0," * MOST_OF_SERVER + b"0]")
 
 
 @pytest.mark.parametrize("value", [[], {}, "a", 1, None, [1, [2, {"a": [3], "b": "[,,{"}]], {"a": {"b": {}}}])
@@ -67,4 +97,18 @@ def test_a_megabyte_becomes_no_hundred(data: bytes) -> None:
 def test_what_is_no_json_is_a_value_error(data: bytes) -> None:
     """One kind of error, whatever breaks the reader."""
     with pytest.raises(ValueError, match=r"."):
+        json_of(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"[" * 90_000, "wanted JSON, found nesting without end"),
+        (b"[NaN]", "wanted numbers, found NaN"),
+        (b"-Infinity", "wanted numbers, found -Infinity"),
+    ],
+)
+def test_what_json_has_and_we_do_not_read_is_named(data: bytes, sentence: str) -> None:
+    """Python's reader takes numbers that are none, and stops at its own depth."""
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
         json_of(data)

@@ -154,13 +154,18 @@ def test_a_request_reaches_the_backend_with_our_table(request_bundle: RequestBun
     assert request.spec.ekus == {EKU.SERVER_AUTH}
     assert request.continuity is not None
     assert request.continuity.batch == lying.batch
+    assert x509.load_pem_x509_csr(request.csr_pem) == request.csr
+    assert request.csr is lying.requests[NAMES.index("apiserver")].csr
 
 
 def test_sign_requests_make_a_bundle(request_bundle: RequestBundle) -> None:
-    """The way from the contract's requests to a bundle and back loses nothing."""
+    """The way from the contract's requests to a bundle and back loses nothing; the time is theirs, where they have one."""
     requests = [sign_request(one, request_bundle) for one in request_bundle.requests]
+    later = request_bundle.created + timedelta(days=1)
 
-    assert bundles.bundle_of(requests, request_bundle.created) == request_bundle
+    assert bundles.bundle_of(requests, later) == request_bundle
+    earlier = replace(request_bundle, version=1, created=later)
+    assert bundles.bundle_of([sign_request(one, earlier) for one in earlier.requests], later) == earlier
 
 
 def test_requests_of_two_batches_are_no_bundle(request_bundle: RequestBundle, pairs: Pairs) -> None:
@@ -375,6 +380,119 @@ def test_missing_unknown_and_double_keys_are_named(either: Bundle) -> None:
     error = error_of(twice)
     assert error.found == "it twice"
     assert "schema" in error.field
+
+
+WRONG: tuple[tuple[str, str, object, str], ...] = (
+    ("request", "version", 3, "version: wanted one of 1, 2, found 3"),
+    ("request", "batch", "12", "batch: wanted 32 hex digits, found '12'"),
+    ("request", "node", "a b", "node: wanted a node's name (letters, digits, '.', '_' and '-'), found 'a b'"),
+    ("request", "cluster", "x" * 254, "cluster: wanted at most 253 characters, found 254"),
+    (
+        "request",
+        "created",
+        "2026-02-31T00:00:00Z",
+        "created: wanted a time that there is, found '2026-02-31T00:00:00Z'",
+    ),
+    ("request", "created", "2026-01-31", "created: wanted a time such as 2026-01-31T12:00:00Z, found '2026-01-31'"),
+    (
+        "request",
+        "created",
+        "0999-01-31T00:00:00Z",
+        "created: wanted a time after the year 1000, found '0999-01-31T00:00:00Z'",
+    ),
+    ("request", "requests", [], "requests: wanted a list, not empty, found []"),
+    ("request", "digest", "12", "digest: wanted 64 hex digits, found '12'"),
+    ("request", "requests.0", 1, "requests[0]: wanted an object, found 1"),
+    ("request", "requests.0.name", "x", f"requests[0].name: wanted one of {', '.join(bundles.CARRIED)}, found 'x'"),
+    (
+        "request",
+        "requests.0.authority",
+        "x",
+        "requests[0].authority: wanted one of ca, etcd-ca, front-proxy-ca, found 'x'",
+    ),
+    ("request", "requests.0.ekus", [], "requests[0].ekus: wanted a list of clientAuth and serverAuth, found []"),
+    (
+        "request",
+        "requests.0.ekus",
+        ["serverAuth", "clientAuth"],
+        "requests[0].ekus: wanted each once, in alphabetical order, found ['serverAuth', 'clientAuth']",
+    ),
+    (
+        "request",
+        "requests.0.validitySeconds",
+        0,
+        "requests[0].validitySeconds: wanted a whole number of seconds, at most 3153600000, found 0",
+    ),
+    (
+        "request",
+        "requests.0.validitySeconds",
+        3153600001,
+        "requests[0].validitySeconds: wanted a whole number of seconds, at most 3153600000, found 3153600001",
+    ),
+    (
+        "request",
+        "requests.0.csr",
+        None,
+        "requests[0].csr: wanted a CSR as one PEM block, and not a byte more, found something else (no text)",
+    ),
+    (
+        "request",
+        "requests.0.replaces",
+        "x",
+        "requests[0].replaces: wanted a certificate as one PEM block, and not a byte more or null, found something else (Unable to load PEM file",
+    ),
+    ("request", "requests.0.proof", "x", "requests[0].proof: wanted base64 or null, found 'x'"),
+    ("request", "requests.1.name", "apiserver", "requests[1].name: wanted each name once, found apiserver again"),
+    ("answer", "version", 2, "version: wanted 1, found 2"),
+    ("answer", "requestDigest", "12", "requestDigest: wanted 64 hex digits, found '12'"),
+    ("answer", "batch", None, "batch: wanted 32 hex digits, found None"),
+    ("answer", "node", "", "node: wanted a node's name (letters, digits, '.', '_' and '-'), found ''"),
+    ("answer", "cluster", "a\nb", "cluster: wanted a text without control characters, found 'a\\nb'"),
+    ("answer", "signer", " ", "signer: wanted a text, found ' '"),
+    ("answer", "signer", "x" * 2001, "signer: wanted at most 2000 characters, found 2001"),
+    ("answer", "signed", None, "signed: wanted a time such as 2026-01-31T12:00:00Z, found None"),
+    ("answer", "signature", "x", "signature: wanted base64 or null, found 'x'"),
+    ("answer", "answers", {}, "answers: wanted a list, not empty, found {}"),
+    ("answer", "answers.0.name", "x", f"answers[0].name: wanted one of {', '.join(bundles.CARRIED)}, found 'x'"),
+    ("answer", "answers.0.chain", [], "answers[0].chain: wanted a list, not empty, found []"),
+    (
+        "answer",
+        "answers.0.chain.0",
+        "x",
+        "answers[0].chain[0]: wanted a certificate as one PEM block, and not a byte more, found something else (Unable to load PEM file",
+    ),
+    ("answer", "answers.1.name", "apiserver", "answers[1].name: wanted each name once, found apiserver again"),
+    ("answer", "answers.1.refusal", "", "answers[1].refusal: wanted a text, found ''"),
+)
+
+
+@pytest.mark.parametrize(("kind", "path", "value", "sentence"), WRONG)
+def test_a_wrong_value_is_told_with_its_place_and_what_was_wanted(
+    request: pytest.FixtureRequest, kind: str, path: str, value: object, sentence: str
+) -> None:
+    """An operator finds the field by the sentence alone."""
+    whole = document(request.getfixturevalue(f"{kind}_bundle"))
+    *steps, last = [int(step) if step.isdigit() else step for step in path.split(".")]
+    parent: Any = whole
+    for step in steps:
+        parent = parent[step]
+    parent[last] = value
+    assert str(error_of(encoded(whole))).partition(". See ")[0] == sentence  # the rest is the library's
+
+
+def test_the_longest_values_are_read(request_bundle: RequestBundle, answer_bundle: AnswerBundle) -> None:
+    """A name of 253 characters, a hundred years, and a desk's reason of 2,000 characters; the twins are refused above."""
+    longest = replace(request_bundle, cluster="x" * 253)
+    longest = changed(longest, "apiserver", validity=timedelta(days=36500))
+    assert loads(dumps(longest)) == longest
+    told = replace(answer_bundle, cluster="x" * 253, signer="x" * 2000)
+    assert loads(dumps(told)) == told
+
+
+def test_the_files_of_an_answer_are_named_after_its_authorities() -> None:
+    """One desk of several names those that it has; a desk of all has no need to."""
+    assert bundle_format.answer_suffix(list(AUTHORITIES)) == ".answer.json"
+    assert bundle_format.answer_suffix(["front-proxy-ca", "ca"]) == ".ca.front-proxy-ca.answer.json"
 
 
 def test_another_schema_or_version_is_named(either: Bundle) -> None:
@@ -691,5 +809,5 @@ def test_a_person_sees_who_would_be_held_back_by_no_rule(pki: Pki) -> None:
 def test_a_refusal_is_one_line_whatever_the_reason() -> None:
     """What a CA says can't steer the node's terminal, nor break the bundle."""
     assert bundles.refusal("a\nb\x1b[31m").reason == "a b [31m"
-    assert bundles.refusal("\n").reason
-    assert len(bundles.refusal("x" * 5000).reason) <= bundles.LONGEST_TEXT
+    assert bundles.refusal("\n").reason == "no reason was given"
+    assert len(bundles.refusal("x" * 5000).reason) == bundles.LONGEST_TEXT

@@ -28,6 +28,8 @@ NOT_DER = {
     "a zero before the length": "04820080" + "00" * 128,
     "a zero before a length of two bytes": "0483000100" + "00" * 256,
     "an indefinite length": "308005000000",
+    "an indefinite length before 128 bytes": "0480" + "00" * 128,
+    "the first byte of a long length as a length": "0481" + "00" * 129,
     "a tag of several bytes": "1f8101020500",
     "a constructed tag of several bytes": "bf8101020500",
     "a good value, then a cut one": "05000401",
