@@ -144,8 +144,8 @@ class CollectsAll(Protocol):
     """
     Optional, beside `collect`: answers lie where others can put some, too, so that the bridge has to try them all.
 
-    What `collect` of such a backend says is nobody's word: no refusal and no wrong certificate ends a request, unless
-    answers are authenticated.
+    Other users may have written what `collect` of such a backend returns: no refusal and no wrong certificate ends a
+    request, unless answers are authenticated.
     """
 
     authenticated: bool  #: Only the CA's own answers are looked at.
@@ -478,7 +478,7 @@ class BackendSettings:
 
     def private_files(self) -> Iterator[Path]:
         """
-        Files of these settings that nobody but their owner may read, for `ca-bridge doctor`, which opens none.
+        Files of these settings that only their owner may read, for `ca-bridge doctor`, which opens none.
 
         By default those of secrets, and of paths in a field whose name ends with `key`; a backend adds what it has besides.
         """

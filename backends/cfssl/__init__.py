@@ -327,18 +327,18 @@ def _certificate(result: Mapping[str, Any]) -> x509.Certificate:
 
 
 def _read_key(place: Secret) -> bytes:
+    hint = "a good one: openssl rand -hex 32 (the server must have the same)"
     try:
         text = place.read()
     except SecretUnavailableError as e:
-        raise LocalFileError(f"cfssl: HMAC key: {e}") from e
-    hint = "a good one: openssl rand -hex 32 (the server must have the same)"
+        raise LocalFileError(f"cfssl: HMAC key: {e}", hint=f"put it there; {hint}") from e
     if not re.fullmatch("([0-9a-fA-F]{2})+", text):
         found = f"{len(text)} characters that are not"
-        raise BackendRefusedError(f"cfssl: wanted pairs of hexadecimal digits in {place}, found {found}", hint=hint)
+        raise LocalFileError(f"cfssl: wanted pairs of hexadecimal digits in {place}, found {found}", hint=hint)
     key = bytes.fromhex(text)
     if len(key) < MIN_KEY_BYTES:
         found = f"{len(key)} bytes"
-        raise BackendRefusedError(f"cfssl: wanted {MIN_KEY_BYTES} bytes or more in {place}, found {found}", hint=hint)
+        raise LocalFileError(f"cfssl: wanted {MIN_KEY_BYTES} bytes or more in {place}, found {found}", hint=hint)
     return key
 
 

@@ -331,15 +331,15 @@ class CmpBackend:
         place = self._settings.secret
         if place is None:
             return None
+        hint = "a good one: openssl rand -hex 32 (the server must have the same)"
         try:
             text = place.read()
         except SecretUnavailableError as e:
-            raise LocalFileError(f"cmp: shared secret: {e}") from e
+            raise LocalFileError(f"cmp: shared secret: {e}", hint=f"put it there; {hint}") from e
         secret = text.encode()
         if not text.isprintable() or not MIN_SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
             wanted = f"{MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes of printable text on one line"
-            hint = "a good one: openssl rand -hex 32 (the server must have the same)"
-            raise BackendRefusedError(f"cmp: wanted {wanted} in {place}, found something else", hint=hint)
+            raise LocalFileError(f"cmp: wanted {wanted} in {place}, found something else", hint=hint)
         return secret
 
 

@@ -83,7 +83,7 @@ _TEXT = """\
 #    Protect errors like other answers; otherwise the node can't show the reason.
 
 # 3. The client: this node, for the names above and no others. Either
-#    a) a shared secret with reference {reference} (protect it like a CA's key: whoever has it can act as the node):
+#    a) a shared secret with reference {reference} (protect it like a CA's key: its holder can act as the node):
 #         (umask 077; openssl rand -hex 32 > cmp.secret)
 #       copy it to the node as /etc/ca-bridge/cmp.secret, mode 0600; or
 #    b) a client certificate (keyUsage digitalSignature) from a CA that the server trusts only for this:

@@ -46,8 +46,8 @@ The CA must be the node's trust anchor or below it, and must add nothing to subj
 _ASKER = """\
 Who asks
   One agent (client_cert, or username) sends all of the node's requests, by simpleenroll (never simplereenroll).
-  Allow it these subjects and SANs, and no others: whoever gets a clientAuth certificate with O=system:masters or
-  CN=system:kube-controller-manager controls the cluster.
+  Allow it these subjects and SANs, and no others: the holder of a clientAuth certificate with O=system:masters
+  or CN=system:kube-controller-manager controls the cluster.
   Do not require a link between TLS and the CSR (tls-unique, RFC 7030 section 3.5).
   If the server answers 202, the node sends the same CSR again; it must count as the same request.
 """

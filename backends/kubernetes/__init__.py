@@ -510,7 +510,7 @@ def _note(document: Mapping[str, Any]) -> str:
     if "Approved" in conditions:
         signer = one_line(_table(document, "spec").get("signerName"))
         return f"{name} is approved, and waits for the signer of {signer}"
-    return f"{name} waits for approval: kubectl certificate approve {name}"
+    return f"waits for approval: kubectl certificate approve {name}"
 
 
 def _metadata(document: Mapping[str, Any], key: str) -> str:

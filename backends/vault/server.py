@@ -116,7 +116,7 @@ class Answer:
         if self.where.endswith("/login") or "/login/" in self.where:
             return "are auth.mount and auth.role spelled right, and the credentials good?"
         if self.where.startswith("GET "):
-            return "is `mount` spelled right?"  # a CA's certificates are for everybody
+            return "is `mount` spelled right?"  # a CA's certificates are public
         return "is the token still good, and does its policy allow this path with exactly these parameters?"
 
 

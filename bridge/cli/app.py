@@ -5,6 +5,7 @@ options, calls a room, prints what came of it, and returns the exit code.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from bridge.cli.help import Group
-from bridge.cli.printing import say
+from bridge.cli.printing import say, say_usage
 
 #: The file of each command, below `bridge.cli`.
 FILES = {
@@ -68,6 +69,27 @@ class _Program(Group):
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         self.commands = _Commands()  # type: ignore[assignment]  # no command is added later
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Parse what stands before the command."""
+        with _usage():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse and run the command."""
+        with _usage():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _usage() -> Iterator[None]:
+    """Print a usage error, and end with its exit code."""
+    try:
+        yield
+    except typer.TyperException as error:
+        e: Any = error  # the classes of usage errors are not exported
+        say_usage(e)
+        raise typer.Exit(e.exit_code) from None
 
 
 # Rich tracebacks can print local variables, and ours hold tokens and keys.

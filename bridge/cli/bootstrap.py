@@ -195,7 +195,7 @@ def share(
     Print what a further node needs from this control-plane node: CA certificates, configuration, service account key.
 
     For a pipe: `ssh cp-1 ca-bridge bootstrap share | ssh cp-2 ca-bridge bootstrap join --control-plane --shared - …`.
-    The key is as powerful as a CA: whoever has it can be any service account.
+    The key is as powerful as a CA: its holder can act as any service account.
     """
     settings = common.settings()
     places = desired.places_of(settings)

@@ -127,7 +127,7 @@ class _Story:
         self._expect(ended.code == Exit.DONE and same, "every file is as it was before that run")
 
     def _record(self) -> None:
-        self._headline("The record has all of it, and shows when somebody changes it.")
+        self._headline("The record has all of it, and shows any later change to it.")
         self._command("ca-bridge audit show --name apiserver", 3, 2)
         ended = self._command("ca-bridge audit verify", 1, 0)
         self._expect(ended.code == Exit.DONE, "the chain of the record holds")

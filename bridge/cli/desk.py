@@ -215,9 +215,10 @@ class _Terminal:
     def approve(self, job: Job, text: str) -> tuple[bool | None, str]:
         names = ", ".join(request.name for request in job.to_sign)
         lines = [part for line in text.splitlines() for part in wrapped(line, columns(), VALUES_BEGIN)]
-        self._say("\n".join(["", printable(job.label), *lines, ""]))
+        question = wrapped(f"sign {names}?", columns(), len("sign "))
+        self._say("\n".join(["", printable(job.label), *lines, "", *question, ""]))
         while True:
-            self._say(f"sign {names}? [yes: sign / no: refuse / later] ")
+            self._say("[yes: sign / no: refuse / later] ")
             answer = self._in.readline()
             if answer.strip().lower() in {"yes", "y"}:
                 return True, _person()

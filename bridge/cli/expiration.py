@@ -14,7 +14,7 @@ import typer
 from bridge.cli.expiration_forms import look
 from bridge.cli.help import Command
 from bridge.cli.options import Common, command, duration_option, utc_now
-from bridge.cli.printing import say
+from bridge.cli.printing import say, say_usage
 from bridge.errors import BridgeError
 from bridge.node import inventory
 from bridge.settings.tables import Settings
@@ -64,7 +64,7 @@ def _told_to_nagios(*, asked: bool) -> Iterator[None]:
         e: Any = error  # the classes of usage errors are not exported
         from bridge.cli import nagios  # noqa: PLC0415 (for monitors alone)
 
-        e.show()
+        say_usage(e)
         raise typer.Exit(_shown(nagios.unknown(e.format_message()), [], nagios.UNKNOWN)) from None
 
 
@@ -91,7 +91,7 @@ def check_expiration(
     if (warning or critical) and output is not ExpirationOutput.NAGIOS:
         raise typer.BadParameter("-w and -c are for -o nagios; for exit code 3 there is --within")
     if warning is not None and critical is not None and critical > warning:
-        raise typer.BadParameter("-c has to be shorter than -w: nobody would be warned before it is critical")
+        raise typer.BadParameter("-c has to be shorter than -w: else no warning comes before it is critical")
     if output is ExpirationOutput.NAGIOS:
         return _check_for_nagios(common, within if warning is None else warning, critical)
     settings = common.settings()

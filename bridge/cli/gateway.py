@@ -152,7 +152,7 @@ spec:
   - {{name: signer, expression: {json.dumps(f"object.spec.signerName == {json.dumps(name)}")}}}
   validations:
   - expression: {json.dumps(who)}
-    message: nobody has granted you this signer
+    message: this signer is not granted to you
     reason: Forbidden
   - expression: '!has(object.spec.expirationSeconds) || object.spec.expirationSeconds <= {_MONTH_SECONDS}'
     message: the request is for longer than 30 days

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -42,6 +43,14 @@ def say(text: str, *, is_styled: bool = False) -> None:
 
     console.clear_status()
     typer.echo((text if is_styled else steady(text)).removesuffix("\n"), nl=bool(text))
+
+
+def say_usage(error: Any) -> None:
+    """Print a usage error of Typer's, which has no public class, as all errors are."""
+    text = io.StringIO()
+    error.show(file=text)
+    found = re.sub("^Error: ", "error: ", text.getvalue(), flags=re.MULTILINE)
+    sys.stderr.write(found.replace("error: ", f"{console.styled('error:', 'error', sys.stderr)} ", 1))
 
 
 def say_sentence(text: str, indent: str = "", *, hanging: int = 2, style: str = "") -> None:

@@ -262,7 +262,7 @@ def _replaced(item: Item) -> str:
 
 def _asked(item: Item, settings: Settings) -> str:
     ours = settings.authorities.get(item.spec.authority.name)
-    return ours.backend if ours is not None else f"nobody: no [authority.{item.spec.authority.name}]"
+    return ours.backend if ours is not None else f"no CA: no [authority.{item.spec.authority.name}]"
 
 
 def _files(item: Item) -> list[Path]:

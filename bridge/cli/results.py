@@ -102,7 +102,7 @@ def warn_of_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
     if all(isinstance(outcome.error, NotYetError) for outcome in waiting):
         what, hint = "for a window", NotYetError.hint
     else:
-        what, hint = "for an answer", "`ca-bridge pending list` shows them; ask whoever has them"
+        what, hint = "for an answer", "`ca-bridge pending list` shows them; ask the people who approve them"
     certificates = f"{len(waiting)} certificates wait" if len(waiting) != 1 else "1 certificate waits"
     text = f"{certificates} {what}; the first of them"
     if left <= VERY_NEAR:

@@ -108,7 +108,7 @@ def doubts(settings: Settings) -> Iterator[str]:
     yield from found
 
 
-#: RFC 2606: names that are nobody's.
+#: RFC 2606: names that no site has.
 _EXAMPLE_NAME = re.compile(r"(?<![\w-])example\.(com|net|org)(?![\w.-])|\.example(?![\w.-])|:111122223333:")
 
 

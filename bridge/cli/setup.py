@@ -197,7 +197,7 @@ def _nothing_live(settings: Settings, authority: str | None) -> BridgeError:
 
 
 def _to_be_asked(item: Item, settings: Settings) -> x509.Certificate | None:
-    """A certificate with the names that the next one gets; None: nobody says which, and it is left out."""
+    """A certificate with the names that the next one gets; None: its names are not known, and it is left out."""
     live = item.certificates[0]
     try:
         asked = serving_names(item, settings)

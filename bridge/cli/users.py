@@ -39,11 +39,11 @@ def request(
     """
     Make a private key and a CSR, where the person is.
 
-    The key (NAME.key, for its owner alone) stays here; NAME.csr goes to whoever runs `ca-bridge kubeconfig user`. It
+    The key (NAME.key, for its owner alone) stays here; NAME.csr goes to the operator who runs `ca-bridge kubeconfig user`. It
     needs no settings, no root and no cluster.
     """
     key_path, csr_path = csr_file.write_request(_user(name, groups), directory.absolute(), _algorithm(key))
-    say_sentence(f"{key_path}  the private key: keep it, show it to nobody")
+    say_sentence(f"{key_path}  the private key: it stays yours alone")
     say_sentence(f"{csr_path}  the request: hand it in; the kubeconfig that comes back goes beside the key")
 
 

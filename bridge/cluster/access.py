@@ -95,7 +95,7 @@ class Client:
 
 
 #: It shows no certificate, and accepts every server's.
-NOBODY = Client(name="nobody", certificate_pem=None, key_pem=None, trust_pem=None)
+ANONYMOUS = Client(name="anonymous", certificate_pem=None, key_pem=None, trust_pem=None)
 
 
 def document(body: bytes) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from urllib.parse import quote, urlsplit
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from bridge.cluster.access import NOBODY, Client
+from bridge.cluster.access import ANONYMOUS, Client
 from bridge.control_plane.probes import (
     Check,
     Etcd,
@@ -260,7 +260,7 @@ def _first_answer(servers: Sequence[Server], ask: Callable[[Server], list[Member
 
 def _shows_a_certificate(server: Server) -> bool:
     try:
-        NOBODY.served(server.place)
+        ANONYMOUS.served(server.place)
     except HttpsError:
         return False
     return True
@@ -396,7 +396,7 @@ def _client_kubeconfig(config: Path) -> str:
 
 
 def _self_made(place: Address) -> Verdict:
-    shown = NOBODY.served(place)
+    shown = ANONYMOUS.served(place)
     return Verdict("not-ours", f"made by the program at its start, serial {serial_hex(shown)}: no --tls-cert-file")
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from cryptography import x509
 
-from bridge.cluster.access import NOBODY, Client, document, items
+from bridge.cluster.access import ANONYMOUS, Client, document, items
 from bridge.cluster.api import Api
 from bridge.errors import BridgeError
 from bridge.node import endpoints, processes
@@ -130,7 +130,7 @@ class Serving:
             http.context(None, pem, key)
         except ClientRefusedError as e:  # a component goes on with the old pair, and would not survive a restart
             raise RefusedError(f"{self.file}, {self.key_file}: {e}") from None
-        client = replace(NOBODY, certificate_pem=pem, key_pem=key) if self.mutual else NOBODY
+        client = replace(ANONYMOUS, certificate_pem=pem, key_pem=key) if self.mutual else ANONYMOUS
         shown = client.served(place)
         if shown != ours:
             return Verdict("stale", f"shows serial {serial_hex(shown)}, {self.file} has {serial_hex(ours)}")
@@ -198,14 +198,14 @@ def trouble(component: Component, node: Node, kubeconfig_dir: Path) -> str | Non
     """Why a component of this node is not healthy; None: it is, or its health check is switched off."""
     if component is Component.KUBELET:
         url = Kubelet.load().health_url
-        return None if url is None else _trouble(url, NOBODY)
+        return None if url is None else _trouble(url, ANONYMOUS)
     flags = node.manifests[component].flags
     if component is Component.ETCD:
         return _etcd_trouble(Server(endpoints.etcd_url(flags)), node)
     host = flags.get("--bind-address", "0.0.0.0")  # noqa: S104 (looked for, not bound)
     port = flags.get("--secure-port", endpoints.PORTS[component])
     url = f"https://{endpoints.reachable(host)}:{port}{PATHS[component]}"
-    found = _trouble(url, NOBODY)
+    found = _trouble(url, ANONYMOUS)
     if component is Component.APISERVER and found is not None:  # it may not answer unknown clients
         for client in Api.of_node(node, kubeconfig_dir).clients:
             found = _trouble(url, replace(client, trust_pem=None))
@@ -294,7 +294,7 @@ class Etcd:
         """Ask with the first of our certificates that it accepts; without TLS with none."""
         request: dict[str, Any] = {"method": "GET" if body is None else "POST", "body": body}
         if not server.url.startswith("https:"):
-            return NOBODY.ask(server, path, **request)
+            return ANONYMOUS.ask(server, path, **request)
         refused = "; ".join(self._troubles) or "no certificate for etcd"
         for client in self._clients:
             try:

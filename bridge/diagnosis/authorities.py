@@ -35,7 +35,7 @@ class Question(NamedTuple):
     """The certificates that one authority's CA is asked about."""
 
     specs: Sequence[CertificateSpec]
-    wanted: Sequence[Wanted]  #: The same with what a renewal would ask for; empty where nobody knows that.
+    wanted: Sequence[Wanted]  #: The same with what a renewal would ask for; empty where that is not known.
     expected: verify.Expectation | None  #: None: the CA's own certificate is the only one that is known.
 
 
@@ -58,7 +58,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
 def _by_hand(settings: Settings) -> Finding:
     place = settings.source.file or "no settings file"
     text = (
-        f"by hand: no [authority.NAME] ({place}), so that nobody was asked; `ca-bridge export` writes requests for a "
+        f"by hand: no [authority.NAME] ({place}), so that no CA was asked; `ca-bridge export` writes requests for a "
         "CA desk, `ca-bridge import` takes its answers"
     )
     return Finding.note("by-hand", "CAs", text)
@@ -157,7 +157,7 @@ def _answers(configured: registry.Configured, backend: Backend, spends: str) -> 
     rest = f"; not looked at: the login and what it may do, which would use up {spends}" if spends else ""
     if not isinstance(backend, ListsIssuers):
         return (
-            f"{configured.label} can be used; nobody was asked: which CA signs, and what it would sign, is known when "
+            f"{configured.label} can be used; no CA was asked: which one signs, and what it would sign, is known when "
             f"it has answered{rest}"
         )
     return f"{configured.label} answers, and is the right CA{rest}"

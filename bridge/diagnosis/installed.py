@@ -107,7 +107,7 @@ def _self_made(item: Item, node: Node, now: datetime) -> Iterator[Finding]:
         more = f"{expiry.left_text(end, now)}, and the kubelet does not make another one; {text}"
         yield Finding.warning("kubelet-self-signed", name, more, hint)
     else:
-        more = f"{expiry.left_text(end, now)}; made by the kubelet itself, which nobody can verify; {hint}"
+        more = f"{expiry.left_text(end, now)}; made by the kubelet itself, so that no client can verify it; {hint}"
         yield Finding.note("kubelet-self-signed", name, more)
 
 
@@ -334,7 +334,7 @@ def _authority(state: AuthorityState, now: datetime) -> Iterator[Finding]:
         return
     yield ca_end(state.certificates[0], about, now, f", key {state.key}")
     if state.key == "local":
-        text = "its key is on this disk; whoever reads it can be anybody in the cluster"
+        text = "its key is on this disk; a reader of it can act as any user of the cluster"
         yield Finding.warning("ca-key-on-disk", about, text, "move it to where certificates are signed")
 
 

@@ -1,4 +1,4 @@
-"""What a renewal needs of the machine: room, the state directory, the lock, and no copies that nobody renews."""
+"""What a renewal needs of the machine: room, the state directory, the lock, and no outdated copies."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ APPROVED, DENIED, FAILED = "Approved", "Denied", "Failed"
 PENDING_AT_CA = "PendingAtCA"
 #: The reason of kube-controller-manager's approvals (pkg/controller/certificates/approver/sarapprove.go).
 AUTO_APPROVED = "AutoApproved"
-#: Our conditions and reasons; anybody may read an object, so that nothing of the policy is in one.
+#: Our conditions and reasons; every user may read an object, so none holds any part of the policy.
 ALLOWS, NOT_ALLOWED, NOT_ANSWERED, WAITS = "PolicyAllows", "NotAllowed", "NotAnswered", "Waiting"
 
 #: A request of 16 KiB in base64, conditions and a chain are far below.

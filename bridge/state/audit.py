@@ -185,11 +185,11 @@ def who() -> dict[str, str]:
         login = int(Path("/proc/self/loginuid").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return doer  # a kernel without audit
-    return doer if login == _NOBODY_LOGGED_IN else {**doer, "login": user_name(login)}
+    return doer if login == _NO_LOGIN else {**doer, "login": user_name(login)}
 
 
 #: (uid_t) -1: started by cron, systemd or in a container.
-_NOBODY_LOGGED_IN = 0xFFFFFFFF
+_NO_LOGIN = 0xFFFFFFFF
 
 
 def _tell_syslog(lines: Sequence[bytes]) -> None:

@@ -33,7 +33,7 @@ from backends.cfssl import CfsslBackend, CfsslSettings
 from backends.cfssl import setup as cfssl_setup
 from bridge.ca.registry import configured
 from bridge.contract import Secret, SignRequest
-from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError, Violation
+from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsError, Violation
 from bridge.pki import csr
 from bridge.settings.load import parse
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, FRONT_PROXY_CA, SPECS, Authority, CertificateSpec
@@ -364,9 +364,10 @@ def test_a_bad_hmac_key_is_refused(closed: dict[str, Any], make: Make, tmp_path:
         place.write_text(value)
     backend = make(**{**closed, "auth_key": Secret("file", str(place))})
     for ask in (lambda: backend.sign(request(APISERVER)), lambda: backend.check([APISERVER])):
-        with pytest.raises(BackendRefusedError) as e:
+        with pytest.raises(LocalFileError) as e:
             ask()
         assert str(place) in str(e.value)
+        assert "openssl rand" in e.value.hint
         assert not value or value not in f"{e.value} {e.value.hint}"
 
 

@@ -22,7 +22,14 @@ from backends.cmp import CmpBackend, CmpSettings
 from backends.cmp.process import OLDEST_WITH_PROFILES, Program
 from bridge.ca import registry
 from bridge.contract import BackendSettings, Issued, Pending, Revokes, Secret, SetupRequest, SignRequest
-from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError, VerificationError, Violation
+from bridge.errors import (
+    BackendRefusedError,
+    BackendUnavailableError,
+    LocalFileError,
+    SettingsError,
+    VerificationError,
+    Violation,
+)
 from bridge.pki import verify
 from bridge.pki.certificates import extended_key_usages
 from bridge.settings.load import parse
@@ -327,17 +334,19 @@ def test_a_secret_that_openssl_would_not_take_is_refused(
     file = tmp_path / "secret"
     file.write_text(text)
     count = len(ra.requests("ca"))
-    with pytest.raises(BackendRefusedError) as e:
+    with pytest.raises(LocalFileError) as e:
         make(**{**mac, "secret": Secret("file", str(file))}, url=ra.url("ca")).sign(request())
     assert str(file) in str(e.value)
+    assert "openssl rand" in e.value.hint
     assert not text or text not in str(e.value)
     assert len(ra.requests("ca")) == count
 
 
 def test_a_secret_that_is_not_there_is_refused(ra: kit.RegistrationAuthority, mac: dict[str, Any]) -> None:
     """Openssl would send a request with the file's name as the secret."""
-    with pytest.raises(BackendRefusedError, match="nosuch"):
+    with pytest.raises(LocalFileError, match="nosuch") as e:
         make(**{**mac, "secret": Secret("file", "/nosuch")}, url=ra.url("ca")).sign(request())
+    assert e.value.hint.startswith("put it there")
 
 
 def test_nothing_is_left_behind(

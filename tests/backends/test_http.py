@@ -20,26 +20,26 @@ CLIENTS = {
 from bridge.cluster import access
 access.TIMEOUT_SECONDS = 1
 def ask(url):
-    return access.NOBODY.ask(access.Server(url), "/healthz").status
+    return access.ANONYMOUS.ask(access.Server(url), "/healthz").status
 """,
     "node": """
 from bridge.cluster import access, api
 api.NODE_TIMEOUT_SECONDS = 1
 def ask(url):
-    return api.Api([access.NOBODY], [access.Server(url)]).ask("GET", "/api").status
+    return api.Api([access.ANONYMOUS], [access.Server(url)]).ask("GET", "/api").status
 """,
     "gateway": """
 from bridge.cluster import access, api
 api.TIMEOUT_SECONDS = 1
 def ask(url):
-    made = api.Api([access.NOBODY], [access.Server(url)], again=lambda: None)
+    made = api.Api([access.ANONYMOUS], [access.Server(url)], again=lambda: None)
     return made.ask("GET", "/api").status
 """,
     "watch": """
 from bridge.cluster import access, api
 api.TIMEOUT_SECONDS = 1
 def ask(url):
-    made = api.Api([access.NOBODY], [access.Server(url)], again=lambda: None)
+    made = api.Api([access.ANONYMOUS], [access.Server(url)], again=lambda: None)
     with made.lines("/api?watch=1", 1, 1000) as lines:
         for line in lines:
             pass

@@ -218,7 +218,7 @@ def test_waits_for_approval_and_then_collects(api: ApiServer, make: Make) -> Non
     asked = request()
     first = pending(make().sign(asked))
     name = first.reference.split(" ")[0]
-    assert first.note == f"{name} waits for approval: kubectl certificate approve {name}"
+    assert first.note == f"waits for approval: kubectl certificate approve {name}"
     assert pending(make().sign(asked)).reference == first.reference  # as after a crash
     assert [one["metadata"]["name"] for one in api.admin.csrs()].count(name) == 1
 

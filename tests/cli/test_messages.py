@@ -54,6 +54,20 @@ def test_a_name_that_is_none_is_told_what_may_be_meant(bridge: Bridge, arguments
     assert f"(did you mean {meant!r}?)" in run.stderr
 
 
+@pytest.mark.parametrize(
+    "words", [("rnew",), ("backups", "--foo"), ("audit", "shw"), ("doctor", "-o", "tabel"), ("--foo",)]
+)
+def test_a_usage_error_reads_as_all_errors_do(words: tuple[str, ...]) -> None:
+    """`error:` as elsewhere, below how it is used; without any word the help comes."""
+    run = CliRunner().invoke(app, list(words))
+    assert (run.exit_code, run.stdout) == (2, "")
+    usage, *_, error = run.stderr.splitlines()
+    assert usage.startswith("Usage: ")
+    assert error.startswith("error: ")
+    assert "Error:" not in run.stderr
+    assert "Usage: " in CliRunner().invoke(app, []).output
+
+
 def test_an_authority_that_is_none_is_told_what_may_be_meant(bridge: Bridge) -> None:
     """In the settings, with the line."""
     bridge.config.write_text(bridge.config.read_text().replace("[authority.etcd-ca]", "[authority.etcd]"))

@@ -919,11 +919,18 @@ def test_a_person_approves_each_bundle(desk_: Desk, pki: Pki, pairs: Pairs) -> N
 
 def test_no_word_is_broken_where_a_person_approves(desk_: Desk, pairs: Pairs) -> None:
     """Lines end between words, and go on below the value."""
-    put(desk_, make_bundle(some(pairs, "apiserver")))
+    put(
+        desk_,
+        make_bundle(
+            some(pairs, "apiserver", "apiserver-etcd-client", "apiserver-kubelet-client", "etcd-peer", "etcd-server")
+        ),
+    )
     _, seen = _at_a_terminal(desk_, ["later"], "sign", desk_.inbox, "-o", desk_.outbox, "--approve")
     lines = seen.replace("\r", "").splitlines()
     assert [line for line in lines if len(line) > 80 and " " in line.strip()] == []
-    [sans] = [number for number, line in enumerate(lines) if line.startswith("  SANs        ")]
+    [question] = [number for number, line in enumerate(lines) if line.startswith("sign ")]
+    assert [line[:5] for line in lines[question + 1 : question + 3]] == ["     ", "[yes:"]
+    [sans, *_] = [number for number, line in enumerate(lines) if line.startswith("  SANs        DNS")]
     assert lines[sans + 1].startswith(" " * 14)
 
 

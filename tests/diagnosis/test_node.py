@@ -697,7 +697,7 @@ def test_a_local_failure_is_not_put_down_to_the_ca(site: Site, code: int, about:
 def test_without_a_backend_nobody_was_asked(site: Site) -> None:
     """Which is how requests are carried by hand, and nothing is wrong with that; with one table the others are missing."""
     run = site.bridge.run("doctor")
-    assert (run.returncode, "by hand" in run.stdout, "nobody was asked" in run.stdout) == (0, True, True)
+    assert (run.returncode, "by hand" in run.stdout, "no CA was asked" in run.stdout) == (0, True, True)
     assert run.stdout.splitlines()[-1] == "nothing is wrong on this node; no CA was asked"
     add_openssl(site.bridge, "ca")
     assert ("error", "settings", "settings") in site.wrong()
@@ -716,7 +716,7 @@ def test_an_exchange_is_not_said_to_be_the_right_ca(site: Site) -> None:
         path.mkdir()
     run = site.bridge.run("doctor")
     assert run.returncode == 0, run.stdout
-    assert run.stdout.count("door (exchange) can be used; nobody was asked") == 1
+    assert run.stdout.count("door (exchange) can be used; no CA was asked") == 1
     assert "the right CA" not in run.stdout
 
 

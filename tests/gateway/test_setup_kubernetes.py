@@ -107,7 +107,7 @@ def test_who_may_ask_for_signers_of_ones_own(api: ApiServer, tmp_path: Path) -> 
         reply = who.create_csr(csr_pem(node_subject("cp1")), signer, usages, **more)
         return reply.status, reply.message.rpartition("denied request: ")[2] if reply.status >= 400 else ""
 
-    refused = (403, "nobody has granted you this signer")
+    refused = (403, "this signer is not granted to you")
     assert (
         wait_until(lambda: ask(stranger), lambda one: one == refused, timedelta(seconds=30), pause_seconds=0.2)
         == refused

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives import serialization
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.cluster.access import NOBODY, Client
+from bridge.cluster.access import ANONYMOUS, Client
 from bridge.node import sample_pki
 from bridge.node.endpoints import Address, Server
 from bridge.pki.certificates import load_pem_certificates
@@ -363,7 +363,7 @@ def leaf(pki: Path, base: str) -> x509.Certificate:
 
 def client(pki: Path, **more: Any) -> Client:
     """One that trusts the cluster's CA."""
-    return replace(NOBODY, **{"trust_pem": (pki / "ca.crt").read_bytes(), **more})
+    return replace(ANONYMOUS, **{"trust_pem": (pki / "ca.crt").read_bytes(), **more})
 
 
 def asked(port: int, pki: Path, path: str = "/", *, seconds: float = 5, name: str | None = None, **more: Any) -> Answer:
@@ -402,7 +402,7 @@ def test_knows_a_refusal_from_silence(pki: Path, newest: ssl.TLSVersion) -> None
 def test_shows_what_is_served_to_nobody_in_particular(pki: Path) -> None:
     """A handshake needs no client certificate, no trust and no matching name, and ends without a request."""
     with secured(pki, client_ca="ca.crt") as port:
-        shown = NOBODY.served(Address("127.0.0.1", port))
+        shown = ANONYMOUS.served(Address("127.0.0.1", port))
     assert shown.serial_number == leaf(pki, "apiserver").serial_number
 
 
