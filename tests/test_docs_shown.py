@@ -20,7 +20,7 @@ PAGES = [
 ]
 
 pytestmark = [
-    pytest.mark.kube("kubeadm", "kube-apiserver", "etcd"),
+    pytest.mark.kube("kubeadm", "kube-apiserver", "etcd", "kubectl", "cmp-ra"),
     pytest.mark.skipif(os.geteuid() != 0, reason="run it as root: it mounts directories over /etc"),
 ]
 
@@ -37,7 +37,7 @@ def test_pages_show_what_their_commands_print(tmp_path: Path) -> None:
     assert texts["users.md"] != shown.written(texts["users.md"], {**blocks, "user": "$ another line"})
 
     on_pages = {name for text in texts.values() for name in shown.names_in(text)}
-    assert on_pages == {name for name in blocks if not name.startswith("-")} | shown.LIVE.keys()
+    assert on_pages == {name for name in blocks if not name.startswith("-")} | shown.LIVE.keys() | shown.BOOTED.keys()
     assert [name for name, text in blocks.items() if "Traceback" in text or "rror:" in text] == []
 
 

@@ -41,10 +41,7 @@ def tls(tmp_path: Path) -> est.Tls:
 @contextmanager
 def est_double(pki: KubeadmPki, tls: est.Tls) -> Iterator[est.Double]:
     """A server of all three CAs: a label an authority and usage class, of two segments, for one agent and one user."""
-    labels: dict[str, est.Label] = {}
-    for authority in AUTHORITIES:
-        ca = Signer.load(*pki.ca_pem(authority))
-        labels |= {f"{authority}/{usage}": est.Label(signer=ca, spec=spec) for usage, spec in est.EXAMPLES.items()}
+    labels = est.labels_of(pki, {name: name for name in AUTHORITIES})
     with est.double(labels, tls, validity=VALIDITY, users={"cp-1": PASSWORD}, client_cn="agent") as played:
         yield played
 

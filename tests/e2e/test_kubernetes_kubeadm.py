@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,42 +12,14 @@ from tests.kit import gateways, kube_api
 from tests.kit.cas import Bridge, live_certificates
 from tests.kit.gateways import Place, state_of
 from tests.kit.kube_api import ApiServer
-from tests.kit.opensslca import make_ca_directory
-from tests.kit.pki import ADDRESS, EXTRA_SANS, NODE, PKI_SPECS, KubeadmPki, kubeadm_pki
+from tests.kit.pki import NODE, PKI_SPECS, KubeadmPki, kubeadm_pki
 from tests.kit.renewed import Snapshot, assert_renewed
 
 pytestmark = pytest.mark.kube("kubeadm", "kube-apiserver", "etcd", "kubectl")
 
-DOMAIN = "ca-bridge.internal"
+DOMAIN = "ca-bridge.example.com"
 SIGNERS = {name: f"{DOMAIN}/{name}" for name in PKI_SPECS}
 ACCOUNT = f"system:serviceaccount:ca-bridge:ca-bridge-{NODE}"
-
-INVENTORY = f"""\
-[cluster]
-endpoints = ["api.example.com"]
-service_networks = ["10.96.0.0/12"]
-[node.{NODE}]
-control_plane = true
-addresses = ["{ADDRESS}"]
-"""
-
-
-def policy() -> str:
-    """A table for each of kubeadm's certificates: the node's account may ask for that node's, and for nothing else."""
-    names = [
-        "{node}",
-        "kubernetes",
-        "kubernetes.default",
-        "kubernetes.default.svc",
-        "kubernetes.default.svc.cluster.local",
-    ]
-    sans = [*names, "api.example.com", "10.96.0.1", *EXTRA_SANS]
-    text = '[allow]\nclusters = ["kubernetes"]\nnodes = ["*"]\nmax_validity = "400d"\nmasters = ["super-admin.conf"]\n'
-    text += f"[certificate.apiserver]\nsans = {json.dumps(sans)}\n"
-    for signer in SIGNERS.values():
-        text += f'[signer."{signer}"]\n[signer."{signer}".grant.itself]\n'
-        text += 'users = ["system:serviceaccount:ca-bridge:ca-bridge-{node}"]\n'
-    return text
 
 
 @pytest.fixture
@@ -68,16 +39,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 @pytest.fixture
 def place(api: ApiServer, pki: KubeadmPki, tmp_path: Path) -> Place:
     """For a gateway that signs by `openssl ca` with the three CAs, and proves each answer with their certificates."""
-    tables = []
-    for name in AUTHORITIES:
-        directory = make_ca_directory(tmp_path / "cas" / name, *pki.ca_pem(name))
-        tables.append(
-            f'[backend.{name}]\ntype = "openssl"\ndir = "{directory}"\n[authority.{name}]\nbackend = "{name}"\n'
-        )
-    return Place(
-        cluster=api.cluster, directory=tmp_path / "gateway", policy=policy(), inventory=INVENTORY, tables=tables,
-        trust=pki.ca_dir,
-    )  # fmt: skip
+    return gateways.for_control_planes(api.cluster, pki, tmp_path / "gateway", gateways.page_policy())
 
 
 def bridge_with(pki: KubeadmPki, api: ApiServer, directory: Path, account: str = f"ca-bridge-{NODE}") -> Bridge:

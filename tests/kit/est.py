@@ -37,6 +37,7 @@ from tests.kit import programs
 from tests.kit.cfssl import free_port
 from tests.kit.issuing import CLIENT, SERVER, Signer, cn
 from tests.kit.loopback import LoopbackServer
+from tests.kit.pki import Pki
 
 ROOT = "/.well-known/est"
 _START_SECONDS = 30.0
@@ -65,6 +66,13 @@ class Tls:
         signer = differences.pop("signer", self.signer)
         certificate, key = _identity(self.directory / name, signer, name, **{"ekus": [CLIENT], **differences})
         return {"client_cert": certificate, "client_key": key}
+
+    def sign_agent(self, csr_pem: str) -> bytes:
+        """A client certificate for somebody's own CSR."""
+        request = SignRequest(spec=SPECS["apiserver"], csr_pem=csr_pem.encode(), validity=timedelta(days=1))
+        now = datetime.now(UTC)
+        issued = self.signer.issue(request, begin=now - timedelta(hours=1), end=now + timedelta(days=1), ekus=[CLIENT])
+        return pem(issued.leaf)
 
 
 def make_tls(directory: Path, *, sans: Sequence[str] = ("127.0.0.1",), left: timedelta = timedelta(days=1)) -> Tls:
@@ -289,6 +297,15 @@ class Double:
     def _is_user(self, authorization: str) -> bool:
         known = [base64.b64encode(f"{name}:{password}".encode()).decode() for name, password in self.users.items()]
         return authorization in [f"Basic {one}" for one in known]
+
+
+def labels_of(pki: Pki, names: Mapping[str, str]) -> dict[str, Label]:
+    """A label an authority and usage class, of two segments, below the names of `names`, which has them by authority."""
+    return {
+        f"{prefix}/{usage}": Label(signer=Signer.load(*pki.ca_pem(authority)), spec=spec)
+        for authority, prefix in names.items()
+        for usage, spec in EXAMPLES.items()
+    }
 
 
 @contextlib.contextmanager

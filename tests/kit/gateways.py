@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,14 +23,18 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
-from bridge.specs import SPECS
+from bridge.specs import AUTHORITIES, SPECS
 from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import BOOTSTRAP_GROUP, ClusterApi
 from tests.kit.openbao import OpenBao, free_port
 from tests.kit.opensslca import make_ca_directory
+from tests.kit.pki import ADDRESS, EXTRA_SANS, NODE, PKI_SPECS, Pki
 
+ROOT = Path(__file__).parents[2]
 DOMAIN = "ca-bridge.internal"
 OWN = tuple(f"{DOMAIN}/{name}" for name in SPECS)
+#: Those that docs/kubernetes-backend.md has.
+PAGES = tuple(f"ca-bridge.example.com/{name}" for name in SPECS)
 USER = "ca-bridge-gateway"
 USAGES: Mapping[str, list[str]] = {
     CLIENT_KUBELET: ["digital signature", "client auth"],
@@ -288,6 +293,36 @@ def running(place: Place, name: str = "one", **environment: str) -> Iterator[Gat
             gateway.kill()
 
 
+def for_control_planes(cluster: ClusterApi, pki: Pki, directory: Path, policy: str) -> Place:
+    """Settings of a gateway that signs by `openssl ca` with a cluster's three CAs, and proves answers by their certificates."""
+    tables = []
+    for name in AUTHORITIES:
+        ca = make_ca_directory(directory / "cas" / name, *pki.ca_pem(name))
+        tables.append(f'[backend.{name}]\ntype = "openssl"\ndir = "{ca}"\n[authority.{name}]\nbackend = "{name}"\n')
+    inventory = f"""\
+[cluster]
+endpoints = ["api.example.com"]
+service_networks = ["10.96.0.0/12"]
+[node.{NODE}]
+control_plane = true
+addresses = ["{ADDRESS}"]
+"""
+    return Place(
+        cluster=cluster, directory=directory, policy=policy, inventory=inventory, tables=tables, trust=pki.ca_dir
+    )
+
+
+def page_policy(approval: str = "gateway") -> str:
+    """The policy of docs/kubernetes-backend.md, with its last two tables for each certificate, and kubeadm's extra SANs."""
+    text = (ROOT / "docs/kubernetes-backend.md").read_text(encoding="utf-8")
+    (found,) = re.findall(r"```toml\n(# the gateway's policy.*?)```", text, re.DOTALL)
+    begin, mark, table = (
+        str(found).replace('"10.96.0.1"]', f'"10.96.0.1", {json.dumps(EXTRA_SANS)[1:]}').partition("[signer.")
+    )
+    tables = (f"{mark}{table}".replace("example.com/apiserver", f"example.com/{name}") for name in PKI_SPECS)
+    return begin + "".join(one.replace('"]\n', f'"]\napproval = "{approval}"\n', 1) for one in tables)
+
+
 def grant_rights(cluster: ClusterApi) -> None:
     """What docs/gateway.md says that the gateway needs, and no more; and for requesters what kubeadm gives them."""
     admin = cluster.client()
@@ -297,7 +332,7 @@ def grant_rights(cluster: ClusterApi) -> None:
         {"apiGroups": [csrs], "resources": ["certificatesigningrequests/status"], "verbs": ["patch"]},
         {"apiGroups": [csrs], "resources": ["certificatesigningrequests/approval"], "verbs": ["patch"]},
         {"apiGroups": [csrs], "resources": ["signers"], "verbs": ["approve", "sign"],
-         "resourceNames": [CLIENT_KUBELET, SERVING, CLIENT, *OWN]},
+         "resourceNames": [CLIENT_KUBELET, SERVING, CLIENT, *OWN, *PAGES]},
         {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list"]},
     ]  # fmt: skip
     _role(admin, USER, rules, {"kind": "User", "name": USER})

@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -21,8 +22,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from tests.kit import airgap, cluster_api, gateways, opensslca, programs, terminals
+from bridge.specs import AUTHORITIES
+from tests.kit import airgap, cluster_api, cmp, est, gateways, kube_api, opensslca, programs, terminals
 from tests.kit.node import Node
+from tests.kit.pki import NODE as CP_1
 from tests.kit.pki import KubeadmPki, Pki, handmade_pki, kubeadm_pki
 
 ROOT = Path(__file__).parents[2]
@@ -103,9 +106,12 @@ class Normal:
     def __init__(self) -> None:
         self.began = datetime.now(UTC)
         self._names: dict[str, str] = {}
+        self.addresses: dict[str, str] = {}  #: Of servers here, and what the page calls them.
 
     def of(self, text: str) -> str:
         """A command's output."""
+        for here, on_page in self.addresses.items():
+            text = text.replace(here, on_page)
         for pattern, form in _DATES.items():
             text = re.sub(pattern, functools.partial(self._moved, form=form), text)
         text = re.sub(r"\b\d{6,}(?=[s:])", lambda seconds: str(round(int(seconds[0]) / 3600) * 3600), text)
@@ -139,6 +145,7 @@ _WORDS = {
     r"\b\S+ ends first": "apiserver ends first",
     r"\.\d{3}Z\b": ".000Z",
     r"\b\d+s ago": "0s ago",
+    r"name or\s+service not known": "temporary failure in name\n           resolution",
     r"127\.0\.0\.1:\d{5}": "192.0.2.11:6443",
 }
 #: Serial numbers of OpenSSL's and of kubeadm's certificates, fingerprints, batches, digests, names of runs; each becomes
@@ -149,7 +156,7 @@ _NAMES = {
     r"\b[0-9A-Z]{5}(?:-[0-9A-Z]{5}){3}\b": "-".join(["X" * 5] * 4),
     r"\b[0-9a-f]{32}\b": "x" * 32,
     r"\b[0-9a-f]{16}…": "x" * 16 + "…",
-    r"(?<![\w.])[0-9a-f]{8}(?![\w.])": "x" * 8,
+    r"(?<![\w.])(?!31536000)[0-9a-f]{8}(?![\w.])": "x" * 8,
 }
 
 #: Typed one after the other, by the name of the block that shows it; `-` begins what no block shows.
@@ -157,6 +164,7 @@ NODE = {
     "check-expiration": "ca-bridge check-expiration",
     "settings-check": "ca-bridge settings check",
     "doctor": "ca-bridge doctor",
+    "before-upgrade": "ca-bridge doctor --before-upgrade",
     "plan": "ca-bridge plan",
     "nagios": "ca-bridge check-expiration -o nagios -w 14d -c 5d",
     "plan-san": "ca-bridge plan --add-san apiserver=api2.example.com",
@@ -180,6 +188,22 @@ DESK = {
     "sign-dry-run": "ca-bridge sign /media/stick/cp-1.request.json -o /media/stick/cp-1.answer.json --dry-run",
     "sign": "ca-bridge sign /media/stick/cp-1.request.json -o /media/stick/cp-1.answer.json --approve",
 }
+EST_SERVER = {
+    "est-setup": "ca-bridge setup est --authority ca",
+    "est-doctor": "ca-bridge doctor",
+    "est-renew": "ca-bridge renew",
+}
+CMP_SERVER = {
+    "cmp-setup": "ca-bridge setup cmp --authority ca",
+    "cmp-doctor": "ca-bridge doctor",
+    "cmp-renew": "ca-bridge renew",
+}
+CLUSTER = {
+    "kubernetes-setup": "ca-bridge setup kubernetes --authority front-proxy-ca",
+    "kubernetes-renew": "ca-bridge renew",
+    "kubernetes-pending": "ca-bridge pending list",
+}
+APPROVED = {"kubernetes-collect": "ca-bridge renew"}
 PROGRAM_AS_CA = {
     "exec-renew": "ca-bridge renew apiserver",
     "exec-test": "ca-bridge backend test ca apiserver",
@@ -204,6 +228,7 @@ PASSPHRASE = "s3cret phrase"
 def blocks(directory: Path) -> dict[str, str]:
     """By name: what each block shows."""
     normal, node = Normal(), node_with_openssl(directory / "cp-1")
+    others = {kind: same_node(node, directory / kind) for kind in ("est", "cmp", "kubernetes")}
     found = typed(NODE, node, normal)
     desk = desk_of(node, directory / "ca-1")
     shutil.copytree(node.root / "media", desk.root / "media", dirs_exist_ok=True)
@@ -214,11 +239,17 @@ def blocks(directory: Path) -> dict[str, str]:
     found |= typed(EXPIRED, expired(node, directory / "expired"), normal)
     found |= typed(WORKER, worker(node, directory / "w-1"), normal)
     found |= typed(NEW_NODE, new_node(node, directory / "new"), normal)
-    return found | gateway(directory, normal)
+    pki = KubeadmPki(root=node.root, external=True, version="1.37")
+    found |= est_server(others["est"], pki, normal) | cmp_server(others["cmp"], pki, normal)
+    return found | signing_cluster(others["kubernetes"], pki, normal) | gateway(directory, normal)
 
 
 #: What a node that runs shows (tests/e2e/test_prove_node.py compares it).
 LIVE = {"prove": "ca-bridge prove"}
+
+
+#: What a booted machine shows (tests/release/test_pages_typed.py compares it); no other run writes it.
+BOOTED = {"systemd-enable": "ca-bridge setup systemd --enable"}
 
 
 def live(node: Node) -> dict[str, str]:
@@ -306,6 +337,72 @@ def new_node(node: Machine, root: Path) -> Machine:
     [cluster] = re.findall(r"```yaml\n(.*?)```", _section(DAY_0, "## The first control-plane node"), re.DOTALL)
     machine.write("/srv/cluster.yaml", cluster)
     return machine
+
+
+def same_node(node: Machine, root: Path) -> Machine:
+    """A node with the same certificates, and nothing else of ours, which reaches the servers of this machine."""
+    machine = Machine(root, node.name, is_alone=False)
+    shutil.copytree(node.root / "etc/kubernetes", root / "etc/kubernetes")
+    return machine
+
+
+def est_server(machine: Machine, pki: Pki, normal: Normal) -> dict[str, str]:
+    """With the page's settings and labels."""
+    tls = est.make_tls(machine.root / "tls")
+    labels = est.labels_of(pki, {"ca": "kubernetes", "etcd-ca": "etcd", "front-proxy-ca": "front-proxy"})
+    with est.double(labels, tls, validity=timedelta(days=365), client_cn="cp-1") as server:
+        normal.addresses[server.url] = "https://est.corp.example:8443"
+        _settings_of(machine, "est", normal.addresses)
+        for name, file in {**tls.agent("cp-1"), "ca": tls.ca}.items():
+            place = {"ca": "est-tls-ca.crt", "client_cert": "agent.crt", "client_key": "agent.key"}[name]
+            machine.write(f"/etc/ca-bridge/{place}", file.read_text(encoding="utf-8"))
+        return typed(EST_SERVER, machine, normal)
+
+
+def cmp_server(machine: Machine, pki: Pki, normal: Normal) -> dict[str, str]:
+    """With the page's settings, but for the paths, which are this server's."""
+    with cmp.registration_authority(machine.root / "ra") as ra:
+        on_page = "http://ra.corp.example:8080/.well-known/cmp/p/k8s-"
+        normal.addresses[f"http://127.0.0.1:{ra.port}/ca/.well-known/cmp/p/"] = on_page
+        normal.addresses[f"http://127.0.0.1:{ra.port}"] = "http://ra.corp.example:8080"
+        changes = {f'"{cmp.REFERENCE}"': '"cp-1"'}
+        for authority, name in {"ca": "k8s", "etcd-ca": "etcd", "front-proxy-ca": "front-proxy"}.items():
+            ra.add_ca(authority, *pki.ca_pem(authority), days=365)
+            changes[f"{authority}/.well-known/cmp/p/{{usage}}"] = f".well-known/cmp/p/{name}-{{usage}}"
+        _settings_of(machine, "cmp", {**normal.addresses, **changes})
+        machine.write("/etc/ca-bridge/cmp.secret", Path(ra.mac()["secret_file"]).read_text(encoding="utf-8"))
+        return typed(CMP_SERVER, machine, normal)
+
+
+def signing_cluster(machine: Machine, pki: Pki, normal: Normal) -> dict[str, str]:
+    """With the page's settings, an approver, and the page's policy for the gateway there."""
+    with kube_api.serving(machine.root / "cluster") as api:
+        normal.addresses[api.url] = "https://signing-cluster.example.com:6443"
+        _settings_of(machine, "kubernetes-backend", normal.addresses)
+        machine.write("/etc/ca-bridge/signing-cluster-ca.crt", api.trust.read_text(encoding="utf-8"))
+        machine.write("/etc/ca-bridge/signing-cluster-token", "none yet")
+        for authority in AUTHORITIES:
+            command = machine.command(f"ca-bridge setup kubernetes --authority {authority}")
+            api.apply(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        machine.write("/etc/ca-bridge/signing-cluster-token", api.bearer("ca-bridge", f"ca-bridge-{CP_1}").token)
+        found = typed(CLUSTER, machine, normal)
+        for one in api.admin.csrs():
+            api.kubectl("certificate", "approve", one["metadata"]["name"])
+        gateways.grant_rights(api.cluster)
+        policy = gateways.page_policy(approval="required")
+        place = gateways.for_control_planes(api.cluster, pki, machine.root / "gateway", policy)
+        with gateways.running(place) as gateway:
+            gateway.until(lambda: all(one["status"].get("certificate") for one in api.admin.csrs()), what="all signed")
+        return found | typed(APPROVED, machine, normal)
+
+
+def _settings_of(machine: Machine, page: str, here: Mapping[str, str]) -> None:
+    """The settings of a page's worked example, with the addresses and names that are used `here` for the page's."""
+    text = _section(ROOT / f"docs/{page}.md", "## A worked example")
+    [settings] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    for ours, on_page in here.items():
+        settings = settings.replace(on_page, ours)
+    machine.write("/etc/ca-bridge/config.toml", settings)
 
 
 def _add_cas(machine: Machine, pki: Pki, settings: str) -> None:

@@ -6,6 +6,7 @@ What a page says in words (put your CA's address in, write the passphrase into i
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import subprocess
@@ -16,15 +17,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import cmp, openbao, opensslca, programs
-from tests.kit.pki import KubeadmPki, kubeadm_pki
+from tests.kit import cmp, est, gateways, kube_api, openbao, opensslca, programs, shown
+from tests.kit.pki import PKI_SPECS, KubeadmPki, kubeadm_pki
 from tests.kit.trees import Booted, Tree
 
 ROOT = Path(__file__).parents[2]
 AUTHORITIES = ("ca", "etcd-ca", "front-proxy-ca")
 PASSPHRASE = "a passphrase"
 
-pytestmark = [pytest.mark.slow, pytest.mark.kube("kubeadm", "cfssl", "cmp-ra")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.kube("kubeadm", "cfssl", "cmp-ra", "estserver", "etcd", "kube-apiserver", "kubectl"),
+]
 only_bookworm = pytest.mark.parametrize("installed", ["bookworm"], indirect=True)
 
 
@@ -71,6 +75,9 @@ def take_the_steps(machine: Booted, due: int = 3) -> None:
         words = line.partition("#")[0].strip()
         done = machine.run(line, check=False)
         assert done.returncode == codes.get(words, 0), f"{line}\n{done.stdout}{done.stderr}\n{machine.journal()}"
+        if words == shown.BOOTED["systemd-enable"]:
+            page = (ROOT / "docs/run-nightly.md").read_text(encoding="utf-8")
+            assert f"```console systemd-enable\n$ {words}\n{done.stdout}```" in page
         assert "warning: " not in done.stderr or words in {"ca-bridge plan", "ca-bridge renew"}, done.stderr
     assert machine.run("systemctl is-enabled ca-bridge.timer").stdout == "enabled\n"
     before = machine.run("cat /etc/kubernetes/pki/apiserver.crt").stdout
@@ -201,6 +208,79 @@ def test_a_cmp_server(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
         machine.run(f"sed -i 's/^reference = .*/reference = \"{ra.mac()['reference']}\"/' /etc/ca-bridge/config.toml")
         put(machine, "/etc/ca-bridge/cmp.secret", Path(ra.mac()["secret_file"]).read_bytes())
         then(machine, "cmp.md", commands)
+
+
+@only_bookworm
+def test_an_est_server(installed: Tree, tmp_path: Path) -> None:
+    """From nothing to a nightly renewal with a server that has the page's labels; `estserver` gives what its mock CA can."""
+    pki = kubeadm_pki(tmp_path / "node", algorithm="ECDSA-P256", validity=timedelta(days=20))
+    tls = est.make_tls(tmp_path / "tls")
+    labels = est.labels_of(pki, {"ca": "kubernetes", "etcd-ca": "etcd", "front-proxy-ca": "front-proxy"})
+    with (
+        node_of(installed, pki) as machine,
+        machine.network(),
+        est.double(labels, tls, validity=timedelta(days=80), client_cn="cp-1") as server,
+        est.estserver(tmp_path / "est", pki.ca_pem("etcd-ca"), tls) as mock_ca,
+    ):
+        begin, agent, commands = blocks("docs/est.md", "A worked example")
+        machine.run(f"cd /root\n{begin}\n{agent}")
+        machine.run(f"sed -i 's|https://est.corp.example:8443|{server.url}|' /etc/ca-bridge/config.toml")
+        put(machine, "/etc/ca-bridge/est-tls-ca.crt", tls.ca.read_bytes(), "644")
+        put(machine, "/etc/ca-bridge/agent.crt", tls.sign_agent(machine.run("cat /root/agent.csr").stdout), "644")
+        then(machine, "est.md", commands)
+        machine.run("sed -i s,etcd/.usage.,{usage}, /etc/ca-bridge/config.toml")  # it knows labels of one segment alone
+        machine.run(f"sed -i '/^.authority.etcd-ca.$/a url = \"{mock_ca}\"' /etc/ca-bridge/config.toml")
+        machine.run("ca-bridge renew etcd-server etcd-peer")
+        assert machine.run("ca-bridge renew etcd-healthcheck-client", check=False).returncode == 5
+
+
+@only_bookworm
+def test_a_cluster_that_signs(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
+    """From nothing to a nightly renewal with an approver of another cluster, and then with its gateway's policy alone."""
+    page = "docs/kubernetes-backend.md"
+    with node_of(installed, pki) as machine, machine.network(), kube_api.serving(tmp_path / "cluster") as api:
+        begin, applied, files, first, approve, again = blocks(page, "A worked example")
+
+        def administrator(script: str) -> str:
+            environment = {"PATH": f"{programs.directory()}:{os.defpath}", "HOME": str(tmp_path)}
+            environment |= {"KUBECONFIG": str(kubeconfig)}
+            command = ["sh", "-eu", "-c", script]
+            return subprocess.run(command, cwd=tmp_path, env=environment, text=True, check=True, stdout=-1).stdout
+
+        kubeconfig = api.kubeconfig("admin", "system:masters")
+        machine.run(f"cd /root; echo cp-1 >/etc/hostname; hostname cp-1\n{begin}")
+        tar = machine.run("tar -c -C /root for-the-cluster | base64").stdout
+        subprocess.run(["tar", "-x", "-C", tmp_path], input=base64.b64decode(tar), check=True)
+        administrator(applied)
+        for name in ("token", "signing-cluster-ca.crt"):
+            put(machine, f"/root/{name}", (tmp_path / name).read_bytes())
+        machine.run(f"cd /root\n{files}")
+        machine.run(f"sed -i 's|https://signing-cluster.example.com:6443|{api.url}|' /etc/ca-bridge/config.toml")
+        machine.run("sed -i '/^token_file/a wait = \"1s\"' /etc/ca-bridge/config.toml")
+        codes = {"ca-bridge renew": 4}
+        for line in lines(first):
+            words = line.partition("#")[0].strip()
+            done = machine.run(line, check=False)
+            assert done.returncode == codes.get(words, 0), f"{line}\n{done.stdout}{done.stderr}"
+
+        gateways.grant_rights(api.cluster)
+        policy = gateways.page_policy(approval="required")
+        place = gateways.for_control_planes(api.cluster, pki, tmp_path / "gateway", policy)
+        listed, look, approved = lines(approve)
+        names = [line.split()[0] for line in administrator(listed).splitlines()[1:]]
+        assert len(names) == len(PKI_SPECS)
+        for name in names:
+            assert "Subject:" in administrator(look.replace("ca-bridge-apiserver-5f0c…", name))
+            administrator(approved.replace("ca-bridge-apiserver-5f0c…", name))
+        with gateways.running(place) as gateway:
+            gateway.until(
+                lambda: administrator(listed).count("Approved,Issued") == len(names), what="wanted all signed"
+            )
+            machine.run(again)
+        place.policy = gateways.page_policy()
+        with gateways.running(place):
+            machine.run("sed -i 's/^wait = .*/wait = \"60s\"/' /etc/ca-bridge/config.toml")
+            then(machine, page, "ca-bridge renew apiserver")
 
 
 DESKS_USER = (
