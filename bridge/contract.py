@@ -169,6 +169,25 @@ class CollectsAll(Protocol):
 
 
 @runtime_checkable
+class PutsAway(Protocol):
+    """Optional, beside `collect`: answers lie on this node, and are of no use once they are installed."""
+
+    def put_away(self, reference: str) -> None:
+        """
+        Remove what answers the requests of a `Pending`; none of them waits any more, and one or more are installed.
+
+        Called after the installation, or by the next run if that one was killed.
+
+        Args:
+            reference: Of the latest `Pending`.
+
+        Raises:
+            BackendUnavailableError: It can't be removed; an operator is told, and it is not asked again.
+        """
+        ...
+
+
+@runtime_checkable
 class AsksValidity(Protocol):
     """Optional: the validity of a request reaches the CA, and none gives more; elsewhere a profile decides."""
 

@@ -175,7 +175,15 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
         is_something_left = store.is_interrupted or any(
             map(
                 Path.exists,
-                (store.requests, store.hooks, store.unproven, store.postponed, store.revocations, store.copies),
+                (
+                    store.requests,
+                    store.hooks,
+                    store.unproven,
+                    store.postponed,
+                    store.revocations,
+                    store.copies,
+                    store.collected,
+                ),
             )
         )
         is_held = not names and (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,8 +56,8 @@ class ExchangeSettings(BackendSettings):
     retry_for: timedelta = timedelta()  #: A directory that is not there now is looked for by the next run.
 
     def writes(self) -> Sequence[Path]:
-        """The outbox; the inbox is only read."""
-        return (self.outbox,)
+        """The outbox, and the inbox, from which installed answers are removed."""
+        return (self.outbox, self.inbox)
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Refuse one directory for outbox and inbox."""
@@ -144,7 +145,7 @@ class ExchangeBackend:
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
         """Look for an answer bundle to the request bundle with this digest."""
         self.check(())
-        answers, notes = self._inbox(request, reference)
+        answers, notes = self._inbox(_node_of(request), reference)
         ours = self._outbox(request.continuity.node) if request.continuity is not None else ()
         sent = [(path, there) for path, there in ours if digest(there) == reference]
         given = _given(answers, request)
@@ -164,15 +165,30 @@ class ExchangeBackend:
 
     def candidates(self, request: SignRequest, reference: str) -> Sequence[Issued]:
         """Certificates in all answer bundles to the request bundle with this digest, the latest first."""
-        return [one for _, one in _given(self._inbox(request, reference)[0], request) if isinstance(one, Issued)]
+        return [
+            one for _, one in _given(self._inbox(_node_of(request), reference)[0], request) if isinstance(one, Issued)
+        ]
 
     def accepted(self, request: SignRequest, reference: str) -> None:
         """Take the request bundle out of the outbox once all of it is answered, or another desk has yet to fetch it."""
         with contextlib.suppress(OSError, BackendUnavailableError):  # a bundle that stays does no harm
-            answered = {name for answer in self._inbox(request, reference)[0] for name in answer.answers}
-            for path, bundle in self._outbox(request.continuity.node if request.continuity is not None else ""):
+            answered = {name for answer in self._inbox(_node_of(request), reference)[0] for name in answer.answers}
+            for path, bundle in self._outbox(_node_of(request)):
                 if digest(bundle) == reference and answered >= {one.name for one in bundle.requests}:
                     path.unlink(missing_ok=True)
+
+    def put_away(self, reference: str) -> None:
+        """Remove the answer bundles to this request bundle from the inbox."""
+        self._inbox("", reference)
+        found = [(path, version) for path, (version, seen) in self._read.items() if seen.digest == reference]
+        for path, version in found:
+            try:
+                _remove(path, version)
+            except OSError as e:
+                raise BackendUnavailableError(
+                    f"{path}: wanted to remove the installed answer, found: {e.strerror}", hint="remove it by hand"
+                ) from e
+            del self._read[path]
 
     def _outbox(self, node: str) -> Iterator[tuple[Path, RequestBundle]]:
         """Request bundles of a node that were not fetched yet."""
@@ -181,11 +197,10 @@ class ExchangeBackend:
                 with contextlib.suppress(FileNotFoundError, BundleError, UnreadableError):  # another's, whatever it is
                     yield path, loads_request(read_once(path)[0])
 
-    def _inbox(self, request: SignRequest, reference: str) -> tuple[list[AnswerBundle], list[str]]:
+    def _inbox(self, node: str, reference: str) -> tuple[list[AnswerBundle], list[str]]:
         """Complete answer bundles to this request bundle, the likely and newest files first, and notes about other files."""
         found: list[AnswerBundle] = []
         notes: list[str] = []
-        node = request.continuity.node if request.continuity is not None else ""
         budget = Budget(_MOST_READ, _MOST_FILES, seconds=_LONGEST_LOOK_SECONDS, clock=time.monotonic)
         files = self._files(self._settings.inbox)
         for path in sorted(files, key=lambda path: (path.name.startswith(node), _written(path)), reverse=True):
@@ -206,7 +221,7 @@ class ExchangeBackend:
             status = path.lstat()
         except OSError:
             return None
-        version = (status.st_ino, status.st_size, status.st_mtime_ns)
+        version = _version(status)
         known = self._read.get(path)
         if known is None or known[0] != version or (known[1].answer is None and known[1].digest == reference):
             budget.spend(min(status.st_size, MOST_BYTES), 1)
@@ -236,6 +251,25 @@ class ExchangeBackend:
             raise BackendUnavailableError(
                 f"{directory}: wanted to look for bundles there, found: {e.strerror}", hint="mount or fix it"
             ) from e
+
+
+def _node_of(request: SignRequest) -> str:
+    return request.continuity.node if request.continuity is not None else ""
+
+
+def _version(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _remove(path: Path, version: tuple[int, int, int]) -> None:
+    """Remove this very file: a user who can move the directory could put another one in its place meanwhile."""
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if _version(os.stat(path.name, dir_fd=directory, follow_symlinks=False)) == version:
+                os.unlink(path.name, dir_fd=directory)
+    finally:
+        os.close(directory)
 
 
 def _written(path: Path) -> int:

@@ -25,6 +25,7 @@ from bridge.contract import (
     Issued,
     ListsIssuers,
     Pending,
+    PutsAway,
     Recalls,
     Revokes,
     SignRequest,
@@ -221,6 +222,12 @@ class CA:
         except VerificationError as e:
             e.hint = self.advice(request.spec)
             raise
+
+    def put_away(self, reference: str) -> None:
+        """Let the backend remove answers that are installed."""
+        backend = self.backend
+        if isinstance(backend, PutsAway):
+            self._question(lambda: backend.put_away(reference))
 
     # --- revoking -----------------------------------------------------------------------------------------------------
 

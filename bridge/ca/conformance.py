@@ -25,6 +25,7 @@ from bridge.contract import (
     Issued,
     ListsIssuers,
     Pending,
+    PutsAway,
     Recalls,
     Revokes,
     SignRequest,
@@ -53,7 +54,7 @@ ABILITIES = {
     "close": Closes,
 }
 #: Those that no check is about.
-FURTHER_ABILITIES = {"recall": Recalls, "revoke": Revokes, "is_revoked": TellsRevoked}
+FURTHER_ABILITIES = {"put_away": PutsAway, "recall": Recalls, "revoke": Revokes, "is_revoked": TellsRevoked}
 #: One for each kind of CSR; the others differ in size alone.
 ALGORITHMS: tuple[KeyAlgorithm, ...] = ("rsa-2048", "ecdsa-p256", "ecdsa-p384")
 

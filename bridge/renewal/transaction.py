@@ -7,7 +7,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, WaitingError
+from bridge.ca import registry
+from bridge.ca.ca import CA
+from bridge.errors import BackendError, BridgeError, Exit, PostponedError, SettingsError, WaitingError
 from bridge.node.inventory import Node
 from bridge.renewal import in_use, revocation
 from bridge.renewal.gate import Attempts
@@ -25,7 +27,7 @@ from bridge.renewal.verify_and_install import (
 )
 from bridge.state import audit, backups, copies
 from bridge.state.copies import CopyError
-from bridge.state.obligations import postponed_file, unproven_file
+from bridge.state.obligations import Collected, collected_file, postponed_file, unproven_file
 from bridge.state.session import Run
 from bridge.state.store import Outcome
 from bridge.system.console import print_error
@@ -66,6 +68,7 @@ class Transaction:
             node = self._run.read_node()
         if self.may_go_on:  # a copy is another user's file, and must not hold up the node
             self._errors += copies.settle(self._run.settings, self._run.store, self._run.record)
+            _put_away(self._run)
         self._node = node
         return node
 
@@ -113,6 +116,7 @@ class Transaction:
         revocation.owe(self._run, done)
         replaced = {one.name: one.old for one in done}
         copies.owe(self._run.settings, self._run.store, self._run.read_node(), replaced)
+        _owe_putting_away(self._run, done)
         self._hooks.installing(HookEvent.of(selection.items, done))
         if not self._options.restarts:
             in_use.owe(self._run, done, postponed_file(self._run.store))
@@ -131,6 +135,7 @@ class Transaction:
         result = dataclasses.replace(result, errors=(*result.errors, *self._hooks.installed(occasion)))
         result = self._activated(result)
         late = copies.settle(self._run.settings, self._run.store, self._run.record)
+        _put_away(self._run)
         return dataclasses.replace(result, errors=(*result.errors, *late))
 
     def _activated(self, result: Result) -> Result:
@@ -212,6 +217,40 @@ class Transaction:
         for error in errors:
             self._run.record.add(audit.FAILED, error=error)
         return errors
+
+
+def _owe_putting_away(run: Run, done: Sequence[Outcome]) -> None:
+    """Write down which answers their backends put away once they are installed."""
+    ours = [one for one in done if one.authority in run.settings.authorities]
+    configured = registry.configured(run.settings, dict.fromkeys(one.authority for one in ours))
+    able = {name for name, one in configured.items() if hasattr(one.backend_type, "put_away")}
+    made = [(one.authority, run.requests.get(one.name)) for one in ours if one.authority in able]
+    new = [Collected(authority=name, reference=one.reference) for name, one in made if one and one.reference]
+    if new:
+        file = collected_file(run.store)
+        file.put(tuple(dict.fromkeys([*(file.read() or ()), *new])))
+
+
+def _put_away(run: Run) -> None:
+    """Have backends remove the answers of which no request is open any more; a failure is told once."""
+    if not run.store.collected.exists():
+        return
+    try:
+        file = collected_file(run.store)
+        every, waiting = file.read() or (), {one.reference for one in run.requests}
+        over = {one.reference: one.authority for one in every if one.reference not in waiting}
+        names = [name for name in over.values() if name in run.settings.authorities]
+        configured = registry.configured(run.settings, dict.fromkeys(names))
+        for reference, name in over.items():
+            try:
+                if name in configured:
+                    with contextlib.closing(CA.of(configured[name])) as ca:
+                        ca.put_away(reference)
+            except BackendError as e:
+                run.progress.note(f"installed answers stay where they are: {e}; {e.hint}")
+        file.put(tuple(one for one in every if one.reference in waiting))
+    except (SettingsError, StateError) as e:
+        run.progress.note(str(e))
 
 
 def _with_activation(result: Result, done: Activation) -> Result:

@@ -175,6 +175,27 @@ def revocations_file(store: Store) -> StateFile[tuple[Superseded, ...]]:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """An answer that its backend may put away once no request waits for it."""
+
+    authority: str
+    reference: str  #: The backend's, of the request.
+
+
+def collected_file(store: Store) -> StateFile[tuple[Collected, ...]]:
+    """The answers that are to be put away; without the file they stay where they are, which does no harm."""
+    return coded(
+        tuple[Collected, ...],
+        store.collected,
+        "which installed answers are to be put away",
+        OnDamage.SET_ASIDE,
+        key="collected",
+        version=1,
+        afterwards="remove the answers that are installed from the inbox",
+    )
+
+
 def copies_file(store: Store) -> StateFile[dict[str, tuple[str, ...]]]:
     """The certificates that copies may still hold: SHA-256, by kubeadm's name of the kubeconfig."""
     return coded(

@@ -51,6 +51,7 @@ class Store:
         self.hooks = state_dir / "hooks.json"  #: Hooks that did not succeed yet.
         self.revocations = state_dir / "revocations.json"  #: Superseded certificates that are to be revoked.
         self.checked_settings = state_dir / "settings.checked"  #: Which settings file needs no further check.
+        self.collected = state_dir / "collected.json"  #: Installed answers that backends have to put away.
         self.copies = state_dir / "copies.json"  #: What copies of kubeconfigs may still hold.
         self.credentials = state_dir / "credentials.json"  #: When our own tokens end, as CAs have said.
         self.attempts = state_dir / "attempts.json"  #: How often in a row a CA's renewals failed.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.exchange import ExchangeBackend, ExchangeSettings
+from backends.exchange import ExchangeBackend, ExchangeSettings, _remove, _version
 from bridge.ca import registry
 from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError
@@ -180,6 +180,25 @@ def test_the_answer_is_taken_whatever_it_is_called(tmp_path: Path) -> None:
     backend.accepted(request, reference)
     assert not list((tmp_path / "outbox").iterdir())
     assert path.exists()
+
+
+def test_installed_answers_are_put_away(tmp_path: Path) -> None:
+    """All of this request, and nothing else; a file that took the place of one meanwhile stays."""
+    backend, request = opened(tmp_path), asked()
+    reference = pending(backend.sign(request)).reference
+    answer = answer_to(tmp_path, {"apiserver": issue(request)})
+    paths = [put(tmp_path, f"{number}.json", answer) for number in range(2)]
+    other = put(tmp_path, "other.json", dataclasses.replace(answer, request_digest="0" * 64))
+    half = tmp_path / "inbox/half.json"
+    half.write_bytes(bundle_format.dumps(answer)[:-3])
+
+    opened(tmp_path).put_away(f"{1:064x}")
+    assert all(path.exists() for path in [*paths, other, half])
+    _remove(paths[0], _version(other.lstat()))
+    assert paths[0].exists()
+    backend.put_away(reference)
+    backend.put_away(reference)
+    assert sorted((tmp_path / "inbox").iterdir()) == [half, other]
 
 
 def test_a_half_copied_answer_is_left_alone_until_it_is_whole(tmp_path: Path) -> None:

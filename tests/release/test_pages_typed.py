@@ -329,5 +329,6 @@ def test_the_air_gap(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
         before = node.run("cat /etc/kubernetes/pki/apiserver.crt").stdout
         node.run("systemctl start ca-bridge.service")
         assert node.run("cat /etc/kubernetes/pki/apiserver.crt").stdout != before
+        assert node.run("ls /srv/exchange/inbox").stdout == ""
         assert "nothing is due" in node.run("ca-bridge renew").stdout
         assert desk.run(f"{as_user} {sign}", check=False).returncode == 0

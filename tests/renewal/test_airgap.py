@@ -770,6 +770,48 @@ def test_killed_when_the_request_was_in_the_outbox(node: Node, desk: Desk) -> No
     assert len(desk.issued()) == len(node.events("installed")) == 3
 
 
+def test_an_answer_leaves_the_inbox_when_all_of_it_is_installed(node: Node, desk: Desk) -> None:
+    """And not while one of its certificates still waits for a good answer; other files stay where they are."""
+    outbox, inbox = node.add_exchange()
+    assert node.run("renew", FRONT, "apiserver").returncode == 4
+    [sent] = outbox.iterdir()
+    request = bundle_format.loads_request(sent.read_bytes())
+    (inbox / "note.txt").write_text("hello")
+    (inbox / "half.json").write_bytes(bundle_format.dumps(request)[:-9])
+    assert desk.run("sign", outbox, "-o", inbox).returncode == 0
+    [path] = inbox.glob("*.answer.json")
+    whole = bundle_format.loads_answer(path.read_bytes())
+    wrong = decoy(next(one for one in request.requests if one.name == "apiserver"), request)
+    path.write_bytes(bundle_format.dumps(replace(whole, answers={**whole.answers, "apiserver": wrong})))
+
+    assert node.run("renew", FRONT, "apiserver").returncode == 5
+    assert path.exists()
+    assert (node.state / "collected.json").exists()
+    path.write_bytes(bundle_format.dumps(whole))
+    done = node.run("renew", "apiserver")
+    assert done.returncode == 0, done.stderr
+    assert sorted(one.name for one in inbox.iterdir()) == ["half.json", "note.txt"]
+    assert not (node.state / "collected.json").exists()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_killed_before_the_answer_left_the_inbox(node: Node, desk: Desk, *, is_there: bool) -> None:
+    """The next run removes it; where the inbox is away, that run says so once, and goes on."""
+    outbox, inbox = node.add_exchange()
+    assert node.run("renew", FRONT).returncode == 4
+    assert desk.run("sign", outbox, "-o", inbox).returncode == 0
+    die_at(node, "backends.exchange._remove", "renew", FRONT)
+    [path] = inbox.iterdir()
+    assert not node.open()
+    away = inbox if is_there else inbox.rename(inbox.with_name("away"))
+    runs = [node.run("renew") for _ in range(2)]
+    away.rename(inbox)
+
+    assert path.exists() is not is_there
+    assert ["installed answers stay where they are" in run.stderr for run in runs] == [not is_there, False]
+    assert not (node.state / "collected.json").exists()
+
+
 @pytest.mark.parametrize("then", ["import", "renew"])
 @pytest.mark.parametrize("point", ["bridge.renewal.verify_and_install.install", "bridge.state.install._journal"])
 def test_killed_between_proof_and_installation(node: Node, desk: Desk, point: str, then: str) -> None:
