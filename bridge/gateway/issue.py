@@ -74,6 +74,8 @@ class Issuing:
             if one.certificate and not self._writer.has_settled(one.uid):
                 self._saw(one)
             return
+        if self._writer.has_settled(one.uid):
+            return  # this version is older than our own write
         for uid in context.queue.put(one, self._judge.look):
             context.give_up(uid, "a newer request of the same node has come")
 

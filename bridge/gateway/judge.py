@@ -65,20 +65,14 @@ class Judge:
             return Look()
         node = node_of(one.request)
         world = self._world(spec, time.monotonic() - _RECENT_SECONDS)
-        is_hostile = isinstance(judge(one.request, world), Hostile)
-        if node is None:
-            return Look(is_hostile=is_hostile)
-        entry = world.inventory.nodes.get(node)
-        if entry is None:
-            return Look(node=node, counts=not is_hostile, is_hostile=is_hostile)
-        state = NodeState(exists=one.request.username == f"{NODE_USER}{node}")
-        verdict = judge(one.request, replace(world, entry=entry, state=state))
-        return Look(
-            node=node,
-            counts=isinstance(verdict, Allowed),
-            is_known=True,
-            is_hostile=isinstance(verdict, Hostile),
-        )
+        entry = world.inventory.nodes.get(node) if node is not None else None
+        if entry is not None:
+            state = NodeState(exists=one.request.username == f"{NODE_USER}{node}")
+            world = replace(world, entry=entry, state=state)
+        verdict = judge(one.request, world)
+        is_hostile, is_known = isinstance(verdict, Hostile), entry is not None
+        counts = isinstance(verdict, Allowed) if is_known else node is not None and not is_hostile
+        return Look(node=node, counts=counts, is_known=is_known, is_hostile=is_hostile)
 
     def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
         """The policy's verdict; for a write, files and Node object are looked at now, else they may have been a second ago."""

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -50,6 +51,9 @@ LONGEST_BACKDATING = timedelta(days=2)
 
 #: CAs count the longest validity from a beginning of their own, and round.
 _ROUNDING = timedelta(minutes=10)
+
+#: Thousands of answers have the same few issuers.
+_REMEMBERED = 64
 
 MIN_RSA_BITS = 2048
 _STRONG_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
@@ -132,7 +136,12 @@ def _unreadable_anchor(expected: Expectation) -> Iterator[Violation]:
             yield Violation(subject="chain", want=want, got=f"one whose {part} can't: {why}")
 
 
-def _parts_unreadable(certificate: x509.Certificate) -> Iterator[tuple[str, str]]:
+@lru_cache(maxsize=_REMEMBERED)
+def _parts_unreadable(certificate: x509.Certificate) -> tuple[tuple[str, str], ...]:
+    return tuple(_tried(certificate))
+
+
+def _tried(certificate: x509.Certificate) -> Iterator[tuple[str, str]]:
     for part, read in _PARTS.items():
         try:
             read(certificate)
