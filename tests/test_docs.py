@@ -372,6 +372,7 @@ ANSWERS = {
     "air-gap.md#by-hand": ("ca-bridge export", "ca-bridge import"),
     "desk.md#begin": ("desk-policy.toml", "ca-bridge sign"),
     "kubelets.md#the-client-certificate-kubeletconf": ("rotateCertificates",),
+    "gateway.md#in-place-of-kube-controller-managers-signer": ("--controllers=csrsigner", "kubeadm init phase"),
     "users.md#a-person": ("ca-bridge kubeconfig request",),
     "changes.md#another-name-or-address": ("--add-san",),
     "changes.md#what-this-node-may-ask-for": ("[policy]", "sans"),
