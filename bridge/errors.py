@@ -9,7 +9,7 @@ from typing import ClassVar
 
 
 class Exit:
-    """Exit codes; a promise to callers (`docs/exit-codes.md`)."""
+    """Exit codes; a promise to callers (`docs/trouble.md`)."""
 
     DONE = 0
     FAILED = 1

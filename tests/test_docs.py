@@ -16,7 +16,7 @@ import pytest
 
 from bridge.ca import registry
 from bridge.cli.help import EXAMPLES, TASKS
-from bridge.cli.settings import initial
+from bridge.cli.settings import initial, sections, topics
 from bridge.contract import GIVEN, BackendSettings, Secret
 from bridge.errors import Exit, SettingsError
 from bridge.settings.load import parse
@@ -79,7 +79,7 @@ def commands_page() -> str:
     head = (
         "# Commands\n\n<!-- written by `python -m tests.test_docs` -->\n\n"
         "For operators who look up an option: what each command prints with `-h`.\n"
-        "[exit-codes.md](exit-codes.md) says how each may end."
+        "[Exit codes](trouble.md#exit-codes) says how each may end."
     )
     parts = [
         head,
@@ -246,7 +246,7 @@ def test_a_key_that_is_named_with_its_table_is_there() -> None:
 
 def test_the_exit_codes_on_their_page_are_the_programs() -> None:
     """A code is a promise."""
-    page = (ROOT / "docs/exit-codes.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/trouble.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([0-9]) \| ", page, re.MULTILINE)
     promised = {value for name, value in vars(Exit).items() if name.isupper() and isinstance(value, int)}
     assert {int(row) for row in rows} == promised
@@ -349,13 +349,13 @@ def test_the_index_leads_to_every_page() -> None:
 #: What is asked first, by its link in docs/README.md, and words that the answer has.
 ANSWERS = {
     "certificates.md#the-certificates-of-a-kubeadm-node": ("etcd-ca", "serverAuth", "who reads it"),
-    "which-ca.md#which-page-is-for-my-ca": ("Microsoft AD CS", "EJBCA", "AWS", "step-ca"),
+    "first-renewal.md#which-page-is-for-my-ca": ("Microsoft AD CS", "EJBCA", "AWS", "step-ca"),
     "../README.md#kubernetes-versions": ("1.37", "1.34", "1.20"),
     "install.md#without-a-network": ("install", ".run"),
     "install.md#verify-a-release": ("ssh-keygen -Y verify",),
     "first-renewal.md#on-the-node": ("ca-bridge doctor", "1 renewed"),
     "run-nightly.md#run-it-every-night": ("setup systemd --enable", "setup cron --enable"),
-    "many-nodes.md#the-order": ("one after the other",),
+    "run-nightly.md#the-order": ("one after the other",),
     "after-the-installation.md#restarts": ("static-pods", "the API never stops answering"),
     "after-the-installation.md#what-is-in-use-and-the-way-back": ("prove", "rollback"),
     "backups.md#rollback": ("ca-bridge rollback",),
@@ -364,25 +364,25 @@ ANSWERS = {
     "doctor.md#before-it-matters-a-rehearsal": ("renew --rehearse",),
     "monitoring.md#monitoring": ("Nagios", "Prometheus"),
     "monitoring.md#its-own-credentials": ("client_cert", "auth.secret_id_file"),
-    "exit-codes.md#5-refused": ("profile or role",),
-    "symptoms.md#symptoms": ("kubectl logs", "NotReady", "x509"),
-    "emergency.md#everything-has-expired": ("ca-bridge renew all",),
-    "emergency.md#keys-have-leaked": ("--rekey",),
-    "emergency.md#the-ca-itself-is-replaced": ("certificate-authority-data", "ca-bridge renew all"),
+    "trouble.md#5-refused": ("profile or role",),
+    "trouble.md#symptoms": ("kubectl logs", "NotReady", "x509"),
+    "trouble.md#everything-has-expired": ("ca-bridge renew all",),
+    "trouble.md#keys-have-leaked": ("--rekey",),
+    "trouble.md#the-ca-itself-is-replaced": ("certificate-authority-data", "ca-bridge renew all"),
     "air-gap.md#by-hand": ("ca-bridge export", "ca-bridge import"),
-    "desk.md#begin": ("desk-policy.toml", "ca-bridge sign"),
+    "air-gap.md#begin": ("desk-policy.toml", "ca-bridge sign"),
     "kubelets.md#the-client-certificate-kubeletconf": ("rotateCertificates",),
     "gateway.md#in-place-of-kube-controller-managers-signer": ("--controllers=csrsigner", "kubeadm init phase"),
     "users.md#a-person": ("ca-bridge kubeconfig request",),
     "changes.md#another-name-or-address": ("--add-san",),
     "changes.md#what-this-node-may-ask-for": ("[policy]", "sans"),
-    "upgrade.md#versions-and-upgrades-of-kubernetes": ("kubeadm upgrade apply", "--certificate-renewal=false"),
-    "network.md#connections-of-a-node": ("6443", "2379", "10250"),
-    "verification.md#what-was-asked-for": ("subject", "SANs"),
+    "changes.md#versions-and-upgrades-of-kubernetes": ("kubeadm upgrade apply", "--certificate-renewal=false"),
+    "install.md#connections-of-a-node": ("6443", "2379", "10250"),
+    "certificates.md#what-was-asked-for": ("subject", "SANs"),
     "../SECURITY.md#reporting": ("Report a vulnerability",),
     "security.md#a-stolen-node": ("key",),
-    "glossary.md#glossary": ("authority", "backend", "bundle", "continuity proof"),
-    "leaving.md#leaving-ca-bridge": ("systemctl disable",),
+    "#glossary": ("authority", "backend", "bundle", "continuity proof"),
+    "install.md#leaving-ca-bridge": ("systemctl disable",),
 }
 
 
@@ -410,9 +410,9 @@ def test_each_question_is_answered_on_one_page() -> None:
     assert len(rows) == asked.count("\n| ") - 2 >= 28
     for target, words in ANSWERS.items():
         path, _, anchor = target.partition("#")
-        text = section(docs / path, anchor)
+        text = section(docs / (path or "README.md"), anchor)
         assert [word for word in words if word not in text] == [], target
-    assert section(docs / "leaving.md", "gone") == ""
+    assert section(docs / "install.md", "gone") == ""
 
 
 def test_the_versions_in_the_readme_are_those_that_were_tried() -> None:
@@ -550,7 +550,7 @@ def test_each_page_that_the_program_names_is_one_of_its_help() -> None:
     texts = [path.read_text(encoding="utf-8") for path in places if path.is_file()]
     named = {topic for text in texts for topic in re.findall(r"`ca-bridge help ([a-z0-9-]+)`", text)}
     assert len(named) > 8
-    assert named - {path.stem for path in (ROOT / "docs").glob("*.md")} == set()
+    assert named - {*topics(), *sections(topics())} == set()
     shipped = [path for path in places if path.is_file() and path.suffix != ".py"]
     assert [path for path in shipped if "docs/" in path.read_text(encoding="utf-8").replace("/docs/", "")] == []
 

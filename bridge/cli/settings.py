@@ -249,6 +249,16 @@ def title_of(page: Path) -> str:
         return next(lines, "").removeprefix("#").strip()
 
 
+def sections(found: Mapping[str, Path]) -> dict[str, str]:
+    """The chapters of all pages, by their headings as links have them; a page begins with its own heading."""
+    parts: dict[str, str] = {}
+    for page in [*found.values(), *(path.with_name("README.md") for path in list(found.values())[:1])]:
+        for part in re.split(r"^(?=## )", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+            heading = part.partition("\n")[0].removeprefix("## ").lower()
+            parts.setdefault(re.sub(r"[^\w\- ]", "", heading).replace(" ", "-"), part)
+    return parts
+
+
 def show(text: str) -> None:
     """Print a page, by a pager where it is longer than the terminal."""
     pager = next((path for path in _PAGERS if os.access(path, os.X_OK)), "")
@@ -262,10 +272,10 @@ def show(text: str) -> None:
 @command(commands, "help")
 def help_(
     _: Common,
-    topic: Annotated[str, typer.Argument(help="A page, such as `emergency`.")] = "",
+    topic: Annotated[str, typer.Argument(help="A page, or a chapter of one, such as `emergency`.")] = "",
 ) -> None:
     """
-    Show a page of the documents that are installed with the program, or the list of them.
+    Show a page of the documents that are installed with the program, or one of its chapters, or the list of the pages.
 
     On a terminal, `less` shows a page that does not fit, where that program is installed.
     """
@@ -276,6 +286,11 @@ def help_(
         widest = max(map(len, found))
         say("\n".join(f"{name:{widest}}  {title_of(page)}" for name, page in found.items()))
         return
-    if topic not in found:
-        raise typer.BadParameter(f"wanted a page, found {name_found(topic, found)}; `ca-bridge help` lists them")
-    show(found[topic].read_text(encoding="utf-8"))
+    if topic in found:
+        show(found[topic].read_text(encoding="utf-8"))
+        return
+    chapters = sections(found)
+    if topic not in chapters:
+        known = name_found(topic, [*found, *chapters])
+        raise typer.BadParameter(f"wanted a page or a chapter, found {known}; `ca-bridge help` lists the pages")
+    show(chapters[topic])

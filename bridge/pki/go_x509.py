@@ -2,7 +2,7 @@
 What Go's crypto/x509 and crypto/tls, and so all components of Kubernetes, refuse to read or to verify (pure).
 
 The library that verifies our paths accepts more in places, and no component would start with such a certificate. The
-rules are those of Go 1.26 (`parser.go`, `verify.go`, `constraints.go`); `docs/verification.md` lists where ours are
+rules are those of Go 1.26 (`parser.go`, `verify.go`, `constraints.go`); `docs/certificates.md` lists where ours are
 stricter. `tests/attack/test_judge.py` compares them with Go itself on thousands of mutated answers.
 """
 

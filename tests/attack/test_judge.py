@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.kube("judge"), pytest.mark.filterwarnings("ignore:Attr
 
 #: The same in each run, and new ones.
 SEEDS, EXAMPLES = 4000, 500
-DOCUMENT = Path(__file__).parents[2] / "docs/verification.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/certificates.md"
 #: What a client calls the servers.
 HOSTS = {"apiserver": "kubernetes", "etcd-server": "localhost", "admin.conf": ""}
 

@@ -20,16 +20,30 @@ def test_each_page_is_there_and_listed_with_its_title() -> None:
     topics = {path.stem for path in DOCS.glob("*.md")} - {"README"}
     assert result.exit_code == 0
     assert {line.split()[0] for line in result.stdout.splitlines()} == topics
-    assert any(line.split(maxsplit=1) == ["emergency", "Emergencies"] for line in result.stdout.splitlines())
-    assert DOCS not in pages.topics()["emergency"].parents
+    assert any(
+        line.split(maxsplit=1) == ["exec", "Any program as a CA: the backend `exec`"]
+        for line in result.stdout.splitlines()
+    )
+    assert DOCS not in pages.topics()["exec"].parents
 
 
 def test_a_page_is_printed_whole() -> None:
     """In a pipe without a pager."""
-    result = CliRunner().invoke(app, ["help", "emergency"])
+    result = CliRunner().invoke(app, ["help", "trouble"])
 
     assert result.exit_code == 0
-    assert result.stdout == (DOCS / "emergency.md").read_text(encoding="utf-8")
+    assert result.stdout == (DOCS / "trouble.md").read_text(encoding="utf-8")
+
+
+def test_a_chapter_is_printed_alone() -> None:
+    """By its heading as links have it, up to the next chapter; those of the index, too."""
+    result = CliRunner().invoke(app, ["help", "exit-codes"])
+
+    assert result.exit_code == 0
+    assert result.stdout.startswith("## Exit codes\n")
+    assert "### 130, 143: interrupted" in result.stdout
+    assert "Everything has expired" not in result.stdout
+    assert CliRunner().invoke(app, ["help", "glossary"]).stdout.startswith("## Glossary\n")
 
 
 def test_a_page_that_is_not_there_is_answered_with_the_one_that_may_be_meant() -> None:

@@ -96,7 +96,7 @@ def _examples(name: str) -> Iterator[str]:
 
 
 def _exit_codes() -> str:
-    text = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", (ROOT / "docs/exit-codes.md").read_text(encoding="utf-8"))
+    text = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", (ROOT / "docs/trouble.md").read_text(encoding="utf-8"))
     rows = re.findall(r"^\| ([\d, ]+) \| (.*?) \|", text, re.MULTILINE)
     return "\n".join(_item(code, meaning) for code, meaning in rows)
 

@@ -1,7 +1,7 @@
 """
 The versions of the CAs that the tests sign with, asked of the programs themselves.
 
-`python -m tests.measure.tested_cas [--docs]` prints them; with `--docs` they go into the tables of docs/which-ca.md.
+`python -m tests.measure.tested_cas [--docs]` prints them; with `--docs` they go into the tables of docs/first-renewal.md.
 Needs the programs of `tests/kit/binaries.sh`, and for Debian's the packages that `.ci/run` installs.
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tests.kit import programs
 
-DOCUMENT = Path(__file__).parents[2] / "docs/which-ca.md"
-_HEADING = "## Tested CAs\n"
+DOCUMENT = Path(__file__).parents[2] / "docs/first-renewal.md"
+_HEADING = "### Tested CAs\n"
 _MODULES = programs.KIT / "modules"
 
 

@@ -2,7 +2,7 @@
 A real upgrade of a cluster from Kubernetes 1.36 to 1.37 whose CA keys were never on a node, node by node.
 
 `python -m tests.measure.upgrade_nodes [--docs]` makes two control-plane nodes and a worker of 1.36 by `ca-bridge bootstrap`,
-with the programs that `tests/kit/binaries.sh --older 1.36` builds, and types what docs/upgrade.md says: `kubeadm upgrade
+with the programs that `tests/kit/binaries.sh --older 1.36` builds, and types what docs/changes.md says: `kubeadm upgrade
 apply` on the first, `kubeadm upgrade node` on the others, all with `--certificate-renewal=false`; on the second one a
 certificate has expired, and before that the worker's.
 It prints what was seen; with `--docs` also into docs/evidence/upgrade.md, whose figures come from nowhere else.
@@ -151,7 +151,7 @@ def walk(directory: Path, old: Path, new: Path) -> Seen:
     Look, upgrade one node after the other, exchange the kubelets, look again, renew.
 
     Raises:
-        AssertionError: A command did not end as docs/upgrade.md has it, or ca-bridge had said something else.
+        AssertionError: A command did not end as docs/changes.md has it, or ca-bridge had said something else.
     """
     with ExitStack() as stack:
         site = _site(stack, directory, old, new)

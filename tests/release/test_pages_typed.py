@@ -35,7 +35,8 @@ only_bookworm = pytest.mark.parametrize("installed", ["bookworm"], indirect=True
 def blocks(page: str, section: str) -> list[str]:
     """The shell blocks of a page's section, those of its sub-sections included."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    (found,) = re.findall(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    ((depth, rest),) = re.findall(rf"^(##+) {re.escape(section)}\n(.*)", text, re.MULTILINE | re.DOTALL)
+    found = re.split(rf"^#{{2,{len(depth)}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
     return [
         re.sub(r"^ {3}", "", one, flags=re.MULTILINE)
         for one in re.findall(r"^ *```sh\n(.*?)^ *```", found, re.MULTILINE | re.DOTALL)
@@ -298,7 +299,7 @@ def carry(source: Booted, outbox: str, target: Booted, inbox: str) -> None:
 def test_the_air_gap(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
     """From nothing to a node's hourly job and a desk's own, which renew all certificates once somebody carries two files."""
     host = installed.copy(tmp_path / "host")
-    begin, by_hand, job, *_ = blocks("docs/desk.md", "Begin")
+    begin, by_hand, job, *_ = blocks("docs/air-gap.md", "Begin")
     settings, commands = blocks("docs/air-gap.md", "By cron on both sides")
     renew, sign = lines(commands)
     with node_of(installed.copy(tmp_path / "node"), pki) as node, host.booted() as desk:
