@@ -117,8 +117,9 @@ def _wait(attempt: int, error: BaseException | None) -> float:
 
 
 def _is_for_a_person(error: BaseException | None) -> bool:
-    """Whether nothing listens at the CA's port: a person at the terminal would rather know at once than wait."""
-    return is_attended() and os.strerror(errno.ECONNREFUSED).lower() in str(error).lower()
+    """Whether nothing listens at the CA's port, or no way leads there: a person would rather know at once than wait."""
+    reasons = (os.strerror(code).lower() for code in (errno.ECONNREFUSED, errno.ENETUNREACH))
+    return is_attended() and any(reason in str(error).lower() for reason in reasons)
 
 
 class Rest:

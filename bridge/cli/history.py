@@ -166,6 +166,8 @@ def rollback(
     ]
     say_table(rows, (2,), ["ok"] * len(rows))
     say("\n".join(f"removed {path}, as it was not there then" for path in done.removed))
+    for name in done.stays:
+        say_sentence(f"{name} stays as it is: it was missing, and the backup has nothing but its key")
     replaced = settings.node.state_dir / "backups" / done.replaced_backup_id
     say_sentence(f"backup {done.backup.backup_id} was put back; what it replaced is in {replaced}")
     print_restart("These still run on what was replaced until they are restarted", components, settings)
@@ -189,6 +191,7 @@ def _rollback_json(done: Rollback, components: Sequence[Component]) -> dict[str,
         ],
         "errors": errors_json(done.late),
         "removed": list(map(str, done.removed)),
+        "stays": done.stays,
         "restart": components,
     }
 

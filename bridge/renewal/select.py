@@ -200,7 +200,9 @@ class _Choice:
         if (sentence := self._left_alone(item, by_hand=by_hand)) is not None:
             return sentence
         if item.state != "present":
-            return outcome_of(item, MissingCertificateError(item.trouble or "", hint=RESTORE))
+            is_broken = item.state == "broken"  # and not only closed to this user
+            hint = _restore(item.spec, f"mv {item.certificate_path} /root, and " if is_broken else "")
+            return outcome_of(item, MissingCertificateError(item.trouble or "", hint=hint))
         is_due = name in self.waiting or is_other(item, self.settings) or _is_due(item, self.settings, self.now)
         is_due = is_due or name in self.lost_keys or item.spec.authority.name in self.lost_cas
         return self._judged(item) if self.options.names or is_due else None
@@ -355,16 +357,19 @@ def _is_due(item: Item, settings: Settings, now: datetime) -> bool:
     return expiry.is_due(item.renewable, settings.renewal.before, settings.renewal.validity, now)
 
 
+def _restore(spec: CertificateSpec, first: str = "") -> str:
+    """The hint for a missing or broken certificate; some are made anew by name, after the command `first`."""
+    is_made = spec.listed or spec.name == KUBELET_CONF
+    anew = f"; or {first}`ca-bridge renew {spec.name}` makes it anew from kubeadm's configuration"
+    return f"{RESTORE}{anew if is_made else ''}"
+
+
 def _absent(spec: CertificateSpec, item: Item | None, node: Node) -> Outcome:
     if item is None:
         error = MissingCertificateError(f"wanted a certificate to renew, found none: {_why_not_here(spec, node)}")
     else:
-        place = item.certificate_path
-        hint = f"{RESTORE}; or `ca-bridge renew {spec.name}` makes it anew from kubeadm's configuration"
-        is_made = spec.listed or spec.name == KUBELET_CONF
-        error = MissingCertificateError(
-            f"wanted a certificate to renew in {place}, found nothing", hint=hint if is_made else RESTORE
-        )
+        text = f"wanted a certificate to renew in {item.certificate_path}, found nothing"
+        error = MissingCertificateError(text, hint=_restore(spec))
     return Outcome(name=spec.name, authority=spec.authority.name, error=error)
 
 

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -384,6 +384,7 @@ class Rollback:
     outcomes: tuple[Outcome, ...]
     removed: tuple[Path, ...]  #: Were not there when the backup was made.
     late: tuple[BridgeError, ...] = ()  #: About copies that still hold a replaced certificate.
+    stays: tuple[str, ...] = ()  #: Certificates that were missing before, and were left alone.
 
 
 def put_back_and_retire(
@@ -396,14 +397,25 @@ def put_back_and_retire(
 ) -> tuple[Rollback, Node]:
     """
     Put back the files of a backup, or of the newest, all or none (RollbackRefusedError: it is not fit); files that it
-    has no copy of are removed, and `force` accepts what the node could run on.
+    has no copy of are removed, and `force` accepts what the node could run on. What was made for a certificate that
+    was missing stays where only its key was left.
     """
     with alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
         node = inventory.of(settings.node)
-        found = find(store, backup_id)
+        found, stays = _with_pairs(find(store, backup_id), node)
         done = put_back(found, settings, store, record, node, now(), lambda one: force and one.can_be_forced)
         retire(store, settings, node, now())
-    return done, node
+    return replace(done, stays=stays), node
+
+
+def _with_pairs(backup: Backup, node: Node) -> tuple[Backup, tuple[str, ...]]:
+    """The backup without certificates that were missing and left their key, and their names; if there are others."""
+    two = {item.spec.name for item in node.items if item.key_path is not None and item.current is None}
+    made = {str(one.get("name")) for one in backup.certificates if one.get("old_serial") is None} & two
+    half = [name for name in backup.names if name in made and len({f.was_there for f in files_of(backup, name)}) > 1]
+    if len(half) == len(backup.names):
+        return backup, ()
+    return replace(backup, files=tuple(file for file in backup.files if file.certificate not in half)), tuple(half)
 
 
 def put_back(
@@ -523,7 +535,9 @@ def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[
     ]
     if not old or store.unproven.exists() or store.postponed.exists():
         return []
-    last_good = next((backup for backup in found if not problems_of(backup, settings, node, now)), None)
+    last_good = next(
+        (backup for backup in found if not problems_of(_with_pairs(backup, node)[0], settings, node, now)), None
+    )
     deleted = []
     for backup in reversed(old):
         if backup is last_good:

@@ -20,6 +20,7 @@ def test_each_page_is_there_and_listed_with_its_title() -> None:
     topics = {path.stem for path in DOCS.glob("*.md")} - {"README"}
     assert result.exit_code == 0
     assert {line.split()[0] for line in result.stdout.splitlines()} == topics
+    assert max(map(len, result.stdout.splitlines())) <= 80
     assert any(
         line.split(maxsplit=1) == ["exec", "Any program as a CA: the backend `exec`"]
         for line in result.stdout.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 
 from bridge.cli import printing
 from tests.kit import opensslca, terminals
+from tests.kit.cas import Bridge
+from tests.kit.openbao import free_port
 from tests.kit.pki import Pki, handmade_pki
 
 PROGRAM = str(Path(sys.executable).with_name("ca-bridge"))
@@ -164,3 +167,20 @@ def test_nobody_listens(config: Path) -> None:
     for closed in ("2>&-", ">&-"):
         line = f"exec {PROGRAM} renew front-proxy-client --config {config} {closed}"
         assert subprocess.run(["sh", "-c", line], check=False, stdout=subprocess.DEVNULL).returncode == 0, closed
+
+
+@pytest.mark.parametrize("network", [[], ["unshare", "--net"]], ids=["nothing listens", "no way leads there"])
+def test_a_person_does_not_wait_for_a_ca_that_is_not_there(tmp_path: Path, network: list[str]) -> None:
+    """At a terminal the run ends at once; a job asks again until `retry_for` is over."""
+    if network and os.geteuid() != 0:
+        pytest.skip("makes a network of its own; run as root")
+    bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
+    url = f"http://127.0.0.1:{free_port()}"
+    bridge.add("backend.corp", {"type": "vault", "url": url, "retry_for": "2s"})
+    bridge.add("backend.corp.auth", {"method": "token", "token_file": bridge.secret("token", "s3cret")})
+    bridge.add("authority.front-proxy-ca", {"backend": "corp", "mount": "pki"})
+    command = [*network, PROGRAM, "renew", "front-proxy-client", "--config", str(bridge.config)]
+    shown = terminals.run(command)
+    assert (shown.exit_code, "asked again" in shown.text) == (6, False), shown.text
+    job = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert (job.returncode, "asked again" in job.stderr) == (6, True), job.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import stat
 import subprocess
@@ -235,9 +236,9 @@ def test_cron_makes_nothing_that_nobody_has_named(site: Site) -> None:
         assert not site.path(KUBELET_CLIENT).exists()
         assert not site.path("super-admin.conf").exists()
     run = site.renew("super-admin.conf", *site.config)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 7, run.stderr  # for what `renew all --no-restart` has left to an operator
     assert ("2.5.4.10", "system:masters") in attributes(live_certificates(site.pki)["super-admin.conf"].subject)
-    assert site.renew("kubelet.conf", *site.config).returncode == 0  # it is there
+    assert site.renew("kubelet.conf", *site.config).returncode == 7  # it is there
 
 
 @pytest.mark.parametrize("has_run", [True, False])
@@ -340,3 +341,24 @@ def test_an_answer_that_says_something_else_is_refused(site: Site, tmp_path: Pat
     is_right = name == "wanted.example.com"
     assert (run.returncode, site.path("apiserver").exists()) == ((0, True) if is_right else (5, False)), run.stderr
     assert ("SAN: wanted" in run.stderr) is not is_right
+
+
+def test_a_broken_certificate_is_made_anew_as_its_hint_says(site: Site, tmp_path: Path) -> None:
+    """And a rollback leaves it alone, since its broken half is nothing to go back to; what was renewed with it goes back."""
+    path, other = site.path("front-proxy-client"), site.path("scheduler.conf")
+    path.write_text("garbage")
+    before = other.read_bytes()
+    broken = site.renew("front-proxy-client")
+    assert broken.returncode == 1
+    found = re.search(r"; or mv (\S+) /root, and `ca-bridge renew (\S+)` makes it anew", broken.stderr)
+    assert found is not None, broken.stderr
+    assert found.groups() == (str(path), "front-proxy-client")
+    path.rename(tmp_path / path.name)
+    assert site.renew("front-proxy-client", "scheduler.conf", *site.config).returncode == 0
+    made = path.read_bytes()
+    assert other.read_bytes() != before
+
+    run = site.bridge.run("rollback")
+    assert run.returncode == 0, run.stderr
+    assert "front-proxy-client stays as it is" in run.stdout
+    assert (path.read_bytes(), other.read_bytes()) == (made, before)
