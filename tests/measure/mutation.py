@@ -41,7 +41,7 @@ TESTS = {
     "bridge/pki/csr.py": _CHECKS,
     "bridge/pki/bundle.py": _BUNDLE,
     "bridge/pki/signatures.py": ("tests/pki/test_signatures.py", *_BUNDLE),
-    "bridge/pki/csr_fields.py": ("tests/gateway/test_signer_policy.py",),
+    "bridge/pki/csr_fields.py": ("tests/pki/test_csr_fields.py", "tests/gateway/test_signer_policy.py"),
     "bridge/pki/bundle_format.py": _BUNDLE,
     "bridge/pki/budget.py": ("tests/pki/test_budget.py",),
     "bridge/pki/expiry.py": ("tests/pki/test_expiry.py",),
