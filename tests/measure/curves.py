@@ -15,7 +15,6 @@ import dataclasses
 import json
 import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,13 +78,13 @@ def batches(directory: Path, sizes: Sequence[int], rows: Sequence[int]) -> Itera
     requests = requests_for(live[SPEC.name], max(sizes))
     for old in rows:
         for size in sizes:
-            ours = _ours(directory / "ours", ca, requests[:size], old)
-            bare = sign_bare(directory / "bare", ca, live, [request.csr_pem for request in requests[:size]], old)
+            new = directory / f"{old}-{size}"  # see `fleet.sign_inbox`
+            ours = _ours(new / "ours", ca, requests[:size], old)
+            bare = sign_bare(new / "bare", ca, live, [request.csr_pem for request in requests[:size]], old)
             yield Batch(rows=old, csrs=size, ours=ours, bare=bare.seconds)
 
 
 def _ours(directory: Path, ca: TestCA, requests: Sequence[SignRequest], rows: int) -> float:
-    shutil.rmtree(directory, ignore_errors=True)
     make_ca_directory(directory, ca.certificate_pem, ca.key_pem)
     grow_index(directory, rows)
     backend = OpensslBackend.from_settings(OpensslSettings(dir=directory, timeout=timedelta(minutes=5)))
