@@ -42,6 +42,15 @@ class Continuity:
     asked: datetime | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """The names of a certificate whose CSR has none, as a pod's has."""
+
+    common_name: str = ""  #: The subject is this CN and nothing else; empty: the subject is empty, too.
+    uris: tuple[str, ...] = ()
+    dns: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class SignRequest:
     """One certificate that a CA is asked for."""
@@ -51,6 +60,8 @@ class SignRequest:
     validity: timedelta  #: Wanted; a CA may give less, down to the settings' `min_validity`.
     replaces: x509.Certificate | None = None
     continuity: Continuity | None = None  #: Only for a backend that `Carries` requests to people.
+    #: Only for a backend with `NamesBesideCsr`: these names, and none of the CSR's; None: those of the CSR.
+    names: Names | None = None
 
     @cached_property
     def csr(self) -> x509.CertificateSigningRequest:
@@ -192,6 +203,13 @@ class AsksValidity(Protocol):
     """Optional: the validity of a request reaches the CA, and none gives more; elsewhere a profile decides."""
 
     asks_validity: bool
+
+
+@runtime_checkable
+class NamesBesideCsr(Protocol):
+    """Optional: `SignRequest.names` reach the CA beside the CSR; a pod's CSR is empty, so that pods need it."""
+
+    names_beside_csr: bool
 
 
 @runtime_checkable

@@ -306,4 +306,14 @@ KUBELET_SERVING = CertificateSpec(
     component=Component.KUBELET,
 )
 USER = CertificateSpec(name="user", authority=CA, ekus=_CLIENT, common_names=(), base="")
-GATEWAY_SPECS = {spec.name: spec for spec in (KUBELET_CLIENT, KUBELET_SERVING, USER)}
+#: The CA of pods' certificates, which is none of kubeadm's three.
+PODS = Authority(name="pods", base="pods")
+#: By their usage; pods' names are beside the CSR.
+POD_SPECS: dict[Usage, CertificateSpec] = {
+    "peer": CertificateSpec(name="pod", authority=PODS, ekus=_PEER, common_names=(), base=""),
+    "client": CertificateSpec(name="pod-client", authority=PODS, ekus=_CLIENT, common_names=(), base=""),
+    "server": CertificateSpec(name="pod-server", authority=PODS, ekus=_SERVER, common_names=(), base=""),
+}
+GATEWAY_SPECS = {spec.name: spec for spec in (KUBELET_CLIENT, KUBELET_SERVING, USER, *POD_SPECS.values())}
+#: All CAs that the settings may name.
+SIGNING_AUTHORITIES = {**AUTHORITIES, PODS.name: PODS}

@@ -39,6 +39,7 @@ from backends.http import (
 from bridge.contract import (
     BackendSettings,
     Issued,
+    Names,
     Secret,
     SecretUnavailableError,
     Selector,
@@ -49,7 +50,7 @@ from bridge.contract import (
 )
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsProblem, Violation
 from bridge.pki.budget import of_server
-from bridge.specs import EKU, SPECS, CertificateSpec
+from bridge.specs import EKU, PODS, SPECS, CertificateSpec
 from bridge.system.http import Answer
 from bridge.words import one_line
 
@@ -125,6 +126,7 @@ class CfsslBackend:
     """One CA behind a cfssl server."""
 
     settings_type: ClassVar[type[BackendSettings]] = CfsslSettings
+    names_beside_csr = True
 
     def __init__(self, settings: CfsslSettings) -> None:
         self._settings = settings
@@ -155,7 +157,7 @@ class CfsslBackend:
         profile = self._profile(request.spec)
         # text around the block may be in any encoding
         csr = request.csr_pem.decode("ascii", "replace")
-        body = self._body(csr, profile, self._key_place(request.spec))
+        body = self._body(csr, profile, self._key_place(request.spec), request.names)
         result = self._result(self._server.post(self._settings.endpoint, body), profile)
         return Issued(leaf=_certificate(result), intermediates=intermediates)
 
@@ -263,8 +265,10 @@ class CfsslBackend:
             self._result(reply, profile)
         return []
 
-    def _body(self, csr: str, profile: str, key_place: Secret | None) -> dict[str, str]:
-        request = {"certificate_request": csr, "profile": profile, **self._label}
+    def _body(self, csr: str, profile: str, key_place: Secret | None, names: Names | None = None) -> dict[str, object]:
+        request: dict[str, object] = {"certificate_request": csr, "profile": profile, **self._label}
+        if names is not None:  # in the place of the CSR's
+            request |= {"hosts": [*names.uris, *names.dns], "subject": {"CN": names.common_name}}
         if key_place is None:
             return request
         text = json.dumps(request).encode()
@@ -308,7 +312,8 @@ def _usage_violations(
     """Check for kubeadm's key usages and exactly the spec's EKUs; `default` is the answer for an unknown profile."""
     names = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
     want = {"digital signature", "key encipherment"} | {names[eku] for eku in spec.ekus}
-    if offer.usages == want:
+    needless = {"key encipherment"} if spec.authority == PODS else set()  # SPIFFE's own need no such usage
+    if want - needless <= offer.usages <= want:
         return []
     unknown = "unknown or without these usages" if offer == default() else "without these usages"
     return [Violation(subject=f"profile {profile}, {unknown}", want=listed(want), got=listed(offer.usages))]
@@ -395,7 +400,7 @@ class _Reply:
 _PLAIN = frozenset({"404 page not found", "Invalid CN", "Client sent an HTTP request to an HTTPS server."})
 
 
-def _parse(answer: Answer, sent: Mapping[str, str]) -> _Reply:
+def _parse(answer: Answer, sent: Mapping[str, object]) -> _Reply:
     """Read status and envelope; a request that the answer quotes is not shown, since anyone could send it again."""
     later = retry_after_seconds(answer, datetime.now(UTC))
     try:
@@ -416,7 +421,9 @@ def _parse(answer: Answer, sent: Mapping[str, str]) -> _Reply:
         status=answer.status,
         code=code if isinstance(code, int) else None,
         message=one_line(
-            without(str(first.get("message", "no reason given")), [sent.get("token"), sent.get("request")])
+            without(
+                str(first.get("message", "no reason given")), [str(sent.get(key, "")) for key in ("token", "request")]
+            )
         ),
         retry_after_seconds=later,
     )
@@ -429,7 +436,7 @@ class _Server:
         self.http = Http(wording, settings.url, settings.timeout, settings.tls_context)
         self._url = f"{settings.url.rstrip('/')}{API}"
 
-    def post(self, endpoint: str, body: Mapping[str, str]) -> _Reply:
+    def post(self, endpoint: str, body: Mapping[str, object]) -> _Reply:
         """The server's answer; errors are those of `Http.request`."""
         return _parse(self.http.request("POST", f"{self._url}/{endpoint}", json=body), body)
 

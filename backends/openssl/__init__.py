@@ -33,16 +33,19 @@ from cryptography.x509.oid import NameOID
 from backends.openssl.index import Database, Snapshot, file_name
 from backends.openssl.program import Failure, KeyFile, Openssl, PrivateKey, ProcessEnd
 from backends.openssl.settings import CA_PLACE_HINT, CAFiles, OpensslSettings, files_of, private_key_of
-from bridge.contract import BackendSettings, Issued, SetupFile, SetupRequest, SignRequest
+from bridge.contract import BackendSettings, Issued, Names, SetupFile, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
 from bridge.specs import CertificateSpec, Usage
 
 _REVOKED_FOR_SECONDS = 1.0
 _FAILED_RUNS = 20  # in a row: more than it takes to halve 1000 down to a bad CSR, and no endless list of failures
 _BACKDATED = timedelta(minutes=5)  # clocks differ; kubeadm does the same
+_BACKDATED_LITTLE = timedelta(minutes=1)  # the API server refuses a pod's certificate that began 5 minutes ago
 _MEMORY = "/dev/shm"  # noqa: S108 (the folder made in it is private)
 _PREFIX = "ca-bridge-"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
+#: Others would mean something in an openssl.cnf.
+_PLAIN_SAN = re.compile(r"(?:[a-z]+://)?[A-Za-z0-9._/-]+")
 
 # All paths are relative to the folder of the run, so that none of the site's has to be quoted.
 _CONFIG = """\
@@ -86,7 +89,16 @@ _ExtensionT = TypeVar("_ExtensionT", bound=x509.ExtensionType)
 log = logging.getLogger(__name__)
 
 
-_Batch = tuple[Usage, timedelta, list[tuple[int, SignRequest]]]
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """All that the certificates of one run share."""
+
+    usage: Usage
+    validity: timedelta
+    names: Names | None  #: Beside the CSRs; one run has one section of extensions.
+
+
+_Batch = tuple[_Alike, list[tuple[int, SignRequest]]]
 _Answers = dict[int, Issued | BackendError]
 
 
@@ -95,6 +107,7 @@ class OpensslBackend:
 
     settings_type: ClassVar[type[BackendSettings]] = OpensslSettings
     asks_validity = True
+    names_beside_csr = True
 
     def __init__(self, settings: OpensslSettings, files: CAFiles) -> None:
         self._settings = settings
@@ -279,10 +292,10 @@ class _Desk:
         answers: _Answers = {}
         # while openssl signs one batch, the next is looked through, and the certificates of the last are read
         with ThreadPoolExecutor(1) as beside:
-            checks = [beside.submit(_checked_all, requests) for _, _, requests in batches]
-            for (usage, validity, _), check in zip(batches, checks, strict=True):
+            checks = [beside.submit(_checked_all, requests) for _, requests in batches]
+            for (alike, _), check in zip(batches, checks, strict=True):
                 orders, refused = check.result()
-                answers |= refused | self._sign_or_halve(beside, usage, validity, orders)
+                answers |= refused | self._sign_or_halve(beside, alike, orders)
             for reading in self.readings:
                 answers |= reading.result()
         if self.fatal is None:
@@ -290,15 +303,13 @@ class _Desk:
         if not any(isinstance(answer, Issued) for answer in answers.values()):
             raise self.fatal
         self.fatal.is_for_all = True
-        return dict.fromkeys((position for _, _, requests in batches for position, _ in requests), self.fatal) | answers
+        return dict.fromkeys((position for _, requests in batches for position, _ in requests), self.fatal) | answers
 
-    def _sign_or_halve(
-        self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[CheckedCsr]
-    ) -> _Answers:
+    def _sign_or_halve(self, beside: ThreadPoolExecutor, alike: _Alike, orders: Sequence[CheckedCsr]) -> _Answers:
         """Halve a run that fails as a whole, until the CSR is found that it fails for: only that CSR is refused."""
         if not orders or self.fatal:
             return {}
-        failure = self._run_batch(beside, usage, validity, orders)
+        failure = self._run_batch(beside, alike, orders)
         self.failed_runs = self.failed_runs + 1 if failure else 0
         if not failure:
             return {}
@@ -311,15 +322,13 @@ class _Desk:
             return {orders[0].position: failure.error}
         middle = len(orders) // 2
         halves = orders[:middle], orders[middle:]
-        return {k: v for half in halves for k, v in self._sign_or_halve(beside, usage, validity, half).items()}
+        return {k: v for half in halves for k, v in self._sign_or_halve(beside, alike, half).items()}
 
-    def _run_batch(
-        self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[CheckedCsr]
-    ) -> Failure | None:
+    def _run_batch(self, beside: ThreadPoolExecutor, alike: _Alike, orders: Sequence[CheckedCsr]) -> Failure | None:
         """One run; if it issued anything, the answers will be among the readings."""
         try:
             with _os_errors():
-                outcome, serials = self._run_recorded(usage, validity, orders)
+                outcome, serials = self._run_recorded(alike, orders)
         except BackendError as e:
             return Failure(e, for_all=True)
         failure = None if outcome.code == 0 else self.openssl.failure(outcome)
@@ -330,9 +339,7 @@ class _Desk:
         self.readings.append(beside.submit(self._read, orders, serials, self.fatal))
         return None
 
-    def _run_recorded(
-        self, usage: Usage, validity: timedelta, orders: Sequence[CheckedCsr]
-    ) -> tuple[ProcessEnd, list[int]]:
+    def _run_recorded(self, alike: _Alike, orders: Sequence[CheckedCsr]) -> tuple[ProcessEnd, list[int]]:
         """How a run ended, and the serial numbers that it added to the database."""
         before = self.seen = self.database.read(self.seen)
         self.database.check_space(len(before.data), len(orders))
@@ -341,7 +348,7 @@ class _Desk:
         for name, order in zip(names, orders, strict=True):
             self.folder.joinpath(name).write_bytes(order.csr_pem)
         # never -out a real file: openssl empties it first, and keeps only the last of several certificates in it
-        fixed = ("-notext", "-extensions", usage, *self._dates(validity), "-out", "/dev/null")
+        fixed = ("-notext", *self._extensions(alike), *self._dates(alike), "-out", "/dev/null")
         outcome = self._run(*fixed, "-infiles", *names, csrs=len(names))
         for name in names:
             self.folder.joinpath(name).unlink()
@@ -369,11 +376,21 @@ class _Desk:
         missing = [position for positions in waiting.values() for position in positions]
         return answers | dict.fromkeys(missing, error or _not_issued(lost))
 
-    def _dates(self, validity: timedelta) -> list[str]:
-        """Within the CA's own dates, which openssl does not look at."""
+    def _extensions(self, alike: _Alike) -> list[str]:
+        """The arguments for the usage's section, or for a file with one that has the names in it, too."""
+        if alike.names is None:
+            return ["-extensions", alike.usage]
+        section = SECTION.format(usage="named", ekus=EKUS[alike.usage])
+        self.folder.joinpath("named.cnf").write_text(section + _sans_of(alike.names), encoding="ascii")
+        subject = ["-subj", f"/CN={alike.names.common_name}"] if alike.names.common_name else []
+        return ["-extfile", "named.cnf", "-extensions", "named", *subject]
+
+    def _dates(self, alike: _Alike) -> list[str]:
+        """Within the CA's own dates, which openssl does not look at; with names beside the CSR, the whole life is asked for."""
         now, signer = datetime.now(UTC), self.signers[0]
-        begin = max(now - _BACKDATED, signer.not_valid_before_utc)
-        end = min(now + validity, signer.not_valid_after_utc)
+        backdated = _BACKDATED if alike.names is None else _BACKDATED_LITTLE
+        begin = max(now - backdated, signer.not_valid_before_utc)
+        end = min(now + alike.validity, signer.not_valid_after_utc)
         return ["-startdate", _asn1_time(begin), "-enddate", _asn1_time(end)]
 
     def _run(self, *arguments: str, csrs: int = 0) -> ProcessEnd:
@@ -404,14 +421,24 @@ def _not_issued(lost: Sequence[str]) -> BackendError:
 
 
 def _batches(requests: Sequence[SignRequest], size: int) -> list[_Batch]:
-    groups: dict[tuple[Usage, timedelta], list[tuple[int, SignRequest]]] = defaultdict(list)
+    groups: dict[_Alike, list[tuple[int, SignRequest]]] = defaultdict(list)
     for position, request in enumerate(requests):
-        groups[request.spec.usage, request.validity].append((position, request))
+        groups[_Alike(request.spec.usage, request.validity, request.names)].append((position, request))
     return [
-        (usage, validity, group[start : start + size])
-        for (usage, validity), group in groups.items()
-        for start in range(0, len(group), size)
+        (alike, group[start : start + size]) for alike, group in groups.items() for start in range(0, len(group), size)
     ]
+
+
+def _sans_of(names: Names) -> str:
+    """The SANs in the words of an openssl.cnf; critical below an empty subject (RFC 5280 §4.2.1.6)."""
+    lines = [
+        *(f"URI.{n} = {one}" for n, one in enumerate(names.uris)),
+        *(f"DNS.{n} = {one}" for n, one in enumerate(names.dns)),
+    ]
+    if not lines:
+        return ""
+    critical = "" if names.common_name else "critical,"
+    return "\n".join([f"subjectAltName = {critical}@names", "[names]", *lines, ""])
 
 
 def _checked_all(requests: Sequence[tuple[int, SignRequest]]) -> tuple[list[CheckedCsr], _Answers]:
@@ -517,7 +544,7 @@ def checked(position: int, request: SignRequest) -> CheckedCsr:
     """A CSR that can't stop the others of its run, and brings only subject and SANs into a certificate."""
     try:
         csr = request.csr
-        wrong = _wrong_with(request.csr_pem, csr)
+        wrong = _wrong_with(request.csr_pem, csr, request.names)
     except CSR_ERRORS as e:
         wrong = f"a well-formed CSR, found: {e}"
     if wrong:
@@ -526,7 +553,7 @@ def checked(position: int, request: SignRequest) -> CheckedCsr:
     return CheckedCsr(position, csr.public_bytes(Encoding.PEM), public_key(csr))
 
 
-def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest) -> str:
+def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest, names: Names | None) -> str:
     if (blocks := pem.count(b"-----BEGIN ")) != 1:
         return f"one PEM block, found {blocks}"  # openssl signs the first and says nothing
     attributes = [attribute.oid for attribute in csr.attributes]
@@ -537,10 +564,18 @@ def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest) -> str:
     if attributes.count(_EXTENSION_REQUEST) > 1:
         return "one list of extensions, found several"
     subject = list(csr.subject)
+    if names is not None:
+        return "no names in this CSR, found some" if subject or list(csr.extensions) else _wrong_beside(names)
     if not subject:
         return "a subject, found an empty one"
     odd = [f"{one.rfc4514_attribute_name} as {_string_type(one)}" for one in subject if not _is_readable(one)]
     return f"a subject in strings that openssl ca reads, found {', '.join(odd)}" if odd else ""
+
+
+def _wrong_beside(names: Names) -> str:
+    plain = all(map(_PLAIN_SAN.fullmatch, (*names.uris, *names.dns)))
+    plain = plain and (not names.common_name or _PLAIN_NAME.fullmatch(names.common_name) is not None)
+    return "" if plain else "names of plain characters, found others"
 
 
 def _is_readable(attribute: x509.NameAttribute[str | bytes]) -> bool:

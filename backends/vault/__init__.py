@@ -26,6 +26,7 @@ from bridge.contract import (
     BackendSettings,
     CredentialEnd,
     Issued,
+    Names,
     Secret,
     Selector,
     SetupFile,
@@ -34,7 +35,7 @@ from bridge.contract import (
     Wanted,
 )
 from bridge.errors import BackendRefusedError, SettingsProblem, Violation
-from bridge.specs import EKU, CertificateSpec
+from bridge.specs import EKU, PODS, CertificateSpec
 
 #: The fields of `VaultAuth` that a method needs.
 _METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -288,10 +289,15 @@ class VaultBackend:
         }
         if self._settings.mode == "sign":
             # Or a CN that looks like a host name becomes one more DNS SAN; a role can't say so.
-            return body | {"exclude_cn_from_sans": True}
+            return body | {"exclude_cn_from_sans": True} | _beside(request.names)
         # Else no EKU, and keyAgreement. keyEncipherment for ECDSA keys too, as kubeadm has it.
         usages = [_EKU_NAMES[eku] for eku in EKU if eku in request.spec.ekus]
         return body | {"key_usage": list(_KEY_USAGE), "ext_key_usage": usages}
+
+    @property
+    def names_beside_csr(self) -> bool:
+        """Mode `sign-verbatim` ignores `uri_sans`, and signs an empty CSR without any names (OpenBao 2.7)."""
+        return self._settings.mode == "sign"
 
     def _violations(self, spec: CertificateSpec, rights: Mapping[str, object]) -> list[Violation]:
         """The violations of the first role that is there and may be used; if none is, the right one's."""
@@ -345,12 +351,25 @@ def role_violations(role: Mapping[str, object], spec: CertificateSpec) -> Iterat
     if got != want:
         yield Violation(subject="EKU", want=listed(want), got=listed(got))
     usages = {usage.lower() for usage in texts(role.get("key_usage"))}
-    needed = {usage.lower() for usage in _KEY_USAGE}
+    needed = {usage.lower() for usage in (_KEY_USAGE[:1] if spec.authority == PODS else _KEY_USAGE)}
     if not needed <= usages or usages & {"certsign", "crlsign"}:
         yield Violation(subject="key_usage", want=listed(_KEY_USAGE), got=listed(texts(role.get("key_usage"))))
+    if spec.authority == PODS:
+        for key in ("use_csr_common_name", "use_csr_sans", "require_cn"):
+            if role.get(key) is True:
+                yield Violation(subject=key, want="false, since a pod's CSR has no names", got="true")
+        return
     for key in ("use_csr_common_name", *(("use_csr_sans",) if EKU.SERVER_AUTH in spec.ekus else ())):
         if role.get(key) is False:
             yield Violation(subject=key, want="true", got="false")
+
+
+def _beside(names: Names | None) -> dict[str, object]:
+    """The parameters for names that the CSR does not have; an empty one is left out."""
+    if names is None:
+        return {}
+    texts_of = {"common_name": names.common_name, "uri_sans": ",".join(names.uris), "alt_names": ",".join(names.dns)}
+    return {key: text for key, text in texts_of.items() if text}
 
 
 def _path(mount: str) -> str:

@@ -185,7 +185,7 @@ def parse(text: str, file: Path | None = None) -> Policy:
 
 def read(reader: Reader, document: Mapping[str, Any]) -> Policy:
     """The desk's tables of a policy; the tables `[signer."NAME"]` are for the gateway alone."""
-    tables = reader.tables(document, ("desk", "allow", "certificate", "signer", "users"))
+    tables = reader.tables(document, ("desk", "allow", "certificate", "signer", "pod_signer", "users"))
     allow = reader.read(Allow, tables["allow"], ("allow",))
     desk = reader.read(DeskSettings, tables["desk"], ("desk",))
     certificates = _certificates(reader, tables["certificate"])

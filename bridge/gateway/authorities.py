@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from bridge.ca import registry
 from bridge.ca.ca import CA, Answer, usages
 from bridge.ca.registry import Configured
 from bridge.ca.retry import Rest
-from bridge.contract import AsksValidity, Issued, Pending, Recalls, SignRequest, SignsMany
+from bridge.contract import AsksValidity, Issued, NamesBesideCsr, Pending, Recalls, SignRequest, SignsMany
 from bridge.errors import BackendError, SettingsError, SettingsProblem
-from bridge.pki.verify import Expectation
+from bridge.pki import verify
+from bridge.pki.verify import Expectation, Verified
 from bridge.settings.tables import Settings
-from bridge.specs import AUTHORITIES, CertificateSpec
+from bridge.specs import PODS, SIGNING_AUTHORITIES, CertificateSpec
 from bridge.system.many import Combined
 from bridge.system.paths import UnreadableError, read_ca_file
 
@@ -38,7 +40,7 @@ class AuthorityOfSigners:
         self.rest = Rest()
         self.ca = CA.of(configured, self.rest)
         self._extra_subject = settings.extra_subject(configured.authority)
-        self._anchor_file = settings.node.pki_dir / AUTHORITIES[configured.authority].certificate_file
+        self._anchor_file = settings.node.pki_dir / SIGNING_AUTHORITIES[configured.authority].certificate_file
         self._mutex = threading.Lock()
         self._anchors, self._read_at = _read_anchors(self._anchor_file), time.monotonic()
         self._issuer_end: datetime | None = None
@@ -65,7 +67,8 @@ class AuthorityOfSigners:
 
     def end(self) -> datetime:
         """When the CA's certificate ends, or an intermediate that signs, if that is earlier."""
-        end = self.anchors()[0].not_valid_after_utc
+        ends = [one.not_valid_after_utc for one in self.anchors()]
+        end = max(ends) if self._each_anchor_counts else ends[0]
         return min(end, self._issuer_end) if self._issuer_end is not None else end
 
     def check(self, specs: Sequence[CertificateSpec]) -> list[str]:
@@ -84,6 +87,19 @@ class AuthorityOfSigners:
     def recall(self, request: SignRequest, since: datetime) -> Issued | None:
         """The certificate that the CA signed for an earlier gateway, which died before it stored it; one look for several."""
         return self._recalled_together((request, since))
+
+    @property
+    def _each_anchor_counts(self) -> bool:
+        """Pods trust each root of the file, of which there are two while one is replaced; kubeadm reads the first alone."""
+        return self.name == PODS.name
+
+    def verified(self, answer: Issued, request: SignRequest, expected: Expectation) -> Verified:
+        """Prove an answer (VerificationError)."""
+        if self._each_anchor_counts:
+            by_anchor = [replace(expected, anchors=(one,)) for one in expected.anchors]
+            good = (one for one in by_anchor[1:] if verify.error_of(answer, request, one) is None)
+            expected = next(good, by_anchor[0])
+        return self.ca.verified(answer, request, expected)
 
     def collect(self, request: SignRequest, reference: str, expected: Expectation) -> Issued | Pending:
         """The CA's answer by now."""
@@ -113,5 +129,17 @@ def _read_anchors(path: Path) -> tuple[x509.Certificate, ...]:
 
 def opened(settings: Settings, specs: Sequence[CertificateSpec]) -> dict[str, AuthorityOfSigners]:
     """The CAs of these certificates, by name."""
-    names = [name for name in AUTHORITIES if any(spec.authority.name == name for spec in specs)]
-    return {name: AuthorityOfSigners(one, settings) for name, one in registry.configured(settings, names).items()}
+    names = [name for name in SIGNING_AUTHORITIES if any(spec.authority.name == name for spec in specs)]
+    found = {name: AuthorityOfSigners(one, settings) for name, one in registry.configured(settings, names).items()}
+    if PODS.name in found:
+        _assert_names_beside(found[PODS.name], settings)
+    return found
+
+
+def _assert_names_beside(authority: AuthorityOfSigners, settings: Settings) -> None:
+    """A pod's CSR is empty, so that a backend that copies its names would have certificates without any signed."""
+    backend = authority.ca.backend
+    if not isinstance(backend, NamesBesideCsr) or not backend.names_beside_csr:
+        wanted = "a backend that gives the CA names beside the CSR: vault (mode sign), cfssl, openssl"
+        problem = settings.source.problem(("authority", PODS.name, "backend"), wanted, authority.ca.label)
+        raise SettingsError([problem])

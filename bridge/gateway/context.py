@@ -15,7 +15,7 @@ from bridge.gateway.ledger import About, Ledger
 from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
 from bridge.gateway.queue import Job, Queue
-from bridge.gateway.watch import SigningRequest
+from bridge.gateway.watch import AnyObject
 from bridge.settings.tables import Settings
 from bridge.state.audit import AuditError
 from bridge.state.open_requests import Kind, RequestLog
@@ -122,7 +122,7 @@ class Context:
         if not self.holder.is_ours():
             raise LeftError("left", "another replica works", 0.5)
 
-    def about(self, one: SigningRequest, authority: AuthorityOfSigners | None = None) -> About:
+    def about(self, one: AnyObject, authority: AuthorityOfSigners | None = None) -> About:
         """The facts that the audit log's lines about a request repeat."""
         if authority is None:
             return About.of(one)

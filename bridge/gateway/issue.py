@@ -22,9 +22,11 @@ from bridge.gateway.authorities import AuthorityOfSigners
 from bridge.gateway.context import MOST_TICKETS, Context, GoneError, LeftError, Ticket, after_refusal, extra
 from bridge.gateway.judge import Judge
 from bridge.gateway.ledger import About
+from bridge.gateway.pod_policy import AllowedPod
+from bridge.gateway.pods import PodJudge, PodWriter
 from bridge.gateway.policy import Allowed, Hostile, Later
 from bridge.gateway.queue import Job
-from bridge.gateway.watch import SigningRequest, decoded
+from bridge.gateway.watch import AnyObject, PodObject, chain_of
 from bridge.gateway.write import Writer, name_in
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.verify import CLOCK_SKEW, Expectation, Verified
@@ -59,30 +61,36 @@ class Issuing:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._judge = Judge(context)
-        self._writer = Writer(context)
+        self._judge, self._writer = Judge(context), Writer(context)
+        self._pod_judge, self._pod_writer = PodJudge(context), PodWriter(context)
+
+    def _judge_of(self, one: AnyObject) -> Judge | PodJudge:
+        return self._pod_judge if isinstance(one, PodObject) else self._judge
+
+    def _writer_of(self, one: AnyObject) -> Writer:
+        return self._pod_writer if isinstance(one, PodObject) else self._writer
 
     # --- events of the watch ----------------------------------------------------------------------------------------
 
-    def changed(self, one: SigningRequest) -> None:
+    def changed(self, one: AnyObject) -> None:
         """An object that is there, or has changed."""
         context = self._context
         if one.is_settled:
             context.queue.remove(one.uid)
             if one.is_deleted:
                 context.give_up(one.uid, "the object is gone")
-            if one.certificate and not self._writer.has_settled(one.uid):
+            if one.certificate and not self._writer_of(one).has_settled(one.uid):
                 self._saw(one)
             return
-        if self._writer.has_settled(one.uid):
+        if self._writer_of(one).has_settled(one.uid):
             return  # this version is older than our own write
-        for uid in context.queue.put(one, self._judge.look):
+        for uid in context.queue.put(one, self._judge_of(one).look):
             context.give_up(uid, "a newer request of the same node has come")
 
-    def _saw(self, one: SigningRequest) -> None:
+    def _saw(self, one: AnyObject) -> None:
         """A certificate that is there: when it ends."""
         with contextlib.suppress(ValueError, BridgeError):
-            leaf = load_pem_certificates(decoded(one.certificate))[0]
+            leaf = load_pem_certificates(chain_of(one))[0]
             self._context.metrics.saw(one.request.signer, name_in(one, leaf), leaf.not_valid_after_utc)
 
     def gone(self, uid: str) -> None:
@@ -140,8 +148,8 @@ class Issuing:
     # --- the steps --------------------------------------------------------------------------------------------------
 
     def _answer(self, job: Job) -> None:
-        context = self._context
-        if self._writer.has_settled(job.one.uid):
+        context, writer = self._context, self._writer_of(job.one)
+        if writer.has_settled(job.one.uid):
             return  # this version is older than our own write: no CA is asked twice
         self._assert_current(job)
         ticket = context.tickets.get(job.one.uid)
@@ -154,28 +162,28 @@ class Issuing:
         if job.verified is None:
             job.verified = self._signed(job, verdict, authority, ticket)
         found = job.verified
-        for _ in self._writer.turns(job):
+        for _ in writer.turns(job):
             verdict = self._allowed(job, at_write=True)
             if verdict is None:
                 raise GoneError("it was allowed when it was signed, and is not any more")
             self._assert_of_use(job, verdict, found)
-            if self._writer.issue(job, found):
+            if writer.issue(job, verdict, found):
                 self._written(job, found, authority)
                 return
 
     def _allowed(self, job: Job, *, at_write: bool = False) -> Allowed | None:
         """The verdict at this moment, for a write of this very moment; None: the request was denied."""
         self._assert_current(job)
-        verdict = self._judge.verdict(job, at_write=at_write)
+        verdict = self._judge_of(job.one).verdict(job, at_write=at_write)
         if isinstance(verdict, Later):
             raise LeftError("left", verdict.reason)
         if isinstance(verdict, Hostile):
-            self._writer.deny(job, verdict.reason)
+            self._writer_of(job.one).deny(job, verdict)
             return None
         return verdict
 
     def _assert_turn(self, job: Job) -> None:
-        wait = self._judge.turn(job)
+        wait = self._judge_of(job.one).turn(job)
         job.begun = wait is not None
         if wait != 0:
             wait = wait if wait is not None else _CROWDED_SECONDS
@@ -195,6 +203,9 @@ class Issuing:
         if trouble:
             job.verified = None
             raise LeftError("left", trouble, 1.0)
+        if trouble := self._writer_of(job.one).trouble(verdict, found):
+            job.verified = None
+            raise LeftError("bad-answer", trouble, after_refusal(job))
 
     def _written(self, job: Job, found: Verified, authority: AuthorityOfSigners) -> None:
         context, signer, name = self._context, job.one.request.signer, name_in(job.one, found.leaf)
@@ -249,17 +260,18 @@ class Issuing:
         return found
 
     def _verified(self, asking: _Asking, answer: Issued) -> Verified:
-        return asking.authority.ca.verified(answer, asking.request, self._expected(asking))
+        return asking.authority.verified(answer, asking.request, self._expected(asking))
 
     def _expected(self, asking: _Asking) -> Expectation:
         least = self._context.settings.gateway.min_validity
         return asking.authority.expected(asking.request, asking.longest, least, self._context.now())
 
-    def _request(self, one: SigningRequest, verdict: Allowed, ticket: Ticket | None) -> SignRequest:
+    def _request(self, one: AnyObject, verdict: Allowed, ticket: Ticket | None) -> SignRequest:
         validity = timedelta(seconds=ticket.validity_seconds) if ticket is not None else verdict.validity
         return SignRequest(
             spec=verdict.spec,
             csr_pem=verdict.asked.pem,
+            names=verdict.names if isinstance(verdict, AllowedPod) else None,
             validity=timedelta(seconds=int(validity.total_seconds())),
             continuity=Continuity(
                 batch=_batch(one.uid),
@@ -304,7 +316,7 @@ class Issuing:
         if isinstance(answer, Issued):
             return answer
         self._keep(asking, answer)
-        self._writer.waits(job)
+        self._writer_of(job.one).waits(job)
         raise LeftError("pending", "the CA answers later", context.settings.gateway.collect_every.total_seconds())
 
     def _assert_may_ask(self, authority: AuthorityOfSigners) -> None:
@@ -339,7 +351,7 @@ class Issuing:
         if context.now() - ticket.asked < context.settings.gateway.pending_for:
             return
         context.ledger.write(context.about(job.one).line(audit.CANCELLED, result=why))
-        self._writer.failed_unanswered(job)
+        self._writer_of(job.one).failed_unanswered(job)
         context.drop_ticket(job.one.uid)
         raise GoneError(why)
 

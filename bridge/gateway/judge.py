@@ -24,7 +24,7 @@ from bridge.gateway.policy import (
 )
 from bridge.gateway.queue import Job, Look, Rate
 from bridge.gateway.rules import NODE_USER, spec_of
-from bridge.gateway.watch import SigningRequest
+from bridge.gateway.watch import AnyObject, SigningRequest
 from bridge.specs import CertificateSpec
 
 #: Before the CA is asked, a file or Node object that was looked at so long ago is as good as one of now.
@@ -55,11 +55,12 @@ class Judge:
                 return self._nodes.reserve(job.key, now)
             return self._requesters.reserve(user, now)
 
-    def look(self, one: SigningRequest) -> Look:
+    def look(self, one: AnyObject) -> Look:
         """
         What a request says, compared with the files alone; a node that only `inventory_command` could name counts as
         allowed. A large CSR has to wait for its turn: thousands would delay all requests behind them.
         """
+        one = _ours(one)
         spec = self._spec(one)
         if spec is None or len(one.request.pem) > USUAL_BYTES:
             return Look()
@@ -76,7 +77,8 @@ class Judge:
 
     def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
         """The policy's verdict; for a write, files and Node object are looked at now, else they may have been a second ago."""
-        one, node, nodes = job.one, node_of(job.one.request), self._context.nodes
+        one, nodes = _ours(job.one), self._context.nodes
+        node = node_of(one.request)
         since = time.monotonic() - (0.0 if at_write else _RECENT_SECONDS)
         spec = self._spec(one)
         if spec is None:
@@ -115,6 +117,12 @@ class Judge:
             min_validity=context.settings.gateway.min_validity,
             now=context.now(),
         )
+
+
+def _ours(one: AnyObject) -> SigningRequest:
+    if not isinstance(one, SigningRequest):
+        raise TypeError(f"wanted a CertificateSigningRequest, found {type(one).__name__}")
+    return one
 
 
 def _unapproved(one: SigningRequest) -> str:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.gateway.rules import spec_of
-from bridge.gateway.watch import SigningRequest
+from bridge.gateway.watch import AnyObject, PodObject
 from bridge.settings.tables import AuditSettings
-from bridge.specs import CertificateSpec
+from bridge.specs import POD_SPECS, CertificateSpec
 from bridge.state.audit import AuditError, Record
 from bridge.state.store import Store
 from bridge.system.many import Combined
@@ -36,9 +36,9 @@ class About:
     more: Mapping[str, str]
 
     @classmethod
-    def of(cls, one: SigningRequest, backend: str = "", identity: str = "") -> About:
+    def of(cls, one: AnyObject, backend: str = "", identity: str = "") -> About:
         """The facts about an object of one of our signers; names in it are the requester's choice."""
-        spec = spec_of(one.request.signer)
+        spec = POD_SPECS["peer"] if isinstance(one, PodObject) else spec_of(one.request.signer)
         if spec is None:
             raise AssertionError("only signers that have a spec are looked at")
         found = {
@@ -50,6 +50,13 @@ class About:
             "backend": backend,
             "identity": identity,
         }
+        if isinstance(one, PodObject):
+            asked = one.request
+            found |= {"namespace": asked.namespace, "pod": asked.pod, "serviceAccount": asked.service_account}
+            found |= {"podUID": asked.pod_uid, "requester": f"system:node:{asked.node}"}
+            found |= {
+                key: one_line(found[key]) for key in ("namespace", "pod", "serviceAccount", "podUID", "requester")
+            }
         return cls(spec=spec, more={key: value for key, value in found.items() if value})
 
     def line(self, event: str, **values: Any) -> Line:

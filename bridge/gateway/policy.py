@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -15,6 +15,7 @@ from bridge.desk import policy
 from bridge.desk.node_inventory import Inventory, NodeEntry
 from bridge.desk.patterns import CN_OID, MASTERS, O_OID
 from bridge.desk.policy import Policy, name_problems
+from bridge.gateway.pod_rules import PodSignerRules, read_pod_signers
 from bridge.gateway.rules import (
     BOOTSTRAP_USER,
     NODE_USER,
@@ -44,14 +45,17 @@ class GatewayPolicy(Policy):
     """The file: a desk's policy with signers."""
 
     signers: Mapping[str, SignerRules]  #: By the certificates API's name.
+    pod_signers: Mapping[str, PodSignerRules] = field(default_factory=dict)
 
 
 def parse(text: str, file: Path | None = None) -> GatewayPolicy:
     """A policy from TOML text."""
     reader, document = opened(text, file)
-    tables = document.get("signer")
-    signers = read_signers(reader, tables if isinstance(tables, dict) else {})
-    return GatewayPolicy(signers=signers, **vars(policy.read(reader, document)))
+    signers, pod_signers = (
+        found if isinstance(found := document.get(key), dict) else {} for key in ("signer", "pod_signer")
+    )
+    read, read_pods = read_signers(reader, signers), read_pod_signers(reader, pod_signers)
+    return GatewayPolicy(signers=read, pod_signers=read_pods, **vars(policy.read(reader, document)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +94,8 @@ class Hostile:
     """The request will never be signed, whatever changes outside of the policy. The text is for the log."""
 
     reason: str
+    code: str = "NotAllowed"  #: The condition's reason.
+    told: str = "not allowed"  #: The condition's message, which others may read.
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from bridge.gateway.watch import SigningRequest
+from bridge.gateway.watch import AnyObject
 from bridge.pki.verify import Verified
 
 #: A flood waits in the API server, not here; it comes again with the next round of the watch. When the queue is full, the
@@ -43,7 +43,7 @@ class Look:
 class Job:
     """One object, and how far we are with it."""
 
-    one: SigningRequest
+    one: AnyObject
     look: Look
     arrived: float  #: Monotonic.
     begun: bool = False  #: It has its turn by the rates.
@@ -60,7 +60,7 @@ class Job:
         return key_of(self.one, self.look)
 
 
-def key_of(one: SigningRequest, look: Look) -> str:
+def key_of(one: AnyObject, look: Look) -> str:
     """See `Job.key`; a kubelet reads only its newest request."""
     return f"{one.request.signer}\n{one.request.username}\n{look.node}" if look.counts else ""
 
@@ -79,13 +79,13 @@ class Queue:
         self._jobs: dict[str, Job] = {}  # by uid: waiting or delayed
         self._ready: OrderedDict[str, deque[Job]] = OrderedDict()  # by user, whose turn is next first
         self._delayed: list[tuple[float, int, Job]] = []
-        self._later: dict[str, SigningRequest] = {}  # a newer version of an object that is being worked at
+        self._later: dict[str, AnyObject] = {}  # a newer version of an object that is being worked at
         self._newest: OrderedDict[str, tuple[Newest, str]] = OrderedDict()
         self._shares: Counter[str] = Counter()  # bytes by user
         self._bytes = 0
         self.overflowed = False
 
-    def put(self, one: SigningRequest, look: Callable[[SigningRequest], Look]) -> list[str]:
+    def put(self, one: AnyObject, look: Callable[[AnyObject], Look]) -> list[str]:
         """Take in an object that is new or has changed; the uids of older objects of its key, which count no longer."""
         with self._changed:
             if one.uid in self._working:
@@ -117,7 +117,7 @@ class Queue:
         with self._changed:
             return 2 * self._bytes <= MOST_BYTES and 2 * len(self._jobs) <= MOST_JOBS
 
-    def _make_room(self, one: SigningRequest) -> bool:
+    def _make_room(self, one: AnyObject) -> bool:
         """Whether it fits, once requesters with more waiting than its own have lost some."""
         user = one.request.username
         while self._bytes + one.size > MOST_BYTES or len(self._jobs) >= MOST_JOBS:
@@ -157,7 +157,7 @@ class Queue:
                 del self._shares[user]
         return job
 
-    def _supersede(self, one: SigningRequest, key: str) -> list[str] | None:
+    def _supersede(self, one: AnyObject, key: str) -> list[str] | None:
         """The uids that this object supersedes; None: a newer one is known."""
         if not key:
             return []

@@ -26,6 +26,7 @@ KUBERNETES_SIGNERS: Mapping[str, CertificateSpec] = {
 _KUBERNETES = "kubernetes.io"
 #: As the API server takes it (RFC 1123); it goes into manifests and expressions as it is.
 _DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_SIGNERS_NAME = re.compile(r"[a-zA-Z0-9]([-a-zA-Z0-9._]*[a-zA-Z0-9])?")
 #: Names that the API server takes for Kubernetes' own, and that no grant may give.
 SYSTEM = "system:"
 NODE_USER = "system:node:"
@@ -40,9 +41,14 @@ def spec_of(signer: str) -> CertificateSpec | None:
     """The spec for a Kubernetes signer, or for `DOMAIN/NAME` with kubeadm's name; None: no policy may name it."""
     if signer in KUBERNETES_SIGNERS:
         return KUBERNETES_SIGNERS[signer]
+    return SPECS.get(signer.partition("/")[2]) if is_own_signer(signer) else None
+
+
+def is_own_signer(signer: str) -> bool:
+    """Whether it is `DOMAIN/NAME` of a domain that is not Kubernetes' own."""
     domain, _, name = signer.partition("/")
     is_ours = _DOMAIN.fullmatch(domain) and domain != _KUBERNETES and not domain.endswith(f".{_KUBERNETES}")
-    return SPECS.get(name) if is_ours else None
+    return bool(is_ours and _SIGNERS_NAME.fullmatch(name))
 
 
 def is_no_false_node(username: str, groups: frozenset[str]) -> bool:

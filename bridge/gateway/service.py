@@ -28,7 +28,7 @@ from bridge.gateway.ledger import Ledger
 from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
 from bridge.gateway.rules import CLIENT_KUBELET, spec_of
-from bridge.gateway.watch import SILENCE_SECONDS, Watch
+from bridge.gateway.watch import SILENCE_SECONDS, Kind, Watch, kinds
 from bridge.settings.tables import GatewaySettings, Settings
 from bridge.state import credentials
 from bridge.state.audit import AuditError
@@ -68,6 +68,23 @@ def _alone(store: Store) -> Iterator[None]:
         raise
 
 
+class _Watching:
+    """Objects of one kind, watched round after round by a thread of its own."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+        self.watch: Watch | None = None  #: The round of now, or the last one.
+        self.trouble = "the API server was not asked yet"
+        self.alive = time.monotonic()
+
+    def is_alive(self, server: str) -> None:
+        """Something has come from the API server."""
+        self.alive = time.monotonic()
+        if self.trouble:
+            log.info("watching %s of %s", self.kind.what, server)
+            self.trouble = ""
+
+
 class Service:
     """The gateway as a whole: made of the settings, started, run and ended."""
 
@@ -76,11 +93,14 @@ class Service:
         ours = settings.gateway
         self.settings = settings
         self.nodes = Nodes(ours)
-        self.signers = tuple(sorted(self.nodes.files(0.0)[0].signers))
+        policy = self.nodes.files(0.0)[0]
+        self.kubernetes_signers, self.pod_signers = tuple(sorted(policy.signers)), tuple(sorted(policy.pod_signers))
+        self.signers = (*self.kubernetes_signers, *self.pod_signers)
         if not self.signers:
             wanted = 'a table for a signer, such as [signer."kubernetes.io/kubelet-serving"]'
             raise SettingsError([SettingsProblem("signer", wanted, "none", ours.policy)])
-        self.specs = [spec for signer in self.signers if (spec := spec_of(signer)) is not None]
+        self.specs = [spec for signer in self.kubernetes_signers if (spec := spec_of(signer)) is not None]
+        self.specs += dict.fromkeys(rules.spec for _, rules in sorted(policy.pod_signers.items()))
         self.api = Api.of_gateway(ours.kubeconfig)
         self.authorities = authorities.opened(settings, self.specs)
         self.metrics = Metrics(self.signers)
@@ -91,14 +111,12 @@ class Service:
         self._now = now
         self._started, self._ending = False, False
         self._stop = threading.Event()
-        self._watch: Watch | None = None
-        self._api_trouble = "the API server was not asked yet"
-        self._alive = time.monotonic()
+        self._watching = [_Watching(kind) for kind in kinds(self.kubernetes_signers, self.pod_signers)]
         self._threads: list[threading.Thread] = []
 
     def check(self) -> Iterator[str]:
         """Ask the API server (NoAnswerError, ApiRefusesError) and the CAs (BackendError), and sign nothing."""
-        assert_rights(self.api, rights_needed(self.signers, self.settings.gateway))
+        assert_rights(self.api, rights_needed(self.kubernetes_signers, self.settings.gateway, self.pod_signers))
         for authority in self.authorities.values():
             yield from authority.check([spec for spec in self.specs if spec.authority.name == authority.name])
 
@@ -140,7 +158,8 @@ class Service:
             many = any(one.signs_many for one in self.authorities.values())
             count = max(self.settings.gateway.concurrency, _THREADS_OF_MANY if many else 0)
             threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(count)]
-            threads.append(threading.Thread(target=self._watch_on, name="watch", daemon=True))
+            threads += [threading.Thread(target=self._watch_on, args=(one,), name=f"watch of {one.kind.what}", daemon=True)
+                        for one in self._watching]  # fmt: skip
             threads.append(threading.Thread(target=self._keep_looking_at_cas, name="cas", daemon=True))
             for thread in threads:
                 thread.start()
@@ -170,38 +189,32 @@ class Service:
         while not self._stop.is_set():
             self._issuing.work(_TICK_SECONDS)
 
-    def _watch_on(self) -> None:
+    def _watch_on(self, ours: _Watching) -> None:
         failures = 0
         while not self._stop.is_set():
-            self._alive = time.monotonic()
+            ours.alive = time.monotonic()
             if not self.holder.wait(_TICK_SECONDS):
                 continue
-            watch = self._watch = Watch(self.api, self.signers)
+            watch = ours.watch = Watch(self.api, ours.kind)
             try:
-                watch.run(self._issuing.changed, self._issuing.gone, self._is_alive)
+                watch.run(self._issuing.changed, self._issuing.gone, lambda: ours.is_alive(str(self.api.server)))
                 failures = 0
             except NoAnswerError as e:
-                if not self._api_trouble:
+                if not ours.trouble:
                     log.warning("%s; it is begun anew", e)
-                self._api_trouble = str(e)
+                ours.trouble = str(e)
                 self._stop.wait(back_off_seconds(failures, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS))
                 failures += 1
             except Exception as e:  # noqa: BLE001 (without a watch nothing would ever be signed again)
-                self._api_trouble = f"internal error: {type(e).__name__}"
+                ours.trouble = f"internal error: {type(e).__name__}"
                 log.error("the watch ended with %s (a bug: report it); it is begun anew", type(e).__name__)  # noqa: TRY400
                 self._stop.wait(_LONGEST_PAUSE_SECONDS)
             finally:
                 if watch.left_out:
                     log.warning("%d objects with one of our signers' names were too large to be read", watch.left_out)
-                    self.metrics.count(self.signers[0], "too-large", watch.left_out)
+                    self.metrics.count(ours.kind.signers[0], "too-large", watch.left_out)
             if not self.holder.is_ours():
                 self.context.queue.forget()
-
-    def _is_alive(self) -> None:
-        self._alive = time.monotonic()
-        if self._api_trouble:
-            log.info("watching %s", self.api.server)
-            self._api_trouble = ""
 
     def _tick_until_stopped(self) -> None:
         changes, flushed, is_full = self.nodes.changes, time.monotonic(), False
@@ -221,9 +234,11 @@ class Service:
                 if is_full:
                     text = "more requests are waiting than fit into the queue, most of them by %s: some are looked at later"
                     log.warning(text, one_line(queue.greediest()))
-            if self._watch is not None and (not self.holder.is_ours() or self._is_new_round_due(self._watch)):
+            watches = [one.watch for one in self._watching if one.watch is not None]
+            if watches and (not self.holder.is_ours() or all(map(self._is_new_round_due, watches))):
                 queue.overflowed = False
-                self._watch.end()
+                for watch in watches:
+                    watch.end()
 
     def _is_new_round_due(self, watch: Watch) -> bool:
         """Whether there is room for requests that did not fit; a round that is cut short never gets behind a flood."""
@@ -238,15 +253,17 @@ class Service:
             log.error("%s", e)  # noqa: TRY400
 
     def _warn_of_new_signers(self) -> None:
-        if new := sorted(set(self.nodes.files(0.0)[0].signers) - set(self.signers)):
+        policy = self.nodes.files(0.0)[0]
+        if new := sorted({*policy.signers, *policy.pod_signers} - set(self.signers)):
             log.warning("the policy has new signers: %s; restart the gateway for them", ", ".join(new))
 
     def _drain(self, threads: list[threading.Thread]) -> None:
         log.info("ending: nothing new is begun")
         self._stop.set()
         self.context.queue.close()
-        if self._watch is not None:
-            self._watch.end()
+        for one in self._watching:
+            if one.watch is not None:
+                one.watch.end()
         deadline = time.monotonic() + _DRAIN_SECONDS
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -267,9 +284,9 @@ class Service:
             states = {"waiting": waiting, "working": working, "at-ca": len(self.context.tickets)}
             flags = {
                 "queue_overflowed": queue.overflowed,
-                "watch_complete": self._watch is not None and self._watch.has_seen_all(),
+                "watch_complete": all(one.watch is not None and one.watch.has_seen_all() for one in self._watching),
                 "leader": self.holder.is_ours(),
-                "api_up": not self._api_trouble,
+                "api_up": not any(one.trouble for one in self._watching),
                 "inventory_good": not self.nodes.trouble,
             }
             self.metrics.gauges = {
@@ -292,9 +309,10 @@ class Service:
         """Troubles that a new process may not have."""
         if ended := [thread.name for thread in self._threads if not (thread.is_alive() or self._ending)]:
             yield f"threads have ended: {', '.join(ended)}"
-        silence = time.monotonic() - self._alive
-        if silence > 2 * SILENCE_SECONDS:
-            yield f"nothing was heard from the watch for {silence:.0f} s"
+        for one in self._watching:
+            silence = time.monotonic() - one.alive
+            if silence > 2 * SILENCE_SECONDS:
+                yield f"nothing was heard from the watch for {silence:.0f} s"
         if self._started and self.context.ledger.failing_seconds() > _LONGEST_FAILING_SECONDS:
             yield self.context.ledger.trouble
 
@@ -304,13 +322,13 @@ class Service:
     def _unready(self) -> Iterator[str]:
         yield self.nodes.trouble
         yield self.context.ledger.trouble if self._started else "it is starting"
-        watch = self._watch
         if self.holder.is_ours():
-            yield self._api_trouble
-            if watch is not None and not watch.has_seen_all():
-                age = time.monotonic() - watch.began
-                if age > _LONGEST_READING_SECONDS:
-                    yield f"the watch has not read all requests for {age:.0f} s"
+            for one in self._watching:
+                yield one.trouble
+                if one.watch is not None and not one.watch.has_seen_all():
+                    age = time.monotonic() - one.watch.began
+                    if age > _LONGEST_READING_SECONDS:
+                        yield f"the watch has not read all {one.kind.what} for {age:.0f} s"
         elif isinstance(self.holder, Leader) and time.monotonic() - self.holder.last_answer > SILENCE_SECONDS:
             yield "the API server does not answer"
 
@@ -324,6 +342,7 @@ def _page(troubles: Iterator[str], good: str) -> tuple[int, str]:
 
 _REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 _CERTIFICATES, _REQUESTS = "certificates.k8s.io", "certificatesigningrequests"
+_POD_REQUESTS = "podcertificaterequests"
 
 
 class ApiRefusesError(BridgeError):
@@ -351,15 +370,16 @@ class Right:
         return " ".join(filter(None, (self.verb, what, self.name)))
 
 
-def rights_needed(signers: Sequence[str], settings: GatewaySettings) -> Iterator[Right]:
+def rights_needed(
+    signers: Sequence[str], settings: GatewaySettings, pod_signers: Sequence[str] = ()
+) -> Iterator[Right]:
     """The rights that docs/gateway.md names, except to create the lease, which may exist already (pure)."""
-    for verb in ("get", "list", "watch"):
-        yield Right(verb=verb, group=_CERTIFICATES, resource=_REQUESTS)
-    for subresource in ("approval", "status"):
-        yield Right(verb="patch", group=_CERTIFICATES, resource=_REQUESTS, subresource=subresource)
-    for signer in signers:
-        for verb in ("approve", "sign"):
-            yield Right(verb=verb, group=_CERTIFICATES, resource="signers", name=signer)
+    if signers:
+        yield from _on_requests(_REQUESTS, ("approval", "status"), signers, ("approve", "sign"))
+    if pod_signers:
+        yield from _on_requests(_POD_REQUESTS, ("status",), pod_signers, ("sign",))
+        for resource in ("pods", "serviceaccounts", "namespaces"):
+            yield Right(verb="get", group="", resource=resource)
     yield Right(verb="get", group="", resource="nodes")
     if settings.lease:
         for verb in ("get", "update"):
@@ -370,6 +390,18 @@ def rights_needed(signers: Sequence[str], settings: GatewaySettings) -> Iterator
                 name=settings.lease_name,
                 namespace=settings.lease_namespace,
             )
+
+
+def _on_requests(
+    resource: str, subresources: Sequence[str], signers: Sequence[str], verbs: Sequence[str]
+) -> Iterator[Right]:
+    for verb in ("get", "list", "watch"):
+        yield Right(verb=verb, group=_CERTIFICATES, resource=resource)
+    for subresource in subresources:
+        yield Right(verb="patch", group=_CERTIFICATES, resource=resource, subresource=subresource)
+    for signer in signers:
+        for verb in verbs:
+            yield Right(verb=verb, group=_CERTIFICATES, resource="signers", name=signer)
 
 
 def assert_rights(api: Api, rights: Iterator[Right]) -> None:

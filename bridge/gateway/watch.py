@@ -1,6 +1,7 @@
 """
-CertificateSigningRequest objects (certificates.k8s.io/v1): reading one, and watching all, one a line, for a few minutes
-at a time, so that withdrawn rights take effect and missed objects come again.
+Objects that ask for a certificate (certificates.k8s.io/v1), CertificateSigningRequest and PodCertificateRequest: reading
+one, and watching all of a kind, one a line, for a few minutes at a time, so that withdrawn rights take effect and missed
+objects come again.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ import binascii
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from bridge.cluster.api import Api, Lines, NoAnswerError
+from bridge.gateway.pod_policy import USUAL_SECONDS, PodRequest
 from bridge.gateway.policy import Request
 from bridge.pki.budget import Budget, json_of
 
-COLLECTION = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
+GROUP, PODS = "/apis/certificates.k8s.io/v1", "podcertificaterequests"
+COLLECTION = f"{GROUP}/certificatesigningrequests"
 APPROVED, DENIED, FAILED = "Approved", "Denied", "Failed"
 PENDING_AT_CA = "PendingAtCA"
 #: The reason of kube-controller-manager's approvals (pkg/controller/certificates/approver/sarapprove.go).
@@ -40,16 +43,15 @@ class NotAnObjectError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SigningRequest:
-    """One object, as it was at one resourceVersion."""
+class ApiObject:
+    """All that both kinds of objects have, as it was at one resourceVersion."""
 
     name: str
     uid: str
     version: str  #: metadata.resourceVersion
     created: datetime
-    request: Request
     conditions: tuple[Mapping[str, Any], ...] = field(repr=False)
-    certificate: str  #: Base64 of PEM; empty: there is none.
+    certificate: str  #: Base64 of PEM; in a PodCertificateRequest PEM itself; empty: there is none.
     is_deleted: bool  #: An administrator deleted it; finalizers keep it.
     size: int  #: In memory, about.
 
@@ -61,11 +63,6 @@ class SigningRequest:
         return (one for one in self.conditions if one.get("type") == kind and one.get("status") == "True")
 
     @property
-    def is_approved_by_person(self) -> bool:
-        """Whether it was approved, and not by kube-controller-manager, which approves whatever RBAC lets a node ask for."""
-        return any(one.get("reason") != AUTO_APPROVED for one in self._true(APPROVED))
-
-    @property
     def is_settled(self) -> bool:
         """Whether nothing more is to be written into it."""
         return self.is_deleted or bool(self.certificate) or self.has(DENIED) or self.has(FAILED)
@@ -75,16 +72,43 @@ class SigningRequest:
         """A key to sort by age: a newer object's is greater."""
         return self.created, int(self.version) if self.version.isdecimal() else 0
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SigningRequest(ApiObject):
+    """A CertificateSigningRequest."""
+
+    request: Request
+
+    @property
+    def is_approved_by_person(self) -> bool:
+        """Whether it was approved, and not by kube-controller-manager, which approves whatever RBAC lets a node ask for."""
+        return any(one.get("reason") != AUTO_APPROVED for one in self._true(APPROVED))
+
     @property
     def path(self) -> str:
         """The object's path; its name is the requester's choice."""
         return f"{COLLECTION}/{quote(self.name, safe='')}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodObject(ApiObject):
+    """A PodCertificateRequest."""
+
+    request: PodRequest
+
+    @property
+    def path(self) -> str:
+        """The object's path; its name is the requester's choice."""
+        return f"{GROUP}/namespaces/{quote(self.request.namespace, safe='')}/{PODS}/{quote(self.name, safe='')}"
+
+
+AnyObject = SigningRequest | PodObject
+
+
 def parse(document: Any, size: int) -> SigningRequest:
-    """Read an object from JSON of so many bytes."""
+    """Read a CertificateSigningRequest from JSON of so many bytes."""
     try:
-        metadata, spec, status = document["metadata"], document["spec"], document.get("status") or {}
+        spec, status = document["spec"], document.get("status") or {}
         seconds = spec.get("expirationSeconds")
         request = Request(
             signer=_text(spec["signerName"]),
@@ -94,20 +118,52 @@ def parse(document: Any, size: int) -> SigningRequest:
             asked_validity=timedelta(seconds=seconds) if isinstance(seconds, int) and seconds > 0 else None,
             pem=base64.b64decode(_text(spec["request"]), validate=True),
         )
-        conditions = tuple(one for one in status.get("conditions") or () if isinstance(one, dict))
-        return SigningRequest(
-            name=_text(metadata["name"]),
-            uid=_text(metadata["uid"]),
-            version=_text(metadata["resourceVersion"]),
-            created=datetime.fromisoformat(_text(metadata["creationTimestamp"])),
-            request=request,
-            conditions=conditions,
-            certificate=_text(status.get("certificate") or ""),
-            is_deleted=bool(metadata.get("deletionTimestamp")),
-            size=size + _OBJECT_BYTES,
-        )
-    except (KeyError, TypeError, AttributeError, ValueError, binascii.Error, OverflowError) as e:
+        certificate = _text(status.get("certificate") or "")
+        return SigningRequest(request=request, certificate=certificate, **_common(document, size))
+    except _MALFORMED as e:
         raise NotAnObjectError(f"{type(e).__name__}") from None
+
+
+def parse_pod(document: Any, size: int) -> PodObject:
+    """Read a PodCertificateRequest; one without a CSR, which an old kubelet made by v1beta1, is none for us."""
+    try:
+        spec, status = document["spec"], document.get("status") or {}
+        der = base64.b64decode(_text(spec["stubPKCS10Request"]), validate=True)
+        annotations = spec.get("unverifiedUserAnnotations") or {}
+        request = PodRequest(
+            signer=_text(spec["signerName"]),
+            namespace=_text(document["metadata"]["namespace"]),
+            pod=_text(spec["podName"]),
+            pod_uid=_text(spec["podUID"]),
+            service_account=_text(spec["serviceAccountName"]),
+            service_account_uid=_text(spec["serviceAccountUID"]),
+            node=_text(spec["nodeName"]),
+            node_uid=_text(spec["nodeUID"]),
+            seconds=int(spec.get("maxExpirationSeconds") or USUAL_SECONDS),
+            annotations=tuple(sorted((_text(key), _text(value)) for key, value in annotations.items())),
+            pem=b"-----BEGIN CERTIFICATE REQUEST-----\n%b-----END CERTIFICATE REQUEST-----\n" % base64.encodebytes(der),
+        )
+        certificate = _text(status.get("certificateChain") or "")
+        return PodObject(request=request, certificate=certificate, **_common(document, size))
+    except _MALFORMED as e:
+        raise NotAnObjectError(f"{type(e).__name__}") from None
+
+
+_MALFORMED = (KeyError, TypeError, AttributeError, ValueError, binascii.Error, OverflowError)
+
+
+def _common(document: Any, size: int) -> dict[str, Any]:
+    """The values that both kinds of objects have, except the certificate."""
+    metadata, status = document["metadata"], document.get("status") or {}
+    return {
+        "name": _text(metadata["name"]),
+        "uid": _text(metadata["uid"]),
+        "version": _text(metadata["resourceVersion"]),
+        "created": datetime.fromisoformat(_text(metadata["creationTimestamp"])),
+        "conditions": tuple(one for one in status.get("conditions") or () if isinstance(one, dict)),
+        "is_deleted": bool(metadata.get("deletionTimestamp")),
+        "size": size + _OBJECT_BYTES,
+    }
 
 
 def _text(value: Any) -> str:
@@ -120,9 +176,11 @@ def _texts(value: Any) -> list[str]:
     return [_text(one) for one in value or []]
 
 
-def decoded(certificate: str) -> bytes:
-    """`status.certificate` as PEM."""
-    return base64.b64decode(certificate, validate=True)
+def chain_of(one: AnyObject) -> bytes:
+    """An object's certificates as PEM."""
+    if isinstance(one, PodObject):
+        return one.certificate.encode()
+    return base64.b64decode(one.certificate, validate=True)
 
 
 #: A bookmark comes each minute, so that a longer silence is a dead connection.
@@ -132,13 +190,34 @@ ROUND_SECONDS = 300
 _QUIET_SECONDS = 2.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """Objects that are watched together."""
+
+    what: str
+    path: str
+    signers: tuple[str, ...]
+    parse: Callable[[Any, int], AnyObject]
+    selector: str = ""  #: Of fields.
+
+
+def kinds(signers: Sequence[str], pod_signers: Sequence[str]) -> Iterator[Kind]:
+    """All that is to be watched; pods' requests stay for a quarter of an hour, so that each of their signers is by itself."""
+    if signers:
+        yield Kind(what="requests", path=COLLECTION, signers=tuple(signers), parse=parse)
+    for one in pod_signers:
+        what, selector = f"requests of pods for {one}", f"spec.signerName={one}"
+        yield Kind(what=what, path=f"{GROUP}/{PODS}", signers=(one,), parse=parse_pod, selector=selector)
+
+
 class Watch:
     """One round of watching; `end` is for another thread."""
 
-    def __init__(self, api: Api, signers: Iterable[str]) -> None:
+    def __init__(self, api: Api, kind: Kind) -> None:
         self._api = api
+        self._kind = kind
         #: An object without the text of one of these names is not read.
-        self._wanted = {signer: json.dumps(signer).encode() for signer in signers}
+        self._wanted = {signer: json.dumps(signer).encode() for signer in kind.signers}
         self._lines: Lines | None = None
         self._mutex = threading.Lock()
         self._ended = False
@@ -147,12 +226,13 @@ class Watch:
         self.began = time.monotonic()
         self.left_out = 0  #: Objects that were too large.
 
-    def run(
-        self, changed: Callable[[SigningRequest], None], gone: Callable[[str], None], alive: Callable[[], None]
-    ) -> None:
+    def run(self, changed: Callable[[AnyObject], None], gone: Callable[[str], None], alive: Callable[[], None]) -> None:
         """Watch for one round, until the server ends it or `end` is called."""
-        query = urlencode({"watch": 1, "allowWatchBookmarks": "true", "timeoutSeconds": ROUND_SECONDS})
-        with self._api.lines(f"{COLLECTION}?{query}", SILENCE_SECONDS, LONGEST_OBJECT_BYTES) as lines:
+        query = {"watch": 1, "allowWatchBookmarks": "true", "timeoutSeconds": ROUND_SECONDS}
+        if self._kind.selector:
+            query["fieldSelector"] = self._kind.selector
+        path = f"{self._kind.path}?{urlencode(query)}"
+        with self._api.lines(path, SILENCE_SECONDS, LONGEST_OBJECT_BYTES) as lines:
             with self._mutex:
                 if self._ended:
                     return
@@ -171,7 +251,7 @@ class Watch:
                 self._lines = None
                 self.left_out += lines.left_out
 
-    def _event(self, line: bytes, changed: Callable[[SigningRequest], None], gone: Callable[[str], None]) -> None:
+    def _event(self, line: bytes, changed: Callable[[AnyObject], None], gone: Callable[[str], None]) -> None:
         if not any(name in line for name in self._wanted.values()):
             if b'"ERROR"' in line[:40]:
                 raise NoAnswerError("the API server ended the watch with an error; it is begun anew")
@@ -183,7 +263,7 @@ class Watch:
             kind, document = event["type"], event["object"]
             if kind not in {"ADDED", "MODIFIED", "DELETED"}:
                 return
-            found = parse(document, len(line))
+            found = self._kind.parse(document, len(line))
         except (ValueError, KeyError, TypeError, NotAnObjectError):
             return
         if found.request.signer not in self._wanted:

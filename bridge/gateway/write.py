@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
 from threading import Lock
@@ -17,9 +17,10 @@ from bridge.cluster.api import MERGE_PATCH, NoAnswerError, Reply
 from bridge.desk.patterns import CN_OID
 from bridge.gateway import watch
 from bridge.gateway.context import AFTER_REFUSAL_SECONDS, Context, GoneError, LeftError, NotAllowedError, extra
+from bridge.gateway.policy import Allowed, Hostile
 from bridge.gateway.queue import Job
 from bridge.gateway.rules import NODE_USER, spec_of
-from bridge.gateway.watch import NotAnObjectError, SigningRequest, parse
+from bridge.gateway.watch import AnyObject, NotAnObjectError, PodObject, parse
 from bridge.pki.certificates import attributes, pem
 from bridge.pki.verify import Verified
 from bridge.specs import GATEWAY_SPECS
@@ -34,6 +35,9 @@ _MOST_SETTLED = 10_000
 
 class Writer:
     """May be used by several threads."""
+
+    kind = "CertificateSigningRequest"
+    parse: Callable[[Any, int], AnyObject] = staticmethod(parse)
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -53,20 +57,23 @@ class Writer:
     # --- answers ----------------------------------------------------------------------------------------------------
     # each raises GoneError (the object is settled, or another one), LeftError or NoAnswerError where it was not written
 
-    def deny(self, job: Job, reason: str) -> None:
+    def deny(self, job: Job, hostile: Hostile) -> None:
         """Deny the request without the reason; if another client has approved it, write `Failed` instead."""
         context = self._context
-        context.ledger.write(context.about(job.one).line(audit.REFUSED, error=NotAllowedError(reason)))
+        context.ledger.write(context.about(job.one).line(audit.REFUSED, error=NotAllowedError(hostile.reason)))
         for _ in self.turns(job):
             is_approved = job.one.has(watch.APPROVED)
             subresource, kind = ("status", watch.FAILED) if is_approved else ("approval", watch.DENIED)
             body = with_condition(job.one, kind, watch.NOT_ALLOWED, context.now())
             if self._patch(job.one, subresource, body).status == HTTPStatus.OK:
-                self._settle(job.one.uid)
-                context.metrics.count(job.one.request.signer, kind.lower())
-                log.info("%s: %s", kind.lower(), one_line(reason), extra=extra(job, kind.lower()))
-                context.give_up(job.one.uid, "it was denied")
+                self._denied(job, kind, hostile.reason)
                 return
+
+    def _denied(self, job: Job, kind: str, reason: str) -> None:
+        self._settle(job.one.uid)
+        self._context.metrics.count(job.one.request.signer, kind.lower())
+        log.info("%s: %s", kind.lower(), one_line(reason), extra=extra(job, kind.lower()))
+        self._context.give_up(job.one.uid, "it was denied")
 
     def failed_unanswered(self, job: Job) -> None:
         """The CA has not answered in time."""
@@ -87,8 +94,14 @@ class Writer:
                 self._take_over(job, reply)
                 return
 
-    def issue(self, job: Job, found: Verified) -> bool:
+    def trouble(self, verdict: Allowed, found: Verified) -> str:
+        """Why the API server would not take this certificate now: it looks at no certificate of these objects."""
+        del verdict, found
+        return ""
+
+    def issue(self, job: Job, verdict: Allowed, found: Verified) -> bool:
         """Approve, unless another client did, and write the certificate; False: the object has changed."""
+        del verdict
         one, context = job.one, self._context
         if not one.has(watch.APPROVED):
             body = with_condition(one, watch.APPROVED, watch.ALLOWS, context.now())
@@ -117,7 +130,7 @@ class Writer:
         reply = self._context.api.ask("GET", job.one.path)
         if reply.status == HTTPStatus.NOT_FOUND:
             raise GoneError("the object is gone")
-        _assert_well(reply, "get the object")
+        self.assert_well(reply, "get the object")
         self._take_over(job, reply)
         if job.one.is_settled:
             raise GoneError("another client has settled it")
@@ -125,32 +138,35 @@ class Writer:
     def _take_over(self, job: Job, reply: Reply) -> None:
         """The object as the API server has it now."""
         try:
-            found = parse(reply.document, job.one.size)
+            found = self.parse(reply.document, job.one.size)
         except NotAnObjectError as e:
-            raise NoAnswerError(f"wanted a CertificateSigningRequest, found something else ({e})") from None
+            raise NoAnswerError(f"wanted a {self.kind}, found something else ({e})") from None
         if found.uid != job.one.uid or found.request != job.one.request:
             raise GoneError("another object has its name by now")
         job.one = found
 
-    def _patch(self, one: SigningRequest, subresource: str, body: Mapping[str, Any]) -> Reply:
+    def _patch(self, one: AnyObject, subresource: str, body: Mapping[str, Any]) -> Reply:
         """Write; 200, or that it has changed."""
         reply = self._context.api.ask("PATCH", f"{one.path}/{subresource}", body, MERGE_PATCH)
         if reply.status == HTTPStatus.NOT_FOUND:
             raise GoneError("the object is gone")
         if reply.status not in {HTTPStatus.OK, HTTPStatus.CONFLICT, HTTPStatus.UNPROCESSABLE_ENTITY}:
-            _assert_well(reply, f"write its {subresource}")
+            self.assert_well(reply, f"write its {subresource}")
         return reply
 
+    @staticmethod
+    def assert_well(reply: Reply, what: str) -> None:
+        """Leave the job for a while after any other answer than 200."""
+        if reply.status != HTTPStatus.OK:
+            reason = f"wanted to {what}, found HTTP {reply.status} {reply.message}"
+            log.error("%s (has the gateway the rights that `ca-bridge help gateway` names?)", reason)
+            raise LeftError("left", reason, AFTER_REFUSAL_SECONDS)
 
-def _assert_well(reply: Reply, what: str) -> None:
-    if reply.status != HTTPStatus.OK:
-        reason = f"wanted to {what}, found HTTP {reply.status} {reply.message}"
-        log.error("%s (has the gateway the rights that `ca-bridge help gateway` names?)", reason)
-        raise LeftError("left", reason, AFTER_REFUSAL_SECONDS)
 
-
-def name_in(one: SigningRequest, leaf: x509.Certificate) -> str:
-    """A node's or user's name, or kubeadm's of a certificate."""
+def name_in(one: AnyObject, leaf: x509.Certificate) -> str:
+    """A node's or user's name, kubeadm's of a certificate, or a service account with its namespace."""
+    if isinstance(one, PodObject):
+        return f"{one.request.namespace}/{one.request.service_account}"
     spec = spec_of(one.request.signer)
     if spec is not None and spec.name not in GATEWAY_SPECS:
         return spec.name
@@ -168,7 +184,7 @@ _TEXTS = {
 }
 
 
-def with_condition(one: SigningRequest, kind: str, reason: str, now: datetime) -> dict[str, Any]:
+def with_condition(one: AnyObject, kind: str, reason: str, now: datetime) -> dict[str, Any]:
     """A body with a further condition, and the others, since a merge patch replaces the whole list."""
     time = now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     condition = {
@@ -180,20 +196,21 @@ def with_condition(one: SigningRequest, kind: str, reason: str, now: datetime) -
         "lastTransitionTime": time,
     }
     others = one.conditions if kind == watch.APPROVED else _without_waiting(one)
-    return {"metadata": _identity(one), "status": {"conditions": [*others, condition]}}
+    return {"metadata": identity_of(one), "status": {"conditions": [*others, condition]}}
 
 
-def with_certificate(one: SigningRequest, chain_pem: bytes) -> dict[str, Any]:
+def with_certificate(one: AnyObject, chain_pem: bytes) -> dict[str, Any]:
     """The body for /status with the certificate; the leaf comes first."""
     status: dict[str, Any] = {"certificate": base64.b64encode(chain_pem).decode("ascii")}
     if one.has(watch.PENDING_AT_CA):
         status["conditions"] = _without_waiting(one)
-    return {"metadata": _identity(one), "status": status}
+    return {"metadata": identity_of(one), "status": status}
 
 
-def _identity(one: SigningRequest) -> dict[str, str]:
+def identity_of(one: AnyObject) -> dict[str, str]:
+    """What keeps a write from a namesake, and from another version of the object."""
     return {"uid": one.uid, "resourceVersion": one.version}
 
 
-def _without_waiting(one: SigningRequest) -> list[Mapping[str, Any]]:
+def _without_waiting(one: AnyObject) -> list[Mapping[str, Any]]:
     return [condition for condition in one.conditions if condition.get("type") != watch.PENDING_AT_CA]

@@ -19,9 +19,9 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509 import verification
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from bridge.contract import Issued, SignRequest
+from bridge.contract import Issued, Names, SignRequest
 from bridge.errors import VerificationError, Violation
 from bridge.pki import expiry, go_x509
 from bridge.pki.certificates import (
@@ -153,12 +153,12 @@ def _violations(issued: Issued, request: SignRequest, expected: Expectation) -> 
     """All violations of the leaf by itself; the chain is apart."""
     leaf, csr = issued.leaf, request.csr
     yield from _public_key(leaf, csr)
-    yield from _subject(leaf, csr, expected.extra_subject)
+    yield from _subject(leaf, request, expected.extra_subject)
     yield from _form(leaf)
     yield from _dates(leaf, request, expected)
-    yield from _sans(leaf, csr)
+    yield from _sans(leaf, request)
     yield from _ekus(leaf, request)
-    yield from _key_usage(leaf)
+    yield from _key_usage(leaf, encipherment=request.names is None)
     yield from _not_a_ca(leaf)
     yield from go_x509.form(leaf, leaf=True)
 
@@ -174,25 +174,42 @@ def _public_key(leaf: x509.Certificate, csr: x509.CertificateSigningRequest) -> 
         yield Violation(subject="public key", want="the key of the CSR", got=f"another {algorithm_name(key)} key")
 
 
-def _subject(
-    leaf: x509.Certificate, csr: x509.CertificateSigningRequest, extra: frozenset[tuple[str, str]]
-) -> Iterator[Violation]:
+def _subject(leaf: x509.Certificate, request: SignRequest, extra: frozenset[tuple[str, str]]) -> Iterator[Violation]:
     """The same attributes with the same values, in any order and grouping, since CAs written in Go rebuild the name."""
-    asked, answered = attributes(csr.subject), attributes(leaf.subject)
+    subject = request.csr.subject if request.names is None else _named(request.names)
+    asked, answered = attributes(subject), attributes(leaf.subject)
     if asked == answered:
         return
     want, got = Counter(asked), Counter(answered)
     if {*(got - want), *(set(want) - set(got))} - extra:
         yield Violation(
-            subject="subject", want=name_text(csr.subject) or "(empty)", got=name_text(leaf.subject) or "(empty)"
+            subject="subject", want=name_text(subject) or "(empty)", got=name_text(leaf.subject) or "(empty)"
         )
 
 
-def _sans(leaf: x509.Certificate, csr: x509.CertificateSigningRequest) -> Iterator[Violation]:
-    """The same names by type (an IP address as DNS name is another name), none of them more often than asked."""
-    want, got = san_counts(csr), san_counts(leaf)
+def _named(names: Names) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names.common_name)] if names.common_name else [])
+
+
+def _sans(leaf: x509.Certificate, request: SignRequest) -> Iterator[Violation]:
+    """
+    The same names by type (an IP address as DNS name is another name), none of them more often than asked; below an
+    empty subject the extension is critical (RFC 5280 §4.2.1.6).
+    """
+    names = request.names
+    if names is None:
+        want = san_counts(request.csr)
+    else:
+        want = Counter([*(("URI", one) for one in names.uris), *(("DNS", one) for one in names.dns)])
+    got = san_counts(leaf)
     if got - want or set(want) - set(got):
         yield Violation(subject="SAN", want=_san_text(want), got=_san_text(got))
+    if names is not None and not names.common_name and not _is_critical(leaf, x509.SubjectAlternativeName.oid):
+        yield Violation(subject="SAN", want="critical, since the subject is empty", got="not critical")
+
+
+def _is_critical(leaf: x509.Certificate, oid: x509.ObjectIdentifier) -> bool:
+    return any(one.critical for one in leaf.extensions if one.oid == oid)
 
 
 def _san_text(names: Counter[tuple[str, str]]) -> str:
@@ -216,14 +233,14 @@ def _eku_text(oids: Iterable[str]) -> str:
     return ", ".join(sorted(labels.get(oid) or oid_label(oid) for oid in oids))
 
 
-def _key_usage(leaf: x509.Certificate) -> Iterator[Violation]:
-    """Signing for TLS 1.3 and ECDHE, encipherment for RSA key exchange as kubeadm sets it, no right of a CA."""
+def _key_usage(leaf: x509.Certificate, *, encipherment: bool) -> Iterator[Violation]:
+    """Signing for TLS 1.3 and ECDHE, `encipherment` for RSA key exchange as kubeadm sets it, no right of a CA."""
     usage = extension(leaf, x509.KeyUsage)
-    is_rsa = isinstance(leaf.public_key(), rsa.RSAPublicKey)
-    want = "digitalSignature, keyEncipherment" if is_rsa else "digitalSignature"
+    enciphers = encipherment and isinstance(leaf.public_key(), rsa.RSAPublicKey)
+    want = "digitalSignature, keyEncipherment" if enciphers else "digitalSignature"
     if usage is None:
         yield Violation(subject="KeyUsage", want=want, got="no KeyUsage extension")
-    elif not usage.digital_signature or (is_rsa and not usage.key_encipherment):
+    elif not usage.digital_signature or (enciphers and not usage.key_encipherment):
         yield Violation(subject="KeyUsage", want=want, got=_key_usage_text(usage))
     elif usage.key_cert_sign or usage.crl_sign:
         yield Violation(subject="KeyUsage", want=f"{want} without keyCertSign and cRLSign", got=_key_usage_text(usage))

@@ -11,7 +11,7 @@ from typing import Any, cast
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.settings.reader import Reader, Source, found_text, opened
 from bridge.settings.tables import AuthoritySettings, CertificateSettings, Settings
-from bridge.specs import AUTHORITIES, KUBELET_SERVER
+from bridge.specs import KUBELET_SERVER, SIGNING_AUTHORITIES
 from bridge.system.paths import assert_ours, own_text
 from bridge.words import name_found
 
@@ -163,8 +163,8 @@ def _authorities(
     rest: dict[str, Mapping[str, Any]] = {}
     for name, authority in table.items():
         key = ("authority", name)
-        if name not in AUTHORITIES:  # its backend's keys are looked at all the same
-            reader.add(key, f"one of {', '.join(AUTHORITIES)}", name_found(name, AUTHORITIES))
+        if name not in SIGNING_AUTHORITIES:  # its backend's keys are looked at all the same
+            reader.add(key, f"one of {', '.join(SIGNING_AUTHORITIES)}", name_found(name, SIGNING_AUTHORITIES))
         if not isinstance(authority, dict):
             reader.add(key, "a table", found_text(authority))
             continue

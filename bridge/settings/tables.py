@@ -542,7 +542,9 @@ class GatewaySettings:
     #: New requests a minute from one user. For a node of the inventory whose request is allowed, only `node_rate`
     #: counts.
     requester_rate: int = 120
-    node_rate: int = 12  #: New requests a minute from one user for one node.
+    node_rate: int = 12  #: New requests a minute from one user for one node; also for one pod.
+    pod_rate: int = 600  #: New requests a minute for the pods of one namespace on one node.
+    pod_namespace_rate: int = 3000  #: New requests a minute for all pods of one namespace.
     collect_every: timedelta = timedelta(seconds=30)  #: How often a CA is asked whether it has answered.
     pending_for: timedelta = timedelta(hours=24)  #: A request that the CA has not answered after this time fails.
     min_validity: timedelta = timedelta(minutes=5)  #: A certificate that ends sooner than this is not issued.
@@ -559,7 +561,7 @@ class GatewaySettings:
             yield SettingsProblem("lease_duration", wanted, duration_text(self.lease_duration))
         if self.address is None:
             yield SettingsProblem("listen", "an address and a port such as 127.0.0.1:9880", repr(self.listen))
-        for key in ("requester_rate", "node_rate"):
+        for key in ("requester_rate", "node_rate", "pod_rate", "pod_namespace_rate"):
             if getattr(self, key) < 1:
                 yield SettingsProblem(key, "at least 1", str(getattr(self, key)))
         if not 1 <= self.concurrency <= _MOST_THREADS:

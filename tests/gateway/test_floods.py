@@ -16,7 +16,8 @@ from cryptography import x509
 from bridge.gateway import policy
 from bridge.gateway.policy import Request
 from bridge.gateway.rules import CLIENT_KUBELET, SERVING
-from bridge.gateway.service import Service
+from bridge.gateway.service import Service, _Watching
+from bridge.gateway.watch import kinds
 from tests.kit import cluster_api, gateways, hostile_csrs
 from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import ClusterApi
@@ -216,8 +217,8 @@ class Quiet(Service):
         self._stop = threading.Event()
         self._started = self._ending = False
         self._threads = []
-        self._alive = 0.0
-        self._api_trouble = ""
+        self._watching = [_Watching(next(kinds([CLIENT_KUBELET], [])))]
+        self._watching[0].alive, self._watching[0].trouble = 0.0, ""
         self.looks = 0
 
     def _look_at_cas(self) -> None:
@@ -240,10 +241,10 @@ def test_a_watch_that_hangs_and_a_thread_that_ended_are_seen(monkeypatch: pytest
     """Whatever trouble was noted before: `/healthz` fails, so that the process is started anew."""
     service = Quiet()
     monkeypatch.setattr("bridge.gateway.service.time.monotonic", lambda: 100.0)
-    service._api_trouble = "the watch broke"
+    service._watching[0].trouble = "the watch broke"
     assert service._healthz() == (200, "ok\n")
     monkeypatch.setattr("bridge.gateway.service.time.monotonic", lambda: 200.0)
     assert service._healthz() == (503, "nothing was heard from the watch for 200 s\n")
-    service._alive = 200.0
+    service._watching[0].alive = 200.0
     service._threads = [threading.Thread(name="lease")]
     assert service._healthz() == (503, "threads have ended: lease\n")

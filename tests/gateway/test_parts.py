@@ -63,12 +63,12 @@ def one(uid: str = "u1", *, version: int = 7, seconds: int = 0, **spec: Any) -> 
     return replace(found, version=str(version), created=found.created + timedelta(seconds=seconds))
 
 
-def nobody(_: SigningRequest) -> Look:
+def nobody(_: object) -> Look:
     """It is about no node."""
     return Look()
 
 
-def of_w1(_: SigningRequest) -> Look:
+def of_w1(_: object) -> Look:
     """It is about the node w1, and may be signed."""
     return Look(node="w1", counts=True)
 

@@ -13,7 +13,7 @@ from cryptography import x509
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.gateway import watch
 from bridge.gateway.rules import CLIENT_KUBELET, SERVING
-from bridge.gateway.watch import SigningRequest, Watch
+from bridge.gateway.watch import Watch
 from tests.kit import api_proxy, cluster_api, gateways, hostile_csrs
 from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import ClusterApi
@@ -139,7 +139,7 @@ def test_a_watch_outlives_the_rights(cluster: ClusterApi, place: Place, monkeypa
     """A running watch goes on delivering without any right, so that each ends soon; the next one is refused."""
     monkeypatch.setattr(watch, "ROUND_SECONDS", 8)
     api = Api.of_gateway(cluster.kubeconfig(gateways.USER))
-    round_ = Watch(api, [CLIENT_KUBELET])
+    round_ = Watch(api, next(watch.kinds([CLIENT_KUBELET], [])))
     seen: list[str] = []
     admin, body = cluster.client(), cluster.client().get(BINDING)
     asked = csr_pem(node_subject("w1"))
@@ -152,7 +152,7 @@ def test_a_watch_outlives_the_rights(cluster: ClusterApi, place: Place, monkeypa
             wait_for("rights that are gone", lambda: cluster.client(gateways.USER).ask("GET", CSRS).status == 403)
             ask(cluster, CLIENT_KUBELET, asked, name="behind-the-rights")
 
-    def changed(one: SigningRequest) -> None:
+    def changed(one: watch.ApiObject) -> None:
         seen.append(one.name)
 
     began = time.monotonic()

@@ -134,15 +134,15 @@ class Place:
         text = "\n".join(
             [f'[node]\npki_dir = "{self.trust or self.cluster.pki_dir}"', "[gateway]", *lines, *self.tables, ""]
         )
-        return _written(self.directory / "config.toml", text)
+        return written(self.directory / "config.toml", text)
 
     def write_policy(self, text: str) -> None:
         """Another one."""
-        _written(self.directory / "policy.toml", text)
+        written(self.directory / "policy.toml", text)
 
     def write_inventory(self, text: str) -> None:
         """Another one."""
-        _written(self.directory / "inventory.toml", text)
+        written(self.directory / "inventory.toml", text)
 
     def with_openssl(self) -> Place:
         """A directory of `openssl ca`."""
@@ -155,7 +155,7 @@ class Place:
         """A PKI engine of OpenBao; one role for each kind of certificate."""
         bao.add_ca(mount, self.cluster.ca.certificate_pem, self.cluster.ca.key_pem)
         bao.add_roles(mount, ROLES)
-        token = _written(self.directory / f"{mount}.token", bao.root_token, 0o600)
+        token = written(self.directory / f"{mount}.token", bao.root_token, 0o600)
         self.tables.append(
             f'[backend.ca]\ntype = "vault"\nurl = "{bao.url}"\ntimeout = "10s"\n'
             f'[backend.ca.auth]\ntoken_file = "{token}"\n[authority.ca]\nbackend = "ca"\nmount = "{mount}"\n'
@@ -169,7 +169,7 @@ class Place:
         state = self.directory / f"state-{name}"
         text = self.write().read_text().replace(f'"{self.directory / "state"}"', f'"{state}"')
         text = text.replace("[gateway]\n", f'[gateway]\nlisten = "127.0.0.1:{port}"\n')
-        _written(config, text)
+        written(config, text)
         command = [str(Path(sys.executable).with_name("ca-bridge")), "gateway", "--config", str(config)]
         log = self.directory / f"{name}.log"
         with log.open("ab") as file:
@@ -179,7 +179,8 @@ class Place:
         return Gateway(process=process, port=port, log=log, state_dir=state, config=config)
 
 
-def _written(path: Path, text: str, mode: int = 0o644) -> Path:
+def written(path: Path, text: str, mode: int = 0o644) -> Path:
+    """A file, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
     beside.write_text(text)
@@ -335,15 +336,16 @@ def grant_rights(cluster: ClusterApi) -> None:
          "resourceNames": [CLIENT_KUBELET, SERVING, CLIENT, *OWN, *PAGES]},
         {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list"]},
     ]  # fmt: skip
-    _role(admin, USER, rules, {"kind": "User", "name": USER})
+    add_role(admin, USER, rules, {"kind": "User", "name": USER})
     lease = [{"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "update", "create"]}]
-    _role(admin, f"{USER}-lease", lease, {"kind": "User", "name": USER}, namespace="kube-system")
+    add_role(admin, f"{USER}-lease", lease, {"kind": "User", "name": USER}, namespace="kube-system")
     create = [{"apiGroups": [csrs], "resources": ["certificatesigningrequests"], "verbs": ["create", "get", "list"]}]
     everybody = {"kind": "Group", "name": "system:authenticated"}
-    _role(admin, "everybody-asks", create, everybody)
+    add_role(admin, "everybody-asks", create, everybody)
 
 
-def _role(admin: Any, name: str, rules: list[Any], subject: dict[str, str], namespace: str = "") -> None:
+def add_role(admin: Any, name: str, rules: list[Any], subject: dict[str, str], namespace: str = "") -> None:
+    """A role that a subject has; in one namespace, or in the whole cluster."""
     kind = "Role" if namespace else "ClusterRole"
     base = "/apis/rbac.authorization.k8s.io/v1" + (f"/namespaces/{namespace}" if namespace else "")
     admin.create(f"{base}/{kind.lower()}s", {"metadata": {"name": name}, "rules": rules})

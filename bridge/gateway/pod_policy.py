@@ -1,0 +1,248 @@
+"""The judgement of a pod's request: by what the API server vouches for, and what was looked up (pure: no I/O, no clock)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from fnmatch import fnmatchcase
+
+from bridge.contract import Names
+from bridge.desk.node_inventory import Inventory
+from bridge.gateway.pod_rules import KEY_TYPES, SHORTEST, Identity, PodSignerRules, Who, is_never_a_pods
+from bridge.gateway.policy import Allowed, GatewayPolicy, Hostile, Later, Verdict
+from bridge.pki.csr_fields import Asked, OddRequestError, read
+from bridge.words import one_line
+
+#: The kubelet asks anew after 10 to 15 minutes, and kube-controller-manager deletes what is older than 15.
+_OLDEST = timedelta(minutes=14)
+_BEFORE_THE_CA_ENDS = timedelta(minutes=5)
+#: Where a pod says nothing (`maxExpirationSeconds`).
+USUAL_SECONDS = 86400
+_CURVE_NAMES = {"ecdsa-secp521r1": "ecdsa-p521"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodRequest:
+    """A PodCertificateRequest's content: who it is for, by the API server's word if a node has made it."""
+
+    signer: str
+    namespace: str
+    pod: str
+    pod_uid: str
+    service_account: str
+    service_account_uid: str
+    node: str
+    node_uid: str
+    seconds: int  #: `maxExpirationSeconds`.
+    annotations: tuple[tuple[str, str], ...]
+    pem: bytes  #: The CSR as it came, which should be empty.
+
+    @property
+    def username(self) -> str:
+        """Whose turn it is: a node, and one namespace of it, so that no namespace is in another's way."""
+        return f"system:node:{self.node} for {self.namespace}"
+
+    @property
+    def who(self) -> Who:
+        """The pod, as far as names are made of it."""
+        return Who(namespace=self.namespace, service_account=self.service_account, pod=self.pod, pod_uid=self.pod_uid)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A volume's source `podCertificate`."""
+
+    signer: str
+    key_type: str
+    seconds: int
+    annotations: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodState:
+    """A Pod object."""
+
+    uid: str
+    node: str
+    service_account: str
+    phase: str
+    sources: frozenset[Source]
+    ends: datetime | None = None  #: When its grace period ends, if it was deleted.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodWorld:
+    """Everything besides the request that the verdict depends on, as it was looked up; None: it is not there."""
+
+    policy: GatewayPolicy
+    cluster: str
+    inventory: Inventory
+    ca_end: datetime
+    now: datetime
+    created: datetime  #: The request.
+    pod: PodState | None
+    account_uid: str | None
+    node_uid: str | None
+    labels: Mapping[str, str] | None  #: The namespace's.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllowedPod(Allowed):
+    """The request may be signed, with these names."""
+
+    names: Names
+    most: timedelta  #: That the pod takes, from the certificate's beginning on.
+    refresh: int  #: Per cent of the life.
+
+
+def judge(request: PodRequest, world: PodWorld) -> Verdict:
+    """Judge a request: sign it, refuse it, or leave it for later."""
+    rules, asked = world.policy.pod_signers.get(request.signer), own_words(request)
+    if isinstance(asked, Hostile):
+        return asked
+    if rules is None or world.pod is None:
+        return Later("there is no such pod any more" if rules else "the policy has no table for this signer")
+    if (trouble := next(_troubles(request, asked, rules, world, world.pod), None)) is not None:
+        return trouble
+    names = rules.names(request.who, _identity(request, rules))
+    if names is None or any(_is_taken(name, world.inventory) for name in names.dns):
+        return Later("the policy gives this service account no names, or names of the API server or of a node")
+    validity = _validity(request, rules, world)
+    if validity < SHORTEST:
+        return Later(f"the CA's certificate ends at {world.ca_end:%Y-%m-%d %H:%M}, or allow.max_validity is too short")
+    return AllowedPod(
+        spec=rules.spec,
+        asked=asked,
+        validity=validity,
+        longest=_longest(rules, world),
+        name=f"{request.namespace}/{request.service_account}",
+        names=names,
+        most=timedelta(seconds=request.seconds),
+        refresh=rules.refresh,
+    )
+
+
+def _troubles(
+    request: PodRequest, asked: Asked, rules: PodSignerRules, world: PodWorld, pod: PodState
+) -> Iterator[Hostile | Later]:
+    yield from map(Later, _absent(request, world, pod))
+    yield from _invented(request, asked, pod)
+    for against in _against(request, asked, rules, world):
+        # a running pod's owner would have to delete it, while a policy that is put right mends the same
+        yield against if pod.phase == "Pending" else Later(against.reason)
+
+
+def own_words(request: PodRequest) -> Asked | Hostile:
+    """The CSR, which has to be empty, as every kubelet's is."""
+    try:
+        asked = read(request.pem)
+    except OddRequestError as e:
+        return Hostile(str(e))
+    if asked.subject or asked.sans:
+        return Hostile("the CSR has names, and a kubelet's has none", told="the CSR has to be empty")
+    return asked
+
+
+def key_of(asked: Asked) -> str:
+    """The key by our names."""
+    return _CURVE_NAMES.get(asked.key, asked.key)
+
+
+def _absent(request: PodRequest, world: PodWorld, pod: PodState) -> Iterator[str]:
+    """Why nobody waits for an answer now: it may change, or the object goes by itself."""
+    name = request.node
+    entry = world.inventory.nodes.get(name)
+    if pod.uid != request.pod_uid:
+        yield "another pod has this name by now"
+    if pod.phase not in {"Pending", "Running"}:
+        yield f"the pod has ended ({one_line(pod.phase)})"
+    if pod.ends is not None and pod.ends <= world.now:
+        yield "the pod was deleted, and its grace period is over"
+    if world.account_uid != request.service_account_uid:
+        yield "the service account was deleted, or made again"
+    if world.node_uid != request.node_uid:
+        yield f"node {name} was deleted, or made again"
+    if entry is not None and entry.blocked:
+        yield f"the inventory blocks node {name}"
+    if not any(fnmatchcase(name, one) for one in world.policy.allow.nodes):
+        yield f"the policy's allow.nodes does not have {name}"
+    if not any(fnmatchcase(world.cluster, one) for one in world.policy.allow.clusters):
+        yield f"the policy's allow.clusters does not have this cluster, {world.cluster}"
+    if world.now - world.created > _OLDEST:
+        yield "the request is too old: the kubelet has another one by now, or soon"
+
+
+def _invented(request: PodRequest, asked: Asked, pod: PodState) -> Iterator[Hostile]:
+    """NodeRestriction compares neither lifetime nor key nor annotations with the pod, and other callers not at all."""
+    if (pod.node, pod.service_account) != (request.node, request.service_account):
+        text = "the pod has another node or service account"
+        yield Hostile(text, told=text)
+    source = Source(
+        signer=request.signer,
+        key_type=KEY_TYPES.get(key_of(asked), ""),
+        seconds=request.seconds,
+        annotations=request.annotations,
+    )
+    if source not in pod.sources:
+        text = "the pod has no volume with this signer, key type, lifetime and annotations"
+        yield Hostile(text, told=text)
+
+
+def _against(request: PodRequest, asked: Asked, rules: PodSignerRules, world: PodWorld) -> Iterator[Hostile]:
+    """What a first request is denied for, with words for the pod's owner."""
+    if key_of(asked) not in rules.keys:
+        types = ", ".join(KEY_TYPES[one] for one in rules.keys)
+        yield Hostile(f"key: {key_of(asked)}", "UnsupportedKeyType", f"keyType: this signer takes {types}")
+    for key, value in request.annotations:
+        if key not in rules.annotations:
+            yield Hostile(f"annotation {one_line(key)}", "InvalidUnverifiedUserAnnotations",
+                          f"userAnnotations: this signer does not know {one_line(key, 100)}")  # fmt: skip
+        elif not fnmatchcase(value, rules.annotations[key]):
+            yield Hostile(f"annotation {one_line(key)}: its value", "InvalidUnverifiedUserAnnotations",
+                          f"userAnnotations: the value of {one_line(key, 100)} is not allowed")  # fmt: skip
+    if not _has_namespace(request, rules, world):
+        text = f"namespace {request.namespace} may not have certificates of this signer"
+        yield Hostile(text, told=text)
+    if not any(fnmatchcase(request.service_account, one) for one in rules.service_accounts):
+        text = f"service account {request.service_account} may not have certificates of this signer"
+        yield Hostile(text, told=text)
+    least = SHORTEST + rules.backdating
+    if timedelta(seconds=request.seconds) < least:
+        text = f"maxExpirationSeconds: this signer's CA needs at least {least.total_seconds():.0f}"
+        yield Hostile(text, told=text)
+    if not rules.trust_domain and _identity(request, rules) is None:
+        text = f"this signer has no names for service account {request.service_account} of {request.namespace}"
+        yield Hostile(text, told=text)
+
+
+def _has_namespace(request: PodRequest, rules: PodSignerRules, world: PodWorld) -> bool:
+    labels = world.labels or {}
+    by_name = not rules.namespaces or any(fnmatchcase(request.namespace, one) for one in rules.namespaces)
+    return by_name and all(labels.get(key) == value for key, value in rules.namespace_labels.items())
+
+
+def _identity(request: PodRequest, rules: PodSignerRules) -> Identity | None:
+    """The first that has this service account."""
+    for _, one in rules.identities:
+        in_namespace = any(fnmatchcase(request.namespace, pattern) for pattern in one.namespaces)
+        if in_namespace and any(fnmatchcase(request.service_account, pattern) for pattern in one.service_accounts):
+            return one
+    return None
+
+
+def _is_taken(name: str, inventory: Inventory) -> bool:
+    others = {text.lower() for text in inventory.cluster.endpoints}
+    nodes = any(name == node or name in entry.names for node, entry in inventory.nodes.items())
+    return is_never_a_pods(name) or name in others or nodes
+
+
+def _longest(rules: PodSignerRules, world: PodWorld) -> timedelta:
+    return min(rules.max_validity, world.policy.allow.max_validity)
+
+
+def _validity(request: PodRequest, rules: PodSignerRules, world: PodWorld) -> timedelta:
+    """The shortest of the policy's, the CA's own, and what the pod takes without what the CA backdates."""
+    left = world.ca_end - world.now - _BEFORE_THE_CA_ENDS
+    found = min(_longest(rules, world), left, timedelta(seconds=request.seconds) - rules.backdating)
+    return timedelta(seconds=found // timedelta(seconds=1))

@@ -1,0 +1,230 @@
+"""The tables `[pod_signer."NAME"]` of the gateway's policy: which pods get which certificate (pure)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from string import Formatter
+from typing import Any, Literal
+
+from bridge.contract import GIVEN, Names
+from bridge.desk.patterns import is_host_name
+from bridge.errors import SettingsProblem
+from bridge.gateway.rules import SYSTEM, is_own_signer
+from bridge.pki.expiry import duration_text
+from bridge.settings.reader import Reader
+from bridge.specs import POD_SPECS, CertificateSpec, Usage
+
+#: The kubelet's names of keys (`podCertificate.keyType`), by ours.
+KEY_TYPES: Mapping[str, str] = {
+    "ecdsa-p256": "ECDSAP256",
+    "ecdsa-p384": "ECDSAP384",
+    "ecdsa-p521": "ECDSAP521",
+    "rsa-3072": "RSA3072",
+    "rsa-4096": "RSA4096",
+    "ed25519": "ED25519",
+}
+#: What the API server takes: how long a certificate lives, and how far its beginning is from now (measured on 1.37:
+#: 4:55 passes, 5:00 does not). The kubelet asks again when the refresh begins, which is at least this far from both ends.
+SHORTEST = timedelta(hours=1)
+LONGEST = timedelta(days=91)
+_FROM_NOW = timedelta(minutes=4, seconds=50)
+_REFRESH_FROM_BEGIN = timedelta(minutes=10)
+#: The kubelet draws up to 5 minutes, looks each 1 to 2, and writes the file within 1.5.
+_REFRESH_FROM_END = timedelta(minutes=20)
+_LONGEST_ID = 2048  # https://github.com/spiffe/spiffe/blob/main/standards/SPIFFE-ID.md#23-maximum-spiffe-id-length
+_TRUST_DOMAIN = re.compile(r"[a-z0-9._-]{1,255}")
+_SEGMENT = re.compile(r"[A-Za-z0-9._-]+")
+_COMMON_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_IN_PATH, _IN_NAME = ("namespace", "service_account", "pod", "pod_uid"), ("namespace", "service_account", "pod")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Who:
+    """A pod, as far as names are made of it."""
+
+    namespace: str
+    service_account: str
+    pod: str
+    pod_uid: str
+
+    def put_into(self, template: str) -> str:
+        """The template with this pod's names."""
+        return template.format(
+            namespace=self.namespace, service_account=self.service_account, pod=self.pod, pod_uid=self.pod_uid
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Table `[pod_signer."NAME".identity.X]`: names that some service accounts get besides the SPIFFE ID."""
+
+    namespaces: tuple[str, ...]  #: `*` and `?` as in a shell.
+    service_accounts: tuple[str, ...]
+    dns: tuple[str, ...] = ()  #: `{namespace}`, `{service_account}` and `{pod}` are the pod's.
+    common_name: str = ""
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Names that no pod may have, and templates that can't be filled in."""
+        for key in ("namespaces", "service_accounts"):
+            if not getattr(self, key):
+                yield SettingsProblem(key, "at least one", "none")
+        for text in self.dns:
+            if (name := _filled(text, _IN_NAME)) is None or not is_host_name(name) or is_never_a_pods(name):
+                wanted = (
+                    "DNS names in small letters, of no API server, with {namespace}, {service_account}, {pod} in them"
+                )
+                yield SettingsProblem("dns", wanted, repr(text))
+        if self.common_name:
+            name = _filled(self.common_name, _IN_NAME)
+            if name is None or not _COMMON_NAME.fullmatch(name) or name.startswith(SYSTEM):
+                wanted = "letters, digits, hyphens and dots, with {namespace}, {service_account}, {pod} in them"
+                yield SettingsProblem("common_name", wanted, repr(self.common_name))
+        if not self.dns and not self.common_name:
+            yield SettingsProblem("dns", "dns or common_name, or the table gives nothing", "neither")
+
+
+def _filled(template: str, known: tuple[str, ...]) -> str | None:
+    """The template with a name of one letter for each placeholder; None: it has others."""
+    try:
+        found = [(name, form, change) for _, name, form, change in Formatter().parse(template) if name is not None]
+    except ValueError:
+        return None
+    if any(name not in known or form or change for name, form, change in found):
+        return None
+    return template.format(**dict.fromkeys(known, "x"))
+
+
+def is_never_a_pods(name: str) -> bool:
+    """Whether clients reach the API server, or this machine, by such a name."""
+    labels = name.split(".")
+    return labels[:2] in (["kubernetes"], ["kubernetes", "default"]) or labels[0] == "localhost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PodSignerRules:
+    """Table `[pod_signer."NAME"]`."""
+
+    #: The SPIFFE ID is `spiffe://`, this, and the path; empty: certificates have the names of an identity alone.
+    trust_domain: str = ""
+    path: str = "/ns/{namespace}/sa/{service_account}"  #: Also `{pod}` and `{pod_uid}`.
+    namespaces: tuple[str, ...] = ()  #: Whose pods may ask, with `*` and `?` as in a shell.
+    namespace_labels: dict[str, str] = field(default_factory=dict)  #: All of which the namespace must have.
+    service_accounts: tuple[str, ...] = ("*",)
+    keys: tuple[str, ...] = ("ecdsa-p256", "ecdsa-p384", "rsa-3072", "rsa-4096")
+    usages: Literal["peer", "client", "server"] = "peer"  #: peer: both, as SPIFFE has it.
+    max_validity: timedelta = timedelta(hours=24)
+    #: How much longer than asked the CA's certificates are: what a pod allows at most is asked for without this.
+    backdating: timedelta = timedelta(minutes=10)
+    refresh: int = 50  #: The kubelet asks again after this share of the life, in per cent.
+    annotations: dict[str, str] = field(
+        default_factory=dict
+    )  #: Those that a pod may have, with a pattern of the value.
+    identities: tuple[tuple[str, Identity], ...] = field(default=(), metadata={GIVEN: True})
+
+    @property
+    def spec(self) -> CertificateSpec:
+        """The certificate's usages and CA."""
+        usages: Usage = self.usages
+        return POD_SPECS[usages]
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """What the API server, the kubelet or a SPIFFE library would refuse."""
+        yield from self._limit_problems()
+        if self.trust_domain and not _TRUST_DOMAIN.fullmatch(self.trust_domain):
+            yield SettingsProblem("trust_domain", "small letters, digits, dots, hyphens", repr(self.trust_domain))
+        if not _is_path(self.path):
+            wanted = "segments such as /ns/{namespace}/sa/{service_account}, each placeholder a whole one"
+            yield SettingsProblem("path", wanted, repr(self.path))
+        if not self.namespaces and not self.namespace_labels:
+            yield SettingsProblem("namespaces", "namespaces, or namespace_labels", "neither")
+        for key in ("service_accounts", "keys"):
+            if not getattr(self, key):
+                yield SettingsProblem(key, "at least one", "none")
+        for one in self.keys:
+            if one not in KEY_TYPES:
+                yield SettingsProblem("keys", f"some of {', '.join(KEY_TYPES)}", repr(one))
+
+    def _limit_problems(self) -> Iterator[SettingsProblem]:
+        if not SHORTEST <= self.max_validity <= LONGEST:
+            wanted = f"{duration_text(SHORTEST)} to {duration_text(LONGEST)}"
+            yield SettingsProblem("max_validity", wanted, duration_text(self.max_validity))
+        if not timedelta() <= self.backdating < SHORTEST:
+            yield SettingsProblem("backdating", f"below {duration_text(SHORTEST)}", duration_text(self.backdating))
+        if not 20 <= self.refresh <= 80:  # noqa: PLR2004
+            yield SettingsProblem("refresh", "20 to 80 per cent", str(self.refresh))
+
+    def names(self, who: Who, identity: Identity | None) -> Names | None:
+        """The names of a pod's certificate; None: it would have none, or a SPIFFE ID that is too long."""
+        uri = f"spiffe://{self.trust_domain}{who.put_into(self.path)}" if self.trust_domain else ""
+        found = Names(
+            common_name=who.put_into(identity.common_name) if identity else "",
+            uris=(uri,) if uri else (),
+            dns=tuple(dict.fromkeys(map(who.put_into, identity.dns))) if identity else (),
+        )
+        return found if (found.uris or found.dns) and len(uri) <= _LONGEST_ID else None
+
+
+def _is_path(path: str) -> bool:
+    """Whether two pods with different names never get one path: all of the names are segments of their own."""
+    begin, *segments = path.split("/")
+    names = [one[1:-1] for one in segments if one.startswith("{") and one.endswith("}")]
+    rest = [one for one in segments if not (one.startswith("{") and one.endswith("}"))]
+    return (
+        not begin
+        and len(set(names)) == len(names)
+        and {"namespace", "service_account"} <= set(names) <= set(_IN_PATH)
+        and all(_SEGMENT.fullmatch(one) and one not in {".", ".."} for one in rest)
+    )
+
+
+def read_pod_signers(reader: Reader, tables: Mapping[str, Any]) -> dict[str, PodSignerRules]:
+    """The rules by signer; the reader has the problems."""
+    found = {}
+    for name, table in tables.items():
+        key = ("pod_signer", name)
+        if not is_own_signer(name):
+            reader.add(key, "DOMAIN/NAME, of a domain that is not Kubernetes' own", repr(name))
+        elif not isinstance(table, dict):
+            reader.add(key, "a table", repr(table))
+        else:
+            rules = reader.read(PodSignerRules, {k: v for k, v in table.items() if k != "identity"}, key)
+            identities = _identities(reader, table.get("identity", {}), (*key, "identity"))
+            if rules is not None:
+                found[name] = replace(rules, identities=tuple(identities.items()))
+                if not rules.trust_domain and not identities:
+                    reader.add((*key, "trust_domain"), "a trust domain, or an identity with names", "neither")
+    return found
+
+
+def _identities(reader: Reader, tables: Any, key: tuple[str, ...]) -> dict[str, Identity]:
+    if not isinstance(tables, dict):
+        reader.add(key, "tables", repr(tables))
+        return {}
+    found = {}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            reader.add((*key, name), "a table", repr(table))
+        elif (identity := reader.read(Identity, table, (*key, name))) is not None:
+            found[name] = identity
+    return found
+
+
+def dates_problem(begin: datetime, end: datetime, longest: timedelta, now: datetime) -> str:
+    """Why the API server would not take a certificate with these dates; empty: it does."""
+    if abs(begin - now) > _FROM_NOW:
+        return f"it begins {duration_text(abs(begin - now))} from now, and the API server takes less than 5 minutes"
+    if end - begin < SHORTEST:
+        return f"it lives {duration_text(end - begin)}, and the API server takes no less than an hour"
+    if end - begin > longest:
+        found = f"{duration_text(end - begin)} with its backdated beginning"
+        return f"it lives {found}, and the pod takes {duration_text(longest)} (is `backdating` what the CA backdates?)"
+    return ""
+
+
+def refresh_at(begin: datetime, end: datetime, percent: int) -> datetime:
+    """When the kubelet is to ask for the next one: in whole seconds, and early enough."""
+    wanted = begin + (end - begin) * percent / 100
+    return min(max(wanted, begin + _REFRESH_FROM_BEGIN), end - _REFRESH_FROM_END).replace(microsecond=0)

@@ -1,0 +1,265 @@
+"""PodCertificateRequest objects: what is looked up for a verdict, how often pods may ask, and the one write of an answer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import quote
+
+from bridge.cluster.api import MERGE_PATCH, Api, NoAnswerError, Reply
+from bridge.gateway import watch
+from bridge.gateway.context import Context, GoneError, LeftError, NotAllowedError, after_refusal
+from bridge.gateway.pod_policy import (
+    USUAL_SECONDS,
+    AllowedPod,
+    PodRequest,
+    PodState,
+    PodWorld,
+    Source,
+    judge,
+    own_words,
+)
+from bridge.gateway.pod_rules import dates_problem, refresh_at
+from bridge.gateway.policy import Allowed, Hostile, Later, Verdict
+from bridge.gateway.queue import Job, Look, Rate
+from bridge.gateway.watch import AnyObject, PodObject, parse_pod
+from bridge.gateway.write import Writer, identity_of
+from bridge.pki.certificates import pem
+from bridge.pki.expiry import rfc3339
+from bridge.pki.verify import Verified
+from bridge.specs import PODS
+from bridge.state import audit
+from bridge.words import one_line
+
+#: A service account, a node's or a namespace's metadata that was looked at so long ago is as good as one of now; a pod
+#: is looked at anew for each verdict.
+_RECENT_SECONDS = 2.0
+_MOST_REMEMBERED = 10_000
+_METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+
+
+class PodJudge:
+    """May be used by several threads."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._looks = Looks(context.api)
+        self._mutex = threading.Lock()
+        ours = context.settings.gateway
+        self._rates = (Rate(ours.node_rate), Rate(ours.pod_rate), Rate(ours.pod_namespace_rate))
+
+    def turn(self, job: Job) -> float | None:
+        """Seconds until the rates of pod, node and namespace give the job its turn; None: too many wait already."""
+        request, now = _request(job.one), time.monotonic()
+        names = (f"{request.node}\n{request.pod_uid}", request.username, request.namespace)
+        with self._mutex:
+            waits = [rate.reserve(name, now) for rate, name in zip(self._rates, names, strict=True)]
+        return None if None in waits else max(wait for wait in waits if wait is not None)
+
+    def look(self, one: AnyObject) -> Look:
+        """What a request says of itself; a kubelet may have several at a time, none of which supersedes another."""
+        return Look(is_hostile=isinstance(own_words(_request(one)), Hostile))
+
+    def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
+        """The policy's verdict, by the pod as it is at this moment."""
+        context, request = self._context, _request(job.one)
+        if PODS.name not in context.authorities:
+            return Later("the policy had no table for this signer when the gateway was started; restart it")
+        policy, inventory = context.nodes.files(time.monotonic() - (0.0 if at_write else _RECENT_SECONDS))
+        rules = policy.pod_signers.get(request.signer)
+        hostile = own_words(request)
+        if isinstance(hostile, Hostile):  # nothing is looked up for it
+            return hostile
+        pod = self._looks.pod(request)
+        account = self._looks.metadata(
+            f"namespaces/{_q(request.namespace)}/serviceaccounts/{_q(request.service_account)}"
+        )
+        node = self._looks.metadata(f"nodes/{_q(request.node)}")
+        labels: Mapping[str, str] | None = None
+        if rules is not None and rules.namespace_labels:
+            labels = _labels(self._looks.metadata(f"namespaces/{_q(request.namespace)}"))
+        world = PodWorld(
+            policy=policy,
+            cluster=context.settings.node.cluster,
+            inventory=inventory,
+            ca_end=context.authorities[PODS.name].end(),
+            now=context.now(),
+            created=job.one.created,
+            pod=pod,
+            account_uid=_uid(account),
+            node_uid=_uid(node),
+            labels=labels,
+        )
+        return judge(request, world)
+
+
+class Looks:
+    """What the API server has now about pods and what belongs to them; may be used by any thread."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._mutex = threading.Lock()
+        self._known: OrderedDict[str, tuple[Mapping[str, Any] | None, float]] = OrderedDict()
+
+    def pod(self, request: PodRequest) -> PodState | None:
+        """A pod as it is at this moment; None: there is none of this name."""
+        document = self._asked(f"namespaces/{_q(request.namespace)}/pods/{_q(request.pod)}", "application/json")
+        return None if document is None else pod_state(document)
+
+    def metadata(self, path: str) -> Mapping[str, Any] | None:
+        """An object's metadata, as they were a moment ago; None: it is not there."""
+        now = time.monotonic()
+        with self._mutex:
+            known = self._known.get(path)
+        if known is not None and now - known[1] < _RECENT_SECONDS:
+            return known[0]
+        document = self._asked(path, _METADATA)
+        found = None if document is None else _table(document, "metadata")
+        with self._mutex:
+            self._known[path] = (found, now)
+            self._known.move_to_end(path)
+            if len(self._known) > _MOST_REMEMBERED:
+                self._known.popitem(last=False)
+        return found
+
+    def _asked(self, path: str, accept: str) -> Mapping[str, Any] | None:
+        reply = self._api.ask("GET", f"/api/v1/{path}", accept=accept)
+        if reply.status == HTTPStatus.NOT_FOUND:
+            return None
+        if reply.status != HTTPStatus.OK:
+            raise NoAnswerError(f"wanted to look at {path}, found HTTP {reply.status} {reply.message}")
+        return reply.document
+
+
+def pod_state(document: Mapping[str, Any]) -> PodState:
+    """All of a Pod object that a verdict depends on; what is not in its usual shape is left out."""
+    metadata, spec = _table(document, "metadata"), _table(document, "spec")
+    deleted = metadata.get("deletionTimestamp")
+    return PodState(
+        uid=str(metadata.get("uid", "")),
+        node=str(spec.get("nodeName", "")),
+        service_account=str(spec.get("serviceAccountName", "")),
+        phase=str(_table(document, "status").get("phase", "")),
+        sources=frozenset(_sources(spec)),
+        ends=datetime.fromisoformat(deleted) if isinstance(deleted, str) else None,
+    )
+
+
+def _sources(spec: Mapping[str, Any]) -> list[Source]:
+    found = []
+    for volume in _tables(spec, "volumes"):
+        for one in _tables(_table(volume, "projected"), "sources"):
+            source = _table(one, "podCertificate")
+            if source:
+                annotations = _table(source, "userAnnotations")
+                found.append(
+                    Source(
+                        signer=str(source.get("signerName", "")),
+                        key_type=str(source.get("keyType", "")),
+                        seconds=int(source.get("maxExpirationSeconds") or USUAL_SECONDS),
+                        annotations=tuple(sorted((str(key), str(value)) for key, value in annotations.items())),
+                    )
+                )
+    return found
+
+
+def _table(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = document.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _tables(document: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    return [one for one in document.get(key) or () if isinstance(one, dict)]
+
+
+def _uid(metadata: Mapping[str, Any] | None) -> str | None:
+    return None if metadata is None else str(metadata.get("uid", ""))
+
+
+def _labels(metadata: Mapping[str, Any] | None) -> Mapping[str, str]:
+    return {} if metadata is None else _table(metadata, "labels")
+
+
+def _q(name: str) -> str:
+    return quote(name, safe="")
+
+
+def _request(one: AnyObject) -> PodRequest:
+    if not isinstance(one, PodObject):
+        raise TypeError(f"wanted a PodCertificateRequest, found {type(one).__name__}")
+    return one.request
+
+
+class PodWriter(Writer):
+    """One write is final: the kubelet asks no more for a pod whose request was denied, nor does the API server take another."""
+
+    kind = "PodCertificateRequest"
+    parse = staticmethod(parse_pod)
+
+    def deny(self, job: Job, hostile: Hostile) -> None:
+        """Deny the request, with words for the pod's owner."""
+        context = self._context
+        context.ledger.write(context.about(job.one).line(audit.REFUSED, error=NotAllowedError(hostile.reason)))
+        for _ in self.turns(job):
+            condition = _condition(watch.DENIED, hostile.code, hostile.told, context.now())
+            if self._answered(job, {"conditions": [condition]}):
+                self._denied(job, watch.DENIED, hostile.reason)
+                return
+
+    def failed_unanswered(self, job: Job) -> None:
+        """Nothing is written: an outage is no reason why a pod should never start."""
+
+    def waits(self, job: Job) -> None:
+        """Nothing is written: the API server takes no condition but a final one."""
+
+    def trouble(self, verdict: Allowed, found: Verified) -> str:
+        """Why the API server would not take this certificate now."""
+        leaf = found.leaf
+        longest = verdict.most if isinstance(verdict, AllowedPod) else timedelta()
+        now = self._context.now()
+        return dates_problem(leaf.not_valid_before_utc, leaf.not_valid_after_utc, longest, now)
+
+    def issue(self, job: Job, verdict: Allowed, found: Verified) -> bool:
+        """Write the certificate with its dates; False: the object has changed."""
+        context = self._context
+        context.assert_ours()
+        begin, end = found.leaf.not_valid_before_utc, found.leaf.not_valid_after_utc
+        percent = verdict.refresh if isinstance(verdict, AllowedPod) else 0
+        status = {
+            "conditions": [_condition("Issued", watch.ALLOWS, "", context.now())],
+            "certificateChain": pem(found.leaf, *found.intermediates).decode("ascii"),
+            "notBefore": rfc3339(begin),
+            "notAfter": rfc3339(end),
+            "beginRefreshAt": rfc3339(refresh_at(begin, end, percent)),
+        }
+        if not self._answered(job, status):
+            return False
+        self._settle(job.one.uid)
+        return True
+
+    def _answered(self, job: Job, status: Mapping[str, Any]) -> bool:
+        """Whether it was written; the API server's reason for a refusal repeats the chain before its last words."""
+        body = {"metadata": identity_of(job.one), "status": status}
+        reply: Reply = self._context.api.ask("PATCH", f"{job.one.path}/status", body, MERGE_PATCH)
+        if reply.status == HTTPStatus.NOT_FOUND:
+            raise GoneError("the object is gone")
+        if reply.status == HTTPStatus.UNPROCESSABLE_ENTITY:
+            self._read_again(job)  # or it is settled, or another object, by now
+            job.verified = None
+            reason = one_line(reply.message[-_LONGEST_REASON:])
+            raise LeftError("bad-answer", f"the API server does not take the answer: …{reason}", after_refusal(job))
+        if reply.status not in {HTTPStatus.OK, HTTPStatus.CONFLICT}:
+            self.assert_well(reply, "write its status")
+        return reply.status == HTTPStatus.OK
+
+
+_LONGEST_REASON = 200
+
+
+def _condition(kind: str, reason: str, message: str, now: datetime) -> dict[str, str]:
+    return {"type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": rfc3339(now)}
