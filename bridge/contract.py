@@ -452,16 +452,30 @@ class BackendType(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NamePatterns:
+    """The names that certificates of one kind may have beside an empty CSR; `*` stands for any text, `?` for one letter."""
+
+    spec: CertificateSpec
+    longest: timedelta
+    uris: tuple[str, ...] = ()
+    dns: tuple[str, ...] = ()
+    common_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SetupRequest:
     """All that `ca-bridge setup TYPE` knows about one authority, when it asks a backend type for what the CA needs."""
 
     authority: Authority
-    certificates: Mapping[str, x509.Certificate]  #: The authority's live ones by kubeadm's name; never empty.
+    #: The authority's live ones by kubeadm's name; empty only if there are `patterns`.
+    certificates: Mapping[str, x509.Certificate]
     validity: timedelta  #: Wanted (`renewal.validity`).
     node: str  #: `node.name`.
     cluster: str  #: `node.cluster`.
     #: By field of `settings_type`, as far as the settings have them for this authority; required ones may be missing.
     settings: Mapping[str, Any]
+    #: For certificates whose names travel beside the CSR; asked of a backend type with `NamesBesideCsr` alone.
+    patterns: Sequence[NamePatterns] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,9 +75,30 @@ _COMMAND = """\
 #       -batch -notext -extensions {usage} -in NAME.csr -out NAME.crt"""
 
 
+_BESIDE = """\
+#!/bin/sh
+# The directory of a CA whose certificates get their names beside the CSR. ca-bridge writes a section of extensions with
+# these names for each run of `openssl ca`, so that no openssl.cnf is needed; and it asks for exact dates, so that in
+# gateway-policy.toml `backdating = "1m"` is enough.
+set -eu
+mkdir -p -m 0700 {directory} {directory}/newcerts
+test -e {directory}/index.txt || : > {directory}/index.txt
+echo 'unique_subject = no' > {directory}/index.txt.attr
+# Put the CA's certificate there as ca.crt, and its key as ca.key (mode 0600). In the gateway's settings:
+#   [authority.{authority}]
+#   backend = "{authority}"
+#   [backend.{authority}]
+#   type = "openssl"
+#   dir = "{directory}"
+"""
+
+
 def setup(wanted: SetupRequest) -> list[SetupFile]:
     """An openssl.cnf for the authority's directory: the one that the settings name, or else one below `DIRECTORY`."""
     directory = wanted.settings.get("dir")
+    if wanted.patterns:
+        text = _BESIDE.format(directory=directory or DIRECTORY / wanted.authority.name, authority=wanted.authority.name)
+        return [SetupFile(name=f"{wanted.authority.name}.sh", text=text, executable=True)]
     text = config_text(wanted.authority, wanted.certificates, wanted.validity, directory)
     return [SetupFile(name=f"{wanted.authority.name}.cnf", text=text, alone=True)]
 

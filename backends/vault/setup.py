@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from backends.vault import DEFAULT_ROLE, RoleOf, role_selector
-from bridge.contract import DEFAULT_CLUSTER, Selector, SetupFile, SetupRequest, Wanted
+from bridge.contract import DEFAULT_CLUSTER, NamePatterns, Selector, SetupFile, SetupRequest, Wanted
 from bridge.errors import BridgeError, SettingsError, Violation
 from bridge.pki import certificates
 from bridge.specs import EKU, SPECS, CertificateSpec
@@ -79,6 +79,9 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
     problems = list(Selector(engine.role or DEFAULT_ROLE, engine.roles).problems("role", "roles"))
     if problems:
         raise SettingsError(problems)
+    if wanted.patterns:
+        script = _text_beside(engine, wanted)
+        return [SetupFile(name=f"{wanted.authority.name}.sh", text=script, executable=True)]
     script = text(engine, wanted.certificates, wanted.validity, _policy_name(wanted), wanted.node)
     return [SetupFile(name=f"{wanted.authority.name}.sh", text=script, executable=True, by_node=True)]
 
@@ -97,6 +100,51 @@ def text(
     payloads = roles(items, validity, select) if engine.mode == "sign" else {}
     allowed = policy(engine.mount, payloads, issuer=engine.issuer, mode=engine.mode)
     return commands(engine.mount, payloads, policy_name=policy_name, policy_text=allowed)
+
+
+def _text_beside(engine: Engine, wanted: SetupRequest) -> str:
+    """The same for certificates whose names travel beside the CSR, as parameters (mode `sign` alone)."""
+    select = role_selector(engine.role, engine.roles, "")
+    payloads: dict[str, dict[str, object]] = {}
+    for one in wanted.patterns:
+        role, payload = select(one.spec), role_beside(one)
+        if payloads.setdefault(role, payload) != payload:
+            raise NoRoleError(
+                f"{one.spec.name}: wanted a role of its own, found {role} shared",
+                hint="give the certificates different roles in the backend's table `roles`",
+            )
+    parameters = [key for key, texts in (("uri_sans", "uris"), ("alt_names", "dns"), ("common_name", "common_names"))
+                  if any(getattr(one, texts) for one in wanted.patterns)]  # fmt: skip
+    allowed = policy(engine.mount, payloads, issuer=engine.issuer, beside=parameters)
+    cluster = f"-{wanted.cluster}" if wanted.cluster != DEFAULT_CLUSTER else ""
+    name = f"ca-bridge{cluster}-{wanted.authority.name}"
+    return commands(engine.mount, payloads, policy_name=name, policy_text=allowed)
+
+
+def role_beside(one: NamePatterns) -> dict[str, object]:
+    """
+    A role for an empty CSR. Its patterns are no guard (`*` also matches `/`, and nothing says how many names there must
+    be): what the gateway's policy gives is for the gateway to say, and each answer is compared with it.
+    """
+    return {
+        **_COMMON,
+        "key_usage": ["DigitalSignature"],
+        "server_flag": EKU.SERVER_AUTH in one.spec.ekus,
+        "client_flag": EKU.CLIENT_AUTH in one.spec.ekus,
+        "use_csr_common_name": False,
+        "use_csr_sans": False,
+        "require_cn": False,
+        "enforce_hostnames": False,
+        "cn_validations": ["disabled"],
+        "allow_bare_domains": True,
+        "allow_glob_domains": True,
+        "allowed_domains": [*one.dns, *one.common_names],
+        "allowed_uri_sans": list(one.uris),
+        "allow_ip_sans": False,
+        "organization": [],
+        "no_store": True,
+        "max_ttl": _duration(one.longest),
+    }
 
 
 class NoRoleError(BridgeError):
@@ -173,15 +221,20 @@ def policy(
     issuer: str | None = None,
     mode: Literal["sign", "sign-verbatim"] = "sign",
     read_roles: bool = True,
+    beside: Sequence[str] = (),
 ) -> str:
-    """The minimal policy of the node's token, as HCL; `read_roles` is for `ca-bridge doctor`."""
+    """
+    The minimal policy of the node's token, as HCL; `read_roles` is for `ca-bridge doctor`, `beside` are parameters for
+    names that the CSR does not have.
+    """
     mount = mount.strip("/")
     prefix = f"{mount}/issuer/{issuer}" if issuer else mount
     names = list(dict.fromkeys(role_names))
     if mode == "sign-verbatim":
         stanzas = [_VERBATIM.format(path=f"{prefix}/sign-verbatim")]
     else:
-        stanzas = [_SIGN.format(path=f"{prefix}/sign/{name}") for name in names]
+        more = "".join(f' "{key}" = []' for key in beside)
+        stanzas = [_SIGN.format(path=f"{prefix}/sign/{name}", more=more) for name in names]
         stanzas += [_READ.format(path=f"{mount}/roles/{name}") for name in names if read_roles]
     return "\n".join([*stanzas, _SELF, _REVOKE.format(path=f"{mount}/revoke")])
 
@@ -189,7 +242,7 @@ def policy(
 _SIGN = """\
 path "{path}" {{
   capabilities        = ["update"]
-  allowed_parameters  = {{ "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }}
+  allowed_parameters  = {{ "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true]{more} }}
   required_parameters = ["csr", "exclude_cn_from_sans"]
 }}
 """

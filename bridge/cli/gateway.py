@@ -68,6 +68,9 @@ NAMESPACE = "ca-bridge"
 FILES, TRUST = Path("/etc/ca-bridge/files"), Path("/etc/ca-bridge/trust")
 #: As the shipped files have them.
 _SHIPPED_SIGNERS = json.dumps(list(KUBERNETES_SIGNERS))
+_SHIPPED_POD_SIGNERS = '["corp.example/spiffe"]'
+#: Where a list of names would be empty, which RBAC takes for all names.
+_NO_SIGNER = "ca-bridge.invalid/none"
 _SHIPPED_ITEMS = (
     "items: [{key: role-id, path: files/role-id}, {key: secret-id, path: files/secret-id}, "
     "{key: vault-ca.crt, path: files/vault-ca.crt}]"
@@ -81,8 +84,12 @@ def manifests(settings: Settings, shipped: Path) -> list[SetupFile]:
     if not texts:
         raise BridgeError("wanted the manifests that are installed with the program, found none", hint="reinstall it")
     if settings.gateway.policy.exists() and settings.gateway.inventory.exists():
-        signers = Nodes(settings.gateway).files(0.0)[0].signers
+        policy = Nodes(settings.gateway).files(0.0)[0]
+        signers = policy.signers
         texts = {name: _with_signers(text, signers) for name, text in texts.items()}
+        if policy.pod_signers:
+            pods = (shipped / "kubernetes/pods/50-pods.yaml").read_text(encoding="utf-8")
+            texts["50-pods.yaml"] = _replaced(pods, _SHIPPED_POD_SIGNERS, json.dumps(list(policy.pod_signers)))
         for key, path in (
             ("gateway-policy.toml", settings.gateway.policy),
             ("inventory.toml", settings.gateway.inventory),
@@ -109,7 +116,7 @@ def _with_signers(text: str, signers: Mapping[str, SignerRules]) -> str:
     ours = [name for name, rules in signers.items() if rules.approval != "required"]
     head = f"  - name: approved_here\n    expression: 'object.spec.signerName in {_SHIPPED_SIGNERS}'"
     text = text.replace(head, head.replace(_SHIPPED_SIGNERS, json.dumps(ours)))
-    return text.replace(_SHIPPED_SIGNERS, json.dumps(list(signers)))
+    return text.replace(_SHIPPED_SIGNERS, json.dumps(list(signers) or [_NO_SIGNER]))
 
 
 def _with_block(text: str, key: str, content: str) -> str:
@@ -236,7 +243,7 @@ def _added(path: Path, files: dict[str, Path]) -> Path:
 
 
 #: CA files to mount, by name in the volume: not the cluster CA's, whose certificate every namespace has.
-_ANCHORS = {"etcd-ca.crt": "etcd/ca.crt", "front-proxy-ca.crt": "front-proxy-ca.crt"}
+_ANCHORS = {"etcd-ca.crt": "etcd/ca.crt", "front-proxy-ca.crt": "front-proxy-ca.crt", "pods.crt": "pods.crt"}
 
 
 def _anchors(settings: Settings) -> dict[str, Path]:

@@ -25,7 +25,7 @@ from bridge.node.kubelet import KubeletFiles
 from bridge.pki.kubeadm_names import named, parse_nodes, renamed
 from bridge.renewal.prepare import serving_names
 from bridge.settings.tables import NodeSettings, Settings
-from bridge.specs import AUTHORITIES, CA, ETCD_CA
+from bridge.specs import AUTHORITIES, CA, ETCD_CA, PODS, SIGNING_AUTHORITIES
 from bridge.system import jobs
 from bridge.system.files import DIRECTORY_MODE
 from bridge.system.jobs import Job, Places
@@ -43,7 +43,9 @@ def setup(
         str,
         typer.Argument(metavar="TYPE", help="A backend's type (vault, cfssl, openssl …), kubernetes, systemd or cron."),
     ],
-    authority: Annotated[str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca.")] = None,
+    authority: Annotated[
+        str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca; or pods, by the gateway's policy.")
+    ] = None,
     nodes: Annotated[
         Path | None, typer.Option(help="For all nodes of this list, one per line: `NAME ADDRESS …`.")
     ] = None,
@@ -116,10 +118,14 @@ def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
 
 def files_for(settings: Settings, type_name: str, authority: str | None, list_of_nodes: Path | None) -> list[SetupFile]:
     """The files that a CA's administrator needs for this node's certificates, or for those of several nodes."""
-    if authority is not None and authority not in AUTHORITIES:
-        problem = SettingsProblem("--authority", f"one of {', '.join(AUTHORITIES)}", name_found(authority, AUTHORITIES))
-        raise SettingsError([problem])
+    if authority is not None and authority not in SIGNING_AUTHORITIES:
+        known = SIGNING_AUTHORITIES
+        raise SettingsError(
+            [SettingsProblem("--authority", f"one of {', '.join(known)}", name_found(authority, known))]
+        )
     backend_type = registry.that_sets_up(type_name)
+    if authority == PODS.name:
+        return _for_pods(settings, type_name, backend_type)
     live = _live_certificates(settings, authority)
     if not live:
         raise _nothing_live(settings, authority)
@@ -136,6 +142,31 @@ def files_for(settings: Settings, type_name: str, authority: str | None, list_of
             for node, names in nodes.items()
         }
     )
+
+
+def _for_pods(settings: Settings, type_name: str, backend_type: SetsUp) -> list[SetupFile]:
+    """The files for the CA of the gateway's pods, by the gateway's policy."""
+    from bridge.gateway.nodes import Nodes  # noqa: PLC0415 (all of the gateway)
+    from bridge.gateway.pod_rules import patterns  # noqa: PLC0415
+
+    if not hasattr(backend_type, "names_beside_csr"):
+        wanted = "a backend that gives the CA names beside the CSR: vault, cfssl, openssl"
+        raise SettingsError([SettingsProblem("TYPE", wanted, repr(type_name))])
+    policy = Nodes(settings.gateway).files(0.0)[0]
+    if not policy.pod_signers:
+        problem = SettingsProblem("pod_signer", 'a table such as [pod_signer."corp.example/spiffe"]', "none",
+                                  settings.gateway.policy)  # fmt: skip
+        raise SettingsError([problem])
+    request = SetupRequest(
+        authority=PODS,
+        certificates={},
+        validity=max(rules.max_validity for rules in policy.pod_signers.values()),
+        node=settings.node.node_name,
+        cluster=settings.node.cluster,
+        settings=registry.keys_so_far(settings, PODS.name, type_name),
+        patterns=patterns(policy.pod_signers.values()),
+    )
+    return list(_asked(backend_type, settings, request))
 
 
 def files_of(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from string import Formatter
 from typing import Any, Literal
 
-from bridge.contract import GIVEN, Names
+from bridge.contract import GIVEN, NamePatterns, Names
 from bridge.desk.patterns import is_host_name
 from bridge.errors import SettingsProblem
 from bridge.gateway.rules import SYSTEM, is_own_signer
@@ -210,6 +210,37 @@ def _identities(reader: Reader, tables: Any, key: tuple[str, ...]) -> dict[str, 
         elif (identity := reader.read(Identity, table, (*key, name))) is not None:
             found[name] = identity
     return found
+
+
+def patterns(tables: Iterable[PodSignerRules]) -> list[NamePatterns]:
+    """The names that all tables together may give, by the usage of the certificates, for the CA's own limits."""
+    found: dict[CertificateSpec, NamePatterns] = {}
+    for rules in tables:
+        identities = [one for _, one in rules.identities]
+        before = found.get(rules.spec) or NamePatterns(spec=rules.spec, longest=timedelta())
+        found[rules.spec] = NamePatterns(
+            spec=rules.spec,
+            longest=max(before.longest, rules.max_validity),
+            uris=_once(before.uris, _uris(rules)),
+            dns=_once(before.dns, (_any(text) for one in identities for text in one.dns)),
+            common_names=_once(before.common_names, (_any(one.common_name) for one in identities if one.common_name)),
+        )
+    return list(found.values())
+
+
+def _once(before: Iterable[str], more: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([*before, *more]))
+
+
+def _any(template: str) -> str:
+    return template.format(**dict.fromkeys(_IN_PATH, "*"))
+
+
+def _uris(rules: PodSignerRules) -> Iterator[str]:
+    for namespace in rules.namespaces or ("*",) if rules.trust_domain else ():
+        for account in rules.service_accounts:
+            path = rules.path.format(namespace=namespace, service_account=account, pod="*", pod_uid="*")
+            yield f"spiffe://{rules.trust_domain}{path}"
 
 
 def dates_problem(begin: datetime, end: datetime, longest: timedelta, now: datetime) -> str:

@@ -806,7 +806,7 @@ def test_one_state_directory_is_for_one(cluster: ClusterApi, desk: DeskProgram, 
     """A second gateway with the same state directory ends with 9, and says whose it is."""
     with gateways.running(place_with(cluster, desk, tmp_path)) as gateway:
         text = re.sub(r'listen = "[^"]*"', 'listen = "127.0.0.1:1"', gateway.config.read_text())
-        config = gateways._written(tmp_path / "second.toml", text)
+        config = gateways.written(tmp_path / "second.toml", text)
         command = [str(Path(sys.executable).with_name("ca-bridge")), "gateway", "--config", str(config)]
         run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
         assert (run.returncode, str(gateway.process.pid) in run.stderr) == (9, True), run.stderr

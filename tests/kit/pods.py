@@ -13,30 +13,22 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from backends.vault.setup import role_beside
+from bridge.gateway import pod_rules, policy
 from bridge.gateway.watch import GROUP, PODS
-from bridge.pki.csr import key_pem
 from bridge.pki.certificates import pem
+from bridge.pki.csr import key_pem
 from tests.kit import gateways
 from tests.kit.api_client import ApiClient, Reply
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.gateways import USER, Place, csr_pem, new_key
 from tests.kit.issuing import Signer
+from tests.kit.nodes import wait_for
 from tests.kit.openbao import OpenBao
 from tests.kit.opensslca import make_ca_directory
-from tests.kit.nodes import wait_for
 
 SIGNER = "corp.example/spiffe"
 TRUST_DOMAIN = "prod.corp.example"
-#: As docs/pod-certificates.md has it.
-ROLE: Mapping[str, object] = {
-    "key_type": "any", "key_usage": ["DigitalSignature"], "ext_key_usage": [], "server_flag": True, "client_flag": True,
-    "use_csr_common_name": False, "use_csr_sans": False, "require_cn": False, "cn_validations": ["disabled"],
-    "allowed_uri_sans": [f"spiffe://{TRUST_DOMAIN}/ns/*/sa/*"], "allow_ip_sans": False, "allow_localhost": False,
-    "allow_any_name": False, "allow_bare_domains": False, "allow_subdomains": False, "allow_glob_domains": True,
-    "allowed_domains": ["*.svc"], "allow_wildcard_certificates": False, "enforce_hostnames": False,
-    "basic_constraints_valid_for_non_ca": True, "not_before_duration": "30s", "max_ttl": "24h", "no_store": True,
-}  # fmt: skip
-
 POLICY = f"""\
 [allow]
 clusters = ["kubernetes"]
@@ -84,7 +76,8 @@ def trust(place: Place, *cas: Signer) -> None:
 def with_vault(place: Place, bao: OpenBao, ca: Signer, mount: str = "pods", **role: object) -> Place:
     """A PKI engine of OpenBao with a role for pods."""
     bao.add_ca(mount, pem(ca.certificate), key_pem(ca.key))
-    bao.add_roles(mount, {"kubeadm-pod": {**ROLE, **role}})
+    [patterns] = pod_rules.patterns(policy.parse(place.policy).pod_signers.values())
+    bao.add_roles(mount, {"kubeadm-pod": {**role_beside(patterns), **role}})
     trust(place, ca)
     token = gateways.written(place.directory / f"{mount}.token", bao.root_token, 0o600)
     place.tables.append(
