@@ -68,25 +68,28 @@ def signing_config(
 def setup(wanted: SetupRequest) -> list[SetupFile]:
     """A script for the authority's server, with the address and file names that the node's settings have for it."""
     if wanted.patterns:
-        return [SetupFile(name=f"{wanted.authority.name}.json", text=_config_beside(wanted), alone=True)]
+        config = json.dumps(config_beside(wanted.authority, wanted.patterns), indent=2, ensure_ascii=False)
+        return [SetupFile(name=f"{wanted.authority.name}.json", text=f"{escaped(config)}\n", alone=True)]
     script = text(wanted.authority, wanted.certificates, wanted.validity, settings=wanted.settings)
     return [SetupFile(name=f"{wanted.authority.name}.sh", text=script, executable=True, alone=True)]
 
 
-def _config_beside(wanted: SetupRequest) -> str:
+def config_beside(
+    authority: Authority, patterns: Sequence[NamePatterns], directory: PurePath = DIRECTORY
+) -> dict[str, object]:
     """
-    The signing configuration of a server for certificates whose names travel beside the CSR (`hosts`, `subject`): its
-    patterns are for text alone. A backdate of 5 minutes and more is refused by the API server, half of the time.
+    The signing configuration of a server for certificates whose names travel beside the CSR (`hosts`, `subject`).
+
+    `name_whitelist` looks at text alone, and a backdate of 5 minutes would be refused by the API server half of the time.
     """
-    profiles = {one.spec.usage: profile_beside(one) for one in wanted.patterns}
-    keys: dict[str, str] = {"deny": "deny", **{usage: f"{wanted.authority.name}-{usage}" for usage in profiles}}
-    config = {
+    profiles = {one.spec.usage: profile_beside(one) for one in patterns}
+    keys: dict[str, str] = {"deny": "deny", **{usage: f"{authority.name}-{usage}" for usage in profiles}}
+    return {
         "auth_keys": {
-            name: {"type": "standard", "key": f"file:{DIRECTORY}/keys/{file}.hex"} for name, file in keys.items()
+            name: {"type": "standard", "key": f"file:{directory}/keys/{file}.hex"} for name, file in keys.items()
         },
         "signing": {"default": {"expiry": "1m", "auth_key": "deny"}, "profiles": profiles},
     }
-    return escaped(json.dumps(config, indent=2, ensure_ascii=False)) + "\n"
 
 
 def profile_beside(one: NamePatterns) -> dict[str, object]:

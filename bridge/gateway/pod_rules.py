@@ -151,7 +151,7 @@ class PodSignerRules:
         if not SHORTEST <= self.max_validity <= LONGEST:
             wanted = f"{duration_text(SHORTEST)} to {duration_text(LONGEST)}"
             yield SettingsProblem("max_validity", wanted, duration_text(self.max_validity))
-        if not timedelta() <= self.backdating < SHORTEST:
+        if self.backdating >= SHORTEST:
             yield SettingsProblem("backdating", f"below {duration_text(SHORTEST)}", duration_text(self.backdating))
         if not 20 <= self.refresh <= 80:  # noqa: PLR2004
             yield SettingsProblem("refresh", "20 to 80 per cent", str(self.refresh))

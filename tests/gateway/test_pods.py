@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,16 +16,25 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bridge.pki.certificates import is_for
-from tests.kit import cluster_api, gateways, hostile_pods, openbao, pods
+from tests.kit import cluster_api, gateways, hostile_pods, kube_api, openbao, pods
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.gateways import Gateway, Place
 from tests.kit.issuing import Signer
+from tests.kit.nodes import wait_for
 from tests.kit.openbao import OpenBao
 from tests.kit.pods import SIGNER, Pod, condition, make_pod, outcome
 
 pytestmark = pytest.mark.kube("kube-apiserver", "etcd")
 
 _MOUNTS = itertools.count(1)
+ACCOUNT = "system:serviceaccount:ca-bridge:ca-bridge-gateway"
+_TYPES = {
+    "P-384": "ECDSAP384",
+    "P-521": "ECDSAP521",
+    "RSA-3072": "RSA3072",
+    "RSA-4096": "RSA4096",
+    "Ed25519": "ED25519",
+}
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +139,162 @@ def test_nothing_hostile_is_signed(
     assert len(found) >= 80
     assert sum(one == "Denied" for one in found.values()) >= 60, found
     tried("requests for pods that must not be signed, each beside an honest one", len(found))
+
+
+@pytest.mark.attack("P2")
+@pytest.mark.kube("kube-apiserver", "etcd", "kubectl")
+def test_it_works_with_what_setup_kubernetes_prints(ca: Signer, tmp_path: Path) -> None:
+    """These rights are enough, and each is needed; nobody but a node asks, for its own pods, and nobody but the gateway answers."""
+    with kube_api.serving(tmp_path / "api") as api:
+        cluster = api.cluster
+        place = pods.with_openssl(pods.place(cluster, tmp_path), ca)
+        place.user, place.gateway["lease_namespace"] = ACCOUNT, "ca-bridge"
+        program = str(Path(sys.executable).with_name("ca-bridge"))
+        command = [program, "setup", "kubernetes", "--config", str(place.write()), "-o", str(tmp_path / "manifests")]
+        subprocess.run(command, check=True)
+        for path in sorted((tmp_path / "manifests").glob("*.yaml")):
+            api.kubectl("apply", "-f", str(path))
+        signers = yaml.safe_load((tmp_path / "manifests/10-rbac.yaml").read_text().split("---")[1])["rules"][3]
+        assert signers["resourceNames"] == ["ca-bridge.invalid/none"]  # an empty list would be all of them
+        pod, admin, node = make_pod(cluster), cluster.client(), cluster.client("system:node:w1", "system:nodes")
+        kept = pod.body()
+        kept["metadata"]["finalizers"] = ["example.com/kept"]
+        owned = pod.body()
+        owned["metadata"]["ownerReferences"] = [{"apiVersion": "v1", "kind": "Pod", "name": "x", "uid": "x"}]
+        wait_for(
+            "a policy in force", lambda: "only nodes ask" in admin.ask("POST", pods.collection("shop"), pod.body()).text
+        )
+        for body, what in ((kept, "no finalizers"), (owned, "no owner but its pod")):
+            assert what in node.ask("POST", pods.collection("shop"), body).text
+        elsewhere = cluster.client("system:node:w2", "system:nodes").ask("POST", pods.collection("shop"), pod.body())
+        assert elsewhere.status == 403
+        with gateways.running(place) as gateway:
+            found = until(gateway, pod, pod.ask())
+            assert gateway.end() == 0
+        asked = pod.ask()
+        path = f"{pods.collection('shop')}/{asked}/status"
+        reply = admin.patch(path, {"status": {"conditions": [{**found["status"]["conditions"][0], "type": "Denied"}]}})
+        assert "only the gateway answers" in reply.text
+        role = "/apis/rbac.authorization.k8s.io/v1/clusterroles/ca-bridge-gateway-pods"
+        whole = admin.get(role)["rules"]
+        for number, rule in enumerate(whole):
+            for verb in rule["verbs"]:
+                rules = [*whole[:number], {**rule, "verbs": [one for one in rule["verbs"] if one != verb] or ["none"]},
+                         *whole[number + 1:]]  # fmt: skip
+                assert admin.patch(role, {"rules": rules}).ok
+                wait_for(f"{verb} {rule['resources']} to be missed", lambda: check(place).returncode == 5)
+        assert admin.patch(role, {"rules": whole}).ok
+        wait_for("all rights", lambda: check(place).returncode == 0)
+
+
+def check(place: Place) -> subprocess.CompletedProcess[str]:
+    """`gateway --check`."""
+    command = [str(Path(sys.executable).with_name("ca-bridge")), "gateway", "--check", "--config", str(place.write())]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.attack("P3")
+def test_a_ca_that_answers_wrongly_or_not(cluster: ClusterApi, bao: OpenBao, ca: Signer, tmp_path: Path) -> None:
+    """Another CA, other usages, names that it leaves out, too long or too old: nothing is written, and an honest answer then is."""
+    mount = f"pods-{next(_MOUNTS)}"
+    place = pods.with_vault(pods.place(cluster, tmp_path), bao, ca, mount)
+    [usual] = [role_beside(one) for one in patterns(policy.parse(place.policy).pod_signers.values())]
+    wrong: dict[str, dict[str, object]] = {
+        "other usages": {"client_flag": False},
+        "a CA's usages": {"key_usage": ["DigitalSignature", "CertSign"]},
+        "an organization": {"organization": ["system:masters"]},
+        "too old": {"not_before_duration": "10m"},
+        "too short": {"max_ttl": "50m"},
+        "names of the CSR": {"use_csr_sans": True},
+    }
+    pod = make_pod(cluster, "bank", "till")
+    asked = pod.ask()
+    with gateways.running(place, "wrong") as gateway:
+        until(gateway, pod, asked)
+    for number, (what, change) in enumerate(wrong.items()):
+        bao.add_roles(mount, {"kubeadm-pod": {**usual, **change}})
+        asked = pod.ask()
+        uid = pod.read(asked)["metadata"]["uid"]
+        with gateways.running(place, f"wrong-{number}") as gateway:
+            gateway.until(lambda: said(gateway, uid), 30, what)  # noqa: B023
+            assert outcome(pod.read(asked)) == "", what
+        bao.add_roles(mount, {"kubeadm-pod": usual})
+        with gateways.running(place, f"right-{number}") as gateway:
+            until(gateway, pod, asked)
+    pods.trust(place, Signer.make("pods of corp.example", begin=datetime.now(UTC) - timedelta(days=1)))
+    asked = pod.ask()
+    with gateways.running(place, "another-root") as gateway:
+        gateway.until(lambda: said(gateway, pod.read(asked)["metadata"]["uid"]))
+        assert outcome(pod.read(asked)) == ""
+        pods.trust(place, Signer.make("old", begin=datetime.now(UTC) - timedelta(days=1)), ca)
+    with gateways.running(place, "two-roots") as gateway:
+        until(gateway, pod, asked)
+
+
+def said(gateway: Gateway, uid: str) -> bool:
+    """Whether the log has a line about what the CA answered."""
+    wrong = {"bad-answer", "ca-refused"}
+    return any(line.get("request") == uid and line.get("outcome") in wrong for line in gateway.lines())
+
+
+def test_a_ca_that_is_away_denies_nobody(cluster: ClusterApi, bao: OpenBao, ca: Signer, tmp_path: Path) -> None:
+    """A sealed OpenBao: the requests of forty pods wait, and all are signed when it is back; the record has each once."""
+    place = pods.with_vault(pods.place(cluster, tmp_path), bao, ca, f"pods-{next(_MOUNTS)}")
+    url = bao.url
+    place.tables = [table.replace(url, f"http://127.0.0.1:{openbao.free_port()}") for table in place.tables]
+    waiting = [make_pod(cluster, node=f"w{number % 4}") for number in range(40)]
+    asked = [(pod, pod.ask()) for pod in waiting]
+    with gateways.running(place, "away") as gateway:
+        gateway.until(lambda: gateway.metric("requests_total", signer=SIGNER, outcome="ca-unavailable") >= 1)
+        assert not any(outcome(pod.read(name)) for pod, name in asked)
+    place.tables = [re.sub(r'url = "[^"]*"', f'url = "{url}"', table) for table in place.tables]
+    with gateways.running(place, "back") as gateway:
+        for pod, name in asked:
+            until(gateway, pod, name)
+        gateway.until(lambda: gateway.metric("requests_total", signer=SIGNER, outcome="signed") == 40)
+
+
+def test_a_refresh_that_the_policy_does_not_allow_any_more(cluster: ClusterApi, place: Place) -> None:
+    """A running pod's next request waits until the policy is put right; a new pod's is denied, with words for its owner."""
+    running, new = make_pod(cluster, "bank", "till"), make_pod(cluster, "bank", "till")
+    running.set_phase("Running")
+    usual = place.policy
+    place.policy = usual.replace('["shop", "bank"]', '["shop"]')
+    with gateways.running(place) as gateway:
+        waits, denied = running.ask(), new.ask()
+        found = until(gateway, new, denied, "Denied")
+        assert condition(found) == ("NotAllowed", "namespace bank may not have certificates of this signer")
+        gateway.until(lambda: "namespace bank may not" in gateway.text())
+        assert outcome(running.read(waits)) == ""
+        place.write_policy(usual)
+        until(gateway, running, waits)
+
+
+@pytest.mark.parametrize(
+    ("type_name", "text"),
+    [("exec", 'command = ["/bin/false"]'), ("vault", 'url = "http://127.0.0.1:1"\nmode = "sign-verbatim"')],
+)
+def test_a_ca_that_can_not_have_names_beside_the_csr(
+    cluster: ClusterApi, tmp_path: Path, ca: Signer, type_name: str, text: str
+) -> None:
+    """It would sign certificates without any name: the settings are refused, and say which backends can."""
+    place = pods.place(cluster, tmp_path)
+    pods.trust(place, ca)
+    auth = '[backend.pods.auth]\ntoken_env = "X"\n' if type_name == "vault" else ""
+    place.tables.append(f'[backend.pods]\ntype = "{type_name}"\n{text}\n{auth}[authority.pods]\nbackend = "pods"\n')
+    run = check(place)
+    assert (run.returncode, "names beside the CSR" in run.stderr.replace("\n  ", " ")) == (2, True), run.stderr
+
+
+def test_every_key_that_a_pod_may_ask_for(cluster: ClusterApi, bao: OpenBao, ca: Signer, tmp_path: Path) -> None:
+    """Each type of the kubelet's, if the policy takes it."""
+    place = pods.place(cluster, tmp_path)
+    keys = ", ".join(f'"{one}"' for one in KEY_TYPES)
+    place.policy = place.policy.replace(
+        'namespaces = ["shop", "bank"]', f'namespaces = ["shop", "bank"]\nkeys = [{keys}]'
+    )
+    made = {"ECDSAP256": gateways.new_key, **{_TYPES[one]: key for one, key in hostile_pods.KEYS.items()}}
+    with gateways.running(pods.with_vault(place, bao, ca, f"pods-{next(_MOUNTS)}")) as gateway:
+        for key_type, key in made.items():
+            pod = make_pod(cluster, sources=[pods.source(keyType=key_type)])
+            until(gateway, pod, pod.ask(key=key()))

@@ -1,0 +1,150 @@
+"""Names beside an empty CSR, by each kind of CA that can have them: a pod's request has no others."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from backends.cfssl import CfsslBackend, CfsslSettings
+from backends.cfssl.setup import config_beside
+from backends.openssl import OpensslBackend, OpensslSettings
+from backends.vault import VaultAuth, VaultBackend, VaultSettings
+from backends.vault.setup import role_beside
+from bridge.contract import Backend, Issued, NamePatterns, Names, NamesBesideCsr, Secret, SignRequest
+from bridge.errors import BackendRefusedError
+from bridge.pki import verify
+from bridge.pki.certificates import pem
+from bridge.pki.csr import key_pem
+from bridge.pki.verify import Expectation
+from bridge.specs import POD_SPECS, PODS
+from tests.kit import cfssl, openbao
+from tests.kit.gateways import csr_pem
+from tests.kit.issuing import Signer
+from tests.kit.opensslca import make_ca_directory
+
+SPEC = POD_SPECS["peer"]
+PATTERNS = NamePatterns(
+    spec=SPEC, longest=timedelta(hours=24), uris=("spiffe://td/ns/*/sa/*",), dns=("*.svc",), common_names=("web*",)
+)
+ID = "spiffe://td/ns/shop/sa/web"
+
+
+@pytest.fixture(scope="module")
+def ca() -> Signer:
+    """The pods' CA."""
+    return Signer.make("pods", begin=datetime.now(UTC) - timedelta(days=1))
+
+
+@contextlib.contextmanager
+def _vault(ca: Signer, directory: Path) -> Iterator[Backend]:
+    with openbao.dev_server() as bao:
+        bao.add_ca("pki", pem(ca.certificate), key_pem(ca.key))
+        bao.add_roles("pki", {"kubeadm-pod": role_beside(PATTERNS)})
+        token = directory / "token"
+        token.write_text(bao.root_token)
+        yield VaultBackend.from_settings(VaultSettings(url=bao.url, auth=VaultAuth(token=Secret("file", str(token)))))
+
+
+@contextlib.contextmanager
+def _openssl(ca: Signer, directory: Path) -> Iterator[Backend]:
+    make_ca_directory(directory / "ca", pem(ca.certificate), key_pem(ca.key))
+    yield OpensslBackend.from_settings(OpensslSettings(dir=directory / "ca"))
+
+
+@contextlib.contextmanager
+def _cfssl(ca: Signer, directory: Path) -> Iterator[Backend]:
+    config = config_beside(PODS, [PATTERNS], directory)
+    cfssl.write_hmac_keys(config)
+    with cfssl.serve(directory, pem(ca.certificate), key_pem(ca.key), config) as url:
+        key = Secret("file", f"{directory}/keys/pods-{{usage}}.hex")
+        yield CfsslBackend.from_settings(CfsslSettings(url=url, auth_key=key))
+
+
+@pytest.fixture(scope="module", params=[_vault, _openssl, pytest.param(_cfssl, marks=pytest.mark.kube("cfssl"))])
+def backend(request: pytest.FixtureRequest, ca: Signer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
+    """Set up as `ca-bridge setup TYPE --authority pods` prints it."""
+    made: Callable[[Signer, Path], contextlib.AbstractContextManager[Backend]] = request.param
+    with made(ca, tmp_path_factory.mktemp("ca")) as found:
+        yield found
+
+
+def asked(**names: object) -> SignRequest:
+    """For a new key."""
+    found = Names(**names)  # type: ignore[arg-type]
+    return SignRequest(spec=SPEC, csr_pem=csr_pem([]), validity=timedelta(hours=23), names=found)
+
+
+def proven(backend: Backend, ca: Signer, request: SignRequest) -> x509.Certificate:
+    """The leaf, which is what was asked for."""
+    answer = backend.sign(request)
+    assert isinstance(answer, Issued)
+    expected = Expectation(
+        anchors=(ca.certificate,), anchor_name="pods.crt", now=datetime.now(UTC), min_validity=timedelta(hours=1)
+    )
+    return verify.check(answer, request, expected).leaf
+
+
+def test_exactly_these_names(backend: Backend, ca: Signer) -> None:
+    """A SPIFFE ID alone; with DNS names; with a CN: each answer passes the check, and begins less than 5 minutes ago."""
+    assert isinstance(backend, NamesBesideCsr)
+    assert backend.names_beside_csr
+    for names in (
+        {"uris": (ID,)},
+        {"uris": (ID,), "dns": ("web.svc", "a.web.svc")},
+        {"uris": (ID,), "common_name": "web-1"},
+    ):
+        leaf = proven(backend, ca, asked(**names))
+        assert timedelta() <= datetime.now(UTC) - leaf.not_valid_before_utc < timedelta(minutes=4, seconds=50)
+        assert leaf.not_valid_after_utc - leaf.not_valid_before_utc <= timedelta(hours=24, minutes=1)
+
+
+def test_an_answer_with_other_names_is_refused(backend: Backend, ca: Signer) -> None:
+    """The twin: what the CA signed for one is no answer for another, whose names or whose subject differ."""
+    request = asked(uris=(ID,))
+    answer = backend.sign(request)
+    assert isinstance(answer, Issued)
+    expected = Expectation(
+        anchors=(ca.certificate,), anchor_name="pods.crt", now=datetime.now(UTC), min_validity=timedelta(hours=1)
+    )
+    for other in ({"uris": ("spiffe://td/ns/bank/sa/web",)}, {"uris": (ID, "spiffe://td/x")}, {"uris": ()},
+                  {"uris": (ID,), "dns": ("web.svc",)}, {"uris": (ID,), "common_name": "web"}):  # fmt: skip
+        wanted = SignRequest(spec=SPEC, csr_pem=request.csr_pem, validity=request.validity, names=Names(**other))  # type: ignore[arg-type]
+        assert verify.error_of(answer, wanted, expected) is not None, other
+    assert verify.error_of(answer, request, expected) is None
+
+
+def test_the_ca_has_nothing_to_complain_of(backend: Backend) -> None:
+    """`check` finds role, profile or section as they should be."""
+    assert getattr(backend, "check")([SPEC]) == {}  # noqa: B009
+
+
+def test_verbatim_can_not() -> None:
+    """OpenBao's sign-verbatim ignores `uri_sans`, and says nothing about it."""
+    settings = VaultSettings(url="http://127.0.0.1:1", mode="sign-verbatim", auth=VaultAuth(token=Secret("env", "X")))
+    assert not VaultBackend.from_settings(settings).names_beside_csr  # type: ignore[attr-defined]
+
+
+def test_openssl_takes_plain_names_alone(ca: Signer, tmp_path: Path) -> None:
+    """What means something in an openssl.cnf or in `-subj` is refused before a run; a twin is signed."""
+    with _openssl(ca, tmp_path) as backend:
+        for names in ({"uris": ("spiffe://td/a\nbasicConstraints=CA:TRUE",)}, {"dns": ("a,DNS:b",)},
+                      {"uris": (ID,), "common_name": "web/O=system:masters"}, {"uris": ("spiffe://td/$ENV::HOME",)}):  # fmt: skip
+            with pytest.raises(BackendRefusedError, match="plain characters"):
+                backend.sign(asked(**names))
+        proven(backend, ca, asked(uris=(ID,)))
+        named = SignRequest(spec=SPEC, csr_pem=csr_pem([(x509.NameOID.COMMON_NAME, "x")]), validity=timedelta(hours=2),
+                            names=Names(uris=(ID,)))  # fmt: skip
+        with pytest.raises(BackendRefusedError, match="no names in this CSR"):
+            backend.sign(named)
+
+
+def test_what_setup_prints_is_json() -> None:
+    """For cfssl, with a pattern that takes an empty CN."""
+    profile = json.loads(json.dumps(config_beside(PODS, [PATTERNS])))["signing"]["profiles"]["peer"]
+    assert profile["name_whitelist"] == r"^(|spiffe://td/ns/.*/sa/.*|.*\.svc|web.*)$"
