@@ -13,7 +13,8 @@ from cryptography import x509
 
 from backends.cfssl import CfsslBackend, CfsslSettings
 from backends.cfssl.setup import config_beside
-from backends.openssl import OpensslBackend, OpensslSettings
+from backends.openssl import OpensslBackend
+from backends.openssl.settings import OpensslSettings
 from backends.vault import VaultAuth, VaultBackend, VaultSettings
 from backends.vault.setup import role_beside
 from bridge.contract import Backend, Issued, NamePatterns, Names, NamesBesideCsr, Secret, SignRequest
@@ -114,7 +115,7 @@ def test_an_answer_with_other_names_is_refused(backend: Backend, ca: Signer) -> 
     )
     for other in ({"uris": ("spiffe://td/ns/bank/sa/web",)}, {"uris": (ID, "spiffe://td/x")}, {"uris": ()},
                   {"uris": (ID,), "dns": ("web.svc",)}, {"uris": (ID,), "common_name": "web"}):  # fmt: skip
-        wanted = SignRequest(spec=SPEC, csr_pem=request.csr_pem, validity=request.validity, names=Names(**other))  # type: ignore[arg-type]
+        wanted = SignRequest(spec=SPEC, csr_pem=request.csr_pem, validity=request.validity, names=Names(**other))
         assert verify.error_of(answer, wanted, expected) is not None, other
     assert verify.error_of(answer, request, expected) is None
 
@@ -127,7 +128,7 @@ def test_the_ca_has_nothing_to_complain_of(backend: Backend) -> None:
 def test_verbatim_can_not() -> None:
     """OpenBao's sign-verbatim ignores `uri_sans`, and says nothing about it."""
     settings = VaultSettings(url="http://127.0.0.1:1", mode="sign-verbatim", auth=VaultAuth(token=Secret("env", "X")))
-    assert not VaultBackend.from_settings(settings).names_beside_csr  # type: ignore[attr-defined]
+    assert not VaultBackend.from_settings(settings).names_beside_csr
 
 
 def test_openssl_takes_plain_names_alone(ca: Signer, tmp_path: Path) -> None:

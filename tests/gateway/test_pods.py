@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from backends.vault.setup import role_beside
+from bridge.gateway import policy
+from bridge.gateway.pod_rules import KEY_TYPES, patterns
 from bridge.pki.certificates import is_for
 from tests.kit import cluster_api, gateways, hostile_pods, kube_api, openbao, pods
 from tests.kit.cluster_api import ClusterApi
@@ -172,8 +176,10 @@ def test_it_works_with_what_setup_kubernetes_prints(ca: Signer, tmp_path: Path) 
             found = until(gateway, pod, pod.ask())
             assert gateway.end() == 0
         asked = pod.ask()
-        path = f"{pods.collection('shop')}/{asked}/status"
-        reply = admin.patch(path, {"status": {"conditions": [{**found["status"]["conditions"][0], "type": "Denied"}]}})
+        status = f"{pods.collection('shop')}/{asked}/status"
+        reply = admin.patch(
+            status, {"status": {"conditions": [{**found["status"]["conditions"][0], "type": "Denied"}]}}
+        )
         assert "only the gateway answers" in reply.text
         role = "/apis/rbac.authorization.k8s.io/v1/clusterroles/ca-bridge-gateway-pods"
         whole = admin.get(role)["rules"]
