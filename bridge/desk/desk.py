@@ -32,7 +32,7 @@ from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute
 from bridge.pki.verify import Expectation
 from bridge.settings.tables import Settings
-from bridge.specs import AUTHORITIES, SPECS, USER
+from bridge.specs import AUTHORITIES, SIGNING_AUTHORITIES, SPECS, USER
 from bridge.state import audit
 from bridge.system.many import NewFile, write_together
 from bridge.system.paths import UnreadableError, read_ca_file
@@ -247,7 +247,7 @@ class Desk:
                     hint="the policy's desk.ca_dir can have it",
                 )
             return issuers[:1]
-        path = directory / AUTHORITIES[configured.authority].certificate_file
+        path = directory / SIGNING_AUTHORITIES[configured.authority].certificate_file
         try:
             return read_ca_file(path)
         except UnreadableError as e:
@@ -256,7 +256,7 @@ class Desk:
     def _expectation(self, authority: str, anchors: tuple[x509.Certificate, ...]) -> Expectation:
         return Expectation(
             anchors=anchors,
-            anchor_name=AUTHORITIES[authority].certificate_file,
+            anchor_name=SIGNING_AUTHORITIES[authority].certificate_file,
             now=self._now(),
             min_validity=self._settings.renewal.min_validity,
             extra_subject=self._settings.authorities[authority].extra_subject,

@@ -18,7 +18,7 @@ from bridge.errors import BridgeError, SettingsError
 from bridge.node import inventory
 from bridge.pki import verify
 from bridge.settings.tables import Settings
-from bridge.specs import AUTHORITIES, SPECS
+from bridge.specs import SIGNING_AUTHORITIES, SPECS
 from bridge.system.paths import UnreadableError, read_ca_file
 
 
@@ -94,7 +94,7 @@ def _question(name: str, policy: Policy | None, settings: Settings, now: datetim
     anchors = _anchors(policy, name)
     expected = verify.Expectation(
         anchors=anchors,
-        anchor_name=f"desk.ca_dir's {AUTHORITIES[name].certificate_file}",
+        anchor_name=f"desk.ca_dir's {SIGNING_AUTHORITIES[name].certificate_file}",
         now=now,
         min_validity=settings.renewal.min_validity,
     )
@@ -106,7 +106,7 @@ def _anchors(policy: Policy | None, name: str) -> tuple[x509.Certificate, ...]:
     if policy is None or policy.desk.ca_dir is None:
         return ()
     try:
-        return read_ca_file(policy.desk.ca_dir / AUTHORITIES[name].certificate_file)
+        return read_ca_file(policy.desk.ca_dir / SIGNING_AUTHORITIES[name].certificate_file)
     except UnreadableError:
         return ()
 
