@@ -109,6 +109,7 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
     replaced, or all was put back; if even that failed, the journal stays for `recover`.
     """
     targets = [_target(replacement, run_id) for replacement in replacements]
+    backup_id = ""
     try:
         staging_file(store).replace({"run_id": run_id, "staged": [str(target.staged) for target in targets]})
         for target in targets:
@@ -118,13 +119,13 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
         for directory in {target.path.parent for target in targets}:
             sync_directory(directory)
     except (OSError, InstallError, StateError) as e:
-        _leave_all_old(store, e)
+        _leave_all_old(store, e, backup_id)
     journal = _journal(targets, run_id, backup_id)
     try:
         journal_file(store).replace(journal)
     except StateError as e:
         if not store.journal.exists():
-            _leave_all_old(store, e)
+            _leave_all_old(store, e, backup_id)
         _give_up(store, journal, e)
     replaced_here.append(backup_id)
     try:
@@ -337,9 +338,11 @@ def _back(store: Store, journal: dict[str, Any]) -> None:
         sync_directory(path.parent)
 
 
-def _leave_all_old(store: Store, error: Exception) -> NoReturn:
-    """Give up before the commit point: remove the staged files and nothing else."""
+def _leave_all_old(store: Store, error: Exception, backup_id: str) -> NoReturn:
+    """Give up before the commit point: remove the staged files and the backup, and nothing else."""
     try:
+        if backup_id:
+            manifest_file(store.backups / backup_id).path.unlink(missing_ok=True)
         _forget_staged(store, staging_file(store).read())
         _forget_partial_backups(store)
     except (OSError, StateError) as e:

@@ -213,6 +213,7 @@ def test_a_file_that_changed_since_its_csr_was_made_stops_everything(pki: Path, 
     assert str(e.value) == f"nothing was replaced: {pki / 'server.crt'}: {wanted}"
     assert e.value.hint == "something else writes to the PKI; find it, then run again"
     assert contents(pki) == FILES | {"server.crt": b"kubeadm's"}
+    assert store.backup_directories() == []
 
 
 def test_a_directory_in_the_place_of_a_file_stops_everything(pki: Path, store: Store) -> None:
