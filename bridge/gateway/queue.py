@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import threading
 import time
 from collections import Counter, OrderedDict, deque
@@ -73,6 +74,7 @@ class Queue:
         self._order = itertools.count()
         self._working: dict[str, Job] = {}
         self._closed = False
+        self._watched = math.inf  # when a thread wakes up for a delayed job
         self._reset()
 
     def _reset(self) -> None:
@@ -212,23 +214,47 @@ class Queue:
         with self._changed:
             while True:
                 now = time.monotonic()
-                while self._delayed and (self._delayed[0][0] <= now or self._delayed[0][2].removed):
-                    job = heapq.heappop(self._delayed)[2]
-                    if not job.removed:
-                        self._line_up(job)
-                while self._ready:
-                    user, jobs = self._ready.popitem(last=False)
-                    job = jobs.popleft()
-                    if jobs:
-                        self._ready[user] = jobs
-                    if not job.removed:
-                        self._working[job.one.uid] = job
-                        self._pop(job.one.uid)
-                        return job
+                self._line_up_due(now)
+                job = self._next()
+                if job is not None:
+                    if self._delayed and self._delayed[0][0] < self._watched:
+                        self._changed.notify()  # this thread will not watch the time now
+                    return job
                 if self._closed or now >= deadline:
                     return None
-                upcoming = self._delayed[0][0] if self._delayed else deadline
-                self._changed.wait(max(0.0, min(deadline, upcoming) - now))
+                self._wait(now, deadline)
+
+    def _line_up_due(self, now: float) -> None:
+        while self._delayed and (self._delayed[0][0] <= now or self._delayed[0][2].removed):
+            job = heapq.heappop(self._delayed)[2]
+            if not job.removed:
+                self._line_up(job)
+                self._changed.notify()
+
+    def _next(self) -> Job | None:
+        while self._ready:
+            user, jobs = self._ready.popitem(last=False)
+            job = jobs.popleft()
+            if jobs:
+                self._ready[user] = jobs
+            if not job.removed:
+                self._working[job.one.uid] = job
+                self._pop(job.one.uid)
+                return job
+        return None
+
+    def _wait(self, now: float, deadline: float) -> None:
+        """Wait for a change; only one thread waits for the time of a delayed job, which would wake a hundred of them."""
+        due = self._delayed[0][0] if self._delayed else deadline
+        if due >= min(deadline, self._watched):
+            self._changed.wait(deadline - now)
+            return
+        self._watched = due
+        try:
+            self._changed.wait(due - now)
+        finally:
+            if self._watched == due:
+                self._watched = math.inf
 
     def done(self, job: Job) -> None:
         """End the work on a job, unless its object has changed meanwhile."""

@@ -44,6 +44,8 @@ _THREADS_OF_MANY = 96
 #: Python looks for cycles after 700 new objects; hundreds of requests at once have many more, and hardly a cycle.
 _OBJECTS_A_COLLECTION = 20_000
 _TICK_SECONDS = 0.5
+#: A thread without work wakes up after this; the queue wakes it before when there is some, or when it is closed.
+_IDLE_SECONDS = 30.0
 #: A round of the watch that left requests out is not ended before, even if there is room for them.
 _SHORTEST_ROUND_SECONDS = 30.0
 #: A round that has not got to its end by then keeps a replica from being ready.
@@ -187,7 +189,7 @@ class Service:
 
     def _work(self) -> None:
         while not self._stop.is_set():
-            self._issuing.work(_TICK_SECONDS)
+            self._issuing.work(_IDLE_SECONDS)
 
     def _watch_on(self, ours: _Watching) -> None:
         failures = 0

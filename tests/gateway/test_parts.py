@@ -39,6 +39,7 @@ from bridge.gateway.watch import (
 )
 from bridge.gateway.write import with_certificate, with_condition
 from bridge.state.store import Store
+from bridge.system.waiting import wait_until
 
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
 
@@ -136,6 +137,44 @@ def test_what_is_delayed_comes_back_in_time_or_when_it_changes() -> None:
     assert line.take(0) is None
     line.wake()
     assert line.take(0) is changed
+
+
+def test_a_job_that_is_due_wakes_one_thread_and_not_all() -> None:
+    """Of a hundred idle ones, or a flood's jobs would take the processor from those who sign; none is forgotten or late."""
+    line, jobs, woken = Queue(), [], []
+    for number in range(10):
+        line.put(one(f"u{number}"), nobody)
+        jobs.append(line.take(0))
+    first = line._changed.wait
+
+    def wait(timeout: float | None = None) -> bool:
+        try:
+            return first(timeout)
+        finally:
+            woken.append(timeout)
+
+    line._changed.wait = wait  # type: ignore[method-assign]
+    taken: list[float] = []
+
+    def work() -> None:
+        while line.take(60) is not None:
+            taken.append(time.monotonic())
+
+    threads = [threading.Thread(target=work) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    begun = time.monotonic()
+    for number, job in enumerate(reversed(jobs)):  # the later ones first
+        assert job is not None
+        line.delay(job, 0.1 * (10 - number))
+    assert wait_until(lambda: len(taken), lambda count: count == 10, timedelta(seconds=20), pause_seconds=0.02) == 10
+    late = [at - begun - 0.1 * number for number, at in enumerate(taken, 1)]
+    assert len(woken) <= 4 * 10
+    line.close()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert max(late) < 5
 
 
 def test_a_flood_does_not_fill_the_memory() -> None:
