@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,7 +35,7 @@ from bridge.errors import (
 from bridge.pki.certificates import is_for
 from bridge.specs import CertificateSpec
 from bridge.system.paths import program_exposure
-from bridge.system.run_command import Account, Command, Ended, run
+from bridge.system.run_command import Account, Command, Ended, reached, run
 
 log = logging.getLogger("ca-bridge.exec")
 #: Variables that say what is asked for.
@@ -232,7 +233,9 @@ class ExecBackend:
     def _check_program(self) -> None:
         """Only root, we, and the account that runs the program may change it, as `sudo` has it for its own files."""
         try:
-            found = program_exposure(self._program, self._account.uid)
+            found = reached(partial(program_exposure, self._program, self._account.uid))
+        except TimeoutError as e:
+            raise BackendUnavailableError(f"exec: {self._program}: wanted a program, found: {e.strerror}") from e
         except OSError as e:
             text = f"wanted a program, found: {e.strerror}"
             raise self._refused(text, "`command` begins with its path") from e
@@ -240,6 +243,8 @@ class ExecBackend:
             raise self._refused(f"{found.path}: wanted {found.wanted}, found {found.found}", found.hint)
 
     def _stopped(self, operation: str, ended: Ended, answer: _Answer) -> BackendError:
+        if isinstance(ended.error, TimeoutError):
+            return BackendUnavailableError(f"exec: {self._program}: {ended.failure}")
         if ended.error is not None:
             number = ended.error.errno if isinstance(ended.error, OSError) else None
             return self._refused(ended.failure, _START_HINTS.get(number or 0, ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import os
 import pwd
 import resource
@@ -17,10 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from bridge.system.paths import Exposure, program_exposure
-from bridge.system.waiting import wait_until
+from bridge.system.waiting import wait_until, within
 
 MOST_LOGGED = 16 << 10
 LONGEST_LINE = 500
@@ -33,6 +34,9 @@ _POLL_SECONDS = 0.1
 _TICK_SECONDS = 0.02
 #: For a killed program to be gone; a program that waits for a dead disk, or that we may not kill, outlives it.
 _KILL_SECONDS = 5.0
+#: For a program's file to be found, which takes longer where it is on a network file system whose server is away.
+_REACH_SECONDS = 10.0
+T = TypeVar("T")
 
 Sink = Callable[[bytes], object]  #: Takes what a program prints, as it comes.
 Stopped = Literal["", "time", "output", "enough"]
@@ -129,6 +133,7 @@ def run(
         else {}
     )
     try:
+        _assert_within_reach(command)
         process = subprocess.Popen(
             list(command.words),
             bufsize=0,
@@ -159,6 +164,26 @@ def run(
     finally:
         for pipe in filter(None, (process.stdout, process.stderr)):
             pipe.close()
+
+
+def reached(look: Callable[[], T]) -> T:
+    """The result of a look at a program (OSError: its own, or that the file system does not answer)."""
+    try:
+        return within(_REACH_SECONDS, look)
+    except TimeoutError:
+        raise OSError(errno.ETIMEDOUT, "no answer of its file system") from None
+
+
+def _assert_within_reach(command: Command) -> None:
+    """Open the program and its folder first: a start from a dead file system would hold up all our threads (vfork(2))."""
+
+    def look() -> None:
+        with contextlib.suppress(OSError, ValueError):  # the start says it better
+            found = shutil.which(command.words[0], path=command.environment.get("PATH"))
+            for path in filter(None, (str(command.folder), found)):
+                os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+
+    reached(look)
 
 
 #: Python would warn of a process that it forgets while it runs.
@@ -287,14 +312,16 @@ class OutputLines:
 
 def unsafe_program(words: Sequence[str]) -> Exposure | None:
     """How others could change a program that we run; None as well for a missing one, which fails at its start."""
-    found = shutil.which(words[0], path=passed_on({})["PATH"])
-    if found is None:
-        return None
-    path = Path(found).absolute()
+
+    def look() -> Exposure | None:
+        found = shutil.which(words[0], path=passed_on({})["PATH"])
+        return None if found is None else program_exposure(Path(found).absolute())
+
     try:
-        return program_exposure(path)
+        return reached(look)
     except OSError as e:
-        return Exposure(path=path, wanted="a program that we can look at", found=e.strerror or str(e), hint="")
+        text = e.strerror or str(e)
+        return Exposure(path=Path(words[0]), wanted="a program that we can look at", found=text, hint="")
 
 
 def run_logged(words: Sequence[str], variables: Mapping[str, str], limit: timedelta, lines: OutputLines) -> Ended:

@@ -9,14 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -33,7 +31,7 @@ from bridge.settings.load import load
 from bridge.state.store import Store
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.locks import lock
-from tests.kit import apiserver
+from tests.kit import apiserver, dead_fs
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.members import Place
 from tests.kit.pki import NODE, Pki, kubeadm_pki
@@ -751,27 +749,20 @@ def test_a_users_link_in_a_home_is_not_followed(site: Site) -> None:
     assert told() == [str(copy)]
 
 
+@dead_fs.needs_mount
 def test_homes_that_do_not_answer_are_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each after its time, and the rest after the time of all; a home that answers is looked at."""
-    first, over = machine._client_certificate, threading.Event()
-
-    def read(path: Path) -> x509.Certificate | None:
-        if "dead" in str(path):
-            over.wait(60)
-        return first(path)
-
-    monkeypatch.setattr(machine, "_client_certificate", read)
     monkeypatch.setattr(machine, "_HOME_SECONDS", 0.2)
     monkeypatch.setattr(machine, "_ALL_HOMES_SECONDS", 0.5)
     (site.home / ".kube/config").write_bytes((site.kubernetes / "admin.conf").read_bytes())
-    homes = [Path("dead-1"), site.home, Path("dead-2"), Path("dead-3")]
-    found = list(machine._copies(inventory.of(load(site.bridge.config).node), homes))
-    over.set()
+    with dead_fs.mounted(site.home.parent / "dead") as dead:
+        homes = [dead / "1", site.home, dead / "2", dead / "3"]
+        found = list(machine._copies(inventory.of(load(site.bridge.config).node), homes))
     assert [(one.check, one.about) for one in found] == [
-        ("admin-copy-unseen", "dead-1/.kube/config"),
+        ("admin-copy-unseen", f"{dead}/1/.kube/config"),
         ("admin-copy", f"{site.home}/.kube/config"),
-        ("admin-copy-unseen", "dead-2/.kube/config"),
-        ("admin-copy-unseen", "dead-3/.kube/config"),
+        ("admin-copy-unseen", f"{dead}/2/.kube/config"),
+        ("admin-copy-unseen", f"{dead}/3/.kube/config"),
     ]
     assert "within 0.2 s" in found[2].text
     assert "before this one" in found[3].text

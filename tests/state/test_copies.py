@@ -31,7 +31,7 @@ from bridge.state.obligations import copies_file
 from bridge.state.session import alone
 from bridge.state.store import Store, remember_checked
 from bridge.system.files import write_staged
-from tests.kit import programs
+from tests.kit import dead_fs, programs
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
@@ -629,21 +629,14 @@ def test_a_look_changes_nothing(node: Pki, home: Path, tmp_path: Path) -> None:
     assert everything_below(home.parent) == before
 
 
-def test_a_look_ends_in_time(node: Pki, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@dead_fs.needs_mount
+def test_a_look_ends_in_time(node: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a file system that does not answer; the copies behind it are looked at, too."""
-    dead, good = home / "config", given(node, tmp_path / "monitoring.conf", uid=0)
-    first, over = copies._look, threading.Event()
-
-    def look(path: Path, *rest: Any) -> copies.Copy:
-        if path == dead:
-            over.wait(60)
-        return first(path, *rest)
-
+    good = given(node, tmp_path / "monitoring.conf", uid=0)
     monkeypatch.setattr(copies, "_LONGEST", timedelta(seconds=0.3))
-    monkeypatch.setattr(copies, "_look", look)
-    settings = settings_with(node, tmp_path, dead, good)
-    hung, fresh = copies.look(settings, inventory.read(node.pki_dir, node.kubeconfig_dir))
-    over.set()
+    with dead_fs.mounted(tmp_path / "home") as home:
+        settings = settings_with(node, tmp_path, home / "config", good)
+        hung, fresh = copies.look(settings, inventory.read(node.pki_dir, node.kubeconfig_dir))
     assert "no end of it" in str(hung.error)
     assert (fresh.names, fresh.error) == ((ADMIN,), None)
 

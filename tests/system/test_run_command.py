@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bridge.system import run_command
 from bridge.system.run_command import (
     LONGEST_LINE,
     MOST_LOGGED,
@@ -23,6 +24,7 @@ from bridge.system.run_command import (
     run,
     run_logged,
 )
+from tests.kit import dead_fs
 
 LONG = timedelta(seconds=30)
 PATH = {"PATH": os.environ["PATH"]}
@@ -42,6 +44,22 @@ def test_a_command_is_told_line_by_line_with_its_errors() -> None:
     script = "echo one; echo two >&2; printf 'thr\\377'"
     assert run_logged(["sh", "-c", script], PATH, LONG, OutputLines(lines.append)) == Ended(0)
     assert lines == ["one", "two", "thr\N{REPLACEMENT CHARACTER}"]
+
+
+@dead_fs.needs_mount
+def test_a_program_on_a_dead_file_system_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is looked at, started, or started in a folder there; the same with a living one is done."""
+    monkeypatch.setattr(run_command, "_REACH_SECONDS", 0.3)
+    with dead_fs.mounted(tmp_path / "dead") as dead:
+        begun = time.monotonic()
+        failure = "could not be started: no answer of its file system"
+        assert run(Command(words=[f"{dead}/program"], environment=PATH, limit=LONG)).failure == failure
+        assert run(Command(words=["true"], environment={"PATH": str(dead)}, limit=LONG)).failure == failure
+        assert run(Command(words=["true"], environment=PATH, limit=LONG, folder=dead / "x")).failure == failure
+        logged = run_logged([f"{dead}/program"], PATH, LONG, OutputLines(lambda _: None))
+        assert "a program that we can look at, found no answer" in logged.failure
+        assert time.monotonic() - begun < 20
+    assert run(Command(words=["true"], environment=PATH, limit=LONG, folder=tmp_path)) == Ended(0)
 
 
 def test_a_command_has_no_input_and_no_terminal() -> None:
