@@ -31,7 +31,7 @@ from bridge.pki.csr import Naming, general_name, generate_key, subject_of
 from bridge.pki.kubeadm_names import NoFactError, naming
 from bridge.specs import KEY_ALGORITHMS, KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.system.files import Attributes, write_staged
-from bridge.system.paths import UnreadableError, read
+from bridge.system.paths import UnreadableError, read_present
 from bridge.system.run_command import OutputLines, run_logged
 
 #: A dozen RSA keys of 4096 bits on a slow machine.
@@ -157,12 +157,9 @@ def _made(spec: CertificateSpec, pki: Path, kubeconfigs: Path) -> Made:
 
 def _read(path: Path) -> bytes:
     try:
-        data = read(path)
+        return read_present(path)
     except UnreadableError as e:
         raise KubeadmError(f"wanted {path.name} of kubeadm, found: {e}") from None
-    if data is None:
-        raise KubeadmError(f"wanted {path.name} of kubeadm, found none")
-    return data
 
 
 # --- by us ------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from bridge.system.codec import named, to_json
 from bridge.system.files import write_atomically
-from bridge.system.paths import UnreadableError, open_secret, read
+from bridge.system.paths import UnreadableError, open_secret, read, read_present
 
 _SCHEMA, _VERSION = "ca-bridge/new-node", 1
 _KEYS = frozenset({"schema", "version", "cluster", "authorities", "node", "serviceAccount", "signature"})
@@ -264,13 +264,9 @@ def read_order(path: Path) -> Order:
     if str(path) == "-":
         return loads(sys.stdin.buffer.read(MOST_BYTES + 1))
     try:
-        data = read(path)
+        order = loads(read_present(path))
     except UnreadableError as e:
         raise OrderError(f"{path}: wanted an order, found: {e}") from None
-    if data is None:
-        raise OrderError(f"{path}: wanted an order, found no file")
-    try:
-        order = loads(data)
     except OrderError as e:
         raise OrderError(f"{path}: {e}", hint=e.hint) from None
     if order.sa is not None and (found := open_secret(path)) is not None:

@@ -20,7 +20,7 @@ from bridge.node.endpoints import PORTS
 from bridge.node.yamltree import YamlError, documents, split_bom
 from bridge.pki.kubeadm_names import NamingFacts, Release, parse_release
 from bridge.specs import DEFAULT_CLUSTER, KEY_ALGORITHMS, Component, KeyAlgorithm
-from bridge.system.paths import UnreadableError, read
+from bridge.system.paths import UnreadableError, read_present
 
 #: Its kind, and the key in the ConfigMap.
 CLUSTER_CONFIGURATION = "ClusterConfiguration"
@@ -237,12 +237,9 @@ class _Values:
 def read_file(path: Path) -> bytes:
     """Read a file that the operator names; it has to be there."""
     try:
-        data = read(path)
+        return read_present(path)
     except UnreadableError as e:
         raise KubeadmConfigError(f"{path}: wanted kubeadm's configuration, found: {e}", hint=_FILE_HINT) from None
-    if data is None:
-        raise KubeadmConfigError(f"{path}: wanted kubeadm's configuration, found no file", hint=_FILE_HINT)
-    return data
 
 
 def parse(data: bytes, source: str = "") -> KubeadmConfig:

@@ -58,7 +58,7 @@ from bridge.state.session import Run, begun, give_up
 from bridge.state.store import Outcome
 from bridge.system.console import Progress, log, printable
 from bridge.system.files import write_atomically
-from bridge.system.paths import UnreadableError, read, read_once
+from bridge.system.paths import UnreadableError, read, read_once, read_present
 
 SCHEMA_VERSION = 1
 #: Nothing in a bundle is secret.
@@ -146,13 +146,9 @@ def _doubt(one: BundledRequest, whole: RequestBundle, cas: Mapping[str, Sequence
 
 def _bundle(path: Path) -> RequestBundle | AnswerBundle:
     try:
-        data = read(path)
+        return bundle_format.loads(read_present(path))
     except UnreadableError as e:
         raise BridgeError(f"{path}: wanted a bundle, found: {e}") from None
-    if data is None:
-        raise BridgeError(f"{path}: wanted a bundle, found nothing")
-    try:
-        return bundle_format.loads(data)
     except BundleError as e:
         raise BridgeError(f"{path}: {e}", hint=e.hint) from None
 

@@ -43,6 +43,14 @@ def read(path: Path) -> bytes | None:
         return None
 
 
+def read_present(path: Path) -> bytes:
+    """The content of a file that has to be there (UnreadableError: it is not, too)."""
+    data = read(path)
+    if data is None:
+        raise UnreadableError("no file")
+    return data
+
+
 def read_once(path: Path) -> tuple[bytes, os.stat_result]:
     """Content and status of a file, opened once, without following a link; keep these bytes, not the name."""
     try:
