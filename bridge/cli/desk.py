@@ -20,6 +20,7 @@ from bridge.desk.desk import Desk, Job, RefusedByPolicyError
 from bridge.desk.files import Options, Session, load_answer_key, load_policy
 from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle import Refusal
+from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.system.console import Doing, columns, doing, is_lively, log, print_error, printable
 
@@ -78,6 +79,11 @@ def sign(
     )
     settings = common.settings()
     options.assert_usable()
+    return _run(settings, options, wait, dry_run=dry_run, approve=approve)
+
+
+def _run(settings: Settings, options: Options, wait: timedelta, *, dry_run: bool, approve: bool) -> int:
+    """Sign, or say what would be signed; the worst exit code."""
     rules = load_policy(settings, options.policy)
     approver = _Terminal().approve if approve and not dry_run else None
     codes: list[int] = []
