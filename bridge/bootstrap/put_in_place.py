@@ -24,9 +24,9 @@ from bridge.pki.verify import Verified
 from bridge.renewal.prepare import Prepared
 from bridge.specs import ETCD_CA, KUBELET_CONF, KUBELET_SERVER
 from bridge.state import audit
-from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, digest, fingerprint, install
+from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, fingerprint, install
 from bridge.state.session import Run
-from bridge.system.files import Attributes, private_directory
+from bridge.system.files import Attributes, digest, private_directory
 from bridge.system.paths import exposure
 from bridge.system.state_file import OnDamage, StateFile, coded
 

@@ -34,11 +34,11 @@ from bridge.renewal import new_keys
 from bridge.renewal.select import RESTORE, Desired, MissingCertificateError, NotReadyError, outcome_of
 from bridge.settings.tables import NodeSettings, Settings, is_host
 from bridge.specs import KUBELET_SERVER, Component, KeyAlgorithm
-from bridge.state.install import digest, fingerprint
+from bridge.state.install import fingerprint
 from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Run
 from bridge.state.store import Outcome
-from bridge.system.files import DIRECTORY_MODE, Attributes, sync_directory, write_staged
+from bridge.system.files import DIRECTORY_MODE, Attributes, digest, sync_directory, write_staged
 from bridge.system.paths import foreign_link
 
 #: A desk takes no request that is older than its policy's `max_age` (30 days by default).

@@ -9,7 +9,6 @@ state directory can write the whole chain anew; only copies that leave the machi
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -32,7 +31,7 @@ from bridge.settings.tables import AuditSettings
 from bridge.state.store import Store
 from bridge.system import console
 from bridge.system.console import print_error
-from bridge.system.files import append, sync_directory, user_name, write_atomically
+from bridge.system.files import append, digest, sync_directory, user_name, write_atomically
 from bridge.system.state_file import OnDamage, StateDamagedError, StateError, StateFile
 
 log = logging.getLogger("ca-bridge")
@@ -105,7 +104,7 @@ class Record:
         """Remember facts that each later line about a certificate repeats."""
         old = request.replaces
         self._known[name] = {
-            "csrSha256": hashlib.sha256(request.csr.public_bytes(Encoding.DER)).hexdigest(),
+            "csrSha256": digest(request.csr.public_bytes(Encoding.DER)),
             "previousSerialNumber": serial_hex(old) if old is not None else None,
             "backend": backend,
             "identity": identity,
@@ -340,7 +339,7 @@ def _chained(events: Sequence[Mapping[str, Any]], last: Link, doer: Mapping[str,
         sequence = last.sequence + 1
         place = {"schemaVersion": SCHEMA_VERSION, "sequence": sequence, "previous": last.sha256}
         lines.append(_encode({**place, **event, **doer}).encode() + b"\n")
-        last = Link(sequence, sha256_of(lines[-1]))
+        last = Link(sequence, digest(lines[-1]))
     return lines, last
 
 
@@ -381,11 +380,11 @@ def _set_aside_torn(store: Store) -> tuple[Link, list[str]]:
     torn = data[good:]
     if not torn:
         return last, []
-    kept = store.directory / f"audit.torn-{last.sequence + 1}-{sha256_of(torn)[:8]}"
+    kept = store.directory / f"audit.torn-{last.sequence + 1}-{digest(torn)[:8]}"
     write_atomically(kept, torn)
     os.truncate(store.audit, good)
     return last, [
-        f"{len(torn)} bytes after line {last.sequence} were no line; SHA-256 {sha256_of(torn)}, kept in {kept.name}"
+        f"{len(torn)} bytes after line {last.sequence} were no line; SHA-256 {digest(torn)}, kept in {kept.name}"
     ]
 
 
@@ -443,11 +442,6 @@ def head_if_any(store: Store) -> Link | None:
         return None
 
 
-def sha256_of(data: bytes) -> str:
-    """The SHA-256 of a line's bytes, in hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def line_of(line: bytes) -> dict[str, Any] | None:
     """Parse a line of the log; None: it is none, or not whole."""
     try:
@@ -460,7 +454,7 @@ def line_of(line: bytes) -> dict[str, Any] | None:
 
 def _link(line: bytes) -> Link | None:
     value = line_of(line)
-    return Link(value["sequence"], sha256_of(line)) if value is not None else None
+    return Link(value["sequence"], digest(line)) if value is not None else None
 
 
 # --- read ------------------------------------------------------------------------------------------------------------
@@ -563,8 +557,8 @@ def _step(last: Link, line: bytes, place: str) -> tuple[list[Damage], Link]:
     value = line_of(line)
     if value is None:
         number = int(place.rpartition(":")[2])
-        return [Damage(kind="broken", first=number, last=number, place=place)], Link(last.sequence + 1, sha256_of(line))
-    here = Link(value["sequence"], sha256_of(line))
+        return [Damage(kind="broken", first=number, last=number, place=place)], Link(last.sequence + 1, digest(line))
+    here = Link(value["sequence"], digest(line))
     if here.sequence <= last.sequence:
         return [Damage(kind="out of order", first=here.sequence, last=here.sequence, place=place)], here
     if here.sequence > last.sequence + 1:

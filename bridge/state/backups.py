@@ -34,14 +34,13 @@ from bridge.state.install import (
     InstallError,
     Replacement,
     attributes_from,
-    digest,
     fingerprint,
     install,
     manifest_file,
 )
 from bridge.state.session import alone
 from bridge.state.store import Outcome, Store
-from bridge.system.files import Attributes, sync_directory
+from bridge.system.files import Attributes, digest, sync_directory
 from bridge.system.state_file import StateError
 
 log = logging.getLogger("ca-bridge")

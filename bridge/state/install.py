@@ -9,7 +9,6 @@ that writes runs it first. The files' content was checked before (`bridge.pki.ve
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any, NoReturn
 from bridge.errors import BridgeError
 from bridge.node.processes import Written
 from bridge.state.store import Store, replaced_here
-from bridge.system.files import Attributes, is_frozen, sync_directory, write_staged
+from bridge.system.files import Attributes, digest, is_frozen, sync_directory, write_staged
 from bridge.system.paths import foreign_link
 from bridge.system.state_file import OnDamage, StateError, StateFile, coded
 
@@ -84,11 +83,6 @@ class Recovery:
         verb = "finished" if self.direction == "forward" else "undid"
         which = f"{len(self.paths)} files of {', '.join(self.certificates)}"
         return f"{verb} the installation of run {self.run_id}, which was interrupted: {which}"
-
-
-def digest(data: bytes) -> str:
-    """SHA-256 in hex."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def fingerprint(path: Path) -> str | None:

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 
 from bridge.errors import BridgeError, Exit
 from bridge.specs import Component
-from bridge.state.install import STAGED_PREFIX, attributes_from, attributes_json, digest
+from bridge.state.install import STAGED_PREFIX, attributes_from, attributes_json
 from bridge.state.store import Store
-from bridge.system.files import Attributes, sync_directory, write_atomically, write_staged
+from bridge.system.files import Attributes, digest, sync_directory, write_atomically, write_staged
 from bridge.system.state_file import OnDamage, StateFile
 
 #: leaving: the manifest may still be in its place; out: it is away; back: it is there again, and the component was not

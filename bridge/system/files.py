@@ -6,6 +6,7 @@ import array
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import pwd
 import stat
@@ -29,6 +30,11 @@ _OF_THE_CONTENT = {"security.ima", "security.evm"}
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_IMMUTABLE_FL = 0x10
 _FS_APPEND_FL = 0x20
+
+
+def digest(data: bytes) -> str:
+    """SHA-256, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

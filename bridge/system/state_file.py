@@ -6,7 +6,6 @@ replaced as a whole, removed. `OnDamage` says what happens to a damaged one; one
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from cryptography import x509
 
 from bridge.errors import BridgeError, Exit
 from bridge.system import codec
-from bridge.system.files import sync_directory, write_atomically
+from bridge.system.files import digest, sync_directory, write_atomically
 
 log = logging.getLogger("ca-bridge")
 
@@ -151,7 +150,7 @@ class StateFile(Generic[T]):
     def set_aside(self) -> Path:
         """Give it another name, beside it, and return that; nothing is lost."""
         data = self.content() or b""
-        kept = self.path.with_name(f"{self.path.name}.damaged-{hashlib.sha256(data).hexdigest()[:8]}")
+        kept = self.path.with_name(f"{self.path.name}.damaged-{digest(data)[:8]}")
         try:
             self.path.rename(kept)
             sync_directory(kept.parent)
@@ -208,7 +207,7 @@ def sealed(document: Mapping[str, Any]) -> bytes:
 def sealed_line(document: Mapping[str, Any]) -> bytes:
     """Write a document that is not empty out as one line of a file that has thousands, with a digest of it."""
     text = json.dumps(document)
-    return f'{{"{_DIGEST}": "{_sha256(text)}", {text[1:]}\n'.encode()
+    return f'{{"{_DIGEST}": "{digest(text.encode())}", {text[1:]}\n'.encode()
 
 
 def unsealed(data: bytes, keys: frozenset[str]) -> dict[str, Any]:
@@ -226,8 +225,4 @@ def unsealed(data: bytes, keys: frozenset[str]) -> dict[str, Any]:
 
 def _digest(document: Mapping[str, Any]) -> str:
     """SHA-256 in hex of the document's content and order, not of how it is spaced."""
-    return _sha256(json.dumps(document))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest(json.dumps(document).encode())

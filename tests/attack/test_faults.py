@@ -21,12 +21,11 @@ from bridge.state.install import (
     KUBECONFIG_MASK,
     InstallError,
     Replacement,
-    digest,
     install,
     recover,
 )
 from bridge.state.store import Store
-from bridge.system.files import Attributes
+from bridge.system.files import Attributes, digest
 from tests.counts import Tried
 from tests.kit.pairs import assert_pairs
 from tests.kit.pki import Pki, handmade_pki

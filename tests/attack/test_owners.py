@@ -14,8 +14,9 @@ from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
 from bridge.settings import load
-from bridge.state.install import KEY_MASK, InstallError, Replacement, digest, install
+from bridge.state.install import KEY_MASK, InstallError, Replacement, install
 from bridge.state.store import Store
+from bridge.system.files import digest
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
 

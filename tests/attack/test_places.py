@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import BridgeError
-from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, InstallError, Replacement, digest, install, recover
+from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, InstallError, Replacement, install, recover
 from bridge.state.store import Store
-from bridge.system.files import Attributes, is_frozen
+from bridge.system.files import Attributes, digest, is_frozen
 from tests.counts import Tried
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount; run the tests as root")

@@ -257,7 +257,7 @@ def test_an_interrupted_installation_is_finished_first(run: Run, node: Pki, tmp_
 
 
 def digest_of(path: Path) -> str:
-    from bridge.state.install import digest
+    from bridge.system.files import digest
 
     return digest(path.read_bytes())
 

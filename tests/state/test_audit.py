@@ -29,9 +29,10 @@ from bridge.pki.certificates import fingerprint, load_pem_certificates, serial_h
 from bridge.settings.tables import AuditSettings, Size
 from bridge.state import audit
 from bridge.state.audit import Damage, Record
-from bridge.state.install import KEY_MASK, Replacement, digest, install
+from bridge.state.install import KEY_MASK, Replacement, install
 from bridge.state.store import Store
 from bridge.system import files
+from bridge.system.files import digest
 from tests.kit import cfssl, openbao, opensslca
 from tests.kit.pki import Pki, handmade_pki
 

@@ -35,8 +35,9 @@ from bridge.settings import load
 from bridge.settings.tables import BackupSettings
 from bridge.state import backups
 from bridge.state.audit import events
-from bridge.state.install import KEY_MASK, MANIFEST, Replacement, digest, install, manifest_file, recover
+from bridge.state.install import KEY_MASK, MANIFEST, Replacement, install, manifest_file, recover
 from bridge.state.store import Store
+from bridge.system.files import digest
 from bridge.system.state_file import sealed
 from tests.kit import issuing, opensslca
 from tests.kit.issuing import CLIENT, SERVER, Signer, cn

@@ -24,7 +24,6 @@ from bridge.state.install import (
     Replacement,
     attributes_from,
     attributes_json,
-    digest,
     fingerprint,
     install,
     journal_file,
@@ -34,7 +33,7 @@ from bridge.state.install import (
     written_file,
 )
 from bridge.state.store import Store
-from bridge.system.files import Attributes
+from bridge.system.files import Attributes, digest
 from bridge.system.locks import LockedError, lock
 from bridge.system.state_file import StateError, StateFile
 
