@@ -405,6 +405,26 @@ def test_the_wall_between_test_files_can_fail() -> None:
     assert not list(wall_of_tests("from tests.kit.renewing import Quiet\nfrom tests.counts import Tried", "tests.x"))
 
 
+#: A screen.
+MOST_LINES = 60
+
+
+def long_functions(source: str) -> list[str]:
+    """Functions that do not fit on a screen, decorators apart."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    return [one.name for one in functions if (one.end_lineno or 0) - one.lineno >= MOST_LINES]
+
+
+def test_each_function_fits_on_a_screen() -> None:
+    """What is longer does more than one thing."""
+    assert {module: found for module, source in sources().items() if (found := long_functions(source))} == {}
+
+
+def test_the_look_at_long_functions_can_fail() -> None:
+    """One of 60 lines is short enough, one of 61 is not."""
+    assert [long_functions("def f():\n" + "    x = 1\n" * lines) for lines in (59, 60)] == [[], ["f"]]
+
+
 def loaded(statement: str) -> set[str]:
     """Top-level names of the modules that a fresh interpreter has after the statement."""
     command = [sys.executable, "-c", f"{statement}\nimport sys\nprint(*sys.modules)"]
