@@ -430,7 +430,7 @@ def test_names_draw_no_lines(node: Node) -> None:
 def test_what_is_no_bundle_is_not_shown(node: Node) -> None:
     """Nothing there, a directory, something else: exit 1, and what it is."""
     (node.carried / "x").write_text("hello")
-    for name, found in (("none", "found nothing"), ("", "found nothing"), ("x", "bundle: wanted")):
+    for name, found in (("none", "found: no file"), ("", "found: no file"), ("x", "bundle: wanted")):
         run = node.run("inspect", node.carried / name)
         assert run.returncode == 1
         assert found in run.stderr
