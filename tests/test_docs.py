@@ -368,7 +368,7 @@ ANSWERS = {
     "trouble.md#symptoms": ("kubectl logs", "NotReady", "x509"),
     "trouble.md#everything-has-expired": ("ca-bridge renew all",),
     "trouble.md#keys-have-leaked": ("--rekey",),
-    "trouble.md#the-ca-itself-is-replaced": ("certificate-authority-data", "ca-bridge renew all"),
+    "replace-the-ca.md#the-phases": ("ca-bridge rotate-ca trust", "ca-bridge rotate-ca drop"),
     "air-gap.md#by-hand": ("ca-bridge export", "ca-bridge import"),
     "air-gap.md#begin": ("desk-policy.toml", "ca-bridge sign"),
     "kubelets.md#the-client-certificate-kubeletconf": ("rotateCertificates",),

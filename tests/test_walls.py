@@ -39,12 +39,24 @@ FLOORS: dict[str, set[str]] = {
     "desk": _KEEPS - {"node"} | {"ca", "users"},
     "control_plane": _KEEPS | {"cluster"},
     "renewal": _KEEPS | {"cluster", "ca", "desk", "control_plane"},
+    "rotation": _KEEPS | {"cluster", "ca", "control_plane", "renewal"},
     "monitoring": _KEEPS | {"renewal"},
     "diagnosis": _KEEPS | {"cluster", "ca", "desk", "control_plane", "renewal"},
     "gateway": _KEEPS | {"cluster", "ca", "desk"},
     "bootstrap": _KEEPS | {"ca", "desk", "renewal"},
     "cli": _KEEPS
-    | {"ca", "desk", "control_plane", "renewal", "monitoring", "diagnosis", "gateway", "bootstrap", "users"},
+    | {
+        "ca",
+        "desk",
+        "control_plane",
+        "renewal",
+        "rotation",
+        "monitoring",
+        "diagnosis",
+        "gateway",
+        "bootstrap",
+        "users",
+    },
 }
 #: No I/O and no clock in these: a package, or a module of another one.
 PURE = (

@@ -24,6 +24,7 @@ FILES = {
     "renew": "renew",
     "restart": "components",
     "install": "renew",
+    "rotate-ca": "rotate_ca",
     "export": "carried",
     "inspect": "carried",
     "sign": "desk",

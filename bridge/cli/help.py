@@ -28,6 +28,7 @@ TASKS: dict[str, dict[str, str]] = {
         "restart": "Restart components that run on old certificates.",
         "install": "Install keys and certificates from a directory.",
     },
+    "Replace a CA": {"rotate-ca": "Put another CA in the place of this one, while the cluster runs."},
     "Carry requests to a CA, and its answers back": {
         "export": "Write requests for a CA desk into a file.",
         "inspect": "Show what a request or an answer holds.",
@@ -107,6 +108,17 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("ca-bridge plan", "Show what the next `ca-bridge renew` would do."),
         ("ca-bridge plan all -o json", "Show what `ca-bridge renew all` would do, for a program."),
     ),
+    "rotate-ca status": (("ca-bridge rotate-ca status", "Show where the replacement stands on this node."),),
+    "rotate-ca plan": (
+        ("ca-bridge rotate-ca plan", "Show what each phase would do, and whether the new CAs can work."),
+    ),
+    "rotate-ca trust": (("ca-bridge rotate-ca trust", "The first phase, on each node."),),
+    "rotate-ca issue": (
+        ("ca-bridge rotate-ca issue", "The second phase, on each node, when all trust the new CAs."),
+        ("ca-bridge rotate-ca issue --without worker-9", "Without a node that is gone for good."),
+    ),
+    "rotate-ca drop": (("ca-bridge rotate-ca drop", "The last phase, on each node, when nothing uses the old CAs."),),
+    "rotate-ca back": (("ca-bridge rotate-ca back --ca etcd-ca", "Back by one phase, for one of the CAs."),),
     "recover": (
         ("ca-bridge recover", "Finish or undo an interrupted installation."),
         ("ca-bridge recover --set-aside", "Put damaged state files aside first."),

@@ -25,7 +25,7 @@ from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import inventory
 from bridge.pki.expiry import duration_text
 from bridge.settings.load import DEFAULT_FILE
-from bridge.settings.tables import Commands, Components, Settings, for_rehearsal
+from bridge.settings.tables import Commands, Components, Settings, for_next, for_rehearsal
 from bridge.settings.windows import Windows
 from bridge.system.files import pages, shipped
 from bridge.words import name_found
@@ -77,7 +77,7 @@ def settings_check(common: Common) -> None:
     if settings.source.file is None:
         problem = SettingsProblem("", "a settings file", "none: the defaults are in force", DEFAULT_FILE)
         raise SettingsError([problem], hint="`ca-bridge settings init KIND` writes a commented file")
-    for one in (settings, for_rehearsal(settings)):
+    for one in (settings, for_rehearsal(settings), for_next(settings, settings.authorities)):
         try:
             registry.configured(one, () if problems else one.authorities)
         except SettingsError as e:

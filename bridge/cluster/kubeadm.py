@@ -16,29 +16,31 @@ from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION
 from bridge.node.yamltree import YamlError, document
 
-_MAPS = "/api/v1/namespaces/kube-system/configmaps"
 _TURNS = 5  # each 409 means that another client was faster
 
 
 class Place(NamedTuple):
-    """Where a text is: a ConfigMap of kube-system, and the key in its data."""
+    """Where a text is: a ConfigMap, and the key in its data."""
 
     name: str
     key: str
+    namespace: str = "kube-system"
 
     @property
     def path(self) -> str:
         """For the Kubernetes API."""
-        return f"{_MAPS}/{self.name}"
+        return f"/api/v1/namespaces/{self.namespace}/configmaps/{self.name}"
 
     def __str__(self) -> str:
-        return f"the ConfigMap kube-system/{self.name}"
+        return f"the ConfigMap {self.namespace}/{self.name}"
 
 
 #: From which the static pods' manifests are written.
 CLUSTER = Place("kubeadm-config", CLUSTER_CONFIGURATION)
 #: From which each kubelet's `config.yaml` is written.
 KUBELETS = Place("kubelet-config", "kubelet")
+#: From which a joining node learns the CAs; tokens sign it (`kubeadm init phase bootstrap-token`).
+CLUSTER_INFO = Place("cluster-info", "kubeconfig", "kube-public")
 
 
 class NoConfigError(BridgeError):

@@ -111,6 +111,7 @@ def of(look: Look) -> Iterator[Check]:
         (Component.CONTROLLER_MANAGER, functools.partial(_controller, component=Component.CONTROLLER_MANAGER)),
         (Component.SCHEDULER, functools.partial(_controller, component=Component.SCHEDULER)),
         (Component.KUBELET, _kubelet),
+        (None, _have_read_cas),
         (None, _people),
     ):
         try:
@@ -151,11 +152,37 @@ def by_files(look: Look) -> Iterator[Check]:
             yield from _has_read(look, component)
     if processes.running(Component.KUBELET.value, look.machine.proc):  # never in a container
         yield from _kubelet_has_read(look)
+    yield from _have_read_cas(look)
     for item in look.node.items:
         user, path = item.spec.component, item.certificate_path
         if user in (Component.ETCD, Component.APISERVER) and user in look.node.manifests and item.state == "present":
             judge = functools.partial(_read_at_connections, look, user, path)
             yield Check(component=user, certificate=item.spec.name, what=f"has read {path}", judge=judge)
+
+
+#: Files with CAs that a component reads at its start alone: the flag, a certificate that shows its use, and the version
+#: that reads the file again (etcd-io/etcd#11555 is open; kubernetes/kubernetes#132922).
+_CAS_READ_ONCE = (
+    (Component.ETCD, "--trusted-ca-file", "etcd-server", None),
+    (Component.ETCD, "--peer-trusted-ca-file", "etcd-peer", None),
+    (Component.APISERVER, "--etcd-cafile", "apiserver-etcd-client", None),
+    (Component.APISERVER, "--kubelet-certificate-authority", "apiserver-kubelet-client", (1, 36)),
+)
+
+
+def _have_read_cas(look: Look) -> Iterator[Check]:
+    """Whether components are younger than the CA files that we have replaced; others' changes of these need not count."""
+    version, written = look.node.kubernetes_version, look.written
+    for component, flag, name, reloads_from in _CAS_READ_ONCE:
+        path = endpoints.file(look.flags(component), flag)
+        is_read_again = reloads_from is not None and version is not None and version >= reloads_from
+        if path is not None and str(path.resolve()) in written and not is_read_again:
+            judge = functools.partial(_read_once, look, component, path)
+            yield Check(component=component, certificate=name, what=f"has read {path}", judge=judge)
+    conf = look.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base
+    if str(conf.resolve()) in written:
+        judge = functools.partial(_read_once, look, Component.KUBELET, conf)
+        yield Check(component=Component.KUBELET, certificate=KUBELET_CONF, what=f"has read {conf}", judge=judge)
 
 
 def _read_once(look: Look, component: Component, path: Path, by: Sequence[Path] = ()) -> Verdict:

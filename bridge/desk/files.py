@@ -84,11 +84,23 @@ def load_policy(settings: Settings, path: Path | None) -> Policy:
     """The policy file that was named, or the one beside the settings."""
     path = path or policy_path(settings)
     policy = parse(own_text(path, "a policy file", how_to_begin(f"desk/{POLICY_NAME}", path)), path)
+    former = {name: _former_ca(Path(file)) for name, file in policy.desk.former_cas.items()}
+    policy = replace(policy, former=former)
     if (inventory := policy.desk.inventory) is None:
         return policy
     hint = how_to_begin("gateway/inventory.toml", inventory)
     text = own_text(inventory, "the inventory that desk.inventory names", hint)
     return replace(policy, nodes=node_inventory.parse(text, inventory))
+
+
+def _former_ca(path: Path) -> list[x509.Certificate]:
+    text = own_text(
+        path, "the CA certificate that desk.former_cas names", "have it from a node: ca.crt in its PKI directory"
+    )
+    try:
+        return load_pem_certificates(text.encode())
+    except ValueError as e:
+        raise SettingsError([SettingsProblem("", "a CA certificate", str(e), path)]) from None
 
 
 def assert_free(path: Path, kind: type[AnswerBundle | RequestBundle]) -> None:

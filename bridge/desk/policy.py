@@ -36,7 +36,7 @@ from bridge.pki.csr_fields import requested
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.settings.reader import Reader, opened
-from bridge.specs import EKU, KEY_ALGORITHMS, KUBELET_SERVER, SPECS, USER, CertificateSpec
+from bridge.specs import AUTHORITIES, EKU, KEY_ALGORITHMS, KUBELET_SERVER, SPECS, USER, CertificateSpec
 from bridge.users import user_rules
 from bridge.users.user_rules import Limits, User
 from bridge.words import one_line
@@ -69,6 +69,17 @@ class DeskSettings:
     archive: Path | None = None  #: For bundles that are done; without it in the state directory.
     #: The nodes with their names and addresses, as the gateway has them: SANs of `kubelet-server`.
     inventory: Path | None = None
+    #: While a CA takes another one's place: by authority, the file with the earlier CA's certificate; a certificate of that
+    #: CA proves a request as well.
+    former_cas: dict[str, str] = field(default_factory=dict)
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Authorities that there are not, and relative paths."""
+        for name, path in self.former_cas.items():
+            if name not in AUTHORITIES:
+                yield SettingsProblem("former_cas", f"one of {', '.join(AUTHORITIES)}", repr(name))
+            elif not path.startswith("/"):
+                yield SettingsProblem(f"former_cas.{name}", "an absolute path", repr(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +177,7 @@ class Policy:
     desk: DeskSettings = field(default_factory=DeskSettings)
     certificates: Mapping[str, CertificateRules] = field(default_factory=dict)
     nodes: Inventory | None = None  #: Of `desk.inventory`.
+    former: Mapping[str, Sequence[x509.Certificate]] = field(default_factory=dict)  #: Of `desk.former_cas`.
     users: UserRules | None = None  #: None: the desk signs for none.
 
 
@@ -292,7 +304,8 @@ def _proof_trouble(
     request: BundledRequest, bundle: RequestBundle, policy: Policy, cas: Sequence[x509.Certificate], now: datetime
 ) -> tuple[str | None, bool]:
     """Why the proof does not hold, and whether a person may waive it: not if it is by another certificate."""
-    trouble = proof_problem(request, bundle) or origin_problem(request, cas)
+    former = policy.former.get(request.authority, ())
+    trouble = proof_problem(request, bundle) or origin_problem(request, [*cas, *former])
     if trouble or request.replaces is None:
         return trouble, request.proof is None or request.replaces is None
     end, longest = request.replaces.not_valid_after_utc, policy.allow.proof_after_expiry

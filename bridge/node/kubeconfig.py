@@ -22,6 +22,7 @@ from bridge.pki.certificates import has_key_of, load_pem_certificates
 
 _CERTIFICATE = "client-certificate-data"
 _KEY = "client-key-data"
+_CA = "certificate-authority-data"
 
 _Result = TypeVar("_Result")
 
@@ -101,6 +102,47 @@ def with_credentials(data: bytes, certificate_pem: bytes, key_pem: bytes) -> byt
     if parse(result).certificate_data != certificate_pem or key_data(result) != key_pem:
         raise KubeconfigError("wanted the new certificate and key in the edited kubeconfig, found something else")
     return result
+
+
+def with_ca(data: bytes, pem: bytes) -> bytes:
+    """
+    The same kubeconfig with other CA data (PEM) for the current context's cluster, or for the only one where there is no
+    context (kubeadm's cluster-info); every other byte stays.
+    """
+    bom, text = _reading(lambda: split_bom(data))
+    node = _reading(lambda: _ca_value(document(text)))
+    result = (bom + _reading(lambda: _edited(text, [(node, pem)]))).encode()
+    if ca_data(result) != pem:
+        raise KubeconfigError("wanted the new CA data in the edited kubeconfig, found something else")
+    return result
+
+
+def ca_data(data: bytes) -> bytes | None:
+    """The CA data (PEM) of the same cluster; None: it has none."""
+    return _reading(lambda: _data(_cluster(document(split_bom(data)[1])), _CA))
+
+
+def _cluster(root: YamlNode) -> YamlNode:
+    if _text(root, "current-context"):
+        return _Entries.of(root).cluster
+    sequence = root.get("clusters")
+    entries = [] if sequence is None else list(sequence.items())
+    found = entries[0].get("cluster") if len(entries) == 1 else None
+    if found is None:
+        raise YamlError(f"wanted a current-context, or one entry in clusters, found {len(entries)} entries")
+    return found
+
+
+def _ca_value(root: YamlNode) -> YamlNode:
+    cluster = _cluster(root)
+    found = cluster.get(_CA)
+    if found is None or not _text(cluster, _CA):
+        raise YamlError(f"wanted embedded {_CA} to replace, found none")
+    for node in (cluster, found):
+        if node.kind == "alias" or node.anchor or node.tag:
+            where = f"line {node.place.line}"
+            raise YamlError(f"{where}: wanted a value of its own, found an anchor, alias or tag (&, * or !)")
+    return found
 
 
 def _edited(text: str, values: Sequence[tuple[YamlNode, bytes]]) -> str:
@@ -205,7 +247,7 @@ def _parse(root: YamlNode) -> Kubeconfig:
         user=entries.user_name,
         server=_text(cluster, "server"),
         tls_server_name=_text(cluster, "tls-server-name") or None,
-        ca_data=_data(cluster, "certificate-authority-data"),
+        ca_data=_data(cluster, _CA),
         ca_file=_text(cluster, "certificate-authority") or None,
         certificate_data=_data(user, _CERTIFICATE),
         certificate_file=_text(user, "client-certificate") or None,

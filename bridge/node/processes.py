@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -80,6 +80,12 @@ class Written:
         """A file that was written just now."""
         status, seconds = path.lstat(), time.clock_gettime(time.CLOCK_BOOTTIME)
         return cls(boot=_boot_id(), seconds=seconds, inode=status.st_ino, changed_ns=status.st_ctime_ns)
+
+    def since(self, earlier: Written | None) -> Written:
+        """The same file, with an earlier time of writing; None: one before this start of the machine."""
+        return (
+            replace(self, boot=earlier.boot, seconds=earlier.seconds) if earlier else replace(self, boot="", seconds=0)
+        )
 
     def is_of(self, path: Path) -> bool:
         """Whether the file is still as we wrote it."""

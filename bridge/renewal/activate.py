@@ -32,7 +32,7 @@ from bridge.pki.certificates import serial_hex
 from bridge.renewal import in_use
 from bridge.renewal.hooks import HookEvent
 from bridge.renewal.in_use import NotLiveError, sentence
-from bridge.specs import CertificateSpec, Component
+from bridge.specs import AUTHORITIES, CertificateSpec, Component
 from bridge.state import backups
 from bridge.state.obligations import Owed, Unproven, unproven_file
 from bridge.state.session import Run
@@ -467,6 +467,9 @@ def _backup(run: Run, owed: Owed) -> backups.Backup:
         raise BridgeError(f"wanted the backup of run {', '.join(sorted(missing))}, found none")
     sources = list({one.backup_of: found[one.backup_of] for one in owed.certificates}.values())
     files = [f for one in owed.certificates for f in found[one.backup_of].files if f.certificate == one.name]
+    files += [
+        f for one in sources for f in one.files if f.certificate in AUTHORITIES
+    ]  # a CA that was replaced with them
     backup = dataclasses.replace(sources[0], backup_id=", ".join(one.backup_id for one in sources), files=tuple(files))
     damage = [str(one) for one in backups.problems_of(backup, run.settings, node, now) if one.is_damage]
     if damage:

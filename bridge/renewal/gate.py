@@ -17,6 +17,7 @@ from bridge.pki.expiry import first_end, minute
 from bridge.renewal.select import RunOptions, Selection, outcome_of, select
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.settings.windows import Decision, may_act
+from bridge.state.session import Run
 from bridge.state.store import Store
 from bridge.system.codec import named
 from bridge.system.state_file import OnDamage, StateFile, coded
@@ -93,6 +94,40 @@ def _first_end(selection: Selection) -> datetime:
 
 
 _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+# --- a CA that is being replaced -------------------------------------------------------------------------------------
+
+
+class AskedElsewhereError(WaitingError):
+    """The next CA has the request: an answer of the CA that signs now would be another certificate's."""
+
+    hint = "`ca-bridge rotate-ca issue` installs its answer; `ca-bridge pending cancel NAME` gives it up"
+
+
+def next_ca_file(store: Store) -> StateFile[tuple[str, ...]]:
+    """The authorities whose next CA has been asked, until all of its answers are installed."""
+    return coded(
+        tuple[str, ...],
+        store.next_ca,
+        "which authorities' next CAs have been asked",
+        OnDamage.REFUSE,
+        key="authorities",
+        afterwards="`ca-bridge pending list` shows the requests; `ca-bridge rotate-ca issue` goes on",
+    )
+
+
+def hold_for_next_ca(selection: Selection, run: Run) -> Selection:
+    """The selection without certificates that the next CA has been asked for."""
+    asked = next_ca_file(run.store).read() or ()
+    waiting = {one.name for one in run.requests if one.is_waiting}
+    held = [i for i in selection.items if i.spec.authority.name in asked and i.spec.name in waiting]
+    error = AskedElsewhereError("the CA that takes this one's place has the request, and has not answered yet")
+    return dataclasses.replace(
+        selection,
+        items=tuple(item for item in selection.items if item not in held),
+        failed=(*selection.failed, *(outcome_of(item, error) for item in held)),
+    )
 
 
 # --- failed runs ------------------------------------------------------------------------------------------------------

@@ -59,10 +59,11 @@ def run(
         selection = select(node, settings, options, now(), requests=ours.requests, waiting=waiting, desired=desired)
         for sentence in selection.notes:
             progress.note(sentence)
+        selection = gate.hold_for_next_ca(selection, ours)
         if not options.names:
             selection = gate.hold(selection, settings, None if is_terminal else transaction.attempts, now())
         if selection.items:
-            result = _renew(ours, transaction, selection, node, options)
+            result = renew(ours, transaction, selection, node, options)
             own = _check(settings, ours)
         else:
             own = _check(settings, ours)
@@ -105,7 +106,7 @@ def _warn(own: Sequence[Credential], result: Result, settings: Settings, now: da
             log.warning("%s", credentials.CredentialEndedError.hint, extra={"is_hint": True})
 
 
-def _renew(run: Run, transaction: Transaction, selection: Selection, node: Node, options: RunOptions) -> Result:
+def renew(run: Run, transaction: Transaction, selection: Selection, node: Node, options: RunOptions) -> Result:
     """Renew the selected certificates, from keys to components that use them."""
     with transaction.about(selection):
         assert_room(run.settings)
@@ -121,7 +122,7 @@ def _prepare_and_issue(
     run: Run, selection: Selection, stuck: Sequence[Outcome], node: Node, options: RunOptions
 ) -> tuple[list[Answered], list[Outcome], list[Prepared]]:
     """Make keys while the CAs are reached, and ask: the answers, the failures, and what `all_or_nothing` held back."""
-    expected, unproved = expectations(node, run.settings, selection.items, run.now())
+    expected, unproved = expectations(node, run.settings, selection.items, run.now(), options.trust)
     without = {outcome.name for outcome in stuck}
     items = [i for i in selection.items if i.spec.authority.name in expected and i.spec.name not in without]
     kept = _kept(run, items, selection, expected)

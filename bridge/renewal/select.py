@@ -16,6 +16,7 @@ from bridge.node.inventory import Item, Node, NoNodeError, other_key
 from bridge.pki import expiry, identity
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec, Component, KeyAlgorithm
+from bridge.state.install import Replacement
 from bridge.state.store import Outcome
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.words import name_found
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # a night with nothing due makes none of them
     from bridge.node.kubeconfig import FreshKubeconfig
     from bridge.pki.csr import Naming
     from bridge.renewal.allowed import Allowed
+    from bridge.renewal.verify_and_install import Proven
     from bridge.state.open_requests import OpenRequest
 
 #: As in `kubeadm certs renew all`.
@@ -48,6 +50,23 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """CAs that are replaced in one step with the certificates; empty in a renewal."""
+
+    bundles: Mapping[str, tuple[x509.Certificate, ...]] = field(
+        default_factory=dict
+    )  #: By authority, the CA file's next.
+    files: tuple[Replacement, ...] = ()  #: CA files, and kubeconfigs that get CA data and no certificate.
+    #: A kubeconfig with a new certificate gets CA data, too.
+    edit: Callable[[Replacement], Replacement] = lambda one: one
+    #: Before the installation: other nodes accept the new certificates (BridgeError: one does not).
+    gate: Callable[[Sequence[Proven]], None] = lambda _: None
+
+
+NO_TRUST = Trust()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
     """The options of one run, as the command line (or a test) gives them; commands share those that they have."""
 
@@ -57,6 +76,7 @@ class RunOptions:
     all_or_nothing: bool = False  #: If one certificate fails, none is installed.
     restarts: bool = True  #: False: nothing is restarted; the operator does it, and earlier runs' restarts stay owed.
     csrs_only: bool = False  #: No file is replaced, so that an obstacle to that does not matter.
+    trust: Trust = NO_TRUST
     ahead: timedelta | None = None  #: A rehearsal is about certificates that are due within this time.
     wait: timedelta = timedelta()  #: How long to wait for another run on this node to end.
 

@@ -103,9 +103,10 @@ class Transaction:
         done = [one.outcome for one in proven]
         await_validity([one.verified.leaf for one in proven])
         self._run.record.write()  # the audit log comes before the installation
+        self._options.trust.gate(proven)
         try:
             self._owe(selection, done)
-            backup_id = install_all(self._run, proven)
+            backup_id = install_all(self._run, proven, self._options.trust)
         except BridgeError as e:
             record_failed(self._run.record, [outcome_of(one.prepared.item, e) for one in proven])
             raise
@@ -149,7 +150,7 @@ class Transaction:
         if not self._is_owed:  # else the hooks of earlier installations ran already
             others = {run_id: event for run_id, event in done.events.items() if run_id != self._run.record.run_id}
             self._errors += self._hooks_of_earlier(others)
-        return _with_activation(result, done)
+        return with_activation(result, done)
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -253,7 +254,8 @@ def _put_away(run: Run) -> None:
         run.progress.note(str(e))
 
 
-def _with_activation(result: Result, done: Activation) -> Result:
+def with_activation(result: Result, done: Activation) -> Result:
+    """The result of an installation, with what restarts and proof found."""
     outcomes, errors = result.outcomes, done.errors
     if (back := done.rolled_back) is not None:
         outcomes = tuple(dataclasses.replace(o, new=None, error=back) if o.new else o for o in outcomes)

@@ -24,7 +24,7 @@ from bridge.pki.expiry import duration_text, first_end, is_due, minute, residual
 from bridge.renewal.issuance import Answered, ShorterError
 from bridge.renewal.prepare import Prepared, open_request
 from bridge.renewal.readiness import half_rotated
-from bridge.renewal.select import MissingCertificateError, anchors_of, outcome_of
+from bridge.renewal.select import NO_TRUST, MissingCertificateError, Trust, anchors_of, outcome_of
 from bridge.settings.tables import Settings
 from bridge.specs import CA
 from bridge.state import audit
@@ -80,7 +80,7 @@ class Result:
 
 
 def expectations(
-    node: Node, settings: Settings, items: Sequence[Item], now: datetime
+    node: Node, settings: Settings, items: Sequence[Item], now: datetime, trust: Trust = NO_TRUST
 ) -> tuple[dict[str, verify.Expectation], list[Outcome]]:
     """Expectations by authority; and failures where the CA file can't be read, or the CA is only half replaced."""
     version = version_of(node, settings)
@@ -89,12 +89,12 @@ def expectations(
     failed = []
     for item in items:
         name = item.spec.authority.name
-        if half is not None and name == CA.name:
+        if half is not None and name == CA.name and name not in trust.bundles:
             failed.append(outcome_of(item, half))
             continue
         try:
             demands[name] = verify.Expectation(
-                anchors=anchors_of(item),
+                anchors=trust.bundles.get(name) or anchors_of(item),
                 anchor_name=str(item.anchor_path),
                 now=now,
                 min_validity=settings.renewal.min_validity,
@@ -307,9 +307,9 @@ def await_validity(leaves: Sequence[x509.Certificate]) -> None:
     time.sleep(max(0.0, min(begin - time.time(), verify.CLOCK_SKEW.total_seconds())))
 
 
-def install_all(run: Run, proven: Sequence[Proven]) -> str:
+def install_all(run: Run, proven: Sequence[Proven], trust: Trust = NO_TRUST) -> str:
     """Install in one step, and forget the requests; the backup's ID."""
-    files = [file for one in proven for file in one.files]
+    files = [*trust.files, *(trust.edit(file) for one in proven for file in one.files)]
     backup_id = install(run.store, files, run.record.run_id, _about(proven))
     for one in proven:
         run.record.add(audit.INSTALLED, one.name, authority=one.prepared.authority, new=one.verified.leaf)

@@ -177,7 +177,7 @@ def _authorities(
             reader.add((*key, "backend"), f"the name of a backend: {known}", repr(backend))
         read[name] = settings or AuthoritySettings(backend=backend)
         rest[name] = {k: v for k, v in authority.items() if k not in ours}
-        other = read[name].rehearsal.get("backend")
-        if other is not None and other not in backends:
-            reader.add((*key, "rehearsal", "backend"), f"the name of a backend: {', '.join(backends)}", repr(other))
+        for place, over in (("rehearsal", read[name].rehearsal), ("next", read[name].next)):
+            if (other := over.get("backend")) is not None and other not in backends:
+                reader.add((*key, place, "backend"), f"the name of a backend: {', '.join(backends)}", repr(other))
     return read, rest

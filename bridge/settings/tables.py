@@ -6,7 +6,7 @@ import ipaddress
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
@@ -442,11 +442,17 @@ class AuthoritySettings:
     #: For `renew --rehearse`: another `backend`, another `anchor` (a file with CA certificates), or other values for
     #: the backend's keys, such as `role`.
     rehearsal: dict[str, str] = field(default_factory=dict)
+    #: For `rotate-ca`: the CA that takes this one's place. `anchor` is a file with its certificate; another `backend`, or
+    #: other values for the backend's keys, such as `mount`, are in force from the moment at which it signs.
+    next: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """CN and O as exceptions, and a relative path of a rehearsal's anchor."""
-        if not self.rehearsal.get("anchor", "/").startswith("/"):
-            yield SettingsProblem("rehearsal.anchor", "an absolute path", repr(self.rehearsal["anchor"]))
+        """CN and O as exceptions, a relative path of an anchor, and a next CA without one."""
+        for key, table in (("rehearsal", self.rehearsal), ("next", self.next)):
+            if not table.get("anchor", "/").startswith("/"):
+                yield SettingsProblem(f"{key}.anchor", "an absolute path", repr(table["anchor"]))
+        if self.next and "anchor" not in self.next:
+            yield SettingsProblem("next", "the file with the next CA's certificate as `anchor`", "none")
         for text in self.allow_extra_subject:
             name = text.partition("=")[0]
             if name not in EXTRA_SUBJECT_OIDS or "=" not in text:
@@ -616,15 +622,26 @@ _OURS = ("backend", "anchor")
 
 
 def for_rehearsal(settings: Settings) -> Settings:
-    """The settings for a rehearsal (pure); keys of an authority don't count where another backend rehearses for it."""
-    authorities, tables = {}, {}
-    for name, ours in settings.authorities.items():
-        over = {key: value for key, value in ours.rehearsal.items() if key not in _OURS}
-        backend = ours.rehearsal.get("backend", ours.backend)
-        own = settings.authority_tables.get(name, {}) if backend == ours.backend else {}
-        authorities[name] = replace(ours, backend=backend)
-        tables[name] = {**own, **over}
-    return replace(settings, authorities=authorities, authority_tables=tables)
+    """The settings for a rehearsal (pure)."""
+    return _overlaid(settings, {name: ours.rehearsal for name, ours in settings.authorities.items()})
+
+
+def for_next(settings: Settings, authorities: Collection[str]) -> Settings:
+    """The settings where these authorities' next CAs sign (pure)."""
+    return _overlaid(settings, {name: one.next for name, one in settings.authorities.items() if name in authorities})
+
+
+def _overlaid(settings: Settings, tables: Mapping[str, Mapping[str, str]]) -> Settings:
+    """With other values for authorities; their own keys don't count where another backend takes their place."""
+    authorities, own = dict(settings.authorities), dict(settings.authority_tables)
+    for name, over in tables.items():
+        backend = over.get("backend", authorities[name].backend)
+        kept = own.get(name, {}) if backend == authorities[name].backend else {}
+        authorities[name] = replace(authorities[name], backend=backend)
+        own[name] = {**kept, **{key: value for key, value in over.items() if key not in _OURS}}
+    replaced = {one.backend for one in settings.authorities.values()} - {one.backend for one in authorities.values()}
+    backends = {name: table for name, table in settings.backends.items() if name not in replaced}
+    return replace(settings, authorities=authorities, authority_tables=own, backends=backends)
 
 
 def anchor(settings: Settings, authority: str) -> Path | None:

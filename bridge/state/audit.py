@@ -45,6 +45,8 @@ RECOVERED, ROLLED_BACK, RESTARTED = "recovered", "rolled-back", "restarted"
 REHEARSED = "rehearsed"
 #: A copy of a kubeconfig, `result`, has got the new certificate.
 COPIED = "copied"
+#: The CAs that the node trusts were changed; `result` has them.
+TRUSTED = "trusted"
 #: A CA has the request and answers later; a request was given up.
 PENDING, CANCELLED = "pending", "cancelled"
 #: A CA's renewals fail again and again.

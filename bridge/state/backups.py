@@ -21,10 +21,10 @@ from cryptography import x509
 from bridge.errors import BridgeError
 from bridge.node import inventory, kubeconfig, pair
 from bridge.node.inventory import Item, Node
-from bridge.pki import csr, verify
+from bridge.pki import csr, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, serial_hex
 from bridge.settings.tables import Settings
-from bridge.specs import KUBELET_SERVER
+from bridge.specs import AUTHORITIES, KUBELET_SERVER
 from bridge.state import audit, copies
 from bridge.state.install import (
     CERTIFICATE_MASK,
@@ -41,6 +41,7 @@ from bridge.state.install import (
 from bridge.state.session import alone
 from bridge.state.store import Outcome, Store
 from bridge.system.files import Attributes, digest, sync_directory
+from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import StateError
 
 log = logging.getLogger("ca-bridge")
@@ -216,13 +217,39 @@ def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -
     found: list[Problem] = []
     for name in backup.names:
         item = items.get(name)
-        if item is None:
+        if name in AUTHORITIES:
+            found += _trust_problems(backup, name, node)
+        elif item is None:
             wanted = "a certificate of this node"
             found.append(Problem(certificate=name, wanted=wanted, found="a name that it does not have"))
         else:
             kubeconfig_dir, extra = settings.node.kubeconfig_dir, settings.extra_subject(item.spec.authority.name)
-            found += _problems(files_of(backup, name), item, kubeconfig_dir, now, extra)
+            anchor = next((f.copy for f in files_of(backup, item.spec.authority.name) if f.copy), item.anchor_path)
+            found += _problems(files_of(backup, name), replace(item, anchor_path=anchor), kubeconfig_dir, now, extra)
     return found
+
+
+def _trust_problems(backup: Backup, authority: str, node: Node) -> Iterator[Problem]:
+    """Problems of a CA file: damage, or a certificate of the node that leads to none of its CAs."""
+    files = files_of(backup, authority)
+    damage = list(_damaged(authority, files))
+    yield from damage
+    if damage:
+        return
+    try:
+        [bundle] = [load_pem_certificates(file.copy.read_bytes()) for file in files if file.copy is not None]
+    except (OSError, ValueError) as e:
+        yield Problem(certificate=authority, wanted="one file with CA certificates", found=str(e))
+        return
+    cut_off = []
+    for item in node.items:
+        if item.spec.authority.name == authority and item.certificates and not item.foreign:
+            own = files_of(backup, item.spec.name)
+            leads = identity.leads_to(pair_of(own, item)[0] if own else item.certificates, bundle)
+            cut_off += [] if leads else [item.spec.name]
+    if cut_off:
+        found = f"certificates of another CA: {', '.join(cut_off)} (`ca-bridge rotate-ca back` goes back)"
+        yield Problem(certificate=authority, wanted="CAs of all certificates", found=found, subject="issuer")
 
 
 def files_of(backup: Backup, name: str) -> list[File]:
@@ -501,8 +528,10 @@ def _leaf(backup: Backup, files: Sequence[File], item: Item) -> x509.Certificate
 
 
 def _replacement(file: File, node: Node) -> Replacement:
-    [item] = [item for item in node.items if item.spec.name == file.certificate]
-    if item.spec.kubeconfig and file.path.name == item.spec.base:
+    item = next((item for item in node.items if item.spec.name == file.certificate), None)
+    if item is None:
+        mask = CERTIFICATE_MASK  # a CA file
+    elif item.spec.kubeconfig and file.path.name == item.spec.base:
         mask = KUBECONFIG_MASK
     elif item.key_path is None or item.current is not None:
         mask = KEY_MASK
@@ -517,7 +546,17 @@ def _replacement(file: File, node: Node) -> Replacement:
         attributes=file.attributes,
         is_link=file.is_link,
         leads_to=file.leads_to,
+        says_the_same=item is None and _has_the_same_cas(file),
     )
+
+
+def _has_the_same_cas(file: File) -> bool:
+    """Whether a CA file has the same CAs already, perhaps in another order."""
+    try:
+        now, then = (set(read_ca_file(path)) for path in (file.path, file.copy or file.path))
+    except UnreadableError:
+        return False
+    return now == then
 
 
 def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[str]:

@@ -58,6 +58,7 @@ class Replacement:
     attributes: Attributes | None = None  #: A new file's; None: for its owner alone.
     is_link: bool = False  #: The symlink itself is replaced, or a file in its place.
     leads_to: str | None = None  #: The target of the new symlink, which has no data; only with `is_link`.
+    says_the_same: bool = False  #: What reads it at its start alone need not read it again.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,7 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
             sync_directory(directory)
     except (OSError, InstallError, StateError) as e:
         _leave_all_old(store, e, backup_id)
-    journal = _journal(targets, run_id, backup_id)
+    journal, kept = _journal(targets, run_id, backup_id), _times_to_keep(store, targets)
     try:
         journal_file(store).replace(journal)
     except StateError as e:
@@ -126,17 +127,31 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
         _forward(journal)
     except (OSError, InstallError) as e:
         _give_up(store, journal, e)
-    _note_time(store, [target.path for target in targets])
+    _note_time(store, [target.path for target in targets], kept)
     _close_at_last(store, "all files were replaced")
     return backup_id
 
 
-def _note_time(store: Store, paths: Sequence[Path]) -> None:
+def _times_to_keep(store: Store, targets: Sequence[Target]) -> dict[Path, Written | None]:
+    """When files that say the same afterwards were written (None: not by us): for their readers that is when they changed."""
+    paths = [target.path for target in targets if target.replacement.says_the_same]
+    if not paths:
+        return {}
+    with contextlib.suppress(StateError):
+        earlier = written_file(store).read() or {}
+        return {
+            path: one if (one := earlier.get(str(path))) is not None and one.is_of(path) else None for path in paths
+        }
+    return {}
+
+
+def _note_time(store: Store, paths: Sequence[Path], kept: Mapping[Path, Written | None]) -> None:
     """Record when files were written; without that their ctime counts, by a clock that may have been wrong."""
     file = written_file(store)
     try:
         earlier = {path: one for path, one in (file.read() or {}).items() if one.is_of(Path(path))}
-        file.put(earlier | {str(path): Written.of(path) for path in paths if path.exists()})
+        found = {path: Written.of(path) for path in paths if path.exists()}
+        file.put(earlier | {str(path): one.since(kept[path]) if path in kept else one for path, one in found.items()})
     except (OSError, StateError) as e:
         log.warning("the time of the installation could not be written down: %s", _reason(e))
 

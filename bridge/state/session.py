@@ -7,20 +7,22 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from bridge.errors import BridgeError
 from bridge.node import inventory
 from bridge.node.inventory import Node
 from bridge.pki.expiry import minute
-from bridge.settings.tables import Settings
+from bridge.settings.tables import Settings, for_next
 from bridge.state import audit, install, parked_manifest
 from bridge.state.install import Recovery
 from bridge.state.open_requests import OpenRequests
 from bridge.state.store import Store
 from bridge.system.console import Progress
 from bridge.system.locks import lock
+from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import OnDamage, StateError, StateFile, coded
 
 
@@ -115,8 +117,27 @@ def begun(
             settings=settings, store=store, requests=OpenRequests(store), record=record, progress=progress, now=now
         )
         node = run.read_node()
+        run = replace(run, settings=in_force(settings, node))
         _forget_outdated(run, node)
         yield run, node
+
+
+def in_force(settings: Settings, node: Node) -> Settings:
+    """The settings of CAs that sign now: a next one's, where it is the first in its CA file."""
+    names = [
+        name
+        for name, ours in settings.authorities.items()
+        if ours.next and _signs(Path(ours.next["anchor"]), name, node)
+    ]
+    return for_next(settings, names) if names else settings
+
+
+def _signs(anchor: Path, authority: str, node: Node) -> bool:
+    first = next((one.certificates[:1] for one in node.authorities if one.authority.name == authority), ())
+    try:
+        return bool(first) and first == read_ca_file(anchor)[:1]
+    except UnreadableError:  # then the old CA is asked, whose answer can't pass
+        return False
 
 
 def _forget_outdated(run: Run, node: Node) -> None:

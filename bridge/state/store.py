@@ -53,6 +53,8 @@ class Store:
         self.checked_settings = state_dir / "settings.checked"  #: Which settings file needs no further check.
         self.collected = state_dir / "collected.json"  #: Installed answers that backends have to put away.
         self.copies = state_dir / "copies.json"  #: What copies of kubeconfigs may still hold.
+        self.next_ca = state_dir / "next-ca.json"  #: Authorities whose next CA has been asked for certificates.
+        self.going_back = state_dir / "going-back.json"  #: The phases to which CAs of this node go back.
         self.credentials = state_dir / "credentials.json"  #: When our own tokens end, as CAs have said.
         self.attempts = state_dir / "attempts.json"  #: How often in a row a CA's renewals failed.
         self.history = state_dir / "history.json"  #: How the last runs ended, for monitors.

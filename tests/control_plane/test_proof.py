@@ -24,9 +24,12 @@ from bridge.control_plane.checks import Machine
 from bridge.control_plane.probes import ProofState
 from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.node import inventory, sample_pki
+from bridge.node.processes import Written
 from bridge.settings.load import overridden, parse
 from bridge.settings.tables import Settings, Version
 from bridge.specs import Component
+from bridge.state.install import written_file
+from bridge.state.store import Store
 from tests.kit.loopback import LoopbackServer
 
 MANIFEST = """\
@@ -519,3 +522,21 @@ def test_reads_keys_into_memory_alone(site: Site) -> None:
     before = sorted(os.walk(site.directory))
     site.look()
     assert sorted(os.walk(site.directory)) == before
+
+
+# --- CAs that were replaced -------------------------------------------------------------------------------------------
+
+
+def test_an_api_server_that_is_older_than_the_ca_file_that_we_wrote_is_stale(site: Site) -> None:
+    """It reads etcd's CA at its start alone; a file that another program wrote has no such check."""
+    path = site.pki / "etcd/ca.crt"
+    site.flags = {"--etcd-cafile": str(path)}
+    run_since_boot(site, Component.APISERVER, f"--etcd-cafile={path}", f"--tls-cert-file={site.pki}/apiserver.crt")
+    what = f"has read {path}"
+    assert not [one for one in site.look().findings if one.what == what]
+    store = Store(site.directory / "state")
+    store.prepare()
+    written_file(store).put({str(path): Written.of(path)})
+    assert site.finding("apiserver-etcd-client", what).state == "stale"
+    written_file(store).put({str(path): Written.of(path).since(None)})  # the same CAs in another order
+    assert site.finding("apiserver-etcd-client", what).state != "stale"

@@ -26,6 +26,7 @@ from bridge.pki.kubeadm_names import Release
 from bridge.specs import AUTHORITIES, EKU, SPECS
 from tests.kit import odd_csrs
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs, proven
+from tests.kit.issuing import Signer
 from tests.kit.pki import ADDRESS, PKI_SPECS, Pki, handmade_pki
 
 NOW = datetime.now(UTC)
@@ -612,6 +613,26 @@ def test_everything_that_is_wrong_is_told_at_once(pairs: Pairs, judged: Judge) -
         assert word in problems
 
 
+# --- another CA in the place of this one ------------------------------------------------------------------------------
+
+
+def test_a_former_ca_proves_what_it_signed_and_nothing_else(
+    bundle: RequestBundle, cas: dict[str, x509.Certificate]
+) -> None:
+    """The desk's CA is another one: only what the earlier CA of the same authority signed is proven."""
+    new = Signer.make("kubernetes-2").certificate
+    request = next(one for one in bundle.requests if one.name == "apiserver-kubelet-client")
+    plain = parse(ALLOW)
+
+    def problems(former: dict[str, list[x509.Certificate]]) -> str:
+        return "; ".join(judge(request, bundle, replace(plain, former=former), [new], NOW).problems)
+
+    assert "proof: wanted a replaced certificate that CN=kubernetes-2 signed" in problems({})
+    assert problems({"ca": [cas["ca"]]}) == ""
+    assert "proof:" in problems({"etcd-ca": [cas["ca"]]})
+    assert "proof:" in problems({"ca": [cas["etcd-ca"]]})
+
+
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
@@ -653,6 +674,8 @@ def test_all_problems_come_at_once_with_their_lines() -> None:
         ('[allow]\nclusters = ["a"]\n', "allow.nodes"),
         ('[allow]\nclusters = []\nnodes = ["a"]\n', "allow.clusters"),
         (ALLOW + 'names = ["apiserve"]\n', "allow.names"),
+        (ALLOW + '[desk]\nformer_cas = { "ca" = "old.crt" }\n', "desk.former_cas.ca"),
+        (ALLOW + '[desk]\nformer_cas = { "kubernetes" = "/old.crt" }\n', "desk.former_cas"),
         (ALLOW + 'masters = ["x"]\n', "allow.masters"),
         (ALLOW + 'keys = ["rsa-1024"]\n', "allow.keys"),
         (ALLOW + "[nobody]\n", "nobody"),

@@ -20,9 +20,11 @@ from bridge.node import yamltree
 from bridge.node.kubeconfig import (
     Kubeconfig,
     KubeconfigError,
+    ca_data,
     embedded_users,
     key_data,
     parse,
+    with_ca,
     with_credentials,
     with_users,
 )
@@ -429,3 +431,51 @@ def test_users_of_a_damaged_kubeconfig_are_edited_rightly_or_refused(damages: li
 def test_both_users_are_found() -> None:
     """Whichever the current context names."""
     assert [one.name for one in embedded_users(TWO_USERS.encode())] == ["kubernetes-admin", "second-kubernetes-admin"]
+
+
+# --- CA data ---------------------------------------------------------------------------------------------------------
+
+#: As kubeadm writes cluster-info.
+CLUSTER_INFO = f"""\
+apiVersion: v1
+clusters:
+- cluster:
+    certificate-authority-data: {b64(b"ca")}
+    server: https://api.example.com:6443
+  name: ""
+contexts: null
+current-context: ""
+kind: Config
+users: null
+"""
+
+
+@pytest.mark.parametrize("text", [PLAIN, CLUSTER_INFO, PLAIN.replace("\n", "\r\n"), "\ufeff" + PLAIN])
+def test_the_ca_data_alone_is_another_one(text: str) -> None:
+    """In the current context's cluster, or in the only one of kubeadm's cluster-info."""
+    edited = with_ca(text.encode(), NEW_CERTIFICATE).decode()
+    assert edited == text.replace(b64(b"ca"), b64(NEW_CERTIFICATE))
+    assert ca_data(edited.encode()) == NEW_CERTIFICATE
+    assert ca_data(text.encode()) == b"ca"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wanted"),
+    [
+        ("certificate-authority-data: ", "certificate-authority-data: &a ", "a value of its own"),
+        (f"certificate-authority-data: {b64(b'ca')}", "certificate-authority: /etc/kubernetes/pki/ca.crt", "embedded"),
+        ("current-context: kubernetes-admin@kubernetes", "current-context: another", "one entry named 'another'"),
+    ],
+)
+def test_ca_data_that_can_not_be_edited_is_left(old: str, new: str, wanted: str) -> None:
+    """A value that others share, a file, a context that is not there."""
+    assert old in PLAIN
+    with pytest.raises(KubeconfigError, match=wanted):
+        with_ca(PLAIN.replace(old, new).encode(), NEW_CERTIFICATE)
+
+
+def test_two_clusters_without_a_context_are_not_guessed_at() -> None:
+    """Which of them would be meant?"""
+    entry = CLUSTER_INFO[CLUSTER_INFO.index("- cluster") : CLUSTER_INFO.index("contexts")]
+    with pytest.raises(KubeconfigError, match="one entry in clusters, found 2 entries"):
+        with_ca(CLUSTER_INFO.replace(entry, entry * 2).encode(), NEW_CERTIFICATE)

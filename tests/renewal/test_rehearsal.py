@@ -28,7 +28,7 @@ from bridge.renewal.renew import Rehearsal
 from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import expectations
 from bridge.settings.load import parse
-from bridge.settings.tables import Settings, for_rehearsal
+from bridge.settings.tables import Settings, for_next, for_rehearsal
 from bridge.state import audit
 from bridge.state.store import Store
 from tests.kit import exec_programs, metrics, openbao, opensslca
@@ -158,6 +158,27 @@ def test_the_table_of_a_rehearsal() -> None:
     other = for_rehearsal(parse(f'{text}backend = "b"\ndir = "/srv/scratch"'))
     assert (other.authorities["ca"].backend, other.authority_tables["ca"]) == ("b", {"dir": "/srv/scratch"})
     for wrong, says in (('backend = "c"', "the name of a backend: a, b"), ('anchor = "x"', "an absolute path")):
+        with pytest.raises(Exception, match=says):
+            parse(f"{text}{wrong}")
+
+
+def test_the_table_of_a_next_ca() -> None:
+    """The same, but that its certificate has to be named; a backend that nothing uses then may have half a table."""
+    text = (
+        '[backend.a]\ntype = "vault"\nurl = "https://a"\n[backend.b]\ntype = "openssl"\n'
+        '[authority.ca]\nbackend = "a"\nmount = "m"\nrole = "r"\n[authority.ca.next]\n'
+    )
+    same = parse(f'{text}mount = "m2"\nanchor = "/new.crt"')
+    assert for_next(same, ["ca"]).authority_tables["ca"] == {"mount": "m2", "role": "r"}
+    assert for_next(same, []).authority_tables["ca"] == {"mount": "m", "role": "r"}
+    other = for_next(parse(f'{text}backend = "b"\ndir = "/srv/new"\nanchor = "/new.crt"'), ["ca"])
+    assert (other.authorities["ca"].backend, other.authority_tables["ca"]) == ("b", {"dir": "/srv/new"})
+    assert "a" not in other.backends
+    for wrong, says in (
+        ('mount = "m2"', "the file with the next CA's certificate"),
+        ('backend = "c"\nanchor = "/x"', "the name of a backend: a, b"),
+        ('anchor = "x"', "an absolute path"),
+    ):
         with pytest.raises(Exception, match=says):
             parse(f"{text}{wrong}")
 

@@ -645,3 +645,35 @@ def test_a_state_directory_for_others_is_refused(tmp_path: Path, mode: int) -> N
         Store(directory).prepare()
     directory.chmod(0o700)
     Store(directory).prepare()
+
+
+def test_a_file_that_says_the_same_keeps_its_time(tmp_path: Path) -> None:
+    """Who read it before need not read it again; what the twin says is new."""
+    store = Store(tmp_path / "state")
+    store.prepare()
+    paths = {name: tmp_path / name for name in ("same", "other")}
+    for path in paths.values():
+        path.write_bytes(b"old")
+
+    def replaced(data: bytes, *, says_the_same: bool, run_id: str) -> dict[str, float]:
+        files = [
+            Replacement(
+                certificate="ca",
+                path=path,
+                data=data,
+                mode_mask=0o777,
+                was=fingerprint(path),
+                says_the_same=says_the_same and name == "same",
+            )
+            for name, path in paths.items()
+        ]
+        install(store, files, run_id, {})
+        written = written_file(store).read() or {}
+        return {name: written[str(path)].seconds for name, path in paths.items()}
+
+    first = replaced(b"new", says_the_same=False, run_id="r1")
+    second = replaced(b"wen", says_the_same=True, run_id="r2")
+    assert second["same"] == first["same"]
+    assert second["other"] > first["other"]
+    paths["same"].write_bytes(b"by another program")
+    assert replaced(b"third", says_the_same=True, run_id="r3")["same"] == 0  # as before the machine's start

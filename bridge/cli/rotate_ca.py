@@ -1,0 +1,211 @@
+"""`rotate-ca`: another CA in the place of this one, phase by phase, while the cluster runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Annotated, Any
+
+import typer
+
+from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, group, utc_now
+from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_table, say_verdict
+from bridge.errors import BridgeError, Exit
+from bridge.node import inventory
+from bridge.node.inventory import Node
+from bridge.pki.certificates import fingerprint, name_text
+from bridge.pki.expiry import minute
+from bridge.rotation import objects, places, steps
+from bridge.rotation.gate import Gate
+from bridge.rotation.phases import Phase, differences, text
+from bridge.rotation.places import Replaced
+from bridge.rotation.steps import Done, Step, Verb
+from bridge.settings.tables import Settings
+from bridge.specs import CA
+from bridge.system.console import print_error
+
+commands = typer.Typer()
+rotate_group = group(commands, "rotate-ca", "Put another CA in the place of this one, while the cluster runs.")
+
+CaOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ca", metavar="NAME", help="ca, etcd-ca or front-proxy-ca; repeatable. [default: each with a next CA]"
+    ),
+]
+WithoutOption = Annotated[
+    list[str] | None,
+    typer.Option("--without", metavar="NODE", help="Go on without this node, which can't be asked; repeatable."),
+]
+
+
+@command(rotate_group, "status")
+def status(common: Common, ca: CaOption = None, output: OutputOption = Output.TEXT) -> None:
+    """Show in which phase each CA of this node is, and what is left there; nothing is changed."""
+    settings = common.settings()
+    node = inventory.of(settings.node)
+    found = places.look(settings, node, ca or [])
+    if output is Output.JSON:
+        say_json(cas=[{**_json(one), "objects": _lagging(settings, node, one)} for one in found.values()])
+        return
+    if not found:
+        say_sentence("no CA is being replaced: no authority of the settings has a table `next`")
+        return
+    say_table([("CA", "PHASE", "NOW", "NEXT"), *(_row(one) for one in found.values())], (2,))
+    for one in found.values():
+        _say_left(one)
+        for sentence in _lagging(settings, node, one):
+            say_sentence(f"{one.name}: {sentence}", "  ")
+
+
+def _lagging(settings: Settings, node: Node, one: Replaced) -> list[str]:
+    """What the cluster's objects lack of this node's phase, where a node may look at them."""
+    phase = one.standing.phase
+    if one.state.authority != CA or phase is None or not node.manifests or node.is_etcd_host:
+        return []
+    return objects.lagging(settings, node, one.change, phase)
+
+
+def _row(one: Replaced) -> tuple[str, ...]:
+    return (one.name, one.standing.text, text(one.change.old), text(one.change.new))
+
+
+def _say_left(one: Replaced) -> None:
+    now = one.standing
+    left = now.odd if now.phase is None else tuple(differences(one.seen, one.change, now.next)) if now.next else ()
+    for difference in left:
+        say_sentence(f"{one.name}: {difference}", "  ")
+
+
+def _json(one: Replaced) -> dict[str, Any]:
+    now = one.standing
+    return {
+        "name": one.name,
+        "phase": None if now.phase is None else now.phase.value,
+        "halfDone": None if now.next is None else now.next.value,
+        "kind": one.change.kind.value,
+        "old": {"subject": name_text(one.change.old.subject), "sha256": fingerprint(one.change.old)},
+        "new": {"subject": name_text(one.change.new.subject), "sha256": fingerprint(one.change.new)},
+        "odd": [str(each) for each in now.odd],
+    }
+
+
+@command(rotate_group, "plan")
+def plan(common: Common, ca: CaOption = None) -> int:
+    """Show what each phase changes and restarts on this node, what it costs, and whether the new CAs can work."""
+    settings, now = common.settings(), utc_now()
+    found = places.look(settings, inventory.of(settings.node), ca or [])
+    if not found:
+        raise BridgeError(
+            "wanted an authority with a next CA, found none in the settings",
+            hint='[authority.ca.next] with anchor = "FILE" names it; `ca-bridge help replace-the-ca` has the rest',
+        )
+    trouble = 0
+    for one in found.values():
+        say_sentence(
+            f"{one.name}: {text(one.change.old)}, then {text(one.change.new)}, until {minute(one.change.new.not_valid_after_utc)}"
+        )
+        for violation in steps.violations(one, found, now):
+            say_verdict(f"  {violation}", "error")
+            trouble += 1
+        for phase in one.change.path[1:]:
+            say_sentence(f"{steps.VERBS[phase]}: {_effect(one, phase)}", "  ")
+    return Exit.REFUSED if trouble else Exit.DONE
+
+
+def _effect(one: Replaced, phase: Phase) -> str:
+    """A sentence about a phase of one CA."""
+    names = [item.spec.name for item in one.items]
+    what = (
+        f"issues {', '.join(names)} from the new CA, in one step with {one.state.path}"
+        if phase is Phase.ISSUED
+        else (f"writes {one.state.path}" + (f" and the CA data of {len(one.confs)} kubeconfigs" if one.confs else ""))
+    )
+    return f"{what}; {_COSTS[one.name][phase is Phase.ISSUED]}"
+
+
+#: What users of the cluster notice (measured on 1.37): of a change of trust, and of new certificates.
+_COSTS = {
+    "ca": (
+        "restarts the controller manager, the scheduler and the kubelet",
+        "restarts the same; `kubectl logs -f` and `kubectl exec` end once on this node's API server",
+    ),
+    "etcd-ca": ("restarts etcd and the API server of this node together, about a minute", "restarts nothing"),
+    "front-proxy-ca": ("restarts nothing", "restarts nothing"),
+}
+
+
+@command(rotate_group, "trust")
+def trust(common: Common, ca: CaOption = None, wait: WaitOption = ZERO, output: OutputOption = Output.TEXT) -> int:
+    """Have this node trust the new CAs beside the old ones: the first step, on every node."""
+    return _run(common, Verb.TRUST, ca, [], wait, output)
+
+
+@command(rotate_group, "issue")
+def issue(
+    common: Common, ca: CaOption = None, without: WithoutOption = None, wait: WaitOption = ZERO,
+    output: OutputOption = Output.TEXT,
+) -> int:  # fmt: skip
+    """Have this node's certificates issued by the new CAs, once every node trusts these."""
+    return _run(common, Verb.ISSUE, ca, without, wait, output)
+
+
+@command(rotate_group, "drop")
+def drop(
+    common: Common, ca: CaOption = None, without: WithoutOption = None, wait: WaitOption = ZERO,
+    output: OutputOption = Output.TEXT,
+) -> int:  # fmt: skip
+    """Have this node trust the new CAs alone, once every node's certificates are theirs."""
+    return _run(common, Verb.DROP, ca, without, wait, output)
+
+
+@command(rotate_group, "back")
+def back(
+    common: Common, ca: CaOption = None, without: WithoutOption = None, wait: WaitOption = ZERO,
+    output: OutputOption = Output.TEXT,
+) -> int:  # fmt: skip
+    """Go back by one phase on this node."""
+    return _run(common, Verb.BACK, ca, without, wait, output)
+
+
+def _run(
+    common: Common, verb: Verb, ca: Sequence[str] | None, without: Sequence[str] | None, wait: timedelta, output: Output
+) -> int:
+    settings = common.settings()
+    gate = Gate(without=frozenset(without or ()), wait=wait)
+    with progress_shown() as progress:
+        done = steps.run(settings, verb, ca or [], utc_now, progress, gate)
+    if output is Output.JSON:
+        say_json(exitCode=done.exit_code, cas=[{"name": s.ca.name, "phase": s.target.value} for s in done.steps])
+    else:
+        _say_done(done)
+    for error in done.result.errors:
+        print_error(error)
+    for outcome in done.result.failed:
+        if outcome.error is not None:
+            print_error(outcome.error, outcome.name)
+    return done.exit_code
+
+
+def _say_done(done: Done) -> None:
+    for step in done.steps:
+        state = "was there already" if step.is_there else "is there now"
+        if step.is_there or not done.result.failed:
+            say(f"{step.ca.name}: the phase “{step.target.value}” {state}")
+    if done.result.restarted:
+        say(f"restarted: {', '.join(done.result.restarted)}")
+    if done.result.proven is not None:
+        say(f"proven: {done.result.proven} checks hold")
+    if done.exit_code == Exit.DONE:
+        say_sentence(f"next: {_next(done.steps)}")
+
+
+def _next(done: Sequence[Step]) -> str:
+    phases = {step.target for step in done}
+    if phases == {Phase.NEW}:
+        return "the same on every other node; then take the tables `next` over into the settings"
+    if Phase.TRUSTED in phases:
+        return "the same on every other node, then `ca-bridge rotate-ca issue` on each"
+    if Phase.ISSUED in phases:
+        return "the same on every other node; when nothing uses the old CA any more, `ca-bridge rotate-ca drop` on each"
+    return "the same on every other node"

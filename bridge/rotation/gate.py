@@ -1,0 +1,231 @@
+"""
+Whether the other nodes are ready for a phase, by looking at them: each API server, kubelet and etcd member is shown the
+very certificates that are to be installed, or asked for the one that it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from urllib.parse import urlsplit
+
+from cryptography import x509
+
+from bridge.cluster.access import ANONYMOUS, Client, items, port, url_of
+from bridge.cluster.api import NoAnswerError
+from bridge.control_plane import neighbours
+from bridge.control_plane.probes import Etcd
+from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.node import endpoints, kubeconfig
+from bridge.node.endpoints import Address, Server
+from bridge.node.inventory import Node
+from bridge.node.kubeconfig import KubeconfigError
+from bridge.node.processes import file_contents
+from bridge.pki import identity
+from bridge.pki.certificates import fingerprint
+from bridge.rotation.objects import NODES, SIGNED_BY
+from bridge.rotation.phases import Kind, Phase, text
+from bridge.specs import CA, ETCD_CA, KUBELET_CONF, SPECS, Component
+from bridge.state import audit
+from bridge.state.session import Run
+from bridge.system.console import doing
+from bridge.system.http import ClientRefusedError, HttpsError
+from bridge.system.paths import UnreadableError
+
+if TYPE_CHECKING:
+    from bridge.rotation.steps import Step
+
+_AT_ONCE = 8
+_CONTROL_PLANE = "node-role.kubernetes.io/control-plane"
+#: Client certificates that are shown to each kind of server: the first that is issued here.
+_PROBES = {
+    "kubelet": ("apiserver-kubelet-client",),
+    "api": ("admin.conf", "controller-manager.conf", KUBELET_CONF),
+    "etcd": ("apiserver-etcd-client", "etcd-healthcheck-client"),
+}
+
+
+#: The CA of what a kind of server shows; kubelets may have made theirs themselves.
+_SERVED_BY = {"api": CA.name, "etcd": ETCD_CA.name}
+
+
+class NotReadyEverywhereError(BridgeError):
+    """Another node is not in the phase before, or can't be asked."""
+
+    exit_code: ClassVar[int] = Exit.UNAVAILABLE
+    hint = (
+        "`ca-bridge rotate-ca status` on that node says what is left there; --without NODE goes on without a node that "
+        "is gone for good, or that you have looked at; nothing was replaced"
+    )
+
+
+class Spot(NamedTuple):
+    """A server of another node, or of this one."""
+
+    node: str
+    kind: str  #: `api`, `kubelet` or `etcd`.
+    server: Server
+
+    def __str__(self) -> str:
+        return f"{_KINDS[self.kind]} of {self.node} ({self.server.url})"
+
+
+_KINDS = {"api": "API server", "kubelet": "kubelet", "etcd": "etcd"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """What an operator allows: how long to wait for another run, and which nodes are left out."""
+
+    without: frozenset[str] = frozenset()
+    wait: timedelta = timedelta()
+
+    def assert_open(self, run: Run, node: Node, steps: Sequence[Step]) -> None:
+        """Before one CA alone is trusted: each server of the cluster has a certificate of that one (NotReadyEverywhereError)."""
+        left = {step.ca.name: step.ca.change.signer(step.target) for step in steps
+                if step.target in (Phase.OLD, Phase.NEW) and step.ca.change.kind is Kind.NEW_KEY}  # fmt: skip
+        kinds = [kind for kind, name in _SERVED_BY.items() if name in left]
+
+        def judge(spot: Spot) -> str:
+            parts, ca = urlsplit(spot.server.url), left[_SERVED_BY[spot.kind]]
+            shown = ANONYMOUS.served(Address(parts.hostname or "", parts.port or 0))
+            return "" if identity.leads_to((shown,), (ca,)) else f"it has a certificate of another CA than {text(ca)}"
+
+        self._assert_all(run, node, kinds, judge)
+        if CA.name in left and not node.is_worker and not node.is_etcd_host:
+            self._assert_signed(run, node, left[CA.name])
+
+    def _assert_signed(self, run: Run, node: Node, ca: x509.Certificate) -> None:
+        """Each node has said that its certificates, a kubelet's too, are of this CA."""
+        behind = [
+            name
+            for name, one in _nodes_of(run, node).items()
+            if (one["metadata"].get("annotations") or {}).get(SIGNED_BY) != fingerprint(ca) and name not in self.without
+        ]
+        if behind:
+            names = ", ".join(behind)
+            raise NotReadyEverywhereError(
+                f"wanted nodes whose certificates are of {text(ca)}, found others that have not said so: {names}"
+            )
+
+    def assert_accepted(self, run: Run, node: Node, pairs: Mapping[str, tuple[bytes, bytes]]) -> None:
+        """Each server of the cluster accepts these certificates and keys (PEM), by name (NotReadyEverywhereError)."""
+        named = {kind: next((name for name in names if name in pairs), None) for kind, names in _PROBES.items()}
+        clients = {kind: _client(name, *pairs[name]) for kind, name in named.items() if name is not None}
+        self._assert_all(run, node, clients, lambda spot: _refusal(clients[spot.kind], spot))
+
+    def _assert_all(self, run: Run, node: Node, kinds: Collection[str], judge: Callable[[Spot], str]) -> None:
+        if not kinds:
+            return
+        every = list(spots_of(run, node))
+        if unknown := self.without - {spot.node for spot in every}:
+            problem = SettingsProblem("--without", "names of the cluster's nodes", ", ".join(sorted(unknown)))
+            raise SettingsError([problem])
+        asked = [spot for spot in every if spot.kind in kinds and spot.node not in self.without]
+        for name in sorted(self.without):
+            run.record.add(audit.TRUSTED, result=f"node {name} is left out, as --without says")
+        with doing("asking every node"), ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+            found = [
+                f"{spot}: {why}"
+                for spot, why in zip(asked, pool.map(lambda one: _said(judge, one), asked), strict=True)
+                if why
+            ]
+        if found:
+            raise NotReadyEverywhereError("; ".join(found))
+
+
+def _said(judge: Callable[[Spot], str], spot: Spot) -> str:
+    try:
+        return judge(spot)
+    except (HttpsError, ValueError) as e:
+        return str(e)
+
+
+def _client(name: str, certificate_pem: bytes, key_pem: bytes) -> Client:
+    return Client(name=name, certificate_pem=certificate_pem, key_pem=key_pem, trust_pem=None)
+
+
+def _refusal(client: Client, spot: Spot) -> str:
+    """Why a server does not take a client certificate; empty: it does, whatever it allows."""
+    path = {"api": "/version", "kubelet": "/healthz", "etcd": "/health"}[spot.kind]
+    try:
+        answer = client.ask(spot.server, path)
+    except ClientRefusedError as e:
+        return f"it refuses {client.name}: {e}"
+    if answer.status == HTTPStatus.UNAUTHORIZED:
+        return f"it does not know {client.name} (HTTP 401): its CA is not trusted there"
+    return ""
+
+
+def spots_of(run: Run, node: Node) -> Iterator[Spot]:
+    """
+    The servers of all nodes, by the cluster's own lists (NotReadyEverywhereError: these can't be read); a worker knows its
+    API server alone, a host of etcd the members.
+    """
+    if node.is_worker:
+        yield from _own_api(run)
+    elif not node.is_etcd_host:
+        yield from _nodes(run, node)
+    yield from _members(node)
+
+
+def _own_api(run: Run) -> Iterator[Spot]:
+    path = run.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base
+    try:
+        url = kubeconfig.parse(file_contents(path)).server
+    except (KubeconfigError, UnreadableError, ValueError) as e:
+        raise NotReadyEverywhereError(f"{path}: wanted the API server's address, found {e}") from None
+    yield Spot("the cluster", "api", Server(url.rstrip("/")))
+
+
+def _nodes(run: Run, node: Node) -> Iterator[Spot]:
+    for name, one in _nodes_of(run, node).items():
+        labels = one["metadata"].get("labels") or {}
+        address = _address(one)
+        if not address:
+            raise NotReadyEverywhereError(f"node {name}: wanted an address of type InternalIP, found none")
+        yield Spot(name, "kubelet", Server(url_of(address, _kubelet_port(one))))
+        if _CONTROL_PLANE in labels:
+            yield Spot(name, "api", Server(url_of(address, port(node))))
+
+
+def _nodes_of(run: Run, node: Node) -> dict[str, Mapping[str, Any]]:
+    """The Node objects by name (NotReadyEverywhereError: they can't be read)."""
+    api = neighbours.connect(node, run.settings)
+    try:
+        reply = api.ask("GET", NODES)
+    except NoAnswerError as e:
+        raise NotReadyEverywhereError(f"wanted the list of all nodes, found {e}") from None
+    if reply.status != HTTPStatus.OK:
+        raise NotReadyEverywhereError(f"wanted the list of all nodes, found HTTP {reply.status} {reply.message}")
+    found = [one for one in items(reply.document, "items") if isinstance(one.get("metadata"), dict)]
+    return {str(one["metadata"].get("name")): one for one in found}
+
+
+def _address(node: Mapping[str, Any]) -> str:
+    found = [one for one in items(node, "status", "addresses") if one.get("type") == "InternalIP"]
+    return next((str(one.get("address", "")) for one in found), "")
+
+
+def _kubelet_port(node: Mapping[str, Any]) -> int:
+    found: Any = node
+    for key in ("status", "daemonEndpoints", "kubeletEndpoint", "Port"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, int) else int(endpoints.PORTS[Component.KUBELET])
+
+
+def _members(node: Node) -> Iterator[Spot]:
+    if not node.local_etcd or Component.ETCD not in node.manifests:
+        return
+    own = Server(endpoints.etcd_url(node.manifests[Component.ETCD].flags))
+    try:
+        members = Etcd.of(node).members(own)
+    except HttpsError as e:
+        raise NotReadyEverywhereError(f"{own.url}: wanted the list of etcd's members, found {e}") from None
+    for member in members:
+        for url in member.client_urls[:1]:
+            yield Spot(member.name or member.id, "etcd", Server(url))

@@ -1,0 +1,168 @@
+"""
+Where the replacement of one CA stands on a node, and what a phase still has to change there (pure).
+
+The state is read off the CA file, the CA data of kubeconfigs and the CAs that the leaves lead to; nothing of it is
+remembered. kubeadm and our own checks take the first certificate of a CA file for the CA that signs (measured on
+1.37), so that the order in the file is part of the state; the order in a kubeconfig is not.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from cryptography import x509
+
+from bridge.pki.certificates import fingerprint, name_text, spki
+
+Bundle = tuple[x509.Certificate, ...]
+
+
+class Phase(enum.Enum):
+    """A state in which a node may stay: kubeadm's commands work in each of them."""
+
+    OLD = "old"
+    TRUSTED = "trusted"  #: Both CAs are trusted, the old one signs.
+    ISSUED = "issued"  #: Both CAs are trusted, the new one signs.
+    NEW = "new"
+
+
+class Kind(enum.Enum):
+    """What changes with the CA, which decides the phases."""
+
+    NEW_KEY = "another key"
+    SAME_KEY = "the same key, and another certificate"
+
+
+#: The phases that each kind passes, in their order: leaves of a CA that keeps its key need not be issued anew.
+PATHS: Mapping[Kind, tuple[Phase, ...]] = {
+    Kind.NEW_KEY: (Phase.OLD, Phase.TRUSTED, Phase.ISSUED, Phase.NEW),
+    Kind.SAME_KEY: (Phase.OLD, Phase.NEW),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The CA that goes and the CA that comes."""
+
+    old: x509.Certificate
+    new: x509.Certificate
+
+    @property
+    def kind(self) -> Kind:
+        """Whether the CA keeps its key."""
+        is_same = spki(self.old.public_key()) == spki(self.new.public_key())
+        return Kind.SAME_KEY if is_same else Kind.NEW_KEY
+
+    @property
+    def path(self) -> tuple[Phase, ...]:
+        """The phases from the old CA to the new one."""
+        return PATHS[self.kind]
+
+    def bundle(self, phase: Phase) -> Bundle:
+        """The certificates of the CA file in a phase, in their order."""
+        return {
+            Phase.OLD: (self.old,),
+            Phase.TRUSTED: (self.old, self.new),
+            Phase.ISSUED: (self.new, self.old),
+            Phase.NEW: (self.new,),
+        }[phase]
+
+    def signer(self, phase: Phase) -> x509.Certificate:
+        """The CA that all leaves lead to in a phase."""
+        return self.bundle(phase)[0]
+
+    def other(self, one: x509.Certificate) -> x509.Certificate:
+        """The CA that is not this one."""
+        return self.new if one == self.old else self.old
+
+    def after(self, phase: Phase) -> Phase | None:
+        """The next phase; None: this is the last."""
+        later = self.path[self.path.index(phase) + 1 :]
+        return later[0] if later else None
+
+    def before(self, phase: Phase) -> Phase | None:
+        """The phase to which `back` leads; None: this is the first."""
+        earlier = self.path[: self.path.index(phase)]
+        return earlier[-1] if earlier else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What a node's files say of one CA."""
+
+    bundle: Bundle  #: The CA file.
+    kubeconfigs: Mapping[str, Bundle]  #: The CA data of each kubeconfig that has some, by its path; `ca` alone.
+    leaves: Mapping[str, x509.Certificate | None]  #: The CA that each leaf leads to, by name; None: to none of both.
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One place that is not as a phase wants it."""
+
+    place: str  #: A path, or kubeadm's name of a leaf.
+    want: str
+    got: str
+
+    def __str__(self) -> str:
+        """For the screen."""
+        return f"{self.place}: wanted {self.want}, found {self.got}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where one CA's replacement stands on a node."""
+
+    phase: Phase | None  #: The last one that the files have reached; None: they are of no phase.
+    next: Phase | None = None  #: The phase that is half done; None: nothing is.
+    odd: tuple[
+        Difference, ...
+    ] = ()  #: What belongs to no phase, against the nearest one; empty unless `phase` is None.
+
+    @property
+    def text(self) -> str:
+        """`trusted`, `trusted → issued`, or `unknown`."""
+        if self.phase is None:
+            return "unknown"
+        return self.phase.value if self.next is None else f"{self.phase.value} → {self.next.value}"
+
+
+def standing(seen: Seen, change: Change) -> Standing:
+    """Find the phase of the files; a half-done phase counts as such if each place is in its form or the earlier one's."""
+    path = change.path
+    lacking = {phase: tuple(differences(seen, change, phase)) for phase in path}
+    for phase in reversed(path):  # a node without leaves and kubeconfigs is told by its CA file alone
+        if not lacking[phase]:
+            return Standing(phase=phase)
+    for phase, later in itertools.pairwise(path):
+        behind, ahead = ({one.place for one in lacking[each]} for each in (phase, later))
+        if not behind & ahead:
+            return Standing(phase=phase, next=later)
+    return Standing(phase=None, odd=min(lacking.values(), key=len))
+
+
+def differences(seen: Seen, change: Change, phase: Phase) -> Iterator[Difference]:
+    """What keeps a node's files from a phase, in the order of installation: trust before leaves."""
+    bundle, signer = change.bundle(phase), change.signer(phase)
+    if seen.bundle != bundle:
+        yield Difference("CA file", texts(bundle), texts(seen.bundle))
+    for path, data in seen.kubeconfigs.items():
+        if set(data) != set(bundle):
+            yield Difference(path, texts(bundle), texts(data))
+    if change.kind is Kind.SAME_KEY:  # a leaf leads to both
+        return
+    for name, found in seen.leaves.items():
+        if found != signer:
+            yield Difference(name, f"a certificate of {text(signer)}", f"one of {text(found) if found else 'neither'}")
+
+
+def texts(bundle: Sequence[x509.Certificate]) -> str:
+    """The CAs of a bundle for the screen."""
+    return ", then ".join(map(text, bundle)) or "no CA"
+
+
+def text(ca: x509.Certificate) -> str:
+    """A CA for the screen: two CAs may share a name, and never a fingerprint."""
+    return f"{name_text(ca.subject)} ({fingerprint(ca)[:8]})"

@@ -1,0 +1,179 @@
+"""Where a node holds the CAs that are being replaced, and what each phase writes there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+
+from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.node import kubeconfig
+from bridge.node.inventory import AuthorityState, Item, Node
+from bridge.node.kubeconfig import KubeconfigError
+from bridge.pki import identity
+from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.rotation.phases import Bundle, Change, Phase, Seen, Standing, standing
+from bridge.settings.tables import Settings
+from bridge.specs import CA
+from bridge.state import backups
+from bridge.state.install import CERTIFICATE_MASK, KUBECONFIG_MASK, Replacement
+from bridge.state.store import Store
+from bridge.system.files import digest
+from bridge.system.paths import UnreadableError, read, read_ca_file
+
+
+class UnreadableCaError(BridgeError):
+    """A file that holds a CA can't be read."""
+
+    exit_code = Exit.FAILED
+    hint = "put a good copy of it back, then run again; nothing was replaced"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replaced:
+    """One CA of this node, and the CA that takes its place."""
+
+    state: AuthorityState
+    change: Change
+    seen: Seen
+    items: tuple[Item, ...]  #: The leaves of this CA on the node.
+    confs: Mapping[str, bytes]  #: By path, the kubeconfigs with CA data.
+
+    @property
+    def name(self) -> str:
+        """The authority's name."""
+        return self.state.authority.name
+
+    @property
+    def standing(self) -> Standing:
+        """Where the replacement stands on this node."""
+        return standing(self.seen, self.change)
+
+    def trust_files(self, phase: Phase) -> Iterator[Replacement]:
+        """The CA file and the kubeconfigs' CA data as a phase has them, where they differ now."""
+        bundle = self.change.bundle(phase)
+        if self.seen.bundle != bundle:
+            data = read(self.state.path) or b""
+            yield Replacement(
+                certificate=self.name,
+                path=self.state.path,
+                data=pem(*bundle),
+                mode_mask=CERTIFICATE_MASK,
+                was=digest(data),
+                says_the_same=set(self.seen.bundle) == set(bundle),
+            )
+        names = {str(item.spec.base): item.spec.name for item in self.items if item.spec.kubeconfig}
+        for place, data in self.confs.items():
+            if set(self.seen.kubeconfigs[place]) != set(bundle):
+                path = Path(place)
+                yield Replacement(
+                    certificate=names[path.name],
+                    path=path,
+                    data=with_ca(path, data, bundle),
+                    mode_mask=KUBECONFIG_MASK,
+                    was=digest(data),
+                )
+
+
+def with_ca(path: Path, data: bytes, bundle: Bundle) -> bytes:
+    """A kubeconfig with this CA data (KubeconfigError: its form allows no edit)."""
+    try:
+        return kubeconfig.with_ca(data, pem(*bundle))
+    except KubeconfigError as e:
+        raise e.of(path) from None
+
+
+def look(settings: Settings, node: Node, names: Sequence[str]) -> dict[str, Replaced]:
+    """
+    The CAs of these authorities (all that have a next one, if none is named), with what the node's files say of them.
+
+    Raises:
+        SettingsError: A named authority has no next CA in the settings.
+        UnreadableCaError: A file can't be read.
+    """
+    lacking = [name for name in names if name not in settings.authorities or not settings.authorities[name].next]
+    if lacking:
+        problems = [
+            SettingsProblem(
+                f"authority.{name}.next", 'a table with `anchor = "FILE"`, the new CA\'s certificate', "none"
+            )
+            for name in lacking
+        ]
+        raise SettingsError(problems)
+    wanted = names or [name for name, ours in settings.authorities.items() if ours.next]
+    return {
+        state.authority.name: _look(settings, node, state)
+        for state in node.authorities
+        if state.authority.name in wanted
+    }
+
+
+def new_ca(settings: Settings, name: str) -> x509.Certificate:
+    """The certificate of an authority's next CA (UnreadableCaError: there is not exactly one in its file)."""
+    path = Path(settings.authorities[name].next["anchor"])
+    try:
+        found = read_ca_file(path)
+    except UnreadableError as e:
+        raise UnreadableCaError(f"{path}: wanted the certificate of {name}'s next CA, found: {e}") from None
+    if len(found) != 1:
+        raise UnreadableCaError(
+            f"{path}: wanted one certificate, of the CA that signs, found {len(found)}",
+            hint="a CA above it would be trusted with all that it signs for others; leave it out",
+        )
+    return found[0]
+
+
+def _look(settings: Settings, node: Node, state: AuthorityState) -> Replaced:
+    if state.state != "present":
+        raise UnreadableCaError(state.trouble or f"{state.path}: wanted a CA certificate, found none")
+    name, new = state.authority.name, new_ca(settings, state.authority.name)
+    confs = dict(_confs(settings, node)) if state.authority == CA else {}
+    held = {place: _ca_data(place, data) for place, data in confs.items()}
+    held = {place: bundle for place, bundle in held.items() if bundle}
+    items = tuple(i for i in node.items if i.spec.authority == state.authority and i.certificates and not i.foreign)
+    here = [*state.certificates, *(one for bundle in held.values() for one in bundle)]
+    old = next((one for one in here if one != new), None) or _old_in_backups(Store(settings.node.state_dir), name, new)
+    change = Change(old or new, new)
+    leaves = {item.spec.name: identity.anchor_of(item.certificates, (change.old, new)) for item in items}
+    return Replaced(
+        state=state,
+        change=change,
+        seen=Seen(bundle=state.certificates, kubeconfigs=held, leaves=leaves),
+        items=items,
+        confs={place: confs[place] for place in held},
+    )
+
+
+def _confs(settings: Settings, node: Node) -> Iterator[tuple[str, bytes]]:
+    for item in node.items:
+        path = settings.node.kubeconfig_dir / item.spec.base
+        if item.spec.kubeconfig and item.state != "missing":
+            try:
+                yield str(path), read(path) or b""
+            except UnreadableError as e:
+                raise UnreadableCaError(f"{path}: wanted to read it, found: {e}") from None
+
+
+def _ca_data(place: str, data: bytes) -> Bundle:
+    """The CA data of a kubeconfig; empty: it names a file, or trusts what the system trusts."""
+    try:
+        found = kubeconfig.parse(data).ca_data
+        return tuple(load_pem_certificates(found)) if found else ()
+    except (KubeconfigError, ValueError) as e:
+        raise UnreadableCaError(f"{place}: wanted its certificate-authority-data, found: {e}") from None
+
+
+def _old_in_backups(store: Store, authority: str, new: x509.Certificate) -> x509.Certificate | None:
+    """The CA that a finished replacement took away, by the newest backup that has it; None: no backup has one."""
+    for backup in backups.read_all(store)[0]:
+        for file in backups.files_of(backup, authority):
+            try:
+                found = read_ca_file(file.copy) if file.copy is not None else ()
+            except UnreadableError:
+                continue
+            others = [one for one in found if one != new]
+            if others:
+                return others[0]
+    return None

@@ -1,0 +1,378 @@
+"""
+One phase of a replacement on this node: prepared, proven, installed in one recoverable step, restarted, proven again.
+
+Each verb looks where the node stands, computes the difference to its phase and does that alone: after a kill the same
+verb goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from typing import ClassVar
+
+from bridge.errors import BridgeError, Exit, Violation
+from bridge.node import processes
+from bridge.node.inventory import Node
+from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.pki.expiry import minute
+from bridge.renewal import activate, in_use
+from bridge.renewal.gate import next_ca_file
+from bridge.renewal.renew import renew
+from bridge.renewal.select import RunOptions, Trust, select
+from bridge.renewal.transaction import Transaction, with_activation
+from bridge.renewal.verify_and_install import Proven, Result
+from bridge.rotation import new_ca, objects, places
+from bridge.rotation.gate import Gate
+from bridge.rotation.phases import Difference, Phase, differences, text, texts
+from bridge.rotation.places import Replaced, with_ca
+from bridge.settings.tables import Settings, for_next
+from bridge.specs import AUTHORITIES, CA, ETCD_CA, KUBELET_CONF, Component
+from bridge.state import audit, backups
+from bridge.state.backups import Backup
+from bridge.state.install import Replacement, install
+from bridge.state.obligations import Owed, unproven_file
+from bridge.state.session import Run, begun
+from bridge.state.store import Outcome, Store
+from bridge.system.console import Progress
+from bridge.system.state_file import OnDamage, StateFile, coded
+
+
+class Verb(Enum):
+    """What an operator wants next."""
+
+    TRUST = "trust"
+    ISSUE = "issue"
+    DROP = "drop"
+    BACK = "back"
+
+
+class NewCaError(BridgeError):
+    """The new CA can't take the old one's place."""
+
+    exit_code: ClassVar[int] = Exit.REFUSED
+    hint = "have its owner make another one; nothing was replaced"
+
+
+class OrderError(BridgeError):
+    """The verb is not the next one on this node."""
+
+    exit_code: ClassVar[int] = Exit.USAGE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What a verb does with one CA of this node."""
+
+    ca: Replaced
+    target: Phase
+    is_there: bool  #: The files are as the phase wants them.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """The result of a verb."""
+
+    steps: tuple[Step, ...]
+    result: Result
+
+    @property
+    def exit_code(self) -> int:
+        """The worst outcome's, or the worst error's."""
+        return self.result.exit_code
+
+
+def run(
+    settings: Settings, verb: Verb, names: Sequence[str], now: Callable[[], datetime], progress: Progress, gate: Gate
+) -> Done:
+    """Bring this node's CAs (all that have a next one, if none is named) to a verb's phase; an error: nothing was replaced."""
+    with begun(settings, now, progress, gate.wait) as (ours, found):
+        transaction = Transaction(ours, RunOptions())
+        node = transaction.settle_earlier(found)
+        cas = places.look(settings, node, names)
+        back = _going_back(ours.store).read() or {}
+        steps = tuple(planned(verb, one, back.get(one.name)) for one in cas.values())
+        assert_possible(steps, cas, ours.now())
+        if not transaction.may_go_on:
+            return Done(steps=steps, result=transaction.with_earlier(Result(outcomes=())))
+        to_do = [step for step in steps if not step.is_there]
+        if not to_do:
+            _going_back(ours.store).remove()
+            result = transaction.with_earlier(Result(outcomes=()))
+            return Done(steps=steps, result=_with_objects(ours, node, steps, result))
+        gate.assert_open(ours, node, to_do)
+        if verb is Verb.BACK:
+            _going_back(ours.store).put({step.ca.name: step.target for step in to_do})
+        if verb is Verb.ISSUE:
+            result = _issue(ours, node, to_do, gate)
+        elif verb is Verb.BACK and any(step.target is Phase.TRUSTED for step in to_do):
+            result = _issue_back(ours, node, to_do, gate)
+        else:
+            result = _trust(ours, node, to_do)
+        if result.backup_id is not None or verb is not Verb.BACK:
+            _going_back(ours.store).remove()
+        return Done(steps=steps, result=_with_objects(ours, node, steps, result))
+
+
+def _going_back(store: Store) -> StateFile[dict[str, Phase]]:
+    """The phases that a `back` is about to reach, by authority."""
+    return coded(
+        dict[str, Phase],
+        store.going_back,
+        "the phases to which CAs of this node go back",
+        OnDamage.SET_ASIDE,
+        key="phases",
+    )
+
+
+def _with_objects(run: Run, node: Node, steps: Sequence[Step], result: Result) -> Result:
+    """The result with errors about the cluster's objects; they change only where the node's files did."""
+    if result.exit_code != Exit.DONE:
+        return result
+    errors = objects.update(run, node, {step.ca.name: (step.ca.change, step.target) for step in steps})
+    return dataclasses.replace(result, errors=(*result.errors, *errors))
+
+
+# --- what is to be done -----------------------------------------------------------------------------------------------
+
+
+def planned(verb: Verb, one: Replaced, going_back: Phase | None) -> Step:
+    """
+    The phase to which a verb brings a CA of this node (OrderError: it is not the next one); `going_back` is the phase of
+    a `back` that was cut off, so that the next one does not go back once more.
+    """
+    now, path = one.standing, one.change.path
+    if now.phase is None:
+        raise OrderError(
+            f"{one.name}: wanted the files of a phase, found {'; '.join(map(str, now.odd))}",
+            hint="a replacement by other means may be under way: finish it by these; nothing was replaced",
+        )
+    if verb is Verb.BACK:
+        before = now.phase if now.next is not None else one.change.before(now.phase) or now.phase
+        target = going_back or before
+        return Step(ca=one, target=target, is_there=now.next is None and now.phase is target)
+    goal = {Verb.TRUST: Phase.TRUSTED, Verb.ISSUE: Phase.ISSUED, Verb.DROP: Phase.NEW}[verb]
+    target = goal if goal in path else path[-1]
+    here, wanted = path.index(now.phase), path.index(target)
+    if here < wanted - 1:
+        before = path[wanted - 1]
+        raise OrderError(
+            f"{one.name}: wanted the phase “{before.value}” on this node before `{verb.value}`, found “{now.text}”",
+            hint="one phase comes after the other, each on every node: `ca-bridge rotate-ca plan` shows them",
+        )
+    if here > wanted or (here == wanted and now.next is not None):
+        raise OrderError(
+            f"{one.name}: wanted a node that is not further than “{target.value}”, found “{now.text}”",
+            hint="`ca-bridge rotate-ca back` goes back by one phase",
+        )
+    return Step(ca=one, target=target, is_there=here == wanted)
+
+
+VERBS = {Phase.TRUSTED: "trust", Phase.ISSUED: "issue", Phase.NEW: "drop"}
+
+
+def assert_possible(steps: Sequence[Step], cas: Mapping[str, Replaced], now: datetime) -> None:
+    """Refuse a new CA that can't work, and a CA whose key is on this node (NewCaError, OrderError)."""
+    for step in steps:
+        one = step.ca
+        found = list(violations(one, cas, now))
+        if found:
+            raise NewCaError(f"{one.name}: {text(one.change.new)} can't take its place: {'; '.join(map(str, found))}")
+        if one.state.key == "local":
+            raise OrderError(
+                f"{one.name}: wanted its key away from this node, found it beside {one.state.path}",
+                hint="the controller manager signs with it, and takes one CA alone: move the key to a CA first "
+                "(`ca-bridge help kubelets`), then replace it",
+            )
+
+
+def violations(one: Replaced, cas: Mapping[str, Replaced], now: datetime) -> Iterator[Violation]:
+    """Why the new CA can't take the old one's place in this cluster."""
+    others = {name: [each.change.old, each.change.new] for name, each in cas.items() if name != one.name}
+    leaves = {item.spec.name: item.certificates[0] for item in one.items}
+    if one.change.old != one.change.new:
+        yield from new_ca.violations(one.change, leaves, others, now)
+
+
+# --- trust ------------------------------------------------------------------------------------------------------------
+
+#: The certificates by whose checks it is seen that a component has read the CAs: kubeconfigs, and what etcd and its
+#: clients show. API servers and kubelets read the CA files of `ca` and `front-proxy-ca` again by themselves.
+_READERS = {
+    CA.name: ("controller-manager.conf", "scheduler.conf", KUBELET_CONF),
+    ETCD_CA.name: ("etcd-server", "etcd-peer", "apiserver-etcd-client"),
+}
+
+
+def _trust(run: Run, node: Node, steps: Sequence[Step]) -> Result:
+    """Replace the CA file and the kubeconfigs' CA data; restart and prove what reads them once."""
+    files = [file for step in steps for file in step.ca.trust_files(step.target)]
+    readers = {name for step in steps for name in _READERS.get(step.ca.name, ())} | {file.certificate for file in files}
+    outcomes = [
+        Outcome(name=i.spec.name, authority=i.spec.authority.name, old=i.certificates[0], new=i.certificates[0])
+        for i in node.items
+        if i.spec.name in readers and i.certificates
+    ]
+    _record(run, steps)
+    _owe(run, node, outcomes, steps)
+    backup_id = install(run.store, files, run.record.run_id, _about(steps))
+    run.record.write_or_warn()
+    return _activated(run, Result(outcomes=(), backup_id=backup_id))
+
+
+def _activated(run: Run, result: Result) -> Result:
+    """After the installation: restart, proof, rollback if needed; with `restart.method = "none"` an operator restarts."""
+    if run.settings.restart.method == "none":  # said by each run from the next one on
+        return dataclasses.replace(result, left_to_people=run.store.unproven.exists())
+    return with_activation(result, activate.settle(run, run.read_node()))
+
+
+def _owe(run: Run, node: Node, outcomes: Sequence[Outcome], steps: Sequence[Step]) -> None:
+    """Record, before the installation, what is to be restarted and proven."""
+    file = unproven_file(run.store)
+    if run.settings.restart.method == "none":
+        in_use.owe(run, outcomes, file)
+    else:
+        activate.owe(run, outcomes)
+    owed = file.read() or Owed(certificates=())
+    running = {*node.manifests, *([Component.KUBELET] if processes.running(Component.KUBELET.value) else [])}
+    readers = {node.spec(name).component for step in steps for name in _READERS.get(step.ca.name, ())}
+    wanted = [component for component in Component if component in readers and component in running]
+    in_use.keep(file, dataclasses.replace(owed, to_restart=tuple(dict.fromkeys([*owed.to_restart, *wanted]))))
+
+
+def _record(run: Run, steps: Sequence[Step]) -> None:
+    for step in steps:
+        bundle = step.ca.change.bundle(step.target)
+        run.record.add(
+            audit.TRUSTED, step.ca.name, authority=step.ca.name, result=f"{step.target.value}: {texts(bundle)}"
+        )
+    run.record.write()  # the audit log comes before the installation
+
+
+def _about(steps: Sequence[Step]) -> dict[str, object]:
+    """What a backup's manifest says."""
+    phases = {step.ca.name: step.target.value for step in steps}
+    return {"command": shlex.join(sys.argv), **audit.who(), "certificates": [], "phases": phases}
+
+
+# --- issue ------------------------------------------------------------------------------------------------------------
+
+
+def _issue(run: Run, node: Node, steps: Sequence[Step], gate: Gate) -> Result:
+    """Renew all leaves by the new CA, and turn the order of the CAs in the same installation: all or nothing."""
+    ours = {step.ca.name: step for step in steps}
+    settings = for_next(run.settings, ours)
+    names = tuple(d.place for step in steps for d in _leaves_to_issue(step))
+    _assert_none_waits(run, ours, names)
+    bundles = {name: step.ca.change.bundle(step.target) for name, step in ours.items()}
+    embedded = {
+        item.certificate_path for step in steps for item in step.ca.items if item.spec.name in names and item.embedded
+    }
+    files = [f for step in steps for f in step.ca.trust_files(step.target) if f.path not in embedded]
+
+    def edit(file: Replacement) -> Replacement:
+        is_conf = file.path in embedded and file.data is not None and CA.name in bundles
+        if not is_conf or file.data is None:
+            return file
+        return dataclasses.replace(file, data=with_ca(file.path, file.data, bundles[CA.name]))
+
+    def accepted(proven: Sequence[Proven]) -> None:
+        gate.assert_accepted(run, node, {one.name: (pem(*one.chain), one.prepared.key_pem) for one in proven})
+
+    trust = Trust(bundles=bundles, files=tuple(files), edit=edit, gate=accepted)
+    options = RunOptions(names=names, any_identity=(), all_or_nothing=True, trust=trust)
+    run = dataclasses.replace(run, settings=settings)
+    selection = select(node, settings, options, run.now(), requests=run.requests)
+    if selection.failed:
+        return Result(outcomes=selection.failed)
+    _record(run, steps)
+    asked = next_ca_file(run.store)
+    asked.put(tuple(dict.fromkeys([*(asked.read() or ()), *ours])))
+    result = renew(run, Transaction(run, options), selection, node, options)
+    if result.backup_id is not None:
+        _forget_asked(run, ours)
+    return result
+
+
+def _assert_none_waits(run: Run, authorities: Collection[str], names: Collection[str]) -> None:
+    """The CA that signs now may still answer an open request; its answer would be another certificate."""
+    asked = next_ca_file(run.store).read() or ()
+    for one in run.requests:
+        authority = one.request.spec.authority.name
+        if one.is_waiting and one.name in names and authority in authorities and authority not in asked:
+            raise OrderError(
+                f"{one.name}: wanted no open request at the CA that is replaced, found one of {minute(one.created)}",
+                hint=f"wait for its answer, or `ca-bridge pending cancel {one.name}`; nothing was asked",
+            )
+
+
+def _forget_asked(run: Run, names: Collection[str]) -> None:
+    """The next CAs' answers are installed, or given up."""
+    file = next_ca_file(run.store)
+    left = tuple(name for name in file.read() or () if name not in names)
+    if left:
+        file.put(left)
+    else:
+        file.remove()
+
+
+def _leaves_to_issue(step: Step) -> Iterator[Difference]:
+    known = {item.spec.name for item in step.ca.items}
+    return (d for d in differences(step.ca.seen, step.ca.change, step.target) if d.place in known)
+
+
+def _issue_back(run: Run, node: Node, steps: Sequence[Step], gate: Gate) -> Result:
+    """Put back what the new CA's certificates replaced, CA files included, from the installation's own backup."""
+    wanted = {step.ca.name for step in steps}
+    backup = _backup_of(run, steps)
+    names = {*wanted, *(item.spec.name for item in node.items if item.spec.authority.name in wanted)}
+    backup = dataclasses.replace(backup, files=tuple(f for f in backup.files if f.certificate in names))
+    gate.assert_accepted(run, node, dict(_pairs(backup, node)))
+    _record(run, steps)
+    _forget_asked(run, wanted)
+    _owe(run, node, backups.outcomes_of(backup, node), [])
+    done = backups.put_back(backup, run.settings, run.store, run.record, node, run.now(), lambda _: False)
+    result = Result(outcomes=done.outcomes, backup_id=done.replaced_backup_id, errors=done.late)
+    return _activated(run, result)
+
+
+def _pairs(backup: Backup, node: Node) -> Iterator[tuple[str, tuple[bytes, bytes]]]:
+    """Certificate and key of what a backup has, by name; a damaged one is refused later, with the reason."""
+    for item in node.items:
+        files = backups.files_of(backup, item.spec.name)
+        with contextlib.suppress(BridgeError, OSError, ValueError):
+            if files:
+                certificates, key = backups.pair_of(files, item)
+                yield item.spec.name, (pem(*certificates), key)
+
+
+class NoWayBackError(BridgeError):
+    """The old CA's certificates are in no backup."""
+
+    exit_code: ClassVar[int] = Exit.FAILED
+    hint = "`ca-bridge backups` lists what there is; while both CAs are trusted nothing has to go back"
+
+
+def _backup_of(run: Run, steps: Sequence[Step]) -> Backup:
+    """The newest backup that has the CA files of the phase before, with the leaves that went with them."""
+    wanted = {step.ca.name: step.ca.change.bundle(step.target) for step in steps}
+    for backup in backups.read_all(run.store)[0]:
+        had = {
+            file.certificate: tuple(load_pem_certificates(file.copy.read_bytes()))
+            for file in backup.files
+            if file.certificate in AUTHORITIES and file.copy is not None
+        }
+        has_leaves = any(
+            file.certificate not in AUTHORITIES and not file.certificate.endswith(".conf") for file in backup.files
+        )
+        if has_leaves and all(had.get(name) == bundle for name, bundle in wanted.items()):
+            return backup
+    found = ", ".join(wanted)
+    raise NoWayBackError(f"{found}: wanted a backup with the old CA's certificates, found none")

@@ -1,0 +1,129 @@
+"""All three CAs of a real node are replaced while clients work, and the way back from each phase is walked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bridge.node import kubeconfig
+from bridge.specs import AUTHORITIES, Component
+from tests.kit import next_cas, nodes
+from tests.kit.cas import add_openssl
+from tests.kit.node import Node
+from tests.kit.nodes import LiveBridge, NodePki, wait_for
+
+pytestmark = [pytest.mark.node, pytest.mark.slow]
+
+NAME, IP = f"rot-{os.getpid() % 100_000}", "198.18.77.171"
+
+
+@pytest.fixture(scope="module")
+def bridge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveBridge]:
+    """A node in external-CA mode, whose CAs have successors."""
+    directory = tmp_path_factory.mktemp("rotate")
+    keys = directory / "ca-keys"
+    with Node.up(NAME, IP, ca_dir=keys) as node:
+        nodes.make_ready(node)
+        pki = NodePki(root=node.root, external=True, keys=keys)
+        bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
+        bridge.add("restart", {"method": "static-pods", "min_interval": "1s"})
+        bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
+        made = next_cas.make(directory / "next")
+        for authority in AUTHORITIES:
+            add_openssl(bridge, authority)
+            bridge.add(f"authority.{authority}.next", made[authority].table)
+        yield bridge
+
+
+def phases(bridge: LiveBridge) -> dict[str, str]:
+    run = bridge.run("rotate-ca", "status", "-o", "json")
+    assert run.returncode == 0, run.stderr
+    return {one["name"]: one["phase"] for one in json.loads(run.stdout)["cas"]}
+
+
+def step(bridge: LiveBridge, verb: str, phase: str) -> str:
+    """One verb: the phase is reached, everything is proven, and kubeadm takes the node; what was printed."""
+    run = bridge.run("rotate-ca", verb)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert phases(bridge) == dict.fromkeys(AUTHORITIES, phase)
+    proof = bridge.run("prove", "--wait", "60s")
+    assert proof.returncode == 0, proof.stdout
+    check = bridge.node.exec("kubeadm", "certs", "check-expiration", check=False)
+    assert check.returncode == 0, check.stderr
+    return run.stdout
+
+
+def asked_by(bridge: LiveBridge, conf: Path) -> str:
+    """What the API server says to the user of a kubeconfig."""
+    done = bridge.node.exec("kubectl", "--kubeconfig", conf, "get", "--raw", "/readyz", check=False)
+    return done.stdout or done.stderr
+
+
+def cas_of(bridge: LiveBridge, namespace: str, name: str, key: str) -> int:
+    """How many CA certificates a ConfigMap has; 0: it is not there yet."""
+    found = bridge.node.kubectl("get", "configmap", "-n", namespace, name, "-o", "json", check=False)
+    text = json.loads(found.stdout)["data"].get(key, "") if found.returncode == 0 else ""
+    if key == "kubeconfig":
+        text = (kubeconfig.ca_data(text.encode()) or b"").decode()
+    return int(text.count("BEGIN CERTIFICATE"))
+
+
+@pytest.fixture(scope="module")
+def old_conf(bridge: LiveBridge) -> Path:
+    """An administrator's copy from before, which knows the old CA alone."""
+    kept = bridge.directory / "old-admin.conf"
+    kept.write_bytes((bridge.node.kubeconfig_dir / "admin.conf").read_bytes())
+    return kept
+
+
+def test_trust_restarts_what_reads_a_ca_once(bridge: LiveBridge, old_conf: Path) -> None:
+    """All of them, each once; the cluster's objects have both CAs, and nobody is refused."""
+    printed = step(bridge, "trust", "trusted")
+    assert all(f"{one.value} in " in printed for one in Component)
+    assert asked_by(bridge, old_conf) == "ok"
+    assert cas_of(bridge, "kube-public", "cluster-info", "kubeconfig") == 2
+    wait_for("both CAs in each namespace", lambda: cas_of(bridge, "default", "kube-root-ca.crt", "ca.crt") == 2)
+
+
+def test_issue_and_back_restart_no_etcd_and_no_api_server(bridge: LiveBridge, old_conf: Path) -> None:
+    """Both read certificates again by themselves; a user of the old CA is still known, with a kubeconfig that has both CAs."""
+    for verb, phase in (("issue", "issued"), ("back", "trusted"), ("issue", "issued")):
+        printed = step(bridge, verb, phase)
+        assert "kube-scheduler in " in printed, verb
+        assert "etcd in " not in printed, verb
+        assert "kube-apiserver in " not in printed, verb
+    assert "certificate signed by unknown authority" in asked_by(bridge, old_conf)
+    both = kubeconfig.with_ca(old_conf.read_bytes(), kubeconfig.ca_data(admin(bridge).read_bytes()) or b"")
+    old_conf.with_name("both.conf").write_bytes(both)
+    assert asked_by(bridge, old_conf.with_name("both.conf")) == "ok"
+
+
+def admin(bridge: LiveBridge) -> Path:
+    """The node's own."""
+    return bridge.node.kubeconfig_dir / "admin.conf"
+
+
+def test_a_night_between_two_phases_asks_the_ca_that_signs(bridge: LiveBridge) -> None:
+    """The settings of `next` are in force without an edit."""
+    run = bridge.run("renew", "apiserver", "etcd-server", "--no-restart")
+    assert run.returncode == 0, run.stderr
+    assert "issuer CN=ca-2" in run.stdout
+    assert phases(bridge) == dict.fromkeys(AUTHORITIES, "issued")
+
+
+def test_drop_leaves_the_new_cas_alone(bridge: LiveBridge, old_conf: Path) -> None:
+    """The old CA's users are unknown from then on, everywhere."""
+    step(bridge, "drop", "new")
+    assert "Unauthorized" in asked_by(bridge, old_conf.with_name("both.conf"))
+    assert asked_by(bridge, admin(bridge)) == "ok"
+    assert cas_of(bridge, "kube-public", "cluster-info", "kubeconfig") == 1
+    wait_for("the new CA alone in each namespace", lambda: cas_of(bridge, "default", "kube-root-ca.crt", "ca.crt") == 1)
+    place = ("kube-system", "extension-apiserver-authentication")
+    keys = ("client-ca-file", "requestheader-client-ca-file")
+    wait_for("the new CAs alone for aggregated servers", lambda: all(cas_of(bridge, *place, key) == 1 for key in keys))
+    logs = ("logs", "-n", "kube-system", f"kube-apiserver-{NAME}", "--tail", "1")
+    wait_for("logs through the API server", lambda: bridge.node.kubectl(*logs, check=False).returncode == 0)

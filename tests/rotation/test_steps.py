@@ -1,0 +1,321 @@
+"""A node passes all phases with real CAs, killed or not, and comes back from each."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from bridge.cli.options import utc_now
+from bridge.errors import Exit
+from bridge.node import inventory
+from bridge.pki.certificates import pem
+from bridge.pki.csr import key_pem
+from bridge.renewal import renew
+from bridge.renewal.select import RunOptions
+from bridge.rotation import places, steps
+from bridge.rotation.gate import Gate
+from bridge.rotation.steps import Done, Verb
+from bridge.settings.tables import Settings
+from bridge.specs import AUTHORITIES, CA, ETCD_CA
+from bridge.state import backups
+from bridge.state.store import Store
+from tests.kit import next_cas
+from tests.kit.desks import POLICY, make_desk
+from tests.kit.issuing import Signer
+from tests.kit.pairs import assert_pairs
+from tests.kit.pki import Pki, handmade_pki, kubeadm_pki
+from tests.kit.renewing import Quiet, settings_for
+from tests.kit.static_pod import attempt
+from tests.kit.tripwire import kill
+
+FORWARD = ((Verb.TRUST, "trusted"), (Verb.ISSUE, "issued"), (Verb.DROP, "new"))
+BACK = ((Verb.BACK, "issued"), (Verb.BACK, "trusted"), (Verb.BACK, "old"))
+
+
+class Open(Gate):
+    """No other node; tests on real nodes are about the gate."""
+
+    def assert_open(self, *_: object) -> None:
+        """Nothing to ask."""
+
+    def assert_accepted(self, *_: object) -> None:
+        """Nothing to ask."""
+
+
+@pytest.fixture(autouse=True)
+def _no_process_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kubelet of another test's node is not this node's."""
+    monkeypatch.setattr("bridge.node.processes.running", lambda *_: [])
+
+
+def with_next(pki: Pki, directory: Path, more: str = "") -> Settings:
+    """A node whose three CAs have new ones."""
+    before, made = settings_for(pki, directory, more), next_cas.make(directory / "next")
+    authorities = {name: dataclasses.replace(before.authorities[name], next=made[name].table) for name in AUTHORITIES}
+    return dataclasses.replace(before, authorities=authorities)
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> Pki:
+    return handmade_pki(tmp_path / "node")
+
+
+@pytest.fixture
+def settings(pki: Pki, tmp_path: Path) -> Settings:
+    return with_next(pki, tmp_path)
+
+
+def run(settings: Settings, verb: Verb, names: Sequence[str] = ()) -> Done:
+    return steps.run(settings, verb, names, utc_now, Quiet(), Open())
+
+
+def phases(settings: Settings) -> dict[str, str]:
+    found = places.look(settings, inventory.of(settings.node), ())
+    return {name: one.standing.text for name, one in found.items()}
+
+
+def reach(settings: Settings, last: Verb | None) -> None:
+    """Bring a node as far as a verb does."""
+    for verb, _ in FORWARD if last is not None else ():
+        assert run(settings, verb).exit_code == 0
+        if verb is last:
+            break
+
+
+@pytest.mark.kube
+def test_kubeadm_takes_the_node_in_each_phase_and_back(tmp_path: Path) -> None:
+    """All three CAs at once: each certificate has its key and its CA, and each verb, said again, has nothing to do."""
+    pki = kubeadm_pki(tmp_path / "node", algorithm="ECDSA-P256")
+    settings = with_next(pki, tmp_path)
+    assert phases(settings) == dict.fromkeys(AUTHORITIES, "old")
+    for verb, phase in (*FORWARD, *BACK):
+        done = run(settings, verb)
+        assert done.exit_code == 0, done.result
+        assert phases(settings) == dict.fromkeys(AUTHORITIES, phase)
+        assert_pairs(pki)
+        pki.run_kubeadm("certs", "check-expiration")
+        pki.run_kubeadm("init", "phase", "kubeconfig", "all")
+        if verb is not Verb.BACK:
+            assert all(step.is_there for step in run(settings, verb).steps)
+
+
+def test_one_ca_alone(settings: Settings) -> None:
+    """Its files and no others."""
+    done = run(settings, Verb.TRUST, ["etcd-ca"])
+    assert [step.ca.name for step in done.steps] == ["etcd-ca"]
+    assert phases(settings) == {"ca": "old", "etcd-ca": "trusted", "front-proxy-ca": "old"}
+    assert run(settings, Verb.BACK, ["etcd-ca"]).exit_code == 0
+    assert phases(settings) == dict.fromkeys(AUTHORITIES, "old")
+
+
+@pytest.mark.parametrize(
+    ("reached", "verb", "wanted"),
+    [
+        (None, Verb.ISSUE, "wanted the phase “trusted” on this node before `issue`, found “old”"),
+        (None, Verb.DROP, "wanted the phase “issued” on this node before `drop`, found “old”"),
+        (Verb.TRUST, Verb.DROP, "wanted the phase “issued” on this node before `drop`, found “trusted”"),
+        (Verb.ISSUE, Verb.TRUST, "wanted a node that is not further than “trusted”, found “issued”"),
+        (Verb.DROP, Verb.ISSUE, "wanted a node that is not further than “issued”, found “new”"),
+    ],
+)
+def test_a_verb_out_of_order_changes_nothing(
+    settings: Settings, pki: Pki, reached: Verb | None, verb: Verb, wanted: str
+) -> None:
+    """It says which comes first."""
+    reach(settings, reached)
+    before = contents(pki)
+    with pytest.raises(steps.OrderError, match=wanted):
+        run(settings, verb)
+    assert contents(pki) == before
+
+
+def contents(pki: Pki) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in pki.kubeconfig_dir.rglob("*") if path.is_file()}
+
+
+def test_a_new_ca_that_can_not_work_is_refused_before_anything_moves(settings: Settings, pki: Pki) -> None:
+    """Two CAs with one key; a file with two certificates; a CA whose key is on the node."""
+    before, anchors = contents(pki), {n: Path(settings.authorities[n].next["anchor"]) for n in AUTHORITIES}
+    good = anchors["etcd-ca"].read_bytes()
+    anchors["etcd-ca"].write_bytes(anchors["ca"].read_bytes())
+    with pytest.raises(steps.NewCaError, match="key: wanted another than"):
+        run(settings, Verb.TRUST)
+    anchors["etcd-ca"].write_bytes(good + good)
+    with pytest.raises(places.UnreadableCaError, match="wanted one certificate, of the CA that signs, found 2"):
+        run(settings, Verb.TRUST)
+    anchors["etcd-ca"].write_bytes(good)
+    shutil.copy(pki.ca_files("etcd-ca")[1], pki.pki_dir / ETCD_CA.key_file)
+    with pytest.raises(steps.OrderError, match="wanted its key away from this node"):
+        run(settings, Verb.TRUST)
+    (pki.pki_dir / ETCD_CA.key_file).unlink()
+    assert contents(pki) == before
+    assert run(settings, Verb.TRUST).exit_code == 0
+
+
+def test_a_rotation_by_other_means_is_left_alone(settings: Settings, pki: Pki) -> None:
+    """Three CAs in a file are of no phase."""
+    path = pki.pki_dir / CA.certificate_file
+    path.write_bytes(path.read_bytes() * 1 + pem(Signer.make("another").certificate))
+    with pytest.raises(steps.OrderError, match="wanted the files of a phase"):
+        run(settings, Verb.TRUST, ["ca"])
+
+
+def test_the_night_asks_the_ca_that_signs(settings: Settings) -> None:
+    """The old one before `issue`, the new one after it and after the end; nothing in the settings is edited."""
+    for reached, issuer in ((Verb.TRUST, "kubernetes"), (Verb.ISSUE, "ca-2"), (Verb.DROP, "ca-2")):
+        assert run(settings, reached).exit_code == 0
+        quiet = renew.run(settings, RunOptions(), utc_now, Quiet())[0]
+        assert (quiet.exit_code, quiet.renewed) == (0, [])
+        renewed = renew.run(settings, RunOptions(names=("apiserver",)), utc_now, Quiet())[0]
+        assert renewed.exit_code == 0, renewed
+        [leaf] = [outcome.new for outcome in renewed.renewed if outcome.new is not None]
+        assert leaf.issuer.rfc4514_string() == f"CN={issuer}"
+
+
+def test_a_ca_that_can_not_sign_leaves_the_phase_as_it_was(settings: Settings, pki: Pki) -> None:
+    """All or nothing: one of the three new CAs is away, and no file of the others is another one."""
+    reach(settings, Verb.TRUST)
+    before, place = contents(pki), Path(settings.authorities["etcd-ca"].next["dir"])
+    place.rename(place.with_name("away"))
+    assert run(settings, Verb.ISSUE).exit_code != 0
+    assert contents(pki) == before
+    place.with_name("away").rename(place)
+    assert run(settings, Verb.ISSUE).exit_code == 0
+    assert phases(settings) == dict.fromkeys(AUTHORITIES, "issued")
+
+
+def test_a_rollback_across_a_phase_is_refused(settings: Settings) -> None:
+    """The first backup has a CA file without the CA of the live certificates; the way round it is named."""
+    reach(settings, Verb.ISSUE)
+    store, node = Store(settings.node.state_dir), inventory.of(settings.node)
+    issued, trusted = backups.read_all(store)[0]
+    assert not backups.problems_of(issued, settings, node, utc_now())
+    problems = [str(one) for one in backups.problems_of(trusted, settings, node, utc_now())]
+    assert any("rotate-ca back" in one for one in problems)
+    assert all(
+        not one.can_be_forced
+        for one in backups.problems_of(trusted, settings, node, utc_now())
+        if one.certificate in AUTHORITIES
+    )
+
+
+def prepared(directory: Path, verb: Verb) -> Settings:
+    """A node on which a verb is the next one."""
+    made = with_next(handmade_pki(directory / "node"), directory)
+    reach(made, {Verb.TRUST: None, Verb.ISSUE: Verb.TRUST, Verb.DROP: Verb.ISSUE, Verb.BACK: Verb.ISSUE}[verb])
+    return made
+
+
+def assert_completed(settings: Settings, verb: Verb) -> None:
+    """After the next run the files are the phase's, and each certificate has its key."""
+    assert run(settings, verb).exit_code == 0
+    wanted = {Verb.TRUST: "trusted", Verb.ISSUE: "issued", Verb.DROP: "new", Verb.BACK: "trusted"}[verb]
+    assert phases(settings) == dict.fromkeys(AUTHORITIES, wanted)
+    assert_pairs(Pki(root=settings.node.kubeconfig_dir.parents[1], external=True))
+
+
+@pytest.mark.parametrize("verb", [Verb.TRUST, Verb.DROP, Verb.BACK])
+def test_a_verb_that_was_killed_at_a_call_is_completed_by_the_same_verb(tmp_path: Path, verb: Verb) -> None:
+    """At calls all over the run, the commit point between them; `back` goes back by one phase all the same."""
+    whole = prepared(tmp_path / "whole", verb)
+    code, calls = attempt(functools.partial(run, whole, verb), 0, kill)
+    assert code == 0
+    for at in range(1, calls + 1, max(1, calls // 12)):
+        settings = prepared(tmp_path / str(at), verb)
+        assert attempt(functools.partial(run, settings, verb), at, kill)[0] == -signal.SIGKILL
+        assert_completed(settings, verb)
+
+
+def test_an_issue_that_was_killed_is_completed_by_the_same_verb(tmp_path: Path) -> None:
+    """At moments all over the run: keys made, CAs asked, answers kept, files replaced."""
+    whole, begin = prepared(tmp_path / "whole", Verb.ISSUE), time.monotonic()
+    assert run(whole, Verb.ISSUE).exit_code == 0
+    seconds, killed = time.monotonic() - begin, 0
+    for share in range(1, 9):
+        settings = prepared(tmp_path / str(share), Verb.ISSUE)
+        child = os.fork()
+        if child == 0:
+            run(settings, Verb.ISSUE)
+            os._exit(0)
+        time.sleep(seconds * share / 8)
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        assert_completed(settings, Verb.ISSUE)
+    assert killed > 3
+
+
+def test_a_renewed_ca_with_the_same_key_takes_one_step(pki: Pki, tmp_path: Path) -> None:
+    """No certificate is issued anew; `issue` and `drop` have nothing to do."""
+    before = settings_for(pki, tmp_path)
+    old = Signer.load(*pki.ca_pem("ca"))
+    key_id = old.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    renewed = (
+        x509.CertificateBuilder()
+        .subject_name(old.certificate.subject)  # byte for byte
+        .issuer_name(old.certificate.subject)
+        .public_key(old.key.public_key())
+        .serial_number(7)
+        .not_valid_before(utc_now() - timedelta(days=1))
+        .not_valid_after(utc_now() + timedelta(days=9000))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(key_id, critical=False)
+        .sign(old.key, hashes.SHA256())
+    )
+    anchor = tmp_path / "renewed.crt"
+    anchor.write_bytes(pem(renewed))
+    ours = dataclasses.replace(before.authorities["ca"], next={"anchor": str(anchor)})
+    settings = dataclasses.replace(before, authorities={**before.authorities, "ca": ours})
+    leaves = {i.spec.name: i.certificates for i in inventory.of(settings.node).items}
+    done = run(settings, Verb.TRUST)
+    assert done.exit_code == 0, done.result
+    assert phases(settings) == {"ca": "new"}
+    assert all(step.is_there for verb in (Verb.ISSUE, Verb.DROP) for step in run(settings, verb).steps)
+    assert {i.spec.name: i.certificates for i in inventory.of(settings.node).items} == leaves
+    assert renew.run(settings, RunOptions(names=("apiserver",)), utc_now, Quiet())[0].exit_code == 0
+    assert run(settings, Verb.BACK).exit_code == 0
+    assert phases(settings) == {"ca": "old"}
+
+
+def test_a_desk_of_the_new_ca_answers_later(pki: Pki, tmp_path: Path) -> None:
+    """Until then no file is another one, and the night leaves the requests to `issue`, due or not."""
+    made = next_cas.make(tmp_path / "next")
+    theirs = Pki(root=tmp_path / "company", external=True)
+    for name, ca in made.items():
+        for path, data in zip(theirs.ca_files(name), (pem(ca.signer.certificate), key_pem(ca.signer.key)), strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    former = ", ".join(f'"{name}" = "{pki.ca_files(name)[0]}"' for name in AUTHORITIES)
+    policy = POLICY.replace("[desk]\n", f"[desk]\nformer_cas = {{ {former} }}\n")
+    desk = make_desk(tmp_path / "desk", theirs, policy=policy)
+    door = f'[backend.door]\ntype = "exchange"\noutbox = "{desk.inbox}"\ninbox = "{desk.outbox}"'
+    before = settings_for(pki, tmp_path, door)
+    authorities = {
+        name: dataclasses.replace(
+            before.authorities[name], next={"backend": "door", "anchor": made[name].table["anchor"]}
+        )
+        for name in AUTHORITIES
+    }
+    settings = dataclasses.replace(before, authorities=authorities, node=dataclasses.replace(before.node, name="cp-1"))
+    reach(settings, Verb.TRUST)
+    files = contents(pki)
+    assert run(settings, Verb.ISSUE).exit_code == Exit.WAITING
+    assert contents(pki) == files
+    night = renew.run(settings, RunOptions(names=("all",)), utc_now, Quiet())[0]
+    assert (night.exit_code, contents(pki)) == (Exit.WAITING, files)
+    assert all("the CA that takes this one's place" in str(one.error) for one in night.waiting)
+    signed = desk.run("sign", desk.inbox, "--output", desk.outbox)
+    assert signed.returncode == 0, signed.stderr
+    assert run(settings, Verb.ISSUE).exit_code == 0
+    assert phases(settings) == dict.fromkeys(AUTHORITIES, "issued")
+    assert renew.run(settings, RunOptions(), utc_now, Quiet())[0].exit_code == 0
