@@ -192,7 +192,7 @@ def test_never_by_guess(site: Site) -> None:
     site.remove(KUBELET_CLIENT, "apiserver")
     cases = [
         (1, [], "--kubeadm-config FILE"),
-        (2, ["--kubeadm-config", "/nowhere/kubeadm.yaml"], "found no file"),
+        (2, ["--kubeadm-config", "/nowhere/kubeadm.yaml"], "found: no file"),
         (1, site.write_config("name.yaml", lambda text: text.replace("cp-1", "cp-9")), "is for node cp-9"),
         (1, site.write_config("other.yaml", lambda text: text.replace("192.0.2.10", "192.0.2.9")), "advertise address"),
         (2, site.write_config("half.yaml", lambda text: text.partition("---")[0]), "no ClusterConfiguration"),
