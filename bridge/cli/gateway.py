@@ -20,6 +20,7 @@ from bridge.cli.settings import lines_of
 from bridge.contract import GIVEN, Secret, SetupFile
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.gateway.nodes import Nodes
+from bridge.gateway.roots import name_of
 from bridge.gateway.rules import KUBERNETES_SIGNERS, Grant, SignerRules
 from bridge.gateway.service import Service
 from bridge.settings.tables import Settings
@@ -68,7 +69,7 @@ NAMESPACE = "ca-bridge"
 FILES, TRUST = Path("/etc/ca-bridge/files"), Path("/etc/ca-bridge/trust")
 #: As the shipped files have them.
 _SHIPPED_SIGNERS = json.dumps(list(KUBERNETES_SIGNERS))
-_SHIPPED_POD_SIGNERS = '["corp.example/spiffe"]'
+_SHIPPED_POD_SIGNERS, _SHIPPED_BUNDLES = '["corp.example/spiffe"]', '["corp.example:spiffe:ca-bridge"]'
 #: Where a list of names would be empty, which RBAC takes for all names.
 _NO_SIGNER = "ca-bridge.invalid/none"
 _SHIPPED_ITEMS = (
@@ -89,6 +90,8 @@ def manifests(settings: Settings, shipped: Path) -> list[SetupFile]:
         texts = {name: _with_signers(text, signers) for name, text in texts.items()}
         if policy.pod_signers:
             pods = (shipped / "kubernetes/pods/50-pods.yaml").read_text(encoding="utf-8")
+            bundles = [name_of(one) for one in policy.pod_signers]
+            pods = _replaced(pods, _SHIPPED_BUNDLES, json.dumps(bundles))
             texts["50-pods.yaml"] = _replaced(pods, _SHIPPED_POD_SIGNERS, json.dumps(list(policy.pod_signers)))
         for key, path in (
             ("gateway-policy.toml", settings.gateway.policy),

@@ -93,6 +93,7 @@ _GAUGES = {
     "watch_complete": "Whether the watch has read all requests that existed when its round began.",
     "leader": "Whether this replica works.",
     "api_up": "Whether the watch is alive.",
+    "roots_published": "Whether the ClusterTrustBundle of the pods' signer has the roots of pods.crt.",
     "inventory_good": "Whether the inventory and the policy were read when they last changed.",
 }
 

@@ -119,6 +119,7 @@ class PodSignerRules:
     #: How much longer than asked the CA's certificates are: what a pod allows at most is asked for without this.
     backdating: timedelta = timedelta(minutes=10)
     refresh: int = 50  #: The kubelet asks again after this share of the life, in per cent.
+    publish: bool = True  #: Keep a ClusterTrustBundle with the roots; false: remove it.
     annotations: dict[str, str] = field(
         default_factory=dict
     )  #: Those that a pod may have, with a pattern of the value.

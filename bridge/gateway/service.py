@@ -20,16 +20,18 @@ from http import HTTPStatus
 from bridge.ca import registry
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BackendError, BridgeError, Exit, SettingsError, SettingsProblem
-from bridge.gateway import authorities, pages
+from bridge.gateway import authorities, pages, roots
 from bridge.gateway.context import Context, Tickets
 from bridge.gateway.issue import Issuing
 from bridge.gateway.leader import Alone, Leader
 from bridge.gateway.ledger import Ledger
 from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
+from bridge.gateway.roots import Roots
 from bridge.gateway.rules import CLIENT_KUBELET, spec_of
 from bridge.gateway.watch import SILENCE_SECONDS, Kind, Watch, kinds
 from bridge.settings.tables import GatewaySettings, Settings
+from bridge.specs import PODS
 from bridge.state import credentials
 from bridge.state.audit import AuditError
 from bridge.state.store import Store
@@ -54,6 +56,7 @@ _LONGEST_READING_SECONDS = 120.0
 _LONGEST_FAILING_SECONDS = 60.0
 _ISSUERS_SECONDS = 3600.0
 _FLUSH_SECONDS = 1.0
+_ROOTS_SECONDS = 5.0
 #: Requests at the CA get this long when the gateway is to end; systemd and the kubelet give 30 s and more.
 _DRAIN_SECONDS = 25.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 15.0
@@ -115,6 +118,7 @@ class Service:
         self._stop = threading.Event()
         self._watching = [_Watching(kind) for kind in kinds(self.kubernetes_signers, self.pod_signers)]
         self._threads: list[threading.Thread] = []
+        self._roots = Roots(self.api)
 
     def check(self) -> Iterator[str]:
         """Ask the API server (NoAnswerError, ApiRefusesError) and the CAs (BackendError), and sign nothing."""
@@ -163,6 +167,8 @@ class Service:
             threads += [threading.Thread(target=self._watch_on, args=(one,), name=f"watch of {one.kind.what}", daemon=True)
                         for one in self._watching]  # fmt: skip
             threads.append(threading.Thread(target=self._keep_looking_at_cas, name="cas", daemon=True))
+            if self.pod_signers:
+                threads.append(threading.Thread(target=self._keep_roots, name="roots", daemon=True))
             for thread in threads:
                 thread.start()
             self._threads = [*threads, *self.holder.threads]
@@ -186,6 +192,17 @@ class Service:
         """Read the issuers again: a CA's new intermediate lives longer than the one before it."""
         while not self._stop.wait(_ISSUERS_SECONDS):
             self._look_at_cas()
+
+    def _keep_roots(self) -> None:
+        """Keep what pods trust equal to what the CA's answers are proven by; one replica does."""
+        while not self._stop.wait(_ROOTS_SECONDS):
+            if not self.holder.is_ours():
+                continue
+            tables = self.nodes.files(time.monotonic() - _ROOTS_SECONDS)[0].pod_signers
+            text = roots.text_of(self.authorities[PODS.name].anchors())
+            for signer in self.pod_signers:
+                if (rules := tables.get(signer)) is not None:
+                    self._roots.keep(signer, text if rules.publish else None)
 
     def _work(self) -> None:
         while not self._stop.is_set():
@@ -294,6 +311,7 @@ class Service:
             self.metrics.gauges = {
                 **{("queue", f'{{state="{state}"}}'): float(count) for state, count in states.items()},
                 **{(name, ""): float(value) for name, value in flags.items()},
+                **{("roots_published", f'{{signer="{one}"}}'): float(good) for one, good in self._roots.good.items()},
             }
         own = credentials.look(self.settings, self._places, None)
         return HTTPStatus.OK, self.metrics.text() + credentials.metrics(own, self.settings.renewal.before)
@@ -344,7 +362,7 @@ def _page(troubles: Iterator[str], good: str) -> tuple[int, str]:
 
 _REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 _CERTIFICATES, _REQUESTS = "certificates.k8s.io", "certificatesigningrequests"
-_POD_REQUESTS = "podcertificaterequests"
+_POD_REQUESTS, _BUNDLES = "podcertificaterequests", "clustertrustbundles"
 
 
 class ApiRefusesError(BridgeError):
@@ -382,6 +400,11 @@ def rights_needed(
         yield from _on_requests(_POD_REQUESTS, ("status",), pod_signers, ("sign",))
         for resource in ("pods", "serviceaccounts", "namespaces"):
             yield Right(verb="get", group="", resource=resource)
+        yield Right(verb="create", group=_CERTIFICATES, resource=_BUNDLES)
+    for one in pod_signers:
+        yield Right(verb="attest", group=_CERTIFICATES, resource="signers", name=one)
+        for verb in ("get", "patch", "delete"):
+            yield Right(verb=verb, group=_CERTIFICATES, resource=_BUNDLES, name=roots.name_of(one))
     yield Right(verb="get", group="", resource="nodes")
     if settings.lease:
         for verb in ("get", "update"):

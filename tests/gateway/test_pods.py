@@ -19,7 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from backends.vault.setup import role_beside
 from bridge.gateway import policy
 from bridge.gateway.pod_rules import KEY_TYPES, patterns
-from bridge.pki.certificates import is_for
+from bridge.pki.certificates import is_for, pem
 from tests.kit import cluster_api, gateways, hostile_pods, kube_api, openbao, pods
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.gateways import Gateway, Place
@@ -31,6 +31,7 @@ from tests.kit.pods import SIGNER, Pod, condition, make_pod, outcome
 pytestmark = pytest.mark.kube("kube-apiserver", "etcd")
 
 _MOUNTS = itertools.count(1)
+BUNDLES = "/apis/certificates.k8s.io/v1/clustertrustbundles"
 ACCOUNT = "system:serviceaccount:ca-bridge:ca-bridge-gateway"
 _TYPES = {
     "P-384": "ECDSAP384",
@@ -304,3 +305,49 @@ def test_every_key_that_a_pod_may_ask_for(cluster: ClusterApi, bao: OpenBao, ca:
         for key_type, key in made.items():
             pod = make_pod(cluster, sources=[pods.source(keyType=key_type)])
             until(gateway, pod, pod.ask(key=key()))
+
+
+def test_the_roots_are_published(cluster: ClusterApi, bao: OpenBao, ca: Signer, tmp_path: Path) -> None:
+    """Two while one is replaced; what others change or delete is put back; with `publish = false` ours is removed, and no other."""
+    admin, path = cluster.client(), f"{BUNDLES}/corp.example:spiffe:ca-bridge"
+    admin.ask("DELETE", path)
+    new = Signer.make("new", begin=datetime.now(UTC) - timedelta(days=1))
+    other = {
+        "metadata": {"name": "corp.example:spiffe:by-hand"},
+        "spec": {"signerName": SIGNER, "trustBundle": text(ca)},
+    }
+    admin.create(BUNDLES, other)
+
+    def published() -> str:
+        reply = admin.ask("GET", path)
+        return str(reply.document["spec"]["trustBundle"]) if reply.ok else ""
+
+    place = pods.with_vault(pods.place(cluster, tmp_path), bao, ca, f"pods-{next(_MOUNTS)}")
+    with gateways.running(place) as gateway:
+        gateway.until(lambda: published() == text(ca))
+        gateway.until(lambda: gateway.metric("roots_published", signer=SIGNER) == 1)
+        assert admin.patch(path, {"spec": {"trustBundle": text(new)}, "metadata": {"labels": {"a": "b"}}}).ok
+        gateway.until(lambda: published() == text(ca))
+        assert admin.ask("DELETE", path).ok
+        gateway.until(lambda: published() == text(ca))
+        place.write_policy(place.policy.replace("namespaces", "publish = false\nnamespaces", 1))
+        gateway.until(lambda: not admin.ask("GET", path).ok)
+    assert admin.get(f"{BUNDLES}/corp.example:spiffe:by-hand")["spec"]["trustBundle"] == text(ca)
+    foreign = {
+        "metadata": {"name": "corp.example:spiffe:ca-bridge"},
+        "spec": {"signerName": SIGNER, "trustBundle": text(new)},
+    }
+    admin.create(BUNDLES, foreign)
+    place.policy = place.policy.replace("namespaces", "publish = false\nnamespaces", 1)
+    with gateways.running(place, "foreign") as gateway:
+        gateway.until(lambda: gateway.metric("roots_published", signer=SIGNER) == 1)
+        assert published() == text(new)
+    place.policy = place.policy.replace("publish = false\n", "")
+    pods.trust(place, ca, new)
+    with gateways.running(place, "two") as gateway:
+        gateway.until(lambda: published() == text(ca, new))
+
+
+def text(*cas: Signer) -> str:
+    """Certificates as a bundle has them."""
+    return pem(*(one.certificate for one in cas)).decode()

@@ -161,7 +161,7 @@ def running(place_dir: Path, *, validity: str, number: int = 140) -> Iterator[Ga
     with contextlib.ExitStack() as stack:
         bao = stack.enter_context(_openbao(place_dir / "bao"))
         first = stack.enter_context(Node.up(names[0], ips[0], ca_dir=keys, cluster=CLUSTER, kubelet=KUBELET))
-        api = _api(ips[0], keys, place_dir / "api")
+        api = api_of(ips[0], keys, place_dir / "api")
         place = _place(api, bao, place_dir, validity, dict(zip(names, ips, strict=True)))
         cluster = GatewayCluster(nodes=[first], api=api, bao=bao, place=place)
         stack.callback(_end_gateways, cluster)
@@ -192,7 +192,7 @@ def _openbao(files_dir: Path) -> Iterator[OpenBao]:
         yield server
 
 
-def _api(ip: str, keys: Path, files_dir: Path) -> ClusterApi:
+def api_of(ip: str, keys: Path, files_dir: Path) -> ClusterApi:
     """The node's API server, and whoever its CA makes."""
     (files_dir / "kubernetes/pki").mkdir(parents=True)
     certificate, key = (keys / "ca.crt").read_bytes(), (keys / "ca.key").read_bytes()

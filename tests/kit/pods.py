@@ -46,7 +46,17 @@ dns = ["web.{{namespace}}.svc", "{{pod}}.web.{{namespace}}.svc"]
 _RIGHTS = [
     {"apiGroups": ["certificates.k8s.io"], "resources": [PODS], "verbs": ["get", "list", "watch"]},
     {"apiGroups": ["certificates.k8s.io"], "resources": [f"{PODS}/status"], "verbs": ["patch"]},
-    {"apiGroups": ["certificates.k8s.io"], "resources": ["signers"], "verbs": ["sign"], "resourceNames": [SIGNER]},
+    {
+        "apiGroups": ["certificates.k8s.io"],
+        "resources": ["signers"],
+        "verbs": ["sign", "attest"],
+        "resourceNames": [SIGNER],
+    },
+    {
+        "apiGroups": ["certificates.k8s.io"],
+        "resources": ["clustertrustbundles"],
+        "verbs": ["create", "get", "patch", "delete"],
+    },
     {"apiGroups": [""], "resources": ["pods", "serviceaccounts", "nodes", "namespaces"], "verbs": ["get"]},
 ]
 _NUMBERS = itertools.count(1)
