@@ -41,7 +41,7 @@ FLOORS: dict[str, set[str]] = {
     "renewal": _KEEPS | {"cluster", "ca", "desk", "control_plane"},
     "rotation": _KEEPS | {"cluster", "ca", "control_plane", "renewal"},
     "monitoring": _KEEPS | {"renewal"},
-    "diagnosis": _KEEPS | {"cluster", "ca", "desk", "control_plane", "renewal"},
+    "diagnosis": _KEEPS | {"cluster", "ca", "desk", "control_plane", "renewal", "rotation"},
     "gateway": _KEEPS | {"cluster", "ca", "desk"},
     "bootstrap": _KEEPS | {"ca", "desk", "renewal"},
     "cli": _KEEPS

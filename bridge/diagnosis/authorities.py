@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from bridge.ca import registry
@@ -16,9 +16,11 @@ from bridge.diagnosis.installed import private_file
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError
 from bridge.node.inventory import Item, Node
 from bridge.pki import csr, expiry, verify
-from bridge.pki.expiry import duration_text
+from bridge.pki.expiry import duration_text, minute
 from bridge.renewal import verify_and_install
 from bridge.renewal.gate import Attempts
+from bridge.rotation import places
+from bridge.rotation.phases import Phase, text
 from bridge.settings.tables import Settings
 from bridge.settings.windows import ever_waits
 from bridge.specs import CertificateSpec
@@ -43,6 +45,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Examine all CAs of this node's certificates."""
     yield from _windows(settings, now)
     yield from failures(settings)
+    yield from _replacements(node, settings, now)
     items = [item for item in node.items if item.managed and item.state == "present" and not item.foreign]
     names = dict.fromkeys(item.spec.authority.name for item in items)
     if not settings.authorities:
@@ -53,6 +56,37 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     questions = {name: _question([i for i in items if i.spec.authority.name == name], demands[name], settings)
                  for name in names if name in demands}  # fmt: skip
     yield from ask_all(settings, names, questions, now)
+
+
+def _replacements(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
+    """A finding about each CA that another one is to replace: its phase, and for how long it has been in it."""
+    try:
+        found = places.look(settings, node, ())
+    except BridgeError as e:
+        yield from_error("ca-replacement", "CAs", e)
+        return
+    for one in found.values():
+        about, standing = f"CA {one.name}", one.standing
+        changed = datetime.fromtimestamp(one.state.path.stat().st_mtime, UTC)
+        since = f"since {minute(changed)} ({duration_text(timedelta(days=max((now - changed).days, 0)))})"
+        old, new = text(one.change.old), text(one.change.new)
+        if standing.phase is None:
+            odd = "; ".join(map(str, standing.odd))
+            hint = (
+                "a replacement by other means may be under way; `ca-bridge rotate-ca` changes nothing before it is over"
+            )
+            yield Finding.error("ca-replacement", about, f"the files are of no phase: {odd}", hint)
+        elif standing.next is not None:
+            hint = "the same `ca-bridge rotate-ca` command again finishes it; kubeadm may refuse this node until then"
+            yield Finding.warning("ca-replacement", about, f"half way, “{standing.text}”, {since}", hint)
+        elif standing.phase in (Phase.TRUSTED, Phase.ISSUED):
+            words = f"{old} and {new} are trusted, phase “{standing.text}”, {since}"
+            yield Finding.note("ca-replacement", about, words, "`ca-bridge rotate-ca plan` shows what comes next")
+        elif standing.phase is Phase.NEW:
+            hint = f"move the keys of [authority.{one.name}.next] into [authority.{one.name}]"
+            yield Finding.note("ca-replacement", about, f"{new} has taken its place, {since}", hint)
+        else:
+            yield Finding.note("ca-replacement", about, f"{new} is to take its place; no phase has begun")
 
 
 def _by_hand(settings: Settings) -> Finding:

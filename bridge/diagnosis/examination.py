@@ -19,6 +19,7 @@ from bridge.node import inventory
 from bridge.pki import verify
 from bridge.settings.tables import Settings
 from bridge.specs import SIGNING_AUTHORITIES, SPECS
+from bridge.state.session import in_force
 from bridge.system.paths import UnreadableError, read_ca_file
 
 
@@ -37,6 +38,7 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     """Look at all that the next renewal depends on; it spends no signature and writes nothing."""
     node = inventory.of(settings.node)
     is_desk = desk_files.policy_path(settings).is_file()
+    settings = in_force(settings, node)
     if node.is_here:
         yield from _whole(lambda: installed.look(node, settings, now))
         yield from _whole(lambda: ca_keys.look(node))

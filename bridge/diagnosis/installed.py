@@ -369,7 +369,9 @@ def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str =
         return Finding.error("ca-expired", about, text, hint)
     if end - now < CA_ENDS_SOON:
         text = f"{expiry.left_text(end, now)}; no certificate may outlive it"
-        return Finding.warning("ca-ends-soon", about, text, "plan the CA's own renewal; kubeadm does none")
+        return Finding.warning(
+            "ca-ends-soon", about, text, "`ca-bridge help replace-the-ca` has the way to another one; kubeadm has none"
+        )
     return Finding.ok("ca", about, f"{expiry.left_text(end, now)}{more}")
 
 

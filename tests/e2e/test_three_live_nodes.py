@@ -29,8 +29,8 @@ from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
 from bridge.specs import AUTHORITIES, Component
 from tests.counts import Tried
+from tests.kit import next_cas, opensslca
 from tests.kit import node as kit
-from tests.kit import opensslca
 from tests.kit.cas import add_vault, live_certificates
 from tests.kit.doors import door
 from tests.kit.issuing import Signer
@@ -287,6 +287,51 @@ def test_three_timers_at_once(bridges: list[LiveBridge], tried: Tried) -> None:
         log = (kit.directory() / node.name / "kubelet.log").read_text(errors="replace").splitlines()
         hung = [line for line in log if "Failed deleting a mirror pod" in line and "Timeout" in line]
         assert [line for line in hung if f"kube-system/etcd-{node.name}" in line] == []
+
+
+# --- another CA --------------------------------------------------------------------------------------------------------
+
+REPLACED = ("ca", "front-proxy-ca")
+
+
+def replaced_on(bridge: LiveBridge, verb: str) -> None:
+    """One verb on one node."""
+    run = bridge.run("rotate-ca", verb)
+    assert run.returncode == Exit.DONE, run.stdout + run.stderr
+
+
+def test_cas_are_replaced_node_by_node_and_no_client_is_refused(
+    bridges: list[LiveBridge], tmp_path: Path, tried: Tried
+) -> None:
+    """
+    A client that trusts the CAs of the phase and has the certificate of the one before finds each API server, always.
+
+    A node that is behind holds up the next phase, and is named.
+    """
+    wait_for("three nodes that are well", lambda: all_are_well(bridges), seconds=120)
+    made = next_cas.make(tmp_path / "next")
+    for bridge in bridges:
+        bridge.add("backend.next", {"type": "openssl"})
+        for name in REPLACED:
+            bridge.add(f"authority.{name}.next", {"backend": "next", **made[name].table})
+    nodes, turns, last = [bridge.node for bridge in bridges], 0, bridges[-1]
+    for verb, too_early in (("trust", "issue"), ("issue", "drop"), ("drop", None)):
+        with watched(nodes) as seen:
+            for bridge in bridges[:-1]:
+                replaced_on(bridge, verb)
+            if too_early is not None:
+                run = bridges[0].run("rotate-ca", too_early)
+                assert run.returncode == Exit.UNAVAILABLE, run.stdout + run.stderr
+                assert last.node.name in run.stderr
+                assert bridges[1].node.name not in run.stderr
+            replaced_on(last, verb)
+        assert (seen.failed, seen.elsewhere, seen.down) == ([], 0, []), verb
+        turns += seen.turns
+    for bridge in bridges:
+        proof = bridge.run("prove", "--wait", "60s")
+        assert proof.returncode == Exit.DONE, proof.stdout
+        assert made["ca"].signer.certificate.subject == live_certificates(bridge.pki)["apiserver"].issuer
+    tried("turns of a client of three API servers while two CAs were replaced, none failed", turns)
 
 
 # --- peers that refuse -----------------------------------------------------------------------------------------------

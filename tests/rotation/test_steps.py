@@ -17,6 +17,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from bridge.cli.options import utc_now
+from bridge.diagnosis.examination import examine
+from bridge.diagnosis.findings import Finding
 from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.pki.certificates import pem
@@ -25,6 +27,7 @@ from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
 from bridge.rotation import places, steps
 from bridge.rotation.gate import Gate
+from bridge.rotation.phases import Phase
 from bridge.rotation.steps import Done, Verb
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, ETCD_CA
@@ -319,3 +322,25 @@ def test_a_desk_of_the_new_ca_answers_later(pki: Pki, tmp_path: Path) -> None:
     assert run(settings, Verb.ISSUE).exit_code == 0
     assert phases(settings) == dict.fromkeys(AUTHORITIES, "issued")
     assert renew.run(settings, RunOptions(), utc_now, Quiet())[0].exit_code == 0
+
+
+def test_doctor_says_in_which_phase_a_ca_is(settings: Settings, pki: Pki) -> None:
+    """And that a renewal would go on: the CA that signs is the one that is asked; half a phase is a warning."""
+
+    def found() -> list[Finding]:
+        return [one for one in examine(settings, utc_now()) if one.check in ("ca-replacement", "backend")]
+
+    seen = []
+    for verb in (None, Verb.TRUST, Verb.ISSUE, Verb.DROP):
+        if verb is not None:
+            assert run(settings, verb).exit_code == 0
+        assert [one for one in found() if one.level in ("error", "warning")] == []
+        seen.append(next(one.text for one in found() if one.about == "CA ca"))
+    for text, words in zip(seen, ("no phase has begun", "“trusted”", "“issued”", "has taken its place"), strict=True):
+        assert words in text
+    (pki.pki_dir / "ca.crt").write_bytes(
+        pem(*(places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change.bundle(Phase.ISSUED)))
+    )
+    assert [one.level for one in found() if one.about == "CA ca"] == ["warning"]
+    (pki.pki_dir / "ca.crt").write_bytes(pem(Signer.make("another").certificate))
+    assert any(one.level == "error" and "the files are of no phase" in one.text for one in found())
