@@ -54,7 +54,7 @@ def _open_standard_streams() -> None:
 
 def _run() -> NoReturn:
     quiet = nothing_to_do(sys.argv[1:])
-    if quiet is not None:
+    if quiet is not None and not os.isatty(1):  # a terminal's lines end between words
         _end_quietly(quiet)
     table = expirations(sys.argv[1:])
     if table is not None:

@@ -73,7 +73,7 @@ def export(
         log.log(logging.INFO if wanted.is_by_name else logging.DEBUG, "%s", sentence)
     _print_exported(done, path, utc_now())
     if done.bundle is None and not done.failed:
-        say(nothing_due(node, settings, utc_now()))
+        say_sentence(nothing_due(node, settings, utc_now()))
     for about, error in grouped(done.failed):
         print_error(error, about)
     return Exit.worst([outcome.exit_code for outcome in done.failed])

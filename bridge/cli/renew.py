@@ -27,7 +27,7 @@ from bridge.cli.options import (
     duration_option,
     utc_now,
 )
-from bridge.cli.printing import end_text, progress_shown, say, say_json, say_table
+from bridge.cli.printing import end_text, progress_shown, say, say_json, say_sentence, say_table
 from bridge.cli.results import about, errors_json, failed_json, grouped, print_restart, report
 from bridge.control_plane import restart_plan
 from bridge.diagnosis import use
@@ -211,7 +211,7 @@ def plan(settings: Settings, options: RunOptions, now: datetime, output: Output)
         )
         print_restart("After that, these must be restarted to use the new ones", found.components, settings)
     elif not found.selection.failed:
-        say(nothing_due(node, settings, now))
+        say_sentence(nothing_due(node, settings, now))
     for sentence in found.selection.powerful:
         log.info("%s", sentence)
     for name, error in grouped(found.selection.failed):
@@ -309,13 +309,12 @@ def write_csrs(settings: Settings, directory: Path, options: RunOptions, now: da
     prepared = [one for one in made if isinstance(one, Prepared)]
     if prepared:
         write_csr_files(prepared, directory)
-    rows = [(one.item.spec.name, str(directory / f"{one.item.spec.name}.csr"), f"for {one.item.spec.authority.name}")
-            for one in prepared]  # fmt: skip
+    rows = [(str(directory / f"{one.item.spec.name}.csr"), f"for {one.item.spec.authority.name}") for one in prepared]
     failed = [*selection.failed, *(one for one in made if isinstance(one, Outcome))]
     if rows:
         say_table(rows)
     elif not failed:
-        say(nothing_due(node, settings, now))
+        say_sentence(nothing_due(node, settings, now))
     for name, error in grouped(failed):
         print_error(error, name)
     return Exit.worst([outcome.exit_code for outcome in failed])

@@ -76,7 +76,7 @@ def _print_result(result: Result, node: Node, settings: Settings, now: datetime)
             f"{len(rows)} renewed; the old files are in {settings.node.state_dir / 'backups' / str(result.backup_id)}"
         )
     elif not result.failed and not result.waiting and not result.errors:
-        say(nothing_due(node, settings, now))
+        say_sentence(nothing_due(node, settings, now))
     if result.waiting:
         say("\n".join(under_headings([_waiting_row(outcome, now) for outcome in result.waiting])))
 

@@ -485,6 +485,6 @@ def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Co
         return [one for one in wanted.listed or every if one in _present(node)], None
     found = proof.look(node, settings, now)
     unseen = [one for one in found.findings if one.state in ("unknown", "no-answer")]
-    names = dict.fromkeys("people" if one.component is None else one.component.value for one in unseen)
+    names = dict.fromkeys(one.certificate or "" if one.component is None else one.component.value for one in unseen)
     text = f"wanted to see on which certificates all components run, found no answer from {', '.join(names)}"
     return found.stale, UnknownError(text, found.exit_code) if unseen else None

@@ -529,7 +529,7 @@ def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
     request = SignRequest(spec=item.spec, csr_pem=pem, validity=settings.renewal.validity, replaces=replaced)
     if not contents.found.take_loose(request):
         raise WaitingError(
-            f"wanted a certificate for {contents.key_files[item.spec.name]}, found none in the directory",
+            f"wanted a certificate for its key in {contents.key_files[item.spec.name].parent}, found none there",
             hint="have its CSR signed, put the certificate there under any name, then run this again",
         )
     return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -184,3 +186,22 @@ def test_a_person_does_not_wait_for_a_ca_that_is_not_there(tmp_path: Path, netwo
     assert (shown.exit_code, "asked again" in shown.text) == (6, False), shown.text
     job = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     assert (job.returncode, "asked again" in job.stderr) == (6, True), job.stderr
+
+
+def test_sentences_and_rows_of_csrs_fit_80_columns(config: Path, tmp_path: Path) -> None:
+    """A run with nothing to do, a line a CSR, and one sentence for all keys that have no certificate yet."""
+    assert terminals.run([PROGRAM, "renew", "all", "--config", str(config)]).exit_code == 0
+    for words in (["renew"], ["export", str(tmp_path / "none.json")]):
+        shown = terminals.run([PROGRAM, *words, "--config", str(config)])
+        assert max(map(len, shown.text.splitlines())) <= 80, shown.text
+        assert "nothing is due" in shown.text
+    csrs = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        more = ["--csr-only", "--csr-dir", str(csrs), "--config", str(config)]
+        rows = terminals.run([PROGRAM, "renew", "all", *more]).text.splitlines()
+        assert len(rows) == len(list(csrs.glob("*.csr"))) > 9
+        installed = terminals.run([PROGRAM, "install", str(csrs), "--config", str(config)])
+    finally:
+        shutil.rmtree(csrs)
+    assert installed.exit_code == 4
+    assert installed.text.count("wanted a certificate") == 1
