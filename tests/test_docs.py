@@ -373,6 +373,7 @@ ANSWERS = {
     "air-gap.md#begin": ("desk-policy.toml", "ca-bridge sign"),
     "kubelets.md#the-client-certificate-kubeletconf": ("rotateCertificates",),
     "gateway.md#in-place-of-kube-controller-managers-signer": ("--controllers=csrsigner", "kubeadm init phase"),
+    "kubelets.md#have-kubelets-ask-for-their-serving-certificates": ("ca-bridge kubelets on", "kubectl top nodes"),
     "users.md#a-person": ("ca-bridge kubeconfig request",),
     "changes.md#another-name-or-address": ("--add-san",),
     "changes.md#what-this-node-may-ask-for": ("[policy]", "sans"),

@@ -31,6 +31,7 @@ FILES = {
     "import": "carried",
     "pending": "carried",
     "gateway": "gateway",
+    "kubelets": "kubelets",
     "backups": "history",
     "rollback": "history",
     "recover": "history",

@@ -11,7 +11,7 @@ import typer
 from bridge.cli.options import Common, Output, OutputOption, command, utc_now
 from bridge.cli.printing import say_json, say_sentence, say_verdict, width_here
 from bridge.diagnosis import findings
-from bridge.diagnosis.examination import before_upgrade, examine
+from bridge.diagnosis.examination import before_upgrade, examine, of_kubelets
 from bridge.diagnosis.findings import LEVELS, Cause
 from bridge.system.console import ROOT_HINT, doing
 
@@ -30,6 +30,12 @@ def doctor(
             help="Say instead what `kubeadm upgrade` will do to certificates here, and where it would abort.",
         ),
     ] = False,
+    kubelets: Annotated[
+        bool,
+        typer.Option(
+            "--kubelets", help="Say instead what every kubelet of the cluster serves with, and who verifies it."
+        ),
+    ] = False,
     output: OutputOption = Output.TEXT,
 ) -> int:
     """
@@ -41,8 +47,9 @@ def doctor(
     error, with 3 for a warning.
     """
     settings = common.settings()
+    look = before_upgrade if upgrade else of_kubelets if kubelets else examine
     with doing("looking at this node, and asking the CAs", is_plain=False):
-        causes = findings.causes((before_upgrade if upgrade else examine)(settings, utc_now()))
+        causes = findings.causes(look(settings, utc_now()))
     code = findings.exit_code(causes)
     if output is Output.JSON:
         as_ok = [replace(cause, level="ok") if cause.level == "note" else cause for cause in causes]

@@ -36,7 +36,10 @@ TASKS: dict[str, dict[str, str]] = {
         "import": "Install the answers of a CA desk.",
         "pending": "Show and cancel requests that wait for an answer.",
     },
-    "Sign for the cluster": {"gateway": "Sign for kubelets and users, by the certificates API."},
+    "Sign for the cluster": {
+        "gateway": "Sign for kubelets and users, by the certificates API.",
+        "kubelets": "Have kubelets ask for serving certificates, or not.",
+    },
     "Go back, and clean up after a crash": {
         "backups": "List the backups of replaced files.",
         "rollback": "Put the files of a backup back.",
@@ -64,6 +67,7 @@ EXCLUDES: dict[str, dict[str, tuple[str, ...]]] = {
         "--rehearse": ("--dry-run", "--all-or-nothing", "--no-restart"),
         "--dry-run": ("--wait",),
     },
+    "doctor": {"--kubelets": ("--before-upgrade",)},
     "bootstrap join": {"--control-plane": ("--worker",)},
     "bootstrap check": {"--control-plane": ("--worker",)},
 }
@@ -160,11 +164,16 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("ca-bridge doctor", "Find what would make the next renewal fail."),
         ("ca-bridge doctor -o json", "The same for a program."),
         ("ca-bridge doctor --before-upgrade", "Say what `kubeadm upgrade` would do to certificates here."),
+        ("ca-bridge doctor --kubelets", "Show what every kubelet of the cluster serves with."),
     ),
     "gateway": (
         ("ca-bridge gateway --check", "Find out whether it could work; nothing is signed."),
         ("ca-bridge gateway --log-format json", "Work until SIGTERM: the command of a unit or a pod."),
     ),
+    "kubelets on": (
+        ("ca-bridge kubelets on", "Take this node as far as the others allow; run it on each node, then again."),
+    ),
+    "kubelets off": (("ca-bridge kubelets off", "The same backwards, the control-plane nodes first."),),
     "setup": (
         ("ca-bridge setup vault", "Print roles and a policy for this node's certificates."),
         ("ca-bridge setup openssl -o /root/for-the-ca", "Write an openssl.cnf for each CA into a directory."),

@@ -142,10 +142,11 @@ class Access:
 
 
 def of_node(node: Node, kubeconfig_dir: Path) -> Access:
-    """Read a node's clients and servers: its own API server comes first, then the one that admin.conf names."""
+    """Read a node's clients and servers: its own API server comes first, then admin.conf's; a worker's are kubelet.conf's."""
     clients, troubles = [], []
     servers = [Server(url)] if (url := local_url(node)) else []
-    for name in _KUBECONFIGS:
+    names = ("kubelet.conf",) if node.is_worker else _KUBECONFIGS
+    for name in names:
         try:
             data = paths.read(kubeconfig_dir / name)
             if data is None:
@@ -157,7 +158,9 @@ def of_node(node: Node, kubeconfig_dir: Path) -> Access:
         clients.append(client)
         servers.append(server)
     if not clients and not troubles:
-        troubles.append(f"{kubeconfig_dir}: wanted {' or '.join(_KUBECONFIGS)}, found neither")
+        troubles.append(
+            f"{kubeconfig_dir}: wanted {' or '.join(names)}, found {'none' if node.is_worker else 'neither'}"
+        )
     return Access(clients=tuple(clients), servers=tuple(servers), troubles=tuple(troubles))
 
 

@@ -16,6 +16,9 @@ from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION
 from bridge.node.yamltree import YamlError, document
 
+#: A ClusterConfiguration as Python's own types.
+Cluster = Mapping[str, Any]
+
 _TURNS = 5  # each 409 means that another client was faster
 
 
@@ -66,6 +69,28 @@ def read(api: Api, place: Place) -> Found:
     return Found(text=text if isinstance(text, str) else None, status=reply.status, object=reply.document)
 
 
+def read_cluster(api: Api) -> Cluster:
+    """The ClusterConfiguration (NoConfigError: there is none that can be read; NoAnswerError)."""
+    found = read(api, CLUSTER)
+    if found.text is None:
+        raise _none(CLUSTER, found)
+    return _parsed(found.text)
+
+
+def _none(place: Place, found: Found) -> NoConfigError:
+    return NoConfigError(f"wanted {place} with {place.key} in it, found none (HTTP {found.status})")
+
+
+def _parsed(text: str) -> Cluster:
+    try:
+        found = document(text).plain()
+    except YamlError as e:
+        raise NoConfigError(f"{CLUSTER}: {e}", hint="kubeadm config validate says what is wrong") from None
+    if not isinstance(found, dict):
+        raise NoConfigError(f"wanted a {CLUSTER.key} in {CLUSTER}, found something else")
+    return found
+
+
 def change(api: Api, place: Place, edit: Callable[[str], str]) -> bool:
     """
     Have a text changed; a change that another client makes meanwhile stays, and `edit` gets the text once more.
@@ -79,7 +104,7 @@ def change(api: Api, place: Place, edit: Callable[[str], str]) -> bool:
     for _ in range(_TURNS):
         found = read(api, place)
         if found.text is None:
-            raise NoConfigError(f"wanted {place} with {place.key} in it, found none (HTTP {found.status})")
+            raise _none(place, found)
         edited = edit(found.text)
         if edited == found.text:
             return False
@@ -93,16 +118,11 @@ def change(api: Api, place: Place, edit: Callable[[str], str]) -> bool:
     raise NoAnswerError(f"wanted to change {place}, found that others changed it each time")
 
 
-def change_cluster(api: Api, edit: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> bool:
-    """Have the ClusterConfiguration changed, as `change` does; `edit` gets it as Python's own types, and returns another one."""
+def change_cluster(api: Api, edit: Callable[[Cluster], Cluster]) -> bool:
+    """Have the ClusterConfiguration changed, as `change` does; `edit` returns another one."""
 
     def edited(text: str) -> str:
-        try:
-            found = document(text).plain()
-        except YamlError as e:
-            raise NoConfigError(f"{CLUSTER}: {e}", hint="kubeadm config validate says what is wrong") from None
-        if not isinstance(found, dict):
-            raise NoConfigError(f"wanted a {CLUSTER.key} in {CLUSTER}, found something else")
+        found = _parsed(text)
         wanted = edit(found)
         return text if wanted == found else yaml.safe_dump(dict(wanted), sort_keys=False, width=1 << 20)
 

@@ -12,7 +12,7 @@ from bridge.ca.ca import signer_of
 from bridge.ca.retry import Rest
 from bridge.desk import files as desk_files
 from bridge.desk.policy import Policy
-from bridge.diagnosis import authorities, ca_keys, installed, machine, upgrade, use
+from bridge.diagnosis import authorities, ca_keys, installed, kubelets, machine, upgrade, use
 from bridge.diagnosis.findings import Finding, from_error
 from bridge.errors import BridgeError, SettingsError
 from bridge.node import inventory
@@ -27,11 +27,24 @@ def before_upgrade(settings: Settings, now: datetime) -> Iterator[Finding]:
     """Look at what `kubeadm upgrade` would make of this node's certificates; asks the cluster's API, and no CA."""
     node = inventory.of(settings.node)
     if not node.is_here:
-        error = inventory.NoNodeError(settings.node.pki_dir)
-        yield Finding.error("no-node", "node", str(error), error.hint)
+        yield _no_node(settings)
         return
     yield from _whole(lambda: upgrade.look(node, settings, now))
     yield from _whole(lambda: use.look_at_names(node, settings))
+
+
+def of_kubelets(settings: Settings, now: datetime) -> Iterator[Finding]:
+    """Look at what all kubelets of the cluster serve with; asks the cluster's API and each kubelet, and no CA."""
+    node = inventory.of(settings.node)
+    if not node.is_here:
+        yield _no_node(settings)
+        return
+    yield from _whole(lambda: kubelets.look(node, settings, now))
+
+
+def _no_node(settings: Settings) -> Finding:
+    error = inventory.NoNodeError(settings.node.pki_dir)
+    return Finding.error("no-node", "node", str(error), error.hint)
 
 
 def examine(settings: Settings, now: datetime) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ https://kubernetes.io/docs/reference/command-line-tools-reference/kubelet/; meas
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -140,6 +141,40 @@ def _configured(path: Path, keys: Sequence[str]) -> tuple[dict[str, str], str | 
         return ({}, None) if root is None else ({"kind": "KubeletConfiguration", **values(root, keys)}, None)
     except (UnreadableError, YamlError) as e:
         return {}, f"wanted the kubelet's configuration in {path}, found: {e}"
+
+
+_ASKS = "serverTLSBootstrap"
+
+
+def asks(text: str) -> bool:
+    """Whether a kubelet with this configuration asks a signer for its serving certificate (YamlError: it can't be read)."""
+    found = document(text).get(_ASKS)
+    return found is not None and _is_true(found.text())
+
+
+def asking(text: str, *, wanted: bool) -> str:
+    """
+    A configuration with which the kubelet asks for its serving certificate, or does not; all else stays as it is.
+
+    YamlError: its form is not kubeadm's, one key a line.
+    """
+    if asks(text) == wanted:
+        return text
+    root = document(text)
+    found, before = root.get(_ASKS), root.plain()
+    lines = text.splitlines(keepends=True)
+    if found is None:
+        lines = [*lines[:-1], f"{lines[-1].rstrip()}\n", f"{_ASKS}: true\n"]
+    elif wanted:
+        lines[found.place.line - 1] = f"{_ASKS}: true\n"
+    else:
+        del lines[found.place.line - 1]
+    after = {key: value for key, value in before.items() if key != _ASKS} | ({_ASKS: True} if wanted else {})
+    done = "".join(lines)
+    with contextlib.suppress(YamlError):
+        if document(done).plain() == after:
+            return done
+    raise YamlError("wanted one key a line, as kubeadm writes it, found another form")
 
 
 def _flags(kubelet_dir: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -59,7 +59,9 @@ def parse(component: Component, data: bytes) -> Manifest:
     own = container(document(split_bom(data)[1]), component.value)
     words = [word.text() for key in ("command", "args") if (listed := own.get(key)) for word in listed.items()]
     tag = _TAG.search(_text(own.get("image")).partition("@")[0])
-    return Manifest(flags=_flags(words), version=(int(tag[2]), int(tag[3])) if tag else None, tag=tag[1] if tag else "")
+    return Manifest(
+        flags=flags_of(words), version=(int(tag[2]), int(tag[3])) if tag else None, tag=tag[1] if tag else ""
+    )
 
 
 def pod(root: YamlNode) -> YamlNode:
@@ -83,7 +85,7 @@ def _text(node: YamlNode | None) -> str:
     return "" if node is None else node.text()
 
 
-def _flags(words: list[str]) -> dict[str, str]:
+def flags_of(words: Sequence[str]) -> dict[str, str]:
     """Flags as `--name=value` and `--name value`; etcd takes one dash as well, except before a single letter."""
     flags = {}
     for word, following in zip_longest(words, words[1:], fillvalue="-"):

@@ -112,6 +112,17 @@ def oldest_start(component: Component, named: Sequence[Path], proc: Path = PROC)
     return next(found, None)
 
 
+def reader_of(component: Component, path: Path, proc: Path = PROC) -> Process | None:
+    """The oldest process of a component that has this very file among its arguments; None: none can be seen."""
+    found = (one for one in running(component.value, proc) if any(_is_same(file, path) for file in _files(one)))
+    return next(found, None)
+
+
+def program_of(process: Process, proc: Path = PROC) -> Path:
+    """The program that would be started in its place now (OSError: it has ended, or is another user's)."""
+    return Path(os.readlink(proc / str(process.pid) / "exe").removesuffix(" (deleted)"))  # noqa: PTH115 (may not be there)
+
+
 class Age(NamedTuple):
     """A component's age, compared with a file's."""
 
@@ -157,8 +168,13 @@ def _names(process: Process, path: Path) -> bool:
     """Whether a process has a file in its arguments, by our path or by its own."""
     if any(str(path) in word for word in process.arguments):
         return True
+    return any(_is_same(file, path) for file in _files(process))
+
+
+def _files(process: Process) -> Iterator[Path]:
+    """The files that a process has among its arguments, seen from here."""
     values = (word.rpartition("=")[2] for word in process.arguments)
-    return any(_is_same(process.root / value.lstrip("/"), path) for value in values if value.startswith("/"))
+    return (process.root / value.lstrip("/") for value in values if value.startswith("/"))
 
 
 def _is_same(one: Path, other: Path) -> bool:

@@ -41,6 +41,8 @@ SYSLOG = Path("/dev/log")
 ASKED, ISSUED, VERIFIED, INSTALLED = "asked", "issued", "verified", "installed"
 REFUSED, UNAVAILABLE, FAILED = "refused", "unavailable", "failed"
 RECOVERED, ROLLED_BACK, RESTARTED = "recovered", "rolled-back", "restarted"
+#: kubeadm's or a component's configuration has another content, which `result` names.
+CONFIGURED = "configured"
 #: Asked for, signed and proven, and not installed.
 REHEARSED = "rehearsed"
 #: A copy of a kubeconfig, `result`, has got the new certificate.

@@ -11,7 +11,14 @@ from bridge.errors import BridgeError, Exit
 from bridge.specs import Component
 from bridge.state.install import STAGED_PREFIX, attributes_from, attributes_json
 from bridge.state.store import Store
-from bridge.system.files import Attributes, digest, sync_directory, write_atomically, write_staged
+from bridge.system.files import (
+    Attributes,
+    digest,
+    exchange,
+    sync_directory,
+    write_atomically,
+    write_staged,
+)
 from bridge.system.state_file import OnDamage, StateFile
 
 #: leaving: the manifest may still be in its place; out: it is away; back: it is there again, and the component was not
@@ -65,10 +72,7 @@ def journal_of(component: Component, manifest: Path, content: bytes | None = Non
 
 def replace(manifest: Path, content: bytes) -> None:
     """Give a manifest another text in one step; a kubelet reads each file of its directory, so it is staged outside."""
-    waiting = aside(manifest)
-    waiting.unlink(missing_ok=True)
-    write_staged(waiting, content, Attributes.of(manifest))
-    waiting.rename(manifest)
+    exchange(manifest, content, aside(manifest))
     sync(manifest)
 
 

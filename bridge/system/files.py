@@ -144,6 +144,14 @@ def write_atomically(path: Path, data: bytes, mode: int = SECRET_MODE) -> None:
     sync_directory(path.parent)  # or a power cut may bring the old content back
 
 
+def exchange(path: Path, data: bytes, staged: Path) -> None:
+    """Give a file another content in one step, by way of `staged` on the same file system; mode, owner and the rest stay."""
+    staged.unlink(missing_ok=True)  # of a run that was killed
+    write_staged(staged, data, Attributes.of(path))
+    staged.rename(path)
+    sync_directory(path.parent)
+
+
 def append(path: Path, data: bytes) -> None:
     """Append lines to a file of ours with one write, safe on disk when this returns; an OSError: none of it is."""
     is_new = not path.exists()

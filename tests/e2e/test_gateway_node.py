@@ -7,14 +7,17 @@ Certificates live 4 minutes (and 30 s of a backdated beginning), so a kubelet as
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -26,12 +29,15 @@ from bridge.contract import SignRequest
 from bridge.gateway.rules import CLIENT_KUBELET
 from bridge.pki.certificates import pem
 from bridge.specs import SPECS
-from tests.kit import gateway_cluster, gateways
+from tests.kit import gateway_cluster, gateways, metrics_server, programs
+from tests.kit import node as kit_node
+from tests.kit import nodes as kit_nodes
 from tests.kit.api_client import ApiClient
 from tests.kit.doors import door
 from tests.kit.gateway_cluster import CURRENT, GatewayCluster, Motion
 from tests.kit.issuing import Signer
-from tests.kit.nodes import wait_for
+from tests.kit.node import Node
+from tests.kit.nodes import LiveBridge, NodePki, wait_for
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
@@ -102,6 +108,143 @@ def test_logs_and_exec_with_a_verified_kubelet(cluster: GatewayCluster) -> None:
 
     assert "etcd" in wait_for("the pod's log", logs, seconds=60)
     assert "etcdctl version" in first.kubectl("exec", "talks", "--", "etcdctl", "version").stdout
+
+
+# --- turning serverTLSBootstrap off and on ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bridges(cluster: GatewayCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, LiveBridge]:
+    """ca-bridge on each node, by the node's role."""
+    made = {}
+    for role, node in zip(("cp", "w1", "w2"), cluster.nodes, strict=True):
+        pki = NodePki(root=node.root, external=True, keys=cluster.api.pki_dir)
+        made[role] = bridge = LiveBridge(pki=pki, directory=tmp_path_factory.mktemp(role) / "bridge", node=node)
+        bridge.add("restart", {"method": "static-pods", "min_interval": "1s"})
+        restart = bridge.kubelet_command() if role == "cp" else "systemctl restart kubelet"
+        bridge.add("restart.commands", {"kubelet": restart})
+    return made
+
+
+def config_of(node: Node) -> dict[str, Any]:
+    """A kubelet's configuration."""
+    found: dict[str, Any] = yaml.safe_load((node.root / "var/lib/kubelet/config.yaml").read_text())
+    return found
+
+
+def levels(bridge: LiveBridge, check: str) -> list[str]:
+    """The levels of a check's findings in `doctor --kubelets`, one for each subject."""
+    run = bridge.run("doctor", "--kubelets", "-o", "json")
+    found = [one for one in json.loads(run.stdout)["findings"] if one["check"] == check]
+    return sorted(one["level"] for one in found for _ in one["about"])
+
+
+def killed_at(bridge: LiveBridge, moment: str, *args: str) -> None:
+    """A run that is killed with -9 as soon as it has said this."""
+    program: list[str | Path] = [Path(sys.executable).with_name("ca-bridge"), *args, "-v", "--config", bridge.config]
+    pid = (kit_node.directory() / bridge.node.name / "pid").read_text().strip()
+    with subprocess.Popen(
+        ["nsenter", "-t", pid, "-m", "-n", "--", *program], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "CRI_CONFIG_FILE": "/etc/kubernetes/crictl.yaml",
+             "PATH": f"{programs.directory()}:{kit_node.directory() / bridge.node.name / 'bin'}:{os.environ['PATH']}"},
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if moment in line:
+                process.kill()
+                return
+    raise AssertionError("".join(said))
+
+
+def test_off_on_each_node(cluster: GatewayCluster, bridges: dict[str, LiveBridge], tmp_path: Path) -> None:
+    """The API server stops verifying first; a worker waits for that; then kubelets make their certificates themselves."""
+    first = cluster.control_plane
+    early = bridges["w1"].run("kubelets", "off")
+    assert early.returncode == 4, early.stderr
+    assert "on a control-plane node comes first" in early.stderr
+    for role, bridge in bridges.items():
+        run = bridge.run("kubelets", "off")
+        assert run.returncode == 0, f"{role}: {run.stdout}{run.stderr}"
+        assert "Nothing to do" in bridge.run("kubelets", "off").stdout
+    assert "kubelet-certificate-authority" not in (first.kubeconfig_dir / "manifests/kube-apiserver.yaml").read_text()
+    for name in ("kubeadm-config", "kubelet-config"):
+        text = first.kubectl("get", "configmap", "-n", "kube-system", name, "-o", "yaml").stdout
+        assert "kubelet-certificate-authority" not in text
+        assert "serverTLSBootstrap" not in text
+    assert all("serverTLSBootstrap" not in config_of(node) for node in cluster.nodes)
+    assert levels(bridges["cp"], "kubelet-serving") == ["warning"] * 3
+    for node in cluster.nodes:  # as if they had never asked: what they have would do for minutes
+        for path in (node.root / "var/lib/kubelet/pki").glob("kubelet-server-*"):
+            path.unlink()
+    with metrics_server.running(cluster, tmp_path / "metrics") as metrics:
+        metrics.wait_for("its complaint", lambda: metrics.said().count("x509: ") >= 3)
+        assert metrics.top() == {}
+
+
+def test_a_kubelet_without_a_signer_gets_its_old_configuration_again(
+    cluster: GatewayCluster, bridges: dict[str, LiveBridge]
+) -> None:
+    """And one whose configuration its own validation refuses is not restarted at all."""
+    first, bridge = cluster.control_plane, bridges["cp"]
+    path = first.root / "var/lib/kubelet/config.yaml"
+    before, pid = path.read_bytes(), kit_nodes.kubelet_pid(first)
+    path.write_bytes(before + b"imageGCHighThresholdPercent: 200\n")
+    run = bridge.run("kubelets", "on")
+    assert run.returncode == 1, run.stderr
+    assert "imageGCHighThresholdPercent" in run.stderr
+    assert kit_nodes.kubelet_pid(first) == pid
+    path.write_bytes(before)
+    names = list(cluster.gateways)
+    for name in names:
+        cluster.gateways[name].kill()
+    run = bridge.run("kubelets", "on", "--wait", "5s")
+    assert run.returncode == 8, run.stderr
+    assert "open: no answer yet" in run.stderr
+    assert path.read_bytes() == before
+    assert levels(bridge, "kubelet-config") == ["ok"]  # a note, for programs
+    for name in names:
+        cluster.start_gateway(name)
+    assert "serverTLSBootstrap" not in first.kubectl(
+        "get", "configmap", "-n", "kube-system", "kubelet-config", "-o", "yaml"
+    ).stdout  # fmt: skip
+
+
+def test_on_node_by_node(cluster: GatewayCluster, bridges: dict[str, LiveBridge], tmp_path: Path) -> None:
+    """Killed at each step, and run again: all kubelets serve rightly, then the API server verifies them, as upgrades will."""
+    first, manifest = cluster.control_plane, cluster.control_plane.kubeconfig_dir / "manifests/kube-apiserver.yaml"
+    early = bridges["w1"].run("kubelets", "on")
+    assert early.returncode == 4, early.stderr
+    killed_at(bridges["cp"], "config.yaml is another one", "kubelets", "on")
+    run = bridges["cp"].run("kubelets", "on")
+    assert run.returncode == 4, f"{run.stdout}{run.stderr}"
+    assert all(node.name in run.stdout for node in cluster.nodes[1:]), run.stdout
+    assert "kubelet-certificate-authority" not in manifest.read_text()
+    killed_at(bridges["w1"], "kubelet: runs ", "kubelets", "on")
+    for role in ("w1", "w2"):
+        run = bridges[role].run("kubelets", "on")
+        assert run.returncode == 0, f"{role}: {run.stdout}{run.stderr}"
+    assert levels(bridges["cp"], "kubelet-serving") == ["ok"] * 3
+    killed_at(bridges["cp"], "its manifest is back", "kubelets", "on")  # and the API server is not
+    wait_for("the next run", lambda: bridges["cp"].run("kubelets", "on", "--force").returncode == 0, seconds=90)
+    assert "--kubelet-certificate-authority=/etc/kubernetes/pki/ca.crt" in manifest.read_text()
+    assert "Nothing to do" in bridges["cp"].run("kubelets", "on").stdout
+    run = bridges["cp"].run("doctor", "--kubelets")
+    assert run.returncode == 0, run.stdout
+    version = first.exec("kubeadm", "version", "-o", "short").stdout.strip()
+    upgrade = first.exec("kubeadm", "upgrade", "diff", version, "--kubeconfig", "/etc/kubernetes/admin.conf")
+    assert "--kubelet-certificate-authority" not in upgrade.stdout  # the manifest is as an upgrade would write it
+    with metrics_server.running(cluster, tmp_path / "metrics") as metrics:
+        found = metrics.wait_for("figures of all nodes", lambda: top if len(top := metrics.top()) == 3 else None)
+        assert set(found) == {node.name for node in cluster.nodes}
+        assert "x509: " not in metrics.said()
+    worker = cluster.nodes[1]
+    worker.exec("kubeadm", "upgrade", "node", "phase", "kubelet-config", "--patches", worker.root.parent / "patches")
+    assert config_of(worker)["serverTLSBootstrap"] is True
+
+
+# --- in motion -------------------------------------------------------------------------------------------------------
 
 
 def test_fast_motion(cluster: GatewayCluster) -> None:

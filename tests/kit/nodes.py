@@ -202,10 +202,10 @@ def restart_kubelet(node: Node) -> datetime:
     Returns:
         When the old one was gone, and all that it had asked for was answered.
     """
-    pid = wait_for("a kubelet", lambda: _kubelet_pid(node))
+    pid = wait_for("a kubelet", lambda: kubelet_pid(node))
     command = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
     node.exec("kill", str(pid))
-    wait_for("the end of the kubelet", lambda: not _kubelet_pid(node))
+    wait_for("the end of the kubelet", lambda: not kubelet_pid(node))
     time.sleep(1)  # until its last requests have arrived
     gone = datetime.now(UTC)
     log = kit.directory() / node.name / "kubelet.log"
@@ -213,8 +213,8 @@ def restart_kubelet(node: Node) -> datetime:
     return gone
 
 
-def _kubelet_pid(node: Node) -> int:
-    """0 if there is none."""
+def kubelet_pid(node: Node) -> int:
+    """The kubelet that runs on the node; 0 if there is none."""
     found = subprocess.run(["ip", "netns", "pids", node.name], capture_output=True, text=True, check=True)
     for pid in found.stdout.split():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # that one has ended meanwhile

@@ -14,10 +14,10 @@ NODE_WORKERS = 3
 
 #: Seconds that a file takes by itself on two idle cores (`pytest --numprocesses 0 FILE`); another one takes `_UNKNOWN`.
 SECONDS = {
+    "e2e/test_gateway_node.py": 480,
     "e2e/test_three_live_nodes.py": 420,
     "e2e/test_cluster_node.py": 400,
     "e2e/test_fast_motion_node.py": 365,
-    "e2e/test_gateway_node.py": 330,
     "e2e/test_restart_node.py": 220,
     "e2e/test_etcd_hosts_node.py": 180,
     "e2e/test_kubelets_node.py": 150,

@@ -6,12 +6,14 @@ import base64
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.node import kubeconfig
 from bridge.node.kubeconfig import KubeconfigError
-from bridge.node.kubelet import KubeletFiles
+from bridge.node.kubelet import KubeletFiles, asking, asks
+from bridge.node.yamltree import YamlError
 
 
 def load(directory: Path, config: str | None = None, flags: str | None = None) -> KubeletFiles:
@@ -149,3 +151,66 @@ def test_what_names_files_already_is_left_alone() -> None:
     text = text_of("block").decode() + "    client-certificate: /x\n"
     with pytest.raises(KubeconfigError, match="found files beside them"):
         kubeconfig.with_references(text.encode(), PLACE)
+
+
+# --- asking for a serving certificate ---------------------------------------------------------------------------------
+
+KUBEADMS = "apiVersion: kubelet.config.k8s.io/v1beta1\n# kept\nkind: KubeletConfiguration\nrotateCertificates: true\n"
+
+
+@pytest.mark.parametrize(
+    "text", [KUBEADMS, f"{KUBEADMS}evictionHard: {{memory.available: 50Mi}}\n", f"---\n{KUBEADMS}"]
+)
+def test_a_key_comes_and_goes_and_all_else_stays(text: str) -> None:
+    """On and off again is the very text; what is so already is not touched."""
+    on = asking(text, wanted=True)
+    assert on == f"{text}serverTLSBootstrap: true\n"
+    assert asks(on)
+    assert not asks(text)
+    assert asking(on, wanted=True) == on
+    assert asking(text, wanted=False) == asking(on, wanted=False) == text
+
+
+@pytest.mark.parametrize("value", ["false", "False # why", '"false"', ""])
+def test_a_key_that_says_no_says_yes(value: str) -> None:
+    """In its place; on the way back it goes, which is the kubelet's default."""
+    text = f"kind: KubeletConfiguration\nserverTLSBootstrap: {value}\nzone: x\n"
+    on = asking(text, wanted=True)
+    assert asks(on)
+    assert on.splitlines()[0::2] == ["kind: KubeletConfiguration", "zone: x"]
+    assert asking(on, wanted=False) == "kind: KubeletConfiguration\nzone: x\n"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{kind: x}\n",
+        "{kind: x, serverTLSBootstrap: %s}\n",
+        "- a\n",
+        "a: &x b\nc: *x\n",
+        "kind: x\n...\n",
+        "kind: x\nserverTLSBootstrap:\n  %s\nlast: y\n",
+        "kind: x\nserverTLSBootstrap: %s\nserverTLSBootstrap: %s\n",
+    ],
+)
+def test_a_form_that_is_not_kubeadms_is_left_alone(text: str, wanted: bool) -> None:
+    """Rather than a file that means something else."""
+    text = text.replace("%s", str(not wanted).lower())
+    if not wanted and "serverTLS" not in text and not text.startswith("- "):
+        assert asking(text, wanted=wanted) == text
+        return
+    with pytest.raises(YamlError):
+        asking(text, wanted=wanted)
+
+
+@given(st.dictionaries(st.text(max_size=5), st.text(max_size=5) | st.booleans() | st.lists(st.integers())))
+def test_no_other_value_ever_changes(values: dict[str, object]) -> None:
+    """Whatever kubelets have in it: on and off again means the same."""
+    text = yaml.safe_dump({"kind": "x", **{key: one for key, one in values.items() if key != "serverTLSBootstrap"}})
+    try:
+        on = asking(text, wanted=True)
+    except YamlError:
+        return
+    assert yaml.safe_load(on) == {**yaml.safe_load(text), "serverTLSBootstrap": True}
+    assert yaml.safe_load(asking(on, wanted=False)) == yaml.safe_load(text)

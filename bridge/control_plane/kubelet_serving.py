@@ -1,0 +1,366 @@
+"""
+Turning `serverTLSBootstrap` on and off in a cluster that runs, one node at a time, and the API servers' verification after
+the last one: https://kubernetes.io/docs/reference/access-authn-authz/kubelet-tls-bootstrapping/.
+
+How far it has come is read off the node and the cluster, so that a run that was killed is simply run again. On: this node's
+kubelet first, whose certificate is the proof that a signer answers, then kubelet-config, from which kubeadm writes the
+others', and only when all kubelets serve rightly kubeadm-config and the API server. Off is the same backwards.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+from bridge.cluster import kubeadm
+from bridge.cluster.api import Api, NoAnswerError
+from bridge.control_plane import kubelet_trial, kubelets, neighbours, restarts
+from bridge.control_plane.kubelets import AUTHORITY, Served
+from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem, WaitingError
+from bridge.node import inventory, kubelet, manifest_flags, manifests, processes
+from bridge.node.endpoints import Flags
+from bridge.node.inventory import Node
+from bridge.node.kubelet import KubeletFiles
+from bridge.node.processes import Process, file_contents
+from bridge.node.yamltree import YamlError, split_bom
+from bridge.pki.expiry import duration_text, minute
+from bridge.settings.tables import Settings
+from bridge.specs import CA, Component
+from bridge.state import audit, session
+from bridge.state.install import STAGED_PREFIX
+from bridge.state.store import Store
+from bridge.system.console import doing, log
+from bridge.system.files import exchange
+from bridge.system.waiting import wait_until
+
+_ARGUMENT = AUTHORITY.removeprefix("--")
+#: Of kubeadm's API servers: a worker sees no flags of theirs.
+_KUBEADMS: Flags = {"--kubelet-preferred-address-types": "InternalIP,ExternalIP,Hostname"}
+_POLL_SECONDS = 0.5
+
+#: Says why the kubelet refuses a configuration.
+Trial = Callable[[bytes], str]
+
+
+class NotHereError(BridgeError):
+    """A node, or its kubelet, whose serving certificate can't be switched."""
+
+    hint = "`ca-bridge help kubelets` says what each node needs"
+
+
+class NotYetError(WaitingError):
+    """Another node comes first."""
+
+    exit_code: ClassVar[int] = Exit.WAITING
+
+
+class PutBackError(BridgeError):
+    """A kubelet did not serve rightly, and has its old configuration again."""
+
+    exit_code: ClassVar[int] = Exit.ROLLED_BACK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The result of one run on one node."""
+
+    done: tuple[str, ...]  #: Sentences; empty: all of it was so already.
+    left: tuple[str, ...]  #: What other nodes have to do first; empty: nothing is left here.
+
+    @property
+    def exit_code(self) -> int:
+        """4 while other nodes come first."""
+        return Exit.WAITING if self.left else Exit.DONE
+
+
+def switch(settings: Settings, *, on: bool, force: bool, wait: timedelta, tell: Callable[[str], None]) -> Report:
+    """
+    Take this node as far as the others allow.
+
+    `wait` is for the signer's certificate, before the kubelet gets its old configuration again; `tell` gets a sentence about
+    each step that was done.
+    """
+    if settings.restart.method == "none":
+        found = '"none", with which nothing is restarted'
+        raise SettingsError([SettingsProblem("restart.method", "a way to restart components", found)])
+    with session.alone(settings, timedelta(), lambda found: log.warning("%s", found)) as (store, record):
+        node = inventory.of(settings.node)
+        if not (node.is_worker or Component.APISERVER in node.manifests):
+            raise NotHereError("wanted a worker, or a control plane with an API server, found neither")
+        run = _Switch(settings=settings, node=node, store=store, record=record, force=force, wait=wait, tell=tell)
+        (run.on if on else run.off)()
+        return Report(done=tuple(run.done), left=tuple(run.left))
+
+
+@dataclass(kw_only=True)
+class _Switch:
+    settings: Settings
+    node: Node
+    store: Store
+    record: audit.Record
+    force: bool
+    wait: timedelta
+    tell: Callable[[str], None]
+    done: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+    def on(self) -> None:
+        if self.node.is_worker:
+            self._assert_map(asks=True)
+        self._kubelet(asks=True)
+        if self.node.is_worker:
+            return
+        self._map(asks=True)
+        wrong = [one for one in kubelets.all_served(self.api, self.trust, self.flags) if one.trouble]
+        self.left += [f"{one.node}: {one.trouble}" for one in wrong]
+        if not wrong:
+            self._authority(str(self.ca_file))
+
+    def off(self) -> None:
+        if self.node.is_worker:
+            self._assert_map(asks=False)
+        else:
+            self._authority(None)
+            servers = kubelets.api_servers(self.api, self.name, {})  # this one's is without it by now
+            verifying = [one.node for one in servers if one.authority]
+            self.left += [f"{name}: its API server still has {AUTHORITY}" for name in verifying]
+            if verifying:
+                return
+            self._map(asks=False)
+        self._kubelet(asks=False)
+
+    def _note(self, name: str, text: str) -> None:
+        self.done.append(text)
+        self.tell(text)
+        self.record.add(audit.CONFIGURED, name, result=text)
+        self.record.write_or_warn()
+
+    # --- what it looks at --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def api(self) -> Api:
+        if self.node.is_worker:
+            return Api.of_node(self.node, self.settings.node.kubeconfig_dir)
+        return neighbours.connect(self.node, self.settings)
+
+    @property
+    def ca_file(self) -> Path:
+        return self.settings.node.pki_dir / CA.certificate_file
+
+    @cached_property
+    def trust(self) -> bytes:
+        return file_contents(self.ca_file)
+
+    @property
+    def flags(self) -> Flags:
+        return _KUBEADMS if self.node.is_worker else self.node.manifests[Component.APISERVER].flags
+
+    @property
+    def name(self) -> str:
+        return self.settings.node.node_name
+
+    # --- the cluster's configuration ---------------------------------------------------------------------------------
+
+    def _assert_map(self, *, asks: bool) -> None:
+        text = kubeadm.read(self.api, kubeadm.KUBELETS).text
+        if text is None or kubelet.asks(text) != asks:
+            wanted, found = ("with", "without") if asks else ("without", "with")
+            command = "`ca-bridge kubelets on`" if asks else "`ca-bridge kubelets off`"
+            raise NotYetError(
+                f"wanted {kubeadm.KUBELETS} {wanted} serverTLSBootstrap, found it {found}",
+                hint=f"{command} on a control-plane node comes first",
+            )
+
+    def _map(self, *, asks: bool) -> None:
+        try:
+            changed = kubeadm.change(self.api, kubeadm.KUBELETS, lambda text: kubelet.asking(text, wanted=asks))
+        except YamlError as e:
+            raise NotHereError(f"{kubeadm.KUBELETS}: {e}") from None
+        if changed:
+            verb = "has kubelets ask" if asks else "no longer has kubelets ask"
+            self._note(
+                kubeadm.KUBELETS.name,
+                f"{kubeadm.KUBELETS} {verb} for serving certificates, on new nodes and after upgrades",
+            )
+
+    def _authority(self, value: str | None) -> None:
+        """Have this node's API server verify kubelets, or not, and each later `kubeadm upgrade` as well."""
+        component = Component.APISERVER
+        path = manifests.path_of(component, self.settings.node.kubeconfig_dir)
+        self._assert_ours(self.flags.get(AUTHORITY), path.name)
+        if value is not None and self.flags.get("--client-ca-file") != value:
+            found = self.flags.get("--client-ca-file", "none")
+            raise NotHereError(
+                f"wanted --client-ca-file={value} in {path.name}, found {found}: does its pod see that file?"
+            )
+
+        def edit(cluster: kubeadm.Cluster) -> kubeadm.Cluster:
+            found = manifest_flags.arguments(cluster, component).get(_ARGUMENT)
+            self._assert_ours(found, str(kubeadm.CLUSTER))
+            return cluster if found == value else manifest_flags.with_arguments(cluster, component, {_ARGUMENT: value})
+
+        if kubeadm.change_cluster(self.api, edit):
+            self._note(
+                kubeadm.CLUSTER.name, f"{kubeadm.CLUSTER} {'has' if value else 'is without'} {AUTHORITY}, for upgrades"
+            )
+        data = file_contents(path)
+        try:
+            wanted = manifest_flags.edited(data, component, {AUTHORITY: value})
+        except YamlError as e:
+            raise NotHereError(f"{path}: {e}") from None
+        if wanted != data:
+            error = self._restarted(component, {component: wanted})
+            if error is not None:
+                if path.read_bytes() != data and not isinstance(error, PostponedError):
+                    log.warning("%s", error)
+                    error = self._restarted(component, {component: data}, back=True) or PutBackError(
+                        f"{error}; {path.name} has its old text again", hint=error.hint
+                    )
+                raise error
+            verb = "verifies kubelets" if value else "verifies no kubelet"
+            self._note(component.value, f"the API server of {self.name} {verb}, and is healthy")
+
+    def _assert_ours(self, found: str | None, place: str) -> None:
+        if found not in {None, str(self.ca_file)}:
+            text = f"wanted {AUTHORITY}={self.ca_file} or none in {place}, found {found}"
+            raise NotHereError(text, hint="it is not from here: decide by hand what it is to be")
+
+    @property
+    def _is_verified(self) -> bool:
+        try:
+            found = kubeadm.read_cluster(self.api)
+        except BridgeError:  # not for a worker to see
+            return False
+        return _ARGUMENT in manifest_flags.arguments(found, Component.APISERVER)
+
+    # --- this node's kubelet -----------------------------------------------------------------------------------------
+
+    def _kubelet(self, *, asks: bool) -> None:
+        """Its configuration, its restart, and what it serves; where that fails, the old configuration and another restart."""
+        path = self.settings.node.kubelet_dir / "config.yaml"
+        data, running = file_contents(path), processes.reader_of(Component.KUBELET, path)
+        if running is None:
+            raise NotHereError(f"wanted a kubelet with {path} among its arguments, found none")
+        self._assert_decides(running, path, asks=asks)
+        trial = functools.partial(kubelet_trial.refusal, processes.program_of(running), running.arguments[1:])
+        wanted = _edited(path, data, asks=asks)
+        error: BridgeError | None = None
+        is_changed = wanted != data or running.started <= _changed(path)
+        if is_changed:
+            if (obstacle := restarts.obstacle(Component.KUBELET, self.node, self.settings)) is not None:
+                raise obstacle
+            _write(path, trial, wanted)
+            error = self._restarted(Component.KUBELET)
+        if isinstance(error, PostponedError):  # it still runs with the old one
+            _write(path, trial, data)
+            raise error
+        if not asks:
+            if error is not None:
+                raise error
+            if is_changed:
+                self._note(
+                    Component.KUBELET.value, f"the kubelet of {self.name} no longer asks for a serving certificate"
+                )
+            return
+        found = self._await_certificate() if error is None else Served(node=self.name)
+        if error is not None or found.trouble:
+            raise self._put_back(path, trial, data, error or self._without_certificate(found))
+        if is_changed:
+            until = minute(found.end) if found.end is not None else ""
+            text = (
+                f"the kubelet of {self.name} serves {found.place} with a certificate of the cluster's CA, until {until}"
+            )
+            self._note(Component.KUBELET.value, text)
+
+    def _assert_decides(self, running: Process, path: Path, *, asks: bool) -> None:
+        """No flag and no pair of files stands above the configuration's `serverTLSBootstrap`."""
+        if any(word.startswith("--rotate-server-certificates") for word in running.arguments):
+            text = "wanted serverTLSBootstrap to be decided by its configuration, found --rotate-server-certificates"
+            raise NotHereError(f"kubelet: {text}", hint="take the flag away first: /var/lib/kubelet/kubeadm-flags.env")
+        if asks and KubeletFiles.load(path.parent).serving == "named":
+            text = f"wanted a kubelet without tlsCertFile and tlsPrivateKeyFile, found them in {path} or its flags"
+            raise NotHereError(
+                text, hint="ca-bridge renews that pair; take both keys away to have the kubelet ask itself"
+            )
+
+    def _restarted(
+        self, component: Component, contents: Mapping[Component, bytes] | None = None, *, back: bool = False
+    ) -> BridgeError | None:
+        """Restart a component; returns why it is not well."""
+        done = restarts.restart_all(
+            [component],
+            self.node,
+            self.settings,
+            self.store,
+            record=self.record,
+            force=self.force,
+            going_back=back,
+            contents=contents,
+        )
+        return next((one.error for one in done if one.error is not None), None)
+
+    def _await_certificate(self) -> Served:
+        def look() -> Served:
+            try:
+                return kubelets.served(self.api, self.name, self.trust, self.flags)
+            except NoAnswerError as e:
+                return Served(node=self.name, trouble=str(e))
+
+        with doing("waiting for the kubelet's serving certificate"):
+            return wait_until(look, lambda found: not found.trouble, self.wait, pause_seconds=_POLL_SECONDS)
+
+    def _without_certificate(self, found: Served) -> BridgeError:
+        within = duration_text(self.wait)
+        text = f"kubelet: wanted it to serve a certificate of the cluster's CA within {within}, found: {found.trouble}"
+        if request := kubelets.request_of(self.api, self.name):
+            text += f"; {request}"
+        return BridgeError(text, hint="a signer of the cluster has to answer: `ca-bridge help gateway`")
+
+    def _put_back(self, path: Path, trial: Trial, data: bytes, error: BridgeError) -> BridgeError:
+        """
+        Give the kubelet its old configuration again; returns the error to raise.
+
+        Where API servers verify kubelets by now, a pair of its own making would be of no use: it goes on asking.
+        """
+        if self._is_verified:
+            return error
+        log.warning("%s", error)
+        try:
+            _write(path, trial, _edited(path, data, asks=False))
+        except BridgeError as e:
+            return e
+        worse = self._restarted(Component.KUBELET, back=True)
+        self._note(Component.KUBELET.value, f"the kubelet of {self.name} has its old configuration again")
+        if worse is not None:
+            return worse
+        return PutBackError(f"{error}; the kubelet has its old configuration again", hint=error.hint)
+
+
+def _write(path: Path, trial: Trial, content: bytes) -> None:
+    """Put a configuration in its place, if the kubelet's own validation accepts it."""
+    with doing("asking the kubelet whether it accepts its configuration"):
+        refused = trial(content)
+    if refused:
+        text = f"wanted a configuration that the kubelet accepts, found that it refuses {path} as it would be"
+        raise NotHereError(f"{text}: {refused}", hint="nothing was changed, and no kubelet restarted")
+    real = path.resolve()
+    if real.read_bytes() != content:
+        exchange(real, content, real.with_name(f"{STAGED_PREFIX}{real.name}"))
+        log.info("kubelet: %s is another one", path)
+
+
+def _edited(path: Path, data: bytes, *, asks: bool) -> bytes:
+    try:
+        bom, text = split_bom(data)
+        return (bom + kubelet.asking(text, wanted=asks)).encode()
+    except YamlError as e:
+        raise NotHereError(f"{path}: {e}") from None
+
+
+def _changed(path: Path) -> datetime:
+    return datetime.fromtimestamp(path.stat().st_ctime, UTC)

@@ -1,0 +1,170 @@
+"""All kubelets of the cluster, as their clients find them, and the API servers that verify them or do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import quote
+
+from bridge.cluster.access import ANONYMOUS, Client, items
+from bridge.cluster.api import Api, NoAnswerError
+from bridge.node import endpoints
+from bridge.node.endpoints import Address, Flags
+from bridge.node.manifests import flags_of
+from bridge.pki.certificates import name_text
+from bridge.specs import Component
+from bridge.system.http import HttpsError
+from bridge.words import one_line
+
+#: The API server's, by which it verifies kubelets; without it none is verified.
+AUTHORITY = "--kubelet-certificate-authority"
+_NODES = "/api/v1/nodes"
+#: A node lists up to 50 images, and an answer has at most 4 MiB.
+_PAGE = 50
+_MOST_PAGES = 1000
+_AT_ONCE = 8
+#: kube-apiserver's own order, where its flag does not say.
+_TYPES = "Hostname,InternalDNS,InternalIP,ExternalDNS,ExternalIP"
+_API_SERVERS = "/api/v1/namespaces/kube-system/pods?labelSelector=component%3Dkube-apiserver"
+_REQUESTS = (
+    "/apis/certificates.k8s.io/v1/certificatesigningrequests?fieldSelector="
+    "spec.signerName%3Dkubernetes.io%2Fkubelet-serving"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What the clients of one kubelet find."""
+
+    node: str
+    place: Address | None = None  #: Where the API server reaches it; None: its Node object has no address.
+    trouble: str = ""  #: Why a client that trusts the cluster's CA alone would turn away; empty: it is right.
+    end: datetime | None = None  #: Of its certificate, where it is right.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiServer:
+    """An API server, by its mirror pod."""
+
+    node: str
+    authority: str  #: The CA file by which it verifies kubelets; empty: it verifies none.
+
+
+def all_served(api: Api, trust_pem: bytes, flags: Flags) -> list[Served]:
+    """Look at the kubelet of each Node object, as an API server with these flags does (NoAnswerError: none answers)."""
+    client = replace(ANONYMOUS, name="the API server", trust_pem=trust_pem)
+    nodes = list(_nodes(api))
+    with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+        return list(pool.map(lambda one: _look(one, client, flags), nodes))
+
+
+def served(api: Api, name: str, trust_pem: bytes, flags: Flags) -> Served:
+    """The same for one node."""
+    client = replace(ANONYMOUS, name="the API server", trust_pem=trust_pem)
+    return _look(_asked(api, f"{_NODES}/{quote(name, safe='')}"), client, flags)
+
+
+def _nodes(api: Api) -> Iterator[Mapping[str, Any]]:
+    more = ""
+    for _ in range(_MOST_PAGES):
+        page = _asked(api, f"{_NODES}?limit={_PAGE}{more and f'&continue={quote(more)}'}")
+        yield from items(page, "items")
+        found = page.get("metadata")
+        more = str(found.get("continue") or "") if isinstance(found, dict) else ""
+        if not more:
+            return
+
+
+def _look(node: Mapping[str, Any], client: Client, flags: Flags) -> Served:
+    name, place = _name(node), _place(node, flags)
+    if place is None:
+        return Served(node=name, trouble="wanted its address in its Node object, found none")
+    try:
+        leaf = client.served(place)
+    except HttpsError as e:
+        return Served(node=name, place=place, trouble=f"{e}{_issuer(place)}")
+    return Served(node=name, place=place, end=leaf.not_valid_after_utc)
+
+
+def _issuer(place: Address) -> str:
+    """Words about who signed what it shows; empty: it shows nothing."""
+    try:
+        return f"; it shows a certificate from {one_line(name_text(ANONYMOUS.served(place).issuer))}"
+    except (HttpsError, ValueError):
+        return ""
+
+
+def _place(node: Mapping[str, Any], flags: Flags) -> Address | None:
+    """The address that an API server takes: the first of the first type that the node has."""
+    status = node.get("status")
+    by_type: dict[str, str] = {}
+    for one in items(node, "status", "addresses"):
+        by_type.setdefault(str(one.get("type")), str(one.get("address") or ""))
+    wanted = flags.get("--kubelet-preferred-address-types", _TYPES).split(",")
+    host = next((found for kind in wanted if (found := by_type.get(kind.strip()))), "")
+    ports = status.get("daemonEndpoints") if isinstance(status, dict) else None
+    endpoint = ports.get("kubeletEndpoint") if isinstance(ports, dict) else None
+    port = endpoint.get("Port") if isinstance(endpoint, dict) else None
+    usual = endpoints.PORTS[Component.KUBELET]
+    return Address(host, port if isinstance(port, int) and 0 < port < 1 << 16 else usual) if host else None
+
+
+def api_servers(api: Api, own: str, own_flags: Flags) -> list[ApiServer]:
+    """
+    All API servers that are static pods, with the CA file by which each verifies kubelets (NoAnswerError).
+
+    They are seen by their mirror pods, which follow some seconds after a restart; for the node `own` its manifest counts.
+    """
+    found = []
+    for pod in items(_asked(api, _API_SERVERS), "items"):
+        words = [str(word) for one in items(pod, "spec", "containers") for word in _words(one)]
+        node = one_line(_text(pod, "spec", "nodeName"))
+        flags = own_flags if node == own else flags_of(words)
+        found.append(ApiServer(node=node, authority=flags.get(AUTHORITY, "")))
+    return sorted(found, key=lambda one: one.node)
+
+
+def _words(container: Mapping[str, Any]) -> Sequence[Any]:
+    parts = [container.get("command"), container.get("args")]
+    return [word for part in parts if isinstance(part, list) for word in part]
+
+
+def request_of(api: Api, node: str) -> str:
+    """Words about the newest request for a serving certificate of a node; empty: it can't be seen."""
+    try:
+        found = items(_asked(api, _REQUESTS), "items")
+    except NoAnswerError:
+        return ""
+    ours = [one for one in found if _text(one, "spec", "username") == f"system:node:{node}"]
+    if not ours:
+        return "it has not asked for one"
+    newest = max(ours, key=lambda one: _text(one, "metadata", "creationTimestamp"))
+    said = [_text(one, "type") for one in items(newest, "status", "conditions")]
+    why = [_text(one, "message") for one in items(newest, "status", "conditions")]
+    is_signed = bool(_text(newest, "status", "certificate"))
+    state = "signed" if is_signed else " and ".join(said).lower() or "open: no answer yet"
+    told = f" ({one_line(why[-1])[:300]})" if why and why[-1] and not is_signed else ""
+    return f"its request {_name(newest)} is {state}{told}"
+
+
+def _text(of: Mapping[str, Any], *keys: str) -> str:
+    found: Any = of
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else ""
+
+
+def _name(of: Mapping[str, Any]) -> str:
+    return one_line(_text(of, "metadata", "name"))
+
+
+def _asked(api: Api, path: str) -> Mapping[str, Any]:
+    reply = api.ask("GET", path)
+    if reply.status != HTTPStatus.OK:
+        what = path.partition("?")[0]
+        raise NoAnswerError(f"wanted {what}, found HTTP {reply.status} {reply.message}".rstrip())
+    return reply.document
