@@ -96,8 +96,14 @@ class CertificateSpec:
     listed: bool = True  #: kubeadm lists and renews it.
     by_node: bool = False  #: Its subject or SANs are one node's own; else all nodes' are alike.
     kubelets: bool = False  #: Its files are where the kubelet has its own, and not below `pki_dir`.
+    by_flag: bool = False  #: Only where the component's manifest names a pair; without one the program makes its own.
     #: Read again by its component without a restart, from the versions on that `control_plane.restart_plan` knows.
     reloaded: bool = True
+
+    @property
+    def of_kubeadm(self) -> bool:
+        """Whether kubeadm makes it with a control-plane node."""
+        return not self.kubelets and not self.by_flag
 
     @property
     def usage(self) -> Usage:
@@ -274,6 +280,28 @@ SPECS = {
             by_node=True,
             kubelets=True,
         ),
+        # Health checks and metrics of these two are served with a certificate that the program makes at its start
+        # (kubernetes/kubeadm#2244), unless its manifest names a pair. A directory each: kube-scheduler sees nothing else
+        # of `pki_dir`, and a file that is mounted alone stays the old one.
+        *(
+            CertificateSpec(
+                name=f"{name}-server",
+                authority=CA,
+                ekus=_SERVER,
+                common_names=(component.value, "{node}"),
+                base=f"{name}/server",
+                component=component,
+                flags=("--tls-cert-file",),
+                optional=True,
+                listed=False,
+                by_node=True,
+                by_flag=True,
+            )
+            for name, component in (
+                ("controller-manager", Component.CONTROLLER_MANAGER),
+                ("scheduler", Component.SCHEDULER),
+            )
+        ),
     )
 }
 
@@ -281,6 +309,8 @@ SPECS = {
 #: The one whose end keeps a rebooted node down: first in every list.
 KUBELET_CONF = "kubelet.conf"
 KUBELET_SERVER = "kubelet-server"
+#: By component, the serving certificate that its manifest may name.
+SERVERS = {spec.component: spec for spec in SPECS.values() if spec.by_flag and spec.component is not None}
 #: Beyond all RBAC rules, and needed by `kubeadm init` alone.
 SUPER_ADMIN = "super-admin.conf"
 

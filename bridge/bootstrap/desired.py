@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,7 +263,7 @@ def _facts(node: NewNode) -> ConfigurationFacts:
 def places_in(settings: Settings, config: KubeadmConfig) -> Places:
     """The places that the settings name; etcd's data, or an external one's files, are where kubeadm's has them."""
     places = places_of(settings, Path(config.etcd_directory or ETCD_DIRECTORY))
-    return dataclasses.replace(places, external_etcd=config.external_etcd)
+    return places.with_config(config)
 
 
 def places_of(settings: Settings, etcd: Path = ETCD_DIRECTORY) -> Places:

@@ -19,7 +19,7 @@ from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap.desired import DesiredNode
 from bridge.bootstrap.orders import Order, OrderError
-from bridge.bootstrap.places import Places, live, specs_of
+from bridge.bootstrap.places import Places, live, servers_of, specs_of
 from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.kubeadm_config import KubeadmConfigError
@@ -28,7 +28,7 @@ from bridge.node.pair import is_sa_pair
 from bridge.pki import csr
 from bridge.pki.certificates import spki
 from bridge.pki.csr import Naming, general_name, generate_key, subject_of
-from bridge.pki.kubeadm_names import NoFactError, naming
+from bridge.pki.kubeadm_names import NamingFacts, NoFactError, naming
 from bridge.specs import KEY_ALGORITHMS, KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.system.files import Attributes, write_staged
 from bridge.system.paths import UnreadableError, read_present
@@ -178,6 +178,13 @@ def kubelet_serving(node: str, addresses: Sequence[str], algorithm: KeyAlgorithm
     return Made(csr_pem=csr.build_for(_kubelets(node, sans), key), key_pem=csr.key_pem(key))
 
 
+def serving(spec: CertificateSpec, node: str, address: str, algorithm: KeyAlgorithm) -> Made:
+    """Key and CSR for a component's port."""
+    key = csr.generate_key(algorithm)
+    wanted = naming(spec, NamingFacts(node=node, address=address))
+    return Made(csr_pem=csr.build_for(wanted, key), key_pem=csr.key_pem(key))
+
+
 def _kubelets(node: str, sans: tuple[x509.GeneralName, ...] = ()) -> Naming:
     return Naming(subject=subject_of(f"{_USER}{node}", ("system:nodes",)), sans=sans)
 
@@ -260,7 +267,8 @@ def expected_certificates(order: Order, now: datetime) -> dict[str, dict[str, x5
     if node is None:
         raise OrderError("wanted an order for a node, found one without")
     found: dict[str, dict[str, x509.Certificate]] = {}
-    for spec in specs_of(node.role, order.cluster.external_etcd):
+    servers = servers_of(order.cluster, Path(order.cluster.certificates_dir or "/etc/kubernetes/pki"))
+    for spec in specs_of(node.role, order.cluster.external_etcd, servers):
         try:
             ours = _naming(spec, order)
         except (NoFactError, KubeadmConfigError) as e:

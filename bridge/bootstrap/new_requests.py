@@ -97,11 +97,13 @@ def _made(run: Run, desired: DesiredNode) -> dict[str, Made]:
         made = {KUBELET_CONF: keys.kubelet_client(desired.node, desired.server, desired.algorithm)}
     else:
         brought = desired.places.brought
-        specs = [one for one in desired.places.specs(desired.role) if one not in brought]
+        specs = [one for one in desired.places.specs(desired.role) if one not in brought and not one.by_flag]
         made = keys.by_kubeadm(desired.kubeadm, desired.config.version, desired.text, specs, run.store.directory)
         # the local endpoint, as kubeadm itself writes it at the next upgrade
         local = made["controller-manager.conf"].server
         made[KUBELET_CONF] = dataclasses.replace(made[KUBELET_CONF], server=local)
+        for spec in desired.places.servers:
+            made[spec.name] = keys.serving(spec, desired.node, desired.config.address, keys.algorithm_of(made))
     made[KUBELET_SERVER] = keys.kubelet_serving(desired.node, desired.addresses, keys.algorithm_of(made))
     return made
 

@@ -246,7 +246,7 @@ class SharingError(BridgeError):
 def share(settings: Settings, places: Places, config: Path, now: datetime, *, worker: bool) -> bytes:
     """An order (its bytes) with all that a further node needs from this one."""
     cluster = read_configuration(config)[0]
-    places = dataclasses.replace(places, external_etcd=cluster.external_etcd)
+    places = places.with_config(cluster)
     found = authorities.gather(settings, places, "worker" if worker else "control-plane", None, {}, now)
     if worker:
         return dumps(Order(cluster=shared(cluster), authorities=found))
@@ -328,7 +328,7 @@ def write_orders(
         if node.role != "worker":
             facts = ConfigurationFacts(name=node.name, address=node.addresses[0])
             assert_usable(for_node(cluster, facts), str(settings.node.pki_dir), further=node.role != "init")
-    places = dataclasses.replace(places, external_etcd=cluster.external_etcd)
+    places = places.with_config(cluster)
     found = authorities.gather(settings, places, "control-plane", ca_dir, {}, now)
     made = {node: (directory / f"{node.name}.order.json", order_for(cluster, found, node)) for node in listed}
     for path, order in made.values():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from bridge.errors import BridgeError
-from bridge.node.kubeadm_config import ExternalEtcd
+from bridge.node import serving_pair
+from bridge.node.kubeadm_config import ExternalEtcd, KubeadmConfig
 from bridge.node.kubelet import KUBELET_DIR
-from bridge.specs import AUTHORITIES, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SPECS, Authority, CertificateSpec
+from bridge.specs import AUTHORITIES, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SERVERS, SPECS, Authority, CertificateSpec
 from bridge.system.paths import UnreadableError, read
 
 #: init: the first control-plane node; control-plane: a further control-plane node; worker: any other node.
@@ -34,6 +35,7 @@ class Places:
     kubelet: Path = KUBELET_DIR
     etcd: Path = ETCD_DIRECTORY
     external_etcd: ExternalEtcd | None = None  #: Whose CA and client pair are where kubeadm's configuration has them.
+    servers: tuple[CertificateSpec, ...] = ()  #: Serving certificates that kubeadm's configuration has manifests name.
 
     @property
     def kubelet_pki(self) -> Path:
@@ -88,11 +90,16 @@ class Places:
         if role == "worker":
             return ours
         of_etcd = [path.parent for path in (self.authority(ETCD_CA), *self.pair(ETCD_CLIENT))]
-        return list(dict.fromkeys([*ours, self.pki, *of_etcd]))
+        of_servers = [self.pair(spec)[0].parent for spec in self.servers]
+        return list(dict.fromkeys([*ours, self.pki, *of_etcd, *of_servers]))
 
     def specs(self, role: Role) -> list[CertificateSpec]:
         """The certificates that a new node of this kind needs."""
-        return specs_of(role, self.external_etcd)
+        return specs_of(role, self.external_etcd, self.servers)
+
+    def with_config(self, config: KubeadmConfig) -> Places:
+        """The places with what kubeadm's configuration says of them."""
+        return replace(self, external_etcd=config.external_etcd, servers=servers_of(config, self.pki))
 
     def authorities(self, role: Role) -> list[Authority]:
         """The CAs whose certificates it needs."""
@@ -108,11 +115,19 @@ class Places:
         return [ETCD_CLIENT] if self.external_etcd is not None and self.external_etcd.has_tls and is_here else []
 
 
-def specs_of(role: Role, external_etcd: ExternalEtcd | None = None) -> list[CertificateSpec]:
+def servers_of(config: KubeadmConfig, pki: Path) -> tuple[CertificateSpec, ...]:
+    """The components' serving certificates that kubeadm would have manifests name, without which they do not start."""
+    return tuple(spec for component, spec in SERVERS.items() if serving_pair.is_ours_in(config.cluster, component, pki))
+
+
+def specs_of(
+    role: Role, external_etcd: ExternalEtcd | None = None, servers: Sequence[CertificateSpec] = ()
+) -> list[CertificateSpec]:
     """The certificates that a new node of this kind needs; none that is etcd's own where etcd is elsewhere."""
     if role == "worker":
         return [SPECS[KUBELET_CONF], SPECS[KUBELET_SERVER]]
     ours = [one for one in SPECS.values() if role == "init" or one.name != SUPER_ADMIN]
+    ours = [one for one in ours if not one.by_flag or one in servers]
     if external_etcd is None:
         return ours
     of_etcd = [ETCD_CLIENT] if external_etcd.has_tls else []

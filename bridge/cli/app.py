@@ -23,6 +23,7 @@ FILES = {
     "doctor": "doctor",
     "renew": "renew",
     "restart": "components",
+    "serving-certs": "serving_certs",
     "install": "renew",
     "rotate-ca": "rotate_ca",
     "export": "carried",

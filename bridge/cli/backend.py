@@ -116,7 +116,7 @@ def _certificates(
     begin, end = now - _SAMPLE_LIFETIME, now + _SAMPLE_LIFETIME
     ca = ThrowawayCA(certificate=ca_certificate("sample", key, begin, end), key=key)
     wanted = [SPECS[name] for name in names] or [
-        spec for spec in SPECS.values() if spec.authority.name == authority and not spec.kubelets
+        spec for spec in SPECS.values() if spec.authority.name == authority and spec.of_kubeadm
     ]
     return {
         spec.name: leaf_certificate(spec, key, ca, Cluster(), not_before=begin, not_after=end) for spec in wanted

@@ -26,6 +26,7 @@ TASKS: dict[str, dict[str, str]] = {
     "Renew": {
         "renew": "Renew what is due, or the named certificates.",
         "restart": "Restart components that run on old certificates.",
+        "serving-certs": "Have controller manager and scheduler serve the CA's.",
         "install": "Install keys and certificates from a directory.",
     },
     "Replace a CA": {"rotate-ca": "Put another CA in the place of this one, while the cluster runs."},
@@ -108,6 +109,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("ca-bridge renew apiserver --kubeadm-config kubeadm.yaml", "Make a missing one from kubeadm's file."),
         ("ca-bridge renew --add-san apiserver=api2.example.com", "Give the API server one more name."),
     ),
+    "serving-certs on": (
+        ("ca-bridge serving-certs on", "Make, restart and prove; the last node writes kubeadm-config."),
+    ),
+    "serving-certs off": (("ca-bridge serving-certs off", "Back to certificates of their own making."),),
     "plan": (
         ("ca-bridge plan", "Show what the next `ca-bridge renew` would do."),
         ("ca-bridge plan all -o json", "Show what `ca-bridge renew all` would do, for a program."),

@@ -23,7 +23,9 @@ from bridge.node import inventory
 from bridge.node.inventory import Item
 from bridge.node.kubelet import KubeletFiles
 from bridge.pki.kubeadm_names import named, parse_nodes, renamed
+from bridge.renewal.changes import decide
 from bridge.renewal.prepare import serving_names
+from bridge.renewal.select import RunOptions
 from bridge.settings.tables import NodeSettings, Settings
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, PODS, SIGNING_AUTHORITIES
 from bridge.system import jobs
@@ -58,6 +60,9 @@ def setup(
     ] = None,
     outbox: Annotated[Path | None, typer.Option(help="… and puts the answers here.")] = None,
     user: Annotated[str, typer.Option(help="systemd, cron: the desk's user.")] = "ca",
+    serving_certs: Annotated[
+        bool, typer.Option("--serving-certs", help="Also for the pairs that `serving-certs on` would ask for.")
+    ] = False,
 ) -> None:
     """
     Print what a CA's administrator needs, or a job for cron.
@@ -81,7 +86,7 @@ def setup(
 
         files, between = manifests(settings, example().parent), "---\n"
     else:
-        files, between = files_for(settings, kind, authority, nodes), "\n"
+        files, between = files_for(settings, kind, authority, nodes, servers=serving_certs), "\n"
     print_or_write(files, directory, between)
 
 
@@ -116,7 +121,9 @@ def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
     return written
 
 
-def files_for(settings: Settings, type_name: str, authority: str | None, list_of_nodes: Path | None) -> list[SetupFile]:
+def files_for(
+    settings: Settings, type_name: str, authority: str | None, list_of_nodes: Path | None, *, servers: bool = False
+) -> list[SetupFile]:
     """The files that a CA's administrator needs for this node's certificates, or for those of several nodes."""
     if authority is not None and authority not in SIGNING_AUTHORITIES:
         known = SIGNING_AUTHORITIES
@@ -129,6 +136,8 @@ def files_for(settings: Settings, type_name: str, authority: str | None, list_of
     live = _live_certificates(settings, authority)
     if not live:
         raise _nothing_live(settings, authority)
+    if servers and authority in (None, CA.name):
+        live[CA.name] = {**live.get(CA.name, {}), **_servers(settings)}
     _warn_of_defaults(settings, type_name, live)
     own = settings.node.node_name
     nodes = _nodes(list_of_nodes, own) if list_of_nodes is not None else {own: {}}
@@ -225,6 +234,22 @@ def _nothing_live(settings: Settings, authority: str | None) -> BridgeError:
             hint = f"this node is {role}, whose certificates are all of {only.name}"
     of = f" of {authority}" if authority else ""
     return BridgeError(f"wanted live certificates{of} to make it from, found none", hint=hint)
+
+
+def _servers(settings: Settings) -> dict[str, x509.Certificate]:
+    """Certificates with the names that components' serving certificates get, where there are none yet."""
+    node = inventory.of(settings.node)
+    names = tuple(item.spec.name for item in node.items if item.spec.by_flag and item.state == "missing")
+    like = next(
+        (item.certificates[0] for item in node.items if item.spec.name == "apiserver" and item.certificates), None
+    )
+    found = {}
+    for name, one in decide(node, settings, RunOptions(names=names)).items() if names else ():
+        if isinstance(one, BridgeError):
+            raise one
+        if like is not None:
+            found[name] = named(like, one.naming)
+    return found
 
 
 def _to_be_asked(item: Item, settings: Settings) -> x509.Certificate | None:

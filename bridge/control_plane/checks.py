@@ -40,11 +40,12 @@ from bridge.node import endpoints, kubeconfig, kubelet, manifests, processes
 from bridge.node.endpoints import Address, Flags, Server
 from bridge.node.inventory import Item, Node
 from bridge.node.kubelet import KUBELET_CONFIG
+from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY
 from bridge.node.processes import Written, file_contents
 from bridge.node.yamltree import document, split_bom
-from bridge.pki.certificates import attributes, serial_hex
+from bridge.pki.certificates import attributes, san_entries, serial_hex
 from bridge.settings.tables import Settings
-from bridge.specs import CA, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SPECS, Authority, Component
+from bridge.specs import CA, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SERVERS, SPECS, Authority, Component
 from bridge.state.install import written_file
 from bridge.state.store import Store
 from bridge.system import paths
@@ -378,18 +379,33 @@ def _ask_as_front_proxy(look: Look, client: Client) -> str:
 
 def _controller(look: Look, component: Component) -> Iterator[Check]:
     flags = look.flags(component)
-    file = endpoints.file(flags, "--tls-cert-file")
+    item = look.item(SERVERS[component].name)
+    file = endpoints.file(flags, TLS_CERTIFICATE)
     for place in endpoints.bound(component, flags) if flags else ():
-        if file is None:
-            judge = functools.partial(_self_made, place)
-            yield Check(component=component, certificate="(its own)", what=f"serves {place}", judge=judge)
-        else:
-            key = endpoints.wanted_file(flags, "--tls-private-key-file")
-            serving = Serving(component=component, certificate=str(file), file=file, key_file=key)
-            yield serving.at(place, look.now)
+        if file is not None:
+            key = endpoints.wanted_file(flags, TLS_KEY)
+            yield _component_serving(component, item, file, key, place).at(place, look.now)
+            continue
+        name = "(its own)" if item is None else item.spec.name
+        judge = functools.partial(_self_made, place, item)
+        yield Check(component=component, certificate=name, what=f"serves {place}", judge=judge)
     if flags:
         yield from _kubeconfig(look, _conf_of(component))
         yield from _has_read(look, component)
+
+
+def _component_serving(component: Component, item: Item | None, file: Path, key: Path, place: Address) -> Serving:
+    """The pair that a manifest names; of the cluster's CA, it is judged by a name that it has."""
+    known = sorted(san_entries(item.certificates[0])) if item is not None and not item.foreign else []
+    names = [value for _, value in known]
+    return Serving(
+        component=component,
+        certificate=str(file) if item is None else item.spec.name,
+        file=file,
+        key_file=key,
+        trust_file=item.anchor_path if item is not None and names else None,
+        name=None if not names or place.host in names else names[0],
+    )
 
 
 def _conf_of(component: Component) -> str:
@@ -422,9 +438,12 @@ def _client_kubeconfig(config: Path) -> str:
         return ""
 
 
-def _self_made(place: Address) -> Verdict:
+def _self_made(place: Address, item: Item | None) -> Verdict:
     shown = ANONYMOUS.served(place)
-    return Verdict("not-ours", f"made by the program at its start, serial {serial_hex(shown)}: no --tls-cert-file")
+    made = f"made by the program at its start, serial {serial_hex(shown)}: no {TLS_CERTIFICATE}"
+    if item is None or item.foreign:
+        return Verdict("not-ours", made)
+    return Verdict("stale", f"{made}; a restart puts {item.certificate_path} into its manifest")
 
 
 def _kubelet(look: Look) -> Iterator[Check]:

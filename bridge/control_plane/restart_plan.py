@@ -7,14 +7,20 @@ from pathlib import Path
 
 from bridge.node import endpoints, processes
 from bridge.node.inventory import Node
-from bridge.node.manifests import COMPONENTS, Manifest, path_of
+from bridge.node.manifests import COMPONENTS, TLS_CERTIFICATE, Manifest, path_of
 from bridge.settings.tables import Components, NodeSettings
-from bridge.specs import CertificateSpec, Component
+from bridge.specs import SERVERS, CertificateSpec, Component
 
 #: From these versions on a component was seen to read its certificates again by itself, past the end of the old ones
 #: (kubeadm nodes of 1.34.4 with etcd 3.6 and 1.37.2 with etcd 3.7); an older one is taken to need a restart, as
 #: kubeadm's documentation says for every version.
-FIRST_RELOADING = {Component.ETCD: (3, 6), Component.APISERVER: (1, 34)}
+FIRST_RELOADING = {
+    Component.ETCD: (3, 6),
+    Component.APISERVER: (1, 34),
+    # their serving certificates, but not their kubeconfigs; seen with 1.37.2 alone
+    Component.CONTROLLER_MANAGER: (1, 37),
+    Component.SCHEDULER: (1, 37),
+}
 
 #: Where a kubelet with `rotateCertificates` keeps the pair that it found in kubelet.conf at its first start
 #: (client-go's certificate store; measured on 1.37 with an external CA).
@@ -32,12 +38,17 @@ def reloading(node: Node, settings: NodeSettings, proc: Path = processes.PROC) -
     versions = {
         component: manifest.version
         for component, manifest in node.manifests.items()
-        if component in FIRST_RELOADING and not _is_older_than_manifest(component, manifest, settings, proc)
+        if _has_reloading(component, manifest) and not _is_older_than_manifest(component, manifest, settings, proc)
     }
     if (version := settings.kubernetes_version) is not None:
         versions[Component.APISERVER] = (version.major, version.minor)
     known = {component: version for component, version in versions.items() if version is not None}
     return frozenset(one for one, first in FIRST_RELOADING.items() if one in known and known[one] >= first)
+
+
+def _has_reloading(component: Component, manifest: Manifest) -> bool:
+    """Whether some version of it reads files again that this manifest names."""
+    return component in FIRST_RELOADING and (component not in SERVERS or TLS_CERTIFICATE in manifest.flags)
 
 
 def _is_older_than_manifest(component: Component, manifest: Manifest, settings: NodeSettings, proc: Path) -> bool:

@@ -18,7 +18,7 @@ from cryptography import x509
 from bridge.control_plane import checks, neighbours, probes, proof, restart_plan, static_pods
 from bridge.control_plane.static_pods import Pod
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem
-from bridge.node import inventory, kubeconfig, manifests, processes
+from bridge.node import inventory, kubeconfig, manifests, processes, serving_pair
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import load_pem_certificates
@@ -231,12 +231,10 @@ class _Restarts:
                     raise ImpossibleError(text, hint=hint) from e
                 raise
             return
-        command = _command(component, settings)
+        command, content = _command(component, settings), self._content(component)
         _remember(component, self.store)
-        if component in self.contents:
-            parked_manifest.replace(
-                manifests.path_of(component, settings.node.kubeconfig_dir), self.contents[component]
-            )
+        if content is not None:
+            parked_manifest.replace(manifests.path_of(component, settings.node.kubeconfig_dir), content)
         if component is Component.KUBELET:
             take_copy(settings.node.kubeconfig_dir, restart_plan.KUBELET_COPY, self.store)
         _run_command(component, command, settings)
@@ -262,8 +260,18 @@ class _Restarts:
             trouble=trouble,
             settle=settle,
             is_needed_by_api=component is Component.ETCD,
-            content=self.contents.get(component),
+            content=self._content(component),
         )
+
+    def _content(self, component: Component) -> bytes | None:
+        """The manifest's next text, which names a serving pair that is there; None: it stays as it is."""
+        if component in self.contents or component not in self.node.manifests:
+            return self.contents.get(component)
+        try:
+            return serving_pair.naming(self.node, component, self.settings.node.kubeconfig_dir)
+        except ValueError as e:
+            hint = "name the pair by hand, or take it away with `ca-bridge serving-certs off`"
+            raise ImpossibleError(f"{component.value}: {e}", hint=hint) from None
 
 
 class _Answers:

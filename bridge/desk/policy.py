@@ -36,7 +36,7 @@ from bridge.pki.csr_fields import requested
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.settings.reader import Reader, opened
-from bridge.specs import AUTHORITIES, EKU, KEY_ALGORITHMS, KUBELET_SERVER, SPECS, USER, CertificateSpec
+from bridge.specs import AUTHORITIES, EKU, KEY_ALGORITHMS, KUBELET_SERVER, SERVERS, SPECS, USER, CertificateSpec
 from bridge.users import user_rules
 from bridge.users.user_rules import Limits, User
 from bridge.words import one_line
@@ -54,7 +54,10 @@ _SANS: Mapping[str, tuple[str, ...]] = {
     "etcd-peer": _ETCD_SANS,
     "etcd-server": _ETCD_SANS,
     "kubelet-server": ("{node}",),
+    **{spec.name: _ETCD_SANS for spec in SERVERS.values()},
 }
+#: Serving certificates whose first one no live certificate vouches for: an inventory has the node's addresses.
+_BY_INVENTORY = {KUBELET_SERVER, *(spec.name for spec in SERVERS.values())}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ class DeskSettings:
     #: A private key in PEM, not encrypted, that answers are signed with; None: they are not signed.
     answer_key: Path | None = None
     archive: Path | None = None  #: For bundles that are done; without it in the state directory.
-    #: The nodes with their names and addresses, as the gateway has them: SANs of `kubelet-server`.
+    #: The nodes with their names and addresses, as the gateway has them: SANs of its serving certificates.
     inventory: Path | None = None
     #: While a CA takes another one's place: by authority, the file with the earlier CA's certificate; a certificate of that
     #: CA proves a request as well.
@@ -337,10 +340,12 @@ def _limit_problems(name: str, validity: timedelta, rules: CertificateRules, all
 
 
 def _with_inventory(name: str, rules: CertificateRules, policy: Policy, node: str) -> CertificateRules:
-    """The rules, with the inventory's SANs for a kubelet's serving certificate whose SANs the policy does not list."""
-    if name != KUBELET_SERVER or policy.nodes is None or rules.sans is not None:
+    """The rules, with the inventory's SANs for a node's serving certificate whose SANs the policy does not list."""
+    if name not in _BY_INVENTORY or policy.nodes is None or rules.sans is not None:
         return rules
-    return dataclasses.replace(rules, sans=_listed(policy.nodes, node))
+    own = _listed(policy.nodes, node)
+    local = _SANS[name] if own and SPECS[name].by_flag else ()
+    return dataclasses.replace(rules, sans=(*own, *local))
 
 
 def _spec_problems(request: BundledRequest, spec: CertificateSpec) -> Iterator[str]:
@@ -474,7 +479,7 @@ def _san_problems(
         texts = [text.replace("{node}", node) for text in (_SANS.get(name, ()) if rules.sans is None else rules.sans)]
         wanted, others = one_of(texts), {san for san in found if not any(matches(*san, text) for text in texts)}
         if rules.sans is None:
-            by_inventory = ", or desk.inventory," if name == KUBELET_SERVER else ""
+            by_inventory = ", or desk.inventory," if name in _BY_INVENTORY else ""
             wanted += f" (the policy's [certificate.{name}] sans{by_inventory} says what else)"
     if others:
         yield f"SAN: wanted {wanted}, found {some(f'{kind}:{value}' for kind, value in sorted(others))}"

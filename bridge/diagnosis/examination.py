@@ -105,7 +105,7 @@ def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
 
 def _question(name: str, policy: Policy | None, settings: Settings, now: datetime) -> authorities.Question:
     # not every site has the CA sign what its kubelets serve with
-    specs = [spec for spec in SPECS.values() if spec.authority.name == name and not spec.kubelets]
+    specs = [spec for spec in SPECS.values() if spec.authority.name == name and spec.of_kubeadm]
     anchors = _anchors(policy, name)
     expected = verify.Expectation(
         anchors=anchors,

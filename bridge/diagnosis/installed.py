@@ -49,9 +49,11 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     # without a kubelet's client certificate a rebooted node stays down: nothing is worse, and it comes first
     for item in sorted(node.items, key=lambda one: one.spec.name != KUBELET_CONF):
         if item.foreign:
-            yield from _self_made(item, node, now)
+            yield from _operators(item, now) if item.spec.by_flag else _self_made(item, node, now)
             continue
         yield from _item(item, settings, now)
+        if not item.named and item.state == "present":
+            yield _not_named(item)
         if item.state == "present":
             yield from _pair(item)
             yield from _chain(item, node.authorities)
@@ -111,6 +113,22 @@ def _self_made(item: Item, node: Node, now: datetime) -> Iterator[Finding]:
         yield Finding.note("kubelet-self-signed", name, more)
 
 
+def _operators(item: Item, now: datetime) -> Iterator[Finding]:
+    """A component's serving certificate that an operator has from elsewhere: it stays, and no renewal keeps it from its end."""
+    end = expiry.first_end(item.certificates)
+    text = f"{expiry.left_text(end, now)}; of {_issuer(item.certificates[0])} in {item.certificate_path}, and not renewed here"
+    if end <= now + CA_ENDS_SOON / 12:
+        yield Finding.warning("serving-certificate", item.spec.name, text, "have its own CA sign the next one")
+    else:
+        yield Finding.note("serving-certificate", item.spec.name, text)
+
+
+def _not_named(item: Item) -> Finding:
+    text = f"wanted its manifest to name {item.certificate_path}, found no --tls-cert-file: nothing serves with it"
+    hint = "ca-bridge serving-certs on puts it in, and off takes it away"
+    return Finding.warning("serving-certificate", item.spec.name, text, hint)
+
+
 # --- one certificate -------------------------------------------------------------------------------------------------
 
 
@@ -125,11 +143,12 @@ def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
         if item.obstacle is not None:
             yield from_error("not-replaceable", name, item.obstacle)
     elif item.state == "missing" and item.spec.optional:
-        yield Finding.ok("certificate", name, "not on this node, which is normal for it")
+        own = "its component serves one that it made itself, which no client can verify; ca-bridge serving-certs on"
+        yield Finding.ok("certificate", name, own if item.spec.by_flag else "not on this node, which is normal for it")
     else:
         text = item.trouble or f"wanted a certificate in {item.certificate_path}, found nothing"
         first = f"mv {item.certificate_path} /root, and " if item.state == "broken" else ""
-        is_made = item.state in ("missing", "broken") and (item.listed or name == KUBELET_CONF)
+        is_made = item.state in ("missing", "broken") and (item.listed or name == KUBELET_CONF or item.spec.by_flag)
         hint = f"{_RESTORE}; or {first}`ca-bridge renew {name}` makes it anew" if is_made else _RESTORE
         yield Finding.error(f"certificate-{item.state}", name, text, hint)
 

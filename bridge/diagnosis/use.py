@@ -18,7 +18,7 @@ from bridge.control_plane import restart_plan, restarts
 from bridge.diagnosis.findings import Finding, from_error
 from bridge.diagnosis.installed import is_named, server
 from bridge.errors import BridgeError
-from bridge.node import endpoints, kubeadm_config, kubeconfig
+from bridge.node import endpoints, kubeadm_config, kubeconfig, serving_pair
 from bridge.node.endpoints import Flags, Server
 from bridge.node.inventory import Item, Node
 from bridge.node.kubeadm_config import KubeadmConfig
@@ -28,7 +28,7 @@ from bridge.pki.csr import names_of
 from bridge.pki.kubeadm_names import NamingFacts, NoFactError
 from bridge.renewal import hooks, in_use
 from bridge.settings.tables import Settings
-from bridge.specs import Component
+from bridge.specs import SERVERS, Component
 from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS
 from bridge.state.store import Store
 from bridge.system.paths import UnreadableError, read, read_ca_file
@@ -251,6 +251,7 @@ def _cluster(node: Node, settings: Settings) -> Iterator[Finding]:
     yield from _manifest(config, manifest.flags)
     yield from _endpoint(config, settings)
     yield from _directory(config, settings)
+    yield from _servers(config, node)
     yield from _beyond(config, node, settings, manifest.flags)
 
 
@@ -293,6 +294,27 @@ def _directory(config: KubeadmConfig, settings: Settings) -> Iterator[Finding]:
         text = f"wanted kubeadm-config's certificatesDir, {one_line(found)}, found {ours}: kubeadm judges other files"
         hint = "which of the two do the manifests name? `kubeadm upgrade` writes them with the first"
         yield Finding.warning("certificates-dir", "node.pki_dir", text, hint)
+
+
+def _servers(config: KubeadmConfig, node: Node) -> Iterator[Finding]:
+    """The next `kubeadm upgrade` writes the flags for serving certificates as kubeadm-config has them."""
+    for component, spec in SERVERS.items():
+        item, is_kept = serving_pair.item_of(node, component), serving_pair.is_named_by(config.cluster, component)
+        manifest = f"{component.value}.yaml"
+        hint = "ca-bridge serving-certs on, on each control-plane node; off takes it out of both"
+        if component not in node.manifests or item is None or item.named == is_kept:
+            continue
+        if item.named:
+            text = (
+                f"names {item.certificate_path}, and kubeadm-config does not: the next `kubeadm upgrade` takes it out"
+            )
+            yield Finding.warning("serving-certificate-of-kubeadm-config", manifest, text, hint)
+        elif item.state == "missing":
+            text = f"kubeadm-config names a pair, and {spec.name} is not here: after a `kubeadm upgrade` it would not start"
+            yield Finding.error("serving-certificate-of-kubeadm-config", manifest, text, hint)
+        else:
+            text = "kubeadm-config names a pair, and this manifest does not"
+            yield Finding.warning("serving-certificate-of-kubeadm-config", manifest, text, hint)
 
 
 def _beyond(config: KubeadmConfig, node: Node, settings: Settings, flags: Flags) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ from bridge.node import manifests
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.node.kubeconfig import parse as parse_kubeconfig
 from bridge.node.kubelet import KUBELET_DIR, KubeletFiles
-from bridge.node.manifests import Manifest
+from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, Manifest
 from bridge.pki import identity
 from bridge.pki.certificates import has_key_of, is_ca, load_pem_certificates
 from bridge.settings.tables import NodeSettings
@@ -78,6 +78,7 @@ class Item:
     is_anchor_first: bool = True  #: It is the file's first CA, which signs new certificates.
     key_trouble: str | None = None  #: "wanted …, found …" where its key is missing, empty or another certificate's.
     foreign: bool = False  #: No CA of the cluster signed it: the kubelet made it itself, or it is another cluster's.
+    named: bool = True  #: False: a pair of `SERVERS` that its component's manifest does not name (yet).
     obstacle: BridgeError | None = None  #: Why its files can't be replaced; it can be read and used nevertheless.
 
     @property
@@ -196,13 +197,17 @@ def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -
     apiserver_flags = {} if local_etcd else found[Component.APISERVER].flags
     authorities = _authorities(pki_dir, apiserver_flags, local_etcd=local_etcd)
     by_name = {state.authority.name: state for state in authorities}
-    items = []
+    items: list[Item] = []
     for spec in SPECS.values():
         authority = by_name.get(spec.authority.name)
         if authority is None:
             continue
-        if spec.kubelets:
-            items += _serving_items(authority, kubelet)
+        if not spec.of_kubeadm:
+            items += (
+                _serving_items(authority, kubelet)
+                if spec.kubelets
+                else _component_server(spec, authority, pki_dir, found, items)
+            )
         elif spec.kubeconfig:
             items.append(_kubeconfig_item(spec, authority, kubeconfig_dir / spec.base, kubelet))
         elif spec.authority != ETCD_CA or local_etcd:
@@ -242,7 +247,7 @@ def _traces(
     for spec in specs:
         if spec.kubeconfig:
             yield kubeconfig_dir / spec.base
-        elif not spec.kubelets:
+        elif spec.of_kubeadm:
             yield from (pki_dir / f"{spec.base}.{suffix}" for suffix in ("crt", "key"))
     for component in components:
         yield manifests.path_of(component, kubeconfig_dir)
@@ -477,13 +482,46 @@ def _serving_items(authority: AuthorityState, kubelet: KubeletFiles) -> list[Ite
     item = _item(
         SPECS[KUBELET_SERVER], authority, found, kubelet.certificate, kubelet.key, managed=managed, listed=False
     )
-    item = _rotating(item, rotates=True) if is_asked else item
-    is_ours = not found.certificates or (
-        identity.leads_to(found.certificates, authority.certificates)
+    return [_or_foreign(_rotating(item, rotates=True) if is_asked else item, authority)]
+
+
+def _or_foreign(item: Item, authority: AuthorityState) -> Item:
+    """The item, marked where no CA of the cluster signed it."""
+    is_ours = not item.certificates or (
+        identity.leads_to(item.certificates, authority.certificates)
         if authority.certificates
-        else found.certificates[-1].issuer != found.certificates[-1].subject  # a kubelet puts its own CA behind it
+        else item.certificates[-1].issuer != item.certificates[-1].subject  # a kubelet puts its own CA behind it
     )
-    return [item if is_ours else replace(item, foreign=True, key_trouble=None)]
+    return item if is_ours else replace(item, foreign=True, key_trouble=None)
+
+
+def _component_server(
+    spec: CertificateSpec,
+    authority: AuthorityState,
+    pki_dir: Path,
+    found: Mapping[Component, Manifest],
+    others: Sequence[Item],
+) -> list[Item]:
+    """
+    A component's serving certificate, where its manifest names it, or else in its own place, where it may be missing.
+    A pair that is another certificate's, too, is that one's alone.
+    """
+    manifest = None if spec.component is None else found.get(spec.component)
+    if manifest is None:
+        return []
+    path, key_path, trouble = pki_dir / f"{spec.base}.crt", pki_dir / f"{spec.base}.key", None
+    is_named = TLS_CERTIFICATE in manifest.flags
+    spec = replace(spec, optional=not is_named, reloaded=is_named)  # a restart has it named
+    if is_named:
+        path = _host_path(manifest.flags[TLS_CERTIFICATE])
+        key_path = _host_path(manifest.flags.get(TLS_KEY, ""))
+        if TLS_KEY not in manifest.flags:
+            trouble = f"wanted {TLS_KEY} beside {TLS_CERTIFICATE} in the manifest, found none"
+    if _real(path) in {_real(one) for item in others for one in (item.certificate_path, item.key_path) if one}:
+        return []
+    files = _certificates_in(path) if trouble is None else _Found(state="broken", trouble=trouble)
+    item = _item(spec, authority, files, path, key_path, listed=False)
+    return [replace(_or_foreign(item, authority), named=is_named)]
 
 
 def _embedded(path: Path, parsed: Kubeconfig) -> _Found:

@@ -15,6 +15,9 @@ from bridge.system.paths import UnreadableError, read
 #: kubeadm's; in the order in which its documentation restarts them.
 COMPONENTS = (Component.ETCD, Component.APISERVER, Component.CONTROLLER_MANAGER, Component.SCHEDULER)
 
+#: By which a Kubernetes component names the pair that it serves with.
+TLS_CERTIFICATE, TLS_KEY = "--tls-cert-file", "--tls-private-key-file"
+
 _TAG = re.compile(r":(v?(\d{1,4})\.(\d{1,4})(?!\d)[^:/]*)$")
 
 

@@ -67,7 +67,7 @@ class Cluster:
 
     def sans(self, spec: CertificateSpec) -> Sequence[x509.GeneralName]:
         """The SANs that kubeadm gives this certificate; most have none."""
-        if spec.kubelets:
+        if not spec.of_kubeadm:
             return alternative_names([self.node, self.address])
         facts = NamingFacts(
             release=_RELEASE,
@@ -111,7 +111,7 @@ def make(
     """Write `pki/` and the kubeconfigs into a directory, without the CAs' keys."""
     cluster = cluster or Cluster()
     not_before = now.replace(microsecond=0) - _BACKDATED
-    specs = {name: spec for name, spec in SPECS.items() if not spec.kubelets}
+    specs = {name: spec for name, spec in SPECS.items() if spec.of_kubeadm}
     keys = _generate_keys([*AUTHORITIES, *specs, "sa"], key)
     cas = {
         name: ThrowawayCA(

@@ -115,6 +115,9 @@ def _sans(spec: CertificateSpec, facts: NamingFacts) -> tuple[x509.GeneralName, 
         own = [_known(facts.service_address, "the service subnet"), _known(facts.address, "the advertise address")]
         endpoint = [facts.endpoint_host] if facts.endpoint_host else []
         return _in_order([node, *service, *own, *endpoint, *facts.api_sans])
+    if spec.by_flag:  # by which probes, scanners on the node, and readers of metrics ask for it
+        own = [_known(facts.node, "the node's name"), "localhost", _known(facts.address, "the advertise address")]
+        return _in_order([*own, "127.0.0.1", "::1"])
     if spec.name in {"etcd-server", "etcd-peer"}:
         more = facts.etcd_server_sans if spec.name == "etcd-server" else facts.etcd_peer_sans
         address = _known(facts.address, "the advertise address")

@@ -32,12 +32,12 @@ from bridge.pki.csr import Naming
 from bridge.pki.kubeadm_names import ADMINS, MASTERS, NamingFacts, NoFactError, Release
 from bridge.renewal.select import ALL, Changes, Desired, DesiredByName, RunOptions, anchors_of, assert_known
 from bridge.settings.tables import Settings
-from bridge.specs import KUBELET_CONF, SPECS, CertificateSpec, Component
+from bridge.specs import KUBELET_CONF, SERVERS, SPECS, CertificateSpec, Component
 from bridge.system.paths import UnreadableError, read
 
 #: Kubeconfigs of components on this node, which talk to its own API server.
 _LOCAL = {"controller-manager.conf", "scheduler.conf", KUBELET_CONF}
-_SERVING = ("apiserver", "etcd-server", "etcd-peer")
+_SERVING = ("apiserver", "etcd-server", "etcd-peer", *(spec.name for spec in SERVERS.values()))
 
 
 class CannotMakeError(BridgeError):
@@ -118,6 +118,8 @@ class _Decision:
     def made(self, item: Item) -> Desired:
         """The names of a missing certificate (CannotMakeError: no source has them, or it is about another node)."""
         spec, path = item.spec, item.certificate_path
+        if spec.by_flag:
+            return self._server(item)
         if not spec.listed and spec.name != KUBELET_CONF:
             raise CannotMakeError(
                 f"wanted {path}, found nothing; the kubelet's is made with the node, not by a renewal",
@@ -141,6 +143,29 @@ class _Decision:
             *self._rights(naming, spec, strictly=False),
         ]
         return Desired(naming=naming, notes=tuple(notes), key=self.config.key, kubeconfig=fresh)
+
+    def _server(self, item: Item) -> Desired:
+        """The names of a component's serving certificate, by this node's files alone; its key is of the API server's kind."""
+        if self.settings.restart.method == "none" and not item.named:
+            raise CannotMakeError(
+                'wanted a way to restart its component, which puts the pair into the manifest, found restart.method = "none"',
+                hint='restart.method = "static-pods" does both; `ca-bridge help certificates` has the flags',
+            )
+        api = self.node.manifests.get(Component.APISERVER)
+        facts = NamingFacts(
+            node=self.settings.node.node_name, address=(endpoints.name(api.flags) or "") if api is not None else ""
+        )
+        try:
+            naming = self._with_sans(item, kubeadm_names.naming(item.spec, facts))
+        except NoFactError as e:
+            raise CannotMakeError(
+                f"wanted to make {item.certificate_path}, found no way to say its names: {e}"
+            ) from None
+        live = next(
+            (one.certificates[0] for one in self.node.items if one.spec.name == "apiserver" and one.certificates), None
+        )
+        note = f"{item.spec.name} is made for this node: {naming.text}"
+        return Desired(naming=naming, notes=(note,), key=csr.known_algorithm(live.public_key()) if live else None)
 
     def _facts(self) -> tuple[NamingFacts, str]:
         """The facts that names are made of, and a sentence about where the node's own part comes from."""

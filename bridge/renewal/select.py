@@ -173,7 +173,9 @@ def select(
         lost_cas=_lost_cas(node, settings),
         allowed=functools.cache(lambda: _allowed(settings)),
     )
-    verdicts = [choice.of(name) for name in [*asked, *sorted(set(options.names) - {ALL} - set(asked))]]
+    unused = {item.spec.name for item in node.items if choice.is_unused(item)}
+    every = [*asked, *sorted(set(options.names) - {ALL} - set(asked))]
+    verdicts = [choice.of(name) for name in every if name not in unused]
     items = tuple(one for one in verdicts if isinstance(one, Item))
     known, names = {*options.names, *choice.asked_for}, {item.spec.name for item in items}
     return Selection(
@@ -226,6 +228,14 @@ class _Choice:
         is_due = name in self.waiting or is_other(item, self.settings) or _is_due(item, self.settings, self.now)
         is_due = is_due or name in self.lost_keys or item.spec.authority.name in self.lost_cas
         return self._judged(item) if self.options.names or is_due else None
+
+    def is_unused(self, item: Item) -> bool:
+        """Whether its component serves with another certificate, its own or an operator's, and no other one is wanted."""
+        name = item.spec.name
+        is_wanted = name in self.options.names or name in self.desired or name in self.asked_for
+        return (
+            item.spec.by_flag and not is_wanted and (item.foreign or (item.state == "missing" and item.spec.optional))
+        )
 
     def _left_alone(self, item: Item, *, by_hand: bool) -> str | None:
         name = item.spec.name
@@ -302,6 +312,10 @@ def _costs(items: Sequence[Item], node: Node) -> Iterator[str]:
 def _left_alone(item: Item, settings: Settings, *, by_hand: bool) -> str | None:
     """A sentence about a certificate that is there and not to be renewed; None: it may be."""
     name = item.spec.name
+    if item.foreign and item.spec.by_flag:
+        return (
+            f"{name} was not signed by the cluster's CA: it stays, since {item.certificate_path} is an operator's own"
+        )
     if item.foreign and not by_hand and not is_other(item, settings):
         return (
             f"{name} was not signed by the cluster's CA (a kubelet signs its own): it stays, unless you name it or set "
@@ -379,7 +393,7 @@ def _is_due(item: Item, settings: Settings, now: datetime) -> bool:
 
 def _restore(spec: CertificateSpec, first: str = "") -> str:
     """The hint for a missing or broken certificate; some are made anew by name, after the command `first`."""
-    is_made = spec.listed or spec.name == KUBELET_CONF
+    is_made = spec.listed or spec.by_flag or spec.name == KUBELET_CONF
     anew = f"; or {first}`ca-bridge renew {spec.name}` makes it anew from kubeadm's configuration"
     return f"{RESTORE}{anew if is_made else ''}"
 

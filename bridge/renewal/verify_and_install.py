@@ -124,7 +124,8 @@ def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replaceme
     elif item.in_one_file:
         yield _replacing(one, path, KEY_MASK, chain + one.key_pem)
     else:
-        yield _replacing(one, item.key_path, KEY_MASK, one.key_pem)
+        key = _replacing(one, item.key_path, KEY_MASK, one.key_pem)
+        yield dataclasses.replace(key, makes_directory=item.spec.by_flag)
         new = dataclasses.replace(Attributes.private(), mode=_NEW_CERTIFICATE_MODE)
         yield dataclasses.replace(_replacing(one, path, CERTIFICATE_MASK, chain), attributes=new)
 

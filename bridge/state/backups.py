@@ -19,13 +19,14 @@ from typing import Any
 from cryptography import x509
 
 from bridge.errors import BridgeError
-from bridge.node import inventory, kubeconfig, pair
+from bridge.node import inventory, kubeconfig, pair, serving_pair
 from bridge.node.inventory import Item, Node
+from bridge.node.manifests import path_of
 from bridge.pki import csr, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, serial_hex
 from bridge.settings.tables import Settings
-from bridge.specs import AUTHORITIES, KUBELET_SERVER
-from bridge.state import audit, copies
+from bridge.specs import AUTHORITIES, KUBELET_SERVER, SERVERS
+from bridge.state import audit, copies, parked_manifest
 from bridge.state.install import (
     CERTIFICATE_MASK,
     KEY_MASK,
@@ -474,6 +475,7 @@ def put_back(
     }
     try:
         copies.owe(settings, store, node, {o.name: o.old for o in outcomes})
+        _leave_out(backup, settings.node.kubeconfig_dir)
         # a run may have installed something itself, and put several sets back
         run_id = f"{record.run_id}-{backup.run_id.partition('-')[0]}"
         replaced = install(store, [_replacement(file, node) for file in backup.files], run_id, about)
@@ -492,6 +494,23 @@ def put_back(
         removed=tuple(file.path for file in backup.files if not file.was_there),
         late=tuple(late),
     )
+
+
+def _leave_out(backup: Backup, kubeconfig_dir: Path) -> None:
+    """Take pairs that go away out of the manifests that name them: their components would not start without them."""
+    components = {spec.name: component for component, spec in SERVERS.items()}
+    for file in backup.files:
+        component = components.get(file.certificate)
+        if component is None or file.was_there:
+            continue
+        try:
+            text = serving_pair.leaving_out(component, file.path, kubeconfig_dir)
+        except ValueError as e:
+            raise InstallError(
+                f"nothing was replaced: {e}", hint="take the flags out by hand, then run again"
+            ) from None
+        if text is not None:
+            parked_manifest.replace(path_of(component, kubeconfig_dir), text)
 
 
 def _serial(certificate: x509.Certificate | None) -> str | None:

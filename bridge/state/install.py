@@ -33,6 +33,8 @@ STAGED_PREFIX = ".ca-bridge-"
 KEY_MASK = 0o600
 KUBECONFIG_MASK = 0o660
 CERTIFICATE_MASK = 0o777
+#: kubeadm's for `pki/etcd`.
+PKI_DIRECTORY_MODE = 0o755
 
 
 MANIFEST = "manifest.json"
@@ -59,6 +61,7 @@ class Replacement:
     is_link: bool = False  #: The symlink itself is replaced, or a file in its place.
     leads_to: str | None = None  #: The target of the new symlink, which has no data; only with `is_link`.
     says_the_same: bool = False  #: What reads it at its start alone need not read it again.
+    makes_directory: bool = False  #: The file may be the first of its directory.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +207,8 @@ def _target(replacement: Replacement, run_id: str) -> Target:
     try:
         if (foreign := foreign_link(path)) is not None:
             raise InstallError(f"nothing was replaced: {foreign}", hint=foreign.hint)
+        if replacement.makes_directory:
+            path.parent.mkdir(mode=PKI_DIRECTORY_MODE, exist_ok=True)
         # the PKI directory is mounted into pods, and an operator's symlinks have their reasons: both stay
         is_followed = path.exists() and not replacement.is_link
         real = path.resolve(strict=True) if is_followed else path.parent.resolve(strict=True) / path.name

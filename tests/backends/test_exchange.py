@@ -52,6 +52,12 @@ sans = ["{node}", "localhost", "0.0.0.0/0", "::/0"]
 
 [certificate.kubelet-server]
 sans = ["{node}", "0.0.0.0/0", "::/0"]
+
+[certificate.controller-manager-server]
+sans = ["{node}", "0.0.0.0/0", "::/0"]
+
+[certificate.scheduler-server]
+sans = ["{node}", "0.0.0.0/0", "::/0"]
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -158,6 +159,30 @@ def test_a_blocked_node_gets_nothing(pairs: Pairs, cas: dict[str, x509.Certifica
             waived = frozenset({request.name})
             found = judge(request, bundle, policy, [cas[request.authority]], NOW, waived).problems
             assert [one.startswith("node: wanted one that the inventory") for one in found] == [True] * blocked
+
+
+def test_the_first_serving_certificate_of_a_component_has_the_nodes_own_names(
+    bundle: RequestBundle, cas: dict[str, x509.Certificate]
+) -> None:
+    """Loopback and the name without more; its address by the inventory; another node's address never."""
+    nodes = node_inventory.parse(f'[node."{bundle.node}"]\naddresses = ["{ADDRESS}"]\n')
+    name, local = "scheduler-server", [x509.DNSName("localhost"), x509.DNSName(bundle.node)]
+
+    def found(policy: Policy, *addresses: str) -> str:
+        sans = [*local, *(x509.IPAddress(ipaddress.ip_address(one)) for one in addresses)]
+        request = replace(
+            next(one for one in bundle.requests if one.name == "apiserver"),
+            name=name,
+            csr=csr_for("CN=kube-scheduler", sans),
+            replaces=None,
+            proof=None,
+        )
+        return "; ".join(judge(request, bundle, policy, [cas["ca"]], NOW, frozenset({name})).problems)
+
+    plain, listed = parse(MASTERS), replace(parse(MASTERS), nodes=nodes)
+    assert found(plain, "127.0.0.1", "::1") == found(listed, "127.0.0.1", ADDRESS) == ""
+    assert "SAN: wanted" in found(plain, ADDRESS)
+    assert "SAN: wanted" in found(listed, "192.0.2.99")
 
 
 @pytest.mark.attack("G9")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge.pki.certificates import san_entries
-from bridge.specs import AUTHORITIES
+from bridge.node import manifests
+from bridge.pki.certificates import load_pem_certificates, san_entries
+from bridge.specs import AUTHORITIES, SPECS, Component
 from tests.kit import nodes
 from tests.kit.cas import add_openssl, live_certificates
 from tests.kit.node import Node
@@ -101,3 +102,87 @@ def test_what_an_upgrade_would_do_is_told_by_the_real_cluster(bridge: LiveBridge
     bridge.node.kubectl("delete", "clusterrolebinding", name)
     told = json.loads(bridge.run("doctor", "--before-upgrade", "-o", "json").stdout)["findings"]
     assert any(one["check"] == "upgrade-auto-approve" and name in one["text"] for one in told)
+
+
+SERVERS = {
+    "controller-manager-server": (Component.CONTROLLER_MANAGER, 10257),
+    "scheduler-server": (Component.SCHEDULER, 10259),
+}
+
+
+def served(bridge: LiveBridge) -> dict[str, str]:
+    """By certificate, what `prove` says of the two components' ports."""
+    findings = json.loads(bridge.run("prove", "-o", "json").stdout)["findings"]
+    components = {component.value for component, _ in SERVERS.values()}
+    return {one["certificate"]: one["state"] for one in findings
+            if one["component"] in components and one["what"].startswith("serves")}  # fmt: skip
+
+
+def test_controller_manager_and_scheduler_serve_the_clusters_certificates_and_their_own_again(
+    bridge: LiveBridge,
+) -> None:
+    """On, renewed without a restart, kept by kubeadm-config, and off; kubeadm renders the very manifests that are there."""
+    node = bridge.node
+    bridge.add("restart", {"method": "static-pods"})
+    directory = node.kubeconfig_dir / "manifests"
+    before = {component: (directory / f"{component.value}.yaml").read_bytes() for component, _ in SERVERS.values()}
+    assert served(bridge) == {"(its own)": "not-ours"}
+    run = bridge.run("serving-certs", "on")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "kubeadm-config names them: `kubeadm upgrade` keeps the flags" in run.stdout
+    assert served(bridge) == dict.fromkeys(SERVERS, "current")
+    for name, (_, port) in SERVERS.items():
+        trusting = ("curl", "--silent", "--fail", "--cacert", "/etc/kubernetes/pki/ca.crt")
+        assert node.exec(*trusting, f"https://localhost:{port}/healthz").stdout == "ok", name
+    _assert_kubeadm_renders_the_same(bridge)
+    running, old = nodes.containers(node), {name: _serial(bridge, name) for name in SERVERS}
+    run = bridge.run("renew", *SERVERS)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert nodes.containers(node) == running
+    assert not old.items() & {name: _serial(bridge, name) for name in SERVERS}.items()
+    assert served(bridge) == dict.fromkeys(SERVERS, "current")
+    findings = json.loads(bridge.run("doctor", "-o", "json").stdout)["findings"]
+    assert not [one for one in findings if "serving-certificate" in one["check"]]
+
+    run = bridge.run("serving-certs", "off")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert served(bridge) == {"(its own)": "not-ours"}
+    assert {component: (directory / f"{component.value}.yaml").read_bytes() for component in before} == before
+    assert not (bridge.pki.pki_dir / "scheduler").exists()
+    _assert_kubeadm_renders_the_same(bridge)
+
+
+def _serial(bridge: LiveBridge, name: str) -> int:
+    path = bridge.pki.pki_dir / f"{SPECS[name].base}.crt"
+    return load_pem_certificates(path.read_bytes())[0].serial_number
+
+
+def _assert_kubeadm_renders_the_same(bridge: LiveBridge) -> None:
+    """kubeadm's own rendering of kubeadm-config, as at an upgrade, beside the manifests of this node."""
+    text = bridge.node.kubectl(
+        "get", "cm", "-n", "kube-system", "kubeadm-config", "-o", "jsonpath={.data.ClusterConfiguration}"
+    ).stdout
+    own = {
+        "apiVersion": "kubeadm.k8s.io/v1beta4",
+        "kind": "InitConfiguration",
+        "localAPIEndpoint": {"advertiseAddress": IP},
+        "nodeRegistration": {"name": NAME, "criSocket": "unix:///none"},
+    }
+    scratch = bridge.directory / "rendered"
+    (scratch / "proc").mkdir(parents=True, exist_ok=True)
+    (scratch / "kubeadm.yaml").write_text(f"{text}\n---\n{json.dumps(own)}\n")
+    for component, _ in SERVERS.values():
+        phase = component.value.removeprefix("kube-")
+        kubeadm = ("kubeadm", "init", "phase", "control-plane", phase, "--config", "/kubeadm.yaml")
+        bridge.node.exec(*kubeadm, "--rootfs", scratch)
+        ours, theirs = (
+            manifests.load(component, place) for place in (bridge.node.kubeconfig_dir, scratch / "etc/kubernetes")
+        )
+        assert ours is not None
+        assert theirs is not None
+        # with the CA's key elsewhere, which kubeadm does not see there, the controller manager signs nothing
+        signing = {flag for flag in (*ours.flags, *theirs.flags) if flag.startswith("--cluster-signing")}
+        mine, kubeadms = (
+            {flag: value for flag, value in one.flags.items() if flag not in signing} for one in (ours, theirs)
+        )
+        assert mine == kubeadms

@@ -25,7 +25,7 @@ KubeadmVersion = Literal["1.37", "1.20"]
 KubeadmAlgorithm = Literal["RSA-2048", "RSA-3072", "RSA-4096", "ECDSA-P256", "ECDSA-P384"]
 
 #: What kubeadm makes on a control plane: all but what a kubelet serves with.
-PKI_SPECS = {name: spec for name, spec in SPECS.items() if not spec.kubelets}
+PKI_SPECS = {name: spec for name, spec in SPECS.items() if spec.of_kubeadm}
 
 #: Every kind of SAN that kubeadm takes, on top of its own.
 EXTRA_SANS = ("zz.example.com", "*.wild.example.com", "api2.example.com", "203.0.113.7", "2001:db8::7")

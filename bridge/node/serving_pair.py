@@ -1,0 +1,106 @@
+"""
+The pair that kube-controller-manager or kube-scheduler serves with: in its static pod's manifest, and in the
+ClusterConfiguration from which `kubeadm upgrade` and `kubeadm join` write that manifest.
+
+A manifest names no file that is not there: the component would not start. So the flags come after the files, and go
+before them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bridge.node import manifest_flags, manifests
+from bridge.node.inventory import Item, Node, other_key
+from bridge.node.manifest_flags import Mount
+from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, path_of
+from bridge.node.yamltree import YamlError
+from bridge.specs import SERVERS, CertificateSpec, Component
+from bridge.system.paths import UnreadableError, read
+
+#: The volume by which a component sees the directory of its pair.
+VOLUME = "ca-bridge-serving"
+
+
+def item_of(node: Node, component: Component) -> Item | None:
+    """The component's serving certificate on this node; it may be missing."""
+    spec = SERVERS.get(component)
+    return None if spec is None else next((one for one in node.items if one.spec.name == spec.name), None)
+
+
+def naming(node: Node, component: Component, kubeconfig_dir: Path) -> bytes | None:
+    """The manifest with the flags for a whole pair that it does not name; None: there is none, or it names one (ValueError)."""
+    item = item_of(node, component)
+    if item is None or item.named or item.state != "present" or item.foreign or item.key_trouble or other_key(item):
+        return None
+    return planned(item, component, kubeconfig_dir)
+
+
+def planned(item: Item, component: Component, kubeconfig_dir: Path) -> bytes | None:
+    """The manifest with the flags for a pair, whether it is there or not; None: there is none (ValueError)."""
+    flags = {TLS_CERTIFICATE: str(item.certificate_path), TLS_KEY: str(item.key_path)}
+    return _edited(component, kubeconfig_dir, flags, Mount(VOLUME, str(item.certificate_path.parent)))
+
+
+def leaving_out(component: Component, certificate: Path, kubeconfig_dir: Path) -> bytes | None:
+    """The manifest without the flags for this pair; None: it does not name it (ValueError: it can't be edited)."""
+    manifest = manifests.load(component, kubeconfig_dir)
+    named = None if manifest is None else manifest.flags.get(TLS_CERTIFICATE)
+    if named is None or os.path.realpath(named) != os.path.realpath(certificate):
+        return None
+    return _edited(component, kubeconfig_dir, dict.fromkeys((TLS_CERTIFICATE, TLS_KEY)), None)
+
+
+def _edited(
+    component: Component, kubeconfig_dir: Path, flags: Mapping[str, str | None], mount: Mount | None
+) -> bytes | None:
+    path = path_of(component, kubeconfig_dir)
+    try:
+        data = read(path)
+        unmount = "" if mount is not None else VOLUME
+        return None if data is None else manifest_flags.edited(data, component, flags, mount, unmount)
+    except (UnreadableError, YamlError) as e:
+        raise ValueError(f"{path}: wanted to change its flags, found: {e}") from None
+
+
+# --- kubeadm's ClusterConfiguration ----------------------------------------------------------------------------------
+
+
+def paths(spec: CertificateSpec, pki_dir: Path) -> dict[str, str]:
+    """Our own place of a pair, by the names of a component's arguments."""
+    return {_argument(TLS_CERTIFICATE): f"{pki_dir / spec.base}.crt", _argument(TLS_KEY): f"{pki_dir / spec.base}.key"}
+
+
+def _argument(flag: str) -> str:
+    return flag.removeprefix("--")
+
+
+def is_named_by(cluster: Mapping[str, Any], component: Component) -> bool:
+    """Whether kubeadm would write a manifest that names a pair."""
+    return _argument(TLS_CERTIFICATE) in manifest_flags.arguments(cluster, component)
+
+
+def is_ours_in(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> bool:
+    """Whether the pair that kubeadm would name is in our own place."""
+    return paths(SERVERS[component], pki_dir).items() <= manifest_flags.arguments(cluster, component).items()
+
+
+def with_pair(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> Mapping[str, Any]:
+    """The ClusterConfiguration with our own pair; an operator's other one stays."""
+    if is_named_by(cluster, component):
+        return cluster
+    spec = SERVERS[component]
+    # kubeadm mounts pki_dir into kube-controller-manager
+    mount = Mount(VOLUME, str((pki_dir / spec.base).parent)) if component is Component.SCHEDULER else None
+    return manifest_flags.with_arguments(cluster, component, paths(spec, pki_dir), mount)
+
+
+def without_pair(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> Mapping[str, Any]:
+    """The ClusterConfiguration without our own pair; an operator's other one stays."""
+    if not is_ours_in(cluster, component, pki_dir):
+        return cluster
+    flags = dict.fromkeys(paths(SERVERS[component], pki_dir))
+    return manifest_flags.with_arguments(cluster, component, flags, unmount=VOLUME)

@@ -1,0 +1,213 @@
+"""
+Have kube-controller-manager and kube-scheduler serve with a certificate of the cluster's CA, and back again.
+
+On: a renewal by name makes the pair, and the restart after it puts the flags into the manifest; then kubeadm-config gets
+them, too, as soon as every control-plane node has a pair, since kubeadm writes all nodes' manifests from it. Off: the
+other way round. Each step can be taken again after a kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from bridge.cluster import kubeadm
+from bridge.cluster.api import Api, NoAnswerError
+from bridge.control_plane.restarts import Restarted, RestartReport, restart_all
+from bridge.errors import BridgeError, Exit
+from bridge.node import inventory, serving_pair
+from bridge.node.inventory import Item, Node
+from bridge.node.manifests import TLS_CERTIFICATE, path_of
+from bridge.pki.certificates import serial_hex
+from bridge.settings.tables import Settings
+from bridge.specs import SERVERS, Component
+from bridge.state import audit, session
+from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, fingerprint, install
+from bridge.state.store import Store
+from bridge.system.console import log
+
+_NODES = "/api/v1/nodes?labelSelector=node-role.kubernetes.io%2Fcontrol-plane"
+_PODS = "/api/v1/namespaces/kube-system/pods?labelSelector=component%3D"
+
+
+class NoServingError(BridgeError):
+    """The node has no such component, or one whose certificate is not ours to change."""
+
+    exit_code = Exit.USAGE
+
+
+def components(node: Node, settings: Settings) -> list[Component]:
+    """The components of this node whose manifests may be changed (NoServingError: there are none, or one may not)."""
+    if settings.restart.method == "none":
+        text = 'wanted a way to restart components, found restart.method = "none"'
+        raise NoServingError(text, hint='"static-pods" restarts them, and puts the flags into their manifests')
+    found = [component for component in SERVERS if component in node.manifests]
+    if not found:
+        names = " or ".join(component.value for component in SERVERS)
+        raise NoServingError(f"wanted a manifest of {names}, found none", hint="run it on a control-plane node")
+    for component in found:
+        item = serving_pair.item_of(node, component)
+        if item is None or item.foreign or (item.named and not _is_ours(item, settings)):
+            path = node.manifests[component].flags.get(TLS_CERTIFICATE)
+            raise NoServingError(
+                f"{component.value}: wanted a manifest without {TLS_CERTIFICATE}, or with our pair, found {path}",
+                hint="an operator put it there, and it stays: take the flags out first, here and in kubeadm-config",
+            )
+        try:
+            serving_pair.planned(item, component, settings.node.kubeconfig_dir)
+        except ValueError as e:
+            raise NoServingError(
+                f"{component.value}: {e}", hint="put the flags in, or take them out, by hand"
+            ) from None
+    return found
+
+
+def _is_ours(item: Item, settings: Settings) -> bool:
+    return item.certificate_path == settings.node.pki_dir / f"{item.spec.base}.crt"
+
+
+# --- kubeadm-config ---------------------------------------------------------------------------------------------------
+
+
+def keep(node: Node, settings: Settings, wanted: Sequence[Component]) -> str:
+    """
+    Have kubeadm-config name the pairs, where each control-plane node has them; returns a sentence about that.
+
+    Raises:
+        NoAnswerError, NoConfigError: The cluster's API does not answer, or refuses.
+    """
+    api = Api.of_node(node, settings.node.kubeconfig_dir)
+    lacking = sorted({name for one in wanted for name in _lacking(api, one)} - {settings.node.node_name})
+    if lacking:
+        return (
+            f"kubeadm-config gets them when `ca-bridge serving-certs on` has run on {', '.join(lacking)}, too; until then "
+            "`kubeadm upgrade` takes the flags out again"
+        )
+    done = kubeadm.change_cluster(api, lambda cluster: _with(cluster, wanted, settings.node.pki_dir))
+    return f"kubeadm-config names them{'' if done else ' already'}: `kubeadm upgrade` keeps the flags"
+
+
+def _with(cluster: Mapping[str, Any], wanted: Sequence[Component], pki_dir: Path) -> Mapping[str, Any]:
+    for component in wanted:
+        cluster = serving_pair.with_pair(cluster, component, pki_dir)
+    return cluster
+
+
+def _lacking(api: Api, component: Component) -> set[str]:
+    """Control-plane nodes whose component, by its pod in the API, names no pair."""
+    nodes = {str(one["metadata"]["name"]) for one in _listed(api, _NODES)}
+    having = {
+        str(one["spec"].get("nodeName"))
+        for one in _listed(api, f"{_PODS}{component.value}")
+        if f"{TLS_CERTIFICATE}=" in str(one["spec"])
+    }
+    return nodes - having
+
+
+def _listed(api: Api, path: str) -> list[dict[str, Any]]:
+    reply = api.ask("GET", path)
+    items = reply.document.get("items")
+    if reply.status != HTTPStatus.OK or not isinstance(items, list):
+        raise NoAnswerError(f"wanted the list {path}, found HTTP {reply.status} {reply.message}".rstrip())
+    return items
+
+
+def forget(node: Node, settings: Settings, wanted: Sequence[Component]) -> bool:
+    """Have kubeadm-config name them no more; returns whether it did (errors as `keep`)."""
+
+    def without(cluster: Mapping[str, Any]) -> Mapping[str, Any]:
+        for component in wanted:
+            cluster = serving_pair.without_pair(cluster, component, settings.node.pki_dir)
+        return cluster
+
+    return kubeadm.change_cluster(Api.of_node(node, settings.node.kubeconfig_dir), without)
+
+
+# --- on and off ------------------------------------------------------------------------------------------------------
+
+
+def is_half_done(settings: Settings, component: Component) -> bool:
+    """Whether its whole pair is here, and its manifest does not name it: a run ended before the restart."""
+    return serving_pair.naming(inventory.of(settings.node), component, settings.node.kubeconfig_dir) is not None
+
+
+def put_in(settings: Settings, component: Component, wait: timedelta) -> RestartReport:
+    """Restart a component whose pair is not in its manifest, which puts it there; without it if it does not come back."""
+    with session.alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
+        node, directory = inventory.of(settings.node), settings.node.kubeconfig_dir
+        before = path_of(component, directory).read_bytes()
+        done = restart_all([component], node, settings, store, record=record)
+        if path_of(component, directory).read_bytes() != before and done[0].error is not None:
+            done += restart_all(
+                [component], node, settings, store, record=record, going_back=True, contents={component: before}
+            )
+        return RestartReport(components=(component,), done=tuple(done))
+
+
+def assert_named(settings: Settings, wanted: Sequence[Component]) -> None:
+    """Make sure that each manifest names its pair (NoServingError), before kubeadm writes it into others."""
+    node = inventory.of(settings.node)
+    for component in wanted:
+        item = serving_pair.item_of(node, component)
+        if item is None or not item.named or item.state != "present":
+            text = f"{component.value}: wanted a manifest that names its pair, found none"
+            raise NoServingError(text, hint="`ca-bridge prove` shows what it serves; then run it again")
+
+
+def take_out(settings: Settings, wait: timedelta) -> RestartReport:
+    """
+    Have the components serve with certificates of their own making again, and remove the pairs, into a backup.
+
+    Returns the restarts, until one fails; its pair stays.
+    """
+    with session.alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
+        done: list[Restarted] = []
+        for component in components(inventory.of(settings.node), settings):
+            node = inventory.of(settings.node)
+            item = serving_pair.item_of(node, component)
+            if item is None or (item.state == "missing" and not item.named):
+                continue
+            try:
+                text = serving_pair.leaving_out(component, item.certificate_path, settings.node.kubeconfig_dir)
+            except ValueError as e:
+                raise NoServingError(
+                    f"{component.value}: {e}", hint="take the flags out by hand, then run again"
+                ) from None
+            if text is not None:
+                done += restart_all(
+                    [component], node, settings, store, record=record, going_back=True, contents={component: text}
+                )
+                if any(one.component is component and one.error is not None for one in done):
+                    break
+            _remove(item, store, record)
+        return RestartReport(components=tuple(SERVERS), done=tuple(done))
+
+
+def _remove(item: Item, store: Store, record: audit.Record) -> None:
+    """Remove a pair that no manifest names, in one step that a rollback undoes."""
+    old = item.certificates[0] if item.certificates else None
+    name = item.spec.name
+    files = [(item.key_path, KEY_MASK), (item.certificate_path, CERTIFICATE_MASK)]
+    replacements = [
+        Replacement(certificate=name, path=path, data=None, mode_mask=mask, was=fingerprint(path))
+        for path, mask in files
+        if path is not None and path.parent.is_dir()
+    ]
+    serial = serial_hex(old) if old is not None else None
+    about = {
+        "command": shlex.join(sys.argv),
+        **audit.who(),
+        "certificates": [{"name": name, "old_serial": serial, "new_serial": None}],
+    }
+    backup_id = install(store, replacements, f"{record.run_id}-{name}", about)
+    record.add(
+        audit.ROLLED_BACK, name, authority=item.spec.authority.name, old=old, result=f"removed; backup {backup_id}"
+    )
+    with contextlib.suppress(OSError):  # something else is in it
+        item.certificate_path.parent.rmdir()
