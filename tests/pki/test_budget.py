@@ -54,6 +54,7 @@ def test_several_documents_share_a_budget() -> None:
     assert json_of(b"[1,2]", budget) == [1, 2]
     with pytest.raises(OverBudgetError, match="bytes"):
         json_of(b"[1,2]", budget)
+    assert json_of(b'{"a": 1, "a": 2}', pairs=len) == 2
     for text in (b"[1,2]", b'{"a":{}}'):
         json_of(text, Budget(8, 3))
         with pytest.raises(OverBudgetError, match="values"):

@@ -134,10 +134,22 @@ def test_each_kind_is_read_as_itself_only(request_bundle: RequestBundle, answer_
     """A request that is taken for an answer, or the other way round, is named."""
     assert loads_request(dumps(request_bundle)) == request_bundle
     assert loads_answer(dumps(answer_bundle)) == answer_bundle
-    with pytest.raises(BundleError, match="schema"):
+    with pytest.raises(BundleError, match="schema") as e:
         loads_request(dumps(answer_bundle))
-    with pytest.raises(BundleError, match="schema"):
+    assert e.value.hint == "this is the answer, which goes back to the node"
+    with pytest.raises(BundleError, match="schema") as e:
         loads_answer(dumps(request_bundle))
+    assert e.value.hint == "this is the request, which goes to the CA desk"
+    with pytest.raises(
+        BundleError, match=r"^schema: wanted ca-bridge/request-bundle, found 'ca-bridge/answer-bundle'$"
+    ):
+        bundle_format.loads_digested(dumps(answer_bundle))
+
+
+def test_a_desk_signs_a_text_that_is_nothing_else(answer_bundle: AnswerBundle) -> None:
+    """Desks and nodes of different versions agree on it byte by byte."""
+    wanted = b"ca-bridge answer bundle 1\n" + digest(answer_bundle).encode()
+    assert bundle_format.answer_message(answer_bundle) == wanted
 
 
 def test_line_breaks_of_another_system_do_no_harm(either: Bundle) -> None:
@@ -531,6 +543,7 @@ def test_a_csr_is_no_bundle() -> None:
 def test_what_is_no_bundle_is_refused(data: bytes) -> None:
     """Other JSON, and JSON that was made to break its readers."""
     assert not isinstance(error_of(data), IncompleteBundleError) or data.startswith((b'{"a": {', b"[["))
+    assert str(error_of(data)).startswith("bundle: wanted ")
 
 
 def test_a_bundle_has_a_size_limit(either: Bundle) -> None:
