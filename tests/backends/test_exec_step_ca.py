@@ -31,9 +31,6 @@ VALIDITY = timedelta(days=30)
 _CA = TestCA.make()
 _SIGNER = Signer(certificate=_CA.certificate, key=_CA.key)
 LIVE = {one.name: _CA.leaf(one) for one in SPECS.values()}
-EXPECTED = verify.Expectation(
-    anchors=(_CA.certificate,), anchor_name="ca.crt", now=datetime.now(UTC), min_validity=timedelta(days=7)
-)
 
 
 def opened(ca: StepCA, **keys: Any) -> ExecBackend:
@@ -119,7 +116,10 @@ class TestConformance(BackendConformance):
 def violations(answer: Issued | Pending, request: SignRequest) -> set[str]:
     """What a node finds wrong with an answer."""
     assert isinstance(answer, Issued)
-    wrong = verify.error_of(answer, request, EXPECTED)
+    expected = verify.Expectation(
+        anchors=(_CA.certificate,), anchor_name="ca.crt", now=datetime.now(UTC), min_validity=timedelta(days=7)
+    )
+    wrong = verify.error_of(answer, request, expected)
     return set() if wrong is None else set(map(str, wrong.violations))
 
 
