@@ -16,7 +16,6 @@ from bridge.node.inventory import Item, Node, NoNodeError, other_key
 from bridge.pki import expiry, identity
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec, Component, KeyAlgorithm
-from bridge.state.install import Replacement
 from bridge.state.store import Outcome
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.words import name_found
@@ -26,6 +25,7 @@ if TYPE_CHECKING:  # a night with nothing due makes none of them
     from bridge.pki.csr import Naming
     from bridge.renewal.allowed import Allowed
     from bridge.renewal.verify_and_install import Proven
+    from bridge.state.install import Replacement
     from bridge.state.open_requests import OpenRequest
 
 #: As in `kubeadm certs renew all`.
