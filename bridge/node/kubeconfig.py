@@ -117,6 +117,24 @@ def with_ca(data: bytes, pem: bytes) -> bytes:
     return result
 
 
+def with_cas(data: bytes, edit: Callable[[bytes], bytes | None]) -> bytes:
+    """The same kubeconfig with other CA data (PEM) in each cluster for which `edit` has some; every other byte stays."""
+    bom, text = _reading(lambda: split_bom(data))
+    nodes = _reading(lambda: list(_edits_of_cas(document(text), edit)))
+    return (bom + _reading(lambda: _edited(text, nodes))).encode() if nodes else data
+
+
+def _edits_of_cas(root: YamlNode, edit: Callable[[bytes], bytes | None]) -> Iterator[tuple[YamlNode, bytes]]:
+    sequence = _own(root, "clusters")
+    for entry in sequence.items() if sequence is not None else ():
+        _assert_own(entry)
+        cluster = _own(entry, "cluster")
+        node = None if cluster is None else _own(cluster, _CA)
+        found = None if cluster is None or node is None else _data(cluster, _CA)
+        if node is not None and found is not None and (new := edit(found)) is not None:
+            yield node, new
+
+
 def ca_data(data: bytes) -> bytes | None:
     """The CA data (PEM) of the same cluster; None: it has none."""
     return _reading(lambda: _data(_cluster(document(split_bom(data)[1])), _CA))

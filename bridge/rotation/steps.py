@@ -34,7 +34,7 @@ from bridge.rotation.phases import Difference, Phase, differences, text, texts
 from bridge.rotation.places import Replaced, with_ca
 from bridge.settings.tables import Settings, for_next
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, KUBELET_CONF, Component
-from bridge.state import audit, backups
+from bridge.state import audit, backups, copies
 from bridge.state.backups import Backup
 from bridge.state.install import Replacement, install
 from bridge.state.obligations import Owed, unproven_file
@@ -136,6 +136,11 @@ def _with_objects(run: Run, node: Node, steps: Sequence[Step], result: Result) -
     if result.exit_code != Exit.DONE:
         return result
     errors = objects.update(run, node, {step.ca.name: (step.ca.change, step.target) for step in steps})
+    for step in steps:
+        if step.ca.state.authority == CA:
+            change = step.ca.change
+            phases = {frozenset(change.bundle(phase)) for phase in change.path}
+            errors += copies.trust(run.settings, run.record, phases, change.bundle(step.target))
     return dataclasses.replace(result, errors=(*result.errors, *errors))
 
 

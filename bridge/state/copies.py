@@ -15,7 +15,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -29,7 +29,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.node import inventory, kubeconfig
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import EmbeddedUser, KubeconfigError
-from bridge.pki.certificates import UNREADABLE, fingerprint, load_pem_certificates
+from bridge.pki.certificates import UNREADABLE, fingerprint, load_pem_certificates, pem
 from bridge.pki.csr import load_key
 from bridge.settings.tables import Settings
 from bridge.state import audit
@@ -118,6 +118,47 @@ def settle(settings: Settings, store: Store, record: audit.Record) -> list[Bridg
     return errors
 
 
+def trust(
+    settings: Settings,
+    record: audit.Record,
+    earlier: Collection[frozenset[x509.Certificate]],
+    cas: Sequence[x509.Certificate],
+) -> list[BridgeError]:
+    """Have each copy trust these CAs where it trusts the cluster's of an earlier phase; returns errors."""
+    errors: list[BridgeError] = []
+    for path in settings.copies.files.paths:
+        try:
+            if _in_time(path, _LONGEST.total_seconds(), partial(_trusting, path, earlier, cas)):
+                log.info("%s: trusts the CAs that this node trusts now", path)
+                record.add(audit.COPIED, result=f"{path}: certificate-authority-data")
+        except CopyError as e:
+            errors.append(e)
+            record.add(audit.FAILED, error=e)
+    return errors
+
+
+def _trusting(path: Path, earlier: Collection[frozenset[x509.Certificate]], cas: Sequence[x509.Certificate]) -> bool:
+    """Whether the CA data of a copy had to change; of other clusters it stays."""
+
+    def edit(data: bytes) -> bytes | None:
+        try:
+            had = frozenset(load_pem_certificates(data))
+        except ValueError:
+            return None
+        return pem(*cas) if had in earlier and had != frozenset(cas) else None
+
+    with _reasons(path):
+        try:
+            with opened(path) as place, _judged(place) as found:
+                changed = kubeconfig.with_cas(found.data, edit)
+                if changed == found.data:
+                    return False
+                _replace(place, found, changed)
+                return True
+        except FileNotFoundError:
+            return False
+
+
 def _in_time(path: Path, seconds: float, work: Callable[[], T]) -> T:
     """Work on one copy, whose home may be on a dead file system, within a time (CopyError)."""
     try:
@@ -151,7 +192,8 @@ def _refreshed(path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequenc
             with opened(path) as place, _judged(place) as found:
                 if not (users := _outdated(found.data, path, live, owed)):
                     return []
-                _replace(place, found, {number: live[name].pair for number, name in users.items()})
+                pairs = {number: live[name].pair for number, name in users.items()}
+                _replace(place, found, kubeconfig.with_users(found.data, pairs))
                 return list(dict.fromkeys(users.values()))
         except FileNotFoundError:
             log.warning("%s: wanted a copy of a kubeconfig (copies.files), found nothing there", path)
@@ -170,8 +212,7 @@ def _outdated(data: bytes, path: Path, live: Mapping[str, _Live], owed: Mapping[
     return {number: old[found] for number, found in held if found in old}
 
 
-def _replace(place: Place, found: _Found, pairs: Mapping[int, tuple[bytes, bytes]]) -> None:
-    changed = kubeconfig.with_users(found.data, pairs)
+def _replace(place: Place, found: _Found, changed: bytes) -> None:
     staged = place.path.with_name(f"{_STAGED}{place.name}")
     staged.unlink(missing_ok=True)  # of a run that was killed
     write_staged(staged, changed, found.attributes.narrowed(KUBECONFIG_MASK))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from bridge.errors import Exit
 from bridge.node import kubeconfig
 from bridge.specs import AUTHORITIES, Component
 from tests.kit import next_cas, nodes
@@ -18,31 +20,63 @@ from tests.kit.nodes import LiveBridge, NodePki, wait_for
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
-NAME, IP = f"rot-{os.getpid() % 100_000}", "198.18.77.171"
+NAME, IP, WORKER_IP = f"rot-{os.getpid() % 100_000}", "198.18.77.171", "198.18.77.172"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A control plane and a worker."""
+
+    control_plane: LiveBridge
+    worker: LiveBridge
 
 
 @pytest.fixture(scope="module")
-def bridge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveBridge]:
-    """A node in external-CA mode, whose CAs have successors."""
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Nodes in external-CA mode, whose CAs have successors."""
     directory = tmp_path_factory.mktemp("rotate")
     keys = directory / "ca-keys"
-    with Node.up(NAME, IP, ca_dir=keys) as node:
+    with Node.up(NAME, IP, ca_dir=keys) as node, Node.worker(f"{NAME}-w", WORKER_IP, node) as other:
         nodes.make_ready(node)
-        pki = NodePki(root=node.root, external=True, keys=keys)
-        bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
-        bridge.add("restart", {"method": "static-pods", "min_interval": "1s"})
-        bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
         made = next_cas.make(directory / "next")
-        for authority in AUTHORITIES:
-            add_openssl(bridge, authority)
-            bridge.add(f"authority.{authority}.next", made[authority].table)
-        yield bridge
+        yield Site(
+            control_plane=bridge_on(node, directory / "cp", keys, made),
+            worker=bridge_on(other, directory / "w", keys, made),
+        )
+
+
+def bridge_on(node: Node, directory: Path, keys: Path, made: Mapping[str, next_cas.NextCa]) -> LiveBridge:
+    """Of a worker `ca` alone is there."""
+    pki = NodePki(root=node.root, external=True, keys=keys)
+    bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
+    bridge.add("restart", {"method": "static-pods", "min_interval": "1s"})
+    bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
+    for authority in AUTHORITIES:
+        add_openssl(bridge, authority)
+        bridge.add(f"authority.{authority}.next", made[authority].table)
+    return bridge
+
+
+@pytest.fixture(scope="module")
+def bridge(site: Site) -> LiveBridge:
+    """The control plane's."""
+    return site.control_plane
 
 
 def phases(bridge: LiveBridge) -> dict[str, str]:
     run = bridge.run("rotate-ca", "status", "-o", "json")
     assert run.returncode == 0, run.stderr
     return {one["name"]: one["phase"] for one in json.loads(run.stdout)["cas"]}
+
+
+def on_the_worker(site: Site, verb: str, phase: str) -> None:
+    """Its kubelet goes on: it renews its lease, which the API server takes from a kubelet that it knows."""
+    node, name = site.control_plane.node, site.worker.node.name
+    before = nodes.lease_renewed(node, "kube-node-lease", name)
+    run = site.worker.run("rotate-ca", verb)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert phases(site.worker) == {"ca": phase}
+    wait_for("a lease that is renewed", lambda: nodes.lease_renewed(node, "kube-node-lease", name) > before, seconds=60)
 
 
 def step(bridge: LiveBridge, verb: str, phase: str) -> str:
@@ -89,6 +123,15 @@ def test_trust_restarts_what_reads_a_ca_once(bridge: LiveBridge, old_conf: Path)
     wait_for("both CAs in each namespace", lambda: cas_of(bridge, "default", "kube-root-ca.crt", "ca.crt") == 2)
 
 
+def test_a_worker_that_does_not_trust_the_new_ca_holds_up_issue(site: Site) -> None:
+    """It is named; then it takes the step, too."""
+    run = site.control_plane.run("rotate-ca", "issue")
+    assert run.returncode == Exit.UNAVAILABLE, run.stdout + run.stderr
+    assert f"kubelet of {NAME}-w" in run.stderr
+    assert phases(site.control_plane) == dict.fromkeys(AUTHORITIES, "trusted")
+    on_the_worker(site, "trust", "trusted")
+
+
 def test_issue_and_back_restart_no_etcd_and_no_api_server(bridge: LiveBridge, old_conf: Path) -> None:
     """Both read certificates again by themselves; a user of the old CA is still known, with a kubeconfig that has both CAs."""
     for verb, phase in (("issue", "issued"), ("back", "trusted"), ("issue", "issued")):
@@ -115,9 +158,21 @@ def test_a_night_between_two_phases_asks_the_ca_that_signs(bridge: LiveBridge) -
     assert phases(bridge) == dict.fromkeys(AUTHORITIES, "issued")
 
 
-def test_drop_leaves_the_new_cas_alone(bridge: LiveBridge, old_conf: Path) -> None:
+def test_a_worker_whose_certificate_is_the_old_cas_holds_up_drop(site: Site) -> None:
+    """Nobody sees a kubelet's client certificate: its node says whose it is; a name that no node has is no way round."""
+    run = site.control_plane.run("rotate-ca", "drop")
+    assert run.returncode == Exit.UNAVAILABLE, run.stdout + run.stderr
+    assert f"{NAME}-w" in run.stderr
+    typo = site.control_plane.run("rotate-ca", "drop", "--without", f"{NAME}-x")
+    assert typo.returncode == Exit.USAGE, typo.stdout + typo.stderr
+    assert phases(site.control_plane) == dict.fromkeys(AUTHORITIES, "issued")
+    on_the_worker(site, "issue", "issued")
+
+
+def test_drop_leaves_the_new_cas_alone(site: Site, bridge: LiveBridge, old_conf: Path) -> None:
     """The old CA's users are unknown from then on, everywhere."""
     step(bridge, "drop", "new")
+    on_the_worker(site, "drop", "new")
     assert "Unauthorized" in asked_by(bridge, old_conf.with_name("both.conf"))
     assert asked_by(bridge, admin(bridge)) == "ok"
     assert cas_of(bridge, "kube-public", "cluster-info", "kubeconfig") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
 import os
@@ -20,8 +21,8 @@ from bridge.cli.options import utc_now
 from bridge.diagnosis.examination import examine
 from bridge.diagnosis.findings import Finding
 from bridge.errors import Exit
-from bridge.node import inventory
-from bridge.pki.certificates import pem
+from bridge.node import inventory, kubeconfig
+from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
 from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
@@ -344,3 +345,25 @@ def test_doctor_says_in_which_phase_a_ca_is(settings: Settings, pki: Pki) -> Non
     assert [one.level for one in found() if one.about == "CA ca"] == ["warning"]
     (pki.pki_dir / "ca.crt").write_bytes(pem(Signer.make("another").certificate))
     assert any(one.level == "error" and "the files are of no phase" in one.text for one in found())
+
+
+def test_copies_of_kubeconfigs_trust_the_cas_of_each_phase(pki: Pki, tmp_path: Path) -> None:
+    """Other clusters in the same file stay as they are, byte for byte."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    copy, other = home / "config", base64.b64encode(pem(Signer.make("another-cluster").certificate)).decode()
+    text = (pki.kubeconfig_dir / "admin.conf").read_text()
+    entry = f"- cluster:\n    certificate-authority-data: {other}\n    server: https://192.0.2.9:6443\n  name: other\n"
+    copy.write_text(text.replace("clusters:\n", f"clusters:\n{entry}"))
+    settings = with_next(pki, tmp_path, f'[copies]\nfiles = ["{copy}"]')
+    change = places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change
+    for verb, phase in ((Verb.TRUST, Phase.TRUSTED), (Verb.ISSUE, Phase.ISSUED), (Verb.DROP, Phase.NEW)):
+        done = run(settings, verb)
+        assert done.exit_code == 0, done.result
+        data = copy.read_bytes()
+        assert set(load_pem_certificates(kubeconfig.ca_data(data) or b"")) == set(change.bundle(phase))
+        assert entry.encode() in data
+    live = inventory.of(settings.node).items
+    assert any(
+        i.spec.name == "admin.conf" and kubeconfig.parse(data).certificate_data == pem(*i.certificates) for i in live
+    )

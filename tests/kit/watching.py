@@ -1,0 +1,123 @@
+"""What clients and members of etcd see of three control-plane nodes while something is done to them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from bridge.specs import Component
+from tests.kit.looking import API_PORT, ETCD_PORT, TRAFFIC, ask, client, connection
+from tests.kit.node import Node
+
+STATIC = [component.value for component in Component if component is not Component.KUBELET]
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """Of all nodes together."""
+
+    looks: dict[str, int] = field(default_factory=dict)  #: By node, at etcd.
+    down: list[tuple[float, float, str]] = field(default_factory=list)  #: Begin, end, node: its etcd did not answer.
+    leaderless: list[tuple[float, float, str]] = field(default_factory=list)  #: It did, but had no leader.
+    turns: int = 0  #: Of the client.
+    elsewhere: int = 0  #: Times that it had to go on to another API server.
+    failed: list[str] = field(default_factory=list)  #: Turns that no API server took.
+    away: list[tuple[datetime, str, str]] = field(default_factory=list)  #: When, node, component: its manifest left.
+
+    def most_down(self) -> int:
+        """How many members did not answer at the same time."""
+        moments = sorted([(begin, 1) for begin, _, _ in self.down] + [(end, -1) for _, end, _ in self.down])
+        most = now = 0
+        for _, step in moments:
+            now += step
+            most = max(most, now)
+        return most
+
+
+@contextlib.contextmanager
+def watched(nodes: Sequence[Node]) -> Iterator[Seen]:
+    """Look until the end of the block."""
+    seen, stop = Seen(), threading.Event()
+    nodes[0].kubectl("create", "configmap", TRAFFIC)
+    works: list[Callable[[], None]] = [
+        *(lambda node=node: _watch_etcd(node, seen, stop) for node in nodes),
+        lambda: _work(nodes, seen, stop),
+        lambda: _watch_manifests(nodes, seen, stop),
+    ]
+    with ThreadPoolExecutor(len(works)) as pool:
+        running = [pool.submit(work) for work in works]
+        try:
+            yield seen
+        finally:
+            stop.set()
+    for one in running:
+        one.result()
+    nodes[0].kubectl("delete", "configmap", TRAFFIC)
+
+
+def _watch_etcd(node: Node, seen: Seen, stop: threading.Event) -> None:
+    """A member is down from its first look without an answer to the first one that finds it well."""
+    since, answers = None, True
+    with connection(node, ETCD_PORT, client(node, "etcd-healthcheck-client")) as kept:
+        while not stop.wait(0.2):
+            begin = time.monotonic()
+            try:
+                is_well = ask(kept, "/health").status == http.client.OK
+            except (OSError, http.client.HTTPException):
+                kept.close()
+                is_well = answers = False
+            seen.looks[node.name] = seen.looks.get(node.name, 0) + 1
+            if not is_well and since is None:
+                since = begin
+            if is_well and since is not None:
+                (seen.leaderless if answers else seen.down).append((since, begin, node.name))
+                since, answers = None, True
+    if since is not None:
+        (seen.leaderless if answers else seen.down).append((since, time.monotonic(), node.name))
+
+
+def _work(nodes: Sequence[Node], seen: Seen, stop: threading.Event) -> None:
+    """Each turn begins at another API server."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(connection(one, API_PORT, client(one, "admin.conf"))) for one in nodes]
+        while not stop.wait(0.1):
+            seen.turns += 1
+            errors: list[str] = []
+            for number in range(len(servers)):
+                server = servers[(seen.turns + number) % len(servers)]
+                try:
+                    _write_and_read(server, str(seen.turns))
+                    break
+                except (OSError, http.client.HTTPException, ValueError) as e:
+                    server.close()
+                    errors.append(f"{server.host}: {e!r}")
+            seen.elsewhere += len(errors)
+            if len(errors) == len(servers):
+                seen.failed.append(f"turn {seen.turns}: {errors}")
+
+
+def _write_and_read(server: http.client.HTTPSConnection, value: str) -> None:
+    path = f"/api/v1/namespaces/default/configmaps/{TRAFFIC}"
+    wrote, read = ask(server, path, patch={"data": {"turn": value}}), ask(server, path)
+    if (wrote.status, read.status) != (http.client.OK, http.client.OK):
+        raise ValueError(f"wanted 200 twice, got {wrote.status} {wrote.body!r}, {read.status} {read.body!r}")
+    if json.loads(read.body)["data"]["turn"] != value:
+        raise ValueError(f"wanted {value}, got {read.body!r}")
+
+
+def _watch_manifests(nodes: Sequence[Node], seen: Seen, stop: threading.Event) -> None:
+    places = {
+        (node.name, name): node.kubeconfig_dir / "manifests" / f"{name}.yaml" for node in nodes for name in STATIC
+    }
+    gone: set[tuple[str, str]] = set()
+    while not stop.wait(0.05):
+        now = {key for key, path in places.items() if not path.exists()}
+        seen.away += [(datetime.now(UTC), *key) for key in sorted(now - gone)]
+        gone = now
