@@ -2,8 +2,8 @@
 What the administrator of a step-ca needs, where the settings name the program `config/exec/step-ca`: a provisioner for
 each profile, whose template signs this node's certificates and nothing else.
 
-A holder of a provisioner's password chooses subject and SANs, and anybody can fetch the provisioner's encrypted key from
-the CA: so the template has each subject with its SANs (as step-ca 0.30 writes both), and refuses any other.
+A holder of a provisioner's password chooses subject and SANs, and every client can fetch the provisioner's encrypted key
+from the CA: so the template has each subject with its SANs (as step-ca 0.30 writes both), and refuses any other.
 """
 
 from __future__ import annotations

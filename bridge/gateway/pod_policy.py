@@ -150,7 +150,7 @@ def key_of(asked: Asked) -> str:
 
 
 def _absent(request: PodRequest, world: PodWorld, pod: PodState) -> Iterator[str]:
-    """Why nobody waits for an answer now: it may change, or the object goes by itself."""
+    """Why no pod waits for an answer now: that may change, or the object goes by itself."""
     name = request.node
     entry = world.inventory.nodes.get(name)
     if pod.uid != request.pod_uid:

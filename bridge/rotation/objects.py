@@ -80,7 +80,7 @@ def _connected(run: Run, node: Node) -> Api:
 
 
 def _publish(api: Api, name: str, signer: x509.Certificate) -> None:
-    """Have the Node object say which CA signed this node's certificates: nobody sees a kubelet's client certificate."""
+    """Have the Node object say which CA signed this node's certificates, since no server shows a kubelet's client one."""
     path, body = f"{NODES}/{name}", {"metadata": {"annotations": {SIGNED_BY: fingerprint(signer)}}}
     reply = api.ask("PATCH", path, body, MERGE_PATCH)
     if reply.status != HTTPStatus.OK:
