@@ -519,6 +519,8 @@ class BackendSettings:
 
     #: `node.name`, which the bridge fills in; no key of the backend's table.
     node: str = field(default="", metadata={GIVEN: True})
+    #: The names of the node's further pairs, which the bridge fills in, too.
+    pairs: tuple[str, ...] = field(default=(), metadata={GIVEN: True})
     #: The limit for one request or process; a process that signs several certificates may take longer.
     timeout: timedelta = timedelta(seconds=30)
     retry_for: timedelta = timedelta(minutes=2)  #: How long a CA that is unavailable is asked again.
@@ -594,8 +596,8 @@ class Selector:
                 return self.exceptions[key]
         return self.pattern.format(name=spec.name, usage=spec.usage, node=self.node)
 
-    def problems(self, key: str, exceptions_key: str) -> Iterator[SettingsProblem]:
-        """Problems of the pattern (settings key `key`) and of the exceptions (table `exceptions_key`)."""
+    def problems(self, key: str, exceptions_key: str, pairs: Sequence[str] = ()) -> Iterator[SettingsProblem]:
+        """Problems of the pattern (settings key `key`) and of the exceptions (`exceptions_key`); `pairs` may have some."""
         try:
             fields = {name for _, name, _, _ in Formatter().parse(self.pattern) if name is not None}
         except ValueError:
@@ -603,7 +605,7 @@ class Selector:
         if not fields <= {"name", "usage", "node"}:
             yield SettingsProblem(key, "a text that may hold {name}, {usage} and {node}", repr(self.pattern))
         for name in self.exceptions:
-            if name not in {*SPECS, *GATEWAY_SPECS, USER.name, *USAGES}:
+            if name not in {*SPECS, *GATEWAY_SPECS, USER.name, *USAGES, *pairs}:
                 yield SettingsProblem(
                     f"{exceptions_key}.{name}", f"a certificate's name or one of {', '.join(USAGES)}", repr(name)
                 )

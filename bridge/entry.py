@@ -180,6 +180,7 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
                     store.hooks,
                     store.unproven,
                     store.postponed,
+                    store.pairs,
                     store.revocations,
                     store.copies,
                     store.collected,
@@ -226,7 +227,9 @@ def _begin_keys(items: Sequence[Item], wanted: KeyAlgorithm | Literal["same"]) -
     from bridge.renewal import new_keys  # noqa: PLC0415
 
     with contextlib.suppress(BridgeError):  # the renewal says it
-        new_keys.begin([key_algorithm(item.certificates[0], wanted) for item in items])
+        kinds = {item.spec.name: (item.pair.key if item.pair is not None else None) or wanted for item in items}
+        live = [item for item in items if item.certificates]
+        new_keys.begin([key_algorithm(item.certificates[0], kinds[item.spec.name]) for item in live])
 
 
 class _Plain(NamedTuple):
@@ -236,10 +239,15 @@ class _Plain(NamedTuple):
     places: list[Path | None]  #: Values of `_PLACES`.
 
     def settings(self) -> Settings:
-        """The settings as the command line proper has them, but for the node's name."""
+        """The settings as the command line proper has them, but for the node's name (BridgeError: it matters)."""
         from bridge.settings.load import Overrides  # noqa: PLC0415
 
-        return Overrides(*self.places).settings()
+        settings = Overrides(*self.places).settings()
+        if settings.node.pairs and not settings.node.name:
+            from bridge.errors import BridgeError  # noqa: PLC0415 (see above)
+
+            raise BridgeError("names of further pairs may hold the node's")
+        return settings
 
 
 def _plain(command: str, arguments: Sequence[str]) -> _Plain | None:

@@ -172,7 +172,7 @@ def known(settings: Settings, now: datetime) -> Remembered:
         failures=attempts_file(store).read() or {},
         pending=tuple(one for one in requests.values() if one.is_waiting),
         history=history_file(store).read(),
-        late=_late(settings, now) if store.unproven.exists() or store.postponed.exists() else (),
+        late=_late(settings, now) if any(map(Path.exists, (store.unproven, store.postponed, store.pairs))) else (),
         own=credentials.metrics(credentials.seen(settings) or (), settings.renewal.before),
     )
 
@@ -196,7 +196,7 @@ def known_here(settings: Settings, now: datetime) -> Remembered | None:
 
 def _late(settings: Settings, now: datetime) -> tuple[tuple[str, str], ...]:
     found = in_use.late(settings, inventory.of(settings.node), now)
-    return tuple(dict.fromkeys((one.certificate, one.component.value) for one in found if one.component is not None))
+    return tuple(dict.fromkeys((one.certificate, one.component.value if one.component else "") for one in found))
 
 
 def _put(file: Path, data: bytes) -> None:
@@ -223,7 +223,9 @@ class Remembered:
     failures: Mapping[str, Failures]  #: Runs in a row that failed, by authority.
     pending: tuple[OpenRequest, ...]  #: Requests that a CA has not answered yet.
     history: History | None  #: None: no run has ended yet.
-    late: tuple[tuple[str, str], ...] = ()  #: Certificates that are installed and not in use, and their components.
+    late: tuple[
+        tuple[str, str], ...
+    ] = ()  #: Certificates that are installed and not in use, and their components; a further pair's program has no name.
     own: str = ""  #: The metrics of our own credentials.
 
 

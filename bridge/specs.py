@@ -9,6 +9,8 @@ Subjects and SANs are not here: a renewal copies them from the certificate that 
 from __future__ import annotations
 
 import enum
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -347,3 +349,37 @@ POD_SPECS: dict[Usage, CertificateSpec] = {
 GATEWAY_SPECS = {spec.name: spec for spec in (KUBELET_CLIENT, KUBELET_SERVING, USER, *POD_SPECS.values())}
 #: All CAs that the settings may name.
 SIGNING_AUTHORITIES = {**AUTHORITIES, PODS.name: PODS}
+
+
+# --- further pairs: certificates that a node's settings name ----------------------------------------------------------
+
+#: Without a dot, so that none is a kubeconfig's.
+_PAIR_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+WANTED_PAIR_NAME = (
+    "small letters, digits and hyphens, at most 63, and no name of kubeadm's certificates, CAs or components"
+)
+_TAKEN = frozenset(
+    {*SPECS, *GATEWAY_SPECS, *SIGNING_AUTHORITIES, *(one.value for one in Component), "all", "server", "client", "peer"}
+)
+
+
+def is_pair_name(name: str) -> bool:
+    """Whether a further pair may have this name: one that kubeadm, the gateway and our commands use for nothing else."""
+    return _PAIR_NAME.fullmatch(name) is not None and name not in _TAKEN
+
+
+def pair_spec(name: str, authority: str, ekus: Iterable[EKU], reader: Component | None = None) -> CertificateSpec:
+    """The spec of a further pair (ValueError: its name is taken, its CA unknown, or it has no usage)."""
+    usages = frozenset(ekus)
+    if not is_pair_name(name) or authority not in AUTHORITIES or not usages:
+        raise ValueError(f"wanted a pair's name, CA and usages, found {name[:64]!r} of {authority[:64]!r}")
+    return CertificateSpec(
+        name=name,
+        authority=AUTHORITIES[authority],
+        ekus=usages,
+        common_names=(),
+        base="",
+        component=reader,
+        listed=False,
+        by_node=True,
+    )

@@ -20,6 +20,7 @@ from bridge.cli.settings import initial, sections, topics
 from bridge.contract import GIVEN, BackendSettings, Secret
 from bridge.errors import Exit, SettingsError
 from bridge.settings.load import parse
+from bridge.settings.pairs import PairSettings
 from bridge.settings.tables import AuthoritySettings
 from bridge.specs import SPECS
 from tests.kit import manual, picture, settings_page
@@ -182,6 +183,7 @@ def test_every_key_in_the_example_exists_and_shows_its_default() -> None:
     registry.configured(settings, settings.authorities)
     empty = parse("")
     settings = dataclasses.replace(settings, restart=dataclasses.replace(settings.restart, commands={}))
+    settings = dataclasses.replace(settings, node=dataclasses.replace(settings.node, pairs=()))
     for table in ("node", "renewal", "restart", "hooks", "cluster", "audit", "backups"):
         assert getattr(settings, table) == getattr(empty, table)
 
@@ -201,7 +203,10 @@ def test_every_key_is_in_the_example() -> None:
     """In the program's tables as the example has them, uncommented; a backend's keys in its kind's."""
     tables = tomllib.loads("\n".join(_uncommented(iter(EXAMPLE.read_text(encoding="utf-8").splitlines()))))
     for name in ("node", "renewal", "restart", "hooks", "cluster", "audit", "backups"):
-        assert set(tables[name]) == {field.name for field in dataclasses.fields(getattr(parse(""), name))}
+        fields = dataclasses.fields(getattr(parse(""), name))
+        assert set(tables[name]) == {field.name for field in fields if GIVEN not in field.metadata}
+    others = {"static_pod", "component"}  # of which a pair has one, or a `reload`
+    assert set(_keys(PairSettings)) == {*tables["certificate"]["registry"], *others} - {"copies"}
     vault = tomllib.loads("\n".join(_uncommented(iter(initial("vault").splitlines()))))
     assert {field.name for field in dataclasses.fields(AuthoritySettings)} <= set(vault["authority"]["ca"])
     common = set(_keys(BackendSettings))

@@ -99,7 +99,7 @@ class CfsslSettings(BackendSettings):
         risk = "over plain HTTP a request can be recorded and sent again, for ever new certificates"
         wanted = f"https://HOST[:PORT], without {API} and what follows it"
         yield from url_problems(self.url, wanted, suffix=API, plain_http=self.plain_http, risk=risk)
-        yield from Selector(self.profile, self.profiles, self.node).problems("profile", "profiles")
+        yield from Selector(self.profile, self.profiles, self.node).problems("profile", "profiles", self.pairs)
         for key, profile in {"profile": self.profile, **{f"profiles.{k}": v for k, v in self.profiles.items()}}.items():
             if not profile:  # an empty name means cfssl's default profile
                 yield SettingsProblem(key, "a profile's name", "an empty text")

@@ -88,11 +88,11 @@ class CmpSettings(BackendSettings):
     def problems(self) -> Iterator[SettingsProblem]:
         """Contradictions, and settings that would accept unprotected answers."""
         yield from _url_problems(self.url)
-        yield from Selector(self.path_pattern, self.paths).problems("path", "paths")
+        yield from Selector(self.path_pattern, self.paths).problems("path", "paths", self.pairs)
         for key, path in {"path": self.path_pattern, **{f"paths.{name}": p for name, p in self.paths.items()}}.items():
             if not re.fullmatch(r"[A-Za-z0-9._~!$&'()*+,;=:@%/{}-]*", path):
                 yield SettingsProblem(key, "a path without spaces, query and fragment", repr(path))
-        yield from Selector(self.profile, self.profiles).problems("profile", "profiles")
+        yield from Selector(self.profile, self.profiles).problems("profile", "profiles", self.pairs)
         if self.profiles and not self.profile:
             yield SettingsProblem("profile", "a pattern, as profiles has exceptions to it", "nothing")
         for key, name in {"recipient": self.recipient, "sender": self.sender}.items():

@@ -63,7 +63,7 @@ class EstSettings(BackendSettings):
         """Settings that contradict each other, or would make no URL."""
         wanted = f"https://HOST[:PORT] (EST knows no other), without /{ROOT} and what follows it"
         yield from url_problems(self.url, wanted, suffix=ROOT)
-        yield from Selector(self.label, self.labels).problems("label", "labels")
+        yield from Selector(self.label, self.labels).problems("label", "labels", self.pairs)
         for key, label in {
             "label": self.label,
             **{f"labels.{name}": text for name, text in self.labels.items()},

@@ -80,7 +80,7 @@ class ExecSettings(BackendSettings):
             yield SettingsProblem("command", "a program's absolute path, then its arguments", found)
         if any("\0" in word for word in self.command):
             yield SettingsProblem("command", "texts without NUL characters", "one")
-        yield from Selector(self.profile, self.profiles, self.node).problems("profile", "profiles")
+        yield from Selector(self.profile, self.profiles, self.node).problems("profile", "profiles", self.pairs)
         for name, value in self.environment.items():
             yield from _variable_problems(name, value)
 

@@ -107,7 +107,7 @@ class KubernetesSettings(BackendSettings):
     def problems(self) -> Iterator[SettingsProblem]:
         """Contradictions, and settings that no API server accepts."""
         selector = Selector(self.signer, self.signers, self.node)
-        wrong = list(selector.problems("signer", "signers"))
+        wrong = list(selector.problems("signer", "signers", self.pairs))
         yield from wrong
         if not wrong:
             yield from _signer_problems(selector)

@@ -118,7 +118,7 @@ class VaultSettings(BackendSettings):
         if not self.mount.strip("/"):
             yield SettingsProblem("mount", "the path of a PKI secrets engine", repr(self.mount))
         yield from pair_problems(self.client_cert, self.client_key)
-        yield from Selector(self.role or DEFAULT_ROLE, self.roles).problems("role", "roles")
+        yield from Selector(self.role or DEFAULT_ROLE, self.roles).problems("role", "roles", self.pairs)
         yield from (replace(problem, key=f"auth.{problem.key}") for problem in self.auth.method_problems())
         if self.auth.method == "cert" and not (self.client_cert or self.client_key):
             yield SettingsProblem("client_cert", "a file, which auth.method cert needs", "nothing")

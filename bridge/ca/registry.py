@@ -94,7 +94,8 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
 
 def _given(settings: Settings) -> dict[str, Any]:
     """Values in every backend's settings that do not come from its table."""
-    return {"node": settings.node.node_name, "signed_by": settings.node.desk_key}
+    pairs = tuple(pair.name for pair in settings.node.pairs)
+    return {"node": settings.node.node_name, "signed_by": settings.node.desk_key, "pairs": pairs}
 
 
 def _types(settings: Settings) -> tuple[dict[str, BackendType], list[SettingsProblem]]:

@@ -109,7 +109,8 @@ def _certificates(
 ) -> tuple[Mapping[str, x509.Certificate], bool]:
     """Certificates to ask for the like of, by name, and whether they are made up: the node has none, or not those named."""
     live = {item.spec.name: item.certificates[0] for item in node.items
-            if item.spec.authority.name == authority and item.managed and item.state == "present" and not item.foreign}  # fmt: skip
+            if item.spec.authority.name == authority and item.managed and item.state == "present"
+            and not item.foreign and item.pair is None}  # fmt: skip
     if live and set(names) <= live.keys():
         return {name: live[name] for name in live if not names or name in names}, False
     key = csr.generate_key("ecdsa-p256")

@@ -111,14 +111,16 @@ def _settings(typed: Sequence[str]) -> Settings:
 Find = Callable[[Callable[[], Settings]], Iterator[Offer]]
 
 
-def _certificates(_: object) -> Iterator[Offer]:
+def _certificates(settings: Callable[[], Settings]) -> Iterator[Offer]:
     for name, spec in SPECS.items():
         yield name, f"signed by {spec.authority.name}"
+    with contextlib.suppress(BridgeError):
+        yield from ((pair.name, f"signed by {pair.authority}") for pair in settings().node.pairs)
 
 
-def _certificates_or_all(_: object) -> Iterator[Offer]:
+def _certificates_or_all(settings: Callable[[], Settings]) -> Iterator[Offer]:
     yield "all", "every certificate"
-    yield from _certificates(_)
+    yield from _certificates(settings)
 
 
 def _components(_: object) -> Iterator[Offer]:
@@ -126,8 +128,8 @@ def _components(_: object) -> Iterator[Offer]:
     yield from ((component.value, "") for component in Component)
 
 
-def _subjects(_: object) -> Iterator[Offer]:
-    yield from _certificates(_)
+def _subjects(settings: Callable[[], Settings]) -> Iterator[Offer]:
+    yield from _certificates(settings)
     yield from ((component.value, "a component") for component in Component)
 
 

@@ -78,13 +78,13 @@ def sign(
         cluster=cluster,
     )
     settings = common.settings()
-    options.assert_usable()
     return _run(settings, options, wait, dry_run=dry_run, approve=approve)
 
 
 def _run(settings: Settings, options: Options, wait: timedelta, *, dry_run: bool, approve: bool) -> int:
     """Sign, or say what would be signed; the worst exit code."""
     rules = load_policy(settings, options.policy)
+    options.assert_usable(rules)
     approver = _Terminal().approve if approve and not dry_run else None
     codes: list[int] = []
 

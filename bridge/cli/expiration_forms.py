@@ -118,7 +118,8 @@ def _own_table(own: Sequence[Credential], renewal: RenewalSettings, now: datetim
             cells.append((f"{_MARKS['unreadable']} {one.name}", "", "", one.path))
         else:
             left = residual(seconds_left(one.ends, now))
-            cells.append((one.name, _expires(one.ends), left, one.path or "told by the CA"))
+            itself = f" (renewed as {one.renewed_as})" if one.renewed_as else ""
+            cells.append((one.name, _expires(one.ends), left, f"{one.path or 'told by the CA'}{itself}"))
     lines = _aligned(cells)
     if most is not None and max(map(len, lines)) > most:
         lines = list(columns([[_SHORT.get(cell, cell) for cell in row] for row in cells], most))
@@ -219,6 +220,7 @@ def _own_entry(one: Credential, now: datetime) -> dict[str, Any]:
         "path": one.path,
         "toldByCA": None if one.told is None else rfc3339(one.told),
         "trouble": one.trouble or None,
+        "renewedAs": one.renewed_as or None,
     }
 
 

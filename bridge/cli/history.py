@@ -11,7 +11,7 @@ import typer
 from bridge import monitoring
 from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
 from bridge.cli.printing import say, say_json, say_sentence, say_table
-from bridge.cli.results import errors_json, print_restart, stale
+from bridge.cli.results import errors_json, print_pairs, print_restart, stale
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute, rfc3339
@@ -171,6 +171,7 @@ def rollback(
     replaced = settings.node.state_dir / "backups" / done.replaced_backup_id
     say_sentence(f"backup {done.backup.backup_id} was put back; what it replaced is in {replaced}")
     print_restart("These still run on what was replaced until they are restarted", components, settings)
+    print_pairs(node, [outcome.name for outcome in done.outcomes])
     return _told(done.late)
 
 
@@ -217,7 +218,7 @@ def audit_show(
     """
     settings = common.settings_with_record()
     begin = utc_now() - since if since is not None else None
-    known = [*SPECS, *(component.value for component in Component)]
+    known = [*SPECS, *(pair.name for pair in settings.node.pairs), *(component.value for component in Component)]
     if name is not None and name not in known and not name.startswith(f"{USER.name} "):
         wanted = f"the name of a certificate or component ({', '.join(known)}), or `{USER.name} NAME`"
         raise SettingsError([SettingsProblem("--name", wanted, name_found(name, known))])

@@ -96,7 +96,10 @@ def _warning(
     return [
         *(_ends(row) for row in early.rows if row.due and row.chain and row.name not in told),
         *(f"{name}: {found}" for name, found in (failures or {}).items()),
-        *(f"{one.component.value} does not use its new {one.certificate} yet" for one in unused if one.component),
+        *(
+            f"{one.component.value if one.component else 'a program'} does not use its new {one.certificate} yet"
+            for one in unused
+        ),
     ]
 
 

@@ -41,8 +41,12 @@ def report(
     else:
         _print_result(result, node, settings, now)
         print_restart("These still run on their old certificates until they are restarted", components, settings)
+        if not restarts:
+            print_pairs(node, [outcome.name for outcome in result.renewed])
         if result.restarted:
             say(f"restarted: {', '.join(result.restarted)}")
+        if result.read_again:
+            say(f"read again: {', '.join(result.read_again)}")
         if result.proven is not None:
             say(f"proven: {result.proven} checks hold")
     warn_of_waiting(result.waiting, now)
@@ -122,6 +126,15 @@ def print_restart(why: str, components: Sequence[Component], settings: Settings)
         say_sentence(restart_plan.how(component, settings.node.kubeconfig_dir / "manifests"), "  ")
 
 
+def print_pairs(node: Node, names: Sequence[str]) -> None:
+    """Say how the programs of these further pairs take them into use."""
+    if any(item.pair is not None for item in node.items):
+        from bridge.renewal import pairs  # noqa: PLC0415 (40 ms; only where the settings name a further pair)
+
+        for sentence in pairs.advice(node, names):
+            say_sentence(sentence)
+
+
 def grouped(failed: Sequence[Outcome]) -> Iterator[tuple[str, BridgeError]]:
     """One message for all certificates that failed for the same reason at the same CA; the hint is the first one's."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
@@ -168,6 +181,7 @@ def _result_json(result: Result, selection: Selection, components: Sequence[Comp
         "skipped": selection.skipped,
         "restart": components,
         "restarted": result.restarted,
+        "readAgain": result.read_again,
         "proven": result.proven,
         "errors": errors_json(result.errors),
     }

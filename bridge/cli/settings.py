@@ -196,6 +196,10 @@ def in_force(settings: Settings) -> str:
         lines += lines_of(configured.settings)
     for name, certificate in settings.certificates.items():
         lines += ["", f"[certificate.{name}]", *lines_of(certificate)]
+    for pair in settings.node.pairs:
+        lines += ["", f"[certificate.{pair.name}]", *lines_of(pair)]
+        for number, copy in enumerate(pair.copies, start=1):
+            lines += ["", f"[certificate.{pair.name}.copies.{number}]", *lines_of(copy)]
     return "\n".join(lines) + "\n"
 
 

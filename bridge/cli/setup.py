@@ -219,6 +219,9 @@ def _live_certificates(settings: Settings, authority: str | None) -> dict[str, d
     found: dict[str, dict[str, x509.Certificate]] = {}
     for item in items:
         name = item.spec.authority.name
+        if item.pair is not None:
+            log.warning("%s is left out: what the CA needs for a further pair is for its administrator", item.spec.name)
+            continue
         if authority in (None, name) and item.managed and item.state == "present":
             certificate = _to_be_asked(item, settings)
             if certificate is not None:
@@ -449,6 +452,7 @@ def _places(settings: Settings, options: Sequence[str], desk: DeskJob | None) ->
         writable, maybe = [desk.inbox, desk.outbox], []
     writable.append(node.state_dir)
     maybe += [path.parent for path in settings.copies.files.paths]
+    maybe += [path.parent for pair in settings.node.pairs for files in pair.places for _, path in files.paths()]
     maybe += [settings.metrics.file.parent] if settings.metrics.file is not None else []
     for configured in registry.configured(settings, settings.authorities).values():
         writable += configured.settings.writes()

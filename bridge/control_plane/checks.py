@@ -22,6 +22,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from bridge.cluster.access import ANONYMOUS, Client
+from bridge.control_plane import pair_checks
 from bridge.control_plane.probes import (
     Check,
     Etcd,
@@ -103,7 +104,7 @@ class Look:
 
 
 def of(look: Look) -> Iterator[Check]:
-    """All checks: each component's serving and client certificates, then people's kubeconfigs."""
+    """All checks: each component's serving and client certificates, then people's kubeconfigs and further pairs."""
     yield from _absent(look)
     yield from _unusable(look)
     for component, make in (
@@ -120,6 +121,7 @@ def of(look: Look) -> Iterator[Check]:
         except ValueError as e:  # a flag that can't be used
             judge = functools.partial(Verdict, "unknown", f"its manifest: {e}")
             yield Check(component=component, certificate="", what="is configured", judge=judge)
+    yield from pair_checks.of(look.node, look.now)
 
 
 def _absent(look: Look) -> Iterator[Check]:

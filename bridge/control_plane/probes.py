@@ -100,14 +100,15 @@ def _outside_dates(certificate: x509.Certificate, now: datetime) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """A certificate that a component shows at some places."""
+    """A certificate that a component, or another program, shows at some places."""
 
-    component: Component
+    component: Component | None  #: None: another program.
     certificate: str
     file: Path
     key_file: Path
     trust_file: Path | None = None  #: Whom its clients trust; None: not known here.
     name: str | None = None  #: By which clients know it; None: by the address.
+    asks_for: str | None = None  #: The name that the handshake asks for, by which some servers choose a certificate.
     mutual: bool = False  #: The server wants client certificates, and this one is one, too.
 
     def at(self, place: Address, now: datetime) -> Check:
@@ -131,7 +132,7 @@ class Serving:
         except ClientRefusedError as e:  # a component goes on with the old pair, and would not survive a restart
             raise RefusedError(f"{self.file}, {self.key_file}: {e}") from None
         client = replace(ANONYMOUS, certificate_pem=pem, key_pem=key) if self.mutual else ANONYMOUS
-        shown = client.served(place)
+        shown = client.served(place, self.asks_for)
         if shown != ours:
             return Verdict("stale", f"shows serial {serial_hex(shown)}, {self.file} has {serial_hex(ours)}")
         if reason := _outside_dates(ours, now):

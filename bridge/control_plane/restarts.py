@@ -254,7 +254,7 @@ class _Restarts:
         if not instances() and trouble() is None:
             instances, settle = _Answers(trouble), processes.PROCESS_SETTLES
         return Pod(
-            component=component,
+            name=component.value,
             manifest=manifests.path_of(component, directory),
             instances=instances,
             trouble=trouble,
@@ -492,7 +492,8 @@ def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Co
         every = restart_plan.ORDER if node.is_worker else manifests.COMPONENTS
         return [one for one in wanted.listed or every if one in _present(node)], None
     found = proof.look(node, settings, now)
-    unseen = [one for one in found.findings if one.state in ("unknown", "no-answer")]
+    pairs = {item.spec.name for item in node.items if item.pair is not None and item.spec.component is None}
+    unseen = [one for one in found.findings if one.state in ("unknown", "no-answer") and one.certificate not in pairs]
     names = dict.fromkeys(one.certificate or "" if one.component is None else one.component.value for one in unseen)
     text = f"wanted to see on which certificates all components run, found no answer from {', '.join(names)}"
     return found.stale, UnknownError(text, found.exit_code) if unseen else None

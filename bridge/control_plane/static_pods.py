@@ -23,7 +23,6 @@ from typing import ClassVar
 
 from bridge.errors import Exit, PostponedError
 from bridge.pki.expiry import duration_text
-from bridge.specs import Component
 from bridge.state.parked_manifest import RestartError, aside, close, enter, is_there, journal_of, put_back, sync
 from bridge.state.store import Store
 from bridge.system.console import log
@@ -48,7 +47,7 @@ class NotEndedError(RestartError):
 class Pod:
     """A static pod, and the functions that look at it."""
 
-    component: Component
+    name: str  #: The component's, or the one in its manifest.
     manifest: Path
     instances: Callable[[], frozenset[str]]  #: What of it runs: names for people, different after a restart.
     trouble: Callable[[], str | None]  #: Why it is not healthy; None: it is.
@@ -66,8 +65,8 @@ def restart(pod: Pod, store: Store, timeout: timedelta) -> None:
         StoppedError: By a signal; the manifest is in its place.
         OSError: The manifest could not be moved out; or not back, then the journal stays for `recover`.
     """
-    name, before = pod.component.value, pod.instances()
-    journal = journal_of(pod.component, pod.manifest, pod.content)
+    name, before = pod.name, pod.instances()
+    journal = journal_of(name, pod.manifest, pod.content)
     with _signals_wait() as check:
         try:
             try:
@@ -77,17 +76,17 @@ def restart(pod: Pod, store: Store, timeout: timedelta) -> None:
                 sync(pod.manifest)
                 enter(store, journal, "out")
                 if pod.is_needed_by_api:
-                    _wait(pod.component, "to begin to end", lambda: _begun(pod, before), timeout, check)
+                    _wait(name, "to begin to end", lambda: _begun(pod, before), timeout, check)
                     _settle(_UNDER_WAY, check)
                 else:
-                    _wait(pod.component, "to end", lambda: _named(pod.instances()), timeout, check)
+                    _wait(name, "to end", lambda: _named(pod.instances()), timeout, check)
                     _settle(pod.settle, check)
             finally:
                 put_back(store, journal)
             enter(store, journal, "back")
             log.info("%s: its manifest is back", name)
-            _wait(pod.component, "to end", lambda: _named(before & pod.instances()), timeout, check)
-            _wait(pod.component, _HEALTHY, pod.trouble, timeout, check)
+            _wait(name, "to end", lambda: _named(before & pod.instances()), timeout, check)
+            _wait(name, _HEALTHY, pod.trouble, timeout, check)
         finally:
             if is_there(pod.manifest):
                 close(store)
@@ -97,7 +96,7 @@ def restart(pod: Pod, store: Store, timeout: timedelta) -> None:
 
 
 def _wait(
-    component: Component,
+    name: str,
     what: str,
     look: Callable[[], str | None],
     timeout: timedelta,
@@ -110,7 +109,7 @@ def _wait(
     if found is not None:
         kind = RestartError if what == _HEALTHY else NotEndedError
         raise kind(
-            f"{component.value}: wanted it {what} within {duration_text(timeout)}, found: {found}",
+            f"{name}: wanted it {what} within {duration_text(timeout)}, found: {found}",
             hint="its manifest is in its place; the logs of the kubelet and of the container tell more",
         )
 

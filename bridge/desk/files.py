@@ -65,11 +65,12 @@ class Options:
     node: str = ""  #: For a directory of CSRs, which do not name a node.
     cluster: str = ""
 
-    def assert_usable(self) -> None:
+    def assert_usable(self, policy: Policy) -> None:
         """Refuse a name that is no certificate's, and a source that is not there."""
-        unknown = sorted(self.without_proof - CARRIED.keys())
+        known = dict.fromkeys([*CARRIED, *policy.certificates])  # further pairs among the policy's
+        unknown = sorted(self.without_proof - known.keys())
         if unknown:
-            wanted = f"one of {', '.join(CARRIED)}"
+            wanted = f"one of {', '.join(known)}"
             raise SettingsError([SettingsProblem("--without-proof", wanted, ", ".join(unknown))])
         if not self.source.exists():
             raise BridgeError(f"{self.source}: wanted a bundle, or a directory of bundles or CSRs, found nothing")

@@ -29,14 +29,24 @@ from bridge.desk.patterns import (
     subject_text,
 )
 from bridge.errors import SettingsProblem
-from bridge.pki.bundle import REQUEST_VERSIONS, BundledRequest, RequestBundle
+from bridge.pki.bundle import CARRIED, REQUEST_VERSIONS, BundledRequest, RequestBundle
 from bridge.pki.certificates import attributes, san_counts, san_entry
 from bridge.pki.csr import Naming, algorithm_name
 from bridge.pki.csr_fields import requested
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.settings.reader import Reader, opened
-from bridge.specs import AUTHORITIES, EKU, KEY_ALGORITHMS, KUBELET_SERVER, SERVERS, SPECS, USER, CertificateSpec
+from bridge.specs import (
+    AUTHORITIES,
+    EKU,
+    KEY_ALGORITHMS,
+    KUBELET_SERVER,
+    SERVERS,
+    SPECS,
+    USER,
+    CertificateSpec,
+    is_pair_name,
+)
 from bridge.users import user_rules
 from bridge.users.user_rules import Limits, User
 from bridge.words import one_line
@@ -116,8 +126,14 @@ class Allow:
 
 @dataclass(frozen=True, kw_only=True)
 class CertificateRules:
-    """Table `[certificate.NAME]`: the rules for one certificate; `{node}` stands for the node's name."""
+    """
+    Table `[certificate.NAME]`: the rules for one certificate; `{node}` stands for the node's name.
 
+    A node's further pairs are named here alone, and only with all that such a certificate may be.
+    """
+
+    authority: str = ""  #: Of a further pair: the CA that signs it.
+    usages: tuple[str, ...] = ()  #: Of a further pair: `server`, `client`, or both.
     #: Whole subjects, such as `O=system:nodes,CN=system:node:{node}`.
     subjects: tuple[str, ...] | None = None
     groups: tuple[str, ...] | None = None  #: O values.
@@ -142,6 +158,31 @@ class CertificateRules:
             if san_rule(text.replace("{node}", "x")) is None:
                 yield SettingsProblem("sans", "a name, .suffix, address or network (10.0.0.0/8)", repr(text))
         yield from _unknown("keys", self.keys or (), KEY_ALGORITHMS)
+        yield from _unknown("usages", self.usages, tuple(_USAGES))
+        yield from _unknown("authority", [self.authority] if self.authority else [], tuple(AUTHORITIES))
+
+    def pair_problems(self, *, is_pair: bool) -> Iterator[SettingsProblem]:
+        """Keys that a further pair lacks, or that one of kubeadm's has no use for."""
+        for key, value in (("authority", self.authority), ("usages", self.usages)):
+            if bool(value) != is_pair:
+                found = "nothing" if is_pair else "it"
+                wanted = "it for a node's further pair" if is_pair else "no such key for a certificate of kubeadm's"
+                yield SettingsProblem(key, wanted, found)
+        for key, rule in (("subjects", self.subjects), ("sans", self.sans)):
+            if is_pair and rule is None:
+                yield SettingsProblem(
+                    key, "a list for a node's further pair, whose names no other rule limits", "nothing"
+                )
+        if is_pair and self.groups is not None:
+            yield SettingsProblem("groups", "whole subjects for a node's further pair", "groups")
+
+    @property
+    def ekus(self) -> frozenset[EKU]:
+        """The usages of a further pair."""
+        return frozenset(_USAGES[usage] for usage in self.usages)
+
+
+_USAGES = {"server": EKU.SERVER_AUTH, "client": EKU.CLIENT_AUTH}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,12 +255,15 @@ def read(reader: Reader, document: Mapping[str, Any]) -> Policy:
 def _certificates(reader: Reader, tables: Mapping[str, Any]) -> dict[str, CertificateRules]:
     rules = {}
     for name, table in tables.items():
-        if name not in SPECS:
-            reader.add(("certificate", name), f"one of {', '.join(SPECS)}", repr(name))
+        if name not in SPECS and not is_pair_name(name):
+            wanted = f"one of {', '.join(SPECS)}, or the name of a node's further pair"
+            reader.add(("certificate", name), wanted, repr(name))
         elif not isinstance(table, dict):
             reader.add(("certificate", name), "a table", repr(table))
         elif (read := reader.read(CertificateRules, table, ("certificate", name))) is not None:
             rules[name] = read
+            for problem in read.pair_problems(is_pair=name not in SPECS):
+                reader.add(("certificate", name, problem.key), problem.wanted, problem.found)
     return rules
 
 
@@ -232,7 +276,7 @@ def judge(
     without_proof: frozenset[str] = frozenset(),
 ) -> PolicyVerdict:
     """Every problem of a request, and whether its proof holds. The desk's certificates of its authority are `cas`."""
-    if blocked := _blocked(bundle.node, policy):
+    if blocked := _blocked(bundle.node, policy) or _unlisted(request.name, policy):
         return PolicyVerdict(problems=(blocked,), proven=False)
     problems = [*_who(bundle.node, bundle.cluster, policy.allow), *_age(bundle, policy.allow, now)]
     waived = policy.allow.proof == "optional" or request.name in without_proof
@@ -256,7 +300,7 @@ class Planned:
 
     node: str
     cluster: str
-    name: str  #: kubeadm's.
+    spec: CertificateSpec
     naming: Naming
     key: str  #: The new key's algorithm, such as `rsa-2048`.
     validity: timedelta
@@ -265,12 +309,14 @@ class Planned:
 
 def planned_problems(planned: Planned, policy: Policy) -> tuple[str, ...]:
     """Every problem of a renewal by a node's own policy; the node holds the key of what it replaces, so no proof is needed."""
-    name, node, rules = planned.name, planned.node, policy.certificates.get(planned.name, CertificateRules())
-    if blocked := _blocked(node, policy):
+    name, node = planned.spec.name, planned.node
+    rules = policy.certificates.get(name, CertificateRules())
+    if blocked := _blocked(node, policy) or _unlisted(name, policy):
         return (blocked,)
     subject, sans = attributes(planned.naming.subject), Counter(map(san_entry, planned.naming.sans))
     return (
         *_who(node, planned.cluster, policy.allow),
+        *_spec_problems(name, planned.spec.authority.name, planned.spec.ekus, policy),
         *_limit_problems(name, planned.validity, rules, policy.allow),
         *_key_problems(planned.key, rules.keys or policy.allow.keys),
         *_subject_problems(name, subject, rules, policy.allow, node, planned.replaces),
@@ -321,7 +367,7 @@ def _proof_trouble(
 def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, proven: bool) -> Iterator[str]:
     name, csr, rules = request.name, request.csr, policy.certificates.get(request.name, CertificateRules())
     yield from _limit_problems(name, request.validity, rules, policy.allow)
-    yield from _spec_problems(request, SPECS[name])
+    yield from _spec_problems(name, request.authority, request.ekus, policy)
     yield from _csr_problems(csr, rules.keys or policy.allow.keys, sans=True)
     old = request.replaces if proven else None
     yield from _subject_problems(name, attributes(csr.subject), rules, policy.allow, bundle.node, old)
@@ -332,7 +378,7 @@ def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, pro
 
 
 def _limit_problems(name: str, validity: timedelta, rules: CertificateRules, allow: Allow) -> Iterator[str]:
-    if name not in allow.names:
+    if name in SPECS and name not in allow.names:
         yield f"name: wanted {one_of(allow.names)}, found {name}"
     longest = rules.max_validity or allow.max_validity
     if validity > longest:
@@ -348,11 +394,25 @@ def _with_inventory(name: str, rules: CertificateRules, policy: Policy, node: st
     return dataclasses.replace(rules, sans=(*own, *local))
 
 
-def _spec_problems(request: BundledRequest, spec: CertificateSpec) -> Iterator[str]:
-    if request.authority != spec.authority.name:
-        yield f"authority: wanted {spec.authority.name} for {request.name}, found {request.authority}"
-    if request.ekus != spec.ekus:
-        yield f"EKU: wanted {_ekus(spec.ekus)}, found {_ekus(request.ekus)}"
+def _unlisted(name: str, policy: Policy) -> str:
+    """The problem of a further pair without a table in the policy, by which alone it could be judged; else empty."""
+    if name in CARRIED or name in policy.certificates:
+        return ""
+    return f"name: wanted one of kubeadm's, or one with a table [certificate.{name}] in the policy, found {name}"
+
+
+def _spec_problems(name: str, authority: str, ekus: frozenset[EKU], policy: Policy) -> Iterator[str]:
+    """CA and usages, by our table, or by the policy's for a further pair."""
+    if (spec := CARRIED.get(name)) is not None:
+        wanted, usages = spec.authority.name, spec.ekus
+    elif (rules := policy.certificates.get(name)) is not None:
+        wanted, usages = rules.authority, rules.ekus
+    else:
+        raise AssertionError("a pair without a table is a problem already")
+    if authority != wanted:
+        yield f"authority: wanted {wanted} for {name}, found {authority}"
+    if ekus != usages:
+        yield f"EKU: wanted {_ekus(usages)}, found {_ekus(ekus)}"
 
 
 def _csr_problems(csr: x509.CertificateSigningRequest, keys: Sequence[str], *, sans: bool) -> Iterator[str]:
@@ -385,7 +445,7 @@ def _user_problems(request: BundledRequest, policy: Policy, *, waived: bool) -> 
             "proof: nothing proves who a user is: after a look at name, groups and fingerprint, "
             f"`ca-bridge sign --without-proof {USER.name}`"
         )
-    yield from _spec_problems(request, USER)
+    yield from _spec_problems(USER.name, request.authority, request.ekus, policy)
     yield from _csr_problems(request.csr, policy.allow.keys, sans=False)
     found = attributes(request.csr.subject)
     names = [value for oid, value in found if oid == CN_OID]

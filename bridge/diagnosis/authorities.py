@@ -17,6 +17,7 @@ from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsEr
 from bridge.node.inventory import Item, Node
 from bridge.pki import csr, expiry, verify
 from bridge.pki.expiry import duration_text, minute
+from bridge.pki.kubeadm_names import named
 from bridge.renewal import verify_and_install
 from bridge.renewal.gate import Attempts
 from bridge.rotation import places
@@ -108,11 +109,13 @@ def _question(items: Sequence[Item], expected: verify.Expectation, settings: Set
 
 def _wanted(item: Item, expected: verify.Expectation, settings: Settings) -> Wanted:
     live, renewal = item.certificates[0], settings.renewal
+    key = (item.pair.key if item.pair is not None else None) or renewal.key
+    asked = live if item.pair is None else named(live, item.pair.naming)
     left = live.not_valid_after_utc - verify.BACKDATING - expected.now
     return Wanted(
         spec=item.spec,
-        certificate=live,
-        key=csr.key_algorithm(live, renewal.key),
+        certificate=asked,
+        key=csr.key_algorithm(live, key),
         validity=renewal.validity,
         at_least=min(max(renewal.min_validity, left), renewal.validity),
         extra_subject=expected.extra_subject,

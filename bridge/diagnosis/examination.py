@@ -12,7 +12,7 @@ from bridge.ca.ca import signer_of
 from bridge.ca.retry import Rest
 from bridge.desk import files as desk_files
 from bridge.desk.policy import Policy
-from bridge.diagnosis import authorities, ca_keys, installed, kubelets, machine, upgrade, use
+from bridge.diagnosis import authorities, ca_keys, installed, kubelets, machine, pairs, upgrade, use
 from bridge.diagnosis.findings import Finding, from_error
 from bridge.errors import BridgeError, SettingsError
 from bridge.node import inventory
@@ -55,6 +55,7 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     if node.is_here:
         yield from _whole(lambda: installed.look(node, settings, now))
         yield from _whole(lambda: ca_keys.look(node))
+        yield from _whole(lambda: pairs.look(node, settings, now))
         yield from _whole(lambda: use.look(node, settings, now))
         yield from _whole(lambda: machine.look(node, settings, now))
         yield from _whole(lambda: authorities.look(node, settings, now))

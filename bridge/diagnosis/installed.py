@@ -48,6 +48,8 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     anchors = {state.authority.name: state.certificates for state in node.authorities}
     # without a kubelet's client certificate a rebooted node stays down: nothing is worse, and it comes first
     for item in sorted(node.items, key=lambda one: one.spec.name != KUBELET_CONF):
+        if item.pair is not None:  # `diagnosis.pairs` looks at it
+            continue
         if item.foreign:
             yield from _operators(item, now) if item.spec.by_flag else _self_made(item, node, now)
             continue
@@ -56,7 +58,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
             yield _not_named(item)
         if item.state == "present":
             yield from _pair(item)
-            yield from _chain(item, node.authorities)
+            yield from chain(item, node.authorities)
             if item.spec.kubeconfig:
                 yield from _cluster(item, anchors.get(item.spec.authority.name, ()), node, settings)
     for state in node.authorities:
@@ -136,7 +138,7 @@ def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
     name = item.spec.name
     if item.state == "present":
         if name not in settings.renewal.left_alone:
-            yield _end(item, settings, now)
+            yield end(item, settings, now)
         if name == SUPER_ADMIN:
             yield _super_admin(item, settings)
         yield from _identity(item, settings)
@@ -169,7 +171,7 @@ def _super_admin(item: Item, settings: Settings) -> Finding:
 
 
 def _identity(item: Item, settings: Settings) -> Iterator[Finding]:
-    """Check the name that a certificate is for; `_chain` checks its CA."""
+    """Check the name that a certificate is for; `chain` checks its CA."""
     error = foreign_identity(item, settings) if item.managed else None
     if isinstance(error, ForeignIdentityError) and any(each.subject != "issuer" for each in error.violations):
         yield from_error("identity", item.spec.name, error)
@@ -191,7 +193,7 @@ def _policy(node: Node, settings: Settings) -> Iterator[Finding]:
     yield from found or [ok]
 
 
-def _end(item: Item, settings: Settings, now: datetime) -> Finding:
+def end(item: Item, settings: Settings, now: datetime) -> Finding:
     """A finding about a certificate's end; one that is due is in order while runs renew it in time."""
     name, end = item.spec.name, expiry.first_end(item.renewable)
     if expiry.is_early(item.certificates[:1], now):
@@ -234,6 +236,14 @@ def _by_its_ca(item: Item, end: datetime) -> str:
 
 def _pair(item: Item) -> Iterator[Finding]:
     """The key is there, belongs to the certificate, and is closed to other users."""
+    yield from key_of(item)
+    path = item.key_path or item.certificate_path
+    if path.exists():
+        yield from private_file(path, item.spec.name)
+
+
+def key_of(item: Item) -> Iterator[Finding]:
+    """The key is there, and belongs to the certificate."""
     path = item.key_path or item.certificate_path
     name = item.spec.name
     try:
@@ -250,7 +260,6 @@ def _pair(item: Item) -> Iterator[Finding]:
         yield Finding.error("key-missing", name, text, "renew it: that makes a new key")
         return
     yield from _belongs(item, pem, path)
-    yield from private_file(path, name)
 
 
 def _belongs(item: Item, pem: bytes, path: Path) -> Iterator[Finding]:
@@ -299,7 +308,7 @@ def _exposed(path: Path, about: str) -> Iterator[Finding]:
 # --- its CA ----------------------------------------------------------------------------------------------------------
 
 
-def _chain(item: Item, authorities: Sequence[AuthorityState]) -> Iterator[Finding]:
+def chain(item: Item, authorities: Sequence[AuthorityState]) -> Iterator[Finding]:
     """Check that it leads to a CA of its CA file, by the intermediates that its own file has."""
     anchors = next((state.certificates for state in authorities if state.authority == item.spec.authority), ())
     leaf, *intermediates = item.certificates
@@ -501,7 +510,7 @@ def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
 def _places(node: Node, settings: Settings) -> Iterator[Finding]:
     """A user who may write to a directory may put other files in the place of ours."""
     places = [settings.node.pki_dir, settings.node.kubeconfig_dir]
-    places += [item.certificate_path.parent for item in node.items if item.state == "present"]
+    places += [item.certificate_path.parent for item in node.items if item.state == "present" and item.pair is None]
     manifests = settings.node.kubeconfig_dir / "manifests"
     if manifests.is_dir():
         places.append(manifests)  # the kubelet starts, as root if it says so, what is put there

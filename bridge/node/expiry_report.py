@@ -108,7 +108,7 @@ def _item_row(item: Item, now: datetime, within: Limit | None, left_alone: Colle
         name=item.spec.name,
         path=str(path),
         state="broken" if item.key_trouble else item.state,
-        trouble=item.trouble or item.key_trouble,
+        trouble=item.trouble or item.key_trouble or item.unlike,
         chain=chain,
         seconds_left=_left(chain, now),
         chain_seconds_left=_chain_left(chain, now),
@@ -125,7 +125,7 @@ def _item_row(item: Item, now: datetime, within: Limit | None, left_alone: Colle
 
 
 def _is_lacking(item: Item) -> bool:
-    return item.key_trouble is not None or (item.state == "missing" and not item.spec.optional)
+    return (item.key_trouble or item.unlike) is not None or (item.state == "missing" and not item.spec.optional)
 
 
 def _authority_row(state: AuthorityState, now: datetime, within: Limit | None) -> Row:

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cryptography import x509
 
@@ -40,6 +40,9 @@ from bridge.specs import (
 )
 from bridge.system.paths import UnreadableError
 from bridge.system.paths import read as read_file
+
+if TYPE_CHECKING:
+    from bridge.settings.pairs import PairSettings
 
 FileState = Literal["present", "missing", "broken", "unreadable"]
 KeyState = Literal["local", "external", "missing"]
@@ -80,12 +83,15 @@ class Item:
     foreign: bool = False  #: No CA of the cluster signed it: the kubelet made it itself, or it is another cluster's.
     named: bool = True  #: False: a pair of `SERVERS` that its component's manifest does not name (yet).
     obstacle: BridgeError | None = None  #: Why its files can't be replaced; it can be read and used nevertheless.
+    pair: PairSettings | None = None  #: What the settings say of a further pair; None: one of kubeadm's.
+    #: "wanted …, found …" where a further pair is not what the settings say; the next one will be.
+    unlike: str | None = None
 
     @property
     def in_one_file(self) -> bool:
-        """Certificate and key are PEM blocks of one file, as a kubelet keeps them."""
-        is_kubelets = self.spec.component is Component.KUBELET
-        return is_kubelets and self.key_path is not None and _real(self.key_path) == _real(self.certificate_path)
+        """Certificate and key are PEM blocks of one file, as a kubelet keeps them, and many a load balancer."""
+        may_be = self.spec.component is Component.KUBELET or self.pair is not None
+        return may_be and self.key_path is not None and _real(self.key_path) == _real(self.certificate_path)
 
     @property
     def ending(self) -> tuple[x509.Certificate, ...]:
@@ -134,12 +140,13 @@ class Node:
 
     def spec(self, name: str) -> CertificateSpec:
         """A certificate as it is on this node: on an etcd host no process reads the API servers' client certificate."""
-        return next((item.spec for item in self.items if item.spec.name == name), SPECS[name])
+        found = next((item.spec for item in self.items if item.spec.name == name), None)
+        return SPECS[name] if found is None else found
 
     @property
     def is_here(self) -> bool:
         """Whether there is anything of a node at all."""
-        states = [*(item.state for item in self.items), *(one.state for one in self.authorities)]
+        states = [*(item.state for item in self.items if item.pair is None), *(one.state for one in self.authorities)]
         return bool(self.manifests) or any(state != "missing" for state in states)
 
     @property
@@ -179,8 +186,13 @@ class SharedFileError(BridgeError):
 
 
 def of(node: NodeSettings) -> Node:
-    """Look at the node whose directories the settings name."""
-    return read(node.pki_dir, node.kubeconfig_dir, node.kubelet_dir)
+    """Look at the node whose directories the settings name, and at the further pairs that they name."""
+    found = read(node.pki_dir, node.kubeconfig_dir, node.kubelet_dir)
+    if not node.pairs:
+        return found
+    from bridge.node import pairs  # noqa: PLC0415 (only where the settings name one)
+
+    return pairs.added(found, node)
 
 
 def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -> Node:
@@ -211,7 +223,7 @@ def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -
         elif spec.kubeconfig:
             items.append(_kubeconfig_item(spec, authority, kubeconfig_dir / spec.base, kubelet))
         elif spec.authority != ETCD_CA or local_etcd:
-            items.append(_file_item(spec, authority, pki_dir / f"{spec.base}.crt", pki_dir / f"{spec.base}.key"))
+            items.append(file_item(spec, authority, pki_dir / f"{spec.base}.crt", pki_dir / f"{spec.base}.key"))
         elif spec == _ETCD_CLIENT:
             items.append(_external_etcd_client(authority, apiserver_flags))
     return Node(
@@ -219,11 +231,11 @@ def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -
         authorities=authorities,
         manifests=found,
         local_etcd=local_etcd,
-        troubles=(*_no_directory(pki_dir), *_troubles(items, authorities), *troubles),
+        troubles=(*_no_directory(pki_dir), *troubles_of(items, authorities), *troubles),
     )
 
 
-def _troubles(items: Sequence[Item], authorities: Sequence[AuthorityState]) -> Iterator[str]:
+def troubles_of(items: Sequence[Item], authorities: Sequence[AuthorityState]) -> Iterator[str]:
     """A line for each fault; the kubelet's client certificate comes first, since a rebooted node needs it."""
     for item in sorted(items, key=lambda one: one.spec != _KUBELET):
         if trouble := item.trouble or item.key_trouble:
@@ -255,7 +267,7 @@ def _traces(
 
 def _worker(pki_dir: Path, kubeconfig_dir: Path, kubelet: KubeletFiles, troubles: Sequence[str]) -> Node:
     """A worker's node: one CA, a kubelet, and administrators' kubeconfigs."""
-    authority = _authority(CA, pki_dir / CA.certificate_file, pki_dir / CA.key_file, listed=True)
+    authority = authority_state(CA, pki_dir / CA.certificate_file, pki_dir / CA.key_file, listed=True)
     kubeconfigs = [
         _kubeconfig_item(spec, authority, kubeconfig_dir / spec.base, kubelet)
         for name in _PEOPLES
@@ -269,7 +281,7 @@ def _worker(pki_dir: Path, kubeconfig_dir: Path, kubelet: KubeletFiles, troubles
         manifests={},
         local_etcd=False,
         role="worker",
-        troubles=(*_no_directory(pki_dir), *_troubles(items, (authority,)), *troubles),
+        troubles=(*_no_directory(pki_dir), *troubles_of(items, (authority,)), *troubles),
     )
 
 
@@ -286,10 +298,10 @@ def _is_etcd_host(pki_dir: Path, kubeconfig_dir: Path) -> bool:
 
 def _etcd_host(pki_dir: Path, found: Mapping[Component, Manifest], troubles: Sequence[str]) -> Node:
     """A host of etcd alone; the API servers' client certificate lies there to be copied, and no process reads it."""
-    authority = _authority(ETCD_CA, pki_dir / ETCD_CA.certificate_file, pki_dir / ETCD_CA.key_file, listed=True)
+    authority = authority_state(ETCD_CA, pki_dir / ETCD_CA.certificate_file, pki_dir / ETCD_CA.key_file, listed=True)
     copied = replace(_ETCD_CLIENT, component=None, flags=(), optional=True)
     items = [
-        _file_item(spec, authority, pki_dir / f"{spec.base}.crt", pki_dir / f"{spec.base}.key")
+        file_item(spec, authority, pki_dir / f"{spec.base}.crt", pki_dir / f"{spec.base}.key")
         for spec in (copied if one == _ETCD_CLIENT else one for one in SPECS.values())
         if spec.authority == ETCD_CA
     ]
@@ -299,7 +311,7 @@ def _etcd_host(pki_dir: Path, found: Mapping[Component, Manifest], troubles: Seq
         manifests=found,
         local_etcd=True,
         role="etcd host",
-        troubles=(*_no_directory(pki_dir), *_troubles(items, (authority,)), *troubles),
+        troubles=(*_no_directory(pki_dir), *troubles_of(items, (authority,)), *troubles),
     )
 
 
@@ -376,14 +388,15 @@ def _authorities(pki_dir: Path, apiserver_flags: Mapping[str, str], *, local_etc
     for authority in AUTHORITIES.values():
         if authority != ETCD_CA or local_etcd:
             path, key = pki_dir / authority.certificate_file, pki_dir / authority.key_file
-            states.append(_authority(authority, path, key, listed=True))
+            states.append(authority_state(authority, path, key, listed=True))
         elif "--etcd-certfile" in apiserver_flags:
             path = _host_path(apiserver_flags.get("--etcd-cafile", ""))
-            states.append(_authority(authority, path, None, listed=False))
+            states.append(authority_state(authority, path, None, listed=False))
     return tuple(states)
 
 
-def _authority(authority: Authority, path: Path, key_path: Path | None, *, listed: bool) -> AuthorityState:
+def authority_state(authority: Authority, path: Path, key_path: Path | None, *, listed: bool) -> AuthorityState:
+    """One CA: its certificates, and whether its key is here."""
     found = _certificates_in(path)
     state, trouble = found.state, found.trouble
     if found.certificates and not is_ca(found.certificates[0]):
@@ -420,7 +433,8 @@ def _certificates_in(path: Path) -> _Found:
         return _Found(state="broken", trouble=f"wanted a certificate in {path}, found {e}")
 
 
-def _file_item(spec: CertificateSpec, authority: AuthorityState, certificate_path: Path, key_path: Path) -> Item:
+def file_item(spec: CertificateSpec, authority: AuthorityState, certificate_path: Path, key_path: Path) -> Item:
+    """The item of a certificate and key in files of their own."""
     return _item(spec, authority, _certificates_in(certificate_path), certificate_path, key_path)
 
 

@@ -246,6 +246,11 @@ def instances(component: Component) -> tuple[Instances, timedelta]:
     return lambda: _in_process_table(component), PROCESS_SETTLES
 
 
+def instances_of_pod(name: str) -> frozenset[str]:
+    """What runs of a static pod with this name in its manifest, by crictl alone (OSError, ValueError: it can't tell)."""
+    return frozenset(_static_pods(lambda pod: pod["metadata"]["name"].startswith(f"{name}-")))
+
+
 _CRICTL_LIMIT = timedelta(seconds=10)
 _MOST_ANSWER = 16 << 20
 
@@ -289,9 +294,13 @@ class _Runtime:
 
 def _sandboxes(component: Component) -> dict[str, bool]:
     """The static pods that may be the component's by name, and whether each has kubeadm's label."""
+    return _static_pods(lambda pod: _may_be_of(pod, component))
+
+
+def _static_pods(is_ours: Callable[[Any], bool]) -> dict[str, bool]:
     found = _crictl("pods", "--state", "ready")
     try:
-        ours = [one for one in found.get("items") or () if _may_be_of(one, component)]
+        ours = [one for one in found.get("items") or () if is_ours(one) and _is_static(one)]
         return {f"pod {one['id'][:13]}": _label(one) is not None for one in ours}
     except (LookupError, AttributeError, TypeError) as e:
         raise ValueError("something else") from e
@@ -299,11 +308,11 @@ def _sandboxes(component: Component) -> dict[str, bool]:
 
 def _may_be_of(pod: Any, component: Component) -> bool:
     """A static pod is called after the name in its manifest, and its node."""
-    return bool(
-        pod["metadata"]["name"].startswith(f"{component.value}-")
-        and _label(pod) in (None, component.value)
-        and pod.get("annotations", {}).get("kubernetes.io/config.source") == "file"
-    )
+    return bool(pod["metadata"]["name"].startswith(f"{component.value}-") and _label(pod) in (None, component.value))
+
+
+def _is_static(pod: Any) -> bool:
+    return bool(pod.get("annotations", {}).get("kubernetes.io/config.source") == "file")
 
 
 def _label(pod: Any) -> Any:

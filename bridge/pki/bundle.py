@@ -11,16 +11,21 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import Continuity, Issued, SignRequest
 from bridge.errors import BridgeError
-from bridge.specs import EKU, SPECS, USER, CertificateSpec
+from bridge.specs import EKU, SPECS, USER, CertificateSpec, is_pair_name, pair_spec
 from bridge.words import one_line
 
 #: In version 2 the continuity proofs cover the validity and the time as well.
 REQUEST_VERSIONS = (1, 2)
 
-#: Certificates that bundles may ask for: kubeadm's, and a user's in its own bundle.
+#: Certificates that bundles may ask for: kubeadm's, and a user's in its own bundle; and further pairs of a node.
 CARRIED: Mapping[str, CertificateSpec] = {**SPECS, USER.name: USER}
 
 LONGEST_TEXT = 2000
+
+
+def is_carried(name: object) -> bool:
+    """Whether a bundle may ask for a certificate of this name."""
+    return isinstance(name, str) and (name in CARRIED or is_pair_name(name))
 
 
 class BundleError(BridgeError):
@@ -43,13 +48,18 @@ class IncompleteBundleError(BundleError):
 class BundledRequest:
     """One certificate that is asked for."""
 
-    name: str  #: kubeadm's, or `user`: one of `CARRIED`.
+    name: str  #: kubeadm's, or `user`: one of `CARRIED`; or a further pair's.
     authority: str
     ekus: frozenset[EKU]
     validity: timedelta  #: Wanted; whole seconds.
     csr: x509.CertificateSigningRequest
     replaces: x509.Certificate | None
     proof: bytes | None  #: See `bridge.pki.signatures`.
+
+    @property
+    def spec(self) -> CertificateSpec:
+        """From our table; a further pair's CA and usages are the request's, and the desk's policy judges them."""
+        return CARRIED.get(self.name) or pair_spec(self.name, self.authority, self.ekus)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,9 +128,9 @@ def bundle_of(requests: Sequence[SignRequest], created: datetime) -> RequestBund
 
 
 def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
-    """The request for a backend; EKUs and authority come from our table, not from the bundle."""
+    """The request for a backend; EKUs and authority of kubeadm's come from our table, not from the bundle."""
     asked = SignRequest(
-        spec=CARRIED[request.name],
+        spec=request.spec,
         csr_pem=request.csr.public_bytes(Encoding.PEM),
         validity=request.validity,
         replaces=request.replaces,

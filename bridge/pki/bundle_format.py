@@ -31,6 +31,7 @@ from bridge.pki.bundle import (
     IncompleteBundleError,
     Refusal,
     RequestBundle,
+    is_carried,
 )
 from bridge.pki.certificates import UNREADABLE, extended_key_usages, fingerprint, name_text, pem, san_counts, serial_hex
 from bridge.pki.expiry import duration_text, minute
@@ -74,7 +75,7 @@ def _assert_readable(document: Mapping[str, Any]) -> None:
         fields.text("signer")
         fields.shaped("requestDigest", _DIGEST, "64 hex digits")
     for entry in fields.items(key, lambda value, place: Fields(cast(dict[str, Any], value), f"{place}.")):
-        entry.choice("name", list(CARRIED))
+        _carried(entry)
         if key == "requests":
             entry.choice("authority", list(AUTHORITIES))
             _ekus(entry)
@@ -224,7 +225,7 @@ def _read_request(value: object, place: str) -> BundledRequest:
     fields = Fields.of(value, f"{place}.", keys)
     replaces = fields.values["replaces"]
     return BundledRequest(
-        name=fields.choice("name", list(CARRIED)),
+        name=_carried(fields),
         authority=fields.choice("authority", list(AUTHORITIES)),
         ekus=_ekus(fields),
         validity=_validity(fields),
@@ -257,11 +258,19 @@ def _read_answer_bundle(document: Mapping[str, Any]) -> AnswerBundle:
 def _read_answer(value: object, place: str) -> tuple[str, Issued | Refusal]:
     is_refusal = isinstance(value, dict) and "refusal" in value
     fields = Fields.of(value, f"{place}.", ("name", "refusal" if is_refusal else "chain"))
-    name = fields.choice("name", list(CARRIED))
+    name = _carried(fields)
     if is_refusal:
         return name, Refusal(reason=fields.text("refusal"))
     leaf, *intermediates = fields.items("chain", certificate)
     return name, Issued(leaf=leaf, intermediates=tuple(intermediates))
+
+
+def _carried(fields: Fields) -> str:
+    """The name of a certificate."""
+    name = fields.values["name"]
+    if not is_carried(name):
+        fields.fail("name", f"one of {', '.join(CARRIED)}, or the name of a node's further pair")
+    return cast("str", name)
 
 
 def _batch(fields: Fields) -> str:

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_publ
 from cryptography.x509.oid import NameOID
 
 from bridge.pki import display
-from bridge.pki.bundle import CARRIED, BundledRequest, RequestBundle
+from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import UNREADABLE, attributes, extended_key_usages, is_signed_by, name_text
 from bridge.pki.csr import algorithm_name
 from bridge.pki.expiry import rfc3339
@@ -158,7 +158,7 @@ def usages_problem(request: BundledRequest) -> str | None:
         found = extended_key_usages(request.replaces)
     except UNREADABLE as e:
         return f"wanted usages in the replaced certificate, found some that can't be read: {one_line(e)}"
-    lacking = sorted(eku.label for eku in CARRIED[request.name].ekus if found is not None and eku.value not in found)
+    lacking = sorted(eku.label for eku in request.spec.ekus if found is not None and eku.value not in found)
     if not lacking:
         return None
     return f"wanted one by a certificate with the same usages, found one without {', '.join(lacking)}"

@@ -417,9 +417,9 @@ class Cancelled:
 def cancel(settings: Settings, options: RunOptions, now: Callable[[], datetime], progress: Progress) -> Cancelled:
     """Forget requests and their keys; answers to them are refused from now on."""
     names = options.names
-    assert_known(names)
-    with begun(settings, now, progress, options.wait) as (run, _):
+    with begun(settings, now, progress, options.wait) as (run, node):
         there = [one.name for one in run.requests]
+        assert_known(names, node, there)
         cancelled: list[OpenRequest] = []
         for name in there if ALL in names else [name for name in there if name in names]:
             made = run.requests.drop(name)
@@ -466,7 +466,7 @@ def install_directory(
     settings: Settings, directory: Path, options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Result, Node, Selection]:
     """Verify a directory's certificates as a CA's answers, and install them with their keys."""
-    contents = _read(directory)
+    contents = _read(directory, {pair.name: pair.spec for pair in settings.node.pairs})
     with begun(settings, now, progress, options.wait) as (ours, found):
         transaction = Transaction(ours, options)
         node = transaction.settle_earlier(found)
@@ -538,7 +538,7 @@ def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
 # --- the directory ---------------------------------------------------------------------------------------------------
 
 
-def _read(directory: Path) -> _Contents:
+def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> _Contents:
     """Read every file once: keys by kubeadm's names, certificates under any name."""
     contents = _Contents()
     for path in _files(directory):
@@ -550,7 +550,7 @@ def _read(directory: Path) -> _Contents:
             continue
         if path.suffix == _CSR:
             continue
-        spec, key_pem = _key_in(relative, data)
+        spec, key_pem = _key_in(relative, data, pairs)
         if spec is not None and key_pem is not None:
             _assert_ours(path, status.st_mode)
             contents.take_key(spec, path, _private_key(path, key_pem))
@@ -573,9 +573,11 @@ def _files(directory: Path) -> list[Path]:
     return found
 
 
-def _key_in(relative: Path, data: bytes) -> tuple[CertificateSpec | None, bytes | None]:
-    """The key in `NAME.key`, or in a kubeconfig that `generate-csr` made."""
-    spec = spec_of(relative, _KEY)
+def _key_in(
+    relative: Path, data: bytes, pairs: Mapping[str, CertificateSpec]
+) -> tuple[CertificateSpec | None, bytes | None]:
+    """The key in `NAME.key` (a further pair's, too), or in a kubeconfig that `generate-csr` made."""
+    spec = spec_of(relative, _KEY) or pairs.get(relative.as_posix().removesuffix(_KEY))
     if relative.suffix == _KEY:
         return spec, data
     spec = spec_of(relative, "")

@@ -54,9 +54,9 @@ class Allowed:
             planned = Planned(
                 node=settings.node.node_name,
                 cluster=settings.node.cluster,
-                name=item.spec.name,
+                spec=item.spec,
                 naming=naming or csr.naming_of(present(item, live)),
-                key=next_key(live, settings, None, desired),
+                key=next_key(item, live, settings, None, desired),
                 validity=settings.renewal.validity,
                 replaces=replaced_by_next(item, live),
             )

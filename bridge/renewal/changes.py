@@ -75,12 +75,14 @@ def decide(node: Node, settings: Settings, options: RunOptions) -> DesiredByName
     names, changes = options.names, options.changes
     if not names and not changes.is_any:
         return {}
-    assert_known([*names, *changes.add, *changes.drop])
+    assert_known([*names, *changes.add, *changes.drop], node)
     _assert_named(names, changes)
     decision = _Decision(node, settings, changes)
     desired: dict[str, Desired | BridgeError] = {}
     for item in node.items:
         name = item.spec.name
+        if item.pair is not None:  # the settings say its names
+            continue
         try:
             if item.state == "missing" and name in names:
                 desired[name] = decision.made(item)
@@ -101,7 +103,7 @@ def _assert_named(names: Sequence[str], changes: Changes) -> None:
         raise SettingsError([SettingsProblem("--adopt-defaults", "names of certificates, or all", "none")])
     for name in wanted:
         if name not in _SERVING:
-            found = f"{name}, which is a client certificate"
+            found = f"{name}, which {'is a client certificate' if name in SPECS else 'has its sans in the settings'}"
             raise SettingsError([SettingsProblem("", f"SANs for one of {', '.join(_SERVING)}", found)])
 
 

@@ -13,7 +13,14 @@ from bridge.renewal.gate import attempts_file
 from bridge.settings.tables import Settings
 from bridge.state import audit, backups
 from bridge.state.install import journal_file, staging_file
-from bridge.state.obligations import copies_file, hooks_file, postponed_file, revocations_file, unproven_file
+from bridge.state.obligations import (
+    copies_file,
+    hooks_file,
+    pairs_file,
+    postponed_file,
+    revocations_file,
+    unproven_file,
+)
 from bridge.state.open_requests import RENEWALS, USERS, file_of
 from bridge.state.parked_manifest import restart_file
 from bridge.state.store import Store
@@ -39,6 +46,7 @@ def state_files(store: Store) -> list[StateFile[Any]]:
         staging_file,
         unproven_file,
         postponed_file,
+        pairs_file,
         hooks_file,
         revocations_file,
     )

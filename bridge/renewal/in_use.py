@@ -141,4 +141,8 @@ def late(settings: Settings, node: Node, now: datetime) -> list[ProofFinding]:
         except StateError:
             continue
         found += not_in_use(look(owed, node, settings, now)) if owed is not None else []
+    if store.pairs.exists():
+        from bridge.renewal import pairs  # noqa: PLC0415 (40 ms; only where a further pair is owed)
+
+        found += pairs.late(settings, node, now)
     return list(dict.fromkeys(found))

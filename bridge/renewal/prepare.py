@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.contract import Continuity, SignRequest
 from bridge.errors import BridgeError
-from bridge.node import kubeconfig, manifests
+from bridge.node import kubeconfig, manifests, pairs
 from bridge.node.inventory import Item
 from bridge.node.kubeconfig import FreshKubeconfig, KubeconfigError
 from bridge.node.kubelet import KubeletFiles
@@ -104,10 +104,10 @@ def prepare(
 def _prepare(item: Item, settings: Settings, made: OpenRequest | None, desired: Desired | None) -> Prepared | Outcome:
     try:
         live, was = live_pair(item)
-        algorithm = next_key(live, settings, made, desired)
+        algorithm = next_key(item, live, settings, made, desired)
         naming = desired.naming if desired is not None else serving_names(item, settings)
         replaced = replaced_by_next(item, live)
-        if made is not None and _fits(made, replaced, algorithm, naming):
+        if made is not None and _fits(item, made, replaced, algorithm, naming):
             return _of_open(item, made, was)
         key = new_keys.take(algorithm)
         csr_pem = csr.build_for(naming, key) if naming is not None else csr.build(present(item, live), key)
@@ -119,13 +119,14 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None, desired: 
 
 
 def next_key(
-    live: x509.Certificate | None, settings: Settings, made: OpenRequest | None, desired: Desired | None
+    item: Item, live: x509.Certificate | None, settings: Settings, made: OpenRequest | None, desired: Desired | None
 ) -> KeyAlgorithm:
     """The new key's algorithm: the settings', else the live certificate's, else kubeadm's configuration's."""
-    if live is not None:
-        return csr.key_algorithm(live, settings.renewal.key)
-    if settings.renewal.key != "same":
-        return settings.renewal.key
+    wanted = (item.pair.key if item.pair is not None else None) or settings.renewal.key
+    if live is not None and (item.pair is None or csr.known_algorithm(live.public_key())):
+        return csr.key_algorithm(live, wanted)
+    if wanted != "same":
+        return wanted
     if made is not None and (desired is None or desired.key is None):
         return csr.known_algorithm(made.request.csr.public_key()) or _USUAL_KEY
     return desired.key if desired is not None and desired.key is not None else _USUAL_KEY
@@ -204,8 +205,13 @@ def _continuity(one: Prepared, settings: Settings, batch: str, asked: datetime) 
     return Continuity(proof=proof, asked=asked, **who)
 
 
-def _fits(made: OpenRequest, replaced: x509.Certificate | None, algorithm: str, naming: Naming | None) -> bool:
+def _fits(
+    item: Item, made: OpenRequest, replaced: x509.Certificate | None, algorithm: str, naming: Naming | None
+) -> bool:
     """Whether an open request replaces the live certificate, with the kind of key and the names that are wanted now."""
+    asked = made.request.spec
+    if (asked.authority, asked.ekus) != (item.spec.authority, item.spec.ekus):  # the settings name others now
+        return False
     says_it = naming is None or naming.is_of(made.request.csr)
     is_alike = csr.algorithm_name(made.request.csr.public_key()) == algorithm
     return made.request.replaces == replaced and is_alike and says_it
@@ -213,6 +219,7 @@ def _fits(made: OpenRequest, replaced: x509.Certificate | None, algorithm: str, 
 
 #: At the end of the first line, whatever kind of key it is (RFC 7468 §10, §11, and the older ones).
 _PRIVATE_KEY = b"PRIVATE KEY-----"
+_CERTIFICATE = b"CERTIFICATE-----"
 
 
 def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | None]]:
@@ -230,7 +237,7 @@ def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | Non
             hint="look at the file, or where the symlink leads; move it away, and a renewal puts a new key there",
         )
     was = {path: None if content is None else digest(content) for path, content in contents.items()}
-    was |= _was_current(item)
+    was |= _was_current(item) | _was_elsewhere(item)
     if item.state == "missing":
         if data is not None:
             raise MissingCertificateError(f"{item.certificate_path} was made while this run began", hint="run again")
@@ -245,6 +252,23 @@ def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | Non
     if (live,) != item.certificates[:1]:
         raise MissingCertificateError("its certificate was replaced while this run began", hint="run again")
     return live, was
+
+
+def _was_elsewhere(item: Item) -> dict[Path, str | None]:
+    """The digests of a further pair's other files, of which none may hold something else."""
+    if item.pair is None:
+        return {}
+    found: dict[Path, str | None] = {}
+    for files in item.pair.places:
+        for key, path in files.paths():
+            wanted, marker = ("a private key", _PRIVATE_KEY) if key == "key_file" else ("certificates", _CERTIFICATE)
+            if (data := _read(path)) and marker not in data:
+                raise BridgeError(
+                    f"{path}: wanted {wanted} in PEM, which is replaced, found something else",
+                    hint=f"does [certificate.{item.spec.name}] name the right file? Move it away, and a renewal makes it",
+                )
+            found[path] = None if data is None else digest(data)
+    return found
 
 
 def _was_current(item: Item) -> dict[Path, str | None]:
@@ -300,12 +324,16 @@ _ADDRESSES = "--node-ip of the kubelet (kubeadm: nodeRegistration.kubeletExtraAr
 
 
 def replaced_by_next(item: Item, live: x509.Certificate | None) -> x509.Certificate | None:
-    """The certificate whose names the request takes over; None: the names come from elsewhere."""
+    """The certificate that the request replaces, by its names or its key; None: the live one proves nothing."""
+    if item.pair is not None:
+        return live if pairs.proves_itself(item) else None
     return None if item.foreign and item.spec.name == KUBELET_SERVER else live
 
 
 def serving_names(item: Item, settings: Settings) -> Naming | None:
-    """The names of a kubelet's next serving certificate; None: it keeps the live one's, as all others do."""
+    """The names of a further pair's or a kubelet's next certificate; None: it keeps the live one's, as all others do."""
+    if item.pair is not None:
+        return item.pair.naming
     if item.spec.name != KUBELET_SERVER or not (item.foreign or settings.serving_sans):
         return None
     node = settings.node

@@ -10,7 +10,7 @@ from bridge.ca.ca import CA
 from bridge.errors import BackendUnavailableError, BridgeError
 from bridge.node.inventory import Node
 from bridge.state import audit
-from bridge.state.obligations import Superseded, revocations_file, unproven_file
+from bridge.state.obligations import Superseded, pairs_file, revocations_file, unproven_file
 from bridge.state.session import Run
 from bridge.state.store import Outcome
 from bridge.system.state_file import StateError
@@ -33,7 +33,11 @@ def owe(run: Run, done: Sequence[Outcome]) -> None:
     known = {one.certificate for one in earlier}
     able = _able(run, {outcome.authority for outcome in done})
     new = [
-        Superseded(name=outcome.name, certificate=outcome.old, due=run.now() + renewal.revoke_after)
+        Superseded(
+            name=outcome.name,
+            certificate=outcome.old,
+            due=run.now() + renewal.revoke_after,
+        )
         for outcome in done
         if outcome.old is not None and outcome.old not in known and outcome.authority in able
     ]
@@ -65,7 +69,7 @@ def settle(run: Run, node: Node) -> list[BridgeError]:
             return []
         left = [one for one in every if not one.is_outdated(node, run.now())]
         due = _proven([one for one in left if one.due <= run.now()], run, node)
-        done, errors = _revoke_all(run, due)
+        done, errors = _revoke_all(run, due, node)
         file.put(tuple(one for one in left if one not in done))
     except StateError as e:
         return [e]
@@ -83,22 +87,24 @@ def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]
         return []
     from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is revoked)
 
-    owed = unproven_file(run.store).read()
+    owed, pairs = unproven_file(run.store).read(), pairs_file(run.store).read() or ()
+    silent = {item.spec.name for item in node.items if item.pair is not None and not item.pair.prove}
     there = {item.spec.name for item in node.items if item.state == "present"}
     report = proof.look(node, run.settings, run.now())
     seen = {finding.certificate for finding in report.findings} - {finding.certificate for finding in report.wrong}
-    proven = (there & seen) - (set(owed.names) if owed is not None else set())
+    owing = {*(owed.names if owed is not None else ()), *(one.name for one in pairs)}
+    proven = (there & (seen | silent)) - owing
     if unseen := [one for one in due if one.name not in proven]:
         run.progress.note(f"renewal.revoke: not revoked, since the successor is not seen in use: {_names(unseen)}")
     return [one for one in due if one.name in proven]
 
 
-def _revoke_all(run: Run, due: Sequence[Superseded]) -> tuple[list[Superseded], list[BridgeError]]:
+def _revoke_all(run: Run, due: Sequence[Superseded], node: Node) -> tuple[list[Superseded], list[BridgeError]]:
     """Ask the CAs to revoke; the certificates that need no further try, and the errors."""
     done: list[Superseded] = []
     errors: list[BridgeError] = []
-    for authority in dict.fromkeys(one.authority for one in due):
-        ours = [one for one in due if one.authority == authority]
+    for authority in dict.fromkeys(one.authority_on(node) for one in due):
+        ours = [one for one in due if one.authority_on(node) == authority]
         try:
             over, more = _revoke(run, authority, ours)
         except BridgeError as e:

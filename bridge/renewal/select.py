@@ -132,7 +132,7 @@ class Selection:
     waived: tuple[str, ...] = ()  #: Sentences about identities that are renewed as they are.
     powerful: tuple[str, ...] = ()  #: Sentences about a super-admin.conf that nothing on the node needs.
     costs: tuple[str, ...] = ()  #: Sentences about interruptions that users of the cluster notice.
-    lost: tuple[str, ...] = ()  #: Sentences about keys that do not belong to their certificates.
+    lost: tuple[str, ...] = ()  #: Sentences about keys that do not belong to their certificates, and about wrong pairs.
     #: By certificate name, where the next one differs from the live one, or there is no live one.
     desired: Mapping[str, Desired] = field(default_factory=dict)
 
@@ -155,7 +155,7 @@ def select(
     desired: DesiredByName | None = None,
 ) -> Selection:
     """Choose what to renew: the named certificates or those that are due, and each one whose answer is waited for."""
-    assert_known([*options.names, *options.any_identity])
+    assert_known([*options.names, *options.any_identity], node)
     if not node.is_here:
         raise NoNodeError(settings.node.pki_dir)
     found = [item.spec.name for item in node.items]
@@ -185,8 +185,9 @@ def select(
         waived=tuple(choice.waived),
         powerful=tuple(_powerful(items, known)),
         costs=tuple(_costs(items, node)),
-        lost=tuple(
-            f"{name} is renewed for its key: {choice.lost_keys[name]}" for name in choice.lost_keys if name in names
+        lost=(
+            *(f"{name} is renewed for its key: {choice.lost_keys[name]}" for name in choice.lost_keys if name in names),
+            *(f"{item.spec.name} is renewed as the settings say: {item.unlike}" for item in items if item.unlike),
         ),
         desired={name: one for name, one in choice.desired.items() if not isinstance(one, BridgeError)},
     )
@@ -217,7 +218,7 @@ class _Choice:
         if isinstance(desired, BridgeError):
             return outcome_of(item, desired)
         if item.state == "missing":
-            is_wanted = desired is not None or self.asked_for.get(name, item) is None
+            is_wanted = desired is not None or item.pair is not None or self.asked_for.get(name, item) is None
             return self._missing(item, is_wanted=is_wanted, by_hand=by_hand)
         if (sentence := self._left_alone(item, by_hand=by_hand)) is not None:
             return sentence
@@ -252,7 +253,8 @@ class _Choice:
             anchors_of(item)
         except MissingCertificateError as e:
             return outcome_of(item, e)
-        error = self._not_allowed(item)
+        error = None if self.options.csrs_only else item.obstacle
+        error = error or self._not_allowed(item)
         return item if error is None else outcome_of(item, error)
 
     def _judged(self, item: Item) -> Item | Outcome:
@@ -327,7 +329,9 @@ def _left_alone(item: Item, settings: Settings, *, by_hand: bool) -> str | None:
 
 
 def is_other(item: Item, settings: Settings) -> bool:
-    """Whether the settings ask for another serving certificate of a kubelet than the one that is there."""
+    """Whether the settings ask for another certificate of a further pair, or of a kubelet, than the one that is there."""
+    if item.unlike is not None:
+        return True
     if item.spec.name != KUBELET_SERVER or not settings.serving_sans or not item.certificates:
         return False
     leaf = item.certificates[0]
@@ -343,6 +347,8 @@ def foreign_identity(item: Item, settings: Settings) -> BridgeError | None:
         anchors = anchors_of(item)
     except MissingCertificateError as e:
         return e
+    if item.pair is not None:  # the settings say who it is for, and not the certificate in its place
+        return None
     extra = settings.extra_subject(authority)
     violations = identity.check(item.spec, item.certificates, anchors, str(item.anchor_path), extra)
     return ForeignIdentityError(item, violations) if violations else None
@@ -361,18 +367,24 @@ def anchors_in(path: Path, what: str, hint: str) -> tuple[x509.Certificate, ...]
         raise MissingCertificateError(f"{path}: wanted {what}, found: {e}", hint=hint) from e
 
 
-def assert_known(names: Collection[str]) -> None:
-    """Raise a SettingsError if one of the names is no certificate's."""
-    unknown = list(dict.fromkeys(name for name in names if name != ALL and name not in SPECS))
+def assert_known(names: Collection[str], node: Node, more: Collection[str] = ()) -> None:
+    """Raise a SettingsError if one of the names is no certificate's: kubeadm's, a further pair's here, or one of `more`."""
+    known = [*SPECS, *(item.spec.name for item in node.items if item.pair is not None)]
+    unknown = list(dict.fromkeys(name for name in names if name not in (ALL, *known, *more)))
     if unknown:
-        wanted = f"names of certificates ({', '.join(SPECS)}) or {ALL}"
-        found = ", ".join(name_found(name, [*SPECS, ALL]) for name in unknown)
+        wanted = f"names of certificates ({', '.join(known)}) or {ALL}"
+        found = ", ".join(name_found(name, [*known, ALL]) for name in unknown)
         raise SettingsError([SettingsProblem("", wanted, found)])
 
 
 def lost_keys(node: Node) -> dict[str, str]:
     """By name, the certificates whose keys are missing, empty or another certificate's, with the reason."""
     found = {item.spec.name: item.key_trouble or other_key(item) for item in node.items if not item.foreign}
+    for item in node.items:
+        if item.pair is not None and item.pair.copies and found[item.spec.name] is None:
+            from bridge.node.pairs import lost_copy  # noqa: PLC0415 (only where the settings name a copy)
+
+            found[item.spec.name] = lost_copy(item)
     return {name: trouble for name, trouble in found.items() if trouble is not None}
 
 

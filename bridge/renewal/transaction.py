@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bridge.ca import registry
@@ -52,6 +52,7 @@ class Transaction:
         self._hooks = Hooks(run.settings, run.store, run.record.run_id)
         #: False after `settle_earlier`: it was stopped in the middle, and nothing more is to be installed.
         self.may_go_on = True
+        self._apart: Collection[str] = ()  # further pairs, each of which is settled by itself
         self.attempts = Attempts(run.store)
 
     # --- before ------------------------------------------------------------------------------------------------------
@@ -65,6 +66,9 @@ class Transaction:
             done = activate.settle(self._run, node)
             self.may_go_on = done.may_go_on
             self._errors += [*done.errors, *self._hooks_of_earlier(done.events)]
+            node = self._run.read_node()
+        if self.may_go_on and self._options.restarts and self._run.store.pairs.exists():
+            self._errors += with_pairs(self._run, Result(outcomes=())).errors
             node = self._run.read_node()
         if self.may_go_on:  # a copy is another user's file, and must not hold up the node
             self._errors += copies.settle(self._run.settings, self._run.store, self._run.record)
@@ -119,6 +123,16 @@ class Transaction:
         copies.owe(self._run.settings, self._run.store, self._run.read_node(), replaced)
         _owe_putting_away(self._run, done)
         self._hooks.installing(HookEvent.of(selection.items, done))
+        if self._run.settings.node.pairs:
+            from bridge.renewal import pairs  # noqa: PLC0415 (40 ms; only where the settings name a pair)
+
+            self._apart = pairs.owe(self._run, done, by_hand=not self._options.restarts)
+            done = [one for one in done if one.name not in self._apart]
+        if done:
+            self._owe_restarts(done)
+
+    def _owe_restarts(self, done: Sequence[Outcome]) -> None:
+        """Record which components are to be restarted, and are to be seen on their new certificates."""
         if not self._options.restarts:
             in_use.owe(self._run, done, postponed_file(self._run.store))
         elif self._run.settings.restart.method == "none":
@@ -135,6 +149,8 @@ class Transaction:
         occasion = HookEvent.of(selection.items, result.outcomes, backup_id=result.backup_id)
         result = dataclasses.replace(result, errors=(*result.errors, *self._hooks.installed(occasion)))
         result = self._activated(result)
+        if self.may_go_on and self._options.restarts:  # after the control plane, whose rollback waits for no pair
+            result = with_pairs(self._run, result)
         late = copies.settle(self._run.settings, self._run.store, self._run.record)
         _put_away(self._run)
         return dataclasses.replace(result, errors=(*result.errors, *late))
@@ -150,7 +166,8 @@ class Transaction:
         if not self._is_owed:  # else the hooks of earlier installations ran already
             others = {run_id: event for run_id, event in done.events.items() if run_id != self._run.record.run_id}
             self._errors += self._hooks_of_earlier(others)
-        return with_activation(result, done)
+        self.may_go_on = done.may_go_on
+        return with_activation(result, done, self._apart)
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -254,11 +271,11 @@ def _put_away(run: Run) -> None:
         run.progress.note(str(e))
 
 
-def with_activation(result: Result, done: Activation) -> Result:
-    """The result of an installation, with what restarts and proof found."""
+def with_activation(result: Result, done: Activation, apart: Collection[str] = ()) -> Result:
+    """The result of an installation, with what restarts and proof found; certificates `apart` are not rolled back."""
     outcomes, errors = result.outcomes, done.errors
     if (back := done.rolled_back) is not None:
-        outcomes = tuple(dataclasses.replace(o, new=None, error=back) if o.new else o for o in outcomes)
+        outcomes = tuple(one if one.name in apart else _rolled_back(one, back) for one in outcomes)
         errors = tuple(error for error in errors if error is not back)
     return dataclasses.replace(
         result,
@@ -267,6 +284,30 @@ def with_activation(result: Result, done: Activation) -> Result:
         restarted=tuple(f"{one.component.value} in {one.seconds:.1f} s" for one in done.restarted if one.seconds),
         proven=done.proven,
     )
+
+
+def with_pairs(run: Run, result: Result) -> Result:
+    """The result, once the programs of further pairs have read them, and were seen to, or their old files are back."""
+    if not run.store.pairs.exists():
+        return result
+    from bridge.renewal import pairs  # noqa: PLC0415 (see above)
+
+    done = pairs.settle(run)
+    outcomes = tuple(
+        _rolled_back(one, done.back[one.name]) if one.name in done.back else one for one in result.outcomes
+    )
+    earlier = [error for error in done.back.values() if all(one.error is not error for one in outcomes)]
+    return dataclasses.replace(
+        result,
+        outcomes=outcomes,
+        errors=(*result.errors, *done.errors, *earlier),
+        read_again=tuple(done.read),
+        proven=(result.proven or 0) + done.proven if done.proven else result.proven,
+    )
+
+
+def _rolled_back(one: Outcome, error: BridgeError) -> Outcome:
+    return dataclasses.replace(one, new=None, error=error) if one.new is not None else one
 
 
 def by_authority(

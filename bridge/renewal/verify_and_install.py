@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 import time
@@ -16,7 +17,7 @@ from cryptography import x509
 from bridge.ca.ca import RefusedByCheckError, UntrustedAnswerError
 from bridge.contract import Issued, Pending
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, VerificationError, WaitingError
-from bridge.node import kubeconfig, kubelet
+from bridge.node import kubeconfig, kubelet, pairs
 from bridge.node.inventory import Item, Node
 from bridge.pki import verify
 from bridge.pki.certificates import pem, serial_hex
@@ -25,6 +26,7 @@ from bridge.renewal.issuance import Answered, ShorterError
 from bridge.renewal.prepare import Prepared, open_request
 from bridge.renewal.readiness import half_rotated
 from bridge.renewal.select import NO_TRUST, MissingCertificateError, Trust, anchors_of, outcome_of
+from bridge.settings.pairs import PairFiles
 from bridge.settings.tables import Settings
 from bridge.specs import CA
 from bridge.state import audit
@@ -55,6 +57,7 @@ class Result:
     backup_id: str | None = None
     errors: tuple[BridgeError, ...] = ()  #: About the run as a whole, or about earlier ones.
     restarted: tuple[str, ...] = ()  #: Sentences, one a component.
+    read_again: tuple[str, ...] = ()  #: Further pairs that their programs have read again.
     proven: int | None = None  #: How many checks held; None: nothing was looked at.
     left_to_people: bool = False  #: An operator has to restart the components that use the new certificates.
 
@@ -117,7 +120,10 @@ def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replaceme
     """The files of one pair, key first."""
     chain = pem(verified.leaf, *verified.intermediates)
     item, path = one.item, one.item.certificate_path
-    if item.current is not None:
+    if item.pair is not None:
+        for files in item.pair.places:
+            yield from _pairs(one, files, chain, verified.intermediates)
+    elif item.current is not None:
         yield from _kubelets(one, item.current, chain)
     elif item.key_path is None:
         yield _replacing(one, path, KUBECONFIG_MASK, _embedding(one, _conf(one, chain), chain))
@@ -132,6 +138,22 @@ def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replaceme
 
 def _replacing(one: Prepared, path: Path, mode_mask: int, data: bytes | None) -> Replacement:
     return Replacement(certificate=one.name, path=path, data=data, mode_mask=mode_mask, was=one.was.get(path))
+
+
+def _pairs(
+    one: Prepared, files: PairFiles, chain: bytes, intermediates: Sequence[x509.Certificate]
+) -> Iterator[Replacement]:
+    """Replace the files of a further pair at one place, key first; the settings say whose they are."""
+    contents = {files.key_file: one.key_pem, files.certificate_file: chain}
+    if os.path.realpath(files.key_file) == os.path.realpath(files.certificate_file):
+        contents = {files.key_file: chain + one.key_pem}
+    if files.ca_file is not None:
+        contents[files.ca_file] = pem(*intermediates, *anchors_of(one.item))
+    for path, data in contents.items():
+        attributes = pairs.attributes_for(files, path)
+        mask = pairs.KEY_MASK if path == files.key_file else CERTIFICATE_MASK
+        replacing = _replacing(one, path, mask, data)
+        yield dataclasses.replace(replacing, attributes=attributes, is_imposed=True)
 
 
 def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacement]:

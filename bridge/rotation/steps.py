@@ -22,11 +22,11 @@ from bridge.node import processes
 from bridge.node.inventory import Node
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.expiry import minute
-from bridge.renewal import activate, in_use
+from bridge.renewal import activate, in_use, pairs
 from bridge.renewal.gate import next_ca_file
 from bridge.renewal.renew import renew
 from bridge.renewal.select import RunOptions, Trust, select
-from bridge.renewal.transaction import Transaction, with_activation
+from bridge.renewal.transaction import Transaction, with_activation, with_pairs
 from bridge.renewal.verify_and_install import Proven, Result
 from bridge.rotation import new_ca, objects, places
 from bridge.rotation.gate import Gate
@@ -234,13 +234,17 @@ def _trust(run: Run, node: Node, steps: Sequence[Step]) -> Result:
 def _activated(run: Run, result: Result) -> Result:
     """After the installation: restart, proof, rollback if needed; with `restart.method = "none"` an operator restarts."""
     if run.settings.restart.method == "none":  # said by each run from the next one on
-        return dataclasses.replace(result, left_to_people=run.store.unproven.exists())
-    return with_activation(result, activate.settle(run, run.read_node()))
+        return with_pairs(run, dataclasses.replace(result, left_to_people=run.store.unproven.exists()))
+    done = activate.settle(run, run.read_node())
+    result = with_activation(result, done, pairs.own(run.read_node()).keys())
+    return with_pairs(run, result) if done.may_go_on else result
 
 
 def _owe(run: Run, node: Node, outcomes: Sequence[Outcome], steps: Sequence[Step]) -> None:
     """Record, before the installation, what is to be restarted and proven."""
     file = unproven_file(run.store)
+    apart = pairs.owe(run, outcomes)
+    outcomes = [one for one in outcomes if one.name not in apart]
     if run.settings.restart.method == "none":
         in_use.owe(run, outcomes, file)
     else:

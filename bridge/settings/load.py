@@ -6,14 +6,17 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from bridge.errors import SettingsError, SettingsProblem
-from bridge.settings.reader import Reader, Source, found_text, opened
-from bridge.settings.tables import AuthoritySettings, CertificateSettings, Settings
-from bridge.specs import KUBELET_SERVER, SIGNING_AUTHORITIES
+from bridge.settings.reader import Key, Reader, Source, found_text, opened
+from bridge.settings.tables import AuthoritySettings, CertificateSettings, NodeSettings, Settings
+from bridge.specs import AUTHORITIES, KUBELET_SERVER, SIGNING_AUTHORITIES, SPECS, WANTED_PAIR_NAME, is_pair_name
 from bridge.system.paths import assert_ours, own_text
 from bridge.words import name_found
+
+if TYPE_CHECKING:
+    from bridge.settings.pairs import PairSettings
 
 DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
 
@@ -117,13 +120,16 @@ def _examined(text: str, file: Path | None) -> tuple[Settings, list[SettingsProb
     tables = reader.tables(document, (*_TABLES, "backend", "authority", "certificate"))
     authorities, authority_tables = _authorities(reader, tables["authority"], tables["backend"])
     read = {name: reader.read(schema, tables[name], (name,)) for name, schema in _TABLES.items() if tables[name]}
+    tables_read = {name: table for name, table in read.items() if table is not None}
+    node = tables_read.pop("node", NodeSettings())
     settings = Settings(
         source=reader.source,
+        node=replace(node, pairs=_pairs(reader, tables["certificate"], node)),
         backends=_backends(reader, tables["backend"]),
         authorities=authorities,
         authority_tables=authority_tables,
         certificates=_certificates(reader, tables["certificate"]),
-        **{name: table for name, table in read.items() if table is not None},
+        **tables_read,
     )
     return settings, reader.sorted_problems()
 
@@ -142,17 +148,60 @@ def _backends(reader: Reader, table: Mapping[str, Any]) -> dict[str, Mapping[str
 
 
 def _certificates(reader: Reader, table: Mapping[str, Any]) -> dict[str, CertificateSettings]:
+    """kubeadm's of which something can be set; other names are those of further pairs."""
     read = {}
     for name, one in table.items():
         key = ("certificate", name)
-        if name != KUBELET_SERVER:  # every other one's names are the live certificate's
-            wanted = f"{KUBELET_SERVER}, the only one whose names the settings may give"
-            reader.add(key, wanted, name_found(name, [KUBELET_SERVER]))
-        elif not isinstance(one, dict):
+        if name != KUBELET_SERVER:
+            continue
+        if not isinstance(one, dict):
             reader.add(key, "a table", found_text(one))
         elif (settings := reader.read(CertificateSettings, one, key)) is not None:
             read[name] = settings
     return read
+
+
+def _pairs(reader: Reader, table: Mapping[str, Any], node: NodeSettings) -> tuple[PairSettings, ...]:
+    """The further pairs; kubeadm's own certificates keep their names, whatever the settings say."""
+    if not table.keys() - {KUBELET_SERVER}:
+        return ()
+    from bridge.settings.pairs import collisions  # noqa: PLC0415 (only where there is one)
+
+    found = []
+    for name, one in table.items():
+        key = ("certificate", name)
+        if name in SPECS and name != KUBELET_SERVER:
+            wanted = f"{KUBELET_SERVER}, the only one of kubeadm's whose names can be set, or a pair's own name"
+            reader.add(key, wanted, name_found(name, [KUBELET_SERVER]))
+        elif name != KUBELET_SERVER and not is_pair_name(name):
+            reader.add(key, f"{KUBELET_SERVER}, or a pair's name: {WANTED_PAIR_NAME}", repr(name))
+        elif name != KUBELET_SERVER and not isinstance(one, dict):
+            reader.add(key, "a table", found_text(one))
+        elif name != KUBELET_SERVER and (pair := _pair(reader, one, key)) is not None:
+            found.append(pair)
+    taken = [node.pki_dir / f"{spec.base}.{suffix}" for spec in SPECS.values() for suffix in ("crt", "key")]
+    taken += [node.pki_dir / f"{one.base}.{suffix}" for one in AUTHORITIES.values() for suffix in ("crt", "key")]
+    taken += [node.kubeconfig_dir / spec.base for spec in SPECS.values() if spec.kubeconfig]
+    taken += [node.pki_dir / "sa.key", node.pki_dir / "sa.pub", node.kubeconfig_dir / "manifests"]
+    for name, wanted, file in collisions(found, [*taken, node.kubelet_dir / "pki", node.state_dir]):
+        reader.add(("certificate", name), wanted, file)
+    return tuple(found)
+
+
+def _pair(reader: Reader, table: Mapping[str, Any], key: Key) -> PairSettings | None:
+    from bridge.settings.pairs import PairFiles, PairSettings  # noqa: PLC0415 (as above)
+
+    copies, below = [], table.get("copies", {})
+    if not isinstance(below, dict):
+        reader.add((*key, "copies"), "tables [certificate.NAME.copies.NAME]", found_text(below))
+        below = {}
+    for name, one in below.items():
+        if not isinstance(one, dict):
+            reader.add((*key, "copies", name), "a table", found_text(one))
+        elif (copy := reader.read(PairFiles, one, (*key, "copies", name))) is not None:
+            copies.append(copy)
+    given = {"name": key[-1], "copies": tuple(copies)}
+    return reader.read(PairSettings, {k: v for k, v in table.items() if k != "copies"}, key, given=given)
 
 
 def _authorities(

@@ -10,14 +10,20 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import Before, duration_text
+from bridge.secret import GIVEN
 from bridge.settings.reader import Source
 from bridge.settings.windows import Jitter, Windows
 from bridge.specs import DEFAULT_CLUSTER, KUBELET_SERVER, SUPER_ADMIN, Component, KeyAlgorithm
 from bridge.words import name_found
+
+if TYPE_CHECKING:
+    from bridge.settings.pairs import PairSettings
+else:  # `bridge.settings.load` makes them, and loads that module where the settings name one
+    PairSettings = Any
 
 LOCALTIME = Path("/etc/localtime")
 _WANTED_ZONE = 'the name of a time zone that this machine knows, such as "Europe/Berlin", or "" for the machine\'s own'
@@ -127,6 +133,7 @@ class NodeSettings:
     #: The certificate or public key of the administrator who signs orders (`bootstrap orders --sign-with`). If set,
     #: only orders that are signed with this key are accepted.
     order_key: Path | None = None
+    pairs: tuple[PairSettings, ...] = field(default=(), metadata={GIVEN: True})
 
     @property
     def node_name(self) -> str:

@@ -19,13 +19,13 @@ from typing import Any
 from cryptography import x509
 
 from bridge.errors import BridgeError
-from bridge.node import inventory, kubeconfig, pair, serving_pair
+from bridge.node import inventory, kubeconfig, pair, pairs, serving_pair
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import path_of
 from bridge.pki import csr, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, serial_hex
 from bridge.settings.tables import Settings
-from bridge.specs import AUTHORITIES, KUBELET_SERVER, SERVERS
+from bridge.specs import AUTHORITIES, KUBELET_SERVER, SERVERS, is_pair_name
 from bridge.state import audit, copies, parked_manifest
 from bridge.state.install import (
     CERTIFICATE_MASK,
@@ -221,7 +221,7 @@ def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -
         if name in AUTHORITIES:
             found += _trust_problems(backup, name, node)
         elif item is None:
-            wanted = "a certificate of this node"
+            wanted = f"a table [certificate.{name}]" if is_pair_name(name) else "a certificate of this node"
             found.append(Problem(certificate=name, wanted=wanted, found="a name that it does not have"))
         else:
             kubeconfig_dir, extra = settings.node.kubeconfig_dir, settings.extra_subject(item.spec.authority.name)
@@ -279,6 +279,8 @@ def _problems(
 def _misplaced(name: str, files: Sequence[File], item: Item, kubeconfig_dir: Path) -> Iterator[Problem]:
     """Problems of files that do not belong to this node's certificate."""
     places = {path.resolve() for path in (item.key_path, item.certificate_path) if path is not None}
+    if item.pair is not None:
+        places = {path.resolve() for files in item.pair.places for _, path in files.paths()}
     if item.current is not None:
         places |= {(kubeconfig_dir / item.spec.base).resolve(), item.current.parent.resolve() / item.current.name}
     for file in files:
@@ -550,6 +552,9 @@ def _replacement(file: File, node: Node) -> Replacement:
     item = next((item for item in node.items if item.spec.name == file.certificate), None)
     if item is None:
         mask = CERTIFICATE_MASK  # a CA file
+    elif item.pair is not None:
+        keys = {files.key_file.resolve() for files in item.pair.places}
+        mask = pairs.KEY_MASK if file.path.resolve() in keys else CERTIFICATE_MASK
     elif item.spec.kubeconfig and file.path.name == item.spec.base:
         mask = KUBECONFIG_MASK
     elif item.key_path is None or item.current is not None:

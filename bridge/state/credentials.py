@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -70,6 +70,9 @@ class Credential:
     begins: datetime | None = None
     trouble: str = ""  #: Why its end is not known.
     told: datetime | None = None  #: When the CA said so; None: the file says it.
+    renewed_as: str = (
+        ""  #: The further pair whose renewal replaces the file, so that it renews itself; empty: none does.
+    )
 
     def near_from(self, before: Before) -> datetime | None:
         """
@@ -112,7 +115,8 @@ class Credential:
         by = f" by the CA's word of {minute(self.told)}" if self.told is not None else ""
         if not self.has_ended(now):
             then = "its key counts beyond that" if self.is_key_alone else "from then on what needs it is refused"
-            return f"own credential {place}: {left_text(self.ends, now)}, until {minute(self.ends)}{by}; {then}"
+            itself = f"; renewed as [certificate.{self.renewed_as}]" if self.renewed_as else ""
+            return f"own credential {place}: {left_text(self.ends, now)}, until {minute(self.ends)}{by}; {then}{itself}"
         then = "its key counts nevertheless" if self.is_key_alone else "what needs it is refused"
         found = f"one that {left_text(self.ends, now)}, at {minute(self.ends)}{by}"
         return f"own credential {place}: wanted one that is valid, found {found}; {then}"
@@ -165,7 +169,9 @@ def seen(settings: Settings) -> list[Credential] | None:
 
 def look(settings: Settings, there: Iterable[Place], store: Store | None) -> list[Credential]:
     """The end of each credential, by its file, or else by what a CA has said (`store`; None: it is not asked for)."""
-    by_file = [one for place in there if (one := _read(place)) is not None]
+    pairs = {os.path.realpath(pair.certificate_file): pair.name for pair in settings.node.pairs}
+    found = [one for place in there if (one := _read(place)) is not None]
+    by_file = [replace(one, renewed_as=pairs.get(os.path.realpath(one.path), "")) for one in found] if pairs else found
     return [*by_file, *(_remembered(settings, store) if store is not None else ())]
 
 

@@ -58,6 +58,7 @@ class Replacement:
     #: `fingerprint` of the file when the CSR was made; None: there was none.
     was: str | None
     attributes: Attributes | None = None  #: A new file's; None: for its owner alone.
+    is_imposed: bool = False  #: A file that is there gets these attributes as well.
     is_link: bool = False  #: The symlink itself is replaced, or a file in its place.
     leads_to: str | None = None  #: The target of the new symlink, which has no data; only with `is_link`.
     says_the_same: bool = False  #: What reads it at its start alone need not read it again.
@@ -243,7 +244,8 @@ def _stage(target: Target) -> None:
     if replacement.leads_to is not None:
         target.staged.symlink_to(replacement.leads_to)
     elif replacement.data is not None:
-        write_staged(target.staged, replacement.data, target.attributes or given)
+        kept = None if replacement.is_imposed else target.attributes
+        write_staged(target.staged, replacement.data, kept or given)
 
 
 def _assert_unchanged(targets: Sequence[Target]) -> None:

@@ -15,7 +15,7 @@ from cryptography import x509
 from bridge.errors import Exit
 from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
-from bridge.specs import SPECS, Component
+from bridge.specs import SPECS, Component, is_pair_name
 from bridge.state.store import Store
 from bridge.system.state_file import OnDamage, StateFile, coded
 
@@ -105,6 +105,35 @@ def postponed_file(store: Store) -> StateFile[Owed]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OwedPair:
+    """A further pair that was installed, and that its program is still to read; each stands for itself."""
+
+    owed: Owed  #: With this one certificate.
+    worked: bool  #: Its server showed the old pair before the installation, or nothing can be asked.
+    by_hand: bool = False  #: Installed with --no-restart: no run has it read again, or rolls it back.
+    is_read: bool = False  #: Its program has read it again; what is left is to see that.
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.owed.names[0]
+
+
+def pairs_file(store: Store) -> StateFile[tuple[OwedPair, ...]]:
+    """The file with such pairs; without it nobody knows which programs run on old pairs, so that damage is reported."""
+    return coded(
+        tuple[OwedPair, ...],
+        store.pairs,
+        "which further pairs were installed and not seen in use",
+        OnDamage.SET_ASIDE,
+        key="pairs",
+        version=1,
+        afterwards="`ca-bridge prove` shows what the servers show; have the programs read their pairs again",
+        exit_code=Exit.NOT_LIVE,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OwedHooks:
     """Hooks of one event that did not all succeed yet."""
 
@@ -149,13 +178,14 @@ class Superseded:
     def __post_init__(self) -> None:
         _assert_known(self.name)
 
-    @property
-    def authority(self) -> str:
+    def authority_on(self, node: Node) -> str:
         """The authority that signed it."""
-        return SPECS[self.name].authority.name
+        return node.spec(self.name).authority.name
 
     def is_outdated(self, node: Node, now: datetime) -> bool:
-        """Whether the certificate is (or is again) in use, or has ended."""
+        """Whether the certificate is (or is again) in use, or has ended; or it is of a pair that the settings had."""
+        if self.name not in SPECS and not any(item.spec.name == self.name for item in node.items):
+            return True
         live = {item.spec.name: item.certificates[0] for item in node.items if item.certificates}
         return live.get(self.name) == self.certificate or self.certificate.not_valid_after_utc <= now
 
@@ -210,5 +240,5 @@ def copies_file(store: Store) -> StateFile[dict[str, tuple[str, ...]]]:
 
 
 def _assert_known(name: str) -> None:
-    if name not in SPECS:
+    if name not in SPECS and not is_pair_name(name):
         raise ValueError("not written by this program")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from bridge.errors import BridgeError, Exit
-from bridge.specs import Component
 from bridge.state.install import STAGED_PREFIX, attributes_from, attributes_json
 from bridge.state.store import Store
 from bridge.system.files import (
@@ -52,17 +51,17 @@ def recover(store: Store) -> str | None:
     return f"{name}: a restart was interrupted before {name} was seen healthy; its manifest is in its place"
 
 
-def journal_of(component: Component, manifest: Path, content: bytes | None = None) -> dict[str, Any]:
+def journal_of(name: str, manifest: Path, content: bytes | None = None) -> dict[str, Any]:
     """A journal with the whole manifest that is to be put back (None: as it is), even if the moved file is lost."""
     if content is not None and manifest.is_symlink():
-        raise RestartError(f"{manifest}: wanted to change the manifest of {component.value}, found a symlink")
+        raise RestartError(f"{manifest}: wanted to change the manifest of {name}, found a symlink")
     try:
         old, attributes = manifest.read_bytes(), Attributes.of(manifest)
     except OSError as e:
-        raise RestartError(f"{manifest}: wanted the manifest of {component.value}, found: {e.strerror}") from e
+        raise RestartError(f"{manifest}: wanted the manifest of {name}, found: {e.strerror}") from e
     return {
         "version": 1,
-        "component": component.value,
+        "component": name,
         "manifest": str(manifest),
         "aside": str(aside(manifest)),
         "content": base64.b64encode(old if content is None else content).decode(),
@@ -98,10 +97,11 @@ def restart_file(store: Store) -> StateFile[dict[str, Any]]:
 
 def _journal_of(document: Mapping[str, Any]) -> dict[str, Any]:
     """Parse a journal; the manifest's name is in it twice, so that damage shows in a journal without a digest, too."""
-    Component(document["component"])
     base64.b64decode(document["content"], validate=True)
     attributes_from(document["attributes"])
     manifest, waiting = Path(document["manifest"]), Path(document["aside"])
+    if not isinstance(document["component"], str) or not document["component"].isprintable():
+        raise TypeError("not written by this program")
     if waiting.name != f"{STAGED_PREFIX}{manifest.name}" or document["state"] not in ("leaving", "out", "back"):
         raise ValueError("not written by this program")
     return dict(document)

@@ -21,7 +21,7 @@ from cryptography import x509
 
 from bridge.contract import Issued
 from bridge.pki.certificates import load_pem_certificates, pem
-from bridge.specs import SPECS, USER, CertificateSpec
+from bridge.specs import EKU, SPECS, USER, CertificateSpec, is_pair_name, pair_spec
 
 T = TypeVar("T")
 
@@ -49,6 +49,19 @@ def _certificates(texts: list[str]) -> Issued:
     return Issued(leaf=leaf, intermediates=tuple(intermediates))
 
 
+def _spec_to_json(spec: CertificateSpec) -> str | dict[str, Any]:
+    """The name; a further pair's CA and usages as well, which the settings may name otherwise by then."""
+    if not is_pair_name(spec.name):
+        return spec.name
+    return {"name": spec.name, "authority": spec.authority.name, "ekus": sorted(eku.value for eku in spec.ekus)}
+
+
+def _spec_from_json(value: Any) -> CertificateSpec:
+    if isinstance(value, str):
+        return USER if value == USER.name else SPECS[value]
+    return pair_spec(value["name"], value["authority"], map(EKU, value["ekus"]))
+
+
 #: How values of a type are written and read, where JSON has no such type.
 _FORMS: Mapping[object, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     datetime: (datetime.isoformat, _time),
@@ -56,7 +69,7 @@ _FORMS: Mapping[object, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     bytes: (lambda value: b64encode(value).decode(), lambda value: b64decode(value, validate=True)),
     x509.Certificate: (lambda value: pem(value).decode(), lambda value: _certificates([value]).leaf),
     Issued: (lambda value: [pem(one).decode() for one in (value.leaf, *value.intermediates)], _certificates),
-    CertificateSpec: (lambda value: value.name, lambda name: USER if name == USER.name else SPECS[name]),
+    CertificateSpec: (_spec_to_json, _spec_from_json),
 }
 
 

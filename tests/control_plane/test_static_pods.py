@@ -82,7 +82,7 @@ def test_what_the_api_needs_comes_back_while_it_ends(site: Site, monkeypatch: py
 
     restart(
         Pod(
-            component=Component.ETCD,
+            name=Component.ETCD.value,
             manifest=site.manifest,
             instances=instances,
             trouble=trouble,

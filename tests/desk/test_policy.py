@@ -672,7 +672,7 @@ def test_all_problems_come_at_once_with_their_lines() -> None:
         'keys = ["rsa-1024"]\n'
         "max_validity = 3\n"
         'proof = "never"\n'
-        "[certificate.nobody]\n"
+        "[certificate.No]\n"
         "[certificate.apiserver]\n"
         'subjects = ["O=system:masters,CN=x"]\n'
         'sans = ["10.0.0.0/99", "a b"]\n'
@@ -685,7 +685,7 @@ def test_all_problems_come_at_once_with_their_lines() -> None:
         ("desk.ca_dir", 2),
         ("allow.max_validity", 7),
         ("allow.proof", 8),
-        ("certificate.nobody", 9),
+        ("certificate.No", 9),
         ("certificate.apiserver.subjects", 11),
         ("certificate.apiserver.sans", 12),
         ("certificate.apiserver.groups", 13),
@@ -742,7 +742,7 @@ def test_the_example_is_a_policy() -> None:
     assert policy.certificates == {}
     defaults = replace(policy.allow, names=commented.allow.names)
     assert replace(commented.allow) == defaults
-    assert commented.certificates.keys() == {"apiserver", "admin.conf", "kubelet-server", "kubelet.conf"}
+    assert commented.certificates.keys() == {"apiserver", "admin.conf", "kubelet-server", "kubelet.conf", "registry"}
     assert commented.desk.inventory is not None
 
 
@@ -757,3 +757,20 @@ def test_the_subjects_are_kubeadms() -> None:
         wanted_cn, groups = desk_policy.kubeadms_subject(name)
         assert wanted_cn == spec.common_names[0]
         assert set(kubeadm_names.groups(spec, Release(1, 37))) <= {MASTERS_GROUP, *groups}
+
+
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [
+        ('[certificate.registry]\nauthority = "ca"\nusages = ["server"]\nsubjects = ["CN=r"]\n', "sans"),
+        ('[certificate.registry]\nauthority = "ca"\nusages = ["server"]\nsans = ["r"]\n', "subjects"),
+        ('[certificate.registry]\nauthority = "ca"\nsubjects = ["CN=r"]\nsans = ["r"]\n', "usages"),
+        ('[certificate.registry]\nusages = ["server"]\nsubjects = ["CN=r"]\nsans = ["r"]\n', "authority"),
+        ('[certificate.apiserver]\nauthority = "etcd-ca"\n', "authority"),
+    ],
+)
+def test_a_further_pair_has_a_whole_table(table: str, key: str) -> None:
+    """No other rule limits such a certificate; kubeadm's keep their CA and usages."""
+    with pytest.raises(SettingsError) as e:
+        parse(ALLOW + table)
+    assert [one.key.rpartition(".")[2] for one in e.value.problems] == [key]

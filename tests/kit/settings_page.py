@@ -18,6 +18,7 @@ from bridge.ca import registry
 from bridge.contract import GIVEN, BackendSettings, Secret
 from bridge.pki.expiry import duration_text
 from bridge.settings.load import parse
+from bridge.settings.pairs import PairFiles, PairSettings
 from bridge.settings.tables import AuthoritySettings, CertificateSettings
 
 
@@ -108,6 +109,8 @@ def tables() -> Iterator[tuple[str, str, list[tuple[str, ...]]]]:
             yield f"`[{field.name}]`", "", list(rows(schema))
     yield "`[authority.NAME]`", _AUTHORITY, list(rows(AuthoritySettings))
     yield "`[certificate.kubelet-server]`", _CERTIFICATE, list(rows(CertificateSettings))
+    yield "`[certificate.NAME]`", _PAIR, list(rows(PairSettings))
+    yield "`[certificate.NAME.copies.NAME]`", _COPY, list(rows(PairFiles))
     yield "`[backend.NAME]`", _BACKEND, list(rows(BackendSettings))
     common = frozenset(field.name for field in dataclasses.fields(BackendSettings))
     for name, entry in sorted(registry.installed().items()):
@@ -140,7 +143,13 @@ One table for each of `ca`, `etcd-ca` and `front-proxy-ca`.
 Its further keys are the backend's; they override the keys of the backend's own table."""
 
 _CERTIFICATE = """\
-Only this certificate's names can be set; each other one keeps the names of the certificate that it replaces."""
+Of kubeadm's certificates only this one's names can be set; each other one keeps the names of the certificate that it replaces."""
+
+_PAIR = """\
+One table for each [further pair](certificates.md#further-pairs) of files on this node, with a name of your choice."""
+
+_COPY = """\
+Another place for the same pair; as many as you like, each with a name of its own."""
 
 _BACKEND = """\
 One table for each CA service, with a name of your choice; `type` is its kind.

@@ -61,7 +61,7 @@ class Site:
     def pod(self) -> Pod:
         """As the program sees it."""
         return Pod(
-            component=Component.SCHEDULER,
+            name=Component.SCHEDULER.value,
             manifest=self.manifest,
             instances=self.instances,
             trouble=self.at_trouble,

@@ -204,7 +204,7 @@ def test_a_request_that_the_desk_would_not_read_is_not_written(
 
 @pytest.mark.parametrize(
     "values",
-    [{"name": "x"}, {"authority": "x"}, {"ekus": frozenset()}, {"validity": timedelta()}, {"name": "etcd-server"}],
+    [{"name": "X"}, {"authority": "x"}, {"ekus": frozenset()}, {"validity": timedelta()}, {"name": "etcd-server"}],
 )
 def test_the_same_for_each_request(request_bundle: RequestBundle, values: dict[str, Any]) -> None:
     """Names that are none, or twice; usages and durations that are none."""
@@ -219,7 +219,7 @@ def test_the_same_for_each_request(request_bundle: RequestBundle, values: dict[s
         {"request_digest": "12"},
         {"answers": {}},
         {"answers": {"apiserver": Refusal(reason="a\x07b")}},
-        {"answers": {"x": Refusal(reason="a")}},
+        {"answers": {"X": Refusal(reason="a")}},
     ],
 )
 def test_an_answer_that_the_node_would_not_read_is_not_written(
@@ -356,6 +356,9 @@ def _leaf(bundle: Bundle) -> x509.Certificate:
     return leaf
 
 
+_OR_A_PAIR = ", or the name of a node's further pair"
+
+
 @pytest.mark.parametrize("other", [None, True, 1, 1.5, -1, "", " ", "\x1b[31m", "x\ny", [], {}, [1], "\ud800", 10**30])
 def test_each_field_of_another_kind_is_named(either: Bundle, other: Any) -> None:
     """With a digest that fits: wrong types, empty and steering texts are refused by the name of their field."""
@@ -415,7 +418,12 @@ WRONG: tuple[tuple[str, str, object, str], ...] = (
     ("request", "requests", [], "requests: wanted a list, not empty, found []"),
     ("request", "digest", "12", "digest: wanted 64 hex digits, found '12'"),
     ("request", "requests.0", 1, "requests[0]: wanted an object, found 1"),
-    ("request", "requests.0.name", "x", f"requests[0].name: wanted one of {', '.join(bundles.CARRIED)}, found 'x'"),
+    (
+        "request",
+        "requests.0.name",
+        "X",
+        f"requests[0].name: wanted one of {', '.join(bundles.CARRIED)}{_OR_A_PAIR}, found 'X'",
+    ),
     (
         "request",
         "requests.0.authority",
@@ -465,7 +473,12 @@ WRONG: tuple[tuple[str, str, object, str], ...] = (
     ("answer", "signed", None, "signed: wanted a time such as 2026-01-31T12:00:00Z, found None"),
     ("answer", "signature", "x", "signature: wanted base64 or null, found 'x'"),
     ("answer", "answers", {}, "answers: wanted a list, not empty, found {}"),
-    ("answer", "answers.0.name", "x", f"answers[0].name: wanted one of {', '.join(bundles.CARRIED)}, found 'x'"),
+    (
+        "answer",
+        "answers.0.name",
+        "X",
+        f"answers[0].name: wanted one of {', '.join(bundles.CARRIED)}{_OR_A_PAIR}, found 'X'",
+    ),
     ("answer", "answers.0.chain", [], "answers[0].chain: wanted a list, not empty, found []"),
     (
         "answer",

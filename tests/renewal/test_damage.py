@@ -174,6 +174,7 @@ def test_every_state_file_can_be_set_aside(node: Pki, store: Store, tmp_path: Pa
             store.restarted,
             store.unproven,
             store.postponed,
+            store.pairs,
         ),
         *(store.hooks, store.attempts, store.revocations, store.copies, store.users),
     }

@@ -123,6 +123,31 @@ def test_one_ca_alone(settings: Settings) -> None:
     assert phases(settings) == dict.fromkeys(AUTHORITIES, "old")
 
 
+def test_a_further_pair_goes_with_its_ca(pki: Pki, tmp_path: Path) -> None:
+    """The new CA signs it with all others of the node, and its program reads it again, on the way back, too."""
+    place, reads, program = tmp_path / "registry", tmp_path / "reads", tmp_path / "reload"
+    place.mkdir()
+    program.write_text(f"#!/bin/sh\necho >> {reads}\n")
+    program.chmod(0o755)
+    pair = (
+        f'[certificate.registry]\ncertificate_file = "{place}/tls.crt"\nkey_file = "{place}/tls.key"\nauthority = "ca"\n'
+        f'common_name = "r.example.com"\nsans = ["r.example.com"]\nreload = "{program}"\n'
+    )
+    settings = with_next(pki, tmp_path, pair)
+    result, _, _ = renew.run(settings, RunOptions(names=("registry",)), utc_now, Quiet())
+    assert result.exit_code == 0, result
+    first, seen = (place / "tls.crt").read_bytes(), []
+    for verb, phase in (*FORWARD, *BACK):
+        done = run(settings, verb, ["ca"])
+        assert done.exit_code == 0, done.result
+        assert phases(settings)["ca"] == phase
+        seen.append((phase, (place / "tls.crt").read_bytes() == first, len(reads.read_text())))
+    assert seen == [
+        *(("trusted", True, 1), ("issued", False, 2), ("new", False, 2)),
+        *(("issued", False, 2), ("trusted", True, 3), ("old", True, 3)),
+    ]
+
+
 @pytest.mark.parametrize(
     ("reached", "verb", "wanted"),
     [

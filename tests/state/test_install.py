@@ -81,6 +81,7 @@ def store(tmp_path: Path) -> Store:
             "restarted.json",
             "unproven.json",
             "postponed.json",
+            "pairs.json",
         ),
         *("hooks.json", "attempts.json", "audit.head", "audit.torn-7-01234567"),
         *("kubelet-client-current.pem", "kube-apiserver-01234567.yaml"),

@@ -1,0 +1,237 @@
+"""
+Further pairs of this node, as items of its inventory: what the settings say of each, and why it can't be replaced.
+
+The settings say what a pair has to be; the live certificate only proves continuity. Its files may belong to another
+user, and what is in them decides nothing but that. Its directories must not: who can rename files in them decides
+which file root replaces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import grp
+import os
+import pwd
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from bridge.errors import BridgeError, Exit
+from bridge.node.inventory import (
+    AuthorityState,
+    Item,
+    Node,
+    authority_state,
+    file_item,
+    other_key,
+    troubles_of,
+)
+from bridge.pki import identity
+from bridge.pki.certificates import (
+    UNREADABLE,
+    attributes,
+    extended_key_usages,
+    has_key_of,
+    is_ca,
+    load_pem_certificates,
+    san_entries,
+)
+from bridge.pki.csr import Naming, names_of
+from bridge.settings.pairs import PairFiles, PairSettings, collisions
+from bridge.settings.tables import NodeSettings
+from bridge.specs import AUTHORITIES, EKU
+from bridge.system.files import Attributes
+from bridge.system.paths import UnreadableError, exposure, foreign_link, read
+
+_Files = TypeVar("_Files", bound=PairFiles)
+_CERTIFICATE_MODE, _KEY_MODE = 0o644, 0o600
+_CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
+#: The most that the mode of a pair's key may be: programs that read it run with a group of their own.
+KEY_MASK = 0o640
+
+
+class PairPlaceError(BridgeError):
+    """The files of a further pair can't be replaced where they are."""
+
+    exit_code = Exit.USAGE
+
+
+def added(node: Node, settings: NodeSettings) -> Node:
+    """The node with its further pairs behind kubeadm's certificates."""
+    named = [dataclasses.replace(pair, node=settings.node_name) for pair in settings.pairs]
+    items = [_item(pair, _authority(node, settings, pair.authority)) for pair in named]
+    obstacles = _taken(node, settings, named)
+    for pair in named:
+        if pair.name not in obstacles and (found := _obstacle(pair)) is not None:
+            obstacles[pair.name] = found
+    items = [dataclasses.replace(one, obstacle=obstacles.get(one.spec.name, one.obstacle)) for one in items]
+    every = (*node.items, *items)
+    return dataclasses.replace(node, items=every, troubles=(*node.troubles, *troubles_of(items, ())))
+
+
+def _authority(node: Node, settings: NodeSettings, name: str) -> AuthorityState:
+    """The pair's CA; on a node of another role its file is looked for in kubeadm's place."""
+    authority = AUTHORITIES[name]
+    found = next((one for one in node.authorities if one.authority == authority), None)
+    return found or authority_state(authority, settings.pki_dir / authority.certificate_file, None, listed=False)
+
+
+def _item(pair: PairSettings, authority: AuthorityState) -> Item:
+    item = dataclasses.replace(
+        file_item(pair.spec, authority, pair.certificate_file, pair.key_file), pair=pair, listed=False
+    )
+    if item.state != "present":
+        return item
+    if is_ca(item.certificates[0]):
+        trouble = f"wanted a certificate of a server or client in {pair.certificate_file}, found a CA's"
+        return dataclasses.replace(item, state="broken", trouble=trouble, certificates=())
+    return dataclasses.replace(item, unlike=next(_unlike(item, pair, authority), None))
+
+
+def _unlike(item: Item, pair: PairSettings, authority: AuthorityState) -> Iterator[str]:
+    """Each difference from the settings."""
+    leaf = item.certificates[0]
+    try:
+        if not identity.leads_to(item.certificates, authority.certificates) and authority.certificates:
+            yield f"wanted a certificate of {pair.authority} in {item.certificate_path}, found another CA's"
+        if not _is_named(leaf, pair.naming):
+            yield f"wanted {pair.naming.text} as [certificate.{pair.name}] says, found other names"
+        found = extended_key_usages(leaf)
+        if found != frozenset({eku.value for eku in pair.spec.ekus}):
+            wanted = ", ".join(eku.label for eku in EKU if eku in pair.spec.ekus)
+            yield f"wanted {wanted} as [certificate.{pair.name}] says, found other usages"
+    except UNREADABLE:
+        yield "wanted names and usages that can be read, found others"
+    for copy in pair.copies:
+        if _certificates(copy.certificate_file) != list(item.certificates):
+            yield f"wanted the same certificate in {copy.certificate_file}, found another or none"
+    trusted = {*item.certificates[1:], *authority.certificates}
+    for files in pair.places:
+        if files.ca_file is not None and set(_certificates(files.ca_file)) != trusted:
+            yield f"wanted what {authority.path} has in {files.ca_file}, found other certificates or none"
+
+
+def _is_named(leaf: x509.Certificate, naming: Naming) -> bool:
+    """Whether it has these names; a CA may add other parts to the subject (`allow_extra_subject`), and no CN or O."""
+    identity_of = [part for part in attributes(leaf.subject) if part[0] in (_CN, _O)]
+    return sorted(identity_of) == sorted(attributes(naming.subject)) and san_entries(leaf) == names_of(naming.sans)
+
+
+def _certificates(path: Path) -> list[x509.Certificate]:
+    try:
+        return load_pem_certificates(read(path) or b"")
+    except (UnreadableError, ValueError):
+        return []
+
+
+def lost_copy(item: Item) -> str | None:
+    """What is wrong with the key in one of a pair's copies; None: each is the certificate's, or can't be read."""
+    for copy in item.pair.copies if item.pair is not None and item.certificates else ():
+        try:
+            data = read(copy.key_file)
+        except UnreadableError:
+            continue
+        wanted = f"wanted the key of {item.certificate_path} in {copy.key_file}"
+        if data is None:
+            return f"{wanted}, found nothing"
+        if has_key_of(data, item.certificates[0]) is False:
+            return f"{wanted}, found another or none"
+    return None
+
+
+def proves_itself(item: Item) -> bool:
+    """
+    Whether the live certificate is an earlier one of the same pair: its CA's, the same CN, and its key is here.
+
+    Whoever owns the file may have put there another certificate of the CA, which is not to be named as replaced, and
+    revoked.
+    """
+    if item.pair is None or not item.certificates or item.key_trouble or other_key(item) is not None:
+        return False
+    try:
+        anchors = load_pem_certificates(read(item.anchor_path) or b"")
+        wanted, found = attributes(item.pair.naming.subject), attributes(item.certificates[0].subject)
+    except (UnreadableError, *UNREADABLE):
+        return False
+    return wanted[-1] in found and identity.leads_to(item.certificates, anchors)
+
+
+# --- why its files can't be replaced ----------------------------------------------------------------------------------
+
+
+def _taken(node: Node, settings: NodeSettings, pairs: Sequence[PairSettings]) -> dict[str, BridgeError]:
+    """Pairs whose files are, by their real paths, kubeadm's, the kubelet's, ours, or another pair's."""
+    ours = [path for item in node.items for path in (item.certificate_path, item.key_path, item.current) if path]
+    ours += [path for state in node.authorities for path in (state.path, state.path.with_suffix(".key"))]
+    for one in AUTHORITIES.values():
+        ours += [settings.pki_dir / one.certificate_file, settings.pki_dir / one.key_file]
+    ours += [settings.pki_dir / "sa.key", settings.pki_dir / "sa.pub"]
+    places = [settings.kubeconfig_dir / "manifests", settings.kubelet_dir / "pki", settings.state_dir]
+    real = [dataclasses.replace(_real(pair), copies=tuple(map(_real, pair.copies))) for pair in pairs]
+    return {
+        name: PairPlaceError(f"wanted {wanted}, found {file}", hint=f"name other files in [certificate.{name}]")
+        for name, wanted, file in collisions(real, [_path(path) for path in (*ours, *places)])
+    }
+
+
+def _real(files: _Files) -> _Files:
+    """The same files by their real paths."""
+    ca_file = None if files.ca_file is None else _path(files.ca_file)
+    certificate_file, key_file = _path(files.certificate_file), _path(files.key_file)
+    return dataclasses.replace(files, certificate_file=certificate_file, key_file=key_file, ca_file=ca_file)
+
+
+def _path(path: Path) -> Path:
+    """Where a path leads, whether something is there or not."""
+    return Path(os.path.realpath(path))
+
+
+def _obstacle(pair: PairSettings) -> BridgeError | None:
+    try:
+        return next(filter(None, map(_obstacle_at, pair.places)), None)
+    except OSError as e:
+        return PairPlaceError(f"{e.filename}: wanted to look at it, found: {e.strerror}")
+
+
+def _obstacle_at(files: PairFiles) -> BridgeError | None:
+    """Why root must not, or can't, write a pair's files at one place."""
+    for _, path in files.paths():
+        if not path.parent.is_dir():
+            return PairPlaceError(f"wanted a directory for {path}, found none", hint=f"mkdir -p {path.parent}")
+        found = foreign_link(path) or exposure(_path(path).parent)
+        if found is not None:
+            wanted = f"wanted {path} in a directory that only root can change, found {found}"
+            return PairPlaceError(wanted, hint=f"{found.hint}; the file itself may belong to another user (owner)")
+    try:
+        account(files.owner)
+    except LookupError:
+        return PairPlaceError(f"wanted the user or group {files.owner}, found none", hint="correct owner, or make it")
+    return None
+
+
+def account(owner: str) -> tuple[int, int]:
+    """The uid and gid of `user` or `user:group` (LookupError: there is none); empty: ours."""
+    if not owner:
+        return os.geteuid(), os.getegid()
+    user, _, group = owner.partition(":")
+    found = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+    if not group:
+        return found.pw_uid, found.pw_gid
+    return found.pw_uid, int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+
+
+def attributes_for(files: PairFiles, path: Path) -> Attributes:
+    """What the file at one place is to have; what the settings leave open stays as it is."""
+    is_secret = path == files.key_file
+    mask = KEY_MASK if is_secret else _CERTIFICATE_MODE
+    try:
+        now = Attributes.of(path).narrowed(mask)
+    except OSError:
+        now = dataclasses.replace(Attributes.private(), mode=_KEY_MODE if is_secret else _CERTIFICATE_MODE)
+    uid, gid = account(files.owner) if files.owner else (now.uid, now.gid)
+    mode = files.key_mode.bits if is_secret and files.key_mode is not None else now.mode
+    kept = {name: value for name, value in now.extended.items() if not files.owner or "acl" not in name}
+    return Attributes(mode=mode, uid=uid, gid=gid, extended=kept)

@@ -1,0 +1,315 @@
+"""
+After the installation of further pairs: have their programs read them, see by a handshake that they do, or go back.
+
+Each pair stands for itself: its fault rolls back no other, and none of the control plane's. A pair that a component
+reads is no matter of this room: it is restarted and proven with that component (`bridge.renewal.activate`). A pair is
+owed on disk before it is installed; a run that was killed leaves it to the next one, which has it read once more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from bridge.control_plane import pair_checks, static_pods
+from bridge.control_plane.probes import Verdict
+from bridge.control_plane.proof import ProofFinding
+from bridge.control_plane.static_pods import Pod
+from bridge.errors import BridgeError
+from bridge.node import processes
+from bridge.node.inventory import Item, Node
+from bridge.node.manifests import pod_name
+from bridge.pki.certificates import serial_hex
+from bridge.renewal.activate import RolledBackError, UnprovenError
+from bridge.renewal.in_use import NotLiveError
+from bridge.settings.pairs import PairSettings
+from bridge.settings.tables import Settings
+from bridge.state import audit, backups
+from bridge.state.obligations import Owed, OwedPair, Unproven, pairs_file
+from bridge.state.session import Run
+from bridge.state.store import Outcome, Store
+from bridge.system.console import doing, log
+from bridge.system.run_command import OutputLines, run_logged
+from bridge.system.state_file import StateError
+from bridge.system.waiting import wait_until
+
+_PAUSE_SECONDS = 0.2
+
+
+@dataclass(slots=True, kw_only=True)
+class Settled:
+    """The result for all pairs that were owed."""
+
+    errors: list[BridgeError] = field(default_factory=list)
+    back: dict[str, RolledBackError] = field(default_factory=dict)  #: By name, pairs whose old files are back.
+    read: list[str] = field(default_factory=list)  #: Names of pairs that their programs have read again.
+    proven: int = 0  #: How many were seen in use.
+
+
+def own(node: Node) -> dict[str, Item]:
+    """The pairs that no component reads, and that a program is to read again or a handshake is to show."""
+    return {
+        item.spec.name: item
+        for item in node.items
+        if item.pair is not None and item.spec.component is None and (item.pair.is_read_again or item.pair.prove)
+    }
+
+
+def _reloads(item: Item) -> bool:
+    return item.pair is not None and item.pair.is_read_again
+
+
+def _proves(item: Item) -> bool:
+    return item.pair is not None and bool(item.pair.prove)
+
+
+def owe(run: Run, outcomes: Sequence[Outcome], *, by_hand: bool = False) -> Collection[str]:
+    """Record, before the installation, which pairs are to be read again; the names of all that are this room's."""
+    ours = own(run.read_node())
+    file = pairs_file(run.store)
+    earlier = {one.name: one for one in file.read() or ()}
+    for name, serial in ((one.name, serial_hex(one.new)) for one in outcomes if one.new is not None):
+        if name not in ours or (by_hand and not _proves(ours[name])):
+            continue
+        new = Unproven(name=name, runs={}, backup_of=run.record.run_id)
+        before = earlier.pop(name, None)
+        one = before.owed.certificates[0] if before is not None and not before.owed.going_back else new
+        owed = Owed(certificates=(dataclasses.replace(one, runs={**one.runs, serial: run.record.run_id}),))
+        worked = before.worked if before is not None else _works(ours[name], run.now())
+        earlier[name] = OwedPair(owed=owed, worked=worked, by_hand=by_hand)
+    if earlier:
+        file.put(tuple(earlier.values()))
+    return ours.keys()
+
+
+def _works(item: Item, now: datetime) -> bool:
+    """Whether its server shows the pair on disk; a pair without a server, or that is still to come, can't say."""
+    if item.state != "present":
+        return False
+    verdict = _look(item, now)
+    return verdict is None or verdict.state == "current"
+
+
+def _look(item: Item, now: datetime) -> Verdict | None:
+    check = pair_checks.of_one(item, now)
+    return None if check is None else check.run()
+
+
+def settle(run: Run) -> Settled:
+    """Go on with each pair that is owed, from the recorded state."""
+    done = Settled()
+    try:
+        file = pairs_file(run.store)
+        for one in file.read() or ():
+            _keep(run, one, _settle_one(run, one, done))
+    except (StateError, static_pods.StoppedError) as e:  # what is left stays owed
+        done.errors.append(e)
+    return done
+
+
+def _keep(run: Run, one: OwedPair, left: OwedPair | None) -> None:
+    """Record what is left of a debt; the others stay as they are."""
+    file = pairs_file(run.store)
+    every = [other for other in file.read() or () if other.name != one.name]
+    every += [left] if left is not None else []
+    if every:
+        file.put(tuple(every))
+    else:
+        file.remove()
+
+
+def _settle_one(run: Run, one: OwedPair, done: Settled) -> OwedPair | None:
+    node = run.read_node()
+    item = own(node).get(one.name)
+    if item is None:
+        run.progress.note(
+            f"{one.name}: [certificate.{one.name}] is gone from the settings; whether it is in use was not seen"
+        )
+        return None
+    if item.state in ("broken", "unreadable"):
+        done.errors.append(UnprovenError(f"installed, and not proven: {item.spec.name}: {item.trouble}"))
+        return one
+    if one.owed.going_back:
+        return _go_back(run, one, item, done)
+    if not one.owed.live_on(node).certificates:
+        return None  # it was not installed, or was replaced meanwhile
+    if one.by_hand:
+        return _left_to_people(run, one, item, done)
+    return _take_up(run, one, item, done)
+
+
+def _left_to_people(run: Run, one: OwedPair, item: Item, done: Settled) -> OwedPair | None:
+    verdict = _look(item, run.now())
+    if verdict is None or verdict.state == "current":
+        return None
+    if one.owed.certificates[0].newest_run != run.record.run_id:
+        text = f"{one.name}: installed by an earlier run with --no-restart, and not seen in use: {verdict.detail}"
+        done.errors.append(NotLiveError(text, hint=how(item)))
+    return one
+
+
+def _take_up(run: Run, one: OwedPair, item: Item, done: Settled) -> OwedPair | None:
+    failure = None if one.is_read else _have_read(run, item)
+    if failure is None and _reloads(item) and not one.is_read:
+        done.read.append(one.name)
+        one = dataclasses.replace(one, is_read=True)
+        _keep(run, one, one)  # a later run only looks
+    verdict = None if failure is not None else _until_current(run, item)
+    if failure is None and (verdict is None or verdict.state == "current"):
+        done.proven += verdict is not None
+        return None
+    why = failure or (f"{verdict.state}: {verdict.detail}" if verdict is not None else "")
+    if failure is None and verdict is not None and verdict.state == "unknown":
+        done.errors.append(UnprovenError(f"installed, and not proven: {one.name}: {verdict.detail}"))
+        return one
+    stays = _why_it_stays(run, one, item)
+    if stays:
+        done.errors.append(NotLiveError(f"{one.name}: installed, and not in use: {why}; {stays}", hint=how(item)))
+        return one
+    log.error("%s: the new pair does not work, so the old one is put back: %s", one.name, why)
+    back = dataclasses.replace(one, owed=dataclasses.replace(one.owed, going_back=why))
+    _keep(run, one, back)
+    return _go_back(run, back, item, done)
+
+
+def _why_it_stays(run: Run, one: OwedPair, item: Item) -> str:
+    """Why the old pair does not come back; empty: it does."""
+    if run.settings.restart.on_failure == "keep":
+        return 'it stays, as restart.on_failure = "keep" says'
+    if not _reloads(item):
+        return "nothing says how its program reads it again"
+    if not one.worked:
+        return "it did not work before, either, so that nothing was put back"
+    return ""
+
+
+def _have_read(run: Run, item: Item) -> str | None:
+    """Have the pair's program read it again; why that failed."""
+    pair = item.pair
+    if pair is None or not pair.is_read_again:
+        return None
+    with doing(f"having {pair.name} read again"):
+        failure = _restart(run, pair.static_pod) if pair.static_pod is not None else _run(run, pair)
+    run.record.add(audit.RESTARTED, pair.name, error=NotLiveError(failure) if failure else None)
+    run.record.write_or_warn()
+    return failure
+
+
+def _run(run: Run, pair: PairSettings) -> str | None:
+    words = pair.reload_words()
+    log.info("%s: runs %s", pair.name, words[0])
+    lines = OutputLines(lambda line: log.info("%s: %s", pair.name, line))
+    ended = run_logged(words, {"CA_BRIDGE_CERTIFICATE": pair.name}, run.settings.restart.timeout, lines)
+    return f"{words[0]} {ended.failure}" if ended.failure else None
+
+
+def _restart(run: Run, manifest: Path) -> str | None:
+    """Restart a static pod, whose end the container runtime shows."""
+    name = pod_name(manifest)
+    if not name:
+        return f"wanted the manifest of a static pod in {manifest}, found none"
+
+    def look() -> frozenset[str]:
+        return processes.instances_of_pod(name)
+
+    try:
+        look()
+        pod = Pod(name=name, manifest=manifest, instances=look, trouble=lambda: None if look() else "no pod of it runs",
+                  settle=processes.SANDBOX_SETTLES)  # fmt: skip
+        static_pods.restart(pod, run.store, run.settings.restart.timeout)
+    except (OSError, ValueError) as e:
+        return f"wanted to see the static pod {name} end, found: {e}"
+    except static_pods.StoppedError:
+        raise
+    except BridgeError as e:
+        return str(e)
+    return None
+
+
+def _until_current(run: Run, item: Item) -> Verdict | None:
+    """Look until its server shows the new pair, or the time is over; None: no server is named."""
+    with doing(f"proving that {item.spec.name} is in use"):
+        return wait_until(
+            lambda: _look(item, run.now()),
+            lambda found: found is None or found.state == "current",
+            run.settings.restart.prove_for,
+            pause_seconds=_PAUSE_SECONDS,
+        )
+
+
+# --- rollback --------------------------------------------------------------------------------------------------------
+
+
+def _go_back(run: Run, one: OwedPair, item: Item, done: Settled) -> OwedPair | None:
+    """Put the old files back, and have them read; or go on with that."""
+    node, why = run.read_node(), one.owed.going_back
+    try:
+        if one.owed.live_on(node).certificates:
+            backup = _backup(run, one)
+            backups.put_back(
+                backup, run.settings, run.store, run.record, node, run.now(), lambda problem: not problem.is_damage
+            )
+    except BridgeError as e:
+        text = f"{one.name}: installed, and not in use: {why}; it was not rolled back: {e}"
+        done.errors.append(NotLiveError(text, hint=how(item)))
+        return one
+    item = own(run.read_node()).get(one.name, item)
+    failure = _have_read(run, item)
+    verdict = None if failure is not None else _until_current(run, item)
+    works = failure is None and (verdict is None or verdict.state == "current")
+    reason = failure or (verdict.detail if verdict is not None else "")
+    after = "the old pair is in use again" if works else f"the old one does not work, either: {reason}"
+    done.back[one.name] = RolledBackError(f"{one.name}: rolled back, since {why}; {after}")
+    return None
+
+
+def _backup(run: Run, one: OwedPair) -> backups.Backup:
+    """The pair's own files in the backup of the run that replaced what was in use (BridgeError: it can't be put back)."""
+    wanted = one.owed.certificates[0].backup_of
+    found = next((backup for backup in backups.read_all(run.store)[0] if backup.run_id == wanted), None)
+    if found is None:
+        raise BridgeError(f"wanted the backup of run {wanted}, found none")
+    files = tuple(file for file in found.files if file.certificate == one.name)
+    if not any(file.was_there for file in files):
+        raise BridgeError("there was no pair before it")
+    return dataclasses.replace(found, files=files)
+
+
+# --- what others ask -------------------------------------------------------------------------------------------------
+
+
+def how(item: Item) -> str:
+    """How its program takes a pair into use, for people."""
+    if item.pair is not None and item.pair.reload:
+        return f"{item.spec.name}: run `{item.pair.reload}`"
+    if item.pair is not None and item.pair.static_pod is not None:
+        manifest = item.pair.static_pod
+        return f"{item.spec.name}: move {manifest} out of its directory, wait until the pod is gone and 3 s more, move it back"
+    return f"{item.spec.name}: have the program that uses {item.certificate_path} read it again"
+
+
+def advice(node: Node, names: Sequence[str]) -> list[str]:
+    """A sentence about each of these pairs whose program is to read it again by hand."""
+    return [how(item) for name, item in own(node).items() if name in names and _reloads(item)]
+
+
+def late(settings: Settings, node: Node, now: datetime) -> Iterator[ProofFinding]:
+    """What shows that pairs are owed and not in use, for monitors and `doctor`."""
+    try:
+        owed = pairs_file(Store(settings.node.state_dir)).read() or ()
+    except StateError:
+        return
+    for one in owed:
+        item = own(node).get(one.name)
+        if item is None or not one.owed.live_on(node).certificates:
+            continue
+        verdict = _look(item, now) or Verdict("unknown", "no server is named to look at")
+        if verdict.state != "current":
+            place = item.pair.prove if item.pair is not None else ""
+            what = f"serves {place}" if place else "is read"
+            yield ProofFinding(
+                component=None, certificate=one.name, what=what, state=verdict.state, detail=verdict.detail
+            )

@@ -1,0 +1,81 @@
+"""A real haproxy that serves a further pair over TLS, and reads it again at SIGUSR2."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+
+from tests.kit.cfssl import free_port
+
+#: The key of `tls.crt` is in `tls.key`, as well as in `tls.crt` itself.
+_CONFIG = """\
+global
+  ssl-load-extra-del-ext
+defaults
+  mode http
+  timeout client 5s
+  timeout connect 5s
+  timeout server 5s
+frontend tls
+  bind 127.0.0.1:{port} ssl crt {certificate}
+  http-request return status 200
+"""
+_START_SECONDS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HaProxy:
+    """One that runs."""
+
+    port: int
+    pid: int
+
+    @property
+    def reload(self) -> str:
+        """The command that has it read its configuration and its pair again."""
+        return f"/bin/kill -USR2 {self.pid}"
+
+    def shown(self) -> x509.Certificate:
+        """The certificate that it shows."""
+        pem = ssl.get_server_certificate(("127.0.0.1", self.port), timeout=5)
+        return x509.load_pem_x509_certificate(pem.encode())
+
+
+def program() -> str | None:
+    """The program; None: it is not here."""
+    return shutil.which("haproxy", path="/usr/sbin:/usr/bin")
+
+
+@contextlib.contextmanager
+def serving(directory: Path, certificate: Path) -> Iterator[HaProxy]:
+    """Serve the pair whose certificate this is; its key is in the same file, or beside it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    port, config = free_port(), directory / "haproxy.cfg"
+    config.write_text(_CONFIG.format(port=port, certificate=certificate))
+    command = program()
+    assert command is not None, "apt-get install haproxy"
+    with (directory / "haproxy.log").open("wb") as log:
+        process = subprocess.Popen([command, "-W", "-f", str(config)], stdout=log, stderr=log)
+    try:
+        found = HaProxy(port=port, pid=process.pid)
+        end = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                found.shown()
+                break
+            except OSError:
+                assert process.poll() is None, (directory / "haproxy.log").read_text()
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        yield found
+    finally:
+        process.terminate()
+        process.wait(10)
