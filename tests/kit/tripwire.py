@@ -63,6 +63,10 @@ class Torn:
         """To the system."""
         self._file.flush()
 
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return int(self._file.fileno())
+
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
