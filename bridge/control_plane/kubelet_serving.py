@@ -10,7 +10,10 @@ others', and only when all kubelets serve rightly kubeadm-config and the API ser
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -19,7 +22,7 @@ from typing import ClassVar
 
 from bridge.cluster import kubeadm
 from bridge.cluster.api import Api, NoAnswerError
-from bridge.control_plane import kubelet_trial, kubelets, neighbours, restarts
+from bridge.control_plane import kubelets, neighbours, restarts
 from bridge.control_plane.kubelets import AUTHORITY, Served
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem, WaitingError
 from bridge.node import inventory, kubelet, manifest_flags, manifests, processes
@@ -36,7 +39,9 @@ from bridge.state.install import STAGED_PREFIX
 from bridge.state.store import Store
 from bridge.system.console import doing, log
 from bridge.system.files import exchange
+from bridge.system.run_command import Account, Command, passed_on, run
 from bridge.system.waiting import wait_until
+from bridge.words import one_line
 
 _ARGUMENT = AUTHORITY.removeprefix("--")
 #: Of kubeadm's API servers: a worker sees no flags of theirs.
@@ -92,9 +97,9 @@ def switch(settings: Settings, *, on: bool, force: bool, wait: timedelta, tell: 
         node = inventory.of(settings.node)
         if not (node.is_worker or Component.APISERVER in node.manifests):
             raise NotHereError("wanted a worker, or a control plane with an API server, found neither")
-        run = _Switch(settings=settings, node=node, store=store, record=record, force=force, wait=wait, tell=tell)
-        (run.on if on else run.off)()
-        return Report(done=tuple(run.done), left=tuple(run.left))
+        one = _Switch(settings=settings, node=node, store=store, record=record, force=force, wait=wait, tell=tell)
+        (one.on if on else one.off)()
+        return Report(done=tuple(one.done), left=tuple(one.left))
 
 
 @dataclass(kw_only=True)
@@ -247,7 +252,7 @@ class _Switch:
         if running is None:
             raise NotHereError(f"wanted a kubelet with {path} among its arguments, found none")
         self._assert_decides(running, path, asks=asks)
-        trial = functools.partial(kubelet_trial.refusal, processes.program_of(running), running.arguments[1:])
+        trial = functools.partial(refusal, processes.program_of(running), running.arguments[1:])
         wanted = _edited(path, data, asks=asks)
         error: BridgeError | None = None
         is_changed = wanted != data or running.started <= _changed(path)
@@ -364,3 +369,59 @@ def _edited(path: Path, data: bytes, *, asks: bool) -> bytes:
 
 def _changed(path: Path) -> datetime:
     return datetime.fromtimestamp(path.stat().st_ctime, UTC)
+
+
+# --- whether it would start with a configuration: its own validation says so ------------------------------------------
+
+
+#: A kubelet gets so far only once its configuration is valid (measured on 1.37; `run` in cmd/kubelet/app/server.go): with
+#: `--exit-on-lock-contention` and no lock file it ends there, before it touches the node.
+_ENDS = ("--exit-on-lock-contention", "--lock-file=")
+_HAS_ENDED = "no lock file specified"
+_LIMIT = timedelta(seconds=30)
+_MOST_OUTPUT = 4 << 20
+#: It may not change the node, whatever it does: `nobody` has no rights there.
+_NOBODY = 65534
+_ERROR = re.compile(r'err="((?:[^"\\]|\\.)*)"|^panic: (.*)$', re.MULTILINE)
+
+
+def refusal(program: Path, arguments: Sequence[str], content: bytes) -> str:
+    """Why a kubelet's program, with the arguments of the running one, refuses a configuration; empty: it is valid."""
+    with tempfile.TemporaryDirectory(prefix="ca-bridge-kubelet-") as made:
+        file, pki = Path(made, "config.yaml"), Path(made, "pki")
+        file.write_bytes(content)
+        pki.mkdir(mode=0o700)
+        is_root = os.geteuid() == 0
+        if is_root:
+            Path(made).chmod(0o755)
+            file.chmod(0o644)
+            os.chown(pki, _NOBODY, _NOBODY)  # it may make a certificate of its own there
+        words = [
+            str(program),
+            *_with_config(arguments, str(file)),
+            *_ENDS,
+            f"--cert-dir={pki}",
+        ]
+        said = bytearray()
+        command = Command(
+            words=words,
+            environment=passed_on({}),
+            limit=_LIMIT,
+            account=Account(uid=_NOBODY, gid=_NOBODY, groups=(), home="/") if is_root else None,
+            most_output=_MOST_OUTPUT,
+        )
+        ended = run(command, said.extend, said.extend)
+    text = said.decode(errors="replace")
+    if _HAS_ENDED in text and ended.code:
+        return ""
+    errors = [said or panic for said, panic in _ERROR.findall(text)]
+    last = text.strip().splitlines()[-1:]
+    return one_line((errors or last or [f"it {ended.failure or 'ended'}"])[-1])[:1000]
+
+
+def _with_config(arguments: Sequence[str], path: str) -> Iterator[str]:
+    """The arguments with another configuration file."""
+    follows = False
+    for word in arguments:
+        yield path if follows else f"--config={path}" if word.startswith("--config=") else word
+        follows = word == "--config"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.control_plane import kubelet_trial
+from bridge.control_plane import kubelet_serving
 from tests.kit import programs
 
 CONFIG = """\
@@ -19,7 +19,7 @@ failCgroupV1: false
 
 def refusal(*arguments: str, more: str = "") -> str:
     """What the kit's kubelet says to a configuration, as if it ran with these arguments."""
-    return kubelet_trial.refusal(programs.require("kubelet"), arguments, f"{CONFIG}{more}".encode())
+    return kubelet_serving.refusal(programs.require("kubelet"), arguments, f"{CONFIG}{more}".encode())
 
 
 @pytest.mark.parametrize(
@@ -50,4 +50,4 @@ def test_arguments_are_the_running_ones(arguments: Sequence[str]) -> None:
 
 def test_a_program_that_is_gone(tmp_path: Path) -> None:
     """It can't be asked, which is no consent."""
-    assert kubelet_trial.refusal(tmp_path / "none", ("--config=/x",), CONFIG.encode())
+    assert kubelet_serving.refusal(tmp_path / "none", ("--config=/x",), CONFIG.encode())
