@@ -217,13 +217,13 @@ def test_on_node_by_node(cluster: GatewayCluster, bridges: dict[str, LiveBridge]
     early = bridges["w1"].run("kubelets", "on")
     assert early.returncode == 4, early.stderr
     killed_at(bridges["cp"], "config.yaml is another one", "kubelets", "on")
-    run = bridges["cp"].run("kubelets", "on")
+    run = bridges["cp"].run("kubelets", "on", "--force")
     assert run.returncode == 4, f"{run.stdout}{run.stderr}"
     assert all(node.name in run.stdout for node in cluster.nodes[1:]), run.stdout
     assert "kubelet-certificate-authority" not in manifest.read_text()
     killed_at(bridges["w1"], "kubelet: runs ", "kubelets", "on")
     for role in ("w1", "w2"):
-        run = bridges[role].run("kubelets", "on")
+        run = bridges[role].run("kubelets", "on", "--force")
         assert run.returncode == 0, f"{role}: {run.stdout}{run.stderr}"
     assert levels(bridges["cp"], "kubelet-serving") == ["ok"] * 3
     killed_at(bridges["cp"], "its manifest is back", "kubelets", "on")  # and the API server is not
