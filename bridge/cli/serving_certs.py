@@ -44,7 +44,7 @@ def on(common: Common, wait: WaitOption = ZERO) -> int:
         if code:
             return code
     serving.assert_named(settings, wanted)
-    say_sentence(serving.keep(inventory.of(settings.node), settings, wanted))
+    say_sentence(serving.keep(settings, wanted, wait))
     return Exit.DONE
 
 
@@ -56,9 +56,8 @@ def off(common: Common, wait: WaitOption = ZERO) -> int:
     The components serve with certificates of their own making again. Run it on one control-plane node after the other.
     """
     settings = common.settings()
-    node = inventory.of(settings.node)
-    wanted = serving.components(node, settings)
-    if serving.forget(node, settings, wanted):
+    wanted = serving.components(inventory.of(settings.node), settings)
+    if serving.forget(settings, wanted, wait):
         say("kubeadm-config names no pair any more")
     report = serving.take_out(settings, wait)
     components.print_restarts(report, settings, Output.TEXT)

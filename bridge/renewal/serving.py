@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
@@ -31,6 +31,8 @@ from bridge.state import audit, session
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, fingerprint, install
 from bridge.state.store import Store
 from bridge.system.console import log
+
+_Cluster = Mapping[str, Any]  #: kubeadm's ClusterConfiguration.
 
 _NODES = "/api/v1/nodes?labelSelector=node-role.kubernetes.io%2Fcontrol-plane"
 _PODS = "/api/v1/namespaces/kube-system/pods?labelSelector=component%3D"
@@ -75,22 +77,31 @@ def _is_ours(item: Item, settings: Settings) -> bool:
 # --- kubeadm-config ---------------------------------------------------------------------------------------------------
 
 
-def keep(node: Node, settings: Settings, wanted: Sequence[Component]) -> str:
+def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> str:
     """
     Have kubeadm-config name the pairs, where each control-plane node has them; returns a sentence about that.
 
     Raises:
         NoAnswerError, NoConfigError: The cluster's API does not answer, or refuses.
     """
-    api = Api.of_node(node, settings.node.kubeconfig_dir)
+    api = Api.of_node(inventory.of(settings.node), settings.node.kubeconfig_dir)
     lacking = sorted({name for one in wanted for name in _lacking(api, one)} - {settings.node.node_name})
     if lacking:
         return (
             f"kubeadm-config gets them when `ca-bridge serving-certs on` has run on {', '.join(lacking)}, too; until then "
             "`kubeadm upgrade` takes the flags out again"
         )
-    done = kubeadm.change_cluster(api, lambda cluster: _with(cluster, wanted, settings.node.pki_dir))
+    done = _changed(settings, api, wait, lambda cluster: _with(cluster, wanted, settings.node.pki_dir))
     return f"kubeadm-config names them{'' if done else ' already'}: `kubeadm upgrade` keeps the flags"
+
+
+def _changed(settings: Settings, api: Api, wait: timedelta, edit: Callable[[_Cluster], _Cluster]) -> bool:
+    """Have the ClusterConfiguration changed; returns whether it was, which is in the audit log."""
+    with session.alone(settings, wait, lambda found: log.warning("%s", found)) as (_, record):
+        done = kubeadm.change_cluster(api, edit)
+        if done:
+            record.add(audit.CONFIGURED, kubeadm.CLUSTER.name, result="the flags of serving certificates")
+        return done
 
 
 def _with(cluster: Mapping[str, Any], wanted: Sequence[Component], pki_dir: Path) -> Mapping[str, Any]:
@@ -118,7 +129,7 @@ def _listed(api: Api, path: str) -> list[dict[str, Any]]:
     return items
 
 
-def forget(node: Node, settings: Settings, wanted: Sequence[Component]) -> bool:
+def forget(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> bool:
     """Have kubeadm-config name them no more; returns whether it did (errors as `keep`)."""
 
     def without(cluster: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -126,7 +137,8 @@ def forget(node: Node, settings: Settings, wanted: Sequence[Component]) -> bool:
             cluster = serving_pair.without_pair(cluster, component, settings.node.pki_dir)
         return cluster
 
-    return kubeadm.change_cluster(Api.of_node(node, settings.node.kubeconfig_dir), without)
+    api = Api.of_node(inventory.of(settings.node), settings.node.kubeconfig_dir)
+    return _changed(settings, api, wait, without)
 
 
 # --- on and off ------------------------------------------------------------------------------------------------------

@@ -391,17 +391,21 @@ def test_kubeadm_config_names_the_pairs_when_every_node_has_them(site: Site, mon
     monkeypatch.setattr(Api, "of_node", lambda *_: cluster)
     before, both = cluster.text, (MANAGER, SCHEDULER)
     settings = dataclasses.replace(settings, node=dataclasses.replace(settings.node, name="cp-1"))
-    assert "on cp-2, cp-3, too" in serving.keep(site.node, settings, both)
+    assert "on cp-2, cp-3, too" in serving.keep(settings, both, timedelta())
     assert cluster.text == before
     cluster.without, cluster.gone = ("cp-1",), ()
-    assert "kubeadm-config names them:" in serving.keep(site.node, settings, both)
-    assert "names them already" in serving.keep(site.node, settings, both)
+    assert "kubeadm-config names them:" in serving.keep(settings, both, timedelta())
+    assert "names them already" in serving.keep(settings, both, timedelta())
     assert cluster.writes == 1
     found = document(cluster.text).plain()
     assert found["scheduler"]["extraVolumes"][0]["mountPath"] == str(site.pki.pki_dir / "scheduler")
     assert "extraVolumes" not in found["controllerManager"]
-    assert serving.forget(site.node, settings, both)
-    assert not serving.forget(site.node, settings, both)
+    assert serving.forget(settings, both, timedelta())
+    assert not serving.forget(settings, both, timedelta())
+    audit = (site.bridge.directory / "state/audit.jsonl").read_text().splitlines()
+    assert [one["event"] for line in audit if (one := json.loads(line)).get("name") == "kubeadm-config"] == [
+        "configured"
+    ] * 2
     left = document(cluster.text).plain()
     assert {key: value for key, value in left.items() if value} == {
         key: value for key, value in document(before).plain().items() if value
