@@ -45,7 +45,7 @@ def test_what_may_be_typed() -> None:
     assert offered("audit", "") == ["show", "verify"]
     assert offered("renew", "apiserver", "apiserver-e") == ["apiserver-etcd-client"]
     assert "apiserver" not in offered("renew", "--wait", "60s", "apiserver", "")
-    assert offered("renew", "--any-identity", "sched") == ["scheduler.conf"]
+    assert offered("renew", "--any-identity", "scheduler.") == ["scheduler.conf"]
     assert offered("renew", "--dry") == ["--dry-run"]
     assert offered("renew", "--dry-run", "--dry") == []
     assert offered("check-expiration", "-o", "pro") == ["prometheus"]
@@ -139,7 +139,7 @@ def test_zsh(tmp_path: Path) -> None:
     ) as process:
         os.close(child)
         read_until(parent, "ready> ")
-        os.write(parent, b"echo ca-bridge; ca-bridge renew scheduler\t --dry\t \x01echo got: \n")
+        os.write(parent, b"echo ca-bridge; ca-bridge renew scheduler.\t --dry\t \x01echo got: \n")
         shown = read_until(parent, "got: ca-bridge")
         os.write(parent, b"exit\n")
         process.kill()
