@@ -1,10 +1,10 @@
 """
-Three CAs at once are replaced on real machines: `python -m tests.measure.rotation [--docs]`, or with `back` behind it.
+Three CAs at once are replaced on real machines: `python -m tests.measure.rotation`, or with `back` behind it.
 
 Three control-plane nodes with stacked etcd and a worker, with CAs in an OpenBao server; `ca`, `etcd-ca` and
 `front-proxy-ca` get successors in mounts of their own. Meanwhile a client writes and reads by whichever API server takes
 it, and every member of etcd is asked every 0.2 s. With `back` each phase is gone back from once. Prints what took how
-long; with `--docs` also into docs/evidence/replace-the-ca.md, whose figures come from nowhere else.
+long, and what the client saw.
 Takes root, the kit's programs, and about twenty minutes on two idle cores.
 """
 
@@ -31,9 +31,7 @@ from tests.kit.node import AT_ONCE, Node
 from tests.kit.nodes import LiveBridge, NodePki
 from tests.kit.openbao import OpenBao
 from tests.kit.watching import Seen, watched
-from tests.measure.__main__ import write_between
 
-DOCUMENT = Path(__file__).parents[2] / "docs/evidence/replace-the-ca.md"
 CONTROL_PLANES = {"rc-cp1": "198.18.77.61", "rc-cp2": "198.18.77.62", "rc-cp3": "198.18.77.63"}
 WORKER, WORKER_IP = "rc-w1", "198.18.77.64"
 FORWARD = (("trust", "trusted"), ("issue", "issued"), ("drop", "new"))
@@ -115,7 +113,7 @@ def _assert_whole(bridge: LiveBridge, phase: str) -> None:
 
 
 def table(steps: Sequence[Step]) -> str:
-    """For the document."""
+    """What took how long, in Markdown."""
     lines = [
         "| command | seconds a control-plane node | the worker | turns of the client | … on to another API server | … that no API server took | most members of etcd down at once |\n",
         "| --- | --- | --- | --- | --- | --- | --- |\n",
@@ -131,9 +129,8 @@ def table(steps: Sequence[Step]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Replace, print, write."""
+    """Replace and print."""
     parser = argparse.ArgumentParser(prog="python -m tests.measure.rotation")
-    parser.add_argument("--docs", action="store_true")
     parser.add_argument("way", nargs="?", choices=["back"], help="go back from each phase once")
     options = parser.parse_args(arguments)
     with (
@@ -142,11 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cluster(Path(directory), bao) as bridges,
     ):
         done = list(taken(bridges, THERE_AND_BACK if options.way else FORWARD))
-    text = table(done)
-    print(text)
-    if options.docs:
-        command = " ".join(["python -m tests.measure.rotation --docs", *([options.way] if options.way else [])])
-        write_between(DOCUMENT, f"<!-- numbers: written by `{command}` -->", text)
+    print(table(done))
 
 
 if __name__ == "__main__":
