@@ -378,7 +378,9 @@ def signing_cluster(machine: Machine, pki: Pki, normal: Normal) -> dict[str, str
     """With the page's settings, an approver, and the page's policy for the gateway there."""
     with kube_api.serving(machine.root / "cluster") as api:
         normal.addresses[api.url] = "https://signing-cluster.example.com:6443"
-        _settings_of(machine, "kubernetes-backend", normal.addresses)
+        _settings_of(
+            machine, "kubernetes-backend", {**normal.addresses, 'wait = "1s"\n[authority.ca]': "[authority.ca]"}
+        )
         machine.write("/etc/ca-bridge/signing-cluster-ca.crt", api.trust.read_text(encoding="utf-8"))
         machine.write("/etc/ca-bridge/signing-cluster-token", "none yet")
         for authority in AUTHORITIES:
