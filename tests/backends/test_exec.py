@@ -823,7 +823,7 @@ def test_the_pages_have_every_key_and_variable(tmp_path: Path) -> None:
     """What the settings take, and what a program is told."""
     text = PAGE.read_text(encoding="utf-8")
     settings = PAGE.with_name("settings.md").read_text(encoding="utf-8").partition("[backend.NAME]")[2]
-    for key in set(vars(ExecSettings(command=("/bin/x",)))) - {"node", "profiles"}:
+    for key in set(vars(ExecSettings(command=("/bin/x",)))) - {"node", "pairs", "profiles"}:
         assert f"| `{key}` |" in settings
     for name in told(tmp_path, REQUEST, node="cp-1"):
         assert name in text or f"`_{name.removeprefix('CERTMONGER_REQ_')}`" in text
