@@ -196,6 +196,8 @@ def test_cas_are_replaced_node_by_node_and_no_client_is_refused(bridges: list[Li
     A node that is behind holds up the next phase, and is named.
     """
     wait_for("three nodes that are well", lambda: all_are_well(bridges), seconds=120)
+    for bridge in bridges:
+        bridge.change(components="needed")
     nodes, turns, last = [bridge.node for bridge in bridges], 0, bridges[-1]
     for verb, too_early in (("trust", "issue"), ("issue", "drop"), ("drop", None)):
         with watched(nodes) as seen:
