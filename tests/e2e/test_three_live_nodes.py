@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,16 +20,15 @@ from urllib.parse import urlsplit
 import pytest
 
 from bridge.errors import Exit
-from bridge.pki.certificates import name_text, pem
+from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
 from bridge.specs import AUTHORITIES
 from tests.counts import Tried
-from tests.kit import next_cas, opensslca
 from tests.kit import node as kit
+from tests.kit import opensslca
 from tests.kit.cas import add_vault, live_certificates
 from tests.kit.doors import door
 from tests.kit.issuing import Signer
-from tests.kit.next_cas import NextCa
 from tests.kit.node import AT_ONCE, Node
 from tests.kit.nodes import LiveBridge, NodePki, make_ready, wait_for
 from tests.kit.openbao import OpenBao
@@ -39,7 +38,6 @@ pytestmark = [pytest.mark.node, pytest.mark.slow]
 
 IPS = ("198.18.77.120", "198.18.77.121", "198.18.77.122")
 NEEDED = ["kube-controller-manager", "kube-scheduler"]
-REPLACED = ("ca", "front-proxy-ca")
 ELECTION_SECONDS = 15.0  #: At most, as the program has it.
 
 
@@ -57,23 +55,21 @@ def bridges(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[
             stack.enter_context(Node.join(name, ip, first, cluster=short, kubelet=AT_ONCE))
             for name, ip in zip(names[1:], IPS[1:], strict=True)
         ]
-        found, made = [], next_cas.make(directory / "next")
+        found = []
         for node in (first, *others):
             make_ready(node)
             stack.enter_context(door(node, port))
-            found.append(_bridge(node, bao, keys, directory / node.name, made))
+            found.append(_bridge(node, bao, keys, directory / node.name))
         yield found
 
 
-def _bridge(node: Node, bao: OpenBao, keys: Path, directory: Path, made: Mapping[str, NextCa]) -> LiveBridge:
+def _bridge(node: Node, bao: OpenBao, keys: Path, directory: Path) -> LiveBridge:
     bridge = LiveBridge(
         pki=NodePki(root=node.root, external=True, keys=keys), directory=directory / "bridge", node=node
     )
     bridge.add("renewal", {"before": "2d", "validity": "30d"})
     for authority in AUTHORITIES:
         add_vault(bridge, bao, authority, node.name)
-    for authority in REPLACED:
-        next_cas.add_vault(bridge, bao, authority, node.name, made[authority])
     bridge.add("restart", {"method": "static-pods", "components": "needed", "min_interval": "1s"})
     bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
     bridge.add("cluster", {"lease": True})
@@ -178,44 +174,6 @@ def test_three_timers_at_once(bridges: list[LiveBridge], tried: Tried) -> None:
         log = (kit.directory() / node.name / "kubelet.log").read_text(errors="replace").splitlines()
         hung = [line for line in log if "Failed deleting a mirror pod" in line and "Timeout" in line]
         assert [line for line in hung if f"kube-system/etcd-{node.name}" in line] == []
-
-
-# --- another CA --------------------------------------------------------------------------------------------------------
-
-
-def replaced_on(bridge: LiveBridge, verb: str) -> None:
-    """One verb on one node."""
-    run = bridge.run("rotate-ca", verb)
-    assert run.returncode == Exit.DONE, run.stdout + run.stderr
-
-
-def test_cas_are_replaced_node_by_node_and_no_client_is_refused(bridges: list[LiveBridge], tried: Tried) -> None:
-    """
-    A client that trusts the CAs of the phase and has the certificate of the one before finds each API server, always.
-
-    A node that is behind holds up the next phase, and is named.
-    """
-    wait_for("three nodes that are well", lambda: all_are_well(bridges), seconds=120)
-    for bridge in bridges:
-        bridge.change(components="needed")
-    nodes, turns, last = [bridge.node for bridge in bridges], 0, bridges[-1]
-    for verb, too_early in (("trust", "issue"), ("issue", "drop"), ("drop", None)):
-        with watched(nodes) as seen:
-            for bridge in bridges[:-1]:
-                replaced_on(bridge, verb)
-            if too_early is not None:
-                run = bridges[0].run("rotate-ca", too_early)
-                assert run.returncode == Exit.UNAVAILABLE, run.stdout + run.stderr
-                assert last.node.name in run.stderr
-                assert bridges[1].node.name not in run.stderr
-            replaced_on(last, verb)
-        assert (seen.failed, seen.elsewhere, seen.down) == ([], 0, []), verb
-        turns += seen.turns
-    for bridge in bridges:
-        proof = bridge.run("prove", "--wait", "60s")
-        assert proof.returncode == Exit.DONE, proof.stdout
-        assert name_text(live_certificates(bridge.pki)["apiserver"].issuer) == "CN=ca-2"
-    tried("turns of a client of three API servers while two CAs were replaced, none failed", turns)
 
 
 # --- peers that refuse -----------------------------------------------------------------------------------------------
