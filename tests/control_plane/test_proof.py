@@ -364,12 +364,15 @@ def test_etcds_answer_counts_where_one_of_its_members_gives_it(site: Site) -> No
 # --- kubelets --------------------------------------------------------------------------------------------------------
 
 
+_SECOND = str(os.sysconf("SC_CLK_TCK"))
+
+
 def run_since_boot(site: Site, component: Component, *arguments: str) -> None:
-    """An entry of the process table: as old as the machine, and so older than every file of a test."""
+    """An entry of the process table: a second younger than the machine, and so older than every file of a test."""
     entry = site.directory / "proc/4711"
     (entry / "ns").mkdir(parents=True, exist_ok=True)
     (entry / "cmdline").write_bytes(b"\0".join(word.encode() for word in (component.value, *arguments)) + b"\0")
-    (entry / "stat").write_text(f"4711 ({component.value}) S {' '.join(['0'] * 40)}\n")
+    (entry / "stat").write_text(f"4711 ({component.value}) S {' '.join([*['0'] * 18, _SECOND, *['0'] * 21])}\n")
     for name, target in (("ns/net", "net:[1]"), ("root", "/")):
         (entry / name).unlink(missing_ok=True)
         (entry / name).symlink_to(target)
