@@ -57,9 +57,9 @@ class ApiServer:
 def all_served(api: Api, trust_pem: bytes, flags: Flags) -> list[Served]:
     """Look at the kubelet of each Node object, as an API server with these flags does (NoAnswerError: none answers)."""
     client = replace(ANONYMOUS, name="the API server", trust_pem=trust_pem)
-    nodes = list(_nodes(api))
+    every = list(nodes(api))
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
-        return list(pool.map(lambda one: _look(one, client, flags), nodes))
+        return list(pool.map(lambda one: _look(one, client, flags), every))
 
 
 def served(api: Api, name: str, trust_pem: bytes, flags: Flags) -> Served:
@@ -68,7 +68,8 @@ def served(api: Api, name: str, trust_pem: bytes, flags: Flags) -> Served:
     return _look(_asked(api, f"{_NODES}/{quote(name, safe='')}"), client, flags)
 
 
-def _nodes(api: Api) -> Iterator[Mapping[str, Any]]:
+def nodes(api: Api) -> Iterator[Mapping[str, Any]]:
+    """All Node objects, page by page (NoAnswerError)."""
     more = ""
     for _ in range(_MOST_PAGES):
         page = _asked(api, f"{_NODES}?limit={_PAGE}{more and f'&continue={quote(more)}'}")
@@ -80,7 +81,7 @@ def _nodes(api: Api) -> Iterator[Mapping[str, Any]]:
 
 
 def _look(node: Mapping[str, Any], client: Client, flags: Flags) -> Served:
-    name, place = _name(node), _place(node, flags)
+    name, place = name_of(node), place_of(node, flags)
     if place is None:
         return Served(node=name, trouble="wanted its address in its Node object, found none")
     try:
@@ -98,7 +99,7 @@ def _issuer(place: Address) -> str:
         return ""
 
 
-def _place(node: Mapping[str, Any], flags: Flags) -> Address | None:
+def place_of(node: Mapping[str, Any], flags: Flags) -> Address | None:
     """The address that an API server takes: the first of the first type that the node has."""
     status = node.get("status")
     by_type: dict[str, str] = {}
@@ -122,7 +123,7 @@ def api_servers(api: Api, own: str, own_flags: Flags) -> list[ApiServer]:
     found = []
     for pod in items(_asked(api, _API_SERVERS), "items"):
         words = [str(word) for one in items(pod, "spec", "containers") for word in _words(one)]
-        node = one_line(_text(pod, "spec", "nodeName"))
+        node = one_line(text_of(pod, "spec", "nodeName"))
         flags = own_flags if node == own else flags_of(words)
         found.append(ApiServer(node=node, authority=flags.get(AUTHORITY, "")))
     return sorted(found, key=lambda one: one.node)
@@ -139,27 +140,29 @@ def request_of(api: Api, node: str) -> str:
         found = items(_asked(api, _REQUESTS), "items")
     except NoAnswerError:
         return ""
-    ours = [one for one in found if _text(one, "spec", "username") == f"system:node:{node}"]
+    ours = [one for one in found if text_of(one, "spec", "username") == f"system:node:{node}"]
     if not ours:
         return "it has not asked for one"
-    newest = max(ours, key=lambda one: _text(one, "metadata", "creationTimestamp"))
-    said = [_text(one, "type") for one in items(newest, "status", "conditions")]
-    why = [_text(one, "message") for one in items(newest, "status", "conditions")]
-    is_signed = bool(_text(newest, "status", "certificate"))
+    newest = max(ours, key=lambda one: text_of(one, "metadata", "creationTimestamp"))
+    said = [text_of(one, "type") for one in items(newest, "status", "conditions")]
+    why = [text_of(one, "message") for one in items(newest, "status", "conditions")]
+    is_signed = bool(text_of(newest, "status", "certificate"))
     state = "signed" if is_signed else " and ".join(said).lower() or "open: no answer yet"
     told = f" ({one_line(why[-1])[:300]})" if why and why[-1] and not is_signed else ""
-    return f"its request {_name(newest)} is {state}{told}"
+    return f"its request {name_of(newest)} is {state}{told}"
 
 
-def _text(of: Mapping[str, Any], *keys: str) -> str:
+def text_of(of: Mapping[str, Any], *keys: str) -> str:
+    """A text in an object, below these keys; empty: there is none."""
     found: Any = of
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
     return found if isinstance(found, str) else ""
 
 
-def _name(of: Mapping[str, Any]) -> str:
-    return one_line(_text(of, "metadata", "name"))
+def name_of(of: Mapping[str, Any]) -> str:
+    """An object's name."""
+    return one_line(text_of(of, "metadata", "name"))
 
 
 def _asked(api: Api, path: str) -> Mapping[str, Any]:

@@ -5,19 +5,20 @@ very certificates that are to be installed, or asked for the one that it serves.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
 from cryptography import x509
 
-from bridge.cluster.access import ANONYMOUS, Client, items, port, url_of
-from bridge.cluster.api import NoAnswerError
-from bridge.control_plane import neighbours
+from bridge.cluster.access import ANONYMOUS, Client
+from bridge.cluster.api import Api, NoAnswerError
+from bridge.control_plane import kubelets, neighbours
 from bridge.control_plane.probes import Etcd
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node import endpoints, kubeconfig
@@ -27,7 +28,7 @@ from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.processes import file_contents
 from bridge.pki import identity
 from bridge.pki.certificates import fingerprint
-from bridge.rotation.objects import NODES, SIGNED_BY
+from bridge.rotation.objects import SIGNED_BY
 from bridge.rotation.phases import Kind, Phase, text
 from bridge.specs import CA, ETCD_CA, KUBELET_CONF, SPECS, Component
 from bridge.state import audit
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from bridge.rotation.steps import Step
 
 _AT_ONCE = 8
-_CONTROL_PLANE = "node-role.kubernetes.io/control-plane"
 #: Client certificates that are shown to each kind of server: the first that is issued here.
 _PROBES = {
     "kubelet": ("apiserver-kubelet-client",),
@@ -101,11 +101,12 @@ class Gate:
 
     def _assert_signed(self, run: Run, node: Node, ca: x509.Certificate) -> None:
         """Each node has said that its certificates, a kubelet's too, are of this CA."""
-        behind = [
-            name
-            for name, one in _nodes_of(run, node).items()
-            if (one["metadata"].get("annotations") or {}).get(SIGNED_BY) != fingerprint(ca) and name not in self.without
-        ]
+        with _cluster(run, node) as api:
+            signers = {
+                kubelets.name_of(one): kubelets.text_of(one, "metadata", "annotations", SIGNED_BY)
+                for one in kubelets.nodes(api)
+            }
+        behind = [name for name, signer in signers.items() if signer != fingerprint(ca) and name not in self.without]
         if behind:
             names = ", ".join(behind)
             raise NotReadyEverywhereError(
@@ -183,39 +184,25 @@ def _own_api(run: Run) -> Iterator[Spot]:
 
 
 def _nodes(run: Run, node: Node) -> Iterator[Spot]:
-    for name, one in _nodes_of(run, node).items():
-        labels = one["metadata"].get("labels") or {}
-        address = _address(one)
-        if not address:
-            raise NotReadyEverywhereError(f"node {name}: wanted an address of type InternalIP, found none")
-        yield Spot(name, "kubelet", Server(url_of(address, _kubelet_port(one))))
-        if _CONTROL_PLANE in labels:
-            yield Spot(name, "api", Server(url_of(address, port(node))))
+    """Where API servers reach the kubelets, and clients the API servers, those that are down among them."""
+    flags = node.manifests[Component.APISERVER].flags if Component.APISERVER in node.manifests else {}
+    with _cluster(run, node) as api:
+        for one in kubelets.nodes(api):
+            name, place = kubelets.name_of(one), kubelets.place_of(one, flags)
+            if place is None:
+                raise NotReadyEverywhereError(f"node {name}: wanted its address in its Node object, found none")
+            yield Spot(name, "kubelet", Server(f"https://{place}"))
+        for name, url in neighbours.api_servers(api, node):
+            yield Spot(name, "api", Server(url))
 
 
-def _nodes_of(run: Run, node: Node) -> dict[str, Mapping[str, Any]]:
-    """The Node objects by name (NotReadyEverywhereError: they can't be read)."""
-    api = neighbours.connect(node, run.settings)
+@contextlib.contextmanager
+def _cluster(run: Run, node: Node) -> Iterator[Api]:
+    """The cluster's own lists (NotReadyEverywhereError: they can't be read)."""
     try:
-        reply = api.ask("GET", NODES)
+        yield neighbours.connect(node, run.settings)
     except NoAnswerError as e:
         raise NotReadyEverywhereError(f"wanted the list of all nodes, found {e}") from None
-    if reply.status != HTTPStatus.OK:
-        raise NotReadyEverywhereError(f"wanted the list of all nodes, found HTTP {reply.status} {reply.message}")
-    found = [one for one in items(reply.document, "items") if isinstance(one.get("metadata"), dict)]
-    return {str(one["metadata"].get("name")): one for one in found}
-
-
-def _address(node: Mapping[str, Any]) -> str:
-    found = [one for one in items(node, "status", "addresses") if one.get("type") == "InternalIP"]
-    return next((str(one.get("address", "")) for one in found), "")
-
-
-def _kubelet_port(node: Mapping[str, Any]) -> int:
-    found: Any = node
-    for key in ("status", "daemonEndpoints", "kubeletEndpoint", "Port"):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, int) else int(endpoints.PORTS[Component.KUBELET])
 
 
 def _members(node: Node) -> Iterator[Spot]:
