@@ -81,8 +81,13 @@ def _print_result(result: Result, node: Node, settings: Settings, now: datetime)
         )
     elif not result.failed and not result.waiting and not result.errors:
         say_sentence(nothing_due(node, settings, now))
-    if result.waiting:
-        say("\n".join(under_headings([_waiting_row(outcome, now) for outcome in result.waiting])))
+    say_waiting(result.waiting, now)
+
+
+def say_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
+    """A row for each certificate that waits, below the CA and what it says."""
+    if waiting:
+        say("\n".join(under_headings([_waiting_row(outcome, now) for outcome in waiting])))
 
 
 def _waiting_row(outcome: Outcome, now: datetime) -> tuple[str, tuple[str, ...]]:

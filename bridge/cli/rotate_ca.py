@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
 from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_table, say_verdict
+from bridge.cli.results import grouped, print_restart, say_waiting, warn_of_waiting
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory
 from bridge.node.inventory import Node
@@ -130,68 +131,74 @@ _COSTS = {
         "restarts the controller manager, the scheduler and the kubelet",
         "restarts the same; `kubectl logs -f` and `kubectl exec` end once on this node's API server",
     ),
-    "etcd-ca": ("restarts etcd and the API server of this node together, about a minute", "restarts nothing"),
+    "etcd-ca": ("restarts etcd, then the API server of this node, about a minute", "restarts nothing"),
     "front-proxy-ca": ("restarts nothing", "restarts nothing"),
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """What each phase takes; one option a field."""
+
+    ca: CaOption = None
+    wait: WaitOption = ZERO
+    output: OutputOption = Output.TEXT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _GatedOptions(_Options):
+    """What a phase takes that asks other nodes first."""
+
+    without: WithoutOption = None
+
+
 @command(rotate_group, "trust")
-def trust(common: Common, ca: CaOption = None, wait: WaitOption = ZERO, output: OutputOption = Output.TEXT) -> int:
+def trust(common: Common, options: _Options) -> int:
     """Have this node trust the new CAs beside the old ones: the first step, on every node."""
-    return _run(common, Verb.TRUST, ca, [], wait, output)
+    return _run(common, Verb.TRUST, options)
 
 
 @command(rotate_group, "issue")
-def issue(
-    common: Common, ca: CaOption = None, without: WithoutOption = None, wait: WaitOption = ZERO,
-    output: OutputOption = Output.TEXT,
-) -> int:  # fmt: skip
+def issue(common: Common, options: _GatedOptions) -> int:
     """Have this node's certificates issued by the new CAs, once every node trusts these."""
-    return _run(common, Verb.ISSUE, ca, without, wait, output)
+    return _run(common, Verb.ISSUE, options, options.without)
 
 
 @command(rotate_group, "drop")
-def drop(
-    common: Common, ca: CaOption = None, without: WithoutOption = None, wait: WaitOption = ZERO,
-    output: OutputOption = Output.TEXT,
-) -> int:  # fmt: skip
+def drop(common: Common, options: _GatedOptions) -> int:
     """Have this node trust the new CAs alone, once every node's certificates are theirs."""
-    return _run(common, Verb.DROP, ca, without, wait, output)
+    return _run(common, Verb.DROP, options, options.without)
 
 
 @command(rotate_group, "back")
-def back(
-    common: Common, ca: CaOption = None, without: WithoutOption = None, wait: WaitOption = ZERO,
-    output: OutputOption = Output.TEXT,
-) -> int:  # fmt: skip
+def back(common: Common, options: _GatedOptions) -> int:
     """Go back by one phase on this node."""
-    return _run(common, Verb.BACK, ca, without, wait, output)
+    return _run(common, Verb.BACK, options, options.without)
 
 
-def _run(
-    common: Common, verb: Verb, ca: Sequence[str] | None, without: Sequence[str] | None, wait: timedelta, output: Output
-) -> int:
+def _run(common: Common, verb: Verb, options: _Options, without: Sequence[str] | None = None) -> int:
     settings = common.settings()
-    gate = Gate(without=frozenset(without or ()), wait=wait)
+    gate = Gate(without=frozenset(without or ()), wait=options.wait)
     with progress_shown() as progress:
-        done = steps.run(settings, verb, ca or [], utc_now, progress, gate)
-    if output is Output.JSON:
-        say_json(exitCode=done.exit_code, cas=[{"name": s.ca.name, "phase": s.target.value} for s in done.steps])
+        done = steps.run(settings, verb, options.ca or [], utc_now, progress, gate)
+    if options.output is Output.JSON:
+        say_json(exitCode=done.exit_code, cas=[{"name": name, "phase": text} for name, text in done.phases.items()])
     else:
-        _say_done(done)
+        _say_done(done, settings)
+    warn_of_waiting(done.result.waiting, utc_now())
     for error in done.result.errors:
         print_error(error)
-    for outcome in done.result.failed:
-        if outcome.error is not None:
-            print_error(outcome.error, outcome.name)
+    for about, error in grouped(done.result.failed):
+        print_error(error, about)
     return done.exit_code
 
 
-def _say_done(done: Done) -> None:
-    for step in done.steps:
-        state = "was there already" if step.is_there else "is there now"
-        if step.is_there or not done.result.failed:
-            say(f"{step.ca.name}: the phase “{step.target.value}” {state}")
+def _say_done(done: Done, settings: Settings) -> None:
+    there = {step.ca.name for step in done.steps if step.is_there}
+    for name, phase in done.phases.items():
+        say(f"{name}: phase “{phase}”{', as before' if name in there else ''}")
+    say_waiting(done.result.waiting, utc_now())
+    print_restart("These go on with the CAs of before until they are restarted", done.to_restart, settings)
     if done.result.restarted:
         say(f"restarted: {', '.join(done.result.restarted)}")
     if done.result.proven is not None:

@@ -115,10 +115,7 @@ def _keep(run: Run, one: OwedPair, left: OwedPair | None) -> None:
     file = pairs_file(run.store)
     every = [other for other in file.read() or () if other.name != one.name]
     every += [left] if left is not None else []
-    if every:
-        file.put(tuple(every))
-    else:
-        file.remove()
+    file.keep(tuple(every) or None)
 
 
 def _settle_one(run: Run, one: OwedPair, done: Settled) -> OwedPair | None:

@@ -55,6 +55,12 @@ class Transaction:
         self._apart: Collection[str] = ()  # further pairs, each of which is settled by itself
         self.attempts = Attempts(run.store)
 
+    def going_on(self, run: Run, options: RunOptions) -> Transaction:
+        """The same run's, with other settings and options; what is said of earlier runs stays."""
+        other = Transaction(run, options)
+        other._errors, other._node = self._errors, self._node
+        return other
+
     # --- before ------------------------------------------------------------------------------------------------------
 
     def settle_earlier(self, node: Node) -> Node:
@@ -123,6 +129,10 @@ class Transaction:
         copies.owe(self._run.settings, self._run.store, self._run.read_node(), replaced)
         _owe_putting_away(self._run, done)
         self._hooks.installing(HookEvent.of(selection.items, done))
+        self.owe_use(done)
+
+    def owe_use(self, done: Sequence[Outcome]) -> None:
+        """Record, before an installation, what is to be restarted, and to be seen on its new certificate."""
         if self._run.settings.node.pairs:
             from bridge.renewal import pairs  # noqa: PLC0415 (40 ms; only where the settings name a pair)
 
@@ -148,12 +158,15 @@ class Transaction:
             return result
         occasion = HookEvent.of(selection.items, result.outcomes, backup_id=result.backup_id)
         result = dataclasses.replace(result, errors=(*result.errors, *self._hooks.installed(occasion)))
-        result = self._activated(result)
-        if self.may_go_on and self._options.restarts:  # after the control plane, whose rollback waits for no pair
-            result = with_pairs(self._run, result)
+        result = self.activated(result)
         late = copies.settle(self._run.settings, self._run.store, self._run.record)
         _put_away(self._run)
         return dataclasses.replace(result, errors=(*result.errors, *late))
+
+    def activated(self, result: Result) -> Result:
+        """After an installation: restart and proof of the control plane, whose rollback waits for no pair, then of pairs."""
+        result = self._activated(result)
+        return with_pairs(self._run, result) if self.may_go_on and self._options.restarts else result
 
     def _activated(self, result: Result) -> Result:
         if not self._is_owed:

@@ -14,7 +14,7 @@ from cryptography import x509
 
 from bridge.errors import Violation
 from bridge.pki import go_x509
-from bridge.pki.certificates import UNREADABLE, extension, is_ca, is_signed_by, spki
+from bridge.pki.certificates import UNREADABLE, extension, is_ca, spki
 from bridge.pki.expiry import minute
 from bridge.rotation.phases import Change, Kind, text
 
@@ -105,16 +105,6 @@ def _same_key(change: Change) -> Iterator[Violation]:
         yield Violation(
             subject="subjectKeyIdentifier", want="the old CA's, or none", got="another one for the same key"
         )
-
-
-def is_cross_signed(certificate: x509.Certificate, change: Change) -> bool:
-    """Whether it has the new CA's name and key, and the old CA's signature: it goes behind leaves, not into a CA file."""
-    try:
-        is_new = certificate.subject == change.new.subject
-        has_key = spki(certificate.public_key()) == spki(change.new.public_key())
-    except UNREADABLE:
-        return False
-    return is_new and has_key and is_signed_by(certificate, change.old)
 
 
 def _key_id(ca: x509.Certificate) -> bytes | None:

@@ -74,15 +74,6 @@ class Change:
         """The CA that all leaves lead to in a phase."""
         return self.bundle(phase)[0]
 
-    def other(self, one: x509.Certificate) -> x509.Certificate:
-        """The CA that is not this one."""
-        return self.new if one == self.old else self.old
-
-    def after(self, phase: Phase) -> Phase | None:
-        """The next phase; None: this is the last."""
-        later = self.path[self.path.index(phase) + 1 :]
-        return later[0] if later else None
-
     def before(self, phase: Phase) -> Phase | None:
         """The phase to which `back` leads; None: this is the first."""
         earlier = self.path[: self.path.index(phase)]

@@ -21,7 +21,7 @@ from bridge.state import backups
 from bridge.state.install import CERTIFICATE_MASK, KUBECONFIG_MASK, Replacement
 from bridge.state.store import Store
 from bridge.system.files import digest
-from bridge.system.paths import UnreadableError, read, read_ca_file
+from bridge.system.paths import UnreadableError, own_text, read
 
 
 class UnreadableCaError(BridgeError):
@@ -111,11 +111,20 @@ def look(settings: Settings, node: Node, names: Sequence[str]) -> dict[str, Repl
 
 
 def new_ca(settings: Settings, name: str) -> x509.Certificate:
-    """The certificate of an authority's next CA (UnreadableCaError: there is not exactly one in its file)."""
+    """
+    The certificate of an authority's next CA, which the whole cluster is to trust.
+
+    Raises:
+        SettingsError: Its file is not there, or others can change it.
+        UnreadableCaError: There is not exactly one certificate in it.
+    """
     path = Path(settings.authorities[name].next["anchor"])
+    text = own_text(
+        path, f"the certificate of {name}'s next CA", "its owner has it; a copy that root alone can change will do"
+    )
     try:
-        found = read_ca_file(path)
-    except UnreadableError as e:
+        found = load_pem_certificates(text.encode())
+    except ValueError as e:
         raise UnreadableCaError(f"{path}: wanted the certificate of {name}'s next CA, found: {e}") from None
     if len(found) != 1:
         raise UnreadableCaError(
@@ -168,12 +177,7 @@ def _ca_data(place: str, data: bytes) -> Bundle:
 def _old_in_backups(store: Store, authority: str, new: x509.Certificate) -> x509.Certificate | None:
     """The CA that a finished replacement took away, by the newest backup that has it; None: no backup has one."""
     for backup in backups.read_all(store)[0]:
-        for file in backups.files_of(backup, authority):
-            try:
-                found = read_ca_file(file.copy) if file.copy is not None else ()
-            except UnreadableError:
-                continue
-            others = [one for one in found if one != new]
-            if others:
-                return others[0]
+        others = [one for one in backups.cas_of(backup, authority) if one != new]
+        if others:
+            return others[0]
     return None

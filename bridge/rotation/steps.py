@@ -17,16 +17,17 @@ from datetime import datetime
 from enum import Enum
 from typing import ClassVar
 
+from bridge.control_plane.restart_plan import ORDER
 from bridge.errors import BridgeError, Exit, Violation
 from bridge.node import processes
 from bridge.node.inventory import Node
-from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.pki.certificates import pem
 from bridge.pki.expiry import minute
-from bridge.renewal import activate, in_use, pairs
+from bridge.renewal import in_use
 from bridge.renewal.gate import next_ca_file
 from bridge.renewal.renew import renew
 from bridge.renewal.select import RunOptions, Trust, select
-from bridge.renewal.transaction import Transaction, with_activation, with_pairs
+from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Proven, Result
 from bridge.rotation import new_ca, objects, places
 from bridge.rotation.gate import Gate
@@ -81,6 +82,8 @@ class Done:
 
     steps: tuple[Step, ...]
     result: Result
+    phases: Mapping[str, str]  #: Of each CA afterwards, by its files.
+    to_restart: Sequence[Component]  #: By an operator, with `restart.method = "none"`.
 
     @property
     def exit_code(self) -> int:
@@ -99,25 +102,39 @@ def run(
         back = _going_back(ours.store).read() or {}
         steps = tuple(planned(verb, one, back.get(one.name)) for one in cas.values())
         assert_possible(steps, cas, ours.now())
-        if not transaction.may_go_on:
-            return Done(steps=steps, result=transaction.with_earlier(Result(outcomes=())))
         to_do = [step for step in steps if not step.is_there]
-        if not to_do:
-            _going_back(ours.store).remove()
+        if not transaction.may_go_on or not to_do:
             result = transaction.with_earlier(Result(outcomes=()))
-            return Done(steps=steps, result=_with_objects(ours, node, steps, result))
+            return _done(ours, node, names, steps, result, is_over=transaction.may_go_on)
         gate.assert_open(ours, node, to_do)
         if verb is Verb.BACK:
             _going_back(ours.store).put({step.ca.name: step.target for step in to_do})
         if verb is Verb.ISSUE:
-            result = _issue(ours, node, to_do, gate)
+            result = _issue(ours, transaction, node, to_do, gate)
         elif verb is Verb.BACK and any(step.target is Phase.TRUSTED for step in to_do):
-            result = _issue_back(ours, node, to_do, gate)
+            result = transaction.with_earlier(_issue_back(ours, transaction, node, to_do, gate))
         else:
-            result = _trust(ours, node, to_do)
-        if result.backup_id is not None or verb is not Verb.BACK:
-            _going_back(ours.store).remove()
-        return Done(steps=steps, result=_with_objects(ours, node, steps, result))
+            result = transaction.with_earlier(_trust(ours, transaction, node, to_do))
+        is_over = result.backup_id is not None or verb is not Verb.BACK
+        return _done(ours, node, names, steps, result, is_over=is_over)
+
+
+def _done(
+    run: Run, node: Node, names: Sequence[str], steps: tuple[Step, ...], result: Result, *, is_over: bool
+) -> Done:
+    """The end of a verb: the cluster's objects follow the files, and the phases are read off the files once more."""
+    result = _with_objects(run, node, steps, result)
+    after = places.look(run.settings, run.read_node(), names)
+    owed = unproven_file(run.store).read() if run.settings.restart.method == "none" else None
+    late = {*owed.to_restart, *(node.spec(name).component for name in owed.names)} if owed is not None else set()
+    if is_over:  # last of all: a `back` that is killed before it is the same one when it is repeated
+        _going_back(run.store).remove()
+    return Done(
+        steps=steps,
+        result=result,
+        phases={name: one.standing.text for name, one in after.items()},
+        to_restart=[component for component in ORDER if component in late],
+    )
 
 
 def _going_back(store: Store) -> StateFile[dict[str, Phase]]:
@@ -193,7 +210,7 @@ def assert_possible(steps: Sequence[Step], cas: Mapping[str, Replaced], now: dat
             raise OrderError(
                 f"{one.name}: wanted its key away from this node, found it beside {one.state.path}",
                 hint="the controller manager signs with it, and takes one CA alone: move the key to a CA first "
-                "(`ca-bridge help kubelets`), then replace it",
+                "(`ca-bridge help replace-the-ca`), then replace it",
             )
 
 
@@ -215,7 +232,7 @@ _READERS = {
 }
 
 
-def _trust(run: Run, node: Node, steps: Sequence[Step]) -> Result:
+def _trust(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]) -> Result:
     """Replace the CA file and the kubeconfigs' CA data; restart and prove what reads them once."""
     files = [file for step in steps for file in step.ca.trust_files(step.target)]
     readers = {name for step in steps for name in _READERS.get(step.ca.name, ())} | {file.certificate for file in files}
@@ -225,30 +242,16 @@ def _trust(run: Run, node: Node, steps: Sequence[Step]) -> Result:
         if i.spec.name in readers and i.certificates
     ]
     _record(run, steps)
-    _owe(run, node, outcomes, steps)
+    transaction.owe_use(outcomes)
+    _owe_restarts(run, node, steps)
     backup_id = install(run.store, files, run.record.run_id, _about(steps))
     run.record.write_or_warn()
-    return _activated(run, Result(outcomes=(), backup_id=backup_id))
+    return transaction.activated(Result(outcomes=(), backup_id=backup_id))
 
 
-def _activated(run: Run, result: Result) -> Result:
-    """After the installation: restart, proof, rollback if needed; with `restart.method = "none"` an operator restarts."""
-    if run.settings.restart.method == "none":  # said by each run from the next one on
-        return with_pairs(run, dataclasses.replace(result, left_to_people=run.store.unproven.exists()))
-    done = activate.settle(run, run.read_node())
-    result = with_activation(result, done, pairs.own(run.read_node()).keys())
-    return with_pairs(run, result) if done.may_go_on else result
-
-
-def _owe(run: Run, node: Node, outcomes: Sequence[Outcome], steps: Sequence[Step]) -> None:
-    """Record, before the installation, what is to be restarted and proven."""
+def _owe_restarts(run: Run, node: Node, steps: Sequence[Step]) -> None:
+    """Record, before the installation, the components that read these CAs at their start alone."""
     file = unproven_file(run.store)
-    apart = pairs.owe(run, outcomes)
-    outcomes = [one for one in outcomes if one.name not in apart]
-    if run.settings.restart.method == "none":
-        in_use.owe(run, outcomes, file)
-    else:
-        activate.owe(run, outcomes)
     owed = file.read() or Owed(certificates=())
     running = {*node.manifests, *([Component.KUBELET] if processes.running(Component.KUBELET.value) else [])}
     readers = {node.spec(name).component for step in steps for name in _READERS.get(step.ca.name, ())}
@@ -274,7 +277,7 @@ def _about(steps: Sequence[Step]) -> dict[str, object]:
 # --- issue ------------------------------------------------------------------------------------------------------------
 
 
-def _issue(run: Run, node: Node, steps: Sequence[Step], gate: Gate) -> Result:
+def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], gate: Gate) -> Result:
     """Renew all leaves by the new CA, and turn the order of the CAs in the same installation: all or nothing."""
     ours = {step.ca.name: step for step in steps}
     settings = for_next(run.settings, ours)
@@ -282,13 +285,15 @@ def _issue(run: Run, node: Node, steps: Sequence[Step], gate: Gate) -> Result:
     _assert_none_waits(run, ours, names)
     bundles = {name: step.ca.change.bundle(step.target) for name, step in ours.items()}
     embedded = {
-        item.certificate_path for step in steps for item in step.ca.items if item.spec.name in names and item.embedded
+        item.certificate_path
+        for step in steps
+        for item in step.ca.items
+        if item.spec.name in names and item.embedded and str(item.certificate_path) in step.ca.confs
     }
     files = [f for step in steps for f in step.ca.trust_files(step.target) if f.path not in embedded]
 
     def edit(file: Replacement) -> Replacement:
-        is_conf = file.path in embedded and file.data is not None and CA.name in bundles
-        if not is_conf or file.data is None:
+        if file.path not in embedded or file.data is None:
             return file
         return dataclasses.replace(file, data=with_ca(file.path, file.data, bundles[CA.name]))
 
@@ -296,15 +301,19 @@ def _issue(run: Run, node: Node, steps: Sequence[Step], gate: Gate) -> Result:
         gate.assert_accepted(run, node, {one.name: (pem(*one.chain), one.prepared.key_pem) for one in proven})
 
     trust = Trust(bundles=bundles, files=tuple(files), edit=edit, gate=accepted)
-    options = RunOptions(names=names, any_identity=(), all_or_nothing=True, trust=trust)
+    options = RunOptions(names=names, all_or_nothing=True, trust=trust)
     run = dataclasses.replace(run, settings=settings)
     selection = select(node, settings, options, run.now(), requests=run.requests)
     if selection.failed:
-        return Result(outcomes=selection.failed)
+        return transaction.with_earlier(Result(outcomes=selection.failed))
+    if left := sorted(set(names) - {item.spec.name for item in selection.items}):
+        raise OrderError(
+            f"wanted to issue all certificates, found that these stay: {', '.join(left)}; nothing was asked"
+        )
     _record(run, steps)
     asked = next_ca_file(run.store)
     asked.put(tuple(dict.fromkeys([*(asked.read() or ()), *ours])))
-    result = renew(run, Transaction(run, options), selection, node, options)
+    result = renew(run, transaction.going_on(run, options), selection, node, options)
     if result.backup_id is not None:
         _forget_asked(run, ours)
     return result
@@ -325,11 +334,7 @@ def _assert_none_waits(run: Run, authorities: Collection[str], names: Collection
 def _forget_asked(run: Run, names: Collection[str]) -> None:
     """The next CAs' answers are installed, or given up."""
     file = next_ca_file(run.store)
-    left = tuple(name for name in file.read() or () if name not in names)
-    if left:
-        file.put(left)
-    else:
-        file.remove()
+    file.keep(tuple(name for name in file.read() or () if name not in names) or None)
 
 
 def _leaves_to_issue(step: Step) -> Iterator[Difference]:
@@ -337,7 +342,7 @@ def _leaves_to_issue(step: Step) -> Iterator[Difference]:
     return (d for d in differences(step.ca.seen, step.ca.change, step.target) if d.place in known)
 
 
-def _issue_back(run: Run, node: Node, steps: Sequence[Step], gate: Gate) -> Result:
+def _issue_back(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], gate: Gate) -> Result:
     """Put back what the new CA's certificates replaced, CA files included, from the installation's own backup."""
     wanted = {step.ca.name for step in steps}
     backup = _backup_of(run, steps)
@@ -346,10 +351,10 @@ def _issue_back(run: Run, node: Node, steps: Sequence[Step], gate: Gate) -> Resu
     gate.assert_accepted(run, node, dict(_pairs(backup, node)))
     _record(run, steps)
     _forget_asked(run, wanted)
-    _owe(run, node, backups.outcomes_of(backup, node), [])
+    transaction.owe_use(backups.outcomes_of(backup, node))
     done = backups.put_back(backup, run.settings, run.store, run.record, node, run.now(), lambda _: False)
     result = Result(outcomes=done.outcomes, backup_id=done.replaced_backup_id, errors=done.late)
-    return _activated(run, result)
+    return transaction.activated(result)
 
 
 def _pairs(backup: Backup, node: Node) -> Iterator[tuple[str, tuple[bytes, bytes]]]:
@@ -373,15 +378,10 @@ def _backup_of(run: Run, steps: Sequence[Step]) -> Backup:
     """The newest backup that has the CA files of the phase before, with the leaves that went with them."""
     wanted = {step.ca.name: step.ca.change.bundle(step.target) for step in steps}
     for backup in backups.read_all(run.store)[0]:
-        had = {
-            file.certificate: tuple(load_pem_certificates(file.copy.read_bytes()))
-            for file in backup.files
-            if file.certificate in AUTHORITIES and file.copy is not None
-        }
         has_leaves = any(
             file.certificate not in AUTHORITIES and not file.certificate.endswith(".conf") for file in backup.files
         )
-        if has_leaves and all(had.get(name) == bundle for name, bundle in wanted.items()):
+        if has_leaves and all(backups.cas_of(backup, name) == bundle for name, bundle in wanted.items()):
             return backup
     found = ", ".join(wanted)
     raise NoWayBackError(f"{found}: wanted a backup with the old CA's certificates, found none")

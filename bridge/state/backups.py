@@ -5,6 +5,7 @@ back, puts it back (an operator may force one that the node could run on), delet
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import shlex
@@ -237,10 +238,11 @@ def _trust_problems(backup: Backup, authority: str, node: Node) -> Iterator[Prob
     yield from damage
     if damage:
         return
-    try:
-        [bundle] = [load_pem_certificates(file.copy.read_bytes()) for file in files if file.copy is not None]
-    except (OSError, ValueError) as e:
-        yield Problem(certificate=authority, wanted="one file with CA certificates", found=str(e))
+    bundle = cas_of(backup, authority)
+    if not bundle:
+        yield Problem(
+            certificate=authority, wanted="a file with CA certificates", found="none, or one that can't be read"
+        )
         return
     cut_off = []
     for item in node.items:
@@ -251,6 +253,14 @@ def _trust_problems(backup: Backup, authority: str, node: Node) -> Iterator[Prob
     if cut_off:
         found = f"certificates of another CA: {', '.join(cut_off)} (`ca-bridge rotate-ca back` goes back)"
         yield Problem(certificate=authority, wanted="CAs of all certificates", found=found, subject="issuer")
+
+
+def cas_of(backup: Backup, authority: str) -> tuple[x509.Certificate, ...]:
+    """The CA file of an authority as it was; empty: the backup has none, or it can't be read."""
+    for file in files_of(backup, authority):
+        with contextlib.suppress(UnreadableError):
+            return read_ca_file(file.copy) if file.copy is not None else ()
+    return ()
 
 
 def files_of(backup: Backup, name: str) -> list[File]:

@@ -139,6 +139,13 @@ class StateFile(Generic[T]):
         except OSError as e:
             raise StateError(f"{self.path}: wanted to write down {self.what}, found: {e.strerror}") from e
 
+    def keep(self, value: T | None) -> None:
+        """Write what is left; None: nothing is, and the file goes."""
+        if value is None:
+            self.remove()
+        else:
+            self.put(value)
+
     def remove(self) -> None:
         """Remove it for good; there may be none."""
         try:

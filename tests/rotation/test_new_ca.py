@@ -8,7 +8,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from bridge.rotation.new_ca import is_cross_signed, violations
+from bridge.rotation.new_ca import violations
 from bridge.rotation.phases import Change
 from tests.kit.issuing import NOW, Signer, cn, usage
 
@@ -127,13 +127,3 @@ def encoded(key_of: Signer, name: x509.Name, days: int) -> Signer:
         .sign(key_of.key, hashes.SHA256())
     )
     return Signer(certificate=certificate, key=key_of.key)
-
-
-def test_a_cross_signed_one_is_known_by_key_name_and_signature() -> None:
-    """The new CA's name and key below the old CA; not another's key, and not the new CA itself."""
-    new = Signer.make("kubernetes-2")
-    change = Change(OLD.certificate, new.certificate)
-    assert is_cross_signed(Signer.make("kubernetes-2", parent=OLD, key=new.key).certificate, change)
-    assert not is_cross_signed(Signer.make("kubernetes-2", parent=OLD).certificate, change)
-    assert not is_cross_signed(Signer.make("kubernetes-3", parent=OLD, key=new.key).certificate, change)
-    assert not is_cross_signed(new.certificate, change)
