@@ -62,8 +62,21 @@ def _started(entry: Path) -> datetime:
     """When it started, by the present clock, even if that was set since: the kernel counts from the machine's start."""
     behind_name = (entry / "stat").read_text(errors="replace").rpartition(")")[2]
     ticks = int(behind_name.split()[_START_FIELD])
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return datetime.fromtimestamp(time.time() - age, UTC)
+    return datetime.fromtimestamp(_boot_seconds() + ticks / os.sysconf("SC_CLK_TCK"), UTC)
+
+
+def _boot_seconds() -> float:
+    """
+    When the machine started, by the present clock.
+
+    Between the readings of two clocks a busy machine may let other programs run, by which a process would seem younger
+    than it is: the reading counts that took the least time.
+    """
+    readings = []
+    for _ in range(3):
+        begin, now, end = time.clock_gettime(time.CLOCK_BOOTTIME), time.time(), time.clock_gettime(time.CLOCK_BOOTTIME)
+        readings.append((end - begin, now - end))
+    return min(readings)[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +111,7 @@ class Written:
     @property
     def moment(self) -> datetime:
         """When it was, by the present clock; if the machine was restarted since, the time of that restart."""
-        since = time.clock_gettime(time.CLOCK_BOOTTIME)
-        return datetime.fromtimestamp(time.time() - since + (self.seconds if self.boot == _boot_id() else 0), UTC)
+        return datetime.fromtimestamp(_boot_seconds() + (self.seconds if self.boot == _boot_id() else 0), UTC)
 
 
 def _boot_id() -> str:

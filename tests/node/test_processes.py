@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -49,6 +50,28 @@ def test_finds_a_program_by_its_name() -> None:
         assert begin - tick <= found.started <= end + tick
         assert (found.root / "etc/hostname").exists() == Path("/etc/hostname").exists()
     assert processes.running(PROGRAM) == []
+
+
+@pytest.mark.parametrize("call", range(1, 5))
+def test_a_busy_machine_makes_no_process_younger(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Other programs may run for seconds between the readings of two clocks; the process has its start all the same."""
+    calls, behind = itertools.count(1), [0.0]
+
+    def after_a_while(read: Callable[..., float]) -> Callable[..., float]:
+        def reading(*clock: int) -> float:
+            behind[0] += 5 * (next(calls) == call)
+            return read(*clock) + behind[0]
+
+        return reading
+
+    with process():
+        (before,) = processes.running(PROGRAM)
+        for name in ("time", "clock_gettime"):
+            monkeypatch.setattr(time, name, after_a_while(getattr(time, name)))
+        (found,) = processes.running(PROGRAM)
+        monkeypatch.undo()
+    assert next(calls) > call
+    assert abs(found.started - before.started) < timedelta(seconds=1)
 
 
 def test_the_oldest_comes_first() -> None:
