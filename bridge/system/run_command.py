@@ -36,6 +36,8 @@ _TICK_SECONDS = 0.02
 _KILL_SECONDS = 5.0
 #: For a program's file to be found, which takes longer where it is on a network file system whose server is away.
 _REACH_SECONDS = 10.0
+#: An interpreter may be a script itself, so many times (execve(2)).
+_MOST_INTERPRETERS = 5
 T = TypeVar("T")
 
 Sink = Callable[[bytes], object]  #: Takes what a program prints, as it comes.
@@ -175,15 +177,27 @@ def reached(look: Callable[[], T]) -> T:
 
 
 def _assert_within_reach(command: Command) -> None:
-    """Open the program and its folder first: a start from a dead file system would hold up all our threads (vfork(2))."""
+    """Open the folder, the program and its interpreter: a start from a dead file system holds up all our threads (vfork(2))."""
 
     def look() -> None:
         with contextlib.suppress(OSError, ValueError):  # the start says it better
+            os.close(os.open(command.folder, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
             found = shutil.which(command.words[0], path=command.environment.get("PATH"))
-            for path in filter(None, (str(command.folder), found)):
-                os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            for _ in range(1 + _MOST_INTERPRETERS):
+                found = _interpreter(command.folder / found) if found else None
 
     reached(look)
+
+
+def _interpreter(program: Path) -> str | None:
+    """The program that the first line of a script names; None: it names none, or is no script (execve(2))."""
+    descriptor = os.open(program, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        line = os.read(descriptor, 256).partition(b"\n")[0]
+    finally:
+        os.close(descriptor)
+    words = line[2:].split() if line.startswith(b"#!") else []
+    return os.fsdecode(words[0]) if words else None
 
 
 #: Python would warn of a process that it forgets while it runs.

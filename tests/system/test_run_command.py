@@ -62,6 +62,33 @@ def test_a_program_on_a_dead_file_system_is_given_up(tmp_path: Path, monkeypatch
     assert run(Command(words=["true"], environment=PATH, limit=LONG, folder=tmp_path)) == Ended(0)
 
 
+@dead_fs.needs_mount
+def test_a_script_whose_interpreter_is_on_a_dead_file_system_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named by its first line, by that of its interpreter, by a path from its folder, or by env(1); with a living one it runs."""
+
+    def script(name: str, interpreter: str) -> str:
+        path = tmp_path / name
+        path.write_text(f"#! {interpreter}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    def ended(words: list[str], seconds: float = 30) -> Ended:
+        return run(Command(words=words, environment=PATH, limit=timedelta(seconds=seconds), folder=tmp_path))
+
+    assert ended([script("lives", script("between", "/bin/true"))]) == Ended(0)
+    monkeypatch.setattr(run_command, "_REACH_SECONDS", 0.3)
+    with dead_fs.mounted(tmp_path / "dead") as dead:
+        failure = "could not be started: no answer of its file system"
+        assert ended([script("itself", f"{dead}/python3 -u")]).failure == failure
+        assert ended([script("twice", script("between", f"{dead}/python3"))]).failure == failure
+        assert ended([script("relative", "dead/python3")]).failure == failure
+        assert ended([script("by-env", f"/usr/bin/env {dead}/python3")], 1).failure.startswith(
+            "was still running after 1 s"
+        )
+
+
 def test_a_command_has_no_input_and_no_terminal() -> None:
     """One that asks is not answered, and does not wait."""
     lines: list[str] = []
@@ -91,10 +118,10 @@ def test_at_its_time_limit_a_command_is_killed_with_all_that_it_started(tmp_path
     pids = tmp_path / "pids"
     script = f"trap '' TERM HUP; (trap '' TERM HUP; (echo $$ >>{pids}; exec sleep 60) & sh -c 'echo $$ >>{pids}; sleep 60') & echo $$ >>{pids}; wait"
     started = time.monotonic()
-    ended = run_logged(["sh", "-c", script], PATH, timedelta(seconds=1), OutputLines(print))
-    assert ended == Ended(None, "was still running after 1 s, and was killed")
-    assert time.monotonic() - started < 10
-    deadline = time.monotonic() + 5
+    ended = run_logged(["sh", "-c", script], PATH, timedelta(seconds=3), OutputLines(print))
+    assert ended == Ended(None, "was still running after 3 s, and was killed")
+    assert time.monotonic() - started < 30
+    deadline = time.monotonic() + 60
     while any(is_running(int(pid)) for pid in pids.read_text().split()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(pids.read_text().split()) == 3
@@ -137,7 +164,7 @@ def test_what_a_program_leaves_behind_is_ended_where_that_is_asked_for(tmp_path:
     command = Command(words=words, environment=PATH, limit=LONG, ends_background=True)
     assert run(command, output.extend) == Ended(0)
     assert output == b"done\n"
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while is_running(int(pid.read_text())) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not is_running(int(pid.read_text()))
@@ -174,44 +201,40 @@ def test_a_kernel_without_process_descriptors_will_do(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("script", "failure"),
     [
-        ("exec sleep 60", "was still running after 0.5 s, and can't be killed: it goes on"),
+        ("echo up >&2; exec sleep 600", "was still running after 60 s, and can't be killed: it goes on"),
         (
-            "setpriv --reuid=NOBODY --clear-groups sleep 60 & sleep 60",
-            "was still running after 0.5 s, and was killed, but something that it started goes on",
+            "setpriv --reuid=NOBODY --clear-groups sh -c 'echo up >&2; exec sleep 600' & sleep 600",
+            "was still running after 60 s, and was killed, but something that it started goes on",
         ),
     ],
     ids=["itself", "what it started"],
 )
 def test_a_program_that_we_may_not_kill_is_given_up(script: str, failure: str) -> None:
     """Root without CAP_KILL, as below a unit: the run goes on, and says what is left; nothing waits for it."""
+    is_itself = "NOBODY" not in script
     script = script.replace("NOBODY", str(pwd.getpwnam("nobody").pw_uid))
-    is_itself = script.startswith("exec")
     code = f"""
         from datetime import timedelta
         from bridge.system import run_command
         from bridge.system.run_command import Account, Command, run
-        run_command._KILL_SECONDS = 0.5
+        run_command._KILL_SECONDS = {0.5 if is_itself else 10}
         account = Account.of("nobody" if {is_itself} else "")
         words = ["sh", "-c", "echo $$ >&2; " + {script!r}]
-        command = Command(
-            words=words, environment={PATH!r}, limit=timedelta(seconds=0.5), account=account
-        )
-        pid = bytearray()
-        ended = run(command, messages=pid.extend)
-        print(int(pid), ended.failure)
+        command = Command(words=words, environment={PATH!r}, limit=timedelta(seconds=60), account=account)
+        said = bytearray()
+        ended = run(command, messages=said.extend, is_enough=lambda _: b"up" in said)
+        print(said.split()[0].decode(), ended.failure)
     """
-    begin = time.monotonic()
     done = subprocess.run(
         ["setpriv", "--bounding-set=-kill", *python_command(textwrap.dedent(code))],
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=300,
     )
     pid, _, found = done.stdout.strip().partition(" ")
     os.killpg(int(pid), signal.SIGKILL)
     assert found == failure
-    assert time.monotonic() - begin < 20
 
 
 def test_finds_what_this_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
