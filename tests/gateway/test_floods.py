@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from bridge.gateway import policy
 from bridge.gateway.policy import Request
 from bridge.gateway.rules import CLIENT_KUBELET, SERVING
 from bridge.gateway.service import Service, _Watching
-from bridge.gateway.watch import kinds
+from bridge.gateway.watch import Watch, kinds
 from tests.kit import cluster_api, gateways, hostile_csrs
 from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import ClusterApi
@@ -248,3 +249,34 @@ def test_a_watch_that_hangs_and_a_thread_that_ended_are_seen(monkeypatch: pytest
     service._watching[0].alive = 200.0
     service._threads = [threading.Thread(name="lease")]
     assert service._healthz() == (503, "threads have ended: lease\n")
+
+
+@pytest.mark.attack("G1")
+def test_a_replica_that_does_not_get_to_the_end_of_what_is_there_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a flood that is read for minutes others may wait; at its end the API server sends a bookmark."""
+    service, clock = Quiet(), [100.0]
+    monkeypatch.setattr("bridge.gateway.service.time.monotonic", lambda: clock[0])
+    service.nodes, service._started = SimpleNamespace(trouble=""), True  # type: ignore[assignment]
+    service.context = SimpleNamespace(ledger=SimpleNamespace(trouble=""))  # type: ignore[assignment]
+    service.holder = SimpleNamespace(is_ours=lambda: True)  # type: ignore[assignment]
+    round_ = service._watching[0].watch = Watch(None, service._watching[0].kind)  # type: ignore[arg-type]
+    clock[0] += 120
+    assert service._readyz() == (200, "ok: this replica works\n")
+    clock[0] += 1
+    assert service._readyz() == (503, "the watch has not read all requests for 121 s\n")
+    round_._event(b'{"type":"BOOKMARK","object":{}}', lambda _: None, lambda _: None)
+    assert service._readyz() == (200, "ok: this replica works\n")
+
+
+@pytest.mark.attack("G4")
+def test_a_process_that_can_not_write_its_record_for_a_minute_is_sick() -> None:
+    """A new pod has an empty directory; a moment without room is none."""
+    service, seconds = Quiet(), [60.0]
+    service._started = True
+    service._watching.clear()
+    trouble = "the audit log could not be written: No space left on device"
+    ledger = SimpleNamespace(trouble=trouble, failing_seconds=lambda: seconds[0])
+    service.context = SimpleNamespace(ledger=ledger)  # type: ignore[assignment]
+    assert service._healthz() == (200, "ok\n")
+    seconds[0] = 61.0
+    assert service._healthz() == (503, f"{trouble}\n")

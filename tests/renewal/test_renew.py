@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from bridge.cli import renew as cli_renew
 from bridge.cli.options import Output
 from bridge.diagnosis import findings
 from bridge.diagnosis.examination import examine
-from bridge.node import kubeconfig
+from bridge.node import inventory, kubeconfig
+from bridge.node.sample_pki import ca_certificate
 from bridge.pki.certificates import load_pem_certificates, pem, san_counts
 from bridge.pki.csr import CannotCarryError, generate_key, key_pem
 from bridge.pki.expiry import Before
@@ -380,6 +382,22 @@ def test_a_certificate_whose_intermediate_ends_soon_is_due(node: Pki) -> None:
     assert [item.spec.name for item in select(found, before[10], RunOptions(), now()).items] == ["apiserver"]
     assert select(found, before[8], RunOptions(), now()).items == ()
     assert nothing_due(found, before[8], now()).startswith("nothing is due: apiserver is the first to expire, in 8d")
+
+
+@pytest.mark.attack("N28")
+def test_a_ca_that_is_not_valid_yet_is_said(node: Pki, tmp_path: Path) -> None:
+    """Nothing is due, and nothing works: `plan` and `renew` name what leads to a CA that begins tomorrow, and nothing else."""
+    settings = settings_for(node, tmp_path, '[renewal]\nbefore = "1d"')
+
+    def said() -> str:
+        return nothing_due(inventory.read(node.pki_dir, node.kubeconfig_dir), settings, now())
+
+    assert "not valid yet" not in said()
+    key = load_pem_private_key(node.ca_pem("front-proxy-ca")[1], None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    late = ca_certificate("front-proxy-ca", key, now() + timedelta(days=1), now() + timedelta(days=3000))
+    (node.pki_dir / "front-proxy-ca.crt").write_bytes(pem(late))
+    assert said().endswith("see `ca-bridge doctor`: front-proxy-client")
 
 
 def test_a_ca_whose_clock_is_ahead_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
