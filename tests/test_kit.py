@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from bridge.node.processes import running
 from bridge.specs import AUTHORITIES
+from bridge.system.waiting import wait_until
 from tests import conftest
 from tests.kit import plan, programs
+from tests.kit.loopback import alone, free_port
 from tests.kit.pki import KubeadmAlgorithm, KubeadmVersion, kubeadm_pki
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,3 +218,25 @@ def test_kubeadm_tells_why_it_failed(tmp_path: Path) -> None:
         pki.run_kubeadm("certs", "no-such-command", config=False)
 
     assert pki.run_kubeadm("certs", "no-such-command", config=False, check=False).returncode == 1
+
+
+def test_a_free_port_is_one_processs() -> None:
+    """While both run no other process gets it, and no connection: one that was free a moment before may be another's by now."""
+    ours, code = {free_port() for _ in range(200)}, "print(*(free_port() for _ in range(200)))"
+    command = [sys.executable, "-c", f"from tests.kit.loopback import free_port; {code}"]
+    others = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not ours & {int(port) for port in others.split()}
+    assert max(ours) < int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    with socket.create_server(("127.0.0.1", free_port())) as taken:
+        assert taken.getsockname()[1] not in {free_port() for _ in range(200)}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root; run the tests as root")
+def test_a_stand_in_that_is_alone_is_seen_by_no_test_beside_it() -> None:
+    """A process of a component's name counts as the node's own in the network alone in which it was started."""
+    name = f"kubelet-{os.getpid()}"
+    with subprocess.Popen(["bash", "-c", 'exec -a "$0" cat', name], stdin=subprocess.PIPE) as outside:
+        assert wait_until(lambda: running(name), bool, timedelta(seconds=30), pause_seconds=0.02)[0].pid == outside.pid
+        with alone():
+            assert running(name) == []
+        outside.kill()

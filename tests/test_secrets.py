@@ -20,6 +20,7 @@ from tests.counts import Tried
 from tests.kit import cmp, est, exec_programs, openbao
 from tests.kit.cas import Bridge, add_cfssl, add_openssl, add_vault
 from tests.kit.issuing import Signer
+from tests.kit.loopback import free_port
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import handmade_pki
 
@@ -304,7 +305,7 @@ def wrong_passphrase(bridge: Bridge) -> None:
 
 def dead_server(bridge: Bridge) -> None:
     bridge.config.write_text(
-        re.sub(r"http://127\.0\.0\.1:\d+", f"http://127.0.0.1:{openbao.free_port()}", bridge.config.read_text())
+        re.sub(r"http://127\.0\.0\.1:\d+", f"http://127.0.0.1:{free_port()}", bridge.config.read_text())
     )
 
 

@@ -40,6 +40,7 @@ from bridge.specs import AUTHORITIES, CA, ETCD_CA, FRONT_PROXY_CA, SPECS, Author
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import cfssl as kit
 from tests.kit import programs
+from tests.kit.loopback import free_port
 
 Make = Callable[..., CfsslBackend]
 Live = dict[str, x509.Certificate]
@@ -159,7 +160,7 @@ class Conformance(BackendConformance):
     @pytest.fixture
     def dead_backend(self, make: Make) -> CfsslBackend:
         """Of a server that is not there."""
-        return make(url=f"http://127.0.0.1:{kit.free_port()}", endpoint="sign")
+        return make(url=f"http://127.0.0.1:{free_port()}", endpoint="sign")
 
 
 @pytest.mark.kube("cfssl")
@@ -745,7 +746,7 @@ def tls_server(
 
 def test_a_dead_server(make: Make) -> None:
     """Nobody listens: unavailable, for whatever is asked."""
-    backend = make(url=f"http://127.0.0.1:{kit.free_port()}", endpoint="sign")
+    backend = make(url=f"http://127.0.0.1:{free_port()}", endpoint="sign")
     for ask in (backend.issuers, lambda: backend.check([APISERVER]), lambda: backend.sign(request(APISERVER))):
         with pytest.raises(BackendUnavailableError):
             ask()
@@ -980,7 +981,7 @@ def test_the_printed_script(authority: Authority, tmp_path: Path, make: Make) ->
 @pytest.mark.kube("cfssl")
 def test_the_printed_script_makes_tls_and_the_nodes_files(tmp_path: Path, make: Make) -> None:
     """From a directory with the CA alone, and the node's settings: its host, port and file names; it can be run again."""
-    port = kit.free_port()
+    port = free_port()
     settings = {
         "url": f"https://127.0.0.1:{port}",
         "ca_file": Path("/etc/x/tls.pem"),

@@ -37,6 +37,7 @@ from bridge.specs import AUTHORITIES, CA, SPECS, CertificateSpec
 from bridge.testing import BackendConformance, TestCA, sign_request, tampered
 from tests.kit import cfssl
 from tests.kit import cmp as kit
+from tests.kit.loopback import free_port
 
 pytestmark = pytest.mark.kube("cmp-ra")
 
@@ -115,7 +116,7 @@ class Conformance(BackendConformance):
     @pytest.fixture
     def dead_backend(self, mac: dict[str, Any]) -> CmpBackend:
         """Of a server that is not there."""
-        return make(**mac, url=f"http://127.0.0.1:{cfssl.free_port()}", timeout=timedelta(seconds=1))
+        return make(**mac, url=f"http://127.0.0.1:{free_port()}", timeout=timedelta(seconds=1))
 
 
 class TestSecret(Conformance):
@@ -561,7 +562,7 @@ def test_a_dead_server_does_not_end_the_waiting(
     asked, backend = request(), make(url=ra.url(waiting, "wait"), **mac)
     first = backend.sign(asked)
     assert isinstance(first, Pending)
-    dead = make(url=f"http://127.0.0.1:{cfssl.free_port()}", timeout=timedelta(seconds=1), **mac)
+    dead = make(url=f"http://127.0.0.1:{free_port()}", timeout=timedelta(seconds=1), **mac)
     with pytest.raises(BackendUnavailableError):
         dead.collect(asked, first.reference)
     ra.approve(waiting)
@@ -673,7 +674,7 @@ def test_a_revocation_that_the_server_refuses(ra: kit.RegistrationAuthority, mac
     with pytest.raises(BackendRefusedError, match="not by this client"):
         make(url=ra.url("ca", "reject"), **mac).revoke(issued.leaf)
     with pytest.raises(BackendUnavailableError):
-        make(url=f"http://127.0.0.1:{cfssl.free_port()}", timeout=timedelta(seconds=1), **mac).revoke(issued.leaf)
+        make(url=f"http://127.0.0.1:{free_port()}", timeout=timedelta(seconds=1), **mac).revoke(issued.leaf)
     with pytest.raises(BackendRefusedError, match="usages"):
         make(url=ra.url("ca"), **mac).revoke(_CA.certificate)
 

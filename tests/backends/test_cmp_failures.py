@@ -27,6 +27,7 @@ from bridge.specs import SPECS
 from bridge.testing import TestCA, sign_request, tampered
 from tests.kit import cfssl
 from tests.kit import cmp as kit
+from tests.kit.loopback import free_port
 
 pytestmark = pytest.mark.kube("cmp-ra")
 
@@ -336,7 +337,7 @@ def test_an_answer_with_any_byte_changed(
 def test_5_a_server_that_is_dead(mac: dict[str, Any]) -> None:
     """Unavailable at once, and not when openssl gives up; later its port may be open."""
     begin = time.monotonic()
-    error = error_of(make(f"http://127.0.0.1:{cfssl.free_port()}", **{**mac, "timeout": timedelta(seconds=30)}))
+    error = error_of(make(f"http://127.0.0.1:{free_port()}", **{**mac, "timeout": timedelta(seconds=30)}))
     assert time.monotonic() - begin < 10
     assert type(error) is UNAVAILABLE
     assert "no connection: connection refused" in str(error)

@@ -21,8 +21,8 @@ from bridge.pki import verify
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import programs, step_ca
-from tests.kit.cfssl import free_port
 from tests.kit.issuing import Signer, name
+from tests.kit.loopback import free_port
 from tests.kit.step_ca import StepCA
 
 pytestmark = pytest.mark.kube("step", "step-ca")

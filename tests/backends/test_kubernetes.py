@@ -30,8 +30,7 @@ from tests.kit import cert_manager, est, kube_api
 from tests.kit.api_client import CSRS, ApiClient
 from tests.kit.issuing import Signer
 from tests.kit.kube_api import ApiServer
-from tests.kit.loopback import LoopbackServer
-from tests.kit.openbao import free_port
+from tests.kit.loopback import LoopbackServer, free_port
 
 Live = dict[str, x509.Certificate]
 Make = Callable[..., KubernetesBackend]

@@ -39,6 +39,7 @@ from bridge.contract import Issued, Secret, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, Exit, SettingsError
 from bridge.node import sample_pki
 from bridge.specs import AUTHORITIES, EKU, SPECS, CertificateSpec
+from bridge.system.waiting import wait_until
 from bridge.testing import BackendConformance, TestCA, sign_request, tampered
 from tests.kit.cas import Bridge, add_openssl, live_certificates
 from tests.kit.opensslca import REAL, make_ca_directory, program
@@ -925,22 +926,21 @@ def test_a_slow_program_is_stopped(directory: Path, tmp_path: Path) -> None:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process has ended, within a second."""
-    for _ in range(100):
+    """Whether a process ends that was killed."""
+
+    def look() -> bool:
         try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
         except FileNotFoundError:
             return True
-        if state in "ZX":
-            return True
-        time.sleep(0.01)
-    return False
+
+    return wait_until(look, bool, timedelta(seconds=60), pause_seconds=0.02)
 
 
 def test_a_certificate_of_a_stopped_program_is_not_lost(directory: Path, tmp_path: Path) -> None:
     """What is recorded when the time is up is delivered."""
     slow = program(tmp_path, '$REAL "$@"; sleep 600')
-    leaf = opened(directory, openssl=slow, timeout=timedelta(seconds=1)).sign(renewal()).leaf
+    leaf = opened(directory, openssl=slow, timeout=timedelta(seconds=4)).sign(renewal()).leaf
     assert rows(directory) == [leaf.serial_number]
 
 

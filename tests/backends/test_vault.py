@@ -50,7 +50,7 @@ from bridge.specs import AUTHORITIES, SPECS, KeyAlgorithm
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import openbao
 from tests.kit.cas import Bridge, live_certificates
-from tests.kit.loopback import LoopbackServer
+from tests.kit.loopback import LoopbackServer, free_port
 from tests.kit.pki import Pki, handmade_pki
 
 APISERVER = SPECS["apiserver"]
@@ -309,7 +309,7 @@ class TestConformance(BackendConformance):
     @pytest.fixture
     def dead_backend(self, tmp_path: Path) -> VaultBackend:
         """Nobody listens."""
-        url = f"http://127.0.0.1:{openbao.free_port()}"
+        url = f"http://127.0.0.1:{free_port()}"
         auth = token_file(tmp_path, "unused")
         return VaultBackend.from_settings(VaultSettings(url=url, auth=auth, timeout=timedelta(seconds=2)))
 
@@ -960,7 +960,7 @@ def test_the_environment_has_no_say(
     pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Proxies, another server, another token and client certificates in the environment are not used."""
-    dead = f"http://127.0.0.1:{openbao.free_port()}"
+    dead = f"http://127.0.0.1:{free_port()}"
     (tmp_path / ".vault-token").write_text("hvs.other")
     (tmp_path / ".netrc").write_text("default login a password b\n")
     names = ["VAULT_ADDR", "BAO_ADDR", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"]

@@ -474,8 +474,9 @@ def test_it_goes_on_after_kill_9(node: NewNode) -> None:
     seed = int.from_bytes(os.urandom(4))
     print(f"seed {seed}")
     dice = random.Random(seed)  # noqa: S311 (times to kill at)
-    killed = 0
-    for number in range(12):
+    killed = number = 0
+    while number < 12 or killed <= 6:  # a run may have ended before it is killed
+        number += 1
         node_dir = node.directory / f"n{number}"
         one = NewNode.make(node_dir, cas=node.cas)
         killed += interrupted(one, dice)
@@ -485,7 +486,6 @@ def test_it_goes_on_after_kill_9(node: NewNode) -> None:
         assert not [
             path for path in one.state.iterdir() if path.name.startswith(("generate-csr-", "requests", "bootstrap"))
         ]
-    assert killed > 6
 
 
 def interrupted(node: NewNode, dice: random.Random) -> bool:

@@ -256,17 +256,17 @@ def test_all_requests_of_a_run_wait_once_for_a_dead_ca(asked: SignRequest, issue
     backend, begin = _Flaky(10**6, issued), time.monotonic()
     answers = ask(backend, [asked] * 20, 1.5)
     assert {type(answer) for answer in answers} == {BackendUnavailableError}
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20  # twenty times it would be thirty seconds
 
 
 def test_the_cas_own_wish_is_honoured(asked: SignRequest, issued: Issued) -> None:
     """Retry-After is waited for if there is time, and ends the waiting if there is not."""
     begin = time.monotonic()
     patient = _Flaky(1, issued, lambda: BackendUnavailableError("busy", retry_after_seconds=1.2))
-    assert ask(patient, [asked], 5) == [issued]
+    assert ask(patient, [asked], 30) == [issued]
     assert time.monotonic() - begin >= 1.2
     hasty = _Flaky(1, issued, lambda: BackendUnavailableError("busy", retry_after_seconds=60))
-    assert [type(answer) for answer in ask(hasty, [asked], 5)] == [BackendUnavailableError]
+    assert [type(answer) for answer in ask(hasty, [asked], 30)] == [BackendUnavailableError]
     assert len(hasty.calls) == 1
 
 

@@ -16,7 +16,7 @@ import pytest
 from bridge.cli import printing
 from tests.kit import opensslca, terminals
 from tests.kit.cas import Bridge
-from tests.kit.openbao import free_port
+from tests.kit.loopback import free_port
 from tests.kit.pki import Pki, handmade_pki
 
 PROGRAM = str(Path(sys.executable).with_name("ca-bridge"))

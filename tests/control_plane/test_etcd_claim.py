@@ -14,8 +14,8 @@ from bridge.control_plane import neighbours
 from bridge.control_plane.neighbours import LeaseHeldError, NeighbourError
 from bridge.specs import Component
 from tests.kit import members
+from tests.kit.loopback import free_port
 from tests.kit.members import Cluster, Place
-from tests.kit.openbao import free_port
 
 RULES = "lease_wait = '1s'\nlease_duration = '15s'\nneighbours = 'refuse'"
 

@@ -36,7 +36,7 @@ from tests.kit import cluster_api
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.issuing import Signer, name
 from tests.kit.kubelet import StandInKubelet
-from tests.kit.openbao import free_port
+from tests.kit.loopback import alone, free_port
 from tests.kit.static_pod import attempt
 from tests.kit.tripwire import kill
 
@@ -170,10 +170,10 @@ def pair(signer: Signer | None, address: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """The API server and the kubelets for all tests of the file."""
+    """The API server and the kubelets for all tests of the file; tests beside them see no kubelet."""
     directory = tmp_path_factory.mktemp("serving")
     (directory / "api").mkdir()
-    with contextlib.ExitStack() as stack:
+    with alone(), contextlib.ExitStack() as stack:
         cluster = stack.enter_context(cluster_api.running(directory / "api"))
         site = Site(cluster=cluster, directory=directory)
         admin = cluster.client()

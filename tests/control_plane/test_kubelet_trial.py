@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from bridge.control_plane import kubelet_serving
 from tests.kit import programs
+from tests.kit.loopback import alone
 
 CONFIG = """\
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 failCgroupV1: false
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone() -> Iterator[None]:
+    """Tests beside these see no kubelet."""
+    with alone():
+        yield
 
 
 def refusal(*arguments: str, more: str = "") -> str:

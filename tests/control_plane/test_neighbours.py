@@ -12,7 +12,6 @@ import json
 import random
 import shutil
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,23 +40,17 @@ from bridge.settings.load import parse
 from bridge.settings.tables import ClusterSettings, Settings
 from bridge.specs import Component
 from bridge.system import http
+from bridge.system.waiting import wait_until
 from tests.kit import apiserver, members
+from tests.kit.loopback import free_port
 from tests.kit.members import Cluster, Place
 
 ETCD, APISERVER, KUBELET = Component.ETCD, Component.APISERVER, Component.KUBELET
 NAME = "ca-bridge"
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(contextlib.closing(socket.socket())) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
 def made(directory: Path, count: int) -> Cluster:
-    client_port, peer_port, api_port = free_ports(3)
+    client_port, peer_port, api_port = free_port(), free_port(), free_port()
     return members.make(directory, count, client_port=client_port, peer_port=peer_port, api_port=api_port)
 
 
@@ -330,7 +323,7 @@ def test_a_single_member_has_nobody_to_wait_for(tmp_path: Path) -> None:
 def test_finds_the_port_for_http_where_grpc_has_one_of_its_own(tmp_path: Path) -> None:
     """Then the URLs that members tell of themselves answer no request of ours."""
     files = made(tmp_path, 2)
-    grpc_port, http_port = files.client_port, free_ports(1)[0]
+    grpc_port, http_port = files.client_port, free_port()
     for place in files.places:
         place.add_etcd_flags(listen_client_http_urls=f"https://{place.address}:{http_port}")
     files.client_port = http_port
@@ -356,23 +349,23 @@ class Servers:
             port=files.api_port,
         )
         self.failing: dict[str, list[str]] = {}
-        self._up: dict[str, contextlib.ExitStack] = {}
+        self.up: dict[str, contextlib.ExitStack] = {}
 
     def start(self, place: Place) -> None:
         """Bring one up."""
         stack = contextlib.ExitStack()
         self.failing[place.name] = stack.enter_context(apiserver.serving(place, self.state))
-        self._up[place.name] = stack
+        self.up[place.name] = stack
 
     def stop(self, place: Place) -> None:
         """Take one down."""
-        self._up.pop(place.name).close()
+        self.up.pop(place.name).close()
 
     def stop_all(self) -> None:
         """Take all down that are up."""
-        for stack in self._up.values():
+        for stack in self.up.values():
             stack.close()
-        self._up.clear()
+        self.up.clear()
 
     def look(self, place: Place) -> dict[str, tuple[InstanceState, str]]:
         """What a node sees of them: state and reason by name."""
@@ -549,9 +542,9 @@ def test_no_clock_of_another_node_is_believed(servers: Servers, renewed: str) ->
         pass
     assert e.value.exit_code == Exit.UNAVAILABLE
     begin = time.monotonic()
-    with hold(servers, wait=10) as held:
+    with hold(servers, wait=30) as held:
         assert held.held
-        assert 2 <= time.monotonic() - begin < 8
+        assert time.monotonic() - begin >= 2
 
 
 def test_a_killed_run_of_the_same_node_holds_nobody_up(servers: Servers) -> None:
@@ -560,9 +553,7 @@ def test_a_killed_run_of_the_same_node_holds_nobody_up(servers: Servers) -> None
     killed.__enter__()
     with pytest.raises(LeaseHeldError), hold(servers, "cp-2_other", wait=0.2):
         pass
-    begin = time.monotonic()
     with hold(servers, "cp-1_next", wait=10):
-        assert time.monotonic() < begin + 5
         assert spec(servers)["holderIdentity"] == "cp-1_next"
     killed.__exit__(None, None, None)
 
@@ -578,10 +569,12 @@ def test_a_lease_is_waited_for(servers: Servers) -> None:
     notes: list[str] = []
     other = contextlib.ExitStack()
     other.enter_context(hold(servers, "cp-2_b"))
-    timer = threading.Timer(1, other.close)
-    timer.start()
-    with hold(servers, wait=10, note=notes.append) as held:
-        timer.join()
+
+    def note(text: str) -> None:
+        notes.append(text)
+        other.close()
+
+    with hold(servers, wait=30, note=note) as held:
         assert held.held
     assert notes == [f"waiting for the lease {NAME}, which cp-2_b has"]
 
@@ -635,15 +628,16 @@ def test_a_lease_that_was_deleted_is_made_again(servers: Servers) -> None:
         assert spec(servers)["holderIdentity"] == "cp-1_run"
 
 
-def test_without_an_api_there_is_no_lease_and_no_obstacle(servers: Servers) -> None:
+def test_without_an_api_there_is_no_lease_and_no_obstacle(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said; and when the API is back, the lease is had from then on."""
     notes: list[str] = []
     servers.stop_all()
     with hold(servers, note=notes.append) as held:
         assert not held.held
+        monkeypatch.setattr(neighbours, "_BLINK_SECONDS", 60)
         begin = time.monotonic()
         held.assert_held()
-        assert time.monotonic() - begin < 0.5  # the patience was for the first time
+        assert time.monotonic() - begin < 30  # the patience was for the first time
         assert len(notes) == 1
         assert "no lease was taken" in notes[0]
         servers.start(servers.places[1])
@@ -657,11 +651,14 @@ def test_an_api_that_goes_away_does_not_let_a_second_one_in(servers: Servers) ->
     """Who has the lease may be restarting the very server that we ask."""
     first = servers.places[0]
     servers.state.put(NAME, "cp-2_b")
-    timer = threading.Timer(0.3, servers.stop, (first,))
-    timer.start()
-    with pytest.raises(LeaseHeldError, match="cp-2_b has it"), hold(servers, "cp-1_run", first, wait=3):
+
+    def note(_: str) -> None:
+        """It waits."""
+        servers.stop(first)
+
+    with pytest.raises(LeaseHeldError, match="cp-2_b has it"), hold(servers, "cp-1_run", first, wait=3, note=note):
         pass
-    timer.join()
+    assert first.name not in servers.up
 
 
 def test_a_lease_is_kept_through_the_restart_of_a_server(servers: Servers) -> None:
@@ -670,8 +667,10 @@ def test_a_lease_is_kept_through_the_restart_of_a_server(servers: Servers) -> No
     with hold(servers, "cp-1_run", first, second, duration=2) as held:
         servers.stop(first)
         before = spec(servers)["renewTime"]
-        time.sleep(2)
-        assert spec(servers)["renewTime"] != before
+        renewed = wait_until(
+            lambda: spec(servers)["renewTime"], lambda found: found != before, timedelta(seconds=30), pause_seconds=0.05
+        )
+        assert renewed != before
         held.assert_held()
 
 
@@ -700,11 +699,10 @@ def test_never_two_at_once(servers: Servers) -> None:
     turns: list[str] = []
     overlaps: list[list[str]] = []
     problems: list[BaseException] = []
-    end = time.monotonic() + 15
 
     def work(number: int) -> None:
         dice, attempt = random.Random(number), 0  # noqa: S311 (dice)
-        while time.monotonic() < end:
+        while len(turns) < 20 and not problems:
             attempt += 1
             name = f"cp-{number}_{attempt}"
             claim = claim_in_kubernetes(api(servers, *servers.places), name, rules(2, 60))
@@ -732,7 +730,7 @@ def test_never_two_at_once(servers: Servers) -> None:
         thread.join()
     assert not problems
     assert not [overlap for overlap in overlaps if overlap]
-    assert len(turns) > 10
+    assert len(turns) >= 20
     assert len({turn.split("_")[0] for turn in turns}) == 5
 
 

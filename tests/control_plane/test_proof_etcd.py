@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -19,21 +18,14 @@ from bridge.pki.certificates import load_pem_certificates
 from bridge.specs import Component
 from tests.kit import issuing, members
 from tests.kit.issuing import Signer
+from tests.kit.loopback import free_port
 from tests.kit.members import Cluster, Place
 
 pytestmark = pytest.mark.kube("etcd")
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(contextlib.closing(socket.socket())) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
 def made(directory: Path, count: int) -> Cluster:
-    client_port, peer_port, api_port = free_ports(3)
+    client_port, peer_port, api_port = free_port(), free_port(), free_port()
     return members.make(directory, count, client_port=client_port, peer_port=peer_port, api_port=api_port)
 
 
@@ -151,7 +143,7 @@ def test_http_has_ports_of_its_own(tmp_path: Path) -> None:
     """Then these are asked; the certificate is looked at on all of them."""
     files = made(tmp_path, 1)
     (place,) = files.places
-    http_port = free_ports(1)[0]
+    http_port = free_port()
     place.add_etcd_flags(listen_client_http_urls=f"https://{place.address}:{http_port}")
     grpc_port, files.client_port = files.client_port, http_port
     with members.running(files):

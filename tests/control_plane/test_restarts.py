@@ -41,6 +41,7 @@ from bridge.specs import SPECS, Component
 from bridge.state import audit
 from bridge.state.parked_manifest import RestartError
 from bridge.state.store import Store
+from bridge.system.waiting import wait_until
 from tests.kit import cfssl
 from tests.kit.cas import Bridge
 from tests.kit.loopback import LoopbackServer
@@ -406,10 +407,17 @@ def test_not_with_an_unhealthy_neighbour_unless_forced(plane: Plane) -> None:
 def test_a_neighbour_that_comes_back_is_waited_for(plane: Plane, caplog: pytest.LogCaptureFixture) -> None:
     """A component that lost its lease needs a moment."""
     caplog.set_level("INFO", "ca-bridge")
-    plane.status[SCHEDULER] = 500
-    threading.Timer(1, lambda: plane.status.update({SCHEDULER: 200})).start()
-    assert plane.restart(MANAGER, settings=plane.settings(timeout="20s"))[0].error is None
-    assert "waits for its neighbours: kube-scheduler" in caplog.text
+    plane.status[SCHEDULER], waits = 500, "waits for its neighbours: kube-scheduler"
+
+    def heal() -> None:
+        wait_until(lambda: waits in caplog.text, bool, timedelta(seconds=60), pause_seconds=0.02)
+        plane.status[SCHEDULER] = 200
+
+    healer = threading.Thread(target=heal)
+    healer.start()
+    assert plane.restart(MANAGER, settings=plane.settings(timeout="60s"))[0].error is None
+    healer.join()
+    assert waits in caplog.text
 
 
 def test_a_neighbour_whose_turn_comes_is_no_obstacle(plane: Plane) -> None:
@@ -443,20 +451,18 @@ def test_what_does_not_come_back_ends_it(plane: Plane) -> None:
 
 def test_who_was_harmed_is_told(plane: Plane) -> None:
     """A component that was not restarted, and is not well any more."""
-    flag = plane.directory / "harm"
-    over = threading.Event()
+    begun, harmed = plane.directory / "begun", plane.directory / "harmed"
 
     def harm() -> None:
-        while not over.wait(0.01):
-            plane.status[SCHEDULER] = 500 if flag.exists() else 200
+        wait_until(begun.exists, bool, timedelta(seconds=60), pause_seconds=0.01)
+        plane.status[SCHEDULER] = 500
+        harmed.touch()
 
     harmer = threading.Thread(target=harm)
     harmer.start()
-    try:
-        done = plane.restart(APISERVER, settings=plane.settings(apiserver=f"sh -c 'touch {flag}; sleep 0.2'"))
-    finally:
-        over.set()
-        harmer.join()
+    command = f"sh -c 'touch {begun}; until [ -e {harmed} ]; do sleep 0.01; done'"
+    done = plane.restart(APISERVER, settings=plane.settings(apiserver=command, timeout="3s"))
+    harmer.join()
     assert [(one.component, one.exit_code) for one in done] == [(APISERVER, 0), (SCHEDULER, Exit.NOT_LIVE)]
 
 

@@ -18,7 +18,7 @@ from bridge.testing import TestCA
 from tests.kit import kube_api, programs
 from tests.kit.cas import Bridge
 from tests.kit.kube_api import ApiServer
-from tests.kit.openbao import free_port
+from tests.kit.loopback import free_port
 from tests.kit.pki import KubeadmPki, kubeadm_pki
 
 pytestmark = pytest.mark.kube

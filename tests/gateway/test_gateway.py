@@ -307,9 +307,11 @@ def test_nobody_waits_for_ever(cluster: ClusterApi, desk: DeskProgram, worker: s
     cluster.add_node(other)
     place = place_with(cluster, desk, tmp_path, worker, other, collect_every="1s", pending_for="4s")
     with gateways.running(place) as gateway:
-        name, deleted = ask(cluster, worker), ask(cluster, other)
-        gateway.until(lambda: gateway.metric("queue", state="at-ca") == 2)
+        deleted = ask(cluster, other)
+        gateway.until(lambda: gateway.metric("queue", state="at-ca") == 1)
         assert cluster.client().ask("DELETE", f"{CSRS}/{deleted}").ok
+        gateway.until(lambda: gateway.metric("queue", state="at-ca") == 0)
+        name = ask(cluster, worker)
         gateway.until(lambda: state_of(read(cluster, name)) == "failed")
         gateway.until(lambda: gateway.metric("queue", state="at-ca") == 0)
         assert conditions(read(cluster, name)) == {"Failed"}
@@ -535,6 +537,7 @@ def test_answers_of_an_api_server_in_trouble(
     assert len(desk.calls) == 1  # what the CA has signed is kept until it is written
 
 
+@pytest.mark.attack("G12")
 def test_a_lease_that_is_none(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
     """Garbage in the place of the lease is no lease: nobody works, and works when it is one."""
     endless = b'{"metadata": {}, "spec": {"holderIdentity": "x", "leaseDurationSeconds": ' + b"9" * 400 + b"}}"
@@ -594,7 +597,7 @@ def test_policy_and_inventory_are_read_again(
         place.write_inventory(place.inventory + gateways.workers(worker, more="blocked = true\n"))
         gateway.until(lambda: "the inventory blocks node" in gateway.text())
         place.write_inventory(place.inventory + gateways.workers(worker))
-        until_signed(gateway, cluster, name, 10)
+        until_signed(gateway, cluster, name)
         assert gateway.page("readyz")[0] == 200
 
 
@@ -629,13 +632,14 @@ def test_rates(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> None:
     headers = {"Impersonate-User": "alice", "Impersonate-Group": "people"}
     pem = csr_pem([(hostile_csrs.ORG, "developers"), (hostile_csrs.CN, "alice")])
     with gateways.running(place) as gateway:
+        begin = time.monotonic()
         names = [
             cluster.client().create(CSRS, gateways.body(pem, CLIENT), **headers)["metadata"]["name"] for _ in range(10)
         ]
         for name in mine:
             until_signed(gateway, cluster, ask(cluster, name))
         signed = [name for name in names if state_of(read(cluster, name)) == "signed"]
-        assert len(signed) == 3
+        assert 3 <= len(signed) <= 3 + (time.monotonic() - begin) / 20  # three a minute
         assert "too many requests" in gateway.text()
     for name in names:  # the gateways of other tests in this cluster would sign what is left
         assert cluster.client().ask("DELETE", f"{CSRS}/{name}").ok

@@ -244,8 +244,8 @@ def test_nothing_is_taken_after_the_end() -> None:
     line = Queue()
     threading.Timer(0.1, line.close).start()
     begin = time.monotonic()
-    assert line.take(10) is None
-    assert time.monotonic() - begin < 5
+    assert line.take(60) is None
+    assert time.monotonic() - begin < 30
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------
@@ -403,12 +403,12 @@ def test_many_connections_use_up_nothing() -> None:
     pages = {"/healthz": lambda: (200, "ok\n")}
     with serving(("127.0.0.1", 0), pages) as port:
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
-        assert requests.get(f"http://127.0.0.1:{port}/healthz", timeout=5).text == "ok\n"
+        assert requests.get(f"http://127.0.0.1:{port}/healthz", timeout=60).text == "ok\n"
         assert silent[0].recv(1) == b""  # closed
         silent[-1].settimeout(0.1)
         with pytest.raises(TimeoutError):
             silent[-1].recv(1)
-        assert requests.get(f"http://127.0.0.1:{port}/else", timeout=5).status_code == 404
+        assert requests.get(f"http://127.0.0.1:{port}/else", timeout=60).status_code == 404
         for connection in silent:
             connection.close()
         with pytest.raises(BridgeError, match="wanted to listen"), serving(("127.0.0.1", port), pages):
@@ -497,10 +497,10 @@ def test_a_resolver_that_does_not_answer_holds_few_threads(monkeypatch: pytest.M
         thread.start()
     for thread in threads:
         thread.join()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15  # the resolver takes twenty
     assert len(running) == 4
     answers.set()
-    until = time.monotonic() + 5
+    until = time.monotonic() + 30
     while not all((found := resolver.hosts(running)).values()) and time.monotonic() < until:
         time.sleep(0.01)
     assert found == {address: f"{address}.example" for address in running}
@@ -554,6 +554,7 @@ def test_what_counts_at_a_write_is_looked_at_then(tmp_path: Path) -> None:
 # --- the lease's thread -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attack("G12")
 def test_no_error_ends_the_thread_of_the_lease() -> None:
     """An error that no code has foreseen is logged, and the lease is renewed again."""
     errors = iter([OverflowError(), NoAnswerError("away"), None])
@@ -567,5 +568,5 @@ def test_no_error_ends_the_thread_of_the_lease() -> None:
 
     keeper = Keeper(renew, timedelta(seconds=0.05))
     keeper.start()
-    assert renewed.wait(5)
+    assert renewed.wait(30)
     keeper.stop()

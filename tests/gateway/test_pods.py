@@ -24,6 +24,7 @@ from tests.kit import cluster_api, gateways, hostile_pods, kube_api, openbao, po
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.gateways import Gateway, Place
 from tests.kit.issuing import Signer
+from tests.kit.loopback import free_port
 from tests.kit.nodes import wait_for
 from tests.kit.openbao import OpenBao
 from tests.kit.pods import SIGNER, Pod, condition, make_pod, outcome
@@ -248,7 +249,7 @@ def test_a_ca_that_is_away_denies_nobody(cluster: ClusterApi, bao: OpenBao, ca: 
     """A sealed OpenBao: the requests of forty pods wait, and all are signed when it is back; the record has each once."""
     place = pods.with_vault(pods.place(cluster, tmp_path), bao, ca, f"pods-{next(_MOUNTS)}")
     url = bao.url
-    place.tables = [table.replace(url, f"http://127.0.0.1:{openbao.free_port()}") for table in place.tables]
+    place.tables = [table.replace(url, f"http://127.0.0.1:{free_port()}") for table in place.tables]
     waiting = [make_pod(cluster, node=f"w{number % 4}") for number in range(40)]
     asked = [(pod, pod.ask()) for pod in waiting]
     with gateways.running(place, "away") as gateway:

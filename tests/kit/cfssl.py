@@ -10,7 +10,6 @@ import ipaddress
 import json
 import secrets
 import signal
-import socket
 import sqlite3
 import subprocess
 import threading
@@ -31,10 +30,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from backends.cfssl.setup import DISABLED, signing_config
 from bridge.specs import Authority
 from tests.kit import programs
-from tests.kit.loopback import LoopbackServer
+from tests.kit.loopback import LoopbackServer, free_port
 
 API = "/api/v1/cfssl"
-_START_SECONDS = 20
+_START_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +201,7 @@ def running(command: Callable[[int], list[str]], directory: Path, tls: Tls | Non
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(10)
+        process.wait(60)
 
 
 def _wait_for_answer(url: str, tls: Tls | None, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -213,19 +212,11 @@ def _wait_for_answer(url: str, tls: Tls | None, process: subprocess.Popen[bytes]
         if tls:
             session.verify, session.cert = str(tls.ca), (str(tls.client_cert), str(tls.client_key))
         while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(requests.ConnectionError):
+            with contextlib.suppress(requests.ConnectionError, requests.Timeout):
                 session.post(f"{url}{API}/info", json={}, timeout=5)
                 return
             time.sleep(0.02)
     raise AssertionError(f"{process.args!r} does not answer (exit {process.poll()}):\n{log.read_text()}")
-
-
-def free_port() -> int:
-    """A port of this machine on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def make_tls(directory: Path, *, client_cn: str = "bridge-cp-1", allowed_cn: str | None = None) -> Tls:

@@ -34,7 +34,7 @@ from bridge.specs import USER
 from tests.kit import programs
 from tests.kit.api_client import ApiClient
 from tests.kit.issuing import Signer, name
-from tests.kit.openbao import free_port
+from tests.kit.loopback import free_port
 
 PROGRAMS = ("kube-apiserver", "etcd")
 BOOTSTRAP_GROUP = "system:bootstrappers:kubeadm:default-node-token"

@@ -34,13 +34,12 @@ from bridge.pki.certificates import pem
 from bridge.pki.csr import generate_key, key_pem
 from bridge.specs import SPECS, CertificateSpec
 from tests.kit import programs
-from tests.kit.cfssl import free_port
 from tests.kit.issuing import CLIENT, SERVER, Signer, cn
-from tests.kit.loopback import LoopbackServer
+from tests.kit.loopback import LoopbackServer, free_port
 from tests.kit.pki import Pki
 
 ROOT = "/.well-known/est"
-_START_SECONDS = 30.0
+_START_SECONDS = 60.0
 #: Each kind of certificate by its usage class; what a label of that name gives.
 EXAMPLES: Mapping[str, CertificateSpec] = {spec.usage: spec for spec in SPECS.values()}
 
@@ -161,7 +160,7 @@ def estserver(
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(10)
+        process.wait(60)
 
 
 def _wait_for_answer(url: str, tls: Tls, process: subprocess.Popen[bytes], output: Path) -> None:
@@ -170,7 +169,7 @@ def _wait_for_answer(url: str, tls: Tls, process: subprocess.Popen[bytes], outpu
     with requests.Session() as session:
         session.trust_env = False
         while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(requests.ConnectionError):
+            with contextlib.suppress(requests.ConnectionError, requests.Timeout):
                 session.get(f"{url}/healthcheck", verify=str(tls.ca), timeout=5)
                 return
             time.sleep(0.02)

@@ -26,7 +26,8 @@ from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
 from bridge.specs import AUTHORITIES, SPECS
 from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import BOOTSTRAP_GROUP, ClusterApi
-from tests.kit.openbao import OpenBao, free_port
+from tests.kit.loopback import free_port
+from tests.kit.openbao import OpenBao
 from tests.kit.opensslca import make_ca_directory
 from tests.kit.pki import ADDRESS, EXTRA_SANS, NODE, PKI_SPECS, Pki
 
@@ -223,7 +224,7 @@ class Gateway:
     def page(self, name: str) -> tuple[int, str]:
         """Status and text of a status page; 0 while nobody listens."""
         try:
-            answer = requests.get(f"http://127.0.0.1:{self.port}/{name}", timeout=5)
+            answer = requests.get(f"http://127.0.0.1:{self.port}/{name}", timeout=60)
         except requests.exceptions.ConnectionError:
             return 0, ""
         return answer.status_code, answer.text

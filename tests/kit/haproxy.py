@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from tests.kit.cfssl import free_port
+from tests.kit.loopback import free_port
 
 #: The key of `tls.crt` is in `tls.key`, as well as in `tls.crt` itself.
 _CONFIG = """\
@@ -28,7 +28,7 @@ frontend tls
   bind 127.0.0.1:{port} ssl crt {certificate}
   http-request return status 200
 """
-_START_SECONDS = 10
+_START_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,4 +78,4 @@ def serving(directory: Path, certificate: Path) -> Iterator[HaProxy]:
         yield found
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)

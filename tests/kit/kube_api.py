@@ -31,7 +31,7 @@ from tests.kit import cluster_api, programs
 from tests.kit.api_client import ApiClient
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.issuing import Signer
-from tests.kit.openbao import free_port
+from tests.kit.loopback import free_port
 
 
 @dataclass(kw_only=True)

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from tests.kit import programs
 from tests.kit.gateway_cluster import GatewayCluster
+from tests.kit.loopback import free_port
 from tests.kit.nodes import wait_for
-from tests.kit.openbao import free_port
 
 _Found = TypeVar("_Found")
 #: This machine, as nodes see it.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,9 +28,10 @@ import requests
 from cryptography import x509
 
 from backends.vault import setup as vault_setup
+from tests.kit.loopback import free_port
 
 _ROOT_TOKEN = "root-token-of-a-test"
-_START_SECONDS = 30
+_START_SECONDS = 60
 
 
 class OpenBaoError(Exception):
@@ -260,19 +260,6 @@ def tls_server(certificate: Path, key: Path, trust: Path) -> Iterator[OpenBao]:
             bao.root_token, bao.unseal_key = keys["root_token"], keys["keys_base64"][0]
             bao.unseal()
             yield bao
-
-
-def free_port(*, and_next: bool = False) -> int:
-    """A loopback port that nobody listens on at the moment, if asked for with the one after it."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
-            try:
-                two.bind(("127.0.0.1", port + 1 if and_next else 0))
-            except (OSError, OverflowError):
-                continue
-            return port
 
 
 @contextmanager

@@ -23,13 +23,13 @@ from pathlib import Path
 from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
 from tests.kit import programs
-from tests.kit.cfssl import free_port
 from tests.kit.issuing import Signer
+from tests.kit.loopback import free_port
 
 EXAMPLE = Path(__file__).parents[2] / "config/exec/step-ca"
 #: With the kit's programs in front; the example finds `step` by it.
 PATH = f"{programs.directory()}:/usr/bin:/bin"
-_START_SECONDS = 20
+_START_SECONDS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class StepCA:
             yield
         finally:
             process.terminate()
-            process.wait(timeout=20)
+            process.wait(timeout=60)
 
     def _wait(self, process: subprocess.Popen[bytes], log: Path) -> None:
         health = [str(programs.require("step")), "ca", "health", "--ca-url", self.url, "--root", str(self.root)]

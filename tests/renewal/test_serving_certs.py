@@ -33,7 +33,7 @@ from bridge.renewal import serving
 from bridge.settings import load
 from bridge.specs import SPECS, Component
 from tests.kit.cas import Bridge, add_openssl
-from tests.kit.openbao import free_port
+from tests.kit.loopback import free_port
 from tests.kit.pki import KubeadmPki, kubeadm_pki
 
 MANAGER, SCHEDULER = Component.CONTROLLER_MANAGER, Component.SCHEDULER

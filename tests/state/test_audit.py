@@ -34,6 +34,7 @@ from bridge.state.store import Store
 from bridge.system import files
 from bridge.system.files import digest
 from tests.kit import cfssl, openbao, opensslca
+from tests.kit.loopback import free_port
 from tests.kit.pki import Pki, handmade_pki
 
 LINES = 7
@@ -371,7 +372,7 @@ def test_what_was_held_back_is_recorded(run: Run, config: Path, store: Store) ->
 
 def test_a_dead_ca_is_recorded(run: Run, config: Path, store: Store) -> None:
     """As unavailable."""
-    url = f"http://127.0.0.1:{cfssl.free_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     text = re.sub(
         r'(\[authority.etcd-ca\]\nbackend = "desk")\ndir = .*',
         '[authority.etcd-ca]\nbackend = "dead"',
@@ -668,7 +669,7 @@ def test_vault_tells_whose_token_it_is_if_it_may(
 def test_cfssl_knows_us_by_our_client_certificate(tmp_path: Path) -> None:
     """Without one it knows nobody."""
     tls = cfssl.make_tls(tmp_path / "tls", client_cn="bridge-cp-1")
-    url = f"https://127.0.0.1:{cfssl.free_port()}"
+    url = f"https://127.0.0.1:{free_port()}"
     with_certificate = CfsslSettings(
         url=url,
         endpoint="sign",
