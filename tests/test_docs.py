@@ -377,6 +377,7 @@ ANSWERS = {
     "air-gap.md#by-hand": ("ca-bridge export", "ca-bridge import"),
     "air-gap.md#begin": ("desk-policy.toml", "ca-bridge sign"),
     "kubelets.md#the-client-certificate-kubeletconf": ("rotateCertificates",),
+    "day-0.md#a-cluster-that-has-its-ca-keys-on-the-nodes": ("shred -u", "doctor --ca-keys /", "EXTERNALLY MANAGED"),
     "gateway.md#in-place-of-kube-controller-managers-signer": ("--controllers=csrsigner", "kubeadm init phase"),
     "kubelets.md#have-kubelets-ask-for-their-serving-certificates": ("ca-bridge kubelets on", "kubectl top nodes"),
     "users.md#a-person": ("ca-bridge kubeconfig request",),

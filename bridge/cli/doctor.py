@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +13,7 @@ import typer
 from bridge.cli.options import Common, Output, OutputOption, command, utc_now
 from bridge.cli.printing import say_json, say_sentence, say_verdict, width_here
 from bridge.diagnosis import findings
-from bridge.diagnosis.examination import before_upgrade, examine, of_kubelets
+from bridge.diagnosis.examination import before_upgrade, examine, for_ca_keys, of_kubelets
 from bridge.diagnosis.findings import LEVELS, Cause
 from bridge.system.console import ROOT_HINT, doing
 
@@ -36,6 +38,14 @@ def doctor(
             "--kubelets", help="Say instead what every kubelet of the cluster serves with, and who verifies it."
         ),
     ] = False,
+    ca_keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--ca-keys",
+            metavar="DIR",
+            help="Look instead for the CAs' private keys in every file below DIR (/ is all of this node), by content.",
+        ),
+    ] = None,
     output: OutputOption = Output.TEXT,
 ) -> int:
     """
@@ -48,7 +58,10 @@ def doctor(
     """
     settings = common.settings()
     look = before_upgrade if upgrade else of_kubelets if kubelets else examine
-    with doing("looking at this node, and asking the CAs", is_plain=False):
+    step = "looking at this node, and asking the CAs"
+    if ca_keys is not None:
+        look, step = partial(for_ca_keys, ca_keys.absolute()), f"reading the files below {ca_keys}"
+    with doing(step, is_plain=False):
         causes = findings.causes(look(settings, utc_now()))
     code = findings.exit_code(causes)
     if output is Output.JSON:

@@ -68,7 +68,7 @@ EXCLUDES: dict[str, dict[str, tuple[str, ...]]] = {
         "--rehearse": ("--dry-run", "--all-or-nothing", "--no-restart"),
         "--dry-run": ("--wait",),
     },
-    "doctor": {"--kubelets": ("--before-upgrade",)},
+    "doctor": {"--kubelets": ("--before-upgrade",), "--ca-keys": ("--before-upgrade", "--kubelets")},
     "bootstrap join": {"--control-plane": ("--worker",)},
     "bootstrap check": {"--control-plane": ("--worker",)},
 }
@@ -170,6 +170,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("ca-bridge doctor -o json", "The same for a program."),
         ("ca-bridge doctor --before-upgrade", "Say what `kubeadm upgrade` would do to certificates here."),
         ("ca-bridge doctor --kubelets", "Show what every kubelet of the cluster serves with."),
+        ("ca-bridge doctor --ca-keys /", "Find out whether a CA's key is anywhere on this node."),
     ),
     "gateway": (
         ("ca-bridge gateway --check", "Find out whether it could work; nothing is signed."),

@@ -12,10 +12,11 @@ from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
+from urllib.parse import quote
 
 from bridge.cluster import access
 from bridge.cluster.access import TIMEOUT_SECONDS as NODE_TIMEOUT_SECONDS
-from bridge.cluster.access import Access, AccessError, Client
+from bridge.cluster.access import Access, AccessError, Client, items
 from bridge.cluster.access import document as whole_document
 from bridge.errors import BridgeError, Exit
 from bridge.node.endpoints import Server
@@ -40,6 +41,7 @@ TIMEOUT_SECONDS = 10.0
 _MAX_ANSWER_BYTES = 4 << 20
 #: A token is rotated by the kubelet long before it ends.
 _READ_AGAIN_SECONDS = 60.0
+_MOST_PAGES = 50_000
 
 _NOT_NOW = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT}
 
@@ -167,6 +169,26 @@ class Api:
                 raise
         self._read_anew(clients)
         return self._over(self.clients, request)
+
+    def every(self, path: str, page: int) -> Iterator[Mapping[str, Any]]:
+        """
+        All objects of a list, so many at once that 4 MiB hold them.
+
+        Raises:
+            NoAnswerError: Also where an answer is no list, or the list has no end.
+        """
+        more = ""
+        for _ in range(_MOST_PAGES):
+            reply = self.ask("GET", f"{path}?limit={page}{more}")
+            if reply.status != HTTPStatus.OK:
+                raise NoAnswerError(f"wanted {path}, found HTTP {reply.status} {reply.message}".rstrip())
+            yield from items(reply.document, "items")
+            found = reply.document.get("metadata")
+            following = str(found.get("continue") or "") if isinstance(found, dict) else ""
+            if not following:
+                return
+            more = f"&continue={quote(following, safe='')}"
+        raise NoAnswerError(f"wanted all of {path}, found more than {_MOST_PAGES * page}")
 
     def _over(self, clients: Sequence[Client], request: _Request) -> Reply:
         found, is_unknown = list(self._troubles), False

@@ -25,7 +25,6 @@ AUTHORITY = "--kubelet-certificate-authority"
 _NODES = "/api/v1/nodes"
 #: A node lists up to 50 images, and an answer has at most 4 MiB.
 _PAGE = 50
-_MOST_PAGES = 1000
 _AT_ONCE = 8
 #: kube-apiserver's own order, where its flag does not say.
 _TYPES = "Hostname,InternalDNS,InternalIP,ExternalDNS,ExternalIP"
@@ -70,14 +69,7 @@ def served(api: Api, name: str, trust_pem: bytes, flags: Flags) -> Served:
 
 def nodes(api: Api) -> Iterator[Mapping[str, Any]]:
     """All Node objects, page by page (NoAnswerError)."""
-    more = ""
-    for _ in range(_MOST_PAGES):
-        page = _asked(api, f"{_NODES}?limit={_PAGE}{more and f'&continue={quote(more)}'}")
-        yield from items(page, "items")
-        found = page.get("metadata")
-        more = str(found.get("continue") or "") if isinstance(found, dict) else ""
-        if not more:
-            return
+    return api.every(_NODES, _PAGE)
 
 
 def _look(node: Mapping[str, Any], client: Client, flags: Flags) -> Served:

@@ -42,12 +42,22 @@ from bridge.system.console import log
 from bridge.system.files import how_to_begin
 from bridge.system.locks import lock
 from bridge.system.many import NewFile, remove_unfinished
-from bridge.system.paths import NoCaFileError, UnreadableError, open_secret, own_text, read, read_ca_file, read_once
+from bridge.system.paths import (
+    NoCaFileError,
+    UnreadableError,
+    mounted_at,
+    mounts,
+    open_secret,
+    own_text,
+    read,
+    read_ca_file,
+    read_once,
+)
 from bridge.words import one_line
 
 POLICY_NAME = "desk-policy.toml"
-#: What is to be mounted, and what is: also what is bound within one file system, which `os.path.ismount` misses.
-FSTAB, MOUNTS = Path("/etc/fstab"), Path("/proc/self/mountinfo")
+#: What is to be mounted.
+FSTAB = Path("/etc/fstab")
 #: A file that has not changed for so long is no longer being copied.
 STALE = timedelta(minutes=10)
 _ANSWER_MODE = 0o644  #: Certificates are public, and another user fetches them.
@@ -381,8 +391,8 @@ def _names_in(inbox: Path) -> list[str]:
 
 def _assert_mounted(directory: Path) -> None:
     """Refuse an inbox on a file system that is not mounted, since it looks empty."""
-    mounted = _places_in(MOUNTS, 4)
-    for place in _places_in(FSTAB, 1) if mounted else ():
+    mounted = {Path(place).resolve() for place in mounts()}
+    for place in _to_be_mounted() if mounted else ():
         if directory.resolve().is_relative_to(place) and place not in mounted:
             raise BridgeError(f"{directory}: wanted it mounted, as {FSTAB} has {place}, found that it is not")
 
@@ -394,14 +404,13 @@ def assert_writable(outbox: Path) -> None:
         raise BridgeError(text, hint=f"as root: chown {os.geteuid()} {outbox}")
 
 
-def _places_in(table: Path, field: int) -> set[Path]:
-    """The absolute paths in one field of a table of mounts; a blank in them is written as an octal number."""
+def _to_be_mounted() -> set[Path]:
     try:
-        lines = table.read_text(errors="replace").splitlines()
+        lines = FSTAB.read_text(errors="replace").splitlines()
     except OSError:
         return set()
-    found = {fields[field].replace(r"\040", " ") for line in lines if len(fields := line.split()) > field}
-    return {Path(text).resolve() for text in found if text.startswith("/")}
+    places = [fields[1] for line in lines if len(fields := line.split()) > 1]
+    return {Path(mounted_at(place)).resolve() for place in places if place.startswith("/")}
 
 
 def _whose(source: Path) -> BridgeError:

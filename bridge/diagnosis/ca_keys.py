@@ -1,20 +1,30 @@
-"""The keys of the cluster's CAs: whether kube-controller-manager signs with one, and whether it can."""
+"""
+The keys of the cluster's CAs: whether kube-controller-manager signs with one, and where on this node there are copies.
+
+A copy is known by its public half, whatever the file's name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import base64
+import contextlib
+import io
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-from bridge.diagnosis.findings import Finding
+from bridge.cluster.api import Api
+from bridge.control_plane.kubelets import text_of
+from bridge.diagnosis.findings import Finding, Level
+from bridge.diagnosis.key_search import Held, Walk
+from bridge.errors import BridgeError
 from bridge.node import endpoints
 from bridge.node.endpoints import Flags
 from bridge.node.inventory import Node
 from bridge.pki.certificates import UNREADABLE, spki
+from bridge.settings.tables import Settings
 from bridge.specs import Component
-from bridge.system.paths import UnreadableError, read
+from bridge.words import one_line
 
 #: kube-controller-manager's controller that signs, and its older name.
 _SIGNING = ("certificatesigningrequest-signing-controller", "csrsigning")
@@ -22,10 +32,40 @@ _PAIR = ("--cluster-signing-cert-file", "--cluster-signing-key-file")
 #: For single signers; with one of these flags the pair for all of them does not count.
 _KINDS = ("kubelet-serving", "kubelet-client", "kube-apiserver-client", "legacy-unknown")
 _EMPTY = "`ca-bridge help gateway` says how the flags are emptied, and what signs instead"
+_SECRETS = "/api/v1/secrets"
+#: A Secret has up to 1 MiB, which base64 makes longer, and an answer at most 4 MiB.
+_SECRETS_AT_ONCE = 2
+#: kubeadm's copy of all keys for nodes that join, for two hours.
+_KUBEADM_CERTS = "Secret kube-system/kubeadm-certs"
+_LONGEST_PATH = 4096  # PATH_MAX
+_GONE = "delete it (`shred -u FILE`); a key that others may have read is worth nothing until there is a new CA"
+_OUT = "delete it (`kubectl -n NAMESPACE delete secret NAME`) when nothing signs by it; snapshots of etcd keep it"
 
 
-def look(node: Node) -> Iterator[Finding]:
-    """Examine what signs on this node beside the CAs of the settings."""
+def look(node: Node, settings: Settings) -> Iterator[Finding]:
+    """Examine what signs on this node beside the CAs of the settings, and copies of CA keys in our and kubeadm's places."""
+    yield from _signer(node)
+    ours = {settings.node.pki_dir / state.authority.key_file for state in node.authorities}  # another finding has these
+    searched = _Search(node)
+    for directory in (settings.node.kubeconfig_dir, settings.node.pki_dir, settings.node.state_dir):
+        yield from searched.below(directory, "warning", passed=ours)
+
+
+def search(node: Node, settings: Settings, root: Path) -> Iterator[Finding]:
+    """Look for the CAs' keys in all files below a directory, and in the cluster: the proof that they have left."""
+    root = root.resolve()  # or /proc may be among its directories by another name
+    if not root.is_dir():
+        yield Finding.error("ca-key-search", str(root), "wanted a directory to look for CA keys in, found none")
+        return
+    searched = _Search(node)
+    yield from searched.below(root, "error")
+    if not (node.is_worker or node.is_etcd_host):  # which may not see Secrets
+        yield from searched.in_cluster(Api.of_node(node, settings.node.kubeconfig_dir))
+    yield from searched.summary(root)
+    yield from _signer(node)
+
+
+def _signer(node: Node) -> Iterator[Finding]:
     manifest = node.manifests.get(Component.CONTROLLER_MANAGER)
     for flag, path in signing_files(manifest.flags).items() if manifest is not None else ():
         if not path.exists():
@@ -61,13 +101,13 @@ def _is_on(controllers: str) -> bool:
 
 
 def _signs(node: Node, flag: str, path: Path) -> Iterator[Finding]:
-    public = _public(path)
-    names = [name for name, cas in _by_authority(node).items() if public in cas]
+    public = Held.by_file(path.resolve()).public
+    names = [name for name, cas in _by_authority(node).items() if public & cas]
     about, text = Component.CONTROLLER_MANAGER.value, f"signs requests of the cluster with {path} ({flag})"
     if names:
         text = f"{text}, the key of {', '.join(names)}, which has to be on this disk for it"
         yield Finding.warning("controller-manager-signs", about, text, _EMPTY)
-    elif public is not None:
+    elif public:
         yield Finding.note("controller-manager-signs", about, f"{text}, which is no key of this node's CAs")
 
 
@@ -83,9 +123,80 @@ def _by_authority(node: Node) -> Mapping[str, set[bytes]]:
     return found
 
 
-def _public(path: Path) -> bytes | None:
-    """The public half of a private key in PEM; None: it can't be read."""
-    try:
-        return spki(load_pem_private_key(read(path) or b"", None).public_key())
-    except (UnreadableError, ValueError, TypeError, UnsupportedAlgorithm):
-        return None
+# --- copies ------------------------------------------------------------------------------------------------------------
+
+
+class _Search:
+    """One search for the CAs' keys, and what it could not look at."""
+
+    def __init__(self, node: Node) -> None:
+        self._cas = _by_authority(node)
+        self._unknown = [state for state in node.authorities if state.authority.name not in self._cas]
+        self._walk = Walk()
+        self._found = self._closed = self._cut = self._secrets = 0
+        self._encrypted: list[str] = []
+
+    def below(self, root: Path, level: Level, passed: Collection[Path] = ()) -> Iterator[Finding]:
+        """A finding for each file with a CA's key."""
+        for path in self._walk.below(root):
+            if path in passed:
+                continue
+            held = Held.by_file(path)
+            self._closed += held.is_closed
+            self._cut += held.is_cut
+            if names := self._names(held, str(path)):
+                text = f"wanted no key of a CA on this node, found the key of {names}"
+                about = one_line(str(path), _LONGEST_PATH)
+                yield Finding(level=level, check="ca-key-copy", about=about, text=text, hint=_GONE)
+
+    def in_cluster(self, api: Api) -> Iterator[Finding]:
+        """A finding for each Secret with a CA's key, and for kubeadm's, which has all of them."""
+        try:
+            for secret in api.every(_SECRETS, _SECRETS_AT_ONCE):
+                self._secrets += 1
+                about = f"Secret {text_of(secret, 'metadata', 'namespace')}/{text_of(secret, 'metadata', 'name')}"
+                names = self._names(_in_secret(secret), about)
+                if about == _KUBEADM_CERTS:
+                    names = "all CAs (encrypted; `kubeadm init --upload-certs` makes it)"
+                if names:
+                    text = f"wanted no Secret with a CA's key, found the key of {names}"
+                    yield Finding.error("ca-keys-in-cluster", one_line(about), text, _OUT)
+        except BridgeError as e:
+            hint = "ask a control-plane node that runs"
+            yield Finding.warning("ca-keys-in-cluster", "Secrets", f"not looked at: {e}", hint)
+
+    def _names(self, held: Held, place: str) -> str:
+        """Whose keys are in it."""
+        if held.is_encrypted:
+            self._encrypted.append(one_line(place, _LONGEST_PATH))
+        names = [name for name, publics in self._cas.items() if publics & held.public]
+        self._found += bool(names)
+        return ", ".join(names)
+
+    def summary(self, root: Path) -> Iterator[Finding]:
+        """Say what was read, and what could not be judged."""
+        for state in self._unknown:
+            text = f"wanted its certificate in {state.path} to know its key by, found {state.trouble or 'none'}"
+            hint = "put the CA certificate back, and look again"
+            yield Finding.error("ca-key-search", state.authority.name, text, hint)
+        for place in self._encrypted:
+            text = "has an encrypted key, which can't be compared with the CAs'"
+            yield Finding.warning("ca-key-search", place, text, "find out whose it is, and delete a CA's")
+        if closed := self._closed + self._walk.closed:
+            text = f"{closed} files or directories could not be read"
+            yield Finding.warning("ca-key-search", f"{root}, closed", text, "run it as root; a disk may be broken")
+        read = f"{len(self._walk.seen)} files" + (f" and {self._secrets} Secrets" if self._secrets else "")
+        text = f"looked for the keys of {', '.join(self._cas)} in {read}: {self._found} have such a key"
+        if self._cut:
+            text += f"; not read: the rest of {self._cut} files behind 64 MiB"
+        yield Finding.note("ca-key-search", str(root), text)
+        for place in sorted(self._walk.remote):
+            yield Finding.note("ca-key-search", place, "another machine's file system was not looked at")
+
+
+def _in_secret(secret: Mapping[str, Any]) -> Held:
+    held, data = Held(), secret.get("data")
+    for value in data.values() if isinstance(data, dict) else ():
+        with contextlib.suppress(ValueError):
+            held.read(io.BytesIO(base64.b64decode(str(value))))
+    return held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 
 from cryptography import x509
 
@@ -42,6 +43,15 @@ def of_kubelets(settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from _whole(lambda: kubelets.look(node, settings, now))
 
 
+def for_ca_keys(root: Path, settings: Settings, _now: datetime) -> Iterator[Finding]:
+    """Look for the keys of this node's CAs in all files below a directory, and in the cluster."""
+    node = inventory.of(settings.node)
+    if not node.is_here:
+        yield _no_node(settings)
+        return
+    yield from _whole(lambda: ca_keys.search(node, settings, root))
+
+
 def _no_node(settings: Settings) -> Finding:
     error = inventory.NoNodeError(settings.node.pki_dir)
     return Finding.error("no-node", "node", str(error), error.hint)
@@ -54,7 +64,7 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     settings = in_force(settings, node)
     if node.is_here:
         yield from _whole(lambda: installed.look(node, settings, now))
-        yield from _whole(lambda: ca_keys.look(node))
+        yield from _whole(lambda: ca_keys.look(node, settings))
         yield from _whole(lambda: pairs.look(node, settings, now))
         yield from _whole(lambda: use.look(node, settings, now))
         yield from _whole(lambda: machine.look(node, settings, now))

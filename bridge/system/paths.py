@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from bridge.pki.certificates import load_pem_certificates
 MOST_LINKS = 40
 #: Certificates, kubeconfigs and manifests are far below.
 MAX_FILE_BYTES = 1 << 20
+#: Also what is bound within one file system, which `os.path.ismount` misses.
+MOUNTS = Path("/proc/self/mountinfo")
 _OVERFLOW_UID = 65534  # unless the administrator has set another (linux/highuid.h)
 _LOOK = os.O_PATH | os.O_CLOEXEC
 
@@ -131,6 +134,21 @@ def assert_ours(path: Path) -> None:
     found = exposure(path)
     if found is not None:
         raise SettingsError([SettingsProblem("", found.wanted, found.found, found.path)], hint=found.hint)
+
+
+def mounts() -> dict[str, str]:
+    """What is mounted where, with the kind of its file system (proc(5), mountinfo); empty: the kernel does not tell."""
+    try:
+        lines = MOUNTS.read_text(errors="replace").splitlines()
+    except OSError:
+        return {}
+    words = [line.split() for line in lines]
+    return {mounted_at(one[4]): one[one.index("-") + 1] for one in words if "-" in one[:-1]}
+
+
+def mounted_at(place: str) -> str:
+    """A place as tables of mounts write it: blanks and the like by octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place)
 
 
 # --- who decides -----------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from bridge.pki.csr import PrivateKey, signature_hash
 from bridge.pki.verify import Expectation, check
 from bridge.settings.load import load
 from bridge.specs import AUTHORITIES, SPECS
+from bridge.system import paths
 from bridge.system.locks import lock
 from tests.kit import approval, cfssl, opensslca, programs
 from tests.kit.bundles import VALIDITY, changed, make_bundle, new_csr, old_pairs, proven
@@ -1141,7 +1142,7 @@ def test_an_inbox_that_is_not_mounted_is_told(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(BridgeError, match="wanted it mounted"):
         files._assert_mounted(inbox)
     (tmp_path / "fstab").write_text(f"/data {tmp_path}/media/in\\040box none bind\n")
-    monkeypatch.setattr(files, "MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr(paths, "MOUNTS", tmp_path / "mounts")
     line = "36 35 98:0 /data {} rw master:1 - ext4 /dev/sda1 rw\n"
     for place, is_mounted in (("media/in\\040box", True), ("media", False)):
         (tmp_path / "mounts").write_text(line.format(tmp_path / place))

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import io
+import json
+import os
+import re
 import shutil
+import subprocess
+import tarfile
+import tempfile
+import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
-from bridge.diagnosis import ca_keys
+from bridge.diagnosis import ca_keys, examination
 from bridge.diagnosis.examination import examine
 from bridge.diagnosis.findings import Finding
+from bridge.diagnosis.key_search import Held
+from bridge.node import inventory
+from bridge.pki.certificates import spki
 from bridge.settings.load import load
+from bridge.system import paths
 from bridge.testing import TestCA
-from tests.kit import kube_api, programs
+from tests.kit import apiserver, kube_api, programs
 from tests.kit.cas import Bridge
 from tests.kit.kube_api import ApiServer
 from tests.kit.loopback import free_port
-from tests.kit.pki import KubeadmPki, kubeadm_pki
+from tests.kit.members import Place
+from tests.kit.pki import ADDRESS, NODE, KubeadmPki, kubeadm_pki
 
 pytestmark = pytest.mark.kube
 
@@ -29,7 +52,9 @@ MANIFEST = "manifests/kube-controller-manager.yaml"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> KubeadmPki:
     """A control plane as kubeadm leaves it, with its CA keys and the manifest of kube-controller-manager."""
-    pki = kubeadm_pki(tmp_path_factory.mktemp("made"), algorithm="ECDSA-P256", external=False)
+    pki = kubeadm_pki(
+        tmp_path_factory.mktemp("made"), algorithm="ECDSA-P256", external=False, extra_sans=("127.0.0.1",)
+    )
     pki.run_kubeadm("init", "phase", "control-plane", "controller-manager")
     return pki
 
@@ -69,6 +94,239 @@ def test_the_keys_leave_a_node(pki: KubeadmPki, tmp_path: Path) -> None:
     assert found(pki, tmp_path / "b") == []
     told = pki.run_kubeadm("certs", "check-expiration").stdout
     assert "no " not in told.partition("EXTERNALLY MANAGED")[2].replace("\n", " ")
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+def tar_gz(path: Path, key: bytes) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        entry = tarfile.TarInfo("etc/kubernetes/pki/ca.key")
+        entry.size = len(key)
+        archive.addfile(entry, io.BytesIO(key))
+
+
+def another_form(path: Path, key: bytes, encoding: Encoding, password: bytes = b"") -> None:
+    algorithm = BestAvailableEncryption(password) if password else NoEncryption()
+    path.write_bytes(load_pem_private_key(key, None).private_bytes(encoding, PrivateFormat.PKCS8, algorithm))
+
+
+_CA = TestCA.make("other", "ecdsa-p256")
+CERTIFICATE, OTHER_KEY = _CA.certificate_pem, _CA.key_pem
+#: How a key is written to a file.
+FORMS: dict[str, Callable[[Path, bytes], object]] = {
+    "by another name": Path.write_bytes,
+    "behind others": lambda path, key: path.write_bytes(CERTIFICATE * 300 + OTHER_KEY + key),
+    "in PKCS #8": lambda path, key: another_form(path, key, Encoding.PEM),
+    "in DER": lambda path, key: another_form(path, key, Encoding.DER),
+    "in a Secret": lambda path, key: path.write_text(f"data:\n  ca.key: {base64.b64encode(key).decode()}\n"),
+    "in a JSON file": lambda path, key: path.write_text(json.dumps({"key": key.decode()})),
+    "in a YAML file": lambda path, key: path.write_text("key: |\n" + textwrap.indent(key.decode(), "    ")),
+    "in lines of base64": lambda path, key: path.write_bytes(base64.encodebytes(key)),
+    "behind a megabyte": lambda path, key: path.write_bytes(b"x" * ((1 << 20) - 60) + key),
+    "in an archive": tar_gz,
+    "behind gzip's first bytes": lambda path, key: path.write_bytes(b"\x1f\x8b" + key),
+    "compressed": lambda path, key: path.write_bytes(gzip.compress(b"data:\n  k: " + base64.b64encode(key))),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_copy_is_known_by_its_key(tmp_path: Path, form: str) -> None:
+    """In whatever form; the same file with another key holds that one's."""
+    copy = tmp_path / "notes"
+    for ca in (TestCA.make("one", "ecdsa-p256"), TestCA.make("two", "rsa-2048")):
+        FORMS[form](copy, ca.key_pem)
+        own = spki(load_pem_private_key(OTHER_KEY, None).public_key()) if form == "behind others" else None
+        assert Held.by_file(copy).public - {own} == {spki(load_pem_private_key(ca.key_pem, None).public_key())}
+
+
+def site(pki: KubeadmPki, tmp_path: Path) -> Bridge:
+    """A node whose CA keys are elsewhere, as kubeadm takes it."""
+    elsewhere = tmp_path / "ca-keys/etcd"
+    elsewhere.mkdir(parents=True)
+    for name in ("ca.key", "etcd/ca.key", "front-proxy-ca.key"):
+        shutil.move(pki.pki_dir / name, tmp_path / "ca-keys" / name)
+    pki.run_kubeadm("init", "phase", "control-plane", "controller-manager")
+    return Bridge(pki=pki, directory=tmp_path / "bridge")
+
+
+def told(bridge: Bridge, root: Path, code: int) -> list[dict[str, Any]]:
+    """What `doctor --ca-keys` says."""
+    run = bridge.run("doctor", "--ca-keys", str(root), "-o", "json")
+    assert run.returncode == code, run.stdout + run.stderr
+    findings: list[dict[str, Any]] = json.loads(run.stdout)["findings"]
+    return findings
+
+
+def copies(bridge: Bridge, root: Path) -> dict[str, str]:
+    """The files with a CA's key, and whose it is."""
+    looked = [*examination.for_ca_keys(root, load(bridge.config), datetime.now(UTC))]
+    return {one.about: one.text.rpartition("key of ")[2] for one in looked if one.check == "ca-key-copy"}
+
+
+def test_the_keys_are_proven_gone(pki: KubeadmPki, tmp_path: Path) -> None:
+    """Copies in every place, the Secret in the cluster, encrypted keys and large files: each is said, and then none."""
+    bridge, state = site(pki, tmp_path), apiserver.State()
+    key, left = (tmp_path / "ca-keys/ca.key").read_bytes(), pki.root / "left"
+    state.secrets = [
+        secret("kube-system", "kubeadm-certs", b"x"),
+        secret("a", "other", OTHER_KEY),
+        secret("a", "b", key),
+    ]
+    places = [pki.kubeconfig_dir / "pki.bak/ca.key", bridge.directory / "state/backups/ca.key", left / "a/b"]
+    for place in places:
+        place.parent.mkdir(parents=True)
+        place.write_bytes(key)
+    another_form(left / "locked", key, Encoding.PEM, b"secret")
+    with (left / "large").open("wb") as file:
+        file.truncate(65 << 20)
+    (left / "link").symlink_to(places[-1])
+    assert {(one.level, one.check, one.about) for one in found(pki, tmp_path / "bridge")} == {
+        ("warning", "ca-key-copy", str(place)) for place in places[:2]
+    }
+    with apiserver.serving(Place(name=NODE, address="127.0.0.1", directory=pki.root / "etc", cas={}), state):
+        pki.run_kubeadm("init", "phase", "control-plane", "apiserver")
+        manifest = pki.kubeconfig_dir / "manifests/kube-apiserver.yaml"
+        text = re.sub("--secure-port=.*", f"--secure-port={state.port}", manifest.read_text())
+        manifest.write_text(text.replace(ADDRESS, "127.0.0.1").replace("=/etc/kubernetes", f"={pki.kubeconfig_dir}"))
+        wrong = told(bridge, tmp_path, 1)
+        assert {(one["level"], one["check"]) for one in wrong if one["level"] == "error"} == {
+            *(("error", check) for check in ("ca-key-copy", "ca-keys-in-cluster")),
+        }
+        said = {about for one in wrong if one["check"] == "ca-key-copy" for about in one["about"]}
+        keys = {str(tmp_path / f"ca-keys/{name}") for name in ("ca.key", "etcd/ca.key", "front-proxy-ca.key")}
+        assert said == {*map(str, places), *keys}
+        [encrypted] = [one for one in wrong if one["level"] == "warning"]
+        assert encrypted["about"] == [f"{left}/locked"]
+        assert "the rest of 1 files behind 64 MiB" in str(wrong)
+        in_cluster = [one for one in wrong if one["check"] == "ca-keys-in-cluster"]
+        assert {about for one in in_cluster for about in one["about"]} == {
+            "Secret kube-system/kubeadm-certs",
+            "Secret a/b",
+        }
+        for path in (*places, left / "locked"):
+            path.unlink()
+        state.secrets = state.secrets[1:2]
+        right = told(bridge, pki.root, 0)
+    assert {one["check"] for one in right} == {"ca-key-search"}
+    assert "and 1 Secrets: 0 have such a key" in str(right)
+
+
+def secret(namespace: str, name: str, value: bytes) -> dict[str, Any]:
+    """A Secret as the API has it."""
+    data = {"tls.key": base64.b64encode(value).decode()}
+    return {"metadata": {"namespace": namespace, "name": name}, "data": data}
+
+
+def test_no_proof_without_an_answer_or_a_directory(pki: KubeadmPki, tmp_path: Path) -> None:
+    """A cluster that does not answer is a warning; what is no directory, and a machine that is no node, are errors."""
+    bridge = site(pki, tmp_path)
+    [silent] = [one for one in told(bridge, pki.root, 3) if one["level"] == "warning"]
+    assert silent["check"] == "ca-keys-in-cluster"
+    assert [one["about"] for one in told(bridge, tmp_path / "nowhere", 1)] == [[str(tmp_path / "nowhere")]]
+    assert bridge.run("doctor", "--ca-keys", "/", "--before-upgrade").returncode == 2
+    shutil.rmtree(pki.kubeconfig_dir)
+    assert bridge.run("doctor", "--ca-keys", str(tmp_path)).returncode == 1
+
+
+def test_a_worker_is_searched_without_its_cluster(pki: KubeadmPki, tmp_path: Path) -> None:
+    """It has no rights to Secrets; a control-plane node looks for them."""
+    bridge = site(pki, tmp_path)
+    for path in (*pki.kubeconfig_dir.glob("pki/*"), *pki.kubeconfig_dir.iterdir()):
+        if path.name not in {"pki", "ca.crt", "kubelet.conf"}:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert {one["check"] for one in told(bridge, pki.root, 0)} == {"ca-key-search"}
+    (pki.root / "copy").write_bytes((tmp_path / "ca-keys/ca.key").read_bytes())
+    assert {one["check"] for one in told(bridge, pki.root, 1)} == {"ca-key-search", "ca-key-copy"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user; run the tests as root")
+def test_a_directory_that_can_not_be_read_is_no_proof(pki: KubeadmPki, tmp_path: Path) -> None:
+    """Another user is told how much it could not see."""
+    bridge = site(pki, tmp_path)
+    settings = load(bridge.config)
+    node = inventory.of(settings.node)
+    with tempfile.TemporaryDirectory() as place:  # pytest's own is closed to others
+        Path(place).chmod(0o755)
+        Path(place, "closed").mkdir(mode=0o700)
+        os.seteuid(65534)
+        try:
+            looked = [*ca_keys.search(node, settings, Path(place))]
+        finally:
+            os.seteuid(0)
+    assert [one.level for one in looked if one.about.endswith("closed")] == ["warning"]
+
+
+def test_no_proof_without_the_cas_certificate(pki: KubeadmPki, tmp_path: Path) -> None:
+    """A key is known by the CA's certificate alone, so that a search without it proves nothing."""
+    bridge = site(pki, tmp_path)
+    (pki.pki_dir / "front-proxy-ca.crt").unlink()
+    [wrong] = [one for one in told(bridge, pki.root / "etc", 1) if one["level"] == "error"]
+    assert (wrong["check"], wrong["about"]) == ("ca-key-search", ["front-proxy-ca"])
+
+
+def test_a_key_far_below_is_found_or_what_is_left_out_is_counted(pki: KubeadmPki, tmp_path: Path) -> None:
+    """Directories as deep as the system allows; below a name that is too long for it nothing can be read, and it is said."""
+    bridge = site(pki, tmp_path)
+    settings = load(bridge.config)
+    deep, key = tmp_path / "deep", (tmp_path / "ca-keys/ca.key").read_bytes()
+    here = os.open(tmp_path, os.O_DIRECTORY)
+    for depth, name in enumerate(["deep", *["d"] * 2500]):
+        os.mkdir(name, dir_fd=here)
+        here, above = os.open(name, os.O_DIRECTORY, dir_fd=here), here
+        os.close(above)
+        if depth in {1500, 2500}:
+            descriptor = os.open("k", os.O_CREAT | os.O_WRONLY, 0o600, dir_fd=here)
+            os.write(descriptor, key)
+            os.close(descriptor)
+    os.close(here)
+    looked = [*ca_keys.search(inventory.of(settings.node), settings, deep)]
+    assert [one.about.count("/d") > 1500 for one in looked if one.check == "ca-key-copy"] == [True]
+    assert [one.level for one in looked if one.about.endswith("closed")] == ["warning"]
+    subprocess.run(["rm", "-rf", deep], check=True)
+
+
+def test_what_other_machines_hold_is_left_out(pki: KubeadmPki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pods' network volumes are not read, and are named; the kernel's files are not read either."""
+    bridge = site(pki, tmp_path)
+    key = (tmp_path / "ca-keys/ca.key").read_bytes()
+    line = "36 35 98:0 / {} rw shared:1 - {} source rw\n"
+    kinds = {"far away": "nfs4", "other": "fuse.sshfs", "made up": "proc", "here": "ext4"}
+    for place in kinds:
+        (tmp_path / "top" / place).mkdir(parents=True)
+        (tmp_path / "top" / place / "k").write_bytes(key)
+    table = "".join(
+        line.format(str(tmp_path / "top" / place).replace(" ", "\\040"), kind) for place, kind in kinds.items()
+    )
+    (tmp_path / "mounts").write_text(table)
+    monkeypatch.setattr(paths, "MOUNTS", tmp_path / "mounts")
+    assert copies(bridge, tmp_path / "top") == {str(tmp_path / "top/here/k"): "ca"}
+    looked = [*examination.for_ca_keys(tmp_path / "top", load(bridge.config), datetime.now(UTC))]
+    assert [one.about for one in looked if "another machine's" in one.text] == [
+        f"{tmp_path}/top/far away",
+        f"{tmp_path}/top/other",
+    ]
+    assert copies(bridge, tmp_path / "top/far away") == {str(tmp_path / "top/far away/k"): "ca"}
+
+
+def test_files_of_nothing_but_beginnings_are_read_to_an_end(tmp_path: Path) -> None:
+    """Who can write to a node's disk can't keep the search busy, and what was not read is said."""
+    for name, text in (("a", b"-----BEGIN PRIVATE KEY-----"), ("b", b"LS0tLS1CRUdJTi"), ("c", b"-----BEGIN ")):
+        (tmp_path / name).write_bytes(text * ((1 << 20) // len(text)))
+        assert Held.by_file(tmp_path / name) == Held()
+    (tmp_path / "d").write_bytes(gzip.compress(bytes(1 << 28)))
+    assert Held.by_file(tmp_path / "d").is_cut
+    (tmp_path / "f").write_text(
+        "-----BEGIN ENCRYPTED PRIVATE KEY-----\0-----END ENCRYPTED PRIVATE KEY-----"
+    )  # a library
+    assert Held.by_file(tmp_path / "f") == Held()
+    old = load_pem_private_key(OTHER_KEY, None).private_bytes(
+        Encoding.PEM, PrivateFormat.TraditionalOpenSSL, BestAvailableEncryption(b"secret")
+    )
+    (tmp_path / "g").write_bytes(old)
+    assert Held.by_file(tmp_path / "g") == Held(is_encrypted=True)
+    (tmp_path / "e").write_bytes(gzip.compress(b"x" * 999)[:-9])
+    assert Held.by_file(tmp_path / "e") == Held()
 
 
 def test_a_key_of_another_ca_is_a_note(pki: KubeadmPki, tmp_path: Path) -> None:

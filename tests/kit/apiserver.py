@@ -35,6 +35,7 @@ class State:
     nodes: list[tuple[str, str]] = field(default_factory=list)  #: Name and address of the control-plane nodes.
     endpoints: list[str] = field(default_factory=list)  #: Addresses.
     port: int = 0  #: 0: any that is free, which is written here.
+    secrets: list[dict[str, Any]] = field(default_factory=list)
     config: str = ""  #: ClusterConfiguration of the ConfigMap kubeadm-config; empty: there is none.
     kubelet_config: str = ""  #: Of the ConfigMap kubelet-config; empty: there is none.
     bindings: dict[str, tuple[str, str, str]] = field(default_factory=dict)  #: Role, kind and name of the subject.
@@ -89,6 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"kind": "ConfigMap", "data": {"ClusterConfiguration": self.state.config}})
         elif parts.path == "/api/v1/namespaces/kube-system/configmaps/kubelet-config" and self.state.kubelet_config:
             self._send(200, {"kind": "ConfigMap", "data": {"kubelet": self.state.kubelet_config}})
+        elif parts.path == "/api/v1/secrets":
+            self._send(200, _page(self.state.secrets, parse_qs(parts.query)))
         elif parts.path.startswith(BINDINGS):
             bound = self.state.bindings.get(parts.path.removeprefix(BINDINGS))
             self._send(*((200, _binding(*bound)) if bound else _status(404)))
@@ -183,6 +186,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _status(code: int) -> tuple[int, dict[str, Any]]:
     return code, {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code}
+
+
+def _page(objects: list[dict[str, Any]], query: dict[str, list[str]]) -> dict[str, Any]:
+    """A part of a list, as many as were asked for."""
+    begin, most = int(query.get("continue", ["0"])[0]), int(query["limit"][0])
+    more = {"continue": str(begin + most)} if len(objects) > begin + most else {}
+    return {"kind": "List", "metadata": more, "items": objects[begin : begin + most]}
 
 
 def _binding(role: str, kind: str, name: str) -> dict[str, Any]:
