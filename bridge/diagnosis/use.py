@@ -59,7 +59,8 @@ _CA_FLAGS: Mapping[Component, Mapping[str, str]] = {
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Examine how the node uses its certificates: files, CAs, names, restarts and hooks."""
     if not node.manifests:
-        text = f"no static pods in {settings.node.kubeconfig_dir / 'manifests'}: which files they use was not looked at"
+        place = settings.node.kubeconfig_dir / "manifests"
+        text = f"no static pods could be read in {place}: which files they use was not looked at"
         yield Finding.note("manifests", "manifests", text)
     for item in node.items:
         if item.state == "present" and item.managed:
