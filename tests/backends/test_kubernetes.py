@@ -25,6 +25,7 @@ from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableE
 from bridge.pki.certificates import pem
 from bridge.settings.load import parse
 from bridge.specs import AUTHORITIES, SPECS, CertificateSpec
+from bridge.system.waiting import wait_until
 from bridge.testing import BackendConformance, TestCA, sign_request, tampered
 from tests.kit import cert_manager, est, kube_api
 from tests.kit.api_client import CSRS, ApiClient
@@ -373,13 +374,20 @@ def test_the_rights_that_setup_gives_are_the_ones_that_are_needed(api: ApiServer
     api.apply(manifests("ca-bridge.example.com/{name}"))
     token = tmp_path / "token"
     token.touch(0o600)
-    token.write_text(api.bearer("ca-bridge", "ca-bridge-cp-1").token)
+    account = api.bearer("ca-bridge", "ca-bridge-cp-1")
+    token.write_text(account.token)
 
     def with_verbs(*verbs: str) -> KubernetesBackend:
         rules = [{"apiGroups": ["certificates.k8s.io"], "resources": ["certificatesigningrequests"], "verbs": verbs}]
         path = "/apis/rbac.authorization.k8s.io/v1/clusterroles/ca-bridge-requester"
         assert api.admin.patch(path, {"rules": rules}).status == 200
-        time.sleep(0.3)  # until the authorizer's informer knows
+        known = wait_until(
+            lambda: {verb for verb in ("create", "get", "delete") if account.may(verb)},
+            lambda found: found == set(verbs),
+            timedelta(seconds=60),
+            pause_seconds=0.05,
+        )
+        assert known == set(verbs)
         return make(url=api.url, ca_file=api.trust, token=Secret("file", str(token)))
 
     assert with_verbs("create", "get", "delete").check([ADMIN]) == {}

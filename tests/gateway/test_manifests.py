@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -216,7 +215,8 @@ metadata: {name: bootstrap}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: "system:node-bootstrapper"}
 subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: "system:bootstrappers"}]
 """)
-        time.sleep(0.3)
+        node = server.client("system:bootstrap:abcdef", "system:bootstrappers")
+        assert wait_until(lambda: node.may("create"), bool, timedelta(seconds=60), pause_seconds=0.05)
         yield server
 
 

@@ -85,6 +85,13 @@ class ApiClient:
         """A merge patch."""
         return self.ask("PATCH", path, body, content_type="application/merge-patch+json")
 
+    def may(self, verb: str) -> bool:
+        """Whether the authorizer knows by now that it may do this with CertificateSigningRequests."""
+        what = {"group": "certificates.k8s.io", "resource": "certificatesigningrequests", "verb": verb}
+        body = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
+        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+        return bool(self.create(path, {**body, "spec": {"resourceAttributes": what}})["status"]["allowed"])
+
     def create_csr(self, pem: bytes, signer: str, usages: Sequence[str], **more: Any) -> Reply:
         """A CertificateSigningRequest; `name` is its metadata's, the rest goes into spec."""
         name = more.pop("name", "")
