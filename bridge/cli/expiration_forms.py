@@ -111,18 +111,22 @@ def _own_table(own: Sequence[Credential], renewal: RenewalSettings, now: datetim
         return ""
     most, styles = width_here(), {}
     cells: list[Sequence[str]] = [_OWN_HEADER]
+    short: list[Sequence[str]] = [[_SHORT.get(cell, cell) for cell in _OWN_HEADER]]
     for one in own:
         is_bad = one.ends is None or one.has_ended(now)
         styles[one.name] = "error" if is_bad else "warning" if one.is_near(renewal.before, now) else "ok"
         if one.ends is None:
             cells.append((f"{_MARKS['unreadable']} {one.name}", "", "", one.path))
+            short.append(cells[-1])
         else:
             left = residual(seconds_left(one.ends, now))
             itself = f" (renewed as {one.renewed_as})" if one.renewed_as else ""
-            cells.append((one.name, _expires(one.ends), left, f"{one.path or 'told by the CA'}{itself}"))
+            place = f"{one.path or 'told by the CA'}{itself}"
+            cells.append((one.name, _expires(one.ends), left, place))
+            short.append((one.name, f"{one.ends:%Y-%m-%d %H:%M}", left, place))
     lines = _aligned(cells)
     if most is not None and max(map(len, lines)) > most:
-        lines = list(columns([[_SHORT.get(cell, cell) for cell in row] for row in cells], most))
+        lines = list(columns(short, most))
     return "\n" + "".join(f"{_toned(line, styles)}\n" for line in lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -257,6 +258,13 @@ def test_check_expiration_has_a_table_of_its_own(site: Site) -> None:
     plain = entry.expirations(["check-expiration", "--config", str(site.bridge.config)])
     assert plain is not None
     assert plain.text == table.stdout
+    environment = {**os.environ, "COLUMNS": "60"}
+    narrow = subprocess.run(
+        site.bridge.command("check-expiration"), env=environment, capture_output=True, text=True, check=False
+    )
+    own = narrow.stdout.partition("CREDENTIAL OF CA-BRIDGE")[2]
+    assert own.count("UTC") == 1
+    assert re.search(r"\n\S+ +\d{4}-\d\d-\d\d \d\d:\d\d ", own)
     [entry_of_json] = json.loads(site.bridge.run("check-expiration", "-o", "json").stdout)["ownCredentials"]
     assert (entry_of_json["name"], entry_of_json["path"]) == (NAME, str(site.certificate))
     assert "ownCredentials:" in site.bridge.run("check-expiration", "-o", "yaml").stdout
