@@ -69,6 +69,7 @@ EXCLUDES: dict[str, dict[str, tuple[str, ...]]] = {
         "--dry-run": ("--wait",),
     },
     "doctor": {"--kubelets": ("--before-upgrade",), "--ca-keys": ("--before-upgrade", "--kubelets")},
+    "rotate-ca drop": {"--emergency": ("--without",)},
     "bootstrap join": {"--control-plane": ("--worker",)},
     "bootstrap check": {"--control-plane": ("--worker",)},
 }
@@ -77,6 +78,7 @@ EXCLUDES: dict[str, dict[str, tuple[str, ...]]] = {
 NEEDS: dict[str, dict[str, str]] = {
     "renew": {"--csr-only": "--csr-dir", "--csr-dir": "--csr-only", "--ahead": "--rehearse"},
     "kubeconfig user": {"--key-file": "--csr"},
+    "rotate-ca drop": {"--accept-outage": "--emergency"},
 }
 
 #: By command: lines to type, each with what it does.
@@ -126,7 +128,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("ca-bridge rotate-ca issue", "The second phase, on each node, when all trust the new CAs."),
         ("ca-bridge rotate-ca issue --without worker-9", "Without a node that is gone for good."),
     ),
-    "rotate-ca drop": (("ca-bridge rotate-ca drop", "The last phase, on each node, when nothing uses the old CAs."),),
+    "rotate-ca drop": (
+        ("ca-bridge rotate-ca drop", "The last phase, on each node, when nothing uses the old CAs."),
+        ("ca-bridge rotate-ca drop --emergency", "The old CA's key has leaked: what it costs to be rid of it now."),
+    ),
     "rotate-ca back": (("ca-bridge rotate-ca back --ca etcd-ca", "Back by one phase, for one of the CAs."),),
     "recover": (
         ("ca-bridge recover", "Finish or undo an interrupted installation."),

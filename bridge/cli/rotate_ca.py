@@ -114,12 +114,12 @@ def plan(common: Common, ca: CaOption = None) -> int:
     return Exit.REFUSED if trouble else Exit.DONE
 
 
-def _effect(one: Replaced, phase: Phase) -> str:
-    """A sentence about a phase of one CA."""
+def _effect(one: Replaced, phase: Phase, *, at_once: bool = False) -> str:
+    """A sentence about a phase of one CA, or about all that are left `at_once`."""
     names = [item.spec.name for item in one.items]
     what = (
         f"issues {', '.join(names)} from the new CA, in one step with {one.state.path}"
-        if phase is Phase.ISSUED
+        if phase is Phase.ISSUED or (at_once and one.standing.phase is not Phase.ISSUED)
         else (f"writes {one.state.path}" + (f" and the CA data of {len(one.confs)} kubeconfigs" if one.confs else ""))
     )
     return f"{what}; {_COSTS[one.name][phase is Phase.ISSUED]}"
@@ -152,33 +152,88 @@ class _GatedOptions(_Options):
     without: WithoutOption = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _DropOptions(_GatedOptions):
+    """What the last phase takes, which may also be the only one."""
+
+    emergency: Annotated[
+        bool,
+        typer.Option(
+            "--emergency",
+            help="A CA's key has leaked: from any phase, without a question to other nodes; says first what it costs.",
+        ),
+    ] = False
+    accept_outage: Annotated[
+        bool, typer.Option("--accept-outage", help="Do it, at the cost that --emergency alone has said.")
+    ] = False
+
+
 @command(rotate_group, "trust")
 def trust(common: Common, options: _Options) -> int:
     """Have this node trust the new CAs beside the old ones: the first step, on every node."""
-    return _run(common, Verb.TRUST, options)
+    return _run(common, Verb.TRUST, options, Gate(wait=options.wait))
 
 
 @command(rotate_group, "issue")
 def issue(common: Common, options: _GatedOptions) -> int:
     """Have this node's certificates issued by the new CAs, once every node trusts these."""
-    return _run(common, Verb.ISSUE, options, options.without)
+    return _run(common, Verb.ISSUE, options, _gate(options))
 
 
 @command(rotate_group, "drop")
-def drop(common: Common, options: _GatedOptions) -> int:
+def drop(common: Common, options: _DropOptions) -> int:
     """Have this node trust the new CAs alone, once every node's certificates are theirs."""
-    return _run(common, Verb.DROP, options, options.without)
+    if options.emergency and not options.accept_outage:
+        return _say_what_an_emergency_costs(common.settings(), options)
+    gate = Gate(without=frozenset(options.without or ()), wait=options.wait, emergency=options.emergency)
+    return _run(common, Verb.DROP, options, gate)
+
+
+#: What an emergency breaks at once, by CA; no other node has been asked, so that all of them count.
+_EMERGENCY_COSTS = {
+    "ca": "this node's API server refuses every certificate of the old CA at once: kubeconfigs of people and machines, "
+    "and the kubelets and components of nodes that are not done; these refuse this API server",
+    "etcd-ca": "between the two restarts this API server does not know its etcd",
+    "front-proxy-ca": "aggregated API servers refuse what this API server passes on until they have read the new CA",
+}
+
+
+_EVERY_EMERGENCY = (
+    "what reads a CA at its start alone (many pods) has to be restarted by its owner",
+    (
+        "nothing goes back by itself, whether it works or not; `ca-bridge rotate-ca back` can have the old CA trusted "
+        "again, and can't bring back its certificates"
+    ),
+)
+
+
+def _say_what_an_emergency_costs(settings: Settings, options: _DropOptions) -> int:
+    """Show the cost, and do nothing; the operator who goes on has read it."""
+    found = places.look(settings, inventory.of(settings.node), options.ca or [])
+    left = [one for one in found.values() if not steps.straight_to_the_new_ca(one).is_there]
+    sentences = [f"{one.name}: {_effect(one, Phase.NEW, at_once=True)}; {_EMERGENCY_COSTS[one.name]}" for one in left]
+    sentences += _EVERY_EMERGENCY
+    if options.output is Output.JSON:
+        say_json(exitCode=Exit.USAGE, costs=sentences)
+    else:
+        say("nothing is done yet; with --accept-outage:")
+        for sentence in sentences:
+            say_sentence(sentence, "  ")
+    return Exit.USAGE
 
 
 @command(rotate_group, "back")
 def back(common: Common, options: _GatedOptions) -> int:
     """Go back by one phase on this node."""
-    return _run(common, Verb.BACK, options, options.without)
+    return _run(common, Verb.BACK, options, _gate(options))
 
 
-def _run(common: Common, verb: Verb, options: _Options, without: Sequence[str] | None = None) -> int:
+def _gate(options: _GatedOptions) -> Gate:
+    return Gate(without=frozenset(options.without or ()), wait=options.wait)
+
+
+def _run(common: Common, verb: Verb, options: _Options, gate: Gate) -> int:
     settings = common.settings()
-    gate = Gate(without=frozenset(without or ()), wait=options.wait)
     with progress_shown() as progress:
         done = steps.run(settings, verb, options.ca or [], utc_now, progress, gate)
     if options.output is Output.JSON:

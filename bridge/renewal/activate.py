@@ -41,6 +41,7 @@ from bridge.system.state_file import StateError
 
 log = logging.getLogger("ca-bridge")
 _FAILED = ("refused", "no-answer")
+_STAYS = "it stays, as in each emergency: do the same on the other nodes; each run here restarts and looks again"
 
 
 class RolledBackError(BridgeError):
@@ -71,7 +72,7 @@ class Activation:
 # --- unproven --------------------------------------------------------------------------------------------------------
 
 
-def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
+def owe(run: Run, outcomes: Sequence[Outcome], *, stays: bool = False) -> None:
     """Record, before the installation, that these certificates are to be proven, besides unproven ones of earlier runs."""
     node, owed = run.read_node(), unproven_file(run.store).read()
     earlier = {one.name: one for one in owed.live_on(node).certificates} if owed is not None else {}
@@ -82,7 +83,8 @@ def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
         one = earlier.pop(name, Unproven(name=name, runs={}, backup_of=run_id, before=before))
         earlier[name] = dataclasses.replace(one, runs={**one.runs, serial: run_id})
     to_restart = owed.to_restart if owed is not None else ()
-    unproven_file(run.store).put(Owed(certificates=tuple(earlier.values()), to_restart=to_restart))
+    stays = stays or (owed is not None and bool(owed.stays))
+    unproven_file(run.store).put(Owed(certificates=tuple(earlier.values()), to_restart=to_restart, stays=stays))
 
 
 def settle(run: Run, node: Node) -> Activation:
@@ -127,7 +129,7 @@ def _left_to_people(run: Run, node: Node, owed: Owed) -> Activation:
 
 
 def _prove(run: Run, node: Node, owed: Owed) -> Activation:
-    restarted = _restart(run, node, _to_restart(run, node, owed))
+    restarted = _restart(run, node, _to_restart(run, node, owed), force=bool(owed.stays))
     if _is_stopped(restarted):
         return _result(run, owed, _errors_of(restarted), restarted)
     report, more = _look(run, owed, restarted)
@@ -183,10 +185,12 @@ def _backup_of(run: Run, owed: Owed, *, newest: bool) -> backups.Backup | None:
     return found[0 if newest else -1] if found else None
 
 
-def _restart(run: Run, node: Node, components: Sequence[Component], *, going_back: bool = False) -> list[Restarted]:
+def _restart(
+    run: Run, node: Node, components: Sequence[Component], *, force: bool = False, going_back: bool = False
+) -> list[Restarted]:
     if not components:
         return []
-    return restart_all(components, node, run.settings, run.store, record=run.record, going_back=going_back)
+    return restart_all(components, node, run.settings, run.store, record=run.record, force=force, going_back=going_back)
 
 
 def _errors_of(restarted: Sequence[Restarted]) -> list[BridgeError]:
@@ -215,7 +219,7 @@ def _look(run: Run, owed: Owed, restarted: Sequence[Restarted]) -> tuple[ProofRe
     more = [component for component in restart_plan.ORDER if component in late and component not in done]
     if not more or run.settings.restart.components.which == "listed":
         return report, []
-    again = _restart(run, run.read_node(), more)
+    again = _restart(run, run.read_node(), more, force=bool(owed.stays))
     stuck |= {one.component for one in again if isinstance(one.error, ImpossibleError)}
     return _look_until(run, counts), again
 
@@ -304,6 +308,10 @@ def _judged(run: Run, owed: Owed, restarted: Sequence[Restarted], report: ProofR
     if ruling is Ruling.FAILED:
         decisive = [f for m in (Meaning.BROKEN, Meaning.NOT_IN_USE, Meaning.UNSEEN) for f in seen.get(m, [])]
         why = "; ".join([*map(str, failures), *([sentence(decisive)] if decisive else [])])
+        if owed.stays:
+            return _result(
+                run, owed, [NotLiveError(f"installed, and not in use: {why}", hint=_STAYS)], restarted, proven
+            )
         if run.settings.restart.on_failure == "keep":
             return _result(run, owed, [NotLiveError(f"installed, and not in use: {why}")], restarted, proven)
         log.error("the new certificates do not work, so the old ones are put back: %s", why)

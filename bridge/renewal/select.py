@@ -61,6 +61,7 @@ class Trust:
     edit: Callable[[Replacement], Replacement] = lambda one: one
     #: Before the installation: other nodes accept the new certificates (BridgeError: one does not).
     gate: Callable[[Sequence[Proven]], None] = lambda _: None
+    stays: bool = False  #: The CA of before must not come back by itself: see `Owed.stays`.
 
 
 NO_TRUST = Trust()

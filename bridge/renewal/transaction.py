@@ -150,7 +150,7 @@ class Transaction:
         else:
             from bridge.renewal import activate  # noqa: PLC0415 (see above)
 
-            activate.owe(self._run, done)
+            activate.owe(self._run, done, stays=self._options.trust.stays)
 
     def activate(self, selection: Selection, result: Result) -> Result:
         """After the installation: hooks, restart, proof, rollback if needed; then copies, which are other users' files."""

@@ -63,6 +63,16 @@ class NotReadyEverywhereError(BridgeError):
     )
 
 
+class SplitError(BridgeError):
+    """etcd's members would no longer know each other."""
+
+    exit_code: ClassVar[int] = Exit.USAGE
+    hint = (
+        "`ca-bridge rotate-ca trust --ca etcd-ca` on every member, then `issue`, then `drop`: no pause is needed between "
+        "them, and etcd goes on; the other CAs are named with --ca meanwhile; nothing was replaced"
+    )
+
+
 class Spot(NamedTuple):
     """A server of another node, or of this one."""
 
@@ -79,13 +89,20 @@ _KINDS = {"api": "API server", "kubelet": "kubelet", "etcd": "etcd"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """What an operator allows: how long to wait for another run, and which nodes are left out."""
+    """What an operator allows: how long to wait for another run, which nodes are left out, and whether all are."""
 
     without: frozenset[str] = frozenset()
     wait: timedelta = timedelta()
+    emergency: bool = False  #: A CA's key has leaked: no other node is asked, and nothing goes back by itself.
 
     def assert_open(self, run: Run, node: Node, steps: Sequence[Step]) -> None:
         """Before one CA alone is trusted: each server of the cluster has a certificate of that one (NotReadyEverywhereError)."""
+        if self.emergency:
+            run.record.add(
+                audit.TRUSTED, result="an emergency: no other node is asked, and nothing goes back by itself"
+            )
+            _assert_together(node, steps)
+            return
         left = {step.ca.name: step.ca.change.signer(step.target) for step in steps
                 if step.target in (Phase.OLD, Phase.NEW) and step.ca.change.kind is Kind.NEW_KEY}  # fmt: skip
         kinds = [kind for kind, name in _SERVED_BY.items() if name in left]
@@ -115,6 +132,8 @@ class Gate:
 
     def assert_accepted(self, run: Run, node: Node, pairs: Mapping[str, tuple[bytes, bytes]]) -> None:
         """Each server of the cluster accepts these certificates and keys (PEM), by name (NotReadyEverywhereError)."""
+        if self.emergency:
+            return
         named = {kind: next((name for name in names if name in pairs), None) for kind, names in _PROBES.items()}
         clients = {kind: _client(name, *pairs[name]) for kind, name in named.items() if name is not None}
         self._assert_all(run, node, clients, lambda spot: _refusal(clients[spot.kind], spot))
@@ -137,6 +156,20 @@ class Gate:
             ]
         if found:
             raise NotReadyEverywhereError("; ".join(found))
+
+
+def _assert_together(node: Node, steps: Sequence[Step]) -> None:
+    """The members of etcd, where there are several, go on as one (SplitError)."""
+    alone = next((step for step in steps if step.ca.name == ETCD_CA.name), None)
+    if alone is None or alone.ca.standing.phase is Phase.ISSUED:
+        return
+    with contextlib.suppress(NotReadyEverywhereError):  # it is away already
+        members = list(_members(node))
+        if len(members) > 1:
+            raise SplitError(
+                f"etcd-ca: wanted one member of etcd, or the phase “issued”, found {len(members)} members and the phase "
+                f"“{alone.ca.standing.text}”: those that trust one CA alone would know no other"
+            )
 
 
 def _said(judge: Callable[[Spot], str], spot: Spot) -> str:

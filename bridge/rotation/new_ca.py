@@ -29,7 +29,7 @@ def violations(
     now: datetime,
 ) -> Iterator[Violation]:
     """
-    Why the new CA can't take the old one's place.
+    Why the new CA can't take the old one's place, whenever that is.
 
     Args:
         change: Both CAs.
@@ -43,7 +43,7 @@ def violations(
     new = change.new
     try:
         yield from _is_a_ca(new)
-        yield from _dates(change, now)
+        yield from _valid(new, now)
         yield from _keys(new, others)
         yield from _same_key(change) if change.kind is Kind.SAME_KEY else _same_name(change, leaves)
     except UNREADABLE as e:
@@ -60,12 +60,21 @@ def _is_a_ca(new: x509.Certificate) -> Iterator[Violation]:
     yield from go_x509.form(new, leaf=False)
 
 
-def _dates(change: Change, now: datetime) -> Iterator[Violation]:
+def _valid(new: x509.Certificate, now: datetime) -> Iterator[Violation]:
+    begin, end = new.not_valid_before_utc, new.not_valid_after_utc
+    if begin > now:
+        yield Violation(subject="notBefore", want=f"at the latest {minute(now)}", got=minute(begin))
+    if end <= now:
+        yield Violation(subject="notAfter", want=f"later than {minute(now)}", got=minute(end))
+
+
+def untimely(change: Change, now: datetime) -> Iterator[Violation]:
+    """Why the new CA should not take the old one's place, unless that can't wait."""
     begin, end = change.new.not_valid_before_utc, change.new.not_valid_after_utc
-    if begin > now - OLD_ENOUGH:
+    if now - OLD_ENOUGH < begin <= now:
         want = f"at the latest {minute(now - OLD_ENOUGH)}, since clocks of nodes differ"
         yield Violation(subject="notBefore", want=want, got=minute(begin))
-    if end <= change.old.not_valid_after_utc:
+    if now < end <= change.old.not_valid_after_utc:
         want = f"later than the old CA's ({minute(change.old.not_valid_after_utc)})"
         yield Violation(subject="notAfter", want=want, got=minute(end))
 

@@ -31,7 +31,7 @@ from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Proven, Result
 from bridge.rotation import new_ca, objects, places
 from bridge.rotation.gate import Gate
-from bridge.rotation.phases import Difference, Phase, differences, text, texts
+from bridge.rotation.phases import Kind, Phase, differences, text, texts
 from bridge.rotation.places import Replaced, with_ca
 from bridge.settings.tables import Settings, for_next
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, KUBELET_CONF, Component
@@ -100,8 +100,11 @@ def run(
         node = transaction.settle_earlier(found)
         cas = places.look(settings, node, names)
         back = _going_back(ours.store).read() or {}
-        steps = tuple(planned(verb, one, back.get(one.name)) for one in cas.values())
-        assert_possible(steps, cas, ours.now())
+        steps = tuple(
+            straight_to_the_new_ca(one) if gate.emergency else planned(verb, one, back.get(one.name))
+            for one in cas.values()
+        )
+        assert_possible(steps, cas, ours.now(), emergency=gate.emergency)
         to_do = [step for step in steps if not step.is_there]
         if not transaction.may_go_on or not to_do:
             result = transaction.with_earlier(Result(outcomes=()))
@@ -109,12 +112,13 @@ def run(
         gate.assert_open(ours, node, to_do)
         if verb is Verb.BACK:
             _going_back(ours.store).put({step.ca.name: step.target for step in to_do})
-        if verb is Verb.ISSUE:
+        if verb is Verb.ISSUE or (gate.emergency and any(_leaves_to_issue(step) for step in to_do)):
             result = _issue(ours, transaction, node, to_do, gate)
         elif verb is Verb.BACK and any(step.target is Phase.TRUSTED for step in to_do):
             result = transaction.with_earlier(_issue_back(ours, transaction, node, to_do, gate))
         else:
-            result = transaction.with_earlier(_trust(ours, transaction, node, to_do))
+            trusting = transaction.going_on(ours, RunOptions(trust=Trust(stays=gate.emergency)))
+            result = transaction.with_earlier(_trust(ours, trusting, node, to_do))
         is_over = result.backup_id is not None or verb is not Verb.BACK
         return _done(ours, node, names, steps, result, is_over=is_over)
 
@@ -171,10 +175,7 @@ def planned(verb: Verb, one: Replaced, going_back: Phase | None) -> Step:
     """
     now, path = one.standing, one.change.path
     if now.phase is None:
-        raise OrderError(
-            f"{one.name}: wanted the files of a phase, found {'; '.join(map(str, now.odd))}",
-            hint="a replacement by other means may be under way: finish it by these; nothing was replaced",
-        )
+        raise _of_no_phase(one)
     if verb is Verb.BACK:
         before = now.phase if now.next is not None else one.change.before(now.phase) or now.phase
         target = going_back or before
@@ -196,14 +197,36 @@ def planned(verb: Verb, one: Replaced, going_back: Phase | None) -> Step:
     return Step(ca=one, target=target, is_there=here == wanted)
 
 
+def straight_to_the_new_ca(one: Replaced) -> Step:
+    """The step of an emergency, whatever the phase (OrderError: it would not help)."""
+    now = one.standing
+    if now.phase is None:
+        raise _of_no_phase(one)
+    if one.change.kind is Kind.SAME_KEY and one.change.old != one.change.new:
+        raise OrderError(
+            f"{one.name}: wanted a CA with another key, found {text(one.change.new)} with the old one's",
+            hint="a thief of the key has the next CA's, too; nothing was replaced",
+        )
+    return Step(ca=one, target=Phase.NEW, is_there=now.phase is Phase.NEW)
+
+
+def _of_no_phase(one: Replaced) -> OrderError:
+    return OrderError(
+        f"{one.name}: wanted the files of a phase, found {'; '.join(map(str, one.standing.odd))}",
+        hint="a replacement by other means may be under way: finish it by these; nothing was replaced",
+    )
+
+
 VERBS = {Phase.TRUSTED: "trust", Phase.ISSUED: "issue", Phase.NEW: "drop"}
 
 
-def assert_possible(steps: Sequence[Step], cas: Mapping[str, Replaced], now: datetime) -> None:
+def assert_possible(
+    steps: Sequence[Step], cas: Mapping[str, Replaced], now: datetime, *, emergency: bool = False
+) -> None:
     """Refuse a new CA that can't work, and a CA whose key is on this node (NewCaError, OrderError)."""
     for step in steps:
         one = step.ca
-        found = list(violations(one, cas, now))
+        found = list(violations(one, cas, now, emergency=emergency))
         if found:
             raise NewCaError(f"{one.name}: {text(one.change.new)} can't take its place: {'; '.join(map(str, found))}")
         if one.state.key == "local":
@@ -214,12 +237,15 @@ def assert_possible(steps: Sequence[Step], cas: Mapping[str, Replaced], now: dat
             )
 
 
-def violations(one: Replaced, cas: Mapping[str, Replaced], now: datetime) -> Iterator[Violation]:
-    """Why the new CA can't take the old one's place in this cluster."""
+def violations(
+    one: Replaced, cas: Mapping[str, Replaced], now: datetime, *, emergency: bool = False
+) -> Iterator[Violation]:
+    """Why the new CA can't take the old one's place in this cluster, or not now; in an emergency its age does not count."""
     others = {name: [each.change.old, each.change.new] for name, each in cas.items() if name != one.name}
     leaves = {item.spec.name: item.certificates[0] for item in one.items}
     if one.change.old != one.change.new:
         yield from new_ca.violations(one.change, leaves, others, now)
+        yield from () if emergency else new_ca.untimely(one.change, now)
 
 
 # --- trust ------------------------------------------------------------------------------------------------------------
@@ -235,18 +261,24 @@ _READERS = {
 def _trust(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]) -> Result:
     """Replace the CA file and the kubeconfigs' CA data; restart and prove what reads them once."""
     files = [file for step in steps for file in step.ca.trust_files(step.target)]
-    readers = {name for step in steps for name in _READERS.get(step.ca.name, ())} | {file.certificate for file in files}
-    outcomes = [
-        Outcome(name=i.spec.name, authority=i.spec.authority.name, old=i.certificates[0], new=i.certificates[0])
-        for i in node.items
-        if i.spec.name in readers and i.certificates
-    ]
     _record(run, steps)
-    transaction.owe_use(outcomes)
-    _owe_restarts(run, node, steps)
+    _owe_reading(run, transaction, node, steps, {file.certificate for file in files})
     backup_id = install(run.store, files, run.record.run_id, _about(steps))
     run.record.write_or_warn()
     return transaction.activated(Result(outcomes=(), backup_id=backup_id))
+
+
+def _owe_reading(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], names: Collection[str]) -> None:
+    """Record, before the installation, what is to be restarted for these CAs, and to be seen to have read them."""
+    readers = {name for step in steps for name in _READERS.get(step.ca.name, ())} | {*names}
+    transaction.owe_use(
+        [
+            Outcome(name=i.spec.name, authority=i.spec.authority.name, old=i.certificates[0], new=i.certificates[0])
+            for i in node.items
+            if i.spec.name in readers and i.certificates
+        ]
+    )
+    _owe_restarts(run, node, steps)
 
 
 def _owe_restarts(run: Run, node: Node, steps: Sequence[Step]) -> None:
@@ -281,7 +313,7 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
     """Renew all leaves by the new CA, and turn the order of the CAs in the same installation: all or nothing."""
     ours = {step.ca.name: step for step in steps}
     settings = for_next(run.settings, ours)
-    names = tuple(d.place for step in steps for d in _leaves_to_issue(step))
+    names = tuple(name for step in steps for name in _leaves_to_issue(step))
     _assert_none_waits(run, ours, names)
     bundles = {name: step.ca.change.bundle(step.target) for name, step in ours.items()}
     embedded = {
@@ -298,9 +330,11 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
         return dataclasses.replace(file, data=with_ca(file.path, file.data, bundles[CA.name]))
 
     def accepted(proven: Sequence[Proven]) -> None:
+        if gate.emergency:  # no phase before has restarted what reads a CA at its start alone
+            _owe_reading(run, going_on, node, steps, ())
         gate.assert_accepted(run, node, {one.name: (pem(*one.chain), one.prepared.key_pem) for one in proven})
 
-    trust = Trust(bundles=bundles, files=tuple(files), edit=edit, gate=accepted)
+    trust = Trust(bundles=bundles, files=tuple(files), edit=edit, gate=accepted, stays=gate.emergency)
     options = RunOptions(names=names, all_or_nothing=True, trust=trust)
     run = dataclasses.replace(run, settings=settings)
     selection = select(node, settings, options, run.now(), requests=run.requests)
@@ -313,7 +347,8 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
     _record(run, steps)
     asked = next_ca_file(run.store)
     asked.put(tuple(dict.fromkeys([*(asked.read() or ()), *ours])))
-    result = renew(run, transaction.going_on(run, options), selection, node, options)
+    going_on = transaction.going_on(run, options)
+    result = renew(run, going_on, selection, node, options)
     if result.backup_id is not None:
         _forget_asked(run, ours)
     return result
@@ -337,9 +372,9 @@ def _forget_asked(run: Run, names: Collection[str]) -> None:
     file.keep(tuple(name for name in file.read() or () if name not in names) or None)
 
 
-def _leaves_to_issue(step: Step) -> Iterator[Difference]:
+def _leaves_to_issue(step: Step) -> list[str]:
     known = {item.spec.name for item in step.ca.items}
-    return (d for d in differences(step.ca.seen, step.ca.change, step.target) if d.place in known)
+    return [d.place for d in differences(step.ca.seen, step.ca.change, step.target) if d.place in known]
 
 
 def _issue_back(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], gate: Gate) -> Result:
@@ -384,4 +419,7 @@ def _backup_of(run: Run, steps: Sequence[Step]) -> Backup:
         if has_leaves and all(backups.cas_of(backup, name) == bundle for name, bundle in wanted.items()):
             return backup
     found = ", ".join(wanted)
-    raise NoWayBackError(f"{found}: wanted a backup with the old CA's certificates, found none")
+    raise NoWayBackError(
+        f"{found}: wanted a backup of the phase “{steps[0].target.value}” with the old CA's certificates, found none; "
+        "`drop --emergency` makes none, since it passes no phase on its way"
+    )

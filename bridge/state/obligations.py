@@ -52,6 +52,8 @@ class Owed:
     certificates: tuple[Unproven, ...]
     going_back: str = ""  #: Why all of it is rolled back; empty: it is not.
     to_restart: tuple[Component, ...] = ()  #: Components that run on files that were rolled back.
+    #: It is not rolled back by itself, whether it works or not, and restarts wait for nothing; None: as before there was that.
+    stays: bool | None = None
 
     @property
     def names(self) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from bridge.rotation.new_ca import violations
+from bridge.rotation.new_ca import untimely, violations
 from bridge.rotation.phases import Change
 from tests.kit.issuing import NOW, Signer, cn, usage
 
@@ -47,7 +47,8 @@ def said(
     others: dict[str, list[x509.Certificate]] | None = None,
 ) -> str:
     """All violations, as text."""
-    return "; ".join(map(str, violations(Change(old.certificate, new.certificate), leaves or {}, others or {}, NOW)))
+    change = Change(old.certificate, new.certificate)
+    return "; ".join(map(str, [*violations(change, leaves or {}, others or {}, NOW), *untimely(change, NOW)]))
 
 
 def test_a_good_one_passes() -> None:
@@ -63,12 +64,25 @@ def test_a_good_one_passes() -> None:
         (Signer.make("kubernetes-2", begin=NOW + timedelta(minutes=5)), "notBefore: wanted at the latest"),
         (Signer.make("kubernetes-2", begin=NOW - timedelta(minutes=5)), "notBefore: wanted at the latest"),
         (Signer.make("kubernetes-2", end=NOW + timedelta(days=299)), "notAfter: wanted later than the old CA's"),
-        (Signer.make("kubernetes-2", end=NOW - timedelta(days=1)), "notAfter: wanted later than the old CA's"),
+        (Signer.make("kubernetes-2", end=NOW - timedelta(days=1)), "notAfter: wanted later than 20"),
     ],
 )
 def test_one_that_could_not_sign_is_refused(new: Signer, wanted: str) -> None:
     """No CA bit, no right to sign, not old enough for a slow clock, an end before the old one's."""
     assert wanted in said(new)
+
+
+@pytest.mark.parametrize(
+    ("new", "is_possible"),
+    [
+        (Signer.make("kubernetes-2", begin=NOW - timedelta(minutes=5), end=NOW + timedelta(days=299)), True),
+        (Signer.make("kubernetes-2", begin=NOW + timedelta(minutes=5)), False),
+        (Signer.make("kubernetes-2", end=NOW - timedelta(days=1)), False),
+    ],
+)
+def test_a_young_one_or_one_that_ends_first_can_sign(new: Signer, is_possible: bool) -> None:
+    """In an emergency that is enough; one that is not valid can't."""
+    assert (list(violations(Change(OLD.certificate, new.certificate), {}, {}, NOW)) == []) is is_possible
 
 
 def test_one_key_is_for_one_ca() -> None:

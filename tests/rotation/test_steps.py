@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,9 +26,8 @@ from bridge.pki.csr import key_pem
 from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
 from bridge.rotation import places, steps
-from bridge.rotation.gate import Gate
 from bridge.rotation.phases import Phase
-from bridge.rotation.steps import Done, Verb
+from bridge.rotation.steps import Verb
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, ETCD_CA
 from bridge.state import backups
@@ -40,34 +38,15 @@ from tests.kit.issuing import Signer
 from tests.kit.pairs import assert_pairs
 from tests.kit.pki import Pki, handmade_pki, kubeadm_pki
 from tests.kit.renewing import Quiet, settings_for
+from tests.kit.rotating import BACK, FORWARD, contents, phases, reach, run, with_next
 from tests.kit.static_pod import attempt
 from tests.kit.tripwire import kill
-
-FORWARD = ((Verb.TRUST, "trusted"), (Verb.ISSUE, "issued"), (Verb.DROP, "new"))
-BACK = ((Verb.BACK, "issued"), (Verb.BACK, "trusted"), (Verb.BACK, "old"))
-
-
-class Open(Gate):
-    """No other node; tests on real nodes are about the gate."""
-
-    def assert_open(self, *_: object) -> None:
-        """Nothing to ask."""
-
-    def assert_accepted(self, *_: object) -> None:
-        """Nothing to ask."""
 
 
 @pytest.fixture(autouse=True)
 def _no_process_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kubelet of another test's node is not this node's."""
     monkeypatch.setattr("bridge.node.processes.running", lambda *_: [])
-
-
-def with_next(pki: Pki, directory: Path, more: str = "") -> Settings:
-    """A node whose three CAs have new ones."""
-    before, made = settings_for(pki, directory, more), next_cas.make(directory / "next")
-    authorities = {name: dataclasses.replace(before.authorities[name], next=made[name].table) for name in AUTHORITIES}
-    return dataclasses.replace(before, authorities=authorities)
 
 
 @pytest.fixture
@@ -78,23 +57,6 @@ def pki(tmp_path: Path) -> Pki:
 @pytest.fixture
 def settings(pki: Pki, tmp_path: Path) -> Settings:
     return with_next(pki, tmp_path)
-
-
-def run(settings: Settings, verb: Verb, names: Sequence[str] = ()) -> Done:
-    return steps.run(settings, verb, names, utc_now, Quiet(), Open())
-
-
-def phases(settings: Settings) -> dict[str, str]:
-    found = places.look(settings, inventory.of(settings.node), ())
-    return {name: one.standing.text for name, one in found.items()}
-
-
-def reach(settings: Settings, last: Verb | None) -> None:
-    """Bring a node as far as a verb does."""
-    for verb, _ in FORWARD if last is not None else ():
-        assert run(settings, verb).exit_code == 0
-        if verb is last:
-            break
 
 
 @pytest.mark.kube
@@ -167,10 +129,6 @@ def test_a_verb_out_of_order_changes_nothing(
     with pytest.raises(steps.OrderError, match=wanted):
         run(settings, verb)
     assert contents(pki) == before
-
-
-def contents(pki: Pki) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in pki.kubeconfig_dir.rglob("*") if path.is_file()}
 
 
 def test_a_new_ca_that_can_not_work_is_refused_before_anything_moves(settings: Settings, pki: Pki) -> None:

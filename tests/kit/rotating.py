@@ -1,0 +1,62 @@
+"""The replacement of a node's CAs in this process, with `openssl ca` directories."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from bridge.cli.options import utc_now
+from bridge.node import inventory
+from bridge.rotation import places, steps
+from bridge.rotation.gate import Gate
+from bridge.rotation.steps import Done, Verb
+from bridge.settings.tables import Settings
+from bridge.specs import AUTHORITIES
+from tests.kit import next_cas
+from tests.kit.pki import Pki
+from tests.kit.renewing import Quiet, settings_for
+
+FORWARD = ((Verb.TRUST, "trusted"), (Verb.ISSUE, "issued"), (Verb.DROP, "new"))
+BACK = ((Verb.BACK, "issued"), (Verb.BACK, "trusted"), (Verb.BACK, "old"))
+
+
+class Open(Gate):
+    """No other node; tests on real nodes are about the gate."""
+
+    def assert_open(self, *_: object) -> None:
+        """Nothing to ask."""
+
+    def assert_accepted(self, *_: object) -> None:
+        """Nothing to ask."""
+
+
+def with_next(pki: Pki, directory: Path, more: str = "") -> Settings:
+    """A node whose three CAs have new ones."""
+    before, made = settings_for(pki, directory, more), next_cas.make(directory / "next")
+    authorities = {name: dataclasses.replace(before.authorities[name], next=made[name].table) for name in AUTHORITIES}
+    return dataclasses.replace(before, authorities=authorities)
+
+
+def run(settings: Settings, verb: Verb, names: Sequence[str] = (), gate: Gate | None = None) -> Done:
+    """One verb; other nodes are not asked unless a gate is given."""
+    return steps.run(settings, verb, names, utc_now, Quiet(), gate or Open())
+
+
+def phases(settings: Settings) -> dict[str, str]:
+    """Of each CA, by the files."""
+    found = places.look(settings, inventory.of(settings.node), ())
+    return {name: one.standing.text for name, one in found.items()}
+
+
+def reach(settings: Settings, last: Verb | None) -> None:
+    """Bring a node as far as a verb does."""
+    for verb, _ in FORWARD if last is not None else ():
+        assert run(settings, verb).exit_code == 0
+        if verb is last:
+            break
+
+
+def contents(pki: Pki) -> dict[Path, bytes]:
+    """Of all files of the node."""
+    return {path: path.read_bytes() for path in pki.kubeconfig_dir.rglob("*") if path.is_file()}
