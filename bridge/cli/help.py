@@ -127,6 +127,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "rotate-ca issue": (
         ("ca-bridge rotate-ca issue", "The second phase, on each node, when all trust the new CAs."),
         ("ca-bridge rotate-ca issue --without worker-9", "Without a node that is gone for good."),
+        ("ca-bridge rotate-ca issue --keys-to /mnt/disk", "With kubeadm's own CA keys moved away from this node."),
     ),
     "rotate-ca drop": (
         ("ca-bridge rotate-ca drop", "The last phase, on each node, when nothing uses the old CAs."),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -153,7 +154,19 @@ class _GatedOptions(_Options):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _DropOptions(_GatedOptions):
+class _LeavingOptions(_GatedOptions):
+    """What a phase takes from which on the old CA signs no more."""
+
+    keys_to: Annotated[
+        Path | None,
+        typer.Option(
+            "--keys-to", metavar="DIR", help="Move CA keys that kubeadm has left on this node there, at the end."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _DropOptions(_LeavingOptions):
     """What the last phase takes, which may also be the only one."""
 
     emergency: Annotated[
@@ -175,9 +188,9 @@ def trust(common: Common, options: _Options) -> int:
 
 
 @command(rotate_group, "issue")
-def issue(common: Common, options: _GatedOptions) -> int:
+def issue(common: Common, options: _LeavingOptions) -> int:
     """Have this node's certificates issued by the new CAs, once every node trusts these."""
-    return _run(common, Verb.ISSUE, options, _gate(options))
+    return _run(common, Verb.ISSUE, options, replace(_gate(options), keys_to=options.keys_to))
 
 
 @command(rotate_group, "drop")
@@ -185,7 +198,7 @@ def drop(common: Common, options: _DropOptions) -> int:
     """Have this node trust the new CAs alone, once every node's certificates are theirs."""
     if options.emergency and not options.accept_outage:
         return _say_what_an_emergency_costs(common.settings(), options)
-    gate = Gate(without=frozenset(options.without or ()), wait=options.wait, emergency=options.emergency)
+    gate = replace(_gate(options), keys_to=options.keys_to, emergency=options.emergency)
     return _run(common, Verb.DROP, options, gate)
 
 

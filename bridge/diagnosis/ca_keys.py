@@ -19,18 +19,12 @@ from bridge.diagnosis.findings import Finding, Level
 from bridge.diagnosis.key_search import Held, Walk
 from bridge.errors import BridgeError
 from bridge.node import endpoints
-from bridge.node.endpoints import Flags
 from bridge.node.inventory import Node
 from bridge.pki.certificates import UNREADABLE, spki
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.words import one_line
 
-#: kube-controller-manager's controller that signs, and its older name.
-_SIGNING = ("certificatesigningrequest-signing-controller", "csrsigning")
-_PAIR = ("--cluster-signing-cert-file", "--cluster-signing-key-file")
-#: For single signers; with one of these flags the pair for all of them does not count.
-_KINDS = ("kubelet-serving", "kubelet-client", "kube-apiserver-client", "legacy-unknown")
 _EMPTY = "`ca-bridge help gateway` says how the flags are emptied, and what signs instead"
 _SECRETS = "/api/v1/secrets"
 #: A Secret has up to 1 MiB, which base64 makes longer, and an answer at most 4 MiB.
@@ -67,7 +61,7 @@ def search(node: Node, settings: Settings, root: Path) -> Iterator[Finding]:
 
 def _signer(node: Node) -> Iterator[Finding]:
     manifest = node.manifests.get(Component.CONTROLLER_MANAGER)
-    for flag, path in signing_files(manifest.flags).items() if manifest is not None else ():
+    for flag, path in endpoints.signing_files(manifest.flags).items() if manifest is not None else ():
         if not path.exists():
             text = (
                 f"wanted the file of {flag} ({path}), found none: kube-controller-manager ends when it begins to sign"
@@ -75,29 +69,6 @@ def _signer(node: Node) -> Iterator[Finding]:
             yield Finding.error("controller-manager-key", Component.CONTROLLER_MANAGER.value, text, _EMPTY)
         elif flag.endswith("-key-file"):
             yield from _signs(node, flag, path)
-
-
-def signing_files(flags: Flags) -> dict[str, Path]:
-    """
-    The files by which the built-in signer signs, by flag; none: it is off, as below an external CA.
-
-    As in kube-controller-manager 1.37 (its app/certificates.go): a file that is not there ends the program.
-    """
-    if not _is_on(flags.get("--controllers", "*")):
-        return {}
-    pair = {flag: path for flag in _PAIR if (path := endpoints.file(flags, flag)) is not None}
-    names = [f"--cluster-signing-{kind}-{part}-file" for kind in _KINDS for part in ("cert", "key")]
-    single = {flag: path for flag in names if (path := endpoints.file(flags, flag)) is not None}
-    return single or (pair if len(pair) == len(_PAIR) else {})
-
-
-def _is_on(controllers: str) -> bool:
-    """Whether `--controllers` has the signing controller: the first word about it counts, else the star."""
-    words = controllers.split(",")
-    for word in words:
-        if word.removeprefix("-") in _SIGNING:
-            return not word.startswith("-")
-    return "*" in words
 
 
 def _signs(node: Node, flag: str, path: Path) -> Iterator[Finding]:

@@ -20,6 +20,12 @@ HTTPS = 443
 #: With this flag (etcd-io/etcd#15402) `--listen-client-urls` has only gRPC, which we do not speak.
 ETCD_HTTP_ONLY = "--listen-client-http-urls"
 
+#: kube-controller-manager's controller that signs, and its older name.
+_SIGNING = ("certificatesigningrequest-signing-controller", "csrsigning")
+_PAIR = ("--cluster-signing-cert-file", "--cluster-signing-key-file")
+#: For single signers; with one of these flags the pair for all of them does not count.
+_KINDS = ("kubelet-serving", "kubelet-client", "kube-apiserver-client", "legacy-unknown")
+
 Flags = Mapping[str, str]
 
 
@@ -107,6 +113,29 @@ def wanted_file(flags: Flags, flag: str) -> Path:
     if found is None:
         raise ValueError(f"wanted {flag}, found none")
     return found
+
+
+def signing_files(flags: Flags) -> dict[str, Path]:
+    """
+    The files by which the built-in signer signs, by flag; none: it is off, as below an external CA.
+
+    As in kube-controller-manager 1.37 (its app/certificates.go): a file that is not there ends the program.
+    """
+    if not _is_on(flags.get("--controllers", "*")):
+        return {}
+    pair = {flag: path for flag in _PAIR if (path := file(flags, flag)) is not None}
+    names = [f"--cluster-signing-{kind}-{part}-file" for kind in _KINDS for part in ("cert", "key")]
+    single = {flag: path for flag in names if (path := file(flags, flag)) is not None}
+    return single or (pair if len(pair) == len(_PAIR) else {})
+
+
+def _is_on(controllers: str) -> bool:
+    """Whether `--controllers` has the signing controller: the first word about it counts, else the star."""
+    words = controllers.split(",")
+    for word in words:
+        if word.removeprefix("-") in _SIGNING:
+            return not word.startswith("-")
+    return "*" in words
 
 
 def is_any(address: str) -> bool:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
 
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node import inventory
+from bridge.pki.certificates import spki
 from bridge.pki.expiry import first_end, minute
 from bridge.renewal.select import RunOptions, Selection, outcome_of, select
 from bridge.settings.tables import RenewalSettings, Settings
@@ -20,6 +24,7 @@ from bridge.settings.windows import Decision, may_act
 from bridge.state.session import Run
 from bridge.state.store import Store
 from bridge.system.codec import named
+from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import OnDamage, StateFile, coded
 from bridge.system.waiting import back_off_seconds
 
@@ -117,17 +122,53 @@ def next_ca_file(store: Store) -> StateFile[tuple[str, ...]]:
     )
 
 
+class NoCaYetError(WaitingError):
+    """The settings name the next CA alone, and kubeadm's own, whose key is on this node, still signs."""
+
+    hint = (
+        "`ca-bridge rotate-ca trust` and `issue` renew it with all others; before `trust`, `kubeadm certs renew NAME`"
+    )
+
+
 def hold_for_next_ca(selection: Selection, run: Run) -> Selection:
-    """The selection without certificates that the next CA has been asked for."""
+    """The selection without certificates that the next CA has been asked for, or is to be asked for later."""
     asked = next_ca_file(run.store).read() or ()
     waiting = {one.name for one in run.requests if one.is_waiting}
     held = [i for i in selection.items if i.spec.authority.name in asked and i.spec.name in waiting]
     error = AskedElsewhereError("the CA that takes this one's place has the request, and has not answered yet")
+    early = [i for i in selection.items if i not in held and i.spec.authority.name in _next_alone(run)]
+    too_early = NoCaYetError("its CA's key is kubeadm's, on this node, and the settings name the next CA alone")
     return dataclasses.replace(
         selection,
-        items=tuple(item for item in selection.items if item not in held),
-        failed=(*selection.failed, *(outcome_of(item, error) for item in held)),
+        items=tuple(item for item in selection.items if item not in (*held, *early)),
+        failed=(
+            *selection.failed,
+            *(outcome_of(item, error) for item in held),
+            *(outcome_of(item, too_early) for item in early),
+        ),
     )
+
+
+def _next_alone(run: Run) -> list[str]:
+    """Authorities whose backend is the next CA's, while kubeadm's key still signs; a renewed CA has the same key."""
+    names = [name for name, ours in run.settings.authorities.items() if set(ours.next) == {"anchor"}]
+    if not names:
+        return []
+    local = {
+        one.authority.name: one.certificates
+        for one in run.read_node().authorities
+        if one.key == "local" and one.state == "present"
+    }
+    return [
+        n for n in names if n in local and not _has_key_of(Path(run.settings.authorities[n].next["anchor"]), local[n])
+    ]
+
+
+def _has_key_of(anchor: Path, bundle: Sequence[x509.Certificate]) -> bool:
+    try:
+        return spki(read_ca_file(anchor)[0].public_key()) == spki(bundle[0].public_key())
+    except UnreadableError:  # a run of `rotate-ca` says so
+        return True
 
 
 # --- failed runs ------------------------------------------------------------------------------------------------------

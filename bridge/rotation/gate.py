@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
@@ -93,6 +94,7 @@ class Gate:
 
     without: frozenset[str] = frozenset()
     wait: timedelta = timedelta()
+    keys_to: Path | None = None  #: Where a former CA's key goes that kubeadm has left on this node.
     emergency: bool = False  #: A CA's key has leaked: no other node is asked, and nothing goes back by itself.
 
     def assert_open(self, run: Run, node: Node, steps: Sequence[Step]) -> None:

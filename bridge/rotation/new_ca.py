@@ -68,13 +68,13 @@ def _valid(new: x509.Certificate, now: datetime) -> Iterator[Violation]:
         yield Violation(subject="notAfter", want=f"later than {minute(now)}", got=minute(end))
 
 
-def untimely(change: Change, now: datetime) -> Iterator[Violation]:
-    """Why the new CA should not take the old one's place, unless that can't wait."""
+def untimely(change: Change, now: datetime, *, outlasts: bool = True) -> Iterator[Violation]:
+    """Why a new CA, which `outlasts` the old one, should not begin to take its place, unless that can't wait."""
     begin, end = change.new.not_valid_before_utc, change.new.not_valid_after_utc
     if now - OLD_ENOUGH < begin <= now:
         want = f"at the latest {minute(now - OLD_ENOUGH)}, since clocks of nodes differ"
         yield Violation(subject="notBefore", want=want, got=minute(begin))
-    if now < end <= change.old.not_valid_after_utc:
+    if outlasts and now < end <= change.old.not_valid_after_utc:
         want = f"later than the old CA's ({minute(change.old.not_valid_after_utc)})"
         yield Violation(subject="notAfter", want=want, got=minute(end))
 

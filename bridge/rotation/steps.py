@@ -29,7 +29,7 @@ from bridge.renewal.renew import renew
 from bridge.renewal.select import RunOptions, Trust, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Proven, Result
-from bridge.rotation import new_ca, objects, places
+from bridge.rotation import former_keys, new_ca, objects, places
 from bridge.rotation.gate import Gate
 from bridge.rotation.phases import Kind, Phase, differences, text, texts
 from bridge.rotation.places import Replaced, with_ca
@@ -105,9 +105,11 @@ def run(
             for one in cas.values()
         )
         assert_possible(steps, cas, ours.now(), emergency=gate.emergency)
+        if verb is not Verb.BACK:
+            assert_keys_can_leave(steps, node, settings, gate)
         to_do = [step for step in steps if not step.is_there]
         if not transaction.may_go_on or not to_do:
-            result = transaction.with_earlier(Result(outcomes=()))
+            result = _without_keys(ours, steps, transaction.with_earlier(Result(outcomes=())), gate)
             return _done(ours, node, names, steps, result, is_over=transaction.may_go_on)
         gate.assert_open(ours, node, to_do)
         if verb is Verb.BACK:
@@ -119,6 +121,7 @@ def run(
         else:
             trusting = transaction.going_on(ours, RunOptions(trust=Trust(stays=gate.emergency)))
             result = transaction.with_earlier(_trust(ours, trusting, node, to_do))
+        result = _without_keys(ours, steps, result, gate)
         is_over = result.backup_id is not None or verb is not Verb.BACK
         return _done(ours, node, names, steps, result, is_over=is_over)
 
@@ -223,18 +226,54 @@ VERBS = {Phase.TRUSTED: "trust", Phase.ISSUED: "issue", Phase.NEW: "drop"}
 def assert_possible(
     steps: Sequence[Step], cas: Mapping[str, Replaced], now: datetime, *, emergency: bool = False
 ) -> None:
-    """Refuse a new CA that can't work, and a CA whose key is on this node (NewCaError, OrderError)."""
+    """Refuse a new CA that can't work (NewCaError)."""
     for step in steps:
         one = step.ca
         found = list(violations(one, cas, now, emergency=emergency))
         if found:
             raise NewCaError(f"{one.name}: {text(one.change.new)} can't take its place: {'; '.join(map(str, found))}")
-        if one.state.key == "local":
+
+
+def assert_keys_can_leave(steps: Sequence[Step], node: Node, settings: Settings, gate: Gate) -> None:
+    """Refuse what a key that kubeadm has left on this node makes impossible (OrderError, SettingsError)."""
+    if gate.keys_to is not None:
+        former_keys.assert_takes(gate.keys_to, settings.node)
+    for step in steps:
+        one = step.ca
+        if step.target is Phase.OLD or one.change.kind is Kind.SAME_KEY:
+            continue
+        if flags := former_keys.signing(node, one):
             raise OrderError(
-                f"{one.name}: wanted its key away from this node, found it beside {one.state.path}",
-                hint="the controller manager signs with it, and takes one CA alone: move the key to a CA first "
-                "(`ca-bridge help replace-the-ca`), then replace it",
+                f"{one.name}: wanted a controller manager that does not sign with {one.state.path}, found "
+                f"{', '.join(flags)}: it ends at a file with two CAs, or with another key's",
+                hint="`ca-bridge help gateway` says how the flags are emptied, and what signs instead; nothing was replaced",
             )
+        if one.state.key == "local" and gate.keys_to is None and _leaves(step):
+            raise OrderError(
+                f"{one.name}: wanted its key away from this node, or --keys-to, found {former_keys.place_of(settings.node, one)}",
+                hint="--keys-to DIRECTORY moves it there, with the new certificates in use: a disk that leaves the node; "
+                "nothing was replaced",
+            )
+
+
+def _leaves(step: Step) -> bool:
+    """Whether the former CA signs no more from this step on, so that its key must not be beside the new one's certificate."""
+    return step.target in (Phase.ISSUED, Phase.NEW) and step.ca.change.kind is Kind.NEW_KEY
+
+
+def _without_keys(run: Run, steps: Sequence[Step], result: Result, gate: Gate) -> Result:
+    """The result once the former CAs' keys are away; they stay where something failed, or waits."""
+    if gate.keys_to is None or result.exit_code != Exit.DONE:
+        return result
+    cas = [step.ca for step in steps if _leaves(step)]
+    errors: list[BridgeError] = []
+    for one in former_keys.take_away(cas, run.settings.node, gate.keys_to):
+        if isinstance(one, str):
+            run.record.add(audit.TRUSTED, result=one)
+            run.progress.note(one)
+        else:
+            errors.append(one)
+    return dataclasses.replace(result, errors=(*result.errors, *errors))
 
 
 def violations(
@@ -245,7 +284,8 @@ def violations(
     leaves = {item.spec.name: item.certificates[0] for item in one.items}
     if one.change.old != one.change.new:
         yield from new_ca.violations(one.change, leaves, others, now)
-        yield from () if emergency else new_ca.untimely(one.change, now)
+        if one.standing.phase is Phase.OLD and not emergency:
+            yield from new_ca.untimely(one.change, now, outlasts=one.state.key != "local")
 
 
 # --- trust ------------------------------------------------------------------------------------------------------------

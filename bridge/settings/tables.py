@@ -450,7 +450,8 @@ class AuthoritySettings:
     #: the backend's keys, such as `role`.
     rehearsal: dict[str, str] = field(default_factory=dict)
     #: For `rotate-ca`: the CA that takes this one's place. `anchor` is a file with its certificate; another `backend`, or
-    #: other values for the backend's keys, such as `mount`, are in force from the moment at which it signs.
+    #: other values for the backend's keys, such as `mount`, are in force from the moment at which it signs. With `anchor`
+    #: alone the backend is the next CA's already, and until then kubeadm's own key signs, which is on the node.
     next: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> Iterator[SettingsProblem]:

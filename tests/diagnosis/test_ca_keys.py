@@ -32,7 +32,7 @@ from bridge.diagnosis import ca_keys, examination
 from bridge.diagnosis.examination import examine
 from bridge.diagnosis.findings import Finding
 from bridge.diagnosis.key_search import Held
-from bridge.node import inventory
+from bridge.node import endpoints, inventory
 from bridge.pki.certificates import spki
 from bridge.settings.load import load
 from bridge.system import paths
@@ -371,7 +371,7 @@ def test_is_said_of_the_flags_what_the_program_makes_of_them(api: ApiServer, tmp
     if has_key:
         key.write_bytes(ca.key_pem)
     words = [flag.format(crt=certificate, key=key) for flag in flags]
-    found = ca_keys.signing_files(dict(word.split("=", 1) for word in words))
+    found = endpoints.signing_files(dict(word.split("=", 1) for word in words))
     lacking = [path for path in found.values() if not path.exists()]
     config = api.kubeconfig("system:kube-controller-manager")
     command: list[str | Path] = [

@@ -24,11 +24,11 @@ class NextCa:
     table: dict[str, str]  #: `[authority.NAME.next]`.
 
 
-def make(directory: Path) -> dict[str, NextCa]:
-    """Directories for all three, and what the settings say of them."""
+def make(directory: Path, days: int = 5000) -> dict[str, NextCa]:
+    """Directories for all three, which end after so many days, and what the settings say of them."""
     now, made = datetime.now(UTC), {}
     for name in AUTHORITIES:
-        signer = Signer.make(f"{name}-2", begin=now - timedelta(days=1), end=now + timedelta(days=5000))
+        signer = Signer.make(f"{name}-2", begin=now - timedelta(days=1), end=now + timedelta(days=days))
         place = opensslca.make_ca_directory(directory / name, pem(signer.certificate), key_pem(signer.key))
         anchor = directory / f"{name}.crt"
         anchor.write_bytes(pem(signer.certificate))

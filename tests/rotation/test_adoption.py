@@ -1,0 +1,201 @@
+"""kubeadm's own CAs, whose keys are on the node, give way to the company's, and their keys leave the node."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from bridge.cli.options import utc_now
+from bridge.errors import Exit, SettingsError
+from bridge.node import inventory
+from bridge.pki.certificates import load_pem_certificates, pem, spki
+from bridge.pki.csr import key_pem
+from bridge.renewal import renew
+from bridge.renewal.select import RunOptions
+from bridge.rotation import former_keys, places, steps
+from bridge.rotation.gate import Gate
+from bridge.rotation.steps import Verb
+from bridge.settings.tables import Settings
+from bridge.specs import AUTHORITIES, Component
+from bridge.state.store import Store
+from tests.kit import next_cas
+from tests.kit.pairs import assert_pairs
+from tests.kit.pki import Pki, handmade_pki, kubeadm_pki
+from tests.kit.renewing import Quiet, settings_for
+from tests.kit.rotating import Open, contents, phases, run
+from tests.kit.tripwire import kill
+
+
+@pytest.fixture(autouse=True)
+def _no_process_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kubelet of another test's node is not this node's."""
+    monkeypatch.setattr("bridge.node.processes.running", lambda *_: [])
+
+
+def companys(pki: Pki, directory: Path) -> Settings:
+    """A node whose settings name the company's CAs alone; they end before kubeadm's."""
+    made = next_cas.make(directory / "next", days=1000)
+    signers = {n.replace("-", "_"): (pem(one.signer.certificate), key_pem(one.signer.key)) for n, one in made.items()}
+    before = settings_for(pki, directory, "", **signers)
+    authorities = {
+        name: dataclasses.replace(before.authorities[name], next={"anchor": made[name].table["anchor"]})
+        for name in AUTHORITIES
+    }
+    return dataclasses.replace(before, authorities=authorities)
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> Pki:
+    return handmade_pki(tmp_path / "node", external=False)
+
+
+@pytest.fixture
+def settings(pki: Pki, tmp_path: Path) -> Settings:
+    return companys(pki, tmp_path)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """A disk that leaves the node."""
+    made = tmp_path / "disk"
+    made.mkdir(mode=0o700)
+    return made
+
+
+def to(disk: Path) -> Gate:
+    return Open(keys_to=disk)
+
+
+def publics(directory: Path) -> set[bytes]:
+    """The public halves of all private keys below a directory."""
+    found = set()
+    for path in (one for one in directory.rglob("*") if one.is_file()):
+        data = path.read_bytes()
+        at = data.find(b"-----BEGIN ")
+        if b"PRIVATE KEY-----" in data and at >= 0:
+            key = data[data.rindex(b"-----BEGIN ", 0, data.index(b"PRIVATE KEY-----")) :]
+            found.add(spki(load_pem_private_key(key, None).public_key()))
+    return found
+
+
+@pytest.mark.kube
+def test_kubeadm_takes_the_node_in_each_phase_and_no_key_of_its_cas_is_left(tmp_path: Path, disk: Path) -> None:
+    """Neither in its place nor in a backup; the disk has all three, for their owner alone."""
+    pki = kubeadm_pki(tmp_path / "node", algorithm="ECDSA-P256", external=False)
+    settings = companys(pki, tmp_path)
+    cas = {spki(load_pem_certificates(pki.ca_pem(name)[0])[0].public_key()) for name in AUTHORITIES}
+    assert cas <= publics(pki.root)
+    for verb, phase in ((Verb.TRUST, "trusted"), (Verb.ISSUE, "issued"), (Verb.DROP, "new")):
+        done = run(settings, verb, gate=to(disk) if verb is Verb.ISSUE else None)
+        assert done.exit_code == 0, done.result
+        assert phases(settings) == dict.fromkeys(AUTHORITIES, phase)
+        assert_pairs(pki)
+        pki.run_kubeadm("certs", "check-expiration")
+    assert not cas & (publics(pki.root) | publics(settings.node.state_dir))
+    assert publics(disk) == cas
+    assert {(one.name, one.stat().st_mode & 0o777) for one in disk.iterdir()} == {
+        (f"{n}.key", 0o600) for n in AUTHORITIES
+    }
+    assert renew.run(settings, RunOptions(names=("apiserver",)), utc_now, Quiet())[0].exit_code == 0
+
+
+def test_the_new_ca_does_not_sign_beside_the_old_ones_key(settings: Settings, pki: Pki, disk: Path) -> None:
+    """Refused with the way on; a key that came back later holds up the end, until it is taken away."""
+    assert run(settings, Verb.TRUST).exit_code == 0
+    before = contents(pki)
+    with pytest.raises(steps.OrderError, match=r"wanted its key away from this node, or --keys-to, found .*/ca\.key"):
+        run(settings, Verb.ISSUE)
+    assert contents(pki) == before
+    assert run(settings, Verb.ISSUE, gate=to(disk)).exit_code == 0
+    key = former_keys.place_of(settings.node, places.look(settings, inventory.of(settings.node), ["ca"])["ca"])
+    key.write_bytes((disk / "ca.key").read_bytes())
+    with pytest.raises(steps.OrderError, match="--keys-to"):
+        run(settings, Verb.DROP)
+    assert run(settings, Verb.DROP, gate=to(disk)).exit_code == 0
+    assert not key.exists()
+
+
+def test_an_emergency_takes_the_keys_away_too(settings: Settings, pki: Pki, disk: Path) -> None:
+    """Where else would kubeadm's have leaked from."""
+    with pytest.raises(steps.OrderError, match="--keys-to"):
+        run(settings, Verb.DROP, gate=Gate(emergency=True))
+    assert run(settings, Verb.DROP, gate=Gate(emergency=True, keys_to=disk)).exit_code == 0
+    assert phases(settings) == dict.fromkeys(AUTHORITIES, "new")
+    assert not list(pki.pki_dir.rglob("ca.key"))
+
+
+def test_until_then_no_night_asks_the_next_ca(settings: Settings) -> None:
+    """Its answer could not be proven; the certificate waits for `issue`, which asks."""
+    for verb in (None, Verb.TRUST):
+        if verb is not None:
+            assert run(settings, verb).exit_code == 0
+        night = renew.run(settings, RunOptions(names=("apiserver",)), utc_now, Quiet())[0]
+        assert (night.exit_code, night.renewed) == (Exit.WAITING, [])
+        assert all("kubeadm certs renew" in str(one.error.hint) for one in night.waiting if one.error)
+    assert not Store(settings.node.state_dir).requests.exists()
+
+
+def test_killed_with_the_keys_there_the_same_command_takes_them_away(settings: Settings, pki: Pki, disk: Path) -> None:
+    """The files are in the phase already."""
+    assert run(settings, Verb.TRUST).exit_code == 0
+    child = os.fork()
+    if child == 0:
+        former_keys.take_away = lambda *_: kill()  # type: ignore[assignment]
+        run(settings, Verb.ISSUE, gate=to(disk))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (phases(settings), len(list(pki.pki_dir.rglob("*ca.key")))) == (dict.fromkeys(AUTHORITIES, "issued"), 3)
+    assert run(settings, Verb.ISSUE, gate=to(disk)).exit_code == 0
+    assert not list(pki.pki_dir.rglob("*ca.key"))
+
+
+def test_a_controller_manager_that_signs_holds_up_the_first_phase(settings: Settings, pki: Pki) -> None:
+    """It takes one certificate in the file alone; with empty flags it is no obstacle."""
+    place = pki.kubeconfig_dir / "manifests/kube-controller-manager.yaml"
+    place.parent.mkdir(exist_ok=True)
+    pod = "apiVersion: v1\nkind: Pod\nspec: {{containers: [{{name: c, image: 'c:v1.37.2', command: [c, {}]}}]}}\n"
+    key = pki.pki_dir / "ca.key"
+    flags = f"--cluster-signing-cert-file={pki.pki_dir}/ca.crt, --cluster-signing-key-file={key}"
+    place.write_text(pod.format(flags))
+    before = contents(pki)
+    with pytest.raises(steps.OrderError, match=r"does not sign with .*ca\.crt, found --cluster-signing-cert-file"):
+        run(settings, Verb.TRUST)
+    assert contents(pki) == before
+    assert run(settings, Verb.TRUST, ["etcd-ca"]).exit_code == 0
+    place.write_text(pod.format("--cluster-signing-cert-file=, --cluster-signing-key-file="))
+    assert Component.CONTROLLER_MANAGER in inventory.of(settings.node).manifests
+    steps.assert_keys_can_leave(
+        [steps.planned(Verb.TRUST, places.look(settings, inventory.of(settings.node), ["ca"])["ca"], None)],
+        inventory.of(settings.node),
+        settings,
+        Gate(),
+    )
+
+
+@pytest.mark.parametrize("case", ["relative", "missing", "open", "below pki"])
+def test_a_place_that_others_read_takes_no_key(settings: Settings, pki: Pki, disk: Path, case: str) -> None:
+    """Nor one that is read here again; the disk itself is taken."""
+    place = {"relative": Path("disk"), "missing": disk / "no", "open": disk, "below pki": pki.pki_dir / "kept"}[case]
+    if case == "open":
+        disk.chmod(0o755)
+    (pki.pki_dir / "kept").mkdir(mode=0o700)
+    with pytest.raises(SettingsError, match="--keys-to: wanted an absolute path of a directory for its owner alone"):
+        former_keys.assert_takes(place, settings.node)
+    disk.chmod(0o700)
+    former_keys.assert_takes(disk, settings.node)
+
+
+def test_another_key_on_the_disk_is_not_replaced(settings: Settings, pki: Pki, disk: Path) -> None:
+    """Said, with exit code 7, and the key stays where it is."""
+    (disk / "ca.key").write_bytes(b"another cluster's")
+    assert run(settings, Verb.TRUST).exit_code == 0
+    done = run(settings, Verb.ISSUE, gate=to(disk))
+    assert done.exit_code == Exit.NOT_LIVE
+    assert [isinstance(one, former_keys.KeyLeftError) for one in done.result.errors] == [True]
+    assert (pki.pki_dir / "ca.key").exists()
+    assert (disk / "ca.key").read_bytes() == b"another cluster's"
