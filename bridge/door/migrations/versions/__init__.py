@@ -1,0 +1,1 @@
+"""One file a form; a form that was released is never changed."""

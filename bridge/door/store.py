@@ -1,0 +1,300 @@
+"""
+The door's memory: requests, decisions, issued certificates and enrolments, in a database by SQLAlchemy (Core).
+
+SQLite is one file below the state directory; another database is named by its URL. A request is here before it is
+judged, and an answer before it is given. The database decides nothing by itself: that no request is signed twice is
+proven by the desk's journal and archive, which the CA's own answers go through, so that a database which went back in
+time asks for nothing anew; the audit chain stays the proof.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import alembic.command
+import alembic.util
+import sqlalchemy as sa
+from alembic.config import Config
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from bridge.errors import BridgeError, Exit
+from bridge.words import one_line
+
+#: `waiting`: for the next round of signing. `undecided`: for people; `approved`: by them, and is judged once more.
+State = Literal["waiting", "undecided", "approved", "answered"]
+#: Requests in these states are taken by the next round.
+TO_SIGN: tuple[State, ...] = ("waiting", "approved")
+
+_MIGRATIONS = Path(__file__).with_name("migrations")
+_BUSY_SECONDS = 10
+#: A digest, a name and a serial number in hex; texts for people.
+_DIGEST, _NAME, _TEXT = sa.String(64), sa.String(253), sa.String(2000)
+
+
+class Moment(sa.TypeDecorator[datetime]):
+    """A time in UTC, also where the database keeps no zone."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """To the database."""
+        del dialect
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """From the database."""
+        del dialect
+        return None if value is None else value.replace(tzinfo=value.tzinfo or UTC)
+
+
+METADATA = sa.MetaData()
+
+REQUESTS = sa.Table(
+    "requests",
+    METADATA,
+    sa.Column("id", sa.String(64), primary_key=True),  # unguessable: who has it gets the answer
+    sa.Column("digest", _DIGEST, nullable=False, unique=True),  # the bundle's, so that the same one has one id
+    sa.Column("node", _NAME, nullable=False),  # the bundle's word; the proofs in it say whether that is true
+    sa.Column("cluster", _NAME, nullable=False),
+    sa.Column("peer", sa.String(64), nullable=False),  # the address that it came from
+    sa.Column("received", Moment, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("begun", Moment),  # when it was last judged and signed
+    sa.Column("note", _TEXT, nullable=False, default=""),  # why there is no answer yet
+    sa.Column("answered", Moment),
+    sa.Column("bundle", sa.LargeBinary, nullable=False),  # as it was received
+    sa.Column("answer", sa.LargeBinary),  # an answer bundle
+)
+DECISIONS = sa.Table(
+    "decisions",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("request", sa.String(64), sa.ForeignKey("requests.id"), nullable=False, index=True),
+    sa.Column("approver", _NAME, nullable=False),
+    sa.Column("verdict", sa.String(16), nullable=False),  # approved, refused
+    sa.Column("reason", _TEXT, nullable=False, default=""),
+    sa.Column("signature", sa.LargeBinary),  # the approver's, over the request's digest
+    sa.Column("decided", Moment, nullable=False),
+    sa.UniqueConstraint("request", "approver"),
+)
+CERTIFICATES = sa.Table(
+    "certificates",
+    METADATA,
+    sa.Column("fingerprint", _DIGEST, primary_key=True),  # SHA-256 of its DER
+    sa.Column("request", sa.String(64), sa.ForeignKey("requests.id"), nullable=False, index=True),
+    sa.Column("csr", _DIGEST, nullable=False, index=True),  # SHA-256 of the CSR's DER
+    sa.Column("name", _NAME, nullable=False),  # kubeadm's
+    sa.Column("authority", sa.String(64), nullable=False),
+    sa.Column("node", _NAME, nullable=False, index=True),
+    sa.Column("cluster", _NAME, nullable=False),
+    sa.Column("serial", sa.String(64), nullable=False),
+    sa.Column("begins", Moment, nullable=False),
+    sa.Column("ends", Moment, nullable=False, index=True),
+    sa.Column("chain", sa.LargeBinary, nullable=False),  # PEM: the leaf, then its intermediates
+)
+ENROLMENTS = sa.Table(
+    "enrolments",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("node", _NAME, nullable=False, index=True),
+    sa.Column("cluster", _NAME, nullable=False),
+    sa.Column("secret_hash", _DIGEST, nullable=False, unique=True),  # of the one-time secret, which is kept nowhere
+    sa.Column("created", Moment, nullable=False),
+    sa.Column("created_by", _NAME, nullable=False),
+    sa.Column("ends", Moment, nullable=False),
+    sa.Column("used", Moment),
+    sa.Column("request", sa.String(64), sa.ForeignKey("requests.id")),  # for which it was used
+)
+
+
+class DatabaseError(BridgeError):
+    """The database can't be used now: nothing is signed that could not be remembered."""
+
+    exit_code = Exit.UNAVAILABLE
+    hint = "is its disk full, or its server down? requests that were accepted are kept, and go on by themselves"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """One request as it is remembered."""
+
+    id: str
+    digest: str
+    node: str
+    cluster: str
+    peer: str
+    received: datetime
+    state: State
+    begun: datetime | None
+    note: str
+    answered: datetime | None
+    bundle: bytes
+    answer: bytes | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IssuedRow:
+    """One issued certificate as it is remembered; fields as the table's columns."""
+
+    fingerprint: str
+    csr: str
+    name: str
+    authority: str
+    node: str
+    cluster: str
+    serial: str
+    begins: datetime
+    ends: datetime
+    chain: bytes
+
+
+class Memory:
+    """The database; from any thread."""
+
+    def __init__(self, url: str) -> None:
+        """Connect, and bring the tables to this version's form."""
+        try:
+            self.engine = sa.create_engine(url, **_options(url))
+        except (SQLAlchemyError, ImportError) as e:
+            raise DatabaseError(f"wanted a database, found: {one_line(e)}", hint="serve.database names it") from None
+        if self.engine.dialect.name == "sqlite":
+            sa.event.listen(self.engine, "connect", _careful)
+        with _asking(), self.engine.begin() as connection:
+            _migrate(connection)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.engine.dispose()
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def receive(self, bundle: bytes, *, digest: str, node: str, cluster: str, peer: str, now: datetime) -> str:
+        """Remember a request, on disk when this returns; the id, which is the earlier one for the same bundle."""
+        request_id = secrets.token_urlsafe(32)
+        row = {"id": request_id, "digest": digest, "node": node, "cluster": cluster, "peer": peer, "received": now}
+        with _asking():
+            try:
+                with self.engine.begin() as connection:
+                    connection.execute(REQUESTS.insert().values(**row, state="waiting", note="", bundle=bundle))
+            except IntegrityError:
+                query = sa.select(REQUESTS.c.id).where(REQUESTS.c.digest == digest)
+                with self.engine.connect() as connection:
+                    return str(connection.execute(query).scalar_one())
+        return request_id
+
+    def find(self, request_id: str) -> Kept | None:
+        """The request with this id."""
+        return next(iter(self._kept(REQUESTS.c.id == request_id)), None)
+
+    def find_digest(self, digest: str) -> Kept | None:
+        """The request whose bundle has this digest."""
+        return next(iter(self._kept(REQUESTS.c.digest == digest)), None)
+
+    def to_sign(self, most: int) -> list[Kept]:
+        """The requests that are to be judged and signed, those that were tried least recently first."""
+        oldest = (sa.func.coalesce(REQUESTS.c.begun, REQUESTS.c.received), REQUESTS.c.received)
+        return self._kept(REQUESTS.c.state.in_(TO_SIGN), *oldest, most=most)
+
+    def in_state(self, state: State) -> list[Kept]:
+        """All requests in this state, the oldest first."""
+        return self._kept(REQUESTS.c.state == state, REQUESTS.c.received)
+
+    def _kept(self, which: sa.ColumnElement[bool], *order: Any, most: int | None = None) -> list[Kept]:
+        query = sa.select(REQUESTS).where(which).order_by(*order).limit(most)
+        with _asking(), self.engine.connect() as connection:
+            return [Kept(**row) for row in connection.execute(query).mappings()]
+
+    def begin(self, ids: Sequence[str], now: datetime) -> None:
+        """Write down that these are about to be signed: a database that can't be written to stops it before a CA is asked."""
+        with _asking(), self.engine.begin() as connection:
+            connection.execute(REQUESTS.update().where(REQUESTS.c.id.in_(ids)).values(begun=now))
+
+    def note(self, request_id: str, text: str) -> None:
+        """Write down why there is no answer yet."""
+        with _asking(), self.engine.begin() as connection:
+            connection.execute(REQUESTS.update().where(REQUESTS.c.id == request_id).values(note=text[:2000]))
+
+    def conclude(self, request_id: str, answer: bytes, issued: Sequence[IssuedRow], now: datetime) -> None:
+        """Write down the answer and what was issued, in one step; what is known already stays as it is."""
+        values = {"state": "answered", "answer": answer, "answered": now, "note": ""}
+        rows = [_columns(one) | {"request": request_id} for one in issued]
+        prints = [one.fingerprint for one in issued]
+        with _asking(), self.engine.begin() as connection:
+            connection.execute(REQUESTS.update().where(REQUESTS.c.id == request_id).values(**values))
+            query = sa.select(CERTIFICATES.c.fingerprint).where(CERTIFICATES.c.fingerprint.in_(prints))
+            known = set(connection.execute(query).scalars())
+            if new := [row for row in rows if row["fingerprint"] not in known]:
+                connection.execute(CERTIFICATES.insert(), new)
+
+    def counts(self) -> dict[str, int]:
+        """The number of requests in each state."""
+        query = sa.select(REQUESTS.c.state, sa.func.count()).group_by(REQUESTS.c.state)
+        with _asking(), self.engine.connect() as connection:
+            return {state: count for state, count in connection.execute(query)}  # noqa: C416 (a row is no pair for mypy)
+
+    def unanswered(self, peer: str) -> tuple[int, int]:
+        """The number of requests without an answer, in all and from this address."""
+        ours = sa.func.coalesce(sa.func.sum(sa.case((REQUESTS.c.peer == peer, 1), else_=0)), 0)
+        query = sa.select(sa.func.count(), ours).where(REQUESTS.c.state != "answered")
+        with _asking(), self.engine.connect() as connection:
+            every, theirs = connection.execute(query).one()
+            return int(every), int(theirs)
+
+    # --- certificates -------------------------------------------------------------------------------------------------
+
+    def issued_for(self, csr: str, name: str) -> bytes | None:
+        """The newest certificate for the CSR with this digest, with its intermediates in PEM."""
+        ours = CERTIFICATES.c
+        query = sa.select(ours.chain).where(ours.csr == csr, ours.name == name).order_by(ours.begins.desc()).limit(1)
+        with _asking(), self.engine.connect() as connection:
+            return connection.execute(query).scalar()
+
+
+def _columns(one: IssuedRow) -> dict[str, Any]:
+    return {name: getattr(one, name) for name in IssuedRow.__slots__}
+
+
+def _options(url: str) -> Mapping[str, Any]:
+    if url.startswith("sqlite"):
+        return {"connect_args": {"timeout": _BUSY_SECONDS}}
+    return {"pool_pre_ping": True}
+
+
+def _careful(connection: Any, _: ConnectionPoolEntry) -> None:
+    """A write is on disk when it is done, and a reader keeps no writer waiting."""
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[None]:
+    """Whatever the database says against a question becomes one error; its text is without the question's values."""
+    try:
+        yield
+    except SQLAlchemyError as e:
+        cause = getattr(e, "orig", None) or e
+        raise DatabaseError(f"the database: wanted an answer, found: {one_line(cause)}") from e
+
+
+def _migrate(connection: sa.Connection) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    try:
+        alembic.command.upgrade(config, "head")
+    except alembic.util.CommandError as e:
+        text = f"the database: wanted tables of this version or an earlier one, found: {one_line(e)}"
+        raise DatabaseError(text, hint="a newer ca-bridge has used it: install that version") from None
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of a database in one file."""
+    return sa.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
