@@ -18,6 +18,7 @@ The map, from the ground up; each floor imports only what is below it (`tests/te
 - `monitoring`: what monitors are told, and how the last runs ended
 - `diagnosis`: whether the next renewal, and a restart, would succeed (`doctor`)
 - `gateway`: signing for the cluster's certificates API
+- `door`: one door for all nodes over HTTPS, by the desk's functions (`serve`)
 - `bootstrap`: day 0, what a new node needs before kubeadm makes it one
 - `cli`: commands, and all that is printed
 

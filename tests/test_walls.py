@@ -43,6 +43,7 @@ FLOORS: dict[str, set[str]] = {
     "monitoring": _KEEPS | {"renewal"},
     "diagnosis": _KEEPS | {"cluster", "ca", "desk", "control_plane", "renewal", "rotation"},
     "gateway": _KEEPS | {"cluster", "ca", "desk"},
+    "door": _KEEPS - {"node"} | {"desk"},
     "bootstrap": _KEEPS | {"ca", "desk", "renewal"},
     "cli": _KEEPS
     | {
@@ -54,6 +55,7 @@ FLOORS: dict[str, set[str]] = {
         "monitoring",
         "diagnosis",
         "gateway",
+        "door",
         "bootstrap",
         "users",
     },
@@ -91,7 +93,7 @@ IMPURE_METHODS = {
     *("read_text", "read_bytes", "write_text", "write_bytes", "open", "unlink", "mkdir", "stat", "exists", "is_file"),
 }
 
-HEAVY = {"hvac", "requests", "urllib3", "rich", "tenacity", "pydantic", "backends"}
+HEAVY = {"hvac", "requests", "urllib3", "rich", "tenacity", "pydantic", "backends", "cheroot", "sqlalchemy", "alembic"}
 
 
 def sources() -> dict[str, str]:
@@ -189,6 +191,8 @@ _ALSO = {
         *("bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.signatures"),
         *("bridge.system.files", "bridge.system.paths"),
     ],
+    # the bundles' format
+    "backends.gateway": ["bridge.pki.bundle", "bridge.pki.bundle_format"],
 }
 
 

@@ -32,6 +32,7 @@ FILES = {
     "import": "carried",
     "pending": "carried",
     "gateway": "gateway",
+    "serve": "serve",
     "kubelets": "kubelets",
     "backups": "history",
     "rollback": "history",

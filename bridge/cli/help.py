@@ -34,6 +34,7 @@ TASKS: dict[str, dict[str, str]] = {
         "export": "Write requests for a CA desk into a file.",
         "inspect": "Show what a request or an answer holds.",
         "sign": "Sign requests at a CA desk, by its policy.",
+        "serve": "Sign what nodes ask for over HTTPS, by the desk's policy.",
         "import": "Install the answers of a CA desk.",
         "pending": "Show and cancel requests that wait for an answer.",
     },
@@ -182,6 +183,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("ca-bridge gateway --check", "Find out whether it could work; nothing is signed."),
         ("ca-bridge gateway --log-format json", "Work until SIGTERM: the command of a unit or a pod."),
     ),
+    "serve": (("ca-bridge serve --log-format json", "Work until SIGTERM: the command of a unit."),),
     "kubelets on": (
         ("ca-bridge kubelets on", "Take this node as far as the others allow; run it on each node, then again."),
     ),

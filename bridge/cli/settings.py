@@ -186,7 +186,7 @@ def in_force(settings: Settings) -> str:
     """The settings in force, as TOML that means the same; a backend's keys are in the tables of its authorities."""
     lines = [f"# from {settings.source.file or 'defaults alone: no settings file'}"]
     named = dataclasses.replace(settings, node=dataclasses.replace(settings.node, name=settings.node.node_name))
-    for name in ("node", "renewal", "policy", "restart", "cluster", "hooks", "audit", "backups", "gateway"):
+    for name in ("node", "renewal", "policy", "restart", "cluster", "hooks", "audit", "backups", "gateway", "serve"):
         lines += ["", f"[{name}]", *lines_of(getattr(named, name))]
     backends = registry.configured(settings, settings.authorities)
     for name, type_name in {one.name: one.type_name for one in backends.values()}.items():

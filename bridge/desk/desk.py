@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cached_property
 from itertools import groupby
 from typing import Protocol
@@ -145,8 +145,9 @@ class Desk:
         without_proof: frozenset[str] = frozenset(),
         approve: Approver | None = None,
         answer_key: PrivateKeyTypes | None = None,
+        waits: bool = True,
     ) -> None:
-        """`approve` asks an operator; `answer_key` signs the answers."""
+        """`approve` asks an operator; `answer_key` signs the answers; without `waits` no CA is waited for."""
         self._settings = settings
         self._policy = policy
         self._now = now
@@ -155,6 +156,8 @@ class Desk:
         self._answer_key = answer_key
         self._workers: Workers | None = None
         self._configured = registry.configured(settings, settings.authorities)
+        if not waits:
+            self._configured = {name: _at_once(one) for name, one in self._configured.items()}
         self._cas: dict[str, _Authority] = {}
 
     # --- before anything is signed ------------------------------------------------------------------------------------
@@ -218,6 +221,20 @@ class Desk:
         if request.authority not in self._cas:
             self._cas[request.authority] = self._open(request.authority)
         return self._cas[request.authority].ca.error(request.name)
+
+    def open_all(self) -> None:
+        """Reach all CAs now, so that `certificates` and `troubles` know them."""
+        for name in self._configured.keys() - self._cas.keys():
+            self._cas[name] = self._open(name)
+
+    def certificates(self, authority: str) -> tuple[x509.Certificate, ...]:
+        """The CA's certificates, as far as it was reached."""
+        ca = self._cas.get(authority)
+        return ca.certificates if ca is not None else ()
+
+    def troubles(self) -> dict[str, BridgeError]:
+        """Why a CA that was reached can't be used, by authority."""
+        return {name: one.ca.trouble for name, one in self._cas.items() if one.ca.trouble is not None}
 
     def _open(self, authority: str) -> _Authority:
         """Reach a CA, and ask what can be asked before a signature is spent."""
@@ -487,6 +504,10 @@ def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
             window, size, size_bytes, enough = [], 0, 0, min(2 * enough, _LARGEST_WINDOW)
     if window:
         yield window
+
+
+def _at_once(configured: registry.Configured) -> registry.Configured:
+    return replace(configured, settings=replace(configured.settings, retry_for=timedelta()))
 
 
 def _revoked(ca: CA, request: BundledRequest) -> list[str]:

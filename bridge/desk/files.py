@@ -189,6 +189,55 @@ def _of_backend(settings: Settings, authority: str) -> tuple[x509.Certificate, .
         return ()
 
 
+@contextlib.contextmanager
+def books_open(
+    settings: Settings, store: Store, now: Callable[[], datetime], wait: timedelta, holder: str
+) -> Iterator[tuple[Journal, audit.Record]]:
+    """The journal and the record of one run of the desk, which has the state directory for itself (LockedError)."""
+    store.prepare()
+    with lock(store.lock, holder, wait):
+        journal = Journal(store.desk_answers, now())
+        with audit.Record(store, settings.audit) as record:
+            yield journal, record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """A request bundle as it came, by whatever way."""
+
+    bundle: RequestBundle
+    digest: str
+    data: bytes  #: What is archived.
+    label: str  #: For messages, such as the bundle's file.
+    where: str  #: Where the answer goes, for messages.
+
+    def job(
+        self,
+        archive: Archive,
+        place: Callable[[bytes], Sequence[NewFile]],
+        conclude: Callable[[AnswerBundle, bytes], None],
+    ) -> Job:
+        """
+        The desk's job, which answers what was signed before from the archive.
+
+        `place` has further files for the answer; `conclude` gets it, and its bytes, when all files are safe on disk.
+        """
+
+        def delivery(answer: AnswerBundle) -> Delivery:
+            written = dumps(answer)
+            files = [*place(written), *archive.files(self.bundle, self.digest, self.data, answer, written)]
+            return Delivery(where=self.where, files=files, conclude=lambda: conclude(answer, written))
+
+        return Job(
+            bundle=self.bundle,
+            digest=self.digest,
+            label=self.label,
+            delivery=delivery,
+            size_bytes=len(self.data),
+            answered=archive.answers(self.bundle),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _InboxFile:
     path: Path
@@ -226,11 +275,10 @@ class Session:
 
     def run(self, desk: Desk, wait: timedelta, observed: Callable[[int], AbstractContextManager[Observer]]) -> int:
         """Sign what may be signed; returns how many bundles there were. `observed` makes the observer from that number."""
-        self._store.prepare()
         gc.set_threshold(GARBAGE)
-        with lock(self._store.lock, "ca-bridge sign", wait), contextlib.ExitStack() as stack:
-            journal = Journal(self._store.desk_answers, self._now())
-            record = stack.enter_context(audit.Record(self._store, self._settings.audit))
+        with contextlib.ExitStack() as stack:
+            books = books_open(self._settings, self._store, self._now, wait, "ca-bridge sign")
+            journal, record = stack.enter_context(books)
             work = self.work(desk)
             self._archive.prepare()
             if self._options.out is not None and self._options.out.is_dir():
@@ -337,23 +385,13 @@ class Session:
     def _job(
         self, bundle: RequestBundle, asked: str, data: bytes, path: Path, out: Path, remove: Callable[[], None]
     ) -> Job:
-        answered = self._archive.answers(bundle)
+        def place(written: bytes) -> list[NewFile]:
+            return [NewFile(path=out, data=written, mode=_ANSWER_MODE)]
 
-        def delivery(answer: AnswerBundle) -> Delivery:
-            written = dumps(answer)
-            files = [NewFile(path=out, data=written, mode=_ANSWER_MODE)]
-            files += self._archive.files(bundle, asked, data, answer, written)
-            return Delivery(where=str(out), files=files, conclude=remove)
-
-        return Job(
-            bundle=bundle,
-            digest=asked,
-            label=one_line(path),
-            delivery=delivery,
-            size_bytes=len(data),
-            earlier=_earlier(out, asked),
-            answered=answered,
-        )
+        received = Received(bundle=bundle, digest=asked, data=data, label=one_line(path), where=str(out))
+        job = received.job(self._archive, place, lambda _, __: remove())
+        job.earlier = _earlier(out, asked)
+        return job
 
     # --- kubeadm's CSRs -----------------------------------------------------------------------------------------------
 

@@ -584,10 +584,52 @@ class GatewaySettings:
     @property
     def address(self) -> tuple[str, int] | None:
         """Host and port of `listen`."""
-        match = re.fullmatch(_LISTEN, self.listen)
-        if match is None or int(match[2]) > _LAST_PORT:
-            return None
-        return match[1].strip("[]"), int(match[2])
+        return _address(self.listen)
+
+
+def _address(listen: str) -> tuple[str, int] | None:
+    """Host and port of `listen`."""
+    match = re.fullmatch(_LISTEN, listen)
+    if match is None or int(match[2]) > _LAST_PORT:
+        return None
+    return match[1].strip("[]"), int(match[2])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """Table `[serve]`."""
+
+    #: The address and port that nodes reach.
+    listen: str = "0.0.0.0:9443"
+    certificate: Path = Path("/etc/ca-bridge/serve.crt")  #: The server certificate with its chain, in PEM.
+    key: Path = Path("/etc/ca-bridge/serve.key")  #: The private key of `certificate`, not encrypted.
+    #: The URL of the database, without a password in it; if empty, SQLite in the file `serve.db` of `node.state_dir`.
+    database: str = ""
+    connections: int = 1000  #: How many connections may be open at the same time.
+    connections_per_peer: int = 64  #: The same for one address.
+    threads: int = 32  #: How many requests are read and answered at the same time.
+    exchange_for: timedelta = timedelta(seconds=20)  #: A request that takes longer, with its answer, is cut off.
+    waiting: int = 10000  #: How many requests may wait for an answer.
+    waiting_per_peer: int = 500  #: The same for one address.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """An address that is none, and numbers that let no request in."""
+        if self.address is None:
+            yield SettingsProblem("listen", "an address and a port such as 0.0.0.0:9443", repr(self.listen))
+        for key in ("connections", "connections_per_peer", "waiting", "waiting_per_peer"):
+            if getattr(self, key) < 1:
+                yield SettingsProblem(key, "at least 1", str(getattr(self, key)))
+        if not 1 <= self.threads <= _MOST_THREADS:
+            yield SettingsProblem("threads", f"1 to {_MOST_THREADS}", str(self.threads))
+        if self.exchange_for < timedelta(seconds=1):
+            yield SettingsProblem("exchange_for", "at least 1s", duration_text(self.exchange_for))
+        if self.database and "://" not in self.database:
+            yield SettingsProblem("database", "a URL such as postgresql+psycopg://HOST/NAME", repr(self.database))
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port of `listen`."""
+        return _address(self.listen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -606,6 +648,7 @@ class Settings:
     copies: CopiesSettings = field(default_factory=CopiesSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
+    serve: ServeSettings = field(default_factory=ServeSettings)
     users: UserSettings = field(default_factory=UserSettings)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     authorities: Mapping[str, AuthoritySettings] = field(default_factory=dict)

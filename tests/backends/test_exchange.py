@@ -27,38 +27,11 @@ from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import programs
 from tests.kit.issuing import Signer
 from tests.kit.opensslca import make_ca_directory
+from tests.kit.policies import ALL_NAMES
 
 CA = TestCA.make()
 SIGNER = Signer(certificate=CA.certificate, key=CA.key)
 LIVE = {name: CA.leaf(SPECS[name]) for name in ("apiserver", "admin.conf", "front-proxy-client")}
-POLICY = """\
-[desk]
-name = "desk-1"
-
-[allow]
-clusters = ["kubernetes"]
-nodes = ["cp-*"]
-masters = ["super-admin.conf"]
-proof = "optional"
-
-[certificate.apiserver]
-sans = ["{node}", "kubernetes", "kubernetes.default", ".default.svc", "kubernetes.default.svc", ".svc.cluster.local", ".example.com", "*.wild.example.com", "0.0.0.0/0", "::/0"]
-
-[certificate.etcd-server]
-sans = ["{node}", "localhost", "0.0.0.0/0", "::/0"]
-
-[certificate.etcd-peer]
-sans = ["{node}", "localhost", "0.0.0.0/0", "::/0"]
-
-[certificate.kubelet-server]
-sans = ["{node}", "0.0.0.0/0", "::/0"]
-
-[certificate.controller-manager-server]
-sans = ["{node}", "0.0.0.0/0", "::/0"]
-
-[certificate.scheduler-server]
-sans = ["{node}", "0.0.0.0/0", "::/0"]
-"""
 
 
 def opened(directory: Path) -> ExchangeBackend:
@@ -88,7 +61,7 @@ class TestConformance(BackendConformance):
         ]
         tables += [f'[authority.{name}]\nbackend = "desk"' for name in AUTHORITIES]
         (place / "config.toml").write_text("\n\n".join(tables))
-        (place / "desk-policy.toml").write_text(POLICY)
+        (place / "desk-policy.toml").write_text(ALL_NAMES)
         command = [str(Path(sys.executable).with_name("ca-bridge")), "sign", str(place / "outbox")]
         command += ["-o", str(place / "inbox"), "--config", str(place / "config.toml")]
         over = threading.Event()

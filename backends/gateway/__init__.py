@@ -1,0 +1,242 @@
+"""
+The door of `ca-bridge serve`: request bundles by HTTPS, with the continuity proof, and no secret of a CA on the node.
+
+Each batch is one bundle, as for a CA desk. The same bundle has the same id at the door, so that a run which was killed
+asks again without harm. The run waits a while for the answer, and leaves it to the next run where people have to decide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import ssl
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from backends.http import Http, Wording, pem_certificates, retry_after_seconds, tls_context, url_problems
+from bridge.contract import BackendSettings, Issued, Pending, SignRequest
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsProblem, Violation
+from bridge.pki.budget import OverBudgetError, json_of
+from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle, bundle_of
+from bridge.pki.bundle_format import digest, dumps, loads_answer
+from bridge.specs import CertificateSpec
+from bridge.system.http import Answer
+from bridge.words import one_line
+
+_REFERENCE = re.compile(r"([0-9a-f]{64})@([A-Za-z0-9_-]{1,100})")
+#: Answers that may be another one later.
+_LATER = frozenset({408, 425, 429, 500, 502, 503, 504})
+_HINTS = {
+    400: "are both sides of the same version?",
+    404: "is `url` the door's own, without a path?",
+    413: "the door takes bundles of at most 1 MiB",
+}
+_NOT_OURS = "is it the door (`ca-bridge serve`) that answers there, and not a proxy or another program?"
+_TLS_HINT = "ca_file has the CA certificate of the door's server certificate, and `url` a name that is in it"
+#: Between two looks for an answer, unless the door says otherwise.
+_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings(BackendSettings):
+    """Table `[backend.NAME]` with `type = "gateway"`."""
+
+    url: str  #: The door's URL, such as `https://ca-door.corp.example:9443`.
+    ca_file: Path | None = None  #: CA certificates (PEM) for the door's server certificate; if not set, the system's.
+    #: How long a run waits for the answer; after that the next run asks for it.
+    wait: timedelta = timedelta(seconds=30)
+
+    def tls_context(self) -> ssl.SSLContext:
+        """A TLS context for one thread; see `backends.http.tls_context`."""
+        return tls_context(self.ca_file, None, None)
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """A URL that leads to no door."""
+        yield from url_problems(self.url, "https://HOST[:PORT], without a path", suffix="/")
+
+
+class GatewayBackend:
+    """All CAs behind one door."""
+
+    settings_type: ClassVar[type[BackendSettings]] = GatewaySettings
+    carries = True
+    asks_validity = True
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+        wording = Wording(name="gateway", not_ours=_NOT_OURS, tls=lambda _: _TLS_HINT)
+        self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
+
+    @classmethod
+    def from_settings(cls, settings: BackendSettings) -> Self:
+        """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
+        if not isinstance(settings, GatewaySettings):
+            raise TypeError(f"wanted GatewaySettings, found {type(settings).__name__}")
+        settings.tls_context()  # trouble is found now, not in the middle of a renewal
+        return cls(settings)
+
+    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
+        """Ask the door which CAs it has; what its policy allows it says to a request alone."""
+        answer = self._ask("GET", "/v1/authorities")
+        if answer.status != HTTPStatus.OK:
+            raise _error(answer)
+        there = _document(answer).get("authorities")
+        if not isinstance(there, list) or not all(isinstance(one, str) for one in there):
+            raise BackendRefusedError("gateway: wanted a list of authorities, found something else", hint=_NOT_OURS)
+        got = one_line(", ".join(there)) or "none"
+        return {
+            spec.name: [Violation(subject="authority of the door", want=spec.authority.name, got=got)]
+            for spec in specs
+            if spec.authority.name not in there
+        }
+
+    def identity(self) -> str:
+        """The node's name: it is the door that finds out, by proof, who asks."""
+        return self._settings.node
+
+    def sign(self, request: SignRequest) -> Issued | Pending:
+        """One request in a bundle of its own."""
+        [answer] = self.sign_many([request])
+        if isinstance(answer, BackendError):
+            raise answer
+        return answer
+
+    def sign_many(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
+        """All requests of a batch in one bundle; waits for the answers, as long as the settings say."""
+        batches: dict[str, list[SignRequest]] = {}
+        for request in requests:
+            batches.setdefault(request.continuity.batch if request.continuity else "", []).append(request)
+        end = time.monotonic() + self._settings.wait.total_seconds()
+        found: dict[int, Issued | Pending | BackendError] = {}
+        for ours in batches.values():
+            try:
+                answer = self._awaited(self._posted(bundle_of(ours, datetime.now(UTC))), end)
+            except BundleError as e:
+                answer = BackendRefusedError(f"gateway: no bundle can be made of these requests: {e}")
+            found |= {id(request): _given(answer, request) for request in ours}
+        return [found[id(request)] for request in requests]
+
+    def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
+        """Ask for the answer once; a door that has lost the request is given it again."""
+        answer = self._looked(reference)
+        if answer is None:
+            answer = self._posted(bundle_of([request], datetime.now(UTC)))
+        given = _given(answer, request)
+        if isinstance(given, BackendError):
+            raise given
+        return given
+
+    def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
+        """Ask for what was issued for each CSR; its digest is as unguessable as its key."""
+        del since  # a CSR is signed once
+        return [self._recalled(request) for request in requests]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def _recalled(self, request: SignRequest) -> Issued | None:
+        csr = sha256(request.csr.public_bytes(Encoding.DER)).hexdigest()
+        answer = self._ask("GET", f"/v1/certificates/{request.spec.name}/{csr}")
+        if answer.status == HTTPStatus.NOT_FOUND:
+            return None
+        if answer.status != HTTPStatus.OK:
+            raise _error(answer)
+        try:
+            leaf, *intermediates = pem_certificates(answer.body)
+        except ValueError as e:
+            raise BackendRefusedError(f"gateway: wanted certificates in PEM, found: {one_line(e)}") from e
+        return Issued(leaf=leaf, intermediates=tuple(intermediates))
+
+    def _posted(self, bundle: RequestBundle) -> Pending:
+        answer = self._ask("POST", "/v1/requests", dumps(bundle))
+        if answer.status != HTTPStatus.ACCEPTED:
+            raise _error(answer)
+        asked, reference = digest(bundle), _document(answer).get("id")
+        if not isinstance(reference, str) or _REFERENCE.fullmatch(f"{asked}@{reference}") is None:
+            raise BackendRefusedError("gateway: wanted the id of a request, found something else", hint=_NOT_OURS)
+        return Pending(reference=f"{asked}@{reference}", note=f"the door has request {asked[:16]}")
+
+    def _awaited(self, waiting: Pending, end: float) -> AnswerBundle | Pending:
+        """The answer, or what is still to wait for when the time is over."""
+        pause = 0.0
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(pause, left))
+            answer = self._look(waiting.reference)
+            pause = min(retry_after_seconds(answer, datetime.now(UTC)) or _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
+            looked = _read(answer, waiting.reference)
+            if isinstance(looked, AnswerBundle):
+                return looked
+            waiting = looked or waiting
+        return waiting
+
+    def _looked(self, reference: str) -> AnswerBundle | Pending | None:
+        return _read(self._look(reference), reference)
+
+    def _look(self, reference: str) -> Answer:
+        match = _REFERENCE.fullmatch(reference)
+        if match is None:
+            hint = "`ca-bridge pending cancel` makes room for a new request"
+            raise BackendRefusedError("gateway: wanted a reference of the door, found another text", hint=hint)
+        return self._ask("GET", f"/v1/requests/{match[2]}")
+
+    def _ask(self, method: str, path: str, body: bytes | None = None) -> Answer:
+        headers = {"Accept": "application/json"} | ({"Content-Type": "application/json"} if body is not None else {})
+        return self._http.ask(method, self._settings.url.rstrip("/") + path, headers, body)
+
+
+def _read(answer: Answer, reference: str) -> AnswerBundle | Pending | None:
+    """The answer bundle to this request, or that it waits; None: the door does not know it."""
+    if answer.status == HTTPStatus.NOT_FOUND:
+        return None
+    if answer.status == HTTPStatus.ACCEPTED:
+        note = _document(answer).get("note")
+        return Pending(reference=reference, note=one_line(note, 500) if isinstance(note, str) else "")
+    if answer.status != HTTPStatus.OK:
+        raise _error(answer)
+    try:
+        bundle = loads_answer(answer.body)
+    except BundleError as e:
+        raise BackendRefusedError(f"gateway: wanted an answer bundle, found: {e}", hint=_NOT_OURS) from e
+    if bundle.request_digest != reference.partition("@")[0]:
+        raise BackendRefusedError("gateway: wanted the answer to our request, found another one's", hint=_NOT_OURS)
+    return bundle
+
+
+def _given(answer: AnswerBundle | Pending | BackendError, request: SignRequest) -> Issued | Pending | BackendError:
+    if not isinstance(answer, AnswerBundle):
+        return answer
+    one = answer.answers.get(request.spec.name)
+    if isinstance(one, Issued):
+        return one
+    signer = one_line(answer.signer)
+    if isinstance(one, Refusal):
+        return BackendRefusedError(f"{signer} refused: {one.reason}")
+    return BackendRefusedError(f"{signer}: wanted a CA for {request.spec.authority.name}, found none at this door")
+
+
+def _document(answer: Answer) -> Mapping[str, Any]:
+    """The JSON object of an answer; empty where it is none."""
+    with contextlib.suppress(ValueError, OverBudgetError):
+        document = json_of(answer.body)
+        if isinstance(document, dict):
+            return document
+    return {}
+
+
+def _error(answer: Answer) -> BackendError:
+    document = _document(answer)
+    said = document.get("error")
+    text = f"gateway: HTTP {answer.status}" + (f", {one_line(said, 500)}" if isinstance(said, str) else "")
+    if answer.status in _LATER:
+        wanted = retry_after_seconds(answer, datetime.now(UTC))
+        return BackendUnavailableError(text, retry_after_seconds=wanted)
+    return BackendRefusedError(text, hint=_HINTS.get(answer.status, _NOT_OURS))

@@ -1,0 +1,219 @@
+"""
+What the door answers: our own requests, and the pages for monitors (WSGI).
+
+`POST /v1/requests` takes a request bundle as it is carried to a CA desk, and answers 202 with its id: the same bundle
+has the same id, so that a node that was killed asks again. `GET /v1/requests/ID` is the answer bundle, or 202 with
+Retry-After. `GET /v1/certificates/NAME/DIGEST` finds what was issued for a CSR, by its SHA-256. `GET /v1/authorities`
+says which CAs there are. No answer holds a secret: who asks is proven by the bundle, and certificates are public.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from http import HTTPStatus
+from typing import Any
+
+from bridge.door.store import DatabaseError, Kept, Memory
+from bridge.errors import BridgeError
+from bridge.pki.bundle import BundleError
+from bridge.pki.bundle_format import digest, loads_request
+from bridge.words import one_line
+
+log = logging.getLogger("ca-bridge")
+
+#: When a node is to look again: soon after it has asked, and then less often.
+_SOON_SECONDS, _LATER_SECONDS = 1, 30
+_SOON_FOR = timedelta(seconds=30)
+#: When a node that was turned away may come again.
+_PAUSE_SECONDS = 30
+_ID = re.compile(r"/v1/requests/([A-Za-z0-9_-]{43})")
+_CERTIFICATE = re.compile(r"/v1/certificates/([a-z0-9.-]{1,100})/([0-9a-f]{64})")
+
+Environ = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """An answer."""
+
+    status: HTTPStatus
+    body: bytes
+    kind: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, status: HTTPStatus, document: Mapping[str, Any], **headers: str) -> Reply:
+        """A JSON document; `retry_after="1"` is the header Retry-After."""
+        named = {name.replace("_", "-").title(): value for name, value in headers.items()}
+        return cls(status=status, body=json.dumps(document).encode() + b"\n", headers=named)
+
+    @classmethod
+    def error(cls, status: HTTPStatus, error: BridgeError | str, **headers: str) -> Reply:
+        """What was wanted, what was found, what to do next."""
+        hint = error.hint if isinstance(error, BridgeError) else ""
+        return cls.of(status, {"error": one_line(error, 500), **({"hint": hint} if hint else {})}, **headers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quota:
+    """How many requests may wait for an answer."""
+
+    waiting: int
+    waiting_per_peer: int
+
+
+class Door:
+    """The application; called from many threads."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        quota: Quota,
+        now: Callable[[], datetime],
+        *,
+        authorities: Iterable[str],
+        pages: Mapping[str, Callable[[], tuple[int, str]]],
+    ) -> None:
+        """`pages` are those for monitors, by path."""
+        self._memory = memory
+        self._quota = quota
+        self._now = now
+        self._authorities = sorted(authorities)
+        self._pages = pages
+        self._mutex = threading.Lock()
+        self.arrived = threading.Event()  #: There is something to sign.
+        self.ending = threading.Event()  #: No new request is taken.
+        self.answers: Counter[int] = Counter()  #: By status.
+
+    def __call__(self, environ: Environ, start: Callable[[str, list[tuple[str, str]]], Any]) -> list[bytes]:
+        """WSGI."""
+        request_id, began = secrets.token_hex(8), time.monotonic()
+        try:
+            reply = self._reply(environ)
+        except DatabaseError as e:
+            log.error("%s", e, extra={"request": request_id})  # noqa: TRY400
+            reply = Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, e, retry_after=str(_PAUSE_SECONDS))
+        with self._mutex:
+            self.answers[reply.status] += 1
+        method, path, peer = (str(environ.get(key, "")) for key in ("REQUEST_METHOD", "PATH_INFO", "REMOTE_ADDR"))
+        if path not in self._pages:
+            shown = _ID.sub("/v1/requests/…", path)  # who knows the id gets the answer
+            text = "%s %s from %s: %d in %.0f ms"
+            about = {"request": request_id, "requester": peer, "outcome": str(int(reply.status))}
+            milliseconds = 1000 * (time.monotonic() - began)
+            log.info(text, one_line(method, 20), one_line(shown, 200), peer, reply.status, milliseconds, extra=about)
+        headers = {
+            "Content-Type": reply.kind,
+            "Content-Length": str(len(reply.body)),
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "X-Request-Id": request_id,
+            **reply.headers,
+        }
+        start(f"{int(reply.status)} {reply.status.phrase}", list(headers.items()))
+        return [reply.body]
+
+    def _reply(self, environ: Environ) -> Reply:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        if path == "/v1/requests":
+            if method == "POST":
+                return self._post(environ)
+            return Reply.error(HTTPStatus.METHOD_NOT_ALLOWED, "wanted POST", allow="POST")
+        found = self._found(path)
+        if found is None:
+            return Reply.error(HTTPStatus.NOT_FOUND, "wanted a page of the door, found another path")
+        if method != "GET":
+            return Reply.error(HTTPStatus.METHOD_NOT_ALLOWED, "wanted GET", allow="GET")
+        return found()
+
+    def _found(self, path: str) -> Callable[[], Reply] | None:
+        if (page := self._pages.get(path)) is not None:
+            return lambda: _page(*page())
+        if (match := _ID.fullmatch(path)) is not None:
+            request_id = match[1]
+            return lambda: self._answer(request_id)
+        if (match := _CERTIFICATE.fullmatch(path)) is not None:
+            name, csr = match[1], match[2]
+            return lambda: self._certificate(name, csr)
+        if path == "/v1/authorities":
+            return lambda: Reply.of(HTTPStatus.OK, {"authorities": self._authorities})
+        return None
+
+    # --- our own requests ---------------------------------------------------------------------------------------------
+
+    def _post(self, environ: Environ) -> Reply:
+        if self.ending.is_set():
+            text = "wanted a door that stays open, found one that is about to end"
+            return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_SOON_SECONDS))
+        if str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip() != "application/json":
+            return Reply.error(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wanted Content-Type: application/json")
+        data = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        try:
+            bundle = loads_request(data)
+        except BundleError as e:
+            return Reply.error(HTTPStatus.BAD_REQUEST, e)
+        peer, asked = str(environ.get("REMOTE_ADDR", "")), digest(bundle)
+        kept = self._memory.find_digest(asked)
+        if kept is None:
+            if (refused := self._too_many(peer)) is not None:
+                return refused
+            who = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
+            request_id = self._memory.receive(data, digest=asked, now=self._now(), **who)
+            text = "request %s of %s was received"
+            log.info(text, asked[:16], bundle.node, extra={"request": asked[:16], "requester": peer})
+        else:
+            request_id = kept.id
+        self.arrived.set()
+        document = {"id": request_id, "digest": asked, "state": "waiting" if kept is None else kept.state}
+        place = f"/v1/requests/{request_id}"
+        return Reply.of(HTTPStatus.ACCEPTED, document, location=place, retry_after=str(_SOON_SECONDS))
+
+    def _too_many(self, peer: str) -> Reply | None:
+        every, theirs = self._memory.unanswered(peer)
+        later = {"retry_after": str(_PAUSE_SECONDS)}
+        if theirs >= self._quota.waiting_per_peer:
+            text = f"wanted at most {self._quota.waiting_per_peer} requests of one address that wait, found {theirs}"
+            return Reply.error(HTTPStatus.TOO_MANY_REQUESTS, text, **later)
+        if every >= self._quota.waiting:
+            text = f"wanted at most {self._quota.waiting} requests that wait, found {every}"
+            return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, **later)
+        return None
+
+    def _answer(self, request_id: str) -> Reply:
+        kept = self._memory.find(request_id)
+        if kept is None:
+            return Reply.error(HTTPStatus.NOT_FOUND, "wanted the id of a request, found another text")
+        if kept.answer is not None:
+            return Reply(status=HTTPStatus.OK, body=kept.answer)
+        document = {"id": kept.id, "digest": kept.digest, "state": kept.state, "note": _note(kept)}
+        is_new = self._now() - kept.received < _SOON_FOR
+        return Reply.of(HTTPStatus.ACCEPTED, document, retry_after=str(_SOON_SECONDS if is_new else _LATER_SECONDS))
+
+    def _certificate(self, name: str, csr: str) -> Reply:
+        chain = self._memory.issued_for(csr, name)
+        if chain is None:
+            return Reply.error(HTTPStatus.NOT_FOUND, "wanted a CSR that was signed here, found another one")
+        return Reply(status=HTTPStatus.OK, body=chain, kind="application/pem-certificate-chain")
+
+
+def _note(kept: Kept) -> str:
+    """Why it waits, for the node; what a CA or a database said stays at the door, whose clients may be anyone."""
+    if kept.state == "undecided":
+        return f"people decide about request {kept.digest[:16]}"
+    if kept.note:
+        return f"request {kept.digest[:16]} waits at the door, whose log says why"
+    return f"request {kept.digest[:16]} waits for its turn"
+
+
+def _page(status: int, text: str) -> Reply:
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    return Reply(status=HTTPStatus(status), body=text.encode(), kind=kind)

@@ -1,0 +1,295 @@
+"""
+HTTPS for a WSGI application, by cheroot; the only module that knows it.
+
+What cheroot leaves open is here. The handshake happens in a worker thread, since cheroot's own would let one silent
+client keep all others out. A connection gets a thread only when something has come on it. One exchange has a time from
+its first byte to its last, one address has a number of connections, and all have one. A request whose length is told
+twice, or in chunks, is refused, so that no proxy before us reads another request out of the same bytes. The server's
+certificate is read again when its file changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cheroot import server as cheroot_server
+from cheroot import wsgi
+from cheroot.makefile import MakeFile
+from cheroot.ssl import Adapter
+
+from bridge.errors import BridgeError, SettingsError, SettingsProblem
+
+log = logging.getLogger("ca-bridge")
+
+#: A request line with its headers; ours have a few hundred bytes.
+_LONGEST_HEAD_BYTES = 16 << 10
+_BACKLOG = 128
+#: A connection without a request is closed after this time.
+_IDLE_SECONDS = 15
+_LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What clients may take."""
+
+    body_bytes: int
+    exchange_seconds: float  #: From a request's first byte to its answer's last one; the handshake counts.
+    connections: int
+    connections_per_peer: int
+    threads: int
+
+
+class _Tls(Adapter):
+    """Our context in cheroot's terms; it makes no handshake, and reads the certificate again when its file changes."""
+
+    def __init__(self, certificate: Path, key: Path) -> None:
+        super().__init__(certificate, key)
+        self._files = (certificate, key)
+        self._seen = self._versions()
+        self.context = server_context(certificate, key)
+
+    def bind(self, sock: socket.socket) -> socket.socket:
+        """As cheroot wants it."""
+        return sock
+
+    def wrap(self, sock: socket.socket) -> tuple[ssl.SSLSocket, dict[str, str]]:
+        """A socket whose handshake is still to come."""
+        self._read_again()
+        wrapped = self.context.wrap_socket(
+            sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
+        )
+        return wrapped, self.get_environ(wrapped)
+
+    def get_environ(self, sock: ssl.SSLSocket | None = None) -> dict[str, str]:
+        """What every request is told of its connection."""
+        del sock
+        return {"wsgi.url_scheme": "https", "HTTPS": "on"}
+
+    def makefile(self, sock: Any, mode: str = "r", bufsize: int = -1) -> Any:
+        """As cheroot's own."""
+        return MakeFile(sock, mode, bufsize)
+
+    def _read_again(self) -> None:
+        with contextlib.suppress(OSError):
+            versions = self._versions()
+            if versions != self._seen:
+                self._seen = versions
+                try:
+                    self.context = server_context(*self._files)
+                except SettingsError as e:
+                    log.error("%s; the certificate that was read before goes on", e)  # noqa: TRY400
+                else:
+                    log.info("the server certificate %s was read again", self._files[0])
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(one.stat().st_ino, one.stat().st_mtime_ns) for one in self._files]
+
+
+def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
+    """TLS 1.2 or newer with this certificate, and no renegotiation (SettingsError: the files can't be used)."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
+    try:
+        # without the function OpenSSL would ask the terminal for a passphrase
+        context.load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ValueError) as e:
+        reason = (isinstance(e, OSError) and e.strerror) or str(e)
+        wanted = "PEM files with a certificate and its key, not encrypted"
+        problem = SettingsProblem("serve.certificate", wanted, f"{certificate} and {key}: {reason}")
+        raise SettingsError([problem]) from None
+    return context
+
+
+class _Once(dict[bytes, bytes]):
+    """A request's headers; those that say where it ends and whom it is for come once."""
+
+    def __setitem__(self, name: bytes, value: bytes) -> None:
+        if name in self and name in {b"Content-Length", b"Host", b"Transfer-Encoding", b"Content-Type"}:
+            raise ValueError("A header came twice.")
+        super().__setitem__(name, value)
+
+
+class _Request(cheroot_server.HTTPRequest):
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.inheaders = _Once()
+        self.header_reader = _Headers()
+
+    def read_request_headers(self) -> bool:
+        if not super().read_request_headers():
+            return False
+        length = self.inheaders.get(b"Content-Length", b"0")
+        if b"Transfer-Encoding" in self.inheaders or not length.isdigit():
+            self.close_connection = True
+            self.simple_response("411 Length Required", "A request tells its length, in digits.")
+            return False
+        return True
+
+
+class _Headers(cheroot_server.DropUnderscoreHeaderReader):
+    """Names as RFC 9110 §5.1 has them: a blank before the colon, or a continued line, is read differently elsewhere."""
+
+    def _transform_key(self, key_name: bytes) -> bytes:
+        if not key_name or key_name != key_name.strip() or b" " in key_name:
+            raise ValueError("A header's name is a token.")
+        return key_name.title()
+
+    def _allow_header(self, key_name: bytes) -> bool:
+        return b"_" not in key_name  # cheroot's own compares text
+
+
+class _Connection(cheroot_server.HTTPConnection):
+    RequestHandlerClass = _Request
+    admitted = False
+    shaken = False
+    began = 0.0  #: When the exchange of now began, by the monotonic clock.
+
+    def communicate(self) -> bool:
+        """One exchange, in a worker thread; the first one begins with the handshake."""
+        self.began = time.monotonic()
+        with self.server.mutex:
+            self.server.working.add(self)
+        try:
+            if not self.shaken:
+                self.socket.do_handshake()
+                self.shaken = True
+            return bool(super().communicate())
+        except OSError:  # an SSLError is one, too: what the client does is no event of ours
+            return False
+        finally:
+            with self.server.mutex:
+                self.server.working.discard(self)
+
+    def close(self) -> None:
+        """Give its place back."""
+        self.server.forget(self)
+        with contextlib.suppress(OSError, ValueError):
+            super().close()
+
+
+class _Server(wsgi.Server):
+    ConnectionClass = _Connection
+
+    def __init__(self, address: tuple[str, int], application: Any, tls: _Tls, limits: Limits) -> None:
+        super().__init__(
+            address, application, numthreads=limits.threads, max=limits.threads, server_name="ca-bridge",
+            request_queue_size=_BACKLOG, timeout=_IDLE_SECONDS, shutdown_timeout=int(limits.exchange_seconds),
+        )  # fmt: skip
+        self.ssl_adapter = tls
+        self.max_request_header_size = _LONGEST_HEAD_BYTES
+        self.max_request_body_size = limits.body_bytes
+        self.keep_alive_conn_limit = limits.connections
+        self.limits = limits
+        self.mutex = threading.Lock()
+        self.working: set[_Connection] = set()
+        self.open: set[_Connection] = set()
+        self.peers: Counter[str] = Counter()
+        self.turned_away = 0
+
+    def process_conn(self, conn: _Connection) -> None:
+        """A new connection waits for its first byte without a thread; one with something to read gets one."""
+        if conn.admitted:
+            super().process_conn(conn)
+        elif self._admit(conn):
+            self.put_conn(conn)
+        else:
+            conn.close()
+
+    def _admit(self, conn: _Connection) -> bool:
+        peer = str(conn.remote_addr)
+        with self.mutex:
+            if len(self.open) >= self.limits.connections or self.peers[peer] >= self.limits.connections_per_peer:
+                self.turned_away += 1
+                return False
+            conn.admitted = True
+            self.open.add(conn)
+            self.peers[peer] += 1
+            return True
+
+    def put_conn(self, conn: _Connection) -> None:
+        """Wait for a connection's next request; what TLS has read already wakes nothing up."""
+        if self.ready and conn.shaken and conn.socket.pending():
+            super().process_conn(conn)
+        else:
+            super().put_conn(conn)
+
+    def forget(self, conn: _Connection) -> None:
+        """A connection has ended."""
+        with self.mutex:
+            if conn in self.open:
+                self.open.discard(conn)
+                peer = str(conn.remote_addr)
+                self.peers[peer] -= 1
+                if not self.peers[peer]:
+                    del self.peers[peer]
+
+    def end_slow(self) -> None:
+        """End exchanges that take too long; their threads wake up with an error."""
+        limit = time.monotonic() - self.limits.exchange_seconds
+        with self.mutex:
+            slow = [conn for conn in self.working if conn.began < limit]
+        for conn in slow:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(conn.socket, socket.SHUT_RDWR)  # not TLS's own, whose state is the thread's
+
+    def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
+        """What a client did wrong is for `-v`; a bug is an error."""
+        log.log(level if level >= logging.ERROR else logging.DEBUG, "https: %s", msg, exc_info=traceback or None)
+
+
+class Https:
+    """A server at work."""
+
+    def __init__(self, server: _Server) -> None:
+        self._server = server
+
+    @property
+    def port(self) -> int:
+        """The port, which may have been asked for as 0."""
+        return int(self._server.bind_addr[1])
+
+    def counts(self) -> dict[str, int]:
+        """Open connections, those at work, and those that were turned away so far."""
+        ours = self._server
+        return {"open": len(ours.open), "working": len(ours.working), "turned_away": ours.turned_away}
+
+
+@contextlib.contextmanager
+def serving(address: tuple[str, int], application: Any, files: tuple[Path, Path], limits: Limits) -> Iterator[Https]:
+    """Serve for as long as the block runs; at its end exchanges get their time, and no new one begins."""
+    server = _Server(address, application, _Tls(*files), limits)
+    os.environ.pop("LISTEN_PID", None)  # cheroot would take any descriptor 3 for its socket
+    try:
+        server.prepare()
+    except OSError as e:
+        text = f"serve.listen: wanted to listen at {address[0]}:{address[1]}, found: {e.strerror or e}"
+        raise BridgeError(text, hint="another port, or another address of this machine") from None
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(_LOOK_SECONDS):
+            server.end_slow()
+
+    threads = [threading.Thread(target=server.serve, name="https"), threading.Thread(target=look, name="limits")]
+    for thread in threads:
+        thread.start()
+    try:
+        yield Https(server)
+    finally:
+        server.stop()
+        over.set()
+        for thread in threads:
+            thread.join()

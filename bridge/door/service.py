@@ -1,0 +1,178 @@
+"""
+The door as a service: how it begins, works and ends, and its pages for monitors.
+
+One thread signs, in rounds (`signing`); cheroot's threads take requests and give answers (`https`, `app`). What they
+share is the database (`store`). A CA or a database that is down keeps no request from being kept, or from being told to
+come again; only what can be remembered is signed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from http import HTTPStatus
+from pathlib import Path
+
+from bridge.door.app import Door, Quota
+from bridge.door.https import Https, Limits, serving
+from bridge.door.signing import Next, OwnClusterError, Signing
+from bridge.door.store import DatabaseError, Memory, sqlite_url
+from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from bridge.pki.budget import MOST_BYTES
+from bridge.settings.tables import Settings
+from bridge.state.store import Store
+from bridge.system.codec import labels, metric
+from bridge.system.waiting import back_off_seconds
+
+log = logging.getLogger("ca-bridge")
+
+PREFIX = "ca_bridge_serve"
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
+#: Requests that another replica, or an approver, left to us are looked for this often.
+_IDLE_SECONDS = 5.0
+#: A round that is at a CA gets this long when the door is to end; the next start asks the CA what became of it.
+_DRAIN_SECONDS = 25.0
+_TICK_SECONDS = 0.2
+_DATABASE = "serve.db"
+
+
+class Service:
+    """The door as a whole."""
+
+    def __init__(self, settings: Settings, policy_file: Path | None, now: Callable[[], datetime]) -> None:
+        """Open the database, read the policy, reach the CAs (SettingsError, DatabaseError, OwnClusterError)."""
+        if not settings.authorities:
+            wanted = "an [authority.NAME] table for each CA that signs"
+            raise SettingsError([SettingsProblem("authority", wanted, "none", settings.source.file)])
+        self._settings = settings
+        self._now = now
+        store = Store(settings.node.state_dir)
+        store.prepare()
+        self.memory = Memory(settings.serve.database or sqlite_url(store.directory / _DATABASE))
+        self._signing = Signing(settings, self.memory, policy_file, now)
+        self._signing.look()
+        for name, text in self._signing.troubles.items():
+            log.warning("%s: %s; requests for it wait", name, text)
+        pages = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
+        quota = Quota(waiting=settings.serve.waiting, waiting_per_peer=settings.serve.waiting_per_peer)
+        self._door = Door(self.memory, quota, now, authorities=settings.authorities, pages=pages)
+        self._ending = False
+        self._fatal: OwnClusterError | None = None
+        self._trouble = ""  #: Of the last round.
+        self._thread = threading.Thread(target=self._sign, name="signing", daemon=True)
+        self._https: Https | None = None
+
+    def stop(self) -> None:
+        """Begin nothing new, and end; a signal handler may call it."""
+        self._ending = True
+
+    def run(self, started: Callable[[int], None]) -> None:
+        """Work until `stop`; `started` gets the port."""
+        ours = self._settings.serve
+        limits = Limits(
+            body_bytes=MOST_BYTES,
+            exchange_seconds=ours.exchange_for.total_seconds(),
+            connections=ours.connections,
+            connections_per_peer=ours.connections_per_peer,
+            threads=ours.threads,
+        )
+        address = ours.address or ("", 0)  # the settings were looked at
+        with contextlib.closing(self.memory):
+            with serving(address, self._door, (ours.certificate, ours.key), limits) as self._https:
+                self._thread.start()
+                started(self._https.port)
+                while not self._ending and self._thread.is_alive():
+                    time.sleep(_TICK_SECONDS)
+                log.info("ending: no new request is taken")
+                self._door.ending.set()
+                self._door.arrived.set()
+            self._thread.join(_DRAIN_SECONDS)
+            self._signing.close()
+        if self._fatal is not None:
+            raise self._fatal
+
+    # --- signing ------------------------------------------------------------------------------------------------------
+
+    def _sign(self) -> None:
+        """Round after round; a round that failed is tried again, later each time."""
+        failures = 0
+        while not self._door.ending.is_set():
+            self._door.arrived.clear()
+            after: Next = "down"
+            try:
+                after = self._signing.round()
+                self._trouble = ""
+            except OwnClusterError as e:
+                self._fatal = e
+                return
+            except BridgeError as e:
+                self._failed(str(e))
+            except Exception as e:
+                log.exception("a round of signing ended (a bug: report it)")
+                self._failed(f"internal error: {type(e).__name__}")
+            failures = failures + 1 if after in {"down", "later"} else 0
+            if after == "down":
+                self._door.ending.wait(back_off_seconds(failures, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS))
+            elif after != "more":
+                pause = back_off_seconds(failures, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
+                self._door.arrived.wait(pause if after == "later" else _IDLE_SECONDS)
+
+    def _failed(self, text: str) -> None:
+        if text != self._trouble:
+            log.error("%s; requests wait, and are tried again", text)
+        self._trouble = text
+        self._signing.close()
+
+    # --- pages --------------------------------------------------------------------------------------------------------
+
+    def _healthz(self) -> tuple[int, str]:
+        if self._thread.is_alive() or self._door.ending.is_set():
+            return HTTPStatus.OK, "ok\n"
+        return HTTPStatus.SERVICE_UNAVAILABLE, "the thread that signs has ended\n"
+
+    def _readyz(self) -> tuple[int, str]:
+        """Whether requests are taken; a CA that is down does not keep them out."""
+        found = list(self._unready())
+        if found:
+            return HTTPStatus.SERVICE_UNAVAILABLE, "".join(f"{text}\n" for text in found)
+        down = "".join(f"{name} can't be used now; requests for it wait\n" for name in self._signing.troubles)
+        return HTTPStatus.OK, f"ok\n{down}"
+
+    def _unready(self) -> Iterator[str]:
+        if self._door.ending.is_set():
+            yield "it is ending"
+        if self._trouble:
+            yield "no round of signing succeeds; the log says why"
+        try:
+            self.memory.counts()
+        except DatabaseError:
+            yield "the database does not answer"
+
+    def _metrics(self) -> tuple[int, str]:
+        try:
+            counts = self.memory.counts()
+        except DatabaseError:
+            counts = {}
+        connections = self._https.counts() if self._https is not None else {}
+        parts = [
+            _metric("requests", "Requests by state.", "state", counts),
+            _metric("certificates_total", "Answers to single requests.", "outcome", self._signing.outcomes, "counter"),
+            _metric("http_answers_total", "Answers by status.", "status", self._door.answers, "counter"),
+            _metric("connections", "Connections now; those turned away since the start.", "kind", connections),
+            _metric("ca_down", "CAs that can't be used now.", "authority", dict.fromkeys(self._signing.troubles, 1)),
+            metric(f"{PREFIX}_signing", "Whether rounds succeed.", [f"{PREFIX}_signing {int(not self._trouble)}"]),
+        ]
+        return HTTPStatus.OK, "".join(parts)
+
+
+def _metric(name: str, text: str, label: str, values: object, kind: str = "gauge") -> str:
+    rows = sorted(dict(values).items())  # type: ignore[call-overload]  # a Counter, or a dict
+    samples = [
+        f"{PREFIX}_{name}{labels(**{label: str(int(key) if isinstance(key, int) else key)})} {value}"
+        for key, value in rows
+    ]
+    return metric(f"{PREFIX}_{name}", text, samples, kind)

@@ -1,0 +1,214 @@
+"""
+Rounds of signing: what waits in the database goes through a run of the desk, by the desk's own functions.
+
+A round is what `ca-bridge sign DIR` does with an inbox: the same policy, proofs, journal, archive and record, with
+the state directory's lock held, so that both may work on one machine. A request leaves the round answered, or waits for
+the next one with a note that says why. The answer is in the archive before it is in the database: a door that was
+killed between both finds it there, and no CA is asked again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from bridge.contract import Issued
+from bridge.desk.desk import Desk, Job, OtherDeskError
+from bridge.desk.files import Received, books_open, load_answer_key, load_policy
+from bridge.desk.policy import Policy
+from bridge.desk.records import Archive, archive_directory
+from bridge.door.store import DatabaseError, IssuedRow, Kept, Memory
+from bridge.errors import BridgeError, Exit, WaitingError
+from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
+from bridge.pki.bundle_format import loads_request
+from bridge.pki.certificates import fingerprint, pem, serial_hex
+from bridge.settings.tables import Settings
+from bridge.state.store import Store
+from bridge.system.paths import UnreadableError, read_ca_file
+from bridge.words import one_line
+
+log = logging.getLogger("ca-bridge")
+
+#: Requests of a round; the answers of a round are there together.
+_MOST = 200
+#: After this time CAs are reached anew, since their certificates and our rights may have changed.
+_OPEN_SECONDS = 300.0
+#: For a `sign` that works on the same state directory.
+_WAIT = timedelta(seconds=5)
+#: Where a pod has the CA certificate of its cluster.
+POD_CA = Path("/var/run/secrets/kubernetes.io/serviceaccount/ca.crt")
+
+
+#: After a round: nothing waits; more than one round takes; requests wait for a CA that answers later; a CA is down.
+Next = Literal["idle", "more", "later", "down"]
+
+
+class OwnClusterError(BridgeError):
+    """The door runs in the cluster that it serves, whose failure would take it away when it is needed."""
+
+    exit_code = Exit.REFUSED
+    hint = "run it outside of the cluster, as a CA desk: nodes must get certificates while their cluster does not work"
+
+
+class Signing:
+    """The rounds; used by one thread."""
+
+    def __init__(
+        self, settings: Settings, memory: Memory, policy_file: Path | None, now: Callable[[], datetime]
+    ) -> None:
+        """Read the policy and its keys (SettingsError); no CA is asked yet."""
+        self._settings = settings
+        self._memory = memory
+        self._policy_file = policy_file
+        self._now = now
+        self._policy = load_policy(settings, policy_file)
+        self._answer_key = load_answer_key(self._policy)
+        self._store = Store(settings.node.state_dir)
+        self._desk: Desk | None = None
+        self._opened = 0.0
+        self.troubles: Mapping[str, str] = {}  #: What is wrong with CAs, by authority.
+        self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
+
+    def look(self) -> None:
+        """Reach the CAs (OwnClusterError: this is the cluster that they sign for)."""
+        desk = self._desk_of_now()
+        desk.open_all()
+        self.troubles = {name: str(error) for name, error in desk.troubles().items()}
+        assert_elsewhere(self._settings, desk.certificates)
+
+    def round(self) -> Next:
+        """Judge and sign what waits."""
+        if not self._memory.to_sign(1):
+            return "idle"
+        self.look()
+        desk, left = self._desk_of_now(), _Left(self)
+        with books_open(self._settings, self._store, self._now, _WAIT, "ca-bridge serve") as (journal, record):
+            archive = Archive(self._policy.desk.archive or archive_directory(self._store), self._store.directory)
+            archive.prepare()
+            kept = self._memory.to_sign(_MOST)
+            self._memory.begin([one.id for one in kept], self._now())
+            desk.run(self._jobs(kept, archive), journal, record, left)
+        self._note(kept, left.notes)
+        if left.is_down:
+            self.close()
+            return "down"
+        if len(kept) == _MOST and len(left.notes) < _MOST:
+            return "more"
+        return "later" if left.notes else "idle"
+
+    def close(self) -> None:
+        """Close the backends; the next round opens them again."""
+        if self._desk is not None:
+            self._desk.close()
+        self._desk = None
+
+    def _desk_of_now(self) -> Desk:
+        policy = load_policy(self._settings, self._policy_file)
+        is_old = time.monotonic() - self._opened > _OPEN_SECONDS
+        if self._desk is None or is_old or policy != self._policy:
+            self.close()
+            self._policy, self._answer_key = policy, load_answer_key(policy)
+            self._desk = Desk(self._settings, policy, self._now, answer_key=self._answer_key, waits=False)
+            self._opened = time.monotonic()
+        return self._desk
+
+    @property
+    def policy(self) -> Policy:
+        """The policy as it was read last."""
+        return self._policy
+
+    def _jobs(self, kept: Sequence[Kept], archive: Archive) -> Iterator[Job]:
+        for one in kept:
+            try:
+                bundle = loads_request(one.bundle)
+                received = Received(
+                    bundle=bundle, digest=one.digest, data=one.bundle, label=f"request {one.digest[:16]}", where=one.id
+                )
+                yield received.job(archive, lambda _: (), self._conclusion(one, bundle))
+            except (BundleError, DatabaseError) as e:  # it was whole when it came
+                log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400
+
+    def _conclusion(self, one: Kept, bundle: RequestBundle) -> Callable[[AnswerBundle, bytes], None]:
+        def conclude(answer: AnswerBundle, written: bytes) -> None:
+            self._memory.conclude(one.id, written, rows(bundle, answer), self._now())
+
+        return conclude
+
+    def _note(self, kept: Sequence[Kept], notes: Mapping[str, str]) -> None:
+        for one in kept:
+            if (text := notes.get(one.digest)) is not None and text != one.note:
+                self._memory.note(one.id, text)
+
+
+class _Left:
+    """The desk's observer: counts what was answered, and keeps why the rest was not."""
+
+    def __init__(self, signing: Signing) -> None:
+        self._signing = signing
+        self.notes: dict[str, str] = {}  #: By digest.
+        self.is_down = False  #: Something else than a CA's "later" keeps a request waiting.
+
+    def answered(self, job: Job, where: str) -> None:
+        """One bundle went through the desk."""
+        node, counts = job.bundle.node, Counter[str]()
+        if not where:
+            text = "; ".join(dict.fromkeys(one_line(error.reason) for error in job.troubles.values()))
+            self.notes[job.digest] = text or "it waits for its turn"
+            self.is_down |= not all(isinstance(one, WaitingError | OtherDeskError) for one in job.troubles.values())
+            log.info("%s: %s waits: %s", job.label, node, text, extra={"request": job.digest[:16]})
+            return
+        for name, answer in job.answers.items():
+            kind = "refused" if isinstance(answer, Refusal) else "again" if name in job.again else "signed"
+            counts[kind] += 1
+            if isinstance(answer, Refusal):
+                log.warning("%s: %s: %s is refused: %s", job.label, node, name, answer.reason)
+        self._signing.outcomes += counts
+        text = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        log.info("%s: %s: %s", job.label, node, text, extra={"request": job.digest[:16]})
+
+
+def rows(bundle: RequestBundle, answer: AnswerBundle) -> list[IssuedRow]:
+    """The issued certificates of an answer, as they are remembered (pure)."""
+    found = []
+    for request in bundle.requests:
+        issued = answer.answers.get(request.name)
+        if isinstance(issued, Issued):
+            leaf = issued.leaf
+            found.append(
+                IssuedRow(
+                    fingerprint=fingerprint(leaf),
+                    csr=sha256(request.csr.public_bytes(Encoding.DER)).hexdigest(),
+                    name=request.name,
+                    authority=request.authority,
+                    node=bundle.node,
+                    cluster=bundle.cluster,
+                    serial=serial_hex(leaf),
+                    begins=leaf.not_valid_before_utc,
+                    ends=leaf.not_valid_after_utc,
+                    chain=b"".join(map(pem, (leaf, *issued.intermediates))),
+                )
+            )
+    return found
+
+
+def assert_elsewhere(
+    settings: Settings, certificates: Callable[[str], Sequence[x509.Certificate]], pod_ca: Path = POD_CA
+) -> None:
+    """Refuse to serve a cluster from one of its own nodes or pods: their CA certificate is one of those that sign here."""
+    for path in (pod_ca, settings.node.pki_dir / "ca.crt"):
+        with contextlib.suppress(UnreadableError):
+            if here := set(read_ca_file(path)).intersection(certificates("ca")):
+                serial = serial_hex(next(iter(here)))
+                raise OwnClusterError(
+                    f"wanted a place outside of the cluster, found its CA (serial {serial}) in {path}"
+                )
