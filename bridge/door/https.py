@@ -61,7 +61,8 @@ class _Tls(Adapter):
         self.context = server_context(certificate, key)
 
     def bind(self, sock: socket.socket) -> socket.socket:
-        """As cheroot wants it."""
+        """The listening socket: its port can be taken again while connections of an earlier process end."""
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # cheroot's own leaves out a port that was 0
         return sock
 
     def wrap(self, sock: socket.socket) -> tuple[ssl.SSLSocket, dict[str, str]]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from backends.gateway import GatewayBackend, GatewaySettings
+from bridge.specs import AUTHORITIES
 from bridge.testing import BackendConformance, TestCA
 from tests.kit.policies import ALL_NAMES
-from tests.kit.serving import ServeProgram, make_place, running
+from tests.kit.serving import ServeProgram, make_door, running
 
 
 @pytest.mark.slow
@@ -26,7 +27,7 @@ class TestConformance(BackendConformance):
     def door(cls, ca: TestCA, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProgram]:
         """A door at work."""
         place = tmp_path_factory.mktemp("door")
-        with running(make_place(place, ca.certificate_pem, ca.key_pem, ALL_NAMES)) as program:
+        with running(make_door(place, ca.certificate_pem, ca.key_pem, ALL_NAMES, tuple(AUTHORITIES))) as program:
             yield program
 
     @pytest.fixture

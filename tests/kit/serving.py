@@ -1,21 +1,21 @@
-"""A door to sign with: `ca-bridge serve` on loopback with `openssl ca` behind it."""
+"""A door to sign with: `ca-bridge serve` on loopback with `openssl ca` behind it, and a client that sends what it likes."""
 
 from __future__ import annotations
 
+import http.client
 import json
-import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bridge.specs import AUTHORITIES
 from tests.kit.est import make_tls
 from tests.kit.opensslca import make_ca_directory
 
@@ -24,13 +24,29 @@ _START_SECONDS = 60.0
 _PORT = re.compile(r"serving at port (\d+)")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the door said."""
+
+    status: int
+    headers: Mapping[str, str]  #: By name in small letters.
+    body: bytes
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """Its JSON."""
+        found: dict[str, Any] = json.loads(self.body)
+        return found
+
+
 @dataclass(kw_only=True)
 class ServeProgram:
     """The program, its settings and what it has said."""
 
-    place: Path
+    config: Path
     ca: Path  #: The CA certificate of the server certificate.
-    environment: dict[str, str] = field(default_factory=dict)
+    certificate: Path  #: The server certificate.
+    key: Path  #: Its key.
     process: subprocess.Popen[str] | None = None
     port: int = 0
     said: list[str] = field(default_factory=list)  #: Standard error, by line.
@@ -40,13 +56,13 @@ class ServeProgram:
         """Where it answers."""
         return f"https://127.0.0.1:{self.port}"
 
-    def start(self) -> None:
+    def start(self, program: Sequence[str] = (CA_BRIDGE,)) -> None:
         """Start it, at the port that it had before, and wait until it serves."""
-        self.write_listen(self.port)
-        command = [CA_BRIDGE, "serve", "--config", str(self.place / "config.toml"), "--log-format", "json"]
-        environment = {**os.environ, **self.environment}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        serving, stderr = threading.Event(), self.process.stderr
+        text = self.config.read_text()
+        self.config.write_text(re.sub(r'listen = "[^"]*"', f'listen = "127.0.0.1:{self.port}"', text))
+        command = [*program, "serve", "--config", str(self.config), "--log-format", "json"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        serving, stderr, ports = threading.Event(), self.process.stderr, list[int]()
         assert stderr is not None
 
         def listen() -> None:
@@ -54,47 +70,69 @@ class ServeProgram:
                 for line in stderr:
                     self.said.append(line)
                     if (match := _PORT.search(line)) is not None:
-                        self.port = int(match[1])
+                        ports.append(int(match[1]))
                         serving.set()
             serving.set()
 
         self._listener = threading.Thread(target=listen)
         self._listener.start()
         assert serving.wait(_START_SECONDS)
-        assert self.process.poll() is None, "".join(self.said)
+        assert ports, "".join(self.said)
+        self.port = ports[0]
+
+    def ended(self) -> int:
+        """Its exit code, once it has ended."""
+        assert self.process is not None
+        code = self.process.wait(_START_SECONDS)
+        self._listener.join()
+        return code
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End it by its pid; its exit code."""
         assert self.process is not None
         self.process.send_signal(number)
-        code = self.process.wait(_START_SECONDS)
-        self._listener.join()
-        return code
-
-    def write_listen(self, port: int) -> None:
-        """Keep the port, so that nodes find it again."""
-        path = self.place / "config.toml"
-        path.write_text(re.sub(r'listen = "[^"]*"', f'listen = "127.0.0.1:{port}"', path.read_text()))
+        return self.ended()
 
     def lines(self) -> list[dict[str, Any]]:
         """What it has said, as objects."""
         return [json.loads(line) for line in self.said]
 
+    def context(self) -> ssl.SSLContext:
+        """A client's, which trusts the door alone."""
+        return ssl.create_default_context(cafile=str(self.ca))
 
-def make_place(
-    place: Path, certificate_pem: bytes, key_pem: bytes, policy: str, *, authorities: Sequence[str] = tuple(AUTHORITIES)
+    def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Answer:
+        """One exchange on a connection of its own."""
+        with closing(http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context(), timeout=60)) as client:
+            client.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+            answer = client.getresponse()
+            found = {name.lower(): value for name, value in answer.getheaders()}
+            return Answer(status=answer.status, headers=found, body=answer.read())
+
+    def post(self, bundle: bytes) -> Answer:
+        """A request, as a node sends it."""
+        return self.ask("POST", "/v1/requests", bundle, Content_Type="application/json")
+
+
+def add_door(config: Path, directory: Path, more: str = "") -> ServeProgram:
+    """Add the door to a desk's settings, with a server certificate; not started."""
+    tls = make_tls(directory / "tls")
+    table = f'[serve]\nlisten = "127.0.0.1:0"\ncertificate = "{tls.server_cert}"\nkey = "{tls.server_key}"\n{more}\n'
+    config.write_text(f"{config.read_text()}\n{table}")
+    return ServeProgram(config=config, ca=tls.ca, certificate=tls.server_cert, key=tls.server_key)
+
+
+def make_door(
+    directory: Path, certificate_pem: bytes, key_pem: bytes, policy: str, authorities: Sequence[str]
 ) -> ServeProgram:
-    """Settings, policy, the CA's directory and a server certificate; not started."""
-    (place / "tls").mkdir()
-    tls = make_tls(place / "tls")
-    make_ca_directory(place / "ca", certificate_pem, key_pem)
-    serve = f'[serve]\nlisten = "127.0.0.1:0"\ncertificate = "{tls.server_cert}"\nkey = "{tls.server_key}"'
-    node = f'[node]\nstate_dir = "{place / "state"}"\npki_dir = "{place / "pki"}"'
-    tables = [node, serve, f'[backend.desk]\ntype = "openssl"\ndir = "{place / "ca"}"']
+    """A door with one CA for all authorities."""
+    make_ca_directory(directory / "ca", certificate_pem, key_pem)
+    tables = [f'[node]\nstate_dir = "{directory / "state"}"']
+    tables += [f'[backend.desk]\ntype = "openssl"\ndir = "{directory / "ca"}"']
     tables += [f'[authority.{name}]\nbackend = "desk"' for name in authorities]
-    (place / "config.toml").write_text("\n\n".join(tables))
-    (place / "desk-policy.toml").write_text(policy)
-    return ServeProgram(place=place, ca=tls.ca)
+    (directory / "config.toml").write_text("\n\n".join(tables))
+    (directory / "desk-policy.toml").write_text(policy)
+    return add_door(directory / "config.toml", directory)
 
 
 @contextmanager

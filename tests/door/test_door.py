@@ -1,0 +1,421 @@
+"""`ca-bridge serve`, run as it is: bundles over HTTPS, `openssl ca` with encrypted keys behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from http.client import HTTPException
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from backends.gateway import GatewayBackend, GatewaySettings
+from bridge.contract import Issued, Pending, SignRequest
+from bridge.errors import BackendRefusedError, BackendUnavailableError, Exit
+from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
+from bridge.pki.bundle_format import digest, dumps, loads_answer
+from bridge.pki.csr import PrivateKey
+from bridge.system.waiting import wait_until
+from tests.kit.bundles import changed, make_bundle, old_pairs
+from tests.kit.cas import Bridge, live_certificates
+from tests.kit.desks import POLICY, Desk, make_desk
+from tests.kit.est import make_tls
+from tests.kit.pki import Pki, handmade_pki
+from tests.kit.serving import Answer, ServeProgram, add_door, running
+
+Pairs = dict[str, tuple[x509.Certificate, PrivateKey]]
+_PATIENCE = timedelta(minutes=2)
+#: What the policy grants beside kubeadm's names: those of this node.
+_ADDRESSES = "".join(
+    f'\n[certificate.{name}]\nsans = ["{{node}}", "localhost", "kubernetes", ".default.svc", "kubernetes.default", '
+    '"kubernetes.default.svc", ".svc.cluster.local", ".example.com", "*.wild.example.com", "0.0.0.0/0", "::/0"]\n'
+    for name in ("apiserver", "etcd-server", "etcd-peer")
+)
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return handmade_pki(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture(scope="module")
+def pairs(pki: Pki) -> Pairs:
+    return old_pairs(pki)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, pki: Pki) -> Desk:
+    return make_desk(tmp_path / "desk", pki)
+
+
+@pytest.fixture
+def door(desk: Desk) -> Iterator[ServeProgram]:
+    with running(add_door(desk.config, desk.directory)) as program:
+        yield program
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[ServeProgram]:
+    """A door for tests that leave nothing behind which others could see."""
+    desk = make_desk(tmp_path_factory.mktemp("common") / "desk", pki)
+    with running(add_door(desk.config, desk.directory)) as program:
+        yield program
+
+
+def some(pairs: Pairs, *names: str) -> Pairs:
+    return {name: pairs[name] for name in names}
+
+
+def place_of(answer: Answer) -> str:
+    assert answer.status == 202, answer.body
+    return answer.headers["location"]
+
+
+def awaited(door: ServeProgram, place: str) -> AnswerBundle:
+    """The answer, as soon as it is there."""
+    answer = wait_until(lambda: door.ask("GET", place), lambda one: one.status != 202, _PATIENCE, pause_seconds=0.1)
+    assert answer.status == 200, answer.body
+    return loads_answer(answer.body)
+
+
+def asked(bundle: RequestBundle, name: str) -> SignRequest:
+    [request] = [one for one in bundle.requests if one.name == name]
+    return sign_request(request, bundle)
+
+
+def node_end(door: ServeProgram, **more: timedelta) -> GatewayBackend:
+    settings = GatewaySettings(url=door.url, ca_file=door.ca, node="cp-1", **more)
+    return GatewayBackend.from_settings(settings)
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_is_signed_once(door: ServeProgram, desk: Desk, pairs: Pairs) -> None:
+    """The same bundle has the same id, an id that can't be guessed, and gets one certificate for each request."""
+    bundle = make_bundle(some(pairs, "apiserver", "etcd-server"))
+    first, second = door.post(dumps(bundle)), door.post(dumps(bundle))
+    answer = awaited(door, place_of(first))
+
+    assert place_of(first) == place_of(second) == place_of(door.post(dumps(bundle)))
+    assert first.headers["retry-after"] == "1"
+    assert re.fullmatch("/v1/requests/[A-Za-z0-9_-]{43}", place_of(first))
+    assert answer.request_digest == digest(bundle)
+    assert {name: type(one) for name, one in answer.answers.items()} == {"apiserver": Issued, "etcd-server": Issued}
+    assert len(desk.issued()) == 2
+    assert desk.run("audit", "verify").returncode == 0
+    assert door.ask("GET", f"/v1/requests/{'A' * 43}").status == 404
+
+
+def test_the_policy_and_the_proof_decide(door: ServeProgram, desk: Desk, pairs: Pairs) -> None:
+    """A forged proof, a name that is not granted and another cluster are refused; the twin beside them is signed."""
+    good = make_bundle(some(pairs, "apiserver", "front-proxy-client"))
+    forged = changed(good, "apiserver", proof=b"forged")
+    elsewhere = make_bundle(some(pairs, "apiserver"), cluster="other")
+    stranger = make_bundle(some(pairs, "apiserver"), node="worker-1")
+
+    answers = {one: awaited(door, place_of(door.post(dumps(one)))).answers for one in (forged, elsewhere, stranger)}
+
+    assert isinstance(answers[forged]["apiserver"], Refusal)
+    assert isinstance(answers[forged]["front-proxy-client"], Issued)
+    assert isinstance(answers[elsewhere]["apiserver"], Refusal)
+    assert isinstance(answers[stranger]["apiserver"], Refusal)
+    assert len(desk.issued()) == 1
+
+
+def test_a_ca_that_is_down_loses_no_request(door: ServeProgram, desk: Desk, pairs: Pairs) -> None:
+    """The door takes requests, says "later", and signs when the CA is back; what the CA said stays at the door."""
+    away = desk.ca("ca").with_name("away")
+    desk.ca("ca").rename(away)
+    place = place_of(door.post(dumps(make_bundle(some(pairs, "apiserver")))))
+    waiting = wait_until(
+        lambda: door.ask("GET", place),
+        lambda one: "log says why" in one.document.get("note", ""),
+        _PATIENCE,
+        pause_seconds=0.1,
+    )
+    ready = door.ask("GET", "/readyz")
+    away.rename(desk.ca("ca"))
+
+    assert waiting.status == 202
+    assert int(waiting.headers["retry-after"]) >= 1
+    assert str(desk.directory) not in waiting.body.decode()
+    assert any(str(desk.directory) in line["message"] for line in door.lines())
+    assert ready.status == 200
+    assert isinstance(awaited(door, place).answers["apiserver"], Issued)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "before"),
+    [
+        ("door.store", "Memory.receive", False),  # a request is kept, and its node does not know it
+        ("door.store", "Memory.begin", False),  # it is about to be signed
+        ("state.open_requests", "RequestLog._append", False),  # what the CA is asked is in the journal
+        ("ca.ca", "CA.ask", False),  # signed, and not written down
+        ("desk.desk", "Desk._verify", True),  # signed and in the journal
+        ("system.many", "_sync_directories", False),  # in the archive
+        ("door.store", "Memory.conclude", True),  # as before
+        ("door.store", "Memory.conclude", False),  # answered
+    ],
+)
+def test_a_killed_door_signs_nothing_twice(
+    desk: Desk, pairs: Pairs, tmp_path: Path, module: str, function: str, before: bool
+) -> None:
+    """Wherever it was killed, the next start answers, and each request has one certificate."""
+    door, bundle = add_door(desk.config, desk.directory), make_bundle(some(pairs, "apiserver", "etcd-server"))
+    door.start([sys.executable, str(_killing(tmp_path, module, function, before=before))])
+    with contextlib.suppress(OSError, HTTPException):
+        door.post(dumps(bundle))
+    assert door.ended() == -signal.SIGKILL
+    with running(door):
+        answer = awaited(door, place_of(door.post(dumps(bundle))))
+
+    assert all(isinstance(one, Issued) for one in answer.answers.values())
+    assert len(desk.issued()) == 2
+    assert desk.run("audit", "verify").returncode == 0
+
+
+def _killing(tmp_path: Path, module: str, function: str, *, before: bool) -> Path:
+    """A program that kills itself at its first call of a function, before or after it."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal, sys\nfrom importlib import import_module\n"
+        f"owner, name = import_module('bridge.{module}'), {function!r}\n"
+        "while '.' in name:\n    first, name = name.split('.', 1)\n    owner = getattr(owner, first)\n"
+        "real = getattr(owner, name)\n"
+        "def killed(*args, **kwargs):\n"
+        f"    {'pass' if before else 'real(*args, **kwargs)'}\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "setattr(owner, name, killed)\nfrom bridge.cli.app import app\napp(sys.argv[1:])\n"
+    )
+    return script
+
+
+def test_a_door_that_ends_answers_what_it_has_begun(desk: Desk, pairs: Pairs) -> None:
+    """SIGTERM is an end with exit code 0; what waits is answered after the next start."""
+    door = add_door(desk.config, desk.directory)
+    with running(door):
+        place = place_of(door.post(dumps(make_bundle(pairs))))
+        assert door.stop() == Exit.DONE
+    with running(door):
+        answer = awaited(door, place)
+
+    assert len(answer.answers) == len(desk.issued()) == len(pairs)
+
+
+# --- a node -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_node_is_renewed_whole_without_a_secret(tmp_path: Path) -> None:
+    """`renew` asks the door with its own keys as the proof, and installs what comes; nothing else is on the node."""
+    node = handmade_pki(tmp_path / "node")
+    desk = make_desk(tmp_path / "desk", node, policy=POLICY + _ADDRESSES)
+    door = add_door(desk.config, desk.directory)
+    bridge = Bridge(pki=node, directory=tmp_path / "bridge")
+    bridge.add("restart", {"method": "none"})
+    for authority in desk.authorities:
+        bridge.add(f"authority.{authority}", {"backend": "door"})
+    before = live_certificates(node)
+    with running(door):
+        bridge.add("backend.door", {"type": "gateway", "url": door.url, "ca_file": str(door.ca)})
+        run = bridge.run("renew", "all")
+
+    after = live_certificates(node)
+    assert [name for name in before if before[name] == after[name]] == [], run.stderr
+    assert len(desk.issued()) == len(before)
+    assert run.returncode == Exit.DONE, run.stderr
+
+
+def test_a_killed_node_finds_its_certificate(common: ServeProgram, pairs: Pairs) -> None:
+    """By the CSR alone, which no other machine knows; for another CSR there is none."""
+    bundle, other = make_bundle(some(pairs, "apiserver")), make_bundle(some(pairs, "apiserver"))
+    backend = node_end(common, wait=timedelta(minutes=2))
+    issued = backend.sign(asked(bundle, "apiserver"))
+
+    found = backend.recall([asked(bundle, "apiserver"), asked(other, "apiserver")], bundle.created)
+
+    assert found == [issued, None]
+
+
+def test_a_door_that_lost_its_database_is_asked_again(desk: Desk, pairs: Pairs) -> None:
+    """The archive has the certificate: none is signed twice for a database that went back in time."""
+    door, bundle = add_door(desk.config, desk.directory), make_bundle(some(pairs, "apiserver"))
+    request = asked(bundle, "apiserver")
+    with running(door):
+        pending = node_end(door, wait=timedelta()).sign(request)
+        first = awaited(door, place_of(door.post(dumps(bundle)))).answers["apiserver"]
+    for path in desk.state.glob("serve.db*"):
+        path.unlink()
+    assert isinstance(pending, Pending)
+    with running(door):
+        backend = node_end(door)
+        again = backend.collect(request, pending.reference)
+        assert isinstance(again, Pending)
+        second = wait_until(
+            lambda: backend.collect(request, again.reference),
+            lambda one: isinstance(one, Issued),
+            _PATIENCE,
+            pause_seconds=0.1,
+        )
+
+    assert second == first
+    assert len(desk.issued()) == 1
+
+
+def test_a_node_hears_a_refusal(common: ServeProgram, pairs: Pairs) -> None:
+    """The reason is the policy's; a CA that the door does not have is found before anything is asked."""
+    backend = node_end(common, wait=timedelta(minutes=2))
+    with pytest.raises(BackendRefusedError, match=r"desk-1.*worker-1"):
+        backend.sign(asked(make_bundle(some(pairs, "apiserver"), node="worker-1"), "apiserver"))
+
+
+# --- clients that are no nodes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/requests", 405),
+        ("PUT", "/v1/requests", 405),
+        ("POST", "/v1/authorities", 405),
+        ("GET", "/", 404),
+        ("GET", "/v1/requests/../../etc/passwd", 404),
+        ("GET", "/v1/requests/%2e%2e%2f", 404),
+        ("GET", "/v1/requests/' OR 1=1 --".replace(" ", "%20"), 404),
+        ("GET", f"/v1/certificates/apiserver/{'0' * 64}", 404),
+        ("GET", "/v1/authorities", 200),
+        ("GET", "/healthz", 200),
+        ("GET", "/readyz", 200),
+        ("GET", "/metrics", 200),
+    ],
+)
+def test_pages(common: ServeProgram, method: str, path: str, status: int) -> None:
+    """What there is answers; all else is an error with a sentence in it, and nothing may keep or reinterpret it."""
+    answer = common.ask(method, path)
+
+    assert answer.status == status, answer.body
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert status == 200 or "wanted" in answer.document["error"]
+
+
+def test_what_is_no_bundle_is_not_kept(common: ServeProgram, pairs: Pairs) -> None:
+    """Another type, no JSON, a changed bundle, an answer and too many bytes are refused; the twin is taken."""
+    good = dumps(make_bundle(some(pairs, "apiserver")))
+    statuses = {
+        "type": common.ask("POST", "/v1/requests", good, Content_Type="text/plain").status,
+        "text": common.post(b"text").status,
+        "empty": common.post(b"").status,
+        "changed": common.post(good.replace(b"cp-1", b"cp-2")).status,
+        "large": common.post(b" " * ((1 << 20) + 1)).status,
+        "good": common.post(good).status,
+    }
+
+    assert statuses == {"type": 415, "text": 400, "empty": 400, "changed": 400, "large": 413, "good": 202}
+
+
+def raw(door: ServeProgram, data: bytes) -> bytes:
+    """All that comes back for these bytes."""
+    plain = socket.create_connection(("127.0.0.1", door.port), timeout=60)
+    with plain, door.context().wrap_socket(plain, server_hostname="127.0.0.1") as client:
+        client.sendall(data)
+        found = b""
+        with contextlib.suppress(OSError):
+            while part := client.recv(65536):
+                found += part
+        return found
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /v1/requests HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\n\r\n",
+        b"POST /v1/requests HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\nContent-Length: 44\r\n\r\nGET /healthz HTTP/1.1\r\n\r\n",
+        b"POST /v1/requests HTTP/1.1\r\nHost: a\r\nContent-Length: +0\r\n\r\nGET /healthz HTTP/1.1\r\n\r\n",
+        b"POST /v1/requests HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost : a\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 20000 + b"\r\n\r\n",
+    ],
+)
+def test_a_request_has_one_length(common: ServeProgram, head: bytes) -> None:
+    """No bytes are read as a second request that another program would have taken for a part of the first."""
+    found = raw(common, head)
+
+    assert found.count(b"HTTP/1.1 ") == 1, found
+    assert re.match(rb"HTTP/1.1 4(00|11|13) ", found), found
+    twin = raw(common, b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    assert twin.startswith(b"HTTP/1.1 200 OK")
+
+
+def test_silent_clients_keep_no_others_out(desk: Desk) -> None:
+    """Those of one address that say nothing have a number of connections, and no thread; a further one is closed."""
+    more = "threads = 2\nconnections_per_peer = 8"
+    with running(add_door(desk.config, desk.directory, more)) as door, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", door.port))) for _ in range(7)]
+        assert door.ask("GET", "/healthz").status == 200
+        metrics = door.ask("GET", "/metrics").body.decode()
+        silent.append(stack.enter_context(socket.create_connection(("127.0.0.1", door.port))))
+        stack.enter_context(turned_away := socket.create_connection(("127.0.0.1", door.port), timeout=60))
+        assert turned_away.recv(1) == b""
+
+    assert 'ca_bridge_serve_connections{kind="open"} 8' in metrics
+
+
+def test_a_peer_has_a_number_of_waiting_requests(desk: Desk, pairs: Pairs) -> None:
+    """One more is told to come again; the same once more is no further one."""
+    desk.ca("ca").rename(desk.ca("ca").with_name("away"))
+    bundles = [dumps(make_bundle(some(pairs, "apiserver"))) for _ in range(3)]
+    with running(add_door(desk.config, desk.directory, "waiting_per_peer = 2")) as door:
+        answers = [door.post(one) for one in (*bundles, bundles[0])]
+
+    assert [one.status for one in answers] == [202, 202, 429, 202]
+    assert answers[2].headers["retry-after"] == "30"
+
+
+# --- how it begins and ends -------------------------------------------------------------------------------------------
+
+
+def test_the_server_certificate_is_read_again(door: ServeProgram) -> None:
+    """A renewed certificate is served without a restart; one that can't be read changes nothing."""
+    before = served(door)
+    door.key.write_text("no key")
+    assert served(door) == before
+    tls = make_tls(door.certificate.parent / "new")
+    for new, old in ((tls.server_key, door.key), (tls.server_cert, door.certificate)):
+        new.replace(old)
+
+    assert served(door) not in {before, b""}
+
+
+def served(door: ServeProgram) -> bytes:
+    """The server certificate of now."""
+    return ssl.get_server_certificate(("127.0.0.1", door.port)).encode()
+
+
+def test_it_serves_no_cluster_from_within(desk: Desk, pki: Pki) -> None:
+    """On a node whose CA signs here it does not begin, and says so; with another node's it does."""
+    door = add_door(desk.config, desk.directory)
+    text = desk.config.read_text()
+    desk.config.write_text(text.replace("[node]", f'[node]\npki_dir = "{pki.pki_dir}"'))
+
+    run = desk.run("serve")
+
+    assert run.returncode == Exit.REFUSED
+    assert "found its CA" in run.stderr
+    desk.config.write_text(text.replace("[node]", f'[node]\npki_dir = "{desk.directory}"'))
+    with running(door):
+        assert door.ask("GET", "/readyz").status == 200
+
+
+def test_a_dead_door_is_unavailable(common: ServeProgram, pairs: Pairs) -> None:
+    """To the node it is a CA that does not answer."""
+    settings = GatewaySettings(url="https://127.0.0.1:9", ca_file=common.ca, timeout=timedelta(seconds=3))
+    with pytest.raises(BackendUnavailableError):
+        GatewayBackend.from_settings(settings).sign(asked(make_bundle(some(pairs, "apiserver")), "apiserver"))
