@@ -1,0 +1,238 @@
+"""The door's parts in this process: its database, a disk that is full, and the extra that is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from bridge.cli import serve
+from bridge.contract import Issued
+from bridge.door.app import Door, Quota
+from bridge.door.signing import Signing
+from bridge.door.store import METADATA, DatabaseError, IssuedRow, Memory, sqlite_url
+from bridge.errors import Exit
+from bridge.pki.bundle import RequestBundle
+from bridge.pki.bundle_format import digest, dumps, loads_answer
+from bridge.settings.load import load
+from bridge.specs import AUTHORITIES
+from tests.kit.bundles import make_bundle, old_pairs
+from tests.kit.desks import Desk, make_desk
+from tests.kit.pki import Pki, handmade_pki
+
+NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return handmade_pki(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture
+def bundle(pki: Pki) -> RequestBundle:
+    return make_bundle(old_pairs(pki, ["apiserver"]))
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Memory]:
+    one = Memory(sqlite_url(tmp_path / "serve.db"))
+    yield one
+    one.close()
+
+
+def received(memory: Memory, digest_: str = "aa", **more: Any) -> str:
+    values = {"digest": digest_, "node": "cp-1", "cluster": "kubernetes", "peer": "192.0.2.1", "now": NOW, **more}
+    return memory.receive(b"bundle", **values)
+
+
+def issued(**more: Any) -> IssuedRow:
+    values: dict[str, Any] = {"fingerprint": "ff", "csr": "cc", "name": "apiserver", "authority": "ca", "node": "cp-1"}
+    values |= {"cluster": "kubernetes", "serial": "01", "begins": NOW, "ends": NOW, "chain": b"pem", **more}
+    return IssuedRow(**values)
+
+
+# --- the database -----------------------------------------------------------------------------------------------------
+
+
+def test_the_forms_lead_to_the_tables_of_this_version(memory: Memory) -> None:
+    """What alembic makes step by step is what the program writes to; a table that it lacks is noticed."""
+    with memory.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
+        connection.execute(sa.text("DROP TABLE enrolments"))
+        assert compare_metadata(MigrationContext.configure(connection), METADATA) != []
+
+
+def test_a_database_is_opened_again_and_a_newer_one_is_not(tmp_path: Path) -> None:
+    """Its requests are there; a form that this version does not know keeps the door from beginning."""
+    first = Memory(sqlite_url(tmp_path / "serve.db"))
+    request = received(first)
+    first.close()
+    second = Memory(sqlite_url(tmp_path / "serve.db"))
+    kept = second.find(request)
+    with second.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = 'of tomorrow'"))
+    second.close()
+
+    assert kept is not None
+    assert (kept.state, kept.received, kept.bundle) == ("waiting", NOW, b"bundle")
+    with pytest.raises(DatabaseError, match="this version or an earlier one"):
+        Memory(sqlite_url(tmp_path / "serve.db"))
+
+
+def test_the_same_bundle_has_one_id(memory: Memory) -> None:
+    """Another bundle has another."""
+    assert received(memory, "aa") == received(memory, "aa") != received(memory, "bb")
+
+
+def test_a_request_goes_from_waiting_to_answered(memory: Memory) -> None:
+    """What was tried least recently is next; an answer that is written twice is one."""
+    first, second = received(memory, "aa"), received(memory, "bb", now=NOW + timedelta(seconds=1))
+    memory.begin([first], NOW + timedelta(minutes=1))
+    order = [one.id for one in memory.to_sign(10)]
+    memory.note(first, "its CA is away")
+    waits = memory.find(first)
+    for _ in range(2):
+        memory.conclude(first, b"answer", [issued()], NOW)
+    kept = memory.find(first)
+
+    assert order == [second, first]
+    assert waits is not None
+    assert waits.note == "its CA is away"
+    assert kept is not None
+    assert (kept.state, kept.answer, kept.note) == ("answered", b"answer", "")
+    assert memory.counts() == {"answered": 1, "waiting": 1}
+    assert memory.unanswered("192.0.2.1") == (1, 1)
+    assert memory.unanswered("192.0.2.2") == (1, 0)
+    assert memory.issued_for("cc", "apiserver") == b"pem"
+    assert memory.issued_for("cc", "etcd-server") is None
+
+
+# --- a disk that is full ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def desk(tmp_path: Path, pki: Pki) -> Desk:
+    return make_desk(tmp_path / "desk", pki)
+
+
+def fill(memory: Memory) -> None:
+    """Let SQLite itself say that its disk is full, and let all that waits in its log be in the file."""
+    with memory.engine.connect() as connection:
+        connection.execute(sa.text("PRAGMA wal_checkpoint(TRUNCATE)"))
+    memory.engine.dispose()
+
+    @sa.event.listens_for(memory.engine, "connect")
+    def limited(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA max_page_count = 1")  # SQLite takes it as "no more than there are"
+
+
+def posted(door: Door, data: bytes) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """Status, headers and document of an answer."""
+    started: list[Any] = []
+    environ = {
+        "REQUEST_METHOD": "POST", "PATH_INFO": "/v1/requests", "CONTENT_TYPE": "application/json",
+        "CONTENT_LENGTH": str(len(data)), "wsgi.input": BytesIO(data), "REMOTE_ADDR": "192.0.2.1",
+    }  # fmt: skip
+    body = b"".join(door(environ, lambda status, headers: started.extend([status, dict(headers)])))
+    return started[0], started[1], json.loads(body)
+
+
+def make_application(memory: Memory) -> Door:
+    return Door(memory, Quota(waiting=10, waiting_per_peer=10), now, authorities=AUTHORITIES, pages={})
+
+
+def test_a_full_disk_takes_no_request(memory: Memory, bundle: RequestBundle) -> None:
+    """503 with Retry-After, and a sentence without the disk's place; with room the same bundle is taken."""
+    door = make_application(memory)
+    big = json.dumps({**json.loads(dumps(bundle)), "digest": digest(bundle)}).encode() + b" " * 100_000
+    fill(memory)
+    full = posted(door, big)
+    with memory.engine.begin() as connection:
+        connection.execute(sa.text("PRAGMA max_page_count = 100000"))
+        assert connection.execute(REQUEST_COUNT).scalar() == 0
+
+    assert full[0] == "503 Service Unavailable"
+    assert full[1]["Retry-After"] == "30"
+    assert "is full" in full[2]["error"]
+
+
+REQUEST_COUNT = sa.text("SELECT count(*) FROM requests")
+
+
+def test_a_database_that_can_not_be_written_to_asks_no_ca(desk: Desk, memory: Memory, bundle: RequestBundle) -> None:
+    """The round ends before a CA is asked; when the database is back, the next one signs."""
+    place = memory.receive(
+        dumps(bundle), digest=digest(bundle), node=bundle.node, cluster=bundle.cluster, peer="192.0.2.1", now=now()
+    )
+    signing = Signing(load(desk.config), memory, desk.policy, now)
+    with memory.engine.begin() as connection:
+        connection.execute(
+            sa.text("CREATE TRIGGER full BEFORE UPDATE ON requests BEGIN SELECT RAISE(FAIL, 'full'); END")
+        )
+    with pytest.raises(DatabaseError, match="full"):
+        signing.round()
+    before = len(desk.issued())
+    with memory.engine.begin() as connection:
+        connection.execute(sa.text("DROP TRIGGER full"))
+    after = signing.round()
+    signing.close()
+
+    kept = memory.find(place)
+    assert before == 0
+    assert after == "idle"
+    assert kept is not None
+    assert kept.answer is not None
+    assert isinstance(loads_answer(kept.answer).answers["apiserver"], Issued)
+    assert len(desk.issued()) == 1
+
+
+def test_an_answer_that_can_not_be_remembered_is_found_in_the_archive(
+    desk: Desk, memory: Memory, bundle: RequestBundle
+) -> None:
+    """The CA has signed, and the database failed: the next round answers with the same certificate."""
+    memory.receive(
+        dumps(bundle), digest=digest(bundle), node=bundle.node, cluster=bundle.cluster, peer="192.0.2.1", now=now()
+    )
+    signing = Signing(load(desk.config), memory, desk.policy, now)
+    with memory.engine.begin() as connection:
+        trigger = "CREATE TRIGGER full BEFORE INSERT ON certificates BEGIN SELECT RAISE(FAIL, 'full'); END"
+        connection.execute(sa.text(trigger))
+    first = signing.round()
+    waiting = memory.counts()
+    with memory.engine.begin() as connection:
+        connection.execute(sa.text("DROP TRIGGER full"))
+    second = signing.round()
+    signing.close()
+
+    assert (first, waiting) == ("down", {"waiting": 1})
+    assert (second, memory.counts()) == ("idle", {"answered": 1})
+    assert signing.outcomes == {"again": 1}
+    assert len(desk.issued()) == 1
+
+
+# --- the extra --------------------------------------------------------------------------------------------------------
+
+
+def test_without_the_extra_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which packages, and how they are installed; with them it goes on."""
+    real = importlib.util.find_spec
+    serve._assert_installed()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cheroot" else real(name))
+
+    with pytest.raises(serve.MissingExtraError, match="needs cheroot, SQLAlchemy, alembic, found no cheroot") as e:
+        serve._assert_installed()
+    assert e.value.exit_code == Exit.USAGE
+    assert "kubeadm-ca-bridge[serve]" in e.value.hint
