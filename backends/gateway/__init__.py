@@ -117,10 +117,7 @@ class GatewayBackend:
         end = time.monotonic() + self._settings.wait.total_seconds()
         found: dict[int, Issued | Pending | BackendError] = {}
         for ours in batches.values():
-            try:
-                answer = self._awaited(self._posted(bundle_of(ours, datetime.now(UTC))), end)
-            except BundleError as e:
-                answer = BackendRefusedError(f"gateway: no bundle can be made of these requests: {e}")
+            answer = self._awaited(self._posted(bundle_of(ours, datetime.now(UTC))), end)
             found |= {id(request): _given(answer, request) for request in ours}
         return [found[id(request)] for request in requests]
 
@@ -157,7 +154,11 @@ class GatewayBackend:
         return Issued(leaf=leaf, intermediates=tuple(intermediates))
 
     def _posted(self, bundle: RequestBundle) -> Pending:
-        answer = self._ask("POST", "/v1/requests", dumps(bundle))
+        try:
+            data = dumps(bundle)
+        except BundleError as e:
+            raise BackendRefusedError(f"gateway: no bundle can be made of these requests: {e}") from e
+        answer = self._ask("POST", "/v1/requests", data)
         if answer.status != HTTPStatus.ACCEPTED:
             raise _error(answer)
         asked, reference = digest(bundle), _document(answer).get("id")

@@ -103,7 +103,7 @@ class Door:
             log.error("%s", e, extra={"request": request_id})  # noqa: TRY400
             reply = Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, e, retry_after=str(_PAUSE_SECONDS))
         with self._mutex:
-            self.answers[reply.status] += 1
+            self.answers[int(reply.status)] += 1
         method, path, peer = (str(environ.get(key, "")) for key in ("REQUEST_METHOD", "PATH_INFO", "REMOTE_ADDR"))
         if path not in self._pages:
             shown = _ID.sub("/v1/requests/…", path)  # who knows the id gets the answer
@@ -111,16 +111,17 @@ class Door:
             about = {"request": request_id, "requester": peer, "outcome": str(int(reply.status))}
             milliseconds = 1000 * (time.monotonic() - began)
             log.info(text, one_line(method, 20), one_line(shown, 200), peer, reply.status, milliseconds, extra=about)
+        body = b"" if method == "HEAD" else reply.body
         headers = {
             "Content-Type": reply.kind,
-            "Content-Length": str(len(reply.body)),
+            "Content-Length": str(len(body)),
             "Cache-Control": "no-store",
             "X-Content-Type-Options": "nosniff",
             "X-Request-Id": request_id,
             **reply.headers,
         }
         start(f"{int(reply.status)} {reply.status.phrase}", list(headers.items()))
-        return [reply.body]
+        return [body]
 
     def _reply(self, environ: Environ) -> Reply:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]

@@ -130,7 +130,7 @@ class _Request(cheroot_server.HTTPRequest):
         self.header_reader = _Headers()
 
     def read_request_headers(self) -> bool:
-        if not super().read_request_headers():
+        if not super().read_request_headers():  # type: ignore[no-untyped-call]  # cheroot's stubs
             return False
         length = self.inheaders.get(b"Content-Length", b"0")
         if b"Transfer-Encoding" in self.inheaders or not length.isdigit():
@@ -167,7 +167,7 @@ class _Connection(cheroot_server.HTTPConnection):
             if not self.shaken:
                 self.socket.do_handshake()
                 self.shaken = True
-            return bool(super().communicate())
+            return bool(super().communicate())  # type: ignore[no-untyped-call]  # cheroot's stubs
         except OSError:  # an SSLError is one, too: what the client does is no event of ours
             return False
         finally:

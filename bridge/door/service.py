@@ -12,10 +12,11 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from bridge.door.app import Door, Quota
 from bridge.door.https import Https, Limits, serving
@@ -169,10 +170,6 @@ class Service:
         return HTTPStatus.OK, "".join(parts)
 
 
-def _metric(name: str, text: str, label: str, values: object, kind: str = "gauge") -> str:
-    rows = sorted(dict(values).items())  # type: ignore[call-overload]  # a Counter, or a dict
-    samples = [
-        f"{PREFIX}_{name}{labels(**{label: str(int(key) if isinstance(key, int) else key)})} {value}"
-        for key, value in rows
-    ]
-    return metric(f"{PREFIX}_{name}", text, samples, kind)
+def _metric(name: str, text: str, label: str, values: Mapping[Any, float], kind: str = "gauge") -> str:
+    rows = sorted((labels(**{label: f"{key}"}), value) for key, value in dict(values).items())
+    return metric(f"{PREFIX}_{name}", text, (f"{PREFIX}_{name}{one} {value}" for one, value in rows), kind)

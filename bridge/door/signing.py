@@ -76,6 +76,7 @@ class Signing:
         self._store = Store(settings.node.state_dir)
         self._desk: Desk | None = None
         self._opened = 0.0
+        self._is_prepared = False
         self.troubles: Mapping[str, str] = {}  #: What is wrong with CAs, by authority.
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
 
@@ -89,12 +90,14 @@ class Signing:
     def round(self) -> Next:
         """Judge and sign what waits."""
         if not self._memory.to_sign(1):
-            return "idle"
+            return self._look_again() if self.troubles else "idle"
         self.look()
         desk, left = self._desk_of_now(), _Left(self)
         with books_open(self._settings, self._store, self._now, _WAIT, "ca-bridge serve") as (journal, record):
             archive = Archive(self._policy.desk.archive or archive_directory(self._store), self._store.directory)
-            archive.prepare()
+            if not self._is_prepared:  # while the lock is held: it removes what a killed process left unfinished
+                archive.prepare()
+                self._is_prepared = True
             kept = self._memory.to_sign(_MOST)
             self._memory.begin([one.id for one in kept], self._now())
             desk.run(self._jobs(kept, archive), journal, record, left)
@@ -105,6 +108,12 @@ class Signing:
         if len(kept) == _MOST and len(left.notes) < _MOST:
             return "more"
         return "later" if left.notes else "idle"
+
+    def _look_again(self) -> Next:
+        """Find out whether CAs that could not be used are back."""
+        self.close()
+        self.look()
+        return "down" if self.troubles else "idle"
 
     def close(self) -> None:
         """Close the backends; the next round opens them again."""
@@ -119,7 +128,7 @@ class Signing:
             self.close()
             self._policy, self._answer_key = policy, load_answer_key(policy)
             self._desk = Desk(self._settings, policy, self._now, answer_key=self._answer_key, waits=False)
-            self._opened = time.monotonic()
+            self._opened, self._is_prepared = time.monotonic(), False
         return self._desk
 
     @property

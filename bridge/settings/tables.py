@@ -624,7 +624,9 @@ class ServeSettings:
         if self.exchange_for < timedelta(seconds=1):
             yield SettingsProblem("exchange_for", "at least 1s", duration_text(self.exchange_for))
         if self.database and "://" not in self.database:
-            yield SettingsProblem("database", "a URL such as postgresql+psycopg://HOST/NAME", repr(self.database))
+            yield SettingsProblem("database", "a URL such as postgresql+psycopg://HOST/NAME", "another text")
+        elif re.match(r"[^/]+://[^/@]*:[^/@]*@", self.database):
+            yield SettingsProblem("database", "no password in it: secrets are never written here", "one")
 
     @property
     def address(self) -> tuple[str, int] | None:

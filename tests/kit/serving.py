@@ -20,7 +20,7 @@ from tests.kit.est import make_tls
 from tests.kit.opensslca import make_ca_directory
 
 CA_BRIDGE = str(Path(sys.executable).with_name("ca-bridge"))
-_START_SECONDS = 60.0
+_START_SECONDS = 180.0
 _PORT = re.compile(r"serving at port (\d+)")
 
 
@@ -103,7 +103,9 @@ class ServeProgram:
 
     def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Answer:
         """One exchange on a connection of its own."""
-        with closing(http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context(), timeout=60)) as client:
+        with closing(
+            http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context(), timeout=180)
+        ) as client:
             client.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
             answer = client.getresponse()
             found = {name.lower(): value for name, value in answer.getheaders()}
