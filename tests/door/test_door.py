@@ -22,6 +22,7 @@ from bridge.errors import BackendRefusedError, BackendUnavailableError, Exit
 from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.pki.csr import PrivateKey
+from bridge.specs import SPECS
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import changed, make_bundle, old_pairs
 from tests.kit.cas import Bridge, live_certificates
@@ -276,6 +277,19 @@ def test_a_node_hears_a_refusal(common: ServeProgram, pairs: Pairs) -> None:
         backend.sign(asked(make_bundle(some(pairs, "apiserver"), node="worker-1"), "apiserver"))
 
 
+def test_a_door_with_some_of_the_cas(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
+    """What the door has no CA for is found before anything is asked, and refused where it is asked all the same."""
+    desk = make_desk(tmp_path / "desk", pki, authorities=["ca"])
+    bundle = make_bundle(some(pairs, "apiserver", "etcd-server"))
+    with running(add_door(desk.config, desk.directory)) as door:
+        backend = node_end(door, wait=timedelta(minutes=2))
+        found = backend.check([SPECS["apiserver"], SPECS["etcd-server"]])
+        answers = backend.sign_many([asked(bundle, "apiserver"), asked(bundle, "etcd-server")])
+
+    assert list(found) == ["etcd-server"]
+    assert [type(one) for one in answers] == [Issued, BackendRefusedError]
+
+
 # --- clients that are no nodes ----------------------------------------------------------------------------------------
 
 
@@ -385,6 +399,25 @@ def connections(door: ServeProgram) -> dict[str, int]:
         text = door.ask("GET", "/metrics").body.decode()
         return {kind: int(value) for kind, value in re.findall(r'serve_connections{kind="(\w+)"} (\d+)', text)}
     return {"open": 0, "turned_away": 0, "working": 0}
+
+
+def test_a_slow_client_is_cut_off(desk: Desk) -> None:
+    """One that sends a byte at a time goes on for as long as it likes, as far as each of them is concerned."""
+    with running(add_door(desk.config, desk.directory, 'exchange_for = "5s"')) as door:
+        plain = socket.create_connection(("127.0.0.1", door.port), timeout=180)
+        with plain, door.context().wrap_socket(plain, server_hostname="127.0.0.1") as client:
+            client.sendall(b"GET /healthz HTTP/1.1\r\nX: ")
+            is_cut_off = wait_until(lambda: _refuses_a_byte(client), bool, _PATIENCE, pause_seconds=0.1)
+
+    assert is_cut_off
+
+
+def _refuses_a_byte(client: ssl.SSLSocket) -> bool:
+    try:
+        client.sendall(b"y")
+    except OSError:
+        return True
+    return False
 
 
 def test_a_peer_has_a_number_of_waiting_requests(desk: Desk, pairs: Pairs) -> None:
