@@ -375,6 +375,7 @@ ANSWERS = {
     "trouble.md#keys-have-leaked": ("--rekey",),
     "replace-the-ca.md#the-phases": ("ca-bridge rotate-ca trust", "ca-bridge rotate-ca drop"),
     "air-gap.md#by-hand": ("ca-bridge export", "ca-bridge import"),
+    "door.md#begin": ('type = "gateway"', "ca-bridge serve"),
     "air-gap.md#begin": ("desk-policy.toml", "ca-bridge sign"),
     "kubelets.md#the-client-certificate-kubeletconf": ("rotateCertificates",),
     "day-0.md#a-cluster-that-has-its-ca-keys-on-the-nodes": ("shred -u", "doctor --ca-keys /", "EXTERNALLY MANAGED"),

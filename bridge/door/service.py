@@ -38,7 +38,7 @@ _IDLE_SECONDS = 5.0
 #: A round that is at a CA gets this long when the door is to end; the next start asks the CA what became of it.
 _DRAIN_SECONDS = 25.0
 _TICK_SECONDS = 0.2
-_DATABASE = "serve.db"
+_DATABASE = "door.db"
 
 
 class Service:

@@ -603,7 +603,7 @@ class ServeSettings:
     listen: str = "0.0.0.0:9443"
     certificate: Path = Path("/etc/ca-bridge/serve.crt")  #: The server certificate with its chain, in PEM.
     key: Path = Path("/etc/ca-bridge/serve.key")  #: The private key of `certificate`, not encrypted.
-    #: The URL of the database, without a password in it; if empty, SQLite in the file `serve.db` of `node.state_dir`.
+    #: The URL of the database, without a password in it; if empty, SQLite in the file `door.db` of `node.state_dir`.
     database: str = ""
     connections: int = 1000  #: How many connections may be open at the same time.
     connections_per_peer: int = 64  #: The same for one address.

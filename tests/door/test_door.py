@@ -252,7 +252,7 @@ def test_a_door_that_lost_its_database_is_asked_again(desk: Desk, pairs: Pairs) 
     with running(door):
         pending = node_end(door).sign(request)
         first = awaited(door, place_of(door.post(dumps(bundle)))).answers["apiserver"]
-    for path in desk.state.glob("serve.db*"):
+    for path in desk.state.glob("door.db*"):
         path.unlink()
     assert isinstance(pending, Pending)
     with running(door):

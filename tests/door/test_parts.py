@@ -48,7 +48,7 @@ def bundle(pki: Pki) -> RequestBundle:
 
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Memory]:
-    one = Memory(sqlite_url(tmp_path / "serve.db"))
+    one = Memory(sqlite_url(tmp_path / "door.db"))
     yield one
     one.close()
 
@@ -77,10 +77,10 @@ def test_the_forms_lead_to_the_tables_of_this_version(memory: Memory) -> None:
 
 def test_a_database_is_opened_again_and_a_newer_one_is_not(tmp_path: Path) -> None:
     """Its requests are there; a form that this version does not know keeps the door from beginning."""
-    first = Memory(sqlite_url(tmp_path / "serve.db"))
+    first = Memory(sqlite_url(tmp_path / "door.db"))
     request = received(first)
     first.close()
-    second = Memory(sqlite_url(tmp_path / "serve.db"))
+    second = Memory(sqlite_url(tmp_path / "door.db"))
     kept = second.find(request)
     with second.engine.begin() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = 'of tomorrow'"))
@@ -89,7 +89,7 @@ def test_a_database_is_opened_again_and_a_newer_one_is_not(tmp_path: Path) -> No
     assert kept is not None
     assert (kept.state, kept.received, kept.bundle) == ("waiting", NOW, b"bundle")
     with pytest.raises(DatabaseError, match="this version or an earlier one"):
-        Memory(sqlite_url(tmp_path / "serve.db"))
+        Memory(sqlite_url(tmp_path / "door.db"))
 
 
 def test_the_same_bundle_has_one_id(memory: Memory) -> None:
