@@ -148,8 +148,8 @@ def test_zsh(tmp_path: Path) -> None:
 
 
 def read_until(terminal: int, text: str) -> str:
-    """What the terminal shows until it shows this; all of it after 20 s."""
-    shown, end = "", time.monotonic() + 20
+    """What the terminal shows until it shows this; all of it after two minutes."""
+    shown, end = "", time.monotonic() + 120
     while text not in shown and time.monotonic() < end:
         if select.select([terminal], [], [], 0.2)[0]:
             shown += os.read(terminal, 4096).decode(errors="replace")
