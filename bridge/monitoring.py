@@ -174,7 +174,19 @@ def known(settings: Settings, now: datetime) -> Remembered:
         history=history_file(store).read(),
         late=_late(settings, now) if any(map(Path.exists, (store.unproven, store.postponed, store.pairs))) else (),
         own=credentials.metrics(credentials.seen(settings) or (), settings.renewal.before),
+        phases=tuple(_phases(settings)) if any(one.next for one in settings.authorities.values()) else (),
     )
+
+
+def _phases(settings: Settings) -> Iterator[tuple[str, datetime]]:
+    """Where each CA stands that another one is to replace; `doctor` says why that can't be read."""
+    from bridge.rotation import places  # noqa: PLC0415 (where a CA is being replaced)
+
+    with contextlib.suppress(BridgeError, OSError):
+        for name, one in places.look(settings, inventory.of(settings.node), ()).items():
+            here = one.standing
+            phase = "unknown" if here.phase is None else here.phase.value
+            yield labels(authority=name, phase=phase, half_done="" if here.next is None else here.next.value), one.since
 
 
 def known_here(settings: Settings, now: datetime) -> Remembered | None:
@@ -227,6 +239,7 @@ class Remembered:
         tuple[str, str], ...
     ] = ()  #: Certificates that are installed and not in use, and their components; a further pair's program has no name.
     own: str = ""  #: The metrics of our own credentials.
+    phases: tuple[tuple[str, datetime], ...] = ()  #: Labels of CAs that are being replaced, and since when they fit.
 
 
 def due_times(node: Node, renewal: RenewalSettings) -> dict[str, datetime]:
@@ -297,6 +310,11 @@ def _of_state(known: Remembered) -> Iterator[str]:
         ),
     )
     yield known.own
+    yield _metric(
+        "ca_bridge_authority_phase_since_seconds",
+        "Since when a CA that is being replaced has been in a phase.",
+        ((labels_text, _timestamp(since)) for labels_text, since in known.phases),
+    )
     if known.history is not None:
         yield from _of_runs(known.history)
 

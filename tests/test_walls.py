@@ -40,7 +40,7 @@ FLOORS: dict[str, set[str]] = {
     "control_plane": _KEEPS | {"cluster"},
     "renewal": _KEEPS | {"cluster", "ca", "desk", "control_plane"},
     "rotation": _KEEPS | {"cluster", "ca", "control_plane", "renewal"},
-    "monitoring": _KEEPS | {"renewal"},
+    "monitoring": _KEEPS | {"renewal", "rotation"},
     "diagnosis": _KEEPS | {"cluster", "ca", "desk", "control_plane", "renewal", "rotation"},
     "gateway": _KEEPS | {"cluster", "ca", "desk"},
     "door": _KEEPS - {"node"} | {"desk"},

@@ -12,7 +12,7 @@ from bridge.errors import Exit
 from bridge.node.expiry_report import ExpiryReport, Row, report
 from bridge.node.inventory import Node
 from bridge.pki.certificates import fingerprint, name_text, serial_hex
-from bridge.pki.expiry import residual, rfc3339, seconds_left
+from bridge.pki.expiry import CA_ENDS_SOON, first_end, minute, residual, rfc3339, seconds_left
 from bridge.settings.tables import RenewalSettings
 from bridge.system.console import is_verbose, styled
 from bridge.words import escaped, steady
@@ -76,7 +76,16 @@ def table(found: ExpiryReport, renewal: RenewalSettings | None = None) -> str:
     if found.extra:
         place = 0 if any(row.first for row in found.extra) else len(tables)
         tables.insert(place, _table(_EXTRA_HEADER, found.extra, styles))
-    return "\n".join(tables)
+    return "\n".join([*tables, *_ends_first(found)])
+
+
+def _ends_first(found: ExpiryReport) -> list[str]:
+    """A line for each CA that takes certificates along before their own end, which kubeadm's columns do not show."""
+    ends: dict[datetime, list[str]] = {}
+    for row in found.rows:
+        if row.outlasts_ca and not row.foreign:
+            ends.setdefault(first_end(row.chain), []).append(row.name)
+    return [f"their CA ends first, {minute(end)}: {', '.join(names)}\n" for end, names in ends.items()]
 
 
 def _style(row: Row, renewal: RenewalSettings) -> str:
@@ -85,7 +94,8 @@ def _style(row: Row, renewal: RenewalSettings) -> str:
     if row.certificate is None or row.state != "present" or row.expired or row.early:
         return "error"
     lifetime = row.certificate.not_valid_after_utc - row.certificate.not_valid_before_utc
-    is_due = row.due or timedelta(seconds=row.seconds_left or 0) <= renewal.before.of(lifetime)
+    limit = renewal.before.of(lifetime) if row.authority else CA_ENDS_SOON
+    is_due = row.due or row.outlasts_ca or timedelta(seconds=row.seconds_left or 0) <= limit
     return "" if row.foreign or row.left_alone else "warning" if is_due else "ok"
 
 
@@ -251,5 +261,6 @@ def _entry(row: Row) -> dict[str, Any]:
             "subject": name_text(certificate.subject),
             "issuer": name_text(certificate.issuer),
             "sha256": fingerprint(certificate),
+            "usableUntil": rfc3339(first_end(row.chain)),
         }
     return entry

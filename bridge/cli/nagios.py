@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
+from bridge.errors import BridgeError
 from bridge.node import inventory
-from bridge.node.expiry_report import ExpiryReport, Limit, Row, report
-from bridge.pki.expiry import residual, seconds_left
+from bridge.node.expiry_report import ExpiryReport, Limit, Row, ca_limit, report
+from bridge.node.inventory import Node
+from bridge.pki.expiry import minute, residual, seconds_left
 from bridge.renewal import in_use
 from bridge.settings.tables import Settings
 from bridge.words import one_line
@@ -31,6 +34,7 @@ class Thresholds:
 
     warning: Limit
     critical: Limit
+    cas: Limit  #: For a warning about a CA.
 
     @classmethod
     def of(cls, settings: Settings, warning: timedelta | None, critical: timedelta | None) -> Thresholds:
@@ -45,7 +49,7 @@ class Thresholds:
         def late(lifetime: timedelta) -> timedelta:
             return early(lifetime) * _CRITICAL_SHARE if critical is None else critical
 
-        return cls(warning=early, critical=late)
+        return cls(warning=early, critical=late, cas=ca_limit if warning is None else early)
 
 
 def check(
@@ -62,16 +66,30 @@ def check(
     """
     node = inventory.of(settings.node)
     left_alone = settings.renewal.left_alone
-    early, late = (report(node, now, limit, left_alone) for limit in (limits.warning, limits.critical))
+    early = report(node, now, limits.warning, left_alone, limits.cas)
+    late = report(node, now, limits.critical, left_alone)
     unused = [] if failures is None else in_use.late(settings, node, now)
     critical = [*_critical(late), *(f"{one.name} expired" for one in own if one.has_ended(now))]
+    slow = [] if failures is None else list(_late_phases(settings, node, now))
     near = [one for one in own if one.is_near(settings.renewal.before, now) and not one.has_ended(now)]
-    warning = [*_warning(early, late, failures, unused), *(_credential_ends(one, now) for one in near)]
+    warning = [*_warning(early, late, failures, unused), *slow, *(_credential_ends(one, now) for one in near)]
     status = 2 if critical or early.troubles else 1 if warning else 0
     what = ", ".join([*critical, *warning]) or _good(early)
     unseen = "" if failures is not None else " (failed runs are for root to see)"
     data = " ".join(_performance(one, other) for one, other in zip(early.rows, late.rows, strict=True) if one.chain)
     return f"CERTIFICATES {_WORDS[status]} - {what}{unseen}{' | ' if data else ''}{data}", list(early.troubles), status
+
+
+def _late_phases(settings: Settings, node: Node, now: datetime) -> Iterator[str]:
+    """CAs whose replacement stays between two phases, or was forgotten."""
+    if not any(ours.next for ours in settings.authorities.values()):
+        return
+    from bridge.rotation import places  # noqa: PLC0415 (where a CA is being replaced)
+
+    with contextlib.suppress(BridgeError, OSError):  # a file that can't be read has a row
+        for name, one in places.look(settings, node, ()).items():
+            if one.is_late(now):
+                yield f"{name} is in phase {one.standing.text} since {minute(one.since)}"
 
 
 def unknown(why: str) -> str:

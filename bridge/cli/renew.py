@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -176,6 +176,7 @@ def plan_command(
 class _Plan:
     selection: Selection
     drifted: Sequence[Finding]
+    cas: Sequence[Finding]  #: CAs that end too soon, or are being replaced.
     shorter: Sequence[str]  #: Names whose next certificate would end before the live one.
     components: Sequence[Component]  #: To be restarted.
     copies: Sequence[Copy]  #: To be refreshed, or with an error.
@@ -189,10 +190,22 @@ class _Plan:
         return cls(
             selection=selection,
             drifted=list(use.of_files(node, settings)),
+            cas=list(_about_cas(node, settings, now)),
             shorter=[item.spec.name for item in selection.items if shortened(item, settings, now)],
             components=restart_plan.stale(specs, reloading, settings.restart.components),
             copies=[one for one in copies.look(settings, node) if one.error is not None or replaced & set(one.names)],
         )
+
+
+def _about_cas(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
+    """The findings of `doctor` about CAs that end too soon, and about those that are being replaced."""
+    from bridge.diagnosis import authorities, installed  # noqa: PLC0415 (for a plan alone)
+
+    for state in node.authorities:
+        ends = installed.authority(state, node, now) if state.state == "present" else ()
+        yield from (one for one in ends if one.check in ("ca-expired", "ca-ends-soon", "ca-ends-first"))
+    if any(ours.next for ours in settings.authorities.values()):
+        yield from authorities.replacements(node, settings, now)
 
 
 def plan(settings: Settings, options: RunOptions, now: datetime, output: Output) -> int:
@@ -226,9 +239,11 @@ def plan(settings: Settings, options: RunOptions, now: datetime, output: Output)
 def _warn(found: _Plan, settings: Settings, now: datetime) -> None:
     for sentence in found.selection.notes:
         log.warning("%s", sentence)
-    for one in found.drifted:
-        log.warning("%s: %s", one.about, one.text)
-        log.warning("%s", one.hint, extra={"is_hint": True})
+    for one in (*found.drifted, *found.cas):
+        level = logging.INFO if one.level == "note" else logging.WARNING
+        log.log(level, "%s: %s", one.about, one.text)
+        if one.hint:
+            log.log(level, "%s", one.hint, extra={"is_hint": True})
     if found.shorter:
         log.warning("%s", _shorter_text(found.shorter, settings, now))
 
@@ -291,10 +306,13 @@ def _plan_json(found: _Plan, settings: Settings) -> dict[str, Any]:
         "copies": [
             {"path": str(one.path), "of": one.names, "error": one.error and str(one.error)} for one in found.copies
         ],
-        "drift": [
-            {"check": one.check, "about": one.about, "text": one.text, "hint": one.hint} for one in found.drifted
-        ],
+        "drift": [_finding_json(one) for one in found.drifted],
+        "authorities": [_finding_json(one) for one in found.cas],
     }
+
+
+def _finding_json(one: Finding) -> dict[str, str]:
+    return {"check": one.check, "about": one.about, "text": one.text, "hint": one.hint}
 
 
 def write_csrs(settings: Settings, directory: Path, options: RunOptions, now: datetime) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bridge import monitoring
 from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_table, say_verdict
 from bridge.cli.results import grouped, print_restart, say_waiting, warn_of_waiting
@@ -247,7 +248,7 @@ def _gate(options: _GatedOptions) -> Gate:
 
 def _run(common: Common, verb: Verb, options: _Options, gate: Gate) -> int:
     settings = common.settings()
-    with progress_shown() as progress:
+    with monitoring.kept_current(settings, utc_now), progress_shown() as progress:
         done = steps.run(settings, verb, options.ca or [], utc_now, progress, gate)
     if options.output is Output.JSON:
         say_json(exitCode=done.exit_code, cas=[{"name": name, "phase": text} for name, text in done.phases.items()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from bridge.ca import registry
@@ -46,7 +46,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Examine all CAs of this node's certificates."""
     yield from _windows(settings, now)
     yield from failures(settings)
-    yield from _replacements(node, settings, now)
+    yield from replacements(node, settings, now)
     items = [item for item in node.items if item.managed and item.state == "present" and not item.foreign]
     names = dict.fromkeys(item.spec.authority.name for item in items)
     if not settings.authorities:
@@ -59,7 +59,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from ask_all(settings, names, questions, now)
 
 
-def _replacements(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
+def replacements(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """A finding about each CA that another one is to replace: its phase, and for how long it has been in it."""
     try:
         found = places.look(settings, node, ())
@@ -68,8 +68,7 @@ def _replacements(node: Node, settings: Settings, now: datetime) -> Iterator[Fin
         return
     for one in found.values():
         about, standing = f"CA {one.name}", one.standing
-        changed = datetime.fromtimestamp(one.state.path.stat().st_mtime, UTC)
-        since = f"since {minute(changed)} ({duration_text(timedelta(days=max((now - changed).days, 0)))})"
+        since = f"since {minute(one.since)} ({duration_text(timedelta(days=max((now - one.since).days, 0)))})"
         old, new = text(one.change.old), text(one.change.new)
         if standing.phase is None:
             odd = "; ".join(map(str, standing.odd))
@@ -82,7 +81,8 @@ def _replacements(node: Node, settings: Settings, now: datetime) -> Iterator[Fin
             yield Finding.warning("ca-replacement", about, f"half way, “{standing.text}”, {since}", hint)
         elif standing.phase in (Phase.TRUSTED, Phase.ISSUED):
             words = f"{old} and {new} are trusted, phase “{standing.text}”, {since}"
-            yield Finding.note("ca-replacement", about, words, "`ca-bridge rotate-ca plan` shows what comes next")
+            make = Finding.warning if one.is_late(now) else Finding.note
+            yield make("ca-replacement", about, words, "`ca-bridge rotate-ca plan` shows what comes next")
         elif standing.phase is Phase.NEW:
             hint = f"move the keys of [authority.{one.name}.next] into [authority.{one.name}]"
             yield Finding.note("ca-replacement", about, f"{new} has taken its place, {since}", hint)

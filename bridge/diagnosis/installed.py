@@ -15,6 +15,7 @@ from cryptography.x509.verification import VerificationError as NoPathError
 from bridge.diagnosis.findings import Finding, Level, from_error
 from bridge.errors import BridgeError, SettingsError
 from bridge.node import endpoints, kubeconfig
+from bridge.node.expiry_report import outlasting
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.node.kubelet import KubeletFiles
@@ -22,6 +23,7 @@ from bridge.node.manifests import path_of, pod_name
 from bridge.node.pair import is_sa_pair, key_finding
 from bridge.pki import expiry, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
+from bridge.pki.expiry import CA_ENDS_SOON
 from bridge.renewal.allowed import Allowed
 from bridge.renewal.select import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
@@ -30,8 +32,6 @@ from bridge.system.files import user_name
 from bridge.system.paths import UnreadableError, exposure, open_secret, read
 from bridge.words import one_line
 
-#: A CA that ends sooner can't give certificates of the usual length for long.
-CA_ENDS_SOON = timedelta(days=365)
 #: What has been due for more than this share of the time before its end was passed over by several nights.
 _OVERDUE_SHARE = 0.5
 #: kubeadm's users for components that run without root (feature gate RootlessControlPlane).
@@ -39,6 +39,7 @@ _ROOTLESS = "kubeadm-"
 
 _BEFORE_JOIN = "not here yet: `kubeadm join` writes it from kubelet.conf, and refuses one that is there"
 _SA_HINT = "copy sa.key and sa.pub from another control-plane node, or from a backup; never make new ones"
+_NEXT_CA = "`ca-bridge help replace-the-ca` has the way to another one; kubeadm has none"
 _RESTORE = "put the right one back, from a backup (`ca-bridge backups`) or another copy"
 
 
@@ -65,8 +66,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
         if node.is_worker and state.state == "missing" and not (settings.node.kubelet_dir / "config.yaml").exists():
             yield Finding.note("ca", f"CA {state.authority.name}", _BEFORE_JOIN)
         else:
-            yield from _authority(state, now)
-            yield from _further_cas(state, node, now)
+            yield from authority(state, node, now)
     yield from _policy(node, settings)
     yield from _service_account(node, settings)
     yield from _places(node, settings)
@@ -354,16 +354,20 @@ def _issuer(certificate: x509.Certificate) -> str:
         return "a name that can't be read"
 
 
-def _authority(state: AuthorityState, now: datetime) -> Iterator[Finding]:
+def authority(state: AuthorityState, node: Node, now: datetime) -> Iterator[Finding]:
+    """Examine the CAs of a file."""
     about = f"CA {state.authority.name}"
     if state.state != "present":
         text = state.trouble or f"wanted a CA certificate in {state.path}, found nothing"
         yield Finding.error("ca-missing", about, text, _RESTORE)
         return
-    yield ca_end(state.certificates[0], about, now, f", key {state.key}")
+    end = ca_end(state.certificates[0], about, now, f", key {state.key}")
+    longer = outlasting(node.items).get(state.certificates[0], ())
+    yield _with_longer(end, [item.spec.name for item in longer]) if longer else end
     if state.key == "local":
         text = "its key is on this disk; a reader of it can act as any user of the cluster"
         yield Finding.warning("ca-key-on-disk", about, text, "move it to where certificates are signed")
+    yield from _further_cas(state, node, now)
 
 
 def _further_cas(state: AuthorityState, node: Node, now: datetime) -> Iterator[Finding]:
@@ -386,6 +390,14 @@ def _further_cas(state: AuthorityState, node: Node, now: datetime) -> Iterator[F
             yield ca_end(certificate, about, now)
 
 
+def _with_longer(end: Finding, names: Sequence[str]) -> Finding:
+    """The finding about a CA's end, with the certificates that end later; a CA that has ended is no news there."""
+    if end.level == "error":
+        return end
+    text = f"{end.text}; these end later, and Kubernetes refuses them from its end on: {', '.join(names)}"
+    return Finding.warning("ca-ends-soon" if end.level == "warning" else "ca-ends-first", end.about, text, _NEXT_CA)
+
+
 def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str = "") -> Finding:
     """A finding about the end of a CA's certificate."""
     end = certificate.not_valid_after_utc
@@ -397,9 +409,7 @@ def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str =
         return Finding.error("ca-expired", about, text, hint)
     if end - now < CA_ENDS_SOON:
         text = f"{expiry.left_text(end, now)}; no certificate may outlive it"
-        return Finding.warning(
-            "ca-ends-soon", about, text, "`ca-bridge help replace-the-ca` has the way to another one; kubeadm has none"
-        )
+        return Finding.warning("ca-ends-soon", about, text, _NEXT_CA)
     return Finding.ok("ca", about, f"{expiry.left_text(end, now)}{more}")
 
 

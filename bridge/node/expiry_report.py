@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from cryptography import x509
 
 from bridge.node.inventory import AuthorityState, FileState, Item, Node
-from bridge.pki.expiry import ROTATION_IS_LATE, first_end, is_early, seconds_left
+from bridge.pki.expiry import CA_ENDS_SOON, ROTATION_IS_LATE, first_end, is_early, seconds_left
 from bridge.specs import KUBELET_CONF
 
 #: How long before its end a certificate is due, by its lifetime.
@@ -36,6 +36,7 @@ class Row:
     foreign: bool = False  #: Not the cluster's CA's, or a further CA without a certificate here: shown, and never due.
     left_alone: bool = False  #: Renewed by name alone: shown, and never due.
     early: bool = False  #: It, an intermediate or its CA is not valid yet, by this node's clock.
+    outlasts_ca: bool = False  #: Its CA ends first, and takes it along.
 
     @property
     def certificate(self) -> x509.Certificate | None:
@@ -69,23 +70,50 @@ class ExpiryReport:
         return any(row.due for row in self.rows)
 
 
-def report(node: Node, now: datetime, within: Limit | None, left_alone: Collection[str] = ()) -> ExpiryReport:
+def ca_limit(_: timedelta) -> timedelta:
+    """How long before its end a CA is worth a warning."""
+    return CA_ENDS_SOON
+
+
+def outlasting(items: Iterable[Item]) -> dict[x509.Certificate, list[Item]]:
+    """The certificates that end after the CA to which they lead, by that CA."""
+    found: dict[x509.Certificate, list[Item]] = {}
+    for item in items:
+        if item.anchor is not None and _outlasts_ca(item):
+            found.setdefault(item.anchor, []).append(item)
+    return found
+
+
+def _outlasts_ca(item: Item) -> bool:
+    own = (*item.certificates, *item.copy)
+    return bool(own) and item.anchor is not None and item.anchor.not_valid_after_utc < first_end(own)
+
+
+def report(
+    node: Node,
+    now: datetime,
+    within: Limit | None,
+    left_alone: Collection[str] = (),
+    cas_within: Limit | None = None,
+) -> ExpiryReport:
     """
-    The ends of a node's certificates and CAs; `within` is the limit for a due one (None: none is due).
+    The ends of a node's certificates and CAs; `within` is the limit for a due one (None: none is due), `cas_within` that
+    for a CA, if it is another one.
 
     `left_alone` has the names that are renewed by name alone.
     """
     rows = [(item, _item_row(item, now, within, left_alone)) for item in node.items]
+    of_cas = cas_within or within
     return ExpiryReport(
         certificates=[row for item, row in rows if item.listed],
-        authorities=[_authority_row(state, now, within) for state in node.authorities if state.listed],
+        authorities=[_authority_row(state, now, of_cas) for state in node.authorities if state.listed],
         extra=[
             *sorted(
                 (row for item, row in rows if not item.listed and not (item.state == "missing" and row.optional)),
                 key=lambda row: not row.first,
             ),
-            *(_authority_row(state, now, within) for state in node.authorities if not state.listed),
-            *(row for state in node.authorities for row in _further_rows(state, node, now, within)),
+            *(_authority_row(state, now, of_cas) for state in node.authorities if not state.listed),
+            *(row for state in node.authorities for row in _further_rows(state, node, now, of_cas)),
         ],
         troubles=node.troubles,
     )
@@ -121,6 +149,7 @@ def _item_row(item: Item, now: datetime, within: Limit | None, left_alone: Colle
         first=item.spec.name == KUBELET_CONF and _is_due(chain, now, limit or _limit(chain, _soon, late_share)),
         limit=limit,
         optional=item.spec.optional,
+        outlasts_ca=_outlasts_ca(item),
     )
 
 

@@ -15,6 +15,8 @@ MINUTE, HOUR, DAY = 60, 3600, 86400
 YEAR = 365 * DAY
 #: How far a CA's clock may be ahead of ours.
 CLOCK_SKEW = timedelta(minutes=1)
+#: A CA that ends sooner can't give certificates of the usual length for long, and replacing it takes weeks.
+CA_ENDS_SOON = timedelta(days=365)
 
 
 def seconds_left(end: datetime, now: datetime) -> int:

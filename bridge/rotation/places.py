@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -22,6 +23,9 @@ from bridge.state.install import CERTIFICATE_MASK, KUBECONFIG_MASK, Replacement
 from bridge.state.store import Store
 from bridge.system.files import digest
 from bridge.system.paths import UnreadableError, own_text, read
+
+#: Both CAs may be trusted for weeks; what stays so for longer was forgotten.
+LONG = timedelta(days=90)
 
 
 class UnreadableCaError(BridgeError):
@@ -50,6 +54,17 @@ class Replaced:
     def standing(self) -> Standing:
         """Where the replacement stands on this node."""
         return standing(self.seen, self.change)
+
+    @property
+    def since(self) -> datetime:
+        """When the CA file was last replaced: each phase replaces it, and nothing else does."""
+        return datetime.fromtimestamp(self.state.path.stat().st_mtime, UTC)
+
+    def is_late(self, now: datetime) -> bool:
+        """Whether it stays where it should not: half a phase, files of no phase, or both CAs for too long."""
+        here = self.standing
+        is_between = here.phase in (Phase.TRUSTED, Phase.ISSUED)
+        return here.phase is None or here.next is not None or (is_between and now - self.since > LONG)
 
     def trust_files(self, phase: Phase) -> Iterator[Replacement]:
         """The CA file and the kubeconfigs' CA data as a phase has them, where they differ now."""

@@ -17,6 +17,7 @@ import yaml
 from bridge import entry, monitoring
 from bridge.cli import expiration_forms
 from bridge.cli.expiration_forms import look, table
+from bridge.diagnosis import installed
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, report
 from bridge.node.sample_pki import ca_certificate
@@ -393,6 +394,30 @@ def test_a_certificate_ends_with_the_ca_that_it_leads_to(tmp_path: Path, days: i
     assert rows["apiserver"].seconds_left == 300 * 86400  # as kubeadm shows it
     assert json.loads(ours(pki, "json", now=NOW))["certificateAuthorities"][0]["name"] == "ca"
     assert 'ca_bridge_authority_not_after_seconds{name="ca-2"' in ours(pki, "prometheus", now=NOW)
+
+
+def test_certificates_that_end_later_than_their_ca_are_named(tmp_path: Path) -> None:
+    """With the time from which on they are refused; kubeadm's columns show their own end alone."""
+    pki = handmade_pki(tmp_path / "node", now=NOW - 5 * DAY, not_after=NOW + 300 * DAY, ca_not_after=NOW + 200 * DAY)
+    assert "their CA ends first, 2027-06-13 12:00 UTC: " in ours(pki, now=NOW)
+    entries = {one["name"]: one for one in json.loads(ours(pki, "json", now=NOW))["certificates"]}
+    assert entries["apiserver"]["usableUntil"] == "2027-06-13T12:00:00Z"
+    assert entries["apiserver"]["expirationDate"] == "2027-09-21T12:00:00Z"
+    node = inventory.read(pki.pki_dir, pki.kubeconfig_dir)
+    found = [one for state in node.authorities for one in installed.authority(state, node, NOW)]
+    assert {(one.level, one.check) for one in found} == {("warning", "ca-ends-soon")}
+    assert "these end later, and Kubernetes refuses them from its end on: " in found[0].text
+    assert "front-proxy-client" in found[-1].text
+
+    later = handmade_pki(tmp_path / "later", now=NOW - 5 * DAY, not_after=NOW + 900 * DAY, ca_not_after=NOW + 800 * DAY)
+    node = inventory.read(later.pki_dir, later.kubeconfig_dir)
+    found = [one for state in node.authorities for one in installed.authority(state, node, NOW)]
+    assert {(one.level, one.check) for one in found} == {("warning", "ca-ends-first")}
+
+    good = handmade_pki(tmp_path / "good", now=NOW - 5 * DAY)
+    node = inventory.read(good.pki_dir, good.kubeconfig_dir)
+    assert "their CA ends first" not in ours(good, now=NOW)
+    assert {one.check for state in node.authorities for one in installed.authority(state, node, NOW)} == {"ca"}
 
 
 def test_an_old_ca_that_nothing_leads_to_is_shown_and_not_due(damaged: Pki) -> None:

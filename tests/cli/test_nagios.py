@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 
 from bridge.cli import nagios
+from bridge.node import inventory
 from bridge.node.sample_pki import ca_certificate
 from bridge.pki.certificates import pem
 from bridge.pki.csr import generate_key
 from bridge.renewal.gate import Failures
+from bridge.rotation import places
+from bridge.rotation.phases import Phase
 from bridge.settings.load import overridden, parse
+from tests.kit import next_cas
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.pki import Pki, handmade_pki
 
@@ -191,6 +195,39 @@ def test_a_certificate_of_the_future_is_critical(node: Pki) -> None:
     line, status = check(node, now=NOW - 346 * DAY)
     assert (status, "apiserver is not valid yet" in line) == (2, True)
     assert check(node, now=NOW - 340 * DAY)[1] == 0
+
+
+def test_a_ca_is_worth_a_warning_a_year_ahead(tmp_path: Path) -> None:
+    """Replacing it takes weeks; whoever gives a threshold has it for CAs, too."""
+    found = {}
+    for days in (364, 366):
+        pki = handmade_pki(tmp_path / str(days), now=NOW, not_after=NOW + 100 * DAY, ca_not_after=NOW + days * DAY)
+        found[days] = check(pki)
+        assert check(pki, "", 30 * DAY)[1] == 0
+    assert found[366][1] == 0
+    assert found[364] == (
+        "CERTIFICATES WARNING - ca ends in 364d, etcd-ca ends in 364d, front-proxy-ca ends in 364d",
+        1,
+    )
+
+
+def test_a_replacement_that_is_half_done_or_forgotten_is_a_warning(tmp_path: Path) -> None:
+    """A CA file without its kubeconfigs; then both CAs for 91 days; a user without root is told nothing of it."""
+    pki, made = handmade_pki(tmp_path / "node"), next_cas.make(tmp_path / "next")["ca"]
+    text = f'[backend.x]\ntype = "openssl"\n[authority.ca]\nbackend = "x"\n[authority.ca.next]\nanchor = "{made.table["anchor"]}"\n'
+    now, ca = datetime.now(UTC), pki.pki_dir / "ca.crt"
+    assert check(pki, text, now=now)[1] == 0
+    ca.write_bytes(ca.read_bytes() + pem(made.signer.certificate))
+    line, status = check(pki, text, now=now)
+    assert (status, "ca is in phase old → trusted since " in line) == (1, True)
+    settings = overridden(parse(text), pki.pki_dir, pki.kubeconfig_dir, pki.root / "state")
+    assert nagios.check(settings, now, nagios.Thresholds.of(settings, None, None), None)[2] == 0
+    for file in places.look(settings, inventory.of(settings.node), ["ca"])["ca"].trust_files(Phase.TRUSTED):
+        file.path.write_bytes(file.data or b"")
+    assert check(pki, text, now=now)[1] == 0
+    os.utime(ca, times=(0, (now - 91 * DAY).timestamp()))
+    line, status = check(pki, text, now=now)
+    assert (status, "ca is in phase trusted since " in line) == (1, True)
 
 
 @pytest.mark.attack("N30")

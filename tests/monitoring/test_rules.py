@@ -18,9 +18,15 @@ import yaml
 from bridge.cli import renew as cli_renew
 from bridge.cli.options import Output
 from bridge.errors import BridgeError
+from bridge.node import inventory
+from bridge.node.sample_pki import ca_certificate
+from bridge.pki.certificates import pem
+from bridge.pki.csr import generate_key
 from bridge.renewal.select import RunOptions
+from bridge.rotation import places
+from bridge.rotation.phases import Phase
 from bridge.settings.tables import Settings
-from tests.kit import exec_programs, metrics, programs, promtool
+from tests.kit import exec_programs, metrics, next_cas, programs, promtool
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.promtool import Case
 from tests.kit.renewing import settings_for
@@ -192,7 +198,34 @@ def rehearsing(directory: Path) -> Iterator[Case]:
     yield Case(text=node.text, later=HOUR, alerts=())
 
 
-STORIES = (healthy, renewed, failing, ending, missing, old_ca, pending, not_in_use, credential, rehearsing)
+def replaced(directory: Path) -> Iterator[Case]:
+    """Half a phase is an hour's business, both CAs are a quarter's; a third CA in the file is of no phase."""
+    node, made = Node(directory), next_cas.make(directory / "next")["ca"]
+    ours = node.settings.authorities
+    node.settings = dataclasses.replace(
+        node.settings, authorities={**ours, "ca": dataclasses.replace(ours["ca"], next=made.table)}
+    )
+    assert node.night(0) == 0
+    yield Case(text=node.text, later=3 * HOUR, alerts=())
+    ca = node.pki.pki_dir / "ca.crt"
+    ca.write_bytes(ca.read_bytes() + pem(made.signer.certificate))
+    assert node.night(0) == 0
+    yield Case(text=node.text, later=HOUR / 4, alerts=())
+    yield Case(text=node.text, later=3 * HOUR, alerts=["CaBridgeReplacementHalfDone"])
+    found = places.look(node.settings, inventory.of(node.settings.node), ["ca"])["ca"]
+    for file in found.trust_files(Phase.TRUSTED):
+        file.path.write_bytes(file.data or b"")
+    assert node.night(0) == 0
+    yield Case(text=node.text, later=3 * HOUR, alerts=())
+    os.utime(ca, times=(0, (BEGIN - 91 * DAY).timestamp()))
+    assert node.night(0) == 0
+    yield Case(text=node.text, later=HOUR, alerts=["CaBridgeReplacementOpen"])
+    ca.write_bytes(ca.read_bytes() + pem(ca_certificate("third", generate_key("ecdsa-p256"), BEGIN, BEGIN + 900 * DAY)))
+    assert node.night(0) == 0
+    yield Case(text=node.text, later=3 * HOUR, alerts=["CaBridgeReplacementHalfDone"])
+
+
+STORIES = (healthy, renewed, failing, ending, missing, old_ca, pending, not_in_use, credential, rehearsing, replaced)
 
 
 @pytest.fixture(scope="module")

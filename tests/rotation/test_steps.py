@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import json
 import os
 import signal
 import time
@@ -15,7 +16,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from bridge.cli.options import utc_now
+from bridge import monitoring
+from bridge.cli import renew as cli_renew
+from bridge.cli.options import Output, utc_now
 from bridge.diagnosis.examination import examine
 from bridge.diagnosis.findings import Finding
 from bridge.errors import Exit, SettingsError
@@ -352,6 +355,34 @@ def test_doctor_says_in_which_phase_a_ca_is(settings: Settings, pki: Pki) -> Non
     assert [one.level for one in found() if one.about == "CA ca"] == ["warning"]
     (pki.pki_dir / "ca.crt").write_bytes(pem(Signer.make("another").certificate))
     assert any(one.level == "error" and "the files are of no phase" in one.text for one in found())
+
+
+def test_a_plan_says_which_cas_are_being_replaced(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the words of `doctor`; and both CAs trusted for a quarter are a warning there."""
+
+    def planned() -> list[tuple[str, str]]:
+        cli_renew.plan(settings, RunOptions(), utc_now(), Output.JSON)
+        return [(one["about"], one["text"]) for one in json.loads(capsys.readouterr().out)["authorities"]]
+
+    assert [text.endswith("no phase has begun") for _, text in planned()] == [True] * 3
+    assert run(settings, Verb.TRUST, ["etcd-ca"]).exit_code == 0
+    assert [about for about, text in planned() if "phase “trusted”, since " in text] == ["CA etcd-ca"]
+    os.utime(settings.node.pki_dir / "etcd/ca.crt", times=(0, time.time() - 91 * 86400))
+    found = [one for one in examine(settings, utc_now()) if one.about == "CA etcd-ca" and one.check == "ca-replacement"]
+    assert [one.level for one in found] == ["warning"]
+
+
+def test_the_metrics_follow_each_phase(pki: Pki, tmp_path: Path) -> None:
+    """The CA file's time, and which phase; nothing where no CA is replaced."""
+    settings = with_next(pki, tmp_path)
+    assert run(settings, Verb.TRUST, ["ca"]).exit_code == 0
+    os.utime(pki.pki_dir / "ca.crt", times=(0, 1_000_000_000))
+    text = monitoring.of_node(settings, utc_now(), monitoring.known(settings, utc_now()))
+    name = "ca_bridge_authority_phase_since_seconds"
+    assert f'{name}{{authority="ca",phase="trusted",half_done=""}} 1000000000\n' in text
+    assert f'{name}{{authority="etcd-ca",phase="old",half_done=""}} ' in text
+    plain = settings_for(pki, tmp_path)
+    assert name not in monitoring.of_node(plain, utc_now(), monitoring.known(plain, utc_now()))
 
 
 def test_copies_of_kubeconfigs_trust_the_cas_of_each_phase(pki: Pki, tmp_path: Path) -> None:
