@@ -17,14 +17,14 @@ from bridge.errors import BridgeError, Exit
 from bridge.node import inventory
 from bridge.node.inventory import Node
 from bridge.pki.certificates import fingerprint, name_text
-from bridge.pki.expiry import minute
-from bridge.rotation import objects, places, steps
+from bridge.pki.expiry import minute, rfc3339
+from bridge.rotation import holders, places, steps
 from bridge.rotation.gate import Gate
+from bridge.rotation.holders import Held
 from bridge.rotation.phases import Phase, differences, text
 from bridge.rotation.places import Replaced
 from bridge.rotation.steps import Done, Step, Verb
 from bridge.settings.tables import Settings
-from bridge.specs import CA
 from bridge.system.console import print_error
 
 commands = typer.Typer()
@@ -49,28 +49,29 @@ def status(common: Common, ca: CaOption = None, output: OutputOption = Output.TE
     node = inventory.of(settings.node)
     found = places.look(settings, node, ca or [])
     if output is Output.JSON:
-        say_json(cas=[{**_json(one), "objects": _lagging(settings, node, one)} for one in found.values()])
+        say_json(cas=[_json(one, _lagging(settings, node, one)) for one in found.values()])
         return
     if not found:
         say_sentence("no CA is being replaced: no authority of the settings has a table `next`")
         return
-    say_table([("CA", "PHASE", "NOW", "NEXT"), *(_row(one) for one in found.values())], (2,))
+    say_table([("CA", "PHASE", "SINCE", "NOW", "NEXT"), *(_row(one) for one in found.values())], (3,))
     for one in found.values():
         _say_left(one)
-        for sentence in _lagging(settings, node, one):
-            say_sentence(f"{one.name}: {sentence}", "  ")
+        for held in _lagging(settings, node, one):
+            say_sentence(f"{one.name}: {held.text}", "  ")
+            say(f"    {held.command}" if held.command else "")
 
 
-def _lagging(settings: Settings, node: Node, one: Replaced) -> list[str]:
+def _lagging(settings: Settings, node: Node, one: Replaced) -> list[Held]:
     """What the cluster's objects lack of this node's phase, where a node may look at them."""
     phase = one.standing.phase
-    if one.state.authority != CA or phase is None or not node.manifests or node.is_etcd_host:
+    if phase is None or not node.manifests or node.is_etcd_host:
         return []
-    return objects.lagging(settings, node, one.change, phase)
+    return holders.lagging(settings, node, one.name, one.change, phase)
 
 
 def _row(one: Replaced) -> tuple[str, ...]:
-    return (one.name, one.standing.text, text(one.change.old), text(one.change.new))
+    return (one.name, one.standing.text, minute(one.since), text(one.change.old), text(one.change.new))
 
 
 def _say_left(one: Replaced) -> None:
@@ -80,7 +81,7 @@ def _say_left(one: Replaced) -> None:
         say_sentence(f"{one.name}: {difference}", "  ")
 
 
-def _json(one: Replaced) -> dict[str, Any]:
+def _json(one: Replaced, lagging: Sequence[Held]) -> dict[str, Any]:
     now = one.standing
     return {
         "name": one.name,
@@ -89,7 +90,10 @@ def _json(one: Replaced) -> dict[str, Any]:
         "kind": one.change.kind.value,
         "old": {"subject": name_text(one.change.old.subject), "sha256": fingerprint(one.change.old)},
         "new": {"subject": name_text(one.change.new.subject), "sha256": fingerprint(one.change.new)},
+        "since": rfc3339(one.since),
         "odd": [str(each) for each in now.odd],
+        "objects": [held.text for held in lagging],
+        "commands": [held.command for held in lagging if held.command],
     }
 
 

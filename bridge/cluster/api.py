@@ -27,6 +27,7 @@ from bridge.system.http import (
     KeptConnection,
     LateError,
     Stream,
+    TooLongError,
     UnreachableError,
 )
 from bridge.words import one_line
@@ -42,6 +43,8 @@ _MAX_ANSWER_BYTES = 4 << 20
 #: A token is rotated by the kubelet long before it ends.
 _READ_AGAIN_SECONDS = 60.0
 _MOST_PAGES = 50_000
+#: Two Secrets of the largest kind are below that.
+_SMALL_PAGE = 2
 
 _NOT_NOW = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT}
 
@@ -52,8 +55,18 @@ class NoAnswerError(BridgeError):
     exit_code: ClassVar[int] = Exit.UNAVAILABLE
     hint = "is the API server up, and is it the one that the kubeconfig names?"
 
-    def __init__(self, message: str, *, hint: str | None = None, is_unknown: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        is_unknown: bool = False,
+        is_too_long: bool = False,
+        is_from_server: bool = False,
+    ) -> None:
         self.is_unknown = is_unknown  #: A server does not know who we are (HTTP 401).
+        self.is_too_long = is_too_long  #: A server has more to say than an answer may hold.
+        self.is_from_server = is_from_server  #: A server turned this request away, and may accept another one.
         super().__init__(message, hint=hint)
 
 
@@ -172,16 +185,23 @@ class Api:
 
     def every(self, path: str, page: int) -> Iterator[Mapping[str, Any]]:
         """
-        All objects of a list, so many at once that 4 MiB hold them.
+        All objects of a list, so many at once that 4 MiB should hold them; where they do not, two at once.
 
         Raises:
             NoAnswerError: Also where an answer is no list, or the list has no end.
         """
-        more = ""
+        more, mark = "", "&" if "?" in path else "?"
         for _ in range(_MOST_PAGES):
-            reply = self.ask("GET", f"{path}?limit={page}{more}")
+            try:
+                reply = self.ask("GET", f"{path}{mark}limit={page}{more}")
+            except NoAnswerError as e:
+                if page <= _SMALL_PAGE or not e.is_too_long:
+                    raise
+                page = _SMALL_PAGE
+                continue
             if reply.status != HTTPStatus.OK:
-                raise NoAnswerError(f"wanted {path}, found HTTP {reply.status} {reply.message}".rstrip())
+                text = f"wanted {path.partition('?')[0]}, found HTTP {reply.status} {reply.message}"
+                raise NoAnswerError(text.rstrip(), is_from_server=True)
             yield from items(reply.document, "items")
             found = reply.document.get("metadata")
             following = str(found.get("continue") or "") if isinstance(found, dict) else ""
@@ -191,24 +211,28 @@ class Api:
         raise NoAnswerError(f"wanted all of {path}, found more than {_MOST_PAGES * page}")
 
     def _over(self, clients: Sequence[Client], request: _Request) -> Reply:
-        found, is_unknown = list(self._troubles), False
+        found, is_unknown, is_too_long, is_from_server = list(self._troubles), False, False, False
         for server in self._servers:
             for client in clients:
                 try:
                     reply = self._exchange(server, client, request)
                 except HttpsError as e:
                     found.append(f"{server.url}: {e}")
+                    is_too_long |= isinstance(e, TooLongError)
                     if isinstance(e, ClientRefusedError):
                         continue
                     break
                 if reply.status == HTTPStatus.UNAUTHORIZED or self._is_not_this_client(reply.status):
                     is_unknown |= reply.status == HTTPStatus.UNAUTHORIZED
+                    is_from_server = True
                     found.append(f"{server.url}: it turns {client.name} away (HTTP {reply.status})")
                     continue
                 self._prefer(server)
                 return reply
         said = "; ".join(found) or "no server is known"
-        raise NoAnswerError(f"no answer from the cluster's API: {said}", is_unknown=is_unknown)
+        text = f"no answer from the cluster's API: {said}"
+        is_from_server |= is_too_long
+        raise NoAnswerError(text, is_unknown=is_unknown, is_too_long=is_too_long, is_from_server=is_from_server)
 
     def _is_not_this_client(self, status: int) -> bool:
         return self._again is None and status == HTTPStatus.FORBIDDEN

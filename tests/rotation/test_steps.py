@@ -381,7 +381,7 @@ def test_the_metrics_follow_each_phase(pki: Pki, tmp_path: Path) -> None:
     name = "ca_bridge_authority_phase_since_seconds"
     assert f'{name}{{authority="ca",phase="trusted",half_done=""}} 1000000000\n' in text
     assert f'{name}{{authority="etcd-ca",phase="old",half_done=""}} ' in text
-    plain = settings_for(pki, tmp_path)
+    plain = settings_for(pki, tmp_path / "plain")
     assert name not in monitoring.of_node(plain, utc_now(), monitoring.known(plain, utc_now()))
 
 

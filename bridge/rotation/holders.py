@@ -1,0 +1,363 @@
+"""
+What holds a CA in the cluster: objects that follow the files by themselves, and those of others, which are listed with the
+command by which their owners change them, and never changed here.
+
+Others' values are searched for the CA's own bytes, and not parsed: a Secret may hold anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cryptography import x509
+
+from bridge.cluster import kubeadm
+from bridge.cluster.api import Api, NoAnswerError
+from bridge.control_plane import neighbours
+from bridge.node import kubeconfig
+from bridge.node.inventory import Node
+from bridge.node.kubeconfig import KubeconfigError
+from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.rotation.objects import AUTHENTICATION
+from bridge.rotation.phases import Bundle, Change, Phase
+from bridge.settings.tables import Settings
+from bridge.specs import CA, FRONT_PROXY_CA
+from bridge.system.console import doing
+
+_ROOT_CA = "kube-root-ca.crt"
+_SERVING = "kubernetes.io/kube-apiserver-serving"
+_TOKEN = "kubernetes.io/service-account-token"  # noqa: S105 (a type of Secret)
+#: Most are small; an answer that is too long is asked for again, in smaller parts.
+_PAGE = 50
+_LEADS = "the controller manager that leads has not read ca.crt yet"
+
+
+class _Kind(NamedTuple):
+    """A kind of object that may hold a CA, and where it is listed."""
+
+    name: str  #: As kubectl has it.
+    path: str
+
+
+_ROOT_CAS = _Kind("ConfigMap", f"/api/v1/configmaps?fieldSelector=metadata.name%3D{_ROOT_CA}")
+_CONFIG_MAPS = _Kind("ConfigMap", f"/api/v1/configmaps?fieldSelector=metadata.name%21%3D{_ROOT_CA}")
+#: Helm's releases are large, and hold what is in other objects, too.
+_SECRETS = _Kind("Secret", "/api/v1/secrets?fieldSelector=type%21%3Dhelm.sh%2Frelease.v1")
+#: The newest version that the cluster has, of a kind that is not on everywhere.
+_TRUST_BUNDLES = [
+    _Kind("ClusterTrustBundle", f"/apis/certificates.k8s.io/{version}/clustertrustbundles")
+    for version in ("v1", "v1beta1")
+]
+#: Where others keep a CA by which the API server verifies them, in `caBundle`.
+_CALLED = (
+    _Kind("ValidatingWebhookConfiguration", "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"),
+    _Kind("MutatingWebhookConfiguration", "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations"),
+    _Kind("APIService", "/apis/apiregistration.k8s.io/v1/apiservices"),
+    _Kind("CustomResourceDefinition", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"),
+)
+#: ConfigMaps that the verbs of `rotate-ca` change, or the API servers make.
+_OURS = {("kube-public", "cluster-info"), ("kube-system", "extension-apiserver-authentication")}
+#: Labels and types by which others mark what is theirs.
+_OWNERS = {
+    "argocd.argoproj.io/secret-type": "Argo CD's",
+    "cluster.x-k8s.io/cluster-name": "Cluster API's",
+    "kustomize.toolkit.fluxcd.io/name": "Flux's",
+    "helm.toolkit.fluxcd.io/name": "Flux's",
+    "cattle.io/creator": "Rancher's",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An object that is not as a phase wants it."""
+
+    text: str  #: A sentence.
+    command: str = (
+        ""  #: For its owner, with certificates alone in it; empty: it follows by itself, or there is no such command.
+    )
+
+
+def lagging(settings: Settings, node: Node, authority: str, change: Change, phase: Phase) -> list[Held]:
+    """`look` with a node's rights."""
+    return look(neighbours.connect(node, settings), authority, change, phase)
+
+
+def look(api: Api, authority: str, change: Change, phase: Phase) -> list[Held]:
+    """What in the cluster does not hold the CAs of a phase yet, and what of others holds the old CA."""
+    if authority not in (CA.name, FRONT_PROXY_CA.name):
+        return []
+    try:
+        with doing("looking through the cluster's objects"):
+            found = list(_seen("extension-apiserver-authentication", _authentication(api, authority, change, phase)))
+            if authority == CA.name:
+                found += _looked_through(api, change, phase)
+    except NoAnswerError as e:
+        return [Held(f"the cluster's objects could not be looked at: {e}")]
+    return found
+
+
+def _looked_through(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
+    bundle = change.bundle(phase)
+    yield from _seen("cluster-info", _cluster_info(api, bundle))
+    yield from _seen(_ROOT_CA, _followers(api.every(_ROOT_CAS.path, _PAGE), bundle, _ROOT_CA, _config_map))
+    yield from _seen("Secrets", _secrets(api, change, phase))
+    yield from _seen("ClusterTrustBundles", _trust_bundles(api, change, phase))
+    if phase is not Phase.OLD:
+        yield from _seen("ConfigMaps", _config_maps(api, change, phase))
+        for kind in _CALLED:
+            yield from _seen(f"{kind.name}s", _called(api, kind, change, phase))
+
+
+def _seen(what: str, found: Iterable[Held]) -> Iterator[Held]:
+    """What a look at one kind finds; one that we may not list is named, and the others are looked at (NoAnswerError)."""
+    try:
+        yield from found
+    except NoAnswerError as e:
+        if not e.is_from_server:
+            raise
+        yield Held(f"{what}: not looked at, or not all of it: {e}")
+
+
+# --- what follows by itself -------------------------------------------------------------------------------------------
+
+
+def _cluster_info(api: Api, bundle: Bundle) -> Iterator[Held]:
+    place = kubeadm.CLUSTER_INFO
+    text = kubeadm.read(api, place).text
+    if text is None:
+        return
+    held: Iterable[x509.Certificate] = ()
+    with contextlib.suppress(KubeconfigError, ValueError):
+        held = load_pem_certificates(kubeconfig.ca_data(text.encode()) or b"")
+    if set(held) != set(bundle):
+        yield Held(
+            f"{place}: wanted the CAs of this phase, found others: the verb of this phase, run again, writes them"
+        )
+
+
+def _authentication(api: Api, authority: str, change: Change, phase: Phase) -> Iterator[Held]:
+    """API servers join their CAs to what is there, and take none out: only at the end the old one has to be gone."""
+    reply = api.ask("GET", AUTHENTICATION)
+    data = reply.document.get("data")
+    key = "client-ca-file" if authority == CA.name else "requestheader-client-ca-file"
+    held = set(_certificates(data.get(key) if isinstance(data, dict) else None))
+    if not set(change.bundle(phase)) <= held:
+        yield Held(f"extension-apiserver-authentication: wanted the CAs of this phase in {key}, found others")
+    elif phase is Phase.NEW and change.old in held and change.old != change.new:
+        text = f"extension-apiserver-authentication: wanted {key} without the old CA, found it there"
+        yield Held(f"{text}: `rotate-ca drop`, run again, has it made anew")
+
+
+def _followers(
+    objects: Iterable[Mapping[str, Any]], bundle: Bundle, what: str, held: Callable[[Mapping[str, Any]], Any]
+) -> Iterator[Held]:
+    """A sentence about objects that the controller manager writes when it becomes the leader (measured on 1.37)."""
+    behind = [_name(one) for one in objects if set(_certificates(held(one))) != set(bundle)]
+    if behind:
+        names = ", ".join(behind[:3]) + (f" and {more} more" if (more := len(behind) - 3) > 0 else "")
+        yield Held(f"{what} of {names}: wanted the CAs of this phase, found others: {_LEADS}")
+
+
+def _config_map(one: Mapping[str, Any]) -> Any:
+    return _mapping(one, "data").get("ca.crt")
+
+
+def _secrets(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
+    """Tokens of service accounts, which the controller manager keeps, and then those of others."""
+    tokens: list[Mapping[str, Any]] = []
+    for one in api.every(_SECRETS.path, _PAGE):
+        if one.get("type") == _TOKEN:
+            names = {**_mapping(one, "metadata"), "annotations": {}, "managedFields": []}
+            tokens.append({"metadata": names, "data": {"ca.crt": _mapping(one, "data").get("ca.crt")}})
+        elif phase is not Phase.OLD:
+            yield from _of_data(_SECRETS.name, one, change, phase, _decoded)
+    yield from _followers(
+        tokens, change.bundle(phase), "ca.crt of the service account tokens", lambda one: _text(_config_map(one))
+    )
+
+
+def _trust_bundles(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
+    for kind in _TRUST_BUNDLES:
+        if api.ask("GET", f"{kind.path}?limit=1").status == _NOT_FOUND:
+            continue
+        serving = []
+        for one in api.every(kind.path, _PAGE):
+            spec = _mapping(one, "spec")
+            if spec.get("signerName") == _SERVING:
+                serving.append(one)
+            elif phase is not Phase.OLD and isinstance(text := spec.get("trustBundle"), str):
+                pointer = "/spec/trustBundle"
+                yield from _foreign(kind.name, one, "trustBundle", text.encode(), change, phase, _json_patch(pointer))
+        # its name has a digest of the content: for a moment the old one and the new one are there
+        if serving and not any(
+            set(_certificates(_mapping(one, "spec").get("trustBundle"))) == set(change.bundle(phase)) for one in serving
+        ):
+            yield from _followers(serving, change.bundle(phase), "ClusterTrustBundles", lambda _: None)
+        return
+
+
+_NOT_FOUND = 404
+
+
+# --- what belongs to others -------------------------------------------------------------------------------------------
+
+#: Makes kubectl's options of a new value.
+_Patch = Callable[[str], str]
+
+
+def _config_maps(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
+    for one in api.every(_CONFIG_MAPS.path, _PAGE):
+        metadata = _mapping(one, "metadata")
+        if (metadata.get("namespace"), metadata.get("name")) not in _OURS:
+            yield from _of_data(_CONFIG_MAPS.name, one, change, phase, lambda value: str(value).encode())
+
+
+def _of_data(
+    kind: str, one: Mapping[str, Any], change: Change, phase: Phase, decoded: Callable[[Any], bytes]
+) -> Iterator[Held]:
+    """Each value of a Secret or a ConfigMap that holds the old CA as it should not in this phase."""
+    data = _mapping(one, "data")
+    for key, value in data.items():
+        has_key = key == "tls.crt" and "tls.key" in data
+
+        def patch(text: str, key: str = key) -> str:
+            new = base64.b64encode(text.encode()).decode() if kind == _SECRETS.name else text
+            return f"--type=merge -p {shlex.quote(json.dumps({'data': {key: new}}))}"
+
+        yield from _foreign(kind, one, key, decoded(value), change, phase, None if has_key else patch)
+
+
+def _called(api: Api, kind: _Kind, change: Change, phase: Phase) -> Iterator[Held]:
+    for one in api.every(kind.path, _PAGE):
+        for pointer, data in _bundles(one):
+            where = ".".join(pointer.strip("/").split("/"))
+            yield from _foreign(
+                kind.name, one, where, _decoded(data), change, phase, _json_patch(pointer, is_bytes=True)
+            )
+
+
+def _bundles(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Each `caBundle` of an object, with the JSON pointer to it."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            if key == "caBundle":
+                yield f"{where}/caBundle", one
+            elif key != "metadata":
+                yield from _bundles(one, f"{where}/{key}")
+    elif isinstance(value, list):
+        for number, one in enumerate(value):
+            yield from _bundles(one, f"{where}/{number}")
+
+
+def _json_patch(pointer: str, *, is_bytes: bool = False) -> _Patch:
+    def patch(text: str) -> str:
+        value = base64.b64encode(text.encode()).decode() if is_bytes else text
+        return f"--type=json -p {shlex.quote(json.dumps([{'op': 'replace', 'path': pointer, 'value': value}]))}"
+
+    return patch
+
+
+def _foreign(
+    kind: str, one: Mapping[str, Any], where: str, value: bytes, change: Change, phase: Phase, patch: _Patch | None
+) -> Iterator[Held]:
+    """
+    A value of others with the old CA: while both are trusted the new one has to be there, too, at the end alone.
+
+    The command has the value as it should be where that is certificates alone; a value with anything else, such as a
+    kubeconfig, is edited in place and never printed.
+    """
+    is_over = phase is Phase.NEW
+    is_finished = change.old == change.new  # no backup knows the old one any more
+    if is_finished or not holds(value, change.old) or (holds(value, change.new) and not is_over):
+        return
+    metadata = _mapping(one, "metadata")
+    labels, name = _mapping(one, "metadata", "labels"), f"{kind} {_name(one)}"
+    owner = next((f", {owner}" for label, owner in _OWNERS.items() if label in labels), "")
+    still = "still has the old CA" if is_over else "has the old CA alone"
+    text = f"{name}{owner}: {where} {still}"
+    space = f"-n {shlex.quote(str(metadata['namespace']))} " if metadata.get("namespace") else ""
+    target = f"{space}{kind.lower()} {shlex.quote(str(metadata.get('name')))}"
+    command = "" if patch is None else _command(target, where, value, change, phase, patch)
+    why = "its owner changes it" if command else "its owner changes it, with whatever goes with it"
+    yield Held(f"{text}: {why}", command)
+
+
+def _command(target: str, key: str, value: bytes, change: Change, phase: Phase, patch: _Patch) -> str:
+    """What the owner types; empty: the CA is in the middle of something else, and not in base64."""
+    text = value.decode("utf-8", errors="replace")
+    if _is_certificates(text):
+        return f"kubectl patch {target} {patch(_replaced(text, change, phase))}"
+    inner = next(
+        (run for run in _RUN.findall(text) if _is_certificates(_text(run)) and holds(run.encode(), change.old)), ""
+    )
+    if not inner or not target.partition(" secret ")[1] or not re.fullmatch(r"[-._A-Za-z0-9]+", key):
+        return ""
+    new = base64.b64encode(_replaced(_text(inner), change, phase).encode()).decode()
+    path = key.replace(".", "\\.")
+    read = f"kubectl get {target} -o jsonpath='{{.data.{path}}}' | base64 -d | sed 's|{inner}|{new}|' | base64 -w0"
+    return f'kubectl patch {target} --type=merge -p "{{\\"data\\":{{\\"{key}\\":\\"$({read})\\"}}}}"'
+
+
+def _replaced(text: str, change: Change, phase: Phase) -> str:
+    """PEM blocks with the new CA behind the old one, or in its place; what else is there stays."""
+    held = [one for one in _certificates(text) if one not in (change.old, change.new)]
+    ours = [change.new] if phase is Phase.NEW else [change.old, change.new]
+    return pem(*ours, *held).decode()
+
+
+#: Base64 of what begins with five hyphens, as PEM does; a kubeconfig and Argo CD's JSON hold CAs so.
+_RUN = re.compile(r"LS0tLS1[A-Za-z0-9+/]+={0,2}")
+_BLOCK = re.compile(r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----\s*")
+
+
+def _is_certificates(text: str) -> bool:
+    """Whether there is nothing but certificates, so that it may be printed."""
+    return bool(text) and not _BLOCK.sub("", text).strip()
+
+
+def holds(value: bytes, ca: x509.Certificate) -> bool:
+    """Whether a value has a CA: in PEM, whatever its lines, or in base64 of PEM."""
+    text = value.decode("ascii", errors="replace")
+    body = "".join(pem(ca).decode().splitlines()[1:-1])
+    return any(body in re.sub(r"\\n|\s", "", each) for each in (text, *map(_text, _RUN.findall(text))))
+
+
+# --- small ------------------------------------------------------------------------------------------------------------
+
+
+def _mapping(one: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    found: Any = one
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _name(one: Mapping[str, Any]) -> str:
+    metadata = _mapping(one, "metadata")
+    return "/".join(str(metadata[key]) for key in ("namespace", "name") if metadata.get(key))
+
+
+def _decoded(data: Any) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True) if isinstance(data, str) else b""
+    except (binascii.Error, ValueError):
+        return b""
+
+
+def _text(data: Any) -> str:
+    return _decoded(data).decode("utf-8", errors="replace")
+
+
+def _certificates(text: Any) -> tuple[x509.Certificate, ...]:
+    try:
+        return tuple(load_pem_certificates(text.encode())) if isinstance(text, str) else ()
+    except ValueError:
+        return ()
