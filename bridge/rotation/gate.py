@@ -9,10 +9,10 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
 from cryptography import x509
@@ -29,7 +29,8 @@ from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.processes import file_contents
 from bridge.pki import identity
 from bridge.pki.certificates import fingerprint
-from bridge.rotation.objects import SIGNED_BY
+from bridge.pki.expiry import duration_text
+from bridge.rotation.objects import SEEN_AT, SIGNED_BY
 from bridge.rotation.phases import Kind, Phase, text
 from bridge.specs import CA, ETCD_CA, KUBELET_CONF, SPECS, Component
 from bridge.state import audit
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from bridge.rotation.steps import Step
 
 _AT_ONCE = 8
+#: What was proven counts for so long: a phase begins by what is there now.
+LATELY = timedelta(hours=1)
 #: Client certificates that are shown to each kind of server: the first that is issued here.
 _PROBES = {
     "kubelet": ("apiserver-kubelet-client",),
@@ -88,6 +91,37 @@ class Spot(NamedTuple):
 _KINDS = {"api": "API server", "kubelet": "kubelet", "etcd": "etcd"}
 
 
+class Word(NamedTuple):
+    """What a node's own run has written about its certificates into its Node object."""
+
+    signer: str  #: The SHA-256 of the CA; empty: it has said nothing.
+    seen: str  #: When, and in which phase.
+
+    @classmethod
+    def of(cls, node: Mapping[str, Any]) -> Word:
+        """Read one; each user who may write to the Node object may have written it."""
+        signer, seen = (kubelets.text_of(node, "metadata", "annotations", key) for key in (SIGNED_BY, SEEN_AT))
+        return cls(signer, seen)
+
+    def is_late(self, now: datetime) -> bool:
+        """Whether it is older than what was proven may be, or has no time."""
+        try:
+            at = datetime.fromisoformat(self.seen.partition(" ")[0])
+            return abs(now - at) > LATELY
+        except (ValueError, TypeError, OverflowError):  # no time, or one without a zone
+            return True
+
+
+def late_words(words: Mapping[str, Word], target: Phase, now: datetime) -> list[str]:
+    """
+    The nodes that have said nothing lately (pure); none, once the phase has begun on another node: then it was proven at
+    that moment, and a node that goes back says another CA.
+    """
+    if any(word.seen.partition(" ")[2] == target.value for word in words.values()):
+        return []
+    return [name for name, word in words.items() if word.is_late(now)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
     """What an operator allows: how long to wait for another run, which nodes are left out, and whether all are."""
@@ -105,8 +139,9 @@ class Gate:
             )
             _assert_together(node, steps)
             return
-        left = {step.ca.name: step.ca.change.signer(step.target) for step in steps
-                if step.target in (Phase.OLD, Phase.NEW) and step.ca.change.kind is Kind.NEW_KEY}  # fmt: skip
+        alone = {step.ca.name: step for step in steps
+                 if step.target in (Phase.OLD, Phase.NEW) and step.ca.change.kind is Kind.NEW_KEY}  # fmt: skip
+        left = {name: step.ca.change.signer(step.target) for name, step in alone.items()}
         kinds = [kind for kind, name in _SERVED_BY.items() if name in left]
 
         def judge(spot: Spot) -> str:
@@ -116,20 +151,25 @@ class Gate:
 
         self._assert_all(run, node, kinds, judge)
         if CA.name in left and not node.is_worker and not node.is_etcd_host:
-            self._assert_signed(run, node, left[CA.name])
+            self._assert_signed(run, node, left[CA.name], alone[CA.name].target)
 
-    def _assert_signed(self, run: Run, node: Node, ca: x509.Certificate) -> None:
-        """Each node has said that its certificates, a kubelet's too, are of this CA."""
+    def _assert_signed(self, run: Run, node: Node, ca: x509.Certificate, target: Phase) -> None:
+        """Each node has said that its certificates, a kubelet's too, are of this CA, and lately."""
         with _cluster(run, node) as api:
-            signers = {
-                kubelets.name_of(one): kubelets.text_of(one, "metadata", "annotations", SIGNED_BY)
-                for one in kubelets.nodes(api)
-            }
-        behind = [name for name, signer in signers.items() if signer != fingerprint(ca) and name not in self.without]
+            words = {kubelets.name_of(one): Word.of(one) for one in kubelets.nodes(api)}
+        asked = {name: word for name, word in words.items() if name not in self.without}
+        behind = [name for name, word in asked.items() if word.signer != fingerprint(ca)]
         if behind:
             names = ", ".join(behind)
             raise NotReadyEverywhereError(
                 f"wanted nodes whose certificates are of {text(ca)}, found others that have not said so: {names}"
+            )
+        others = {name: word for name, word in asked.items() if name != run.settings.node.node_name}
+        if late := late_words(others, target, run.now()):
+            raise NotReadyEverywhereError(
+                f"wanted nodes that have said within {duration_text(LATELY)} whose their certificates are, found others: "
+                f"{', '.join(late)}",
+                hint="the verb of their phase, run again there, changes nothing and says it; nothing was replaced",
             )
 
     def assert_accepted(self, run: Run, node: Node, pairs: Mapping[str, tuple[bytes, bytes]]) -> None:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import ClassVar
 
-from cryptography import x509
-
 from bridge.cluster import kubeadm
 from bridge.cluster.api import MERGE_PATCH, Api
 from bridge.control_plane import neighbours
@@ -16,6 +14,7 @@ from bridge.node import kubeconfig
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
+from bridge.pki.expiry import rfc3339
 from bridge.rotation.phases import Bundle, Change, Phase
 from bridge.specs import CA, FRONT_PROXY_CA, KUBELET_CONF, SPECS
 from bridge.state.session import Run
@@ -26,6 +25,8 @@ AUTHENTICATION = "/api/v1/namespaces/kube-system/configmaps/extension-apiserver-
 NODES = "/api/v1/nodes"
 #: An annotation of a Node: the SHA-256 of the CA that signed its certificates, as the node's own run has seen it.
 SIGNED_BY = "ca-bridge.io/signed-by"
+#: Another one: when that was seen, and in which phase, such as `2026-11-28T12:00:00Z issued`.
+SEEN_AT = "ca-bridge.io/signed-by-seen"
 
 
 class ObjectError(BridgeError):
@@ -44,7 +45,8 @@ def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]]) ->
         api = _connected(run, node)
         if CA.name in changes:
             change, phase = changes[CA.name]
-            _publish(api, run.settings.node.node_name, change.signer(phase))
+            said = {SIGNED_BY: fingerprint(change.signer(phase)), SEEN_AT: f"{rfc3339(run.now())} {phase.value}"}
+            _publish(api, run.settings.node.node_name, said)
         if node.is_worker:
             return found
         if CA.name in changes:
@@ -65,9 +67,9 @@ def _connected(run: Run, node: Node) -> Api:
     return neighbours.connect(node, run.settings)
 
 
-def _publish(api: Api, name: str, signer: x509.Certificate) -> None:
+def _publish(api: Api, name: str, said: Mapping[str, str]) -> None:
     """Have the Node object say which CA signed this node's certificates, since no server shows a kubelet's client one."""
-    path, body = f"{NODES}/{name}", {"metadata": {"annotations": {SIGNED_BY: fingerprint(signer)}}}
+    path, body = f"{NODES}/{name}", {"metadata": {"annotations": said}}
     reply = api.ask("PATCH", path, body, MERGE_PATCH)
     if reply.status != HTTPStatus.OK:
         text = f"wanted the annotation {SIGNED_BY} on the Node {name}, found HTTP {reply.status} {reply.message}"
