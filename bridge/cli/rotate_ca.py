@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,14 +18,17 @@ from bridge.node import inventory
 from bridge.node.inventory import Node
 from bridge.pki.certificates import fingerprint, name_text
 from bridge.pki.expiry import minute, rfc3339
-from bridge.rotation import holders, places, steps
+from bridge.rotation import holders, places, steps, witnesses
 from bridge.rotation.gate import Gate
 from bridge.rotation.holders import Held
 from bridge.rotation.phases import Phase, differences, text
 from bridge.rotation.places import Replaced
 from bridge.rotation.steps import Done, Step, Verb
+from bridge.rotation.witnesses import Refusal, Users
 from bridge.settings.tables import Settings
-from bridge.system.console import print_error
+from bridge.specs import CA
+from bridge.state.store import Store
+from bridge.system.console import doing, print_error
 
 commands = typer.Typer()
 rotate_group = group(commands, "rotate-ca", "Put another CA in the place of this one, while the cluster runs.")
@@ -42,14 +45,48 @@ WithoutOption = Annotated[
 ]
 
 
+AuditLogOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--audit-log", metavar="FILE", help="An API server's audit log: whose certificates are still the old CA's."
+    ),
+]
+ServerLogOption = Annotated[
+    list[Path] | None,
+    typer.Option("--server-log", metavar="FILE", help="An API server's own log: which clients turned it away."),
+]
+IssuedOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--issued", metavar="PATH", help="With --audit-log: certificates of the new CA, in a file or directory."
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LogOptions:
+    """What others say of the CA that goes; one option a field, each repeatable."""
+
+    audit_log: AuditLogOption = None
+    server_log: ServerLogOption = None
+    issued: IssuedOption = None
+
+
 @command(rotate_group, "status")
-def status(common: Common, ca: CaOption = None, output: OutputOption = Output.TEXT) -> None:
-    """Show in which phase each CA of this node is, and what is left there; nothing is changed."""
+def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: OutputOption = Output.TEXT) -> None:
+    """
+    Show in which phase each CA of this node is, and what is left there; nothing is changed.
+
+    With --audit-log it names the users whose certificate is not known to be one of the new CA's: those that `drop` would
+    refuse. With --server-log it names the clients that did not trust the API server's certificate.
+    """
     settings = common.settings()
     node = inventory.of(settings.node)
     found = places.look(settings, node, ca or [])
+    users, refusals = _witnesses(settings, node, found, logs)
     if output is Output.JSON:
-        say_json(cas=[_json(one, _lagging(settings, node, one)) for one in found.values()])
+        cas = [_json(one, _lagging(settings, node, one)) for one in found.values()]
+        say_json(cas=cas, users=users and users.users, unreadLines=users and users.unread, refusals=refusals)
         return
     if not found:
         say_sentence("no CA is being replaced: no authority of the settings has a table `next`")
@@ -60,6 +97,38 @@ def status(common: Common, ca: CaOption = None, output: OutputOption = Output.TE
         for held in _lagging(settings, node, one):
             say_sentence(f"{one.name}: {held.text}", "  ")
             say(f"    {held.command}" if held.command else "")
+    _say_witnesses(users, refusals)
+
+
+def _witnesses(
+    settings: Settings, node: Node, found: Mapping[str, Replaced], logs: _LogOptions
+) -> tuple[Users | None, list[Refusal] | None]:
+    """Who still uses the old CA, by the logs that were named; None: none was."""
+    if not (logs.audit_log or logs.server_log):
+        return None, None
+    if CA.name not in found:
+        raise typer.BadParameter(
+            "--audit-log and --server-log are about clients of the CA ca, which is not replaced here"
+        )
+    with doing("reading the logs"):
+        refusals = witnesses.refusals(logs.server_log) if logs.server_log else None
+        if not logs.audit_log:
+            return None, refusals
+        known = witnesses.known(node, Store(settings.node.state_dir), found[CA.name].change, logs.issued or [])
+        return witnesses.users(logs.audit_log, known), refusals
+
+
+def _say_witnesses(users: Users | None, refusals: Sequence[Refusal] | None) -> None:
+    for user in users.users if users else ():
+        say_sentence(f"not known to be of the new CA: {user}", "  ")
+    for refusal in refusals or ():
+        say_sentence(str(refusal), "  ")
+    if users and users.unread:
+        say_sentence(f"{users.unread} lines of the audit log could not be read: clients may be in them", "  ")
+    elif users and not users.users:
+        say_sentence("every certificate in the audit log is known to be of the new CA", "  ")
+    if refusals == []:
+        say_sentence("no client in the API server's log turned away, or was turned away", "  ")
 
 
 def _lagging(settings: Settings, node: Node, one: Replaced) -> list[Held]:

@@ -1,0 +1,149 @@
+"""Clients of the CA that goes are found in what API servers write; a hostile line is no client, and costs little."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from bridge.node import inventory
+from bridge.pki.certificates import fingerprint, pem
+from bridge.rotation import witnesses
+from bridge.rotation.phases import Change
+from bridge.rotation.witnesses import UnreadableLogError, Users, refusals, users
+from bridge.state.store import Store
+from tests.kit.issuing import NOW, Signer, cn
+from tests.kit.pki import handmade_pki
+
+OLD, NEW = "a" * 64, "b" * 64
+ID = "authentication.kubernetes.io/credential-id"
+
+
+def event(digest: str = OLD, name: str = "jane", time: str = "2026-11-28T12:00:00.000000Z", **more: Any) -> str:
+    """As an API server at the level Metadata writes it."""
+    user = {"username": name, "groups": ["dev", "system:authenticated"], "extra": {ID: [f"X509SHA256={digest}"]}}
+    whole = {"kind": "Event", "stage": "ResponseComplete", "user": user, "sourceIPs": ["192.0.2.7"]}
+    return json.dumps({**whole, "userAgent": "kubectl/v1.37.2", "stageTimestamp": time, **more})
+
+
+def log(directory: Path, *lines: str) -> Path:
+    path = directory / "audit.log"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def test_a_certificate_that_is_not_known_is_named_with_its_last_request(tmp_path: Path) -> None:
+    """One user a certificate, by the newest event; a known certificate, a token and an anonymous user are none."""
+    later = event(time="2026-11-28T13:00:00.000000Z", sourceIPs=["192.0.2.8", "10.0.0.1"])
+    token = event(user={"username": "sa", "extra": {ID: ["JTI=7d"]}})
+    path = log(
+        tmp_path, event(), later, event(), event(NEW, "new"), token, event(user={"username": "system:anonymous"})
+    )
+    [found] = users([path], {NEW}).users
+    assert (found.sha256, found.name, found.groups) == (OLD, "jane", ("dev", "system:authenticated"))
+    assert str(found) == (
+        "jane (dev, system:authenticated), certificate aaaaaaaa, last at 2026-11-28T13:00:00.000000Z from 192.0.2.8, "
+        "10.0.0.1 by kubectl/v1.37.2"
+    )
+    assert users([path], {NEW, OLD}) == Users([], 0)
+    assert [user.name for user in users([path, path], {OLD}).users] == ["new"]
+
+
+def leaf_of(ca: Signer) -> x509.Certificate:
+    """A client's."""
+    builder = x509.CertificateBuilder().subject_name(cn("jane")).issuer_name(ca.certificate.subject)
+    builder = builder.public_key(ca.key.public_key()).serial_number(7)
+    builder = builder.not_valid_before(NOW - timedelta(days=1)).not_valid_after(NOW + timedelta(days=1))
+    return builder.sign(ca.key, hashes.SHA256())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "X509SHA256=",
+        f"X509SHA256={OLD}",
+        event(OLD[:-1]),
+        event(user=[OLD]),
+        event(user={"username": "x", "extra": {ID: f"X509SHA256={OLD}"}}),
+        event(user={"username": "x", "extra": [f"X509SHA256={OLD}"]}),
+        f'{{"user": "X509SHA256={OLD}"',
+        "[" * 100_000 + f"X509SHA256={OLD}",
+        f'"X509SHA256={OLD}"' + "," * 200_000,
+        f'{{"x": 1{"0" * 10_000}, "X509SHA256=": 1}}',
+    ],
+)
+def test_a_line_of_another_shape_is_no_client(tmp_path: Path, line: str) -> None:
+    """The next line counts; a line that is no JSON is counted, since a client may be in it."""
+    found = users([log(tmp_path, line, event())], set())
+    assert [user.name for user in found.users] == ["jane"]
+    assert found.unread == (not line.startswith('{"kind"'))
+
+
+def test_words_of_others_steer_no_terminal_and_fill_no_memory(tmp_path: Path) -> None:
+    """A user's agent is the client's own word; a line without end is left out, and the next one is read."""
+    odd = event(name="a\x1b[2Jb\nc", userAgent="x" * 100_000, sourceIPs=["192.0.2.7"] * 1000)
+    endless = event().replace("jane", "j" * (5 << 20))
+    all_of_it = users([log(tmp_path, odd, endless, event(NEW, "last"))], set())
+    found = {user.name: user for user in all_of_it.users}
+    assert (len(found), all_of_it.unread) == (2, 1)
+    assert all(name.isprintable() for name in found)
+    assert all(len(str(user)) < 1000 for user in found.values())
+    assert "last" in found
+
+
+def test_a_log_that_is_none_is_named(tmp_path: Path) -> None:
+    """No file, a pipe that nobody writes to, a directory."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "none", tmp_path / "pipe", tmp_path):
+        with pytest.raises(UnreadableLogError, match="wanted a log"):
+            users([path], set())
+        with pytest.raises(UnreadableLogError, match="wanted a log"):
+            refusals([path])
+
+
+def test_certificates_of_the_new_ca_are_known_by_the_node_and_by_the_operator(tmp_path: Path) -> None:
+    """By leaves of this node, and those in a directory of the CA; the old CA's there are not among them."""
+    pki = handmade_pki(tmp_path / "node")
+    old, new = Signer.load(*pki.ca_pem("ca")), Signer.make("kubernetes-2")
+    node, store = inventory.read(pki.pki_dir, pki.kubeconfig_dir), Store(tmp_path / "state")
+    issued = tmp_path / "newcerts"
+    issued.mkdir()
+    leaf = leaf_of(new)
+    (issued / "01.pem").write_bytes(pem(leaf))
+    (issued / "02.pem").write_bytes(pem(Signer.make("other").certificate))
+    (issued / "index.txt").write_bytes(b"\xff no certificate")
+    change = Change(old.certificate, new.certificate)
+    assert witnesses.known(node, store, change, [issued]) == {fingerprint(leaf)}
+    assert witnesses.known(node, store, change, [issued / "01.pem"]) == {fingerprint(leaf)}
+    assert witnesses.known(node, store, change, []) == set()
+    apiserver = next(item for item in node.items if item.spec.name == "apiserver").certificates[0]
+    assert fingerprint(apiserver) in witnesses.known(node, store, Change(new.certificate, old.certificate), [])
+    with pytest.raises(UnreadableLogError, match="wanted certificates"):
+        witnesses.known(node, store, change, [tmp_path / "none"])
+
+
+REFUSED: Mapping[str, str] = {
+    "2026-11-28T12:00:00Z stderr F I1128 12:00:00.0 1 log.go:245] http: TLS handshake error from 192.0.2.9:44321: "
+    "remote error: tls: bad certificate": "a client at 192.0.2.9 does not trust the API server's certificate",
+    "http: TLS handshake error from [2001:db8::7]:1234: remote error: tls: unknown certificate authority": (
+        "a client at [2001:db8::7] does not trust the API server's certificate"
+    ),
+    'E1128 authentication.go:75] "Unable to authenticate the request" err="[invalid bearer token, verifying certificate '
+    "SN=4763, SKID=, AKID=38:3B:0A failed: x509: certificate signed by unknown authority]"
+    '"': "serial number 129B, of the CA with the key identifier 38:3B:0A, is of no CA that the API server trusts",
+}
+
+
+@pytest.mark.parametrize(("line", "words"), REFUSED.items())
+def test_refusals_are_read_off_the_servers_log(tmp_path: Path, line: str, words: str) -> None:
+    """As kube-apiserver 1.37 writes them, by address and by certificate."""
+    [found] = refusals([log(tmp_path, line, "http: TLS handshake error from 192.0.2.1:5: EOF", line)])
+    assert words in found.who
+    assert found.count == 2
