@@ -132,15 +132,17 @@ class Issuing:
         except LeftError as e:
             return self._left(job, e.outcome, e.reason, e.seconds)
         except (NoAnswerError, AuditError, StateError) as e:
-            return self._left(job, "left", str(e))
+            return self._left(job, "left", str(e), for_owner="the gateway has trouble of its own; its log says which")
         return None
 
-    def _left(self, job: Job, outcome: str, reason: str, seconds: float | None = None) -> float:
+    def _left(self, job: Job, outcome: str, reason: str, seconds: float | None = None, *, for_owner: str = "") -> float:
         if job.said != reason:
             job.said = reason
             self._context.metrics.count(job.one.request.signer, outcome)
             level = logging.WARNING if outcome in {"ca-refused", "bad-answer"} else logging.INFO
             log.log(level, "left alone: %s", reason, extra=extra(job, outcome))
+        if job.attempts:  # not what passes within a second
+            self._writer_of(job.one).tell(job, outcome, for_owner or reason)
         job.attempts += 1
         usual = back_off_seconds(job.attempts - 1, _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS)
         return usual if seconds is None else seconds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -36,10 +38,19 @@ from bridge.specs import PODS
 from bridge.state import audit
 from bridge.words import one_line
 
+log = logging.getLogger("ca-bridge")
+
 #: A service account, a node's or a namespace's metadata that was looked at so long ago is as good as one of now; a pod
 #: is looked at anew for each verdict.
 _RECENT_SECONDS = 2.0
 _MOST_REMEMBERED = 10_000
+_EVENTS_A_MINUTE = 120
+#: The CA's own words are in the gateway's log alone: they may name what a pod's owner should not read.
+_OF_THE_CA = {
+    "ca-unavailable": "the CA does not answer",
+    "ca-refused": "the CA refuses it",
+    "bad-answer": "the CA has signed something else than what was asked for",
+}
 _METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 
@@ -201,6 +212,11 @@ class PodWriter(Writer):
     kind = "PodCertificateRequest"
     parse = staticmethod(parse_pod)
 
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._events = Rate(_EVENTS_A_MINUTE)
+        self._cannot_tell = False
+
     def deny(self, job: Job, hostile: Hostile) -> None:
         """Deny the request, with words for the pod's owner."""
         context = self._context
@@ -216,6 +232,38 @@ class PodWriter(Writer):
 
     def waits(self, job: Job) -> None:
         """Nothing is written: the API server takes no condition but a final one."""
+
+    def tell(self, job: Job, outcome: str, reason: str) -> None:
+        """Say in an event of the pod why its request waits; in an outage of thousands some are left out."""
+        request, context, now = _request(job.one), self._context, rfc3339(self._context.now())
+        text = _OF_THE_CA.get(outcome, reason)
+        with self._mutex:
+            if job.told == text or self._events.reserve("events", time.monotonic()) != 0:
+                return
+            job.told = text
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "namespace": request.namespace,
+            "name": request.pod,
+            "uid": request.pod_uid,
+        }
+        event = {
+            "metadata": {"generateName": "ca-bridge-", "namespace": request.namespace},
+            "involvedObject": pod,
+            "type": "Warning",
+            "reason": "CertificateWaits",
+            "message": f"the request for a certificate of {request.signer} waits: {one_line(text)}",
+            "source": {"component": "ca-bridge-gateway"},
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+        }
+        with contextlib.suppress(NoAnswerError):
+            reply = context.api.ask("POST", f"/api/v1/namespaces/{_q(request.namespace)}/events", event)
+            if reply.status not in {HTTPStatus.CREATED, HTTPStatus.NOT_FOUND} and not self._cannot_tell:
+                self._cannot_tell = True
+                log.warning("no events of pods: HTTP %d %s", reply.status, one_line(reply.message))
 
     def trouble(self, verdict: Allowed, found: Verified) -> str:
         """Why the API server would not take this certificate now."""

@@ -50,6 +50,7 @@ class Job:
     begun: bool = False  #: It has its turn by the rates.
     attempts: int = 0
     said: str = ""  #: The last reason why it was left, which is logged once.
+    told: str = ""  #: The last reason in an event for the object's owner.
     verified: Verified | None = None  #: The CA's answer, not written yet.
     was_asked: bool = False  #: The CA was asked, and its answer did not come.
     was_recalled: bool = False  #: Since then it was looked for, and was not there.

@@ -401,6 +401,7 @@ def rights_needed(
         for resource in ("pods", "serviceaccounts", "namespaces"):
             yield Right(verb="get", group="", resource=resource)
         yield Right(verb="create", group=_CERTIFICATES, resource=_BUNDLES)
+        yield Right(verb="create", group="", resource="events")
     for one in pod_signers:
         yield Right(verb="attest", group=_CERTIFICATES, resource="signers", name=one)
         for verb in ("get", "patch", "delete"):

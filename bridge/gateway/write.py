@@ -75,6 +75,9 @@ class Writer:
         log.info("%s: %s", kind.lower(), one_line(reason), extra=extra(job, kind.lower()))
         self._context.give_up(job.one.uid, "it was denied")
 
+    def tell(self, job: Job, outcome: str, reason: str) -> None:
+        """Say nothing: a CSR object's owner reads its conditions, and its events are seldom looked at."""
+
     def failed_unanswered(self, job: Job) -> None:
         """The CA has not answered in time."""
         for _ in self.turns(job):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +20,7 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from backends.vault.setup import role_beside
-from bridge.gateway import policy
+from bridge.gateway import policy, watch
 from bridge.gateway.pod_rules import KEY_TYPES, patterns
 from bridge.pki.certificates import is_for, pem
 from tests.kit import cluster_api, gateways, hostile_pods, kube_api, openbao, pods
@@ -254,12 +257,20 @@ def test_a_ca_that_is_away_denies_nobody(cluster: ClusterApi, bao: OpenBao, ca: 
     asked = [(pod, pod.ask()) for pod in waiting]
     with gateways.running(place, "away") as gateway:
         gateway.until(lambda: gateway.metric("requests_total", signer=SIGNER, outcome="ca-unavailable") >= 1)
+        gateway.until(lambda: told(asked[0][0]) == ["the CA does not answer"])
         assert not any(outcome(pod.read(name)) for pod, name in asked)
     place.tables = [re.sub(r'url = "[^"]*"', f'url = "{url}"', table) for table in place.tables]
     with gateways.running(place, "back") as gateway:
         for pod, name in asked:
             until(gateway, pod, name)
         gateway.until(lambda: gateway.metric("requests_total", signer=SIGNER, outcome="signed") == 40)
+
+
+def told(pod: Pod) -> list[str]:
+    """Reasons in the gateway's events of a pod."""
+    events = pod.cluster.client().get(f"/api/v1/namespaces/{pod.namespace}/events")["items"]
+    ours = [one for one in events if one["involvedObject"]["uid"] == pod.document["metadata"]["uid"]]
+    return [one["message"].partition(" waits: ")[2] for one in ours if one["reason"] == "CertificateWaits"]
 
 
 def test_a_refresh_that_the_policy_does_not_allow_any_more(cluster: ClusterApi, place: Place) -> None:
@@ -272,7 +283,8 @@ def test_a_refresh_that_the_policy_does_not_allow_any_more(cluster: ClusterApi, 
         waits, denied = running.ask(), new.ask()
         found = until(gateway, new, denied, "Denied")
         assert condition(found) == ("NotAllowed", "namespace bank may not have certificates of this signer")
-        gateway.until(lambda: "namespace bank may not" in gateway.text())
+        gateway.until(lambda: told(running) == ["namespace bank may not have certificates of this signer"])
+        assert told(new) == []
         assert outcome(running.read(waits)) == ""
         place.write_policy(usual)
         until(gateway, running, waits)
@@ -352,3 +364,62 @@ def test_the_roots_are_published(cluster: ClusterApi, bao: OpenBao, ca: Signer, 
 def text(*cas: Signer) -> str:
     """Certificates as a bundle has them."""
     return pem(*(one.certificate for one in cas)).decode()
+
+
+@pytest.mark.attack("P4")
+def test_what_changes_while_the_ca_signs(cluster: ClusterApi, bao: OpenBao, ca: Signer, tmp_path: Path) -> None:
+    """No certificate is written for a pod that ends, an account that is made again, or a node that is blocked meanwhile."""
+    place = pods.with_vault(pods.place(cluster, tmp_path), bao, ca, f"pods-{next(_MOUNTS)}")
+    ended, stays = make_pod(cluster), make_pod(cluster)
+    remade, blocked = make_pod(cluster, account="fleeting"), make_pod(cluster, node="w7")
+    with gateways.running(place) as gateway:
+        os.kill(bao.process.pid, signal.SIGSTOP)
+        try:
+            asked = [(pod, pod.ask()) for pod in (ended, remade, blocked, stays)]
+            gateway.until(lambda: sum(line["event"] == "asked" for line in gateway.audit()) == len(asked))
+            ended.set_phase("Failed")
+            account = "/api/v1/namespaces/shop/serviceaccounts"
+            assert cluster.client().ask("DELETE", f"{account}/fleeting").ok
+            cluster.client().create(account, {"metadata": {"name": "fleeting"}})
+            place.write_inventory(f"{place.inventory}[node.w7]\nblocked = true\n")
+        finally:
+            os.kill(bao.process.pid, signal.SIGCONT)
+        until(gateway, *asked[-1])
+        for pod, name in asked[:-1]:
+            was_left = functools.partial(is_logged, gateway, pod.read(name)["metadata"]["uid"], "left")
+            gateway.until(was_left)
+            assert outcome(pod.read(name)) == ""
+
+
+def is_logged(gateway: Gateway, uid: str, found: str) -> bool:
+    """Whether the log has this outcome of an object."""
+    return any(line.get("request") == uid and line.get("outcome") == found for line in gateway.lines())
+
+
+@pytest.mark.attack("P5")
+def test_a_flood_keeps_no_other_namespace_waiting(
+    cluster: ClusterApi, bao: OpenBao, ca: Signer, tmp_path: Path, tried: Callable[..., None]
+) -> None:
+    """While hundreds of large requests of one namespace wait, another's pod has its certificate; memory stays below 150 MB."""
+    place = pods.with_vault(pods.place(cluster, tmp_path), bao, ca, f"pods-{next(_MOUNTS)}")
+    noisy, quiet = make_pod(cluster, "noisy", "x"), make_pod(cluster, "bank", "till", "w2")
+    mallory = cluster.client("mallory", "system:masters")
+    sizes = [40_000] * 500 + [200_000] * 20
+    for number, size in enumerate(sizes):
+        noisy.ask(mallory, unverifiedUserAnnotations={f"example.com/k{number}": "x" * size})
+    with gateways.running(place) as gateway:
+        until(gateway, quiet, quiet.ask())
+        assert '""' in pods.settled(cluster.client().get(pods.collection("noisy")))
+        gateway.until(lambda: "too large to be read" in gateway.text() or gateway.metric("watch_complete") == 1)
+        assert gateway.peak_mb() < 150
+    assert cluster.client().ask("DELETE", pods.collection("noisy")).ok
+    tried("requests of a flood of pods", len(sizes))
+
+
+def test_a_request_without_a_csr_is_not_read(cluster: ClusterApi) -> None:
+    """An old kubelet makes one by v1beta1, with a key in the CSR's place; its twin is read."""
+    pod = make_pod(cluster)
+    document = pod.read(pod.ask())
+    assert watch.parse_pod(document, 1000).request.pod == pod.name
+    with pytest.raises(watch.NotAnObjectError):
+        watch.parse_pod({**document, "spec": {**document["spec"], "stubPKCS10Request": None}}, 1000)

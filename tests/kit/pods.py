@@ -58,6 +58,7 @@ _RIGHTS = [
         "verbs": ["create", "get", "patch", "delete"],
     },
     {"apiGroups": [""], "resources": ["pods", "serviceaccounts", "nodes", "namespaces"], "verbs": ["get"]},
+    {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},
 ]
 _NUMBERS = itertools.count(1)
 
