@@ -256,8 +256,9 @@ class Gateway:
         return [json.loads(line) for line in self.text().splitlines()]
 
     def audit(self) -> list[dict[str, Any]]:
-        """The record."""
-        return [json.loads(line) for line in (self.state_dir / "audit.jsonl").read_text().splitlines()]
+        """The record, as far as it has begun."""
+        file = self.state_dir / "audit.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def metric(self, name: str, /, **labels: str) -> float:
         """One number."""
