@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backends.exec import helper
 from backends.exec.helper import ENVIRONMENT, ekus_text
-from bridge.contract import BackendSettings, Issued, Pending, Selector, SetupFile, SetupRequest, SignRequest
+from bridge.contract import BackendSettings, Issued, Names, Pending, Selector, SetupFile, SetupRequest, SignRequest
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -71,6 +71,9 @@ class ExecSettings(BackendSettings):
     profiles: dict[str, str] = field(default_factory=dict)  #: Other profiles, by certificate or usage class.
     #: Further variables for the program; they may say where a secret is, but hold none.
     environment: dict[str, str] = field(default_factory=dict)
+    #: Whether the program takes names from CA_BRIDGE_URIS, CA_BRIDGE_DNS and CA_BRIDGE_COMMON_NAME, and none from the
+    #: CSR, as pods need it; certmonger's own helpers don't.
+    names_beside_csr: bool = False
     user: str = ""  #: The user (with its groups) that runs the program; if empty, the user of ca-bridge.
 
     def problems(self) -> Iterator[SettingsProblem]:
@@ -135,6 +138,11 @@ class ExecBackend:
         if account.is_other and Account.of("").uid != 0:
             raise SettingsError([SettingsProblem("user", "no other user (only root can become one)", settings.user)])
         return cls(settings, account)
+
+    @property
+    def names_beside_csr(self) -> bool:
+        """By the settings: the program alone knows."""
+        return self._settings.names_beside_csr
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         """
@@ -260,6 +268,7 @@ class ExecBackend:
         return {
             **({"CERTMONGER_CA_PROFILE": profile} if profile else {}),
             **_csr_variables(request.csr),
+            **_names_variables(request.names),
             **_authority_variables(request.spec),
             "CA_BRIDGE_CERTIFICATE": request.spec.name,
             "CA_BRIDGE_USAGE": request.spec.usage,
@@ -344,6 +353,20 @@ def _is_signed(csr: x509.CertificateSigningRequest) -> bool:
 
 def _authority_variables(spec: CertificateSpec) -> dict[str, str]:
     return {"CERTMONGER_CA_NICKNAME": spec.authority.name, "CA_BRIDGE_AUTHORITY": spec.authority.name}
+
+
+def _names_variables(names: Names | None) -> dict[str, str]:
+    """The names that are beside the CSR, one a line; without any variable, those of the CSR count."""
+    if names is None:
+        return {}
+    odd = [name for name in (*names.uris, *names.dns, names.common_name) if not name.isprintable()]
+    if odd:  # a line break would make two names of one
+        raise BackendRefusedError(f"exec: wanted names of printable characters, found {odd[0]!r}")
+    return {
+        "CA_BRIDGE_URIS": "\n".join(names.uris),
+        "CA_BRIDGE_DNS": "\n".join(names.dns),
+        "CA_BRIDGE_COMMON_NAME": names.common_name,
+    }
 
 
 def _csr_variables(csr: x509.CertificateSigningRequest) -> dict[str, str]:

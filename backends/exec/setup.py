@@ -56,7 +56,9 @@ exit "$status"
 
 
 def setup(wanted: SetupRequest) -> list[SetupFile]:
-    """A script for the authority that tries the program; before it, for step-ca, a script that makes its provisioners."""
+    """A script for the authority that tries the program, for step-ca also one that makes its provisioners; for pods a text."""
+    if wanted.patterns:
+        return [SetupFile(name=f"{wanted.authority.name}.txt", text="".join(_beside(wanted)))]
     profile, command = _selector(wanted.settings, wanted.node), _command(wanted.settings)
     rows = [
         (name, profile(SPECS[name]), ekus_text(SPECS[name]), subject_text(certificate), sans_text(certificate))
@@ -83,6 +85,17 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
     )
     tries = SetupFile(name=f"try-{wanted.authority.name}.sh", text=text, executable=True, by_node=True)
     return [*([step_ca.provisioners(wanted, profile)] if step_ca.is_meant(command) else []), tries]
+
+
+def _beside(wanted: SetupRequest) -> Iterator[str]:
+    """What a program gets for certificates whose names travel beside the CSR, and has to make of it."""
+    yield "The CSR is empty: subject and SANs are those of the variables, one name a line, and no others.\n"
+    yield "Below an empty subject the SANs are critical; a certificate begins less than 5 minutes ago.\n"
+    for one in wanted.patterns:
+        yield f"CA_BRIDGE_CERTIFICATE={one.spec.name}: CA_BRIDGE_EKUS={ekus_text(one.spec)}\n"
+        yield f"  CA_BRIDGE_VALIDITY_SECONDS: at most {int(one.longest.total_seconds())}\n"
+        for name, values in (("URIS", one.uris), ("DNS", one.dns), ("COMMON_NAME", one.common_names)):
+            yield f"  CA_BRIDGE_{name}: {one_line(', '.join(values), _LONGEST_CELL) or 'empty'}\n"
 
 
 def _case(name: str, profile: str, ekus: str, subject: str, sans: str) -> str:

@@ -131,6 +131,12 @@ def that_sets_up(type_name: str) -> SetsUp:
     raise SettingsError([SettingsProblem("TYPE", f"one of {', '.join(able)}", repr(type_name))])
 
 
+def with_names_beside_csr() -> str:
+    """The installed backend types that can carry names beside a CSR, for messages."""
+    able = [name for name, entry in sorted(installed().items()) if hasattr(_loaded(entry), "names_beside_csr")]
+    return f"a backend that gives the CA names beside the CSR: {', '.join(able)}"
+
+
 def keys_so_far(settings: Settings, authority: str, type_name: str) -> dict[str, Any]:
     """The values that the settings have for an authority's backend, by field; none if it has none of this type."""
     ours = settings.authorities.get(authority)

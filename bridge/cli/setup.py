@@ -159,8 +159,7 @@ def _for_pods(settings: Settings, type_name: str, backend_type: SetsUp) -> list[
     from bridge.gateway.pod_rules import patterns  # noqa: PLC0415
 
     if not hasattr(backend_type, "names_beside_csr"):
-        wanted = "a backend that gives the CA names beside the CSR: vault, cfssl, openssl"
-        raise SettingsError([SettingsProblem("TYPE", wanted, repr(type_name))])
+        raise SettingsError([SettingsProblem("TYPE", registry.with_names_beside_csr(), repr(type_name))])
     policy = Nodes(settings.gateway).files(0.0)[0]
     if not policy.pod_signers:
         problem = SettingsProblem("pod_signer", 'a table such as [pod_signer."corp.example/spiffe"]', "none",

@@ -140,6 +140,6 @@ def _assert_names_beside(authority: AuthorityOfSigners, settings: Settings) -> N
     """A pod's CSR is empty, so that a backend that copies its names would have certificates without any signed."""
     backend = authority.ca.backend
     if not isinstance(backend, NamesBesideCsr) or not backend.names_beside_csr:
-        wanted = "a backend that gives the CA names beside the CSR: vault (mode sign), cfssl, openssl"
+        wanted = f"{registry.with_names_beside_csr()} (if its settings let it)"
         problem = settings.source.problem(("authority", PODS.name, "backend"), wanted, authority.ca.label)
         raise SettingsError([problem])

@@ -13,11 +13,12 @@ from cryptography import x509
 
 from backends.cfssl import CfsslBackend, CfsslSettings
 from backends.cfssl.setup import config_beside
+from backends.exec import ExecBackend, ExecSettings
 from backends.openssl import OpensslBackend
 from backends.openssl.settings import OpensslSettings
 from backends.vault import VaultAuth, VaultBackend, VaultSettings
 from backends.vault.setup import role_beside
-from bridge.contract import Backend, Issued, NamePatterns, Names, NamesBesideCsr, Secret, SignRequest
+from bridge.contract import Backend, Issued, NamePatterns, Names, NamesBesideCsr, Secret, SetupRequest, SignRequest
 from bridge.errors import BackendRefusedError
 from bridge.pki import verify
 from bridge.pki.certificates import pem
@@ -67,7 +68,40 @@ def _cfssl(ca: Signer, directory: Path) -> Iterator[Backend]:
         yield CfsslBackend.from_settings(CfsslSettings(url=url, auth_key=key))
 
 
-@pytest.fixture(scope="module", params=[_vault, _openssl, pytest.param(_cfssl, marks=pytest.mark.kube("cfssl"))])
+@contextlib.contextmanager
+def _exec(ca: Signer, directory: Path) -> Iterator[Backend]:
+    (directory / "ca.crt").write_bytes(pem(ca.certificate))
+    (directory / "ca.key").write_bytes(key_pem(ca.key))
+    program = directory / "program"
+    program.write_text(_PROGRAM.format(directory=directory))
+    program.chmod(0o755)
+    yield ExecBackend.from_settings(ExecSettings(command=(str(program),), names_beside_csr=True))
+
+
+_PROGRAM = """\
+#!/bin/bash
+# As a site may write it: the names are the variables', and nothing of the CSR but its key counts.
+set -eu
+cd {directory}
+case $CERTMONGER_OPERATION in
+  SUBMIT) ;;
+  IDENTIFY) echo it; exit 0 ;;
+  *) exit 6 ;;
+esac
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+subject=/ critical=critical,
+[ -z "$CA_BRIDGE_COMMON_NAME" ] || {{ subject=/CN=$CA_BRIDGE_COMMON_NAME; critical=; }}
+sans=$(printf '%s\n' "$CA_BRIDGE_URIS" | sed '/./!d; s/^/URI:/'; printf '%s\n' "$CA_BRIDGE_DNS" | sed '/./!d; s/^/DNS:/')
+printf 'keyUsage=critical,digitalSignature\nextendedKeyUsage=%s\nsubjectAltName=%s\n' \
+  "$CA_BRIDGE_EKUS" "$critical$(printf '%s' "$sans" | tr '\n' ',')" >"$work/ext"
+printf '%s\n' "$CERTMONGER_CSR" >"$work/csr"
+openssl x509 -req -in "$work/csr" -CA ca.crt -CAkey ca.key -days 1 -extfile "$work/ext" -subj "$subject" \
+  -set_serial "0x$(openssl rand -hex 16)" 2>"$work/said" || {{ cat "$work/said" >&2; exit 2; }}
+"""
+
+
+@pytest.fixture(scope="module", params=[_vault, _openssl, _exec, pytest.param(_cfssl, marks=pytest.mark.kube("cfssl"))])
 def backend(request: pytest.FixtureRequest, ca: Signer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
     """Set up as `ca-bridge setup TYPE --authority pods` prints it."""
     made: Callable[[Signer, Path], contextlib.AbstractContextManager[Backend]] = request.param
@@ -143,6 +177,30 @@ def test_openssl_takes_plain_names_alone(ca: Signer, tmp_path: Path) -> None:
                             names=Names(uris=(ID,)))  # fmt: skip
         with pytest.raises(BackendRefusedError, match="no names in this CSR"):
             backend.sign(named)
+
+
+def test_a_name_of_two_lines_is_no_name_for_a_program(ca: Signer, tmp_path: Path) -> None:
+    """The program would read two names; without the line break it is one, and signed."""
+    with _exec(ca, tmp_path) as backend:
+        for names in ({"uris": (f"{ID}\n{ID}x",)}, {"uris": (ID,), "dns": ("a.svc\nb.svc",)}):
+            with pytest.raises(BackendRefusedError, match="printable characters"):
+                backend.sign(asked(**names))
+        proven(backend, ca, asked(uris=(ID,), dns=("a.svc",)))
+
+
+def test_what_setup_says_to_a_programs_author() -> None:
+    """For exec: which names come in which variable, with which usages, and how long a certificate may live."""
+    wanted = SetupRequest(authority=PODS, certificates={}, validity=timedelta(days=1), node="cp1", cluster="prod",
+                          settings={}, patterns=[PATTERNS])  # fmt: skip
+    [found] = ExecBackend.setup(wanted)
+    assert found.name == "pods.txt"
+    assert found.text.splitlines()[2:] == [
+        "CA_BRIDGE_CERTIFICATE=pod: CA_BRIDGE_EKUS=serverAuth,clientAuth",
+        "  CA_BRIDGE_VALIDITY_SECONDS: at most 86400",
+        "  CA_BRIDGE_URIS: spiffe://td/ns/*/sa/*",
+        "  CA_BRIDGE_DNS: *.svc",
+        "  CA_BRIDGE_COMMON_NAME: web*",
+    ]
 
 
 def test_what_setup_prints_is_json() -> None:
