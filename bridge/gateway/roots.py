@@ -1,7 +1,8 @@
 """
-ClusterTrustBundles: the roots that pods trust, kept equal to those in `pods.crt`, one object a signer.
+ClusterTrustBundles: the roots that pods trust, made equal to those in `pods.crt`, one object a signer.
 
-What another client changes or deletes is put back; nothing but the gateway's own objects is ever touched.
+The gateway puts back what another client changes or deletes; no object of another name, and without our label none, is
+ever removed.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 
 from bridge.cluster.api import MERGE_PATCH, Api, NoAnswerError, Reply
-from bridge.gateway.watch import GROUP
+from bridge.errors import BridgeError, Exit
+from bridge.gateway.watch import GROUP, served
 from bridge.pki.certificates import pem
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
 
-COLLECTION = f"{GROUP}/clustertrustbundles"
+BUNDLES = "clustertrustbundles"
 _SUFFIX = "ca-bridge"
+_TRIES = 5
 #: What says that an object is ours to remove.
 _LABEL = {"app.kubernetes.io/managed-by": "ca-bridge"}
 
@@ -30,69 +33,101 @@ def name_of(signer: str) -> str:
     return f"{signer.replace('/', ':')}:{_SUFFIX}"
 
 
+#: What became of a signer's bundle; `foreign`: another client's, which is not ours to remove.
+Outcome = Literal["published", "replaced", "unchanged", "removed", "absent", "foreign"]
+
+
+class NotPublishedError(BridgeError):
+    """The API server answers, and does not take the roots."""
+
+    exit_code: ClassVar[int] = Exit.REFUSED
+    hint = "docs/pod-certificates.md names the rights on clustertrustbundles and signers that it needs"
+
+
 class Roots:
     """For one thread."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
+        self._group = ""  #: With the version in which the API server has bundles; empty: not known.
         self._said: dict[str, str] = {}
         self.good: dict[str, bool] = {}  #: By signer: the object is as it should be.
 
     def keep(self, signer: str, roots: bytes | None) -> None:
-        """Have the object with these certificates in PEM, or with None no object of ours."""
+        """Have the object with these certificates in PEM, or with None no object of ours; the log says what was done."""
+        trouble, name = "", name_of(signer)
         try:
-            trouble = self._kept(signer, roots)
-        except NoAnswerError as e:
+            outcome = self.publish(signer, roots)
+        except (NoAnswerError, NotPublishedError) as e:
             trouble = str(e)
+        else:
+            if outcome == "published":
+                log.info("published the roots of %s as %s", signer, name)
+            elif outcome == "replaced":
+                log.warning("published the roots of %s anew: %s had others", signer, name)
+            elif outcome == "removed":
+                log.warning("removed %s: the policy publishes these roots no more", name)
         self.good[signer] = not trouble
         if trouble and self._said.get(signer) != trouble:
             log.error("the roots of %s are not published: %s", signer, trouble)
         self._said[signer] = trouble
 
-    def _kept(self, signer: str, roots: bytes | None) -> str:
-        """Why it is not so; empty: it is."""
-        path = f"{COLLECTION}/{quote(name_of(signer), safe=':')}"
+    def publish(self, signer: str, roots: bytes | None) -> Outcome:
+        """Have the object with these certificates, or with None no object of ours (NoAnswerError, NotPublishedError)."""
+        for _ in range(_TRIES):
+            outcome = self._once(signer, roots)
+            if outcome is not None:
+                return outcome
+        raise NotPublishedError(f"another client changes {name_of(signer)} all the time")
+
+    def _once(self, signer: str, roots: bytes | None) -> Outcome | None:
+        """None: another client has changed the object meanwhile."""
+        self._group = self._group or served(self._api, BUNDLES)
+        collection = f"{self._group}/{BUNDLES}"
+        path = f"{collection}/{quote(name_of(signer), safe=':')}"
         reply = self._api.ask("GET", path)
         if reply.status == HTTPStatus.NOT_FOUND:
-            return self._made(signer, roots) if roots is not None else ""
+            if self._group != GROUP:  # an upgrade may have taken this version away
+                self._group = ""
+            return self._made(collection, signer, roots) if roots is not None else "absent"
         if reply.status != HTTPStatus.OK:
-            return _trouble(reply)
-        if roots is None:
-            return self._removed(path, reply.document)
-        return self._changed(path, signer, roots, reply.document)
+            raise _refusal("GET", reply)
+        if roots is not None:
+            return self._changed(path, roots, reply.document)
+        return self._removed(path, reply.document) if _is_ours(reply.document) else "foreign"
 
-    def _made(self, signer: str, roots: bytes) -> str:
+    def _made(self, collection: str, signer: str, roots: bytes) -> Outcome | None:
         body = {
-            "apiVersion": "certificates.k8s.io/v1",
-            "kind": "ClusterTrustBundle",
             "metadata": {"name": name_of(signer), "labels": _LABEL},
             "spec": {"signerName": signer, "trustBundle": roots.decode("ascii")},
         }
-        reply = self._api.ask("POST", COLLECTION, body)
-        if reply.status == HTTPStatus.CREATED:
-            log.info("published the roots of %s as %s", signer, name_of(signer))
-        return "" if reply.status == HTTPStatus.CREATED else _trouble(reply)
+        return _outcome("POST", self._api.ask("POST", collection, body), HTTPStatus.CREATED, "published")
 
-    def _changed(self, path: str, signer: str, roots: bytes, document: Mapping[str, Any]) -> str:
+    def _changed(self, path: str, roots: bytes, document: Mapping[str, Any]) -> Outcome | None:
         if document["spec"].get("trustBundle") == roots.decode("ascii") and _is_ours(document):
-            return ""
+            return "unchanged"
         metadata = {"resourceVersion": document["metadata"]["resourceVersion"], "labels": _LABEL}
         body = {"metadata": metadata, "spec": {"trustBundle": roots.decode("ascii")}}
-        reply = self._api.ask("PATCH", path, body, MERGE_PATCH)
-        if reply.status == HTTPStatus.OK:
-            log.warning("published the roots of %s anew: %s had others", signer, name_of(signer))
-        return "" if reply.status == HTTPStatus.OK else _trouble(reply)
+        return _outcome("PATCH", self._api.ask("PATCH", path, body, MERGE_PATCH), HTTPStatus.OK, "replaced")
 
-    def _removed(self, path: str, document: Mapping[str, Any]) -> str:
-        if not _is_ours(document):
-            return ""
+    def _removed(self, path: str, document: Mapping[str, Any]) -> Outcome | None:
         metadata = document["metadata"]
         conditions = {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]}
-        body = {"kind": "DeleteOptions", "apiVersion": "v1", "preconditions": conditions}
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": conditions}
         reply = self._api.ask("DELETE", path, body)
-        if reply.status == HTTPStatus.OK:
-            log.warning("removed %s: the policy publishes these roots no more", metadata["name"])
-        return "" if reply.status in {HTTPStatus.OK, HTTPStatus.NOT_FOUND} else _trouble(reply)
+        return "absent" if reply.status == HTTPStatus.NOT_FOUND else _outcome("DELETE", reply, HTTPStatus.OK, "removed")
+
+
+def _outcome(method: str, reply: Reply, good: HTTPStatus, outcome: Outcome) -> Outcome | None:
+    if reply.status == good:
+        return outcome
+    if reply.status in {HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND}:
+        return None
+    raise _refusal(method, reply)
+
+
+def _refusal(method: str, reply: Reply) -> NotPublishedError:
+    return NotPublishedError(one_line(f"{method}: HTTP {reply.status} {reply.message}"))
 
 
 def text_of(roots: tuple[Any, ...]) -> bytes:
@@ -103,7 +138,3 @@ def text_of(roots: tuple[Any, ...]) -> bytes:
 def _is_ours(document: Mapping[str, Any]) -> bool:
     labels = document["metadata"].get("labels") or {}
     return all(labels.get(key) == value for key, value in _LABEL.items())
-
-
-def _trouble(reply: Reply) -> str:
-    return one_line(f"HTTP {reply.status} {reply.message}")

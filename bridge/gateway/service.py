@@ -29,7 +29,8 @@ from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
 from bridge.gateway.roots import Roots
 from bridge.gateway.rules import CLIENT_KUBELET, spec_of
-from bridge.gateway.watch import SILENCE_SECONDS, Kind, Watch, kinds
+from bridge.gateway.watch import CSRS, SILENCE_SECONDS, Kind, Watch, kinds
+from bridge.gateway.watch import PODS as POD_REQUESTS
 from bridge.settings.tables import GatewaySettings, Settings
 from bridge.specs import PODS
 from bridge.state import credentials
@@ -361,8 +362,7 @@ def _page(troubles: Iterator[str], good: str) -> tuple[int, str]:
 
 
 _REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
-_CERTIFICATES, _REQUESTS = "certificates.k8s.io", "certificatesigningrequests"
-_POD_REQUESTS, _BUNDLES = "podcertificaterequests", "clustertrustbundles"
+_CERTIFICATES = "certificates.k8s.io"
 
 
 class ApiRefusesError(BridgeError):
@@ -395,17 +395,17 @@ def rights_needed(
 ) -> Iterator[Right]:
     """The rights that docs/gateway.md names, except to create the lease, which may exist already (pure)."""
     if signers:
-        yield from _on_requests(_REQUESTS, ("approval", "status"), signers, ("approve", "sign"))
+        yield from _on_requests(CSRS, ("approval", "status"), signers, ("approve", "sign"))
     if pod_signers:
-        yield from _on_requests(_POD_REQUESTS, ("status",), pod_signers, ("sign",))
+        yield from _on_requests(POD_REQUESTS, ("status",), pod_signers, ("sign",))
         for resource in ("pods", "serviceaccounts", "namespaces"):
             yield Right(verb="get", group="", resource=resource)
-        yield Right(verb="create", group=_CERTIFICATES, resource=_BUNDLES)
+        yield Right(verb="create", group=_CERTIFICATES, resource=roots.BUNDLES)
         yield Right(verb="create", group="", resource="events")
     for one in pod_signers:
         yield Right(verb="attest", group=_CERTIFICATES, resource="signers", name=one)
         for verb in ("get", "patch", "delete"):
-            yield Right(verb=verb, group=_CERTIFICATES, resource=_BUNDLES, name=roots.name_of(one))
+            yield Right(verb=verb, group=_CERTIFICATES, resource=roots.BUNDLES, name=roots.name_of(one))
     yield Right(verb="get", group="", resource="nodes")
     if settings.lease:
         for verb in ("get", "update"):

@@ -1,5 +1,5 @@
 """
-Objects that ask for a certificate (certificates.k8s.io/v1), CertificateSigningRequest and PodCertificateRequest: reading
+Objects that ask for a certificate (certificates.k8s.io), CertificateSigningRequest and PodCertificateRequest: reading
 one, and watching all of a kind, one a line, for a few minutes at a time, so that withdrawn rights take effect and missed
 objects come again.
 """
@@ -14,16 +14,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from bridge.cluster.access import items
 from bridge.cluster.api import Api, Lines, NoAnswerError
 from bridge.gateway.pod_policy import USUAL_SECONDS, PodRequest
 from bridge.gateway.policy import Request
 from bridge.pki.budget import Budget, json_of
 
-GROUP, PODS = "/apis/certificates.k8s.io/v1", "podcertificaterequests"
-COLLECTION = f"{GROUP}/certificatesigningrequests"
+GROUP = "/apis/certificates.k8s.io/v1"
+CSRS, PODS = "certificatesigningrequests", "podcertificaterequests"
+#: The other version in which an API server may have requests of pods and bundles: 1.36, if they are turned on there.
+BETA_GROUP = "/apis/certificates.k8s.io/v1beta1"
+COLLECTION = f"{GROUP}/{CSRS}"
 APPROVED, DENIED, FAILED = "Approved", "Denied", "Failed"
 PENDING_AT_CA = "PendingAtCA"
 #: The reason of kube-controller-manager's approvals (pkg/controller/certificates/approver/sarapprove.go).
@@ -95,11 +100,12 @@ class PodObject(ApiObject):
     """A PodCertificateRequest."""
 
     request: PodRequest
+    group: str = GROUP  #: With the version in which it was read.
 
     @property
     def path(self) -> str:
         """The object's path; its name is the requester's choice."""
-        return f"{GROUP}/namespaces/{quote(self.request.namespace, safe='')}/{PODS}/{quote(self.name, safe='')}"
+        return f"{self.group}/namespaces/{quote(self.request.namespace, safe='')}/{PODS}/{quote(self.name, safe='')}"
 
 
 AnyObject = SigningRequest | PodObject
@@ -144,7 +150,8 @@ def parse_pod(document: Any, size: int) -> PodObject:
             pem=b"-----BEGIN CERTIFICATE REQUEST-----\n%b-----END CERTIFICATE REQUEST-----\n" % base64.encodebytes(der),
         )
         certificate = _text(status.get("certificateChain") or "")
-        return PodObject(request=request, certificate=certificate, **_common(document, size))
+        group = BETA_GROUP if document.get("apiVersion") == BETA_GROUP.removeprefix("/apis/") else GROUP
+        return PodObject(request=request, certificate=certificate, group=group, **_common(document, size))
     except _MALFORMED as e:
         raise NotAnObjectError(f"{type(e).__name__}") from None
 
@@ -195,19 +202,32 @@ class Kind:
     """Objects that are watched together."""
 
     what: str
-    path: str
+    resource: str
     signers: tuple[str, ...]
     parse: Callable[[Any, int], AnyObject]
     selector: str = ""  #: Of fields.
+    beta: bool = False  #: An API server may have it in v1beta1 alone.
 
 
 def kinds(signers: Sequence[str], pod_signers: Sequence[str]) -> Iterator[Kind]:
     """All that is to be watched; pods' requests stay for a quarter of an hour, so that each of their signers is by itself."""
     if signers:
-        yield Kind(what="requests", path=COLLECTION, signers=tuple(signers), parse=parse)
+        yield Kind(what="requests", resource=CSRS, signers=tuple(signers), parse=parse)
     for one in pod_signers:
         what, selector = f"requests of pods for {one}", f"spec.signerName={one}"
-        yield Kind(what=what, path=f"{GROUP}/{PODS}", signers=(one,), parse=parse_pod, selector=selector)
+        yield Kind(what=what, resource=PODS, signers=(one,), parse=parse_pod, selector=selector, beta=True)
+
+
+def served(api: Api, resource: str) -> str:
+    """The group with the version in which the API server has a resource: v1, or else v1beta1 (NoAnswerError: neither)."""
+    for group in (GROUP, BETA_GROUP):
+        reply = api.ask("GET", group)
+        if reply.status == HTTPStatus.FORBIDDEN:  # we may not look which there are, and v1 is the usual one
+            return GROUP
+        if any(one.get("name") == resource for one in items(reply.document, "resources")):
+            return group
+    wanted = f"wanted {resource} in certificates.k8s.io/v1 (Kubernetes 1.37) or v1beta1 (1.36, where it is turned on)"
+    raise NoAnswerError(f"{api.server}: {wanted}, found neither", hint="docs/pod-certificates.md names the flags")
 
 
 class Watch:
@@ -231,7 +251,8 @@ class Watch:
         query = {"watch": 1, "allowWatchBookmarks": "true", "timeoutSeconds": ROUND_SECONDS}
         if self._kind.selector:
             query["fieldSelector"] = self._kind.selector
-        path = f"{self._kind.path}?{urlencode(query)}"
+        group = served(self._api, self._kind.resource) if self._kind.beta else GROUP  # an upgrade may have changed it
+        path = f"{group}/{self._kind.resource}?{urlencode(query)}"
         with self._api.lines(path, SILENCE_SECONDS, LONGEST_OBJECT_BYTES) as lines:
             with self._mutex:
                 if self._ended:

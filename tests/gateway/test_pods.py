@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import itertools
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,10 +24,10 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from backends.vault.setup import role_beside
-from bridge.gateway import policy, watch
+from bridge.gateway import policy, roots, watch
 from bridge.gateway.pod_rules import KEY_TYPES, patterns
 from bridge.pki.certificates import is_for, pem
-from tests.kit import cluster_api, gateways, hostile_pods, kube_api, openbao, pods
+from tests.kit import api_proxy, cluster_api, gateways, hostile_pods, kube_api, openbao, pods
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.gateways import Gateway, Place
 from tests.kit.issuing import Signer
@@ -35,7 +39,9 @@ from tests.kit.pods import SIGNER, Pod, condition, make_pod, outcome
 pytestmark = pytest.mark.kube("kube-apiserver", "etcd")
 
 _MOUNTS = itertools.count(1)
-BUNDLES = "/apis/certificates.k8s.io/v1/clustertrustbundles"
+BUNDLES = f"{watch.GROUP}/{roots.BUNDLES}"
+#: A service account that was looked at so long ago is looked at again.
+AS_OF_NOW_SECONDS = 2
 ACCOUNT = "system:serviceaccount:ca-bridge:ca-bridge-gateway"
 _TYPES = {
     "P-384": "ECDSAP384",
@@ -382,6 +388,7 @@ def test_what_changes_while_the_ca_signs(cluster: ClusterApi, bao: OpenBao, ca: 
             assert cluster.client().ask("DELETE", f"{account}/fleeting").ok
             cluster.client().create(account, {"metadata": {"name": "fleeting"}})
             place.write_inventory(f"{place.inventory}[node.w7]\nblocked = true\n")
+            time.sleep(AS_OF_NOW_SECONDS + 1)
         finally:
             os.kill(bao.process.pid, signal.SIGCONT)
         until(gateway, *asked[-1])
@@ -423,3 +430,35 @@ def test_a_request_without_a_csr_is_not_read(cluster: ClusterApi) -> None:
     assert watch.parse_pod(document, 1000).request.pod == pod.name
     with pytest.raises(watch.NotAnObjectError):
         watch.parse_pod({**document, "spec": {**document["spec"], "stubPKCS10Request": None}}, 1000)
+
+
+def test_an_api_server_that_has_v1beta1_alone(bao: OpenBao, ca: Signer, tmp_path: Path) -> None:
+    """As 1.36 has it (here v1 is hidden by a proxy): requests are signed, waiting pods told, and roots published there."""
+    turned_on = ",".join(f"certificates.k8s.io/v1beta1/{one}=true" for one in (watch.PODS, roots.BUNDLES))
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(cluster_api.running(flags={"runtime-config": turned_on}))
+        proxy = stack.enter_context(api_proxy.between(cluster, gateways.USER))
+        gateways.grant_rights(cluster)
+        pods.grant_rights(cluster)
+        proxy.before = without_v1
+        place = pods.with_vault(pods.place(cluster, tmp_path), bao, ca, f"pods-{next(_MOUNTS)}")
+        place.gateway["kubeconfig"] = str(proxy.kubeconfig(cluster, gateways.USER))
+        pod, other = (dataclasses.replace(make_pod(cluster, one), group=watch.BETA_GROUP) for one in ("shop", "else"))
+        bundle = f"{watch.BETA_GROUP}/{roots.BUNDLES}/{roots.name_of(SIGNER)}"
+        with gateways.running(place) as gateway:
+            found = until(gateway, pod, pod.ask())
+            assert pods.chain(found)[0].public_key() == pod.key.public_key()
+            assert found["apiVersion"] == "certificates.k8s.io/v1beta1"
+            until(gateway, other, other.ask(), "Denied")
+            gateway.until(lambda: cluster.client().ask("GET", bundle).ok)
+            assert cluster.client().get(bundle)["spec"]["trustBundle"] == text(ca)
+        written = [path for _, path in proxy.writes if path.startswith("/apis/certificates.k8s.io")]
+        assert len(written) >= 3
+        assert all(path.startswith(f"{watch.BETA_GROUP}/") for path in written)
+
+
+def without_v1(_: str, path: str) -> tuple[int, bytes] | None:
+    """An API server without the objects of v1: they are not in its list, and not to be had."""
+    if path == watch.GROUP:
+        return 200, json.dumps({"kind": "APIResourceList", "resources": [{"name": watch.CSRS}]}).encode()
+    return (404, b"{}") if path.startswith((f"{watch.GROUP}/{watch.PODS}", BUNDLES)) else None

@@ -166,13 +166,16 @@ class ClusterApi:
 
 
 @contextlib.contextmanager
-def running(parent: Path | None = None, *, on_disk: bool = False) -> Iterator[ClusterApi]:
+def running(
+    parent: Path | None = None, *, on_disk: bool = False, flags: Mapping[str, str] | None = None
+) -> Iterator[ClusterApi]:
     """
     Both, on loopback and free ports.
 
     Args:
         parent: For logs and certificates.
         on_disk: etcd's data is where it would be, and not in memory: each write is an fsync.
+        flags: More of the API server's.
     """
     shm = Path("/nowhere" if on_disk else "/dev/shm")
     with contextlib.ExitStack() as stack:
@@ -201,7 +204,10 @@ def running(parent: Path | None = None, *, on_disk: bool = False) -> Iterator[Cl
             )  # fmt: skip
         stack.callback(_end, etcd)
         cluster = ClusterApi(directory=directory, ca=cas["ca"], cas=cas, port=free_port(), etcd=etcd)
-        cluster.arguments = _arguments(cluster, etcd_url)
+        cluster.arguments = [
+            *_arguments(cluster, etcd_url),
+            *(f"--{key}={value}" for key, value in (flags or {}).items()),
+        ]
         stack.callback(lambda: _end(cluster.server))
         cluster.start_server()
         yield cluster

@@ -234,7 +234,7 @@ class Gateway:
         status, text = self.page("readyz")
         return status == 200 and "this replica works" in text
 
-    def until(self, done: Callable[[], object], seconds: float = 30, what: str = "") -> None:
+    def until(self, done: Callable[[], object], seconds: float = 120, what: str = "") -> None:
         """Wait, with its log where it takes too long."""
         deadline = time.monotonic() + seconds
         while not done():

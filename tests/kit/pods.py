@@ -122,6 +122,7 @@ class Pod:
     account_uid: str
     node_uid: str
     key: Any = field(default_factory=new_key)
+    group: str = GROUP  #: With the version by which the kubelet asks.
 
     @property
     def namespace(self) -> str:
@@ -159,7 +160,7 @@ class Pod:
             "stubPKCS10Request": base64.b64encode(der).decode(),
         }
         return {
-            "apiVersion": "certificates.k8s.io/v1",
+            "apiVersion": self.group.removeprefix("/apis/"),
             "kind": "PodCertificateRequest",
             "metadata": {"generateName": "req-", "namespace": self.namespace},
             "spec": {key: value for key, value in {**usual, **spec}.items() if value is not None},
@@ -174,21 +175,21 @@ class Pod:
     def _once(self, who: ApiClient | None, body: Mapping[str, Any]) -> Reply | None:
         """None: NodeRestriction has not heard of the pod yet."""
         who = who or self.cluster.client(f"system:node:{self.node}", "system:nodes")
-        reply = who.ask("POST", collection(self.namespace), body)
+        reply = who.ask("POST", collection(self.namespace, self.group), body)
         return None if reply.status in {403, 500} and "not found" in reply.text else reply
 
     def read(self, name: str) -> dict[str, Any]:
         """A request of the namespace, as it is."""
-        return self.cluster.client().get(f"{collection(self.namespace)}/{name}")
+        return self.cluster.client().get(f"{collection(self.namespace, self.group)}/{name}")
 
     def set_phase(self, phase: str) -> None:
         """As the kubelet says it."""
         assert self.cluster.client().patch(f"{self.path}/status", {"status": {"phase": phase}}).ok
 
 
-def collection(namespace: str) -> str:
+def collection(namespace: str, group: str = GROUP) -> str:
     """The path of a namespace's requests."""
-    return f"{GROUP}/namespaces/{namespace}/{PODS}"
+    return f"{group}/namespaces/{namespace}/{PODS}"
 
 
 def make_pod(
