@@ -34,6 +34,7 @@ FILES = {
     "gateway": "gateway",
     "serve": "serve",
     "kubelets": "kubelets",
+    "trust": "trust",
     "backups": "history",
     "rollback": "history",
     "recover": "history",

@@ -41,6 +41,7 @@ TASKS: dict[str, dict[str, str]] = {
     "Sign for the cluster": {
         "gateway": "Sign for kubelets and users, by the certificates API.",
         "kubelets": "Have kubelets ask for serving certificates, or not.",
+        "trust": "Publish the roots that pods trust.",
     },
     "Go back, and clean up after a crash": {
         "backups": "List the backups of replaced files.",
@@ -188,6 +189,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("ca-bridge kubelets on", "Take this node as far as the others allow; run it on each node, then again."),
     ),
     "kubelets off": (("ca-bridge kubelets off", "The same backwards, the control-plane nodes first."),),
+    "trust publish": (
+        ("ca-bridge trust publish", "Make the bundles of the policy's signers equal to pods.crt: for a timer."),
+        ("ca-bridge trust publish corp.example/spiffe", "Of this one, without a policy."),
+        ("ca-bridge trust publish --remove corp.example/old", "Take the bundle of a former signer away, too."),
+    ),
     "setup": (
         ("ca-bridge setup vault", "Print roles and a policy for this node's certificates."),
         ("ca-bridge setup openssl -o /root/for-the-ca", "Write an openssl.cnf for each CA into a directory."),

@@ -42,7 +42,7 @@ class AuthorityOfSigners:
         self._extra_subject = settings.extra_subject(configured.authority)
         self._anchor_file = settings.node.pki_dir / SIGNING_AUTHORITIES[configured.authority].certificate_file
         self._mutex = threading.Lock()
-        self._anchors, self._read_at = _read_anchors(self._anchor_file), time.monotonic()
+        self._anchors, self._read_at = read_anchors(self._anchor_file), time.monotonic()
         self._issuer_end: datetime | None = None
         backend = self.ca.backend
         self.asks_validity = isinstance(backend, AsksValidity) and backend.asks_validity
@@ -60,7 +60,7 @@ class AuthorityOfSigners:
             if time.monotonic() - self._read_at >= _ANCHOR_SECONDS:
                 self._read_at = time.monotonic()
                 try:
-                    self._anchors = _read_anchors(self._anchor_file)
+                    self._anchors = read_anchors(self._anchor_file)
                 except SettingsError as e:
                     log.error("%s; the certificates that were read before go on counting", e)  # noqa: TRY400
             return self._anchors
@@ -120,7 +120,8 @@ class AuthorityOfSigners:
         )
 
 
-def _read_anchors(path: Path) -> tuple[x509.Certificate, ...]:
+def read_anchors(path: Path) -> tuple[x509.Certificate, ...]:
+    """The certificates of a CA file (SettingsError: there are none)."""
     try:
         return read_ca_file(path)
     except UnreadableError as e:
