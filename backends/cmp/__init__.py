@@ -26,6 +26,7 @@ from backends.cmp.process import ENROLMENT, OLDEST_WITH_PROFILES, Program, Ran
 from bridge.contract import (
     BackendSettings,
     Issued,
+    Names,
     Pending,
     Secret,
     SecretUnavailableError,
@@ -198,8 +199,13 @@ class CmpBackend:
         """See `backends.cmp.setup.setup`."""
         return cmp_setup.setup(wanted)
 
+    @property
+    def names_beside_csr(self) -> bool:
+        """A template takes any names; a CSR in `p10cr` goes as it is."""
+        return self._settings.mode == "cr"
+
     def sign(self, request: SignRequest) -> Issued | Pending:
-        """Have the server sign one CSR; only mode `cr` asks for a validity."""
+        """Have the server sign one CSR; only mode `cr` asks for a validity, in whole days."""
         ran = self._enrol(request, {})
         if ran.code == 0:
             return _issued(ran)
@@ -267,9 +273,13 @@ class CmpBackend:
             words += ["-rspin", _WAITING]
         if self._settings.mode == "cr":
             _check_proof(request)
-            files[_EXTENSIONS] = _extensions(request.spec)
-            days = max(1, request.validity.days)
-            words += ["-popo", "0", "-config", _EXTENSIONS, "-reqexts", "wanted", "-days", str(days)]
+            files[_EXTENSIONS] = _extensions(request)
+            words += ["-popo", "0", "-config", _EXTENSIONS, "-reqexts", "wanted"]
+            if request.names is not None and request.names.common_name:
+                words += ["-subject", f"/CN={request.names.common_name}"]
+            # a pod's day begins a moment ago, so that a whole one is too long: the profile's life counts
+            if request.names is None or request.validity.days:
+                words += ["-days", str(max(1, request.validity.days))]
         else:
             words += ["-config", ""]
         return self._run(self._url(request.spec), [*words, *self._common(request.spec)], files)
@@ -362,12 +372,29 @@ def _check_proof(request: SignRequest) -> None:
         )
 
 
-def _extensions(spec: CertificateSpec) -> bytes:
-    """An openssl configuration with the extensions that the template asks for, beside the SANs of the CSR."""
-    names = {EKU.SERVER_AUTH: "serverAuth", EKU.CLIENT_AUTH: "clientAuth"}
-    ekus = ", ".join(names[eku] for eku in EKU if eku in spec.ekus)
-    usage = "critical, digitalSignature, keyEncipherment"
-    return f"[wanted]\nkeyUsage = {usage}\nextendedKeyUsage = {ekus}\n".encode()
+#: What means nothing else in an openssl configuration, or in a subject on the command line.
+_PLAIN_SAN, _PLAIN_NAME = re.compile(r"(?:[a-z]+://)?[A-Za-z0-9._/-]+"), re.compile(r"[A-Za-z0-9._-]+")
+
+
+def _extensions(request: SignRequest) -> bytes:
+    """An openssl configuration with the extensions of the template, and SANs if they are not the CSR's."""
+    words = {EKU.SERVER_AUTH: "serverAuth", EKU.CLIENT_AUTH: "clientAuth"}
+    ekus = ", ".join(words[eku] for eku in EKU if eku in request.spec.ekus)
+    usage, sans = "critical, digitalSignature, keyEncipherment", ""
+    if request.names is not None:
+        usage, sans = "critical, digitalSignature", f"subjectAltName = {_sans(request.names)}\n"
+    return f"[wanted]\nkeyUsage = {usage}\nextendedKeyUsage = {ekus}\n{sans}".encode()
+
+
+def _sans(names: Names) -> str:
+    """SANs for the configuration, critical below an empty subject (RFC 5280 §4.2.1.6)."""
+    sans = [*(f"URI:{uri}" for uri in names.uris), *(f"DNS:{dns}" for dns in names.dns)]
+    is_plain = all(map(_PLAIN_SAN.fullmatch, (*names.uris, *names.dns)))
+    if not is_plain or (names.common_name and not _PLAIN_NAME.fullmatch(names.common_name)):
+        raise BackendRefusedError("cmp: wanted names of plain characters, found others")
+    if not sans:
+        raise BackendRefusedError("cmp: wanted a name beside the CSR, found none")
+    return ",".join([*([] if names.common_name else ["critical"]), *sans])
 
 
 def _spec_like(certificate: x509.Certificate) -> CertificateSpec:

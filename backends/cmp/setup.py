@@ -10,8 +10,8 @@ from typing import Literal
 
 from cryptography import x509
 
-from bridge.contract import Selector, SetupFile, SetupRequest
-from bridge.errors import SettingsError
+from bridge.contract import NamePatterns, Selector, SetupFile, SetupRequest
+from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.certificates import name_text, san_entries
 from bridge.specs import EKU, SPECS, CertificateSpec
 
@@ -48,11 +48,13 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
     path = Selector(path_pattern(server.path, server.profile, server.mode), server.paths, wanted.node)
     profile = Selector(server.profile, server.profiles, wanted.node)
     problems = [*path.problems("path", "paths"), *profile.problems("profile", "profiles")]
+    if wanted.patterns and server.mode != "cr":
+        problems.append(SettingsProblem("mode", '"cr", whose template takes names beside the CSR', repr(server.mode)))
     if problems:
         raise SettingsError(problems)
     places: dict[str, list[CertificateSpec]] = {}
-    for name in wanted.certificates:
-        spec = SPECS[name]
+    patterns = {one.spec.name: one for one in wanted.patterns}
+    for spec in [*(SPECS[name] for name in wanted.certificates), *(one.spec for one in wanted.patterns)]:
         header = f", with profile {profile(spec)} in the message's header" if server.profile else ""
         places.setdefault(f"{server.url.rstrip('/')}/{path(spec).lstrip('/')}{header}", []).append(spec)
     text = _TEXT.format(
@@ -61,7 +63,9 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
         cluster=wanted.cluster,
         reference=server.reference or wanted.node,
         url=server.url,
-        profiles="\n".join(line for place, specs in places.items() for line in _profile(place, specs, wanted)),
+        profiles="\n".join(
+            line for place, specs in places.items() for line in _profile(place, specs, wanted, patterns)
+        ),
         request=_REQUESTS[server.mode],
     )
     return [SetupFile(name=f"{wanted.authority.name}.txt", text=text)]
@@ -110,14 +114,26 @@ _REQUESTS: Mapping[Mode, str] = {
 }
 
 
-def _profile(place: str, specs: list[CertificateSpec], wanted: SetupRequest) -> Iterator[str]:
+def _profile(
+    place: str, specs: list[CertificateSpec], wanted: SetupRequest, patterns: Mapping[str, NamePatterns]
+) -> Iterator[str]:
     yield f"#\n#  {place}"
     usages = sorted({", ".join(eku.label for eku in EKU if eku in spec.ekus) for spec in specs})
     yield f"#    extendedKeyUsage: {' or, as the request says, '.join(usages)}"
     yield "#    keyUsage: digitalSignature, keyEncipherment; not a CA; subject and SANs: the request's"
-    yield f"#    validity: {wanted.validity.days} days"
+    if not patterns:
+        yield f"#    validity: {wanted.validity.days} days"
     for spec in specs:
-        yield from _names(spec, wanted.certificates[spec.name])
+        yield from _patterns(patterns[spec.name]) if patterns else _names(spec, wanted.certificates[spec.name])
+
+
+def _patterns(one: NamePatterns) -> Iterator[str]:
+    """What pods may be called, whose templates name no shorter life than a day."""
+    yield f"#    validity: the profile's, counted from its backdated beginning at most {int(one.longest.total_seconds())} s"
+    yield "#    notBefore: less than 5 minutes ago; SANs critical below an empty subject"
+    for what, values in (("URI", one.uris), ("DNS", one.dns), ("CN", one.common_names)):
+        if values:
+            yield f"#      {one.spec.name}: {what} {', '.join(values)}"
 
 
 def _names(spec: CertificateSpec, certificate: x509.Certificate) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -13,19 +14,20 @@ from cryptography import x509
 
 from backends.cfssl import CfsslBackend, CfsslSettings
 from backends.cfssl.setup import config_beside
+from backends.cmp import CmpBackend, CmpSettings
 from backends.exec import ExecBackend, ExecSettings
 from backends.openssl import OpensslBackend
 from backends.openssl.settings import OpensslSettings
 from backends.vault import VaultAuth, VaultBackend, VaultSettings
 from backends.vault.setup import role_beside
 from bridge.contract import Backend, Issued, NamePatterns, Names, NamesBesideCsr, Secret, SetupRequest, SignRequest
-from bridge.errors import BackendRefusedError
+from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError
 from bridge.pki import verify
 from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
 from bridge.pki.verify import Expectation
 from bridge.specs import POD_SPECS, PODS
-from tests.kit import cfssl, openbao
+from tests.kit import cfssl, cmp, openbao
 from tests.kit.gateways import csr_pem
 from tests.kit.issuing import Signer
 from tests.kit.opensslca import make_ca_directory
@@ -78,6 +80,16 @@ def _exec(ca: Signer, directory: Path) -> Iterator[Backend]:
     yield ExecBackend.from_settings(ExecSettings(command=(str(program),), names_beside_csr=True))
 
 
+@contextlib.contextmanager
+def _cmp(ca: Signer, directory: Path) -> Iterator[Backend]:
+    with cmp.registration_authority(directory / "ra") as ra:
+        ra.add_ca("pods", pem(ca.certificate), key_pem(ca.key), days=1)
+        secret = Secret("file", ra.mac()["secret_file"])
+        yield CmpBackend.from_settings(
+            CmpSettings(url=ra.url("pods"), mode="cr", reference=cmp.REFERENCE, secret=secret)
+        )
+
+
 _PROGRAM = """\
 #!/bin/bash
 # As a site may write it: the names are the variables', and nothing of the CSR but its key counts.
@@ -101,7 +113,16 @@ openssl x509 -req -in "$work/csr" -CA ca.crt -CAkey ca.key -days 1 -extfile "$wo
 """
 
 
-@pytest.fixture(scope="module", params=[_vault, _openssl, _exec, pytest.param(_cfssl, marks=pytest.mark.kube("cfssl"))])
+@pytest.fixture(
+    scope="module",
+    params=[
+        _vault,
+        _openssl,
+        _exec,
+        pytest.param(_cmp, marks=pytest.mark.kube("cmp-ra")),
+        pytest.param(_cfssl, marks=pytest.mark.kube("cfssl")),
+    ],
+)
 def backend(request: pytest.FixtureRequest, ca: Signer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
     """Set up as `ca-bridge setup TYPE --authority pods` prints it."""
     made: Callable[[Signer, Path], contextlib.AbstractContextManager[Backend]] = request.param
@@ -186,6 +207,32 @@ def test_a_name_of_two_lines_is_no_name_for_a_program(ca: Signer, tmp_path: Path
             with pytest.raises(BackendRefusedError, match="printable characters"):
                 backend.sign(asked(**names))
         proven(backend, ca, asked(uris=(ID,), dns=("a.svc",)))
+
+
+def test_cmp_takes_plain_names_alone(tmp_path: Path) -> None:
+    """What means something in a configuration or a subject of openssl is refused before a run, as is no name at all."""
+    (tmp_path / "secret").write_text("a secret of twenty letters")
+    secret = Secret("file", str(tmp_path / "secret"))
+    backend = CmpBackend.from_settings(CmpSettings(url="http://127.0.0.1:1", mode="cr", reference="x", secret=secret))
+    for names in ({"uris": ("spiffe://td/a\nextendedKeyUsage=anyExtendedKeyUsage",)}, {"dns": ("a,DNS:b",)},
+                  {"uris": (ID,), "common_name": "web/O=system:masters"}, {"uris": ("spiffe://td/$ENV::HOME",)}, {}):  # fmt: skip
+        with pytest.raises(BackendRefusedError, match=r"plain characters|a name beside"):
+            backend.sign(asked(**names))
+    with pytest.raises(BackendUnavailableError):
+        backend.sign(asked(uris=(ID,)))
+    plain = CmpBackend.from_settings(CmpSettings(url="http://127.0.0.1:1", reference="x", secret=secret))
+    assert not plain.names_beside_csr
+
+
+def test_what_setup_says_to_a_cmp_servers_administrator() -> None:
+    """The template's names, usages and longest life; a CSR as it is can't have them, and is refused."""
+    wanted = SetupRequest(authority=PODS, certificates={}, validity=timedelta(days=1), node="cp1", cluster="prod",
+                          settings={"mode": "cr"}, patterns=[PATTERNS])  # fmt: skip
+    [found] = CmpBackend.setup(wanted)
+    assert "\n#      pod: URI spiffe://td/ns/*/sa/*\n#      pod: DNS *.svc\n#      pod: CN web*\n" in found.text
+    assert "at most 86400 s" in found.text
+    with pytest.raises(SettingsError, match="mode"):
+        CmpBackend.setup(dataclasses.replace(wanted, settings={}))
 
 
 def test_what_setup_says_to_a_programs_author() -> None:
