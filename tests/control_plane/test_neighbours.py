@@ -560,7 +560,7 @@ def test_a_killed_run_of_the_same_node_holds_nobody_up(servers: Servers) -> None
 
 def test_a_holder_that_renews_keeps_it(servers: Servers) -> None:
     """Each change begins the time anew."""
-    with hold(servers, "cp-2_b", duration=1.5), pytest.raises(LeaseHeldError), hold(servers, wait=5):
+    with hold(servers, "cp-2_b", duration=3), pytest.raises(LeaseHeldError), hold(servers, wait=5):
         pass
 
 

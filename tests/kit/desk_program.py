@@ -1,4 +1,4 @@
-"""A CA behind a program (backend `exec`) that does what a file says: sign, wait, refuse, be away, or sign something else."""
+"""A CA behind a program (backend `exec`) that does what a file says: sign, hold, wait, refuse, be away, or sign something else."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from bridge.node.sample_pki import ThrowawayCA
 
 _PROGRAM = """\
 #!{python}
-import os, sys, datetime as d, pathlib
+import os, sys, time, datetime as d, pathlib
 place = pathlib.Path({place!r})
 operation = os.environ.get("CERTMONGER_OPERATION", "")
 if operation not in ("SUBMIT", "POLL"):
     sys.exit(6)
 with (place / "calls").open("a") as file:
     file.write(operation + " " + os.environ.get("CERTMONGER_CA_COOKIE", "-") + "\\n")
-mode = (place / "mode").read_text().strip()
+while (mode := (place / "mode").read_text().strip()) == "hold":
+    time.sleep(0.05)
 if mode == "wait":
     print(30)
     print("ticket-4711")
