@@ -45,7 +45,7 @@ class HaProxy:
 
     def shown(self) -> x509.Certificate:
         """The certificate that it shows."""
-        pem = ssl.get_server_certificate(("127.0.0.1", self.port), timeout=5)
+        pem = ssl.get_server_certificate(("127.0.0.1", self.port), timeout=60)
         return x509.load_pem_x509_certificate(pem.encode())
 
 
