@@ -45,7 +45,7 @@ from bridge.system import paths
 from bridge.system.locks import lock
 from tests.kit import approval, cfssl, opensslca, programs
 from tests.kit.bundles import VALIDITY, changed, make_bundle, new_csr, old_pairs, proven
-from tests.kit.desks import PASSPHRASE, POLICY, Desk, make_desk
+from tests.kit.desks import PASSPHRASE, POLICY, Desk, killing, make_desk
 from tests.kit.issuing import Signer
 from tests.kit.pki import ADDRESS, ENDPOINT, EXTRA_SANS, NODE, Pki, handmade_pki, kubeadm_pki
 
@@ -644,17 +644,7 @@ def test_killed_at_any_time_nothing_is_signed_twice(desk_: Desk, pki: Pki, pairs
 
 def _run_killed(desk_: Desk, tmp_path: Path, module: str, function: str, *, before: bool) -> None:
     """Kill the program at its first call of a function, before or after it."""
-    script = tmp_path / "killed.py"
-    script.write_text(
-        "import os, signal, sys\nfrom importlib import import_module\n"
-        f"owner, name = import_module('bridge.{module}'), {function!r}\n"
-        "while '.' in name:\n    first, name = name.split('.', 1)\n    owner = getattr(owner, first)\n"
-        "real = getattr(owner, name)\n"
-        "def killed(*args, **kwargs):\n"
-        f"    {'pass' if before else 'real(*args, **kwargs)'}\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "setattr(owner, name, killed)\nfrom bridge.cli.app import app\napp(sys.argv[1:])\n"
-    )
+    script = killing(tmp_path, module, function, before=before)
     command = desk_.command("sign", desk_.inbox, "-o", desk_.outbox)
     python = Path(command[0]).with_name("python")
     run = subprocess.run([python, script, *command[1:]], capture_output=True, check=False)

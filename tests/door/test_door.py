@@ -26,7 +26,7 @@ from bridge.specs import SPECS
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import changed, make_bundle, old_pairs
 from tests.kit.cas import Bridge, live_certificates
-from tests.kit.desks import POLICY, Desk, make_desk
+from tests.kit.desks import POLICY, Desk, killing, make_desk
 from tests.kit.est import make_tls
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.serving import Answer, ServeProgram, add_door, running
@@ -171,7 +171,7 @@ def test_a_killed_door_signs_nothing_twice(
 ) -> None:
     """Wherever it was killed, the next start answers, and each request has one certificate."""
     door, bundle = add_door(desk.config, desk.directory), make_bundle(some(pairs, "apiserver", "etcd-server"))
-    door.start([sys.executable, str(_killing(tmp_path, module, function, before=before))])
+    door.start([sys.executable, str(killing(tmp_path, module, function, before=before))])
     with contextlib.suppress(OSError, HTTPException):
         door.post(dumps(bundle))
     assert door.ended() == -signal.SIGKILL
@@ -181,22 +181,6 @@ def test_a_killed_door_signs_nothing_twice(
     assert all(isinstance(one, Issued) for one in answer.answers.values())
     assert len(desk.issued()) == 2
     assert desk.run("audit", "verify").returncode == 0
-
-
-def _killing(tmp_path: Path, module: str, function: str, *, before: bool) -> Path:
-    """A program that kills itself at its first call of a function, before or after it."""
-    script = tmp_path / "killed.py"
-    script.write_text(
-        "import os, signal, sys\nfrom importlib import import_module\n"
-        f"owner, name = import_module('bridge.{module}'), {function!r}\n"
-        "while '.' in name:\n    first, name = name.split('.', 1)\n    owner = getattr(owner, first)\n"
-        "real = getattr(owner, name)\n"
-        "def killed(*args, **kwargs):\n"
-        f"    {'pass' if before else 'real(*args, **kwargs)'}\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "setattr(owner, name, killed)\nfrom bridge.cli.app import app\napp(sys.argv[1:])\n"
-    )
-    return script
 
 
 def test_a_door_that_ends_answers_what_it_has_begun(desk: Desk, pairs: Pairs) -> None:

@@ -124,3 +124,19 @@ def make_desk(
     desk.config.write_text("\n\n".join(lines) + "\n")
     desk.policy.write_text(policy)
     return desk
+
+
+def killing(directory: Path, module: str, function: str, *, before: bool) -> Path:
+    """The program as a script that kills itself at its first call of a function, before or after it."""
+    script = directory / "killed.py"
+    script.write_text(
+        "import os, signal, sys\nfrom importlib import import_module\n"
+        f"owner, name = import_module('bridge.{module}'), {function!r}\n"
+        "while '.' in name:\n    first, name = name.split('.', 1)\n    owner = getattr(owner, first)\n"
+        "real = getattr(owner, name)\n"
+        "def killed(*args, **kwargs):\n"
+        f"    {'pass' if before else 'real(*args, **kwargs)'}\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "setattr(owner, name, killed)\nfrom bridge.cli.app import app\napp(sys.argv[1:])\n"
+    )
+    return script
