@@ -35,6 +35,7 @@ _REFERENCE = re.compile(r"([0-9a-f]{64})@([A-Za-z0-9_-]{1,100})")
 #: Answers that may be another one later.
 _LATER = frozenset({408, 425, 429, 500, 502, 503, 504})
 _HINTS = {
+    403: "the door's policy, or the proof, is against it; the policy file at the door says what is allowed",
     400: "are both sides of the same version?",
     404: "is `url` the door's own, without a path?",
     413: "the door takes bundles of at most 1 MiB",
@@ -236,7 +237,7 @@ def _document(answer: Answer) -> Mapping[str, Any]:
 def _error(answer: Answer) -> BackendError:
     document = _document(answer)
     said = document.get("error")
-    text = f"gateway: HTTP {answer.status}" + (f", {one_line(said, 500)}" if isinstance(said, str) else "")
+    text = f"gateway: HTTP {answer.status}" + (f", {one_line(said, 2000)}" if isinstance(said, str) else "")
     if answer.status in _LATER:
         wanted = retry_after_seconds(answer, datetime.now(UTC))
         return BackendUnavailableError(text, retry_after_seconds=wanted)

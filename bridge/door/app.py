@@ -24,7 +24,7 @@ from typing import Any
 
 from bridge.door.store import DatabaseError, Kept, Memory
 from bridge.errors import BridgeError
-from bridge.pki.bundle import BundleError
+from bridge.pki.bundle import BundleError, RequestBundle
 from bridge.pki.bundle_format import digest, loads_request
 from bridge.words import one_line
 
@@ -60,7 +60,7 @@ class Reply:
     def error(cls, status: HTTPStatus, error: BridgeError | str, **headers: str) -> Reply:
         """What was wanted, what was found, what to do next."""
         hint = error.hint if isinstance(error, BridgeError) else ""
-        return cls.of(status, {"error": one_line(error, 500), **({"hint": hint} if hint else {})}, **headers)
+        return cls.of(status, {"error": one_line(error, 2000), **({"hint": hint} if hint else {})}, **headers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,13 +80,15 @@ class Door:
         quota: Quota,
         now: Callable[[], datetime],
         *,
+        refuses: Callable[[RequestBundle], str],
         authorities: Iterable[str],
         pages: Mapping[str, Callable[[], tuple[int, str]]],
     ) -> None:
-        """`pages` are those for monitors, by path."""
+        """`refuses` says why nothing of a bundle can be signed, if so; `pages` are those for monitors, by path."""
         self._memory = memory
         self._quota = quota
         self._now = now
+        self._refuses = refuses
         self._authorities = sorted(authorities)
         self._pages = pages
         self._mutex = threading.Lock()
@@ -165,6 +167,10 @@ class Door:
         peer, asked = str(environ.get("REMOTE_ADDR", "")), digest(bundle)
         kept = self._memory.find_digest(asked)
         if kept is None:
+            if reason := self._refuses(bundle):
+                text = "request %s of %s from %s is refused: %s"
+                log.warning(text, asked[:16], bundle.node, peer, one_line(reason, 2000), extra={"request": asked[:16]})
+                return Reply.error(HTTPStatus.FORBIDDEN, reason)
             if (refused := self._too_many(peer)) is not None:
                 return refused
             who = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}

@@ -60,7 +60,9 @@ class Service:
             log.warning("%s: %s; requests for it wait", name, text)
         pages = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
         quota = Quota(waiting=settings.serve.waiting, waiting_per_peer=settings.serve.waiting_per_peer)
-        self._door = Door(self.memory, quota, now, authorities=settings.authorities, pages=pages)
+        self._door = Door(
+            self.memory, quota, now, refuses=self._signing.refuses, authorities=settings.authorities, pages=pages
+        )
         self._ending = False
         self._fatal: OwnClusterError | None = None
         self._trouble = ""  #: Of the last round.

@@ -14,6 +14,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -27,6 +28,7 @@ from bridge.desk.desk import Desk, Job, OtherDeskError
 from bridge.desk.files import Received, books_open, load_answer_key, load_policy
 from bridge.desk.policy import Policy
 from bridge.desk.records import Archive, archive_directory
+from bridge.desk.workers import Judgement, verdicts
 from bridge.door.store import DatabaseError, IssuedRow, Kept, Memory
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
@@ -77,6 +79,7 @@ class Signing:
         self._desk: Desk | None = None
         self._opened = 0.0
         self._is_prepared = False
+        self._judgement: Judgement | None = None  #: By the policy and the CAs of now.
         self.troubles: Mapping[str, str] = {}  #: What is wrong with CAs, by authority.
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
 
@@ -86,6 +89,19 @@ class Signing:
         desk.open_all()
         self.troubles = {name: str(error) for name, error in desk.troubles().items()}
         assert_elsewhere(self._settings, desk.certificates)
+        self._judgement = desk.judgement()
+
+    def refuses(self, bundle: RequestBundle) -> str:
+        """
+        Why no request of a bundle can be signed, from any thread; empty: some may be, or a CA is not there to say it.
+
+        It is the desk's judgement, before a request is kept: a client that proves nothing fills no disk.
+        """
+        by = self._judgement
+        found = verdicts(bundle, replace(by, now=self._now())) if by is not None else {}
+        if len(found) < len(bundle.requests) or not all(one.problems for one in found.values()):
+            return ""
+        return "; ".join(f"{name}: {'; '.join(one.problems)}" for name, one in found.items())
 
     def round(self) -> Next:
         """Judge and sign what waits."""

@@ -151,7 +151,9 @@ def posted(door: Door, data: bytes) -> tuple[str, dict[str, str], dict[str, Any]
 
 
 def make_application(memory: Memory) -> Door:
-    return Door(memory, Quota(waiting=10, waiting_per_peer=10), now, authorities=AUTHORITIES, pages={})
+    return Door(
+        memory, Quota(waiting=10, waiting_per_peer=10), now, refuses=lambda _: "", authorities=AUTHORITIES, pages={}
+    )
 
 
 def test_a_full_disk_takes_no_request(memory: Memory, bundle: RequestBundle) -> None:
