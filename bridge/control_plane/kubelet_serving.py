@@ -13,7 +13,7 @@ import functools
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -24,6 +24,7 @@ from bridge.cluster import kubeadm
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import kubelets, neighbours, restarts
 from bridge.control_plane.kubelets import AUTHORITY, Served
+from bridge.control_plane.restarts import Restarted
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem, WaitingError
 from bridge.node import inventory, kubelet, manifest_flags, manifests, processes
 from bridge.node.endpoints import Flags
@@ -219,14 +220,12 @@ class _Switch:
         except YamlError as e:
             raise NotHereError(f"{path}: {e}") from None
         if wanted != data:
-            error = self._restarted(component, {component: wanted})
-            if error is not None:
-                if path.read_bytes() != data and not isinstance(error, PostponedError):
-                    log.warning("%s", error)
-                    error = self._restarted(component, {component: data}, back=True) or PutBackError(
-                        f"{error}; {path.name} has its old text again", hint=error.hint
-                    )
-                raise error
+            done, back = restarts.restart_with(
+                component, wanted, self.node, self.settings, self.store, record=self.record, force=self.force
+            )
+            if (error := _first_error(done)) is not None:
+                put_back = PutBackError(f"{error}; {path.name} has its old text again", hint=error.hint)
+                raise (_first_error(back) or put_back) if back else error
             verb = "verifies kubelets" if value else "verifies no kubelet"
             self._note(component.value, f"the API server of {self.name} {verb}, and is healthy")
 
@@ -260,7 +259,7 @@ class _Switch:
             if (obstacle := restarts.obstacle(Component.KUBELET, self.node, self.settings)) is not None:
                 raise obstacle
             _write(path, trial, wanted)
-            error = self._restarted(Component.KUBELET)
+            error = self._restarted()
         if isinstance(error, PostponedError):  # it still runs with the old one
             _write(path, trial, data)
             raise error
@@ -293,21 +292,14 @@ class _Switch:
                 text, hint="ca-bridge renews that pair; take both keys away to have the kubelet ask itself"
             )
 
-    def _restarted(
-        self, component: Component, contents: Mapping[Component, bytes] | None = None, *, back: bool = False
-    ) -> BridgeError | None:
-        """Restart a component; returns why it is not well."""
-        done = restarts.restart_all(
-            [component],
-            self.node,
-            self.settings,
-            self.store,
-            record=self.record,
-            force=self.force,
-            going_back=back,
-            contents=contents,
+    def _restarted(self, *, back: bool = False) -> BridgeError | None:
+        """Restart the kubelet; returns why it is not well."""
+        one, force = [Component.KUBELET], self.force
+        return _first_error(
+            restarts.restart_all(
+                one, self.node, self.settings, self.store, record=self.record, force=force, going_back=back
+            )
         )
-        return next((one.error for one in done if one.error is not None), None)
 
     def _await_certificate(self) -> Served:
         def look() -> Served:
@@ -339,11 +331,15 @@ class _Switch:
             _write(path, trial, _edited(path, data, asks=False))
         except BridgeError as e:
             return e
-        worse = self._restarted(Component.KUBELET, back=True)
+        worse = self._restarted(back=True)
         self._note(Component.KUBELET.value, f"the kubelet of {self.name} has its old configuration again")
         if worse is not None:
             return worse
         return PutBackError(f"{error}; the kubelet has its old configuration again", hint=error.hint)
+
+
+def _first_error(done: Sequence[Restarted]) -> BridgeError | None:
+    return next((one.error for one in done if one.error is not None), None)
 
 
 def _write(path: Path, trial: Trial, content: bytes) -> None:

@@ -95,6 +95,35 @@ def restart_all(
     return run.all([component for component in restart_plan.ORDER if component in components])
 
 
+def restart_with(
+    component: Component,
+    content: bytes | None,
+    node: Node,
+    settings: Settings,
+    store: Store,
+    *,
+    record: audit.Record,
+    force: bool = False,
+) -> tuple[list[Restarted], list[Restarted]]:
+    """
+    Restart a component with a new text of its manifest (None: the text that names its new serving pair); where the
+    component does not come back, restart it with the old text.
+
+    Returns the restarts with the new text, and those with the old one, as `restart_all` does.
+    """
+    path = manifests.path_of(component, settings.node.kubeconfig_dir)
+    old, contents = path.read_bytes(), {component: content} if content is not None else {}
+    done = restart_all([component], node, settings, store, record=record, force=force, contents=contents)
+    error = done[0].error
+    if error is None or isinstance(error, PostponedError) or path.read_bytes() == old:
+        return done, []
+    log.warning("%s", error)
+    contents = {component: old}
+    return done, restart_all(
+        [component], node, settings, store, record=record, force=force, going_back=True, contents=contents
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Restarts:
     node: Node

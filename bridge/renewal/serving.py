@@ -19,11 +19,11 @@ from typing import Any
 
 from bridge.cluster import kubeadm
 from bridge.cluster.api import Api, NoAnswerError
-from bridge.control_plane.restarts import Restarted, RestartReport, restart_all
+from bridge.control_plane.restarts import Restarted, RestartReport, restart_all, restart_with
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory, serving_pair
 from bridge.node.inventory import Item, Node
-from bridge.node.manifests import TLS_CERTIFICATE, path_of
+from bridge.node.manifests import TLS_CERTIFICATE
 from bridge.pki.certificates import serial_hex
 from bridge.settings.tables import Settings
 from bridge.specs import SERVERS, Component
@@ -152,14 +152,8 @@ def is_half_done(settings: Settings, component: Component) -> bool:
 def put_in(settings: Settings, component: Component, wait: timedelta) -> RestartReport:
     """Restart a component whose pair is not in its manifest, which puts it there; without it if it does not come back."""
     with session.alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
-        node, directory = inventory.of(settings.node), settings.node.kubeconfig_dir
-        before = path_of(component, directory).read_bytes()
-        done = restart_all([component], node, settings, store, record=record)
-        if path_of(component, directory).read_bytes() != before and done[0].error is not None:
-            done += restart_all(
-                [component], node, settings, store, record=record, going_back=True, contents={component: before}
-            )
-        return RestartReport(components=(component,), done=tuple(done))
+        done, back = restart_with(component, None, inventory.of(settings.node), settings, store, record=record)
+        return RestartReport(components=(component,), done=(*done, *back))
 
 
 def assert_named(settings: Settings, wanted: Sequence[Component]) -> None:
