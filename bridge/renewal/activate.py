@@ -34,7 +34,7 @@ from bridge.renewal.hooks import HookEvent
 from bridge.renewal.in_use import NotLiveError, sentence
 from bridge.specs import AUTHORITIES, CertificateSpec, Component
 from bridge.state import backups
-from bridge.state.obligations import Owed, Unproven, unproven_file
+from bridge.state.obligations import Owed, unproven_file
 from bridge.state.session import Run
 from bridge.state.store import Outcome
 from bridge.system.state_file import StateError
@@ -74,17 +74,12 @@ class Activation:
 
 def owe(run: Run, outcomes: Sequence[Outcome], *, stays: bool = False) -> None:
     """Record, before the installation, that these certificates are to be proven, besides unproven ones of earlier runs."""
-    node, owed = run.read_node(), unproven_file(run.store).read()
-    earlier = {one.name: one for one in owed.live_on(node).certificates} if owed is not None else {}
+    node, owed = run.read_node(), unproven_file(run.store).read() or Owed(certificates=())
     failed = [f for f in proof.look(node, run.settings, run.now()).wrong if f.state in _FAILED]
-    run_id = run.record.run_id
-    for name, serial in ((o.name, serial_hex(o.new)) for o in outcomes if o.new is not None):
-        before = frozenset(f.what for f in failed if f.certificate == name)
-        one = earlier.pop(name, Unproven(name=name, runs={}, backup_of=run_id, before=before))
-        earlier[name] = dataclasses.replace(one, runs={**one.runs, serial: run_id})
-    to_restart = owed.to_restart if owed is not None else ()
-    stays = stays or (owed is not None and bool(owed.stays))
-    unproven_file(run.store).put(Owed(certificates=tuple(earlier.values()), to_restart=to_restart, stays=stays))
+    owed = owed.live_on(node).with_installed(
+        outcomes, run.record.run_id, lambda name: frozenset(f.what for f in failed if f.certificate == name)
+    )
+    unproven_file(run.store).put(dataclasses.replace(owed, going_back="", stays=stays or bool(owed.stays)))
 
 
 def settle(run: Run, node: Node) -> Activation:
@@ -466,19 +461,22 @@ def _roll_back(run: Run, owed: Owed) -> Activation:
     return _result(run, owed, [error, *late], restarted)
 
 
-def _backup(run: Run, owed: Owed) -> backups.Backup:
-    """A backup of the files that were in use, from those of one or several runs (BridgeError: it can't be put back)."""
-    node, now = run.read_node(), run.now()
+def backup_of(run: Run, owed: Owed, *more: str) -> backups.Backup:
+    """A backup of the files that were in use, and of `more`, from those of one or several runs (BridgeError: one is gone)."""
     found = {one.run_id: one for one in backups.read_all(run.store)[0]}
     missing = {one.backup_of for one in owed.certificates} - found.keys()
     if missing:
         raise BridgeError(f"wanted the backup of run {', '.join(sorted(missing))}, found none")
     sources = list({one.backup_of: found[one.backup_of] for one in owed.certificates}.values())
     files = [f for one in owed.certificates for f in found[one.backup_of].files if f.certificate == one.name]
-    files += [
-        f for one in sources for f in one.files if f.certificate in AUTHORITIES
-    ]  # a CA that was replaced with them
-    backup = dataclasses.replace(sources[0], backup_id=", ".join(one.backup_id for one in sources), files=tuple(files))
+    files += [f for one in sources for f in one.files if f.certificate in more]
+    return dataclasses.replace(sources[0], backup_id=", ".join(one.backup_id for one in sources), files=tuple(files))
+
+
+def _backup(run: Run, owed: Owed) -> backups.Backup:
+    """The same with CAs that were replaced beside them (BridgeError: it can't be put back)."""
+    node, now = run.read_node(), run.now()
+    backup = backup_of(run, owed, *AUTHORITIES)
     damage = [str(one) for one in backups.problems_of(backup, run.settings, node, now) if one.is_damage]
     if damage:
         raise BridgeError("; ".join(damage))

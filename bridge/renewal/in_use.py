@@ -14,10 +14,9 @@ from bridge.control_plane import restart_plan
 from bridge.errors import BridgeError, Exit
 from bridge.node import processes
 from bridge.node.inventory import Node
-from bridge.pki.certificates import serial_hex
 from bridge.settings.tables import Components, Settings
 from bridge.specs import Component
-from bridge.state.obligations import Owed, Unproven, postponed_file, unproven_file
+from bridge.state.obligations import Owed, postponed_file, unproven_file
 from bridge.state.session import Run
 from bridge.state.store import Outcome, Store
 from bridge.system.state_file import StateError, StateFile
@@ -41,15 +40,14 @@ def owe(run: Run, done: Sequence[Outcome], file: StateFile[Owed]) -> None:
     reloads = restart_plan.reloading(node, run.settings.node)
     rotating = {item.spec.name for item in node.items if item.rotates}
     running = {*node.manifests, *([Component.KUBELET] if processes.running(Component.KUBELET.value) else [])}
-    certificates = {one.name: one for one in owed.live_on(node).certificates}
-    for name, serial in ((one.name, serial_hex(one.new)) for one in done if one.new is not None):
+
+    def is_read_at_start(name: str) -> bool:
         spec = dataclasses.replace(node.spec(name), reloaded=node.spec(name).reloaded and name not in rotating)
-        if running & set(restart_plan.stale([spec], reloads, Components("needed"))):
-            new = Unproven(name=name, runs={}, backup_of=run.record.run_id)
-            one = certificates.pop(name, new)
-            certificates[name] = dataclasses.replace(one, runs={**one.runs, serial: run.record.run_id})
-    if certificates:
-        file.put(dataclasses.replace(owed, certificates=tuple(certificates.values())))
+        return bool(running & set(restart_plan.stale([spec], reloads, Components("needed"))))
+
+    owed = owed.live_on(node).with_installed((one for one in done if is_read_at_start(one.name)), run.record.run_id)
+    if owed.certificates:
+        file.put(owed)
 
 
 def is_owed_by(run: Run) -> bool:

@@ -22,13 +22,12 @@ from bridge.errors import BridgeError
 from bridge.node import processes
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import pod_name
-from bridge.pki.certificates import serial_hex
-from bridge.renewal.activate import RolledBackError, UnprovenError
+from bridge.renewal.activate import RolledBackError, UnprovenError, backup_of
 from bridge.renewal.in_use import NotLiveError
 from bridge.settings.pairs import PairSettings
 from bridge.settings.tables import Settings
 from bridge.state import audit, backups
-from bridge.state.obligations import Owed, OwedPair, Unproven, pairs_file
+from bridge.state.obligations import Owed, OwedPair, pairs_file
 from bridge.state.session import Run
 from bridge.state.store import Outcome, Store
 from bridge.system.console import doing, log
@@ -71,14 +70,14 @@ def owe(run: Run, outcomes: Sequence[Outcome], *, by_hand: bool = False) -> Coll
     ours = own(run.read_node())
     file = pairs_file(run.store)
     earlier = {one.name: one for one in file.read() or ()}
-    for name, serial in ((one.name, serial_hex(one.new)) for one in outcomes if one.new is not None):
-        if name not in ours or (by_hand and not _proves(ours[name])):
+    for one in outcomes:
+        name = one.name
+        if one.new is None or name not in ours or (by_hand and not _proves(ours[name])):
             continue
-        new = Unproven(name=name, runs={}, backup_of=run.record.run_id)
         before = earlier.pop(name, None)
-        one = before.owed.certificates[0] if before is not None and not before.owed.going_back else new
-        owed = Owed(certificates=(dataclasses.replace(one, runs={**one.runs, serial: run.record.run_id}),))
+        owed = before.owed if before is not None and not before.owed.going_back else Owed(certificates=())
         worked = before.worked if before is not None else _works(ours[name], run.now())
+        owed = owed.with_installed([one], run.record.run_id)
         earlier[name] = OwedPair(owed=owed, worked=worked, by_hand=by_hand)
     if earlier:
         file.put(tuple(earlier.values()))
@@ -245,7 +244,9 @@ def _go_back(run: Run, one: OwedPair, item: Item, done: Settled) -> OwedPair | N
     node, why = run.read_node(), one.owed.going_back
     try:
         if one.owed.live_on(node).certificates:
-            backup = _backup(run, one)
+            backup = backup_of(run, one.owed)
+            if not any(file.was_there for file in backup.files):
+                raise BridgeError("there was no pair before it")  # noqa: TRY301
             backups.put_back(
                 backup, run.settings, run.store, run.record, node, run.now(), lambda problem: not problem.is_damage
             )
@@ -261,18 +262,6 @@ def _go_back(run: Run, one: OwedPair, item: Item, done: Settled) -> OwedPair | N
     after = "the old pair is in use again" if works else f"the old one does not work, either: {reason}"
     done.back[one.name] = RolledBackError(f"{one.name}: rolled back, since {why}; {after}")
     return None
-
-
-def _backup(run: Run, one: OwedPair) -> backups.Backup:
-    """The pair's own files in the backup of the run that replaced what was in use (BridgeError: it can't be put back)."""
-    wanted = one.owed.certificates[0].backup_of
-    found = next((backup for backup in backups.read_all(run.store)[0] if backup.run_id == wanted), None)
-    if found is None:
-        raise BridgeError(f"wanted the backup of run {wanted}, found none")
-    files = tuple(file for file in found.files if file.certificate == one.name)
-    if not any(file.was_there for file in files):
-        raise BridgeError("there was no pair before it")
-    return dataclasses.replace(found, files=files)
 
 
 # --- what others ask -------------------------------------------------------------------------------------------------

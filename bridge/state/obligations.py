@@ -6,7 +6,7 @@ kind has a file of its own, so that damage to one holds up no other.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -16,7 +16,7 @@ from bridge.errors import Exit
 from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
 from bridge.specs import SPECS, Component, is_pair_name
-from bridge.state.store import Store
+from bridge.state.store import Outcome, Store
 from bridge.system.state_file import OnDamage, StateFile, coded
 
 AFTER_INSTALL, SUCCESS, FAILURE = "after_install", "success", "failure"
@@ -59,6 +59,20 @@ class Owed:
     def names(self) -> list[str]:
         """The certificates' names."""
         return [one.name for one in self.certificates]
+
+    def with_installed(
+        self, outcomes: Iterable[Outcome], run_id: str, failed: Callable[[str], frozenset[str]] = lambda _: frozenset()
+    ) -> Owed:
+        """
+        The same with certificates that a run is about to install; `failed` names the checks of each that failed before.
+
+        A certificate that is owed already keeps the backup of the first run, and the checks that failed then.
+        """
+        every = {one.name: one for one in self.certificates}
+        for name, new in ((one.name, one.new) for one in outcomes if one.new is not None):
+            one = every.pop(name, None) or Unproven(name=name, runs={}, backup_of=run_id, before=failed(name))
+            every[name] = dataclasses.replace(one, runs={**one.runs, serial_hex(new): run_id})
+        return dataclasses.replace(self, certificates=tuple(every.values()))
 
     def live_on(self, node: Node) -> Owed:
         """The same without outdated ones: those that were not installed, or were replaced by another program."""
