@@ -22,7 +22,6 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from bridge.cluster.access import ANONYMOUS, Client
-from bridge.control_plane import pair_checks
 from bridge.control_plane.probes import (
     Check,
     Etcd,
@@ -121,7 +120,32 @@ def of(look: Look) -> Iterator[Check]:
         except ValueError as e:  # a flag that can't be used
             judge = functools.partial(Verdict, "unknown", f"its manifest: {e}")
             yield Check(component=component, certificate="", what="is configured", judge=judge)
-    yield from pair_checks.of(look.node, look.now)
+    yield from of_pairs(look.node, look.now)
+
+
+def of_pairs(node: Node, now: datetime) -> Iterator[Check]:
+    """A check of each further pair that is on disk and whose server can be asked."""
+    for item in node.items:
+        if item.state == "present" and (check := of_pair(item, now)) is not None:
+            yield check
+
+
+def of_pair(item: Item, now: datetime) -> Check | None:
+    """Whether the server that the settings name shows the pair that is on disk; None: they name none for it."""
+    pair = item.pair
+    if pair is None or pair.place is None:
+        return None
+    serving = Serving(
+        component=item.spec.component,
+        certificate=pair.name,
+        file=item.certificate_path,
+        key_file=item.key_path or item.certificate_path,
+        trust_file=item.anchor_path,
+        name=pair.shown_name,
+        asks_for=pair.shown_name,
+        mutual="client" in pair.usages,
+    )
+    return serving.at(Address(*pair.place), now)
 
 
 def _absent(look: Look) -> Iterator[Check]:

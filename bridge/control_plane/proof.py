@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from bridge.control_plane import checks, pair_checks
+from bridge.control_plane import checks
 from bridge.control_plane.checks import Machine
 from bridge.control_plane.probes import Check, ProofState
 from bridge.control_plane.restart_plan import ORDER
@@ -68,7 +68,7 @@ _CODES: Mapping[ProofState, int] = {
 def look(node: Node, settings: Settings, now: datetime, machine: Machine | None = None) -> ProofReport:
     """Look at all components of a node concurrently; a fault is a finding, and no error."""
     given = checks.Look(node=node, settings=settings, now=now, machine=machine or Machine())
-    made = list(checks.of(given) if node.manifests or node.is_worker else pair_checks.of(node, now))
+    made = list(checks.of(given) if node.manifests or node.is_worker else checks.of_pairs(node, now))
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
         return ProofReport(findings=tuple(pool.map(_finding, made)))
 

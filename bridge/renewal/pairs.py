@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from bridge.control_plane import pair_checks, static_pods
+from bridge.control_plane import checks, static_pods
 from bridge.control_plane.probes import Verdict
 from bridge.control_plane.proof import ProofFinding
 from bridge.control_plane.static_pods import Pod
@@ -93,7 +93,7 @@ def _works(item: Item, now: datetime) -> bool:
 
 
 def _look(item: Item, now: datetime) -> Verdict | None:
-    check = pair_checks.of_one(item, now)
+    check = checks.of_pair(item, now)
     return None if check is None else check.run()
 
 
