@@ -1,4 +1,4 @@
-"""Words from outside (a CA's, a name in a CSR or in a carried file), made fit to be shown."""
+"""Words from outside (a CA's, a name in a CSR or in a carried file), made fit to be shown; numbers with their nouns."""
 
 from __future__ import annotations
 
@@ -45,6 +45,11 @@ def steady(text: str) -> str:
 def escaped(json: str) -> str:
     """JSON that means the same, without characters that would steer a terminal or end a line in YAML."""
     return re.sub(_STEERS, lambda found: f"\\u{ord(found[0]):04x}", json)
+
+
+def counted(number: int, what: str) -> str:
+    """A number with its noun, such as `1 certificate`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def name_found(name: str, known: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bridge.words import one_line
+from bridge.words import counted, one_line
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,12 @@ from bridge.words import one_line
 def test_one_line(outside: object, shown: str) -> None:
     """It draws no line of its own, steers no terminal, and has an end; plain words stay as they are."""
     assert one_line(outside) == shown
+
+
+def test_a_number_has_its_noun() -> None:
+    """One is singular, and everything else is plural, 0 too."""
+    assert [counted(number, "certificate") for number in (0, 1, 2)] == [
+        "0 certificates",
+        "1 certificate",
+        "2 certificates",
+    ]

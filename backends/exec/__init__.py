@@ -289,7 +289,8 @@ class ExecBackend:
             text = f"was ended by signal {-ended.code}"
             return BackendUnavailableError(f"exec: {self._program}: {text}{_printed(ended)}")
         meaning, hint = _STATUSES.get(ended.code, ("", "certmonger knows no such status; run it by hand"))
-        text = f"ended with status {ended.code}{f' ({meaning})' if meaning else ''}{_printed(ended)}"
+        about = f" ({meaning})" if meaning else ""
+        text = f"ended with status {ended.code}{about}{_printed(ended)}"
         if ended.code in {_WAIT, _UNREACHABLE}:
             return BackendUnavailableError(f"exec: {self._program}: {text}", hint=hint)
         return self._refused(text, hint)

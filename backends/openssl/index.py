@@ -71,9 +71,9 @@ def parse_index(data: bytes) -> dict[int, int]:
         row = _ROW.fullmatch(line)
         if not row:
             fields = line.count(b"\t") + 1
+            found = f"{fields} fields that are not that" if fields != 1 else "1 field that is not that"
             raise IndexDamagedError(
-                f"line {number}: wanted type, dates, serial number, file and subject with tabs between them,"
-                f" found {fields} field{'s' * (fields != 1)} that {'are' if fields != 1 else 'is'} not that"
+                f"line {number}: wanted type, dates, serial number, file and subject with tabs between them, found {found}"
             )
         serial = int(row[1], 16)
         if serial in lines:

@@ -149,9 +149,8 @@ def _made(spec: CertificateSpec, pki: Path, kubeconfigs: Path) -> Made:
     except KubeconfigError as e:
         raise KubeadmError(f"wanted {spec.base} of kubeadm, found: {e}") from None
     if not key or not server:
-        raise KubeadmError(
-            f"wanted a key and a server in {spec.base} of kubeadm, found {'no server' if key else 'no key'}"
-        )
+        missing = "server" if key else "key"
+        raise KubeadmError(f"wanted a key and a server in {spec.base} of kubeadm, found no {missing}")
     return Made(csr_pem=_read(kubeconfigs / f"{spec.base}.csr"), key_pem=key, server=server)
 
 

@@ -46,6 +46,7 @@ from bridge.renewal.select import RunOptions, Selection, nothing_due
 from bridge.state.open_requests import OpenRequest, OpenRequests
 from bridge.state.store import Store
 from bridge.system.console import log, print_error, printable
+from bridge.words import counted
 
 commands = typer.Typer()
 pending = group(commands, "pending", "Show and cancel requests that a CA has not answered yet.")
@@ -90,9 +91,8 @@ def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
         rows.append((request.name, end_text(end, now), proof, again, f"by {request.authority}"))
     is_proven = [request.proof is not None for request in done.bundle.requests]
     say_table(rows, (4, 3) if all(is_proven) else None, ["ok" if one else "warning" for one in is_proven])
-    say(
-        f"\n{path} holds {bundle_format.count(len(rows), 'request')}; fingerprint {bundle_format.short_fingerprint(done.bundle)}"
-    )
+    held, fingerprint = counted(len(rows), "request"), bundle_format.short_fingerprint(done.bundle)
+    say(f"\n{path} holds {held}; fingerprint {fingerprint}")
     say_sentence("carry it to the CA desk (`ca-bridge sign`), and the answer back (`ca-bridge import ANSWER`)")
 
 

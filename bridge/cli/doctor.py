@@ -16,6 +16,7 @@ from bridge.diagnosis import findings
 from bridge.diagnosis.examination import before_upgrade, examine, for_ca_keys, of_kubelets
 from bridge.diagnosis.findings import LEVELS, Cause
 from bridge.system.console import ROOT_HINT, doing
+from bridge.words import counted
 
 commands = typer.Typer()
 
@@ -92,7 +93,8 @@ def _say_cause(cause: Cause) -> None:
     is_long, width = len(about) > _ABOUT_WIDTH, width_here()
     line = f"{level}  {about.ljust(_ABOUT_WIDTH)}  {cause.text}"
     if is_long or (width is not None and len(line) > width):
-        say_sentence(f"{level}  {about}{':' if is_long else ''}", hanging=len(margin), style=cause.level)
+        colon = ":" if is_long else ""
+        say_sentence(f"{level}  {about}{colon}", hanging=len(margin), style=cause.level)
         say_sentence(cause.text, margin)
     else:
         say_sentence(line, style=cause.level)
@@ -102,7 +104,7 @@ def _say_cause(cause: Cause) -> None:
 
 def _say_count(causes: Sequence[Cause]) -> None:
     counts = {level: sum(cause.level == level for cause in causes) for level in LEVELS}
-    words = [f"{counts[level]} {level}{'' if counts[level] == 1 else 's'}" for level in LEVELS[:2] if counts[level]]
+    words = [counted(counts[level], level) for level in LEVELS[:2] if counts[level]]
     unasked = "" if all(cause.check != "by-hand" for cause in causes) else " on this node; no CA was asked"
     worst = next((level for level in LEVELS[:2] if counts[level]), "ok")
     say_verdict(", ".join(words) or f"nothing is wrong{unasked}", worst)

@@ -23,7 +23,7 @@ from bridge.state.install import Recovery
 from bridge.state.session import alone
 from bridge.state.store import Store
 from bridge.system.console import log, print_error, printable
-from bridge.words import name_found
+from bridge.words import counted, name_found
 
 commands = typer.Typer()
 audit_group = group(commands, "audit", "Show and verify the audit log.")
@@ -92,12 +92,11 @@ def list_backups(
 
 
 def _backup_row(backup: backups.Backup) -> tuple[str, ...]:
-    count = len(backup.certificates)
     who = "@".join(part for part in (backup.user, backup.host) if part)
     return (
         printable(backup.backup_id),
         minute(backup.created),
-        f"{count} certificate{'' if count == 1 else 's'}",
+        counted(len(backup.certificates), "certificate"),
         f"{printable(who)}: {printable(backup.command)}",
     )
 

@@ -76,6 +76,6 @@ def _say(report: Report, *, is_on: bool) -> None:
         say("Other nodes come first:")
         for text in report.left:
             say_sentence(text, "  ")
-        say(f"Run {'`ca-bridge kubelets on`' if is_on else '`ca-bridge kubelets off`'} there, and then here again.")
+        say(f"Run `ca-bridge kubelets {'on' if is_on else 'off'}` there, and then here again.")
     elif not report.done:
         say("Nothing to do: all of it is so already.")

@@ -31,7 +31,8 @@ def end_text(end: datetime | None, now: datetime) -> str:
     if end is None:
         return ""
     moment = minute(end) if end - now < _NEAR else f"{end:%Y-%m-%d}"
-    return f"{'expires' if end > now else 'expired'} {moment} ({left_text(end, now).removeprefix('expired ')})"
+    verb, left = "expires" if end > now else "expired", left_text(end, now).removeprefix("expired ")
+    return f"{verb} {moment} ({left})"
 
 
 _NEAR = timedelta(days=2)

@@ -158,9 +158,8 @@ def of_node(node: Node, kubeconfig_dir: Path) -> Access:
         clients.append(client)
         servers.append(server)
     if not clients and not troubles:
-        troubles.append(
-            f"{kubeconfig_dir}: wanted {' or '.join(names)}, found {'none' if node.is_worker else 'neither'}"
-        )
+        found_none = "none" if node.is_worker else "neither"
+        troubles.append(f"{kubeconfig_dir}: wanted {' or '.join(names)}, found {found_none}")
     return Access(clients=tuple(clients), servers=tuple(servers), troubles=tuple(troubles))
 
 

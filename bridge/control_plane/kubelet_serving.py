@@ -211,9 +211,8 @@ class _Switch:
             return cluster if found == value else manifest_flags.with_arguments(cluster, component, {_ARGUMENT: value})
 
         if kubeadm.change_cluster(self.api, edit):
-            self._note(
-                kubeadm.CLUSTER.name, f"{kubeadm.CLUSTER} {'has' if value else 'is without'} {AUTHORITY}, for upgrades"
-            )
+            has = "has" if value else "is without"
+            self._note(kubeadm.CLUSTER.name, f"{kubeadm.CLUSTER} {has} {AUTHORITY}, for upgrades")
         data = file_contents(path)
         try:
             wanted = manifest_flags.edited(data, component, {AUTHORITY: value})

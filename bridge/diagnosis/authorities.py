@@ -244,7 +244,8 @@ def failures(settings: Settings) -> Iterator[Finding]:
     """CAs whose renewals failed, in a row."""
     for name, found in Attempts(Store(settings.node.state_dir)).authorities.items():
         is_local = found.exit_code == Exit.FAILED  # a CA's errors have codes of their own
-        text = f"{found}{', and no CA had a part in that' if is_local else ''}; the last failure: {found.reason}"
+        cause = ", and no CA had a part in that" if is_local else ""
+        text = f"{found}{cause}; the last failure: {found.reason}"
         about = "this node" if is_local else f"backend of {name}"
         yield Finding.warning("failed-runs", about, one_line(text))
 

@@ -503,7 +503,8 @@ def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
             yield Finding.error("service-account-key", base, f"{path}: {e}")
             return
         if not data:
-            text = f"wanted the service account key in {path}, found {'nothing' if data is None else 'an empty file'}"
+            there = "nothing" if data is None else "an empty file"
+            text = f"wanted the service account key in {path}, found {there}"
             yield Finding.error("service-account-key", base, text, _SA_HINT)
             continue
         found.append(data)

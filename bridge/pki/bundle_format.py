@@ -37,7 +37,7 @@ from bridge.pki.certificates import UNREADABLE, extended_key_usages, fingerprint
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.specs import AUTHORITIES, EKU
-from bridge.words import one_line
+from bridge.words import counted, one_line
 
 _Signed = TypeVar("_Signed", x509.Certificate, x509.CertificateSigningRequest)
 
@@ -492,7 +492,7 @@ def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Cert
         lines, summary = list(_request_lines(bundle, now, cas)), _asked_in_short(bundle, cas)
     else:
         refused = sum(isinstance(one, Refusal) for one in bundle.answers.values())
-        summary = f"{count(len(bundle.answers) - refused, 'certificate')}, {refused} refused"
+        summary = f"{counted(len(bundle.answers) - refused, 'certificate')}, {refused} refused"
         lines = list(_answer_lines(bundle))
     return "\n".join([*lines, "", f"fingerprint  {short_fingerprint(bundle)}", f"in short     {summary}", ""])
 
@@ -507,7 +507,7 @@ def _asked_in_short(bundle: RequestBundle, cas: Mapping[str, Sequence[x509.Certi
     proven = [one for one in every if (proof_problem(one, bundle) or usages_problem(one)) is None]
     ours = [one for one in every if one.authority in cas and origin_problem(one, cas[one.authority]) is None]
     parts = [
-        f"{len(proven)} of {count(len(every), 'proof')} hold",
+        f"{len(proven)} of {counted(len(every), 'proof')} hold",
         f"{len(ours)} replaced certificates are of these CAs" if cas else "no CA is here to compare with",
     ]
     if changed := sum(any(_changes(one)) for one in every):
@@ -521,7 +521,7 @@ def _request_lines(
     bundle: RequestBundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]]
 ) -> Iterator[str]:
     yield f"request of node {bundle.node}, cluster {one_line(bundle.cluster)}, made {minute(bundle.created)}"
-    yield f"batch {bundle.batch}, {count(len(bundle.requests), 'certificate')}"
+    yield f"batch {bundle.batch}, {counted(len(bundle.requests), 'certificate')}"
     for request in bundle.requests:
         usages = ", ".join(sorted(eku.label for eku in request.ekus))
         yield ""
@@ -572,9 +572,4 @@ def _answer_lines(bundle: AnswerBundle) -> Iterator[str]:
             continue
         yield f"  certificate {display.name(answer.leaf)}, serial {serial_hex(answer.leaf)}"
         yield f"  valid       {minute(answer.leaf.not_valid_before_utc)} to {minute(answer.leaf.not_valid_after_utc)}"
-        yield f"  issuer      {display.issuer(answer.leaf)}, {count(len(answer.intermediates), 'intermediate')}"
-
-
-def count(number: int, what: str) -> str:
-    """A number with its noun, such as `1 certificate`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+        yield f"  issuer      {display.issuer(answer.leaf)}, {counted(len(answer.intermediates), 'intermediate')}"

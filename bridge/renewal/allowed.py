@@ -28,10 +28,12 @@ class NotAllowedError(BridgeError):
     def __init__(self, item: Item, file: Path, problems: tuple[str, ...]) -> None:
         self.problems = problems
         key = f'"{item.spec.name}"' if "." in item.spec.name else item.spec.name
-        found = f"find out who put {item.certificate_path} there, and put the right one back (an expired one will do); "
+        hint = f"if it is meant, allow it in the policy ([allow] or [certificate.{key}])"
+        if item.certificates:
+            what = f"find out who put {item.certificate_path} there"
+            hint = f"{what}, and put the right one back (an expired one will do); {hint}"
         super().__init__(
-            f"this node's policy {file} does not allow the next certificate: {'; '.join(problems)}",
-            hint=f"{found if item.certificates else ''}if it is meant, allow it in the policy ([allow] or [certificate.{key}])",
+            f"this node's policy {file} does not allow the next certificate: {'; '.join(problems)}", hint=hint
         )
 
 

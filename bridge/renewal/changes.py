@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from cryptography.x509.oid import NameOID
 
 from bridge.cluster import kubeadm
+from bridge.cluster.access import url_of
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node import endpoints, kubeadm_config, kubeconfig
@@ -103,8 +104,9 @@ def _assert_named(names: Sequence[str], changes: Changes) -> None:
         raise SettingsError([SettingsProblem("--adopt-defaults", "names of certificates, or all", "none")])
     for name in wanted:
         if name not in _SERVING:
-            found = f"{name}, which {'is a client certificate' if name in SPECS else 'has its sans in the settings'}"
-            raise SettingsError([SettingsProblem("", f"SANs for one of {', '.join(_SERVING)}", found)])
+            why = "is a client certificate" if name in SPECS else "has its sans in the settings"
+            wanted_names = f"SANs for one of {', '.join(_SERVING)}"
+            raise SettingsError([SettingsProblem("", wanted_names, f"{name}, which {why}")])
 
 
 class _Decision:
@@ -180,11 +182,11 @@ class _Decision:
                     f"{self.source} is for {what} {theirs}, and this is {ours}",
                     hint="name the configuration of this node, or leave the node's part (InitConfiguration) out of it",
                 )
-        sources = [f"node {here or config.name} of {'its certificates or the settings' if here else self.source}"]
+        source = "its certificates or the settings" if here else self.source
+        sources = [f"node {here or config.name} of {source}"]
         if address or config.address:
-            sources.append(
-                f"address {address or config.address} of {'kube-apiserver.yaml' if address else self.source}"
-            )
+            source = "kube-apiserver.yaml" if address else self.source
+            sources.append(f"address {address or config.address} of {source}")
         facts = config.naming_facts(here or config.name, address or config.address)
         if facts.release is None:
             facts = dataclasses.replace(facts, release=self._release_here())
@@ -197,9 +199,7 @@ class _Decision:
     def _kubeconfig(self, item: Item, facts: NamingFacts) -> FreshKubeconfig:
         manifest, config = self.node.manifests.get(Component.APISERVER), self.config
         port = config.bind_port or (manifest.flags.get("--secure-port", "") if manifest is not None else "") or "6443"
-        local = ""
-        if facts.address:
-            local = f"https://{f'[{facts.address}]' if ':' in facts.address else facts.address}:{port}"
+        local = url_of(facts.address, port) if facts.address else ""
         server = local if item.spec.name in _LOCAL else config.endpoint_url or local
         if not server:
             raise NoFactError("wanted the API server's address, found none")

@@ -424,7 +424,8 @@ def _why_not_here(spec: CertificateSpec, node: Node) -> str:
     if spec.name == KUBELET_SERVER:
         return "the kubelet makes its first one when it starts, and has not yet"
     if node.is_worker or node.is_etcd_host:
-        return f"this node is {'a worker' if node.is_worker else 'an etcd host'}, which has no such certificate"
+        kind = "a worker" if node.is_worker else "an etcd host"
+        return f"this node is {kind}, which has no such certificate"
     return "not on this node" if node.local_etcd else "no local etcd here"
 
 

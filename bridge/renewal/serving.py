@@ -92,7 +92,8 @@ def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> st
             "`kubeadm upgrade` takes the flags out again"
         )
     done = _changed(settings, api, wait, lambda cluster: _with(cluster, wanted, settings.node.pki_dir))
-    return f"kubeadm-config names them{'' if done else ' already'}: `kubeadm upgrade` keeps the flags"
+    already = "" if done else " already"
+    return f"kubeadm-config names them{already}: `kubeadm upgrade` keeps the flags"
 
 
 def _changed(settings: Settings, api: Api, wait: timedelta, edit: Callable[[_Cluster], _Cluster]) -> bool:

@@ -146,7 +146,8 @@ def differences(seen: Seen, change: Change, phase: Phase) -> Iterator[Difference
         return
     for name, found in seen.leaves.items():
         if found != signer:
-            yield Difference(name, f"a certificate of {text(signer)}", f"one of {text(found) if found else 'neither'}")
+            of_what = text(found) if found else "neither"
+            yield Difference(name, f"a certificate of {text(signer)}", f"one of {of_what}")
 
 
 def texts(bundle: Sequence[x509.Certificate]) -> str:

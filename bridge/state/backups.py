@@ -45,6 +45,7 @@ from bridge.state.store import Outcome, Store
 from bridge.system.files import Attributes, digest, sync_directory
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import StateError
+from bridge.words import counted
 
 log = logging.getLogger("ca-bridge")
 
@@ -177,7 +178,7 @@ def find(store: Store, backup_id: str | None) -> Backup:
         if backup_id in (None, backup.backup_id):
             return backup
     wanted = f"the backup {backup_id}" if backup_id else "a backup"
-    others = f"{len(found)} other{'' if len(found) == 1 else 's'}" if found else "none"
+    others = counted(len(found), "other") if found else "none"
     raise BackupError(f"wanted {wanted} in {store.backups}, found {others}")
 
 

@@ -150,7 +150,8 @@ def run(
             **becoming,
         )
     except (OSError, ValueError) as e:  # ValueError: a NUL character
-        return Ended(None, f"could not be started: {e.strerror if isinstance(e, OSError) else e}", error=e)
+        why = e.strerror if isinstance(e, OSError) else e
+        return Ended(None, f"could not be started: {why}", error=e)
     running = _Running(command, process, begin)
     try:
         for name, most in command.resources.items():
