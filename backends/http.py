@@ -335,6 +335,12 @@ def load_system_cas(context: ssl.SSLContext) -> None:
         context.load_verify_locations(capath=directory)
 
 
+def object_of(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object below a key of an answer; empty if there is none."""
+    found = document.get(key)
+    return found if isinstance(found, dict) else {}
+
+
 def listed(names: Iterable[str]) -> str:
     """Names in alphabetical order, for messages."""
     return ", ".join(sorted(names)) or "none"

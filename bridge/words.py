@@ -52,6 +52,13 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def some(things: Iterable[object], most: int = 3) -> str:
+    """The first few of them, and how many more there are."""
+    texts = [*map(str, things)]
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return f"{', '.join(texts[:most])}{more}"
+
+
 def name_found(name: str, known: Iterable[str]) -> str:
     """A name that is none, quoted, with the one that may have been meant."""
     import difflib  # noqa: PLC0415 (5 ms, for a wrong name alone)

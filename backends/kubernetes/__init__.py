@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from backends.http import context_of, pair_problems, pem_certificates, tls_context, token_end, url_problems
+from backends.http import context_of, object_of, pair_problems, pem_certificates, tls_context, token_end, url_problems
 from backends.kubernetes.server import ACCESS_REVIEWS, CSRS, SUBJECT_REVIEWS, Answer, Api, path_of
 from bridge.contract import (
     BackendSettings,
@@ -341,7 +341,7 @@ class KubernetesBackend:
         answer = self._api.ask("POST", SUBJECT_REVIEWS, review)
         if answer.status != HTTPStatus.CREATED:
             return ""  # older than 1.28, or not allowed: it does not tell
-        user = _table(_table(answer.document, "status"), "userInfo").get("username")
+        user = object_of(object_of(answer.document, "status"), "userInfo").get("username")
         return one_line(user) if isinstance(user, str) else ""
 
     def credential_ends(self) -> list[CredentialEnd]:
@@ -398,7 +398,7 @@ class KubernetesBackend:
                 raise BackendRefusedError(
                     one_line(f"kubernetes: {name}: {kind.lower()}{said}"), hint=f"{who} says so; its log may say more"
                 )
-        text = _table(document, "status").get("certificate")
+        text = object_of(document, "status").get("certificate")
         if not text:
             return None
         self._is_answered(reference)
@@ -426,7 +426,7 @@ class KubernetesBackend:
         })  # fmt: skip
         if answer.status != HTTPStatus.CREATED:
             raise self._api.error(answer)
-        if _table(answer.document, "status").get("allowed") is True:
+        if object_of(answer.document, "status").get("allowed") is True:
             return None
         return Violation(
             subject="rights", want=f"{verb} certificatesigningrequests", got="no such right of the account"
@@ -462,7 +462,7 @@ def _object(request: SignRequest, signer: str) -> dict[str, Any]:
 
 def _asks_the_same(found: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
     """`spec` can't be changed once it is there; the server adds who asked."""
-    there = _table(found, "spec")
+    there = object_of(found, "spec")
     return all(there.get(key) == value for key, value in ours["spec"].items())
 
 
@@ -499,7 +499,7 @@ def _public(of: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
 
 def _conditions(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The object's true conditions, by type (the API demands that the three which count here are true)."""
-    listed = _table(document, "status").get("conditions")
+    listed = object_of(document, "status").get("conditions")
     found = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     return {str(one.get("type")): one for one in found if one.get("status") == "True"}
 
@@ -508,15 +508,10 @@ def _note(document: Mapping[str, Any]) -> str:
     """Who has to act next, for the operator."""
     name, conditions = one_line(_metadata(document, "name")), _conditions(document)
     if "Approved" in conditions:
-        signer = one_line(_table(document, "spec").get("signerName"))
+        signer = one_line(object_of(document, "spec").get("signerName"))
         return f"{name} is approved, and waits for the signer of {signer}"
     return f"waits for approval: kubectl certificate approve {name}"
 
 
 def _metadata(document: Mapping[str, Any], key: str) -> str:
-    return str(_table(document, "metadata").get(key) or "")
-
-
-def _table(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = document.get(key)
-    return found if isinstance(found, dict) else {}
+    return str(object_of(document, "metadata").get(key) or "")

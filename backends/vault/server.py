@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
 from threading import Lock
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal
 from urllib.parse import quote
 from weakref import WeakSet, WeakValueDictionary
 
@@ -18,7 +18,7 @@ import requests
 from hvac.adapters import RawAdapter
 from hvac.api.auth_methods import JWT, AppRole, Kubernetes, Userpass
 
-from backends.http import Http, Wording, retry_after_seconds, secret_end, token_end
+from backends.http import Http, Wording, object_of, retry_after_seconds, secret_end, token_end
 from bridge.contract import CredentialEnd, Secret, SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.pki.budget import of_server
@@ -76,7 +76,7 @@ class Answer:
     @property
     def data(self) -> Mapping[str, object]:
         """The table `data` of the answer; empty where there is none."""
-        return table(self.body, "data")
+        return object_of(self.body, "data")
 
     @property
     def token_rejected(self) -> bool:
@@ -215,12 +215,6 @@ def _origin(location: str) -> str:
     return "".join(found.groups()) if found else "another path"
 
 
-def table(value: Mapping[str, object], key: str) -> Mapping[str, object]:
-    """The object below `key`; empty if there is none."""
-    found = value.get(key)
-    return cast(Mapping[str, object], found) if isinstance(found, dict) else {}
-
-
 def texts(value: object) -> list[str]:
     """A list's texts, or the one text; the server is free to answer something else."""
     return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
@@ -293,12 +287,12 @@ class Tokens:
 
     def _login(self, request: Callable[[RawAdapter], requests.Response], user: str = "") -> str:
         answer = self._server.login(f"auth/{quote(self._mount)}/login{user}", request).or_raise()
-        login = table(answer.body, "auth")
+        login = object_of(answer.body, "auth")
         token = login.get("client_token")
         if not isinstance(token, str) or not token:
             raise BackendRefusedError(f"vault: {answer.where}: wanted a token, found none (a second factor asked for?)")
-        self.identity = identity_text(f"auth/{self._mount}", table(login, "metadata"), login)
-        self._role_name = table(login, "metadata").get("role_name")
+        self.identity = identity_text(f"auth/{self._mount}", object_of(login, "metadata"), login)
+        self._role_name = object_of(login, "metadata").get("role_name")
         if login.get("token_type") != "batch":  # which can't be revoked
             self._made.append(token)
         return self._server.hide(token)

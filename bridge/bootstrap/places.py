@@ -23,7 +23,6 @@ Read = Callable[[Path], bytes | None]
 SUPER_ADMIN = "super-admin.conf"
 ETCD_CLIENT = SPECS["apiserver-etcd-client"]
 ETCD_DIRECTORY = Path("/var/lib/etcd")
-_MOST_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,12 +139,6 @@ def live(path: Path) -> bytes | None:
         return read(path)
     except UnreadableError as e:
         raise BridgeError(f"{path}: wanted to read it, found: {e}") from None
-
-
-def some_of(paths: Sequence[Path]) -> str:
-    """The first few paths, for a message."""
-    more = f" and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
-    return ", ".join(map(str, paths[:_MOST_NAMED])) + more
 
 
 def traces_of_cluster(places: Places) -> Iterator[Path]:

@@ -15,7 +15,7 @@ from cryptography.x509.oid import NameOID
 from bridge.bootstrap import new_requests
 from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.desired import DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
-from bridge.bootstrap.places import ETCD_CLIENT, Places, Role, live, some_of
+from bridge.bootstrap.places import ETCD_CLIENT, Places, Role, live
 from bridge.bootstrap.whole import look_at
 from bridge.errors import BridgeError
 from bridge.node.kubeconfig import FreshKubeconfig
@@ -29,6 +29,7 @@ from bridge.state.session import Run
 from bridge.system.files import Attributes, digest, private_directory
 from bridge.system.paths import exposure
 from bridge.system.state_file import OnDamage, StateFile, coded
+from bridge.words import some
 
 _DIRECTORY_MODE = 0o755
 #: The names that a kubelet, and `Composer`, give its pairs.
@@ -99,7 +100,7 @@ def _assert_own(run: Run, desired: DesiredNode, paths: Sequence[Path]) -> Path:
     if len(others) != 1 or others[0].parent != places.kubelet_pki or not _DATED.fullmatch(others[0].name):
         wanted = f"the files of {desired.node} and one {places.kubelet_pki}/kubelet-client-….pem"
         raise NotWholeError(
-            f"{desired.keep}: wanted {wanted}, found {some_of(others) or 'none'}",
+            f"{desired.keep}: wanted {wanted}, found {some(others) or 'none'}",
             hint="the copies were changed, and their content may be, too: --anew has all signed again",
         )
     return others[0]
@@ -110,7 +111,7 @@ def _assert_free(files: Sequence[Replacement], places: Places) -> None:
         file.path for file in files if file.path not in places.serving and live(file.path) not in (None, file.data)
     ]
     if others:
-        raise LeftoversError(f"wanted to put copies back, found another file in the place of {some_of(others)}")
+        raise LeftoversError(f"wanted to put copies back, found another file in the place of {some(others)}")
 
 
 def _replacement(name: str, path: Path, mode: int, data: bytes) -> Replacement:

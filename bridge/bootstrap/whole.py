@@ -29,7 +29,6 @@ from bridge.bootstrap.places import (
     Role,
     ca_keys,
     live,
-    some_of,
     traces_of_cluster,
 )
 from bridge.node import kubeconfig, pair
@@ -41,6 +40,7 @@ from bridge.pki.certificates import UNREADABLE, load_pem_certificates, san_entri
 from bridge.pki.kubeadm_names import NoFactError, naming
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, KUBELET_CONF, KUBELET_SERVER, CertificateSpec
+from bridge.words import some
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,7 +286,7 @@ _BRING_BACK = "bring back what is missing, or move all of it away and run this a
 def assert_no_cluster(desired: DesiredNode) -> None:
     """Make sure that neither kubeadm nor a kubelet has been at work here."""
     if traces := list(traces_of_cluster(desired.places)):
-        raise ClusterExistsError(f"wanted a node without a cluster, found {some_of(traces)}")
+        raise ClusterExistsError(f"wanted a node without a cluster, found {some(traces)}")
 
 
 def assert_as_desired(desired: DesiredNode, look: NodeLook) -> None:
@@ -323,7 +323,7 @@ def assert_no_leftovers(desired: DesiredNode, look: NodeLook) -> None:
     if there and len(missing) < len(there):
         raise NotWholeError("\n".join(look.problems()), hint=_BRING_BACK)
     if there:
-        raise LeftoversError(f"wanted a node without certificates, or with all of them, found {some_of(there)}")
+        raise LeftoversError(f"wanted a node without certificates, or with all of them, found {some(there)}")
     for path, data in desired.files.items():
         if live(path) not in (None, data):
             raise LeftoversError(

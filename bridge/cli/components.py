@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration_option, utc_now
+from bridge.cli.options import (
+    ZERO,
+    Common,
+    ForceOption,
+    Output,
+    OutputOption,
+    WaitOption,
+    command,
+    duration_option,
+    utc_now,
+)
 from bridge.cli.printing import say, say_json, say_sentence, say_table, say_verdict
 from bridge.control_plane import proof, restart_plan, restarts
 from bridge.settings.tables import Settings
@@ -28,9 +38,7 @@ def restart(
             "[default: as restart.components says]",
         ),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Also while another node is unhealthy, or shortly after another restart.")
-    ] = False,
+    force: ForceOption = False,
     wait: WaitOption = ZERO,
     output: OutputOption = Output.TEXT,
 ) -> int:

@@ -212,6 +212,9 @@ ZERO = timedelta()
 WaitOption = Annotated[timedelta, duration_option('How long to wait for another run to end, such as "60s".')]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Format of the result.")]
 AllOrNothingOption = Annotated[bool, typer.Option("--all-or-nothing", help="Install nothing if one certificate fails.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Also while another node is unhealthy, or shortly after another restart.")
+]
 NoRestartOption = Annotated[
     bool, typer.Option("--no-restart", help="Restart nothing, whatever the settings say; name what to restart.")
 ]

@@ -94,7 +94,7 @@ def switch(settings: Settings, *, on: bool, force: bool, wait: timedelta, tell: 
     if settings.restart.method == "none":
         found = '"none", with which nothing is restarted'
         raise SettingsError([SettingsProblem("restart.method", "a way to restart components", found)])
-    with session.alone(settings, timedelta(), lambda found: log.warning("%s", found)) as (store, record):
+    with session.alone(settings, timedelta()) as (store, record):
         node = inventory.of(settings.node)
         if not (node.is_worker or Component.APISERVER in node.manifests):
             raise NotHereError("wanted a worker, or a control plane with an API server, found neither")

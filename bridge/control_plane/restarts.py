@@ -490,7 +490,7 @@ def restart_stale(
 ) -> RestartReport:
     """Restart the named components, or those that proof shows to use an old certificate."""
     named = _components(names)
-    with session.alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
+    with session.alone(settings, wait) as (store, record):
         node = inventory.of(settings.node)
         components, unknown = (named, None) if named else _by_settings(node, settings, now())
         if settings.restart.method == "none":

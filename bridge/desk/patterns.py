@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
+from bridge import words
 from bridge.pki.certificates import attributes
 from bridge.words import one_line
 
@@ -24,9 +25,7 @@ CN_OID, O_OID = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dot
 
 def some(texts: Iterable[str]) -> str:
     """The first few texts, for a refusal that people read."""
-    shown = [one_line(text, LONGEST_SHOWN) for text in texts]
-    more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
-    return f"{', '.join(shown[:_MOST_SHOWN])}{more}"
+    return words.some((one_line(text, LONGEST_SHOWN) for text in texts), _MOST_SHOWN)
 
 
 def matches(kind: str, value: str, text: str) -> bool:

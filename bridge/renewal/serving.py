@@ -30,7 +30,6 @@ from bridge.specs import SERVERS, Component
 from bridge.state import audit, session
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, fingerprint, install
 from bridge.state.store import Store
-from bridge.system.console import log
 
 _Cluster = Mapping[str, Any]  #: kubeadm's ClusterConfiguration.
 
@@ -98,7 +97,7 @@ def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> st
 
 def _changed(settings: Settings, api: Api, wait: timedelta, edit: Callable[[_Cluster], _Cluster]) -> bool:
     """Have the ClusterConfiguration changed; returns whether it was, which is in the audit log."""
-    with session.alone(settings, wait, lambda found: log.warning("%s", found)) as (_, record):
+    with session.alone(settings, wait) as (_, record):
         done = kubeadm.change_cluster(api, edit)
         if done:
             record.add(audit.CONFIGURED, kubeadm.CLUSTER.name, result="the flags of serving certificates")
@@ -152,7 +151,7 @@ def is_half_done(settings: Settings, component: Component) -> bool:
 
 def put_in(settings: Settings, component: Component, wait: timedelta) -> RestartReport:
     """Restart a component whose pair is not in its manifest, which puts it there; without it if it does not come back."""
-    with session.alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
+    with session.alone(settings, wait) as (store, record):
         done, back = restart_with(component, None, inventory.of(settings.node), settings, store, record=record)
         return RestartReport(components=(component,), done=(*done, *back))
 
@@ -173,7 +172,7 @@ def take_out(settings: Settings, wait: timedelta) -> RestartReport:
 
     Returns the restarts, until one fails; its pair stays.
     """
-    with session.alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
+    with session.alone(settings, wait) as (store, record):
         done: list[Restarted] = []
         for component in components(inventory.of(settings.node), settings):
             node = inventory.of(settings.node)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from bridge.errors import SettingsProblem
 from bridge.secret import GIVEN
+from bridge.settings.tables import command_words
 from bridge.specs import EKU, CertificateSpec, Component, KeyAlgorithm, pair_spec
 
 if TYPE_CHECKING:  # a night with nothing due makes none of them
@@ -113,7 +113,7 @@ class PairSettings(PairFiles):
             yield SettingsProblem(ways[-1], "one of reload, static_pod and component", " and ".join(ways))
         if self.static_pod is not None and self.static_pod.stem in {one.value for one in Component}:
             yield SettingsProblem("static_pod", "component for one of kubeadm's", repr(str(self.static_pod)))
-        if self.reload and not _words(self.reload):
+        if self.reload and not command_words(self.reload):
             yield SettingsProblem("reload", "a command", repr(self.reload))
         if self.prove and self.place is None:
             yield SettingsProblem("prove", "an address and a port such as 127.0.0.1:8443", repr(self.prove))
@@ -189,17 +189,10 @@ class PairSettings(PairFiles):
 
     def reload_words(self) -> list[str]:
         """The words of its command; none if it has none."""
-        return _words(self.reload)
+        return command_words(self.reload)
 
 
 _EKUS = {"server": EKU.SERVER_AUTH, "client": EKU.CLIENT_AUTH}
-
-
-def _words(command: str) -> list[str]:
-    try:
-        return shlex.split(command)
-    except ValueError:
-        return []
 
 
 def collisions(pairs: Sequence[PairSettings], taken: Sequence[Path]) -> Iterator[tuple[str, str, str]]:

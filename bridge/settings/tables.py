@@ -238,14 +238,14 @@ class RestartSettings:
         for name, command in self.commands.items():
             if name not in known:
                 yield SettingsProblem(f"commands.{name}", f"one of {', '.join(known)}", name_found(name, known))
-            elif not _words(command):
+            elif not command_words(command):
                 yield SettingsProblem(f"commands.{name}", "a command", repr(command))
         if self.method == "command" and not self.commands:
             yield SettingsProblem("commands", 'a command for each component, for method = "command"', "none")
 
     def command(self, component: Component) -> list[str]:
         """The words of a component's command; none if it has none."""
-        return _words(self.commands.get(component.value, ""))
+        return command_words(self.commands.get(component.value, ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +258,7 @@ class Commands:
     def from_setting(cls, value: object) -> Commands:
         """A command, or a list of them."""
         texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not all(isinstance(text, str) and _words(text) for text in texts):
+        if not isinstance(texts, list) or not all(isinstance(text, str) and command_words(text) for text in texts):
             raise ValueError("a command such as \"/usr/local/bin/tell 'control plane'\", or a list of them")
         return cls(tuple(texts))
 
@@ -267,7 +267,7 @@ class Commands:
 
     def words(self) -> list[list[str]]:
         """The words of each command."""
-        return list(map(_words, self.texts))
+        return list(map(command_words, self.texts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,7 +283,7 @@ class HookSettings:
     failure: Commands = Commands()  #: Runs when a certificate was not renewed, or a component does not work with it.
 
 
-def _words(command: str) -> list[str]:
+def command_words(command: str) -> list[str]:
     """Split a command into words; none for a text that no shell accepts."""
     try:
         return shlex.split(command)

@@ -440,7 +440,7 @@ def put_back_and_retire(
     has no copy of are removed, and `force` accepts what the node could run on. What was made for a certificate that
     was missing stays where only its key was left.
     """
-    with alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
+    with alone(settings, wait) as (store, record):
         node = inventory.of(settings.node)
         found, stays = _with_pairs(find(store, backup_id), node)
         done = put_back(found, settings, store, record, node, now(), lambda one: force and one.can_be_forced)

@@ -20,7 +20,7 @@ from bridge.state import audit, install, parked_manifest
 from bridge.state.install import Recovery
 from bridge.state.open_requests import OpenRequests
 from bridge.state.store import Store
-from bridge.system.console import Progress
+from bridge.system.console import Progress, log
 from bridge.system.locks import lock
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import OnDamage, StateError, StateFile, coded
@@ -72,7 +72,7 @@ def _assert_ours(settings: Settings, store: Store) -> Tree | None:
 
 @contextlib.contextmanager
 def alone(
-    settings: Settings, wait: timedelta, tell: Callable[[Recovery | str], None]
+    settings: Settings, wait: timedelta, tell: Callable[[Recovery | str], None] = lambda found: log.warning("%s", found)
 ) -> Iterator[tuple[Store, audit.Record]]:
     """Hold the state directory's lock; finish or undo first an installation or a restart that was interrupted."""
     store = Store(settings.node.state_dir)
