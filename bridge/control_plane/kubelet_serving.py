@@ -1,10 +1,10 @@
 """
-Turning `serverTLSBootstrap` on and off in a cluster that runs, one node at a time, and the API servers' verification after
-the last one: https://kubernetes.io/docs/reference/access-authn-authz/kubelet-tls-bootstrapping/.
+Switch `serverTLSBootstrap` on and off in a running cluster, one node at a time; API servers verify kubelets after the last
+one: https://kubernetes.io/docs/reference/access-authn-authz/kubelet-tls-bootstrapping/.
 
-How far it has come is read off the node and the cluster, so that a run that was killed is simply run again. On: this node's
-kubelet first, whose certificate is the proof that a signer answers, then kubelet-config, from which kubeadm writes the
-others', and only when all kubelets serve rightly kubeadm-config and the API server. Off is the same backwards.
+Each run reads the progress from the node and the cluster, so that a killed run is simply repeated. On: this node's kubelet
+comes first, because its certificate proves that a signer answers; then kubelet-config, from which kubeadm configures the
+other kubelets; kubeadm-config and the API server only when all kubelets serve valid certificates. Off is the reverse.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Trial = Callable[[bytes], str]
 
 
 class NotHereError(BridgeError):
-    """A node, or its kubelet, whose serving certificate can't be switched."""
+    """A node, or a kubelet, that can't be switched."""
 
     hint = "`ca-bridge help kubelets` says what each node needs"
 
@@ -66,7 +66,7 @@ class NotYetError(WaitingError):
 
 
 class PutBackError(BridgeError):
-    """A kubelet did not serve rightly, and has its old configuration again."""
+    """The change did not work, and the old configuration is back."""
 
     exit_code: ClassVar[int] = Exit.ROLLED_BACK
 
@@ -75,7 +75,7 @@ class PutBackError(BridgeError):
 class Report:
     """The result of one run on one node."""
 
-    done: tuple[str, ...]  #: Sentences; empty: all of it was so already.
+    done: tuple[str, ...]  #: Sentences; empty: there was nothing to do.
     left: tuple[str, ...]  #: What other nodes have to do first; empty: nothing is left here.
 
     @property
@@ -86,10 +86,10 @@ class Report:
 
 def switch(settings: Settings, *, on: bool, force: bool, wait: timedelta, tell: Callable[[str], None]) -> Report:
     """
-    Take this node as far as the others allow.
+    Switch this node as far as the state of the other nodes allows.
 
-    `wait` is for the signer's certificate, before the kubelet gets its old configuration again; `tell` gets a sentence about
-    each step that was done.
+    `wait` limits the wait for the signer's certificate; after it the kubelet gets its old configuration back. `tell` gets
+    a sentence about each step.
     """
     if settings.restart.method == "none":
         found = '"none", with which nothing is restarted'
@@ -195,7 +195,7 @@ class _Switch:
             )
 
     def _authority(self, value: str | None) -> None:
-        """Have this node's API server verify kubelets, or not, and each later `kubeadm upgrade` as well."""
+        """Set or remove the flag by which the API server verifies kubelets, on this node and in kubeadm-config."""
         component = Component.APISERVER
         path = manifests.path_of(component, self.settings.node.kubeconfig_dir)
         self._assert_ours(self.flags.get(AUTHORITY), path.name)
@@ -244,7 +244,7 @@ class _Switch:
     # --- this node's kubelet -----------------------------------------------------------------------------------------
 
     def _kubelet(self, *, asks: bool) -> None:
-        """Its configuration, its restart, and what it serves; where that fails, the old configuration and another restart."""
+        """Change the kubelet's configuration, restart it, and wait for its certificate; undo both where that fails."""
         path = self.settings.node.kubelet_dir / "config.yaml"
         data, running = file_contents(path), processes.reader_of(Component.KUBELET, path)
         if running is None:
@@ -281,7 +281,7 @@ class _Switch:
             self._note(Component.KUBELET.value, text)
 
     def _assert_decides(self, running: Process, path: Path, *, asks: bool) -> None:
-        """No flag and no pair of files stands above the configuration's `serverTLSBootstrap`."""
+        """Refuse a kubelet whose flags, or whose own pair of files, take precedence over `serverTLSBootstrap`."""
         if any(word.startswith("--rotate-server-certificates") for word in running.arguments):
             text = "wanted serverTLSBootstrap to be decided by its configuration, found --rotate-server-certificates"
             raise NotHereError(f"kubelet: {text}", hint="take the flag away first: /var/lib/kubelet/kubeadm-flags.env")
@@ -321,7 +321,7 @@ class _Switch:
         """
         Give the kubelet its old configuration again; returns the error to raise.
 
-        Where API servers verify kubelets by now, a pair of its own making would be of no use: it goes on asking.
+        It keeps the new one where API servers verify kubelets already: they would reject a self-signed certificate.
         """
         if self._is_verified:
             return error
@@ -342,7 +342,7 @@ def _first_error(done: Sequence[Restarted]) -> BridgeError | None:
 
 
 def _write(path: Path, trial: Trial, content: bytes) -> None:
-    """Put a configuration in its place, if the kubelet's own validation accepts it."""
+    """Write the configuration, if the kubelet's own validation accepts it."""
     with doing("asking the kubelet whether it accepts its configuration"):
         refused = trial(content)
     if refused:
@@ -369,19 +369,19 @@ def _changed(path: Path) -> datetime:
 # --- whether it would start with a configuration: its own validation says so ------------------------------------------
 
 
-#: A kubelet gets so far only once its configuration is valid (measured on 1.37; `run` in cmd/kubelet/app/server.go): with
-#: `--exit-on-lock-contention` and no lock file it ends there, before it touches the node.
+#: With `--exit-on-lock-contention` and no lock file a kubelet ends right after it has validated its configuration, before
+#: it touches the node (measured on 1.37; `run` in cmd/kubelet/app/server.go).
 _ENDS = ("--exit-on-lock-contention", "--lock-file=")
 _HAS_ENDED = "no lock file specified"
 _LIMIT = timedelta(seconds=30)
 _MOST_OUTPUT = 4 << 20
-#: It may not change the node, whatever it does: `nobody` has no rights there.
+#: The trial runs as `nobody`, so that it can't change the node.
 _NOBODY = 65534
 _ERROR = re.compile(r'err="((?:[^"\\]|\\.)*)"|^panic: (.*)$', re.MULTILINE)
 
 
 def refusal(program: Path, arguments: Sequence[str], content: bytes) -> str:
-    """Why a kubelet's program, with the arguments of the running one, refuses a configuration; empty: it is valid."""
+    """Run the kubelet's program with the running one's arguments; returns why it refuses a configuration, or nothing."""
     with tempfile.TemporaryDirectory(prefix="ca-bridge-kubelet-") as made:
         file, pki = Path(made, "config.yaml"), Path(made, "pki")
         file.write_bytes(content)

@@ -40,7 +40,7 @@ class PodRequest:
 
     @property
     def username(self) -> str:
-        """Whose turn it is: a node, and one namespace of it, so that no namespace is in another's way."""
+        """The requester for the queue: a node and a namespace, so that one namespace does not delay another."""
         return f"system:node:{self.node} for {self.namespace}"
 
     @property
@@ -150,7 +150,7 @@ def key_of(asked: Asked) -> str:
 
 
 def _absent(request: PodRequest, world: PodWorld, pod: PodState) -> Iterator[str]:
-    """Why no pod waits for an answer now: that may change, or the object goes by itself."""
+    """Why no pod is waiting for the answer now; the pod may still come, or the object is deleted by itself."""
     name = request.node
     entry = world.inventory.nodes.get(name)
     if pod.uid != request.pod_uid:
@@ -190,7 +190,7 @@ def _invented(request: PodRequest, asked: Asked, pod: PodState) -> Iterator[Host
 
 
 def _against(request: PodRequest, asked: Asked, rules: PodSignerRules, world: PodWorld) -> Iterator[Hostile]:
-    """What a first request is denied for, with words for the pod's owner."""
+    """The reasons to deny a first request, in words for the pod's owner."""
     if key_of(asked) not in rules.keys:
         types = ", ".join(KEY_TYPES[one] for one in rules.keys)
         yield Hostile(f"key: {key_of(asked)}", "UnsupportedKeyType", f"keyType: this signer takes {types}")
@@ -223,7 +223,7 @@ def _has_namespace(request: PodRequest, rules: PodSignerRules, world: PodWorld) 
 
 
 def _identity(request: PodRequest, rules: PodSignerRules) -> Identity | None:
-    """The first that has this service account."""
+    """The first identity that lists this service account."""
     for _, one in rules.identities:
         in_namespace = any(fnmatchcase(request.namespace, pattern) for pattern in one.namespaces)
         if in_namespace and any(fnmatchcase(request.service_account, pattern) for pattern in one.service_accounts):
@@ -242,7 +242,7 @@ def _longest(rules: PodSignerRules, world: PodWorld) -> timedelta:
 
 
 def _validity(request: PodRequest, rules: PodSignerRules, world: PodWorld) -> timedelta:
-    """The shortest of the policy's, the CA's own, and what the pod takes without what the CA backdates."""
+    """The shortest of the policy's limit, the CA's, and the pod's (less the time by which the CA backdates)."""
     left = world.ca_end - world.now - _BEFORE_THE_CA_ENDS
     found = min(_longest(rules, world), left, timedelta(seconds=request.seconds) - rules.backdating)
     return timedelta(seconds=found // timedelta(seconds=1))

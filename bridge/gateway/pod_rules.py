@@ -43,7 +43,7 @@ _IN_PATH, _IN_NAME = ("namespace", "service_account", "pod", "pod_uid"), ("names
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Who:
-    """A pod, as far as names are made of it."""
+    """The parts of a pod that certificates' names are made of."""
 
     namespace: str
     service_account: str
@@ -67,7 +67,7 @@ class Identity:
     common_name: str = ""
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Names that no pod may have, and templates that can't be filled in."""
+        """Problems: names that no pod may have, and templates with unknown placeholders."""
         for key in ("namespaces", "service_accounts"):
             if not getattr(self, key):
                 yield SettingsProblem(key, "at least one", "none")
@@ -98,7 +98,7 @@ def _filled(template: str, known: tuple[str, ...]) -> str | None:
 
 
 def is_never_a_pods(name: str) -> bool:
-    """Whether clients reach the API server, or this machine, by such a name."""
+    """Whether the name leads clients to the API server, or to their own machine."""
     labels = name.split(".")
     return labels[:2] in (["kubernetes"], ["kubernetes", "default"]) or labels[0] == "localhost"
 
@@ -132,7 +132,7 @@ class PodSignerRules:
         return POD_SPECS[usages]
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """What the API server, the kubelet or a SPIFFE library would refuse."""
+        """Problems: rules whose certificates the API server, the kubelet or a SPIFFE library would refuse."""
         yield from self._limit_problems()
         if self.trust_domain and not _TRUST_DOMAIN.fullmatch(self.trust_domain):
             yield SettingsProblem("trust_domain", "small letters, digits, dots, hyphens", repr(self.trust_domain))
@@ -169,7 +169,7 @@ class PodSignerRules:
 
 
 def _is_path(path: str) -> bool:
-    """Whether two pods with different names never get one path: all of the names are segments of their own."""
+    """Whether two pods never share a path, because each name is a segment of its own."""
     begin, *segments = path.split("/")
     names = [one[1:-1] for one in segments if one.startswith("{") and one.endswith("}")]
     rest = [one for one in segments if not (one.startswith("{") and one.endswith("}"))]
@@ -257,6 +257,6 @@ def dates_problem(begin: datetime, end: datetime, longest: timedelta, now: datet
 
 
 def refresh_at(begin: datetime, end: datetime, percent: int) -> datetime:
-    """When the kubelet is to ask for the next one: in whole seconds, and early enough."""
+    """The time from which the kubelet asks for the next certificate, in whole seconds."""
     wanted = begin + (end - begin) * percent / 100
     return min(max(wanted, begin + _REFRESH_FROM_BEGIN), end - _REFRESH_FROM_END).replace(microsecond=0)

@@ -146,8 +146,7 @@ def proves_itself(item: Item) -> bool:
     """
     Whether the live certificate is an earlier one of the same pair: its CA's, the same CN, and its key is here.
 
-    Whoever owns the file may have put there another certificate of the CA, which is not to be named as replaced, and
-    revoked.
+    The file's owner may have put another certificate of the CA there, which must not be revoked as the replaced one.
     """
     if item.pair is None or not item.certificates or item.key_trouble or other_key(item) is not None:
         return False

@@ -2,7 +2,7 @@
 The pair that kube-controller-manager or kube-scheduler serves with: in its static pod's manifest, and in the
 ClusterConfiguration from which `kubeadm upgrade` and `kubeadm join` write that manifest.
 
-A manifest names no file that is not there: the component would not start. So the flags come after the files, and go
+A component does not start if its manifest names a missing file, so that the flags are added after the files, and removed
 before them.
 """
 
@@ -32,7 +32,7 @@ def item_of(node: Node, component: Component) -> Item | None:
 
 
 def naming(node: Node, component: Component, kubeconfig_dir: Path) -> bytes | None:
-    """The manifest with the flags for a whole pair that it does not name; None: there is none, or it names one (ValueError)."""
+    """The manifest with flags for the pair on disk; None: there is no whole pair, or the manifest names one (ValueError)."""
     item = item_of(node, component)
     if item is None or item.named or item.state != "present" or item.foreign or item.key_trouble or other_key(item):
         return None

@@ -1,9 +1,9 @@
 """
-After the installation of further pairs: have their programs read them, see by a handshake that they do, or go back.
+Further pairs after their installation: their programs read them again, a handshake proves it, or the old pair comes back.
 
-Each pair stands for itself: its fault rolls back no other, and none of the control plane's. A pair that a component
-reads is no matter of this room: it is restarted and proven with that component (`bridge.renewal.activate`). A pair is
-owed on disk before it is installed; a run that was killed leaves it to the next one, which has it read once more.
+Each pair is judged alone: a fault of one pair rolls back no other pair, and no certificate of the control plane.
+`bridge.renewal.activate` restarts and proves a component that reads a pair; this file has the pairs of other programs.
+A debt is on disk before the installation: after a kill the next run has the program read the pair once more.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PAUSE_SECONDS = 0.2
 
 @dataclass(slots=True, kw_only=True)
 class Settled:
-    """The result for all pairs that were owed."""
+    """The results of all pairs that were installed and not yet seen in use."""
 
     errors: list[BridgeError] = field(default_factory=list)
     back: dict[str, RolledBackError] = field(default_factory=dict)  #: By name, pairs whose old files are back.
@@ -49,7 +49,7 @@ class Settled:
 
 
 def own(node: Node) -> dict[str, Item]:
-    """The pairs that no component reads, and that a program is to read again or a handshake is to show."""
+    """The pairs that no component reads, and whose settings name a way to read them again, or a server to look at."""
     return {
         item.spec.name: item
         for item in node.items
@@ -66,7 +66,7 @@ def _proves(item: Item) -> bool:
 
 
 def owe(run: Run, outcomes: Sequence[Outcome], *, by_hand: bool = False) -> Collection[str]:
-    """Record, before the installation, which pairs are to be read again; the names of all that are this room's."""
+    """Record, before the installation, which pairs must be seen in use; returns the names of all pairs of this file."""
     ours = own(run.read_node())
     file = pairs_file(run.store)
     earlier = {one.name: one for one in file.read() or ()}
@@ -85,7 +85,7 @@ def owe(run: Run, outcomes: Sequence[Outcome], *, by_hand: bool = False) -> Coll
 
 
 def _works(item: Item, now: datetime) -> bool:
-    """Whether its server shows the pair on disk; a pair without a server, or that is still to come, can't say."""
+    """Whether the server shows the pair on disk; a pair without a server counts as working, a missing pair does not."""
     if item.state != "present":
         return False
     verdict = _look(item, now)
@@ -98,7 +98,7 @@ def _look(item: Item, now: datetime) -> Verdict | None:
 
 
 def settle(run: Run) -> Settled:
-    """Go on with each pair that is owed, from the recorded state."""
+    """Continue with each recorded pair, from the state on disk."""
     done = Settled()
     try:
         file = pairs_file(run.store)
@@ -110,7 +110,7 @@ def settle(run: Run) -> Settled:
 
 
 def _keep(run: Run, one: OwedPair, left: OwedPair | None) -> None:
-    """Record what is left of a debt; the others stay as they are."""
+    """Replace the record of one pair, or remove it (None); the records of other pairs stay."""
     file = pairs_file(run.store)
     every = [other for other in file.read() or () if other.name != one.name]
     every += [left] if left is not None else []
@@ -172,7 +172,7 @@ def _take_up(run: Run, one: OwedPair, item: Item, done: Settled) -> OwedPair | N
 
 
 def _why_it_stays(run: Run, one: OwedPair, item: Item) -> str:
-    """Why the old pair does not come back; empty: it does."""
+    """The reason not to put the old pair back; empty: put it back."""
     if run.settings.restart.on_failure == "keep":
         return 'it stays, as restart.on_failure = "keep" says'
     if not _reloads(item):
@@ -183,7 +183,7 @@ def _why_it_stays(run: Run, one: OwedPair, item: Item) -> str:
 
 
 def _have_read(run: Run, item: Item) -> str | None:
-    """Have the pair's program read it again; why that failed."""
+    """Have the program read the pair again; returns why that failed, or None."""
     pair = item.pair
     if pair is None or not pair.is_read_again:
         return None
@@ -226,7 +226,7 @@ def _restart(run: Run, manifest: Path) -> str | None:
 
 
 def _until_current(run: Run, item: Item) -> Verdict | None:
-    """Look until its server shows the new pair, or the time is over; None: no server is named."""
+    """Look until the server shows the new pair, or the time is over; None: the settings name no server."""
     with doing(f"proving that {item.spec.name} is in use"):
         return wait_until(
             lambda: _look(item, run.now()),
@@ -240,7 +240,7 @@ def _until_current(run: Run, item: Item) -> Verdict | None:
 
 
 def _go_back(run: Run, one: OwedPair, item: Item, done: Settled) -> OwedPair | None:
-    """Put the old files back, and have them read; or go on with that."""
+    """Put the old files back and have the program read them, or continue a rollback that was cut off."""
     node, why = run.read_node(), one.owed.going_back
     try:
         if one.owed.live_on(node).certificates:
@@ -268,7 +268,7 @@ def _go_back(run: Run, one: OwedPair, item: Item, done: Settled) -> OwedPair | N
 
 
 def how(item: Item) -> str:
-    """How its program takes a pair into use, for people."""
+    """An instruction for an operator: how the program takes the pair into use."""
     if item.pair is not None and item.pair.reload:
         return f"{item.spec.name}: run `{item.pair.reload}`"
     if item.pair is not None and item.pair.static_pod is not None:
@@ -278,12 +278,12 @@ def how(item: Item) -> str:
 
 
 def advice(node: Node, names: Sequence[str]) -> list[str]:
-    """A sentence about each of these pairs whose program is to read it again by hand."""
+    """An instruction for each of these pairs whose program an operator has to have read it again."""
     return [how(item) for name, item in own(node).items() if name in names and _reloads(item)]
 
 
 def late(settings: Settings, node: Node, now: datetime) -> Iterator[ProofFinding]:
-    """What shows that pairs are owed and not in use, for monitors and `doctor`."""
+    """A finding for each installed pair that is not seen in use, for monitors and `doctor`."""
     try:
         owed = pairs_file(Store(settings.node.state_dir)).read() or ()
     except StateError:

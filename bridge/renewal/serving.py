@@ -1,9 +1,9 @@
 """
-Have kube-controller-manager and kube-scheduler serve with a certificate of the cluster's CA, and back again.
+Switch the serving certificates of kube-controller-manager and kube-scheduler on and off.
 
-On: a renewal by name makes the pair, and the restart after it puts the flags into the manifest; then kubeadm-config gets
-them, too, as soon as every control-plane node has a pair, since kubeadm writes all nodes' manifests from it. Off: the
-other way round. Each step can be taken again after a kill.
+On: a renewal by name makes the pair, and the restart after it puts the flags into the manifest. kubeadm writes the
+manifests of all nodes from kubeadm-config, so that kubeadm-config gets the flags once every control-plane node has its
+pair. Off is the reverse. Each step can be repeated after a kill.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class NoServingError(BridgeError):
 
 
 def components(node: Node, settings: Settings) -> list[Component]:
-    """The components of this node whose manifests may be changed (NoServingError: there are none, or one may not)."""
+    """The components whose manifests we may change (NoServingError: the node has none, or an operator's pair is in one)."""
     if settings.restart.method == "none":
         text = 'wanted a way to restart components, found restart.method = "none"'
         raise NoServingError(text, hint='"static-pods" restarts them, and puts the flags into their manifests')
@@ -78,7 +78,7 @@ def _is_ours(item: Item, settings: Settings) -> bool:
 
 def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> str:
     """
-    Have kubeadm-config name the pairs, where each control-plane node has them; returns a sentence about that.
+    Put the pairs into kubeadm-config if every control-plane node has them; returns a sentence for the operator.
 
     Raises:
         NoAnswerError, NoConfigError: The cluster's API does not answer, or refuses.
@@ -96,7 +96,7 @@ def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> st
 
 
 def _changed(settings: Settings, api: Api, wait: timedelta, edit: Callable[[_Cluster], _Cluster]) -> bool:
-    """Have the ClusterConfiguration changed; returns whether it was, which is in the audit log."""
+    """Change the ClusterConfiguration, and record it in the audit log; returns whether anything changed."""
     with session.alone(settings, wait) as (_, record):
         done = kubeadm.change_cluster(api, edit)
         if done:
@@ -111,7 +111,7 @@ def _with(cluster: Mapping[str, Any], wanted: Sequence[Component], pki_dir: Path
 
 
 def _lacking(api: Api, component: Component) -> set[str]:
-    """Control-plane nodes whose component, by its pod in the API, names no pair."""
+    """Control-plane nodes where the component's mirror pod has no flag for a pair."""
     nodes = {str(one["metadata"]["name"]) for one in _listed(api, _NODES)}
     having = {
         str(one["spec"].get("nodeName"))
@@ -130,7 +130,7 @@ def _listed(api: Api, path: str) -> list[dict[str, Any]]:
 
 
 def forget(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> bool:
-    """Have kubeadm-config name them no more; returns whether it did (errors as `keep`)."""
+    """Take the pairs out of kubeadm-config; returns whether it named any (errors as `keep`)."""
 
     def without(cluster: Mapping[str, Any]) -> Mapping[str, Any]:
         for component in wanted:
@@ -145,12 +145,12 @@ def forget(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> 
 
 
 def is_half_done(settings: Settings, component: Component) -> bool:
-    """Whether its whole pair is here, and its manifest does not name it: a run ended before the restart."""
+    """Whether the pair is on disk and the manifest does not name it, because a run ended before the restart."""
     return serving_pair.naming(inventory.of(settings.node), component, settings.node.kubeconfig_dir) is not None
 
 
 def put_in(settings: Settings, component: Component, wait: timedelta) -> RestartReport:
-    """Restart a component whose pair is not in its manifest, which puts it there; without it if it does not come back."""
+    """Restart a component with its pair in the manifest; if the component does not come back, without it."""
     with session.alone(settings, wait) as (store, record):
         done, back = restart_with(component, None, inventory.of(settings.node), settings, store, record=record)
         return RestartReport(components=(component,), done=(*done, *back))
@@ -168,9 +168,9 @@ def assert_named(settings: Settings, wanted: Sequence[Component]) -> None:
 
 def take_out(settings: Settings, wait: timedelta) -> RestartReport:
     """
-    Have the components serve with certificates of their own making again, and remove the pairs, into a backup.
+    Have the components serve their own self-signed certificates again, and move the pairs into a backup.
 
-    Returns the restarts, until one fails; its pair stays.
+    It stops at the first restart that fails, and that component keeps its pair. Returns the restarts.
     """
     with session.alone(settings, wait) as (store, record):
         done: list[Restarted] = []

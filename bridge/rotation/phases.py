@@ -1,9 +1,9 @@
 """
-Where the replacement of one CA stands on a node, and what a phase still has to change there (pure).
+The phase of a CA's replacement on one node, and what differs from a phase there (pure).
 
-The state is read off the CA file, the CA data of kubeconfigs and the CAs that the leaves lead to; nothing of it is
-remembered. kubeadm and our own checks take the first certificate of a CA file for the CA that signs (measured on
-1.37), so that the order in the file is part of the state; the order in a kubeconfig is not.
+The phase follows from the CA file, the CA data of kubeconfigs and the issuers of the leaves; it is recorded nowhere.
+kubeadm and our own checks take the first certificate of a CA file as the CA that signs (measured on 1.37), so that the
+order in the file matters; the order in a kubeconfig does not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Bundle = tuple[x509.Certificate, ...]
 
 
 class Phase(enum.Enum):
-    """A state in which a node may stay: kubeadm's commands work in each of them."""
+    """A state that a node can stay in; kubeadm's commands work in each of them."""
 
     OLD = "old"
     TRUSTED = "trusted"  #: Both CAs are trusted, the old one signs.
@@ -30,7 +30,7 @@ class Phase(enum.Enum):
 
 
 class Kind(enum.Enum):
-    """What changes with the CA, which decides the phases."""
+    """What changes with the CA; it decides which phases there are."""
 
     NEW_KEY = "another key"
     SAME_KEY = "the same key, and another certificate"
@@ -45,7 +45,7 @@ PATHS: Mapping[Kind, tuple[Phase, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The CA that goes and the CA that comes."""
+    """The old CA and the new one."""
 
     old: x509.Certificate
     new: x509.Certificate
@@ -71,7 +71,7 @@ class Change:
         }[phase]
 
     def signer(self, phase: Phase) -> x509.Certificate:
-        """The CA that all leaves lead to in a phase."""
+        """The CA that has issued all leaves in a phase."""
         return self.bundle(phase)[0]
 
     def before(self, phase: Phase) -> Phase | None:
@@ -82,7 +82,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What a node's files say of one CA."""
+    """The content of a node's files, as far as it concerns one CA."""
 
     bundle: Bundle  #: The CA file.
     kubeconfigs: Mapping[str, Bundle]  #: The CA data of each kubeconfig that has some, by its path; `ca` alone.
@@ -91,7 +91,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One place that is not as a phase wants it."""
+    """One file or leaf that differs from a phase."""
 
     place: str  #: A path, or kubeadm's name of a leaf.
     want: str
@@ -104,7 +104,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """Where one CA's replacement stands on a node."""
+    """The progress of one CA's replacement on a node."""
 
     phase: Phase | None  #: The last one that the files have reached; None: they are of no phase.
     next: Phase | None = None  #: The phase that is half done; None: nothing is.
@@ -121,10 +121,10 @@ class Standing:
 
 
 def standing(seen: Seen, change: Change) -> Standing:
-    """Find the phase of the files; a half-done phase counts as such if each place is in its form or the earlier one's."""
+    """Find the phase of the files; it is half done if each place has the content of that phase or of the one before."""
     path = change.path
     lacking = {phase: tuple(differences(seen, change, phase)) for phase in path}
-    for phase in reversed(path):  # a node without leaves and kubeconfigs is told by its CA file alone
+    for phase in reversed(path):  # without leaves and kubeconfigs the CA file alone decides
         if not lacking[phase]:
             return Standing(phase=phase)
     for phase, later in itertools.pairwise(path):
@@ -135,7 +135,7 @@ def standing(seen: Seen, change: Change) -> Standing:
 
 
 def differences(seen: Seen, change: Change, phase: Phase) -> Iterator[Difference]:
-    """What keeps a node's files from a phase, in the order of installation: trust before leaves."""
+    """The differences between a node's files and a phase, in the order of installation: trust before leaves."""
     bundle, signer = change.bundle(phase), change.signer(phase)
     if seen.bundle != bundle:
         yield Difference("CA file", texts(bundle), texts(seen.bundle))
@@ -156,5 +156,5 @@ def texts(bundle: Sequence[x509.Certificate]) -> str:
 
 
 def text(ca: x509.Certificate) -> str:
-    """A CA for the screen: two CAs may share a name, and never a fingerprint."""
+    """A CA for the screen, with its fingerprint, since two CAs may share a name."""
     return f"{name_text(ca.subject)} ({fingerprint(ca)[:8]})"
