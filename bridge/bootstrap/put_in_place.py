@@ -55,7 +55,7 @@ def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], k
     _keep(run, desired, whole)
     _make_directories(desired)
     files = [*files, _link(places.kubelet_current, kubelet_pem)]
-    about = {"command": f"bootstrap {desired.role}", **audit.who(), "certificates": []}
+    about = audit.about() | {"command": f"bootstrap {desired.role}"}
     install(run.store, files, run.record.run_id, about)
     new_requests.forget(run)
 

@@ -33,7 +33,7 @@ from bridge.state.store import Store
 from bridge.system.console import doing, log
 from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, read
-from bridge.system.run_command import Command, OutputLines, run, run_logged, unsafe_program
+from bridge.system.run_command import Command, command_failure, run, unsafe_program
 from bridge.system.state_file import OnDamage, StateFile, coded
 from bridge.system.waiting import wait_until
 from bridge.words import name_found
@@ -397,13 +397,9 @@ def _command(component: Component, settings: Settings) -> list[str]:
 
 def _run_command(component: Component, words: Sequence[str], settings: Settings) -> None:
     name = component.value
-    log.info("%s: runs %s", name, words[0])
-    lines = OutputLines(lambda line: log.info("%s: %s", name, line))
-    ended = run_logged(words, {"CA_BRIDGE_COMPONENT": name}, settings.restart.timeout, lines)
-    if ended.failure:
-        raise RestartError(
-            f"{name}: wanted to have it restarted, {words[0]} {ended.failure}", hint="see [restart.commands]"
-        )
+    failure = command_failure(name, words, {"CA_BRIDGE_COMPONENT": name}, settings.restart.timeout)
+    if failure:
+        raise RestartError(f"{name}: wanted to have it restarted, {failure}", hint="see [restart.commands]")
 
 
 # --- the kubelet -----------------------------------------------------------------------------------------------------

@@ -24,14 +24,13 @@ from bridge.node.inventory import Item, Node
 from bridge.node.manifests import pod_name
 from bridge.renewal.activate import RolledBackError, UnprovenError, backup_of
 from bridge.renewal.in_use import NotLiveError
-from bridge.settings.pairs import PairSettings
 from bridge.settings.tables import Settings
 from bridge.state import audit, backups
 from bridge.state.obligations import Owed, OwedPair, pairs_file
 from bridge.state.session import Run
 from bridge.state.store import Outcome, Store
 from bridge.system.console import doing, log
-from bridge.system.run_command import OutputLines, run_logged
+from bridge.system.run_command import command_failure
 from bridge.system.state_file import StateError
 from bridge.system.waiting import wait_until
 
@@ -188,18 +187,14 @@ def _have_read(run: Run, item: Item) -> str | None:
     if pair is None or not pair.is_read_again:
         return None
     with doing(f"having {pair.name} read again"):
-        failure = _restart(run, pair.static_pod) if pair.static_pod is not None else _run(run, pair)
+        if pair.static_pod is not None:
+            failure = _restart(run, pair.static_pod)
+        else:
+            variables = {"CA_BRIDGE_CERTIFICATE": pair.name}
+            failure = command_failure(pair.name, pair.reload_words(), variables, run.settings.restart.timeout) or None
     run.record.add(audit.RESTARTED, pair.name, error=NotLiveError(failure) if failure else None)
     run.record.write_or_warn()
     return failure
-
-
-def _run(run: Run, pair: PairSettings) -> str | None:
-    words = pair.reload_words()
-    log.info("%s: runs %s", pair.name, words[0])
-    lines = OutputLines(lambda line: log.info("%s: %s", pair.name, line))
-    ended = run_logged(words, {"CA_BRIDGE_CERTIFICATE": pair.name}, run.settings.restart.timeout, lines)
-    return f"{words[0]} {ended.failure}" if ended.failure else None
 
 
 def _restart(run: Run, manifest: Path) -> str | None:

@@ -9,8 +9,6 @@ pair. Off is the reverse. Each step can be repeated after a kill.
 from __future__ import annotations
 
 import contextlib
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from http import HTTPStatus
@@ -24,7 +22,6 @@ from bridge.errors import BridgeError, Exit
 from bridge.node import inventory, serving_pair
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import TLS_CERTIFICATE
-from bridge.pki.certificates import serial_hex
 from bridge.settings.tables import Settings
 from bridge.specs import SERVERS, Component
 from bridge.state import audit, session
@@ -205,13 +202,7 @@ def _remove(item: Item, store: Store, record: audit.Record) -> None:
         for path, mask in files
         if path is not None and path.parent.is_dir()
     ]
-    serial = serial_hex(old) if old is not None else None
-    about = {
-        "command": shlex.join(sys.argv),
-        **audit.who(),
-        "certificates": [{"name": name, "old_serial": serial, "new_serial": None}],
-    }
-    backup_id = install(store, replacements, f"{record.run_id}-{name}", about)
+    backup_id = install(store, replacements, f"{record.run_id}-{name}", audit.about([(name, old, None)]))
     record.add(
         audit.ROLLED_BACK, name, authority=item.spec.authority.name, old=old, result=f"removed; backup {backup_id}"
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsEr
 from bridge.node import kubeconfig, kubelet, pairs
 from bridge.node.inventory import Item, Node
 from bridge.pki import verify
-from bridge.pki.certificates import pem, serial_hex
+from bridge.pki.certificates import pem
 from bridge.pki.expiry import duration_text, first_end, is_due, minute, residual, seconds_left
 from bridge.renewal.issuance import Answered, ShorterError
 from bridge.renewal.prepare import Prepared, open_request
@@ -333,7 +331,8 @@ def await_validity(leaves: Sequence[x509.Certificate]) -> None:
 def install_all(run: Run, proven: Sequence[Proven], trust: Trust = NO_TRUST) -> str:
     """Install in one step, and forget the requests; the backup's ID."""
     files = [*trust.files, *(trust.edit(file) for one in proven for file in one.files)]
-    backup_id = install(run.store, files, run.record.run_id, _about(proven))
+    replaced = ((one.name, one.prepared.request.replaces, one.verified.leaf) for one in proven)
+    backup_id = install(run.store, files, run.record.run_id, audit.about(replaced))
     for one in proven:
         run.record.add(audit.INSTALLED, one.name, authority=one.prepared.authority, new=one.verified.leaf)
         run.requests.drop(one.name)
@@ -345,18 +344,6 @@ def install_all(run: Run, proven: Sequence[Proven], trust: Trust = NO_TRUST) -> 
     _note_short_lives(run, proven)
     _note_cut_short(run, proven)
     return backup_id
-
-
-def _about(proven: Sequence[Proven]) -> dict[str, object]:
-    certificates = [
-        {
-            "name": one.name,
-            "old_serial": serial_hex(old) if (old := one.prepared.request.replaces) else None,
-            "new_serial": serial_hex(one.verified.leaf),
-        }
-        for one in proven
-    ]
-    return {"command": shlex.join(sys.argv), **audit.who(), "certificates": certificates}
 
 
 def _shorter(one: Proven) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shlex
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -343,7 +341,7 @@ def _record(run: Run, steps: Sequence[Step]) -> None:
 def _about(steps: Sequence[Step]) -> dict[str, object]:
     """What a backup's manifest says."""
     phases = {step.ca.name: step.target.value for step in steps}
-    return {"command": shlex.join(sys.argv), **audit.who(), "certificates": [], "phases": phases}
+    return audit.about(phases=phases)
 
 
 # --- issue ------------------------------------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ import json
 import logging
 import os
 import re
+import shlex
 import socket
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,7 +111,7 @@ class Record:
         old = request.replaces
         self._known[name] = {
             "csrSha256": digest(request.csr.public_bytes(Encoding.DER)),
-            "previousSerialNumber": serial_hex(old) if old is not None else None,
+            "previousSerialNumber": _serial(old),
             "backend": backend,
             "identity": identity,
         }
@@ -189,6 +191,20 @@ def who() -> dict[str, str]:
     except (OSError, ValueError):
         return doer  # a kernel without audit
     return doer if login == _NO_LOGIN else {**doer, "login": user_name(login)}
+
+
+def about(
+    certificates: Iterable[tuple[str, x509.Certificate | None, x509.Certificate | None]] = (), **more: object
+) -> dict[str, object]:
+    """The facts that a backup's manifest records: the command, its user, and names with their old and new certificates."""
+    replaced = [
+        {"name": name, "old_serial": _serial(old), "new_serial": _serial(new)} for name, old, new in certificates
+    ]
+    return {"command": shlex.join(sys.argv), **who(), "certificates": replaced, **more}
+
+
+def _serial(certificate: x509.Certificate | None) -> str | None:
+    return serial_hex(certificate) if certificate is not None else None
 
 
 #: (uid_t) -1: started by cron, systemd or in a container.

@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import shlex
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -24,7 +22,7 @@ from bridge.node import inventory, kubeconfig, pair, pairs, serving_pair
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import path_of
 from bridge.pki import csr, identity, verify
-from bridge.pki.certificates import UNREADABLE, load_pem_certificates, serial_hex
+from bridge.pki.certificates import UNREADABLE, load_pem_certificates
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, KUBELET_SERVER, SERVERS, is_pair_name
 from bridge.state import audit, copies, parked_manifest
@@ -478,14 +476,7 @@ def put_back(
     for o in outcomes:
         record.add(audit.VERIFIED, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
     record.write()  # the audit log comes before the installation
-    about = {
-        "command": shlex.join(sys.argv),
-        **audit.who(),
-        "rollback_to": backup.backup_id,
-        "certificates": [
-            {"name": o.name, "old_serial": _serial(o.old), "new_serial": _serial(o.new)} for o in outcomes
-        ],
-    }
+    about = audit.about(((o.name, o.old, o.new) for o in outcomes), rollback_to=backup.backup_id)
     try:
         copies.owe(settings, store, node, {o.name: o.old for o in outcomes})
         _leave_out(backup, settings.node.kubeconfig_dir)
@@ -524,10 +515,6 @@ def _leave_out(backup: Backup, kubeconfig_dir: Path) -> None:
             ) from None
         if text is not None:
             parked_manifest.replace(path_of(component, kubeconfig_dir), text)
-
-
-def _serial(certificate: x509.Certificate | None) -> str | None:
-    return serial_hex(certificate) if certificate is not None else None
 
 
 def outcomes_of(backup: Backup, node: Node) -> list[Outcome]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import errno
+import logging
 import os
 import pwd
 import resource
@@ -22,6 +23,8 @@ from typing import Any, Literal, TypeVar
 
 from bridge.system.paths import Exposure, program_exposure
 from bridge.system.waiting import wait_until, within
+
+log = logging.getLogger("ca-bridge")
 
 MOST_LOGGED = 16 << 10
 LONGEST_LINE = 500
@@ -348,6 +351,13 @@ def run_logged(words: Sequence[str], variables: Mapping[str, str], limit: timede
         return run(command, lines.add, subprocess.STDOUT)
     finally:
         lines.end()
+
+
+def command_failure(name: str, words: Sequence[str], variables: Mapping[str, str], limit: timedelta) -> str:
+    """Run an operator's command, and log its output under a name; returns why it failed, or nothing."""
+    log.info("%s: runs %s", name, words[0])
+    ended = run_logged(words, variables, limit, OutputLines(lambda line: log.info("%s: %s", name, line)))
+    return f"{words[0]} {ended.failure}" if ended.failure else ""
 
 
 def python_command(code: str, *arguments: str) -> list[str]:
