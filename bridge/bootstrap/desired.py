@@ -47,7 +47,7 @@ class NotWholeError(BridgeError):
     hint = "nothing was changed; kubeadm itself checks less than this"
 
 
-class NobodySignsError(BridgeError):
+class NoSignerError(BridgeError):
     """The settings name no CA, and the requests are not carried to a desk."""
 
     exit_code = Exit.USAGE

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bridge.bootstrap import keys
 from bridge.bootstrap.authorities import Certificates
-from bridge.bootstrap.desired import DesiredNode, NobodySignsError, OtherNodeDesiredError
+from bridge.bootstrap.desired import DesiredNode, NoSignerError, OtherNodeDesiredError
 from bridge.bootstrap.keys import Made
 from bridge.bootstrap.places import SUPER_ADMIN, Places, Role
 from bridge.contract import SignRequest
@@ -231,7 +231,7 @@ def _asked(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, verify
         return []
     lacking = {one.authority for one in prepared} - run.settings.authorities.keys()
     if lacking:
-        raise NobodySignsError(
+        raise NoSignerError(
             f"wanted a CA or a desk for {', '.join(name for name in AUTHORITIES if name in lacking)}, found none"
         )
     items = [one.item for one in prepared]

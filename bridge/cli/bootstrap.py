@@ -355,7 +355,7 @@ def _whom(outcome: Outcome) -> str:
 
 
 def _compare(settings: Settings, said: NodeInputs) -> None:
-    """Whoever could change an order on its way decides what this node runs, and whom it trusts."""
+    """Ask the operator to compare the order: a person who changed it decides what this node runs and trusts."""
     if said.order is not None and settings.node.order_key is None:
         printed = fingerprint_text(orders.digest(said.order))
         say("\n")

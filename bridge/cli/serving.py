@@ -145,4 +145,4 @@ def _say(report: Report, *, is_on: bool) -> None:
         again = "`ca-bridge kubelets on`" if is_on else "`ca-bridge kubelets off`"
         say(f"Run {again} there, and then here again.")
     elif not report.done:
-        say("Nothing to do: all of it is so already.")
+        say("Nothing to do: this node and the cluster are already set.")

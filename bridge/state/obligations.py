@@ -136,7 +136,7 @@ class OwedPair:
 
 
 def pairs_file(store: Store) -> StateFile[tuple[OwedPair, ...]]:
-    """The file with such pairs; without it nobody knows which programs run on old pairs, so that damage is reported."""
+    """The file with such pairs; without it no run knows which programs use old pairs, so that damage is reported."""
     return coded(
         tuple[OwedPair, ...],
         store.pairs,

@@ -253,7 +253,7 @@ def test_the_program_says_what_it_did_and_what_comes_next(site: Site) -> None:
     assert (found["exitCode"], found["left"], len(found["done"])) == (0, [], 1)
     assert site.run("cp1", "kubelets", "on").exit_code == 0
     run = site.run("cp1", "kubelets", "on")
-    assert (run.exit_code, run.stdout) == (0, "Nothing to do: all of it is so already.\n")
+    assert (run.exit_code, run.stdout) == (0, "Nothing to do: this node and the cluster are already set.\n")
     lines = [json.loads(line) for line in (site.directory / "cp1/state/audit.jsonl").read_text().splitlines()]
     names = [one["name"] for one in lines if one["event"] == "configured"]
     assert names[-4:] == ["kubelet", "kubelet-config", "kubeadm-config", "kube-apiserver"]
