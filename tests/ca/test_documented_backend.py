@@ -156,4 +156,4 @@ def test_each_method_of_the_page_is_in_the_contract() -> None:
     table = re.findall(r"^\| (`[a-z_`, ]+`) \|", PAGE.read_text(), re.MULTILINE)
     names = [name for cell in table for name in re.findall(r"`(\w+)`", cell)]
     assert len(names) > 10
-    assert [name for name in names if f"def {name}(" not in contract] == []
+    assert [name for name in names if f"def {name}(" not in contract and f"    {name}: bool" not in contract] == []
