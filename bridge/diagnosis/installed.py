@@ -395,7 +395,9 @@ def _with_longer(end: Finding, names: Sequence[str]) -> Finding:
     if end.level == "error":
         return end
     text = f"{end.text}; these end later, and Kubernetes refuses them from its end on: {', '.join(names)}"
-    return Finding.warning("ca-ends-soon" if end.level == "warning" else "ca-ends-first", end.about, text, _NEXT_CA)
+    if end.level == "warning":
+        return Finding.warning("ca-ends-soon", end.about, text, _NEXT_CA)
+    return Finding.warning("ca-ends-first", end.about, text, _NEXT_CA)
 
 
 def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str = "") -> Finding:

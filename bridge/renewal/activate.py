@@ -79,7 +79,7 @@ def owe(run: Run, outcomes: Sequence[Outcome], *, stays: bool = False) -> None:
     owed = owed.live_on(node).with_installed(
         outcomes, run.record.run_id, lambda name: frozenset(f.what for f in failed if f.certificate == name)
     )
-    unproven_file(run.store).put(dataclasses.replace(owed, going_back="", stays=stays or bool(owed.stays)))
+    unproven_file(run.store).put(dataclasses.replace(owed, going_back="", stays=stays or owed.stays or None))
 
 
 def settle(run: Run, node: Node) -> Activation:

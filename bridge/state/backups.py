@@ -246,9 +246,10 @@ def _trust_problems(backup: Backup, authority: str, node: Node) -> Iterator[Prob
     cut_off = []
     for item in node.items:
         if item.spec.authority.name == authority and item.certificates and not item.foreign:
-            own = files_of(backup, item.spec.name)
-            leads = identity.leads_to(pair_of(own, item)[0] if own else item.certificates, bundle)
-            cut_off += [] if leads else [item.spec.name]
+            with contextlib.suppress(BridgeError, OSError, *UNREADABLE):  # it has a problem of its own
+                own = files_of(backup, item.spec.name)
+                leads = identity.leads_to(pair_of(own, item)[0] if own else item.certificates, bundle)
+                cut_off += [] if leads else [item.spec.name]
     if cut_off:
         found = f"certificates of another CA: {', '.join(cut_off)} (`ca-bridge rotate-ca back` goes back)"
         yield Problem(certificate=authority, wanted="CAs of all certificates", found=found, subject="issuer")
@@ -278,7 +279,7 @@ def _problems(
     elif any(file.was_there for file in files):
         try:
             certificates, key_pem = pair_of(files, item)
-        except (BridgeError, *UNREADABLE) as e:
+        except (BridgeError, OSError, *UNREADABLE) as e:
             reason = str(e) if isinstance(e, BridgeError) else _NO_PAIR
             yield Problem(certificate=name, wanted=_PAIR, found=reason)
             return
@@ -354,17 +355,24 @@ def pair_of(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], 
 
 
 def _kubelets_pair(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], bytes] | None:
-    """The pair that a kubelet starts with: in its kubeconfig, or else behind the symlink; None: neither is here."""
-    for file in files:
-        if file.copy is not None and file.path.name == item.spec.base:
-            data = file.copy.read_bytes()
-            certificate, key = kubeconfig.parse(data).certificate_data, kubeconfig.key_data(data)
+    """
+    The pair that a kubelet starts with: in its kubeconfig, or else behind the symlink, which a backup of its kubeconfig
+    alone leaves as it is; None: neither file is here.
+    """
+    kubeconfigs = [file.copy for file in files if file.copy is not None and file.path.name == item.spec.base]
+    for copy in kubeconfigs:
+        data = copy.read_bytes()
+        certificate, key = kubeconfig.parse(data).certificate_data, kubeconfig.key_data(data)
+        if certificate or key:
             return load_pem_certificates(certificate or b""), key or b""
-    for file in files:
-        if file.is_link and file.was_there:
-            data = file.copy.read_bytes() if file.copy is not None else _content_behind(file, files) or b""
-            return load_pem_certificates(data), csr.key_block(data)
-    return None
+    links = [file for file in files if file.is_link and file.was_there]
+    for file in links:
+        data = file.copy.read_bytes() if file.copy is not None else _content_behind(file, files) or b""
+        return load_pem_certificates(data), csr.key_block(data)
+    if not kubeconfigs or item.current is None:
+        return None
+    data = item.current.read_bytes()
+    return load_pem_certificates(data), csr.key_block(data)
 
 
 def _unproven(

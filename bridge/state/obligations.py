@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from cryptography import x509
@@ -17,6 +17,7 @@ from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
 from bridge.specs import SPECS, Component, is_pair_name
 from bridge.state.store import Outcome, Store
+from bridge.system.codec import left_out
 from bridge.system.state_file import OnDamage, StateFile, coded
 
 AFTER_INSTALL, SUCCESS, FAILURE = "after_install", "success", "failure"
@@ -52,8 +53,8 @@ class Owed:
     certificates: tuple[Unproven, ...]
     going_back: str = ""  #: Why all of it is rolled back; empty: it is not.
     to_restart: tuple[Component, ...] = ()  #: Components that run on files that were rolled back.
-    #: It is not rolled back by itself, whether it works or not, and restarts wait for nothing; None: as before there was that.
-    stays: bool | None = None
+    #: It is not rolled back by itself, whether it works or not, and restarts wait for nothing; None: it is no emergency.
+    stays: bool | None = field(default=None, metadata=left_out())
 
     @property
     def names(self) -> list[str]:

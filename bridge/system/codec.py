@@ -25,7 +25,7 @@ from bridge.specs import EKU, SPECS, USER, CertificateSpec, is_pair_name, pair_s
 
 T = TypeVar("T")
 
-_KEY, _PEM = "key", "_pem"
+_KEY, _LEFT_OUT, _PEM = "key", "left out", "_pem"
 
 
 class CodecError(ValueError):
@@ -35,6 +35,11 @@ class CodecError(ValueError):
 def named(key: str) -> Mapping[str, str]:
     """Metadata of a field that has another key in JSON than its name."""
     return {_KEY: key}
+
+
+def left_out() -> Mapping[str, bool]:
+    """Metadata of a field that is written only where it is not None, so that earlier versions read the rest."""
+    return {_LEFT_OUT: True}
 
 
 def _time(text: str) -> datetime:
@@ -92,7 +97,12 @@ def to_json(value: Any) -> Any:
         return {to_json(key): to_json(one) for key, one in value.items()}
     if isinstance(value, tuple | list | frozenset):
         return list(map(to_json, sorted(value) if isinstance(value, frozenset) else value))
-    return {key: _field_to_json(field, getattr(value, field.name)) for field, key, _ in _fields(value.__class__)}
+    found = ((field, key, getattr(value, field.name)) for field, key, _ in _fields(value.__class__))
+    return {
+        key: _field_to_json(field, one)
+        for field, key, one in found
+        if one is not None or not field.metadata.get(_LEFT_OUT)
+    }
 
 
 def _field_to_json(field: Field[Any], value: Any) -> Any:

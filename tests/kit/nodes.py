@@ -115,9 +115,10 @@ class LiveBridge(NodeBridge):
         """A command for `[restart.commands]`: what `systemctl restart kubelet` does, where there is no systemd."""
         script = self.directory / "restart-kubelet"
         log = self.node.root.parent / "kubelet.log"
-        # Processes of all nodes of this machine are to be seen, so that its name is not enough.
+        # Processes of all nodes of this machine are to be seen, so that its name is not enough; a child that the kubelet
+        # is about to turn into another program looks like a second one, so that the oldest counts.
         script.write_text(
-            f"#!/bin/sh\nset -eu\npid=$(pgrep -f '^kubelet .*--hostname-override={self.node.name} ')\n"
+            f"#!/bin/sh\nset -eu\npid=$(pgrep -o -f '^kubelet .*--hostname-override={self.node.name} ')\n"
             f"tr '\\0' '\\n' </proc/$pid/cmdline >{self.directory}/kubelet.args\n"
             "kill $pid\nwhile kill -0 $pid 2>/dev/null; do sleep 0.1; done\n"
             f"xargs -d '\\n' -a {self.directory}/kubelet.args setsid >>{log} 2>&1 </dev/null &\n"

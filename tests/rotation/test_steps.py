@@ -38,7 +38,7 @@ from tests.kit import next_cas
 from tests.kit.desks import POLICY, make_desk
 from tests.kit.issuing import Signer
 from tests.kit.pairs import assert_pairs
-from tests.kit.pki import Pki, handmade_pki, kubeadm_pki
+from tests.kit.pki import Pki, finalize, handmade_pki, kubeadm_pki
 from tests.kit.renewing import Quiet, settings_for
 from tests.kit.rotating import BACK, FORWARD, contents, phases, reach, run, with_next
 from tests.kit.static_pod import attempt
@@ -218,6 +218,18 @@ def test_a_rollback_across_a_phase_is_refused(settings: Settings) -> None:
         for one in backups.problems_of(trusted, settings, node, utc_now())
         if one.certificate in AUTHORITIES
     )
+
+
+def test_a_kubelets_pair_behind_its_symlink_is_no_reason_against_a_rollback(settings: Settings, pki: Pki) -> None:
+    """The backup of a change of trust has the kubelet's kubeconfig, and not the pair, which stays where it is."""
+    current = finalize(pki)
+    reach(settings, Verb.TRUST)
+    node, (trusted,) = inventory.of(settings.node), backups.read_all(Store(settings.node.state_dir))[0]
+    assert "kubelet.conf" in trusted.names
+    assert not backups.problems_of(trusted, settings, node, utc_now())
+    current.resolve().write_bytes(b"")
+    problems = [str(one) for one in backups.problems_of(trusted, settings, inventory.of(settings.node), utc_now())]
+    assert [one for one in problems if one.startswith("kubelet.conf: wanted a certificate and its private key")]
 
 
 def prepared(directory: Path, verb: Verb) -> Settings:
