@@ -135,6 +135,8 @@ def expirations(arguments: Sequence[str]) -> Table | None:
         from bridge.node import inventory  # noqa: PLC0415
 
         settings = plain.settings()
+        if any(ours.next for ours in settings.authorities.values()):  # the command line proper says where that stands
+            return None
         own: Sequence[Credential] | None = ()
         if _may_have_credentials(settings):
             from bridge.state import credentials  # noqa: PLC0415 (only where there is one)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bridge.cli.expiration_forms import look
+from bridge.cli.expiration_forms import PhaseOfCa, look
 from bridge.cli.help import Command
 from bridge.cli.options import Common, command, duration_option, utc_now
 from bridge.cli.printing import say, say_usage
@@ -23,6 +23,7 @@ from bridge.system.console import ROOT_HINT, lacks_rights, log, print_error
 
 if TYPE_CHECKING:
     from bridge.monitoring import Remembered
+    from bridge.node.inventory import Node
     from bridge.renewal.gate import Failures
     from bridge.state.credentials import Credential
 
@@ -97,7 +98,8 @@ def check_expiration(
     settings = common.settings()
     known = _known(settings) if output is ExpirationOutput.PROMETHEUS else None
     node, own = inventory.of(settings.node), _own(settings)
-    found = look(node, utc_now(), within, output.value, renewal=settings.renewal, known=known, own=own)
+    phases = _phases(settings, node)
+    found = look(node, utc_now(), within, output.value, renewal=settings.renewal, known=known, own=own, phases=phases)
     return _shown(*found, is_styled=output is ExpirationOutput.TABLE)
 
 
@@ -157,6 +159,19 @@ def _own(settings: Settings) -> list[Credential] | None:
     except BridgeError:
         return None
     return credentials.look(settings, places, Store(settings.node.state_dir))
+
+
+def _phases(settings: Settings, node: Node) -> list[PhaseOfCa] | None:
+    """Where each CA stands that another one is to replace; None: this user may not see it."""
+    if not any(ours.next for ours in settings.authorities.values()):
+        return []
+    from bridge.rotation import places  # noqa: PLC0415 (where a CA is being replaced)
+
+    try:
+        found = places.look(settings, node, ())
+        return [PhaseOfCa(name, one.standing.text, one.since) for name, one in found.items()]
+    except (BridgeError, OSError):
+        return None
 
 
 def _known(settings: Settings) -> Remembered | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bridge.cli.printing import columns, width_here
 from bridge.errors import Exit
@@ -32,6 +32,14 @@ _OWN_HEADER = ("CREDENTIAL OF CA-BRIDGE", "EXPIRES", "RESIDUAL TIME", "FILE")
 _EXTRA_HEADER = ("NOT LISTED BY KUBEADM", *_HEADER[1:], "FILE")
 
 
+class PhaseOfCa(NamedTuple):
+    """Where the replacement of a CA stands."""
+
+    name: str
+    phase: str  #: Such as `trusted`, or `trusted → issued` where that is half done.
+    since: datetime
+
+
 def look(
     node: Node,
     now: datetime,
@@ -41,20 +49,24 @@ def look(
     renewal: RenewalSettings | None = None,
     known: Remembered | None = None,
     own: Sequence[Credential] | None = (),
+    phases: Sequence[PhaseOfCa] | None = (),
 ) -> tuple[str, list[str], int]:
     """
     Say what there is as `table`, `json`, `yaml` or `prometheus`: standard output, lines for standard error, exit
     code.
 
     The code is 1 when a file is there and can't be used, else 3 when a certificate ends `within` this time, else 0.
-    `known` is what only root may see; None for another user. So is `own`, our own credentials, which no code is for.
+    `known` is what only root may see; None for another user. So are `own`, our own credentials, and `phases`, the CAs that
+    are being replaced; no code is for these.
     """
     left_alone = (renewal or RenewalSettings()).left_alone
     found = report(node, now, None if within is None else lambda _: within, left_alone)
     forms: Mapping[str, Callable[[ExpiryReport], str]] = {
-        "table": lambda one: table(one, renewal) + _own_table(own or (), renewal or RenewalSettings(), now),
-        "json": lambda one: as_json(one, own, now),
-        "yaml": lambda one: as_yaml(one, own, now),
+        "table": lambda one: "".join(
+            [table(one, renewal), _own_table(own or (), renewal or RenewalSettings(), now), *_phase_lines(phases or ())]
+        ),
+        "json": lambda one: as_json(one, own, now, phases),
+        "yaml": lambda one: as_yaml(one, own, now, phases),
         "prometheus": lambda one: _as_prometheus(one, node, renewal or RenewalSettings(), known),
     }
     code = Exit.FAILED if found.troubles else Exit.DUE if found.due else Exit.DONE
@@ -140,6 +152,12 @@ def _own_table(own: Sequence[Credential], renewal: RenewalSettings, now: datetim
     return "\n" + "".join(f"{_toned(line, styles)}\n" for line in lines)
 
 
+def _phase_lines(phases: Sequence[PhaseOfCa]) -> list[str]:
+    """A line for each CA that is being replaced."""
+    lines = [f"{one.name} is being replaced: phase {one.phase}, since {minute(one.since)}\n" for one in phases]
+    return ["\n", *lines] if lines else []
+
+
 def _expires(end: datetime) -> str:
     return f"{_MONTHS[end.month - 1]} {end:%d}, {end.year:04d} {end:%H:%M} UTC"
 
@@ -193,18 +211,28 @@ def _left(row: Row) -> str:
     return "<invalid>" if row.early else residual(row.seconds_left or 0)  # as kubeadm shows one that has ended
 
 
-def as_json(found: ExpiryReport, own: Sequence[Credential] | None, now: datetime) -> str:
+def as_json(
+    found: ExpiryReport,
+    own: Sequence[Credential] | None,
+    now: datetime,
+    phases: Sequence[PhaseOfCa] | None = (),
+) -> str:
     """kubeadm's structure (output.kubeadm.k8s.io/v1alpha3) in its order and indentation, and more keys."""
     import json  # noqa: PLC0415 (7 ms that the table has no use for)
 
-    return escaped(json.dumps(_structure(found, own, now), indent=4, ensure_ascii=False)) + "\n"
+    return escaped(json.dumps(_structure(found, own, now, phases), indent=4, ensure_ascii=False)) + "\n"
 
 
-def as_yaml(found: ExpiryReport, own: Sequence[Credential] | None, now: datetime) -> str:
+def as_yaml(
+    found: ExpiryReport,
+    own: Sequence[Credential] | None,
+    now: datetime,
+    phases: Sequence[PhaseOfCa] | None = (),
+) -> str:
     """The same in YAML, with sorted keys as kubeadm's."""
     import yaml  # noqa: PLC0415 (loaded by the reading side already, but as a tree only)
 
-    dumper, structure = getattr(yaml, "CSafeDumper", yaml.SafeDumper), _structure(found, own, now)
+    dumper, structure = getattr(yaml, "CSafeDumper", yaml.SafeDumper), _structure(found, own, now, phases)
 
     def dumped(*, allow_unicode: bool) -> str:
         return str(yaml.dump(structure, Dumper=dumper, sort_keys=True, allow_unicode=allow_unicode, width=10_000))
@@ -214,7 +242,12 @@ def as_yaml(found: ExpiryReport, own: Sequence[Credential] | None, now: datetime
     return text if escaped(text) == text else dumped(allow_unicode=False)
 
 
-def _structure(found: ExpiryReport, own: Sequence[Credential] | None, now: datetime) -> dict[str, Any]:
+def _structure(
+    found: ExpiryReport,
+    own: Sequence[Credential] | None,
+    now: datetime,
+    phases: Sequence[PhaseOfCa] | None,
+) -> dict[str, Any]:
     return {
         "kind": "CertificateExpirationInfo",
         "apiVersion": "output.kubeadm.k8s.io/v1alpha3",
@@ -222,6 +255,9 @@ def _structure(found: ExpiryReport, own: Sequence[Credential] | None, now: datet
         "certificateAuthorities": [_entry(row) for row in found.authorities],
         "extraCertificates": [_entry(row) for row in found.extra],
         "ownCredentials": None if own is None else [_own_entry(one, now) for one in own],
+        "replacedAuthorities": None
+        if phases is None
+        else [{"name": one.name, "phase": one.phase, "since": rfc3339(one.since)} for one in phases],
         "schemaVersion": SCHEMA_VERSION,
     }
 

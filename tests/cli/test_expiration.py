@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,7 +24,9 @@ from bridge.node.expiry_report import ExpiryReport, report
 from bridge.node.sample_pki import ca_certificate
 from bridge.pki.certificates import pem
 from bridge.pki.csr import generate_key
+from tests.kit import next_cas
 from tests.kit import pki as kit
+from tests.kit.cas import Bridge, add_openssl
 from tests.kit.pki import KubeadmPki, Pki, handmade_pki, kubeadm_pki
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
@@ -418,6 +421,20 @@ def test_certificates_that_end_later_than_their_ca_are_named(tmp_path: Path) -> 
     node = inventory.read(good.pki_dir, good.kubeconfig_dir)
     assert "their CA ends first" not in ours(good, now=NOW)
     assert {one.check for state in node.authorities for one in installed.authority(state, node, NOW)} == {"ca"}
+
+
+def test_a_ca_that_is_being_replaced_has_a_line(tmp_path: Path) -> None:
+    """With its phase, and since when; the table of other nodes is as before."""
+    bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
+    add_openssl(bridge, "ca")
+    plain = bridge.run("check-expiration")
+    assert "is being replaced" not in plain.stdout
+    bridge.add("authority.ca.next", {"anchor": next_cas.make(tmp_path / "next")["ca"].table["anchor"]})
+    os.utime(bridge.pki.pki_dir / "ca.crt", times=(0, NOW.timestamp()))
+    line = "\nca is being replaced: phase old, since 2026-11-25 12:00 UTC\n"
+    assert bridge.run("check-expiration").stdout == plain.stdout + line
+    found = json.loads(bridge.run("check-expiration", "-o", "json").stdout)["replacedAuthorities"]
+    assert found == [{"name": "ca", "phase": "old", "since": "2026-11-25T12:00:00Z"}]
 
 
 def test_an_old_ca_that_nothing_leads_to_is_shown_and_not_due(damaged: Pki) -> None:
