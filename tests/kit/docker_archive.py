@@ -41,7 +41,7 @@ def config(files: Sequence[Path], blob: bytes) -> bytes:
         run["Entrypoint"] = ["/pause"]
     return json.dumps(
         {
-            "architecture": _ARCHITECTURES.get(platform.machine(), platform.machine()),
+            "architecture": architecture(),
             "os": "linux",
             "config": run,
             "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(blob).hexdigest()}"]},
@@ -49,10 +49,19 @@ def config(files: Sequence[Path], blob: bytes) -> bytes:
     ).encode()
 
 
+def architecture() -> str:
+    """Of this machine, by Go's name."""
+    return _ARCHITECTURES.get(platform.machine(), platform.machine())
+
+
 def write(out: Path, reference: str, files: Sequence[Path]) -> None:
     """Write the archive."""
     blob = layer(files)
-    settings = config(files, blob)
+    save(out, reference, config(files, blob), blob)
+
+
+def save(out: Path, reference: str, settings: bytes, blob: bytes) -> None:
+    """Write an archive of one layer, with the image's configuration."""
     name = f"{hashlib.sha256(settings).hexdigest()}.json"
     manifest = [{"Config": name, "RepoTags": [reference], "Layers": ["layer.tar"]}]
     members = {name: settings, "layer.tar": blob, "manifest.json": json.dumps(manifest).encode()}
