@@ -29,7 +29,7 @@ from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
 from bridge.gateway.roots import Roots
 from bridge.gateway.rules import CLIENT_KUBELET, spec_of
-from bridge.gateway.watch import CSRS, SILENCE_SECONDS, Kind, Watch, kinds
+from bridge.gateway.watch import CSRS, SILENCE_SECONDS, Kind, Watch, kinds, served
 from bridge.gateway.watch import PODS as POD_REQUESTS
 from bridge.settings.tables import GatewaySettings, Settings
 from bridge.specs import PODS
@@ -124,6 +124,8 @@ class Service:
     def check(self) -> Iterator[str]:
         """Ask the API server (NoAnswerError, ApiRefusesError) and the CAs (BackendError), and sign nothing."""
         assert_rights(self.api, rights_needed(self.kubernetes_signers, self.settings.gateway, self.pod_signers))
+        for resource in (POD_REQUESTS, roots.BUNDLES) if self.pod_signers else ():
+            served(self.api, resource)
         for authority in self.authorities.values():
             yield from authority.check([spec for spec in self.specs if spec.authority.name == authority.name])
 

@@ -455,10 +455,18 @@ def test_an_api_server_that_has_v1beta1_alone(bao: OpenBao, ca: Signer, tmp_path
         written = [path for _, path in proxy.writes if path.startswith("/apis/certificates.k8s.io")]
         assert len(written) >= 3
         assert all(path.startswith(f"{watch.BETA_GROUP}/") for path in written)
+        assert check(place).returncode == 0
+        proxy.before = lambda _, path: NO_PODS if path in {watch.GROUP, watch.BETA_GROUP} else None
+        run = check(place)
+        assert (run.returncode, "podcertificaterequests" in run.stderr) == (6, True), run.stderr
+
+
+#: What an API server lists that has nothing for pods.
+NO_PODS = 200, json.dumps({"kind": "APIResourceList", "resources": [{"name": watch.CSRS}]}).encode()
 
 
 def without_v1(_: str, path: str) -> tuple[int, bytes] | None:
     """An API server without the objects of v1: they are not in its list, and not to be had."""
     if path == watch.GROUP:
-        return 200, json.dumps({"kind": "APIResourceList", "resources": [{"name": watch.CSRS}]}).encode()
+        return NO_PODS
     return (404, b"{}") if path.startswith((f"{watch.GROUP}/{watch.PODS}", BUNDLES)) else None
