@@ -289,7 +289,9 @@ def with_activation(result: Result, done: Activation, apart: Collection[str] = (
     outcomes, errors = result.outcomes, done.errors
     if (back := done.rolled_back) is not None:
         outcomes = tuple(one if one.name in apart else _rolled_back(one, back) for one in outcomes)
-        errors = tuple(error for error in errors if error is not back)
+        # an installation of CA files alone has no outcome that could carry it
+        carried = any(one.error is back for one in outcomes)
+        errors = tuple(error for error in errors if error is not back or not carried)
     return dataclasses.replace(
         result,
         outcomes=outcomes,

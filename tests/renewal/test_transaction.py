@@ -23,10 +23,11 @@ from bridge.errors import (
 )
 from bridge.node import inventory, sample_pki
 from bridge.node.inventory import Node
+from bridge.renewal.activate import Activation, RolledBackError
 from bridge.renewal.gate import Attempts, HeldOffError, NeedsAPersonError, delay, hold
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.renewal.select import RunOptions, Selection, outcome_of, select
-from bridge.renewal.transaction import Transaction, by_authority
+from bridge.renewal.transaction import Transaction, by_authority, with_activation
 from bridge.renewal.verify_and_install import HeldBackError, Result
 from bridge.settings.load import load, overridden, parse
 from bridge.settings.tables import AuditSettings, Settings
@@ -262,6 +263,18 @@ def test_what_could_not_be_tried_is_not_the_cas_fault(store: Store, directory: P
 
 def hook(event: str, script: str) -> str:
     return f"[hooks]\n{event} = {json.dumps(f'sh -c {json.dumps(script)}')}\n"
+
+
+def test_a_rollback_of_cas_alone_is_an_error_of_the_run(directory: Path) -> None:
+    """No certificate was installed that could carry the error; where one was, it carries it, and the run does not repeat it."""
+    back = RolledBackError("rolled back, since the kubelet did not come back")
+    done = Activation(errors=(back,), rolled_back=back)
+    alone = with_activation(Result(outcomes=()), done)
+    assert (alone.errors, alone.exit_code) == ((back,), back.exit_code)
+    assert back.exit_code != Exit.DONE
+    leaf = inventory.read(directory / "pki", directory).items[0].certificates[0]
+    carried = with_activation(Result(outcomes=(Outcome(name="apiserver", authority="ca", old=leaf, new=leaf),)), done)
+    assert (carried.errors, carried.outcomes[0].error, carried.exit_code) == ((), back, back.exit_code)
 
 
 def test_a_failed_run_is_told_to_the_failure_hook(store: Store, directory: Path, node: Node, tmp_path: Path) -> None:
