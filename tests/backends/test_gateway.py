@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,10 +32,11 @@ class TestConformance(BackendConformance):
             yield program
 
     @pytest.fixture
-    def backend(self, door: ServeProgram) -> GatewayBackend:
+    def backend(self, door: ServeProgram) -> Iterator[GatewayBackend]:
         """A node's end."""
         settings = GatewaySettings(url=door.url, ca_file=door.ca, node="cp-1", wait=timedelta())
-        return GatewayBackend.from_settings(settings)
+        with closing(GatewayBackend.from_settings(settings)) as backend:
+            yield backend
 
     @pytest.fixture
     def dead_backend(self, tmp_path: Path, door: ServeProgram) -> GatewayBackend:

@@ -8,7 +8,7 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from http.client import HTTPException
 from pathlib import Path
@@ -31,6 +31,7 @@ from tests.kit.est import make_tls
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.serving import Answer, ServeProgram, add_door, running
 
+NodeEnd = Callable[..., GatewayBackend]
 Pairs = dict[str, tuple[x509.Certificate, PrivateKey]]
 _PATIENCE = timedelta(minutes=2)
 #: What the policy grants beside kubeadm's names: those of this node.
@@ -91,9 +92,16 @@ def asked(bundle: RequestBundle, name: str) -> SignRequest:
     return sign_request(request, bundle)
 
 
-def node_end(door: ServeProgram, wait: timedelta = timedelta()) -> GatewayBackend:
-    settings = GatewaySettings(url=door.url, ca_file=door.ca, node="cp-1", wait=wait)
-    return GatewayBackend.from_settings(settings)
+@pytest.fixture
+def node_end() -> Iterator[NodeEnd]:
+    """A node's end of a door, whose connections are closed after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def made(door: ServeProgram, wait: timedelta = timedelta()) -> GatewayBackend:
+            settings = GatewaySettings(url=door.url, ca_file=door.ca, node="cp-1", wait=wait)
+            return stack.enter_context(contextlib.closing(GatewayBackend.from_settings(settings)))
+
+        yield made
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -223,7 +231,7 @@ def test_a_node_is_renewed_whole_without_a_secret(tmp_path: Path) -> None:
     assert run.returncode == Exit.DONE, run.stderr
 
 
-def test_a_killed_node_finds_its_certificate(common: ServeProgram, pairs: Pairs) -> None:
+def test_a_killed_node_finds_its_certificate(common: ServeProgram, pairs: Pairs, node_end: NodeEnd) -> None:
     """By the CSR alone, which no other machine knows; for another CSR there is none."""
     bundle, other = make_bundle(some(pairs, "apiserver")), make_bundle(some(pairs, "apiserver"))
     backend = node_end(common, wait=timedelta(minutes=2))
@@ -234,7 +242,7 @@ def test_a_killed_node_finds_its_certificate(common: ServeProgram, pairs: Pairs)
     assert found == [issued, None]
 
 
-def test_a_door_that_lost_its_database_is_asked_again(desk: Desk, pairs: Pairs) -> None:
+def test_a_door_that_lost_its_database_is_asked_again(desk: Desk, pairs: Pairs, node_end: NodeEnd) -> None:
     """The archive has the certificate: none is signed twice for a database that went back in time."""
     door, bundle = add_door(desk.config, desk.directory), make_bundle(some(pairs, "apiserver"))
     request = asked(bundle, "apiserver")
@@ -259,14 +267,14 @@ def test_a_door_that_lost_its_database_is_asked_again(desk: Desk, pairs: Pairs) 
     assert len(desk.issued()) == 1
 
 
-def test_a_node_hears_a_refusal(common: ServeProgram, pairs: Pairs) -> None:
+def test_a_node_hears_a_refusal(common: ServeProgram, pairs: Pairs, node_end: NodeEnd) -> None:
     """The reason is the policy's; a CA that the door does not have is found before anything is asked."""
     backend = node_end(common, wait=timedelta(minutes=2))
     with pytest.raises(BackendRefusedError, match="worker-1"):
         backend.sign(asked(make_bundle(some(pairs, "apiserver"), node="worker-1"), "apiserver"))
 
 
-def test_a_door_with_some_of_the_cas(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
+def test_a_door_with_some_of_the_cas(tmp_path: Path, pki: Pki, pairs: Pairs, node_end: NodeEnd) -> None:
     """What the door has no CA for is found before anything is asked, and refused where it is asked all the same."""
     desk = make_desk(tmp_path / "desk", pki, authorities=["ca"])
     bundle = make_bundle(some(pairs, "apiserver", "etcd-server"))
