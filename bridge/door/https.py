@@ -6,6 +6,9 @@ client keep all others out. A connection gets a thread only when something has c
 its first byte to its last, one address has a number of connections, and all have one. A request whose length is told
 twice, or in chunks, is refused, so that no proxy before us reads another request out of the same bytes. The server's
 certificate is read again when its file changes.
+
+A client may show a certificate of one of the anchors. The application finds it in the environ under `PEER`, and decides
+by `bridge.pki.verify.client_problem` for what its anchor counts; without a certificate there is no such key.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,18 @@ from cheroot import server as cheroot_server
 from cheroot import wsgi
 from cheroot.makefile import MakeFile
 from cheroot.ssl import Adapter
+from cryptography import x509
 
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from bridge.pki.certificates import pem
 
 log = logging.getLogger("ca-bridge")
+
+#: In a request's environ: the client's certificate (DER), as TLS has proven it; a header can't have this name.
+PEER = "ca_bridge.peer"
+
+#: The trust anchors of clients' certificates, of all purposes.
+Anchors = Callable[[], Sequence[x509.Certificate]]
 
 #: A request line with its headers; ours have a few hundred bytes.
 _LONGEST_HEAD_BYTES = 16 << 10
@@ -52,13 +63,15 @@ class Limits:
 
 
 class _Tls(Adapter):
-    """Our context in cheroot's terms; it makes no handshake, and reads the certificate again when its file changes."""
+    """Our context in cheroot's terms; it makes no handshake, and is made again when a file or an anchor changes."""
 
-    def __init__(self, certificate: Path, key: Path) -> None:
+    def __init__(self, certificate: Path, key: Path, anchors: Anchors) -> None:
         super().__init__(certificate, key)
         self._files = (certificate, key)
+        self._anchors = anchors
         self._seen = self._versions()
-        self.context = server_context(certificate, key)
+        self._trusted = tuple(anchors())
+        self.context = server_context(certificate, key, self._trusted)
 
     def bind(self, sock: socket.socket) -> socket.socket:
         """The listening socket: its port can be taken again while connections of an earlier process end."""
@@ -84,22 +97,29 @@ class _Tls(Adapter):
 
     def _read_again(self) -> None:
         with contextlib.suppress(OSError):
-            versions = self._versions()
-            if versions != self._seen:
-                self._seen = versions
+            versions, trusted = self._versions(), tuple(self._anchors())
+            if versions != self._seen or trusted != self._trusted:
+                is_read = versions != self._seen
+                self._seen, self._trusted = versions, trusted
                 try:
-                    self.context = server_context(*self._files)
+                    self.context = server_context(*self._files, trusted)
                 except SettingsError as e:
                     log.error("%s; the certificate that was read before goes on", e)  # noqa: TRY400
                 else:
-                    log.info("the server certificate %s was read again", self._files[0])
+                    if is_read:
+                        log.info("the server certificate %s was read again", self._files[0])
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(one.stat().st_ino, one.stat().st_mtime_ns) for one in self._files]
 
 
-def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    """TLS 1.2 or newer with this certificate, and no renegotiation (SettingsError: the files can't be used)."""
+def server_context(certificate: Path, key: Path, anchors: Sequence[x509.Certificate] = ()) -> ssl.SSLContext:
+    """
+    TLS 1.2 or newer with this certificate, and no renegotiation (SettingsError: the files can't be used).
+
+    With anchors a client may show a certificate, and one that none of them signed, or for servers alone, ends the
+    handshake. An anchor need not be a root.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
@@ -111,6 +131,10 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
         wanted = "PEM files with a certificate and its key, not encrypted"
         problem = SettingsProblem("serve.certificate", wanted, f"{certificate} and {key}: {reason}")
         raise SettingsError([problem]) from None
+    if anchors:
+        context.load_verify_locations(cadata=pem(*anchors).decode())
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        context.verify_mode = ssl.CERT_OPTIONAL
     return context
 
 
@@ -166,6 +190,8 @@ class _Connection(cheroot_server.HTTPConnection):
         try:
             if not self.shaken:
                 self.socket.do_handshake()
+                if (shown := self.socket.getpeercert(binary_form=True)) is not None:
+                    self.ssl_env = {**self.ssl_env, PEER: shown}
                 self.shaken = True
             return bool(super().communicate())  # type: ignore[no-untyped-call]  # cheroot's stubs
         except OSError:  # an SSLError is one, too: what the client does is no event of ours
@@ -269,9 +295,15 @@ class Https:
 
 
 @contextlib.contextmanager
-def serving(address: tuple[str, int], application: Any, files: tuple[Path, Path], limits: Limits) -> Iterator[Https]:
-    """Serve for as long as the block runs; at its end exchanges get their time, and no new one begins."""
-    server = _Server(address, application, _Tls(*files), limits)
+def serving(
+    address: tuple[str, int], application: Any, files: tuple[Path, Path], limits: Limits, anchors: Anchors = tuple
+) -> Iterator[Https]:
+    """
+    Serve for as long as the block runs; at its end exchanges get their time, and no new one begins.
+
+    `files` are the server certificate and its key; `anchors` is asked for each connection, from any thread.
+    """
+    server = _Server(address, application, _Tls(*files, anchors), limits)
     os.environ.pop("LISTEN_PID", None)  # cheroot would take any descriptor 3 for its socket
     try:
         server.prepare()

@@ -12,11 +12,13 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+
+from cryptography import x509
 
 from bridge.door.app import Door, Quota
 from bridge.door.https import Https, Limits, serving
@@ -24,9 +26,11 @@ from bridge.door.signing import Next, OwnClusterError, Signing
 from bridge.door.store import DatabaseError, Memory, sqlite_url
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.budget import MOST_BYTES
+from bridge.pki.certificates import spki
 from bridge.settings.tables import Settings
 from bridge.state.store import Store
 from bridge.system.codec import labels, metric
+from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.waiting import back_off_seconds
 
 log = logging.getLogger("ca-bridge")
@@ -56,6 +60,7 @@ class Service:
         self.memory = Memory(settings.serve.database or sqlite_url(store.directory / _DATABASE))
         self._signing = Signing(settings, self.memory, policy_file, now)
         self._signing.look()
+        self._persons = _persons(settings, self._signing.cas)
         for name, text in self._signing.troubles.items():
             log.warning("%s: %s; requests for it wait", name, text)
         pages = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
@@ -85,7 +90,8 @@ class Service:
         )
         address = ours.address or ("", 0)  # the settings were looked at
         with contextlib.closing(self.memory):
-            with serving(address, self._door, (ours.certificate, ours.key), limits) as self._https:
+            files = (ours.certificate, ours.key)
+            with serving(address, self._door, files, limits, self._anchors) as self._https:
                 self._thread.start()
                 started(self._https.port)
                 while not self._ending and self._thread.is_alive():
@@ -97,6 +103,11 @@ class Service:
             self._signing.close()
         if self._fatal is not None:
             raise self._fatal
+
+    def _anchors(self) -> list[x509.Certificate]:
+        """The CAs whose certificates clients may show: those of nodes, and those of people."""
+        nodes = [one for authority in sorted(self._signing.cas) for one in self._signing.cas[authority]]
+        return list(dict.fromkeys([*nodes, *self._persons]))
 
     # --- signing ------------------------------------------------------------------------------------------------------
 
@@ -170,6 +181,22 @@ class Service:
             metric(f"{PREFIX}_signing", "Whether rounds succeed.", [f"{PREFIX}_signing {int(not self._trouble)}"]),
         ]
         return HTTPStatus.OK, "".join(parts)
+
+
+def _persons(settings: Settings, cas: Mapping[str, Sequence[x509.Certificate]]) -> tuple[x509.Certificate, ...]:
+    """The CAs of people who decide (SettingsError: the file can't be read, or has a CA that signs nodes' certificates)."""
+    path = settings.serve.approvers_ca
+    if path is None:
+        return ()
+    wanted = "PEM with CA certificates that sign for people alone"
+    try:
+        found = tuple(read_ca_file(path))
+    except UnreadableError as e:
+        raise SettingsError([SettingsProblem("serve.approvers_ca", wanted, f"{path}: {e}")]) from None
+    keys = {spki(one.public_key()) for some in cas.values() for one in some}
+    if any(spki(one.public_key()) in keys for one in found):
+        raise SettingsError([SettingsProblem("serve.approvers_ca", wanted, f"{path}: a CA of the cluster")])
+    return found
 
 
 def _metric(name: str, text: str, label: str, values: Mapping[Any, float], kind: str = "gauge") -> str:

@@ -80,6 +80,8 @@ class Signing:
         self._opened = 0.0
         self._is_prepared = False
         self._judgement: Judgement | None = None  #: By the policy and the CAs of now.
+        #: The CAs' certificates by authority, as they were found last; from any thread. They sign nodes' certificates.
+        self.cas: Mapping[str, tuple[x509.Certificate, ...]] = {}
         self.troubles: Mapping[str, str] = {}  #: What is wrong with CAs, by authority.
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
 
@@ -90,6 +92,8 @@ class Signing:
         self.troubles = {name: str(error) for name, error in desk.troubles().items()}
         assert_elsewhere(self._settings, desk.certificates)
         self._judgement = desk.judgement()
+        found = {name: desk.certificates(name) for name in self._settings.authorities}
+        self.cas = {**self.cas, **{name: some for name, some in found.items() if some}}
 
     def refuses(self, bundle: RequestBundle) -> str:
         """

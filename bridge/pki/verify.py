@@ -8,6 +8,7 @@ control-plane component looks at it) and key identifiers (Go builds paths withou
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from bridge.contract import Issued, Names, SignRequest
 from bridge.errors import VerificationError, Violation
-from bridge.pki import expiry, go_x509
+from bridge.pki import display, expiry, go_x509
 from bridge.pki.certificates import (
     UNREADABLE,
     attributes,
     extended_key_usages,
     extension,
     fingerprint,
+    is_ca,
     is_signed_by,
     name_text,
     oid_label,
@@ -38,6 +40,7 @@ from bridge.pki.certificates import (
 )
 from bridge.pki.csr import algorithm_name
 from bridge.specs import EKU
+from bridge.words import one_line
 
 #: How far a CA's clock may be ahead of the node's; the installation waits for the difference.
 CLOCK_SKEW = expiry.CLOCK_SKEW
@@ -449,3 +452,29 @@ def verified_path(
         .build_client_verifier()
     )
     return verifier.verify(leaf, list(intermediates)).chain
+
+
+def client_problem(leaf: x509.Certificate, anchors: Sequence[x509.Certificate], now: datetime) -> str:
+    """
+    Why a TLS client's certificate does not count; empty: one of these anchors signed it, for clients, and it is valid.
+
+    Stricter than TLS: an anchor signs it itself, a certificate without EKUs is for no client, and a CA is none. That the
+    client has the key is TLS's to prove.
+    """
+    try:
+        usages = extended_key_usages(leaf)
+        if is_ca(leaf) or EKU.CLIENT_AUTH.value not in (usages or ()):
+            found = "a CA's" if is_ca(leaf) else f"one for {_eku_text(usages or ()) or 'no named usage'}"
+            return f"wanted a client's certificate (clientAuth), found {found}"
+        if not is_valid_at(leaf, now):
+            return f"wanted a certificate that is valid now, found one that is only {validity_text(leaf, now)}"
+        for anchor in anchors:
+            with contextlib.suppress(verification.VerificationError):
+                verified_path(leaf, (), anchor, now)
+                usage = extension(anchor, x509.KeyUsage)
+                if usage is None or usage.key_cert_sign:
+                    return ""
+    except UNREADABLE as e:
+        return f"wanted a certificate that can be read, found: {one_line(e)}"
+    wanted = " or ".join(dict.fromkeys(name_text(anchor.subject) for anchor in anchors)) or "a CA that counts here"
+    return f"wanted a certificate that {wanted} signed, found one by {display.issuer(leaf)}"

@@ -603,6 +603,8 @@ class ServeSettings:
     listen: str = "0.0.0.0:9443"
     certificate: Path = Path("/etc/ca-bridge/serve.crt")  #: The server certificate with its chain, in PEM.
     key: Path = Path("/etc/ca-bridge/serve.key")  #: The private key of `certificate`, not encrypted.
+    #: The CA certificates (PEM) that sign the certificates of people who decide; without it no person is let in.
+    approvers_ca: Path | None = None
     #: The URL of the database, without a password in it; if empty, SQLite in the file `door.db` of `node.state_dir`.
     database: str = ""
     connections: int = 1000  #: How many connections may be open at the same time.
