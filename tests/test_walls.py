@@ -192,7 +192,7 @@ _ALSO = {
         *("bridge.system.files", "bridge.system.paths"),
     ],
     # the bundles' format
-    "backends.gateway": ["bridge.pki.bundle", "bridge.pki.bundle_format"],
+    "backends.gateway": ["bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.enrolment"],
 }
 
 

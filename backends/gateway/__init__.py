@@ -22,8 +22,16 @@ from typing import Any, ClassVar, Self
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from backends.http import Http, Wording, pem_certificates, retry_after_seconds, tls_context, url_problems
-from bridge.contract import BackendSettings, Issued, Pending, SignRequest
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsProblem, Violation
+from bridge.contract import BackendSettings, Issued, Pending, Secret, SecretUnavailableError, SignRequest
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    LocalFileError,
+    SettingsProblem,
+    Violation,
+)
+from bridge.pki import enrolment
 from bridge.pki.budget import OverBudgetError, json_of
 from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle, bundle_of
 from bridge.pki.bundle_format import digest, dumps, loads_answer
@@ -35,11 +43,15 @@ _REFERENCE = re.compile(r"([0-9a-f]{64})@([A-Za-z0-9_-]{1,100})")
 #: Answers that may be another one later.
 _LATER = frozenset({408, 425, 429, 500, 502, 503, 504})
 _HINTS = {
-    403: "the door's policy, or the proof, is against it; the policy file at the door says what is allowed",
+    403: (
+        "the door's policy, or the proof, is against it; a node without certificates needs the secret that "
+        "`ca-bridge enroll NODE` prints at the door, in the file of enrolment_file"
+    ),
     400: "are both sides of the same version?",
     404: "is `url` the door's own, without a path?",
     413: "the door takes bundles of at most 1 MiB",
 }
+_ENROL_HINT = "`ca-bridge enroll NODE` prints it at the door's host; it is good for one request"
 _NOT_OURS = "is it the door (`ca-bridge serve`) that answers there, and not a proxy or another program?"
 _TLS_HINT = "ca_file has the CA certificate of the door's server certificate, and `url` a name that is in it"
 #: Between two looks for an answer, unless the door says otherwise.
@@ -54,6 +66,8 @@ class GatewaySettings(BackendSettings):
     ca_file: Path | None = None  #: CA certificates (PEM) for the door's server certificate; if not set, the system's.
     #: How long a run waits for the answer; after that the next run asks for it.
     wait: timedelta = timedelta(seconds=30)
+    #: The one-time secret that `ca-bridge enroll NODE` prints at the door, for a node without live certificates.
+    enrolment: Secret | None = None
 
     def tls_context(self) -> ssl.SSLContext:
         """A TLS context for one thread; see `backends.http.tls_context`."""
@@ -159,13 +173,29 @@ class GatewayBackend:
             data = dumps(bundle)
         except BundleError as e:
             raise BackendRefusedError(f"gateway: no bundle can be made of these requests: {e}") from e
-        answer = self._ask("POST", "/v1/requests", data)
+        answer = self._ask("POST", "/v1/requests", data, self._enrolled(bundle))
         if answer.status != HTTPStatus.ACCEPTED:
             raise _error(answer)
         asked, reference = digest(bundle), _document(answer).get("id")
         if not isinstance(reference, str) or _REFERENCE.fullmatch(f"{asked}@{reference}") is None:
             raise BackendRefusedError("gateway: wanted the id of a request, found something else", hint=_NOT_OURS)
         return Pending(reference=f"{asked}@{reference}", note=f"the door has request {asked[:16]}")
+
+    def _enrolled(self, bundle: RequestBundle) -> dict[str, str]:
+        """The header that proves an enrolment, where a request has no live certificate to be proven with."""
+        place, now = self._settings.enrolment, datetime.now(UTC)
+        if place is None or all(
+            one.proof and one.replaces and one.replaces.not_valid_after_utc > now for one in bundle.requests
+        ):
+            return {}
+        try:
+            return {"Authorization": enrolment.proof(place.read(), digest(bundle))}
+        except SecretUnavailableError as e:
+            if any(one.proof is None for one in bundle.requests):
+                raise LocalFileError(f"gateway: enrolment: {e}", hint=_ENROL_HINT) from e
+            return {}
+        except ValueError as e:
+            raise LocalFileError(f"gateway: wanted {e} in {place}, found something else", hint=_ENROL_HINT) from e
 
     def _awaited(self, waiting: Pending, end: float) -> AnswerBundle | Pending:
         """The answer, or what is still to wait for when the time is over."""
@@ -190,8 +220,9 @@ class GatewayBackend:
             raise BackendRefusedError("gateway: wanted a reference of the door, found another text", hint=hint)
         return self._ask("GET", f"/v1/requests/{match[2]}")
 
-    def _ask(self, method: str, path: str, body: bytes | None = None) -> Answer:
+    def _ask(self, method: str, path: str, body: bytes | None = None, more: Mapping[str, str] | None = None) -> Answer:
         headers = {"Accept": "application/json"} | ({"Content-Type": "application/json"} if body is not None else {})
+        headers |= more or {}
         return self._http.ask(method, self._settings.url.rstrip("/") + path, headers, body)
 
 

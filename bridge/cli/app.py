@@ -33,6 +33,8 @@ FILES = {
     "pending": "carried",
     "gateway": "gateway",
     "serve": "serve",
+    "enroll": "enroll",
+    "enrolments": "enroll",
     "kubelets": "serving",
     "trust": "trust",
     "backups": "history",

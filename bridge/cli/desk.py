@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -227,20 +226,14 @@ class _Terminal:
             self._say("[yes: sign / no: refuse / later] ")
             answer = self._in.readline()
             if answer.strip().lower() in {"yes", "y"}:
-                return True, _person()
+                return True, audit.person()
             if answer.strip().lower() in {"no", "n"}:
                 self._say("reason, for the node: ")
-                return False, f"{self._in.readline().strip() or 'no reason was given'} ({_person()})"
+                return False, f"{self._in.readline().strip() or 'no reason was given'} ({audit.person()})"
             if not answer or answer.strip().lower() in {"later", "l"}:
-                return None, _person()
+                return None, audit.person()
             self._say("wanted yes, no or later\n")
 
     def _say(self, text: str) -> None:
         self._out.write(text)
         self._out.flush()
-
-
-def _person() -> str:
-    """Who logged in, before sudo."""
-    doer = audit.who()
-    return doer.get("login") or os.environ.get("SUDO_USER") or doer["user"]

@@ -35,6 +35,8 @@ TASKS: dict[str, dict[str, str]] = {
         "inspect": "Show what a request or an answer holds.",
         "sign": "Sign requests at a CA desk, by its policy.",
         "serve": "Sign what nodes ask for over HTTPS, by the desk's policy.",
+        "enroll": "Make a new node's one-time secret for the door.",
+        "enrolments": "Show and withdraw these secrets.",
         "import": "Install the answers of a CA desk.",
         "pending": "Show and cancel requests that wait for an answer.",
     },
@@ -185,6 +187,12 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("ca-bridge gateway --log-format json", "Work until SIGTERM: the command of a unit or a pod."),
     ),
     "serve": (("ca-bridge serve --log-format json", "Work until SIGTERM: the command of a unit."),),
+    "enroll": (
+        ("ca-bridge enroll cp-4", "Print the secret of cp-4, good for one hour and one request."),
+        ("ca-bridge enroll worker-7 --certificate kubelet.conf --for 10m", "One for a worker's kubelet alone."),
+    ),
+    "enrolments list": (("ca-bridge enrolments list", "Show who may ask for first certificates, and who has."),),
+    "enrolments withdraw": (("ca-bridge enrolments withdraw 3", "End number 3 now; its unsigned request is refused."),),
     "kubelets on": (
         ("ca-bridge kubelets on", "Take this node as far as the others allow; run it on each node, then again."),
     ),

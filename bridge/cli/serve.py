@@ -19,7 +19,7 @@ _NEEDED = {"cheroot": "cheroot", "sqlalchemy": "SQLAlchemy", "alembic": "alembic
 
 
 class MissingExtraError(BridgeError):
-    """The packages that this command alone needs are not installed."""
+    """The packages that the door's commands alone need are not installed."""
 
     exit_code = Exit.USAGE
     hint = (
@@ -40,7 +40,7 @@ def serve(
 
     It works until SIGTERM; `ca-bridge help door` has its settings, addresses and metrics.
     """
-    _assert_installed()
+    assert_installed("ca-bridge serve")
     from bridge.door.service import Service  # noqa: PLC0415 (heavy, and an extra's packages)
 
     service = Service(common.settings(), policy.absolute() if policy is not None else None, utc_now)
@@ -50,9 +50,10 @@ def serve(
     return Exit.DONE
 
 
-def _assert_installed() -> None:
+def assert_installed(command: str) -> None:
+    """Refuse to begin without the packages of the extra `serve` (MissingExtraError)."""
     from importlib.util import find_spec  # noqa: PLC0415 (for this command alone)
 
     missing = [name for module, name in _NEEDED.items() if find_spec(module) is None]
     if missing:
-        raise MissingExtraError(f"ca-bridge serve needs {', '.join(_NEEDED.values())}, found no {', '.join(missing)}")
+        raise MissingExtraError(f"{command} needs {', '.join(_NEEDED.values())}, found no {', '.join(missing)}")

@@ -95,6 +95,8 @@ class Job:
     answers: dict[str, DeskAnswer] = field(default_factory=dict)
     troubles: dict[str, BridgeError] = field(default_factory=dict)  #: Why there is no answer yet.
     approved_by: str = ""
+    #: Requests that need no continuity proof, by certificate name, with words for the record.
+    vouched: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def requests(self) -> dict[str, SignRequest]:
@@ -182,9 +184,8 @@ class Desk:
     def _judge(self, job: Job, request: BundledRequest, authority: _Authority) -> None:
         try:
             foreseen = job.ahead.read.verdicts.get(request.name) if job.ahead is not None else None
-            verdict = foreseen or judge(
-                request, job.bundle, self._policy, authority.certificates, self._now(), self._without_proof
-            )
+            waived = self._without_proof | job.vouched.keys()
+            verdict = foreseen or judge(request, job.bundle, self._policy, authority.certificates, self._now(), waived)
         except Exception as e:  # noqa: BLE001 (whatever is wrong with a request: the others are to be signed)
             verdict = PolicyVerdict(
                 problems=(f"wanted a request that can be judged, found {type(e).__name__}: {e}",), proven=False
@@ -445,7 +446,8 @@ class Desk:
             configured = self._configured.get(request.authority)
             record.know(request.name, job.requests[request.name], configured.label if configured else "", None)
             verdict = job.verdicts.get(request.name)
-            unproven = "" if verdict is not None and verdict.proven else ", without a continuity proof"
+            is_proven = verdict is not None and verdict.proven
+            unproven = "" if is_proven else f", {job.vouched.get(request.name, 'without a continuity proof')}"
             event = DELIVERED if request.name in job.again else SIGNED
             common = {"authority": request.authority, "old": request.replaces}
             if isinstance(answer, Issued):

@@ -324,6 +324,11 @@ def planned_problems(planned: Planned, policy: Policy) -> tuple[str, ...]:
     )
 
 
+def node_problems(node: str, cluster: str, policy: Policy) -> tuple[str, ...]:
+    """Why the policy allows nothing to a node of this name and cluster, so far as that depends on no request."""
+    return (*filter(None, [_blocked(node, policy)]), *_who(node, cluster, policy.allow))
+
+
 def _blocked(node: str, policy: Policy) -> str:
     """The problem of a node that the inventory blocks; empty for every other node."""
     if policy.nodes is None or (entry := policy.nodes.nodes.get(node)) is None or not entry.blocked:

@@ -2,7 +2,8 @@
 What the door answers: our own requests, and the pages for monitors (WSGI).
 
 `POST /v1/requests` takes a request bundle as it is carried to a CA desk, and answers 202 with its id: the same bundle
-has the same id, so that a node that was killed asks again. `GET /v1/requests/ID` is the answer bundle, or 202 with
+has the same id, so that a node that was killed asks again. A node without certificates proves in the header
+`Authorization` that it has the secret of an enrolment. `GET /v1/requests/ID` is the answer bundle, or 202 with
 Retry-After. `GET /v1/certificates/NAME/DIGEST` finds what was issued for a CSR, by its SHA-256. `GET /v1/authorities`
 says which CAs there are. No answer holds a secret: who asks is proven by the bundle, and certificates are public.
 """
@@ -22,7 +23,9 @@ from datetime import datetime, timedelta
 from http import HTTPStatus
 from typing import Any
 
-from bridge.door.store import DatabaseError, Kept, Memory
+from bridge.door import enrolments
+from bridge.door.enrolments import Enrolment
+from bridge.door.store import DatabaseError, EnrolmentError, Kept, Memory
 from bridge.errors import BridgeError
 from bridge.pki.bundle import BundleError, RequestBundle
 from bridge.pki.bundle_format import digest, loads_request
@@ -80,7 +83,7 @@ class Door:
         quota: Quota,
         now: Callable[[], datetime],
         *,
-        refuses: Callable[[RequestBundle], str],
+        refuses: Callable[[RequestBundle, frozenset[str]], str],
         authorities: Iterable[str],
         pages: Mapping[str, Callable[[], tuple[int, str]]],
     ) -> None:
@@ -164,25 +167,48 @@ class Door:
             bundle = loads_request(data)
         except BundleError as e:
             return Reply.error(HTTPStatus.BAD_REQUEST, e)
-        peer, asked = str(environ.get("REMOTE_ADDR", "")), digest(bundle)
+        asked = digest(bundle)
         kept = self._memory.find_digest(asked)
         if kept is None:
-            if reason := self._refuses(bundle):
-                text = "request %s of %s from %s is refused: %s"
-                log.warning(text, asked[:16], bundle.node, peer, one_line(reason, 2000), extra={"request": asked[:16]})
-                return Reply.error(HTTPStatus.FORBIDDEN, reason)
-            if (refused := self._too_many(peer)) is not None:
-                return refused
-            who = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
-            request_id = self._memory.receive(data, digest=asked, now=self._now(), **who)
-            text = "request %s of %s was received"
-            log.info(text, asked[:16], bundle.node, extra={"request": asked[:16], "requester": peer})
+            received = self._receive(environ, data, bundle, asked)
+            if isinstance(received, Reply):
+                return received
+            request_id = received
         else:
             request_id = kept.id
         self.arrived.set()
         document = {"id": request_id, "digest": asked, "state": "waiting" if kept is None else kept.state}
         place = f"/v1/requests/{request_id}"
         return Reply.of(HTTPStatus.ACCEPTED, document, location=place, retry_after=str(_SOON_SECONDS))
+
+    def _receive(self, environ: Environ, data: bytes, bundle: RequestBundle, asked: str) -> str | Reply:
+        """The id of a request that is new, or why it is not kept."""
+        peer = str(environ.get("REMOTE_ADDR", ""))
+        try:
+            used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), bundle, asked)
+            if reason := self._refuses(bundle, frozenset(used.vouches(bundle) if used is not None else ())):
+                return _refused(bundle, asked, peer, reason)
+            if (refused := self._too_many(peer)) is not None:
+                return refused
+            who = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
+            number = used.id if used is not None else None
+            request_id = self._memory.receive(data, digest=asked, now=self._now(), enrolment=number, **who)
+        except EnrolmentError as e:
+            return _refused(bundle, asked, peer, e)
+        text = "request %s of %s was received"
+        log.info(text, asked[:16], bundle.node, extra={"request": asked[:16], "requester": peer})
+        return request_id
+
+    def _enrolment(self, authorization: str, bundle: RequestBundle, asked: str) -> Enrolment | None:
+        """The enrolment that the header proves; one that lets nothing in is no error where each request has a proof."""
+        if not authorization:
+            return None
+        try:
+            return enrolments.shown(self._memory, authorization, bundle, asked, self._now())
+        except EnrolmentError:
+            if all(one.proof is not None for one in bundle.requests):
+                return None
+            raise
 
     def _too_many(self, peer: str) -> Reply | None:
         every, theirs = self._memory.unanswered(peer)
@@ -210,6 +236,12 @@ class Door:
         if chain is None:
             return Reply.error(HTTPStatus.NOT_FOUND, "wanted a CSR that was signed here, found another one")
         return Reply(status=HTTPStatus.OK, body=chain, kind="application/pem-certificate-chain")
+
+
+def _refused(bundle: RequestBundle, asked: str, peer: str, reason: BridgeError | str) -> Reply:
+    text = "request %s of %s from %s is refused: %s"
+    log.warning(text, asked[:16], bundle.node, peer, one_line(reason, 2000), extra={"request": asked[:16]})
+    return Reply.error(HTTPStatus.FORBIDDEN, reason)
 
 
 def _note(kept: Kept) -> str:

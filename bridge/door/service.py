@@ -23,12 +23,11 @@ from cryptography import x509
 from bridge.door.app import Door, Quota
 from bridge.door.https import Https, Limits, serving
 from bridge.door.signing import Next, OwnClusterError, Signing
-from bridge.door.store import DatabaseError, Memory, sqlite_url
+from bridge.door.store import DatabaseError, open_memory
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.budget import MOST_BYTES
 from bridge.pki.certificates import spki
 from bridge.settings.tables import Settings
-from bridge.state.store import Store
 from bridge.system.codec import labels, metric
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.waiting import back_off_seconds
@@ -42,7 +41,6 @@ _IDLE_SECONDS = 5.0
 #: A round that is at a CA gets this long when the door is to end; the next start asks the CA what became of it.
 _DRAIN_SECONDS = 25.0
 _TICK_SECONDS = 0.2
-_DATABASE = "door.db"
 
 
 class Service:
@@ -55,9 +53,7 @@ class Service:
             raise SettingsError([SettingsProblem("authority", wanted, "none", settings.source.file)])
         self._settings = settings
         self._now = now
-        store = Store(settings.node.state_dir)
-        store.prepare()
-        self.memory = Memory(settings.serve.database or sqlite_url(store.directory / _DATABASE))
+        self.memory = open_memory(settings)
         self._signing = Signing(settings, self.memory, policy_file, now)
         self._signing.look()
         self._persons = _persons(settings, self._signing.cas)

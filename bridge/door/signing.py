@@ -29,6 +29,7 @@ from bridge.desk.files import Received, books_open, load_answer_key, load_policy
 from bridge.desk.policy import Policy
 from bridge.desk.records import Archive, archive_directory
 from bridge.desk.workers import Judgement, verdicts
+from bridge.door import enrolments
 from bridge.door.store import DatabaseError, IssuedRow, Kept, Memory
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
@@ -95,14 +96,15 @@ class Signing:
         found = {name: desk.certificates(name) for name in self._settings.authorities}
         self.cas = {**self.cas, **{name: some for name, some in found.items() if some}}
 
-    def refuses(self, bundle: RequestBundle) -> str:
+    def refuses(self, bundle: RequestBundle, without_proof: frozenset[str] = frozenset()) -> str:
         """
         Why no request of a bundle can be signed, from any thread; empty: some may be, or a CA is not there to say it.
+        Those in `without_proof` need no continuity proof.
 
         It is the desk's judgement, before a request is kept: a client that proves nothing fills no disk.
         """
         by = self._judgement
-        found = verdicts(bundle, replace(by, now=self._now())) if by is not None else {}
+        found = verdicts(bundle, replace(by, now=self._now(), without_proof=without_proof)) if by is not None else {}
         if len(found) < len(bundle.requests) or not all(one.problems for one in found.values()):
             return ""
         return "; ".join(f"{name}: {'; '.join(one.problems)}" for name, one in found.items())
@@ -157,13 +159,16 @@ class Signing:
         return self._policy
 
     def _jobs(self, kept: Sequence[Kept], archive: Archive) -> Iterator[Job]:
+        used = enrolments.for_requests(self._memory, [one.id for one in kept])
         for one in kept:
             try:
                 bundle = loads_request(one.bundle)
                 received = Received(
                     bundle=bundle, digest=one.digest, data=one.bundle, label=f"request {one.digest[:16]}", where=one.id
                 )
-                yield received.job(archive, lambda _: (), self._conclusion(one, bundle))
+                job = received.job(archive, lambda _: (), self._conclusion(one, bundle))
+                job.vouched = used[one.id].vouches(bundle) if one.id in used else {}
+                yield job
             except (BundleError, DatabaseError) as e:  # it was whole when it came
                 log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400
 

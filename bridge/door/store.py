@@ -25,6 +25,8 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from bridge.errors import BridgeError, Exit
+from bridge.settings.tables import Settings
+from bridge.state.store import Store
 from bridge.words import one_line
 
 #: `waiting`: for the next round of signing. `undecided`: for people; `approved`: by them, and is judged once more.
@@ -34,6 +36,7 @@ TO_SIGN: tuple[State, ...] = ("waiting", "approved")
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_SECONDS = 10
+_DATABASE = "door.db"
 #: A digest, a name and a serial number in hex; texts for people.
 _DIGEST, _NAME, _TEXT = sa.String(64), sa.String(253), sa.String(2000)
 
@@ -112,6 +115,8 @@ ENROLMENTS = sa.Table(
     sa.Column("ends", Moment, nullable=False),
     sa.Column("used", Moment),
     sa.Column("request", sa.String(64), sa.ForeignKey("requests.id")),  # for which it was used
+    sa.Column("certificates", _TEXT, nullable=False, server_default=""),  # names with commas; empty: all that may be
+    sa.Column("withdrawn", Moment),
 )
 
 
@@ -120,6 +125,13 @@ class DatabaseError(BridgeError):
 
     exit_code = Exit.UNAVAILABLE
     hint = "is its disk full, or its server down? requests that were accepted are kept, and go on by themselves"
+
+
+class EnrolmentError(BridgeError):
+    """A secret that lets this request in no longer, or never did; nothing was kept."""
+
+    exit_code = Exit.REFUSED
+    hint = "have `ca-bridge enroll NODE` run again at the door's host, and put the new secret into the node's file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +179,7 @@ class Memory:
             raise DatabaseError(f"wanted a database, found: {one_line(e)}", hint="serve.database names it") from None
         if self.engine.dialect.name == "sqlite":
             sa.event.listen(self.engine, "connect", _careful)
-        with _asking(), self.engine.begin() as connection:
+        with asking(), self.engine.begin() as connection:
             _migrate(connection)
 
     def close(self) -> None:
@@ -176,14 +188,30 @@ class Memory:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def receive(self, bundle: bytes, *, digest: str, node: str, cluster: str, peer: str, now: datetime) -> str:
-        """Remember a request, on disk when this returns; the id, which is the earlier one for the same bundle."""
+    def receive(
+        self,
+        bundle: bytes,
+        *,
+        digest: str,
+        node: str,
+        cluster: str,
+        peer: str,
+        now: datetime,
+        enrolment: int | None = None,
+    ) -> str:
+        """
+        Remember a request, on disk when this returns; the id, which is the earlier one for the same bundle.
+
+        In the same step the enrolment with this number is used up for it (EnrolmentError: another request was first).
+        """
         request_id = secrets.token_urlsafe(32)
         row = {"id": request_id, "digest": digest, "node": node, "cluster": cluster, "peer": peer, "received": now}
-        with _asking():
+        with asking():
             try:
                 with self.engine.begin() as connection:
                     connection.execute(REQUESTS.insert().values(**row, state="waiting", note="", bundle=bundle))
+                    if enrolment is not None:
+                        _use_up(connection, enrolment, request_id, now)
             except IntegrityError:
                 query = sa.select(REQUESTS.c.id).where(REQUESTS.c.digest == digest)
                 with self.engine.connect() as connection:
@@ -209,17 +237,17 @@ class Memory:
 
     def _kept(self, which: sa.ColumnElement[bool], *order: Any, most: int | None = None) -> list[Kept]:
         query = sa.select(REQUESTS).where(which).order_by(*order).limit(most)
-        with _asking(), self.engine.connect() as connection:
+        with asking(), self.engine.connect() as connection:
             return [Kept(**row) for row in connection.execute(query).mappings()]
 
     def begin(self, ids: Sequence[str], now: datetime) -> None:
         """Write down that these are about to be signed: a database that can't be written to stops it before a CA is asked."""
-        with _asking(), self.engine.begin() as connection:
+        with asking(), self.engine.begin() as connection:
             connection.execute(REQUESTS.update().where(REQUESTS.c.id.in_(ids)).values(begun=now))
 
     def note(self, request_id: str, text: str) -> None:
         """Write down why there is no answer yet."""
-        with _asking(), self.engine.begin() as connection:
+        with asking(), self.engine.begin() as connection:
             connection.execute(REQUESTS.update().where(REQUESTS.c.id == request_id).values(note=text[:2000]))
 
     def conclude(self, request_id: str, answer: bytes, issued: Sequence[IssuedRow], now: datetime) -> None:
@@ -227,7 +255,7 @@ class Memory:
         values = {"state": "answered", "answer": answer, "answered": now, "note": ""}
         rows = [_columns(one) | {"request": request_id} for one in issued]
         prints = [one.fingerprint for one in issued]
-        with _asking(), self.engine.begin() as connection:
+        with asking(), self.engine.begin() as connection:
             connection.execute(REQUESTS.update().where(REQUESTS.c.id == request_id).values(**values))
             query = sa.select(CERTIFICATES.c.fingerprint).where(CERTIFICATES.c.fingerprint.in_(prints))
             known = set(connection.execute(query).scalars())
@@ -237,14 +265,14 @@ class Memory:
     def counts(self) -> dict[str, int]:
         """The number of requests in each state."""
         query = sa.select(REQUESTS.c.state, sa.func.count()).group_by(REQUESTS.c.state)
-        with _asking(), self.engine.connect() as connection:
+        with asking(), self.engine.connect() as connection:
             return {state: count for state, count in connection.execute(query)}  # noqa: C416 (a row is no pair for mypy)
 
     def unanswered(self, peer: str) -> tuple[int, int]:
         """The number of requests without an answer, in all and from this address."""
         ours = sa.func.coalesce(sa.func.sum(sa.case((REQUESTS.c.peer == peer, 1), else_=0)), 0)
         query = sa.select(sa.func.count(), ours).where(REQUESTS.c.state != "answered")
-        with _asking(), self.engine.connect() as connection:
+        with asking(), self.engine.connect() as connection:
             every, theirs = connection.execute(query).one()
             return int(every), int(theirs)
 
@@ -254,8 +282,15 @@ class Memory:
         """The newest certificate for the CSR with this digest, with its intermediates in PEM."""
         ours = CERTIFICATES.c
         query = sa.select(ours.chain).where(ours.csr == csr, ours.name == name).order_by(ours.begins.desc()).limit(1)
-        with _asking(), self.engine.connect() as connection:
+        with asking(), self.engine.connect() as connection:
             return connection.execute(query).scalar()
+
+
+def _use_up(connection: sa.Connection, enrolment: int, request_id: str, now: datetime) -> None:
+    ours = ENROLMENTS.c
+    is_open = (ours.id == enrolment, ours.used.is_(None), ours.withdrawn.is_(None), ours.ends > now)
+    if connection.execute(ENROLMENTS.update().where(*is_open).values(used=now, request=request_id)).rowcount != 1:
+        raise EnrolmentError("enrolment: wanted a secret that is open, found that another request was first")
 
 
 def _columns(one: IssuedRow) -> dict[str, Any]:
@@ -275,7 +310,7 @@ def _careful(connection: Any, _: ConnectionPoolEntry) -> None:
 
 
 @contextlib.contextmanager
-def _asking() -> Iterator[None]:
+def asking() -> Iterator[None]:
     """Whatever the database says against a question becomes one error; its text is without the question's values."""
     try:
         yield
@@ -298,3 +333,10 @@ def _migrate(connection: sa.Connection) -> None:
 def sqlite_url(path: Path) -> str:
     """The URL of a database in one file."""
     return sa.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+
+
+def open_memory(settings: Settings) -> Memory:
+    """The database that the settings name, which the caller closes (DatabaseError, StateError)."""
+    store = Store(settings.node.state_dir)
+    store.prepare()
+    return Memory(settings.serve.database or sqlite_url(store.directory / _DATABASE))

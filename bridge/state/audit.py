@@ -57,6 +57,8 @@ PENDING, CANCELLED = "pending", "cancelled"
 NEEDS_A_PERSON = "needs-a-person"
 #: Its `previousSerialNumber` is the one that was revoked.
 REVOKED = "revoked"
+#: A node may ask for its first certificates with a one-time secret; or may no longer. `result` has which node.
+ENROLLED, WITHDRAWN = "enrolled", "withdrawn"
 #: The log was changed or cut since its last line.
 DAMAGED = "damaged"
 #: Old files of the log were deleted, by `audit.keep_total`; the line has the last deleted line's number and digest.
@@ -191,6 +193,12 @@ def who() -> dict[str, str]:
     except (OSError, ValueError):
         return doer  # a kernel without audit
     return doer if login == _NO_LOGIN else {**doer, "login": user_name(login)}
+
+
+def person() -> str:
+    """The user who logged in, before sudo."""
+    doer = who()
+    return doer.get("login") or os.environ.get("SUDO_USER") or doer["user"]
 
 
 def about(

@@ -152,7 +152,7 @@ def posted(door: Door, data: bytes) -> tuple[str, dict[str, str], dict[str, Any]
 
 def make_application(memory: Memory) -> Door:
     return Door(
-        memory, Quota(waiting=10, waiting_per_peer=10), now, refuses=lambda _: "", authorities=AUTHORITIES, pages={}
+        memory, Quota(waiting=10, waiting_per_peer=10), now, refuses=lambda *_: "", authorities=AUTHORITIES, pages={}
     )
 
 
@@ -231,10 +231,10 @@ def test_an_answer_that_can_not_be_remembered_is_found_in_the_archive(
 def test_without_the_extra_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which packages, and how they are installed; with them it goes on."""
     real = importlib.util.find_spec
-    serve._assert_installed()
+    serve.assert_installed("ca-bridge serve")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cheroot" else real(name))
 
     with pytest.raises(serve.MissingExtraError, match="needs cheroot, SQLAlchemy, alembic, found no cheroot") as e:
-        serve._assert_installed()
+        serve.assert_installed("ca-bridge serve")
     assert e.value.exit_code == Exit.USAGE
     assert "kubeadm-ca-bridge[serve]" in e.value.hint

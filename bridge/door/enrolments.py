@@ -1,0 +1,189 @@
+"""
+Enrolments: a one-time secret lets one node ask for its first certificates, by `ca-bridge enroll` at the door's host.
+
+A person says for which node and cluster; the request says nothing about that which counts. An enrolment stands in for
+continuity proofs as `ca-bridge sign --without-proof` does, and the policy decides the rest. `Memory.receive` binds it to
+one request, in the transaction that keeps the request.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Collection
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from bridge.desk.files import load_policy
+from bridge.desk.policy import node_problems
+from bridge.door.store import ENROLMENTS, EnrolmentError, Memory, asking, open_memory
+from bridge.errors import SettingsError, SettingsProblem
+from bridge.pki import enrolment
+from bridge.pki.bundle import RequestBundle
+from bridge.pki.expiry import duration_text, minute
+from bridge.settings.tables import Settings
+from bridge.specs import SPECS, USER
+from bridge.state import audit
+from bridge.state.store import Store
+from bridge.system.locks import lock
+
+LONGEST = timedelta(days=30)
+#: For a round of signing, which has the state directory's lock.
+_WAIT = timedelta(minutes=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enrolment:
+    """One enrolment; fields as the table's columns."""
+
+    id: int
+    node: str
+    cluster: str
+    certificates: tuple[str, ...]  #: Empty: all that the policy allows.
+    created: datetime
+    created_by: str
+    ends: datetime
+    used: datetime | None
+    request: str | None  #: The id of the request that it was used for.
+    withdrawn: datetime | None
+
+    @classmethod
+    def of(cls, row: sa.RowMapping) -> Enrolment:
+        """From a row of the table."""
+        named = {key: row[key] for key in cls.__slots__}
+        return cls(**{**named, "certificates": tuple(filter(None, row["certificates"].split(",")))})
+
+    def state(self, now: datetime) -> str:
+        """`open`, `used`, `withdrawn` or `ended`."""
+        if self.withdrawn is not None:
+            return "withdrawn"
+        if self.used is not None:
+            return "used"
+        return "open" if now < self.ends else "ended"
+
+    def assert_for(self, node: str, cluster: str, now: datetime) -> None:
+        """Refuse another node's secret, and one that is used, withdrawn or over (EnrolmentError)."""
+        if (node, cluster) != (self.node, self.cluster):
+            raise EnrolmentError(
+                f"enrolment: wanted a request of {self.node} in {self.cluster}, found one of {node} in {cluster}",
+                hint="`ca-bridge enroll NODE --cluster NAME` names both as the node's settings have them",
+            )
+        if (state := self.state(now)) != "open":
+            when = minute(self.withdrawn or self.used or self.ends)
+            raise EnrolmentError(f"enrolment: wanted a secret that is open, found one that is {state} since {when}")
+
+    def vouches(self, bundle: RequestBundle) -> dict[str, str]:
+        """The requests of a bundle that need no continuity proof, by certificate name, with words for the record; no user's."""
+        if self.withdrawn is not None or (bundle.node, bundle.cluster) != (self.node, self.cluster):
+            return {}
+        names = [one.name for one in bundle.requests if not self.certificates or one.name in self.certificates]
+        return {name: f"by enrolment {self.id} of {self.created_by}" for name in names if name != USER.name}
+
+
+def find(memory: Memory, secret_hash: str) -> Enrolment | None:
+    """The enrolment whose secret has this hash, whatever its state."""
+    return next(iter(_found(memory, ENROLMENTS.c.secret_hash == secret_hash)), None)
+
+
+def shown(memory: Memory, authorization: str, bundle: RequestBundle, digest: str, now: datetime) -> Enrolment:
+    """The open enrolment that the header proves for this request (EnrolmentError: there is none, or it is not for this)."""
+    secret_hash = enrolment.proven(authorization, digest)
+    found = find(memory, secret_hash) if secret_hash is not None else None
+    if found is None:
+        raise EnrolmentError("enrolment: wanted a proof of this request by a secret of this door, found another text")
+    found.assert_for(bundle.node, bundle.cluster, now)
+    return found
+
+
+def for_requests(memory: Memory, ids: Collection[str]) -> dict[str, Enrolment]:
+    """The enrolments that were used for these requests, by the request's id."""
+    return {one.request: one for one in _found(memory, ENROLMENTS.c.request.in_(ids)) if one.request is not None}
+
+
+def _found(memory: Memory, which: sa.ColumnElement[bool]) -> list[Enrolment]:
+    query = sa.select(ENROLMENTS).where(which).order_by(ENROLMENTS.c.id.desc())
+    with asking(), memory.engine.connect() as connection:
+        return [Enrolment.of(row) for row in connection.execute(query).mappings()]
+
+
+# --- at the door's host -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """An enrolment that a person asks for."""
+
+    node: str
+    cluster: str
+    certificates: tuple[str, ...]
+    lasts: timedelta
+
+
+def enroll(settings: Settings, policy_file: Path | None, wanted: Wanted, now: datetime) -> tuple[Enrolment, str]:
+    """Make an enrolment and its secret, which is kept nowhere (SettingsError: the policy has no such node)."""
+    _assert_sensible(wanted, settings, policy_file)
+    secret, doer = secrets.token_urlsafe(enrolment.SECRET_BYTES), audit.person()
+    row = {
+        "node": wanted.node,
+        "cluster": wanted.cluster,
+        "certificates": ",".join(wanted.certificates),
+        "secret_hash": enrolment.hash_of(secret),
+        "created": now.replace(microsecond=0),
+        "created_by": doer,
+        "ends": (now + wanted.lasts).replace(microsecond=0),
+    }
+    limit = f", for {', '.join(wanted.certificates)}" if wanted.certificates else ""
+    about = f"node {wanted.node}, cluster {wanted.cluster}{limit}, until {minute(now + wanted.lasts)}"
+    with closing(open_memory(settings)) as memory:
+        _recorded(settings, audit.ENROLLED, about)
+        with asking(), memory.engine.begin() as connection:
+            [number] = connection.execute(ENROLMENTS.insert().values(**row)).inserted_primary_key or [None]
+        [made] = _found(memory, ENROLMENTS.c.id == number)
+    return made, secret
+
+
+def listed(settings: Settings) -> list[Enrolment]:
+    """All enrolments, the newest first."""
+    with closing(open_memory(settings)) as memory:
+        return _found(memory, sa.true())
+
+
+def withdraw(settings: Settings, number: int, now: datetime) -> Enrolment:
+    """End an enrolment; a request that it was used for, and that is not signed yet, is refused."""
+    with closing(open_memory(settings)) as memory:
+        found = _found(memory, ENROLMENTS.c.id == number)
+        if not found:
+            raise SettingsError([SettingsProblem("NUMBER", "an enrolment of `ca-bridge enrolments`", str(number))])
+        _recorded(settings, audit.WITHDRAWN, f"enrolment {number} of node {found[0].node}, cluster {found[0].cluster}")
+        with asking(), memory.engine.begin() as connection:
+            ours = ENROLMENTS.c
+            connection.execute(
+                ENROLMENTS.update().where(ours.id == number, ours.withdrawn.is_(None)).values(withdrawn=now)
+            )
+        return _found(memory, ENROLMENTS.c.id == number)[0]
+
+
+def _recorded(settings: Settings, event: str, about: str) -> None:
+    """In the audit log before anything comes of it."""
+    store = Store(settings.node.state_dir)
+    store.prepare()
+    with lock(store.lock, f"ca-bridge, {os.getpid()}", _WAIT), audit.Record(store, settings.audit) as record:
+        record.add(event, result=about)
+        record.write()
+
+
+def _assert_sensible(wanted: Wanted, settings: Settings, policy_file: Path | None) -> None:
+    problems, policy = [], load_policy(settings, policy_file)
+    if not timedelta(minutes=1) <= wanted.lasts <= LONGEST:
+        problems.append(SettingsProblem("--for", f"1m to {duration_text(LONGEST)}", duration_text(wanted.lasts)))
+    known = [*policy.allow.names, *(name for name in policy.certificates if name not in SPECS)]
+    unknown = [name for name in wanted.certificates if name not in known]
+    problems += [SettingsProblem("--certificate", f"one of {', '.join(known)}", repr(name)) for name in unknown]
+    found = node_problems(wanted.node, wanted.cluster, policy)
+    problems += [SettingsProblem("NODE", "one that the policy allows", text) for text in found]
+    if problems:
+        raise SettingsError(problems)

@@ -1,0 +1,343 @@
+"""One-time secrets: who asks the door for the first time, by the program as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sqlite3
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from backends.gateway import GatewayBackend, GatewaySettings
+from bridge.contract import Issued, Pending, Secret
+from bridge.door.store import EnrolmentError, Memory, sqlite_url
+from bridge.errors import BackendError, BackendRefusedError, Exit, LocalFileError
+from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
+from bridge.pki.bundle_format import digest, dumps, loads_answer
+from bridge.pki.enrolment import hash_of, proof, proven
+from bridge.pki.expiry import parse_duration
+from bridge.system.waiting import wait_until
+from tests.kit.bundles import changed, make_bundle, old_pairs
+from tests.kit.desks import Desk, make_desk
+from tests.kit.pki import Pki, handmade_pki
+from tests.kit.serving import Answer, ServeProgram, add_door, running
+
+_PATIENCE = timedelta(minutes=2)
+_FIRST = ("scheduler.conf", "apiserver-etcd-client")
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return handmade_pki(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Desk:
+    return make_desk(tmp_path_factory.mktemp("desk") / "desk", pki)
+
+
+@pytest.fixture(scope="module")
+def door(desk: Desk) -> Iterator[ServeProgram]:
+    with running(add_door(desk.config, desk.directory)) as program:
+        yield program
+
+
+def first(pki: Pki, *names: str, node: str = "cp-1", cluster: str = "kubernetes") -> RequestBundle:
+    """A bundle of a node that has nothing to prove with."""
+    bundle = make_bundle(old_pairs(pki, names or _FIRST), node=node, cluster=cluster)
+    return replace(bundle, requests=tuple(replace(one, replaces=None, proof=None) for one in bundle.requests))
+
+
+def enrolled(desk: Desk, *options: str, node: str = "cp-1") -> str:
+    """The secret."""
+    run = desk.run("enroll", node, *options)
+    assert run.returncode == Exit.DONE, run.stderr
+    assert re.fullmatch("[A-Za-z0-9_-]{43}\n", run.stdout)
+    assert run.stdout.strip() not in run.stderr
+    return run.stdout.strip()
+
+
+def posted(door: ServeProgram, bundle: RequestBundle, authorization: str) -> Answer:
+    headers = {"Content_Type": "application/json", "Authorization": authorization}
+    return door.ask("POST", "/v1/requests", dumps(bundle), **headers)
+
+
+def shown(door: ServeProgram, bundle: RequestBundle, secret: str) -> Answer:
+    """A request, with the proof that its maker has the secret."""
+    return posted(door, bundle, proof(secret, digest(bundle)))
+
+
+def awaited(door: ServeProgram, answer: Answer) -> AnswerBundle:
+    assert answer.status == 202, answer.body
+    place = answer.headers["location"]
+    found = wait_until(lambda: door.ask("GET", place), lambda one: one.status != 202, _PATIENCE, pause_seconds=0.1)
+    assert found.status == 200, found.body
+    return loads_answer(found.body)
+
+
+def kinds(answer: AnswerBundle) -> dict[str, type]:
+    return {name: type(one) for name, one in answer.answers.items()}
+
+
+# --- the secret, and its proof (pure) ---------------------------------------------------------------------------------
+
+_SECRET, _OTHER, _DIGEST = "A" * 43, "B" * 43, "0" * 64
+
+
+def test_a_proof_is_for_one_request_by_one_secret() -> None:
+    """What the door computes from it is the hash that it keeps; another digest or a changed byte proves nothing."""
+    good = proof(_SECRET, _DIGEST)
+
+    assert proven(good, _DIGEST) == hash_of(_SECRET) != hash_of(_OTHER)
+    assert proven(good, "1" * 64) is None
+    assert proven(good.replace(good[-8], "z" if good[-8] != "z" else "y"), _DIGEST) is None
+    assert _SECRET not in good
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Basic Y3AtMTpB",
+        "CA-Bridge-Enrolment",
+        "CA-Bridge-Enrolment AAAA",
+        "CA-Bridge-Enrolment ä",
+        "A " + "A" * 128,
+    ],
+)
+def test_another_header_proves_nothing(text: str) -> None:
+    """Neither another scheme, nor a text that is none."""
+    assert proven(text, _DIGEST) is None
+
+
+def test_a_text_of_another_form_is_no_secret() -> None:
+    """It has no hash, and makes no proof."""
+    assert hash_of("short") is None
+    with pytest.raises(ValueError, match="ca-bridge enroll"):
+        proof(_SECRET + "\n", _DIGEST)
+
+
+# --- the first request ------------------------------------------------------------------------------------------------
+
+
+def test_a_secret_lets_one_request_in(door: ServeProgram, desk: Desk, pki: Pki) -> None:
+    """The same bundle is the same request; a second one is refused, and one without the proof is, too."""
+    bundle, secret, before = first(pki), enrolled(desk), len(desk.issued())
+    bare = door.post(dumps(bundle))
+    answer = shown(door, bundle, secret)
+    again = shown(door, bundle, secret)
+    second = shown(door, first(pki), secret)
+
+    assert kinds(awaited(door, answer)) == dict.fromkeys(_FIRST, Issued)
+    assert len(desk.issued()) == before + len(_FIRST)
+    assert (bare.status, second.status) == (403, 403)
+    assert again.headers["location"] == answer.headers["location"]
+    assert "found one that is used since" in second.document["error"]
+    assert "ca-bridge enroll" in second.document["hint"]
+
+
+def test_the_secret_is_kept_nowhere(door: ServeProgram, desk: Desk, pki: Pki) -> None:
+    """No file of the state directory and no line of the log has it; the record has who vouched for what."""
+    bundle, secret = first(pki, "scheduler.conf"), enrolled(desk)
+    awaited(door, shown(door, bundle, secret))
+
+    kept = b"".join(path.read_bytes() for path in desk.state.rglob("*") if path.is_file())
+    assert secret.encode() not in kept
+    assert (hash_of(secret) or "").encode() in kept
+    assert secret not in "".join(door.said)
+    lines = [json.loads(line) for line in (desk.state / "audit.jsonl").read_text().splitlines()]
+    assert re.search(r"node cp-1, .*, by enrolment \d+ of \w+", lines[-1]["result"])
+    assert {line["event"] for line in lines} >= {"enrolled", "signed for others"}
+    assert desk.run("audit", "verify").returncode == 0
+
+
+def test_of_two_requests_at_the_same_time_one_wins(door: ServeProgram, desk: Desk, pki: Pki) -> None:
+    """Each of eight threads has a request of its own, and the same secret."""
+    secret, bundles = enrolled(desk), [first(pki, "scheduler.conf") for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda one: shown(door, one, secret), bundles))
+
+    assert sorted(one.status for one in answers) == [202, *[403] * 7]
+
+
+def test_the_policy_decides_what_a_secret_is_good_for(door: ServeProgram, desk: Desk, pki: Pki) -> None:
+    """Another name in a request, and a group that the policy gives to no one here, are refused beside a good request."""
+    bundle = first(pki, "scheduler.conf", "admin.conf", "apiserver-kubelet-client")
+    foreign = [one.csr for one in bundle.requests if one.name == "admin.conf"]
+    bundle = changed(bundle, "scheduler.conf", csr=foreign[0])
+    answer = awaited(door, shown(door, bundle, enrolled(desk)))
+
+    assert kinds(answer)["scheduler.conf"] is Refusal
+    assert {kinds(answer)[name] for name in ("admin.conf", "apiserver-kubelet-client")} & {Issued}
+
+
+def test_a_secret_can_be_for_some_certificates(door: ServeProgram, desk: Desk, pki: Pki) -> None:
+    """The others of the same request still need a proof."""
+    secret = enrolled(desk, "--certificate", "scheduler.conf")
+    answer = awaited(door, shown(door, first(pki), secret))
+
+    assert kinds(answer) == {"scheduler.conf": Issued, "apiserver-etcd-client": Refusal}
+
+
+@pytest.mark.parametrize(
+    ("who", "words"),
+    [
+        ({"node": "cp-2"}, "found one of cp-2 in kubernetes"),
+        ({"cluster": "other"}, "found one of cp-1 in other"),
+    ],
+)
+def test_another_nodes_request_is_refused(
+    door: ServeProgram, desk: Desk, pki: Pki, who: dict[str, str], words: str
+) -> None:
+    """The name is the enrolment's; the refused attempt does not use the secret up."""
+    secret = enrolled(desk)
+    wrong = shown(door, first(pki, **who), secret)
+
+    assert wrong.status == 403
+    assert words in wrong.document["error"]
+    assert shown(door, first(pki), secret).status == 202
+
+
+def test_a_proof_for_another_request_is_refused(door: ServeProgram, desk: Desk, pki: Pki) -> None:
+    """A header that was overheard, an unknown secret, and the secret itself as a password."""
+    secret, bundle = enrolled(desk), first(pki)
+    overheard = proof(secret, digest(first(pki)))
+    unknown = proof(_SECRET, digest(bundle))
+    plain = f"Basic {b64encode(f'cp-1:{secret}'.encode()).decode()}"
+
+    assert [posted(door, bundle, one).status for one in (overheard, unknown, plain)] == [403] * 3
+    assert shown(door, bundle, secret).status == 202
+
+
+def test_a_withdrawn_secret_lets_no_one_in(door: ServeProgram, desk: Desk, pki: Pki) -> None:
+    """Neither before its use, nor between its use and the signature."""
+    unused, used = enrolled(desk), enrolled(desk)
+    away = desk.ca("ca").with_name("away")
+    desk.ca("ca").rename(away)
+    waiting = shown(door, first(pki, "scheduler.conf"), used)
+    assert waiting.status == 202
+    for number in [one["number"] for one in listed(desk)[:2]]:
+        assert desk.run("enrolments", "withdraw", str(number)).returncode == Exit.DONE
+    away.rename(desk.ca("ca"))
+
+    refused = shown(door, first(pki), unused)
+    assert (refused.status, "found one that is withdrawn" in refused.document["error"]) == (403, True)
+    assert kinds(awaited(door, waiting)) == {"scheduler.conf": Refusal}
+    assert [one["state"] for one in listed(desk)[:2]] == ["withdrawn", "withdrawn"]
+
+
+def test_a_secret_ends_by_itself(door: ServeProgram, desk: Desk, pki: Pki) -> None:
+    """At the moment that it was given."""
+    ends = enrolled(desk, "--for", "1m")
+    [one, *_] = listed(desk)
+    assert datetime.fromisoformat(one["ends"]) - datetime.fromisoformat(one["created"]) == parse_duration("1m")
+    database = sqlite3.connect(desk.state / "door.db")
+    with database:
+        past = (datetime.now(UTC) - timedelta(seconds=1)).strftime("%Y-%m-%d %H:%M:%S.%f")
+        database.execute("UPDATE enrolments SET ends = ? WHERE id = ?", (past, one["number"]))
+    database.close()
+
+    refused = shown(door, first(pki), ends)
+    assert (refused.status, "found one that is ended" in refused.document["error"]) == (403, True)
+    assert shown(door, first(pki), enrolled(desk, "--for", "1m")).status == 202
+
+
+def test_an_old_secret_spoils_no_request_with_proofs(door: ServeProgram, pki: Pki) -> None:
+    """A node that is renewed with its own keys is not refused for a file that was left there."""
+    bundle = make_bundle(old_pairs(pki, ["scheduler.conf"]))
+
+    assert kinds(awaited(door, posted(door, bundle, proof(_SECRET, digest(bundle))))) == {"scheduler.conf": Issued}
+
+
+def test_a_use_that_comes_too_late_keeps_no_request(tmp_path: Path) -> None:
+    """The row that binds the secret and the row of the request are written together, or neither is."""
+    memory = Memory(sqlite_url(tmp_path / "door.db"))
+    who = {"node": "cp-1", "cluster": "kubernetes", "peer": "192.0.2.1", "now": datetime.now(UTC)}
+    try:
+        with pytest.raises(EnrolmentError):
+            memory.receive(b"bundle", digest="aa", enrolment=7, **who)  # type: ignore[arg-type]
+        assert memory.find_digest("aa") is None
+        assert memory.receive(b"bundle", digest="aa", **who)  # type: ignore[arg-type]
+    finally:
+        memory.close()
+
+
+# --- a node's end -----------------------------------------------------------------------------------------------------
+
+
+def asked(door: ServeProgram, bundle: RequestBundle, place: Path) -> Sequence[Issued | Pending | BackendError]:
+    """What the backend `gateway` gets, with the secret in a file."""
+    settings = GatewaySettings(
+        url=door.url, ca_file=door.ca, node="cp-1", wait=timedelta(minutes=2), enrolment=Secret("file", str(place))
+    )
+    with contextlib.closing(GatewayBackend.from_settings(settings)) as backend:
+        return backend.sign_many([sign_request(one, bundle) for one in bundle.requests])
+
+
+def test_a_node_proves_itself_with_the_file(door: ServeProgram, desk: Desk, pki: Pki, tmp_path: Path) -> None:
+    """Without live certificates; without the file it says so before it asks, and with another text in it, too."""
+    place, bundle = tmp_path / "enrolment", first(pki)
+    with pytest.raises(LocalFileError, match="wanted a secret in"):
+        asked(door, bundle, place)
+    place.write_text("no secret of an enrolment")
+    with pytest.raises(LocalFileError, match="43 characters"):
+        asked(door, bundle, place)
+    place.write_text(f"{enrolled(desk)}\n")
+
+    assert [type(one) for one in asked(door, bundle, place)] == [Issued, Issued]
+    with pytest.raises(BackendRefusedError, match="found one that is used"):
+        asked(door, first(pki), place)
+
+
+def test_a_node_with_live_certificates_uses_no_secret_up(
+    door: ServeProgram, desk: Desk, pki: Pki, tmp_path: Path
+) -> None:
+    """It proves itself with their keys; the secret is open afterwards."""
+    place = tmp_path / "enrolment"
+    place.write_text(enrolled(desk))
+    live = make_bundle(old_pairs(pki, ["scheduler.conf"]))
+
+    assert [type(one) for one in asked(door, live, place)] == [Issued]
+    assert listed(desk)[0]["state"] == "open"
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def listed(desk: Desk) -> list[dict[str, str]]:
+    run = desk.run("enrolments", "list", "-o", "json")
+    assert run.returncode == Exit.DONE, run.stderr
+    found: list[dict[str, str]] = json.loads(run.stdout)["enrolments"]
+    return found
+
+
+def test_what_the_policy_has_no_place_for_is_refused_at_once(desk: Desk) -> None:
+    """A node, a cluster, a certificate, and a secret for a year; the names are shown."""
+    wrong = [
+        desk.run("enroll", "worker-1"),
+        desk.run("enroll", "cp-1", "--cluster", "other"),
+        desk.run("enroll", "cp-1", "--certificate", "user"),
+        desk.run("enroll", "cp-1", "--for", "365d"),
+        desk.run("enrolments", "withdraw", "999"),
+    ]
+
+    assert [one.returncode for one in wrong] == [Exit.USAGE] * 5
+    assert [one.stdout for one in wrong] == [""] * 5
+    words = ["found worker-1", "found other", "found 'user'", "1m to 30d", "found 999"]
+    assert [word for word, one in zip(words, wrong, strict=True) if word not in one.stderr] == []
+
+
+def test_the_list_says_who_made_which(desk: Desk) -> None:
+    """At 80 columns, the newest first; an empty door says how one is made."""
+    enrolled(desk, "--certificate", "kubelet.conf", node="cp-9")
+    run = desk.run("enrolments", "list")
+
+    assert re.match(r"\d+ +open +cp-9 +kubernetes +until 2", run.stdout)
+    assert max(map(len, run.stdout.splitlines())) <= 80
