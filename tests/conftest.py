@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -25,9 +27,9 @@ from tests.kit import plan, programs
 NO_SKIP = "CA_BRIDGE_NO_SKIP"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """
-    What does not depend on who starts the tests, and how fast the machine is.
+    What does not depend on who starts the tests, and how fast the machine is; tests that are named are there.
 
     Whoever starts them in the background of a shell lets them, and all that they start, ignore SIGINT. Hypothesis would
     take a busy machine for a fault. How wide the tests' own terminal is (xdist's workers are told) is no matter of the
@@ -39,6 +41,22 @@ def pytest_configure() -> None:
     hypothesis.settings.load_profile("any machine")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if absent := _not_there(config.args, config.invocation_params.dir):
+        raise pytest.UsageError(f"wanted tests by these names, found none: {', '.join(absent)}")
+
+
+def _not_there(arguments: Sequence[str], directory: Path) -> list[str]:
+    """Those that name no file, or no test in their file: with several workers pytest itself runs nothing, and says so."""
+
+    def is_there(argument: str) -> bool:
+        path, *names = argument.partition("[")[0].split("::")
+        file = directory / path
+        if not names or not file.is_file():
+            return file.exists() and (not names or file.is_file())
+        text = file.read_text(encoding="utf-8")
+        return all(re.search(rf"^ *(def|class) {re.escape(name)}\b", text, re.MULTILINE) for name in names)
+
+    return [argument for argument in arguments if not is_there(argument)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -66,7 +84,7 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
 
 
 #: Measured on two cores that do nothing else, with the kit's programs and as root.
-_DURATION, _MANY = "about 30 minutes on two cores", 5000
+_DURATION, _MANY = "about 40 minutes on two cores", 5000
 
 
 def _left_out() -> Iterator[str]:

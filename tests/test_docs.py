@@ -129,6 +129,7 @@ def test_each_command_has_a_task_and_an_example() -> None:
             assert why_not(line) is None
 
 
+@pytest.mark.first_use("7")
 def test_a_page_of_quick_start_can_be_pasted() -> None:
     """The settings on it are complete, and are what `settings init KIND` puts into force."""
     pages = (ROOT / "docs/first-renewal.md", ROOT / "docs/air-gap.md")
@@ -145,6 +146,7 @@ def test_a_page_of_quick_start_can_be_pasted() -> None:
 KINDS = ("cfssl", "cmp", "desk", "est", "exchange", "exec", "kubernetes", "openssl", "vault")
 
 
+@pytest.mark.first_use("7")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kinds_settings_load_as_they_are(kind: str) -> None:
     """What `ca-bridge settings init KIND` writes: all three authorities, each of the program's tables once."""
@@ -156,6 +158,7 @@ def test_a_kinds_settings_load_as_they_are(kind: str) -> None:
         assert initial(kind).count(f"\n[{table}]") == 1 or kind == "desk"
 
 
+@pytest.mark.first_use("7")
 def test_settings_without_a_kind_name_no_ca() -> None:
     """Every kind's example is behind `#`; the word of none that there is is refused."""
     text = initial(None)
@@ -517,6 +520,7 @@ def test_each_command_that_a_message_names_can_be_typed() -> None:
     assert why_not("ca-bridge rnew") == "no command rnew"
 
 
+@pytest.mark.first_use("12")
 def test_the_picture_of_a_session_shows_commands_that_are_there() -> None:
     """It is what the demo really showed: `python -m tests.kit.picture` draws it."""
     session = ET.parse(ROOT / "docs/session.svg")  # noqa: S314 (our own file)
@@ -549,6 +553,7 @@ def test_the_map_leads_to_files_that_are_there() -> None:
     assert [path for path in named if not (ROOT / path).is_file()] == []
 
 
+@pytest.mark.first_use("1")
 def test_each_page_that_the_program_names_is_one_of_its_help() -> None:
     """Messages and shipped files send readers to what is installed, and not to a directory of the clone."""
     places = [

@@ -204,6 +204,7 @@ def test_works_on_its_own(environment: Path, tmp_path: Path) -> None:
     assert all(origin.is_relative_to(environment) for origin in origins)
 
 
+@pytest.mark.first_use("1")
 def test_brings_its_data(environment: Path) -> None:
     """What `config/` and `share/` hold is below `share/` of the environment: examples, completion, the manual."""
     share = environment / "share"

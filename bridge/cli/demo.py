@@ -96,7 +96,7 @@ class _Story:
         self._expect(ended.code == Exit.DUE, "12 certificates are due")
 
     def _renewal(self) -> None:
-        self._headline("New keys, signed by the company's CA; proven, then installed in one step.")
+        self._headline("New keys, signed by the company's CA; verified, then installed in one step.")
         before = self._place.contents()
         ended = self._command("ca-bridge renew", 3, 2, until="These still run")
         count = sum(before[path] != content for path, content in self._place.contents().items())

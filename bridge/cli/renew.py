@@ -69,7 +69,7 @@ def renew_command(
     all_or_nothing: AllOrNothingOption = False,
     no_restart: NoRestartOption = False,
     is_rehearsal: Annotated[
-        bool, typer.Option("--rehearse", help="Have everything, or the names, signed and proven, and throw it away.")
+        bool, typer.Option("--rehearse", help="Have everything, or the names, signed and verified, and throw it away.")
     ] = False,
     ahead: Annotated[
         timedelta | None, duration_option('With --rehearse: only what will be due so soon, such as "2d".')
@@ -372,7 +372,7 @@ def _print(result: Rehearsal) -> None:
     for sentence in result.skipped:
         log.info("%s", sentence)
     if result.passed:
-        say(f"{len(result.passed)} signed, proven and thrown away; nothing on this node was replaced")
+        say(f"{len(result.passed)} signed, verified and thrown away; nothing on this node was replaced")
     elif not result.failed:
         say("nothing to rehearse; nothing on this node was replaced")
     else:

@@ -978,6 +978,7 @@ def test_the_printed_script(authority: Authority, tmp_path: Path, make: Make) ->
     assert tls.server_cert.read_bytes() == (tmp_path / "server.crt").read_bytes()
 
 
+@pytest.mark.first_use("8")
 @pytest.mark.kube("cfssl")
 def test_the_printed_script_makes_tls_and_the_nodes_files(tmp_path: Path, make: Make) -> None:
     """From a directory with the CA alone, and the node's settings: its host, port and file names; it can be run again."""

@@ -724,6 +724,7 @@ class TestCertificate:
         with pytest.raises(BackendRefusedError, match=re.escape(str(directory / "ca.crt"))):
             call(opened(directory))
 
+    @pytest.mark.first_use("9")
     @pytest.mark.parametrize("file", ["ca.crt", "ca.key", "index.txt", "newcerts"])
     def test_names_what_is_missing(self, directory: Path, file: str, call: Callable[[OpensslBackend], object]) -> None:
         """A missing file of the CA is named."""
@@ -743,6 +744,7 @@ class TestCertificate:
             call(opened(directory))
         assert rows(directory) == []
 
+    @pytest.mark.first_use("9")
     def test_needs_the_right_passphrase(
         self, encrypted: Path, tmp_path: Path, call: Callable[[OpensslBackend], object]
     ) -> None:
@@ -784,6 +786,7 @@ class TestCertificate:
         call(opened(directory, openssl=str(REAL)))
 
 
+@pytest.mark.first_use("9")
 def test_a_cas_folder_that_is_not_there_is_a_matter_of_this_machine(tmp_path: Path) -> None:
     """Exit code 2, as for each file of its; no CA has said no."""
     with pytest.raises(BackendRefusedError) as e:

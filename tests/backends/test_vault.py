@@ -591,18 +591,20 @@ def test_keeps_the_token_that_a_certificate_hangs_on(
     assert "generate_lease" in caplog.text
 
 
+@pytest.mark.first_use("25")
 @pytest.mark.parametrize("kind", ["file", "env", "credential"])
 def test_a_secret_that_is_not_there_is_a_refusal_that_names_it(
     pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a secret was looked for is said; with the secret there, the same settings sign."""
+    """Where a secret was looked for is said once, with what to do; with the secret there, the same settings sign."""
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
-    where = {"file": str(tmp_path / "secret"), "env": "THE_TOKEN", "credential": "secret"}[kind]
+    where = {"file": str(tmp_path / "login"), "env": "THE_TOKEN", "credential": "login"}[kind]
     with vault(pki.url, VaultAuth(token=Secret(kind, where))) as backend:
-        assert where in str(refusal(backend, apiserver))
+        error = refusal(backend, apiserver)
+        assert (str(error).count(where), bool(error.hint)) == (1, True)
         token = pki.token("node")
         monkeypatch.setenv("THE_TOKEN", token)
-        (tmp_path / "secret").write_text(token)
+        (tmp_path / "login").write_text(token)
         backend.sign(apiserver)
 
 
@@ -1323,6 +1325,7 @@ def test_the_printed_script_makes_all_that_signing_needs(
             verify.check(backend.sign(request), request, expectation(ca.certificate))
 
 
+@pytest.mark.first_use("14")
 def test_the_printed_script_writes_all_though_nobody_reads(live: dict[str, x509.Certificate], tmp_path: Path) -> None:
     """`sh roles.sh | head -1`, whose pipe is closed after the first line: each role and the policy all the same."""
     (tmp_path / "bao").write_text(f'#!/bin/sh\ncat >/dev/null; echo "$*" >>{tmp_path}/calls; sleep 0.05\n')

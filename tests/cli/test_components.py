@@ -47,6 +47,7 @@ def test_a_report_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]
     }
 
 
+@pytest.mark.first_use("10")
 def test_a_report_says_that_all_is_well(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a last line, below a line for each component; every check has a row with -v."""
     report = proof.ProofReport(findings=(finding("current"), finding("current"), finding("not-ours", None)))

@@ -54,6 +54,7 @@ def test_a_name_that_is_none_is_told_what_may_be_meant(bridge: Bridge, arguments
     assert f"(did you mean {meant!r}?)" in run.stderr
 
 
+@pytest.mark.first_use("27")
 @pytest.mark.parametrize(
     "words", [("rnew",), ("backups", "--foo"), ("audit", "shw"), ("doctor", "-o", "tabel"), ("--foo",)]
 )
@@ -127,6 +128,7 @@ def test_who_lacks_rights_is_told_to_be_root(bridge: Bridge, command: tuple[str,
         assert wrong not in result.output
 
 
+@pytest.mark.first_use("2")
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user; run as root")
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory to another user; run as root")
 def test_root_is_not_told_to_take_a_desks_directory(bridge: Bridge) -> None:
@@ -157,6 +159,7 @@ def test_a_backends_type_is_said_once() -> None:
     assert [about for about, _ in grouped([outcome, other])] == ["apiserver: corp", "etcd-peer: desk (openssl)"]
 
 
+@pytest.mark.first_use("13")
 def test_a_missing_policy_is_one_error(tmp_path: Path) -> None:
     """Of the twelve certificates, with one hint; `doctor` says it as one cause."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
@@ -211,6 +214,7 @@ def test_open_key_files_are_one_cause(bridge: Bridge) -> None:
     assert open_secrets(bridge) == [alone]
 
 
+@pytest.mark.first_use("13")
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user; run as root")
 def test_doctor_of_another_user_says_so_first(bridge: Bridge) -> None:
     """One line and one hint for all that only root may see; programs get each of them as before."""

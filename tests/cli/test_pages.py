@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,12 @@ from typer.testing import CliRunner
 
 from bridge.cli import settings as pages
 from bridge.cli.app import app
+from tests.kit import terminals
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+@pytest.mark.first_use("1")
 def test_each_page_is_there_and_listed_with_its_title() -> None:
     """By the program as it is installed, without the clone."""
     result = CliRunner().invoke(app, ["help"])
@@ -34,6 +38,25 @@ def test_a_page_is_printed_whole() -> None:
 
     assert result.exit_code == 0
     assert result.stdout == (DOCS / "trouble.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.first_use("1")
+def test_a_page_that_is_longer_than_the_terminal_is_paged(tmp_path: Path) -> None:
+    """By the pager that is there, which is one of two paths; a short page and a pipe need none."""
+    pager = tmp_path / "pager"
+    pager.write_text("#!/bin/sh\necho paged $LESSSECURE; wc -l\n")
+    pager.chmod(0o755)
+
+    def command(lines: int) -> list[str]:
+        script = (
+            f"from bridge.cli import settings; settings._PAGERS = ({str(pager)!r},); settings.show('line\\n' * {lines})"
+        )
+        return [sys.executable, "-c", script]
+
+    assert terminals.run(command(100)).text.split() == ["paged", "1", "100"]
+    assert terminals.run(command(20)).text.split() == ["line"] * 20
+    assert subprocess.check_output(command(100), text=True).split() == ["line"] * 100
+    assert {Path(path).name for path in pages._PAGERS} == {"less"}
 
 
 def test_a_chapter_is_printed_alone() -> None:

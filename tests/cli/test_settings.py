@@ -34,6 +34,7 @@ def test_settings_init_writes_a_file_once(tmp_path: Path) -> None:
     assert path.read_text() == initial("vault")
 
 
+@pytest.mark.first_use("6")
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     """A misspelt authority, table or backend type hides no mistake of a backend's keys; by line, each once."""
     path = tmp_path / "config.toml"
@@ -65,6 +66,7 @@ dir = "srv/fp"
     assert run("settings", "check", "--config", path).exit_code == 0
 
 
+@pytest.mark.first_use("7")
 def test_what_is_declared_twice_has_its_first_line_named() -> None:
     """Of a table and of a key; not where something else is wrong."""
     text = initial("vault")
@@ -79,6 +81,7 @@ def test_what_is_declared_twice_has_its_first_line_named() -> None:
     assert e.value.hint == ""
 
 
+@pytest.mark.first_use("5")
 def test_what_is_well_formed_and_cannot_work_is_doubted(tmp_path: Path) -> None:
     """Hosts and names of the examples, files that are not there; no doubt where they are, and none without a twin."""
     pki = handmade_pki(tmp_path / "node")
@@ -98,6 +101,7 @@ def test_what_is_well_formed_and_cannot_work_is_doubted(tmp_path: Path) -> None:
     assert list(doubts(parse(initial("openssl").replace("/srv/ca", str(tmp_path))))) != []
 
 
+@pytest.mark.first_use("5")
 def test_settings_check_says_well_formed_and_doubts(tmp_path: Path) -> None:
     """Exit 0: it may be written before the CA is there; `doctor` tries it."""
     path = tmp_path / "config.toml"

@@ -108,6 +108,7 @@ def test_a_table_fits_where_it_is_shown() -> None:
     assert list(printing.columns(ROWS, 20))[0:2] == ["apiserver", "    expires soon"]
 
 
+@pytest.mark.first_use("10")
 def test_one_row_is_one_line_at_80_columns(config: Path) -> None:
     """Columns that have no room are left out there; with `-v`, and on a wide terminal, all of them are shown."""
     renewal = terminals.run([PROGRAM, "renew", "all", "--config", str(config)])
@@ -126,6 +127,7 @@ def test_one_row_is_one_line_at_80_columns(config: Path) -> None:
     assert "EXTERNALLY MANAGED" in shown.text
 
 
+@pytest.mark.first_use("10")
 def test_one_backup_is_shown_whole(config: Path) -> None:
     """Its certificates with both serial numbers, and its files; another name than a backup's is refused."""
     renewed(config, "dumb")
@@ -136,6 +138,7 @@ def test_one_backup_is_shown_whole(config: Path) -> None:
     assert terminals.run([PROGRAM, "backups", "none", "--config", str(config)]).exit_code == 2
 
 
+@pytest.mark.first_use("11")
 def test_results_have_colour_where_the_terminal_does(config: Path, node: Pki) -> None:
     """What is due is yellow, what is broken red, what is good green; nothing with NO_COLOR, or in a pipe."""
     (node.pki_dir / "apiserver.crt").write_text("nothing")
@@ -153,6 +156,7 @@ def test_results_have_colour_where_the_terminal_does(config: Path, node: Pki) ->
     assert "\x1b[" not in subprocess.run(command, check=False, capture_output=True, text=True).stdout
 
 
+@pytest.mark.first_use("12")
 def test_the_demo_on_80_columns() -> None:
     """Short, coloured where that is wanted, and no line is cut in two by the terminal."""
     shown = terminals.run([PROGRAM, "demo"])
@@ -171,6 +175,7 @@ def test_nobody_listens(config: Path) -> None:
         assert subprocess.run(["sh", "-c", line], check=False, stdout=subprocess.DEVNULL).returncode == 0, closed
 
 
+@pytest.mark.first_use("25")
 @pytest.mark.parametrize("network", [[], ["unshare", "--net"]], ids=["nothing listens", "no way leads there"])
 def test_a_person_does_not_wait_for_a_ca_that_is_not_there(tmp_path: Path, network: list[str]) -> None:
     """At a terminal the run ends at once; a job asks again until `retry_for` is over."""

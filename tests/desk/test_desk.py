@@ -132,6 +132,7 @@ def test_the_answer_is_beside_the_bundle_unless_told_otherwise(desk_: Desk, pair
     assert len(loads_answer((tmp_path / "b.answer.json").read_bytes()).answers) == 1
 
 
+@pytest.mark.first_use("23")
 def test_what_was_signed_and_delivered_is_not_signed_again(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
     """The same bundle to the same place twice: the same certificates."""
     (tmp_path / "b.json").write_bytes(dumps(make_bundle(some(pairs, "apiserver", "etcd-peer"))))
@@ -908,6 +909,7 @@ def test_a_person_approves_each_bundle(desk_: Desk, pki: Pki, pairs: Pairs) -> N
     assert all("approved by" in event["result"] for event in events(desk_))
 
 
+@pytest.mark.first_use("10")
 def test_no_word_is_broken_where_a_person_approves(desk_: Desk, pairs: Pairs) -> None:
     """Lines end between words, and go on below the value."""
     put(
@@ -925,6 +927,7 @@ def test_no_word_is_broken_where_a_person_approves(desk_: Desk, pairs: Pairs) ->
     assert lines[sans + 1].startswith(" " * 14)
 
 
+@pytest.mark.first_use("22")
 @pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid; install util-linux")
 def test_a_person_below_su_can_approve(desk_: Desk, pairs: Pairs) -> None:
     """Standard input is a terminal there, and the process has no terminal of its own."""

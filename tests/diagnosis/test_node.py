@@ -116,6 +116,7 @@ def test_nothing_is_wrong_with_a_healthy_node(site: Site) -> None:
     assert site.wrong() == {("warning", "not-in-use", f"{name}.conf") for name in ("controller-manager", "scheduler")}
 
 
+@pytest.mark.first_use("12")
 def test_super_admin_conf_is_told_as_long_as_it_is_there(site: Site) -> None:
     """By `doctor` and `plan`, without calling it a fault; not by a renewal, where it is named, or when it is gone."""
     with_cas(site)
@@ -648,6 +649,7 @@ def test_one_cause_is_told_once(site: Site) -> None:
     assert site.bridge.run("doctor").returncode == 3
 
 
+@pytest.mark.first_use("11")
 def test_a_note_is_no_warning(site: Site) -> None:
     """It is called so on a screen, says nothing about what was wanted, and is "ok" for programs."""
     shown, told = site.bridge.run("doctor").stdout, json.loads(site.bridge.run("doctor", "-o", "json").stdout)
@@ -656,6 +658,7 @@ def test_a_note_is_no_warning(site: Site) -> None:
     assert {one["level"] for one in told["findings"]} <= {"error", "warning", "ok"}
 
 
+@pytest.mark.first_use("26")
 def test_a_broken_certificate_can_be_made_anew(site: Site) -> None:
     """As the hint says: move the file away, and renew it by name."""
     with_cas(site)
@@ -670,6 +673,7 @@ def test_a_broken_certificate_can_be_made_anew(site: Site) -> None:
     assert made.returncode == 0, made.stderr
 
 
+@pytest.mark.first_use("4")
 def test_an_immutable_file_is_found(site: Site) -> None:
     """Which not even root can replace; a renewal would stop at it each night."""
     path = site.pki.pki_dir / "etcd/server.crt"
@@ -681,6 +685,7 @@ def test_an_immutable_file_is_found(site: Site) -> None:
         subprocess.run(["chattr", "-i", str(path)], check=True)
 
 
+@pytest.mark.first_use("4")
 @pytest.mark.parametrize(("code", "about"), [(1, "this node"), (5, "backend of ca")])
 def test_a_local_failure_is_not_put_down_to_the_ca(site: Site, code: int, about: str) -> None:
     """A run that could not install, or could not get the certificate."""

@@ -142,6 +142,7 @@ def test_a_retry_says_why_and_until_when(bridge: Bridge, closed_port: int) -> No
     assert "is the server up, and is the port in `url` right?" in run.stdout + run.stderr
 
 
+@pytest.mark.first_use("13")
 def test_a_port_where_nothing_listens_is_one_warning(bridge: Bridge, closed_port: int) -> None:
     """For all authorities that one backend serves; a terminal does without the wait, and without the warning."""
     with_vault(bridge, f"http://127.0.0.1:{closed_port}", retry_for="3s")

@@ -114,6 +114,7 @@ def test_off_a_terminal_there_is_a_delay(bridge: Bridge) -> None:
 # --- failed runs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.first_use("25")
 def test_a_ca_that_fails_three_times_is_left_alone_and_a_person_called(bridge: Bridge) -> None:
     """The others go on; by name it is asked at once; success ends it."""
     key = bridge.directory / "desk/etcd-ca/ca.key"

@@ -826,6 +826,7 @@ def test_a_person_sees_what_came_back(answer_bundle: AnswerBundle) -> None:
     assert re.fullmatch(r"in short     \d+ certificates?, 1 refused", text.splitlines()[-1])
 
 
+@pytest.mark.first_use("20")
 def test_a_person_sees_who_would_be_held_back_by_no_rule(pki: Pki) -> None:
     """Certificates of system:masters are counted in the last line."""
     asked = make_bundle(old_pairs(pki, ("apiserver", "super-admin.conf")))

@@ -32,6 +32,7 @@ def ours(tree: Tree) -> set[str]:
     return {path for path in tree.changed() if not path.startswith(("/root/", "/tmp/"))}
 
 
+@pytest.mark.first_use("1")
 def test_installs_runs_and_goes_without_a_network(tree: Tree, offline: Path) -> None:
     """On a bare Debian: no interface, no pip, no venv; the demo renews, and after the uninstall nothing is left."""
     bring(tree, offline)
@@ -44,6 +45,7 @@ def test_installs_runs_and_goes_without_a_network(tree: Tree, offline: Path) -> 
     assert tree.run(f"{AS_CRON} 'ca-bridge --version'").stdout.startswith("ca-bridge ")
     demo = tree.run("cd / && ca-bridge demo").stdout
     assert "12 renewed" in demo
+    assert tree.run("ca-bridge help trouble").stdout.startswith("# When something is wrong")
     assert tree.run(f"sh {FILE} check").stdout.endswith("(all files are as they were installed)\n")
 
     assert tree.run("/opt/ca-bridge/uninstall").stdout == "removed the program, its command and its units\n"
@@ -133,6 +135,7 @@ def test_the_python_that_was_proven_runs_the_program(bookworm: Tree, offline: Pa
     assert bookworm.run("ca-bridge --version").stdout == "theirs\n"
 
 
+@pytest.mark.first_use("27")
 def test_an_upgrade_keeps_settings_state_and_the_version_before(bookworm: Tree, offline: Path, shared: Path) -> None:
     """The new tree comes beside the old one; a second upgrade removes the first tree; bytes of the operator's stay."""
     bring(bookworm, offline)

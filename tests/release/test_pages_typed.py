@@ -143,6 +143,7 @@ def test_openbao(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
         take_the_steps(machine)
 
 
+@pytest.mark.first_use("8")
 @only_bookworm
 def test_cfssl(installed: Tree, pki: KubeadmPki) -> None:
     """From nothing to a nightly renewal with three servers, whose TLS pairs and keys the scripts make."""

@@ -31,6 +31,7 @@ def changed_program(tree: Tree) -> set[str]:
     return {path for path in tree.changed() if not path.startswith(own)}
 
 
+@pytest.mark.first_use("1")
 def test_the_debian_package_installs_and_goes(tree: Tree, released: Path) -> None:
     """By dpkg, without a network; not over the offline file's installation, and not while a renewal is cut off."""
     tree.put("/root/ca-bridge.deb", the(released, ".deb").read_bytes())
@@ -39,6 +40,7 @@ def test_the_debian_package_installs_and_goes(tree: Tree, released: Path) -> Non
     assert "WantedBy=timers.target" in tree.run("cat /lib/systemd/system/ca-bridge.timer").stdout
     assert "ExecStart=/usr/bin/ca-bridge renew" in tree.run("ca-bridge setup systemd").stdout
     assert tree.run("dpkg --verify ca-bridge").stdout == ""
+    assert tree.run("ca-bridge help trouble").stdout.startswith("# When something is wrong")
 
     tree.run("mkdir -m 700 /var/lib/ca-bridge; echo {} >/var/lib/ca-bridge/journal.json")
     refused = tree.run("dpkg --remove ca-bridge", check=False)
@@ -57,6 +59,7 @@ def test_the_debian_package_installs_and_goes(tree: Tree, released: Path) -> Non
     assert (refused.returncode, "run /opt/ca-bridge/uninstall" in refused.stderr) == (1, True)
 
 
+@pytest.mark.first_use("1")
 def test_the_rpm_installs_and_goes(bookworm: Tree, released: Path) -> None:
     """By rpm, with its scripts, on a system that is a Debian: so what it needs is read here, and not looked for by rpm."""
     rpm = the(released, ".rpm")
@@ -70,6 +73,7 @@ def test_the_rpm_installs_and_goes(bookworm: Tree, released: Path) -> None:
 
     bookworm.host(install)
     assert "12 renewed" in bookworm.run("cd / && ca-bridge demo").stdout
+    assert bookworm.run("ca-bridge help trouble").stdout.startswith("# When something is wrong")
     assert bookworm.host("rpm --root $ROOT --verify --nodeps ca-bridge").stdout == ""
     bookworm.run("mkdir -m 700 /var/lib/ca-bridge; echo {} >/var/lib/ca-bridge/journal.json")
     assert "run ca-bridge recover first" in bookworm.host(erase, check=False).stderr

@@ -770,6 +770,7 @@ def test_killed_when_the_request_was_in_the_outbox(node: Node, desk: Desk) -> No
     assert len(desk.issued()) == len(node.events("installed")) == 3
 
 
+@pytest.mark.first_use("27")
 def test_an_answer_leaves_the_inbox_when_all_of_it_is_installed(node: Node, desk: Desk) -> None:
     """And not while one of its certificates still waits for a good answer; other files stay where they are."""
     outbox, inbox = node.add_exchange()

@@ -343,6 +343,7 @@ def test_an_answer_that_says_something_else_is_refused(site: Site, tmp_path: Pat
     assert ("SAN: wanted" in run.stderr) is not is_right
 
 
+@pytest.mark.first_use("26")
 def test_a_broken_certificate_is_made_anew_as_its_hint_says(site: Site, tmp_path: Path) -> None:
     """And a rollback leaves it alone, since its broken half is nothing to go back to; what was renewed with it goes back."""
     path, other = site.path("front-proxy-client"), site.path("scheduler.conf")

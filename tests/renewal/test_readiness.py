@@ -87,6 +87,7 @@ def test_a_kubelet_without_a_command_is_found_before_its_certificate_is_asked_fo
     assert without_restart(restarting(settings, "static-pods", "kubelet"), "kubelet.conf") == []
 
 
+@pytest.mark.first_use("28")
 def test_an_expired_certificate_is_installed_though_nothing_can_restart_its_component(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -231,7 +231,7 @@ def test_a_request_that_people_carry_is_not_rehearsed(node: Pki, tmp_path: Path)
     assert run.returncode == Exit.USAGE
     assert "door (exchange): people carry its requests, and would for nothing" in " ".join(run.stderr.split())
     assert list((tmp_path / "outbox").iterdir()) == []
-    assert "8 signed, proven and thrown away" in run.stdout
+    assert "8 signed, verified and thrown away" in run.stdout
 
 
 def issued(node: Pki, settings: Settings, name: str) -> Answered:
@@ -312,7 +312,7 @@ def test_as_an_operator_sees_it(node: Pki, tmp_path: Path) -> None:
     run = bridge.run("renew", "--rehearse", "apiserver", "scheduler.conf")
     assert (run.returncode, run.stderr) == (0, "")
     lines = run.stdout.splitlines()
-    assert lines[-1] == "2 signed, proven and thrown away; nothing on this node was replaced"
+    assert lines[-1] == "2 signed, verified and thrown away; nothing on this node was replaced"
     assert [line.split()[-1] for line in lines[:2]] == ["revoked", "revoked"]
     assert max(map(len, lines)) <= 80
     assert metrics.value(file, "ca_bridge_last_rehearsal_exit_code") == 0

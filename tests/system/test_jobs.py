@@ -161,6 +161,7 @@ def test_a_job_works_on_the_places_of_its_options(config: Path) -> None:
         assert not any("--pki-dir" in line for line in setup(config, kind).stdout.splitlines())
 
 
+@pytest.mark.first_use("3")
 def test_a_node_whose_requests_are_carried_looks_every_hour(config: Path) -> None:
     """By systemd and by cron, since an answer comes at any time; the twin's CA answers at once."""
     assert "OnCalendar=hourly" in setup(config, "systemd").stdout
@@ -171,6 +172,7 @@ def test_a_node_whose_requests_are_carried_looks_every_hour(config: Path) -> Non
     assert re.search(r"^17 3 \* \* \*  root  ", setup(config, "cron").stdout, re.MULTILINE)
 
 
+@pytest.mark.first_use("19")
 def test_units_that_nothing_would_read_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where systemd is not the init, before a file is written; the twin has one."""
     monkeypatch.setattr(jobs, "_SYSTEMD_RUNS", tmp_path)
@@ -183,6 +185,7 @@ def test_units_that_nothing_would_read_are_refused(monkeypatch: pytest.MonkeyPat
     assert "setup cron --enable" in e.value.hint
 
 
+@pytest.mark.first_use("19")
 def test_the_other_job_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A timer that is enabled where a crontab is made, and a crontab where a timer is; a desk's is another job."""
     monkeypatch.setattr(jobs, "CRON_DIRECTORY", tmp_path / "cron.d")
@@ -208,6 +211,7 @@ dir = "{place}/ca"
 """
 
 
+@pytest.mark.first_use("2")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give directories to another user")
 def test_a_desks_directories_are_made_for_its_user_or_refused(tmp_path: Path) -> None:
     """Inbox, outbox, state directory and those of secrets; the CA's own have to be there, and the user's."""
@@ -235,6 +239,7 @@ def test_a_desks_directories_are_made_for_its_user_or_refused(tmp_path: Path) ->
     assert e.value.hint == f"mount it, or make it: `install -d -o root {tmp_path}/o`"
 
 
+@pytest.mark.first_use("2")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give directories to another user")
 @pytest.mark.parametrize("kind", ["cron", "systemd"])
 def test_the_doctor_looks_at_a_desks_inbox_and_outbox(
@@ -258,6 +263,7 @@ def test_the_doctor_looks_at_a_desks_inbox_and_outbox(
     assert {one.level for one in machine.desk_directories()} == {"ok"}
 
 
+@pytest.mark.first_use("2")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_a_desk_that_cannot_answer_signs_nothing(tmp_path: Path) -> None:
     """An outbox of root's ends the run before a CA is asked, with a hint that does not send its user to root and back."""
@@ -275,6 +281,7 @@ def test_a_desk_that_cannot_answer_signs_nothing(tmp_path: Path) -> None:
         os.seteuid(0)
 
 
+@pytest.mark.first_use("27")
 def test_defaults_of_a_ca_that_the_settings_do_not_name_are_announced(config: Path) -> None:
     """`setup vault` beside settings of another backend says which it found; for its own it says nothing."""
     other = setup(config, "vault", "--authority", "ca")
