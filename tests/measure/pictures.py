@@ -26,7 +26,9 @@ _STYLE = """\
     .wait { stroke: #9a6700 }
     .line { fill: none; stroke: #59636e; stroke-width: 1.5 }
     .border { fill: none; stroke: #cf222e; stroke-dasharray: 6 4 }
+    .back { fill: none; stroke: #cf222e; stroke-width: 1.5; stroke-dasharray: 5 4 }
     .head { fill: #59636e }
+    .headback { fill: #cf222e }
     @media (prefers-color-scheme: dark) {
       text { fill: #e6edf3 }
       .small { fill: #9198a1 }
@@ -34,7 +36,8 @@ _STYLE = """\
       .step { fill: #0d1117; stroke: #4493f8 }
       .ca { stroke: #ab7df8 }
       .good { stroke: #3fb950 }
-      .bad, .border { stroke: #f85149 }
+      .bad, .border, .back { stroke: #f85149 }
+      .headback { fill: #f85149 }
       .wait { stroke: #d29922 }
       .line { stroke: #9198a1 }
       .head { fill: #9198a1 }
@@ -43,6 +46,8 @@ _STYLE = """\
   <defs>
     <marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">\
 <path class="head" d="M0 0 8 4 0 8z"/></marker>
+    <marker id="arrowback" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">\
+<path class="headback" d="M0 0 8 4 0 8z"/></marker>
   </defs>
 """
 
@@ -92,6 +97,33 @@ def arrow(path: str, words: str = "", x: float = 0, y: float = 0) -> str:
 def border(path: str, words: str, x: float, y: float) -> str:
     """Where trust ends."""
     return f'<path class="border" d="{path}"/>' + text(x, y, words, small=True)
+
+
+def back(path: str, words: str, x: float, y: float) -> str:
+    """A way back, with words beside it."""
+    line = f'<path class="back" d="{path}" marker-end="url(#arrowback)"/>'
+    return line + text(x, y, words, small=True, middle=False)
+
+
+def flow() -> str:
+    """A renewal from new keys to certificates in use, and the ways back."""
+    parts = [
+        place(10, 126, 840, 150, "the node: private keys never leave it"),
+        place(130, 10, 350, 92, "the company's CA"),
+        text(325, 92, "by network, or by a courier", small=True, middle=False),
+        box(200, 22, 220, "signs each request", "Vault, cfssl, openssl, CMP, EST …", "ca"),
+        box(30, 148, 160, "new keys, CSRs", "as the live certificates"),
+        box(235, 148, 160, "verify each answer", "by the node's ca.crt"),
+        box(440, 148, 160, "install in one step", "survives kill -9"),
+        box(645, 148, 180, "restart, then look", "handshakes, requests", "good"),
+        arrow("M110 148 V45 H198"),
+        arrow("M315 68 V146"),
+        *(arrow(f"M{x} 171 H{x + 43}") for x in (395, 600)),
+        back("M735 194 V226 H520 V197", "doesn't work: the old files come back", 526, 244),
+        back("M315 194 V226 H360", "refused", 367, 230),
+    ]
+    title = "How ca-bridge renews: keys and requests on the node, signatures at the company's CA, verified, installed, in use"
+    return svg(860, 286, title, parts)
 
 
 def certificates() -> str:
@@ -177,12 +209,12 @@ def gateway() -> str:
         box(600, 30, 240, "gateway", "policy, inventory, audit log", "good"),
         box(600, 162, 240, "CA", "Vault, openssl, EST …", "ca"),
         border("M295 10 V260", "identity is proven here", 295, 280),
-        border("M545 10 V260", "names are judged here", 545, 280),
+        border("M520 10 V260", "names are judged here", 520, 280),
         arrow("M240 53 H300 V110 H343"),
         arrow("M240 119 H343"),
         arrow("M240 185 H300 V130 H343"),
-        arrow("M495 110 H560 V60 H598", "watch", 528, 126),
-        arrow("M600 45 H530 V94", "certificate", 566, 36),
+        arrow("M495 119 H560 V64 H598", "watch", 546, 135),
+        arrow("M600 45 H470 V94", "certificate", 560, 38),
         arrow("M640 76 V160", "CSR", 622, 122),
         arrow("M700 160 V78", "certificate, verified", 770, 122),
     ]
@@ -237,6 +269,7 @@ def rolling_restart() -> str:
 
 
 PICTURES = {
+    "flow.svg": flow,
     "certificates.svg": certificates,
     "air-gap.svg": air_gap,
     "exit-codes.svg": exit_codes,
