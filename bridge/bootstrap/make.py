@@ -20,7 +20,7 @@ from bridge.renewal.verify_and_install import await_validity, remember, verify_a
 from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.state.install import Replacement
-from bridge.state.session import Run, begun
+from bridge.state.session import Run, begun, in_force
 from bridge.state.store import Outcome
 from bridge.system.console import Progress
 
@@ -54,6 +54,7 @@ def _made(run: Run, desired: DesiredNode) -> Bootstrapped:
     if (count := put_back(run, desired)) > 0:
         return dataclasses.replace(_result(desired, [], files=count), from_kept=True)
     cas = authorities.gather(run.settings, desired.places, desired.role, desired.ca_dir, desired.carried, run.now())
+    run = dataclasses.replace(run, settings=in_force(run.settings, cas))
     whole.assert_brought(look, cas)
     keys.assert_sa_at_hand(desired)
     assert_room(run.settings)  # kubeadm's keys need some, too

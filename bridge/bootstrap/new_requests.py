@@ -15,6 +15,7 @@ from bridge.bootstrap.keys import Made
 from bridge.bootstrap.places import SUPER_ADMIN, Places, Role
 from bridge.contract import SignRequest
 from bridge.errors import BridgeError, WaitingError
+from bridge.node import cross
 from bridge.node.inventory import Item
 from bridge.pki import verify
 from bridge.pki.bundle_format import short_fingerprint
@@ -181,6 +182,7 @@ def expectations(run: Run, desired: DesiredNode, cas: Certificates) -> dict[str,
             now=run.now(),
             min_validity=settings.renewal.min_validity,
             extra_subject=settings.extra_subject(name),
+            cross=cross.behind(settings, name, certificates[0], run.now()),
         )
         for name, certificates in cas.items()
     }

@@ -216,7 +216,7 @@ class Composer:
 
     def certificate(self, one: Prepared, verified: Verified) -> Iterator[Replacement]:
         """Key and certificate, or a kubeconfig with them."""
-        chain = pem(verified.leaf, *verified.intermediates)
+        chain = pem(*verified.chain)
         spec, places = one.item.spec, self.places
         if spec.name == KUBELET_CONF:
             yield _replacement(spec.name, self.kubelet_pem, _PRIVATE, chain + one.key_pem)

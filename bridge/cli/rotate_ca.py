@@ -181,11 +181,13 @@ def plan(common: Common, ca: CaOption = None) -> int:
         say_sentence(
             f"{one.name}: {text(one.change.old)}, then {text(one.change.new)}, until {minute(one.change.new.not_valid_after_utc)}"
         )
-        for violation in steps.violations(one, found, now):
+        for violation in steps.violations(one, found, settings.renewal, now):
             say_verdict(f"  {violation}", "error")
             trouble += 1
         for phase in one.change.path[1:]:
-            say_sentence(f"{steps.VERBS[phase]}: {_effect(one, phase)}", "  ")
+            spared = phase is one.change.spares
+            what = _SPARED.format(costs=_COSTS[one.name][False]) if spared else _effect(one, phase)
+            say_sentence(f"{steps.VERBS[phase]}: {what}", "  ")
     return Exit.REFUSED if trouble else Exit.DONE
 
 
@@ -200,6 +202,10 @@ def _effect(one: Replaced, phase: Phase, *, at_once: bool = False) -> str:
     return f"{what}; {_COSTS[one.name][phase is Phase.ISSUED]}"
 
 
+_SPARED = (
+    "nothing to do: the cross certificate goes behind each new one, so that what trusts the old CA alone accepts it; "
+    "spared once: {costs}"
+)
 #: What users of the cluster notice (measured on 1.37): of a change of trust, and of new certificates.
 _COSTS = {
     "ca": (
@@ -351,6 +357,8 @@ def _say_done(done: Done, settings: Settings) -> None:
 
 def _next(done: Sequence[Step]) -> str:
     phases = {step.target for step in done}
+    if phases == {Phase.OLD} and all(step.is_there and step.ca.change.spares for step in done):
+        return "`ca-bridge rotate-ca issue` on each node, since the cross certificate spares `trust`"
     if phases == {Phase.NEW}:
         return "the same on every other node; then take the tables `next` over into the settings"
     if Phase.TRUSTED in phases:

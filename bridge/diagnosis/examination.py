@@ -61,7 +61,7 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     """Look at all that the next renewal depends on; it spends no signature and writes nothing."""
     node = inventory.of(settings.node)
     is_desk = desk_files.policy_path(settings).is_file()
-    settings = in_force(settings, node)
+    settings = in_force(settings, node.bundles)
     if node.is_here:
         yield from _whole(lambda: installed.look(node, settings, now))
         yield from _whole(lambda: ca_keys.look(node, settings))

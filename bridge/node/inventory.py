@@ -129,6 +129,11 @@ class Node:
     troubles: tuple[str, ...]  #: One line for each file that is there and can't be used.
 
     @property
+    def bundles(self) -> dict[str, tuple[x509.Certificate, ...]]:
+        """The content of the CA files, by authority."""
+        return {one.authority.name: one.certificates for one in self.authorities}
+
+    @property
     def is_worker(self) -> bool:
         """Whether it has a kubelet, and nothing of a control plane."""
         return self.role == "worker"

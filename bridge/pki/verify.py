@@ -79,6 +79,8 @@ class Expectation:
     extra_subject: frozenset[tuple[str, str]] = frozenset()
     longest: timedelta | None = None  #: It may live no longer from now on; None: the CA's profile decides.
     longest_name: str = ""  #: The setting that says so, for messages.
+    #: A certificate of the first anchor by an earlier CA, which goes behind each leaf for clients that trust that one alone.
+    cross: x509.Certificate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +89,12 @@ class Verified:
 
     leaf: x509.Certificate
     intermediates: tuple[x509.Certificate, ...]
+    cross: tuple[x509.Certificate, ...] = ()  #: One or none: see `Expectation.cross`.
+
+    @property
+    def chain(self) -> tuple[x509.Certificate, ...]:
+        """The content of its file."""
+        return (self.leaf, *self.intermediates, *self.cross)
 
 
 def check(issued: Issued, request: SignRequest, expected: Expectation) -> Verified:
@@ -97,9 +105,11 @@ def check(issued: Issued, request: SignRequest, expected: Expectation) -> Verifi
         violations = list(_violations(issued, request, expected))
         path, broken = _chain(issued, expected, request.spec.ekus)
         violations += broken
+        if expected.cross is not None:
+            violations += _below_cross((issued.leaf, *path), expected.cross)
     if violations:
         raise VerificationError(request.spec.name, violations)
-    return Verified(leaf=issued.leaf, intermediates=path)
+    return Verified(leaf=issued.leaf, intermediates=path, cross=(expected.cross,) if expected.cross is not None else ())
 
 
 def error_of(issued: Issued, request: SignRequest, expected: Expectation) -> VerificationError | None:
@@ -384,6 +394,23 @@ def _path_violations(
             want=f"a leaf signed by {expected.anchor_name} itself (kubeadm below 1.21 reads one certificate a file)",
             got=f"one signed through {name_text(intermediates[0].subject)}",
         )
+
+
+def _below_cross(chain: Sequence[x509.Certificate], cross: x509.Certificate) -> Iterator[Violation]:
+    """
+    OpenSSL takes a cross certificate for the issuer only if nothing in the AKI contradicts (RFC 5280 §4.2.1.1): neither
+    the key identifier, nor an issuer and serial number, which are those of the anchor's own certificate.
+    """
+    found, key_id = extension(chain[-1], x509.AuthorityKeyIdentifier), extension(cross, x509.SubjectKeyIdentifier)
+    if found is not None and found.authority_cert_serial_number is not None:
+        want = "a key identifier alone, since the cross certificate has another issuer and serial number"
+        yield Violation(subject="authorityKeyIdentifier", want=want, got="an issuer and serial number, too")
+    if found is not None and key_id is not None and found.key_identifier not in (None, key_id.digest):
+        yield Violation(subject="authorityKeyIdentifier", want="the cross certificate's", got="another one")
+    length = getattr(extension(cross, x509.BasicConstraints), "path_length", None)
+    if length is not None and length < len(chain) - 1:
+        want, got = f"at most {length} intermediates below the cross certificate", str(len(chain) - 1)
+        yield Violation(subject="chain", want=want, got=got)
 
 
 def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reason: str) -> Violation:

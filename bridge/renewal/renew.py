@@ -171,7 +171,7 @@ def _is_still_good(answer: Issued, kept: OpenRequest, run: Run, expected: verify
     except VerificationError:
         return False
     renewal = run.settings.renewal
-    return not expiry.is_due((proven.leaf, *proven.intermediates), renewal.before, renewal.validity, run.now())
+    return not expiry.is_due(proven.chain, renewal.before, renewal.validity, run.now())
 
 
 def _to_ask(run: Run, items: Sequence[Item], kept: Sequence[Answered]) -> tuple[list[Item], list[Outcome]]:

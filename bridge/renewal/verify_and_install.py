@@ -15,7 +15,7 @@ from cryptography import x509
 from bridge.ca.ca import RefusedByCheckError, UntrustedAnswerError
 from bridge.contract import Issued, Pending
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, VerificationError, WaitingError
-from bridge.node import kubeconfig, kubelet, pairs
+from bridge.node import cross, kubeconfig, kubelet, pairs
 from bridge.node.inventory import Item, Node
 from bridge.pki import verify
 from bridge.pki.certificates import pem
@@ -95,13 +95,14 @@ def expectations(
             continue
         try:
             demands[name] = verify.Expectation(
-                anchors=trust.bundles.get(name) or anchors_of(item),
+                anchors=(anchors := trust.bundles.get(name) or anchors_of(item)),
                 anchor_name=str(item.anchor_path),
                 now=now,
                 min_validity=settings.renewal.min_validity,
                 shorter_allowed=settings.renewal.shorter == "allow",
                 intermediates_allowed=version is None or version >= FIRST_WITH_CHAINS,
                 extra_subject=settings.extra_subject(name),
+                cross=cross.behind(settings, name, anchors[0], now),
             )
         except BridgeError as e:
             failed.append(outcome_of(item, e))
@@ -116,7 +117,7 @@ def version_of(node: Node, settings: Settings) -> tuple[int, int] | None:
 
 def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replacement]:
     """The files of one pair, key first."""
-    chain = pem(verified.leaf, *verified.intermediates)
+    chain = pem(*verified.chain)
     item, path = one.item, one.item.certificate_path
     if item.pair is not None:
         for files in item.pair.places:
@@ -211,8 +212,8 @@ class Proven:
 
     @property
     def chain(self) -> tuple[x509.Certificate, ...]:
-        """The leaf and its intermediates."""
-        return (self.verified.leaf, *self.verified.intermediates)
+        """The content of its file, the leaf first."""
+        return self.verified.chain
 
     @property
     def outcome(self) -> Outcome:

@@ -14,7 +14,7 @@ from cryptography import x509
 
 from bridge.errors import Violation
 from bridge.pki import go_x509
-from bridge.pki.certificates import UNREADABLE, extension, is_ca, spki
+from bridge.pki.certificates import UNREADABLE, extension, is_ca, is_signed_by, name_text, spki
 from bridge.pki.expiry import minute
 from bridge.rotation.phases import Change, Kind, text
 
@@ -45,7 +45,9 @@ def violations(
         yield from _is_a_ca(new)
         yield from _valid(new, now)
         yield from _keys(new, others)
-        yield from _same_key(change) if change.kind is Kind.SAME_KEY else _same_name(change, leaves)
+        yield from _same_key(change) if change.kind is Kind.SAME_KEY else _another_key(change, leaves)
+        if change.spares is not None and change.cross is not None:
+            yield from _cross(change, change.cross, now)
     except UNREADABLE as e:
         yield Violation(subject="new CA", want="a certificate that can be read", got=str(e))
 
@@ -85,6 +87,52 @@ def _keys(new: x509.Certificate, others: Mapping[str, Iterable[x509.Certificate]
     for name, certificates in others.items():
         if any(spki(one.public_key()) == ours for one in certificates):
             yield Violation(subject="key", want=f"another than {name}'s", got="the same")
+
+
+def _another_key(change: Change, leaves: Mapping[str, x509.Certificate]) -> Iterator[Violation]:
+    yield from _same_name(change, leaves)
+    if _key_id(change.new) is None:
+        want = "one (RFC 5280 §4.2.1.2), by which OpenSSL and Python find the CA of a certificate"
+        yield Violation(subject="subjectKeyIdentifier", want=want, got="none")
+
+
+def _cross(change: Change, cross: x509.Certificate, now: datetime) -> Iterator[Violation]:
+    """
+    Whether a client that trusts the old CA alone gets from a new leaf to it.
+
+    OpenSSL leaves a candidate out whose key identifiers contradict, Go whose EKUs or path lengths do (measured on
+    Kubernetes 1.37 and OpenSSL 3.0).
+    """
+    old, new = change.old, change.new
+    same = {
+        "subject": new.subject.public_bytes() == cross.subject.public_bytes(),
+        "key": spki(new.public_key()) == spki(cross.public_key()),
+        "subjectKeyIdentifier": _key_id(new) == _key_id(cross),
+    }
+    for subject in (name for name, is_same in same.items() if not is_same):
+        yield Violation(subject=f"cross certificate's {subject}", want="the new CA's", got="another one, or none")
+    if not is_signed_by(cross, old):
+        got = f"one of {name_text(cross.issuer)}"
+        yield Violation(subject="cross certificate", want=f"a signature of {text(old)}", got=got)
+    if _key_id(old) is not None and _authority_key_id(cross) != _key_id(old):
+        want = "the old CA's subjectKeyIdentifier, which clients look for"
+        yield Violation(subject="cross certificate's authorityKeyIdentifier", want=want, got="another one, or none")
+    for violation in (*_is_a_ca(cross), *_valid(cross, now), *_unlimited(old, cross)):
+        yield Violation(subject=f"cross certificate's {violation.subject}", want=violation.want, got=violation.got)
+
+
+def _unlimited(old: x509.Certificate, cross: x509.Certificate) -> Iterator[Violation]:
+    """A limit of the new CA's own certificate counts for all clients; one of these two for old clients alone."""
+    limits = extension(old, x509.BasicConstraints)
+    if limits is not None and limits.path_length == 0:
+        got = "pathlen:0 in the old CA, which forbids it"
+        yield Violation(subject="path", want="an old CA that may certify another one", got=got)
+    limits_of_cross = {
+        "nameConstraints": extension(cross, x509.NameConstraints),
+        "extendedKeyUsage": extension(cross, x509.ExtendedKeyUsage),
+    }
+    for name in (name for name, found in limits_of_cross.items() if found is not None):
+        yield Violation(subject=name, want="none", got="one, which old clients alone would obey")
 
 
 def _same_name(change: Change, leaves: Mapping[str, x509.Certificate]) -> Iterator[Violation]:

@@ -49,6 +49,7 @@ class Change:
 
     old: x509.Certificate
     new: x509.Certificate
+    cross: x509.Certificate | None = None  #: The new CA's name and key, certified by the old CA.
 
     @property
     def kind(self) -> Kind:
@@ -60,6 +61,18 @@ class Change:
     def path(self) -> tuple[Phase, ...]:
         """The phases from the old CA to the new one."""
         return PATHS[self.kind]
+
+    @property
+    def spares(self) -> Phase | None:
+        """The phase that a node may leave out: behind a cross certificate the old CA's trust is enough for new leaves."""
+        return Phase.TRUSTED if self.cross is not None and self.kind is Kind.NEW_KEY else None
+
+    @property
+    def steps(self) -> Iterator[tuple[Phase, Phase]]:
+        """The steps that a node can take, from phase to phase."""
+        yield from itertools.pairwise(self.path)
+        if self.spares is not None:
+            yield from itertools.pairwise(one for one in self.path if one is not self.spares)
 
     def bundle(self, phase: Phase) -> Bundle:
         """The certificates of the CA file in a phase, in their order."""
@@ -127,7 +140,7 @@ def standing(seen: Seen, change: Change) -> Standing:
     for phase in reversed(path):  # without leaves and kubeconfigs the CA file alone decides
         if not lacking[phase]:
             return Standing(phase=phase)
-    for phase, later in itertools.pairwise(path):
+    for phase, later in change.steps:
         behind, ahead = ({one.place for one in lacking[each]} for each in (phase, later))
         if not behind & ahead:
             return Standing(phase=phase, next=later)

@@ -10,7 +10,7 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
-from bridge.node import kubeconfig
+from bridge.node import cross, kubeconfig
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import identity
@@ -153,13 +153,14 @@ def _look(settings: Settings, node: Node, state: AuthorityState) -> Replaced:
     if state.state != "present":
         raise UnreadableCaError(state.trouble or f"{state.path}: wanted a CA certificate, found none")
     name, new = state.authority.name, new_ca(settings, state.authority.name)
+    certified = settings.authorities[name].next.get("cross")
     confs = dict(_confs(settings, node)) if state.authority == CA else {}
     held = {place: _ca_data(place, data) for place, data in confs.items()}
     held = {place: bundle for place, bundle in held.items() if bundle}
     items = tuple(i for i in node.items if i.spec.authority == state.authority and i.certificates and not i.foreign)
     here = [*state.certificates, *(one for bundle in held.values() for one in bundle)]
     old = next((one for one in here if one != new), None) or _old_in_backups(Store(settings.node.state_dir), name, new)
-    change = Change(old or new, new)
+    change = Change(old or new, new, cross.load(Path(certified)) if certified is not None else None)
     leaves = {item.spec.name: identity.anchor_of(item.certificates, (change.old, new)) for item in items}
     return Replaced(
         state=state,

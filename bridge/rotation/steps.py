@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from bridge.control_plane.restart_plan import ORDER
 from bridge.errors import BridgeError, Exit, Violation
-from bridge.node import processes
+from bridge.node import cross, processes
 from bridge.node.inventory import Node
 from bridge.pki.certificates import pem
 from bridge.pki.expiry import minute
@@ -29,9 +29,9 @@ from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Proven, Result
 from bridge.rotation import former_keys, new_ca, objects, places
 from bridge.rotation.gate import Gate
-from bridge.rotation.phases import Kind, Phase, differences, text, texts
+from bridge.rotation.phases import Bundle, Kind, Phase, differences, text, texts
 from bridge.rotation.places import Replaced, with_ca
-from bridge.settings.tables import Settings, for_next
+from bridge.settings.tables import RenewalSettings, Settings, for_next
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, KUBELET_CONF, Component
 from bridge.state import audit, backups, copies
 from bridge.state.backups import Backup
@@ -102,7 +102,7 @@ def run(
             straight_to_the_new_ca(one) if gate.emergency else planned(verb, one, back.get(one.name))
             for one in cas.values()
         )
-        assert_possible(steps, cas, ours.now(), emergency=gate.emergency)
+        assert_possible(steps, cas, settings.renewal, ours.now(), emergency=gate.emergency)
         if verb is not Verb.BACK:
             assert_keys_can_leave(steps, node, settings, gate)
         to_do = [step for step in steps if not step.is_there]
@@ -114,7 +114,7 @@ def run(
             _going_back(ours.store).put({step.ca.name: step.target for step in to_do})
         if verb is Verb.ISSUE or (gate.emergency and any(_leaves_to_issue(step) for step in to_do)):
             result = _issue(ours, transaction, node, to_do, gate)
-        elif verb is Verb.BACK and any(step.target is Phase.TRUSTED for step in to_do):
+        elif verb is Verb.BACK and any(_leaves_to_issue(step) for step in to_do):
             result = transaction.with_earlier(_issue_back(ours, transaction, node, to_do, gate))
         else:
             trusting = transaction.going_on(ours, RunOptions(trust=Trust(stays=gate.emergency)))
@@ -184,13 +184,15 @@ def planned(verb: Verb, one: Replaced, going_back: Phase | None) -> Step:
     goal = {Verb.TRUST: Phase.TRUSTED, Verb.ISSUE: Phase.ISSUED, Verb.DROP: Phase.NEW}[verb]
     target = goal if goal in path else path[-1]
     here, wanted = path.index(now.phase), path.index(target)
-    if here < wanted - 1:
+    if verb is Verb.TRUST and one.change.spares is target and now.phase is Phase.OLD and now.next is None:
+        return Step(ca=one, target=now.phase, is_there=True)
+    if here < wanted - 1 and (now.phase, target) not in one.change.steps:
         before = path[wanted - 1]
         raise OrderError(
             f"{one.name}: wanted the phase “{before.value}” on this node before `{verb.value}`, found “{now.text}”",
             hint="one phase comes after the other, each on every node: `ca-bridge rotate-ca plan` shows them",
         )
-    if here > wanted or (here == wanted and now.next is not None):
+    if path.index(now.next or now.phase) > wanted:
         raise OrderError(
             f"{one.name}: wanted a node that is not further than “{target.value}”, found “{now.text}”",
             hint="`ca-bridge rotate-ca back` goes back by one phase",
@@ -222,12 +224,17 @@ VERBS = {Phase.TRUSTED: "trust", Phase.ISSUED: "issue", Phase.NEW: "drop"}
 
 
 def assert_possible(
-    steps: Sequence[Step], cas: Mapping[str, Replaced], now: datetime, *, emergency: bool = False
+    steps: Sequence[Step],
+    cas: Mapping[str, Replaced],
+    renewal: RenewalSettings,
+    now: datetime,
+    *,
+    emergency: bool = False,
 ) -> None:
     """Refuse a new CA that can't work (NewCaError)."""
     for step in steps:
         one = step.ca
-        found = list(violations(one, cas, now, emergency=emergency))
+        found = list(violations(one, cas, renewal, now, emergency=emergency))
         if found:
             raise NewCaError(f"{one.name}: {text(one.change.new)} can't take its place: {'; '.join(map(str, found))}")
 
@@ -275,13 +282,17 @@ def _without_keys(run: Run, steps: Sequence[Step], result: Result, gate: Gate) -
 
 
 def violations(
-    one: Replaced, cas: Mapping[str, Replaced], now: datetime, *, emergency: bool = False
+    one: Replaced, cas: Mapping[str, Replaced], renewal: RenewalSettings, now: datetime, *, emergency: bool = False
 ) -> Iterator[Violation]:
     """Why the new CA can't take the old one's place in this cluster, or not now; in an emergency its age does not count."""
     others = {name: [each.change.old, each.change.new] for name, each in cas.items() if name != one.name}
     leaves = {item.spec.name: item.certificates[0] for item in one.items}
     if one.change.old != one.change.new:
         yield from new_ca.violations(one.change, leaves, others, now)
+        if one.change.cross is not None and not cross.is_long_enough(one.change.cross, renewal, now):
+            want = f"later than renewal.before ({renewal.before}) from now on, or no certificate gets it"
+            got = minute(one.change.cross.not_valid_after_utc)
+            yield Violation(subject="cross certificate's notAfter", want=want, got=got)
         if one.standing.phase is Phase.OLD and not emergency:
             yield from new_ca.untimely(one.change, now, outlasts=one.state.key != "local")
 
@@ -425,9 +436,25 @@ def _issue_back(run: Run, transaction: Transaction, node: Node, steps: Sequence[
     _record(run, steps)
     _forget_asked(run, wanted)
     transaction.owe_use(backups.outcomes_of(backup, node))
-    done = backups.put_back(backup, run.settings, run.store, run.record, node, run.now(), lambda _: False)
+
+    def edit(file: Replacement) -> Replacement:
+        return _as_target(file, steps)
+
+    done = backups.put_back(backup, run.settings, run.store, run.record, node, run.now(), lambda _: False, edit)
     result = Result(outcomes=done.outcomes, backup_id=done.replaced_backup_id, errors=done.late)
     return transaction.activated(result)
+
+
+def _as_target(file: Replacement, steps: Sequence[Step]) -> Replacement:
+    """A file of a backup with the CAs of the phase: one from before `issue` has the old CA alone if `trust` was spared."""
+    for step in steps:
+        bundle = step.ca.change.bundle(step.target)
+        if file.data is not None and file.certificate == step.ca.name:
+            is_same = set(step.ca.seen.bundle) == set(bundle)
+            return dataclasses.replace(file, data=pem(*bundle), says_the_same=is_same)
+        if file.data is not None and str(file.path) in step.ca.confs:
+            return dataclasses.replace(file, data=with_ca(file.path, file.data, bundle))
+    return file
 
 
 def _pairs(backup: Backup, node: Node) -> Iterator[tuple[str, tuple[bytes, bytes]]]:
@@ -440,6 +467,13 @@ def _pairs(backup: Backup, node: Node) -> Iterator[tuple[str, tuple[bytes, bytes
                 yield item.spec.name, (pem(*certificates), key)
 
 
+def _bundles_before(step: Step) -> list[Bundle]:
+    """The content that the CA file may have had before the leaves of the next phase."""
+    change = step.ca.change
+    spared = [Phase.OLD] if step.target is change.spares else []
+    return [change.bundle(phase) for phase in (step.target, *spared)]
+
+
 class NoWayBackError(BridgeError):
     """The old CA's certificates are in no backup."""
 
@@ -449,12 +483,12 @@ class NoWayBackError(BridgeError):
 
 def _backup_of(run: Run, steps: Sequence[Step]) -> Backup:
     """The newest backup that has the CA files of the phase before, with the leaves that went with them."""
-    wanted = {step.ca.name: step.ca.change.bundle(step.target) for step in steps}
+    wanted = {step.ca.name: _bundles_before(step) for step in steps}
     for backup in backups.read_all(run.store)[0]:
         has_leaves = any(
             file.certificate not in AUTHORITIES and not file.certificate.endswith(".conf") for file in backup.files
         )
-        if has_leaves and all(backups.cas_of(backup, name) == bundle for name, bundle in wanted.items()):
+        if has_leaves and all(backups.cas_of(backup, name) in bundles for name, bundles in wanted.items()):
             return backup
     found = ", ".join(wanted)
     raise NoWayBackError(

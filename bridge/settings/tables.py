@@ -451,14 +451,23 @@ class AuthoritySettings:
     rehearsal: dict[str, str] = field(default_factory=dict)
     #: For `rotate-ca`: the CA that takes this one's place. `anchor` is a file with its certificate; another `backend`, or
     #: other values for the backend's keys, such as `mount`, are in force from the moment at which it signs. With `anchor`
-    #: alone the backend is the next CA's already, and until then kubeadm's own key signs, which is on the node.
+    #: alone the backend is the next CA's already, and until then kubeadm's own key signs, which is on the node. With `cross`
+    #: (see below) no node has to trust the next CA before it signs.
     next: dict[str, str] = field(default_factory=dict)
+    #: A file with a certificate that an earlier CA gave to this one (the same name and key). It goes behind each new
+    #: certificate, so that clients which trust the earlier CA alone accept that.
+    cross: Path | None = None
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """CN and O as exceptions, a relative path of an anchor, and a next CA without one."""
-        for key, table in (("rehearsal", self.rehearsal), ("next", self.next)):
-            if not table.get("anchor", "/").startswith("/"):
-                yield SettingsProblem(f"{key}.anchor", "an absolute path", repr(table["anchor"]))
+        """CN and O as exceptions, relative paths, and a next CA without a certificate."""
+        named = {f"next.{key}": self.next.get(key) for key in ("anchor", "cross")}
+        named |= {
+            "rehearsal.anchor": self.rehearsal.get("anchor"),
+            "cross": None if self.cross is None else str(self.cross),
+        }
+        for key, path in named.items():
+            if path is not None and not path.startswith("/"):
+                yield SettingsProblem(key, "an absolute path", repr(path))
         if self.next and "anchor" not in self.next:
             yield SettingsProblem("next", "the file with the next CA's certificate as `anchor`", "none")
         for text in self.allow_extra_subject:
@@ -673,7 +682,7 @@ class Settings:
 
 
 #: Keys of the table that are not the backend's.
-_OURS = ("backend", "anchor")
+_OURS = ("backend", "anchor", "cross")
 
 
 def for_rehearsal(settings: Settings) -> Settings:
@@ -692,7 +701,10 @@ def _overlaid(settings: Settings, tables: Mapping[str, Mapping[str, str]]) -> Se
     for name, over in tables.items():
         backend = over.get("backend", authorities[name].backend)
         kept = own.get(name, {}) if backend == authorities[name].backend else {}
-        authorities[name] = replace(authorities[name], backend=backend)
+        cross = Path(over["cross"]) if "cross" in over else None
+        authorities[name] = replace(
+            authorities[name], backend=backend, cross=cross if over else authorities[name].cross
+        )
         own[name] = {**kept, **{key: value for key, value in over.items() if key not in _OURS}}
     replaced = {one.backend for one in settings.authorities.values()} - {one.backend for one in authorities.values()}
     backends = {name: table for name, table in settings.backends.items() if name not in replaced}

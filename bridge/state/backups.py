@@ -472,6 +472,7 @@ def put_back(
     node: Node,
     now: datetime,
     may_pass: Callable[[Problem], bool],
+    edit: Callable[[Replacement], Replacement] = lambda one: one,
 ) -> Rollback:
     """Put back a backup in a run that holds the store's lock, in spite of the problems that `may_pass` accepts."""
     problems = problems_of(backup, settings, node, now)
@@ -490,7 +491,7 @@ def put_back(
         _leave_out(backup, settings.node.kubeconfig_dir)
         # a run may have installed something itself, and put several sets back
         run_id = f"{record.run_id}-{backup.run_id.partition('-')[0]}"
-        replaced = install(store, [_replacement(file, node) for file in backup.files], run_id, about)
+        replaced = install(store, [edit(_replacement(file, node)) for file in backup.files], run_id, about)
     except (InstallError, StateError) as e:
         for o in outcomes:
             record.add(audit.FAILED, o.name, authority=o.authority, old=o.old, error=e)

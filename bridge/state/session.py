@@ -6,10 +6,11 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bridge.errors import BridgeError
 from bridge.node import inventory
@@ -24,6 +25,9 @@ from bridge.system.console import Progress, log
 from bridge.system.locks import lock
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import OnDamage, StateError, StateFile, coded
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,25 +121,24 @@ def begun(
             settings=settings, store=store, requests=OpenRequests(store), record=record, progress=progress, now=now
         )
         node = run.read_node()
-        run = replace(run, settings=in_force(settings, node))
+        run = replace(run, settings=in_force(settings, node.bundles))
         _forget_outdated(run, node)
         yield run, node
 
 
-def in_force(settings: Settings, node: Node) -> Settings:
-    """The settings of CAs that sign now: a next one's, where it is the first in its CA file."""
+def in_force(settings: Settings, bundles: Mapping[str, Sequence[x509.Certificate]]) -> Settings:
+    """The settings of CAs that sign now: a next one's, where it is the first in its CA file, whose content is given."""
     names = [
         name
         for name, ours in settings.authorities.items()
-        if ours.next and _signs(Path(ours.next["anchor"]), name, node)
+        if ours.next and _signs(Path(ours.next["anchor"]), bundles.get(name, ()))
     ]
     return for_next(settings, names) if names else settings
 
 
-def _signs(anchor: Path, authority: str, node: Node) -> bool:
-    first = next((one.certificates[:1] for one in node.authorities if one.authority.name == authority), ())
+def _signs(anchor: Path, bundle: Sequence[x509.Certificate]) -> bool:
     try:
-        return bool(first) and first == read_ca_file(anchor)[:1]
+        return bool(bundle) and bundle[0] == read_ca_file(anchor)[0]
     except UnreadableError:  # then the old CA is asked, whose answer can't pass
         return False
 

@@ -27,7 +27,7 @@ from bridge.errors import (
     SettingsProblem,
     WaitingError,
 )
-from bridge.node import kubeconfig
+from bridge.node import cross, kubeconfig
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import csr, verify
 from bridge.pki.certificates import pem
@@ -36,7 +36,7 @@ from bridge.specs import CA as CLUSTER_CA
 from bridge.specs import USER, KeyAlgorithm
 from bridge.state import audit
 from bridge.state.open_requests import OpenUser, OpenUsers
-from bridge.state.session import alone
+from bridge.state.session import alone, in_force
 from bridge.state.store import Store
 from bridge.system.console import Progress
 from bridge.system.files import write_atomically
@@ -102,6 +102,7 @@ def issue(
     _assert_may_write(order)
     anchors, anchor_name = _anchors(settings, order)
     server = _server(settings, order)
+    settings = in_force(settings, {CLUSTER_CA.name: anchors})
     configured = registry.configured(settings, [CLUSTER_CA.name])[CLUSTER_CA.name]
     expected = verify.Expectation(
         anchors=anchors,
@@ -111,6 +112,7 @@ def issue(
         extra_subject=settings.extra_subject(CLUSTER_CA.name),
         longest=rules.max_validity,
         longest_name="users.max_validity",
+        cross=cross.behind(settings, CLUSTER_CA.name, anchors[0], now()),
     )
     outage = Outage(configured.settings.retry_for, configured.label, progress.note)
     with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
@@ -312,8 +314,7 @@ def _write(
 ) -> None:
     """Write the kubeconfig with mode 0600, with or without a key in it."""
     fresh = FreshKubeconfig(server=server, cluster=cluster, user=order.user.name, ca_pem=pem(ca))
-    chain = pem(verified.leaf, *verified.intermediates)
-    text = fresh.text(chain, one.key_pem, "" if one.key_pem is not None else _key_file(order))
+    text = fresh.text(pem(*verified.chain), one.key_pem, "" if one.key_pem is not None else _key_file(order))
     try:
         with _place(order) as path:
             write_atomically(path, text)

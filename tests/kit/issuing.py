@@ -63,8 +63,9 @@ class Signer:
         begin: datetime = NOW - timedelta(days=100),
         end: datetime = NOW + timedelta(days=3000),
         hash_algorithm: hashes.SHA256 | hashes.SHA384 | None = None,
+        key_id: bool = False,
     ) -> Signer:
-        """A CA in kubeadm's shape, or with one thing different."""
+        """A CA in kubeadm's shape up to 1.18, or with one thing different, such as a key identifier."""
         own = key or generate_key("ecdsa-p256")
         issuer = parent or cls.__new__(cls)
         issuer_name = parent.certificate.subject if parent else cn(subject)
@@ -79,6 +80,8 @@ class Signer:
             .add_extension(x509.BasicConstraints(ca=ca, path_length=path_length), critical=True)
             .add_extension(key_usage or usage(ca=True), critical=True)
         )
+        if key_id:
+            builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(own.public_key()), critical=False)
         if constraints is not None:
             builder = builder.add_extension(constraints, critical=True)
         if extra is not None:

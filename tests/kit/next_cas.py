@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+from cryptography import x509
 
 from backends.vault import setup as vault_setup
 from bridge.pki.certificates import pem
@@ -28,12 +31,37 @@ def make(directory: Path, days: int = 5000) -> dict[str, NextCa]:
     """Directories for all three, which end after so many days, and what the settings say of them."""
     now, made = datetime.now(UTC), {}
     for name in AUTHORITIES:
-        signer = Signer.make(f"{name}-2", begin=now - timedelta(days=1), end=now + timedelta(days=days))
+        begin, end = now - timedelta(days=1), now + timedelta(days=days)
+        signer = Signer.make(f"{name}-2", key_id=True, begin=begin, end=end)
         place = opensslca.make_ca_directory(directory / name, pem(signer.certificate), key_pem(signer.key))
         anchor = directory / f"{name}.crt"
         anchor.write_bytes(pem(signer.certificate))
         made[name] = NextCa(signer=signer, table={"anchor": str(anchor), "dir": str(place)})
     return made
+
+
+def cross(old: tuple[bytes, bytes], new: bytes, directory: Path, days: int = 365, program: str = "openssl") -> Path:
+    """
+    What the administrator of the old CA makes, by the command of docs/replace-the-ca.md.
+
+    Args:
+        old: Certificate and key of the old CA, PEM.
+        new: The certificate of the new one, PEM.
+        directory: Where the files go.
+        days: How long it is good.
+        program: openssl.
+
+    Returns:
+        The file with the cross certificate.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, data in (("old.crt", old[0]), ("old.key", old[1]), ("new.crt", new)):
+        (directory / name).write_bytes(data)
+    (directory / "keyid").write_text("authorityKeyIdentifier = keyid\n")
+    command = f"{program} x509 -in new.crt -CA old.crt -CAkey old.key -set_serial 0x{x509.random_serial_number():x}"
+    command += f" -days {days} -sha256 -extfile keyid -out cross.crt"
+    subprocess.run(command.split(), cwd=directory, check=True, capture_output=True, timeout=60)
+    return directory / "cross.crt"
 
 
 def add_vault(bridge: Bridge, bao: OpenBao, authority: str, prefix: str, ca: NextCa) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bridge.cli.options import utc_now
 from bridge.node import inventory
+from bridge.pki.certificates import pem
 from bridge.rotation import places, steps
 from bridge.rotation.gate import Gate
 from bridge.rotation.steps import Done, Verb
@@ -31,10 +32,14 @@ class Open(Gate):
         """Nothing to ask."""
 
 
-def with_next(pki: Pki, directory: Path, more: str = "") -> Settings:
-    """A node whose three CAs have new ones."""
+def with_next(pki: Pki, directory: Path, more: str = "", *, cross: bool = False) -> Settings:
+    """A node whose three CAs have new ones, with cross certificates of the old ones if asked for."""
     before, made = settings_for(pki, directory, more), next_cas.make(directory / "next")
-    authorities = {name: dataclasses.replace(before.authorities[name], next=made[name].table) for name in AUTHORITIES}
+    tables = {name: dict(made[name].table) for name in AUTHORITIES}
+    for name in AUTHORITIES if cross else ():
+        new = pem(made[name].signer.certificate)
+        tables[name]["cross"] = str(next_cas.cross(pki.ca_pem(name), new, directory / "cross" / name))
+    authorities = {name: dataclasses.replace(before.authorities[name], next=tables[name]) for name in AUTHORITIES}
     return dataclasses.replace(before, authorities=authorities)
 
 

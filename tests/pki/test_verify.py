@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
@@ -343,3 +344,45 @@ def test_all_violations_are_told_at_once() -> None:
     """Whoever mends the CA's profile does it once."""
     issued = Signer.make("other").issue(request(), ekus=[CLIENT], sans=[], subject=cn("x"), end=NOW + timedelta(days=1))
     assert {v.subject for v in violations(issued)} == {"subject", "SAN", "EKU", "notAfter", "issuer"}
+
+
+def crossed() -> tuple[Signer, Signer, Expectation]:
+    """A CA with a key identifier, its cross certificate by an earlier CA, and what is expected of its leaves."""
+    ca = Signer.make("kubernetes-2", key_id=True)
+    by_old = Signer.make("kubernetes-2", key=ca.key, parent=root(), key_id=True)
+    return ca, by_old, replace(expectation(ca), cross=by_old.certificate)
+
+
+def test_a_cross_certificate_goes_behind_the_leaf() -> None:
+    """After all intermediates, and it is none of them: what verifies by the CA's own certificate needs it not."""
+    ca, by_old, expected = crossed()
+    own = ca.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    key_id = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)
+    found = check(ca.issue(request(), extra=key_id), request(), expected)
+    assert (found.intermediates, found.cross) == ((), (by_old.certificate,))
+    assert found.chain == (found.leaf, by_old.certificate)
+    below = Signer.make("below", parent=ca)
+    found = check(below.issue(request(), intermediates=[below]), request(), expected)
+    assert found.chain == (found.leaf, below.certificate, by_old.certificate)
+    assert check(ca.issue(request()), request(), expectation(ca)).cross == ()
+
+
+def test_a_leaf_that_a_cross_certificate_does_not_fit_is_refused() -> None:
+    """OpenSSL takes no issuer whose key identifier, or name and serial number, the leaf contradicts."""
+    ca, _, expected = crossed()
+    own = ca.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    names = [x509.DirectoryName(ca.certificate.subject)]
+    both = x509.AuthorityKeyIdentifier(own.digest, names, ca.certificate.serial_number)
+    other = x509.AuthorityKeyIdentifier(b"another", None, None)
+    for wrong, got in ((both, "an issuer and serial number, too"), (other, "another one")):
+        issued = ca.issue(request(), extra=wrong)
+        with pytest.raises(VerificationError) as e:
+            check(issued, request(), expected)
+        assert [(one.subject, one.got) for one in e.value.violations] == [("authorityKeyIdentifier", got)]
+        check(issued, request(), expectation(ca))
+    narrow = Signer.make("kubernetes-2", key=ca.key, parent=root(), key_id=True, path_length=0)
+    below = Signer.make("below", parent=ca)
+    issued = below.issue(request(), intermediates=[below])
+    check(issued, request(), expected)
+    with pytest.raises(VerificationError, match="at most 0 intermediates below the cross certificate"):
+        check(issued, request(), replace(expected, cross=narrow.certificate))

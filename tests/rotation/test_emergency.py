@@ -134,12 +134,14 @@ def test_a_thief_of_the_key_would_have_the_next_ca_with_the_same_key(
 
 def test_a_ca_that_was_made_just_now_will_do(settings: Settings, tmp_path: Path) -> None:
     """An hour is not waited for, nor has it to outlast the old one; without haste it has."""
-    young = Signer.make("young", begin=utc_now() - timedelta(seconds=5), end=utc_now() + timedelta(days=30))
+    young = Signer.make(
+        "young", key_id=True, begin=utc_now() - timedelta(seconds=5), end=utc_now() + timedelta(days=30)
+    )
     other = replaced(settings, tmp_path, young)
     with pytest.raises(steps.NewCaError, match=r"notBefore: wanted at the latest .*; notAfter: wanted later than"):
         run(other, Verb.TRUST)
     step = steps.straight_to_the_new_ca(places.look(other, inventory.of(other.node), ["ca"])["ca"])
-    steps.assert_possible([step], {"ca": step.ca}, utc_now(), emergency=True)
+    steps.assert_possible([step], {"ca": step.ca}, other.renewal, utc_now(), emergency=True)
 
 
 def test_the_way_back_says_what_it_can_not_do(settings: Settings, pki: Pki) -> None:
