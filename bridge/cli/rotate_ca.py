@@ -181,7 +181,7 @@ def plan(common: Common, ca: CaOption = None) -> int:
         say_sentence(
             f"{one.name}: {text(one.change.old)}, then {text(one.change.new)}, until {minute(one.change.new.not_valid_after_utc)}"
         )
-        for violation in steps.violations(one, found, settings.renewal, now):
+        for violation in steps.violations(one, found, settings, now):
             say_verdict(f"  {violation}", "error")
             trouble += 1
         for phase in one.change.path[1:]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from bridge.pki.expiry import duration_text, minute
 from bridge.pki.kubeadm_names import named
 from bridge.renewal import verify_and_install
 from bridge.renewal.gate import Attempts
+from bridge.renewal.select import Trust
 from bridge.rotation import places
 from bridge.rotation.phases import Phase, text
 from bridge.settings.tables import Settings
@@ -27,6 +29,7 @@ from bridge.settings.windows import ever_waits
 from bridge.specs import CertificateSpec
 from bridge.state import credentials
 from bridge.state.credentials import Credential, CredentialEndedError, Place
+from bridge.state.session import not_yet_signing
 from bridge.state.store import Store
 from bridge.words import one_line
 
@@ -53,7 +56,10 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
         yield from _credentials(settings, credentials.places(settings, {}), now)
         yield _by_hand(settings)
         return
-    demands, _ = verify_and_install.expectations(node, settings, items, now)
+    later = not_yet_signing(settings, node.bundles)
+    demands, _ = verify_and_install.expectations(node, settings, items, now, Trust(bundles=later))
+    for name in later.keys() & demands.keys():
+        demands[name] = dataclasses.replace(demands[name], anchor_name=settings.authorities[name].next["anchor"])
     questions = {name: _question([i for i in items if i.spec.authority.name == name], demands[name], settings)
                  for name in names if name in demands}  # fmt: skip
     yield from ask_all(settings, names, questions, now)

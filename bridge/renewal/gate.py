@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-
-from cryptography import x509
 
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node import inventory
-from bridge.pki.certificates import spki
 from bridge.pki.expiry import first_end, minute
 from bridge.renewal.select import RunOptions, Selection, outcome_of, select
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.settings.windows import Decision, may_act
-from bridge.state.session import Run
+from bridge.state.session import Run, not_yet_signing
 from bridge.state.store import Store
 from bridge.system.codec import named
-from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import OnDamage, StateFile, coded
 from bridge.system.waiting import back_off_seconds
 
@@ -123,10 +118,11 @@ def next_ca_file(store: Store) -> StateFile[tuple[str, ...]]:
 
 
 class NoCaYetError(WaitingError):
-    """The settings name the next CA alone, and kubeadm's own, whose key is on this node, still signs."""
+    """The settings name the next CA alone, and the CA of before still signs."""
 
     hint = (
-        "`ca-bridge rotate-ca trust` and `issue` renew it with all others; before `trust`, `kubeadm certs renew NAME`"
+        "`ca-bridge rotate-ca trust` and `issue` renew it with all others; before `trust`, where kubeadm's CA key is on "
+        "this node, `kubeadm certs renew NAME`"
     )
 
 
@@ -136,8 +132,11 @@ def hold_for_next_ca(selection: Selection, run: Run) -> Selection:
     waiting = {one.name for one in run.requests if one.is_waiting}
     held = [i for i in selection.items if i.spec.authority.name in asked and i.spec.name in waiting]
     error = AskedElsewhereError("the CA that takes this one's place has the request, and has not answered yet")
-    early = [i for i in selection.items if i not in held and i.spec.authority.name in _next_alone(run)]
-    too_early = NoCaYetError("its CA's key is kubeadm's, on this node, and the settings name the next CA alone")
+    later = not_yet_signing(run.settings, run.read_node().bundles) if selection.items else {}
+    early = [i for i in selection.items if i not in held and i.spec.authority.name in later]
+    too_early = NoCaYetError(
+        "the settings name the next CA alone (`next.anchor`), which does not sign yet on this node"
+    )
     return dataclasses.replace(
         selection,
         items=tuple(item for item in selection.items if item not in (*held, *early)),
@@ -147,28 +146,6 @@ def hold_for_next_ca(selection: Selection, run: Run) -> Selection:
             *(outcome_of(item, too_early) for item in early),
         ),
     )
-
-
-def _next_alone(run: Run) -> list[str]:
-    """Authorities whose backend is the next CA's, while kubeadm's key still signs; a renewed CA has the same key."""
-    names = [name for name, ours in run.settings.authorities.items() if set(ours.next) == {"anchor"}]
-    if not names:
-        return []
-    local = {
-        one.authority.name: one.certificates
-        for one in run.read_node().authorities
-        if one.key == "local" and one.state == "present"
-    }
-    return [
-        n for n in names if n in local and not _has_key_of(Path(run.settings.authorities[n].next["anchor"]), local[n])
-    ]
-
-
-def _has_key_of(anchor: Path, bundle: Sequence[x509.Certificate]) -> bool:
-    try:
-        return spki(read_ca_file(anchor)[0].public_key()) == spki(bundle[0].public_key())
-    except UnreadableError:  # a run of `rotate-ca` says so
-        return True
 
 
 # --- failed runs ------------------------------------------------------------------------------------------------------

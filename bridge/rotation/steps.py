@@ -31,7 +31,7 @@ from bridge.rotation import former_keys, new_ca, objects, places
 from bridge.rotation.gate import Gate
 from bridge.rotation.phases import Bundle, Kind, Phase, differences, text, texts
 from bridge.rotation.places import Replaced, with_ca
-from bridge.settings.tables import RenewalSettings, Settings, for_next
+from bridge.settings.tables import Settings, for_next
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, KUBELET_CONF, Component
 from bridge.state import audit, backups, copies
 from bridge.state.backups import Backup
@@ -102,7 +102,7 @@ def run(
             straight_to_the_new_ca(one) if gate.emergency else planned(verb, one, back.get(one.name))
             for one in cas.values()
         )
-        assert_possible(steps, cas, settings.renewal, ours.now(), emergency=gate.emergency)
+        assert_possible(steps, cas, settings, ours.now(), emergency=gate.emergency)
         if verb is not Verb.BACK:
             assert_keys_can_leave(steps, node, settings, gate)
         to_do = [step for step in steps if not step.is_there]
@@ -226,7 +226,7 @@ VERBS = {Phase.TRUSTED: "trust", Phase.ISSUED: "issue", Phase.NEW: "drop"}
 def assert_possible(
     steps: Sequence[Step],
     cas: Mapping[str, Replaced],
-    renewal: RenewalSettings,
+    settings: Settings,
     now: datetime,
     *,
     emergency: bool = False,
@@ -234,7 +234,7 @@ def assert_possible(
     """Refuse a new CA that can't work (NewCaError)."""
     for step in steps:
         one = step.ca
-        found = list(violations(one, cas, renewal, now, emergency=emergency))
+        found = list(violations(one, cas, settings, now, emergency=emergency))
         if found:
             raise NewCaError(f"{one.name}: {text(one.change.new)} can't take its place: {'; '.join(map(str, found))}")
 
@@ -282,19 +282,20 @@ def _without_keys(run: Run, steps: Sequence[Step], result: Result, gate: Gate) -
 
 
 def violations(
-    one: Replaced, cas: Mapping[str, Replaced], renewal: RenewalSettings, now: datetime, *, emergency: bool = False
+    one: Replaced, cas: Mapping[str, Replaced], settings: Settings, now: datetime, *, emergency: bool = False
 ) -> Iterator[Violation]:
     """Why the new CA can't take the old one's place in this cluster, or not now; in an emergency its age does not count."""
     others = {name: [each.change.old, each.change.new] for name, each in cas.items() if name != one.name}
     leaves = {item.spec.name: item.certificates[0] for item in one.items}
     if one.change.old != one.change.new:
         yield from new_ca.violations(one.change, leaves, others, now)
-        if one.change.cross is not None and not cross.is_long_enough(one.change.cross, renewal, now):
-            want = f"later than renewal.before ({renewal.before}) from now on, or no certificate gets it"
+        if one.change.cross is not None and not cross.is_long_enough(one.change.cross, settings.renewal, now):
+            want = f"later than renewal.before ({settings.renewal.before}) from now on, or no certificate gets it"
             got = minute(one.change.cross.not_valid_after_utc)
             yield Violation(subject="cross certificate's notAfter", want=want, got=got)
         if one.standing.phase is Phase.OLD and not emergency:
-            yield from new_ca.untimely(one.change, now, outlasts=one.state.key != "local")
+            is_adoption = one.state.key == "local" or settings.authorities[one.name].names_next_alone
+            yield from new_ca.untimely(one.change, now, outlasts=not is_adoption)
 
 
 # --- trust ------------------------------------------------------------------------------------------------------------

@@ -451,7 +451,7 @@ class AuthoritySettings:
     rehearsal: dict[str, str] = field(default_factory=dict)
     #: For `rotate-ca`: the CA that takes this one's place. `anchor` is a file with its certificate; another `backend`, or
     #: other values for the backend's keys, such as `mount`, are in force from the moment at which it signs. With `anchor`
-    #: alone the backend is the next CA's already, and until then kubeadm's own key signs, which is on the node. With `cross`
+    #: alone the backend is the next CA's already, and nothing is asked of it before `rotate-ca issue`. With `cross`
     #: (see below) no node has to trust the next CA before it signs.
     next: dict[str, str] = field(default_factory=dict)
     #: A file with a certificate that an earlier CA gave to this one (the same name and key). It goes behind each new
@@ -475,6 +475,11 @@ class AuthoritySettings:
             if name not in EXTRA_SUBJECT_OIDS or "=" not in text:
                 wanted = f"NAME=VALUE with NAME one of {', '.join(EXTRA_SUBJECT_OIDS)} (CN and O are the identity)"
                 yield SettingsProblem("allow_extra_subject", wanted, repr(text))
+
+    @property
+    def names_next_alone(self) -> bool:
+        """Whether the backend is the next CA's, and none is named for the CA of before."""
+        return bool(self.next) and set(self.next) <= {"anchor", "cross"}
 
     @property
     def extra_subject(self) -> frozenset[tuple[str, str]]:

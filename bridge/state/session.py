@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from bridge.errors import BridgeError
 from bridge.node import inventory
 from bridge.node.inventory import Node
+from bridge.pki.certificates import spki
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings, for_next
 from bridge.state import audit, install, parked_manifest
@@ -134,6 +135,25 @@ def in_force(settings: Settings, bundles: Mapping[str, Sequence[x509.Certificate
         if ours.next and _signs(Path(ours.next["anchor"]), bundles.get(name, ()))
     ]
     return for_next(settings, names) if names else settings
+
+
+def not_yet_signing(
+    settings: Settings, bundles: Mapping[str, Sequence[x509.Certificate]]
+) -> dict[str, tuple[x509.Certificate, ...]]:
+    """
+    The next CA's certificate, by authority, where the settings name its backend alone, and the CA of before still signs.
+
+    That is the first of the CA file, so that workers and etcd hosts know it, too; a CA that keeps its key signs already.
+    """
+    found: dict[str, tuple[x509.Certificate, ...]] = {}
+    for name, ours in settings.authorities.items():
+        if not ours.names_next_alone or not bundles.get(name):
+            continue
+        with contextlib.suppress(UnreadableError):  # a run of `rotate-ca` says so
+            next_ca = read_ca_file(Path(ours.next["anchor"]))
+            if spki(next_ca[0].public_key()) != spki(bundles[name][0].public_key()):
+                found[name] = next_ca[:1]
+    return found
 
 
 def _signs(anchor: Path, bundle: Sequence[x509.Certificate]) -> bool:

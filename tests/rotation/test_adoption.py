@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.cli.options import utc_now
+from bridge.diagnosis import authorities
 from bridge.errors import Exit, SettingsError
 from bridge.node import inventory
 from bridge.pki.certificates import load_pem_certificates, pem, spki
@@ -24,6 +26,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, Component
 from bridge.state.store import Store
 from tests.kit import next_cas
+from tests.kit.issuing import Signer
 from tests.kit.pairs import assert_pairs
 from tests.kit.pki import Pki, handmade_pki, kubeadm_pki
 from tests.kit.renewing import Quiet, settings_for
@@ -138,6 +141,56 @@ def test_until_then_no_night_asks_the_next_ca(settings: Settings) -> None:
         assert (night.exit_code, night.renewed) == (Exit.WAITING, [])
         assert all("kubeadm certs renew" in str(one.error.hint) for one in night.waiting if one.error)
     assert not Store(settings.node.state_dir).requests.exists()
+
+
+def as_worker(settings: Settings, pki: Pki) -> None:
+    """Leave what a worker has: its kubelet's kubeconfig, and the CA's certificate without a key."""
+    for path in [*pki.kubeconfig_dir.iterdir(), *pki.pki_dir.iterdir()]:
+        if path.name not in ("pki", "kubelet.conf", "ca.crt"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert inventory.of(settings.node).role == "worker"
+
+
+def test_until_then_no_night_of_a_worker_asks_the_next_ca(settings: Settings, pki: Pki) -> None:
+    """The CA's key was never there; the cluster would not know a kubelet with a certificate of the next CA."""
+    as_worker(settings, pki)
+    before = contents(pki)
+    night = renew.run(settings, RunOptions(names=("kubelet.conf",)), utc_now, Quiet())[0]
+    assert ([str(one.error) for one in night.waiting], contents(pki)) == (
+        ["the settings name the next CA alone (`next.anchor`), which does not sign yet on this node"],
+        before,
+    )
+    for verb, phase in ((Verb.TRUST, "trusted"), (Verb.ISSUE, "issued")):
+        run(settings, verb)  # no API server is there that could be seen to take it
+        assert phases(settings)["ca"] == phase
+    renewed = renew.run(settings, RunOptions(names=("kubelet.conf",)), utc_now, Quiet())[0].renewed
+    assert [one.name for one in renewed] == ["kubelet.conf"]
+
+
+@pytest.mark.parametrize("is_worker", [False, True])
+def test_doctor_compares_a_backend_with_the_ca_whose_it_is(settings: Settings, pki: Pki, is_worker: bool) -> None:
+    """The next one before `issue`, too; a backend of another CA is an error all the same."""
+    if is_worker:
+        as_worker(settings, pki)
+
+    def found(ours: Settings) -> set[tuple[str, str]]:
+        return {
+            (one.level, one.about)
+            for one in authorities.look(inventory.of(ours.node), ours, utc_now())
+            if one.check in ("backend", "what-the-ca-would-sign")
+        }
+
+    names = ["ca"] if is_worker else list(AUTHORITIES)
+    good = {("ok", f"backend of {name}") for name in names}
+    for verb in (None, Verb.TRUST):
+        if verb is not None:
+            run(settings, verb, names)  # a worker asks an API server whether it takes it; none is there
+        assert set(phases(settings).values()) == {"old" if verb is None else "trusted"}
+        assert found(settings) == good
+    anchor = Path(settings.authorities["ca"].next["anchor"])
+    anchor.write_bytes(pem(Signer.make("stranger", key_id=True).certificate))
+    assert ("ok", "backend of ca") not in found(settings)
+    assert any(level == "error" for level, _ in found(settings))
 
 
 def test_killed_with_the_keys_there_the_same_command_takes_them_away(settings: Settings, pki: Pki, disk: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_ca_that_was_made_just_now_will_do(settings: Settings, tmp_path: Path)
     with pytest.raises(steps.NewCaError, match=r"notBefore: wanted at the latest .*; notAfter: wanted later than"):
         run(other, Verb.TRUST)
     step = steps.straight_to_the_new_ca(places.look(other, inventory.of(other.node), ["ca"])["ca"])
-    steps.assert_possible([step], {"ca": step.ca}, other.renewal, utc_now(), emergency=True)
+    steps.assert_possible([step], {"ca": step.ca}, other, utc_now(), emergency=True)
 
 
 def test_the_way_back_says_what_it_can_not_do(settings: Settings, pki: Pki) -> None:
