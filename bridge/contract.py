@@ -318,6 +318,15 @@ class ListsIssuers(Protocol):
 
 
 @runtime_checkable
+class ListsIssuersOf(Protocol):
+    """Optional: as `ListsIssuers`, by a backend that several authorities share."""
+
+    def issuers_of(self, authority: str) -> list[x509.Certificate]:
+        """As `ListsIssuers.issuers`, of the authority with this name, such as `etcd-ca`."""
+        ...
+
+
+@runtime_checkable
 class Identifies(Protocol):
     """Optional: who we are to the CA, for the record."""
 

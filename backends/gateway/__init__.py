@@ -19,6 +19,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from backends.http import Http, Wording, pem_certificates, retry_after_seconds, tls_context, url_problems
@@ -113,6 +114,13 @@ class GatewayBackend:
             if spec.authority.name not in there
         }
 
+    def issuers_of(self, authority: str) -> list[x509.Certificate]:
+        """The CA certificates that the door has of an authority, the one that signs first; none while it has not reached it."""
+        answer = self._ask("GET", f"/v1/authorities/{authority}")
+        if answer.status in {HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE}:
+            return []
+        return self._certificates(answer)
+
     def identity(self) -> str:
         """The node's name: it is the door that finds out, by proof, who asks."""
         return self._settings.node
@@ -160,13 +168,17 @@ class GatewayBackend:
         answer = self._ask("GET", f"/v1/certificates/{request.spec.name}/{csr}")
         if answer.status == HTTPStatus.NOT_FOUND:
             return None
+        leaf, *intermediates = self._certificates(answer)
+        return Issued(leaf=leaf, intermediates=tuple(intermediates))
+
+    @staticmethod
+    def _certificates(answer: Answer) -> list[x509.Certificate]:
         if answer.status != HTTPStatus.OK:
             raise _error(answer)
         try:
-            leaf, *intermediates = pem_certificates(answer.body)
+            return pem_certificates(answer.body)
         except ValueError as e:
             raise BackendRefusedError(f"gateway: wanted certificates in PEM, found: {one_line(e)}") from e
-        return Issued(leaf=leaf, intermediates=tuple(intermediates))
 
     def _posted(self, bundle: RequestBundle) -> Pending:
         try:

@@ -24,6 +24,7 @@ from bridge.contract import (
     Identifies,
     Issued,
     ListsIssuers,
+    ListsIssuersOf,
     Pending,
     PutsAway,
     Recalls,
@@ -77,6 +78,7 @@ class CA:
     label: str  #: For messages, such as `corp (vault)`.
     backend: Backend | None  #: None: it can't be opened, for which `trouble` has the reason.
     retry: Retry
+    authority: str = ""  #: For which it is asked.
     trouble: BridgeError | None = None  #: Why this CA can't be used at all.
     #: Errors about certificates that it would sign wrongly, by name.
     wrong: Mapping[str, BridgeError] = field(default_factory=dict)
@@ -89,7 +91,7 @@ class CA:
     def of(cls, configured: Configured, retry: Retry | None = None) -> CA:
         """Open the backend; the CA is not asked yet."""
         retry = retry or Outage(configured.settings.retry_for, configured.label)
-        return cls(label=configured.label, backend=configured.open(), retry=retry)
+        return cls(label=configured.label, authority=configured.authority, backend=configured.open(), retry=retry)
 
     @classmethod
     def reach(
@@ -102,7 +104,10 @@ class CA:
     ) -> CA:
         """Open a backend, and ask what can be asked before a signature is spent; an error is part of the answer."""
         ca = cls(
-            label=configured.label, backend=opened, retry=Outage(configured.settings.retry_for, configured.label, tell)
+            label=configured.label,
+            authority=configured.authority,
+            backend=opened,
+            retry=Outage(configured.settings.retry_for, configured.label, tell),
         )
         try:
             ca.backend = opened or configured.open()
@@ -152,6 +157,8 @@ class CA:
     def issuers(self) -> tuple[x509.Certificate, ...]:
         """The CA's own certificates, the one that signs first; none: this CA does not tell."""
         backend = self.backend
+        if isinstance(backend, ListsIssuersOf):
+            return tuple(self._question(lambda: backend.issuers_of(self.authority)))
         return tuple(self._question(backend.issuers)) if isinstance(backend, ListsIssuers) else ()
 
     def error(self, name: str) -> BridgeError | None:

@@ -233,6 +233,11 @@ class Desk:
         ca = self._cas.get(authority)
         return ca.certificates if ca is not None else ()
 
+    def chain(self, authority: str) -> tuple[x509.Certificate, ...]:
+        """The CA's certificates as far as it was reached: the one that signs, all above it, and the cluster's."""
+        ca = self._cas.get(authority)
+        return () if ca is None else tuple(dict.fromkeys((*ca.ca.certificates, *ca.anchors)))
+
     def troubles(self) -> dict[str, BridgeError]:
         """Why a CA that was reached can't be used, by authority."""
         return {name: one.ca.trouble for name, one in self._cas.items() if one.ca.trouble is not None}

@@ -5,7 +5,7 @@ What the door answers: our own requests, and the pages for monitors (WSGI).
 has the same id, so that a node that was killed asks again. A node without certificates proves in the header
 `Authorization` that it has the secret of an enrolment. `GET /v1/requests/ID` is the answer bundle, or 202 with
 Retry-After. `GET /v1/certificates/NAME/DIGEST` finds what was issued for a CSR, by its SHA-256. `GET /v1/authorities`
-says which CAs there are. No answer holds a secret: who asks is proven by the bundle, and certificates are public.
+says which CAs there are, and `GET /v1/authorities/NAME` has the certificates of one. No answer holds a secret: who asks is proven by the bundle, and certificates are public.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from http import HTTPStatus
 from typing import Any
+
+from cryptography import x509
 
 from bridge.door import enrolments
 from bridge.door.enrolments import Enrolment
@@ -29,6 +31,7 @@ from bridge.door.store import DatabaseError, EnrolmentError, Kept, Memory
 from bridge.errors import BridgeError
 from bridge.pki.bundle import BundleError, RequestBundle
 from bridge.pki.bundle_format import digest, loads_request
+from bridge.pki.certificates import pem
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -39,6 +42,8 @@ _SOON_FOR = timedelta(seconds=30)
 #: When a node that was turned away may come again.
 _PAUSE_SECONDS = 30
 _ID = re.compile(r"/v1/requests/([A-Za-z0-9_-]{43})")
+_AUTHORITY = re.compile(r"/v1/authorities/([a-z-]{1,100})")
+_CHAIN = "application/pem-certificate-chain"
 _CERTIFICATE = re.compile(r"/v1/certificates/([a-z0-9.-]{1,100})/([0-9a-f]{64})")
 
 Environ = Mapping[str, Any]
@@ -85,14 +90,19 @@ class Door:
         *,
         refuses: Callable[[RequestBundle, frozenset[str]], str],
         authorities: Iterable[str],
+        chain: Callable[[str], Sequence[x509.Certificate]],
         pages: Mapping[str, Callable[[], tuple[int, str]]],
     ) -> None:
-        """`refuses` says why nothing of a bundle can be signed, if so; `pages` are those for monitors, by path."""
+        """
+        `refuses` says why nothing of a bundle can be signed, if so; `chain` has an authority's CA certificates, as far as
+        it was reached; `pages` are those for monitors, by path.
+        """
         self._memory = memory
         self._quota = quota
         self._now = now
         self._refuses = refuses
         self._authorities = sorted(authorities)
+        self._chain = chain
         self._pages = pages
         self._mutex = threading.Lock()
         self.arrived = threading.Event()  #: There is something to sign.
@@ -150,9 +160,18 @@ class Door:
         if (match := _CERTIFICATE.fullmatch(path)) is not None:
             name, csr = match[1], match[2]
             return lambda: self._certificate(name, csr)
+        if (match := _AUTHORITY.fullmatch(path)) is not None and match[1] in self._authorities:
+            name = match[1]
+            return lambda: self._issuers(name)
         if path == "/v1/authorities":
             return lambda: Reply.of(HTTPStatus.OK, {"authorities": self._authorities})
         return None
+
+    def _issuers(self, authority: str) -> Reply:
+        if not (found := self._chain(authority)):
+            text = f"wanted the CA of {authority}, found that it was not reached yet"
+            return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_PAUSE_SECONDS))
+        return Reply(status=HTTPStatus.OK, body=pem(*found), kind=_CHAIN)
 
     # --- our own requests ---------------------------------------------------------------------------------------------
 
@@ -235,7 +254,7 @@ class Door:
         chain = self._memory.issued_for(csr, name)
         if chain is None:
             return Reply.error(HTTPStatus.NOT_FOUND, "wanted a CSR that was signed here, found another one")
-        return Reply(status=HTTPStatus.OK, body=chain, kind="application/pem-certificate-chain")
+        return Reply(status=HTTPStatus.OK, body=chain, kind=_CHAIN)
 
 
 def _refused(bundle: RequestBundle, asked: str, peer: str, reason: BridgeError | str) -> Reply:

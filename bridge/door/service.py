@@ -62,7 +62,13 @@ class Service:
         pages = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
         quota = Quota(waiting=settings.serve.waiting, waiting_per_peer=settings.serve.waiting_per_peer)
         self._door = Door(
-            self.memory, quota, now, refuses=self._signing.refuses, authorities=settings.authorities, pages=pages
+            self.memory,
+            quota,
+            now,
+            refuses=self._signing.refuses,
+            authorities=settings.authorities,
+            chain=lambda name: self._signing.chains.get(name, ()),
+            pages=pages,
         )
         self._ending = False
         self._fatal: OwnClusterError | None = None

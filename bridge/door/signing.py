@@ -84,6 +84,8 @@ class Signing:
         #: The CAs' certificates by authority, as they were found last; from any thread. They sign nodes' certificates.
         self.cas: Mapping[str, tuple[x509.Certificate, ...]] = {}
         self.troubles: Mapping[str, str] = {}  #: What is wrong with CAs, by authority.
+        #: Each CA's certificates as they were found last, for those who verify what it signs; from any thread.
+        self.chains: Mapping[str, tuple[x509.Certificate, ...]] = {}
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
 
     def look(self) -> None:
@@ -91,6 +93,8 @@ class Signing:
         desk = self._desk_of_now()
         desk.open_all()
         self.troubles = {name: str(error) for name, error in desk.troubles().items()}
+        chains = {name: desk.chain(name) for name in self._settings.authorities}
+        self.chains = {**self.chains, **{name: chain for name, chain in chains.items() if chain}}
         assert_elsewhere(self._settings, desk.certificates)
         self._judgement = desk.judgement()
         found = {name: desk.certificates(name) for name in self._settings.authorities}

@@ -152,7 +152,13 @@ def posted(door: Door, data: bytes) -> tuple[str, dict[str, str], dict[str, Any]
 
 def make_application(memory: Memory) -> Door:
     return Door(
-        memory, Quota(waiting=10, waiting_per_peer=10), now, refuses=lambda *_: "", authorities=AUTHORITIES, pages={}
+        memory,
+        Quota(waiting=10, waiting_per_peer=10),
+        now,
+        refuses=lambda *_: "",
+        authorities=AUTHORITIES,
+        chain=lambda _: (),
+        pages={},
     )
 
 
