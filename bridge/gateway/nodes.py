@@ -100,9 +100,10 @@ class WatchedFile(Generic[T]):
 
 
 class Remembered(Generic[K, V]):
-    """Answers that count for a minute; the oldest is forgotten first."""
+    """Answers that count for a while; the oldest is forgotten first."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = _REMEMBERED_SECONDS) -> None:
+        self._seconds = seconds
         self._mutex = threading.Lock()
         self._answers: OrderedDict[K, tuple[V, float]] = OrderedDict()
 
@@ -110,12 +111,12 @@ class Remembered(Generic[K, V]):
         """The answer; None: it is not known."""
         with self._mutex:
             found = self._answers.get(key)
-        return (found[0],) if found is not None and time.monotonic() - found[1] < _REMEMBERED_SECONDS else None
+        return (found[0],) if found is not None and time.monotonic() - found[1] < self._seconds else None
 
-    def put(self, key: K, value: V) -> None:
-        """Remember an answer."""
+    def put(self, key: K, value: V, asked: float | None = None) -> None:
+        """Remember an answer to what was asked then (monotonic; None: a moment ago)."""
         with self._mutex:
-            self._answers[key] = (value, time.monotonic())
+            self._answers[key] = (value, time.monotonic() if asked is None else asked)
             self._answers.move_to_end(key)
             if len(self._answers) > _MOST_REMEMBERED:
                 self._answers.popitem(last=False)

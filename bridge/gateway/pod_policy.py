@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 from bridge.contract import Names
 from bridge.desk.node_inventory import Inventory
 from bridge.gateway.pod_rules import KEY_TYPES, SHORTEST, Identity, PodSignerRules, Who, is_never_a_pods
-from bridge.gateway.policy import Allowed, GatewayPolicy, Hostile, Later, Verdict
-from bridge.pki.csr_fields import Asked, OddRequestError, read
+from bridge.gateway.policy import Allowed, GatewayPolicy, Hostile, Later, Verdict, read_csr
+from bridge.pki.csr_fields import Asked, OddRequestError
 from bridge.words import one_line
 
 #: The kubelet asks anew after 10 to 15 minutes, and kube-controller-manager deletes what is older than 15.
@@ -135,10 +135,9 @@ def _troubles(
 
 def own_words(request: PodRequest) -> Asked | Hostile:
     """The CSR, which has to be empty, as every kubelet's is."""
-    try:
-        asked = read(request.pem)
-    except OddRequestError as e:
-        return Hostile(str(e))
+    asked = read_csr(request.pem)
+    if isinstance(asked, OddRequestError):
+        return Hostile(str(asked))
     if asked.subject or asked.sans:
         return Hostile("the CSR has names, and a kubelet's has none", told="the CSR has to be empty")
     return asked

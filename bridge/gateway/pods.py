@@ -6,7 +6,6 @@ import contextlib
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from http import HTTPStatus
@@ -16,6 +15,7 @@ from urllib.parse import quote
 from bridge.cluster.api import MERGE_PATCH, Api, NoAnswerError, Reply
 from bridge.gateway import watch
 from bridge.gateway.context import Context, GoneError, LeftError, NotAllowedError, after_refusal
+from bridge.gateway.nodes import Remembered
 from bridge.gateway.pod_policy import (
     USUAL_SECONDS,
     AllowedPod,
@@ -40,10 +40,9 @@ from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
 
-#: A service account, a node's or a namespace's metadata that was looked at so long ago is as good as one of now; a pod
-#: is looked at anew for each verdict.
+#: A service account, a node's or a namespace's metadata that was looked at so long ago is as good as one of now; so is a
+#: pod for the write, which was looked at anew right before the CA was asked.
 _RECENT_SECONDS = 2.0
-_MOST_REMEMBERED = 10_000
 _EVENTS_A_MINUTE = 120
 #: The CA's own words are in the gateway's log alone: they may name what a pod's owner should not read.
 _OF_THE_CA = {
@@ -74,10 +73,11 @@ class PodJudge:
 
     def look(self, one: AnyObject) -> Look:
         """What a request says of itself; a kubelet may have several at a time, none of which supersedes another."""
-        return Look(is_hostile=isinstance(own_words(_request(one)), Hostile))
+        del one
+        return Look()
 
     def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
-        """The policy's verdict, by the pod as it is at this moment."""
+        """The policy's verdict, by the pod as it is at this moment; for a write, it may have been looked at a moment ago."""
         context, request = self._context, _request(job.one)
         if PODS.name not in context.authorities:
             return Later("the policy had no table for this signer when the gateway was started; restart it")
@@ -86,7 +86,7 @@ class PodJudge:
         hostile = own_words(request)
         if isinstance(hostile, Hostile):  # nothing is looked up for it
             return hostile
-        pod = self._looks.pod(request)
+        pod = self._looks.pod(request, at_write=at_write)
         account = self._looks.metadata(
             f"namespaces/{_q(request.namespace)}/serviceaccounts/{_q(request.service_account)}"
         )
@@ -114,28 +114,28 @@ class Looks:
 
     def __init__(self, api: Api) -> None:
         self._api = api
-        self._mutex = threading.Lock()
-        self._known: OrderedDict[str, tuple[Mapping[str, Any] | None, float]] = OrderedDict()
+        self._metadata: Remembered[str, Mapping[str, Any] | None] = Remembered(_RECENT_SECONDS)
+        self._pods: Remembered[str, PodState | None] = Remembered(_RECENT_SECONDS)
 
-    def pod(self, request: PodRequest) -> PodState | None:
-        """A pod as it is at this moment; None: there is none of this name."""
-        document = self._asked(f"namespaces/{_q(request.namespace)}/pods/{_q(request.pod)}", "application/json")
-        return None if document is None else pod_state(document)
+    def pod(self, request: PodRequest, *, at_write: bool) -> PodState | None:
+        """A pod as it is at this moment, or for a write as it was a moment ago; None: there is none of this name."""
+        path = f"namespaces/{_q(request.namespace)}/pods/{_q(request.pod)}"
+        if at_write and (known := self._pods.get(path)) is not None:
+            return known[0]
+        now = time.monotonic()
+        document = self._asked(path, "application/json")
+        found = None if document is None else pod_state(document)
+        self._pods.put(path, found, now)
+        return found
 
     def metadata(self, path: str) -> Mapping[str, Any] | None:
         """An object's metadata, as they were a moment ago; None: it is not there."""
-        now = time.monotonic()
-        with self._mutex:
-            known = self._known.get(path)
-        if known is not None and now - known[1] < _RECENT_SECONDS:
+        if (known := self._metadata.get(path)) is not None:
             return known[0]
+        now = time.monotonic()
         document = self._asked(path, _METADATA)
         found = None if document is None else _table(document, "metadata")
-        with self._mutex:
-            self._known[path] = (found, now)
-            self._known.move_to_end(path)
-            if len(self._known) > _MOST_REMEMBERED:
-                self._known.popitem(last=False)
+        self._metadata.put(path, found, now)
         return found
 
     def _asked(self, path: str, accept: str) -> Mapping[str, Any] | None:

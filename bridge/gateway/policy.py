@@ -129,7 +129,8 @@ USUAL_BYTES = 3 << 10
 _remembered = lru_cache(maxsize=1024)(read)
 
 
-def _read(pem: bytes) -> Asked | OddRequestError:
+def read_csr(pem: bytes) -> Asked | OddRequestError:
+    """A request's CSR, or what is odd in it."""
     try:
         return _remembered(pem) if len(pem) <= USUAL_BYTES else read(pem)
     except OddRequestError as e:
@@ -138,7 +139,7 @@ def _read(pem: bytes) -> Asked | OddRequestError:
 
 def addresses_of(request: Request) -> list[str]:
     """The IP addresses that the CSR asks for, as far as it can be read."""
-    asked = _read(request.pem)
+    asked = read_csr(request.pem)
     return [] if isinstance(asked, OddRequestError) else sorted(value for kind, value in asked.sans if kind == "IP")
 
 
@@ -146,7 +147,7 @@ def node_of(request: Request) -> str | None:
     """The node that a kubelet's request is about; None: it is about no node, or its CSR can't be read."""
     if spec_of(request.signer) not in (KUBELET_CLIENT, KUBELET_SERVING):
         return None
-    asked = _read(request.pem)
+    asked = read_csr(request.pem)
     if isinstance(asked, OddRequestError):
         return None
     name = asked.cn.removeprefix(NODE_USER)
@@ -158,7 +159,7 @@ def judge(request: Request, world: World) -> Verdict:
     rules, spec = world.policy.signers.get(request.signer), spec_of(request.signer)
     if rules is None or spec is None:
         return Later("the policy has no table for this signer")
-    asked = _read(request.pem)
+    asked = read_csr(request.pem)
     if isinstance(asked, OddRequestError):
         return Hostile(str(asked))
     keys = rules.keys or world.policy.allow.keys

@@ -1,9 +1,10 @@
 """
 HTTP/1.1 for the cluster's API, components, neighbours and CAs, on connections that are kept or used once.
 
-`http.client` reads an answer; this module adds a time limit for the whole request, a limit on the bytes that a server
-sends (counted below the parser), and the guarantee that no request gets the rest of another one's answer. A connection
-carries one request at a time. There are no redirects, proxies, environment variables, keys on disk or repetitions.
+`http.client` reads an answer's body; this module reads its head, and adds a time limit for the whole request, a limit on
+the bytes that a server sends (counted below the parser), and the guarantee that no request gets the rest of another one's
+answer. A connection carries one request at a time. There are no redirects, proxies, environment variables, keys on disk
+or repetitions.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import select
 import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from http.client import HTTPException, HTTPResponse
+from http import HTTPStatus
+from http.client import HTTPException, HTTPResponse, RemoteDisconnected
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -203,8 +206,7 @@ class KeptConnection:
             content = _body(response, longest)
             if response.will_close or received.has_more():  # what came unasked is no request's answer
                 self.close()
-            named = {name.lower(): value for name, value in response.headers.items()}
-            return Answer(status=response.status, headers=named, body=content)
+            return Answer(status=response.status, headers=response.fields, body=content)
 
     def stream(self, target: str, headers: Mapping[str, str], *, seconds: float) -> Stream:
         """Send one GET, read the head of its answer, and return the open answer; the caller closes the connection."""
@@ -246,7 +248,7 @@ class KeptConnection:
 
     def _begun(
         self, method: str, target: str, headers: Mapping[str, str], body: bytes | None, limits: _Limits
-    ) -> tuple[HTTPResponse, _Received]:
+    ) -> tuple[_Response, _Received]:
         data = _head(method, target, {"Host": self._host, **headers}, body) + (body or b"")
         opened = self._opened(limits)
         unsent = memoryview(data)
@@ -254,10 +256,8 @@ class KeptConnection:
             opened.settimeout(limits.seconds_left())
             unsent = unsent[opened.send(unsent) :]
         received = _Received(opened, limits)
-        response = HTTPResponse(cast(socket.socket, received), method=method)
+        response = _Response(cast(socket.socket, received), method=method)
         response.begin()
-        if response.headers.get("transfer-encoding", "chunked").lower() != "chunked":
-            raise UnreachableError("wanted no transfer encoding besides chunked, found one")
         return response, received
 
     def _opened(self, limits: _Limits) -> socket.socket:
@@ -278,6 +278,53 @@ def _head(method: str, target: str, headers: Mapping[str, str], body: bytes | No
     given = {**headers, "Accept-Encoding": "identity", **length}
     lines = "".join(f"{name}: {value}\r\n" for name, value in given.items())
     return f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
+
+
+_STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?\r?\n")
+_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*?)[ \t]*\r?\n")
+_LENGTH = re.compile("[0-9]{1,18}")
+_NO_BODY = frozenset({*range(100, 200), HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
+
+
+class _Response(HTTPResponse):
+    """
+    An answer whose head is read here (RFC 9112): the library reads one with its parser of mail, which takes as long as
+    TLS and the rest together (docs/evidence/numbers.md), and ends at the first line that it can't read.
+    """
+
+    fields: dict[str, str]  #: By name in small letters; the last of several.
+
+    def begin(self) -> None:
+        """Read the head, and how the body ends."""
+        self.status = HTTPStatus.CONTINUE
+        while self.status == HTTPStatus.CONTINUE:
+            line = self.fp.readline(_SPARE_BYTES)
+            if not line:
+                raise RemoteDisconnected("no answer")
+            if (found := _STATUS_LINE.fullmatch(line)) is None:
+                raise HTTPException(repr(line[:40]))
+            is_old, self.status = found[1] == b"0", int(found[2])
+            self.fields = dict(self._read_fields())
+        coding, connection = self.fields.get("transfer-encoding"), self.fields.get("connection", "").lower()
+        if coding is not None and coding.lower() != "chunked":
+            raise UnreachableError("wanted no transfer encoding besides chunked, found one")
+        self.chunked, self.chunk_left = coding is not None, None
+        length = None if self.chunked else self.fields.get("content-length")
+        self.length = 0 if self.status in _NO_BODY else None if length is None else int(length)
+        has_no_end = self.length is None and not self.chunked
+        self.will_close = has_no_end or ("keep-alive" not in connection if is_old else "close" in connection)
+
+    def _read_fields(self) -> Iterator[tuple[str, str]]:
+        lengths: set[str] = set()
+        while (line := self.fp.readline(_SPARE_BYTES)) not in {b"\r\n", b"\n"}:
+            if (found := _FIELD.fullmatch(line)) is None:
+                raise HTTPException(f"{line[:40]!r} in the head")
+            name, value = found[1].decode("ascii").lower(), found[2].decode("latin-1")
+            if name == "content-length":
+                lengths.add(value)
+                if len(lengths) > 1 or not _LENGTH.fullmatch(value):  # or two readers find two ends of the body
+                    raise HTTPException("a length that is none")
+            yield name, value
 
 
 def _body(response: HTTPResponse, longest: int) -> bytes:
