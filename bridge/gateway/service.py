@@ -83,11 +83,11 @@ class _Watching:
         self.trouble = "the API server was not asked yet"
         self.alive = time.monotonic()
 
-    def is_alive(self, server: str) -> None:
+    def is_alive(self, api: Api) -> None:
         """Something has come from the API server."""
         self.alive = time.monotonic()
         if self.trouble:
-            log.info("watching %s of %s", self.kind.what, server)
+            log.info("watching %s of %s", self.kind.what, api.server)
             self.trouble = ""
 
 
@@ -219,7 +219,7 @@ class Service:
                 continue
             watch = ours.watch = Watch(self.api, ours.kind)
             try:
-                watch.run(self._issuing.changed, self._issuing.gone, lambda: ours.is_alive(str(self.api.server)))
+                watch.run(self._issuing.changed, self._issuing.gone, lambda: ours.is_alive(self.api))
                 failures = 0
             except NoAnswerError as e:
                 if not ours.trouble:

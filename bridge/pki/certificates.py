@@ -196,11 +196,14 @@ def is_ca(certificate: x509.Certificate) -> bool:
 def extension(subject: x509.Certificate | x509.CertificateSigningRequest, kind: type[_Extension]) -> _Extension | None:
     """The value of one extension, None when it is absent."""
     try:
-        values = [one.value for one in subject.extensions]
+        listed = subject.extensions
     except (x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as e:
         raise ValueError(str(e)) from e
-    # by the exact type, since `isinstance` is slow with the library's abstract classes
-    return next((value for value in values if type(value) is kind), None)
+    for one in listed:
+        value = one.value
+        if type(value) is kind:  # `isinstance` is slow with the library's abstract classes
+            return value
+    return None
 
 
 _PKCS7_PEM = (b"-----BEGIN PKCS7-----", b"-----BEGIN CMS-----", b"-----BEGIN PKCS #7 SIGNED DATA-----")

@@ -79,10 +79,10 @@ case $CNI_COMMAND in
     ip link add "p$number" type veth peer name "$CNI_IFNAME" netns "$CNI_NETNS"
     ip addr add 169.254.1.1/32 dev "p$number"; ip link set "p$number" up
     ip route add {POD_NETWORK}.$number/32 dev "p$number"
-    in() {{ nsenter --net="$CNI_NETNS" "$@"; }}
-    in ip addr add {POD_NETWORK}.$number/32 dev "$CNI_IFNAME"
-    in ip link set lo up; in ip link set "$CNI_IFNAME" up
-    in ip route add 169.254.1.1 dev "$CNI_IFNAME"; in ip route add default via 169.254.1.1
+    inside() {{ nsenter --net="$CNI_NETNS" "$@"; }}
+    inside ip addr add {POD_NETWORK}.$number/32 dev "$CNI_IFNAME"
+    inside ip link set lo up; inside ip link set "$CNI_IFNAME" up
+    inside ip route add 169.254.1.1 dev "$CNI_IFNAME"; inside ip route add default via 169.254.1.1
     echo '{{"cniVersion": "1.0.0", "interfaces": [{{"name": "'"$CNI_IFNAME"'", "sandbox": "'"$CNI_NETNS"'"}}],
       "ips": [{{"address": "{POD_NETWORK}.'$number'/32", "interface": 0}}]}}' >&3 ;;
   VERSION) echo '{{"cniVersion": "1.0.0", "supportedVersions": ["1.0.0"]}}' >&3 ;;
