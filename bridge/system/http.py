@@ -288,8 +288,8 @@ _NO_BODY = frozenset({*range(100, 200), HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MO
 
 class _Response(HTTPResponse):
     """
-    An answer whose head is read here (RFC 9112): the library reads one with its parser of mail, which takes as long as
-    TLS and the rest together (docs/evidence/numbers.md), and ends at the first line that it can't read.
+    An answer whose head is read here (RFC 9112): the library has its parser of mail read it, which takes as much processor
+    time as TLS and the rest together, and takes what follows an odd line for no part of the head.
     """
 
     fields: dict[str, str]  #: By name in small letters; the last of several.

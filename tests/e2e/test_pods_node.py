@@ -33,7 +33,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 def test_two_namespaces_talk(site: Site, tmp_path: Path) -> None:
     """Each knows the other by its SPIFFE ID; the key is the pod's user's alone, and a stranger's root is refused."""
-    site.apply(pod("shop", "web", "web"), pod("bank", "till"))
+    site.make(pod("shop", "web", "web"), pod("bank", "till"))
     site.until_running("shop", "web")
     site.until_running("bank", "till")
     web, till = site.holder("shop", "web"), site.holder("bank", "till")
@@ -50,18 +50,15 @@ def test_two_namespaces_talk(site: Site, tmp_path: Path) -> None:
 
 def test_a_pod_that_may_not_says_so(site: Site) -> None:
     """Its events have the reason in words; the gateway's record has it, too."""
-    site.apply(pod("outside", "stray"), pod("shop", "odd", "web", pods.source(keyType="ED25519")))
-
-    def events(namespace: str) -> str:
-        return site.node.kubectl("get", "events", "-n", namespace, "-o", "jsonpath={.items[*].message}").stdout
+    site.make(pod("outside", "stray"), pod("shop", "odd", "web", pods.source(keyType="ED25519")))
 
     wanted = "namespace outside may not have certificates of this signer"
-    wait_for("an event", lambda: wanted in events("outside"), seconds=60)
-    wait_for("an event", lambda: "this signer takes ECDSAP256" in events("shop"), seconds=60)
+    wait_for("an event", lambda: wanted in site.events("outside"), seconds=60)
+    wait_for("an event", lambda: "this signer takes ECDSAP256" in site.events("shop"), seconds=60)
     assert site.pod("outside", "stray")["status"]["phase"] == "Pending"
     assert any(wanted in json.dumps(line) for line in site.gateway.audit())
-    site.node.kubectl("delete", "pod", "-n", "outside", "stray")
-    site.node.kubectl("delete", "pod", "-n", "shop", "odd")
+    site.remove("outside", "stray")
+    site.remove("shop", "odd")
 
 
 def test_twenty_at_once_while_the_ca_is_away(site: Site) -> None:
@@ -69,14 +66,14 @@ def test_twenty_at_once_while_the_ca_is_away(site: Site) -> None:
     names = [f"many-{number}" for number in range(20)]
     os.kill(site.bao.process.pid, signal.SIGSTOP)
     try:
-        site.apply(*(pod("shop", name, "web") for name in names))
+        site.make(*(pod("shop", name, "web") for name in names))
         time.sleep(20)
-        assert "Running" not in site.node.kubectl("get", "pods", "-n", "shop", names[0]).stdout
+        assert {site.phases("shop")[name] for name in names} == {"Pending"}
     finally:
         os.kill(site.bao.process.pid, signal.SIGCONT)
     site.until_running("shop", *names, seconds=240)
     assert site.gateway.metric("requests_total", signer=SIGNER, outcome="denied") == 2
-    site.node.kubectl("delete", "pod", "-n", "shop", "--wait=false", *names)
+    site.remove("shop", *names)
 
 
 def test_the_root_is_replaced_under_them(site: Site, tmp_path: Path) -> None:

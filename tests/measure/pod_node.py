@@ -62,27 +62,25 @@ def _away(site: Site) -> Iterator[None]:
 
 
 def many(site: Site, count: int, figures: Figures) -> None:
-    """All of them are made by one command."""
+    """All of them are made one after the other, within seconds."""
     names = [f"many-{number}" for number in range(count)]
     begin = time.monotonic()
-    site.apply(*(pod("shop", name, "web", SOURCE) for name in names))
+    site.make(*(pod("shop", name, "web", SOURCE) for name in names))
     site.until_running("shop", *names, seconds=1200)
     figures.add(f"{count} pods made at once, on one node: all run, each with its certificate, after", _since(begin))
-    site.node.kubectl("delete", "pod", "-n", "shop", "--wait=false", *names)
-    gone = ("get", "pods", "-n", "shop", "-o", "name")
-    wait_for("their end", lambda: "many-" not in site.node.kubectl(*gone).stdout, seconds=600)
+    site.remove("shop", *names)
+    wait_for("their end", lambda: not set(names) & set(site.phases("shop")), seconds=600)
 
 
 def without_ca(site: Site, minutes: float, figures: Figures) -> None:
     """Pods that begin meanwhile wait, and are told why."""
     names = [f"wait-{number}" for number in range(WAITING)]
     with _away(site):
-        site.apply(*(pod("shop", name, "web", SOURCE) for name in names))
+        site.make(*(pod("shop", name, "web", SOURCE) for name in names))
         time.sleep(60 * minutes)
-        phases = {site.pod("shop", name)["status"]["phase"] for name in names}
+        phases = {site.phases("shop")[name] for name in names}
         assert phases == {"Pending"}, phases
-        look = ("get", "events", "-n", "shop", "-o", "jsonpath={.items[*].message}")
-        assert "waits: the CA does not answer" in site.node.kubectl(*look).stdout
+        assert "waits: the CA does not answer" in site.events("shop")
     begin = time.monotonic()
     site.until_running("shop", *names, seconds=600)
     figures.add(
@@ -161,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         site = stack.enter_context(
             pod_site.running("podnode", "198.18.77.198", files, policy=POLICY, kubelet=kubelet, **ROLE)
         )
-        site.apply(pod("shop", "web", "web", SOURCE), pod("bank", "till", source=SOURCE))
+        site.make(pod("shop", "web", "web", SOURCE), pod("bank", "till", source=SOURCE))
         for namespace, name in PAIR:
             site.until_running(namespace, name)
         holders = [site.holder(*one) for one in PAIR]
