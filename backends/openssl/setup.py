@@ -78,8 +78,8 @@ _COMMAND = """\
 _BESIDE = """\
 #!/bin/sh
 # The directory of a CA whose certificates get their names beside the CSR. ca-bridge writes a section of extensions with
-# these names for each run of `openssl ca`, so that no openssl.cnf is needed; and it asks for exact dates, so that in
-# gateway-policy.toml `backdating = "1m"` is enough.
+# these names for each run of `openssl ca`, so that no openssl.cnf is needed; and it sets both dates, so that in
+# gateway-policy.toml `backdating = "1m"` and `exact_dates = true` fit.
 set -eu
 mkdir -p -m 0700 {directory} {directory}/newcerts
 test -e {directory}/index.txt || : > {directory}/index.txt

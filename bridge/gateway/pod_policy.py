@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from bridge.contract import Names
 from bridge.desk.node_inventory import Inventory
-from bridge.gateway.pod_rules import KEY_TYPES, SHORTEST, Identity, PodSignerRules, Who, is_never_a_pods
+from bridge.gateway.pod_rules import KEY_TYPES, Identity, PodSignerRules, Who, is_never_a_pods
 from bridge.gateway.policy import Allowed, GatewayPolicy, Hostile, Later, Verdict, read_csr
 from bridge.pki.csr_fields import Asked, OddRequestError
 from bridge.words import one_line
@@ -109,7 +109,7 @@ def judge(request: PodRequest, world: PodWorld) -> Verdict:
     if names is None or any(_is_taken(name, world.inventory) for name in names.dns):
         return Later("the policy gives this service account no names, or names of the API server or of a node")
     validity = _validity(request, rules, world)
-    if validity < SHORTEST:
+    if validity < rules.least - rules.backdating:
         return Later(f"the CA's certificate ends at {world.ca_end:%Y-%m-%d %H:%M}, or allow.max_validity is too short")
     return AllowedPod(
         spec=rules.spec,
@@ -206,9 +206,8 @@ def _against(request: PodRequest, asked: Asked, rules: PodSignerRules, world: Po
     if not any(fnmatchcase(request.service_account, one) for one in rules.service_accounts):
         text = f"service account {request.service_account} may not have certificates of this signer"
         yield Hostile(text, told=text)
-    least = SHORTEST + rules.backdating
-    if timedelta(seconds=request.seconds) < least:
-        text = f"maxExpirationSeconds: this signer's CA needs at least {least.total_seconds():.0f}"
+    if timedelta(seconds=request.seconds) < rules.least:
+        text = f"maxExpirationSeconds: this signer's CA needs at least {rules.least.total_seconds():.0f}"
         yield Hostile(text, told=text)
     if not rules.trust_domain and _identity(request, rules) is None:
         text = f"this signer has no names for service account {request.service_account} of {request.namespace}"

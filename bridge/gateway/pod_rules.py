@@ -118,6 +118,8 @@ class PodSignerRules:
     max_validity: timedelta = timedelta(hours=24)
     #: How much longer than asked the CA's certificates are: what a pod allows at most is asked for without this.
     backdating: timedelta = timedelta(minutes=10)
+    #: The certificates begin by exactly this early, so that a pod may also ask for an hour, the shortest life that there is.
+    exact_dates: bool = False
     refresh: int = 50  #: The kubelet asks again after this share of the life, in per cent.
     publish: bool = True  #: Keep a ClusterTrustBundle with the roots; false: remove it.
     annotations: dict[str, str] = field(
@@ -130,6 +132,11 @@ class PodSignerRules:
         """The certificate's usages and CA."""
         usages: Usage = self.usages
         return POD_SPECS[usages]
+
+    @property
+    def least(self) -> timedelta:
+        """What a pod has to ask for at least: the API server counts the life from the backdated beginning."""
+        return SHORTEST if self.exact_dates else SHORTEST + self.backdating
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Problems: rules whose certificates the API server, the kubelet or a SPIFFE library would refuse."""

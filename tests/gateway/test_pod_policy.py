@@ -124,6 +124,17 @@ def test_a_namespace_by_its_labels() -> None:
     assert isinstance(judge(elsewhere, world(text, labels={"corp.example/mtls": "yes"})), Hostile)
 
 
+def test_an_hour_of_a_ca_with_exact_dates() -> None:
+    """The API server counts from the backdated beginning: with exact dates an hour passes, and without them it would not."""
+    hour, mounted = replace(REQUEST, seconds=3600), frozenset({replace(SOURCE, seconds=3600)})
+    for exact, wanted in (("false", Hostile), ("true", AllowedPod)):
+        text = with_keys(f'backdating = "1m"\nexact_dates = {exact}')
+        found = judge(hour, world(text, pod=replace(POD, sources=mounted)))
+        assert isinstance(found, wanted), found
+        if isinstance(found, AllowedPod):
+            assert found.validity == timedelta(minutes=59)
+
+
 def test_the_life_is_the_shortest_wish() -> None:
     """Of the policy's, the CA's, and the pod's without what the CA backdates, so that the API server takes it."""
 

@@ -312,6 +312,16 @@ def test_a_ca_that_can_not_have_names_beside_the_csr(
     assert (run.returncode, "names beside the CSR" in run.stderr.replace("\n  ", " ")) == (2, True), run.stderr
 
 
+def test_a_life_of_exactly_an_hour(cluster: ClusterApi, ca: Signer, tmp_path: Path) -> None:
+    """`openssl ca` has exact dates: a pod gets the hour that it asks for, counted from the backdated beginning, and no more."""
+    exact = pods.POLICY.replace("namespaces", 'backdating = "1m"\nexact_dates = true\nnamespaces', 1)
+    place = pods.with_openssl(pods.place(cluster, tmp_path, exact), ca)
+    pod = make_pod(cluster, sources=[pods.source(maxExpirationSeconds=3600)])
+    with gateways.running(place) as gateway:
+        leaf = pods.chain(until(gateway, pod, pod.ask(maxExpirationSeconds=3600)))[0]
+    assert leaf.not_valid_after_utc - leaf.not_valid_before_utc == timedelta(hours=1)
+
+
 def test_every_key_that_a_pod_may_ask_for(cluster: ClusterApi, bao: OpenBao, ca: Signer, tmp_path: Path) -> None:
     """Each type of the kubelet's, if the policy takes it."""
     place = pods.place(cluster, tmp_path)

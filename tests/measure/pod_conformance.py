@@ -57,7 +57,8 @@ nodes = ["*"]
 [pod_signer."SIGNER"]
 trust_domain = "cluster.local"
 namespaces = ["*"]
-backdating = "0s"
+backdating = "1m"
+exact_dates = true
 [pod_signer."SIGNER".identity.server]
 namespaces = ["*"]
 service_accounts = ["default"]

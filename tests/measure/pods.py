@@ -1,9 +1,9 @@
 """
 A burst of pods: what the gateway's processor takes for a pod's certificate, beside the API server and OpenBao in one run.
 
-`python -m tests.measure.pods [--requests N] [--settled N]`: all requests are there when the gateway begins, among others
+`python -m tests.measure.pods [--requests N] [--settled N] [--docs]`: all requests are there when the gateway begins, among others
 that were answered before and stay for a quarter of an hour; each is judged twice by its pod, service account and node, as
-the API server has them. Needs `kube-apiserver` and `etcd` of `tests/kit/binaries.sh`.
+the API server has them. `--docs` writes the table into docs/pod-certificates.md. Needs `kube-apiserver` and `etcd` of `tests/kit/binaries.sh`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,21 @@ from tests.kit import cluster_api, gateways, openbao, pods
 from tests.kit.api_client import ApiClient
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.issuing import Signer
-from tests.measure.gateway import LEASES, MOST_CPU_MS, MOST_MEMORY_MB, _are_signed, _Clock, _held, _pids, _standing_by
+from tests.measure.__main__ import write_between
+from tests.measure.gateway import (
+    DOCS,
+    LEASES,
+    MOST_CPU_MS,
+    MOST_MEMORY_MB,
+    _are_signed,
+    _Clock,
+    _held,
+    _pids,
+    _standing_by,
+)
 
 _THREADS, _PODS_A_NODE = 8, 100
+START = "<!-- numbers: written by `python -m tests.measure.pods --docs` -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.measure.pods", description=__doc__)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--settled", type=int, default=18_000)
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/pod-certificates.md")
     given = parser.parse_args(arguments)
     count = given.requests
     with tempfile.TemporaryDirectory() as name, cluster_api.running() as cluster, openbao.dev_server() as bao:
@@ -50,11 +63,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             gateway.until(lambda: _are_signed(gateway, count), 600)
             run, memory = clock.run(count), gateway.peak_mb()
             assert gateway.end() == 0
-    print(f"{count} of {count + given.settled} requests signed, {run.rate:.0f} a second")
-    print(f"memory: {memory:.0f} MB (limit {MOST_MEMORY_MB})")
-    for program, milliseconds in run.cpu_ms.items():
-        limit = f" (limit {MOST_CPU_MS})" if program == "gateway" else ""
-        print(f"{program}: {milliseconds:.2f} ms of processor time for a certificate{limit}")
+    used = run.cpu_ms
+    is_met = used["gateway"] <= MOST_CPU_MS and memory <= MOST_MEMORY_MB
+    cells = " | ".join(f"{one:.2f} ms" for one in used.values())
+    text = (
+        f"| requests | among | memory, MB | {' | '.join(used)} |\n| --- | --- | --- |{' --- |' * len(used)}\n"
+        f"| {count} | {count + given.settled} | {memory:.0f} | {cells} |\n\nThe limits are {MOST_MEMORY_MB} MB, and "
+        f"{MOST_CPU_MS} ms of the gateway: {'met' if is_met else '**missed**'}."
+    )
+    print(text, f"{run.rate:.0f} a second", sep="\n")
+    if given.docs:
+        write_between(DOCS / "pod-certificates.md", START, f"{text}\n")
 
 
 def _by_all(
