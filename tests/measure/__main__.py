@@ -160,7 +160,8 @@ def measure_desk(directory: Path, rounds: int, nodes: int) -> Iterator[Row]:
     )
 
 
-def _machine() -> str:
+def machine() -> str:
+    """The machine that is measured."""
     return f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
 
 
@@ -169,7 +170,7 @@ def table(rows: list[Row]) -> str:
     head = ("work", "against", "ours", "theirs", "ratio", "at most")
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *(row.cells() for row in rows))]
     fewest = min(len(row.ours) for row in rows)
-    said = f"Times are medians of {fewest} rounds or more, both by turns, on {_machine()}."
+    said = f"Times are medians of {fewest} rounds or more, both by turns, on {machine()}."
     return "\n".join([*lines, "", said, _RATIO, ""])
 
 
@@ -185,7 +186,7 @@ def _profile_desk(nodes: int, *, docs: bool) -> None:
         text = desk_profile.table(desk_profile.measure(Path(directory), nodes))
     print(text)
     if docs:
-        write_between(NUMBERS, PROFILE, f"{nodes:,} bundles, ten requests each; {_machine()}.\n\n{text}")
+        write_between(NUMBERS, PROFILE, f"{nodes:,} bundles, ten requests each; {machine()}.\n\n{text}")
 
 
 def _count_start_up(*, docs: bool) -> None:

@@ -32,7 +32,7 @@ from tests.kit.pki import PKI_SPECS
 #: What a node of this fleet asks for: ten certificates, of all three authorities and all usage classes.
 NAMES = tuple(name for name in PKI_SPECS if name not in {"super-admin.conf", "kubelet.conf"})
 VALIDITY = timedelta(days=365)
-_CLUSTER = "bench"
+CLUSTER = "bench"
 _SAMPLES_PER_SECOND = 20
 
 
@@ -46,10 +46,10 @@ class Fleet:
     live: dict[str, x509.Certificate]  #: Of one node.
 
 
-def make_fleet(nodes: int) -> Fleet:
-    """Bundles of this many nodes."""
+def make_fleet(nodes: int, names: Sequence[str] = NAMES) -> Fleet:
+    """Bundles of this many nodes, with these certificates of each."""
     cas = {name: TestCA.make(name) for name in AUTHORITIES}
-    made = [_requests(f"cp-{number}", cas) for number in range(nodes)]
+    made = [_requests(f"cp-{number}", cas, names) for number in range(nodes)]
     now = datetime.now(UTC)
     return Fleet(
         cas=cas,
@@ -59,10 +59,10 @@ def make_fleet(nodes: int) -> Fleet:
     )
 
 
-def _requests(node: str, cas: dict[str, TestCA]) -> list[SignRequest]:
+def _requests(node: str, cas: dict[str, TestCA], names: Sequence[str]) -> list[SignRequest]:
     batch, now = secrets.token_hex(16), datetime.now(UTC).replace(microsecond=0)
     requests = []
-    for name in NAMES:
+    for name in names:
         spec, old_key = SPECS[name], csr.generate_key("ecdsa-p256")
         ca, cluster = cas[spec.authority.name], Cluster(node=node)
         dates = {"not_before": now - timedelta(hours=12), "not_after": now + timedelta(days=1)}
@@ -75,10 +75,10 @@ def _requests(node: str, cas: dict[str, TestCA]) -> list[SignRequest]:
             name=name,
             batch=batch,
             node=node,
-            cluster=_CLUSTER,
+            cluster=CLUSTER,
             terms=terms,
         )
-        asker = Continuity(batch=batch, node=node, cluster=_CLUSTER, proof=proof, asked=now)
+        asker = Continuity(batch=batch, node=node, cluster=CLUSTER, proof=proof, asked=now)
         requests.append(SignRequest(spec=spec, csr_pem=pem, validity=VALIDITY, replaces=old, continuity=asker))
     return requests
 
@@ -133,7 +133,7 @@ def _desk(directory: Path, fleet: Fleet) -> Path:
         tables += [f"[authority.{name}]", 'backend = "desk"', f'dir = "{made}"']
     config = directory / "config.toml"
     config.write_text("\n".join([*tables, ""]))
-    directory.joinpath("desk-policy.toml").write_text(f'[allow]\nclusters = ["{_CLUSTER}"]\nnodes = ["cp-*"]\n')
+    directory.joinpath("desk-policy.toml").write_text(f'[allow]\nclusters = ["{CLUSTER}"]\nnodes = ["cp-*"]\n')
     return config
 
 
@@ -165,7 +165,7 @@ def measured(command: Sequence[str], directory: Path) -> Run:
         process = subprocess.Popen(
             command, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=messages
         )
-        memory = _Memory(process.pid)
+        memory = Memory(process.pid)
         code = process.wait()
         seconds = time.perf_counter() - begin
         megabytes = memory.highest()
@@ -175,7 +175,7 @@ def measured(command: Sequence[str], directory: Path) -> Run:
     return Run(seconds=seconds, megabytes=megabytes)
 
 
-class _Memory:
+class Memory:
     """Looks now and then at what a process and its descendants have in memory, all together."""
 
     def __init__(self, pid: int) -> None:
@@ -185,7 +185,7 @@ class _Memory:
 
     def _watch(self) -> None:
         while not self._ended.wait(1 / _SAMPLES_PER_SECOND):
-            self._highest = max(self._highest, sum(_resident(pid) for pid in _family(self._pid)))
+            self._highest = max(self._highest, sum(_resident(pid) for pid in family(self._pid)))
 
     def highest(self) -> float:
         """In megabytes; the process has ended."""
@@ -194,12 +194,13 @@ class _Memory:
         return self._highest / 1e6
 
 
-def _family(pid: int) -> list[int]:
+def family(pid: int) -> list[int]:
+    """A process and its descendants."""
     children: list[int] = []
     with suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             children += map(int, task.joinpath("children").read_text().split())
-    return [pid, *(one for child in children for one in _family(child))]
+    return [pid, *(one for child in children for one in family(child))]
 
 
 def _resident(pid: int) -> int:
