@@ -249,6 +249,11 @@ class CA:
         if isinstance(backend, Revokes):
             self._question(lambda: backend.revoke(certificate))
 
+    @property
+    def tells_revoked(self) -> bool:
+        """Whether this CA says which of its certificates are revoked."""
+        return isinstance(self.backend, TellsRevoked)
+
     def is_revoked(self, certificate: x509.Certificate) -> bool:
         """Whether the CA has revoked it; False where this CA can't tell."""
         backend = self.backend

@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bridge.ca import registry
-from bridge.ca.ca import CA, Answer, UntrustedAnswerError
+from bridge.ca.ca import CA, PARALLEL_REQUESTS, Answer, UntrustedAnswerError
 from bridge.contract import Collects, Issued, Pending, SignRequest, SignsMany
 from bridge.desk.policy import Policy, PolicyVerdict, judge
 from bridge.desk.records import Answered, Asked, Journal
@@ -37,6 +37,7 @@ from bridge.state import audit
 from bridge.system.many import NewFile, write_together
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import StateError
+from bridge.system.waiting import workers
 
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
 #: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part.
@@ -166,12 +167,20 @@ class Desk:
 
     def judged(self, job: Job) -> Job:
         """Refuse what the policy forbids; a request whose CA can't be asked now has a trouble."""
+        problems: dict[str, list[str]] = {}
         for request in job.bundle.requests:
             trouble = self._trouble(request)
             if trouble is not None:
                 job.troubles[request.name] = trouble
-                continue
-            self._judge(job, request, self._cas[request.authority])
+            else:
+                verdict = job.verdicts[request.name] = self._verdict(job, request)
+                problems[request.name] = [*verdict.problems]
+        self._find_revoked(job, problems)
+        for request in [one for one in job.bundle.requests if one.name not in job.troubles]:
+            if problems[request.name]:
+                job.answers[request.name] = refusal("; ".join(problems[request.name]))
+            elif request.name in job.answered:
+                job.answers[request.name] = self._answer_again(job, request, job.answered[request.name])
         if self._approve is not None and job.to_sign:
             self._ask_person(self._approve, job)
         return job
@@ -181,27 +190,32 @@ class Desk:
         cas = {name: ca.certificates for name, ca in self._cas.items() if ca.ca.trouble is None}
         return Judgement(policy=self._policy, cas=cas, now=self._now(), without_proof=self._without_proof)
 
-    def _judge(self, job: Job, request: BundledRequest, authority: _Authority) -> None:
+    def _verdict(self, job: Job, request: BundledRequest) -> PolicyVerdict:
+        foreseen = job.ahead.read.verdicts.get(request.name) if job.ahead is not None else None
+        certificates = self._cas[request.authority].certificates
         try:
-            foreseen = job.ahead.read.verdicts.get(request.name) if job.ahead is not None else None
             waived = self._without_proof | job.vouched.keys()
-            verdict = foreseen or judge(request, job.bundle, self._policy, authority.certificates, self._now(), waived)
+            return foreseen or judge(request, job.bundle, self._policy, certificates, self._now(), waived)
         except Exception as e:  # noqa: BLE001 (whatever is wrong with a request: the others are to be signed)
-            verdict = PolicyVerdict(
-                problems=(f"wanted a request that can be judged, found {type(e).__name__}: {e}",), proven=False
-            )
-        job.verdicts[request.name] = verdict
-        problems = [*verdict.problems]
-        try:
-            if not problems and verdict.proven:
-                problems += _revoked(authority.ca, request)
-        except BackendError as e:
-            job.troubles[request.name] = e
-            return
-        if problems:
-            job.answers[request.name] = refusal("; ".join(problems))
-        elif request.name in job.answered:
-            job.answers[request.name] = self._answer_again(job, request, job.answered[request.name])
+            text = f"wanted a request that can be judged, found {type(e).__name__}: {e}"
+            return PolicyVerdict(problems=(text,), proven=False)
+
+    def _find_revoked(self, job: Job, problems: Mapping[str, list[str]]) -> None:
+        """Add a problem to each request whose proof is by a revoked certificate; all CAs are asked at the same time."""
+        proven = [one for one in job.to_sign if not problems[one.name] and job.verdicts[one.name].proven]
+
+        def look(request: BundledRequest) -> None:
+            try:
+                problems[request.name].extend(_revoked(self._cas[request.authority].ca, request))
+            except BackendError as e:
+                job.troubles[request.name] = e
+
+        if len(proven) > 1 and any(ca.ca.tells_revoked for ca in self._cas.values()):
+            with workers(PARALLEL_REQUESTS) as pool:
+                list(pool.map(look, proven))
+        else:
+            for request in proven:
+                look(request)
 
     def _answer_again(self, job: Job, request: BundledRequest, answered: Answered) -> DeskAnswer:
         """The certificate that was signed for this CSR, so that an old bundle gets no second one."""

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -98,6 +99,8 @@ class RequestLog(Generic[T]):
         """Read the file; `still` returns each value in it, perhaps changed, or None for an outdated one."""
         self._kind, self._file, self._still = kind, file_of(kind, path), still
         self._lock = threading.RLock()
+        #: Values of `put`, which waits for no lock: a thread that saves takes along what others add meanwhile.
+        self._added: deque[T] = deque()
         self._found: dict[str, T | _Place] = {}
         self._changed: dict[str, None] = {}  #: Keys, in order.
         self._lines = self._end = 0  #: What was read, or written: whole lines and their bytes.
@@ -143,15 +146,17 @@ class RequestLog(Generic[T]):
         return iter(self.by_name().values())
 
     def __len__(self) -> int:
-        return len(self._found)
+        with self._locked():
+            return len(self._found)
 
     def by_name(self) -> dict[str, T]:
         """All open requests, by key."""
-        return {key: value for key in list(self._found) if (value := self.get(key)) is not None}
+        with self._locked():
+            return {key: value for key in list(self._found) if (value := self.get(key)) is not None}
 
     def get(self, key: str) -> T | None:
         """The open request with a key."""
-        with self._lock:
+        with self._locked():
             found = self._found.get(key)
             if not isinstance(found, _Place):
                 return found
@@ -171,28 +176,36 @@ class RequestLog(Generic[T]):
 
     def put(self, value: T) -> None:
         """Add or replace."""
-        key = self._kind.key_of(value)
+        self._added.append(value)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone, and with all that was put."""
         with self._lock:
-            if self._found.get(key) != value:
-                self._found[key] = value
-                self._changed[key] = None
+            while self._added:
+                value = self._added.popleft()
+                key = self._kind.key_of(value)
+                if self._found.get(key) != value:
+                    self._found[key] = value
+                    self._changed[key] = None
+            yield
 
     def drop(self, key: str) -> T | None:
         """Forget a request, and its key."""
-        with self._lock:
+        with self._locked():
             value = self.get(key)
             self.forget(key)
             return value
 
     def forget(self, key: str) -> None:
         """Drop a request that nothing more is done with: one that lies on disk is not read again."""
-        with self._lock:
+        with self._locked():
             if self._found.pop(key, None) is not None:
                 self._changed[key] = None
 
     def save(self) -> None:
         """Make all changes safe on disk, those of other threads included."""
-        with self._lock:
+        with self._locked():
             if not self._changed:
                 return
             if not self._found:
@@ -206,7 +219,7 @@ class RequestLog(Generic[T]):
 
     def tidy(self) -> None:
         """Keep on disk only lines that count."""
-        with self._lock:
+        with self._locked():
             self.save()
             if self._found and self._lines != len(self._found):
                 self._rewrite()
@@ -313,7 +326,7 @@ class Unkept(OpenRequests):
 
     def __init__(self) -> None:
         self._kind, self._lock = RENEWALS, threading.RLock()
-        self._found, self._changed = {}, {}
+        self._added, self._found, self._changed = deque(), {}, {}
 
     def save(self) -> None:
         """Write nothing."""
