@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -290,12 +291,13 @@ def outcomes(report: Path) -> list[Outcome]:
     """By ginkgo's report."""
     return [
         Outcome(
-            name=" ".join([*one["ContainerHierarchyTexts"], one["LeafNodeText"]]),
+            name=re.sub(r"\[(sig|FeatureGate|MinimumKubeletVersion|Privileged)[^]]*\] ?", "", " ".join(texts)).strip(),
             state=one["State"],
             failure=str((one.get("Failure") or {}).get("Message", ""))[:1000],
         )
         for suite in json.loads(report.read_text())
         for one in suite["SpecReports"]
+        for texts in [[*one["ContainerHierarchyTexts"], one["LeafNodeText"]]]
         if one["LeafNodeType"] == "It" and one["State"] != "skipped"
     ]
 
@@ -312,7 +314,7 @@ def page(found: Sequence[Outcome]) -> str:
 
 Written by `python -m tests.measure.pod_conformance --docs` on {datetime.now(UTC):%Y-%m-%d}.
 
-These are all tests of Kubernetes 1.37.2 (`test/e2e/auth`) of PodCertificateRequests and ClusterTrustBundles, unchanged, with agnhost, their image, on a kubeadm node with a network of pods.
+These are all tests of Kubernetes 1.37.2 (`test/e2e/auth`) of PodCertificateRequests and ClusterTrustBundles, unchanged, with agnhost, their image (which is there, and is not pulled), on a kubeadm node with a network of pods.
 Their signer is replaced by `ca-bridge gateway`, with `openssl ca` as the CA: two tests want a life of exactly what the pod asks for, which a CA that backdates by itself does not give.
 The tests of ClusterTrustBundles make bundles of their own: they show the cluster, and not the gateway.
 Left out are those "{SKIP}", whose feature gate is off in 1.37.
