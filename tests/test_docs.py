@@ -454,6 +454,41 @@ def test_each_command_line_can_be_typed(path: Path) -> None:
     assert {line: why for line, why in found.items() if why} == {}
 
 
+#: What no page shows the output of, and why.
+NOT_SHOWN = {
+    "gateway": "runs until it is stopped; `gateway --check` is shown",
+    "serve": "runs until it is stopped",
+    "enroll": "a secret",
+    "kubelets on": "on running nodes, for minutes: tests/e2e/test_kubelets_node.py",
+    "rotate-ca": "on running nodes, for minutes: tests/e2e/test_rotate_ca_node.py",
+    "serving-certs": "on running nodes: tests/bootstrap/test_serving_certs.py",
+    "trust publish": "in a cluster with the beta API: tests/gateway",
+}
+
+
+def typed(text: str, language: str, before: str) -> set[str]:
+    """The commands in blocks for a language, without what a reader puts in their place: names, paths, options."""
+    blocks = re.findall(rf"^ *```{language}[^\n]*\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    lines = [
+        line for block in blocks for line in re.findall(rf"^ *{before}ca-bridge ([a-z][^#\n]*)", block, re.MULTILINE)
+    ]
+    known = {" ".join(one.words) for one in commands() if one.words}
+    firsts = ((" ".join(line.split()[:2]), line.split()[0]) for line in lines)
+    return {next(words for words in both if words in known) for both in firsts}
+
+
+@pytest.mark.first_use("18")
+def test_each_command_that_pages_have_typed_is_shown() -> None:
+    """Its output is on a page, from a run that tests repeat; what has none says why, and is not said in vain."""
+    texts = [path.read_text(encoding="utf-8") for path in (README, *(ROOT / "docs").glob("*.md"))]
+    asked = set().union(*(typed(text, "sh", "") for text in texts))
+    seen = set().union(*(typed(text, "console", r"\$ ") for text in texts))
+    excused = {words for words in asked - seen if {words, words.split()[0]} & NOT_SHOWN.keys()}
+    assert asked - seen - excused == set()
+    assert {words for one in excused for words in (one, one.split()[0])} >= NOT_SHOWN.keys() - seen
+    assert typed("```sh\nca-bridge plan all  # x\n```", "sh", "") == {"plan"}
+
+
 def wrong_settings(document: str) -> list[str]:
     """What the settings file would not take of a document's TOML blocks; each may be a part of a whole file."""
     tables = {field.name for field in dataclasses.fields(parse(""))} | {"backend", "authority"}

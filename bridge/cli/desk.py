@@ -129,10 +129,12 @@ def _tell_troubles(job: Job) -> list[int]:
     }
     for name, error in errors.items():
         reasons.setdefault((error.reason, error.exit_code, error.hint), []).append(name)
-    for names in reasons.values():
+    last = {hint: names for (_, _, hint), names in reasons.items()}
+    for (_, _, hint), names in reasons.items():
         error = errors[names[0]]
         said = "refused: " if isinstance(error, RefusedByPolicyError) else ""
-        print_error(error, f"{job.label}: {', '.join(names)}: {said}".removesuffix(": "))
+        about = f"{job.label}: {', '.join(names)}: {said}".removesuffix(": ")
+        print_error(error, about, has_hint=names is last[hint])
     return [error.exit_code for error in errors.values()]
 
 

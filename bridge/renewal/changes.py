@@ -222,7 +222,7 @@ class _Decision:
         if self.changes.adopt_defaults:
             subject = kubeadm_names.subject(item.spec, self._version_and_node())
             if sorted(attributes(subject)) == sorted(attributes(naming.subject)):
-                notes.append(f"{name}: its subject is kubeadm's of today")
+                notes.append(f"{name}: the subject is kubeadm's of today")
             else:
                 naming = dataclasses.replace(naming, subject=subject)
                 texts = [Naming(subject=one).text for one in (subject, was.subject)]

@@ -140,9 +140,18 @@ class Selection:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for the operator before a CA is asked."""
-        names = [item.spec.name for item in self.items]
-        changed = (note for name in names if name in self.desired for note in self.desired[name].notes)
-        return (*self.lost, *self.waived, *self.costs, *changed)
+        return (*self.lost, *self.waived, *self.costs, *self._changes())
+
+    def _changes(self) -> Iterator[str]:
+        """What is said of the next names; what is said of several certificates in the same words, once."""
+        alike: dict[str, list[str]] = {}
+        for name in (item.spec.name for item in self.items if item.spec.name in self.desired):
+            for note in self.desired[name].notes:
+                alike.setdefault(note.removeprefix(f"{name}: "), []).append(
+                    name if note.startswith(f"{name}: ") else ""
+                )
+        for words, names in alike.items():
+            yield f"{', '.join(names)}: {words}" if names[0] else words
 
 
 def select(

@@ -35,12 +35,12 @@ class LogFormat(StrEnum):
     JOURNAL = "journal"
 
 
-def print_error(error: BridgeError, about: str = "") -> None:
-    """`error: …` and `hint: …` on standard error; through the log when that is JSON."""
+def print_error(error: BridgeError, about: str = "", *, has_hint: bool = True) -> None:
+    """`error: …` and `hint: …` on standard error, the hint where it is not a later error's, too; through the log when that is JSON."""
     prefix = f"{about}: " if about else ""
     for line in (error.reason if about else str(error)).splitlines():
         log.error("%s%s", prefix, line, extra={"exit_code": error.exit_code})
-    if hint := hint_of(error):
+    if has_hint and (hint := hint_of(error)):
         log.error("%s", hint, extra={"is_hint": True})
 
 

@@ -239,6 +239,7 @@ def _tell(manifest: Manifest, before: Path | None, *, enabled: bool) -> None:
         print(f"note:     {path} is used in place of ours; it starts {program}")
     _tell_others()
     if not places.SETTINGS.exists():
+        print("pages:    ca-bridge help; ca-bridge help first-renewal")
         print("next:     ca-bridge settings init KIND (vault, openssl, cfssl …); ca-bridge doctor")
     if not enabled and not (places.OWN_UNITS / "timers.target.wants/ca-bridge.timer").is_symlink():
         print(f"next:     systemctl enable --now {' '.join(units.NIGHTLY)}")

@@ -160,6 +160,16 @@ def test_a_refusal_goes_back_with_its_reason(desk_: Desk, pairs: Pairs, tmp_path
     assert [event["event"] for event in events(desk_)] == [desk.SIGNED, "refused"]
 
 
+@pytest.mark.first_use("13")
+def test_what_helps_against_several_refusals_is_said_once(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
+    """Each reason is an error of its own; the hint that all of them have comes last."""
+    bundle = changed(make_bundle(some(pairs, "apiserver", "scheduler.conf")), "scheduler.conf", proof=None)
+    bundle = changed(bundle, "apiserver", validity=timedelta(days=3650))
+    (tmp_path / "b.json").write_bytes(dumps(bundle))
+    said = desk_.run("sign", tmp_path / "b.json", "-o", tmp_path / "a.json").stderr.splitlines()
+    assert [line.partition(":")[0] for line in said] == ["error", "error", "hint"], said
+
+
 def test_a_person_can_do_without_a_proof_by_name(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
     """That is on the record."""
     bundle = changed(make_bundle(some(pairs, "scheduler.conf")), "scheduler.conf", proof=None)

@@ -93,11 +93,13 @@ def well(node: Node) -> None:
 
 @pytest.mark.usefixtures("well")
 def test_a_page_shows_what_prove_prints(node: Node) -> None:
-    """When all is well; `python -m tests.test_docs_shown --node` writes it."""
-    page = shown.ROOT / "docs/after-the-installation.md"
-    text = page.read_text(encoding="utf-8")
-    assert "prove" in shown.names_in(text)
-    assert text == shown.written(text, shown.live(node))
+    """When all is well, and what other commands print then; `python -m tests.test_docs_shown --node` writes it."""
+    printed, names = shown.live(node), set[str]()
+    for page in (shown.ROOT / "docs").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        names |= set(shown.names_in(text)) & shown.LIVE.keys()
+        assert text == shown.written(text, printed)
+    assert names == shown.LIVE.keys()
 
 
 @contextlib.contextmanager

@@ -168,6 +168,8 @@ NODE = {
     "plan": "ca-bridge plan",
     "nagios": "ca-bridge check-expiration -o nagios -w 14d -c 5d",
     "plan-san": "ca-bridge plan --add-san apiserver=api2.example.com",
+    "adopt-defaults": "ca-bridge plan all --adopt-defaults",
+    "csr-only": "ca-bridge renew all --csr-only --csr-dir /srv/csrs",
     "rehearse": "ca-bridge renew --rehearse front-proxy-client",
     "renew-one": "ca-bridge renew front-proxy-client",
     "renew": "ca-bridge renew",
@@ -187,6 +189,7 @@ DESK = {
     "inspect": "ca-bridge inspect /media/stick/cp-1.request.json",
     "sign-dry-run": "ca-bridge sign /media/stick/cp-1.request.json -o /media/stick/cp-1.answer.json --dry-run",
     "sign": "ca-bridge sign /media/stick/cp-1.request.json -o /media/stick/cp-1.answer.json --approve",
+    "csr-sign": "ca-bridge sign /srv/csrs --node cp-1 --cluster kubernetes --without-proof admin.conf",
 }
 EST_SERVER = {
     "est-setup": "ca-bridge setup est --authority ca",
@@ -205,6 +208,7 @@ CLUSTER = {
 }
 APPROVED = {"kubernetes-collect": "ca-bridge renew"}
 PROGRAM_AS_CA = {
+    "exec-setup": "ca-bridge setup exec -o for-the-ca",
     "exec-renew": "ca-bridge renew apiserver",
     "exec-test": "ca-bridge backend test ca apiserver",
 }
@@ -219,8 +223,23 @@ NEW_NODE = {
     "settings-init": "ca-bridge settings init openssl",
     "bootstrap-init": "ca-bridge bootstrap init --kubeadm-config cluster.yaml",
 }
-BACK = {"import": "ca-bridge import /media/stick/cp-1.answer.json"}
-GATEWAY = {"gateway-check": "ca-bridge gateway --check"}
+ADMINISTRATOR = {
+    "orders": "ca-bridge bootstrap orders --nodes nodes.txt --kubeadm-config cluster.yaml --ca-dir ca-certificates -o orders",
+    "orders-roles": "ca-bridge bootstrap setup vault --order orders/cp-1.order.json --order orders/w-1.order.json -o roles",
+}
+NEW_WORKER = {"bootstrap-join": "ca-bridge bootstrap join --order w-1.order.json"}
+BACK = {
+    "csr-install": "ca-bridge install /srv/csrs",
+    "import": "ca-bridge import /media/stick/cp-1.answer.json",
+}
+MISSING = {
+    "-rm": "rm /etc/kubernetes/pki/apiserver-kubelet-client.crt /etc/kubernetes/pki/apiserver-kubelet-client.key",
+    "missing": "ca-bridge plan apiserver-kubelet-client --kubeadm-config cluster.yaml",
+}
+GATEWAY = {
+    "gateway-check": "ca-bridge gateway --check",
+    "gateway-setup": "ca-bridge setup kubernetes -o gateway/",
+}
 
 PASSPHRASE = "s3cret phrase"
 
@@ -232,24 +251,36 @@ def blocks(directory: Path) -> dict[str, str]:
     found = typed(NODE, node, normal)
     desk = desk_of(node, directory / "ca-1")
     shutil.copytree(node.root / "media", desk.root / "media", dirs_exist_ok=True)
+    (desk.root / "srv/csrs").mkdir()
+    shutil.copy2(node.root / "srv/csrs/admin.conf.csr", desk.root / "srv/csrs")
     found |= typed(DESK, desk, normal)
-    shutil.copytree(desk.root / "media", node.root / "media", dirs_exist_ok=True)
+    for place in ("media", "srv/csrs"):
+        shutil.copytree(desk.root / place, node.root / place, dirs_exist_ok=True)
     found |= typed(BACK, node, normal)
+    found |= typed(MISSING, with_configuration(node), normal)
     found |= typed(PROGRAM_AS_CA, node_with_program(directory / "exec"), normal)
     found |= typed(EXPIRED, expired(node, directory / "expired"), normal)
     found |= typed(WORKER, worker(node, directory / "w-1"), normal)
     found |= typed(NEW_NODE, new_node(node, directory / "new"), normal)
+    found |= typed(ADMINISTRATOR, office := administrator(node, directory / "office"), normal)
+    found |= typed(NEW_WORKER, new_worker(node, office, directory / "new-worker"), normal)
     pki = KubeadmPki(root=node.root, external=True, version="1.37")
     found |= est_server(others["est"], pki, normal) | cmp_server(others["cmp"], pki, normal)
     return found | signing_cluster(others["kubernetes"], pki, normal) | gateway(directory, normal)
 
 
 #: What a node that runs shows (tests/e2e/test_prove_node.py compares it).
-LIVE = {"prove": "ca-bridge prove"}
+LIVE = {"prove": "ca-bridge prove", "restart": "ca-bridge restart", "kubelets": "ca-bridge doctor --kubelets"}
 
 
 #: What a booted machine shows (tests/release/test_pages_typed.py compares it); no other run writes it.
-BOOTED = {"systemd-enable": "ca-bridge setup systemd --enable"}
+BOOTED = {
+    "systemd-enable": "ca-bridge setup systemd --enable",
+    "cron-enable": "ca-bridge setup cron --enable",
+    "offline-check": "sh ca-bridge-0.1.0-linux-x86_64.run check",
+    "offline-install": "sh ca-bridge-0.1.0-linux-x86_64.run install",
+    "offline-uninstall": "/opt/ca-bridge/uninstall",
+}
 
 
 def live(node: Node) -> dict[str, str]:
@@ -258,7 +289,8 @@ def live(node: Node) -> dict[str, str]:
         Normal(),
         functools.partial(node.exec, "env", f"COLUMNS={COLUMNS}", Path(sys.executable).with_name("ca-bridge")),
     )
-    return {name: f"$ {line}\n{normal.of(run(*line.split()[1:]).stdout)}" for name, line in LIVE.items()}
+    printed = {name: run(*line.split()[1:], check=False).stdout for name, line in LIVE.items()}
+    return {name: f"$ {LIVE[name]}\n{normal.of(text.replace(node.name, CP_1))}" for name, text in printed.items()}
 
 
 def typed(lines: Mapping[str, str], machine: Machine, normal: Normal) -> dict[str, str]:
@@ -320,6 +352,13 @@ def expired(node: Machine, root: Path) -> Machine:
     return machine
 
 
+def with_configuration(node: Machine) -> Machine:
+    """The node with the file that kubeadm made its control plane from."""
+    [cluster] = re.findall(r"```yaml\n(.*?)```", _section(DAY_0, "## The first control-plane node"), re.DOTALL)
+    node.write("/srv/cluster.yaml", cluster)
+    return node
+
+
 def worker(node: Machine, root: Path) -> Machine:
     """A node with a kubelet alone."""
     machine = Machine(root, "w-1")
@@ -334,8 +373,27 @@ def new_node(node: Machine, root: Path) -> Machine:
     machine = Machine(root, "cp-1")
     text = (node.root / "etc/ca-bridge/config.toml").read_text(encoding="utf-8")
     _add_cas(machine, KubeadmPki(root=node.root, external=True, version="1.37"), text)
-    [cluster] = re.findall(r"```yaml\n(.*?)```", _section(DAY_0, "## The first control-plane node"), re.DOTALL)
-    machine.write("/srv/cluster.yaml", cluster)
+    return with_configuration(machine)
+
+
+def administrator(node: Machine, root: Path) -> Machine:
+    """A machine with the page's list of nodes, the cluster's configuration and the CAs' certificates."""
+    machine = with_configuration(Machine(root, "office"))
+    [nodes] = re.findall(r"<<'?END'?\n(.*?)^END$", DAY_0.read_text(encoding="utf-8"), BLOCK)
+    machine.write("/srv/nodes.txt", nodes)
+    for name in ("ca.crt", "front-proxy-ca.crt", "etcd/ca.crt"):
+        certificate = (node.root / "etc/kubernetes/pki" / name).read_text(encoding="utf-8")
+        machine.write(f"/srv/ca-certificates/{name}", certificate, 0o644)
+    return machine
+
+
+def new_worker(node: Machine, office: Machine, root: Path) -> Machine:
+    """A worker-to-be with its order and the settings of the other nodes."""
+    machine = Machine(root, "w-1")
+    shutil.copy2(office.root / "srv/orders/w-1.order.json", machine.root / "srv")
+    text = (node.root / "etc/ca-bridge/config.toml").read_text(encoding="utf-8")
+    machine.write("/etc/ca-bridge/config.toml", text)
+    _add_cas(machine, KubeadmPki(root=node.root, external=True, version="1.37"), text)
     return machine
 
 
@@ -434,6 +492,10 @@ def _section(page: Path, heading: str) -> str:
     return page.read_text(encoding="utf-8").partition(f"{heading}\n")[2].partition("\n## ")[0]
 
 
+#: Of a pattern for a block in a page.
+BLOCK = re.DOTALL | re.MULTILINE
+
+
 def written(text: str, shown: Mapping[str, str]) -> str:
     """A page, with what its blocks show now; a block of something else stays."""
 
@@ -445,7 +507,7 @@ def written(text: str, shown: Mapping[str, str]) -> str:
             lines = [*lines[:most], "…"] if most > 0 else [lines[0], "…", *lines[most:]]
         return "\n".join([match[0].partition("\n")[0], *lines, "```"])
 
-    return re.sub(r"^```console ([\w-]+)(?: (-?\d+))?\n.*?^```$", block, text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^```console ([\w-]+)(?: (-?\d+))?\n.*?^```$", block, text, flags=BLOCK)
 
 
 def names_in(text: str) -> list[str]:

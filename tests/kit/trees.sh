@@ -9,8 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . scripts/need.sh
 
 trees=${CA_BRIDGE_TREES:-/var/lib/ca-bridge-trees}
-# No pip, no venv, no compiler; openssl for the CA that the tests renew by.
-packages=python3,openssl,systemd,systemd-sysv,dbus
+# No pip, no venv, no compiler; openssl for the CA that the tests renew by, and cron as every Debian that an installer made has it.
+packages=python3,openssl,systemd,systemd-sysv,dbus,cron
 need debootstrap=debootstrap systemd-nspawn=systemd-container tar=tar
 mirror=${CA_BRIDGE_DEBIAN:-http://deb.debian.org/debian}
 

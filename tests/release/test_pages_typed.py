@@ -68,6 +68,12 @@ def put(machine: Booted, path: str, data: bytes, mode: str = "600") -> None:
     machine.run(f"cat >{path} && chmod {mode} {path}", stdin=data)
 
 
+def assert_shown(page: str, name: str, printed: str) -> None:
+    """A page shows what the command has printed."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert f"```console {name}\n$ {shown.BOOTED[name]}\n{printed.rstrip()}\n```" in text, printed
+
+
 def take_the_steps(machine: Booted, due: int = 3) -> None:
     """The commands of the section `On the node`, and what a night's run then does by itself, in its unit's cage."""
     first, second = blocks("docs/first-renewal.md", "On the node")
@@ -77,8 +83,7 @@ def take_the_steps(machine: Booted, due: int = 3) -> None:
         done = machine.run(line, check=False)
         assert done.returncode == codes.get(words, 0), f"{line}\n{done.stdout}{done.stderr}\n{machine.journal()}"
         if words == shown.BOOTED["systemd-enable"]:
-            page = (ROOT / "docs/run-nightly.md").read_text(encoding="utf-8")
-            assert f"```console systemd-enable\n$ {words}\n{done.stdout}```" in page
+            assert_shown("run-nightly.md", "systemd-enable", done.stdout)
         assert "warning: " not in done.stderr or words in {"ca-bridge plan", "ca-bridge renew"}, done.stderr
     assert machine.run("systemctl is-enabled ca-bridge.timer").stdout == "enabled\n"
     before = machine.run("cat /etc/kubernetes/pki/apiserver.crt").stdout
@@ -96,19 +101,52 @@ def ca_directories(pki: KubeadmPki, directory: Path) -> Path:
     return directory
 
 
+def test_the_offline_file_by_its_page(bookworm: Tree, offline: Path) -> None:
+    """Carried there, looked at, installed, and gone again, in a machine with no network but itself; its pages are there."""
+    _, carried, _ = blocks("docs/install.md", "Without a network")
+    check, install, version = (line.partition("  #")[0] for line in lines(carried))
+    bookworm.put(f"/root/{check.split()[1]}", offline.read_bytes())
+    for line, name in ((check, "offline-check"), (install, "offline-install")):
+        assert line == shown.BOOTED[name]
+        assert_shown("install.md", name, bookworm.run(f"cd /root && {line}").stdout)
+    assert bookworm.run(version).stdout == "ca-bridge 0.1.0\n"
+    listed = bookworm.run("ca-bridge help").stdout.splitlines()
+    assert {line.split()[0] for line in listed} == {page.stem for page in (ROOT / "docs").glob("*.md")} - {"README"}
+    for topic in ("first-renewal", "symptoms", "glossary"):
+        assert bookworm.run(f"ca-bridge help {topic}").stdout.startswith("#")
+    assert_shown("install.md", "offline-uninstall", bookworm.run(shown.BOOTED["offline-uninstall"]).stdout)
+
+
+def with_openssl(machine: Booted, pki: KubeadmPki, directory: Path) -> None:
+    """What the page has before the steps on the node."""
+    init, directories = blocks("docs/first-renewal.md", "openssl ca")
+    machine.run(init)
+    machine.run(directories)
+    made = ca_directories(pki, directory)
+    for name in AUTHORITIES:
+        for file in ("ca.crt", "ca.key"):
+            put(machine, f"/srv/ca/{name}/{file}", (made / name / file).read_bytes())
+    put(machine, "/etc/ca-bridge/ca-passphrase", PASSPHRASE.encode())
+
+
 @only_bookworm
 def test_openssl_ca(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
     """From nothing to a nightly renewal with directories of `openssl ca`."""
     with node_of(installed, pki) as machine:
-        init, directories = blocks("docs/first-renewal.md", "openssl ca")
-        machine.run(init)
-        machine.run(directories)
-        made = ca_directories(pki, tmp_path / "ca")
-        for name in AUTHORITIES:
-            for file in ("ca.crt", "ca.key"):
-                put(machine, f"/srv/ca/{name}/{file}", (made / name / file).read_bytes())
-        put(machine, "/etc/ca-bridge/ca-passphrase", PASSPHRASE.encode())
+        with_openssl(machine, pki, tmp_path / "ca")
         take_the_steps(machine)
+
+
+@only_bookworm
+def test_by_cron(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
+    """The system's own cron renews, by the file that the page's command writes, once its time has come."""
+    with node_of(installed, pki) as machine:
+        with_openssl(machine, pki, tmp_path / "ca")
+        assert_shown("run-nightly.md", "cron-enable", machine.run(shown.BOOTED["cron-enable"]).stdout)
+        machine.run("cp /etc/kubernetes/pki/apiserver.crt /root")
+        machine.run("sed -i 's/^17 3 /* * /; s/ renew$/ renew apiserver/' /etc/cron.d/ca-bridge")
+        machine.wait("! cmp -s /root/apiserver.crt /etc/kubernetes/pki/apiserver.crt", 150)
+        assert "nothing is due" not in machine.run("ca-bridge plan", check=False).stdout  # no other was named
 
 
 @only_bookworm

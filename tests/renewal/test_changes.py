@@ -167,7 +167,10 @@ def test_newer_subjects_only_where_their_rights_are(site: Site, cluster: apiserv
     run = site.bridge.run("renew", KUBELET_CLIENT, "scheduler.conf", "--adopt-defaults")
     assert run.returncode == 0, run.stderr
     assert groups(site.live(KUBELET_CLIENT)) == set()
-    assert "its subject is kubeadm's of today" in run.stderr
+    assert "warning: scheduler.conf: the subject is kubeadm's of today" in run.stderr
+    plan = site.bridge.run("plan", KUBELET_CLIENT, "scheduler.conf", "--adopt-defaults").stderr
+    assert plan.count("the subject is kubeadm's of today") == 1, plan
+    assert f"{KUBELET_CLIENT}, scheduler.conf: the subject" in plan or f"scheduler.conf, {KUBELET_CLIENT}: the" in plan
 
 
 def test_without_an_api_server_no_subject_is_changed(site: Site) -> None:
