@@ -14,7 +14,7 @@ import ssl
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler
@@ -214,6 +214,7 @@ class Extension:
 
     node: Node
     shown: list[str]  #: Fingerprints of what the API server showed, one for each request.
+    refused: list[str]  #: Handshakes that failed.
 
     def ask(self) -> str:
         """Ask it by way of the API server; the fingerprint of what that showed."""
@@ -244,15 +245,17 @@ spec:
 
 
 @contextlib.contextmanager
-def extension(node: Node, directory: Path) -> Iterator[Extension]:
+def extension(node: Node, directory: Path, trusted: Callable[[], str] | None = None) -> Iterator[Extension]:
     """
     An aggregated API on this machine, registered with the node; it turns away who has no front-proxy certificate.
 
     Args:
         node: The node.
         directory: For its files.
+        trusted: The CA's certificates (PEM) at each handshake; by default, of the node's file.
     """
     shown: list[str] = []
+    refused: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         """Speaks HTTP/1.0: a new connection, and a new handshake, for each request."""
@@ -269,11 +272,27 @@ def extension(node: Node, directory: Path) -> Iterator[Extension]:
             """Nothing."""
 
     tls = cfssl.make_tls(directory)
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=node.pki_dir / FRONT_PROXY_CA.certificate_file)
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_cert_chain(tls.server_cert, tls.server_key)
-    with LoopbackServer((GATEWAY, 0), Handler) as server:
-        server.socket = context.wrap_socket(server.socket, server_side=True)
+    trusted = trusted or (node.pki_dir / FRONT_PROXY_CA.certificate_file).read_text
+
+    class Server(LoopbackServer):
+        """Reads its CA again at each handshake."""
+
+        def get_request(self) -> tuple[ssl.SSLSocket, Any]:
+            """A connection of who shows a certificate of that CA."""
+            opened, address = super().get_request()
+            try:
+                context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cadata=trusted())
+                context.verify_mode = ssl.CERT_REQUIRED
+                context.load_cert_chain(tls.server_cert, tls.server_key)
+                opened.settimeout(10)
+                return context.wrap_socket(opened, server_side=True), address
+            except ssl.SSLError as e:
+                refused.append(str(e))
+                raise
+            finally:
+                opened.close()  # nothing, once TLS has taken it over
+
+    with Server((GATEWAY, 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:
@@ -283,7 +302,7 @@ def extension(node: Node, directory: Path) -> Iterator[Extension]:
             available = '{.status.conditions[?(@.type=="Available")].status}'
             look = ("get", "apiservice", f"v1.{_GROUP}", "-o", f"jsonpath={available}")
             wait_for("an extension that is available", lambda: node.kubectl(*look).stdout == "True")
-            yield Extension(node=node, shown=shown)
+            yield Extension(node=node, shown=shown, refused=refused)
         finally:
             server.shutdown()
             thread.join()

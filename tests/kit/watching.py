@@ -26,6 +26,9 @@ class Seen:
     looks: dict[str, int] = field(default_factory=dict)  #: By node, at etcd.
     down: list[tuple[float, float, str]] = field(default_factory=list)  #: Begin, end, node: its etcd did not answer.
     leaderless: list[tuple[float, float, str]] = field(default_factory=list)  #: It did, but had no leader.
+    slow: list[tuple[float, float, str]] = field(
+        default_factory=list
+    )  #: It took the connection, and answered too late.
     turns: int = 0  #: Of the client.
     elsewhere: int = 0  #: Times that it had to go on to another API server.
     failed: list[str] = field(default_factory=list)  #: Turns that no API server took.
@@ -64,23 +67,31 @@ def watched(nodes: Sequence[Node]) -> Iterator[Seen]:
 
 def _watch_etcd(node: Node, seen: Seen, stop: threading.Event) -> None:
     """A member is down from its first look without an answer to the first one that finds it well."""
-    since, answers = None, True
+    since, worst, spans = None, 0, (seen.slow, seen.leaderless, seen.down)
     with connection(node, ETCD_PORT, client(node, "etcd-healthcheck-client")) as kept:
         while not stop.wait(0.2):
             begin = time.monotonic()
-            try:
-                is_well = ask(kept, "/health").status == http.client.OK
-            except (OSError, http.client.HTTPException):
-                kept.close()
-                is_well = answers = False
+            found = _etcd(kept)
             seen.looks[node.name] = seen.looks.get(node.name, 0) + 1
-            if not is_well and since is None:
-                since = begin
-            if is_well and since is not None:
-                (seen.leaderless if answers else seen.down).append((since, begin, node.name))
-                since, answers = None, True
+            if found is not None:
+                since, worst = begin if since is None else since, max(worst, found)
+            elif since is not None:
+                spans[worst].append((since, begin, node.name))
+                since, worst = None, 0
     if since is not None:
-        (seen.leaderless if answers else seen.down).append((since, time.monotonic(), node.name))
+        spans[worst].append((since, time.monotonic(), node.name))
+
+
+def _etcd(kept: http.client.HTTPSConnection) -> int | None:
+    """None: it is well; 0 slow, 1 without a leader, 2 away or refused."""
+    try:
+        return None if ask(kept, "/health").status == http.client.OK else 1
+    except TimeoutError:
+        kept.close()
+        return 0
+    except (OSError, http.client.HTTPException):
+        kept.close()
+        return 2
 
 
 def _work(nodes: Sequence[Node], seen: Seen, stop: threading.Event) -> None:

@@ -1,37 +1,52 @@
 """
-Three CAs at once are replaced on real machines: `python -m tests.measure.rotation`, or with `back` behind it.
+Three CAs at once are replaced on real machines: `python -m tests.measure.rotation`.
 
-Three control-plane nodes with stacked etcd and a worker, with CAs in an OpenBao server; `ca`, `etcd-ca` and
-`front-proxy-ca` get successors in mounts of their own. Meanwhile a client writes and reads by whichever API server takes
-it, and every member of etcd is asked every 0.2 s. With `back` each phase is gone back from once. Prints what took how
-long, and what the client saw.
+Three control-plane nodes with stacked etcd and a worker; `ca`, `etcd-ca` and `front-proxy-ca` get successors in an OpenBao
+server, or with `--through desk` at a CA desk; with `--adopt` the old ones are kubeadm's own, with their keys on the nodes.
+Meanwhile the clients of `rotation_clients.py` ask all API servers, a client writes and reads by whichever takes it, and
+every member of etcd is asked every 0.2 s. With `back` each phase is gone back from once; with `--kill` each command is
+killed on each node at a random moment, and typed again. Prints what took how long and what the clients saw; with `--docs`
+also into docs/evidence/rotation.md.
 Takes root, the kit's programs, and about twenty minutes on two idle cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
 import json
+import os
+import random
+import re
+import shutil
+import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from bridge.errors import Exit
-from bridge.specs import AUTHORITIES
+from bridge.pki.certificates import pem
+from bridge.pki.csr import key_pem
+from bridge.specs import AUTHORITIES, CA, Component
 from tests.kit import next_cas, nodes, openbao
 from tests.kit.cas import add_vault
+from tests.kit.desks import POLICY, Desk, make_desk
 from tests.kit.doors import door
 from tests.kit.next_cas import NextCa
 from tests.kit.node import AT_ONCE, Node
-from tests.kit.nodes import LiveBridge, NodePki
+from tests.kit.nodes import LiveBridge, NodePki, wait_for
 from tests.kit.openbao import OpenBao
 from tests.kit.watching import Seen, watched
+from tests.measure import rotation_clients as clients
+from tests.measure.__main__ import write_between
+from tests.measure.rotation_clients import Answer, Clients, Record
 
+DOCUMENT = Path(__file__).parents[2] / "docs/evidence/rotation.md"
 CONTROL_PLANES = {"rc-cp1": "198.18.77.61", "rc-cp2": "198.18.77.62", "rc-cp3": "198.18.77.63"}
 WORKER, WORKER_IP = "rc-w1", "198.18.77.64"
 FORWARD = (("trust", "trusted"), ("issue", "issued"), ("drop", "new"))
@@ -40,6 +55,7 @@ THERE_AND_BACK = (
     *(("issue", "issued"), ("back", "trusted"), ("issue", "issued")),
     *(("drop", "new"), ("back", "issued"), ("drop", "new")),
 )
+_SECONDS = 1500  #: At most, for a command on a node.
 
 
 @dataclass(kw_only=True)
@@ -49,58 +65,217 @@ class Step:
     verb: str
     phase: str
     seconds: dict[str, float] = field(default_factory=dict)  #: By node.
+    killed: list[str] = field(default_factory=list)  #: In which phase the files of a node were after each kill.
     seen: Seen = field(default_factory=Seen)
+    record: Record = field(default_factory=Record)
+    ended: Mapping[str, int] = field(default_factory=dict)  #: Streams.
+
+
+@dataclass(kw_only=True)
+class Site:
+    """The cluster under load."""
+
+    bridges: list[LiveBridge]
+    clients: Clients
+    before: Path  #: Copies of `/etc/kubernetes`, by node.
+    new: bytes  #: The new CAs, PEM.
+    options: argparse.Namespace
+    desk: Desk | None = None
+    pod_seconds: dict[str, float] = field(default_factory=dict)  #: Until a pod's file had the CAs, by verb.
+
+    @property
+    def control_planes(self) -> list[LiveBridge]:
+        """All but the worker's."""
+        return [one for one in self.bridges if one.node.name != WORKER]
+
+
+# --- the cluster -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def cluster(directory: Path, bao: OpenBao) -> Iterator[list[LiveBridge]]:
-    """The nodes, each with its settings."""
-    keys, port, made = directory / "ca-keys", urlsplit(bao.url).port, next_cas.make(directory / "next")
-    if port is None:
-        raise AssertionError("a server without a port")
-    names, ips = list(CONTROL_PLANES), list(CONTROL_PLANES.values())
+def site(directory: Path, bao: OpenBao, options: argparse.Namespace) -> Iterator[Site]:
+    """The nodes, each with its settings, and the clients."""
+    keys, made = directory / "ca-keys", next_cas.make(directory / "next")
     with ExitStack() as stack:
-        first = stack.enter_context(Node.up(names[0], ips[0], ca_dir=keys, kubelet=AT_ONCE))
-        found = [first]
-        for name, ip in zip(names[1:], ips[1:], strict=True):
-            found.append(stack.enter_context(Node.join(name, ip, first, kubelet=AT_ONCE)))
-        found.append(stack.enter_context(Node.worker(WORKER, WORKER_IP, first)))
+        found = _nodes(stack, None if options.adopt else keys)
         for node in found:
-            if node.name != WORKER:
-                nodes.make_ready(node)
-            stack.enter_context(door(node, port))
-        yield [_bridge(node, bao, keys, directory / node.name, made) for node in found]
+            stack.enter_context(door(node, urlsplit(bao.url).port or 0))
+        desk = _desk(directory, made) if options.through == "desk" else None
+        bridges = [_bridge(node, bao, keys, directory / node.name, made, desk, options) for node in found]
+        before = directory / "before"
+        for node in found:
+            shutil.copytree(node.kubeconfig_dir, before / node.name)
+        old_conf = (before / found[0].name / "admin.conf").read_bytes()
+        old_ca = (before / found[0].name / "pki/ca.crt").read_bytes()
+        extension = stack.enter_context(clients.aggregated(found[:-1], directory / "extension"))
+        clients.start_pod(found[:-1], found[-1])
+        load = Clients(
+            nodes=found[:-1],
+            extension=extension,
+            old_conf=old_conf,
+            both=old_ca + pem(made[CA.name].signer.certificate),
+        )
+        yield Site(
+            bridges=bridges,
+            clients=load,
+            before=before,
+            new=pem(*(one.signer.certificate for one in made.values())),
+            options=options,
+            desk=desk,
+        )
 
 
-def _bridge(node: Node, bao: OpenBao, keys: Path, directory: Path, made: Mapping[str, NextCa]) -> LiveBridge:
+def _nodes(stack: ExitStack, keys: Path | None) -> list[Node]:
+    names, ips = list(CONTROL_PLANES), list(CONTROL_PLANES.values())
+    first = stack.enter_context(Node.up(names[0], ips[0], ca_dir=keys, kubelet=AT_ONCE))
+    found = [first]
+    for name, ip in zip(names[1:], ips[1:], strict=True):
+        found.append(stack.enter_context(Node.join(name, ip, first, kubelet=AT_ONCE)))
+    worker = stack.enter_context(Node.worker(WORKER, WORKER_IP, first))
+    for node in found:
+        nodes.make_ready(node)
+        if keys is None:
+            _sign_no_more(node)
+    return [*found, worker]
+
+
+def _sign_no_more(node: Node) -> None:
+    """The built-in signer is off, as an adoption wants it."""
+    manifest = node.kubeconfig_dir / "manifests/kube-controller-manager.yaml"
+    before = nodes.containers(node)[Component.CONTROLLER_MANAGER]
+    aside = node.kubeconfig_dir / manifest.name
+    aside.write_text(re.sub(r"(--cluster-signing-(?:cert|key)-file=).*", r"\1", manifest.read_text()))
+    aside.chmod(0o600)
+    aside.rename(manifest)
+    wait_for(
+        "another controller manager",
+        lambda: nodes.containers(node).get(Component.CONTROLLER_MANAGER, before) != before,
+        seconds=180,
+    )
+    wait_for("a healthy one", lambda: nodes.is_healthy(node, Component.CONTROLLER_MANAGER), seconds=180)
+
+
+def _desk(directory: Path, made: Mapping[str, NextCa]) -> Desk:
+    """The new CAs at a desk: it has no old one."""
+    keys = directory / "next-keys"
+    for name, one in made.items():
+        place = keys / AUTHORITIES[name].base
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.with_name(f"{place.name}.crt").write_bytes(pem(one.signer.certificate))
+        place.with_name(f"{place.name}.key").write_bytes(key_pem(one.signer.key))
+    pki = NodePki(root=directory, external=True, keys=keys)
+    return make_desk(directory / "desk", pki, policy=POLICY.replace('"cp-*"', '"rc-*"'))
+
+
+def _bridge(
+    node: Node,
+    bao: OpenBao,
+    keys: Path,
+    directory: Path,
+    made: Mapping[str, NextCa],
+    desk: Desk | None,
+    options: argparse.Namespace,
+) -> LiveBridge:
     bridge = LiveBridge(
         pki=NodePki(root=node.root, external=True, keys=keys), directory=directory / "bridge", node=node
     )
-    for authority in AUTHORITIES if node.name != WORKER else ["ca"]:
-        add_vault(bridge, bao, authority, node.name)
-        next_cas.add_vault(bridge, bao, authority, node.name, made[authority])
+    if desk is not None:
+        bridge.add("backend.desk", {"type": "exchange", "outbox": str(desk.inbox), "inbox": str(desk.outbox)})
+    for authority in AUTHORITIES if node.name != WORKER else [CA.name]:
+        anchor = {"anchor": made[authority].table["anchor"]}
+        if not options.adopt:
+            add_vault(bridge, bao, authority, node.name)
+        if desk is None:
+            next_cas.add_vault(bridge, bao, authority, node.name, made[authority])
+        else:
+            bridge.add(f"authority.{authority}.next", {"backend": "desk", **anchor})
+        if options.adopt:  # the settings name the company's CA alone
+            table = {"backend": "desk"} if desk else {"backend": (m := f"{node.name}-{authority}-2"), "mount": m}
+            bridge.tables.pop()
+            bridge.add(f"authority.{authority}", table)
+            bridge.add(f"authority.{authority}.next", anchor)
     bridge.add("restart", {"method": "static-pods", "components": "needed", "min_interval": "1s"})
     bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
     bridge.add("cluster", {"lease": True})
     return bridge
 
 
-def taken(bridges: Sequence[LiveBridge], steps: Sequence[tuple[str, str]]) -> Iterator[Step]:
-    """Each verb on each node, one after the other (AssertionError: a node is not in its phase)."""
-    watch = [bridge.node for bridge in bridges if bridge.node.name != WORKER]
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def taken(found: Site, steps: Sequence[tuple[str, str]]) -> Iterator[Step]:
+    """Each verb on each node, one after the other (AssertionError: a node is not in its phase, a valid client was refused)."""
+    watch = [bridge.node for bridge in found.control_planes]
     for verb, phase in steps:
         step = Step(verb=verb, phase=phase)
+        if verb == "issue":
+            _pods_have(found, 2)
+        begin, ended = time.monotonic(), found.clients.ended.copy()
         with watched(watch) as step.seen:
-            for bridge in bridges:
-                begin = time.monotonic()
-                run = bridge.run("rotate-ca", verb, timeout=1500)
-                step.seconds[bridge.node.name] = time.monotonic() - begin
-                if run.returncode != Exit.DONE:
-                    raise AssertionError(f"{bridge.node.name}: {verb}: {run.returncode}\n{run.stdout}{run.stderr}")
-        for bridge in bridges:
+            for bridge in found.bridges:
+                since = time.monotonic()
+                _typed(found, bridge, step)
+                step.seconds[bridge.node.name] = time.monotonic() - since
+        step.ended = found.clients.ended - ended
+        for bridge in found.bridges:
             _assert_whole(bridge, phase)
-        print(f"{verb}: {step.seconds}, {step.seen.turns} turns, failed {step.seen.failed}", flush=True)
+        step.record = found.clients.record.between(begin, time.monotonic())
+        print(f"{verb}: {step.seconds}; killed {step.killed}; streams that ended {dict(step.ended)}", flush=True)
+        _report(step)
         yield step
+
+
+def _typed(found: Site, bridge: LiveBridge, step: Step) -> None:
+    """The command as an operator types it until it is done."""
+    args = ["rotate-ca", step.verb]
+    if found.options.adopt and step.verb == "issue":
+        disk = bridge.directory / "disk"
+        disk.mkdir(mode=0o700, exist_ok=True)
+        args += ["--keys-to", str(disk)]
+    if found.options.kill:
+        _killed(bridge, args, step)
+    for _ in range(6):
+        run = bridge.run(*args, timeout=_SECONDS)
+        print(f"{bridge.node.name}: {' '.join(args[:2])}: exit {run.returncode}\n{run.stdout}{run.stderr}", flush=True)
+        if run.returncode == Exit.WAITING and found.desk is not None:
+            signed = found.desk.run("sign", "--inbox", found.desk.inbox, "--outbox", found.desk.outbox)
+            print(signed.stdout, signed.stderr, flush=True)
+        elif run.returncode == Exit.UNAVAILABLE:
+            time.sleep(10)  # as its own words say: again, later
+        else:
+            break
+    if run.returncode != Exit.DONE:
+        raise AssertionError(f"{bridge.node.name}: {step.verb}: {run.returncode}\n{run.stdout}{run.stderr}")
+
+
+def _killed(bridge: LiveBridge, args: Sequence[str], step: Step) -> None:
+    """Begin it, and kill the program at a random moment; what it had started goes on, as with a service manager."""
+    limit = max(step.seconds.values(), default=40.0)
+    begin = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(bridge.run, *args, timeout=_SECONDS)
+        at = random.uniform(1, limit)  # noqa: S311 (no secret)
+        while not running.done() and time.monotonic() < begin + at:
+            time.sleep(0.05)
+        for pid in _programs(bridge):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        code = running.result().returncode
+    status = bridge.run("rotate-ca", "status", "-o", "json")
+    phases = [
+        f"{one['name']} {one['phase']}{'+' if one['halfDone'] else ''}" for one in json.loads(status.stdout)["cas"]
+    ]
+    step.killed.append(f"{bridge.node.name} after {time.monotonic() - begin:.0f} s (exit {code}): {', '.join(phases)}")
+    print(f"killed {step.killed[-1]}", flush=True)
+
+
+def _programs(bridge: LiveBridge) -> Iterator[int]:
+    """The processes of this node's ca-bridge, by its settings file."""
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (place / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if str(bridge.config) in words and "rotate-ca" in words and "python" in words[0]:
+                yield int(place.name)
 
 
 def _assert_whole(bridge: LiveBridge, phase: str) -> None:
@@ -112,34 +287,147 @@ def _assert_whole(bridge: LiveBridge, phase: str) -> None:
         raise AssertionError(f"{bridge.node.name}: {phase}\n{proof.stdout}")
 
 
+def _pods_have(found: Site, number: int) -> None:
+    """As the page says: wait until a pod's own file has the CAs, then start anew what reads it once."""
+    control_planes, worker = [one.node for one in found.control_planes], found.bridges[-1].node
+    begin = time.monotonic()
+    wait_for("the CAs in a pod", lambda: clients.cas_in_pod(control_planes[0], worker) == number, seconds=400)
+    found.pod_seconds[f"{number}"] = time.monotonic() - begin
+    clients.start_pod(control_planes, worker)
+
+
+# --- what was seen ---------------------------------------------------------------------------------------------------
+
+
+def valid(step: Step) -> Sequence[str]:
+    """The clients that nothing may refuse in this step."""
+    return clients.VALID if step.verb == "drop" or step.phase == "new" else clients.VALID_UNTIL_DROP
+
+
+def _report(step: Step) -> None:
+    record, servers = step.record, list(CONTROL_PLANES)
+    for name in (*clients.VALID_UNTIL_DROP, clients.AS_IT_WAS, clients.FOLLOW):
+        print(f"  {name}: { {one.value: n for one, n in record.counts(name).items()} }", flush=True)
+    for one in record.refused(*valid(step))[:10]:
+        print(f"  REFUSED {one}", flush=True)
+    gone, slow = record.dark(clients.PULSE, servers, but=[Answer.SLOW]), record.dark(clients.PULSE, servers)
+    print(
+        f"  no API server: {gone:.2f} s ({slow:.2f} s with slow ones); turns {step.seen.turns}, failed {step.seen.failed}; "
+        f"etcd: most down {step.seen.most_down()}, without a leader {_longest(step.seen.leaderless):.1f} s, "
+        f"slow {_longest(step.seen.slow):.1f} s",
+        flush=True,
+    )
+
+
+def _longest(spans: Sequence[tuple[float, float, str]]) -> float:
+    return max((end - begin for begin, end, _ in spans), default=0.0)
+
+
 def table(steps: Sequence[Step]) -> str:
-    """What took how long, in Markdown."""
-    lines = [
-        "| command | seconds a control-plane node | the worker | turns of the client | … on to another API server | … that no API server took | most members of etcd down at once |\n",
-        "| --- | --- | --- | --- | --- | --- | --- |\n",
-    ]
+    """What took how long, and what clients saw, in Markdown."""
+    head = (
+        "command", "seconds a control-plane node", "the worker", "requests of valid clients", "refused", "too late",
+        "403 of a new API server", "s without any API server", "turns of a client of all three, failed",
+        "members of etcd down at once",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(head)} |\n", f"|{' --- |' * len(head)}\n"]
     for step in steps:
         of_control_planes = sorted(seconds for name, seconds in step.seconds.items() if name != WORKER)
-        span = f"{of_control_planes[0]:.0f} to {of_control_planes[-1]:.0f}"
-        seen = (step.seen.turns, step.seen.elsewhere, len(step.seen.failed), step.seen.most_down())
-        row = (f"`rotate-ca {step.verb}`", span, f"{step.seconds[WORKER]:.0f}", *map(str, seen))
+        asked = [one for one in step.record.asked if one.client in valid(step)]
+        row = (
+            f"`rotate-ca {step.verb}`",
+            f"{of_control_planes[0]:.0f} to {of_control_planes[-1]:.0f}",
+            f"{step.seconds[WORKER]:.0f}",
+            f"{len(asked):,}",
+            str(len(step.record.refused(*valid(step)))),
+            str(sum(one.answer is Answer.SLOW for one in asked)),
+            str(sum(one.answer is Answer.LOADING for one in asked)),
+            f"{step.record.dark(clients.PULSE, list(CONTROL_PLANES), but=[Answer.SLOW]):.1f}",
+            f"{step.seen.turns:,}, {len(step.seen.failed)}",
+            str(step.seen.most_down()),
+        )
         lines.append(f"| {' | '.join(row)} |\n")
-    whole = sum(itertools.chain.from_iterable(step.seconds.values() for step in steps))
-    return "".join([*lines, f"\nAll of it took {whole / 60:.0f} minutes, without the waiting for pods and people.\n"])
+    return "".join(lines)
+
+
+def by_client(steps: Sequence[Step]) -> str:
+    """What each client was answered in each phase, in Markdown."""
+    head = ("client", *(f"`{step.verb}`" for step in steps))
+    lines = [f"| {' | '.join(head)} |\n", f"|{' --- |' * len(head)}\n"]
+    for name in (*clients.VALID_UNTIL_DROP, clients.AS_IT_WAS):
+        cells = [_cell(step.record, name) for step in steps]
+        lines.append(f"| {name} | {' | '.join(cells)} |\n")
+    ended = [", ".join(f"{name} {number}" for name, number in step.ended.items()) or "none" for step in steps]
+    return "".join([*lines, f"| streams that ended | {' | '.join(ended)} |\n"])
+
+
+def _cell(record: Record, name: str) -> str:
+    counts = record.counts(name)
+    return ", ".join(f"{counts[one]:,} {one.value}" for one in Answer if counts[one]) or "none"
+
+
+def _strangers(found: Site) -> list[str]:
+    """What old certificates are answered; AssertionError: one of them is still taken."""
+    rows = []
+    for bridge in found.control_planes:
+        for name, told in clients.strangers(bridge.node, found.before / bridge.node.name, found.new):
+            rows.append(f"{bridge.node.name}: {name}: {told}")
+    print("\n".join(rows), flush=True)
+    taken_still = [row for row in rows if not row.endswith(("401", "TLS alert"))]
+    if taken_still:
+        raise AssertionError(f"wanted 401 or a TLS alert for each old certificate, found {taken_still}")
+    return rows
+
+
+def measured(found: Site, steps: Sequence[tuple[str, str]]) -> str:
+    """All of it, as the document has it (AssertionError: not as the page of the replacement says)."""
+    works: list[Callable[[], None]] = list(found.clients.threads())
+    with ThreadPoolExecutor(len(works)) as pool:
+        running = [pool.submit(work) for work in works]
+        try:
+            done = list(taken(found, steps))
+            rows = _strangers(found)
+        finally:
+            found.clients.stop.set()
+    for one in running:
+        one.result()
+    refused = [one for step in done for one in step.record.refused(*valid(step))]
+    seconds = sum(sum(step.seconds.values()) for step in done)
+    text = f"{table(done)}\n{by_client(done)}\n"
+    if kills := [f"- `{step.verb}`: {one}\n" for step in done for one in step.killed]:
+        text += f"Killed, and completed by the same command:\n\n{''.join(kills)}\n"
+    pods = ", ".join(f"{one:.0f} s" for one in found.pod_seconds.values())
+    text += (
+        f"All commands together took {seconds / 60:.0f} minutes; a pod's file had both CAs {pods} after the last `trust`.\n"
+        f"At the end each of {len(rows)} client certificates of before was refused, with 401 or by TLS.\n"
+    )
+    print(text, flush=True)
+    assert not refused, refused[:5]
+    assert not [one for step in done for one in step.seen.failed], [step.seen.failed for step in done]
+    assert max(step.seen.most_down() for step in done) <= 1
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Replace and print."""
+    """Replace, print, write."""
     parser = argparse.ArgumentParser(prog="python -m tests.measure.rotation")
     parser.add_argument("way", nargs="?", choices=["back"], help="go back from each phase once")
+    parser.add_argument("--through", choices=["bao", "desk"], default="bao", help="who has the new CAs")
+    parser.add_argument("--adopt", action="store_true", help="the old CAs are kubeadm's, with their keys on the nodes")
+    parser.add_argument("--kill", action="store_true", help="kill each command at a random moment once")
+    parser.add_argument("--docs", action="store_true")
     options = parser.parse_args(arguments)
     with (
         tempfile.TemporaryDirectory() as directory,
         openbao.dev_server() as bao,
-        cluster(Path(directory), bao) as bridges,
+        site(Path(directory), bao, options) as found,
     ):
-        done = list(taken(bridges, THERE_AND_BACK if options.way else FORWARD))
-    print(table(done))
+        text = measured(found, THERE_AND_BACK if options.way else FORWARD)
+    if options.docs:
+        words = [f"--through {options.through}" if options.through != "bao" else "", options.way or ""]
+        words += [f"--{name}" for name in ("adopt", "kill") if getattr(options, name)]
+        command = " ".join(["python -m tests.measure.rotation", *filter(None, words), "--docs"])
+        write_between(DOCUMENT, f"<!-- numbers: written by `{command}` -->", text)
 
 
 if __name__ == "__main__":

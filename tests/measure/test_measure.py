@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,18 @@ import pytest
 
 from tests.kit import exec_programs
 from tests.measure import __main__ as bench
-from tests.measure import backends, curves, desk_profile, fleet, gateway, mutation, start_up, tested_cas
+from tests.measure import (
+    backends,
+    curves,
+    desk_profile,
+    fleet,
+    gateway,
+    mutation,
+    rotation_clients,
+    start_up,
+    tested_cas,
+)
+from tests.measure.rotation_clients import Answer, Asked
 
 
 def test_the_desks_rows(tmp_path: Path) -> None:
@@ -128,3 +140,34 @@ def test_the_page_of_tested_cas_has_the_kits_versions() -> None:
     wrong = text.replace(f"| OpenBao | {pinned['OpenBao']} |", "| OpenBao | 1.0 |")
     assert tested_cas.in_page(wrong)["OpenBao"] == "1.0"
     assert tested_cas.written(wrong, pinned) == text
+
+
+@pytest.mark.parametrize(
+    ("away", "seconds"),
+    [
+        ({"one": [(1, 5)], "two": [(4, 8)], "three": [(3, 4.5)]}, 0.5),
+        ({"one": [(1, 5)], "two": [(5, 8)], "three": [(0, 9)]}, 0),
+        ({"one": [(1, 5), (6, 9)], "two": [(0, 10)], "three": [(2, 8)]}, 3),
+    ],
+)
+def test_the_longest_time_without_any_server(away: dict[str, list[tuple[float, float]]], seconds: float) -> None:
+    """Only where all are away at once, and from the first request that nobody serves to the first one that is served."""
+    record = rotation_clients.Record()
+    for server, spans in away.items():
+        for begin, end in spans:
+            for at, answer in ((begin, Answer.AWAY), ((begin + end) / 2, Answer.SLOW), (end, Answer.SERVED)):
+                record.asked.append(Asked(client="c", server=server, begin=at, end=at + 0.1, answer=answer))
+    assert record.dark("c", list(away)) == pytest.approx(seconds)
+    assert record.dark("c", list(away), but=[Answer.SLOW, Answer.AWAY]) == 0
+
+
+def test_a_refusal_is_told_from_a_server_that_is_away() -> None:
+    """By the exception, the status, or the words of kubectl."""
+    errors = [ssl.SSLCertVerificationError("x"), ssl.SSLEOFError("x"), ConnectionRefusedError(), TimeoutError()]
+    assert [rotation_clients.of_error(one) for one in errors] == [Answer.TLS, Answer.AWAY, Answer.AWAY, Answer.SLOW]
+    statuses = [rotation_clients.of_status(one) for one in (200, 404, 401, 403, 503)]
+    assert statuses == [Answer.SERVED, Answer.SERVED, Answer.UNKNOWN, Answer.LOADING, Answer.AWAY]
+    words = ["error: You must be logged in to the server (Unauthorized)", "tls: failed to verify certificate: x509: a"]
+    words += ["net/http: TLS handshake timeout", "dial tcp 198.18.77.61:6443: connect: connection refused"]
+    found = [rotation_clients.of_words(one) for one in words]
+    assert found == [Answer.UNKNOWN, Answer.TLS, Answer.SLOW, Answer.AWAY]
