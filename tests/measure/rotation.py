@@ -4,7 +4,7 @@ Three CAs at once are replaced on real machines: `python -m tests.measure.rotati
 Three control-plane nodes with stacked etcd and a worker; `ca`, `etcd-ca` and `front-proxy-ca` get successors in an OpenBao
 server, or with `--through desk` at a CA desk; with `--adopt` the old ones are kubeadm's own, with their keys on the nodes.
 Meanwhile the clients of `rotation_clients.py` ask all API servers, a client writes and reads by whichever takes it, and
-every member of etcd is asked every 0.2 s. With `back` each phase is gone back from once; with `--kill` each command is
+every member of etcd is asked every 0.2 s. With `back` each phase is then gone back from; with `--kill` each command is
 killed on each node at a random moment, and typed again. Prints what took how long and what the clients saw; with `--docs`
 also into docs/evidence/rotation.md.
 Takes root, the kit's programs, and about twenty minutes on two idle cores.
@@ -50,11 +50,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs/evidence/rotation.md"
 CONTROL_PLANES = {"rc-cp1": "198.18.77.61", "rc-cp2": "198.18.77.62", "rc-cp3": "198.18.77.63"}
 WORKER, WORKER_IP = "rc-w1", "198.18.77.64"
 FORWARD = (("trust", "trusted"), ("issue", "issued"), ("drop", "new"))
-THERE_AND_BACK = (
-    *(("trust", "trusted"), ("back", "old"), ("trust", "trusted")),
-    *(("issue", "issued"), ("back", "trusted"), ("issue", "issued")),
-    *(("drop", "new"), ("back", "issued"), ("drop", "new")),
-)
+THERE_AND_BACK = (*FORWARD, ("back", "issued"), ("back", "trusted"), ("back", "old"))
 _SECONDS = 1500  #: At most, for a command on a node.
 
 
@@ -64,6 +60,7 @@ class Step:
 
     verb: str
     phase: str
+    keeps_old: bool  #: The old CA's certificates are good from its begin to its end.
     seconds: dict[str, float] = field(default_factory=dict)  #: By node.
     killed: list[str] = field(default_factory=list)  #: In which phase the files of a node were after each kill.
     seen: Seen = field(default_factory=Seen)
@@ -81,7 +78,7 @@ class Site:
     new: bytes  #: The new CAs, PEM.
     options: argparse.Namespace
     desk: Desk | None = None
-    pod_seconds: dict[str, float] = field(default_factory=dict)  #: Until a pod's file had the CAs, by verb.
+    pod_seconds: list[float] = field(default_factory=list)  #: Until a pod's file had both CAs, after each `trust`.
 
     @property
     def control_planes(self) -> list[LiveBridge]:
@@ -205,21 +202,21 @@ def _bridge(
 
 def taken(found: Site, steps: Sequence[tuple[str, str]]) -> Iterator[Step]:
     """Each verb on each node, one after the other (AssertionError: a node is not in its phase, a valid client was refused)."""
-    watch = [bridge.node for bridge in found.control_planes]
+    watch, before = [bridge.node for bridge in found.control_planes], "old"
     for verb, phase in steps:
-        step = Step(verb=verb, phase=phase)
-        if verb == "issue":
-            _pods_have(found, 2)
+        step = Step(verb=verb, phase=phase, keeps_old="new" not in (phase, before))
         begin, ended = time.monotonic(), found.clients.ended.copy()
         with watched(watch) as step.seen:
             for bridge in found.bridges:
                 since = time.monotonic()
                 _typed(found, bridge, step)
                 step.seconds[bridge.node.name] = time.monotonic() - since
-        step.ended = found.clients.ended - ended
+        step.ended, before = found.clients.ended - ended, phase
+        step.record = found.clients.record.between(begin, time.monotonic())
+        if verb == "trust":
+            _pods_have(found, 2)
         for bridge in found.bridges:
             _assert_whole(bridge, phase)
-        step.record = found.clients.record.between(begin, time.monotonic())
         print(f"{verb}: {step.seconds}; killed {step.killed}; streams that ended {dict(step.ended)}", flush=True)
         _report(step)
         yield step
@@ -238,7 +235,7 @@ def _typed(found: Site, bridge: LiveBridge, step: Step) -> None:
         run = bridge.run(*args, timeout=_SECONDS)
         print(f"{bridge.node.name}: {' '.join(args[:2])}: exit {run.returncode}\n{run.stdout}{run.stderr}", flush=True)
         if run.returncode == Exit.WAITING and found.desk is not None:
-            signed = found.desk.run("sign", "--inbox", found.desk.inbox, "--outbox", found.desk.outbox)
+            signed = found.desk.run("sign", found.desk.inbox, "-o", found.desk.outbox)
             print(signed.stdout, signed.stderr, flush=True)
         elif run.returncode == Exit.UNAVAILABLE:
             time.sleep(10)  # as its own words say: again, later
@@ -292,7 +289,7 @@ def _pods_have(found: Site, number: int) -> None:
     control_planes, worker = [one.node for one in found.control_planes], found.bridges[-1].node
     begin = time.monotonic()
     wait_for("the CAs in a pod", lambda: clients.cas_in_pod(control_planes[0], worker) == number, seconds=400)
-    found.pod_seconds[f"{number}"] = time.monotonic() - begin
+    found.pod_seconds.append(time.monotonic() - begin)
     clients.start_pod(control_planes, worker)
 
 
@@ -301,7 +298,7 @@ def _pods_have(found: Site, number: int) -> None:
 
 def valid(step: Step) -> Sequence[str]:
     """The clients that nothing may refuse in this step."""
-    return clients.VALID if step.verb == "drop" or step.phase == "new" else clients.VALID_UNTIL_DROP
+    return clients.VALID_UNTIL_DROP if step.keeps_old else clients.VALID
 
 
 def _report(step: Step) -> None:
@@ -386,7 +383,7 @@ def measured(found: Site, steps: Sequence[tuple[str, str]]) -> str:
         running = [pool.submit(work) for work in works]
         try:
             done = list(taken(found, steps))
-            rows = _strangers(found)
+            rows = _strangers(found) if done[-1].phase == "new" else []
         finally:
             found.clients.stop.set()
     for one in running:
@@ -396,11 +393,13 @@ def measured(found: Site, steps: Sequence[tuple[str, str]]) -> str:
     text = f"{table(done)}\n{by_client(done)}\n"
     if kills := [f"- `{step.verb}`: {one}\n" for step in done for one in step.killed]:
         text += f"Killed, and completed by the same command:\n\n{''.join(kills)}\n"
-    pods = ", ".join(f"{one:.0f} s" for one in found.pod_seconds.values())
+    pods = ", ".join(f"{one:.0f} s" for one in found.pod_seconds)
     text += (
         f"All commands together took {seconds / 60:.0f} minutes; a pod's file had both CAs {pods} after the last `trust`.\n"
-        f"At the end each of {len(rows)} client certificates of before was refused, with 401 or by TLS.\n"
+        f"The aggregated API ended {len(found.clients.extension.refused)} handshakes of API servers.\n"
     )
+    if rows:
+        text += f"At the end each of {len(rows)} client certificates of before was refused, with 401 or by TLS.\n"
     print(text, flush=True)
     assert not refused, refused[:5]
     assert not [one for step in done for one in step.seen.failed], [step.seen.failed for step in done]
@@ -411,7 +410,7 @@ def measured(found: Site, steps: Sequence[tuple[str, str]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Replace, print, write."""
     parser = argparse.ArgumentParser(prog="python -m tests.measure.rotation")
-    parser.add_argument("way", nargs="?", choices=["back"], help="go back from each phase once")
+    parser.add_argument("way", nargs="?", choices=["back"], help="go back from each phase, too")
     parser.add_argument("--through", choices=["bao", "desk"], default="bao", help="who has the new CAs")
     parser.add_argument("--adopt", action="store_true", help="the old CAs are kubeadm's, with their keys on the nodes")
     parser.add_argument("--kill", action="store_true", help="kill each command at a random moment once")

@@ -13,6 +13,8 @@ import functools
 import http.client
 import itertools
 import json
+import os
+import signal
 import ssl
 import subprocess
 import tempfile
@@ -273,8 +275,8 @@ class Clients:
                             self.record.add(WATCH, node.name, begin, Answer.SERVED)
                             begin = time.monotonic()
                     self.ended[WATCH] += not self.stop.is_set()
-            except TimeoutError as e:  # nobody writes between two commands
-                self.record.add(WATCH, node.name, begin, Answer.SERVED, repr(e))
+            except TimeoutError as e:  # nothing is written between two commands, or this server's etcd is away
+                self.record.add(WATCH, node.name, begin, Answer.SLOW, repr(e))
             except (OSError, http.client.HTTPException, ValueError) as e:
                 self.ended[WATCH] += 1
                 self.record.add(WATCH, node.name, begin, of_error(e), repr(e))
@@ -288,9 +290,11 @@ class Clients:
             server = ("--kubeconfig", _CONF, "--server", f"https://{node.ip}:{API_PORT}")
             command = [str(script), "exec", self.nodes[0].name, "kubectl", *server, "logs", "-f", "--since=1s", POD]
             begin = time.monotonic()
-            with log.open("wb") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process:
-                closer = threading.Thread(target=lambda: (self.stop.wait(), process.terminate()), daemon=True)
-                closer.start()
+            with (
+                log.open("wb") as errors,
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True) as process,
+            ):
+                threading.Thread(target=self._end, args=(process,), daemon=True).start()
                 for line in process.stdout or ():
                     with contextlib.suppress(ValueError, KeyError):
                         said = json.loads(line)
@@ -301,6 +305,12 @@ class Clients:
             self.ended[FOLLOW] += 1
             words = log.read_text(errors="replace")
             self.record.add(FOLLOW, node.name, begin, of_words(words) if words else Answer.AWAY, words)
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """At the end of all, end what was started as a group, unless it has ended before."""
+        self.stop.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
 
 
 NEW, OLD, AS_IT_WAS = "a kubeconfig as it is on the node", "an old certificate, both CAs trusted", "an old kubeconfig"
