@@ -272,7 +272,7 @@ def extension(node: Node, directory: Path, trusted: Callable[[], str] | None = N
             """Nothing."""
 
     tls = cfssl.make_tls(directory)
-    trusted = trusted or (node.pki_dir / FRONT_PROXY_CA.certificate_file).read_text
+    cas = trusted or (node.pki_dir / FRONT_PROXY_CA.certificate_file).read_text
 
     class Server(LoopbackServer):
         """Reads its CA again at each handshake."""
@@ -281,7 +281,7 @@ def extension(node: Node, directory: Path, trusted: Callable[[], str] | None = N
             """A connection of who shows a certificate of that CA."""
             opened, address = super().get_request()
             try:
-                context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cadata=trusted())
+                context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cadata=cas())
                 context.verify_mode = ssl.CERT_REQUIRED
                 context.load_cert_chain(tls.server_cert, tls.server_key)
                 opened.settimeout(10)

@@ -354,7 +354,7 @@ def by_client(steps: Sequence[Step]) -> str:
     for name in (*clients.VALID_UNTIL_DROP, clients.AS_IT_WAS):
         cells = [_cell(step.record, name) for step in steps]
         lines.append(f"| {name} | {' | '.join(cells)} |\n")
-    ended = [", ".join(f"{name} {number}" for name, number in step.ended.items()) or "none" for step in steps]
+    ended = [", ".join(f"{number} of {name}" for name, number in step.ended.items()) or "none" for step in steps]
     return "".join([*lines, f"| streams that ended | {' | '.join(ended)} |\n"])
 
 

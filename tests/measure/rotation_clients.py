@@ -43,9 +43,11 @@ class Answer(Enum):
     SERVED = "served"
     SLOW = "too late"  #: No answer within 10 s, from a server that took the connection.
     AWAY = "away"  #: No server there, one that closes, or that says so itself (5xx).
-    LOADING = "403"  #: A server that has not read its rights yet.
-    UNKNOWN = "401"  #: The client's certificate is not known.
-    TLS = "TLS"  #: The server's certificate is not trusted, or the server ends the handshake for the client's.
+    LOADING = "answered 403"  #: A server that has not read its rights yet.
+    UNKNOWN = "answered 401"  #: The client's certificate is not known.
+    TLS = (
+        "refused by TLS"  #: The server's certificate is not trusted, or the server ends the handshake for the client's.
+    )
 
 
 REFUSALS = (Answer.UNKNOWN, Answer.TLS)
@@ -337,14 +339,14 @@ def ask(server, context):
         token = open("{_ACCOUNT}/token").read()
         opened.request("GET", "/api", headers={{"Authorization": "Bearer " + token}})
         status = opened.getresponse().status
-        kinds = {{401: "401", 403: "403"}}
+        kinds = {{401: {Answer.UNKNOWN.value!r}, 403: {Answer.LOADING.value!r}}}
         return kinds.get(status, "away" if status >= 500 else "served"), str(status)
     except TimeoutError as e:
         return "too late", repr(e)
     except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError) as e:
         return "away", repr(e)
     except ssl.SSLError as e:
-        return "TLS", repr(e)
+        return {Answer.TLS.value!r}, repr(e)
     except (OSError, http.client.HTTPException) as e:
         return "away", repr(e)
     finally:
