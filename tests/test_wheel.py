@@ -88,12 +88,12 @@ def test_the_lock_files_hold_what_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups = project["dependency-groups"]
     for_tests = [line for name, group in groups.items() if name != "bench" for line in group if isinstance(line, str)]
-    dependencies = project["project"]["dependencies"]
+    dependencies, extras = project["project"]["dependencies"], project["project"]["optional-dependencies"]
     everything = locked("requirements-dev.lock")
 
     for file, lines in {
         "requirements.lock": dependencies,
-        "requirements-serve.lock": [*dependencies, *project["project"]["optional-dependencies"]["serve"]],
+        "requirements-serve.lock": [*dependencies, *extras["serve"], *extras["postgresql"]],
         "requirements-build.lock": [*groups["build"], *project["build-system"]["requires"]],
         "requirements-dev.lock": [*dependencies, *for_tests],
         "requirements-bench.lock": groups["bench"],

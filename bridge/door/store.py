@@ -1,7 +1,7 @@
 """
 The door's memory: requests, decisions, issued certificates and enrolments, in a database by SQLAlchemy (Core).
 
-SQLite is one file below the state directory; another database is named by its URL. A request is here before it is
+SQLite is one file below the state directory; PostgreSQL is named by its URL. A request is here before it is
 judged, and an answer before it is given. The database decides nothing by itself: that no request is signed twice is
 proven by the desk's journal and archive, which the CA's own answers go through, so that a database which went back in
 time asks for nothing anew; the audit chain stays the proof.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from bridge.errors import BridgeError, Exit
+from bridge.secret import Secret, SecretUnavailableError
 from bridge.settings.tables import Settings
 from bridge.state.store import Store
 from bridge.words import one_line
@@ -37,6 +38,18 @@ TO_SIGN: tuple[State, ...] = ("waiting", "approved")
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_SECONDS = 10
 _DATABASE = "door.db"
+#: For PostgreSQL: a server that does not answer, or a lock that is never free, keeps no thread for long.
+_PATIENCE = {
+    "connect_timeout": _BUSY_SECONDS,
+    "keepalives_idle": 15,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+    "options": "-c statement_timeout=30s -c lock_timeout=10s -c idle_in_transaction_session_timeout=60s",
+}
+_NO_DRIVER = "serve.database names it; PostgreSQL needs `pip install 'kubeadm-ca-bridge[serve,postgresql]'`"
+#: PostgreSQL's advisory locks have numbers: for the tables' form.
+_FORM_LOCK = 0x0CAB_0001
 #: A digest, a name and a serial number in hex; texts for people.
 _DIGEST, _NAME, _TEXT = sa.String(64), sa.String(253), sa.String(2000)
 
@@ -171,16 +184,22 @@ class IssuedRow:
 class Memory:
     """The database; from any thread."""
 
-    def __init__(self, url: str) -> None:
-        """Connect, and bring the tables to this version's form."""
+    def __init__(self, url: str, password: Secret | None = None) -> None:
+        """Connect, and bring the tables to this version's form; the password is read for each new connection."""
         try:
-            self.engine = sa.create_engine(url, **_options(url))
+            self.engine = _engine(url)
         except (SQLAlchemyError, ImportError) as e:
-            raise DatabaseError(f"wanted a database, found: {one_line(e)}", hint="serve.database names it") from None
+            raise DatabaseError(f"wanted a database, found: {one_line(e)}", hint=_NO_DRIVER) from None
         if self.engine.dialect.name == "sqlite":
             sa.event.listen(self.engine, "connect", _careful)
-        with asking(), self.engine.begin() as connection:
-            _migrate(connection)
+        if password is not None:
+            sa.event.listen(self.engine, "do_connect", _with_password(password))
+        try:
+            with asking(), self.engine.begin() as connection:
+                _migrate(connection)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the connections."""
@@ -297,10 +316,27 @@ def _columns(one: IssuedRow) -> dict[str, Any]:
     return {name: getattr(one, name) for name in IssuedRow.__slots__}
 
 
-def _options(url: str) -> Mapping[str, Any]:
-    if url.startswith("sqlite"):
-        return {"connect_args": {"timeout": _BUSY_SECONDS}}
-    return {"pool_pre_ping": True}
+def _engine(text: str) -> sa.Engine:
+    url = sa.make_url(text)
+    if url.get_backend_name() == "sqlite":
+        return sa.create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    return sa.create_engine(
+        url, pool_pre_ping=True, pool_timeout=_BUSY_SECONDS, max_overflow=20, connect_args=_PATIENCE
+    )
+
+
+def _with_password(password: Secret) -> Callable[[Any, Any, Any, dict[str, Any]], None]:
+    """The password goes to the driver alone, and is in no URL, which an error could show."""
+
+    def connect(_dialect: Any, _record: Any, _args: Any, parameters: dict[str, Any]) -> None:
+        try:
+            parameters["password"] = password.read()
+        except SecretUnavailableError as e:
+            raise DatabaseError(f"serve.database_password: {e}", hint="the password of the database's user") from None
+
+    return connect
 
 
 def _careful(connection: Any, _: ConnectionPoolEntry) -> None:
@@ -320,6 +356,8 @@ def asking() -> Iterator[None]:
 
 
 def _migrate(connection: sa.Connection) -> None:
+    if connection.dialect.name == "postgresql":  # doors that start at the same time make the tables one after the other
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_FORM_LOCK)))
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
@@ -339,4 +377,4 @@ def open_memory(settings: Settings) -> Memory:
     """The database that the settings name, which the caller closes (DatabaseError, StateError)."""
     store = Store(settings.node.state_dir)
     store.prepare()
-    return Memory(settings.serve.database or sqlite_url(store.directory / _DATABASE))
+    return Memory(settings.serve.database or sqlite_url(store.directory / _DATABASE), settings.serve.database_password)

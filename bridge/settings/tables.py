@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import Before, duration_text
-from bridge.secret import GIVEN
+from bridge.secret import GIVEN, Secret
 from bridge.settings.reader import Source
 from bridge.settings.windows import Jitter, Windows
 from bridge.specs import DEFAULT_CLUSTER, KUBELET_SERVER, SUPER_ADMIN, Component, KeyAlgorithm
@@ -619,8 +619,9 @@ class ServeSettings:
     key: Path = Path("/etc/ca-bridge/serve.key")  #: The private key of `certificate`, not encrypted.
     #: The CA certificates (PEM) that sign the certificates of people who decide; without it no person is let in.
     approvers_ca: Path | None = None
-    #: The URL of the database, without a password in it; if empty, SQLite in the file `door.db` of `node.state_dir`.
+    #: The URL of a PostgreSQL database, without a password in it; if empty, SQLite in the file `door.db` of `node.state_dir`.
     database: str = ""
+    database_password: Secret | None = None  #: The password of the database's user.
     connections: int = 1000  #: How many connections may be open at the same time.
     connections_per_peer: int = 64  #: The same for one address.
     threads: int = 32  #: How many requests are read and answered at the same time.
@@ -639,10 +640,11 @@ class ServeSettings:
             yield SettingsProblem("threads", f"1 to {_MOST_THREADS}", str(self.threads))
         if self.exchange_for < timedelta(seconds=1):
             yield SettingsProblem("exchange_for", "at least 1s", duration_text(self.exchange_for))
-        if self.database and "://" not in self.database:
-            yield SettingsProblem("database", "a URL such as postgresql+psycopg://HOST/NAME", "another text")
-        elif re.match(r"[^/]+://[^/@]*:[^/@]*@", self.database):
-            yield SettingsProblem("database", "no password in it: secrets are never written here", "one")
+        if self.database and not re.match(r"(postgresql(\+psycopg)?|sqlite)://", self.database):
+            yield SettingsProblem("database", "a URL such as postgresql://USER@HOST/NAME", "another text")
+        # whatever a URL's reader takes for a password, which may have any character
+        if re.match(r"\w[^:]*://.*:.*@", self.database) or re.search(r"[?&][^=]*password=", self.database):
+            yield SettingsProblem("database", "no password in it: `database_password_file` says where it is", "one")
 
     @property
     def address(self) -> tuple[str, int] | None:

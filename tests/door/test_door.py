@@ -29,7 +29,7 @@ from tests.kit.cas import Bridge, live_certificates
 from tests.kit.desks import POLICY, Desk, killing, make_desk
 from tests.kit.est import make_tls
 from tests.kit.pki import Pki, handmade_pki
-from tests.kit.serving import Answer, ServeProgram, add_door, running
+from tests.kit.serving import Answer, Database, ServeProgram, add_door, running
 
 NodeEnd = Callable[..., GatewayBackend]
 Pairs = dict[str, tuple[x509.Certificate, PrivateKey]]
@@ -58,8 +58,8 @@ def desk(tmp_path: Path, pki: Pki) -> Desk:
 
 
 @pytest.fixture
-def door(desk: Desk) -> Iterator[ServeProgram]:
-    with running(add_door(desk.config, desk.directory)) as program:
+def door(desk: Desk, database: Database) -> Iterator[ServeProgram]:
+    with running(add_door(desk.config, desk.directory, database.settings)) as program:
         yield program
 
 
@@ -180,10 +180,11 @@ def test_a_ca_that_is_down_loses_no_request(door: ServeProgram, desk: Desk, pair
     ],
 )
 def test_a_killed_door_signs_nothing_twice(
-    desk: Desk, pairs: Pairs, tmp_path: Path, module: str, function: str, before: bool
+    desk: Desk, database: Database, pairs: Pairs, tmp_path: Path, module: str, function: str, before: bool
 ) -> None:
     """Wherever it was killed, the next start answers, and each request has one certificate."""
-    door, bundle = add_door(desk.config, desk.directory), make_bundle(some(pairs, "apiserver", "etcd-server"))
+    door = add_door(desk.config, desk.directory, database.settings)
+    bundle = make_bundle(some(pairs, "apiserver", "etcd-server"))
     door.start([sys.executable, str(killing(tmp_path, module, function, before=before))])
     with contextlib.suppress(OSError, HTTPException):
         door.post(dumps(bundle))
@@ -196,9 +197,9 @@ def test_a_killed_door_signs_nothing_twice(
     assert desk.run("audit", "verify").returncode == 0
 
 
-def test_a_door_that_ends_answers_what_it_has_begun(desk: Desk, pairs: Pairs) -> None:
+def test_a_door_that_ends_answers_what_it_has_begun(desk: Desk, database: Database, pairs: Pairs) -> None:
     """SIGTERM is an end with exit code 0; what waits is answered after the next start."""
-    door = add_door(desk.config, desk.directory)
+    door = add_door(desk.config, desk.directory, database.settings)
     with running(door):
         place = place_of(door.post(dumps(make_bundle(pairs))))
         assert door.stop() == Exit.DONE

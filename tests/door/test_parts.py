@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
@@ -28,6 +27,7 @@ from bridge.specs import AUTHORITIES
 from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.desks import Desk, make_desk
 from tests.kit.pki import Pki, handmade_pki
+from tests.kit.serving import Database
 
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
 
@@ -44,13 +44,6 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
 @pytest.fixture
 def bundle(pki: Pki) -> RequestBundle:
     return make_bundle(old_pairs(pki, ["apiserver"]))
-
-
-@pytest.fixture
-def memory(tmp_path: Path) -> Iterator[Memory]:
-    one = Memory(sqlite_url(tmp_path / "door.db"))
-    yield one
-    one.close()
 
 
 def received(memory: Memory, digest_: str = "aa", **more: Any) -> str:
@@ -75,12 +68,12 @@ def test_the_forms_lead_to_the_tables_of_this_version(memory: Memory) -> None:
         assert compare_metadata(MigrationContext.configure(connection), METADATA) != []
 
 
-def test_a_database_is_opened_again_and_a_newer_one_is_not(tmp_path: Path) -> None:
+def test_a_database_is_opened_again_and_a_newer_one_is_not(database: Database, tmp_path: Path) -> None:
     """Its requests are there; a form that this version does not know keeps the door from beginning."""
-    first = Memory(sqlite_url(tmp_path / "door.db"))
+    first = database.memory(tmp_path)
     request = received(first)
     first.close()
-    second = Memory(sqlite_url(tmp_path / "door.db"))
+    second = database.memory(tmp_path)
     kept = second.find(request)
     with second.engine.begin() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = 'of tomorrow'"))
@@ -89,7 +82,7 @@ def test_a_database_is_opened_again_and_a_newer_one_is_not(tmp_path: Path) -> No
     assert kept is not None
     assert (kept.state, kept.received, kept.bundle) == ("waiting", NOW, b"bundle")
     with pytest.raises(DatabaseError, match="this version or an earlier one"):
-        Memory(sqlite_url(tmp_path / "door.db"))
+        database.memory(tmp_path)
 
 
 def test_the_same_bundle_has_one_id(memory: Memory) -> None:
@@ -139,6 +132,24 @@ def fill(memory: Memory) -> None:
         connection.execute("PRAGMA max_page_count = 1")  # SQLite takes it as "no more than there are"
 
 
+def forbid(memory: Memory, what: str) -> None:
+    """Let the database itself refuse, from now on, to do this."""
+    statements = [f"CREATE TRIGGER too_full BEFORE {what} BEGIN SELECT RAISE(FAIL, 'full'); END"]
+    if memory.engine.dialect.name == "postgresql":
+        function = "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'full'; END $$"
+        statements = [function, f"CREATE TRIGGER too_full BEFORE {what} FOR EACH ROW EXECUTE FUNCTION fail()"]
+    with memory.engine.begin() as connection:
+        for one in statements:
+            connection.execute(sa.text(one))
+
+
+def allow(memory: Memory, what: str) -> None:
+    """Let it do this again."""
+    table = what.rpartition(" ")[2] if memory.engine.dialect.name == "postgresql" else ""
+    with memory.engine.begin() as connection:
+        connection.execute(sa.text(f"DROP TRIGGER too_full{' ON ' + table if table else ''}"))
+
+
 def posted(door: Door, data: bytes) -> tuple[str, dict[str, str], dict[str, Any]]:
     """Status, headers and document of an answer."""
     started: list[Any] = []
@@ -162,8 +173,9 @@ def make_application(memory: Memory) -> Door:
     )
 
 
-def test_a_full_disk_takes_no_request(memory: Memory, bundle: RequestBundle) -> None:
+def test_a_full_disk_takes_no_request(tmp_path: Path, bundle: RequestBundle) -> None:
     """503 with Retry-After, and a sentence without the disk's place; with room the same bundle is taken."""
+    memory = Memory(sqlite_url(tmp_path / "door.db"))
     door = make_application(memory)
     big = json.dumps({**json.loads(dumps(bundle)), "digest": digest(bundle)}).encode() + b" " * 100_000
     fill(memory)
@@ -171,6 +183,7 @@ def test_a_full_disk_takes_no_request(memory: Memory, bundle: RequestBundle) -> 
     with memory.engine.begin() as connection:
         connection.execute(sa.text("PRAGMA max_page_count = 100000"))
         assert connection.execute(REQUEST_COUNT).scalar() == 0
+    memory.close()
 
     assert full[0] == "503 Service Unavailable"
     assert full[1]["Retry-After"] == "30"
@@ -186,15 +199,11 @@ def test_a_database_that_can_not_be_written_to_asks_no_ca(desk: Desk, memory: Me
         dumps(bundle), digest=digest(bundle), node=bundle.node, cluster=bundle.cluster, peer="192.0.2.1", now=now()
     )
     signing = Signing(load(desk.config), memory, desk.policy, now)
-    with memory.engine.begin() as connection:
-        connection.execute(
-            sa.text("CREATE TRIGGER full BEFORE UPDATE ON requests BEGIN SELECT RAISE(FAIL, 'full'); END")
-        )
+    forbid(memory, "UPDATE ON requests")
     with pytest.raises(DatabaseError, match="full"):
         signing.round()
     before = len(desk.issued())
-    with memory.engine.begin() as connection:
-        connection.execute(sa.text("DROP TRIGGER full"))
+    allow(memory, "UPDATE ON requests")
     after = signing.round()
     signing.close()
 
@@ -215,13 +224,10 @@ def test_an_answer_that_can_not_be_remembered_is_found_in_the_archive(
         dumps(bundle), digest=digest(bundle), node=bundle.node, cluster=bundle.cluster, peer="192.0.2.1", now=now()
     )
     signing = Signing(load(desk.config), memory, desk.policy, now)
-    with memory.engine.begin() as connection:
-        trigger = "CREATE TRIGGER full BEFORE INSERT ON certificates BEGIN SELECT RAISE(FAIL, 'full'); END"
-        connection.execute(sa.text(trigger))
+    forbid(memory, "INSERT ON certificates")
     first = signing.round()
     waiting = memory.counts()
-    with memory.engine.begin() as connection:
-        connection.execute(sa.text("DROP TRIGGER full"))
+    allow(memory, "INSERT ON certificates")
     second = signing.round()
     signing.close()
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bridge.door.store import Memory, sqlite_url
+from bridge.secret import Secret
 from tests.kit.est import make_tls
 from tests.kit.opensslca import make_ca_directory
 
@@ -114,6 +116,29 @@ class ServeProgram:
     def post(self, bundle: bytes) -> Answer:
         """A request, as a node sends it."""
         return self.ask("POST", "/v1/requests", bundle, Content_Type="application/json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Database:
+    """An empty database."""
+
+    url: str  #: Empty: the door's own SQLite file.
+    password_file: Path | None = None
+
+    @property
+    def settings(self) -> str:
+        """Lines of `[serve]`."""
+        found = {"database": self.url, "database_password_file": self.password_file}
+        return "".join(f'{key} = "{value}"\n' for key, value in found.items() if value)
+
+    @property
+    def password(self) -> Secret | None:
+        """As the settings have it."""
+        return Secret("file", str(self.password_file)) if self.password_file is not None else None
+
+    def memory(self, directory: Path) -> Memory:
+        """What a door has of it; a SQLite file is in the directory."""
+        return Memory(self.url or sqlite_url(directory / "door.db"), self.password)
 
 
 def add_door(config: Path, directory: Path, more: str = "") -> ServeProgram:

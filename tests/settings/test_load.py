@@ -197,3 +197,27 @@ def test_any_value_anywhere_is_settings_or_a_settings_error(table: str, key: str
         parse(f"[{table}]\n{key} = {value}\n", FILE)
     except SettingsError as e:
         assert all(p.line in (1, 2) for p in e.problems)  # 1: a default contradicts it
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://door:s3cret@db/door",
+        "postgresql+psycopg://door:a/b?c#d@e@db/door",
+        "postgresql://door:@db/door",
+        "postgresql://door@db/door?password=s3cret",
+        "postgresql://db/door?sslmode=require&sslpassword=s3cret",
+        "mysql://door@db/door",
+        "s3cret",
+    ],
+)
+def test_the_url_of_a_database_has_no_password(url: str) -> None:
+    """It is refused, and not repeated; the same URL without one is taken."""
+    found = problems(f'[serve]\ndatabase = "{url}"\n')
+    assert [one.key for one in found] == ["serve.database"]
+    assert "s3cret" not in f"{found}"
+    for good in (
+        "postgresql://door@db:5432/door?sslmode=verify-full",
+        "postgresql+psycopg:///door?host=/run/postgresql",
+    ):
+        assert parse(f'[serve]\ndatabase = "{good}"\n').serve.database == good

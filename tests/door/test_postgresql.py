@@ -1,0 +1,98 @@
+"""A door whose database is a PostgreSQL server: its password, its absence, and doors that start together."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from bridge.contract import Issued
+from bridge.door.store import DatabaseError, Memory
+from bridge.errors import Exit
+from bridge.pki.bundle_format import dumps, loads_answer
+from bridge.secret import Secret
+from bridge.system.waiting import wait_until
+from tests.kit.bundles import make_bundle, old_pairs
+from tests.kit.desks import Desk, make_desk
+from tests.kit.pki import Pki, handmade_pki
+from tests.kit.serving import Database, add_door, running
+
+if TYPE_CHECKING:
+    from tests.kit.postgresql import PostgreSql
+
+_PATIENCE = timedelta(minutes=2)
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return handmade_pki(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture
+def desk(tmp_path: Path, pki: Pki) -> Desk:
+    return make_desk(tmp_path / "desk", pki)
+
+
+def test_the_password_is_in_no_message(shared_database: Database, desk: Desk) -> None:
+    """A wrong one, and a file that is missing, are told without it; the right one lets the door begin."""
+    door = add_door(desk.config, desk.directory, shared_database.settings)
+    assert shared_database.password_file is not None
+    right = shared_database.password_file.read_text()
+    shared_database.password_file.write_text("a wrong passphrase")
+    wrong = desk.run("serve", "-v")
+    shared_database.password_file.unlink()
+    missing = desk.run("serve", "-v")
+    shared_database.password_file.write_text(right)
+    with running(door):
+        assert door.ask("GET", "/readyz").status == 200
+    said = "".join([wrong.stderr, wrong.stdout, missing.stderr, *door.said])
+
+    assert (wrong.returncode, missing.returncode) == (Exit.UNAVAILABLE, Exit.UNAVAILABLE), said
+    assert "authentication failed" in wrong.stderr
+    assert str(shared_database.password_file) in missing.stderr
+    assert right.strip() not in said
+    assert "a wrong passphrase" not in said
+
+
+def test_a_database_that_is_away_takes_no_request_and_comes_back(
+    desk: Desk, shared_database: Database, postgresql: PostgreSql, pki: Pki
+) -> None:
+    """503 while it is down, and nothing is signed; when it is back the same door answers."""
+    door = add_door(desk.config, desk.directory, shared_database.settings)
+    bundle = dumps(make_bundle(old_pairs(pki, ["apiserver"])))
+    with running(door):
+        postgresql.stop()
+        try:
+            away = door.post(bundle)
+            ready = door.ask("GET", "/readyz")
+        finally:
+            postgresql.start()
+        taken = wait_until(lambda: door.post(bundle), lambda one: one.status == 202, _PATIENCE, pause_seconds=0.2)
+        place = taken.headers["location"]
+        answer = wait_until(lambda: door.ask("GET", place), lambda one: one.status == 200, _PATIENCE, pause_seconds=0.2)
+
+    assert (away.status, ready.status) == (503, 503)
+    assert away.headers["retry-after"] == "30"
+    assert isinstance(loads_answer(answer.body).answers["apiserver"], Issued)
+    assert len(desk.issued()) == 1
+
+
+def test_doors_that_start_together_make_the_tables_once(shared_database: Database) -> None:
+    """Each begins, and none finds them half made."""
+    with ThreadPoolExecutor(4) as pool:
+        memories = list(pool.map(lambda _: Memory(shared_database.url, shared_database.password), range(4)))
+    for one in memories:
+        assert one.counts() == {}
+        one.close()
+
+
+def test_a_database_of_another_kind_is_refused() -> None:
+    """The message says which packages there are; its twin is a server that does not answer."""
+    with pytest.raises(DatabaseError, match="wanted a database") as e:
+        Memory("oracle://db.example/door")
+    assert "serve,postgresql" in e.value.hint
+    with pytest.raises(DatabaseError, match=r"[Cc]onnection refused"):
+        Memory("postgresql://door@127.0.0.1:9/door", Secret("env", "PATH"))
