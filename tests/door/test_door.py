@@ -382,12 +382,13 @@ def test_silent_clients_keep_no_others_out(desk: Desk) -> None:
         with contextlib.ExitStack() as stack:
             for _ in range(5):
                 stack.enter_context(socket.create_connection(("127.0.0.1", door.port)))
-            seen = wait_until(lambda: connections(door), lambda one: one["open"] == 6, _PATIENCE, pause_seconds=0.1)
+            wanted = {"open": 6, "turned_away": 0, "working": 1}
+            seen = wait_until(lambda: connections(door), lambda one: one == wanted, _PATIENCE, pause_seconds=0.1)
             for _ in range(8):
                 stack.enter_context(socket.create_connection(("127.0.0.1", door.port)))
         over = wait_until(lambda: connections(door), lambda one: one["turned_away"] > 0, _PATIENCE, pause_seconds=0.1)
 
-    assert seen == {"open": 6, "turned_away": 0, "working": 1}
+    assert seen == wanted
     assert over["turned_away"] > 0
 
 
