@@ -105,7 +105,7 @@ def renewed(site: Site, holders: Sequence[Holder], before: Sequence[int], ca: Si
     wait_for("renewed certificates", have, seconds=RENEWED_SECONDS)
     ages = [datetime.now(UTC) - one.leaf.not_valid_before_utc - timedelta(seconds=280) for one in holders]
     figures.add(f"both pods have a new certificate below {ca.certificate.subject.rfc4514_string()} in their files, after a wait of",
-                f"{_since(begin)} (it was signed {max(ages).total_seconds() / 60:.0f} minutes ago)")  # fmt: skip
+                f"{_since(begin)} (the older was signed {max(ages).total_seconds() / 60:.0f} min before)")  # fmt: skip
 
 
 def replaced(site: Site, holders: Sequence[Holder], figures: Figures) -> None:
@@ -138,7 +138,7 @@ def page(figures: Figures) -> str:
 Written by `python -m tests.measure.pod_node --docs` on {datetime.now(UTC):%Y-%m-%d}, on two busy cores; `tests/e2e/test_pods_node.py` is its short form.
 
 A kubeadm node of Kubernetes 1.37, the manifests of `ca-bridge setup kubernetes`, and a gateway whose CA for pods is OpenBao.
-Two pods of two namespaces shake hands all the time, in both directions, each with the key, certificate and roots in its volumes at that moment: TLS by OpenSSL, and each looks at the other's SPIFFE ID.
+Two pods of two namespaces shake hands all the time, in both directions, each with the key, certificate and roots in its volumes at that moment: TLS by OpenSSL, and each reads the other's one SPIFFE ID.
 Certificates live an hour, and the kubelet asks for the next one 8 to 15 minutes after it has got one; neither it nor a pod is restarted.
 
 | | |
