@@ -26,7 +26,7 @@ from bridge.pki.kubeadm_names import named, parse_nodes, renamed
 from bridge.renewal.changes import decide
 from bridge.renewal.prepare import serving_names
 from bridge.renewal.select import RunOptions
-from bridge.settings.tables import NodeSettings, Settings
+from bridge.settings.tables import NodeSettings, Settings, for_next
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, PODS, SIGNING_AUTHORITIES
 from bridge.system import jobs
 from bridge.system.files import DIRECTORY_MODE
@@ -63,6 +63,9 @@ def setup(
     serving_certs: Annotated[
         bool, typer.Option("--serving-certs", help="Also for the pairs that `serving-certs on` would ask for.")
     ] = False,
+    of_next: Annotated[
+        bool, typer.Option("--next", help="For the CAs that take the place of these: by the tables `next`.")
+    ] = False,
 ) -> None:
     """
     Print what a CA's administrator needs, or a job for cron.
@@ -72,7 +75,7 @@ def setup(
     `setup cron` make the jobs of this node, or of a CA desk, with this machine's paths. `setup kubernetes` makes the
     gateway's manifests for this cluster; with `--authority`, what a cluster needs that signs for this one.
     """
-    settings = common.settings()
+    settings = for_next_cas(common.settings()) if of_next else common.settings()
     if kind in _KINDS:
         desk = _desk_of(inbox, outbox, user)
         made = _make_jobs(settings, common.words(), kind, desk, example().parent)
@@ -88,6 +91,15 @@ def setup(
     else:
         files, between = files_for(settings, kind, authority, nodes, servers=serving_certs), "\n"
     print_or_write(files, directory, between)
+
+
+def for_next_cas(settings: Settings) -> Settings:
+    """The settings as they are once the next CAs sign (SettingsError: no authority has one)."""
+    names = [name for name, ours in settings.authorities.items() if ours.next]
+    if not names:
+        problem = settings.source.problem(("authority",), 'a table `next` with `anchor = "FILE"`', "none")
+        raise SettingsError([problem], hint="`ca-bridge help replace-the-ca` has an example")
+    return for_next(settings, names)
 
 
 def print_or_write(files: Sequence[SetupFile], directory: Path | None, between: str = "\n") -> None:

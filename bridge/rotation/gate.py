@@ -178,7 +178,7 @@ class Gate:
             return
         named = {kind: next((name for name in names if name in pairs), None) for kind, names in _PROBES.items()}
         clients = {kind: _client(name, *pairs[name]) for kind, name in named.items() if name is not None}
-        self._assert_all(run, node, clients, lambda spot: _refusal(clients[spot.kind], spot))
+        self._assert_all(run, node, clients, lambda spot: refusal(clients[spot.kind], spot))
 
     def _assert_all(self, run: Run, node: Node, kinds: Collection[str], judge: Callable[[Spot], str]) -> None:
         if not kinds:
@@ -225,8 +225,13 @@ def _client(name: str, certificate_pem: bytes, key_pem: bytes) -> Client:
     return Client(name=name, certificate_pem=certificate_pem, key_pem=key_pem, trust_pem=None)
 
 
-def _refusal(client: Client, spot: Spot) -> str:
-    """Why a server does not take a client certificate; empty: it does, whatever it allows."""
+def refusal(client: Client, spot: Spot) -> str:
+    """
+    Why a server does not take a client certificate; empty: it does, whatever it allows.
+
+    Raises:
+        HttpsError, ValueError: It does not answer.
+    """
     path = {"api": "/version", "kubelet": "/healthz", "etcd": "/health"}[spot.kind]
     try:
         answer = client.ask(spot.server, path)

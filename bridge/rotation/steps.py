@@ -15,11 +15,15 @@ from datetime import datetime
 from enum import Enum
 from typing import ClassVar
 
+from bridge.ca import registry
+from bridge.ca.ca import CA
+from bridge.ca.retry import Rest
+from bridge.contract import Spends
 from bridge.control_plane.restart_plan import ORDER
 from bridge.errors import BridgeError, Exit, Violation
 from bridge.node import cross, processes
 from bridge.node.inventory import Node
-from bridge.pki.certificates import pem
+from bridge.pki.certificates import pem, spki
 from bridge.pki.expiry import minute
 from bridge.renewal import in_use
 from bridge.renewal.gate import next_ca_file
@@ -32,7 +36,8 @@ from bridge.rotation.gate import Gate
 from bridge.rotation.phases import Bundle, Kind, Phase, differences, text, texts
 from bridge.rotation.places import Replaced, with_ca
 from bridge.settings.tables import Settings, for_next
-from bridge.specs import AUTHORITIES, CA, ETCD_CA, KUBELET_CONF, Component
+from bridge.specs import AUTHORITIES, ETCD_CA, KUBELET_CONF, Component
+from bridge.specs import CA as CLUSTER_CA
 from bridge.state import audit, backups, copies
 from bridge.state.backups import Backup
 from bridge.state.install import Replacement, install
@@ -104,6 +109,7 @@ def run(
         )
         assert_possible(steps, cas, settings, ours.now(), emergency=gate.emergency)
         if verb is not Verb.BACK:
+            assert_signs_itself(settings, steps, progress)
             assert_keys_can_leave(steps, node, settings, gate)
         to_do = [step for step in steps if not step.is_there]
         if not transaction.may_go_on or not to_do:
@@ -159,7 +165,7 @@ def _with_objects(run: Run, node: Node, steps: Sequence[Step], result: Result) -
         return result
     errors = objects.update(run, node, {step.ca.name: (step.ca.change, step.target) for step in steps})
     for step in steps:
-        if step.ca.state.authority == CA:
+        if step.ca.state.authority == CLUSTER_CA:
             change = step.ca.change
             phases = {frozenset(change.bundle(phase)) for phase in change.path}
             errors += copies.trust(run.settings, run.record, phases, change.bundle(step.target))
@@ -239,6 +245,36 @@ def assert_possible(
             raise NewCaError(f"{one.name}: {text(one.change.new)} can't take its place: {'; '.join(map(str, found))}")
 
 
+def assert_signs_itself(settings: Settings, steps: Sequence[Step], progress: Progress) -> None:
+    """
+    Refuse a CA above the one that signs (NewCaError), where that can be asked: what it signs for others would be trusted.
+
+    Before a new CA is trusted for the first time, by its backend's own words; `next.above = "allowed"` takes one.
+    """
+    new = [step.ca for step in steps if step.ca.standing.phase is Phase.OLD and not step.is_there]
+    new = [one for one in new if settings.authorities[one.name].next.get("above") != "allowed"]
+    if not new:
+        return
+    backends = registry.configured(for_next(settings, names := [one.name for one in new]), names)
+    for one in new:
+        backend = backends[one.name]
+        try:
+            with contextlib.closing(CA.of(backend, Rest())) as ca:
+                opened = ca.opened()
+                spends = isinstance(opened, Spends) and opened.spends()
+                issuers = () if spends else ca.issuers()
+        except BridgeError as e:
+            progress.note(f"{one.name}: not seen whether {text(one.change.new)} itself signs: {e}")
+            continue
+        if issuers and spki(issuers[0].public_key()) != spki(one.change.new.public_key()):
+            raise NewCaError(
+                f"{one.name}: wanted the certificate of the CA that signs ({text(issuers[0])}) as next.anchor, found "
+                f"{text(one.change.new)}: what that one signs for others would be trusted, too",
+                hint='next.anchor = "FILE" with the first one; a CA above it that signs for this cluster alone is taken '
+                'with next.above = "allowed"; nothing was replaced',
+            )
+
+
 def assert_keys_can_leave(steps: Sequence[Step], node: Node, settings: Settings, gate: Gate) -> None:
     """Refuse what a key that kubeadm has left on this node makes impossible (OrderError, SettingsError)."""
     if gate.keys_to is not None:
@@ -303,7 +339,7 @@ def violations(
 #: The certificates by whose checks it is seen that a component has read the CAs: kubeconfigs, and what etcd and its
 #: clients show. API servers and kubelets read the CA files of `ca` and `front-proxy-ca` again by themselves.
 _READERS = {
-    CA.name: ("controller-manager.conf", "scheduler.conf", KUBELET_CONF),
+    CLUSTER_CA.name: ("controller-manager.conf", "scheduler.conf", KUBELET_CONF),
     ETCD_CA.name: ("etcd-server", "etcd-peer", "apiserver-etcd-client"),
 }
 
@@ -377,7 +413,7 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
     def edit(file: Replacement) -> Replacement:
         if file.path not in embedded or file.data is None:
             return file
-        return dataclasses.replace(file, data=with_ca(file.path, file.data, bundles[CA.name]))
+        return dataclasses.replace(file, data=with_ca(file.path, file.data, bundles[CLUSTER_CA.name]))
 
     def accepted(proven: Sequence[Proven]) -> None:
         if gate.emergency:  # no phase before has restarted what reads a CA at its start alone

@@ -452,7 +452,8 @@ class AuthoritySettings:
     #: For `rotate-ca`: the CA that takes this one's place. `anchor` is a file with its certificate; another `backend`, or
     #: other values for the backend's keys, such as `mount`, are in force from the moment at which it signs. With `anchor`
     #: alone the backend is the next CA's already, and nothing is asked of it before `rotate-ca issue`. With `cross`
-    #: (see below) no node has to trust the next CA before it signs.
+    #: (see below) no node has to trust the next CA before it signs. With `above = "allowed"` the anchor may be a CA above
+    #: the one that signs, whose certificates are then all trusted.
     next: dict[str, str] = field(default_factory=dict)
     #: A file with a certificate that an earlier CA gave to this one (the same name and key). It goes behind each new
     #: certificate, so that clients which trust the earlier CA alone accept that.
@@ -479,7 +480,7 @@ class AuthoritySettings:
     @property
     def names_next_alone(self) -> bool:
         """Whether the backend is the next CA's, and none is named for the CA of before."""
-        return bool(self.next) and set(self.next) <= {"anchor", "cross"}
+        return bool(self.next) and set(self.next) <= {"anchor", "cross", "above"}
 
     @property
     def extra_subject(self) -> frozenset[tuple[str, str]]:
@@ -689,7 +690,7 @@ class Settings:
 
 
 #: Keys of the table that are not the backend's.
-_OURS = ("backend", "anchor", "cross")
+_OURS = ("backend", "anchor", "cross", "above")
 
 
 def for_rehearsal(settings: Settings) -> Settings:

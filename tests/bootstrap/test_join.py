@@ -30,10 +30,11 @@ from bridge.errors import Exit
 from bridge.node import kubeconfig
 from bridge.node.kubeadm_config import parse_documents as parse
 from bridge.pki import signatures
-from bridge.pki.certificates import load_pem_certificates, san_entries
+from bridge.pki.certificates import load_pem_certificates, pem, san_entries
 from bridge.pki.csr import generate_key, key_pem
 from bridge.specs import AUTHORITIES
 from bridge.system.state_file import OnDamage, StateFile
+from tests.kit import next_cas
 from tests.kit.new_node import CONFIG, ENDPOINT, NewNode
 from tests.kit.pki import handmade_pki
 
@@ -590,3 +591,23 @@ def test_a_key_is_not_printed_on_a_terminal(first: NewNode) -> None:
     assert "wanted a pipe or a file of your own" in run.stdout
     assert "PRIVATE KEY" not in run.stdout
     assert stat.S_IMODE(first.places.sa_key.stat().st_mode) == 0o600
+
+
+@pytest.mark.rotation("a node joins between phases")
+def test_a_node_that_joins_while_a_ca_is_replaced_asks_the_ca_that_signs(tmp_path: Path) -> None:
+    """The first of the CA file that it is given; it trusts what the others trust."""
+    first, made = NewNode.make(tmp_path / "first"), next_cas.make(tmp_path / "next")["ca"]
+    assert first.init().returncode == 0
+    place = first.places.pki / "ca.crt"
+    bundle = pem(made.signer.certificate) + place.read_bytes()
+    place.write_bytes(bundle)
+    shared = first.run("share", "--worker")
+    assert shared.returncode == 0, shared.stderr
+    other = NewNode.make(tmp_path / "other", cas=first.cas)
+    other.bridge.add("backend.next", {"type": "openssl", "dir": made.table["dir"]})
+    other.bridge.add("authority.ca.next", {"backend": "next", "anchor": made.table["anchor"]})
+    joined = other.run("join", "--worker", "--shared", "-", *WORKER, given=shared.stdout.encode())
+    assert joined.returncode == 0, joined.stderr
+    leaf = load_pem_certificates(other.places.kubelet_current.read_bytes())[0]
+    assert leaf.issuer == made.signer.certificate.subject
+    assert (other.places.pki / "ca.crt").read_bytes() == bundle

@@ -92,6 +92,7 @@ def seen(*instances: Instance, alarms: tuple[str, ...] = (), unseen: tuple[Compo
     ],
     ids=str,
 )
+@pytest.mark.rotation("the next etcd too early")
 def test_what_is_not_well_elsewhere_is_an_obstacle(others: Neighbours, component: Component, count: int) -> None:
     """Of this node nothing is; of what can't be seen only etcd's members, and to etcd alone."""
     assert len(neighbours.obstacles(others, component)) == count
@@ -391,6 +392,7 @@ def servers(files: Cluster) -> Iterator[Servers]:
     found.stop_all()
 
 
+@pytest.mark.rotation("two API servers behind one balancer")
 def test_sees_each_api_server(servers: Servers) -> None:
     """From every node the same, and all may be restarted."""
     for own in servers.places:

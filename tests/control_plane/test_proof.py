@@ -175,6 +175,7 @@ def test_a_server_that_shows_its_file_is_current(site: Site) -> None:
     assert site.finding("apiserver").state == "current"
 
 
+@pytest.mark.rotation("a server that goes on with its old certificate")
 def test_a_server_that_shows_another_certificate_is_stale(site: Site) -> None:
     """And has to be restarted."""
     replace_pair(site, "apiserver", "etcd/server")

@@ -287,6 +287,7 @@ def test_each_is_trusted_to_reload_by_its_own_version(
 # --- health ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rotation("an API server before /readyz")
 def test_each_is_asked_where_its_manifest_says(plane: Plane) -> None:
     """Its own path, on its own port; a wildcard address is asked on loopback."""
     assert [plane.trouble(component) for component in restart_plan.ORDER] == [None] * 5

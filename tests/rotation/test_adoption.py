@@ -107,6 +107,7 @@ def test_kubeadm_takes_the_node_in_each_phase_and_no_key_of_its_cas_is_left(tmp_
     assert renew.run(settings, RunOptions(names=("apiserver",)), utc_now, Quiet())[0].exit_code == 0
 
 
+@pytest.mark.rotation("a CA's key on a node")
 def test_the_new_ca_does_not_sign_beside_the_old_ones_key(settings: Settings, pki: Pki, disk: Path) -> None:
     """Refused with the way on; a key that came back later holds up the end, until it is taken away."""
     assert run(settings, Verb.TRUST).exit_code == 0
@@ -151,6 +152,7 @@ def as_worker(settings: Settings, pki: Pki) -> None:
     assert inventory.of(settings.node).role == "worker"
 
 
+@pytest.mark.rotation("a worker's CA file")
 def test_until_then_no_night_of_a_worker_asks_the_next_ca(settings: Settings, pki: Pki) -> None:
     """The CA's key was never there; the cluster would not know a kubelet with a certificate of the next CA."""
     as_worker(settings, pki)

@@ -100,6 +100,7 @@ def test_each_new_certificate_has_it_also_at_night_and_at_the_end(settings: Sett
     assert renew.run(settings, RunOptions(), utc_now, Quiet())[0].renewed == []
 
 
+@pytest.mark.rotation("kubeconfigs for people")
 def test_a_kubeconfig_for_a_person_is_of_the_ca_that_signs(settings: Settings, tmp_path: Path) -> None:
     """The old one before `issue`, and the new one with its cross certificate after it."""
     found = []

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
+from cryptography import x509
 
+from bridge.cluster.access import Client
+from bridge.node import inventory
+from bridge.node.endpoints import Server
+from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.expiry import rfc3339
-from bridge.rotation.gate import LATELY, Word, late_words
+from bridge.rotation import places
+from bridge.rotation.gate import LATELY, Spot, Word, late_words, refusal
 from bridge.rotation.objects import SEEN_AT, SIGNED_BY
 from bridge.rotation.phases import Phase
+from bridge.rotation.steps import Verb
+from bridge.system.http import HttpsError
+from bridge.system.waiting import wait_until
+from tests.kit import programs
 from tests.kit.issuing import NOW
+from tests.kit.loopback import free_port
+from tests.kit.pki import Pki, handmade_pki
+from tests.kit.rotating import run, with_next
 
 SECOND = timedelta(seconds=1)
 
@@ -45,3 +61,61 @@ def test_a_phase_that_has_begun_goes_on() -> None:
     words = {"cp-1": said(5 * LATELY, Phase.NEW), "cp-2": said(2 * LATELY)}
     assert late_words(words, Phase.NEW, NOW) == []
     assert late_words(words, Phase.OLD, NOW) == ["cp-1", "cp-2"]
+
+
+# --- a real etcd ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def etcd(directory: Path, pki: Pki, trusted: Sequence[x509.Certificate]) -> Iterator[Spot]:
+    """A member with the node's pair, which trusts these CAs of clients."""
+    directory.mkdir()
+    (directory / "trusted.crt").write_bytes(pem(*trusted))
+    client, peer = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    command = [
+        str(programs.require("etcd")), f"--data-dir={directory}/data", "--client-cert-auth",
+        f"--listen-client-urls=https://{client}", f"--advertise-client-urls=https://{client}",
+        f"--listen-peer-urls=http://{peer}", f"--cert-file={pki.pki_dir}/etcd/server.crt",
+        f"--key-file={pki.pki_dir}/etcd/server.key", f"--trusted-ca-file={directory}/trusted.crt",
+    ]  # fmt: skip
+    with (
+        (directory / "log").open("wb") as log,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            ready = b"ready to serve client requests"
+            wait_until(
+                (directory / "log").read_bytes, lambda text: ready in text, timedelta(seconds=60), pause_seconds=0.1
+            )
+            yield Spot("cp-2", "etcd", Server(f"https://{client}"))
+        finally:
+            process.kill()
+
+
+@pytest.mark.kube("etcd")
+@pytest.mark.rotation("half-done", "names looked at once", "etcd/ca.crt")
+def test_an_etcd_is_shown_the_new_certificate_before_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that trusts the old CA alone refuses it, unless it has a cross certificate behind it; one that trusts both takes it."""
+    monkeypatch.setattr("bridge.node.processes.running", lambda *_: [])
+    pki = handmade_pki(tmp_path / "node")
+    settings = with_next(pki, tmp_path, cross=True)
+    change = places.look(settings, inventory.of(settings.node), ["etcd-ca"])["etcd-ca"].change
+    with (
+        etcd(tmp_path / "old", pki, [change.old]) as old,
+        etcd(tmp_path / "both", pki, [change.old, change.new]) as both,
+    ):
+        assert run(settings, Verb.ISSUE, ["etcd-ca"]).exit_code == 0
+        certificate, key = (pki.pki_dir / f"apiserver-etcd-client.{end}" for end in ("crt", "key"))
+        whole = certificate.read_bytes()
+        alone = pem(load_pem_certificates(whole)[0])
+        for spot, data, is_taken in ((old, whole, True), (old, alone, False), (both, whole, True), (both, alone, True)):
+            client = Client(
+                name="apiserver-etcd-client", certificate_pem=data, key_pem=key.read_bytes(), trust_pem=None
+            )
+            if is_taken:
+                assert refusal(client, spot) == ""
+            else:
+                with pytest.raises(HttpsError):
+                    refusal(client, spot)

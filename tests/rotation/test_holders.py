@@ -84,6 +84,7 @@ def run(server: ApiServer, command: str) -> None:
 
 
 @pytest.mark.usefixtures("_cleared")
+@pytest.mark.rotation("others' Secrets and ConfigMaps")
 def test_others_secrets_are_listed_with_the_command_that_mends_them(server: ApiServer, change: Change) -> None:
     """Argo CD's JSON, a kubeconfig, plain PEM: with both CAs afterwards, then with the new one alone; keys stay where they are."""
     old = change.old
@@ -133,6 +134,7 @@ def test_a_ca_with_its_key_is_its_owners_alone(server: ApiServer, change: Change
     assert "its owner changes it, with whatever goes with it" in one.text
 
 
+@pytest.mark.rotation("caBundle of webhooks, APIServices and conversions")
 def test_webhooks_are_listed_with_their_patch(server: ApiServer, change: Change) -> None:
     """The second of two webhooks, and no other field."""
     hooks = [
@@ -156,6 +158,13 @@ def test_webhooks_are_listed_with_their_patch(server: ApiServer, change: Change)
 
 
 @pytest.mark.usefixtures("_cleared")
+@pytest.mark.rotation(
+    "a backup of etcd restored",
+    "the leader moves to an old node",
+    "kube-root-ca.crt",
+    "service account tokens",
+    "ClusterTrustBundle",
+)
 def test_what_the_controller_manager_keeps_is_behind_until_it_leads(server: ApiServer, change: Change) -> None:
     """Tokens of service accounts, kube-root-ca.crt and the API server's trust bundle; no command is for these."""
     both, old = pem(change.old, NEW), pem(change.old)
@@ -186,6 +195,7 @@ def test_what_the_controller_manager_keeps_is_behind_until_it_leads(server: ApiS
         assert server.admin.ask("DELETE", f"{bundles}/{serving}:{name}").status == 200
 
 
+@pytest.mark.rotation("cluster-info", "extension-apiserver-authentication")
 def test_what_the_api_servers_hold_is_looked_at(server: ApiServer, change: Change) -> None:
     """They join their CAs; only at the end the old one has to be gone."""
 

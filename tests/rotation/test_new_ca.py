@@ -65,6 +65,7 @@ def test_a_good_one_passes() -> None:
         (Signer.make("kubernetes-2", end=NOW - timedelta(days=1)), "notAfter: wanted later than 20"),
     ],
 )
+@pytest.mark.rotation("no CA bit, or expired", "begins in the future")
 def test_one_that_could_not_sign_is_refused(new: Signer, wanted: str) -> None:
     """No CA bit, no right to sign, not old enough for a slow clock, an end before the old one's."""
     assert wanted in said(new)
@@ -86,6 +87,7 @@ def test_a_young_one_or_one_that_ends_first_can_sign(new: Signer, is_possible: b
     assert (list(violations(Change(OLD.certificate, new.certificate), {}, {}, NOW)) == []) is is_possible
 
 
+@pytest.mark.rotation("front-proxy CA's key is ca's", "etcd CA's key is ca's")
 def test_one_key_is_for_one_ca() -> None:
     """With etcd-ca's key each kubeconfig would open etcd; another key passes."""
     new = Signer.make("kubernetes-2", key_id=True)
@@ -94,6 +96,7 @@ def test_one_key_is_for_one_ca() -> None:
     assert said(new, others={"etcd-ca": [Signer.make("etcd-ca").certificate]}) == ""
 
 
+@pytest.mark.rotation("same subject without key identifiers")
 def test_one_name_for_both_needs_key_identifiers() -> None:
     """OpenSSL takes the first CA of a name that no identifier contradicts, and fails with its signature."""
     old, new = with_key_id("kubernetes"), with_key_id("kubernetes")
@@ -107,6 +110,7 @@ def test_one_name_for_both_needs_key_identifiers() -> None:
     assert said(with_key_id("kubernetes-2"), OLD, {"apiserver": leaf_of(OLD, authority_key_id=False)}) == ""
 
 
+@pytest.mark.rotation("recomputed key identifier")
 def test_a_renewed_one_has_the_old_ones_name_and_identifier() -> None:
     """Go finds it by the bytes of its name, OpenSSL by its key identifier."""
     old = Signer.make("kubernetes", end=NOW + timedelta(days=300), extra=x509.SubjectKeyIdentifier(b"sha-256 of it"))
@@ -116,6 +120,7 @@ def test_a_renewed_one_has_the_old_ones_name_and_identifier() -> None:
     assert "subject: wanted the bytes of" in said(with_key_id("kubernetes-2", b"sha-256 of it", like=old), old)
 
 
+@pytest.mark.rotation("subject in another encoding")
 def test_a_name_in_another_encoding_is_another_name_for_go() -> None:
     """UTF8String for PrintableString: OpenSSL takes it, Go does not."""
     names = [

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,15 +35,24 @@ from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA
 from bridge.state import backups
 from bridge.state.store import Store
+from bridge.system.waiting import wait_until
 from tests.kit import next_cas
-from tests.kit.desks import POLICY, make_desk
+from tests.kit.desks import POLICY, Desk, make_desk
 from tests.kit.issuing import Signer
 from tests.kit.pairs import assert_pairs
 from tests.kit.pki import Pki, finalize, handmade_pki, kubeadm_pki
 from tests.kit.renewing import Quiet, settings_for
 from tests.kit.rotating import BACK, FORWARD, contents, phases, reach, run, with_next
+from tests.kit.serving import add_door, running
 from tests.kit.static_pod import attempt
 from tests.kit.tripwire import kill
+
+#: What a desk's policy grants beside kubeadm's names: those of the node here.
+_ADDRESSES = "".join(
+    f'\n[certificate.{name}]\nsans = ["{{node}}", "localhost", "kubernetes", ".default.svc", "kubernetes.default", '
+    '"kubernetes.default.svc", ".svc.cluster.local", ".example.com", "*.wild.example.com", "0.0.0.0/0", "::/0"]\n'
+    for name in ("apiserver", "etcd-server", "etcd-peer")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +72,7 @@ def settings(pki: Pki, tmp_path: Path) -> Settings:
 
 
 @pytest.mark.kube
+@pytest.mark.rotation("order of the CA file", "kubeconfigs behind the CA file", "CA files", "kubeconfigs")
 def test_kubeadm_takes_the_node_in_each_phase_and_back(tmp_path: Path) -> None:
     """All three CAs at once: each certificate has its key and its CA, and each verb, said again, has nothing to do."""
     pki = kubeadm_pki(tmp_path / "node", algorithm="ECDSA-P256")
@@ -133,6 +144,7 @@ def test_a_verb_out_of_order_changes_nothing(
     assert contents(pki) == before
 
 
+@pytest.mark.rotation("a chain for an anchor")
 def test_a_new_ca_that_can_not_work_is_refused_before_anything_moves(settings: Settings, pki: Pki) -> None:
     """Two CAs with one key; a file with two certificates."""
     before, anchors = contents(pki), {n: Path(settings.authorities[n].next["anchor"]) for n in AUTHORITIES}
@@ -146,6 +158,34 @@ def test_a_new_ca_that_can_not_work_is_refused_before_anything_moves(settings: S
     anchors["etcd-ca"].write_bytes(good)
     assert contents(pki) == before
     assert run(settings, Verb.TRUST).exit_code == 0
+
+
+@pytest.mark.rotation("an anchor that signs for others")
+def test_a_ca_above_the_one_that_signs_is_not_trusted_unless_that_is_said(
+    settings: Settings, pki: Pki, tmp_path: Path
+) -> None:
+    """What it signs for others would be users of this cluster; the backend says which certificate signs."""
+    before, ca = contents(pki), settings.authorities["ca"]
+    signing = Signer.load(*(Path(ca.next["dir"], name).read_bytes() for name in ("ca.crt", "ca.key")))
+    above = Signer.make(
+        "corp root", key_id=True, begin=utc_now() - timedelta(days=1), end=utc_now() + timedelta(days=5000)
+    )
+    (tmp_path / "above.crt").write_bytes(pem(above.certificate))
+    table = {**ca.next, "anchor": str(tmp_path / "above.crt")}
+
+    def named(**more: str) -> Settings:
+        ours = dataclasses.replace(ca, next={**table, **more})
+        return dataclasses.replace(settings, authorities={**settings.authorities, "ca": ours})
+
+    with pytest.raises(
+        steps.NewCaError, match=r"wanted the certificate of the CA that signs \(CN=ca-2 .*found CN=corp root"
+    ):
+        run(named(), Verb.TRUST, ["ca"])
+    assert contents(pki) == before
+    assert pem(signing.certificate) != (tmp_path / "above.crt").read_bytes()
+    assert run(named(above="allowed"), Verb.TRUST, ["ca"]).exit_code == 0
+    assert run(named(above="allowed"), Verb.BACK, ["ca"]).exit_code == 0
+    assert run(settings, Verb.TRUST, ["ca"]).exit_code == 0
 
 
 def test_a_new_ca_that_others_can_change_is_not_trusted(settings: Settings, pki: Pki) -> None:
@@ -205,6 +245,7 @@ def test_a_ca_that_can_not_sign_leaves_the_phase_as_it_was(settings: Settings, p
     assert phases(settings) == dict.fromkeys(AUTHORITIES, "issued")
 
 
+@pytest.mark.rotation("our backups")
 def test_a_rollback_across_a_phase_is_refused(settings: Settings) -> None:
     """The first backup has a CA file without the CA of the live certificates; the way round it is named."""
     reach(settings, Verb.ISSUE)
@@ -248,6 +289,7 @@ def assert_completed(settings: Settings, verb: Verb) -> None:
 
 
 @pytest.mark.parametrize("verb", [Verb.TRUST, Verb.DROP, Verb.BACK])
+@pytest.mark.rotation("half a file")
 def test_a_verb_that_was_killed_at_a_call_is_completed_by_the_same_verb(tmp_path: Path, verb: Verb) -> None:
     """At calls all over the run, the commit point between them; `back` goes back by one phase all the same."""
     whole = prepared(tmp_path / "whole", verb)
@@ -312,26 +354,36 @@ def test_a_renewed_ca_with_the_same_key_takes_one_step(pki: Pki, tmp_path: Path)
     assert phases(settings) == {"ca": "old"}
 
 
-def test_a_desk_of_the_new_ca_answers_later(pki: Pki, tmp_path: Path) -> None:
-    """Until then no file is another one, and the night leaves the requests to `issue`, due or not."""
-    made = next_cas.make(tmp_path / "next")
-    theirs = Pki(root=tmp_path / "company", external=True)
+def companys_desk(pki: Pki, directory: Path, made: Mapping[str, next_cas.NextCa], more: str = "") -> Desk:
+    """A desk with the next CAs, which takes proofs by certificates of the old ones."""
+    theirs = Pki(root=directory / "company", external=True)
     for name, ca in made.items():
         for path, data in zip(theirs.ca_files(name), (pem(ca.signer.certificate), key_pem(ca.signer.key)), strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
     former = ", ".join(f'"{name}" = "{pki.ca_files(name)[0]}"' for name in AUTHORITIES)
-    policy = POLICY.replace("[desk]\n", f"[desk]\nformer_cas = {{ {former} }}\n")
-    desk = make_desk(tmp_path / "desk", theirs, policy=policy)
-    door = f'[backend.door]\ntype = "exchange"\noutbox = "{desk.inbox}"\ninbox = "{desk.outbox}"'
-    before = settings_for(pki, tmp_path, door)
+    policy = POLICY.replace("[desk]\n", f"[desk]\nformer_cas = {{ {former} }}\n") + more
+    return make_desk(directory / "desk", theirs, policy=policy)
+
+
+def with_next_at(backend: str, pki: Pki, directory: Path, made: Mapping[str, next_cas.NextCa]) -> Settings:
+    """A node whose next CAs are all at this backend."""
+    before = settings_for(pki, directory, f"[backend.door]\n{backend}")
     authorities = {
         name: dataclasses.replace(
             before.authorities[name], next={"backend": "door", "anchor": made[name].table["anchor"]}
         )
         for name in AUTHORITIES
     }
-    settings = dataclasses.replace(before, authorities=authorities, node=dataclasses.replace(before.node, name="cp-1"))
+    return dataclasses.replace(before, authorities=authorities, node=dataclasses.replace(before.node, name="cp-1"))
+
+
+@pytest.mark.rotation("our desk")
+def test_a_desk_of_the_new_ca_answers_later(pki: Pki, tmp_path: Path) -> None:
+    """Until then no file is another one, and the night leaves the requests to `issue`, due or not."""
+    made = next_cas.make(tmp_path / "next")
+    desk = companys_desk(pki, tmp_path, made)
+    settings = with_next_at(f'type = "exchange"\noutbox = "{desk.inbox}"\ninbox = "{desk.outbox}"', pki, tmp_path, made)
     reach(settings, Verb.TRUST)
     files = contents(pki)
     asked = run(settings, Verb.ISSUE)
@@ -347,6 +399,32 @@ def test_a_desk_of_the_new_ca_answers_later(pki: Pki, tmp_path: Path) -> None:
     assert renew.run(settings, RunOptions(), utc_now, Quiet())[0].exit_code == 0
 
 
+@pytest.mark.rotation("our gateway")
+def test_a_new_ca_at_a_gateway_signs_when_it_can(pki: Pki, tmp_path: Path) -> None:
+    """`issue` sends its requests once, and installs all answers when the last of them is there; none before."""
+    made = next_cas.make(tmp_path / "next")
+    desk = companys_desk(pki, tmp_path, made, _ADDRESSES)
+    away = desk.ca("etcd-ca").with_name("away")
+    with running(add_door(desk.config, desk.directory)) as door:
+        settings = with_next_at(f'type = "gateway"\nurl = "{door.url}"\nca_file = "{door.ca}"', pki, tmp_path, made)
+        reach(settings, Verb.TRUST)
+        files = contents(pki)
+        desk.ca("etcd-ca").rename(away)
+        assert run(settings, Verb.ISSUE).exit_code == Exit.WAITING
+        assert (phases(settings), contents(pki)) == (dict.fromkeys(AUTHORITIES, "trusted"), files)
+        away.rename(desk.ca("etcd-ca"))
+        done = wait_until(
+            lambda: run(settings, Verb.ISSUE),
+            lambda one: one.exit_code != Exit.WAITING,
+            timedelta(minutes=2),
+            pause_seconds=0.5,
+        )
+    assert done.exit_code == 0, done.result
+    assert phases(settings) == dict.fromkeys(AUTHORITIES, "issued")
+    assert len(desk.issued()) == len([i for i in inventory.of(settings.node).items if i.certificates])
+
+
+@pytest.mark.rotation("an upgrade between phases")
 def test_doctor_says_in_which_phase_a_ca_is(settings: Settings, pki: Pki) -> None:
     """And that a renewal would go on: the CA that signs is the one that is asked; half a phase is a warning."""
 
@@ -397,6 +475,7 @@ def test_the_metrics_follow_each_phase(pki: Pki, tmp_path: Path) -> None:
     assert name not in monitoring.of_node(plain, utc_now(), monitoring.known(plain, utc_now()))
 
 
+@pytest.mark.rotation("copies of kubeconfigs")
 def test_copies_of_kubeconfigs_trust_the_cas_of_each_phase(pki: Pki, tmp_path: Path) -> None:
     """Other clusters in the same file stay as they are, byte for byte."""
     home = tmp_path / "home"
