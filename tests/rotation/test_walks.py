@@ -10,10 +10,9 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from cryptography import x509
 from hypothesis import HealthCheck, settings
 from hypothesis import Phase as Stage
 from hypothesis import strategies as st
@@ -36,8 +35,8 @@ from tests.kit.rotating import Open, contents, run, with_next
 from tests.kit.static_pod import attempt
 from tests.kit.tripwire import kill
 
-#: A walk is over then: the machine is busy, and each verb asks a CA.
-LONGEST_SECONDS = 40
+#: All walks together, and one of them, take no more steps after that: a busy machine asks a CA slowly.
+ALL_SECONDS, ONE_SECONDS = 40.0, 10.0
 #: What is left on a node: a server's pair, a client's, and a kubeconfig.
 KEPT = ("pki", "admin.conf", "ca.crt", "apiserver.crt", "apiserver.key", "apiserver-kubelet-client.crt",
         "apiserver-kubelet-client.key")  # fmt: skip
@@ -122,14 +121,26 @@ class Site:
 class Walk(RuleBasedStateMachine):
     """Any verb on any node, killed at any system call; a gate or the order of phases may refuse it."""
 
+    ends: ClassVar[float | None] = None
+
     def __init__(self) -> None:
         super().__init__()
-        self.began = time.monotonic()
+        now = time.monotonic()
+        type(self).ends = self.ends or now + ALL_SECONDS
+        self.end = min(now + ONE_SECONDS, self.ends or now)
         self.cut_off: dict[int, Verb] = {}
+        self.nodes: list[Settings] = []
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is to be done or looked at any more."""
+        return not self.nodes or time.monotonic() > self.end
 
     @initialize(cross=st.booleans())
     def begin(self, cross: bool) -> None:
         """All nodes have the old CA alone, and a person has a certificate of it."""
+        if time.monotonic() > self.end:
+            return
         self.nodes = Site.make().begin(cross=cross)
         self.change = look(self.nodes[0]).change
         self.persons = [
@@ -140,7 +151,7 @@ class Walk(RuleBasedStateMachine):
     @rule(number=st.integers(0, 2), verb=st.sampled_from(Verb), kill_at=st.none() | st.integers(1, 400))
     def step(self, number: int, verb: Verb, kill_at: int | None) -> None:
         """A verb that is refused changes nothing; one that ends has reached its phase; one that is killed is completed."""
-        if time.monotonic() - self.began > LONGEST_SECONDS / 4:
+        if self.is_over:
             return
         verb = self.cut_off.get(number, verb)
         node, others = self.nodes[number], tuple(one for n, one in enumerate(self.nodes) if n != number)
@@ -180,25 +191,26 @@ class Walk(RuleBasedStateMachine):
     @invariant()
     def each_file_is_of_one_phase(self) -> None:
         """Killed or not: CA file, kubeconfigs and certificates are of one phase, or of two neighbours."""
-        for one in getattr(self, "nodes", ()):
+        for one in () if self.is_over else self.nodes:
             assert look(one).standing.phase is not None, look(one).standing.odd
 
     @invariant()
     def every_certificate_of_a_node_is_trusted_on_every_node(self) -> None:
         """Whatever was killed, by the CA file as it is read now."""
-        for one in getattr(self, "nodes", ()):
-            for other in self.nodes:
-                for item in inventory.of(one.node).items:
-                    assert not item.certificates or identity.leads_to(item.certificates, look(other).seen.bundle)
+        if self.is_over:
+            return
+        bundles = [look(one).seen.bundle for one in self.nodes]
+        for one in self.nodes:
+            for item in inventory.of(one.node).items:
+                assert not item.certificates or all(identity.leads_to(item.certificates, each) for each in bundles)
 
     @invariant()
     def no_client_is_refused_before_the_end(self) -> None:
         """Each certificate that was ever in use is known everywhere, until a node trusts one CA alone again."""
-        if getattr(self, "dropped", True):
+        if self.is_over or self.dropped:
             return
-        for chain in self.persons:
-            for one in self.nodes:
-                bundle: tuple[x509.Certificate, ...] = look(one).seen.bundle
+        for bundle in (look(one).seen.bundle for one in self.nodes):
+            for chain in self.persons:
                 assert identity.leads_to(chain, bundle) or bundle == (self.change.old,)
 
 
