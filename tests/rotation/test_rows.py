@@ -22,7 +22,7 @@ TRAPS = {
     "an anchor that signs for others": "refused, unless the settings allow it: its certificates become users",
     "a chain for an anchor": "refused: one certificate, of the CA that signs",
     "an upgrade between phases": "`doctor` says in which phase the node is, and for how long",
-    "a node joins between phases": "it asks the CA that signs now, and trusts what the others do",
+    "a node joins between phases": "it asks the CA that signs now, the first in the others' CA file",
     "a backup of etcd restored": "`status` says which objects have other CAs than the phase",
     "the leader moves to an old node": "`status` says that kube-root-ca.crt has other CAs than the phase",
     "the next etcd too early": "an API server or member that is not well elsewhere holds a restart up",
