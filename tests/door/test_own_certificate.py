@@ -1,0 +1,113 @@
+"""The door's own server certificate: a further pair of its host, which `ca-bridge renew` asks the door itself for."""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from bridge.contract import SignRequest
+from bridge.errors import Exit
+from bridge.pki import csr
+from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.settings.load import load
+from bridge.system.waiting import wait_until
+from tests.kit.desks import POLICY, Desk, make_desk
+from tests.kit.issuing import Signer
+from tests.kit.pki import Pki, handmade_pki
+from tests.kit.serving import ServeProgram, add_door, running
+
+_PATIENCE = timedelta(minutes=2)
+RULES = """
+[certificate.door]
+authority = "ca"
+usages = ["server"]
+subjects = ["CN=ca-door.corp.example"]
+sans = ["ca-door.corp.example", "127.0.0.1"]
+"""
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return handmade_pki(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture
+def desk(tmp_path: Path, pki: Pki) -> Desk:
+    return make_desk(tmp_path / "desk", pki)
+
+
+def own_settings(desk: Desk, pki: Pki, door: ServeProgram) -> Path:
+    """The settings of `renew` on the door's host, which has no cluster's files but the CA certificate."""
+    trust = desk.directory / "trust"
+    trust.mkdir(exist_ok=True)
+    (trust / "ca.crt").write_bytes(pki.ca_pem("ca")[0])
+    config = desk.directory / "own.toml"
+    node = {"pki_dir": trust, "kubeconfig_dir": trust, "kubelet_dir": trust, "state_dir": desk.directory / "own-state"}
+    config.write_text(
+        "[node]\n" + "".join(f'{key} = "{path}"\n' for key, path in node.items()) + 'name = "ca-door"\n'
+        f'[backend.door]\ntype = "gateway"\nurl = "{door.url}"\nca_file = "{trust / "ca.crt"}"\nwait = "2m"\n'
+        '[authority.ca]\nbackend = "door"\n'
+        f'[certificate.door]\ncertificate_file = "{door.certificate}"\nkey_file = "{door.key}"\n'
+        'authority = "ca"\ncommon_name = "ca-door.corp.example"\nsans = ["ca-door.corp.example", "127.0.0.1"]\n'
+    )
+    return config
+
+
+def first_pair(config: Path, pki: Pki, door: ServeProgram) -> None:
+    """A certificate that a person had signed, in the door's files."""
+    pair, key = load(config).node.pairs[0], csr.generate_key("ecdsa-p256")
+    request = SignRequest(
+        spec=pair.spec, csr_pem=csr.build_for(pair.naming, key), validity=timedelta(days=20), replaces=None
+    )
+    now = datetime.now(UTC)
+    issued = Signer.load(*pki.ca_pem("ca")).issue(
+        request, begin=now - timedelta(minutes=5), end=now + timedelta(days=20)
+    )
+    door.certificate.write_bytes(pem(issued.leaf))
+    door.key.write_bytes(csr.key_pem(key))
+
+
+def renewed(config: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("ca-bridge")), "renew", "door", "--config", str(config)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "LC_ALL": "C.UTF-8"}
+    )
+
+
+def shown(door: ServeProgram) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(ssl.get_server_certificate(("127.0.0.1", door.port)).encode())
+
+
+def test_the_doors_own_certificate_renews_itself(desk: Desk, pki: Pki) -> None:
+    """`renew` asks the door with the old key as the proof; the policy decides; the door shows the new one without a restart."""
+    door = add_door(desk.config, desk.directory)
+    door.ca = desk.directory / "trust/ca.crt"
+    config = own_settings(desk, pki, door)
+    first_pair(config, pki, door)
+    with running(door):
+        config = own_settings(desk, pki, door)
+        old = shown(door)
+        refused = renewed(config)
+        unchanged = shown(door)
+        desk.policy.write_text(POLICY.replace('["cp-*"]', '["cp-*", "ca-door"]') + RULES)
+        run = renewed(config)
+        new = wait_until(lambda: shown(door), lambda one: one != old, _PATIENCE, pause_seconds=0.1)
+        ready = door.ask("GET", "/readyz").status
+
+    assert refused.returncode == Exit.REFUSED, refused.stderr
+    assert unchanged == old
+    assert run.returncode == Exit.DONE, run.stderr
+    assert new == load_pem_certificates(door.certificate.read_bytes())[0] != old
+    assert new.public_key() != old.public_key()
+    assert ready == 200
+    assert len(desk.issued()) == 1
+    lines = [json.loads(line) for line in (desk.state / "audit.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines if line["event"] == "signed for others"] == ["door"]
