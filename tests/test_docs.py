@@ -458,6 +458,7 @@ def test_each_command_line_can_be_typed(path: Path) -> None:
 NOT_SHOWN = {
     "gateway": "runs until it is stopped; `gateway --check` is shown",
     "serve": "runs until it is stopped",
+    "serve-database": "a door's own requests: tests/door/test_doors.py",
     "enroll": "a secret",
     "kubelets on": "on running nodes, for minutes: tests/e2e/test_kubelets_node.py",
     "rotate-ca": "on running nodes, for minutes: tests/e2e/test_rotate_ca_node.py",

@@ -35,6 +35,7 @@ FILES = {
     "serve": "serve",
     "enroll": "enroll",
     "enrolments": "enroll",
+    "serve-database": "serve_database",
     "kubelets": "serving",
     "trust": "trust",
     "backups": "history",

@@ -37,6 +37,7 @@ TASKS: dict[str, dict[str, str]] = {
         "serve": "Sign what nodes ask for over HTTPS, by the desk's policy.",
         "enroll": "Make a new node's one-time secret for the door.",
         "enrolments": "Show and withdraw these secrets.",
+        "serve-database": "Back up and restore the door's database.",
         "import": "Install the answers of a CA desk.",
         "pending": "Show and cancel requests that wait for an answer.",
     },
@@ -193,6 +194,19 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "enrolments list": (("ca-bridge enrolments list", "Show who may ask for first certificates, and who has."),),
     "enrolments withdraw": (("ca-bridge enrolments withdraw 3", "End number 3 now; its unsigned request is refused."),),
+    "serve-database status": (("ca-bridge serve-database status", "Count requests, and list those left to people."),),
+    "serve-database backup": (
+        ("ca-bridge serve-database backup /backup/door.db", "Copy SQLite's file while the door works."),
+    ),
+    "serve-database restore": (
+        ("ca-bridge serve-database restore /backup/door.db", "Put the copy in its place, while no door works."),
+    ),
+    "serve-database restored": (
+        ("ca-bridge serve-database restored", "After pg_restore: have CAs asked what they have signed since."),
+    ),
+    "serve-database again": (
+        ("ca-bridge serve-database again 3f1c0a9b7e5d2468", "Have a request signed that was left to people."),
+    ),
     "kubelets on": (
         ("ca-bridge kubelets on", "Take this node as far as the others allow; run it on each node, then again."),
     ),

@@ -10,7 +10,9 @@ import typer
 
 from bridge.cli.options import Common, command, utc_now
 from bridge.errors import BridgeError, Exit
+from bridge.state.store import Store
 from bridge.system.console import log
+from bridge.system.locks import lock
 
 commands = typer.Typer()
 
@@ -43,10 +45,14 @@ def serve(
     assert_installed("ca-bridge serve")
     from bridge.door.service import Service  # noqa: PLC0415 (heavy, and an extra's packages)
 
-    service = Service(common.settings(), policy.absolute() if policy is not None else None, utc_now)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: service.stop())
-    service.run(lambda port: log.info("serving at port %d", port))
+    settings = common.settings()
+    store = Store(settings.node.state_dir)
+    store.prepare()
+    with lock(store.door_lock, "ca-bridge serve"):  # two doors of one state directory would be one to the others
+        service = Service(settings, policy.absolute() if policy is not None else None, utc_now)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: service.stop())
+        service.run(lambda port: log.info("serving at port %d", port))
     return Exit.DONE
 
 

@@ -252,6 +252,11 @@ class Desk:
         ca = self._cas.get(authority)
         return () if ca is None else tuple(dict.fromkeys((*ca.ca.certificates, *ca.anchors)))
 
+    def recalls(self, authority: str) -> bool:
+        """Whether the CA can tell what it has signed for a run that was killed; one that this desk does not have signs nothing."""
+        configured = self._configured.get(authority)
+        return configured is None or hasattr(configured.backend_type, "recall")
+
     def troubles(self) -> dict[str, BridgeError]:
         """Why a CA that was reached can't be used, by authority."""
         return {name: one.ca.trouble for name, one in self._cas.items() if one.ca.trouble is not None}

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -142,6 +142,9 @@ class Journal:
 
     def __init__(self, path: Path, now: datetime) -> None:
         self._now = now
+        self.before_asking: Callable[[], None] = lambda: (
+            None
+        )  #: Called before a CA is asked; its error ends the question.
         self._log = RequestLog(path, _DESK, self._fresh)
 
     def _fresh(self, one: _AtDesk) -> _AtDesk | None:
@@ -162,6 +165,8 @@ class Journal:
     def add(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Asked]]) -> None:
         """Write answers down, safe on disk when this returns; StateError: the CA alone knows them."""
         for request, answer in answers:
+            if isinstance(answer, Asked):
+                self.before_asking()
             self._log.put(_at_desk(key_of(request), answer, self._now))
         self._log.save()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import secrets
 import threading
@@ -32,6 +33,7 @@ from bridge.errors import BridgeError
 from bridge.pki.bundle import BundleError, RequestBundle
 from bridge.pki.bundle_format import digest, loads_request
 from bridge.pki.certificates import pem
+from bridge.system.rate import Rate
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -41,6 +43,8 @@ _SOON_SECONDS, _LATER_SECONDS = 1, 30
 _SOON_FOR = timedelta(seconds=30)
 #: When a node that was turned away may come again.
 _PAUSE_SECONDS = 30
+#: The part of the room for requests that no CA's certificate is there to judge by.
+_PART_UNJUDGED = 10
 _ID = re.compile(r"/v1/requests/([A-Za-z0-9_-]{43})")
 _AUTHORITY = re.compile(r"/v1/authorities/([a-z-]{1,100})")
 _CHAIN = "application/pem-certificate-chain"
@@ -73,10 +77,11 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quota:
-    """How many requests may wait for an answer."""
+    """How many requests may wait for an answer, and how many come in a minute."""
 
     waiting: int
     waiting_per_peer: int
+    a_minute_per_peer: int
 
 
 class Door:
@@ -89,18 +94,21 @@ class Door:
         now: Callable[[], datetime],
         *,
         refuses: Callable[[RequestBundle, frozenset[str]], str],
+        judges: Callable[[RequestBundle], bool],
         authorities: Iterable[str],
         chain: Callable[[str], Sequence[x509.Certificate]],
         pages: Mapping[str, Callable[[], tuple[int, str]]],
     ) -> None:
         """
-        `refuses` says why nothing of a bundle can be signed, if so; `chain` has an authority's CA certificates, as far as
-        it was reached; `pages` are those for monitors, by path.
+        `refuses` says why nothing of a bundle can be signed, if so, and `judges` whether it could look at all of it;
+        `chain` has an authority's CA certificates, as far as it was reached; `pages` are those for monitors, by path.
         """
         self._memory = memory
         self._quota = quota
         self._now = now
         self._refuses = refuses
+        self._judges = judges
+        self._rate = Rate(quota.a_minute_per_peer)
         self._authorities = sorted(authorities)
         self._chain = chain
         self._pages = pages
@@ -113,7 +121,7 @@ class Door:
         """WSGI."""
         request_id, began = secrets.token_hex(8), time.monotonic()
         try:
-            reply = self._reply(environ)
+            reply = self._too_fast(environ) or self._reply(environ)
         except DatabaseError as e:
             log.error("%s", e, extra={"request": request_id})  # noqa: TRY400
             reply = Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, e, retry_after=str(_PAUSE_SECONDS))
@@ -137,6 +145,14 @@ class Door:
         }
         start(f"{int(reply.status)} {reply.status.phrase}", list(headers.items()))
         return [body]
+
+    def _too_fast(self, environ: Environ) -> Reply | None:
+        with self._mutex:
+            seconds = self._rate.take(str(environ.get("REMOTE_ADDR", "")), time.monotonic())
+        if not seconds:
+            return None
+        text = f"wanted at most {self._quota.a_minute_per_peer} requests a minute from one address, found more"
+        return Reply.error(HTTPStatus.TOO_MANY_REQUESTS, text, retry_after=str(math.ceil(seconds)))
 
     def _reply(self, environ: Environ) -> Reply:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
@@ -207,7 +223,7 @@ class Door:
             used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), bundle, asked)
             if reason := self._refuses(bundle, frozenset(used.vouches(bundle) if used is not None else ())):
                 return _refused(bundle, asked, peer, reason)
-            if (refused := self._too_many(peer)) is not None:
+            if (refused := self._too_many(peer, is_judged=self._judges(bundle))) is not None:
                 return refused
             who = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
             number = used.id if used is not None else None
@@ -229,14 +245,17 @@ class Door:
                 return None
             raise
 
-    def _too_many(self, peer: str) -> Reply | None:
+    def _too_many(self, peer: str, *, is_judged: bool) -> Reply | None:
+        """A request that could not be judged gets a tenth of the room, so that strangers take no node's place."""
         every, theirs = self._memory.unanswered(peer)
         later = {"retry_after": str(_PAUSE_SECONDS)}
-        if theirs >= self._quota.waiting_per_peer:
-            text = f"wanted at most {self._quota.waiting_per_peer} requests of one address that wait, found {theirs}"
+        kind, part = ("requests", 1) if is_judged else ("requests of a CA that was not reached yet", _PART_UNJUDGED)
+        most, most_theirs = -(-self._quota.waiting // part), -(-self._quota.waiting_per_peer // part)
+        if theirs >= most_theirs:
+            text = f"wanted at most {most_theirs} {kind} of one address that wait, found {theirs}"
             return Reply.error(HTTPStatus.TOO_MANY_REQUESTS, text, **later)
-        if every >= self._quota.waiting:
-            text = f"wanted at most {self._quota.waiting} requests that wait, found {every}"
+        if every >= most:
+            text = f"wanted at most {most} {kind} that wait, found {every}"
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, **later)
         return None
 
@@ -246,6 +265,8 @@ class Door:
             return Reply.error(HTTPStatus.NOT_FOUND, "wanted the id of a request, found another text")
         if kept.answer is not None:
             return Reply(status=HTTPStatus.OK, body=kept.answer)
+        if kept.state == "answered":
+            return Reply.error(HTTPStatus.GONE, "wanted an answer that is kept, found one that is too old (serve.keep)")
         document = {"id": kept.id, "digest": kept.digest, "state": kept.state, "note": _note(kept)}
         is_new = self._now() - kept.received < _SOON_FOR
         return Reply.of(HTTPStatus.ACCEPTED, document, retry_after=str(_SOON_SECONDS if is_new else _LATER_SECONDS))

@@ -41,6 +41,7 @@ _IDLE_SECONDS = 5.0
 #: A round that is at a CA gets this long when the door is to end; the next start asks the CA what became of it.
 _DRAIN_SECONDS = 25.0
 _TICK_SECONDS = 0.2
+_TIDY_SECONDS = 3600.0
 
 
 class Service:
@@ -60,12 +61,16 @@ class Service:
         for name, text in self._signing.troubles.items():
             log.warning("%s: %s; requests for it wait", name, text)
         pages = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
-        quota = Quota(waiting=settings.serve.waiting, waiting_per_peer=settings.serve.waiting_per_peer)
+        ours = settings.serve
+        quota = Quota(
+            waiting=ours.waiting, waiting_per_peer=ours.waiting_per_peer, a_minute_per_peer=ours.requests_per_minute
+        )
         self._door = Door(
             self.memory,
             quota,
             now,
             refuses=self._signing.refuses,
+            judges=self._signing.judges,
             authorities=settings.authorities,
             chain=lambda name: self._signing.chains.get(name, ()),
             pages=pages,
@@ -96,8 +101,13 @@ class Service:
             with serving(address, self._door, files, limits, self._anchors) as self._https:
                 self._thread.start()
                 started(self._https.port)
+                heard = time.monotonic()
                 while not self._ending and self._thread.is_alive():
                     time.sleep(_TICK_SECONDS)
+                    if time.monotonic() - heard > _IDLE_SECONDS:
+                        heard = time.monotonic()
+                        with contextlib.suppress(DatabaseError):  # a round says so
+                            self._signing.doors.alive()
                 log.info("ending: no new request is taken")
                 self._door.ending.set()
                 self._door.arrived.set()
@@ -115,12 +125,15 @@ class Service:
 
     def _sign(self) -> None:
         """Round after round; a round that failed is tried again, later each time."""
-        failures = 0
+        failures, tidied = 0, -_TIDY_SECONDS
         while not self._door.ending.is_set():
             self._door.arrived.clear()
             after: Next = "down"
             try:
                 after = self._signing.round()
+                if time.monotonic() - tidied > _TIDY_SECONDS:
+                    tidied = time.monotonic()
+                    self.memory.forget(self._now() - self._settings.serve.keep)
                 self._trouble = ""
             except OwnClusterError as e:
                 self._fatal = e
@@ -133,6 +146,8 @@ class Service:
             failures = failures + 1 if after in {"down", "later"} else 0
             if after == "down":
                 self._door.ending.wait(back_off_seconds(failures, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS))
+            elif after == "busy":
+                self._door.arrived.wait(_FIRST_PAUSE_SECONDS)
             elif after != "more":
                 pause = back_off_seconds(failures, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
                 self._door.arrived.wait(pause if after == "later" else _IDLE_SECONDS)

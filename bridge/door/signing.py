@@ -27,15 +27,18 @@ from bridge.contract import Issued
 from bridge.desk.desk import Desk, Job, OtherDeskError
 from bridge.desk.files import Received, books_open, load_answer_key, load_policy
 from bridge.desk.policy import Policy
-from bridge.desk.records import Archive, archive_directory
+from bridge.desk.records import Answered, Archive, Journal, archive_directory
 from bridge.desk.workers import Judgement, verdicts
-from bridge.door import enrolments
+from bridge.door import enrolments, turns
+from bridge.door.doors import Doors
 from bridge.door.store import DatabaseError, IssuedRow, Kept, Memory
+from bridge.door.turns import identity
 from bridge.errors import BridgeError, Exit, WaitingError
-from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
+from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import loads_request
 from bridge.pki.certificates import fingerprint, pem, serial_hex
 from bridge.settings.tables import Settings
+from bridge.state import audit
 from bridge.state.store import Store
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.words import one_line
@@ -53,7 +56,8 @@ POD_CA = Path("/var/run/secrets/kubernetes.io/serviceaccount/ca.crt")
 
 
 #: After a round: nothing waits; more than one round takes; requests wait for a CA that answers later; a CA is down.
-Next = Literal["idle", "more", "later", "down"]
+#: `busy`: another door signs now.
+Next = Literal["idle", "more", "later", "down", "busy"]
 
 
 class OwnClusterError(BridgeError):
@@ -77,6 +81,7 @@ class Signing:
         self._policy = load_policy(settings, policy_file)
         self._answer_key = load_answer_key(self._policy)
         self._store = Store(settings.node.state_dir)
+        self.doors = Doors(memory, self._store, identity(self._store))
         self._desk: Desk | None = None
         self._opened = 0.0
         self._is_prepared = False
@@ -96,9 +101,10 @@ class Signing:
         chains = {name: desk.chain(name) for name in self._settings.authorities}
         self.chains = {**self.chains, **{name: chain for name, chain in chains.items() if chain}}
         assert_elsewhere(self._settings, desk.certificates)
-        self._judgement = desk.judgement()
         found = {name: desk.certificates(name) for name in self._settings.authorities}
         self.cas = {**self.cas, **{name: some for name, some in found.items() if some}}
+        # a CA that is down now has the certificates that it had
+        self._judgement = replace(desk.judgement(), cas=self.cas)
 
     def refuses(self, bundle: RequestBundle, without_proof: frozenset[str] = frozenset()) -> str:
         """
@@ -109,14 +115,33 @@ class Signing:
         """
         by = self._judgement
         found = verdicts(bundle, replace(by, now=self._now(), without_proof=without_proof)) if by is not None else {}
-        if len(found) < len(bundle.requests) or not all(one.problems for one in found.values()):
-            return ""
-        return "; ".join(f"{name}: {'; '.join(one.problems)}" for name, one in found.items())
+        reasons = dict[str, str]()
+        for request in bundle.requests:
+            verdict = found.get(request.name)
+            if request.authority not in self._settings.authorities:
+                wanted = " or ".join(sorted(self._settings.authorities))
+                reasons[request.name] = f"wanted a request for {wanted}, found one for {request.authority}"
+            elif verdict is None or not verdict.problems:
+                return ""
+            else:
+                reasons[request.name] = "; ".join(verdict.problems)
+        return "; ".join(f"{name}: {text}" for name, text in reasons.items())
+
+    def judges(self, bundle: RequestBundle) -> bool:
+        """Whether each request of a bundle can be judged, from any thread: its CA was reached, or is not this door's."""
+        ours = self._settings.authorities
+        return all(one.authority in self.cas or one.authority not in ours for one in bundle.requests)
 
     def round(self) -> Next:
         """Judge and sign what waits."""
-        if not self._memory.to_sign(1):
-            return self._look_again() if self.troubles else "idle"
+        self.doors.alive()
+        if not self.doors.to_sign(1):
+            is_changed = load_policy(self._settings, self._policy_file) != self._policy
+            return self._look_again() if self.troubles or is_changed else "idle"
+        with self.doors.turn() as is_ours:
+            return self._round() if is_ours else "busy"
+
+    def _round(self) -> Next:
         self.look()
         desk, left = self._desk_of_now(), _Left(self)
         with books_open(self._settings, self._store, self._now, _WAIT, "ca-bridge serve") as (journal, record):
@@ -124,8 +149,7 @@ class Signing:
             if not self._is_prepared:  # while the lock is held: it removes what a killed process left unfinished
                 archive.prepare()
                 self._is_prepared = True
-            kept = self._memory.to_sign(_MOST)
-            self._memory.begin([one.id for one in kept], self._now())
+            kept = self._begun(desk, archive, journal, record)
             desk.run(self._jobs(kept, archive), journal, record, left)
         self._note(kept, left.notes)
         if left.is_down:
@@ -135,8 +159,34 @@ class Signing:
             return "more"
         return "later" if left.notes else "idle"
 
+    def _begun(self, desk: Desk, archive: Archive, journal: Journal, record: audit.Record) -> list[Kept]:
+        """The requests of this round, written down as ours; what another door has begun is asked for at its CA first."""
+        turns.assert_not_behind(self.doors.recorded(), self.doors.round())
+        restored, ours = self.doors.restored(), []
+        for one in self.doors.to_sign(_MOST):
+            try:
+                bundle = loads_request(one.bundle)
+            except BundleError as e:  # it was whole when it came
+                log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400
+                continue
+            if turns.is_foreign(one, bundle.created, self.doors.door, restored):
+                known = {**self._answered(bundle), **archive.answers(bundle)}
+                unknown = turns.unknown([r for r in bundle.requests if r.name not in known], bundle, journal)
+                if not all(desk.recalls(request.spec.authority.name) for request in unknown):
+                    text = turns.left_text(one, self.doors.names())
+                    log.error("request %s of %s is left to people: %s", one.digest[:16], one.node, text)
+                    self.doors.leave(one.id, text)
+                    continue
+                turns.ask_first(unknown, bundle.created, journal)
+            ours.append(one)
+        number, claimed = self.doors.begin([one.id for one in ours], self._now())
+        self.doors.began(number)
+        record.common = {"door": self.doors.door, "round": number}
+        journal.before_asking = self.doors.assert_ours
+        return [one for one in ours if one.id in claimed]
+
     def _look_again(self) -> Next:
-        """Find out whether CAs that could not be used are back."""
+        """Find out whether CAs that could not be used are back, and judge by the policy of now."""
         self.close()
         self.look()
         return "down" if self.troubles else "idle"
@@ -172,9 +222,22 @@ class Signing:
                 )
                 job = received.job(archive, lambda _: (), self._conclusion(one, bundle))
                 job.vouched = used[one.id].vouches(bundle) if one.id in used else {}
+                job.answered = {**self._answered(bundle), **job.answered}
                 yield job
             except (BundleError, DatabaseError) as e:  # it was whole when it came
                 log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400
+
+    def _answered(self, bundle: RequestBundle) -> dict[str, Answered]:
+        """What any door has answered to the same CSRs, by certificate name; the archive has this one's."""
+        csrs = {one.name: _csr_digest(one) for one in bundle.requests}
+        chains = self._memory.issued_among([*csrs.values()])
+        found = {}
+        for name, csr in csrs.items():
+            if (chain := chains.get((csr, name))) is not None:
+                leaf, *intermediates = x509.load_pem_x509_certificates(chain)
+                issued = Issued(leaf=leaf, intermediates=tuple(intermediates))
+                found[name] = Answered(signed=leaf.not_valid_before_utc, issued=issued)
+        return found
 
     def _conclusion(self, one: Kept, bundle: RequestBundle) -> Callable[[AnswerBundle, bytes], None]:
         def conclude(answer: AnswerBundle, written: bytes) -> None:
@@ -215,6 +278,10 @@ class _Left:
         log.info("%s: %s: %s", job.label, node, text, extra={"request": job.digest[:16]})
 
 
+def _csr_digest(request: BundledRequest) -> str:
+    return sha256(request.csr.public_bytes(Encoding.DER)).hexdigest()
+
+
 def rows(bundle: RequestBundle, answer: AnswerBundle) -> list[IssuedRow]:
     """The issued certificates of an answer, as they are remembered (pure)."""
     found = []
@@ -225,7 +292,7 @@ def rows(bundle: RequestBundle, answer: AnswerBundle) -> list[IssuedRow]:
             found.append(
                 IssuedRow(
                     fingerprint=fingerprint(leaf),
-                    csr=sha256(request.csr.public_bytes(Encoding.DER)).hexdigest(),
+                    csr=_csr_digest(request),
                     name=request.name,
                     authority=request.authority,
                     node=bundle.node,

@@ -31,13 +31,13 @@ from bridge.state.store import Store
 from bridge.words import one_line
 
 #: `waiting`: for the next round of signing. `undecided`: for people; `approved`: by them, and is judged once more.
-State = Literal["waiting", "undecided", "approved", "answered"]
+#: `left`: for people, since a CA may have signed it for another door, and can't tell.
+State = Literal["waiting", "undecided", "approved", "left", "answered"]
 #: Requests in these states are taken by the next round.
 TO_SIGN: tuple[State, ...] = ("waiting", "approved")
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_SECONDS = 10
-_DATABASE = "door.db"
 #: For PostgreSQL: a server that does not answer, or a lock that is never free, keeps no thread for long.
 _PATIENCE = {
     "connect_timeout": _BUSY_SECONDS,
@@ -88,6 +88,7 @@ REQUESTS = sa.Table(
     sa.Column("answered", Moment),
     sa.Column("bundle", sa.LargeBinary, nullable=False),  # as it was received
     sa.Column("answer", sa.LargeBinary),  # an answer bundle
+    sa.Column("signer", sa.String(64)),  # the door that has begun it; empty: people say that none has
 )
 DECISIONS = sa.Table(
     "decisions",
@@ -131,6 +132,21 @@ ENROLMENTS = sa.Table(
     sa.Column("certificates", _TEXT, nullable=False, server_default=""),  # names with commas; empty: all that may be
     sa.Column("withdrawn", Moment),
 )
+DOORS = sa.Table(
+    "doors",
+    METADATA,
+    sa.Column("id", sa.String(64), primary_key=True),  # its state directory's
+    sa.Column("host", _NAME, nullable=False),
+    sa.Column("seen", Moment, nullable=False),  # when it last said that it lives
+    sa.Column("round", sa.Integer, nullable=False),  # of signing; the audit log has it, too
+)
+RESTORES = sa.Table(
+    "restores",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("restored", Moment, nullable=False),  # what was made before may have been signed already
+    sa.Column("by", _NAME, nullable=False),
+)
 
 
 class DatabaseError(BridgeError):
@@ -163,6 +179,7 @@ class Kept:
     answered: datetime | None
     bundle: bytes
     answer: bytes | None
+    signer: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,11 +262,6 @@ class Memory:
         """The request whose bundle has this digest."""
         return next(iter(self._kept(REQUESTS.c.digest == digest)), None)
 
-    def to_sign(self, most: int) -> list[Kept]:
-        """The requests that are to be judged and signed, those that were tried least recently first."""
-        oldest = (sa.func.coalesce(REQUESTS.c.begun, REQUESTS.c.received), REQUESTS.c.received)
-        return self._kept(REQUESTS.c.state.in_(TO_SIGN), *oldest, most=most)
-
     def in_state(self, state: State) -> list[Kept]:
         """All requests in this state, the oldest first."""
         return self._kept(REQUESTS.c.state == state, REQUESTS.c.received)
@@ -258,11 +270,6 @@ class Memory:
         query = sa.select(REQUESTS).where(which).order_by(*order).limit(most)
         with asking(), self.engine.connect() as connection:
             return [Kept(**row) for row in connection.execute(query).mappings()]
-
-    def begin(self, ids: Sequence[str], now: datetime) -> None:
-        """Write down that these are about to be signed: a database that can't be written to stops it before a CA is asked."""
-        with asking(), self.engine.begin() as connection:
-            connection.execute(REQUESTS.update().where(REQUESTS.c.id.in_(ids)).values(begun=now))
 
     def note(self, request_id: str, text: str) -> None:
         """Write down why there is no answer yet."""
@@ -275,7 +282,9 @@ class Memory:
         rows = [_columns(one) | {"request": request_id} for one in issued]
         prints = [one.fingerprint for one in issued]
         with asking(), self.engine.begin() as connection:
-            connection.execute(REQUESTS.update().where(REQUESTS.c.id == request_id).values(**values))
+            # the first answer stays
+            unanswered = REQUESTS.update().where(REQUESTS.c.id == request_id, REQUESTS.c.state != "answered")
+            connection.execute(unanswered.values(**values))
             query = sa.select(CERTIFICATES.c.fingerprint).where(CERTIFICATES.c.fingerprint.in_(prints))
             known = set(connection.execute(query).scalars())
             if new := [row for row in rows if row["fingerprint"] not in known]:
@@ -287,6 +296,13 @@ class Memory:
         with asking(), self.engine.connect() as connection:
             return {state: count for state, count in connection.execute(query)}  # noqa: C416 (a row is no pair for mypy)
 
+    def forget(self, before: datetime) -> None:
+        """Drop what answered requests hold, and ended certificates, from before this time; that they were there stays."""
+        old = sa.and_(REQUESTS.c.state == "answered", REQUESTS.c.answered < before, REQUESTS.c.answer.is_not(None))
+        with asking(), self.engine.begin() as connection:
+            connection.execute(REQUESTS.update().where(old).values(bundle=b"", answer=None))
+            connection.execute(CERTIFICATES.delete().where(CERTIFICATES.c.ends < before))
+
     def unanswered(self, peer: str) -> tuple[int, int]:
         """The number of requests without an answer, in all and from this address."""
         ours = sa.func.coalesce(sa.func.sum(sa.case((REQUESTS.c.peer == peer, 1), else_=0)), 0)
@@ -296,6 +312,13 @@ class Memory:
             return int(every), int(theirs)
 
     # --- certificates -------------------------------------------------------------------------------------------------
+
+    def issued_among(self, csrs: Sequence[str]) -> dict[tuple[str, str], bytes]:
+        """The newest certificate for each CSR and name, by the CSRs' digests."""
+        ours = CERTIFICATES.c
+        query = sa.select(ours.csr, ours.name, ours.chain).where(ours.csr.in_(csrs)).order_by(ours.begins)
+        with asking(), self.engine.connect() as connection:
+            return {(csr, name): chain for csr, name, chain in connection.execute(query)}
 
     def issued_for(self, csr: str, name: str) -> bytes | None:
         """The newest certificate for the CSR with this digest, with its intermediates in PEM."""
@@ -377,4 +400,9 @@ def open_memory(settings: Settings) -> Memory:
     """The database that the settings name, which the caller closes (DatabaseError, StateError)."""
     store = Store(settings.node.state_dir)
     store.prepare()
-    return Memory(settings.serve.database or sqlite_url(store.directory / _DATABASE), settings.serve.database_password)
+    return Memory(settings.serve.database or sqlite_url(database_file(store)), settings.serve.database_password)
+
+
+def database_file(store: Store) -> Path:
+    """Where SQLite's file is, unless the settings name another database."""
+    return store.directory / "door.db"

@@ -22,10 +22,11 @@ from bridge.gateway.policy import (
     judge,
     node_of,
 )
-from bridge.gateway.queue import Job, Look, Rate
+from bridge.gateway.queue import Job, Look
 from bridge.gateway.rules import NODE_USER, spec_of
 from bridge.gateway.watch import AnyObject, SigningRequest
 from bridge.specs import CertificateSpec
+from bridge.system.rate import Rate
 
 #: Before the CA is asked, a file or Node object that was looked at so long ago is as good as one of now.
 _RECENT_SECONDS = 1.0

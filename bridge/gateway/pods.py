@@ -28,7 +28,7 @@ from bridge.gateway.pod_policy import (
 )
 from bridge.gateway.pod_rules import dates_problem, refresh_at
 from bridge.gateway.policy import Allowed, Hostile, Later, Verdict
-from bridge.gateway.queue import Job, Look, Rate
+from bridge.gateway.queue import Job, Look
 from bridge.gateway.watch import AnyObject, PodObject, parse_pod
 from bridge.gateway.write import Writer, identity_of
 from bridge.pki.certificates import pem
@@ -36,6 +36,7 @@ from bridge.pki.expiry import rfc3339
 from bridge.pki.verify import Verified
 from bridge.specs import PODS
 from bridge.state import audit
+from bridge.system.rate import Rate
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")

@@ -1,4 +1,4 @@
-"""Waiting requests in their order or at their time, only the newest for a node; and rates (token buckets)."""
+"""Waiting requests in their order or at their time, only the newest for a node."""
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ MOST_BYTES = 24 << 20
 MOST_JOBS = 20_000
 _MOST_REMEMBERED = 20_000
 _MOST_REMOVED = 500
-#: Names are the requesters' choice; the bucket that was used the longest time ago is forgotten first.
-_MOST_BUCKETS = 10_000
-_MINUTE_SECONDS = 60.0
 
 Newest = tuple[datetime, int]
 
@@ -310,26 +307,3 @@ class Queue:
         """Waiting, and being worked at."""
         with self._changed:
             return len(self._jobs), len(self._working)
-
-
-class Rate:
-    """So many a minute for each name, all of them at once if it has been quiet; as many more wait in line."""
-
-    def __init__(self, a_minute: int) -> None:
-        self._a_minute = a_minute
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def reserve(self, name: str, now: float) -> float | None:
-        """Seconds until one more has its turn, which it then has for sure; None: too many wait for theirs already."""
-        left = self._left(name, now)
-        if left <= -self._a_minute:
-            return None
-        self._buckets[name] = (left - 1, now)
-        self._buckets.move_to_end(name)
-        if len(self._buckets) > _MOST_BUCKETS:
-            self._buckets.popitem(last=False)
-        return max(0.0, 1 - left) * _MINUTE_SECONDS / self._a_minute
-
-    def _left(self, name: str, now: float) -> float:
-        left, since = self._buckets.get(name, (float(self._a_minute), now))
-        return min(float(self._a_minute), left + (now - since) * self._a_minute / _MINUTE_SECONDS)

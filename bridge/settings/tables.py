@@ -625,22 +625,29 @@ class ServeSettings:
     database_password: Secret | None = None  #: The password of the database's user.
     connections: int = 1000  #: How many connections may be open at the same time.
     connections_per_peer: int = 64  #: The same for one address.
+    #: How many requests a minute one address may send; behind a load balancer that hides addresses all nodes are one.
+    requests_per_minute: int = 6000
     threads: int = 32  #: How many requests are read and answered at the same time.
     exchange_for: timedelta = timedelta(seconds=20)  #: A request that takes longer, with its answer, is cut off.
-    waiting: int = 10000  #: How many requests may wait for an answer.
+    #: How many requests may wait for an answer; a tenth of them while their CA was not reached yet, to judge them by.
+    waiting: int = 10000
     waiting_per_peer: int = 500  #: The same for one address.
+    #: How long requests and answers are kept once they are answered, and certificates once they have ended.
+    keep: timedelta = timedelta(days=90)
 
     def problems(self) -> Iterator[SettingsProblem]:
         """An address that is none, and numbers that let no request in."""
         if self.address is None:
             yield SettingsProblem("listen", "an address and a port such as 0.0.0.0:9443", repr(self.listen))
-        for key in ("connections", "connections_per_peer", "waiting", "waiting_per_peer"):
+        for key in ("connections", "connections_per_peer", "requests_per_minute", "waiting", "waiting_per_peer"):
             if getattr(self, key) < 1:
                 yield SettingsProblem(key, "at least 1", str(getattr(self, key)))
         if not 1 <= self.threads <= _MOST_THREADS:
             yield SettingsProblem("threads", f"1 to {_MOST_THREADS}", str(self.threads))
         if self.exchange_for < timedelta(seconds=1):
             yield SettingsProblem("exchange_for", "at least 1s", duration_text(self.exchange_for))
+        if self.keep < timedelta(days=1):
+            yield SettingsProblem("keep", "at least 1d", duration_text(self.keep))
         if self.database and not re.match(r"(postgresql(\+psycopg)?|sqlite)://", self.database):
             yield SettingsProblem("database", "a URL such as postgresql://USER@HOST/NAME", "another text")
         # whatever a URL's reader takes for a password, which may have any character

@@ -59,6 +59,8 @@ NEEDS_A_PERSON = "needs-a-person"
 REVOKED = "revoked"
 #: A node may ask for its first certificates with a one-time secret; or may no longer. `result` has which node.
 ENROLLED, WITHDRAWN = "enrolled", "withdrawn"
+#: The door's database was restored; a person says that no CA has signed a request, whose door has ended.
+RESTORED, AGAIN = "restored", "again"
 #: The log was changed or cut since its last line.
 DAMAGED = "damaged"
 #: Old files of the log were deleted, by `audit.keep_total`; the line has the last deleted line's number and digest.
@@ -106,6 +108,7 @@ class Record:
         self._settings = settings
         self._waiting: list[dict[str, Any]] = []
         self._known: dict[str, dict[str, Any]] = {}
+        self.common: Mapping[str, Any] = {}  #: Facts that each further line repeats.
         self._chain = Chain(store, settings, who)
 
     def know(self, name: str, request: SignRequest, backend: str, identity: str | None) -> None:
@@ -138,6 +141,7 @@ class Record:
             "name": name,
             "authority": authority,
             **self._known.get(name or "", {}),
+            **self.common,
             **(more or {}),
             "result": (error.reason if error is not None else result)[:_LONGEST_RESULT],
             "exitCode": error.exit_code if error is not None else Exit.DONE,

@@ -62,6 +62,8 @@ class Store:
         self.history_lock = state_dir / "history.lock"
         self.tickets = state_dir / "tickets.json"  #: What the gateway's CA answers later.
         self.desk_answers = state_dir / "desk-answers.jsonl"  #: What the desk's CAs were asked and answered.
+        self.door = state_dir / "door.json"  #: Which door this is among those of one database.
+        self.door_lock = state_dir / "door.lock"
         self.bootstrap = state_dir / "bootstrap.json"  #: What a new node's requests are for.
         self.users = state_dir / "users.json"  #: Users' requests that a CA has not answered yet.
         self.audit = state_dir / "audit.jsonl"

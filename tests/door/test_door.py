@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import ssl
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -170,7 +171,7 @@ def test_a_ca_that_is_down_loses_no_request(door: ServeProgram, desk: Desk, pair
     ("module", "function", "before"),
     [
         ("door.store", "Memory.receive", False),  # a request is kept, and its node does not know it
-        ("door.store", "Memory.begin", False),  # it is about to be signed
+        ("door.doors", "Doors.begin", False),  # it is about to be signed
         ("state.open_requests", "RequestLog._append", False),  # what the CA is asked is in the journal
         ("ca.ca", "CA.ask", False),  # signed, and not written down
         ("desk.desk", "Desk._verify", True),  # signed and in the journal
@@ -244,7 +245,7 @@ def test_a_killed_node_finds_its_certificate(common: ServeProgram, pairs: Pairs,
 
 
 def test_a_door_that_lost_its_database_is_asked_again(desk: Desk, pairs: Pairs, node_end: NodeEnd) -> None:
-    """The archive has the certificate: none is signed twice for a database that went back in time."""
+    """It refuses to sign until `restored`; the archive has the certificate, so that none is signed twice."""
     door, bundle = add_door(desk.config, desk.directory), make_bundle(some(pairs, "apiserver"))
     request = asked(bundle, "apiserver")
     with running(door):
@@ -253,6 +254,7 @@ def test_a_door_that_lost_its_database_is_asked_again(desk: Desk, pairs: Pairs, 
     for path in desk.state.glob("door.db*"):
         path.unlink()
     assert isinstance(pending, Pending)
+    assert desk.run("serve-database", "restored").returncode == Exit.DONE
     with running(door):
         backend = node_end(door)
         again = backend.collect(request, pending.reference)
@@ -417,6 +419,67 @@ def _refuses_a_byte(client: ssl.SSLSocket) -> bool:
     except OSError:
         return True
     return False
+
+
+def test_strangers_fill_nothing_while_a_ca_is_down(door: ServeProgram, desk: Desk, pairs: Pairs) -> None:
+    """They are judged by the CA certificates of before; a node's request is kept, and one for a CA that is not here is not."""
+    away = desk.ca("ca").with_name("away")
+    desk.ca("ca").rename(away)
+    place = place_of(door.post(dumps(make_bundle(some(pairs, "apiserver")))))
+    wait_until(
+        lambda: door.ask("GET", "/readyz").body,
+        lambda body: b"requests for it wait" in body,
+        _PATIENCE,
+        pause_seconds=0.1,
+    )
+    stranger = handmade_pki(desk.directory / "stranger")
+    foreign = make_bundle(old_pairs(stranger, ["apiserver"]))
+    unproven = changed(make_bundle(some(pairs, "apiserver")), "apiserver", proof=None)
+    refused = [door.post(dumps(one)).status for one in (foreign, unproven)]
+    away.rename(desk.ca("ca"))
+
+    assert refused == [403, 403]
+    assert isinstance(awaited(door, place).answers["apiserver"], Issued)
+
+
+def test_a_half_closed_client_keeps_no_connection(common: ServeProgram) -> None:
+    """One that has sent half a request and its end is closed; nothing of it stays open."""
+    for cut in (b"", b"GET /heal", b"POST /v1/requests HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nhalf"):
+        plain = socket.create_connection(("127.0.0.1", common.port), timeout=60)
+        with plain, common.context().wrap_socket(plain, server_hostname="127.0.0.1") as client:
+            client.sendall(cut)
+            client.unwrap() if not cut else socket.socket.shutdown(client, socket.SHUT_WR)
+    seen = wait_until(lambda: connections(common), lambda one: one["open"] == 1, _PATIENCE, pause_seconds=0.1)
+
+    assert seen["open"] == 1  # the one that asks
+
+
+def test_a_client_that_reads_nothing_is_cut_off(desk: Desk) -> None:
+    """It asks and asks, and takes no answer: its thread is free again, and others are answered meanwhile."""
+    with running(add_door(desk.config, desk.directory, 'exchange_for = "5s"\nthreads = 2')) as door:
+        plain = socket.create_connection(("127.0.0.1", door.port), timeout=1)
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with plain, door.context().wrap_socket(plain, server_hostname="127.0.0.1") as client:
+            with contextlib.suppress(OSError):
+                while True:
+                    client.sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 100)
+            beside = door.ask("GET", "/healthz").status
+            after = wait_until(lambda: connections(door), lambda one: one["open"] == 1, _PATIENCE, pause_seconds=0.1)
+
+    assert (beside, after["open"], after["working"]) == (200, 1, 1)
+
+
+def test_there_is_no_renegotiation(common: ServeProgram) -> None:
+    """A client of TLS 1.2 that begins one gets an end; the same client without it gets its answer."""
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{common.port}", "-tls1_2", "-CAfile", str(common.ca)]
+    renegotiates, asks = (
+        subprocess.run([*command, *more], input=text, capture_output=True, check=False, timeout=120)
+        for text, more in ((b"R\n", []), (_HEALTH % b"", ["-quiet"]))
+    )
+
+    assert b"RENEGOTIATING" in renegotiates.stdout + renegotiates.stderr
+    assert b"no renegotiation" in renegotiates.stdout + renegotiates.stderr
+    assert b"200 OK" in asks.stdout
 
 
 def test_a_peer_has_a_number_of_waiting_requests(desk: Desk, pairs: Pairs) -> None:

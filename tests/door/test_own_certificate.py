@@ -98,7 +98,7 @@ def test_the_doors_own_certificate_renews_itself(desk: Desk, pki: Pki) -> None:
         refused = renewed(config)
         unchanged = shown(door)
         desk.policy.write_text(POLICY.replace('["cp-*"]', '["cp-*", "ca-door"]') + RULES)
-        run = renewed(config)
+        run = wait_until(lambda: renewed(config), lambda one: one.returncode == 0, _PATIENCE, pause_seconds=0.5)
         new = wait_until(lambda: shown(door), lambda one: one != old, _PATIENCE, pause_seconds=0.1)
         ready = door.ask("GET", "/readyz").status
 

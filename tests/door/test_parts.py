@@ -17,6 +17,7 @@ from alembic.migration import MigrationContext
 from bridge.cli import serve
 from bridge.contract import Issued
 from bridge.door.app import Door, Quota
+from bridge.door.doors import Doors
 from bridge.door.signing import Signing
 from bridge.door.store import METADATA, DatabaseError, IssuedRow, Memory, sqlite_url
 from bridge.errors import Exit
@@ -24,6 +25,7 @@ from bridge.pki.bundle import RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.settings.load import load
 from bridge.specs import AUTHORITIES
+from bridge.state.store import Store
 from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.desks import Desk, make_desk
 from tests.kit.pki import Pki, handmade_pki
@@ -90,11 +92,13 @@ def test_the_same_bundle_has_one_id(memory: Memory) -> None:
     assert received(memory, "aa") == received(memory, "aa") != received(memory, "bb")
 
 
-def test_a_request_goes_from_waiting_to_answered(memory: Memory) -> None:
+def test_a_request_goes_from_waiting_to_answered(memory: Memory, tmp_path: Path) -> None:
     """What was tried least recently is next; an answer that is written twice is one."""
     first, second = received(memory, "aa"), received(memory, "bb", now=NOW + timedelta(seconds=1))
-    memory.begin([first], NOW + timedelta(minutes=1))
-    order = [one.id for one in memory.to_sign(10)]
+    doors = Doors(memory, Store(tmp_path), "us")
+    doors.alive()
+    doors.begin([first], NOW + timedelta(minutes=1))
+    order = [one.id for one in doors.to_sign(10)]
     memory.note(first, "its CA is away")
     waits = memory.find(first)
     for _ in range(2):
@@ -150,27 +154,50 @@ def allow(memory: Memory, what: str) -> None:
         connection.execute(sa.text(f"DROP TRIGGER too_full{' ON ' + table if table else ''}"))
 
 
-def posted(door: Door, data: bytes) -> tuple[str, dict[str, str], dict[str, Any]]:
+def posted(door: Door, data: bytes, peer: str = "192.0.2.1") -> tuple[str, dict[str, str], dict[str, Any]]:
     """Status, headers and document of an answer."""
     started: list[Any] = []
     environ = {
         "REQUEST_METHOD": "POST", "PATH_INFO": "/v1/requests", "CONTENT_TYPE": "application/json",
-        "CONTENT_LENGTH": str(len(data)), "wsgi.input": BytesIO(data), "REMOTE_ADDR": "192.0.2.1",
+        "CONTENT_LENGTH": str(len(data)), "wsgi.input": BytesIO(data), "REMOTE_ADDR": peer,
     }  # fmt: skip
     body = b"".join(door(environ, lambda status, headers: started.extend([status, dict(headers)])))
     return started[0], started[1], json.loads(body)
 
 
-def make_application(memory: Memory) -> Door:
+def make_application(memory: Memory, *, is_judged: bool = True, a_minute: int = 1000) -> Door:
+    quota = Quota(waiting=10, waiting_per_peer=10, a_minute_per_peer=a_minute)
     return Door(
         memory,
-        Quota(waiting=10, waiting_per_peer=10),
+        quota,
         now,
         refuses=lambda *_: "",
+        judges=lambda _: is_judged,
         authorities=AUTHORITIES,
         chain=lambda _: (),
         pages={},
     )
+
+
+def test_one_address_has_a_rate(memory: Memory) -> None:
+    """One more is told when to come again; another address is answered."""
+    door = make_application(memory, a_minute=3)
+    statuses = [posted(door, b"text")[0] for _ in range(4)]
+    late = posted(door, b"text")[1]
+
+    assert statuses == [*["400 Bad Request"] * 3, "429 Too Many Requests"]
+    assert 1 <= int(late["Retry-After"]) <= 20
+    assert posted(door, b"text", peer="192.0.2.2")[0] == "400 Bad Request"
+
+
+def test_what_can_not_be_judged_gets_a_tenth_of_the_room(memory: Memory, pki: Pki) -> None:
+    """A stranger fills that while no CA was reached, and a node whose request can be judged still gets in."""
+    first, second, third = (dumps(make_bundle(old_pairs(pki, ["apiserver"]))) for _ in range(3))
+    unjudged = make_application(memory, is_judged=False)
+    statuses = [posted(unjudged, first)[0], posted(unjudged, second)[0], posted(unjudged, second, peer="192.0.2.2")[0]]
+
+    assert statuses == ["202 Accepted", "429 Too Many Requests", "503 Service Unavailable"]
+    assert posted(make_application(memory), third)[0] == "202 Accepted"
 
 
 def test_a_full_disk_takes_no_request(tmp_path: Path, bundle: RequestBundle) -> None:

@@ -24,7 +24,7 @@ from bridge.errors import BridgeError
 from bridge.gateway import nodes, queue
 from bridge.gateway.context import Ticket, Tickets
 from bridge.gateway.pages import Metrics, serving
-from bridge.gateway.queue import Look, Queue, Rate
+from bridge.gateway.queue import Look, Queue
 from bridge.gateway.watch import (
     ALLOWS,
     APPROVED,
@@ -39,6 +39,7 @@ from bridge.gateway.watch import (
 )
 from bridge.gateway.write import with_certificate, with_condition
 from bridge.state.store import Store
+from bridge.system.rate import Rate
 from bridge.system.waiting import wait_until
 
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)

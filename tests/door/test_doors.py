@@ -1,0 +1,411 @@
+"""Several doors on one database, a database that went back in time, and its upkeep: nothing is signed twice."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from http.client import HTTPException
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from backends.openssl import OpensslBackend
+from bridge.contract import Issued
+from bridge.desk.records import Asked, Journal
+from bridge.door import turns
+from bridge.door.doors import Doors
+from bridge.door.signing import Signing
+from bridge.door.store import CERTIFICATES, DOORS, REQUESTS, Kept, Memory
+from bridge.door.turns import BehindError, NotOursError
+from bridge.errors import Exit
+from bridge.pki.bundle import AnswerBundle, RequestBundle, sign_request
+from bridge.pki.bundle_format import digest, dumps, loads_answer
+from bridge.settings.load import load
+from bridge.state.store import Store
+from bridge.system.waiting import wait_until
+from tests.kit.bundles import make_bundle, old_pairs
+from tests.kit.desks import Desk, killing, make_desk
+from tests.kit.pki import Pki, handmade_pki
+from tests.kit.serving import Database, ServeProgram, add_door, running
+
+NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+_PATIENCE = timedelta(minutes=2)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return handmade_pki(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture
+def bundle(pki: Pki) -> RequestBundle:
+    return make_bundle(old_pairs(pki, ["apiserver", "etcd-server"]))
+
+
+@pytest.fixture
+def desk(tmp_path: Path, pki: Pki) -> Desk:
+    return make_desk(tmp_path / "desk", pki)
+
+
+def second(desk: Desk, database: Database) -> ServeProgram:
+    """A door on another host, as far as its state directory goes, with the same CAs and the same database."""
+    directory = desk.directory.with_name("second")
+    directory.mkdir()
+    text = desk.config.read_text().partition("[serve]")[0]
+    (directory / "config.toml").write_text(text.replace(str(desk.state), str(directory / "state")))
+    shutil.copy(desk.policy, directory)
+    return add_door(directory / "config.toml", directory, database.settings)
+
+
+def awaited(door: ServeProgram, place: str) -> AnswerBundle:
+    answer = wait_until(lambda: door.ask("GET", place), lambda one: one.status != 202, _PATIENCE, pause_seconds=0.1)
+    assert answer.status == 200, (answer.body, door.said)
+    return loads_answer(answer.body)
+
+
+def silence(memory: Memory) -> None:
+    """Let all doors have been silent for long."""
+    with memory.engine.begin() as connection:
+        connection.execute(DOORS.update().values(seen=now() - timedelta(minutes=5)))
+
+
+# --- the rules --------------------------------------------------------------------------------------------------------
+
+
+def kept(**more: object) -> Kept:
+    one = Kept(
+        id="a", digest="d" * 64, node="cp-1", cluster="kubernetes", peer="192.0.2.1", received=NOW, state="waiting",
+        begun=None, note="", answered=None, bundle=b"", answer=None,
+    )  # fmt: skip
+    return replace(one, **more)  # type: ignore[arg-type]
+
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("one", "restored", "expected"),
+    [
+        (kept(), None, False),
+        (kept(signer="us", begun=NOW), None, False),
+        (kept(signer="another", begun=NOW), None, True),
+        (kept(signer="", begun=NOW), None, False),  # people have looked
+        (kept(), NOW + HOUR, True),  # the database may have forgotten who has begun it
+        (kept(), NOW - 2 * HOUR, False),  # it was made after the restore
+        (kept(), NOW - HOUR / 2, True),  # by a clock that may be wrong
+        (kept(signer="us", begun=NOW), NOW + HOUR, True),
+        (kept(signer="us", begun=NOW + 2 * HOUR), NOW + HOUR, False),  # this door has asked the CA since
+        (kept(signer=""), NOW + HOUR, False),
+    ],
+)
+def test_what_another_may_have_had_signed_is_asked_for_first(
+    one: Kept, restored: datetime | None, expected: bool
+) -> None:
+    """By its signer, and by the time of a restore."""
+    assert turns.is_foreign(one, NOW, "us", restored) is expected
+
+
+def test_the_audit_log_is_compared_with_the_database() -> None:
+    """Its newest round of this door may be in the database, and no later one; other doors' and other lines don't count."""
+    lines: list[dict[str, object]] = [
+        {"door": "us", "round": 3},
+        {"event": "issued"},
+        {"door": "another", "round": 9},
+        {"door": "us", "round": 2},
+    ]
+    recorded = turns.rounds(lines)("us")
+    turns.assert_not_behind(recorded, 3)
+    with pytest.raises(BehindError, match="round 3"):
+        turns.assert_not_behind(recorded, 2)
+
+
+def test_a_door_that_the_database_does_not_hear_of_asks_no_ca(memory: Memory, tmp_path: Path) -> None:
+    """Another may be signing in its place; one that was heard of asks."""
+    doors = Doors(memory, Store(tmp_path), "us")
+    doors.alive()
+    doors.assert_ours()
+    doors._heard -= turns.STALE_SECONDS + 1
+    with pytest.raises(NotOursError):
+        doors.assert_ours()
+
+
+def test_a_journal_lets_no_ca_be_asked_after_an_error(bundle: RequestBundle, tmp_path: Path) -> None:
+    """What is to be asked is not written down, and so not asked; an answer is."""
+    journal, request = Journal(tmp_path / "journal", now()), sign_request(bundle.requests[0], bundle)
+
+    def fail() -> None:
+        raise NotOursError("not ours")
+
+    journal.before_asking = fail
+    with pytest.raises(NotOursError):
+        journal.add([(request, Asked(now()))])
+    assert journal.get(request) is None
+    journal.before_asking = lambda: None
+    journal.add([(request, Asked(now()))])
+    assert journal.get(request) is not None
+
+
+# --- several doors ----------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_one_doors(memory: Memory, tmp_path: Path) -> None:
+    """A door begins what is new, its own, and what a silent door has begun; never what a living one has."""
+    us, they = (Doors(memory, Store(tmp_path), name) for name in ("us", "they"))
+    us.alive()
+    they.alive()
+    ids = [
+        memory.receive(b"bundle", digest=f"{i}", node="cp-1", cluster="kubernetes", peer="192.0.2.1", now=NOW)
+        for i in range(3)
+    ]
+    assert us.begin(ids[:2], now()) == (1, set(ids[:2]))
+    assert they.begin(ids, now()) == (1, {ids[2]})
+    assert [{one.id for one in doors.to_sign(10)} for doors in (us, they)] == [set(ids[:2]), {ids[2]}]
+    with memory.engine.begin() as connection:
+        connection.execute(DOORS.update().where(DOORS.c.id == "us").values(seen=now() - timedelta(minutes=5)))
+
+    assert {one.id for one in they.to_sign(10)} == set(ids)
+    assert they.begin(ids, now()) == (2, set(ids))
+    us.alive()
+    assert us.to_sign(10) == []
+    assert us.begin(ids, now()) == (2, set())
+
+
+def test_one_door_signs_at_a_time(shared_database: Database, tmp_path: Path) -> None:
+    """While one has its turn no other gets one; after it, or when its connection ends, another does."""
+    first, other = shared_database.memory(tmp_path), shared_database.memory(tmp_path)
+    with contextlib.closing(first), contextlib.closing(other):
+        us, they = Doors(first, Store(tmp_path), "us"), Doors(other, Store(tmp_path), "they")
+        with us.turn() as ours, they.turn() as theirs:
+            assert (ours, theirs) == (True, False)
+        with they.turn() as theirs, us.turn() as ours:
+            assert (ours, theirs) == (False, True)
+            kill = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+            with first.engine.begin() as connection:
+                connection.execute(sa.text(kill))
+            assert wait_until(lambda: _has_turn(us), bool, _PATIENCE, pause_seconds=0.1)
+
+
+def _has_turn(doors: Doors) -> bool:
+    with doors.turn() as is_ours:
+        return is_ours
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "before"),
+    [
+        ("door.doors", "Doors.begin", False),  # it is about to be signed
+        ("state.open_requests", "RequestLog._append", False),  # what the CA is asked is in the journal
+        ("ca.ca", "CA.ask", False),  # signed, and not written down
+        ("desk.desk", "Desk._verify", True),  # signed and in the journal
+        ("system.many", "_sync_directories", False),  # in the archive
+        ("door.store", "Memory.conclude", True),  # as before
+        ("door.store", "Memory.conclude", False),  # answered
+    ],
+)
+def test_a_door_takes_over_what_a_killed_one_has_begun(
+    desk: Desk,
+    shared_database: Database,
+    bundle: RequestBundle,
+    tmp_path: Path,
+    module: str,
+    function: str,
+    before: bool,
+) -> None:
+    """Wherever the first was killed, the other one answers, and by the CA's index each request has one certificate."""
+    first, other = add_door(desk.config, desk.directory, shared_database.settings), second(desk, shared_database)
+    first.start([sys.executable, str(killing(tmp_path, module, function, before=before))])
+    with contextlib.suppress(OSError, HTTPException):
+        first.post(dumps(bundle))
+    assert first.ended() == -signal.SIGKILL
+    with contextlib.closing(shared_database.memory(tmp_path)) as memory:
+        silence(memory)
+    with running(other):
+        answer = awaited(other, other.post(dumps(bundle)).headers["location"])
+    with running(first):  # it comes back, and has nothing to add
+        again = awaited(first, first.post(dumps(bundle)).headers["location"])
+
+    assert all(isinstance(one, Issued) for one in answer.answers.values())
+    assert again == answer
+    assert len(desk.issued()) == 2
+    for state in (desk.state, desk.directory.with_name("second") / "state"):
+        assert desk.run("audit", "verify", "--state-dir", state).returncode == 0
+
+
+def test_two_doors_share_the_work(desk: Desk, shared_database: Database, pki: Pki) -> None:
+    """Each takes requests, and gives the answers of both; by the CA's index nothing is signed twice."""
+    one, other = add_door(desk.config, desk.directory, shared_database.settings), second(desk, shared_database)
+    bundles = [dumps(make_bundle(old_pairs(pki, ["apiserver"]))) for _ in range(6)]
+    with running(one), running(other):
+        places = [door.post(data).headers["location"] for data in bundles for door in (one, other)]
+        answers = [awaited(door, place) for place in places for door in (other, one)]
+
+    assert len({*places}) == len(bundles)
+    assert all(isinstance(answer.answers["apiserver"], Issued) for answer in answers)
+    assert len(desk.issued()) == len(bundles)
+
+
+def received(memory: Memory, bundle: RequestBundle) -> str:
+    asked = digest(bundle)
+    return memory.receive(
+        dumps(bundle), digest=asked, node=bundle.node, cluster=bundle.cluster, peer="192.0.2.1", now=now()
+    )
+
+
+@pytest.fixture
+def signing(desk: Desk, memory: Memory) -> Iterator[Signing]:
+    one = Signing(load(desk.config), memory, desk.policy, now)
+    yield one
+    one.close()
+
+
+def test_people_decide_where_a_ca_can_not_tell(
+    signing: Signing, desk: Desk, memory: Memory, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another door has begun is left, with a note that says where to look; it is signed when people say so."""
+    monkeypatch.delattr(OpensslBackend, "recall")
+    another = Doors(memory, Store(desk.state), "another")
+    another.alive()
+    place = received(memory, bundle)
+    another.begin([place], now())
+    silence(memory)
+    assert signing.round() == "idle"
+    left = memory.find(place)
+    signed = len(desk.issued())
+    assert another.to_sign(1), "the door that has begun it may go on"
+    count = signing.doors.again(digest(bundle)[:16])
+    signing.round()
+
+    assert left is not None
+    assert left.state == "left"
+    assert re.search("can't tell: start that door again, .* serve-database again", left.note)
+    assert (signed, count, len(desk.issued())) == (0, 1, 2)
+    answered = memory.find(place)
+    assert answered is not None
+    assert answered.state == "answered"
+
+
+def test_a_csr_that_another_door_has_answered_is_known(
+    signing: Signing, memory: Memory, bundle: RequestBundle, pki: Pki
+) -> None:
+    """The certificates of the database answer the same CSRs in any bundle, though our archive has none; other CSRs have none."""
+    place = received(memory, bundle)
+    signing.round()
+    kept_ = memory.find(place)
+    assert kept_ is not None
+    assert kept_.answer is not None
+    known = {name: one.issued for name, one in signing._answered(bundle).items()}
+
+    assert known == loads_answer(kept_.answer).answers
+    assert signing._answered(make_bundle(old_pairs(pki, ["apiserver"]))) == {}
+
+
+# --- the past ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_database_that_went_back_signs_nothing_until_people_say_so(desk: Desk, bundle: RequestBundle) -> None:
+    """The door takes requests and says what is wrong; after `restored` CAs are asked first, and nothing is signed twice."""
+    door, place = add_door(desk.config, desk.directory), desk.state / "door.db"
+    with running(door):
+        assert door.stop() == Exit.DONE
+    assert desk.run("serve-database", "backup", desk.directory / "copy").returncode == Exit.DONE
+    with running(door):
+        first = awaited(door, door.post(dumps(bundle)).headers["location"])
+        assert door.stop() == Exit.DONE
+    for end in ("", "-wal", "-shm"):
+        place.with_name(place.name + end).unlink(missing_ok=True)
+    shutil.copy(desk.directory / "copy", place)
+    for name in ("desk-answered", "desk-done"):  # nor does the archive know
+        shutil.rmtree(desk.state / name)
+    with running(door):
+        again = door.post(dumps(bundle)).headers["location"]
+        unready = wait_until(
+            lambda: door.ask("GET", "/readyz"), lambda one: one.status == 503, _PATIENCE, pause_seconds=0.1
+        )
+        waiting = door.ask("GET", again).status
+        assert desk.run("serve-database", "restored").returncode == Exit.DONE
+        second_ = awaited(door, again)
+
+    assert (unready.status, waiting) == (503, 202)
+    assert any("which is in the audit log" in line["message"] for line in door.lines())
+    assert second_.answers == first.answers
+    assert len(desk.issued()) == 2
+    assert desk.run("audit", "verify").returncode == 0
+    assert "restored" in desk.run("audit", "show").stdout
+
+
+def test_a_copy_is_put_back_while_no_door_works(desk: Desk, bundle: RequestBundle) -> None:
+    """`restore` refuses beside a door; after it the door goes on, and asks CAs about what is older."""
+    door, copy = add_door(desk.config, desk.directory), desk.directory / "copy"
+    with running(door):
+        place = door.post(dumps(bundle)).headers["location"]
+        first = awaited(door, place)
+        backup = desk.run("serve-database", "backup", copy)
+        beside = desk.run("serve-database", "restore", copy)
+    restored = desk.run("serve-database", "restore", copy)
+    damaged = desk.directory / "damaged"
+    damaged.write_bytes(b"no database")
+    refused = desk.run("serve-database", "restore", damaged)
+    with running(door):
+        second_ = awaited(door, place)
+
+    assert [one.returncode for one in (backup, restored)] == [Exit.DONE, Exit.DONE], restored.stderr
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert (beside.returncode, refused.returncode) == (Exit.LOCKED, Exit.USAGE), (beside.stderr, refused.stderr)
+    assert first == second_
+    assert len(desk.issued()) == 2
+    assert list(desk.state.glob(".door*")) == []
+
+
+def test_postgresql_is_copied_by_its_own_programs(desk: Desk, shared_database: Database) -> None:
+    """`backup` names them, and so does the page."""
+    add_door(desk.config, desk.directory, shared_database.settings)
+    refused = desk.run("serve-database", "backup", desk.directory / "copy")
+
+    assert refused.returncode == Exit.USAGE
+    assert "pg_dump" in refused.stderr
+    assert not (desk.directory / "copy").exists()
+
+
+def test_two_programs_are_not_one_door(desk: Desk) -> None:
+    """A second one with the same state directory does not begin."""
+    with running(add_door(desk.config, desk.directory)):
+        assert desk.run("serve").returncode == Exit.LOCKED
+
+
+# --- retention --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_old_is_forgotten(signing: Signing, memory: Memory, bundle: RequestBundle) -> None:
+    """Answered requests lose what they hold, and certificates go when they have ended; what waits stays, however old."""
+    answered = received(memory, bundle)
+    signing.round()
+    waiting = memory.receive(b"bundle", digest="dd", node="cp-1", cluster="kubernetes", peer="192.0.2.1", now=NOW)
+    memory.forget(now() - timedelta(days=1))
+    young = memory.find(answered)
+    memory.forget(now() + timedelta(days=1))
+    old, still = memory.find(answered), memory.find(waiting)
+    with memory.engine.connect() as connection:
+        certificates = connection.execute(sa.select(sa.func.count()).select_from(CERTIFICATES)).scalar()
+    memory.forget(now() + timedelta(days=4000))
+    with memory.engine.connect() as connection:
+        ended = connection.execute(sa.select(sa.func.count()).select_from(CERTIFICATES)).scalar()
+        requests = connection.execute(sa.select(sa.func.count()).select_from(REQUESTS)).scalar()
+
+    assert young is not None
+    assert old is not None
+    assert still is not None
+    assert young.answer is not None
+    assert (old.state, old.bundle, old.answer) == ("answered", b"", None)
+    assert (still.state, still.bundle) == ("waiting", b"bundle")
+    assert (certificates, ended, requests) == (2, 0, 2)
