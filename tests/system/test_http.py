@@ -91,6 +91,7 @@ WHOLE = {
     "till the end": b"HTTP/1.1 200 OK\r\nX: a\r\n\r\nhello",
     "after 100": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 \r\nX: a\r\nContent-Length: 5\r\n\r\nhello",
     "version 1.0": b"HTTP/1.0 200 OK\r\nX: a\r\n\r\nhello",
+    "one length twice": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\ncontent-length:5 \r\nX:\ta\r\n\r\nhello",
 }
 
 
@@ -112,6 +113,12 @@ BROKEN = {
     "half a body": b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello",
     "half of the chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
     "nothing": b"",
+    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 4\r\n\r\nhello",
+    "a length below zero": b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nhello",
+    "a line of the head that goes on": b"HTTP/1.1 200 OK\r\nX: a\r\n b\r\nContent-Length: 5\r\n\r\nhello",
+    "a line of the head without a colon": b"HTTP/1.1 200 OK\r\nX\r\nContent-Length: 5\r\n\r\nhello",
+    "a space before the colon": b"HTTP/1.1 200 OK\r\nContent-Length : 5\r\n\r\nhello",
+    "half a head": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n",
     "a head without end": b"HTTP/1.1 200 OK\r\n" + b"X: " + b"a" * 70_000,
 }
 
