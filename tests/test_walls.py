@@ -192,7 +192,10 @@ _ALSO = {
         *("bridge.system.files", "bridge.system.paths"),
     ],
     # the bundles' format
-    "backends.gateway": ["bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.enrolment"],
+    "backends.gateway": [
+        *(f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "enrolment", "signatures")),
+        "bridge.system.paths",
+    ],
 }
 
 

@@ -11,14 +11,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
-from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
-
 from bridge.contract import GIVEN, BackendSettings, Issued, Pending, SignRequest
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
     BackendUnavailableError,
-    SettingsError,
     SettingsProblem,
     Violation,
 )
@@ -33,10 +30,10 @@ from bridge.pki.bundle_format import (
     request_file_name,
     short_fingerprint,
 )
-from bridge.pki.signatures import is_by, public_key
+from bridge.pki.signatures import is_by
 from bridge.specs import CertificateSpec
 from bridge.system.files import write_atomically
-from bridge.system.paths import UnreadableError, read, read_once
+from bridge.system.paths import UnreadableError, read_once, read_public_key
 
 #: One look at an inbox costs no more; what was read is remembered, so that the next look goes on from there.
 _MOST_READ, _MOST_FILES, _LONGEST_LOOK_SECONDS = 64 << 20, 2000, 10.0
@@ -83,7 +80,7 @@ class ExchangeBackend:
 
     def __init__(self, settings: ExchangeSettings) -> None:
         self._settings = settings
-        self._desk_key = None if settings.signed_by is None else _public_key(settings.signed_by)
+        self._desk_key = None if settings.signed_by is None else read_public_key(settings.signed_by, "node.desk_key")
         #: Answers are proven to be the desk's, not those of anyone who can write to the inbox.
         self.authenticated = self._desk_key is not None
         self._read: dict[Path, tuple[tuple[int, int, int], _Found]] = {}
@@ -284,14 +281,6 @@ def _given(answers: Sequence[AnswerBundle], request: SignRequest) -> list[tuple[
     """Each answer to a request with its bundle, the latest first; when it was signed is its sender's word, too."""
     latest = sorted(answers, key=lambda one: one.signed, reverse=True)
     return [(answer, one) for answer in latest if (one := answer.answers.get(request.spec.name)) is not None]
-
-
-def _public_key(path: Path) -> PublicKeyTypes:
-    try:
-        return public_key(read(path) or b"")
-    except (UnreadableError, ValueError) as e:
-        wanted = str(e) if isinstance(e, ValueError) else "a certificate or a public key in PEM"
-        raise SettingsError([SettingsProblem("signed_by", wanted, f"something else in {path}")]) from None
 
 
 def _to_carry(path: Path, bundle: RequestBundle) -> str:

@@ -12,7 +12,7 @@ import re
 import ssl
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from http import HTTPStatus
@@ -23,7 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from backends.http import Http, Wording, pem_certificates, retry_after_seconds, tls_context, url_problems
-from bridge.contract import BackendSettings, Issued, Pending, Secret, SecretUnavailableError, SignRequest
+from bridge.contract import GIVEN, BackendSettings, Issued, Pending, Secret, SecretUnavailableError, SignRequest
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -35,9 +35,11 @@ from bridge.errors import (
 from bridge.pki import enrolment
 from bridge.pki.budget import OverBudgetError, json_of
 from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle, bundle_of
-from bridge.pki.bundle_format import digest, dumps, loads_answer
+from bridge.pki.bundle_format import answer_message, digest, dumps, loads_answer
+from bridge.pki.signatures import is_by
 from bridge.specs import CertificateSpec
 from bridge.system.http import Answer
+from bridge.system.paths import read_public_key
 from bridge.words import one_line
 
 _REFERENCE = re.compile(r"([0-9a-f]{64})@([A-Za-z0-9_-]{1,100})")
@@ -53,6 +55,7 @@ _HINTS = {
     413: "the door takes bundles of at most 1 MiB",
 }
 _ENROL_HINT = "`ca-bridge enroll NODE` prints it at the door's host; it is good for one request"
+_UNSIGNED_HINT = "desk.answer_key of the door's policy signs its answers; node.desk_key of this node is its public key"
 _NOT_OURS = "is it the door (`ca-bridge serve`) that answers there, and not a proxy or another program?"
 _TLS_HINT = "ca_file has the CA certificate of the door's server certificate, and `url` a name that is in it"
 #: Between two looks for an answer, unless the door says otherwise.
@@ -69,6 +72,8 @@ class GatewaySettings(BackendSettings):
     wait: timedelta = timedelta(seconds=30)
     #: The one-time secret that `ca-bridge enroll NODE` prints at the door, for a node without live certificates.
     enrolment: Secret | None = None
+    #: `node.desk_key`, which the bridge fills in: only answers that are signed by this key count.
+    signed_by: Path | None = field(default=None, metadata={GIVEN: True})
 
     def tls_context(self) -> ssl.SSLContext:
         """A TLS context for one thread; see `backends.http.tls_context`."""
@@ -88,6 +93,8 @@ class GatewayBackend:
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
+        signed_by = settings.signed_by
+        self._desk_key = None if signed_by is None else read_public_key(signed_by, "node.desk_key")
         wording = Wording(name="gateway", not_ours=_NOT_OURS, tls=lambda _: _TLS_HINT)
         self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
 
@@ -157,6 +164,8 @@ class GatewayBackend:
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
         """Ask for what was issued for each CSR; its digest is as unguessable as its key."""
         del since  # a CSR is signed once
+        if self._desk_key is not None:  # which signs whole answers; the same bundle gets its answer once more
+            return [None] * len(requests)
         return [self._recalled(request) for request in requests]
 
     def close(self) -> None:
@@ -216,14 +225,14 @@ class GatewayBackend:
             time.sleep(min(pause, left))
             answer = self._look(waiting.reference)
             pause = min(retry_after_seconds(answer, datetime.now(UTC)) or _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
-            looked = _read(answer, waiting.reference)
+            looked = self._read(answer, waiting.reference)
             if isinstance(looked, AnswerBundle):
                 return looked
             waiting = looked or waiting
         return waiting
 
     def _looked(self, reference: str) -> AnswerBundle | Pending | None:
-        return _read(self._look(reference), reference)
+        return self._read(self._look(reference), reference)
 
     def _look(self, reference: str) -> Answer:
         match = _REFERENCE.fullmatch(reference)
@@ -236,6 +245,19 @@ class GatewayBackend:
         headers = {"Accept": "application/json"} | ({"Content-Type": "application/json"} if body is not None else {})
         headers |= more or {}
         return self._http.ask(method, self._settings.url.rstrip("/") + path, headers, body)
+
+    def _read(self, answer: Answer, reference: str) -> AnswerBundle | Pending | None:
+        """As the function, and signed by the desk's key where the settings name one."""
+        found, key = _read(answer, reference), self._desk_key
+        if not isinstance(found, AnswerBundle) or key is None:
+            return found
+        if found.signature is None or not is_by(key, found.signature, answer_message(found)):
+            what = "no signature" if found.signature is None else "another signature"
+            text = (
+                f"gateway: wanted an answer that is signed by the desk's key ({self._settings.signed_by}), found {what}"
+            )
+            raise BackendRefusedError(text, hint=_UNSIGNED_HINT)
+        return found
 
 
 def _read(answer: Answer, reference: str) -> AnswerBundle | Pending | None:

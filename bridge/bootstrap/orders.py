@@ -32,7 +32,7 @@ from bridge.bootstrap.configuration import (
 )
 from bridge.bootstrap.places import ROLES, Places, Role, live
 from bridge.desk.files import load_signing_key
-from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError, parse_documents
 from bridge.node.pair import is_sa_pair
 from bridge.pki import kubeadm_names, signatures
@@ -43,7 +43,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from bridge.system.codec import named, to_json
 from bridge.system.files import write_atomically
-from bridge.system.paths import UnreadableError, open_secret, read, read_present
+from bridge.system.paths import UnreadableError, open_secret, read, read_present, read_public_key
 
 _SCHEMA, _VERSION = "ca-bridge/new-node", 1
 _KEYS = frozenset({"schema", "version", "cluster", "authorities", "node", "serviceAccount", "signature"})
@@ -288,11 +288,7 @@ def read_signed_order(settings: Settings, path: Path) -> Order:
     order, file = read_order(path), settings.node.order_key
     if file is None:
         return order
-    try:
-        key = signatures.public_key(read(file) or b"")
-    except (UnreadableError, ValueError) as e:
-        wanted = str(e) if isinstance(e, ValueError) else "a certificate or a public key in PEM"
-        raise SettingsError([SettingsProblem("node.order_key", wanted, f"something else in {file}")]) from None
+    key = read_public_key(file, "node.order_key")
     if order.signature is None or not signatures.is_by(key, order.signature, message(order)):
         found = "no signature" if order.signature is None else "another signature, or an order that was changed later"
         raise UnsignedOrderError(f"{path}: wanted an order that is signed with the key of {file}, found {found}")

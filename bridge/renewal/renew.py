@@ -16,7 +16,7 @@ from cryptography import x509
 
 from bridge.ca import registry
 from bridge.ca.ca import CA
-from bridge.contract import Carries, Issued, Pending, Spends
+from bridge.contract import Carries, CollectsAll, Issued, Pending, Spends
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.node.inventory import Item, Node
 from bridge.pki import expiry, verify
@@ -317,7 +317,9 @@ def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tu
     for name, configured in registry.configured(settings, known).items():
         with contextlib.suppress(BridgeError), contextlib.closing(CA.of(configured)) as ca:  # the error comes later
             if isinstance(ca.backend, Carries):
-                yield name, NoRehearsalError(f"{ca.label}: people carry its requests, and would for nothing")
+                by_hand = isinstance(ca.backend, CollectsAll)
+                why = "people carry its requests, and would for nothing" if by_hand else "nothing revokes what it signs"
+                yield name, NoRehearsalError(f"{ca.label}: {why}")
             elif isinstance(ca.backend, Spends) and (spent := ca.backend.spends()):
                 yield name, NoRehearsalError(f"{ca.label}: a rehearsal would use up {spent}")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.certificates import load_pem_certificates
@@ -100,6 +101,17 @@ def _content(descriptor: int) -> bytes:
 
 class NoCaFileError(UnreadableError):
     """There is no such file."""
+
+
+def read_public_key(path: Path, setting: str) -> PublicKeyTypes:
+    """The key of a certificate or a public key, in PEM, in the file that a setting names (SettingsError: it is none)."""
+    from bridge.pki.signatures import public_key  # noqa: PLC0415 (15 ms; only where something is signed)
+
+    try:
+        return public_key(read(path) or b"")
+    except (UnreadableError, ValueError) as e:
+        wanted = str(e) if isinstance(e, ValueError) else "a certificate or a public key in PEM"
+        raise SettingsError([SettingsProblem(setting, wanted, f"something else in {path}")]) from None
 
 
 def read_ca_file(path: Path) -> tuple[x509.Certificate, ...]:

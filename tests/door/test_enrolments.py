@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backends.gateway import GatewayBackend, GatewaySettings
 from bridge.contract import Issued, Pending, Secret
@@ -21,6 +22,7 @@ from bridge.door.store import EnrolmentError, Memory, sqlite_url
 from bridge.errors import BackendError, BackendRefusedError, Exit, LocalFileError
 from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, dumps, loads_answer
+from bridge.pki.csr import generate_key, key_pem
 from bridge.pki.enrolment import hash_of, proof, proven
 from bridge.pki.expiry import parse_duration
 from bridge.system.waiting import wait_until
@@ -306,6 +308,35 @@ def test_a_node_with_live_certificates_uses_no_secret_up(
 
     assert [type(one) for one in asked(door, live, place)] == [Issued]
     assert listed(desk)[0]["state"] == "open"
+
+
+def test_a_node_takes_signed_answers_alone(desk: Desk, door: ServeProgram, pki: Pki, tmp_path: Path) -> None:
+    """Where its settings name the desk's key: an answer without a signature, or with another's, is refused."""
+    own, others = generate_key("ecdsa-p256"), generate_key("ecdsa-p256")
+    public, other = tmp_path / "desk.pub", tmp_path / "other.pub"
+    for path, key in ((public, own), (other, others)):
+        path.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    (tmp_path / "desk.key").touch(mode=0o600)
+    (tmp_path / "desk.key").write_bytes(key_pem(own))
+    with pytest.raises(BackendRefusedError, match="found no signature"):
+        renewed(door, pki, public)
+    policy = desk.policy.read_text()
+    desk.policy.write_text(policy.replace("[desk]\n", f'[desk]\nanswer_key = "{tmp_path}/desk.key"\n'))
+    try:
+        with pytest.raises(BackendRefusedError, match="found another signature"):
+            renewed(door, pki, other)
+        assert [type(one) for one in renewed(door, pki, public)] == [Issued]
+    finally:
+        desk.policy.write_text(policy)
+
+
+def renewed(door: ServeProgram, pki: Pki, desk_key: Path) -> Sequence[Issued | Pending | BackendError]:
+    bundle = make_bundle(old_pairs(pki, ["scheduler.conf"]))
+    wait = timedelta(minutes=2)
+    settings = GatewaySettings(url=door.url, ca_file=door.ca, node="cp-1", wait=wait, signed_by=desk_key)
+    with contextlib.closing(GatewayBackend.from_settings(settings)) as backend:
+        assert backend.recall([sign_request(one, bundle) for one in bundle.requests], bundle.created) == [None]
+        return backend.sign_many([sign_request(one, bundle) for one in bundle.requests])
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

@@ -234,6 +234,18 @@ def test_a_request_that_people_carry_is_not_rehearsed(node: Pki, tmp_path: Path)
     assert "8 signed, verified and thrown away" in run.stdout
 
 
+def test_a_door_is_not_rehearsed(node: Pki, tmp_path: Path) -> None:
+    """It is not even asked; the message names what would be left, and no people, since none carry."""
+    bridge = bridge_of(node, tmp_path)
+    bridge.add("backend.door", {"type": "gateway", "url": "https://127.0.0.1:9"})
+    bridge.tables = [table.replace('"etcd-ca-desk"\n', '"door"\n') if "[authority." in table else table
+                     for table in bridge.tables]  # fmt: skip
+    run = bridge.run("renew", "--rehearse")
+    assert run.returncode == Exit.USAGE
+    assert "door (gateway): nothing revokes what it signs" in " ".join(run.stderr.split())
+    assert "8 signed, verified and thrown away" in run.stdout
+
+
 def issued(node: Pki, settings: Settings, name: str) -> Answered:
     """As if the CA had sent the live certificate."""
     found = inventory.read(node.pki_dir, node.kubeconfig_dir)
