@@ -33,6 +33,7 @@ FILES = {
     "pending": "carried",
     "gateway": "gateway",
     "serve": "serve",
+    "fleet": "fleet",
     "enroll": "enroll",
     "enrolments": "enroll",
     "serve-database": "serve_database",

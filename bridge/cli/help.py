@@ -35,6 +35,7 @@ TASKS: dict[str, dict[str, str]] = {
         "inspect": "Show what a request or an answer holds.",
         "sign": "Sign requests at a CA desk, by its policy.",
         "serve": "Sign what nodes ask for over HTTPS, by the desk's policy.",
+        "fleet": "Show all nodes of the door: what ends next, what failed.",
         "enroll": "Make a new node's one-time secret for the door.",
         "enrolments": "Show and withdraw these secrets.",
         "serve-database": "Back up and restore the door's database.",
@@ -188,6 +189,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("ca-bridge gateway --log-format json", "Work until SIGTERM: the command of a unit or a pod."),
     ),
     "serve": (("ca-bridge serve --log-format json", "Work until SIGTERM: the command of a unit."),),
+    "fleet": (
+        ("ca-bridge fleet", "Show the nodes, the worst first; exit 3 if one needs a person."),
+        ("ca-bridge fleet -o prometheus", "The same as metrics."),
+    ),
     "enroll": (
         ("ca-bridge enroll cp-4", "Print the secret of cp-4, good for one hour and one request."),
         ("ca-bridge enroll worker-7 --certificate kubelet.conf --for 10m", "One for a worker's kubelet alone."),

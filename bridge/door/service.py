@@ -20,6 +20,7 @@ from typing import Any
 
 from cryptography import x509
 
+from bridge.door import fleet
 from bridge.door.app import Door, Quota
 from bridge.door.https import Https, Limits, serving
 from bridge.door.signing import Next, OwnClusterError, Signing
@@ -186,8 +187,9 @@ class Service:
     def _metrics(self) -> tuple[int, str]:
         try:
             counts = self.memory.counts()
+            nodes = fleet.metrics(fleet.fleet(self.memory, self._settings.renewal.before, self._now()))
         except DatabaseError:
-            counts = {}
+            counts, nodes = {}, ""
         connections = self._https.counts() if self._https is not None else {}
         parts = [
             _metric("requests", "Requests by state.", "state", counts),
@@ -196,6 +198,7 @@ class Service:
             _metric("connections", "Connections now; those turned away since the start.", "kind", connections),
             _metric("ca_down", "CAs that can't be used now.", "authority", dict.fromkeys(self._signing.troubles, 1)),
             metric(f"{PREFIX}_signing", "Whether rounds succeed.", [f"{PREFIX}_signing {int(not self._trouble)}"]),
+            nodes,
         ]
         return HTTPStatus.OK, "".join(parts)
 

@@ -241,7 +241,8 @@ class Signing:
 
     def _conclusion(self, one: Kept, bundle: RequestBundle) -> Callable[[AnswerBundle, bytes], None]:
         def conclude(answer: AnswerBundle, written: bytes) -> None:
-            self._memory.conclude(one.id, written, rows(bundle, answer), self._now())
+            refused = [f"{name}: {each.reason}" for name, each in answer.answers.items() if isinstance(each, Refusal)]
+            self._memory.conclude(one.id, written, rows(bundle, answer), self._now(), "; ".join(refused))
 
         return conclude
 

@@ -84,7 +84,7 @@ REQUESTS = sa.Table(
     sa.Column("received", Moment, nullable=False),
     sa.Column("state", sa.String(16), nullable=False, index=True),
     sa.Column("begun", Moment),  # when it was last judged and signed
-    sa.Column("note", _TEXT, nullable=False, default=""),  # why there is no answer yet
+    sa.Column("note", _TEXT, nullable=False, default=""),  # why there is no answer yet; what was refused
     sa.Column("answered", Moment),
     sa.Column("bundle", sa.LargeBinary, nullable=False),  # as it was received
     sa.Column("answer", sa.LargeBinary),  # an answer bundle
@@ -276,9 +276,11 @@ class Memory:
         with asking(), self.engine.begin() as connection:
             connection.execute(REQUESTS.update().where(REQUESTS.c.id == request_id).values(note=text[:2000]))
 
-    def conclude(self, request_id: str, answer: bytes, issued: Sequence[IssuedRow], now: datetime) -> None:
-        """Write down the answer and what was issued, in one step; what is known already stays as it is."""
-        values = {"state": "answered", "answer": answer, "answered": now, "note": ""}
+    def conclude(
+        self, request_id: str, answer: bytes, issued: Sequence[IssuedRow], now: datetime, note: str = ""
+    ) -> None:
+        """Write down the answer, what was issued, and what was refused, in one step; what is known already stays as it is."""
+        values = {"state": "answered", "answer": answer, "answered": now, "note": note[:2000]}
         rows = [_columns(one) | {"request": request_id} for one in issued]
         prints = [one.fingerprint for one in issued]
         with asking(), self.engine.begin() as connection:

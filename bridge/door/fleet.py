@@ -1,0 +1,137 @@
+"""
+The nodes that this door knows, from its database alone: what ends next, what failed, and who was not heard of.
+
+A node asks when its certificates are due, and not otherwise. It is silent when one of them has used up half of the time
+that is meant for its renewal, and no request has come since that time began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+import sqlalchemy as sa
+
+from bridge.door.store import CERTIFICATES, ENROLMENTS, REQUESTS, Memory, asking
+from bridge.pki.expiry import Before
+from bridge.specs import SUPER_ADMIN, USER
+from bridge.system.codec import labels, metric
+from bridge.words import one_line
+
+#: The worst first.
+NodeState = Literal["expired", "silent", "failed", "waits", "new", "ok"]
+STATES: tuple[NodeState, ...] = ("expired", "silent", "failed", "waits", "new", "ok")
+#: Somebody has to look.
+RED: tuple[NodeState, ...] = ("expired", "silent", "failed")
+PREFIX = "ca_bridge_fleet"
+#: Not renewed by a node's runs: people have these by name, or for some hours.
+_NOT_A_NODES = (USER.name, SUPER_ADMIN)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetNode:
+    """One node of one cluster."""
+
+    node: str
+    cluster: str
+    state: NodeState
+    ends: datetime | None  #: Of the certificate that ends next; None: none was signed.
+    name: str  #: That certificate's.
+    heard: datetime | None  #: Of its last request; None: never.
+    why: str  #: What failed, or is waited for.
+
+
+def fleet(memory: Memory, before: Before, now: datetime) -> list[FleetNode]:
+    """All nodes, the worst first, then by what ends next; `before` is `renewal.before`, as nodes have it."""
+    covered, last = _covered(memory), _last(memory)
+    places = dict.fromkeys((*covered, *last, *_enrolled(memory)))
+    found = [_node(place, covered.get(place, ()), last.get(place), before, now) for place in places]
+    return sorted(found, key=lambda one: (STATES.index(one.state), one.ends or now, one.cluster, one.node))
+
+
+_Place = tuple[str, str]  # node, cluster
+_Covered = tuple[str, datetime, datetime]  # name, begin and end of the certificate that ends last
+_Last = tuple[datetime, str, str]  # received, state, note
+
+
+def _node(
+    place: _Place,
+    covered: Sequence[_Covered],
+    last: _Last | None,
+    before: Before,
+    now: datetime,
+) -> FleetNode:
+    heard = last[0] if last is not None else None
+    name, begins, ends = min(covered, key=lambda one: one[2], default=("", now, None))
+    state, why = _state(last)
+    if ends is not None:
+        due = ends - min(before.of(ends - begins), (ends - begins) / 3)
+        if ends <= now:
+            state = "expired"
+        elif now > due + (ends - due) / 2 and (heard is None or heard < due):
+            state, why = "silent", f"should have asked since {due:%Y-%m-%d}"
+    return FleetNode(node=place[0], cluster=place[1], state=state, ends=ends, name=name, heard=heard, why=why)
+
+
+def _state(last: _Last | None) -> tuple[NodeState, str]:
+    """By the last request alone."""
+    if last is None:
+        return "new", "has a one-time secret, and has not asked"
+    _, state, note = last
+    if state == "answered":
+        return ("failed", note) if note else ("ok", "")
+    return "waits", note or ("people decide" if state == "undecided" else "its turn comes")
+
+
+def _covered(memory: Memory) -> dict[_Place, list[_Covered]]:
+    ours = CERTIFICATES.c
+    newest = sa.func.max(ours.ends).label("newest")
+    query = (
+        sa.select(ours.node, ours.cluster, ours.name, sa.func.max(ours.begins), newest)
+        .where(ours.name.not_in(_NOT_A_NODES))
+        .group_by(ours.node, ours.cluster, ours.name)
+    )
+    found: dict[_Place, list[_Covered]] = {}
+    with asking(), memory.engine.connect() as connection:
+        for node, cluster, name, begins, ends in connection.execute(query):
+            found.setdefault((node, cluster), []).append((name, begins, ends))
+    return found
+
+
+def _last(memory: Memory) -> dict[_Place, _Last]:
+    ours = REQUESTS.c
+    latest = sa.select(ours.node, ours.cluster, sa.func.max(ours.received).label("at"))
+    newest = latest.group_by(ours.node, ours.cluster).subquery()
+    same = (ours.node == newest.c.node, ours.cluster == newest.c.cluster, ours.received == newest.c.at)
+    query = sa.select(ours.node, ours.cluster, ours.received, ours.state, ours.note).join(newest, sa.and_(*same))
+    with asking(), memory.engine.connect() as connection:
+        return {(row[0], row[1]): (row[2], row[3], one_line(row[4])) for row in connection.execute(query)}
+
+
+def _enrolled(memory: Memory) -> list[_Place]:
+    ours = ENROLMENTS.c
+    query = sa.select(ours.node, ours.cluster).where(ours.withdrawn.is_(None)).distinct()
+    with asking(), memory.engine.connect() as connection:
+        return [(row[0], row[1]) for row in connection.execute(query)]
+
+
+def metrics(nodes: Sequence[FleetNode]) -> str:
+    """For Prometheus: how many in each state, and each node's next end and last request."""
+    counts = {state: sum(one.state == state for one in nodes) for state in STATES}
+    by_state = (f"{PREFIX}_nodes{labels(state=state)} {count}" for state, count in counts.items())
+
+    def moments(name: str, of: Callable[[FleetNode], datetime | None]) -> list[str]:
+        return [
+            f"{PREFIX}_{name}{labels(cluster=one.cluster, node=one.node)} {moment.timestamp():.0f}"
+            for one in nodes
+            if (moment := of(one)) is not None
+        ]
+
+    ends, heard = "node_next_end_timestamp_seconds", "node_last_request_timestamp_seconds"
+    return "".join([
+        metric(f"{PREFIX}_nodes", "Nodes by state; expired, silent and failed ones need a person.", by_state),
+        metric(f"{PREFIX}_{ends}", "End of the certificate that ends next.", moments(ends, lambda one: one.ends)),
+        metric(f"{PREFIX}_{heard}", "The node's last request.", moments(heard, lambda one: one.heard)),
+    ])  # fmt: skip

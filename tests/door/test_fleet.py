@@ -1,0 +1,107 @@
+"""`ca-bridge fleet`: the door's nodes, from its database alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from bridge.door.fleet import fleet, metrics
+from bridge.door.store import IssuedRow, Memory, sqlite_url
+from bridge.errors import Exit
+from bridge.pki.expiry import Before
+from tests.kit.desks import make_desk
+from tests.kit.pki import handmade_pki
+
+NOW = datetime.now(UTC).replace(microsecond=0)
+_BEFORE = Before(remaining=timedelta(days=30))
+_YEAR = timedelta(days=365)
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Memory]:
+    one = Memory(sqlite_url(tmp_path / "door.db"))
+    yield one
+    one.close()
+
+
+def asked(
+    memory: Memory, node: str, ago: timedelta, *, left: timedelta | None = None, note: str = "", name: str = ""
+) -> None:
+    """A node's request; with `left` it was answered by a certificate that ends then."""
+    heard = NOW - ago
+    digest = f"{node} {ago} {name}"
+    request = memory.receive(b"bundle", digest=digest, node=node, cluster="kubernetes", peer="192.0.2.1", now=heard)
+    if left is None:
+        memory.note(request, note)
+        return
+    row = IssuedRow(
+        fingerprint=f"{node} {ago} {name}", csr="cc", name=name or "apiserver", authority="ca", node=node,
+        cluster="kubernetes", serial="01", begins=NOW + left - _YEAR, ends=NOW + left, chain=b"pem",
+    )  # fmt: skip
+    memory.conclude(request, b"answer", [row], heard, note)
+
+
+def test_each_state_of_a_node(memory: Memory) -> None:
+    """The worst first; half of the time for a renewal without a request is silence, and a refusal is not."""
+    day = timedelta(days=1)
+    asked(memory, "expired", 400 * day, left=-day)
+    asked(memory, "silent", 355 * day, left=10 * day)
+    asked(memory, "early", 345 * day, left=20 * day)
+    asked(memory, "refused", 355 * day, left=10 * day, name="etcd-server")
+    asked(memory, "refused", day, left=300 * day, note="admin.conf: proof: wanted one", name="apiserver")
+    asked(memory, "waits", day, note="the CA is away")
+    asked(memory, "well", day, left=300 * day)
+    found = fleet(memory, _BEFORE, NOW)
+
+    states = {one.node: one.state for one in found}
+    assert states == {
+        "expired": "expired", "silent": "silent", "refused": "failed", "waits": "waits", "early": "ok", "well": "ok",
+    }  # fmt: skip
+    assert [one.node for one in found] == ["expired", "silent", "refused", "waits", "early", "well"]
+    assert [(one.name, one.why) for one in found if one.node == "refused"] == [
+        ("etcd-server", "admin.conf: proof: wanted one")
+    ]
+
+
+def test_what_people_have_is_no_nodes(memory: Memory) -> None:
+    """A user's certificate of some hours and super-admin.conf end by themselves."""
+    for name in ("user", "super-admin.conf"):
+        asked(memory, "cp-1", timedelta(days=2), left=-timedelta(days=1), name=name)
+    asked(memory, "cp-1", timedelta(days=1), left=300 * timedelta(days=1))
+
+    assert [(one.state, one.name) for one in fleet(memory, _BEFORE, NOW)] == [("ok", "apiserver")]
+
+
+def test_the_metrics_have_every_node(memory: Memory) -> None:
+    """By state, and each with its next end."""
+    asked(memory, "cp-1", timedelta(days=1), left=-timedelta(days=1))
+    text = metrics(fleet(memory, _BEFORE, NOW))
+
+    assert 'ca_bridge_fleet_nodes{state="expired"} 1\n' in text
+    assert 'ca_bridge_fleet_nodes{state="silent"} 0\n' in text
+    end = f"{(NOW - timedelta(days=1)).timestamp():.0f}"
+    assert f'ca_bridge_fleet_node_next_end_timestamp_seconds{{cluster="kubernetes",node="cp-1"}} {end}\n' in text
+
+
+def test_the_command_shows_them_at_80_columns(tmp_path: Path) -> None:
+    """Exit 3 if one needs a person; a node with a secret that has not asked is there, too."""
+    desk = make_desk(tmp_path / "desk", handmade_pki(tmp_path / "pki"))
+    assert desk.run("fleet").stdout == "no nodes: none has asked this door yet\n"
+    assert desk.run("enroll", "cp-9").returncode == Exit.DONE
+    new = desk.run("fleet")
+    memory = Memory(sqlite_url(desk.state / "door.db"))
+    asked(memory, "cp-1", timedelta(days=400), left=-timedelta(days=1))
+    memory.close()
+    shown = desk.run("fleet", "-o", "json")
+
+    assert (new.returncode, new.stdout.split()[:2]) == (Exit.DONE, ["new", "cp-9"])
+    assert shown.returncode == Exit.DUE
+    assert [(one["node"], one["state"]) for one in json.loads(shown.stdout)["nodes"]] == [
+        ("cp-1", "expired"),
+        ("cp-9", "new"),
+    ]
+    assert 'ca_bridge_fleet_nodes{state="new"} 1' in desk.run("fleet", "-o", "prometheus").stdout
