@@ -240,6 +240,7 @@ def test_a_door_is_not_rehearsed(node: Pki, tmp_path: Path) -> None:
     bridge.add("backend.door", {"type": "gateway", "url": "https://127.0.0.1:9"})
     bridge.tables = [table.replace('"etcd-ca-desk"\n', '"door"\n') if "[authority." in table else table
                      for table in bridge.tables]  # fmt: skip
+    bridge.add("audit", {})
     run = bridge.run("renew", "--rehearse")
     assert run.returncode == Exit.USAGE
     assert "door (gateway): nothing revokes what it signs" in " ".join(run.stderr.split())
