@@ -6,6 +6,7 @@ import dataclasses
 import socket
 import ssl
 import threading
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from bridge.errors import SettingsError
 from bridge.node import cross, inventory, kubeconfig
 from bridge.pki import expiry
 from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.pki.csr import key_pem
 from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
 from bridge.rotation import new_ca, places, steps
@@ -31,10 +33,11 @@ from bridge.state import backups
 from bridge.state.store import Store
 from bridge.users.issue import UserOrder, issue
 from bridge.users.user_rules import User
-from tests.kit import next_cas
+from tests.kit import next_cas, openbao
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.issuing import NOW, Signer, cn, usage
 from tests.kit.judge import judge
+from tests.kit.openbao import OpenBao
 from tests.kit.pairs import assert_pairs
 from tests.kit.pki import Pki, handmade_pki, kubeadm_pki
 from tests.kit.renewing import Quiet
@@ -392,3 +395,31 @@ def test_a_back_after_a_trust_all_the_same_finds_its_backup(pki: Pki, tmp_path: 
         assert (done.exit_code, phases(settings)["ca"]) == (0, phase), done.result
     assert len(backups.read_all(Store(settings.node.state_dir))[0]) == 4
     assert Phase.TRUSTED is change_of(settings).spares
+
+
+@pytest.fixture
+def bao() -> Iterator[OpenBao]:
+    with openbao.dev_server() as server:
+        yield server
+
+
+def test_what_a_vault_mount_makes_is_a_cross_certificate(bao: OpenBao) -> None:
+    """By the two calls of docs/replace-the-ca.md; with another name in the request it is none."""
+    old = Signer.make(
+        "kubernetes", key_id=True, begin=utc_now() - timedelta(days=1), end=utc_now() + timedelta(days=900)
+    )
+    bao.add_ca("cross-old", pem(old.certificate), key_pem(old.key))
+    bao.write("sys/mounts/cross-new", type="pki", config={"max_lease_ttl": "87600h"})
+    made = bao.write("cross-new/root/generate/internal", common_name="kubernetes-2", ttl="40000h")["data"]
+    [new] = load_pem_certificates(made["certificate"].encode())
+
+    def found(name: str) -> str:
+        asked = {"key_ref": made["key_id"], "common_name": name, "exclude_cn_from_sans": True}
+        csr = bao.write("cross-new/intermediate/cross-sign", **asked)["data"]["csr"]
+        signed = bao.write("cross-old/root/sign-intermediate", csr=csr, use_csr_values=True, ttl="19000h")["data"]
+        [cross] = load_pem_certificates(signed["certificate"].encode())
+        change = Change(old.certificate, new, cross)
+        return "; ".join(map(str, new_ca.violations(change, {}, {}, utc_now())))
+
+    assert found("kubernetes-2") == ""
+    assert "cross certificate's subject" in found("kubernetes-3")
