@@ -193,6 +193,32 @@ def test_what_was_missing_is_there() -> None:
     assert "## Reporting" in (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.first_use("18")
+def test_there_are_about_two_dozen_pages() -> None:
+    """Beside the index and the two that are looked up, and not 43 as there were; lab records are evidence."""
+    pages = PAGES.keys() - {"the index", "README.md", "commands.md", "settings.md"}
+    assert 20 <= len(pages) <= 26, sorted(pages)
+    assert len(list((DOCS / "evidence").glob("*.md"))) >= 6
+
+
+#: Words of a private English, and what the field says.
+PRIVATE = {
+    "live one": "the certificate in use",
+    "told by": "reported by",
+    "spends a signature": "has a certificate signed",
+    "asks for an operator": "says that it needs an operator",
+    "hoever": "an attacker, an operator, the node",
+    "He can't": "the attacker can't",
+}
+
+
+@pytest.mark.first_use("29")
+def test_pages_speak_the_fields_english() -> None:
+    """None has a word that a stranger has to decode."""
+    found = {(name, word) for name, text in PAGES.items() for word in PRIVATE if word in text}
+    assert found == set()
+
+
 @pytest.mark.first_use("21")
 def test_the_air_gaps_page_says_what_to_do_when_nothing_is_due() -> None:
     """Beside its first command."""

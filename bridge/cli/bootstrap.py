@@ -96,7 +96,7 @@ def init(
     """
     Put everything in place for an unattended `kubeadm init` on the first control-plane node.
 
-    Keys and CSRs by kubeadm's own generate-csr, signed by the CAs of the settings or by a desk, proven, and put in place
+    Keys and CSRs by kubeadm's own generate-csr, signed by the CAs of the settings or by a desk, verified, and put in place
     in one step. Run it again after an interruption, or when a desk has answered: exit code 4 says that it waits.
     """
     facts = options.facts(

@@ -185,7 +185,7 @@ def _pending_row(one: OpenRequest, now: datetime) -> tuple[str, ...]:
 
 def _whereabouts(one: OpenRequest) -> str:
     if one.answer is not None:
-        return "answered and proven; the next run installs it"
+        return "answered and verified; the next run installs it"
     if one.reference:
         return printable(f"{one.backend}: {one.note}" if one.note else f"{one.backend} has it")
     if one.bundles:

@@ -83,7 +83,7 @@ def renew_command(
     """
     Renew what is due (the cron job's command), or the named certificates now.
 
-    Each answer of the CA is proven before anything on disk moves; keys and certificates are replaced in one step
+    Each answer of the CA is verified before anything on disk moves; keys and certificates are replaced in one step
     that survives a crash. A named certificate that is missing is made, from kubeadm-config or --kubeadm-config.
     """
     if rekey:

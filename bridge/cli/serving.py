@@ -40,7 +40,7 @@ def certs_on(common: Common, wait: WaitOption = ZERO) -> int:
     """
     Make the pairs, put them into the manifests of this node and, when each node has them, into kubeadm-config.
 
-    Run it on one control-plane node after the other; one component at a time is restarted, and proven. After that each
+    Run it on one control-plane node after the other; one component at a time is restarted, and checked in use. After that each
     renewal renews them. Run it again to go on after an error, or when a CA has answered.
     """
     settings = common.settings()

@@ -820,7 +820,7 @@ def test_killed_between_proof_and_installation(node: Node, desk: Desk, point: st
     node.export("apiserver", "scheduler.conf")
     answer = sign(desk, node)
     die_at(node, point, "import", answer)
-    assert "answered and proven" in node.run("pending", "list").stdout
+    assert "answered and verified" in node.run("pending", "list").stdout
     run = node.run("import", answer) if then == "import" else node.run("renew", "apiserver", "scheduler.conf")
     assert run.returncode == 0, run.stderr
     answered = read_answer(answer)
