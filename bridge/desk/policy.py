@@ -358,8 +358,9 @@ def _proof_trouble(
     request: BundledRequest, bundle: RequestBundle, policy: Policy, cas: Sequence[x509.Certificate], now: datetime
 ) -> tuple[str | None, bool]:
     """Why the proof does not hold, and whether a person may waive it: not if it is by another certificate."""
-    former = policy.former.get(request.authority, ())
-    trouble = proof_problem(request, bundle) or origin_problem(request, [*cas, *former])
+    former, trouble = policy.former.get(request.authority, ()), proof_problem(request, bundle)
+    if not trouble and (trouble := origin_problem(request, [*cas, *former])) and not former:
+        trouble += " (while this CA takes another one's place, the policy's desk.former_cas names that one)"
     if trouble or request.replaces is None:
         return trouble, request.proof is None or request.replaces is None
     end, longest = request.replaces.not_valid_after_utc, policy.allow.proof_after_expiry

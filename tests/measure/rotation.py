@@ -97,7 +97,7 @@ def site(directory: Path, bao: OpenBao, options: argparse.Namespace) -> Iterator
         found = _nodes(stack, None if options.adopt else keys)
         for node in found:
             stack.enter_context(door(node, urlsplit(bao.url).port or 0))
-        desk = _desk(directory, made) if options.through == "desk" else None
+        desk = _desk(directory, made, found[0]) if options.through == "desk" else None
         bridges = [_bridge(node, bao, keys, directory / node.name, made, desk, options) for node in found]
         before = directory / "before"
         for node in found:
@@ -152,16 +152,19 @@ def _sign_no_more(node: Node) -> None:
     wait_for("a healthy one", lambda: nodes.is_healthy(node, Component.CONTROLLER_MANAGER), seconds=180)
 
 
-def _desk(directory: Path, made: Mapping[str, NextCa]) -> Desk:
-    """The new CAs at a desk: it has no old one."""
-    keys = directory / "next-keys"
+def _desk(directory: Path, made: Mapping[str, NextCa], node: Node) -> Desk:
+    """The new CAs at a desk, whose policy takes proofs by certificates of the old ones."""
+    keys, former = directory / "next-keys", []
     for name, one in made.items():
         place = keys / AUTHORITIES[name].base
         place.parent.mkdir(parents=True, exist_ok=True)
         place.with_name(f"{place.name}.crt").write_bytes(pem(one.signer.certificate))
         place.with_name(f"{place.name}.key").write_bytes(key_pem(one.signer.key))
+        shutil.copy(node.pki_dir / AUTHORITIES[name].certificate_file, directory / f"{name}.old.crt")
+        former.append(f'{name} = "{directory}/{name}.old.crt"')
     pki = NodePki(root=directory, external=True, keys=keys)
-    return make_desk(directory / "desk", pki, policy=POLICY.replace('"cp-*"', '"rc-*"'))
+    policy = POLICY.replace('"cp-*"', '"rc-*"').replace("[desk]\n", f"[desk]\nformer_cas = {{ {', '.join(former)} }}\n")
+    return make_desk(directory / "desk", pki, policy=policy)
 
 
 def _bridge(

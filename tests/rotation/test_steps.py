@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Mapping
@@ -392,6 +393,11 @@ def test_a_desk_of_the_new_ca_answers_later(pki: Pki, tmp_path: Path) -> None:
     night = renew.run(settings, RunOptions(names=("all",)), utc_now, Quiet())[0]
     assert (night.exit_code, contents(pki)) == (Exit.WAITING, files)
     assert all("the CA that takes this one's place" in str(one.error) for one in night.waiting)
+    policy = desk.policy.read_text()
+    desk.policy.write_text(re.sub(r"former_cas = .*\n", "", policy))
+    refused = desk.run("sign", desk.inbox, "--output", desk.outbox, "--dry-run")
+    assert "not signed by it (while this CA takes another one's place, the policy's desk.former_cas" in refused.stderr
+    desk.policy.write_text(policy)
     signed = desk.run("sign", desk.inbox, "--output", desk.outbox)
     assert signed.returncode == 0, signed.stderr
     assert run(settings, Verb.ISSUE).exit_code == 0
