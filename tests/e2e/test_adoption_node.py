@@ -1,4 +1,4 @@
-"""The CAs that kubeadm made on a real node give way to a company's, and their keys leave it."""
+"""The CAs that kubeadm made on a real node give way to a company's, whose keys leak: these give way in an emergency."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from cryptography import x509
 
 from bridge.errors import Exit
-from bridge.specs import AUTHORITIES, Component
+from bridge.node import kubeconfig
+from bridge.pki.certificates import pem
+from bridge.specs import AUTHORITIES, CA, Component
 from tests.kit import next_cas, nodes
+from tests.kit.issuing import signed_again
+from tests.kit.next_cas import NextCa
 from tests.kit.node import Node
 from tests.kit.nodes import LiveBridge, NodePki, wait_for
 
@@ -29,10 +34,15 @@ def node() -> Iterator[Node]:
 
 
 @pytest.fixture(scope="module")
-def bridge(node: Node, tmp_path_factory: pytest.TempPathFactory) -> LiveBridge:
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NextCa]:
+    """The company's CAs."""
+    return next_cas.make(tmp_path_factory.mktemp("company"))
+
+
+@pytest.fixture(scope="module")
+def bridge(node: Node, made: dict[str, NextCa], tmp_path_factory: pytest.TempPathFactory) -> LiveBridge:
     """Settings that name the company's CAs alone."""
     directory = tmp_path_factory.mktemp("adopt")
-    made = next_cas.make(directory / "company")
     pki = NodePki(root=node.root, external=True, keys=directory)
     bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
     bridge.add("restart", {"method": "static-pods", "min_interval": "1s"})
@@ -104,3 +114,33 @@ def test_the_keys_leave_with_the_new_certificates(bridge: LiveBridge) -> None:
     assert keys(bridge) == []
     assert sorted(one.name for one in disk.iterdir()) == sorted(f"{name}.key" for name in AUTHORITIES)
     assert_reached(bridge, "new", "drop")
+
+
+def told_a_thief(bridge: LiveBridge, ca: NextCa) -> str:
+    """What the API server answers to a superuser whom the CA's key has made, not its owner."""
+    conf = bridge.directory / "thief.conf"
+    ours = (bridge.node.kubeconfig_dir / "admin.conf").read_bytes()
+    parsed, key = kubeconfig.parse(ours), kubeconfig.key_data(ours)
+    assert key is not None
+    leaf = x509.load_pem_x509_certificate(parsed.certificate_data or b"")
+    conf.write_bytes(kubeconfig.with_credentials(ours, signed_again(leaf, ca.signer), key))
+    done = bridge.node.exec("kubectl", "--kubeconfig", conf, "get", "--raw", "/readyz", check=False)
+    return done.stdout or done.stderr
+
+
+def test_an_emergency_ends_what_a_thief_of_the_key_can_do(bridge: LiveBridge, made: dict[str, NextCa]) -> None:
+    """From the phase old to new by one command, once its cost was said; the thief's certificates are unknown from then on."""
+    newer = next_cas.make(bridge.directory / "newer", number=3)
+    bridge.tables = [one for one in bridge.tables if ".next]" not in one]
+    for name in AUTHORITIES:
+        bridge.add(f"authority.{name}.next", newer[name].table)
+    assert phases(bridge) == dict.fromkeys(AUTHORITIES, "old")
+    assert told_a_thief(bridge, made[CA.name]) == "ok"
+    run = bridge.run("rotate-ca", "drop", "--emergency")
+    assert run.returncode == Exit.USAGE, run.stdout + run.stderr
+    assert "refuses every certificate of the old CA at once" in run.stdout
+    assert phases(bridge) == dict.fromkeys(AUTHORITIES, "old")
+    assert_reached(bridge, "new", "drop", "--emergency", "--accept-outage")
+    assert "Unauthorized" in told_a_thief(bridge, made[CA.name])
+    file = (bridge.pki.pki_dir / CA.certificate_file).read_bytes()
+    assert file == pem(newer[CA.name].signer.certificate)

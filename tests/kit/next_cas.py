@@ -27,12 +27,12 @@ class NextCa:
     table: dict[str, str]  #: `[authority.NAME.next]`.
 
 
-def make(directory: Path, days: int = 5000) -> dict[str, NextCa]:
-    """Directories for all three, which end after so many days, and what the settings say of them."""
+def make(directory: Path, days: int = 5000, *, number: int = 2) -> dict[str, NextCa]:
+    """Directories for all three, with this number behind their names, which end after so many days, and their settings."""
     now, made = datetime.now(UTC), {}
     for name in AUTHORITIES:
         begin, end = now - timedelta(days=1), now + timedelta(days=days)
-        signer = Signer.make(f"{name}-2", key_id=True, begin=begin, end=end)
+        signer = Signer.make(f"{name}-{number}", key_id=True, begin=begin, end=end)
         place = opensslca.make_ca_directory(directory / name, pem(signer.certificate), key_pem(signer.key))
         anchor = directory / f"{name}.crt"
         anchor.write_bytes(pem(signer.certificate))
