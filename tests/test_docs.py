@@ -143,7 +143,9 @@ def test_a_page_of_quick_start_can_be_pasted() -> None:
         assert registry.configured(written, written.authorities) == found
 
 
-KINDS = ("cfssl", "cmp", "desk", "est", "exchange", "exec", "kubernetes", "openssl", "vault")
+KINDS = ("cfssl", "cmp", "desk", "door", "est", "exchange", "exec", "kubernetes", "openssl", "vault")
+
+_TYPES = {"desk": "openssl", "door": "gateway"}
 
 
 @pytest.mark.first_use("7")
@@ -153,7 +155,7 @@ def test_a_kinds_settings_load_as_they_are(kind: str) -> None:
     settings = parse(initial(kind))
     found = registry.configured(settings, settings.authorities)
     assert set(found) == {"ca", "etcd-ca", "front-proxy-ca"}
-    assert {one.type_name for one in found.values()} == {"openssl" if kind == "desk" else kind}
+    assert {one.type_name for one in found.values()} == {_TYPES.get(kind, kind)}
     for table in ("node", "renewal", "restart", "hooks", "cluster", "audit", "backups", "copies", "users", "metrics"):
         assert initial(kind).count(f"\n[{table}]") == 1 or kind == "desk"
 
@@ -165,7 +167,7 @@ def test_settings_without_a_kind_name_no_ca() -> None:
     settings = parse(text)
     assert settings == dataclasses.replace(parse(""), source=settings.source)
     for kind in set(KINDS) - {"desk"}:
-        assert f'\n# type = "{kind}"' in text
+        assert f'\n# type = "{_TYPES.get(kind, kind)}"' in text
     with pytest.raises(SettingsError, match="did you mean 'vault'"):
         initial("valt")
 

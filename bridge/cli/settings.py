@@ -41,7 +41,7 @@ def settings_init(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="The kind of CA: vault, openssl, cfssl, cmp, est, exec, kubernetes, exchange; or desk, on a CA host. "
+            help="The kind of CA: vault, openssl, cfssl, cmp, est, exec, kubernetes, door, exchange; or desk, on a CA host. "
             "Without it the file has an example of each behind `#`."
         ),
     ] = None,
@@ -151,6 +151,10 @@ def _is_absent(path: Path) -> bool:
 _DESK = "desk"
 
 
+#: A backend's type that is no example's name: `gateway` alone is the signer in a cluster.
+_ALSO_CALLED = {"gateway": "door"}
+
+
 def initial(kind: str | None) -> str:
     """A settings file to begin with: one kind's tables, and below them the program's own, with every default."""
     general = example().read_text(encoding="utf-8")
@@ -158,6 +162,7 @@ def initial(kind: str | None) -> str:
     kinds = {name: text for name, text in sorted(examples.items()) if "\n[authority.ca]" in text}
     if kind is None:
         return "\n".join([general, *(_behind(name, text) for name, text in kinds.items() if name != _DESK)])
+    kind = _ALSO_CALLED.get(kind, kind)
     if kind not in kinds:
         raise SettingsError([SettingsProblem("KIND", f"one of {', '.join(kinds)}", name_found(kind, kinds))])
     if kind == _DESK:

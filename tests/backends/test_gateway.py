@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
@@ -10,10 +12,16 @@ from pathlib import Path
 import pytest
 
 from backends.gateway import GatewayBackend, GatewaySettings
+from bridge.ca import registry
+from bridge.cli.settings import initial
+from bridge.contract import GIVEN
+from bridge.settings.load import parse
 from bridge.specs import AUTHORITIES
 from bridge.testing import BackendConformance, TestCA
 from tests.kit.policies import ALL_NAMES
 from tests.kit.serving import ServeProgram, make_door, running
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "config/door/config.toml"
 
 
 @pytest.mark.slow
@@ -44,3 +52,16 @@ class TestConformance(BackendConformance):
         del tmp_path
         settings = GatewaySettings(url="https://127.0.0.1:9", ca_file=door.ca, timeout=timedelta(seconds=3))
         return GatewayBackend.from_settings(settings)
+
+
+def test_the_example_has_every_key() -> None:
+    """It is well-formed as it is, and with all that is behind `#`; the type's own name leads to it, too."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    whole = re.sub(r"^# (?=\w+ =)", "", text, flags=re.MULTILINE)
+    for one in (text, whole):
+        read = registry.configured(parse(one), AUTHORITIES)
+        assert {configured.type_name for configured in read.values()} == {"gateway"}
+    fields = {one.name for one in dataclasses.fields(GatewaySettings) if GIVEN not in one.metadata}
+    assert fields - {"enrolment", "node", "pairs"} <= set(re.findall(r"\w+", whole))
+    assert "enrolment_file" in whole
+    assert initial("gateway") == initial("door")

@@ -86,7 +86,7 @@ def test_what_is_well_formed_and_cannot_work_is_doubted(tmp_path: Path) -> None:
     """Hosts and names of the examples, files that are not there; no doubt where they are, and none without a twin."""
     pki = handmade_pki(tmp_path / "node")
     node = f'[node]\npki_dir = "{pki.pki_dir}"\nkubeconfig_dir = "{pki.root / "etc/kubernetes"}"\n'
-    for kind in ("vault", "cfssl", "cmp", "est", "exec", "kubernetes"):
+    for kind in ("vault", "cfssl", "cmp", "est", "exec", "kubernetes", "door"):
         assert any("is still an example's: " in one for one in doubts(parse(initial(kind)))), kind
     text = initial("cfssl").replace("/etc/ca-bridge", str(tmp_path)).replace("\n[node]\n", f"\n{node}")
     text = text.replace("cfssl.corp.example", "ca.lan")
