@@ -5,26 +5,32 @@ from __future__ import annotations
 import contextlib
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.cluster.access import Client
+from bridge.contract import SignRequest
 from bridge.node import inventory
 from bridge.node.endpoints import Server
 from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.pki.csr import generate_key, key_pem
 from bridge.pki.expiry import rfc3339
 from bridge.rotation import places
 from bridge.rotation.gate import LATELY, Spot, Word, late_words, refusal
 from bridge.rotation.objects import SEEN_AT, SIGNED_BY
 from bridge.rotation.phases import Phase
 from bridge.rotation.steps import Verb
+from bridge.specs import USER
 from bridge.system.http import HttpsError
 from bridge.system.waiting import wait_until
-from tests.kit import programs
-from tests.kit.issuing import NOW
+from tests.kit import kube_api, next_cas, programs
+from tests.kit.issuing import NOW, Signer
+from tests.kit.kube_api import user_name
 from tests.kit.loopback import free_port
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.rotating import run, with_next
@@ -123,3 +129,21 @@ def said_by(client: Client, spot: Spot) -> str:
         return refusal(client, spot)
     except HttpsError as e:
         return str(e)
+
+
+@pytest.mark.kube("kube-apiserver", "etcd")
+def test_an_api_server_that_trusts_the_old_ca_alone_knows_a_user_by_the_cross_certificate(tmp_path: Path) -> None:
+    """The real one answers; without the cross certificate it says that it does not know the user (HTTP 401)."""
+    key, now = generate_key("ecdsa-p256"), datetime.now(UTC)
+    new = Signer.make("kubernetes-2", key_id=True, begin=now - timedelta(days=1), end=now + timedelta(days=900))
+    csr = x509.CertificateSigningRequestBuilder().subject_name(user_name("bob", ["dev"])).sign(key, hashes.SHA256())
+    request = SignRequest(spec=USER, csr_pem=csr.public_bytes(Encoding.PEM), validity=timedelta(days=1))
+    leaf = new.issue(request, begin=now - timedelta(minutes=5), end=now + timedelta(days=1)).leaf
+    with kube_api.serving(tmp_path / "api") as server:
+        old = pem(server.cluster.ca.certificate), key_pem(server.cluster.ca.key)
+        path = next_cas.cross(old, pem(new.certificate), tmp_path / "cross", days=30)
+        spot = Spot("cp-2", "api", Server(server.url))
+        for data, found in ((pem(leaf) + path.read_bytes(), ""), (pem(leaf), "HTTP 401")):
+            client = Client(name="bob", certificate_pem=data, key_pem=key_pem(key), trust_pem=None)
+            said = said_by(client, spot)
+            assert said == found if not found else found in said
