@@ -78,6 +78,15 @@ class Delivery:
     conclude: Callable[[], None]  #: Called when they are safe on disk.
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """How TLS, or a secret, has proven who asks, where a bundle of one request has no continuity proof."""
+
+    problem: str  #: Why the policy of now does not let that one ask; empty: it does.
+    held: bool  #: It has the key of the certificate that is replaced.
+    shown: x509.Certificate | None  #: Its certificate, where the CA of the request has signed it.
+
+
 @dataclass(kw_only=True, eq=False)
 class Job:
     """One request bundle on its way through the desk."""
@@ -98,6 +107,7 @@ class Job:
     approved_by: str = ""
     #: Requests that need no continuity proof, by certificate name, with words for the record.
     vouched: Mapping[str, str] = field(default_factory=dict)
+    origin: Origin | None = None
 
     @cached_property
     def requests(self) -> dict[str, SignRequest]:
@@ -174,7 +184,7 @@ class Desk:
                 job.troubles[request.name] = trouble
             else:
                 verdict = job.verdicts[request.name] = self._verdict(job, request)
-                problems[request.name] = [*verdict.problems]
+                problems[request.name] = [*_problems_of(job.origin), *verdict.problems]
         self._find_revoked(job, problems)
         for request in [one for one in job.bundle.requests if one.name not in job.troubles]:
             if problems[request.name]:
@@ -194,19 +204,22 @@ class Desk:
         foreseen = job.ahead.read.verdicts.get(request.name) if job.ahead is not None else None
         certificates = self._cas[request.authority].certificates
         try:
-            waived = self._without_proof | job.vouched.keys()
-            return foreseen or judge(request, job.bundle, self._policy, certificates, self._now(), waived)
+            waived, held = self._without_proof | job.vouched.keys(), job.origin is not None and job.origin.held
+            return foreseen or judge(
+                request, job.bundle, self._policy, certificates, self._now(), waived, held=held
+            )  # fmt: skip
         except Exception as e:  # noqa: BLE001 (whatever is wrong with a request: the others are to be signed)
             text = f"wanted a request that can be judged, found {type(e).__name__}: {e}"
             return PolicyVerdict(problems=(text,), proven=False)
 
     def _find_revoked(self, job: Job, problems: Mapping[str, list[str]]) -> None:
         """Add a problem to each request whose proof is by a revoked certificate; all CAs are asked at the same time."""
-        proven = [one for one in job.to_sign if not problems[one.name] and job.verdicts[one.name].proven]
+        shown = {one.name: _shown(job, one) for one in job.to_sign}
+        proven = [one for one in job.to_sign if not problems[one.name] and shown[one.name] is not None]
 
         def look(request: BundledRequest) -> None:
             try:
-                problems[request.name].extend(_revoked(self._cas[request.authority].ca, request))
+                problems[request.name].extend(_revoked(self._cas[request.authority].ca, shown[request.name]))
             except BackendError as e:
                 job.troubles[request.name] = e
 
@@ -471,7 +484,8 @@ class Desk:
             record.know(request.name, job.requests[request.name], configured.label if configured else "", None)
             verdict = job.verdicts.get(request.name)
             is_proven = verdict is not None and verdict.proven
-            unproven = "" if is_proven else f", {job.vouched.get(request.name, 'without a continuity proof')}"
+            words = job.vouched.get(request.name, "" if is_proven else "without a continuity proof")
+            unproven = f", {words}" if words else ""
             event = DELIVERED if request.name in job.again else SIGNED
             common = {"authority": request.authority, "old": request.replaces}
             if isinstance(answer, Issued):
@@ -536,9 +550,19 @@ def _at_once(configured: registry.Configured) -> registry.Configured:
     return replace(configured, settings=replace(configured.settings, retry_for=timedelta()))
 
 
-def _revoked(ca: CA, request: BundledRequest) -> list[str]:
+def _shown(job: Job, request: BundledRequest) -> x509.Certificate | None:
+    """The certificate by which it was proven who asks, as far as the CA of the request can say whether it is revoked."""
+    if job.verdicts[request.name].proven:
+        return request.replaces
+    return job.origin.shown if job.origin is not None else None
+
+
+def _problems_of(origin: Origin | None) -> list[str]:
+    return [origin.problem] if origin is not None and origin.problem else []
+
+
+def _revoked(ca: CA, old: x509.Certificate | None) -> list[str]:
     """The problem of a proof by a revoked certificate, whose key may be lost or stolen."""
-    old = request.replaces
     if old is None or not ca.is_revoked(old):
         return []
     return [f"proof: wanted one by a certificate that is not revoked, found that of serial {serial_hex(old)}, which is"]

@@ -86,6 +86,9 @@ class Options:
             raise BridgeError(f"{self.source}: wanted a bundle, or a directory of bundles or CSRs, found nothing")
 
 
+_FROM_NODE = "have it from a node: ca.crt in its PKI directory"
+
+
 def policy_path(settings: Settings) -> Path:
     """Where the policy is unless the command line says otherwise."""
     return (settings.source.file or DEFAULT_FILE).with_name(POLICY_NAME)
@@ -95,8 +98,13 @@ def load_policy(settings: Settings, path: Path | None) -> Policy:
     """The policy file that was named, or the one beside the settings."""
     path = path or policy_path(settings)
     policy = parse(own_text(path, "a policy file", how_to_begin(f"desk/{POLICY_NAME}", path)), path)
-    former = {name: _former_ca(Path(file)) for name, file in policy.desk.former_cas.items()}
-    policy = replace(policy, former=former)
+    former = {name: _ca_of(Path(file), "desk.former_cas", _FROM_NODE) for name, file in policy.desk.former_cas.items()}
+    est_cas = {
+        label: _ca_of(rules.clients_ca, f"est.{label}.clients_ca", "have it from who signs the clients' certificates")
+        for label, rules in policy.est.items()
+        if rules.clients_ca is not None
+    }
+    policy = replace(policy, former=former, est_cas=est_cas)
     if (inventory := policy.desk.inventory) is None:
         return policy
     hint = how_to_begin("gateway/inventory.toml", inventory)
@@ -104,10 +112,8 @@ def load_policy(settings: Settings, path: Path | None) -> Policy:
     return replace(policy, nodes=node_inventory.parse(text, inventory))
 
 
-def _former_ca(path: Path) -> list[x509.Certificate]:
-    text = own_text(
-        path, "the CA certificate that desk.former_cas names", "have it from a node: ca.crt in its PKI directory"
-    )
+def _ca_of(path: Path, setting: str, hint: str) -> list[x509.Certificate]:
+    text = own_text(path, f"the CA certificate that {setting} names", hint)
     try:
         return load_pem_certificates(text.encode())
     except ValueError as e:

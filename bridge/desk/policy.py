@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.x509.oid import ExtensionOID
 
+from bridge.desk.est_rules import EstRules, is_label
 from bridge.desk.node_inventory import Inventory, San
 from bridge.desk.patterns import (
     CN_OID,
@@ -46,6 +47,7 @@ from bridge.specs import (
     USER,
     CertificateSpec,
     is_pair_name,
+    pair_spec,
 )
 from bridge.users import user_rules
 from bridge.users.user_rules import Limits, User
@@ -223,6 +225,23 @@ class Policy:
     nodes: Inventory | None = None  #: Of `desk.inventory`.
     former: Mapping[str, Sequence[x509.Certificate]] = field(default_factory=dict)  #: Of `desk.former_cas`.
     users: UserRules | None = None  #: None: the desk signs for none.
+    est: Mapping[str, EstRules] = field(default_factory=dict)  #: By label.
+    est_cas: Mapping[str, Sequence[x509.Certificate]] = field(default_factory=dict)  #: Of `clients_ca`, by label.
+
+    def spec_of(self, name: str) -> CertificateSpec | None:
+        """What a certificate of this name is, by our table or by the policy's for a further pair; None: nothing says it."""
+        if name in SPECS:
+            return SPECS[name]
+        rules = self.certificates.get(name)
+        return None if rules is None else pair_spec(name, rules.authority, rules.ekus)
+
+    def longest_validity(self, name: str) -> timedelta:
+        """For which a certificate of this name may be asked."""
+        return self.certificates.get(name, CertificateRules()).max_validity or self.allow.max_validity
+
+    def keys(self, name: str) -> Sequence[str]:
+        """The key algorithms that a certificate of this name may have."""
+        return self.certificates.get(name, CertificateRules()).keys or self.allow.keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,15 +260,16 @@ def parse(text: str, file: Path | None = None) -> Policy:
 
 def read(reader: Reader, document: Mapping[str, Any]) -> Policy:
     """The desk's tables of a policy; the tables `[signer."NAME"]` are for the gateway alone."""
-    tables = reader.tables(document, ("desk", "allow", "certificate", "signer", "pod_signer", "users"))
+    tables = reader.tables(document, ("desk", "allow", "certificate", "signer", "pod_signer", "users", "est"))
     allow = reader.read(Allow, tables["allow"], ("allow",))
     desk = reader.read(DeskSettings, tables["desk"], ("desk",))
     certificates = _certificates(reader, tables["certificate"])
+    est = _est(reader, tables["est"], certificates)
     users = reader.read(UserRules, tables["users"], ("users",)) if "users" in document else None
     reader.raise_problems()
     if allow is None or desk is None:
         raise AssertionError("a table that could not be read is a problem")
-    return Policy(allow=allow, desk=desk, certificates=certificates, users=users)
+    return Policy(allow=allow, desk=desk, certificates=certificates, users=users, est=est)
 
 
 def _certificates(reader: Reader, tables: Mapping[str, Any]) -> dict[str, CertificateRules]:
@@ -267,6 +287,25 @@ def _certificates(reader: Reader, tables: Mapping[str, Any]) -> dict[str, Certif
     return rules
 
 
+def _est(
+    reader: Reader, tables: Mapping[str, Any], certificates: Mapping[str, CertificateRules]
+) -> dict[str, EstRules]:
+    rules = {}
+    for label, table in tables.items():
+        if not is_label(label):
+            wanted = "a label of small letters, digits, hyphens and dots that no operation of EST is called like"
+            reader.add(("est", label), wanted, repr(label))
+        elif not isinstance(table, dict):
+            reader.add(("est", label), "a table", repr(table))
+        elif (read := reader.read(EstRules, table, ("est", label))) is not None:
+            rules[label] = read
+            name = read.certificate or label
+            if name not in SPECS and name not in certificates:
+                wanted = f"one of {', '.join(SPECS)}, or one with a table [certificate.{name}]"
+                reader.add(("est", label, "certificate"), wanted, repr(name))
+    return rules
+
+
 def judge(
     request: BundledRequest,
     bundle: RequestBundle,
@@ -274,8 +313,13 @@ def judge(
     cas: Sequence[x509.Certificate],
     now: datetime,
     without_proof: frozenset[str] = frozenset(),
+    *,
+    held: bool = False,
 ) -> PolicyVerdict:
-    """Every problem of a request, and whether its proof holds. The desk's certificates of its authority are `cas`."""
+    """
+    Every problem of a request, and whether its proof holds. The desk's certificates of its authority are `cas`; `held`:
+    who asks has proven by TLS to have the key of the certificate that is replaced, whose names it keeps.
+    """
     if blocked := _blocked(bundle.node, policy) or _unlisted(request.name, policy):
         return PolicyVerdict(problems=(blocked,), proven=False)
     problems = [*_who(bundle.node, bundle.cluster, policy.allow), *_age(bundle, policy.allow, now)]
@@ -285,7 +329,7 @@ def judge(
         if request.name == USER.name:
             problems += _user_problems(request, policy, waived=waived)
         else:
-            unproven, can_be_waived = _proof_trouble(request, bundle, policy, cas, now)
+            unproven, can_be_waived = _proof_trouble(request, bundle, policy, cas, now, held=held)
             if unproven and not (waived and can_be_waived):
                 problems.append(f"proof: {unproven}")
             problems += _what(request, bundle, policy, proven=not unproven)
@@ -355,19 +399,25 @@ def _age(bundle: RequestBundle, allow: Allow, now: datetime) -> Iterator[str]:
 
 
 def _proof_trouble(
-    request: BundledRequest, bundle: RequestBundle, policy: Policy, cas: Sequence[x509.Certificate], now: datetime
+    request: BundledRequest,
+    bundle: RequestBundle,
+    policy: Policy,
+    cas: Sequence[x509.Certificate],
+    now: datetime,
+    *,
+    held: bool,
 ) -> tuple[str | None, bool]:
     """Why the proof does not hold, and whether a person may waive it: not if it is by another certificate."""
-    former, trouble = policy.former.get(request.authority, ()), proof_problem(request, bundle)
+    former, trouble = policy.former.get(request.authority, ()), None if held else proof_problem(request, bundle)
     if not trouble and (trouble := origin_problem(request, [*cas, *former])) and not former:
         trouble += " (while this CA takes another one's place, the policy's desk.former_cas names that one)"
     if trouble or request.replaces is None:
-        return trouble, request.proof is None or request.replaces is None
+        return trouble, not held and (request.proof is None or request.replaces is None)
     end, longest = request.replaces.not_valid_after_utc, policy.allow.proof_after_expiry
     if now - end > longest:
         limit = f"ended at most {duration_text(longest)} ago (allow.proof_after_expiry)"
         return f"wanted one by a certificate that {limit}, found {end:%Y-%m-%d}", True
-    return usages_problem(request), True
+    return usages_problem(request), not held
 
 
 def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, proven: bool) -> Iterator[str]:

@@ -111,13 +111,13 @@ def read(bundles: Mapping[int, bytes], by: Judgement) -> list[ReadBundle | None]
     return found
 
 
-def verdicts(bundle: RequestBundle, by: Judgement) -> dict[str, PolicyVerdict]:
-    """The policy's verdict on each request, by name, without those that can't be judged here."""
+def verdicts(bundle: RequestBundle, by: Judgement, *, held: bool = False) -> dict[str, PolicyVerdict]:
+    """The policy's verdict on each request, by name, without those that can't be judged here; `held` as in `judge`."""
     found = {}
     for request in bundle.requests:
         with contextlib.suppress(Exception):  # the desk judges it by itself, and tells what is wrong
             cas = by.cas[request.authority]
-            found[request.name] = judge(request, bundle, by.policy, cas, by.now, by.without_proof)
+            found[request.name] = judge(request, bundle, by.policy, cas, by.now, by.without_proof, held=held)
     return found
 
 

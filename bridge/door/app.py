@@ -116,6 +116,8 @@ class Door:
         self.arrived = threading.Event()  #: There is something to sign.
         self.ending = threading.Event()  #: No new request is taken.
         self.answers: Counter[int] = Counter()  #: By status.
+        #: What answers below other paths, by their beginning.
+        self.below: dict[str, Callable[[Environ], Reply]] = {}
 
     def __call__(self, environ: Environ, start: Callable[[str, list[tuple[str, str]]], Any]) -> list[bytes]:
         """WSGI."""
@@ -160,6 +162,9 @@ class Door:
             if method == "POST":
                 return self._post(environ)
             return Reply.error(HTTPStatus.METHOD_NOT_ALLOWED, "wanted POST", allow="POST")
+        for beginning, reply in self.below.items():
+            if path.startswith(beginning):
+                return reply(environ)
         found = self._found(path)
         if found is None:
             return Reply.error(HTTPStatus.NOT_FOUND, "wanted a page of the door, found another path")
@@ -223,9 +228,9 @@ class Door:
             used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), bundle, asked)
             if reason := self._refuses(bundle, frozenset(used.vouches(bundle) if used is not None else ())):
                 return _refused(bundle, asked, peer, reason)
-            if (refused := self._too_many(peer, is_judged=self._judges(bundle))) is not None:
+            if (refused := self.too_many(peer, is_judged=self._judges(bundle))) is not None:
                 return refused
-            who = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
+            who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
             number = used.id if used is not None else None
             request_id = self._memory.receive(data, digest=asked, now=self._now(), enrolment=number, **who)
         except EnrolmentError as e:
@@ -245,8 +250,12 @@ class Door:
                 return None
             raise
 
-    def _too_many(self, peer: str, *, is_judged: bool) -> Reply | None:
-        """A request that could not be judged gets a tenth of the room, so that strangers take no node's place."""
+    def too_many(self, peer: str, *, is_judged: bool) -> Reply | None:
+        """
+        The answer where no further request of this address may wait, or none at all; None: one may.
+
+        A request that could not be judged gets a tenth of the room, so that strangers take no node's place.
+        """
         every, theirs = self._memory.unanswered(peer)
         later = {"retry_after": str(_PAUSE_SECONDS)}
         kind, part = ("requests", 1) if is_judged else ("requests of a CA that was not reached yet", _PART_UNJUDGED)

@@ -4,7 +4,8 @@ HTTPS for a WSGI application, by cheroot; the only module that knows it.
 What cheroot leaves open is here. The handshake happens in a worker thread, since cheroot's own would let one silent
 client keep all others out. A connection gets a thread only when something has come on it. One exchange has a time from
 its first byte to its last, one address has a number of connections, and all have one. A request whose length is told
-twice, or in chunks, is refused, so that no proxy before us reads another request out of the same bytes. The server's
+twice is refused, and in chunks it may come to one place alone, after which its connection ends, so that no proxy before
+us reads another request out of the same bytes. The server's
 certificate is read again when its file changes.
 
 A client may show a certificate of one of the anchors. The application finds it in the environ under `PEER`, and decides
@@ -14,8 +15,10 @@ by `bridge.pki.verify.client_problem` for what its anchor counts; without a cert
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
+import re
 import socket
 import ssl
 import threading
@@ -45,6 +48,8 @@ Anchors = Callable[[], Sequence[x509.Certificate]]
 
 #: A request line with its headers; ours have a few hundred bytes.
 _LONGEST_HEAD_BYTES = 16 << 10
+#: A chunk's size, and no extension, since programs disagree about where those end.
+_CHUNK, _LONGEST_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,6})\r\n"), 16
 _BACKLOG = 128
 #: A connection without a request is closed after this time.
 _IDLE_SECONDS = 15
@@ -60,6 +65,8 @@ class Limits:
     connections: int
     connections_per_peer: int
     threads: int
+    #: Below this path a body may come in chunks, as Go's clients send what they have not counted; empty: nowhere.
+    chunked_below: bytes = b""
 
 
 class _Tls(Adapter):
@@ -152,16 +159,54 @@ class _Request(cheroot_server.HTTPRequest):
         super().__init__(*args, **more)
         self.inheaders = _Once()
         self.header_reader = _Headers()
+        self._body: bytes | None = None  #: That came in chunks.
 
     def read_request_headers(self) -> bool:
         if not super().read_request_headers():  # type: ignore[no-untyped-call]  # cheroot's stubs
             return False
+        if self._may_be_chunked():
+            self.close_connection = True  # whatever follows is not read
+            self._body = _unchunked(self.conn.rfile, self.server.max_request_body_size)
+            if self._body is None:
+                self.simple_response("400 Bad Request", "A chunk has its size in hexadecimal digits, and nothing else.")
+                return False
+            del self.inheaders[b"Transfer-Encoding"]
+            self.inheaders[b"Content-Length"], self.chunked_read = b"%d" % len(self._body), False
         length = self.inheaders.get(b"Content-Length", b"0")
         if b"Transfer-Encoding" in self.inheaders or not length.isdigit():
             self.close_connection = True
             self.simple_response("411 Length Required", "A request tells its length, in digits.")
             return False
         return True
+
+    def _may_be_chunked(self) -> bool:
+        below, headers = self.server.limits.chunked_below, self.inheaders
+        is_one = headers.get(b"Transfer-Encoding") == b"chunked" and b"Content-Length" not in headers
+        return is_one and bool(below) and self.path.startswith(below)
+
+    def respond(self) -> None:
+        """Let the application read a body that came in chunks as any other one."""
+        socket_file = self.conn.rfile
+        if self._body is not None:
+            self.conn.rfile = io.BytesIO(self._body)
+        try:
+            super().respond()
+        finally:
+            self.conn.rfile = socket_file
+
+
+def _unchunked(file: Any, most: int) -> bytes | None:
+    """A body in chunks (RFC 9112 §7.1), without extensions and trailers, of so many bytes at most; None: another one."""
+    body = bytearray()
+    while (match := _CHUNK.fullmatch(file.readline(_LONGEST_CHUNK_LINE))) is not None:
+        size = int(match[1], 16)
+        data = file.read(size + 2) if len(body) + size <= most else b""
+        if len(data) != size + 2 or not data.endswith(b"\r\n"):
+            return None
+        if not size:
+            return bytes(body)
+        body += data[:-2]
+    return None
 
 
 class _Headers(cheroot_server.DropUnderscoreHeaderReader):

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from cryptography import x509
 
 from bridge.door import fleet
 from bridge.door.app import Door, Quota
+from bridge.door.est import ROOT, Est
 from bridge.door.https import Https, Limits, serving
 from bridge.door.signing import Next, OwnClusterError, Signing
 from bridge.door.store import DatabaseError, open_memory
@@ -43,6 +44,8 @@ _IDLE_SECONDS = 5.0
 _DRAIN_SECONDS = 25.0
 _TICK_SECONDS = 0.2
 _TIDY_SECONDS = 3600.0
+#: A client of EST is kept waiting this long for an answer that may soon be there.
+_HOLD = timedelta(seconds=8)
 
 
 class Service:
@@ -58,7 +61,9 @@ class Service:
         self.memory = open_memory(settings)
         self._signing = Signing(settings, self.memory, policy_file, now)
         self._signing.look()
-        self._persons = _persons(settings, self._signing.cas)
+        est_cas = self._signing.policy.est_cas.values()
+        self._persons = _persons(settings, [*self._signing.cas.values(), *est_cas])
+        self._assert_labels()
         for name, text in self._signing.troubles.items():
             log.warning("%s: %s; requests for it wait", name, text)
         pages = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
@@ -76,6 +81,9 @@ class Service:
             chain=lambda name: self._signing.chains.get(name, ()),
             pages=pages,
         )
+        hold = min(_HOLD, settings.serve.exchange_for / 2)
+        est = Est(self._door, self.memory, self._signing, now, hold=hold, held=max(1, settings.serve.threads // 4))
+        self._door.below[ROOT] = est.reply
         self._ending = False
         self._fatal: OwnClusterError | None = None
         self._trouble = ""  #: Of the last round.
@@ -95,6 +103,7 @@ class Service:
             connections=ours.connections,
             connections_per_peer=ours.connections_per_peer,
             threads=ours.threads,
+            chunked_below=ROOT.encode(),
         )
         address = ours.address or ("", 0)  # the settings were looked at
         with contextlib.closing(self.memory):
@@ -117,10 +126,20 @@ class Service:
         if self._fatal is not None:
             raise self._fatal
 
+    def _assert_labels(self) -> None:
+        """Refuse a label of EST whose CA is not here."""
+        policy, here = self._signing.policy, self._settings.authorities
+        for label, rules in policy.est.items():
+            spec = policy.spec_of(rules.certificate or label)
+            if spec is not None and spec.authority.name not in here:
+                wanted = f"a certificate by {' or '.join(here)}, which the settings have"
+                raise SettingsError([SettingsProblem(f"est.{label}", wanted, f"one by {spec.authority.name}")])
+
     def _anchors(self) -> list[x509.Certificate]:
         """The CAs whose certificates clients may show: those of nodes, and those of people."""
         nodes = [one for authority in sorted(self._signing.cas) for one in self._signing.cas[authority]]
-        return list(dict.fromkeys([*nodes, *self._persons]))
+        est = [one for found in self._signing.policy.est_cas.values() for one in found]
+        return list(dict.fromkeys([*nodes, *est, *self._persons]))
 
     # --- signing ------------------------------------------------------------------------------------------------------
 
@@ -203,8 +222,8 @@ class Service:
         return HTTPStatus.OK, "".join(parts)
 
 
-def _persons(settings: Settings, cas: Mapping[str, Sequence[x509.Certificate]]) -> tuple[x509.Certificate, ...]:
-    """The CAs of people who decide (SettingsError: the file can't be read, or has a CA that signs nodes' certificates)."""
+def _persons(settings: Settings, others: Sequence[Sequence[x509.Certificate]]) -> tuple[x509.Certificate, ...]:
+    """The CAs of people who decide (SettingsError: the file can't be read, or has a CA that signs for nodes or agents)."""
     path = settings.serve.approvers_ca
     if path is None:
         return ()
@@ -213,9 +232,11 @@ def _persons(settings: Settings, cas: Mapping[str, Sequence[x509.Certificate]]) 
         found = tuple(read_ca_file(path))
     except UnreadableError as e:
         raise SettingsError([SettingsProblem("serve.approvers_ca", wanted, f"{path}: {e}")]) from None
-    keys = {spki(one.public_key()) for some in cas.values() for one in some}
+    keys = {spki(one.public_key()) for some in others for one in some}
     if any(spki(one.public_key()) in keys for one in found):
-        raise SettingsError([SettingsProblem("serve.approvers_ca", wanted, f"{path}: a CA of the cluster")])
+        raise SettingsError(
+            [SettingsProblem("serve.approvers_ca", wanted, f"{path}: a CA that signs for nodes or agents")]
+        )
     return found
 
 

@@ -29,7 +29,7 @@ from bridge.desk.files import Received, books_open, load_answer_key, load_policy
 from bridge.desk.policy import Policy
 from bridge.desk.records import Answered, Archive, Journal, archive_directory
 from bridge.desk.workers import Judgement, verdicts
-from bridge.door import enrolments, turns
+from bridge.door import enrolments, origins, turns
 from bridge.door.doors import Doors
 from bridge.door.store import DatabaseError, IssuedRow, Kept, Memory
 from bridge.door.turns import identity
@@ -106,15 +106,17 @@ class Signing:
         # a CA that is down now has the certificates that it had
         self._judgement = replace(desk.judgement(), cas=self.cas)
 
-    def refuses(self, bundle: RequestBundle, without_proof: frozenset[str] = frozenset()) -> str:
+    def refuses(self, bundle: RequestBundle, without_proof: frozenset[str] = frozenset(), *, held: bool = False) -> str:
         """
         Why no request of a bundle can be signed, from any thread; empty: some may be, or a CA is not there to say it.
-        Those in `without_proof` need no continuity proof.
 
         It is the desk's judgement, before a request is kept: a client that proves nothing fills no disk.
+        Those in `without_proof` need no continuity proof; `held` as in `bridge.desk.policy.judge`.
         """
         by = self._judgement
-        found = verdicts(bundle, replace(by, now=self._now(), without_proof=without_proof)) if by is not None else {}
+        if by is not None:
+            by = replace(by, now=self._now(), without_proof=without_proof)
+        found = verdicts(bundle, by, held=held) if by is not None else {}
         reasons = dict[str, str]()
         for request in bundle.requests:
             verdict = found.get(request.name)
@@ -223,6 +225,8 @@ class Signing:
                 job = received.job(archive, lambda _: (), self._conclusion(one, bundle))
                 job.vouched = used[one.id].vouches(bundle) if one.id in used else {}
                 job.answered = {**self._answered(bundle), **job.answered}
+                if one.origin is not None:
+                    origins.prove(job, one, self._policy, self.cas)
                 yield job
             except (BundleError, DatabaseError) as e:  # it was whole when it came
                 log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400

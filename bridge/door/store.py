@@ -89,6 +89,8 @@ REQUESTS = sa.Table(
     sa.Column("bundle", sa.LargeBinary, nullable=False),  # as it was received
     sa.Column("answer", sa.LargeBinary),  # an answer bundle
     sa.Column("signer", sa.String(64)),  # the door that has begun it; empty: people say that none has
+    sa.Column("origin", sa.LargeBinary),  # of an EST request: who asked, as `bridge.door.est.Origins` writes it
+    sa.Column("again", _DIGEST, index=True, unique=True),  # of an EST request: the same once more has the same
 )
 DECISIONS = sa.Table(
     "decisions",
@@ -180,6 +182,8 @@ class Kept:
     bundle: bytes
     answer: bytes | None
     signer: str | None = None
+    origin: bytes | None = None
+    again: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,22 +238,27 @@ class Memory:
         peer: str,
         now: datetime,
         enrolment: int | None = None,
+        origin: bytes | None = None,
+        again: str | None = None,
     ) -> str:
         """
         Remember a request, on disk when this returns; the id, which is the earlier one for the same bundle.
 
         In the same step the enrolment with this number is used up for it (EnrolmentError: another request was first).
+        An EST request has an origin, and is the same as an earlier one by `again`.
         """
         request_id = secrets.token_urlsafe(32)
         row = {"id": request_id, "digest": digest, "node": node, "cluster": cluster, "peer": peer, "received": now}
         with asking():
             try:
                 with self.engine.begin() as connection:
-                    connection.execute(REQUESTS.insert().values(**row, state="waiting", note="", bundle=bundle))
+                    more = {"state": "waiting", "note": "", "bundle": bundle, "origin": origin, "again": again}
+                    connection.execute(REQUESTS.insert().values(**row, **more))
                     if enrolment is not None:
                         _use_up(connection, enrolment, request_id, now)
             except IntegrityError:
-                query = sa.select(REQUESTS.c.id).where(REQUESTS.c.digest == digest)
+                same = REQUESTS.c.digest == digest if again is None else REQUESTS.c.again == again
+                query = sa.select(REQUESTS.c.id).where(same)
                 with self.engine.connect() as connection:
                     return str(connection.execute(query).scalar_one())
         return request_id
@@ -261,6 +270,10 @@ class Memory:
     def find_digest(self, digest: str) -> Kept | None:
         """The request whose bundle has this digest."""
         return next(iter(self._kept(REQUESTS.c.digest == digest)), None)
+
+    def find_again(self, again: str) -> Kept | None:
+        """The EST request that is the same as this one."""
+        return next(iter(self._kept(REQUESTS.c.again == again)), None)
 
     def in_state(self, state: State) -> list[Kept]:
         """All requests in this state, the oldest first."""

@@ -1,4 +1,4 @@
-"""Reading DER where the library gives values and the bytes count (X.690 §8 and §10). Pure."""
+"""Reading DER, and writing a little of it, where the library gives values and the bytes count (X.690 §8 and §10). Pure."""
 
 from __future__ import annotations
 
@@ -66,3 +66,13 @@ def one(data: bytes, tag: int) -> Element:
     if len(found) != 1 or found[0].tag != tag:
         raise ValueError("not DER of the type that was expected")
     return found[0]
+
+
+def encoded(tag: int, *contents: bytes) -> bytes:
+    """One value; its content is all of `contents`."""
+    content = b"".join(contents)
+    size = len(content)
+    if size < 0x80:  # noqa: PLR2004 (X.690 §8.1.3.4)
+        return bytes([tag, size]) + content
+    length = size.to_bytes((size.bit_length() + 7) // 8)
+    return bytes([tag, 0x80 | len(length)]) + length + content

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from bridge.desk import node_inventory
 from bridge.desk import policy as desk_policy
+from bridge.desk.est_rules import node_of
 from bridge.desk.patterns import MASTERS as MASTERS_GROUP
 from bridge.desk.policy import Policy, PolicyVerdict, judge, parse
 from bridge.errors import SettingsError
@@ -744,6 +745,60 @@ def test_the_example_is_a_policy() -> None:
     assert replace(commented.allow) == defaults
     assert commented.certificates.keys() == {"apiserver", "admin.conf", "kubelet-server", "kubelet.conf", "registry"}
     assert commented.desk.inventory is not None
+    assert (commented.est["registry"].clients, commented.est["registry"].validity) == (
+        ("O=agents,CN={node}",),
+        timedelta(days=90),
+    )
+
+
+_EST = 'clusters = ["kubernetes"]\nnodes = ["cp-*"]\n[est.{label}]\ncluster = "kubernetes"\n{rest}\n'
+
+
+@pytest.mark.parametrize(
+    ("label", "rest", "problem"),
+    [
+        ("etcd-peer", "", "clients: wanted subjects such as CN={node}, or secrets = true, found neither"),
+        ("etcd-peer", 'clients = ["CN=agent"]', "with {node} once, found 'CN=agent'"),
+        ("etcd-peer", 'clients = ["CN={node},O={node}"]', "with {node} once"),
+        ("etcd-peer", 'clients = ["{node}"]', "with {node} once"),
+        ("web", "secrets = true", "or one with a table [certificate.web], found 'web'"),
+        ("user", "secrets = true", "or one with a table [certificate.user], found 'user'"),
+        ("cacerts", 'certificate = "etcd-peer"\nsecrets = true', "no operation of EST is called like"),
+        ('"a/b"', 'certificate = "etcd-peer"\nsecrets = true', "no operation of EST is called like"),
+        ('".."', 'certificate = "etcd-peer"\nsecrets = true', "no operation of EST is called like"),
+    ],
+)
+def test_a_label_of_est_says_who_may_ask(label: str, rest: str, problem: str) -> None:
+    """A label for nobody, a subject without its node, and a certificate that nothing describes are refused; the twin is read."""
+    text = f"[allow]\n{_EST}"
+    with pytest.raises(SettingsError) as e:
+        parse(text.replace("{label}", label).replace("{rest}", rest))
+    good = parse(text.replace("{label}", "etcd-peer").replace("{rest}", 'clients = ["CN={node}"]'))
+
+    assert problem in str(e.value)
+    assert good.est["etcd-peer"].clients == ("CN={node}",)
+
+
+@pytest.mark.parametrize(
+    ("subject", "node"),
+    [
+        ("CN=web.cp-1", "cp-1"),
+        ("O=agents,CN=cp-1", "cp-1"),
+        ("CN=cp-1,O=agents", "cp-1"),
+        ("CN=cp-1", ""),
+        ("CN=web.", ""),
+        ("CN=web.cp-1,CN=web.cp-2", ""),
+        ("O=agents,O=more,CN=cp-1", ""),
+        ("O=agents,OU=cp-1", ""),
+        ("O=agents,CN=CP 1", ""),
+        ("O=agents,CN={node}", ""),
+    ],
+)
+def test_a_clients_subject_tells_its_node(subject: str, node: str) -> None:
+    """By a pattern that the whole subject fits, in any order, and by nothing else."""
+    patterns = ["CN=web.{node}", "O=agents,CN={node}"]
+
+    assert node_of(x509.Name.from_rfc4514_string(subject), patterns) == node
 
 
 def _is_prose(line: str) -> bool:

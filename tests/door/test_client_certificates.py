@@ -163,4 +163,4 @@ def test_the_door_knows_its_clusters_cas_and_the_peoples(tmp_path: Path, tls: Tl
 
     assert found == ["ok\n", "ok\n", "no"]
     assert run.returncode == Exit.USAGE
-    assert "a CA of the cluster" in run.stderr
+    assert "a CA that signs for nodes or agents" in run.stderr

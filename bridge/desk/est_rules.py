@@ -1,0 +1,105 @@
+"""What a policy says of EST: the table `[est.LABEL]`, and who may ask for the label's certificate (pure)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+
+from bridge.desk.patterns import one_of, subject_of
+from bridge.errors import SettingsProblem
+from bridge.pki import display
+from bridge.pki.bundle import BundledRequest
+from bridge.pki.certificates import UNREADABLE, attributes
+from bridge.pki.est_messages import OPERATIONS, other_names
+from bridge.pki.kubeadm_names import is_node_name
+from bridge.pki.verify import client_problem
+
+_NODE = "{node}"
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+#: The label of URLs without one.
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstRules:
+    """Table `[est.LABEL]`: which certificate the label gives, and to whom; `{node}` stands for the node's name."""
+
+    cluster: str  #: The cluster that it is for, which `allow.clusters` has to allow.
+    certificate: str = ""  #: kubeadm's name of it, or that of a table `[certificate.NAME]`; empty: the label's own.
+    #: Subjects of client certificates that may ask, each with `{node}`, which tells the node that asks.
+    clients: tuple[str, ...] = ()
+    clients_ca: Path | None = None  #: The CA certificates that sign them; without it the CA of the label's certificate.
+    secrets: bool = False  #: Whether the one-time secret of an enrolment counts as well, by HTTP Basic.
+    validity: timedelta | None = None  #: Without it the longest that the policy allows.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """A label for nobody, and subjects that tell no node."""
+        if not self.clients and not self.secrets:
+            yield SettingsProblem("clients", "subjects such as CN={node}, or secrets = true", "neither")
+        for text in self.clients:
+            if text.count(_NODE) != 1 or subject_of(text, "x") is None:
+                yield SettingsProblem("clients", "subjects such as O=agents,CN={node}, with {node} once", repr(text))
+
+
+def is_label(text: str) -> bool:
+    """Whether a label may have this name: one segment of a URL that nothing else is called."""
+    return _LABEL.fullmatch(text) is not None and text not in OPERATIONS and ".." not in text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asker:
+    """Who has sent an EST request, as it was proven when the request came."""
+
+    label: str
+    certificate: (
+        x509.Certificate | None
+    )  #: That the client has shown in TLS, and has the key of; None: it has a secret.
+    renews: bool  #: It asks by `simplereenroll`, for what takes the certificate's place.
+    received: datetime
+
+    @property
+    def text(self) -> str:
+        """For the record."""
+        operation = "simplereenroll" if self.renews else "simpleenroll"
+        by = f"in TLS as {display.name(self.certificate)}" if self.certificate is not None else "with a one-time secret"
+        return f"by EST's {operation} of label {self.label}, {by}"
+
+
+def node_of(subject: x509.Name, patterns: Sequence[str]) -> str:
+    """The node whose subject, by one of the patterns, this is; empty: no node's."""
+    found = attributes(subject)
+    for pattern in patterns:
+        for oid, text in subject_of(pattern, _NODE) or ():
+            before, is_there, after = text.partition(_NODE)
+            for value in [value for other, value in found if other == oid and is_there]:
+                node = value.removeprefix(before).removesuffix(after)
+                if is_node_name(node) and subject_of(pattern, node) == sorted(found):
+                    return node
+    return ""
+
+
+def asker_problem(
+    asker: Asker, request: BundledRequest, node: str, rules: EstRules | None, anchors: Sequence[x509.Certificate]
+) -> str:
+    """
+    Why the policy of now does not let this client ask for this node; empty: it may, and TLS has proven who it is.
+
+    `anchors` are the CA certificates that sign the label's clients. What is asked for is judged as any request is.
+    """
+    if rules is None or (rules.certificate or asker.label) != request.name:
+        return f"label: wanted one that the policy has for {request.name}, found {asker.label}"
+    if asker.certificate is None:
+        return "" if rules.secrets else f"label: wanted one for one-time secrets, found {asker.label}"
+    try:
+        if problem := client_problem(asker.certificate, anchors, asker.received):
+            return f"client: {problem}"
+        if not node or node_of(asker.certificate.subject, rules.clients) != node:
+            return f"client: wanted {one_of(rules.clients)}, found {display.name(asker.certificate)}"
+    except UNREADABLE:
+        return "client: wanted a certificate that can be read, found another one"
+    return other_names(request.csr, asker.certificate) if asker.renews else ""

@@ -1,0 +1,301 @@
+"""
+EST (RFC 7030, RFC 8951) at the door: `cacerts`, `csrattrs`, `simpleenroll` and `simplereenroll`.
+
+A label of the URL says which certificate is asked for. Who asks is the client certificate of TLS, or an enrolment whose
+one-time secret is the password of HTTP Basic; the request itself proves nothing but that its sender has the new key. It becomes a bundle of one request, which the database keeps, the
+desk judges and a round of signing answers, as it does with our own. A client hears of an answer that is not there yet
+by 202, and gets it by sending the same request again.
+
+TLS 1.3 has no `tls-unique`, by which RFC 7030 §3.5 would link a CSR to its connection: none is asked for, and a CSR
+with a challengePassword is refused as one that asks for something else than SANs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+from base64 import b64decode
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from hashlib import sha256
+from http import HTTPStatus
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from bridge.desk.est_rules import DEFAULT, Asker, EstRules, node_of
+from bridge.door import enrolments, origins
+from bridge.door.app import Door, Environ, Reply
+from bridge.door.enrolments import Enrolment
+from bridge.door.https import PEER
+from bridge.door.signing import Signing
+from bridge.door.store import TO_SIGN, EnrolmentError, Kept, Memory
+from bridge.pki import enrolment
+from bridge.pki.bundle import BundledRequest, BundleError, Refusal, RequestBundle
+from bridge.pki.bundle_format import digest, dumps, loads_answer, loads_request
+from bridge.pki.certificates import UNREADABLE, fingerprint
+from bridge.pki.est_messages import MOST_BYTES, certs_only, csr_attributes, csr_of
+from bridge.specs import CertificateSpec
+from bridge.system.waiting import wait_until
+from bridge.words import one_line
+
+log = logging.getLogger("ca-bridge")
+
+ROOT = "/.well-known/est/"
+_PATH = re.compile(r"/\.well-known/est/(?:([a-z0-9.-]{1,63})/)?(cacerts|csrattrs|simpleenroll|simplereenroll)")
+_CERTIFICATES = "application/pkcs7-mime; smime-type=certs-only"
+_LOOK_SECONDS = 0.1
+#: When a client is to come again: soon after it has asked, and then less often.
+_SOON_SECONDS, _LATER_SECONDS = 2, 30
+
+
+class _TurnedAwayError(Exception):
+    """The answer to a request that is not kept."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__()
+        self.reply = reply
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Label:
+    name: str
+    rules: EstRules
+    spec: CertificateSpec  #: Of the label's certificate.
+
+
+class Est:
+    """The operations; called from many threads."""
+
+    def __init__(
+        self, door: Door, memory: Memory, signing: Signing, now: Callable[[], datetime], *, hold: timedelta, held: int
+    ) -> None:
+        """An answer is waited for as long as `hold`, and by so many clients (`held`) at once; others hear 202 first."""
+        self._door = door
+        self._memory = memory
+        self._signing = signing
+        self._now = now
+        self._hold = hold
+        self._places = threading.Semaphore(held)
+
+    def reply(self, environ: Environ) -> Reply:
+        """The answer to a request below `ROOT`."""
+        match = _PATH.fullmatch(environ["PATH_INFO"])
+        try:
+            if match is None:
+                raise _away(HTTPStatus.NOT_FOUND, "wanted an operation of EST that is here, found another path")
+            label, operation = self._label(match[1] or DEFAULT), match[2]
+            method = "GET" if operation in ("cacerts", "csrattrs") else "POST"
+            if environ["REQUEST_METHOD"] != method:
+                raise _away(HTTPStatus.METHOD_NOT_ALLOWED, f"wanted {method}", allow=method)
+            if operation == "cacerts":
+                return self._cacerts(label)
+            if operation == "csrattrs":
+                body = csr_attributes(self._signing.policy.keys(label.spec.name))
+                return _encoded(body, "application/csrattrs")
+            return self._enrol(environ, label, renews=operation == "simplereenroll")
+        except _TurnedAwayError as e:
+            return e.reply
+
+    def _label(self, name: str) -> _Label:
+        policy = self._signing.policy
+        rules = policy.est.get(name)
+        spec = policy.spec_of(rules.certificate or name) if rules is not None else None
+        if rules is None or spec is None:
+            raise _away(HTTPStatus.NOT_FOUND, "wanted a label of this door, found another one")
+        return _Label(name=name, rules=rules, spec=spec)
+
+    def _cacerts(self, label: _Label) -> Reply:
+        return _encoded(certs_only(self._chain(label)), _CERTIFICATES)
+
+    def _chain(self, label: _Label) -> tuple[x509.Certificate, ...]:
+        authority = label.spec.authority.name
+        if not (found := self._signing.chains.get(authority, ())):
+            raise _later(f"wanted the certificates of {authority}, found that its CA was not reached yet")
+        return found
+
+    # --- enrolments ---------------------------------------------------------------------------------------------------
+
+    def _enrol(self, environ: Environ, label: _Label, *, renews: bool) -> Reply:
+        if self._door.ending.is_set():
+            raise _later("wanted a door that stays open, found one that is about to end")
+        self._chain(label)
+        used, shown = None, environ.get(PEER)
+        if not renews and label.rules.secrets and (shown is None or "HTTP_AUTHORIZATION" in environ):
+            used = self._enrolment(environ)
+            asker = Asker(label=label.name, certificate=None, renews=False, received=self._now())
+            node = used.node
+        elif shown is not None:
+            asker, node = self._client(shown, label, renews=renews)
+        else:
+            wanted = "the certificate that is replaced" if renews else "a client certificate"
+            raise _away(HTTPStatus.FORBIDDEN, f"wanted {wanted} in TLS, found none")
+        csr = _csr(environ)
+        again = _again(asker, used, csr)
+        kept = self._memory.find_again(again)
+        if kept is None:
+            kept = self._receive(self._bundle(label, asker, node, csr, again), asker, used, again, environ)
+        return self._answered(kept)
+
+    def _enrolment(self, environ: Environ) -> Enrolment:
+        """The enrolment whose secret is the password, by HTTP Basic (RFC 7617), and whose node is the user."""
+        challenge = 'Basic realm="ca-bridge", charset="UTF-8"'
+        scheme, _, text = str(environ.get("HTTP_AUTHORIZATION", "")).partition(" ")
+        try:
+            user, _, secret = b64decode(text.strip(), validate=True).decode().partition(":")
+        except ValueError:
+            scheme = user = secret = ""
+        secret_hash = enrolment.hash_of(secret) if scheme.lower() == "basic" else None
+        found = enrolments.find(self._memory, secret_hash) if secret_hash is not None else None
+        if found is None or found.node != user:
+            wanted = "a node's name and the secret that `ca-bridge enroll` printed for it"
+            raise _away(HTTPStatus.UNAUTHORIZED, f"wanted {wanted}, found neither", www_authenticate=challenge)
+        return found
+
+    def _client(self, shown: bytes, label: _Label, *, renews: bool) -> tuple[Asker, str]:
+        """Who has shown this certificate, and for which node it asks."""
+        try:
+            certificate = x509.load_der_x509_certificate(shown)
+            node = node_of(certificate.subject, label.rules.clients)
+        except UNREADABLE:
+            raise _away(HTTPStatus.FORBIDDEN, "wanted a client certificate that can be read") from None
+        asker = Asker(label=label.name, certificate=certificate, renews=renews, received=self._now())
+        if not node:
+            raise _away(HTTPStatus.FORBIDDEN, "wanted a client that this label is for, found another one")
+        return asker, node
+
+    def _bundle(
+        self, label: _Label, asker: Asker, node: str, csr: x509.CertificateSigningRequest, again: str
+    ) -> RequestBundle:
+        """What is asked for, in the form that the desk judges; the names in it are the policy's and TLS's."""
+        spec, policy = label.spec, self._signing.policy
+        request = BundledRequest(
+            name=spec.name,
+            authority=spec.authority.name,
+            ekus=spec.ekus,
+            validity=label.rules.validity or policy.longest_validity(spec.name),
+            csr=csr,
+            replaces=asker.certificate if asker.renews else None,
+            proof=None,
+        )
+        created = asker.received.replace(microsecond=0)
+        bundle = RequestBundle(
+            batch=again[:32], node=node, cluster=label.rules.cluster, created=created, requests=(request,)
+        )
+        try:
+            return loads_request(dumps(bundle))  # what the next round will read
+        except BundleError as e:
+            raise _away(HTTPStatus.BAD_REQUEST, str(e)) from None
+
+    def _receive(
+        self, bundle: RequestBundle, asker: Asker, used: Enrolment | None, again: str, environ: Environ
+    ) -> Kept:
+        """Keep a request that may be signed (a client that proves nothing fills no disk)."""
+        [request], peer, asked = bundle.requests, str(environ.get("REMOTE_ADDR", "")), digest(bundle)
+        about = {"request": asked[:16], "requester": peer}
+        if reason := self._reason(bundle, asker, used):
+            text = "request of %s for %s, %s, from %s is refused: %s"
+            log.warning(text, bundle.node, request.name, asker.text, peer, one_line(reason, 2000), extra=about)
+            raise _away(HTTPStatus.FORBIDDEN, reason)
+        if (too_many := self._door.too_many(peer, is_judged=True)) is not None:
+            raise _TurnedAwayError(too_many)
+        who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
+        who |= {"origin": origins.dumps(asker), "again": again, "enrolment": used.id if used is not None else None}
+        try:
+            request_id = self._memory.receive(dumps(bundle), digest=asked, now=asker.received, **who)
+        except EnrolmentError as e:  # another request was first
+            raise _away(HTTPStatus.FORBIDDEN, str(e)) from None
+        log.info("request %s of %s was received, %s", asked[:16], bundle.node, asker.text, extra=about)
+        self._door.arrived.set()
+        return self._found(request_id)
+
+    def _reason(self, bundle: RequestBundle, asker: Asker, used: Enrolment | None) -> str:
+        """Why a request is not kept; empty: it is."""
+        [request], signing = bundle.requests, self._signing
+        if used is not None:
+            try:
+                used.assert_for(bundle.node, bundle.cluster, asker.received)
+            except EnrolmentError as e:
+                return str(e)
+        vouched = [request.name] if used is None else used.vouches(bundle)
+        reason = origins.problem(asker, request, bundle.node, signing.policy, signing.cas)
+        return reason or signing.refuses(bundle, frozenset(vouched), held=asker.renews)
+
+    def _found(self, request_id: str) -> Kept:
+        kept = self._memory.find(request_id)
+        if kept is None:
+            raise _later("wanted the request that was received, found that it was removed")
+        return kept
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def _answered(self, kept: Kept) -> Reply:
+        """The certificate, if it comes soon enough."""
+        if not _is_over(kept) and self._places.acquire(blocking=False):
+            try:
+                kept = wait_until(lambda: self._found(kept.id), _is_over, self._hold, pause_seconds=_LOOK_SECONDS)
+            finally:
+                self._places.release()
+        if kept.answer is None:
+            is_new = self._now() - kept.received < timedelta(seconds=_LATER_SECONDS)
+            text = (
+                f"request {kept.digest[:16]} waits{' for people' if kept.state == 'undecided' else ''}; send it again"
+            )
+            return _text(HTTPStatus.ACCEPTED, text, retry_after=str(_SOON_SECONDS if is_new else _LATER_SECONDS))
+        [answer] = loads_answer(kept.answer).answers.values()
+        if isinstance(answer, Refusal):
+            return _text(HTTPStatus.FORBIDDEN, answer.reason)
+        if answer.leaf.not_valid_after_utc < self._now():
+            text = "wanted a CSR that was not answered before, found one whose certificate has ended: make a new CSR"
+            return _text(HTTPStatus.FORBIDDEN, text)
+        return _encoded(certs_only([answer.leaf]), _CERTIFICATES)
+
+
+def _is_over(kept: Kept) -> bool:
+    return kept.answer is not None or kept.state not in TO_SIGN
+
+
+def _csr(environ: Environ) -> x509.CertificateSigningRequest:
+    """The CSR of a request's body."""
+    if str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip().lower() != "application/pkcs10":
+        raise _away(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wanted Content-Type: application/pkcs10, found another one")
+    if environ.get("HTTP_CONTENT_ENCODING", "identity") != "identity":
+        raise _away(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wanted no Content-Encoding, found one")
+    length = int(environ.get("CONTENT_LENGTH") or 0)
+    if length > MOST_BYTES:
+        raise _away(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"wanted at most {MOST_BYTES} bytes, found {length}")
+    try:
+        return csr_of(environ["wsgi.input"].read(length))
+    except ValueError as e:
+        raise _away(HTTPStatus.BAD_REQUEST, str(e)) from None
+
+
+def _again(asker: Asker, used: Enrolment | None, csr: x509.CertificateSigningRequest) -> str:
+    """What makes a request the same once more: label, operation, who asks, and the CSR."""
+    who = fingerprint(asker.certificate) if asker.certificate is not None else f"enrolment {used and used.id}"
+    csr_digest = sha256(csr.public_bytes(Encoding.DER)).hexdigest()
+    return sha256(json.dumps([asker.label, asker.renews, who, csr_digest]).encode()).hexdigest()
+
+
+def _encoded(body: bytes, kind: str) -> Reply:
+    """Base64, with the header that RFC 8951 takes away and older clients insist on."""
+    return Reply(status=HTTPStatus.OK, body=body, kind=kind, headers={"Content-Transfer-Encoding": "base64"})
+
+
+def _text(status: HTTPStatus, text: str, **headers: str) -> Reply:
+    """A sentence for people, as RFC 7030 §4.2.3 has it."""
+    named = {name.replace("_", "-").title(): value for name, value in headers.items()}
+    body = one_line(text, 2000).encode() + b"\n"
+    return Reply(status=status, body=body, kind="text/plain; charset=utf-8", headers=named)
+
+
+def _away(status: HTTPStatus, text: str, **headers: str) -> _TurnedAwayError:
+    return _TurnedAwayError(_text(status, text, **headers))
+
+
+def _later(text: str) -> _TurnedAwayError:
+    return _away(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_LATER_SECONDS))
