@@ -104,7 +104,7 @@ def ca_directories(pki: KubeadmPki, directory: Path) -> Path:
 def test_the_offline_file_by_its_page(bookworm: Tree, offline: Path) -> None:
     """Carried there, looked at, installed, and gone again, in a machine with no network but itself; its pages are there."""
     _, carried, _ = blocks("docs/install.md", "Without a network")
-    check, install, version = (line.partition("  #")[0] for line in lines(carried))
+    check, install, version = (line.partition("#")[0].strip() for line in lines(carried))
     bookworm.put(f"/root/{check.split()[1]}", offline.read_bytes())
     for line, name in ((check, "offline-check"), (install, "offline-install")):
         assert line == shown.BOOTED[name]
