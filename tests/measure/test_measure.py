@@ -15,6 +15,7 @@ from tests.measure import (
     backends,
     curves,
     desk_profile,
+    door,
     fleet,
     gateway,
     mutation,
@@ -56,6 +57,22 @@ def test_what_a_command_with_nothing_due_loads(tmp_path: Path) -> None:
     assert 20 < modules < 45
     assert 3000 < lines < 7000
     assert others > 0
+
+
+def test_a_door_that_is_killed_while_nodes_ask(tmp_path: Path) -> None:
+    """Two nodes get their certificates from a door that is killed once, and all that must not be is looked for."""
+    run = door.measure_chaos(tmp_path, fleet.make_fleet(2, door.NAMES), kills=1, seed=1)
+    assert len(run.history.delivered) == len(set(run.history.signed)) == 22
+    good = run.history
+    for changed, said in (
+        ({"delivered": good.delivered[1:]}, "wanted 22 certificates"),
+        ({"signed": [*good.signed, "AB"]}, "signed, and not recorded: AB"),
+        ({"signed": [*good.signed, good.signed[0]]}, "signed more than once"),
+        ({"remembered": good.remembered[1:]}, "delivered, and not remembered"),
+        ({"wrong": ["cp-1: another key"]}, "another key"),
+    ):
+        assert said in "\n".join(replace(good, **changed).troubles())
+    assert not list(good.troubles())
 
 
 def test_a_desk_that_does_not_sign_all_is_no_measurement(tmp_path: Path) -> None:
