@@ -265,11 +265,12 @@ def _csr(environ: Environ) -> x509.CertificateSigningRequest:
         raise _away(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wanted Content-Type: application/pkcs10, found another one")
     if environ.get("HTTP_CONTENT_ENCODING", "identity") != "identity":
         raise _away(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wanted no Content-Encoding, found one")
-    length = int(environ.get("CONTENT_LENGTH") or 0)
-    if length > MOST_BYTES:
-        raise _away(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"wanted at most {MOST_BYTES} bytes, found {length}")
+    # all of it, since a connection that is closed with bytes unread takes the answer away from the client
+    body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    if len(body) > MOST_BYTES:
+        raise _away(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"wanted at most {MOST_BYTES} bytes, found {len(body)}")
     try:
-        return csr_of(environ["wsgi.input"].read(length))
+        return csr_of(body)
     except ValueError as e:
         raise _away(HTTPStatus.BAD_REQUEST, str(e)) from None
 
