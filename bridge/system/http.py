@@ -283,6 +283,7 @@ def _head(method: str, target: str, headers: Mapping[str, str], body: bytes | No
 _STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?\r?\n")
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*?)[ \t]*\r?\n")
 _LENGTH = re.compile("[0-9]{1,18}")
+_MOST_FIELDS = 100
 _NO_BODY = frozenset({*range(100, 200), HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
 
 
@@ -316,7 +317,11 @@ class _Response(HTTPResponse):
 
     def _read_fields(self) -> Iterator[tuple[str, str]]:
         lengths: set[str] = set()
+        count = 0
         while (line := self.fp.readline(_SPARE_BYTES)) not in {b"\r\n", b"\n"}:
+            count += 1
+            if count > _MOST_FIELDS:
+                raise HTTPException(f"more than {_MOST_FIELDS} headers")
             if (found := _FIELD.fullmatch(line)) is None:
                 raise HTTPException(f"{line[:40]!r} in the head")
             name, value = found[1].decode("ascii").lower(), found[2].decode("latin-1")
