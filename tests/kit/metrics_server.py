@@ -53,7 +53,7 @@ class MetricsServer:
     def wait_for(self, what: str, look: Callable[[], _Found | None]) -> _Found:
         """As `nodes.wait_for`; an error has the end of its log."""
         try:
-            return wait_for(what, look, seconds=90)
+            return wait_for(what, look, seconds=240)
         except AssertionError as e:
             raise AssertionError(f"{e}\n{self.said()[-3000:]}") from None
 
