@@ -25,6 +25,7 @@ from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.pki.csr import generate_key, key_pem
 from bridge.pki.enrolment import hash_of, proof, proven
 from bridge.pki.expiry import parse_duration
+from bridge.state import audit
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import changed, make_bundle, old_pairs
 from tests.kit.desks import Desk, make_desk
@@ -365,10 +366,15 @@ def test_what_the_policy_has_no_place_for_is_refused_at_once(desk: Desk) -> None
     assert [word for word, one in zip(words, wrong, strict=True) if word not in one.stderr] == []
 
 
-def test_the_list_says_who_made_which(desk: Desk) -> None:
-    """At 80 columns, the newest first; an empty door says how one is made."""
-    enrolled(desk, "--certificate", "kubelet.conf", node="cp-9")
-    run = desk.run("enrolments", "list")
+def test_the_list_says_who_made_which(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest first; at 80 columns without the one who made it, where there is no room."""
+    made_by = audit.person()
+    enrolled(desk, "--certificate", "kubelet.conf", "--certificate", "kubelet-server", node="cp-9")
+    whole = desk.run("enrolments", "list").stdout
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = desk.run("enrolments", "list").stdout
 
-    assert re.match(r"\d+ +open +cp-9 +kubernetes +until 2", run.stdout)
-    assert max(map(len, run.stdout.splitlines())) <= 80
+    assert re.match(r"\d+ +open +cp-9 +kubernetes +until 2.* by (\S+) +kubelet.conf, kubelet-server\n", whole)
+    assert f"by {made_by} " in whole
+    assert re.match(r"\d+ +open +cp-9 +kubernetes +until 2", narrow)
+    assert max(map(len, narrow.splitlines())) <= 80

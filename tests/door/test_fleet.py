@@ -87,7 +87,7 @@ def test_the_metrics_have_every_node(memory: Memory) -> None:
     assert f'ca_bridge_fleet_node_next_end_timestamp_seconds{{cluster="kubernetes",node="cp-1"}} {end}\n' in text
 
 
-def test_the_command_shows_them_at_80_columns(tmp_path: Path) -> None:
+def test_the_command_shows_them_at_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit 3 if one needs a person; a node with a secret that has not asked is there, too."""
     desk = make_desk(tmp_path / "desk", handmade_pki(tmp_path / "pki"))
     assert desk.run("fleet").stdout == "no nodes: none has asked this door yet\n"
@@ -97,9 +97,13 @@ def test_the_command_shows_them_at_80_columns(tmp_path: Path) -> None:
     asked(memory, "cp-1", timedelta(days=400), left=-timedelta(days=1))
     memory.close()
     shown = desk.run("fleet", "-o", "json")
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = desk.run("fleet").stdout
 
     assert (new.returncode, new.stdout.split()[:2]) == (Exit.DONE, ["new", "cp-9"])
     assert shown.returncode == Exit.DUE
+    assert narrow.split()[:2] == ["expired", "cp-1"]
+    assert max(map(len, narrow.splitlines())) <= 80
     assert [(one["node"], one["state"]) for one in json.loads(shown.stdout)["nodes"]] == [
         ("cp-1", "expired"),
         ("cp-9", "new"),
