@@ -63,7 +63,7 @@ FLOORS: dict[str, set[str]] = {
 #: No I/O and no clock in these: a package, or a module of another one.
 PURE = (
     *("pki", "specs", "words", "settings.windows"),
-    *("desk.patterns", "gateway.rules", "gateway.pod_rules", "users.user_rules"),
+    *("desk.approval", "desk.meaning", "desk.patterns", "gateway.rules", "gateway.pod_rules", "users.user_rules"),
 )
 
 IMPURE_MODULES = {
@@ -93,7 +93,19 @@ IMPURE_METHODS = {
     *("read_text", "read_bytes", "write_text", "write_bytes", "open", "unlink", "mkdir", "stat", "exists", "is_file"),
 }
 
-HEAVY = {"hvac", "requests", "urllib3", "rich", "tenacity", "pydantic", "backends", "cheroot", "sqlalchemy", "alembic"}
+HEAVY = {
+    "hvac",
+    "requests",
+    "urllib3",
+    "rich",
+    "tenacity",
+    "pydantic",
+    "backends",
+    "cheroot",
+    "sqlalchemy",
+    "alembic",
+    "jinja2",
+}
 
 
 def sources() -> dict[str, str]:

@@ -37,6 +37,7 @@ FILES = {
     "enroll": "enroll",
     "enrolments": "enroll",
     "serve-database": "serve_database",
+    "approvals": "approvals",
     "kubelets": "serving",
     "trust": "trust",
     "backups": "history",

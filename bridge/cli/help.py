@@ -39,6 +39,7 @@ TASKS: dict[str, dict[str, str]] = {
         "enroll": "Make a new node's one-time secret for the door.",
         "enrolments": "Show and withdraw these secrets.",
         "serve-database": "Back up and restore the door's database.",
+        "approvals": "Decide about requests that wait for people.",
         "import": "Install the answers of a CA desk.",
         "pending": "Show and cancel requests that wait for an answer.",
     },
@@ -196,6 +197,12 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "enroll": (
         ("ca-bridge enroll cp-4", "Print the secret of cp-4, good for one hour and one request."),
         ("ca-bridge enroll worker-7 --certificate kubelet.conf --for 10m", "One for a worker's kubelet alone."),
+    ),
+    "approvals list": (("ca-bridge approvals list", "Show what waits for people, and what it means."),),
+    "approvals show": (("ca-bridge approvals show 3f9c2a7be01d4c55", "Show this request whole, before you decide."),),
+    "approvals approve": (("ca-bridge approvals approve 3f9c2a7be01d4c55", "Sign its digest with your key: yes."),),
+    "approvals refuse": (
+        ('ca-bridge approvals refuse 3f9c2a7be01d4c55 --reason "no such change"', "The node gets this reason."),
     ),
     "enrolments list": (("ca-bridge enrolments list", "Show who may ask for first certificates, and who has."),),
     "enrolments withdraw": (("ca-bridge enrolments withdraw 3", "End number 3 now; its unsigned request is refused."),),

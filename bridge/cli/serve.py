@@ -17,7 +17,7 @@ from bridge.system.locks import lock
 commands = typer.Typer()
 
 #: The distributions of the extra `serve`, by the module that is imported.
-_NEEDED = {"cheroot": "cheroot", "sqlalchemy": "SQLAlchemy", "alembic": "alembic"}
+_NEEDED = {"cheroot": "cheroot", "jinja2": "Jinja2", "sqlalchemy": "SQLAlchemy", "alembic": "alembic"}
 
 
 class MissingExtraError(BridgeError):

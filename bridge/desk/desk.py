@@ -21,6 +21,8 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from bridge.ca import registry
 from bridge.ca.ca import CA, PARALLEL_REQUESTS, Answer, UntrustedAnswerError
 from bridge.contract import Collects, Issued, Pending, SignRequest, SignsMany
+from bridge.desk import approval
+from bridge.desk.approval import Standing, UndecidedError
 from bridge.desk.policy import Policy, PolicyVerdict, judge
 from bridge.desk.records import Answered, Asked, Journal
 from bridge.desk.workers import AnsweredBundle, Judgement, ReadAhead, Workers, compared, for_request
@@ -108,6 +110,7 @@ class Job:
     #: Requests that need no continuity proof, by certificate name, with words for the record.
     vouched: Mapping[str, str] = field(default_factory=dict)
     origin: Origin | None = None
+    standing: Standing = field(default_factory=Standing)  #: What people decided elsewhere, verified.
 
     @cached_property
     def requests(self) -> dict[str, SignRequest]:
@@ -193,7 +196,21 @@ class Desk:
                 job.answers[request.name] = self._answer_again(job, request, job.answered[request.name])
         if self._approve is not None and job.to_sign:
             self._ask_person(self._approve, job)
+        self._assert_approved(job)
         return job
+
+    def _assert_approved(self, job: Job) -> None:
+        """A bundle of which people have to approve some waits for them as a whole, and one that they refused is refused."""
+        needed = [one.name for one in job.to_sign if self._policy.needs_approval(one.name)]
+        refused = job.standing.refused
+        if refused is not None:
+            text = refusal(f"not approved: {refused.reason} ({refused.approver})")
+            job.answers |= {request.name: text for request in job.to_sign}
+        elif lacking := needed and approval.lacking(needed, self._policy.approvals, job.standing, job.approved_by):
+            error = UndecidedError(str(lacking))
+            job.troubles |= {request.name: error for request in job.to_sign}
+        else:
+            job.approved_by = approval.summary(job.standing, job.approved_by)
 
     def judgement(self) -> Judgement:
         """The rules that workers judge by, with the CAs that were opened so far."""
@@ -478,6 +495,10 @@ class Desk:
     def _record(self, job: Job, record: audit.Record) -> None:
         about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"
         about += f", approved by {job.approved_by}" if job.approved_by else ""
+        if job.is_complete:
+            for one in (*job.standing.approved, *([job.standing.refused] if job.standing.refused else [])):
+                event = audit.APPROVED if one.verdict == "approved" else audit.NOT_APPROVED
+                record.add(event, result=f"{about}, digest {job.digest}", more=approval.audit_facts(one))
         for request in job.bundle.requests:
             answer, trouble = job.answers.get(request.name), job.troubles.get(request.name)
             configured = self._configured.get(request.authority)

@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.x509.oid import ExtensionOID
 
+from bridge.desk.approval import Approval, ApprovalRules
 from bridge.desk.est_rules import EstRules, is_label
 from bridge.desk.node_inventory import Inventory, San
 from bridge.desk.patterns import (
@@ -112,6 +113,8 @@ class Allow:
     max_age: timedelta = timedelta(days=30)  #: Of a request bundle.
     #: Of request bundles: in version 1 the proof covers neither the time nor the validity, so that others can change them.
     oldest_version: int = 2
+    #: Whether a certificate is signed only when people have approved it (table `[approvals]`).
+    approval: Approval = "none"
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Unknown names, and lists that allow nothing."""
@@ -143,6 +146,7 @@ class CertificateRules:
     sans: tuple[str, ...] | None = None
     keys: tuple[str, ...] | None = None
     max_validity: timedelta | None = None
+    approval: Approval | None = None  #: As in `[allow]`, for this certificate.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Rules that can't be read, or would bypass `allow.masters`."""
@@ -227,6 +231,7 @@ class Policy:
     users: UserRules | None = None  #: None: the desk signs for none.
     est: Mapping[str, EstRules] = field(default_factory=dict)  #: By label.
     est_cas: Mapping[str, Sequence[x509.Certificate]] = field(default_factory=dict)  #: Of `clients_ca`, by label.
+    approvals: ApprovalRules = field(default_factory=ApprovalRules)
 
     def spec_of(self, name: str) -> CertificateSpec | None:
         """What a certificate of this name is, by our table or by the policy's for a further pair; None: nothing says it."""
@@ -242,6 +247,11 @@ class Policy:
     def keys(self, name: str) -> Sequence[str]:
         """The key algorithms that a certificate of this name may have."""
         return self.certificates.get(name, CertificateRules()).keys or self.allow.keys
+
+    def needs_approval(self, name: str) -> bool:
+        """Whether a certificate is signed only when people have approved it."""
+        rules = self.certificates.get(name)
+        return ((rules.approval if rules is not None else None) or self.allow.approval) == "required"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,16 +270,23 @@ def parse(text: str, file: Path | None = None) -> Policy:
 
 def read(reader: Reader, document: Mapping[str, Any]) -> Policy:
     """The desk's tables of a policy; the tables `[signer."NAME"]` are for the gateway alone."""
-    tables = reader.tables(document, ("desk", "allow", "certificate", "signer", "pod_signer", "users", "est"))
+    tables = reader.tables(
+        document, ("desk", "allow", "approvals", "certificate", "signer", "pod_signer", "users", "est")
+    )
     allow = reader.read(Allow, tables["allow"], ("allow",))
     desk = reader.read(DeskSettings, tables["desk"], ("desk",))
     certificates = _certificates(reader, tables["certificate"])
     est = _est(reader, tables["est"], certificates)
     users = reader.read(UserRules, tables["users"], ("users",)) if "users" in document else None
+    approvals = reader.read(ApprovalRules, tables["approvals"], ("approvals",))
     reader.raise_problems()
-    if allow is None or desk is None:
+    if allow is None or desk is None or approvals is None:
         raise AssertionError("a table that could not be read is a problem")
-    return Policy(allow=allow, desk=desk, certificates=certificates, users=users, est=est)
+    policy = Policy(allow=allow, desk=desk, certificates=certificates, users=users, est=est, approvals=approvals)
+    if not approvals.approvers and any(map(policy.needs_approval, [*SPECS, *certificates])):
+        reader.add(("approvals", "approvers"), 'people who decide, since there is approval = "required"', "none")
+        reader.raise_problems()
+    return policy
 
 
 def _certificates(reader: Reader, tables: Mapping[str, Any]) -> dict[str, CertificateRules]:

@@ -112,6 +112,8 @@ class Door:
         self._authorities = sorted(authorities)
         self._chain = chain
         self._pages = pages
+        #: Is told who brought which new request, by its id.
+        self.brought: Callable[[Environ, str], object] = lambda *_: None
         self._mutex = threading.Lock()
         self.arrived = threading.Event()  #: There is something to sign.
         self.ending = threading.Event()  #: No new request is taken.
@@ -233,6 +235,7 @@ class Door:
             who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
             number = used.id if used is not None else None
             request_id = self._memory.receive(data, digest=asked, now=self._now(), enrolment=number, **who)
+            self.brought(environ, request_id)
         except EnrolmentError as e:
             return _refused(bundle, asked, peer, e)
         text = "request %s of %s was received"

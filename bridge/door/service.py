@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,18 +21,23 @@ from typing import Any
 
 from cryptography import x509
 
+from bridge.desk.approval import Trust
 from bridge.door import fleet
 from bridge.door.app import Door, Quota
+from bridge.door.approvals import Api, Approvals
 from bridge.door.est import ROOT, Est
 from bridge.door.https import Https, Limits, serving
+from bridge.door.pages import Pages
 from bridge.door.signing import Next, OwnClusterError, Signing
 from bridge.door.store import DatabaseError, open_memory
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.budget import MOST_BYTES
 from bridge.pki.certificates import spki
 from bridge.settings.tables import Settings
+from bridge.state.store import Store
 from bridge.system.codec import labels, metric
-from bridge.system.paths import UnreadableError, read_ca_file
+from bridge.system.files import SECRET_MODE, write_atomically
+from bridge.system.paths import UnreadableError, open_secret, read_ca_file
 from bridge.system.waiting import back_off_seconds
 
 log = logging.getLogger("ca-bridge")
@@ -46,6 +52,7 @@ _TICK_SECONDS = 0.2
 _TIDY_SECONDS = 3600.0
 #: A client of EST is kept waiting this long for an answer that may soon be there.
 _HOLD = timedelta(seconds=8)
+_SECRET, _SECRET_BYTES = "door.secret", 32
 
 
 class Service:
@@ -59,7 +66,9 @@ class Service:
         self._settings = settings
         self._now = now
         self.memory = open_memory(settings)
-        self._signing = Signing(settings, self.memory, policy_file, now)
+        self._secret = secret(Store(settings.node.state_dir))
+        self._persons: tuple[x509.Certificate, ...] = ()
+        self._signing = Signing(settings, self.memory, policy_file, now, self._trust)
         self._signing.look()
         est_cas = self._signing.policy.est_cas.values()
         self._persons = _persons(settings, [*self._signing.cas.values(), *est_cas])
@@ -84,6 +93,10 @@ class Service:
         hold = min(_HOLD, settings.serve.exchange_for / 2)
         est = Est(self._door, self.memory, self._signing, now, hold=hold, held=max(1, settings.serve.threads // 4))
         self._door.below[ROOT] = est.reply
+        approvals = Approvals(self.memory, self._signing, self._trust, self._door.arrived.set)
+        self._door.below["/v1/approvals"] = Api(approvals, lambda: self._signing.cas)
+        self._door.below["/approvals"] = Pages(approvals, self.memory, self._secret, now)
+        self._door.brought = lambda environ, request_id: approvals.brought(environ, request_id, now())
         self._ending = False
         self._fatal: OwnClusterError | None = None
         self._trouble = ""  #: Of the last round.
@@ -140,6 +153,13 @@ class Service:
         nodes = [one for authority in sorted(self._signing.cas) for one in self._signing.cas[authority]]
         est = [one for found in self._signing.policy.est_cas.values() for one in found]
         return list(dict.fromkeys([*nodes, *est, *self._persons]))
+
+    def _trust(self) -> Trust:
+        """By what people's decisions are verified; a CA that signs for nodes or agents signs for no person."""
+        others = [*self._signing.cas.values(), *self._signing.policy.est_cas.values()]
+        keys = {spki(one.public_key()) for some in others for one in some}
+        anchors = tuple(one for one in self._persons if spki(one.public_key()) not in keys)
+        return Trust(anchors=anchors, secret=self._secret, now=self._now())
 
     # --- signing ------------------------------------------------------------------------------------------------------
 
@@ -220,6 +240,22 @@ class Service:
             nodes,
         ]
         return HTTPStatus.OK, "".join(parts)
+
+
+def secret(store: Store) -> bytes:
+    """The door's own secret, made at the first start: only what it has written itself counts as its word."""
+    path = store.directory / _SECRET
+    if not path.exists():
+        write_atomically(path, secrets.token_bytes(_SECRET_BYTES), SECRET_MODE)
+    exposed = open_secret(path)
+    found = path.read_bytes()
+    if exposed is not None or len(found) != _SECRET_BYTES:
+        what = exposed.found if exposed is not None else f"{len(found)} bytes"
+        hint = "remove it and start again: decisions without a signature that were not carried out are void then"
+        raise BridgeError(
+            f"{path}: wanted {_SECRET_BYTES} bytes that only their owner can read, found {what}", hint=hint
+        )
+    return found
 
 
 def _persons(settings: Settings, others: Sequence[Sequence[x509.Certificate]]) -> tuple[x509.Certificate, ...]:

@@ -24,18 +24,20 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import Issued
-from bridge.desk.desk import Desk, Job, OtherDeskError
+from bridge.desk import approval
+from bridge.desk.approval import Decision, Matter, Standing, Trust, UndecidedError
+from bridge.desk.desk import Delivery, Desk, Job, OtherDeskError
 from bridge.desk.files import Received, books_open, load_answer_key, load_policy
-from bridge.desk.policy import Policy
+from bridge.desk.policy import Policy, PolicyVerdict
 from bridge.desk.records import Answered, Archive, Journal, archive_directory
 from bridge.desk.workers import Judgement, verdicts
 from bridge.door import enrolments, origins, turns
 from bridge.door.doors import Doors
-from bridge.door.store import DatabaseError, IssuedRow, Kept, Memory
+from bridge.door.store import TO_SIGN, DatabaseError, IssuedRow, Kept, Memory
 from bridge.door.turns import identity
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
-from bridge.pki.bundle_format import loads_request
+from bridge.pki.bundle_format import digest, loads_request
 from bridge.pki.certificates import fingerprint, pem, serial_hex
 from bridge.settings.tables import Settings
 from bridge.state import audit
@@ -71,13 +73,19 @@ class Signing:
     """The rounds; used by one thread."""
 
     def __init__(
-        self, settings: Settings, memory: Memory, policy_file: Path | None, now: Callable[[], datetime]
+        self,
+        settings: Settings,
+        memory: Memory,
+        policy_file: Path | None,
+        now: Callable[[], datetime],
+        trust: Callable[[], Trust] | None = None,
     ) -> None:
-        """Read the policy and its keys (SettingsError); no CA is asked yet."""
+        """Read the policy and its keys (SettingsError); no CA is asked yet. Without `trust` no decision counts."""
         self._settings = settings
         self._memory = memory
         self._policy_file = policy_file
         self._now = now
+        self._trust = trust or (lambda: Trust(anchors=(), secret=b"", now=now()))
         self._policy = load_policy(settings, policy_file)
         self._answer_key = load_answer_key(self._policy)
         self._store = Store(settings.node.state_dir)
@@ -153,7 +161,7 @@ class Signing:
                 self._is_prepared = True
             kept = self._begun(desk, archive, journal, record)
             desk.run(self._jobs(kept, archive), journal, record, left)
-        self._note(kept, left.notes)
+        self._note(kept, left)
         if left.is_down:
             self.close()
             return "down"
@@ -230,6 +238,7 @@ class Signing:
                 job.answered = {**self._answered(bundle), **job.answered}
                 if one.origin is not None:
                     origins.prove(job, one, self._policy, self.cas)
+                job.standing = self.standing(one, bundle)
                 yield job
             except (BundleError, DatabaseError) as e:  # it was whole when it came
                 log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400
@@ -253,10 +262,53 @@ class Signing:
 
         return conclude
 
-    def _note(self, kept: Sequence[Kept], notes: Mapping[str, str]) -> None:
+    def _note(self, kept: Sequence[Kept], left: _Left) -> None:
         for one in kept:
-            if (text := notes.get(one.digest)) is not None and text != one.note:
+            if one.digest in left.undecided:
+                self._memory.move(one.id, "undecided", before=TO_SIGN, note=left.notes[one.digest])
+            elif (text := left.notes.get(one.digest)) is not None and text != one.note:
                 self._memory.note(one.id, text)
+
+    def standing(self, one: Kept, bundle: RequestBundle) -> Standing:
+        """What people have decided about a request, verified by the policy of now; from any thread."""
+        decisions: list[Decision | str] = []
+        for row in (row for row in self._memory.decisions(one.id) if row.verdict != "asked"):
+            about = {"approver": row.approver, "verdict": row.verdict, "reason": row.reason}
+            try:
+                decisions.append(Decision.kept(**about, decided=row.decided, evidence=row.signature or b""))
+            except ValueError as e:
+                decisions.append(str(e))
+        rules = self._policy.approvals
+        matter = Matter(bundle=bundle, digest=digest(bundle), rules=rules, asked_by=self.asked_by(one))
+        found = approval.standing(decisions, matter, self._trust())
+        for text in found.void:
+            log.warning("request %s: a decision does not count: %s", one.digest[:16], text)
+        return found
+
+    def asked_by(self, one: Kept) -> set[str]:
+        """The people who brought a request, or gave its node the secret for it; from any thread."""
+        brought = {row.approver for row in self._memory.decisions(one.id) if row.verdict == "asked"}
+        return brought | {used.created_by for used in enrolments.for_requests(self._memory, [one.id]).values()}
+
+    def verdicts(self, one: Kept, bundle: RequestBundle) -> Mapping[str, PolicyVerdict]:
+        """The policy's judgement of now, by certificate name, as far as it can be had; from any thread."""
+        by, used = self._judgement, enrolments.for_requests(self._memory, [one.id]).get(one.id)
+        if by is None:
+            return {}
+        job = Job(bundle=bundle, digest=one.digest, label="", delivery=_nowhere)
+        job.vouched = used.vouches(bundle) if used is not None else {}
+        if one.origin is not None:
+            origins.prove(job, one, self._policy, self.cas)
+        rules = replace(by, now=self._now(), without_proof=by.without_proof | frozenset(job.vouched))
+        found = verdicts(bundle, rules, held=job.origin is not None and job.origin.held)
+        if job.origin is not None and (problem := job.origin.problem):
+            return {name: replace(verdict, problems=(problem, *verdict.problems)) for name, verdict in found.items()}
+        return found
+
+
+def _nowhere(_: AnswerBundle) -> Delivery:
+    """Of a job that is judged only."""
+    return Delivery(where="", files=(), conclude=lambda: None)
 
 
 class _Left:
@@ -265,6 +317,7 @@ class _Left:
     def __init__(self, signing: Signing) -> None:
         self._signing = signing
         self.notes: dict[str, str] = {}  #: By digest.
+        self.undecided: set[str] = set()  #: Digests of those that people decide about.
         self.is_down = False  #: Something else than a CA's "later" keeps a request waiting.
 
     def answered(self, job: Job, where: str) -> None:
@@ -273,6 +326,8 @@ class _Left:
         if not where:
             text = "; ".join(dict.fromkeys(one_line(error.reason) for error in job.troubles.values()))
             self.notes[job.digest] = text or "it waits for its turn"
+            if any(isinstance(one, UndecidedError) for one in job.troubles.values()):
+                self.undecided.add(job.digest)
             self.is_down |= not all(isinstance(one, WaitingError | OtherDeskError) for one in job.troubles.values())
             log.info("%s: %s waits: %s", job.label, node, text, extra={"request": job.digest[:16]})
             return

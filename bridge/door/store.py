@@ -30,11 +30,12 @@ from bridge.settings.tables import Settings
 from bridge.state.store import Store
 from bridge.words import one_line
 
-#: `waiting`: for the next round of signing. `undecided`: for people; `approved`: by them, and is judged once more.
+#: `waiting`: for the next round of signing. `undecided`: for people; `approved` and `refused`: by them; the next round
+#: judges these once more, and verifies the decisions, since a word in the database proves nothing.
 #: `left`: for people, since a CA may have signed it for another door, and can't tell.
-State = Literal["waiting", "undecided", "approved", "left", "answered"]
+State = Literal["waiting", "undecided", "approved", "refused", "left", "answered"]
 #: Requests in these states are taken by the next round.
-TO_SIGN: tuple[State, ...] = ("waiting", "approved")
+TO_SIGN: tuple[State, ...] = ("waiting", "approved", "refused")
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_SECONDS = 10
@@ -98,9 +99,9 @@ DECISIONS = sa.Table(
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("request", sa.String(64), sa.ForeignKey("requests.id"), nullable=False, index=True),
     sa.Column("approver", _NAME, nullable=False),
-    sa.Column("verdict", sa.String(16), nullable=False),  # approved, refused
+    sa.Column("verdict", sa.String(16), nullable=False),  # approved, refused; asked: this person brought the request
     sa.Column("reason", _TEXT, nullable=False, default=""),
-    sa.Column("signature", sa.LargeBinary),  # the approver's, over the request's digest
+    sa.Column("signature", sa.LargeBinary),  # the evidence: bridge.desk.approval.Decision.evidence_bytes
     sa.Column("decided", Moment, nullable=False),
     sa.UniqueConstraint("request", "approver"),
 )
@@ -200,6 +201,17 @@ class IssuedRow:
     begins: datetime
     ends: datetime
     chain: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionRow:
+    """What one person did about a request, as it is remembered; nothing here is verified."""
+
+    approver: str
+    verdict: str
+    reason: str
+    signature: bytes | None
+    decided: datetime
 
 
 class Memory:
@@ -326,6 +338,57 @@ class Memory:
             every, theirs = connection.execute(query).one()
             return int(every), int(theirs)
 
+    # --- decisions ----------------------------------------------------------------------------------------------------
+
+    def decide(
+        self,
+        request_id: str,
+        *,
+        approver: str,
+        verdict: str,
+        reason: str,
+        evidence: bytes | None,
+        now: datetime,
+        again: bool = False,
+    ) -> bool:
+        """
+        Remember what a person did about a request; False: the same person did something before, which stays.
+
+        `again`: an earlier decision of theirs gives way to this one.
+        """
+        ours = DECISIONS.c
+        earlier = (ours.request == request_id) & (ours.approver == approver) & (ours.verdict != "asked")
+        row = {"request": request_id, "approver": approver, "verdict": verdict, "reason": reason}
+        with asking():
+            try:
+                with self.engine.begin() as connection:
+                    if again:
+                        connection.execute(DECISIONS.delete().where(earlier))
+                    connection.execute(DECISIONS.insert().values(**row, signature=evidence, decided=now))
+            except IntegrityError:
+                return False
+        return True
+
+    def decisions(self, request_id: str) -> list[DecisionRow]:
+        """What people did about a request, the first one first."""
+        ours = DECISIONS.c
+        query = sa.select(*(ours[name] for name in DecisionRow.__slots__)).where(ours.request == request_id)
+        with asking(), self.engine.connect() as connection:
+            return [DecisionRow(**row) for row in connection.execute(query.order_by(ours.id)).mappings()]
+
+    def move(self, request_id: str, state: State, *, before: Sequence[State], note: str = "") -> None:
+        """Bring a request from one of these states to another one; a request in a further state stays there."""
+        which = (REQUESTS.c.id == request_id) & REQUESTS.c.state.in_(before)
+        with asking(), self.engine.begin() as connection:
+            connection.execute(REQUESTS.update().where(which).values(state=state, note=note[:2000]))
+
+    def search(self, text: str, most: int) -> list[Kept]:
+        """Requests of which node, cluster, digest, state or an approver has this text, the newest first."""
+        people = sa.select(DECISIONS.c.request).where(DECISIONS.c.approver.contains(text, autoescape=True))
+        ours = REQUESTS.c
+        named = [one.contains(text, autoescape=True) for one in (ours.node, ours.cluster, ours.digest, ours.state)]
+        return self._kept(sa.or_(*named, ours.id.in_(people)), ours.received.desc(), most=most)
+
     # --- certificates -------------------------------------------------------------------------------------------------
 
     def issued_among(self, csrs: Sequence[str]) -> dict[tuple[str, str], bytes]:
@@ -334,6 +397,15 @@ class Memory:
         query = sa.select(ours.csr, ours.name, ours.chain).where(ours.csr.in_(csrs)).order_by(ours.begins)
         with asking(), self.engine.connect() as connection:
             return {(csr, name): chain for csr, name, chain in connection.execute(query)}
+
+    def ending(self, text: str, now: datetime, most: int) -> list[IssuedRow]:
+        """Certificates that are valid, the next to end first, of which node, cluster, name or serial number has this text."""
+        ours = CERTIFICATES.c
+        named = [one.contains(text, autoescape=True) for one in (ours.node, ours.cluster, ours.name, ours.serial)]
+        query = sa.select(*(ours[name] for name in IssuedRow.__slots__)).where(sa.or_(*named), ours.ends > now)
+        with asking(), self.engine.connect() as connection:
+            found = connection.execute(query.order_by(ours.ends).limit(most)).mappings()
+            return [IssuedRow(**row) for row in found]
 
     def issued_for(self, csr: str, name: str) -> bytes | None:
         """The newest certificate for the CSR with this digest, with its intermediates in PEM."""

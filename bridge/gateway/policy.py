@@ -32,7 +32,7 @@ from bridge.pki.certificates import attributes
 from bridge.pki.csr_fields import Asked, OddRequestError, read
 from bridge.pki.kubeadm_names import is_node_name
 from bridge.settings.reader import opened
-from bridge.specs import KUBELET_CLIENT, KUBELET_SERVING, USER, CertificateSpec
+from bridge.specs import KUBELET_CLIENT, KUBELET_SERVER, KUBELET_SERVING, USER, CertificateSpec
 from bridge.words import one_line
 
 #: A CA's certificate ends this much later than what it signs, so that a clock or two may differ.
@@ -55,7 +55,13 @@ def parse(text: str, file: Path | None = None) -> GatewayPolicy:
         found if isinstance(found := document.get(key), dict) else {} for key in ("signer", "pod_signer")
     )
     read, read_pods = read_signers(reader, signers), read_pod_signers(reader, pod_signers)
-    return GatewayPolicy(signers=read, pod_signers=read_pods, **vars(policy.read(reader, document)))
+    found = GatewayPolicy(signers=read, pod_signers=read_pods, **vars(policy.read(reader, document)))
+    for name in ("kubelet.conf", KUBELET_SERVER):
+        if found.needs_approval(name):
+            wanted = 'approval = "required" in the table of the [signer], since no desk decides about it here'
+            reader.add(("certificate", name, "approval"), wanted, "it")
+    reader.raise_problems()
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

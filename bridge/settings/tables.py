@@ -661,6 +661,21 @@ class ServeSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ApproverSettings:
+    """Table `[approver]`: for the person who decides, on that person's machine."""
+
+    url: str = ""  #: The door's URL, such as `https://ca-door.corp.example:9443`.
+    ca_file: Path | None = None  #: CA certificates (PEM) for the door's server certificate.
+    certificate: Path | None = None  #: The person's certificate (PEM), for TLS and for each decision.
+    key: Path | None = None  #: The private key of `certificate` (PEM, not encrypted), which signs each decision.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """A URL that leads to no door."""
+        if self.url and not re.fullmatch(r"https://[^/@\s?#]+/?", self.url):
+            yield SettingsProblem("url", "https://HOST[:PORT], without a path", repr(self.url))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole settings file; backends' tables are raw."""
 
@@ -677,6 +692,7 @@ class Settings:
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
     serve: ServeSettings = field(default_factory=ServeSettings)
+    approver: ApproverSettings = field(default_factory=ApproverSettings)
     users: UserSettings = field(default_factory=UserSettings)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     authorities: Mapping[str, AuthoritySettings] = field(default_factory=dict)

@@ -61,6 +61,8 @@ REVOKED = "revoked"
 ENROLLED, WITHDRAWN = "enrolled", "withdrawn"
 #: The door's database was restored; a person says that no CA has signed a request, whose door has ended.
 RESTORED, AGAIN = "restored", "again"
+#: A person approved a request, or refused it; the line has the evidence.
+APPROVED, NOT_APPROVED = "approved", "not-approved"
 #: The log was changed or cut since its last line.
 DAMAGED = "damaged"
 #: Old files of the log were deleted, by `audit.keep_total`; the line has the last deleted line's number and digest.

@@ -34,7 +34,7 @@ for package in (bridge, backends):
         try:
             importlib.import_module(module.name)
         except ModuleNotFoundError as e:  # what `ca-bridge serve` alone needs is not in this file
-            if not module.name.startswith("bridge.door.") or e.name not in ("alembic", "cheroot", "sqlalchemy"):
+            if not module.name.startswith("bridge.door.") or e.name not in ("alembic", "cheroot", "jinja2", "sqlalchemy"):
                 raise
 """
 #: Their hundreds of modules are for colouring source code, which nothing here does.

@@ -273,7 +273,9 @@ def test_without_the_extra_it_says_what_is_missing(monkeypatch: pytest.MonkeyPat
     serve.assert_installed("ca-bridge serve")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cheroot" else real(name))
 
-    with pytest.raises(serve.MissingExtraError, match="needs cheroot, SQLAlchemy, alembic, found no cheroot") as e:
+    with pytest.raises(
+        serve.MissingExtraError, match="needs cheroot, Jinja2, SQLAlchemy, alembic, found no cheroot"
+    ) as e:
         serve.assert_installed("ca-bridge serve")
     assert e.value.exit_code == Exit.USAGE
     assert "kubeadm-ca-bridge[serve]" in e.value.hint

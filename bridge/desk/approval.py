@@ -1,0 +1,263 @@
+"""
+What people decide about a request bundle: who may decide, what they sign, and whether a decision counts (pure).
+
+A decision is about one bundle, by its digest. It comes with evidence: the signature of the person's key, or the word of
+the door that their browser spoke to. It is verified when it arrives, and once more right before the CA is asked.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import sha256
+from typing import Literal, cast
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+
+from bridge.errors import SettingsProblem, WaitingError
+from bridge.pki import signatures
+from bridge.pki.bundle import RequestBundle
+from bridge.pki.certificates import UNREADABLE, attributes, fingerprint, pem, san_entries, spki
+from bridge.pki.expiry import rfc3339
+from bridge.pki.verify import client_problem
+from bridge.words import counted, one_line
+
+Verdict = Literal["approved", "refused"]
+Evidence = Literal["signature", "door"]
+#: Whether a certificate is signed only when people have approved it.
+Approval = Literal["none", "required"]
+
+LONGEST_REASON = 500
+#: The prefixes differ from anything else that such keys sign.
+_SIGNED, _ATTESTED = b"ca-bridge decision 1", b"ca-bridge decision at the door 1"
+
+
+class UndecidedError(WaitingError):
+    """People have to decide first."""
+
+    hint = "at the desk: `ca-bridge sign --approve`; at the door: `ca-bridge approvals list`, or its page /approvals"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApprovalRules:
+    """Table `[approvals]`: who decides about certificates with `approval = "required"`."""
+
+    #: The CN of each person's certificate, or an e-mail address among its SANs; for `sign --approve` a login name.
+    approvers: tuple[str, ...] = ()
+    count: int = 1  #: How many of them have to approve; one refusal is enough.
+    #: `signature`: only decisions that the person's own key has signed, which `ca-bridge approvals` does and a browser can't.
+    evidence: Literal["any", "signature"] = "any"
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """A number that these people can't reach."""
+        if self.count < 1:
+            yield SettingsProblem("count", "at least 1", str(self.count))
+        if len(set(self.approvers)) != len(self.approvers):
+            yield SettingsProblem("approvers", "each person once", "one twice")
+        if self.approvers and self.count > len(self.approvers):
+            yield SettingsProblem("count", f"at most {len(self.approvers)}, as many as approvers", str(self.count))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """One person's decision about one bundle, with its evidence."""
+
+    approver: str
+    verdict: Verdict
+    reason: str
+    decided: datetime
+    certificate: x509.Certificate
+    evidence: Evidence
+    proof: bytes  #: The signature of the certificate's key, or the door's code.
+
+    def message(self, digest: str) -> bytes:
+        """What the evidence is about."""
+        parts = [digest, self.verdict, self.reason, fingerprint(self.certificate)]
+        if self.evidence == "door":
+            parts += [self.approver, rfc3339(self.decided)]
+        encoded = [_SIGNED if self.evidence == "signature" else _ATTESTED, *(part.encode() for part in parts)]
+        return b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
+
+    def evidence_bytes(self) -> bytes:
+        """The evidence as it is kept."""
+        document = {
+            "kind": self.evidence,
+            "certificate": pem(self.certificate).decode(),
+            "proof": b64encode(self.proof).decode(),
+        }
+        return json.dumps(document).encode()
+
+    @classmethod
+    def kept(cls, *, approver: str, verdict: str, reason: str, decided: datetime, evidence: bytes) -> Decision:
+        """A decision as it was kept (ValueError: it can't be read); nothing about it is verified."""
+        try:
+            document = json.loads(evidence)
+            certificate = x509.load_pem_x509_certificate(document["certificate"].encode())
+            kind, proof = document["kind"], b64decode(document["proof"], validate=True)
+        except (KeyError, TypeError, AttributeError, *UNREADABLE) as e:
+            raise ValueError(f"evidence that can't be read: {one_line(e)}") from None
+        if kind not in {"signature", "door"} or verdict not in {"approved", "refused"}:
+            raise ValueError("another kind of evidence, or another verdict")
+        return cls(
+            approver=approver, verdict=cast("Verdict", verdict), reason=reason, decided=decided,
+            certificate=certificate, evidence=kind, proof=proof,
+        )  # fmt: skip
+
+
+def sign(decision: Decision, digest: str, key: PrivateKeyTypes) -> bytes:
+    """The person's signature over a decision about the bundle with this digest (ValueError: another kind of key)."""
+    return signatures.sign(key, decision.message(digest))
+
+
+def code(decision: Decision, digest: str, secret: bytes) -> bytes:
+    """The door's word that this person decided so, over mutual TLS."""
+    return hmac.digest(secret, decision.message(digest), "sha256")
+
+
+def person(leaf: x509.Certificate, approvers: Collection[str]) -> str:
+    """
+    Which approver a certificate names (ValueError: none, or two).
+
+    The CN and the e-mail addresses among the SANs are compared whole, as they are written.
+    """
+    try:
+        names = [value for oid, value in attributes(leaf.subject) if oid == NameOID.COMMON_NAME.dotted_string]
+        found = [*names, *(value for kind, value in san_entries(leaf) if kind == "email")]
+    except UNREADABLE as e:
+        raise ValueError(f"wanted a certificate whose names can be read, found: {one_line(e)}") from None
+    ours = sorted(set(found).intersection(approvers))
+    if len(names) != 1 or len(ours) != 1:
+        shown = one_line(", ".join(found), 200) or "none"
+        raise ValueError(f"wanted one CN, and one of the policy's approvers, found {shown}")
+    return ours[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """By what decisions are verified at this moment."""
+
+    anchors: Sequence[x509.Certificate]  #: The CAs of people's certificates.
+    secret: bytes = field(repr=False)  #: The door's.
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What people have decided about one bundle, as far as it counts."""
+
+    approved: tuple[Decision, ...] = ()
+    refused: Decision | None = None
+    void: tuple[str, ...] = ()  #: Why others do not count.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matter:
+    """What is decided about, and by which rules."""
+
+    bundle: RequestBundle
+    digest: str  #: The bundle's.
+    rules: ApprovalRules
+    asked_by: Collection[str] = ()  #: The people who brought the request.
+
+
+def problem(decision: Decision, matter: Matter, trust: Trust) -> str:
+    """Why a decision does not count; empty: it does."""
+    return next(_problems(decision, matter, trust), "")
+
+
+def _problems(decision: Decision, matter: Matter, trust: Trust) -> Iterator[str]:
+    leaf, rules = decision.certificate, matter.rules
+    if found := client_problem(leaf, trust.anchors, trust.now):
+        yield found
+    try:
+        who = person(leaf, rules.approvers)
+    except ValueError as e:
+        yield str(e)
+        return
+    if who != decision.approver:
+        yield f"wanted a certificate of {one_line(decision.approver)}, found one of {who}"
+    if _is_own(leaf, who, matter):
+        yield "wanted another person than the one who asks, found the same one"
+    if len(decision.reason) > LONGEST_REASON or not decision.reason.isprintable():
+        yield f"wanted a reason of one line and at most {LONGEST_REASON} characters, found another text"
+    if decision.evidence == "signature":
+        if not signatures.is_by(leaf.public_key(), decision.proof, decision.message(matter.digest)):
+            yield "wanted the signature of the certificate's key over this decision, found another one"
+    elif rules.evidence == "signature":
+        yield "wanted the signature of the person's key (approvals.evidence = \"signature\"), found the door's word"
+    elif not hmac.compare_digest(code(decision, matter.digest, trust.secret), decision.proof):
+        yield "wanted a decision that this door took, found another one's"
+
+
+def _is_own(leaf: x509.Certificate, who: str, matter: Matter) -> bool:
+    """Requester and approver differ: by name, by what was shown when the request came, and by key."""
+    bundle = matter.bundle
+    keys = {spki(one.csr.public_key()) for one in bundle.requests}
+    keys |= {spki(one.replaces.public_key()) for one in bundle.requests if one.replaces is not None}
+    names = {value for one in bundle.requests for _, value in attributes(one.csr.subject)}
+    return who in {*matter.asked_by, bundle.node, *names} or spki(leaf.public_key()) in keys
+
+
+def standing(decisions: Sequence[Decision | str], matter: Matter, trust: Trust) -> Standing:
+    """Verify decisions; a text is why one can't be read. Each person counts once."""
+    good: dict[str, Decision] = {}
+    void: list[str] = []
+    for one in decisions:
+        reason = one if isinstance(one, str) else problem(one, matter, trust)
+        if reason or isinstance(one, str):
+            void.append(reason)
+        else:
+            good.setdefault(one.approver, one)
+    refused = next((one for one in good.values() if one.verdict == "refused"), None)
+    approved = tuple(one for one in good.values() if one.verdict == "approved")
+    return Standing(approved=approved, refused=refused, void=tuple(void))
+
+
+def lacking(names: Sequence[str], rules: ApprovalRules, found: Standing, terminal: str = "") -> str:
+    """
+    What these certificates lack to be signed; empty: nothing.
+
+    `terminal` is the login of a person who said yes at the desk, which counts like a decision without a signature.
+    """
+    people = {one.approver for one in found.approved}
+    note = ""
+    if terminal and (terminal not in rules.approvers or rules.evidence == "signature"):
+        note = f" ({terminal} at the terminal does not count"
+        note += " without a signature)" if terminal in rules.approvers else ", who is no approver)"
+    elif terminal:
+        people.add(terminal)
+    if len(people) >= rules.count:
+        return ""
+    who = f"{rules.count} of {', '.join(rules.approvers) or 'no approvers (approvals.approvers)'}"
+    have = ", ".join(sorted(people)) or "none"
+    return f"{', '.join(names)}: wanted an approval by {who}, found {have}{note}"
+
+
+def audit_facts(decision: Decision) -> Mapping[str, str]:
+    """A decision with its evidence, for a line of the audit log."""
+    return {
+        "approver": decision.approver,
+        "reason": decision.reason,
+        "decided": rfc3339(decision.decided),
+        "evidence": decision.evidence,
+        "approverCertificateSha256": sha256(decision.certificate.public_bytes(Encoding.DER)).hexdigest(),
+        "proof": b64encode(decision.proof).decode(),
+    }
+
+
+def summary(found: Standing, terminal: str = "") -> str:
+    """Who approved, for messages and answers."""
+    people = [f"{one.approver}{' (signed)' if one.evidence == 'signature' else ''}" for one in found.approved]
+    return ", ".join([*people, *([terminal] if terminal and terminal not in people else [])])
+
+
+def waiting_text(rules: ApprovalRules, found: Standing) -> str:
+    """How many have approved so far, for lists."""
+    return f"{len(found.approved)} of {counted(rules.count, 'approval')}"

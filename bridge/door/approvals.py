@@ -1,0 +1,283 @@
+"""
+Deciding at the door: who comes with a person's certificate, what waits, and what that person decides.
+
+A person is known by mutual TLS and named by the policy. `GET /v1/approvals` says what waits, `GET /v1/approvals/DIGEST`
+has the whole bundle, so that the person's own program shows it and computes the digest anew, and `POST` takes a decision
+that the person's key has signed. The pages (`bridge.door.pages`) take the same decisions from a browser, which can't
+sign: the evidence is then the door's word. A decision that is taken here is verified again right before the signing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from base64 import b64decode
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from http import HTTPStatus
+from typing import Any
+
+from cryptography import x509
+
+from bridge.desk import approval
+from bridge.desk.approval import Decision, Matter, Standing, Trust, Verdict
+from bridge.desk.meaning import differences, sentence
+from bridge.desk.policy import PolicyVerdict
+from bridge.door.app import Reply
+from bridge.door.https import PEER
+from bridge.door.signing import Signing
+from bridge.door.store import Kept, Memory
+from bridge.errors import BridgeError, Exit
+from bridge.pki.budget import OverBudgetError, json_of
+from bridge.pki.bundle import BundledRequest, RequestBundle
+from bridge.pki.bundle_format import loads_request
+from bridge.pki.certificates import UNREADABLE, pem
+from bridge.pki.expiry import rfc3339
+from bridge.pki.verify import client_problem
+from bridge.words import one_line
+
+log = logging.getLogger("ca-bridge")
+
+#: Requests that are listed at once.
+MOST = 200
+_PATH = re.compile(r"/v1/approvals(?:/([0-9a-f]{64}))?")
+
+
+class NotDecidedError(BridgeError):
+    """A decision that does not count, and is not kept."""
+
+    exit_code = Exit.REFUSED
+    status = HTTPStatus.FORBIDDEN
+    hint = "the policy's [approvals] says who decides, and serve.approvers_ca whose certificates count"
+
+
+class TooLateError(NotDecidedError):
+    """Nothing is to be decided any more."""
+
+    status = HTTPStatus.CONFLICT
+    hint = "look at it again: `ca-bridge approvals show`, or its page"
+
+
+class UnknownError(NotDecidedError):
+    """There is no such request."""
+
+    status = HTTPStatus.NOT_FOUND
+    hint = "`ca-bridge approvals list` has the digests of those that wait"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Person:
+    """Who has shown a certificate in the handshake, and may decide."""
+
+    name: str  #: As in the policy's list.
+    certificate: x509.Certificate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One request with all that a person has to know."""
+
+    kept: Kept
+    bundle: RequestBundle
+    standing: Standing
+    verdicts: Mapping[str, PolicyVerdict]  #: Of the policy of now, by certificate name; those that can be had.
+
+    def sentence(self, request: BundledRequest) -> str:
+        """What a certificate of it means."""
+        verdict = self.verdicts.get(request.name)
+        return sentence(request, self.bundle.node, proven=verdict is not None and verdict.proven)
+
+
+class Approvals:
+    """Called from many threads."""
+
+    def __init__(
+        self, memory: Memory, signing: Signing, trust: Callable[[], Trust], decided: Callable[[], object]
+    ) -> None:
+        """`trust` is that of now; `decided` is called when there is something to sign."""
+        self._memory = memory
+        self._signing = signing
+        self._trust = trust
+        self._decided = decided
+
+    def person(self, environ: Mapping[str, Any]) -> Person:
+        """Who asks (NotDecidedError: nobody who may decide)."""
+        shown, trust = environ.get(PEER), self._trust()
+        if shown is None:
+            raise NotDecidedError("wanted a person's certificate in the handshake, found none")
+        try:
+            leaf = x509.load_der_x509_certificate(shown)
+        except UNREADABLE as e:
+            raise NotDecidedError(f"wanted a certificate that can be read, found: {one_line(e)}") from None
+        if found := client_problem(leaf, trust.anchors, trust.now):
+            raise NotDecidedError(found)
+        try:
+            name = approval.person(leaf, self._signing.policy.approvals.approvers)
+        except ValueError as e:
+            raise NotDecidedError(str(e)) from None
+        return Person(name=name, certificate=leaf)
+
+    @property
+    def rules(self) -> approval.ApprovalRules:
+        """Who decides, and what counts."""
+        return self._signing.policy.approvals
+
+    def waiting(self) -> list[Case]:
+        """What people have to decide about, the oldest first."""
+        return [self._case(one) for one in self._memory.in_state("undecided")[:MOST]]
+
+    def case(self, digest: str) -> Case:
+        """The request with this digest, in whatever state (UnknownError)."""
+        kept = self._memory.find_digest(digest)
+        if kept is None:
+            raise UnknownError("wanted the digest of a request, found another text")
+        return self._case(kept)
+
+    def _case(self, kept: Kept) -> Case:
+        bundle = loads_request(kept.bundle)
+        return Case(
+            kept=kept,
+            bundle=bundle,
+            standing=self._signing.standing(kept, bundle),
+            verdicts=self._signing.verdicts(kept, bundle),
+        )
+
+    def brought(self, environ: Mapping[str, Any], request_id: str, now: datetime) -> None:
+        """Remember the person, if one with a certificate has brought a request: the same one does not decide about it."""
+        try:
+            person = self.person(environ)
+        except NotDecidedError:
+            return
+        self._memory.decide(request_id, approver=person.name, verdict="asked", reason="", evidence=None, now=now)
+
+    def decide(self, person: Person, digest: str, verdict: Verdict, reason: str, signature: bytes | None) -> Case:
+        """
+        Take a decision, and remember it (NotDecidedError: it does not count).
+
+        Without a signature the evidence is the door's word that this person has spoken to it.
+        """
+        case, trust = self.case(digest), self._trust()
+        if case.kept.state != "undecided":
+            raise TooLateError(f"wanted a request that waits for people, found one that is {case.kept.state}")
+        if verdict == "refused" and not reason.strip():
+            raise NotDecidedError("wanted a reason for the node, found none", hint="say why, in one line")
+        decision = Decision(
+            approver=person.name, verdict=verdict, reason=reason.strip(), decided=trust.now.replace(microsecond=0),
+            certificate=person.certificate, evidence="door" if signature is None else "signature",
+            proof=signature or b"",
+        )  # fmt: skip
+        if signature is None:
+            decision = replace(decision, proof=approval.code(decision, digest, trust.secret))
+        asked_by = self._signing.asked_by(case.kept)
+        matter = Matter(bundle=case.bundle, digest=digest, rules=self.rules, asked_by=asked_by)
+        if found := approval.problem(decision, matter, trust):
+            raise NotDecidedError(found)
+        return self._kept(case, decision)
+
+    def _kept(self, case: Case, decision: Decision) -> Case:
+        earlier = [*case.standing.approved, *([case.standing.refused] if case.standing.refused else [])]
+        is_known = any(one.approver == decision.approver for one in earlier)
+        about = {"approver": decision.approver, "verdict": decision.verdict, "reason": decision.reason}
+        is_kept = not is_known and self._memory.decide(
+            case.kept.id, **about, evidence=decision.evidence_bytes(), now=decision.decided, again=True
+        )
+        if not is_kept:
+            raise TooLateError(f"wanted one decision of {decision.approver}, found an earlier one, which stays")
+        text, short = "request %s of %s was %s by %s", case.kept.digest[:16]
+        who = {"request": short, "requester": decision.approver}
+        log.info(text, short, case.bundle.node, decision.verdict, decision.approver, extra=who)
+        found = self._signing.standing(case.kept, case.bundle)
+        if found.refused is not None:
+            self._memory.move(case.kept.id, "refused", before=["undecided"])
+        elif len(found.approved) >= self.rules.count:
+            self._memory.move(case.kept.id, "approved", before=["undecided"])
+        self._decided()
+        return self.case(case.kept.digest)
+
+
+# --- for programs -----------------------------------------------------------------------------------------------------
+
+
+def listed(case: Case, rules: approval.ApprovalRules) -> dict[str, Any]:
+    """A request in a list, as JSON."""
+    return {
+        "digest": case.kept.digest,
+        "node": case.bundle.node,
+        "cluster": case.bundle.cluster,
+        "received": rfc3339(case.kept.received),
+        "state": case.kept.state,
+        "approvals": f"{len(case.standing.approved)} of {rules.count}",
+        "certificates": [{"name": one.name, "means": case.sentence(one)} for one in case.bundle.requests],
+    }
+
+
+def shown(case: Case, rules: approval.ApprovalRules, cas: Mapping[str, tuple[x509.Certificate, ...]]) -> dict[str, Any]:
+    """A request whole, as JSON: with its bundle, from which the reader computes everything anew."""
+    decisions = [*case.standing.approved, *([case.standing.refused] if case.standing.refused else [])]
+    return {
+        **listed(case, rules),
+        "bundle": json.loads(case.kept.bundle),
+        "differs": {one.name: list(differences(one)) for one in case.bundle.requests},
+        "policy": {name: list(one.problems) for name, one in case.verdicts.items()},
+        "cas": {name: pem(*some).decode() for name, some in cas.items()},
+        "decisions": [
+            {"approver": one.approver, "verdict": one.verdict, "reason": one.reason, "decided": rfc3339(one.decided)}
+            | {"evidence": one.evidence}
+            for one in decisions
+        ],
+    }
+
+
+class Api:
+    """The addresses below /v1/approvals."""
+
+    def __init__(self, approvals: Approvals, cas: Callable[[], Mapping[str, tuple[x509.Certificate, ...]]]) -> None:
+        """`cas` are those behind the door, for the reader to compare with."""
+        self._approvals = approvals
+        self._cas = cas
+
+    def __call__(self, environ: Mapping[str, Any]) -> Reply:
+        """The answer."""
+        match = _PATH.fullmatch(environ["PATH_INFO"])
+        if match is None:
+            return Reply.error(HTTPStatus.NOT_FOUND, "wanted /v1/approvals, or a request's digest below it")
+        method, asked = environ["REQUEST_METHOD"], match[1]
+        allowed = "GET" if asked is None else "GET, POST"
+        if method not in allowed.split(", "):
+            return Reply.error(HTTPStatus.METHOD_NOT_ALLOWED, f"wanted {allowed}", allow=allowed)
+        try:
+            person = self._approvals.person(environ)
+            rules = self._approvals.rules
+            if asked is None:
+                found = [listed(one, rules) for one in self._approvals.waiting()]
+                return Reply.of(HTTPStatus.OK, {"approver": person.name, "requests": found})
+            case = self._approvals.case(asked) if method == "GET" else self._post(environ, person, asked)
+            return Reply.of(HTTPStatus.OK, {"approver": person.name, **shown(case, rules, self._cas())})
+        except NotDecidedError as e:
+            return Reply.error(e.status, e)
+
+    def _post(self, environ: Mapping[str, Any], person: Person, asked: str) -> Case:
+        if str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip() != "application/json":
+            raise NotDecidedError("wanted Content-Type: application/json, found another one", hint="")
+        verdict, reason, signature = read_decision(environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)))
+        return self._approvals.decide(person, asked, verdict, reason, signature)
+
+
+def read_decision(data: bytes) -> tuple[Verdict, str, bytes]:
+    """Verdict, reason and signature of a decision in JSON (NotDecidedError: it is none)."""
+    wanted = "wanted JSON with verdict, reason and signature"
+    try:
+        document = json_of(data)
+    except (ValueError, OverBudgetError) as e:
+        raise NotDecidedError(f"{wanted}, found: {one_line(e)}") from None
+    if not isinstance(document, dict) or set(document) != {"verdict", "reason", "signature"}:
+        raise NotDecidedError(f"{wanted}, found another document")
+    verdict, reason, signature = (document[key] for key in ("verdict", "reason", "signature"))
+    if verdict not in ("approved", "refused") or not isinstance(reason, str) or not isinstance(signature, str):
+        raise NotDecidedError(f"{wanted}, found other values")
+    try:
+        return verdict, reason, b64decode(signature, validate=True)
+    except ValueError:
+        raise NotDecidedError(f"{wanted}, found a signature that is no base64") from None

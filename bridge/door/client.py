@@ -1,0 +1,179 @@
+"""
+The door's approvals from the side of the person who decides: by HTTPS, with that person's certificate and key.
+
+What the door sends is read as a courier's bundle is: the digest is computed anew, and the signature is over that one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+
+from bridge.desk import approval
+from bridge.desk.approval import Decision, Verdict
+from bridge.desk.files import load_signing_key
+from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.pki.budget import OverBudgetError, of_server
+from bridge.pki.bundle import RequestBundle
+from bridge.pki.bundle_format import describe, digest, loads_request
+from bridge.pki.certificates import has_key_of, load_pem_certificates
+from bridge.settings.tables import ApproverSettings
+from bridge.system.http import Answer, KeptConnection, Peer, context
+from bridge.system.paths import UnreadableError, read
+from bridge.words import one_line
+
+_SECONDS = 30.0
+_LONGEST = 8 << 20
+#: Enough digits of a digest that no other request can be made to have them.
+FEWEST_DIGITS, _DIGITS = 16, 64
+
+
+class DoorError(BridgeError):
+    """The door answers something else than what was wanted."""
+
+    hint = "is `approver.url` the door's own (`ca-bridge serve`), of the same version?"
+
+
+class DoorRefusedError(BridgeError):
+    """The door does not take it from this person."""
+
+    exit_code = Exit.REFUSED
+
+
+class DoorBusyError(BridgeError):
+    """The door can't answer now."""
+
+    exit_code = Exit.UNAVAILABLE
+    hint = "try again later"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A request as the door sent it, its bundle read and its digest computed here."""
+
+    bundle: RequestBundle
+    digest: str
+    document: Mapping[str, Any]  #: The door's words; printed with `printable` alone.
+    cas: Mapping[str, list[x509.Certificate]]  #: As the door says.
+
+    def text(self, now: datetime) -> str:
+        """All that a person must know."""
+        return describe(self.bundle, now, self.cas)
+
+
+class Reviewer:
+    """A person at work; one connection."""
+
+    def __init__(self, settings: ApproverSettings, now: datetime) -> None:
+        """Read the person's files (SettingsError)."""
+        missing = [key for key in ("url", "ca_file", "certificate", "key") if not getattr(settings, key)]
+        if settings.ca_file is None or settings.certificate is None or settings.key is None or missing:
+            problems = [SettingsProblem(f"approver.{key}", "it, for the person who decides", "none") for key in missing]
+            raise SettingsError(problems, hint="`ca-bridge help approvals` has an example")
+        self._key: PrivateKeyTypes = load_signing_key(settings.key, "approver.key", "decisions")
+        data, key = _read(settings.certificate, "certificate"), _read(settings.key, "key")
+        try:
+            self._leaf = load_pem_certificates(data)[0]
+        except ValueError as e:
+            found = f"{settings.certificate}: {e}"
+            raise SettingsError([SettingsProblem("approver.certificate", "a certificate in PEM", found)]) from None
+        if not has_key_of(key, self._leaf):
+            problem = SettingsProblem("approver.key", f"the key of {settings.certificate}", "another one", settings.key)
+            raise SettingsError([problem])
+        anchors = _read(settings.ca_file, "ca_file")
+        peer = Peer.of(settings.url.rstrip("/"), lambda: context(anchors, data, key), alert_seconds=2)
+        self._http = KeptConnection(peer)
+        self._now = now
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._http.close()
+
+    def waiting(self) -> Mapping[str, Any]:
+        """What waits: `approver` and `requests`, in the door's words."""
+        found = self._ask("GET", "/v1/approvals")
+        requests = found.get("requests")
+        if not isinstance(requests, list) or not all(isinstance(one, dict) for one in requests):
+            raise DoorError("the door: wanted a list of requests, found something else")
+        return found
+
+    def show(self, start: str) -> Shown:
+        """The request whose digest begins so (DoorError: the door sent another one)."""
+        asked = start if re.fullmatch(f"[0-9a-f]{{{_DIGITS}}}", start) else self._whole(start)
+        return self._shown(self._ask("GET", f"/v1/approvals/{asked}"), asked)
+
+    def decide(self, shown: Shown, verdict: Verdict, reason: str) -> Shown:
+        """Sign a decision about what was shown, and send it (DoorRefusedError: it does not count)."""
+        decision = Decision(
+            approver="", verdict=verdict, reason=reason.strip(), decided=self._now, certificate=self._leaf,
+            evidence="signature", proof=b"",
+        )  # fmt: skip
+        signature = b64encode(approval.sign(decision, shown.digest, self._key)).decode()
+        body = {"verdict": verdict, "reason": decision.reason, "signature": signature}
+        return self._shown(self._ask("POST", f"/v1/approvals/{shown.digest}", body), shown.digest)
+
+    def _whole(self, start: str) -> str:
+        found = [one.get("digest") for one in self.waiting()["requests"]]
+        fitting = [one for one in found if isinstance(one, str) and one.startswith(start)]
+        if len(fitting) != 1 or len(start) < FEWEST_DIGITS:
+            wanted = f"{FEWEST_DIGITS} or more digits of one request that waits, or all {_DIGITS}"
+            problem = SettingsProblem("DIGEST", wanted, one_line(start, 100))
+            raise SettingsError([problem], hint="`ca-bridge approvals list` has them")
+        return fitting[0]
+
+    def _shown(self, document: Mapping[str, Any], asked: str) -> Shown:
+        try:
+            bundle = loads_request(json.dumps(document.get("bundle")).encode())
+        except BridgeError as e:
+            raise DoorError(f"the door: wanted the request bundle, found: {e}") from None
+        if digest(bundle) != asked:
+            raise DoorError(f"the door: wanted request {asked[:16]}, found {digest(bundle)[:16]}")
+        cas = document.get("cas")
+        found: dict[str, list[x509.Certificate]] = {}
+        for name, text in (cas if isinstance(cas, dict) else {}).items():
+            try:
+                found[name] = load_pem_certificates(str(text).encode())
+            except ValueError as e:
+                raise DoorError(f"the door: wanted CA certificates, found: {one_line(e)}") from None
+        return Shown(bundle=bundle, digest=asked, document=document, cas=found)
+
+    def _ask(self, method: str, target: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+        headers = {"Accept": "application/json"} | ({"Content-Type": "application/json"} if body is not None else {})
+        data = None if body is None else json.dumps(body).encode()
+        answer = self._http.ask(method, target, headers, data, seconds=_SECONDS, longest=_LONGEST)
+        try:
+            document = of_server(answer.body)
+        except (ValueError, OverBudgetError):
+            document = None
+        if not isinstance(document, dict):
+            raise DoorError(f"the door: HTTP {answer.status}, wanted a JSON object, found something else")
+        if answer.status != HTTPStatus.OK:
+            raise _error(answer, document)
+        return document
+
+
+def _error(answer: Answer, document: Mapping[str, Any]) -> BridgeError:
+    kind = DoorBusyError if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR else DoorRefusedError
+    hint = document.get("hint")
+    text = f"the door: {one_line(document.get('error', f'HTTP {answer.status}'), 2000)}"
+    return kind(text, hint=one_line(hint, 500) if isinstance(hint, str) else None)
+
+
+def _read(path: Path, key: str) -> bytes:
+    try:
+        data = read(path)
+    except UnreadableError as e:
+        raise SettingsError([SettingsProblem(f"approver.{key}", "a file in PEM", str(e), path)]) from None
+    if data is None:
+        raise SettingsError([SettingsProblem(f"approver.{key}", "a file in PEM", "none", path)])
+    return data

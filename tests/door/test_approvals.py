@@ -1,0 +1,367 @@
+"""People who decide at the door, run as it is: `ca-bridge approvals` and its addresses, `openssl ca` behind it."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from bridge.contract import Issued
+from bridge.desk import approval
+from bridge.desk.approval import Decision, Verdict
+from bridge.door.store import DECISIONS, REQUESTS, sqlite_url
+from bridge.errors import Exit
+from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle
+from bridge.pki.bundle_format import digest, dumps, loads_answer, short_fingerprint
+from bridge.pki.csr import PrivateKey
+from bridge.system.waiting import wait_until
+from tests.kit.bundles import make_bundle, old_pairs
+from tests.kit.desks import POLICY, make_desk
+from tests.kit.issuing import Signer
+from tests.kit.people import APPROVALS, Team, make_team
+from tests.kit.pki import Pki, handmade_pki
+from tests.kit.serving import Answer, ServeProgram, running
+
+Pairs = dict[str, tuple[x509.Certificate, PrivateKey]]
+_PATIENCE = timedelta(minutes=2)
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return handmade_pki(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture(scope="module")
+def pairs(pki: Pki) -> Pairs:
+    return old_pairs(pki, ["apiserver", "etcd-server", "super-admin.conf", "front-proxy-client"])
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[Team]:
+    """A door at work, for tests whose requests are their own."""
+    one = make_team(tmp_path_factory.mktemp("team"), pki)
+    with running(one.door):
+        yield one
+
+
+@pytest.fixture
+def own(tmp_path: Path, pki: Pki) -> Team:
+    """A door for one test, not started."""
+    return make_team(tmp_path, pki)
+
+
+@pytest.fixture
+def bundle(pairs: Pairs) -> RequestBundle:
+    return make_bundle({"apiserver": pairs["apiserver"]})
+
+
+def place_of(answer: Answer) -> str:
+    assert answer.status == 202, answer.body
+    return answer.headers["location"]
+
+
+def in_state(door: ServeProgram, place: str, state: str) -> None:
+    """Wait until a request is in this state."""
+    wait_until(lambda: _state(door.ask("GET", place)), lambda one: one == state, _PATIENCE, pause_seconds=0.1)
+
+
+def _state(answer: Answer) -> str:
+    return "answered" if answer.status == 200 else str(answer.document["state"])
+
+
+def brought(door: ServeProgram, bundle: RequestBundle) -> str:
+    """The place of a request that waits for people."""
+    place = place_of(door.post(dumps(bundle)))
+    in_state(door, place, "undecided")
+    return place
+
+
+def awaited(door: ServeProgram, place: str) -> AnswerBundle:
+    in_state(door, place, "answered")
+    return loads_answer(door.ask("GET", place).body)
+
+
+def signed(
+    agent: Mapping[str, Path],
+    asked: str,
+    verdict: Verdict = "approved",
+    reason: str = "",
+    by: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """A decision as a person's program sends it, signed with the key of `by`."""
+    leaf = x509.load_pem_x509_certificate(agent["client_cert"].read_bytes())
+    key = load_pem_private_key((by or agent)["client_key"].read_bytes(), None)
+    decision = Decision(
+        approver="", verdict=verdict, reason=reason, decided=datetime.now(UTC), certificate=leaf,
+        evidence="signature", proof=b"",
+    )  # fmt: skip
+    return {"verdict": verdict, "reason": reason, "signature": b64encode(approval.sign(decision, asked, key)).decode()}
+
+
+def decide(team: Team, agent: Mapping[str, Path], bundle: RequestBundle, body: Mapping[str, Any]) -> Answer:
+    return team.ask(agent, "POST", f"/v1/approvals/{digest(bundle)}", dict(body))
+
+
+# --- deciding ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_waits_until_a_person_approves_it(own: Team, bundle: RequestBundle) -> None:
+    """Nothing is signed before; afterwards the certificate is there, and the record has the signature."""
+    alice = own.agent("alice")
+    with running(own.door):
+        place = brought(own.door, bundle)
+        before = len(own.desk.issued())
+        listed = own.run(alice, "list")
+        shown = own.run(alice, "show", digest(bundle)[:16])
+        run = own.run(alice, "approve", digest(bundle)[:16], "--reason", "change 4711")
+        answer = awaited(own.door, place)
+
+    assert before == 0
+    assert "this gives cp-1 the API server's certificate, as before, for 365d" in " ".join(listed.stdout.split())
+    assert short_fingerprint(bundle) in shown.stdout
+    assert run.returncode == Exit.DONE, run.stderr
+    assert isinstance(answer.answers["apiserver"], Issued)
+    assert "approved by alice (signed)" in answer.signer
+    [line] = [json.loads(one) for one in _audit(own) if '"approved"' in one]
+    assert (line["approver"], line["reason"], line["evidence"]) == ("alice", "change 4711", "signature")
+    assert digest(bundle) in line["result"]
+    assert own.desk.run("audit", "verify").returncode == 0
+
+
+def _audit(team: Team) -> list[str]:
+    return (team.desk.state / "audit.jsonl").read_text().splitlines()
+
+
+def test_a_person_refuses(team: Team, bundle: RequestBundle) -> None:
+    """The node gets an answer with the reason and the name; a refusal without a reason is none."""
+    bob = team.agent("bob")
+    place = brought(team.door, bundle)
+    without = decide(team, bob, bundle, signed(bob, digest(bundle), "refused", ""))
+    run = team.run(bob, "refuse", digest(bundle), "--reason", "nobody rang")
+    answer = awaited(team.door, place).answers["apiserver"]
+
+    assert without.status == 403
+    assert run.returncode == Exit.DONE, run.stderr
+    assert answer == Refusal(reason="not approved: nobody rang (bob)")
+
+
+def test_the_whole_bundle_waits(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
+    """One certificate that needs an approval holds the others of its bundle; a bundle without one is signed at once."""
+    policy = POLICY + '\n[approvals]\napprovers = ["alice"]\n[certificate."super-admin.conf"]\napproval = "required"\n'
+    team = make_team(tmp_path, pki, policy)
+    alice = team.agent("alice")
+    both = make_bundle({name: pairs[name] for name in ("super-admin.conf", "front-proxy-client")})
+    with running(team.door):
+        place = brought(team.door, both)
+        other = awaited(team.door, place_of(team.door.post(dumps(make_bundle({"apiserver": pairs["apiserver"]})))))
+        before = len(team.desk.issued())
+        team.run(alice, "approve", digest(both))
+        answer = awaited(team.door, place)
+
+    assert isinstance(other.answers["apiserver"], Issued)
+    assert before == 1
+    assert [isinstance(one, Issued) for one in answer.answers.values()] == [True, True]
+
+
+def test_two_of_a_group(tmp_path: Path, pki: Pki, bundle: RequestBundle) -> None:
+    """One approval is not enough, and the same person's second one is none."""
+    team = make_team(tmp_path, pki, APPROVALS + "count = 2\n")
+    alice, bob = team.agent("alice"), team.agent("bob")
+    with running(team.door):
+        place = brought(team.door, bundle)
+        first = team.run(alice, "approve", digest(bundle))
+        again = team.run(alice, "approve", digest(bundle))
+        state = _state(team.door.ask("GET", place))
+        second = team.run(bob, "approve", digest(bundle))
+        answer = awaited(team.door, place)
+
+    assert "1 of 2" in first.stdout
+    assert again.returncode == Exit.REFUSED
+    assert state == "undecided"
+    assert second.returncode == Exit.DONE, second.stderr
+    assert "approved by alice (signed), bob (signed)" in answer.signer
+
+
+def test_the_policy_is_asked_again_after_the_approval(own: Team, bundle: RequestBundle) -> None:
+    """A policy that was tightened in between refuses what a person has approved."""
+    alice = own.agent("alice")
+    with running(own.door):
+        place = brought(own.door, bundle)
+        own.desk.policy.write_text(own.desk.policy.read_text().replace('nodes = ["cp-*"]', 'nodes = ["cp-9"]'))
+        run = own.run(alice, "approve", digest(bundle))
+        answer = awaited(own.door, place).answers["apiserver"]
+
+    assert run.returncode == Exit.DONE, run.stderr
+    assert isinstance(answer, Refusal)
+    assert "cp-9" in answer.reason
+    assert own.desk.issued() == []
+
+
+# --- rows that no person has written ----------------------------------------------------------------------------------
+
+
+def rows(own: Team, bundle: RequestBundle, **values: Any) -> None:
+    """Write a decision into the database, and say there that the request is approved."""
+    engine = sa.create_engine(sqlite_url(own.desk.state / "door.db"))
+    with engine.begin() as connection:
+        request = connection.execute(sa.select(REQUESTS.c.id).where(REQUESTS.c.digest == digest(bundle))).scalar_one()
+        row = {"request": request, "verdict": "approved", "reason": "", "decided": datetime.now(UTC), **values}
+        connection.execute(DECISIONS.insert().values(**row))
+        connection.execute(REQUESTS.update().where(REQUESTS.c.id == request).values(state="approved"))
+    engine.dispose()
+
+
+@pytest.mark.parametrize("kind", ["nothing", "another key", "another digest", "the door's word", "another CA"])
+def test_a_row_in_the_database_approves_nothing(own: Team, bundle: RequestBundle, pairs: Pairs, kind: str) -> None:
+    """Whoever can write there still lacks the person's key and the door's secret; the true decision counts."""
+    alice, mallory = own.agent("alice"), own.agent("mallory")
+    begin = datetime.now(UTC) - timedelta(days=1)
+    false = own.agent("alice-2", signer=Signer.make("security-team", begin=begin, end=begin + timedelta(days=3)))
+    false["client_cert"].write_bytes(false["client_cert"].read_bytes())
+    other = digest(make_bundle({"apiserver": pairs["apiserver"]}))
+    bodies = {
+        "another key": signed(alice, digest(bundle), by=mallory),
+        "another digest": signed(alice, other),
+        "another CA": signed(false, digest(bundle)),
+        "the door's word": {"signature": b64encode(b"x" * 32).decode()},
+    }
+    evidence = None
+    if kind != "nothing":
+        agent = false if kind == "another CA" else alice
+        document = {
+            "kind": "door" if kind == "the door's word" else "signature",
+            "certificate": agent["client_cert"].read_text(),
+            "proof": bodies[kind]["signature"],
+        }
+        evidence = json.dumps(document).encode()
+    with running(own.door):
+        place = brought(own.door, bundle)
+        rows(own, bundle, approver="alice", signature=evidence)
+        wait_until(lambda: any("does not count" in one for one in own.door.said), bool, _PATIENCE, pause_seconds=0.1)
+        in_state(own.door, place, "undecided")
+        before = len(own.desk.issued())
+        run = own.run(alice, "approve", digest(bundle))
+        answer = awaited(own.door, place)
+
+    assert before == 0
+    assert run.returncode == Exit.DONE, run.stderr
+    assert isinstance(answer.answers["apiserver"], Issued)
+
+
+# --- who is no approver -----------------------------------------------------------------------------------------------
+
+
+def test_who_may_not_decide(team: Team, pki: Pki, bundle: RequestBundle) -> None:
+    """No certificate, a node's, an unlisted person's: nothing is shown and nothing decided; a listed person may."""
+    brought(team.door, bundle)
+    node = Signer.load(*(path.read_bytes() for path in pki.ca_files("ca")))
+    agents = {"none": None, "node": team.agent("alice-node", signer=node), "unlisted": team.agent("mallory")}
+    found = {
+        name: [
+            team.ask(agent, "GET", "/v1/approvals").status,
+            team.ask(agent, "GET", f"/v1/approvals/{digest(bundle)}").status,
+        ]
+        for name, agent in agents.items()
+    }
+    posts = [decide(team, agents["unlisted"] or {}, bundle, signed(agents["unlisted"] or {}, digest(bundle))).status]
+
+    assert set(map(tuple, found.values())) == {(403, 403)}
+    assert posts == [403]
+    assert team.ask(team.agent("alice"), "GET", "/v1/approvals").status == 200
+
+
+def test_who_brings_a_request_does_not_decide_about_it(team: Team, bundle: RequestBundle) -> None:
+    """A person whose certificate came with the request is refused; another one is not."""
+    alice, bob = team.agent("alice"), team.agent("bob")
+    place = place_of(team.ask(alice, "POST", "/v1/requests", dumps(bundle), Content_Type="application/json"))
+    in_state(team.door, place, "undecided")
+    mine = decide(team, alice, bundle, signed(alice, digest(bundle)))
+    theirs = decide(team, bob, bundle, signed(bob, digest(bundle)))
+
+    assert mine.status == 403
+    assert "another person" in mine.document["error"]
+    assert theirs.status == 200
+    awaited(team.door, place)
+
+
+@pytest.mark.parametrize(
+    "kind", ["another digest", "another person", "another verdict", "another reason", "no signature"]
+)
+def test_a_signature_is_for_one_decision(team: Team, bundle: RequestBundle, pairs: Pairs, kind: str) -> None:
+    """What was signed for another request, person, verdict or reason is refused; the true one is taken."""
+    alice, bob = team.agent("alice"), team.agent("bob")
+    other = make_bundle({"apiserver": pairs["apiserver"]})
+    place = brought(team.door, bundle)
+    good = signed(alice, digest(bundle))
+    bad = {
+        "another digest": signed(alice, digest(other)),
+        "another person": signed(bob, digest(bundle)),
+        "another verdict": {**signed(alice, digest(bundle), "refused", "no"), "verdict": "approved"},
+        "another reason": {**good, "reason": "all is well"},
+        "no signature": {**good, "signature": ""},
+    }[kind]
+
+    assert decide(team, alice, bundle, bad).status == 403
+    assert decide(team, alice, bundle, good).status == 200
+    assert decide(team, alice, bundle, good).status == 409  # a replay
+    awaited(team.door, place)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"[]", b"{}", b'{"verdict": "approved"}', b"[" * 100000, b'{"verdict": 1, "reason": "", "signature": ""}',
+        json.dumps({"verdict": "approved' OR 1=1 --", "reason": "", "signature": ""}).encode(),
+        json.dumps({"verdict": "approved", "reason": "a\nb", "signature": "QQ=="}).encode(),
+        json.dumps({"verdict": "approved", "reason": "a" * 501, "signature": "QQ=="}).encode(),
+    ],
+)  # fmt: skip
+def test_what_is_no_decision_decides_nothing(team: Team, bundle: RequestBundle, body: bytes) -> None:
+    """Broken and hostile documents are refused with a sentence, and the request goes on waiting."""
+    alice = team.agent("alice")
+    place = brought(team.door, bundle)
+    path = f"/v1/approvals/{digest(bundle)}"
+    answer = team.ask(alice, "POST", path, body, Content_Type="application/json")
+    plain = team.ask(alice, "POST", path, json.dumps(signed(alice, digest(bundle))).encode(), Content_Type="text/plain")
+
+    assert (answer.status, plain.status) == (403, 403)
+    assert "wanted" in answer.document["error"]
+    assert _state(team.door.ask("GET", place)) == "undecided"
+    assert decide(team, alice, bundle, signed(alice, digest(bundle))).status == 200
+
+
+def test_an_unknown_request(team: Team) -> None:
+    """A digest that there is not, and a short one, name nothing."""
+    alice = team.agent("alice")
+
+    assert team.ask(alice, "GET", f"/v1/approvals/{'0' * 64}").status == 404
+    assert team.ask(alice, "GET", "/v1/approvals/x").status == 404
+    assert team.ask(alice, "DELETE", "/v1/approvals").status == 405
+    assert team.run(alice, "show", "0" * 16).returncode == Exit.USAGE
+
+
+# --- at the desk's terminal -------------------------------------------------------------------------------------------
+
+
+def test_sign_asks_for_the_same_approval(tmp_path: Path, pki: Pki, bundle: RequestBundle) -> None:
+    """Without `--approve` the bundle waits, and nothing is signed; where no approval is needed it is signed."""
+    desk = make_desk(tmp_path / "desk", pki, policy=APPROVALS)
+    path = tmp_path / "one.request.json"
+    path.write_bytes(dumps(bundle))
+    run = desk.run("sign", path, "-o", tmp_path / "one.answer.json")
+    before = len(desk.issued())
+    desk.policy.write_text(POLICY)
+    after = desk.run("sign", path, "-o", tmp_path / "one.answer.json")
+
+    assert run.returncode == Exit.WAITING
+    assert "wanted an approval by 1 of alice, bob" in " ".join(run.stderr.split())
+    assert before == 0
+    assert after.returncode == Exit.DONE, after.stderr
