@@ -31,7 +31,7 @@ from bridge.door.signing import Signing
 from bridge.door.store import Kept, Memory
 from bridge.errors import BridgeError, Exit
 from bridge.pki.budget import OverBudgetError, json_of
-from bridge.pki.bundle import BundledRequest, RequestBundle
+from bridge.pki.bundle import BundledRequest, BundleError, RequestBundle
 from bridge.pki.bundle_format import loads_request
 from bridge.pki.certificates import UNREADABLE, pem
 from bridge.pki.expiry import rfc3339
@@ -126,7 +126,13 @@ class Approvals:
 
     def waiting(self) -> list[Case]:
         """What people have to decide about, the oldest first."""
-        return [self._case(one) for one in self._memory.in_state("undecided")[:MOST]]
+        found = []
+        for one in self._memory.in_state("undecided")[:MOST]:
+            try:
+                found.append(self._case(one))
+            except UnknownError as e:  # one that can't be read keeps no other from being decided about
+                log.error("request %s: %s", one.digest[:16], e)  # noqa: TRY400
+        return found
 
     def case(self, digest: str) -> Case:
         """The request with this digest, in whatever state (UnknownError)."""
@@ -136,7 +142,13 @@ class Approvals:
         return self._case(kept)
 
     def _case(self, kept: Kept) -> Case:
-        bundle = loads_request(kept.bundle)
+        try:
+            bundle = loads_request(kept.bundle)
+        except BundleError:
+            text = "wanted a request whose bundle is still here, found one whose bundle was put away after its answer"
+            raise UnknownError(
+                text, hint="the audit log at the door's host has who decided, and the evidence"
+            ) from None
         return Case(
             kept=kept,
             bundle=bundle,

@@ -41,6 +41,7 @@ from bridge.pki.csr import PrivateKey, signature_hash
 from bridge.pki.verify import Expectation, check
 from bridge.settings.load import load
 from bridge.specs import AUTHORITIES, SPECS
+from bridge.state import audit
 from bridge.system import paths
 from bridge.system.locks import lock
 from tests.kit import approval, cfssl, opensslca, programs
@@ -951,6 +952,30 @@ def test_a_person_below_su_can_approve(desk_: Desk, pairs: Pairs) -> None:
     assert run.returncode == 0, run.stderr
     assert "sign apiserver?" in run.stderr
     assert len(desk_.issued()) == 1
+
+
+def test_a_person_at_the_terminal_is_one_approver(desk_: Desk, pairs: Pairs) -> None:
+    """Where the policy wants an approval, a listed login's yes is one of them; another login's, or one of two, is not enough."""
+    put(desk_, make_bundle(some(pairs, "apiserver")))
+    policy = desk_.policy.read_text().replace("[allow]", '[allow]\napproval = "required"')
+    found = {}
+    for rules in (
+        '["alice"]',
+        f'["{_login()}", "alice"]\ncount = 2',
+        f'["{_login()}"]\nevidence = "signature"',
+        f'["{_login()}"]',
+    ):
+        desk_.policy.write_text(f"{policy}\n[approvals]\napprovers = {rules}\n")
+        code, _ = _at_a_terminal(desk_, ["yes"], "sign", desk_.inbox, "-o", desk_.outbox, "--approve")
+        found[rules] = (code, len(desk_.issued()))
+
+    assert [*found.values()] == [(Exit.WAITING, 0)] * 3 + [(Exit.DONE, 1)]
+
+
+def _login() -> str:
+    """The name that the desk has for who is at the terminal."""
+    doer = audit.who()
+    return doer.get("login") or os.environ.get("SUDO_USER") or doer["user"]
 
 
 def test_a_person_says_no(desk_: Desk, pairs: Pairs) -> None:

@@ -348,6 +348,24 @@ def test_an_unknown_request(team: Team) -> None:
     assert team.run(alice, "show", "0" * 16).returncode == Exit.USAGE
 
 
+def test_a_request_whose_bundle_was_put_away(team: Team, bundle: RequestBundle) -> None:
+    """The record still names it, and its page says where the evidence is; before it was there."""
+    alice = team.agent("alice")
+    place = brought(team.door, bundle)
+    decide(team, alice, bundle, signed(alice, digest(bundle)))
+    awaited(team.door, place)
+    paths = [f"/v1/approvals/{digest(bundle)}", f"/approvals/{digest(bundle)}"]
+    before = [team.ask(alice, "GET", path).status for path in paths]
+    engine = sa.create_engine(sqlite_url(team.desk.state / "door.db"))
+    with engine.begin() as connection:
+        connection.execute(REQUESTS.update().where(REQUESTS.c.digest == digest(bundle)).values(bundle=b"", answer=None))
+    engine.dispose()
+
+    assert before == [200, 200]
+    assert [team.ask(alice, "GET", path).status for path in paths] == [404, 404]
+    assert digest(bundle)[:16].encode() in team.ask(alice, "GET", f"/approvals/record?q={digest(bundle)}").body
+
+
 # --- at the desk's terminal -------------------------------------------------------------------------------------------
 
 

@@ -202,7 +202,7 @@ def test_no_page_can_be_framed_or_loads_anything(team: Team, bundle: RequestBund
         )
         assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
         assert page.headers["x-frame-options"] == "DENY"
-        assert page.headers["referrer-policy"] == "no-referrer"
+        assert page.headers["referrer-policy"] == "same-origin"
         assert page.headers["cache-control"] == "no-store"
         assert not re.search(rb"<script|<style|style=|javascript:|\son\w+=", page.body)
 
