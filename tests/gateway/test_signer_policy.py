@@ -243,6 +243,11 @@ def test_signers_of_a_policy() -> None:
         ('[signer."a.example/apiserver".grant.x]\nusers = ["x"]\nsubjects = ["CN=x"]', "certificate"),
         (f'[signer."{CLIENT_KUBELET}"]\nbootstrap_groups = ["system:authenticated"]', "bootstrap tokens"),
         (f'[signer."{SERVING}"]\nunknown = 1', "unknown"),
+        (
+            '[approvals]\napprovers = ["alice"]\n[certificate.kubelet-server]\napproval = "required"',
+            "in the table of the .signer., since no desk decides about it here",
+        ),
+        ('[certificate."super-admin.conf"]\napproval = "required"', "people who decide"),
     ],
 )
 def test_what_a_policy_may_not_say(table: str, wanted: str) -> None:
