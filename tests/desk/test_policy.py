@@ -743,7 +743,8 @@ def test_the_example_is_a_policy() -> None:
     assert policy.certificates == {}
     defaults = replace(policy.allow, names=commented.allow.names)
     assert replace(commented.allow) == defaults
-    assert commented.certificates.keys() == {"apiserver", "admin.conf", "kubelet-server", "kubelet.conf", "registry"}
+    kubeadms = {"apiserver", "admin.conf", "super-admin.conf", "kubelet-server", "kubelet.conf"}
+    assert commented.certificates.keys() == {*kubeadms, "registry"}
     assert commented.desk.inventory is not None
     assert (commented.est["registry"].clients, commented.est["registry"].validity) == (
         ("O=agents,CN={node}",),

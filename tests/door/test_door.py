@@ -448,7 +448,8 @@ def test_a_half_closed_client_keeps_no_connection(common: ServeProgram) -> None:
         plain = socket.create_connection(("127.0.0.1", common.port), timeout=60)
         with plain, common.context().wrap_socket(plain, server_hostname="127.0.0.1") as client:
             client.sendall(cut)
-            client.unwrap() if not cut else socket.socket.shutdown(client, socket.SHUT_WR)
+            with contextlib.suppress(ssl.SSLEOFError):  # the door may close its end without a word
+                client.unwrap() if not cut else socket.socket.shutdown(client, socket.SHUT_WR)
     seen = wait_until(lambda: connections(common), lambda one: one["open"] == 1, _PATIENCE, pause_seconds=0.1)
 
     assert seen["open"] == 1  # the one that asks

@@ -43,6 +43,8 @@ TESTS = {
     "bridge/pki/signatures.py": ("tests/pki/test_signatures.py", *_BUNDLE),
     "bridge/pki/csr_fields.py": ("tests/pki/test_csr_fields.py", "tests/gateway/test_signer_policy.py"),
     "bridge/pki/bundle_format.py": _BUNDLE,
+    "bridge/pki/est_messages.py": ("tests/door/test_est.py",),
+    "bridge/pki/enrolment.py": ("tests/door/test_enrolments.py",),
     "bridge/pki/budget.py": ("tests/pki/test_budget.py",),
     "bridge/pki/expiry.py": ("tests/pki/test_expiry.py",),
     "bridge/pki/kubeadm_names.py": ("tests/pki/test_kubeadm_names.py",),
