@@ -62,15 +62,17 @@ def in_share() -> dict[str, bytes]:
 
 
 def test_holds_the_program_and_its_data_and_nothing_else(wheel: Path) -> None:
-    """Two packages, what belongs below `share/`, and the metadata; byte for byte what is in the tree."""
+    """Two packages with the door's pages, what belongs below `share/`, and the metadata; byte for byte what is in the tree."""
     data = f"{NAME.replace('-', '_')}-{metadata.version(NAME)}.data/data"
     shared = {f"{data}/{path}": content for path, content in in_share().items()}
-    expected = tree(ROOT / "bridge", "*.py") | tree(ROOT / "backends", "*.py") | shared
+    pages = tree(ROOT / "bridge/door/templates", "*")
+    expected = tree(ROOT / "bridge", "*.py") | tree(ROOT / "backends", "*.py") | pages | shared
 
     found = contents(wheel)
     information = {path for path in found if ".dist-info/" in path}
 
-    assert {path: found[path] for path in found.keys() - information} == expected
+    assert found.keys() - information == expected.keys()
+    assert [path for path, content in expected.items() if found[path] != content] == []
     assert {PurePosixPath(path).parts[0] for path in expected} == {"bridge", "backends", data.partition("/")[0]}
     assert {path.partition("/")[2] for path in information} == {
         *("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
