@@ -386,12 +386,23 @@ def test_silent_clients_keep_no_others_out(desk: Desk) -> None:
                 stack.enter_context(socket.create_connection(("127.0.0.1", door.port)))
             wanted = {"open": 6, "turned_away": 0, "working": 1}
             seen = wait_until(lambda: connections(door), lambda one: one == wanted, _PATIENCE, pause_seconds=0.1)
-            for _ in range(8):
-                stack.enter_context(socket.create_connection(("127.0.0.1", door.port)))
+            late = [stack.enter_context(socket.create_connection(("127.0.0.1", door.port))) for _ in range(8)]
+            wait_until(lambda: any(map(is_closed, late)), bool, _PATIENCE, pause_seconds=0.1)
         over = wait_until(lambda: connections(door), lambda one: one["turned_away"] > 0, _PATIENCE, pause_seconds=0.1)
 
     assert seen == wanted
     assert over["turned_away"] > 0
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Whether the other side has ended the connection, on which nothing was sent."""
+    client.setblocking(False)
+    try:
+        return not client.recv(1)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def connections(door: ServeProgram) -> dict[str, int]:
