@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge import monitoring
 from bridge.cli.options import (
@@ -39,6 +37,7 @@ from bridge.cli.printing import (
 from bridge.cli.results import grouped, report
 from bridge.errors import BridgeError, Exit
 from bridge.pki import bundle_format
+from bridge.pki.certificates import csr_fingerprint
 from bridge.pki.display import fingerprint_text
 from bridge.pki.expiry import residual, rfc3339, seconds_left
 from bridge.renewal import airgap
@@ -196,15 +195,11 @@ def _whereabouts(one: OpenRequest) -> str:
 def _fingerprint(one: OpenRequest) -> str:
     """The short fingerprint of the bundle in which it was carried out last; else the beginning of the CSR's SHA-256."""
     digest = one.bundles[-1] if one.bundles else one.reference
-    return fingerprint_text(digest) if _is_digest(digest) else f"{_csr_sha256(one)[:16]}…"
+    return fingerprint_text(digest) if _is_digest(digest) else f"{csr_fingerprint(one.request.csr)[:16]}…"
 
 
 def _is_digest(text: str) -> bool:
     return len(text) == 64 and all(c in "0123456789abcdef" for c in text)  # noqa: PLR2004 (SHA-256 in hex)
-
-
-def _csr_sha256(one: OpenRequest) -> str:
-    return hashlib.sha256(one.request.csr.public_bytes(Encoding.DER)).hexdigest()
 
 
 def _pending_json(one: OpenRequest, now: datetime) -> dict[str, Any]:
@@ -215,7 +210,7 @@ def _pending_json(one: OpenRequest, now: datetime) -> dict[str, Any]:
         "deadline": rfc3339(one.deadline) if one.deadline is not None else None,
         "secondsLeft": seconds_left(one.deadline, now) if one.deadline is not None else None,
         "fingerprint": _fingerprint(one),
-        "csrSha256": _csr_sha256(one),
+        "csrSha256": csr_fingerprint(one.request.csr),
         "backend": one.backend,
         "reference": one.reference,
         "note": one.note,

@@ -13,12 +13,10 @@ from base64 import b64decode, b64encode
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from hashlib import sha256
 from typing import Literal, cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
-from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from bridge.errors import SettingsProblem, WaitingError
@@ -156,6 +154,11 @@ class Standing:
     refused: Decision | None = None
     void: tuple[str, ...] = ()  #: Why others do not count.
 
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """All that count."""
+        return (*self.approved, *([self.refused] if self.refused is not None else []))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matter:
@@ -247,7 +250,7 @@ def audit_facts(decision: Decision) -> Mapping[str, str]:
         "reason": decision.reason,
         "decided": rfc3339(decision.decided),
         "evidence": decision.evidence,
-        "approverCertificateSha256": sha256(decision.certificate.public_bytes(Encoding.DER)).hexdigest(),
+        "approverCertificateSha256": fingerprint(decision.certificate),
         "proof": b64encode(decision.proof).decode(),
     }
 

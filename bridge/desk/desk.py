@@ -496,7 +496,7 @@ class Desk:
         about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"
         about += f", approved by {job.approved_by}" if job.approved_by else ""
         if job.is_complete:
-            for one in (*job.standing.approved, *([job.standing.refused] if job.standing.refused else [])):
+            for one in job.standing.decisions:
                 event = audit.APPROVED if one.verdict == "approved" else audit.NOT_APPROVED
                 record.add(event, result=f"{about}, digest {job.digest}", more=approval.audit_facts(one))
         for request in job.bundle.requests:

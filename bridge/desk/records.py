@@ -15,12 +15,11 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 
-from cryptography.hazmat.primitives.serialization import Encoding
-
 from bridge.contract import Issued, Pending, SignRequest
 from bridge.errors import BridgeError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, RequestBundle
 from bridge.pki.bundle_format import file_names, loads_answer
+from bridge.pki.certificates import csr_fingerprint
 from bridge.state.open_requests import Kind, RequestLog
 from bridge.state.store import Store
 from bridge.system.files import DIRECTORY_MODE, private_directory
@@ -103,8 +102,7 @@ class Archive:
         return [NewFile(path=new[0], data=written, links=new[1:]), done] if new else [done]
 
     def _path(self, request: BundledRequest) -> Path:
-        csr_digest = sha256(request.csr.public_bytes(Encoding.DER)).hexdigest()
-        return self._answers / f"{request.name}-{csr_digest}.json"
+        return self._answers / f"{request.name}-{csr_fingerprint(request.csr)}.json"
 
 
 #: Older entries were delivered already, or their bundle was deleted.

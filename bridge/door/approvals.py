@@ -103,7 +103,7 @@ class Approvals:
         self._decided = decided
 
     def person(self, environ: Mapping[str, Any]) -> Person:
-        """Who asks (NotDecidedError: nobody who may decide)."""
+        """Who asks (NotDecidedError: a client that may not decide)."""
         shown, trust = environ.get(PEER), self._trust()
         if shown is None:
             raise NotDecidedError("wanted a person's certificate in the handshake, found none")
@@ -189,8 +189,7 @@ class Approvals:
         return self._kept(case, decision)
 
     def _kept(self, case: Case, decision: Decision) -> Case:
-        earlier = [*case.standing.approved, *([case.standing.refused] if case.standing.refused else [])]
-        is_known = any(one.approver == decision.approver for one in earlier)
+        is_known = any(one.approver == decision.approver for one in case.standing.decisions)
         about = {"approver": decision.approver, "verdict": decision.verdict, "reason": decision.reason}
         is_kept = not is_known and self._memory.decide(
             case.kept.id, **about, evidence=decision.evidence_bytes(), now=decision.decided, again=True
@@ -227,7 +226,6 @@ def listed(case: Case, rules: approval.ApprovalRules) -> dict[str, Any]:
 
 def shown(case: Case, rules: approval.ApprovalRules, cas: Mapping[str, tuple[x509.Certificate, ...]]) -> dict[str, Any]:
     """A request whole, as JSON: with its bundle, from which the reader computes everything anew."""
-    decisions = [*case.standing.approved, *([case.standing.refused] if case.standing.refused else [])]
     return {
         **listed(case, rules),
         "bundle": json.loads(case.kept.bundle),
@@ -237,7 +235,7 @@ def shown(case: Case, rules: approval.ApprovalRules, cas: Mapping[str, tuple[x50
         "decisions": [
             {"approver": one.approver, "verdict": one.verdict, "reason": one.reason, "decided": rfc3339(one.decided)}
             | {"evidence": one.evidence}
-            for one in decisions
+            for one in case.standing.decisions
         ],
     }
 

@@ -8,7 +8,6 @@ one request, in the transaction that keeps the request.
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Collection
 from contextlib import closing
@@ -28,8 +27,7 @@ from bridge.pki.expiry import duration_text, minute
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS, USER
 from bridge.state import audit
-from bridge.state.store import Store
-from bridge.system.locks import lock
+from bridge.state.session import recording
 
 LONGEST = timedelta(days=30)
 #: For a round of signing, which has the state directory's lock.
@@ -169,9 +167,7 @@ def withdraw(settings: Settings, number: int, now: datetime) -> Enrolment:
 
 def _recorded(settings: Settings, event: str, about: str) -> None:
     """In the audit log before anything comes of it."""
-    store = Store(settings.node.state_dir)
-    store.prepare()
-    with lock(store.lock, f"ca-bridge, {os.getpid()}", _WAIT), audit.Record(store, settings.audit) as record:
+    with recording(settings, _WAIT) as (_, record):
         record.add(event, result=about)
         record.write()
 

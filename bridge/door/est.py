@@ -2,9 +2,9 @@
 EST (RFC 7030, RFC 8951) at the door: `cacerts`, `csrattrs`, `simpleenroll` and `simplereenroll`.
 
 A label of the URL says which certificate is asked for. Who asks is the client certificate of TLS, or an enrolment whose
-one-time secret is the password of HTTP Basic; the request itself proves nothing but that its sender has the new key. It becomes a bundle of one request, which the database keeps, the
-desk judges and a round of signing answers, as it does with our own. A client hears of an answer that is not there yet
-by 202, and gets it by sending the same request again.
+one-time secret is the password of HTTP Basic; the request itself proves nothing but that its sender has the new key. It
+becomes a bundle of one request, which the database keeps, the desk judges and a round of signing answers, as it does
+with our own. A client hears of an answer that is not there yet by 202, and gets it by sending the same request again.
 
 TLS 1.3 has no `tls-unique`, by which RFC 7030 §3.5 would link a CSR to its connection: none is asked for, and a CSR
 with a challengePassword is refused as one that asks for something else than SANs.
@@ -25,7 +25,6 @@ from http import HTTPStatus
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.desk.est_rules import DEFAULT, Asker, EstRules, node_of
 from bridge.door import enrolments, origins
@@ -37,7 +36,7 @@ from bridge.door.store import TO_SIGN, EnrolmentError, Kept, Memory
 from bridge.pki import enrolment
 from bridge.pki.bundle import BundledRequest, BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer, loads_request
-from bridge.pki.certificates import UNREADABLE, fingerprint
+from bridge.pki.certificates import UNREADABLE, csr_fingerprint, fingerprint
 from bridge.pki.est_messages import MOST_BYTES, certs_only, csr_attributes, csr_of
 from bridge.specs import CertificateSpec
 from bridge.system.waiting import wait_until
@@ -278,8 +277,7 @@ def _csr(environ: Environ) -> x509.CertificateSigningRequest:
 def _again(asker: Asker, used: Enrolment | None, csr: x509.CertificateSigningRequest) -> str:
     """What makes a request the same once more: label, operation, who asks, and the CSR."""
     who = fingerprint(asker.certificate) if asker.certificate is not None else f"enrolment {used and used.id}"
-    csr_digest = sha256(csr.public_bytes(Encoding.DER)).hexdigest()
-    return sha256(json.dumps([asker.label, asker.renews, who, csr_digest]).encode()).hexdigest()
+    return sha256(json.dumps([asker.label, asker.renews, who, csr_fingerprint(csr)]).encode()).hexdigest()
 
 
 def _encoded(body: bytes, kind: str) -> Reply:

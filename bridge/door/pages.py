@@ -140,14 +140,13 @@ class Pages:
         return self._html("record.html", person=person, rows=rows, query=query, most=MOST, title="The record")
 
     def _view(self, case: Case) -> dict[str, Any]:
-        decisions = [*case.standing.approved, *([case.standing.refused] if case.standing.refused else [])]
         return {
             "kept": case.kept,
             "bundle": case.bundle,
             "fingerprint": short_fingerprint(case.bundle),
             "have": len(case.standing.approved),
             "need": self._approvals.rules.count,
-            "decisions": decisions,
+            "decisions": case.standing.decisions,
             "certificates": [
                 {
                     "name": one.name,

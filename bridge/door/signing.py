@@ -16,12 +16,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import Issued
 from bridge.desk import approval
@@ -33,12 +31,12 @@ from bridge.desk.records import Answered, Archive, Journal, archive_directory
 from bridge.desk.workers import Judgement, verdicts
 from bridge.door import enrolments, origins, turns
 from bridge.door.doors import Doors
-from bridge.door.store import TO_SIGN, DatabaseError, IssuedRow, Kept, Memory
+from bridge.door.store import TO_SIGN, DatabaseError, DecisionRow, IssuedRow, Kept, Memory
 from bridge.door.turns import identity
 from bridge.errors import BridgeError, Exit, WaitingError
-from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
+from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, loads_request
-from bridge.pki.certificates import fingerprint, pem, serial_hex
+from bridge.pki.certificates import csr_fingerprint, fingerprint, pem, serial_hex
 from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.state.store import Store
@@ -245,7 +243,7 @@ class Signing:
 
     def _answered(self, bundle: RequestBundle) -> dict[str, Answered]:
         """What any door has answered to the same CSRs, by certificate name; the archive has this one's."""
-        csrs = {one.name: _csr_digest(one) for one in bundle.requests}
+        csrs = {one.name: csr_fingerprint(one.csr) for one in bundle.requests}
         chains = self._memory.issued_among([*csrs.values()])
         found = {}
         for name, csr in csrs.items():
@@ -271,15 +269,19 @@ class Signing:
 
     def standing(self, one: Kept, bundle: RequestBundle) -> Standing:
         """What people have decided about a request, verified by the policy of now; from any thread."""
+        rows = self._memory.decisions(one.id)
+        decided = [row for row in rows if row.verdict != "asked"]
+        if not decided:  # most requests need no people
+            return Standing()
         decisions: list[Decision | str] = []
-        for row in (row for row in self._memory.decisions(one.id) if row.verdict != "asked"):
+        for row in decided:
             about = {"approver": row.approver, "verdict": row.verdict, "reason": row.reason}
             try:
                 decisions.append(Decision.kept(**about, decided=row.decided, evidence=row.signature or b""))
             except ValueError as e:
                 decisions.append(str(e))
         rules = self._policy.approvals
-        matter = Matter(bundle=bundle, digest=digest(bundle), rules=rules, asked_by=self.asked_by(one))
+        matter = Matter(bundle=bundle, digest=digest(bundle), rules=rules, asked_by=self._asked_by(one, rows))
         found = approval.standing(decisions, matter, self._trust())
         for text in found.void:
             log.warning("request %s: a decision does not count: %s", one.digest[:16], text)
@@ -287,7 +289,10 @@ class Signing:
 
     def asked_by(self, one: Kept) -> set[str]:
         """The people who brought a request, or gave its node the secret for it; from any thread."""
-        brought = {row.approver for row in self._memory.decisions(one.id) if row.verdict == "asked"}
+        return self._asked_by(one, self._memory.decisions(one.id))
+
+    def _asked_by(self, one: Kept, decisions: Sequence[DecisionRow]) -> set[str]:
+        brought = {row.approver for row in decisions if row.verdict == "asked"}
         return brought | {used.created_by for used in enrolments.for_requests(self._memory, [one.id]).values()}
 
     def verdicts(self, one: Kept, bundle: RequestBundle) -> Mapping[str, PolicyVerdict]:
@@ -341,10 +346,6 @@ class _Left:
         log.info("%s: %s: %s", job.label, node, text, extra={"request": job.digest[:16]})
 
 
-def _csr_digest(request: BundledRequest) -> str:
-    return sha256(request.csr.public_bytes(Encoding.DER)).hexdigest()
-
-
 def rows(bundle: RequestBundle, answer: AnswerBundle) -> list[IssuedRow]:
     """The issued certificates of an answer, as they are remembered (pure)."""
     found = []
@@ -355,7 +356,7 @@ def rows(bundle: RequestBundle, answer: AnswerBundle) -> list[IssuedRow]:
             found.append(
                 IssuedRow(
                     fingerprint=fingerprint(leaf),
-                    csr=_csr_digest(request),
+                    csr=csr_fingerprint(request.csr),
                     name=request.name,
                     authority=request.authority,
                     node=bundle.node,

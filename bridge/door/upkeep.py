@@ -16,6 +16,7 @@ from bridge.door.turns import identity
 from bridge.errors import BridgeError, Exit
 from bridge.settings.tables import Settings
 from bridge.state import audit
+from bridge.state.session import recording
 from bridge.state.store import Store
 from bridge.system.files import sync_directory
 from bridge.system.locks import lock
@@ -78,8 +79,7 @@ def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> Path
 
 def reconcile(settings: Settings, now: Callable[[], datetime]) -> None:
     """Write down, in the database and in the audit log, that the database was restored."""
-    store = Store(settings.node.state_dir)
-    with opened(settings) as (_, doors), _record(settings, store) as record:
+    with opened(settings) as (_, doors), recording(settings, _WAIT) as (_, record):
         doors.reconcile(now(), audit.who()["user"])
         record.add(audit.RESTORED, result=f"the door's database; round {doors.round()} is the newest one")
 
@@ -88,19 +88,12 @@ def again(settings: Settings, digest: str) -> int:
     """Have requests signed that were left to people (UpkeepError: there is none); their number."""
     if len(digest) < _LEAST_DIGITS:
         raise UpkeepError(f"wanted at least {_LEAST_DIGITS} digits of a request's digest, found {len(digest)}")
-    store = Store(settings.node.state_dir)
-    with opened(settings) as (_, doors), _record(settings, store) as record:
+    with opened(settings) as (_, doors), recording(settings, _WAIT) as (_, record):
         count = doors.again(digest)
         if not count:
             raise UpkeepError(f"wanted a request {digest} that was left to people, found none")
         record.add(audit.AGAIN, result=f"request {digest[:16]}: a person says that no CA has signed it")
     return count
-
-
-@contextlib.contextmanager
-def _record(settings: Settings, store: Store) -> Iterator[audit.Record]:
-    with lock(store.lock, "ca-bridge serve-database", _WAIT), audit.Record(store, settings.audit) as record:
-        yield record
 
 
 def _assert_file(settings: Settings) -> None:

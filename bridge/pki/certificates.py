@@ -116,6 +116,15 @@ def fingerprint(certificate: x509.Certificate) -> str:
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
+def csr_fingerprint(csr: x509.CertificateSigningRequest) -> str:
+    """SHA-256 over the DER bytes, lower-case hex."""
+    from hashlib import sha256  # noqa: PLC0415 (likewise)
+
+    from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415 (likewise)
+
+    return sha256(csr.public_bytes(Encoding.DER)).hexdigest()
+
+
 def attributes(name: x509.Name) -> list[tuple[str, str]]:
     """(dotted OID, value) of every attribute, in the order of the certificate; a value that is no text as `#HEX`."""
     return [

@@ -76,13 +76,20 @@ def _assert_ours(settings: Settings, store: Store) -> Tree | None:
 
 
 @contextlib.contextmanager
+def recording(settings: Settings, wait: timedelta) -> Iterator[tuple[Store, audit.Record]]:
+    """Hold the state directory's lock, and nothing else is looked at; what is added is in the audit log at the end."""
+    store = Store(settings.node.state_dir)
+    store.prepare()
+    with lock(store.lock, shlex.join(sys.argv), wait), audit.Record(store, settings.audit) as record:
+        yield store, record
+
+
+@contextlib.contextmanager
 def alone(
     settings: Settings, wait: timedelta, tell: Callable[[Recovery | str], None] = lambda found: log.warning("%s", found)
 ) -> Iterator[tuple[Store, audit.Record]]:
     """Hold the state directory's lock; finish or undo first an installation or a restart that was interrupted."""
-    store = Store(settings.node.state_dir)
-    store.prepare()
-    with lock(store.lock, shlex.join(sys.argv), wait), audit.Record(store, settings.audit) as record:
+    with recording(settings, wait) as (store, record):
         first_use = _assert_ours(settings, store)
         # a component whose manifest is away comes first: a fault of the files must not keep it down
         found = [

@@ -31,7 +31,7 @@ from bridge.settings.load import load
 from bridge.state.store import Store
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import make_bundle, old_pairs
-from tests.kit.desks import Desk, killing, make_desk
+from tests.kit.desks import SIGNING_STEPS, Desk, killing, make_desk
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.serving import Database, ServeProgram, add_door, running
 
@@ -203,15 +203,7 @@ def _has_turn(doors: Doors) -> bool:
 
 @pytest.mark.parametrize(
     ("module", "function", "before"),
-    [
-        ("door.doors", "Doors.begin", False),  # it is about to be signed
-        ("state.open_requests", "RequestLog._append", False),  # what the CA is asked is in the journal
-        ("ca.ca", "CA.ask", False),  # signed, and not written down
-        ("desk.desk", "Desk._verify", True),  # signed and in the journal
-        ("system.many", "_sync_directories", False),  # in the archive
-        ("door.store", "Memory.conclude", True),  # as before
-        ("door.store", "Memory.conclude", False),  # answered
-    ],
+    SIGNING_STEPS,
 )
 def test_a_door_takes_over_what_a_killed_one_has_begun(
     desk: Desk,

@@ -24,6 +24,17 @@ nodes = ["cp-*"]
 masters = ["super-admin.conf"]
 """
 
+#: Where a door that signs is killed, as `killing` takes it: module, function, and whether before it or behind.
+SIGNING_STEPS = (
+    ("door.doors", "Doors.begin", False),  # it is about to be signed
+    ("state.open_requests", "RequestLog._append", False),  # what the CA is asked is in the journal
+    ("ca.ca", "CA.ask", False),  # signed, and not written down
+    ("desk.desk", "Desk._verify", True),  # signed and in the journal
+    ("system.many", "_sync_directories", False),  # in the archive
+    ("door.store", "Memory.conclude", True),  # as before
+    ("door.store", "Memory.conclude", False),  # answered
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Desk:

@@ -33,11 +33,7 @@ from tests.kit.renewing import Quiet, settings_for
 from tests.kit.rotating import Open, contents, phases, run
 from tests.kit.tripwire import kill
 
-
-@pytest.fixture(autouse=True)
-def _no_process_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kubelet of another test's node is not this node's."""
-    monkeypatch.setattr("bridge.node.processes.running", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("no_process_here")
 
 
 def companys(pki: Pki, directory: Path) -> Settings:

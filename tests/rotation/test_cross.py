@@ -39,20 +39,11 @@ from tests.kit.issuing import NOW, Signer, cn, usage
 from tests.kit.judge import judge
 from tests.kit.openbao import OpenBao
 from tests.kit.pairs import assert_pairs
-from tests.kit.pki import Pki, handmade_pki, kubeadm_pki
+from tests.kit.pki import Pki, kubeadm_pki
 from tests.kit.renewing import Quiet
 from tests.kit.rotating import contents, phases, run, with_next
 
-
-@pytest.fixture(autouse=True)
-def _no_process_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kubelet of another test's node is not this node's."""
-    monkeypatch.setattr("bridge.node.processes.running", lambda *_: [])
-
-
-@pytest.fixture
-def pki(tmp_path: Path) -> Pki:
-    return handmade_pki(tmp_path / "node")
+pytestmark = pytest.mark.usefixtures("no_process_here")
 
 
 @pytest.fixture

@@ -30,28 +30,14 @@ from tests.kit.cas import Bridge, add_openssl
 from tests.kit.issuing import Signer
 from tests.kit.loopback import free_port
 from tests.kit.pairs import assert_pairs
-from tests.kit.pki import Pki, handmade_pki, kubeadm_pki
+from tests.kit.pki import Pki, kubeadm_pki
 from tests.kit.renewing import Quiet
 from tests.kit.rotating import contents, phases, reach, run, with_next
 from tests.kit.tripwire import kill
 
+pytestmark = pytest.mark.usefixtures("no_process_here")
+
 AT_ONCE = Gate(emergency=True)
-
-
-@pytest.fixture(autouse=True)
-def _no_process_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kubelet of another test's node is not this node's."""
-    monkeypatch.setattr("bridge.node.processes.running", lambda *_: [])
-
-
-@pytest.fixture
-def pki(tmp_path: Path) -> Pki:
-    return handmade_pki(tmp_path / "node")
-
-
-@pytest.fixture
-def settings(pki: Pki, tmp_path: Path) -> Settings:
-    return with_next(pki, tmp_path)
 
 
 def saved(settings: Settings) -> int:

@@ -48,28 +48,14 @@ from tests.kit.serving import add_door, running
 from tests.kit.static_pod import attempt
 from tests.kit.tripwire import kill
 
+pytestmark = pytest.mark.usefixtures("no_process_here")
+
 #: What a desk's policy grants beside kubeadm's names: those of the node here.
 _ADDRESSES = "".join(
     f'\n[certificate.{name}]\nsans = ["{{node}}", "localhost", "kubernetes", ".default.svc", "kubernetes.default", '
     '"kubernetes.default.svc", ".svc.cluster.local", ".example.com", "*.wild.example.com", "0.0.0.0/0", "::/0"]\n'
     for name in ("apiserver", "etcd-server", "etcd-peer")
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_process_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kubelet of another test's node is not this node's."""
-    monkeypatch.setattr("bridge.node.processes.running", lambda *_: [])
-
-
-@pytest.fixture
-def pki(tmp_path: Path) -> Pki:
-    return handmade_pki(tmp_path / "node")
-
-
-@pytest.fixture
-def settings(pki: Pki, tmp_path: Path) -> Settings:
-    return with_next(pki, tmp_path)
 
 
 @pytest.mark.kube
