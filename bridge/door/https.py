@@ -76,7 +76,9 @@ class _Tls(Adapter):
         super().__init__(certificate, key)
         self._files = (certificate, key)
         self._anchors = anchors
-        self._seen = self._versions()
+        self._seen: list[tuple[int, int]] = []
+        with contextlib.suppress(OSError):  # the context says which file is not there
+            self._seen = self._versions()
         self._trusted = tuple(anchors())
         self.context = server_context(certificate, key, self._trusted)
 

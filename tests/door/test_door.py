@@ -27,7 +27,7 @@ from bridge.specs import SPECS
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import changed, make_bundle, old_pairs
 from tests.kit.cas import Bridge, live_certificates
-from tests.kit.desks import POLICY, Desk, killing, make_desk
+from tests.kit.desks import POLICY, SIGNING_STEPS, Desk, killing, make_desk
 from tests.kit.est import make_tls
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.serving import Answer, Database, ServeProgram, add_door, running
@@ -171,13 +171,7 @@ def test_a_ca_that_is_down_loses_no_request(door: ServeProgram, desk: Desk, pair
     ("module", "function", "before"),
     [
         ("door.store", "Memory.receive", False),  # a request is kept, and its node does not know it
-        ("door.doors", "Doors.begin", False),  # it is about to be signed
-        ("state.open_requests", "RequestLog._append", False),  # what the CA is asked is in the journal
-        ("ca.ca", "CA.ask", False),  # signed, and not written down
-        ("desk.desk", "Desk._verify", True),  # signed and in the journal
-        ("system.many", "_sync_directories", False),  # in the archive
-        ("door.store", "Memory.conclude", True),  # as before
-        ("door.store", "Memory.conclude", False),  # answered
+        *SIGNING_STEPS,
     ],
 )
 def test_a_killed_door_signs_nothing_twice(
@@ -506,6 +500,17 @@ def test_a_peer_has_a_number_of_waiting_requests(desk: Desk, pairs: Pairs) -> No
 
 
 # --- how it begins and ends -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["certificate", "key"])
+def test_a_server_certificate_that_is_not_there_is_named_with_its_setting(desk: Desk, missing: str) -> None:
+    """The door does not begin, and says which setting names the file; the twin is each other test here."""
+    getattr(add_door(desk.config, desk.directory), missing).unlink()
+    run = desk.run("serve")
+
+    assert run.returncode == Exit.USAGE
+    assert "serve.certificate: wanted PEM files" in run.stderr
+    assert "No such file" in run.stderr
 
 
 def test_the_server_certificate_is_read_again(door: ServeProgram) -> None:
