@@ -110,15 +110,14 @@ def api_servers(api: Api, own: str, own_flags: Flags) -> list[ApiServer]:
     """
     All API servers that are static pods, with the CA file by which each verifies kubelets (NoAnswerError).
 
-    They are seen by their mirror pods, which follow some seconds after a restart; for the node `own` its manifest counts.
+    They are seen by their mirror pods, which follow some seconds after a restart; the control-plane node `own` counts
+    by its manifest, whether its mirror pod is there or not.
     """
-    found = []
+    found: dict[str, Flags] = {own: own_flags}
     for pod in items(_asked(api, _API_SERVERS), "items"):
         words = [str(word) for one in items(pod, "spec", "containers") for word in _words(one)]
-        node = one_line(text_of(pod, "spec", "nodeName"))
-        flags = own_flags if node == own else flags_of(words)
-        found.append(ApiServer(node=node, authority=flags.get(AUTHORITY, "")))
-    return sorted(found, key=lambda one: one.node)
+        found.setdefault(one_line(text_of(pod, "spec", "nodeName")), flags_of(words))
+    return [ApiServer(node=node, authority=flags.get(AUTHORITY, "")) for node, flags in sorted(found.items())]
 
 
 def _words(container: Mapping[str, Any]) -> Sequence[Any]:

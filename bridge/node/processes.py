@@ -170,7 +170,8 @@ def compare_age(
     started = ours[0].started if ours else _container_made(component)
     if started is None:
         return Age(None, f"wanted a process {component.value}, found none (root alone sees all), and crictl knows none")
-    times = f"started at {moment_text(started)}, {path} changed at {moment_text(changed)}"
+    exact = abs(started - changed) < timedelta(seconds=1)
+    times = f"started at {moment_text(started, exact=exact)}, {path} changed at {moment_text(changed, exact=exact)}"
     if any(_sees_another(process, path, data) for process in ours):
         return Age(True, f"still sees what was in {path} before; {times}")
     return Age(started <= changed, times)
@@ -207,9 +208,9 @@ def file_contents(path: Path) -> bytes:
     return data
 
 
-def moment_text(moment: datetime) -> str:
-    """A time as text, to the second, in UTC."""
-    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+def moment_text(moment: datetime, *, exact: bool = False) -> str:
+    """A time as text, to the second, or to the millisecond, in UTC."""
+    return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(' ', 'milliseconds' if exact else 'seconds')} UTC"
 
 
 def _changed(path: Path, written: Mapping[str, Written]) -> datetime:

@@ -228,7 +228,9 @@ def test_on_and_off_node_by_node(site: Site) -> None:
     wanted = [{"name": FLAG.removeprefix("--"), "value": str(site.ca_file)}]
     assert yaml.safe_load(site.text(CLUSTER))["apiServer"]["extraArgs"] == wanted
     assert site.switch("cp1", on=True).done == site.switch("w1", on=True).done == ()
-    assert site.levels() == {"kubelet-serving": ["ok", "ok"], "kubelet-config": ["ok"]}  # no mirror pod here
+    # the API server is the node's own, and has no mirror pod
+    one_each = {"kubelet-authority": ["ok"], "kubelet-config": ["ok"]}
+    assert site.levels() == {"kubelet-serving": ["ok", "ok"], **one_each}
     with pytest.raises(NotYetError, match="without serverTLSBootstrap, found it with"):
         site.switch("w1", on=False)
     for node in ("cp1", "w1"):
