@@ -1,28 +1,47 @@
-"""From nothing to a node that `kubeadm init` or `kubeadm join` can run on; a run that waits is run again."""
+"""
+From nothing to a node that `kubeadm init` or `kubeadm join` can run on; a run that waits is run again.
+
+All files go in place in one step, which the next run finishes or undoes after a crash; copies of them are kept.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap import authorities, keys, new_requests, whole
 from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.configuration import assert_usable
-from bridge.bootstrap.desired import Bootstrapped, DesiredNode
+from bridge.bootstrap.desired import Bootstrapped, DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
 from bridge.bootstrap.new_requests import Unfinished
-from bridge.bootstrap.places import live
-from bridge.bootstrap.put_in_place import Composer, keep_what_is_there, put_back, put_in_place
+from bridge.bootstrap.places import ETCD_CLIENT, Places, Role, live
 from bridge.bootstrap.whole import look_at
 from bridge.errors import BridgeError
+from bridge.node.kubeconfig import FreshKubeconfig
+from bridge.pki.certificates import pem
+from bridge.pki.verify import Verified
+from bridge.renewal.prepare import Prepared
 from bridge.renewal.readiness import assert_room
 from bridge.renewal.verify_and_install import await_validity, remember, verify_all
 from bridge.settings.tables import Settings
+from bridge.specs import ETCD_CA, KUBELET_CONF, KUBELET_SERVER
 from bridge.state import audit
-from bridge.state.install import Replacement
+from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, fingerprint, install
 from bridge.state.session import Run, begun, in_force
 from bridge.state.store import Outcome
 from bridge.system.console import Progress
+from bridge.system.files import Attributes, digest, private_directory
+from bridge.system.paths import exposure
+from bridge.system.state_file import OnDamage, StateFile, coded
+from bridge.words import some
 
 
 def make(
@@ -110,3 +129,236 @@ def _beside_certificates(desired: DesiredNode, composer: Composer, open_requests
         yield from composer.service_account(*(keys.sa_in_place(desired) or desired.sa or made))
     for path, data in desired.files.items():
         yield from composer.configuration(path, data)
+
+
+_DIRECTORY_MODE = 0o755
+#: The names that a kubelet, and `Composer`, give its pairs.
+_DATED = re.compile(r"kubelet-client-\d{4}(-\d\d){5}\.pem")
+_PRIVATE, _PUBLIC = 0o600, 0o644
+
+
+def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], kubelet_pem: Path) -> None:
+    """Judge the result as a whole, copy it if desired, and put all files in place in one step."""
+    places = desired.places
+    new: dict[Path, bytes | None] = {file.path: file.data for file in files}
+    new[places.kubelet_current] = new[kubelet_pem] if kubelet_pem in new else live(kubelet_pem)
+
+    def overlay(path: Path) -> bytes | None:
+        return new[path] if path in new else live(path)
+
+    look = look_at(run.settings, desired, overlay, run.now())
+    if problems := look.problems():
+        raise NotWholeError("\n".join(problems))
+    complete = {path: data for path in look.files() if (data := overlay(path)) is not None}
+    complete.update(desired.files)
+    complete[kubelet_pem] = complete.pop(places.kubelet_current)
+    _keep(run, desired, complete)
+    _make_directories(desired)
+    files = [*files, _link(places.kubelet_current, kubelet_pem)]
+    about = audit.about() | {"command": f"bootstrap {desired.role}"}
+    install(run.store, files, run.record.run_id, about)
+    new_requests.forget(run)
+
+
+def keep_what_is_there(run: Run, desired: DesiredNode) -> None:
+    """Copy the files of a complete node: an earlier run may have ended between installing and copying."""
+    look = look_at(run.settings, desired, live, run.now())
+    there = {path: data for path in look.files() if (data := live(path)) is not None}
+    _keep(run, desired, {**there, **desired.files})
+
+
+def put_back(run: Run, desired: DesiredNode) -> int:
+    """Put copies of an earlier run in place, and return the number of files; 0: no copies."""
+    if desired.keep is None or desired.anew or not (desired.keep / f"{desired.node}.kept.json").exists():
+        return 0
+    found = kept_file(desired.keep, desired.node).read()
+    if found is None or (found.role, found.config) != (desired.role, desired.mark):
+        raise OtherNodeDesiredError(
+            f"{desired.keep}: wanted copies of what is asked for now, found those of another configuration or role",
+            hint="name another directory, or use --anew to have all signed again",
+        )
+    pem = _assert_own(run, desired, [Path(one.path) for one in found.files])
+    # the path decides the mode, since a user who can write to the copies may have changed it
+    paths = [(one, Path(one.path)) for one in found.files]
+    files = [_replacement(one.certificate, path, _mode(desired.places, path), one.data) for one, path in paths]
+    _assert_free(files, desired.places)
+    try:
+        put_in_place(run, desired, [file for file in files if live(file.path) != file.data], pem)
+    except NotWholeError as e:
+        e.hint = f"the copies in {desired.keep} are no longer usable: --anew has all signed again"
+        raise
+    run.record.add(audit.RECOVERED, result=f"put {len(files)} kept files of {desired.node} back in place")
+    run.record.write_or_warn()
+    return len(files)
+
+
+def _assert_own(run: Run, desired: DesiredNode, paths: Sequence[Path]) -> Path:
+    """Make sure that the copies are this node's files; return the target of the kubelet's link."""
+    places = desired.places
+    ours = {*look_at(run.settings, desired, live, run.now()).files(), *desired.files} - {places.kubelet_current}
+    others = [path for path in paths if path not in ours]
+    if len(others) != 1 or others[0].parent != places.kubelet_pki or not _DATED.fullmatch(others[0].name):
+        wanted = f"the files of {desired.node} and one {places.kubelet_pki}/kubelet-client-….pem"
+        raise NotWholeError(
+            f"{desired.keep}: wanted {wanted}, found {some(others) or 'none'}",
+            hint="the copies were changed, and their content may be, too: --anew has all signed again",
+        )
+    return others[0]
+
+
+def _assert_free(files: Sequence[Replacement], places: Places) -> None:
+    others = [
+        file.path for file in files if file.path not in places.serving and live(file.path) not in (None, file.data)
+    ]
+    if others:
+        raise LeftoversError(f"wanted to put copies back, found another file in the place of {some(others)}")
+
+
+def _replacement(name: str, path: Path, mode: int, data: bytes) -> Replacement:
+    there, own = live(path), Attributes.private()
+    return Replacement(
+        certificate=name,
+        path=path,
+        data=data,
+        mode_mask=KEY_MASK if mode == _PRIVATE else CERTIFICATE_MASK,
+        was=None if there is None else digest(there),
+        attributes=Attributes(mode=mode, uid=own.uid, gid=own.gid, extended={}),
+    )
+
+
+def _keep(run: Run, desired: DesiredNode, complete: Mapping[Path, bytes]) -> None:
+    if desired.keep is None:
+        return
+    look, current = look_at(run.settings, desired, live, run.now()), desired.places.kubelet_current
+    names = {path: spec.name for spec in desired.places.specs(desired.role) for path in look.files_of(spec)}
+    files = tuple(
+        KeptFile(
+            certificate=names.get(path, KUBELET_CONF if path.suffix == ".pem" else "node"),
+            path=os.path.realpath(path) if path == current else str(path),
+            mode=_mode(desired.places, path),
+            data=data,
+        )
+        for path, data in complete.items()
+    )
+    private_directory(desired.keep)
+    kept_file(desired.keep, desired.node).put(Kept(role=desired.role, config=desired.mark, files=files))
+
+
+def _mode(places: Places, path: Path) -> int:
+    """The mode that `Composer` gives a file; an external etcd's have names of the operator's."""
+    key, certificate = places.pair(ETCD_CLIENT)
+    is_public = path in (certificate, places.authority(ETCD_CA)) or path.suffix == ".crt"
+    return _PUBLIC if is_public and path != key else _PRIVATE
+
+
+def _link(link: Path, target: Path) -> Replacement:
+    """The kubelet's link, absolute as a kubelet makes it; it comes with the files, so that it never leads to nothing."""
+    return Replacement(
+        certificate=KUBELET_CONF,
+        path=link,
+        data=None,
+        mode_mask=KEY_MASK,
+        was=fingerprint(link),
+        is_link=True,
+        leads_to=str(target),
+    )
+
+
+def _make_directories(desired: DesiredNode) -> None:
+    """Make kubeadm's directories and the kubelet's; other users may not write to them."""
+    for path in desired.places.directories(desired.role):
+        path.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
+        if (found := exposure(path)) is not None:
+            raise BridgeError(f"{path} can't hold keys: {found}", hint=found.hint)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptFile:
+    """A copy of one file."""
+
+    certificate: str
+    path: str
+    mode: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """Copies of the files of one node."""
+
+    role: Role
+    config: str  #: kubeadm's, for which they were made.
+    files: tuple[KeptFile, ...]
+
+
+def kept_file(directory: Path, node: str) -> StateFile[Kept]:
+    """The file with a node's copies."""
+    return coded(
+        Kept,
+        directory / f"{node}.kept.json",
+        "copies of a node's files",
+        OnDamage.REFUSE,
+        key="keptV1",
+        afterwards="without it all is signed again",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composer:
+    """Makes a new node's files from answers."""
+
+    places: Places
+    role: Role
+    servers: Mapping[str, str]  #: By kubeconfig.
+    cluster: str  #: kubeadm's clusterName.
+    authorities: Certificates
+    now: datetime
+
+    def certificate(self, one: Prepared, verified: Verified) -> Iterator[Replacement]:
+        """Key and certificate, or a kubeconfig with them."""
+        chain = pem(*verified.chain)
+        spec, places = one.item.spec, self.places
+        if spec.name == KUBELET_CONF:
+            yield _replacement(spec.name, self.kubelet_pem, _PRIVATE, chain + one.key_pem)
+            # by reference: one place to renew, and a kubelet that starts makes no copy
+            data = self._kubeconfig(spec.name, verified.leaf).referring_text(str(places.kubelet_current))
+            yield _replacement(spec.name, places.kubeconfigs / spec.base, _PRIVATE, data)
+        elif spec.kubeconfig:
+            data = self._kubeconfig(spec.name, verified.leaf).text(chain, one.key_pem)
+            yield _replacement(spec.name, places.kubeconfigs / spec.base, _PRIVATE, data)
+        else:
+            key, certificate = places.serving if spec.name == KUBELET_SERVER else places.pair(spec)
+            yield _replacement(spec.name, key, _PRIVATE, one.key_pem)
+            yield _replacement(spec.name, certificate, _PUBLIC, chain)
+
+    @property
+    def kubelet_pem(self) -> Path:
+        """The file that `kubelet-client-current.pem` leads to, named as a kubelet names it."""
+        return self.places.kubelet_pki / f"kubelet-client-{self.now:%Y-%m-%d-%H-%M-%S}.pem"
+
+    def ca_files(self) -> Iterator[Replacement]:
+        """A control plane's CA certificates; kubeadm writes a worker's itself, and refuses an existing file."""
+        if self.role != "worker":
+            for authority in self.places.authorities(self.role):
+                data = pem(*self.authorities[authority.name])
+                path = self.places.authority(authority)
+                if live(path) is None:
+                    yield _replacement(authority.name, path, _PUBLIC, data)
+
+    def service_account(self, key: bytes, public: bytes) -> Iterator[Replacement]:
+        """The pair, unless it is there."""
+        for path, data in ((self.places.sa_key, key), (self.places.sa_public, public)):
+            if live(path) != data:
+                yield _replacement("sa", path, _PRIVATE, data)
+
+    def configuration(self, path: Path, data: bytes) -> Iterator[Replacement]:
+        """kubeadm's configuration, unless it is there. An operator's may hold a bootstrap token."""
+        if live(path) != data:
+            yield _replacement("kubeadm", path, _PRIVATE, data)
+
+    def _kubeconfig(self, name: str, leaf: x509.Certificate) -> FreshKubeconfig:
+        """A kubeconfig in kubeadm's form; every version of kubeadm accepts the first certificate of ca.crt alone."""
+        [user] = (str(one.value) for one in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME))
+        return FreshKubeconfig(
+            server=self.servers[name], cluster=self.cluster, user=user, ca_pem=pem(self.authorities["ca"][0])
+        )

@@ -29,9 +29,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from bridge.diagnosis import ca_keys, examination
+from bridge.diagnosis.ca_keys import Held
 from bridge.diagnosis.examination import examine
 from bridge.diagnosis.findings import Finding
-from bridge.diagnosis.key_search import Held
 from bridge.node import endpoints, inventory
 from bridge.pki.certificates import spki
 from bridge.settings.load import load
