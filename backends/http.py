@@ -40,7 +40,7 @@ from bridge.words import one_line
 
 #: For the second look at a connection that broke.
 _ALERT_SECONDS = 5.0
-#: Of a server whose certificate is not valid yet.
+#: The hint for a server whose certificate is not valid yet.
 _CLOCK_HINT = "is this node's clock behind? then put it right; else the server's certificate begins in the future"
 #: Headers that the connection writes itself.
 _OWN_HEADERS = frozenset({"host", "content-length", "accept-encoding", "connection"})

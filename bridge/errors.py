@@ -22,7 +22,7 @@ class Exit:
     ROLLED_BACK = 8
     LOCKED = 9
 
-    #: Of several outcomes in one run the first of these counts. Most of what is a usage error ends the run before there
+    #: The first of these counts where one run has several outcomes. Most of what is a usage error ends the run before there
     #: are any; one of several is an authority whose files can't be used.
     PRECEDENCE = (ROLLED_BACK, NOT_LIVE, FAILED, USAGE, REFUSED, UNAVAILABLE, WAITING, DONE)
 

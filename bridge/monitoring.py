@@ -47,7 +47,7 @@ class History:
     exit_code: int = field(default=Exit.DONE, metadata=named("exitCode"))  #: Of the last run.
     seconds: float = 0  #: How long it took.
     failures: int = 0  #: Failed runs in a row; a run that only waited, or found another one at work, does not count.
-    #: Of the last rehearsal.
+    #: The result of the last rehearsal.
     rehearsal_exit_code: int = field(default=Exit.DONE, metadata=named("rehearsalExitCode"))
 
     def __post_init__(self) -> None:

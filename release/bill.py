@@ -11,7 +11,7 @@ from typing import Any
 
 from release.wheels import Wheel, normal
 
-#: For the serial number: one content has one number, whoever builds it.
+#: For the serial number: every build of one content has the same number.
 _NAMESPACE = uuid.UUID("1f0bb5a3-1d59-5c0c-9a38-2b6a2e6f6a0e")
 _LICENCE_WORDS = 60  # longer ones are the whole text of a licence
 _CLASSIFIER = "License :: OSI Approved :: "

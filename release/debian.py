@@ -29,7 +29,7 @@ ca-bridge: embedded-library *usr/lib/ca-bridge/lib/*
 ca-bridge: extra-license-file [usr/lib/ca-bridge/lib/*]
 ca-bridge: unusual-interpreter *usr/lib/ca-bridge/lib/*
 ca-bridge: executable-not-elf-or-script [usr/lib/ca-bridge/lib/*]
-# Whoever administers a Vault reads them first.
+# A Vault's administrator reads them first.
 ca-bridge: script-not-executable [usr/lib/ca-bridge/share/kubeadm-ca-bridge/vault/*]
 # The environment of an administrator names no program that root runs.
 ca-bridge: command-with-path-in-maintainer-script /usr/bin/ca-bridge *

@@ -24,7 +24,7 @@ DESCRIPTION = (
     "installed in one step that survives a crash.",
     "It brings every Python package that it needs, and uses none of the system's.",
 )
-#: What its scripts say to whoever has the offline file's installation.
+#: The scripts' error on a machine that has the offline file's installation.
 OFFLINE_IS_THERE = (
     "wanted no other installation, found one in /opt/ca-bridge: run /opt/ca-bridge/uninstall (settings and state stay)"
 )

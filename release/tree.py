@@ -33,7 +33,7 @@ class File:
 
     @property
     def mode(self) -> int:
-        """Nobody but root may write, everybody may look."""
+        """Root may write, all users may read."""
         return 0o755 if self.executable else 0o644
 
 

@@ -128,7 +128,7 @@ def _profile(
 
 
 def _patterns(one: NamePatterns) -> Iterator[str]:
-    """What pods may be called, whose templates name no shorter life than a day."""
+    """The names that pods may have; their templates name no shorter validity than a day."""
     yield f"#    validity: the profile's, counted from its backdated beginning at most {int(one.longest.total_seconds())} s"
     yield "#    notBefore: less than 5 minutes ago; SANs critical below an empty subject"
     for what, values in (("URI", one.uris), ("DNS", one.dns), ("CN", one.common_names)):

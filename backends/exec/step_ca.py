@@ -49,7 +49,7 @@ _SCRIPT = """\
 #
 #   {name} PASSWORD_FILE [FLAG …]
 #
-# PASSWORD_FILE is to protect the new provisioners' keys. Anybody who reaches the CA can fetch these keys and try
+# PASSWORD_FILE is to protect the new provisioners' keys. Every client of the CA can fetch these keys and try
 # passwords: make it by `openssl rand -hex 32`, and give this node a copy (mode 0600), which `command` names.
 # The flags go to `step ca provisioner` as they are, such as --ca-config, --ca-url and --root.
 #

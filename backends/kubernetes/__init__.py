@@ -505,7 +505,7 @@ def _conditions(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _note(document: Mapping[str, Any]) -> str:
-    """Who has to act next, for the operator."""
+    """Tell the operator whose turn it is."""
     name, conditions = one_line(_metadata(document, "name")), _conditions(document)
     if "Approved" in conditions:
         signer = one_line(object_of(document, "spec").get("signerName"))

@@ -47,7 +47,7 @@ _CERTIFICATE_NAME = re.compile(r"((?:[0-9A-F]{2})+)\.pem")
 # Two copies that `openssl ca` makes of the index and one of ours; a certificate takes one or two blocks.
 _INDEX_COPIES = 3
 _BYTES_PER_CERTIFICATE = 16 * 1024
-#: Of a certificate, and the text that openssl may have written before it.
+#: The size of a certificate, with the text that openssl may have written before it.
 _LARGEST_FILE = 1 << 20
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from backends.openssl.program import SCHEME, KeyFile, Pkcs11Settings, PrivateKey
 from bridge.contract import BackendSettings, Secret
 from bridge.errors import SettingsError, SettingsProblem
 
-#: Of errors about the CA's own files.
+#: The hint of errors about the CA's own files.
 CA_PLACE_HINT = "put it back, or set `dir` to the folder of the CA on this machine"
 _FILES = {"certificate": "ca.crt", "private_key": "ca.key", "database": "index.txt", "new_certs_dir": "newcerts"}
 

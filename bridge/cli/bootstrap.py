@@ -48,7 +48,7 @@ CaDirOption = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeOptions:
-    """What `bootstrap init` and `bootstrap join` have both."""
+    """The options that `bootstrap init` and `bootstrap join` share."""
 
     kubeadm_config: Annotated[
         Path | None,
@@ -349,7 +349,7 @@ def _report(done: Bootstrapped) -> None:
 
 
 def _whom(outcome: Outcome) -> str:
-    """Who has a request, or what is to be done with it."""
+    """The place of a request, or the operator's next step with it."""
     reason = printable(outcome.error.reason if outcome.error is not None else "")
     return f"{outcome.backend}: {reason}" if outcome.backend else reason
 

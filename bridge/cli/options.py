@@ -1,4 +1,4 @@
-"""What all commands share: their options, and what becomes of an error."""
+"""The options that all commands share, and the exit code of an error."""
 
 from __future__ import annotations
 

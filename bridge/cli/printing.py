@@ -18,7 +18,7 @@ from bridge.system import console
 from bridge.system.console import Progress, log
 from bridge.words import steady
 
-#: Of what `-o json` prints; grows when a key changes its meaning or goes.
+#: The version of the documents of `-o json`; it grows when a key goes or changes its meaning.
 SCHEMA_VERSION = 1
 
 

@@ -1,4 +1,4 @@
-"""What came of a run, for people and for programs; `renew` and `import` tell it alike."""
+"""The result of a run, for people and for programs; `renew` and `import` print it alike."""
 
 from __future__ import annotations
 

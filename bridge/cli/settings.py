@@ -92,7 +92,7 @@ def settings_check(common: Common) -> None:
 
 
 def doubts(settings: Settings) -> Iterator[str]:
-    """What is well-formed and can't work: no CA, hosts and names of the examples, files that are not there."""
+    """Problems of well-formed settings: no CA, hosts and names of the examples, missing files."""
     backends = registry.configured(settings, settings.authorities)
     if not backends:
         yield "no CA is named: `ca-bridge settings init KIND FILE` writes tables for one to a new file"

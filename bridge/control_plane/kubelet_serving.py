@@ -45,7 +45,7 @@ from bridge.system.waiting import wait_until
 from bridge.words import one_line
 
 _ARGUMENT = AUTHORITY.removeprefix("--")
-#: Of kubeadm's API servers: a worker sees no flags of theirs.
+#: The flags of kubeadm's API servers: a worker can't see theirs.
 _KUBEADMS: Flags = {"--kubelet-preferred-address-types": "InternalIP,ExternalIP,Hostname"}
 _POLL_SECONDS = 0.5
 

@@ -25,7 +25,7 @@ from bridge.pki.bundle import RequestBundle
 from bridge.pki.certificates import UNREADABLE, attributes, fingerprint, pem, san_entries, spki
 from bridge.pki.expiry import rfc3339
 from bridge.pki.verify import client_problem
-from bridge.words import counted, one_line
+from bridge.words import one_line
 
 Verdict = Literal["approved", "refused"]
 Evidence = Literal["signature", "door"]
@@ -256,11 +256,6 @@ def audit_facts(decision: Decision) -> Mapping[str, str]:
 
 
 def summary(found: Standing, terminal: str = "") -> str:
-    """Who approved, for messages and answers."""
+    """The approvers, for messages and answers."""
     people = [f"{one.approver}{' (signed)' if one.evidence == 'signature' else ''}" for one in found.approved]
     return ", ".join([*people, *([terminal] if terminal and terminal not in people else [])])
-
-
-def waiting_text(rules: ApprovalRules, found: Standing) -> str:
-    """How many have approved so far, for lists."""
-    return f"{len(found.approved)} of {counted(rules.count, 'approval')}"

@@ -38,7 +38,7 @@ class EstRules:
     validity: timedelta | None = None  #: Without it the longest that the policy allows.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """A label for nobody, and subjects that tell no node."""
+        """Refuse a label that allows no client, and subjects that name no node."""
         if not self.clients and not self.secrets:
             yield SettingsProblem("clients", "subjects such as CN={node}, or secrets = true", "neither")
         for text in self.clients:

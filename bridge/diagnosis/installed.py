@@ -291,7 +291,7 @@ def open_directories(places: Iterable[Path]) -> Iterator[Finding]:
 
 
 def _exposed(path: Path, about: str) -> Iterator[Finding]:
-    """What another user than root and ours has a hand in, on the way to a file or in it."""
+    """Findings about each part of a path, and the file itself, that another user than root and ours can change."""
     found = exposure(path)
     if found is None:
         return

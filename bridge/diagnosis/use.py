@@ -1,4 +1,4 @@
-"""Who uses what is installed: static pods, restarts, hooks, kubeconfigs, kubeadm's configuration."""
+"""The users of the installed certificates: static pods, restarts, hooks, kubeconfigs, kubeadm's configuration."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _certificates(path: Path) -> list[object] | str:
 
 
 def _not_in_use(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """What was installed, and needs a restart that was not seen yet."""
+    """Findings about installed certificates whose components have not restarted yet."""
     for one in in_use.late(settings, node, now):
         if one.component is not None:
             text = f"{one.component.value} was not seen to use the installed certificate: {one.what}: {one.detail}"

@@ -366,7 +366,7 @@ def _needed_by(naming: Naming, spec: CertificateSpec) -> _Binding | None:
 
 
 def _missing(api: Api, needed: _Binding) -> str:
-    """What is found in the binding's place, in words; empty: the binding itself."""
+    """Describe what stands in the binding's place; empty: the binding itself."""
     reply = api.ask("GET", f"{_PATH}/{needed.name}")
     if reply.status == HTTPStatus.OK:
         return "" if _binds(reply.document, needed) else "one of that name for another role or subject"

@@ -143,7 +143,7 @@ class Selection:
         return (*self.lost, *self.waived, *self.costs, *self._changes())
 
     def _changes(self) -> Iterator[str]:
-        """What is said of the next names; what is said of several certificates in the same words, once."""
+        """The sentences about the next names; one that several certificates share comes once."""
         alike: dict[str, list[str]] = {}
         for name in (item.spec.name for item in self.items if item.spec.name in self.desired):
             for note in self.desired[name].notes:

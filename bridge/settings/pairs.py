@@ -104,7 +104,7 @@ class PairSettings(PairFiles):
     server_name: str = ""
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """What types alone can't say."""
+        """Check what the types can't express."""
         yield from PairFiles.problems(self)
         yield from self._name_problems()
         if not self.usages or set(self.usages) - {"server", "client"} or len(set(self.usages)) != len(self.usages):

@@ -50,7 +50,7 @@ class Configured(Protocol):
 
 
 class CredentialEndedError(BridgeError):
-    """One of our own credentials has ended: what needs it will be refused, whether something is due or not."""
+    """One of our own credentials has ended, so that the server refuses the next request, even if no certificate is due."""
 
     exit_code = Exit.USAGE
     hint = "have a new one issued, and put it in its place; `ca-bridge doctor` tries it"

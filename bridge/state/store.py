@@ -113,7 +113,7 @@ class Outcome:
 # --- settings that were checked whole, so that a run with nothing due loads no backend for that ----------------------
 
 
-#: Of the file; an earlier version's has no credentials in it, so that its settings count as not checked.
+#: The file's version; an earlier one has no credentials in it, so that its settings count as not checked.
 _FORM = 2
 
 

@@ -1,8 +1,8 @@
 """
 Installing, which is also upgrading: a new tree beside the old one, proven, and then one link replaced.
 
-Whoever still runs the old program goes on with the old tree, which stays until the next upgrade. Settings and state are
-read by the new program before it takes over, and are never written.
+A process of the old program goes on with the old tree, which stays until the next upgrade. The new program reads settings
+and state before it takes over, and never writes them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def current() -> Path | None:
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """Nobody else installs or removes meanwhile."""
+    """Keep every other installer from installing and removing meanwhile."""
     descriptor = os.open(places.VERSIONS, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,7 +122,7 @@ def _unpacked(payload: Payload) -> Path:
         _prove(made)
         made.chmod(0o755)
         os.sync()  # before it gets its name, which a power cut could keep without the content
-        if target.exists():  # and damaged: whoever runs it now keeps what it has loaded
+        if target.exists():  # and damaged: a process that runs it keeps what it has loaded
             shutil.rmtree(target)
         made.rename(target)
     except BaseException:
@@ -212,7 +212,7 @@ def _adopt_environment() -> None:
 
 
 def _remove_old(keep: AbstractSet[Path | None]) -> None:
-    """Trees, and nothing that somebody else keeps there."""
+    """The trees that this installer made, and no other directory."""
     for tree in places.VERSIONS.iterdir():
         if tree not in keep and not tree.is_symlink() and (tree / "bin/ca-bridge").is_file():
             shutil.rmtree(tree)

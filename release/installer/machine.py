@@ -57,7 +57,7 @@ def assert_root() -> None:
 
 
 def assert_roots_own(path: Path) -> None:
-    """Nobody but root can change what a path leads to; what is not there yet is nobody's."""
+    """Refuse a path whose target another user than root can change (InstallError); a missing part passes."""
     real = Path(os.path.realpath(path))
     for one in [*reversed(real.parents), real]:
         try:
@@ -69,5 +69,5 @@ def assert_roots_own(path: Path) -> None:
             raise InstallError(
                 f"{one}: wanted a directory of root's that only root can write to, "
                 f"found user {status.st_uid} and mode {mode:04o}",
-                f"whoever can write there would decide what root runs: chown root {one}; chmod go-w {one}",
+                f"a user who can write there would decide what root runs: chown root {one}; chmod go-w {one}",
             )

@@ -46,7 +46,7 @@ def replace_link(link: Path, target: str) -> None:
 
 
 def write(path: Path, data: bytes) -> bool:
-    """Write a file that everybody may read, the old content or the new; returns whether it was another before."""
+    """Write a file with mode 0644 in one step; return whether its content changes."""
     if path.is_file() and not path.is_symlink() and path.read_bytes() == data:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
