@@ -102,7 +102,8 @@ def _file_of(nodeid: str) -> str:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """
-    With several workers, tests that start nodes run in a few of them, file by file (`tests.kit.plan`); all others anywhere.
+    With several workers, tests that start nodes run in a few of them, file by file (`tests.kit.plan`); the tests of a file
+    that share a slow server run in one of them, and all others anywhere.
 
     xdist's own `loadgroup` does nothing with pytest 9.2: it renames tests by an attribute that is no longer there
     (xdist 3.8).
@@ -115,9 +116,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return plan.groups(map(_file_of, self.collection))
 
         def _split_scope(self, nodeid: str) -> str:
-            group = self.groups.get(_file_of(nodeid))
-            return nodeid if group is None else f"nodes {group}"
+            file = _file_of(nodeid)
+            group = self.groups.get(file)
+            if group is not None:
+                return f"nodes {group}"
+            return file if plan.stays_together(file) else nodeid
 
+    config.option.loadscopereorder = False  # the longest come first by the order above, and not by how many they are
     return Scheduling(config, log)
 
 

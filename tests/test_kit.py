@@ -75,9 +75,10 @@ def _pytest(
     directory: Path, source: str, *more: str, no_skip: bool, files: Sequence[str] = ("test_it.py",)
 ) -> subprocess.CompletedProcess[str]:
     """Run `source` as these test modules under our conftest, in a process of its own."""
-    for file in directory.glob("test_*.py"):
+    for file in directory.rglob("test_*.py"):
         file.unlink()
     for name in files:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(source)
     (directory / "pytest.ini").write_text("[pytest]\nmarkers =\n    kube: x\n    node: x\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -121,7 +122,7 @@ def test_what_is_not_skipped_passes_where_skips_are_forbidden(tmp_path: Path) ->
 
 
 def test_nodes_are_started_by_a_few_workers_file_by_file(tmp_path: Path) -> None:
-    """With several workers all tests of a file that starts nodes run in the same one, a few files at a time; others are spread."""
+    """All tests of a file that starts nodes, or shares a slow server, run in the same one of several workers; others are spread."""
     several = ("-p", "xdist", "--numprocesses=4", "-rP")
 
     def workers(*files: str) -> dict[str, set[str]]:
@@ -129,18 +130,21 @@ def test_nodes_are_started_by_a_few_workers_file_by_file(tmp_path: Path) -> None
         assert run.returncode == pytest.ExitCode.OK, run.stdout
         found = re.findall("^worker (.*) of (.*)$", run.stdout, re.MULTILINE)
         assert len(found) == 4 * len(files)
-        return {file: {worker for worker, of in found if of == file} for file in files}
+        return {name: {worker for worker, of in found if of == name} for name in (Path(file).name for file in files)}
 
     found = workers(*(f"test_{number}_node.py" for number in range(4)))
     assert {len(one) for one in found.values()} == {1}
     assert len(set.union(*found.values())) == plan.NODE_WORKERS
     assert len(workers("test_it.py")["test_it.py"]) > 1
+    shared = min(plan.TOGETHER)
+    assert len(workers(f"any/{shared}")[Path(shared).name]) == 1
+    assert len(workers(f"any/other/{shared}")[Path(shared).name]) > 1
 
 
 def test_workers_get_as_much_to_do_and_no_two_the_same_address() -> None:
     """By the times that the plan knows; files that may run at the same time name other addresses."""
     files = [path.relative_to(ROOT) for path in ROOT.glob("tests/**/test_*.py") if plan.starts_nodes(path.name)]
-    assert not [end for end in plan.SECONDS if not (ROOT / "tests" / end).exists()]
+    assert not [end for end in (*plan.SECONDS, *plan.TOGETHER) if not (ROOT / "tests" / end).exists()]
     groups = plan.groups(map(str, files))
     busy = [sum(plan.seconds(path) for path, one in groups.items() if one == number) for number in set(groups.values())]
     assert max(busy) < 1.2 * min(busy)
