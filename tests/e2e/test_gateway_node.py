@@ -121,8 +121,7 @@ def bridges(cluster: GatewayCluster, tmp_path_factory: pytest.TempPathFactory) -
         pki = NodePki(root=node.root, external=True, keys=cluster.api.pki_dir)
         made[role] = bridge = LiveBridge(pki=pki, directory=tmp_path_factory.mktemp(role) / "bridge", node=node)
         bridge.add("restart", {"method": "static-pods", "min_interval": "1s"})
-        restart = bridge.kubelet_command() if role == "cp" else "systemctl restart kubelet"
-        bridge.add("restart.commands", {"kubelet": restart})
+        bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
     return made
 
 

@@ -110,7 +110,7 @@ def _with_bridge(node: Node, directory: Path, keys: Path) -> Worker:
     bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
     add_openssl(bridge, "ca")
     bridge.add("restart", {"method": "static-pods", "min_interval": "1s"})
-    bridge.add("restart.commands", {"kubelet": "systemctl restart kubelet"})
+    bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
     return Worker(node=node, bridge=bridge)
 
 

@@ -112,7 +112,14 @@ class LiveBridge(NodeBridge):
         return [json.loads(line) for line in (self.directory / "state/audit.jsonl").read_text().splitlines()]
 
     def kubelet_command(self) -> str:
-        """A command for `[restart.commands]`: what `systemctl restart kubelet` does, where there is no systemd."""
+        """
+        A command for `[restart.commands]`: what `systemctl restart kubelet` does, where there is no systemd.
+
+        A node with the kit's stand-in of it (systemctl.sh) must use that: after a kill the stand-in starts a kubelet of
+        its own, and of two kubelets the one that began first stays, which may be the one that read the old files.
+        """
+        if (self.node.root.parent / "bin/systemctl").exists():
+            return "systemctl restart kubelet"
         script = self.directory / "restart-kubelet"
         log = self.node.root.parent / "kubelet.log"
         # Processes of all nodes of this machine are to be seen, so that its name is not enough; a child that the kubelet
