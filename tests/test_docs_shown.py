@@ -58,7 +58,7 @@ def test_the_same_run_at_another_time_looks_the_same() -> None:
 def main() -> None:
     """Write the blocks of all pages; with `--node` those of a node that runs."""
     if "--node" in sys.argv:
-        with Node.up(f"shown-{os.getpid() % 100_000}", "198.18.77.97", kubelet=AT_ONCE) as node:
+        with Node.up(f"shown-{os.getpid() % 100_000:05}", "198.18.77.97", kubelet=AT_ONCE) as node:
             nodes.make_ready(node)
             node.exec(PROGRAM, "prove", "--wait", "60s")
             found = shown.live(node)

@@ -29,7 +29,7 @@ from tests.kit.pki import PKI_SPECS
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
-NAME, IP = f"prove-{os.getpid() % 100_000}", "198.18.77.60"
+NAME, IP = f"prove-{os.getpid() % 100_000:05}", "198.18.77.60"
 OTHER_NAME, OTHER_IP = f"other-{os.getpid() % 100_000}", "198.18.77.61"
 PROGRAM = Path(sys.executable).with_name("ca-bridge")
 
