@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from importlib.metadata import distribution
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,12 @@ from bridge.pki.certificates import san_entries
 from bridge.specs import AUTHORITIES
 from tests.kit import cmp, est, gateways, kube_api, openbao
 from tests.kit.cas import Bridge, add_cfssl, add_openssl, add_vault, live_certificates
+from tests.kit.est import Tls
+from tests.kit.issuing import SERVER
 from tests.kit.pki import ADDRESS, NODE, handmade_pki
 from tests.kit.trees import Booted, Tree
 
+ROOT = Path(__file__).resolve().parents[2]
 SERVICE = "ca-bridge.service"
 STAMP = "/var/lib/systemd/timers/stamp-ca-bridge.timer"
 PASSPHRASE = "carried by systemd"
@@ -433,6 +438,111 @@ def test_the_gateway_runs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
         assert properties(machine, "ca-bridge-gateway", "Result", "NRestarts") == ["success", "0"], machine.journal()
 
 
+#: The door, and a node on the same machine that asks it for the API server's certificate.
+DOOR = '[serve]\nlisten = "127.0.0.1:9443"\n'
+ASKS = """\
+[node]
+pki_dir = "/srv/node/pki"
+kubeconfig_dir = "/srv/node"
+state_dir = "/var/lib/node"
+
+[backend.door]
+type = "gateway"
+url = "https://127.0.0.1:9443"
+ca_file = "/srv/door-ca.crt"
+wait = "2m"
+
+[authority.ca]
+backend = "door"
+"""
+DOORS_POLICY = '[allow]\nclusters = ["*"]\nnodes = ["*"]\n'
+DOORS_DROP_IN = "[Service]\nLoadCredential=ca-passphrase:/etc/ca-bridge/ca-passphrase\nReadWritePaths=/srv/ca\n"
+_PATIENCE = 180.0
+#: Prints how /healthz is answered, and the serial number of the certificate that the door shows.
+LOOK = """\
+import http.client, ssl
+context = ssl.create_default_context(cafile="/srv/door-ca.crt")
+context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # the certificate names no key of its CA
+client = http.client.HTTPSConnection("127.0.0.1", 9443, context=context, timeout=60)
+client.request("GET", "/healthz")
+print(int(client.sock.getpeercert()["serialNumber"], 16), client.getresponse().status)
+client.close()
+"""
+
+
+def put_door(tree: Tree, directory: Path) -> Tls:
+    """Settings, a server certificate, and the packages of `serve`, where `pip install --target` puts them."""
+    make_node(tree, directory / "node", left=timedelta(days=20))
+    tree.put("/etc/ca-bridge/config.toml", (SETTINGS + DOOR).encode())
+    tree.put("/etc/ca-bridge/desk-policy.toml", DOORS_POLICY.encode())
+    tree.put("/etc/systemd/system/ca-bridge-serve.service.d/site.conf", DOORS_DROP_IN.encode())
+    tree.put("/etc/ca-bridge/asks.toml", ASKS.encode())
+    tree.put("/root/look.py", LOOK.encode())
+    tls = est.make_tls(directory / "tls")
+    tree.put("/srv/door-ca.crt", tls.ca.read_bytes())
+    whole, base = (
+        set(re.findall(r"^([a-z0-9-]+)==", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
+        for name in ("requirements-serve.lock", "requirements.lock")
+    )
+    for name in whole - base - {"psycopg", "psycopg-binary", "tzdata"}:  # that is PostgreSQL's driver
+        for file in distribution(name).files or ():
+            if not {"..", "__pycache__"} & set(file.parts):
+                (directory / "packages" / file).parent.mkdir(parents=True, exist_ok=True)
+                (directory / "packages" / file).write_bytes(Path(str(file.locate())).read_bytes())
+    tree.put_directory(directory / "packages", "/opt/ca-bridge/plugins")
+    tree.run(
+        "useradd --system ca-bridge 2>/dev/null || { echo ca-bridge:x:990:990::/:/bin/false >>/etc/passwd; echo ca-bridge:x:990: >>/etc/group; };"
+        "chown -R ca-bridge:ca-bridge /srv/ca;"
+        "cp /opt/ca-bridge/current/share/kubeadm-ca-bridge/serve/ca-bridge-serve.service /etc/systemd/system/"
+    )
+    return tls
+
+
+def put_pair(machine: Booted, certificate: Path, key: Path) -> int:
+    """The door's own certificate, as `config/serve/own.toml` has it renewed; its serial number."""
+    for path, name, mode in ((key, "serve.key", "640"), (certificate, "serve.crt", "644")):
+        there = f"/etc/ca-bridge/{name}"
+        machine.run(
+            f"umask 077; cat >{there}.new; chgrp ca-bridge {there}.new; chmod {mode} {there}.new; mv {there}.new {there}",
+            stdin=path.read_bytes(),
+        )
+    return x509.load_pem_x509_certificate(certificate.read_bytes()).serial_number
+
+
+@pytest.mark.parametrize("installed", ["trixie"], indirect=True)
+def test_the_door_runs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
+    """As its own user it signs, shows a renewed server certificate, and ends when told; not on a node that it serves."""
+    unit, tls = "ca-bridge-serve", put_door(installed, tmp_path)
+    sans = [x509.IPAddress(ip_address("127.0.0.1"))]
+    next_pair = tls.agent("next", ekus=[SERVER], sans=sans)
+    with installed.booted() as machine:
+        first = put_pair(machine, tls.server_cert, tls.server_key)
+        machine.run(f"systemctl start {unit}.service")
+        machine.wait(f"systemctl show {unit} -p ExecMainStatus | grep -qx ExecMainStatus=5", _PATIENCE)
+        assert "wanted a place outside of the cluster" in machine.journal()
+        machine.run(f"systemctl stop {unit}; systemctl reset-failed {unit}; mv /etc/kubernetes /srv/node")
+
+        machine.run(f"systemctl start {unit}.service")
+        machine.wait(f"python3 /root/look.py | grep -qx '{first} 200'", _PATIENCE)
+        (pid,) = properties(machine, unit, "MainPID")
+        status = machine.run(f"cat /proc/{pid}/status").stdout
+        assert int(re.findall(r"^Uid:\s+(\d+)", status, re.MULTILINE)[0]) > 0
+        assert re.search(r"^CapBnd:\s+0+$", status, re.MULTILINE)
+        machine.run("ca-bridge renew apiserver --config /etc/ca-bridge/asks.toml")
+        pem = machine.run("cat /srv/node/pki/apiserver.crt").stdout.encode()
+        assert x509.load_pem_x509_certificate(pem).not_valid_after_utc > datetime.now(UTC) + timedelta(days=300)
+        renewed = put_pair(machine, next_pair["client_cert"], next_pair["client_key"])
+        machine.wait(f"python3 /root/look.py | grep -qx '{renewed} 200'", _PATIENCE)
+        assert properties(machine, unit, "MainPID", "NRestarts") == [pid, "0"]
+
+        machine.run(f"systemctl stop {unit}.service")
+        assert properties(machine, unit, "Result", "ExecMainStatus") == ["success", "0"], machine.journal()
+        assert PASSPHRASE not in machine.journal()
+        machine.run(f"systemctl start {unit}.service")
+        machine.wait(f"python3 /root/look.py | grep -qx '{renewed} 200'", _PATIENCE)
+        machine.run("ca-bridge renew apiserver-kubelet-client --config /etc/ca-bridge/asks.toml")
+
+
 def test_machines_beside_each_other_share_no_control_group(bookworm: Tree, tmp_path: Path) -> None:
     """A unit that ends in one takes nothing from the unit that is called alike in the other; neither leaves one behind."""
     other = Tree.new("trixie", tmp_path / "other")
@@ -447,7 +557,6 @@ def test_machines_beside_each_other_share_no_control_group(bookworm: Tree, tmp_p
     assert not [path for path in Path("/sys/fs/cgroup").glob("*/*") if path.name in names]
 
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs/run-nightly.md"
 START, END = (
     "<!-- figures: `python -m tests.release.test_units` writes them, a test compares them -->",
