@@ -111,11 +111,11 @@ def _end_quietly(quiet: Quiet) -> NoReturn:
 
     console.set_up(0, console.LogFormat.TEXT)
     try:
-        with monitoring.written(quiet.settings, lambda: datetime.now(UTC)) as told:
+        with monitoring.written(quiet.settings, lambda: datetime.now(UTC)) as outcome:
             _print(text)
     except OSError as e:
         _end_unwritten(e)
-    _end(told.exit_code)
+    _end(outcome.exit_code)
 
 
 class Table(NamedTuple):

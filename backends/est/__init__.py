@@ -131,12 +131,12 @@ class EstBackend:
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
         """Send the same CSR again, as EST demands (RFC 7030 §4.2.3), but not earlier than the server wished."""
-        digest, _, wish = reference.partition("@")
+        digest, _, end = reference.partition("@")
         if digest != _digest(request):
             hint = "`ca-bridge pending cancel` makes room for a new request"
             raise BackendRefusedError("est: wanted the reference of this CSR, found another one's", hint=hint)
         now = datetime.now(UTC)
-        left = int(wish) - now.timestamp() if wish.isdecimal() else 0
+        left = int(end) - now.timestamp() if end.isdecimal() else 0
         if 0 < left <= LONGEST_WISH.total_seconds():
             moment = _moment_text(now + timedelta(seconds=left))
             return Pending(reference=reference, note=f"the server wishes not to be asked before {moment}")

@@ -117,8 +117,8 @@ class _Story:
         self._expect(ended.code == -signal.SIGKILL, f"kill -9 after {_RENAMED} files: the node has old and new ones")
         ended = self._command("ca-bridge recover", 2, 0)
         paired = sum(map(_is_pair, _node(self._place)))
-        told = f"every key belongs to its certificate: {paired} of {len(_node(self._place))}"
-        self._expect(ended.code == Exit.DONE and paired == len(_node(self._place)), told)
+        text = f"every key belongs to its certificate: {paired} of {len(_node(self._place))}"
+        self._expect(ended.code == Exit.DONE and paired == len(_node(self._place)), text)
 
     def _way_back(self, before: dict[Path, bytes]) -> None:
         self._headline("Going back is one command, and is itself backed up.")
@@ -149,13 +149,13 @@ class _Story:
         _say(f"{_INDENT}{_styled(f'$ {typed}', 'hint')}")
         with doing(f"running {typed}", is_plain=False):
             ended = self._run([renamed, str(self._place.kubernetes), *typed.split()[1:]])
-        told = ended.lines
+        lines = ended.lines
         if until:
-            told = told[: next((number for number, line in enumerate(told) if line.startswith(until)), len(told))]
-        told = [line for line in told if line]
-        last = told[len(told) - tail :] if tail else []
-        hidden = len(told) - head - len(last)
-        for line in told[:head] if hidden > 0 else told:
+            lines = lines[: next((number for number, line in enumerate(lines) if line.startswith(until)), len(lines))]
+        lines = [line for line in lines if line]
+        last = lines[len(lines) - tail :] if tail else []
+        hidden = len(lines) - head - len(last)
+        for line in lines[:head] if hidden > 0 else lines:
             _say(_toned(_wrapped(line)))
         if hidden > 0 and (head or tail):
             _say(_styled(f"{_INDENT}… {hidden} more lines", "faint"))

@@ -363,8 +363,8 @@ class Command(TyperCommand):
                 for line, sentence in examples:
                     # a shell takes it as it is shown: where it is too wide, its lines end with a backslash
                     typed = " \\\n".join(_wrapped(line, formatter.width - len(" \\"), "  ", "    "))
-                    told = "\n".join(_wrapped(sentence, formatter.width, " " * 6, " " * 6))
-                    formatter.write(f"{typed}\n{told}\n")
+                    meaning = "\n".join(_wrapped(sentence, formatter.width, " " * 6, " " * 6))
+                    formatter.write(f"{typed}\n{meaning}\n")
 
 
 def _is_given(context: Any, parameter: str | None) -> bool:

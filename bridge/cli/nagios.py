@@ -110,9 +110,9 @@ def _critical(late: ExpiryReport) -> list[str]:
 def _warning(
     early: ExpiryReport, late: ExpiryReport, failures: Mapping[str, Failures] | None, unused: Sequence[ProofFinding]
 ) -> list[str]:
-    told = {row.name for row in late.rows if row.due}
+    late_names = {row.name for row in late.rows if row.due}
     return [
-        *(_ends(row) for row in early.rows if row.due and row.chain and row.name not in told),
+        *(_ends(row) for row in early.rows if row.due and row.chain and row.name not in late_names),
         *(f"{name}: {found}" for name, found in (failures or {}).items()),
         *(
             f"{one.component.value if one.component else 'a program'} does not use its new {one.certificate} yet"

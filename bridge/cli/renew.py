@@ -131,14 +131,14 @@ def install_command(
 
 def renew(settings: Settings, options: RunOptions, now: Callable[[], datetime], output: Output) -> int:
     """Renew, print the result, and return the exit code; the metrics file gets the code, whatever it is."""
-    with monitoring.written(settings, now) as told:
+    with monitoring.written(settings, now) as outcome:
         with progress_shown() as progress:
             result, node, selection = renewal.run(settings, options, now, progress)
         for sentence in selection.skipped:
             log.log(logging.INFO if options.is_by_name else logging.DEBUG, "%s", sentence)
         report(result, node, selection, settings, now(), output, restarts=options.restarts)
-        told.exit_code = result.exit_code
-    return told.exit_code
+        outcome.exit_code = result.exit_code
+    return outcome.exit_code
 
 
 def install(
@@ -340,7 +340,7 @@ def write_csrs(settings: Settings, directory: Path, options: RunOptions, now: da
 
 def rehearse(settings: Settings, options: RunOptions, now: Callable[[], datetime], output: Output) -> int:
     """Rehearse, print the result, and return the exit code; the metrics file gets the code, whatever it is."""
-    with monitoring.written(settings, now, rehearsal=True) as told:
+    with monitoring.written(settings, now, rehearsal=True) as outcome:
         with progress_shown() as progress:
             result = renewal.rehearse(settings, options, now, progress)
         if output is Output.JSON:
@@ -351,8 +351,8 @@ def rehearse(settings: Settings, options: RunOptions, now: Callable[[], datetime
             print_error(error)
         for about, error in grouped(result.failed):
             print_error(error, about)
-        told.exit_code = result.exit_code
-    return told.exit_code
+        outcome.exit_code = result.exit_code
+    return outcome.exit_code
 
 
 def _print(result: Rehearsal) -> None:

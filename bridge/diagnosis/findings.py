@@ -78,8 +78,8 @@ def causes(findings: Iterable[Finding]) -> list[Cause]:
             hint = ROOT_HINT
         if one.check in {_WOULD_SIGN, "backend"}:
             text = cause(one.text, one.about)
-        told = "" if one.check == _WOULD_SIGN else hint
-        groups.setdefault((one.level, one.check, told, text), []).append(one)
+        shared_hint = "" if one.check == _WOULD_SIGN else hint
+        groups.setdefault((one.level, one.check, shared_hint, text), []).append(one)
     return sorted(map(_one_of, groups.values()), key=lambda one: LEVELS.index(one.level))
 
 

@@ -98,9 +98,9 @@ def _with_ended(result: Result, own: Sequence[Credential], now: datetime) -> Res
 
 def _warn(own: Sequence[Credential], result: Result, settings: Settings, now: datetime) -> None:
     """Warn of credentials that end soon, but for those about which there is an error."""
-    told = [error.name for error in result.errors if isinstance(error, credentials.CredentialEndedError)]
+    reported = [error.name for error in result.errors if isinstance(error, credentials.CredentialEndedError)]
     for one in own:
-        if one.needs_a_word(settings.renewal.before, now) and one.name not in told:
+        if one.needs_a_word(settings.renewal.before, now) and one.name not in reported:
             sentence = one.text(now)
             log.warning("%s", sentence)
             log.warning("%s", credentials.CredentialEndedError.hint, extra={"is_hint": True})

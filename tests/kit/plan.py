@@ -26,6 +26,7 @@ SECONDS = {
     "e2e/test_etcd_hosts_node.py": 180,
     "e2e/test_kubelets_node.py": 150,
     "e2e/test_prove_node.py": 140,
+    "e2e/test_pods_node.py": 180,
     "e2e/test_live_node.py": 130,
     "e2e/test_adoption_node.py": 220,
     "e2e/test_day0_node.py": 90,
