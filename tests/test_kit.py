@@ -18,8 +18,9 @@ from bridge.specs import AUTHORITIES
 from bridge.system.waiting import wait_until
 from tests import conftest
 from tests.kit import plan, programs
+from tests.kit.cas import Bridge
 from tests.kit.loopback import alone, free_port
-from tests.kit.pki import KubeadmAlgorithm, KubeadmVersion, kubeadm_pki
+from tests.kit.pki import KubeadmAlgorithm, KubeadmVersion, handmade_pki, kubeadm_pki
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -244,3 +245,23 @@ def test_a_stand_in_that_is_alone_is_seen_by_no_test_beside_it() -> None:
         with alone():
             assert running(name) == []
         outside.kill()
+
+
+def test_a_warm_run_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork of the loaded program has a process, an environment, a directory, streams and an exit code of its own."""
+    pki = handmade_pki(tmp_path / "node")
+    cold, warm = (Bridge(pki=pki, directory=tmp_path / "bridge", warm=one) for one in (False, True))
+    monkeypatch.chdir(tmp_path)
+    for width in ("60", "90"):
+        monkeypatch.setenv("COLUMNS", width)
+        ours, theirs = (one.run("renew", "--help") for one in (warm, cold))
+        assert (ours.returncode, ours.stdout, ours.stderr) == (0, theirs.stdout, "")
+    ours, theirs = (one.run("renew", "no-such") for one in (warm, cold))
+    said, run = zip(*(one.stderr.rsplit(" [run ", 1) for one in (ours, theirs)), strict=True)
+    assert (ours.returncode, ours.stdout, said[0]) == (theirs.returncode, "", said[1])
+    assert run[0] != run[1]
+    assert warm.run("renew", "--csr-only", "--csr-dir", "here", "admin.conf").returncode == 0
+    assert (tmp_path / "here/admin.conf.csr").is_file()
+    with pytest.raises(subprocess.TimeoutExpired):
+        warm.run("renew", "--help", timeout=0.001)
+    assert warm.run("renew", "--help").returncode == 0

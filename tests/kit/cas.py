@@ -19,7 +19,7 @@ from backends.vault import setup as vault_setup
 from bridge.node import inventory
 from bridge.pki.certificates import load_pem_certificates
 from bridge.specs import AUTHORITIES, KUBELET_CONF, SPECS
-from tests.kit import cfssl, opensslca
+from tests.kit import cfssl, opensslca, warm
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import Pki
 
@@ -46,6 +46,7 @@ class Bridge:
     pki: Pki
     directory: Path  #: For settings, secrets and state.
     tables: list[str] = field(default_factory=list)
+    warm: bool = False  #: Runs are forked from a process that has loaded the program.
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -83,6 +84,8 @@ class Bridge:
 
     def run(self, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run the installed program."""
+        if self.warm:
+            return warm.shared().run(self.command(*args), timeout=timeout)
         environment = {**os.environ, "LC_ALL": "C.UTF-8"}
         return subprocess.run(
             self.command(*args),
