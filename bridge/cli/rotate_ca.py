@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bridge import monitoring
-from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, group, utc_now
+from bridge.cli.options import (
+    ZERO,
+    Common,
+    Output,
+    OutputOption,
+    WaitOption,
+    command,
+    duration_option,
+    group,
+    utc_now,
+)
 from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_table, say_verdict
 from bridge.cli.results import grouped, print_restart, say_waiting, warn_of_waiting
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory
 from bridge.node.inventory import Node
 from bridge.pki.certificates import fingerprint, name_text
-from bridge.pki.expiry import minute, rfc3339
+from bridge.pki.expiry import duration_text, minute, rfc3339
 from bridge.rotation import holders, places, steps, witnesses
 from bridge.rotation.gate import Gate
 from bridge.rotation.holders import Held
 from bridge.rotation.phases import Phase, differences, text
 from bridge.rotation.places import Replaced
 from bridge.rotation.steps import Done, Step, Verb
-from bridge.rotation.witnesses import Refusal, Users
+from bridge.rotation.witnesses import Refusal, Users, Watched
 from bridge.settings.tables import Settings
 from bridge.specs import CA
 from bridge.state.store import Store
@@ -58,18 +69,30 @@ ServerLogOption = Annotated[
 IssuedOption = Annotated[
     list[Path] | None,
     typer.Option(
-        "--issued", metavar="PATH", help="With --audit-log: certificates of the new CA, in a file or directory."
+        "--issued",
+        metavar="PATH",
+        help="With --audit-log and --requests: certificates of the new CA, in a file or directory.",
+    ),
+]
+
+
+RequestsOption = Annotated[
+    timedelta,
+    duration_option(
+        'Count by API servers\' metrics, for so long, such as "1m", requests by the ends of their certificates.',
+        "--requests",
     ),
 ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LogOptions:
-    """What others say of the CA that goes; one option a field, each repeatable."""
+    """What others say of the CA that goes; one option a field."""
 
     audit_log: AuditLogOption = None
     server_log: ServerLogOption = None
     issued: IssuedOption = None
+    requests: RequestsOption = ZERO
 
 
 @command(rotate_group, "status")
@@ -78,15 +101,18 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
     Show in which phase each CA of this node is, and what is left there; nothing is changed.
 
     With --audit-log it names the users whose certificate is not known to be one of the new CA's: those that `drop` would
-    refuse. With --server-log it names the clients that did not trust the API server's certificate.
+    refuse. With --server-log it names the clients that did not trust the API server's certificate. With --requests it says
+    how many requests come with certificates that end when no certificate of the new CA does.
     """
     settings = common.settings()
     node = inventory.of(settings.node)
     found = places.look(settings, node, ca or [])
     users, refusals = _witnesses(settings, node, found, logs)
+    watched = _watched(settings, node, found, logs)
     if output is Output.JSON:
         cas = [_json(one, _lagging(settings, node, one)) for one in found.values()]
-        say_json(cas=cas, users=users and users.users, unreadLines=users and users.unread, refusals=refusals)
+        seen = {"users": users and users.users, "unreadLines": users and users.unread, "refusals": refusals}
+        say_json(cas=cas, **seen, requests=watched and _requests_json(watched))
         return
     if not found:
         say_sentence("no CA is being replaced: no authority of the settings has a table `next`")
@@ -98,6 +124,43 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
             say_sentence(f"{one.name}: {held.text}", "  ")
             say(f"    {held.command}" if held.command else "")
     _say_witnesses(users, refusals)
+    _say_watched(watched, logs.requests)
+
+
+def _watched(settings: Settings, node: Node, found: Mapping[str, Replaced], logs: _LogOptions) -> Watched | None:
+    """The requests of a while, by the ends of their certificates; None: that was not asked for."""
+    if not logs.requests:
+        return None
+    if CA.name not in found:
+        raise typer.BadParameter("--requests is about clients of the CA ca, which is not replaced here")
+    new = witnesses.leaves_of_the_new_ca(node, found[CA.name].change, logs.issued or [])
+    with doing("counting requests"):
+        return witnesses.watched(node, settings, new, logs.requests, utc_now)
+
+
+def _say_watched(watched: Watched | None, period: timedelta) -> None:
+    for sentence in (*watched.troubles, *map(str, watched.requests)) if watched else ():
+        say_sentence(sentence, "  ")
+    for server, count in watched.failed.items() if watched else ():
+        what = "of clients that do not trust its certificate, of scanners and health checks"
+        say_sentence(f"{server}: {count} TLS handshakes failed in {duration_text(period)}: {what}", "  ")
+
+
+def _requests_json(watched: Watched) -> dict[str, Any]:
+    def seconds(limit: timedelta | None) -> int | None:
+        return None if limit is None else round(limit.total_seconds())
+
+    counts = [
+        {
+            "server": one.server,
+            "count": one.count,
+            "moreThanSeconds": seconds(one.more_than),
+            "atMostSeconds": seconds(one.at_most),
+            "isLikeNew": one.is_like_new,
+        }
+        for one in watched.requests
+    ]
+    return {"byEnd": counts, "failedHandshakes": dict(watched.failed), "troubles": watched.troubles}
 
 
 def _witnesses(
@@ -188,6 +251,8 @@ def plan(common: Common, ca: CaOption = None) -> int:
             spared = phase is one.change.spares
             what = _SPARED.format(costs=_COSTS[one.name][False]) if spared else _effect(one, phase)
             say_sentence(f"{steps.VERBS[phase]}: {what}", "  ")
+    for sentence in steps.silent_backends(settings, found.values()):
+        say_verdict(sentence, "warning")
     return Exit.REFUSED if trouble else Exit.DONE
 
 

@@ -151,6 +151,13 @@ def text_of(of: Mapping[str, Any], *keys: str) -> str:
     return found if isinstance(found, str) else ""
 
 
+def labels_of(of: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An object's labels."""
+    metadata = of.get("metadata")
+    found = metadata.get("labels") if isinstance(metadata, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def name_of(of: Mapping[str, Any]) -> str:
     """An object's name."""
     return one_line(text_of(of, "metadata", "name"))

@@ -31,6 +31,7 @@ from bridge.rotation.phases import Bundle, Change, Phase
 from bridge.settings.tables import Settings
 from bridge.specs import CA, FRONT_PROXY_CA
 from bridge.system.console import doing
+from bridge.words import one_line
 
 _ROOT_CA = "kube-root-ca.crt"
 _SERVING = "kubernetes.io/kube-apiserver-serving"
@@ -92,7 +93,7 @@ def lagging(settings: Settings, node: Node, authority: str, change: Change, phas
 
 def look(api: Api, authority: str, change: Change, phase: Phase) -> list[Held]:
     """What in the cluster does not hold the CAs of a phase yet, and what of others holds the old CA."""
-    if authority not in (CA.name, FRONT_PROXY_CA.name):
+    if authority not in _KEYS:
         return []
     try:
         with doing("looking through the cluster's objects"):
@@ -126,29 +127,57 @@ def _seen(what: str, found: Iterable[Held]) -> Iterator[Held]:
         yield Held(f"{what}: not looked at, or not all of it: {e}")
 
 
+def behind(api: Api, authority: str, wanted: Bundle) -> list[str]:
+    """
+    The cluster's own objects that lack one of these CAs, in words: pods, joining nodes and aggregated API servers read them.
+
+    Raises:
+        NoAnswerError: They can't be looked at.
+    """
+    found, key = [], _KEYS[authority]
+    if not set(wanted) <= _in_authentication(api, key):
+        found.append(f"{key} of extension-apiserver-authentication")
+    if authority == CA.name:
+        info = _in_cluster_info(api)
+        if info is not None and not set(wanted) <= info:
+            found.append(str(kubeadm.CLUSTER_INFO))
+        maps = api.every(_ROOT_CAS.path, _PAGE)
+        late = [one for one in maps if not set(wanted) <= set(_certificates(_config_map(one)))]
+        found += [f"{_ROOT_CA} of {one_line(str(_mapping(one, 'metadata').get('namespace')))}" for one in late]
+    return found
+
+
 # --- what follows by itself -------------------------------------------------------------------------------------------
 
 
 def _cluster_info(api: Api, bundle: Bundle) -> Iterator[Held]:
-    place = kubeadm.CLUSTER_INFO
-    text = kubeadm.read(api, place).text
+    held = _in_cluster_info(api)
+    if held is not None and held != set(bundle):
+        again = "the verb of this phase, run again, writes them"
+        yield Held(f"{kubeadm.CLUSTER_INFO}: wanted the CAs of this phase, found others: {again}")
+
+
+def _in_cluster_info(api: Api) -> set[x509.Certificate] | None:
+    """The CAs that a joining node trusts; None: there is no such object, and nodes join by files."""
+    text = kubeadm.read(api, kubeadm.CLUSTER_INFO).text
     if text is None:
-        return
-    held: Iterable[x509.Certificate] = ()
+        return None
     with contextlib.suppress(KubeconfigError, ValueError):
-        held = load_pem_certificates(kubeconfig.ca_data(text.encode()) or b"")
-    if set(held) != set(bundle):
-        yield Held(
-            f"{place}: wanted the CAs of this phase, found others: the verb of this phase, run again, writes them"
-        )
+        return set(load_pem_certificates(kubeconfig.ca_data(text.encode()) or b""))
+    return set()
+
+
+#: The keys of extension-apiserver-authentication, by authority.
+_KEYS = {CA.name: "client-ca-file", FRONT_PROXY_CA.name: "requestheader-client-ca-file"}
+
+
+def _in_authentication(api: Api, key: str) -> set[x509.Certificate]:
+    return set(_certificates(_mapping(api.ask("GET", AUTHENTICATION).document, "data").get(key)))
 
 
 def _authentication(api: Api, authority: str, change: Change, phase: Phase) -> Iterator[Held]:
     """API servers join their CAs to what is there, and take none out: only at the end the old one has to be gone."""
-    reply = api.ask("GET", AUTHENTICATION)
-    data = reply.document.get("data")
-    key = "client-ca-file" if authority == CA.name else "requestheader-client-ca-file"
-    held = set(_certificates(data.get(key) if isinstance(data, dict) else None))
+    held = _in_authentication(api, key := _KEYS[authority])
     if not set(change.bundle(phase)) <= held:
         yield Held(f"extension-apiserver-authentication: wanted the CAs of this phase in {key}, found others")
     elif phase is Phase.NEW and change.old in held and change.old != change.new:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from bridge.cluster import kubeadm
 from bridge.cluster.api import MERGE_PATCH, Api
@@ -23,10 +23,25 @@ from bridge.state.session import Run
 #: within a second (measured on 1.37).
 AUTHENTICATION = "/api/v1/namespaces/kube-system/configmaps/extension-apiserver-authentication"
 NODES = "/api/v1/nodes"
-#: An annotation of a Node: the SHA-256 of the CA that signed its certificates, as the node's own run has seen it.
-SIGNED_BY = "ca-bridge.io/signed-by"
-#: Another one: when that was seen, and in which phase, such as `2026-11-28T12:00:00Z issued`.
-SEEN_AT = "ca-bridge.io/signed-by-seen"
+
+
+class Keys(NamedTuple):
+    """Annotations of a Node: what the node's own run has seen of one CA there."""
+
+    signed_by: str  #: The SHA-256 of the CA that signed its certificates.
+    seen: str  #: When that was seen, and in which phase, such as `2026-11-28T12:00:00Z issued`.
+    trusts: str  #: The SHA-256 of each CA that its components have read, with commas between.
+
+
+#: By authority: no server shows a kubelet's client certificate, the front proxy's, or what a controller manager trusts.
+KEYS = {
+    CA.name: Keys("ca-bridge.io/signed-by", "ca-bridge.io/signed-by-seen", "ca-bridge.io/trusts"),
+    FRONT_PROXY_CA.name: Keys(
+        "ca-bridge.io/front-proxy-signed-by",
+        "ca-bridge.io/front-proxy-signed-by-seen",
+        "ca-bridge.io/front-proxy-trusts",
+    ),
+}
 
 
 class ObjectError(BridgeError):
@@ -36,20 +51,24 @@ class ObjectError(BridgeError):
     hint = "the same command tries again, here or on another control-plane node"
 
 
-def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]]) -> list[BridgeError]:
-    """Bring the objects that are ours to change to these phases, by authority; errors, after which a repeated call goes on."""
+def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]], *, says: bool) -> list[BridgeError]:
+    """
+    Bring the objects that are ours to change to these phases, by authority; errors, after which a repeated call goes on.
+
+    The Node object `says` so as well, unless a component has not read the CAs yet.
+    """
     if node.is_etcd_host or not (node.is_worker or node.manifests):
         return []
     found: list[BridgeError] = []
     try:
         api = _connected(run, node)
-        if CA.name in changes:
-            change, phase = changes[CA.name]
-            said = {SIGNED_BY: fingerprint(change.signer(phase)), SEEN_AT: f"{rfc3339(run.now())} {phase.value}"}
+        said = dict(_said(changes, rfc3339(run.now())))
+        if says and said:
             _publish(api, run.settings.node.node_name, said)
         if node.is_worker:
             return found
         if CA.name in changes:
+            change, phase = changes[CA.name]
             _cluster_info(api, change.bundle(phase))
         if any(phase is Phase.NEW and name in (CA.name, FRONT_PROXY_CA.name) for name, (_, phase) in changes.items()):
             reply = api.ask("DELETE", AUTHENTICATION)
@@ -67,12 +86,20 @@ def _connected(run: Run, node: Node) -> Api:
     return neighbours.connect(node, run.settings)
 
 
+def _said(changes: Mapping[str, tuple[Change, Phase]], now: str) -> Iterator[tuple[str, str]]:
+    for name, (change, phase) in changes.items():
+        if (keys := KEYS.get(name)) is not None:
+            yield keys.signed_by, fingerprint(change.signer(phase))
+            yield keys.seen, f"{now} {phase.value}"
+            yield keys.trusts, ",".join(map(fingerprint, change.bundle(phase)))
+
+
 def _publish(api: Api, name: str, said: Mapping[str, str]) -> None:
-    """Have the Node object say which CA signed this node's certificates, since no server shows a kubelet's client one."""
+    """Have the Node object say what was seen on this node."""
     path, body = f"{NODES}/{name}", {"metadata": {"annotations": said}}
     reply = api.ask("PATCH", path, body, MERGE_PATCH)
     if reply.status != HTTPStatus.OK:
-        text = f"wanted the annotation {SIGNED_BY} on the Node {name}, found HTTP {reply.status} {reply.message}"
+        text = f"wanted the annotations {', '.join(said)} on the Node {name}, found HTTP {reply.status} {reply.message}"
         raise ObjectError(text.rstrip())
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from bridge.ca import registry
 from bridge.ca.ca import CA
@@ -23,7 +23,7 @@ from bridge.control_plane.restart_plan import ORDER
 from bridge.errors import BridgeError, Exit, Violation
 from bridge.node import cross, processes
 from bridge.node.inventory import Node
-from bridge.pki.certificates import pem, spki
+from bridge.pki.certificates import is_signed_by, name_text, pem, spki
 from bridge.pki.expiry import minute
 from bridge.renewal import in_use
 from bridge.renewal.gate import next_ca_file
@@ -36,7 +36,7 @@ from bridge.rotation.gate import Gate
 from bridge.rotation.phases import Bundle, Kind, Phase, differences, text, texts
 from bridge.rotation.places import Replaced, with_ca
 from bridge.settings.tables import Settings, for_next
-from bridge.specs import AUTHORITIES, ETCD_CA, KUBELET_CONF, Component
+from bridge.specs import AUTHORITIES, ETCD_CA, KUBELET_CONF, SPECS, Component
 from bridge.specs import CA as CLUSTER_CA
 from bridge.state import audit, backups, copies
 from bridge.state.backups import Backup
@@ -46,6 +46,9 @@ from bridge.state.session import Run, begun
 from bridge.state.store import Outcome, Store
 from bridge.system.console import Progress
 from bridge.system.state_file import OnDamage, StateFile, coded
+
+if TYPE_CHECKING:
+    from bridge.control_plane.proof import ProofFinding
 
 
 class Verb(Enum):
@@ -163,13 +166,31 @@ def _with_objects(run: Run, node: Node, steps: Sequence[Step], result: Result) -
     """The result with errors about the cluster's objects; they change only where the node's files did."""
     if result.exit_code != Exit.DONE:
         return result
-    errors = objects.update(run, node, {step.ca.name: (step.ca.change, step.target) for step in steps})
+    late = _not_read(run, steps)
+    if late:
+        run.progress.note(
+            "not said to other nodes, which wait for it, since components of this one have not read the CAs of this phase: "
+            f"{in_use.sentence(late)}; restart them, then the same command again"
+        )
+    changes = {step.ca.name: (step.ca.change, step.target) for step in steps}
+    errors = objects.update(run, node, changes, says=not late)
     for step in steps:
         if step.ca.state.authority == CLUSTER_CA:
             change = step.ca.change
             phases = {frozenset(change.bundle(phase)) for phase in change.path}
             errors += copies.trust(run.settings, run.record, phases, change.bundle(step.target))
     return dataclasses.replace(result, errors=(*result.errors, *errors))
+
+
+def _not_read(run: Run, steps: Sequence[Step]) -> list[ProofFinding]:
+    """The components that are older than the CA data in their kubeconfigs, which they read at their start alone."""
+    if not any(step.ca.name == CLUSTER_CA.name for step in steps):
+        return []
+    from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only at the end of a phase)
+
+    ends = tuple(f"/{SPECS[name].base}" for name in _READERS[CLUSTER_CA.name])
+    findings = proof.by_files(run.read_node(), run.settings, run.now()).findings
+    return [one for one in findings if one.state == "stale" and one.what.endswith(ends)]
 
 
 # --- what is to be done -----------------------------------------------------------------------------------------------
@@ -252,7 +273,7 @@ def assert_signs_itself(settings: Settings, steps: Sequence[Step], progress: Pro
     Before a new CA is trusted for the first time, by its backend's own words; `next.above = "allowed"` takes one.
     """
     new = [step.ca for step in steps if step.ca.standing.phase is Phase.OLD and not step.is_there]
-    new = [one for one in new if settings.authorities[one.name].next.get("above") != "allowed"]
+    new = [one for one in new if _must_sign_itself(settings, one.name)]
     if not new:
         return
     backends = registry.configured(for_next(settings, names := [one.name for one in new]), names)
@@ -266,12 +287,52 @@ def assert_signs_itself(settings: Settings, steps: Sequence[Step], progress: Pro
         except BridgeError as e:
             progress.note(f"{one.name}: not seen whether {text(one.change.new)} itself signs: {e}")
             continue
+        if not issuers:
+            progress.note(not_asked(one, backend.label))
         if issuers and spki(issuers[0].public_key()) != spki(one.change.new.public_key()):
             raise NewCaError(
                 f"{one.name}: wanted the certificate of the CA that signs ({text(issuers[0])}) as next.anchor, found "
                 f"{text(one.change.new)}: what that one signs for others would be trusted, too",
                 hint='next.anchor = "FILE" with the first one; a CA above it that signs for this cluster alone is taken '
                 'with next.above = "allowed"; nothing was replaced',
+            )
+
+
+def not_asked(one: Replaced, backend: str) -> str:
+    """A sentence about a CA that does not say which certificate signs."""
+    return (
+        f"{one.name}: {backend} does not say which certificate signs: if it is one below {text(one.change.new)}, what that "
+        "one signs for others is trusted from `trust` on, and `issue` refuses the answers; compare the issuer of a "
+        "certificate that it has signed"
+    )
+
+
+def silent_backends(settings: Settings, cas: Iterable[Replaced]) -> Iterator[str]:
+    """Sentences about the CAs that `trust` could not ask for the certificate that signs, by the type of their backend."""
+    new = [one for one in cas if one.standing.phase is Phase.OLD and _must_sign_itself(settings, one.name)]
+    names = [one.name for one in new]
+    backends = registry.configured(for_next(settings, names), names) if names else {}
+    for one in new:
+        backend = backends[one.name]
+        if not any(hasattr(backend.backend_type, ability) for ability in ("issuers", "issuers_of")):
+            yield not_asked(one, backend.label)
+
+
+def _must_sign_itself(settings: Settings, name: str) -> bool:
+    return settings.authorities[name].next.get("above") != "allowed"
+
+
+def assert_signed_by_it(settings: Settings, steps: Mapping[str, Step], proven: Sequence[Proven]) -> None:
+    """Refuse answers of a CA below the new one (NewCaError), for a backend that can't be asked before."""
+    for one in proven:
+        name = one.prepared.item.spec.authority.name
+        new = steps[name].ca.change.new
+        if _must_sign_itself(settings, name) and not is_signed_by(one.chain[0], new):
+            raise NewCaError(
+                f"{one.name}: wanted a signature of {text(new)} itself, found one of {name_text(one.chain[0].issuer)} below "
+                "it: what the first one signs for others is trusted, too",
+                hint="`ca-bridge rotate-ca back`, then next.anchor with the certificate that signs; a CA above it that signs "
+                'for this cluster alone is taken with next.above = "allowed"; nothing was replaced',
             )
 
 
@@ -418,6 +479,7 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
     def accepted(proven: Sequence[Proven]) -> None:
         if gate.emergency:  # no phase before has restarted what reads a CA at its start alone
             _owe_reading(run, going_on, node, steps, ())
+        assert_signed_by_it(settings, ours, proven)
         gate.assert_accepted(run, node, {one.name: (pem(*one.chain), one.prepared.key_pem) for one in proven})
 
     trust = Trust(bundles=bundles, files=tuple(files), edit=edit, gate=accepted, stays=gate.emergency)

@@ -1,6 +1,6 @@
 """
 Who still uses the CA that goes: clients with its certificates, by the audit log of API servers, and clients that trust it
-alone, by what API servers log of refusals.
+alone, by what API servers log of refusals; and how many requests come with which certificates, by API servers' metrics.
 
 Both files are what programs wrote about requests of others: they are read line by line, and nothing in them is believed but
 for what a line says of itself. The API server writes the digest of a client's certificate into each event (measured on 1.37).
@@ -10,20 +10,28 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import re
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
 
+from bridge.cluster.api import Api, NoAnswerError
+from bridge.control_plane import neighbours
 from bridge.errors import BridgeError, Exit
+from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
 from bridge.pki import identity
 from bridge.pki.budget import MOST_OF_SERVER, Budget, json_of
 from bridge.pki.certificates import fingerprint, load_pem_certificates, name_text
+from bridge.pki.expiry import duration_text
 from bridge.rotation.phases import Change
+from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.state.store import Store
 from bridge.system.paths import UnreadableError, read, regular_file
@@ -148,10 +156,14 @@ def known(node: Node, store: Store, change: Change, issued: Sequence[Path]) -> s
     The SHA-256 of certificates that are the new CA's: this node's, those that this node's runs have installed, and those in
     the files or directories that the operator names (UnreadableLogError), of other nodes or of the CA itself.
     """
+    return {fingerprint(one) for one in leaves_of_the_new_ca(node, change, issued)} | set(_installed(store, change))
+
+
+def leaves_of_the_new_ca(node: Node, change: Change, issued: Sequence[Path]) -> list[x509.Certificate]:
+    """Those on this node, and in the files or directories that the operator names (UnreadableLogError)."""
     leaves = [item.certificates for item in node.items if item.certificates]
     named = [[one] for path in issued for one in _certificates(path)]
-    ours = {fingerprint(chain[0]) for chain in (*leaves, *named) if identity.leads_to(chain, (change.new,))}
-    return ours | set(_installed(store, change))
+    return [chain[0] for chain in (*leaves, *named) if identity.leads_to(chain, (change.new,))]
 
 
 def _installed(store: Store, change: Change) -> Iterator[str]:
@@ -215,6 +227,152 @@ _SAYINGS: Iterable[tuple[re.Pattern[str], Callable[[re.Match[str]], str]]] = (
         ),
     ),
 )
+
+
+# --- requests by the ends of their certificates -----------------------------------------------------------------------
+
+#: Of each request with a client certificate, whatever becomes of it, the time that is left of that one (Kubernetes 1.37).
+_LEFT = re.compile(
+    rb'apiserver_client_certificate_expiration_seconds_bucket\{le="([0-9.e+]{1,24}|\+Inf)"\} ([0-9.e+]{1,24})'
+)
+_FAILED = re.compile(rb"apiserver_tls_handshake_errors_total ([0-9.e+]{1,24})")
+_SILENCE_SECONDS = 10.0
+_LONGEST_SAMPLE = 1 << 16
+_MOST_SAMPLES = 2_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What an API server has counted since its start."""
+
+    left: Mapping[float, float]  #: Requests whose certificate has at most so many seconds left.
+    failed: float  #: TLS handshakes.
+
+    @property
+    def buckets(self) -> Iterator[tuple[float, float, float]]:
+        """From more than so many seconds, to so many, and the requests between; the first has those that have ended."""
+        below, counted = -math.inf, 0.0
+        for most, count in sorted(self.left.items()):
+            yield below, most, count - counted
+            below, counted = most, count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requests:
+    """Requests to one API server with client certificates that end within the same time."""
+
+    server: str
+    count: int
+    more_than: timedelta | None  #: None: they have ended.
+    at_most: timedelta | None  #: None: any.
+    is_like_new: bool  #: A certificate that is known to be of the new CA ends then, too.
+
+    def __str__(self) -> str:
+        """For the screen."""
+        ends = [
+            f"in more than {duration_text(self.more_than)}" if self.more_than else "",
+            f"in at most {duration_text(self.at_most)}" if self.at_most else "",
+        ]
+        when = " and ".join(filter(None, ends)) or "already"
+        whose = (
+            "certificates of the new CA do, too, so that it can't be said whose these are"
+            if self.is_like_new
+            else "no certificate that is known to be of the new CA does"
+        )
+        return f"{self.server}: {self.count} requests with a client certificate that ends {when}: {whose}"
+
+
+def counters(api: Api) -> Counters:
+    """Read the metrics of the first server (NoAnswerError)."""
+    left: dict[float, float] = {}
+    failed = 0.0
+    with api.lines("/metrics", _SILENCE_SECONDS, _LONGEST_SAMPLE) as lines:
+        for line in itertools.islice(lines, _MOST_SAMPLES):
+            if match := _LEFT.fullmatch(line):
+                left[float(match[1])] = float(match[2])
+            elif match := _FAILED.fullmatch(line):
+                failed = float(match[1])
+    return Counters(left, failed)
+
+
+def requests(
+    server: str, before: tuple[datetime, Counters], after: tuple[datetime, Counters], new: Collection[x509.Certificate]
+) -> list[Requests]:
+    """
+    The requests between two looks at the same API server (pure; ValueError: it was started anew between them).
+
+    Args:
+        server: Its name.
+        before: The first look, and when it began.
+        after: The second one, and when it ended.
+        new: Certificates that are known to be of the new CA.
+    """
+    (begin, first), (end, last) = before, after
+    if any(count > last.left.get(most, 0.0) for most, count in first.left.items()) or first.failed > last.failed:
+        raise ValueError(f"{server}: wanted one API server that counts, found that it was started anew: look again")
+    counted = {most: count for _, most, count in first.buckets}
+    lives = [((one.not_valid_after_utc - end), (one.not_valid_after_utc - begin)) for one in new]
+    return [
+        Requests(
+            server=server,
+            count=round(count - counted.get(most, 0.0)),
+            more_than=timedelta(seconds=least) if least > 0 else None,
+            at_most=timedelta(seconds=most) if 0 < most < math.inf else None,
+            is_like_new=any(
+                longest.total_seconds() > least and rest.total_seconds() <= most for rest, longest in lives
+            ),
+        )
+        for least, most, count in last.buckets
+        if round(count - counted.get(most, 0.0)) > 0
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watched:
+    """What all API servers counted for a while."""
+
+    requests: list[Requests]
+    failed: Mapping[str, int]  #: TLS handshakes, by server.
+    troubles: list[str]  #: About servers that could not be asked.
+
+
+def watched(
+    node: Node, settings: Settings, new: Collection[x509.Certificate], period: timedelta, now: Callable[[], datetime]
+) -> Watched:
+    """Look at each API server twice, with a period between (NoAnswerError: they are not known)."""
+    api = neighbours.connect(node, settings)
+    apis = {name: Api(api.clients, [Server(url)]) for name, url in neighbours.api_servers(api, node)}
+    first, troubles = _counted(apis, now)
+    time.sleep(period.total_seconds())
+    last, more = _counted(apis, now)
+    found: list[Requests] = []
+    failed: dict[str, int] = {}
+    for name in (name for name in first if name in last):
+        (_, begin, before), (end, _, after) = first[name], last[name]
+        try:
+            found += requests(name, (begin, before), (end, after), new)
+            failed[name] = round(after.failed - before.failed)
+        except ValueError as e:
+            more.append(str(e))
+    return Watched(requests=found, failed=failed, troubles=list(dict.fromkeys([*troubles, *more])))
+
+
+def _counted(apis: Mapping[str, Api], now: Callable[[], datetime]) -> tuple[dict[str, _Look], list[str]]:
+    """Looks by server, and why one could not be asked."""
+    found, troubles = {}, []
+    for name, api in apis.items():
+        begin = now()
+        try:
+            counted = counters(api)
+        except NoAnswerError as e:
+            troubles.append(f"{name}: its metrics were not read: {e}")
+        else:
+            found[name] = (now(), begin, counted)
+    return found, troubles
+
+
+#: The end of a look, its begin, and what was seen.
+_Look = tuple[datetime, datetime, Counters]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

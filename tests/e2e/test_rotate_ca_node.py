@@ -12,7 +12,8 @@ import pytest
 
 from bridge.errors import Exit
 from bridge.node import kubeconfig
-from bridge.specs import AUTHORITIES, Component
+from bridge.rotation.objects import KEYS
+from bridge.specs import AUTHORITIES, CA, Component
 from tests.kit import next_cas, nodes
 from tests.kit.cas import add_openssl
 from tests.kit.node import Node
@@ -124,7 +125,13 @@ def test_trust_restarts_what_reads_a_ca_once(bridge: LiveBridge, old_conf: Path)
 
 
 def test_a_worker_that_does_not_trust_the_new_ca_holds_up_issue(site: Site) -> None:
-    """It is named; then it takes the step, too."""
+    """It is named, since its node has not said so, and if that is a lie by its kubelet; then it takes the step, too."""
+    run = site.control_plane.run("rotate-ca", "issue")
+    assert run.returncode == Exit.UNAVAILABLE, run.stdout + run.stderr
+    assert f"found others that have not said so: {NAME}-w" in run.stderr
+    node, keys = site.control_plane.node, KEYS[CA.name]
+    words = json.loads(node.kubectl("get", "node", NAME, "-o", "json").stdout)["metadata"]["annotations"]
+    node.kubectl("annotate", "node", f"{NAME}-w", *(f"{key}={words[key]}" for key in keys))
     run = site.control_plane.run("rotate-ca", "issue")
     assert run.returncode == Exit.UNAVAILABLE, run.stdout + run.stderr
     assert f"kubelet of {NAME}-w" in run.stderr

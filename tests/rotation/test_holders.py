@@ -6,6 +6,7 @@ import base64
 import json
 import subprocess
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from bridge.cluster.api import Api
 from bridge.node.endpoints import Server
 from bridge.pki.certificates import pem
 from bridge.rotation import holders
+from bridge.rotation.gate import NotReadyEverywhereError, assert_followed
 from bridge.rotation.holders import Held, holds
+from bridge.rotation.objects import AUTHENTICATION
 from bridge.rotation.phases import Change, Phase
 from bridge.specs import CA, ETCD_CA
 from tests.kit import kube_api, programs
@@ -123,6 +126,25 @@ def test_others_secrets_are_listed_with_the_command_that_mends_them(server: ApiS
         (pem(NEW) + pem(OTHER)).decode().split("-----\n")
     )
     assert server.admin.get(f"{CORE}/argocd/configmaps/bundle")["data"] == {"ca-bundle.pem": pem(NEW).decode()}
+
+
+@pytest.mark.usefixtures("_cleared")
+@pytest.mark.rotation("the leader moves to an old node")
+def test_a_namespace_that_is_behind_is_named_before_issue(server: ApiServer, change: Change) -> None:
+    """So is what aggregated API servers read; with both CAs in them nothing holds the phase up, and with one missing it does."""
+    both, api = pem(change.old, change.new).decode(), api_of(server)
+    add(server, "kube-root-ca.crt", {"ca.crt": pem(change.old).decode()}, "configmaps")
+    with pytest.raises(NotReadyEverywhereError) as refused:
+        assert_followed(api, CA.name, change, Phase.ISSUED, timedelta())
+    assert "client-ca-file of extension-apiserver-authentication" in str(refused.value)
+    assert "kube-root-ca.crt of argocd" in str(refused.value)
+    for path, key in ((AUTHENTICATION, "client-ca-file"), (f"{CORE}/argocd/configmaps/kube-root-ca.crt", "ca.crt")):
+        assert server.admin.patch(path, {"data": {key: both}}).ok
+    assert_followed(api, CA.name, change, Phase.ISSUED, timedelta())
+    assert holders.behind(api, CA.name, (change.new, OTHER)) == [
+        "client-ca-file of extension-apiserver-authentication",
+        "kube-root-ca.crt of argocd",
+    ]
 
 
 @pytest.mark.usefixtures("_cleared")

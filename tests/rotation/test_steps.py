@@ -21,6 +21,8 @@ from cryptography.hazmat.primitives import hashes
 from bridge import monitoring
 from bridge.cli import renew as cli_renew
 from bridge.cli.options import Output, utc_now
+from bridge.control_plane.probes import ProofState
+from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.diagnosis.examination import examine
 from bridge.diagnosis.findings import Finding
 from bridge.errors import Exit, SettingsError
@@ -37,7 +39,8 @@ from bridge.specs import AUTHORITIES, CA
 from bridge.state import backups
 from bridge.state.store import Store
 from bridge.system.waiting import wait_until
-from tests.kit import next_cas
+from tests.kit import next_cas, opensslca
+from tests.kit.cas import Bridge, add_openssl
 from tests.kit.desks import POLICY, Desk, make_desk
 from tests.kit.issuing import Signer
 from tests.kit.pairs import assert_pairs
@@ -74,6 +77,29 @@ def test_kubeadm_takes_the_node_in_each_phase_and_back(tmp_path: Path) -> None:
         pki.run_kubeadm("init", "phase", "kubeconfig", "all")
         if verb is not Verb.BACK:
             assert all(step.is_there for step in run(settings, verb).steps)
+
+
+@pytest.mark.parametrize(
+    ("what", "state", "is_held_back"),
+    [
+        ("has read /etc/kubernetes/scheduler.conf", "stale", True),
+        ("has read /etc/kubernetes/scheduler.conf", "current", False),
+        ("has read /var/lib/kubelet/pki/kubelet-client-current.pem", "stale", False),
+    ],
+)
+def test_a_node_does_not_say_that_it_trusts_a_ca_that_a_component_has_not_read(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, what: str, state: ProofState, is_held_back: bool
+) -> None:
+    """Where an operator restarts, other nodes wait for that; a certificate that a kubelet has rotated itself is no CA."""
+    finding = ProofFinding(component=None, certificate="", what=what, state=state, detail="")
+    monkeypatch.setattr("bridge.control_plane.proof.by_files", lambda *_: ProofReport(findings=(finding,)))
+    said: list[str] = []
+    monkeypatch.setattr(Quiet, "note", lambda _, text: said.append(text))
+    assert run(settings, Verb.TRUST, ["ca"]).exit_code == 0
+    assert any(text.startswith("not said to other nodes") for text in said) is is_held_back
+    said.clear()
+    assert run(settings, Verb.TRUST, ["front-proxy-ca"]).exit_code == 0
+    assert not any(text.startswith("not said to other nodes") for text in said)
 
 
 def test_one_ca_alone(settings: Settings) -> None:
@@ -173,6 +199,53 @@ def test_a_ca_above_the_one_that_signs_is_not_trusted_unless_that_is_said(
     assert run(named(above="allowed"), Verb.TRUST, ["ca"]).exit_code == 0
     assert run(named(above="allowed"), Verb.BACK, ["ca"]).exit_code == 0
     assert run(settings, Verb.TRUST, ["ca"]).exit_code == 0
+
+
+def test_answers_of_a_ca_below_the_anchor_are_refused_where_the_backend_could_not_be_asked(
+    settings: Settings, pki: Pki, tmp_path: Path
+) -> None:
+    """Files stay as they are; with `next.above` they are installed."""
+    ca, begin, end = (
+        settings.authorities["front-proxy-ca"],
+        utc_now() - timedelta(days=1),
+        utc_now() + timedelta(days=5000),
+    )
+    above = Signer.make("corp root", key_id=True, begin=begin, end=end)
+    below = Signer.make("corp issuing", parent=above, key_id=True, begin=begin, end=end)
+    place = opensslca.make_ca_directory(tmp_path / "below", pem(below.certificate), key_pem(below.key))
+    (tmp_path / "above.crt").write_bytes(pem(above.certificate))
+    table = {**ca.next, "anchor": str(tmp_path / "above.crt"), "dir": str(place)}
+
+    def named(**more: str) -> Settings:
+        ours = dataclasses.replace(ca, next={**table, **more})
+        return dataclasses.replace(settings, authorities={**settings.authorities, "front-proxy-ca": ours})
+
+    assert run(named(above="allowed"), Verb.TRUST, ["front-proxy-ca"]).exit_code == 0
+    before = contents(pki)
+    with pytest.raises(
+        steps.NewCaError, match=r"wanted a signature of CN=corp root .*found one of CN=corp issuing below"
+    ):
+        run(named(), Verb.ISSUE, ["front-proxy-ca"])
+    assert contents(pki) == before
+    assert run(named(above="allowed"), Verb.ISSUE, ["front-proxy-ca"]).exit_code == 0
+
+
+@pytest.mark.parametrize(("kind", "is_silent"), [("cmp", True), ("openssl", False)])
+def test_the_plan_says_which_backend_does_not_tell_the_certificate_that_signs(
+    pki: Pki, tmp_path: Path, kind: str, is_silent: bool
+) -> None:
+    """A CMP server has no such message; an `openssl ca` directory has the certificate."""
+    bridge, made = Bridge(pki=pki, directory=tmp_path / "bridge"), next_cas.make(tmp_path / "next")["ca"]
+    add_openssl(bridge, "ca")
+    secret = {"reference": "r", "secret_file": bridge.secret("cmp.secret", "s")}
+    bridge.add(
+        "backend.next", {"type": "cmp", "url": "http://127.0.0.1:1", **secret} if kind == "cmp" else {"type": kind}
+    )
+    own = {} if kind == "cmp" else {"dir": made.table["dir"]}
+    bridge.add("authority.ca.next", {"anchor": made.table["anchor"], "backend": "next", **own})
+    planned = bridge.run("rotate-ca", "plan")
+    assert planned.returncode == 0, planned.stderr
+    assert ("next (cmp) does not say which certificate signs" in " ".join(planned.stdout.split())) is is_silent
 
 
 def test_a_new_ca_that_others_can_change_is_not_trusted(settings: Settings, pki: Pki) -> None:

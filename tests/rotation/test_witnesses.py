@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -12,13 +13,20 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from bridge.cli.options import utc_now
+from bridge.cluster import access
+from bridge.cluster.api import Api
+from bridge.contract import SignRequest
 from bridge.node import inventory
-from bridge.pki.certificates import fingerprint, pem
+from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.rotation import witnesses
 from bridge.rotation.phases import Change
-from bridge.rotation.witnesses import UnreadableLogError, Users, refusals, users
+from bridge.rotation.witnesses import Counters, UnreadableLogError, Users, counters, refusals, requests, users
+from bridge.specs import USER
 from bridge.state.store import Store
+from tests.kit import kube_api
 from tests.kit.issuing import NOW, Signer, cn
 from tests.kit.pki import handmade_pki
 
@@ -147,3 +155,49 @@ def test_refusals_are_read_off_the_servers_log(tmp_path: Path, line: str, words:
     [found] = refusals([log(tmp_path, line, "http: TLS handshake error from 192.0.2.1:5: EOF", line)])
     assert words in found.who
     assert found.count == 2
+
+
+# --- requests by the ends of their certificates -----------------------------------------------------------------------
+
+
+@pytest.mark.kube("kube-apiserver", "etcd")
+def test_requests_are_counted_by_the_ends_of_their_certificates(tmp_path: Path) -> None:
+    """A real API server: a certificate that ends when none of the new CA's does is seen; one that does hides it, and says so."""
+    with kube_api.serving(tmp_path / "api") as server:
+        found = access.of_gateway(server.kubeconfig("metrics", "system:masters"))
+        api = Api(found.clients, found.servers)
+        pair, _ = server.pair("jane", "dev")
+        [jane] = load_pem_certificates(pair.read_bytes())
+        before = utc_now(), counters(api)
+        for _ in range(5):
+            assert server.client("jane", "dev").ask("GET", "/version").status == 200
+        after = utc_now(), counters(api)
+        long = leaf(Signer.make("kubernetes-2"), days=200)
+        for known, is_like_new in ((long, False), (jane, True)):
+            seen = requests("cp-1", before, after, [known])
+            assert [one.is_like_new for one in seen] == [is_like_new], seen
+            assert (seen[0].more_than, seen[0].at_most) == (timedelta(hours=12), timedelta(days=1))
+            assert seen[0].count >= 5
+        with pytest.raises(ValueError, match="cp-1: wanted one API server that counts, found that it was started anew"):
+            requests("cp-1", after, before, [long])
+        api.close()
+
+
+def leaf(ca: Signer, *, days: int) -> x509.Certificate:
+    """A client's, which ends after so many days from now."""
+    csr = x509.CertificateSigningRequestBuilder().subject_name(cn("x")).sign(ca.key, hashes.SHA256())
+    request = SignRequest(spec=USER, csr_pem=csr.public_bytes(Encoding.PEM), validity=timedelta(days=days))
+    return ca.issue(request, begin=utc_now() - timedelta(minutes=5), end=utc_now() + timedelta(days=days)).leaf
+
+
+def test_a_range_of_ends_is_said_in_words() -> None:
+    """Those that have ended are a range of their own, and so are those that end last."""
+    counted = Counters({0.0: 1.0, 1800.0: 3.0, math.inf: 7.0}, failed=2.0)
+    nothing = Counters({0.0: 0.0, 1800.0: 0.0, math.inf: 0.0}, failed=0.0)
+    found = requests("cp-1", (NOW, nothing), (NOW, counted), [])
+    whose = "no certificate that is known to be of the new CA does"
+    assert [str(one) for one in found] == [
+        f"cp-1: 1 requests with a client certificate that ends already: {whose}",
+        f"cp-1: 2 requests with a client certificate that ends in at most 30m: {whose}",
+        f"cp-1: 4 requests with a client certificate that ends in more than 30m: {whose}",
+    ]
