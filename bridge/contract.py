@@ -413,6 +413,25 @@ class Revokes(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revocation:
+    """A superseded certificate that is to be revoked, and the proof that the holder of its successor asks for that."""
+
+    name: str  #: kubeadm's.
+    certificate: x509.Certificate
+    successor: x509.Certificate  #: Live, and seen in use.
+    proof: bytes  #: By the successor's key; see `bridge.pki.revocations`.
+
+
+@runtime_checkable
+class RevokesProven(Protocol):
+    """Optional, for a backend that `Carries`: as `Revokes`, where the other side has to find out who asks."""
+
+    def revoke_proven(self, revocation: Revocation) -> None:
+        """As `Revokes.revoke`; the other side may refuse it by its policy (BackendRefusedError)."""
+        ...
+
+
 @runtime_checkable
 class TellsRevoked(Protocol):
     """Optional: say whether a certificate of this CA was revoked."""

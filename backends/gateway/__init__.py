@@ -22,8 +22,20 @@ from typing import Any, ClassVar, Self
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from backends.gateway.setup import files
 from backends.http import Http, Wording, pem_certificates, retry_after_seconds, tls_context, url_problems
-from bridge.contract import GIVEN, BackendSettings, Issued, Pending, Secret, SecretUnavailableError, SignRequest
+from bridge.contract import (
+    GIVEN,
+    BackendSettings,
+    Issued,
+    Pending,
+    Revocation,
+    Secret,
+    SecretUnavailableError,
+    SetupFile,
+    SetupRequest,
+    SignRequest,
+)
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -32,7 +44,7 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
-from bridge.pki import enrolment
+from bridge.pki import enrolment, revocations
 from bridge.pki.budget import OverBudgetError, json_of
 from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle, bundle_of
 from bridge.pki.bundle_format import answer_message, digest, dumps, loads_answer
@@ -106,6 +118,11 @@ class GatewayBackend:
         settings.tls_context()  # trouble is found now, not in the middle of a renewal
         return cls(settings)
 
+    @classmethod
+    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
+        """The tables of the door's policy for these certificates."""
+        return files(wanted)
+
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """Ask the door which CAs it has; what its policy allows it says to a request alone."""
         answer = self._ask("GET", "/v1/authorities")
@@ -167,6 +184,12 @@ class GatewayBackend:
         if self._desk_key is not None:  # which signs whole answers; the same bundle gets its answer once more
             return [None] * len(requests)
         return [self._recalled(request) for request in requests]
+
+    def revoke_proven(self, revocation: Revocation) -> None:
+        """Have the door's CA revoke it; the proof says to the door who asks, and its policy whether that may be."""
+        answer = self._ask("POST", "/v1/revocations", revocations.dumps(revocation))
+        if answer.status != HTTPStatus.OK:
+            raise _error(answer)
 
     def close(self) -> None:
         """Close the connections."""

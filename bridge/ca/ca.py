@@ -28,7 +28,9 @@ from bridge.contract import (
     Pending,
     PutsAway,
     Recalls,
+    Revocation,
     Revokes,
+    RevokesProven,
     SignRequest,
     SignsMany,
     Spends,
@@ -248,6 +250,17 @@ class CA:
         backend = self.backend
         if isinstance(backend, Revokes):
             self._question(lambda: backend.revoke(certificate))
+
+    @property
+    def wants_proof(self) -> bool:
+        """Whether the backend revokes for one that proves to hold the successor alone."""
+        return isinstance(self.backend, RevokesProven)
+
+    def revoke_proven(self, revocation: Revocation) -> None:
+        """Revoke a superseded certificate at a CA that `wants_proof`."""
+        backend = self.backend
+        if isinstance(backend, RevokesProven):
+            self._question(lambda: backend.revoke_proven(revocation))
 
     @property
     def tells_revoked(self) -> bool:

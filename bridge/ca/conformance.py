@@ -28,6 +28,7 @@ from bridge.contract import (
     PutsAway,
     Recalls,
     Revokes,
+    RevokesProven,
     SignRequest,
     SignsMany,
     TellsRevoked,
@@ -54,7 +55,13 @@ ABILITIES = {
     "close": Closes,
 }
 #: Those that no check is about.
-FURTHER_ABILITIES = {"put_away": PutsAway, "recall": Recalls, "revoke": Revokes, "is_revoked": TellsRevoked}
+FURTHER_ABILITIES = {
+    "put_away": PutsAway,
+    "recall": Recalls,
+    "revoke": Revokes,
+    "revoke_proven": RevokesProven,
+    "is_revoked": TellsRevoked,
+}
 #: One for each kind of CSR; the others differ in size alone.
 ALGORITHMS: tuple[KeyAlgorithm, ...] = ("rsa-2048", "ecdsa-p256", "ecdsa-p384")
 

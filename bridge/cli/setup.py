@@ -71,9 +71,10 @@ def setup(
     Print what a CA's administrator needs, or a job for cron.
 
     For a CA it is made for exactly this node's certificates. Vault: roles and a policy; cfssl: signing profiles;
-    openssl: an openssl.cnf for each CA; cmp, est and exec: what the CA has to give. `setup systemd` and
-    `setup cron` make the jobs of this node, or of a CA desk, with this machine's paths. `setup kubernetes` makes the
-    gateway's manifests for this cluster; with `--authority`, what a cluster needs that signs for this one.
+    openssl: an openssl.cnf for each CA; cmp, est and exec: what the CA has to give; gateway: the tables of a door's
+    policy. `setup systemd` and `setup cron` make the jobs of this node, or of a CA desk, with this machine's paths.
+    `setup kubernetes` makes the gateway's manifests for this cluster; with `--authority`, what a cluster needs that
+    signs for this one.
     """
     settings = for_next_cas(common.settings()) if of_next else common.settings()
     if kind in _KINDS:

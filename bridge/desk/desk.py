@@ -173,7 +173,7 @@ class Desk:
         self._workers: Workers | None = None
         self._configured = registry.configured(settings, settings.authorities)
         if not waits:
-            self._configured = {name: _at_once(one) for name, one in self._configured.items()}
+            self._configured = {name: at_once(one) for name, one in self._configured.items()}
         self._cas: dict[str, _Authority] = {}
 
     # --- before anything is signed ------------------------------------------------------------------------------------
@@ -567,7 +567,8 @@ def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
         yield window
 
 
-def _at_once(configured: registry.Configured) -> registry.Configured:
+def at_once(configured: registry.Configured) -> registry.Configured:
+    """A CA that is asked once, and not waited for."""
     return replace(configured, settings=replace(configured.settings, retry_for=timedelta()))
 
 

@@ -115,6 +115,9 @@ class Allow:
     oldest_version: int = 2
     #: Whether a certificate is signed only when people have approved it (table `[approvals]`).
     approval: Approval = "none"
+    #: With `"superseded"` a node may have the CA revoke, through `ca-bridge serve`, a certificate that a later one of its
+    #: own has replaced.
+    revoke: Literal["never", "superseded"] = "never"
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Unknown names, and lists that allow nothing."""

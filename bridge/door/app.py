@@ -5,8 +5,8 @@ What the door answers: our own requests, and the pages for monitors (WSGI).
 has the same id, so that a node that was killed asks again. A node without certificates proves in the header
 `Authorization` that it has the secret of an enrolment. `GET /v1/requests/ID` is the answer bundle, or 202 with
 Retry-After. `GET /v1/certificates/NAME/DIGEST` finds what was issued for a CSR, by its SHA-256. `GET /v1/authorities`
-says which CAs there are, and `GET /v1/authorities/NAME` has the certificates of one. No answer holds a secret: who asks
-is proven by the bundle, and certificates are public.
+says which CAs there are, and `GET /v1/authorities/NAME` has the certificates of one. What is below further paths has
+modules of its own. No answer holds a secret: who asks is proven by the bundle, and certificates are public.
 """
 
 from __future__ import annotations
@@ -203,9 +203,9 @@ class Door:
         if self.ending.is_set():
             text = "wanted a door that stays open, found one that is about to end"
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_SOON_SECONDS))
-        if str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip() != "application/json":
-            return Reply.error(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wanted Content-Type: application/json")
-        data = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        data = json_body(environ)
+        if isinstance(data, Reply):
+            return data
         try:
             bundle = loads_request(data)
         except BundleError as e:
@@ -289,6 +289,14 @@ class Door:
         if chain is None:
             return Reply.error(HTTPStatus.NOT_FOUND, "wanted a CSR that was signed here, found another one")
         return Reply(status=HTTPStatus.OK, body=chain, kind=_CHAIN)
+
+
+def json_body(environ: Environ) -> bytes | Reply:
+    """The body of a request in JSON, not parsed; or the answer where the header says that it is something else."""
+    if str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip() != "application/json":
+        return Reply.error(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wanted Content-Type: application/json")
+    data: bytes = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    return data
 
 
 def _refused(bundle: RequestBundle, asked: str, peer: str, reason: BridgeError | str) -> Reply:

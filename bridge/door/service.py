@@ -28,6 +28,8 @@ from bridge.door.approvals import Api, Approvals
 from bridge.door.est import ROOT, Est
 from bridge.door.https import Https, Limits, serving
 from bridge.door.pages import Pages
+from bridge.door.revocations import ROOT as REVOCATIONS
+from bridge.door.revocations import Revocations
 from bridge.door.signing import Next, OwnClusterError, Signing
 from bridge.door.store import DatabaseError, open_memory
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
@@ -93,6 +95,7 @@ class Service:
         hold = min(_HOLD, settings.serve.exchange_for / 2)
         est = Est(self._door, self.memory, self._signing, now, hold=hold, held=max(1, settings.serve.threads // 4))
         self._door.below[ROOT] = est.reply
+        self._door.below[REVOCATIONS] = Revocations(settings, self.memory, self._signing, now)
         approvals = Approvals(self.memory, self._signing, self._trust, self._door.arrived.set)
         self._door.below["/v1/approvals"] = Api(approvals, lambda: self._signing.cas)
         self._door.below["/approvals"] = Pages(approvals, self.memory, self._secret, now)

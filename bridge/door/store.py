@@ -407,6 +407,18 @@ class Memory:
             found = connection.execute(query.order_by(ours.ends).limit(most)).mappings()
             return [IssuedRow(**row) for row in found]
 
+    def signed_for(self, found: str) -> tuple[IssuedRow, bytes] | None:
+        """The certificate with this fingerprint, and the bundle that asked for it, which is empty once it was dropped."""
+        ours = CERTIFICATES.c
+        query = sa.select(REQUESTS.c.bundle, *(ours[name] for name in IssuedRow.__slots__)).join_from(
+            CERTIFICATES, REQUESTS, REQUESTS.c.id == ours.request
+        )
+        with asking(), self.engine.connect() as connection:
+            row = connection.execute(query.where(ours.fingerprint == found)).mappings().one_or_none()
+        if row is None:
+            return None
+        return IssuedRow(**{name: row[name] for name in IssuedRow.__slots__}), row["bundle"]
+
     def issued_for(self, csr: str, name: str) -> bytes | None:
         """The newest certificate for the CSR with this digest, with its intermediates in PEM."""
         ours = CERTIFICATES.c

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.contract import Continuity, SignRequest
@@ -195,14 +196,21 @@ def _continuity(one: Prepared, settings: Settings, batch: str, asked: datetime) 
     if one.request.replaces is None:  # the key of a certificate that is not named proves nothing
         return Continuity(proof=None, asked=asked, **who)
     try:
-        path = one.item.key_path or one.item.certificate_path
-        old = path.read_bytes() if one.item.key_path else kubeconfig.key_data(path.read_bytes()) or b""
-        proof = signatures.sign_proof(
-            load_pem_private_key(csr.key_block(old), None), one.request.csr, name=one.name, terms=terms, **who
-        )
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):  # missing, broken, encrypted, of an odd type
+        proof = signatures.sign_proof(live_key(one.item), one.request.csr, name=one.name, terms=terms, **who)
+    except NO_KEY:
         proof = None
     return Continuity(proof=proof, asked=asked, **who)
+
+
+#: A key that is missing, broken, encrypted, or of an odd type.
+NO_KEY = (OSError, ValueError, TypeError, UnsupportedAlgorithm)
+
+
+def live_key(item: Item) -> PrivateKeyTypes:
+    """The key of the live certificate (NO_KEY: it can't be had)."""
+    path = item.key_path or item.certificate_path
+    data = path.read_bytes() if item.key_path else kubeconfig.key_data(path.read_bytes()) or b""
+    return load_pem_private_key(csr.key_block(data), None)
 
 
 def _fits(

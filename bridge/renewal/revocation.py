@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from bridge.ca import registry
 from bridge.ca.ca import CA
-from bridge.errors import BackendUnavailableError, BridgeError
+from bridge.contract import Revocation
+from bridge.errors import BackendUnavailableError, BridgeError, LocalFileError
 from bridge.node.inventory import Node
+from bridge.renewal import prepare
 from bridge.state import audit
 from bridge.state.obligations import Superseded, pairs_file, revocations_file, unproven_file
 from bridge.state.session import Run
@@ -49,7 +51,8 @@ def _able(run: Run, authorities: Iterable[str]) -> set[str]:
     """Authorities whose CA can revoke; the others are noted."""
     have = [name for name in sorted(authorities) if name in run.settings.authorities]
     configured = registry.configured(run.settings, have)
-    able = {name for name in have if hasattr(configured[name].backend_type, "revoke")}
+    types = {name: configured[name].backend_type for name in have}
+    able = {name for name, one in types.items() if hasattr(one, "revoke") or hasattr(one, "revoke_proven")}
     for name in sorted(set(authorities) - able):
         why = f"{configured[name].label} can't revoke" if name in configured else "no backend is configured for it"
         run.progress.note(f"renewal.revoke: superseded certificates of {name} stay valid until they end: {why}")
@@ -106,7 +109,7 @@ def _revoke_all(run: Run, due: Sequence[Superseded], node: Node) -> tuple[list[S
     for authority in dict.fromkeys(one.authority_on(node) for one in due):
         ours = [one for one in due if one.authority_on(node) == authority]
         try:
-            over, more = _revoke(run, authority, ours)
+            over, more = _revoke(run, authority, ours, node)
         except BridgeError as e:
             over, more = [], [_not_now(ours, e)]
         done += over
@@ -121,17 +124,22 @@ def _not_now(ours: Sequence[Superseded], cause: BridgeError) -> RevocationError:
     return RevocationError(f"not revoked: {_names(ours)}: {cause}", cause, hint=hint)
 
 
-def _revoke(run: Run, authority: str, ours: Sequence[Superseded]) -> tuple[list[Superseded], list[BridgeError]]:
+def _revoke(
+    run: Run, authority: str, ours: Sequence[Superseded], node: Node
+) -> tuple[list[Superseded], list[BridgeError]]:
     configured = registry.configured(run.settings, [authority])[authority]
     done: list[Superseded] = []
     errors: list[BridgeError] = []
     with contextlib.closing(CA.of(configured)) as ca:
-        if not ca.can_revoke:
+        if not ca.can_revoke and not ca.wants_proof:
             run.progress.note(f"renewal.revoke: {ca.label} can't revoke: {_names(ours)}")
             return list(ours), []
         for one in ours:
             try:
-                ca.revoke(one.certificate)
+                if ca.wants_proof:
+                    ca.revoke_proven(_word(one, run, node))
+                else:
+                    ca.revoke(one.certificate)
             except BackendUnavailableError as e:
                 errors.append(_not_now([one], e))
                 continue
@@ -142,3 +150,18 @@ def _revoke(run: Run, authority: str, ours: Sequence[Superseded]) -> tuple[list[
                 run.record.add(audit.REVOKED, one.name, authority=authority, old=one.certificate)
             done.append(one)
     return done, errors
+
+
+def _word(one: Superseded, run: Run, node: Node) -> Revocation:
+    """The proof that it is the successor's holder who asks (LocalFileError: the successor's key can't be used)."""
+    from bridge.pki import revocations  # noqa: PLC0415 (15 ms; only where a door is asked)
+
+    ours = run.settings.node
+    [item] = [item for item in node.items if item.spec.name == one.name]
+    who = {"name": one.name, "node": ours.node_name, "cluster": ours.cluster}
+    try:
+        return revocations.signed(prepare.live_key(item), old=one.certificate, successor=item.certificates[0], **who)
+    except prepare.NO_KEY as e:
+        raise LocalFileError(
+            f"wanted the key of {one.name}, found one that can't be used: {type(e).__name__}"
+        ) from None

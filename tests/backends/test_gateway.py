@@ -14,10 +14,14 @@ import pytest
 from backends.gateway import GatewayBackend, GatewaySettings
 from bridge.ca import registry
 from bridge.cli.settings import initial
-from bridge.contract import GIVEN
+from bridge.contract import GIVEN, SetupRequest
+from bridge.desk import policy
+from bridge.pki.certificates import san_entries
 from bridge.settings.load import parse
-from bridge.specs import AUTHORITIES
+from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import BackendConformance, TestCA
+from tests.kit.cas import live_certificates
+from tests.kit.pki import Pki, handmade_pki
 from tests.kit.policies import ALL_NAMES
 from tests.kit.serving import ServeProgram, make_door, running
 
@@ -54,6 +58,11 @@ class TestConformance(BackendConformance):
         return GatewayBackend.from_settings(settings)
 
 
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return handmade_pki(tmp_path_factory.mktemp("pki"))
+
+
 def test_the_example_has_every_key() -> None:
     """It is well-formed as it is, and with all that is behind `#`; the type's own name leads to it, too."""
     text = EXAMPLE.read_text(encoding="utf-8")
@@ -65,3 +74,33 @@ def test_the_example_has_every_key() -> None:
     assert fields - {"enrolment", "node", "pairs"} <= set(re.findall(r"\w+", whole))
     assert "enrolment_file" in whole
     assert initial("gateway") == initial("door")
+
+
+@pytest.mark.parametrize("authority", ["ca", "etcd-ca", "front-proxy-ca"])
+def test_setup_prints_tables_that_the_policy_takes(pki: Pki, authority: str) -> None:
+    """The SANs of a node are allowed by them, the names of a master are told, and one CA's part says nothing of others."""
+    live = live_certificates(pki)
+    ours = {name: one for name, one in live.items() if SPECS[name].authority.name == authority}
+    wanted = SetupRequest(
+        authority=AUTHORITIES[authority],
+        certificates=ours,
+        validity=timedelta(days=400),
+        node="cp-1",
+        cluster="kubernetes",
+        settings={},
+    )
+    [file] = GatewayBackend.setup(wanted)
+    told = "\n".join(line[4:] for line in file.text.splitlines() if line.startswith("#   "))
+    read = policy.parse(f"[allow]\n{told}\n{file.text}")
+
+    assert (read.allow.clusters, read.allow.nodes, read.allow.max_validity) == (
+        ("kubernetes",),
+        ("cp-1",),
+        timedelta(days=400),
+    )
+    assert set(read.allow.masters) == {"super-admin.conf"} & set(ours)
+    assert set(read.certificates) == {name for name, one in ours.items() if san_entries(one)}
+    for name, rules in read.certificates.items():
+        assert {one.replace("{node}", "cp-1") for one in rules.sans or ()} == {
+            text for _, text in san_entries(ours[name])
+        }

@@ -1,0 +1,110 @@
+"""`POST /v1/revocations`: a node has a certificate revoked that it has replaced; the desk's rules and CA do it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from http import HTTPStatus
+
+from cryptography import x509
+
+from bridge.contract import Revocation
+from bridge.desk import revocations
+from bridge.desk.revocations import NotRevokedError, Signed
+from bridge.door.app import Environ, Reply, json_body
+from bridge.door.signing import Signing
+from bridge.door.store import Memory
+from bridge.errors import BackendRefusedError, BridgeError
+from bridge.pki.bundle import BundleError
+from bridge.pki.bundle_format import loads_request
+from bridge.pki.certificates import csr_fingerprint, fingerprint, serial_hex
+from bridge.pki.revocations import loads
+from bridge.settings.tables import Settings
+from bridge.state import audit
+from bridge.state.session import recording
+from bridge.words import one_line
+
+log = logging.getLogger("ca-bridge")
+
+ROOT = "/v1/revocations"
+#: For a round of signing, which holds the state directory's lock as well.
+_WAIT = timedelta(seconds=5)
+_PAUSE_SECONDS = 30
+
+
+class Revocations:
+    """The address; from any thread."""
+
+    def __init__(self, settings: Settings, memory: Memory, signing: Signing, now: Callable[[], datetime]) -> None:
+        """`signing` has the policy and the CAs' certificates of now."""
+        self._settings = settings
+        self._memory = memory
+        self._signing = signing
+        self._now = now
+
+    def __call__(self, environ: Environ) -> Reply:
+        """The answer."""
+        if environ["PATH_INFO"] != ROOT:
+            return Reply.error(HTTPStatus.NOT_FOUND, f"wanted {ROOT}")
+        if environ["REQUEST_METHOD"] != "POST":
+            return Reply.error(HTTPStatus.METHOD_NOT_ALLOWED, "wanted POST", allow="POST")
+        body = json_body(environ)
+        if isinstance(body, Reply):
+            return body
+        try:
+            asked = loads(body)
+        except BundleError as e:
+            return Reply.error(HTTPStatus.BAD_REQUEST, e)
+        return self._revoke(asked, str(environ.get("REMOTE_ADDR", "")))
+
+    def _revoke(self, asked: Revocation, peer: str) -> Reply:
+        serial, whose = serial_hex(asked.certificate), "an unknown node"
+        try:
+            known = revocations.assert_may(asked, self._known, self._signing.policy, self._signing.cas, self._now())
+            whose = known.node
+            revocations.revoke(self._settings, known.authority, asked)
+            self._record(asked, known)
+        except (NotRevokedError, BackendRefusedError) as e:
+            text = "%s, serial %s, of %s from %s is not revoked: %s"
+            log.warning(text, asked.name, serial, whose, peer, one_line(e, 2000), extra={"requester": peer})
+            if isinstance(e, NotRevokedError):
+                return Reply.error(HTTPStatus.FORBIDDEN, e)
+            return Reply.error(
+                HTTPStatus.FORBIDDEN, "wanted a CA that revokes it, found a refusal; the door's log has it"
+            )
+        except BridgeError as e:
+            log.error("%s, serial %s, of %s is not revoked yet: %s", asked.name, serial, whose, e)  # noqa: TRY400
+            text = "wanted a CA and a record that can be written to, found one that can't now; the door's log says why"
+            return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_PAUSE_SECONDS))
+        log.info("%s, serial %s, of %s is revoked", asked.name, serial, whose, extra={"requester": peer})
+        return Reply.of(HTTPStatus.OK, {"state": "revoked"})
+
+    def _record(self, asked: Revocation, known: Signed) -> None:
+        """Into the audit log; a node that hears of no answer asks again, so that no revocation stays unrecorded."""
+        about = f"node {known.node}, cluster {known.cluster}, replaced by serial {serial_hex(asked.successor)}"
+        with recording(self._settings, _WAIT) as (_, record):
+            record.add(audit.REVOKED, asked.name, authority=known.authority, old=asked.certificate, result=about)
+
+    def _known(self, certificate: x509.Certificate) -> Signed | None:
+        found = self._memory.signed_for(fingerprint(certificate))
+        if found is None:
+            return None
+        row, data = found
+        try:
+            bundle = loads_request(data)
+        except BundleError:  # forgotten: `serve.keep`
+            bundle = None
+        fitting = [
+            one
+            for one in (bundle.requests if bundle is not None else ())
+            if one.name == row.name and csr_fingerprint(one.csr) == row.csr
+        ]
+        return Signed(
+            name=row.name,
+            node=row.node,
+            cluster=row.cluster,
+            authority=row.authority,
+            request=fitting[0] if fitting else None,
+            bundle=bundle,
+        )
