@@ -27,11 +27,16 @@ from bridge.door.turns import BehindError, NotOursError
 from bridge.errors import Exit
 from bridge.pki.bundle import AnswerBundle, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, dumps, loads_answer
+from bridge.pki.certificates import pem
 from bridge.settings.load import load
 from bridge.state.store import Store
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import make_bundle, old_pairs
-from tests.kit.desks import SIGNING_STEPS, Desk, killing, make_desk
+from tests.kit.desks import POLICY, SIGNING_STEPS, Desk, killing, make_desk
+from tests.kit.est import Tls
+from tests.kit.est_door import LABELS, certificates, make_csr, make_est_door
+from tests.kit.issuing import Signer
+from tests.kit.people import Team
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.serving import Database, ServeProgram, add_door, running
 
@@ -58,14 +63,14 @@ def desk(tmp_path: Path, pki: Pki) -> Desk:
     return make_desk(tmp_path / "desk", pki)
 
 
-def second(desk: Desk, database: Database) -> ServeProgram:
+def second(desk: Desk, settings: str) -> ServeProgram:
     """A door on another host, as far as its state directory goes, with the same CAs and the same database."""
     directory = desk.directory.with_name("second")
     directory.mkdir()
     text = desk.config.read_text().partition("[serve]")[0]
     (directory / "config.toml").write_text(text.replace(str(desk.state), str(directory / "state")))
     shutil.copy(desk.policy, directory)
-    return add_door(directory / "config.toml", directory, database.settings)
+    return add_door(directory / "config.toml", directory, settings)
 
 
 def awaited(door: ServeProgram, place: str) -> AnswerBundle:
@@ -215,7 +220,8 @@ def test_a_door_takes_over_what_a_killed_one_has_begun(
     before: bool,
 ) -> None:
     """Wherever the first was killed, the other one answers, and by the CA's index each request has one certificate."""
-    first, other = add_door(desk.config, desk.directory, shared_database.settings), second(desk, shared_database)
+    settings = shared_database.settings
+    first, other = add_door(desk.config, desk.directory, settings), second(desk, settings)
     first.start([sys.executable, str(killing(tmp_path, module, function, before=before))])
     with contextlib.suppress(OSError, HTTPException):
         first.post(dumps(bundle))
@@ -236,7 +242,8 @@ def test_a_door_takes_over_what_a_killed_one_has_begun(
 
 def test_two_doors_share_the_work(desk: Desk, shared_database: Database, pki: Pki) -> None:
     """Each takes requests, and gives the answers of both; by the CA's index nothing is signed twice."""
-    one, other = add_door(desk.config, desk.directory, shared_database.settings), second(desk, shared_database)
+    settings = shared_database.settings
+    one, other = add_door(desk.config, desk.directory, settings), second(desk, settings)
     bundles = [dumps(make_bundle(old_pairs(pki, ["apiserver"]))) for _ in range(6)]
     with running(one), running(other):
         places = [door.post(data).headers["location"] for data in bundles for door in (one, other)]
@@ -245,6 +252,53 @@ def test_two_doors_share_the_work(desk: Desk, shared_database: Database, pki: Pk
     assert len({*places}) == len(bundles)
     assert all(isinstance(answer.answers["apiserver"], Issued) for answer in answers)
     assert len(desk.issued()) == len(bundles)
+
+
+def test_what_people_approved_by_est_outlives_the_door_that_has_begun_it(
+    shared_database: Database, pki: Pki, tmp_path: Path
+) -> None:
+    """
+    The client sends the same request again, hears 202 with Retry-After from both doors, and gets one certificate, though
+    the first one was killed when the CA had signed.
+    """
+    begin = now() - timedelta(days=1)
+    people = Signer.make("security-team", begin=begin, end=begin + timedelta(days=3))
+    anchors = tmp_path / "people.crt"
+    anchors.write_bytes(pem(people.certificate))
+    settings = f'{shared_database.settings}approvers_ca = "{anchors}"\n'
+    policy = POLICY + LABELS.replace("[certificate.web]", '[certificate.web]\napproval = "required"')
+    policy += '\n[approvals]\napprovers = ["alice"]\n'
+    est = make_est_door(tmp_path / "est", pki, policy=policy, settings=settings)
+    desk, first, agent, csr = est.desk, est.program, est.agent(), make_csr()
+    other = second(desk, settings)
+    tls = Tls(signer=people, directory=tmp_path, ca=first.ca, server_cert=first.certificate, server_key=first.key)
+    team = Team(desk=desk, door=first, tls=tls, signer=people)
+    alice = team.agent("alice")
+    first.start([sys.executable, str(killing(tmp_path, "ca.ca", "CA.ask", before=False))])
+    waiting = [est.enrol(csr, agent)]
+    [asked] = wait_until(
+        lambda: team.ask(alice, "GET", "/v1/approvals").document["requests"], bool, _PATIENCE, pause_seconds=0.2
+    )
+    waiting.append(est.enrol(csr, agent))
+    team.run(alice, "approve", str(asked["digest"]))  # the door may be killed before it answers
+    assert first.ended() == -signal.SIGKILL
+    signed = len(desk.issued())
+    with running(other):
+        est = replace(est, program=other)
+        waiting.append(est.enrol(csr, agent))
+        with contextlib.closing(shared_database.memory(tmp_path)) as memory:
+            silence(memory)
+        decided = wait_until(lambda: est.enrol(csr, agent), lambda one: one.status != 202, _PATIENCE, pause_seconds=0.2)
+        again = est.enrol(csr, agent)
+        unapproved = est.enrol(make_csr(), agent)
+
+    assert [one.status for one in (*waiting, unapproved)] == [202] * 4
+    assert all(int(one.headers["retry-after"]) >= 1 for one in waiting)
+    assert certificates(decided) == certificates(again)
+    assert signed == len(desk.issued()) == 1
+    assert f"{certificates(decided)[0].serial_number:X}" in desk.issued()[0]
+    for state in (desk.state, desk.directory.with_name("second") / "state"):
+        assert desk.run("audit", "verify", "--state-dir", state).returncode == 0
 
 
 def received(memory: Memory, bundle: RequestBundle) -> str:

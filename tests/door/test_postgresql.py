@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -12,13 +13,14 @@ import pytest
 from bridge.contract import Issued
 from bridge.door.store import DatabaseError, Memory
 from bridge.errors import Exit
+from bridge.pki.bundle import AnswerBundle
 from bridge.pki.bundle_format import dumps, loads_answer
 from bridge.secret import Secret
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.desks import Desk, make_desk
 from tests.kit.pki import Pki, handmade_pki
-from tests.kit.serving import Database, add_door, running
+from tests.kit.serving import Database, ServeProgram, add_door, running
 
 if TYPE_CHECKING:
     from tests.kit.postgresql import PostgreSql
@@ -78,6 +80,46 @@ def test_a_database_that_is_away_takes_no_request_and_comes_back(
     assert away.headers["retry-after"] == "30"
     assert isinstance(loads_answer(answer.body).answers["apiserver"], Issued)
     assert len(desk.issued()) == 1
+
+
+def test_a_dump_that_was_restored_signs_nothing_until_people_say_so(
+    desk: Desk, shared_database: Database, postgresql: PostgreSql, pki: Pki
+) -> None:
+    """By `pg_dump` and `pg_restore`, as the page says; after `restored` the CA is asked, and signs only what it has not."""
+    door, copy = add_door(desk.config, desk.directory, shared_database.settings), desk.directory / "door.dump"
+    name = shared_database.url.rpartition("/")[2]
+    early, late, new = (dumps(make_bundle(old_pairs(pki, ["apiserver"]))) for _ in range(3))
+    with running(door):
+        answered(door, early)
+    copy.write_bytes(postgresql.program("pg_dump", ["--format=custom", name]))
+    with running(door):
+        before = answered(door, late)
+    postgresql.program("pg_restore", ["--clean", f"--dbname={name}", str(copy)])
+    for place in ("desk-answered", "desk-done"):  # nor does the archive know
+        shutil.rmtree(desk.state / place)
+    with running(door):
+        taken = [door.post(one) for one in (late, new)]
+        unready = wait_until(
+            lambda: door.ask("GET", "/readyz"), lambda one: one.status == 503, _PATIENCE, pause_seconds=0.1
+        )
+        waiting = [door.ask("GET", one.headers["location"]).status for one in taken]
+        signed = len(desk.issued())
+        restored = desk.run("serve-database", "restored")
+        after = [answered(door, one) for one in (late, new, early)]
+
+    assert ([one.status for one in taken], unready.status, waiting, signed) == ([202, 202], 503, [202, 202], 2)
+    assert any("which is in the audit log" in line["message"] for line in door.lines())
+    assert restored.returncode == Exit.DONE, restored.stderr
+    assert after[0].answers == before.answers
+    assert all(isinstance(one.answers["apiserver"], Issued) for one in after)
+    assert len(desk.issued()) == 3
+    assert desk.run("audit", "verify").returncode == 0
+
+
+def answered(door: ServeProgram, bundle: bytes) -> AnswerBundle:
+    place = door.post(bundle).headers["location"]
+    answer = wait_until(lambda: door.ask("GET", place), lambda one: one.status == 200, _PATIENCE, pause_seconds=0.2)
+    return loads_answer(answer.body)
 
 
 def test_doors_that_start_together_make_the_tables_once(shared_database: Database) -> None:
