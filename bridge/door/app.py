@@ -42,6 +42,8 @@ log = logging.getLogger("ca-bridge")
 #: When a node is to look again: soon after it has asked, and then less often.
 _SOON_SECONDS, _LATER_SECONDS = 1, 30
 _SOON_FOR = timedelta(seconds=30)
+#: How often all nodes that wait look in a second, about: each look takes time from signing (docs/evidence/numbers.md).
+_LOOKS_A_SECOND = 25
 #: When a node that was turned away may come again.
 _PAUSE_SECONDS = 30
 #: The part of the room for requests that no CA's certificate is there to judge by.
@@ -113,12 +115,15 @@ class Door:
         self._authorities = sorted(authorities)
         self._chain = chain
         self._pages = pages
+        #: Is given each new request, as it was kept and as it was read.
+        self.received: Callable[[bytes, RequestBundle], object] = lambda *_: None
         #: Is told who brought which new request, by its id.
         self.brought: Callable[[Environ, str], object] = lambda *_: None
         self._mutex = threading.Lock()
         self.arrived = threading.Event()  #: There is something to sign.
         self.ending = threading.Event()  #: No new request is taken.
         self.answers: Counter[int] = Counter()  #: By status.
+        self.to_sign = 0  #: Requests for the next rounds of signing, as they were counted last.
         #: What answers below other paths, by their beginning.
         self.below: dict[str, Callable[[Environ], Reply]] = {}
 
@@ -222,7 +227,7 @@ class Door:
         self.arrived.set()
         document = {"id": request_id, "digest": asked, "state": "waiting" if kept is None else kept.state}
         place = f"/v1/requests/{request_id}"
-        return Reply.of(HTTPStatus.ACCEPTED, document, location=place, retry_after=str(_SOON_SECONDS))
+        return Reply.of(HTTPStatus.ACCEPTED, document, location=place, retry_after=self._soon())
 
     def _receive(self, environ: Environ, data: bytes, bundle: RequestBundle, asked: str) -> str | Reply:
         """The id of a request that is new, or why it is not kept."""
@@ -236,6 +241,7 @@ class Door:
             who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
             number = used.id if used is not None else None
             request_id = self._memory.receive(data, digest=asked, now=self._now(), enrolment=number, **who)
+            self.received(data, bundle)
             self.brought(environ, request_id)
         except EnrolmentError as e:
             return _refused(bundle, asked, peer, e)
@@ -260,7 +266,8 @@ class Door:
 
         A request that could not be judged gets a tenth of the room, so that strangers take no node's place.
         """
-        every, theirs = self._memory.unanswered(peer)
+        found = self._memory.unanswered(peer)
+        every, theirs, self.to_sign = found.every, found.theirs, found.to_sign
         later = {"retry_after": str(_PAUSE_SECONDS)}
         kind, part = ("requests", 1) if is_judged else ("requests of a CA that was not reached yet", _PART_UNJUDGED)
         most, most_theirs = -(-self._quota.waiting // part), -(-self._quota.waiting_per_peer // part)
@@ -281,8 +288,13 @@ class Door:
         if kept.state == "answered":
             return Reply.error(HTTPStatus.GONE, "wanted an answer that is kept, found one that is too old (serve.keep)")
         document = {"id": kept.id, "digest": kept.digest, "state": kept.state, "note": _note(kept)}
-        is_new = self._now() - kept.received < _SOON_FOR
-        return Reply.of(HTTPStatus.ACCEPTED, document, retry_after=str(_SOON_SECONDS if is_new else _LATER_SECONDS))
+        is_new = kept.begun is None or self._now() - kept.received < _SOON_FOR
+        later = self._soon() if is_new else str(_LATER_SECONDS)
+        return Reply.of(HTTPStatus.ACCEPTED, document, retry_after=later)
+
+    def _soon(self) -> str:
+        """When a node is to look again whose turn may come soon: later where many wait."""
+        return str(min(max(_SOON_SECONDS, self.to_sign // _LOOKS_A_SECOND), _LATER_SECONDS))
 
     def _certificate(self, name: str, csr: str) -> Reply:
         chain = self._memory.issued_for(csr, name)

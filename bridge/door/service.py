@@ -99,6 +99,7 @@ class Service:
         approvals = Approvals(self.memory, self._signing, self._trust, self._door.arrived.set)
         self._door.below["/v1/approvals"] = Api(approvals, lambda: self._signing.cas)
         self._door.below["/approvals"] = Pages(approvals, self.memory, self._secret, now)
+        self._door.received = self._signing.expect
         self._door.brought = lambda environ, request_id: approvals.brought(environ, request_id, now())
         self._ending = False
         self._fatal: OwnClusterError | None = None
@@ -174,6 +175,7 @@ class Service:
             after: Next = "down"
             try:
                 after = self._signing.round()
+                self._door.to_sign = self.memory.unanswered("").to_sign
                 if time.monotonic() - tidied > _TIDY_SECONDS:
                     tidied = time.monotonic()
                     self.memory.forget(self._now() - self._settings.serve.keep)

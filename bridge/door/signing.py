@@ -47,6 +47,8 @@ log = logging.getLogger("ca-bridge")
 
 #: Requests of a round; the answers of a round are there together.
 _MOST = 200
+#: Bundles that are kept in memory, as they were read when they came, and the longest of them.
+_MOST_READ, _LONGEST_READ_BYTES = 2 * _MOST, 64 << 10
 #: After this time CAs are reached anew, since their certificates and our rights may have changed.
 _OPEN_SECONDS = 300.0
 #: For a `sign` that works on the same state directory.
@@ -97,6 +99,8 @@ class Signing:
         self.troubles: Mapping[str, str] = {}  #: What is wrong with CAs, by authority.
         #: Each CA's certificates as they were found last, for those who verify what it signs; from any thread.
         self.chains: Mapping[str, tuple[x509.Certificate, ...]] = {}
+        #: Bundles of requests that came lately, by the bytes that they were read from.
+        self._read: dict[bytes, RequestBundle] = {}
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
 
     def look(self) -> None:
@@ -139,6 +143,17 @@ class Signing:
         """Whether each request of a bundle can be judged, from any thread: its CA was reached, or is not this door's."""
         ours = self._settings.authorities
         return all(one.authority in self.cas or one.authority not in ours for one in bundle.requests)
+
+    def expect(self, data: bytes, bundle: RequestBundle) -> None:
+        """Keep a bundle that a round will want, so that it is not read twice; from any thread."""
+        if len(self._read) >= _MOST_READ:  # other doors signed them, or people refused them
+            self._read.clear()
+        if len(data) <= _LONGEST_READ_BYTES:
+            self._read[data] = bundle
+
+    def _bundle(self, one: Kept) -> RequestBundle:
+        """The bundle of a request (BundleError); it is the database's content that is signed."""
+        return self._read.pop(one.bundle, None) or loads_request(one.bundle)
 
     def round(self) -> Next:
         """Judge and sign what waits."""
@@ -227,7 +242,7 @@ class Signing:
         used = enrolments.for_requests(self._memory, [one.id for one in kept])
         for one in kept:
             try:
-                bundle = loads_request(one.bundle)
+                bundle = self._bundle(one)
                 received = Received(
                     bundle=bundle, digest=one.digest, data=one.bundle, label=f"request {one.digest[:16]}", where=one.id
                 )

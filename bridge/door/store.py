@@ -36,6 +36,7 @@ from bridge.words import one_line
 State = Literal["waiting", "undecided", "approved", "refused", "left", "answered"]
 #: Requests in these states are taken by the next round.
 TO_SIGN: tuple[State, ...] = ("waiting", "approved", "refused")
+_UNANSWERED: tuple[State, ...] = (*TO_SIGN, "undecided", "left")
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_SECONDS = 10
@@ -214,6 +215,15 @@ class DecisionRow:
     decided: datetime
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unanswered:
+    """The numbers of requests without an answer."""
+
+    every: int
+    theirs: int  #: Of one address.
+    to_sign: int  #: For the next rounds of signing; the others are for people.
+
+
 class Memory:
     """The database; from any thread."""
 
@@ -330,13 +340,15 @@ class Memory:
             connection.execute(REQUESTS.update().where(old).values(bundle=b"", answer=None))
             connection.execute(CERTIFICATES.delete().where(CERTIFICATES.c.ends < before))
 
-    def unanswered(self, peer: str) -> tuple[int, int]:
-        """The number of requests without an answer, in all and from this address."""
-        ours = sa.func.coalesce(sa.func.sum(sa.case((REQUESTS.c.peer == peer, 1), else_=0)), 0)
-        query = sa.select(sa.func.count(), ours).where(REQUESTS.c.state != "answered")
+    def unanswered(self, peer: str) -> Unanswered:
+        """The numbers of requests without an answer."""
+        ours, to_sign = REQUESTS.c.peer == peer, REQUESTS.c.state.in_(TO_SIGN)
+        parts = [sa.func.coalesce(sa.func.sum(sa.case((part, 1), else_=0)), 0) for part in (ours, to_sign)]
+        # by what is in the index: a door has many more that are answered
+        query = sa.select(sa.func.count(), *parts).where(REQUESTS.c.state.in_(_UNANSWERED))
         with asking(), self.engine.connect() as connection:
-            every, theirs = connection.execute(query).one()
-            return int(every), int(theirs)
+            every, theirs, waiting = connection.execute(query).one()
+            return Unanswered(every=int(every), theirs=int(theirs), to_sign=int(waiting))
 
     # --- decisions ----------------------------------------------------------------------------------------------------
 

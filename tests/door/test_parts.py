@@ -19,7 +19,7 @@ from bridge.contract import Issued
 from bridge.door.app import Door, Quota
 from bridge.door.doors import Doors
 from bridge.door.signing import Signing
-from bridge.door.store import METADATA, DatabaseError, IssuedRow, Memory, sqlite_url
+from bridge.door.store import METADATA, DatabaseError, IssuedRow, Memory, Unanswered, sqlite_url
 from bridge.errors import Exit
 from bridge.pki.bundle import RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer
@@ -111,8 +111,8 @@ def test_a_request_goes_from_waiting_to_answered(memory: Memory, tmp_path: Path)
     assert kept is not None
     assert (kept.state, kept.answer, kept.note) == ("answered", b"answer", "")
     assert memory.counts() == {"answered": 1, "waiting": 1}
-    assert memory.unanswered("192.0.2.1") == (1, 1)
-    assert memory.unanswered("192.0.2.2") == (1, 0)
+    assert memory.unanswered("192.0.2.1") == Unanswered(every=1, theirs=1, to_sign=1)
+    assert memory.unanswered("192.0.2.2") == Unanswered(every=1, theirs=0, to_sign=1)
     assert memory.issued_for("cc", "apiserver") == b"pem"
     assert memory.issued_for("cc", "etcd-server") is None
 
@@ -165,8 +165,8 @@ def posted(door: Door, data: bytes, peer: str = "192.0.2.1") -> tuple[str, dict[
     return started[0], started[1], json.loads(body)
 
 
-def make_application(memory: Memory, *, is_judged: bool = True, a_minute: int = 1000) -> Door:
-    quota = Quota(waiting=10, waiting_per_peer=10, a_minute_per_peer=a_minute)
+def make_application(memory: Memory, *, is_judged: bool = True, a_minute: int = 1000, waiting: int = 10) -> Door:
+    quota = Quota(waiting=waiting, waiting_per_peer=waiting, a_minute_per_peer=a_minute)
     return Door(
         memory,
         quota,
@@ -198,6 +198,19 @@ def test_what_can_not_be_judged_gets_a_tenth_of_the_room(memory: Memory, pki: Pk
 
     assert statuses == ["202 Accepted", "429 Too Many Requests", "503 Service Unavailable"]
     assert posted(make_application(memory), third)[0] == "202 Accepted"
+
+
+def test_where_many_wait_nodes_look_again_later(memory: Memory, pki: Pki) -> None:
+    """A second for each 25 that wait for signing, since looks take time from it; those for people don't count."""
+    first, second = (dumps(make_bundle(old_pairs(pki, ["apiserver"]))) for _ in range(2))
+    door = make_application(memory, waiting=100)
+    waiting = [received(memory, f"{number}") for number in range(75)]
+    many = posted(door, first)[1]["Retry-After"]
+    for request in waiting:
+        memory.move(request, "undecided", before=["waiting"])
+    few = posted(door, second)[1]["Retry-After"]
+
+    assert (many, few) == ("3", "1")
 
 
 def test_a_full_disk_takes_no_request(tmp_path: Path, bundle: RequestBundle) -> None:
