@@ -2,8 +2,8 @@
 Many nodes ask one door at once: how fast it answers, and what is left of it when everything is killed meanwhile.
 
 `python -m tests.measure.door [--nodes 500] [--kills 12] [--docs]`: first the door (`ca-bridge serve`) beside OpenBao
-alone, which signs the same CSRs; then the door with `openssl ca`, while door and CA are killed at random. Each node has
-an address of its own on the loopback network, and asks again as a node does. `History` is what is checked in the end:
+alone, which signs the same CSRs; then the door with `openssl ca`, while door, CA and database are killed at random, with
+SQLite and with PostgreSQL. Each node has an address of its own on the loopback network, and asks again as a node does. `History` is what is checked in the end:
 each node has exactly what it asked for, and the CA signed nothing that is not recorded, and nothing twice.
 """
 
@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPMessage
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from cryptography import x509
@@ -36,14 +37,17 @@ from backends.vault import DEFAULT_ROLE
 from backends.vault import setup as vault_setup
 from bridge.contract import Issued
 from bridge.desk.desk import SIGNED
-from bridge.door.store import CERTIFICATES, sqlite_url
+from bridge.door.store import CERTIFICATES
 from bridge.pki.bundle_format import loads_answer, loads_request
 from bridge.pki.certificates import serial_hex
 from tests.kit import openbao
 from tests.kit.opensslca import make_ca_directory
-from tests.kit.serving import ServeProgram, add_door
+from tests.kit.serving import Database, ServeProgram, add_door
 from tests.measure import fleet
 from tests.measure.__main__ import NUMBERS, machine, write_between
+
+if TYPE_CHECKING:
+    from tests.kit.postgresql import PostgreSql
 
 #: What kubeadm renews on a control-plane node: eleven certificates.
 NAMES = (*fleet.NAMES, "super-admin.conf")
@@ -139,7 +143,10 @@ def all_ask(door: ServeProgram, bundles: Sequence[bytes]) -> list[Node]:
 # --- the door and what kills it ---------------------------------------------------------------------------------------
 
 
-def openssl_door(directory: Path, made: fleet.Fleet, database: str = "") -> ServeProgram:
+_SQLITE = Database(url="")
+
+
+def openssl_door(directory: Path, made: fleet.Fleet, database: Database = _SQLITE) -> ServeProgram:
     """A door with a directory of `openssl ca` for each CA."""
     tables = ["[node]", f'state_dir = "{directory / "state"}"', "[backend.desk]", 'type = "openssl"']
     for name, ca in made.cas.items():
@@ -159,7 +166,7 @@ def vault_door(directory: Path, made: fleet.Fleet, bao: openbao.OpenBao) -> Serv
         bao.add_ca(name, ca.certificate_pem, ca.key_pem)
         bao.add_roles(name, _roles(made))
         tables += [f"[authority.{name}]", 'backend = "bao"', f'mount = "{name}"']
-    return _door(directory, tables, "")
+    return _door(directory, tables, _SQLITE)
 
 
 def _roles(made: fleet.Fleet) -> dict[str, dict[str, object]]:
@@ -169,20 +176,21 @@ def _roles(made: fleet.Fleet) -> dict[str, dict[str, object]]:
     return {name: role | every for name, role in found.items()}
 
 
-def _door(directory: Path, tables: Sequence[str], database: str) -> ServeProgram:
+def _door(directory: Path, tables: Sequence[str], database: Database) -> ServeProgram:
     config = directory / "config.toml"
     config.write_text("\n".join([*tables, ""]))
     (directory / "desk-policy.toml").write_text(_POLICY)
-    return add_door(config, directory, f'database = "{database}"' if database else "")
+    return add_door(config, directory, database.settings)
 
 
 @dataclass(kw_only=True)
 class Killer:
-    """Kills the door, or the `openssl` that it runs, at random, and starts the door again."""
+    """Kills the door, the `openssl` that it runs, or PostgreSQL, at random, and starts door and database again."""
 
     door: ServeProgram
     kills: int
     dice: random.Random
+    server: PostgreSql | None = None  #: None: the database is a file, which dies with the door.
     done: Counter[str] = field(default_factory=Counter)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -191,7 +199,11 @@ class Killer:
         for number in range(self.kills):
             if self.ended.wait(self.dice.uniform(*_BETWEEN_SECONDS)):
                 return
-            if number % 2 or not self._kill_ca():
+            if self.server is not None and number % 3 == 1:
+                self.server.stop(signal.SIGQUIT)  # at once, as in a crash; SIGKILL would leave its other processes
+                self.done["database"] += 1
+                self.server.start()
+            elif number % 2 or not self._kill_ca():
                 self.door.stop(signal.SIGKILL)
                 self.done["door"] += 1
                 self.door.start()
@@ -240,14 +252,15 @@ class History:
                 yield f"{one}, and not {other}: {', '.join(sorted(only)[:5])} ({len(only)} in all)"
 
 
-def history(directory: Path, nodes: Sequence[Node], database: str = "") -> History:
+def history(directory: Path, nodes: Sequence[Node], database: Database = _SQLITE) -> History:
     """Read from the answers, from `index.txt` of each CA, from the audit log and from the database."""
     found = [pair for node in nodes for pair in _delivered(node)]
     log = [json.loads(line) for file in directory.glob("state/audit*.jsonl") for line in file.read_text().splitlines()]
-    engine = sa.create_engine(database or sqlite_url(directory / "state" / "door.db"))
-    with contextlib.closing(engine.connect()) as connection:
+    with (
+        contextlib.closing(database.memory(directory / "state")) as memory,
+        contextlib.closing(memory.engine.connect()) as connection,
+    ):
         remembered = list(connection.execute(sa.select(CERTIFICATES.c.serial)).scalars())
-    engine.dispose()
     rows = [row.split("\t") for file in directory.glob("ca/*/index.txt") for row in file.read_text().splitlines()]
     return History(
         asked=sum(len(loads_request(node.bundle).requests) for node in nodes),
@@ -395,11 +408,13 @@ class Chaos:
         )
 
 
-def measure_chaos(directory: Path, made: fleet.Fleet, kills: int, seed: int) -> Chaos:
+def measure_chaos(directory: Path, made: fleet.Fleet, kills: int, seed: int, server: PostgreSql | None = None) -> Chaos:
     """Everything is killed while all nodes ask; SystemExit: the history is not as it has to be."""
-    door = openssl_door(directory, made)
+    database = _SQLITE if server is None else _database(directory, server)
+    door = openssl_door(directory, made, database)
     door.start()
-    killer = Killer(door=door, kills=kills, dice=random.Random(seed))  # noqa: S311 (a seed repeats a run)
+    dice = random.Random(seed)  # noqa: S311 (a seed repeats a run)
+    killer = Killer(door=door, kills=kills, dice=dice, server=server)
     thread, begin = threading.Thread(target=killer.work), time.monotonic()
     thread.start()
     try:
@@ -409,11 +424,22 @@ def measure_chaos(directory: Path, made: fleet.Fleet, kills: int, seed: int) -> 
         thread.join()
         door.stop()
     seconds = time.monotonic() - begin
-    found = history(directory, nodes)
+    found = history(directory, nodes, database)
     if troubles := list(found.troubles()):
         raise SystemExit("\n".join(troubles[:20]))
     failures = sum((node.failures for node in nodes), Counter[str]())
-    return Chaos(label="SQLite", seconds=seconds, killed=killer.done, failures=failures, history=found)
+    label = "SQLite" if server is None else "PostgreSQL"
+    return Chaos(label=label, seconds=seconds, killed=killer.done, failures=failures, history=found)
+
+
+def _database(directory: Path, server: PostgreSql) -> Database:
+    """A new one at the server."""
+    from tests.kit.postgresql import PASSWORD  # (the driver is not everywhere)
+
+    password = directory / "database-password"
+    password.touch(mode=0o600)
+    password.write_text(PASSWORD)
+    return Database(url=server.database(), password_file=password)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -422,6 +448,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
+    from tests.kit import postgresql  # (the driver is not everywhere)
+
     parser = argparse.ArgumentParser(prog="python -m tests.measure.door")
     parser.add_argument("--nodes", type=int, default=500, help="that ask at once, eleven certificates each")
     parser.add_argument("--kills", type=int, default=12)
@@ -433,8 +461,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (speed_in := Path(directory, "speed")).mkdir()
         speed = measure_speed(speed_in, options.nodes)
         print(speed.text())
-        (chaos_in := Path(directory, "chaos")).mkdir()
-        runs = [measure_chaos(chaos_in, fleet.make_fleet(options.nodes, NAMES), options.kills, options.seed)]
+        runs = list[Chaos]()
+        with postgresql.running() as postgres:
+            for server in (None, postgres):
+                (chaos_in := Path(directory, f"chaos-{len(runs)}")).mkdir()
+                made = fleet.make_fleet(options.nodes, NAMES)
+                runs.append(measure_chaos(chaos_in, made, options.kills, options.seed, server))
     head = (
         "database",
         "killed by SIGKILL meanwhile",
