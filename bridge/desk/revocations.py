@@ -14,7 +14,7 @@ from bridge.ca.ca import CA
 from bridge.contract import Revocation
 from bridge.desk.desk import at_once
 from bridge.desk.policy import Policy, node_problems
-from bridge.errors import BridgeError, Exit
+from bridge.errors import BackendUnavailableError, BridgeError, Exit
 from bridge.pki import revocations
 from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import serial_hex
@@ -60,6 +60,7 @@ def assert_may(
 
     Raises:
         NotRevokedError: Something else is true, or the policy does not allow it.
+        BackendUnavailableError: There is no CA certificate to judge by yet.
     """
     serial = serial_hex(asked.successor)
     successor = known(asked.successor)
@@ -75,12 +76,10 @@ def assert_may(
         raise NotRevokedError('allow.revoke: wanted "superseded", found "never"', hint=hint)
     if problems := node_problems(successor.node, successor.cluster, policy):
         raise NotRevokedError("; ".join(problems))
-    _assert_replaced(asked, successor, known, [*cas.get(successor.authority, ()), *_former(policy, successor)])
+    if not (signers := cas.get(successor.authority)):
+        raise BackendUnavailableError(f"wanted the CA of {successor.authority}, found that it was not reached yet")
+    _assert_replaced(asked, successor, known, [*signers, *policy.former.get(successor.authority, ())])
     return successor
-
-
-def _former(policy: Policy, signed: Signed) -> Sequence[x509.Certificate]:
-    return policy.former.get(signed.authority, ())
 
 
 def _assert_replaced(asked: Revocation, successor: Signed, known: Known, cas: Sequence[x509.Certificate]) -> None:
