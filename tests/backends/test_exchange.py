@@ -24,7 +24,7 @@ from bridge.pki.bundle import AnswerBundle
 from bridge.settings.load import load, parse
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import BackendConformance, TestCA, sign_request
-from tests.kit import programs
+from tests.kit import programs, warm
 from tests.kit.issuing import Signer
 from tests.kit.opensslca import make_ca_directory
 from tests.kit.policies import ALL_NAMES
@@ -69,8 +69,7 @@ class TestConformance(BackendConformance):
         def desk() -> None:
             while not over.wait(0.05):
                 if any((place / "outbox").glob("*.json")):
-                    with (place / "desk.log").open("a") as log:
-                        subprocess.run(command, check=False, stdout=log, stderr=log)
+                    warm.shared().run(command, timeout=60)
 
         thread = threading.Thread(target=desk)
         thread.start()

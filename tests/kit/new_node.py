@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bridge.bootstrap.places import Places
 from bridge.specs import AUTHORITIES
-from tests.kit import opensslca, programs
+from tests.kit import opensslca, programs, warm
 from tests.kit.cas import Bridge
 from tests.kit.pki import Pki, handmade_pki
 
@@ -104,7 +104,9 @@ class NewNode:
 
     def run(self, *args: str | Path, given: bytes = b"") -> subprocess.CompletedProcess[str]:
         """Run it, with this on its standard input."""
-        environment = {**os.environ, "LC_ALL": "C.UTF-8", "PATH": f"{programs.directory()}:{os.environ['PATH']}"}
+        path = {"PATH": f"{programs.directory()}:{os.environ['PATH']}"}
+        if not given:
+            return warm.shared().run(self.command(*args), timeout=120, more=path)
         return subprocess.run(
             self.command(*args),
             capture_output=True,
@@ -112,7 +114,7 @@ class NewNode:
             check=False,
             input=given.decode(),
             timeout=120,
-            env=environment,
+            env={**os.environ, "LC_ALL": "C.UTF-8", **path},
         )
 
     def init(self, *args: str | Path, config: str = CONFIG) -> subprocess.CompletedProcess[str]:
