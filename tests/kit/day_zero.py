@@ -215,6 +215,19 @@ class Walk:
         return run.stdout
 
 
+def policy(nodes: Mapping[str, str], allow: str = "") -> str:
+    """A desk's, which lets these nodes have certificates with these addresses, with more lines for its `[allow]`."""
+    addresses = list(nodes.values())
+    service = ("kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local")
+    etcd = json.dumps(["{node}", "localhost", "127.0.0.1", "::1", *addresses])
+    return (
+        f"[allow]\nclusters = ['kubernetes']\nnodes = {json.dumps(list(nodes))}\nmasters = ['super-admin.conf']\n{allow}\n"
+        f"[certificate.apiserver]\nsans = {json.dumps(['{node}', *service, '10.96.0.1', *addresses])}\n"
+        f"[certificate.etcd-server]\nsans = {etcd}\n[certificate.etcd-peer]\nsans = {etcd}\n"
+        f"[certificate.kubelet-server]\nsans = {json.dumps(['{node}', *addresses])}\n"
+    )
+
+
 def nodes_of(machine: Machine) -> Mapping[str, Sequence[str]]:
     """Of the cluster: the roles of each node by name."""
     found = json.loads(machine.node.kubectl("get", "nodes", "-o", "json").stdout)["items"]
@@ -369,16 +382,8 @@ class AirGap:
     def prepare(self, roles: Sequence[str | Path], machines: Mapping[str, Machine], office: Office) -> None:
         """A policy that names nodes and addresses, as docs/day-0.md has it."""
         del roles, office
-        addresses = [machine.node.ip for machine in machines.values()]
-        service = ("kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local")
-        etcd = json.dumps(["{node}", "localhost", "127.0.0.1", "::1", *addresses])
-        self.desk.policy.write_text(
-            f"[allow]\nclusters = ['kubernetes']\nnodes = {json.dumps(list(machines))}\n"
-            "masters = ['super-admin.conf']\nproof = 'optional'\n"
-            f"[certificate.apiserver]\nsans = {json.dumps(['{node}', *service, '10.96.0.1', *addresses])}\n"
-            f"[certificate.etcd-server]\nsans = {etcd}\n[certificate.etcd-peer]\nsans = {etcd}\n"
-            f"[certificate.kubelet-server]\nsans = {json.dumps(['{node}', *addresses])}\n"
-        )
+        addresses = {name: machine.node.ip for name, machine in machines.items()}
+        self.desk.policy.write_text(policy(addresses, "proof = 'optional'"))
 
     def answer(self) -> None:
         """The desk's job."""

@@ -47,7 +47,9 @@ class Team:
         if body is not None and not isinstance(body, bytes):
             body, headers = json.dumps(body).encode(), {"Content_Type": "application/json", **headers}
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        with closing(http.client.HTTPSConnection("127.0.0.1", self.door.port, context=context, timeout=180)) as client:
+        with closing(
+            http.client.HTTPSConnection(self.door.address, self.door.port, context=context, timeout=180)
+        ) as client:
             client.request(method, path, body, named)
             answer = client.getresponse()
             found = {name.lower(): value for name, value in answer.getheaders()}
@@ -67,7 +69,14 @@ class Team:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
-def make_team(directory: Path, pki: Pki, policy: str = APPROVALS, *, authorities: Sequence[str] | None = None) -> Team:
+def make_team(
+    directory: Path,
+    pki: Pki,
+    policy: str = APPROVALS,
+    *,
+    authorities: Sequence[str] | None = None,
+    address: str = "127.0.0.1",
+) -> Team:
     """A door that lets people decide, and their CA."""
     more = {} if authorities is None else {"authorities": list(authorities)}
     desk = make_desk(directory / "desk", pki, policy=policy, **more)
@@ -75,6 +84,6 @@ def make_team(directory: Path, pki: Pki, policy: str = APPROVALS, *, authorities
     signer = Signer.make("security-team", begin=begin, end=begin + timedelta(days=3))
     anchors = directory / "people.crt"
     anchors.write_bytes(pem(signer.certificate))
-    door = add_door(desk.config, desk.directory, f'approvers_ca = "{anchors}"')
+    door = add_door(desk.config, desk.directory, f'approvers_ca = "{anchors}"', address)
     tls = Tls(signer=signer, directory=directory, ca=door.ca, server_cert=door.certificate, server_key=door.key)
     return Team(desk=desk, door=door, tls=tls, signer=signer)

@@ -49,6 +49,7 @@ class ServeProgram:
     ca: Path  #: The CA certificate of the server certificate.
     certificate: Path  #: The server certificate.
     key: Path  #: Its key.
+    address: str = "127.0.0.1"  #: Where it listens.
     process: subprocess.Popen[str] | None = None
     port: int = 0
     said: list[str] = field(default_factory=list)  #: Standard error, by line.
@@ -56,12 +57,12 @@ class ServeProgram:
     @property
     def url(self) -> str:
         """Where it answers."""
-        return f"https://127.0.0.1:{self.port}"
+        return f"https://{self.address}:{self.port}"
 
     def start(self, program: Sequence[str] = (CA_BRIDGE,)) -> None:
         """Start it, at the port that it had before, and wait until it serves."""
         text = self.config.read_text()
-        self.config.write_text(re.sub(r'listen = "[^"]*"', f'listen = "127.0.0.1:{self.port}"', text))
+        self.config.write_text(re.sub(r'listen = "[^"]*"', f'listen = "{self.address}:{self.port}"', text))
         command = [*program, "serve", "--config", str(self.config), "--log-format", "json"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         serving, stderr, ports = threading.Event(), self.process.stderr, list[int]()
@@ -106,7 +107,7 @@ class ServeProgram:
     def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Answer:
         """One exchange on a connection of its own."""
         with closing(
-            http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context(), timeout=180)
+            http.client.HTTPSConnection(self.address, self.port, context=self.context(), timeout=180)
         ) as client:
             client.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
             answer = client.getresponse()
@@ -141,12 +142,12 @@ class Database:
         return Memory(self.url or sqlite_url(directory / "door.db"), self.password)
 
 
-def add_door(config: Path, directory: Path, more: str = "") -> ServeProgram:
-    """Add the door to a desk's settings, with a server certificate; not started."""
-    tls = make_tls(directory / "tls")
-    table = f'[serve]\nlisten = "127.0.0.1:0"\ncertificate = "{tls.server_cert}"\nkey = "{tls.server_key}"\n{more}\n'
+def add_door(config: Path, directory: Path, more: str = "", address: str = "127.0.0.1") -> ServeProgram:
+    """Add the door to a desk's settings, with a server certificate for this address; not started."""
+    tls = make_tls(directory / "tls", sans=[address])
+    table = f'[serve]\nlisten = "{address}:0"\ncertificate = "{tls.server_cert}"\nkey = "{tls.server_key}"\n{more}\n'
     config.write_text(f"{config.read_text()}\n{table}")
-    return ServeProgram(config=config, ca=tls.ca, certificate=tls.server_cert, key=tls.server_key)
+    return ServeProgram(config=config, ca=tls.ca, certificate=tls.server_cert, key=tls.server_key, address=address)
 
 
 def make_door(
