@@ -83,6 +83,12 @@ class Case:
     bundle: RequestBundle
     standing: Standing
     verdicts: Mapping[str, PolicyVerdict]  #: Of the policy of now, by certificate name; those that can be had.
+    asked: frozenset[str]  #: The certificates for which the policy wants people.
+
+    @property
+    def requests(self) -> list[BundledRequest]:
+        """Those of the bundle, the ones first for which people are asked: of a whole node it is often one of thirteen."""
+        return sorted(self.bundle.requests, key=lambda one: one.name not in self.asked)
 
     def sentence(self, request: BundledRequest) -> str:
         """What a certificate of it means."""
@@ -154,6 +160,7 @@ class Approvals:
             bundle=bundle,
             standing=self._signing.standing(kept, bundle),
             verdicts=self._signing.verdicts(kept, bundle),
+            asked=frozenset(filter(self._signing.policy.needs_approval, (one.name for one in bundle.requests))),
         )
 
     def brought(self, environ: Mapping[str, Any], request_id: str, now: datetime) -> None:
@@ -220,7 +227,7 @@ def listed(case: Case, rules: approval.ApprovalRules) -> dict[str, Any]:
         "received": rfc3339(case.kept.received),
         "state": case.kept.state,
         "approvals": f"{len(case.standing.approved)} of {rules.count}",
-        "certificates": [{"name": one.name, "means": case.sentence(one)} for one in case.bundle.requests],
+        "certificates": [{"name": one.name, "means": case.sentence(one)} for one in case.requests],
     }
 
 

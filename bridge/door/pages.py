@@ -162,7 +162,7 @@ class Pages:
                     "differs": list(differences(one)),
                     "verdict": case.verdicts.get(one.name),
                 }
-                for one in case.bundle.requests
+                for one in case.requests
             ],
         }
 

@@ -18,6 +18,7 @@ from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.pki.csr import PrivateKey
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import make_bundle, old_pairs
+from tests.kit.desks import POLICY
 from tests.kit.people import APPROVALS, Team, make_team
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.serving import Answer, running
@@ -126,6 +127,23 @@ def test_a_person_refuses_in_a_browser(team: Team, bundle: RequestBundle) -> Non
     assert b"wanted a reason" in without.body
     assert sent.status == 303
     assert answer == Refusal(reason="not approved: <b>no</b> such change (bob)")
+
+
+def test_what_people_are_asked_for_comes_first(tmp_path: Path, pki: Pki) -> None:
+    """Of a bundle whose last certificate needs an approval that one is first, for browsers and programs."""
+    policy = f'{POLICY}\n[certificate."super-admin.conf"]\napproval = "required"\n[approvals]\napprovers = ["alice"]\n'
+    team = make_team(tmp_path, pki, policy)
+    bundle = make_bundle(old_pairs(pki, ["apiserver", "etcd-server", "super-admin.conf"]))
+    with running(team.door):
+        waits(team, bundle)
+        alice = team.agent("alice")
+        pages = [team.ask(alice, "GET", f"/approvals{rest}").body.decode() for rest in ("", f"/{digest(bundle)}")]
+        listed = team.ask(alice, "GET", "/v1/approvals").document["requests"]
+
+    assert [one.name for one in bundle.requests][-1] == "super-admin.conf"
+    for page in pages:
+        assert page.index("the certificate of super-admin.conf") < page.index("the API server&#39;s certificate")
+    assert [one["name"] for one in listed[0]["certificates"]] == ["super-admin.conf", "apiserver", "etcd-server"]
 
 
 def test_a_policy_that_demands_signatures_has_no_buttons(tmp_path: Path, pki: Pki, bundle: RequestBundle) -> None:
