@@ -39,7 +39,7 @@ FILES = {
     "serve-database": "serve_database",
     "approvals": "approvals",
     "kubelets": "components",
-    "trust": "trust",
+    "trust": "gateway",
     "backups": "history",
     "rollback": "history",
     "recover": "history",
