@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import nodes, shown
+from tests.kit import nodes, shown, shown_door
 from tests.kit.node import AT_ONCE, Node
 
 PROGRAM = Path(sys.executable).with_name("ca-bridge")
@@ -28,7 +28,7 @@ pytestmark = [
 
 def test_pages_show_what_their_commands_print(tmp_path: Path) -> None:
     """At 80 columns, on a PKI of the real kubeadm with a real CA, in one walk; another line would be found."""
-    blocks = shown.blocks(tmp_path)
+    blocks = shown.blocks(tmp_path / "nodes") | shown_door.blocks(tmp_path / "door")
     texts = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
     now = {name: shown.written(text, blocks) for name, text in texts.items()}
     differences = [
@@ -64,7 +64,7 @@ def main() -> None:
             found = shown.live(node)
     else:
         with tempfile.TemporaryDirectory() as directory:
-            found = shown.blocks(Path(directory))
+            found = shown.blocks(Path(directory, "nodes")) | shown_door.blocks(Path(directory, "door"))
     for page in PAGES:
         page.write_text(shown.written(page.read_text(encoding="utf-8"), found), encoding="utf-8")
 

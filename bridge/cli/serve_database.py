@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bridge.cli.options import Common, command, group, utc_now
-from bridge.cli.printing import say, say_table
+from bridge.cli.printing import say, say_sentence, say_table
 from bridge.cli.serve import assert_installed
 
 commands = typer.Typer()
@@ -48,7 +48,7 @@ def restore(common: Common, copy: Annotated[Path, typer.Argument(help="A copy th
     from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
 
     old = upkeep.restore(common.settings(), copy.absolute(), utc_now)
-    say(f"the copy is in its place; what was there before is in {old}")
+    say_sentence(f"the copy is in its place; what was there before is in {old}")
 
 
 @command(database, "restored")

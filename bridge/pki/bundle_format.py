@@ -507,8 +507,10 @@ def _asked_in_short(bundle: RequestBundle, cas: Mapping[str, Sequence[x509.Certi
     proven = [one for one in every if (proof_problem(one, bundle) or usages_problem(one)) is None]
     ours = [one for one in every if one.authority in cas and origin_problem(one, cas[one.authority]) is None]
     parts = [
-        f"{len(proven)} of {counted(len(every), 'proof')} hold",
-        f"{len(ours)} replaced certificates are of these CAs" if cas else "no CA is here to compare with",
+        f"{len(proven)} of {counted(len(every), 'proof')} {'holds' if len(every) == 1 else 'hold'}",
+        f"{counted(len(ours), 'replaced certificate')} {'is' if len(ours) == 1 else 'are'} of these CAs"
+        if cas
+        else "no CA is here to compare with",
     ]
     if changed := sum(any(_changes(one)) for one in every):
         parts.append(f"{changed} CHANGED")

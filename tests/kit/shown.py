@@ -22,19 +22,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from bridge.pki.certificates import pem
+from bridge.pki.csr import key_pem
 from bridge.specs import AUTHORITIES
-from tests.kit import airgap, cluster_api, cmp, est, gateways, kube_api, opensslca, programs, terminals
+from tests.kit import airgap, cluster_api, cmp, est, gateways, kube_api, opensslca, pods, programs, terminals
+from tests.kit.issuing import Signer
 from tests.kit.node import Node
 from tests.kit.pki import NODE as CP_1
 from tests.kit.pki import KubeadmPki, Pki, handmade_pki, kubeadm_pki
 
 ROOT = Path(__file__).parents[2]
 PAGE, DAY_0, DESK_FILES = ROOT / "docs/first-renewal.md", ROOT / "docs/day-0.md", ROOT / "config/desk"
-EXEC = ROOT / "docs/exec.md"
+EXEC, NEXT_CA = ROOT / "docs/exec.md", ROOT / "docs/replace-the-ca.md"
 COLUMNS = 80
 _PLACES = ("etc", "var/lib", "srv", "media")
 _OF_THE_SYSTEM = ("passwd", "group", "nsswitch.conf", "ssl", "ld.so.cache", "alternatives")
-_NAMESPACES = ("unshare", *["--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--propagation", "private"])
+_NAMESPACES = ("unshare", "--mount", "--uts", "--ipc", "--propagation", "private")
 _START = """\
 root=$1 name=$2; shift 2
 for place in etc var/lib srv media; do mount --bind "$root/$place" "/$place"; done
@@ -75,16 +78,18 @@ class Machine:
             return terminals.Shown(*airgap.at_a_terminal(command, [typed], b"later] "), "").text
         return terminals.run(command, columns=COLUMNS).text
 
-    def command(self, line: str) -> list[str]:
-        """How a line of a page is run on this machine."""
+    def command(self, line: str, *, is_server: bool = False) -> list[str]:
+        """How a line of a page is run on this machine; a server is the process itself, for a signal to end it."""
         words = shlex.split(line)
         program = [sys.executable, "-c", _PROGRAM] if words[0] == "ca-bridge" else words[:1]
         path = f"PATH={programs.directory()}:{os.environ['PATH']}"
         settings = ["env", path, "TZ=UTC", "LC_ALL=C.UTF-8", "TERM=xterm", f"COLUMNS={COLUMNS}"]
         network = ["--net"] if self.is_alone else []
+        processes = [] if is_server else ["--pid", "--fork", "--mount-proc"]
         return [
             *_NAMESPACES,
             *network,
+            *processes,
             "sh",
             "-ec",
             _START,
@@ -110,6 +115,7 @@ class Normal:
 
     def of(self, text: str) -> str:
         """A command's output."""
+        text = _SECRET.sub("mJp7x1Wc5TQyq0ZVnKd3rEoA9sUf8hGiLbRX2tYv4Nw", text)
         for here, on_page in self.addresses.items():
             text = text.replace(here, on_page)
         for pattern, form in _DATES.items():
@@ -125,7 +131,8 @@ class Normal:
     def _moved(self, found: re.Match[str], form: str) -> str:
         began = self.began if "%H" in form else self.began.replace(hour=0, minute=0, second=0, microsecond=0)
         hours = (datetime.strptime(found[0], form).replace(tzinfo=UTC) - began) / timedelta(hours=1)
-        return (self.THEN + timedelta(hours=round(hours))).strftime(form)
+        space = "".join(re.findall(r"\s+", found[0]))  # a line's end, where one ends there
+        return (self.THEN + timedelta(hours=round(hours))).strftime(form).replace(" ", space)
 
     def _named(self, found: re.Match[str], form: str) -> str:
         number = len(self._names)
@@ -135,11 +142,13 @@ class Normal:
 
 _CASE = str.maketrans("abcdef", "ABCDEF")
 _DATES = {
-    r"\d{4}-\d\d-\d\d \d\d:\d\d(?!:)": "%Y-%m-%d %H:%M",
+    r"\d{4}-\d\d-\d\d\s+\d\d:\d\d(?!:)": "%Y-%m-%d %H:%M",
     r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d": "%Y-%m-%dT%H:%M:%S",
     r"\d{8}T\d{6}Z": "%Y%m%dT%H%M%SZ",
     r"\d{4}-\d\d-\d\d(?= \()": "%Y-%m-%d",
 }
+#: A one-time secret, which is a line of its own.
+_SECRET = re.compile(r"^[\w-]{43}$", re.MULTILINE)
 #: What is not worth a number.
 _WORDS = {
     r"\b\S+ ends first": "apiserver ends first",
@@ -239,6 +248,13 @@ MISSING = {
 GATEWAY = {
     "gateway-check": "ca-bridge gateway --check",
     "gateway-setup": "ca-bridge setup kubernetes -o gateway/",
+    "trust-publish": "ca-bridge trust publish corp.example/spiffe",
+}
+#: By a node whose CA has a successor.
+REPLACED = {
+    "rotate-ca-plan": "ca-bridge rotate-ca plan",
+    "-rotate-ca-trust": "ca-bridge rotate-ca trust",
+    "rotate-ca-status": "ca-bridge rotate-ca status",
 }
 
 PASSPHRASE = "s3cret phrase"
@@ -266,7 +282,8 @@ def blocks(directory: Path) -> dict[str, str]:
     found |= typed(NEW_WORKER, new_worker(node, office, directory / "new-worker"), normal)
     pki = KubeadmPki(root=node.root, external=True, version="1.37")
     found |= est_server(others["est"], pki, normal) | cmp_server(others["cmp"], pki, normal)
-    return found | signing_cluster(others["kubernetes"], pki, normal) | gateway(directory, normal)
+    found |= signing_cluster(others["kubernetes"], pki, normal) | gateway(directory, normal)
+    return found | typed(REPLACED, with_next_ca(directory / "next"), normal)
 
 
 #: What a node that runs shows (tests/e2e/test_prove_node.py compares it).
@@ -296,7 +313,7 @@ def live(node: Node) -> dict[str, str]:
 def typed(lines: Mapping[str, str], machine: Machine, normal: Normal) -> dict[str, str]:
     """Lines on one machine; to the question of `--approve` the answer is yes."""
     return {
-        name: f"$ {line}\n{normal.of(machine.run(line, 'yes' if line.endswith('--approve') else ''))}"
+        name: normal.of(f"$ {line}\n{machine.run(line, 'yes' if line.endswith('--approve') else '')}")
         for name, line in lines.items()
     }
 
@@ -312,7 +329,7 @@ def node_with_openssl(root: Path) -> Machine:
     node.write("/etc/ca-bridge/config.toml", text)
     node.write("/srv/nodes.txt", "cp-1 192.0.2.11\ncp-2 192.0.2.12\n")
     (root / "media/stick").mkdir()
-    _add_cas(node, pki, text)
+    add_cas(node, pki, text)
     return node
 
 
@@ -323,7 +340,7 @@ def desk_of(node: Machine, root: Path) -> Machine:
     text = (DESK_FILES / "config.toml").read_text(encoding="utf-8")
     desk.write("/etc/ca-bridge/config.toml", text)
     desk.write("/etc/ca-bridge/desk-policy.toml", (DESK_FILES / "desk-policy.toml").read_text(encoding="utf-8"))
-    _add_cas(desk, pki, text)
+    add_cas(desk, pki, text)
     return desk
 
 
@@ -348,7 +365,26 @@ def expired(node: Machine, root: Path) -> Machine:
     pki = handmade_pki(root, now=now - timedelta(days=366), not_after=now - timedelta(days=1))
     text = (node.root / "etc/ca-bridge/config.toml").read_text(encoding="utf-8")
     machine.write("/etc/ca-bridge/config.toml", text)
-    _add_cas(machine, pki, text)
+    add_cas(machine, pki, text)
+    return machine
+
+
+def with_next_ca(root: Path) -> Machine:
+    """A node with the page's table for the CA that comes after `ca`, whose place at `openssl ca` is a directory."""
+    now = datetime.now(UTC)
+    pki = handmade_pki(root, now=now, not_after=now + timedelta(days=20), extra_sans=())
+    machine = Machine(root, "cp-1")
+    [settings] = re.findall(r"```toml\n(.*?)```", _section(PAGE, "## openssl ca"), re.DOTALL)
+    [table] = re.findall(r"```toml\n(.*?)```", _section(NEXT_CA, "## Before"), re.DOTALL)
+    table = "\n".join(line.strip() for line in table.splitlines()).replace("mount = ", "dir = ")
+    machine.write(
+        "/etc/ca-bridge/config.toml", f"{settings}\n{table.replace('pki-kubernetes-2', '/srv/ca/kubernetes-2')}\n"
+    )
+    add_cas(machine, pki, settings)
+    signer = Signer.make("kubernetes-2", key_id=True, begin=now - timedelta(days=1), end=now + timedelta(days=4000))
+    certificate, key = pem(signer.certificate), key_pem(signer.key)
+    opensslca.make_ca_directory(root / "srv/ca/kubernetes-2", certificate, key, passphrase=PASSPHRASE)
+    machine.write("/etc/ca-bridge/next/ca.crt", certificate.decode(), 0o644)
     return machine
 
 
@@ -372,7 +408,7 @@ def new_node(node: Machine, root: Path) -> Machine:
     """Without settings and certificates, beside the same CAs."""
     machine = Machine(root, "cp-1")
     text = (node.root / "etc/ca-bridge/config.toml").read_text(encoding="utf-8")
-    _add_cas(machine, KubeadmPki(root=node.root, external=True, version="1.37"), text)
+    add_cas(machine, KubeadmPki(root=node.root, external=True, version="1.37"), text)
     return with_configuration(machine)
 
 
@@ -393,7 +429,7 @@ def new_worker(node: Machine, office: Machine, root: Path) -> Machine:
     shutil.copy2(office.root / "srv/orders/w-1.order.json", machine.root / "srv")
     text = (node.root / "etc/ca-bridge/config.toml").read_text(encoding="utf-8")
     machine.write("/etc/ca-bridge/config.toml", text)
-    _add_cas(machine, KubeadmPki(root=node.root, external=True, version="1.37"), text)
+    add_cas(machine, KubeadmPki(root=node.root, external=True, version="1.37"), text)
     return machine
 
 
@@ -465,7 +501,8 @@ def _settings_of(machine: Machine, page: str, here: Mapping[str, str]) -> None:
     machine.write("/etc/ca-bridge/config.toml", settings)
 
 
-def _add_cas(machine: Machine, pki: Pki, settings: str) -> None:
+def add_cas(machine: Machine, pki: Pki, settings: str) -> None:
+    """The CAs of a PKI, where settings with `openssl ca` say that they are."""
     machine.write("/etc/ca-bridge/ca-passphrase", f"{PASSPHRASE}\n")
     for authority, table in tomllib.loads(settings)["authority"].items():
         place = machine.root / table["dir"].removeprefix("/")
@@ -477,6 +514,8 @@ def gateway(directory: Path, normal: Normal) -> dict[str, str]:
     machine = Machine(directory / "gateway", "cp1", is_alone=False)
     with cluster_api.running(directory / "cluster") as cluster:
         gateways.grant_rights(cluster)
+        pods.grant_rights(cluster)
+        (cluster.pki_dir / "pods.crt").write_bytes(pem(Signer.make("pods", begin=datetime.now(UTC)).certificate))
         place = gateways.Place(cluster=cluster, directory=directory / "place").with_openssl()
         table = (
             f'[node]\npki_dir = "{cluster.pki_dir}"\n[gateway]\nkubeconfig = "{cluster.kubeconfig(gateways.USER)}"\n'

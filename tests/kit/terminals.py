@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -9,7 +10,8 @@ import re
 import struct
 import subprocess
 import termios
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -59,6 +61,36 @@ def run(
         output = process.stdout.read() if process.stdout is not None else b""
     os.close(parent)
     return Shown(process.returncode, shown.decode(), output.decode())
+
+
+@contextlib.contextmanager
+def working(command: Sequence[str], ready: str) -> Iterator[str]:
+    """A server on a terminal that has said a line with `ready` in it, and SIGTERM at the end; what it said until then."""
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=child, stderr=child)
+    os.close(child)
+    said, heard, line = bytearray(), threading.Event(), re.compile(rf"[^\n]*{ready}[^\n]*\n".encode())
+
+    def listen() -> None:  # to the end, or the terminal would be full and the server would wait
+        for part in iter(lambda: _read(parent), b""):
+            said.extend(part)
+            if line.search(said):
+                heard.set()
+        heard.set()
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    try:
+        assert heard.wait(180), said
+        found = line.search(said)
+        assert found is not None, said
+        yield Shown(0, said[: found.end()].decode(), "").text
+    finally:
+        process.terminate()
+        process.wait(120)
+        listener.join()
+        os.close(parent)
 
 
 def _read(terminal: int) -> bytes:
