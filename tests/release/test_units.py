@@ -519,7 +519,7 @@ def test_the_door_runs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
         first = put_pair(machine, tls.server_cert, tls.server_key)
         machine.run(f"systemctl start {unit}.service")
         machine.wait(f"systemctl show {unit} -p ExecMainStatus | grep -qx ExecMainStatus=5", _PATIENCE)
-        assert "wanted a place outside of the cluster" in machine.journal()
+        machine.wait(f"journalctl -o cat -u {unit} | grep -q 'wanted a place outside of the cluster'", _PATIENCE)
         machine.run(f"systemctl stop {unit}; systemctl reset-failed {unit}; mv /etc/kubernetes /srv/node")
 
         machine.run(f"systemctl start {unit}.service")
