@@ -165,6 +165,15 @@ def test_a_night_between_two_phases_asks_the_ca_that_signs(bridge: LiveBridge) -
     assert phases(bridge) == dict.fromkeys(AUTHORITIES, "issued")
 
 
+def test_requests_are_counted_by_the_ends_of_their_certificates(bridge: LiveBridge) -> None:
+    """The controller manager renews its lease every two seconds, with a certificate of the new CA that this node knows."""
+    run = bridge.run("rotate-ca", "status", "--ca", "ca", "--requests", "10s", "-o", "json")
+    assert run.returncode == 0, run.stderr
+    seen = json.loads(run.stdout)["requests"]
+    assert (seen["troubles"], list(seen["failedHandshakes"])) == ([], [NAME])
+    assert sum(one["count"] for one in seen["byEnd"] if one["isLikeNew"] and one["server"] == NAME) > 1, seen
+
+
 def test_a_worker_whose_certificate_is_the_old_cas_holds_up_drop(site: Site) -> None:
     """Nobody sees a kubelet's client certificate: its node says whose it is; a name that no node has is no way round."""
     run = site.control_plane.run("rotate-ca", "drop")
