@@ -33,7 +33,9 @@ from bridge.system.http import (
 from bridge.words import one_line
 
 MERGE_PATCH = "application/merge-patch+json"
-_JSON = "application/json"
+#: An object's metadata alone: as an answer to a write, too, whose object we have.
+METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+JSON = "application/json"
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 #: For each of the gateway's requests.
@@ -157,9 +159,9 @@ class Api:
         method: str,
         path: str,
         body: Mapping[str, Any] | None = None,
-        content_type: str = _JSON,
+        content_type: str = JSON,
         *,
-        accept: str = _JSON,
+        accept: str = JSON,
     ) -> Reply:
         """
         Ask one server after the other, until one has an answer: any status but 401, 408, 429 and 5xx.
@@ -303,7 +305,7 @@ class Api:
         """A stream of JSON lines from the first server; it is dead after `silence_seconds` (NoAnswerError)."""
         server, clients = self._servers[0], self.clients
         connection = KeptConnection(clients[0].peer(server))
-        headers = {"Accept": _JSON, **clients[0].headers}
+        headers = {"Accept": JSON, **clients[0].headers}
         try:
             stream = connection.stream(path, headers, seconds=TIMEOUT_SECONDS)
             if stream.status != HTTPStatus.OK:

@@ -8,11 +8,12 @@ import threading
 import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
 
-from bridge.cluster.api import MERGE_PATCH, Api, NoAnswerError, Reply
+from bridge.cluster.api import MERGE_PATCH, METADATA, Api, NoAnswerError, Reply
 from bridge.gateway import watch
 from bridge.gateway.context import Context, GoneError, LeftError, NotAllowedError, after_refusal
 from bridge.gateway.nodes import Remembered
@@ -45,13 +46,14 @@ log = logging.getLogger("ca-bridge")
 #: pod for the write, which was looked at anew right before the CA was asked.
 _RECENT_SECONDS = 2.0
 _EVENTS_A_MINUTE = 120
+#: Of namespaces, service accounts and nodes that are quoted for a path.
+_MOST_NAMES = 1000
 #: The CA's own words are in the gateway's log alone: they may name what a pod's owner should not read.
 _OF_THE_CA = {
     "ca-unavailable": "the CA does not answer",
     "ca-refused": "the CA refuses it",
     "bad-answer": "the CA has signed something else than what was asked for",
 }
-_METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 
 class PodJudge:
@@ -134,7 +136,7 @@ class Looks:
         if (known := self._metadata.get(path)) is not None:
             return known[0]
         now = time.monotonic()
-        document = self._asked(path, _METADATA)
+        document = self._asked(path, METADATA)
         found = None if document is None else _table(document, "metadata")
         self._metadata.put(path, found, now)
         return found
@@ -197,6 +199,7 @@ def _labels(metadata: Mapping[str, Any] | None) -> Mapping[str, str]:
     return {} if metadata is None else _table(metadata, "labels")
 
 
+@lru_cache(maxsize=_MOST_NAMES)
 def _q(name: str) -> str:
     return quote(name, safe="")
 
@@ -294,7 +297,7 @@ class PodWriter(Writer):
     def _answered(self, job: Job, status: Mapping[str, Any]) -> bool:
         """Whether it was written; the API server's reason for a refusal repeats the chain before its last words."""
         body = {"metadata": identity_of(job.one), "status": status}
-        reply: Reply = self._context.api.ask("PATCH", f"{job.one.path}/status", body, MERGE_PATCH)
+        reply: Reply = self._context.api.ask("PATCH", f"{job.one.path}/status", body, MERGE_PATCH, accept=METADATA)
         if reply.status == HTTPStatus.NOT_FOUND:
             raise GoneError("the object is gone")
         if reply.status == HTTPStatus.UNPROCESSABLE_ENTITY:

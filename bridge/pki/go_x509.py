@@ -123,15 +123,24 @@ def _identifiers(certificate: x509.Certificate, fields: Sequence[der.Element], *
 
 def _strings(fields: Sequence[der.Element], *, leaf: bool) -> Iterator[Violation]:
     """Each attribute of issuer and subject is of a string type that Go reads, and holds what the type allows."""
-    for label, name, is_leaf in (("issuer", fields[2], False), ("subject", fields[4], leaf)):
-        for rdn in name.children():
-            for attribute in rdn.children():
-                kind, value = attribute.children()
-                _small_oid(kind.content)
-                if not _is_readable(value, leaf=is_leaf):
-                    got = _STRING_NAMES.get(value.tag, f"type {value.tag}" if value.tag not in _LEAF_STRINGS else "")
-                    want = "UTF8String, PrintableString or IA5String" if is_leaf else "a string type that Go reads"
-                    yield Violation(subject=label, want=want, got=got or "a value that its string type does not allow")
+    yield from _issuer_name(fields[2])
+    yield from _name("subject", fields[4], leaf=leaf)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _issuer_name(name: der.Element) -> tuple[Violation, ...]:
+    return tuple(_name("issuer", name, leaf=False))
+
+
+def _name(label: str, name: der.Element, *, leaf: bool) -> Iterator[Violation]:
+    for rdn in name.children():
+        for attribute in rdn.children():
+            kind, value = attribute.children()
+            _small_oid(kind.content)
+            if not _is_readable(value, leaf=leaf):
+                got = _STRING_NAMES.get(value.tag, f"type {value.tag}" if value.tag not in _LEAF_STRINGS else "")
+                want = "UTF8String, PrintableString or IA5String" if leaf else "a string type that Go reads"
+                yield Violation(subject=label, want=want, got=got or "a value that its string type does not allow")
 
 
 def _is_readable(value: der.Element, *, leaf: bool) -> bool:
@@ -181,6 +190,7 @@ def _encodings(certificate: x509.Certificate, fields: Sequence[der.Element]) -> 
             yield Violation(subject="public key", want="an odd exponent below 2^31", got=f"{exponent:#x}"[:40])
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def _small_oid(content: bytes) -> None:
     """Refuse an OID with a number of more than 31 bits (as in those made of UUIDs), which Go can't read."""
     number = 0

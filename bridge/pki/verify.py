@@ -471,14 +471,13 @@ def verified_path(
     """The path from leaf to anchor, by signatures, names, dates, CA:TRUE, path lengths, constraints; not KeyUsage."""
     if leaf == anchor:
         return [leaf]
-    verifier = (
-        verification.PolicyBuilder()
-        .store(verification.Store([anchor]))
-        .time(time)
-        .extension_policies(ca_policy=_CA_EXTENSIONS, ee_policy=_ANY_EXTENSIONS)
-        .build_client_verifier()
-    )
-    return verifier.verify(leaf, list(intermediates)).chain
+    return _builder(anchor).time(time).build_client_verifier().verify(leaf, list(intermediates)).chain
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _builder(anchor: x509.Certificate) -> verification.PolicyBuilder:
+    builder = verification.PolicyBuilder().store(verification.Store([anchor]))
+    return builder.extension_policies(ca_policy=_CA_EXTENSIONS, ee_policy=_ANY_EXTENSIONS)
 
 
 def client_problem(leaf: x509.Certificate, anchors: Sequence[x509.Certificate], now: datetime) -> str:

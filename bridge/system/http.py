@@ -253,7 +253,7 @@ class KeptConnection:
         opened = self._opened(limits)
         unsent = memoryview(data)
         while unsent:
-            opened.settimeout(limits.seconds_left())
+            limits.hold(opened)
             unsent = unsent[opened.send(unsent) :]
         received = _Received(opened, limits)
         response = _Response(cast(socket.socket, received), method=method)
@@ -402,6 +402,15 @@ class _Limits:
             raise TimeoutError
         return left
 
+    def hold(self, opened: socket.socket) -> None:
+        """
+        Let a socket wait for no longer than is left, to a hundredth of the whole: each change of its limit is a system call
+        for which Python lets all other threads go first, and a request has ten of them.
+        """
+        left, now = self.seconds_left(), opened.gettimeout()
+        if now is None or abs(now - left) > self.seconds / 100:
+            opened.settimeout(left)
+
     def count(self, received: int) -> None:
         """Count what came, below the parser: a server's word for a length (a chunk of -1) is no limit."""
         if self._silence is None and not self._budget.allows(received):
@@ -440,7 +449,7 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer) -> int | None:
         if self.is_over:
             return None
-        self._opened.settimeout(self._limits.seconds_left())
+        self._limits.hold(self._opened)
         received = self._opened.recv_into(buffer)
         self._limits.count(received)
         return received
