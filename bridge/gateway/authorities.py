@@ -18,6 +18,7 @@ from bridge.ca.registry import Configured
 from bridge.ca.retry import Rest
 from bridge.contract import AsksValidity, Issued, NamesBesideCsr, Pending, Recalls, SignRequest, SignsMany
 from bridge.errors import BackendError, SettingsError, SettingsProblem
+from bridge.node import cross
 from bridge.pki import verify
 from bridge.pki.verify import Expectation, Verified
 from bridge.settings.tables import Settings
@@ -44,6 +45,9 @@ class AuthorityOfSigners:
         self._mutex = threading.Lock()
         self._anchors, self._read_at = read_anchors(self._anchor_file), time.monotonic()
         self._issuer_end: datetime | None = None
+        self._renewal, self._signer = settings.renewal, self._anchors[0]
+        # pods have each root in their bundle, and need none behind their certificates
+        self._cross = None if self._each_anchor_counts else cross.of(settings, self.name, self._signer)
         backend = self.ca.backend
         self.asks_validity = isinstance(backend, AsksValidity) and backend.asks_validity
         self.signs_many = isinstance(backend, SignsMany)
@@ -117,7 +121,15 @@ class AuthorityOfSigners:
             min_validity=min(min_validity, request.validity * 0.5),
             extra_subject=self._extra_subject,
             longest=request.validity if self.asks_validity else longest,
+            cross=self._cross_behind(now),
         )
+
+    def _cross_behind(self, now: datetime) -> x509.Certificate | None:
+        """The cross certificate, while it is long enough, and the CA that it was read for is still the one that signs."""
+        found = self._cross
+        if found is None or self.anchors()[0] != self._signer or not cross.is_long_enough(found, self._renewal, now):
+            return None
+        return found
 
 
 def read_anchors(path: Path) -> tuple[x509.Certificate, ...]:

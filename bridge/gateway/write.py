@@ -13,7 +13,7 @@ from typing import Any
 
 from cryptography import x509
 
-from bridge.cluster.api import MERGE_PATCH, NoAnswerError, Reply
+from bridge.cluster.api import JSON, MERGE_PATCH, METADATA, NoAnswerError, Reply
 from bridge.desk.patterns import CN_OID
 from bridge.gateway import watch
 from bridge.gateway.context import AFTER_REFUSAL_SECONDS, Context, GoneError, LeftError, NotAllowedError, extra
@@ -113,8 +113,9 @@ class Writer:
                 return False
             self._take_over(job, reply)
         context.assert_ours()
-        chain = pem(found.leaf, *found.intermediates)
-        if self._patch(job.one, "status", with_certificate(job.one, chain)).status != HTTPStatus.OK:
+        chain = pem(*found.chain)
+        body = with_certificate(job.one, chain)
+        if self._patch(job.one, "status", body, accept=METADATA).status != HTTPStatus.OK:
             return False
         self._settle(job.one.uid)
         return True
@@ -148,9 +149,9 @@ class Writer:
             raise GoneError("another object has its name by now")
         job.one = found
 
-    def _patch(self, one: AnyObject, subresource: str, body: Mapping[str, Any]) -> Reply:
+    def _patch(self, one: AnyObject, subresource: str, body: Mapping[str, Any], *, accept: str = JSON) -> Reply:
         """Write; 200, or that it has changed."""
-        reply = self._context.api.ask("PATCH", f"{one.path}/{subresource}", body, MERGE_PATCH)
+        reply = self._context.api.ask("PATCH", f"{one.path}/{subresource}", body, MERGE_PATCH, accept=accept)
         if reply.status == HTTPStatus.NOT_FOUND:
             raise GoneError("the object is gone")
         if reply.status not in {HTTPStatus.OK, HTTPStatus.CONFLICT, HTTPStatus.UNPROCESSABLE_ENTITY}:

@@ -40,10 +40,18 @@ def is_long_enough(cross: x509.Certificate, renewal: RenewalSettings, now: datet
 
 def behind(settings: Settings, authority: str, anchor: x509.Certificate, now: datetime) -> x509.Certificate | None:
     """
-    Find the cross certificate of the CA that signs an authority's certificates now.
+    Find the cross certificate to put behind an authority's certificates (SettingsError: see `of`).
 
     Returns:
         None if the settings name none, or if it ends so soon that its certificates would be due for renewal at once.
+    """
+    found = of(settings, authority, anchor)
+    return found if found is not None and is_long_enough(found, settings.renewal, now) else None
+
+
+def of(settings: Settings, authority: str, anchor: x509.Certificate) -> x509.Certificate | None:
+    """
+    Read the cross certificate of the CA that signs an authority's certificates now; None if the settings name none.
 
     Raises:
         SettingsError: The file can't be used (see `load`), or it is another CA's.
@@ -55,4 +63,4 @@ def behind(settings: Settings, authority: str, anchor: x509.Certificate, now: da
     if found.subject != anchor.subject or spki(found.public_key()) != spki(anchor.public_key()):
         want = f"a cross certificate for {name_text(anchor.subject)} and its key, which signs now"
         raise SettingsError([SettingsProblem("", want, f"one for {name_text(found.subject)}", ours.cross)])
-    return found if is_long_enough(found, settings.renewal, now) else None
+    return found

@@ -24,15 +24,17 @@ from bridge.gateway.issue import Issuing
 from bridge.gateway.ledger import Ledger
 from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
 from bridge.gateway.service import Service
-from bridge.pki.certificates import fingerprint
+from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
+from bridge.pki.csr import key_pem
 from bridge.settings import load
 from bridge.state import audit
 from bridge.state.store import Store
-from tests.kit import api_proxy, cluster_api, desk_program, gateways, hostile_csrs, kube_api, openbao
-from tests.kit.api_client import CSRS
+from tests.kit import api_proxy, cluster_api, desk_program, gateways, hostile_csrs, kube_api, next_cas, openbao
+from tests.kit.api_client import CSRS, ApiClient
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.desk_program import DeskProgram
 from tests.kit.gateways import Gateway, Place, chain, conditions, csr_pem, node_subject, read, state_of
+from tests.kit.opensslca import make_ca_directory
 
 pytestmark = pytest.mark.kube("kube-apiserver", "etcd")
 
@@ -142,6 +144,32 @@ def test_a_node_joins_serves_and_rotates(cluster: ClusterApi, tmp_path: Path) ->
             assert 'ca_bridge_credential_not_after_seconds{name="gateway.kubeconfig",' in gateway.page("metrics")[1]
             assert gateway.end() == 0
             assert audit.verify(Store(gateway.state_dir)) == (9, [])
+
+
+def test_a_ca_that_an_earlier_one_certifies(cluster: ClusterApi, worker: str, tmp_path: Path) -> None:
+    """An API server that trusts the earlier CA alone takes the certificate with the cross certificate behind it, and not without."""
+    new = next_cas.make(tmp_path / "next")["ca"].signer
+    old = (cluster.ca.certificate_pem, cluster.ca.key_pem)
+    cross = next_cas.cross(old, pem(new.certificate), tmp_path / "cross")
+    place = Place(cluster=cluster, directory=tmp_path / "gateway", trust=tmp_path / "trust")
+    place.inventory += gateways.workers(worker)
+    (tmp_path / "trust").mkdir()
+    (tmp_path / "trust/ca.crt").write_bytes(pem(new.certificate))
+    directory = make_ca_directory(tmp_path / "ca", pem(new.certificate), key_pem(new.key))
+    ours = f'[authority.ca]\nbackend = "ca"\ncross = "{cross}"\n'
+    place.tables = [f'[backend.ca]\ntype = "openssl"\ndir = "{directory}"\n{ours}']
+    key = gateways.new_key()
+    with gateways.running(place) as gateway:
+        name = ask(cluster, worker, pem=csr_pem(node_subject(worker), key=key))
+        found = chain(until_signed(gateway, cluster, name))
+    assert found[1:] == load_pem_certificates(cross.read_bytes())
+    (tmp_path / "key").write_bytes(key_pem(key))
+    for count, status in ((2, 200), (1, 401)):
+        certificate = tmp_path / f"{count}.crt"
+        certificate.write_bytes(pem(*found[:count]))
+        node = ApiClient(url=cluster.url, trust=cluster.pki_dir / "ca.crt", pair=(certificate, tmp_path / "key"))
+        assert node.ask("GET", f"/api/v1/nodes/{worker}").status == status
+        node.session.close()
 
 
 def test_who_has_approved_does_not_matter(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
