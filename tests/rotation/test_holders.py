@@ -22,10 +22,12 @@ from bridge.rotation.holders import Held, holds
 from bridge.rotation.objects import AUTHENTICATION
 from bridge.rotation.phases import Change, Phase
 from bridge.specs import CA, ETCD_CA
+from bridge.system.waiting import wait_until
 from tests.kit import kube_api, programs
 from tests.kit.issuing import Signer
 from tests.kit.kube_api import ApiServer
 
+MINUTE = timedelta(minutes=1)
 CORE, KEY = "/api/v1/namespaces", "a private key that no screen may show"
 NEW = Signer.make("kubernetes-2").certificate
 OTHER = Signer.make("another").certificate
@@ -133,18 +135,25 @@ def test_others_secrets_are_listed_with_the_command_that_mends_them(server: ApiS
 def test_a_namespace_that_is_behind_is_named_before_issue(server: ApiServer, change: Change) -> None:
     """So is what aggregated API servers read; with both CAs in them nothing holds the phase up, and with one missing it does."""
     both, api = pem(change.old, change.new).decode(), api_of(server)
+    there = wait_until(
+        lambda: server.admin.ask("GET", AUTHENTICATION), lambda reply: reply.ok, MINUTE, pause_seconds=0.1
+    )
+    own = there.document["data"]["client-ca-file"]
     add(server, "kube-root-ca.crt", {"ca.crt": pem(change.old).decode()}, "configmaps")
     with pytest.raises(NotReadyEverywhereError) as refused:
         assert_followed(api, CA.name, change, Phase.ISSUED, timedelta())
     assert "client-ca-file of extension-apiserver-authentication" in str(refused.value)
     assert "kube-root-ca.crt of argocd" in str(refused.value)
-    for path, key in ((AUTHENTICATION, "client-ca-file"), (f"{CORE}/argocd/configmaps/kube-root-ca.crt", "ca.crt")):
-        assert server.admin.patch(path, {"data": {key: both}}).ok
-    assert_followed(api, CA.name, change, Phase.ISSUED, timedelta())
-    assert holders.behind(api, CA.name, (change.new, OTHER)) == [
-        "client-ca-file of extension-apiserver-authentication",
-        "kube-root-ca.crt of argocd",
-    ]
+    try:
+        for path, key in ((AUTHENTICATION, "client-ca-file"), (f"{CORE}/argocd/configmaps/kube-root-ca.crt", "ca.crt")):
+            assert server.admin.patch(path, {"data": {key: both}}).ok
+        assert_followed(api, CA.name, change, Phase.ISSUED, timedelta())
+        assert holders.behind(api, CA.name, (change.new, OTHER)) == [
+            "client-ca-file of extension-apiserver-authentication",
+            "kube-root-ca.crt of argocd",
+        ]
+    finally:  # the server is the other tests', too
+        assert server.admin.patch(AUTHENTICATION, {"data": {"client-ca-file": own}}).ok
 
 
 @pytest.mark.usefixtures("_cleared")
