@@ -47,8 +47,9 @@ def restore(common: Common, copy: Annotated[Path, typer.Argument(help="A copy th
     assert_installed("ca-bridge serve-database")
     from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
 
-    old = upkeep.restore(common.settings(), copy.absolute(), utc_now)
+    old, withdrawn = upkeep.restore(common.settings(), copy.absolute(), utc_now)
     say_sentence(f"the copy is in its place; what was there before is in {old}")
+    _say_withdrawn(withdrawn)
 
 
 @command(database, "restored")
@@ -61,8 +62,9 @@ def restored(common: Common) -> None:
     assert_installed("ca-bridge serve-database")
     from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
 
-    upkeep.reconcile(common.settings(), utc_now)
+    withdrawn = upkeep.reconcile(common.settings(), utc_now)
     say("written down: what was made until now is signed after its CA was asked")
+    _say_withdrawn(withdrawn)
 
 
 @command(database, "again")
@@ -73,3 +75,9 @@ def again(common: Common, request: Annotated[str, typer.Argument(help="The first
 
     upkeep.again(common.settings(), request)
     say(f"request {request} is signed in the next round")
+
+
+def _say_withdrawn(count: int) -> None:
+    if count:
+        text = f"one-time secrets withdrawn, since they may have been used after the copy was made: {count}"
+        say_sentence(f"{text}; `ca-bridge enroll NODE` makes new ones")

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from bridge.door.store import DOORS, REQUESTS, RESTORES, TO_SIGN, Kept, Memory, asking
+from bridge.door.store import DOORS, ENROLMENTS, REQUESTS, RESTORES, TO_SIGN, UNANSWERED, Kept, Memory, asking
 from bridge.door.turns import SILENT, STALE_SECONDS, NotOursError, rounds
 from bridge.state import audit
 from bridge.state.store import Store
@@ -160,12 +160,22 @@ class Doors:
         with asking(), self._engine.connect() as connection:
             return connection.execute(sa.select(RESTORES.c.restored).order_by(RESTORES.c.id.desc()).limit(1)).scalar()
 
-    def reconcile(self, now: datetime, by: str) -> None:
-        """Write down that the database was restored, and that it knows of this door's rounds from now on."""
+    def reconcile(self, now: datetime, by: str) -> int:
+        """
+        Write down that the database was restored, and that it knows of this door's rounds from now on.
+
+        Enrolments that are open in it may have been used since it was copied, and those without an answer may have been
+        used by another one since it was put back: they are withdrawn. Their number.
+        """
+        ours = ENROLMENTS.c
+        unanswered = ours.request.in_(sa.select(REQUESTS.c.id).where(REQUESTS.c.state.in_(UNANSWERED)))
         with asking(), self._engine.begin() as connection:
             connection.execute(RESTORES.insert().values(restored=now, by=by[:253]))
             known = DOORS.update().where(DOORS.c.id == self.door, DOORS.c.round < self.recorded())
             connection.execute(known.values(round=self.recorded()))
+            is_open = sa.or_(sa.and_(ours.used.is_(None), ours.ends > now), unanswered)
+            found = ENROLMENTS.update().where(ours.withdrawn.is_(None), is_open)
+            return connection.execute(found.values(withdrawn=now)).rowcount
 
 
 def _now(connection: sa.Connection) -> datetime:

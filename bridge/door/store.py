@@ -36,7 +36,7 @@ from bridge.words import one_line
 State = Literal["waiting", "undecided", "approved", "refused", "left", "answered"]
 #: Requests in these states are taken by the next round.
 TO_SIGN: tuple[State, ...] = ("waiting", "approved", "refused")
-_UNANSWERED: tuple[State, ...] = (*TO_SIGN, "undecided", "left")
+UNANSWERED: tuple[State, ...] = (*TO_SIGN, "undecided", "left")
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_SECONDS = 10
@@ -345,7 +345,7 @@ class Memory:
         ours, to_sign = REQUESTS.c.peer == peer, REQUESTS.c.state.in_(TO_SIGN)
         parts = [sa.func.coalesce(sa.func.sum(sa.case((part, 1), else_=0)), 0) for part in (ours, to_sign)]
         # by what is in the index: a door has many more that are answered
-        query = sa.select(sa.func.count(), *parts).where(REQUESTS.c.state.in_(_UNANSWERED))
+        query = sa.select(sa.func.count(), *parts).where(REQUESTS.c.state.in_(UNANSWERED))
         with asking(), self.engine.connect() as connection:
             every, theirs, waiting = connection.execute(query).one()
             return Unanswered(every=int(every), theirs=int(theirs), to_sign=int(waiting))

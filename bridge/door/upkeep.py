@@ -52,9 +52,10 @@ def back_up(settings: Settings, to: Path) -> None:
     _copied(source, to)
 
 
-def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> Path:
+def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tuple[Path, int]:
     """
-    Put a copy in the place of SQLite's file, and write down that it was restored; the place of the file that was there.
+    Put a copy in the place of SQLite's file, and write down that it was restored; the place of the file that was there,
+    and how many one-time secrets are withdrawn.
 
     No door works meanwhile (LockedError). A process that is killed here leaves a door that does not sign, and says so.
     """
@@ -73,15 +74,16 @@ def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> Path
             place.with_name(place.name + end).unlink(missing_ok=True)
         new.replace(place)
         sync_directory(place.parent)
-        reconcile(settings, now)
-    return old
+        return old, reconcile(settings, now)
 
 
-def reconcile(settings: Settings, now: Callable[[], datetime]) -> None:
-    """Write down, in the database and in the audit log, that the database was restored."""
+def reconcile(settings: Settings, now: Callable[[], datetime]) -> int:
+    """Write down, in the database and in the audit log, that it was restored; how many one-time secrets are withdrawn."""
     with opened(settings) as (_, doors), recording(settings, _WAIT) as (_, record):
-        doors.reconcile(now(), audit.who()["user"])
-        record.add(audit.RESTORED, result=f"the door's database; round {doors.round()} is the newest one")
+        withdrawn = doors.reconcile(now(), audit.who()["user"])
+        about = f"the door's database; round {doors.round()} is the newest one; one-time secrets withdrawn: {withdrawn}"
+        record.add(audit.RESTORED, result=about)
+    return withdrawn
 
 
 def again(settings: Settings, digest: str) -> int:

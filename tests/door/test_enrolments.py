@@ -236,6 +236,30 @@ def test_a_withdrawn_secret_lets_no_one_in(door: ServeProgram, desk: Desk, pki: 
     assert [one["state"] for one in listed(desk)[:2]] == ["withdrawn", "withdrawn"]
 
 
+def test_a_restored_database_opens_no_secret_again(tmp_path: Path, pki: Pki) -> None:
+    """A copy from before its use does not know of it; all that are open in the copy are withdrawn, and said to be."""
+    desk = make_desk(tmp_path / "desk", pki)
+    door, copy = add_door(desk.config, desk.directory), desk.directory / "copy"
+    with running(door):
+        used, unused = enrolled(desk), enrolled(desk)
+        assert desk.run("serve-database", "backup", copy).returncode == Exit.DONE
+        assert kinds(awaited(door, shown(door, first(pki), used))) == dict.fromkeys(_FIRST, Issued)
+        assert [one["state"] for one in listed(desk)] == ["open", "used"]
+    before = len(desk.issued())
+    restored = desk.run("serve-database", "restore", copy)
+    assert restored.returncode == Exit.DONE, restored.stderr
+    assert "one-time secrets withdrawn, since they may have been used after the copy was made: 2;" in " ".join(
+        restored.stdout.split()
+    )
+    with running(door):
+        again = [shown(door, first(pki), secret) for secret in (used, unused)]
+        assert [one["state"] for one in listed(desk)] == ["withdrawn", "withdrawn"]
+        assert kinds(awaited(door, shown(door, first(pki), enrolled(desk)))) == dict.fromkeys(_FIRST, Issued)
+
+    assert [one.status for one in again] == [403, 403]
+    assert len(desk.issued()) == before + len(_FIRST)
+
+
 def test_a_secret_ends_by_itself(door: ServeProgram, desk: Desk, pki: Pki) -> None:
     """At the moment that it was given."""
     ends = enrolled(desk, "--for", "1m")
