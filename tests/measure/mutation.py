@@ -45,6 +45,7 @@ TESTS = {
     "bridge/pki/bundle_format.py": _BUNDLE,
     "bridge/pki/est_messages.py": ("tests/door/test_est.py",),
     "bridge/pki/enrolment.py": ("tests/door/test_enrolments.py",),
+    "bridge/pki/revocations.py": ("tests/door/test_revocations.py",),
     "bridge/pki/budget.py": ("tests/pki/test_budget.py",),
     "bridge/pki/expiry.py": ("tests/pki/test_expiry.py",),
     "bridge/pki/kubeadm_names.py": ("tests/pki/test_kubeadm_names.py",),
