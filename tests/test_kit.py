@@ -21,6 +21,7 @@ from tests.kit import plan, programs
 from tests.kit.cas import Bridge
 from tests.kit.loopback import alone, free_port
 from tests.kit.pki import KubeadmAlgorithm, KubeadmVersion, handmade_pki, kubeadm_pki
+from tests.kit.watching import Seen
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -265,3 +266,11 @@ def test_a_warm_run_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(subprocess.TimeoutExpired):
         warm.run("renew", "--help", timeout=0.001)
     assert warm.run("renew", "--help").returncode == 0
+
+
+def test_a_quorum_is_lost_while_two_members_are_away_or_without_a_leader() -> None:
+    """One that is away alone loses none, however long; of overlaps the longest counts, also where a third joins it."""
+    down, leaderless = [(0.0, 10.0, "a"), (5.0, 8.0, "b"), (20.0, 90.0, "a")], [(7.0, 9.0, "c"), (48.0, 49.0, "b")]
+    assert Seen(down=down, leaderless=leaderless).longest_without_quorum() == 4.0
+    assert Seen(down=down[-1:], leaderless=leaderless[-1:]).longest_without_quorum() == 1.0
+    assert Seen(down=down[-1:]).longest_without_quorum() == 0.0

@@ -43,6 +43,19 @@ class Seen:
             most = max(most, now)
         return most
 
+    def longest_without_quorum(self) -> float:
+        """How long two of three members or more did not answer, or had no leader, in seconds."""
+        spans = (*self.down, *self.leaderless)
+        moments = sorted([(begin, 1) for begin, _, _ in spans] + [(end, -1) for _, end, _ in spans])
+        now, since, longest = 0, 0.0, 0.0
+        for moment, step in moments:
+            if (now, step) == (2, -1):
+                longest = max(longest, moment - since)
+            now += step
+            if (now, step) == (2, 1):
+                since = moment
+        return longest
+
 
 @contextlib.contextmanager
 def watched(nodes: Sequence[Node]) -> Iterator[Seen]:
