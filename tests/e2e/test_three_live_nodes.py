@@ -146,9 +146,9 @@ def test_one_timer_after_the_other(bridges: list[LiveBridge], tried: Tried) -> N
         new = live_certificates(bridge.pki)
         assert not [name for name in old if new[name] == old[name]]
     assert_renewed(bridges, seen, [0, 0, 0], NEEDED, tried)
-    for node, old in zip(nodes, running, strict=True):
-        assert old.items() & containers(node).items() == {
-            (one, old[one]) for one in (Component.APISERVER, Component.ETCD)
+    for node, ids in zip(nodes, running, strict=True):
+        assert ids.items() & containers(node).items() == {
+            (one, ids[one]) for one in (Component.APISERVER, Component.ETCD)
         }
 
 
