@@ -80,8 +80,8 @@ class Decision:
         parts = [digest, self.verdict, self.reason, fingerprint(self.certificate)]
         if self.evidence == "door":
             parts += [self.approver, rfc3339(self.decided)]
-        encoded = [_SIGNED if self.evidence == "signature" else _ATTESTED, *(part.encode() for part in parts)]
-        return b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
+        context = _SIGNED if self.evidence == "signature" else _ATTESTED
+        return signatures.framed([context, *(part.encode() for part in parts)])
 
     def evidence_bytes(self) -> bytes:
         """The evidence as it is kept."""

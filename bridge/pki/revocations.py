@@ -44,8 +44,7 @@ def is_proven(asked: Revocation, node: str, cluster: str) -> bool:
 
 def _message(name: str, node: str, cluster: str, old: x509.Certificate, successor: x509.Certificate) -> bytes:
     texts = (name, node, cluster, fingerprint(old), fingerprint(successor))
-    parts = [_CONTEXT, *(text.encode() for text in texts)]
-    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    return signatures.framed([_CONTEXT, *(text.encode() for text in texts)])
 
 
 def dumps(asked: Revocation) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -27,6 +27,11 @@ from bridge.pki.expiry import rfc3339
 from bridge.words import one_line
 
 _PSS = padding.PSS(padding.MGF1(hashes.SHA256()), hashes.SHA256.digest_size)
+
+
+def framed(parts: Iterable[bytes]) -> bytes:
+    """A message to sign: each part behind its length, so that no other parts make the same message."""
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
 def sign(key: PrivateKeyTypes, message: bytes) -> bytes:
@@ -147,7 +152,7 @@ def _proof_message(csr: x509.CertificateSigningRequest, who: Sequence[str], term
     if terms is not None:
         seconds = int(terms.validity.total_seconds())
         parts += [str(seconds).encode(), rfc3339(terms.created).encode()]
-    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    return framed(parts)
 
 
 def usages_problem(request: BundledRequest) -> str | None:
