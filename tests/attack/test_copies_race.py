@@ -37,7 +37,7 @@ def exchange(one: Path, other: Path) -> None:
 
 @contextlib.contextmanager
 def exchanged(one: Path, other: Path) -> Iterator[threading.Lock]:
-    """All the time; whoever holds the lock finds both in their places."""
+    """The two names are exchanged all the time; a caller that holds the lock finds both in their own places."""
     done, quiet = threading.Event(), threading.Lock()
 
     def attack() -> None:
@@ -98,7 +98,7 @@ def test_a_race_is_never_won(tmp_path: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["file", "directory"])
-def test_whoever_is_careless_loses_it(tmp_path: Path, what: str) -> None:
+def test_a_write_by_name_loses_the_race(tmp_path: Path, what: str) -> None:
     """The same race against a write by name: the victim's file is overwritten."""
     copy, stolen = tmp_path / "alice/.kube/config", tmp_path / "victim/config"
     for path in (copy, stolen):

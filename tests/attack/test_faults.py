@@ -130,7 +130,7 @@ def attempt(node: Node, at: int, act: Act) -> tuple[int, int]:
         try:
             install(node.store, node.files, "run1", {})
             code = 0
-        except InstallError:  # and nothing else, or nobody would tell which files are there
+        except InstallError:  # any other error would not tell the operator which files are in place
             code = 5
         finally:
             write(writer, json.dumps(tripwire.count).encode())
@@ -143,7 +143,7 @@ def attempt(node: Node, at: int, act: Act) -> tuple[int, int]:
 
 @pytest.fixture(autouse=True)
 def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody cuts power here, and thousands of flushes take minutes."""
+    """These tests never cut the power, and thousands of flushes would take minutes."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 

@@ -1,4 +1,4 @@
-"""A live certificate that somebody else put there, through every command that would make the next one from it."""
+"""A live certificate that another user put there, through every command that would make the next one from it."""
 
 from __future__ import annotations
 

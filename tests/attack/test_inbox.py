@@ -1,4 +1,4 @@
-"""Whoever may write into the desk's inbox: he gets no file of the desk's, makes none elsewhere, and stops nobody."""
+"""A user who may write into the desk's inbox gets none of the desk's files, makes none elsewhere, and stops no other request."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def sign(desk_: Desk) -> int:
     return desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode
 
 
-class _Nobody:
+class _Silent:
     def answered(self, job: Job, where: str) -> None:
-        """Not told."""
+        """Report nothing."""
 
 
 def run_with(desk_: Desk, meanwhile: Callable[[], None]) -> None:
@@ -78,7 +78,7 @@ def run_with(desk_: Desk, meanwhile: Callable[[], None]) -> None:
 
     session = Session(settings, policy, Options(source=desk_.inbox, out=desk_.outbox), now, passed_over)
     with contextlib.closing(desk):
-        assert session.run(desk, timedelta(), lambda _: contextlib.nullcontext(_Nobody())) == 1
+        assert session.run(desk, timedelta(), lambda _: contextlib.nullcontext(_Silent())) == 1
 
 
 def contents(directory: Path) -> Iterator[bytes]:
@@ -93,7 +93,7 @@ def test_a_link_in_the_archive_s_place_gets_nothing(desk_: Desk, bundle: Request
     (desk_.inbox / "done").symlink_to(tmp_path / "his")
     put(desk_, bundle)
 
-    assert sign(desk_) == Exit.FAILED  # the link is told
+    assert sign(desk_) == Exit.FAILED  # the run reports the link
     assert list((tmp_path / "his").iterdir()) == []
     assert [path.name for path in desk_.archive.iterdir()] == [request_file_name(bundle)]
 
@@ -161,7 +161,7 @@ def test_an_archived_request_is_the_desk_s_own(desk_: Desk, bundle: RequestBundl
     assert (kept.stat().st_uid, kept.stat().st_nlink) == (os.geteuid(), 1)
 
 
-def test_forged_bundles_hold_up_nobody(desk_: Desk, pki: Pki, tried: Tried) -> None:
+def test_forged_bundles_do_not_delay_the_others(desk_: Desk, pki: Pki, tried: Tried) -> None:
     """Each good bundle is signed by the run that finds it among forged ones, whatever those are."""
     pairs, chance = old_pairs(pki, ["apiserver", "scheduler.conf"]), random.Random(910)  # noqa: S311 (the same ones in each run)
     bad = list(forged.crafted(make_bundle(pairs)))
@@ -185,7 +185,7 @@ def test_forged_bundles_hold_up_nobody(desk_: Desk, pki: Pki, tried: Tried) -> N
     tried("bundles that were forged, for a desk", FORGED)
 
 
-def test_odd_things_in_the_outbox_hold_up_nobody(desk_: Desk, bundle: RequestBundle, tmp_path: Path) -> None:
+def test_odd_things_in_the_outbox_do_not_stop_the_desk(desk_: Desk, bundle: RequestBundle, tmp_path: Path) -> None:
     """What looks like the rest of a killed run is removed if it is a file, and else left alone."""
     put(desk_, bundle)
     (desk_.outbox / ".x.answer.json.y").mkdir()
@@ -198,7 +198,7 @@ def test_odd_things_in_the_outbox_hold_up_nobody(desk_: Desk, bundle: RequestBun
     assert ".half.answer.json.a1b2" not in names
 
 
-def test_a_damaged_line_in_the_journal_holds_up_nobody(desk_: Desk, bundle: RequestBundle) -> None:
+def test_a_damaged_line_in_the_journal_does_not_stop_the_desk(desk_: Desk, bundle: RequestBundle) -> None:
     """It is as if it had not been written; what stands before and behind it counts."""
     desk_.state.mkdir(mode=0o700)
     journal = desk_.state / "desk-answers.jsonl"
@@ -237,7 +237,7 @@ def test_a_request_is_signed_once(desk_: Desk, pki: Pki) -> None:
 
 
 def test_what_was_answered_and_is_lost_is_not_signed_again(desk_: Desk, bundle: RequestBundle) -> None:
-    """Also not when the desk's own copy of the answer was damaged: the node is told to make a new request."""
+    """Not even when the desk's own copy of the answer was damaged: the desk tells the node to make a new request."""
     put(desk_, bundle)
     assert sign(desk_) == 0
     [kept] = (desk_.state / "desk-answered").iterdir()
@@ -253,7 +253,7 @@ def test_what_was_answered_and_is_lost_is_not_signed_again(desk_: Desk, bundle: 
 
 
 def test_a_proof_by_a_revoked_certificate_is_refused(desk_: Desk, pki: Pki) -> None:
-    """The CA's own index says so, and nobody can do without that; the other certificates are signed."""
+    """The CA's own index lists it as revoked, and no option overrides that; the other certificates are signed."""
     bundle = make_bundle(old_pairs(pki, ["apiserver", "scheduler.conf"]))
     old = bundle.requests[0].replaces
     assert old is not None

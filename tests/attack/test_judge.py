@@ -123,7 +123,7 @@ class Trial:
 def tried_both(
     go: Judge, ders: Sequence[bytes], request: SignRequest, now: datetime, *, key_pem: bytes = b"", host: str = ""
 ) -> Trial:
-    """Our judgement and Go's; fails where we would install what Go refuses, or takes for somebody else's."""
+    """Our judgement and Go's; fails where we would install what Go refuses, or takes for another identity."""
     installed, violations = ours(ders, request, now)
     verdict = go.ask(installed, ders[-1:], at=now, ekus=request.spec.ekus, key_pem=key_pem, host=host)
     if not violations:
@@ -335,7 +335,7 @@ def test_what_go_refuses_is_refused(fault: str, go: Judge, tried: Tried) -> None
     tried("chains that Go refuses, each with a twin that it takes", 1)
 
 
-# --- what nobody thought of -------------------------------------------------------------------------------------------
+# --- random changes ---------------------------------------------------------------------------------------------------
 
 
 def changed(dice: random.Random) -> tuple[str, Mutant]:

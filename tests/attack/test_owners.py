@@ -79,7 +79,7 @@ def _of_good(config: Path, policy: Path) -> list[Exception]:
     return found
 
 
-def test_a_state_directory_below_somebody_elses_holds_no_keys(node: Pki, tmp_path: Path) -> None:
+def test_a_state_directory_below_another_users_holds_no_keys(node: Pki, tmp_path: Path) -> None:
     """Who owns a directory above it can put another one in its place."""
     assert renewed(node, tmp_path / "good", SERVER) == []
     (tmp_path / "site").mkdir()
@@ -105,7 +105,7 @@ def test_a_ca_directory_of_others_is_not_written_to(node: Pki, tmp_path: Path, f
 
 
 def test_the_cas_lock_is_for_its_user_alone(node: Pki, tmp_path: Path) -> None:
-    """Whoever may open a lock's file may hold the lock for ever; one that was for everybody is not any more."""
+    """A user who can open the lock's file can hold the lock for ever, so a lock file that all could open becomes private."""
     settings = settings_for(node, tmp_path)
     lock = tmp_path / "cas/etcd-ca/.ca-bridge.lock"
     lock.touch(mode=0o666)
@@ -114,7 +114,7 @@ def test_the_cas_lock_is_for_its_user_alone(node: Pki, tmp_path: Path) -> None:
     assert stat.S_IMODE(lock.stat().st_mode) == 0o600
 
 
-def test_no_link_in_somebody_elses_directory_is_followed(node: Pki, tmp_path: Path) -> None:
+def test_no_link_in_another_users_directory_is_followed(node: Pki, tmp_path: Path) -> None:
     """As `etcd/server.key` it could lead to any file of root's; no CA's answer is put there, and the file stays."""
     shadow = tmp_path / "shadow"
     shadow.write_bytes((node.pki_dir / "etcd/server.key").read_bytes())

@@ -240,7 +240,7 @@ def test_acls_and_attributes_are_kept(pki: Path, store: Store, umask: int) -> No
     assert key.extended[ACCESS] == acl(named=4, mask=0)
 
 
-def test_a_default_acl_of_the_directory_gives_nobody_a_new_right(pki: Path, store: Store) -> None:
+def test_a_default_acl_of_the_directory_gives_no_new_right(pki: Path, store: Store) -> None:
     """A file that had no ACL gets none from its directory."""
     before = {path: Attributes.of(path) for path in pki.iterdir()}
     set_acl(pki, DEFAULT, acl(named=6, mask=6))
@@ -255,7 +255,7 @@ def test_one_attribute_that_cannot_be_read_hides_no_other(pki: Path, monkeypatch
     assert Attributes.of(pki / "server.crt").extended == {"user.note": b"kept"}
 
 
-def test_new_files_are_for_nobody_else_at_any_time(pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_files_are_never_open_to_other_users(pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key's content comes after its owner, its ACL and its mode."""
     set_acl(pki / "server.key", ACCESS, acl(named=4, mask=4))
     seen = []

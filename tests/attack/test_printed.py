@@ -39,7 +39,7 @@ _LOOKING = (
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A node, with an `openssl ca` that nobody asks."""
+    """A node, with an `openssl ca` that no test asks for a certificate."""
     node = handmade_pki(tmp_path / "node", external=True)
     places = f'pki_dir = "{node.pki_dir}"\nkubeconfig_dir = "{node.kubeconfig_dir}"\nstate_dir = "{tmp_path}/state"\n'
     file = tmp_path / "config.toml"

@@ -1,4 +1,4 @@
-"""`setup -o DIR` in a directory of somebody else's: what it makes there is all that it changes."""
+"""`setup -o DIR` in another user's directory changes nothing but the files that it makes there."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_no_link_gets_the_mode_of_what_is_written(tmp_path: Path) -> None:
     os.chown(theirs, NOBODY, NOBODY)
     count = 300
     command = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "/usr/bin/python3", "-I", "-c"]
-    # begun in the directory, to which nobody else's user finds the way by its path
+    # begun in the directory, because the user `nobody` may not enter the directories above it
     with subprocess.Popen([*command, _SWAP, victim, str(count)], cwd=theirs, stdout=subprocess.PIPE) as other:
         try:
             assert other.stdout is not None
@@ -55,7 +55,7 @@ def test_no_link_gets_the_mode_of_what_is_written(tmp_path: Path) -> None:
 
 
 def test_what_is_written_has_its_mode_whatever_the_umask(tmp_path: Path) -> None:
-    """Everybody may read it, and nobody else write to it; an older file stays."""
+    """All users may read it, only its owner may write to it, and an older file stays."""
     before = os.umask(0)
     try:
         write_files([SetupFile(name="a", text="x", executable=True), SetupFile(name="b", text="y")], tmp_path)
@@ -69,7 +69,7 @@ def test_what_is_written_has_its_mode_whatever_the_umask(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", ["pipe", "endless"])
 def test_a_list_of_nodes_is_a_file(tmp_path: Path, kind: str) -> None:
-    """A named pipe or an endless file in its place keeps nobody waiting, and fills no memory."""
+    """A named pipe or an endless file in its place delays no caller and fills no memory."""
     nodes = tmp_path / "nodes"
     if kind == "pipe":
         os.mkfifo(nodes)

@@ -325,7 +325,7 @@ def test_settings_without_problems(keys: dict[str, Any]) -> None:
     ],
 )
 def test_settings_with_problems(keys: dict[str, Any], wrong: list[str]) -> None:
-    """Each contradiction is told, all at once, by its key and without a secret."""
+    """The error names each contradiction by its key, all at once, and shows no secret."""
     problems = list(CfsslSettings(**{**SETTINGS, **keys}).problems())
     assert [problem.key for problem in problems] == wrong
     assert "s3cret" not in str(problems)
@@ -346,7 +346,7 @@ def test_tls_files_are_looked_at_when_the_backend_is_made(tmp_path: Path, make: 
     assert [problem.key for problem in e.value.problems] == ["ca_file", "client_cert"]
 
 
-def test_an_encrypted_client_key_asks_nobody(tmp_path: Path, make: Make) -> None:
+def test_an_encrypted_client_key_prompts_for_no_passphrase(tmp_path: Path, make: Make) -> None:
     """A key with a passphrase is a settings error, not a question on the terminal."""
     tls = kit.make_tls(tmp_path)
     command = ["openssl", "pkcs8", "-topk8", "-in", str(tls.client_key), "-passout", "pass:secret", "-out"]
@@ -540,7 +540,7 @@ def test_text_around_a_csr(closed: dict[str, Any], make: Make) -> None:
 
 @pytest.mark.kube("cfssl")
 def test_the_ca_of_another_cluster_is_shown(tmp_path: Path, make: Make) -> None:
-    """Whoever's CA is behind the URL, `issuers` shows that one."""
+    """`issuers` shows the CA that is behind the URL, also when it is another cluster's."""
     other = TestCA.make("other", "ecdsa-p256")
     config = open_config(SERVER_USAGES)
     with kit.serve(tmp_path, other.certificate_pem, other.key_pem, config, disable=False) as url:
@@ -575,7 +575,7 @@ def test_an_intermediate_comes_along(tmp_path: Path, make: Make, preflight: bool
 
 @pytest.mark.kube("cfssl")
 def test_a_server_that_is_open_for_signing_alone(tmp_path: Path, make: Make) -> None:
-    """Without `info` nobody can know whose CA it is: nothing is asked of it, and the hint says what is missing."""
+    """Without `info` the backend can't know whose CA it is: it asks for no certificate, and the hint says what is missing."""
     with serving(tmp_path, open_config([], server=SERVER_USAGES), disable="newcert,info") as keys:
         backend = make(**keys)
         for ask in (backend.issuers, lambda: backend.check([APISERVER]), lambda: backend.sign(request(APISERVER))):
@@ -707,7 +707,7 @@ class TestTls:
 
 @contextlib.contextmanager
 def talking(listener: socket.socket, talk: Callable[[socket.socket], None]) -> Iterator[None]:
-    """A server that does with each connection what it is told, one after the other."""
+    """A server that handles one connection after the other, each as the test says."""
 
     def accept() -> None:
         with contextlib.suppress(OSError):  # closed at the end
@@ -745,7 +745,7 @@ def tls_server(
 
 
 def test_a_dead_server(make: Make) -> None:
-    """Nobody listens: unavailable, for whatever is asked."""
+    """No server listens: every request ends as unavailable."""
     backend = make(url=f"http://127.0.0.1:{free_port()}", endpoint="sign")
     for ask in (backend.issuers, lambda: backend.check([APISERVER]), lambda: backend.sign(request(APISERVER))):
         with pytest.raises(BackendUnavailableError):
@@ -886,7 +886,7 @@ def test_retry_after(
 
 @pytest.mark.parametrize("value", ["soon", "-1", "Sun, 06 Nov 1994 08:49:37"])
 def test_retry_after_that_is_neither(double: kit.Double, to_double: CfsslBackend, value: str) -> None:
-    """A wish that nobody understands is no wish."""
+    """A Retry-After that can't be read is ignored."""
     double.answers.append(kit.Answer(status=503, headers={"Retry-After": value}))
     with pytest.raises(BackendUnavailableError) as e:
         to_double.sign(request(APISERVER))
@@ -1091,7 +1091,7 @@ def test_revokes_in_the_servers_database(tmp_path: Path, make: Make) -> None:
 
 
 @pytest.mark.kube("cfssl")
-def test_a_server_that_revokes_for_nobody(tmp_path: Path, make: Make) -> None:
+def test_a_server_that_revokes_nothing(tmp_path: Path, make: Make) -> None:
     """A server as `setup cfssl` has it refuses, and the hint says what is disabled."""
     with serving(tmp_path, open_config(SERVER_USAGES), disable="newcert,revoke") as keys:
         with pytest.raises(BackendRefusedError) as e:

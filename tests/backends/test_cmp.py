@@ -93,7 +93,7 @@ def mac(ra: kit.RegistrationAuthority) -> dict[str, Any]:
 
 @pytest.fixture
 def waiting(ra: kit.RegistrationAuthority) -> str:
-    """A CA of the test's own, whose requests somebody has to approve."""
+    """A CA of the test's own, whose requests an officer has to approve."""
     name = f"waiting-{len(list(ra.directory.iterdir()))}"
     ra.add_ca(name, _CA.certificate_pem, _CA.key_pem)
     return name
@@ -231,14 +231,14 @@ def test_settings_without_problems(keys: dict[str, Any]) -> None:
     ],
 )
 def test_settings_with_problems(keys: dict[str, Any], wrong: list[str]) -> None:
-    """Each contradiction is told by its key, and no user name or password."""
+    """The error names each contradiction by its key, and shows no user name or password."""
     problems = list(CmpSettings(**{**SETTINGS, **keys}).problems())
     assert [problem.key for problem in problems] == wrong
     assert "s3cret" not in str(problems)
 
 
 def test_files_are_looked_at_when_the_backend_is_made(tmp_path: Path) -> None:
-    """A file that is not there, one without a certificate, and an encrypted key are told at once."""
+    """A missing file, a file without a certificate, and an encrypted key are reported at once."""
     (tmp_path / "crt").write_text("nothing")
     (tmp_path / "key").write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----\n")
     files = {"client_cert": tmp_path / "crt", "client_key": tmp_path / "key", "trusted_file": tmp_path / "none"}
@@ -248,7 +248,7 @@ def test_files_are_looked_at_when_the_backend_is_made(tmp_path: Path) -> None:
 
 
 def test_the_settings_file_is_read() -> None:
-    """Patterns with exceptions and a secret's place come from TOML; a key that is none is told."""
+    """Patterns with exceptions and a secret's place come from TOML; an unknown key is reported."""
     text = (
         '[backend.corp]\ntype = "cmp"\nurl = "http://ra:8080"\nreference = "cp1"\nsecret_file = "/s"\n'
         '[backend.corp.paths]\netcd-peer = "cmp/peers"\n[authority.etcd-ca]\nbackend = "corp"\nwait = "1m"\n'
@@ -459,7 +459,7 @@ def test_check_finds_a_wrong_secret(ra: kit.RegistrationAuthority, mac: dict[str
 def test_check_of_a_server_that_is_closed(
     ra: kit.RegistrationAuthority, mac: dict[str, Any], behaviour: str, error: type[Exception]
 ) -> None:
-    """A protected "closed" is unavailable; what anybody could have written tells nothing."""
+    """A protected "closed" is unavailable; an unprotected one, which an attacker could have written, is a refusal."""
     with pytest.raises(error):
         make(url=ra.url("ca", behaviour), **mac).check([APISERVER])
 
@@ -497,7 +497,7 @@ def test_a_template_waits_too(ra: kit.RegistrationAuthority, waiting: str) -> No
 
 
 def test_the_reference_holds_no_secret(ra: kit.RegistrationAuthority, mac: dict[str, Any], waiting: str) -> None:
-    """It is the server's own answer, which it showed to everybody on the way."""
+    """It is the server's own answer, which was readable on the network."""
     first = make(url=ra.url(waiting, "wait"), **mac).sign(request())
     assert isinstance(first, Pending)
     assert kit.SECRET.encode() not in base64.b64decode(first.reference)
@@ -524,7 +524,7 @@ def test_an_answer_that_takes_a_moment_is_waited_for(
 def test_a_server_that_wants_to_be_asked_later_is_not_waited_for(
     ra: kit.RegistrationAuthority, mac: dict[str, Any], waiting: str
 ) -> None:
-    """Who is told to come back in an hour does not sit out `wait`."""
+    """When the server says to come back in an hour, the backend does not sit out `wait`."""
     begin = time.monotonic()
     first = make(**mac, url=ra.url(waiting, "waitlong"), wait=timedelta(minutes=5)).sign(request())
     assert isinstance(first, Pending)
@@ -535,7 +535,7 @@ def test_a_server_that_wants_to_be_asked_later_is_not_waited_for(
 def test_a_rejection_while_waiting_is_refused(
     ra: kit.RegistrationAuthority, keys: dict[str, Any], waiting: str
 ) -> None:
-    """The officer's reason is told."""
+    """The error shows the officer's reason."""
     asked, backend = request(), make(url=ra.url(waiting, "wait"), **keys)
     first = backend.sign(asked)
     assert isinstance(first, Pending)
@@ -570,7 +570,7 @@ def test_a_dead_server_does_not_end_the_waiting(
 
 
 @pytest.mark.parametrize("behaviour", ["rawerror", "rawreject", "nonce", "badmac"])
-def test_an_answer_that_nobody_vouches_for_does_not_end_the_waiting(
+def test_an_unprotected_answer_does_not_end_the_waiting(
     ra: kit.RegistrationAuthority, keys: dict[str, Any], waiting: str, behaviour: str
 ) -> None:
     """Who is on the way can keep us waiting, and not make us give up an order; the server itself can."""
@@ -608,7 +608,7 @@ def test_an_order_is_known_when_the_server_dies_after_it(
 def test_a_reference_that_is_none_is_refused(
     ra: kit.RegistrationAuthority, mac: dict[str, Any], reference: str
 ) -> None:
-    """Nobody is asked."""
+    """The backend sends no request for it."""
     count = len(ra.requests("ca"))
     with pytest.raises(BackendRefusedError, match="reference"):
         make(url=ra.url("ca"), **mac).collect(request(), reference)
@@ -618,7 +618,7 @@ def test_a_reference_that_is_none_is_refused(
 def test_an_order_of_the_other_protection_is_refused(
     ra: kit.RegistrationAuthority, mac: dict[str, Any], waiting: str
 ) -> None:
-    """Who changes from a secret to a certificate loses the orders that wait, and is told why."""
+    """An operator who changes from a secret to a certificate loses the waiting orders, and the error says why."""
     asked = request()
     first = make(url=ra.url(waiting, "wait"), **typed(ra.signature())).sign(asked)
     assert isinstance(first, Pending)
@@ -668,7 +668,7 @@ def test_revokes_what_was_superseded(ra: kit.RegistrationAuthority, keys: dict[s
 
 
 def test_a_revocation_that_the_server_refuses(ra: kit.RegistrationAuthority, mac: dict[str, Any]) -> None:
-    """Its reason is told; a dead server is unavailable; a certificate without usages is no node's."""
+    """The error shows its reason; a dead server is unavailable; a certificate without usages is no node's."""
     issued = make(url=ra.url("ca"), **mac).sign(request())
     assert isinstance(issued, Issued)
     with pytest.raises(BackendRefusedError, match="not by this client"):
@@ -812,7 +812,7 @@ def test_setup_says_each_profile_and_its_names() -> None:
 
 
 def test_setup_follows_the_settings() -> None:
-    """Paths, exceptions, profiles and mode are those of the settings so far; a bad pattern is told."""
+    """Paths, exceptions, profiles and mode are those of the settings so far; a bad pattern is reported."""
     [file] = CmpBackend.setup(wanted_setup(path="cmp/k8s", profile="a-{usage}", mode="cr", reference="node-7"))
     assert "http://RA-HOST:8080/cmp/k8s, with profile a-server" in file.text
     assert "raVerified" in file.text

@@ -1,5 +1,5 @@
 """
-What an operator reads when a CMP server, or whoever answers in its place, does not give a certificate.
+What an operator reads when a CMP server, or an attacker in its place, does not give a certificate.
 
 The numbers are those of the failures that were measured with openssl 3.0 and 3.5; each has a test here, or is one of the
 settings that `test_cmp.py` refuses (a secret that is not there: 3; no reference: 4; no trusted_file: 21; an HTTPS server
@@ -91,7 +91,7 @@ def other_secret(directory: Path) -> Secret:
     return Secret("file", str(directory / "secret"))
 
 
-#: By number: what the server does, whom it is asked by, further settings, the error, and what its text and hint hold.
+#: By number: what the server does, which client asks, further settings, the error, and what its text and hint hold.
 ANSWERS: list[tuple[str, str, str, dict[str, Any], type[BackendError], str, str]] = [
     ("11", "error", "mac", {}, UNAVAILABLE, "systemUnavail: 'the RA is closed for maintenance'", "run again later"),
     ("11s", "error", "signed", {}, UNAVAILABLE, "systemUnavail: 'the RA is closed for maintenance'", "run again later"),
@@ -134,7 +134,7 @@ def test_an_answer_of_the_server(
     text: str,
     hint: str,
 ) -> None:
-    """Each is told apart, and is "refused" or "unavailable" by what it says."""
+    """Each answer has its own message, and its content decides between "refused" and "unavailable"."""
     error = error_of(make(ra.url("ca", behaviour), **request.getfixturevalue(who), **more))
     assert type(error) is kind
     assert text in str(error)
@@ -222,7 +222,7 @@ def test_28_a_csr_with_a_wrong_signature(ra: kit.RegistrationAuthority, mac: dic
 def test_words_of_openssl_that_nothing_here_leads_to(
     ra: kit.RegistrationAuthority, words: list[str], text: str
 ) -> None:
-    """They are told as they are, if a later version should say them."""
+    """Words that only a later OpenSSL might print are shown unchanged."""
     program = Program(name="openssl", timeout=timedelta(seconds=2), wait=timedelta())
     words = [word.format(others=ra.directory / "others-ca.crt") for word in words]
     addressed = ["-config", "", "-batch", "-cmd", "p10cr", "-server", f"{ra.url('ca')}/.well-known/cmp/p/server"]
@@ -266,7 +266,7 @@ HTTP: list[tuple[str, kit.Reply, type[BackendError], str]] = [
 def test_an_answer_in_the_servers_place(
     mac: dict[str, Any], reply: kit.Reply, kind: type[BackendError], text: str
 ) -> None:
-    """Whatever comes over HTTP is told apart, and ends in time."""
+    """Each kind of HTTP answer has its own message, and the request ends in time."""
     with kit.front("", instead=reply) as front:
         limit = timedelta(seconds=2 if reply.after_seconds else 20)
         error = error_of(make(front.url, timeout=limit, **mac))
@@ -401,7 +401,7 @@ def test_34_a_tls_server_that_nothing_vouches_for(
 def test_35_a_tls_server_that_wants_a_client_certificate(
     ra: kit.RegistrationAuthority, mac: dict[str, Any], tls: cfssl.Tls
 ) -> None:
-    """Without one it is told to bring one; with one the server is asked."""
+    """Without one the error asks for one; with one the server gets the request."""
     with kit.front(ra.url("ca").removesuffix("/ca"), tls=context(tls, mutual=True)) as front:
         keys = {**mac, "tls_ca_file": tls.ca}
         error = error_of(make(f"{front.url}/ca", **keys))

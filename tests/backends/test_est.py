@@ -104,7 +104,7 @@ def make(tls: kit.Tls) -> Iterator[Make]:
 
 @pytest.fixture
 def double(tls: kit.Tls) -> Iterator[kit.Double]:
-    """A label a usage class, for everybody."""
+    """A server with one label for each class of usages, which is open to all clients."""
     with kit.double(_LABELS, tls) as played:
         yield played
 
@@ -318,7 +318,7 @@ class TestRealServer:
     def test_a_client_certificate_that_it_does_not_accept(
         self, real: tuple[str, Path], tls: kit.Tls, make: Make, name: str, says: str
     ) -> None:
-        """A break in TLS is told as what it is, and the hint says what is wrong with the certificate."""
+        """The error names the failed TLS handshake, and the hint says what is wrong with the certificate."""
         other = Signer.make("other", end=datetime.now(UTC) + timedelta(days=2))
         below = Signer.make("below", parent=tls.signer, end=datetime.now(UTC) + timedelta(days=2))
         differences: Mapping[str, dict[str, Any]] = {
@@ -422,7 +422,7 @@ def test_a_roll_over_of_the_cas_key(double: kit.Double, ours: EstBackend) -> Non
 
 
 def test_a_certificate_for_another_key_is_refused(double: kit.Double, ours: EstBackend) -> None:
-    """An answer to somebody else's request is told by whose it is."""
+    """The error for an answer to another client's request names the subject in it."""
     double.answers.append(Answer.certificates(_LABELS["server"].issue(request_of("somebody else").csr, VALIDITY)))
     e = failure(lambda: ours.sign(request(APISERVER)))
     assert isinstance(e, BackendRefusedError)
@@ -612,7 +612,7 @@ def test_a_path_before_the_root_and_no_label(tls: kit.Tls, make: Make) -> None:
 
 
 def test_the_preflight_spends_nothing(double: kit.Double, ours: EstBackend) -> None:
-    """It asks for each label's CA once, and enrols nobody."""
+    """It asks for each label's CA once, and enrols no certificate."""
     ours.issuers()
     assert ours.check(list(SPECS.values())) == {}
     assert double.csrs == []
@@ -647,7 +647,7 @@ def test_the_ca_is_found_by_a_label_that_is_there(tls: kit.Tls, make: Make) -> N
 
 
 def test_a_server_that_sorts_its_certificates(double: kit.Double, make: Make) -> None:
-    """The CA that signs is told by what it certifies, not by its place."""
+    """The backend recognises the signing CA by what it certifies, not by its place."""
     root = Signer.make("root")
     middle = Signer.make("middle", parent=root)
     for order in ([root, middle], [middle, root]):
@@ -769,8 +769,8 @@ def test_a_client_certificate_that_is_wanted_later(tls: kit.Tls, make: Make) -> 
     assert shown == [None, ((("commonName", "agent"),),)]
 
 
-def test_identity_of_nobody(ours: EstBackend) -> None:
-    """A server that is open to everybody knows us by no name."""
+def test_no_identity_at_an_open_server(ours: EstBackend) -> None:
+    """A server that asks for no credentials knows us by no name."""
     assert ours.identity() == ""
 
 
@@ -912,7 +912,7 @@ def test_a_server_with_a_wrong_certificate(tmp_path: Path, make: Make, differenc
 
 
 def test_the_server_is_pinned_by_ca_file(double: kit.Double, tmp_path: Path, make: Make) -> None:
-    """A server of another CA is told nothing, whoever else trusts it; that of the pinned one is asked."""
+    """A server with another CA's certificate gets no request, even if the system trusts it; one with the pinned CA's does."""
     other = kit.make_tls(tmp_path)
     e = failure(make(double.url, ca_file=other.ca, label="{usage}").issuers)
     assert "ca_file" in e.hint
@@ -983,7 +983,7 @@ def test_settings_without_problems(keys: dict[str, Any]) -> None:
     ],
 )
 def test_settings_with_problems(keys: dict[str, Any], wrong: list[str]) -> None:
-    """Each contradiction is told, all at once, by its key and without a secret."""
+    """The error names each contradiction by its key, all at once, and shows no secret."""
     problems = list(EstSettings(**{**SETTINGS, **keys}).problems())
     assert [problem.key for problem in problems] == wrong
     assert "s3cret" not in str(problems)

@@ -134,7 +134,7 @@ def put(directory: Path, name: str, answer: AnswerBundle) -> Path:
 
 
 def test_one_bundle_for_a_batch(tmp_path: Path) -> None:
-    """Readable for whoever carries it, named after the node; each request is told what to look for."""
+    """The person who carries it can read it, it is named after the node, and each request knows the bundle to look for."""
     requests = [asked("apiserver"), asked("admin.conf")]
     answers = [pending(one) for one in opened(tmp_path).sign_many(requests)]
     [path] = (tmp_path / "outbox").iterdir()
@@ -212,7 +212,7 @@ def test_a_full_inbox_delays_a_run_by_seconds(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_changed_byte_is_named(tmp_path: Path) -> None:
-    """The request waits on, and the operator is told which file it is."""
+    """The request waits on, and the message names the damaged file."""
     backend, request = opened(tmp_path), asked()
     reference = pending(backend.sign(request)).reference
     path = put(tmp_path, "a.json", answer_to(tmp_path, {"apiserver": issue(request)}))
@@ -288,7 +288,7 @@ def test_a_request_that_was_fetched(tmp_path: Path) -> None:
 
 
 def test_another_batch_is_another_bundle(tmp_path: Path) -> None:
-    """A run that was killed had one made already; what came due since is carried beside it, and each is told its own."""
+    """A run that was killed had one made already; what came due since is carried beside it, and each request knows its own."""
     backend, old, new = opened(tmp_path), asked("apiserver"), asked("admin.conf", batch="cd" * 16)
     backend.sign(old)
     [first] = (tmp_path / "outbox").iterdir()
@@ -311,7 +311,7 @@ def test_a_request_stays_in_the_outbox_until_all_of_it_is_answered(tmp_path: Pat
     assert len(list((tmp_path / "outbox").iterdir())) == 1
     put(tmp_path, "b.json", second)
     assert backend.candidates(requests[1], reference) == [second.answers["front-proxy-client"]]
-    assert len(list((tmp_path / "outbox").iterdir())) == 1  # nobody has looked at them yet
+    assert len(list((tmp_path / "outbox").iterdir())) == 1  # the bundles have not been looked at yet
     backend.accepted(requests[1], reference)
     assert not list((tmp_path / "outbox").iterdir())
 
@@ -356,7 +356,7 @@ def test_killed_before_it_could_say_so(tmp_path: Path) -> None:
 
 
 def test_a_bundle_that_was_damaged_in_the_outbox_is_written_anew(tmp_path: Path) -> None:
-    """Half of it is none; the operator is told of the one that can be carried."""
+    """Half a bundle counts as none; the message names the one that can be carried."""
     backend, request = opened(tmp_path), asked()
     backend.sign(request)
     [path] = (tmp_path / "outbox").iterdir()

@@ -115,7 +115,7 @@ class TestLocalSubmit(TestConformance):
         return exec_programs.local_submit_with_usages(place / "local-submit", place / "ca")
 
 
-# --- what a program is told ---------------------------------------------------------------------------------------
+# --- a program's input --------------------------------------------------------------------------------------------
 
 
 def told(directory: Path, request: SignRequest, **settings: Any) -> dict[str, str]:
@@ -613,7 +613,7 @@ def test_a_profile_that_the_program_does_not_have_is_found(tmp_path: Path) -> No
     assert str(found["etcd-peer"][0]) == "profile: wanted peer among the program's, got client, server, other"
 
 
-def test_variables_that_nobody_sets_are_found(tmp_path: Path) -> None:
+def test_variables_that_are_never_set_are_found(tmp_path: Path) -> None:
     """A helper that needs a Kerberos principal can't be served; one that the settings name can."""
     needs = "echo CERTMONGER_CA_PROFILE; echo CERTMONGER_REQ_PRINCIPAL"
     backend = asked_before(tmp_path, GET_NEW_REQUEST_REQUIREMENTS=needs)
@@ -625,7 +625,7 @@ def test_variables_that_nobody_sets_are_found(tmp_path: Path) -> None:
 
 
 def test_what_need_not_be_told_may_be_refused(tmp_path: Path) -> None:
-    """A list of profiles that is not for everybody is no violation; a CA that is down is no answer."""
+    """A program that keeps its list of profiles from this client violates nothing; a CA that is down gives no answer."""
     refuses = asked_before(tmp_path, GET_SUPPORTED_TEMPLATES="exit 2", FETCH_ROOTS="exit 2")
     assert refuses.check(SERVERS) == {}
     assert refuses.issuers() == []
@@ -750,7 +750,7 @@ def one(tmp_path: Path) -> Bridge:
     return bridge
 
 
-#: What is written in the place of what the script does, the exit code, and what is said.
+#: The part of the script that is replaced, its replacement, the exit code, and a part of the message.
 HOSTILE = {
     "other usages": ("=%s\\n' \"$CA_BRIDGE_EKUS\"", "=serverAuth,clientAuth\\n'", 5, "EKU: wanted clientAuth, got clientAuth, serverAuth"),
     "no usages": ("extendedKeyUsage=%s\\n' \"$CA_BRIDGE_EKUS\"", "\\n'", 5, "EKU: wanted clientAuth, got"),
@@ -820,7 +820,7 @@ def test_the_pages_person_answers_later(one: Bridge, tmp_path: Path) -> None:
 
 
 def test_the_pages_have_every_key_and_variable(tmp_path: Path) -> None:
-    """What the settings take, and what a program is told."""
+    """The pages list every key of the settings, and every variable that a program gets."""
     text = PAGE.read_text(encoding="utf-8")
     settings = PAGE.with_name("settings.md").read_text(encoding="utf-8").partition("[backend.NAME]")[2]
     for key in set(vars(ExecSettings(command=("/bin/x",)))) - {"node", "pairs", "profiles"}:

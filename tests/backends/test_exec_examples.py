@@ -57,7 +57,7 @@ def leaf(request: SignRequest) -> str:
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Iterator[StandIn]:
-    """All that it was told to expect has to come."""
+    """Every call that the test announced has to come."""
     made = StandIn(tmp_path / "stand-in")
     yield made
     made.done()

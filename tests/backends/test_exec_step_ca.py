@@ -143,7 +143,7 @@ MASTERS = name((NameOID.ORGANIZATION_NAME, "system:masters"), (NameOID.COMMON_NA
     ],
 )
 def test_a_template_signs_this_nodes_certificates_alone(server: StepCA, request_: SignRequest, found: str) -> None:
-    """Whoever has the password chooses subject and SANs, and gets none but these."""
+    """A client with the password chooses subject and SANs, and gets none but this node's."""
     with pytest.raises(BackendRefusedError, match=found):
         opened(server).sign(request_)
 
@@ -155,7 +155,7 @@ def test_fewer_sans_are_signed(server: StepCA) -> None:
 
 
 TOO_LONG = SignRequest(spec=SPECS["apiserver"], csr_pem=asked("apiserver").csr_pem, validity=timedelta(days=31))
-#: What is changed in the settings, what is asked, and what step's words are taken for.
+#: The changed settings, the request, and the error that step's message becomes.
 FAILURES: dict[str, tuple[dict[str, str], SignRequest, type[BridgeError], str]] = {
     "another password": ({"password": "{root}"}, asked("apiserver"), BackendRefusedError, "invalid password"),
     "no password": ({"password": "/nowhere"}, asked("apiserver"), BackendRefusedError, "no such file"),

@@ -78,7 +78,7 @@ def test_the_example_has_every_key() -> None:
 
 @pytest.mark.parametrize("authority", ["ca", "etcd-ca", "front-proxy-ca"])
 def test_setup_prints_tables_that_the_policy_takes(pki: Pki, authority: str) -> None:
-    """The SANs of a node are allowed by them, the names of a master are told, and one CA's part says nothing of others."""
+    """They allow the SANs of a node, name those of a master, and one CA's part says nothing of others."""
     live = live_certificates(pki)
     ours = {name: one for name, one in live.items() if SPECS[name].authority.name == authority}
     wanted = SetupRequest(

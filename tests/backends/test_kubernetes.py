@@ -79,7 +79,7 @@ def failure(ask: Callable[[], object], kind: type[BackendError] = BackendRefused
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    """An API server, where nobody signs."""
+    """An API server without a signer."""
     with kube_api.serving(tmp_path_factory.mktemp("api")) as server:
         yield server
 
@@ -124,7 +124,7 @@ class Conformance(BackendConformance):
 
     @pytest.fixture
     def dead_backend(self, tmp_path: Path) -> KubernetesBackend:
-        """Nobody listens."""
+        """A backend whose server's port is closed."""
         tls = est.make_tls(tmp_path / "tls")
         settings = KubernetesSettings(
             signer=OWN_SIGNER, url=f"https://127.0.0.1:{free_port()}", ca_file=tls.ca, timeout=timedelta(seconds=1),
@@ -135,7 +135,7 @@ class Conformance(BackendConformance):
 
 @contextlib.contextmanager
 def approving(api: ApiServer) -> Iterator[None]:
-    """Somebody who approves all."""
+    """A person who approves every request."""
     end = threading.Event()
 
     def approve() -> None:
@@ -214,7 +214,7 @@ class TestControllerManager(Conformance):
 
 @pytest.mark.kube(*SERVER)
 def test_waits_for_approval_and_then_collects(api: ApiServer, make: Make) -> None:
-    """One object, whoever asks how often; its certificate is collected by a later run, and then the object is removed."""
+    """Repeated runs make one object; its certificate is collected by a later run, and then the object is removed."""
     asked = request()
     first = pending(make().sign(asked))
     name = first.reference.split(" ")[0]
@@ -489,7 +489,7 @@ def test_setup_lists_what_may_be_approved() -> None:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers as it is told, once it has seen a whole request."""
+    """Gives the test's answer once it has read a whole request."""
 
     answers: list[tuple[int, Mapping[str, str], bytes]]
 

@@ -137,7 +137,7 @@ def asked(**names: object) -> SignRequest:
 
 
 def proven(backend: Backend, ca: Signer, request: SignRequest) -> x509.Certificate:
-    """The leaf, which is what was asked for."""
+    """The leaf, once it is proven to match its request."""
     answer = backend.sign(request)
     assert isinstance(answer, Issued)
     expected = Expectation(

@@ -102,7 +102,7 @@ def working_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr("backends.openssl.index._SETTLE_SECONDS", 0.05)  # nobody but us works on the database
+    monkeypatch.setattr("backends.openssl.index._SETTLE_SECONDS", 0.05)  # no other process works on the database
     yield
     assert list(folder.iterdir()) == []
 
@@ -121,7 +121,7 @@ def secret(tmp_path: Path, value: str = PASSPHRASE) -> Secret:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """The lock of a database, held by somebody else."""
+    """The lock of a database, held by another process."""
     lock = os.open(directory / ".ca-bridge.lock", os.O_CREAT | os.O_RDWR, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
@@ -203,7 +203,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def age(directory: Path) -> None:
-    """Make the certificates of a directory so old that nobody is still writing them."""
+    """Make the certificates of a directory so old that no process can still be writing them."""
     for path in directory.joinpath("newcerts").iterdir():
         os.utime(path, (time.time() - 60, time.time() - 60))
 
@@ -342,7 +342,7 @@ def test_keeps_sans_of_every_type(directory: Path) -> None:
 
 
 def test_ends_no_later_than_the_ca(directory: Path, tmp_path: Path) -> None:
-    """A certificate that would outlive its CA ends with it; within the CA's time it gets what was asked for."""
+    """A certificate that would outlive its CA ends with it; within the CA's time it gets the requested validity."""
     short = TestCA.make(days=20)
     capped = opened(make_ca_directory(tmp_path / "short", short.certificate_pem, short.key_pem))
     now = datetime.now(UTC)
@@ -520,7 +520,7 @@ def test_signs_a_csr_of_the_same_kind_that_is_fit(directory: Path, good: Callabl
 
 @pytest.fixture
 def unforeseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if nobody had known what openssl stops at."""
+    """Switch off our own checks, so that openssl itself meets each problem."""
     monkeypatch.setattr("backends.openssl._is_readable", lambda _: True)
 
 
@@ -1206,7 +1206,7 @@ def test_a_disk_without_room_is_not_written_to(directory: Path, monkeypatch: pyt
 
 
 def test_a_revocation_meanwhile_is_not_undone(directory: Path, tmp_path: Path) -> None:
-    """Rows that somebody without our lock changed during a run are no damage, as long as none is lost."""
+    """Rows that another process changed without our lock during a run are no damage, as long as none is lost."""
     opened(directory).sign(renewal())
     revoking = program(
         tmp_path,
@@ -1342,7 +1342,7 @@ def test_keeps_the_mode_and_the_owner_of_the_index(directory: Path) -> None:
         serial = opened(directory).sign(renewal()).leaf.serial_number
     finally:
         os.umask(umask)
-    lock = directory / ".ca-bridge.lock"  # is for nobody else to hold
+    lock = directory / ".ca-bridge.lock"  # no other user may hold it
     for path in (*files, *directory.glob("newcerts/*.pem"), lock):
         status = path.stat()
         assert (path.name, stat.S_IMODE(status.st_mode)) == (path.name, 0o600 if path == lock else 0o640)

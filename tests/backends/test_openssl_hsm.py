@@ -161,7 +161,7 @@ def test_a_bad_csr_fails_alone(opened: Open) -> None:
     assert isinstance(third, Issued)
 
 
-# What is wrong, and what is said about it
+# Each fault, and the message for it
 
 
 @pytest.fixture(params=["sign", "check"])
@@ -183,7 +183,7 @@ class TestWithout:
     """Nothing is issued, the reason is named, and the PIN is in no text."""
 
     def test_the_right_pin(self, opened: Open, directory: Path, call: Callable[[OpensslBackend], object]) -> None:
-        """It is refused, so that nobody tries again until the token locks itself; the right one works at once."""
+        """A wrong PIN is a refusal, so that no retry locks the token; the right one works at once."""
         with pytest.raises(BackendRefusedError, match="PIN") as e:
             call(opened(pin="9999-wrong"))
         assert "9999-wrong" not in told(e.value)
@@ -282,7 +282,7 @@ def test_an_hsm_that_is_away_is_unavailable(opened: Open, token: Token) -> None:
 
 
 def test_a_hanging_hsm_is_stopped(opened: Open, tmp_path: Path) -> None:
-    """A module that never answers holds nobody longer than the time limit."""
+    """A module that never answers is stopped at the time limit."""
     wrapper = program(tmp_path, 'case $1 in version) exec $REAL "$@" ;; *) exec sleep 60 ;; esac')
     with pytest.raises(BackendUnavailableError, match="within"):
         opened(openssl=wrapper, timeout=timedelta(seconds=0.5)).sign(renewal())

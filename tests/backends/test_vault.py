@@ -308,7 +308,7 @@ class TestConformance(BackendConformance):
 
     @pytest.fixture
     def dead_backend(self, tmp_path: Path) -> VaultBackend:
-        """Nobody listens."""
+        """A backend whose server's port is closed."""
         url = f"http://127.0.0.1:{free_port()}"
         auth = token_file(tmp_path, "unused")
         return VaultBackend.from_settings(VaultSettings(url=url, auth=auth, timeout=timedelta(seconds=2)))
@@ -478,7 +478,7 @@ def test_leaves_a_given_token_alone(pki: openbao.OpenBao, apiserver: SignRequest
 def test_a_wrapped_secret_id_that_was_opened_is_an_alarm(
     pki: openbao.OpenBao, apiserver: SignRequest, wrapped_auth: VaultAuth
 ) -> None:
-    """The second to open a wrapping token is told that someone was there before."""
+    """The second client to open a wrapping token reads that another has opened it before."""
     with vault(pki.url, wrapped_auth) as backend:
         backend.sign(apiserver)
     with vault(pki.url, wrapped_auth) as backend:
@@ -551,7 +551,7 @@ def test_reads_a_token_file_again(pki: openbao.OpenBao, apiserver: SignRequest, 
 def test_a_batch_token_needs_no_revoking(
     pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A batch token, which nobody can revoke, is no reason for a warning."""
+    """A batch token, which can't be revoked, is no reason for a warning."""
     with vault(pki.url, approle(pki, tmp_path, "node", token_type="batch")) as backend:
         backend.sign(apiserver)
     assert [r for r in caplog.records if r.name == "ca-bridge.vault"] == []
@@ -596,7 +596,7 @@ def test_keeps_the_token_that_a_certificate_hangs_on(
 def test_a_secret_that_is_not_there_is_a_refusal_that_names_it(
     pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a secret was looked for is said once, with what to do; with the secret there, the same settings sign."""
+    """The error says once where a secret was looked for, and what to do; with the secret there, the same settings sign."""
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     where = {"file": str(tmp_path / "login"), "env": "THE_TOKEN", "credential": "login"}[kind]
     with vault(pki.url, VaultAuth(token=Secret(kind, where))) as backend:
@@ -780,7 +780,7 @@ def test_logs_that_a_lifetime_was_cut(
 
 
 def test_check_finds_roles_that_give_wrong_usages(pki: openbao.OpenBao, tmp_path: Path) -> None:
-    """What a role would make wrong is told before anything is signed."""
+    """`check` reports what a role would make wrong before anything is signed."""
     pki.write("pki/roles/default-flags", allow_any_name=True)
     pki.write("pki/roles/odd", server_flag=False, ext_key_usage=["clientauth", "CodeSigning"], key_usage=["CertSign"])
     roles = {"apiserver": "default-flags", "etcd-server": "default-flags", "admin.conf": "odd", "server": "none"}
@@ -917,7 +917,7 @@ def test_an_untrusted_server_is_refused(
     for settings in ({}, {"ca_file": tmp_path / "other.crt"}):
         with vault(tls_bao.url, auth, **settings) as backend:
             assert "ca_file" in refusal(backend, apiserver).hint
-    monkeypatch.setenv("SSL_CERT_FILE", str(tls.trust))  # decides for others whom they trust
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls.trust))  # decides which CAs other programs trust
     assert len(ssl.create_default_context().get_ca_certs()) == 1
     with vault(tls_bao.url, auth) as backend:
         assert "ca_file" in refusal(backend, apiserver).hint
@@ -930,7 +930,7 @@ def test_an_untrusted_server_is_refused(
 def test_tls_and_plain_http_mixed_up_are_refused(
     tls_bao: openbao.OpenBao, pki: openbao.OpenBao, tls: Tls, apiserver: SignRequest, tmp_path: Path
 ) -> None:
-    """A wrong scheme in the URL is no reason to try again, and is told where the answer gets through."""
+    """A wrong scheme in the URL is no reason to try again, and the error names it where the server's answer shows it."""
     auth = token_file(tmp_path, "t")
     with vault(tls_bao.url.replace("https:", "http:"), auth) as backend, pytest.raises(BackendError):
         backend.sign(apiserver)  # the server may reset the connection before its answer is read
@@ -979,7 +979,7 @@ def test_the_environment_has_no_say(
     ("status", "expected"), [(307, BackendUnavailableError), (301, BackendRefusedError), (308, BackendRefusedError)]
 )
 def test_follows_no_redirect(apiserver: SignRequest, tmp_path: Path, status: int, expected: type[BackendError]) -> None:
-    """A redirect (307: a standby whose leader is gone) is told, and the token does not go where it points."""
+    """A redirect (307: a standby whose leader is gone) is reported, and the token does not go where it points."""
     with Double() as other, Double() as double:
         location = f"{other.url.replace('//', '//user:planted@')}/v1/pki/sign/planted"
         double.script.append((SIGN, status, {"Location": location}, b""))
@@ -1109,7 +1109,7 @@ def test_an_answer_that_breaks_off_is_unavailable(ca: TestCA, apiserver: SignReq
 
 
 def test_a_login_without_a_token_is_refused(apiserver: SignRequest, tmp_path: Path) -> None:
-    """A login that asks for a second factor gives no token, which nobody is there to type."""
+    """A login that asks for a second factor is refused, because no person is there to type one."""
     secret = file_secret(tmp_path / "secret", "s")
     login = json.dumps({"auth": {"client_token": "", "mfa_requirement": {"mfa_request_id": "1"}}}).encode()
     with (
@@ -1242,7 +1242,7 @@ def test_a_role_refuses_other_names(
 def test_a_role_replaces_another_o(
     pki: openbao.OpenBao, ca: TestCA, live: dict[str, x509.Certificate], tmp_path: Path
 ) -> None:
-    """Whoever asks for system:masters gets the role's own O, which verification then finds."""
+    """A request for system:masters gets the role's own O, and verification finds the difference."""
     request = hostile(live["admin.conf"], "admin.conf", o=["system:masters"])
     with vault(pki.url, token_file(tmp_path, pki.token("node"))) as backend:
         issued = backend.sign(request)
@@ -1326,7 +1326,7 @@ def test_the_printed_script_makes_all_that_signing_needs(
 
 
 @pytest.mark.first_use("14")
-def test_the_printed_script_writes_all_though_nobody_reads(live: dict[str, x509.Certificate], tmp_path: Path) -> None:
+def test_the_printed_script_writes_all_though_its_output_is_closed(live: dict[str, x509.Certificate], tmp_path: Path) -> None:
     """`sh roles.sh | head -1`, whose pipe is closed after the first line: each role and the policy all the same."""
     (tmp_path / "bao").write_text(f'#!/bin/sh\ncat >/dev/null; echo "$*" >>{tmp_path}/calls; sleep 0.05\n')
     (tmp_path / "bao").chmod(0o755)
