@@ -31,8 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     What does not depend on who starts the tests, and how fast the machine is; tests that are named are there.
 
-    Whoever starts them in the background of a shell lets them, and all that they start, ignore SIGINT. Hypothesis would
-    take a busy machine for a fault. How wide the tests' own terminal is (xdist's workers are told) is no matter of the
+    A shell that starts them in the background lets them, and all that they start, ignore SIGINT. Hypothesis would
+    take a busy machine for a fault. How wide the tests' own terminal is (xdist tells its workers) is no matter of the
     programs that they run, whose output goes into pipes.
     """
     for name in ("COLUMNS", "LINES"):
@@ -61,7 +61,7 @@ def _not_there(arguments: Sequence[str], directory: Path) -> list[str]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
-    A test that starts a node is in a file that says so, by which workers are told apart (below).
+    A test that starts a node is in a file that says so, by which the workers are chosen (below).
 
     These come first, since they take longer than all others beside them.
     """

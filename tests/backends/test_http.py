@@ -181,7 +181,7 @@ def test_a_hostile_answer_costs_little(client: str, talk: Talk) -> None:
 
 @pytest.mark.attack("G5")
 def test_a_watch_holds_no_more_than_a_line() -> None:
-    """This holds for any length that a chunk announces."""
+    """The limit counts for any length that a chunk announces."""
     _, _, growth = asked("watch", minus_one)
     assert growth < 40
 

@@ -1326,7 +1326,9 @@ def test_the_printed_script_makes_all_that_signing_needs(
 
 
 @pytest.mark.first_use("14")
-def test_the_printed_script_writes_all_though_its_output_is_closed(live: dict[str, x509.Certificate], tmp_path: Path) -> None:
+def test_the_printed_script_writes_all_though_its_output_is_closed(
+    live: dict[str, x509.Certificate], tmp_path: Path
+) -> None:
     """`sh roles.sh | head -1`, whose pipe is closed after the first line: each role and the policy all the same."""
     (tmp_path / "bao").write_text(f'#!/bin/sh\ncat >/dev/null; echo "$*" >>{tmp_path}/calls; sleep 0.05\n')
     (tmp_path / "bao").chmod(0o755)

@@ -1,4 +1,4 @@
-"""What a CA's administrator is told of nodes that are yet to be made is what kubeadm on them will ask for."""
+"""The list for a CA's administrator names exactly the certificates that kubeadm will ask for on nodes that don't exist yet."""
 
 from __future__ import annotations
 

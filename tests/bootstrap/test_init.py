@@ -58,7 +58,7 @@ def node(tmp_path: Path) -> NewNode:
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> NewNode:
-    """One that is ready for `kubeadm init`; nobody changes it."""
+    """A node that is ready for `kubeadm init`; no test changes it."""
     node = NewNode.make(tmp_path_factory.mktemp("ready"))
     run = node.init()
     assert run.returncode == 0, run.stderr
@@ -347,7 +347,7 @@ def test_a_ca_key_beside_its_certificate_is_not_copied(node: NewNode) -> None:
 
 
 def test_one_ca_for_two_authorities_is_refused(node: NewNode) -> None:
-    """Whoever has a client certificate of the cluster could name any user, or read etcd."""
+    """The holder of any client certificate of the cluster could otherwise name any user, or read etcd."""
     place = node.directory / "given"
     (place / "etcd").mkdir(parents=True)
     for authority in AUTHORITIES.values():
@@ -360,7 +360,7 @@ def test_one_ca_for_two_authorities_is_refused(node: NewNode) -> None:
 
 
 def test_another_clusters_ca_in_place_is_refused(node: NewNode) -> None:
-    """The CA that signs has to be the one whose certificate lies there; nobody is asked."""
+    """The CA that signs has to be the one whose certificate lies there; otherwise it gets no request."""
     node.places.pki.mkdir()
     other = handmade_pki(node.directory / "other")
     shutil.copy(other.ca_files("ca")[0], node.places.pki / "ca.crt")
@@ -387,7 +387,7 @@ def test_a_node_of_a_cluster_is_refused(node: NewNode, trace: str) -> None:
 
 
 def test_single_leftovers_are_refused(node: NewNode) -> None:
-    """One file of somebody's is no set."""
+    """One file that another program left is no complete set."""
     path = node.places.kubeconfigs / "admin.conf"
     path.touch()
     run = node.init()
@@ -436,7 +436,7 @@ BAD_CONFIGS = {
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
 def test_a_configuration_that_can_not_be_used(node: NewNode, case: str) -> None:
-    """It is told before anybody is asked, and nothing is put in place."""
+    """The error comes before any CA gets a request, and nothing is put in place."""
     text, wanted = BAD_CONFIGS[case]
     run = node.init(config=text)
 
@@ -523,8 +523,8 @@ def test_copies_survive_a_reset(node: NewNode) -> None:
     assert look(node).problems() == []
 
 
-def test_copies_take_nobodys_place(node: NewNode) -> None:
-    """Another CA's certificate where ours was is somebody's decision; all can be signed anew."""
+def test_copies_replace_no_other_file(node: NewNode) -> None:
+    """Another CA's certificate where ours was is an operator's decision and stays; all can be signed anew."""
     keep = node.directory / "kept"
     assert node.init("--keep", keep).returncode == 0
     node.wipe()

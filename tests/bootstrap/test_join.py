@@ -191,7 +191,7 @@ def test_copies_write_this_nodes_files_alone(first: NewNode, other: NewNode, cha
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """As somebody who knows the program does."""
+    """Write the file by hand, as an operator does who knows its format."""
     document.pop("digest", None)
     StateFile(path=path, what="copies", parse=dict, keys=frozenset({"keptV1"}), on_damage=OnDamage.REFUSE).replace(
         document
@@ -298,7 +298,7 @@ def test_the_operators_own_join_configuration_stays(other: NewNode, shared: byte
     assert "token" not in str(document["discovery"])
 
 
-def test_without_a_service_account_key_nobody_is_asked(first: NewNode, other: NewNode) -> None:
+def test_without_a_service_account_key_no_ca_is_asked(first: NewNode, other: NewNode) -> None:
     """The same pair on every control-plane node, for ever: a new one would make all tokens worthless."""
     given = first.run("share", "--worker").stdout.encode()
     run = other.run("join", "--control-plane", "--shared", "-", *SECOND, "--ca-dir", first.places.pki, given=given)
@@ -310,7 +310,7 @@ def test_without_a_service_account_key_nobody_is_asked(first: NewNode, other: Ne
 
 
 def test_a_shared_file_that_others_can_read_is_refused(other: NewNode, shared: bytes) -> None:
-    """Whoever reads it can be any service account."""
+    """A user who can read it can act as any service account."""
     path = other.directory / "shared.json"
     path.write_bytes(shared)
     path.chmod(0o644)
@@ -546,7 +546,7 @@ BAD_LISTS = {
     "an address that is none": "worker w-1 192.0.2.300",
     "a name twice": "worker w-1 192.0.2.1\nworker w-1 192.0.2.2",
     "two first nodes": "init a 192.0.2.1\ninit b 192.0.2.2",
-    "nothing": "# nobody\n",
+    "nothing": "# no node\n",
 }
 
 

@@ -22,7 +22,7 @@ NAMES = ("apiserver", "admin.conf", "etcd-peer")
 
 
 class GoodBackend:
-    """Signs with a key of its own what is asked for, and can do all that a check is about."""
+    """Signs each request with a key of its own, and can do all that the checks are about."""
 
     def __init__(self) -> None:
         self.signer = Signer.make()
@@ -36,7 +36,7 @@ class GoodBackend:
         return self.signer.issue(request, begin=now - timedelta(minutes=5), end=now + request.validity)
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
-        """What was said to be later."""
+        """The certificate that `sign` had postponed."""
         del reference
         return GoodBackend.sign(self, request)
 
@@ -136,7 +136,7 @@ class OneSerialNumber(GoodBackend):
 
 
 class MixesThreads(GoodBackend):
-    """Answers whoever comes second with what the first one asked for."""
+    """Gives the second caller the certificate that the first one asked for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class MixesThreads(GoodBackend):
         self._asked: list[SignRequest] = []
 
     def sign(self, request: SignRequest) -> Issued | Pending:
-        """Two at a time, as the third one of three waits for nobody."""
+        """The first two callers wait for each other; the third one waits for none."""
         self._asked.append(request)
         if len(self._asked) <= 2:
             self._both.wait()
@@ -155,7 +155,7 @@ class SignsAnything(GoodBackend):
     """Does not look at the CSR's signature."""
 
     def sign(self, request: SignRequest) -> Issued | Pending:
-        """Whoever asks."""
+        """Sign without a look at the signature."""
         now = datetime.now(UTC)
         return self.signer.issue(request, begin=now - timedelta(minutes=5), end=now + request.validity)
 

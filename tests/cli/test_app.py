@@ -516,7 +516,7 @@ def test_a_plain_renew_with_nothing_due_loads_no_command_line(run: Run, config: 
 def test_a_result_that_cannot_be_written_is_an_error(
     run: Run, config: Path, args: tuple[str, ...], run_id: str
 ) -> None:
-    """On a full disk: exit 1 and a line that says so; where standard output is closed nobody wants to know."""
+    """On a full disk: exit 1 and a line that says so; a closed standard output is no error."""
     assert run("renew").exit_code == 0
     # -P: the installed program, which knows that it has checked these settings; the sources beside it are another one
     command = shlex.join([sys.executable, "-P", "-c", "from bridge.entry import main; main()"])
@@ -590,7 +590,7 @@ def test_a_wrong_directory_is_not_a_healthy_node(run: Run, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("command", [("audit", "verify"), ("audit", "show"), ("backups",)])
 def test_a_wrong_directory_is_not_an_unchanged_record(run: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
-    """Where nothing was looked at, nothing is said to be right; a node without a run yet is."""
+    """A missing directory is exit 2 and never "unchanged"; a node without a run yet is unchanged."""
     wrong = run(*command, "--state-dir", str(tmp_path / "nowhere"))
     assert (wrong.exit_code, wrong.stdout) == (2, "")
     assert f"--state-dir: wanted a state directory, found no directory {tmp_path / 'nowhere'}" in wrong.stderr
@@ -598,7 +598,7 @@ def test_a_wrong_directory_is_not_an_unchanged_record(run: Run, tmp_path: Path, 
 
 
 def test_the_demo_shows_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step comes out as it says, and a step that does not is told; what is there is never overwritten."""
+    """Each step comes out as it says, a step that does not is reported, and no existing file is overwritten."""
     result = CliRunner().invoke(app, ["demo", "--directory", str(tmp_path / "demo")])
     assert result.exit_code == 0, result.output
     assert result.stdout.count("\N{CHECK MARK}") == 8

@@ -122,7 +122,7 @@ def test_fish(tmp_path: Path) -> None:
 
 
 def test_zsh(tmp_path: Path) -> None:
-    """The script that is shipped, in a shell that somebody types in."""
+    """The shipped script completes what a person types in an interactive shell."""
     (tmp_path / "_ca-bridge").write_bytes(SCRIPTS["zsh"].read_bytes())
     (tmp_path / ".zshrc").write_text(
         f"PS1='ready> '; fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -D -u\n"

@@ -60,7 +60,7 @@ def test_a_report_says_that_all_is_well(capsys: pytest.CaptureFixture[str], monk
     assert shown[-1] == "all is well: 3 checks hold"
 
 
-def test_restart_does_not_claim_what_nobody_can_know(tmp_path: Path) -> None:
+def test_restart_claims_no_more_than_it_can_see(tmp_path: Path) -> None:
     """Without static pods, or with a component that does not answer: exit 1 or 7, and never "every component"."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     run = bridge.run("restart")

@@ -341,7 +341,7 @@ def test_exit_code(node: Pki, output: str, later: timedelta, within: timedelta |
 
 
 def test_a_ca_that_ends_is_due(tmp_path: Path) -> None:
-    """Nobody would be told otherwise, and it takes all leaves with it."""
+    """A CA that ends takes all its leaves with it, so it is due like a leaf."""
     pki = handmade_pki(tmp_path, now=NOW, not_after=NOW + 100 * DAY, ca_not_after=NOW + 50 * DAY)
     assert found_report(pki, within=51 * DAY).due
     assert not found_report(pki, within=50 * DAY).due
@@ -438,7 +438,7 @@ def test_a_ca_that_is_being_replaced_has_a_line(tmp_path: Path) -> None:
 
 
 def test_an_old_ca_that_nothing_leads_to_is_shown_and_not_due(damaged: Pki) -> None:
-    """A rotation has been done, and the old CA was left in the file until it ended: nobody needs it."""
+    """A rotation has been done, and the old CA was left in the file until it ended: no certificate needs it."""
     old = ca_certificate("old", generate_key("ecdsa-p256"), NOW - 900 * DAY, NOW - DAY)
     path = damaged.pki_dir / "ca.crt"
     path.write_bytes(path.read_bytes() + pem(old))

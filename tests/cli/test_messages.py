@@ -1,4 +1,4 @@
-"""What is said to somebody who made a mistake, or lacks rights, or is on the wrong machine: what to do next."""
+"""A user who made a mistake, lacks rights, or is on the wrong machine reads what to do next."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_doctor_of_another_user_says_so_first(bridge: Bridge) -> None:
 
 
 def test_durations_are_read_back_as_they_were_written() -> None:
-    """364 days are not 52 weeks to whoever wrote days; a long number of seconds is a number."""
+    """364 days stay days, and do not become 52 weeks; a long number of seconds is a number."""
     assert [duration_text(parse_duration(text)) for text in ("364d", "7d", "36h", "90s")] == [
         "364d",
         "7d",

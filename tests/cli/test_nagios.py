@@ -1,4 +1,4 @@
-"""What a monitor is told: thresholds from the settings or from options, performance data, and failed runs."""
+"""What a monitor shows: thresholds from the settings or from options, performance data, and failed runs."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_failed_runs_are_a_warning(tmp_path: Path) -> None:
 
 
 def test_who_may_not_see_failed_runs_says_so(node: Pki) -> None:
-    """A monitor without root still sees the certificates, and is told what it does not see."""
+    """A monitor without root still sees the certificates, and the line says what it can't see."""
     settings = overridden(parse(""), node.pki_dir, node.kubeconfig_dir, node.root / "state")
     line, _, status = nagios.check(settings, NOW, nagios.Thresholds.of(settings, DAY, None), None)
     assert (status, "failed runs are for root to see" in line) == (0, True)
@@ -191,14 +191,14 @@ def test_thresholds_are_for_nagios_alone(tmp_path: Path, arguments: tuple[str, .
 
 
 def test_a_certificate_of_the_future_is_critical(node: Pki) -> None:
-    """A clock was wrong when it was made, or is now: nobody accepts it, however long it has left."""
+    """A clock was wrong when it was made, or is now: no server accepts it, however long it has left."""
     line, status = check(node, now=NOW - 346 * DAY)
     assert (status, "apiserver is not valid yet" in line) == (2, True)
     assert check(node, now=NOW - 340 * DAY)[1] == 0
 
 
 def test_a_ca_is_worth_a_warning_a_year_ahead(tmp_path: Path) -> None:
-    """Replacing it takes weeks; whoever gives a threshold has it for CAs, too."""
+    """Replacing a CA takes weeks; a threshold on the command line counts for CAs, too."""
     found = {}
     for days in (364, 366):
         pki = handmade_pki(tmp_path / str(days), now=NOW, not_after=NOW + 100 * DAY, ca_not_after=NOW + days * DAY)
@@ -212,7 +212,7 @@ def test_a_ca_is_worth_a_warning_a_year_ahead(tmp_path: Path) -> None:
 
 
 def test_a_replacement_that_is_half_done_or_forgotten_is_a_warning(tmp_path: Path) -> None:
-    """A CA file without its kubeconfigs; then both CAs for 91 days; a user without root is told nothing of it."""
+    """A CA file without its kubeconfigs; then both CAs for 91 days; a user without root sees nothing of it."""
     pki, made = handmade_pki(tmp_path / "node"), next_cas.make(tmp_path / "next")["ca"]
     text = f'[backend.x]\ntype = "openssl"\n[authority.ca]\nbackend = "x"\n[authority.ca.next]\nanchor = "{made.table["anchor"]}"\n'
     now, ca = datetime.now(UTC), pki.pki_dir / "ca.crt"

@@ -75,8 +75,8 @@ with console.doing("restarting etcd", is_plain={plain}):
 """
 
 
-def test_one_line_where_nobody_looks() -> None:
-    """In a journal what takes long is told once, unless most runs do it; on a terminal it is written over."""
+def test_one_line_where_there_is_no_terminal() -> None:
+    """A journal gets one line about a long step, and none about a step of most runs; a terminal's line is written over."""
     for plain, wanted in ((True, "restarting etcd …\nwarning: a message\n"), (False, "warning: a message\n")):
         code = _SLOW.format(plain=plain)
         assert terminals.run([sys.executable, "-c", code], {"TERM": "dumb"}).text == wanted
@@ -168,7 +168,7 @@ def test_the_demo_on_80_columns() -> None:
     assert "Next" in lines
 
 
-def test_nobody_listens(config: Path) -> None:
+def test_closed_outputs_stop_no_run(config: Path) -> None:
     """A run whose standard error was closed from the beginning does its work; so does one without standard output."""
     for closed in ("2>&-", ">&-"):
         line = f"exec {PROGRAM} renew front-proxy-client --config {config} {closed}"

@@ -171,7 +171,7 @@ def test_names_that_are_none_are_told(pki: Pki, tmp_path: Path, arguments: list[
 
 
 def test_a_credential_that_is_good_once_is_not_spent(pki: Pki, tmp_path: Path) -> None:
-    """A wrapping token is the next renewal's; nobody is asked with it."""
+    """A wrapping token is kept for the next renewal; the trial asks no CA with it."""
     bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     bridge.add("backend.corp", {"type": "vault", "url": "http://127.0.0.1:1", "retry_for": "1s"})
     places = {"role_id_file": bridge.secret("role-id", "r"), "secret_id_file": bridge.secret("secret-id", "s")}

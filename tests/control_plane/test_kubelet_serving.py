@@ -363,7 +363,7 @@ def write(path: Path, more: str) -> None:
 
 @pytest.mark.parametrize("on", [True, False])
 def test_another_ca_file_of_the_api_server_is_not_ours_to_change(site: Site, on: bool) -> None:
-    """Somebody has decided otherwise; neither kubeadm-config nor the manifest gets another value."""
+    """An administrator has decided otherwise; neither kubeadm-config nor the manifest gets another value."""
     site.switch("cp1", on=True)
     site.switch("w1", on=True)
     text = site.manifest.read_text().replace("    - --client-ca", f"    - {FLAG}=/other.crt\n    - --client-ca")
@@ -443,7 +443,7 @@ def test_without_a_way_to_restart_nothing_begins(site: Site) -> None:
 
 
 def test_a_kubelet_that_is_down_is_missed(site: Site) -> None:
-    """A node that can't be seen is not counted as right: the API server verifies nobody yet."""
+    """A node that can't be seen does not count as right: the API server verifies no kubelet yet."""
     site.switch("cp1", on=True)
     site.switch("w1", on=True)
     site.kubelets["w1"].stop()

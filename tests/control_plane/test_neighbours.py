@@ -55,7 +55,7 @@ def made(directory: Path, count: int) -> Cluster:
 
 
 def silent(_: str) -> None:
-    """For whom notes are of no interest."""
+    """Drop the note."""
 
 
 # --- the rule --------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_refuses_to_take_a_second_member_down(three: Cluster) -> None:
 
 @needs_etcd
 def test_waits_for_a_member_that_comes_back(three: Cluster) -> None:
-    """A neighbour in the middle of its own restart is waited for, and the operator is told, once."""
+    """A neighbour in the middle of its own restart is waited for, and the operator reads so once."""
     first, second, _ = three.places
     second.kill_etcd()
     three.wait_until_healthy(first)
@@ -251,7 +251,7 @@ def test_a_node_without_quorum_can_be_repaired(three: Cluster) -> None:
         time.sleep(0.1)
     begin = time.monotonic()
     notes = may_restart(first, rules='neighbour_wait = "10m"')
-    assert time.monotonic() - begin < 60  # it waits for an election, and not for those whom it is to help
+    assert time.monotonic() - begin < 60  # it waits for an election, and not for the members that it is to help
     assert any("etcd is down on this node" in note and "cp-2" in note for note in notes)
     with pytest.raises(NeighbourError):
         may_restart(first, Component.SCHEDULER)
@@ -310,7 +310,7 @@ def test_takes_another_certificate_when_the_first_is_gone(three: Cluster, tmp_pa
 
 
 @needs_etcd
-def test_a_single_member_has_nobody_to_wait_for(tmp_path: Path) -> None:
+def test_a_single_member_waits_for_no_other(tmp_path: Path) -> None:
     """One node's etcd may be restarted, though it has no quorum meanwhile."""
     with members.running(made(tmp_path, 1)) as one:
         [place] = one.places
@@ -549,7 +549,7 @@ def test_no_clock_of_another_node_is_believed(servers: Servers, renewed: str) ->
         assert time.monotonic() - begin >= 2
 
 
-def test_a_killed_run_of_the_same_node_holds_nobody_up(servers: Servers) -> None:
+def test_a_killed_run_of_the_same_node_delays_no_other(servers: Servers) -> None:
     """The next run of that node takes the lease at once; another node waits for its end."""
     killed = hold(servers, "cp-1_killed", duration=30)
     killed.__enter__()
@@ -567,7 +567,7 @@ def test_a_holder_that_renews_keeps_it(servers: Servers) -> None:
 
 
 def test_a_lease_is_waited_for(servers: Servers) -> None:
-    """The operator is told once for whom."""
+    """The operator reads once which run holds it."""
     notes: list[str] = []
     other = contextlib.ExitStack()
     other.enter_context(hold(servers, "cp-2_b"))
@@ -623,7 +623,7 @@ def test_a_lease_that_another_has_by_now_is_not_given_back(servers: Servers) -> 
 
 
 def test_a_lease_that_was_deleted_is_made_again(servers: Servers) -> None:
-    """By whoever cleans up kube-system."""
+    """A script that cleans up kube-system may delete it; the next renewal makes it again."""
     with hold(servers) as held:
         servers.state.leases.clear()
         held.assert_held()
@@ -631,7 +631,7 @@ def test_a_lease_that_was_deleted_is_made_again(servers: Servers) -> None:
 
 
 def test_without_an_api_there_is_no_lease_and_no_obstacle(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said; and when the API is back, the lease is had from then on."""
+    """A note says so; and when the API is back, the run takes the lease."""
     notes: list[str] = []
     servers.stop_all()
     with hold(servers, note=notes.append) as held:
@@ -677,7 +677,7 @@ def test_a_lease_is_kept_through_the_restart_of_a_server(servers: Servers) -> No
 
 
 def test_a_lease_that_can_not_be_given_back_expires(servers: Servers) -> None:
-    """It is said, and the run ends as it would."""
+    """A note says so, and the run ends as it would otherwise."""
     notes: list[str] = []
     with hold(servers, note=notes.append) as held:
         servers.stop_all()
@@ -686,7 +686,7 @@ def test_a_lease_that_can_not_be_given_back_expires(servers: Servers) -> None:
 
 
 def test_no_right_to_the_lease_is_no_obstacle(servers: Servers) -> None:
-    """Only another holder is; it is said whom the API turned away."""
+    """Only another holder is one; a note names the kubeconfig that the API turned away."""
     notes: list[str] = []
     servers.state.refused = {"kubernetes-admin", "kubernetes-super-admin"}
     with hold(servers, note=notes.append) as held:
@@ -717,7 +717,7 @@ def test_never_two_at_once(servers: Servers) -> None:
                 entered.assert_held()
                 inside.remove(name)
                 turns.append(name)
-                if dice.random() < 0.2:  # dies: nobody renews it, nobody gives it back
+                if dice.random() < 0.2:  # dies: the lease is neither renewed nor given back
                     entered._keeper.stop()
                     continue
                 entered.release()

@@ -72,7 +72,7 @@ class Site:
         return path
 
     def api_flags(self) -> dict[str, str]:
-        """An API server that serves, and is nobody's client."""
+        """An API server that serves, and is a client of no other component."""
         return {
             "--advertise-address": "127.0.0.1",
             "--bind-address": "127.0.0.1",
@@ -213,7 +213,7 @@ def test_a_server_with_the_wrong_name_is_refused(site: Site) -> None:
     assert site.finding("apiserver").state == "refused"
 
 
-def test_nobody_there(site: Site) -> None:
+def test_no_server_there(site: Site) -> None:
     """A component that does not answer is named, with every certificate that it was asked about."""
     site.flags = {"--secure-port": "1"}
     report = site.look()
@@ -224,7 +224,7 @@ def test_nobody_there(site: Site) -> None:
 
 
 def test_a_file_that_is_not_there_is_unknown(site: Site) -> None:
-    """Nothing can be said without it, and that is said."""
+    """Without the file the state is unknown, and the report says so."""
     (site.pki / "apiserver.crt").unlink()
     found = site.finding("apiserver", "serves")
     assert (found.state, found.detail) == ("unknown", f"{site.pki}/apiserver.crt: wanted a file, found none")
@@ -238,7 +238,7 @@ def test_a_file_that_is_not_there_is_unknown(site: Site) -> None:
     [(200, "current"), (404, "current"), (401, "refused"), (403, "refused"), (429, "no-answer"), (503, "no-answer")],
 )
 def test_what_an_answer_says_about_a_client(site: Site, status: int, state: str) -> None:
-    """That there is no such thing is an answer to somebody who may ask; a server in trouble says nothing about us."""
+    """A 404 proves that the client is accepted; the answer of a server in trouble proves nothing about the client."""
     site.status, site.body = status, b'{"kind": "Status", "message": "why \\u001b[31m"}'
     found = site.finding("admin.conf")
     assert found.state == state
@@ -286,17 +286,17 @@ def test_each_client_asks_for_what_it_needs(site: Site) -> None:
 def test_a_front_proxy_is_taken_for_the_user_that_it_names(
     site: Site, status: int, body: dict[str, Any], state: str
 ) -> None:
-    """Whoever the API server takes us for is in its answer, be it a refusal of that user."""
+    """The API server's answer names the user that it takes us for, even if it refuses that user."""
     site.status, site.body = status, json.dumps(body).encode()
     site.flags = {
         "--proxy-client-cert-file": f"{site.pki}/front-proxy-client.crt",
         "--proxy-client-key-file": f"{site.pki}/front-proxy-client.key",
-        "--requestheader-username-headers": "X-Somebody,X-Remote-User",
+        "--requestheader-username-headers": "X-Site-User,X-Remote-User",
     }
     found = site.finding("front-proxy-client")
     assert found.state == {"taken": "next-connection"}.get(state, state)
     headers = next(headers for path, headers in site.asked if path.endswith("/selfsubjectreviews"))
-    assert headers["X-Somebody"] == "ca-bridge-prove"
+    assert headers["X-Site-User"] == "ca-bridge-prove"
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_a_kubelet_that_rotates_by_itself_is_left_alone(site: Site) -> None:
     os.utime(pem, (written.timestamp(), written.timestamp()))
     findings = [f for f in site.look().findings if f.certificate == "kubelet.conf"]
     assert [f.state for f in findings] == ["current", "not-ours"]
-    pem.touch()  # somebody else has written to it
+    pem.touch()  # another program has written to it
     assert site.finding("kubelet.conf", f"has read {pem}").state == "unknown"  # no kubelet here
 
 
@@ -452,8 +452,8 @@ def test_a_file_that_cannot_be_used_is_named(site: Site, name: str) -> None:
     assert name in found[0].detail
 
 
-def test_a_flag_that_nobody_could_use_hides_no_other_component(site: Site) -> None:
-    """The scheduler's port is none; the API server is looked at all the same."""
+def test_an_unusable_flag_hides_no_other_component(site: Site) -> None:
+    """The scheduler's port is no number; the API server is looked at all the same."""
     site.write(Component.SCHEDULER, {"--secure-port": "many"}, "v1.37.2")
     report = site.look()
     found = [f for f in report.findings if f.component is Component.SCHEDULER]
@@ -462,7 +462,7 @@ def test_a_flag_that_nobody_could_use_hides_no_other_component(site: Site) -> No
 
 
 def test_without_static_pods_there_is_nothing_to_prove(site: Site) -> None:
-    """Which is said, and is no success."""
+    """The error says so, and the exit code is not 0."""
     arguments = ["--pki-dir", str(site.pki), "--kubeconfig-dir", str(site.directory)]
     run = CliRunner().invoke(app, ["prove", *arguments])
     assert run.exit_code == 1

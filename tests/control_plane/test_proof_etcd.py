@@ -67,7 +67,7 @@ def test_all_is_well(cluster: Cluster) -> None:
 
 
 def test_a_peer_that_is_away_is_no_fault_of_this_node(cluster: Cluster) -> None:
-    """It is told, and nothing else."""
+    """The report names the missing peer, and finds nothing else wrong."""
     cluster.places[2].kill_etcd()
     deadline = time.monotonic() + 60  # the others may have to find a new leader first
     found = etcd(cluster.places[0])
@@ -99,7 +99,7 @@ def test_a_new_certificate_is_served_at_once(cluster: Cluster, base: str) -> Non
 
 def test_a_name_that_peers_refuse(cluster: Cluster) -> None:
     """They compare the certificate's names with the address that its owner comes from, and end the connection."""
-    place = cluster.places[1]  # on loopback everybody comes from the first one's address
+    place = cluster.places[1]  # on loopback all members connect from the first one's address
     with replaced(place, "peer", sans=[x509.IPAddress(ipaddress.ip_address(place.address))]):
         found = etcd(place)
     assert found[f"etcd-peer serves {_peer_place(found)}"].state == "current"

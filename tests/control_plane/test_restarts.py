@@ -1,4 +1,4 @@
-"""Which components are restarted, when, in which order, by which command; and what is said when that goes wrong."""
+"""Which components are restarted, when, in which order, by which command; and which message a failure gets."""
 
 from __future__ import annotations
 
@@ -383,7 +383,7 @@ def test_never_twice_within_the_interval_unless_forced(plane: Plane) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"kube-scheduler": "soon"}', '{"kube-scheduler": 3}', "\0"])
-def test_times_that_nobody_can_read_hold_nothing_up(plane: Plane, text: str) -> None:
+def test_times_that_can_not_be_read_hold_nothing_up(plane: Plane, text: str) -> None:
     """They are written anew."""
     plane.restart(MANAGER)
     (plane.directory / "state/restarted.json").write_text(text)
@@ -489,7 +489,7 @@ def test_a_command_that_does_not_end_is_killed_with_its_children(plane: Plane) -
 
 
 def lives(pid: str) -> bool:
-    """Whether a process runs on; one that nobody fetches is over, too."""
+    """Whether a process still runs; a zombie has ended, too."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -733,7 +733,7 @@ def test_with_no_method_it_prints_what_to_do(tmp_path: Path) -> None:
     assert list(json.loads(as_json.stdout)["advice"]) == [c.value for c in restart_plan.ORDER[:4]]
 
 
-def test_a_name_of_nobody_is_a_usage_error(tmp_path: Path) -> None:
+def test_a_name_of_no_component_is_a_usage_error(tmp_path: Path) -> None:
     """Before anything is done."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     run = bridge.run("restart", "scheduler")

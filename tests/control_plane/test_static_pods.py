@@ -120,7 +120,7 @@ def test_a_symlinked_manifest_stays_one(site: Site) -> None:
 
 
 def test_a_pod_that_does_not_end_gets_its_manifest_back(site: Site) -> None:
-    """After the time limit; what was found is told, and the exit code says that it is not live."""
+    """It comes back after the time limit; the error says what was found, and the exit code that it is not live."""
     site.at_remains = lambda: "a running pod"
     with pytest.raises(RestartError, match="found: a running pod") as e:
         site.restart(timedelta(seconds=0.3))
@@ -277,7 +277,7 @@ def test_an_error_of_every_call(calls: int, place: Path, code: str) -> None:
 
 
 def test_a_manifest_that_is_nowhere_comes_back_from_the_journal(place: Path) -> None:
-    """Whoever removed it; a kill at each call of that leaves it to the next try."""
+    """A lost manifest is written from the journal again; a kill at each call of the repair leaves it to the next try."""
     site = interrupted(place / "whole")
     aside(site.manifest).unlink()
     code, count = attempt(lambda: recover(site.store), 0, kill)
@@ -291,7 +291,7 @@ def test_a_manifest_that_is_nowhere_comes_back_from_the_journal(place: Path) -> 
         site.assert_whole(at)
 
 
-def test_somebody_elses_new_manifest_stays(place: Path) -> None:
+def test_another_programs_new_manifest_stays(place: Path) -> None:
     """kubeadm upgrade may have written one while ours was away; the old one is kept, where no kubelet looks."""
     site = interrupted(place / "site")
     site.manifest.write_bytes(b"newer\n")
@@ -306,7 +306,7 @@ def test_somebody_elses_new_manifest_stays(place: Path) -> None:
 
 
 def test_a_crash_before_or_after_is_told_apart(site: Site) -> None:
-    """What had not begun, and what nobody has seen healthy."""
+    """The message says whether the restart had not begun, or the component was not seen healthy."""
     site.at_trouble = kill
     attempt(site.restart, 0, kill)
     assert "before kube-scheduler was seen healthy" in (recover(site.store) or "")

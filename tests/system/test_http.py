@@ -434,7 +434,7 @@ def test_takes_another_name_than_the_address(pki: Path) -> None:
         assert asked(port, pki, name="api.example.com").status == 418
 
 
-def test_nobody_there(pki: Path) -> None:
+def test_a_closed_port(pki: Path) -> None:
     """A closed port is unreachable, at once."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
