@@ -230,7 +230,7 @@ def test_what_is_no_bundle_is_named(desk_: Desk, tmp_path: Path, data: bytes) ->
 
 
 def test_a_tampered_bundle_is_named(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
-    """The digest; and where somebody made that anew, the proof or the policy."""
+    """The digest shows the change; where the attacker made a new digest, the proof or the policy does."""
     bundle = make_bundle(some(pairs, "apiserver"))
     (tmp_path / "b.json").write_bytes(dumps(bundle).replace(b'"cp-1"', b'"cp-2"'))
     assert "digest: wanted" in desk_.run("sign", tmp_path / "b.json").stderr
@@ -266,7 +266,7 @@ def test_an_inbox_is_answered_and_archived(desk_: Desk, pki: Pki, pairs: Pairs) 
 
 
 def test_a_half_copied_bundle_is_left_alone_until_it_is_whole(desk_: Desk, pairs: Pairs) -> None:
-    """It holds up nobody; when it has not grown for long, that is a failure."""
+    """It delays no other bundle; when it has not grown for long, the run fails."""
     whole, half = (make_bundle(some(pairs, "apiserver")) for _ in range(2))
     put(desk_, whole)
     path = put(desk_, half)
@@ -288,7 +288,7 @@ def test_a_half_copied_bundle_is_left_alone_until_it_is_whole(desk_: Desk, pairs
 
 
 def test_a_bundle_that_is_there_twice_is_signed_once(desk_: Desk, pairs: Pairs) -> None:
-    """As when somebody copied it again, under another name."""
+    """A second copy under another name is not signed again."""
     path = put(desk_, make_bundle(some(pairs, "apiserver")))
     (desk_.inbox / "copy of it.json").write_bytes(path.read_bytes())
 
@@ -300,7 +300,7 @@ def test_a_bundle_that_is_there_twice_is_signed_once(desk_: Desk, pairs: Pairs) 
     assert len(desk_.issued()) == 1
 
 
-def test_odd_files_in_an_inbox_hold_up_nobody(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
+def test_odd_files_in_an_inbox_do_not_delay_the_others(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
     """Links, pipes, other bundles, damaged ones: named, left, and the good ones are signed."""
     good = make_bundle(some(pairs, "apiserver"))
     put(desk_, good)
@@ -490,10 +490,10 @@ def test_only_one_run_at_a_time(desk_: Desk, pairs: Pairs) -> None:
     """The second one says who holds the lock."""
     put(desk_, make_bundle(some(pairs, "apiserver")))
     desk_.state.mkdir(mode=0o700)
-    with lock(desk_.state / "lock", "somebody"):
+    with lock(desk_.state / "lock", "another run"):
         run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
     assert run.returncode == Exit.LOCKED
-    assert "somebody" in run.stderr
+    assert "another run" in run.stderr
 
 
 def test_the_archive_can_be_elsewhere(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
@@ -594,7 +594,7 @@ def test_an_answer_that_has_become_old_is_not_given_again(desk_: Desk, pki: Pki,
 @pytest.mark.parametrize(
     ("module", "function", "before"),
     [
-        ("state.open_requests", "RequestLog._append", False),  # what is asked
+        ("state.open_requests", "RequestLog._append", False),  # the open requests
         ("ca.ca", "CA.ask", False),  # signed, and not written down
         ("desk.desk", "Desk._verify", True),  # signed and written down
         ("system.many", "_File.write", False),  # one answer is written, and not on disk
@@ -769,7 +769,7 @@ def test_the_journal_forgets_what_is_old(tmp_path: Path, pairs: Pairs) -> None:
 
 
 def with_backend(desk_: Desk, pki: Pki, table: Mapping[str, str]) -> None:
-    """Another one for `ca`; its certificate is told to the desk."""
+    """Another backend for `ca`, whose CA certificate the desk knows."""
     lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
     state = f'[node]\nstate_dir = "{desk_.state}"\n'
     desk_.config.write_text("\n".join([state, "[backend.x]", *lines, '[authority.ca]\nbackend = "x"\n']))
@@ -823,7 +823,7 @@ def test_a_killed_run_asks_again_only_for_what_was_on_its_way(
 def test_a_desk_whose_ca_answers_later(
     desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bundle waits until each request has its answer; nobody is asked twice, a refusal goes back."""
+    """The bundle waits until each request has its answer; the CA gets each request once, and a refusal goes back."""
     approval.install_plugin(tmp_path / "site")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     (tmp_path / "people").mkdir()
@@ -877,7 +877,7 @@ def test_what_a_ca_signs_wrongly_does_not_go_out(
 
 
 def _at_a_terminal(desk_: Desk, words: list[str], *args: str | Path) -> tuple[int, str]:
-    """Run the program with a terminal of its own, at which somebody types these words, one a question."""
+    """Run the program with a terminal of its own, at which a person types these words, one for each question."""
     pid, terminal = pty.fork()
     if pid == 0:
         command = desk_.command(*args)
@@ -985,14 +985,14 @@ def test_a_person_says_no(desk_: Desk, pairs: Pairs) -> None:
         put(desk_, bundle)
 
     code, seen = _at_a_terminal(
-        desk_, ["no", "nobody rang", "yes"], "sign", desk_.inbox, "-o", desk_.outbox, "--approve"
+        desk_, ["no", "no call came", "yes"], "sign", desk_.inbox, "-o", desk_.outbox, "--approve"
     )
 
     assert code == Exit.REFUSED, seen
     by_batch = {answer.batch: answer.answers["apiserver"] for answer in answers_of(desk_)}
     refused = by_batch[bundles[0].batch]
     assert isinstance(refused, Refusal)
-    assert refused.reason.startswith("not approved: nobody rang (")
+    assert refused.reason.startswith("not approved: no call came (")
     assert isinstance(by_batch[bundles[1].batch], Issued)
 
 
@@ -1007,7 +1007,7 @@ def test_a_person_decides_later(desk_: Desk, pairs: Pairs) -> None:
     assert desk_.issued() == []
 
 
-def test_nobody_approves_without_a_terminal(desk_: Desk, pairs: Pairs) -> None:
+def test_without_a_terminal_no_request_is_approved(desk_: Desk, pairs: Pairs) -> None:
     """Cron can't say yes."""
     put(desk_, make_bundle(some(pairs, "apiserver")))
     run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox, "--approve")
@@ -1225,7 +1225,7 @@ def test_a_window_is_bounded_by_bytes(pairs: Pairs) -> None:
 def test_csrs_that_are_taken_for_an_inbox_are_told(
     tmp_path: Path, desk_: Desk, pairs: Pairs, options: list[str]
 ) -> None:
-    """Never exit 0 because somebody forgot whose they are."""
+    """A forgotten option is never exit 0."""
     (tmp_path / "csrs/pki").mkdir(parents=True)
     (tmp_path / "csrs/pki/apiserver.csr").write_bytes(new_csr(pairs["apiserver"][0]).public_bytes(Encoding.PEM))
 
@@ -1242,14 +1242,14 @@ def test_a_directory_with_other_csrs_is_refused_as_a_whole(tmp_path: Path, desk_
     good = new_csr(pairs["apiserver"][0]).public_bytes(Encoding.PEM)
     (csrs / "apiserver.csr").write_bytes(good)
     (csrs / "pki/apiserver.csr").write_bytes(good)
-    (csrs / "somebody.csr").write_bytes(good)
+    (csrs / "unknown.csr").write_bytes(good)
     (csrs / "admin.conf.csr").write_text("x")
     (csrs / "etcd-peer.csr").write_bytes(good + good)
 
     run = desk_.run("sign", csrs, "--node", "cp-1", "--cluster", "kubernetes")
 
     assert run.returncode == Exit.FAILED
-    for words in ("wanted one CSR for apiserver", "somebody.csr: wanted one of kubeadm's names", "admin.conf.csr: wanted",
+    for words in ("wanted one CSR for apiserver", "unknown.csr: wanted one of kubeadm's names", "admin.conf.csr: wanted",
                   "etcd-peer.csr: wanted one PEM block"):  # fmt: skip
         assert words in run.stderr
     assert desk_.issued() == []
@@ -1311,7 +1311,7 @@ def test_what_kubeadm_of_old_asks_for(tmp_path: Path) -> None:
 
 
 def test_a_kubeconfig_with_another_key_is_not_completed(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
-    """A pair that does not belong together is made by nobody."""
+    """The program never joins a certificate and a key that don't belong together."""
     desk_ = make_desk(tmp_path / "desk", pki, policy=RULES)
     csrs = tmp_path / "csrs"
     csrs.mkdir()

@@ -263,15 +263,15 @@ def test_without_a_proof_nothing_is_signed_unless_a_person_says_so(bundle: Reque
 
 
 def test_a_proof_by_no_certificate_is_none(bundle: RequestBundle, judged: Judge) -> None:
-    """Where nothing is replaced nobody is impersonated: it is refused, and a person may do without it."""
+    """A request that replaces no certificate has no proof: it is refused, unless a person allows it."""
     alone = changed(bundle, "scheduler.conf", replaces=None)
 
     assert "wanted the certificate that is replaced, found none" in judged(alone, "scheduler.conf")
     assert judged(alone, "scheduler.conf", without_proof=frozenset({"scheduler.conf"})) == ""
 
 
-def test_a_proof_that_does_not_hold_is_refused_whoever_says_so(bundle: RequestBundle, judged: Judge) -> None:
-    """It is worse than none: somebody tried."""
+def test_a_proof_that_does_not_hold_is_always_refused(bundle: RequestBundle, judged: Judge) -> None:
+    """A wrong proof is worse than none, because it can be an attack: neither a policy nor a person allows it."""
     broken = changed(bundle, "scheduler.conf", proof=bundle.requests[0].proof)
 
     for policy in (MASTERS, MASTERS + 'proof = "optional"\n'):
@@ -294,7 +294,7 @@ WIDE = (
 
 
 def proven_by(name: str, subject: str, old: x509.Certificate, key: PrivateKey) -> RequestBundle:
-    """A request for this name and subject, with a proof by a certificate that is somebody's."""
+    """A request for this name and subject, with a proof by the given certificate."""
     return make_bundle({name: (old, key)}, build=lambda _: csr_for(subject))
 
 
@@ -423,12 +423,12 @@ def _leaf(ca: sample_pki.ThrowawayCA, subject: str, key: PrivateKey, *ekus: EKU)
 def test_another_identity_is_refused(
     bundle: RequestBundle, pairs: Pairs, judged: Judge, name: str, subject: str, wanted: str
 ) -> None:
-    """The holder of one key can't become somebody else with it, nor another node."""
+    """The holder of one key can't get another identity with it, nor another node's."""
     assert wanted in judged(with_csr(bundle, pairs, name, csr_for(subject)), name)
 
 
 def test_fewer_groups_and_sans_are_allowed(bundle: RequestBundle, pairs: Pairs, judged: Judge) -> None:
-    """Rights that are given up need nobody's leave."""
+    """A request may give up rights without any permission."""
     admin = with_csr(bundle, pairs, "admin.conf", csr_for("CN=kubernetes-admin"))
     server = with_csr(bundle, pairs, "apiserver", csr_for("CN=kube-apiserver", [x509.DNSName("kubernetes")]))
 
@@ -556,7 +556,7 @@ def test_a_san_that_the_old_certificate_lacks_is_refused(bundle: RequestBundle, 
 
 
 def test_without_a_proof_only_kubeadms_own_names(bundle: RequestBundle, judged: Judge) -> None:
-    """The old certificate says nothing then, since anybody may have sent it along."""
+    """Without a proof the old certificate says nothing, since an attacker can send it along."""
     without = frozenset(SPECS)
     server = changed(bundle, "apiserver", proof=None)
 
@@ -578,7 +578,7 @@ def test_a_csr_with_more_than_sans_is_refused(bundle: RequestBundle, pairs: Pair
 
 
 def test_a_csr_that_is_not_signed_with_its_key_is_refused(bundle: RequestBundle, pairs: Pairs, judged: Judge) -> None:
-    """Whoever asks must have the key."""
+    """The requester must hold the CSR's key."""
     from cryptography.hazmat.primitives.serialization import Encoding
 
     good = new_csr(pairs["scheduler.conf"][0])
@@ -600,7 +600,7 @@ def test_a_csr_that_is_not_signed_with_its_key_is_refused(bundle: RequestBundle,
 def test_a_bundle_that_was_changed_with_its_digest_is_refused(
     bundle: RequestBundle, judged: Judge, values: dict[str, str], named: str
 ) -> None:
-    """Whoever makes the digest anew does not have the old keys."""
+    """An attacker can make a new digest, but does not have the old keys."""
     policy = MASTERS.replace('"kubernetes"', '"kubernetes*"')
     for name in PKI_SPECS:
         assert named in judged(replace(bundle, **values), name, policy)  # type: ignore[arg-type]
@@ -663,7 +663,7 @@ def test_a_former_ca_proves_what_it_signed_and_nothing_else(
 
 
 def test_all_problems_come_at_once_with_their_lines() -> None:
-    """Whoever writes a policy mends it in one go."""
+    """The author of a policy can mend all problems in one go."""
     text = (
         "[desk]\n"
         'ca_dir = "anchors"\n'
@@ -704,7 +704,7 @@ def test_all_problems_come_at_once_with_their_lines() -> None:
         (ALLOW + '[desk]\nformer_cas = { "kubernetes" = "/old.crt" }\n', "desk.former_cas"),
         (ALLOW + 'masters = ["x"]\n', "allow.masters"),
         (ALLOW + 'keys = ["rsa-1024"]\n', "allow.keys"),
-        (ALLOW + "[nobody]\n", "nobody"),
+        (ALLOW + "[unknown]\n", "unknown"),
         (ALLOW + "[certificate]\napiserver = 1\n", "certificate.apiserver"),
         (ALLOW + '[certificate.apiserver]\nsubjects = ["x"]\n', "certificate.apiserver.subjects"),
         (ALLOW + '[certificate.apiserver]\nsans = ["1.2.3"]\n', "certificate.apiserver.sans"),
@@ -770,7 +770,7 @@ _EST = 'clusters = ["kubernetes"]\nnodes = ["cp-*"]\n[est.{label}]\ncluster = "k
     ],
 )
 def test_a_label_of_est_says_who_may_ask(label: str, rest: str, problem: str) -> None:
-    """A label for nobody, a subject without its node, and a certificate that nothing describes are refused; the twin is read."""
+    """A label that allows no peer, a subject without its node, and a certificate that nothing describes are refused; the twin is read."""
     text = f"[allow]\n{_EST}"
     with pytest.raises(SettingsError) as e:
         parse(text.replace("{label}", label).replace("{rest}", rest))

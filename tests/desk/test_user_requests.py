@@ -1,4 +1,4 @@
-"""Users' requests at a CA desk: whoever can put a bundle there gets what the policy and a person allow, and no more."""
+"""Users' requests at a CA desk: a bundle from any sender gets what the policy and a person allow, and no more."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def judged(bundle: RequestBundle, policy: str = ALLOW + USERS, waived: frozenset
 
 
 def test_what_the_policy_allows_is_signed_on_a_persons_word() -> None:
-    """And not without, whoever has brought the bundle; nor by a policy that says nothing of users."""
+    """Without the person's approval the desk does not sign it, and neither does a policy that says nothing of users."""
     bundle = asked(csr_for("bob", "dev-1", "kubeadm:cluster-admins"))
     optional = ALLOW.replace("masters", 'proof = "optional"\nmasters')
 

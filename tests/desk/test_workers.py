@@ -257,6 +257,6 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_task_that_fails_ends_its_worker_and_nothing_else(workers: Workers) -> None:
-    """The desk is told that there is no answer, each time."""
+    """The desk learns each time that there is no answer."""
     assert workers.submit(0, os.fspath, 1).result() is None
     assert workers.submit(0, os.fspath, "a path").result() is None

@@ -165,7 +165,7 @@ def copies(bridge: Bridge, root: Path) -> dict[str, str]:
 
 
 def test_the_keys_are_proven_gone(pki: KubeadmPki, tmp_path: Path) -> None:
-    """Copies in every place, the Secret in the cluster, encrypted keys and large files: each is said, and then none."""
+    """Copies in every place, the Secret in the cluster, encrypted keys and large files: each is reported, and after their removal none."""
     bridge, state = site(pki, tmp_path), apiserver.State()
     key, left = (tmp_path / "ca-keys/ca.key").read_bytes(), pki.root / "left"
     state.secrets = [
@@ -242,7 +242,7 @@ def test_a_worker_is_searched_without_its_cluster(pki: KubeadmPki, tmp_path: Pat
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user; run the tests as root")
 def test_a_directory_that_can_not_be_read_is_no_proof(pki: KubeadmPki, tmp_path: Path) -> None:
-    """Another user is told how much it could not see."""
+    """A run by another user reports each directory that it could not read."""
     bridge = site(pki, tmp_path)
     settings = load(bridge.config)
     node = inventory.of(settings.node)
@@ -266,7 +266,7 @@ def test_no_proof_without_the_cas_certificate(pki: KubeadmPki, tmp_path: Path) -
 
 
 def test_a_key_far_below_is_found_or_what_is_left_out_is_counted(pki: KubeadmPki, tmp_path: Path) -> None:
-    """Directories as deep as the system allows; below a name that is too long for it nothing can be read, and it is said."""
+    """Directories as deep as the system allows; below a name that is too long for it nothing can be read, and the report says so."""
     bridge = site(pki, tmp_path)
     settings = load(bridge.config)
     deep, key = tmp_path / "deep", (tmp_path / "ca-keys/ca.key").read_bytes()
@@ -310,7 +310,7 @@ def test_what_other_machines_hold_is_left_out(pki: KubeadmPki, tmp_path: Path, m
 
 
 def test_files_of_nothing_but_beginnings_are_read_to_an_end(tmp_path: Path) -> None:
-    """Who can write to a node's disk can't keep the search busy, and what was not read is said."""
+    """A user who can write to a node's disk can't keep the search busy, and the report names what was not read."""
     for name, text in (("a", b"-----BEGIN PRIVATE KEY-----"), ("b", b"LS0tLS1CRUdJTi"), ("c", b"-----BEGIN ")):
         (tmp_path / name).write_bytes(text * ((1 << 20) // len(text)))
         assert Held.by_file(tmp_path / name) == Held()

@@ -227,7 +227,7 @@ def everything_expired(site: Site) -> None:
     site.later = timedelta(days=400)
 
 
-def nobody_renews(site: Site) -> None:
+def no_job_renews(site: Site) -> None:
     site.later = timedelta(days=355)
 
 
@@ -424,7 +424,7 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (no_certificate, "error", "certificate-missing", "front-proxy-client"),
     (shared_file, "error", "not-replaceable", "super-admin.conf"),
     (everything_expired, "error", "expired", "etcd-server"),
-    (nobody_renews, "warning", "overdue", "apiserver"),
+    (no_job_renews, "warning", "overdue", "apiserver"),
     (ca_ends, "warning", "ca-ends-soon", "CA ca"),
     (ca_has_ended, "error", "ca-expired", "CA etcd-ca"),
     (clock_behind, "error", "clock", "apiserver"),
@@ -597,7 +597,7 @@ def test_a_read_only_file_system_is_found_before_a_ca_is_asked(site: Site, place
 
 @pytest.mark.parametrize("san", ["new.example.com", "zz.example.com"])
 def test_compares_the_sans_with_kubeadm_config(site: Site, san: str) -> None:
-    """What the cluster's own configuration would put into the certificate; where no API server answers that is said."""
+    """What the cluster's own configuration would put into the certificate; where no API server answers, the report says so."""
     assert "not compared" in site.bridge.run("doctor").stdout
     place = Place(name=NODE, address="127.0.0.1", directory=site.pki.root / "etc", cas={})
     config = "apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\nkubernetesVersion: v1.37.2\n"
@@ -697,7 +697,7 @@ def test_a_local_failure_is_not_put_down_to_the_ca(site: Site, code: int, about:
     assert ("warning", "failed-runs", about) in site.wrong()
 
 
-def test_without_a_backend_nobody_was_asked(site: Site) -> None:
+def test_without_a_backend_no_ca_was_asked(site: Site) -> None:
     """Which is how requests are carried by hand, and nothing is wrong with that; with one table the others are missing."""
     run = site.bridge.run("doctor")
     assert (run.returncode, "by hand" in run.stdout, "no CA was asked" in run.stdout) == (0, True, True)

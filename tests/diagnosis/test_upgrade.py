@@ -49,7 +49,7 @@ class Site:
     bridge: Bridge
 
     def found(self, level: str = "error") -> dict[str, set[str]]:
-        """What is said: subjects by check."""
+        """The findings: subjects by check."""
         told: dict[str, set[str]] = {}
         run = self.bridge.run("doctor", "--before-upgrade", "-o", "json")
         for one in json.loads(run.stdout)["findings"]:
@@ -90,7 +90,7 @@ def cluster(site: Site) -> Iterator[apiserver.State]:
 
 
 def test_a_healthy_node_may_be_upgraded(site: Site, cluster: apiserver.State) -> None:
-    """No error and no warning; what kubeadm will do is said all the same, with the option that it is better told."""
+    """No error and no warning; the report still says what kubeadm will do, and which option to give it."""
     run = site.bridge.run("doctor", "--before-upgrade")
     assert (run.returncode, run.stdout.splitlines()[-1]) == (0, "nothing is wrong"), run.stdout
     assert cluster.requests

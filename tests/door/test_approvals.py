@@ -145,12 +145,12 @@ def test_a_person_refuses(team: Team, bundle: RequestBundle) -> None:
     bob = team.agent("bob")
     place = brought(team.door, bundle)
     without = decide(team, bob, bundle, signed(bob, digest(bundle), "refused", ""))
-    run = team.run(bob, "refuse", digest(bundle), "--reason", "nobody rang")
+    run = team.run(bob, "refuse", digest(bundle), "--reason", "no call came")
     answer = awaited(team.door, place).answers["apiserver"]
 
     assert without.status == 403
     assert run.returncode == Exit.DONE, run.stderr
-    assert answer == Refusal(reason="not approved: nobody rang (bob)")
+    assert answer == Refusal(reason="not approved: no call came (bob)")
 
 
 def test_the_whole_bundle_waits(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
@@ -221,7 +221,7 @@ def rows(own: Team, bundle: RequestBundle, **values: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["nothing", "another key", "another digest", "the door's word", "another CA"])
 def test_a_row_in_the_database_approves_nothing(own: Team, bundle: RequestBundle, pairs: Pairs, kind: str) -> None:
-    """Whoever can write there still lacks the person's key and the door's secret; the true decision counts."""
+    """An attacker who can write there still lacks the person's key and the door's secret; the true decision counts."""
     alice, mallory = own.agent("alice"), own.agent("mallory")
     begin = datetime.now(UTC) - timedelta(days=1)
     false = own.agent("alice-2", signer=Signer.make("security-team", begin=begin, end=begin + timedelta(days=3)))

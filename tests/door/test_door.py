@@ -489,7 +489,7 @@ def test_there_is_no_renegotiation(common: ServeProgram) -> None:
 
 
 def test_a_peer_has_a_number_of_waiting_requests(desk: Desk, pairs: Pairs) -> None:
-    """One more is told to come again; the same once more is no further one."""
+    """The answer to one more is to come again later; a repeated request does not count twice."""
     bundles = [dumps(make_bundle(some(pairs, "apiserver"))) for _ in range(3)]
     with running(add_door(desk.config, desk.directory, "waiting_per_peer = 2")) as door:
         desk.ca("ca").rename(desk.ca("ca").with_name("away"))

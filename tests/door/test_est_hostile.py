@@ -74,7 +74,7 @@ class Stage:
         return self._found(lambda: self.door.ask(method, path, None, self.agent))
 
     def enrol(self, csr: x509.CertificateSigningRequest, *args: Any, **more: str) -> Found:
-        """A request as good clients send it, but for what is given, until it is decided."""
+        """Send a good client's request with the given changes, until it is decided."""
         agent = args[0] if args else self.agent
         return wait_until(
             lambda: self._found(lambda: self.door.enrol(csr, agent, *args[1:], **more)),
@@ -295,7 +295,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Stage], Found], Callable[[Stage], Found]
     "renewal of an expired certificate": ("no", lambda s: s.renew(make_csr(sans=_SANS), s.of_ca(**_ENDED)), good_renewal),
     "renewal of names that the policy has not": ("403", lambda s: s.renew(
         make_csr(sans=["kubernetes"]), s.of_ca(sans=[x509.DNSName("kubernetes")])), good_renewal),
-    # --- what is asked for
+    # --- the requested certificate
     "another node's name": ("403", lambda s: s.enrol(make_csr("CN=web.cp-2")), good),
     "name of the API server": ("403", lambda s: s.enrol(make_csr("CN=kube-apiserver")), good),
     "no subject": ("403", lambda s: s.enrol(make_csr(x509.Name([]))), good),

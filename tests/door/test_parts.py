@@ -180,7 +180,7 @@ def make_application(memory: Memory, *, is_judged: bool = True, a_minute: int = 
 
 
 def test_one_address_has_a_rate(memory: Memory) -> None:
-    """One more is told when to come again; another address is answered."""
+    """The answer to one more says when to come again; another address gets its answer."""
     door = make_application(memory, a_minute=3)
     statuses = [posted(door, b"text")[0] for _ in range(4)]
     late = posted(door, b"text")[1]

@@ -39,7 +39,7 @@ def desk(tmp_path: Path, pki: Pki) -> Desk:
 
 
 def test_the_password_is_in_no_message(shared_database: Database, desk: Desk) -> None:
-    """A wrong one, and a file that is missing, are told without it; the right one lets the door begin."""
+    """The errors for a wrong password and for a missing file do not show it; with the right one the door begins."""
     door = add_door(desk.config, desk.directory, shared_database.settings)
     assert shared_database.password_file is not None
     right = shared_database.password_file.read_text()

@@ -117,7 +117,7 @@ def test_the_keys_leave_with_the_new_certificates(bridge: LiveBridge) -> None:
 
 
 def told_a_thief(bridge: LiveBridge, ca: NextCa) -> str:
-    """What the API server answers to a superuser whom the CA's key has made, not its owner."""
+    """The API server's answer to a superuser whose certificate a thief made with the CA's key."""
     conf = bridge.directory / "thief.conf"
     ours = (bridge.node.kubeconfig_dir / "admin.conf").read_bytes()
     parsed, key = kubeconfig.parse(ours), kubeconfig.key_data(ours)

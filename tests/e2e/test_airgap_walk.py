@@ -65,7 +65,7 @@ class Walk:
         return self.at_desk(*self.desk.command("sign", *args))
 
     def sign_at_a_terminal(self, words: Sequence[str], *args: str | Path) -> tuple[int, str]:
-        """The same with `--approve`, and somebody who answers."""
+        """The same with `--approve`, and a person who answers."""
         command = self.desk.command("sign", *args, "--approve")
         return at_a_terminal(_without(self.node_side, command), words, APPROVAL)
 
@@ -238,7 +238,7 @@ def test_by_cron_on_both_sides(walk: Walk) -> None:
     assert walk.bridge("renew").returncode == 0
 
 
-# --- whoever carries it changes it ------------------------------------------------------------------------------------
+# --- the carrier changes a bundle -------------------------------------------------------------------------------------
 
 Change = Callable[[RequestBundle], RequestBundle]
 
@@ -267,7 +267,7 @@ def _other_replaced(given: RequestBundle) -> RequestBundle:
 
 
 def _own_request(given: RequestBundle) -> RequestBundle:
-    """One more, for admin.conf, with somebody's key."""
+    """One more request, for admin.conf, with an attacker's key."""
     old = given.requests[0]
     more = BundledRequest(
         name="admin.conf",
@@ -307,7 +307,7 @@ REQUEST_FIELDS: dict[str, tuple[Change, str]] = {
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Node, Desk, RequestBundle]:
-    """Two requests wait for their answers; nobody can answer them well but the desk."""
+    """Two requests wait for their answers; only the desk can give valid ones."""
     directory = tmp_path_factory.mktemp("tampered")
     now = datetime.now(UTC)
     pki = handmade_pki(directory / "root", now=now - timedelta(days=100), not_after=now + timedelta(days=20))
@@ -320,7 +320,7 @@ Exported = tuple[Node, Desk, RequestBundle]
 
 @pytest.mark.parametrize("field", REQUEST_FIELDS)
 def test_a_changed_request_is_named(exported: Exported, tmp_path: Path, field: str) -> None:
-    """The digest is made anew by whoever changed it: proof and policy find it at the desk, or the node does at import."""
+    """The attacker makes a new digest: the desk's proof and policy find the change, or the node does at import."""
     node, desk, good = exported
     change, words = REQUEST_FIELDS[field]
     changed = change(good)
@@ -447,7 +447,7 @@ def test_a_changed_answer_is_named(exported: Exported, tmp_path: Path) -> None:
         assert "apiserver" in node.open()
 
     # Nothing on the node depends on the batch, who signed, and when: labels for people and for the desk's file names.
-    labels = {"batch": "0" * 32, "signer": "somebody", "signed": datetime(2030, 1, 1, tzinfo=UTC)}
+    labels = {"batch": "0" * 32, "signer": "attacker", "signed": datetime(2030, 1, 1, tzinfo=UTC)}
     (tmp_path / "x.json").write_bytes(bundle_format.dumps(dataclasses.replace(good, **labels)))  # type: ignore[arg-type]
     assert node.run("import", tmp_path / "x.json").returncode == 0
     assert node.live()["apiserver"] == apiserver.leaf

@@ -178,7 +178,7 @@ def silent() -> Iterator[int]:
 
 @pytest.fixture
 def closed() -> int:
-    """A port that nobody listens on."""
+    """A port that no process listens on."""
     return free_port()
 
 

@@ -285,7 +285,7 @@ def lease_spec(node: Node) -> dict[str, Any]:
 
 
 def test_the_lease_is_kept_while_the_own_api_server_is_away(nodes: list[Node]) -> None:
-    """Longer than it lasts; nobody else gets it, and the others are told who has it."""
+    """The server is away for longer than the lease lasts; no other node gets the lease, and each reads who has it."""
     first, second, _ = nodes
     with started(first, "300") as held:
         wait_for_turn(held)

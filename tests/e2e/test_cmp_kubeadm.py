@@ -93,7 +93,7 @@ def test_an_officer_approves_between_runs(
 
 
 def test_an_officer_refuses(tmp_path: Path, ra: cmp.RegistrationAuthority) -> None:
-    """The reason is told, nothing on disk moves, and the next run orders anew."""
+    """The error shows the reason, nothing on disk moves, and the next run orders anew."""
     pki = handmade_pki(tmp_path / "node")
     bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     ra.add_ca("refusing", *pki.ca_pem("front-proxy-ca"), days=365)
@@ -112,7 +112,7 @@ def test_an_officer_refuses(tmp_path: Path, ra: cmp.RegistrationAuthority) -> No
 
 
 def test_a_ca_that_dies_between_request_and_confirmation(tmp_path: Path) -> None:
-    """It has issued, and nobody has confirmed: nothing is installed, and the next run has a certificate of its own."""
+    """The CA has issued without a confirmation: nothing is installed, and the next run gets another certificate."""
     pki = handmade_pki(tmp_path / "node")
     bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     before = live_certificates(pki)["front-proxy-client"]

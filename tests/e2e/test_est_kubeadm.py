@@ -173,7 +173,7 @@ HOSTILE: dict[str, tuple[Hostile, int, str]] = {
 @pytest.mark.kube
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_server_moves_nothing(pki: KubeadmPki, tls: est.Tls, tmp_path: Path, case: str) -> None:
-    """What it answers is told by name and with its exit code, no file is touched; the right answer then is installed."""
+    """The error names the answer and has its exit code, and no file is touched; the right answer then is installed."""
     answer, code, says = HOSTILE[case]
     ca, before = Signer.load(*pki.ca_pem("ca")), live_certificates(pki)
     with est_double(pki, tls) as played:

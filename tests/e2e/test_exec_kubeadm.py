@@ -108,7 +108,7 @@ def approve(directory: Path, pki: KubeadmPki, only: str = "") -> int:
 
 
 def test_renews_everything_through_a_person(pki: KubeadmPki, tmp_path: Path) -> None:
-    """Nothing moves while the tickets are open, nobody is asked twice, each later run takes what was approved by then."""
+    """Nothing moves while the tickets are open, each request is sent once, and each later run takes what was approved by then."""
     desks = {name: tmp_path / "desk" / name for name in AUTHORITIES}
     bridge = bridge_with(pki, tmp_path / "bridge", {name: exec_programs.person(desk) for name, desk in desks.items()})
     before = Snapshot.of(pki)

@@ -254,7 +254,7 @@ def _assert_codes(firings: list[Firing]) -> None:
 
 
 def _assert_no_hammering(firings: list[Firing]) -> None:
-    """Three runs ask a CA that is away; the others wait, and say so. When nothing is due nobody is asked."""
+    """Three runs ask a CA that is away; the others wait, and say so. When nothing is due, no run asks the CA."""
     asked = [one for one in firings if one.outage is OUTAGES[0] and one.code and one.connections]
     assert len(asked) == MANY
     assert sum(map(_held_off, firings)) > MANY

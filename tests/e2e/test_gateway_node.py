@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.node, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 230.0
-#: A kubelet asks anew after 70 to 90 % of a certificate's time, and is patient for up to 32 s when nobody answers: with four
+#: A kubelet asks anew after 70 to 90 % of a certificate's time, and is patient for up to 32 s when no server answers: with four
 #: minutes and an API server that is back in half a minute, none ends before, on a machine that does other things, too.
 VALIDITY = "4m"
 KILLS = {10.0: "gateway", 35.0: "CA", 50.0: "API server", 125.0: "gateway"}

@@ -30,7 +30,7 @@ def bridge(tmp_path: Path) -> Bridge:
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """Nobody listens there."""
+    """A port that no process listens on."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
@@ -38,7 +38,7 @@ def closed_port() -> Iterator[int]:
 
 @pytest.fixture
 def silent_port() -> Iterator[int]:
-    """Somebody listens there and says nothing."""
+    """A port whose server accepts connections and sends nothing."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -106,7 +106,7 @@ def test_a_run_that_waits_for_an_answer_ends_at_once(bridge: Bridge, silent_port
 
 
 def _is_asking(_: int, port: int) -> bool:
-    """Whether somebody has a connection to the port (proc(5), net/tcp; state 01)."""
+    """Whether any process has a connection to the port (proc(5), net/tcp; state 01)."""
     lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
     return any(line.split()[2].endswith(f":{port:04X}") and line.split()[3] == "01" for line in lines)
 
@@ -161,7 +161,7 @@ def test_a_port_where_nothing_listens_is_one_warning(bridge: Bridge, closed_port
     assert time.monotonic() - begin < 30
 
 
-def test_a_name_that_nobody_knows_is_said(bridge: Bridge) -> None:
+def test_an_unknown_name_is_reported(bridge: Bridge) -> None:
     """With what to look at; at a terminal it says, too, how to stop the wait."""
     with_vault(bridge, "https://no-such-host.invalid", retry_for="1s")
     run = bridge.run("renew", "apiserver")
@@ -172,7 +172,7 @@ def test_a_name_that_nobody_knows_is_said(bridge: Bridge) -> None:
 
 @pytest.mark.parametrize("lost", ["newcerts", "passphrase"])
 def test_a_file_of_this_machine_is_a_usage_error(bridge: Bridge, tmp_path: Path, lost: str) -> None:
-    """Exit 2, not that a CA has refused something: nobody was asked."""
+    """Exit 2, and not that of a refusal, because no CA was asked."""
     place = opensslca.make_ca_directory(tmp_path / "ca", *bridge.pki.ca_pem("ca"), passphrase="x" * 20)
     bridge.add("backend.desk", {"type": "openssl", "dir": str(place)})
     bridge.add("authority.ca", {"backend": "desk", "passphrase_file": bridge.secret("passphrase", "x" * 20)})

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.node, pytest.mark.slow]
 
 _NUMBER = os.getpid() % 10_000
 CURRENT = "/var/lib/kubelet/pki/kubelet-client-current.pem"
-#: kubelets that nobody can verify are no use to this API server
+#: this API server has no use for kubelets that it can't verify
 CLUSTER = "apiServer: {extraArgs: [{name: kubelet-certificate-authority, value: /etc/kubernetes/pki/ca.crt}]}"
 
 

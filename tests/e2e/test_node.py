@@ -35,13 +35,13 @@ pytestmark = [pytest.mark.node, pytest.mark.kube("cfssl"), pytest.mark.slow]
 NAME, IP = f"renew-{os.getpid()}", "198.18.77.110"
 
 CAS = {"ca": "vault", "etcd-ca": "openssl", "front-proxy-ca": "cfssl"}
-#: As whom the API server knows those that read a kubeconfig.
+#: The user that the API server sees for each reader of a kubeconfig.
 USERS = {
     Component.CONTROLLER_MANAGER: ("controller-manager.conf", "system:kube-controller-manager"),
     Component.SCHEDULER: ("scheduler.conf", "system:kube-scheduler"),
     Component.KUBELET: ("kubelet.conf", f"system:node:{NAME}"),
 }
-#: As whom the kubelet knows the API server.
+#: The user that the kubelet sees for the API server.
 KUBELET_CLIENT = "kube-apiserver-kubelet-client"
 
 

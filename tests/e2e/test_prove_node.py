@@ -315,7 +315,7 @@ def test_two_nodes_on_one_machine_are_two(node: Node) -> None:
         assert {f"https://{ip}:2380" for ip in (IP, OTHER_IP)} == set(re.findall(r"https://[^ ,;]+", peers))
 
         remove = ("etcdctl", *etcdctl_options(), "member", "remove", member_id(node, OTHER_NAME))
-        # etcd removes nobody until all have been connected for some seconds
+        # etcd removes no member until all have been connected for some seconds
         wait_for("a member that may go", lambda: node.exec(*remove, check=False).returncode == 0, seconds=60)
 
 

@@ -100,7 +100,7 @@ def test_csr_only_never_overwrites_a_key(tmp_path: Path) -> None:
     assert (tmp_path / "csrs/apiserver.key").read_bytes() == key
 
 
-def test_nothing_due_asks_nobody(tmp_path: Path) -> None:
+def test_nothing_due_asks_no_ca(tmp_path: Path) -> None:
     """Exit 0, no CA needed, no file changed; a day is due with a long enough `before`."""
     pki = kubeadm_pki(tmp_path / "node", algorithm="ECDSA-P256")
     before = {path: digest(path) for path in pki.kubeconfig_dir.rglob("*") if path.is_file()}
@@ -110,5 +110,5 @@ def test_nothing_due_asks_nobody(tmp_path: Path) -> None:
     assert "nothing is due" in run.stdout
     assert {path: digest(path) for path in pki.kubeconfig_dir.rglob("*") if path.is_file()} == before
     bridge.add("renewal", {"before": "370d", "validity": "400d"})
-    assert bridge.run("renew").returncode == 2  # due, and nobody to ask: told before anything is asked
+    assert bridge.run("renew").returncode == 2  # due, but without a CA to ask: an error before any request
     assert bridge.run("plan").returncode == 3

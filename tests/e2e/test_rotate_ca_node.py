@@ -116,7 +116,7 @@ def old_conf(bridge: LiveBridge) -> Path:
 
 
 def test_trust_restarts_what_reads_a_ca_once(bridge: LiveBridge, old_conf: Path) -> None:
-    """All of them, each once; the cluster's objects have both CAs, and nobody is refused."""
+    """All of them, each once; the cluster's objects have both CAs, and no client is refused."""
     printed = step(bridge, "trust", "trusted")
     assert all(f"{one.value} in " in printed for one in Component)
     assert asked_by(bridge, old_conf) == "ok"
@@ -175,7 +175,7 @@ def test_requests_are_counted_by_the_ends_of_their_certificates(bridge: LiveBrid
 
 
 def test_a_worker_whose_certificate_is_the_old_cas_holds_up_drop(site: Site) -> None:
-    """Nobody sees a kubelet's client certificate: its node says whose it is; a name that no node has is no way round."""
+    """A node's report says which CA its kubelet's client certificate is from, as no API shows it; an invented node name is no way round."""
     run = site.control_plane.run("rotate-ca", "drop")
     assert run.returncode == Exit.UNAVAILABLE, run.stdout + run.stderr
     assert f"{NAME}-w" in run.stderr

@@ -1,4 +1,4 @@
-"""When the program acts, and whom it tells: windows, failed runs, hooks; through the installed program, with a real CA."""
+"""When the program acts, and which hooks it runs: windows, failed runs, hooks; through the installed program, with a real CA."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def closed_window() -> str:
 
 
 def test_what_is_due_waits_for_its_window(bridge: Bridge) -> None:
-    """Exit 4, nobody is asked; by name it is renewed at once; within the window without one."""
+    """Outside the window the run ends with 4 and asks no CA; a named certificate is renewed at once, any other within the window."""
     bridge.add("renewal", {"window": [closed_window()], "window_zone": "Europe/Berlin"})
     before = serials(bridge)
     run = bridge.run("renew", "-v")

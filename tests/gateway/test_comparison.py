@@ -36,7 +36,7 @@ def test_the_rules_of_kubelet_csr_approver(names: list[str], user: str, more: di
 
 
 def test_the_page_tells_what_was_seen() -> None:
-    """The committed page has none signed by ours, and some by each other one; what is signed is told as such."""
+    """The committed page has none signed by ours, and some by each other one; a signed request is shown as signed."""
     text = comparison.PAGE.read_text(encoding="utf-8")
     [counts] = re.findall(r"^\| \*\*signed of them\*\* \| (.*) \|$", text, re.MULTILINE)
     ours, *others = [int(count.strip("*")) for count in counts.split(" | ")]

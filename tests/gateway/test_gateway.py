@@ -51,7 +51,7 @@ def cluster() -> Iterator[ClusterApi]:
 
 @pytest.fixture
 def worker(cluster: ClusterApi) -> str:
-    """One that is there, and nobody else's."""
+    """A worker that is in the cluster, and that no other test uses."""
     name = f"w{next(_WORKERS)}"
     cluster.add_node(name)
     return name
@@ -59,7 +59,7 @@ def worker(cluster: ClusterApi) -> str:
 
 @pytest.fixture
 def desk(cluster: ClusterApi, tmp_path: Path) -> DeskProgram:
-    """A CA that does what it is told."""
+    """A CA that answers as the test says."""
     return DeskProgram.make(tmp_path / "desk", cluster.ca, cluster.cas["front-proxy-ca"])
 
 
@@ -187,8 +187,8 @@ def test_who_has_approved_does_not_matter(cluster: ClusterApi, desk: DeskProgram
 
 
 @pytest.mark.attack("G8")
-def test_somebody_else_has_to_approve(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
-    """`approval = "required"`: what the policy allows waits for a person, and nothing is asked of the CA until then."""
+def test_another_person_has_to_approve(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
+    """`approval = "required"`: what the policy allows waits for a person, and the CA gets no request until then."""
     place = place_with(cluster, desk, tmp_path, worker)
     place.policy = place.policy.replace(f'[signer."{CLIENT}"]\n', f'[signer."{CLIENT}"]\napproval = "required"\n')
     pem = csr_pem([(hostile_csrs.ORG, "developers"), (hostile_csrs.CN, "alice")])
@@ -208,7 +208,7 @@ def test_somebody_else_has_to_approve(cluster: ClusterApi, desk: DeskProgram, wo
 
 @pytest.mark.attack("G8")
 @pytest.mark.kube("kube-apiserver", "etcd", "kube-controller-manager")
-def test_kube_controller_manager_approves_for_nobody(tmp_path: Path) -> None:
+def test_kube_controller_manager_replaces_no_person(tmp_path: Path) -> None:
     """With kubeadm's binding it approves a new node's request at once: that counts only where no person has to approve."""
     with kube_api.serving(tmp_path / "cluster") as api:
         cluster = api.cluster
@@ -263,7 +263,7 @@ def test_a_certificate_lives_no_longer_than_all_of_the_policy_lets_it(
 def test_a_hostile_ca_answer_is_never_written(
     cluster: ClusterApi, desk: DeskProgram, tmp_path: Path, tried: Callable[..., None]
 ) -> None:
-    """Whatever the CA signs in the place of what was asked for: nothing is written, and an honest answer then is."""
+    """Whatever else the CA signs, the gateway does not write it, and writes an honest answer after it."""
     workers = {f"w{6000 + number}": mode for number, mode in enumerate(desk_program.HOSTILE)}
     for name in workers:
         cluster.add_node(name)
@@ -329,7 +329,7 @@ def test_an_answer_that_comes_later(cluster: ClusterApi, desk: DeskProgram, work
     assert events == ["asked", "pending", "issued", "installed"]
 
 
-def test_nobody_waits_for_ever(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
+def test_no_request_waits_for_ever(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
     """After `pending_for` the object has failed, so that the cluster clears it away; a deleted one is forgotten at once."""
     desk.does("wait")
     other = f"w{next(_WORKERS)}"
@@ -525,7 +525,7 @@ def test_what_was_signed_for_a_killed_gateway_is_found(
 
 
 def test_the_api_server_is_killed(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
-    """The watch breaks and begins anew; what was asked meanwhile is signed, and `/healthz` stays well."""
+    """The watch breaks and begins anew; requests that came meanwhile are signed, and `/healthz` stays well."""
     with gateways.running(place_with(cluster, desk, tmp_path, worker)) as gateway:
         until_signed(gateway, cluster, ask(cluster, worker))
         cluster.kill_server()
@@ -569,7 +569,7 @@ def test_answers_of_an_api_server_in_trouble(
 
 @pytest.mark.attack("G12")
 def test_a_lease_that_is_none(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
-    """Garbage in the place of the lease is no lease: nobody works, and works when it is one."""
+    """Garbage in the place of the lease is no lease: no gateway works until there is one."""
     endless = b'{"metadata": {}, "spec": {"holderIdentity": "x", "leaseDurationSeconds": ' + b"9" * 400 + b"}}"
     texts = [b"[]", b"{}", b'{"metadata": 1, "spec": 2}', b"x", endless]
     garbage = iter([(500, b""), *((200, text) for text in texts)])
@@ -612,7 +612,7 @@ def test_it_drains(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> No
 def test_policy_and_inventory_are_read_again(
     cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path
 ) -> None:
-    """A node that is added is signed within seconds; a broken file is told, and the last good one goes on counting."""
+    """A node that is added is signed within seconds; a broken file is reported, and the last good one goes on counting."""
     place = place_with(cluster, desk, tmp_path)
     with gateways.running(place) as gateway:
         name = ask(cluster, worker)
@@ -657,7 +657,7 @@ def test_the_policy_counts_when_it_is_written(
 
 
 def test_rates(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> None:
-    """One who asks too often waits, and nobody else does."""
+    """A requester that asks too often waits, and no other does."""
     mine = [f"w{9700 + number}" for number in range(8)]
     for name in mine:
         cluster.add_node(name)
@@ -678,7 +678,9 @@ def test_rates(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> None:
         assert cluster.client().ask("DELETE", f"{CSRS}/{name}").ok
 
 
-def test_nobody_uses_up_a_nodes_rate(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
+def test_no_other_requester_uses_up_a_nodes_rate(
+    cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path
+) -> None:
     """A bootstrap token asks for a node that is there, as often as it may: that node's own request waits for none of it."""
     place = place_with(cluster, desk, tmp_path, worker, node_rate=3)
     headers = {"Impersonate-User": "system:bootstrap:abcdef", "Impersonate-Group": cluster_api.BOOTSTRAP_GROUP}
@@ -723,7 +725,7 @@ def test_an_inventory_command(cluster: ClusterApi, desk: DeskProgram, worker: st
         until_signed(gateway, cluster, name, 30)
 
 
-def test_nobody_is_asked_about_a_node_for_what_is_hostile(
+def test_a_hostile_request_starts_no_inventory_command(
     cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path
 ) -> None:
     """A flood of requests that are denied anyhow starts no program: with a slow one it took all threads for minutes."""
@@ -738,7 +740,7 @@ def test_nobody_is_asked_about_a_node_for_what_is_hostile(
         return asked.exists() and worker in asked.read_text().split()
 
     with gateways.running(place) as gateway:
-        for signer in (SERVING, CLIENT_KUBELET):  # no token may have the one, and nobody the other with names
+        for signer in (SERVING, CLIENT_KUBELET):  # no token may have the one, and no requester the other with names
             made = gateways.body(pem, signer, usages=gateways.USAGES[signer])
             name = cluster.client().create(CSRS, made, **headers)["metadata"]["name"]
             gateway.until(lambda name=name: state_of(read(cluster, name)) == "denied", 4)  # type: ignore[misc]
@@ -823,13 +825,13 @@ def test_check_says_what_is_missing(cluster: ClusterApi, tmp_path: Path) -> None
         assert (code, "kubelet-serving" in text) == (5, True), text
     place.tables = [table.replace('timeout = "10s"', 'timeout = "2s"') for table in place.tables]
     assert checked(place)[0] == 6
-    place.gateway["kubeconfig"] = str(cluster.kubeconfig("nobody-in-particular"))
+    place.gateway["kubeconfig"] = str(cluster.kubeconfig("no-rights"))
     code, text = checked(place)
     assert (code, "found that it is missing" in text) == (5, True), text
     flat = " ".join(text.split())
     for right in ("to patch certificatesigningrequests/approval", "to sign signers kubernetes.io/kubelet-serving"):
         assert right in flat
-    assert "to list certificatesigningrequests" not in flat  # whoever asks may
+    assert "to list certificatesigningrequests" not in flat  # every user may list them here
     place.gateway["kubeconfig"] = str(tmp_path / "gone.conf")
     assert checked(place)[0] == 2
     place.write()

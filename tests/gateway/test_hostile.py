@@ -107,7 +107,7 @@ def states(cluster: ClusterApi) -> dict[str, Any]:
 
 
 def test_nothing_hostile_is_signed(cluster: ClusterApi, bao: openbao.OpenBao, tmp_path: Path, tried: Tried) -> None:
-    """At least 120 requests in one flood, half of them approved by somebody else: none is signed, each twin is."""
+    """At least 120 requests in one flood, half of them approved by another controller: none is signed, each twin is."""
     cases = hostile_csrs.cases()
     workers = [case.worker for case in cases]
     place = place_of(cluster, bao, tmp_path / "hostile", workers)
@@ -163,7 +163,7 @@ def assert_silent(found: dict[str, Any], names: list[str]) -> None:
 
 
 def test_denied_and_failed_are_final(cluster: ClusterApi, bao: openbao.OpenBao, tmp_path: Path) -> None:
-    """An honest request that somebody has denied, or failed, is left as it is, though the API would take a certificate."""
+    """The gateway leaves an honest request that is denied or failed as it is, though the API would take a certificate."""
     place = place_of(cluster, bao, tmp_path / "final", ["w9001", "w9002", "w9003"])
     for number, kind in ((9001, "Denied"), (9002, "Failed"), (9003, "")):
         cluster.add_node(f"w{number}")
@@ -208,7 +208,7 @@ def test_the_encodings_are_what_they_seem() -> None:
     assert der.count(b"system:node:") == 2
 
 
-def test_a_flood_of_one_keeps_nobody_out(cluster: ClusterApi, bao: openbao.OpenBao, tmp_path: Path) -> None:
+def test_a_flood_of_one_keeps_no_other_out(cluster: ClusterApi, bao: openbao.OpenBao, tmp_path: Path) -> None:
     """A bootstrap token has more waiting than the queue can hold, and adds to it: a node is served at once."""
     place = place_of(cluster, bao, tmp_path / "lockout", ["w9201"])
     place.gateway = {}  # the rates that there are without settings

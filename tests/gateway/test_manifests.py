@@ -61,7 +61,7 @@ def node_csr(name: str = "w1") -> bytes:
 
 
 def asked(api: ApiServer, signer: str = CLIENT) -> str:
-    """A node's request, which nobody has looked at."""
+    """A node's request, which no controller has looked at."""
     usages = ["digital signature", "server auth" if signer == SERVING else "client auth"]
     reply = api.client("system:node:w1", "system:nodes").create_csr(node_csr(), signer, usages)
     assert reply.status == 201, reply
@@ -250,7 +250,7 @@ def test_only_the_gateway_approves_and_signs(guarded: ApiServer) -> None:
 
 
 def test_who_may_ask(guarded: ApiServer) -> None:
-    """Nodes and bootstrap tokens for kubelets' certificates, nobody for months, nobody for much; twins pass."""
+    """Nodes and bootstrap tokens may ask for kubelets' certificates; none may ask for months or for a large one; twins pass."""
     node, boss = guarded.client("system:node:w1", "system:nodes"), guarded.admin
     bootstrap = guarded.client("system:bootstrap:abcdef", "system:bootstrappers")
     client, server = ["digital signature", "client auth"], ["digital signature", "server auth"]

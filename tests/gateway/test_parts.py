@@ -91,7 +91,7 @@ def test_the_newest_of_a_node_takes_the_place_of_the_others() -> None:
     assert again.put(one("b", seconds=2), of_w1) == ["a"]
 
 
-def test_what_does_not_count_takes_nobodys_place() -> None:
+def test_a_hostile_request_replaces_no_honest_one() -> None:
     """A newer one that will be refused stands beside an honest one, in whichever order they come."""
     for order in (("honest", "hostile"), ("hostile", "honest")):
         line = Queue()
@@ -195,8 +195,8 @@ def test_a_flood_does_not_fill_the_memory() -> None:
     assert small.counts() == (1, 1)
 
 
-def test_whoever_fills_the_queue_gives_way() -> None:
-    """A flood by one keeps nobody out: others get in for it, and it for nobody, until all have the same."""
+def test_a_flood_in_the_queue_gives_way() -> None:
+    """In a full queue a flood's requests give way to others', and none gives way to the flood's, until all have the same number."""
     line = Queue()
     for number in range(30):
         line.put(replace(one(f"flood{number}", username="mallory"), size=queue.MOST_BYTES // 20), nobody)
@@ -211,7 +211,7 @@ def test_whoever_fills_the_queue_gives_way() -> None:
     taken = [found.one.request.username for found in iter(lambda: line.take(0), None)]
     assert {user: taken.count(user) for user in taken} == {"mallory": 4, "w0": 5, "w1": 5, "w2": 5}
     line.wake()
-    assert line.take(0) is job  # at which somebody had worked
+    assert line.take(0) is job  # a thread had begun it
     assert line.greediest() == ""
 
 
@@ -229,7 +229,7 @@ def test_each_requester_has_its_turn() -> None:
 
 
 def test_what_changes_its_size_is_counted_as_it_is() -> None:
-    """Whoever adds to an object that waits does not make room by it."""
+    """An update of a waiting object changes its size in the queue, and makes no room."""
     line = Queue()
     line.put(replace(one(version=1), size=100), nobody)
     line.put(replace(one(version=2), size=queue.MOST_BYTES), nobody)
@@ -400,7 +400,7 @@ def test_numbers_are_in_prometheus_form() -> None:
 
 
 def test_many_connections_use_up_nothing() -> None:
-    """Whoever holds more of them open than there may be, keeps no probe out."""
+    """A client that holds more connections open than allowed keeps no probe out."""
     pages = {"/healthz": lambda: (200, "ok\n")}
     with serving(("127.0.0.1", 0), pages) as port:
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
@@ -436,7 +436,7 @@ _ENTRY = '{"addresses": ["192.0.2.9"]}'
 def test_how_an_inventory_command_may_behave(
     script: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it leaves in the background, or prints without end, keeps nobody waiting and fills no memory."""
+    """Its background processes and its endless output delay no request and fill no memory."""
     monkeypatch.setattr(nodes, "_COMMAND_LIMIT", timedelta(seconds=2 if wanted else 20))
     program = tmp_path / "cmdb"
     program.write_text(f"#!/bin/sh\n{script}\n")

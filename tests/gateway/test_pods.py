@@ -159,7 +159,7 @@ def test_nothing_hostile_is_signed(
 @pytest.mark.attack("P2")
 @pytest.mark.kube("kube-apiserver", "etcd", "kubectl")
 def test_it_works_with_what_setup_kubernetes_prints(ca: Signer, tmp_path: Path) -> None:
-    """These rights are enough, and each is needed; nobody but a node asks, for its own pods, and nobody but the gateway answers."""
+    """These rights are enough, and each is needed; only a node may ask, for its own pods, and only the gateway may answer."""
     with kube_api.serving(tmp_path / "api") as api:
         cluster = api.cluster
         place = pods.with_openssl(pods.place(cluster, tmp_path), ca)
@@ -254,7 +254,7 @@ def said(gateway: Gateway, uid: str) -> bool:
     return any(line.get("request") == uid and line.get("outcome") in wrong for line in gateway.lines())
 
 
-def test_a_ca_that_is_away_denies_nobody(cluster: ClusterApi, bao: OpenBao, ca: Signer, tmp_path: Path) -> None:
+def test_a_ca_that_is_away_denies_no_request(cluster: ClusterApi, bao: OpenBao, ca: Signer, tmp_path: Path) -> None:
     """A sealed OpenBao: the requests of forty pods wait, and all are signed when it is back; the record has each once."""
     place = pods.with_vault(pods.place(cluster, tmp_path), bao, ca, f"pods-{next(_MOUNTS)}")
     url = bao.url

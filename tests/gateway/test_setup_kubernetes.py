@@ -61,7 +61,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 
 @pytest.mark.kube("etcd", "kube-apiserver", "kubectl")
 def test_a_gateway_works_with_it(api: ApiServer, tmp_path: Path) -> None:
-    """With exactly these rights and policies a node gets its certificates, and nobody else approves or asks."""
+    """With exactly these rights and policies a node gets its certificates, and no other user can approve or ask."""
     place = Place(
         cluster=api.cluster, directory=tmp_path, user=ACCOUNT, inventory=gateways.INVENTORY + gateways.workers("w1")
     )
@@ -93,7 +93,7 @@ def test_a_gateway_works_with_it(api: ApiServer, tmp_path: Path) -> None:
 
 @pytest.mark.kube("etcd", "kube-apiserver", "kubectl")
 def test_who_may_ask_for_signers_of_ones_own(api: ApiServer, tmp_path: Path) -> None:
-    """Whom the policy grants nothing is refused by the API server already; the twin who has a grant is not."""
+    """The API server already refuses a user without a grant in the policy, and not its twin with one."""
     place = Place(cluster=api.cluster, directory=tmp_path)
     place.policy = place.policy.replace(f"{DOMAIN}/apiserver", "other.internal/apiserver")
     run = setup(place.write())

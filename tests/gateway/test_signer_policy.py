@@ -93,11 +93,11 @@ def test_the_validity_is_the_shortest_wish() -> None:
         (asked(), NodeState(exists=True), "w1", Allowed),  # not ready, and renews: that may be why
         (asked(), ABSENT, "w1", Later),
         (asked(), None, "w1", Later),
-        (asked(), READY, "nobody", Later),
+        (asked(), READY, "other", Later),
         (by_token(asked()), ABSENT, "w1", Allowed),
         (by_token(asked()), READY, "w1", Later),
         (by_token(asked()), NodeState(exists=True), "w1", Later),
-        (by_token(asked()), ABSENT, "nobody", Later),
+        (by_token(asked()), ABSENT, "other", Later),
         (by_token(asked(SERVING)), ABSENT, "w1", Hostile),
         (by_token(asked(node="cp1")), ABSENT, "cp1", Hostile),
         (replace(asked(), username="system:node:w2"), READY, "w1", Hostile),
@@ -274,7 +274,7 @@ def test_what_a_policy_may_not_say(table: str, wanted: str) -> None:
     ],
 )
 def test_what_an_inventory_may_not_say(text: str, wanted: str) -> None:
-    """A node with a name or an address of the API is a mistake, or somebody's attempt."""
+    """A node with a name or an address of the API is a mistake or an attack."""
     with pytest.raises(SettingsError, match=wanted):
         node_inventory.parse(text)
 

@@ -24,7 +24,7 @@ from tests.kit.nodes import wait_for
 pytestmark = pytest.mark.kube("kube-apiserver", "etcd")
 
 BINDINGS = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
-BINDING, EVERYBODYS = f"{BINDINGS}/{gateways.USER}", f"{BINDINGS}/everybody-asks"
+BINDING, ALL_USERS = f"{BINDINGS}/{gateways.USER}", f"{BINDINGS}/all-users-ask"
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_namesake_gets_nothing(cluster: ClusterApi, place: Place) -> None:
 
 def test_hostile_requests_keep_no_kubelet_waiting(cluster: ClusterApi, place: Place) -> None:
     """
-    After the API server was away a node's honest request is there, and newer ones in its name that nobody will sign.
+    After the API server was away a node's honest request is there, and newer ones in its name that the gateway will not sign.
 
     The newest of a node is the one that its kubelet reads, but only among those that may be signed.
     """
@@ -148,7 +148,7 @@ def test_a_watch_outlives_the_rights(cluster: ClusterApi, place: Place, monkeypa
         if not seen:
             seen.append("alive")
             assert admin.ask("DELETE", BINDING).ok
-            assert admin.ask("DELETE", EVERYBODYS).ok
+            assert admin.ask("DELETE", ALL_USERS).ok
             wait_for("rights that are gone", lambda: cluster.client(gateways.USER).ask("GET", CSRS).status == 403)
             ask(cluster, CLIENT_KUBELET, asked, name="behind-the-rights")
 
@@ -173,7 +173,7 @@ def test_a_gateway_without_rights_writes_nothing(cluster: ClusterApi, place: Pla
     admin, body = cluster.client(), cluster.client().get(BINDING)
     with gateways.running(place) as gateway:
         assert admin.ask("DELETE", BINDING).ok
-        refused = f"{CSRS}/of-nobody/approval"  # 404 for who may
+        refused = f"{CSRS}/no-such-request/approval"  # 404 for who may
         who = cluster.client(gateways.USER)
         wait_for("rights that are gone", lambda: who.patch(refused, {}).status == 403)
         name = ask(cluster, CLIENT_KUBELET, csr_pem(node_subject("w1")))

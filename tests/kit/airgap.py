@@ -90,7 +90,7 @@ def at_a_terminal(command: Sequence[str], words: Sequence[str], question: bytes)
 
     Args:
         command: The program.
-        words: What somebody types there, one an answer.
+        words: What a person types there, one for each question.
         question: What each question ends with.
     """
     pid, terminal = pty.fork()

@@ -1,4 +1,4 @@
-"""Somebody who asks a Kubernetes API server, with a client certificate or a token; any status is an answer."""
+"""A client of a Kubernetes API server, with a client certificate or a token; any status is an answer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Reply:
 
     @property
     def ok(self) -> bool:
-        """Whether it did what was asked."""
+        """Whether the API server did as requested."""
         return self.status < 400
 
     @property

@@ -135,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def between(cluster: ClusterApi, user: str) -> Iterator[Proxy]:
-    """A proxy for whoever is `user`."""
+    """A proxy for the client that is `user`."""
     proxy = Proxy()
     certificate, key = cluster.credentials(user)
     values = {"proxy": proxy, "cluster": cluster, "credentials": (str(certificate), str(key))}

@@ -47,7 +47,7 @@ class State:
     answers_to_lose: int = 0  #: So many writes are carried out, and the connection ends.
 
     def put(self, name: str, holder: str, *, seconds: int = 60, renewed: str = "2026-01-01T00:00:00.000000Z") -> None:
-        """Somebody else writes a lease."""
+        """Another client writes a lease."""
         self.version += 1
         self.leases[name] = {
             "apiVersion": "coordination.k8s.io/v1",

@@ -151,7 +151,7 @@ class Root:
     cert_pem: bytes
     key_pem: bytes = field(repr=False)
     config: Mapping[str, object]
-    nets: str = "127.0.0.0/8"  #: Whom it signs for.
+    nets: str = "127.0.0.0/8"  #: The addresses that it signs for.
 
 
 def multirootca(

@@ -50,7 +50,7 @@ class ClusterApi:
     ca: ThrowawayCA
     cas: Mapping[str, ThrowawayCA]
     port: int
-    etcd: subprocess.Popen[bytes] | None = None  #: None: somebody else's, as is the server.
+    etcd: subprocess.Popen[bytes] | None = None  #: None: the caller started it, and the server.
     host: str = "127.0.0.1"
     server: subprocess.Popen[bytes] | None = None
     arguments: Sequence[str] = ()
@@ -93,7 +93,7 @@ class ClusterApi:
         return certificate, key_file
 
     def client(self, user: str = "kubernetes-super-admin", *groups: str) -> ApiClient:
-        """Somebody with a client certificate; without a name an administrator."""
+        """A user with a client certificate; without a name an administrator."""
         groups = groups or (("system:masters",) if user == "kubernetes-super-admin" else ())
         found = self._clients.get((user, *groups))
         if found is None:
@@ -102,11 +102,11 @@ class ClusterApi:
         return found
 
     def token_client(self, token: str) -> ApiClient:
-        """Somebody with a token."""
+        """A user with a token."""
         return ApiClient(url=self.url, trust=self.pki_dir / "ca.crt", token=token)
 
     def kubeconfig(self, user: str, *groups: str) -> Path:
-        """A file with which a program is somebody."""
+        """A kubeconfig with which a program acts as this user."""
         certificate, key = self.credentials(user, *groups)
         path = certificate.with_name("client.conf")
         document = {

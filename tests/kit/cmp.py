@@ -151,7 +151,7 @@ class Reply:
     after_seconds: float = 0.0
 
 
-#: What a front does with an answer of the registration authority (or with the request, if it asks nobody).
+#: What a front does with an answer of the registration authority (or with the request, if it does not pass it on).
 Change = Callable[[bytes], Reply]
 
 

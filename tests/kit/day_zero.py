@@ -255,7 +255,7 @@ class CAs(Protocol):
         """What the CAs' administrator does for these nodes."""
 
     def answer(self) -> None:
-        """Somebody carries what waits."""
+        """A person carries the waiting bundles."""
 
 
 @dataclass(kw_only=True)
@@ -358,7 +358,7 @@ class Beside:
         self.tables = "\n".join(tables)
 
     def prepare(self, roles: Sequence[str | Path], machines: Mapping[str, Machine], office: Office) -> None:
-        """Nobody has to be told."""
+        """Nothing is to be prepared."""
 
     def answer(self) -> None:
         """Nothing waits."""

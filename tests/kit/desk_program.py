@@ -72,7 +72,7 @@ HOSTILE = (
 
 @dataclass(frozen=True, kw_only=True)
 class DeskProgram:
-    """The program, and how it is told what to do."""
+    """The program, and how a test says what it does."""
 
     directory: Path
 

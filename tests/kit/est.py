@@ -67,7 +67,7 @@ class Tls:
         return {"client_cert": certificate, "client_key": key}
 
     def sign_agent(self, csr_pem: str) -> bytes:
-        """A client certificate for somebody's own CSR."""
+        """A client certificate for a client's own CSR."""
         request = SignRequest(spec=SPECS["apiserver"], csr_pem=csr_pem.encode(), validity=timedelta(days=1))
         now = datetime.now(UTC)
         issued = self.signer.issue(request, begin=now - timedelta(hours=1), end=now + timedelta(days=1), ekus=[CLIENT])
@@ -127,7 +127,7 @@ def estserver(
     Args:
         directory: For its files; made if it is not there.
         ca_pem: The CA's certificates, the one that signs first, and its key.
-        tls: Its own certificate, and the CA of client certificates, which nobody has to have.
+        tls: Its own certificate, and the CA of client certificates, which clients need not have.
         rate_limit: Requests a second, twice as many at once; 0: none.
         allowed_hosts: In `Host`; none: any.
     """
@@ -239,8 +239,8 @@ class Double:
     url: str
     labels: Mapping[str, Label]  #: By path segment(s); `""`: without one.
     validity: timedelta
-    users: Mapping[str, str]  #: Passwords by name; none: nobody needs one.
-    client_cn: str | None  #: Who may enrol by a client certificate; None: everybody.
+    users: Mapping[str, str]  #: Passwords by name; none: no client needs one.
+    client_cn: str | None  #: The one client certificate that may enrol; None: every client may.
     #: To enrolments, in this order, or what makes one of the CSR; without one it signs.
     answers: list[Answer | Callable[[x509.CertificateSigningRequest], Answer]] = field(default_factory=list)
     always: Callable[[x509.CertificateSigningRequest], Answer] | None = (

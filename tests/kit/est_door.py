@@ -75,7 +75,7 @@ class EstDoor:
     directory: Path
 
     def agent(self, subject: str = "O=agents,CN=cp-1", **differences: Any) -> dict[str, Path]:
-        """A client certificate: a good one, but for what is given (of `Signer.issue`, or another `signer`)."""
+        """A good client certificate with the given changes (of `Signer.issue`, or another `signer`)."""
         number = len(list(self.directory.iterdir()))
         name, now, key = x509.Name.from_rfc4514_string(subject), datetime.now(UTC), generate_key("ecdsa-p256")
         signer = differences.pop("signer", self.signer)
@@ -115,7 +115,7 @@ class EstDoor:
         path: str = "/web/simpleenroll",
         **headers: str,
     ) -> Answer:
-        """An enrolment as a good client sends it, but for what is given."""
+        """A good client's enrolment with the given changes."""
         return self.ask("POST", path, body_of(csr), agent, **{"Content_Type": TYPE, **headers})
 
 

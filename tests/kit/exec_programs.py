@@ -103,7 +103,7 @@ def program(path: Path, text: str) -> Path:
 
 
 def site_ca(directory: Path, certificate_pem: bytes, key_pem: bytes) -> Path:
-    """A script with a CA of its own, which signs at once what is asked for."""
+    """A script with a CA of its own, which signs each request at once."""
     directory.mkdir(parents=True)
     (directory / "ca.crt").write_bytes(certificate_pem)
     (directory / "ca.key").touch(mode=0o600)

@@ -1,4 +1,4 @@
-"""Request bundles that nobody in his right mind would make: for a desk, which has to pass over them."""
+"""Request bundles that only an attacker would make: a desk has to pass over them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _ISSUER, _VALIDITY, _SUBJECT, _KEY = 3, 4, 5, 6
 
 
 def with_field(certificate: x509.Certificate, number: int, value: bytes) -> str:
-    """The certificate's PEM text with another field; its signature is nobody's."""
+    """The certificate's PEM text with another field; its signature no longer holds."""
     signed, *rest = _inside(certificate.public_bytes(Encoding.DER))
     fields = _inside(signed)
     fields[number] = value

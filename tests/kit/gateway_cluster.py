@@ -3,7 +3,7 @@ A real cluster with an external CA whose kubelets get all their certificates fro
 
 One control plane and two workers that join by bootstrap token, `serverTLSBootstrap: true`, and an API server that
 verifies kubelets. Two gateways run on this machine with the rights and policies of `setup kubernetes`; `Motion` kills
-what they need at random, asks for what nobody may have, and watches every kubelet's certificates.
+what they need at random, asks for certificates that the policy allows no client, and watches every kubelet's certificates.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _openbao(files_dir: Path) -> Iterator[OpenBao]:
 
 
 def api_of(ip: str, keys: Path, files_dir: Path) -> ClusterApi:
-    """The node's API server, and whoever its CA makes."""
+    """The node's API server, and the clients that its CA makes."""
     (files_dir / "kubernetes/pki").mkdir(parents=True)
     certificate, key = (keys / "ca.crt").read_bytes(), (keys / "ca.key").read_bytes()
     signer = Signer.load(certificate, key)
@@ -478,7 +478,7 @@ class Motion:
             self._tell("; ".join(self.figures.lines()))
 
     def _judge(self) -> None:
-        """Every object that there was: whose certificate it is, by the inventory and not by what was asked."""
+        """Judge every object that there was: its certificate has to fit the inventory, whatever the request said."""
         addresses = {ASKS: ""} | {node.name: node.ip for node in self._cluster.nodes}
         admin = self._cluster.admin
         last = wait_for("the API server", lambda: _objects(admin), seconds=300)

@@ -222,7 +222,7 @@ class Gateway:
     config: Path
 
     def page(self, name: str) -> tuple[int, str]:
-        """Status and text of a status page; 0 while nobody listens."""
+        """Status and text of a status page; 0 while no process listens."""
         try:
             answer = requests.get(f"http://127.0.0.1:{self.port}/{name}", timeout=60)
         except requests.exceptions.ConnectionError:
@@ -342,8 +342,8 @@ def grant_rights(cluster: ClusterApi) -> None:
     lease = [{"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "update", "create"]}]
     add_role(admin, f"{USER}-lease", lease, {"kind": "User", "name": USER}, namespace="kube-system")
     create = [{"apiGroups": [csrs], "resources": ["certificatesigningrequests"], "verbs": ["create", "get", "list"]}]
-    everybody = {"kind": "Group", "name": "system:authenticated"}
-    add_role(admin, "everybody-asks", create, everybody)
+    all_users = {"kind": "Group", "name": "system:authenticated"}
+    add_role(admin, "all-users-ask", create, all_users)
 
 
 def add_role(admin: Any, name: str, rules: list[Any], subject: dict[str, str], namespace: str = "") -> None:

@@ -53,7 +53,7 @@ class Desk:
         return self.request.replaces.not_valid_after_utc
 
     def issue(self, *, by: Signer | None = None, **changes: Any) -> Issued:
-        """What was asked for, but for the changes (see `Signer.issue`)."""
+        """The requested certificate with the changes (see `Signer.issue`)."""
         dates = {"begin": self.now - timedelta(minutes=5), "end": self.now + 365 * DAY}
         return (by or self.root).issue(self.request, **(dates | changes))
 
@@ -178,7 +178,7 @@ def an_odd_key(curve: ec.EllipticCurve | None = None) -> Any:
 
 
 def the_leaf_of_another(desk: Desk) -> Issued:
-    """What was asked for the scheduler, in the answer for the controller manager."""
+    """The scheduler's certificate, in the answer for the controller manager."""
     other = csr.generate_key("ecdsa-p256").public_key()
     return desk.issue(subject=cn("system:kube-scheduler"), public_key=other)
 
@@ -191,7 +191,7 @@ def two_levels(desk: Desk, *, path_length: int | None) -> Issued:
 
 
 def crossed(desk: Desk, *, known: bool) -> Issued:
-    """A new CA that was certified by an older one: by the node's, or by somebody else's of the same name."""
+    """A new CA that was certified by an older one: by the node's, or by a foreign one of the same name."""
     older = desk.root if known else plain_root(desk.now)
     return desk.through(desk.ca("new CA", parent=older))
 

@@ -1,5 +1,5 @@
 """
-What nobody may get by the certificates API, each request with what the gateway has to make of it.
+Requests to the certificates API that no client may get signed, each with the gateway's right verdict.
 
 Every row of the traps in the measurements of the API server (what it accepts and lets through), and what only our own
 rules know. A case asks for a worker of its own, `wN`, whose honest request is its twin.
@@ -32,7 +32,7 @@ Wanted = Literal["denied", "open"]
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """One request, as somebody makes it."""
+    """One request, with its requester."""
 
     signer: str
     user: str
@@ -68,7 +68,7 @@ def as_token(signer: str, pem: bytes, **more: Any) -> Asking:
 
 
 def as_user(user: str, signer: str, pem: bytes, group: str = "people", **more: Any) -> Asking:
-    """Asked by anybody else."""
+    """The request comes from another user."""
     return Asking(signer=signer, user=user, group=group, pem=pem, **more)
 
 
@@ -253,7 +253,7 @@ def _sans(worker: str) -> dict[str, tuple[list[x509.GeneralName], Wanted]]:
         "another worker's name": ([*own, x509.DNSName(other)], "open"),
         "another worker's address": ([*own, *addresses(address_of(other))], "open"),
         "only another worker's names": (honest_sans(other), "open"),
-        "a name that nobody knows": ([*own, x509.DNSName("auth.company.example")], "open"),
+        "a name that no list has": ([*own, x509.DNSName("auth.company.example")], "open"),
         "a name that begins with the node's": ([*own, x509.DNSName(f"{worker}.attacker.example")], "open"),
     }
     return found
@@ -263,7 +263,7 @@ def _sans(worker: str) -> dict[str, tuple[list[x509.GeneralName], Wanted]]:
 
 
 def _requesters(worker: str) -> dict[str, Asking]:
-    """Somebody who asks for what is another's."""
+    """Requesters that ask for another's certificate."""
     client, serving = csr_pem(node_subject(worker)), csr_pem(node_subject(worker), honest_sans(worker))
     gone = csr_pem(node_subject("w9999"))
     return {
@@ -280,7 +280,9 @@ def _requesters(worker: str) -> dict[str, Asking]:
         ),
         "a token asks for cp1": as_token(CLIENT_KUBELET, csr_pem(node_subject("cp1"))),
         "a token asks for cp2, which is not there": as_token(CLIENT_KUBELET, csr_pem(node_subject("cp2"))),
-        "a token asks for nobody": as_token(CLIENT_KUBELET, csr_pem([(ORG, "system:nodes"), (CN, "system:node:")])),
+        "a token asks for a node without a name": as_token(
+            CLIENT_KUBELET, csr_pem([(ORG, "system:nodes"), (CN, "system:node:")])
+        ),
         "a token asks for an odd name": as_token(
             CLIENT_KUBELET, csr_pem([(ORG, "system:nodes"), (CN, "system:node:UPPER_x y")])
         ),
@@ -289,7 +291,7 @@ def _requesters(worker: str) -> dict[str, Asking]:
         ),
         "a token asks for a user": as_token(CLIENT_KUBELET, csr_pem([(ORG, "system:nodes"), (CN, "kubernetes-admin")])),
         "a token asks for a node that is there": as_token(CLIENT_KUBELET, client, wanted="open"),
-        "a token asks for a node that nobody knows": as_token(CLIENT_KUBELET, gone, wanted="open"),
+        "a token asks for an unknown node": as_token(CLIENT_KUBELET, gone, wanted="open"),
         "labels that claim it was approved": as_user("mallory", CLIENT_KUBELET, client, labels=True),
     }
 
@@ -327,7 +329,7 @@ def _users(worker: str) -> dict[str, Asking]:
             "alice", CLIENT, csr_pem([(ORG, "developers"), (CN, "alice")], [x509.DNSName("alice.example.com")])
         ),
         "alice as a kubelet": as_user("alice", CLIENT, csr_pem(node_subject(worker))),
-        "mallory, whom nobody knows": as_user("mallory", CLIENT, subject((ORG, "developers"), (CN, "mallory"))),
+        "mallory, an unknown user": as_user("mallory", CLIENT, subject((ORG, "developers"), (CN, "mallory"))),
         "a username that would add a group": as_user(
             "alice,O=system:masters", CLIENT, subject((ORG, "developers"), (ORG, "root"), (CN, "alice")), "corp:issuers"
         ),

@@ -16,7 +16,7 @@ from tests.kit.gateways import new_key
 from tests.kit.issuing import usage
 from tests.kit.pods import TRUST_DOMAIN, Pod
 
-#: Who makes the request: the pod's own node, or somebody with the verb `create`.
+#: Who makes the request: the pod's own node, or a user with the verb `create`.
 NODE, OTHER = "node", "other"
 Content = Mapping[str, Any]
 
@@ -116,7 +116,7 @@ def cases() -> Iterator[Case]:
 
 
 def _invented() -> Iterator[Case]:
-    """What NodeRestriction refuses a node, asked by somebody else."""
+    """Requests that NodeRestriction refuses a node, made by another user."""
     for what, spec in {
         "another service account": {"serviceAccountName": "admin"},
         "another's UID of it": {"serviceAccountUID": "7c9e6679-7425-40de-944b-e07fc1f90ae7"},

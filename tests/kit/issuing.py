@@ -117,10 +117,10 @@ class Signer:
         serial: int | None = None,
     ) -> Issued:
         """
-        The certificate that was asked for, but for what is given.
+        The requested certificate, with the given changes.
 
         Args:
-            request: What was asked for.
+            request: The request.
             subject: Another subject.
             public_key: Another key.
             sans: Other SANs; empty: no extension.

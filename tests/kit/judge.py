@@ -18,7 +18,7 @@ _USES = {EKU.SERVER_AUTH: "server", EKU.CLIENT_AUTH: "client"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Why it can't be used (empty: it can), and whom Go takes it for."""
+    """Why it can't be used (empty: it can), and the user that Go takes it for."""
 
     refused: str
     user: str
@@ -49,7 +49,7 @@ class Judge:
         Args:
             chain: The leaf, then its intermediates, as the file has them, each as DER.
             roots: All of ca.crt.
-            at: The clock of whoever verifies.
+            at: The verifier's clock.
             ekus: What it is used for; each is tried.
             key_pem: Its key: the pair is loaded, and a connection made for each use.
             host: What a client calls the server; without it no server is tried.

@@ -8,7 +8,7 @@ with kube_api.serving(tmp_path) as api:
     node.ask("POST", CSRS, {...})
 ```
 
-Whoever is named gets a client certificate, so that any user of any group can be played.
+Each named user gets a client certificate, so that a test can play any user of any group.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ApiServer:
         return self.cluster.pki_dir / "ca.crt"
 
     def client(self, user: str, *groups: str) -> ApiClient:
-        """Somebody with a client certificate."""
+        """A user with a client certificate."""
         return self.cluster.client(user, *groups)
 
     def pair(self, user: str, *groups: str) -> tuple[Path, Path]:

@@ -77,7 +77,7 @@ class Node:
             name: As in `up`.
             ip: As in `up`.
             other: A control-plane node.
-            form: How its kubelet gets its client certificate; with a token somebody has to sign meanwhile.
+            form: How its kubelet gets its client certificate; with a token a signer has to sign it meanwhile.
             minutes: Lifetime of a pre-signed one; a year if not given.
 
         Raises:
@@ -127,7 +127,7 @@ class Node:
             raise
         if run.returncode:
             logs = node.logs()
-            if "found a node of that name" not in run.stderr:  # that one is somebody else's
+            if "found a node of that name" not in run.stderr:  # that one is another test's
                 node.down()
             raise AssertionError(f"{' '.join(command)}: exit {run.returncode}\n{run.stderr}\n{logs}")
         return node

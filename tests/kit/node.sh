@@ -13,7 +13,7 @@
 #                                  a worker of node OTHER's cluster, by `kubeadm join`. FORM tells how it gets its name:
 #                                    reference  a kubelet.conf that refers to a pre-signed .pem (the default)
 #                                    data       a kubelet.conf that holds the pre-signed certificate
-#                                    token      a bootstrap token; somebody has to sign within 5 minutes
+#                                    token      a bootstrap token; a signer has to sign within 5 minutes
 #   node.sh etcd_host NAME IP CA_DIR NAME=IP...
 #                                  a host of etcd alone, as kubeadm's "Set up a High Availability etcd Cluster" leaves it;
 #                                  NAME=IP are all of them. Etcd's CA is CA_DIR's, and is made there if there is none
@@ -130,7 +130,7 @@ make_room() { # a node's processes watch files with 20 inotify instances, and a 
   echo 1024 >$watches
 }
 
-make_network() { # make_network IP; the link is told the address, so that a second node does not take it
+make_network() { # make_network IP; the link gets the address, so that a second node does not take it
   if ! ip link show $bridge >/dev/null 2>&1; then
     ip link add $bridge type bridge
     ip addr add 198.18.77.1/24 dev $bridge

@@ -160,8 +160,8 @@ def is_healthy(node: Node, component: Component) -> bool:
     """The controller manager's or the scheduler's own word."""
     server, path = HEALTH[component]
     # Without any credentials kubectl asks for a name and a password, and neither of the two is looked at here.
-    nobody = ("--kubeconfig", "/dev/null", "--username", "nobody", "--password", "none")
-    command = ("kubectl", *nobody, "--server", server, "--insecure-skip-tls-verify", "get", "--raw", path)
+    anonymous = ("--kubeconfig", "/dev/null", "--username", "none", "--password", "none")
+    command = ("kubectl", *anonymous, "--server", server, "--insecure-skip-tls-verify", "get", "--raw", path)
     return node.exec(*command, check=False).stdout.strip() == "ok"
 
 

@@ -16,7 +16,7 @@ PLATFORM = os.uname().machine
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Nobody else changes `.cache/wheels` meanwhile, which all builds share."""
+    """Lock `.cache/wheels`, which all builds share, so that no other process changes it meanwhile."""
     with (ROOT / ".cache/release.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

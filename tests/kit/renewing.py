@@ -12,7 +12,7 @@ from tests.kit.pki import Pki
 
 
 class Quiet:
-    """Nobody looks on."""
+    """Show no progress."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

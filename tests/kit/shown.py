@@ -72,7 +72,7 @@ class Machine:
         file.write_text(text, encoding="utf-8")
 
     def run(self, line: str, typed: str = "") -> str:
-        """What a terminal shows of a line of a page; `typed` is what somebody answers to a question."""
+        """What a terminal shows of a line of a page; `typed` is a person's answer to a question."""
         command = self.command(line)
         if typed:
             return terminals.Shown(*airgap.at_a_terminal(command, [typed], b"later] "), "").text

@@ -1,7 +1,7 @@
 """
-A stand-in for a company's command line program: it takes exactly the calls that it was told, in their order.
+A stand-in for a company's command line program: it takes exactly the calls that the test announced, in their order.
 
-An argument that is not as it was told, a file with other content, or one call more ends with status 99, and `done`
+An argument that is not as announced, a file with other content, or one call more ends with status 99, and `done`
 fails: so what the stand-in answers is worth as much as the check of what it was asked.
 """
 

@@ -158,7 +158,7 @@ def approve_by_rules(api: ApiServer, cases: Sequence[Case]) -> None:
 
 
 def certmanager(directory: Path, cases: Sequence[Case]) -> Column:
-    """Its signer, once somebody has approved: it never approves by itself."""
+    """Its signer, once a person has approved: it never approves by itself."""
     column = Column(
         name="cert-manager's signer",
         note="1.21, a CA ClusterIssuer, by its own signer name; all approved beforehand, since it leaves that to others",
@@ -189,13 +189,13 @@ subjects: [{{apiGroup: rbac.authorization.k8s.io, kind: Group, name: "{group}"}}
     api.apply("""
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
-metadata: {name: everybody-asks-more}
+metadata: {name: all-users-ask-more}
 rules: [{apiGroups: [certificates.k8s.io], resources: [certificatesigningrequests], verbs: [create]}]
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
-metadata: {name: everybody-asks-more}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: everybody-asks-more}
+metadata: {name: all-users-ask-more}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: all-users-ask-more}
 subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: "system:authenticated"}]
 """)
 
@@ -204,7 +204,7 @@ subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: "system:auth
 
 
 def signer_of(case: Case) -> str:
-    """Whom it asks."""
+    """The signer that it asks."""
     return case.make(case.worker).signer
 
 

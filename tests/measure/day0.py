@@ -64,7 +64,7 @@ def table(done: Walk) -> str:
         ),
         ("members of etcd", done.members),
         ("CertificateSigningRequests", done.requests),
-        ("files on the nodes that the watch was told of by the kernel", done.seen),
+        ("files on the nodes that the kernel reported to the watch", done.seen),
         ("… that held a CA's key or had its name", 0),  # or `walk` had failed
     ]
     lines = ["| step | seconds |\n| --- | --- |\n", *(f"| {what} | {text} |\n" for what, text in rows)]

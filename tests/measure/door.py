@@ -231,7 +231,7 @@ class History:
     """What each side knows in the end, by the certificates' serial numbers."""
 
     asked: int  #: Certificates that all nodes asked for together.
-    wrong: list[str]  #: Answers that are not exactly what was asked for.
+    wrong: list[str]  #: Answers that do not match their requests exactly.
     delivered: list[str]  #: As the nodes have them.
     signed: list[str]  #: As the CA has them.
     recorded: list[str]  #: In the audit log, of this or an earlier run of the door.

@@ -4,7 +4,7 @@ A burst of kubelets: what the gateway does in a second beside its CA alone and t
 `python -m tests.measure.gateway [--requests N] [--ca vault|openssl] [--rounds N] [--docs]`: all objects are there when the
 gateway begins. The API server alone gets the two writes that each certificate needs, of the same client, byte for byte
 what the gateway writes; the CA alone the same CSRs through the same backend. Each has as many connections as the
-gateway. Of the rounds the one with the middle ratio is told.
+gateway. It reports the round with the middle ratio.
 Beside the rates stands the processor time that each program took for one request (user and system, by /proc), so that
 it can be seen where the time goes, and on a machine that others use as well. Needs `kube-apiserver` and `etcd` of
 `tests/kit/binaries.sh`; `--docs` writes the tables into docs/gateway.md.
@@ -253,7 +253,7 @@ def measure(directory: Path, count: int, ca: str) -> Measured:
 
 
 def _held() -> dict[str, Any]:
-    """A lease of somebody else's, so that the gateway is up and does nothing until the burst begins."""
+    """A lease of another holder, so that the gateway is up and does nothing until the burst begins."""
     spec = {"holderIdentity": "bench", "leaseDurationSeconds": 300}
     return {"metadata": {"name": "ca-bridge-gateway"}, "spec": spec}
 
@@ -306,7 +306,7 @@ def main(arguments: Sequence[str] | None = None, directory: Path | None = None) 
     parser = argparse.ArgumentParser(prog="python -m tests.measure.gateway", description=__doc__)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--ca", action="append", choices=["vault", "openssl"])
-    parser.add_argument("--rounds", type=int, default=3, help="the one with the middle ratio is told")
+    parser.add_argument("--rounds", type=int, default=3, help="the one with the middle ratio is reported")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/gateway.md")
     given = parser.parse_args(arguments)
     found = []

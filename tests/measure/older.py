@@ -1,5 +1,5 @@
 """
-A renewal on a real node of an older Kubernetes: nobody misses the API, also when the old certificates have expired.
+A renewal on a real node of an older Kubernetes: no client misses the API, also when the old certificates have expired.
 
 `python -m tests.measure.older 1.34 [--minutes N] [--docs]` starts a node with the programs that
 `tests/kit/binaries.sh --older 1.34` builds, whose certificates live ten minutes, renews all of them through OpenBao
@@ -138,7 +138,7 @@ def _assert_untouched(bridge: LiveBridge, before: dict[Component, str], *compone
 
 
 def _after(bridge: LiveBridge, before: dict[Component, str]) -> Traffic:
-    """The old certificates have expired: whoever is asked, and whoever comes back, sees the new ones alone."""
+    """The old certificates have expired: every component serves, and every new connection sees, only the new ones."""
     node = bridge.node
     with traffic(node) as seen:
         nodes.restart_kubelet(node)

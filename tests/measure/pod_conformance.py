@@ -44,7 +44,7 @@ PAGE = Path(__file__).parents[2] / "docs/evidence/pod-conformance.md"
 #: Tests that no signer but Kubernetes' own can pass, by a part of the name, and why ours does not.
 CANNOT_PASS = {
     "honor UserAnnotations for SPIFFE URI path": (
-        "the test wants a pod's annotation to be the path of its SPIFFE ID, so that each pod is whom it says; "
+        "the test wants a pod's annotation to be the path of its SPIFFE ID, so that each pod chooses its own identity; "
         "the gateway denies the request, since names come from the policy alone"
     ),
 }

@@ -73,7 +73,7 @@ def many(site: Site, count: int, figures: Figures) -> None:
 
 
 def without_ca(site: Site, minutes: float, figures: Figures) -> None:
-    """Pods that begin meanwhile wait, and are told why."""
+    """Pods that begin meanwhile wait, and their events say why."""
     names = [f"wait-{number}" for number in range(WAITING)]
     with _away(site):
         site.make(*(pod("shop", name, "web", SOURCE) for name in names))

@@ -168,7 +168,7 @@ def test_the_page_of_tested_cas_has_the_kits_versions() -> None:
     ],
 )
 def test_the_longest_time_without_any_server(away: dict[str, list[tuple[float, float]]], seconds: float) -> None:
-    """Only where all are away at once, and from the first request that nobody serves to the first one that is served."""
+    """Only where all are away at once, and from the first request without an answer to the first one with an answer."""
     record = rotation_clients.Record()
     for server, spans in away.items():
         for begin, end in spans:

@@ -201,7 +201,7 @@ def _local_edit(node: Node) -> None:
 
 
 def _aborted(seen: Seen, bridge: LiveBridge) -> None:
-    """As it was told."""
+    """Make the upgrade that `doctor` said would abort."""
     node = bridge.node
     before, files = versions_of(node), digests_of(node)
     run, seconds = _upgrade(node)

@@ -1,4 +1,4 @@
-"""The metrics file: written at the end of each `renew`, whatever that is, and by nobody's link."""
+"""The metrics file: `renew` writes it at the end of each run, with any result, and follows no other user's link."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_run_with_nothing_due_is_told(tmp_path: Path) -> None:
 
 
 def test_a_night_with_nothing_due_takes_no_lock(tmp_path: Path) -> None:
-    """It is told all the same, loads no command line, and fails where the file can't be written."""
+    """The file is still written, the run loads no command line, and fails where the file can't be written."""
     bridge = bridge_of(tmp_path)
     assert bridge.run("renew").returncode == 0
     first = metrics.value(file_of(bridge), "ca_bridge_last_run_seconds")

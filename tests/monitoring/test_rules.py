@@ -86,7 +86,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def healthy(directory: Path) -> Iterator[Case]:
-    """Nothing is due, and in the next nights neither; when no night comes, that is told."""
+    """Nothing is due, and in the next nights neither; when no run comes, an alert says so."""
     node = Node(directory)
     assert node.night(0) == 0
     yield Case(text=node.text, later=HOUR, alerts=())

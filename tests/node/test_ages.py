@@ -63,7 +63,7 @@ def test_a_process_that_started_later_is_younger(file: Path) -> None:
         assert older(file) is False
 
 
-def test_times_that_are_set_back_deceive_nobody(file: Path) -> None:
+def test_times_that_are_set_back_deceive_no_check(file: Path) -> None:
     """As `cp -p` and backups do; a rename counts, too."""
     time.sleep(0.02)
     with scheduler(file):
@@ -169,7 +169,7 @@ def test_without_a_process_the_container_runtime_is_asked(
 
 
 def test_a_file_from_the_future_tells_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever sets the clock back must not have everything restarted again and again."""
+    """A clock that is set back must not restart everything again and again."""
 
     class Earlier(datetime):
         @classmethod
@@ -196,7 +196,7 @@ def test_no_file(file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.attack("N15")
 def test_a_clock_that_was_wrong_then_does_not_count(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where we wrote down when we wrote the file, by the machine's own time; what somebody else has written has its ctime."""
+    """Where we wrote down when we wrote the file, by the machine's own time; a file that another program has written has its ctime."""
     name = str(file)
 
     def by_record(written: Written) -> bool | None:

@@ -286,7 +286,7 @@ def test_what_stands_in_the_place_of_a_file(
 
 @contextlib.contextmanager
 def another_user() -> Iterator[None]:
-    """Not root, for whom no file is closed."""
+    """Another user than root, since root can read every file."""
     if os.geteuid() != 0:
         yield
         return
@@ -315,7 +315,7 @@ def test_what_we_may_not_read_is_not_missing(pki: Pki, name: str) -> None:
 
 
 def test_directories_that_we_may_not_enter(pki: Pki) -> None:
-    """Everything in them is unreadable, nothing is missing, and the CA keys count as local: nobody has seen them."""
+    """Everything in them is unreadable, nothing is missing, and the CA keys count as local, since they could not be looked for."""
     pki.kubeconfig_dir.chmod(0)
     with another_user():
         node = read(pki)

@@ -27,7 +27,7 @@ def load(directory: Path, config: str | None = None, flags: str | None = None) -
 
 
 def test_without_any_configuration_it_is_the_default(tmp_path: Path) -> None:
-    """A pair that the kubelet makes; nobody tells whether it rotates."""
+    """A pair that the kubelet makes; whether it rotates is unknown."""
     found = load(tmp_path)
     pki = tmp_path / "pki"
     assert (found.serving, found.certificate, found.key) == ("made", pki / "kubelet.crt", pki / "kubelet.key")
@@ -68,7 +68,7 @@ def test_what_the_configuration_says(
     ],
 )
 def test_what_the_flags_say(tmp_path: Path, flags: str, hostname: str, addresses: tuple[str, ...]) -> None:
-    """As kubeadm and operators write them; what nobody could start a kubelet with says nothing."""
+    """As kubeadm and operators write them; flags that no kubelet would start with say nothing."""
     found = load(tmp_path, None, flags)
     assert (found.hostname, found.addresses) == (hostname, addresses)
 
@@ -84,7 +84,7 @@ def test_flags_count_more_than_the_configuration(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", ["a: [", "- a\n", "rotateCertificates: [1]\n", "\x00"])
 def test_a_broken_configuration_is_told(tmp_path: Path, config: str) -> None:
-    """Nobody knows then whether the kubelet rotates."""
+    """Whether the kubelet rotates is then unknown, and the report says so."""
     found = load(tmp_path, config)
     assert found.rotates is None
     assert found.trouble is not None

@@ -115,7 +115,7 @@ def encoded(value: object) -> bytes:
 
 
 def with_new_digest(value: dict[str, Any]) -> bytes:
-    """As somebody would write it who knows how the digest is made."""
+    """Make a valid digest, as an attacker can who knows the format."""
     return encoded({**value, "digest": bundle_format._digest({k: v for k, v in value.items() if k != "digest"})})
 
 
@@ -294,7 +294,7 @@ OTHER: Mapping[str, Callable[[Any], Any]] = {
     "cluster": lambda _: "other",
     "created": lambda _: "2020-01-01T00:00:00Z",
     "signed": lambda _: "2020-01-01T00:00:00Z",
-    "signer": lambda _: "somebody",
+    "signer": lambda _: "another desk",
     "requestDigest": lambda _: "0" * 64,
     "digest": lambda _: "0" * 64,
     "name": lambda _: "admin.conf",
@@ -528,7 +528,7 @@ def test_another_schema_or_version_is_named(either: Bundle) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[1", b"\xff\xfe", b"hello", b"\0" * 100])
 def test_what_is_no_document_may_be_half_copied(data: bytes) -> None:
-    """It is told apart from what was changed."""
+    """It gets another error than a bundle that was changed."""
     assert isinstance(error_of(data), IncompleteBundleError)
 
 
@@ -542,7 +542,7 @@ def test_every_beginning_of_a_bundle_is_half_copied(either: Bundle) -> None:
 
 
 def test_a_csr_is_no_bundle() -> None:
-    """What takes it is named, and nobody is told to wait for the rest of it."""
+    """The error names the command that takes it, and does not say to wait for the rest of it."""
     error = error_of(b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n")
     assert isinstance(error, IncompleteBundleError)
     assert "kubeconfig user" in error.hint
@@ -719,7 +719,7 @@ def test_what_earlier_versions_have_sent_out_is_still_good(pairs: Pairs) -> None
 
 
 def test_a_proof_by_another_holder_is_named(pairs: Pairs) -> None:
-    """The signature holds, and a person still sees that it is not by whom the new certificate is for."""
+    """The signature holds, and a person still sees that its holder is not the new certificate's."""
     other = make_bundle({"scheduler.conf": pairs["apiserver"]}, build=lambda _: new_csr(pairs["scheduler.conf"][0]))
     wrong = "wanted one by the certificate of CN=system:kube-scheduler, found one by that of"
 

@@ -107,7 +107,7 @@ def test_an_expired_certificate_is_good_input() -> None:
 
 
 def test_an_empty_subject_needs_a_san() -> None:
-    """Somebody has to be named."""
+    """A certificate has to name its holder."""
     name = x509.DNSName("cp-1")
     extension = built(live(x509.Name([]), [name])).extensions.get_extension_for_class(x509.SubjectAlternativeName)
     assert extension.critical
@@ -201,7 +201,7 @@ def test_nothing_is_lost(subject: list[tuple[x509.ObjectIdentifier, str]], sans:
 
 
 def spoilt(certificate: x509.Certificate, old: bytes, new: bytes) -> x509.Certificate:
-    """The same, with other bytes in one place; its signature is wrong, which nobody asks of a live certificate."""
+    """The same, with other bytes in one place; its signature is wrong, which is not checked of a live certificate."""
     der = certificate.public_bytes(serialization.Encoding.DER)
     assert der.count(old) == 1
     return x509.load_der_x509_certificate(der.replace(old, new))
@@ -217,7 +217,7 @@ def test_a_key_that_cannot_be_read_is_told() -> None:
 
 
 def test_an_extension_that_is_there_twice_is_told() -> None:
-    """Which of the two would count, nobody knows."""
+    """Which of the two would count is unknown."""
     two = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\x05\x00")
     builder = x509.CertificateBuilder().subject_name(cn("x")).issuer_name(cn("kubernetes")).public_key(KEY.public_key())
     builder = builder.serial_number(1).not_valid_before(NOW).not_valid_after(NOW + timedelta(days=1))

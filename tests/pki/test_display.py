@@ -26,7 +26,7 @@ def spoilt(request: x509.CertificateSigningRequest, old: bytes, new: bytes) -> x
 
 
 def test_names() -> None:
-    """Of an empty subject this is said; what would steer a terminal is not printed."""
+    """An empty subject is shown as empty; characters that steer a terminal are not printed."""
     certificate = Signer.make("leaf", parent=Signer.make("root"), ca=False).certificate
     assert (display.name(certificate), display.issuer(certificate)) == ("CN=leaf", "CN=root")
     assert display.name(request("a", subject=x509.Name([]))) == "(no subject)"
@@ -34,7 +34,7 @@ def test_names() -> None:
 
 
 def test_sans_are_sorted() -> None:
-    """By type, then by name; none is said, too."""
+    """They are sorted by type, then by name; an empty list is shown as none."""
     assert display.sans(request("b", "192.0.2.1", "a")) == "DNS:a, DNS:b, IP:192.0.2.1"
     assert display.sans(request()) == "none"
 

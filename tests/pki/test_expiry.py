@@ -109,7 +109,9 @@ def certificate(*, begin: timedelta, end: timedelta) -> x509.Certificate:
         pytest.param(timedelta(days=1), YEAR, MONTH, False, id="not valid yet, and far from its end"),
         pytest.param(-timedelta(days=67), timedelta(days=33), THIRD, False, id="33 % of 100 days are left"),
         pytest.param(-timedelta(days=67) - SECOND, timedelta(days=33) - SECOND, THIRD, True, id="a second less is due"),
-        pytest.param(-9 * YEAR, timedelta(days=121), THIRD, False, id="a share of what is asked for, not of ten years"),
+        pytest.param(
+            -9 * YEAR, timedelta(days=121), THIRD, False, id="a share of the requested validity, not of ten years"
+        ),
         pytest.param(-9 * YEAR, timedelta(days=120), THIRD, True, id="a third of a year is 120.45 days"),
     ],
 )
@@ -221,7 +223,7 @@ def test_a_duration_is_told_in_the_largest_unit_that_fits(duration: timedelta, t
     ],
 )
 def test_what_is_left_for_people(left: timedelta, text: str) -> None:
-    """What is over is told by how long ago."""
+    """For an expired certificate it says how long ago that was."""
     assert left_text(NOW + left, NOW) == text
 
 

@@ -95,7 +95,7 @@ def test_the_groups_of_all_versions_pass(spec: str, groups: list[str], ca: Signe
     ],
 )
 def test_who_it_is_for(spec: str, subject: x509.Name, wrong: list[str], ca: Signer) -> None:
-    """A CN or a group of somebody else's is named."""
+    """The error names another holder's CN or group."""
     assert live(ca, spec, subject) == wrong
 
 
@@ -165,7 +165,7 @@ def test_a_refusal_says_whose_signature_it_found(ca: Signer) -> None:
     assert list(map(str, itself)) == [f"{want} a self-signed certificate"]
 
 
-def test_a_certificate_that_cannot_be_read_is_nobodys(ca: Signer) -> None:
+def test_a_certificate_that_cannot_be_read_has_no_identity(ca: Signer) -> None:
     """The one violation says why."""
     twice = load_der_certificate(odd_certificates(ca.certificate)["an extension twice"])
     [violation] = identity.check(SPECS["etcd-server"], (twice,), (ca.certificate,), "ca.crt")

@@ -341,7 +341,7 @@ def test_an_attribute_that_the_settings_name_may_be_added() -> None:
 
 
 def test_all_violations_are_told_at_once() -> None:
-    """Whoever mends the CA's profile does it once."""
+    """The CA's administrator can mend the profile in one go."""
     issued = Signer.make("other").issue(request(), ekus=[CLIENT], sans=[], subject=cn("x"), end=NOW + timedelta(days=1))
     assert {v.subject for v in violations(issued)} == {"subject", "SAN", "EKU", "notAfter", "issuer"}
 

@@ -63,7 +63,7 @@ def test_settings_and_plug_ins_are_found_beside_the_program(bookworm: Tree, offl
     bookworm.run(
         f"mkdir -p {info}; printf '[kubeadm_ca_bridge.backends]\\ncorp = corp:Corp\\n' >{info}/entry_points.txt"
     )
-    bookworm.put("/etc/ca-bridge/config.toml", b'[backend.x]\ntype = "nobody"\n[authority.ca]\nbackend = "x"\n')
+    bookworm.put("/etc/ca-bridge/config.toml", b'[backend.x]\ntype = "unknown"\n[authority.ca]\nbackend = "x"\n')
     assert "corp" in bookworm.run("ca-bridge settings check", check=False).stderr
     bookworm.run("chown 1000 /opt/ca-bridge/plugins/corp-1.dist-info")
     refused = bookworm.run("ca-bridge settings check", check=False)
@@ -245,7 +245,7 @@ def test_refuses_another_processor(bookworm: Tree, offline: Path) -> None:
 
 
 def test_refuses_a_changed_byte(bookworm: Tree, offline: Path) -> None:
-    """In the largest file that it holds; whoever changes the digest at its head as well meets those of the manifest."""
+    """In the largest file that it holds; an attacker who changes the digest at its head as well meets those of the manifest."""
     data = bytearray(offline.read_bytes())
     with zipfile.ZipFile(offline) as opened:
         largest = max(opened.infolist(), key=lambda one: one.compress_size)
@@ -267,7 +267,7 @@ def test_refuses_a_changed_byte(bookworm: Tree, offline: Path) -> None:
 
 
 def test_another_user_may_look_and_not_install(bookworm: Tree, offline: Path) -> None:
-    """`check` is for everybody, `install` for root."""
+    """Any user may run `check`, and only root `install`."""
     bookworm.put("/tmp/f", offline.read_bytes())
     nobody = "setpriv --reuid 65534 --clear-groups sh /tmp/f"
     assert "runs here" in bookworm.run(f"{nobody} check").stdout
@@ -340,7 +340,7 @@ def test_killed_at_any_step_the_next_one_ends_it(bookworm: Tree, offline: Path, 
     ids=["manifest", "bytecode", "open", "foreign", "more", "setuid"],
 )
 def test_what_was_changed_is_made_anew(installed: Tree, damage: str, offline: Path) -> None:
-    """By a power cut, a bad disk or somebody: `check` tells all but bytecode, and installing again puts it right."""
+    """Whether a power cut, a bad disk or a user changed it: `check` reports all but bytecode, and another installation repairs it."""
     bring(installed, offline)
     installed.run(f"tree=$(readlink -f /opt/ca-bridge/current); {damage}")
     told = installed.run(f"sh {FILE} check", check=False)
@@ -351,7 +351,7 @@ def test_what_was_changed_is_made_anew(installed: Tree, damage: str, offline: Pa
 
 
 def test_nothing_is_found_by_the_path_that_is_given(bookworm: Tree, offline: Path) -> None:
-    """Programs of somebody else in $PATH are not what the installer and the uninstaller start."""
+    """The installer and the uninstaller start no other user's programs from $PATH."""
     bring(bookworm, offline)
     names = "sed sha256sum readlink systemctl python3"
     bookworm.run(
@@ -363,7 +363,7 @@ def test_nothing_is_found_by_the_path_that_is_given(bookworm: Tree, offline: Pat
     assert bookworm.run("cat /tmp/started", check=False).stdout == ""
 
 
-def test_what_somebody_keeps_beside_the_versions_stays(bookworm: Tree, offline: Path) -> None:
+def test_other_files_beside_the_versions_stay(bookworm: Tree, offline: Path) -> None:
     """Also where `versions` leads to a directory that has other things in it."""
     bring(bookworm, offline)
     bookworm.run(
@@ -386,7 +386,7 @@ def test_units_that_can_not_be_written_are_told(bookworm: Tree, offline: Path) -
 
 @pytest.mark.attack("N22")
 def test_an_interrupted_renewal_is_not_left_behind(bookworm: Tree, offline: Path) -> None:
-    """Without the program nobody would finish it."""
+    """Without the program it could not be finished."""
     bring(bookworm, offline)
     bookworm.run(f"{INSTALL}; mkdir -m 700 /var/lib/ca-bridge")
     bookworm.put("/var/lib/ca-bridge/journal.json", b"{}", 0o600)
@@ -400,7 +400,7 @@ def test_an_interrupted_renewal_is_not_left_behind(bookworm: Tree, offline: Path
 
 
 def test_purge_asks_for_each(bookworm: Tree, offline: Path) -> None:
-    """Where nobody can be asked nothing happens; else what was named with yes goes, and the rest stays."""
+    """Without a terminal to ask on nothing happens; otherwise each item with a yes is removed, and the rest stays."""
     bring(bookworm, offline)
     bookworm.run(f"{INSTALL} && ca-bridge settings init && mkdir -m 700 /var/lib/ca-bridge")
     assert "wanted a terminal" in bookworm.run("/opt/ca-bridge/uninstall --purge", check=False).stderr

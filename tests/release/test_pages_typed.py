@@ -336,7 +336,7 @@ def carry(source: Booted, outbox: str, target: Booted, inbox: str) -> None:
 
 @only_bookworm
 def test_the_air_gap(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
-    """From nothing to a node's hourly job and a desk's own, which renew all certificates once somebody carries two files."""
+    """From nothing to a node's hourly job and a desk's own, which renew all certificates once a person carries two files."""
     host = installed.copy(tmp_path / "host")
     begin, by_hand, job, *_ = blocks("docs/air-gap.md", "Begin")
     settings, commands = blocks("docs/air-gap.md", "By cron on both sides")

@@ -133,7 +133,7 @@ def test_the_bill_is_cyclonedx_and_has_all_that_is_locked(released: Path) -> Non
     while todo:
         reached.add(ref := todo.pop())
         todo += [one for one in depends[ref] if one not in reached]
-    assert reached == set(depends)  # everything is there for somebody
+    assert reached == set(depends)  # something depends on each of them
 
 
 def verified(directory: Path, signers: Path) -> bool:
@@ -168,7 +168,7 @@ def test_a_signature_counts_only_for_these_bytes_and_this_key(released: Path, tm
     assert not verified(released / "dist", elsewhere)
 
 
-def test_the_page_s_commands_find_a_file_that_nobody_has_signed(released: Path, tmp_path: Path) -> None:
+def test_the_page_s_commands_find_an_unsigned_file(released: Path, tmp_path: Path) -> None:
     """Beside good files with a good signature, under the name of a later version; the release's own file passes."""
     dist = tmp_path / "dist"
     shutil.copytree(released / "dist", dist)

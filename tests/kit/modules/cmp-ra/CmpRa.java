@@ -107,7 +107,7 @@ public final class CmpRa {
     /** A request's place: which CA, how, with which profile. */
     record Place(Path directory, Behaviour behaviour, String profile) {}
 
-    /** Whom a request is from: a reference or a subject; or why it is from nobody. */
+    /** The sender of a request: a reference or a subject; or why it has no valid one. */
     record Who(String name, String wrong) {}
 
     final Map<String, PKIBody> waiting = new ConcurrentHashMap<>();

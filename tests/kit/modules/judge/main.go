@@ -28,7 +28,7 @@ type question struct {
 	Chain [][]byte  // DER, the leaf first, as its file has them.
 	Key   string    // PEM; empty: the pair is not loaded, and no connection made.
 	Roots [][]byte  // DER: ca.crt.
-	At    time.Time // The clock of whoever verifies.
+	At    time.Time // The verifier's clock.
 	Uses  []string  // server, client.
 	Host  string    // What a client calls the server; empty: not looked at, and no server is tried.
 }
@@ -218,7 +218,7 @@ func echoed(connection *tls.Conn) error {
 
 var own *tls.Certificate
 
-// other is the pair of the server that a client is tried against; nobody verifies it.
+// other is the pair of the server that a client is tried against; no client verifies it.
 func other() *tls.Certificate {
 	if own == nil {
 		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
