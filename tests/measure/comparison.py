@@ -210,7 +210,7 @@ def signer_of(case: Case) -> str:
 
 _WRITTEN = (
     "Written by `python -m tests.measure.comparison` on {day:%Y-%m-%d} with Kubernetes 1.37: {count} requests that "
-    "nobody should sign, each made at a real API server, before each of these:"
+    "no signer should sign, each made at a real API server, before each of these:"
 )
 _TRADES = (
     "These are not all of the same trade: kube-controller-manager and cert-manager leave to an approver what our policy "
