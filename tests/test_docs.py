@@ -349,14 +349,14 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_the_index_leads_to_every_page() -> None:
-    """A page that nobody finds is not there; the README leads to the index, and to some pages at once."""
+    """The index links every page; the README leads to the index, and to some pages at once."""
     docs = ROOT / "docs"
     index = {target for target, _ in links_in((docs / "README.md").read_text(encoding="utf-8"))}
     assert {str(page.relative_to(docs)) for page in docs.rglob("*.md")} - {"README.md"} <= index
     assert "docs/README.md" in {target for target, _ in links_in(README.read_text(encoding="utf-8"))}
 
 
-#: What is asked first, by its link in docs/README.md, and words that the answer has.
+#: The first questions of a reader, by their links in docs/README.md, and words that the answers have.
 ANSWERS = {
     "certificates.md#the-certificates-of-a-kubeadm-node": ("etcd-ca", "serverAuth", "who reads it"),
     "first-renewal.md#which-page-is-for-my-ca": ("Microsoft AD CS", "EJBCA", "AWS", "step-ca"),
@@ -544,7 +544,7 @@ def named_by_messages(source: str) -> set[str]:
 
 
 def test_each_command_that_a_message_names_can_be_typed() -> None:
-    """A hint is followed by somebody who is in trouble already."""
+    """A user who follows a hint is in trouble already, so its command has to work."""
     sources = [path for room in ("bridge", "backends", "release") for path in (ROOT / room).rglob("*.py")]
     named = {line for path in sources for line in named_by_messages(path.read_text(encoding="utf-8"))}
     assert len(named) > 40

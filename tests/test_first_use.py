@@ -246,7 +246,7 @@ def test_an_emergency_restarts_first_what_needs_it() -> None:
 
 @pytest.mark.first_use("29")
 def test_generated_pages_speak_no_python() -> None:
-    """Nor does the change log list faults of versions that nobody had."""
+    """Generated pages show no Python, and the change log lists no faults of unreleased versions."""
     wanted = r"\('|None\b|`[A-Z][a-z]+[A-Z]?\w*`\.|see `[A-Z]|\bdataclass|frozenset|timedelta|\bTrue\b|\bFalse\b"
     found = {name: re.findall(wanted, PAGES[name]) for name in ("settings.md", "commands.md")}
     assert found == {"settings.md": [], "commands.md": []}

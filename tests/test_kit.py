@@ -34,14 +34,14 @@ def test_skips() -> None:
 SKIPPED_BY_A_MARK = """
 import pytest
 
-@pytest.mark.kube("a-program-that-nobody-has")
+@pytest.mark.kube("a-program-that-is-missing")
 def test_needs_it() -> None:
     raise AssertionError("ran without its program")
 """
 SKIPPED_MODULE = """
 import pytest
 
-pytest.importorskip("a_module_that_nobody_has")
+pytest.importorskip("a_module_that_is_missing")
 
 def test_never_collected() -> None: ...
 """
@@ -159,7 +159,7 @@ def test_workers_get_as_much_to_do_and_no_two_the_same_address() -> None:
 
 
 def test_a_file_that_starts_nodes_says_so(tmp_path: Path) -> None:
-    """A test marked node in a file that is not named so is an error, since workers are told apart by the name."""
+    """A test marked node in a file that is not named so is an error, since the name decides which worker runs it."""
     wrong = _pytest(tmp_path, A_NODE_TEST, "--collect-only", no_skip=False)
     right = _pytest(tmp_path, A_NODE_TEST, "--collect-only", no_skip=False, files=["test_a_node.py"])
 

@@ -50,7 +50,7 @@ def traces() -> set[str]:
     ]
     mine = {line for line in found if re.search(rf"\b({NAME}|{OTHER})\b", line)}
     if any(line.startswith("v-") for line in links):
-        return mine  # somebody else's node, which needs what nodes share
+        return mine  # another node, which needs what nodes share
     shared = {line.split()[0] for line in links if line.startswith("kube-nodes")}
     return mine | shared | {path for path in SHARED_DIRECTORIES if Path(path).exists()}
 

@@ -25,7 +25,7 @@ ROOF = ("entry", "testing")
 _GROUND = {"doors"}
 _LOOKS = _GROUND | {"pki", "system", "settings", "node"}
 _KEEPS = _LOOKS | {"state"}
-#: Which packages each may import, besides itself; whoever has a reason for another arrow gives it in `bridge/__init__.py`.
+#: Which packages each may import, besides itself; the reason for another arrow belongs into `bridge/__init__.py`.
 FLOORS: dict[str, set[str]] = {
     "doors": set(),
     "pki": _GROUND,
@@ -247,7 +247,7 @@ def pure_wall(source: str, module: str) -> Iterator[str]:
 
 #: What prints on standard output: the program's own end, and one module for all commands.
 PRINTERS = ("bridge.cli.printing", "bridge.entry")
-#: What speaks to somebody at a terminal, and may be loaded by commands alone.
+#: Modules that print for a person at a terminal; only commands may load them.
 _TERMINAL = {"typer", "click", "rich"}
 
 
@@ -320,7 +320,7 @@ def test_one_place_prints(module: str) -> None:
     ["print('x')", "import typer\ntyper.echo('x')", "import sys\nsys.stdout.write('x')", "import rich.console"],
 )
 def test_the_wall_round_printing_can_fail(source: str) -> None:
-    """Whoever prints by himself is noticed."""
+    """The test finds a module that prints by itself."""
     assert list(printing_wall(source, "bridge.renewal.renew"))
     assert not list(printing_wall("from bridge.cli.printing import say\nsay('x')", "bridge.cli.history"))
     assert not list(printing_wall(source, "bridge.cli.printing"))

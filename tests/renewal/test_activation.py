@@ -44,7 +44,7 @@ class KilledError(BaseException):
 
 @dataclass(kw_only=True)
 class Site:
-    """A node, and what is said about it."""
+    """A node, and the messages about it."""
 
     node: Pki
     directory: Path
@@ -101,7 +101,7 @@ class Site:
 
     @property
     def told(self) -> list[str]:
-        """What hooks were told: event, exit code, run, what was renewed."""
+        """What the hooks got: event, exit code, run, renewed certificates."""
         return self._lines("hooks")
 
     def _lines(self, name: str) -> list[str]:
@@ -254,7 +254,7 @@ def test_what_does_not_work_although_another_waits_goes_back(site: Site, monkeyp
 
 @contextlib.contextmanager
 def before_restarts(act: Callable[[bool], None]) -> Iterator[None]:
-    """Something happens right before components are restarted; it is told whether that is the way back."""
+    """Call `act` right before components are restarted; its argument says whether that is a rollback."""
     first = restarts.restart_all
 
     def restart_all(*args: object, **given: object) -> list[restarts.Restarted]:
@@ -336,7 +336,7 @@ def unproven(site: Site, *names: str) -> list[dict[str, bytes]]:
 def test_what_several_runs_installed_goes_back_to_what_was_in_use(
     site: Site, names: tuple[str, ...], wrong: str
 ) -> None:
-    """Not to what an earlier one of them installed, and nobody has seen in use, either."""
+    """A rollback skips the files of an earlier unproven run, too, because no check has seen them in use."""
     before, *_ = unproven(site, *names)
     site.states = {wrong: "refused"}
     result = site.renew()
@@ -386,7 +386,7 @@ def test_backups_are_kept_until_all_is_proven(site: Site) -> None:
 
 
 def test_what_was_renewed_meanwhile_stays(site: Site) -> None:
-    """By `--no-restart`, or by somebody else: it is not what is wrong."""
+    """A certificate that another run renewed with `--no-restart` is not at fault, so the rollback leaves it."""
     before, *_ = unproven(site, MANAGER, SCHEDULER)
     assert site.renew(MANAGER, restarts=False).exit_code == 0
     newer = site.files()
@@ -428,7 +428,7 @@ def test_what_is_still_to_be_restarted_back_keeps_no_renewal_away(site: Site, mo
 
 
 def test_a_stale_component_that_is_not_listed_is_told_and_no_reason_to_go_back(site: Site) -> None:
-    """It is the operator's, who has listed the others; and it is told until it is restarted."""
+    """The operator has listed only the others, and restarts it by hand; each run reports it until then."""
     site.change(components=Components("listed", (Component.SCHEDULER,)))
     old = site.files()
     with before_restarts(lambda _: site.states.update({MANAGER: "stale"})):
@@ -450,7 +450,7 @@ def test_what_runs_on_the_new_certificates_is_not_restarted_again_while_another_
 
 
 def test_a_restart_back_that_fails_is_tried_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the component would run on what is not on disk any more, and nobody would say so."""
+    """Otherwise the component would run on files that are no longer on disk, without any message."""
     before = site.files()
     failing(site, monkeypatch, MANAGER)
     commands = dict(site.settings.restart.commands)
@@ -483,7 +483,7 @@ def test_what_earlier_runs_had_restarted_is_restarted_back_too(site: Site) -> No
 
 
 def test_a_file_that_is_away_for_a_while_ends_nothing(site: Site) -> None:
-    """It is said, and what is owed is done when it is back."""
+    """A message says so, and the open work is done when the file is back."""
     unproven(site, MANAGER)
     path = site.node.kubeconfig_dir / MANAGER
     data = path.read_bytes()
@@ -533,7 +533,7 @@ def test_without_restarts_nothing_is_restarted_or_proven(site: Site) -> None:
 
 
 def test_what_could_not_be_seen_before_is_no_excuse(site: Site) -> None:
-    """A check that was unknown, and is refused now, has failed by this renewal, as far as anybody knows."""
+    """A check that was unknown before and is refused now counts as failed by this renewal."""
     old, site.states = site.files(), {MANAGER: "unknown"}
     with before_restarts(lambda _: site.states.update({MANAGER: "refused"})):
         result = site.renew(MANAGER)

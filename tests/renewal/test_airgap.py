@@ -471,7 +471,7 @@ def test_loose_certificates_in_any_form_under_any_name(node: Node, form: str) ->
 
 
 def test_a_directory_with_all_kinds_of_things(node: Node, desk: Desk) -> None:
-    """An answer bundle, loose files and junk side by side; what nobody named is only passed over."""
+    """An answer bundle, loose files and junk side by side; files that the operator did not name are only passed over."""
     exported = node.export("apiserver", "scheduler.conf", FRONT)
     answered = read_answer(sign(desk, node))
     (node.carried / "answer.json").unlink()
@@ -512,7 +512,7 @@ def test_odd_certificates_beside_an_answer_do_no_harm(node: Node) -> None:
 
 
 def test_the_same_things_named_are_errors(node: Node) -> None:
-    """Whoever names a file means it: exit 1, and what it is, or that it is not there."""
+    """A named file that is wrong is exit 1, and the error says what it is, or that it is not there."""
     node.export(FRONT)
     (node.carried / "readme.txt").write_text("hello")
     for name, found in (("readme.txt", "no certificate"), ("gone", "no such file"), ("bundle.json", "schema")):
@@ -729,7 +729,7 @@ def test_nothing_in_the_inbox_steers_the_terminal(node: Node) -> None:
         assert not {"\x1b", "\x07"} & set(run.stdout + run.stderr)
 
 
-def test_somebody_else_was_faster(node: Node, desk: Desk, tmp_path: Path) -> None:
+def test_an_answer_for_a_replaced_certificate_is_refused(node: Node, desk: Desk, tmp_path: Path) -> None:
     """The certificate was replaced after the export: the request is forgotten, its answer refused, nothing touched."""
     node.export("apiserver", FRONT)
     answer = sign(desk, node)
@@ -816,7 +816,7 @@ def test_killed_before_the_answer_left_the_inbox(node: Node, desk: Desk, *, is_t
 @pytest.mark.parametrize("then", ["import", "renew"])
 @pytest.mark.parametrize("point", ["bridge.renewal.verify_and_install.install", "bridge.state.install._journal"])
 def test_killed_between_proof_and_installation(node: Node, desk: Desk, point: str, then: str) -> None:
-    """The same import, or the next `renew` without any CA, installs what was proven; nobody is asked again."""
+    """The same import, or the next `renew` without any CA, installs what was proven; no CA is asked again."""
     node.export("apiserver", "scheduler.conf")
     answer = sign(desk, node)
     die_at(node, point, "import", answer)
@@ -969,7 +969,7 @@ def test_nothing_is_due_while_a_person_has_it(tmp_path: Path) -> None:
 
 
 def forged(request: bundle.RequestBundle, answers: dict[str, Issued | bundle.Refusal]) -> AnswerBundle:
-    """Dated far in the future, by nobody."""
+    """An answer dated far in the future, without a desk's signature."""
     return AnswerBundle(
         request_digest=bundle_format.digest(request),
         batch=request.batch,

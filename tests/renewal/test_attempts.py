@@ -202,7 +202,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_file_costs_one_more_try(store: Store, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is said, it stops nothing, and no failure ever gets exit code 0 by it."""
+    """A message names it, it stops nothing, and no failure ever gets exit code 0 by it."""
     set_up(0, LogFormat.TEXT)
     store.attempts.write_text(text)
     assert Attempts(store).authorities == {}

@@ -50,7 +50,7 @@ def kubeconfigs(node: Pki) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("keeps_old", [True, False], ids=["before the old one", "in its place"])
 def test_a_new_ca_that_the_kubeconfigs_do_not_know(node: Pki, tmp_path: Path, new: Signer, keeps_old: bool) -> None:
-    """Nothing of that CA is asked for or replaced, and it is said what to do; other CAs' certificates are renewed."""
+    """The run asks for and replaces none of that CA's certificates, and says what to do; other CAs' certificates are renewed."""
     old = node.ca_pem("ca")[0]
     (node.pki_dir / "ca.crt").write_bytes(pem(new.certificate) + (old if keeps_old else b""))
     before, serving = kubeconfigs(node), (node.pki_dir / "apiserver.crt").read_bytes()
@@ -65,7 +65,7 @@ def test_a_new_ca_that_the_kubeconfigs_do_not_know(node: Pki, tmp_path: Path, ne
     assert hint in (result.failed[0].error or HalfRotatedError("")).hint
     assert (kubeconfigs(node), (node.pki_dir / "apiserver.crt").read_bytes()) == (before, serving)
     assert (tmp_path / "cas/ca/index.txt").read_text() == ""
-    assert not (tmp_path / "state/attempts.json").exists()  # nobody was asked in vain
+    assert not (tmp_path / "state/attempts.json").exists()  # no CA was asked in vain
 
 
 def test_a_new_ca_that_the_kubeconfigs_know_too(node: Pki, tmp_path: Path, new: Signer) -> None:

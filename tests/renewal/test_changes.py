@@ -1,4 +1,4 @@
-"""Other SANs and subjects than the live certificate's, only as an operator names them; what drifted is told."""
+"""Other SANs and subjects than the live certificate's, only as an operator names them; each drift is reported."""
 
 from __future__ import annotations
 
@@ -112,14 +112,14 @@ def test_sans_come_and_go_by_name(site: Site) -> None:
         (["--add-san", "admin.conf=x.example.com"], 2, "client certificate"),
         (["--add-san", "apiserver=bad name"], 2, "wanted an IP address, or a DNS name"),
         (["--add-san", "apiserver"], 2, "NAME=SAN"),
-        (["--add-san", "nobody=x"], 2, "wanted names of certificates"),
+        (["--add-san", "unknown=x"], 2, "wanted names of certificates"),
         (["etcd-peer", "--add-san", "apiserver=x"], 2, "among the names"),
         (["--adopt-defaults"], 2, "names of certificates, or all"),
         (["--add-san", "apiserver=x", "--csr-only", "--csr-dir", "/nowhere"], 2, "can't be combined"),
     ],
 )
 def test_what_would_do_harm_is_refused(site: Site, arguments: list[str], code: int, text: str) -> None:
-    """Names that this node's own files need stay, and nobody is asked."""
+    """Names that this node's own files need stay, and no CA is asked."""
     before = live_certificates(site.pki)
     run = site.bridge.run("renew", *arguments)
     assert (run.returncode, text in run.stderr) == (code, True), run.stderr
@@ -161,7 +161,7 @@ def test_newer_subjects_only_where_their_rights_are(site: Site, cluster: apiserv
     early = site.bridge.run("renew", KUBELET_CLIENT, "--adopt-defaults")
     assert (early.returncode, "kubectl create clusterrolebinding" in early.stderr) == (5, True)
     assert groups(site.live(KUBELET_CLIENT)) == {"system:masters"}
-    cluster.bindings = {"kubeadm:apiserver-kubelet-client": ("cluster-admin", "User", "somebody")}
+    cluster.bindings = {"kubeadm:apiserver-kubelet-client": ("cluster-admin", "User", "alice")}
     assert "another role or subject" in site.bridge.run("renew", KUBELET_CLIENT, "--adopt-defaults").stderr
     cluster.bindings = BINDING
     run = site.bridge.run("renew", KUBELET_CLIENT, "scheduler.conf", "--adopt-defaults")
@@ -174,7 +174,7 @@ def test_newer_subjects_only_where_their_rights_are(site: Site, cluster: apiserv
 
 
 def test_without_an_api_server_no_subject_is_changed(site: Site) -> None:
-    """Whoever can't be asked has said nothing."""
+    """No answer of the API server counts as no permission."""
     with_old_subject(site)
     run = site.bridge.run("renew", KUBELET_CLIENT, "--adopt-defaults")
     assert (run.returncode, "while the API server answers" in run.stderr) == (5, True), run.stderr
@@ -262,7 +262,7 @@ def test_plan_and_doctor_tell_what_has_drifted(site: Site, path: str, old: str, 
 
 
 def test_doctor_compares_with_kubeadm_config(site: Site, cluster: apiserver.State) -> None:
-    """SANs, service range and endpoint that differ are warnings; what a renewal keeps and kubeadm would not is told."""
+    """SANs, service range and endpoint that differ are warnings; names that a renewal keeps and kubeadm would not are reported."""
     site.edit("manifests/kube-apiserver.yaml", "--secure-port=6443", f"--secure-port={cluster.port}")
     head = "apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\nkubernetesVersion: v1.37.2\n"
     cluster.config = (

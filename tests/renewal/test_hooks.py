@@ -1,4 +1,4 @@
-"""Hooks: real processes, what they are told, their time limit, and that none is forgotten."""
+"""Hooks: real processes, their variables, their time limit, and that none is forgotten."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_what_is_no_command_is_a_settings_error(value: str) -> None:
     assert [(p.key, p.line) for p in e.value.problems] == [("hooks.success", 2)]
 
 
-# --- what a hook is told ---------------------------------------------------------------------------------------------
+# --- a hook's variables ----------------------------------------------------------------------------------------------
 
 
 def environment(log: Path) -> dict[str, str]:
@@ -241,7 +241,7 @@ def test_a_before_hook_can_say_not_now(make: Make) -> None:
 
 
 def test_a_before_hook_that_agrees_lets_the_run_begin(make: Make, log: Path) -> None:
-    """It is told what is about to be renewed."""
+    """It gets the names of the certificates that are about to be renewed."""
     make(shell(f'echo "$CA_BRIDGE_EVENT $CA_BRIDGE_NAMES$CA_BRIDGE_EXIT_CODE" >{log}', "before")).before(
         HookEvent(names=("apiserver",))
     )
@@ -300,7 +300,7 @@ def test_only_those_that_failed_run_again(make: Make, node: Node, log: Path) -> 
 def test_a_hook_that_was_mended_in_the_settings_runs_in_the_place_of_the_old_one(
     make: Make, node: Node, store: Store, log: Path
 ) -> None:
-    """The settings say what is run, what is owed says what it is told."""
+    """The settings give the command, and the recorded event gives its variables."""
     make('success = "/nowhere/tell"').finished(renewed(node))
     assert make(shell(f"echo $CA_BRIDGE_TRY >{log}", "success")).again(node) == []
     assert log.read_text() == "2\n"
@@ -310,7 +310,7 @@ def test_a_hook_that_was_mended_in_the_settings_runs_in_the_place_of_the_old_one
 def test_a_hook_that_was_taken_out_is_dropped(
     make: Make, node: Node, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And it is said."""
+    """A message says that it was dropped."""
     set_up(0, LogFormat.TEXT)
     make('success = "false"').finished(renewed(node))
     assert make().again(node) == []
@@ -336,7 +336,7 @@ def test_of_failures_the_newest_is_told_again(make: Make, node: Node, store: Sto
 
 
 def test_what_is_owed_has_a_limit(make: Make, node: Node, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    """A hook that fails for years does not fill the disk; what is given up is named."""
+    """A hook that fails for years does not fill the disk; a message names each event that is given up."""
     set_up(0, LogFormat.TEXT)
     for number in range(22):
         make('success = "false"', run_id=f"{number:08}").finished(renewed(node))

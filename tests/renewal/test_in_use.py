@@ -191,7 +191,7 @@ def test_what_reloads_is_not_waited_for(site: Site) -> None:
     assert (site.hooks, site.warnings) == (["success"], (False, False, False))
 
 
-def test_a_component_that_nobody_sees_is_not_in_use(
+def test_a_component_that_is_not_seen_is_not_in_use(
     site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its manifest says that it should run here; that no process of it is found is no proof."""

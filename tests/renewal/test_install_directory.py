@@ -95,7 +95,9 @@ def assert_pair_is_from(node: Pki, directory: Path, name: str) -> None:
     assert item.certificates[0].public_key() == key
 
 
-def test_what_renew_wrote_and_somebody_signed_is_installed(node: Pki, settings: Settings, directory: Path) -> None:
+def test_what_renew_wrote_and_another_ca_program_signed_is_installed(
+    node: Pki, settings: Settings, directory: Path
+) -> None:
     """All twelve; the directory stays as it is, and the record has each step."""
     sign_all(node, directory)
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
@@ -188,7 +190,7 @@ def test_keys_that_others_can_read_are_refused(node: Pki, settings: Settings, di
 def test_a_link_in_the_directory_is_not_followed(
     node: Pki, settings: Settings, directory: Path, tmp_path: Path
 ) -> None:
-    """Whoever may write there can't have another file read as a key."""
+    """A user who may write there can't make the program read another file as a key."""
     sign_all(node, directory, ["apiserver"])
     key = directory / "apiserver.key"
     key.rename(tmp_path / "elsewhere.key")

@@ -226,7 +226,7 @@ def test_the_groups_are_the_versions(site: Site, version: str, group: set[str]) 
     assert {value for oid, value in subject if oid == "2.5.4.10"} == group
 
 
-def test_cron_makes_nothing_that_nobody_has_named(site: Site) -> None:
+def test_cron_makes_no_certificate_that_was_not_named(site: Site) -> None:
     """`renew` and `renew all` fail with exit 1 as before, and say how it is made; super-admin.conf may be missing."""
     site.remove(KUBELET_CLIENT, "super-admin.conf")
     for names in ([], ["all"]):
@@ -323,7 +323,7 @@ def test_a_ca_that_answers_later(site: Site, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["evil.example.com", "wanted.example.com"])
 def test_an_answer_that_says_something_else_is_refused(site: Site, tmp_path: Path, name: str) -> None:
-    """What is made is compared with what was asked for, as every renewal; the right twin is installed."""
+    """The new certificate is compared with its request, as in every renewal; the right twin is installed."""
     slow = Slow.make(site, tmp_path)
     site.remove("apiserver")
     wanted = [*site.config, "--add-san", "apiserver=wanted.example.com"]

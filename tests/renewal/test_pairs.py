@@ -275,7 +275,7 @@ def test_the_settings_say_what_the_next_pair_is(bridge: Bridge, place: Path) -> 
     """
     Other names or usages in the settings are asked for at once; --add-san is refused for a pair.
 
-    What somebody put in the pair's place is no model for the next one, and is not named as replaced.
+    A certificate that an operator put in the pair's place is no model for the next one, and is not named as replaced.
     """
     add(bridge, place)
     assert bridge.run("renew").returncode == 0

@@ -148,7 +148,7 @@ def test_a_scratch_ca_signs_what_is_thrown_away(node: Pki, tmp_path: Path) -> No
 
 
 def test_the_table_of_a_rehearsal() -> None:
-    """Its keys count more than the authority's; with another backend those don't count; a wrong name is told."""
+    """Its keys count more than the authority's; with another backend those don't count; a wrong name is reported."""
     text = (
         '[backend.a]\ntype = "vault"\nurl = "https://a"\n[backend.b]\ntype = "openssl"\n'
         '[authority.ca]\nbackend = "a"\nmount = "m"\nrole = "r"\n[authority.ca.rehearsal]\n'
@@ -318,7 +318,7 @@ def bridge_of(node: Pki, directory: Path) -> Bridge:
 
 
 def test_as_an_operator_sees_it(node: Pki, tmp_path: Path) -> None:
-    """A table, a sentence, JSON; monitors are told of it by itself, and a rehearsal is no run."""
+    """A table, a sentence, JSON; monitors get a metric of its own, and a rehearsal counts as no run."""
     bridge = bridge_of(node, tmp_path)
     file = tmp_path / "ca-bridge.prom"
     bridge.add("metrics", {"file": str(file)})
@@ -386,7 +386,7 @@ def test_with_openbao(node: Pki, tmp_path: Path, bao: openbao.OpenBao) -> None:
 
 
 def test_a_credential_that_is_good_once_is_left_to_the_renewal(node: Pki, tmp_path: Path, bao: openbao.OpenBao) -> None:
-    """A wrapped secret_id is not used up: exit 2 says why nobody was asked, and the renewal finds it."""
+    """A wrapped secret_id is not used up: exit 2 says why no CA was asked, and the renewal finds it unused."""
     bridge = Bridge(pki=node, directory=tmp_path / "bridge")
     for name in AUTHORITIES:
         add_vault(bridge, bao, name, "once")

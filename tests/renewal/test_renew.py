@@ -226,7 +226,7 @@ def test_another_kind_of_key_as_set(node: Pki, tmp_path: Path) -> None:
 def test_a_file_that_changes_while_the_ca_signs_is_not_overwritten(
     node: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody renewed it by hand meanwhile: nothing is replaced, and that is said."""
+    """An operator renewed it by hand meanwhile: nothing is replaced, and the message says so."""
     path = node.pki_dir / "apiserver.crt"
     theirs = path.read_bytes() + b"\n"
     real = issuance.issue_all
@@ -355,12 +355,12 @@ def test_a_live_certificate_whose_key_cannot_be_read_fails_alone(node: Pki, tmp_
         (Before(remaining=timedelta(days=400)), ["renewal.before (400d), got 364d: every run renews again"]),
         (Before(share=0.33), []),
     ],
-    ids=["longer than what was given", "a share of it"],
+    ids=["longer than the lifetime", "a share of it"],
 )
 def test_a_lifetime_that_is_due_at_once_is_warned_of(
     node: Pki, tmp_path: Path, before: Before, said: list[str]
 ) -> None:
-    """The renewal is one; that the next run will do it all again is said."""
+    """The renewal succeeds, and a warning says that the next run will do it all again."""
     settings = settings_for(node, tmp_path)
     settings = replace(settings, renewal=replace(settings.renewal, before=before))
     looking = Quiet()
@@ -372,7 +372,7 @@ def test_a_lifetime_that_is_due_at_once_is_warned_of(
 
 
 def test_a_certificate_whose_intermediate_ends_soon_is_due(node: Pki) -> None:
-    """It is of no use without it; and what is said of a run with nothing to do counts from there."""
+    """The certificate is of no use without it, and a run with nothing to do counts the days from there."""
     from bridge.node import inventory
 
     path = node.pki_dir / "apiserver.crt"

@@ -129,7 +129,7 @@ def test_what_was_never_installed_supersedes_nothing(
 def test_nothing_is_revoked_where_nothing_is_seen(
     node: Pki, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a check of the new certificate nobody knows whether the old one is in use; with one it is revoked."""
+    """Without a check of the new certificate the old one may be in use, and stays valid; with one it is revoked."""
     old, quiet = serial(node, "apiserver"), Quiet()
     run(settings, "apiserver")
     with monkeypatch.context() as patch:
@@ -165,7 +165,7 @@ def test_nothing_is_revoked_before_the_new_one_is_proven(
 def test_a_ca_that_does_not_revoke_is_told(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, error: BridgeError, left: list[str]
 ) -> None:
-    """Later is tried again; no is said once. It counts as no failed renewal."""
+    """An unavailable CA is asked again, and a refusal is reported once. Neither counts as a failed renewal."""
     run(settings, "apiserver")
 
     def revoke(*_: object) -> None:
@@ -181,7 +181,7 @@ def test_a_ca_that_does_not_revoke_is_told(
 
 
 def test_a_ca_that_cannot_revoke_is_said_before(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is owed that nobody can do; the renewal goes on."""
+    """A revocation that the backend can't make is not recorded as open; the renewal goes on."""
     monkeypatch.delattr(OpensslBackend, "revoke")
     quiet = Quiet()
     assert run(settings, "apiserver", quiet=quiet).exit_code == 0

@@ -79,7 +79,7 @@ def test_a_window_is_read_as_it_is_said(text: str, said: str) -> None:
     ],
 )
 def test_anything_else_is_a_settings_error_with_its_line(value: str) -> None:
-    """Wanted is said with an example."""
+    """The error shows an example of a right value."""
     with pytest.raises(SettingsError) as e:
         parse(f"[renewal]\nwindow = {value}\n")
     [problem] = e.value.problems
@@ -181,7 +181,7 @@ def test_an_open_window_is_one_by_the_clock_on_the_wall(now: datetime, some: Win
 def test_what_waits_has_two_windows_left_and_two_days(
     now: datetime, some: Windows, zone: ZoneInfo, left: timedelta
 ) -> None:
-    """The next of them is the moment that is told, and it is one at which a run acts."""
+    """The message names the beginning of the next window, and a run acts at that moment."""
     decision = may_act(now, some, zone, now + left)
     if decision.act:
         return
@@ -363,8 +363,8 @@ def test_the_delay_ends_before_the_window() -> None:
     assert jittered(WEDNESDAY + 30 * DAY, WEDNESDAY, window=windows("Wed 12:00-13:10")) == 5 * MINUTE
 
 
-def test_nobody_at_a_terminal_is_kept_waiting() -> None:
-    """Nor is a run that has nothing to do, or no jitter set."""
+def test_a_person_at_a_terminal_does_not_wait_for_the_jitter() -> None:
+    """A run that has nothing to do, or no jitter set, does not wait either."""
     assert jittered(WEDNESDAY + 30 * DAY, WEDNESDAY, is_terminal=True) == timedelta()
     settings = RenewalSettings(jitter=Jitter(HOUR))
     assert jitter(due(), settings, WEDNESDAY, is_terminal=False, share=0.5) == timedelta()
@@ -424,7 +424,7 @@ def test_systemd_takes_the_units(name: str, tmp_path: Path) -> None:
 
 
 def test_cron_starts_a_bare_renew() -> None:
-    """As root, with all it says mailed, as it is the only one who is told what is left to do."""
+    """cron runs it as root and mails all its output to root, who has to do what is left."""
     text = (ROOT / "config/cron/ca-bridge").read_text(encoding="utf-8")
     jobs = [line for line in text.splitlines() if line and not line.startswith("#") and not re.match(r"\w+=", line)]
     assert [job.split()[5:] for job in jobs] == [["root", "/usr/bin/ca-bridge", "renew"]]

@@ -1,4 +1,4 @@
-"""Answers that the desk signs: where a node's settings name its key, nobody else's word counts."""
+"""Answers that the desk signs: where a node's settings name its key, no other answer counts."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_only_signed_answers_count_in_an_inbox(node: Node, desk: Desk, tmp_path:
 
 
 def test_the_desks_own_refusal_ends_a_request(node: Node, desk: Desk, tmp_path: Path) -> None:
-    """Nobody else could have written it, so that the key is dropped; without the key in the settings it is kept."""
+    """Only the desk could have written it, so that the request's key is dropped; without the desk's key in the settings it is kept."""
     outbox, inbox = node.add_exchange()
     trust(node, tmp_path / "desk.pub")
     desk.policy.write_text(desk.policy.read_text().replace('nodes = ["cp-*"]', 'nodes = ["other"]'))
@@ -110,7 +110,7 @@ def test_import_takes_signed_answers_alone(node: Node, desk: Desk, tmp_path: Pat
 
 
 def test_a_certificate_names_the_key_as_well() -> None:
-    """A public key or a certificate with it; anything else is said to be neither."""
+    """A public key or a certificate with it; the error for anything else says that it is neither."""
     signer = Signer.make("desk")
     public = signer.key.public_key()
     spki = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

@@ -1,4 +1,4 @@
-"""What surrounds a renewal: is it time, who is told, who is counted; and that a run with hooks owed is not over at once."""
+"""What surrounds a renewal: is it time, which hooks run, which failures count; and that a run with open hooks is not over at once."""
 
 from __future__ import annotations
 
@@ -288,8 +288,8 @@ def test_a_failed_run_is_told_to_the_failure_hook(store: Store, directory: Path,
     assert log.read_text().splitlines() == ["7", "apiserver: corp: no such role", "hook x failed"]
 
 
-def test_what_waits_is_told_to_nobody(store: Store, directory: Path, node: Node, tmp_path: Path) -> None:
-    """Each hour of the week."""
+def test_what_waits_runs_no_hook(store: Store, directory: Path, node: Node, tmp_path: Path) -> None:
+    """A run outside its window runs no failure hook."""
     log = tmp_path / "log"
     text = hook("failure", f"touch {log}") + SATURDAY
     left = held(store, directory, due(store, directory, node), text)
@@ -298,7 +298,7 @@ def test_what_waits_is_told_to_nobody(store: Store, directory: Path, node: Node,
 
 
 def test_a_hook_that_says_not_now_is_no_failure(store: Store, directory: Path, node: Node, tmp_path: Path) -> None:
-    """Nobody is told and nothing counted; a hook that is broken is told."""
+    """No hook runs and no failure counts; a hook that is broken is reported."""
     log = tmp_path / "log"
     text = hook("failure", f"echo x >>{log}")
     everything = due(store, directory, node)

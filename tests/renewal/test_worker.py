@@ -288,7 +288,7 @@ def test_one_of_the_ca_keeps_its_names(make: Make) -> None:
 
 
 def test_one_in_another_name_is_not_renewed(make: Make) -> None:
-    """A certificate of the cluster's CA that is an administrator's gives nobody its name."""
+    """An administrator's certificate from the cluster's CA is refused as the model of a kubelet's."""
     worker = make()
     worker.serve("kubernetes-admin", end=timedelta(days=3), sans=(x509.DNSName(NODE),))
     run = worker.bridge.run("renew")
@@ -309,7 +309,7 @@ def test_names_of_services_are_refused_in_the_settings(make: Make, san: str) -> 
 
 
 def test_one_from_a_signer_goes_into_a_new_file(make: Make) -> None:
-    """`serverTLSBootstrap` with nobody who signs: past nine tenths it is ours, like the client certificate."""
+    """`serverTLSBootstrap` without a signer: past nine tenths of its time we renew it, like the client certificate."""
     worker = make()
     leaf = worker.serve(f"system:node:{NODE}", end=timedelta(minutes=3), sans=(x509.DNSName(NODE),))
     dated = worker.pki_dir / "kubelet-server-2026-01-02-03-04-05.pem"

@@ -63,7 +63,7 @@ def test_a_word_counts_for_an_hour() -> None:
     [{}, {SEEN_AT: ""}, {SEEN_AT: "yesterday issued"}, {SEEN_AT: "2026-11-24T12:00:00 issued"}, {SEEN_AT: ["2026"]}],
 )
 def test_a_word_without_a_time_is_late(annotations: Mapping[str, object]) -> None:
-    """Whatever somebody has written into the object."""
+    """Any other text in the annotation counts as no report."""
     assert late_words({"cp-2": word(annotations)}, Phase.NEW, NOW) == ["cp-2"]
 
 

@@ -178,7 +178,7 @@ class Walk(RuleBasedStateMachine):
         assert_pairs(pki_of(self.nodes[number]), count=3)
 
     def _keep_client(self, node: Settings) -> None:
-        """Whoever holds a certificate that the node had is a client, too."""
+        """Keep the node's certificate, since the holder of an old one is a client, too."""
         path = node.node.pki_dir / "apiserver-kubelet-client.crt"
         chain = load_pem_certificates(path.read_bytes())
         if chain not in self.persons:

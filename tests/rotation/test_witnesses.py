@@ -107,7 +107,7 @@ def test_words_of_others_steer_no_terminal_and_fill_no_memory(tmp_path: Path) ->
 
 
 def test_a_log_that_is_none_is_named(tmp_path: Path) -> None:
-    """No file, a pipe that nobody writes to, a directory."""
+    """A missing file, a pipe without a writer and a directory are named."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "none", tmp_path / "pipe", tmp_path):
         with pytest.raises(UnreadableLogError, match="wanted a log"):

@@ -567,7 +567,7 @@ def test_show_passes_no_control_character(run: Run, store: Store) -> None:
 
 @pytest.mark.parametrize("text", ["10", "0MiB", "10MB", "-1KiB", 10])
 def test_a_size_has_a_unit(text: object) -> None:
-    """So that nobody has to guess it."""
+    """A size without a unit is refused, so that no reader has to guess it."""
     with pytest.raises(ValueError):
         Size.from_setting(text)
     assert [str(Size.from_setting(size)) for size in ("10MiB", "2048KiB", "1GiB")] == ["10MiB", "2MiB", "1GiB"]
@@ -667,7 +667,7 @@ def test_vault_tells_whose_token_it_is_if_it_may(
 
 
 def test_cfssl_knows_us_by_our_client_certificate(tmp_path: Path) -> None:
-    """Without one it knows nobody."""
+    """Without a client certificate the server knows no identity."""
     tls = cfssl.make_tls(tmp_path / "tls", client_cn="bridge-cp-1")
     url = f"https://127.0.0.1:{free_port()}"
     with_certificate = CfsslSettings(
@@ -724,8 +724,8 @@ def test_without_a_bound_all_of_it_stays(store: Store) -> None:
 
 
 @pytest.mark.attack("G4")
-def test_what_somebody_else_deletes_is_missing(store: Store) -> None:
-    """One file more than the log says, or one with nothing said."""
+def test_what_another_program_deletes_is_missing(store: Store) -> None:
+    """A file that the log's own limit did not delete is reported as missing."""
     bounded(store, 40, "8KiB")
     audit.files(store)[0].unlink()
     assert {kind for kind, _, _ in found(store)} == {"missing"}

@@ -165,7 +165,7 @@ def test_what_is_strange_among_the_backups_keeps_no_renewal_from_its_report(run:
 def test_a_directory_of_backups_that_cannot_be_read_is_named(
     run: Run, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By whoever lists them and whoever wants one of them."""
+    """Both the list of backups and the restoration of one name it."""
 
     def fail(_: Store) -> list[Path]:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -236,7 +236,7 @@ def test_a_backup_that_is_not_there_is_1(run: Run, args: tuple[str, ...]) -> Non
 
 
 def test_an_older_backup_is_not_taken_for_the_newest(run: Run, store: Store, node: Pki) -> None:
-    """When the newest can't be read, whoever goes back says where to; an older one that can't be is no matter."""
+    """When the newest can't be read, the operator has to name a backup; an unreadable older one changes nothing."""
     good, newest = renewed(run, "apiserver"), renewed(run, "apiserver")
     older = "20200101T000000Z-01234567"
     shutil.copytree(store.backups / newest, store.backups / older)
@@ -364,7 +364,7 @@ def test_an_expired_backup_needs_force(tmp_path: Path, config: Path, run: Run, n
 
 
 def _live_instead(node: Pki, name: str, **changes: Any) -> None:
-    """As somebody else's tool would have made it: signed by the node's CA, with the key that is there."""
+    """Make it as another tool would: signed by the node's CA, with the key that is there."""
     [item] = [i for i in inventory.read(node.pki_dir, node.kubeconfig_dir).items if i.spec.name == name]
     assert item.key_path is not None
     certificate, key = node.ca_pem(item.spec.authority.name)
@@ -421,7 +421,7 @@ def test_a_backup_that_would_not_be_installed_today_needs_force(
 def test_a_backup_with_other_names_than_the_live_certificate_needs_force(
     subject: str, changes: dict[str, Any], run: Run, node: Pki, store: Store
 ) -> None:
-    """Somebody changed them on purpose since, and a renewal would keep that; with the same names nothing is asked."""
+    """An operator changed them on purpose since, and a renewal would keep that; with the same names no option is needed."""
     renewed(run, "apiserver")
     assert problems(store, node) == []
     _live_instead(node, "apiserver", **changes)

@@ -1,4 +1,4 @@
-"""A mistake in a backend's table is told although nothing is due, and a file that was checked costs nothing more."""
+"""A mistake in a backend's table is reported although nothing is due, and a checked file costs nothing more."""
 
 from __future__ import annotations
 

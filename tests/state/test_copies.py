@@ -1,4 +1,4 @@
-"""Copies of kubeconfigs: refreshed with the node's own, whatever interrupts, and by nobody's trick."""
+"""Copies of kubeconfigs: refreshed with the node's own, whatever interrupts, and safe against other users' tricks."""
 
 from __future__ import annotations
 
@@ -121,14 +121,14 @@ def test_without_the_setting_a_copy_is_left_alone(node: Pki, home: Path, tmp_pat
 
 
 def test_a_key_is_for_no_one_else_to_read(node: Pki, home: Path, tmp_path: Path) -> None:
-    """A copy that everybody could read is narrowed to its owner and group."""
+    """A copy that all users could read is narrowed to its owner and group."""
     copy = given(node, home / "config", mode=0o644)
     assert renewed(settings_with(node, tmp_path, copy), "all") == ["0"]
     assert stat.S_IMODE(copy.stat().st_mode) == 0o640
 
 
 def merged(node: Pki) -> bytes:
-    """As of somebody with several clusters: another current context, a user with a token, a block value, two of ours."""
+    """The file of a user with several clusters: another current context, a user with a token, a block value, two of ours."""
 
     def value(name: str, key: str) -> str:
         document = yaml.safe_load((node.kubeconfig_dir / name).read_text())
@@ -273,7 +273,7 @@ def an_anchor(node: Pki, copy: Path) -> None:
 
 
 def thousands_of_aliases(node: Pki, copy: Path) -> None:
-    """Of one mapping of 40,000 keys: to look through it for each of them takes longer than anybody waits."""
+    """Of one mapping of 40,000 keys: to look through it for each of them takes longer than an operator waits."""
     given(node, copy)
     keys = "".join(f"  k{number}: 1\n" for number in range(40_000))
     copy.write_text(f"a: &a\n{keys}users:\n" + "- *a\n" * 15_000)
@@ -329,10 +329,10 @@ def everything_below(directory: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(("make", "says"), BAD, ids=[make.__name__ for make, _ in BAD])
-def test_a_bad_copy_stops_nobody(
+def test_a_bad_copy_stops_no_other(
     node: Pki, home: Path, tmp_path: Path, make: Callable[[Pki, Path], None], says: str
 ) -> None:
-    """It is told, with exit code 7, and nothing of it is touched; the node and the other copies have the new one."""
+    """It is reported, with exit code 7, and stays as it is; the node and the other copies have the new one."""
     bad, good = home / "config", tmp_path / "monitoring.conf"
     make(node, bad)
     given(node, good, uid=0)
@@ -385,7 +385,7 @@ def test_a_copy_that_is_read_for_ever_holds_up_nothing(
 
 @pytest.mark.attack("N1")
 def test_a_key_that_takes_minutes_to_check_is_not_read(node: Pki, home: Path, tmp_path: Path) -> None:
-    """The node's certificate with an RSA key of two large Mersenne primes: it is left alone, and stops nobody."""
+    """The node's certificate with an RSA key of two large Mersenne primes: it is left alone, and stops no other copy."""
     copy = given(node, home / "config")
     document = yaml.safe_load(copy.read_text())
     document["users"][0]["user"]["client-key-data"] = base64.b64encode(mersenne_key()).decode()
@@ -441,7 +441,7 @@ def test_roots_own_link_is_followed(node: Pki, home: Path, tmp_path: Path) -> No
 def test_a_certificate_alone_earns_no_key(
     node: Pki, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The old certificate is no secret: a file that has it with another key gets nothing, and that is told."""
+    """The old certificate is no secret: a file that has it with another key gets nothing, and a message says so."""
     copy = given(node, home / "config")
     other = kubeconfig.key_data((node.kubeconfig_dir / "scheduler.conf").read_bytes()) or b""
     document = yaml.safe_load(copy.read_text())
@@ -458,7 +458,7 @@ def test_a_certificate_alone_earns_no_key(
 def test_another_kubeconfigs_renewal_is_no_matter(
     node: Pki, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A copy of scheduler.conf stays as it is, and nothing is said of it, when admin.conf is renewed."""
+    """A copy of scheduler.conf stays as it is, without a message, when admin.conf is renewed."""
     copy = given(node, home / "config", name="scheduler.conf")
     before = copy.read_bytes()
     with caplog.at_level("WARNING", logger="ca-bridge"):
@@ -513,7 +513,7 @@ def test_what_the_owner_writes_meanwhile_stays(
 def test_new_keys_are_for_the_owner_at_any_time(
     node: Pki, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the new file gets its content it is the owner's, and for nobody else."""
+    """Before the new file gets its content it belongs to the owner, and no other user can read it."""
     copy = given(node, home / "config")
     seen: list[tuple[int, int]] = []
     real = os.fsync

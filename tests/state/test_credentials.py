@@ -57,7 +57,7 @@ def made(end: datetime) -> bytes:
 
 
 class Site:
-    """A node on which nothing is due; a server that nobody asks would know it by a client certificate."""
+    """A node on which nothing is due; its server, which no test asks, would know it by a client certificate."""
 
     def __init__(self, directory: Path) -> None:
         self.bridge = Bridge(pki=handmade_pki(directory / "node"), directory=directory / "bridge", warm=True)
@@ -390,7 +390,7 @@ def test_the_end_of_a_token(
 
 
 def test_a_service_accounts_token_says_it_by_itself(tmp_path: Path) -> None:
-    """Nobody is asked; another kind of token says nothing."""
+    """No server is asked; another kind of token says nothing."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "own")
     bridge.add("backend.k", {"type": "kubernetes", "url": "https://127.0.0.1:9", "signer": "example.com/{name}",
                              "token_file": str(tmp_path / "token")})  # fmt: skip

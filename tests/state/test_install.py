@@ -136,7 +136,7 @@ def test_replaces_all_files_and_leaves_nothing_over(pki: Path, store: Store) -> 
     assert {path.name for path in store.directory.iterdir()} == {"backups", "written.json"}
     written = written_file(store).read() or {}
     assert {path: one.is_of(Path(path)) for path, one in written.items()} == {str(pki / name): True for name in FILES}
-    (pki / "server.crt").write_bytes(b"somebody else's")
+    (pki / "server.crt").write_bytes(b"another program's")
     assert [path for path, one in written.items() if not one.is_of(Path(path))] == [str(pki / "server.crt")]
 
 
@@ -204,7 +204,7 @@ def test_a_missing_key_is_made_for_its_owner_alone(pki: Path, store: Store) -> N
 
 
 def test_a_file_that_changed_since_its_csr_was_made_stops_everything(pki: Path, store: Store) -> None:
-    """Somebody else (kubeadm) renewed meanwhile: nothing is replaced."""
+    """Another program (kubeadm) renewed meanwhile: nothing is replaced."""
     files = replacements(pki)
     (pki / "server.crt").write_bytes(b"kubeadm's")
     with pytest.raises(InstallError) as e:
@@ -441,7 +441,7 @@ def test_an_error_at_any_point_leaves_all_old_or_all_new(
         Tripwire(patch, point, fail)
         try:
             run(pki, store)
-        except InstallError:  # and nothing else, or nobody would tell which files are there
+        except InstallError:  # any other error would not tell the operator which files are in place
             reported = True
         else:
             reported = False
@@ -614,7 +614,7 @@ def holder(store: Store) -> Iterator[None]:
 
 
 def test_one_run_at_a_time(store: Store) -> None:
-    """The second is told who holds the lock; when the first has ended it is free."""
+    """The second run's error says who holds the lock; when the first has ended it is free."""
     with lock(store.lock, "ca-bridge renew"), pytest.raises(LockedError) as e, lock(store.lock, "other"):
         pass
     assert f"process {os.getpid()} " in str(e.value)

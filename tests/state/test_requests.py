@@ -72,7 +72,7 @@ def events(bridge: Bridge, event: str) -> list[str]:
 
 
 def test_all_states_across_processes(bridge: Bridge, person: approval.Approver) -> None:
-    """Waiting is exit 4 and asks nobody twice; what is answered is installed; the last answer ends it with 0."""
+    """A waiting run is exit 4 and sends no request twice; answered requests are installed; the last answer ends it with 0."""
     before = live_certificates(bridge.pki)
     first = bridge.run("renew")
     assert first.returncode == 4, first.stderr

@@ -29,14 +29,14 @@ def test_each_gets_its_own_result() -> None:
     assert len(calls) < 200
 
 
-def test_one_alone_waits_for_nobody() -> None:
+def test_a_single_caller_waits_for_no_other() -> None:
     """Without others it is a plain call, again and again."""
     combined: Combined[int, str] = Combined(lambda items: [str(item) for item in items], 8)
     assert [combined(number) for number in range(3)] == ["0", "1", "2"]
 
 
-def test_an_error_is_everybodys_and_the_next_call_is_made() -> None:
-    """Those who were in the call get it; who waits for the next one is served."""
+def test_an_error_reaches_all_callers_of_its_call_alone() -> None:
+    """All callers of the failed call get the error; the callers of the next one get their results."""
     begun, go_on = threading.Event(), threading.Event()
 
     def together(items: Sequence[int]) -> list[int]:
@@ -58,7 +58,7 @@ def test_an_error_is_everybodys_and_the_next_call_is_made() -> None:
 
 
 def test_too_few_results_are_an_error() -> None:
-    """A result that is missing is nobody's."""
+    """No caller gets another's result in the place of a missing one."""
     none: Combined[int, int] = Combined(lambda _: [], 8)
     with pytest.raises(ValueError, match="shorter"):
         none(1)

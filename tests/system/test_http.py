@@ -143,7 +143,7 @@ def test_a_body_that_breaks_off_leaves_its_status() -> None:
 
 @pytest.mark.parametrize("head", [b"Content-Length: 2000", b"Transfer-Encoding: chunked", b"X: y"])
 def test_an_answer_has_its_limit(head: bytes) -> None:
-    """However its length is told."""
+    """The limit counts for each way to announce a length."""
     body = b"7D0\r\n" + b"x" * 2000 if b"chunked" in head else b"x" * 2000
     text = b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + body
     with server(says(text)) as connection, pytest.raises(TooLongError):
@@ -194,7 +194,7 @@ def test_a_connection_is_kept_and_nothing_is_left_on_it() -> None:
 
 @pytest.mark.parametrize("says_so", [True, False])
 def test_an_answer_over_tls_ends_when_tls_says_so(tmp_path: Path, says_so: bool) -> None:
-    """An answer till the end is whole with TLS's own word for it; without, somebody may have cut it short."""
+    """An answer without a length is whole if a close_notify ends it; without, an attacker may have cut it short."""
     files = cfssl.make_tls(tmp_path)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(files.server_cert, files.server_key)
@@ -406,7 +406,7 @@ def test_knows_a_refusal_from_silence(pki: Path, newest: ssl.TLSVersion) -> None
         asked(port, pki, **pair(pki, "front-proxy-client"))
 
 
-def test_shows_what_is_served_to_nobody_in_particular(pki: Path) -> None:
+def test_shows_what_is_served_to_any_client(pki: Path) -> None:
     """A handshake needs no client certificate, no trust and no matching name, and ends without a request."""
     with secured(pki, client_ca="ca.crt") as port:
         shown = ANONYMOUS.served(Address("127.0.0.1", port))
@@ -472,13 +472,13 @@ def test_half_an_answer_is_none(pki: Path) -> None:
 
 
 def test_a_foreign_key_is_no_pair(pki: Path) -> None:
-    """Certificate and key that don't belong together are refused before anybody is asked."""
+    """Certificate and key that don't belong together are refused before any connection."""
     mixed = pair(pki, "apiserver-kubelet-client") | {"key_pem": (pki / "front-proxy-client.key").read_bytes()}
     with pytest.raises(ClientRefusedError, match="key values mismatch"):
         asked(1, pki, **mixed)
 
 
-def test_an_encrypted_key_asks_nobody(pki: Path) -> None:
+def test_an_encrypted_key_prompts_for_no_passphrase(pki: Path) -> None:
     """No passphrase is asked for at the terminal."""
     files = pair(pki, "apiserver-kubelet-client")
     key = serialization.load_pem_private_key(files["key_pem"], None)

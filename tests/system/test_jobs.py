@@ -61,7 +61,7 @@ def cron_command(text: str) -> str:
 
 
 def test_the_crontab_runs_as_cron_runs_it(config: Path) -> None:
-    """With cron's bare environment, from an install that is in nobody's PATH."""
+    """With cron's bare environment, from an install that is in no PATH."""
     settings = config.read_text()
     config.write_text(settings[: settings.index("[backend.door]")])
     text = setup(config, "cron").stdout
@@ -99,7 +99,7 @@ def test_crontabs_are_written_where_they_are_told(config: Path, tmp_path: Path) 
     "desk", [[], ["--inbox", "/srv/i", "--outbox", "/srv/o", "--user", "root"]], ids=["node", "desk"]
 )
 def test_systemd_takes_the_units(config: Path, tmp_path: Path, desk: list[str]) -> None:
-    """And no word is said about any line of them; what a backend writes into is open to them, and nothing else."""
+    """systemd warns about no line of them; the units may write to what the backends need, and to nothing else."""
     directory = tmp_path / "units"
     made = setup(config, "systemd", "-o", str(directory), *desk)
     assert made.returncode == 0, made.stderr

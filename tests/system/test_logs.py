@@ -140,9 +140,9 @@ def test_a_value_can_not_pass_for_another_field(listening: socket.socket, tmp_pa
 def test_without_a_journal_messages_are_on_standard_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is lost where nobody listens."""
-    monkeypatch.setattr(console, "JOURNAL", tmp_path / "nobody")
-    monkeypatch.setattr(console.send_to_journal, "__defaults__", (tmp_path / "nobody",))
+    """No message is lost where no journal listens."""
+    monkeypatch.setattr(console, "JOURNAL", tmp_path / "none")
+    monkeypatch.setattr(console.send_to_journal, "__defaults__", (tmp_path / "none",))
     console.set_up(0, LogFormat.JOURNAL)
     logging.getLogger("ca-bridge").error("away")
     assert re.fullmatch(r"error: away \[run [0-9a-f]{8}\]\n", capsys.readouterr().err)

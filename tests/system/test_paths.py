@@ -31,8 +31,8 @@ def place(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_is_ours_alone_is_exposed_to_nobody(place: Path) -> None:
-    """Also where it is missing, and below /tmp, which is everybody's with the sticky bit."""
+def test_what_is_ours_alone_is_not_exposed(place: Path) -> None:
+    """A missing file is not exposed either, nor one below a directory like /tmp, where all users write with the sticky bit."""
     assert exposure(place) is None
     assert exposure(place.with_name("none")) is None
     place.parent.chmod(0o1777)
@@ -53,7 +53,7 @@ def test_what_others_can_write_to_is_named(place: Path, up: int, mode: int) -> N
 
 @needs_root
 @pytest.mark.parametrize("up", [0, 1, 2])
-def test_what_is_somebody_elses_is_named(place: Path, up: int) -> None:
+def test_what_belongs_to_another_user_is_named(place: Path, up: int) -> None:
     """Whatever its mode is: an owner can change that."""
     one = [place, *place.parents][up]
     os.chown(one, SOMEBODY, 0)
@@ -95,7 +95,7 @@ def test_links_without_end_lead_nowhere(tmp_path: Path) -> None:
 
 @needs_root
 def test_a_link_counts_where_others_can_put_one(place: Path, tmp_path: Path) -> None:
-    """In a directory of somebody else's, or one that others can write to; a file there is no link."""
+    """A link counts in another user's directory, or in one that others can write to; a plain file there is no link."""
     target = tmp_path / "target"
     target.touch(mode=0o600)
     os.chown(place.parent, SOMEBODY, 0)
@@ -177,7 +177,7 @@ def test_what_is_no_file_is_not_even_opened(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_who_is_unknown_to_a_user_namespace(tmp_path: Path, mapping: list[str], is_trusted: bool) -> None:
-    """With a root of its own, as below `PrivateUsers=yes`, an unknown user is just somebody else, and not root outside."""
+    """With a root of its own, as below `PrivateUsers=yes`, an unknown user is just another user, and not root outside."""
     place = tmp_path / "policy.toml"
     place.touch(0o600)
     os.chown(place, SOMEBODY, SOMEBODY)

@@ -135,7 +135,7 @@ def test_a_command_that_closes_its_output_has_the_same_time_limit() -> None:
 
 
 def test_what_a_command_left_in_the_background_is_not_waited_for(tmp_path: Path) -> None:
-    """Though it holds the output open; and all that came before is told."""
+    """The run ends though it holds the output open, and all earlier output is kept."""
     lines: list[str] = []
     pid = tmp_path / "pid"
     started = time.monotonic()
@@ -148,7 +148,7 @@ def test_what_a_command_left_in_the_background_is_not_waited_for(tmp_path: Path)
 
 
 def test_output_without_end_is_cut_and_does_not_stop_the_command() -> None:
-    """A few screens are told, the rest is counted."""
+    """A few screens are kept, the rest is counted."""
     lines: list[str] = []
     output = OutputLines(lines.append)
     total = 50 << 20
@@ -238,7 +238,7 @@ def test_a_program_that_we_may_not_kill_is_given_up(script: str, failure: str) -
 
 
 def test_finds_what_this_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules of a directory that only this process was told of, as a release's tree is; arguments arrive."""
+    """It imports from a directory that only this process has in its path, as a release's tree is; arguments arrive."""
     (tmp_path / "only_here.py").write_text("import sys; print(sys.argv[1:])")
     command = python_command("import only_here", "a", "b c")
     assert subprocess.run(command, capture_output=True, check=False).returncode != 0

@@ -12,7 +12,7 @@ from bridge.system.waiting import wait_until, within
 
 
 class Clock:
-    """The machine's, which goes on only while somebody sleeps or looks."""
+    """The machine's clock, which goes on only in a pause or a look."""
 
     def __init__(self, look_seconds: float = 0.0) -> None:
         self.now = 100.0
@@ -66,7 +66,7 @@ def waited(clock: Clock, enough: int, limit: float) -> tuple[int, list[int]]:
 def test_looks_until_it_is_enough_or_the_time_is_over(
     clock: Clock, enough: int, limit: float, looks: list[float]
 ) -> None:
-    """The last look is returned; what was not enough is told each time."""
+    """The last look's result is returned, and `between` gets each earlier one."""
     seen, between = waited(clock, enough, limit)
     assert clock.looks == looks
     assert seen == len(looks)
@@ -87,14 +87,14 @@ def test_what_is_raised_ends_the_wait(clock: Clock) -> None:
 
 
 def test_a_look_that_takes_long_is_the_last(clock: Clock) -> None:
-    """Nobody sleeps after the time is over."""
+    """There is no pause after the time is over."""
     clock.__init__(look_seconds=7.0)  # type: ignore[misc]
     assert waited(clock, 9, 5) == (1, [1])
     assert clock.pauses == []
 
 
 def test_a_connection_that_comes_too_late_is_closed() -> None:
-    """Nobody else would: whoever asked for it has given it up."""
+    """Its caller has given it up, so that no other code would close it."""
     ours, theirs = socket.socketpair()
 
     def slow() -> socket.socket:
@@ -106,8 +106,8 @@ def test_a_connection_that_comes_too_late_is_closed() -> None:
     assert wait_until(ours.fileno, lambda number: number == -1, timedelta(seconds=20), pause_seconds=0.05) == -1
 
 
-def test_an_error_that_comes_too_late_is_nobodys() -> None:
-    """The time limit is what is told; one that comes in time is told itself."""
+def test_an_error_that_comes_too_late_is_dropped() -> None:
+    """The caller gets the time limit's error; an error that comes in time reaches it unchanged."""
 
     def fails() -> None:
         raise TimeoutError("its own")

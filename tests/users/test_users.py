@@ -137,7 +137,7 @@ def test_a_machine_gets_its_key_made_here(bridge: Bridge, tmp_path: Path) -> Non
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away; run the tests as root")
 @pytest.mark.parametrize("swapped", [True, False])
 def test_a_link_that_comes_while_the_ca_is_asked_is_not_followed(pki: Pki, tmp_path: Path, swapped: bool) -> None:
-    """Whoever owns the kubeconfig's directory can't have root write over admin.conf in the time that a CA takes."""
+    """The owner of the kubeconfig's directory can't make root overwrite admin.conf while the CA works."""
     home, precious = tmp_path / "home", tmp_path / "kubernetes"
     for directory in (home / "out", precious):
         directory.mkdir(parents=True)
@@ -178,7 +178,7 @@ def test_a_link_that_comes_while_the_ca_is_asked_is_not_followed(pki: Pki, tmp_p
 def test_the_settings_say_who(
     bridge: Bridge, tmp_path: Path, name: str, groups: list[str], allow: list[str], code: int
 ) -> None:
-    """Nobody is asked for Kubernetes' and kubeadm's own names and groups, nor for groups that are not allowed."""
+    """The CA gets no request for Kubernetes' and kubeadm's own names and groups, nor for groups that are not allowed."""
     bridge.add("users", {"groups": ["dev-*"], "allow": allow})
     out = tmp_path / "out.conf"
     run = bridge.run("kubeconfig", "user", name, *(f"--group={group}" for group in groups), f"--output={out}")
@@ -275,7 +275,7 @@ def test_a_second_list_of_extensions_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_csr_says_what_the_operator_says(bridge: Bridge, tmp_path: Path, what: str, text: str) -> None:
-    """The command's words decide, and not those of whoever handed the CSR in."""
+    """The command's options decide the names, and not the CSR's author."""
     path, right = tmp_path / "x.csr", subject_of("bob", ("dev",))
     subjects = {"another name": subject_of("kubernetes-admin", ("dev",)), "another group": subject_of("bob", ("ops",))}
     subjects["masters beside"] = subject_of("bob", ("dev", "system:masters"))
@@ -447,7 +447,7 @@ class Carried:
 
 
 def test_through_a_desk(pki: Pki, tmp_path: Path) -> None:
-    """A bundle out, an answer in: the same command until it ends with 0; the person at the desk sees whom it is for."""
+    """A bundle out, an answer in: the same command until it ends with 0; the person at the desk sees the user it is for."""
     site = Carried.make(pki, tmp_path, '[users]\ngroups = ["dev"]\n')
     home = tmp_path / "home"
     args = ("--group=dev", f"--csr={requested(home, 'bob', 'dev')}")
@@ -479,7 +479,7 @@ def test_through_a_desk(pki: Pki, tmp_path: Path) -> None:
     ],
 )
 def test_what_the_desk_refuses_is_told_and_kept(pki: Pki, tmp_path: Path, users: str, waived: bool, text: str) -> None:
-    """Anybody may have written the refusal: the same bundle counts, once the desk signs it; each with its right twin."""
+    """A refusal could be an attacker's, so it does not end the request: the same bundle works once the desk signs it; each with its right twin."""
     site = Carried.make(pki, tmp_path, users)
     assert site.user("--group=dev").returncode == 4
     [bundle] = site.desk.inbox.iterdir()

@@ -68,7 +68,7 @@ backend = "people"
 
 
 class Quiet:
-    """Nobody looks on."""
+    """Show no progress."""
 
     def signing(self, *_: object) -> None:
         """Not shown."""
