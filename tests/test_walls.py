@@ -63,7 +63,7 @@ FLOORS: dict[str, set[str]] = {
 #: No I/O and no clock in these: a package, or a module of another one.
 PURE = (
     *("pki", "specs", "words", "settings.windows"),
-    *("desk.approval", "desk.meaning", "desk.patterns", "gateway.rules", "gateway.pod_rules", "users.user_rules"),
+    *("desk.approval", "desk.patterns", "gateway.rules", "gateway.pod_rules", "users.user_rules"),
 )
 
 IMPURE_MODULES = {

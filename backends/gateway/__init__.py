@@ -8,6 +8,7 @@ asks again without harm. The run waits a while for the answer, and leaves it to 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import ssl
 import time
@@ -21,8 +22,8 @@ from typing import Any, ClassVar, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 
-from backends.gateway.setup import files
 from backends.http import Http, Wording, pem_certificates, retry_after_seconds, tls_context, url_problems
 from bridge.contract import (
     GIVEN,
@@ -48,6 +49,7 @@ from bridge.pki import enrolment, revocations
 from bridge.pki.budget import OverBudgetError, json_of
 from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle, bundle_of
 from bridge.pki.bundle_format import answer_message, digest, dumps, loads_answer
+from bridge.pki.certificates import san_entries
 from bridge.pki.signatures import is_by
 from bridge.specs import CertificateSpec
 from bridge.system.http import Answer
@@ -121,7 +123,7 @@ class GatewayBackend:
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
         """The tables of the door's policy for these certificates."""
-        return files(wanted)
+        return _setup_files(wanted)
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """Ask the door which CAs it has; what its policy allows it says to a request alone."""
@@ -330,3 +332,59 @@ def _error(answer: Answer) -> BackendError:
         wanted = retry_after_seconds(answer, datetime.now(UTC))
         return BackendUnavailableError(text, retry_after_seconds=wanted)
     return BackendRefusedError(text, hint=_HINTS.get(answer.status, _NOT_OURS))
+
+
+_MASTERS = "system:masters"
+#: The policy's own default, and what its rules for SANs can name.
+_LONGEST, _KINDS = timedelta(days=365), {"DNS", "IP"}
+
+
+def _setup_files(wanted: SetupRequest) -> Sequence[SetupFile]:
+    """One part of `desk-policy.toml` for the authority; parts for several authorities go well together."""
+    text = "\n".join([*_allow_lines(wanted), *_certificate_lines(wanted)])
+    return [SetupFile(name=f"door-{wanted.authority.name}.toml", text=f"{text}\n")]
+
+
+def _allow_lines(wanted: SetupRequest) -> Iterator[str]:
+    """As comments, since the policy has the table once for all."""
+    where = f"authority {wanted.authority.name} of cluster {one_line(wanted.cluster)}, node {one_line(wanted.node)}"
+    yield f"# For desk-policy.toml at the door: {where}."
+    yield "# The table [allow], which is there once, needs at least:"
+    yield f"#   clusters = [{_quoted(wanted.cluster)}]"
+    yield f"#   nodes = [{_quoted(wanted.node)}]"
+    if wanted.validity > _LONGEST:
+        yield f'#   max_validity = "{-(-wanted.validity // timedelta(days=1))}d"'
+    masters = [name for name, one in wanted.certificates.items() if _is_master(one)]
+    if masters:
+        yield f"#   masters = [{', '.join(map(_quoted, masters))}]"
+
+
+def _certificate_lines(wanted: SetupRequest) -> Iterator[str]:
+    bare = [name for name, one in wanted.certificates.items() if not san_entries(one)]
+    if bare:
+        yield f"# Without SANs, so that [allow] is enough: {', '.join(bare)}."
+    if len(bare) < len(wanted.certificates):
+        yield "# Each list is all that such a certificate may have, on every node that [allow] names; without the list it is"
+        yield "# what the live one has, and a node without certificates gets kubeadm's own names alone."
+        yield "# Other nodes have other addresses: add them, or a network such as 192.0.2.0/24."
+    for name, one in wanted.certificates.items():
+        entries = sorted(san_entries(one))
+        if not entries:
+            continue
+        yield f"\n[certificate.{_quoted(name)}]"
+        yield "sans = ["
+        for kind, value in entries:
+            if kind in _KINDS:
+                yield f"    {_quoted('{node}' if value == wanted.node else value)},"
+            else:
+                yield f"    # {kind} {one_line(value)}: no rule of the policy allows it"
+        yield "]"
+
+
+def _is_master(one: x509.Certificate) -> bool:
+    return any(part.value == _MASTERS for part in one.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME))
+
+
+def _quoted(text: str) -> str:
+    """A TOML string, which JSON's are."""
+    return json.dumps(text)

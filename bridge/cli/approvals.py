@@ -9,7 +9,7 @@ import typer
 
 from bridge.cli.options import Common, Output, OutputOption, command, group, utc_now
 from bridge.cli.printing import VALUES_BEGIN, say, say_json, say_sentence, say_table, width_here, wrapped
-from bridge.desk.meaning import differences
+from bridge.desk.approval import differences
 from bridge.errors import Exit
 from bridge.pki.bundle_format import short_fingerprint
 from bridge.pki.display import fingerprint_text

@@ -19,12 +19,11 @@ from bridge.cli.printing import say_json, say_sentence
 from bridge.cli.settings import lines_of
 from bridge.contract import GIVEN, Secret, SetupFile
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
-from bridge.gateway import trust
+from bridge.gateway import roots
 from bridge.gateway.nodes import Nodes
-from bridge.gateway.roots import name_of
+from bridge.gateway.roots import PublishedBundle, name_of
 from bridge.gateway.rules import KUBERNETES_SIGNERS, Grant, SignerRules
 from bridge.gateway.service import Service
-from bridge.gateway.trust import Bundle
 from bridge.settings.tables import Settings
 from bridge.system.console import log, print_error
 from bridge.words import has_controls
@@ -309,7 +308,7 @@ def publish(
     removed. Run it from a timer: it puts back what others have changed. Exits with 5 if the API server refuses, and with 6
     if it does not answer.
     """
-    found = trust.publish(common.settings(), signers or (), remove or ())
+    found = roots.publish(common.settings(), signers or (), remove or ())
     errors = [(one.signer, one.error) for one in found if one.error is not None]
     for signer, error in errors:
         print_error(BridgeError(f"{signer}: {error}", hint=error.hint))
@@ -323,6 +322,6 @@ def publish(
     return code
 
 
-def _entry(one: Bundle) -> dict[str, str]:
+def _entry(one: PublishedBundle) -> dict[str, str]:
     error = str(one.error) if one.error is not None else ""
     return {"signer": one.signer, "name": one.name, "outcome": one.outcome or "failed", "error": error}

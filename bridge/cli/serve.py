@@ -1,21 +1,29 @@
-"""`serve`: one door for all nodes."""
+"""The door for all nodes: `serve`, `serve-database`, `fleet`, `enroll` and `enrolments`."""
 
 from __future__ import annotations
 
 import signal
+from contextlib import closing
+from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bridge.cli.options import Common, command, utc_now
+from bridge.cli.options import Common, Output, OutputOption, command, duration_option, group, utc_now
+from bridge.cli.printing import say, say_json, say_sentence, say_table
 from bridge.errors import BridgeError, Exit
+from bridge.pki.expiry import minute, rfc3339
 from bridge.state.store import Store
-from bridge.system.console import log
+from bridge.system.console import log, printable
 from bridge.system.locks import lock
 
-commands = typer.Typer()
+if TYPE_CHECKING:
+    from bridge.door.enrolments import Enrolment
+    from bridge.door.fleet import FleetNode
 
+commands = typer.Typer()
 #: The distributions of the extra `serve`, by the module that is imported.
 _NEEDED = {"cheroot": "cheroot", "jinja2": "Jinja2", "sqlalchemy": "SQLAlchemy", "alembic": "alembic"}
 
@@ -63,3 +71,229 @@ def assert_installed(command: str) -> None:
     missing = [name for module, name in _NEEDED.items() if find_spec(module) is None]
     if missing:
         raise MissingExtraError(f"{command} needs {', '.join(_NEEDED.values())}, found no {', '.join(missing)}")
+
+
+class FleetOutput(StrEnum):
+    """Formats of the list."""
+
+    TEXT = "text"
+    JSON = "json"
+    PROMETHEUS = "prometheus"
+
+
+@command(commands, "fleet")
+def fleet(
+    common: Common,
+    output: Annotated[FleetOutput, typer.Option("--output", "-o", help="Format of the list.")] = FleetOutput.TEXT,
+) -> int:
+    """
+    List the nodes that have asked this door, the worst first: what ends next, what failed, who was not heard of.
+
+    It runs at the door's host, and reads the database alone. A node that should have asked for long, by renewal.before of
+    these settings, is silent. Exits with 3 if a node is expired, silent or failed.
+    """
+    assert_installed("ca-bridge fleet")
+    from bridge.door import fleet as rules  # noqa: PLC0415 (heavy, and an extra's packages)
+    from bridge.door.store import open_memory  # noqa: PLC0415 (as above)
+
+    settings = common.settings_with_record()
+    with closing(open_memory(settings)) as memory:
+        nodes = rules.fleet(memory, settings.renewal.before, utc_now())
+    if output is FleetOutput.JSON:
+        say_json(nodes=[_node_json(one) for one in nodes])
+    elif output is FleetOutput.PROMETHEUS:
+        say(rules.metrics(nodes))
+    elif nodes:
+        styles = ["error" if one.state in rules.RED else "" for one in nodes]
+        say_table([_node_row(one) for one in nodes], (4, 3), styles)
+    else:
+        say("no nodes: none has asked this door yet")
+    return Exit.DUE if any(one.state in rules.RED for one in nodes) else Exit.DONE
+
+
+def _node_row(one: FleetNode) -> tuple[str, ...]:
+    ends = f"{one.name} ends {minute(one.ends)}" if one.ends is not None else "no certificate"
+    heard = f"asked {minute(one.heard)}" if one.heard is not None else "never asked"
+    return tuple(map(printable, (one.state, one.node, ends, one.cluster, heard, one.why)))
+
+
+def _node_json(one: FleetNode) -> dict[str, Any]:
+    return {
+        "node": one.node,
+        "cluster": one.cluster,
+        "state": one.state,
+        "ends": rfc3339(one.ends) if one.ends is not None else None,
+        "certificate": one.name,
+        "heard": rfc3339(one.heard) if one.heard is not None else None,
+        "why": one.why,
+    }
+
+
+database = group(commands, "serve-database", "Back up and restore the door's database.")
+
+
+@command(database, "status")
+def status(common: Common) -> None:
+    """Count the door's requests by their state, and list those that were left to people."""
+    assert_installed("ca-bridge serve-database")
+    from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
+
+    with upkeep.opened(common.settings()) as (memory, _):
+        say_table([("STATE", "REQUESTS"), *((state, str(count)) for state, count in sorted(memory.counts().items()))])
+        for one in memory.in_state("left"):
+            say(f"{one.digest[:16]} of {one.node}: {one.note}")
+
+
+@command(database, "backup")
+def backup(common: Common, to: Annotated[Path, typer.Argument(help="The copy, a file that is replaced.")]) -> None:
+    """Copy SQLite's file while the door works; `pg_dump` copies PostgreSQL's."""
+    assert_installed("ca-bridge serve-database")
+    from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
+
+    upkeep.back_up(common.settings(), to.absolute())
+    say(f"the door's database is in {to} now")
+
+
+@command(database, "restore")
+def restore(common: Common, copy: Annotated[Path, typer.Argument(help="A copy that `backup` has made.")]) -> None:
+    """
+    Put a copy in the place of SQLite's file, while no door works.
+
+    From then on CAs are asked what they have signed before an older request is signed.
+    """
+    assert_installed("ca-bridge serve-database")
+    from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
+
+    old, withdrawn = upkeep.restore(common.settings(), copy.absolute(), utc_now)
+    say_sentence(f"the copy is in its place; what was there before is in {old}")
+    _say_withdrawn(withdrawn)
+
+
+@command(database, "restored")
+def restored(common: Common) -> None:
+    """
+    Say that the database was restored by other means, such as `pg_restore`; run it on the host of each door.
+
+    From then on CAs are asked what they have signed before an older request is signed.
+    """
+    assert_installed("ca-bridge serve-database")
+    from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
+
+    withdrawn = upkeep.reconcile(common.settings(), utc_now)
+    say("written down: what was made until now is signed after its CA was asked")
+    _say_withdrawn(withdrawn)
+
+
+@command(database, "again")
+def again(common: Common, request: Annotated[str, typer.Argument(help="The first digits of its digest.")]) -> None:
+    """Have a request signed that was left to people, once you know that its CA has not signed it."""
+    assert_installed("ca-bridge serve-database")
+    from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
+
+    upkeep.again(common.settings(), request)
+    say(f"request {request} is signed in the next round")
+
+
+def _say_withdrawn(count: int) -> None:
+    if count:
+        text = f"one-time secrets withdrawn, since they may have been used after the copy was made: {count}"
+        say_sentence(f"{text}; `ca-bridge enroll NODE` makes new ones")
+
+
+enrolments_group = group(commands, "enrolments", "Show and withdraw the secrets of `ca-bridge enroll`.")
+
+_HOUR = timedelta(hours=1)
+
+
+@command(commands, "enroll")
+def enroll(
+    common: Common,
+    node: Annotated[str, typer.Argument(metavar="NODE", help="The node's name, as kubeadm gets it.")],
+    cluster: Annotated[str, typer.Option(help="The node's cluster. [default: node.cluster]", show_default=False)] = "",
+    lasts: Annotated[timedelta, duration_option("How long the secret counts. [default: 1h]", "--for")] = _HOUR,
+    certificates: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--certificate",
+            metavar="NAME",
+            help="One that it is for, by kubeadm's name; may be given more than once. [default: all that the policy allows]",
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="The door's policy. [default: desk-policy.toml beside the settings]")
+    ] = None,
+) -> int:
+    """
+    Print a one-time secret with which a node asks the door for its first certificates.
+
+    It runs at the door's host. The secret is for this node and one request, and ends by itself; the door keeps a hash of
+    it. Put it into the file that `enrolment_file` of the node's backend names. The policy decides what is signed.
+    """
+    assert_installed("ca-bridge enroll")
+    from bridge.door import enrolments  # noqa: PLC0415 (heavy, and an extra's packages)
+
+    settings = common.settings()
+    wanted = enrolments.Wanted(
+        node=node,
+        cluster=cluster or settings.node.cluster,
+        certificates=tuple(dict.fromkeys(certificates or ())),
+        lasts=lasts,
+    )
+    made, secret = enrolments.enroll(settings, policy.absolute() if policy is not None else None, wanted, utc_now())
+    say(secret)
+    text = "enrolment %d: for %s of cluster %s, for %s, until %s"
+    names = ", ".join(made.certificates) or "all certificates that the policy allows"
+    log.info(text, made.id, printable(made.node), printable(made.cluster), printable(names), minute(made.ends))
+    return Exit.DONE
+
+
+@command(enrolments_group, "list")
+def list_enrolments(common: Common, output: OutputOption = Output.TEXT) -> int:
+    """List the enrolments, the newest first: number, state, node, until when, and who made it."""
+    assert_installed("ca-bridge enrolments")
+    from bridge.door import enrolments  # noqa: PLC0415 (as above)
+
+    found, now = enrolments.listed(common.settings_with_record()), utc_now()
+    if output is Output.JSON:
+        say_json(enrolments=[_enrolment_json(one, one.state(now)) for one in found])
+    elif found:
+        say_table([_enrolment_row(one, one.state(now)) for one in found], (5, 6))
+    else:
+        say("no enrolments: `ca-bridge enroll NODE` makes one")
+    return Exit.DONE
+
+
+@command(enrolments_group, "withdraw")
+def withdraw(
+    common: Common, number: Annotated[int, typer.Argument(metavar="NUMBER", help="As in `ca-bridge enrolments list`.")]
+) -> int:
+    """Withdraw an enrolment; a request that came with it, and that is not signed yet, is refused."""
+    assert_installed("ca-bridge enrolments")
+    from bridge.door import enrolments  # noqa: PLC0415 (as above)
+
+    one = enrolments.withdraw(common.settings_with_record(), number, utc_now())
+    say(f"enrolment {one.id} of {printable(one.node)} is withdrawn")
+    if one.used is not None:
+        log.warning("it was used %s: `ca-bridge audit show` has what was signed since", minute(one.used))
+    return Exit.DONE
+
+
+def _enrolment_row(one: Enrolment, state: str) -> tuple[str, ...]:
+    names = ", ".join(one.certificates) or "all"
+    found = (str(one.id), state, one.node, one.cluster, f"until {minute(one.ends)}", f"by {one.created_by}", names)
+    return tuple(map(printable, found))
+
+
+def _enrolment_json(one: Enrolment, state: str) -> dict[str, Any]:
+    return {
+        "number": one.id,
+        "state": state,
+        "node": one.node,
+        "cluster": one.cluster,
+        "certificates": list(one.certificates),
+        "created": rfc3339(one.created),
+        "createdBy": one.created_by,
+        "ends": rfc3339(one.ends),
+        "used": rfc3339(one.used) if one.used is not None else None,
+        "withdrawn": rfc3339(one.withdrawn) if one.withdrawn is not None else None,
+    }

@@ -34,7 +34,7 @@ from bridge.errors import BridgeError
 from bridge.pki.bundle import BundleError, RequestBundle
 from bridge.pki.bundle_format import digest, loads_request
 from bridge.pki.certificates import pem
-from bridge.system.rate import Rate
+from bridge.system.waiting import Rate
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")

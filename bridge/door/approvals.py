@@ -22,8 +22,7 @@ from typing import Any
 from cryptography import x509
 
 from bridge.desk import approval
-from bridge.desk.approval import Decision, Matter, Standing, Trust, Verdict
-from bridge.desk.meaning import differences, sentence
+from bridge.desk.approval import Decision, Matter, Standing, Trust, Verdict, differences, sentence
 from bridge.desk.policy import PolicyVerdict
 from bridge.door.app import Reply
 from bridge.door.https import PEER

@@ -27,11 +27,11 @@ from typing import Any
 from cryptography import x509
 
 from bridge.desk.est_rules import DEFAULT, Asker, EstRules, node_of
-from bridge.door import enrolments, origins
+from bridge.door import enrolments
 from bridge.door.app import Door, Environ, Reply
 from bridge.door.enrolments import Enrolment
 from bridge.door.https import PEER
-from bridge.door.signing import Signing
+from bridge.door.signing import Signing, asker_json, origin_problem
 from bridge.door.store import TO_SIGN, EnrolmentError, Kept, Memory
 from bridge.pki import enrolment
 from bridge.pki.bundle import BundledRequest, BundleError, Refusal, RequestBundle
@@ -203,7 +203,7 @@ class Est:
         if (too_many := self._door.too_many(peer, is_judged=True)) is not None:
             raise _TurnedAwayError(too_many)
         who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
-        who |= {"origin": origins.dumps(asker), "again": again, "enrolment": used.id if used is not None else None}
+        who |= {"origin": asker_json(asker), "again": again, "enrolment": used.id if used is not None else None}
         try:
             request_id = self._memory.receive(dumps(bundle), digest=asked, now=asker.received, **who)
         except EnrolmentError as e:  # another request was first
@@ -221,7 +221,7 @@ class Est:
             except EnrolmentError as e:
                 return str(e)
         vouched = [request.name] if used is None else used.vouches(bundle)
-        reason = origins.problem(asker, request, bundle.node, signing.policy, signing.cas)
+        reason = origin_problem(asker, request, bundle.node, signing.policy, signing.cas)
         return reason or signing.refuses(bundle, frozenset(vouched), held=asker.renews)
 
     def _found(self, request_id: str) -> Kept:

@@ -18,8 +18,7 @@ from urllib.parse import parse_qs
 
 import jinja2
 
-from bridge.desk.approval import LONGEST_REASON, Verdict
-from bridge.desk.meaning import differences
+from bridge.desk.approval import LONGEST_REASON, Verdict, differences
 from bridge.door.app import Reply
 from bridge.door.approvals import MOST, Approvals, Case, NotDecidedError, Person
 from bridge.door.store import Memory

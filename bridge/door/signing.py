@@ -10,6 +10,7 @@ killed between both finds it there, and no CA is asked again.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from collections import Counter
@@ -24,19 +25,20 @@ from cryptography import x509
 from bridge.contract import Issued
 from bridge.desk import approval
 from bridge.desk.approval import Decision, Matter, Standing, Trust, UndecidedError
-from bridge.desk.desk import Delivery, Desk, Job, OtherDeskError
+from bridge.desk.desk import Delivery, Desk, Job, Origin, OtherDeskError
+from bridge.desk.est_rules import Asker, asker_problem
 from bridge.desk.files import Received, books_open, load_answer_key, load_policy
 from bridge.desk.policy import Policy, PolicyVerdict
 from bridge.desk.records import Answered, Archive, Journal, archive_directory
 from bridge.desk.workers import Judgement, verdicts
-from bridge.door import enrolments, origins, turns
+from bridge.door import enrolments, turns
 from bridge.door.doors import Doors
 from bridge.door.store import TO_SIGN, DatabaseError, DecisionRow, IssuedRow, Kept, Memory
 from bridge.door.turns import identity
 from bridge.errors import BridgeError, Exit, WaitingError
-from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
+from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, loads_request
-from bridge.pki.certificates import csr_fingerprint, fingerprint, pem, serial_hex
+from bridge.pki.certificates import csr_fingerprint, fingerprint, is_signed_by, pem, serial_hex
 from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.state.store import Store
@@ -250,7 +252,7 @@ class Signing:
                 job.vouched = used[one.id].vouches(bundle) if one.id in used else {}
                 job.answered = {**self._answered(bundle), **job.answered}
                 if one.origin is not None:
-                    origins.prove(job, one, self._policy, self.cas)
+                    prove(job, one, self._policy, self.cas)
                 job.standing = self.standing(one, bundle)
                 yield job
             except (BundleError, DatabaseError) as e:  # it was whole when it came
@@ -318,7 +320,7 @@ class Signing:
         job = Job(bundle=bundle, digest=one.digest, label="", delivery=_nowhere)
         job.vouched = used.vouches(bundle) if used is not None else {}
         if one.origin is not None:
-            origins.prove(job, one, self._policy, self.cas)
+            prove(job, one, self._policy, self.cas)
         rules = replace(by, now=self._now(), without_proof=by.without_proof | frozenset(job.vouched))
         found = verdicts(bundle, rules, held=job.origin is not None and job.origin.held)
         if job.origin is not None and (problem := job.origin.problem):
@@ -396,3 +398,42 @@ def assert_elsewhere(
                 raise OwnClusterError(
                     f"wanted a place outside of the cluster, found its CA (serial {serial}) in {path}"
                 )
+
+
+_Cas = Mapping[str, Sequence[x509.Certificate]]
+
+
+def asker_json(asker: Asker) -> bytes:
+    """For the database, which has the time of receipt in a column of its own."""
+    shown = pem(asker.certificate).decode() if asker.certificate is not None else None
+    return json.dumps({"label": asker.label, "renews": asker.renews, "certificate": shown}).encode()
+
+
+def _asker(kept: Kept) -> Asker:
+    found = json.loads(kept.origin or b"{}")
+    shown = found["certificate"]
+    certificate = None if shown is None else x509.load_pem_x509_certificate(shown.encode())
+    return Asker(label=found["label"], renews=found["renews"], certificate=certificate, received=kept.received)
+
+
+def anchors(label: str, authority: str, policy: Policy, cas: _Cas, *, renews: bool) -> Sequence[x509.Certificate]:
+    """The CA certificates that sign a label's clients; the one that is replaced is always by the CA that signs again."""
+    return cas.get(authority, ()) if renews else policy.est_cas.get(label) or cas.get(authority, ())
+
+
+def origin_problem(asker: Asker, request: BundledRequest, node: str, policy: Policy, cas: _Cas) -> str:
+    """Why the policy of now does not let this client ask for this node; see `asker_problem`."""
+    known = anchors(asker.label, request.authority, policy, cas, renews=asker.renews)
+    return asker_problem(asker, request, node, policy.est.get(asker.label), known)
+
+
+def prove(job: Job, kept: Kept, policy: Policy, cas: _Cas) -> None:
+    """Give the desk's job of a remembered request its origin, by the policy and the CAs of now."""
+    asker, [request] = _asker(kept), job.bundle.requests
+    shown, signers = asker.certificate, cas.get(request.authority, ())
+    if shown is not None and not any(is_signed_by(shown, ca) for ca in signers):
+        shown = None
+    reason = origin_problem(asker, request, job.bundle.node, policy, cas)
+    job.origin = Origin(problem=reason, held=asker.renews, shown=shown)
+    if asker.certificate is not None:
+        job.vouched = {request.name: asker.text}

@@ -26,7 +26,7 @@ from bridge.gateway.queue import Job, Look
 from bridge.gateway.rules import NODE_USER, spec_of
 from bridge.gateway.watch import AnyObject, SigningRequest
 from bridge.specs import CertificateSpec
-from bridge.system.rate import Rate
+from bridge.system.waiting import Rate
 
 #: Before the CA is asked, a file or Node object that was looked at so long ago is as good as one of now.
 _RECENT_SECONDS = 1.0

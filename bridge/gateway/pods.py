@@ -37,7 +37,7 @@ from bridge.pki.expiry import rfc3339
 from bridge.pki.verify import Verified
 from bridge.specs import PODS
 from bridge.state import audit
-from bridge.system.rate import Rate
+from bridge.system.waiting import Rate
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")

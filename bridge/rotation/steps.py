@@ -31,7 +31,7 @@ from bridge.renewal.renew import renew
 from bridge.renewal.select import RunOptions, Trust, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Proven, Result
-from bridge.rotation import former_keys, new_ca, objects, places
+from bridge.rotation import new_ca, objects, places
 from bridge.rotation.gate import Gate
 from bridge.rotation.phases import Bundle, Kind, Phase, differences, text, texts
 from bridge.rotation.places import Replaced, with_ca
@@ -339,12 +339,12 @@ def assert_signed_by_it(settings: Settings, steps: Mapping[str, Step], proven: S
 def assert_keys_can_leave(steps: Sequence[Step], node: Node, settings: Settings, gate: Gate) -> None:
     """Refuse what a key that kubeadm has left on this node makes impossible (OrderError, SettingsError)."""
     if gate.keys_to is not None:
-        former_keys.assert_takes(gate.keys_to, settings.node)
+        places.assert_takes_keys(gate.keys_to, settings.node)
     for step in steps:
         one = step.ca
         if step.target is Phase.OLD or one.change.kind is Kind.SAME_KEY:
             continue
-        if flags := former_keys.signing(node, one):
+        if flags := places.signing_flags(node, one):
             raise OrderError(
                 f"{one.name}: wanted a controller manager that does not sign with {one.state.path}, found "
                 f"{', '.join(flags)}: it ends at a file with two CAs, or with another key's",
@@ -352,7 +352,7 @@ def assert_keys_can_leave(steps: Sequence[Step], node: Node, settings: Settings,
             )
         if one.state.key == "local" and gate.keys_to is None and _leaves(step):
             raise OrderError(
-                f"{one.name}: wanted its key away from this node, or --keys-to, found {former_keys.place_of(settings.node, one)}",
+                f"{one.name}: wanted its key away from this node, or --keys-to, found {places.key_place(settings.node, one)}",
                 hint="--keys-to DIRECTORY moves it there, with the new certificates in use: a disk that leaves the node; "
                 "nothing was replaced",
             )
@@ -369,7 +369,7 @@ def _without_keys(run: Run, steps: Sequence[Step], result: Result, gate: Gate) -
         return result
     cas = [step.ca for step in steps if _leaves(step)]
     errors: list[BridgeError] = []
-    for one in former_keys.take_away(cas, run.settings.node, gate.keys_to):
+    for one in places.take_keys_away(cas, run.settings.node, gate.keys_to):
         if isinstance(one, str):
             run.record.add(audit.TRUSTED, result=one)
             run.progress.note(one)

@@ -39,8 +39,7 @@ from bridge.gateway.watch import (
 )
 from bridge.gateway.write import with_certificate, with_condition
 from bridge.state.store import Store
-from bridge.system.rate import Rate
-from bridge.system.waiting import wait_until
+from bridge.system.waiting import Rate, wait_until
 
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
 

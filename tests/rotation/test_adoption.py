@@ -19,7 +19,7 @@ from bridge.pki.certificates import load_pem_certificates, pem, spki
 from bridge.pki.csr import key_pem
 from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
-from bridge.rotation import former_keys, places, steps
+from bridge.rotation import places, steps
 from bridge.rotation.gate import Gate
 from bridge.rotation.steps import Verb
 from bridge.settings.tables import Settings
@@ -112,7 +112,7 @@ def test_the_new_ca_does_not_sign_beside_the_old_ones_key(settings: Settings, pk
         run(settings, Verb.ISSUE)
     assert contents(pki) == before
     assert run(settings, Verb.ISSUE, gate=to(disk)).exit_code == 0
-    key = former_keys.place_of(settings.node, places.look(settings, inventory.of(settings.node), ["ca"])["ca"])
+    key = places.key_place(settings.node, places.look(settings, inventory.of(settings.node), ["ca"])["ca"])
     key.write_bytes((disk / "ca.key").read_bytes())
     with pytest.raises(steps.OrderError, match="--keys-to"):
         run(settings, Verb.DROP)
@@ -196,7 +196,7 @@ def test_killed_with_the_keys_there_the_same_command_takes_them_away(settings: S
     assert run(settings, Verb.TRUST).exit_code == 0
     child = os.fork()
     if child == 0:
-        former_keys.take_away = lambda *_: kill()  # type: ignore[assignment]
+        places.take_keys_away = lambda *_: kill()  # type: ignore[assignment]
         run(settings, Verb.ISSUE, gate=to(disk))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -236,9 +236,9 @@ def test_a_place_that_others_read_takes_no_key(settings: Settings, pki: Pki, dis
         disk.chmod(0o755)
     (pki.pki_dir / "kept").mkdir(mode=0o700)
     with pytest.raises(SettingsError, match="--keys-to: wanted an absolute path of a directory for its owner alone"):
-        former_keys.assert_takes(place, settings.node)
+        places.assert_takes_keys(place, settings.node)
     disk.chmod(0o700)
-    former_keys.assert_takes(disk, settings.node)
+    places.assert_takes_keys(disk, settings.node)
 
 
 def test_another_key_on_the_disk_is_not_replaced(settings: Settings, pki: Pki, disk: Path) -> None:
@@ -247,6 +247,6 @@ def test_another_key_on_the_disk_is_not_replaced(settings: Settings, pki: Pki, d
     assert run(settings, Verb.TRUST).exit_code == 0
     done = run(settings, Verb.ISSUE, gate=to(disk))
     assert done.exit_code == Exit.NOT_LIVE
-    assert [isinstance(one, former_keys.KeyLeftError) for one in done.result.errors] == [True]
+    assert [isinstance(one, places.KeyLeftError) for one in done.result.errors] == [True]
     assert (pki.pki_dir / "ca.key").exists()
     assert (disk / "ca.key").read_bytes() == b"another cluster's"

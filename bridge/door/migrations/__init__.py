@@ -1,1 +1,0 @@
-"""The database's forms, one after the other, for alembic."""
