@@ -420,7 +420,7 @@ class Revocation:
     name: str  #: kubeadm's.
     certificate: x509.Certificate
     successor: x509.Certificate  #: Live, and seen in use.
-    proof: bytes  #: By the successor's key; see `bridge.pki.revocations`.
+    proof: bytes  #: By the successor's key; see `bridge.pki.node_proofs`.
 
 
 @runtime_checkable

@@ -205,7 +205,7 @@ _ALSO = {
     ],
     # the bundles' format
     "backends.gateway": [
-        *(f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "enrolment", "revocations", "signatures")),
+        *(f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "node_proofs", "signatures")),
         "bridge.system.paths",
     ],
 }

@@ -45,7 +45,7 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
-from bridge.pki import enrolment, revocations
+from bridge.pki import node_proofs
 from bridge.pki.budget import OverBudgetError, json_of
 from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle, bundle_of
 from bridge.pki.bundle_format import answer_message, digest, dumps, loads_answer
@@ -189,7 +189,7 @@ class GatewayBackend:
 
     def revoke_proven(self, revocation: Revocation) -> None:
         """Have the door's CA revoke it; the proof says to the door who asks, and its policy whether that may be."""
-        answer = self._ask("POST", "/v1/revocations", revocations.dumps(revocation))
+        answer = self._ask("POST", "/v1/revocations", node_proofs.revocation_json(revocation))
         if answer.status != HTTPStatus.OK:
             raise _error(answer)
 
@@ -235,7 +235,7 @@ class GatewayBackend:
         ):
             return {}
         try:
-            return {"Authorization": enrolment.proof(place.read(), digest(bundle))}
+            return {"Authorization": node_proofs.enrolment_proof(place.read(), digest(bundle))}
         except SecretUnavailableError as e:
             if any(one.proof is None for one in bundle.requests):
                 raise LocalFileError(f"gateway: enrolment: {e}", hint=_ENROL_HINT) from e

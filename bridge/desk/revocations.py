@@ -15,7 +15,7 @@ from bridge.contract import Revocation
 from bridge.desk.desk import at_once
 from bridge.desk.policy import Policy, node_problems
 from bridge.errors import BackendUnavailableError, BridgeError, Exit
-from bridge.pki import revocations
+from bridge.pki import node_proofs
 from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute
@@ -66,7 +66,7 @@ def assert_may(
     successor = known(asked.successor)
     if successor is None or successor.name != asked.name:
         raise NotRevokedError(f"wanted a successor {asked.name} that was signed here, found serial {serial}")
-    if not revocations.is_proven(asked, successor.node, successor.cluster):
+    if not node_proofs.is_revocation_proven(asked, successor.node, successor.cluster):
         raise NotRevokedError(f"wanted a proof by the key of the successor, serial {serial}, found another signature")
     if asked.successor.not_valid_after_utc <= now:
         ended = minute(asked.successor.not_valid_after_utc)

@@ -21,7 +21,7 @@ from bridge.desk.files import load_policy
 from bridge.desk.policy import node_problems
 from bridge.door.store import ENROLMENTS, EnrolmentError, Memory, asking, open_memory
 from bridge.errors import SettingsError, SettingsProblem
-from bridge.pki import enrolment
+from bridge.pki import node_proofs
 from bridge.pki.bundle import RequestBundle
 from bridge.pki.expiry import duration_text, minute
 from bridge.settings.tables import Settings
@@ -89,7 +89,7 @@ def find(memory: Memory, secret_hash: str) -> Enrolment | None:
 
 def shown(memory: Memory, authorization: str, bundle: RequestBundle, digest: str, now: datetime) -> Enrolment:
     """The open enrolment that the header proves for this request (EnrolmentError: there is none, or it is not for this)."""
-    secret_hash = enrolment.proven(authorization, digest)
+    secret_hash = node_proofs.enrolled_by(authorization, digest)
     found = find(memory, secret_hash) if secret_hash is not None else None
     if found is None:
         raise EnrolmentError("enrolment: wanted a proof of this request by a secret of this door, found another text")
@@ -124,12 +124,12 @@ class Wanted:
 def enroll(settings: Settings, policy_file: Path | None, wanted: Wanted, now: datetime) -> tuple[Enrolment, str]:
     """Make an enrolment and its secret, which is kept nowhere (SettingsError: the policy has no such node)."""
     _assert_sensible(wanted, settings, policy_file)
-    secret, doer = secrets.token_urlsafe(enrolment.SECRET_BYTES), audit.person()
+    secret, doer = secrets.token_urlsafe(node_proofs.SECRET_BYTES), audit.person()
     row = {
         "node": wanted.node,
         "cluster": wanted.cluster,
         "certificates": ",".join(wanted.certificates),
-        "secret_hash": enrolment.hash_of(secret),
+        "secret_hash": node_proofs.secret_hash(secret),
         "created": now.replace(microsecond=0),
         "created_by": doer,
         "ends": (now + wanted.lasts).replace(microsecond=0),

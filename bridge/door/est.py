@@ -33,7 +33,7 @@ from bridge.door.enrolments import Enrolment
 from bridge.door.https import PEER
 from bridge.door.signing import Signing, asker_json, origin_problem
 from bridge.door.store import TO_SIGN, EnrolmentError, Kept, Memory
-from bridge.pki import enrolment
+from bridge.pki import node_proofs
 from bridge.pki.bundle import BundledRequest, BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer, loads_request
 from bridge.pki.certificates import UNREADABLE, csr_fingerprint, fingerprint
@@ -148,7 +148,7 @@ class Est:
             user, _, secret = b64decode(text.strip(), validate=True).decode().partition(":")
         except ValueError:
             scheme = user = secret = ""
-        secret_hash = enrolment.hash_of(secret) if scheme.lower() == "basic" else None
+        secret_hash = node_proofs.secret_hash(secret) if scheme.lower() == "basic" else None
         found = enrolments.find(self._memory, secret_hash) if secret_hash is not None else None
         if found is None or found.node != user:
             wanted = "a node's name and the secret that `ca-bridge enroll` printed for it"

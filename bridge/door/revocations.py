@@ -19,7 +19,7 @@ from bridge.errors import BackendRefusedError, BridgeError
 from bridge.pki.bundle import BundleError
 from bridge.pki.bundle_format import loads_request
 from bridge.pki.certificates import csr_fingerprint, fingerprint, serial_hex
-from bridge.pki.revocations import loads
+from bridge.pki.node_proofs import revocation_of
 from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.state.session import recording
@@ -53,7 +53,7 @@ class Revocations:
         if isinstance(body, Reply):
             return body
         try:
-            asked = loads(body)
+            asked = revocation_of(body)
         except BundleError as e:
             return Reply.error(HTTPStatus.BAD_REQUEST, e)
         return self._revoke(asked, str(environ.get("REMOTE_ADDR", "")))

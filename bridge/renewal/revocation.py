@@ -154,13 +154,15 @@ def _revoke(
 
 def _word(one: Superseded, run: Run, node: Node) -> Revocation:
     """The proof that it is the successor's holder who asks (LocalFileError: the successor's key can't be used)."""
-    from bridge.pki import revocations  # noqa: PLC0415 (15 ms; only where a door is asked)
+    from bridge.pki import node_proofs  # noqa: PLC0415 (15 ms; only where a door is asked)
 
     ours = run.settings.node
     [item] = [item for item in node.items if item.spec.name == one.name]
     who = {"name": one.name, "node": ours.node_name, "cluster": ours.cluster}
     try:
-        return revocations.signed(prepare.live_key(item), old=one.certificate, successor=item.certificates[0], **who)
+        return node_proofs.revocation(
+            prepare.live_key(item), old=one.certificate, successor=item.certificates[0], **who
+        )
     except prepare.NO_KEY as e:
         raise LocalFileError(
             f"wanted the key of {one.name}, found one that can't be used: {type(e).__name__}"

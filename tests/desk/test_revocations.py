@@ -11,7 +11,7 @@ from cryptography import x509
 from bridge.desk.policy import parse
 from bridge.desk.revocations import NotRevokedError, Signed, assert_may
 from bridge.errors import BackendUnavailableError
-from bridge.pki import csr, revocations
+from bridge.pki import csr, node_proofs
 from bridge.pki.bundle import sign_request
 from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.desks import POLICY
@@ -31,13 +31,13 @@ def test_who_may_have_what_revoked(tmp_path: Path) -> None:
     now = datetime.now(UTC)
     leaf = signer.issue(sign_request(request, bundle)).leaf
     who = {"name": _NAME, "node": bundle.node, "cluster": bundle.cluster}
-    asked = revocations.signed(key, old=old[_NAME][0], successor=leaf, **who)
+    asked = node_proofs.revocation(key, old=old[_NAME][0], successor=leaf, **who)
     kept = Signed(authority="front-proxy-ca", request=request, bundle=bundle, **who)
     forgotten = Signed(authority="front-proxy-ca", request=None, bundle=None, **who)
     policy, cas = parse(f'{POLICY}revoke = "superseded"\n'), {"front-proxy-ca": [signer.certificate]}
 
     assert assert_may(asked, {leaf: kept}.get, policy, cas, now) == kept
-    assert revocations.loads(revocations.dumps(asked)) == asked
+    assert node_proofs.revocation_of(node_proofs.revocation_json(asked)) == asked
     with pytest.raises(BackendUnavailableError, match="not reached yet"):
         assert_may(asked, {leaf: kept}.get, policy, {}, now)
     with pytest.raises(NotRevokedError, match="as far as requests are kept"):

@@ -23,8 +23,8 @@ from bridge.errors import BackendError, BackendRefusedError, Exit, LocalFileErro
 from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.pki.csr import generate_key, key_pem
-from bridge.pki.enrolment import hash_of, proof, proven
 from bridge.pki.expiry import parse_duration
+from bridge.pki.node_proofs import enrolled_by, enrolment_proof, secret_hash
 from bridge.state import audit
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import changed, make_bundle, old_pairs
@@ -74,7 +74,7 @@ def posted(door: ServeProgram, bundle: RequestBundle, authorization: str) -> Ans
 
 def shown(door: ServeProgram, bundle: RequestBundle, secret: str) -> Answer:
     """A request, with the proof that its maker has the secret."""
-    return posted(door, bundle, proof(secret, digest(bundle)))
+    return posted(door, bundle, enrolment_proof(secret, digest(bundle)))
 
 
 def awaited(door: ServeProgram, answer: Answer) -> AnswerBundle:
@@ -96,11 +96,11 @@ _SECRET, _OTHER, _DIGEST = "A" * 43, "B" * 43, "0" * 64
 
 def test_a_proof_is_for_one_request_by_one_secret() -> None:
     """What the door computes from it is the hash that it keeps; another digest or a changed byte proves nothing."""
-    good = proof(_SECRET, _DIGEST)
+    good = enrolment_proof(_SECRET, _DIGEST)
 
-    assert proven(good, _DIGEST) == hash_of(_SECRET) != hash_of(_OTHER)
-    assert proven(good, "1" * 64) is None
-    assert proven(good.replace(good[-8], "z" if good[-8] != "z" else "y"), _DIGEST) is None
+    assert enrolled_by(good, _DIGEST) == secret_hash(_SECRET) != secret_hash(_OTHER)
+    assert enrolled_by(good, "1" * 64) is None
+    assert enrolled_by(good.replace(good[-8], "z" if good[-8] != "z" else "y"), _DIGEST) is None
     assert _SECRET not in good
 
 
@@ -117,14 +117,14 @@ def test_a_proof_is_for_one_request_by_one_secret() -> None:
 )
 def test_another_header_proves_nothing(text: str) -> None:
     """Neither another scheme, nor a text that is none."""
-    assert proven(text, _DIGEST) is None
+    assert enrolled_by(text, _DIGEST) is None
 
 
 def test_a_text_of_another_form_is_no_secret() -> None:
     """It has no hash, and makes no proof."""
-    assert hash_of("short") is None
+    assert secret_hash("short") is None
     with pytest.raises(ValueError, match="ca-bridge enroll"):
-        proof(_SECRET + "\n", _DIGEST)
+        enrolment_proof(_SECRET + "\n", _DIGEST)
 
 
 # --- the first request ------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_the_secret_is_kept_nowhere(door: ServeProgram, desk: Desk, pki: Pki) ->
 
     kept = b"".join(path.read_bytes() for path in desk.state.rglob("*") if path.is_file())
     assert secret.encode() not in kept
-    assert (hash_of(secret) or "").encode() in kept
+    assert (secret_hash(secret) or "").encode() in kept
     assert secret not in "".join(door.said)
     lines = [json.loads(line) for line in (desk.state / "audit.jsonl").read_text().splitlines()]
     assert re.search(r"node cp-1, .*, by enrolment \d+ of \w+", lines[-1]["result"])
@@ -211,8 +211,8 @@ def test_another_nodes_request_is_refused(
 def test_a_proof_for_another_request_is_refused(door: ServeProgram, desk: Desk, pki: Pki) -> None:
     """A header that was overheard, an unknown secret, and the secret itself as a password."""
     secret, bundle = enrolled(desk), first(pki)
-    overheard = proof(secret, digest(first(pki)))
-    unknown = proof(_SECRET, digest(bundle))
+    overheard = enrolment_proof(secret, digest(first(pki)))
+    unknown = enrolment_proof(_SECRET, digest(bundle))
     plain = f"Basic {b64encode(f'cp-1:{secret}'.encode()).decode()}"
 
     assert [posted(door, bundle, one).status for one in (overheard, unknown, plain)] == [403] * 3
@@ -280,7 +280,9 @@ def test_an_old_secret_spoils_no_request_with_proofs(door: ServeProgram, pki: Pk
     """A node that is renewed with its own keys is not refused for a file that was left there."""
     bundle = make_bundle(old_pairs(pki, ["scheduler.conf"]))
 
-    assert kinds(awaited(door, posted(door, bundle, proof(_SECRET, digest(bundle))))) == {"scheduler.conf": Issued}
+    assert kinds(awaited(door, posted(door, bundle, enrolment_proof(_SECRET, digest(bundle))))) == {
+        "scheduler.conf": Issued
+    }
 
 
 def test_a_use_that_comes_too_late_keeps_no_request(tmp_path: Path) -> None:

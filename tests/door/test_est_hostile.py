@@ -19,7 +19,7 @@ from cryptography.x509.oid import AttributeOID, ExtendedKeyUsageOID
 
 from bridge.door import enrolments
 from bridge.door.enrolments import Wanted
-from bridge.pki import enrolment
+from bridge.pki import node_proofs
 from bridge.settings.load import load
 from bridge.system.waiting import wait_until
 from tests.kit.est_door import ROOT, TYPE, EstDoor, body_of, make_csr, make_est_door, write_pair
@@ -324,7 +324,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Stage], Found], Callable[[Stage], Found]
     "another scheme": ("401", lambda s: s.basic(make_csr(), header("cp-1", s.secret(), "Bearer")), good_secret),
     "unknown secret": ("401", lambda s: s.basic(make_csr(), header("cp-1", "A" * 43)), good_secret),
     "hash as the secret": ("401", lambda s: s.basic(
-        make_csr(), header("cp-1", enrolment.hash_of(s.secret()) or "")), good_secret),
+        make_csr(), header("cp-1", node_proofs.secret_hash(s.secret()) or "")), good_secret),
     "another node with a good secret": ("401", lambda s: s.basic(make_csr("CN=web.cp-2"), header("cp-2", s.secret())), good_secret),
     "another node's names with a good secret": (
         "403", lambda s: s.basic(make_csr("CN=web.cp-2"), header("cp-1", s.secret())), good_secret,

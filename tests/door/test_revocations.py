@@ -18,7 +18,7 @@ from bridge.contract import Issued, Revocation, SignRequest
 from bridge.control_plane import proof
 from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.errors import BackendRefusedError, Exit
-from bridge.pki import csr, revocations
+from bridge.pki import csr, node_proofs
 from bridge.pki.bundle_format import dumps, loads_answer
 from bridge.pki.certificates import pem, serial_hex
 from bridge.pki.csr import PrivateKey
@@ -74,11 +74,11 @@ def renewed(door: ServeProgram, old: Pair, name: str = _NAME, node: str = "cp-1"
 def word(successor: Pair, old: x509.Certificate, **differences: str) -> Revocation:
     """A node's word, by the successor's key."""
     who = {"name": _NAME, "node": "cp-1", "cluster": "kubernetes", **differences}
-    return revocations.signed(successor[1], old=old, successor=successor[0], **who)
+    return node_proofs.revocation(successor[1], old=old, successor=successor[0], **who)
 
 
 def send(door: ServeProgram, asked: Revocation | bytes) -> Answer:
-    body = asked if isinstance(asked, bytes) else revocations.dumps(asked)
+    body = asked if isinstance(asked, bytes) else node_proofs.revocation_json(asked)
     return door.ask("POST", "/v1/revocations", body, Content_Type="application/json")
 
 
@@ -245,7 +245,7 @@ class Stage:
 
     def text(self, old: str = "", new: str = "") -> bytes:
         """The good one, written differently."""
-        data = revocations.dumps(self.good).decode()
+        data = node_proofs.revocation_json(self.good).decode()
         assert old in data
         return data.replace(old, new, 1).encode()
 
@@ -319,7 +319,7 @@ def test_nothing_hostile_is_revoked(stage: Stage, which: str) -> None:
 
 def test_the_address_takes_one_kind_of_request(stage: Stage) -> None:
     """Another method, another path and another kind of body are refused; the honest word is not, nor is it afterwards."""
-    ask, body = stage.door.ask, revocations.dumps(stage.good)
+    ask, body = stage.door.ask, node_proofs.revocation_json(stage.good)
     kind = {"Content_Type": "application/json"}
     statuses = [
         ask("GET", "/v1/revocations").status,
