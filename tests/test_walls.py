@@ -63,7 +63,7 @@ FLOORS: dict[str, set[str]] = {
 #: No I/O and no clock in these: a package, or a module of another one.
 PURE = (
     *("pki", "specs", "words", "settings.windows"),
-    *("desk.approval", "desk.patterns", "gateway.rules", "gateway.pod_rules", "users.user_rules"),
+    *("desk.approval", "desk.patterns", "gateway.rules", "gateway.pod_rules"),
 )
 
 IMPURE_MODULES = {
@@ -203,9 +203,9 @@ _ALSO = {
         *("bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.signatures"),
         *("bridge.system.files", "bridge.system.paths"),
     ],
-    # the bundles' format
+    # the bundles' format, and for its setup certificates that it looks into
     "backends.gateway": [
-        *(f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "node_proofs", "signatures")),
+        *(f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "certificates", "node_proofs", "signatures")),
         "bridge.system.paths",
     ],
 }

@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
+from bridge import users
 from bridge.cli.options import ZERO, Common, WaitOption, command, duration_option, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_sentence
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import minute
+from bridge.pki.user_rules import User
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
-from bridge.users import csr_file, issue
-from bridge.users.issue import Done, UserOrder
-from bridge.users.user_rules import User
+from bridge.users import Done, UserOrder, stem_of, write_request
 
 commands = typer.Typer()
 kubeconfig = group(commands, "kubeconfig", "Make kubeconfigs for people and machines.")
@@ -42,7 +42,7 @@ def request(
     The key (NAME.key, for its owner alone) stays here; NAME.csr goes to the operator who runs `ca-bridge kubeconfig user`. It
     needs no settings, no root and no cluster.
     """
-    key_path, csr_path = csr_file.write_request(_user(name, groups), directory.absolute(), _algorithm(key))
+    key_path, csr_path = write_request(_user(name, groups), directory.absolute(), _algorithm(key))
     say_sentence(f"{key_path}  the private key: it stays yours alone")
     say_sentence(f"{csr_path}  the request: hand it in; the kubeconfig that comes back goes beside the key")
 
@@ -84,7 +84,7 @@ def user(
     """
     order = UserOrder(
         user=_user(name, groups),
-        out=(out or Path(f"{csr_file.stem_of(name)}.conf")).absolute(),
+        out=(out or Path(f"{stem_of(name)}.conf")).absolute(),
         csr=csr.absolute() if csr is not None else None,
         key_file=key_file,
         key=_algorithm(key),
@@ -93,7 +93,7 @@ def user(
         ca_file=ca.absolute() if ca is not None else None,
     )
     with progress_shown() as progress:
-        done = issue.issue(common.settings(), order, utc_now, progress, wait)
+        done = users.issue(common.settings(), order, utc_now, progress, wait)
     for line in _told(order, done):
         say(line)
 

@@ -31,12 +31,14 @@ from bridge.desk.patterns import (
     subject_text,
 )
 from bridge.errors import SettingsProblem
+from bridge.pki import user_rules
 from bridge.pki.bundle import CARRIED, REQUEST_VERSIONS, BundledRequest, RequestBundle
 from bridge.pki.certificates import attributes, san_counts, san_entry
 from bridge.pki.csr import Naming, algorithm_name
 from bridge.pki.csr_fields import requested
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
+from bridge.pki.user_rules import Limits, User
 from bridge.settings.reader import Reader, opened
 from bridge.specs import (
     AUTHORITIES,
@@ -50,8 +52,6 @@ from bridge.specs import (
     is_pair_name,
     pair_spec,
 )
-from bridge.users import user_rules
-from bridge.users.user_rules import Limits, User
 from bridge.words import one_line
 
 _CLOCKS_DIFFER = timedelta(days=1)

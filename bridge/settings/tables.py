@@ -405,7 +405,7 @@ class MetricsSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserSettings:
-    """Table `[users]`: what `kubeconfig user` may have signed; see `bridge.users.issue`."""
+    """Table `[users]`: what `kubeconfig user` may have signed; see `bridge.users`."""
 
     #: The lifetime that the CA is asked for, unless the command names another.
     validity: timedelta = timedelta(hours=8)

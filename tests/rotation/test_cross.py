@@ -21,6 +21,7 @@ from bridge.node import cross, inventory, kubeconfig
 from bridge.pki import expiry
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
+from bridge.pki.user_rules import User
 from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
 from bridge.rotation import new_ca, places, steps
@@ -31,8 +32,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, EKU
 from bridge.state import backups
 from bridge.state.store import Store
-from bridge.users.issue import UserOrder, issue
-from bridge.users.user_rules import User
+from bridge.users import UserOrder, issue
 from tests.kit import next_cas, openbao
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.issuing import NOW, Signer, cn, usage

@@ -27,11 +27,10 @@ from bridge.contract import SignRequest
 from bridge.node import kubeconfig
 from bridge.pki.certificates import attributes, extended_key_usages, load_pem_certificates, pem
 from bridge.pki.csr import generate_key, subject_of
+from bridge.pki.user_rules import User
 from bridge.settings.tables import UserSettings
 from bridge.specs import USER
-from bridge.users import csr_file
-from bridge.users.issue import UserNotAllowedError, assert_allowed
-from bridge.users.user_rules import User
+from bridge.users import CsrRefusedError, NoCsrError, UserNotAllowedError, assert_allowed, load_csr, make_csr
 from tests.kit import approval, odd_csrs, openbao
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.desks import POLICY, Desk, make_desk
@@ -236,13 +235,13 @@ def test_a_file_of_beginnings_is_read_once(tmp_path: Path) -> None:
     """A megabyte of BEGIN lines without an end takes no time; a CSR with text round it is taken."""
     path, begin = tmp_path / "x.csr", time.process_time()
     path.write_bytes(b"-----BEGIN CERTIFICATE REQUEST-----\n" * 29_000)
-    with pytest.raises(csr_file.NoCsrError):
-        csr_file.load(path, User(name="bob"))
+    with pytest.raises(NoCsrError):
+        load_csr(path, User(name="bob"))
     assert time.process_time() - begin < 2
 
-    pem = csr_file.make(User(name="bob"), generate_key("ecdsa-p256"))
+    pem = make_csr(User(name="bob"), generate_key("ecdsa-p256"))
     path.write_bytes(b"Certificate Request:\n    Data: 1-2\n" + pem + b"\n")
-    assert csr_file.load(path, User(name="bob")).strip() == pem.strip()
+    assert load_csr(path, User(name="bob")).strip() == pem.strip()
 
 
 @pytest.mark.attack("G9")
@@ -254,10 +253,10 @@ def test_a_second_list_of_extensions_is_refused(tmp_path: Path) -> None:
     empty = odd_csrs.asking(odd_csrs.EXTENSION_REQUEST)
     for oid in (odd_csrs.EXTENSION_REQUEST, odd_csrs.MICROSOFTS):
         path.write_bytes(odd_csrs.with_attributes(key, subject, empty, odd_csrs.asking(oid, names)))
-        with pytest.raises(csr_file.CsrRefusedError, match="extensions: wanted none"):
-            csr_file.load(path, User(name="bob"))
+        with pytest.raises(CsrRefusedError, match="extensions: wanted none"):
+            load_csr(path, User(name="bob"))
     path.write_bytes(odd_csrs.with_attributes(key, subject, empty))
-    assert csr_file.load(path, User(name="bob"))
+    assert load_csr(path, User(name="bob"))
 
 
 @pytest.mark.parametrize(

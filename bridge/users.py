@@ -1,9 +1,15 @@
-"""One user's certificate: judged by the settings, asked for, proven (its lifetime, too), and put into a kubeconfig."""
+"""
+Kubeconfigs for people and machines: short-lived client certificates of the cluster's CA.
+
+A user's key and CSR are made where the user is, and judged where they are signed; the certificate is judged by the settings,
+asked for, proven (its lifetime, too), and put into a kubeconfig.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +19,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.x509.oid import NameOID
 
 from bridge.ca import registry
 from bridge.ca.ca import CA, UntrustedAnswerError
@@ -29,21 +37,29 @@ from bridge.errors import (
 )
 from bridge.node import cross, kubeconfig
 from bridge.node.kubeconfig import FreshKubeconfig
-from bridge.pki import csr, verify
-from bridge.pki.certificates import pem
+from bridge.pki import csr, user_rules, verify
+from bridge.pki.certificates import UNREADABLE, attributes, pem
+from bridge.pki.csr import Naming, PrivateKey, subject_of
+from bridge.pki.csr_fields import requested
+from bridge.pki.user_rules import SHORTEST, Limits, User
 from bridge.settings.tables import Settings, UserSettings
 from bridge.specs import CA as CLUSTER_CA
-from bridge.specs import USER, KeyAlgorithm
+from bridge.specs import KEY_ALGORITHMS, USER, KeyAlgorithm
 from bridge.state import audit
 from bridge.state.open_requests import OpenUser, OpenUsers
 from bridge.state.session import alone, in_force
 from bridge.state.store import Store
 from bridge.system.console import Progress
-from bridge.system.files import write_atomically
+from bridge.system.files import Attributes, sync_directory, write_atomically, write_staged
 from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read, read_ca_file, read_once
-from bridge.users import csr_file, user_rules
-from bridge.users.user_rules import SHORTEST, Limits, User
+from bridge.words import one_line
 
+#: Kubernetes accepts it everywhere, and it is made at once.
+DEFAULT_KEY: KeyAlgorithm = "ecdsa-p256"
+_CSR_MODE = 0o644
+#: No hyphen within a block, so that a file of BEGIN lines alone is read once, not once for each line.
+_PEM = re.compile(rb"-----BEGIN ((?:NEW )?CERTIFICATE REQUEST)-----[^-]*-----END \1-----")
+_CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 #: A desk refuses a request that is older than a month, unless its policy says otherwise.
 _CARRIED_ANEW = timedelta(days=20)
 _KEPT = (
@@ -51,6 +67,104 @@ _KEPT = (
     "once the desk signs it, carry the same bundle there again"
 )
 _LEAST_SHARE = 2
+
+
+class NoCsrError(BridgeError):
+    """A file that holds no CSR, or can't be read; no request was refused."""
+
+    exit_code = Exit.USAGE
+    hint = "`ca-bridge kubeconfig request NAME --group GROUP` makes one where the person is"
+
+
+class CsrRefusedError(BridgeError):
+    """A CSR that differs from the command's options."""
+
+    exit_code = Exit.REFUSED
+    hint = "`ca-bridge kubeconfig request NAME --group GROUP` makes one where the person is"
+
+
+def naming_of(user: User) -> Naming:
+    """The subject of a user, as `kubeadm kubeconfig user` writes it: all groups, then the name; no SAN."""
+    return Naming(subject=subject_of(user.name, user.groups))
+
+
+def make_csr(user: User, key: PrivateKey) -> bytes:
+    """A CSR in PEM."""
+    return csr.build_for(naming_of(user), key)
+
+
+def stem_of(name: str) -> str:
+    """A user's name as a part of a file's name, which leads to no other directory."""
+    return re.sub(r"[^A-Za-z0-9._@+-]", "_", name)
+
+
+def write_request(user: User, directory: Path, algorithm: KeyAlgorithm = DEFAULT_KEY) -> tuple[Path, Path]:
+    """Make a key and a CSR for it, `NAME.key` (0600) and `NAME.csr`: both or neither, and never over an older file."""
+    stem = stem_of(user.name)
+    key = csr.generate_key(algorithm)
+    files = [(directory / f"{stem}.key", csr.key_pem(key), Attributes.private().mode)]
+    files.append((directory / f"{stem}.csr", make_csr(user, key), _CSR_MODE))
+    written: list[Path] = []
+    try:
+        for path, data, mode in files:
+            private = Attributes.private()
+            write_staged(path, data, Attributes(mode=mode, uid=private.uid, gid=private.gid, extended={}))
+            written.append(path)
+        sync_directory(directory)
+    except OSError as e:
+        for path in written:
+            path.unlink()
+        raise BridgeError(
+            f"{e.filename or directory}: wanted to write a key and a CSR, found: {e.strerror}",
+            hint="move the older ones away, or name another directory with -o",
+        ) from None
+    return files[0][0], files[1][0]
+
+
+def load_csr(path: Path, user: User) -> bytes:
+    """Read a CSR that was made elsewhere, check it against the operator's options, and return it as PEM."""
+    try:
+        data = read(path)
+    except UnreadableError as e:
+        raise NoCsrError(f"{path}: wanted a CSR, found: {e}") from None
+    blocks = [match[0] for match in _PEM.finditer(data or b"")]
+    if len(blocks) != 1:
+        found = "no file" if data is None else f"{len(blocks)} of them"
+        raise NoCsrError(f"{path}: wanted one CSR in PEM, found {found}")
+    try:
+        request = x509.load_pem_x509_csr(blocks[0])
+        problems = _csr_problems(request, user)
+    except (*UNREADABLE, UnsupportedAlgorithm) as e:
+        problems = [f"wanted a CSR that can be read, found: {one_line(e)}"]
+    if problems:
+        raise CsrRefusedError(f"{path}: {'; '.join(problems)}")
+    return blocks[0] + b"\n"
+
+
+def _csr_problems(request: x509.CertificateSigningRequest, user: User) -> list[str]:
+    problems = []
+    found = attributes(request.subject)
+    names = [value for oid, value in found if oid == _CN]
+    groups = [value for oid, value in found if oid == _O]
+    if names != [user.name]:
+        problems.append(f"CN: wanted {user.name}, found {_words(names)}")
+    if sorted(groups) != sorted(user.groups):
+        problems.append(f"O: wanted {_words(user.groups)} (--group), found {_words(groups)}")
+    if others := [oid for oid, _ in found if oid not in (_CN, _O)]:
+        problems.append(f"subject: wanted CN and O alone, found {_words(others)} too")
+    if asked := requested(request):
+        problems.append(f"extensions: wanted none, found {_words(asked)}")
+    if csr.known_algorithm(request.public_key()) is None:
+        problems.append(
+            f"key: wanted one of {', '.join(KEY_ALGORITHMS)}, found {csr.algorithm_name(request.public_key())}"
+        )
+    if not request.is_signature_valid:
+        problems.append("wanted a CSR that is signed with its own key, found another signature")
+    return problems
+
+
+def _words(texts: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(one_line(text, 80) for text in texts[:5]) or "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +175,7 @@ class UserOrder:
     out: Path  #: Where the kubeconfig goes.
     csr: Path | None = None  #: The user's; None: a key is made here.
     key_file: str = ""  #: Where the user has the key, seen from the kubeconfig; empty: beside it, under the CSR's name.
-    key: KeyAlgorithm = csr_file.DEFAULT_KEY  #: Of a key that is made here.
+    key: KeyAlgorithm = DEFAULT_KEY  #: Of a key that is made here.
     validity: timedelta | None = None  #: None: `users.validity`.
     server: str = ""  #: The API server's URL; empty: as in the node's admin.conf.
     ca_file: Path | None = None  #: The cluster's CA; None: the node's.
@@ -98,7 +212,7 @@ def issue(
     rules = settings.users
     validity = order.validity or rules.validity
     assert_allowed(order.user, validity, rules)
-    given = csr_file.load(order.csr, order.user) if order.csr is not None else None
+    given = load_csr(order.csr, order.user) if order.csr is not None else None
     _assert_may_write(order)
     anchors, anchor_name = _anchors(settings, order)
     server = _server(settings, order)
@@ -229,7 +343,7 @@ def _taken_up(
     key_pem = None
     if given is None:
         key = csr.generate_key(order.key)
-        given, key_pem = csr_file.make(order.user, key), csr.key_pem(key)
+        given, key_pem = make_csr(order.user, key), csr.key_pem(key)
     return OpenUser(
         name=order.user.name,
         groups=order.user.groups,

@@ -1,1 +1,0 @@
-"""Kubeconfigs for people and machines: short-lived client certificates of the cluster's CA."""
