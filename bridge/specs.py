@@ -71,7 +71,9 @@ AUTHORITIES = {authority.name: authority for authority in (CA, ETCD_CA, FRONT_PR
 
 
 _NO_GROUP: frozenset[str] = frozenset()
-_MASTERS = frozenset({"system:masters"})
+#: Kubernetes lets its members do everything, and no RBAC rule can take that back.
+MASTERS = "system:masters"
+_MASTERS = frozenset({MASTERS})
 _ADMINS = frozenset({"kubeadm:cluster-admins"})
 
 

@@ -51,7 +51,7 @@ from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle,
 from bridge.pki.bundle_format import answer_message, digest, dumps, loads_answer
 from bridge.pki.certificates import san_entries
 from bridge.pki.signatures import is_by
-from bridge.specs import CertificateSpec
+from bridge.specs import MASTERS, CertificateSpec
 from bridge.system.http import Answer
 from bridge.system.paths import read_public_key
 from bridge.words import one_line
@@ -334,7 +334,6 @@ def _error(answer: Answer) -> BackendError:
     return BackendRefusedError(text, hint=_HINTS.get(answer.status, _NOT_OURS))
 
 
-_MASTERS = "system:masters"
 #: The policy's own default, and what its rules for SANs can name.
 _LONGEST, _KINDS = timedelta(days=365), {"DNS", "IP"}
 
@@ -382,7 +381,7 @@ def _certificate_lines(wanted: SetupRequest) -> Iterator[str]:
 
 
 def _is_master(one: x509.Certificate) -> bool:
-    return any(part.value == _MASTERS for part in one.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME))
+    return any(part.value == MASTERS for part in one.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME))
 
 
 def _quoted(text: str) -> str:

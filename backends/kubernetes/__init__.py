@@ -52,7 +52,7 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
-from bridge.specs import EKU, SPECS, CertificateSpec
+from bridge.specs import EKU, MASTERS, SPECS, CertificateSpec
 from bridge.words import one_line
 
 #: As the API server has it (pkg/apis/certificates/validation): a domain of at least two labels, and one path segment
@@ -318,10 +318,10 @@ class KubernetesBackend:
             if one.validity < SHORTEST:
                 violations.append(Violation(subject="validity", want="10m or more", got=f"{one.validity}"))
             groups = one.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
-            is_master = any(group.value == "system:masters" for group in groups)
+            is_master = any(group.value == MASTERS for group in groups)
             if self._signer(one.spec) == "kubernetes.io/kube-apiserver-client" and is_master:
                 got = "it, which no API server takes for kubernetes.io/kube-apiserver-client"
-                violations.append(Violation(subject="O", want="no system:masters", got=got))
+                violations.append(Violation(subject="O", want=f"no {MASTERS}", got=got))
             if violations:
                 found[one.spec.name] = violations
         return found

@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import NameOID
 
-from bridge.desk.patterns import CN_OID, MASTERS, O_OID
+from bridge.desk.patterns import CN_OID, O_OID
 from bridge.errors import SettingsProblem, WaitingError
 from bridge.pki import display, signatures
 from bridge.pki.bundle import BundledRequest, RequestBundle
@@ -27,7 +27,7 @@ from bridge.pki.certificates import UNREADABLE, attributes, fingerprint, pem, sa
 from bridge.pki.csr import algorithm_name
 from bridge.pki.expiry import duration_text, rfc3339
 from bridge.pki.verify import client_problem
-from bridge.specs import USER
+from bridge.specs import MASTERS, USER
 from bridge.words import one_line
 
 Verdict = Literal["approved", "refused"]

@@ -18,8 +18,6 @@ _MOST_SHOWN = 5
 _LONGEST_HOST_NAME = 253
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
-MASTERS = "system:masters"  #: Kubernetes lets its members do everything, and no RBAC rule can take that back.
-
 CN_OID, O_OID = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 
 

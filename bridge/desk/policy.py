@@ -21,7 +21,6 @@ from bridge.desk.node_inventory import Inventory, San
 from bridge.desk.patterns import (
     CN_OID,
     LONGEST_SHOWN,
-    MASTERS,
     O_OID,
     matches,
     one_of,
@@ -45,6 +44,7 @@ from bridge.specs import (
     EKU,
     KEY_ALGORITHMS,
     KUBELET_SERVER,
+    MASTERS,
     SERVERS,
     SPECS,
     USER,

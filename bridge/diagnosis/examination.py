@@ -13,7 +13,7 @@ from bridge.ca.ca import signer_of
 from bridge.ca.retry import Rest
 from bridge.desk import files as desk_files
 from bridge.desk.policy import Policy
-from bridge.diagnosis import authorities, ca_keys, installed, kubelets, machine, pairs, upgrade, use
+from bridge.diagnosis import authorities, ca_keys, installed, machine, upgrade, use
 from bridge.diagnosis.findings import Finding, from_error
 from bridge.errors import BridgeError, SettingsError
 from bridge.node import inventory
@@ -40,7 +40,7 @@ def of_kubelets(settings: Settings, now: datetime) -> Iterator[Finding]:
     if not node.is_here:
         yield _no_node(settings)
         return
-    yield from _whole(lambda: kubelets.look(node, settings, now))
+    yield from _whole(lambda: upgrade.look_at_kubelets(node, settings, now))
 
 
 def for_ca_keys(root: Path, settings: Settings, _now: datetime) -> Iterator[Finding]:
@@ -65,7 +65,7 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     if node.is_here:
         yield from _whole(lambda: installed.look(node, settings, now))
         yield from _whole(lambda: ca_keys.look(node, settings))
-        yield from _whole(lambda: pairs.look(node, settings, now))
+        yield from _whole(lambda: use.look_at_pairs(node, settings, now))
         yield from _whole(lambda: use.look(node, settings, now))
         yield from _whole(lambda: machine.look(node, settings, now))
         yield from _whole(lambda: authorities.look(node, settings, now))

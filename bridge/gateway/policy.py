@@ -13,7 +13,7 @@ from cryptography import x509
 
 from bridge.desk import policy
 from bridge.desk.node_inventory import Inventory, NodeEntry
-from bridge.desk.patterns import CN_OID, MASTERS, O_OID
+from bridge.desk.patterns import CN_OID, O_OID
 from bridge.desk.policy import Policy, name_problems
 from bridge.gateway.pod_rules import PodSignerRules, read_pod_signers
 from bridge.gateway.rules import (
@@ -32,7 +32,7 @@ from bridge.pki.certificates import attributes
 from bridge.pki.csr_fields import Asked, OddRequestError, read
 from bridge.pki.kubeadm_names import is_node_name
 from bridge.settings.reader import opened
-from bridge.specs import KUBELET_CLIENT, KUBELET_SERVER, KUBELET_SERVING, USER, CertificateSpec
+from bridge.specs import KUBELET_CLIENT, KUBELET_SERVER, KUBELET_SERVING, MASTERS, USER, CertificateSpec
 from bridge.words import one_line
 
 #: A CA's certificate ends this much later than what it signs, so that a clock or two may differ.

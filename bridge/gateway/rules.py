@@ -9,10 +9,10 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from bridge.contract import GIVEN
-from bridge.desk.patterns import CN_OID, MASTERS, O_OID, subject_of
+from bridge.desk.patterns import CN_OID, O_OID, subject_of
 from bridge.errors import SettingsProblem
 from bridge.settings.reader import Reader
-from bridge.specs import EKU, KEY_ALGORITHMS, KUBELET_CLIENT, KUBELET_SERVING, SPECS, USER, CertificateSpec
+from bridge.specs import EKU, KEY_ALGORITHMS, KUBELET_CLIENT, KUBELET_SERVING, MASTERS, SPECS, USER, CertificateSpec
 
 CLIENT_KUBELET = "kubernetes.io/kube-apiserver-client-kubelet"
 SERVING = "kubernetes.io/kubelet-serving"

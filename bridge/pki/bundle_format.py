@@ -36,7 +36,7 @@ from bridge.pki.bundle import (
 from bridge.pki.certificates import UNREADABLE, extended_key_usages, fingerprint, name_text, pem, san_counts, serial_hex
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
-from bridge.specs import AUTHORITIES, EKU
+from bridge.specs import AUTHORITIES, EKU, MASTERS
 from bridge.words import counted, one_line
 
 _Signed = TypeVar("_Signed", x509.Certificate, x509.CertificateSigningRequest)
@@ -497,10 +497,6 @@ def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Cert
     return "\n".join([*lines, "", f"fingerprint  {short_fingerprint(bundle)}", f"in short     {summary}", ""])
 
 
-#: The group that no RBAC rule holds back.
-_MASTERS = "system:masters"
-
-
 def _asked_in_short(bundle: RequestBundle, cas: Mapping[str, Sequence[x509.Certificate]]) -> str:
     """What is not the usual case stands out: proofs, other CAs, changes, and the group that may do everything."""
     every = bundle.requests
@@ -514,8 +510,8 @@ def _asked_in_short(bundle: RequestBundle, cas: Mapping[str, Sequence[x509.Certi
     ]
     if changed := sum(any(_changes(one)) for one in every):
         parts.append(f"{changed} CHANGED")
-    if masters := sum(_MASTERS in display.name(one.csr) for one in every):
-        parts.append(f"{masters} in {_MASTERS}")
+    if masters := sum(MASTERS in display.name(one.csr) for one in every):
+        parts.append(f"{masters} in {MASTERS}")
     return ", ".join(parts)
 
 

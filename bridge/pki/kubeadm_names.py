@@ -21,9 +21,9 @@ from cryptography.x509.oid import NameOID
 
 from bridge.errors import BridgeError
 from bridge.pki.csr import Naming, general_name, subject_of
-from bridge.specs import CertificateSpec
+from bridge.specs import MASTERS, CertificateSpec
 
-MASTERS, ADMINS = "system:masters", "kubeadm:cluster-admins"
+ADMINS = "kubeadm:cluster-admins"
 _VERSION = re.compile(r"v?(\d{1,3})\.(\d{1,4})(?:\.(\d{1,4}))?(?:[-+].*)?")
 
 #: From these patch releases on apiserver-kubelet-client is in no group; a binding of its user has its rights

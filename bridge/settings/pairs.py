@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Literal
 from bridge.errors import SettingsProblem
 from bridge.secret import GIVEN
 from bridge.settings.tables import command_words
-from bridge.specs import EKU, CertificateSpec, Component, KeyAlgorithm, pair_spec
+from bridge.specs import EKU, MASTERS, CertificateSpec, Component, KeyAlgorithm, pair_spec
 
 if TYPE_CHECKING:  # a night with nothing due makes none of them
     from bridge.pki.csr import Naming
 
-_MASTERS = "system:masters"
 _LAST_PORT = 65535
 _PLACE = r"(?:\[([0-9a-f:.]+)\]|([^\s:/\[\]]+)):([0-9]{1,5})"
 _ACCOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?(:[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
@@ -125,9 +124,9 @@ class PairSettings(PairFiles):
     def _name_problems(self) -> Iterator[SettingsProblem]:
         from bridge.pki import csr  # noqa: PLC0415 (only where there is a pair)
 
-        if _MASTERS in self.organizations:
+        if MASTERS in self.organizations:
             wanted = "no group that no RBAC rule can hold back"
-            yield SettingsProblem("organizations", wanted, _MASTERS)
+            yield SettingsProblem("organizations", wanted, MASTERS)
         for key, texts in (("common_name", [self.common_name]), ("organizations", self.organizations)):
             if odd := [text for text in texts if not text.strip() or not text.isprintable()]:
                 yield SettingsProblem(key, "a text of printable characters", repr(odd[0]))

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from bridge.desk import node_inventory
 from bridge.desk import policy as desk_policy
 from bridge.desk.est_rules import node_of
-from bridge.desk.patterns import MASTERS as MASTERS_GROUP
 from bridge.desk.policy import Policy, PolicyVerdict, judge, parse
 from bridge.errors import SettingsError
 from bridge.node import sample_pki
@@ -26,6 +25,7 @@ from bridge.pki.bundle import RequestBundle
 from bridge.pki.csr import PrivateKey, generate_key, signature_hash
 from bridge.pki.kubeadm_names import Release
 from bridge.specs import AUTHORITIES, EKU, SPECS
+from bridge.specs import MASTERS as MASTERS_GROUP
 from tests.kit import odd_csrs
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs, proven
 from tests.kit.issuing import Signer
