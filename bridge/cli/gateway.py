@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -268,11 +268,6 @@ def _with_files(text: str, files: Mapping[str, Path]) -> str:
         )
     given = " ".join(shlex.quote(f"--from-file={name}={path}") for name, path in files.items())
     return f"{head}# The files that config.toml names; made once, and again when one of them changes:\n#   kubectl -n {NAMESPACE} create secret generic ca-bridge-gateway {given}\n"
-
-
-def text_of(files: Sequence[SetupFile]) -> str:
-    """All manifests as one text, for `kubectl apply -f -`."""
-    return "---\n".join(file.text for file in files)
 
 
 _trust = group(commands, "trust", "Publish the roots that pods trust.")

@@ -8,7 +8,6 @@ that hosts need not agree on the time.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -22,8 +21,6 @@ from bridge.door.store import DOORS, ENROLMENTS, REQUESTS, RESTORES, TO_SIGN, UN
 from bridge.door.turns import SILENT, STALE_SECONDS, NotOursError, rounds
 from bridge.state import audit
 from bridge.state.store import Store
-
-log = logging.getLogger("ca-bridge")
 
 #: The number of PostgreSQL's advisory lock that the door has which signs.
 _TURN_LOCK = 0x0CAB_0002

@@ -60,7 +60,6 @@ from bridge.system.console import Progress, log, printable
 from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, read, read_once, read_present
 
-SCHEMA_VERSION = 1
 #: Nothing in a bundle is secret.
 BUNDLE_MODE = 0o644
 
