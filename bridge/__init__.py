@@ -12,10 +12,10 @@ The map, from the ground up; each floor imports only what is below it (`tests/te
 - `ca`: asking CAs through backends
 - `users`: kubeconfigs for people and machines, signed through the same backends
 - `desk`: the CA desk, which signs request bundles by a policy
-- `cluster`: the cluster's Kubernetes API, and the one client that all ask it by
+- `cluster`: the cluster's Kubernetes API, and the one client for it
 - `control_plane`: looking at components and restarting them
 - `renewal`: the main job
-- `monitoring`: what monitors are told, and how the last runs ended
+- `monitoring`: what monitors show, and how the last runs ended
 - `diagnosis`: whether the next renewal, and a restart, would succeed (`doctor`)
 - `gateway`: signing for the cluster's certificates API
 - `door`: one door for all nodes over HTTPS, by the desk's functions (`serve`)

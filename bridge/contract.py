@@ -163,7 +163,7 @@ class CollectsAll(Protocol):
 
     def candidates(self, request: SignRequest, reference: str) -> Sequence[Issued]:
         """
-        All certificates that are said to be the answer, the likeliest first.
+        All certificates that claim to be the answer, the likeliest first.
 
         Args:
             request: As it was sent.
@@ -193,7 +193,7 @@ class PutsAway(Protocol):
             reference: Of the latest `Pending`.
 
         Raises:
-            BackendUnavailableError: It can't be removed; an operator is told, and it is not asked again.
+            BackendUnavailableError: It can't be removed; a warning says so, and it is not tried again.
         """
         ...
 

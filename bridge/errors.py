@@ -105,10 +105,10 @@ class VerificationError(BridgeError):
 
 
 class WaitingError(BridgeError):
-    """Somebody has the request and has not answered yet."""
+    """The CA or a person has the request and has not answered yet."""
 
     exit_code = Exit.WAITING
-    hint = "run again later; nothing is asked twice"
+    hint = "run again later; no request is sent twice"
 
 
 class PostponedError(BridgeError):

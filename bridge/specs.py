@@ -238,7 +238,7 @@ SPECS = {
             flags=_KUBECONFIG_FLAGS,
             reloaded=False,
         ),
-        # Only on the node where `kubeadm init` ran, and users are told to move it away:
+        # Only on the node where `kubeadm init` ran, and Kubernetes' page tells users to move it away:
         # https://kubernetes.io/docs/setup/best-practices/certificates/
         CertificateSpec(
             name="super-admin.conf",

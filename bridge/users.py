@@ -381,7 +381,7 @@ class _Asked:
                 self._remember(dataclasses.replace(one, reference=answer.reference))
                 raise WaitingError(
                     f"{_name(one)}: {answer.note or 'the CA has the request, and has not answered yet'}",
-                    hint="the same command again takes the answer; nothing is asked twice",
+                    hint="the same command again takes the answer; no request is sent twice",
                 )
             _add(self._record, audit.ISSUED, one, new=answer.leaf)
             verified = self._ca.verified(answer, one.request, dataclasses.replace(expected, now=now()))

@@ -18,7 +18,7 @@ _CLASSIFIER = "License :: OSI Approved :: "
 
 
 def of(project: Wheel, wheels: Iterable[Wheel], platform: str, epoch: int) -> bytes:
-    """The bill: each distribution with version, licence, and name and digest of each of its wheels, and who needs whom."""
+    """The bill: each distribution with version, licence, and name and digest of each of its wheels, and which distribution needs which."""
     grouped: dict[str, list[Wheel]] = {}
     for wheel in wheels:
         if wheel.name != project.name:

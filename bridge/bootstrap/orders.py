@@ -1,7 +1,7 @@
 """
 What is carried to a new node: its cluster's configuration, CA certificates and its identity (pure: bytes, values).
 
-An order from an administrator's machine has no secret, but decides which programs the node runs and whom it trusts, so
+An order from an administrator's machine has no secret, but decides which programs the node runs and which CAs it trusts, so
 it can be signed. What a control-plane node shares with the next one may have the service account key, and goes through
 a pipe. No field can hold a CA's or a node's key.
 """

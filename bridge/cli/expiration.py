@@ -41,7 +41,7 @@ class ExpirationOutput(StrEnum):
 
 
 class _Check(Command):
-    """The command; a wrong option is told to a monitor in its own way."""
+    """The command; a wrong option gives a monitor's own output and exit code."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Parse the command line."""

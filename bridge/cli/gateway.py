@@ -143,7 +143,7 @@ def _with_block(text: str, key: str, content: str) -> str:
 
 
 def _askers(signers: Mapping[str, SignerRules]) -> Iterator[str]:
-    """Admission policies for signers of one's own: the API server lets ask only whom the policy grants them."""
+    """Admission policies for signers of one's own: the API server admits requests only from the users that the policy grants them to."""
     for name, rules in signers.items():
         if name in KUBERNETES_SIGNERS:
             continue

@@ -297,7 +297,7 @@ def _nodes(file: Path, own: str) -> dict[str, dict[str, str]]:
         raise SettingsError(
             [
                 SettingsProblem(
-                    "--nodes", f"this node in it, too ({own}), by which the others' names are told", ", ".join(listed)
+                    "--nodes", f"this node in it, too ({own}), as the pattern of the others' names", ", ".join(listed)
                 )
             ],
             hint="node.name in the settings says what this node is called",

@@ -34,7 +34,7 @@ TIMEOUT_SECONDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Client:
-    """A client certificate with its key, or a token; and whom to trust."""
+    """A client certificate with its key, or a token; and the CAs to trust."""
 
     name: str  #: Of the file it comes from.
     certificate_pem: bytes | None  #: None: an anonymous client.

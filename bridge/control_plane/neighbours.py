@@ -417,7 +417,7 @@ class Turn:
         self._note = note
         self._held = False
         self._lost_to = ""
-        self._goes_without = False  # there was no API, and that was said
+        self._goes_without = False  # there was no API, and a note said so
         self._mutex = threading.Lock()
         self._keeper = Keeper(self._renew, rules.lease_duration)
 

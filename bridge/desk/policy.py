@@ -1,4 +1,4 @@
-"""A CA desk's policy: what it signs and for whom, and the judgement of a request (pure: no I/O, no clock)."""
+"""A CA desk's policy: what it signs for which nodes, and the judgement of a request (pure: no I/O, no clock)."""
 
 from __future__ import annotations
 

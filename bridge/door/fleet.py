@@ -23,7 +23,7 @@ from bridge.words import one_line
 #: The worst first.
 NodeState = Literal["expired", "silent", "failed", "waits", "new", "ok"]
 STATES: tuple[NodeState, ...] = ("expired", "silent", "failed", "waits", "new", "ok")
-#: Somebody has to look.
+#: An operator has to look at these nodes.
 RED: tuple[NodeState, ...] = ("expired", "silent", "failed")
 PREFIX = "ca_bridge_fleet"
 #: Not renewed by a node's runs: people have these by name, or for some hours.

@@ -3,7 +3,7 @@ HTTPS for a WSGI application, by cheroot; the only module that knows it.
 
 What cheroot leaves open is here. The handshake happens in a worker thread, since cheroot's own would let one silent
 client keep all others out. A connection gets a thread only when something has come on it. One exchange has a time from
-its first byte to its last, one address has a number of connections, and all have one. A request whose length is told
+its first byte to its last, one address has a number of connections, and all have one. A request whose length is given
 twice is refused, and in chunks it may come to one place alone, after which its connection ends, so that no proxy before
 us reads another request out of the same bytes. The server's
 certificate is read again when its file changes.
@@ -96,7 +96,7 @@ class _Tls(Adapter):
         return wrapped, self.get_environ(wrapped)
 
     def get_environ(self, sock: ssl.SSLSocket | None = None) -> dict[str, str]:
-        """What every request is told of its connection."""
+        """The facts about the connection that each request gets."""
         del sock
         return {"wsgi.url_scheme": "https", "HTTPS": "on"}
 
@@ -148,7 +148,7 @@ def server_context(certificate: Path, key: Path, anchors: Sequence[x509.Certific
 
 
 class _Once(dict[bytes, bytes]):
-    """A request's headers; those that say where it ends and whom it is for come once."""
+    """A request's headers; those that say where it ends and which host it is for come once."""
 
     def __setitem__(self, name: bytes, value: bytes) -> None:
         if name in self and name in {b"Content-Length", b"Host", b"Transfer-Encoding", b"Content-Type"}:

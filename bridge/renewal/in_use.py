@@ -68,7 +68,7 @@ def settle(run: Run, node: Node, owed: Owed) -> tuple[Owed, list[BridgeError]]:
     )
     reloads = restart_plan.reloading(node, run.settings.node)
     users = {*restart_plan.stale(map(node.spec, live.names), reloads, Components("needed")), *owed.to_restart}
-    can_not_be_seen = users - {one.component for one in findings}  # that is said once
+    can_not_be_seen = users - {one.component for one in findings}  # a message says so once
     components = [c for c in restart_plan.ORDER if c in can_not_be_seen or c in {one.component for one in late}]
     if not components:
         return left, []

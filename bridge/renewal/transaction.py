@@ -56,7 +56,7 @@ class Transaction:
         self.attempts = Attempts(run.store)
 
     def going_on(self, run: Run, options: RunOptions) -> Transaction:
-        """The same run's, with other settings and options; what is said of earlier runs stays."""
+        """The same run with other settings and options; the messages about earlier runs stay."""
         other = Transaction(run, options)
         other._errors, other._node = self._errors, self._node
         return other
@@ -263,7 +263,7 @@ def _owe_putting_away(run: Run, done: Sequence[Outcome]) -> None:
 
 
 def _put_away(run: Run) -> None:
-    """Have backends remove the answers of which no request is open any more; a failure is told once."""
+    """Have backends remove the answers of which no request is open any more; a failure is reported once."""
     if not run.store.collected.exists():
         return
     try:

@@ -91,7 +91,7 @@ class Spot(NamedTuple):
     node: str
     kind: str  #: A key of `_KINDS`.
     server: Server
-    user_header: str = ""  #: By which an API server is told of a user by the front proxy; empty: it is not asked so.
+    user_header: str = ""  #: The header in which a front proxy names the user to an API server; empty: no question goes this way.
 
     def __str__(self) -> str:
         return f"{_KINDS[self.kind]} of {self.node} ({self.server.url})"
