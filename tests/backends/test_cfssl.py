@@ -910,7 +910,7 @@ def test_the_request_says_no_more_than_it_must(double: kit.Double, to_double: Cf
     assert inner == {"certificate_request": asked.csr_pem.decode(), "profile": "server", "label": "kubernetes"}
 
 
-def test_no_secret_is_told(double: kit.Double, to_double: CfsslBackend, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_secret_is_reported(double: kit.Double, to_double: CfsslBackend, caplog: pytest.LogCaptureFixture) -> None:
     """Though the server quotes the whole request, neither error nor log hold the key, the token or the body."""
     caplog.set_level(logging.DEBUG)
     double.answers += [

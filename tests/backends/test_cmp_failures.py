@@ -413,7 +413,7 @@ def test_35_a_tls_server_that_wants_a_client_certificate(
 # --- rules that need no server ---------------------------------------------------------------------------------------
 
 
-def test_an_error_of_another_version_is_told() -> None:
+def test_an_error_of_another_version_is_reported() -> None:
     """What no rule knows is quoted: the last two errors, cut."""
     log = Log.of("CMP info: sending P10CR\nCMP error: one\nCMP error: two\nCMP error: three " + "x" * 1000)
     error = failure(log, "http://ra")

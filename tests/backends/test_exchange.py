@@ -270,7 +270,7 @@ def test_an_answer_that_leaves_it_out_is_named(tmp_path: Path) -> None:
     assert "the answer of desk-1 leaves it out" in pending(backend.collect(request, reference)).note
 
 
-def test_a_refusal_is_told_in_the_desks_words(tmp_path: Path) -> None:
+def test_a_refusal_is_reported_in_the_desks_words(tmp_path: Path) -> None:
     """It is over: exit 5."""
     backend, request = opened(tmp_path), asked()
     reference = pending(backend.sign(request)).reference

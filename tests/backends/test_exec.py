@@ -129,7 +129,7 @@ def told(directory: Path, request: SignRequest, **settings: Any) -> dict[str, st
     }
 
 
-def test_a_program_is_told_exactly_this(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_gets_exactly_this(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """certmonger's variables, ours, the settings' and a fixed few; nothing of what is around ca-bridge itself."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "never to be seen")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/never")
@@ -356,7 +356,7 @@ def test_who_waits_tells_the_operator_what_for(tmp_path: Path) -> None:
     )
 
 
-def test_a_poll_is_told_all_that_the_submission_was(tmp_path: Path) -> None:
+def test_a_poll_gets_all_that_the_submission_got(tmp_path: Path) -> None:
     """Beside operation and cookie nothing differs, as with certmonger."""
     script = program(tmp_path / "tell", f'env -0 >"{tmp_path}/$CERTMONGER_OPERATION"; echo next; exit 1')
     backend = opened(script)
@@ -624,7 +624,7 @@ def test_variables_that_are_never_set_are_found(tmp_path: Path) -> None:
     assert named.check(SERVERS) == {}
 
 
-def test_what_need_not_be_told_may_be_refused(tmp_path: Path) -> None:
+def test_optional_answers_may_be_refused(tmp_path: Path) -> None:
     """A program that keeps its list of profiles from this client violates nothing; a CA that is down gives no answer."""
     refuses = asked_before(tmp_path, GET_SUPPORTED_TEMPLATES="exit 2", FETCH_ROOTS="exit 2")
     assert refuses.check(SERVERS) == {}

@@ -167,7 +167,7 @@ FAILURES: dict[str, tuple[dict[str, str], SignRequest, type[BridgeError], str]] 
 
 
 @pytest.mark.parametrize("what", FAILURES)
-def test_a_no_is_told_from_not_now(server: StepCA, tmp_path: Path, what: str) -> None:
+def test_a_refusal_differs_from_not_now(server: StepCA, tmp_path: Path, what: str) -> None:
     """step ends with 1 for all of them; its own words decide, and reach the operator without its decoration."""
     changes, request, error, found = FAILURES[what]
     other = tmp_path / "other.crt"

@@ -259,7 +259,7 @@ def test_what_is_asked(api: ApiServer, make: Make) -> None:
 
 @pytest.mark.kube(*SERVER)
 @pytest.mark.parametrize("kind", ["Denied", "Failed"])
-def test_a_no_is_told_with_its_reason(api: ApiServer, make: Make, kind: str) -> None:
+def test_a_no_is_reported_with_its_reason(api: ApiServer, make: Make, kind: str) -> None:
     """Denied and Failed end the request, with the reason cleaned; a certificate beside it counts for nothing."""
     asked = request()
     backend = make()

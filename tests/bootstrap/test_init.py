@@ -305,7 +305,7 @@ NOT_AS_SAID: dict[str, Callable[[NewNode], object]] = {
 
 
 @pytest.mark.parametrize("wanted", NOT_AS_SAID)
-def test_nothing_is_said_to_be_right_that_was_not_compared(copy: NewNode, wanted: str) -> None:
+def test_nothing_counts_as_right_that_was_not_compared(copy: NewNode, wanted: str) -> None:
     """`bootstrap check` looks for each name of kubeadm.yaml, wants that file, and knows a cluster's data."""
     NOT_AS_SAID[wanted](copy)
     run = copy.run("check")

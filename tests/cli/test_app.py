@@ -191,7 +191,7 @@ def test_a_backends_settings_error_is_2(run: Run, config: Path) -> None:
         assert "passfrase_file" in result.output
 
 
-def test_no_settings_file_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_settings_file_is_not_reported_as_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`settings check` has nothing to check: exit 2, with what was wanted and where."""
     monkeypatch.setattr("bridge.settings.load.DEFAULT_FILE", tmp_path / "config.toml")
     result = CliRunner().invoke(app, ["settings", "check"])
@@ -476,7 +476,7 @@ def test_messages_as_json_lines(run: Run) -> None:
     assert datetime.fromisoformat(line["time"]).tzinfo is not None
 
 
-def test_a_bug_is_told_without_its_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_reported_without_its_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unexpected exception may quote a secret; kind and place are enough for a report."""
 
     def bug(*_: object) -> None:

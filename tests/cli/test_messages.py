@@ -47,7 +47,7 @@ def bridge(tmp_path: Path) -> Bridge:
         (("pending", "cancel", "etcd-pear"), "etcd-peer"),
     ],
 )
-def test_a_name_that_is_none_is_told_what_may_be_meant(bridge: Bridge, arguments: tuple[str, ...], meant: str) -> None:
+def test_an_unknown_name_gets_a_suggestion(bridge: Bridge, arguments: tuple[str, ...], meant: str) -> None:
     """Exit 2, and the names that there are."""
     run = bridge.run(*arguments)
     assert run.returncode == 2, run.stdout
@@ -69,7 +69,7 @@ def test_a_usage_error_reads_as_all_errors_do(words: tuple[str, ...]) -> None:
     assert "Usage: " in CliRunner().invoke(app, []).output
 
 
-def test_an_authority_that_is_none_is_told_what_may_be_meant(bridge: Bridge) -> None:
+def test_an_unknown_authority_gets_a_suggestion(bridge: Bridge) -> None:
     """In the settings, with the line."""
     bridge.config.write_text(bridge.config.read_text().replace("[authority.etcd-ca]", "[authority.etcd]"))
     run = bridge.run("plan")
@@ -112,7 +112,7 @@ def another_user() -> Iterator[None]:
 @pytest.mark.parametrize(
     "command", [("plan",), ("pending", "list"), ("backups",), ("audit", "show"), ("doctor",), ("check-expiration",)]
 )
-def test_who_lacks_rights_is_told_to_be_root(bridge: Bridge, command: tuple[str, ...]) -> None:
+def test_a_user_without_rights_reads_to_become_root(bridge: Bridge, command: tuple[str, ...]) -> None:
     """Not to put good copies back, and not to move anything away."""
     runner, arguments = CliRunner(), [*command, "--config", str(bridge.config)]
     assert bridge.run("renew", "apiserver").returncode == 0
@@ -131,7 +131,7 @@ def test_who_lacks_rights_is_told_to_be_root(bridge: Bridge, command: tuple[str,
 @pytest.mark.first_use("2")
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user; run as root")
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory to another user; run as root")
-def test_root_is_not_told_to_take_a_desks_directory(bridge: Bridge) -> None:
+def test_root_gets_no_hint_to_take_a_desks_directory(bridge: Bridge) -> None:
     """The desk would sign nothing any more; where only the mode is wrong, that alone is to be mended."""
     state = bridge.directory / "state"
     state.mkdir(mode=0o755)
@@ -152,7 +152,7 @@ def test_the_hint_to_be_root_is_for_those_who_are_not() -> None:
         assert hint_of(BridgeError("x: no such file", hint="make it")) == "make it"
 
 
-def test_a_backends_type_is_said_once() -> None:
+def test_a_backends_type_is_shown_once() -> None:
     """`corp: vault: GET …`, and not `corp (vault): vault: GET …`."""
     outcome = Outcome(name="apiserver", authority="ca", backend="corp (vault)", error=BackendRefusedError("vault: no"))
     other = Outcome(name="etcd-peer", authority="etcd-ca", backend="desk (openssl)", error=BackendRefusedError("no"))

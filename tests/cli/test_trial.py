@@ -78,7 +78,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_a_script_that_is_wrong_is_told(pki: Pki, tmp_path: Path, what: str) -> None:
+def test_a_script_that_is_wrong_is_reported(pki: Pki, tmp_path: Path, what: str) -> None:
     """By the check that it fails, with what was wanted and found; what the contract leaves open is no failure."""
     old, new, line = SPOILT[what]
     authority, names = ("ca", ["apiserver"]) if what == "no names" else ("front-proxy-ca", [])
@@ -90,7 +90,7 @@ def test_a_script_that_is_wrong_is_told(pki: Pki, tmp_path: Path, what: str) -> 
     assert run.returncode == (0 if what == "not so long" else 5)
 
 
-def test_another_ca_is_told(pki: Pki, tmp_path: Path) -> None:
+def test_another_ca_is_reported(pki: Pki, tmp_path: Path) -> None:
     """The certificates are compared with the node's own CA certificate."""
     script = exec_programs.site_ca(tmp_path / "ca", *pki.ca_pem("etcd-ca"))
     run = bridge_with(pki, tmp_path, script).run("backend", "test", "front-proxy-ca")
@@ -161,7 +161,7 @@ def test_there_has_to_be_something_to_compare_with(tmp_path: Path) -> None:
         (["etcd-ca"], "authority.etcd-ca: wanted a table with the CA's backend"),
     ],
 )
-def test_names_that_are_none_are_told(pki: Pki, tmp_path: Path, arguments: list[str], found: str) -> None:
+def test_names_that_are_none_are_reported(pki: Pki, tmp_path: Path, arguments: list[str], found: str) -> None:
     """Before anything is run."""
     script = program(tmp_path / "never", f'echo >"{tmp_path}/ran"; exit 6')
     run = bridge_with(pki, tmp_path, script).run("backend", "test", *arguments)

@@ -309,7 +309,7 @@ def test_each_is_asked_where_its_manifest_says(plane: Plane) -> None:
         (ETCD, 404, b"404 page not found", "HTTP status 404"),
     ],
 )
-def test_what_is_wrong_is_said_in_their_words(
+def test_each_fault_is_reported_in_their_words(
     plane: Plane, component: Component, status: int, body: bytes, found: str
 ) -> None:
     """etcd's alarms and missing leader, the failed checks of the others."""
@@ -450,7 +450,7 @@ def test_what_does_not_come_back_ends_it(plane: Plane) -> None:
     assert plane.ran == ["kube-controller-manager"]
 
 
-def test_who_was_harmed_is_told(plane: Plane) -> None:
+def test_who_was_harmed_is_reported(plane: Plane) -> None:
     """A component that was not restarted, and is not well any more."""
     begun, harmed = plane.directory / "begun", plane.directory / "harmed"
 
@@ -470,7 +470,7 @@ def test_who_was_harmed_is_told(plane: Plane) -> None:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def test_a_command_that_fails_is_told_with_its_words(plane: Plane, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_command_that_fails_is_reported_with_its_words(plane: Plane, caplog: pytest.LogCaptureFixture) -> None:
     """Its exit code in the error, its output in the log."""
     caplog.set_level("INFO", "ca-bridge")
     [one] = plane.restart(SCHEDULER, settings=plane.settings(scheduler="sh -c 'echo no such unit; exit 5'"))
@@ -496,14 +496,14 @@ def lives(pid: str) -> bool:
         return False
 
 
-def test_a_program_that_is_not_there_is_told(plane: Plane) -> None:
+def test_a_program_that_is_not_there_is_reported(plane: Plane) -> None:
     """By its name."""
     [one] = plane.restart(SCHEDULER, settings=plane.settings(scheduler="/no/such/program now"))
     assert "/no/such/program" in str(one.error)
     assert one.exit_code == Exit.NOT_LIVE
 
 
-def test_without_a_command_it_is_said_how_to_do_it_by_hand(plane: Plane) -> None:
+def test_without_a_command_the_message_says_how_to_do_it_by_hand(plane: Plane) -> None:
     """And the next run need not wait."""
     settings = plane.settings()
     del settings.restart.commands["kube-scheduler"]

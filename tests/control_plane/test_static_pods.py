@@ -128,7 +128,7 @@ def test_a_pod_that_does_not_end_gets_its_manifest_back(site: Site) -> None:
     site.assert_whole()
 
 
-def test_a_component_that_does_not_come_back_is_told(site: Site) -> None:
+def test_a_component_that_does_not_come_back_is_reported(site: Site) -> None:
     """With its own words; the manifest is in its place, and no journal claims otherwise."""
     site.at_trouble = lambda: "HTTP status 500: [-]etcd failed"
     with pytest.raises(RestartError, match=r"\[-\]etcd failed"):
@@ -305,7 +305,7 @@ def test_another_programs_new_manifest_stays(place: Path) -> None:
     assert not site.store.is_interrupted
 
 
-def test_a_crash_before_or_after_is_told_apart(site: Site) -> None:
+def test_crashes_before_and_after_have_their_own_messages(site: Site) -> None:
     """The message says whether the restart had not begun, or the component was not seen healthy."""
     site.at_trouble = kill
     attempt(site.restart, 0, kill)
@@ -314,7 +314,7 @@ def test_a_crash_before_or_after_is_told_apart(site: Site) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"component": "etcd"}', "\0"])
-def test_a_journal_that_is_none_is_told(site: Site, text: str) -> None:
+def test_a_journal_that_is_none_is_reported(site: Site, text: str) -> None:
     """It is not thrown away: a manifest may be out."""
     site.store.restart.write_text(text)
     with pytest.raises(StateDamagedError) as e:

@@ -125,7 +125,9 @@ def test_a_bundle_is_signed(desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path)
     assert desk_.run("audit", "verify").returncode == 0
 
 
-def test_the_answer_is_beside_the_bundle_unless_told_otherwise(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
+def test_the_answer_is_beside_the_bundle_unless_an_option_says_otherwise(
+    desk_: Desk, pairs: Pairs, tmp_path: Path
+) -> None:
     """Under a name that says what it is."""
     (tmp_path / "b.json").write_bytes(dumps(make_bundle(some(pairs, "apiserver"))))
 
@@ -162,7 +164,7 @@ def test_a_refusal_goes_back_with_its_reason(desk_: Desk, pairs: Pairs, tmp_path
 
 
 @pytest.mark.first_use("13")
-def test_what_helps_against_several_refusals_is_said_once(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
+def test_help_against_several_refusals_is_shown_once(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
     """Each reason is an error of its own; the hint that all of them have comes last."""
     bundle = changed(make_bundle(some(pairs, "apiserver", "scheduler.conf")), "scheduler.conf", proof=None)
     bundle = changed(bundle, "apiserver", validity=timedelta(days=3650))
@@ -1148,7 +1150,7 @@ def test_a_request_that_another_backend_had_is_asked_for_anew(desk_: Desk, pairs
     assert [list(answer.answers) for answer in answers_of(desk_)] == [["apiserver"]]
 
 
-def test_bundles_below_the_inbox_are_told(desk_: Desk, pairs: Pairs) -> None:
+def test_bundles_below_the_inbox_are_reported(desk_: Desk, pairs: Pairs) -> None:
     """Nothing would ever be signed, and each run say 0; an inbox that is empty, with an empty directory in it, is fine."""
     (desk_.inbox / "stick").mkdir()
     assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == 0
@@ -1158,7 +1160,7 @@ def test_bundles_below_the_inbox_are_told(desk_: Desk, pairs: Pairs) -> None:
     assert desk_.run("sign", desk_.inbox / "stick", "-o", desk_.outbox).returncode == 0
 
 
-def test_an_inbox_that_is_not_mounted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inbox_that_is_not_mounted_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty directory in the place of a file system looks like an inbox without bundles; the root is always mounted."""
     inbox = tmp_path / "media/in box"
     inbox.mkdir(parents=True)
@@ -1222,7 +1224,7 @@ def test_a_window_is_bounded_by_bytes(pairs: Pairs) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
-def test_csrs_that_are_taken_for_an_inbox_are_told(
+def test_csrs_that_are_taken_for_an_inbox_are_reported(
     tmp_path: Path, desk_: Desk, pairs: Pairs, options: list[str]
 ) -> None:
     """A forgotten option is never exit 0."""

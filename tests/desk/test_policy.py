@@ -539,7 +539,7 @@ def test_a_refusal_is_for_people(bundle: RequestBundle, pairs: Pairs, judged: Ju
     assert problem.endswith("DNS:a1004 .evil.org and 15 more")
 
 
-def test_the_node_s_name_is_told_with_its_setting(bundle: RequestBundle, pairs: Pairs, judged: Judge) -> None:
+def test_the_node_s_name_is_reported_with_its_setting(bundle: RequestBundle, pairs: Pairs, judged: Judge) -> None:
     """Where the CN has the node's name in it."""
     asked = with_csr(bundle, pairs, "etcd-server", csr_for("CN=cp-7.prod", [x509.DNSName("localhost")]))
 
@@ -629,7 +629,7 @@ def test_a_request_that_was_changed_with_its_digest_is_refused(
     assert "another signature" in judged(changed(bundle, name, validity=timedelta(days=30)), name)
 
 
-def test_everything_that_is_wrong_is_told_at_once(pairs: Pairs, judged: Judge) -> None:
+def test_everything_that_is_wrong_is_reported_at_once(pairs: Pairs, judged: Judge) -> None:
     """A node mends its request in one go."""
     bundle = make_bundle(pairs, node="x", cluster="y", validity=timedelta(days=9999))
 

@@ -363,7 +363,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], bool, str]] = {
 
 @pytest.mark.kube("kube-apiserver", "kube-controller-manager", "etcd")
 @pytest.mark.parametrize("case", FLAGS)
-def test_is_said_of_the_flags_what_the_program_makes_of_them(api: ApiServer, tmp_path: Path, case: str) -> None:
+def test_the_flags_mean_what_the_program_makes_of_them(api: ApiServer, tmp_path: Path, case: str) -> None:
     """The signer is off, or on, or ends the program: by the real kube-controller-manager's own log."""
     flags, has_key, line = FLAGS[case]
     certificate, key, ca = tmp_path / "ca.crt", tmp_path / "ca.key", TestCA.make()

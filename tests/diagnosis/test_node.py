@@ -117,7 +117,7 @@ def test_nothing_is_wrong_with_a_healthy_node(site: Site) -> None:
 
 
 @pytest.mark.first_use("12")
-def test_super_admin_conf_is_told_as_long_as_it_is_there(site: Site) -> None:
+def test_super_admin_conf_is_reported_as_long_as_it_is_there(site: Site) -> None:
     """By `doctor` and `plan`, without calling it a fault; not by a renewal, where it is named, or when it is gone."""
     with_cas(site)
     path = site.kubernetes / "super-admin.conf"
@@ -628,7 +628,7 @@ def test_compares_the_directory_with_kubeadm_config(site: Site, tmp_path: Path, 
     assert found[0].text.startswith(f"wanted kubeadm-config's certificatesDir, /srv/pki, found {site.pki.pki_dir}")
 
 
-def test_one_cause_is_told_once(site: Site) -> None:
+def test_one_cause_is_reported_once(site: Site) -> None:
     """For all certificates and CAs that it concerns; exit 3 for warnings, 1 for an error, as text and as JSON."""
     for path in site.pki.pki_dir.glob("*.key"):
         path.chmod(0o640)
@@ -706,7 +706,7 @@ def test_without_a_backend_no_ca_was_asked(site: Site) -> None:
     assert ("error", "settings", "settings") in site.wrong()
 
 
-def test_an_exchange_is_not_said_to_be_the_right_ca(site: Site) -> None:
+def test_an_exchange_does_not_count_as_the_right_ca(site: Site) -> None:
     """Its directories are there; what a CA makes of it is known when it has answered."""
     boxes = {name: site.bridge.directory / name for name in ("outbox", "inbox")}
     site.bridge.add("backend.door", {"type": "exchange", **{name: str(path) for name, path in boxes.items()}})
@@ -774,7 +774,7 @@ def test_homes_that_do_not_answer_are_given_up(site: Site, monkeypatch: pytest.M
 
 
 @pytest.mark.attack("N12")
-def test_a_hook_that_others_can_change_is_told(site: Site) -> None:
+def test_a_hook_that_others_can_change_is_reported(site: Site) -> None:
     """Before a renewal does not run it; with its mode put right it is in order."""
     hook = site.bridge.directory / "hook"
     hook.write_text("#!/bin/sh\n")
@@ -787,7 +787,7 @@ def test_a_hook_that_others_can_change_is_told(site: Site) -> None:
 
 
 @pytest.mark.attack("N12")
-def test_a_restart_command_that_others_can_change_is_told(site: Site) -> None:
+def test_a_restart_command_that_others_can_change_is_reported(site: Site) -> None:
     """Before a certificate is spent on it; with its mode put right it is in order."""
     command = site.bridge.directory / "restart"
     command.write_text("#!/bin/sh\n")

@@ -185,7 +185,7 @@ def test_what_is_in_the_cluster(site: Site, cluster: apiserver.State) -> None:
     assert site.found() == {"upgrade-no-config": {"kubeadm-config"}}
 
 
-def test_local_changes_of_the_kubelet_are_told(
+def test_local_changes_of_the_kubelet_are_reported(
     site: Site, cluster: apiserver.State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the keys that differ from the ConfigMap, however the two are written."""

@@ -92,7 +92,7 @@ def test_a_new_name_is_served(bridge: LiveBridge) -> None:
     assert any("DNS:new.example.com" in text and "kubeadm would not make them" in text for text in beyond)
 
 
-def test_what_an_upgrade_would_do_is_told_by_the_real_cluster(bridge: LiveBridge) -> None:
+def test_what_an_upgrade_would_do_is_reported_by_the_real_cluster(bridge: LiveBridge) -> None:
     """Nothing is wrong on a node as kubeadm left it; without the bindings that approve, they are named."""
     run = bridge.run("doctor", "--before-upgrade", "-o", "json")
     found = json.loads(run.stdout)["findings"]

@@ -111,7 +111,7 @@ def _is_asking(_: int, port: int) -> bool:
     return any(line.split()[2].endswith(f":{port:04X}") and line.split()[3] == "01" for line in lines)
 
 
-def test_what_is_replaced_already_is_said(bridge: Bridge, tmp_path: Path) -> None:
+def test_what_is_replaced_already_is_reported(bridge: Bridge, tmp_path: Path) -> None:
     """Interrupted in a hook after the installation: which backup has the old files, and how it goes on."""
     script = tmp_path / "hook.sh"
     script.write_text(f"#!/bin/sh\ntouch {tmp_path}/begun\nexec sleep 600\n")

@@ -199,7 +199,7 @@ def test_a_hook_that_failed_runs_again_though_nothing_is_due(bridge: Bridge, tmp
     assert log.read_text() == "success 1\nsuccess 2\nsuccess 3\n"
 
 
-def test_a_failure_is_told_and_keeps_its_code(bridge: Bridge, tmp_path: Path) -> None:
+def test_a_failure_runs_the_hook_and_keeps_its_code(bridge: Bridge, tmp_path: Path) -> None:
     """Though the one who should be told can't be reached."""
     log = tmp_path / "log"
     (bridge.directory / "desk/ca/ca.key").unlink()

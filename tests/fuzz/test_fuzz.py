@@ -164,7 +164,7 @@ def test_any_answer_of_a_server_is_a_certificate_or_our_error(
 # --- our own files, changed by others ---------------------------------------------------------------------------------
 
 
-def test_any_bytes_in_the_record_are_told(tmp_path: Path, tried: Tried) -> None:
+def test_any_bytes_in_the_record_are_reported(tmp_path: Path, tried: Tried) -> None:
     """The walk ends, whatever is there; only the bytes that were written pass."""
     store = Store(tmp_path / "state")
     store.prepare()

@@ -145,7 +145,7 @@ def test_signers_may_be_named_without_a_policy(cluster: ClusterApi, place: Place
     assert (done.returncode, "policy.toml" in done.stderr) == (Exit.USAGE, True), done.stderr
 
 
-def test_what_is_refused_is_told_for_each_signer(cluster: ClusterApi, place: Place) -> None:
+def test_what_is_refused_is_reported_for_each_signer(cluster: ClusterApi, place: Place) -> None:
     """A signer that we may not attest for, and roots that are none: exit 5, and the others are published all the same."""
     pods.trust(place, ca())
     unattested = "corp.example/unattested"

@@ -178,7 +178,7 @@ def test_the_longest_time_without_any_server(away: dict[str, list[tuple[float, f
     assert record.dark("c", list(away), but=[Answer.SLOW, Answer.AWAY]) == 0
 
 
-def test_a_refusal_is_told_from_a_server_that_is_away() -> None:
+def test_a_refusal_differs_from_a_server_that_is_away() -> None:
     """By the exception, the status, or the words of kubectl."""
     errors = [ssl.SSLCertVerificationError("x"), ssl.SSLEOFError("x"), ConnectionRefusedError(), TimeoutError()]
     assert [rotation_clients.of_error(one) for one in errors] == [Answer.TLS, Answer.AWAY, Answer.AWAY, Answer.SLOW]

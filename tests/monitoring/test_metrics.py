@@ -47,7 +47,7 @@ def ends(bridge: Bridge) -> dict[str, float]:
 
 
 @pytest.mark.kube("promtool")
-def test_a_run_with_nothing_due_is_told(tmp_path: Path) -> None:
+def test_a_run_with_nothing_due_is_reported(tmp_path: Path) -> None:
     """The collector may read the file, Prometheus takes it, and it says the same as `check-expiration`."""
     bridge = bridge_of(tmp_path)
     before = time.time()
@@ -100,7 +100,7 @@ def test_due_is_where_renew_would_begin(tmp_path: Path) -> None:
     assert {labels: end - 20 * 86400 for labels, end in ends(bridge).items() if labels in due} == due
 
 
-def test_a_renewal_is_told(tmp_path: Path) -> None:
+def test_a_renewal_is_reported(tmp_path: Path) -> None:
     """The ends are those of the new certificates."""
     bridge = bridge_of(tmp_path, days=10)
     assert bridge.run("renew").returncode == 0
@@ -108,7 +108,7 @@ def test_a_renewal_is_told(tmp_path: Path) -> None:
     assert metrics.value(file_of(bridge), "ca_bridge_last_run_exit_code") == 0
 
 
-def test_a_failed_run_is_told_and_counted(tmp_path: Path) -> None:
+def test_a_failed_run_is_reported_and_counted(tmp_path: Path) -> None:
     """With its exit code, at which CA, how often in a row, and when one last succeeded; a success ends the count."""
     bridge = bridge_of(tmp_path)
     assert bridge.run("renew").returncode == 0
@@ -130,7 +130,7 @@ def test_a_failed_run_is_told_and_counted(tmp_path: Path) -> None:
     assert metrics.value(file_of(bridge), "ca_bridge_consecutive_failures") == 0
 
 
-def test_a_run_that_found_another_one_at_work_is_told(tmp_path: Path) -> None:
+def test_a_run_that_found_another_one_at_work_is_reported(tmp_path: Path) -> None:
     """It says so, and counts neither as success nor as failure."""
     bridge = bridge_of(tmp_path)
     assert bridge.run("renew").returncode == 0
@@ -142,7 +142,7 @@ def test_a_run_that_found_another_one_at_work_is_told(tmp_path: Path) -> None:
     assert found["ca_bridge_consecutive_failures"] == {"": 0}
 
 
-def test_a_run_that_can_read_no_backend_is_told(tmp_path: Path) -> None:
+def test_a_run_that_can_read_no_backend_is_reported(tmp_path: Path) -> None:
     """A mistake in a CA's table is found after the settings are read: exit code 2 is in the file."""
     bridge = bridge_of(tmp_path)
     bridge.add("backend.other", {"type": "no-such-type"})
@@ -153,7 +153,7 @@ def test_a_run_that_can_read_no_backend_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_is_told(tmp_path: Path, number: int, code: int) -> None:
+def test_an_interrupted_run_is_reported(tmp_path: Path, number: int, code: int) -> None:
     """As a failure, with the code of the signal."""
     pki = handmade_pki(tmp_path / "node", not_after=datetime.now(UTC) + timedelta(days=5))
     bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
@@ -181,7 +181,7 @@ def test_an_interrupted_run_is_told(tmp_path: Path, number: int, code: int) -> N
     assert metrics.value(file_of(bridge), "ca_bridge_last_success_seconds") is None
 
 
-def test_what_changes_certificates_otherwise_is_told(tmp_path: Path) -> None:
+def test_what_changes_certificates_otherwise_is_reported(tmp_path: Path) -> None:
     """A rollback shows the old ends again, an export what is pending; neither counts as a run."""
     bridge = bridge_of(tmp_path, days=10)
     assert bridge.run("renew").returncode == 0

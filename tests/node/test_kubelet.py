@@ -83,7 +83,7 @@ def test_flags_count_more_than_the_configuration(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", ["a: [", "- a\n", "rotateCertificates: [1]\n", "\x00"])
-def test_a_broken_configuration_is_told(tmp_path: Path, config: str) -> None:
+def test_a_broken_configuration_is_reported(tmp_path: Path, config: str) -> None:
     """Whether the kubelet rotates is then unknown, and the report says so."""
     found = load(tmp_path, config)
     assert found.rotates is None

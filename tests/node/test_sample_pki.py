@@ -148,7 +148,7 @@ def test_takes_any_dates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("external", [True, False])
-def test_ca_keys_are_where_they_are_said_to_be(tmp_path: Path, *, external: bool) -> None:
+def test_ca_keys_are_where_the_settings_say(tmp_path: Path, *, external: bool) -> None:
     """The CA keys are below the PKI directory only if they are not external, and match their certificates."""
     pki = handmade_pki(tmp_path, external=external)
 

@@ -492,7 +492,7 @@ WRONG: tuple[tuple[str, str, object, str], ...] = (
 
 
 @pytest.mark.parametrize(("kind", "path", "value", "sentence"), WRONG)
-def test_a_wrong_value_is_told_with_its_place_and_what_was_wanted(
+def test_a_wrong_value_is_reported_with_its_place_and_what_was_wanted(
     request: pytest.FixtureRequest, kind: str, path: str, value: object, sentence: str
 ) -> None:
     """An operator finds the field by the sentence alone."""

@@ -207,7 +207,7 @@ def spoilt(certificate: x509.Certificate, old: bytes, new: bytes) -> x509.Certif
     return x509.load_der_x509_certificate(der.replace(old, new))
 
 
-def test_a_key_that_cannot_be_read_is_told() -> None:
+def test_a_key_that_cannot_be_read_is_reported() -> None:
     """Of a damaged one nothing is known; a named algorithm needs nothing of it."""
     curve = bytes.fromhex("06082a8648ce3d030107")  # P-256
     certificate = spoilt(live(cn("x")), curve, curve[:-1] + b"\x7f")
@@ -216,7 +216,7 @@ def test_a_key_that_cannot_be_read_is_told() -> None:
     assert csr.key_algorithm(certificate, "rsa-2048") == "rsa-2048"
 
 
-def test_an_extension_that_is_there_twice_is_told() -> None:
+def test_an_extension_that_is_there_twice_is_reported() -> None:
     """Which of the two would count is unknown."""
     two = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\x05\x00")
     builder = x509.CertificateBuilder().subject_name(cn("x")).issuer_name(cn("kubernetes")).public_key(KEY.public_key())

@@ -39,7 +39,7 @@ def test_sans_are_sorted() -> None:
     assert display.sans(request()) == "none"
 
 
-def test_of_many_sans_the_first_hundred_are_told() -> None:
+def test_of_many_sans_the_first_hundred_are_reported() -> None:
     """And how many more there are."""
     names = [f"n{number:03}" for number in range(101)]
     texts = [f"DNS:{name}" for name in names]
@@ -52,7 +52,7 @@ def test_keys() -> None:
     assert display.key(request()) == "ecdsa-p256"
 
 
-def test_what_cannot_be_read_is_told_with_its_reason() -> None:
+def test_what_cannot_be_read_is_reported_with_its_reason() -> None:
     """In the place of the value."""
     curve = bytes.fromhex("06082a8648ce3d030107")  # P-256
     twice = load_der_certificate(odd_certificates(Signer.make().certificate)["an extension twice"])

@@ -203,7 +203,7 @@ def test_a_duration_is_more_than_nothing_and_at_most_100_years(value: str) -> No
         (timedelta(milliseconds=1500), "1.5s"),
     ],
 )
-def test_a_duration_is_told_in_the_largest_unit_that_fits(duration: timedelta, text: str) -> None:
+def test_a_duration_is_shown_in_the_largest_unit_that_fits(duration: timedelta, text: str) -> None:
     """Days rather than weeks."""
     assert duration_text(duration) == text
 

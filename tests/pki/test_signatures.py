@@ -71,7 +71,7 @@ def bundle(pki: Pki) -> RequestBundle:
     return make_bundle(old_pairs(pki, ("apiserver", "admin.conf")))
 
 
-def test_each_problem_is_told_in_full(bundle: RequestBundle) -> None:
+def test_each_problem_is_reported_in_full(bundle: RequestBundle) -> None:
     """A person at the desk decides by these sentences."""
     request = next(one for one in bundle.requests if one.name == "apiserver")
     bare = replace(request, replaces=None, proof=None)

@@ -131,7 +131,7 @@ def test_an_error_is_given_without_being_raised() -> None:
         ({"key_encipherment": False}, "none"),
     ],
 )
-def test_a_key_usage_is_told_by_its_bits(bits: dict[str, bool], reads: str) -> None:
+def test_a_key_usage_is_shown_by_its_bits(bits: dict[str, bool], reads: str) -> None:
     """In the order of RFC 5280 §4.2.1.3."""
     [violation] = violations(root().issue(request(), key_usage=usage(**{"digital_signature": False, **bits})))
     assert violation == Violation(subject="KeyUsage", want="digitalSignature", got=reads)
@@ -270,7 +270,7 @@ def test_the_longest_lifetime_counts_from_now() -> None:
         (timedelta(hours=2), timedelta(hours=2) - SECOND, "2h", "7199s"),
     ],
 )
-def test_what_is_left_is_told_in_units_that_fit(least: timedelta, left: timedelta, want: str, got: str) -> None:
+def test_the_time_left_is_shown_in_units_that_fit(least: timedelta, left: timedelta, want: str, got: str) -> None:
     """Days, hours or seconds."""
     [violation] = violations(
         root().issue(request(), end=NOW + left), expected=replace(expectation(), min_validity=least)
@@ -340,7 +340,7 @@ def test_an_attribute_that_the_settings_name_may_be_added() -> None:
     assert {v.subject for v in violations(issued, expected=other)} == {"subject"}
 
 
-def test_all_violations_are_told_at_once() -> None:
+def test_all_violations_are_reported_at_once() -> None:
     """The CA's administrator can mend the profile in one go."""
     issued = Signer.make("other").issue(request(), ekus=[CLIENT], sans=[], subject=cn("x"), end=NOW + timedelta(days=1))
     assert {v.subject for v in violations(issued)} == {"subject", "SAN", "EKU", "notAfter", "issuer"}

@@ -372,7 +372,7 @@ def test_other_files_beside_the_versions_stay(bookworm: Tree, offline: Path) -> 
     bookworm.run(f"{INSTALL} && ca-bridge --version && ls -d /srv/big/theirs /srv/big/file")
 
 
-def test_units_that_can_not_be_written_are_told(bookworm: Tree, offline: Path) -> None:
+def test_units_that_can_not_be_written_are_reported(bookworm: Tree, offline: Path) -> None:
     """The new version is in force by then, which is what it says; with room they come."""
     bring(bookworm, offline)
     units = "/usr/local/lib/systemd"

@@ -427,7 +427,7 @@ def test_what_is_still_to_be_restarted_back_keeps_no_renewal_away(site: Site, mo
     assert (site.is_owed, site.files()) == (False, new)
 
 
-def test_a_stale_component_that_is_not_listed_is_told_and_no_reason_to_go_back(site: Site) -> None:
+def test_a_stale_component_that_is_not_listed_is_reported_and_no_reason_to_go_back(site: Site) -> None:
     """The operator has listed only the others, and restarts it by hand; each run reports it until then."""
     site.change(components=Components("listed", (Component.SCHEDULER,)))
     old = site.files()
@@ -507,7 +507,7 @@ def test_settings_that_leave_restarts_to_people_say_what_is_left(site: Site) -> 
     assert site.renew().exit_code == 0
 
 
-def test_a_failure_that_is_kept_is_told_until_it_is_gone(site: Site) -> None:
+def test_a_failure_that_is_kept_is_reported_until_it_is_gone(site: Site) -> None:
     """Also after another renewal: that it failed before that one is no excuse."""
     site.change(on_failure="keep")
     site.states = {MANAGER: "unknown"}

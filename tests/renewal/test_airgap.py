@@ -639,7 +639,7 @@ def test_all_or_nothing(node: Node) -> None:
     assert {name for name, one in node.live().items() if one != before[name]} == {"apiserver", FRONT}
 
 
-def test_a_refusal_is_told_with_its_reason(node: Node, desk: Desk) -> None:
+def test_a_refusal_is_reported_with_its_reason(node: Node, desk: Desk) -> None:
     """In the desk's words, exit 5; the request stays, since a person may be talked to."""
     policy = desk.policy.read_text()
     desk.policy.write_text(f'{policy}names = ["{FRONT}"]\n')

@@ -166,7 +166,7 @@ def test_a_manifest_that_names_another_file(make: Make, flag: str, named: str) -
     assert {item.spec.name: item.certificates for item in look(bridge).items} == before
 
 
-def test_a_broken_manifest_is_told(make: Make) -> None:
+def test_a_broken_manifest_is_reported(make: Make) -> None:
     """It is a host of etcd still, and the trouble is named."""
     bridge = make()
     (bridge.pki.kubeconfig_dir / "manifests/etcd.yaml").write_text("{")

@@ -127,7 +127,7 @@ def environment(log: Path) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if entry)
 
 
-def test_a_hook_is_told_what_was_renewed(make: Make, node: Node, store: Store, log: Path) -> None:
+def test_a_hook_gets_the_renewed_names(make: Make, node: Node, store: Store, log: Path) -> None:
     """By the variables that docs/after-the-installation.md has."""
     hooks = make(shell(f"env -0 >{log}", "success"))
     assert hooks.finished(renewed(node)) == []
@@ -154,7 +154,7 @@ def test_a_hook_is_told_what_was_renewed(make: Make, node: Node, store: Store, l
     }
 
 
-def test_nothing_else_of_our_environment_is_told(
+def test_nothing_else_of_our_environment_is_reported(
     make: Make, node: Node, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token that came to us in a variable stays with us."""
@@ -166,7 +166,7 @@ def test_nothing_else_of_our_environment_is_told(
     assert theirs - {"PWD", "SHLVL", "_", "OLDPWD"} == {"PATH", "HOME"}
 
 
-def test_a_failure_is_told_with_its_reasons(make: Make, node: Node, log: Path) -> None:
+def test_a_failure_is_reported_with_its_reasons(make: Make, node: Node, log: Path) -> None:
     """The CA's words without what could steer a terminal, cut where they are long."""
     error = BackendRefusedError("corp: no \x1b[31mrole" + "x" * 10_000)
     outcome = Outcome(name="apiserver", authority="ca", error=error)
@@ -326,7 +326,7 @@ def test_a_hook_about_certificates_that_are_not_in_use_is_dropped(make: Make, no
     assert not store.hooks.exists()
 
 
-def test_of_failures_the_newest_is_told_again(make: Make, node: Node, store: Store) -> None:
+def test_of_failures_the_newest_is_reported_again(make: Make, node: Node, store: Store) -> None:
     """A week of them is one message when the pager is back."""
     for number in range(7):
         make('failure = "false"', run_id=f"{number:08}").finished(HookEvent(names=("apiserver",), exit_code=6))
@@ -412,7 +412,7 @@ BEFORE_OWED = {"event": "before", "run_id": "x", "environment": {}, "serials": {
     ["", "{", "[]", '{"owed": [{}]}', json.dumps({"owed": [BEFORE_OWED]})],
     ids=["empty", "cut", "list", "no fields", "other event"],
 )
-def test_a_broken_file_is_set_aside_and_said(text: str, make: Make, node: Node, store: Store) -> None:
+def test_a_broken_file_is_set_aside_and_reported(text: str, make: Make, node: Node, store: Store) -> None:
     """The renewal goes on; a person looks at what was owed."""
     store.hooks.write_text(text)
     [error] = make('success = "true"').again(node)

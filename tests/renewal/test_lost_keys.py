@@ -96,7 +96,7 @@ def test_below_a_ca_that_ends_first_a_certificate_is_due(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("algorithm", ["rsa-2048", "ecdsa-p256"])
-def test_a_key_is_told_by_its_public_half(tmp_path: Path, algorithm: str) -> None:
+def test_a_key_is_known_by_its_public_half(tmp_path: Path, algorithm: str) -> None:
     """It knows the forms that kubeadm and OpenSSL write, and says nothing about other texts."""
     pki = handmade_pki(tmp_path, key=algorithm)  # type: ignore[arg-type]  # of the two
     leaf = load_pem_certificates((pki.pki_dir / "apiserver.crt").read_bytes())[0]

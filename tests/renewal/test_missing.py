@@ -138,7 +138,7 @@ def test_every_certificate_is_made_as_kubeadm_had_made_it(site: Site) -> None:
     assert "MISSING" not in table
 
 
-def test_the_operator_is_told_whence_each_name_comes(site: Site) -> None:
+def test_the_operator_reads_where_each_name_comes_from(site: Site) -> None:
     """In the plan, before anything is done, and in the run; a rollback takes the file away again."""
     site.remove("apiserver")
     plan = site.bridge.run("plan", "apiserver", *site.config)

@@ -202,7 +202,7 @@ def test_an_open_request_is_left_alone(node: Pki, tmp_path: Path) -> None:
     assert len(list((tmp_path / "people").glob("*.csr"))) == 1
 
 
-def test_a_ca_that_answers_later_is_told_honestly(node: Pki, tmp_path: Path) -> None:
+def test_a_ca_that_answers_later_is_reported_honestly(node: Pki, tmp_path: Path) -> None:
     """Exit 4: the request is with the CA, its key is gone, and no later run asks for the answer."""
     bridge = bridge_of(node, tmp_path)
     bridge.add("backend.people", {"type": "exec", "command": [str(exec_programs.person(tmp_path / "people"))]})
@@ -276,7 +276,7 @@ def sign(request: SignRequest, node: Pki, directory: Path) -> Issued:
 
 
 @pytest.mark.parametrize(("error", "code"), [(BackendRefusedError("no"), 0), (BackendUnavailableError("away"), 6)])
-def test_what_can_not_be_revoked_is_told(
+def test_what_can_not_be_revoked_is_reported(
     node: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
     """With its serial number: a CA that does not revoke for us is no failure of the rehearsal, one that is away is."""

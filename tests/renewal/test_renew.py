@@ -174,7 +174,7 @@ def test_an_intermediate_is_kept_after_the_leaf(node: Pki, tmp_path: Path) -> No
     assert load_pem_certificates(data)[1:] == [middle.certificate]
 
 
-def test_an_expired_intermediate_is_not_told_as_another_ca(node: Pki, tmp_path: Path) -> None:
+def test_an_expired_intermediate_is_not_reported_as_another_ca(node: Pki, tmp_path: Path) -> None:
     """Its dates are, and what clock they were compared with; nothing is asked of it."""
     chain, key, _ = _behind_an_intermediate(node, timedelta(days=-1))
     [failed] = renewed(settings_for(node, tmp_path, ca=(chain, key)), "apiserver").failed
@@ -385,7 +385,7 @@ def test_a_certificate_whose_intermediate_ends_soon_is_due(node: Pki) -> None:
 
 
 @pytest.mark.attack("N28")
-def test_a_ca_that_is_not_valid_yet_is_said(node: Pki, tmp_path: Path) -> None:
+def test_a_ca_that_is_not_valid_yet_is_reported(node: Pki, tmp_path: Path) -> None:
     """Nothing is due, and nothing works: `plan` and `renew` name what leads to a CA that begins tomorrow, and nothing else."""
     settings = settings_for(node, tmp_path, '[renewal]\nbefore = "1d"')
 

@@ -162,7 +162,7 @@ def test_nothing_is_revoked_before_the_new_one_is_proven(
 @pytest.mark.parametrize(
     ("error", "left"), [(BackendUnavailableError("no answer"), ["apiserver"]), (BackendRefusedError("no such"), [])]
 )
-def test_a_ca_that_does_not_revoke_is_told(
+def test_a_ca_that_does_not_revoke_is_reported(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, error: BridgeError, left: list[str]
 ) -> None:
     """An unavailable CA is asked again, and a refusal is reported once. Neither counts as a failed renewal."""
@@ -180,7 +180,7 @@ def test_a_ca_that_does_not_revoke_is_told(
     assert not Store(settings.node.state_dir).attempts.exists()
 
 
-def test_a_ca_that_cannot_revoke_is_said_before(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ca_that_cannot_revoke_is_reported_before(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """A revocation that the backend can't make is not recorded as open; the renewal goes on."""
     monkeypatch.delattr(OpensslBackend, "revoke")
     quiet = Quiet()
@@ -204,7 +204,7 @@ def test_a_run_with_revocations_owed_is_not_over_at_once(node: Pki, settings: Se
     assert nothing_to_do(arguments) is None
 
 
-def test_a_damaged_file_is_kept_and_said(settings: Settings) -> None:
+def test_a_damaged_file_is_kept_and_reported(settings: Settings) -> None:
     """Once, with what to do."""
     run(settings, "apiserver")
     store = Store(settings.node.state_dir)

@@ -56,7 +56,7 @@ def first_span(now: datetime, text: str, zone: tzinfo = BERLIN) -> tuple[datetim
         ("Sun 22:00-00:00", "Sun 22:00-24:00"),
     ],
 )
-def test_a_window_is_read_as_it_is_said(text: str, said: str) -> None:
+def test_a_window_is_read_as_it_is_written(text: str, said: str) -> None:
     """Days, ranges of days over the end of the week, hours over midnight."""
     assert str(Window.parse(text)) == said
     assert Window.parse(said) == Window.parse(text)

@@ -65,7 +65,7 @@ def test_a_shorter_lifetime_is_introduced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("ca_left", "is_told"), [(timedelta(days=400), False), (timedelta(days=500), True)])
-def test_what_the_ca_s_end_cuts_short_is_told(ca_left: timedelta, is_told: bool, tmp_path: Path) -> None:
+def test_what_the_ca_s_end_cuts_short_is_reported(ca_left: timedelta, is_told: bool, tmp_path: Path) -> None:
     """A warning says that the CA's end cut two years short, and there is none where the CA lasts long enough."""
     validity = "730d" if is_told else "380d"
     bridge = bridge_of(tmp_path, ca_left=ca_left, validity=validity)

@@ -277,7 +277,9 @@ def test_a_rollback_of_cas_alone_is_an_error_of_the_run(directory: Path) -> None
     assert (carried.errors, carried.outcomes[0].error, carried.exit_code) == ((), back, back.exit_code)
 
 
-def test_a_failed_run_is_told_to_the_failure_hook(store: Store, directory: Path, node: Node, tmp_path: Path) -> None:
+def test_a_failed_run_is_reported_to_the_failure_hook(
+    store: Store, directory: Path, node: Node, tmp_path: Path
+) -> None:
     """With the code of the run and all reasons, those about the run as a whole, too."""
     log = tmp_path / "log"
     text = hook("failure", f"printenv CA_BRIDGE_EXIT_CODE CA_BRIDGE_ERRORS >{log}")

@@ -131,7 +131,7 @@ def make(tmp_path: Path) -> Callable[..., Worker]:
 Make = Callable[..., Worker]
 
 
-def test_a_worker_is_told_from_a_control_plane_by_its_files(make: Make) -> None:
+def test_a_worker_differs_from_a_control_plane_by_its_files(make: Make) -> None:
     """An administrator's kubeconfig makes no difference; one file of a control plane does."""
     worker = make()
     assert worker.node().role == "worker"

@@ -190,7 +190,7 @@ def leaf(ca: Signer, *, days: int) -> x509.Certificate:
     return ca.issue(request, begin=utc_now() - timedelta(minutes=5), end=utc_now() + timedelta(days=days)).leaf
 
 
-def test_a_range_of_ends_is_said_in_words() -> None:
+def test_a_range_of_ends_is_shown_in_words() -> None:
     """Those that have ended are a range of their own, and so are those that end last."""
     counted = Counters({0.0: 1.0, 1800.0: 3.0, math.inf: 7.0}, failed=2.0)
     nothing = Counters({0.0: 0.0, 1800.0: 0.0, math.inf: 0.0}, failed=0.0)

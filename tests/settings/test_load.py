@@ -58,7 +58,7 @@ def test_all_problems_come_at_once_with_their_lines() -> None:
     ]
 
 
-def test_what_is_wrong_is_said_in_the_words_of_the_file() -> None:
+def test_each_fault_is_reported_in_the_words_of_the_file() -> None:
     """As TOML has it, and not as Python does."""
     assert [p.found for p in problems("[restart]\nprove_for = true\n")] == ["true"]
     [twice] = problems("[restart.commands]\n[restart.commands]\n")

@@ -406,7 +406,7 @@ def test_nothing_is_installed_without_a_record(run: Run, node: Pki, store: Store
     assert leaf(node) != before
 
 
-def test_after_the_installation_a_lost_line_is_told_loudly(
+def test_after_the_installation_a_lost_line_is_reported_loudly(
     run: Run, node: Pki, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The certificates are in place: the run is a success, and says what the record lacks."""

@@ -466,7 +466,7 @@ def test_another_kubeconfigs_renewal_is_no_matter(
     assert (copy.read_bytes(), caplog.messages) == (before, [])
 
 
-def test_a_damaged_list_of_what_is_owed_is_told_once(node: Pki, home: Path, tmp_path: Path) -> None:
+def test_a_damaged_list_of_what_is_owed_is_reported_once(node: Pki, home: Path, tmp_path: Path) -> None:
     """And set aside; the renewal goes on, and its copies are refreshed."""
     copy = given(node, home / "config")
     settings = settings_with(node, tmp_path, copy)

@@ -271,7 +271,7 @@ def test_check_expiration_has_a_table_of_its_own(site: Site) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user: run the tests as root")
-def test_another_user_is_told_that_it_cannot_see(site: Site) -> None:
+def test_another_user_reads_that_it_cannot_see(site: Site) -> None:
     """The state directory is root's."""
     assert site.renew()[0] == 0
     assert credentials.may_look(site.settings)
@@ -288,7 +288,7 @@ def test_another_user_is_told_that_it_cannot_see(site: Site) -> None:
 @pytest.mark.parametrize(
     ("left", "status", "says"), [(300, 0, "OK"), (5, 1, f"{NAME} ends in"), (-1, 2, f"{NAME} expired")]
 )
-def test_nagios_is_told(site: Site, left: int, status: int, says: str) -> None:
+def test_nagios_shows_it(site: Site, left: int, status: int, says: str) -> None:
     """A warning, and then critical."""
     site.ends_in(left * DAY)
     settings = site.settings

@@ -107,7 +107,7 @@ def test_all_states_across_processes(bridge: Bridge, person: approval.Approver) 
     assert bridge.run("audit", "verify").returncode == 0
 
 
-def test_a_refusal_is_told_and_the_next_run_asks_anew(bridge: Bridge, person: approval.Approver) -> None:
+def test_a_refusal_is_reported_and_the_next_run_asks_anew(bridge: Bridge, person: approval.Approver) -> None:
     """Exit 5 with the person's words, once; with another key after that."""
     assert bridge.run("renew", "apiserver").returncode == 4
     [old] = person.asked()

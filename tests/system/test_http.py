@@ -418,7 +418,7 @@ def test_shows_what_is_served_to_any_client(pki: Path) -> None:
     [("front-proxy-ca.crt", None), ("ca.crt", "other.example.com")],
     ids=["issuer", "name"],
 )
-def test_trusts_only_what_it_was_told_to(pki: Path, anchor: str, name: str | None) -> None:
+def test_trusts_only_the_given_anchor(pki: Path, anchor: str, name: str | None) -> None:
     """A server of another CA, and one with another name, are not believed."""
     trusting = (pki / anchor).read_bytes()
     with secured(pki) as port:

@@ -79,7 +79,7 @@ def test_the_crontab_runs_as_cron_runs_it(config: Path) -> None:
     assert missing.returncode == 127 or Path("/usr/bin/ca-bridge").exists()
 
 
-def test_crontabs_are_written_where_they_are_told(config: Path, tmp_path: Path) -> None:
+def test_crontabs_are_written_to_the_given_place(config: Path, tmp_path: Path) -> None:
     """Readable for all, not for others to write, and without a dot in the name, which cron would pass over."""
     assert setup(config, "cron", "-o", str(tmp_path / "cron.d")).returncode == 0
     desk = setup(
@@ -345,7 +345,7 @@ def test_the_doctor_looks_whether_a_crontab_is_read(monkeypatch: pytest.MonkeyPa
     assert list(machine.jobs_of_cron()) == []
 
 
-def test_what_can_not_be_enabled_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_can_not_be_enabled_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """systemd's own words, or that there is none; the twin succeeds."""
     systemctl = tmp_path / "systemctl"
     for script, wrong in (("echo 'unit is masked' >&2; exit 1", "unit is masked"), ("exit 0", None)):

@@ -90,7 +90,7 @@ def test_what_the_disk_does_not_take_is_not_put_in_place(tmp_path: Path, monkeyp
     assert {path.name for path in tmp_path.iterdir()} == {"a", "c"}
 
 
-def test_names_that_may_not_last_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_may_not_last_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory that can't be synced is the error of each group with a file in it, and of no other."""
     (tmp_path / "d").mkdir()
     groups = [[NewFile(path=tmp_path / "d/a", data=b"a")], [NewFile(path=tmp_path / "b", data=b"b")]]

@@ -38,7 +38,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_a_command_is_told_line_by_line_with_its_errors() -> None:
+def test_a_command_is_reported_line_by_line_with_its_errors() -> None:
     """The last line needs no newline, and bytes that are no text are replaced."""
     lines: list[str] = []
     script = "echo one; echo two >&2; printf 'thr\\377'"

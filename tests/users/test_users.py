@@ -477,7 +477,9 @@ def test_through_a_desk(pki: Pki, tmp_path: Path) -> None:
         ('[users]\ngroups = ["*"]\n', True, ""),
     ],
 )
-def test_what_the_desk_refuses_is_told_and_kept(pki: Pki, tmp_path: Path, users: str, waived: bool, text: str) -> None:
+def test_what_the_desk_refuses_is_reported_and_kept(
+    pki: Pki, tmp_path: Path, users: str, waived: bool, text: str
+) -> None:
     """A refusal could be an attacker's, so it does not end the request: the same bundle works once the desk signs it; each with its right twin."""
     site = Carried.make(pki, tmp_path, users)
     assert site.user("--group=dev").returncode == 4
