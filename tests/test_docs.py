@@ -241,7 +241,7 @@ def test_a_setting_that_a_sentence_names_is_in_the_examples() -> None:
 
 
 def test_a_key_that_is_named_with_its_table_is_there() -> None:
-    """Such as `renewal.before`."""
+    """A key that a page names with its table, such as `renewal.before`, exists."""
     empty = parse("")
     keys = {field.name: getattr(empty, field.name) for field in dataclasses.fields(empty)}
     tables = {name: value for name, value in keys.items() if dataclasses.is_dataclass(value) and name != "source"}
@@ -607,7 +607,7 @@ def test_each_page_that_the_program_names_is_one_of_its_help() -> None:
 
 @pytest.mark.parametrize("name", pictures.PICTURES)
 def test_a_picture_is_what_its_program_draws(name: str) -> None:
-    """And well-formed; a page shows it."""
+    """Each picture is what its program draws, is well-formed, and is on a page."""
     drawn = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert drawn == pictures.PICTURES[name](), "run: python -m tests.measure.pictures"
     assert ET.fromstring(drawn).tag.endswith("svg")  # noqa: S314 (our own file)

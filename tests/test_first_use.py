@@ -238,7 +238,7 @@ def test_the_first_steps_have_nothing_signed_for_a_test() -> None:
 
 @pytest.mark.first_use("28")
 def test_an_emergency_restarts_first_what_needs_it() -> None:
-    """And says what it costs to restart the others."""
+    """An emergency restarts first the components that need it, and says what it costs to restart the others."""
     emergency = PAGES["trouble.md"].partition("### Everything has expired")[2].partition("\n### ")[0]
     stale, everything = (emergency.index(f"`ca-bridge restart {words}`") for words in ("--force", "all --force"))
     assert stale < everything < emergency.index("takes the API server away for about a minute")

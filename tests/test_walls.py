@@ -354,7 +354,7 @@ def test_all_modules_are_looked_at() -> None:
     ],
 )
 def test_the_wall_of_bridge_can_fail(source: str) -> None:
-    """However a backend is imported, it is noticed."""
+    """The test finds each way to import a backend."""
     assert list(bridge_wall(source, "bridge.deep.renew"))
     assert not list(bridge_wall("import backends_of_others\n'a text about backends.vault'", "bridge.renewal.renew"))
 

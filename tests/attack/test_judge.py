@@ -414,7 +414,7 @@ def judged_hostile(go: Judge, fault: str) -> set[Row]:
 
 
 def test_nothing_that_go_refuses_is_installed(go: Judge, tried: Tried) -> None:
-    """Of thousands of changed chains, the same in each run; the document lists what only we refuse, and no more."""
+    """Nothing that Go refuses is installed, of thousands of changed chains, the same in each run; the document lists what only we refuse."""
     trials, rows = [], set[Row]()
     for seed in range(SEEDS):
         name, mutant = changed(random.Random(seed))  # noqa: S311 (no secret: the same in each run)

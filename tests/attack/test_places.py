@@ -249,7 +249,7 @@ def test_a_default_acl_of_the_directory_gives_no_new_right(pki: Path, store: Sto
 
 
 def test_one_attribute_that_cannot_be_read_hides_no_other(pki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as a label of a security module that is not for us."""
+    """An attribute that we may not read, such as a security module's label, hides no other."""
     os.setxattr(pki / "server.crt", "user.note", b"kept")
     monkeypatch.setattr(os, "listxattr", lambda _: ["trusted.none", "security.ima", "user.note"])
     assert Attributes.of(pki / "server.crt").extended == {"user.note": b"kept"}

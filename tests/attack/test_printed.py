@@ -95,7 +95,7 @@ def run(config: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_no_command_steers_the_terminal(config: Path) -> None:
-    """Nor ends with an internal error: what a manifest says of addresses and files may be anything."""
+    """No command steers the terminal or ends with an internal error, whatever a manifest says of addresses and files."""
     called(config)
     for arguments in _LOOKING:
         ended = run(config, list(arguments))

@@ -414,7 +414,7 @@ def test_a_misspelt_profile_of_a_closed_server(closed: dict[str, Any], make: Mak
 
 @pytest.mark.kube("cfssl")
 def test_a_misspelt_profile_of_an_open_server(tmp_path: Path, make: Make) -> None:
-    """Such a server signs with its default profile and says nothing; the preflight finds it by the usages."""
+    """The server signs with its default profile and says nothing; the preflight finds the mistake by the usages."""
     config = open_config(["signing", "key encipherment", "client auth"], server=SERVER_USAGES)
     with serving(tmp_path, config) as keys:
         assert make(**keys, profile="server").check([APISERVER]) == {}
@@ -652,7 +652,7 @@ class TestTls:
         assert "ca_file" in e.value.hint
 
     def test_a_server_of_another_name(self, make: Make, tmp_path: Path) -> None:
-        """So is one whose certificate is for another name, though the CA is right."""
+        """A certificate for another name is refused, though the CA is right."""
         tls = kit.make_tls(tmp_path)
         with tls_server(tls, "127.0.0.2") as url, pytest.raises(BackendRefusedError) as e:
             make(url=url, endpoint="sign", ca_file=tls.ca).issuers()
@@ -911,7 +911,7 @@ def test_the_request_says_no_more_than_it_must(double: kit.Double, to_double: Cf
 
 
 def test_no_secret_is_reported(double: kit.Double, to_double: CfsslBackend, caplog: pytest.LogCaptureFixture) -> None:
-    """Though the server quotes the whole request, neither error nor log hold the key, the token or the body."""
+    """The server quotes the whole request, and neither error nor log hold the key, the token or the body."""
     caplog.set_level(logging.DEBUG)
     double.answers += [
         lambda body: kit.Answer.error(400, 400, f"can't read {body.decode()}"),

@@ -279,7 +279,7 @@ def test_the_examples_load() -> None:
 
 
 def test_every_key_is_in_the_example_and_on_the_settings_page() -> None:
-    """And the example has no other, but for the exceptions' tables."""
+    """The example and the page have every key, and the example has no other but for the exceptions' tables."""
     keys = set(re.findall(r"^(?:# )?(\w+) = ", EXAMPLE.read_text().split("[backend.corp.paths]")[0], re.MULTILINE))
     assert keys - {"type", "backend", "timeout", "retry_for"} == fields() - {"paths", "profiles"}
     keys_there = (ROOT / "docs/settings.md").read_text().partition('type = "cmp"')[2].partition("\n## ")[0]

@@ -148,7 +148,7 @@ def test_one_bundle_for_a_batch(tmp_path: Path) -> None:
 
 
 def test_the_answer_is_taken_whatever_it_is_called(tmp_path: Path) -> None:
-    """And the request, if it lies there still, is taken away; what is in the inbox stays."""
+    """The answer counts under any file name, the request is removed if it still lies there, and the inbox stays as it is."""
     backend, request = opened(tmp_path), asked()
     reference = pending(backend.sign(request)).reference
     issued = issue(request)
@@ -180,7 +180,7 @@ def test_installed_answers_are_put_away(tmp_path: Path) -> None:
 
 
 def test_a_half_copied_answer_is_left_alone_until_it_is_whole(tmp_path: Path) -> None:
-    """Of any length; it is named meanwhile."""
+    """A half-copied answer of any length is left alone, and named meanwhile."""
     backend, request = opened(tmp_path), asked()
     reference = pending(backend.sign(request)).reference
     issued = issue(request)
@@ -248,7 +248,7 @@ def test_the_newest_of_several_answers(tmp_path: Path) -> None:
 
 
 def test_a_certificate_counts_before_a_refusal(tmp_path: Path) -> None:
-    """However late that is dated; all certificates are candidates, the latest first."""
+    """A certificate counts before a refusal of any date; all certificates are candidates, the latest first."""
     backend, request = opened(tmp_path), asked()
     reference = pending(backend.sign(request)).reference
     first, last = issue(request), issue(request)

@@ -519,7 +519,7 @@ def refused(path: Path, message: str, hint: str = "") -> None:
 
 
 def test_a_program_that_others_can_change_is_not_run(tmp_path: Path) -> None:
-    """Nor one in a directory where others can put another in its place; the twin is run."""
+    """A program is not run if others can change it, or can put another in its place; the twin is run."""
     directory = tmp_path / "bin"
     directory.mkdir(mode=0o755)
     script = program(directory / "helper", f'echo ran >>"{tmp_path}/ran"; exit 3')
@@ -960,7 +960,7 @@ def test_setup_prints_what_asks_the_program_by_hand(tmp_path: Path, authority: s
     ],
 )
 def test_setup_names_settings_that_can_not_be_used(values: dict[str, object], key: str) -> None:
-    """Though it needs none of them."""
+    """`setup` names unusable settings, though it needs none of them."""
     wanted = SetupRequest(
         authority=AUTHORITIES["ca"],
         certificates={"apiserver": LIVE},

@@ -396,7 +396,7 @@ def test_signs_for_a_ca_without_key_identifier(tmp_path: Path) -> None:
 
 
 def test_gives_the_chain_without_the_root(directory: Path) -> None:
-    """Of the CA's certificate file the intermediates come with the leaf, and the root stays."""
+    """The intermediates of the CA's certificate file come with the leaf, and the root does not."""
     root, middle = TestCA.make("root"), TestCA.make("middle")
     signer = ca_with({x509.BasicConstraints(ca=True, path_length=None): True}, issuer=middle, key=CA)
     between = ca_with({x509.BasicConstraints(ca=True, path_length=None): True}, issuer=root, key=middle)
@@ -625,7 +625,7 @@ def many_rows(count: int) -> bytes:
 
 
 def test_looks_through_the_old_rows_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many chunks there are, a long index is parsed once, and then what each run adds to it."""
+    """A long index is parsed once for any number of chunks, and then only its new rows."""
     monkeypatch.setattr("backends.openssl.program.KeyFile.batch_size", 2)
     old = many_rows(2000)
     directory.joinpath("index.txt").write_bytes(old)
@@ -1134,7 +1134,7 @@ def test_a_new_index_that_is_not_whole_is_not_taken(directory: Path) -> None:
 
 
 def test_records_orphans_of_this_ca_alone(directory: Path, tmp_path: Path) -> None:
-    """Of the certificates that are in no index, those of other CAs, expired ones and other files are left alone."""
+    """Certificates in no index are recorded if they are this CA's; other CAs', expired ones and other files are left alone."""
     other = TestCA.make("other")
     stray = opened(make_ca_directory(tmp_path / "other", other.certificate_pem, other.key_pem)).sign(renewal()).leaf
     backend = opened(directory)
@@ -1479,7 +1479,7 @@ def hostile(directory: Path) -> str:
 
 
 def test_a_hostile_site_config_changes_nothing(directory: Path, tmp_path: Path) -> None:
-    """Of a site's openssl.cnf nothing but the places of the files is used."""
+    """A site's openssl.cnf decides nothing but the places of the files."""
     directory.joinpath("index.txt.attr").unlink()
     backend = OpensslBackend.from_settings(OpensslSettings(config=site(tmp_path, hostile(directory))))
     for asked in [renewal(SERVER), renewal(CLIENT), request(SUBJECTS["other attributes"])] * 2:

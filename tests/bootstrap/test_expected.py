@@ -43,7 +43,7 @@ def test_names_are_what_kubeadm_asks_for(role: Role, tmp_path: Path) -> None:
 
 
 def test_a_worker_needs_one_ca() -> None:
-    """And its kubelet's certificates alone."""
+    """A worker needs its kubelet's certificates from one CA, and no others."""
     order = Order(
         cluster=shared(parse(CONFIG.encode())), authorities={}, node=new_node("worker", "w-1", ["192.0.2.21"])
     )

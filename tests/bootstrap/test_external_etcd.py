@@ -109,7 +109,7 @@ def test_a_file_of_another_certificate_is_refused(node: NewNode) -> None:
 
 
 def test_without_tls_there_is_no_pair(node: NewNode) -> None:
-    """And no CA of etcd's."""
+    """An etcd without TLS needs neither a client pair nor a CA of its own."""
     run = node.init(config=CONFIG + "etcd: {external: {endpoints: ['http://192.0.2.1:2379']}}\n")
     assert run.returncode == 0, run.stderr
     assert not [path for path in node.files() if "etcd" in path]

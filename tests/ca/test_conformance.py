@@ -91,7 +91,7 @@ def _self(name: str) -> x509.Certificate:
 
 
 def test_a_good_backend_passes_every_check() -> None:
-    """And is closed twice."""
+    """A good backend passes every check, also the one that closes it twice."""
     backend = GoodBackend()
     good = trial(backend)
     for check in CHECKS:

@@ -62,7 +62,7 @@ def test_an_unknown_type_names_the_installed_ones() -> None:
 
 
 def test_an_unknown_type_hides_no_other_problem() -> None:
-    """Of the other backends' tables, in the order of the file."""
+    """Problems in the other backends' tables are reported, too, in the order of the file."""
     text = '[backend.x]\ntype = "opensl"\n[backend.v]\ntype = "vault"\nurl = 3\n[backend.w]\ntype = "cfssl"\nnone = 1\n'
     text += '[authority.ca]\nbackend = "x"\n[authority.etcd-ca]\nbackend = "v"\nmount = "m"\n'
     found = [(one.key, one.line) for one in problems(text, "ca", "etcd-ca")]
@@ -92,7 +92,7 @@ def _entry(distribution: str, value: str) -> EntryPoint:
 
 
 def test_a_plugin_found_twice_is_refused_with_both_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which one would sign is not left to chance; one alone is taken."""
+    """Two plug-ins of one name are refused, so that chance does not decide which signs; one alone is taken."""
     entries = [_entry("step-one", "one:Backend")]
     monkeypatch.setattr(registry, "entry_points", lambda group: entries if group == ENTRY_POINT_GROUP else [])
     assert list(registry.installed()) == ["step"]

@@ -315,7 +315,7 @@ def test_setup_prints_what_the_cas_administrator_needs(run: Run, ca: str) -> Non
 
 
 def test_scripts_for_vault_may_follow_each_other(run: Run) -> None:
-    """So that all of them can go to one shell; what can't follow another file is refused, with the way out."""
+    """All of them can go to one shell; a script that can't follow another is refused, with the way out."""
     everything, one = run("setup", "vault"), run("setup", "vault", "--authority", "etcd-ca")
     assert everything.exit_code == 0
     assert one.stdout in everything.stdout
@@ -362,7 +362,7 @@ def vault(config: Path, keys: str) -> None:
 
 
 def test_each_nodes_script_for_vault_writes_a_policy_of_its_own(run: Run, config: Path) -> None:
-    """Or the one that was run last would take the other node's rights away."""
+    """Each node has its own policy, so that one node's script does not take another's rights away."""
     text = config.read_text()
     policies = set()
     for names in ('name = "cp-1"', 'name = "cp-2"', 'name = "cp-1"\ncluster = "blue"'):
@@ -559,7 +559,7 @@ def test_nothing_due_for_a_user_who_may_not_look(run: Run, node: Pki, config: Pa
 
 
 def test_a_full_disk_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, node: Pki, tmp_path: Path) -> None:
-    """Which file could not be written, nothing replaced, no half backup left; with room the same command works."""
+    """The error names the file that could not be written, nothing is replaced and no half backup is left; with room the same command works."""
     before = leaf_serial(node)
 
     fsync = os.fsync

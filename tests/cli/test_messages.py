@@ -161,7 +161,7 @@ def test_a_backends_type_is_shown_once() -> None:
 
 @pytest.mark.first_use("13")
 def test_a_missing_policy_is_one_error(tmp_path: Path) -> None:
-    """Of the twelve certificates, with one hint; `doctor` says it as one cause."""
+    """A missing policy is one error with one hint for all twelve certificates; `doctor` shows it as one cause."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     with openbao.dev_server() as bao:
         for authority in AUTHORITIES:

@@ -68,7 +68,7 @@ dir = "srv/fp"
 
 @pytest.mark.first_use("7")
 def test_what_is_declared_twice_has_its_first_line_named() -> None:
-    """Of a table and of a key; not where something else is wrong."""
+    """The error for a second table or key names the first one's line; other syntax errors name none."""
     text = initial("vault")
     first = text.splitlines().index("[authority.ca]") + 1
     for more, key in (("[authority.ca]", "authority.ca"), ("[authority.ca.x]\ny = 1\ny = 2", "authority.ca.x.y")):

@@ -94,7 +94,7 @@ def seen(*instances: Instance, alarms: tuple[str, ...] = (), unseen: tuple[Compo
 )
 @pytest.mark.rotation("the next etcd too early")
 def test_what_is_not_well_elsewhere_is_an_obstacle(others: Neighbours, component: Component, count: int) -> None:
-    """Of this node nothing is; of what can't be seen only etcd's members, and to etcd alone."""
+    """Trouble on another node holds up a restart, and trouble on this one does not; of members that can't be seen only etcd's count, and for etcd alone."""
     assert len(neighbours.obstacles(others, component)) == count
 
 
@@ -259,7 +259,7 @@ def test_a_node_without_quorum_can_be_repaired(three: Cluster) -> None:
 
 @needs_etcd
 def test_an_alarm_is_an_obstacle(three: Cluster) -> None:
-    """Even of a member that is healthy otherwise, and by the member's name."""
+    """An alarm holds up the restart, even of a healthy member, and the message names the member."""
     own, other = three.places[0], three.places[1]
     header = json.loads(three.etcd(other, "/v3/maintenance/status").body)["header"]
     alarm = {"memberID": header["member_id"], "alarm": "NOSPACE"}
@@ -616,7 +616,7 @@ def test_a_lease_that_was_lost_stops_the_run(servers: Servers) -> None:
 
 
 def test_a_lease_that_another_has_by_now_is_not_given_back(servers: Servers) -> None:
-    """Though this run has not noticed that it lost it."""
+    """A lease that another run has taken stays with it, though this run has not noticed its loss."""
     with hold(servers):
         servers.state.put(NAME, "cp-2_b")
     assert spec(servers)["holderIdentity"] == "cp-2_b"
@@ -696,7 +696,7 @@ def test_no_right_to_the_lease_is_no_obstacle(servers: Servers) -> None:
 
 @pytest.mark.slow
 def test_never_two_at_once(servers: Servers) -> None:
-    """Of many who contend, die with the lease, and come again, one alone has it at any time."""
+    """Of many nodes that contend, die with the lease and come again, only one has it at any time."""
     inside: list[str] = []
     turns: list[str] = []
     overlaps: list[list[str]] = []

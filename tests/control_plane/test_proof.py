@@ -177,7 +177,7 @@ def test_a_server_that_shows_its_file_is_current(site: Site) -> None:
 
 @pytest.mark.rotation("a server that goes on with its old certificate")
 def test_a_server_that_shows_another_certificate_is_stale(site: Site) -> None:
-    """And has to be restarted."""
+    """A server that shows another certificate than its file is stale and has to be restarted."""
     replace_pair(site, "apiserver", "etcd/server")
     report = site.look()
     assert [(f.certificate, f.state) for f in report.findings if f.state == "stale"] == [("apiserver", "stale")]
@@ -194,7 +194,7 @@ def test_a_pair_that_does_not_match_is_refused(site: Site) -> None:
 
 
 def test_a_server_whose_certificate_has_expired_is_refused(site: Site) -> None:
-    """Though it shows what is in its file."""
+    """An expired certificate is refused, though it is the one in the server's file."""
     site.now += timedelta(days=2)
     assert site.finding("apiserver").state == "refused"
     site.now -= timedelta(days=10)
@@ -314,7 +314,7 @@ def test_a_front_proxy_is_taken_for_the_user_that_it_names(
 def test_reading_again_is_believed_of_versions_that_were_measured(
     site: Site, version: str, setting: Version | None, state: str
 ) -> None:
-    """Of others the age of the process counts; here there is none, so that nothing can be said."""
+    """A version that was not measured is judged by the age of its process; here there is none, so the state is unknown."""
     site.version, site.kubernetes_version = version, setting
     site.flags = {
         "--kubelet-client-certificate": f"{site.pki}/apiserver-kubelet-client.crt",

@@ -504,7 +504,7 @@ def test_a_program_that_is_not_there_is_reported(plane: Plane) -> None:
 
 
 def test_without_a_command_the_message_says_how_to_do_it_by_hand(plane: Plane) -> None:
-    """And the next run need not wait."""
+    """The message says how to restart by hand, and the next run need not wait."""
     settings = plane.settings()
     del settings.restart.commands["kube-scheduler"]
     [one] = plane.restart(SCHEDULER, settings=settings)
@@ -724,7 +724,7 @@ def test_a_pod_that_only_its_answers_show_has_to_be_seen_to_end(
 
 
 def test_with_no_method_it_prints_what_to_do(tmp_path: Path) -> None:
-    """And never says that all is well."""
+    """The command prints what to do, and never says that all is well."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     run = bridge.run("restart", "kube-scheduler", "kubelet")
     assert run.returncode == Exit.NOT_LIVE

@@ -174,7 +174,7 @@ def test_help_against_several_refusals_is_shown_once(desk_: Desk, pairs: Pairs, 
 
 
 def test_a_person_can_do_without_a_proof_by_name(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
-    """That is on the record."""
+    """A person can waive the proof by name, and the audit log records it."""
     bundle = changed(make_bundle(some(pairs, "scheduler.conf")), "scheduler.conf", proof=None)
     (tmp_path / "b.json").write_bytes(dumps(bundle))
 
@@ -188,7 +188,7 @@ def test_a_person_can_do_without_a_proof_by_name(desk_: Desk, pairs: Pairs, tmp_
 
 
 def test_a_desk_without_a_policy_signs_nothing(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
-    """Nor with a wrong one; nor one that is named and not there."""
+    """A desk without a policy, with a wrong one, or with a missing file signs nothing."""
     (tmp_path / "b.json").write_bytes(dumps(make_bundle(some(pairs, "apiserver"))))
     desk_.policy.write_text("[allow]\nclusters = 3\n")
     wrong = desk_.run("sign", tmp_path / "b.json")
@@ -380,7 +380,7 @@ def test_a_ca_that_can_not_be_used_holds_up_its_own_only(desk_: Desk, pki: Pki, 
 
 
 def test_a_ca_s_own_trouble_is_no_refusal(desk_: Desk, pki: Pki, pairs: Pairs) -> None:
-    """Though only one request met it; when the CA is well again, the same bundle is signed."""
+    """A CA's trouble with one request is no refusal; when the CA is well again, the same bundle is signed."""
     bundle = make_bundle(some(pairs, "apiserver"))
     put(desk_, bundle)
     program = desk_.directory / "openssl"

@@ -123,7 +123,7 @@ def test_an_expired_certificate_can_be_renewed_for_some_time(judged: Judge, pair
 
 
 def test_a_request_becomes_too_old(bundle: RequestBundle, judged: Judge, pairs: Pairs) -> None:
-    """Nor does it come from the future; the policy says what is old."""
+    """A request that is too old by the policy, or comes from the future, is refused."""
     begin, day = bundle.created, timedelta(days=1)
 
     assert judged(bundle, "apiserver", now=begin + 30 * day) == ""
@@ -223,7 +223,7 @@ def test_a_person_can_do_without_a_proof_that_is_too_old(
     [({"node": "worker-1"}, "node: wanted cp-*, found worker-1"), ({"cluster": "other"}, "cluster: wanted kubernetes")],
 )
 def test_other_clusters_and_nodes_are_refused(pairs: Pairs, judged: Judge, values: dict[str, str], wanted: str) -> None:
-    """Even with a proof that holds."""
+    """Requests for other clusters and nodes are refused, even with a valid proof."""
     assert wanted in judged(make_bundle(pairs, **values), "scheduler.conf")  # type: ignore[arg-type]
 
 
@@ -355,7 +355,7 @@ def test_a_servers_certificate_does_not_prove_a_client(
 
 
 def test_masters_only_where_they_were(judged: Judge, cas: dict[str, x509.Certificate], pki: Pki) -> None:
-    """That the policy names a certificate does not put one in the group that was not."""
+    """The policy's list of masters puts no certificate into the group that was not in it before; a request may leave the group out."""
     ca = sample_pki.ThrowawayCA(certificate=cas["ca"], key=_ca_key(pki))
     key, cn = generate_key("ecdsa-p256"), "CN=kubernetes-super-admin"
     more = proven_by("super-admin.conf", f"O=system:masters,{cn}", _leaf(ca, cn, key), key)

@@ -98,7 +98,7 @@ def changed(**values: object) -> RequestBundle:
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_refused(case: str) -> None:
-    """Though a person has done without a proof: a group is beyond the policy, a name Kubernetes' own, a year too long."""
+    """Even with a waived proof a group beyond the policy, a name of Kubernetes' own, and a lifetime of a year are refused."""
     make, wanted = WRONG[case]
     assert wanted in judged(make())
 

@@ -675,7 +675,7 @@ def test_a_broken_certificate_can_be_made_anew(site: Site) -> None:
 
 @pytest.mark.first_use("4")
 def test_an_immutable_file_is_found(site: Site) -> None:
-    """Which not even root can replace; a renewal would stop at it each night."""
+    """`doctor` reports a file that not even root can replace, because a renewal would stop at it each night."""
     path = site.pki.pki_dir / "etcd/server.crt"
     if subprocess.run(["chattr", "+i", str(path)], capture_output=True, check=False).returncode:
         pytest.skip("this file system has no immutable files; run the tests on ext4, xfs or btrfs")
@@ -698,7 +698,7 @@ def test_a_local_failure_is_not_put_down_to_the_ca(site: Site, code: int, about:
 
 
 def test_without_a_backend_no_ca_was_asked(site: Site) -> None:
-    """Which is how requests are carried by hand, and nothing is wrong with that; with one table the others are missing."""
+    """Without any backend requests are carried by hand, which is no fault; with one table the others are missing."""
     run = site.bridge.run("doctor")
     assert (run.returncode, "by hand" in run.stdout, "no CA was asked" in run.stdout) == (0, True, True)
     assert run.stdout.splitlines()[-1] == "nothing is wrong on this node; no CA was asked"

@@ -130,7 +130,7 @@ def test_a_person_refuses_in_a_browser(team: Team, bundle: RequestBundle) -> Non
 
 
 def test_what_people_are_asked_for_comes_first(tmp_path: Path, pki: Pki) -> None:
-    """Of a bundle whose last certificate needs an approval that one is first, for browsers and programs."""
+    """A certificate that needs an approval comes first in its bundle, for browsers and programs."""
     policy = f'{POLICY}\n[certificate."super-admin.conf"]\napproval = "required"\n[approvals]\napprovers = ["alice"]\n'
     team = make_team(tmp_path, pki, policy)
     bundle = make_bundle(old_pairs(pki, ["apiserver", "etcd-server", "super-admin.conf"]))

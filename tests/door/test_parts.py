@@ -281,7 +281,7 @@ def test_an_answer_that_can_not_be_remembered_is_found_in_the_archive(
 
 
 def test_without_the_extra_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which packages, and how they are installed; with them it goes on."""
+    """The error names the missing packages and how to install them; with them the door begins."""
     real = importlib.util.find_spec
     serve.assert_installed("ca-bridge serve")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cheroot" else real(name))

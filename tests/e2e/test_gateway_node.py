@@ -185,7 +185,7 @@ def test_off_on_each_node(cluster: GatewayCluster, bridges: dict[str, LiveBridge
 def test_a_kubelet_without_a_signer_gets_its_old_configuration_again(
     cluster: GatewayCluster, bridges: dict[str, LiveBridge]
 ) -> None:
-    """And one whose configuration its own validation refuses is not restarted at all."""
+    """The kubelet gets its old configuration again, and one whose own validation refuses the configuration is not restarted at all."""
     first, bridge = cluster.control_plane, bridges["cp"]
     path = first.root / "var/lib/kubelet/config.yaml"
     before, pid = path.read_bytes(), kit_nodes.kubelet_pid(first)

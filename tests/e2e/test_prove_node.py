@@ -225,7 +225,7 @@ def test_a_front_proxy_of_the_wrong_ca_is_refused(node: Node) -> None:
 @pytest.mark.usefixtures("well")
 @pytest.mark.parametrize("name", ["apiserver-etcd-client", "etcd-healthcheck-client"])
 def test_a_client_that_etcd_refuses_is_seen(node: Node, name: str) -> None:
-    """Of the wrong CA, too."""
+    """A client certificate that etcd refuses, also one of the wrong CA, is reported."""
     with contextlib.ExitStack() as stack:
         for suffix in (".crt", ".key"):
             other = (node.pki_dir / f"apiserver-kubelet-client{suffix}").read_bytes()

@@ -200,7 +200,7 @@ def test_a_hook_that_failed_runs_again_though_nothing_is_due(bridge: Bridge, tmp
 
 
 def test_a_failure_runs_the_hook_and_keeps_its_code(bridge: Bridge, tmp_path: Path) -> None:
-    """Though the one who should be told can't be reached."""
+    """The exit code stays the failure's, though the failure hook fails, too."""
     log = tmp_path / "log"
     (bridge.directory / "desk/ca/ca.key").unlink()
     script = f'echo "$CA_BRIDGE_EXIT_CODE" >>{log}; echo "$CA_BRIDGE_ERRORS" | grep -c "^apiserver: " >>{log}; exit 1'

@@ -120,7 +120,7 @@ def test_what_changes_while_it_is_worked_at_is_looked_at_again() -> None:
 
 
 def test_what_is_delayed_comes_back_in_time_or_when_it_changes() -> None:
-    """And not before; `wake` is for all of them."""
+    """A delayed request comes back at its time or when it changes, and not before; `wake` brings all of them back."""
     line = Queue()
     line.put(one(), nobody)
     job = line.take(0)
@@ -140,7 +140,7 @@ def test_what_is_delayed_comes_back_in_time_or_when_it_changes() -> None:
 
 
 def test_a_job_that_is_due_wakes_one_thread_and_not_all() -> None:
-    """Of a hundred idle ones, or a flood's jobs would take the processor from those who sign; none is forgotten or late."""
+    """A due job wakes one of a hundred idle threads, so that a flood does not take the processor; none is forgotten or late."""
     line, jobs, woken = Queue(), [], []
     for number in range(10):
         line.put(one(f"u{number}"), nobody)
@@ -252,7 +252,7 @@ def test_nothing_is_taken_after_the_end() -> None:
 
 
 def test_a_bucket_fills_with_time() -> None:
-    """So many at once, then one after the other, each at a time of its own; another requester has its own bucket."""
+    """A requester may send so many at once, then one after the other, each at its own time; another requester has its own bucket."""
     rate = Rate(60)
     assert {rate.reserve("w1", 0.0) for _ in range(60)} == {0}
     assert [rate.reserve("w1", 0.0) for _ in range(3)] == [pytest.approx(seconds) for seconds in (1, 2, 3)]

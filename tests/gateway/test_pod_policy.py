@@ -136,7 +136,7 @@ def test_an_hour_of_a_ca_with_exact_dates() -> None:
 
 
 def test_the_life_is_the_shortest_wish() -> None:
-    """Of the policy's, the CA's, and the pod's without what the CA backdates, so that the API server takes it."""
+    """The lifetime is the shortest of the policy's, the CA's, and the pod's without the CA's backdating, so that the API server takes it."""
 
     def life(request: PodRequest = REQUEST, text: str = pods.POLICY, **changes: Any) -> timedelta:
         mounted = frozenset({replace(SOURCE, seconds=request.seconds)})

@@ -69,7 +69,7 @@ def validity(verdict: Verdict) -> timedelta:
 
 
 def test_the_validity_is_the_shortest_wish() -> None:
-    """Of the request, the policy's table, `allow` and the CA's remaining life; nothing is refused for asking too much."""
+    """The validity is the shortest of the request's, the table's, `allow`'s and the CA's; a long request is shortened and not refused."""
     request = asked()
     assert validity(judge(request, world())) == timedelta(days=7)
     for seconds in (600, 86400):

@@ -94,7 +94,7 @@ def test_the_curves(tmp_path: Path) -> None:
 
 
 def test_the_scores_of_mutants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the files that were measured; one with many mutants weighs more, and one that timed out was noticed."""
+    """A file with many mutants weighs more in the score, and a mutant that timed out counts as noticed."""
     monkeypatch.setattr(mutation, "CACHE", tmp_path)
     large, small, absent = list(mutation.TESTS)[:3]
     for file, mutants, killed, timed_out in ((large, 300, 8, 1), (small, 10, 4, 0)):

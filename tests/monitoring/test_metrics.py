@@ -240,7 +240,7 @@ def test_names_that_no_collector_reads_are_refused(name: str) -> None:
 
 @as_root
 def test_the_directory_may_be_the_monitors(tmp_path: Path) -> None:
-    """And what a killed run has left in it goes; other files stay."""
+    """The directory may belong to the monitor's user; the run removes the rest of a killed run from it, and leaves other files."""
     bridge = bridge_of(tmp_path)
     directory = file_of(bridge).parent
     (directory / ".ca-bridge.prom.a1b2c3d4").write_text("half")

@@ -52,7 +52,7 @@ def older(file: Path) -> bool | None:
 
 
 def test_a_process_that_started_later_is_younger(file: Path) -> None:
-    """And one that was there when the file was written again is older."""
+    """A process that started after the file was written is younger, and one that ran when the file was written again is older."""
     time.sleep(0.02)
     with scheduler(file):
         assert older(file) is False
@@ -80,7 +80,7 @@ def test_times_that_are_set_back_deceive_no_check(file: Path) -> None:
 
 @pytest.mark.parametrize("target", ["other.conf"])
 def test_a_symlink_that_leads_elsewhere_is_another_file(file: Path, target: str) -> None:
-    """Though what it leads to was there before."""
+    """A changed link counts as a new file, though its target is older."""
     old, new = file.with_name("real.conf"), file.with_name(target)
     file.rename(old)
     new.write_text("new")

@@ -475,7 +475,7 @@ def test_ca_data_that_can_not_be_edited_is_left(old: str, new: str, wanted: str)
 
 
 def test_two_clusters_without_a_context_are_not_guessed_at() -> None:
-    """Which of them would be meant?"""
+    """A kubeconfig with two clusters and no current context is refused."""
     entry = CLUSTER_INFO[CLUSTER_INFO.index("- cluster") : CLUSTER_INFO.index("contexts")]
     with pytest.raises(KubeconfigError, match="one entry in clusters, found 2 entries"):
         with_ca(CLUSTER_INFO.replace(entry, entry * 2).encode(), NEW_CERTIFICATE)

@@ -75,7 +75,7 @@ def test_a_busy_machine_makes_no_process_younger(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_oldest_comes_first() -> None:
-    """Of two that run the same program the older one comes first, since it may still run on an old file."""
+    """The older of two processes of a program comes first, since it may still run on an old file."""
     with process("first") as first:
         time.sleep(2 / os.sysconf("SC_CLK_TCK"))  # of two that begin in one tick none is the older
         with process("second") as second:

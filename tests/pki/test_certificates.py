@@ -190,7 +190,7 @@ def test_serial_numbers_that_no_ca_should_give(content: bytes, text: str) -> Non
 
 
 def test_a_value_that_is_no_text_is_shown_in_hex() -> None:
-    """Such as the bits of a unique identifier."""
+    """A value that is no text, such as the bits of a unique identifier, is shown in hex."""
     odd = x509.NameAttribute(NameOID.X500_UNIQUE_IDENTIFIER, b"\x00\xff", _ASN1Type.BitString)
     assert attributes(x509.Name([odd])) == [("2.5.4.45", "#00ff")]
 

@@ -102,7 +102,7 @@ def test_asks_for_nothing_but_sans() -> None:
 
 
 def test_an_expired_certificate_is_good_input() -> None:
-    """That is when it is needed most."""
+    """An expired certificate can be renewed, since that is when it is needed most."""
     assert built(live(cn("x"), end=timedelta(days=-1))).is_signature_valid
 
 
@@ -208,7 +208,7 @@ def spoilt(certificate: x509.Certificate, old: bytes, new: bytes) -> x509.Certif
 
 
 def test_a_key_that_cannot_be_read_is_reported() -> None:
-    """Of a damaged one nothing is known; a named algorithm needs nothing of it."""
+    """A live key that can't be read is an error, unless the settings name the new key's algorithm."""
     curve = bytes.fromhex("06082a8648ce3d030107")  # P-256
     certificate = spoilt(live(cn("x")), curve, curve[:-1] + b"\x7f")
     with pytest.raises(csr.CannotCarryError, match="found one that can't be read"):

@@ -40,7 +40,7 @@ def test_sans_are_sorted() -> None:
 
 
 def test_of_many_sans_the_first_hundred_are_reported() -> None:
-    """And how many more there are."""
+    """The text has the first hundred SANs, and the number of the others."""
     names = [f"n{number:03}" for number in range(101)]
     texts = [f"DNS:{name}" for name in names]
     assert display.sans(request(*names[:100])) == ", ".join(texts[:100])

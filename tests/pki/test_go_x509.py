@@ -356,7 +356,7 @@ def test_mappings_are_pairs_of_policies() -> None:
 
 
 def test_a_form_that_an_issuer_may_not_have_is_reported_with_its_place() -> None:
-    """Of an intermediate by its name, of the anchor as the CA."""
+    """The error names the intermediate, or the anchor as the CA."""
     twice = policies("1.2.3", "1.2.3")
     mid, anchor = Signer.make("mid", parent=ROOT, extra=twice), Signer.make(extra=twice)
     want = "chain: wanted certificate policies with each once in each issuer, got 1.2.3 twice in"

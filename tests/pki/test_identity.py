@@ -100,7 +100,7 @@ def test_who_it_is_for(spec: str, subject: x509.Name, wrong: list[str], ca: Sign
 
 
 def test_a_certificate_of_another_ca(ca: Signer) -> None:
-    """Of the same name, self-signed, or by a leaf of the CA: refused; by an earlier certificate of the CA: not."""
+    """One from a CA of the same name, a self-signed one, and one by a leaf of the CA are refused; one by the CA's earlier certificate is not."""
     assert live(ca, "scheduler.conf", by=Signer.make()) == ["issuer"]
     mere_leaf = Signer.make("kubelet", parent=ca, ca=False)
     assert live(ca, "scheduler.conf", by=mere_leaf, behind=[mere_leaf]) == ["issuer"]
@@ -152,7 +152,7 @@ def test_what_a_ca_always_adds_is_no_group() -> None:
     ],
 )
 def test_a_refusal_says_who_was_wanted(spec: str, subject: x509.Name, reads: str, ca: Signer) -> None:
-    """And who was found; of a placeholder what it stands for."""
+    """The refusal says which identity was wanted and which was found; for a placeholder, its value."""
     assert list(map(str, violations(ca, spec, subject))) == [reads]
 
 
@@ -173,7 +173,7 @@ def test_a_certificate_that_cannot_be_read_has_no_identity(ca: Signer) -> None:
 
 
 def test_chains_of_eight_intermediates_are_followed(ca: Signer) -> None:
-    """And no longer ones."""
+    """Chains of up to eight intermediates are followed, and longer ones are not."""
     chain = [ca]
     for level in range(9):
         chain.append(Signer.make(f"level {level}", parent=chain[-1]))

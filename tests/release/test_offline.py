@@ -237,7 +237,7 @@ def test_refuses_and_leaves_nothing(bookworm: Tree, offline: Path, first: str, w
 
 
 def test_refuses_another_processor(bookworm: Tree, offline: Path) -> None:
-    """And says which file is the right one."""
+    """The file refuses another processor, and says which file is the right one."""
     bring(bookworm, offline)
     refused = bookworm.run(f"setarch i686 {INSTALL}", check=False)
     assert "wanted a machine with x86_64, for which this file is, found i686" in refused.stderr

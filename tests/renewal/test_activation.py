@@ -216,7 +216,7 @@ def _with(site: Site, name: str, state: ProofState) -> ProofReport:
 
 
 def test_a_second_restart_too_soon_is_no_failure(site: Site) -> None:
-    """Nor is what failed before the renewal a reason to go back because of it."""
+    """A restart that has to wait is no failure, and a check that failed before the renewal is no reason for a rollback."""
     site.change(min_interval=timedelta(hours=1))
     site.renew(MANAGER)
     site.states = {MANAGER: "refused"}
@@ -374,7 +374,7 @@ def test_if_one_set_cant_go_back_none_does(site: Site, monkeypatch: pytest.Monke
 
 
 def test_backups_are_kept_until_all_is_proven(site: Site) -> None:
-    """However few are to be kept."""
+    """Backups are kept until all is proven, even if the settings keep fewer."""
     site.settings = dataclasses.replace(site.settings, backups=dataclasses.replace(site.settings.backups, keep=1))
     before, *_ = unproven(site, MANAGER, SCHEDULER)
     site.states = {MANAGER: "refused"}
@@ -522,7 +522,7 @@ def test_a_failure_that_is_kept_is_reported_until_it_is_gone(site: Site) -> None
 
 
 def test_without_restarts_nothing_is_restarted_or_proven(site: Site) -> None:
-    """Nor is anything owed by such a run; what earlier ones owe is left to later ones."""
+    """A run without restarts leaves no open work of its own, and leaves that of earlier runs to later ones."""
     site.obstacle = NeighbourError("another node is not well")
     assert site.renew(MANAGER).exit_code == Exit.UNAVAILABLE
     site.states, site.obstacle = {SCHEDULER: "refused"}, None

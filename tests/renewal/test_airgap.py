@@ -772,7 +772,7 @@ def test_killed_when_the_request_was_in_the_outbox(node: Node, desk: Desk) -> No
 
 @pytest.mark.first_use("27")
 def test_an_answer_leaves_the_inbox_when_all_of_it_is_installed(node: Node, desk: Desk) -> None:
-    """And not while one of its certificates still waits for a good answer; other files stay where they are."""
+    """An answer stays while one of its certificates still waits for a good answer; other files stay where they are."""
     outbox, inbox = node.add_exchange()
     assert node.run("renew", FRONT, "apiserver").returncode == 4
     [sent] = outbox.iterdir()

@@ -133,7 +133,7 @@ def test_one_dead_ca_does_not_stop_the_others(store: Store) -> None:
 
 
 def test_the_certificate_that_expires_first_sets_the_pace(store: Store) -> None:
-    """Though another one of the same CA has time."""
+    """The first certificate to expire sets the pace, though another one of the same CA has time."""
     fail(store, 8)
     both = selection(apiserver=NOW + 20 * DAY, apiserver_kubelet_client=NOW + 2 * HOUR)
     assert not Attempts(store).held(both, NOW + 59 * MINUTE).items
@@ -141,7 +141,7 @@ def test_the_certificate_that_expires_first_sets_the_pace(store: Store) -> None:
 
 
 def test_success_ends_it(store: Store) -> None:
-    """And takes the file away."""
+    """A success removes the file of failed attempts."""
     fail(store, 5)
     assert store.attempts.exists()
     assert Attempts(store).note(["ca"], {}, NOW) == []

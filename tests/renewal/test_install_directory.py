@@ -166,7 +166,7 @@ def test_what_the_live_one_is_counts_and_not_a_csr(node: Pki, settings: Settings
 
 
 def test_keys_that_others_can_read_are_refused(node: Pki, settings: Settings, directory: Path) -> None:
-    """So are two keys for one certificate, and a directory without any."""
+    """Keys that others can read, two keys for one certificate, and a directory without any are refused."""
     sign_all(node, directory)
     old, key = contents(node), directory / "apiserver.key"
     key.chmod(0o640)

@@ -217,7 +217,7 @@ def test_never_by_guess(site: Site) -> None:
     [("v1.28.9", {"system:masters"}), ("v1.34.4", {"kubeadm:cluster-admins"}), ("v1.36.1", set())],
 )
 def test_the_groups_are_the_versions(site: Site, version: str, group: set[str]) -> None:
-    """Of apiserver-kubelet-client; the configuration's version counts, and is named."""
+    """The groups of apiserver-kubelet-client follow the configuration's version, which is named."""
     site.remove(KUBELET_CLIENT)
     run = site.renew(KUBELET_CLIENT, *site.write_config("v.yaml", lambda text: text.replace("v1.37.2", version)))
     assert run.returncode == 0, run.stderr
@@ -345,7 +345,7 @@ def test_an_answer_that_says_something_else_is_refused(site: Site, tmp_path: Pat
 
 @pytest.mark.first_use("26")
 def test_a_broken_certificate_is_made_anew_as_its_hint_says(site: Site, tmp_path: Path) -> None:
-    """And a rollback leaves it alone, since its broken half is nothing to go back to; what was renewed with it goes back."""
+    """The named command replaces it; a rollback leaves it alone, since its broken half is nothing to go back to, and restores the others."""
     path, other = site.path("front-proxy-client"), site.path("scheduler.conf")
     path.write_text("garbage")
     before = other.read_bytes()

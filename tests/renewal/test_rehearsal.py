@@ -89,7 +89,7 @@ def test_everything_is_signed_proven_and_thrown_away(node: Pki, tmp_path: Path) 
 
 
 def test_the_record_has_it(node: Pki, tmp_path: Path) -> None:
-    """That it was asked, what was issued, that it was a rehearsal from the beginning, and what became of it."""
+    """The audit log records the request, the certificate, the mark of a rehearsal, and the result."""
     settings = settings_for(node, tmp_path)
     rehearsed(settings, "apiserver")
     events = [line["event"] for line in audit.events(Store(settings.node.state_dir), None, None)]

@@ -275,7 +275,7 @@ def test_a_kubeconfig_that_cannot_be_edited_fails_alone(node: Pki, tmp_path: Pat
 def test_a_kubeconfig_that_changes_while_the_ca_signs_fails_alone(
     node: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that it can't be edited any more, or is away."""
+    """A kubeconfig that was removed, or can't be edited any more, fails, and the other certificates are renewed."""
     real = issuance.issue_all
 
     def meanwhile(*args: object) -> object:

@@ -88,7 +88,7 @@ def test_what_was_superseded_is_revoked_after_the_delay(node: Pki, settings: Set
 
 
 def test_by_default_nothing_is_revoked(settings: Settings, tmp_path: Path) -> None:
-    """And what was owed is not, from the moment that the settings say "never"."""
+    """By default no certificate is revoked; once the settings say "never", open revocations are dropped, too."""
     never = replace(settings, renewal=replace(settings.renewal, revoke="never"))
     run(never, "apiserver")
     assert owed(settings) == []
@@ -190,7 +190,7 @@ def test_a_ca_that_cannot_revoke_is_reported_before(settings: Settings, monkeypa
 
 
 def test_a_run_with_revocations_owed_is_not_over_at_once(node: Pki, settings: Settings, tmp_path: Path) -> None:
-    """Though nothing is due."""
+    """Open revocations are handled though no certificate is due."""
     config = tmp_path / "config.toml"
     config.write_text(
         f'[node]\npki_dir = "{node.pki_dir}"\nkubeconfig_dir = "{node.kubeconfig_dir}"\nstate_dir = "{tmp_path}/state"\n'

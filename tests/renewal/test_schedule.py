@@ -242,7 +242,7 @@ def test_a_certificate_without_an_end_waits_for_its_window() -> None:
 
 
 def test_an_unknown_zone_is_a_settings_error() -> None:
-    """So are a path and a directory of the database."""
+    """An unknown zone, a path, and a directory of the database are settings errors."""
     for name in ("Europe/Bonn", "../etc/passwd", "Europe", "/etc/localtime"):
         with pytest.raises(SettingsError) as e:
             parse(f'[renewal]\nwindow_zone = "{name}"\n')
@@ -359,7 +359,7 @@ def test_the_delay_is_by_chance_and_ends_before_the_certificate(left: timedelta,
 
 
 def test_the_delay_ends_before_the_window() -> None:
-    """Or the run would come to a closed one."""
+    """The random delay ends before the window does, so that the run does not meet a closed one."""
     assert jittered(WEDNESDAY + 30 * DAY, WEDNESDAY, window=windows("Wed 12:00-13:10")) == 5 * MINUTE
 
 

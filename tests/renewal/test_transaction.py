@@ -148,7 +148,7 @@ def test_the_delay_is_for_runs_that_will_do_something(store: Store, directory: P
 
 
 def test_delays_differ(store: Store, directory: Path) -> None:
-    """Or all nodes would come at once after all."""
+    """Each node has another delay, so that they do not all come at once."""
     one = settings(store, directory, '[renewal]\njitter = "1h"\n')
     assert len({delay(one, NOW, is_terminal=False) for _ in range(5)}) == 5
 
@@ -341,7 +341,7 @@ def test_a_hook_that_failed_is_in_the_record(store: Store, directory: Path, node
 
 
 def test_a_run_with_hooks_owed_is_not_over_at_once(store: Store, tmp_path: Path) -> None:
-    """Though nothing is due."""
+    """Open hooks run though no certificate is due."""
     fresh = tmp_path / "kubernetes"
     now = datetime.now(UTC)
     sample_pki.make(fresh, now=now, not_after=now + 300 * DAY, key="ecdsa-p256")

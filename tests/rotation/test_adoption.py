@@ -230,7 +230,7 @@ def test_a_controller_manager_that_signs_holds_up_the_first_phase(settings: Sett
 
 @pytest.mark.parametrize("case", ["relative", "missing", "open", "below pki"])
 def test_a_place_that_others_read_takes_no_key(settings: Settings, pki: Pki, disk: Path, case: str) -> None:
-    """Nor one that is read here again; the disk itself is taken."""
+    """A key goes neither to a place that others can read nor to one that is read here again; the disk itself is taken."""
     place = {"relative": Path("disk"), "missing": disk / "no", "open": disk, "below pki": pki.pki_dir / "kept"}[case]
     if case == "open":
         disk.chmod(0o755)

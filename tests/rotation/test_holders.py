@@ -133,7 +133,7 @@ def test_others_secrets_are_listed_with_the_command_that_mends_them(server: ApiS
 @pytest.mark.usefixtures("_cleared")
 @pytest.mark.rotation("the leader moves to an old node")
 def test_a_namespace_that_is_behind_is_named_before_issue(server: ApiServer, change: Change) -> None:
-    """So is what aggregated API servers read; with both CAs in them nothing holds the phase up, and with one missing it does."""
+    """A namespace, or an object that aggregated API servers read, without both CAs holds the phase up and is named."""
     both, api = pem(change.old, change.new).decode(), api_of(server)
     there = wait_until(
         lambda: server.admin.ask("GET", AUTHENTICATION), lambda reply: reply.ok, MINUTE, pause_seconds=0.1

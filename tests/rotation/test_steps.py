@@ -491,7 +491,7 @@ def test_a_new_ca_at_a_gateway_signs_when_it_can(pki: Pki, tmp_path: Path) -> No
 
 @pytest.mark.rotation("an upgrade between phases")
 def test_doctor_says_in_which_phase_a_ca_is(settings: Settings, pki: Pki) -> None:
-    """And that a renewal would go on: the CA that signs is the one that is asked; half a phase is a warning."""
+    """`doctor` names each CA's phase and that a renewal would go on with the CA that signs; half a phase is a warning."""
 
     def found() -> list[Finding]:
         return [one for one in examine(settings, utc_now()) if one.check in ("ca-replacement", "backend")]

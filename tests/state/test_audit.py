@@ -68,7 +68,7 @@ def events(store: Store) -> list[str]:
 
 
 def test_each_line_holds_the_digest_of_the_line_before_it(store: Store) -> None:
-    """Of its exact bytes, newline included; the first one's is zeros; the numbers go up from 1."""
+    """Each line has the digest of the exact bytes before it, newline included; the first has zeros, and the numbers go up from 1."""
     append(store, 2)
     append(store, 2)
     lines = store.audit.read_bytes().splitlines(keepends=True)

@@ -218,7 +218,7 @@ def test_a_rollback_goes_to_any_backup_and_says_what_to_restart(run: Run, node: 
 
 
 def test_a_rollback_is_recorded(run: Run, node: Pki, store: Store) -> None:
-    """Which certificate was replaced by which."""
+    """The audit log records which certificate was replaced by which."""
     before = serial(node)
     renewed(run, "apiserver")
     between = serial(node)
@@ -572,7 +572,7 @@ def test_only_so_long_are_they_kept(run: Run, store: Store, node: Pki) -> None:
 
 
 def test_the_last_good_one_is_kept(run: Run, store: Store, node: Pki) -> None:
-    """However old, as long as no newer one could be put back."""
+    """The last good backup is kept at any age, as long as no newer one could be put back."""
     good, bad, newest = (renewed(run, "apiserver") for _ in range(3))
     for one in (bad, newest):
         _saved(store, one).write_bytes(b"")

@@ -95,7 +95,7 @@ def is_fresh(copy: Path, node: Pki, name: str = ADMIN) -> bool:
 
 
 def test_a_copy_gets_what_is_installed(node: Pki, home: Path, tmp_path: Path) -> None:
-    """And keeps its owner, mode, attributes and every other byte; a second renewal refreshes it again."""
+    """A copy gets the new certificate and keeps its owner, mode, attributes and every other byte; a second renewal refreshes it again."""
     copy = given(node, home / "config", mode=0o640)
     os.setxattr(copy, "user.note", b"mine")
     settings = settings_with(node, tmp_path, copy)
@@ -160,7 +160,7 @@ users:
 
 
 def test_only_users_with_the_old_certificate_are_changed(node: Pki, home: Path, tmp_path: Path) -> None:
-    """Of a file with several clusters, whichever is the current one; comments, order and other users stay."""
+    """In a file with several clusters only those users change; comments, order and the current context stay."""
     copy = given(node, home / "config")
     before = merged(node)
     copy.write_bytes(before)
@@ -181,7 +181,7 @@ def test_only_users_with_the_old_certificate_are_changed(node: Pki, home: Path, 
 
 
 def test_the_record_has_it(node: Pki, home: Path, tmp_path: Path) -> None:
-    """Which file, and which certificate."""
+    """The audit log records the file and the certificate."""
     copy = given(node, home / "config")
     settings = settings_with(node, tmp_path, copy)
     assert renewed(settings, "all") == ["0"]
@@ -192,7 +192,7 @@ def test_the_record_has_it(node: Pki, home: Path, tmp_path: Path) -> None:
 
 
 def test_a_rollback_puts_the_old_one_back(node: Pki, home: Path, tmp_path: Path) -> None:
-    """And a second rollback undoes that, too."""
+    """A rollback puts the old one back into the copy, and a second rollback undoes that, too."""
     copy = given(node, home / "config")
     old = pair(copy)
     settings = settings_with(node, tmp_path, copy)
@@ -430,7 +430,7 @@ def test_once_mended_a_copy_is_refreshed(node: Pki, home: Path, tmp_path: Path) 
 
 
 def test_roots_own_link_is_followed(node: Pki, home: Path, tmp_path: Path) -> None:
-    """And stays a link."""
+    """A link of root's own is followed, and stays a link."""
     copy, link = given(node, home / "config"), tmp_path / "link"
     link.symlink_to(copy)
     assert renewed(settings_with(node, tmp_path, link), "all") == ["0"]
@@ -467,7 +467,7 @@ def test_another_kubeconfigs_renewal_is_no_matter(
 
 
 def test_a_damaged_list_of_what_is_owed_is_reported_once(node: Pki, home: Path, tmp_path: Path) -> None:
-    """And set aside; the renewal goes on, and its copies are refreshed."""
+    """The damaged list is reported once and set aside; the renewal goes on, and its copies are refreshed."""
     copy = given(node, home / "config")
     settings = settings_with(node, tmp_path, copy)
     assert renewed(settings, "apiserver") == ["0"]

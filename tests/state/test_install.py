@@ -88,7 +88,7 @@ def store(tmp_path: Path) -> Store:
     ],
 )
 def test_recover_removes_what_was_half_written(store: Store, name: str) -> None:
-    """Of a file that a killed process was writing; the file itself stays."""
+    """Recovery removes the half-written file of a killed process, and leaves the file itself."""
     (store.directory / "audit.head").write_text("kept")
     (store.directory / f".{name}.abcdefgh").write_text("half")
     recover(store)
@@ -537,7 +537,7 @@ def _interrupted(pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> No
 def test_recovery_goes_forward_if_all_new_files_are_there(
     pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And says what it did."""
+    """Recovery finishes an installation whose new files are all there, and says so."""
     _interrupted(pki, store, monkeypatch)
     found = recover(store)
     assert found is not None

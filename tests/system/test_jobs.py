@@ -394,7 +394,7 @@ def test_no_path_begins_a_line_of_its_own(config: Path, tmp_path: Path, kind: st
 
 @pytest.mark.parametrize("user", ["ca\nExecStartPre=+/bin/false", "root /bin/false #", r"\g<2>", "%n", "-x", ""])
 def test_a_desks_user_is_a_name(config: Path, user: str) -> None:
-    """And nothing else in a unit or a crontab; a user of Active Directory is one."""
+    """A desk's user in a unit or a crontab is a name and nothing else; a user of Active Directory is one."""
     desk = ["--inbox", "/srv/i", "--outbox", "/srv/o"]
     assert "User=ca.desk@corp\n" in setup(config, "systemd", *desk, "--user", "ca.desk@corp").stdout
     for kind in ("systemd", "cron"):
