@@ -118,7 +118,7 @@ def test_the_manual_is_what_the_program_says() -> None:
 
 
 def test_each_command_has_a_task_and_an_example() -> None:
-    """In `bridge/cli/help.py`, which names no others; each example can be typed."""
+    """`bridge/cli/help.py` has each command and no others; each example can be typed."""
     names = {one.name: hasattr(one.context.command, "commands") for one in commands() if one.words}
     tasks = [name for ours in TASKS.values() for name in ours]
     assert sorted(tasks) == sorted(name for name in names if " " not in name)
@@ -205,7 +205,7 @@ def _keys(schema: type[Any]) -> Iterator[str]:
 
 
 def test_every_key_is_in_the_example() -> None:
-    """In the program's tables as the example has them, uncommented; a backend's keys in its kind's."""
+    """The example has the program's tables, uncommented; a backend's keys are in its kind's."""
     tables = tomllib.loads("\n".join(_uncommented(iter(EXAMPLE.read_text(encoding="utf-8").splitlines()))))
     for name in ("node", "renewal", "restart", "hooks", "cluster", "audit", "backups"):
         fields = dataclasses.fields(getattr(parse(""), name))
@@ -313,7 +313,7 @@ def test_each_test_that_a_document_names_exists(path: Path) -> None:
 
 
 def test_a_test_that_is_not_there_is_found() -> None:
-    """By its file, its class or its own name; the security model names many that are there."""
+    """A missing file, class or test name is found; the security model names many that exist."""
     for gone in ("tests/gone.py::test_x", "tests/test_docs.py::test_gone", "tests/test_docs.py::TestGone::test_x"):
         assert named_in_vain(f"shown by `{gone}`, once") == {gone}
     assert (ROOT / "docs/security.md").read_text(encoding="utf-8").count(".py::test_") > 40
@@ -416,7 +416,7 @@ def section(page: Path, anchor: str) -> str:
 
 
 def test_each_question_is_answered_on_one_page() -> None:
-    """By the heading that the list of questions links; a heading that is gone, or an empty section, has no such words."""
+    """The list of questions links a heading whose section has the answer's words; a removed heading, or an empty section, has none."""
     docs = ROOT / "docs"
     asked = section(docs / "README.md", "questions")
     rows = re.findall(r"^\| ([^|]+\?) \| \[[^]]+\]\(([^)]+)\) \|$", asked, re.MULTILINE)
@@ -430,7 +430,7 @@ def test_each_question_is_answered_on_one_page() -> None:
 
 
 def test_the_versions_in_the_readme_are_those_that_were_tried() -> None:
-    """By the kit's kubeadm in each run, and by hand with the versions that the evidence has."""
+    """The versions are those of the kit's kubeadm in each run, and those that the evidence has."""
     table = re.findall(r"^\| (1\.[\d., ]+) \|", section(README, "kubernetes-versions"), re.MULTILINE)
     tried = re.findall(r"(?<= )1\.\d\d(?=\.\d+ \|)", (ROOT / "docs/evidence/versions.md").read_text(encoding="utf-8"))
     assert {version for row in table for version in row.split(", ")} == {*tried, *get_args(KubeadmVersion)}
@@ -519,7 +519,7 @@ def test_a_block_that_can_t_be_pasted_is_found() -> None:
 
 
 def test_a_command_line_that_can_t_be_typed_is_found() -> None:
-    """In a block for a shell, with a path or without, and within a sentence."""
+    """It is found in a block for a shell, with a path or without, and within a sentence."""
     text = "Say `ca-bridge rnew`, then:\n```sh\nsudo /opt/x/bin/ca-bridge renew --hurry  # now\nca-bridge plan | cat\n```\n"
     lines = lines_in(text)
     assert len(lines) == 3

@@ -66,7 +66,7 @@ def marked(source: str) -> Iterator[str]:
 
 
 def test_each_stumble_has_a_test() -> None:
-    """By its number; a number that is none of them, and a test without a mark, would be seen."""
+    """Each stumble's number is on a test; an unknown number, and a test without a mark, would be seen."""
     files = (ROOT / "tests").rglob("test_*.py")
     assert {number for file in files for number in marked(file.read_text(encoding="utf-8"))} == STUMBLES.keys()
     assert list(marked("@pytest.mark.first_use('7', '99')\ndef test_x(): ...\ndef test_y(): ...")) == ["7", "99"]
@@ -125,7 +125,7 @@ def test_a_run_of_tests_says_what_it_runs(tmp_path: Path) -> None:
 
 @pytest.mark.first_use("16")
 def test_a_page_leads_to_packages_of_ones_own() -> None:
-    """By the options that the script takes; the tests of releases make theirs by them, too."""
+    """The page names options that the script takes; the tests of releases make their packages with them, too."""
     page = PAGES["install.md"].partition("## As a package")[2].partition("\n## ")[0]
     (line,) = re.findall(r"^scripts/release .*?(?=  #)", page, re.MULTILINE)
     usage = subprocess.run([ROOT / "scripts/release", "--help"], capture_output=True, text=True, check=True).stdout

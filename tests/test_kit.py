@@ -144,7 +144,7 @@ def test_nodes_are_started_by_a_few_workers_file_by_file(tmp_path: Path) -> None
 
 
 def test_workers_get_as_much_to_do_and_no_two_the_same_address() -> None:
-    """By the times that the plan knows; files that may run at the same time name other addresses."""
+    """The plan's times share the work evenly, and files that may run at the same time name different addresses."""
     files = [path.relative_to(ROOT) for path in ROOT.glob("tests/**/test_*.py") if plan.starts_nodes(path.name)]
     assert not [end for end in (*plan.SECONDS, *plan.TOGETHER) if not (ROOT / "tests" / end).exists()]
     groups = plan.groups(map(str, files))

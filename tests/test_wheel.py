@@ -183,7 +183,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_works_on_its_own(environment: Path, tmp_path: Path) -> None:
-    """In an environment with the wheel and what it declares to need, the command answers and every module loads."""
+    """With only the wheel and its declared dependencies installed, the command answers and every module loads."""
     command = environment / "bin/ca-bridge"
 
     def output(*args: str | Path) -> str:

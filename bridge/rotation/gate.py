@@ -91,7 +91,7 @@ class Spot(NamedTuple):
     node: str
     kind: str  #: A key of `_KINDS`.
     server: Server
-    user_header: str = ""  #: The header in which a front proxy names the user to an API server; empty: no question goes this way.
+    user_header: str = ""  #: A front proxy names the user to an API server in this header; empty: unused.
 
     def __str__(self) -> str:
         return f"{_KINDS[self.kind]} of {self.node} ({self.server.url})"

@@ -323,7 +323,7 @@ FAULTS: dict[str, Fault] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_go_refuses_is_refused(fault: str, go: Judge, tried: Tried) -> None:
-    """By both, for the same chain; by neither, for its twin."""
+    """Go and we refuse the same chain, and both take its twin."""
     case = FAULTS[fault]
     wrong, right = chain(case.name, 1), chain(case.name, 1)
     case.wrong(wrong.drafts[case.place])

@@ -165,7 +165,7 @@ def test_an_installation_does_not_even_stage_beside_such_a_link(tmp_path: Path) 
 def test_a_secret_that_others_can_read_is_a_warning(
     node: Pki, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In each renewal that uses it, which goes on; for `doctor` it is an error."""
+    """Each renewal that uses it warns and goes on; for `doctor` it is an error."""
     settings = settings_for(node, tmp_path)
     caplog.set_level("WARNING", "ca-bridge")
     renew.run(settings, RunOptions(names=(SERVER,)), lambda: datetime.now(UTC), Quiet())

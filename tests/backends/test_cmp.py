@@ -702,7 +702,7 @@ def test_an_openssl_without_the_command_is_refused(
 
 
 def test_no_openssl_is_refused(ra: kit.RegistrationAuthority, mac: dict[str, Any]) -> None:
-    """By its name."""
+    """The error names the missing program."""
     with pytest.raises(BackendRefusedError, match="/nosuch/openssl"):
         make(url=ra.url("ca"), openssl="/nosuch/openssl", **mac).sign(request())
 

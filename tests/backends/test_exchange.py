@@ -235,7 +235,7 @@ def test_what_is_not_for_us_is_passed_over_in_silence(tmp_path: Path) -> None:
 
 
 def test_the_newest_of_several_answers(tmp_path: Path) -> None:
-    """By when it was signed, not by name; one that leaves the certificate out does not count."""
+    """The date of the signature decides, not the name; an answer that leaves the certificate out does not count."""
     backend, request = opened(tmp_path), asked()
     reference = pending(backend.sign(request)).reference
     first, last = issue(request), issue(request)

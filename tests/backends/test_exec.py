@@ -606,7 +606,7 @@ def test_a_program_that_tells_nothing_is_not_in_the_way(tmp_path: Path) -> None:
 
 
 def test_a_profile_that_the_program_does_not_have_is_found(tmp_path: Path) -> None:
-    """By name; commas and line ends part the list."""
+    """`check` names a profile that the program does not list; commas and line ends separate the list."""
     backend = asked_before(tmp_path, GET_SUPPORTED_TEMPLATES='printf "client, server\\n\\nother"')
     found = backend.check(SERVERS)
     assert list(found) == ["etcd-peer"]
@@ -910,7 +910,7 @@ def problems(table: str) -> list[str]:
     ],
 )  # fmt: skip
 def test_settings_that_can_not_be_used_are_named(table: str, found: str) -> None:
-    """By key, before anything is run; a secret's value is not told."""
+    """The error names each key before any program runs, and shows no secret's value."""
     assert any(found in problem for problem in problems(table))
 
 

@@ -229,7 +229,7 @@ def test_revokes_what_was_superseded(directory: Path) -> None:
 
 
 def test_tells_what_is_revoked(directory: Path) -> None:
-    """By serial number and the CA's name: another CA's of the same number is not, nor one that it does not know."""
+    """A certificate is known by serial number and CA name: another CA's of the same number is not revoked, nor one that is not in the index."""
     backend = opened(directory)
     old, new = backend.sign(renewal()).leaf, backend.sign(renewal()).leaf
     assert not backend.is_revoked(old)

@@ -136,7 +136,7 @@ def test_a_backend_that_forgets_the_usages_does_not_pass(installed: Path) -> Non
 
 
 def test_the_program_finds_it(installed: Path, tmp_path: Path) -> None:
-    """By its entry point: its settings are checked with all others, and a wrong key is named."""
+    """The program finds it by its entry point, checks its settings with all others, and names a wrong key."""
     _, settings = blocks("toml")
     config = tmp_path / "config.toml"
     program = [sys.executable, "-c", "from bridge.cli.app import app; app()", "settings"]

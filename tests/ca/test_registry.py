@@ -130,7 +130,7 @@ def test_an_authoritys_keys_add_to_its_backends_and_override_them() -> None:
 
 
 def test_problems_are_where_the_key_is() -> None:
-    """In the authority's table or in the backend's."""
+    """A problem is named in the authority's table or in the backend's, where its key stands."""
     text = f'{DESK}timeout = "soon"\n[authority.etcd-ca]\nbackend = "desk"\ndirr = "x"\n'
     found = {(p.key, p.line) for p in problems(text.replace("/srv/ca", "srv"), "ca")}
     assert found == {("backend.desk.dir", 3), ("authority.ca.timeout", 6), ("authority.etcd-ca.dirr", 9)}

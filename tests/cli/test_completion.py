@@ -168,7 +168,7 @@ def test_the_manual_s_pages_are_in_order() -> None:
 
 
 def test_a_page_that_is_not_in_order_is_found(tmp_path: Path) -> None:
-    """By both readers."""
+    """Both readers report a page that is not in order."""
     page = tmp_path / "broken.1"
     page.write_text((manual.DIRECTORY / "ca-bridge.1").read_text() + ".SH\n.NOSUCH x\n\\fQ\n")
     lint = subprocess.run([program("mandoc"), "-T", "lint", "-W", "warning", str(page)], check=False)

@@ -70,7 +70,7 @@ def test_a_usage_error_reads_as_all_errors_do(words: tuple[str, ...]) -> None:
 
 
 def test_an_unknown_authority_gets_a_suggestion(bridge: Bridge) -> None:
-    """In the settings, with the line."""
+    """An unknown authority in the settings gets a suggestion, with its line."""
     bridge.config.write_text(bridge.config.read_text().replace("[authority.etcd-ca]", "[authority.etcd]"))
     run = bridge.run("plan")
     assert (run.returncode, "(did you mean 'etcd-ca'?)" in run.stderr) == (2, True)

@@ -108,7 +108,7 @@ def test_performance_data_can_be_drawn(node: Pki) -> None:
 
 
 def test_failed_runs_are_a_warning(tmp_path: Path) -> None:
-    """By the program itself: also while no certificate is near its end; and in Prometheus' format, with zeros."""
+    """The program warns of failed runs also while no certificate is near its end, and Prometheus' format has zeros."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     for authority in ("ca", "etcd-ca", "front-proxy-ca"):
         add_openssl(bridge, authority)

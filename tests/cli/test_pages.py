@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.mark.first_use("1")
 def test_each_page_is_there_and_listed_with_its_title() -> None:
-    """By the program as it is installed, without the clone."""
+    """The installed program has and lists each page, without the clone."""
     result = CliRunner().invoke(app, ["help"])
 
     topics = {path.stem for path in DOCS.glob("*.md")} - {"README"}
@@ -33,7 +33,7 @@ def test_each_page_is_there_and_listed_with_its_title() -> None:
 
 
 def test_a_page_is_printed_whole() -> None:
-    """In a pipe without a pager."""
+    """A pipe gets the whole page without a pager."""
     result = CliRunner().invoke(app, ["help", "trouble"])
 
     assert result.exit_code == 0
@@ -42,7 +42,7 @@ def test_a_page_is_printed_whole() -> None:
 
 @pytest.mark.first_use("1")
 def test_a_page_that_is_longer_than_the_terminal_is_paged(tmp_path: Path) -> None:
-    """By the pager that is there, which is one of two paths; a short page and a pipe need none."""
+    """The pager that is installed shows it, which is one of two paths; a short page and a pipe need none."""
     pager = tmp_path / "pager"
     pager.write_text("#!/bin/sh\necho paged $LESSSECURE; wc -l\n")
     pager.chmod(0o755)
@@ -60,7 +60,7 @@ def test_a_page_that_is_longer_than_the_terminal_is_paged(tmp_path: Path) -> Non
 
 
 def test_a_chapter_is_printed_alone() -> None:
-    """By its heading as links have it, up to the next chapter; those of the index, too."""
+    """A chapter's heading, as links have it, prints it up to the next one; those of the index, too."""
     result = CliRunner().invoke(app, ["help", "exit-codes"])
 
     assert result.exit_code == 0

@@ -79,7 +79,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_a_script_that_is_wrong_is_reported(pki: Pki, tmp_path: Path, what: str) -> None:
-    """By the check that it fails, with what was wanted and found; what the contract leaves open is no failure."""
+    """The trial names the check that fails, with what was wanted and found; what the contract leaves open is no failure."""
     old, new, line = SPOILT[what]
     authority, names = ("ca", ["apiserver"]) if what == "no names" else ("front-proxy-ca", [])
     script = exec_programs.site_ca(tmp_path / "ca", *pki.ca_pem(authority))

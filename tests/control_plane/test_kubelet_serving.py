@@ -402,7 +402,7 @@ def second(site: Site) -> Iterator[Callable[[str], None]]:
 
 
 def test_other_api_servers_count(site: Site, second: Callable[[str], None]) -> None:
-    """By their mirror pods: while another one verifies kubelets, none stops asking; this node's own manifest counts."""
+    """While another API server verifies kubelets, as its mirror pod shows, none stops asking; this node's own manifest counts, too."""
     second("--v=2")
     assert site.levels()["kubelet-authority"] == ["note", "note"]
     for node in ("cp1", "w1", "cp1"):

@@ -411,7 +411,7 @@ def test_an_api_server_that_is_down_is_seen_though_it_is_no_endpoint(servers: Se
 
 
 def test_an_api_server_beside_the_list_of_nodes_is_seen(servers: Servers) -> None:
-    """By its address, where nodes are not labelled; and none is counted twice."""
+    """Where nodes have no labels, an API server is known by its address, and none is counted twice."""
     first, second, third = servers.places
     servers.state.nodes = servers.state.nodes[:1]
     servers.failing[third.name].append("etcd")
@@ -664,7 +664,7 @@ def test_an_api_that_goes_away_does_not_let_a_second_one_in(servers: Servers) ->
 
 
 def test_a_lease_is_kept_through_the_restart_of_a_server(servers: Servers) -> None:
-    """By way of the others."""
+    """The other API servers renew it."""
     first, second, _ = servers.places
     with hold(servers, "cp-1_run", first, second, duration=2) as held:
         servers.stop(first)

@@ -122,7 +122,7 @@ def test_a_peer_that_does_not_show_its_own_name_is_refused(cluster: Cluster) -> 
 
 
 def test_a_client_of_another_ca_is_refused(cluster: Cluster) -> None:
-    """By TLS itself."""
+    """TLS itself refuses it."""
     place = cluster.places[0]
     healthcheck = place.pki_dir / "etcd/healthcheck-client"
     before = {suffix: healthcheck.with_suffix(suffix).read_bytes() for suffix in (".crt", ".key")}

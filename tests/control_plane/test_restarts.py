@@ -272,7 +272,7 @@ def test_each_is_trusted_to_reload_by_its_own_version(
     etcd: str | None,
     etcd_reloads: bool,
 ) -> None:
-    """By its own image's tag, and the API server by the setting first; no other component's version says anything."""
+    """A component's own image tag decides, and for the API server the setting first; no other component's version counts."""
     manifests = tmp_path / "manifests"
     manifests.mkdir()
     for component, tag in ((APISERVER, apiserver), (ETCD, etcd), (MANAGER, "v1.37.2"), (SCHEDULER, "v1.37.2")):
@@ -497,7 +497,7 @@ def lives(pid: str) -> bool:
 
 
 def test_a_program_that_is_not_there_is_reported(plane: Plane) -> None:
-    """By its name."""
+    """The error names the missing program."""
     [one] = plane.restart(SCHEDULER, settings=plane.settings(scheduler="/no/such/program now"))
     assert "/no/such/program" in str(one.error)
     assert one.exit_code == Exit.NOT_LIVE
@@ -744,7 +744,7 @@ def test_a_name_of_no_component_is_a_usage_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [("recover",), ("restart", "kube-scheduler")])
 def test_what_a_crash_left_away_comes_back(tmp_path: Path, command: tuple[str, ...]) -> None:
-    """By `recover`, which a unit calls at boot, and by the next command that writes; the record knows."""
+    """`recover`, which a unit calls at boot, puts it back, and so does the next command that writes; the audit log records it."""
     site = interrupted(tmp_path / "site")
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=site.root)
     run = bridge.run(*command)

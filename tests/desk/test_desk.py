@@ -499,7 +499,7 @@ def test_only_one_run_at_a_time(desk_: Desk, pairs: Pairs) -> None:
 
 
 def test_the_archive_can_be_elsewhere(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
-    """By option or by policy, on another file system, too."""
+    """An option or the policy can put the archive elsewhere, on another file system, too."""
     path = put(desk_, make_bundle(some(pairs, "apiserver")))
     assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox, "--archive", tmp_path / "x").returncode == 0
     assert (tmp_path / "x" / path.name).exists()

@@ -253,7 +253,7 @@ def test_ekus_and_authority_are_the_table_s(bundle: RequestBundle, judged: Judge
 
 
 def test_without_a_proof_nothing_is_signed_unless_a_person_says_so(bundle: RequestBundle, judged: Judge) -> None:
-    """By name; a policy may do without for all."""
+    """A person waives a proof by name; a policy may waive it for all."""
     without = changed(bundle, "scheduler.conf", proof=None)
 
     assert "found none" in judged(without, "scheduler.conf")
@@ -447,7 +447,7 @@ def test_groups_of_the_policy(bundle: RequestBundle, pairs: Pairs, judged: Judge
 
 
 def test_whole_subjects_of_the_policy(bundle: RequestBundle, pairs: Pairs, judged: Judge) -> None:
-    """In any order, with the node's name in it."""
+    """A subject fits in any order, with the node's name in it."""
     rule = '[certificate."kubelet.conf"]\nsubjects = ["CN=system:node:{node},O=system:nodes"]\n'
     other = with_csr(bundle, pairs, "kubelet.conf", csr_for("O=system:nodes,CN=system:node:cp-9"))
 
@@ -796,7 +796,7 @@ def test_a_label_of_est_says_who_may_ask(label: str, rest: str, problem: str) ->
     ],
 )
 def test_a_clients_subject_tells_its_node(subject: str, node: str) -> None:
-    """By a pattern that the whole subject fits, in any order, and by nothing else."""
+    """A pattern has to fit the whole subject, in any order; nothing else names the node."""
     patterns = ["CN=web.{node}", "O=agents,CN={node}"]
 
     assert node_of(x509.Name.from_rfc4514_string(subject), patterns) == node

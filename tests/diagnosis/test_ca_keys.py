@@ -132,7 +132,7 @@ FORMS: dict[str, Callable[[Path, bytes], object]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_copy_is_known_by_its_key(tmp_path: Path, form: str) -> None:
-    """In whatever form; the same file with another key holds that one's."""
+    """A copy is known in any form; the same file with another key counts as that one's."""
     copy = tmp_path / "notes"
     for ca in (TestCA.make("one", "ecdsa-p256"), TestCA.make("two", "rsa-2048")):
         FORMS[form](copy, ca.key_pem)

@@ -120,7 +120,7 @@ def test_a_profile_that_is_too_short_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("hours", [2, 0, -2])
 def test_the_clocks_are_compared(tmp_path: Path, hours: int) -> None:
-    """In both directions, by the date in the CA's answers; the same clock is no finding."""
+    """The date in the CA's answers shows a wrong clock in both directions; the same clock is no finding."""
     pki = handmade_pki(tmp_path / "node")
     certificate = pki.ca_pem("ca")[0].decode()
 

@@ -100,7 +100,7 @@ def test_finds_a_planted_fault_by_name(desk: Desk, plant: Callable[[Desk], None]
 
 
 def test_a_ca_that_ends_soon_is_a_warning(tmp_path: Path) -> None:
-    """By its own certificate: at a desk no node has a copy."""
+    """The CA's own certificate decides, since no node has a copy at a desk."""
     soon = datetime.now(UTC) + timedelta(days=100)
     desk = make_desk(tmp_path / "desk", handmade_pki(tmp_path / "node", ca_not_after=soon))
     code, found = wrong(desk)

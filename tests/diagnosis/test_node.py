@@ -118,7 +118,7 @@ def test_nothing_is_wrong_with_a_healthy_node(site: Site) -> None:
 
 @pytest.mark.first_use("12")
 def test_super_admin_conf_is_reported_as_long_as_it_is_there(site: Site) -> None:
-    """By `doctor` and `plan`, without calling it a fault; not by a renewal, where it is named, or when it is gone."""
+    """`doctor` and `plan` report it without calling it a fault; a renewal, a named one or a missing file does not."""
     with_cas(site)
     path = site.kubernetes / "super-admin.conf"
     text = f"rm {path}"
@@ -571,7 +571,7 @@ def test_finds_a_full_file_system(site: Site, options: str, check: str) -> None:
 @pytest.mark.parametrize("place", ["state", "etc/kubernetes/pki"])
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system; run as root")
 def test_a_read_only_file_system_is_found_before_a_ca_is_asked(site: Site, place: str) -> None:
-    """By `doctor`, and by `renew`, which has nothing signed and says what to do; the other way of mounting is fine."""
+    """`doctor` and `renew` find it, and `renew` asks no CA and says what to do; a writable mount is fine."""
     state = site.bridge.directory / "state"
     state.mkdir(mode=0o700)
     (state / "backups").mkdir(mode=0o700)

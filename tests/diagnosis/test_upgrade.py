@@ -188,7 +188,7 @@ def test_what_is_in_the_cluster(site: Site, cluster: apiserver.State) -> None:
 def test_local_changes_of_the_kubelet_are_reported(
     site: Site, cluster: apiserver.State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the keys that differ from the ConfigMap, however the two are written."""
+    """The report names the keys that differ from the ConfigMap, in any formatting."""
     file = tmp_path / "config.yaml"
     monkeypatch.setattr(upgrade, "KUBELET_CONFIG", file)
     settings = load(site.bridge.config)

@@ -228,7 +228,7 @@ def test_a_node_is_renewed_whole_without_a_secret(tmp_path: Path) -> None:
 
 
 def test_a_killed_node_finds_its_certificate(common: ServeProgram, pairs: Pairs, node_end: NodeEnd) -> None:
-    """By the CSR alone, which no other machine knows; for another CSR there is none."""
+    """The CSR alone, which no other machine knows, finds its certificate; another CSR finds none."""
     bundle, other = make_bundle(some(pairs, "apiserver")), make_bundle(some(pairs, "apiserver"))
     backend = node_end(common, wait=timedelta(minutes=2))
     issued = backend.sign(asked(bundle, "apiserver"))

@@ -117,7 +117,7 @@ HOUR = timedelta(hours=1)
 def test_what_another_may_have_had_signed_is_asked_for_first(
     one: Kept, restored: datetime | None, expected: bool
 ) -> None:
-    """By its signer, and by the time of a restore."""
+    """The signer and the time of a restore decide which requests the CA is asked about first."""
     assert turns.is_foreign(one, NOW, "us", restored) is expected
 
 

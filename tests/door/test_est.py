@@ -78,7 +78,7 @@ def enrolled(
 
 
 def test_an_agent_enrols_and_its_certificate_renews_itself(own_door: EstDoor) -> None:
-    """By `simpleenroll`, then by `simplereenroll` with the certificate that came; the record has who asked."""
+    """An agent enrols by `simpleenroll` and renews by `simplereenroll` with that certificate; the audit log names the requester."""
     key, renewed_key = generate_key("ecdsa-p256"), generate_key("ecdsa-p256")
     names = ["cp-1", "a.cp-1.example.com", "192.0.2.7"]
     first = enrolled(own_door, make_csr(sans=names, key=key), own_door.agent())

@@ -77,7 +77,7 @@ def test_what_people_have_is_no_nodes(memory: Memory) -> None:
 
 
 def test_the_metrics_have_every_node(memory: Memory) -> None:
-    """By state, and each with its next end."""
+    """The metrics count the nodes of each state, and have each node's next end."""
     asked(memory, "cp-1", timedelta(days=1), left=-timedelta(days=1))
     text = metrics(fleet(memory, _BEFORE, NOW))
 

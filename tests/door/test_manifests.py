@@ -132,7 +132,7 @@ def test_the_state_is_its_users_alone(pod: dict[str, Any]) -> None:
 
 
 def test_a_pod_of_the_cluster_that_it_serves_is_refused(tmp_path: Path) -> None:
-    """By the CA certificate that each pod gets; in another cluster, and without one, the door begins."""
+    """The CA certificate that each pod gets shows it; in another cluster, and without one, the door begins."""
     ours, others = (handmade_pki(tmp_path / name) for name in ("ours", "others"))
     settings = parse(f'[node]\npki_dir = "{tmp_path}"\n')
     certificates = {"ca": load_pem_certificates(ours.ca_pem("ca")[0])}

@@ -85,7 +85,7 @@ def test_a_database_that_is_away_takes_no_request_and_comes_back(
 def test_a_dump_that_was_restored_signs_nothing_until_people_say_so(
     desk: Desk, shared_database: Database, postgresql: PostgreSql, pki: Pki
 ) -> None:
-    """By `pg_dump` and `pg_restore`, as the page says; after `restored` the CA is asked, and signs only what it has not."""
+    """After `pg_dump` and `pg_restore`, as on the page, and `restored`, the door asks the CA first, and signs only what the CA has not signed."""
     door, copy = add_door(desk.config, desk.directory, shared_database.settings), desk.directory / "door.dump"
     name = shared_database.url.rpartition("/")[2]
     early, late, new = (dumps(make_bundle(old_pairs(pki, ["apiserver"]))) for _ in range(3))

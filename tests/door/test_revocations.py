@@ -341,7 +341,7 @@ def test_the_address_takes_one_kind_of_request(stage: Stage) -> None:
 
 
 def test_renew_has_its_superseded_certificates_revoked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the new keys, of files and of kubeconfigs; nothing is left to do, and the live ones stay."""
+    """The new keys, of files and of kubeconfigs, prove the node; nothing is left to do, and the live ones stay."""
     findings = tuple(
         ProofFinding(component=spec.component, certificate=name, what="serves", state="current", detail="")
         for name, spec in SPECS.items()

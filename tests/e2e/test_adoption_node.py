@@ -83,7 +83,7 @@ def keys(bridge: LiveBridge) -> list[str]:
 
 
 def test_a_controller_manager_that_signs_holds_it_up(bridge: LiveBridge) -> None:
-    """By kubeadm's own manifest; with empty flags it goes on."""
+    """kubeadm's own manifest lets it sign; with empty flags the phase goes on."""
     run = bridge.run("rotate-ca", "trust")
     assert run.returncode == Exit.USAGE, run.stdout + run.stderr
     assert "--cluster-signing-cert-file" in run.stderr

@@ -29,7 +29,7 @@ NODES = CONTROL_PLANES | WORKERS
 
 @pytest.mark.node
 def test_a_cluster_from_nothing(tmp_path: Path, bao: OpenBao) -> None:
-    """By the documented commands alone: no token, no CA key on a node at any moment, no CSR object, all as kubeadm would have it."""
+    """The documented commands alone make it: no token, no CA key on a node at any moment, no CSR object, all as kubeadm would have it."""
     with ExitStack() as stack:
         done = walk(stack, tmp_path, Online(bao=bao, prefix="d0"), CONTROL_PLANES, WORKERS)
         confs = [(Node(name=name, ip=ip).kubeconfig_dir / "kubelet.conf").read_bytes() for name, ip in NODES.items()]

@@ -208,7 +208,7 @@ def test_no_secret_is_seen(pki: KubeadmPki, tls: est.Tls, tmp_path: Path) -> Non
 
 @pytest.mark.kube
 def test_setup_prints_what_the_server_needs(pki: KubeadmPki, tls: est.Tls, tmp_path: Path) -> None:
-    """By the command, with the labels of the settings, for all three authorities."""
+    """The command prints the labels of the settings for all three authorities."""
     urls = dict.fromkeys(AUTHORITIES, "https://est.corp.example:8443")
     run = bridge_with(pki, tmp_path / "double", tls, urls).run("setup", "est")
     assert run.returncode == 0, run.stderr

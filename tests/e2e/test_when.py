@@ -97,7 +97,7 @@ def test_a_window_gives_way_to_an_end_that_is_near(tmp_path: Path) -> None:
 
 
 def test_off_a_terminal_there_is_a_delay(bridge: Bridge) -> None:
-    """By chance, below `renewal.jitter`; with names there is none."""
+    """The delay is random and below `renewal.jitter`; named certificates have none."""
     bridge.add("renewal", {"jitter": "90d"})
     started = time.monotonic()
     assert bridge.run("renew", "apiserver").returncode == 0

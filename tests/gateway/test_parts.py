@@ -78,7 +78,7 @@ def of_w1(_: object) -> Look:
 
 
 def test_the_newest_of_a_node_takes_the_place_of_the_others() -> None:
-    """In whichever order they come; of others' requests for the same node none is touched."""
+    """The newest request stays in any order of arrival; other requesters' requests for the same node stay, too."""
     line = Queue()
     for number, uid in ((3, "c"), (1, "a"), (2, "b")):
         line.put(one(uid, seconds=number), of_w1)

@@ -235,7 +235,7 @@ def test_two_accounts_never_have_one_id(a: tuple[str, str, str], b: tuple[str, s
     percent=st.integers(20, 80),
 )  # fmt: skip
 def test_dates_that_the_api_server_takes(begin: int, life: int, longest: int, percent: int) -> None:
-    """By its own rules, as measured: what we let pass is always taken, with the time of the refresh."""
+    """The API server takes all dates and refresh times that we let pass, by its own rules as measured."""
     first, last = NOW + timedelta(seconds=begin), NOW + timedelta(seconds=begin + life)
     if dates_problem(first, last, timedelta(seconds=longest), NOW):
         return

@@ -126,7 +126,7 @@ def test_a_user_who_is_called_like_a_node_is_none(users: str) -> None:
 
 
 def test_a_node_may_rejoin_or_be_blocked() -> None:
-    """By the inventory alone, and only while it is not ready."""
+    """The inventory alone decides, and a node rejoins only while it is not ready."""
     entry = replace(INVENTORY.nodes["w1"], rejoin=True)
     back = replace(world(), entry=entry, state=NodeState(exists=True))
     assert isinstance(judge(by_token(asked()), back), Allowed)

@@ -179,7 +179,7 @@ def test_the_longest_time_without_any_server(away: dict[str, list[tuple[float, f
 
 
 def test_a_refusal_differs_from_a_server_that_is_away() -> None:
-    """By the exception, the status, or the words of kubectl."""
+    """The exception, the status, or the words of kubectl show the difference."""
     errors = [ssl.SSLCertVerificationError("x"), ssl.SSLEOFError("x"), ConnectionRefusedError(), TimeoutError()]
     assert [rotation_clients.of_error(one) for one in errors] == [Answer.TLS, Answer.AWAY, Answer.AWAY, Answer.SLOW]
     statuses = [rotation_clients.of_status(one) for one in (200, 404, 401, 403, 503)]

@@ -109,7 +109,7 @@ def test_other_programs_of_the_same_name_do_not_count(file: Path) -> None:
 
 
 def test_a_process_may_have_another_path_to_the_same_file(file: Path) -> None:
-    """By a link, or below another root."""
+    """A process may reach the file by a link, or below another root."""
     link = file.with_name("link.conf")
     link.symlink_to(file)
     time.sleep(0.02)

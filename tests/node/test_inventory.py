@@ -326,7 +326,7 @@ def test_directories_that_we_may_not_enter(pki: Pki) -> None:
 
 
 def test_nothing_at_all(tmp_path: Path) -> None:
-    """In an empty directory all is missing; that a directory is not there is a trouble, since the path may be wrong."""
+    """An empty directory has all files missing; a missing directory is an error, since the path may be wrong."""
     assert len(inventory.read(tmp_path / "pki", tmp_path).troubles) == 1
     (tmp_path / "pki").mkdir()
     node = inventory.read(tmp_path / "pki", tmp_path)

@@ -452,7 +452,7 @@ users: null
 
 @pytest.mark.parametrize("text", [PLAIN, CLUSTER_INFO, PLAIN.replace("\n", "\r\n"), "\ufeff" + PLAIN])
 def test_the_ca_data_alone_is_another_one(text: str) -> None:
-    """In the current context's cluster, or in the only one of kubeadm's cluster-info."""
+    """Only the CA data of the current context's cluster changes, or of the only one in kubeadm's cluster-info."""
     edited = with_ca(text.encode(), NEW_CERTIFICATE).decode()
     assert edited == text.replace(b64(b"ca"), b64(NEW_CERTIFICATE))
     assert ca_data(edited.encode()) == NEW_CERTIFICATE

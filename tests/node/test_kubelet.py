@@ -173,7 +173,7 @@ def test_a_key_comes_and_goes_and_all_else_stays(text: str) -> None:
 
 @pytest.mark.parametrize("value", ["false", "False # why", '"false"', ""])
 def test_a_key_that_says_no_says_yes(value: str) -> None:
-    """In its place; on the way back it goes, which is the kubelet's default."""
+    """The value changes in its place, and is removed on the way back, which is the kubelet's default."""
     text = f"kind: KubeletConfiguration\nserverTLSBootstrap: {value}\nzone: x\n"
     on = asking(text, wanted=True)
     assert asks(on)

@@ -376,7 +376,7 @@ def test_each_field_of_another_kind_is_named(either: Bundle, other: Any) -> None
 
 
 def test_missing_unknown_and_double_keys_are_named(either: Bundle) -> None:
-    """In every object of the bundle."""
+    """Missing, unknown and double keys are named in every object of the bundle."""
     value = document(either)
     for path in paths(value):
         name, data = field_name(path), deepcopy(value)

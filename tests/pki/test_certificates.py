@@ -205,7 +205,7 @@ def test_pem_is_kubeadms() -> None:
 
 
 def test_san_entries_of_every_type() -> None:
-    """By type; IP addresses normalised, names as they stand there."""
+    """Entries are grouped by type; IP addresses are normalised, and names stay as they stand there."""
     directory = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a,b")])
     names: list[x509.GeneralName] = [
         x509.DNSName("*.Example.com"),
@@ -296,7 +296,7 @@ def test_certificates_are_read_in_every_form_that_cas_send(form: str) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"hello", FORMS["PKCS#7"][:-1], PKCS7_PEM.replace(b"M", b"*", 1)])
 def test_a_file_without_certificates_is_named_so(data: bytes) -> None:
-    """In none of the forms."""
+    """A file without certificates in any form is an error that says so."""
     with pytest.raises(ValueError, match=r"^no certificate in PEM, DER or PKCS#7$"):
         certificates_in(data)
 
@@ -308,7 +308,7 @@ def test_a_pkcs7_whose_certificate_cannot_be_read_is_refused() -> None:
 
 
 def test_a_refusal_of_pem_names_the_block() -> None:
-    """By its number, or where it begins."""
+    """The refusal gives the block's number, or where it begins."""
     for data, reads in (
         (b"", "no PEM block of type CERTIFICATE"),
         (A + B.replace(b"M", b"*", 1), "PEM block 2 is not base64"),
@@ -323,7 +323,7 @@ def test_a_refusal_of_pem_names_the_block() -> None:
 
 @pytest.mark.parametrize("algorithm", KEY_ALGORITHMS)
 def test_a_key_is_seen_by_its_public_half(algorithm: KeyAlgorithm) -> None:
-    """In each form, among other blocks; another key's is not, and an encrypted one can't be seen."""
+    """The key is found in each form, among other blocks; another key is not, and an encrypted one can't be read."""
     key, other = generate_key(algorithm), generate_key(algorithm)
     own = Signer.make(key=key).certificate
     for form in (serialization.PrivateFormat.TraditionalOpenSSL, serialization.PrivateFormat.PKCS8):

@@ -291,7 +291,7 @@ def test_a_subject_is_as_go_writes_it() -> None:
 
 
 def test_a_naming_is_of_what_says_exactly_that() -> None:
-    """In any order; no name or attribute more, none less."""
+    """A naming fits in any order, with no name or attribute more, and none less."""
     groups = [attribute(NameOID.ORGANIZATION_NAME, "g"), attribute(NameOID.COMMON_NAME, "x")]
     a, b = x509.DNSName("a"), x509.IPAddress(ipaddress.ip_address("192.0.2.1"))
     naming = csr.Naming(subject=x509.Name(groups), sans=(a, b))

@@ -109,7 +109,7 @@ ODD = {
 
 @pytest.mark.parametrize(("data", "sentence"), ODD.values(), ids=ODD.keys())
 def test_what_readers_could_take_in_two_ways_is_refused(data: bytes, sentence: str) -> None:
-    """By its own sentence."""
+    """Each ambiguous form is refused with its own sentence."""
     with pytest.raises(csr_fields.OddRequestError) as e:
         csr_fields.read(data)
     assert str(e.value) == sentence
@@ -117,7 +117,7 @@ def test_what_readers_could_take_in_two_ways_is_refused(data: bytes, sentence: s
 
 @pytest.mark.parametrize("kind", [_ASN1Type.UTF8String, _ASN1Type.PrintableString])
 def test_a_plain_request_says_all_that_it_asks_for(kind: _ASN1Type) -> None:
-    """In one form, whatever stood round its one block; 64 SANs are not too many, nor is a list of groups."""
+    """A plain request is one block, with any text round it; 64 SANs are not too many, nor is a list of groups."""
     groups = (("O", "b"), ("O", "a"), ("CN", "one"))
     der = csr(x509.Name(name(*groups, kind=kind)), sans(64))
     found = csr_fields.read(b"\n" + pem(der).replace(b"\n", b"\r\n") + b" \n")

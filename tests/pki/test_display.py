@@ -48,12 +48,12 @@ def test_of_many_sans_the_first_hundred_are_reported() -> None:
 
 
 def test_keys() -> None:
-    """By algorithm and size."""
+    """A key is shown by algorithm and size."""
     assert display.key(request()) == "ecdsa-p256"
 
 
 def test_what_cannot_be_read_is_reported_with_its_reason() -> None:
-    """In the place of the value."""
+    """The reason stands in the place of the value."""
     curve = bytes.fromhex("06082a8648ce3d030107")  # P-256
     twice = load_der_certificate(odd_certificates(Signer.make().certificate)["an extension twice"])
     odd = spoilt(request(subject=cn("kubernetes")), b"\x0c\x0akubernetes", b"\x0c\x0akubernete\xff")

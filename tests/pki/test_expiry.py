@@ -173,7 +173,7 @@ DURATIONS = {
 
 @pytest.mark.parametrize("text", DURATIONS)
 def test_durations_are_read(text: str) -> None:
-    """In each unit, and in several together."""
+    """A duration is read in each unit, and in several together."""
     assert parse_duration(text) == DURATIONS[text]
 
 
@@ -252,7 +252,7 @@ def test_a_kubelet_that_rotates_is_late_in_the_last_tenth() -> None:
 
 
 def test_from_when_on_it_is_due() -> None:
-    """By time or by share of the lifetime that is asked for; of a kubelet that rotates not before the last tenth."""
+    """A time or a share of the requested lifetime decides; a kubelet that rotates is not due before the last tenth."""
     chain = [certificate(begin=-timedelta(days=50), end=timedelta(days=50))]
     end = NOW + timedelta(days=50)
     for before, validity, rotates, left in (

@@ -91,7 +91,7 @@ def test_networks_are_no_addresses() -> None:
 
 
 def test_object_identifiers_have_numbers_of_31_bits() -> None:
-    """In extensions, EKUs, access methods and attributes; each number counts by itself."""
+    """Extensions, EKUs, access methods and attributes have them; each number counts by itself."""
     refusal = ["form: wanted DER that Kubernetes can read, got an object identifier with a number of more than 31 bits"]
     for dotted, violations in ((LARGEST, []), (TOO_LARGE, refusal), (f"1.2.{2**31 - 1}.{2**31 - 1}", [])):
         identifier = x509.ObjectIdentifier(dotted)
@@ -246,7 +246,7 @@ def test_issuers_cover_the_usages() -> None:
 
 
 def test_a_ca_stands_once_in_a_path() -> None:
-    """By its name and key; one of them alone may be there twice."""
+    """A CA is known by its name and key; one of them alone may be there twice."""
     mid = Signer.make("mid", parent=ROOT)
     again = Signer.make("mid", parent=mid, key=mid.key)
     found = path(leaf(again), again.certificate, mid.certificate, ROOT.certificate)

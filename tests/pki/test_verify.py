@@ -132,7 +132,7 @@ def test_an_error_is_given_without_being_raised() -> None:
     ],
 )
 def test_a_key_usage_is_shown_by_its_bits(bits: dict[str, bool], reads: str) -> None:
-    """In the order of RFC 5280 §4.2.1.3."""
+    """The bits are shown in the order of RFC 5280 §4.2.1.3."""
     [violation] = violations(root().issue(request(), key_usage=usage(**{"digital_signature": False, **bits})))
     assert violation == Violation(subject="KeyUsage", want="digitalSignature", got=reads)
 
@@ -302,7 +302,7 @@ def test_an_anchor_is_valid_to_its_last_second() -> None:
 
 
 def test_what_cannot_be_read_is_named() -> None:
-    """In the leaf, in an intermediate, or in the node's own CA; a check of anything else would have no ground."""
+    """A part of the leaf, an intermediate, or the node's own CA that can't be read is named, and no further check is made."""
     twice = load_der_certificate(odd_certificates(root().certificate)["an extension twice"])
     good = root().issue(request())
     [violation] = violations(replace(good, leaf=twice))

@@ -245,7 +245,7 @@ def test_refuses_another_processor(bookworm: Tree, offline: Path) -> None:
 
 
 def test_refuses_a_changed_byte(bookworm: Tree, offline: Path) -> None:
-    """In the largest file that it holds; an attacker who changes the digest at its head as well meets those of the manifest."""
+    """A changed byte in its largest file is found; an attacker who changes the digest at its head as well meets those of the manifest."""
     data = bytearray(offline.read_bytes())
     with zipfile.ZipFile(offline) as opened:
         largest = max(opened.infolist(), key=lambda one: one.compress_size)

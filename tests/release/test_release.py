@@ -33,7 +33,7 @@ def changed_program(tree: Tree) -> set[str]:
 
 @pytest.mark.first_use("1")
 def test_the_debian_package_installs_and_goes(tree: Tree, released: Path) -> None:
-    """By dpkg, without a network; not over the offline file's installation, and not while a renewal is cut off."""
+    """dpkg installs and removes it without a network; not over the offline file's installation, and not in the middle of a renewal."""
     tree.put("/root/ca-bridge.deb", the(released, ".deb").read_bytes())
     tree.run("dpkg -i /root/ca-bridge.deb && ca-bridge --version && cd / && ca-bridge settings init")
     assert "ca-bridge.timer" in tree.run("ls /usr/lib/systemd/system/").stdout
@@ -61,7 +61,7 @@ def test_the_debian_package_installs_and_goes(tree: Tree, released: Path) -> Non
 
 @pytest.mark.first_use("1")
 def test_the_rpm_installs_and_goes(bookworm: Tree, released: Path) -> None:
-    """By rpm, with its scripts, on a system that is a Debian: so what it needs is read here, and not looked for by rpm."""
+    """rpm installs and removes it with its scripts; on this Debian its dependencies are read here, and not resolved by rpm."""
     rpm = the(released, ".rpm")
     needs = subprocess.check_output(["rpm", "-qp", "--requires", str(rpm)], text=True)
     assert "(/usr/bin/python3.13 or /usr/bin/python3.12 or /usr/bin/python3.11)" in needs
@@ -113,7 +113,7 @@ def bill(released: Path) -> dict[str, Any]:
 
 
 def test_the_bill_is_cyclonedx_and_has_all_that_is_locked(released: Path) -> None:
-    """By CycloneDX's own schema, which refuses a bill with a word too many; versions and digests are the lock's."""
+    """CycloneDX's own schema takes the bill, and refuses one with a word too many; versions and digests are the lock's."""
     check = JsonStrictValidator(SchemaVersion.V1_6)
     text = the(released, ".cdx.json").read_text(encoding="utf-8")
     assert check.validate_str(text) is None

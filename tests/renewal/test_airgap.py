@@ -380,7 +380,7 @@ def test_a_changed_bundle_is_shown_as_such(node: Node) -> None:
 
 
 def test_a_proof_by_another_certificate_is_shown_as_such(node: Node) -> None:
-    """By one of another name, or without the usages, though its key has signed; exit 5."""
+    """A proof by a certificate of another name, or without the usages, is exit 5, though its key has signed."""
     pairs, path = old_pairs(node.pki), node.carried / "bundle.json"
     other = make_bundle({"admin.conf": pairs["scheduler.conf"]}, build=lambda _: new_csr(pairs["admin.conf"][0]))
     path.write_bytes(bundle_format.dumps(other))
@@ -523,7 +523,7 @@ def test_the_same_things_named_are_errors(node: Node) -> None:
 
 
 def test_a_chain_is_put_in_order(tmp_path: Path) -> None:
-    """By an intermediate CA: it comes in a file of its own, and is installed after the leaf."""
+    """An intermediate CA's certificate comes in a file of its own, and is installed after the leaf."""
     node = make_node(tmp_path, timedelta(days=20))
     node.export(FRONT)
     root = signer_of(node.pki, "front-proxy-ca")
@@ -640,7 +640,7 @@ def test_all_or_nothing(node: Node) -> None:
 
 
 def test_a_refusal_is_reported_with_its_reason(node: Node, desk: Desk) -> None:
-    """In the desk's words, exit 5; the request stays, since a person may be talked to."""
+    """The error has the desk's words and exit code 5; the request stays, since a person may change the decision."""
     policy = desk.policy.read_text()
     desk.policy.write_text(f'{policy}names = ["{FRONT}"]\n')
     node.export("apiserver", FRONT)
@@ -989,7 +989,7 @@ def decoy(request: bundle.BundledRequest, whole: bundle.RequestBundle) -> Issued
 
 
 def test_a_forged_answer_does_not_hide_the_genuine_one(node: Node, desk: Desk) -> None:
-    """In an exchange's inbox: alone, a forged refusal or certificate ends no request; beside it the genuine answer wins."""
+    """A forged refusal or certificate in an exchange's inbox ends no request; beside it the genuine answer wins."""
     outbox, inbox = node.add_exchange()
     assert node.run("renew", "apiserver").returncode == 4
     [sent] = outbox.iterdir()

@@ -68,7 +68,7 @@ def fail(store: Store, times: int, *, authority: str = "ca", error: BridgeError 
     ("count", "pause"), [(1, 0), (2, 0), (3, 1), (4, 2), (5, 4), (6, 8), (7, 16), (8, 24), (9, 24), (10**6, 24)]
 )
 def test_pauses_begin_with_the_third_failure_and_double_up_to_a_day(count: int, pause: int) -> None:
-    """In hours."""
+    """The pauses, in hours, begin with the third failure and double up to a day."""
     assert next_try(failures(count), NOW + 365 * DAY) == NOW + pause * HOUR
 
 
@@ -80,7 +80,7 @@ def test_a_try_is_left_before_the_certificate_expires(count: int, left: timedelt
 
 @given(st.timedeltas(MINUTE, 60 * DAY), st.timedeltas(timedelta(seconds=5), 3 * HOUR))
 def test_a_dead_ca_is_asked_seldom_and_to_the_end(left: timedelta, period: timedelta) -> None:
-    """By a timer as fast as it likes: about once a day, more often as the end comes near."""
+    """However often the timer fires, the CA is asked about once a day, and more often as the end comes near."""
     expires, now, tries, step = NOW + left, NOW, 0, max(period, left / 500)
     one: Failures | None = None
     while now < expires:
@@ -157,7 +157,7 @@ def test_a_run_that_did_not_ask_a_ca_says_nothing_about_it(store: Store) -> None
 
 
 def test_from_the_third_failure_on_a_person_is_called(store: Store) -> None:
-    """In each run that failed, not in those that waited."""
+    """Each run that failed says so, and those that waited do not."""
     assert Attempts(store).note(["ca"], {"ca": DEAD}, NOW) == []
     assert Attempts(store).note(["ca"], {"ca": DEAD}, NOW) == []
     [error] = Attempts(store).note(["ca"], {"ca": DEAD}, NOW)

@@ -103,7 +103,7 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_hook_is_a_command_or_a_list_of_them() -> None:
-    """In the words of a shell, which does not run them."""
+    """A command is split as a shell does, and no shell runs it."""
     hooks = parse("[hooks]\nbefore = \"/bin/a 'b c' d\"\nsuccess = ['x', 'y z']\ntimeout = '5s'\n").hooks
     assert hooks.before.words() == [["/bin/a", "b c", "d"]]
     assert hooks.success.words() == [["x"], ["y", "z"]]
@@ -128,7 +128,7 @@ def environment(log: Path) -> dict[str, str]:
 
 
 def test_a_hook_gets_the_renewed_names(make: Make, node: Node, store: Store, log: Path) -> None:
-    """By the variables that docs/after-the-installation.md has."""
+    """A hook gets them in the variables that docs/after-the-installation.md has."""
     hooks = make(shell(f"env -0 >{log}", "success"))
     assert hooks.finished(renewed(node)) == []
     [item] = [item for item in node.items if item.spec.name == "apiserver"]
@@ -214,7 +214,7 @@ def test_the_output_of_a_hook_is_in_the_log(make: Make, node: Node, capsys: pyte
 def test_each_run_is_a_success_or_a_failure_or_waits(
     code: int, is_renewed: bool, event: str, make: Make, node: Node, log: Path
 ) -> None:
-    """By its exit code."""
+    """The exit code decides which hook runs."""
     log.touch()
     hooks = make(shell(f"echo success >>{log}", "success"), shell(f"echo failure >>{log}", "failure"))
     occasion = renewed(node, exit_code=code) if is_renewed else HookEvent(names=("apiserver",), exit_code=code)

@@ -128,7 +128,7 @@ def _pkcs7_pem(one: x509.Certificate) -> bytes:
 def test_certificates_are_found_by_key_whatever_they_are_called(
     node: Pki, settings: Settings, directory: Path, form: Callable[[x509.Certificate], bytes]
 ) -> None:
-    """In any form, in a directory of their own."""
+    """Certificates in any form, also in a directory of their own, are found by their keys."""
     (directory / "from the CA").mkdir()
     (directory / "from the CA/0001.bin").write_bytes(form(signed(node, directory / "apiserver.csr", directory)))
     result = install(settings, directory)

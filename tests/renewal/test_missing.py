@@ -139,7 +139,7 @@ def test_every_certificate_is_made_as_kubeadm_had_made_it(site: Site) -> None:
 
 
 def test_the_operator_reads_where_each_name_comes_from(site: Site) -> None:
-    """In the plan, before anything is done, and in the run; a rollback takes the file away again."""
+    """The plan says so before anything is done, and so does the run; a rollback takes the file away again."""
     site.remove("apiserver")
     plan = site.bridge.run("plan", "apiserver", *site.config)
     assert plan.returncode == 3
@@ -243,7 +243,7 @@ def test_cron_makes_no_certificate_that_was_not_named(site: Site) -> None:
 
 @pytest.mark.parametrize("has_run", [True, False])
 def test_a_kubelets_kubeconfig_is_made(site: Site, has_run: bool) -> None:
-    """By reference to the kubelet's own file, which gets the pair, once a kubelet has run here; else as kubeadm writes it."""
+    """It refers to the kubelet's own file, which gets the pair, once a kubelet has run here; otherwise it is as kubeadm writes it."""
     directory, conf = site.pki.root / "var/lib/kubelet/pki", site.path("kubelet.conf")
     site.bridge.tables[0] += f'kubelet_dir = "{directory.parent}"\n'
     site.bridge.add("renewal", {"key": "same"})

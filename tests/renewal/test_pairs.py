@@ -374,7 +374,7 @@ sans = ["registry.example.com", "127.0.0.1"]
 
 
 def test_a_desk_signs_a_pair_that_its_policy_names(tmp_path: Path, place: Path) -> None:
-    """By a table of its own alone, and only what that says; the second time its key proves continuity."""
+    """A pair needs a table of its own in the policy, and gets only what that allows; the second time its key proves continuity."""
     pki = handmade_pki(tmp_path / "node")
     node, desk = airgap.Node.make(tmp_path, pki), make_desk(tmp_path / "desk", pki)
     add(node.bridge, place)

@@ -163,7 +163,7 @@ def _behind_an_intermediate(node: Pki, left: timedelta = timedelta(days=800)) ->
 
 
 def test_an_intermediate_is_kept_after_the_leaf(node: Pki, tmp_path: Path) -> None:
-    """In certificate files and in kubeconfigs, without the root."""
+    """Certificate files and kubeconfigs have the intermediate after the leaf, without the root."""
     chain, key, middle = _behind_an_intermediate(node)
     result = renewed(settings_for(node, tmp_path, ca=(chain, key)))
     assert result.exit_code == 0
@@ -321,7 +321,7 @@ def test_an_external_etcds_client_in_one_file_with_its_key_fails_alone(
 
 
 def test_what_is_due_is_what_ends_soon(node: Pki) -> None:
-    """By the setting `renewal.before`; names are taken whether due or not."""
+    """The setting `renewal.before` decides what is due; named certificates are renewed due or not."""
     from bridge.node import inventory
 
     found = inventory.read(node.pki_dir, node.kubeconfig_dir)

@@ -74,7 +74,7 @@ def owed(settings: Settings) -> list[str]:
 
 
 def test_what_was_superseded_is_revoked_after_the_delay(node: Pki, settings: Settings, tmp_path: Path) -> None:
-    """By a run that has nothing else to do; the record says so, and the one in use is left alone."""
+    """A run that has nothing else to do revokes it; the audit log says so, and the one in use is left alone."""
     old = {serial(node, name) for name in ("apiserver", "etcd-peer")}
     assert run(settings, "apiserver", "etcd-peer").exit_code == 0
     new = {serial(node, name) for name in ("apiserver", "etcd-peer")}

@@ -141,7 +141,7 @@ def test_windows_that_are_all_of_the_week_are_open_at_any_time() -> None:
     ],
 )
 def test_windows_follow_the_clock_on_the_wall_when_it_changes(now: str, text: str, begin: str, end: str) -> None:
-    """In UTC; a window that the clock skips is not there, one that it shows twice is open the first time."""
+    """A window that the local clock skips is not there, and one that it shows twice is open the first time."""
     assert first_span(at(now), text) == (at(begin), at(end))
 
 
@@ -386,7 +386,7 @@ def unit(name: str) -> configparser.ConfigParser:
 
 
 def test_the_timer_starts_the_service_and_catches_up() -> None:
-    """By its name; after a night in which the machine was off; not on all nodes at the same second."""
+    """The timer starts the service of its name, also after a night in which the machine was off, and not on all nodes at the same second."""
     timer = unit("ca-bridge.timer")["Timer"]
     assert timer["Persistent"] == "yes"
     assert timer["RandomizedDelaySec"] == "30min"

@@ -273,7 +273,7 @@ def test_a_component_that_does_not_come_back_gets_its_own_certificate_back(site:
 
 
 def test_a_rollback_of_the_first_one_takes_the_flags_out(site: Site) -> None:
-    """By hand, too; and its own rollback brings the pair back, which a restart names again."""
+    """Also a rollback by hand removes them; and its own rollback brings the pair back, which a restart names again."""
     site.run("serving-certs", "on")
     run = site.run("rollback")
     assert run.returncode == 0, run.stderr

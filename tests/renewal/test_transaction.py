@@ -235,7 +235,7 @@ def test_authorities_have_failed_succeeded_or_neither(
     directory: Path,
     node: Node,
 ) -> None:
-    """By what became of their certificates."""
+    """The result of its certificates decides about an authority."""
     everything = due(store, directory, node)
     found = by_authority(everything, outcomes(everything, **errors), of_the_run)
     assert (sorted(found[0]), found[1]) == (asked, failed)

@@ -175,7 +175,7 @@ def test_without_kubelet_rotation_it_is_due_as_every_other_is(make: Make) -> Non
 
 @pytest.mark.parametrize("days_ago", [364, 370])
 def test_a_client_certificate_that_ends_is_first_everywhere(make: Make, days_ago: int) -> None:
-    """In the table, doctor, the plan, nagios' line and prometheus' neighbours; `renew` alone mends it."""
+    """The table, doctor, the plan, nagios' line and prometheus' metrics have it first; only `renew` mends it."""
     worker = make(days_ago=days_ago)
     worker.serve(f"system:node:{NODE}", end=timedelta(days=2), sans=(x509.DNSName(NODE),))
     rows = [line for line in worker.bridge.run("check-expiration").stdout.splitlines() if "EXTERNALLY" not in line]

@@ -395,7 +395,7 @@ def bao() -> Iterator[OpenBao]:
 
 
 def test_what_a_vault_mount_makes_is_a_cross_certificate(bao: OpenBao) -> None:
-    """By the two calls of docs/replace-the-ca.md; with another name in the request it is none."""
+    """The two calls of docs/replace-the-ca.md make one; with another name in the request it is none."""
     old = Signer.make(
         "kubernetes", key_id=True, begin=utc_now() - timedelta(days=1), end=utc_now() + timedelta(days=900)
     )

@@ -83,7 +83,7 @@ def test_one_that_could_not_sign_is_refused(new: Signer, wanted: str) -> None:
     ],
 )
 def test_a_young_one_or_one_that_ends_first_can_sign(new: Signer, is_possible: bool) -> None:
-    """In an emergency that is enough; one that is not valid can't."""
+    """An emergency needs no more than a valid one; one that is not valid can't sign."""
     assert (list(violations(Change(OLD.certificate, new.certificate), {}, {}, NOW)) == []) is is_possible
 
 

@@ -513,7 +513,7 @@ def test_doctor_says_in_which_phase_a_ca_is(settings: Settings, pki: Pki) -> Non
 
 
 def test_a_plan_says_which_cas_are_being_replaced(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the words of `doctor`; and both CAs trusted for a quarter are a warning there."""
+    """The plan has the words of `doctor`, which also warns of both CAs trusted for a quarter."""
 
     def planned() -> list[tuple[str, str]]:
         cli_renew.plan(settings, RunOptions(), utc_now(), Output.JSON)

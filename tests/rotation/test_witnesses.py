@@ -117,7 +117,7 @@ def test_a_log_that_is_none_is_named(tmp_path: Path) -> None:
 
 
 def test_certificates_of_the_new_ca_are_known_by_the_node_and_by_the_operator(tmp_path: Path) -> None:
-    """By leaves of this node, and those in a directory of the CA; the old CA's there are not among them."""
+    """Leaves of this node, and those in a directory of the CA, show the new CA's certificates; the old CA's there do not count."""
     pki = handmade_pki(tmp_path / "node")
     old, new = Signer.load(*pki.ca_pem("ca")), Signer.make("kubernetes-2")
     node, store = inventory.read(pki.pki_dir, pki.kubeconfig_dir), Store(tmp_path / "state")

@@ -125,7 +125,7 @@ def test_two_pairs_with_one_file_are_refused() -> None:
 
 
 def test_a_backend_may_have_an_exception_for_a_pair() -> None:
-    """By its name, which is unknown without the pair's table."""
+    """The pair's name selects the exception, and is unknown without the pair's table."""
     from bridge.ca import registry
 
     ca = '[backend.corp]\ntype = "vault"\nurl = "https://ca.example.com"\nauth.method = "token"\nauth.token_file = "/t"\n'

@@ -202,7 +202,7 @@ def test_a_rollback_puts_every_byte_back_and_a_second_one_undoes_it(run: Run, no
 
 
 def test_a_rollback_goes_to_any_backup_and_says_what_to_restart(run: Run, node: Pki) -> None:
-    """By its ID; as `renew`, it names the components that go on with what was replaced."""
+    """The ID selects the backup; as `renew` does, it names the components that still run on the replaced files."""
     before = serial(node)
     first = renewed(run, "apiserver", "kubelet.conf")
     between = serial(node)
@@ -562,7 +562,7 @@ def test_only_so_many_are_kept(run: Run, store: Store, config: Path) -> None:
 
 
 def test_only_so_long_are_they_kept(run: Run, store: Store, node: Pki) -> None:
-    """By `backups.keep_for`; the newest stays however old it is."""
+    """`backups.keep_for` decides; the newest stays at any age."""
     old, newest = renewed(run, "apiserver"), renewed(run, "apiserver")
     assert retired(store, node) == []
     for one, days in ((old, 402), (newest, 401)):
@@ -796,7 +796,7 @@ def test_two_clusters_do_not_share_a_state_directory(run: Run, store: Store, tmp
 
 
 def test_a_state_directory_of_an_earlier_version_is_adopted(run: Run, store: Store, node: Pki, tmp_path: Path) -> None:
-    """By the first run that writes; and a link to the same files is the same cluster."""
+    """The first run that writes adopts it; and a link to the same files is the same cluster."""
     renewed(run, "apiserver")
     store.tree.unlink()
     assert run("recover").exit_code == 0

@@ -418,7 +418,7 @@ def tlv(tag: int, content: bytes) -> bytes:
 
 
 def test_once_mended_a_copy_is_refreshed(node: Pki, home: Path, tmp_path: Path) -> None:
-    """By the next run, due or not, though two renewals have passed."""
+    """The next run refreshes it, due or not, though two renewals have passed."""
     copy = home / "config"
     a_hard_link(node, copy)
     settings = settings_with(node, tmp_path, copy)

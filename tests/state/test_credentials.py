@@ -113,7 +113,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_of_ca_names_its_client_certificate(kind: str) -> None:
-    """By the settings alone: no file is there. An authority's own key has its own name."""
+    """The settings alone name it, as no file is there; an authority's own key has its own name."""
     keys, field = KINDS[kind]
     files = f'{field} = "/c.crt"\nclient_key = "/c.key"'
     own = f'[authority.etcd-ca]\nbackend = "x"\n{field} = "/other.crt"'
@@ -190,7 +190,7 @@ def test_what_a_file_says(site: Site, tmp_path: Path) -> None:
     ],
 )
 def test_when_there_is_reason_to_warn(lifetime: float, left: float, is_near: bool) -> None:
-    """By `renewal.before`, and where a program replaces it often, only when the program is late."""
+    """`renewal.before` decides; where a program replaces it often, only a late one is a reason."""
     ends = now() + left * DAY
     one = Credential(name="x", path="", begins=ends - lifetime * DAY, ends=ends)
     assert one.is_near(MONTH, now()) is is_near

@@ -197,7 +197,7 @@ def test_requests_of_a_node_live_on(old: Store) -> None:
 
 
 def test_a_damaged_one_of_an_earlier_version_is_noticed(old: Store) -> None:
-    """By its own digest."""
+    """Its own digest shows the damage."""
     whole = old.requests.read_bytes()
     old.requests.write_bytes(whole.replace(b"R-1", b"R-2"))
     assert file_of(RENEWALS, old.requests).damage() is not None

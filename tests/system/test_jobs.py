@@ -130,7 +130,7 @@ def test_a_unit_may_write_metrics_and_copies(config: Path, tmp_path: Path) -> No
 
 
 def test_a_unit_may_write_where_the_kubelets_certificates_are(config: Path, tmp_path: Path) -> None:
-    """By the settings and the kubelet's own configuration; a desk's may not."""
+    """The settings and the kubelet's own configuration name the directory; a desk's unit may not write there."""
     kubelet = tmp_path / "kubelet"
     kubelet.mkdir()
     config.write_text(config.read_text().replace("[node]\n", f'[node]\nkubelet_dir = "{kubelet}"\n'))
@@ -163,7 +163,7 @@ def test_a_job_works_on_the_places_of_its_options(config: Path) -> None:
 
 @pytest.mark.first_use("3")
 def test_a_node_whose_requests_are_carried_looks_every_hour(config: Path) -> None:
-    """By systemd and by cron, since an answer comes at any time; the twin's CA answers at once."""
+    """systemd and cron start it each hour, since an answer comes at any time; the twin's CA answers at once."""
     assert "OnCalendar=hourly" in setup(config, "systemd").stdout
     assert re.search(r"^17 \* \* \* \*  root  ", setup(config, "cron").stdout, re.MULTILINE)
     text = config.read_text()
@@ -301,7 +301,7 @@ def process(proc: Path, comm: str, *words: str) -> None:
 
 
 def test_which_cron_runs(tmp_path: Path) -> None:
-    """By the process table, or systemd's generator; a program of another name is none."""
+    """The process table or systemd's generator shows it; a program of another name does not count."""
     proc, root = tmp_path / "proc", tmp_path / "lib"
     for comm, words, runs in (
         ("cron", ["/usr/sbin/cron", "-f"], True),

@@ -109,7 +109,7 @@ def test_a_command_has_no_input_and_no_terminal() -> None:
     ids=["code", "signal", "not there", "no program", "NUL"],
 )
 def test_a_failed_command_says_how(words: list[str], ended: Ended) -> None:
-    """In words for a sentence."""
+    """The words fit into a sentence."""
     assert run_logged(words, PATH, LONG, OutputLines(print)) == ended
 
 

@@ -74,7 +74,7 @@ def test_looks_until_it_is_enough_or_the_time_is_over(
 
 
 def test_what_is_raised_ends_the_wait(clock: Clock) -> None:
-    """By the look as well as between looks."""
+    """An error of the look, or of `between`, ends the wait."""
 
     def fail(*_: object) -> int:
         raise KeyError
