@@ -8,9 +8,11 @@ loads nothing heavy that it does not use. Each check is shown a text that breaks
 from __future__ import annotations
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -434,6 +436,65 @@ def test_the_wall_between_test_files_can_fail() -> None:
     """Whichever way it is imported; the kit and the counts are for all."""
     assert list(wall_of_tests("from tests.renewal.test_renew import settings_for", "tests.x"))
     assert not list(wall_of_tests("from tests.kit.renewing import Quiet\nfrom tests.counts import Tried", "tests.x"))
+
+
+#: A private English: sentences without a subject that has a name.
+PRIVATE = re.compile(
+    r"\bwhom?ever\b|\b(?:no|some|any|every)body(?:'?s)?\b|\b(?:is|are|was|were) told\b|\b(?:it|that|which) is said\b",
+    re.IGNORECASE,
+)
+#: A test's docstring is a sentence of its own, and no second half of the test's name.
+SECOND_HALF = re.compile(r"(?:And|Nor|Or|Which|Though) ")
+
+
+def private_words(source: str, *, messages: bool) -> list[str]:
+    """Such words in comments, docstrings and names, and in all other texts if `messages`; `nobody` is an account."""
+    if not PRIVATE.search(source.replace("_", " ")) and not re.search("[\"']{3}" + SECOND_HALF.pattern, source):
+        return []  # most files, without the time of parsing them
+    comments = (
+        token.string
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    )
+    found = list(comments)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+            text = ast.get_docstring(node, clean=False) or ""
+            name = getattr(node, "name", "")
+            found += [text, name.replace("_", " ")]
+            if name.startswith("test_") and SECOND_HALF.match(text):
+                found.append(f"it is said: {text}")
+        if messages and isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return [text for text in found if PRIVATE.search(text.replace("`nobody`", ""))]
+
+
+def test_the_program_and_its_tests_speak_plain_english() -> None:
+    """Each sentence names who does what: in the program, its tests, its templates, its configuration and its scripts."""
+    root = Path(__file__).parents[1]
+    found = {module: private_words(source, messages=True) for module, source in sources().items()}
+    for path in (root / "tests").rglob("*.py"):
+        found[str(path)] = private_words(path.read_text(encoding="utf-8"), messages=False)
+    texts = [*(root / "bridge/door/templates").iterdir(), *(root / "config").rglob("*"), *(root / "scripts").iterdir()]
+    for path in texts:
+        if path.is_file():
+            found[str(path)] = PRIVATE.findall(path.read_text(encoding="utf-8"))
+    assert {name: words for name, words in found.items() if words} == {}
+
+
+def test_the_look_at_words_can_fail() -> None:
+    """A comment, a docstring, a name and a message with such a word are found; the account `nobody` is none."""
+    bad = (
+        "# for whoever asks",
+        '"""Nobody is asked."""',
+        "def test_x_is_told(): ...",
+        "def test_x():\n    '''And y.'''",
+    )
+    assert [len(private_words(source, messages=False)) for source in bad] == [1, 1, 1, 1]
+    message = "x = 'that is said once'"
+    assert [len(private_words(message, messages=messages)) for messages in (True, False)] == [1, 0]
+    good = "# as user `nobody`\nuser = 'somebody'\ndef test_x():\n    '''An attacker asks.'''"
+    assert private_words(good, messages=False) == []
 
 
 #: A screen.

@@ -222,7 +222,7 @@ class CmpBackend:
         if ran.code == 0:
             return _issued(ran)
         log = Log.of(ran.messages)
-        if ran.poll or (log.has_waited and log.was_told_to_wait):
+        if ran.poll or (log.has_waited and log.must_wait):
             return Pending(reference=reference, note=_note(ran))
         error = failure(log, self._url(request.spec))
         if not log.has_polled:

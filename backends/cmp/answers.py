@@ -127,7 +127,7 @@ class Log:
         return "sending POLLREQ" in self.text
 
     @property
-    def was_told_to_wait(self) -> bool:
+    def must_wait(self) -> bool:
         """The server said "not yet" when it was asked for the answer."""
         return "received polling response" in self.text
 

@@ -289,7 +289,7 @@ def _naming(spec: CertificateSpec, order: Order) -> Naming:
 
 def _certificate(ours: Naming, now: datetime) -> x509.Certificate:
     key = generate_key("ecdsa-p256")
-    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "nobody")])
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "no issuer")])
     builder = (
         x509.CertificateBuilder()
         .subject_name(ours.subject)

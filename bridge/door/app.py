@@ -117,7 +117,7 @@ class Door:
         self._pages = pages
         #: Is given each new request, as it was kept and as it was read.
         self.received: Callable[[bytes, RequestBundle], object] = lambda *_: None
-        #: Is told who brought which new request, by its id.
+        #: Called with the peer and the id of each new request.
         self.brought: Callable[[Environ, str], object] = lambda *_: None
         self._mutex = threading.Lock()
         self.arrived = threading.Event()  #: There is something to sign.

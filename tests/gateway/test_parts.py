@@ -64,7 +64,7 @@ def one(uid: str = "u1", *, version: int = 7, seconds: int = 0, **spec: Any) -> 
     return replace(found, version=str(version), created=found.created + timedelta(seconds=seconds))
 
 
-def nobody(_: object) -> Look:
+def no_node(_: object) -> Look:
     """It is about no node."""
     return Look()
 
@@ -105,10 +105,10 @@ def test_a_hostile_request_replaces_no_honest_one() -> None:
 def test_what_changes_while_it_is_worked_at_is_looked_at_again() -> None:
     """The newer version is kept for afterwards; one that is settled then is not."""
     line = Queue()
-    line.put(one(version=1), nobody)
+    line.put(one(version=1), no_node)
     job = line.take(0)
     assert job is not None
-    line.put(one(version=2), nobody)
+    line.put(one(version=2), no_node)
     assert line.take(0) is None
     line.done(job)
     again = line.take(0)
@@ -122,14 +122,14 @@ def test_what_changes_while_it_is_worked_at_is_looked_at_again() -> None:
 def test_what_is_delayed_comes_back_in_time_or_when_it_changes() -> None:
     """A delayed request comes back at its time or when it changes, and not before; `wake` brings all of them back."""
     line = Queue()
-    line.put(one(), nobody)
+    line.put(one(), no_node)
     job = line.take(0)
     assert job is not None
     line.delay(job, 0.15)
     assert line.take(0) is None
     assert line.take(2) is job
     line.delay(job, 60)
-    line.put(one(version=8), nobody)
+    line.put(one(version=8), no_node)
     changed = line.take(0)
     assert changed is not None
     assert changed.one.version == "8"
@@ -143,7 +143,7 @@ def test_a_job_that_is_due_wakes_one_thread_and_not_all() -> None:
     """A due job wakes one of a hundred idle threads, so that a flood does not take the processor; none is forgotten or late."""
     line, jobs, woken = Queue(), [], []
     for number in range(10):
-        line.put(one(f"u{number}"), nobody)
+        line.put(one(f"u{number}"), no_node)
         jobs.append(line.take(0))
     first = line._changed.wait
 
@@ -181,16 +181,16 @@ def test_a_flood_does_not_fill_the_memory() -> None:
     """What does not fit is left to the API server, and that is known."""
     line = Queue()
     for number in range(queue.MOST_JOBS):
-        line.put(replace(one(f"u{number}"), size=100), nobody)
+        line.put(replace(one(f"u{number}"), size=100), no_node)
     assert not line.overflowed
-    line.put(one("more"), nobody)
+    line.put(one("more"), no_node)
     assert line.overflowed
     small = Queue()
-    small.put(replace(one("large"), size=queue.MOST_BYTES - 10), nobody)
-    small.put(replace(one("next"), size=100), nobody)
+    small.put(replace(one("large"), size=queue.MOST_BYTES - 10), no_node)
+    small.put(replace(one("next"), size=100), no_node)
     assert small.overflowed
     assert small.take(0) is not None
-    small.put(replace(one("next"), size=100), nobody)
+    small.put(replace(one("next"), size=100), no_node)
     assert small.counts() == (1, 1)
 
 
@@ -198,15 +198,15 @@ def test_a_flood_in_the_queue_gives_way() -> None:
     """In a full queue a flood's requests give way to others', and none gives way to the flood's, until all have the same number."""
     line = Queue()
     for number in range(30):
-        line.put(replace(one(f"flood{number}", username="mallory"), size=queue.MOST_BYTES // 20), nobody)
+        line.put(replace(one(f"flood{number}", username="mallory"), size=queue.MOST_BYTES // 20), no_node)
     assert (line.counts(), line.greediest()) == ((20, 0), "mallory")
     job = line.take(0)
     assert job is not None
     job.begun = True
     line.delay(job, 60)
     for number in range(15):
-        line.put(replace(one(f"w{number}", username=f"w{number % 3}"), size=queue.MOST_BYTES // 20), nobody)
-    line.put(replace(one("flood31", username="mallory"), size=queue.MOST_BYTES // 20), nobody)
+        line.put(replace(one(f"w{number}", username=f"w{number % 3}"), size=queue.MOST_BYTES // 20), no_node)
+    line.put(replace(one("flood31", username="mallory"), size=queue.MOST_BYTES // 20), no_node)
     taken = [found.one.request.username for found in iter(lambda: line.take(0), None)]
     assert {user: taken.count(user) for user in taken} == {"mallory": 4, "w0": 5, "w1": 5, "w2": 5}
     line.wake()
@@ -219,9 +219,9 @@ def test_each_requester_has_its_turn() -> None:
     """A flood that waits already is in no other requester's way, and its own order stays."""
     line = Queue()
     for number in range(50):
-        line.put(one(f"flood{number}", username="mallory"), nobody)
+        line.put(one(f"flood{number}", username="mallory"), no_node)
     for number in range(2):
-        line.put(one(f"w2-{number}", username="w2"), nobody)
+        line.put(one(f"w2-{number}", username="w2"), no_node)
     taken = [job.one.uid for job in iter(lambda: line.take(0), None)]
     assert taken[:5] == ["flood0", "w2-0", "flood1", "w2-1", "flood2"]
     assert len(taken) == 52
@@ -230,12 +230,12 @@ def test_each_requester_has_its_turn() -> None:
 def test_what_changes_its_size_is_counted_as_it_is() -> None:
     """An update of a waiting object changes its size in the queue, and makes no room."""
     line = Queue()
-    line.put(replace(one(version=1), size=100), nobody)
-    line.put(replace(one(version=2), size=queue.MOST_BYTES), nobody)
-    line.put(replace(one("u2", username="other"), size=queue.MOST_BYTES), nobody)
+    line.put(replace(one(version=1), size=100), no_node)
+    line.put(replace(one(version=2), size=queue.MOST_BYTES), no_node)
+    line.put(replace(one("u2", username="other"), size=queue.MOST_BYTES), no_node)
     assert line.overflowed
     assert line.take(0) is not None
-    line.put(replace(one("u2", username="other"), size=queue.MOST_BYTES), nobody)
+    line.put(replace(one("u2", username="other"), size=queue.MOST_BYTES), no_node)
     assert line.counts() == (1, 1)
 
 

@@ -217,7 +217,7 @@ def test_a_key_that_cannot_be_read_is_reported() -> None:
 
 
 def test_an_extension_that_is_there_twice_is_reported() -> None:
-    """Which of the two would count is unknown."""
+    """A certificate with an extension twice is refused, because it is unknown which of the two counts."""
     two = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\x05\x00")
     builder = x509.CertificateBuilder().subject_name(cn("x")).issuer_name(cn("kubernetes")).public_key(KEY.public_key())
     builder = builder.serial_number(1).not_valid_before(NOW).not_valid_after(NOW + timedelta(days=1))
