@@ -151,7 +151,7 @@ _TYPES = {"desk": "openssl", "door": "gateway"}
 @pytest.mark.first_use("7")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kinds_settings_load_as_they_are(kind: str) -> None:
-    """What `ca-bridge settings init KIND` writes: all three authorities, each of the program's tables once."""
+    """The files of `ca-bridge settings init KIND` have all three authorities, and each of the program's tables once."""
     settings = parse(initial(kind))
     found = registry.configured(settings, settings.authorities)
     assert set(found) == {"ca", "etcd-ca", "front-proxy-ca"}

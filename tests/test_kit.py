@@ -210,7 +210,7 @@ def test_the_real_kubeadm_makes_a_pki_without_ca_keys(
 
 
 def test_refuses_what_an_old_kubeadm_can_not_make(tmp_path: Path) -> None:
-    """What a kubeadm can not make is an error before it runs."""
+    """A certificate that an old kubeadm can not make is an error before it runs."""
     with pytest.raises(ValueError, match="ECDSA-P384"):
         kubeadm_pki(tmp_path, version="1.20", algorithm="ECDSA-P384")
 

@@ -313,7 +313,7 @@ def test_rules_do_no_io_and_read_no_clock(module: str) -> None:
 
 @pytest.mark.parametrize("module", modules("bridge"))
 def test_one_place_prints(module: str) -> None:
-    """What a message on standard output looks like is decided in one place; rooms return what they found."""
+    """One place decides how a message on standard output looks; rooms return what they found."""
     assert sorted(printing_wall(sources()[module], module)) == []
 
 
@@ -508,7 +508,7 @@ def long_functions(source: str) -> list[str]:
 
 
 def test_each_function_fits_on_a_screen() -> None:
-    """What is longer does more than one thing."""
+    """A longer function does more than one thing."""
     assert {module: found for module, source in sources().items() if (found := long_functions(source))} == {}
 
 
@@ -531,5 +531,5 @@ def test_starting_loads_nothing_heavy() -> None:
 
 
 def test_the_look_at_what_is_loaded_can_fail() -> None:
-    """What is loaded is noticed."""
+    """The test finds a heavy module that is loaded."""
     assert loaded("import requests") & HEAVY == {"requests", "urllib3"}

@@ -208,7 +208,7 @@ def test_works_on_its_own(environment: Path, tmp_path: Path) -> None:
 
 @pytest.mark.first_use("1")
 def test_brings_its_data(environment: Path) -> None:
-    """What `config/` and `share/` hold is below `share/` of the environment: examples, completion, the manual."""
+    """`config/` and `share/` are below `share/` of the environment: examples, completion, the manual."""
     share = environment / "share"
     installed = {str(path.relative_to(environment)): path.read_bytes() for path in share.rglob("*") if path.is_file()}
     assert {f"share/{NAME}/config.toml", "share/man/man1/ca-bridge.1"} <= installed.keys()

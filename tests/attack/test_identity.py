@@ -86,7 +86,7 @@ def test_a_planted_certificate_is_not_signed_again(
 
 
 def test_the_others_are_renewed(bridge: Bridge, tried: Tried) -> None:
-    """What is planted fails alone, also by cron; with the flag for another name, too."""
+    """The planted certificate fails alone, also by cron, and with the flag for another name, too."""
     name = root_in_etcd(bridge)
     before = live_certificates(bridge.pki)
     run = bridge.run("renew", "etcd-server", "etcd-peer", "--any-identity", "etcd-peer")

@@ -186,7 +186,7 @@ def test_forged_bundles_do_not_delay_the_others(desk_: Desk, pki: Pki, tried: Tr
 
 
 def test_odd_things_in_the_outbox_do_not_stop_the_desk(desk_: Desk, bundle: RequestBundle, tmp_path: Path) -> None:
-    """What looks like the rest of a killed run is removed if it is a file, and else left alone."""
+    """A file that looks like the rest of a killed run is removed, and anything else of that name is left alone."""
     put(desk_, bundle)
     (desk_.outbox / ".x.answer.json.y").mkdir()
     (desk_.outbox / ".z.answer.json.link").symlink_to(tmp_path / "nowhere")

@@ -224,7 +224,7 @@ def set_acl(path: Path, kind: str, value: bytes) -> None:
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])
 def test_acls_and_attributes_are_kept(pki: Path, store: Store, umask: int) -> None:
-    """Whatever the umask; a key's mode (with an ACL: its mask) is never looser than 0600."""
+    """They are kept with any umask; a key's mode (with an ACL: its mask) is never looser than 0600."""
     set_acl(pki / "server.crt", ACCESS, acl(named=4, mask=4))
     set_acl(pki / "server.key", ACCESS, acl(named=4, mask=4))
     os.setxattr(pki / "server.crt", "user.note", b"kept")

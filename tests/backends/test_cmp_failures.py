@@ -178,7 +178,7 @@ def test_20_a_server_that_nothing_vouches_for(ra: kit.RegistrationAuthority, sig
 def test_24_the_certificate_of_a_server_that_sends_none(
     ra: kit.RegistrationAuthority, signed: dict[str, Any], tmp_path: Path
 ) -> None:
-    """What the hint says helps: with the server's certificate in `trusted_file` its answer is taken."""
+    """The hint helps: with the server's certificate in `trusted_file` its answer is taken."""
     both = tmp_path / "both.crt"
     both.write_bytes(b"".join((ra.directory / name).read_bytes() for name in ("ra-root.crt", "ra.crt")))
     assert isinstance(make(ra.url("ca", "chainless"), **{**signed, "trusted_file": both}).sign(a_request()), Issued)
@@ -414,7 +414,7 @@ def test_35_a_tls_server_that_wants_a_client_certificate(
 
 
 def test_an_error_of_another_version_is_reported() -> None:
-    """What no rule knows is quoted: the last two errors, cut."""
+    """An error that no rule knows is quoted: the last two lines, cut."""
     log = Log.of("CMP info: sending P10CR\nCMP error: one\nCMP error: two\nCMP error: three " + "x" * 1000)
     error = failure(log, "http://ra")
     assert type(error) is REFUSED

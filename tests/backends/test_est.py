@@ -378,7 +378,7 @@ def encoded(*found: x509.Certificate) -> dict[str, Answer]:
 
 @pytest.mark.parametrize("form", list(encoded(_CA.certificate)))
 def test_reads_every_form_of_answer(double: kit.Double, ours: EstBackend, form: str) -> None:
-    """Whatever Content-Type and Content-Transfer-Encoding say, in `cacerts` and in `simpleenroll`."""
+    """Each form is read in `cacerts` and in `simpleenroll`, with any Content-Type and Content-Transfer-Encoding."""
     double.cacerts.append(encoded(_CA.certificate)[form])
     double.answers.append(lambda csr: encoded(_LABELS["server"].issue(csr, VALIDITY))[form])
     asked = request(APISERVER)
@@ -457,7 +457,7 @@ def test_what_is_no_pkcs7_is_refused(double: kit.Double, ours: EstBackend, case:
 
 
 def test_a_certificate_without_extensions_twice_is_refused(double: kit.Double, ours: EstBackend) -> None:
-    """What the library can't read is an error of ours, whichever error of its own that is."""
+    """A certificate that the library can't read is an error of ours, whichever error of its own that is."""
     from tests.kit.issuing import odd_certificates
 
     double.answers.append(Answer(body=odd_certificates(_CA.certificate)["an unknown version, PKCS#7"]))
@@ -570,7 +570,7 @@ def test_a_wish_to_wait_is_kept_for_a_day_at_most(double: kit.Double, ours: EstB
 
 
 def test_another_csrs_reference_is_refused(ours: EstBackend) -> None:
-    """What would be a new order for the CA is not sent."""
+    """A reference that would be a new order for the CA is not sent."""
     e = failure(lambda: ours.collect(request(APISERVER), "0" * 64))
     assert isinstance(e, BackendRefusedError)
     assert "pending cancel" in e.hint

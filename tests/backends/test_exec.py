@@ -292,7 +292,7 @@ def test_status_0_without_our_certificate_is_refused(tmp_path: Path, form: str) 
 
 
 def test_spoilt_answers_are_refused_or_taken() -> None:
-    """Whatever is damaged, the answer is ours, a certificate for another key, or an error of ours."""
+    """A damaged answer is a certificate for our key, one for another key, or an error of ours."""
     random = Random(12)  # noqa: S311 (the same each time)
     leaf = answer_of()
     for form in FORMS.values():
@@ -557,7 +557,7 @@ def test_a_program_of_another_user_is_not_run(tmp_path: Path) -> None:
 
 
 def test_a_link_to_a_program_that_others_can_change_is_not_run(tmp_path: Path) -> None:
-    """What counts is the whole way, links within directories included; the twin is run."""
+    """The whole path counts, links within directories included; the twin is run."""
     open_place = tmp_path / "open"
     open_place.mkdir()
     program(open_place / "helper", "exit 3")
@@ -667,7 +667,7 @@ def test_the_one_that_signs_comes_first(tmp_path: Path) -> None:
 
 
 def test_roots_that_are_none_are_refused(tmp_path: Path) -> None:
-    """What was printed is no certificate."""
+    """Output that is no certificate is refused."""
     with pytest.raises(BackendRefusedError, match="FETCH-ROOTS: wanted the CA's certificates, found no certificate"):
         asked_before(tmp_path, FETCH_ROOTS="echo root").issuers()
 
@@ -915,7 +915,7 @@ def test_settings_that_can_not_be_used_are_named(table: str, found: str) -> None
 
 
 def test_the_place_of_a_secret_is_no_secret() -> None:
-    """What a program reads by itself is named in a variable; the twin of what is refused above."""
+    """A variable names the file that a program reads by itself; the twin of the refusal above."""
     environment = {
         "AWS_WEB_IDENTITY_TOKEN_FILE": "/run/token",
         "VAULT_TOKEN_PATH": "/run/token",
@@ -976,7 +976,7 @@ def test_setup_names_settings_that_can_not_be_used(values: dict[str, object], ke
 
 @pytest.mark.attack("N20")
 def test_a_line_break_in_a_certificate_ends_no_comment_of_the_script(tmp_path: Path) -> None:
-    """What follows it would run; the request has the name as it is."""
+    """Text after a line break would run, so it stays in the comment; the request has the name as it is."""
     evil = f"x\ntouch {tmp_path}/ran\n#"
     builder = x509.CertificateBuilder(public_key=LIVE.public_key(), serial_number=1)
     builder = builder.subject_name(LIVE.subject).issuer_name(LIVE.issuer)

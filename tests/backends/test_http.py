@@ -172,7 +172,7 @@ HEADS, BODIES = [dripping_head, flood_of_100, drip_of_100], [minus_one, trailers
     [(client, talk) for client in CLIENTS for talk in [*HEADS, *([] if client == "watch" else BODIES)]],
 )
 def test_a_hostile_answer_costs_little(client: str, talk: Talk) -> None:
-    """What is received is counted below the parser, and one limit of time holds for a head; the limits are 1 and 4 MB."""
+    """The received bytes are counted below the parser, and one limit of time holds for a head; the limits are 1 and 4 MB."""
     found, seconds, growth = asked(client, talk)
     assert found.endswith("Error")
     assert seconds < 12  # of a second, on a busy machine; each talks for 20

@@ -530,7 +530,7 @@ def status_of(code: int, message: str) -> bytes:
     ],
 )
 def test_a_status(tmp_path: Path, status: int, headers: Mapping[str, str], kind: type[BackendError], said: str) -> None:
-    """What may pass is "later", with the server's own wish; all else is a no."""
+    """A temporary status is "later", after the server's own delay; any other is a refusal."""
     with answering(tmp_path, [(status, headers, status_of(status, said))]) as backend:
         error = failure(lambda: backend.sign(request()), kind)
     assert f"HTTP {status}: {said}" in str(error)

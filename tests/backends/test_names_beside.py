@@ -187,7 +187,7 @@ def test_verbatim_can_not() -> None:
 
 
 def test_openssl_takes_plain_names_alone(ca: Signer, tmp_path: Path) -> None:
-    """What means something in an openssl.cnf or in `-subj` is refused before a run; a twin is signed."""
+    """Characters with a meaning in an openssl.cnf or in `-subj` are refused before a run; a twin is signed."""
     with _openssl(ca, tmp_path) as backend:
         for names in ({"uris": ("spiffe://td/a\nbasicConstraints=CA:TRUE",)}, {"dns": ("a,DNS:b",)},
                       {"uris": (ID,), "common_name": "web/O=system:masters"}, {"uris": ("spiffe://td/$ENV::HOME",)}):  # fmt: skip
@@ -210,7 +210,7 @@ def test_a_name_of_two_lines_is_no_name_for_a_program(ca: Signer, tmp_path: Path
 
 
 def test_cmp_takes_plain_names_alone(tmp_path: Path) -> None:
-    """What means something in a configuration or a subject of openssl is refused before a run, as is no name at all."""
+    """Characters with a meaning in openssl's configuration or subject are refused before a run, as is no name at all."""
     (tmp_path / "secret").write_text("a secret of twenty letters")
     secret = Secret("file", str(tmp_path / "secret"))
     backend = CmpBackend.from_settings(CmpSettings(url="http://127.0.0.1:1", mode="cr", reference="x", secret=secret))

@@ -828,7 +828,7 @@ def test_check_changes_nothing(encrypted: Path, tmp_path: Path) -> None:
 def test_the_passphrase_is_on_no_command_line_and_in_no_environment(
     encrypted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What other users or child processes can see of the process has neither the passphrase nor our environment."""
+    """Other users and child processes see neither the passphrase nor our environment in the process."""
     monkeypatch.setenv("CA_PASSPHRASE", PASSPHRASE)
     monkeypatch.setenv("OPENSSL_CONF", "/nonexistent")
     wrapper = program(
@@ -941,7 +941,7 @@ def has_ended(pid: int) -> bool:
 
 
 def test_a_certificate_of_a_stopped_program_is_not_lost(directory: Path, tmp_path: Path) -> None:
-    """What is recorded when the time is up is delivered."""
+    """A certificate that is recorded when the time is up is delivered."""
     slow = program(tmp_path, '$REAL "$@"; sleep 600')
     leaf = opened(directory, openssl=slow, timeout=timedelta(seconds=4)).sign(renewal()).leaf
     assert rows(directory) == [leaf.serial_number]
@@ -1521,7 +1521,7 @@ def test_takes_another_section(directory: Path, tmp_path: Path) -> None:
     ],
 )
 def test_refuses_a_site_config_that_is_not_sure(directory: Path, tmp_path: Path, line: str) -> None:
-    """What depends on more than the file, or on where openssl is started, is refused by file; the rest is taken."""
+    """A value that depends on another file, or on where openssl is started, is refused by file; the rest is taken."""
     text = textwrap.dedent(hostile(directory))
     replaced = f"dir = {directory}\n" if line.startswith("dir") else "serial = $dir/serial\n"
     with pytest.raises(SettingsError) as e:

@@ -129,7 +129,7 @@ class TestConformance(BackendConformance):
 
 @pytest.mark.parametrize("algorithm", ["rsa-2048", "ecdsa-p256", "ecdsa-p384"])
 def test_signs_with_keys_of_each_kind(token: Token, opened: Open, directory: Path, algorithm: Any) -> None:
-    """What kubeadm's CAs have for keys, works from a token; check says so before."""
+    """Each kind of key that kubeadm's CAs have works from a token; check says so before."""
     ca = TestCA.make(algorithm=algorithm)
     directory.joinpath("ca.crt").write_bytes(ca.certificate_pem)
     backend = opened(uri=token.add("another", ca.key_pem, "b2"))
@@ -291,7 +291,7 @@ def test_a_hanging_hsm_is_stopped(opened: Open, tmp_path: Path) -> None:
 def test_the_pin_is_on_no_command_line_and_in_no_environment(
     opened: Open, token: Token, method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What others can see of the process has no PIN, and of our environment only what it needs."""
+    """Other users see no PIN in the process, and of our environment only the variables that it needs."""
     monkeypatch.setenv("HSM_PIN", PIN)
     wrapper = program(
         tmp_path,

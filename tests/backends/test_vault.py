@@ -504,7 +504,7 @@ def newest(bao: openbao.OpenBao, role: str) -> str:
 def test_opens_nothing_that_is_not_a_wrapped_secret_id(
     pki: openbao.OpenBao, apiserver: SignRequest, wrapped_auth: VaultAuth
 ) -> None:
-    """What someone wrapped by other means is left unopened."""
+    """A token that was wrapped by other means is left unopened."""
     forged = pki.wrapped("sys/wrapping/wrap", secret_id="0")
     assert wrapped_auth.secret_id is not None
     Path(wrapped_auth.secret_id.where).write_text(forged)
@@ -1457,7 +1457,7 @@ def test_the_example_scripts_are_what_is_printed(node: Pki, authority: str) -> N
 
 
 def test_the_printed_script_knows_the_backends_settings() -> None:
-    """What it reads of them is named as there, and has the same defaults."""
+    """The variables that it reads have the names and defaults of the settings."""
     there = {field.name: field for field in dataclasses.fields(VaultSettings)}
     for field in dataclasses.fields(vault_setup.Engine):
         theirs = there[field.name]
@@ -1497,7 +1497,7 @@ def test_the_administrators_commands_work(node: Pki, tmp_path: Path) -> None:
 
 
 def test_two_nodes_have_roles_of_their_own(node: Pki) -> None:
-    """What one node's script writes takes nothing of another node's; what all nodes have alike is one role."""
+    """One node's script changes nothing of another node's; a role that all nodes have alike is one role."""
     live = certificates_below(node, "ca")
     first, second = (
         vault_setup.roles(live, DAYS_30, role_selector(None, {}, name)).keys() for name in ("cp-1", "cp-2")
@@ -1580,7 +1580,7 @@ def add_login(bridge: Bridge, bao: openbao.OpenBao, *, wrapped: bool, secret_id_
 
 @pytest.mark.parametrize(("wrapped", "uses"), [(True, 0), (False, 1)], ids=["wrapped", "good for one login"])
 def test_three_authorities_share_a_login(bao: openbao.OpenBao, bridge: Bridge, *, wrapped: bool, uses: int) -> None:
-    """What can be used once is enough for a run, each CA signs its own, and the token is revoked at the end."""
+    """One single-use login is enough for a run, each CA signs its own, and the token is revoked at the end."""
     add_login(bridge, bao, wrapped=wrapped, secret_id_num_uses=uses)
     before, accessors = live_certificates(bridge.pki), bao.accessors()
     run = bridge.run("renew", "all")

@@ -30,7 +30,7 @@ def test_an_endpoint_without_a_port_has_kubeadms() -> None:
 
 
 def test_it_survives_being_written() -> None:
-    """What `kubeadm` gets is what was read."""
+    """`kubeadm` gets the configuration that was read."""
     found = parse(CONFIG.encode())
 
     assert parse(found.text().encode()) == found
@@ -61,7 +61,7 @@ def test_joining_needs_no_token(*, control_plane: bool) -> None:
 
 
 def test_facts_make_a_configuration() -> None:
-    """What is not given is kubeadm's default."""
+    """A missing fact gets kubeadm's default."""
     facts = ConfigurationFacts(
         name="a", address="192.0.2.1", endpoint="api:6443", version="v1.37.2", sans=("b.example.com",)
     )
@@ -97,7 +97,7 @@ def test_whatever_is_in_it(data: bytes) -> None:
     )
 )
 def test_values_of_odd_types_are_none(value: object) -> None:
-    """What is no mapping or no text where one is wanted counts as not given."""
+    """A value of another type than a mapping or a text, where one is wanted, counts as not given."""
     node = {"apiVersion": "kubeadm.k8s.io/v1beta4", "kind": "InitConfiguration"}
     cluster = {"apiVersion": "kubeadm.k8s.io/v1beta4", "kind": "ClusterConfiguration"}
     more = (

@@ -54,7 +54,7 @@ def test_a_worker_needs_one_ca() -> None:
 
 
 def test_an_order_without_a_node_says_nothing() -> None:
-    """What one node shares with another is none's."""
+    """An order without a node is an error, since it names no node's certificates."""
     with pytest.raises(OrderError, match="found one without"):
         keys.expected_certificates(Order(cluster=shared(parse(CONFIG.encode())), authorities={}), datetime.now(UTC))
 

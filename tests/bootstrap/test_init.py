@@ -113,7 +113,7 @@ def test_that_kubeadm_makes_nothing_can_fail(copy: NewNode) -> None:
 
 
 def test_keys_are_for_their_owner_alone(ready: NewNode) -> None:
-    """What holds a private key has mode 0600, and is nowhere else."""
+    """A file with a private key has mode 0600, and the key is nowhere else."""
     secret = [path for path in ready.root.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
     secret += ready.places.kubeconfigs.glob("*.conf")
     secret.append(ready.places.kubeadm_config)  # an operator's may hold a bootstrap token

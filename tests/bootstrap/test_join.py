@@ -324,7 +324,7 @@ def test_a_shared_file_that_others_can_read_is_refused(other: NewNode, shared: b
 
 
 def test_another_clusters_key_is_refused(first: NewNode, other: NewNode, shared: bytes) -> None:
-    """What is in place has to be the pair that the other nodes have."""
+    """The pair in place has to be the one that the other nodes have."""
     stranger = json.loads(shared)
     key, public = first.places.sa_key, first.places.sa_public
     other.places.pki.mkdir()
@@ -574,7 +574,7 @@ def test_whatever_is_carried(data: bytes) -> None:
 
 
 def test_an_order_survives_being_carried(shared: bytes) -> None:
-    """What is read is what was written."""
+    """An order that is written and read is the same."""
     order = orders.loads(shared)
 
     assert order.sa is not None

@@ -372,7 +372,7 @@ def test_each_nodes_script_for_vault_writes_a_policy_of_its_own(run: Run, config
 
 
 def test_the_script_for_vault_follows_the_settings(run: Run, config: Path) -> None:
-    """What is not set yet may be missing; without roles there are none to write."""
+    """Settings that are not set yet may be missing; a mode without roles writes none."""
     vault(config, 'mount = "corp-pki"\nrole = "cp-1-{name}"')
     assert "corp-pki/roles/cp-1-apiserver " in run("setup", "vault", "--authority", "ca").stdout
     vault(config, 'mount = "corp-pki"\nmode = "sign-verbatim"')
@@ -401,7 +401,7 @@ def test_the_script_for_vault_is_not_made_from_settings_that_are_wrong(
 
 
 def test_settings_show_names_secrets_and_shows_defaults(run: Run) -> None:
-    """What is in force; where the secret is, and not what."""
+    """The command shows the values in force, and the place of a secret instead of the secret."""
     result = run("settings", "show")
     assert result.exit_code == 0
     assert 'before = "30d"' in result.stdout

@@ -61,7 +61,7 @@ def test_a_report_says_that_all_is_well(capsys: pytest.CaptureFixture[str], monk
 
 
 def test_restart_claims_no_more_than_it_can_see(tmp_path: Path) -> None:
-    """Without static pods, or with a component that does not answer: exit 1 or 7, and never "every component"."""
+    """Without static pods, or with a component that does not answer, the exit code is 1 or 7, and never "every component"."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     run = bridge.run("restart")
     assert (run.returncode, run.stdout) == (1, "")

@@ -54,7 +54,7 @@ def check(
 
 @pytest.mark.parametrize(("days_left", "status"), [(40, 0), (31, 0), (29, 1), (11, 1), (9, 2), (1, 2), (-1, 2)])
 def test_the_settings_say_when_it_is_late(node: Pki, days_left: int, status: int) -> None:
-    """Without any option: a warning where `renew` would renew, critical with a third of that left."""
+    """Without any option a certificate is a warning when `renew` would renew it, and critical with a third of that left."""
     assert check(node, now=NOW + (20 - days_left) * DAY)[1] == status
     assert check(node, '[renewal]\nbefore = "33%"\nvalidity = "90d"', now=NOW + (20 - days_left) * DAY)[1] == status
 
@@ -232,7 +232,7 @@ def test_a_replacement_that_is_half_done_or_forgotten_is_a_warning(tmp_path: Pat
 
 @pytest.mark.attack("N30")
 def test_a_certificate_whose_key_is_gone_is_critical(node: Pki) -> None:
-    """Without a look into any key: the file is missing."""
+    """A missing key file is critical; no key is read for that."""
     (node.pki_dir / "apiserver.key").unlink()
     line, status = check(node, "", 10 * DAY, DAY)
     assert (status, "apiserver broken" in line) == (2, True)

@@ -99,7 +99,7 @@ ROWS = [("apiserver", "expires soon", "a" * 30), ("etcd-server", "", "b" * 30)]
 
 
 def test_a_table_fits_where_it_is_shown() -> None:
-    """What has no room goes on below; with room, and in a file, each row is a line."""
+    """Columns without room go on below; with room, and in a file, each row is a line."""
     wide = ["apiserver    expires soon  " + "a" * 30, "etcd-server                " + "b" * 30]
     assert list(printing.columns(ROWS, 57)) == wide
     assert list(printing.columns(ROWS)) == wide
@@ -140,7 +140,7 @@ def test_one_backup_is_shown_whole(config: Path) -> None:
 
 @pytest.mark.first_use("11")
 def test_results_have_colour_where_the_terminal_does(config: Path, node: Pki) -> None:
-    """What is due is yellow, what is broken red, what is good green; nothing with NO_COLOR, or in a pipe."""
+    """A due certificate is yellow, a broken one red, a good one green; there is no colour with NO_COLOR, or in a pipe."""
     (node.pki_dir / "apiserver.crt").write_text("nothing")
     command = [PROGRAM, "check-expiration", "--config", str(config)]
     shown = terminals.run(command)

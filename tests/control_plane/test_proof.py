@@ -445,7 +445,7 @@ def test_a_component_whose_manifest_is_away_is_named(site: Site) -> None:
 
 @pytest.mark.parametrize("name", ["admin.conf", "kubelet.conf", "pki/etcd/healthcheck-client.crt"])
 def test_a_file_that_cannot_be_used_is_named(site: Site, name: str) -> None:
-    """What could not be looked at is no success."""
+    """A check that could not be made is no success."""
     (site.directory / name).write_bytes(b"something else")
     found = [f for f in site.look().findings if f.what == "can be read"]
     assert [f.state for f in found] == ["unknown"]

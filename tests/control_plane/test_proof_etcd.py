@@ -57,7 +57,7 @@ def states(place: Place) -> dict[str, str]:
 
 
 def test_all_is_well(cluster: Cluster) -> None:
-    """What a member serves, what it and others are clients with; and who takes its peer certificate, by name."""
+    """The report has the member's served certificate, its client certificates, and the name of each peer that accepts its peer certificate."""
     place = cluster.places[0]
     found = etcd(place)
     assert set(states(place).values()) == {"current"}

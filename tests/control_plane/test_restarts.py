@@ -360,7 +360,7 @@ def test_a_kubelet_without_health_is_taken_as_healthy(plane: Plane, text: str) -
 
 
 def test_one_at_a_time_in_order(plane: Plane) -> None:
-    """Whatever the order in which they were named; each has its line in the record."""
+    """Components restart in the fixed order, however they were named; each has its line in the audit log."""
     done = plane.restart(SCHEDULER, KUBELET, ETCD, MANAGER, APISERVER)
     assert [one.component for one in done] == list(restart_plan.ORDER)
     assert [one.exit_code for one in done] == [Exit.DONE] * 5
@@ -644,7 +644,7 @@ def test_without_a_crictl_that_answers_the_process_table_tells(
 
 
 def test_a_crictl_that_falls_silent_ends_no_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it said last counts."""
+    """Its last answer counts."""
     crictl(tmp_path, monkeypatch, json.dumps({"items": [_POD]}))
     instances, _ = processes.instances(SCHEDULER)
     crictl(tmp_path, monkeypatch, None)

@@ -398,7 +398,7 @@ def test_a_ca_s_own_trouble_is_no_refusal(desk_: Desk, pki: Pki, pairs: Pairs) -
 
 
 def test_a_desk_with_one_of_the_cas_answers_for_that_one(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
-    """What is another desk's is neither signed nor refused, and is named."""
+    """Another desk's request is neither signed nor refused, and is named."""
     desk_ = make_desk(tmp_path / "desk", pki, authorities=["etcd-ca"])
     put(desk_, make_bundle(some(pairs, "apiserver", "etcd-server")))
 
@@ -546,7 +546,7 @@ def test_a_full_outbox_loses_nothing(desk_: Desk, pki: Pki, pairs: Pairs) -> Non
 
 
 def test_a_run_forgets_nothing_of_another(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
-    """What an interrupted run has had signed is still known when a person has signed something else meanwhile."""
+    """A certificate of an interrupted run is still known when a person has signed another one meanwhile."""
     bundle = make_bundle(some(pairs, "apiserver"))
     path = put(desk_, bundle)
     answer = desk_.outbox / file_names(bundle.node, digest(bundle))[1]
@@ -707,7 +707,7 @@ def test_a_flipped_bit_in_the_journal_is_noticed(tmp_path: Path, pairs: Pairs) -
 
 
 def test_the_journal_survives_a_torn_line(tmp_path: Path, pairs: Pairs) -> None:
-    """What was whole is there, what was cut is forgotten and written anew."""
+    """Whole lines are kept, and a cut one is forgotten and written anew."""
     bundle = make_bundle(some(pairs, "apiserver", "etcd-server"))
     first, second = (sign_request(request, bundle) for request in bundle.requests)
     answer, later = Issued(leaf=pairs["apiserver"][0]), Pending(reference="7", note="soon")
@@ -906,7 +906,7 @@ def _at_a_terminal(desk_: Desk, words: list[str], *args: str | Path) -> tuple[in
 
 
 def test_a_person_approves_each_bundle(desk_: Desk, pki: Pki, pairs: Pairs) -> None:
-    """What is shown is what `inspect` shows; who said yes is in the answer and on the record."""
+    """The question shows the same as `inspect`; the answer and the audit log name the person who said yes."""
     bundle = make_bundle(some(pairs, "apiserver", "scheduler.conf"))
     put(desk_, bundle)
 

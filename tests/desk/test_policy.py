@@ -151,7 +151,7 @@ def test_a_bundle_of_the_first_version_needs_the_policys_leave(judged: Judge, pa
 
 @pytest.mark.attack("N6")
 def test_a_blocked_node_gets_nothing(pairs: Pairs, cas: dict[str, x509.Certificate]) -> None:
-    """Whatever its proofs say, whatever a person does without; another node of the inventory gets all of it."""
+    """A blocked node gets nothing, whatever it proves and a person waives; another node of the inventory gets all of it."""
     bundle = make_bundle(pairs)
     for blocked in (True, False):
         text = f'[node."{bundle.node}"]\naddresses = ["{ADDRESS}"]\nblocked = {str(blocked).lower()}\n'
@@ -244,7 +244,7 @@ def test_what_the_policy_narrows_is_refused(bundle: RequestBundle, judged: Judge
 
 
 def test_ekus_and_authority_are_the_table_s(bundle: RequestBundle, judged: Judge) -> None:
-    """Whatever a node asks for."""
+    """The table decides, whatever a node asks for."""
     ekus = changed(bundle, "apiserver", ekus=frozenset(EKU))
     authority = changed(bundle, "apiserver", authority="etcd-ca")
 
@@ -529,7 +529,7 @@ def test_each_san_once(bundle: RequestBundle, pairs: Pairs, judged: Judge) -> No
 
 
 def test_a_refusal_is_for_people(bundle: RequestBundle, pairs: Pairs, judged: Judge) -> None:
-    """What was found stands there on one line, cut, with the first few of many."""
+    """A refusal is one line, cut, with the first few of many findings."""
     sans = [x509.DNSName(f"a{number}\n.evil.org") for number in range(1000, 1020)]
     asked = with_csr(bundle, pairs, "apiserver", csr_for("CN=kube-apiserver", sans))
 
@@ -547,7 +547,7 @@ def test_the_node_s_name_is_reported_with_its_setting(bundle: RequestBundle, pai
 
 
 def test_a_san_that_the_old_certificate_lacks_is_refused(bundle: RequestBundle, pairs: Pairs, judged: Judge) -> None:
-    """Without a list, what is there now is the limit."""
+    """Without a list the SANs of the old certificate are the limit."""
     more = with_csr(
         bundle, pairs, "apiserver", csr_for("CN=kube-apiserver", [x509.DNSName("kubernetes"), _ip("10.9.9.9")])
     )
@@ -728,7 +728,7 @@ def test_whatever_the_file_holds_the_error_is_ours(text: str) -> None:
 
 
 def test_the_example_is_a_policy() -> None:
-    """What is installed with the program can be used, and its comments tell the truth."""
+    """The installed example can be used, and its comments are right."""
     text = Path(__file__).parents[2].joinpath("config/desk/desk-policy.toml").read_text()
     policy = parse(text)
     commented = parse(

@@ -74,7 +74,7 @@ ROLES: list[tuple[str, dict[str, Any], str]] = [
 def test_a_role_is_compared_whole(
     bridge: Bridge, bao: openbao.OpenBao, name: str, change: dict[str, Any], text: str
 ) -> None:
-    """What is found is what a renewal would suffer: the CA's no, or an answer that is refused; a good role is neither."""
+    """The report names what a renewal would meet: the CA's refusal, or an answer that is refused; a good role gives neither."""
     path = f"doctor-ca/roles/kubeadm-{name}"
     role = bao.read(path)["data"]
     assert wrong(bridge) == []

@@ -597,7 +597,7 @@ def test_a_read_only_file_system_is_found_before_a_ca_is_asked(site: Site, place
 
 @pytest.mark.parametrize("san", ["new.example.com", "zz.example.com"])
 def test_compares_the_sans_with_kubeadm_config(site: Site, san: str) -> None:
-    """What the cluster's own configuration would put into the certificate; where no API server answers, the report says so."""
+    """The cluster's own configuration gives the expected SANs; where no API server answers, the report says so."""
     assert "not compared" in site.bridge.run("doctor").stdout
     place = Place(name=NODE, address="127.0.0.1", directory=site.pki.root / "etc", cas={})
     config = "apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\nkubernetesVersion: v1.37.2\n"

@@ -296,7 +296,7 @@ def test_who_brings_a_request_does_not_decide_about_it(team: Team, bundle: Reque
     "kind", ["another digest", "another person", "another verdict", "another reason", "no signature"]
 )
 def test_a_signature_is_for_one_decision(team: Team, bundle: RequestBundle, pairs: Pairs, kind: str) -> None:
-    """What was signed for another request, person, verdict or reason is refused; the true one is taken."""
+    """A signature for another request, person, verdict or reason is refused; the true one is taken."""
     alice, bob = team.agent("alice"), team.agent("bob")
     other = make_bundle({"apiserver": pairs["apiserver"]})
     place = brought(team.door, bundle)

@@ -272,7 +272,7 @@ def test_a_node_hears_a_refusal(common: ServeProgram, pairs: Pairs, node_end: No
 
 
 def test_a_door_with_some_of_the_cas(tmp_path: Path, pki: Pki, pairs: Pairs, node_end: NodeEnd) -> None:
-    """What the door has no CA for is found before anything is asked, and refused where it is asked all the same."""
+    """A CA that the door lacks is found before any request, and a request for it is refused all the same."""
     desk = make_desk(tmp_path / "desk", pki, authorities=["ca"])
     bundle = make_bundle(some(pairs, "apiserver", "etcd-server"))
     with running(add_door(desk.config, desk.directory)) as door:
@@ -306,7 +306,7 @@ def test_a_door_with_some_of_the_cas(tmp_path: Path, pki: Pki, pairs: Pairs, nod
     ],
 )
 def test_pages(common: ServeProgram, method: str, path: str, status: int) -> None:
-    """What there is answers; all else is an error with a sentence in it, and nothing may keep or reinterpret it."""
+    """Each existing page answers; any other path is an error with a sentence in it, and caches and browsers may not keep or reinterpret it."""
     answer = common.ask(method, path)
 
     assert answer.status == status, answer.body

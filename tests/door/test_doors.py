@@ -146,7 +146,7 @@ def test_a_door_that_the_database_does_not_hear_of_asks_no_ca(memory: Memory, tm
 
 
 def test_a_journal_lets_no_ca_be_asked_after_an_error(bundle: RequestBundle, tmp_path: Path) -> None:
-    """What is to be asked is not written down, and so not asked; an answer is."""
+    """A request that can't be written down is not sent; an answer is still recorded."""
     journal, request = Journal(tmp_path / "journal", now()), sign_request(bundle.requests[0], bundle)
 
     def fail() -> None:
@@ -318,7 +318,7 @@ def signing(desk: Desk, memory: Memory) -> Iterator[Signing]:
 def test_people_decide_where_a_ca_can_not_tell(
     signing: Signing, desk: Desk, memory: Memory, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What another door has begun is left, with a note that says where to look; it is signed when people say so."""
+    """A request that another door has begun is left, with a note that says where to look, until people have it signed."""
     monkeypatch.delattr(OpensslBackend, "recall")
     another = Doors(memory, Store(desk.state), "another")
     another.alive()

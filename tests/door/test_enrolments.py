@@ -95,7 +95,7 @@ _SECRET, _OTHER, _DIGEST = "A" * 43, "B" * 43, "0" * 64
 
 
 def test_a_proof_is_for_one_request_by_one_secret() -> None:
-    """What the door computes from it is the hash that it keeps; another digest or a changed byte proves nothing."""
+    """The door computes the hash that it keeps from the proof; another digest or a changed byte proves nothing."""
     good = enrolment_proof(_SECRET, _DIGEST)
 
     assert enrolled_by(good, _DIGEST) == secret_hash(_SECRET) != secret_hash(_OTHER)
@@ -311,7 +311,7 @@ def asked(door: ServeProgram, bundle: RequestBundle, place: Path) -> Sequence[Is
 
 
 def test_a_node_proves_itself_with_the_file(door: ServeProgram, desk: Desk, pki: Pki, tmp_path: Path) -> None:
-    """Without live certificates; without the file it says so before it asks, and with another text in it, too."""
+    """A node without live certificates proves itself with the file; without it, or with another text in it, the error comes before any request."""
     place, bundle = tmp_path / "enrolment", first(pki)
     with pytest.raises(LocalFileError, match="wanted a secret in"):
         asked(door, bundle, place)

@@ -53,7 +53,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 
 @pytest.mark.kube("etcd", "kube-apiserver", "kubectl")
 def test_a_cluster_takes_them(api: ApiServer, pod: dict[str, Any]) -> None:
-    """Without a warning, and the pod where `restricted` is enforced; one that may be root is refused."""
+    """A cluster takes them without a warning, and the pod where `restricted` is enforced; one that may be root is refused."""
     taken = api.kubectl("apply", "--dry-run=server", "-f", str(SHIPPED))
     assert taken.stderr == ""
     assert len(taken.stdout.splitlines()) == len(documents())
@@ -115,7 +115,7 @@ def test_its_settings_are_whole_but_for_their_places(pod: dict[str, Any]) -> Non
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, which gives a directory to another user")
 def test_the_state_is_its_users_alone(pod: dict[str, Any]) -> None:
-    """What runs before the door makes a directory on a volume that the group can write to, and keeps the group out of it."""
+    """The init container makes a directory on a volume that the group can write to, and keeps the group out of it."""
     [first] = pod["initContainers"]
     with tempfile.TemporaryDirectory(dir="/tmp") as place:  # where the other user gets to
         volume, state = Path(place) / "volume", Path(place) / "volume/state"

@@ -241,7 +241,7 @@ def test_who_has_no_persons_certificate_sees_nothing(team: Team, bundle: Request
     "text", ["<script>alert(1)</script>", '"><img src=x>', "' OR 1=1 --", "%", "_", "\\", "{{ 7*7 }}", "%00", "ä" * 300]
 )
 def test_markup_in_every_field_is_text(team: Team, bundle: RequestBundle, text: str) -> None:
-    """What a search or a cluster's name says is shown as it is, and finds nothing that it does not name."""
+    """Markup in a search or a cluster's name is shown as text, and finds nothing that it does not name."""
     alice = team.agent("alice")
     waits(team, bundle)
     for page in ("certificates", "record"):

@@ -63,7 +63,7 @@ def issued(**more: Any) -> IssuedRow:
 
 
 def test_the_forms_lead_to_the_tables_of_this_version(memory: Memory) -> None:
-    """What alembic makes step by step is what the program writes to; a table that it lacks is noticed."""
+    """alembic's steps make the tables that the program writes to; a missing table is noticed."""
     with memory.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
         connection.execute(sa.text("DROP TABLE enrolments"))
@@ -93,7 +93,7 @@ def test_the_same_bundle_has_one_id(memory: Memory) -> None:
 
 
 def test_a_request_goes_from_waiting_to_answered(memory: Memory, tmp_path: Path) -> None:
-    """What was tried least recently is next; an answer that is written twice is one."""
+    """The request that was tried least recently is next; an answer that is written twice is one."""
     first, second = received(memory, "aa"), received(memory, "bb", now=NOW + timedelta(seconds=1))
     doors = Doors(memory, Store(tmp_path), "us")
     doors.alive()

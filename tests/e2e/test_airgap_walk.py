@@ -351,7 +351,7 @@ def _answer(path: Path) -> AnswerBundle:
 
 @pytest.mark.parametrize("side", ["request", "answer"])
 def test_a_changed_byte_of_any_field_is_named(exported: Exported, tmp_path: Path, side: str) -> None:
-    """Without a new digest: each field in turn, on both ways, by the format alone."""
+    """The format alone names each changed field, on both ways, where there is no new digest."""
     node, desk, _ = exported
     request, answer = node.carried / "bundle.json", tmp_path / "answer.json"
     assert desk.run("sign", request, "-o", answer).returncode == 0

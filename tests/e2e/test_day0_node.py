@@ -44,7 +44,7 @@ def test_a_cluster_from_nothing(tmp_path: Path, bao: OpenBao) -> None:
 
 
 def test_the_watch_notices_a_ca_key(tmp_path: Path) -> None:
-    """Whatever it is called, in a directory that was just made, and though it is gone at once."""
+    """A CA key is noticed under any name, in a new directory, and though it is gone at once."""
     pki = handmade_pki(tmp_path / "elsewhere")
     certificate, key = pki.ca_pem("ca")
     leaf = (pki.pki_dir / "apiserver.key").read_bytes()

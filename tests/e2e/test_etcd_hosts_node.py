@@ -247,7 +247,7 @@ def client_certificate(machine: Machine) -> x509.Certificate:
 
 
 def test_the_authorities_of_both_are_one(bridges: list[LiveBridge], keys: Path) -> None:
-    """What is above holds for one etcd CA, and no host has its key."""
+    """One etcd CA serves both, and no host has its key."""
     files = {(bridge.pki.pki_dir / AUTHORITIES["etcd-ca"].certificate_file).read_bytes() for bridge in bridges}
     assert files == {(keys / "etcd/ca.crt").read_bytes()}
     assert not [bridge for bridge in bridges if (bridge.pki.pki_dir / "etcd/ca.key").exists()]

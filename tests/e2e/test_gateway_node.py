@@ -57,7 +57,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayCluster
 
 
 def test_every_certificate_comes_through_the_gateway(cluster: GatewayCluster) -> None:
-    """What each kubelet uses is in an object that a gateway has signed, and in its record; OpenBao signed it."""
+    """Each kubelet's certificate is in an object that a gateway has signed, and in its audit log; OpenBao signed it."""
     working = [one for one in cluster.gateways.values() if (one.state_dir / "audit.jsonl").exists()]
     recorded = {line["object"] for one in working for line in one.audit() if line["event"] == "issued"}
     objects = gateways_objects(cluster)

@@ -134,7 +134,7 @@ json_values = st.recursive(
 def test_any_answer_of_a_server_is_a_certificate_or_our_error(
     make: Callable[[str, Secret], Backend], good: str, server: LoopbackServer, tmp_path: Path, tried: Tried
 ) -> None:
-    """Whatever status and whatever body; the good answer is a certificate."""
+    """Any status and any body give a certificate or an error of ours; the good answer is a certificate."""
     (tmp_path / "secret").write_text("ab" * 32)
     backend = make(f"http://127.0.0.1:{server.server_port}", Secret("file", str(tmp_path / "secret")))
     server.answer = (200, good.encode())  # type: ignore[attr-defined]

@@ -249,7 +249,7 @@ def test_the_issuers_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.attack("G12", "G17")
 def test_a_watch_that_hangs_and_a_thread_that_ended_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever trouble was noted before: `/healthz` fails, so that the process is started anew."""
+    """`/healthz` fails whatever trouble was noted before, so that the process is started anew."""
     service = Quiet()
     monkeypatch.setattr("bridge.gateway.service.time.monotonic", lambda: 100.0)
     service._watching[0].trouble = "the watch broke"

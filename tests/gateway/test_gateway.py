@@ -637,7 +637,7 @@ def test_policy_and_inventory_are_read_again(
 def test_the_policy_counts_when_it_is_written(
     cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path
 ) -> None:
-    """What was allowed when the CA was asked, and is not when its answer comes, is not written; nor for a deleted node."""
+    """A certificate that the policy no longer allows when the CA's answer comes is not written; nor is one for a deleted node."""
     place = place_with(cluster, desk, tmp_path, worker, collect_every="1s")
     desk.does("wait")
     with gateways.running(place) as gateway:

@@ -150,7 +150,7 @@ def test_every_right_is_needed(api: ApiServer, gateway: ApiClient, tried: Callab
 
 
 def test_nothing_else_is_allowed(api: ApiServer, gateway: ApiClient, tried: Callable[[str, int], None]) -> None:
-    """What an attacker would do with the gateway's token is forbidden; an administrator's twin of each is not."""
+    """An attacker's uses of the gateway's token are forbidden; an administrator's twin of each is not."""
     other = api.admin.create_csr(node_csr(), "example.com/other", ["client auth"]).document["metadata"]["name"]
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"},
            "spec": {"containers": [{"name": "x", "image": "x"}]}}  # fmt: skip

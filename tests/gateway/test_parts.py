@@ -178,7 +178,7 @@ def test_a_job_that_is_due_wakes_one_thread_and_not_all() -> None:
 
 
 def test_a_flood_does_not_fill_the_memory() -> None:
-    """What does not fit is left to the API server, and that is known."""
+    """Requests that do not fit are left to the API server, and the queue knows it."""
     line = Queue()
     for number in range(queue.MOST_JOBS):
         line.put(replace(one(f"u{number}"), size=100), no_node)

@@ -224,7 +224,7 @@ _LABEL = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
 
 @given(a=st.tuples(_LABEL, _LABEL, _LABEL), b=st.tuples(_LABEL, _LABEL, _LABEL))
 def test_two_accounts_never_have_one_id(a: tuple[str, str, str], b: tuple[str, str, str]) -> None:
-    """Whatever namespaces and service accounts are called; the same pair has the same one in each pod."""
+    """Two service accounts never share an ID, whatever their names; the same one has the same ID in each pod."""
     rules = policy.parse(pods.POLICY).pod_signers[SIGNER]
     ids = [rules.names(Who(namespace=n, service_account=s, pod=p, pod_uid=p), None) for n, s, p in (a, b)]
     assert (ids[0] == ids[1]) is (a[:2] == b[:2])

@@ -201,7 +201,7 @@ mount = "etcd"
 
 
 def test_a_secret_that_is_in_no_file_is_refused(tmp_path: Path) -> None:
-    """What can't go into the pod is named."""
+    """A secret that can't go into the pod is named."""
     config = tmp_path / "config.toml"
     config.write_text(f"""\
 [gateway]

@@ -52,7 +52,7 @@ def test_every_exit_code_counts_as_something() -> None:
 
 
 def test_it_outlives_a_run(tmp_path: Path) -> None:
-    """What is written is what is read."""
+    """The next run reads what one has written."""
     file = history_file(Store(tmp_path))
     assert file.read() is None
     file.put(nights(0, 1))

@@ -253,7 +253,7 @@ def test_the_directory_may_be_the_monitors(tmp_path: Path) -> None:
 @as_root
 @pytest.mark.parametrize("place", ["file", "directory"])
 def test_the_monitors_links_lead_nowhere(tmp_path: Path, place: str) -> None:
-    """What it points to stays as it is, and the run says whose link it is; root's own link is followed."""
+    """A link's target stays as it is, and the run names the link's owner; root's own link is followed."""
     bridge = bridge_of(tmp_path)
     monitors, ours = tmp_path / "textfile", tmp_path / "ours"
     ours.mkdir()

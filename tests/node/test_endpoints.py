@@ -58,7 +58,7 @@ def test_etcd_listens_at_its_urls() -> None:
 
 
 def test_the_name_of_an_api_server() -> None:
-    """What it advertises, else where it is bound; a machine's every address is no name."""
+    """The address that it advertises is its name, else the one that it is bound to; "every address" is no name."""
     assert endpoints.name({"--advertise-address": "192.0.2.10", "--bind-address": "192.0.2.11"}) == "192.0.2.10"
     assert endpoints.name({"--bind-address": "192.0.2.11"}) == "192.0.2.11"
     assert endpoints.name({"--bind-address": ALL}) is None

@@ -175,7 +175,7 @@ UNREADABLE: dict[str, str | bytes] = {
 
 @pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE.keys())
 def test_refuses_to_read(text: str | bytes) -> None:
-    """What kubeadm could not use, or what we could not read the same way, is refused; the plain file is read."""
+    """A file that kubeadm could not use, or that we could not read the same way, is refused; the plain file is read."""
     assert parse(PLAIN.encode()).user == "kubernetes-admin"
     with pytest.raises(KubeconfigError):
         parse(text.encode() if isinstance(text, str) else text)
@@ -202,7 +202,7 @@ UNEDITABLE = {
 
 @pytest.mark.parametrize("text", UNEDITABLE.values(), ids=UNEDITABLE.keys())
 def test_refuses_to_edit(text: str) -> None:
-    """What can be read but not edited in one place alone is refused; the plain file is edited."""
+    """A file that can be read but not edited in one place alone is refused; the plain file is edited."""
     assert parse(text.encode()).user == "kubernetes-admin"
     assert parse(text.encode()).not_editable is not None
     assert parse(PLAIN.encode()).not_editable is None
@@ -350,7 +350,7 @@ def flow_kubeconfigs(draw: st.DrawFn) -> tuple[str, str]:
 @settings(deadline=None)
 @given(st.one_of(block_kubeconfigs(), flow_kubeconfigs()))
 def test_only_the_two_values_change(case: tuple[str, str]) -> None:
-    """Whatever the style of a kubeconfig, all bytes but those of the two values stay."""
+    """In a kubeconfig of any style all bytes but those of the two values stay."""
     before, after = case
     try:
         parsed = parse(before.encode())
@@ -385,7 +385,7 @@ YAML_PIECES = st.sampled_from(
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(PLAIN)), st.integers(0, 3), YAML_PIECES), max_size=4))
 def test_a_damaged_kubeconfig_is_edited_rightly_or_refused(damages: list[tuple[int, int, str]]) -> None:
-    """Whatever one types into a kubeconfig: two values change and the rest says the same, or it is refused."""
+    """In any damaged kubeconfig two values change and the rest says the same, or it is refused."""
     text = PLAIN
     for place, length, piece in damages:
         text = text[:place] + piece + text[place + length :]
@@ -412,7 +412,7 @@ TWO_USERS = PLAIN + PLAIN.partition("users:\n")[2].replace("name: ", "name: seco
 
 @given(st.lists(st.tuples(st.integers(0, len(TWO_USERS)), st.integers(0, 3), YAML_PIECES), max_size=4))
 def test_users_of_a_damaged_kubeconfig_are_edited_rightly_or_refused(damages: list[tuple[int, int, str]]) -> None:
-    """Whatever one types into a file with several: those that are named change, the others are as they were."""
+    """In a damaged file with several users the named ones change and the others stay, or it is refused."""
     text = TWO_USERS
     for place, length, piece in damages:
         text = text[:place] + piece + text[place + length :]

@@ -93,7 +93,7 @@ def test_a_broken_configuration_is_reported(tmp_path: Path, config: str) -> None
 
 @given(config=st.text(), flags=st.text())
 def test_whatever_is_there_can_be_looked_at(tmp_path_factory: pytest.TempPathFactory, config: str, flags: str) -> None:
-    """What is on a node is never an error."""
+    """No file on a node makes the look an error."""
     directory = tmp_path_factory.getbasetemp() / "any"
     found = load(directory, config.replace("\ud800", ""), f"KUBELET_KUBEADM_ARGS={flags}")
     assert found.serving in ("made", "named", "asked")
@@ -206,7 +206,7 @@ def test_a_form_that_is_not_kubeadms_is_left_alone(text: str, wanted: bool) -> N
 
 @given(st.dictionaries(st.text(max_size=5), st.text(max_size=5) | st.booleans() | st.lists(st.integers())))
 def test_no_other_value_ever_changes(values: dict[str, object]) -> None:
-    """Whatever kubelets have in it: on and off again means the same."""
+    """For any kubelet configuration, on and off again means the same."""
     text = yaml.safe_dump({"kind": "x", **{key: one for key, one in values.items() if key != "serverTLSBootstrap"}})
     try:
         on = asking(text, wanted=True)

@@ -22,7 +22,7 @@ _VALUES: st.SearchStrategy[Any] = st.recursive(
 
 @given(_VALUES)
 def test_what_was_written_is_read(value: object) -> None:
-    """Whatever PyYAML writes comes back as it was."""
+    """All that PyYAML writes is read back unchanged."""
     assert document(yaml.safe_dump(value)).plain() == value
 
 

@@ -333,7 +333,7 @@ def field_name(path: tuple[str | int, ...]) -> str:
 
 
 def test_each_field_that_is_changed_is_noticed(either: Bundle) -> None:
-    """Whatever is changed to another good value, the digest does not fit any more."""
+    """The digest does not fit any field that was changed to another good value."""
     value = document(either)
     swap_csr = {"csr": lambda _: new_csr(_leaf(either)).public_bytes(Encoding.PEM).decode()}
     tried = set()
@@ -834,7 +834,7 @@ def test_a_person_sees_who_would_be_held_back_by_no_rule(pki: Pki) -> None:
 
 
 def test_a_refusal_is_one_line_whatever_the_reason() -> None:
-    """What a CA says can't steer the node's terminal, nor break the bundle."""
+    """A CA's words can't steer the node's terminal, nor break the bundle."""
     assert bundles.refusal("a\nb\x1b[31m").reason == "a b [31m"
     assert bundles.refusal("\n").reason == "no reason was given"
     assert len(bundles.refusal("x" * 5000).reason) == bundles.LONGEST_TEXT

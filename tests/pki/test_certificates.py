@@ -83,7 +83,7 @@ READABLE = {
 
 @pytest.mark.parametrize("data", READABLE.values(), ids=READABLE.keys())
 def test_reads(data: bytes) -> None:
-    """What Go's reader makes certificates of, in their order."""
+    """Every form that Go's reader takes is read, in its order."""
     assert load_pem_certificates(data) == [ROOT.certificate, OTHER.certificate]
 
 
@@ -268,7 +268,7 @@ def test_names() -> None:
 
 
 def test_damaged_extensions_are_a_value_error() -> None:
-    """Whatever the library calls it."""
+    """A damaged extension is a ValueError, whichever error the library raises."""
     good = x509.UnrecognizedExtension(ObjectIdentifier("1.2.3"), b"x")
     bad = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), b"\x30\x05nonsense")
     assert extension(certificate(good), x509.SubjectAlternativeName) is None
@@ -289,7 +289,7 @@ FORMS |= {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_certificates_are_read_in_every_form_that_cas_send(form: str) -> None:
-    """Whatever the file is called; one certificate by itself as DER, too."""
+    """Certificates are read under any file name; a single one as DER, too."""
     assert set(certificates_in(FORMS[form])) == {ROOT.certificate, OTHER.certificate}
     assert certificates_in(UNREADABLE["DER"]) == [ROOT.certificate]
 

@@ -193,7 +193,7 @@ _NAMES = st.lists(
 
 @given(_ATTRIBUTES, _NAMES)
 def test_nothing_is_lost(subject: list[tuple[x509.ObjectIdentifier, str]], sans: list[x509.GeneralName]) -> None:
-    """Whatever is in the certificate is in the CSR, as often."""
+    """The CSR has every name of the certificate, as often."""
     certificate = live(x509.Name([x509.NameAttribute(oid, value) for oid, value in subject]), sans)
     request = built(certificate)
     assert attributes(request.subject) == attributes(certificate.subject)

@@ -187,7 +187,7 @@ def test_the_page_s_commands_find_an_unsigned_file(released: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("case", ["no key", "unknown key", "changed"])
 def test_nothing_is_built_that_could_not_be_signed(case: str, tmp_path: Path) -> None:
-    """Without a key, by a key that the project does not name, and of a tree that is no commit."""
+    """No release is built without a key, with a key that the project does not name, or of a tree that is no commit."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(releases.ROOT), str(clone)], check=True)
     shutil.copy(releases.ROOT / "scripts/release", clone / "scripts/release")

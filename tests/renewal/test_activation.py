@@ -397,7 +397,7 @@ def test_what_was_renewed_meanwhile_stays(site: Site) -> None:
 
 
 def test_a_restart_back_that_fails_keeps_no_other_one_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was not tried because of it is restarted by the next run."""
+    """The next run restarts the components that were not tried because of it."""
     before = site.files()
     failing(site, monkeypatch, MANAGER)
     commands = dict(site.settings.restart.commands)
@@ -463,7 +463,7 @@ def test_a_restart_back_that_fails_is_tried_again(site: Site, monkeypatch: pytes
 
 
 def test_what_earlier_runs_had_restarted_is_restarted_back_too(site: Site) -> None:
-    """Without manifests nothing but our own memory tells."""
+    """Without manifests only our own state knows which components were restarted."""
     first = restarts.restart_all
 
     def restart_all(_: list[Component], *args: object, **given: object) -> list[restarts.Restarted]:

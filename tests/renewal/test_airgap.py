@@ -104,7 +104,7 @@ def loose(node: Node, name: str, *, spec: str = "", end: timedelta = timedelta(d
 
 
 def test_the_whole_walk(node: Node, desk: Desk) -> None:
-    """What is due goes out in one file and comes back in one; every pair is new and fits."""
+    """All due requests go out in one file and come back in one; every pair is new and fits."""
     before = node.live()
     exported = node.export()
     assert {request.name for request in exported.requests} == set(before)
@@ -540,7 +540,7 @@ def test_a_chain_is_put_in_order(tmp_path: Path) -> None:
 
 
 def test_of_several_answers_the_latest_certificate_counts(node: Node, desk: Desk) -> None:
-    """Whatever the files are called, and although a refusal lies beside them."""
+    """The latest certificate counts under any file name, and although a refusal lies beside it."""
     node.export(FRONT)
     answered = read_answer(sign(desk, node))
     (node.carried / "answer.json").unlink()
@@ -720,7 +720,7 @@ def test_nothing_steers_the_terminal(node: Node) -> None:
 
 
 def test_nothing_in_the_inbox_steers_the_terminal(node: Node) -> None:
-    """What backend `exchange` says of a file there is shown by `renew`, kept, and shown by `pending list`."""
+    """`renew` shows and keeps the words of backend `exchange` about a file there, and `pending list` shows them."""
     _, inbox = node.add_exchange()
     assert node.run("renew", FRONT).returncode == 4
     (inbox / "\x1b]0;owned\x07.json").write_text("{}")
@@ -943,7 +943,7 @@ def test_cron_waits_for_what_a_person_has(tmp_path: Path, left: int, stderr: str
 
 
 def test_a_backend_that_is_set_up_signs_the_same_key(node: Node, desk: Desk) -> None:
-    """What was exported can be had online after all; the carried answer comes too late, and is refused."""
+    """An exported request can be signed online after all; the carried answer comes too late, and is refused."""
     node.export("apiserver")
     answer = sign(desk, node)
     key = node.open()["apiserver"].key_pem

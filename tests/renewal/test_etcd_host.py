@@ -90,7 +90,7 @@ def test_a_host_of_etcd_is_known_by_its_files(make: Make) -> None:
 
 @pytest.mark.slow
 def test_kubeadms_own_files_are_one(tmp_path: Path) -> None:
-    """What the real kubeadm's phases leave, run as its page on a highly available etcd has it, is such a host."""
+    """The files of kubeadm's own phases, run as its page on a highly available etcd has it, are such a host."""
     pki = kubeadm_pki(tmp_path / "node", algorithm="ECDSA-P256")
     shutil.rmtree(pki.pki_dir)
     for path in pki.kubeconfig_dir.glob("*.conf"):

@@ -345,7 +345,7 @@ def test_what_is_owed_has_a_limit(make: Make, node: Node, store: Store, capsys: 
 
 
 def test_a_crash_between_installation_and_hook_is_made_good(make: Make, node: Node, log: Path) -> None:
-    """What is owed was written before the installation."""
+    """The hook was recorded before the installation, and runs afterwards."""
     line = shell(f"echo $CA_BRIDGE_NAMES >{log}", "after_install")
     make(line).installing(renewed(node))  # and then the machine goes down, with the new certificate in place
     assert make(line, run_id="bbbbbbbb").again(node) == []
@@ -362,7 +362,7 @@ def test_a_crash_before_the_installation_leaves_no_hook(make: Make, node: Node, 
 
 
 def test_after_the_installation_the_hook_runs_once(make: Make, node: Node, store: Store, log: Path) -> None:
-    """What was written before is the same hook."""
+    """The hook that was recorded before the installation is the same one, and runs once."""
     hooks = make(shell(f"echo x >>{log}", "after_install"))
     hooks.installing(renewed(node))
     assert len(owed(store)) == 1

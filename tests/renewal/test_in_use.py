@@ -202,7 +202,7 @@ def test_a_component_that_is_not_seen_is_not_in_use(
 
 
 def test_without_a_manifest_nothing_is_owed(site: Site) -> None:
-    """What does not run here as a static pod is not waited for: nothing could tell."""
+    """A component that does not run here as a static pod is not waited for, since its state is unknown."""
     (site.pki.kubeconfig_dir / "manifests/kube-scheduler.yaml").unlink()
     assert site.renew(SCHEDULER).exit_code == Exit.DONE
     assert site.hooks == ["success"]

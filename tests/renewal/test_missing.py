@@ -188,7 +188,7 @@ def stable(text: str) -> str:
 
 
 def test_never_by_guess(site: Site) -> None:
-    """Without a source, with a source for another node, or with one that lacks a fact, nothing is asked or written."""
+    """A request without a source, with a source for another node, or without a fact is neither sent nor written."""
     site.remove(KUBELET_CLIENT, "apiserver")
     cases = [
         (1, [], "--kubeadm-config FILE"),

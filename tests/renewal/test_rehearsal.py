@@ -187,7 +187,7 @@ def test_the_table_of_a_next_ca() -> None:
 
 
 def test_an_open_request_is_left_alone(node: Pki, tmp_path: Path) -> None:
-    """What a person has before him is not asked for again, and is there afterwards."""
+    """A rehearsal does not send a request again that waits for a person, and leaves it as it is."""
     bridge = bridge_of(node, tmp_path)
     bridge.add("backend.people", {"type": "exec", "command": [str(exec_programs.person(tmp_path / "people"))]})
     bridge.tables = [table.replace('"front-proxy-ca-desk"\n', '"people"\n') if "[authority." in table else table

@@ -32,7 +32,7 @@ def test_a_finding_means(state: ProofState, postponed: bool, ours: bool, new: bo
 
 
 def test_each_wrong_finding_has_one_row_and_a_good_one_none() -> None:
-    """Whatever the restarts are; and what was so before the installation is never held against it."""
+    """Each wrong finding has one row for every kind of restart; a fault from before the installation never counts against it."""
     for postponed, ours, new in product(YES_OR_NO, repeat=3):
         for state in WELL:
             assert meaning(state, postponed=postponed, ours=ours, new=new) is None

@@ -227,7 +227,7 @@ def test_windows_that_can_not_matter_are_known(text: str, before: timedelta, *, 
 
 
 def test_a_certificate_that_has_expired_waits_for_nothing() -> None:
-    """Whatever the window says."""
+    """An expired certificate is renewed outside the window, too."""
     assert may_act(NOW, windows("Sat 02:00-02:01"), BERLIN, NOW - DAY).act
 
 
@@ -338,7 +338,7 @@ def test_within_the_window_what_is_due_is_renewed(now: datetime) -> None:
 
 
 def test_nothing_due_waits_for_nothing() -> None:
-    """Whatever failed by itself stays."""
+    """A selection with nothing due passes unchanged."""
     nothing = Selection(items=(), failed=(), skipped=("x",))
     assert hold_for_window(nothing, SATURDAYS, WEDNESDAY) == nothing
 

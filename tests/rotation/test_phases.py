@@ -120,7 +120,7 @@ def test_a_renewed_ca_takes_one_step() -> None:
 
 @given(st.lists(st.sampled_from([0, 1, 2]), max_size=4), st.sampled_from([0, 1, 2, None]))
 def test_any_files_have_a_standing(order: Sequence[int], signer: int | None) -> None:
-    """Whatever a CA file holds: a phase, or the differences from the nearest."""
+    """Any CA file has a phase, or a list of differences from the nearest."""
     found = standing(seen(tuple(cas()[n].certificate for n in order), signer=signer), change())
     assert (found.phase is None) == bool(found.odd)
 

@@ -177,7 +177,7 @@ def test_a_new_ca_that_can_not_work_is_refused_before_anything_moves(settings: S
 def test_a_ca_above_the_one_that_signs_is_not_trusted_unless_the_settings_say_so(
     settings: Settings, pki: Pki, tmp_path: Path
 ) -> None:
-    """What it signs for others would be users of this cluster; the backend says which certificate signs."""
+    """Holders of its other certificates would be users of this cluster; the backend says which certificate signs."""
     before, ca = contents(pki), settings.authorities["ca"]
     signing = Signer.load(*(Path(ca.next["dir"], name).read_bytes() for name in ("ca.crt", "ca.key")))
     above = Signer.make(

@@ -152,7 +152,7 @@ def test_a_line_made_up_and_put_in_is_found(store: Store) -> None:
 
 
 def test_a_lost_head_is_found(store: Store) -> None:
-    """Without it a cut end could not be."""
+    """A missing head is found, because without it a cut end could not be."""
     append(store, 2)
     store.audit_head.unlink()
     assert found(store) == {("no head", 0, 0)}

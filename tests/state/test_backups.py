@@ -390,7 +390,7 @@ def _live_instead(node: Pki, name: str, **changes: Any) -> None:
 def test_a_backup_that_would_not_be_installed_today_needs_force(
     subject: str, changes: dict[str, Any], run: Run, node: Pki, store: Store
 ) -> None:
-    """What was live before the first renewal may have been wrong; the refusal names it and is recorded."""
+    """The certificate from before the first renewal may have been wrong; the refusal names the fault and is recorded."""
     _live_instead(node, "apiserver", **changes)
     old = files(node)
     renewed(run)
@@ -444,7 +444,7 @@ def _allow_ou(config: Path) -> None:
 def test_a_backup_from_before_a_ca_added_its_attribute_is_taken(
     run: Run, node: Pki, store: Store, config: Path
 ) -> None:
-    """What the settings allow a CA to add may be missing, too; without the exception it needs force."""
+    """An attribute that the settings allow a CA to add may be missing, too; without the exception it needs force."""
     renewed(run, "apiserver")
     _live_instead(node, "apiserver", subject=issuing.name(*WITH_OU))
     assert [problem.subject for problem in problems(store, node)] == ["subject"]
@@ -749,7 +749,7 @@ def test_the_lock_of_a_killed_run_is_free_at_once(programs: Programs, slow_ca: P
 @pytest.mark.attack("N23")
 @pytest.mark.parametrize("is_numbered", [True, False], ids=["ours", "an earlier version's"])
 def test_the_newest_is_the_last_that_was_made(run: Run, store: Store, node: Pki, is_numbered: bool) -> None:
-    """Whatever the clock said at one renewal; those of earlier versions have their dates alone."""
+    """The last backup is the newest, even if the clock was wrong at a renewal; those of earlier versions have only their dates."""
     live = [node.pki_dir / "apiserver.crt"]
     ahead = renewed(run, "apiserver")
     between = live[0].read_bytes()

@@ -567,7 +567,7 @@ def cut_off(settings: Settings, module: str, name: str, *, after: bool) -> None:
 def test_after_a_kill_all_is_old_or_all_is_new(
     node: Pki, home: Path, tmp_path: Path, module: str, name: str, after: bool
 ) -> None:
-    """What the next command that writes leaves: the copy holds what is live, and nothing lies beside it."""
+    """After the next command that writes the copy holds the live certificate, and nothing lies beside it."""
     copy = given(node, home / "config")
     old = pair(copy)
     settings = settings_with(node, tmp_path, copy)
@@ -614,7 +614,7 @@ def test_odd_lists_are_refused(files: str) -> None:
 
 
 def test_a_look_changes_nothing(node: Pki, home: Path, tmp_path: Path) -> None:
-    """What each copy holds, and what speaks against it."""
+    """The look reports what each copy holds, and what is wrong with it, and changes no file."""
     good, bad, other = given(node, home / "config"), home / "pipe", given(node, home / "s", name="scheduler.conf")
     os.mkfifo(bad)
     settings = settings_with(node, tmp_path, good, bad, other, home / "none")

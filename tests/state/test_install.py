@@ -96,7 +96,7 @@ def test_recover_removes_what_was_half_written(store: Store, name: str) -> None:
 
 
 def test_recover_leaves_alone_what_is_not_ours(store: Store) -> None:
-    """Whatever an operator keeps beside our files; a backup of ours that was not finished goes."""
+    """An operator's files beside ours stay; an unfinished backup of ours is removed."""
     files = [".vault-token", ".journal.json.swp", ".notes.abcdefgh", ".journal.json"]
     for name in files:
         (store.directory / name).write_text("kept")

@@ -119,7 +119,7 @@ def test_its_backups_are_put_back(root: Path, node: Pki, run: Run) -> None:
 
 
 def test_all_kinds_of_files_are_among_them(root: Path) -> None:
-    """Without a digest each; what is written from now on has one."""
+    """The old files have no digest, and each that is written from now on has one."""
     store = Store(root / "state")
 
     def digests() -> dict[str, bool]:

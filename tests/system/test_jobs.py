@@ -320,7 +320,7 @@ def test_which_cron_runs(tmp_path: Path) -> None:
 
 @pytest.mark.attack("N29")
 def test_a_crontab_that_nothing_would_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a cron, and for a user that is not there; the twin has both."""
+    """A crontab without a cron, or for a user that is not there, is refused; the twin has both."""
     monkeypatch.setattr(jobs, "cron_runs", lambda: True)
     jobs.assert_cron_takes("root")
     with pytest.raises(BridgeError, match="wanted the job's user nobody-of-this-name") as e:

@@ -103,7 +103,7 @@ def test_a_line_says_what_it_is_about(bridge: Bridge) -> None:
     ],
 )
 def test_the_look_at_lines_can_fail(change: dict[str, object]) -> None:
-    """What the schema forbids is found; the line that it is made from is fine."""
+    """A line that the schema forbids is found; the line that it is made from is fine."""
     line = {"time": "2026-11-26T01:00:00.123+00:00", "level": "error", "run": "0123abcd", "message": "x"}
     assert list(violations(line, SCHEMA)) == []
     assert list(violations({**line, **change}, SCHEMA))

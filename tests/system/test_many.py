@@ -131,7 +131,7 @@ def test_all_are_on_disk_before_the_first_gets_its_name(tmp_path: Path, monkeypa
 
 
 def test_only_files_under_such_names_are_removed(tmp_path: Path) -> None:
-    """What a killed process has left; directories, links and finished files stay."""
+    """The files of a killed process are removed; directories, links and finished files stay."""
     (tmp_path / ".a.json.x1").write_bytes(b"{")
     (tmp_path / ".b.json.x2").mkdir()
     (tmp_path / ".c.json.x3").symlink_to(tmp_path / "nowhere")

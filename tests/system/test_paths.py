@@ -54,7 +54,7 @@ def test_what_others_can_write_to_is_named(place: Path, up: int, mode: int) -> N
 @needs_root
 @pytest.mark.parametrize("up", [0, 1, 2])
 def test_what_belongs_to_another_user_is_named(place: Path, up: int) -> None:
-    """Whatever its mode is: an owner can change that."""
+    """Another user's file is named with any mode, since its owner can change that."""
     one = [place, *place.parents][up]
     os.chown(one, SOMEBODY, 0)
     found = exposure(place)

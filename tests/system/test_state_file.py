@@ -75,7 +75,7 @@ def test_an_earlier_version_wrote_no_digest(path: Path) -> None:
 
 
 def test_every_flipped_bit_is_noticed(path: Path) -> None:
-    """What is read is what was written, or nothing; spaces between values are no content."""
+    """A read gives the written value or an error; spaces between values are no content."""
     whole = sealed(DOCUMENT)
     noticed = 0
     for bit in range(len(whole) * 8):
@@ -124,7 +124,7 @@ def test_damage_is_what_its_policy_says(
 def test_what_cannot_be_read_now_is_neither_damaged_nor_none(
     path: Path, policy: OnDamage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever its policy is it stays, and is read when the disk can read it again."""
+    """A file that can't be read now stays, with any policy, and is read when the disk works again."""
     one = file(path, policy)
     one.replace(DOCUMENT)
 
@@ -165,7 +165,7 @@ def test_a_line_is_the_same_on_one_line() -> None:
 
 
 def test_a_digest_is_of_the_order_too() -> None:
-    """What came last may mean the newest."""
+    """The digest covers the order, since the last one may count as the newest."""
     swapped = dict(reversed(DOCUMENT.items()))
     assert unsealed(sealed(swapped), KEYS) == DOCUMENT
     mixed = json.loads(sealed(DOCUMENT)) | {"digest": json.loads(sealed(swapped))["digest"]}

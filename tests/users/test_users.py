@@ -204,7 +204,7 @@ def _names(draw: st.DrawFn) -> str:
 
 @given(name=_names(), group=_names())
 def test_no_reserved_name_gets_past(name: str, group: str) -> None:
-    """Whatever its case or length, and no control character, comma or blank does."""
+    """Reserved names of any case or length are refused, and so are control characters, commas and blanks."""
     try:
         assert_allowed(User(name=name, groups=(group,)), HOURS_8, UserSettings())
     except UserNotAllowedError as e:
