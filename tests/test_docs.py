@@ -279,7 +279,7 @@ def by_path(path: Path) -> str:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=by_path)
 def test_one_sentence_a_line(path: Path) -> None:
-    """As prose is written here, so that a change is seen sentence by sentence."""
+    """Each line of prose has one sentence, so that a change is seen sentence by sentence."""
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     prose = [line for line in text.splitlines() if not line.startswith(("|", "- ", "#", "<"))]
     assert not [line for line in prose if re.search(r"[a-z]\. [A-Z]", line)]
@@ -343,7 +343,7 @@ def broken_links(path: Path, text: str) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=by_path)
 def test_links_lead_somewhere(path: Path) -> None:
-    """To a file of the project, and to a heading in it; a twin leads nowhere."""
+    """Each link leads to a file of the project, or to a heading in it; a twin leads nowhere."""
     assert broken_links(path, path.read_text(encoding="utf-8")) == set()
     assert broken_links(path, "# A\n[x](#b), [y](gone.md), [z](#a)") == {("", "b"), ("gone.md", "")}
 
@@ -437,7 +437,7 @@ def test_the_versions_in_the_readme_are_those_that_were_tried() -> None:
 
 
 def test_each_page_begins_with_its_readers() -> None:
-    """Whether a page is theirs is what readers ask first."""
+    """Each page says first whom it is for."""
     texts = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")}
     begins = {
         name: re.sub(r"^#.*\n|<!--.*-->\n", "", text, flags=re.MULTILINE).lstrip() for name, text in texts.items()

@@ -214,14 +214,14 @@ PRIVATE = {
 
 @pytest.mark.first_use("29")
 def test_pages_speak_the_fields_english() -> None:
-    """None has a word that a stranger has to decode."""
+    """No page has a word that a stranger has to decode."""
     found = {(name, word) for name, text in PAGES.items() for word in PRIVATE if word in text}
     assert found == set()
 
 
 @pytest.mark.first_use("21")
 def test_the_air_gaps_page_says_what_to_do_when_nothing_is_due() -> None:
-    """Beside its first command."""
+    """The page says so beside its first command."""
     by_hand = PAGES["air-gap.md"].partition("## By hand")[2].partition("### ")[0]
     assert "With nothing due, `export` writes no file and says so; `ca-bridge export FILE all` asks for" in by_hand
 

@@ -168,7 +168,7 @@ def test_a_file_that_starts_nodes_says_so(tmp_path: Path) -> None:
 
 
 def test_a_skip_names_the_command_that_brings_the_program(tmp_path: Path) -> None:
-    """Who reads that a test was skipped reads how to have it run."""
+    """The message of a skipped test says how to have it run."""
     run = _pytest(tmp_path, SKIPPED_BY_A_MARK, no_skip=False)
 
     assert programs.COMMAND in run.stdout

@@ -107,5 +107,5 @@ def test_a_node_that_does_not_come_up_leaves_nothing() -> None:
 
 
 def test_down_needs_no_node() -> None:
-    """Taking down what is not there is fine."""
+    """`down` of a node that is not there succeeds."""
     Node(name=NAME, ip="198.18.77.21").down()

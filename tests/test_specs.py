@@ -31,7 +31,7 @@ def place(pki: KubeadmPki, spec: CertificateSpec) -> Path:
 
 @pytest.mark.kube
 def test_usages_and_files_are_those_of_kubeadm(pki: KubeadmPki) -> None:
-    """Exactly the EKUs that kubeadm gives, in the files that it writes."""
+    """Each certificate has exactly the EKUs that kubeadm gives, in the files that it writes."""
     for spec in PKI_SPECS.values():
         path = place(pki, spec)
         data = parse(path.read_bytes()).certificate_data if spec.kubeconfig else path.read_bytes()
@@ -52,7 +52,7 @@ def test_there_is_nothing_that_the_table_does_not_know(pki: KubeadmPki) -> None:
 
 @pytest.mark.kube
 def test_components_take_the_files_by_the_flags_of_the_table(pki: KubeadmPki) -> None:
-    """As the manifests that kubeadm renders say."""
+    """The flags are those of the manifests that kubeadm renders."""
     for spec in LISTED:
         if spec.component is None:
             continue

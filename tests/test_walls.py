@@ -433,7 +433,7 @@ def test_no_test_imports_another_test_file(path: str) -> None:
 
 
 def test_the_wall_between_test_files_can_fail() -> None:
-    """Whichever way it is imported; the kit and the counts are for all."""
+    """Each way to import is found; the kit and the counts are for all."""
     assert list(wall_of_tests("from tests.renewal.test_renew import settings_for", "tests.x"))
     assert not list(wall_of_tests("from tests.kit.renewing import Quiet\nfrom tests.counts import Tried", "tests.x"))
 

@@ -102,7 +102,7 @@ def test_a_link_in_the_archive_s_place_gets_nothing(desk_: Desk, bundle: Request
 def test_an_archive_that_others_can_change_is_refused(
     desk_: Desk, bundle: RequestBundle, tmp_path: Path, how: str
 ) -> None:
-    """Before anything is signed; a directory of the desk's own is taken."""
+    """Such an archive is refused before anything is signed; a directory of the desk's own is taken."""
     archive, elsewhere = tmp_path / "archive", tmp_path / "elsewhere"
     elsewhere.mkdir()
     if how == "link":
@@ -128,7 +128,7 @@ def test_an_archive_that_others_can_change_is_refused(
 
 @pytest.mark.parametrize("how", ["link", "file"])
 def test_what_was_judged_is_archived(desk_: Desk, bundle: RequestBundle, tmp_path: Path, how: str) -> None:
-    """Not what lies under the bundle's name by then, be it a link to the CA's key or another bundle."""
+    """The archive gets the judged bytes, not the file that lies under the bundle's name by then, be it a link to the CA's key."""
     path, secret = put(desk_, bundle), tmp_path / "ca.key"
     secret.write_bytes(b"the CA's key")
 

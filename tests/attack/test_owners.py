@@ -80,7 +80,7 @@ def _of_good(config: Path, policy: Path) -> list[Exception]:
 
 
 def test_a_state_directory_below_another_users_holds_no_keys(node: Pki, tmp_path: Path) -> None:
-    """Who owns a directory above it can put another one in its place."""
+    """The owner of a directory above it can put another one in its place."""
     assert renewed(node, tmp_path / "good", SERVER) == []
     (tmp_path / "site").mkdir()
     settings = settings_for(node, tmp_path / "site")
@@ -133,7 +133,7 @@ def test_no_link_in_another_users_directory_is_followed(node: Pki, tmp_path: Pat
 
 
 def test_what_is_no_key_is_not_replaced_by_one(node: Pki, tmp_path: Path) -> None:
-    """Before a CA is asked; an empty file, or none, is no loss."""
+    """Such a file is refused before a CA is asked; an empty file, or none, is no loss."""
     key = node.pki_dir / "etcd/server.key"
     for content, is_refused in ((b"root:*:19000:0:99999:7:::\n", True), (b"", False)):
         key.write_bytes(content)

@@ -151,7 +151,7 @@ def test_a_read_only_pki_directory(store: Store, tmp_path: Path) -> None:
 def test_an_immutable_file_or_directory_is_found_before_anything_moves(
     pki: Path, store: Store, name: str, flag: str
 ) -> None:
-    """Also by root, who may not rename over it; the hint says how to undo it."""
+    """root may not replace it either, so it is found before; the hint says how to undo it."""
     path = pki / name
     if subprocess.run(["chattr", f"+{flag}", str(path)], capture_output=True, check=False).returncode:
         pytest.skip("this file system has no immutable files; run the tests on ext4, xfs or btrfs")

@@ -106,7 +106,7 @@ def test_no_command_steers_the_terminal(config: Path) -> None:
 
 @pytest.mark.parametrize(("form", "load"), [("json", json.loads), ("yaml", yaml.safe_load)], ids=["json", "yaml"])
 def test_programs_read_the_name_as_it_is(config: Path, form: str, load: object) -> None:
-    """Escaped, and not replaced."""
+    """The name is escaped, and not replaced."""
     name = called(config)
     assert callable(load)
     found = load(run(config, ["check-expiration", "-o", form]).stdout)

@@ -616,7 +616,7 @@ class TestTls:
     # Several times, since TLS 1.3 lets us begin to write before the server says no.
     @pytest.mark.parametrize("_", range(5))
     def test_without_a_client_certificate(self, mutual: dict[str, Any], make: Make, _: int) -> None:
-        """Refused with a hint, never taken for a server that is away."""
+        """The server's refusal has a hint, and never counts as a server that is away."""
         backend = make(**{**mutual, "client_cert": None, "client_key": None})
         with pytest.raises(BackendRefusedError) as e:
             backend.sign(request(APISERVER))
@@ -626,7 +626,7 @@ class TestTls:
     def test_with_a_client_certificate_of_another_ca(
         self, mutual: dict[str, Any], make: Make, tmp_path: Path, _: int
     ) -> None:
-        """Refused."""
+        """The server refuses a client certificate of another CA."""
         other = kit.make_tls(tmp_path)
         backend = make(**{**mutual, "client_cert": other.client_cert, "client_key": other.client_key})
         with pytest.raises(BackendRefusedError) as e:

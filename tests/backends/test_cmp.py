@@ -445,7 +445,7 @@ def test_check_takes_a_server_without_general_messages(ra: kit.RegistrationAutho
 
 
 def test_check_finds_a_wrong_secret(ra: kit.RegistrationAuthority, mac: dict[str, Any], tmp_path: Path) -> None:
-    """Before anything is asked for."""
+    """A wrong secret is found before any certificate is requested."""
     (tmp_path / "secret").write_text("not the secret of the server")
     backend = make(**{**mac, "secret": Secret("file", str(tmp_path / "secret"))}, url=ra.url("ca"))
     with pytest.raises(BackendRefusedError) as e:
@@ -486,7 +486,7 @@ def test_a_later_process_goes_on(ra: kit.RegistrationAuthority, keys: dict[str, 
 
 
 def test_a_template_waits_too(ra: kit.RegistrationAuthority, waiting: str) -> None:
-    """Mode `cr`, as above."""
+    """A template in mode `cr` waits as above."""
     asked = request(SPECS["etcd-peer"])
     backend = make(url=ra.url(waiting, "wait"), mode="cr", **typed(ra.signature()))
     first = backend.sign(asked)
@@ -573,7 +573,7 @@ def test_a_dead_server_does_not_end_the_waiting(
 def test_an_unprotected_answer_does_not_end_the_waiting(
     ra: kit.RegistrationAuthority, keys: dict[str, Any], waiting: str, behaviour: str
 ) -> None:
-    """Who is on the way can keep us waiting, and not make us give up an order; the server itself can."""
+    """An attacker on the path can keep us waiting, and not make us give up an order; the server itself can."""
     asked = request()
     first = make(url=ra.url(waiting, "wait"), **keys).sign(asked)
     assert isinstance(first, Pending)
@@ -694,7 +694,7 @@ def program(directory: Path, says: str) -> str:
 def test_an_openssl_without_the_command_is_refused(
     ra: kit.RegistrationAuthority, mac: dict[str, Any], tmp_path: Path, says: str
 ) -> None:
-    """With its version, before anything is sent."""
+    """The error shows its version before anything is sent."""
     count = len(ra.requests("ca"))
     with pytest.raises(BackendRefusedError, match=r"wanted OpenSSL 3\.0"):
         make(url=ra.url("ca"), openssl=program(tmp_path, says), **mac).sign(request())
@@ -762,7 +762,7 @@ def test_no_room_for_files_is_unavailable(
 def test_a_program_that_does_not_end_is_stopped(
     mac: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With all that it started; that is "unavailable"."""
+    """The program is stopped with all that it started, and that is "unavailable"."""
     monkeypatch.setattr("backends.cmp.process._GRACE", timedelta(seconds=1))
     path = tmp_path / "slow"
     path.write_text(
@@ -822,7 +822,7 @@ def test_setup_follows_the_settings() -> None:
 
 
 def test_the_settings_that_setup_prints_load() -> None:
-    """Either of the two ways in, as it stands there."""
+    """The printed settings load with either of the two protections."""
     [file] = CmpBackend.setup(wanted_setup(url="http://ra.corp.example:8080"))
     lines = [line.lstrip("# ").split("   ")[0] for line in file.text.split("# 4.")[1].splitlines()[1:]]
     for left_out in (("client_cert", "client_key"), ("reference", "secret_file")):

@@ -193,7 +193,7 @@ def test_25_a_signer_that_the_server_does_not_know(ra: kit.RegistrationAuthority
 
 
 def test_26_a_key_of_another_certificate(ra: kit.RegistrationAuthority, signed: dict[str, Any]) -> None:
-    """Nothing is sent."""
+    """The backend sends nothing."""
     count = len(ra.requests("ca"))
     error = error_of(make(ra.url("ca"), **{**signed, "client_key": ra.directory / "foreign.key"}))
     assert "wanted the key of `client_cert`" in str(error)
@@ -344,7 +344,7 @@ def test_5_a_server_that_is_dead(mac: dict[str, Any]) -> None:
 
 
 def test_6_a_host_that_is_unknown(mac: dict[str, Any]) -> None:
-    """Unavailable: a resolver may be down."""
+    """An unknown host is unavailable, since a resolver may be down."""
     error = error_of(make("http://nosuch.invalid", **{**mac, "timeout": timedelta(seconds=1)}))
     assert type(error) is UNAVAILABLE
 
@@ -382,7 +382,7 @@ def test_33_the_wrong_scheme(ra: kit.RegistrationAuthority, mac: dict[str, Any],
 def test_34_a_tls_server_that_nothing_vouches_for(
     ra: kit.RegistrationAuthority, mac: dict[str, Any], tls: cfssl.Tls
 ) -> None:
-    """Another CA, or another name: refused; with the right ones it is taken."""
+    """A server of another CA, or with another name, is refused; the right one is taken."""
     host = ra.url("ca").removesuffix("/ca")
     with kit.front(host, tls=context(tls)) as front:
         error = error_of(make(f"{front.url}/ca", **mac, tls_ca_file=ra.directory / "others-ca.crt"))

@@ -446,7 +446,7 @@ GARBAGE: Mapping[str, Answer] = {
 @pytest.mark.parametrize("case", GARBAGE)
 @pytest.mark.usefixtures("told")
 def test_what_is_no_pkcs7_is_refused(double: kit.Double, ours: EstBackend, case: str) -> None:
-    """With what was found instead, as far as a person can read it."""
+    """The error shows what was found instead, as far as a person can read it."""
     double.answers.append(GARBAGE[case])
     e = failure(lambda: ours.sign(request(APISERVER)))
     assert isinstance(e, BackendRefusedError)
@@ -789,7 +789,7 @@ def test_a_client_certificate_that_was_taken_away(tls: kit.Tls, double: kit.Doub
 
 
 def test_an_answer_without_end(double: kit.Double, ours: EstBackend) -> None:
-    """Is given up after a megabyte."""
+    """The backend gives up an endless answer after a megabyte."""
     double.answers.append(Answer(body=b"A" * (1 << 20), times=100))
     e = failure(lambda: ours.sign(request(APISERVER)))
     assert isinstance(e, BackendRefusedError)
@@ -1032,7 +1032,7 @@ def setup_request(authority: str, **settings: Any) -> SetupRequest:
 
 
 def test_setup_is_an_ability_of_the_type() -> None:
-    """As the contract has it."""
+    """The backend's type has the ability as the contract says."""
     assert isinstance(EstBackend, SetsUp)
 
 

@@ -369,7 +369,7 @@ def test_a_bundle_that_was_damaged_in_the_outbox_is_written_anew(tmp_path: Path)
 
 @pytest.mark.parametrize("missing", ["outbox", "inbox"])
 def test_a_directory_that_is_not_there(tmp_path: Path, missing: str) -> None:
-    """Unavailable, by name: the medium may be mounted for the next run."""
+    """A missing directory is unavailable, and named, since the medium may be mounted for the next run."""
     backend, request = opened(tmp_path), asked()
     (tmp_path / missing).rmdir()
     for call in (lambda: backend.sign(request), lambda: backend.collect(request, "0" * 64), lambda: backend.check([])):

@@ -571,7 +571,7 @@ def test_a_link_to_a_program_that_others_can_change_is_not_run(tmp_path: Path) -
 
 
 def test_what_is_no_program_is_named(tmp_path: Path) -> None:
-    """Not there, not executable, without its first line, a directory, links in a circle."""
+    """A file that is missing, not executable, without its first line, a directory, or a circle of links is named."""
     refused(
         tmp_path / "nowhere", "wanted a program, found: No such file or directory", "`command` begins with its path"
     )

@@ -363,7 +363,7 @@ def test_cepces_is_run_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.toml", "cepces.toml"])
 def test_the_example_settings_load(name: str) -> None:
-    """As they are; and with each comment taken away every key is there."""
+    """They load unchanged; and with each comment mark taken away every key is there."""
     text = (EXAMPLES / name).read_text()
     settings = parse(text)
     assert set(registry.configured(settings, settings.authorities)) == {"ca", "etcd-ca", "front-proxy-ca"}
@@ -381,7 +381,7 @@ def _me() -> str:
 
 
 def test_every_script_says_whether_it_was_tried() -> None:
-    """Against a stand-in is not against the CA."""
+    """A test against a stand-in does not count as one against the CA."""
     scripts = {path.name: path.read_text() for path in EXAMPLES.iterdir() if os.access(path, os.X_OK)}
     assert len(scripts) == 4
     assert "Tried with" in scripts.pop("step-ca")

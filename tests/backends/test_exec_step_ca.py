@@ -211,7 +211,7 @@ UNKNOWN = name((NameOID.USER_ID, "x"))
 def test_setup_names_what_step_ca_can_not_sign(
     server: StepCA, profile: str, items: dict[str, x509.Certificate], found: str
 ) -> None:
-    """Before an administrator makes a provisioner that refuses it."""
+    """`setup` names it before an administrator makes a provisioner that refuses it."""
     with pytest.raises(BridgeError, match=found):
         printed(server.settings(profile=profile), items)
 

@@ -188,5 +188,5 @@ def test_a_watch_holds_no_more_than_a_line() -> None:
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_an_honest_answer_is_read(client: str) -> None:
-    """Large, in many chunks, with `100 Continue` before and a trailer behind."""
+    """A large answer in many chunks, with `100 Continue` before and a trailer behind, is read."""
     assert asked(client, honest)[0] == "200"

@@ -276,7 +276,7 @@ def test_a_no_is_reported_with_its_reason(api: ApiServer, make: Make, kind: str)
 
 @pytest.mark.kube(*SERVER)
 def test_a_foreign_object_of_the_name_is_refused(api: ApiServer, make: Make) -> None:
-    """Who takes our object's name gets nothing from us; the twin with our request is found again."""
+    """A client that takes our object's name gets nothing from us; the twin with our request is found again."""
     asked, other = request(), request()
     squatted = name_of(asked)
     api.admin.create_csr(other.csr_pem, "ca-bridge.example.com/admin.conf", ["client auth"], name=squatted)
@@ -305,7 +305,7 @@ def test_what_a_signer_should_not_write(api: ApiServer, make: Make) -> None:
 
 @pytest.mark.kube(*SERVER)
 def test_a_run_waits_a_little(api: ApiServer, make: Make) -> None:
-    """With `wait` an answer that comes soon is had by the same run."""
+    """With `wait` a run gets an answer that comes soon."""
     asked = request()
 
     def answer() -> None:
@@ -370,7 +370,7 @@ def test_credentials_are_read_again(api: ApiServer, make: Make, tmp_path: Path) 
 
 @pytest.mark.kube(*SERVER)
 def test_the_rights_that_setup_gives_are_the_ones_that_are_needed(api: ApiServer, make: Make, tmp_path: Path) -> None:
-    """With what `setup` prints all works; without `create` or `get` it says so; without `delete` the object stays."""
+    """All works with the rights that `setup` prints; without `create` or `get` it says so; without `delete` the object stays."""
     api.apply(manifests("ca-bridge.example.com/{name}"))
     token = tmp_path / "token"
     token.touch(0o600)

@@ -176,7 +176,7 @@ def test_an_answer_with_other_names_is_refused(backend: Backend, ca: Signer) -> 
 
 
 def test_the_ca_has_nothing_to_complain_of(backend: Backend) -> None:
-    """`check` finds role, profile or section as they should be."""
+    """`check` finds role, profile and section right."""
     assert getattr(backend, "check")([SPEC]) == {}  # noqa: B009
 
 
@@ -251,6 +251,6 @@ def test_what_setup_says_to_a_programs_author() -> None:
 
 
 def test_what_setup_prints_is_json() -> None:
-    """For cfssl, with a pattern that takes an empty CN."""
+    """cfssl gets JSON with a pattern that takes an empty CN."""
     profile = json.loads(json.dumps(config_beside(PODS, [PATTERNS])))["signing"]["profiles"]["peer"]
     assert profile["name_whitelist"] == r"^(|spiffe://td/ns/.*/sa/.*|.*\.svc|web.*)$"

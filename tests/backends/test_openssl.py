@@ -662,7 +662,7 @@ def test_damage_among_new_rows_is_named_by_its_line(directory: Path, tail: bytes
 
 
 def test_no_requests_no_run(tmp_path: Path) -> None:
-    """Nothing to sign is no reason to look for the CA."""
+    """Without requests the CA is not even looked for."""
     assert opened(tmp_path / "nowhere").sign_many([]) == []
 
 
@@ -788,7 +788,7 @@ class TestCertificate:
 
 @pytest.mark.first_use("9")
 def test_a_cas_folder_that_is_not_there_is_a_matter_of_this_machine(tmp_path: Path) -> None:
-    """Exit code 2, as for each file of its; no CA has said no."""
+    """The exit code is 2, as for each of its files, since no CA has refused."""
     with pytest.raises(BackendRefusedError) as e:
         opened(tmp_path / "nowhere").issuers()
     assert (e.value.exit_code, bool(e.value.hint)) == (Exit.USAGE, True)

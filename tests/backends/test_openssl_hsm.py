@@ -153,7 +153,7 @@ def test_one_login_for_a_chunk(opened: Open, tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_bad_csr_fails_alone(opened: Open) -> None:
-    """Among good ones, with a token as with a file."""
+    """A bad CSR among good ones fails alone, with a token as with a file."""
     bad = tampered(renewal())
     first, second, third = opened().sign_many([renewal(), bad, renewal(CLIENT)])
     assert isinstance(first, Issued)

@@ -1469,7 +1469,7 @@ def test_the_printed_script_knows_the_backends_settings() -> None:
 
 
 def test_the_administrators_commands_work(node: Pki, tmp_path: Path) -> None:
-    """Who follows config/vault/README.md to the letter has a server that renews all certificates of the node."""
+    """The commands of config/vault/README.md make a server that renews all certificates of the node."""
     program = openbao.program()
     assert program is not None
     blocks = re.findall(r"```sh\n(.*?)```", (CONFIG / "README.md").read_text(), re.DOTALL)

@@ -17,7 +17,7 @@ FACTS = ConfigurationFacts(name="cp-2", address="192.0.2.11")
 
 
 def test_what_decides_names_is_read() -> None:
-    """From the node's document and the cluster's."""
+    """The values come from the node's document and the cluster's."""
     found = parse(CONFIG.encode())
 
     assert (found.name, found.address, found.endpoint, found.version) == (NAME, ADDRESS, ENDPOINT, "v1.37.2")
@@ -25,7 +25,7 @@ def test_what_decides_names_is_read() -> None:
 
 
 def test_an_endpoint_without_a_port_has_kubeadms() -> None:
-    """As kubeadm reads it."""
+    """An endpoint without a port gets the one that kubeadm gives it."""
     assert parse(CONFIG.replace(":6443", "").encode()).endpoint == "api.example.com:6443"
 
 

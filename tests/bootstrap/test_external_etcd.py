@@ -116,7 +116,7 @@ def test_without_tls_there_is_no_pair(node: NewNode) -> None:
 
 
 def test_copies_bring_the_pair_back(node: NewNode, tmp_path: Path) -> None:
-    """With the modes that it had; after `kubeadm reset` no CA is asked."""
+    """The pair comes back with its modes; after `kubeadm reset` no CA is asked."""
     keep = tmp_path / "kept"
     assert node.init("--keep", keep, config=config(node)).returncode == 0
     before = files(node)

@@ -316,7 +316,7 @@ def test_nothing_counts_as_right_that_was_not_compared(copy: NewNode, wanted: st
 
 @pytest.mark.parametrize("name", ["sa.key", "etcd/server.key"])
 def test_kubeadm_does_not_notice(copy: NewNode, name: str) -> None:
-    """Why we look: kubeadm's own checks and phases pass without these."""
+    """kubeadm's own checks and phases pass without these files, which is why we check them."""
     (copy.places.pki / name).unlink()
 
     assert copy.phase("certs", "all").returncode == 0
@@ -544,7 +544,7 @@ def test_copies_replace_no_other_file(node: NewNode) -> None:
 
 
 def test_copies_of_another_configuration_are_not_used(node: NewNode) -> None:
-    """They would have other names."""
+    """Such copies would have other names."""
     keep = node.directory / "kept"
     assert node.init("--keep", keep).returncode == 0
     node.wipe()

@@ -66,7 +66,7 @@ def shared(first: NewNode) -> bytes:
 def test_a_key_is_written_into_no_file_that_others_can_read(
     first: NewNode, tmp_path: Path, mode: int, words: list[str], code: int
 ) -> None:
-    """As into no terminal; a worker's part has no key in it."""
+    """The key goes to no such file and to no terminal; a worker's part has no key in it."""
     path = tmp_path / "shared.json"
     path.touch()
     path.chmod(mode)
@@ -156,7 +156,7 @@ def test_the_kubelets_link_comes_with_its_file(first: NewNode, other: NewNode, t
 @pytest.mark.attack("G13")
 @pytest.mark.parametrize("change", ["nothing", "one file more", "another place", "a looser mode"])
 def test_copies_write_this_nodes_files_alone(first: NewNode, other: NewNode, change: str) -> None:
-    """Who can change the copies gets no file of his own written, and no key opened for others."""
+    """A user who can change the copies can't have another file written, nor a key opened for others."""
     given, keep = first.run("share", "--worker").stdout.encode(), other.directory / "kept"
     join = ("join", "--worker", "--shared", "-", *WORKER, "--keep", keep)
     assert other.run(*join, given=given).returncode == 0
@@ -583,7 +583,7 @@ def test_an_order_survives_being_carried(shared: bytes) -> None:
 
 
 def test_a_key_is_not_printed_on_a_terminal(first: NewNode) -> None:
-    """Scrollback and screen recordings are no place for it."""
+    """A terminal's scrollback and recordings would keep the key."""
     run = subprocess.run(
         ["script", "-qec", " ".join(first.command("share")), "/dev/null"], capture_output=True, text=True, check=False
     )

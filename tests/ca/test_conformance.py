@@ -196,7 +196,7 @@ FAULTS: dict[str, tuple[type[GoodBackend], Callable[[Trial], None]]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_check_can_fail(fault: str) -> None:
-    """With the backend that has its fault."""
+    """Each check fails with the backend that has its fault."""
     faulty, check = FAULTS[fault]
     with pytest.raises(BridgeError):
         check(trial(faulty()))
@@ -244,7 +244,7 @@ class NeverAskedAgain(WithoutExtras):
 
 
 def test_an_answer_that_comes_later_is_waited_for() -> None:
-    """As long as there is patience; who can't be asked again does not conform."""
+    """The trial waits as long as its patience; a backend that can't be asked again does not conform."""
     patient = trial(Later(), patience=timedelta(minutes=5))
     assert patient.signed(patient.request(SPECS["apiserver"])).leaf in patient.issued
     hasty = trial(Later())

@@ -114,7 +114,7 @@ def suite(directory: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_worked_example_passes_the_suite(installed: Path) -> None:
-    """As it is printed, and as pip installs it."""
+    """The example passes as it is printed, and as pip installs it."""
     run = suite(installed)
     assert run.returncode == 0, run.stdout
     passed = re.search(r"(\d+) passed", run.stdout)

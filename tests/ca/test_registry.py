@@ -54,7 +54,7 @@ def test_our_own_come_in_by_entry_point() -> None:
 
 
 def test_an_unknown_type_names_the_installed_ones() -> None:
-    """With the line of the key."""
+    """The error has the installed types and the key's line."""
     [problem] = problems('[backend.desk]\ntype = "opensl"\n[authority.ca]\nbackend = "desk"\n', "ca")
     assert (problem.key, problem.line) == ("backend.desk.type", 2)
     assert problem.wanted == f"an installed backend type: {', '.join(sorted(registry.installed()))}"
@@ -117,7 +117,7 @@ def test_a_plugin_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_authoritys_keys_add_to_its_backends_and_override_them() -> None:
-    """Tables within tables, too."""
+    """An authority's keys override its backend's, in inner tables, too."""
     text = f'{DESK}dir = "/srv/other"\ntimeout = "5s"\n'
     configured = registry.configured(parse(text), ["ca"])["ca"]
     assert configured.label == "desk (openssl)"
@@ -194,7 +194,7 @@ def test_secrets_are_read_from_their_place(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_selector_prefers_names_to_usages_to_the_pattern() -> None:
-    """As the settings' tables of exceptions say."""
+    """The order is that of the settings' tables of exceptions."""
     select = Selector("k-{name}-{usage}", {"peer": "member", "etcd-server": "server"})
     chosen = {name: select(SPECS[name]) for name in ("etcd-server", "etcd-peer", "admin.conf")}
     assert chosen == {"etcd-server": "server", "etcd-peer": "member", "admin.conf": "k-admin.conf-client"}
@@ -245,7 +245,7 @@ def test_unavailable_is_asked_again_with_the_same_csr(asked: SignRequest, issued
 
 
 def test_refused_is_not_asked_again(asked: SignRequest, issued: Issued) -> None:
-    """Trying again cannot help."""
+    """A refusal is final, since another try cannot help."""
     backend = _Flaky(1, issued, lambda: BackendRefusedError("no"))
     assert [type(answer) for answer in ask(backend, [asked], 30)] == [BackendRefusedError]
     assert len(backend.calls) == 1

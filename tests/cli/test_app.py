@@ -110,7 +110,7 @@ def test_the_result_as_json(run: Run, node: Pki) -> None:
 
 
 def test_plan_says_what_renew_would_do_and_does_nothing(run: Run, node: Pki, tmp_path: Path) -> None:
-    """Exit 3 when something is due; `renew --dry-run` is the same."""
+    """The exit code is 3 when a certificate is due; `renew --dry-run` is the same."""
     before = leaf_serial(node)
     texts = [run(*args) for args in (("plan",), ("renew", "--dry-run"))]
     assert {text.exit_code for text in texts} == {3}
@@ -137,7 +137,7 @@ def test_a_missing_certificate_is_named_and_the_others_are_renewed(run: Run, nod
 
 
 def test_a_broken_certificate_is_an_error_in_every_run(run: Run, node: Pki) -> None:
-    """Also when nothing else is due: it is not silently left behind."""
+    """A broken certificate is reported also when nothing else is due."""
     assert run("renew").exit_code == 0
     path = node.pki_dir / "etcd/peer.crt"
     good = path.read_bytes()
@@ -164,7 +164,7 @@ def test_a_broken_certificate_is_an_error_in_every_run(run: Run, node: Pki) -> N
     ],
 )
 def test_usage_errors_are_2(run: Run, args: tuple[str, ...]) -> None:
-    """With a word on what was wanted."""
+    """The message says what was wanted."""
     result = run(*args)
     assert result.exit_code == 2
     assert "wanted" in result.stderr or "Usage:" in result.stderr
@@ -172,7 +172,7 @@ def test_usage_errors_are_2(run: Run, args: tuple[str, ...]) -> None:
 
 
 def test_a_settings_error_is_2_with_file_and_line(run: Run, config: Path) -> None:
-    """Before anything is asked or made."""
+    """The error comes before any request or file."""
     config.write_text(config.read_text() + '[renewal]\nvalidity = "soon"\n')
     line = len(config.read_text().splitlines())
     for command in ("renew", "plan", "doctor", "check-expiration"):
@@ -200,7 +200,7 @@ def test_a_settings_file_is_not_reported_as_missing(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_held_lock_is_9_and_names_the_holder(run: Run, tmp_path: Path) -> None:
-    """Nothing was done; when it is free the same command works."""
+    """The run does nothing; when the lock is free the same command works."""
     store = Store(tmp_path / "state")
     store.prepare()
     with lock(store.lock, "ca-bridge renew all"):
@@ -308,7 +308,7 @@ def test_doctor_finds_what_was_interrupted(run: Run, tmp_path: Path, left: str) 
 
 @pytest.mark.parametrize("ca", ["vault", "cfssl", "openssl"])
 def test_setup_prints_what_the_cas_administrator_needs(run: Run, ca: str) -> None:
-    """For one authority; it needs no settings of a backend."""
+    """The output is for one authority, and needs no settings of a backend."""
     one = run("setup", ca, "--authority", "etcd-ca")
     assert one.exit_code == 0
     assert "kube-apiserver-etcd-client" in one.stdout or ca == "openssl"
@@ -469,7 +469,7 @@ def test_settings_show_prints_settings_that_mean_the_same(text: str, monkeypatch
 
 
 def test_messages_as_json_lines(run: Run) -> None:
-    """For a log collector; results stay as they are."""
+    """Messages are JSON for a log collector; results stay as they are."""
     result = run("renew", "nonsense", "--log-format", "json")
     [line] = [json.loads(line) for line in result.stderr.splitlines()]
     assert line["level"] == "error"
@@ -533,7 +533,7 @@ def test_a_result_that_cannot_be_written_is_an_error(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user; run the tests as root")
 def test_nothing_due_for_a_user_who_may_not_look(run: Run, node: Pki, config: Path, tmp_path: Path) -> None:
-    """Into the state directory: an error of ours, and no traceback."""
+    """A closed state directory is an error of ours, and no traceback."""
     assert run("renew").exit_code == 0
     with tempfile.TemporaryDirectory() as directory:
         shutil.copytree(node.root, f"{directory}/node")

@@ -81,7 +81,7 @@ def pki(tmp_path: Path) -> KubeadmPki:
 @pytest.mark.kube
 @pytest.mark.parametrize("algorithm", ["RSA-2048", "ECDSA-P256", "ECDSA-P384"])
 def test_the_tables_of_kubeadms_own_pki(tmp_path: Path, algorithm: kit.KubeadmAlgorithm) -> None:
-    """Byte for byte the same, with and without CA keys, and with one of them."""
+    """The tables equal kubeadm's byte for byte, with and without CA keys, and with one of them."""
     pki = kubeadm_pki(tmp_path / "node", algorithm=algorithm)
     mine, theirs = side_by_side(pki)
     assert mine == theirs
@@ -100,7 +100,7 @@ def test_the_tables_of_kubeadms_own_pki(tmp_path: Path, algorithm: kit.KubeadmAl
 
 @pytest.mark.kube("kubeadm", "kubeadm-1.20")
 def test_the_tables_of_an_old_pki(tmp_path: Path) -> None:
-    """CAs with serial number 0, and no super-admin.conf."""
+    """The tables show CAs with serial number 0, and no super-admin.conf."""
     pki = with_config(kubeadm_pki(tmp_path / "node", version="1.20"))
     mine, theirs = side_by_side(pki)
     assert mine == theirs
@@ -335,7 +335,7 @@ def test_no_third_table_without_need(damaged: Pki) -> None:
     ],
 )
 def test_exit_code(node: Pki, output: str, later: timedelta, within: timedelta | None, code: int) -> None:
-    """3 tells a monitoring probe that one is due, whatever the format."""
+    """Exit code 3 tells a monitoring probe that one is due, in any format."""
     found = look(inventory.read(node.pki_dir, node.kubeconfig_dir), NOW + later, within, output)
     assert (found[1:], bool(found[0])) == (([], code), True)
 
@@ -424,7 +424,7 @@ def test_certificates_that_end_later_than_their_ca_are_named(tmp_path: Path) -> 
 
 
 def test_a_ca_that_is_being_replaced_has_a_line(tmp_path: Path) -> None:
-    """With its phase, and since when; the table of other nodes is as before."""
+    """The line has its phase, and since when; the table of other nodes is as before."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     add_openssl(bridge, "ca")
     plain = bridge.run("check-expiration")
@@ -595,7 +595,7 @@ def test_prometheus_labels_are_escaped(node: Pki, tmp_path: Path) -> None:
 
 
 def test_every_format_takes_every_state(damaged: Pki) -> None:
-    """Nothing that can be wrong keeps a format from being written."""
+    """Each format can show every fault."""
     for path in [*damaged.pki_dir.rglob("*.crt"), *damaged.kubeconfig_dir.glob("*.conf")]:
         path.write_text("nothing")
     for output in OURS:

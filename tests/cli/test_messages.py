@@ -48,7 +48,7 @@ def bridge(tmp_path: Path) -> Bridge:
     ],
 )
 def test_an_unknown_name_gets_a_suggestion(bridge: Bridge, arguments: tuple[str, ...], meant: str) -> None:
-    """Exit 2, and the names that there are."""
+    """The exit code is 2, and the error lists the existing names."""
     run = bridge.run(*arguments)
     assert run.returncode == 2, run.stdout
     assert f"(did you mean {meant!r}?)" in run.stderr
@@ -81,7 +81,7 @@ def test_an_unknown_authority_gets_a_suggestion(bridge: Bridge) -> None:
     [(("--csr-only",), "--csr-only needs --csr-dir"), (("--csr-dir", "x"), "--csr-dir needs --csr-only")],
 )
 def test_the_option_that_is_missing_is_named(bridge: Bridge, arguments: tuple[str, ...], says: str) -> None:
-    """Not that both are given together, when one is not."""
+    """The error names the missing option, and does not say that both go together when one is not given."""
     run = bridge.run("renew", *arguments)
     assert (run.returncode, says in " ".join(run.stderr.split())) == (2, True), run.stderr
 
@@ -113,7 +113,7 @@ def another_user() -> Iterator[None]:
     "command", [("plan",), ("pending", "list"), ("backups",), ("audit", "show"), ("doctor",), ("check-expiration",)]
 )
 def test_a_user_without_rights_reads_to_become_root(bridge: Bridge, command: tuple[str, ...]) -> None:
-    """Not to put good copies back, and not to move anything away."""
+    """The hint does not say to put good copies back, nor to move anything away."""
     runner, arguments = CliRunner(), [*command, "--config", str(bridge.config)]
     assert bridge.run("renew", "apiserver").returncode == 0
     assert runner.invoke(app, arguments).exit_code == 0  # and all that it needs is loaded
@@ -153,7 +153,7 @@ def test_the_hint_to_be_root_is_for_those_who_are_not() -> None:
 
 
 def test_a_backends_type_is_shown_once() -> None:
-    """`corp: vault: GET …`, and not `corp (vault): vault: GET …`."""
+    """The message begins `corp: vault: GET …`, and not `corp (vault): vault: GET …`."""
     outcome = Outcome(name="apiserver", authority="ca", backend="corp (vault)", error=BackendRefusedError("vault: no"))
     other = Outcome(name="etcd-peer", authority="etcd-ca", backend="desk (openssl)", error=BackendRefusedError("no"))
     assert [about for about, _ in grouped([outcome, other])] == ["apiserver: corp", "etcd-peer: desk (openssl)"]

@@ -63,7 +63,7 @@ def test_the_settings_say_when_it_is_late(node: Pki, days_left: int, status: int
     ("warning", "critical", "status"), [(15, None, 0), (21, None, 1), (70, None, 2), (21, 1, 1), (None, 21, 2)]
 )
 def test_options_count_more(node: Pki, warning: int | None, critical: int | None, status: int) -> None:
-    """-w and -c, and a third of -w where -c is not given."""
+    """The options -w and -c count, and a third of -w where -c is not given."""
     early, late = (None if days is None else days * DAY for days in (warning, critical))
     assert check(node, "", early, late)[1] == status
 
@@ -98,7 +98,7 @@ def test_what_has_ended_or_is_broken_is_named(node: Pki) -> None:
 
 
 def test_performance_data_can_be_drawn(node: Pki) -> None:
-    """Seconds left of each, with both limits as ranges that alert below them."""
+    """Each certificate has its seconds left, with both limits as ranges that alert below them."""
     settings = overridden(parse(""), node.pki_dir, node.kubeconfig_dir, node.root / "state")
     line, _, _ = nagios.check(settings, NOW, nagios.Thresholds.of(settings, None, None), {})
     values = line.partition(" | ")[2].split(" ")
@@ -147,7 +147,7 @@ def test_settings_that_cannot_be_used_are_unknown(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user; run the tests as root")
 def test_a_monitor_that_may_not_read_the_settings_says_unknown() -> None:
-    """On standard output; the twin may read them."""
+    """The plug-in prints UNKNOWN on standard output; the twin may read them."""
     with tempfile.TemporaryDirectory() as place:  # pytest's own directories are root's alone
         bridge = Bridge(pki=handmade_pki(Path(place) / "node"), directory=Path(place) / "bridge")
         for path in [Path(place), *Path(place).rglob("*")]:
@@ -184,7 +184,7 @@ def test_a_usage_error_is_unknown(tmp_path: Path, arguments: tuple[str, ...], sa
 
 @pytest.mark.parametrize("arguments", [("-w", "3d"), ("-c", "3d", "-o", "json")])
 def test_thresholds_are_for_nagios_alone(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    """Elsewhere they would be silently of no use."""
+    """With another format a threshold is a usage error, because it would have no effect."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     run: subprocess.CompletedProcess[str] = bridge.run("check-expiration", *arguments)
     assert (run.returncode, "-o nagios" in run.stderr) == (2, True)

@@ -71,7 +71,7 @@ def test_a_chapter_is_printed_alone() -> None:
 
 
 def test_a_page_that_is_not_there_is_answered_with_the_one_that_may_be_meant() -> None:
-    """Also for a path, which is no topic."""
+    """The answer suggests a page also for a path, which is no topic."""
     for wrong in ("emergancy", "../emergency", "/etc/passwd"):
         result = CliRunner().invoke(app, ["help", wrong])
 

@@ -103,7 +103,7 @@ def test_what_is_well_formed_and_cannot_work_is_doubted(tmp_path: Path) -> None:
 
 @pytest.mark.first_use("5")
 def test_settings_check_says_well_formed_and_doubts(tmp_path: Path) -> None:
-    """Exit 0: it may be written before the CA is there; `doctor` tries it."""
+    """The exit code is 0, since the settings may exist before the CA; `doctor` tries it."""
     path = tmp_path / "config.toml"
     path.write_text(initial("vault"))
     result = run("settings", "check", "--config", path)

@@ -121,7 +121,7 @@ def test_a_person_is_asked_once(pki: Pki, tmp_path: Path) -> None:
 
 
 def test_a_ca_that_answers_later_is_waited_for(pki: Pki, tmp_path: Path) -> None:
-    """With --wait each answer has that long."""
+    """With --wait each answer has that long to come."""
     script = exec_programs.site_ca(tmp_path / "ca", *pki.ca_pem("front-proxy-ca"))
     first, later = (
         "  SUBMIT) ;;\n",
@@ -162,7 +162,7 @@ def test_there_has_to_be_something_to_compare_with(tmp_path: Path) -> None:
     ],
 )
 def test_names_that_are_none_are_reported(pki: Pki, tmp_path: Path, arguments: list[str], found: str) -> None:
-    """Before anything is run."""
+    """Unknown names are reported before anything runs."""
     script = program(tmp_path / "never", f'echo >"{tmp_path}/ran"; exit 6')
     run = bridge_with(pki, tmp_path, script).run("backend", "test", *arguments)
     assert run.returncode == 2

@@ -157,7 +157,7 @@ def may_restart(place: Place, component: Component = ETCD, rules: str = 'neighbo
 
 @needs_etcd
 def test_sees_each_member_of_etcd(three: Cluster) -> None:
-    """From every node the same, but for which is its own."""
+    """Every node sees the same members, except which one is its own."""
     for own in three.places:
         others = neighbours.look(own.node, own.settings())
         assert etcd_of(others) == [(place.name, place is own, "healthy") for place in three.places]
@@ -279,7 +279,7 @@ def test_an_alarm_is_an_obstacle(three: Cluster) -> None:
 
 @needs_etcd
 def test_a_member_that_has_not_joined_yet_is_an_obstacle(three: Cluster) -> None:
-    """Between `member add` and its start, etcd counts it."""
+    """etcd counts a member between `member add` and its start."""
     own = three.places[0]
     body = json.dumps({"peerURLs": ["https://127.0.0.9:1"], "isLearner": True}).encode()
     added = json.loads(eventually(lambda: three.etcd(own, "/v3/cluster/member/add", body)).body)["member"]
@@ -322,7 +322,7 @@ def test_a_single_member_waits_for_no_other(tmp_path: Path) -> None:
 
 @needs_etcd
 def test_finds_the_port_for_http_where_grpc_has_one_of_its_own(tmp_path: Path) -> None:
-    """Then the URLs that members tell of themselves answer no request of ours."""
+    """The URLs that members publish then answer no request of ours."""
     files = made(tmp_path, 2)
     grpc_port, http_port = files.client_port, free_port()
     for place in files.places:
@@ -394,7 +394,7 @@ def servers(files: Cluster) -> Iterator[Servers]:
 
 @pytest.mark.rotation("two API servers behind one balancer")
 def test_sees_each_api_server(servers: Servers) -> None:
-    """From every node the same, and all may be restarted."""
+    """Every node sees the same API servers, and all may be restarted."""
     for own in servers.places:
         assert servers.look(own) == {place.name: ("healthy", "") for place in servers.places}
         assert may_restart(own, APISERVER) == []
@@ -436,7 +436,7 @@ def test_a_node_whose_own_api_server_is_down_can_be_repaired(servers: Servers) -
 
 
 def test_an_api_that_does_not_answer_is_no_obstacle(servers: Servers) -> None:
-    """Nothing is known then, and said."""
+    """Nothing is known then, and a note says so."""
     servers.stop_all()
     [note] = may_restart(servers.places[0], APISERVER)
     assert "kube-apiserver of other nodes" in note
@@ -454,7 +454,7 @@ def test_asks_as_super_admin_when_admin_lost_its_rights(servers: Servers) -> Non
 
 
 def test_a_node_without_admin_conf_says_so(servers: Servers, tmp_path: Path) -> None:
-    """Some move it away; then nothing can be asked."""
+    """Some operators move admin.conf away; then a note says that nothing can be checked."""
     own = servers.places[0]
     copy = Place(name=own.name, address=own.address, directory=tmp_path / "copy", cas=own.cas)
     shutil.copytree(own.kubeconfig_dir, copy.kubeconfig_dir)
@@ -529,7 +529,7 @@ def test_a_lease_is_made_held_and_given_back(servers: Servers) -> None:
 
 
 def test_what_others_wrote_on_the_lease_stays(servers: Servers) -> None:
-    """Labels are not ours."""
+    """Labels on the lease stay, since they are not ours."""
     servers.state.put(NAME, "")
     servers.state.leases[NAME]["metadata"]["labels"] = {"team": "platform"}
     with hold(servers):
@@ -650,7 +650,7 @@ def test_without_an_api_there_is_no_lease_and_no_obstacle(servers: Servers, monk
 
 
 def test_an_api_that_goes_away_does_not_let_a_second_one_in(servers: Servers) -> None:
-    """Who has the lease may be restarting the very server that we ask."""
+    """The holder of the lease may be restarting the very server that we ask."""
     first = servers.places[0]
     servers.state.put(NAME, "cp-2_b")
 
@@ -793,7 +793,7 @@ def test_a_turn_without_a_lease_looks_at_the_others(servers: Servers) -> None:
     ['neighbours = "hope"', 'lease = "yes"', 'lease_name = "A_b"', 'lease_duration = "5s"', 'lease_duration = "1d"'],
 )
 def test_settings_that_can_not_work_are_refused(line: str) -> None:
-    """With the key's name."""
+    """The error names the key."""
     with pytest.raises(SettingsError) as e:
         parse(f"[cluster]\n{line}\n")
     assert [problem.key for problem in e.value.problems] == [f"cluster.{line.partition(' ')[0]}"]

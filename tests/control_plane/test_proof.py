@@ -435,7 +435,7 @@ def test_a_kubelet_that_rotates_by_itself_is_left_alone(site: Site) -> None:
 
 
 def test_a_component_whose_manifest_is_away_is_named(site: Site) -> None:
-    """Others have theirs; a manifest that can't be read is as good as none."""
+    """The component is named while others have their manifests; an unreadable manifest counts as missing."""
     assert site.finding("scheduler.conf").state == "no-answer"
     site.write(Component.SCHEDULER, {"--secure-port": "0"}, "v1.37.2")
     assert site.finding("scheduler.conf", "is accepted").state == "current"
@@ -491,7 +491,7 @@ def test_exit_codes(states: tuple[ProofState, ...], code: int) -> None:
 
 
 def test_stale_components_are_in_the_order_of_their_restart() -> None:
-    """etcd first, the kubelet last, each once."""
+    """etcd comes first and the kubelet last, each once."""
     report = ProofReport(findings=tuple(finding("stale", component) for component in (*reversed(Component), None)))
     assert report.stale == list(Component)
     assert ProofReport(findings=(finding("refused"),)).stale == []
@@ -521,7 +521,7 @@ def test_looks_again_until_all_is_well_or_the_time_is_over(site: Site) -> None:
 
 
 def test_reads_keys_into_memory_alone(site: Site) -> None:
-    """Nothing is written next to what was there."""
+    """Reading keys writes no file."""
     site.write(Component.APISERVER, site.api_flags(), site.version)
     before = sorted(os.walk(site.directory))
     site.look()

@@ -91,7 +91,7 @@ def test_without_a_quorum_etcd_does_not_answer(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("base", ["peer", "server"])
 def test_a_new_certificate_is_served_at_once(cluster: Cluster, base: str) -> None:
-    """As etcd does; whatever it shows is compared with the file as it is now."""
+    """etcd serves it at once, and the served certificate is compared with the file of this moment."""
     place = cluster.places[0]
     with replaced(place, base):
         assert set(states(place).values()) == {"current"}
@@ -113,7 +113,7 @@ def _peer_place(found: dict[str, ProofFinding]) -> str:
 
 
 def test_a_peer_that_does_not_show_its_own_name_is_refused(cluster: Cluster) -> None:
-    """Who comes to it wants the address that it advertises in its certificate."""
+    """A peer that connects wants the advertised address in the certificate."""
     place = cluster.places[0]
     with replaced(place, "peer", sans=[x509.DNSName("elsewhere.example.com")]):
         found = etcd(place)
@@ -140,7 +140,7 @@ def test_a_client_of_another_ca_is_refused(cluster: Cluster) -> None:
 
 
 def test_http_has_ports_of_its_own(tmp_path: Path) -> None:
-    """Then these are asked; the certificate is looked at on all of them."""
+    """Those ports are asked then, and the certificate is checked on all of them."""
     files = made(tmp_path, 1)
     (place,) = files.places
     http_port = free_port()

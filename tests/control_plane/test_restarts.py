@@ -194,7 +194,7 @@ def plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plane]:
 
 
 def test_settings() -> None:
-    """Components by word or by name, commands as a shell splits them."""
+    """Components are given by word or by name, and commands are split as a shell does."""
     settings = parse(
         '[restart]\nmethod = "command"\ncomponents = ["kube-scheduler", "etcd"]\n'
         "[restart.commands]\nkube-scheduler = \"rc-service 'kube scheduler' restart\"\n"
@@ -241,7 +241,7 @@ def test_settings_that_make_no_sense(text: str, key: str) -> None:
     ],
 )
 def test_who_still_runs_on_old_files(components: Components, reloads: set[Component], wanted: list[Component]) -> None:
-    """After a renewal of everything; in the order of restarts."""
+    """After a renewal of everything the list has all components, in the order of restarts."""
     assert restart_plan.stale(SPECS.values(), reloads, components) == wanted
 
 
@@ -312,7 +312,7 @@ def test_each_is_asked_where_its_manifest_says(plane: Plane) -> None:
 def test_each_fault_is_reported_in_their_words(
     plane: Plane, component: Component, status: int, body: bytes, found: str
 ) -> None:
-    """etcd's alarms and missing leader, the failed checks of the others."""
+    """The message has etcd's alarms and missing leader, and the failed checks of the others."""
     plane.status[component], plane.body[component] = status, body
     assert found in (plane.trouble(component) or "")
 
@@ -332,7 +332,7 @@ def test_an_etcd_that_gives_grpc_a_port_of_its_own_is_asked_on_the_other(plane: 
 def test_an_api_server_that_knows_no_strangers_is_asked_with_a_certificate(
     plane: Plane, names: tuple[str, ...]
 ) -> None:
-    """Whichever kubeconfig is there; without one, its refusal is all there is."""
+    """Any kubeconfig that is there serves; without one, the server's refusal is all there is."""
     for name in {"admin.conf", "super-admin.conf"} - set(names):
         (plane.pki.kubeconfig_dir / name).unlink()
     plane.status[APISERVER] = 401
@@ -384,14 +384,14 @@ def test_never_twice_within_the_interval_unless_forced(plane: Plane) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", '{"kube-scheduler": "soon"}', '{"kube-scheduler": 3}', "\0"])
 def test_times_that_can_not_be_read_hold_nothing_up(plane: Plane, text: str) -> None:
-    """They are written anew."""
+    """Such times are written anew."""
     plane.restart(MANAGER)
     (plane.directory / "state/restarted.json").write_text(text)
     assert plane.restart(SCHEDULER)[0].error is None
 
 
 def test_not_with_an_unhealthy_neighbour_unless_forced(plane: Plane) -> None:
-    """Nothing is touched; it says who, and in which way."""
+    """Nothing is restarted, and the message names the neighbour and its fault."""
     plane.status[APISERVER] = 500
     plane.body[APISERVER] = b"[-]etcd failed"
     first, second = plane.restart(MANAGER, SCHEDULER)
@@ -480,7 +480,7 @@ def test_a_command_that_fails_is_reported_with_its_words(plane: Plane, caplog: p
 
 
 def test_a_command_that_does_not_end_is_killed_with_its_children(plane: Plane) -> None:
-    """After the time limit."""
+    """The command and its children are killed at the time limit."""
     pid = plane.directory / "pid"
     [one] = plane.restart(SCHEDULER, settings=plane.settings(scheduler=f"sh -c 'sleep 300 & echo $! >{pid}; wait'"))
     assert "after 1 s, and was killed" in str(one.error)
@@ -545,7 +545,7 @@ def test_a_kubelets_copy_of_an_old_certificate_is_taken_and_kept(
 
 
 def test_a_copy_of_the_same_certificate_stays(plane: Plane, copy: Path) -> None:
-    """Nothing is gained by taking it."""
+    """Removing such a copy would change nothing."""
     [item] = [i for i in plane.node.items if i.spec.name == "kubelet.conf"]
     copy.readlink().write_bytes(b"".join(c.public_bytes(_PEM) for c in item.certificates))
     plane.restart(KUBELET)
@@ -581,7 +581,7 @@ _DATA = ("client-certificate-data", "client-key-data")
 
 
 def test_a_kubeconfig_that_is_none_stops_before_anything_is_taken(plane: Plane, copy: Path) -> None:
-    """Who knows what the kubelet would do without its copy."""
+    """It is unknown what the kubelet would do without its copy."""
     (plane.pki.kubeconfig_dir / "kubelet.conf").write_text("kind: Config\n")
     store = Store(plane.directory / "state")
     with pytest.raises(RestartError, match="wanted the kubelet's kubeconfig"):
@@ -613,7 +613,7 @@ _POD = {
 def test_only_the_kubelets_own_pod_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], found: set[str]
 ) -> None:
-    """Others may be called alike."""
+    """Other pods may have the same name."""
     monkeypatch.setattr(processes, "running", lambda *_: [])  # other tests start components in our network
     crictl(tmp_path, monkeypatch, json.dumps({"items": [{**_POD, **change}]}))
     instances, settle = processes.instances(SCHEDULER)
@@ -734,7 +734,7 @@ def test_with_no_method_it_prints_what_to_do(tmp_path: Path) -> None:
 
 
 def test_a_name_of_no_component_is_a_usage_error(tmp_path: Path) -> None:
-    """Before anything is done."""
+    """The error comes before anything is done."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     run = bridge.run("restart", "scheduler")
     assert run.returncode == Exit.USAGE
@@ -756,7 +756,7 @@ def test_what_a_crash_left_away_comes_back(tmp_path: Path, command: tuple[str, .
 
 
 def test_the_program_restarts_and_says_so(plane: Plane, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a table and as JSON; what was not restarted is an error."""
+    """The result is a table or JSON, and a component that was not restarted is an error."""
 
     def run(output: Output) -> int:
         report = restart_stale(

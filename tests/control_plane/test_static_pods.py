@@ -109,7 +109,7 @@ def test_the_manifest_waits_beside_the_real_directory(site: Site, tmp_path: Path
 
 
 def test_a_symlinked_manifest_stays_one(site: Site) -> None:
-    """Also a relative one, which leads nowhere while it is away."""
+    """A relative link stays one, too, though it leads nowhere while it is away."""
     real = site.manifest.parent / "../real.yaml"
     site.manifest.rename(real)
     site.manifest.symlink_to("../real.yaml")

@@ -128,7 +128,7 @@ def test_a_bundle_is_signed(desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path)
 def test_the_answer_is_beside_the_bundle_unless_an_option_says_otherwise(
     desk_: Desk, pairs: Pairs, tmp_path: Path
 ) -> None:
-    """Under a name that says what it is."""
+    """The answer's file name says that it is one."""
     (tmp_path / "b.json").write_bytes(dumps(make_bundle(some(pairs, "apiserver"))))
 
     assert desk_.run("sign", tmp_path / "b.json").returncode == 0
@@ -666,7 +666,7 @@ def _run_killed(desk_: Desk, tmp_path: Path, module: str, function: str, *, befo
 
 
 def test_what_was_signed_is_found_by_key_and_usages(desk_: Desk, pairs: Pairs) -> None:
-    """Not for another CSR, not for other usages, and not from before."""
+    """It is not found for another CSR, for other usages, or from before the given time."""
     backend = registry.configured(load(desk_.config), ["ca"])["ca"].open()
     assert isinstance(backend, Recalls)
     bundle = make_bundle(some(pairs, "apiserver", "admin.conf"))
@@ -1095,7 +1095,7 @@ def test_a_link_that_was_put_there_meanwhile_leads_nowhere(tmp_path: Path, pairs
 
 
 def test_what_is_due_is_signed_again_for_the_same_csr(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
-    """As next year, when kubeadm's CSRs still lie there."""
+    """A year later the same CSRs of kubeadm are signed again."""
     desk_ = make_desk(tmp_path / "desk", pki, policy=RULES)
     settings = desk_.config.read_text()
     (tmp_path / "csrs").mkdir()
@@ -1366,7 +1366,7 @@ def test_the_example_units_are_units(unit: str) -> None:
 
 
 def test_the_example_crontab_is_quiet(desk_: Desk, pairs: Pairs) -> None:
-    """Cron has nothing to mail, be there a bundle or none; a refusal it mails."""
+    """cron mails nothing with a bundle or without one; a refusal it mails."""
     text = (Path(__file__).parents[2] / "config/desk/crontab").read_text().splitlines()[-1]
     command = text.split(maxsplit=6)[6].replace("/srv/desk", str(desk_.directory))
     program, *_, config = desk_.command()
@@ -1385,7 +1385,7 @@ def test_the_example_crontab_is_quiet(desk_: Desk, pairs: Pairs) -> None:
 
 
 def test_progress_tells_the_rate_and_what_is_left() -> None:
-    """From the bundles so far."""
+    """The rate and the time left come from the bundles so far."""
     observer = cli_desk._Observer(1000, [])
     observer.seen, observer._certificates, observer._begin = 250, 2500, 100.0
 

@@ -239,7 +239,7 @@ def test_other_clusters_and_nodes_are_refused(pairs: Pairs, judged: Judge, value
     ],
 )
 def test_what_the_policy_narrows_is_refused(bundle: RequestBundle, judged: Judge, policy: str, wanted: str) -> None:
-    """Names, validity, keys and subjects; for all, or for one certificate."""
+    """A policy narrows names, validity, keys and subjects, for all certificates or for one."""
     assert wanted in judged(bundle, "scheduler.conf", f"{MASTERS}{policy}\n")
 
 
@@ -279,7 +279,7 @@ def test_a_proof_that_does_not_hold_is_always_refused(bundle: RequestBundle, jud
 
 
 def test_a_certificate_of_another_ca_proves_nothing(judged: Judge, tmp_path: Path) -> None:
-    """Not even one of the same name."""
+    """Another CA's certificate proves nothing, even if the CA has the same name."""
     other = make_bundle(old_pairs(handmade_pki(tmp_path), ["scheduler.conf"]))
 
     assert "not signed by it" in judged(other, "scheduler.conf")
@@ -302,7 +302,7 @@ def proven_by(name: str, subject: str, old: x509.Certificate, key: PrivateKey) -
 def test_another_certificate_of_the_same_ca_proves_nothing(
     pairs: Pairs, cas: dict[str, x509.Certificate], judged: Judge, pki: Pki, name: str
 ) -> None:
-    """Neither a user's nor another node's nor that of another component, whatever the policy allows or a person waives."""
+    """A user's, another node's or another component's certificate proves nothing, whatever the policy allows or a person waives."""
     authority, subject = SPECS[name].authority.name, desk_policy.kubeadms_subject(name)[0].replace("{node}", "cp-1")
     ca = sample_pki.ThrowawayCA(certificate=cas[authority], key=_ca_key(pki, authority))
     key = generate_key("ecdsa-p256")
@@ -505,7 +505,7 @@ def _ip(text: str) -> x509.GeneralName:
 def test_sans_of_the_policy(
     bundle: RequestBundle, pairs: Pairs, judged: Judge, san: x509.GeneralName, rules: list[str], is_allowed: bool
 ) -> None:
-    """Exact names, suffixes, addresses and networks; nothing of another type."""
+    """The policy allows exact names, suffixes, addresses and networks, and nothing of another type."""
     asked = with_csr(bundle, pairs, "apiserver", csr_for("CN=kube-apiserver", [san]))
     problems = judged(asked, "apiserver", f"{MASTERS}[certificate.apiserver]\nsans = {rules}\n")
 
@@ -514,7 +514,7 @@ def test_sans_of_the_policy(
 
 
 def test_each_san_once(bundle: RequestBundle, pairs: Pairs, judged: Judge) -> None:
-    """Also when it is one that may be had; and not without end."""
+    """A SAN twice is refused, even if it is allowed, and so are too many."""
     rules = MASTERS + '[certificate.apiserver]\nsans = ["kubernetes", ".example.com"]\n'
     twice = with_csr(bundle, pairs, "apiserver", csr_for("CN=kube-apiserver", [x509.DNSName("kubernetes")] * 4000))
     many = [x509.DNSName(f"a{number}.example.com") for number in range(101)]

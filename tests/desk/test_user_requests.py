@@ -124,7 +124,7 @@ def test_names_of_the_policy(name: str) -> None:
 
 
 def test_a_certificate_of_before_proves_no_right_to_a_group(pki: Pki) -> None:
-    """Who holds one of the CA's, with a proof that would hold, gets nothing by it."""
+    """The holder of one of the CA's certificates, with a valid proof, gets no group by it."""
     pairs = old_pairs(pki)
     old = make_bundle(pairs).requests[0]
     bundle = changed(replaces=pairs["admin.conf"][0], proof=old.proof)

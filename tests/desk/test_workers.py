@@ -181,7 +181,7 @@ def assert_answered(desk_: Desk, made: dict[str, RequestBundle]) -> None:
 
 
 def test_workers_that_are_killed_cost_time_alone(desk_: Desk, pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first chunk each of them is gone; nothing else is different."""
+    """All workers are killed after the first chunk, and the results are the same."""
     made = large_inbox(desk_, pairs)
     asked: list[Any] = []
     real = Workers.submit

@@ -92,7 +92,7 @@ def no_cas(desk: Desk) -> None:
     ],
 )
 def test_finds_a_planted_fault_by_name(desk: Desk, plant: Callable[[Desk], None], check: str, about: str) -> None:
-    """Before a bundle waits for it."""
+    """The fault is found before a bundle waits for it."""
     plant(desk)
     code, found = wrong(desk)
     assert code == 1

@@ -555,7 +555,7 @@ def test_finds_a_run_that_hangs(site: Site) -> None:
 @pytest.mark.parametrize(("options", "check"), [("size=512k", "disk-space"), ("size=64m,nr_inodes=30", "inodes")])
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system; run as root")
 def test_finds_a_full_file_system(site: Site, options: str, check: str) -> None:
-    """Before a CA is asked, not after it has signed."""
+    """`doctor` finds it before a CA is asked, not after it has signed."""
     state = site.bridge.directory / "state"
     state.mkdir(mode=0o700)
     program = Path(sys.executable).with_name("ca-bridge")
@@ -660,7 +660,7 @@ def test_a_note_is_no_warning(site: Site) -> None:
 
 @pytest.mark.first_use("26")
 def test_a_broken_certificate_can_be_made_anew(site: Site) -> None:
-    """As the hint says: move the file away, and renew it by name."""
+    """As the hint says, the operator moves the file away and renews it by name."""
     with_cas(site)
     garbled_certificate(site)
     [found] = [one for one in site.look() if one.check == "certificate-broken"]
@@ -775,7 +775,7 @@ def test_homes_that_do_not_answer_are_given_up(site: Site, monkeypatch: pytest.M
 
 @pytest.mark.attack("N12")
 def test_a_hook_that_others_can_change_is_reported(site: Site) -> None:
-    """Before a renewal does not run it; with its mode put right it is in order."""
+    """`doctor` reports the hook before a renewal refuses to run it; with its mode put right it is in order."""
     hook = site.bridge.directory / "hook"
     hook.write_text("#!/bin/sh\n")
     hook.chmod(0o777)

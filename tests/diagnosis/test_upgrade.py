@@ -164,7 +164,7 @@ def test_a_worker_whose_kubelet_conf_has_ended(site: Site) -> None:
 
 
 def test_where_kubelet_conf_will_lead(site: Site) -> None:
-    """To this node's own address, which the API server's certificate must have."""
+    """kubelet.conf will lead to this node's own address, which the API server's certificate must have."""
     path = site.pki.kubeconfig_dir / "kubelet.conf"
     path.write_text(path.read_text().replace("https://192.0.2.10:6443", "https://api.example.com:6443"))
     assert "led to 192.0.2.10" in " ".join(site.bridge.run("doctor", "--before-upgrade").stdout.split())

@@ -104,7 +104,7 @@ def test_a_certificate_that_is_not_good_ends_the_handshake(
 
 
 def test_a_certificate_of_another_ca_ends_the_handshake(server: Https, tls: Tls, signers: Mapping[str, Signer]) -> None:
-    """Also one of a CA with an anchor's name, and that of the server's own certificate."""
+    """A CA with an anchor's name, and the CA of the server's own certificate, count as others."""
     twin = make_signer("people")
     found = [ask(tls, server.port, tls.agent("bad", signer=one)) for one in (signers["other"], twin, tls.signer)]
 

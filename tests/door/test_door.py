@@ -546,7 +546,7 @@ def test_it_serves_no_cluster_from_within(desk: Desk, pki: Pki) -> None:
 
 
 def test_a_dead_door_is_unavailable(common: ServeProgram, pairs: Pairs) -> None:
-    """To the node it is a CA that does not answer."""
+    """A node sees a dead door as a CA that does not answer."""
     settings = GatewaySettings(url="https://127.0.0.1:9", ca_file=common.ca, timeout=timedelta(seconds=3))
     with pytest.raises(BackendUnavailableError):
         GatewayBackend.from_settings(settings).sign(asked(make_bundle(some(pairs, "apiserver")), "apiserver"))

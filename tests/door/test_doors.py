@@ -136,7 +136,7 @@ def test_the_audit_log_is_compared_with_the_database() -> None:
 
 
 def test_a_door_that_the_database_does_not_hear_of_asks_no_ca(memory: Memory, tmp_path: Path) -> None:
-    """Another may be signing in its place; one that was heard of asks."""
+    """Another door may be signing in its place; a door whose sign of life arrived asks."""
     doors = Doors(memory, Store(tmp_path), "us")
     doors.alive()
     doors.assert_ours()

@@ -116,7 +116,7 @@ def test_a_proof_is_for_one_request_by_one_secret() -> None:
     ],
 )
 def test_another_header_proves_nothing(text: str) -> None:
-    """Neither another scheme, nor a text that is none."""
+    """Another scheme and a malformed text prove nothing."""
     assert enrolled_by(text, _DIGEST) is None
 
 
@@ -220,7 +220,7 @@ def test_a_proof_for_another_request_is_refused(door: ServeProgram, desk: Desk, 
 
 
 def test_a_withdrawn_secret_lets_no_one_in(door: ServeProgram, desk: Desk, pki: Pki) -> None:
-    """Neither before its use, nor between its use and the signature."""
+    """It lets no client in before its use, nor between its use and the signature."""
     unused, used = enrolled(desk), enrolled(desk)
     away = desk.ca("ca").with_name("away")
     desk.ca("ca").rename(away)
@@ -261,7 +261,7 @@ def test_a_restored_database_opens_no_secret_again(tmp_path: Path, pki: Pki) -> 
 
 
 def test_a_secret_ends_by_itself(door: ServeProgram, desk: Desk, pki: Pki) -> None:
-    """At the moment that it was given."""
+    """The secret ends at the moment that it was given for."""
     ends = enrolled(desk, "--for", "1m")
     [one, *_] = listed(desk)
     assert datetime.fromisoformat(one["ends"]) - datetime.fromisoformat(one["created"]) == parse_duration("1m")

@@ -226,7 +226,7 @@ def test_no_page_can_be_framed_or_loads_anything(team: Team, bundle: RequestBund
 
 
 def test_who_has_no_persons_certificate_sees_nothing(team: Team, bundle: RequestBundle) -> None:
-    """Neither a request nor a certificate nor the record; a listed person does."""
+    """Such a client sees no request, no certificate and no audit log; a listed person does."""
     waits(team, bundle)
     mallory = team.agent("mallory")
     paths = ["/approvals", f"/approvals/{digest(bundle)}", "/approvals/certificates", "/approvals/record"]

@@ -102,7 +102,7 @@ def _short(text: str) -> str:
 
 
 def test_a_node_has_revoked_what_it_replaced(desk: Desk, database: Database, pki: Pki) -> None:
-    """Also the one before the last, which another CA's program had signed; a word once more changes nothing."""
+    """A node can have the one before the last revoked, too, which another CA's program signed; a second request changes nothing."""
     first = old_pairs(pki)[_NAME]
     with running(add_door(desk.config, desk.directory, database.settings)) as door:
         second = renewed(door, first)

@@ -105,7 +105,7 @@ def test_a_controller_manager_that_signs_holds_it_up(bridge: LiveBridge) -> None
 
 
 def test_the_keys_leave_with_the_new_certificates(bridge: LiveBridge) -> None:
-    """Refused without a place for them."""
+    """The command is refused without a place for the keys."""
     run = bridge.run("rotate-ca", "issue")
     assert run.returncode == Exit.USAGE, run.stdout + run.stderr
     disk = bridge.directory / "disk"

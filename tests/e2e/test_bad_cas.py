@@ -89,7 +89,7 @@ ROLES: dict[str, tuple[str, dict[str, object], str]] = {
 def test_a_role_that_gives_something_else_is_refused(
     bridge: Bridge, bao: OpenBao, fault: str, may_read_roles: bool, tmp_path: Path
 ) -> None:
-    """Exit 5, with wanted and got; with the right role the same command renews."""
+    """The exit code is 5, with wanted and got; with the right role the same command renews."""
     name, change, message = ROLES[fault]
     mount = f"{tmp_path.name}-ca"
     add_vault(bridge, bao, "ca", tmp_path.name)
@@ -197,7 +197,7 @@ def _cfssl(bridge: Bridge, url: str) -> None:
 def test_a_dead_or_slow_ca_is_unavailable_within_the_set_time(
     bridge: Bridge, add: Callable[[Bridge, str], None], port: str, request: pytest.FixtureRequest
 ) -> None:
-    """Exit 6 for all twelve certificates together, not twelve times as late."""
+    """All twelve certificates together end with exit 6 within the time limit of one."""
     add(bridge, f"http://127.0.0.1:{request.getfixturevalue(port)}")
     for name in AUTHORITIES:
         bridge.add(f"authority.{name}", {"backend": "corp"} | LIMITS)
@@ -209,7 +209,7 @@ def test_a_dead_or_slow_ca_is_unavailable_within_the_set_time(
 
 
 def test_a_sealed_server_is_unavailable(bridge: Bridge, tmp_path: Path) -> None:
-    """Exit 6 while it is sealed; the same command renews when it is open again."""
+    """The exit code is 6 while it is sealed; the same command renews when it is open again."""
     from tests.kit import cfssl
 
     tls = cfssl.make_tls(tmp_path / "tls")
@@ -226,7 +226,7 @@ def test_a_sealed_server_is_unavailable(bridge: Bridge, tmp_path: Path) -> None:
 
 
 def test_a_slow_openssl_is_unavailable(bridge: Bridge, tmp_path: Path) -> None:
-    """Exit 6 within the set time; with the real program the same command renews."""
+    """The exit code is 6 within the set time; with the real program the same command renews."""
     add_openssl(bridge, "ca")
     slow = tmp_path / "slow-openssl"
     slow.write_text('#!/bin/sh\n[ "$1" = ca ] && sleep 60\nexec openssl "$@"\n')
@@ -242,7 +242,7 @@ def test_a_slow_openssl_is_unavailable(bridge: Bridge, tmp_path: Path) -> None:
 
 
 def test_a_wrong_passphrase_is_refused(bridge: Bridge) -> None:
-    """Exit 2, the file is named, the passphrase is not."""
+    """The exit code is 2, and the error names the file and shows no passphrase."""
     add_openssl(bridge, "ca")
     path = bridge.directory / "ca.passphrase"
     right = path.read_text()
@@ -255,7 +255,7 @@ def test_a_wrong_passphrase_is_refused(bridge: Bridge) -> None:
 
 
 def test_a_wrong_token_is_refused(bridge: Bridge, bao: OpenBao, tmp_path: Path) -> None:
-    """Exit 5, and the token is in no message, however verbose."""
+    """The exit code is 5, and no message shows the token, however verbose."""
     add_vault(bridge, bao, "ca", tmp_path.name)
     _vault(bridge, bao.url)
     text = bridge.config.read_text()

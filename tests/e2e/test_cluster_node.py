@@ -302,7 +302,7 @@ def test_the_lease_is_kept_while_the_own_api_server_is_away(nodes: list[Node]) -
 
 
 def test_the_lease_of_a_run_that_was_killed_is_taken_when_it_has_expired(nodes: list[Node]) -> None:
-    """Not before, and by one alone."""
+    """Only one node takes it, and not before it has expired."""
     first, second, third = nodes
     with started(first, "300") as killed:
         wait_for_turn(killed)

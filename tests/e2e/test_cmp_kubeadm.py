@@ -176,7 +176,7 @@ def test_a_hostile_server_moves_nothing(tmp_path: Path, ra: cmp.RegistrationAuth
 
 @pytest.mark.parametrize("behaviour", ["", "reject", "wait", "badmac", "nosuchca"])
 def test_the_secret_is_nowhere(tmp_path: Path, ra: cmp.RegistrationAuthority, behaviour: str) -> None:
-    """Neither in what is printed at the highest verbosity, in both log formats, nor in the state directory."""
+    """The secret is neither in the output at the highest verbosity, in both log formats, nor in the state directory."""
     pki = handmade_pki(tmp_path / "node", not_after=datetime.now(UTC) + timedelta(days=20))
     bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     place = f"quiet-{behaviour}"

@@ -92,7 +92,7 @@ def test_a_run_that_asks_again_ends_at_once(bridge: Bridge, closed_port: int, nu
 
 
 def test_a_run_that_waits_for_an_answer_ends_at_once(bridge: Bridge, silent_port: int) -> None:
-    """Threads that ask are left to themselves."""
+    """The run ends without waiting for the threads that ask."""
     with_vault(bridge, f"http://127.0.0.1:{silent_port}", timeout="10m", retry_for="1h")
     with started(bridge, "renew", "apiserver") as run, socket.socket() as other:
         other.settimeout(0.1)
@@ -133,7 +133,7 @@ def test_what_is_replaced_already_is_reported(bridge: Bridge, tmp_path: Path) ->
 
 
 def test_a_retry_says_why_and_until_when(bridge: Bridge, closed_port: int) -> None:
-    """Once, without being asked; and what may be wrong, when it gives up."""
+    """The message comes once; and when the run gives up, another says what may be wrong."""
     with_vault(bridge, f"http://127.0.0.1:{closed_port}", retry_for="3s")
     run = bridge.run("renew", "apiserver")
     assert run.returncode == 6
@@ -162,7 +162,7 @@ def test_a_port_where_nothing_listens_is_one_warning(bridge: Bridge, closed_port
 
 
 def test_an_unknown_name_is_reported(bridge: Bridge) -> None:
-    """With what to look at; at a terminal it says, too, how to stop the wait."""
+    """The error says what to check; at a terminal it says, too, how to stop the wait."""
     with_vault(bridge, "https://no-such-host.invalid", retry_for="1s")
     run = bridge.run("renew", "apiserver")
     assert "(retry_for); Ctrl-C stops it" in " ".join(terminals.run(bridge.command("renew", "apiserver")).text.split())

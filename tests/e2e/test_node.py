@@ -165,7 +165,7 @@ def test_every_certificate_is_new(site: Site, renewal: Renewal) -> None:
 
 
 def test_no_client_notices(renewal: Renewal, restarts: Restarts, site: Site) -> None:
-    """Not one request fails while files are replaced and components restarted; new connections see one change."""
+    """No request fails while files are replaced and components restarted; new connections see one change."""
     assert renewal.traffic.errors == restarts.traffic.errors == []
     assert renewal.traffic.served == [site.certificates["apiserver"], renewal.certificates["apiserver"]]
     assert restarts.traffic.turns > 20

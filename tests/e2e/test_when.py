@@ -175,7 +175,7 @@ def test_hooks_see_a_renewal_from_before_to_after(bridge: Bridge, tmp_path: Path
 
 @pytest.mark.parametrize(("code", "exit_code"), [(1, 1), (75, 6)])
 def test_a_before_hook_stops_the_renewal(code: int, exit_code: int, bridge: Bridge, tmp_path: Path) -> None:
-    """Nothing is asked of a CA."""
+    """The CA gets no request."""
     bridge.add("hooks", {"before": hook(tmp_path, "no", f"exit {code}")})
     before = serials(bridge)
     run = bridge.run("renew")
@@ -186,7 +186,7 @@ def test_a_before_hook_stops_the_renewal(code: int, exit_code: int, bridge: Brid
 
 
 def test_a_hook_that_failed_runs_again_though_nothing_is_due(bridge: Bridge, tmp_path: Path) -> None:
-    """Exit 7 until it succeeds, 0 afterwards."""
+    """The exit code is 7 until the hook succeeds, and 0 afterwards."""
     log, fixed = tmp_path / "log", tmp_path / "fixed"
     tell = hook(tmp_path, "tell", f'echo "$CA_BRIDGE_EVENT $CA_BRIDGE_TRY" >>{log}; test -e {fixed}')
     bridge.add("hooks", {"success": tell, "failure": tell})
@@ -234,7 +234,7 @@ def test_killed_with_its_hook_it_runs_the_hook_again(bridge: Bridge, tmp_path: P
 
 
 def test_doctor_sees_windows_hooks_and_failed_runs(bridge: Bridge) -> None:
-    """Before the night in which they matter; none of it is an error by itself."""
+    """`doctor` shows them before the night in which they matter; none of them is an error by itself."""
     bridge.add("renewal", {"window": ["Sat 02:00-06:00"], "window_zone": "Europe/Berlin"})
     bridge.add("hooks", {"success": ["false", "/nowhere/tell"]})
     before = " ".join(bridge.run("doctor").stdout.split())

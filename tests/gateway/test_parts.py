@@ -290,7 +290,7 @@ _JSON = st.recursive(
 
 @given(_JSON, st.sampled_from(["metadata", "spec", "status", ""]), st.sampled_from([*document()["spec"], "conditions"]))
 def test_whatever_comes_is_an_object_or_not(value: Any, part: str, key: str) -> None:
-    """Any JSON in any place: nothing but our own error comes out."""
+    """Any JSON in any place gives an object or an error of ours."""
     made = document()
     if part:
         made[part] = {**made[part], key: value}
@@ -346,7 +346,7 @@ def lines_of(longest: int, *pieces: bytes) -> tuple[list[bytes], int]:
 
 
 def test_lines_come_whole_however_they_are_cut() -> None:
-    """Long ones are left out, and counted once; those after them are read."""
+    """Lines that are too long are left out, and counted once; those after them are read."""
     assert lines_of(10, b"a\nbc", b"d\n", b"\ne") == ([b"a", b"bcd", b""], 0)
     assert lines_of(4, b"abcdefgh\nok\n") == ([b"ok"], 1)
     assert lines_of(4, b"abcd", b"efgh", b"ij\nok\nabcde\n", b"no") == ([b"ok"], 2)

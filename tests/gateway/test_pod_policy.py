@@ -196,7 +196,7 @@ def test_tables_that_are_refused(keys: str) -> None:
     ["kubernetes", "kubernetes.default.svc", "localhost", "*.shop.svc", "Web.svc", "{node}.svc", "{pod.x}", "a..b"],
 )
 def test_dns_names_that_are_refused(dns: str) -> None:
-    """Those of the API server, wildcards, and templates with anything else."""
+    """Names of the API server, wildcards, and templates with other placeholders are refused."""
     with pytest.raises(SettingsError, match="dns"):
         policy.parse(pods.POLICY.replace('"web.{namespace}.svc"', f'"{dns}"'))
 
@@ -205,13 +205,13 @@ def test_dns_names_that_are_refused(dns: str) -> None:
     "name", ["kubernetes.io/x", "x.kubernetes.io/x", "spiffe", "corp.example/", "Corp.example/x", "a/b/c"]
 )
 def test_signers_that_are_refused(name: str) -> None:
-    """Kubernetes' own domain, and what the API server takes for no name."""
+    """Kubernetes' own domain, and names that the API server does not take, are refused."""
     with pytest.raises(SettingsError, match="pod_signer"):
         policy.parse(pods.POLICY.replace(SIGNER, name))
 
 
 def test_a_trust_domain_that_is_none() -> None:
-    """Capitals, a port, an empty one without an identity."""
+    """Capitals, a port, and an empty one without an identity are refused."""
     for text in ("Prod.example", "prod:8443", "a/b"):
         with pytest.raises(SettingsError, match="trust_domain"):
             policy.parse(pods.POLICY.replace(TRUST_DOMAIN, text))

@@ -220,7 +220,7 @@ def test_anything_is_a_csr_or_odd(data: bytes) -> None:
 
 
 def test_signers_of_a_policy() -> None:
-    """Kubernetes' own three, and a domain of one's own with kubeadm's names."""
+    """A policy may have Kubernetes' own three signers, and a domain of one's own with kubeadm's names."""
     assert spec_of(SERVING) is KUBELET_SERVING
     assert spec_of("ca-bridge.internal/super-admin.conf") is SPECS["super-admin.conf"]
     for name in ("kubernetes.io/apiserver", "kubernetes.io/legacy-unknown", "x.kubernetes.io/apiserver", "apiserver",

@@ -109,7 +109,7 @@ def test_the_scores_of_mutants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_each_file_of_the_checks_is_mutated() -> None:
-    """With tests that are there."""
+    """Each file is mutated, with tests that exist."""
     checks = {str(path.relative_to(mutation.ROOT)) for path in mutation.ROOT.glob("bridge/pki/[!_]*.py")}
     assert set(mutation.TESTS) == {*checks, "bridge/state/install.py"}
     selected = {each.partition("::")[0] for tests in mutation.TESTS.values() for each in tests if each[0] != "-"}

@@ -154,7 +154,7 @@ def test_a_run_that_can_read_no_backend_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_is_reported(tmp_path: Path, number: int, code: int) -> None:
-    """As a failure, with the code of the signal."""
+    """The metrics count it as a failure, with the code of the signal."""
     pki = handmade_pki(tmp_path / "node", not_after=datetime.now(UTC) + timedelta(days=5))
     bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     (tmp_path / "textfile").mkdir()

@@ -64,7 +64,7 @@ def test_a_process_that_started_later_is_younger(file: Path) -> None:
 
 
 def test_times_that_are_set_back_deceive_no_check(file: Path) -> None:
-    """As `cp -p` and backups do; a rename counts, too."""
+    """`cp -p` and backups set times back; a rename counts, too."""
     time.sleep(0.02)
     with scheduler(file):
         file.write_text("new")

@@ -28,7 +28,7 @@ ALL = "0.0.0.0"  # noqa: S104 (nothing is bound here)
     ids=["default", "all", "one", "ipv6", "none"],
 )
 def test_an_api_server_listens_where_its_flags_say(flags: dict[str, str], places: list[tuple[str, int]]) -> None:
-    """Addresses and port, or the program's default where a flag is absent."""
+    """Addresses and port come from its flags, or are the program's default."""
     assert endpoints.bound(Component.APISERVER, flags) == places
 
 

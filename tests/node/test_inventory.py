@@ -425,7 +425,7 @@ def test_certificates_that_share_a_file(pki: Pki) -> None:
 
 
 def test_data_wins_over_files(pki: Pki) -> None:
-    """As in client-go: paths beside embedded data mean nothing."""
+    """As in client-go, embedded data counts, and paths beside it do not."""
     data = next(
         line for line in (pki.kubeconfig_dir / "admin.conf").read_text().splitlines() if "client-key-data" in line
     )

@@ -120,7 +120,7 @@ def test_whatever_stands_there(text: str) -> None:
     ],
 )
 def test_values_that_are_none(more: str) -> None:
-    """Named as such; the same without them is read."""
+    """Such a value is named; the same without it is read."""
     head = "apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\n"
     with pytest.raises(KubeadmConfigError):
         parse(f"{head}{more}\n".encode())

@@ -429,7 +429,7 @@ def test_users_of_a_damaged_kubeconfig_are_edited_rightly_or_refused(damages: li
 
 
 def test_both_users_are_found() -> None:
-    """Whichever the current context names."""
+    """Both users are found, whichever the current context names."""
     assert [one.name for one in embedded_users(TWO_USERS.encode())] == ["kubernetes-admin", "second-kubernetes-admin"]
 
 

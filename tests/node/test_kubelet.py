@@ -195,7 +195,7 @@ def test_a_key_that_says_no_says_yes(value: str) -> None:
     ],
 )
 def test_a_form_that_is_not_kubeadms_is_left_alone(text: str, wanted: bool) -> None:
-    """Rather than a file that means something else."""
+    """A file in another form stays, because a change might give it another meaning."""
     text = text.replace("%s", str(not wanted).lower())
     if not wanted and "serverTLS" not in text and not text.startswith("- "):
         assert asking(text, wanted=wanted) == text

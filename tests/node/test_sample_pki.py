@@ -134,7 +134,7 @@ def test_certificates_chain_and_keys_match(tmp_path: Path, algorithm: KeyAlgorit
 
 
 def test_takes_any_dates(tmp_path: Path) -> None:
-    """Certificates may have expired, and their CA too."""
+    """The certificates, and their CA too, may have expired."""
     not_after, ca_not_after = NOW + timedelta(hours=1), NOW + timedelta(days=2)
 
     pki = handmade_pki(tmp_path, now=NOW, not_after=not_after, ca_not_after=ca_not_after)

@@ -68,7 +68,7 @@ def test_several_documents_share_a_budget() -> None:
 @pytest.mark.parametrize("value", [[], {}, "a", 1, None, [1, [2, {"a": [3], "b": "[,,{"}]], {"a": {"b": {}}}])
 @pytest.mark.parametrize("indent", [None, 1])
 def test_json_is_what_it_was(value: object, indent: int | None) -> None:
-    """Below the budget."""
+    """Below the budget the result is the same as the library's."""
     data = json.dumps(value, indent=indent).encode()
     assert json_of(data) == of_server(data) == value
 
@@ -110,6 +110,6 @@ def test_what_is_no_json_is_a_value_error(data: bytes) -> None:
     ],
 )
 def test_what_json_has_and_we_do_not_read_is_named(data: bytes, sentence: str) -> None:
-    """Python's reader takes numbers that are none, and stops at its own depth."""
+    """Python's reader takes NaN and infinite numbers, and stops at its own depth; ours names them."""
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         json_of(data)

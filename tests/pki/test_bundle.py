@@ -207,7 +207,7 @@ def test_a_request_that_the_desk_would_not_read_is_not_written(
     [{"name": "X"}, {"authority": "x"}, {"ekus": frozenset()}, {"validity": timedelta()}, {"name": "etcd-server"}],
 )
 def test_the_same_for_each_request(request_bundle: RequestBundle, values: dict[str, Any]) -> None:
-    """Names that are none, or twice; usages and durations that are none."""
+    """Unknown names, or one twice, and unknown usages and durations are refused in each request."""
     with pytest.raises(BundleError):
         dumps(changed(request_bundle, "apiserver", **values))
 
@@ -626,7 +626,7 @@ KEYS: dict[str, Callable[[], PrivateKeyTypes]] = {
 
 @pytest.mark.parametrize("kind", KEYS)
 def test_the_proof_holds_for_each_type_of_key(pairs: Pairs, kind: str) -> None:
-    """kubeadm's types, and what other CAs may have been given."""
+    """The proof works with kubeadm's key types, and with those that other CAs may have been given."""
     key = KEYS[kind]()
     assert isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey)
     old = _self_signed(key)
@@ -680,7 +680,7 @@ def test_a_proof_is_good_for_its_own_bundle_only(request_bundle: RequestBundle, 
 
 
 def test_a_proof_is_good_for_its_own_request_only(request_bundle: RequestBundle, pairs: Pairs) -> None:
-    """Another CSR, another name, another replaced certificate."""
+    """A proof does not fit another CSR, another name, or another replaced certificate."""
     others: list[dict[str, Any]] = [
         {"csr": new_csr(pairs["apiserver"][0])},
         {"name": "admin.conf"},
@@ -790,7 +790,7 @@ def test_the_short_fingerprint_is_that_of_what_it_holds(either: Bundle) -> None:
     ],
 )
 def test_the_short_fingerprint_is_the_first_hundred_bits(digest_hex: str, text: str) -> None:
-    """Five bits a letter, in their order, in Crockford's alphabet."""
+    """Each letter of Crockford's alphabet has five bits, in their order."""
     assert fingerprint_text(digest_hex) == text
 
 
@@ -818,7 +818,7 @@ def test_a_person_sees_what_is_asked_and_what_is_odd(request_bundle: RequestBund
 
 
 def test_a_person_sees_what_came_back(answer_bundle: AnswerBundle) -> None:
-    """Certificates, refusals with their reason, and who signed."""
+    """A person sees the certificates, the refusals with their reasons, and the signer."""
     text = describe(answer_bundle, NOW, {})
 
     for wanted in (*NAMES, "not today", "desk (openssl)", "1 intermediate", short_fingerprint(answer_bundle)):

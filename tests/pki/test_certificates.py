@@ -113,7 +113,7 @@ def test_refuses(data: bytes) -> None:
 
 
 def test_der_is_a_certificate_or_a_value_error() -> None:
-    """Also where the library has another word for it."""
+    """The error is a ValueError also where the library raises another one."""
     assert load_der_certificate(UNREADABLE["DER"]) == ROOT.certificate
     for data in (ODD["an unknown version"], A, b""):
         with pytest.raises(ValueError, match=r"\w"):
@@ -170,7 +170,7 @@ with ThreadPoolExecutor(4) as pool:
     ("number", "text"), [(1, "01"), (0xF, "0F"), (0xABC, "0ABC"), (0x7FEDCBA987654321, "7FEDCBA987654321")]
 )
 def test_serial_numbers(tmp_path: Path, number: int, text: str) -> None:
-    """As openssl prints them."""
+    """Serial numbers are shown as openssl prints them."""
     one = certificate(number=number)
     path = tmp_path / "x.crt"
     path.write_bytes(pem(one))
@@ -183,7 +183,7 @@ def test_serial_numbers(tmp_path: Path, number: int, text: str) -> None:
 
 @pytest.mark.parametrize(("content", "text"), [(b"\x00", "00"), (b"\xff", "-01"), (b"\x80", "-80")])
 def test_serial_numbers_that_no_ca_should_give(content: bytes, text: str) -> None:
-    """0, as old CAs of kubeadm have it, and negative ones."""
+    """The number 0, as old CAs of kubeadm have it, and negative ones are shown."""
     draft = Draft.of(ROOT.certificate, ROOT.key)
     draft.tbs[Draft.SERIAL].content = content
     assert serial_hex(load_der_certificate(draft.signed(ROOT.key))) == text
@@ -241,7 +241,7 @@ def test_extended_key_usages() -> None:
 
 
 def test_is_ca() -> None:
-    """Only with the extension, and only when it says so and can be read."""
+    """A certificate is a CA's only if its extension says so and can be read."""
     assert is_ca(ROOT.certificate)
     assert not is_ca(certificate())
     assert not is_ca(certificate(x509.BasicConstraints(ca=False, path_length=None)))

@@ -161,7 +161,7 @@ def test_a_key_that_kubeadm_does_not_make_is_named(
      ("ecdsa-p384", b"EC PRIVATE KEY", "sha384")],
 )  # fmt: skip
 def test_keys_and_signatures_are_as_kubeadms(algorithm: KeyAlgorithm, label: bytes, digest: str) -> None:
-    """PKCS#1 or SEC1, and the hash that fits."""
+    """Keys are PKCS#1 or SEC1, and signatures have the hash that fits."""
     key = csr.generate_key(algorithm)
     assert csr.key_pem(key).startswith(b"-----BEGIN " + label + b"-----\n")
     assert serialization.load_pem_private_key(csr.key_pem(key), None).public_key() == key.public_key()
@@ -246,7 +246,7 @@ def test_an_extension_that_is_there_twice_is_reported() -> None:
     ],
 )
 def test_a_san_is_an_address_or_a_name(text: str, entry: tuple[str, str]) -> None:
-    """As kubeadm takes it in `certSANs`; a kind before it decides."""
+    """A SAN is read as kubeadm reads `certSANs`; a type in front of it decides."""
     assert san_entry(csr.general_name(text)) == entry
 
 
@@ -258,7 +258,7 @@ def test_a_san_is_an_address_or_a_name(text: str, entry: tuple[str, str]) -> Non
     ],
 )
 def test_what_is_neither_is_refused(text: str) -> None:
-    """With what was found in quotes, cut if it is long."""
+    """The error quotes what was found, cut if it is long."""
     found = text.removeprefix("DNS:")
     with pytest.raises(ValueError, match=f"^{re.escape(f'{WANTED_SAN}, found {found[:60]!r}')}$"):
         csr.general_name(text)
@@ -333,7 +333,7 @@ def test_the_first_key_of_a_text_is_read() -> None:
 
 
 def test_kinds_of_keys_have_names() -> None:
-    """kubeadm's own, and those of others."""
+    """kubeadm's kinds of keys have names, and so do others."""
     for algorithm in KEY_ALGORITHMS:
         key = csr.generate_key(algorithm).public_key()
         assert csr.algorithm_name(key) == csr.known_algorithm(key) == algorithm

@@ -53,7 +53,7 @@ def test_values_inside_are_read_where_they_are_asked_for() -> None:
 
 
 def test_one_value_of_one_type() -> None:
-    """None, two or another type is refused."""
+    """No value, two values or another type are refused."""
     assert der.one(b"\x02\x01\x07", der.INTEGER).content == b"\x07"
     for data in (b"", b"\x02\x01\x07\x02\x01\x07", b"\x04\x01\x07"):
         with pytest.raises(ValueError, match=r"^not DER of the type that was expected$"):

@@ -78,5 +78,5 @@ def test_what_cannot_be_read_is_reported_with_its_reason() -> None:
     ],
 )
 def test_fingerprints_are_read_out_in_groups(digest: str, text: str) -> None:
-    """Twenty digits and letters."""
+    """A fingerprint is twenty digits and letters."""
     assert display.fingerprint_text(digest) == text

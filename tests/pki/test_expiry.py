@@ -90,7 +90,7 @@ def test_residual_time_never_says_more_than_is_left(seconds: int) -> None:
     ("microseconds", "seconds"), [(0, 0), (999_999, 0), (1_000_000, 1), (-1, 0), (-1_999_999, -1), (-2_000_000, -2)]
 )
 def test_seconds_are_cut_toward_zero(microseconds: int, seconds: int) -> None:
-    """As Go divides durations, and not down as Python divides integers."""
+    """Seconds are divided as Go divides durations, and not down as Python divides integers."""
     assert seconds_left(NOW + timedelta(microseconds=microseconds), NOW) == seconds
 
 
@@ -186,7 +186,7 @@ def test_what_is_no_duration(value: object) -> None:
 
 @pytest.mark.parametrize("value", ["0s", "0d0h", "36501d", "36500d1s", "9" * 12 + "w"])
 def test_a_duration_is_more_than_nothing_and_at_most_100_years(value: str) -> None:
-    """Also where the number is too large for any."""
+    """A number that is too large for any type is refused, too."""
     reads = 'a duration such as "30d", "12h" or "30s", more than nothing and at most 100 years'
     with pytest.raises(ValueError, match=f"^{reads}$"):
         parse_duration(value)
@@ -204,7 +204,7 @@ def test_a_duration_is_more_than_nothing_and_at_most_100_years(value: str) -> No
     ],
 )
 def test_a_duration_is_shown_in_the_largest_unit_that_fits(duration: timedelta, text: str) -> None:
-    """Days rather than weeks."""
+    """Durations are shown in days rather than weeks."""
     assert duration_text(duration) == text
 
 
@@ -228,14 +228,14 @@ def test_what_is_left_for_people(left: timedelta, text: str) -> None:
 
 
 def test_times_are_in_utc() -> None:
-    """As JSON has them, and for people."""
+    """Times are in UTC in JSON and for people."""
     time = datetime(2027, 11, 25, 0, 39, 32, 999999, tzinfo=timezone(timedelta(hours=1)))
     assert rfc3339(time) == "2027-11-24T23:39:32Z"
     assert minute(datetime(2027, 11, 24, 23, 39, 59, tzinfo=UTC)) == "2027-11-24 23:39 UTC"
 
 
 def test_a_beginning_in_the_future_is_a_wrong_clock() -> None:
-    """More than a minute ahead, in the leaf or above it."""
+    """A leaf or issuer that begins more than a minute ahead shows a wrong clock."""
     now, edge, ahead = (certificate(begin=begin, end=YEAR) for begin in (-YEAR, CLOCK_SKEW, CLOCK_SKEW + SECOND))
     assert [is_early(chain, NOW) for chain in ([now], [edge], [ahead], [now, ahead])] == [False, False, True, True]
 

@@ -68,7 +68,7 @@ def forged(*extensions: tuple[str, bytes]) -> x509.Certificate:
     "uri", ["spiffe://x/y", "http://example.com", "http://a-b.example.com/x/y.z", "urn:a:b", "mailto:a@b", "a+b.c-1:x"]
 )
 def test_uris_with_plain_hosts_pass(uri: str) -> None:
-    """Those that CAs write."""
+    """The URIs that CAs write pass."""
     assert form(leaf(sans=[x509.UniformResourceIdentifier(uri)])) == []
 
 
@@ -83,7 +83,7 @@ def test_other_uris_are_refused(uri: str) -> None:
 
 
 def test_networks_are_no_addresses() -> None:
-    """Eight bytes, or thirty-two, where four or sixteen belong."""
+    """Eight or thirty-two bytes are refused where four or sixteen belong."""
     network = value(der.SEQUENCE, value(0x87, bytes([10, 0, 0, 0, 255, 0, 0, 0])))
     assert form(forged(("2.5.29.17", network.encoded()))) == ["SAN: wanted IP addresses, got a network, 10.0.0.0/8"]
     address = value(der.SEQUENCE, value(0x87, bytes([10, 0, 0, 1])))
@@ -142,7 +142,7 @@ def test_extensions_of_cas_are_for_cas() -> None:
     ],
 )
 def test_constraints_are_names_that_go_compares(base: x509.GeneralName, reads: str) -> None:
-    """Permitted or excluded."""
+    """A name that Go can't compare is refused among permitted and among excluded names."""
     for permitted, excluded in (([base], None), (None, [base])):
         constraints = x509.NameConstraints(permitted, excluded)
         found = form(Signer.make("mid", parent=ROOT, constraints=constraints).certificate, is_leaf=False)
@@ -256,7 +256,7 @@ def test_a_ca_stands_once_in_a_path() -> None:
 
 
 def test_path_lengths_count_every_intermediate_below() -> None:
-    """As many as the number says, and no more."""
+    """A path has at most as many intermediates as the number says."""
     upper = Signer.make("upper", parent=ROOT, path_length=1)
     middle = Signer.make("middle", parent=upper)
     assert path(leaf(middle), middle.certificate, upper.certificate, ROOT.certificate) == []

@@ -65,7 +65,7 @@ def test_what_kubeadm_makes_passes(spec: str, ca: Signer) -> None:
     ],
 )
 def test_the_groups_of_all_versions_pass(spec: str, groups: list[str], ca: Signer) -> None:
-    """Those of kubeadm 1.20, 1.29 and 1.37; another group is refused."""
+    """The groups of kubeadm 1.20, 1.29 and 1.37 pass, and another group is refused."""
     user = (CN, SPECS[spec].common_names[0])
     assert live(ca, spec, name(*((ORG, group) for group in groups), user)) == []
     assert live(ca, spec, name((ORG, "developers"), *((ORG, group) for group in groups), user)) == ["O"]
@@ -121,7 +121,7 @@ def test_a_chain_leads_to_the_ca(ca: Signer) -> None:
 
 
 def test_what_a_ca_always_adds_is_no_group() -> None:
-    """As `allow_extra_subject` names it."""
+    """`allow_extra_subject` names what the CA adds."""
     ca = Signer.make()
     key = csr.generate_key("ecdsa-p256")
     pem = csr.build(TestCA.make(algorithm="ecdsa-p256").leaf(SPECS["scheduler.conf"]), key)
@@ -157,7 +157,7 @@ def test_a_refusal_says_who_was_wanted(spec: str, subject: x509.Name, reads: str
 
 
 def test_a_refusal_says_whose_signature_it_found(ca: Signer) -> None:
-    """Another CA's by its name, or the certificate's own."""
+    """The refusal names the other CA, or says that the certificate signed itself."""
     want = "issuer: wanted a signature of a CA in ca.crt, expired or not, got"
     assert list(map(str, violations(ca, "scheduler.conf", by=Signer.make("other")))) == [f"{want} one of CN=other"]
     own = cn("system:kube-scheduler")

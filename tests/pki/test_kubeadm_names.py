@@ -69,7 +69,7 @@ def test_a_nodes_certificates_as_another_node_would_have_them() -> None:
 
 
 def test_releases_are_read() -> None:
-    """With and without a patch; other words are none."""
+    """Releases are read with and without a patch number; other words are refused."""
     for text, release in (
         ("v1.37.2", Release(1, 37, 2)),
         ("1.37", Release(1, 37)),
@@ -110,7 +110,7 @@ MASTERS, ADMINS = ("system:masters",), ("kubeadm:cluster-admins",)
     ],
 )
 def test_groups_by_release(name: str, release: str, groups: tuple[str, ...]) -> None:
-    """kubeadm's sources of these releases."""
+    """The groups are those of kubeadm's sources of these releases."""
     assert kubeadm_names.groups(SPECS[name], parse_release(release)) == groups
 
 
@@ -126,7 +126,7 @@ def test_groups_by_release(name: str, release: str, groups: tuple[str, ...]) -> 
     ],
 )
 def test_a_group_that_the_release_does_not_tell_is_not_guessed(name: str, release: str | None, reads: str) -> None:
-    """Nothing that a certificate says is."""
+    """A release that does not decide the group is an error, and no certificate decides instead."""
     with pytest.raises(NoFactError) as e:
         kubeadm_names.groups(SPECS[name], parse_release(release or ""))
     assert str(e.value) == reads
@@ -161,7 +161,7 @@ OWN = ["192.0.2.10", "127.0.0.1", "::1"]
     ],
 )
 def test_names_are_in_kubeadms_order(name: str, common_name: str, sans: list[str]) -> None:
-    """Names by their bytes, then addresses as they come, each once."""
+    """Names come first by their bytes, then addresses in their order, each once."""
     found = kubeadm_names.naming(SPECS[name], FACTS)
     assert [str(san.value) for san in found.sans] == sans
     assert found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value == common_name
@@ -190,19 +190,19 @@ def test_what_is_not_known_is_named(name: str, lacking: str, what: str) -> None:
 
 
 def test_a_san_that_is_none_is_named() -> None:
-    """As kubeadm refuses it."""
+    """A SAN that kubeadm would refuse is named."""
     with pytest.raises(NoFactError, match="'a_b'"):
         kubeadm_names.naming(SPECS["apiserver"], replace(FACTS, api_sans=("a_b",)))
 
 
 def test_names_as_one_text() -> None:
-    """For messages."""
+    """Names are joined to one text for messages."""
     assert kubeadm_names.text_of(kubeadm_names.naming(SPECS["etcd-peer"], FACTS).sans[:2]) == "cp-1, localhost"
     assert kubeadm_names.text_of(()) == "none"
 
 
 def test_names_of_nodes() -> None:
-    """RFC 1123 subdomains of at most 253 characters."""
+    """A node's name is an RFC 1123 subdomain of at most 253 characters."""
     for good in ("a", "cp-1", "cp-1.example.com", "1", "a" * 253):
         assert is_node_name(good)
     for bad in ("", "-a", "a-", "a..b", "A", "a_b", "a.", ".a", "a" * 254):
@@ -210,7 +210,7 @@ def test_names_of_nodes() -> None:
 
 
 def test_a_list_says_what_its_line_lacks() -> None:
-    """With the line as it stands there."""
+    """The error shows the line as it stands there."""
     for text, reads in (
         ("cp-1", "line 1: wanted a name and addresses of its own, found 'cp-1'"),
         ("#\n cp-1 x", "line 2: wanted a name and addresses, found 'x' does not appear to be an IPv4 or IPv6 address"),
@@ -222,7 +222,7 @@ def test_a_list_says_what_its_line_lacks() -> None:
 
 
 def test_a_certificate_of_other_names_alone() -> None:
-    """For reading: key, issuer and beginning stay, one day is all that it lasts."""
+    """The certificate is for reading only: key, issuer and beginning stay, and it lasts one day."""
     live = TestCA.make().leaf(SPECS["apiserver"])
     naming = kubeadm_names.naming(SPECS["etcd-server"], FACTS)
     other = kubeadm_names.named(live, naming)

@@ -162,7 +162,7 @@ def field_of(*place: int, content: bytes) -> Callable[[Draft], None]:
 
 
 def test_an_unknown_signature_algorithm_is_named() -> None:
-    """Whose signature it is can't be told; the message does not guess."""
+    """The message does not guess whose signature it is."""
     found = forged(field_of(Draft.SIGNATURE, 0, content=oid("1.2.3.4")))
     assert [v.subject for v in found] == ["signature", "chain"]
     assert (found[0].want, found[0].got) == ("SHA-256 or stronger", "1.2.3.4")
@@ -214,7 +214,7 @@ def test_refuses_an_expired_anchor() -> None:
 
 
 def test_refuses_a_node_without_an_anchor() -> None:
-    """Nothing is proven against nothing."""
+    """Without an anchor nothing can be proven."""
     found = violations(root().issue(request()), expected=replace(expectation(), anchors=()))
     assert found == [Violation(subject="chain", want="a CA certificate in ca.crt", got="none")]
 
@@ -271,7 +271,7 @@ def test_the_longest_lifetime_counts_from_now() -> None:
     ],
 )
 def test_the_time_left_is_shown_in_units_that_fit(least: timedelta, left: timedelta, want: str, got: str) -> None:
-    """Days, hours or seconds."""
+    """The time left is shown in days, hours or seconds."""
     [violation] = violations(
         root().issue(request(), end=NOW + left), expected=replace(expectation(), min_validity=least)
     )

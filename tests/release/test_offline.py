@@ -121,7 +121,7 @@ def test_a_plug_in_that_others_can_change_is_not_loaded(bookworm: Tree, offline:
 
 @pytest.mark.attack("N11")
 def test_the_python_that_was_proven_runs_the_program(bookworm: Tree, offline: Path) -> None:
-    """Not one that comes to /usr/local/bin later, of whatever version; without the proven one another is looked for."""
+    """A Python that comes to /usr/local/bin later does not; without the proven one another is looked for."""
     bring(bookworm, offline)
     bookworm.run(INSTALL)
     for version in ("3.11", "3.12", "3.13"):
@@ -364,7 +364,7 @@ def test_nothing_is_found_by_the_path_that_is_given(bookworm: Tree, offline: Pat
 
 
 def test_other_files_beside_the_versions_stay(bookworm: Tree, offline: Path) -> None:
-    """Also where `versions` leads to a directory that has other things in it."""
+    """Other files stay also where `versions` leads to a directory with other files."""
     bring(bookworm, offline)
     bookworm.run(
         "mkdir -p /opt/ca-bridge /srv/big/theirs; echo x >/srv/big/file; ln -s /srv/big /opt/ca-bridge/versions"

@@ -86,7 +86,7 @@ def test_the_rpm_installs_and_goes(bookworm: Tree, released: Path) -> None:
 
 
 def test_lintian_has_nothing_to_say(released: Path) -> None:
-    """Neither an error nor a warning, nor an exception that nothing needs."""
+    """lintian reports no error and no warning, and no exception is unused."""
     command = ["lintian", "--allow-root", "--display-info", "--fail-on", "error,warning", "--tag-display-limit", "0"]
     done = subprocess.run([*command, str(the(released, ".deb"))], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

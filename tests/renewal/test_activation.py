@@ -142,7 +142,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
 
 
 def test_what_works_is_settled(site: Site) -> None:
-    """Restarted once, and nothing is owed."""
+    """The component is restarted once, and no work stays open."""
     result = site.renew(MANAGER, SCHEDULER)
     assert (result.exit_code, site.restarted) == (0, ["kube-controller-manager", "kube-scheduler"])
     assert not site.is_owed
@@ -231,7 +231,7 @@ def test_a_second_restart_too_soon_is_no_failure(site: Site) -> None:
 
 
 def test_what_does_not_work_although_another_waits_goes_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what was restarted is restarted back."""
+    """A rollback restarts only the components that the renewal had restarted."""
     old = site.files()
 
     @contextlib.contextmanager
@@ -279,7 +279,7 @@ def failing(site: Site, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 @pytest.mark.parametrize("place", ["before the files are put back", "before the restarts"])
 def test_a_way_back_that_was_cut_off_is_gone_on_with(site: Site, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    """Due or not; never exit 0 while components run on what was put back."""
+    """The next run continues it, due or not, and never exits with 0 while components run on the files that were rolled back."""
     old = site.files()
     failing(site, monkeypatch, MANAGER)
 
@@ -497,7 +497,7 @@ def test_a_file_that_is_away_for_a_while_ends_nothing(site: Site) -> None:
 
 
 def test_settings_that_leave_restarts_to_people_say_what_is_left(site: Site) -> None:
-    """Once, by exit 7; in the middle of a way back, too."""
+    """Exit 7 says so once, in the middle of a rollback, too."""
     unproven(site, MANAGER)
     site.change(method="none")
     result = site.renew()
@@ -508,7 +508,7 @@ def test_settings_that_leave_restarts_to_people_say_what_is_left(site: Site) -> 
 
 
 def test_a_failure_that_is_kept_is_reported_until_it_is_gone(site: Site) -> None:
-    """Also after another renewal: that it failed before that one is no excuse."""
+    """The failure is reported after another renewal, too, though the check failed before that one."""
     site.change(on_failure="keep")
     site.states = {MANAGER: "unknown"}
     assert site.renew(MANAGER).exit_code == Exit.FAILED

@@ -142,7 +142,7 @@ def test_without_names_only_what_is_due(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_a_usage_error(node: Node) -> None:
-    """Exit 2, and no file."""
+    """The exit code is 2, and no file is written."""
     run = node.run("export", node.carried / "bundle.json", "apiservr")
     assert run.returncode == 2
     assert "'apiservr'" in run.stderr
@@ -150,7 +150,7 @@ def test_an_unknown_name_is_a_usage_error(node: Node) -> None:
 
 
 def test_what_can_not_be_asked_for_fails_alone(node: Node) -> None:
-    """Exit 1 for the broken one; the others are in the bundle."""
+    """The exit code is 1 for the broken one; the others are in the bundle."""
     (node.pki.pki_dir / "apiserver.crt").write_text("broken")
     run = node.run("export", node.carried / "bundle.json")
     assert run.returncode == 1
@@ -428,7 +428,7 @@ def test_names_draw_no_lines(node: Node) -> None:
 
 
 def test_what_is_no_bundle_is_not_shown(node: Node) -> None:
-    """Nothing there, a directory, something else: exit 1, and what it is."""
+    """A missing file, a directory, or another file is exit 1, and the error says what it is."""
     (node.carried / "x").write_text("hello")
     for name, found in (("none", "found: no file"), ("", "found: no file"), ("x", "bundle: wanted")):
         run = node.run("inspect", node.carried / name)
@@ -458,7 +458,7 @@ FORMS: dict[str, Callable[[x509.Certificate, x509.Certificate], bytes]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_loose_certificates_in_any_form_under_any_name(node: Node, form: str) -> None:
-    """Found by their public key."""
+    """Loose certificates are found by their public key."""
     node.export(FRONT)
     leaf = loose(node, FRONT)
     ca = x509.load_pem_x509_certificate(node.pki.ca_pem("front-proxy-ca")[0])
@@ -577,7 +577,7 @@ def test_a_wrong_certificate_is_refused_and_the_request_stays(node: Node) -> Non
 
 
 def test_part_of_the_answers(node: Node, desk: Desk) -> None:
-    """Exit 4: what is answered is installed, the rest waits; in JSON, too."""
+    """The exit code is 4: the answered requests are installed, the rest waits; in JSON, too."""
     node.export("apiserver", FRONT)
     answered = read_answer(sign(desk, node))
     path = node.carried / "answer.json"
@@ -697,7 +697,7 @@ def test_answers_to_something_else_are_refused_by_name(node: Node, desk: Desk) -
 
 
 def test_in_a_directory_the_good_answer_is_installed_although_another_is_refused(node: Node, desk: Desk) -> None:
-    """Exit 5 for the strange one; JSON names it."""
+    """The exit code is 5 for the strange one, which JSON names."""
     node.export("apiserver")
     good = sign(desk, node)
     (node.carried / "foreign.json").write_bytes(bundle_format.dumps(replace(read_answer(good), node="cp-2")))
@@ -883,7 +883,7 @@ def test_the_list_of_what_is_open(node: Node) -> None:
 
 
 def test_cancelled_keys_are_gone(node: Node) -> None:
-    """Not a byte of them is left below the state directory; the other request keeps its own."""
+    """No byte of them is left below the state directory; the other request keeps its own."""
     node.export("apiserver", FRONT)
     gone, kept = (_secret_bytes(node.open()[name].key_pem) for name in ("apiserver", FRONT))
     assert _files_with(node.state, gone)  # the twin
@@ -958,7 +958,7 @@ def test_a_backend_that_is_set_up_signs_the_same_key(node: Node, desk: Desk) -> 
 
 
 def test_nothing_is_due_while_a_person_has_it(tmp_path: Path) -> None:
-    """Exported early by name: cron is content, and the request stays open."""
+    """A request that was exported early stays open, and cron's run exits with 0."""
     node = make_node(tmp_path, timedelta(days=300))
     node.export("apiserver")
     assert node.run("renew").returncode == 0

@@ -146,7 +146,7 @@ def test_a_name_that_is_added_has_to_be_allowed(site: Site) -> None:
 
 
 def test_a_policy_that_cannot_be_used_renews_nothing(site: Site) -> None:
-    """Exit 2, whatever is wrong with the file; the doctor names it."""
+    """The exit code is 2, whatever is wrong with the file; the doctor names it."""
     for text in ("[allow", "[allow]\nclusters = []\nnodes = []\n", None):
         site.write(text or "")
         if text is None:

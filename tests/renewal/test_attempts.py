@@ -74,7 +74,7 @@ def test_pauses_begin_with_the_third_failure_and_double_up_to_a_day(count: int, 
 
 @given(st.integers(1, 40), st.timedeltas(timedelta(seconds=1), 400 * DAY))
 def test_a_try_is_left_before_the_certificate_expires(count: int, left: timedelta) -> None:
-    """At half of the time that is left at the latest."""
+    """The next try comes at half of the time left at the latest."""
     assert next_try(failures(count), NOW + left) <= NOW + left / 2
 
 
@@ -149,7 +149,7 @@ def test_success_ends_it(store: Store) -> None:
 
 
 def test_a_run_that_did_not_ask_a_ca_says_nothing_about_it(store: Store) -> None:
-    """Neither more failures nor fewer."""
+    """The count of its failures stays the same."""
     fail(store, 3)
     before = Attempts(store).authorities
     Attempts(store).note(["etcd-ca"], {}, NOW + HOUR)

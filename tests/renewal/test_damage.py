@@ -163,7 +163,7 @@ def test_there_is_a_way_on_from_a_damaged_journal(
 
 
 def test_every_state_file_can_be_set_aside(node: Pki, store: Store, tmp_path: Path) -> None:
-    """Those that a damage may stop; whole ones stay."""
+    """Each file whose damage can stop a run can be set aside; whole ones stay."""
     files = damage.state_files(store)
     assert {file.path for file in files} == {
         *(

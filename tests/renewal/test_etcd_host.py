@@ -105,7 +105,7 @@ def test_kubeadms_own_files_are_one(tmp_path: Path) -> None:
 
 
 def test_every_command_is_content_with_an_etcd_host(make: Make, tmp_path: Path) -> None:
-    """Nothing of a control plane is missed, and nothing is due."""
+    """No command misses a part of a control plane, and nothing is due."""
     bridge = make()
     for command in (["doctor"], ["plan"], ["renew"], ["check-expiration"], ["check-expiration", "-o", "nagios"],
                     ["check-expiration", "-o", "prometheus"], ["doctor", "--before-upgrade"]):  # fmt: skip
@@ -133,7 +133,7 @@ def test_all_that_it_has_is_renewed_and_comes_back(make: Make) -> None:
 
 
 def test_the_client_pair_may_be_elsewhere(make: Make) -> None:
-    """Once copied to the control planes it need not stay; etcd's own pairs must."""
+    """The client pair need not stay once it is on the control planes; etcd's own pairs must."""
     bridge = make()
     for suffix in ("crt", "key"):
         (bridge.pki.pki_dir / f"apiserver-etcd-client.{suffix}").unlink()

@@ -113,7 +113,7 @@ def test_a_hook_is_a_command_or_a_list_of_them() -> None:
 
 @pytest.mark.parametrize("value", ['""', '["a", ""]', "'a \"b'", "3", "[3]", '[["a"]]'])
 def test_what_is_no_command_is_a_settings_error(value: str) -> None:
-    """With its line."""
+    """The error has the line."""
     with pytest.raises(SettingsError) as e:
         parse(f"[hooks]\nsuccess = {value}\n")
     assert [(p.key, p.line) for p in e.value.problems] == [("hooks.success", 2)]
@@ -250,7 +250,7 @@ def test_a_before_hook_that_agrees_lets_the_run_begin(make: Make, log: Path) -> 
 
 @pytest.mark.parametrize("event", ["after_install", "success"])
 def test_a_hook_that_fails_after_the_installation_asks_for_a_look(event: str, make: Make, node: Node) -> None:
-    """Exit code 7: what it does for the new certificates is not done."""
+    """The exit code is 7, since the hook's work for the new certificates is not done."""
     hooks = make(shell("exit 1", event))
     [error] = hooks.installed(renewed(node)) if event == "after_install" else hooks.finished(renewed(node))
     assert error.exit_code == Exit.NOT_LIVE
@@ -267,7 +267,7 @@ def test_a_failure_hook_that_fails_changes_no_exit_code(make: Make, node: Node) 
 
 
 def test_without_hooks_nothing_is_written(make: Make, node: Node, store: Store) -> None:
-    """As in most runs."""
+    """A run without hooks writes no file for them."""
     hooks = make()
     hooks.installing(renewed(node))
     assert hooks.installed(renewed(node)) + hooks.finished(renewed(node)) + hooks.again(node) == []
@@ -319,7 +319,7 @@ def test_a_hook_that_was_taken_out_is_dropped(
 
 
 def test_a_hook_about_certificates_that_are_not_in_use_is_dropped(make: Make, node: Node, store: Store) -> None:
-    """They were rolled back, or renewed once more, with hooks of their own."""
+    """These certificates were rolled back, or renewed once more, with hooks of their own."""
     gone = HookEvent(names=("apiserver",), new_serials={"apiserver": "00FF"}, exit_code=0)
     make('success = "false"').finished(gone)
     assert make('success = "false"').again(node) == []
@@ -426,7 +426,7 @@ def test_a_broken_file_is_set_aside_and_reported(text: str, make: Make, node: No
 def test_where_nothing_can_be_remembered_nothing_is_installed(
     make: Make, node: Node, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the installation the hook is run all the same, and the failure said."""
+    """After an installation the hook runs all the same, and the failure is reported."""
     log = store.directory / "ran"
     hooks = make(shell(f"touch {log}; exit 1", "after_install"))
 

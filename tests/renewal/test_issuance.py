@@ -166,7 +166,7 @@ def test_keys_are_begun_where_something_will_be_renewed(
 
 
 def test_no_keys_are_begun_beside_open_requests(node: Pki, tmp_path: Path, begun: list[str]) -> None:
-    """Theirs may do."""
+    """The keys of open requests are used again."""
     path = config(node, tmp_path)
     Store(tmp_path / "state").prepare()
     Store(tmp_path / "state").requests.write_text("{}")

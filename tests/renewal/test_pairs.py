@@ -453,7 +453,7 @@ def test_a_rehearsal_monitors_and_backups_have_pairs_in_them(bridge: Bridge, pla
 
 
 def test_a_superseded_pair_is_revoked(place: Path, tmp_path: Path) -> None:
-    """Once its successor is in use; what only lay in its place is not."""
+    """A pair is revoked once its successor is in use; another certificate in its place is not."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     index = add_openssl(bridge, "ca") / "index.txt"
     bridge.add("renewal", {"revoke": "superseded", "revoke_after": "1s"})

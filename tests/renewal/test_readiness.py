@@ -105,7 +105,7 @@ def test_an_expired_certificate_is_installed_though_nothing_can_restart_its_comp
 
 
 def test_a_component_that_is_no_static_pod_needs_a_command(node: Pki, tmp_path: Path) -> None:
-    """With method "command" each of those that would be restarted does."""
+    """With method "command" each component that would be restarted needs one."""
     settings = settings_for(node, tmp_path)
     names = ["scheduler.conf", "controller-manager.conf", "admin.conf"]
     scheduler, both = ["kube-scheduler"], ["kube-scheduler", "kube-controller-manager"]

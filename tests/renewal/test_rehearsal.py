@@ -71,7 +71,7 @@ def state(settings: Settings) -> set[str]:
 
 
 def test_everything_is_signed_proven_and_thrown_away(node: Pki, tmp_path: Path) -> None:
-    """Not due, and yet asked for; each is revoked in its CA's database, and no key is on disk."""
+    """Certificates that are not due are signed, too; each is revoked in its CA's database, and no key is on disk."""
     settings, before = settings_for(node, tmp_path), files(node)
     result = rehearsed(settings)
     assert (result.exit_code, result.failed, result.errors) == (0, (), ())

@@ -207,7 +207,7 @@ def test_a_missing_key_and_an_expired_certificate_are_no_obstacle(tmp_path: Path
 
 
 def test_a_missing_ca_file_fails_its_own_certificates_alone(node: Pki, tmp_path: Path) -> None:
-    """Exit 1, named; the other authorities' certificates are renewed."""
+    """The exit code is 1, the file is named, and the other authorities' certificates are renewed."""
     settings = settings_for(node, tmp_path)
     (node.pki_dir / "front-proxy-ca.crt").unlink()
     result = renewed(settings)
@@ -255,7 +255,7 @@ def events(directory: Path, name: str) -> list[str]:
 
 
 def test_a_kubeconfig_that_cannot_be_edited_fails_alone(node: Pki, tmp_path: Path) -> None:
-    """Before its CA is asked, with the file's name; its CSR can still be had."""
+    """The kubeconfig is named before its CA is asked, and its CSR can still be made."""
     path = node.kubeconfig_dir / "admin.conf"
     _with_anchor(path)
     settings = settings_for(node, tmp_path)

@@ -205,7 +205,7 @@ def test_a_run_with_revocations_owed_is_not_over_at_once(node: Pki, settings: Se
 
 
 def test_a_damaged_file_is_kept_and_reported(settings: Settings) -> None:
-    """Once, with what to do."""
+    """The error comes once, and says what to do."""
     run(settings, "apiserver")
     store = Store(settings.node.state_dir)
     store.revocations.write_text("{")

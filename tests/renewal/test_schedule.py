@@ -57,7 +57,7 @@ def first_span(now: datetime, text: str, zone: tzinfo = BERLIN) -> tuple[datetim
     ],
 )
 def test_a_window_is_read_as_it_is_written(text: str, said: str) -> None:
-    """Days, ranges of days over the end of the week, hours over midnight."""
+    """Windows have days, ranges of days over the end of the week, and hours over midnight."""
     assert str(Window.parse(text)) == said
     assert Window.parse(said) == Window.parse(text)
 
@@ -117,7 +117,7 @@ def test_a_window_has_its_beginning_and_not_its_end() -> None:
 
 
 def test_windows_that_are_all_of_the_week_are_open_at_any_time() -> None:
-    """There is then no next one."""
+    """Such windows have no next one."""
     assert may_act(at("2026-11-25 12:00"), windows("00:00-24:00"), BERLIN, at("2027-01-01")).act
 
 
@@ -165,7 +165,7 @@ some_zones = st.sampled_from(["Europe/Berlin", "America/New_York", "Australia/Lo
 
 @given(moments, some_windows(), some_zones)
 def test_an_open_window_is_one_by_the_clock_on_the_wall(now: datetime, some: Windows, zone: ZoneInfo) -> None:
-    """On all days but those on which the clock changes, and the one after."""
+    """It is checked on all days but those on which the clock changes, and the one after."""
     local = now.astimezone(zone)
     assume(len({(local + timedelta(days=i)).utcoffset() for i in (-2, -1, 0, 1)}) == 1)
     minute = local.hour * 60 + local.minute
@@ -254,7 +254,7 @@ def test_an_unknown_zone_is_a_settings_error() -> None:
     [("America/New_York", "America/New_York"), (":Europe/Berlin", "Europe/Berlin"), ("", "UTC"), ("UTC", "UTC")],
 )
 def test_the_machines_zone_is_the_one_of_its_environment(tz: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for every other program (tzset(3))."""
+    """The zone is found as every other program finds it (tzset(3))."""
     monkeypatch.setenv("TZ", tz)
     assert str(Zone()) == name
 
@@ -354,7 +354,7 @@ def jittered(end: datetime, now: datetime, *, window: Windows | None = None, is_
     ids=["long", "an hour", "none", "expired"],
 )
 def test_the_delay_is_by_chance_and_ends_before_the_certificate(left: timedelta, expected: timedelta) -> None:
-    """Half of what is left at most, of which a share is taken."""
+    """The delay is a random share of at most half of the time left."""
     assert jittered(WEDNESDAY + left, WEDNESDAY) == expected
 
 
@@ -407,7 +407,7 @@ def test_the_service_may_write_where_a_renewal_writes() -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze; install systemd")
 @pytest.mark.parametrize("name", sorted(path.name for path in UNITS.iterdir()))
 def test_systemd_takes_the_units(name: str, tmp_path: Path) -> None:
-    """With the program in its place and no word said about any line of it."""
+    """systemd warns about no line of the units when the program is in its place."""
     program = shutil.which("true")
     assert program is not None
     for path in UNITS.iterdir():

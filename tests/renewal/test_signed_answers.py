@@ -137,7 +137,7 @@ def test_a_changed_answer_has_no_signature() -> None:
 
 @pytest.mark.parametrize("fault", ["missing", "readable for others", "no key"])
 def test_a_desk_without_its_key_signs_nothing(desk: Desk, node: Node, tmp_path: Path, fault: str) -> None:
-    """Before anything is signed, by name, with exit code 2."""
+    """The exit code is 2, and the error names the key before anything is signed."""
     key = tmp_path / "answer.key"
     if fault == "missing":
         key.unlink()

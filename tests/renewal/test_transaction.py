@@ -125,14 +125,14 @@ SATURDAY = '[renewal]\nwindow = "Sat 02:00-06:00"\nwindow_zone = "Europe/Berlin"
 
 
 def test_a_run_waits_for_its_window_on_a_terminal_too(store: Store, directory: Path, node: Node) -> None:
-    """Who wants it now names the certificates; then nothing here is asked."""
+    """A person who wants it now names the certificates, and then the window does not count."""
     left = held(store, directory, due(store, directory, node), SATURDAY, is_terminal=True)
     assert left.items == ()
     assert {outcome.exit_code for outcome in left.failed} == {Exit.WAITING}
 
 
 def test_the_delay_is_for_runs_that_will_do_something(store: Store, directory: Path) -> None:
-    """Not outside the window, not on a terminal, not while a CA is left alone."""
+    """There is no delay outside the window, on a terminal, or while a CA is left alone."""
     both = settings(store, directory, SATURDAY)
     always = settings(store, directory, '[renewal]\njitter = "1h"\n')
     in_the_window = datetime(2026, 11, 28, 3, tzinfo=UTC)
@@ -242,7 +242,7 @@ def test_authorities_have_failed_succeeded_or_neither(
 
 
 def test_a_run_that_failed_as_a_whole_failed_for_all(store: Store, directory: Path, node: Node) -> None:
-    """Not installed, or rolled back: another try would restart the components once more for nothing."""
+    """A run that did not install, or rolled back, counts for each CA, since another try would restart the components for nothing."""
     everything = due(store, directory, node)
     wrong = BridgeError("rolled back")
     for result in (outcomes(everything), Result(outcomes=())):
@@ -323,7 +323,7 @@ def test_a_mistake_in_the_settings_is_no_failure_of_a_ca(store: Store, directory
 
 
 def test_a_hook_that_failed_is_in_the_record(store: Store, directory: Path, node: Node) -> None:
-    """Before, after, and when it is run again."""
+    """A failure is recorded before, after, and when the hook runs again."""
     everything = due(store, directory, node)
     with new_record(store) as record:
         one = transaction(store, directory, hook("before", "exit 1"), record=record)
@@ -365,7 +365,7 @@ def test_a_run_with_hooks_owed_is_not_over_at_once(store: Store, tmp_path: Path)
 def test_syslog_hears_loudly_that_a_person_is_needed(
     store: Store, directory: Path, node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As critical, where all else is a notice."""
+    """The message is critical, and all others are notices."""
     place = tmp_path / "log"
     monkeypatch.setattr(audit, "SYSLOG", place)
     Attempts(store).note(["ca"], {"ca": DEAD}, NOW)

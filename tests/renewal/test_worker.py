@@ -151,7 +151,7 @@ def test_a_worker_differs_from_a_control_plane_by_its_files(make: Make) -> None:
 
 
 def test_every_command_is_content_with_a_worker(make: Make, tmp_path: Path) -> None:
-    """Nothing of a control plane is missed, and nothing is due."""
+    """No command misses a part of a control plane, and nothing is due."""
     worker = make()
     for command in (["doctor"], ["plan"], ["renew"], ["check-expiration"], ["check-expiration", "-o", "nagios"]):
         run = worker.bridge.run(*command)
@@ -230,7 +230,7 @@ def test_a_reference_to_nothing_says_what_brings_it_back(make: Make, lost: str) 
 
 
 def test_nothing_beside_it_is_proposed(make: Make) -> None:
-    """Other files than a kubelet's dated ones are none."""
+    """Only a kubelet's dated files count."""
     worker = make()
     current = worker.pki_dir / "kubelet-client-current.pem"
     current.resolve().rename(worker.pki_dir / "kubelet-client-x;reboot.pem")

@@ -84,7 +84,7 @@ def publics(directory: Path) -> set[bytes]:
 
 @pytest.mark.kube
 def test_kubeadm_takes_the_node_in_each_phase_and_no_key_of_its_cas_is_left(tmp_path: Path, disk: Path) -> None:
-    """Neither in its place nor in a backup; the disk has all three, for their owner alone."""
+    """No key is left in its place or in a backup; the disk has all three, for their owner alone."""
     pki = kubeadm_pki(tmp_path / "node", algorithm="ECDSA-P256", external=False)
     settings = companys(pki, tmp_path)
     cas = {spki(load_pem_certificates(pki.ca_pem(name)[0])[0].public_key()) for name in AUTHORITIES}
@@ -242,7 +242,7 @@ def test_a_place_that_others_read_takes_no_key(settings: Settings, pki: Pki, dis
 
 
 def test_another_key_on_the_disk_is_not_replaced(settings: Settings, pki: Pki, disk: Path) -> None:
-    """Said, with exit code 7, and the key stays where it is."""
+    """The exit code is 7, the message says so, and the key stays where it is."""
     (disk / "ca.key").write_bytes(b"another cluster's")
     assert run(settings, Verb.TRUST).exit_code == 0
     done = run(settings, Verb.ISSUE, gate=to(disk))

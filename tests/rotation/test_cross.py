@@ -306,7 +306,7 @@ def test_a_new_ca_without_a_key_identifier_is_refused() -> None:
 
 
 def test_one_that_is_about_to_end_is_refused_and_left_out_of_renewals(settings: Settings, pki: Pki) -> None:
-    """With it behind them, certificates would be due each night."""
+    """With such a certificate in the chain, leaves would be due each night."""
     assert run(settings, Verb.ISSUE).exit_code == 0
     change, before = change_of(settings), contents(pki)
     assert change.cross is not None

@@ -48,7 +48,7 @@ def saved(settings: Settings) -> int:
 @pytest.mark.kube
 @pytest.mark.parametrize("reached", [None, Verb.TRUST, Verb.ISSUE])
 def test_one_installation_from_each_phase(tmp_path: Path, reached: Verb | None) -> None:
-    """kubeadm takes the node afterwards; the same again has nothing to do."""
+    """kubeadm takes the node afterwards, and a second run has nothing to do."""
     pki = kubeadm_pki(tmp_path / "node", algorithm="ECDSA-P256")
     settings = with_next(pki, tmp_path)
     reach(settings, reached)
@@ -110,7 +110,7 @@ def replaced(settings: Settings, directory: Path, signer: Signer) -> Settings:
 def test_a_thief_of_the_key_would_have_the_next_ca_with_the_same_key(
     settings: Settings, pki: Pki, tmp_path: Path
 ) -> None:
-    """Refused, and nothing is another file."""
+    """The same key is refused, and no file changes."""
     before, old = contents(pki), Signer.load(*pki.ca_pem("ca"))
     renewed = Signer.make("kubernetes", key=old.key, begin=utc_now(), end=utc_now() + timedelta(days=9000))
     with pytest.raises(steps.OrderError, match="wanted a CA with another key"):
@@ -153,7 +153,7 @@ def failing(pki: Pki, directory: Path) -> tuple[Settings, Path]:
 
 
 def test_nothing_goes_back_by_itself(pki: Pki, tmp_path: Path) -> None:
-    """Not at once, and not at night, when the next run looks again."""
+    """No run goes back, neither at once nor at night, when the next run looks again."""
     settings, stop = failing(pki, tmp_path)
     done = run(settings, Verb.DROP, ["ca"], AT_ONCE)
     assert (done.exit_code, phases(settings)["ca"]) == (Exit.NOT_LIVE, "new"), done.result
@@ -175,7 +175,7 @@ def test_without_haste_it_goes_back(pki: Pki, tmp_path: Path) -> None:
 
 
 def test_the_command_says_first_what_it_costs(pki: Pki, tmp_path: Path) -> None:
-    """Nothing is done before --accept-outage, which means nothing alone."""
+    """The command does nothing before --accept-outage, which has no meaning alone."""
     bridge, made = Bridge(pki=pki, directory=tmp_path / "bridge"), next_cas.make(tmp_path / "next")
     for authority in AUTHORITIES:
         add_openssl(bridge, authority)

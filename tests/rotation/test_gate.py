@@ -53,7 +53,7 @@ def word(annotations: Mapping[str, object]) -> Word:
 
 
 def test_a_word_counts_for_an_hour() -> None:
-    """Older ones are named, and so are those from the future: a clock is wrong."""
+    """Older reports are named, and so are those from the future, since a clock is wrong."""
     words = {"now": said(LATELY), "late": said(LATELY + SECOND), "ahead": said(-LATELY - SECOND)}
     assert late_words(words, Phase.NEW, NOW) == ["late", "ahead"]
 

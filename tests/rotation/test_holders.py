@@ -228,7 +228,7 @@ def test_what_the_controller_manager_keeps_is_behind_until_it_leads(server: ApiS
 
 @pytest.mark.rotation("cluster-info", "extension-apiserver-authentication")
 def test_what_the_api_servers_hold_is_looked_at(server: ApiServer, change: Change) -> None:
-    """They join their CAs; only at the end the old one has to be gone."""
+    """API servers may hold both CAs, and only at the end the old one has to be gone."""
 
     def said(phase: Phase) -> list[str]:
         return [one.text for one in seen(server, change, phase) if one.text.startswith("extension-")]

@@ -50,7 +50,7 @@ def said(
 
 
 def test_a_good_one_passes() -> None:
-    """Another name, another key, a later end, and made a while ago."""
+    """A new CA passes with another name, another key and a later end, if it was made a while ago."""
     assert said(Signer.make("kubernetes-2", key_id=True)) == ""
 
 
@@ -112,7 +112,7 @@ def test_one_name_for_both_needs_key_identifiers() -> None:
 
 @pytest.mark.rotation("recomputed key identifier")
 def test_a_renewed_one_has_the_old_ones_name_and_identifier() -> None:
-    """Go finds it by the bytes of its name, OpenSSL by its key identifier."""
+    """Go finds a CA by the bytes of its name, and OpenSSL by its key identifier."""
     old = Signer.make("kubernetes", end=NOW + timedelta(days=300), extra=x509.SubjectKeyIdentifier(b"sha-256 of it"))
     assert said(with_key_id("kubernetes", b"sha-256 of it", like=old), old) == ""
     assert said(Signer.make("kubernetes", key=old.key), old) == ""

@@ -204,7 +204,7 @@ def test_a_ca_above_the_one_that_signs_is_not_trusted_unless_the_settings_say_so
 def test_answers_of_a_ca_below_the_anchor_are_refused_where_the_backend_could_not_be_asked(
     settings: Settings, pki: Pki, tmp_path: Path
 ) -> None:
-    """Files stay as they are; with `next.above` they are installed."""
+    """The files stay as they are; with `next.above` the certificates are installed."""
     ca, begin, end = (
         settings.authorities["front-proxy-ca"],
         utc_now() - timedelta(days=1),
@@ -274,7 +274,7 @@ def test_a_kubeconfig_that_names_a_ca_file_gets_its_certificate_alone(settings: 
 
 
 def test_a_rotation_by_other_means_is_left_alone(settings: Settings, pki: Pki) -> None:
-    """Three CAs in a file are of no phase."""
+    """A file with three CAs fits no phase."""
     path = pki.pki_dir / CA.certificate_file
     path.write_bytes(path.read_bytes() * 1 + pem(Signer.make("another").certificate))
     with pytest.raises(steps.OrderError, match="wanted the files of a phase"):

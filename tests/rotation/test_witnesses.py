@@ -151,7 +151,7 @@ REFUSED: Mapping[str, str] = {
 
 @pytest.mark.parametrize(("line", "words"), REFUSED.items())
 def test_refusals_are_read_off_the_servers_log(tmp_path: Path, line: str, words: str) -> None:
-    """As kube-apiserver 1.37 writes them, by address and by certificate."""
+    """The log of kube-apiserver 1.37 names refused clients by address and by certificate."""
     [found] = refusals([log(tmp_path, line, "http: TLS handshake error from 192.0.2.1:5: EOF", line)])
     assert words in found.who
     assert found.count == 2

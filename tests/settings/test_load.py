@@ -59,7 +59,7 @@ def test_all_problems_come_at_once_with_their_lines() -> None:
 
 
 def test_each_fault_is_reported_in_the_words_of_the_file() -> None:
-    """As TOML has it, and not as Python does."""
+    """The message names types as TOML does, and not as Python does."""
     assert [p.found for p in problems("[restart]\nprove_for = true\n")] == ["true"]
     [twice] = problems("[restart.commands]\n[restart.commands]\n")
     assert "Cannot declare [restart.commands] twice" in twice.found
@@ -135,7 +135,7 @@ def test_durations(text: str, duration: timedelta) -> None:
 
 @pytest.mark.parametrize("value", ["", "0s", "30", "d", "-1d", "1y", "1.5h", 30, None, "9999999w", "٣d"])
 def test_other_durations_are_refused(value: object) -> None:
-    """Nothing is guessed."""
+    """A duration without a unit is not guessed."""
     with pytest.raises(ValueError):
         parse_duration(value)
 
@@ -159,7 +159,7 @@ def test_a_named_settings_file_must_be_there(tmp_path: Path) -> None:
 
 
 def test_a_huge_settings_file_is_refused(tmp_path: Path) -> None:
-    """Memory is bounded."""
+    """The reader's memory is bounded."""
     file = tmp_path / "config.toml"
     file.write_text("#" * (MAX_FILE_BYTES + 1))
     with pytest.raises(SettingsError):

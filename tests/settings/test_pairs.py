@@ -92,7 +92,7 @@ def test_a_mistake_is_named_with_its_key(key: str, value: str) -> None:
     ],
 )
 def test_a_name_that_means_something_else_is_refused(name: str) -> None:
-    """kubeadm's certificates, components, CAs, and words of the command line."""
+    """Names of kubeadm's certificates, components and CAs, and words of the command line, are refused."""
     assert [one.key for one in problems(text(name))] == [f"certificate.{name}"]
 
 
@@ -138,7 +138,7 @@ def test_a_backend_may_have_an_exception_for_a_pair() -> None:
 
 
 def test_settings_show_prints_pairs_that_mean_the_same() -> None:
-    """With their copies."""
+    """The printed pairs, with their copies, mean the same as the file."""
     copy = '[certificate.registry.copies.other]\ncertificate_file = "/a.pem"\nkey_file = "/a.pem"\nkey_mode = "0440"\n'
     settings = parse(text(prove='"127.0.0.1:5000"', key_mode='"0640"', organizations='["a", "b"]', key='"same"') + copy)
     assert parse(in_force(settings)).node.pairs == settings.node.pairs

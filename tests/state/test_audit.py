@@ -83,7 +83,7 @@ def test_each_line_holds_the_digest_of_the_line_before_it(store: Store) -> None:
 
 
 def test_no_record_is_no_damage(store: Store) -> None:
-    """Before the first renewal."""
+    """A missing audit log before the first renewal is no damage."""
     assert audit.verify(store) == (0, [])
 
 
@@ -143,7 +143,7 @@ def test_lines_that_changed_places_are_found(store: Store, index: int) -> None:
 
 
 def test_a_line_made_up_and_put_in_is_found(store: Store) -> None:
-    """Also when it is chained to the line before it and has the next number."""
+    """An invented line is found even if it is chained to the line before it and has the next number."""
     append(store, LINES)
     lines = store.audit.read_bytes().splitlines(keepends=True)
     forged = json.loads(lines[3]) | {"event": "installed", "previous": hashlib.sha256(lines[2]).hexdigest()}
@@ -210,7 +210,7 @@ def test_a_crash_between_the_line_and_the_head(store: Store) -> None:
 
 
 def test_a_crash_before_the_first_line(store: Store) -> None:
-    """Only the head is there."""
+    """A log with nothing but its head is whole."""
     append(store)
     store.audit.unlink()
     store.audit_head.write_text(json.dumps({"sequence": 0, "sha256": audit.ZEROS}))
@@ -364,14 +364,14 @@ def test_refusals_are_recorded(run: Run, config: Path, store: Store) -> None:
 
 
 def test_what_was_held_back_is_recorded(run: Run, config: Path, store: Store) -> None:
-    """Verified, and not installed."""
+    """The log has the certificate as verified, and not as installed."""
     config.write_text(config.read_text().replace("cas/etcd-ca", "cas/front-proxy-ca"))
     assert run("renew", "etcd-server", "apiserver", "--all-or-nothing").exit_code == 5
     assert [event for event, _ in of(store, "apiserver")] == ["asked", "issued", "verified", "failed"]
 
 
 def test_a_dead_ca_is_recorded(run: Run, config: Path, store: Store) -> None:
-    """As unavailable."""
+    """The log has the CA as unavailable."""
     url = f"http://127.0.0.1:{free_port()}"
     text = re.sub(
         r'(\[authority.etcd-ca\]\nbackend = "desk")\ndir = .*',
@@ -385,7 +385,7 @@ def test_a_dead_ca_is_recorded(run: Run, config: Path, store: Store) -> None:
 
 
 def test_a_certificate_that_cannot_be_renewed_is_recorded(run: Run, node: Pki, store: Store) -> None:
-    """There is nothing to ask for."""
+    """The log has the failure, though no request could be made."""
     assert run("renew").exit_code == 0
     (node.pki_dir / "apiserver.crt").write_bytes(b"garbage")
     assert run("renew").exit_code == 1
@@ -426,7 +426,7 @@ def test_after_the_installation_a_lost_line_is_reported_loudly(
 
 
 def test_an_installation_that_failed_is_recorded(run: Run, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After its proof."""
+    """The log has the failure after the proof."""
     monkeypatch.setattr("bridge.state.install._stage", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
     assert run("renew", "apiserver").exit_code == 1
     assert of(store, "apiserver")[-2:] == [("verified", 0), ("failed", 1)]
@@ -434,7 +434,7 @@ def test_an_installation_that_failed_is_recorded(run: Run, store: Store, monkeyp
 
 @pytest.mark.parametrize("command", ["recover", "renew"])
 def test_a_recovery_is_recorded(run: Run, node: Pki, store: Store, command: str) -> None:
-    """Whichever command did it; without one there is no such line."""
+    """The log has each recovery, by any command, and no such line without one."""
     assert run("renew").exit_code == 0
     assert run(command).exit_code == 0
     assert audit.RECOVERED not in events(store)
@@ -510,7 +510,7 @@ def test_what_a_ca_is_asked_is_on_disk_before_it_is_asked(run: Run, config: Path
 
 
 def test_a_rollback_can_be_recorded(store: Store, node: Pki) -> None:
-    """With both certificates, without a CA."""
+    """The line has both certificates and no CA."""
     [old], [new] = load_pem_certificates(leaf(node)), load_pem_certificates(leaf(node, "etcd/server"))
     with Record(store, AuditSettings()) as record:
         record.add(audit.ROLLED_BACK, "apiserver", authority="ca", old=old, new=new, result="backup 1 put back")
@@ -523,7 +523,7 @@ def test_a_rollback_can_be_recorded(store: Store, node: Pki) -> None:
 
 
 def test_verify_is_0_or_1(run: Run, store: Store) -> None:
-    """Good, damaged with the line's number, and good again."""
+    """The exit code is 0, then 1 with the damaged line's number, then 0 again."""
     assert run("audit", "verify").exit_code == 0
     append(store, 3)
     good = store.audit.read_bytes()
@@ -541,7 +541,7 @@ def shown(run: Run, *args: str) -> list[str]:
 
 
 def test_show_filters_by_age_and_certificate(run: Run, store: Store) -> None:
-    """As a table or as JSON."""
+    """The filters work in a table and in JSON."""
     append(store, 2)
     old = store.audit.read_bytes().splitlines(keepends=True)
     lines = [
@@ -601,7 +601,7 @@ def test_syslog_gets_each_line(run: Run, config: Path, store: Store, syslog: soc
 
 
 def test_without_syslog_the_run_goes_on(run: Run, config: Path, store: Store, syslog: socket.socket) -> None:
-    """With a warning: the file is what counts."""
+    """The run warns and goes on, because the file is what counts."""
     config.write_text(config.read_text() + "[audit]\nsyslog = true\n")
     syslog.close()
     result = run("renew", "apiserver")
@@ -682,7 +682,7 @@ def test_cfssl_knows_us_by_our_client_certificate(tmp_path: Path) -> None:
 
 
 def test_the_damage_is_a_sentence() -> None:
-    """With file, line and number."""
+    """The sentence has file, line and number."""
     damage = Damage(kind="missing", first=3, last=5, place="audit.jsonl:3")
     assert str(damage) == "audit.jsonl:3: lines 3 to 5: wanted here, found missing"
 

@@ -135,7 +135,7 @@ def test_lists_when_who_why_and_which(run: Run, node: Pki) -> None:
 
 
 def test_a_backup_that_cannot_be_read_is_named(run: Run, store: Store) -> None:
-    """Exit 1, and the others are listed."""
+    """The exit code is 1, and the others are listed."""
     bad, good = renewed(run, "apiserver"), renewed(run, "apiserver")
     (store.backups / bad / MANIFEST).write_text("{}")
     result = run("backups")
@@ -183,7 +183,7 @@ def test_a_directory_of_backups_that_cannot_be_read_is_named(
 
 
 def test_a_rollback_puts_every_byte_back_and_a_second_one_undoes_it(run: Run, node: Pki, store: Store) -> None:
-    """Also modes; what was replaced is a backup of its own, for its owner alone."""
+    """Modes come back, too; the replaced files are a backup of its own, for its owner alone."""
     old = files(node)
     (node.pki_dir / "apiserver.crt").chmod(0o640)
     renewed(run)
@@ -229,7 +229,7 @@ def test_a_rollback_is_recorded(run: Run, node: Pki, store: Store) -> None:
 
 @pytest.mark.parametrize("args", [("rollback",), ("rollback", "nonsense"), ("rollback", "../backups")])
 def test_a_backup_that_is_not_there_is_1(run: Run, args: tuple[str, ...]) -> None:
-    """Nothing but a listed ID is taken."""
+    """Only a listed ID is taken."""
     result = run(*args)
     assert result.exit_code == 1
     assert "wanted" in result.stderr
@@ -345,7 +345,7 @@ def test_a_backup_of_another_ca_is_refused(run: Run, node: Pki, store: Store, tm
 
 
 def test_an_expired_backup_needs_force(tmp_path: Path, config: Path, run: Run, node: Pki) -> None:
-    """Refused with its dates, put back with `--force`."""
+    """The refusal has its dates, and `--force` puts it back."""
     now = datetime.now(UTC)
     expired = handmade_pki(tmp_path / "expired", now=now - timedelta(days=30), not_after=now - timedelta(days=1))
     for name in ("ca", "etcd-ca", "front-proxy-ca"):
@@ -625,7 +625,7 @@ def test_settings_that_keep_nothing_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("args", [("--dry-run",), ("--csr-only", "--csr-dir", "/nowhere")])
 def test_waiting_for_a_lock_that_is_not_taken_is_a_usage_error(run: Run, args: tuple[str, ...]) -> None:
-    """Exit 2 rather than an option without effect."""
+    """The exit code is 2, because the option would have no effect."""
     assert run("renew", "--wait", "1s", *args).exit_code == 2
     assert run("renew", "--wait", "1s").exit_code == 0
 
@@ -715,7 +715,7 @@ def test_runs_that_wait_come_one_after_the_other(programs: Programs, store: Stor
 def test_a_rollback_waits_too_and_not_for_ever(
     programs: Programs, slow_ca: Path, run: Run, node: Pki, store: Store
 ) -> None:
-    """Exit 9 after the time is over, 0 if the other ended before."""
+    """The exit code is 9 when the time is over, and 0 if the other run ended before."""
     slow_ca.unlink()
     renewed(run, "apiserver")
     before = files(node)

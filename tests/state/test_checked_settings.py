@@ -54,7 +54,7 @@ def renew(config: Path) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_a_broken_table_is_never_green(node: Pki, tmp_path: Path, backend: str, said: str) -> None:
-    """Exit 2 with each run, until it is mended; also where it was whole before."""
+    """Each run exits with 2 until the table is mended, also where it was whole before."""
     assert renew(write(node, tmp_path, GOOD)).returncode == 0
     for _ in range(2):
         run = renew(write(node, tmp_path, backend))

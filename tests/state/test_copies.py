@@ -482,7 +482,7 @@ def test_a_damaged_list_of_what_is_owed_is_reported_once(node: Pki, home: Path, 
 def test_a_copy_that_is_away_is_a_warning(
     node: Pki, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing holds an old certificate there."""
+    """A missing copy holds no old certificate."""
     with caplog.at_level("WARNING", logger="ca-bridge"):
         assert renewed(settings_with(node, tmp_path, home / "config", home / "no/such"), "all") == ["0"]
     assert caplog.text.count("wanted a copy of a kubeconfig (copies.files), found nothing there") == 2
@@ -491,7 +491,7 @@ def test_a_copy_that_is_away_is_a_warning(
 def test_what_the_owner_writes_meanwhile_stays(
     node: Pki, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether he writes into the file or puts another in its place, between our look and our rename; told, and tried again."""
+    """An owner's change to the file, or another file in its place, stays, is reported, and is tried again later."""
     copy = given(node, home / "config")
     real = write_staged
 
@@ -607,7 +607,7 @@ def test_what_is_owed_is_seen_by_a_run_with_nothing_due(node: Pki, home: Path, t
     "files", ['"/root/.kube/config"', '["config"]', '["/a/../b"]', '["/a", "/a"]', "[1]", '["/"]', '["/a\\u0000b"]']
 )
 def test_odd_lists_are_refused(files: str) -> None:
-    """Absolute paths, each once, as they are; one that is fine is taken."""
+    """A list needs absolute paths without detours, each once; one that is fine is taken."""
     with pytest.raises(Exception, match=r"copies.files: wanted a list of absolute paths"):
         parse(f"[copies]\nfiles = {files}")
     assert parse('[copies]\nfiles = ["/a"]').copies.files.paths == (Path("/a"),)

@@ -314,7 +314,7 @@ def test_the_metrics_have_it(site: Site) -> None:
 
 @pytest.mark.parametrize(("left", "level"), [(300, "ok"), (5, "warning"), (-1, "error")])
 def test_the_doctor_looks_at_it(site: Site, left: int, level: str) -> None:
-    """Once for all authorities that share it."""
+    """`doctor` shows it once for all authorities that share it."""
     site.ends_in(left * DAY)
     causes = findings.causes(examine(site.settings, now()))
     [cause] = [one for one in causes if one.check == "credential"]

@@ -153,7 +153,7 @@ def test_a_time_that_cannot_be_written_down_stops_nothing(
 
 
 def test_backups_are_for_their_owner_alone(pki: Path, store: Store) -> None:
-    """They hold keys."""
+    """Only the owner may read backups, since they hold keys."""
     backup = store.backups / run(pki, store)
     assert stat.S_IMODE(backup.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in backup.iterdir()} == {0o600}
@@ -184,7 +184,7 @@ def test_owners_are_kept(pki: Path, store: Store) -> None:
 
 
 def test_symlinks_stay_and_their_targets_are_replaced(pki: Path, store: Store) -> None:
-    """As kubeadm writes through them."""
+    """The installer writes through links, as kubeadm does."""
     elsewhere = pki.parent / "elsewhere"
     elsewhere.mkdir()
     (pki / "server.crt").rename(elsewhere / "real.crt")
@@ -217,7 +217,7 @@ def test_a_file_that_changed_since_its_csr_was_made_stops_everything(pki: Path, 
 
 
 def test_a_directory_in_the_place_of_a_file_stops_everything(pki: Path, store: Store) -> None:
-    """Nothing is replaced, nothing left over."""
+    """No file is replaced, and nothing is left over."""
     (pki / "server.crt").unlink()
     (pki / "server.crt").mkdir()
     with pytest.raises(InstallError) as e:
@@ -370,7 +370,7 @@ def _assert_damaged(file: StateFile[Any], what: str, afterwards: str) -> None:
 
 
 def test_attributes_are_written_and_read() -> None:
-    """Extended ones in hex."""
+    """Extended attributes are written in hex."""
     attributes = Attributes(mode=0o640, uid=1, gid=2, extended={"user.x": b"\x00\xff"})
     assert attributes_json(attributes) == {"mode": 0o640, "uid": 1, "gid": 2, "extended": {"user.x": "00ff"}}
     assert attributes_from(attributes_json(attributes)) == attributes
@@ -480,7 +480,7 @@ def test_a_journal_that_stays_does_not_hide_that_all_was_put_back(
 def test_a_kill_at_any_point_leaves_all_old_or_all_new(
     pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch, point: int
 ) -> None:
-    """After the next run's recovery."""
+    """All files are old, or all are new, after the next run's recovery."""
     child = os.fork()
     if child == 0:
         Tripwire(monkeypatch, point, lambda: os._exit(9))
@@ -555,7 +555,7 @@ def test_recovery_goes_forward_if_all_new_files_are_there(
 def test_recovery_that_can_go_nowhere_keeps_the_journal(
     pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is thrown away while files are apart."""
+    """The journal is kept while files do not match."""
     _interrupted(pki, store, monkeypatch)
     (pki / ".ca-bridge-run1-admin.conf").unlink()
     for saved in store.backups.glob("*/*key"):
@@ -649,7 +649,7 @@ def test_a_state_directory_for_others_is_refused(tmp_path: Path, mode: int) -> N
 
 
 def test_a_file_that_says_the_same_keeps_its_time(tmp_path: Path) -> None:
-    """Who read it before need not read it again; what the twin says is new."""
+    """A reader of the unchanged file need not read it again; the twin's change is seen."""
     store = Store(tmp_path / "state")
     store.prepare()
     paths = {name: tmp_path / name for name in ("same", "other")}

@@ -52,7 +52,7 @@ def each(request: pytest.FixtureRequest) -> Kind[Wish]:
 
 
 def test_changes_are_on_disk_after_save(tmp_path: Path, each: Kind[Wish]) -> None:
-    """Not before; the last line of a request counts; without requests there is no file."""
+    """Changes are on disk after save and not before; the last line of a request counts; without requests there is no file."""
     path = tmp_path / "wishes"
     log = RequestLog(path, each)
     log.put(Wish("a", 1))
@@ -78,7 +78,7 @@ def test_changes_are_on_disk_after_save(tmp_path: Path, each: Kind[Wish]) -> Non
 
 
 def test_what_is_dropped_leaves_the_disk(tmp_path: Path) -> None:
-    """At once where keys are in the file, elsewhere when there is much of it."""
+    """A dropped request leaves the disk at once where the file has keys, elsewhere when there are many."""
     for name, one in KINDS.items():
         path = tmp_path / name
         log = RequestLog(path, one)
@@ -206,7 +206,7 @@ def test_a_damaged_one_of_an_earlier_version_is_noticed(old: Store) -> None:
 
 
 def test_requests_for_users_live_on(old: Store) -> None:
-    """With the key of one, and of another who has it the asker."""
+    """They keep their key, or the asker of a CSR that another user made."""
     users = OpenUsers(old)
     jane, john = (users.by_name()[name] for name in ("jane", "john"))
     assert (jane.groups, jane.reference, jane.validity, jane.carried) == (("dev",), "R-2", timedelta(hours=8), None)
@@ -268,7 +268,7 @@ def test_what_was_owed_lives_on(old: Store) -> None:
 
 @pytest.mark.parametrize("name", ["unproven", "hooks", "revocations", "copies", "bootstrap", "history", "attempts"])
 def test_what_keeps_its_form_keeps_its_bytes(old: Store, name: str) -> None:
-    """Read and written again, each is what it was."""
+    """Each file that is read and written again is the same."""
     files = {
         "unproven": obligations.unproven_file, "hooks": obligations.hooks_file,
         "revocations": obligations.revocations_file, "copies": obligations.copies_file,

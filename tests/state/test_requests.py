@@ -108,7 +108,7 @@ def test_all_states_across_processes(bridge: Bridge, person: approval.Approver) 
 
 
 def test_a_refusal_is_reported_and_the_next_run_asks_anew(bridge: Bridge, person: approval.Approver) -> None:
-    """Exit 5 with the person's words, once; with another key after that."""
+    """The exit code is 5 with the person's words, once; the next request has another key."""
     assert bridge.run("renew", "apiserver").returncode == 4
     [old] = person.asked()
     person.refuse("apiserver", "no such node in our list")
@@ -141,7 +141,7 @@ def test_a_wrong_answer_is_refused_and_the_next_run_asks_anew(bridge: Bridge, pe
 def test_a_request_that_waits_is_collected_although_nothing_is_due(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asked for by name with 300 days left; a bare `renew` finishes it."""
+    """A request by name, with 300 days left, is finished by a bare `renew`."""
     approval.install_plugin(tmp_path / "site")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     bridge = node_ending_in(tmp_path, timedelta(days=300))
@@ -172,7 +172,7 @@ def test_a_process_that_dies_after_asking_asks_with_the_same_csr(
 
 
 def test_a_certificate_that_was_replaced_meanwhile_ends_its_request(bridge: Bridge, person: approval.Approver) -> None:
-    """Said once; the answer to it would not fit any more."""
+    """The message comes once, since the answer would not fit any more."""
     assert bridge.run("renew", "apiserver").returncode == 4
     person.approve("apiserver")
     path = bridge.pki.pki_dir / "apiserver.crt"
@@ -214,7 +214,7 @@ def test_all_or_nothing_keeps_what_is_answered(bridge: Bridge, person: approval.
 def test_the_nearer_the_end_the_louder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: timedelta, stderr: str
 ) -> None:
-    """Nothing on standard error while there is time."""
+    """Standard error is empty while there is time."""
     approval.install_plugin(tmp_path / "site")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     bridge = node_ending_in(tmp_path, left)

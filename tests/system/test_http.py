@@ -134,7 +134,7 @@ def test_what_is_no_whole_answer_is_none(text: bytes) -> None:
 
 
 def test_a_body_that_breaks_off_leaves_its_status() -> None:
-    """For an error's status says enough."""
+    """The status of an error says enough."""
     with server(says(b"HTTP/1.1 403 No\r\nContent-Length: 9\r\n\r\n{")) as connection:
         with pytest.raises(BrokenOffError) as e:
             ask(connection)
@@ -379,7 +379,7 @@ def asked(port: int, pki: Path, path: str = "/", *, seconds: float = 5, name: st
 
 
 def test_gives_the_whole_answer(pki: Path) -> None:
-    """Status and body; the request arrives as it was meant."""
+    """Status and body arrive, and so does the request."""
     with secured(pki) as port:
         server = Server(f"https://127.0.0.1:{port}")
         answer = client(pki).ask(server, "/a?b=c", {"X-One": "1"}, method="POST", body=b"{}")
@@ -394,7 +394,7 @@ def test_reads_no_more_than_it_must(pki: Path) -> None:
 
 
 def test_shows_its_client_certificate(pki: Path) -> None:
-    """Who insists on one gets it, in a request and in a bare handshake."""
+    """A server that asks for a client certificate gets it, in a request and in a bare handshake."""
     with secured(pki, client_ca="ca.crt") as port:
         assert asked(port, pki, **pair(pki, "apiserver-kubelet-client")).status == 418
 

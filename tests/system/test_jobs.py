@@ -142,7 +142,7 @@ def test_a_unit_may_write_where_the_kubelets_certificates_are(config: Path, tmp_
 
 
 def test_half_a_desk_and_a_relative_place_are_refused(config: Path) -> None:
-    """Before anything is printed."""
+    """They are refused before anything is printed."""
     for arguments in (["--inbox", "/srv/i"], ["--inbox", "i", "--outbox", "/srv/o"]):
         run = setup(config, "systemd", *arguments)
         assert (run.returncode, run.stdout) == (2, "")
@@ -346,7 +346,7 @@ def test_the_doctor_looks_whether_a_crontab_is_read(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_can_not_be_enabled_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """systemd's own words, or that there is none; the twin succeeds."""
+    """The error has systemd's own words, or says that there is no systemd; the twin succeeds."""
     systemctl = tmp_path / "systemctl"
     for script, wrong in (("echo 'unit is masked' >&2; exit 1", "unit is masked"), ("exit 0", None)):
         systemctl.write_text(f"#!/bin/sh\n{script}\n")

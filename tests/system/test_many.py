@@ -110,7 +110,7 @@ def test_names_that_may_not_last_are_reported(tmp_path: Path, monkeypatch: pytes
 
 
 def test_all_are_on_disk_before_the_first_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files, then names, then what makes the names last."""
+    """Files are flushed first, then renamed, then their directories are flushed."""
     done: list[str] = []
     fsync, rename = os.fsync, os.rename
 

@@ -85,7 +85,7 @@ def test_links_are_followed(place: Path, tmp_path: Path, spoil: Callable[[Path, 
 
 
 def test_links_without_end_lead_nowhere(tmp_path: Path) -> None:
-    """As the kernel sees it."""
+    """A circle of links ends as in the kernel."""
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     assert exposure(tmp_path / "a") is None

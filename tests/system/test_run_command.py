@@ -172,14 +172,14 @@ def test_what_a_program_leaves_behind_is_ended_where_that_is_asked_for(tmp_path:
 
 @pytest.mark.parametrize("words", [["yes"], ["sh", "-c", "yes >&2"]], ids=["output", "messages"])
 def test_a_program_that_prints_without_end_is_killed(words: list[str]) -> None:
-    """At a limit of bytes for both of its outputs."""
+    """A program is killed at a limit of bytes for both of its outputs."""
     command = Command(words=words, environment=PATH, limit=LONG, most_output=64 << 10)
     ended = run(command, len, len)
     assert (ended.stopped, ended.failure) == ("output", "printed more than 64 KiB, and was killed")
 
 
 def test_a_program_is_stopped_when_it_is_enough() -> None:
-    """Long before its limit of time."""
+    """The program is stopped long before its limit of time."""
     begin = time.monotonic()
     command = Command(words=["sleep", "60"], environment=PATH, limit=LONG)
     assert run(command, is_enough=lambda seconds: seconds > 0.1).stopped == "enough"
@@ -248,7 +248,7 @@ def test_finds_what_this_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_its_surroundings_have_no_say(tmp_path: Path) -> None:
-    """Neither $PYTHONPATH nor the working directory."""
+    """$PYTHONPATH and the working directory have no effect."""
     (tmp_path / "json.py").write_text("print('theirs')")
     done = subprocess.run(
         python_command("import json; print(json.loads('1'))"),

@@ -53,7 +53,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_what_was_written_is_read_until_it_is_removed(path: Path) -> None:
-    """For its owner alone, and none is no error."""
+    """The file is for its owner alone, and a missing one is no error."""
     one = file(path)
     assert one.read() is None
     one.replace(DOCUMENT)
@@ -97,7 +97,7 @@ def test_every_flipped_bit_is_noticed(path: Path) -> None:
 def test_damage_is_what_its_policy_says(
     path: Path, text: str, policy: OnDamage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Never silent; and only what owes nothing counts as none at once."""
+    """Damage is never silent, and only a file without open work counts as missing at once."""
     path.write_text(text)
     one = file(path, policy, Exit.NOT_LIVE)
     if policy is OnDamage.START_OVER:
@@ -156,7 +156,7 @@ def test_what_cannot_be_written_leaves_the_old_content(path: Path, monkeypatch: 
 
 
 def test_a_line_is_the_same_on_one_line() -> None:
-    """For files with thousands of documents."""
+    """Files with thousands of documents have one on each line."""
     line = sealed_line(DOCUMENT)
     assert line.count(b"\n") == 1
     assert line.endswith(b"\n")
