@@ -48,7 +48,7 @@ _OWN_HEADERS = frozenset({"host", "content-length", "accept-encoding", "connecti
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wording:
-    """What a backend adds to the errors that all of them have alike."""
+    """A backend's own words for the errors that all backends share."""
 
     name: str  #: Of the backend's type, before each message.
     not_ours: str  #: A hint where the server is probably another product.
@@ -215,7 +215,7 @@ def without(text: str, hidden: Iterable[str | None]) -> str:
 
 
 def token_times(token: str) -> tuple[datetime | None, datetime] | None:
-    """When a JWT was issued, and when it ends, by its own word (RFC 7519 §4.1); None: it is none, or does not say."""
+    """When a JWT was issued, and when it ends, by its own claims (RFC 7519 §4.1); None: it is no JWT, or has no such claim."""
     try:
         payload = token.split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
@@ -250,7 +250,7 @@ def pair_problems(client_cert: Path | None, client_key: Path | None) -> Iterator
 def url_problems(
     url: str, wanted: str = "https://HOST[:PORT]", *, suffix: str = "", plain_http: bool | None = None, risk: str = ""
 ) -> Iterator[SettingsProblem]:
-    """What is wrong with a server's URL; `plain_http` says whether `http:` may lead to another machine."""
+    """The problems of a server's URL; `plain_http` says whether `http:` may lead to another machine."""
     try:
         parts = urlsplit(url)
         scheme, host, _ = parts.scheme, parts.hostname or "", parts.port

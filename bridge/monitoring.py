@@ -179,7 +179,7 @@ def known(settings: Settings, now: datetime) -> Remembered:
 
 
 def _phases(settings: Settings) -> Iterator[tuple[str, datetime]]:
-    """Where each CA stands that another one is to replace; `doctor` says why that can't be read."""
+    """The phase of each CA that is being replaced; `doctor` says why one can't be read."""
     from bridge.rotation import places  # noqa: PLC0415 (where a CA is being replaced)
 
     with contextlib.suppress(BridgeError, OSError):

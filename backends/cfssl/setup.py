@@ -107,7 +107,7 @@ def profile_beside(one: NamePatterns) -> dict[str, object]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Node:
-    """What the node's settings say of the server; else what `ca-bridge settings init cfssl` writes."""
+    """The node's settings of the server; where there are none, those that `ca-bridge settings init cfssl` writes."""
 
     url: str
     ca_file: PurePath
@@ -140,7 +140,7 @@ class _Node:
 
     @property
     def address(self) -> str:
-        """Where the server listens: on one address if the url has it, else on all, where TLS lets in only its clients."""
+        """The address that the server listens on: one address if the url has it, else on all, where TLS lets in only its clients."""
         return self.host if self.san.startswith("IP:") or self.host == "localhost" else "0.0.0.0"  # noqa: S104
 
     def key_name(self, usage: str) -> str:

@@ -64,7 +64,7 @@ class ExchangeSettings(BackendSettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    """What a file of the inbox is, and for an answer to our request its content."""
+    """A file of the inbox, and its content if it answers our request."""
 
     digest: str = ""  #: Of the request that it answers.
     answer: AnswerBundle | None = None

@@ -98,7 +98,7 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
 
 
 def _beside(wanted: SetupRequest) -> Iterator[str]:
-    """What a program gets for certificates whose names travel beside the CSR, and has to make of it."""
+    """The variables of a program whose certificates get their names beside the CSR, and the certificate that it has to make."""
     yield "The CSR is empty: subject and SANs are those of the variables, one name a line, and no others.\n"
     yield "Below an empty subject the SANs are critical; a certificate begins less than 5 minutes ago.\n"
     for one in wanted.patterns:

@@ -108,7 +108,7 @@ class Database:
 
     @property
     def attributes(self) -> Path:
-        """Where `openssl ca` keeps `unique_subject`; it wins over openssl.cnf."""
+        """The file in which `openssl ca` keeps `unique_subject`; it wins over openssl.cnf."""
         return self._beside(".attr")
 
     def _beside(self, suffix: str) -> Path:

@@ -324,7 +324,7 @@ def key_problems(private_key: str | None, pkcs11: object, passphrase: object) ->
 
 
 def uri_problem(uri: str) -> tuple[str, str] | None:
-    """What is wrong with a pkcs11: URI, as (wanted, found); never with a value of it, which may be a PIN."""
+    """The problem of a pkcs11: URI, as (wanted, found); never with a value of it, which may be a PIN."""
     if not _URI.fullmatch(uri):
         return "a pkcs11: URI in which other characters than letters, digits and ._~- are percent-encoded", shown(uri)
     names = [part.partition("=")[0] for part in _parts(uri)]

@@ -21,7 +21,7 @@ _FILES = {"certificate": "ca.crt", "private_key": "ca.key", "database": "index.t
 
 @dataclass(frozen=True, kw_only=True)
 class OpensslSettings(BackendSettings):
-    """Where the CA's files are: below `dir`, one by one, or as a site's openssl.cnf has them."""
+    """The places of the CA's files: below `dir`, one by one, or as a site's openssl.cnf has them."""
 
     #: The CA's directory, with `ca.crt`, `ca.key`, `index.txt` and `newcerts` unless other keys name them.
     dir: Path | None = None

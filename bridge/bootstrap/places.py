@@ -38,7 +38,7 @@ class Places:
 
     @property
     def kubelet_pki(self) -> Path:
-        """Where a kubelet keeps its certificates."""
+        """The directory of a kubelet's certificates."""
         return self.kubelet / "pki"
 
     @property

@@ -67,7 +67,7 @@ class NodeLook:
         return found
 
     def problems_of(self, spec: CertificateSpec, anchors: tuple[x509.Certificate, ...]) -> list[str]:
-        """What of one certificate is missing or wrong, in the form of `problems`."""
+        """The missing and wrong parts of one certificate, in the form of `problems`."""
         return list(self._certificate(spec, anchors))
 
     def missing(self) -> list[Path]:

@@ -146,7 +146,7 @@ class CA:
         return None
 
     def ask_ends(self, table: str) -> dict[str, CredentialEnd]:
-        """When what we log in with ends, by the settings' key below `table`; none where the CA does not tell."""
+        """The ends of our credentials, by the settings' key below `table`; none where the CA does not show them."""
         backend = self.backend
         if self.trouble is not None or not isinstance(backend, TellsEnds):
             return {}

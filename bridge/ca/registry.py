@@ -184,7 +184,7 @@ def merge(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _locator(authority: str, backend: str, over: Mapping[str, Any]) -> Callable[[Key], Key]:
-    """Where a key of the merged table is in the file: in the authority's table if it is there, else in the backend's."""
+    """Find a key of the merged table in the file: in the authority's table if it is there, else in the backend's."""
 
     def locate(key: Key) -> Key:
         below: Any = over

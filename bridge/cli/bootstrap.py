@@ -211,7 +211,7 @@ def share(
 
 
 def _open_output() -> str | None:
-    """What others may see of standard output; None: nothing."""
+    """Say how others can read standard output; None: they can't."""
     if sys.stdout.isatty():
         return "a terminal"
     with contextlib.suppress(OSError, ValueError):  # there is no file

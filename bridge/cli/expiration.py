@@ -162,7 +162,7 @@ def _own(settings: Settings) -> list[Credential] | None:
 
 
 def _phases(settings: Settings, node: Node) -> list[PhaseOfCa] | None:
-    """Where each CA stands that another one is to replace; None: this user may not see it."""
+    """The phase of each CA that is being replaced; None: this user may not see it."""
     if not any(ours.next for ours in settings.authorities.values()):
         return []
     from bridge.rotation import places  # noqa: PLC0415 (where a CA is being replaced)

@@ -33,7 +33,7 @@ _EXTRA_HEADER = ("NOT LISTED BY KUBEADM", *_HEADER[1:], "FILE")
 
 
 class PhaseOfCa(NamedTuple):
-    """Where the replacement of a CA stands."""
+    """The phase of a CA's replacement."""
 
     name: str
     phase: str  #: Such as `trusted`, or `trusted → issued` where that is half done.

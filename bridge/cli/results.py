@@ -193,7 +193,7 @@ def _result_json(result: Result, selection: Selection, components: Sequence[Comp
 
 
 def about(outcome: Outcome) -> dict[str, Any]:
-    """What each outcome has in JSON."""
+    """The JSON of each outcome."""
     return {"name": outcome.name, "authority": outcome.authority, "backend": outcome.backend}
 
 

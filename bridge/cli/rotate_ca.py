@@ -87,7 +87,7 @@ RequestsOption = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LogOptions:
-    """What others say of the CA that goes; one option a field."""
+    """The sources about clients of the old CA; one option a field."""
 
     audit_log: AuditLogOption = None
     server_log: ServerLogOption = None
@@ -166,7 +166,7 @@ def _requests_json(watched: Watched) -> dict[str, Any]:
 def _witnesses(
     settings: Settings, node: Node, found: Mapping[str, Replaced], logs: _LogOptions
 ) -> tuple[Users | None, list[Refusal] | None]:
-    """Who still uses the old CA, by the logs that were named; None: none was."""
+    """Find clients of the old CA in the named logs; None: no log was named."""
     if not (logs.audit_log or logs.server_log):
         return None, None
     if CA.name not in found:
@@ -195,7 +195,7 @@ def _say_witnesses(users: Users | None, refusals: Sequence[Refusal] | None) -> N
 
 
 def _lagging(settings: Settings, node: Node, one: Replaced) -> list[Held]:
-    """What the cluster's objects lack of this node's phase, where a node may look at them."""
+    """The cluster's objects that are behind this node's phase, where a node may read them."""
     phase = one.standing.phase
     if phase is None or not node.manifests or node.is_etcd_host:
         return []
@@ -284,7 +284,7 @@ _COSTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Options:
-    """What each phase takes; one option a field."""
+    """The options of each phase; one option a field."""
 
     ca: CaOption = None
     wait: WaitOption = ZERO
@@ -293,14 +293,14 @@ class _Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _GatedOptions(_Options):
-    """What a phase takes that asks other nodes first."""
+    """The options of a phase that checks other nodes first."""
 
     without: WithoutOption = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LeavingOptions(_GatedOptions):
-    """What a phase takes from which on the old CA signs no more."""
+    """The options of a phase after which the old CA no longer signs."""
 
     keys_to: Annotated[
         Path | None,
@@ -312,7 +312,7 @@ class _LeavingOptions(_GatedOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _DropOptions(_LeavingOptions):
-    """What the last phase takes, which may also be the only one."""
+    """The options of the last phase, which may also be the only one."""
 
     emergency: Annotated[
         bool,

@@ -137,7 +137,7 @@ def _secret_files(configured: registry.Configured, settings: Settings) -> Iterat
 
 
 def _is_absent(path: Path) -> bool:
-    """Not there; a file that this user may not look at is there."""
+    """Whether a file is missing; one that this user may not read counts as there."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

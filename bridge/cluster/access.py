@@ -225,7 +225,7 @@ def _bytes(path: Path, what: str) -> bytes:
 
 
 def local_url(node: Node) -> str | None:
-    """Where this node's API server is; None when its manifest is not there or does not tell."""
+    """The URL of this node's API server; None without a manifest, or without an address in it."""
     manifest = node.manifests.get(Component.APISERVER)
     address = "" if manifest is None else manifest.flags.get("--advertise-address", "")
     url = url_of(address, port(node))

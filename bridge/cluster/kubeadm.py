@@ -23,7 +23,7 @@ _TURNS = 5  # each 409 means that another client was faster
 
 
 class Place(NamedTuple):
-    """Where a text is: a ConfigMap, and the key in its data."""
+    """The place of a text: a ConfigMap, and the key in its data."""
 
     name: str
     key: str
@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
     @property
     def path(self) -> str:
-        """For the Kubernetes API."""
+        """The path in the Kubernetes API."""
         return f"/api/v1/namespaces/{self.namespace}/configmaps/{self.name}"
 
     def __str__(self) -> str:

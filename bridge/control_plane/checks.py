@@ -91,7 +91,7 @@ class Look:
 
     @property
     def written(self) -> dict[str, Written]:
-        """When we wrote files, by path."""
+        """The times of our writes, by path."""
         with contextlib.suppress(StateError):  # unreadable now; their ctime counts
             return written_file(Store(self.settings.node.state_dir)).read() or {}
         return {}

@@ -37,7 +37,7 @@ _REQUESTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What the clients of one kubelet find."""
+    """The certificate that the clients of one kubelet see."""
 
     node: str
     place: Address | None = None  #: Where the API server reaches it; None: its Node object has no address.

@@ -335,7 +335,7 @@ def _present(node: Node) -> list[Component]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LastRestart:
-    """When a component was restarted, by the clock, and by the number of the newest installation before it."""
+    """The last restart of a component, by the clock, and by the number of the newest installation before it."""
 
     at: datetime
     installation: int | None = None  #: As in `Backup.number`; None: an earlier version recorded the restart.
@@ -358,7 +358,7 @@ def _times(store: Store) -> dict[Component, LastRestart]:
 
 
 def times_file(store: Store) -> StateFile[dict[Component, LastRestart]]:
-    """When each component was restarted; without it none counts as restarted. Earlier versions wrote a time alone."""
+    """The file of each component's last restart; without it none counts as restarted. Earlier versions wrote a time alone."""
     what = "when each component was last restarted"
     file = coded(dict[Component, LastRestart], store.restarted, what, OnDamage.START_OVER)
 

@@ -79,7 +79,7 @@ class Decision:
     proof: bytes  #: The signature of the certificate's key, or the door's code.
 
     def message(self, digest: str) -> bytes:
-        """What the evidence is about."""
+        """The message that the evidence signs."""
         parts = [digest, self.verdict, self.reason, fingerprint(self.certificate)]
         if self.evidence == "door":
             parts += [self.approver, rfc3339(self.decided)]
@@ -151,7 +151,7 @@ class Trust:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """What people have decided about one bundle, as far as it counts."""
+    """The decisions about one bundle that count."""
 
     approved: tuple[Decision, ...] = ()
     refused: Decision | None = None
@@ -165,7 +165,7 @@ class Standing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matter:
-    """What is decided about, and by which rules."""
+    """The request that people decide about, and the rules for that."""
 
     bundle: RequestBundle
     digest: str  #: The bundle's.
@@ -305,7 +305,7 @@ def _how_asked(request: BundledRequest, *, proven: bool) -> str:
 
 
 def differences(request: BundledRequest) -> Iterator[str]:
-    """What differs from the certificate that is replaced, in subject, SANs, kind of key and validity."""
+    """The differences from the replaced certificate, in subject, SANs, kind of key and validity."""
     old = request.replaces
     if old is None:
         return

@@ -81,7 +81,7 @@ def load(directory: Path, *, node: str, cluster: str, validity: timedelta, creat
 
 
 def spec_of(relative: Path, suffix: str = _SUFFIX) -> CertificateSpec | None:
-    """Which certificate a file below kubeadm's directory belongs to, by its name, flat or nested; None: to none."""
+    """The certificate that a file below kubeadm's directory is for, by its name, flat or nested; None: it is for none."""
     name = relative.as_posix()
     return _BY_FILE.get(name.removesuffix(suffix).removeprefix("pki/")) if name.endswith(suffix) else None
 

@@ -53,7 +53,7 @@ def is_label(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asker:
-    """Who has sent an EST request, as it was proven when the request came."""
+    """The sender of an EST request, as proven when the request came."""
 
     label: str
     certificate: (
@@ -64,7 +64,7 @@ class Asker:
 
     @property
     def text(self) -> str:
-        """For the record."""
+        """The text in the audit log."""
         operation = "simplereenroll" if self.renews else "simpleenroll"
         by = f"in TLS as {display.name(self.certificate)}" if self.certificate is not None else "with a one-time secret"
         return f"by EST's {operation} of label {self.label}, {by}"

@@ -90,7 +90,7 @@ _FROM_NODE = "have it from a node: ca.crt in its PKI directory"
 
 
 def policy_path(settings: Settings) -> Path:
-    """Where the policy is unless the command line says otherwise."""
+    """The policy's path unless the command line gives another."""
     return (settings.source.file or DEFAULT_FILE).with_name(POLICY_NAME)
 
 

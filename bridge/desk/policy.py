@@ -237,14 +237,14 @@ class Policy:
     approvals: ApprovalRules = field(default_factory=ApprovalRules)
 
     def spec_of(self, name: str) -> CertificateSpec | None:
-        """What a certificate of this name is, by our table or by the policy's for a further pair; None: nothing says it."""
+        """The kind of this certificate, by our table or by the policy's for a further pair; None: neither has it."""
         if name in SPECS:
             return SPECS[name]
         rules = self.certificates.get(name)
         return None if rules is None else pair_spec(name, rules.authority, rules.ekus)
 
     def longest_validity(self, name: str) -> timedelta:
-        """For which a certificate of this name may be asked."""
+        """The longest validity that a request for this certificate may have."""
         return self.certificates.get(name, CertificateRules()).max_validity or self.allow.max_validity
 
     def keys(self, name: str) -> Sequence[str]:

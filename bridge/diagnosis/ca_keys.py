@@ -301,7 +301,7 @@ class _Search:
             yield Finding.warning("ca-keys-in-cluster", "Secrets", f"not looked at: {e}", hint)
 
     def _names(self, held: Held, place: str) -> str:
-        """Whose keys are in it."""
+        """The CAs whose keys the file has."""
         if held.is_encrypted:
             self._encrypted.append(one_line(place, _LONGEST_PATH))
         names = [name for name, publics in self._cas.items() if publics & held.public]

@@ -73,7 +73,7 @@ class Reply:
 
     @classmethod
     def error(cls, status: HTTPStatus, error: BridgeError | str, **headers: str) -> Reply:
-        """What was wanted, what was found, what to do next."""
+        """An error's answer: what was wanted, what was found, what to do next."""
         hint = error.hint if isinstance(error, BridgeError) else ""
         return cls.of(status, {"error": one_line(error, 2000), **({"hint": hint} if hint else {})}, **headers)
 
@@ -293,7 +293,7 @@ class Door:
         return Reply.of(HTTPStatus.ACCEPTED, document, retry_after=later)
 
     def _soon(self) -> str:
-        """When a node is to look again whose turn may come soon: later where many wait."""
+        """Seconds until a node whose turn may come soon should look again: more where many wait."""
         return str(min(max(_SOON_SECONDS, self.to_sign // _LOOKS_A_SECOND), _LATER_SECONDS))
 
     def _certificate(self, name: str, csr: str) -> Reply:

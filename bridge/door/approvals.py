@@ -68,7 +68,7 @@ class UnknownError(NotDecidedError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Person:
-    """Who has shown a certificate in the handshake, and may decide."""
+    """A person who has shown a certificate in the handshake, and may decide."""
 
     name: str  #: As in the policy's list.
     certificate: x509.Certificate
@@ -90,7 +90,7 @@ class Case:
         return sorted(self.bundle.requests, key=lambda one: one.name not in self.asked)
 
     def sentence(self, request: BundledRequest) -> str:
-        """What a certificate of it means."""
+        """The meaning of the requested certificate, in a sentence."""
         verdict = self.verdicts.get(request.name)
         return sentence(request, self.bundle.node, proven=verdict is not None and verdict.proven)
 
@@ -108,7 +108,7 @@ class Approvals:
         self._decided = decided
 
     def person(self, environ: Mapping[str, Any]) -> Person:
-        """Who asks (NotDecidedError: a client that may not decide)."""
+        """The person behind a request (NotDecidedError: a client that may not decide)."""
         shown, trust = environ.get(PEER), self._trust()
         if shown is None:
             raise NotDecidedError("wanted a person's certificate in the handshake, found none")
@@ -126,11 +126,11 @@ class Approvals:
 
     @property
     def rules(self) -> approval.ApprovalRules:
-        """Who decides, and what counts."""
+        """The policy's rules about approvals."""
         return self._signing.policy.approvals
 
     def waiting(self) -> list[Case]:
-        """What people have to decide about, the oldest first."""
+        """The requests that people have to decide about, the oldest first."""
         found = []
         for one in self._memory.in_state("undecided")[:MOST]:
             try:

@@ -100,7 +100,7 @@ class Reviewer:
         self._http.close()
 
     def waiting(self) -> Mapping[str, Any]:
-        """What waits: `approver` and `requests`, in the door's words."""
+        """The waiting requests: `approver` and `requests`, in the door's words."""
         found = self._ask("GET", "/v1/approvals")
         requests = found.get("requests")
         if not isinstance(requests, list) or not all(isinstance(one, dict) for one in requests):

@@ -153,7 +153,7 @@ class Doors:
         self._recorded = max(number, self._recorded or 0)
 
     def restored(self) -> datetime | None:
-        """When the database was last restored."""
+        """The time of the database's last restore."""
         with asking(), self._engine.connect() as connection:
             return connection.execute(sa.select(RESTORES.c.restored).order_by(RESTORES.c.id.desc()).limit(1)).scalar()
 

@@ -51,7 +51,7 @@ class Enrolment:
 
     @classmethod
     def of(cls, row: sa.RowMapping) -> Enrolment:
-        """From a row of the table."""
+        """Read a row of the table."""
         named = {key: row[key] for key in cls.__slots__}
         return cls(**{**named, "certificates": tuple(filter(None, row["certificates"].split(",")))})
 

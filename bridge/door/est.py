@@ -156,7 +156,7 @@ class Est:
         return found
 
     def _client(self, shown: bytes, label: _Label, *, renews: bool) -> tuple[Asker, str]:
-        """Who has shown this certificate, and for which node it asks."""
+        """The client that has shown this certificate, and the node that it asks for."""
         try:
             certificate = x509.load_der_x509_certificate(shown)
             node = node_of(certificate.subject, label.rules.clients)
@@ -170,7 +170,7 @@ class Est:
     def _bundle(
         self, label: _Label, asker: Asker, node: str, csr: x509.CertificateSigningRequest, again: str
     ) -> RequestBundle:
-        """What is asked for, in the form that the desk judges; the names in it are the policy's and TLS's."""
+        """The request in the form that the desk judges; its names are the policy's and TLS's."""
         spec, policy = label.spec, self._signing.policy
         request = BundledRequest(
             name=spec.name,
@@ -275,7 +275,7 @@ def _csr(environ: Environ) -> x509.CertificateSigningRequest:
 
 
 def _again(asker: Asker, used: Enrolment | None, csr: x509.CertificateSigningRequest) -> str:
-    """What makes a request the same once more: label, operation, who asks, and the CSR."""
+    """The parts that make a repeated request the same: label, operation, requester and CSR."""
     who = fingerprint(asker.certificate) if asker.certificate is not None else f"enrolment {used and used.id}"
     return sha256(json.dumps([asker.label, asker.renews, who, csr_fingerprint(csr)]).encode()).hexdigest()
 

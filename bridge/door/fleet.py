@@ -118,7 +118,7 @@ def _enrolled(memory: Memory) -> list[_Place]:
 
 
 def metrics(nodes: Sequence[FleetNode]) -> str:
-    """For Prometheus: how many in each state, and each node's next end and last request."""
+    """Prometheus' metrics: how many nodes in each state, and each node's next end and last request."""
     counts = {state: sum(one.state == state for one in nodes) for state in STATES}
     by_state = (f"{PREFIX}_nodes{labels(state=state)} {count}" for state, count in counts.items())
 

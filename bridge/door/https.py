@@ -58,7 +58,7 @@ _LOOK_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What clients may take."""
+    """The limits for clients."""
 
     body_bytes: int
     exchange_seconds: float  #: From a request's first byte to its answer's last one; the handshake counts.
@@ -320,7 +320,7 @@ class _Server(wsgi.Server):
                 socket.socket.shutdown(conn.socket, socket.SHUT_RDWR)  # not TLS's own, whose state is the thread's
 
     def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
-        """What a client did wrong is for `-v`; a bug is an error."""
+        """Log a client's mistake only with `-v`, and a bug as an error."""
         log.log(level if level >= logging.ERROR else logging.DEBUG, "https: %s", msg, exc_info=traceback or None)
 
 

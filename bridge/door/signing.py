@@ -259,7 +259,7 @@ class Signing:
                 log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400
 
     def _answered(self, bundle: RequestBundle) -> dict[str, Answered]:
-        """What any door has answered to the same CSRs, by certificate name; the archive has this one's."""
+        """Any door's answers to the same CSRs, by certificate name; the archive has this one's."""
         csrs = {one.name: csr_fingerprint(one.csr) for one in bundle.requests}
         chains = self._memory.issued_among([*csrs.values()])
         found = {}
@@ -285,7 +285,7 @@ class Signing:
                 self._memory.note(one.id, text)
 
     def standing(self, one: Kept, bundle: RequestBundle) -> Standing:
-        """What people have decided about a request, verified by the policy of now; from any thread."""
+        """The people's decisions about a request, verified by the present policy; from any thread."""
         rows = self._memory.decisions(one.id)
         decided = [row for row in rows if row.verdict != "asked"]
         if not decided:  # most requests need no people
@@ -329,7 +329,7 @@ class Signing:
 
 
 def _nowhere(_: AnswerBundle) -> Delivery:
-    """Of a job that is judged only."""
+    """The place for results of a job that is only judged."""
     return Delivery(where="", files=(), conclude=lambda: None)
 
 

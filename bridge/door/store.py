@@ -63,12 +63,12 @@ class Moment(sa.TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        """To the database."""
+        """Convert a value for the database."""
         del dialect
         return None if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        """From the database."""
+        """Convert a value from the database."""
         del dialect
         return None if value is None else value.replace(tzinfo=value.tzinfo or UTC)
 
@@ -206,7 +206,7 @@ class IssuedRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionRow:
-    """What one person did about a request, as it is remembered; nothing here is verified."""
+    """One person's action on a request, as stored; nothing here is verified."""
 
     approver: str
     verdict: str
@@ -382,7 +382,7 @@ class Memory:
         return True
 
     def decisions(self, request_id: str) -> list[DecisionRow]:
-        """What people did about a request, the first one first."""
+        """The people's actions on a request, the first one first."""
         ours = DECISIONS.c
         query = sa.select(*(ours[name] for name in DecisionRow.__slots__)).where(ours.request == request_id)
         with asking(), self.engine.connect() as connection:
@@ -481,7 +481,7 @@ def _careful(connection: Any, _: ConnectionPoolEntry) -> None:
 
 @contextlib.contextmanager
 def asking() -> Iterator[None]:
-    """Whatever the database says against a question becomes one error; its text is without the question's values."""
+    """Turn any error of the database into one of ours, whose text has none of the query's values."""
     try:
         yield
     except SQLAlchemyError as e:
@@ -515,5 +515,5 @@ def open_memory(settings: Settings) -> Memory:
 
 
 def database_file(store: Store) -> Path:
-    """Where SQLite's file is, unless the settings name another database."""
+    """The path of SQLite's file, unless the settings name another database."""
     return store.directory / "door.db"

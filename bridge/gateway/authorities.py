@@ -70,7 +70,7 @@ class AuthorityOfSigners:
             return self._anchors
 
     def end(self) -> datetime:
-        """When the CA's certificate ends, or an intermediate that signs, if that is earlier."""
+        """The end of the CA's certificate, or of an intermediate that signs, if that is earlier."""
         ends = [one.not_valid_after_utc for one in self.anchors()]
         end = max(ends) if self._each_anchor_counts else ends[0]
         return min(end, self._issuer_end) if self._issuer_end is not None else end

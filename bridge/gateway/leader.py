@@ -103,7 +103,7 @@ class Alone:
         self._began = datetime.now(UTC)
 
     def doubtful_before(self) -> datetime | None:
-        """When this run began: the run before it may have died."""
+        """The beginning of this run, since the run before it may have died."""
         return self._began
 
     def start(self, _: Callable[[], bool]) -> None:

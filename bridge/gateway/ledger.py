@@ -99,7 +99,7 @@ class Ledger:
             self._together(None)
 
     def failing_seconds(self) -> float:
-        """For how long nothing could be written."""
+        """Seconds since writing began to fail; 0: it works."""
         return time.monotonic() - self._failing_since if self.trouble else 0.0
 
     def _try_room(self) -> None:

@@ -113,7 +113,7 @@ class PodJudge:
 
 
 class Looks:
-    """What the API server has now about pods and what belongs to them; may be used by any thread."""
+    """The API server's present objects of pods, their nodes and accounts; may be used by any thread."""
 
     def __init__(self, api: Api) -> None:
         self._api = api

@@ -56,7 +56,7 @@ class NotPublishedError(BridgeError):
 
 
 class Roots:
-    """For one thread."""
+    """The roots that pods trust, kept published; used by one thread."""
 
     def __init__(self, api: Api) -> None:
         self._api = api

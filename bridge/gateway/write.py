@@ -212,7 +212,7 @@ def with_certificate(one: AnyObject, chain_pem: bytes) -> dict[str, Any]:
 
 
 def identity_of(one: AnyObject) -> dict[str, str]:
-    """What keeps a write from a namesake, and from another version of the object."""
+    """The UID and version that keep a write from a namesake, and from another version of the object."""
     return {"uid": one.uid, "resourceVersion": one.version}
 
 

@@ -624,7 +624,7 @@ def _item(
 
 
 def _key_trouble(found: _Found, certificate_path: Path, key_path: Path | None) -> str | None:
-    """What is wrong with a certificate's key; a file with only a key is not opened, see `other_key`."""
+    """The problem of a certificate's key; a file with only a key is not opened, see `other_key`."""
     wanted = f"wanted the key of {certificate_path}"
     if key_path is None or _real(key_path) == _real(certificate_path):
         return f"{wanted} in it, found none or another certificate's" if found.has_key is False else None
@@ -638,7 +638,7 @@ def _key_trouble(found: _Found, certificate_path: Path, key_path: Path | None) -
 
 
 def other_key(item: Item) -> str | None:
-    """What is wrong with the key in an item's key file; None: it is the certificate's, or it can't be read."""
+    """The problem of the key in an item's key file; None: it is the certificate's, or it can't be read."""
     if item.key_path is None or not item.certificates or item.in_one_file:
         return None
     try:

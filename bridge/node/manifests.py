@@ -32,7 +32,7 @@ class Manifest:
 
 
 def path_of(component: Component, kubeconfig_dir: Path) -> Path:
-    """Where kubeadm keeps the component's manifest."""
+    """The path of the component's manifest in kubeadm's layout."""
     return kubeconfig_dir / "manifests" / f"{component.value}.yaml"
 
 

@@ -32,7 +32,7 @@ class PairFinding:
 
 
 def key_finding(certificate: x509.Certificate, key_pem: bytes | None) -> PairFinding | None:
-    """What is wrong with a certificate's key (PEM, perhaps after certificates); None: it is the right one."""
+    """The problem of a certificate's key (PEM, perhaps after certificates); None: it is the right one."""
     if key_pem is None:
         return _of_key("missing", "none")
     try:

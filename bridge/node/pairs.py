@@ -128,7 +128,7 @@ def _certificates(path: Path) -> list[x509.Certificate]:
 
 
 def lost_copy(item: Item) -> str | None:
-    """What is wrong with the key in one of a pair's copies; None: each is the certificate's, or can't be read."""
+    """The problem of the key in one of a pair's copies; None: each is the certificate's, or can't be read."""
     for copy in item.pair.copies if item.pair is not None and item.certificates else ():
         try:
             data = read(copy.key_file)
@@ -184,7 +184,7 @@ def _real(files: _Files) -> _Files:
 
 
 def _path(path: Path) -> Path:
-    """Where a path leads, whether something is there or not."""
+    """Follow a path's links, whether its target exists or not."""
     return Path(os.path.realpath(path))
 
 
@@ -223,7 +223,7 @@ def account(owner: str) -> tuple[int, int]:
 
 
 def attributes_for(files: PairFiles, path: Path) -> Attributes:
-    """What the file at one place is to have; what the settings leave open stays as it is."""
+    """The owner and mode for the file at one place; those that the settings leave open stay."""
     is_secret = path == files.key_file
     mask = KEY_MASK if is_secret else _CERTIFICATE_MODE
     try:

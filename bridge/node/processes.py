@@ -59,7 +59,7 @@ def _network(entry: Path) -> str:
 
 
 def _started(entry: Path) -> datetime:
-    """When it started, by the present clock, even if that was set since: the kernel counts from the machine's start."""
+    """The time of its start by the present clock, even if that was set since: the kernel counts from the machine's start."""
     behind_name = (entry / "stat").read_text(errors="replace").rpartition(")")[2]
     ticks = int(behind_name.split()[_START_FIELD])
     return datetime.fromtimestamp(_boot_seconds() + ticks / os.sysconf("SC_CLK_TCK"), UTC)
@@ -119,7 +119,7 @@ def _boot_id() -> str:
 
 
 def oldest_start(component: Component, named: Sequence[Path], proc: Path = PROC) -> datetime | None:
-    """When the oldest process of a component that names one of these files started; None: none can be seen."""
+    """The start of a component's oldest process that names one of these files; None: none can be seen."""
     found = (one.started for one in running(component.value, proc) if any(_names(one, path) for path in named))
     return next(found, None)
 
@@ -214,7 +214,7 @@ def moment_text(moment: datetime, *, exact: bool = False) -> str:
 
 
 def _changed(path: Path, written: Mapping[str, Written]) -> datetime:
-    """When the file or link itself was changed, by our record, or else by its ctime."""
+    """The last change of the file or link itself, by our record, or else by its ctime."""
     noted = written.get(str(path))
     if noted is not None and noted.is_of(path):
         return noted.moment
@@ -230,7 +230,7 @@ def _sees_another(process: Process, path: Path, data: bytes) -> bool:
 
 
 def _container_made(component: Component) -> datetime | None:
-    """When the runtime made the oldest running container of a component; None: it can't tell."""
+    """The creation time of a component's oldest running container; None: the runtime can't tell."""
     try:
         found = _crictl("ps", "--state", "running", "--name", f"^{component.value}$")
         nanoseconds = [int(container["createdAt"]) for container in found["containers"]]
@@ -260,7 +260,7 @@ def instances(component: Component) -> tuple[Instances, timedelta]:
 
 
 def instances_of_pod(name: str) -> frozenset[str]:
-    """What runs of a static pod with this name in its manifest, by crictl alone (OSError, ValueError: it can't tell)."""
+    """The running instances of a static pod with this name in its manifest, by crictl alone (OSError, ValueError: it can't tell)."""
     return frozenset(_static_pods(lambda pod: pod["metadata"]["name"].startswith(f"{name}-")))
 
 

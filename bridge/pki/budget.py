@@ -25,7 +25,7 @@ class OverBudgetError(ValueError):
 
 
 class Budget:
-    """What is left; one object goes through all that is read together."""
+    """The remaining budget; one object is passed along while one document is read."""
 
     def __init__(
         self,

@@ -498,7 +498,7 @@ def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Cert
 
 
 def _asked_in_short(bundle: RequestBundle, cas: Mapping[str, Sequence[x509.Certificate]]) -> str:
-    """What is not the usual case stands out: proofs, other CAs, changes, and the group that may do everything."""
+    """A summary in which unusual parts stand out: proofs, other CAs, changes, and the group that may do everything."""
     every = bundle.requests
     proven = [one for one in every if (proof_problem(one, bundle) or usages_problem(one)) is None]
     ours = [one for one in every if one.authority in cas and origin_problem(one, cas[one.authority]) is None]

@@ -39,7 +39,7 @@ _PUBLIC_BYTES, _SIGNATURE_BYTES = 32, 64
 
 
 def secret_hash(secret: str) -> str | None:
-    """What the door keeps of a secret: the SHA-256 (hex) of its public key; None: the text is no secret of an enrolment."""
+    """The hash that the door keeps of a secret: the SHA-256 (hex) of its public key; None: the text is no secret of an enrolment."""
     return None if _SECRET.fullmatch(secret) is None else _key_hash(_secret_key(secret).public_key().public_bytes_raw())
 
 
@@ -116,7 +116,7 @@ def revocation_json(asked: Revocation) -> bytes:
 
 
 def revocation_of(data: bytes) -> Revocation:
-    """What `dumps` wrote (BundleError: something else)."""
+    """Read the output of `dumps` (BundleError: something else)."""
     fields = Fields.of(parse(data), "", ("schema", "name", "certificate", "successor", "proof"))
     fields.choice("schema", [SCHEMA])
     if not is_carried(fields.values["name"]):

@@ -138,7 +138,7 @@ def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
 
 
 def _doubt(one: BundledRequest, whole: RequestBundle, cas: Mapping[str, Sequence[x509.Certificate]]) -> str | None:
-    """What is wrong with a continuity proof, as far as this machine can tell."""
+    """The problem of a continuity proof, as far as this machine can tell."""
     problem = signatures.proof_problem(one, whole) or signatures.usages_problem(one)
     return problem or (signatures.origin_problem(one, cas[one.authority]) if one.authority in cas else None)
 
@@ -232,7 +232,7 @@ class Candidate:
 
     @property
     def begin(self) -> datetime:
-        """When the certificate becomes valid; the earliest time there is for a refusal."""
+        """The time from which the certificate is valid; for a refusal the earliest possible time."""
         if isinstance(self.answer, Issued):
             return self.answer.leaf.not_valid_before_utc
         return datetime.min.replace(tzinfo=UTC)

@@ -197,7 +197,7 @@ class Failures:
 
 
 def next_try(failures: Failures, expires: datetime) -> datetime:
-    """When the CA may be asked again (pure): pauses double, a day at most and half of the time until `expires`."""
+    """The earliest time for another request to the CA (pure): pauses double, a day at most and half of the time until `expires`."""
     if not failures.needs_a_person:
         return failures.last
     longest = LONGEST_PAUSE.total_seconds()

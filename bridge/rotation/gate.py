@@ -108,7 +108,7 @@ _CONTROL_PLANE = "node-role.kubernetes.io/control-plane"
 
 
 class Word(NamedTuple):
-    """What a node's own run has written about one CA into its Node object."""
+    """A node's own report about one CA in its Node object."""
 
     signer: str  #: The SHA-256 of the CA that signed its certificates; empty: it has said nothing.
     seen: str  #: When, and in which phase.
@@ -141,7 +141,7 @@ def late_words(words: Mapping[str, Word], target: Phase, now: datetime) -> list[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """What an operator allows: how long to wait for another run, which nodes are left out, and whether all are."""
+    """The operator's options: how long to wait for another run, which nodes are left out, and whether all are."""
 
     without: frozenset[str] = frozenset()
     wait: timedelta = timedelta()
@@ -345,7 +345,7 @@ def _own_api(run: Run) -> Iterator[Spot]:
 
 
 def _nodes(run: Run, node: Node) -> Iterator[Spot]:
-    """Where API servers reach the kubelets, and clients the API servers, those that are down among them."""
+    """The addresses of all kubelets and API servers, also of those that are down."""
     flags = node.manifests[Component.APISERVER].flags if Component.APISERVER in node.manifests else {}
     with _cluster(run, node) as api:
         for one in kubelets.nodes(api):

@@ -92,7 +92,7 @@ def lagging(settings: Settings, node: Node, authority: str, change: Change, phas
 
 
 def look(api: Api, authority: str, change: Change, phase: Phase) -> list[Held]:
-    """What in the cluster does not hold the CAs of a phase yet, and what of others holds the old CA."""
+    """The cluster's objects that do not hold the CAs of a phase yet, and other owners' objects that hold the old CA."""
     if authority not in _KEYS:
         return []
     try:
@@ -320,7 +320,7 @@ def _foreign(
 
 
 def _command(target: str, key: str, value: bytes, change: Change, phase: Phase, patch: _Patch) -> str:
-    """What the owner types; empty: the CA is in the middle of something else, and not in base64."""
+    """The command for the owner to type; empty: the CA is in the middle of something else, and not in base64."""
     text = value.decode("utf-8", errors="replace")
     if _is_certificates(text):
         return f"kubectl patch {target} {patch(_replaced(text, change, phase))}"

@@ -30,7 +30,7 @@ class Phase(enum.Enum):
 
 
 class Kind(enum.Enum):
-    """What changes with the CA; it decides which phases there are."""
+    """The parts of a CA that change; they decide which phases there are."""
 
     NEW_KEY = "another key"
     SAME_KEY = "the same key, and another certificate"

@@ -55,12 +55,12 @@ class Replaced:
 
     @property
     def standing(self) -> Standing:
-        """Where the replacement stands on this node."""
+        """The phase of the replacement on this node."""
         return standing(self.seen, self.change)
 
     @property
     def since(self) -> datetime:
-        """When the CA file was last replaced: each phase replaces it, and nothing else does."""
+        """The time of the CA file's last replacement: each phase replaces it, and nothing else does."""
         return datetime.fromtimestamp(self.state.path.stat().st_mtime, UTC)
 
     def is_late(self, now: datetime) -> bool:
@@ -223,7 +223,7 @@ def signing_flags(node: Node, one: Replaced) -> list[str]:
 
 
 def key_place(node: NodeSettings, one: Replaced) -> Path:
-    """Where kubeadm keeps a CA's key."""
+    """The path of a CA's key in kubeadm's layout."""
     return node.pki_dir / one.state.authority.key_file
 
 

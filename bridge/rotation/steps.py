@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 class Verb(Enum):
-    """What an operator wants next."""
+    """The operator's next step."""
 
     TRUST = "trust"
     ISSUE = "issue"
@@ -75,7 +75,7 @@ class OrderError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What a verb does with one CA of this node."""
+    """The effect of a verb on one CA of this node."""
 
     ca: Replaced
     target: Phase
@@ -448,7 +448,7 @@ def _record(run: Run, steps: Sequence[Step]) -> None:
 
 
 def _about(steps: Sequence[Step]) -> dict[str, object]:
-    """What a backup's manifest says."""
+    """The content of a backup's manifest."""
     phases = {step.ca.name: step.target.value for step in steps}
     return audit.about(phases=phases)
 

@@ -71,7 +71,7 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What a client at an address did when it was shown a certificate, or what an API server refused."""
+    """A client's refusal of a served certificate, with its address, or an API server's refusal of a client."""
 
     who: str
     count: int
@@ -86,7 +86,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Users:
-    """What audit logs say of certificates."""
+    """The users of certificates in audit logs."""
 
     users: list[User]
     unread: int  #: Lines that are too long, or no events: clients may be in them.
@@ -206,7 +206,7 @@ _UNKNOWN = re.compile(r"verifying certificate SN=(\d{1,50}), SKID=[0-9A-F:]{0,60
 
 
 def refusals(logs: Sequence[Path]) -> list[Refusal]:
-    """What API servers logged of both kinds, the most frequent first (UnreadableLogError)."""
+    """The refusals of both kinds in API servers' logs, the most frequent first (UnreadableLogError)."""
     found: dict[str, int] = {}
     for line in itertools.chain.from_iterable(map(_lines, logs)):
         text = line.decode("utf-8", errors="replace")
@@ -243,7 +243,7 @@ _MOST_SAMPLES = 2_000_000
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What an API server has counted since its start."""
+    """An API server's counters since its start."""
 
     left: Mapping[float, float]  #: Requests whose certificate has at most so many seconds left.
     failed: float  #: TLS handshakes.
@@ -329,7 +329,7 @@ def requests(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watched:
-    """What all API servers counted for a while."""
+    """The counters of all API servers over some time."""
 
     requests: list[Requests]
     failed: Mapping[str, int]  #: TLS handshakes, by server.

@@ -160,7 +160,7 @@ class PairSettings(PairFiles):
 
     @property
     def spec(self) -> CertificateSpec:
-        """What it is to its CA, and to the node."""
+        """The pair as a certificate's kind, for its CA and for the node."""
         return pair_spec(self.name, self.authority, (_EKUS[usage] for usage in self.usages), self.reader)
 
     @property

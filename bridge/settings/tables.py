@@ -192,7 +192,7 @@ class PolicySettings:
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """Which components are restarted after a renewal."""
+    """The components that are restarted after a renewal."""
 
     #: needed: those that go on with an old certificate; all: every user of a new one; listed: these of them.
     which: Literal["needed", "all", "listed"]

@@ -176,7 +176,7 @@ def look(settings: Settings, there: Iterable[Place], store: Store | None) -> lis
 
 
 def _read(place: Place) -> Credential | None:
-    """What the file says; None: it holds a public key or a token alone, or the gateway's file is on another machine."""
+    """The credential in the file; None: it holds a public key or a token alone, or the gateway's file is on another machine."""
     trouble = ""
     try:
         data = read(place.path)

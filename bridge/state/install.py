@@ -471,7 +471,7 @@ def _staged_of(document: Mapping[str, Any]) -> tuple[Path, ...]:
 
 
 def written_file(store: Store) -> StateFile[dict[str, Written]]:
-    """When the installed files were written, by path; without it their ctime counts."""
+    """The times at which the installed files were written, by path; without it their ctime counts."""
     return coded(dict[str, Written], store.written, "when files were installed", OnDamage.START_OVER, key="files")
 
 

@@ -293,7 +293,7 @@ class OpenRequest:
 
     @property
     def deadline(self) -> datetime | None:
-        """When the certificate that it replaces ends."""
+        """The end of the certificate that it replaces."""
         return self.request.replaces.not_valid_after_utc if self.request.replaces is not None else None
 
 

@@ -49,7 +49,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
-    """Which cluster's files a state directory is about, by their real paths."""
+    """The cluster whose files a state directory is about, by their real paths."""
 
     pki_dir: str
     kubeconfig_dir: str

@@ -366,11 +366,11 @@ class Stream:
             return _body(self._response, _PIECE_BYTES)
 
     def go_on(self, silence_seconds: float) -> None:
-        """From now on any length of the answer will do, and only silence has a limit."""
+        """Allow an answer of any length from now on, and limit only silence."""
         self._limits.lift(silence_seconds)
 
     def piece(self) -> bytes:
-        """What comes next; empty: the end. An UnreachableError: it broke, or was silent for too long."""
+        """The next piece; empty: the end. An UnreachableError: it broke, or was silent for too long."""
         try:
             return self._response.read1(_PIECE_BYTES)
         except TimeoutError as e:
@@ -389,7 +389,7 @@ class _Limits:
         self._silence: float | None = None
 
     def lift(self, silence_seconds: float) -> None:
-        """From now on only silence has a limit."""
+        """Limit only silence from now on."""
         self._silence = silence_seconds
 
     def seconds_left(self) -> float:

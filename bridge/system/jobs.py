@@ -270,7 +270,7 @@ _NO_DIRECTORY = "no directory"
 
 
 def trouble_with(path: Path, user: str) -> str:
-    """What keeps a user from adding and removing files in a directory, by its owner and mode; empty: nothing."""
+    """The reason why a user can't add and remove files in a directory, by its owner and mode; empty: the user can."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -289,7 +289,7 @@ def trouble_with(path: Path, user: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeskPlaces:
-    """What an installed job of a CA desk works on."""
+    """The directories of an installed job of a CA desk."""
 
     job: Path
     user: str

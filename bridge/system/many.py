@@ -60,7 +60,7 @@ def remove_unfinished(directory: Path, pattern: str) -> None:
 
 
 def _sync_directories(groups: Sequence[_Group]) -> None:
-    """Or a power cut may take the new names away."""
+    """Flush the directories, or a power cut may take the new names away."""
     for directory in {file.new.path.parent for group in groups for file in group.files}:
         try:
             sync_directory(directory)

@@ -149,7 +149,7 @@ def assert_ours(path: Path) -> None:
 
 
 def mounts() -> dict[str, str]:
-    """What is mounted where, with the kind of its file system (proc(5), mountinfo); empty: the kernel does not tell."""
+    """The mount points, with their kinds of file system (proc(5), mountinfo); empty: the kernel does not tell."""
     try:
         lines = MOUNTS.read_text(errors="replace").splitlines()
     except OSError:

@@ -128,7 +128,7 @@ _MINUTE_SECONDS = 60.0
 
 
 class Rate:
-    """So many a minute for each name, all of them at once if it has been quiet; as many more wait in line."""
+    """A rate limit: so many a minute for each name, all of them at once if it has been quiet; as many more wait in line."""
 
     def __init__(self, a_minute: int) -> None:
         self._a_minute = a_minute
