@@ -39,7 +39,6 @@ from bridge.state import audit
 from bridge.system.many import NewFile, write_together
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import StateError
-from bridge.system.waiting import workers
 
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
 #: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part.
@@ -175,6 +174,8 @@ class Desk:
         if not waits:
             self._configured = {name: at_once(one) for name, one in self._configured.items()}
         self._cas: dict[str, _Authority] = {}
+        #: One for all bundles, for the row "`sign` of an inbox" of docs/evidence/numbers.md: threads cost more than a look.
+        self._lookups = ThreadPoolExecutor(PARALLEL_REQUESTS)
 
     # --- before anything is signed ------------------------------------------------------------------------------------
 
@@ -241,8 +242,7 @@ class Desk:
                 job.troubles[request.name] = e
 
         if len(proven) > 1 and any(ca.ca.tells_revoked for ca in self._cas.values()):
-            with workers(PARALLEL_REQUESTS) as pool:
-                list(pool.map(look, proven))
+            list(self._lookups.map(look, proven))
         else:
             for request in proven:
                 look(request)
@@ -376,6 +376,7 @@ class Desk:
 
     def close(self) -> None:
         """Close the backends."""
+        self._lookups.shutdown(wait=False, cancel_futures=True)
         for authority in self._cas.values():
             authority.ca.close()
 
