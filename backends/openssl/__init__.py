@@ -30,7 +30,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from backends.openssl.index import Database, Snapshot, file_name
+from backends.openssl.index import Database, Snapshot, file_name, folder_of, write_in
 from backends.openssl.program import Failure, KeyFile, Openssl, PrivateKey, ProcessEnd
 from backends.openssl.settings import CA_PLACE_HINT, CAFiles, OpensslSettings, files_of, private_key_of
 from bridge.contract import BackendSettings, Issued, Names, SetupFile, SetupRequest, SignRequest
@@ -344,14 +344,13 @@ class _Desk:
         before = self.seen = self.database.read(self.seen)
         self.database.check_space(len(before.data), len(orders))
         copy = self.database.back_up(before)
-        names = [f"{order.position}.csr" for order in orders]
-        for name, order in zip(names, orders, strict=True):
-            self.folder.joinpath(name).write_bytes(order.csr_pem)
+        names = [f"{number}.csr" for number in range(len(orders))]
+        with folder_of(self.folder) as folder:  # a later batch writes over these: they go with the folder
+            for name, order in zip(names, orders, strict=True):
+                write_in(folder, name, order.csr_pem)
         # never -out a real file: openssl empties it first, and keeps only the last of several certificates in it
         fixed = ("-notext", *self._extensions(alike), *self._dates(alike), "-out", "/dev/null")
         outcome = self._run(*fixed, "-infiles", *names, csrs=len(names))
-        for name in names:
-            self.folder.joinpath(name).unlink()
         return outcome, self.database.added(before, copy)
 
     def _read(self, orders: Sequence[CheckedCsr], serials: Sequence[int], error: BackendError | None) -> _Answers:
@@ -365,8 +364,7 @@ class _Desk:
         try:
             with _os_errors():
                 self.database.sync(serials)
-            for serial in serials:
-                leaf = self.database.certificate(serial)
+            for serial, leaf in zip(serials, self.database.certificates(serials), strict=True):
                 if leaf is None:
                     lost.append(file_name(serial))
                 elif positions := waiting.get(public_key(leaf)):
