@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--desk-profile", action="store_true", help="only where the desk's time goes, a request")
     parser.add_argument("--start-up", action="store_true", help="only what a command with nothing due loads")
     options = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each run compiles what an installed program has compiled
     if options.start_up:
         _count_start_up(docs=options.docs)
         return
