@@ -30,7 +30,6 @@ from bridge.pki.certificates import UNREADABLE, attributes, san_entries
 from bridge.pki.csr import names_of
 from bridge.pki.kubeadm_names import NamingFacts, NoFactError
 from bridge.renewal import hooks, in_use
-from bridge.renewal.pairs import how
 from bridge.settings.pairs import PairFiles, PairSettings
 from bridge.settings.tables import Settings
 from bridge.specs import SERVERS, Component
@@ -354,6 +353,8 @@ def look_at_pairs(node: Node, settings: Settings, now: datetime) -> Iterator[Fin
             yield from _pair(item, item.pair, node.authorities, settings, now)
     for one in in_use.late(settings, node, now):
         if one.component is None:
+            from bridge.renewal.pairs import how  # noqa: PLC0415 (loads all that restarts, and `renew` reads this file)
+
             text = f"its program was not seen to use the installed pair: {one.what}: {one.state}: {one.detail}"
             item = next(item for item in node.items if item.spec.name == one.certificate)
             yield Finding.warning("not-in-use", one.certificate, text, how(item))
