@@ -457,17 +457,6 @@ def test_each_command_line_can_be_typed(path: Path) -> None:
     assert {line: why for line, why in found.items() if why} == {}
 
 
-#: What no page shows the output of, and why.
-NOT_SHOWN = {
-    "gateway": "runs until it is stopped; `gateway --check` is shown",
-    "serve-database again": "where two doors share a database: tests/door/test_doors.py",
-    "kubelets on": "on running nodes, for minutes: tests/e2e/test_kubelets_node.py",
-    "rotate-ca issue": "on running nodes, for minutes: tests/e2e/test_rotate_ca_node.py",
-    "rotate-ca back": "on running nodes, for minutes: tests/e2e/test_rotate_ca_node.py",
-    "serving-certs": "on running nodes: tests/bootstrap/test_serving_certs.py",
-}
-
-
 def typed(text: str, language: str, before: str) -> set[str]:
     """The commands in blocks for a language, without what a reader puts in their place: names, paths, options."""
     blocks = re.findall(rf"^ *```{language}[^\n]*\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
@@ -481,13 +470,12 @@ def typed(text: str, language: str, before: str) -> set[str]:
 
 @pytest.mark.first_use("18")
 def test_each_command_that_pages_have_typed_is_shown() -> None:
-    """Its output is on a page, from a run that tests repeat; what has none says why, and is not said in vain."""
+    """Its output is on a page, from a run that tests repeat."""
     texts = [path.read_text(encoding="utf-8") for path in (README, *(ROOT / "docs").glob("*.md"))]
     asked = set().union(*(typed(text, "sh", "") for text in texts))
     seen = set().union(*(typed(text, "console", r"\$ ") for text in texts))
-    excused = {words for words in asked - seen if {words, words.split()[0]} & NOT_SHOWN.keys()}
-    assert asked - seen - excused == set()
-    assert NOT_SHOWN.keys() & seen == {"gateway"}  # nothing is excused that is shown
+    assert len(asked) > 30
+    assert asked - seen == set()
     assert typed("```sh\nca-bridge plan all  # x\n```", "sh", "") == {"plan"}
 
 

@@ -38,8 +38,9 @@ def test_pages_show_what_their_commands_print(tmp_path: Path) -> None:
     assert texts["users.md"] != shown.written(texts["users.md"], {**blocks, "user": "$ another line"})
 
     on_pages = {name for text in texts.values() for name in shown.names_in(text)}
-    assert on_pages == {name for name in blocks if not name.startswith("-")} | shown.LIVE.keys() | shown.BOOTED.keys()
-    shown_now = [block for text in now.values() for block in re.findall(r"^```console.*?^```$", text, shown.BLOCK)]
+    elsewhere = shown.LIVE.keys() | shown.RUNNING.keys() | shown.BOOTED.keys()
+    assert on_pages == {name for name in blocks if not name.startswith("-")} | elsewhere
+    shown_now = [block for text in now.values() for block in re.findall(r"^ *```console.*?^ *```$", text, shown.BLOCK)]
     assert len(shown_now) > 40
     assert [block for block in shown_now if "Traceback" in block or "rror:" in block] == []
 
@@ -53,6 +54,15 @@ def test_the_same_run_at_another_time_looks_the_same() -> None:
     assert first == "until 2027-03-01 03:00 UTC, serial 5FECEB66FFC86F38, in backups/20270301T030000Z-6b86b273"
     assert shown.Normal().of(line.format(began, "2C624232CDD22177", began, "12345678")) == first
     assert shown.Normal().of(line.format(later, "2C624232CDD22177", later, "12345678")) != first
+
+
+def test_a_block_within_a_list_stays_there() -> None:
+    """It is as far in as its item, whose number is followed by the next one's; a page without the block stays."""
+    page = "1. Look:\n\n   ```console plan 1\n   $ old\n   ```\n\n2. Go on.\n"
+    now = shown.written(page, {"plan": "$ ca-bridge plan\nnothing\n\nmore"})
+    assert now == "1. Look:\n\n   ```console plan 1\n   $ ca-bridge plan\n   …\n   ```\n\n2. Go on.\n"
+    assert shown.names_in(page) == ["plan"]
+    assert shown.written(page, {"renew": "$ ca-bridge renew"}) == page
 
 
 def main() -> None:

@@ -141,7 +141,7 @@ def status(common: Common) -> None:
     with upkeep.opened(common.settings()) as (memory, _):
         say_table([("STATE", "REQUESTS"), *((state, str(count)) for state, count in sorted(memory.counts().items()))])
         for one in memory.in_state("left"):
-            say(f"{one.digest[:16]} of {one.node}: {one.note}")
+            say_sentence(f"{one.digest[:16]} of {one.node}: {one.note}")
 
 
 @command(database, "backup")
@@ -165,7 +165,7 @@ def restore(common: Common, copy: Annotated[Path, typer.Argument(help="A copy th
     from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
 
     old, withdrawn = upkeep.restore(common.settings(), copy.absolute(), utc_now)
-    say_sentence(f"the copy is in its place; what was there before is in {old}")
+    say_sentence("the copy is in its place" + (f"; what was there before is in {old}" if old else ""))
     _say_withdrawn(withdrawn)
 
 

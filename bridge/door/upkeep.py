@@ -52,10 +52,10 @@ def back_up(settings: Settings, to: Path) -> None:
     _copied(source, to)
 
 
-def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tuple[Path, int]:
+def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tuple[Path | None, int]:
     """
-    Put a copy in the place of SQLite's file, and write down that it was restored; the place of the file that was there,
-    and how many one-time secrets are withdrawn.
+    Put a copy in the place of SQLite's file, and write down that it was restored; where the file is now that was there
+    (None: none was), and how many one-time secrets are withdrawn.
 
     No door works meanwhile (LockedError). A process that is killed here leaves a door that does not sign, and says so.
     """
@@ -66,7 +66,7 @@ def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tupl
         place = database_file(store)
         new, old = place.with_name(f"{place.name}.new"), place.with_name(f"{place.name}.old")
         _copied(copy, new)
-        if place.exists():
+        if is_there := place.exists():
             with contextlib.closing(sqlite3.connect(place)) as connection:
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             place.replace(old)
@@ -74,7 +74,7 @@ def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tupl
             place.with_name(place.name + end).unlink(missing_ok=True)
         new.replace(place)
         sync_directory(place.parent)
-        return old, reconcile(settings, now)
+        return old if is_there else None, reconcile(settings, now)
 
 
 def reconcile(settings: Settings, now: Callable[[], datetime]) -> int:

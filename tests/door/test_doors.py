@@ -22,7 +22,7 @@ from bridge.desk.records import Asked, Journal
 from bridge.door import turns
 from bridge.door.doors import Doors
 from bridge.door.signing import Signing
-from bridge.door.store import CERTIFICATES, DOORS, REQUESTS, Kept, Memory
+from bridge.door.store import CERTIFICATES, DOORS, REQUESTS, Kept, Memory, database_file
 from bridge.door.turns import BehindError, NotOursError
 from bridge.errors import Exit
 from bridge.pki.bundle import AnswerBundle, RequestBundle, sign_request
@@ -411,6 +411,13 @@ def test_a_copy_is_put_back_while_no_door_works(desk: Desk, bundle: RequestBundl
     assert first == second_
     assert len(desk.issued()) == 2
     assert list(desk.state.glob(".door*")) == []
+    database = database_file(Store(desk.state))
+    assert f"what was there before is in {database}.old" in " ".join(restored.stdout.split())
+    database.unlink()
+    again = desk.run("serve-database", "restore", copy)
+    assert (again.returncode, "what was there before" in again.stdout) == (Exit.DONE, False), (
+        again.stdout + again.stderr
+    )
 
 
 def test_postgresql_is_copied_by_its_own_programs(desk: Desk, shared_database: Database) -> None:

@@ -12,14 +12,14 @@ import pytest
 from bridge.node import manifests
 from bridge.pki.certificates import load_pem_certificates, san_entries
 from bridge.specs import AUTHORITIES, SPECS, Component
-from tests.kit import nodes
+from tests.kit import nodes, shown
 from tests.kit.cas import add_openssl, live_certificates
 from tests.kit.node import Node
 from tests.kit.nodes import LiveBridge, NodePki, wait_for
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
-NAME, IP = f"chg-{os.getpid() % 100_000}", "198.18.77.165"
+NAME, IP = f"chg-{os.getpid() % 100_000:05}", "198.18.77.165"
 KUBELET_CLIENT = "apiserver-kubelet-client"
 
 
@@ -127,8 +127,10 @@ def test_controller_manager_and_scheduler_serve_the_clusters_certificates_and_th
     directory = node.kubeconfig_dir / "manifests"
     before = {component: (directory / f"{component.value}.yaml").read_bytes() for component, _ in SERVERS.values()}
     assert served(bridge) == {"(its own)": "not-ours"}
-    run = bridge.run("serving-certs", "on")
+    run = bridge.run("serving-certs", "on", columns=shown.COLUMNS)
     assert run.returncode == 0, run.stdout + run.stderr
+    names = {str(bridge.directory / "state"): "/var/lib/ca-bridge", "ca-desk": "desk"}
+    shown.assert_shown("serving-certs-on", run.stdout, names)
     assert "kubeadm-config names them: `kubeadm upgrade` keeps the flags" in run.stdout
     assert served(bridge) == dict.fromkeys(SERVERS, "current")
     for name, (_, port) in SERVERS.items():
@@ -144,8 +146,9 @@ def test_controller_manager_and_scheduler_serve_the_clusters_certificates_and_th
     findings = json.loads(bridge.run("doctor", "-o", "json").stdout)["findings"]
     assert not [one for one in findings if "serving-certificate" in one["check"]]
 
-    run = bridge.run("serving-certs", "off")
+    run = bridge.run("serving-certs", "off", columns=shown.COLUMNS)
     assert run.returncode == 0, run.stdout + run.stderr
+    shown.assert_shown("serving-certs-off", run.stdout, {})
     assert served(bridge) == {"(its own)": "not-ours"}
     assert {component: (directory / f"{component.value}.yaml").read_bytes() for component in before} == before
     assert not (bridge.pki.pki_dir / "scheduler").exists()

@@ -29,7 +29,7 @@ from bridge.contract import SignRequest
 from bridge.gateway.rules import CLIENT_KUBELET
 from bridge.pki.certificates import pem
 from bridge.specs import SPECS
-from tests.kit import gateway_cluster, gateways, metrics_server, programs
+from tests.kit import gateway_cluster, gateways, metrics_server, programs, shown
 from tests.kit import node as kit_node
 from tests.kit import nodes as kit_nodes
 from tests.kit.api_client import ApiClient
@@ -216,14 +216,20 @@ def test_on_node_by_node(cluster: GatewayCluster, bridges: dict[str, LiveBridge]
     early = bridges["w1"].run("kubelets", "on")
     assert early.returncode == 4, early.stderr
     killed_at(bridges["cp"], "config.yaml is another one", "kubelets", "on")
-    run = bridges["cp"].run("kubelets", "on", "--force")
+    run = bridges["cp"].run("kubelets", "on", "--force", columns=shown.COLUMNS)
     assert run.returncode == 4, f"{run.stdout}{run.stderr}"
+    names = dict(zip([node.name for node in cluster.nodes], ("cp-1", "w-1", "w-2"), strict=True))
+    names |= {node.ip: f"192.0.2.1{number}" for number, node in enumerate(cluster.nodes, start=1)}
+    shown.assert_shown(
+        "kubelets-on", run.stdout, names
+    )  # the last lines: the killed run may have restarted the kubelet
     assert all(node.name in run.stdout for node in cluster.nodes[1:]), run.stdout
     assert "kubelet-certificate-authority" not in manifest.read_text()
     killed_at(bridges["w1"], "kubelet: runs ", "kubelets", "on")
     for role in ("w1", "w2"):
-        run = bridges[role].run("kubelets", "on", "--force")
+        run = bridges[role].run("kubelets", "on", "--force", columns=shown.COLUMNS)
         assert run.returncode == 0, f"{role}: {run.stdout}{run.stderr}"
+    shown.assert_shown("kubelets-on-worker", run.stdout, names)
     assert levels(bridges["cp"], "kubelet-serving") == ["ok"] * 3
     killed_at(bridges["cp"], "its manifest is back", "kubelets", "on")  # and the API server is not
     wait_for("the next run", lambda: bridges["cp"].run("kubelets", "on", "--force").returncode == 0, seconds=90)

@@ -14,14 +14,15 @@ from bridge.errors import Exit
 from bridge.node import kubeconfig
 from bridge.rotation.objects import KEYS
 from bridge.specs import AUTHORITIES, CA, Component
-from tests.kit import next_cas, nodes
+from tests.kit import next_cas, nodes, shown
 from tests.kit.cas import add_openssl
 from tests.kit.node import Node
 from tests.kit.nodes import LiveBridge, NodePki, wait_for
+from tests.kit.pki import NODE as CP_1
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
-NAME, IP, WORKER_IP = f"rot-{os.getpid() % 100_000}", "198.18.77.171", "198.18.77.172"
+NAME, IP, WORKER_IP = f"rot-{os.getpid() % 100_000:05}", "198.18.77.171", "198.18.77.172"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def on_the_worker(site: Site, verb: str, phase: str) -> None:
 
 def step(bridge: LiveBridge, verb: str, phase: str) -> str:
     """One verb: the phase is reached, everything is proven, and kubeadm takes the node; what was printed."""
-    run = bridge.run("rotate-ca", verb)
+    run = bridge.run("rotate-ca", verb, columns=shown.COLUMNS)
     assert run.returncode == 0, run.stdout + run.stderr
     assert phases(bridge) == dict.fromkeys(AUTHORITIES, phase)
     proof = bridge.run("prove", "--wait", "60s")
@@ -146,6 +147,7 @@ def test_issue_and_back_restart_no_etcd_and_no_api_server(bridge: LiveBridge, ol
         assert "kube-scheduler in " in printed, verb
         assert "etcd in " not in printed, verb
         assert "kube-apiserver in " not in printed, verb
+        shown.assert_shown(f"rotate-ca-{verb}", printed, {NAME: CP_1})
     assert "certificate signed by unknown authority" in asked_by(bridge, old_conf)
     both = kubeconfig.with_ca(old_conf.read_bytes(), kubeconfig.ca_data(admin(bridge).read_bytes()) or b"")
     old_conf.with_name("both.conf").write_bytes(both)

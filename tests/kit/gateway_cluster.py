@@ -156,7 +156,7 @@ def running(place_dir: Path, *, validity: str, number: int = 140) -> Iterator[Ga
         number: Of the first node's address; the others follow.
     """
     ips = [f"198.18.77.{number + step}" for step in range(3)]
-    names = [f"gw{os.getpid() % 10_000}-{role}" for role in ("cp", "w1", "w2")]
+    names = [f"gw{os.getpid() % 10_000:04}-{role}" for role in ("cp", "w1", "w2")]
     keys = place_dir / "ca-keys"
     with contextlib.ExitStack() as stack:
         bao = stack.enter_context(_openbao(place_dir / "bao"))

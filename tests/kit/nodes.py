@@ -91,10 +91,10 @@ class NodeBridge(Bridge):
 class LiveBridge(NodeBridge):
     """ca-bridge as cron runs it: wholly on the node, without a terminal."""
 
-    def run(self, *args: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
-        """Run the installed program."""
+    def run(self, *args: str, timeout: float = 400, columns: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run the installed program; with so many columns for its lines, unless that is 0."""
         program = Path(sys.executable).with_name("ca-bridge")
-        environment = {"CRI_CONFIG_FILE": "/etc/kubernetes/crictl.yaml"}
+        environment = {"CRI_CONFIG_FILE": "/etc/kubernetes/crictl.yaml", "COLUMNS": str(columns)}
         return self.node.exec(
             program, *args, "--config", self.config, check=False, timeout_seconds=timeout, env=environment
         )

@@ -27,6 +27,7 @@ from bridge.pki.csr import key_pem
 from bridge.specs import AUTHORITIES
 from tests.kit import airgap, cluster_api, cmp, est, gateways, kube_api, opensslca, pods, programs, terminals
 from tests.kit.issuing import Signer
+from tests.kit.loopback import free_port
 from tests.kit.node import Node
 from tests.kit.pki import NODE as CP_1
 from tests.kit.pki import KubeadmPki, Pki, handmade_pki, kubeadm_pki
@@ -156,6 +157,7 @@ _WORDS = {
     r"\b\d+s ago": "0s ago",
     r"name or\s+service not known": "temporary failure in name\n           resolution",
     r"127\.0\.0\.1:\d{5}": "192.0.2.11:6443",
+    r"\bgateway cp-1_[0-9a-f]{8}\b": "gateway cp-1_5fdbe1d4",
 }
 #: Serial numbers of OpenSSL's and of kubeadm's certificates, fingerprints, batches, digests, names of runs; each becomes
 #: as long as most are.
@@ -298,6 +300,41 @@ BOOTED = {
     "offline-install": "sh ca-bridge-0.1.0-linux-x86_64.run install",
     "offline-uninstall": "/opt/ca-bridge/uninstall",
 }
+
+
+#: What nodes show that work for minutes; the test that has each run compares it (`assert_shown`).
+RUNNING = {
+    "rotate-ca-issue": "ca-bridge rotate-ca issue",
+    "rotate-ca-back": "ca-bridge rotate-ca back",
+    "kubelets-on": "ca-bridge kubelets on",
+    "kubelets-on-worker": "ca-bridge kubelets on",
+    "serving-certs-on": "ca-bridge serving-certs on",
+    "serving-certs-off": "ca-bridge serving-certs off",
+}
+#: Of every run the same: how long a restart took, how many checks there were, when a kubelet has made its own CA.
+_RUNS = {
+    r"\b(in|after) \d+(?:\.\d+)? s\b": r"\1 9 s",
+    r"\bproven: \d+ checks": "proven: 42 checks",
+    r"-ca@\d{10}\b": "-ca@1795909517",
+}
+
+
+def assert_shown(name: str, printed: str, names: Mapping[str, str]) -> None:
+    """
+    A page has this block of `RUNNING` as a run has printed it; with `CA_BRIDGE_SHOWN=write` in the environment it gets it.
+
+    `printed` is for `COLUMNS` columns; `names` are the run's, which are always as long, and what pages call them.
+    """
+    normal = Normal()
+    normal.addresses |= names
+    for pattern, words in _RUNS.items():
+        printed = re.sub(pattern, words, printed)
+    block = {name: normal.of(f"$ {RUNNING[name]}\n{printed}")}
+    [page] = [one for one in (ROOT / "docs").glob("*.md") if name in names_in(one.read_text(encoding="utf-8"))]
+    text = page.read_text(encoding="utf-8")
+    if os.environ.get("CA_BRIDGE_SHOWN") == "write":
+        page.write_text(text := written(text, block), encoding="utf-8")
+    assert text == written(text, block), f"run with CA_BRIDGE_SHOWN=write: {printed}"
 
 
 def live(node: Node) -> dict[str, str]:
@@ -511,20 +548,26 @@ def add_cas(machine: Machine, pki: Pki, settings: str) -> None:
 
 def gateway(directory: Path, normal: Normal) -> dict[str, str]:
     """With the shipped policy and inventory, before a real API server, which is not in the machine's network."""
-    machine = Machine(directory / "gateway", "cp1", is_alone=False)
+    machine, port = Machine(directory / "gateway", "cp-1", is_alone=False), free_port()
+    normal.addresses[f"at port {port}"] = "at port 9880"
     with cluster_api.running(directory / "cluster") as cluster:
         gateways.grant_rights(cluster)
         pods.grant_rights(cluster)
         (cluster.pki_dir / "pods.crt").write_bytes(pem(Signer.make("pods", begin=datetime.now(UTC)).certificate))
         place = gateways.Place(cluster=cluster, directory=directory / "place").with_openssl()
         table = (
-            f'[node]\npki_dir = "{cluster.pki_dir}"\n[gateway]\nkubeconfig = "{cluster.kubeconfig(gateways.USER)}"\n'
+            f'[node]\npki_dir = "{cluster.pki_dir}"\n'
+            f'[gateway]\nkubeconfig = "{cluster.kubeconfig(gateways.USER)}"\nlisten = "127.0.0.1:{port}"\n'
         )
         machine.write("/etc/ca-bridge/config.toml", "\n".join([table, *place.tables]))
         for name, to in (("policy", "gateway-policy"), ("inventory", "inventory")):
             text = (DESK_FILES.parent / f"gateway/{name}.toml").read_text(encoding="utf-8")
             machine.write(f"/etc/ca-bridge/{to}.toml", text)
-        return typed(GATEWAY, machine, normal)
+        found = typed(GATEWAY, machine, normal)
+        line, says = "ca-bridge gateway", ("the lease", "gateway cp-1", "watching")  # its threads, in any order
+        with terminals.working(machine.command(line, is_server=True), *says) as said:
+            lines = sorted(said.splitlines(), key=lambda one: [word not in one for word in says])
+        return found | {"gateway": normal.of("\n".join([f"$ {line}", *lines]))}
 
 
 def _section(page: Path, heading: str) -> str:
@@ -536,19 +579,21 @@ BLOCK = re.DOTALL | re.MULTILINE
 
 
 def written(text: str, shown: Mapping[str, str]) -> str:
-    """A page, with what its blocks show now; a block of something else stays."""
+    """A page, with what its blocks show now, as far in as they are; a block of something else stays."""
 
     def block(match: re.Match[str]) -> str:
-        if match[1] not in shown:
+        indent, name, limit = match.groups()
+        if name not in shown:
             return match[0]
-        lines, most = shown[match[1]].splitlines(), int(match[2] or 0)
+        lines, most = shown[name].splitlines(), int(limit or 0)
         if most and len(lines) > abs(most):
             lines = [*lines[:most], "…"] if most > 0 else [lines[0], "…", *lines[most:]]
-        return "\n".join([match[0].partition("\n")[0], *lines, "```"])
+        first = match[0].partition("\n")[0]
+        return "\n".join([first, *(f"{indent}{line}".rstrip() for line in lines), f"{indent}```"])
 
-    return re.sub(r"^```console ([\w-]+)(?: (-?\d+))?\n.*?^```$", block, text, flags=BLOCK)
+    return re.sub(r"^( *)```console ([\w-]+)(?: (-?\d+))?\n.*?^ *```$", block, text, flags=BLOCK)
 
 
 def names_in(text: str) -> list[str]:
     """The blocks of a page."""
-    return re.findall(r"^```console ([\w-]+)", text, re.MULTILINE)
+    return re.findall(r"^ *```console ([\w-]+)", text, re.MULTILINE)

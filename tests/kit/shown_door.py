@@ -7,12 +7,16 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from bridge.door import turns
+from bridge.door.doors import Doors
+from bridge.door.store import Memory, database_file, sqlite_url
 from bridge.pki.certificates import pem
 from bridge.state import audit
+from bridge.state.store import Store
 from bridge.system.waiting import wait_until
 from tests.kit import est, terminals
 from tests.kit.issuing import Signer
@@ -42,6 +46,11 @@ WORKING = {
     "serve-database-backup": "ca-bridge serve-database backup /srv/door.db",
 }
 STOPPED = {"serve-database-restore": "ca-bridge serve-database restore /srv/door.db"}
+#: When a door's host is lost, and its CA can't tell what it has signed.
+LEFT = {
+    "serve-database-left": "ca-bridge serve-database status",
+    "serve-database-again": "ca-bridge serve-database again DIGEST",
+}
 #: By the person, about a request, and about another one.
 DECIDED = {
     "approved": {
@@ -86,6 +95,15 @@ class Site:
         self.normal.addresses |= {digest: on_page * 4, digest[:16]: on_page}
         return digest[:16]
 
+    def left_to_people(self) -> str:
+        """The digest of a request that a door on another host had begun, as a door leaves it that finds it so."""
+        store = Store(self.door.root / "var/lib/ca-bridge")
+        with contextlib.closing(Memory(sqlite_url(database_file(store)))) as memory:
+            doors = Doors(memory, store, "another")
+            [one] = memory.in_state("undecided")
+            doors.leave(one.id, turns.left_text(replace(one, signer="gone"), {"gone": "ca-door-1"}))
+        return one.digest[:16]
+
 
 def blocks(directory: Path) -> dict[str, str]:
     """By name: what each block shows."""
@@ -102,7 +120,9 @@ def blocks(directory: Path) -> dict[str, str]:
             found |= site.typed({name: line.replace("DIGEST", digest) for name, line in lines.items()}, site.person)
             site.set_up_node(wait="2m")
             site.node.run("ca-bridge renew super-admin.conf")  # which takes the answer
-    return found | site.typed(STOPPED, site.door)
+    found |= site.typed(STOPPED, site.door)
+    digest = site.left_to_people()
+    return found | site.typed({name: line.replace("DIGEST", digest) for name, line in LEFT.items()}, site.door)
 
 
 @contextlib.contextmanager

@@ -64,18 +64,22 @@ def run(
 
 
 @contextlib.contextmanager
-def working(command: Sequence[str], ready: str) -> Iterator[str]:
-    """A server on a terminal that has said a line with `ready` in it, and SIGTERM at the end; what it said until then."""
+def working(command: Sequence[str], *ready: str) -> Iterator[str]:
+    """A server on a terminal that has said a line with each of `ready` in it, and SIGTERM at the end; what it said until then."""
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=child, stderr=child)
     os.close(child)
-    said, heard, line = bytearray(), threading.Event(), re.compile(rf"[^\n]*{ready}[^\n]*\n".encode())
+    said, heard = bytearray(), threading.Event()
+    lines = [re.compile(rf"[^\n]*{one}[^\n]*\n".encode()) for one in ready]
+
+    def found() -> list[re.Match[bytes]]:
+        return [one for line in lines if (one := line.search(said))]
 
     def listen() -> None:  # to the end, or the terminal would be full and the server would wait
         for part in iter(lambda: _read(parent), b""):
             said.extend(part)
-            if line.search(said):
+            if len(found()) == len(lines):
                 heard.set()
         heard.set()
 
@@ -83,9 +87,9 @@ def working(command: Sequence[str], ready: str) -> Iterator[str]:
     listener.start()
     try:
         assert heard.wait(180), said
-        found = line.search(said)
-        assert found is not None, said
-        yield Shown(0, said[: found.end()].decode(), "").text
+        there = found()
+        assert len(there) == len(lines), said
+        yield Shown(0, said[: max(one.end() for one in there)].decode(), "").text
     finally:
         process.terminate()
         process.wait(120)
