@@ -16,7 +16,8 @@ import pytest
 
 from bridge.ca import registry
 from bridge.cli.help import EXAMPLES, TASKS
-from bridge.cli.settings import initial, sections, topics
+from bridge.cli.pages import sections, topics
+from bridge.cli.settings import initial
 from bridge.contract import GIVEN, BackendSettings, Secret
 from bridge.errors import Exit, SettingsError
 from bridge.settings.load import parse
@@ -360,7 +361,7 @@ def test_the_index_leads_to_every_page() -> None:
 ANSWERS = {
     "certificates.md#the-certificates-of-a-kubeadm-node": ("etcd-ca", "serverAuth", "who reads it"),
     "first-renewal.md#which-page-is-for-my-ca": ("Microsoft AD CS", "EJBCA", "AWS", "step-ca"),
-    "../README.md#kubernetes-versions": ("1.37", "1.34", "1.20"),
+    "install.md#kubernetes-versions": ("1.37", "1.34", "1.20"),
     "install.md#without-a-network": ("install", ".run"),
     "install.md#verify-a-release": ("ssh-keygen -Y verify",),
     "first-renewal.md#on-the-node": ("ca-bridge doctor", "1 renewed"),
@@ -393,7 +394,7 @@ ANSWERS = {
     "changes.md#versions-and-upgrades-of-kubernetes": ("kubeadm upgrade apply", "--certificate-renewal=false"),
     "install.md#connections-of-a-node": ("6443", "2379", "10250"),
     "certificates.md#what-was-asked-for": ("subject", "SANs"),
-    "../SECURITY.md#reporting": ("Report a vulnerability",),
+    "security.md#reporting-and-who-reviewed-this": ("Report a vulnerability", "no outside party has reviewed"),
     "security.md#a-stolen-node": ("key",),
     "#glossary": ("authority", "backend", "bundle", "continuity proof"),
     "install.md#leaving-ca-bridge": ("systemctl disable",),
@@ -427,6 +428,26 @@ def test_each_question_is_answered_on_one_page() -> None:
         text = section(docs / (path or "README.md"), anchor)
         assert [word for word in words if word not in text] == [], target
     assert section(docs / "install.md", "gone") == ""
+
+
+def test_each_answer_is_one_that_help_shows() -> None:
+    """Its words are in what `ca-bridge help` has for the link: no answer is in a file that is not installed."""
+    parts = sections({path.stem: path for path in (ROOT / "docs").glob("*.md") if path.stem != "README"})
+    for target, words in ANSWERS.items():
+        found = parts[target.replace(".md", "").removeprefix("#")]
+        assert [word for word in words if word not in found] == [], target
+    assert "../README#kubernetes-versions" not in parts
+
+
+def test_what_the_readme_and_the_security_policy_answer_is_in_the_pages_too() -> None:
+    """These two files are not installed: the table of versions, and how to report, are the same word for word."""
+    docs, policy = ROOT / "docs", ROOT / "SECURITY.md"
+    assert section(README, "kubernetes-versions").strip().partition("\n\n")[0] in section(
+        docs / "install.md", "kubernetes-versions"
+    )
+    ours = section(docs / "security.md", "reporting-and-who-reviewed-this")
+    assert section(policy, "reporting").strip() in ours
+    assert section(policy, "what-was-reviewed-and-by-whom").strip().partition("\n")[0] in ours
 
 
 def test_the_versions_in_the_readme_are_those_that_were_tried() -> None:

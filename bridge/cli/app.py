@@ -49,7 +49,7 @@ FILES = {
     "setup": "setup",
     "backend": "backend",
     "demo": "demo",
-    "help": "settings",
+    "help": "pages",
     "audit": "history",
     "complete": "completion",
 }

@@ -1,4 +1,4 @@
-"""`settings` and `help`: the settings file, and the pages that are installed with the program."""
+"""`settings`: the settings file is written, shown and checked."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +25,7 @@ from bridge.pki.expiry import duration_text
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import Commands, Components, Settings, for_next, for_rehearsal
 from bridge.settings.windows import Windows
-from bridge.system.files import pages, shipped
+from bridge.system.files import shipped
 from bridge.words import name_found
 
 commands = typer.Typer()
@@ -239,67 +237,3 @@ def _plain(value: Any) -> Any:
             return [component.value for component in value.listed]
         case _:
             return str(value)
-
-
-#: The only pagers that are tried: root's environment names no program here.
-_PAGERS = ("/usr/bin/less", "/bin/less")
-
-
-def topics() -> dict[str, Path]:
-    """The pages by their topic, such as `emergency`; empty where no pages are installed."""
-    directory = pages()
-    found = sorted(directory.glob("*.md")) if directory else []
-    return {path.stem: path for path in found if path.stem != "README"}
-
-
-def title_of(page: Path) -> str:
-    """The heading of a page."""
-    with page.open(encoding="utf-8") as lines:
-        return next(lines, "").removeprefix("#").strip()
-
-
-def sections(found: Mapping[str, Path]) -> dict[str, str]:
-    """The chapters of all pages, by their headings as links have them; a page begins with its own heading."""
-    parts: dict[str, str] = {}
-    for page in [*found.values(), *(path.with_name("README.md") for path in list(found.values())[:1])]:
-        for part in re.split(r"^(?=## )", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
-            heading = part.partition("\n")[0].removeprefix("## ").lower()
-            parts.setdefault(re.sub(r"[^\w\- ]", "", heading).replace(" ", "-"), part)
-    return parts
-
-
-def show(text: str) -> None:
-    """Print a page, by a pager where it is longer than the terminal."""
-    pager = next((path for path in _PAGERS if os.access(path, os.X_OK)), "")
-    if not pager or not sys.stdout.isatty() or text.count("\n") < os.get_terminal_size().lines:
-        say(text)
-        return
-    environment = {"LESSSECURE": "1", "LESS": "FR", "TERM": os.environ.get("TERM", "dumb"), "LANG": "C.UTF-8"}
-    subprocess.run([pager], input=text, text=True, encoding="utf-8", env=environment, check=False)
-
-
-@command(commands, "help")
-def help_(
-    _: Common,
-    topic: Annotated[str, typer.Argument(help="A page, or a chapter of one, such as `emergency`.")] = "",
-) -> None:
-    """
-    Show a page of the documents that are installed with the program, or one of its chapters, or the list of the pages.
-
-    On a terminal, `less` shows a page that does not fit, where that program is installed.
-    """
-    found = topics()
-    if not found:
-        raise BridgeError("wanted the pages that are installed with the program, found none", hint="install it again")
-    if not topic:
-        widest = max(map(len, found))
-        say("\n".join(f"{name:{widest}}  {title_of(page)}" for name, page in found.items()))
-        return
-    if topic in found:
-        show(found[topic].read_text(encoding="utf-8"))
-        return
-    chapters = sections(found)
-    if topic not in chapters:
-        known = name_found(topic, [*found, *chapters])
-        raise typer.BadParameter(f"wanted a page or a chapter, found {known}; `ca-bridge help` lists the pages")
-    show(chapters[topic])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bridge.cli import settings as pages
+from bridge.cli import pages
 from bridge.cli.app import app
 from tests.kit import terminals
 
@@ -48,9 +49,7 @@ def test_a_page_that_is_longer_than_the_terminal_is_paged(tmp_path: Path) -> Non
     pager.chmod(0o755)
 
     def command(lines: int) -> list[str]:
-        script = (
-            f"from bridge.cli import settings; settings._PAGERS = ({str(pager)!r},); settings.show('line\\n' * {lines})"
-        )
+        script = f"from bridge.cli import pages; pages._PAGERS = ({str(pager)!r},); pages.show('line\\n' * {lines})"
         return [sys.executable, "-c", script]
 
     assert terminals.run(command(100)).text.split() == ["paged", "1", "100"]
@@ -68,6 +67,49 @@ def test_a_chapter_is_printed_alone() -> None:
     assert "### 130, 143: interrupted" in result.stdout
     assert "Everything has expired" not in result.stdout
     assert CliRunner().invoke(app, ["help", "glossary"]).stdout.startswith("## Glossary\n")
+
+
+def test_a_section_of_any_depth_is_printed_with_what_is_in_it() -> None:
+    """As a link in a page has it, so that of several pages' the right one is shown; a comment in a block is no heading."""
+    begin = {page: CliRunner().invoke(app, ["help", f"{page}#begin"]).stdout for page in ("door", "air-gap.md")}
+
+    assert all(text.startswith("#") and " Begin\n" in text for text in begin.values())
+    assert begin["door"] != begin["air-gap.md"]
+    expired = CliRunner().invoke(app, ["help", "everything-has-expired"]).stdout
+    assert expired.startswith("### Everything has expired\n")
+    assert "### Keys have leaked" not in expired
+    assert list(pages._parts(["# a", "```sh", "# b", "```", "## c", "d", "# e"])) == [
+        ("a", "# a\n```sh\n# b\n```\n## c\nd\n"),
+        ("c", "## c\nd\n"),
+        ("e", "# e\n"),
+    ]
+
+
+@pytest.mark.first_use("10")
+def test_a_page_fits_a_terminal() -> None:
+    """Words are not broken: what is longer than 80 columns is one word or stands in a block, which stays as it is."""
+    for topic, path in pages.topics().items():
+        text = path.read_text(encoding="utf-8")
+        in_code, wide = False, []
+        for line in pages.fitted(text, 80, topic):
+            in_code ^= line == "```"
+            wide += [line] if len(line) > 80 and not in_code and len(line.split()) > 1 else []
+        assert wide == [], topic
+        blocks = re.findall(r"^```\w+[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        assert all(block in "\n".join(pages.fitted(text, 80, topic)) for block in blocks)
+    shown = CliRunner().invoke(app, ["help", "trouble#5-refused"], env={"COLUMNS": "80"}).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_lines_for_a_terminal() -> None:
+    """A link is its words and its topic, a list goes on below its words, and a wide table is a list."""
+    text = "1. See [the door](door.md#begin) or [here](#x),\n\n   ```sh\n   ls\n   ```\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    wide = f"| a | b | c |\n| --- | --- | --- |\n| 1 | {'word ' * 20} | |\n"
+
+    assert list(pages.fitted(text, 40, "exec")) == [
+        *("1. See the door (door#begin) or here", "   (exec#x),", "", "```", "ls", "```", "", "a  b", "1  2"),
+    ]
+    assert list(pages.fitted(wide, 80, "exec"))[:2] == ["a: 1", f"  b: {'word ' * 15}".rstrip()]
 
 
 def test_a_page_that_is_not_there_is_answered_with_the_one_that_may_be_meant() -> None:

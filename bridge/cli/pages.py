@@ -1,0 +1,166 @@
+"""`help`: the pages that are installed with the program, whole or by section, in lines that fit a terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bridge.cli.options import Common, command
+from bridge.cli.printing import columns, say, width_here, wrapped
+from bridge.errors import BridgeError
+from bridge.system.files import pages
+from bridge.words import name_found
+
+commands = typer.Typer()
+
+#: The only pagers that are tried: root's environment names no program here.
+_PAGERS = ("/usr/bin/less", "/bin/less")
+
+
+def topics() -> dict[str, Path]:
+    """The pages by their topic, such as `trouble`; empty where no pages are installed."""
+    directory = pages()
+    found = sorted(directory.glob("*.md")) if directory else []
+    return {path.stem: path for path in found if path.stem != "README"}
+
+
+def title_of(page: Path) -> str:
+    """The heading of a page."""
+    with page.open(encoding="utf-8") as lines:
+        return next(lines, "").removeprefix("#").strip()
+
+
+def sections(found: Mapping[str, Path]) -> dict[str, str]:
+    """
+    The sections of all pages, each with those within it, by `page#heading` and by `heading`, written as links have it.
+
+    A heading that several pages have is the first page's; `README` is the index of the pages.
+    """
+    parts: dict[str, str] = {}
+    for page in [*found.values(), *(path.with_name("README.md") for path in list(found.values())[:1])]:
+        for heading, text in _parts(page.read_text(encoding="utf-8").splitlines()):
+            parts.setdefault(heading, text)
+            parts[f"{page.stem}#{heading}"] = text
+    return parts
+
+
+def _parts(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each heading, and the lines from it up to the next one that is no deeper."""
+    starts, in_code = [], False
+    for number, line in enumerate(lines):
+        in_code ^= line.lstrip().startswith("```")
+        if not in_code and (found := re.match(r"(#+) (.*)", line)):
+            heading = re.sub(r"[^\w\- ]", "", found[2].lower()).replace(" ", "-")
+            starts.append((number, len(found[1]), heading))
+    for begin, depth, heading in starts:
+        end = next((number for number, deep, _ in starts if number > begin and deep <= depth), len(lines))
+        yield heading, "\n".join(lines[begin:end]) + "\n"
+
+
+# --- lines that fit ---------------------------------------------------------------------------------------------------
+
+
+def fitted(text: str, width: int, page: str) -> Iterator[str]:
+    """
+    The lines of a page in Markdown for a terminal: words are not broken, rows of wide tables become lists.
+
+    What is typed and printed stays as it is, without the indentation of its list. A link is followed by the topic that it
+    leads to, in parentheses; `page` is the topic of the text's own page.
+    """
+    lines, number, indent = text.splitlines(), 0, None
+    while number < len(lines):
+        line, number = lines[number], number + 1
+        if line.lstrip().startswith("```"):
+            indent = len(line) - len(line.lstrip()) if indent is None else None
+            yield "```"
+        elif indent is not None:
+            yield line[indent:] if not line[:indent].strip() else line
+        elif line.startswith("| "):
+            end = next((n for n in range(number, len(lines)) if not lines[n].startswith("|")), len(lines))
+            yield from _table([_cells(_followed(one, page)) for one in [line, *lines[number + 1 : end]]], width)
+            number = end
+        elif not line.startswith("<!--"):
+            mark = re.match(r"\s*(?:[-*] |\d+\. |)", line)
+            yield from wrapped(_followed(line, page), width, len(mark[0]) if mark else 0)
+
+
+def _followed(line: str, page: str) -> str:
+    """The line with links for a reader who types."""
+
+    def link(found: re.Match[str]) -> str:
+        words, target = found[1], found[2]
+        if found[0].startswith("!"):
+            return f"(picture: {words})"
+        if target.startswith("../"):  # not installed
+            return words
+        if "/" not in target:
+            target = (f"{page}{target}" if target.startswith("#") else target).replace(".md", "")
+        return words if words in {target, f"{target}.md"} else f"{words} ({target})"
+
+    return re.sub(r"!?\[([^\]]*)\]\(([^)]+)\)", link, line)
+
+
+def _cells(row: str) -> list[str]:
+    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row.strip().strip("|"))]
+
+
+def _table(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
+    """Columns where they fit; otherwise the first cell of each row, and the others below it with their headings."""
+    natural = sum(max(map(len, column)) for column in zip(*rows, strict=False)) + 2 * (len(rows[0]) - 1)
+    if natural <= width:
+        yield from columns(rows, width)
+        return
+    (first, *headings), *others = rows
+    for row in others:
+        yield from wrapped(f"{first}: {row[0]}" if first else row[0], width, 2)
+        for heading, cell in zip(headings, row[1:], strict=False):
+            if cell:
+                yield from wrapped(f"  {heading}: {cell}" if heading and headings[1:] else f"  {cell}", width, 4)
+
+
+def show(text: str) -> None:
+    """Print a page, by a pager where it is longer than the terminal."""
+    pager = next((path for path in _PAGERS if os.access(path, os.X_OK)), "")
+    if not pager or not sys.stdout.isatty() or text.count("\n") < os.get_terminal_size().lines:
+        say(text)
+        return
+    environment = {"LESSSECURE": "1", "LESS": "FR", "TERM": os.environ.get("TERM", "dumb"), "LANG": "C.UTF-8"}
+    subprocess.run([pager], input=text, text=True, encoding="utf-8", env=environment, check=False)
+
+
+@command(commands, "help")
+def help_(
+    _: Common,
+    topic: Annotated[
+        str, typer.Argument(help="A page, or a section of one, such as `trouble` or `trouble#symptoms`.")
+    ] = "",
+) -> None:
+    """
+    Show a page of the documents that are installed with the program, or one of its sections, or the list of the pages.
+
+    A page has topics of others in parentheses, such as (trouble#symptoms). `ca-bridge help questions` says which section
+    answers which question. On a terminal, `less` shows a page that does not fit, where that program is installed.
+    """
+    found = topics()
+    if not found:
+        raise BridgeError("wanted the pages that are installed with the program, found none", hint="install it again")
+    if not topic:
+        widest = max(map(len, found))
+        say("\n".join(f"{name:{widest}}  {title_of(page)}" for name, page in found.items()))
+        return
+    parts = sections(found)
+    known = {**parts, **{name: page.read_text(encoding="utf-8") for name, page in found.items()}}
+    name = topic.replace(".md", "")
+    if name not in known:
+        meant = name_found(topic, [*found, *(one for one in parts if "#" not in one)])
+        raise typer.BadParameter(f"wanted a page or a section, found {meant}; `ca-bridge help` lists the pages")
+    text, width = known[name], width_here()
+    page = name if name in found else next(one.partition("#")[0] for one in parts if parts[one] == text and "#" in one)
+    show(text if width is None else "\n".join(fitted(text, width, page)) + "\n")
