@@ -191,9 +191,9 @@ _FAILURE_HINTS: Mapping[str, str] = {
     "that the server trusts as an RA",
     "certConfirmed": "the server issued the certificate but rejected our confirmation, so it may be revoked; it was "
     "discarded, and the next run asks for another one",
-    "badCertTemplate": "the server does not accept what is asked for: subject, names, usages or validity",
-    "unacceptedPolicy": "the server's policy does not allow what is asked for",
-    "unacceptedExtension": "the server does not allow an extension that is asked for, such as a name",
+    "badCertTemplate": "the server does not accept the requested subject, names, usages or validity",
+    "unacceptedPolicy": "the server's policy does not allow the request",
+    "unacceptedExtension": "the server does not allow a requested extension, such as a name",
     "badAlg": "the server rejects an algorithm of the request: the key's, or that of its protection",
     "badTime": "the server's clock and this machine's differ",
     "badRequest": "the server does not support this request, or has forgotten it",
@@ -324,7 +324,7 @@ _RULES: Sequence[_Rule] = (
     _Rule(r"unexpected pvno", "wanted CMP version 2, found another", "the server speaks another version of CMP"),
     _Rule(
         r"unexpected sender|does not match expected sender",
-        "wanted an answer of `sender`, found one of another",
+        "wanted an answer from `sender`, found one from another",
         "compare `sender` with the subject of the server's certificate, in the form /O=Corp/CN=RA",
     ),
     _Rule(
@@ -370,7 +370,7 @@ _RULES: Sequence[_Rule] = (
     ),
     _Rule(
         r"Unknown option: (?P<option>\S+)|Error parsing option",
-        "this openssl does not know what it was asked to do: {notes}",
+        "this openssl does not know one of our options or commands: {notes}",
         "a newer one may; `openssl` in the settings can name it",
     ),
 )

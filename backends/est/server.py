@@ -234,7 +234,7 @@ def certificates(body: bytes) -> list[x509.Certificate]:
         _ = [(certificate.subject, certificate.issuer) for certificate in found]  # which are read only now
     except (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm) as e:
         # TypeError: a type that does not fit an attribute
-        raise ValueError(f"{len(body)} bytes that are none") from e
+        raise ValueError(f"{len(body)} bytes in another form") from e
     if len(found) > MAX_CERTIFICATES:
         raise ValueError(f"{len(found)} certificates, where {MAX_CERTIFICATES} are too many")
     return found

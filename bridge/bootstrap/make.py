@@ -174,7 +174,7 @@ def put_back(run: Run, desired: DesiredNode) -> int:
     found = kept_file(desired.keep, desired.node).read()
     if found is None or (found.role, found.config) != (desired.role, desired.mark):
         raise OtherNodeDesiredError(
-            f"{desired.keep}: wanted copies of what is asked for now, found those of another configuration or role",
+            f"{desired.keep}: wanted copies for this configuration and role, found copies for another",
             hint="name another directory, or use --anew to have all signed again",
         )
     pem = _assert_own(run, desired, [Path(one.path) for one in found.files])

@@ -280,7 +280,7 @@ _MADE_FOR_ANOTHER = (
     "the files here were made for another configuration: run this as before; or have `kubeadm reset` remove them, keys "
     "included, and run this again"
 )
-_BRING_BACK = "bring back what is missing, or move all of it away and run this again"
+_BRING_BACK = "bring back the missing files, or move all of them away and run this again"
 
 
 def assert_no_cluster(desired: DesiredNode) -> None:

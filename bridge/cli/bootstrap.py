@@ -304,10 +304,10 @@ def check(
     problems = whole.check(settings, places, role, files, config, utc_now())
     program = "init" if role == "init" else "join"
     if problems:
-        hint = "`ca-bridge bootstrap join` makes what is missing"
+        hint = "`ca-bridge bootstrap join` makes the missing files"
         if program == "init":
             joins = "a node that is to join is looked at with --control-plane or --worker"
-            hint = f"`ca-bridge bootstrap init` makes what is missing; {joins}"
+            hint = f"`ca-bridge bootstrap init` makes the missing files; {joins}"
         raise NotWholeError("\n".join(problems), hint=hint)
     say(f"nothing is missing and nothing wrong: `kubeadm {program}` may start")
     return Exit.DONE
@@ -339,7 +339,7 @@ def _report(done: Bootstrapped) -> None:
     if waiting:
         say("\n".join(under_headings([(_whom(outcome), (outcome.name, "waits")) for outcome in waiting])))
     if waiting or failed:
-        say_sentence("nothing was put in place; what was signed is kept, and not asked for again")
+        say_sentence("nothing was put in place; certificates that are signed already are kept, and not requested again")
     if waiting:
         say_sentence("run the same command again when there is an answer (one that was carried: --answer FILE)")
     for about, error in grouped(failed):

@@ -168,8 +168,8 @@ def rollback(
     for name in done.stays:
         say_sentence(f"{name} stays as it is: it was missing, and the backup has nothing but its key")
     replaced = settings.node.state_dir / "backups" / done.replaced_backup_id
-    say_sentence(f"backup {done.backup.backup_id} was put back; what it replaced is in {replaced}")
-    print_restart("These still run on what was replaced until they are restarted", components, settings)
+    say_sentence(f"backup {done.backup.backup_id} was put back; the replaced files are in {replaced}")
+    print_restart("These still run on the replaced files until they are restarted", components, settings)
     print_pairs(node, [outcome.name for outcome in done.outcomes])
     return _told(done.late)
 

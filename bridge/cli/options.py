@@ -150,7 +150,7 @@ def _interrupted(error: KeyboardInterrupt) -> NoReturn:
     if replaced_here:
         text = f"interrupted after files were replaced; the old ones are in the backup {replaced_here[-1]}"
         console.print_error(
-            BridgeError(text, hint="`ca-bridge renew` goes on with what is owed: restarts, proof, hooks")
+            BridgeError(text, hint="`ca-bridge renew` goes on with the open restarts, proofs and hooks")
         )
     else:
         console.print_error(BridgeError("interrupted, nothing was replaced"))

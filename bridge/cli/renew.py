@@ -151,7 +151,9 @@ def install(
         result, node, selection = airgap.install_directory(settings, directory, options, now, progress)
     report(result, node, selection, settings, now(), output, restarts=options.restarts)
     if result.renewed:
-        log.warning("%s: what was installed from there is no longer needed: remove the keys", directory)
+        log.warning(
+            "%s: its keys and certificates are installed, and no longer needed there: remove the keys", directory
+        )
     return result.exit_code
 
 

@@ -180,7 +180,7 @@ def restored(common: Common) -> None:
     from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
 
     withdrawn = upkeep.reconcile(common.settings(), utc_now)
-    say("written down: what was made until now is signed after its CA was asked")
+    say("recorded: a request from before now is signed only after its CA was asked whether it has signed it")
     _say_withdrawn(withdrawn)
 
 

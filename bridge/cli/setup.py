@@ -232,7 +232,9 @@ def _live_certificates(settings: Settings, authority: str | None) -> dict[str, d
     for item in items:
         name = item.spec.authority.name
         if item.pair is not None:
-            log.warning("%s is left out: what the CA needs for a further pair is for its administrator", item.spec.name)
+            log.warning(
+                "%s is left out: the CA's administrator decides what it needs for a further pair", item.spec.name
+            )
             continue
         if authority in (None, name) and item.managed and item.state == "present":
             certificate = _to_be_asked(item, settings)

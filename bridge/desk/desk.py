@@ -588,7 +588,9 @@ def _revoked(ca: CA, old: x509.Certificate | None) -> list[str]:
     """The problem of a proof by a revoked certificate, whose key may be lost or stolen."""
     if old is None or not ca.is_revoked(old):
         return []
-    return [f"proof: wanted one by a certificate that is not revoked, found that of serial {serial_hex(old)}, which is"]
+    return [
+        f"proof: wanted one by a certificate that is not revoked, found the revoked one with serial {serial_hex(old)}"
+    ]
 
 
 def _recalled(

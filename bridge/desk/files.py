@@ -100,7 +100,9 @@ def load_policy(settings: Settings, path: Path | None) -> Policy:
     policy = parse(own_text(path, "a policy file", how_to_begin(f"desk/{POLICY_NAME}", path)), path)
     former = {name: _ca_of(Path(file), "desk.former_cas", _FROM_NODE) for name, file in policy.desk.former_cas.items()}
     est_cas = {
-        label: _ca_of(rules.clients_ca, f"est.{label}.clients_ca", "have it from who signs the clients' certificates")
+        label: _ca_of(
+            rules.clients_ca, f"est.{label}.clients_ca", "get it from the CA that signs the clients' certificates"
+        )
         for label, rules in policy.est.items()
         if rules.clients_ca is not None
     }
@@ -380,7 +382,7 @@ class Session:
             return None  # inbox and outbox may be one directory
         asked = ahead.read.digest if ahead is not None else digest(bundle)
         if asked in self._seen:
-            log.info("%s: the same bundle once more; the next run puts it away", one_line(file.path))
+            log.info("%s: a second copy of the same bundle; the next run archives it", one_line(file.path))
             return None
         self._seen.add(asked)
         out = outbox / file_names(bundle.node, asked, self._settings.authorities)[1]

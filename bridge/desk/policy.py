@@ -595,9 +595,9 @@ def kubeadms_subject(name: str) -> tuple[str, tuple[str, ...]]:
 
 def _masters_problem(old: Sequence[tuple[str, str]] | None, *, may_be: bool) -> Iterator[str]:
     if not may_be:
-        yield f"group: wanted none that is {MASTERS} (allow.masters names who may be), found it"
+        yield f"group: wanted no {MASTERS} (allow.masters names the certificates that may have it), found it"
     elif old is not None and (O_OID, MASTERS) not in old:
-        yield f"group: wanted none that is {MASTERS}, as in the replaced certificate, found it"
+        yield f"group: wanted no {MASTERS}, as in the replaced certificate, found it"
 
 
 def _san_problems(

@@ -83,7 +83,7 @@ class Archive:
         except FileNotFoundError:
             return None
         except UnreadableError as e:
-            raise ArchiveError(f"{path}: wanted what was answered, found: {e}") from e
+            raise ArchiveError(f"{path}: wanted a record of the desk's answers, found: {e}") from e
         with contextlib.suppress(BundleError):
             answer = loads_answer(data)
             issued = answer.answers.get(request.name)

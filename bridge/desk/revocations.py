@@ -117,6 +117,6 @@ def revoke(settings: Settings, authority: str, asked: Revocation) -> None:
                 f"wanted a CA that can revoke, found {ca.label}", hint="revoke it by the CA's own means"
             )
         if ca.is_revoked(asked.successor):
-            found = f"that of serial {serial_hex(asked.successor)}, which is"
+            found = f"the revoked one with serial {serial_hex(asked.successor)}"
             raise NotRevokedError(f"wanted a proof by a certificate that is not revoked, found {found}")
         ca.revoke(asked.certificate)

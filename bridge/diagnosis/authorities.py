@@ -197,11 +197,11 @@ def _ask(
 
 
 def _answers(configured: registry.Configured, backend: Backend, spends: str) -> str:
-    rest = f"; not looked at: the login and what it may do, which would use up {spends}" if spends else ""
+    rest = f"; the login and its rights were not checked, because that would use up {spends}" if spends else ""
     if not isinstance(backend, ListsIssuers):
         return (
-            f"{configured.label} can be used; no CA was asked: which one signs, and what it would sign, is known when "
-            f"it has answered{rest}"
+            f"{configured.label} can be used; no CA was asked, so which CA signs, and what, is unknown until "
+            f"it answers{rest}"
         )
     return f"{configured.label} answers, and is the right CA{rest}"
 
@@ -250,7 +250,7 @@ def failures(settings: Settings) -> Iterator[Finding]:
     """CAs whose renewals failed, in a row."""
     for name, found in Attempts(Store(settings.node.state_dir)).authorities.items():
         is_local = found.exit_code == Exit.FAILED  # a CA's errors have codes of their own
-        cause = ", and no CA had a part in that" if is_local else ""
+        cause = ", and not by a CA's fault" if is_local else ""
         text = f"{found}{cause}; the last failure: {found.reason}"
         about = "this node" if is_local else f"backend of {name}"
         yield Finding.warning("failed-runs", about, one_line(text))

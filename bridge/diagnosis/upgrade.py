@@ -274,7 +274,7 @@ def _kubelet_config(api: Api) -> Iterator[Finding]:
     if differing:
         shown = ", ".join(map(one_line, differing[:10]))
         text = f"kubeadm upgrade writes it from the ConfigMap kubelet-config, which differs in {shown}"
-        hint = "put into the ConfigMap (or into --patches) what is to stay"
+        hint = "put the settings that are to stay into the ConfigMap (or into --patches)"
         yield Finding.warning("upgrade-kubelet-config", str(KUBELET_CONFIG), text, hint)
 
 

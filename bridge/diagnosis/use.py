@@ -376,7 +376,9 @@ def _pair(
     else:
         yield end(item, settings, now)
         if item.unlike is not None:
-            yield Finding.warning("pair-differs", name, item.unlike, "the next run asks for what the settings say")
+            yield Finding.warning(
+                "pair-differs", name, item.unlike, "the next run requests a certificate as the settings say"
+            )
         else:
             yield from chain(item, authorities)
         yield from key_of(item)

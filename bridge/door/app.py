@@ -206,7 +206,7 @@ class Door:
 
     def _post(self, environ: Environ) -> Reply:
         if self.ending.is_set():
-            text = "wanted a door that stays open, found one that is about to end"
+            text = "wanted a running door, found one that is shutting down"
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_SOON_SECONDS))
         data = json_body(environ)
         if isinstance(data, Reply):

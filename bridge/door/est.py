@@ -121,7 +121,7 @@ class Est:
 
     def _enrol(self, environ: Environ, label: _Label, *, renews: bool) -> Reply:
         if self._door.ending.is_set():
-            raise _later("wanted a door that stays open, found one that is about to end")
+            raise _later("wanted a running door, found one that is shutting down")
         self._chain(label)
         used, shown = None, environ.get(PEER)
         if not renews and label.rules.secrets and (shown is None or "HTTP_AUTHORIZATION" in environ):

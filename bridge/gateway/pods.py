@@ -52,7 +52,7 @@ _MOST_NAMES = 1000
 _OF_THE_CA = {
     "ca-unavailable": "the CA does not answer",
     "ca-refused": "the CA refuses it",
-    "bad-answer": "the CA has signed something else than what was asked for",
+    "bad-answer": "the CA has signed another certificate than the requested one",
 }
 
 

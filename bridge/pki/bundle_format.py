@@ -338,7 +338,7 @@ def parse(data: bytes) -> dict[str, Any]:
         hint = _CSR_HINT if b"CERTIFICATE REQUEST-----" in data else "is it still being copied?"
         raise IncompleteBundleError("", "one JSON document", reason, hint=hint) from None
     except ValueError:  # a number of thousands of digits, or NaN
-        raise BundleError("", "a bundle", "a number that is none, or without end") from None
+        raise BundleError("", "a bundle", "NaN or an infinite number") from None
     if not isinstance(document, dict):
         raise BundleError("", "a JSON object", excerpt(document))
     return document

@@ -241,7 +241,7 @@ class Meaning(Enum):
 class Ruling(Enum):
     """The decision about the installation as a whole."""
 
-    PROVEN = "it stays, and nothing is owed"
+    PROVEN = "it stays, and no work is open"
     POSTPONED = "it stays, and the next run goes on"
     LEFT = "it stays, and the operator restarts the rest"
     UNPROVEN = "it stays, and the next run looks again"

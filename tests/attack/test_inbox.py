@@ -265,7 +265,7 @@ def test_a_proof_by_a_revoked_certificate_is_refused(desk_: Desk, pki: Pki) -> N
 
     assert run.returncode == Exit.REFUSED
     assert (
-        f"apiserver: refused: proof: wanted one by a certificate that is not revoked, found that of serial {serial_hex(old)}"
+        f"apiserver: refused: proof: wanted one by a certificate that is not revoked, found the revoked one with serial {serial_hex(old)}"
         in run.stderr
     )
     [path] = desk_.outbox.iterdir()

@@ -213,7 +213,7 @@ def test_28_a_csr_with_a_wrong_signature(ra: kit.RegistrationAuthority, mac: dic
     [
         (["-csr", "nosuch.csr"], "a file of the settings can't be used"),
         ([], "missing PKCS#10 CSR"),
-        (["-csr", "request.csr", "-nosuch"], "does not know what it was asked to do"),
+        (["-csr", "request.csr", "-nosuch"], "does not know one of our options"),
         (["-csr", "request.csr", "-out_trusted", "{others}"], "not from the CA that it was wanted from"),
     ],
     ids=["27", "27a", "31", "29"],

@@ -297,7 +297,7 @@ def test_a_bundle_that_is_there_twice_is_signed_once(desk_: Desk, pairs: Pairs) 
     runs = [desk_.run("sign", desk_.inbox, "-o", desk_.outbox) for _ in range(2)]
 
     assert [run.returncode for run in runs] == [0, 0]
-    assert "the same bundle once more" in runs[0].stderr
+    assert "a second copy of the same bundle" in runs[0].stderr
     assert list(desk_.inbox.iterdir()) == []
     assert len(desk_.issued()) == 1
 

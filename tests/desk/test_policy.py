@@ -362,7 +362,7 @@ def test_masters_only_where_they_were(judged: Judge, cas: dict[str, x509.Certifi
     less = proven_by("super-admin.conf", cn, _leaf(ca, f"O=system:masters,{cn}", key), key)
 
     assert judged(more, "super-admin.conf") == (
-        "group: wanted none that is system:masters, as in the replaced certificate, found it"
+        "group: wanted no system:masters, as in the replaced certificate, found it"
     )
     assert judged(less, "super-admin.conf") == ""
 

@@ -125,7 +125,7 @@ def test_a_certificate_with_more_names_is_not_renewed_for_ever(site: Site) -> No
         (f'{ALLOW}[certificate.etcd-peer]\nkeys = ["rsa-4096"]', "etcd-peer", "key: wanted rsa-4096, found ecdsa-p256"),
         (f'{ALLOW}names = ["apiserver"]', "etcd-server", "name: wanted apiserver, found etcd-server"),
         (ALLOW.replace(NODE, "cp-9"), "etcd-server", "node: wanted cp-9, found cp-1"),
-        (ALLOW.replace("super-admin.conf", "admin.conf"), SUPER_ADMIN, "group: wanted none that is system:masters"),
+        (ALLOW.replace("super-admin.conf", "admin.conf"), SUPER_ADMIN, "group: wanted no system:masters"),
     ],
 )  # fmt: skip
 def test_each_rule_of_a_desk_holds_on_the_node(site: Site, policy: str, name: str, says: str) -> None:
