@@ -91,7 +91,7 @@ class Pages:
             return self._html("error.html", HTTPStatus.NOT_FOUND, error=error, title="No such page")
         if match[1] is None:
             cases = [self._view(one) for one in self._approvals.waiting()]
-            return self._html("list.html", person=person, cases=cases, title="What waits")
+            return self._html("list.html", person=person, cases=cases, title="Waiting requests")
         case = self._approvals.case(match[1])
         title = f"Request of {case.bundle.node}"
         token = self._token(person, match[1])
@@ -129,7 +129,7 @@ class Pages:
         found = self._memory.ending(query, self._now(), MOST)
         now = self._now()
         rows = [{"one": one, "days": (one.ends - now).days} for one in found]
-        return self._html("certificates.html", person=person, rows=rows, query=query, most=MOST, title="Who has what")
+        return self._html("certificates.html", person=person, rows=rows, query=query, most=MOST, title="Certificates")
 
     def _record(self, person: Person, query: str) -> Reply:
         rows = []
