@@ -175,7 +175,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """So does a module that skips itself."""
+    """Fail for a module that skips itself, too."""
     report = yield
     _fail_if_skipped(report)
     return report

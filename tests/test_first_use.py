@@ -134,7 +134,7 @@ def test_a_page_leads_to_packages_of_ones_own() -> None:
 
 
 def ratios(page: str) -> Iterator[tuple[float, float, float, bool]]:
-    """Of each row: ours divided by theirs, the ratio that is printed, its limit, and whether it says that it is missed."""
+    """The ratios of each row: ours divided by theirs, the ratio that is printed, its limit, and whether it says that it is missed."""
     row = r"^\|.*\| ([\d.]+) (?:s|MB) \| ([\d.]+) (?:s|MB) \| ([\d.]+) \| ([\d.]+)(, \*\*missed\*\*)? \|$"
     for ours, theirs, ratio, limit, missed in re.findall(row, page, re.MULTILINE):
         yield float(ours) / float(theirs), float(ratio), float(limit), bool(missed)

@@ -56,7 +56,7 @@ def traces() -> set[str]:
 
 
 def command_lines() -> Iterator[str]:
-    """Of all processes; a killed one that init has not waited for yet has none any more."""
+    """The command lines of all processes; a killed one that init has not waited for yet has none any more."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
             yield path.read_bytes().decode(errors="replace")

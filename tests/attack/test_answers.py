@@ -125,7 +125,7 @@ def named(said: str) -> set[str]:
 
 
 def parameters(fault: str) -> tuple[str, KeyAlgorithm, Callable[[datetime], Signer]]:
-    """Of the fixture above."""
+    """The parameters of the fixture above."""
     case = HOSTILE[fault]
     return case.name, case.algorithm, case.root
 

@@ -1,4 +1,4 @@
-"""Who owns the way to a copy changes it while root refreshes it: nothing outside of his home is touched."""
+"""The owner of the path to a copy changes it while root refreshes the copy: the program touches nothing outside of the user's home."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_race_is_never_won(tmp_path: Path, what: str) -> None:
     [was] = [fingerprint(item.certificates[0]) for item in items if item.spec.name == "super-admin.conf"]
 
     def refresh() -> None:
-        """As if admin.conf's certificate had just taken the place of that one."""
+        """Refresh the copies as if admin.conf's certificate had just replaced that one."""
         copies_file(store).replace({"version": 1, "certificates": {"admin.conf": [was]}})
         copies.settle(settings, store, audit.Record(store, settings.audit))
 

@@ -93,7 +93,7 @@ class Node:
         return node
 
     def attributes(self) -> list[Attributes]:
-        """Of each file."""
+        """The attributes of each file."""
         return [Attributes.of(file.path) for file in self.files]
 
     def state(self) -> str:

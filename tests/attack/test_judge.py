@@ -109,7 +109,7 @@ def _der(certificate: x509.Certificate) -> bytes:
 
 @dataclass(kw_only=True)
 class Trial:
-    """Of one chain."""
+    """One chain's trial."""
 
     violations: list[Violation]
     refused: str  #: By Go.
@@ -348,7 +348,7 @@ def changed(dice: random.Random) -> tuple[str, Mutant]:
 
 @dataclass(frozen=True)
 class Row:
-    """Of the document's list."""
+    """One row of the document's list."""
 
     subject: str
     text: str

@@ -159,7 +159,7 @@ class Conformance(BackendConformance):
 
     @pytest.fixture
     def dead_backend(self, make: Make) -> CfsslBackend:
-        """Of a server that is not there."""
+        """The backend of a server that is not there."""
         return make(url=f"http://127.0.0.1:{free_port()}", endpoint="sign")
 
 

@@ -115,7 +115,7 @@ class Conformance(BackendConformance):
 
     @pytest.fixture
     def dead_backend(self, mac: dict[str, Any]) -> CmpBackend:
-        """Of a server that is not there."""
+        """The backend of a server that is not there."""
         return make(**mac, url=f"http://127.0.0.1:{free_port()}", timeout=timedelta(seconds=1))
 
 
@@ -161,7 +161,7 @@ class TestRaVerified(Conformance):
 
 
 def server_context(tls: cfssl.Tls, *, mutual: bool = False) -> ssl.SSLContext:
-    """Of a server; `mutual`: it wants a client certificate."""
+    """The TLS context of a server; `mutual`: it wants a client certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tls.server_cert, tls.server_key)
     if mutual:

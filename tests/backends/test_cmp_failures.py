@@ -360,7 +360,7 @@ def test_32_a_proxy_of_the_environment_is_not_asked(
 
 
 def context(tls: cfssl.Tls, *, mutual: bool = False) -> ssl.SSLContext:
-    """Of a server."""
+    """The TLS context of a server."""
     found = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     found.load_cert_chain(tls.server_cert, tls.server_key)
     if mutual:

@@ -149,7 +149,7 @@ class Conformance(BackendConformance):
 
     @pytest.fixture
     def dead_backend(self, make: Make) -> EstBackend:
-        """Of a server that is not there."""
+        """The backend of a server that is not there."""
         return make(f"https://127.0.0.1:{free_port()}", timeout=timedelta(seconds=2))
 
 

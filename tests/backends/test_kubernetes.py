@@ -56,7 +56,7 @@ def request(spec: CertificateSpec = ADMIN, validity: timedelta = VALIDITY) -> Si
 
 
 def name_of(one: SignRequest, signer: str = "ca-bridge.example.com/admin.conf") -> str:
-    """Of the object that will be made."""
+    """The name of the object that will be made."""
     return str(_object(one, signer)["metadata"]["name"])
 
 

@@ -97,7 +97,7 @@ def encrypted(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def working_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a test does, no folder of a run stays behind."""
+    """Assert that no folder of a run stays behind after a test."""
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -618,7 +618,7 @@ def test_cuts_large_batches(directory: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def many_rows(count: int) -> bytes:
-    """Of an index that has been in use for long."""
+    """The rows of an index that has been in use for long."""
     row = "V\t{}\t\t{:040X}\tunknown\t/O=kubeadm:cluster-admins/CN=kubernetes-admin\n"
     end = f"{datetime.now(UTC) + timedelta(days=300):%y%m%d%H%M%SZ}"
     return "".join(row.format(end, (1 << 150) + number) for number in range(count)).encode()

@@ -170,7 +170,7 @@ class Double(LoopbackServer):
 
     @property
     def url(self) -> str:
-        """Of the server."""
+        """The URL of the server."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self) -> Self:
@@ -441,7 +441,7 @@ def test_refuses_wrong_credentials_without_showing_them(
 
 
 def assert_not_shown(secret: str, error: BackendError, caplog: pytest.LogCaptureFixture) -> None:
-    """Neither in the error, nor in its traceback, nor in any log record."""
+    """Assert that the error, its traceback and the log records do not show it."""
     shown = [str(error), repr(error), error.hint, repr(vars(error)), *traceback.format_exception(error), caplog.text]
     assert secret not in "".join(shown)
 

@@ -74,7 +74,7 @@ def site_server():
 
 
 def blocks(language: str) -> list[str]:
-    """Of the page, in their order."""
+    """The blocks of the page, in their order."""
     return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 

@@ -100,7 +100,7 @@ def test_on_a_machine_that_is_no_node_one_sentence_is_enough(tmp_path: Path, com
 
 @contextlib.contextmanager
 def another_user() -> Iterator[None]:
-    """Of this process, for a while."""
+    """Run as another user for a while."""
     os.seteuid(65534)
     try:
         yield

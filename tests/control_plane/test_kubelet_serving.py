@@ -140,7 +140,7 @@ class Site:
         )
 
     def text(self, place: object) -> str:
-        """Of a ConfigMap."""
+        """The text of a ConfigMap."""
         return str(self.cluster.client().ask("GET", place.path).document["data"][place.key])  # type: ignore[attr-defined]
 
     def levels(self) -> dict[str, list[str]]:

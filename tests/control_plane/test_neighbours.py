@@ -479,7 +479,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def api(servers: Servers, *places: Place) -> Api:
-    """Of these servers, in this order."""
+    """The API client of these servers, in this order."""
     known = Api.of_node(servers.places[0].node, servers.places[0].kubeconfig_dir)
     return Api(known.clients, [Server(f"https://{p.address}:{servers.state.port}") for p in places])
 

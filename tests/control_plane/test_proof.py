@@ -60,7 +60,7 @@ class Site:
 
     @property
     def pki(self) -> Path:
-        """Of the node."""
+        """The PKI of the node."""
         return self.directory / "pki"
 
     def write(self, component: Component, flags: Mapping[str, str], tag: str) -> Path:

@@ -72,7 +72,7 @@ class Plane:
         return {c.value: changed.get(c.name.lower(), usual) for c in Component}
 
     def settings(self, *, timeout: str = "1s", **commands: str) -> Settings:
-        """Of one that looks at no other node."""
+        """The settings of a node that looks at no other node."""
         lines = [f'"{name}" = {json.dumps(text)}' for name, text in self.commands(**commands).items()]
         return parse(
             "\n".join(

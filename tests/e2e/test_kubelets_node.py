@@ -55,7 +55,7 @@ class Worker:
 
     @property
     def log(self) -> Path:
-        """Of all its kubelets."""
+        """The log of all its kubelets."""
         return self.node.root.parent / "kubelet.log"
 
     def again(self, data: bytes, end: timedelta) -> tuple[bytes, bytes]:
@@ -66,7 +66,7 @@ class Worker:
         return signed_again(old, signer, end=datetime.now(UTC) + end), csr.key_block(data)
 
     def pid(self) -> str:
-        """Of its kubelet; empty: none runs."""
+        """The PID of its kubelet; empty: none runs."""
         path = self.node.root.parent / "kubelet.pid"
         pid = path.read_text().strip() if path.exists() else ""
         return pid if pid and Path(f"/proc/{pid}").exists() else ""

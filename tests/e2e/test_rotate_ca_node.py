@@ -48,7 +48,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 def bridge_on(node: Node, directory: Path, keys: Path, made: Mapping[str, next_cas.NextCa]) -> LiveBridge:
-    """Of a worker `ca` alone is there."""
+    """The program on a worker, which has `ca` alone."""
     pki = NodePki(root=node.root, external=True, keys=keys)
     bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
     bridge.add("restart", {"method": "static-pods", "min_interval": "1s"})

@@ -60,7 +60,7 @@ def events(bridge: Bridge, event: str) -> int:
 
 
 def closed_window() -> str:
-    """Of an hour, far from now in any time zone's week."""
+    """A window of one hour, far from now in any time zone's week."""
     day = (now() + 3 * DAY).strftime("%a")
     return f"{day} 02:00-03:00"
 

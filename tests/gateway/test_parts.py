@@ -330,7 +330,7 @@ def test_a_long_message_is_cut_to_its_end() -> None:
 
 
 class _Pieces:
-    """Of a stream, as they come."""
+    """The pieces of a stream, as they come."""
 
     def __init__(self, *pieces: bytes) -> None:
         self._pieces = list(pieces)

@@ -63,7 +63,7 @@ def by_token(request: Request) -> Request:
 
 
 def validity(verdict: Verdict) -> timedelta:
-    """Of what is allowed."""
+    """The validity of an allowed request."""
     assert isinstance(verdict, Allowed)
     return verdict.validity
 

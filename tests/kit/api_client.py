@@ -35,7 +35,7 @@ class Reply:
 
     @property
     def message(self) -> str:
-        """Of a `Status`."""
+        """The message of a `Status`."""
         return str(self.document.get("message", ""))
 
 

@@ -63,7 +63,7 @@ class ClusterApi:
 
     @property
     def url(self) -> str:
-        """Of the API server."""
+        """The URL of the API server."""
         return f"https://{self.host}:{self.port}"
 
     def credentials(self, user: str, *groups: str) -> tuple[Path, Path]:

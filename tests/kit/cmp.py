@@ -49,7 +49,7 @@ class RegistrationAuthority:
         (place / "ca.key").write_bytes(key_pem)
 
     def url(self, name: str, behaviour: str = "") -> str:
-        """Of a CA, without what follows from `/.well-known`; `behaviour` is one of CmpRa.java's."""
+        """The URL of a CA, without what follows from `/.well-known`; `behaviour` is one of CmpRa.java's."""
         return "/".join([f"http://127.0.0.1:{self.port}", name, *([behaviour] if behaviour else [])])
 
     def approve(self, name: str) -> None:

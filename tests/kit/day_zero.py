@@ -229,7 +229,7 @@ def policy(nodes: Mapping[str, str], allow: str = "") -> str:
 
 
 def nodes_of(machine: Machine) -> Mapping[str, Sequence[str]]:
-    """Of the cluster: the roles of each node by name."""
+    """The cluster's nodes: the roles of each by name."""
     found = json.loads(machine.node.kubectl("get", "nodes", "-o", "json").stdout)["items"]
     prefix = "node-role.kubernetes.io/"
     return {

@@ -104,7 +104,7 @@ class DeskProgram:
 
     @property
     def tables(self) -> str:
-        """Of the settings."""
+        """The tables of the settings."""
         return (
             f'[backend.ca]\ntype = "exec"\ncommand = ["{self.directory / "program"}"]\ntimeout = "20s"\n'
             '[authority.ca]\nbackend = "ca"\n'

@@ -50,7 +50,7 @@ def config(files: Sequence[Path], blob: bytes) -> bytes:
 
 
 def architecture() -> str:
-    """Of this machine, by Go's name."""
+    """The architecture of this machine, by Go's name."""
     return _ARCHITECTURES.get(platform.machine(), platform.machine())
 
 

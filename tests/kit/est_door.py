@@ -163,7 +163,7 @@ def body_of(csr: x509.CertificateSigningRequest) -> bytes:
 
 
 def certificates(answer: Answer) -> list[x509.Certificate]:
-    """Of a good answer."""
+    """The certificates of a good answer."""
     assert answer.status == 200, (answer.status, answer.body)
     return pkcs7.load_der_pkcs7_certificates(base64.b64decode(b"".join(answer.body.split()), validate=True))
 

@@ -100,7 +100,7 @@ def workers(*names: str, more: str = "") -> str:
 
 
 def address_of(worker: str) -> str:
-    """That of the node `wN`."""
+    """The address of the node `wN`."""
     number = int(worker[1:])
     return f"198.51.{number // 256}.{number % 256}"
 
@@ -419,7 +419,7 @@ def conditions(document: Mapping[str, Any]) -> set[str]:
 
 
 def chain(document: Mapping[str, Any]) -> list[x509.Certificate]:
-    """Of `status.certificate`; none without one."""
+    """The chain of `status.certificate`; none without one."""
     data = document["status"].get("certificate")
     return x509.load_pem_x509_certificates(base64.b64decode(data)) if data else []
 

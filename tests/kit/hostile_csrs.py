@@ -87,7 +87,7 @@ def honest(worker: str, signer: str) -> Asking:
 
 
 def _subjects(node: str) -> dict[str, x509.Name]:
-    """Of a kubelet, each wrong in one way; the last CN is the node's own, since the API server looks at that."""
+    """A kubelet's subjects, each wrong in one way; the last CN is the node's own, since the API server looks at that."""
     own = f"system:node:{node}"
 
     def name(*attributes: Any) -> x509.Name:

@@ -45,7 +45,7 @@ class ApiServer:
 
     @property
     def url(self) -> str:
-        """Of the API server."""
+        """The URL of the API server."""
         return self.cluster.url
 
     @property

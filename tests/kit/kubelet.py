@@ -72,7 +72,7 @@ class StandInKubelet:
 
     @property
     def pid(self) -> int:
-        """Of the one that runs."""
+        """The PID of the running kubelet."""
         return int(self._pid.read_text())
 
     def start(self) -> None:

@@ -29,7 +29,7 @@ def samples(text: str) -> dict[str, dict[str, float]]:
 
 
 def value(file: Path, name: str) -> float | None:
-    """That of a metric without labels; None: it is not there."""
+    """The value of a metric without labels; None: it is not there."""
     return samples(file.read_text()).get(name, {}).get("")
 
 

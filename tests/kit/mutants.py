@@ -156,7 +156,7 @@ class Mutant:
 
 
 def _general_names() -> list[Tree]:
-    """Of all kinds, good and odd."""
+    """Names of all kinds, good and odd."""
     directory = value(der.context(4, constructed=True), value(der.SEQUENCE))
     other = value(der.context(0, constructed=True), value(der.OID, oid("1.2.3")), value(0xA0, value(0x0C, b"x")))
     plain = {
@@ -281,7 +281,7 @@ def turns_a_flag(draft: Draft, dice: random.Random) -> None:
 
 
 def drops_an_extension(draft: Draft, dice: random.Random) -> None:
-    """Or writes it twice."""
+    """Drops an extension, or writes it twice."""
     found = draft.extensions()
     if not found:
         return

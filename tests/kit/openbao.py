@@ -164,7 +164,7 @@ class OpenBao:
         return self.request("POST", "auth/token/lookup", {"token": token}).ok
 
     def accessors(self) -> set[str]:
-        """Of all tokens that are valid now."""
+        """The accessors of all tokens that are valid now."""
         listed = self.request("LIST", "auth/token/accessors")
         return set() if listed.status_code == 404 else set(self._checked(listed)["data"]["keys"])
 

@@ -68,7 +68,7 @@ def spans(line: str) -> Iterator[str]:
 
 
 def picture(title: str, lines: Sequence[str]) -> str:
-    """Of what a terminal showed."""
+    """A picture of a terminal's content."""
     width, height = 2 * _LEFT + 80 * 8, _TOP + len(lines) * _LINE + 6
     rows = [
         f'  <text x="{_LEFT}" y="{_TOP + 6 + number * _LINE}" xml:space="preserve">{"".join(spans(line))}</text>'

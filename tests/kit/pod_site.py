@@ -95,7 +95,7 @@ class Site:
 
     @property
     def admin(self) -> ApiClient:
-        """Of the cluster; `kubectl` takes minutes for hundreds of objects on a busy machine."""
+        """A client with an administrator's rights; `kubectl` takes minutes for hundreds of objects on a busy machine."""
         return self.place.cluster.client()
 
     def make(self, *documents: dict[str, Any]) -> None:
@@ -113,7 +113,7 @@ class Site:
         return self.admin.get(f"{_path(namespace)}/{name}")
 
     def phases(self, namespace: str) -> dict[str, str]:
-        """Of all pods of a namespace, by their names."""
+        """The phases of all pods of a namespace, by their names."""
         listed = self.admin.get(_path(namespace))["items"]
         return {one["metadata"]["name"]: one["status"].get("phase", "") for one in listed}
 
@@ -244,7 +244,7 @@ def talking(one: Holder, other: Holder, place: Path, pause_seconds: float = 0.5)
 
 
 def spiffe_id(connection: ssl.SSLSocket) -> str:
-    """Of the peer: the one URI."""
+    """The SPIFFE ID of the peer: the one URI."""
     certificate: Any = connection.getpeercert()
     [one] = [value for kind, value in certificate["subjectAltName"] if kind == "URI"]
     return str(one)

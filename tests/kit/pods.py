@@ -108,7 +108,7 @@ def with_openssl(place: Place, ca: Signer) -> Place:
 
 
 def source(**changes: Any) -> dict[str, Any]:
-    """Of a projected volume."""
+    """The source of a projected volume."""
     usual = {"signerName": SIGNER, "keyType": "ECDSAP256", "credentialBundlePath": "credential-bundle.private-key.pem"}
     return {key: value for key, value in {**usual, **changes}.items() if value is not None}
 
@@ -136,7 +136,7 @@ class Pod:
 
     @property
     def path(self) -> str:
-        """Of the object."""
+        """The path of the object."""
         return f"/api/v1/namespaces/{self.namespace}/pods/{self.name}"
 
     @property

@@ -49,7 +49,7 @@ def run(settings: Settings, verb: Verb, names: Sequence[str] = (), gate: Gate | 
 
 
 def phases(settings: Settings) -> dict[str, str]:
-    """Of each CA, by the files."""
+    """The phases of each CA, by the files."""
     found = places.look(settings, inventory.of(settings.node), ())
     return {name: one.standing.text for name, one in found.items()}
 
@@ -63,5 +63,5 @@ def reach(settings: Settings, last: Verb | None) -> None:
 
 
 def contents(pki: Pki) -> dict[Path, bytes]:
-    """Of all files of the node."""
+    """The contents of all files of the node."""
     return {path: path.read_bytes() for path in pki.kubeconfig_dir.rglob("*") if path.is_file()}

@@ -338,7 +338,7 @@ def assert_shown(name: str, printed: str, names: Mapping[str, str]) -> None:
 
 
 def live(node: Node) -> dict[str, str]:
-    """Of a control plane that is well."""
+    """The blocks of a healthy control plane."""
     normal, run = (
         Normal(),
         functools.partial(node.exec, "env", f"COLUMNS={COLUMNS}", Path(sys.executable).with_name("ca-bridge")),

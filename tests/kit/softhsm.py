@@ -49,7 +49,7 @@ def _engine() -> Path:
 
 
 def _folder(option: str) -> Path:
-    """Of openssl: where its engines (`e`) or its modules (`m`) are."""
+    """The folder of openssl: where its engines (`e`) or its modules (`m`) are."""
     text = subprocess.run(["openssl", "version", f"-{option}"], capture_output=True, text=True, check=True).stdout
     match = re.search(r'"(.+)"', text)
     if not match:
@@ -70,7 +70,7 @@ class Token:
         return {"SOFTHSM2_CONF": str(self.directory / "softhsm2.conf")}
 
     def uri(self, key: str) -> str:
-        """Of one of its keys."""
+        """The URI of one of its keys."""
         return f"pkcs11:token={self.label};object={key};type=private"
 
     def add(self, key: str, key_pem: bytes, number: str) -> str:

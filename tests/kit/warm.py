@@ -117,7 +117,7 @@ def _text(descriptor: int) -> str:
 
 @functools.cache
 def shared() -> Warm:
-    """Of this process, and as long."""
+    """Share one for this process, as long as it lives."""
     warm = Warm()
     atexit.register(warm.close)
     return warm

@@ -21,7 +21,7 @@ STATIC = [component.value for component in Component if component is not Compone
 
 @dataclass(kw_only=True)
 class Seen:
-    """Of all nodes together."""
+    """The observations of all nodes together."""
 
     looks: dict[str, int] = field(default_factory=dict)  #: By node, at etcd.
     down: list[tuple[float, float, str]] = field(default_factory=list)  #: Begin, end, node: its etcd did not answer.

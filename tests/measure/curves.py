@@ -145,7 +145,7 @@ def tables(signed: Sequence[Batch], by_servers: Sequence[Served]) -> str:
 
 
 def numbers(text: str) -> list[int]:
-    """Of an option."""
+    """The numbers of an option."""
     return [int(part) for part in text.split(",")]
 
 

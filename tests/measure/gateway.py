@@ -81,7 +81,7 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """Of the slower of the two."""
+        """The ratio to the slower of the two."""
         return self.gateway.rate / min(self.ca_alone.rate, self.api_alone.rate)
 
     def row(self) -> str:
@@ -137,7 +137,7 @@ def _cpu_seconds(pid: int) -> float:
 
 
 class _Clock:
-    """Of one run, from its beginning."""
+    """The clock of one run, from its beginning."""
 
     def __init__(self, pids: Mapping[str, int]) -> None:
         self._pids = pids

@@ -236,7 +236,7 @@ def _background(node: Node, log: Path, *command: str) -> Iterator[None]:
 
 
 def _settings(api: ClusterApi, place: Path) -> None:
-    """Of the gateway: `openssl ca`, whose dates are exact; a test wants exactly the life that the pod asks for."""
+    """The settings of the gateway: `openssl ca`, whose dates are exact; a test wants exactly the life that the pod asks for."""
     ca = Signer.make("pods of the tests", begin=datetime.now(UTC) - timedelta(days=1))
     made = pods.with_openssl(pods.place(api, place), ca)
     made.user = "kubernetes-super-admin"
@@ -275,7 +275,7 @@ def _run(node: Node, place: Path, focus: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Of one test."""
+    """The outcome of one test."""
 
     name: str
     state: str  #: `passed`, `failed`, `timedout` …

@@ -96,7 +96,7 @@ class Asked:
 
 @dataclass(kw_only=True)
 class Record:
-    """Of all clients, in the order in which requests ended."""
+    """The record of all clients, in the order in which requests ended."""
 
     asked: list[Asked] = field(default_factory=list)
 
@@ -106,7 +106,7 @@ class Record:
         self.asked.append(one)
 
     def between(self, begin: float, end: float) -> Record:
-        """Of the requests that began then."""
+        """The requests that began in this time."""
         return Record(asked=[one for one in list(self.asked) if begin <= one.begin < end])
 
     def counts(self, client: str) -> Counter[Answer]:

@@ -100,7 +100,7 @@ def import_images(node: Node) -> None:
 
 
 def digests_of(node: Node) -> dict[str, str]:
-    """Of every certificate, key and kubeconfig."""
+    """The digests of every certificate, key and kubeconfig."""
     files = [*node.pki_dir.rglob("*"), *node.kubeconfig_dir.glob("*.conf")]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files) if path.is_file()}
 
@@ -128,7 +128,7 @@ def _doctor(bridge: LiveBridge) -> tuple[int, dict[str, list[str]], str]:
 
 
 def told_by(run: subprocess.CompletedProcess[str]) -> tuple[int, dict[str, list[str]], str]:
-    """Of `doctor -o json`: the exit code, what is an error or a warning, and all texts."""
+    """The findings of `doctor -o json`: the exit code, errors and warnings, and all texts."""
     told = json.loads(run.stdout)
     wrong: dict[str, list[str]] = {}
     for one in told["findings"]:

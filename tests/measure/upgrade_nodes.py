@@ -103,7 +103,7 @@ class Site:
         path.write_bytes(new + text[begin:].encode())
 
     def digests(self) -> dict[str, dict[str, str]]:
-        """Of every certificate, key and kubeconfig of each node, the kubelets' among them."""
+        """The digests of every certificate, key and kubeconfig of each node, the kubelets' among them."""
         return {name: _digests(machine.node) for name, machine in self.machines.items()}
 
 

@@ -78,7 +78,7 @@ def version_of(directory: Path) -> str:
 
 
 def names_of(one: x509.Certificate | x509.CertificateSigningRequest) -> Names:
-    """Of a certificate or a CSR."""
+    """The names of a certificate or a CSR."""
     return tuple(sorted(attributes(one.subject))), tuple(sorted(san_entries(one)))
 
 

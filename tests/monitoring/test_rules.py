@@ -65,7 +65,7 @@ class Node:
         return cli_renew.rehearse(self.settings, RunOptions(names=names), self.clock(0), Output.TEXT)
 
     def clock(self, number: float) -> Callable[[], datetime]:
-        """So many days ahead."""
+        """A clock so many days ahead."""
         return lambda: datetime.now(UTC) + number * DAY
 
     def break_ca(self, name: str) -> Callable[[], None]:
@@ -77,7 +77,7 @@ class Node:
 
     @property
     def text(self) -> str:
-        """Of the metrics file."""
+        """The text of the metrics file."""
         return self.file.read_text()
 
 
@@ -284,7 +284,7 @@ def test_the_rules_know_all_metrics_of_a_file_or_say_why_not(cases: list[Case]) 
 
 
 def expressions() -> list[str]:
-    """Of the dashboard, for every node."""
+    """The expressions of the dashboard, for every node."""
     panels = json.loads(DASHBOARD.read_text())["panels"]
     return [target["expr"].replace("$instance", ".*") for panel in panels for target in panel["targets"]]
 

@@ -17,7 +17,7 @@ from bridge.node.yamltree import YamlError
 
 
 def load(directory: Path, config: str | None = None, flags: str | None = None) -> KubeletFiles:
-    """Of a directory with these two files."""
+    """Read a directory with these two files."""
     directory.mkdir(exist_ok=True)
     for name, text in (("config.yaml", config), ("kubeadm-flags.env", flags)):
         (directory / name).unlink(missing_ok=True)

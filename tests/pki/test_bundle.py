@@ -311,7 +311,7 @@ OTHER: Mapping[str, Callable[[Any], Any]] = {
 
 
 def paths(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    """Of every field, at any depth."""
+    """The paths of every field, at any depth."""
     if isinstance(value, dict):
         return [deeper for key, one in value.items() for deeper in [(*path, key), *paths(one, (*path, key))]]
     if isinstance(value, list) and value and isinstance(value[0], dict):

@@ -39,7 +39,7 @@ MANAGER, SCHEDULER = "controller-manager.conf", "scheduler.conf"
 
 
 class KilledError(BaseException):
-    """As if the process had ended here."""
+    """Stands for the end of the process."""
 
 
 @dataclass(kw_only=True)

@@ -24,7 +24,7 @@ RUN = "0123abcd"
 
 
 class CutOffError(BaseException):
-    """As if the process had ended here."""
+    """Stands for the end of the process."""
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def shell(script: str, event: str) -> str:
 
 
 def renewed(node: Node, name: str = "apiserver", **about: int | str) -> HookEvent:
-    """As if what is on the node were the new certificate."""
+    """The node's certificate, taken for a new one."""
     [item] = [item for item in node.items if item.spec.name == name]
     live = item.certificates[0]
     outcome = Outcome(name=name, authority="ca", old=live, new=live)

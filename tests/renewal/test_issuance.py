@@ -81,7 +81,7 @@ def run(node: Pki, tmp_path: Path) -> Run:
 
 
 def issued(run: Run, ca: OneByOne, names: Sequence[str]) -> list[str]:
-    """Of certificates whose keys are only there when the one before was signed; those that were answered."""
+    """Have certificates signed whose keys exist only when the one before was signed; return the answered ones."""
     found = run.read_node()
     items = [item for item in found.items if item.spec.name in names]
     prepared = [one for one in prepare(items, run.settings) if isinstance(one, Prepared)]

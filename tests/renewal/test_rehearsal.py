@@ -248,7 +248,7 @@ def test_a_door_is_not_rehearsed(node: Pki, tmp_path: Path) -> None:
 
 
 def issued(node: Pki, settings: Settings, name: str) -> Answered:
-    """As if the CA had sent the live certificate."""
+    """The live certificate, taken for the CA's answer."""
     found = inventory.read(node.pki_dir, node.kubeconfig_dir)
     [item] = [one for one in found.items if one.spec.name == name]
     demands, _ = expectations(found, settings, [item], now())

@@ -75,7 +75,7 @@ def new_record(store: Store) -> audit.Record:
 def transaction(
     store: Store, directory: Path, text: str = "", now: datetime = NOW, record: audit.Record | None = None
 ) -> Transaction:
-    """Of one more run."""
+    """The transaction of one more run."""
     run = Run(
         settings=settings(store, directory, text),
         store=store,

@@ -161,7 +161,7 @@ class Cluster(RuleBasedStateMachine):
 
     @invariant()
     def every_leaf_is_trusted_everywhere(self) -> None:
-        """Whatever was killed: each node's CA file has the CA of each leaf of each node."""
+        """Each node's CA file has the CA of each leaf of each node, whichever run was killed."""
         for verifier in self.nodes:
             for node in self.nodes:
                 assert set(node.leaves.values()) <= set(verifier.bundle)

@@ -185,7 +185,7 @@ class Walk(RuleBasedStateMachine):
             self.persons.append(chain)
 
     def phases(self) -> set[Phase | None]:
-        """Of all nodes."""
+        """The phases of all nodes."""
         return {phase for one in self.nodes for phase in (look(one).standing.phase, look(one).standing.next)}
 
     @invariant()
@@ -196,7 +196,7 @@ class Walk(RuleBasedStateMachine):
 
     @invariant()
     def every_certificate_of_a_node_is_trusted_on_every_node(self) -> None:
-        """Whatever was killed, by the CA file as it is read now."""
+        """The present CA files trust every node's certificate, whichever run was killed."""
         if self.is_over:
             return
         bundles = [look(one).seen.bundle for one in self.nodes]

@@ -539,7 +539,7 @@ def test_recover_says_what_it_found_and_did(run: Run, store: Store, node: Pki, m
 
 
 def dated(store: Store, backup_id: str, created: datetime) -> None:
-    """As if it had been made then."""
+    """Give a backup this date."""
     path, manifest = _manifest(store, backup_id)
     path.write_bytes(sealed({**manifest, "created": created.isoformat()}))
 

@@ -273,7 +273,7 @@ def an_anchor(node: Pki, copy: Path) -> None:
 
 
 def thousands_of_aliases(node: Pki, copy: Path) -> None:
-    """Of one mapping of 40,000 keys: to look through it for each of them takes longer than an operator waits."""
+    """Aliases of one mapping of 40,000 keys: to read it for each of them takes longer than an operator waits."""
     given(node, copy)
     keys = "".join(f"  k{number}: 1\n" for number in range(40_000))
     copy.write_text(f"a: &a\n{keys}users:\n" + "- *a\n" * 15_000)

@@ -81,7 +81,7 @@ class Quiet:
 
 
 class CutOffError(BaseException):
-    """As if the process had ended here."""
+    """Stands for the end of the process."""
 
 
 def cut_off(*_: object) -> None:
