@@ -56,9 +56,7 @@ class Asker:
     """The sender of an EST request, as proven when the request came."""
 
     label: str
-    certificate: (
-        x509.Certificate | None
-    )  #: That the client has shown in TLS, and has the key of; None: it has a secret.
+    certificate: x509.Certificate | None  #: The client proved it in TLS; None: the client has a secret.
     renews: bool  #: It asks by `simplereenroll`, for what takes the certificate's place.
     received: datetime
 

@@ -102,7 +102,7 @@ class DeskSettings:
 class Allow:
     """Table `[allow]`: the rules for all certificates."""
 
-    clusters: tuple[str, ...]  #: Names, `*` and `?` as in a shell.
+    clusters: tuple[str, ...]  #: Names of clusters, with `*` and `?` as in a shell.
     nodes: tuple[str, ...]
     names: tuple[str, ...] = tuple(SPECS)
     keys: tuple[str, ...] = KEY_ALGORITHMS
@@ -110,8 +110,8 @@ class Allow:
     masters: tuple[str, ...] = ()  #: Certificates that may be in the group `system:masters`.
     proof: Literal["required", "optional"] = "required"
     proof_after_expiry: timedelta = timedelta(days=90)  #: How long a proof by an expired certificate counts.
-    max_age: timedelta = timedelta(days=30)  #: Of a request bundle.
-    #: Of request bundles: in version 1 the proof covers neither the time nor the validity, so that others can change them.
+    max_age: timedelta = timedelta(days=30)  #: An older request bundle is refused.
+    #: An older format of request bundles is refused: in version 1 the proof covers neither the time nor the validity.
     oldest_version: int = 2
     #: Whether a certificate is signed only when people have approved it (table `[approvals]`).
     approval: Approval = "none"
@@ -140,12 +140,12 @@ class CertificateRules:
     A node's further pairs are named here alone, and only with all that such a certificate may be.
     """
 
-    authority: str = ""  #: Of a further pair: the CA that signs it.
-    usages: tuple[str, ...] = ()  #: Of a further pair: `server`, `client`, or both.
+    authority: str = ""  #: The CA that signs a further pair.
+    usages: tuple[str, ...] = ()  #: The usages of a further pair: `server`, `client`, or both.
     #: Whole subjects, such as `O=system:nodes,CN=system:node:{node}`.
     subjects: tuple[str, ...] | None = None
     groups: tuple[str, ...] | None = None  #: O values.
-    #: A name or address; `.example.com`: whatever is below; `10.0.0.0/8`: the addresses in it.
+    #: Names and addresses; `.example.com`: all names below it; `10.0.0.0/8`: the addresses in it.
     sans: tuple[str, ...] | None = None
     keys: tuple[str, ...] | None = None
     max_validity: timedelta | None = None
@@ -198,9 +198,9 @@ _USAGES = {"server": EKU.SERVER_AUTH, "client": EKU.CLIENT_AUTH}
 class UserRules:
     """Table `[users]`: kubeconfigs for people and machines; without it the desk signs none."""
 
-    groups: tuple[str, ...] = ()  #: O values that may be asked for, `*` and `?` as in a shell.
-    names: tuple[str, ...] = ("*",)  #: CNs, the same.
-    allow: tuple[str, ...] = ()  #: Of Kubernetes' and kubeadm's own (`kubeadm:cluster-admins`), those that may be.
+    groups: tuple[str, ...] = ()  #: O values that a request may have, with `*` and `?` as in a shell.
+    names: tuple[str, ...] = ("*",)  #: CNs, in the same way.
+    allow: tuple[str, ...] = ()  #: Allowed names of Kubernetes and kubeadm (`kubeadm:cluster-admins`).
     max_validity: timedelta = timedelta(hours=24)
 
     def problems(self) -> Iterator[SettingsProblem]:

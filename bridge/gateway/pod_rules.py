@@ -110,21 +110,21 @@ class PodSignerRules:
     #: The SPIFFE ID is `spiffe://`, this, and the path; empty: certificates have the names of an identity alone.
     trust_domain: str = ""
     path: str = "/ns/{namespace}/sa/{service_account}"  #: Also `{pod}` and `{pod_uid}`.
-    namespaces: tuple[str, ...] = ()  #: Whose pods may ask, with `*` and `?` as in a shell.
-    namespace_labels: dict[str, str] = field(default_factory=dict)  #: All of which the namespace must have.
+    namespaces: tuple[str, ...] = ()  #: Namespaces whose pods may ask, with `*` and `?` as in a shell.
+    namespace_labels: dict[str, str] = field(default_factory=dict)  #: The namespace must have all of these labels.
     service_accounts: tuple[str, ...] = ("*",)
     keys: tuple[str, ...] = ("ecdsa-p256", "ecdsa-p384", "rsa-3072", "rsa-4096")
     usages: Literal["peer", "client", "server"] = "peer"  #: peer: both, as SPIFFE has it.
     max_validity: timedelta = timedelta(hours=24)
-    #: How much longer than asked the CA's certificates are: what a pod allows at most is asked for without this.
+    #: The CA's certificates are longer than requested by this, so that the gateway requests that much less than a pod's limit.
     backdating: timedelta = timedelta(minutes=10)
-    #: The certificates begin by exactly this early, so that a pod may also ask for an hour, the shortest life that there is.
+    #: Whether `backdating` is exact; then a pod may also ask for one hour, the shortest lifetime.
     exact_dates: bool = False
     refresh: int = 50  #: The kubelet asks again after this share of the life, in per cent.
     publish: bool = True  #: Keep a ClusterTrustBundle with the roots; false: remove it.
     annotations: dict[str, str] = field(
         default_factory=dict
-    )  #: Those that a pod may have, with a pattern of the value.
+    )  #: Annotations that a pod may have, with a pattern of the value.
     identities: tuple[tuple[str, Identity], ...] = field(default=(), metadata={GIVEN: True})
 
     @property

@@ -69,8 +69,8 @@ class Grant:
     """Table `[signer."NAME".grant.X]`: who may ask, and for which subjects of users."""
 
     users: tuple[str, ...] = ()  #: Usernames; `{node}` (in a control-plane signer's) is a control-plane node.
-    groups: tuple[str, ...] = ()  #: One of the requester's.
-    subjects: tuple[str, ...] = ()  #: Whole ones; `{user}` is the requester.
+    groups: tuple[str, ...] = ()  #: The requester has to be in one of these.
+    subjects: tuple[str, ...] = ()  #: Whole subjects; `{user}` is the requester.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Grants without a requester, and subjects that no user may have."""
@@ -99,9 +99,9 @@ class SignerRules:
 
     keys: tuple[str, ...] | None = None
     max_validity: timedelta | None = None
-    #: required: another one has to approve as well; gateway: the gateway approves what the policy allows.
+    #: required: a person has to approve as well; gateway: the gateway approves each request that the policy allows.
     approval: Literal["gateway", "required"] = "gateway"
-    #: For kube-apiserver-client-kubelet: whose members may ask for a node that does not exist yet.
+    #: For kube-apiserver-client-kubelet: members of these groups may ask for a node that does not exist yet.
     bootstrap_groups: tuple[str, ...] = ()
     grants: tuple[tuple[str, Grant], ...] = field(default=(), metadata={GIVEN: True})
 
