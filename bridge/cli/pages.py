@@ -15,13 +15,15 @@ import typer
 from bridge.cli.options import Common, command
 from bridge.cli.printing import columns, say, width_here, wrapped
 from bridge.errors import BridgeError
-from bridge.system.files import pages
+from bridge.system.files import pages, shipped
 from bridge.words import name_found
 
 commands = typer.Typer()
 
 #: The only pagers that are tried: root's environment names no program here.
 _PAGERS = ("/usr/bin/less", "/bin/less")
+#: What the administrator of Vault or OpenBao does, as pages name it; it is installed among the examples.
+_ADMINISTRATORS = "config/vault/README"
 
 
 def topics() -> dict[str, Path]:
@@ -81,7 +83,7 @@ def fitted(text: str, width: int, page: str) -> Iterator[str]:
             indent = len(line) - len(line.lstrip()) if indent is None else None
             yield "```"
         elif indent is not None:
-            yield line[indent:] if not line[:indent].strip() else line
+            yield from _code(line[indent:] if not line[:indent].strip() else line, width)
         elif line.startswith("| "):
             end = next((n for n in range(number, len(lines)) if not lines[n].startswith("|")), len(lines))
             yield from _table([_cells(_followed(one, page)) for one in [line, *lines[number + 1 : end]]], width)
@@ -91,6 +93,16 @@ def fitted(text: str, width: int, page: str) -> Iterator[str]:
             yield from wrapped(_followed(line, page), width, len(mark[0]) if mark else 0)
 
 
+def _code(line: str, width: int) -> Iterator[str]:
+    """A line of a block; one that is too long has its comment above it."""
+    before, _, comment = line.rpartition("  # ")
+    if len(line) <= width or not before.strip():
+        yield line
+        return
+    yield from (f"# {one}" for one in wrapped(comment, width - len("# "), 0))
+    yield before.rstrip()
+
+
 def _followed(line: str, page: str) -> str:
     """The line with links for a reader who types."""
 
@@ -98,6 +110,8 @@ def _followed(line: str, page: str) -> str:
         words, target = found[1], found[2]
         if found[0].startswith("!"):
             return f"(picture: {words})"
+        if target == f"../{_ADMINISTRATORS}.md":
+            return f"{words} ({_ADMINISTRATORS})"
         if target.startswith("../"):  # not installed
             return words
         if "/" not in target:
@@ -157,10 +171,12 @@ def help_(
         return
     parts = sections(found)
     known = {**parts, **{name: page.read_text(encoding="utf-8") for name, page in found.items()}}
+    if (page := shipped(_ADMINISTRATORS.removeprefix("config/") + ".md")) is not None:
+        known[_ADMINISTRATORS] = page.read_text(encoding="utf-8")
     name = topic.replace(".md", "")
     if name not in known:
         meant = name_found(topic, [*found, *(one for one in parts if "#" not in one)])
         raise typer.BadParameter(f"wanted a page or a section, found {meant}; `ca-bridge help` lists the pages")
     text, width = known[name], width_here()
-    page = name if name in found else next(one.partition("#")[0] for one in parts if parts[one] == text and "#" in one)
-    show(text if width is None else "\n".join(fitted(text, width, page)) + "\n")
+    own = next((one.partition("#")[0] for one in parts if parts[one] == text and "#" in one), name)
+    show(text if width is None else "\n".join(fitted(text, width, own)) + "\n")

@@ -95,10 +95,27 @@ def test_a_page_fits_a_terminal() -> None:
             in_code ^= line == "```"
             wide += [line] if len(line) > 80 and not in_code and len(line.split()) > 1 else []
         assert wide == [], topic
-        blocks = re.findall(r"^```\w+[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        blocks = re.findall(r"^```console[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
         assert all(block in "\n".join(pages.fitted(text, 80, topic)) for block in blocks)
     shown = CliRunner().invoke(app, ["help", "trouble#5-refused"], env={"COLUMNS": "80"}).stdout
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_what_the_administrator_of_vault_does_is_there_too() -> None:
+    """Pages name it by the topic under which it is shown, though it is installed among the examples."""
+    shown = CliRunner().invoke(app, ["help", "first-renewal"], env={"COLUMNS": "80"}).stdout
+
+    assert "(config/vault/README)" in shown
+    assert CliRunner().invoke(app, ["help", "config/vault/README"]).stdout.startswith("# Vault and OpenBao")
+
+
+def test_a_comment_that_is_too_long_is_above_its_command() -> None:
+    """The line can be pasted either way; what has no comment stays."""
+    line = "ca-bridge plan        # what would be renewed"
+
+    assert list(pages._code(line, 40)) == ["# what would be renewed", "ca-bridge plan"]
+    assert list(pages._code(line, 80)) == [line]
+    assert list(pages._code("x" * 90, 80)) == ["x" * 90]
 
 
 def test_lines_for_a_terminal() -> None:
