@@ -156,7 +156,7 @@ SAID_INSTEAD = {
     "README.md": ("no file is replaced before", "a certificate that fails a check is never installed"),
     "certificates.md": ("Nothing is replaced while", "the others are, unless `--all-or-nothing`"),
     "trouble.md": ("keys that others can read are refused", "`renew` warns of keys and secrets that others can read"),
-    "comparison.md": ("renews no kubelet's rotating certificate", "only `gateway` runs all the time"),
+    "comparison.md": ("renews no kubelet's rotating certificate", "only `gateway` and `serve` run all the time"),
 }
 
 
