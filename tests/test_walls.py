@@ -470,15 +470,15 @@ def private_words(source: str, *, messages: bool) -> list[str]:
 
 
 def test_the_program_and_its_tests_speak_plain_english() -> None:
-    """Each sentence names who does what: in the program, its tests, its templates, its configuration and its scripts."""
+    """Each sentence names who does what: in the program, its tests, pages, templates, configuration and scripts."""
     root = Path(__file__).parents[1]
     found = {module: private_words(source, messages=True) for module, source in sources().items()}
     for path in (root / "tests").rglob("*.py"):
         found[str(path)] = private_words(path.read_text(encoding="utf-8"), messages=False)
-    texts = [*(root / "bridge/door/templates").iterdir(), *(root / "config").rglob("*"), *(root / "scripts").iterdir()]
-    for path in texts:
-        if path.is_file():
-            found[str(path)] = PRIVATE.findall(path.read_text(encoding="utf-8"))
+    folders = ("bridge/door/templates", "config", "docs", "scripts")
+    for path in [*root.glob("*.md"), *(path for folder in folders for path in (root / folder).rglob("*"))]:
+        if path.is_file() and path.suffix not in {".png", ".svg"}:
+            found[str(path)] = PRIVATE.findall(path.read_text(encoding="utf-8").replace("`nobody`", ""))
     assert {name: words for name, words in found.items() if words} == {}
 
 
