@@ -231,7 +231,7 @@ class _Switch:
     def _assert_ours(self, found: str | None, place: str) -> None:
         if found not in {None, str(self.ca_file)}:
             text = f"wanted {AUTHORITY}={self.ca_file} or none in {place}, found {found}"
-            raise NotHereError(text, hint="it is not from here: decide by hand what it is to be")
+            raise NotHereError(text, hint="ca-bridge did not write it: decide by hand which file it names")
 
     @property
     def _is_verified(self) -> bool:

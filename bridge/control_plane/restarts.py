@@ -437,7 +437,7 @@ def take_copy(kubeconfig_dir: Path, copy: Path, store: Store) -> None:
         return
     write_atomically(store.kubelet_copy, content)
     copy.unlink()
-    log.info("kubelet: took %s, its copy of another certificate; it is in %s", copy, store.kubelet_copy)
+    log.info("kubelet: moved %s, its copy of another certificate, to %s", copy, store.kubelet_copy)
 
 
 def _may_stay(copy: Path, content: bytes, kubelet_conf: Path, wanted: x509.Certificate) -> bool:

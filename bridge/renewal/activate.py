@@ -365,7 +365,7 @@ def _remaining(
     if ruling is Ruling.LEFT and impossible:
         return [NotLiveError(f"installed, and still to be restarted: {e}", hint=e.hint) for e in impossible]
     if ruling is Ruling.LEFT:
-        text = f"installed, and not in use by what restart.components does not list: {sentence(seen[Meaning.LEFT])}"
+        text = f"installed, and not in use by components that restart.components does not list: {sentence(seen[Meaning.LEFT])}"
         return [NotLiveError(text, hint="restart it (`ca-bridge restart NAME`), or list it")]
     if as_before := seen.get(Meaning.AS_BEFORE):
         text = f"installed, and as before the renewal this does not work: {sentence(as_before)}"

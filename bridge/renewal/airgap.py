@@ -303,7 +303,7 @@ def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
             if _is_authentic(run, answer):
                 _take_bundle(run, path, answer, found)
             else:
-                found.refuse(path, f"{_SIGNED}, found none of its signature", _SIGNED_HINT)
+                found.refuse(path, f"{_SIGNED}, found one without its signature", _SIGNED_HINT)
         elif run.settings.node.desk_key is not None:
             found.refuse(path, f"{_SIGNED}, found loose certificates", _SIGNED_HINT)
         else:
@@ -357,7 +357,7 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> No
             path,
             "wanted an answer to a request that waits here, found one to the bundle with the fingerprint "
             f"{fingerprint_text(answer.request_digest)}, which was cancelled, is done, or is older",
-            "`ca-bridge pending list` shows what waits; export again if that is nothing",
+            "`ca-bridge pending list` shows the waiting requests; export again if there is none",
         )
     for one in asked:
         given = answer.answers.get(one.name)

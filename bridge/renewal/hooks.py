@@ -117,10 +117,10 @@ class Hooks:
         for words in self._settings.hooks.before.words():
             ended = self._run(BEFORE, words, environment)
             if ended.code == NOT_NOW:
-                text = f'hook before: {words[0]} says "not now" (code {NOT_NOW}); nothing was asked'
+                text = f'hook before: {words[0]} says "not now" (code {NOT_NOW}); no CA was asked'
                 raise NotNowByHookError(text, Exit.UNAVAILABLE, hint="run again later")
             if ended.failure:
-                text = f"hook before: {words[0]} {ended.failure}; nothing was asked"
+                text = f"hook before: {words[0]} {ended.failure}; no CA was asked"
                 raise HookError(text, Exit.FAILED, hint="fix it, or take it out of [hooks]")
 
     def installing(self, occasion: HookEvent) -> None:
@@ -231,7 +231,7 @@ class Hooks:
         try:
             self._forget(owed) if is_over else self._remember(owed)
         except StateError as e:
-            return f"it may not be run again, or once more: {e}"
+            return f"it may run once more, or be forgotten: {e}"
         return ""
 
     def _remember(self, owed: OwedHooks) -> None:

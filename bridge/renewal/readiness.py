@@ -115,7 +115,7 @@ def half_rotated(node: Node, kubeconfig_dir: Path) -> HalfRotatedError | None:
         f"wanted the first CA of {ca} in each kubeconfig, since it signs the new certificates; "
         f"found only the old one in {', '.join(map(str, behind))}",
         hint="have both CAs in certificate-authority-data of every kubeconfig, of all nodes and people, before the new "
-        "one is the first in ca.crt (Kubernetes' “Manual Rotation of CA Certificates”); nothing was asked or replaced",
+        "one is the first in ca.crt (Kubernetes' “Manual Rotation of CA Certificates”); no CA was asked, and nothing was replaced",
     )
 
 

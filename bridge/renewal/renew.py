@@ -318,7 +318,11 @@ def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tu
         with contextlib.suppress(BridgeError), contextlib.closing(CA.of(configured)) as ca:  # the error comes later
             if isinstance(ca.backend, Carries):
                 by_hand = isinstance(ca.backend, CollectsAll)
-                why = "people carry its requests, and would for nothing" if by_hand else "nothing revokes what it signs"
+                why = (
+                    "people carry its requests, and would carry this one for nothing"
+                    if by_hand
+                    else "nothing revokes what it signs"
+                )
                 yield name, NoRehearsalError(f"{ca.label}: {why}")
             elif isinstance(ca.backend, Spends) and (spent := ca.backend.spends()):
                 yield name, NoRehearsalError(f"{ca.label}: a rehearsal would use up {spent}")

@@ -489,9 +489,7 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
     if selection.failed:
         return transaction.with_earlier(Result(outcomes=selection.failed))
     if left := sorted(set(names) - {item.spec.name for item in selection.items}):
-        raise OrderError(
-            f"wanted to issue all certificates, found that these stay: {', '.join(left)}; nothing was asked"
-        )
+        raise OrderError(f"wanted to issue all certificates, found that these stay: {', '.join(left)}; no CA was asked")
     _record(run, steps)
     asked = next_ca_file(run.store)
     asked.put(tuple(dict.fromkeys([*(asked.read() or ()), *ours])))
@@ -510,7 +508,7 @@ def _assert_none_waits(run: Run, authorities: Collection[str], names: Collection
         if one.is_waiting and one.name in names and authority in authorities and authority not in asked:
             raise OrderError(
                 f"{one.name}: wanted no open request at the CA that is replaced, found one of {minute(one.created)}",
-                hint=f"wait for its answer, or `ca-bridge pending cancel {one.name}`; nothing was asked",
+                hint=f"wait for its answer, or `ca-bridge pending cancel {one.name}`; no CA was asked",
             )
 
 

@@ -229,7 +229,9 @@ def test_a_request_that_people_carry_is_not_rehearsed(node: Pki, tmp_path: Path)
     bridge.add("audit", {})
     run = bridge.run("renew", "--rehearse")
     assert run.returncode == Exit.USAGE
-    assert "door (exchange): people carry its requests, and would for nothing" in " ".join(run.stderr.split())
+    assert "door (exchange): people carry its requests, and would carry this one for nothing" in " ".join(
+        run.stderr.split()
+    )
     assert list((tmp_path / "outbox").iterdir()) == []
     assert "8 signed, verified and thrown away" in run.stdout
 
