@@ -280,7 +280,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_image_takes_over_in_a_pod(cluster: GatewayCluster, image: Path) -> None:
     """The Deployment of `setup kubernetes` with the image of `scripts/image`: no root, and it signs when the others are gone."""
     first = cluster.control_plane
-    cluster.import_image(image)
+    gateway_cluster.import_image(first, image)
     text = (cluster.manifests / "30-config.yaml").read_text()
     [command] = [line for line in text.splitlines() if "create secret generic" in line]
     arguments = shlex.split(command.lstrip("# "))[1:]

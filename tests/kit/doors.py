@@ -1,4 +1,4 @@
-"""A port of this machine's loopback, on a node's loopback as well: how a node reaches a CA that tests run here."""
+"""A port of this machine's loopback, on a node as well: how a node or its pods reach a CA that tests run here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.kit.node import Node
 #: Runs in the node's network, and hands over a socket that listens there.
 _LISTEN = """\
 import socket, sys
-door = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+door = socket.create_server((sys.argv[1], int(sys.argv[2])))
 socket.send_fds(socket.socket(fileno=0), [b"."], [door.fileno()])
 """
 
@@ -29,9 +29,9 @@ class Door:
 
 
 @contextlib.contextmanager
-def door(node: Node, port: int) -> Iterator[Door]:
-    """Connections to the node's 127.0.0.1:port come to this machine's 127.0.0.1:port."""
-    listener, found = _listener(node, port), Door()
+def door(node: Node, port: int, address: str = "127.0.0.1") -> Iterator[Door]:
+    """Connections to this address of the node and the port come to this machine's 127.0.0.1:port."""
+    listener, found = _listener(node, port, address), Door()
     threading.Thread(target=_serve, args=(listener, port, found), daemon=True).start()
     try:
         yield found
@@ -41,10 +41,10 @@ def door(node: Node, port: int) -> Iterator[Door]:
         listener.close()
 
 
-def _listener(node: Node, port: int) -> socket.socket:
+def _listener(node: Node, port: int, address: str) -> socket.socket:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        command = ["ip", "netns", "exec", node.name, sys.executable, "-c", _LISTEN, str(port)]
+        command = ["ip", "netns", "exec", node.name, sys.executable, "-c", _LISTEN, address, str(port)]
         subprocess.run(command, stdin=theirs.fileno(), check=True, timeout=30)
         _, [descriptor], _, _ = socket.recv_fds(ours, 1, 1)
     return socket.socket(fileno=descriptor)

@@ -115,21 +115,6 @@ class GatewayCluster:
         (self.control_plane.kubeconfig_dir / "apply.yaml").write_text(text)
         self.control_plane.kubectl("apply", "-f", "/etc/kubernetes/apply.yaml")
 
-    def import_image(self, archive: Path) -> None:
-        """Into the container runtime of the control plane."""
-        socket = directory() / self.control_plane.name / "run/containerd.sock"
-        command: list[str | Path] = [
-            programs.require("ctr"),
-            "-a",
-            str(socket),
-            "-n",
-            "k8s.io",
-            "images",
-            "import",
-            str(archive),
-        ]
-        subprocess.run(command, check=True, capture_output=True)
-
     def kill_api_server(self) -> bool:
         """As the kernel would, for want of memory; its kubelet starts another one. False: none ran."""
         found = self.control_plane.crictl(
@@ -143,6 +128,13 @@ class GatewayCluster:
                 os.kill(int(self.control_plane.crictl(*template, container).stdout), signal.SIGKILL)
                 return True
         return False
+
+
+def import_image(node: Node, archive: Path) -> None:
+    """Into the container runtime of a node."""
+    socket = directory() / node.name / "run/containerd.sock"
+    command = [str(programs.require("ctr")), "-a", str(socket), "-n", "k8s.io", "images", "import", str(archive)]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 @contextlib.contextmanager

@@ -167,7 +167,7 @@ start_containerd() { # start_containerd IMAGE_ARCHIVE...
   mkdir -p "$node/run"
   containerd config default | sed -E \
     -e "s#sandbox = '.*pause.*'#sandbox = '$(cat "$images/pause.reference")'#" \
-    -e 's#restrict_oom_score_adj = false#restrict_oom_score_adj = true#' \
+    -e 's#restrict_oom_score_adj = false#restrict_oom_score_adj = true#' -e "s#'/opt/cni/bin'#'/etc/cni/bin'#;s#use_internal_loopback = false#use_internal_loopback = true#" \
     -e "s#^root = .*#root = '$node/containerd'#" -e "s#^state = .*#state = '$node/run'#" \
     -e "s#'/run/containerd/containerd.sock#'$socket#g" >"$node/containerd.toml"
   daemon containerd -c "$node/containerd.toml"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -137,15 +138,22 @@ class LiveBridge(NodeBridge):
 # --- its state -------------------------------------------------------------------------------------------------------
 
 
-def make_ready(node: Node) -> None:
+def make_ready(node: Node, plugin: Path | None = None) -> None:
     """
     Let the Node object become Ready.
 
     That takes a pod network, for which the mention of one is enough: static pods use the node's own.
+
+    Args:
+        node: The node.
+        plugin: A network plug-in for other pods.
     """
-    network = {"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "loopback"}]}
+    network = {"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": plugin.name if plugin else "loopback"}]}
     directory = node.root / "etc/cni/net.d"
     directory.mkdir(parents=True, exist_ok=True)
+    if plugin is not None:
+        (node.root / "etc/cni/bin").mkdir(exist_ok=True)
+        shutil.copy(plugin, node.root / "etc/cni/bin")
     (directory / "10-none.conflist").write_text(json.dumps(network))
     wait_for("a node that is Ready", lambda: is_ready(node), seconds=60)
 
