@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from backends.vault import setup as vault_setup
+from bridge.desk.desk import SIGNED
 from bridge.errors import Exit
 from bridge.specs import AUTHORITIES, SPECS
 from tests.kit import openbao, programs
@@ -179,7 +180,8 @@ def test_it_serves_another_cluster(site: Site) -> None:
     assert {name for name in after if after[name] != before[name]} == {"apiserver", "etcd-server", "front-proxy-client"}
 
     state = site.node.root / "var/lib/kubelet/door/state"
-    assert len([line for line in (state / "audit.jsonl").read_text().splitlines() if '"event":"signed"' in line]) == 3
+    events = [json.loads(line)["event"] for line in (state / "audit.jsonl").read_text().splitlines()]
+    assert events == [SIGNED] * 3
     site.kubectl("delete", "pod", POD)  # by SIGTERM; the next one has the same volume
     again = site.until("the next door", '"ready": true')
     config = site.bridge.config

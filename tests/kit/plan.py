@@ -31,6 +31,7 @@ SECONDS = {
     "e2e/test_adoption_node.py": 220,
     "e2e/test_day0_node.py": 90,
     "e2e/test_door_node.py": 130,
+    "e2e/test_door_pod_node.py": 100,
     "e2e/test_node.py": 55,
     "e2e/test_changes_node.py": 50,
     "test_node.py": 45,
