@@ -81,7 +81,7 @@ _REVOCATION_CONTEXT = b"ca-bridge revocation 1"
 def revocation(
     key: PrivateKeyTypes, *, name: str, node: str, cluster: str, old: x509.Certificate, successor: x509.Certificate
 ) -> Revocation:
-    """The word, by the successor's key (ValueError: a key that can't sign)."""
+    """The request to revoke, signed by the successor's key (ValueError: a key that can't sign)."""
     proof = signatures.sign(key, _revocation_message(name, node, cluster, old, successor))
     return Revocation(name=name, certificate=old, successor=successor, proof=proof)
 
@@ -116,7 +116,7 @@ def revocation_json(asked: Revocation) -> bytes:
 
 
 def revocation_of(data: bytes) -> Revocation:
-    """Read the output of `dumps` (BundleError: something else)."""
+    """What `revocation_json` writes (BundleError: something else)."""
     fields = Fields.of(parse(data), "", ("schema", "name", "certificate", "successor", "proof"))
     fields.choice("schema", [SCHEMA])
     if not is_carried(fields.values["name"]):

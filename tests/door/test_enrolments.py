@@ -24,7 +24,7 @@ from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.pki.csr import generate_key, key_pem
 from bridge.pki.expiry import parse_duration
-from bridge.pki.node_proofs import enrolled_by, enrolment_proof, secret_hash
+from bridge.pki.node_proofs import enrolment_proof, secret_hash
 from bridge.state import audit
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import changed, make_bundle, old_pairs
@@ -34,6 +34,7 @@ from tests.kit.serving import Answer, ServeProgram, add_door, running
 
 _PATIENCE = timedelta(minutes=2)
 _FIRST = ("scheduler.conf", "apiserver-etcd-client")
+_SECRET = "A" * 43
 
 
 @pytest.fixture(scope="module")
@@ -87,44 +88,6 @@ def awaited(door: ServeProgram, answer: Answer) -> AnswerBundle:
 
 def kinds(answer: AnswerBundle) -> dict[str, type]:
     return {name: type(one) for name, one in answer.answers.items()}
-
-
-# --- the secret, and its proof (pure) ---------------------------------------------------------------------------------
-
-_SECRET, _OTHER, _DIGEST = "A" * 43, "B" * 43, "0" * 64
-
-
-def test_a_proof_is_for_one_request_by_one_secret() -> None:
-    """The door computes the hash that it keeps from the proof; another digest or a changed byte proves nothing."""
-    good = enrolment_proof(_SECRET, _DIGEST)
-
-    assert enrolled_by(good, _DIGEST) == secret_hash(_SECRET) != secret_hash(_OTHER)
-    assert enrolled_by(good, "1" * 64) is None
-    assert enrolled_by(good.replace(good[-8], "z" if good[-8] != "z" else "y"), _DIGEST) is None
-    assert _SECRET not in good
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "Basic Y3AtMTpB",
-        "CA-Bridge-Enrolment",
-        "CA-Bridge-Enrolment AAAA",
-        "CA-Bridge-Enrolment ä",
-        "A " + "A" * 128,
-    ],
-)
-def test_another_header_proves_nothing(text: str) -> None:
-    """Another scheme and a malformed text prove nothing."""
-    assert enrolled_by(text, _DIGEST) is None
-
-
-def test_a_text_of_another_form_is_no_secret() -> None:
-    """It has no hash, and makes no proof."""
-    assert secret_hash("short") is None
-    with pytest.raises(ValueError, match="ca-bridge enroll"):
-        enrolment_proof(_SECRET + "\n", _DIGEST)
 
 
 # --- the first request ------------------------------------------------------------------------------------------------

@@ -182,6 +182,8 @@ def test_it_serves_another_cluster(site: Site) -> None:
     state = site.node.root / "var/lib/kubelet/door/state"
     events = [json.loads(line)["event"] for line in (state / "audit.jsonl").read_text().splitlines()]
     assert events == [SIGNED] * 3
+    assert "cp-1" in site.kubectl("exec", POD, "--container=door", "--", "ca-bridge", "fleet")
+
     site.kubectl("delete", "pod", POD)  # by SIGTERM; the next one has the same volume
     again = site.until("the next door", '"ready": true')
     config = site.bridge.config
