@@ -108,7 +108,7 @@ def test_a_person_approves_in_a_browser(team: Team, bundle: RequestBundle) -> No
     assert isinstance(answer.answers["apiserver"], Issued)
     assert "approved by alice" in answer.signer
     assert "(signed)" not in answer.signer
-    assert "by the door&#39;s word" in after
+    assert "attested by the door" in after
     assert '<form method="post"' not in after
     assert "apiserver" in certificates
     assert "alice approved: change 4711" in record
