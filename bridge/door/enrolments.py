@@ -179,7 +179,9 @@ def _assert_sensible(wanted: Wanted, settings: Settings, policy_file: Path | Non
     known = [*policy.allow.names, *(name for name in policy.certificates if name not in SPECS)]
     unknown = [name for name in wanted.certificates if name not in known]
     problems += [SettingsProblem("--certificate", f"one of {', '.join(known)}", repr(name)) for name in unknown]
-    found = node_problems(wanted.node, wanted.cluster, policy)
-    problems += [SettingsProblem("NODE", "one that the policy allows", text) for text in found]
+    for text in node_problems(wanted.node, wanted.cluster, policy):
+        (about, found), key = text.rsplit(", found ", 1), text.partition(":")[0]
+        allowed = about.removeprefix(f"{key}: wanted ")
+        problems.append(SettingsProblem(key, f"{allowed}, as the policy has it", found))
     if problems:
         raise SettingsError(problems)

@@ -351,7 +351,13 @@ def test_what_the_policy_has_no_place_for_is_refused_at_once(desk: Desk) -> None
 
     assert [one.returncode for one in wrong] == [Exit.USAGE] * 5
     assert [one.stdout for one in wrong] == [""] * 5
-    words = ["found worker-1", "found other", "found 'user'", "1m to 30d", "found 999"]
+    words = [
+        "node: wanted cp-*, as the policy has it, found worker-1",
+        "as the policy has it, found other",
+        "found 'user'",
+        "1m to 30d",
+        "found 999",
+    ]
     assert [word for word, one in zip(words, wrong, strict=True) if word not in one.stderr] == []
 
 
