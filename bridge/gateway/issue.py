@@ -93,10 +93,10 @@ class Issuing:
             leaf = load_pem_certificates(chain_of(one))[0]
             self._context.metrics.saw(one.request.signer, name_in(one, leaf), leaf.not_valid_after_utc)
 
-    def gone(self, uid: str) -> None:
-        """An object was deleted."""
+    def over(self, uid: str) -> None:
+        """An object was deleted or refused."""
         self._context.queue.remove(uid)
-        self._context.give_up(uid, "the object is gone")
+        self._context.give_up(uid, "the object was deleted or refused")
 
     # --- one job ----------------------------------------------------------------------------------------------------
 

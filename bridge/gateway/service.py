@@ -223,7 +223,7 @@ class Service:
                 continue
             watch = ours.watch = Watch(self.api, ours.kind)
             try:
-                watch.run(self._issuing.changed, self._issuing.gone, lambda: ours.is_alive(self.api))
+                watch.run(self._issuing.changed, self._issuing.over, lambda: ours.is_alive(self.api))
                 failures = 0
             except NoAnswerError as e:
                 if not ours.trouble:

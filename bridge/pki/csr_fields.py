@@ -45,11 +45,15 @@ class OddRequestError(ValueError):
 class Asked:
     """A CSR with all that it asks for, and its one encoding."""
 
-    csr: x509.CertificateSigningRequest
     pem: bytes  #: Made again from the DER: one block, nothing round it.
     subject: tuple[tuple[str, str], ...]  #: (dotted OID, value), sorted.
     sans: frozenset[tuple[str, str]]  #: (type, value), as `certificates.san_entries`.
     key: str  #: Such as `ecdsa-p256`.
+
+    @property
+    def csr(self) -> x509.CertificateSigningRequest:
+        """The CSR, parsed again, which takes no time; kept, it would be most of what thousands of them need in memory."""
+        return x509.load_pem_x509_csr(self.pem)
 
     @property
     def cn(self) -> str:
@@ -80,7 +84,8 @@ def read(pem: bytes) -> Asked:
         raise OddRequestError("the CSR is not signed with its own key")
     if csr.public_bytes(Encoding.DER) != encoded:
         raise OddRequestError("the CSR is not in DER")
-    return Asked(csr=csr, pem=csr.public_bytes(Encoding.PEM), subject=subject, sans=sans, key=key)
+    usual = csr.public_bytes(Encoding.PEM)
+    return Asked(pem=pem if pem == usual else usual, subject=subject, sans=sans, key=key)  # one copy in memory
 
 
 def _der(pem: bytes) -> bytes:

@@ -20,6 +20,7 @@ from bridge.gateway.policy import Request
 from bridge.gateway.rules import CLIENT_KUBELET, SERVING
 from bridge.gateway.service import Service, _Watching
 from bridge.gateway.watch import Watch, kinds
+from bridge.pki.csr_fields import OddRequestError
 from tests.kit import cluster_api, gateways, hostile_csrs
 from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import ClusterApi
@@ -147,6 +148,19 @@ def test_what_was_read_is_bounded_by_bytes() -> None:
     assert policy._remembered.cache_info().currsize == 1
     look(SMALL)
     assert policy._remembered.cache_info().hits == 1
+
+
+@pytest.mark.parametrize(("count", "again"), [(2_000, 2_000), (2_100, 0)])
+def test_a_burst_of_nodes_is_read_once(count: int, again: int) -> None:
+    """Each of 2,000 requests that are looked at before the first is signed is known then; of more, all are read again."""
+    policy._remembered.cache_clear()
+    body = SMALL.decode()
+    end = "-----END CERTIFICATE REQUEST-----"
+    pems = [body.replace(end, end + "\n" * number).encode() for number in range(count)]
+    for _ in range(2):
+        assert not any(isinstance(policy.read_csr(pem), OddRequestError) for pem in pems)
+    assert policy._remembered.cache_info().hits == again
+    policy._remembered.cache_clear()
 
 
 @pytest.mark.attack("G6")

@@ -35,6 +35,8 @@ from bridge.gateway.watch import (
     WAITS,
     NotAnObjectError,
     SigningRequest,
+    Watch,
+    kinds,
     parse,
 )
 from bridge.gateway.write import with_certificate, with_condition
@@ -56,6 +58,38 @@ def document(uid: str = "u1", **spec: Any) -> dict[str, Any]:
         },
         "status": {},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "conditions", "certificate", "how"),
+    [
+        ("ADDED", [], "", "changed"),
+        ("MODIFIED", [{"type": DENIED, "status": "True"}], "", "over"),
+        ("ADDED", [{"type": FAILED, "status": "True"}], "", "over"),
+        ("ADDED", [{"type": DENIED, "status": "False"}, {"type": APPROVED, "status": "True"}], "", "changed"),
+        ("ADDED", [{"type": FAILED, "status": "True"}], "cGVt", "changed"),
+        ("DELETED", [], "", "over"),
+        ("ADDED", ["Denied", None], "", "changed"),
+        ("ADDED", 7, "", ""),
+        ("BOOKMARK", [], "", ""),
+    ],
+)
+def test_no_more_is_read_of_a_refused_object_than_its_uid(
+    kind: str, conditions: Any, certificate: str, how: str
+) -> None:
+    """A refused or deleted object is over, and each other one is read; a condition in another place refuses nothing."""
+    of_user = {
+        "annotations": {"type": DENIED, "status": "True", "conditions": f'[{{"type":"{DENIED}","status":"True"}}]'}
+    }
+    one = document()
+    one["metadata"] |= of_user
+    one["status"] = {"conditions": conditions, "certificate": certificate}
+    changed: list[str] = []
+    over: list[str] = []
+    line = json.dumps({"type": kind, "object": one}, separators=(",", ":")).encode()
+    round_ = Watch(None, next(kinds(["kubernetes.io/kubelet-serving"], [])))  # type: ignore[arg-type]
+    round_._event(line, lambda found: changed.append(found.uid), over.append)
+    assert (changed, over) == ({"changed": ["u1"]}.get(how, []), {"over": ["u1"]}.get(how, []))
 
 
 def one(uid: str = "u1", *, version: int = 7, seconds: int = 0, **spec: Any) -> SigningRequest:
