@@ -138,7 +138,7 @@ class Context:
     def drop_ticket(self, uid: str) -> None:
         """Forget a ticket: it has been answered, or never will be."""
         try:
-            self.tickets.drop(uid)
+            self.tickets.forget(uid)
             self.tickets.save()
         except StateError as e:
             log.error("%s", e, extra={"request": uid})  # noqa: TRY400

@@ -238,9 +238,9 @@ def test_kube_controller_manager_replaces_no_person(tmp_path: Path) -> None:
             leaf_for(cluster, until_signed(gateway, cluster, name), pem)
 
 
-def approve(cluster: ClusterApi, name: str, reason: str) -> None:
-    """As another client than the gateway."""
-    condition = {"type": "Approved", "status": "True", "reason": reason, "message": "by another"}
+def approve(cluster: ClusterApi, name: str, reason: str, kind: str = "Approved") -> None:
+    """As another client than the gateway; or deny."""
+    condition = {"type": kind, "status": "True", "reason": reason, "message": "by another"}
     assert cluster.client().patch(f"{CSRS}/{name}/approval", {"status": {"conditions": [condition]}}).ok
 
 
@@ -330,16 +330,20 @@ def test_an_answer_that_comes_later(cluster: ClusterApi, desk: DeskProgram, work
 
 
 def test_no_request_waits_for_ever(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
-    """After `pending_for` the object has failed, so that the cluster clears it away; a deleted one is forgotten at once."""
+    """After `pending_for` the object has failed, so that the cluster clears it away; a deleted or denied one is forgotten at once."""
     desk.does("wait")
     other = f"w{next(_WORKERS)}"
     cluster.add_node(other)
     place = place_with(cluster, desk, tmp_path, worker, other, collect_every="1s", pending_for="4s")
     with gateways.running(place) as gateway:
-        deleted = ask(cluster, other)
-        gateway.until(lambda: gateway.metric("queue", state="at-ca") == 1)
-        assert cluster.client().ask("DELETE", f"{CSRS}/{deleted}").ok
-        gateway.until(lambda: gateway.metric("queue", state="at-ca") == 0)
+        for is_denied in (False, True):
+            left = ask(cluster, other)
+            gateway.until(lambda: gateway.metric("queue", state="at-ca") == 1)
+            if is_denied:
+                approve(cluster, left, "NotByPeople", "Denied")
+            else:
+                assert cluster.client().ask("DELETE", f"{CSRS}/{left}").ok
+            gateway.until(lambda: gateway.metric("queue", state="at-ca") == 0)
         name = ask(cluster, worker)
         gateway.until(lambda: state_of(read(cluster, name)) == "failed")
         gateway.until(lambda: gateway.metric("queue", state="at-ca") == 0)
