@@ -111,7 +111,7 @@ ANSWERS: list[tuple[str, str, str, dict[str, Any], type[BackendError], str, str]
     ("19n", "nonce", "mac", {}, REFUSED, "another (recipnonce)", "repeated"),
     ("19t", "tid", "mac", {}, REFUSED, "another (transactionid)", "repeated"),
     ("19v", "oldversion", "mac", {}, REFUSED, "wanted CMP version 2", "version"),
-    ("22", "", "signed", {"sender": "/CN=another"}, REFUSED, "answer of `sender`", "`sender`"),
+    ("22", "", "signed", {"sender": "/CN=another"}, REFUSED, "answer from `sender`", "`sender`"),
     ("23", "badmac", "signed", {}, REFUSED, "signature of the answer is wrong", "in the server's place"),
     ("24", "chainless", "signed", {}, REFUSED, "did not send the certificate", "server"),
     ("30", "noconf", "mac", {}, REFUSED, "certConfirmed: 'confirmed too late'", "discarded"),

@@ -1597,7 +1597,7 @@ def test_doctor_leaves_a_wrapping_token_unopened(bao: openbao.OpenBao, bridge: B
     for _ in range(2):
         run = bridge.run("doctor")
         assert run.returncode == 0, run.stdout
-        assert run.stdout.count("which would use up the wrapping token in") == 1
+        assert run.stdout.count("that would use up the wrapping token in") == 1
     assert bridge.run("renew", "all").returncode == 0
     del bridge.tables[-1]
     add_login(bridge, bao, wrapped=False, secret_id_num_uses=1)
