@@ -566,7 +566,7 @@ def gateway(directory: Path, normal: Normal) -> dict[str, str]:
         found = typed(GATEWAY, machine, normal)
         line, says = "ca-bridge gateway", ("the lease", "gateway cp-1", "watching")  # its threads, in any order
         with terminals.working(machine.command(line, is_server=True), *says) as said:
-            lines = sorted(said.splitlines(), key=lambda one: [word not in one for word in says])
+            lines = [one for word in says for one in said.splitlines() if word in one]
         return found | {"gateway": normal.of("\n".join([f"$ {line}", *lines]))}
 
 
