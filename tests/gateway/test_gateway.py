@@ -690,8 +690,9 @@ def test_no_other_requester_uses_up_a_nodes_rate(
     headers = {"Impersonate-User": "system:bootstrap:abcdef", "Impersonate-Group": cluster_api.BOOTSTRAP_GROUP}
     pem = csr_pem(node_subject(worker))
     with gateways.running(place) as gateway:
-        for _ in range(12):
-            cluster.client().create(CSRS, gateways.body(pem, CLIENT_KUBELET), **headers)
+        for _ in range(12):  # each is looked at before the next one supersedes it
+            uid = cluster.client().create(CSRS, gateways.body(pem, CLIENT_KUBELET), **headers)["metadata"]["uid"]
+            gateway.until(lambda: uid in gateway.text())  # noqa: B023 (waited for here)
         gateway.until(lambda: "too many requests" in gateway.text())
         until_signed(gateway, cluster, ask(cluster, worker), 10)
 
