@@ -7,7 +7,7 @@ has looked at, and said in its Node object; and the cluster's own objects are re
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,6 +15,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
+
+from cryptography import x509
 
 from bridge.cluster.access import ANONYMOUS, Client
 from bridge.cluster.api import Api, NoAnswerError
@@ -29,9 +31,9 @@ from bridge.node.processes import file_contents
 from bridge.pki import identity
 from bridge.pki.certificates import fingerprint
 from bridge.pki.expiry import duration_text
-from bridge.rotation import holders
-from bridge.rotation.objects import KEYS
+from bridge.rotation import holders, word
 from bridge.rotation.phases import Change, Kind, Phase, text, texts
+from bridge.rotation.word import KEYS, LATELY, Word
 from bridge.specs import CA, ETCD_CA, KUBELET_CONF, SPECS, Component
 from bridge.state import audit
 from bridge.state.session import Run
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
     from bridge.rotation.steps import Step
 
 _AT_ONCE = 8
-#: What was proven counts for so long: a phase begins by what is there now.
-LATELY = timedelta(hours=1)
 #: Client certificates that are shown to each kind of server: the first that is issued here.
 _PROBES = {
     "kubelet": ("apiserver-kubelet-client",),
@@ -107,36 +107,14 @@ _KINDS = {
 _CONTROL_PLANE = "node-role.kubernetes.io/control-plane"
 
 
-class Word(NamedTuple):
-    """A node's own report about one CA in its Node object."""
-
-    signer: str  #: The SHA-256 of the CA that signed its certificates; empty: it has said nothing.
-    seen: str  #: When, and in which phase.
-    trusted: Collection[str] = ()  #: The SHA-256 of each CA that its components have read.
-
-    @classmethod
-    def of(cls, node: Mapping[str, Any], authority: str) -> Word:
-        """Read one; each user who may write to the Node object may have written it."""
-        signer, seen, trusted = (kubelets.text_of(node, "metadata", "annotations", key) for key in KEYS[authority])
-        return cls(signer, seen, trusted.split(","))
-
-    def is_late(self, now: datetime) -> bool:
-        """Whether it is older than what was proven may be, or has no time."""
-        try:
-            at = datetime.fromisoformat(self.seen.partition(" ")[0])
-            return abs(now - at) > LATELY
-        except (ValueError, TypeError, OverflowError):  # no time, or one without a zone
-            return True
-
-
 def late_words(words: Mapping[str, Word], target: Phase, now: datetime) -> list[str]:
     """
     The nodes that have said nothing lately (pure); none, once the phase has begun on another node: then it was proven at
     that moment, and a node that goes back says another CA.
     """
-    if any(word.seen.partition(" ")[2] == target.value for word in words.values()):
+    if any(said.phase == target.value for said in words.values()):
         return []
-    return [name for name, word in words.items() if word.is_late(now)]
+    return [name for name, said in words.items() if said.is_late(now)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +155,9 @@ class Gate:
         with _cluster(run, node) as api:
             every = [one for one in kubelets.nodes(api) if kubelets.name_of(one) not in self.without]
             for step in steps:
-                assert_said(step.ca.name, step.ca.change, step.target, every, run.settings.node.node_name, run.now())
+                name, now = step.ca.name, run.now()
+                words = words_of(every, name, node.bundles[CA.name], now)
+                assert_said(name, step.ca.change, step.target, words, run.settings.node.node_name, now)
             for step in steps:
                 if step.target is not Phase.OLD:
                     assert_followed(api, step.ca.name, step.ca.change, step.target)
@@ -219,33 +199,40 @@ def _asks_the_cluster(step: Step) -> bool:
     return is_first_leaf or step.target in (Phase.OLD, Phase.NEW)
 
 
-def assert_said(
-    authority: str, change: Change, target: Phase, nodes: Sequence[Mapping[str, Any]], own: str, now: datetime
-) -> None:
-    """
-    Each of these Node objects says that its node is in the phase before, the others than our `own` lately (pure).
-
-    Raises:
-        NotReadyEverywhereError: One does not; it is named.
-    """
-    signer = change.signer(target)
-    words = {
-        kubelets.name_of(one): Word.of(one, authority)
+def words_of(
+    nodes: Iterable[Mapping[str, Any]], authority: str, anchors: Sequence[x509.Certificate], now: datetime
+) -> dict[str, Word]:
+    """What the nodes say that have certificates of this CA, by their objects (pure)."""
+    return {
+        kubelets.name_of(one): word.of(one, authority, anchors, now)
         for one in nodes
         if authority == CA.name or _CONTROL_PLANE in kubelets.labels_of(one)
     }
+
+
+def assert_said(
+    authority: str, change: Change, target: Phase, words: Mapping[str, Word], own: str, now: datetime
+) -> None:
+    """
+    Each of these nodes has said that it is in the phase before, the others than our `own` lately (pure).
+
+    Raises:
+        NotReadyEverywhereError: One has not; it is named.
+    """
+    signer = change.signer(target)
     if target is Phase.ISSUED:
-        words.pop(own, None)
+        words = {node: said for node, said in words.items() if node != own}
         what = f"trust {text(change.new)}"
-        behind = [node for node, word in words.items() if fingerprint(change.new) not in word.trusted]
+        behind = [node for node, said in words.items() if fingerprint(change.new) not in said.trusted]
     else:
         what = f"have certificates of {text(signer)}"
-        behind = [node for node, word in words.items() if word.signer != fingerprint(signer)]
+        behind = [node for node, said in words.items() if said.signer != fingerprint(signer)]
     if behind:
         raise NotReadyEverywhereError(
-            f"{authority}: wanted nodes whose components {what}, found others that have not said so: {', '.join(behind)}"
+            f"{authority}: wanted nodes whose components {what}, found others that have not said so: "
+            + ", ".join(f"{node} ({words[node].trouble})" if words[node].trouble else node for node in behind)
         )
-    late = late_words({node: word for node, word in words.items() if node != own}, target, now)
+    late = late_words({node: said for node, said in words.items() if node != own}, target, now)
     if late:
         raise NotReadyEverywhereError(
             f"{authority}: wanted nodes that have said within {duration_text(LATELY)} that their components {what}, found "

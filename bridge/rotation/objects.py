@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from bridge.cluster import kubeadm
 from bridge.cluster.api import MERGE_PATCH, Api
-from bridge.control_plane import neighbours
+from bridge.control_plane import kubelets, neighbours
 from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
-from bridge.pki.expiry import rfc3339
+from bridge.renewal.prepare import NO_KEY, live_key
+from bridge.rotation import word
 from bridge.rotation.phases import Bundle, Change, Phase
+from bridge.rotation.word import KEYS, Word
 from bridge.specs import CA, FRONT_PROXY_CA, KUBELET_CONF, SPECS
 from bridge.state.session import Run
+from bridge.words import one_line
 
 #: Each API server joins its own client CAs to what is there, and takes none out; deleted, it is made anew from the files
 #: within a second (measured on 1.37).
 AUTHENTICATION = "/api/v1/namespaces/kube-system/configmaps/extension-apiserver-authentication"
 NODES = "/api/v1/nodes"
-
-
-class Keys(NamedTuple):
-    """Annotations of a Node: what the node's own run has seen of one CA there."""
-
-    signed_by: str  #: The SHA-256 of the CA that signed its certificates.
-    seen: str  #: When that was seen, and in which phase, such as `2026-11-28T12:00:00Z issued`.
-    trusts: str  #: The SHA-256 of each CA that its components have read, with commas between.
-
-
-#: By authority: no server shows a kubelet's client certificate, the front proxy's, or what a controller manager trusts.
-KEYS = {
-    CA.name: Keys("ca-bridge.io/signed-by", "ca-bridge.io/signed-by-seen", "ca-bridge.io/trusts"),
-    FRONT_PROXY_CA.name: Keys(
-        "ca-bridge.io/front-proxy-signed-by",
-        "ca-bridge.io/front-proxy-signed-by-seen",
-        "ca-bridge.io/front-proxy-trusts",
-    ),
-}
 
 
 class ObjectError(BridgeError):
@@ -62,9 +46,8 @@ def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]], *,
     found: list[BridgeError] = []
     try:
         api = _connected(run, node)
-        said = dict(_said(changes, rfc3339(run.now())))
-        if says and said:
-            _publish(api, run.settings.node.node_name, said)
+        if says and (words := _words(run, changes)):
+            found += _publish(api, run, words)
         if node.is_worker:
             return found
         if CA.name in changes:
@@ -86,21 +69,59 @@ def _connected(run: Run, node: Node) -> Api:
     return neighbours.connect(node, run.settings)
 
 
-def _said(changes: Mapping[str, tuple[Change, Phase]], now: str) -> Iterator[tuple[str, str]]:
-    for name, (change, phase) in changes.items():
-        if (keys := KEYS.get(name)) is not None:
-            yield keys.signed_by, fingerprint(change.signer(phase))
-            yield keys.seen, f"{now} {phase.value}"
-            yield keys.trusts, ",".join(map(fingerprint, change.bundle(phase)))
+def _words(run: Run, changes: Mapping[str, tuple[Change, Phase]]) -> dict[str, Word]:
+    """What was seen on this node, by authority."""
+    return {
+        name: Word(
+            at=run.now().replace(microsecond=0),
+            phase=phase.value,
+            signer=fingerprint(change.signer(phase)),
+            trusted=tuple(map(fingerprint, change.bundle(phase))),
+        )
+        for name, (change, phase) in changes.items()
+        if name in KEYS
+    }
 
 
-def _publish(api: Api, name: str, said: Mapping[str, str]) -> None:
-    """Have the Node object say what was seen on this node."""
-    path, body = f"{NODES}/{name}", {"metadata": {"annotations": said}}
-    reply = api.ask("PATCH", path, body, MERGE_PATCH)
-    if reply.status != HTTPStatus.OK:
-        text = f"wanted the annotations {', '.join(said)} on the Node {name}, found HTTP {reply.status} {reply.message}"
-        raise ObjectError(text.rstrip())
+def _publish(api: Api, run: Run, words: Mapping[str, Word]) -> list[BridgeError]:
+    """Have the Node object say what was seen on this node, by its kubelet's key; errors: others are told nothing."""
+    name = run.settings.node.node_name
+    path = f"{NODES}/{name}"
+    reply = api.ask("GET", path)
+    if reply.status == HTTPStatus.OK:
+        uid = kubelets.text_of(reply.document, "metadata", "uid")
+        try:
+            said = _signed(run, words, {"name": name, "uid": uid})
+        except ObjectError as e:
+            return [e]
+        reply = api.ask("PATCH", path, {"metadata": {"annotations": said}}, MERGE_PATCH)
+    if reply.status == HTTPStatus.OK:
+        return []
+    text = f"wanted {', '.join(map(KEYS.__getitem__, words))} on {path}, found HTTP {reply.status} {reply.message}"
+    return [ObjectError(text.rstrip())]
+
+
+def _signed(run: Run, words: Mapping[str, Word], ours: Mapping[str, str]) -> dict[str, str]:
+    """The annotations of the object with these metadata, judged as others will (ObjectError: they would not count)."""
+    node = run.read_node()  # with the certificates of this phase
+    item = next((one for one in node.items if one.spec.name == KUBELET_CONF and one.certificates), None)
+    trouble = "none in its kubelet.conf, or behind it"
+    if item is not None:
+        try:
+            key, unsigned = live_key(item), {"metadata": ours}
+            said = {KEYS[name]: word.signed(one, name, unsigned, item.certificates, key) for name, one in words.items()}
+        except NO_KEY as e:
+            trouble = f"no key of it that can sign ({one_line(e)})"
+        else:
+            then = {"metadata": {**ours, "annotations": said}}
+            read = [word.of(then, name, node.bundles[CA.name], run.now()) for name in words]
+            trouble = next((one.trouble for one in read if one.trouble), "")
+            if not trouble:
+                return said
+    raise ObjectError(
+        f"wanted this node's kubelet's client certificate, whose key signs what other nodes are told, found: {trouble}",
+        hint="other nodes go on with --without and this node's name; the same command tries again",
+    )
 
 
 def _cluster_info(api: Api, bundle: Bundle) -> None:

@@ -7,12 +7,18 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from bridge.cli.options import utc_now
 from bridge.errors import Exit
 from bridge.node import kubeconfig
-from bridge.rotation.objects import KEYS
+from bridge.pki.certificates import fingerprint, load_pem_certificates
+from bridge.pki.csr import key_block
+from bridge.rotation import word
+from bridge.rotation.word import KEYS, Word
 from bridge.specs import AUTHORITIES, CA, Component
 from tests.kit import next_cas, nodes, shown
 from tests.kit.cas import add_openssl
@@ -125,14 +131,41 @@ def test_trust_restarts_what_reads_a_ca_once(bridge: LiveBridge, old_conf: Path)
     wait_for("both CAs in each namespace", lambda: cas_of(bridge, "default", "kube-root-ca.crt", "ca.crt") == 2)
 
 
+def object_of(site: Site, name: str) -> dict[str, Any]:
+    """A Node object."""
+    found: dict[str, Any] = json.loads(site.control_plane.node.kubectl("get", "node", name, "-o", "json").stdout)
+    return found
+
+
+def written_by_an_administrator(site: Site, text: str) -> None:
+    """The word of the worker, as anyone writes it who may write Node objects."""
+    site.control_plane.node.kubectl("annotate", "--overwrite", "node", f"{NAME}-w", f"{KEYS[CA.name]}={text}")
+
+
+def lie_of_the_worker(site: Site) -> str:
+    """That it trusts both CAs, by its kubelet's own key."""
+    pem = site.worker.node.exec("cat", "/var/lib/kubelet/pki/kubelet-client-current.pem").stdout.encode()
+    bundle = load_pem_certificates((site.control_plane.node.pki_dir / CA.certificate_file).read_bytes())
+    old, new = map(fingerprint, bundle)
+    said = Word(utc_now().replace(microsecond=0), "trusted", old, (old, new))
+    key = load_pem_private_key(key_block(pem), None)
+    return word.signed(said, CA.name, object_of(site, f"{NAME}-w"), load_pem_certificates(pem), key)
+
+
 def test_a_worker_that_does_not_trust_the_new_ca_holds_up_issue(site: Site) -> None:
-    """It is named, since its node has not said so, and if that is a lie by its kubelet; then it takes the step, too."""
+    """
+    It is named, since its node has not said so; a word that an administrator wrote does not count, and if its own key
+    lies, its kubelet is asked. Then it takes the step, too.
+    """
     run = site.control_plane.run("rotate-ca", "issue")
     assert run.returncode == Exit.UNAVAILABLE, run.stdout + run.stderr
     assert f"found others that have not said so: {NAME}-w" in run.stderr
-    node, keys = site.control_plane.node, KEYS[CA.name]
-    words = json.loads(node.kubectl("get", "node", NAME, "-o", "json").stdout)["metadata"]["annotations"]
-    node.kubectl("annotate", "node", f"{NAME}-w", *(f"{key}={words[key]}" for key in keys))
+    own = object_of(site, NAME)["metadata"]["annotations"][KEYS[CA.name]]
+    written_by_an_administrator(site, own)
+    run = site.control_plane.run("rotate-ca", "issue")
+    assert run.returncode == Exit.UNAVAILABLE, run.stdout + run.stderr
+    assert "signed with another certificate than its kubelet's" in " ".join(run.stderr.split())
+    written_by_an_administrator(site, lie_of_the_worker(site))
     run = site.control_plane.run("rotate-ca", "issue")
     assert run.returncode == Exit.UNAVAILABLE, run.stdout + run.stderr
     assert f"kubelet of {NAME}-w" in run.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ from bridge.node import inventory
 from bridge.node.endpoints import Server
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.pki.csr import generate_key, key_pem
-from bridge.pki.expiry import rfc3339
 from bridge.rotation import places
-from bridge.rotation.gate import LATELY, NotReadyEverywhereError, Spot, Word, assert_said, late_words, refusal
-from bridge.rotation.objects import KEYS
+from bridge.rotation.gate import NotReadyEverywhereError, Spot, assert_said, late_words, refusal, words_of
 from bridge.rotation.phases import Change, Phase
 from bridge.rotation.steps import Verb
+from bridge.rotation.word import LATELY, NOTHING, Word
 from bridge.specs import CA, FRONT_PROXY_CA, USER
 from bridge.system.files import write_atomically
 from bridge.system.http import HttpsError
@@ -38,66 +37,34 @@ from tests.kit.pki import Pki, handmade_pki
 from tests.kit.rotating import run, with_next
 
 SECOND = timedelta(seconds=1)
-SIGNED_BY, SEEN_AT, TRUSTS = KEYS[CA.name]
 OLD, NEW = (Signer.make(name, key_id=True).certificate for name in ("kubernetes", "kubernetes-2"))
 CHANGE = Change(OLD, NEW)
 
 
-def said(ago: timedelta, phase: Phase = Phase.ISSUED) -> Word:
-    """A node's word of some time ago, read off its object."""
-    return word({SIGNED_BY: "ab", SEEN_AT: f"{rfc3339(NOW - ago)} {phase.value}"})
-
-
-def word(annotations: Mapping[str, object]) -> Word:
-    return Word.of({"metadata": {"annotations": annotations}}, CA.name)
+def said(change: Change, phase: Phase, ago: timedelta = SECOND) -> Word:
+    """What a node's run has seen in a phase, some time ago."""
+    trusted = tuple(map(fingerprint, change.bundle(phase)))
+    return Word(NOW - ago, phase.value, fingerprint(change.signer(phase)), trusted)
 
 
 def test_a_word_counts_for_an_hour() -> None:
-    """Older reports are named, and so are those from the future, since a clock is wrong."""
-    words = {"now": said(LATELY), "late": said(LATELY + SECOND), "ahead": said(-LATELY - SECOND)}
-    assert late_words(words, Phase.NEW, NOW) == ["late", "ahead"]
-
-
-@pytest.mark.parametrize(
-    "annotations",
-    [{}, {SEEN_AT: ""}, {SEEN_AT: "yesterday issued"}, {SEEN_AT: "2026-11-24T12:00:00 issued"}, {SEEN_AT: ["2026"]}],
-)
-def test_a_word_without_a_time_is_late(annotations: Mapping[str, object]) -> None:
-    """Any other text in the annotation counts as no report."""
-    assert late_words({"cp-2": word(annotations)}, Phase.NEW, NOW) == ["cp-2"]
+    """Older ones are named, and so are those from the future (a clock is wrong), and a node that has said nothing."""
+    ages = {"now": LATELY, "late": LATELY + SECOND, "ahead": -LATELY - SECOND}
+    words = {name: said(CHANGE, Phase.ISSUED, ago) for name, ago in ages.items()}
+    assert late_words({**words, "silent": NOTHING}, Phase.NEW, NOW) == ["late", "ahead", "silent"]
 
 
 def test_a_phase_that_has_begun_goes_on() -> None:
     """A large cluster takes longer than an hour; going back from it begins another phase."""
-    words = {"cp-1": said(5 * LATELY, Phase.NEW), "cp-2": said(2 * LATELY)}
+    words = {"cp-1": said(CHANGE, Phase.NEW, 5 * LATELY), "cp-2": said(CHANGE, Phase.ISSUED, 2 * LATELY)}
     assert late_words(words, Phase.NEW, NOW) == []
     assert late_words(words, Phase.OLD, NOW) == ["cp-1", "cp-2"]
 
 
-def node(
-    name: str,
-    change: Change,
-    phase: Phase,
-    ago: timedelta = SECOND,
-    authority: str = CA.name,
-    *,
-    is_worker: bool = False,
-) -> dict[str, Any]:
-    """A Node object that says what `rotate-ca` writes in a phase."""
-    keys = KEYS[authority]
-    said = {
-        keys.signed_by: fingerprint(change.signer(phase)),
-        keys.seen: f"{rfc3339(NOW - ago)} {phase.value}",
-        keys.trusts: ",".join(map(fingerprint, change.bundle(phase))),
-    }
-    labels = {} if is_worker else {"node-role.kubernetes.io/control-plane": ""}
-    return {"metadata": {"name": name, "labels": labels, "annotations": said}}
-
-
-def refused(target: Phase, *nodes: dict[str, Any], authority: str = CA.name) -> str:
-    """Why a phase does not begin on cp-1; empty: it does."""
+def refused(target: Phase, authority: str = CA.name, **words: Word) -> str:
+    """Why a phase does not begin on cp1; empty: it does."""
     try:
-        assert_said(authority, CHANGE, target, nodes, "cp-1", NOW)
+        assert_said(authority, CHANGE, target, words, "cp1", NOW)
     except NotReadyEverywhereError as e:
         return str(e)
     return ""
@@ -106,24 +73,29 @@ def refused(target: Phase, *nodes: dict[str, Any], authority: str = CA.name) -> 
 @pytest.mark.rotation("components that no network shows")
 def test_issue_waits_for_nodes_whose_components_have_not_read_the_new_ca() -> None:
     """One that trusts another new CA, or said it two hours ago, is named; our own node is looked at by its own run."""
-    there = node("cp-2", CHANGE, Phase.TRUSTED), node("w-1", CHANGE, Phase.TRUSTED, is_worker=True)
-    assert refused(Phase.ISSUED, *there, {"metadata": {"name": "cp-1"}}) == ""
+    there, late = said(CHANGE, Phase.TRUSTED), said(CHANGE, Phase.TRUSTED, 2 * LATELY)
+    assert refused(Phase.ISSUED, cp2=there, w1=there, cp1=NOTHING) == ""
     another = Change(OLD, Signer.make("kubernetes-3", key_id=True).certificate)
-    for behind in (node("w-2", another, Phase.TRUSTED), node("w-2", CHANGE, Phase.OLD), {"metadata": {"name": "w-2"}}):
-        assert refused(Phase.ISSUED, *there, behind).endswith("that have not said so: w-2")
-    assert refused(Phase.ISSUED, *there, node("w-2", CHANGE, Phase.TRUSTED, 2 * LATELY)).endswith("found others: w-2")
-    begun = node("cp-3", CHANGE, Phase.ISSUED, 2 * LATELY)
-    assert refused(Phase.ISSUED, begun, node("w-2", CHANGE, Phase.TRUSTED, 2 * LATELY)) == ""
+    for behind in (said(another, Phase.TRUSTED), said(CHANGE, Phase.OLD), NOTHING):
+        assert refused(Phase.ISSUED, cp2=there, w1=there, w2=behind).endswith("that have not said so: w2")
+    assert refused(Phase.ISSUED, cp2=there, w2=late).endswith("found others: w2")
+    assert refused(Phase.ISSUED, cp3=said(CHANGE, Phase.ISSUED, 2 * LATELY), w2=late) == ""
 
 
-def test_drop_of_the_front_proxys_ca_waits_for_control_planes_alone() -> None:
-    """No server shows an API server's certificate for aggregated ones; a worker has none, and says nothing of it."""
-    worker, name = {"metadata": {"name": "w-1"}}, FRONT_PROXY_CA.name
-    issued = [node(each, CHANGE, Phase.ISSUED, authority=name) for each in ("cp-1", "cp-2")]
-    assert refused(Phase.NEW, *issued, worker, authority=name) == ""
-    behind = node("cp-3", CHANGE, Phase.TRUSTED, authority=name)
-    assert refused(Phase.NEW, *issued, worker, behind, authority=name).endswith("that have not said so: cp-3")
-    assert refused(Phase.NEW, *issued, node("cp-3", CHANGE, Phase.ISSUED), authority=name).endswith(": cp-3")
+def test_drop_waits_for_nodes_whose_certificates_are_the_old_cas() -> None:
+    """One that has not been issued new ones is named, and our own too, as long as its components have not read them."""
+    there, behind = said(CHANGE, Phase.ISSUED), said(CHANGE, Phase.TRUSTED)
+    assert refused(Phase.NEW, FRONT_PROXY_CA.name, cp1=there, cp2=there) == ""
+    assert refused(Phase.NEW, FRONT_PROXY_CA.name, cp1=there, cp2=there, cp3=behind).endswith("not said so: cp3")
+    assert refused(Phase.NEW, FRONT_PROXY_CA.name, cp1=behind, cp2=there).endswith("not said so: cp1")
+
+
+def test_a_worker_says_nothing_of_the_front_proxys_ca() -> None:
+    """No server shows an API server's certificate for aggregated ones, and a worker has none."""
+    labels = {"node-role.kubernetes.io/control-plane": ""}
+    nodes: list[dict[str, Any]] = [{"metadata": {"name": "cp1", "labels": labels}}, {"metadata": {"name": "w1"}}]
+    assert words_of(nodes, FRONT_PROXY_CA.name, [OLD], NOW) == {"cp1": NOTHING}
+    assert words_of(nodes, CA.name, [OLD], NOW) == {"cp1": NOTHING, "w1": NOTHING}
 
 
 # --- a real etcd ------------------------------------------------------------------------------------------------------
