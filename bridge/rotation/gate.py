@@ -31,6 +31,7 @@ from bridge.node.processes import file_contents
 from bridge.pki import identity
 from bridge.pki.certificates import fingerprint
 from bridge.pki.expiry import duration_text
+from bridge.renewal.gate import next_ca_file
 from bridge.rotation import holders, word
 from bridge.rotation.phases import Change, Kind, Phase, text, texts
 from bridge.rotation.word import KEYS, LATELY, Word
@@ -157,7 +158,8 @@ class Gate:
             for step in steps:
                 name, now = step.ca.name, run.now()
                 words = words_of(every, name, node.bundles[CA.name], now)
-                assert_said(name, step.ca.change, step.target, words, run.settings.node.node_name, now)
+                own, has_begun = run.settings.node.node_name, step.target is Phase.ISSUED and has_asked(run, name)
+                assert_said(name, step.ca.change, step.target, words, own, now, has_begun=has_begun)
             for step in steps:
                 if step.target is not Phase.OLD:
                     assert_followed(api, step.ca.name, step.ca.change, step.target)
@@ -190,6 +192,12 @@ class Gate:
             raise NotReadyEverywhereError("; ".join(found))
 
 
+def has_asked(run: Run, authority: str) -> bool:
+    """Whether the next CA has requests of this node: when it was asked, the other nodes' words were of that hour."""
+    taken = {one.request.spec.authority.name for one in run.requests if one.was_taken}
+    return authority in taken and authority in (next_ca_file(run.store).read() or ())
+
+
 def _asks_the_cluster(step: Step) -> bool:
     """Whether a step needs the phase before on nodes and in objects; a cross certificate leads what trusts the old CA to both."""
     change = step.ca.change
@@ -211,10 +219,20 @@ def words_of(
 
 
 def assert_said(
-    authority: str, change: Change, target: Phase, words: Mapping[str, Word], own: str, now: datetime
+    authority: str,
+    change: Change,
+    target: Phase,
+    words: Mapping[str, Word],
+    own: str,
+    now: datetime,
+    *,
+    has_begun: bool = False,
 ) -> None:
     """
     Each of these nodes has said that it is in the phase before, the others than our `own` lately (pure).
+
+    A phase that `has_begun` here goes on without the latter: while a CA's people are at work the hour ends, and before an
+    installation each server is shown the certificates.
 
     Raises:
         NotReadyEverywhereError: One has not; it is named.
@@ -230,15 +248,28 @@ def assert_said(
     if behind:
         raise NotReadyEverywhereError(
             f"{authority}: wanted nodes whose components {what}, found others that have not said so: "
-            + ", ".join(f"{node} ({words[node].trouble})" if words[node].trouble else node for node in behind)
+            + ", ".join(f"{node} ({words[node].trouble})" if words[node].trouble else node for node in behind),
+            hint=_again(target, behind),
         )
-    late = late_words({node: said for node, said in words.items() if node != own}, target, now)
+    late = [] if has_begun else late_words({node: said for node, said in words.items() if node != own}, target, now)
     if late:
         raise NotReadyEverywhereError(
             f"{authority}: wanted nodes that have said within {duration_text(LATELY)} that their components {what}, found "
             f"others: {', '.join(late)}",
-            hint="the verb of their phase, run again there, changes nothing and says it; nothing was replaced",
+            hint=_again(target, late),
         )
+
+
+def _again(target: Phase, nodes: Sequence[str]) -> str:
+    """What has to be typed, and where."""
+    verb = "issue" if target is Phase.NEW else "trust"
+    places = (
+        f"{', '.join(nodes[:_MOST_NAMED])}{f' and {len(nodes) - _MOST_NAMED} more' if len(nodes) > _MOST_NAMED else ''}"
+    )
+    return (
+        f"`ca-bridge rotate-ca {verb}` on {places}, which changes nothing where that is done, and says it; then this command "
+        "again; --without NODE goes on without a node that is gone for good, or that you have looked at; nothing was replaced"
+    )
 
 
 def assert_followed(api: Api, authority: str, change: Change, target: Phase, limit: timedelta = _FOLLOWS) -> None:

@@ -42,7 +42,7 @@ from bridge.state import audit, backups, copies
 from bridge.state.backups import Backup
 from bridge.state.install import Replacement, install
 from bridge.state.obligations import Owed, unproven_file
-from bridge.state.session import Run, begun
+from bridge.state.session import Run, begun, give_up
 from bridge.state.store import Outcome, Store
 from bridge.system.console import Progress
 from bridge.system.state_file import OnDamage, StateFile, coded
@@ -121,6 +121,7 @@ def run(
         gate.assert_open(ours, node, to_do)
         if verb is Verb.BACK:
             _going_back(ours.store).put({step.ca.name: step.target for step in to_do})
+            _give_up_asked(ours, to_do)
         if verb is Verb.ISSUE or (gate.emergency and any(_leaves_to_issue(step) for step in to_do)):
             result = _issue(ours, transaction, node, to_do, gate)
         elif verb is Verb.BACK and any(_leaves_to_issue(step) for step in to_do):
@@ -518,6 +519,17 @@ def _forget_asked(run: Run, names: Collection[str]) -> None:
     file.keep(tuple(name for name in file.read() or () if name not in names) or None)
 
 
+def _give_up_asked(run: Run, steps: Sequence[Step]) -> None:
+    """The CA that signs from now on gets no answer of the next one for its own, and no renewal waits for one."""
+    asked, signing = next_ca_file(run.store).read() or (), (Phase.TRUSTED, Phase.OLD)
+    back = [step.ca for step in steps if step.target in signing]
+    names = {one.name for one in back if one.standing.phase is Phase.ISSUED or one.name in asked}
+    for name in [one.name for one in run.requests if one.request.spec.authority.name in names]:
+        give_up(run, name, "the CA goes back")
+    run.requests.save()
+    _forget_asked(run, names)
+
+
 def _leaves_to_issue(step: Step) -> list[str]:
     known = {item.spec.name for item in step.ca.items}
     return [d.place for d in differences(step.ca.seen, step.ca.change, step.target) if d.place in known]
@@ -531,7 +543,6 @@ def _issue_back(run: Run, transaction: Transaction, node: Node, steps: Sequence[
     backup = dataclasses.replace(backup, files=tuple(f for f in backup.files if f.certificate in names))
     gate.assert_accepted(run, node, dict(_pairs(backup, node)))
     _record(run, steps)
-    _forget_asked(run, wanted)
     transaction.owe_use(backups.outcomes_of(backup, node))
 
     def edit(file: Replacement) -> Replacement:

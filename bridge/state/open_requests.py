@@ -287,9 +287,14 @@ class OpenRequest:
         return self.request.spec.name
 
     @property
+    def was_taken(self) -> bool:
+        """Whether a CA or a desk has it, which answers when it can."""
+        return bool(self.reference or self.bundles)
+
+    @property
     def is_waiting(self) -> bool:
-        """Whether a CA or a desk has it and has not answered."""
-        return bool(self.reference or self.bundles) and self.answer is None
+        """Whether it has been taken, and not been answered."""
+        return self.was_taken and self.answer is None
 
     @property
     def deadline(self) -> datetime | None:

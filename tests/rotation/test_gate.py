@@ -61,10 +61,10 @@ def test_a_phase_that_has_begun_goes_on() -> None:
     assert late_words(words, Phase.OLD, NOW) == ["cp-1", "cp-2"]
 
 
-def refused(target: Phase, authority: str = CA.name, **words: Word) -> str:
+def refused(target: Phase, authority: str = CA.name, *, has_begun: bool = False, **words: Word) -> str:
     """Why a phase does not begin on cp1; empty: it does."""
     try:
-        assert_said(authority, CHANGE, target, words, "cp1", NOW)
+        assert_said(authority, CHANGE, target, words, "cp1", NOW, has_begun=has_begun)
     except NotReadyEverywhereError as e:
         return str(e)
     return ""
@@ -88,6 +88,25 @@ def test_drop_waits_for_nodes_whose_certificates_are_the_old_cas() -> None:
     assert refused(Phase.NEW, FRONT_PROXY_CA.name, cp1=there, cp2=there) == ""
     assert refused(Phase.NEW, FRONT_PROXY_CA.name, cp1=there, cp2=there, cp3=behind).endswith("not said so: cp3")
     assert refused(Phase.NEW, FRONT_PROXY_CA.name, cp1=behind, cp2=there).endswith("not said so: cp1")
+
+
+def test_what_was_said_when_the_desk_was_asked_counts_until_it_answers() -> None:
+    """The hour ends while people carry files; a node that says something else meanwhile is named all the same."""
+    late, gone_back = said(CHANGE, Phase.TRUSTED, 30 * LATELY), said(CHANGE, Phase.OLD, 20 * LATELY)
+    assert refused(Phase.ISSUED, cp2=late).endswith("found others: cp2")
+    assert refused(Phase.ISSUED, has_begun=True, cp2=late) == ""
+    assert refused(Phase.ISSUED, has_begun=True, cp2=late, w1=gone_back).endswith("not said so: w1")
+
+
+def test_the_hint_says_what_to_type_where() -> None:
+    """On the nodes that are named, and the verb of their phase."""
+    late = {"cp2": said(CHANGE, Phase.TRUSTED, 2 * LATELY), "w1": NOTHING}
+    with pytest.raises(NotReadyEverywhereError) as behind:
+        assert_said(CA.name, CHANGE, Phase.NEW, late, "cp1", NOW)
+    assert behind.value.hint.startswith("`ca-bridge rotate-ca issue` on cp2, w1, which changes nothing")
+    with pytest.raises(NotReadyEverywhereError) as old:
+        assert_said(CA.name, CHANGE, Phase.ISSUED, {"cp2": late["cp2"]}, "cp1", NOW)
+    assert old.value.hint.startswith("`ca-bridge rotate-ca trust` on cp2, which")
 
 
 def test_a_worker_says_nothing_of_the_front_proxys_ca() -> None:

@@ -32,11 +32,13 @@ from bridge.pki.csr import key_pem
 from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
 from bridge.rotation import places, steps
+from bridge.rotation.gate import has_asked
 from bridge.rotation.phases import Phase
 from bridge.rotation.steps import Verb
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA
 from bridge.state import backups
+from bridge.state.session import begun
 from bridge.state.store import Store
 from bridge.system.waiting import wait_until
 from tests.kit import next_cas, opensslca
@@ -462,6 +464,47 @@ def test_a_desk_of_the_new_ca_answers_later(pki: Pki, tmp_path: Path) -> None:
     assert run(settings, Verb.ISSUE).exit_code == 0
     assert phases(settings) == dict.fromkeys(AUTHORITIES, "issued")
     assert renew.run(settings, RunOptions(), utc_now, Quiet())[0].exit_code == 0
+
+
+def test_back_gives_up_what_the_desk_of_the_new_ca_was_asked_for(pki: Pki, tmp_path: Path) -> None:
+    """The old CA renews again at once, late answers change nothing, and the way forward and back is open as before."""
+    made = next_cas.make(tmp_path / "next")
+    desk = companys_desk(pki, tmp_path, made)
+    settings = with_next_at(f'type = "exchange"\noutbox = "{desk.inbox}"\ninbox = "{desk.outbox}"', pki, tmp_path, made)
+
+    def signed() -> None:
+        done = desk.run("sign", desk.inbox, "--output", desk.outbox)
+        assert done.returncode == 0, done.stderr
+
+    def asked() -> list[bool]:
+        with begun(settings, utc_now, Quiet(), timedelta()) as (ours, _):
+            return [has_asked(ours, name) for name in AUTHORITIES]
+
+    before = contents(pki)
+    reach(settings, Verb.TRUST)
+    assert asked() == [False] * 3
+    assert run(settings, Verb.ISSUE).exit_code == Exit.WAITING
+    assert asked() == [True] * 3  # what other nodes have said counts from then on
+    assert run(settings, Verb.BACK).exit_code == 0
+    assert (asked(), contents(pki)) == ([False] * 3, before)
+    signed()
+    renewed = renew.run(settings, RunOptions(names=("apiserver", "etcd-peer", "front-proxy-client")), utc_now, Quiet())[
+        0
+    ]
+    assert (renewed.exit_code, len(renewed.renewed)) == (0, 3), renewed
+    assert phases(settings) == dict.fromkeys(AUTHORITIES, "old")
+    reach(settings, Verb.TRUST)
+    trusted = contents(pki)
+    for _ in range(2):
+        assert run(settings, Verb.ISSUE).exit_code == Exit.WAITING
+        signed()
+        assert run(settings, Verb.ISSUE).exit_code == 0
+        assert phases(settings) == dict.fromkeys(AUTHORITIES, "issued")
+        night = renew.run(settings, RunOptions(names=("apiserver",)), utc_now, Quiet())[0]
+        assert night.exit_code == Exit.WAITING  # the new CA has it
+        assert run(settings, Verb.BACK).exit_code == 0
+        assert contents(pki) == trusted
+        assert renew.run(settings, RunOptions(), utc_now, Quiet())[0].exit_code == 0
 
 
 @pytest.mark.rotation("our gateway")
