@@ -42,6 +42,7 @@ from bridge.system.console import doing
 from bridge.system.http import ClientRefusedError, HttpsError
 from bridge.system.paths import UnreadableError
 from bridge.system.waiting import wait_until
+from bridge.words import some
 
 if TYPE_CHECKING:
     from bridge.rotation.steps import Step
@@ -262,12 +263,9 @@ def assert_said(
 
 def _again(target: Phase, nodes: Sequence[str]) -> str:
     """What has to be typed, and where."""
-    verb = "issue" if target is Phase.NEW else "trust"
-    places = (
-        f"{', '.join(nodes[:_MOST_NAMED])}{f' and {len(nodes) - _MOST_NAMED} more' if len(nodes) > _MOST_NAMED else ''}"
-    )
+    command = "`ca-bridge rotate-ca issue`" if target is Phase.NEW else "`ca-bridge rotate-ca trust`"
     return (
-        f"`ca-bridge rotate-ca {verb}` on {places}, which changes nothing where that is done, and says it; then this command "
+        f"{command} on {some(nodes, _MOST_NAMED)}, which changes nothing where that is done, and says it; then this command "
         "again; --without NODE goes on without a node that is gone for good, or that you have looked at; nothing was replaced"
     )
 
