@@ -84,7 +84,7 @@ def _words(run: Run, changes: Mapping[str, tuple[Change, Phase]]) -> dict[str, W
 
 
 def _publish(api: Api, run: Run, words: Mapping[str, Word]) -> list[BridgeError]:
-    """Have the Node object say what was seen on this node, by its kubelet's key; errors: others are told nothing."""
+    """Have the Node object say what was seen on this node, by its kubelet's key; errors: other nodes learn nothing."""
     name = run.settings.node.node_name
     path = f"{NODES}/{name}"
     reply = api.ask("GET", path)
@@ -119,7 +119,7 @@ def _signed(run: Run, words: Mapping[str, Word], ours: Mapping[str, str]) -> dic
             if not trouble:
                 return said
     raise ObjectError(
-        f"wanted this node's kubelet's client certificate, whose key signs what other nodes are told, found: {trouble}",
+        f"wanted this node's kubelet's client certificate, whose key signs the word for other nodes, found: {trouble}",
         hint="other nodes go on with --without and this node's name; the same command tries again",
     )
 
