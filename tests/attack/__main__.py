@@ -4,8 +4,8 @@
 Attacks are the tests below `tests/attack`, the hostile requests and answers of `SUITES`, and each test with the mark
 `attack`, which names the finding of a review that it repeats. With `--docs` the table goes into the security page.
 
-With `--door` only the hostile requests to `ca-bridge serve` are tried (`DOOR`), and counted by kind. Each of these tests
-has an honest twin, which gets what it asks for.
+With `--door` only the hostile requests to `ca-bridge serve` are tried (`DOOR`), and counted by kind. The modules of
+these tests have honest requests beside them, which get what they ask for.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DOOR = {
         f"{_DOOR}test_strangers_fill_nothing_while_a_ca_is_down",
     ),
     "one-time secrets": (
-        f"{_ENROLMENTS}test_another_header_proves_nothing",
+        "tests/pki/test_node_proofs.py::test_another_header_proves_nothing",
         f"{_ENROLMENTS}test_another_nodes_request_is_refused",
         f"{_ENROLMENTS}test_a_proof_for_another_request_is_refused",
         f"{_ENROLMENTS}test_of_two_requests_at_the_same_time_one_wins",
