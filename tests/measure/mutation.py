@@ -49,6 +49,7 @@ TESTS = {
     "bridge/pki/expiry.py": ("tests/pki/test_expiry.py",),
     "bridge/pki/kubeadm_names.py": ("tests/pki/test_kubeadm_names.py",),
     "bridge/pki/display.py": ("tests/pki/test_display.py",),
+    "bridge/pki/user_rules.py": ("tests/pki/test_user_rules.py",),
     "bridge/state/install.py": ("tests/state/test_install.py", "tests/state/test_install_links.py"),
 }
 #: Of a file with more mutants so many are drawn, with a fixed seed.
