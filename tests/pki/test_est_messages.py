@@ -46,13 +46,13 @@ def test_a_csr_in_base64_is_read(body: bytes) -> None:
         (_CSR.public_bytes(Encoding.PEM), "found PEM$"),
         (_BODY.replace(b"M", b"!", 1), "found other characters, or base64 that is cut off$"),
         (_BODY[:-3], "found other characters, or base64 that is cut off$"),
-        (b"", "found something else"),
+        (b"", r"found something else \(.+\)$"),
         (base64.b64encode(_DER[:-1]), "found something else"),
         (base64.b64encode(_DER + b"\x00"), "found something else"),
         (base64.b64encode(_DER + _DER), "found something else"),
         (base64.b64encode(b"\x30\x03\x02\x01\x01"), "found something else"),
         (base64.b64encode(b"\x04" + _DER[1:]), "found something else"),
-        (base64.b64encode(_DER[:-1] + bytes([_DER[-1] ^ 1])), "wanted a CSR that is signed with its own key, found another"),
+        (base64.b64encode(_DER[:-1] + bytes([_DER[-1] ^ 1])), "^wanted a CSR that is signed with its own key, found another signature$"),
     ],
 )  # fmt: skip
 def test_another_body_is_refused(body: bytes, found: str) -> None:
@@ -67,8 +67,9 @@ def test_another_body_is_refused(body: bytes, found: str) -> None:
 def test_a_csr_in_another_encoding_than_der_is_refused() -> None:
     """A length in more bytes than it needs is BER: what is signed must have one form."""
     assert _DER[:2] == b"\x30\x81", "a CSR of 128 to 255 bytes"
-    with pytest.raises(ValueError, match="wanted the base64 of one CSR in DER"):
+    with pytest.raises(ValueError, match=r"^wanted the base64 of one CSR in DER, .*; found ") as e:
         est_messages.csr_of(base64.b64encode(b"\x30\x82\x00" + _DER[2:]))
+    assert "other characters" not in str(e.value)
 
 
 def test_certificates_go_in_a_pkcs7() -> None:

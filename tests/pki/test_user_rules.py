@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 
 from bridge.pki.user_rules import SHORTEST, Limits, User, problems
+from bridge.words import one_line
 
 _DAY = timedelta(days=1)
 _LIMITS = Limits(groups=("dev-*", "ops"), allow=("system:masters", "kubeadm:x"), max_validity=_DAY, names=("a*", "b*"))
@@ -36,6 +37,8 @@ _OWN = "wanted one that is not Kubernetes' or kubeadm's own (users.allow names e
     [
         ("", (), _DAY, f"name: {_FORM} ''"),
         ("a" * 65, (), _DAY, f"name: {_FORM} '{'a' * 65}'"),
+        ("a" * 90, (), _DAY, f"name: {_FORM} {one_line('a' * 90, 80)!r}"),
+        ("alice", ("b" * 90,), _DAY, f"group: {_FORM} {one_line('b' * 90, 80)!r}"),
         ("-alice", (), _DAY, f"name: {_FORM} '-alice'"),
         ("al ice", (), _DAY, f"name: {_FORM} 'al ice'"),
         ("a\n", (), _DAY, f"name: {_FORM} 'a'"),

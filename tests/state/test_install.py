@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
@@ -19,6 +20,7 @@ from bridge.state.install import (
     CERTIFICATE_MASK,
     KEY_MASK,
     KUBECONFIG_MASK,
+    PKI_DIRECTORY_MODE,
     InstallError,
     Recovery,
     Replacement,
@@ -249,6 +251,40 @@ def test_a_directory_that_is_not_there_stops_everything(pki: Path, store: Store)
     _assert_whole_and_old(store)
 
 
+def test_a_directory_for_a_new_pair_is_made_once(pki: Path, store: Store) -> None:
+    """It has kubeadm's mode for a directory of the PKI, whatever the umask; a later installation finds it there."""
+    made, before = pki / "etcd", os.umask(0)
+    try:
+        for number, old in enumerate((None, digest(b"0"))):
+            new_file = Replacement(
+                certificate="x", path=made / "a.key", data=str(number).encode(), mode_mask=KEY_MASK, was=old,
+                makes_directory=True,
+            )  # fmt: skip
+            install(store, [new_file], f"run{number}", {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(made.stat().st_mode) == PKI_DIRECTORY_MODE
+    assert (made / "a.key").read_bytes() == b"1"
+
+
+def test_a_staged_file_that_is_gone_undoes_all(pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program has removed one meanwhile: the others are put back, and the error names both places."""
+    gone, rename = pki / ".ca-bridge-run1-admin.conf", Path.rename
+
+    def rename_and_remove(self: Path, target: Path) -> Path:
+        gone.unlink(missing_ok=True)
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_and_remove)
+        with pytest.raises(InstallError) as e:
+            run(pki, store)
+    found = f"{pki / 'admin.conf'}: wanted its new content here or in {gone}, found neither"
+    assert str(e.value) == f"all was put back: {found}"
+    assert contents(pki) == FILES
+    assert recover(store) is None
+
+
 def _assert_whole_and_old(store: Store) -> None:
     """Nothing was staged that is still there, and nothing is left of a backup."""
     assert [path.name for path in store.directory.iterdir()] == ["backups"]
@@ -324,6 +360,16 @@ def test_a_journal_that_we_did_not_write_is_refused(store: Store, change: dict[s
         assert journal_file(store).read() == JOURNAL | {"direction": direction}
     journal_file(store).replace(JOURNAL | change)
     _assert_damaged(journal_file(store), "our journal of an installation", "`ca-bridge doctor` shows whether each key")
+
+
+def test_files_of_versions_without_a_digest_are_read(store: Store) -> None:
+    """Each of their keys is known; one that is not is damage."""
+    for file, document in ((journal_file(store), JOURNAL), (staging_file(store), STAGED)):
+        file.path.write_text(json.dumps(document))
+        assert file.read() is not None
+        file.path.write_text(json.dumps({**document, "more": 1}))
+        with pytest.raises(StateError):
+            file.read()
 
 
 @pytest.mark.parametrize(
