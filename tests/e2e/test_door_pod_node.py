@@ -25,9 +25,8 @@ from tests.kit import openbao, programs
 from tests.kit.cas import VALIDITY, Bridge, live_certificates
 from tests.kit.doors import door
 from tests.kit.est import Tls, make_tls
-from tests.kit.gateway_cluster import import_image
 from tests.kit.node import Node
-from tests.kit.nodes import make_ready, wait_for
+from tests.kit.nodes import assert_confined, import_image, make_ready, wait_for
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import handmade_pki
 
@@ -193,10 +192,4 @@ def test_it_serves_another_cluster(site: Site) -> None:
 
 def test_it_may_do_nothing(site: Site) -> None:
     """What the kernel says of the process: another user than root, no capability, no new privileges, system calls filtered."""
-    inspected = site.node.crictl("ps", "--name", "door", "--state", "running", "--quiet").stdout.split()
-    template = ("inspect", "--output", "go-template", "--template", "{{.info.pid}}")
-    status = Path(f"/proc/{site.node.crictl(*template, inspected[0]).stdout.strip()}/status").read_text()
-    assert "Uid:\t65532\t65532" in status
-    assert "CapEff:\t0000000000000000" in status
-    assert "NoNewPrivs:\t1" in status
-    assert "Seccomp:\t2" in status
+    assert_confined(site.node, "door")

@@ -280,7 +280,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_image_takes_over_in_a_pod(cluster: GatewayCluster, image: Path) -> None:
     """The Deployment of `setup kubernetes` with the image of `scripts/image`: no root, and it signs when the others are gone."""
     first = cluster.control_plane
-    gateway_cluster.import_image(first, image)
+    kit_nodes.import_image(first, image)
     text = (cluster.manifests / "30-config.yaml").read_text()
     [command] = [line for line in text.splitlines() if "create secret generic" in line]
     arguments = shlex.split(command.lstrip("# "))[1:]
@@ -313,14 +313,7 @@ def test_the_image_takes_over_in_a_pod(cluster: GatewayCluster, image: Path) -> 
         signed = wait_for("a certificate", lambda: gateways.chain(cluster.admin.csr("by-a-pod")), seconds=30)
         assert time.monotonic() - began < 15
         signed[0].verify_directly_issued_by(cluster.api.ca.certificate)
-        inspected = first.crictl("ps", "--name", "gateway", "--state", "running", "--quiet").stdout.split()
-        template = ("inspect", "--output", "go-template", "--template", "{{.info.pid}}")
-        pid = first.crictl(*template, inspected[0]).stdout.strip()
-        status = Path(f"/proc/{pid}/status").read_text()
-    assert "Uid:\t65532\t65532" in status
-    assert "CapEff:\t0000000000000000" in status
-    assert "NoNewPrivs:\t1" in status
-    assert "Seccomp:\t2" in status
+        kit_nodes.assert_confined(first, "gateway")
 
 
 def test_the_judge_can_find_something(cluster: GatewayCluster) -> None:

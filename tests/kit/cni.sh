@@ -2,11 +2,11 @@
 # A network plug-in for the pods of one node (https://www.cni.dev/docs/spec/): each has a link to its node, and nothing else.
 set -eu
 gateway=169.254.1.1
-number() { # the next address of this node: 10.244.77.2 and on
+number() { # the next address of this node: 10.244.77.2 to .251, and again
   exec 9>>/etc/cni/numbers
   flock 9
   echo "$CNI_CONTAINERID" >&9
-  echo $(($(wc -l </etc/cni/numbers) + 1))
+  echo $(($(wc -l </etc/cni/numbers) % 250 + 1))
 }
 case $CNI_COMMAND in
 ADD)

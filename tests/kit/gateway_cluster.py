@@ -31,12 +31,12 @@ from cryptography import x509
 from bridge.gateway.rules import CLIENT_KUBELET, SERVING
 from bridge.node.sample_pki import ThrowawayCA
 from bridge.pki.certificates import san_entries
-from tests.kit import est, gateways, openbao, programs
+from tests.kit import est, gateways, openbao
 from tests.kit.api_client import CSRS, ApiClient
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.gateways import Gateway, Place, csr_pem, node_subject
 from tests.kit.issuing import Signer
-from tests.kit.node import Node, directory
+from tests.kit.node import Node
 from tests.kit.nodes import wait_for
 from tests.kit.openbao import OpenBao
 
@@ -128,13 +128,6 @@ class GatewayCluster:
                 os.kill(int(self.control_plane.crictl(*template, container).stdout), signal.SIGKILL)
                 return True
         return False
-
-
-def import_image(node: Node, archive: Path) -> None:
-    """Into the container runtime of a node."""
-    socket = directory() / node.name / "run/containerd.sock"
-    command = [str(programs.require("ctr")), "-a", str(socket), "-n", "k8s.io", "images", "import", str(archive)]
-    subprocess.run(command, check=True, capture_output=True)
 
 
 @contextlib.contextmanager

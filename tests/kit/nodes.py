@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from bridge.specs import Component
 from tests.kit import node as kit
+from tests.kit import programs
 from tests.kit.cas import Bridge
 from tests.kit.node import Node
 from tests.kit.pki import Pki
@@ -156,6 +157,24 @@ def make_ready(node: Node, plugin: Path | None = None) -> None:
         shutil.copy(plugin, node.root / "etc/cni/bin")
     (directory / "10-none.conflist").write_text(json.dumps(network))
     wait_for("a node that is Ready", lambda: is_ready(node), seconds=60)
+
+
+def import_image(node: Node, archive: Path) -> None:
+    """Into the container runtime of a node."""
+    socket = kit.directory() / node.name / "run/containerd.sock"
+    command = [str(programs.require("ctr")), "-a", str(socket), "-n", "k8s.io", "images", "import", str(archive)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def assert_confined(node: Node, container: str) -> None:
+    """The kernel says of a container's process: the image's user, no capability, no new privileges, filtered system calls."""
+    found = node.crictl("ps", "--name", container, "--state", "running", "--quiet").stdout.split()
+    template = ("inspect", "--output", "go-template", "--template", "{{.info.pid}}")
+    status = Path(f"/proc/{node.crictl(*template, found[0]).stdout.strip()}/status").read_text()
+    assert "Uid:\t65532\t65532" in status
+    assert "CapEff:\t0000000000000000" in status
+    assert "NoNewPrivs:\t1" in status
+    assert "Seccomp:\t2" in status
 
 
 def is_ready(node: Node) -> bool:

@@ -32,10 +32,10 @@ from tests.kit import docker_archive, gateways, pods, programs
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.gateway_cluster import api_of
 from tests.kit.issuing import Signer
-from tests.kit.node import Node, directory
-from tests.kit.nodes import wait_for
+from tests.kit.node import Node
+from tests.kit.nodes import import_image, make_ready
 
-NAME, IP, POD_NETWORK = "podconf", "198.18.77.197", "10.244.0"
+NAME, IP, POD_NETWORK = "podconf", "198.18.77.197", "10.244.77"  # the network is that of `tests/kit/cni.sh`
 IMAGE = "registry.k8s.io/e2e-test-images/agnhost:2.66.1"  # of test/utils/image/manifest.go
 FOCUS = "PodCertificate|ClusterTrustBundle"
 #: Their feature gate (AtomicWriteVolumeUserFields) is off in 1.37.
@@ -81,28 +81,6 @@ BINDING = {
     "apiVersion": "admissionregistration.k8s.io/v1", "kind": "MutatingAdmissionPolicyBinding",
     "metadata": {"name": "no-pulling"}, "spec": {"policyName": "no-pulling"},
 }  # fmt: skip
-#: A network of pods by hand: a pair of devices for each, and a route.
-CNI = f"""\
-#!/bin/bash
-set -eu
-exec 3>&1 >&2
-case $CNI_COMMAND in
-  ADD)
-    exec 9>/run/cni-{NAME}.lock; flock 9
-    number=$(($(cat /run/cni-{NAME} 2>/dev/null || echo 1) % 250 + 1)); echo $number >/run/cni-{NAME}
-    ip link add "p$number" type veth peer name "$CNI_IFNAME" netns "$CNI_NETNS"
-    ip addr add 169.254.1.1/32 dev "p$number"; ip link set "p$number" up
-    ip route add {POD_NETWORK}.$number/32 dev "p$number"
-    inside() {{ nsenter --net="$CNI_NETNS" "$@"; }}
-    inside ip addr add {POD_NETWORK}.$number/32 dev "$CNI_IFNAME"
-    inside ip link set lo up; inside ip link set "$CNI_IFNAME" up
-    inside ip route add 169.254.1.1 dev "$CNI_IFNAME"; inside ip route add default via 169.254.1.1
-    echo '{{"cniVersion": "1.0.0", "interfaces": [{{"name": "'"$CNI_IFNAME"'", "sandbox": "'"$CNI_NETNS"'"}}],
-      "ips": [{{"address": "{POD_NETWORK}.'$number'/32", "interface": 0}}]}}' >&3 ;;
-  VERSION) echo '{{"cniVersion": "1.0.0", "supportedVersions": ["1.0.0"]}}' >&3 ;;
-esac
-"""
-CNI_CONFIG = {"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "by-hand"}]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,7 +99,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         place = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         place.mkdir(parents=True, exist_ok=True)
-        _cni_programs(stack)
         node = stack.enter_context(Node.up(NAME, IP, ca_dir=place / "ca-keys", kubelet=KUBELET))
         _make_ready(node, place)
         stack.enter_context(_background(node, place / "kube-proxy.log", *_KUBE_PROXY))
@@ -143,41 +120,17 @@ _KUBE_PROXY = (
 )  # fmt: skip
 
 
-def _cni_programs(stack: contextlib.ExitStack) -> None:
-    """Where containerd looks for them; gone afterwards."""
-    place = Path("/opt/cni/bin")
-    place.mkdir(parents=True, exist_ok=True)
-    for name, text in (("by-hand", CNI), ("loopback", _LOOPBACK)):
-        if not (place / name).exists():
-            gateways.written(place / name, text, 0o755)
-            stack.callback((place / name).unlink)
-
-
-_LOOPBACK = """\
-#!/bin/bash
-[ "$CNI_COMMAND" != ADD ] || nsenter --net="$CNI_NETNS" ip link set lo up
-echo '{"cniVersion": "0.3.1", "supportedVersions": ["0.3.1", "1.0.0"]}'
-"""
-
-
 def _make_ready(node: Node, place: Path) -> None:
     """The image, the network, and a node that takes pods."""
     archive = place / "agnhost.tar"
     _write_image(archive)
-    socket = directory() / NAME / "run/containerd.sock"
-    subprocess.run(
-        [programs.require("ctr"), "-a", str(socket), "-n", "k8s.io", "images", "import", str(archive)],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    (node.root / "etc/cni/net.d").mkdir(parents=True, exist_ok=True)
-    (node.root / "etc/cni/net.d/10-pods.conflist").write_text(json.dumps(CNI_CONFIG))
+    import_image(node, archive)
+    make_ready(node, plugin=programs.KIT / "cni.sh")
     node.exec("sysctl", "-w", "net.ipv4.ip_forward=1")
     node.kubectl("taint", "nodes", "--all", "node-role.kubernetes.io/control-plane-")
     for document in (NO_PULLING, BINDING):
         (node.kubeconfig_dir / "apply.json").write_text(json.dumps(document))
         node.kubectl("apply", "-f", "/etc/kubernetes/apply.json")
-    ready = 'jsonpath={.items[0].status.conditions[?(@.type=="Ready")].status}'
-    wait_for("a node that is ready", lambda: node.kubectl("get", "nodes", "-o", ready).stdout == "True", seconds=120)
 
 
 def _write_image(out: Path) -> None:
