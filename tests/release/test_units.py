@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from backends.openssl.index import LOCK_NAME
 from bridge.node import sample_pki
 from bridge.pki.certificates import san_entries
 from bridge.specs import AUTHORITIES
@@ -439,7 +440,8 @@ def test_the_gateway_runs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
 
 
 #: The door, and a node on the same machine that asks it for the API server's certificate.
-DOOR = '[serve]\nlisten = "127.0.0.1:9443"\n'
+PORT = 9443
+DOOR = f'[serve]\nlisten = "127.0.0.1:{PORT}"\n'
 ASKS = """\
 [node]
 pki_dir = "/srv/node/pki"
@@ -458,6 +460,7 @@ backend = "door"
 DOORS_POLICY = '[allow]\nclusters = ["*"]\nnodes = ["*"]\n'
 DOORS_DROP_IN = "[Service]\nLoadCredential=ca-passphrase:/etc/ca-bridge/ca-passphrase\nReadWritePaths=/srv/ca\n"
 _PATIENCE = 180.0
+RENEW_CLIENT = "ca-bridge renew apiserver-kubelet-client --config /etc/ca-bridge/asks.toml"
 #: Prints how /healthz is answered, and the serial number of the certificate that the door shows.
 LOOK = """\
 import http.client, ssl
@@ -509,9 +512,31 @@ def put_pair(machine: Booted, certificate: Path, key: Path) -> int:
     return x509.load_pem_x509_certificate(certificate.read_bytes()).serial_number
 
 
+def stop_while_it_signs(machine: Booted, unit: str, pid: str) -> None:
+    """Have systemd stop the door while its round is at the CA, whose lock is held until the door takes no request."""
+    lock, signed = f"/srv/ca/ca/{LOCK_NAME}", "wc -l </srv/ca/ca/index.txt"
+    listens = f"grep -q :{PORT:04X}.*:0000.0A /proc/net/tcp"
+    hold = f"exec 9>>{lock}; flock 9; {signed} >/root/before; while {listens}; do sleep 0.1; done; {signed} >/root/at-the-end"
+    machine.run(f"setsid sh -c '{hold}' </dev/null >/dev/null 2>&1 &")
+    machine.wait("[ -s /root/before ]", _PATIENCE)
+    machine.run(f"setsid sh -c '{RENEW_CLIENT}; echo $? >/root/code' </dev/null >/dev/null 2>&1 &")
+    machine.wait(f"ls -l /proc/{pid}/fd | grep -q {lock}", _PATIENCE)  # it waits for the lock
+    machine.run(f"systemctl stop {unit}.service")
+    assert (
+        machine.run(
+            "cmp /root/before /root/at-the-end; expr $(wc -l </srv/ca/ca/index.txt) - $(cat /root/before)"
+        ).stdout
+        == "1\n"
+    )
+
+
 @pytest.mark.parametrize("installed", ["trixie"], indirect=True)
 def test_the_door_runs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
-    """As its own user it signs, shows a renewed server certificate, and ends when told; not on a node that it serves."""
+    """
+    As its own user it signs and shows a renewed server certificate; it does not run on a node that it serves.
+
+    systemd's stop lets a round that is at the CA end, and the node gets that certificate after the next start.
+    """
     unit, tls = "ca-bridge-serve", put_door(installed, tmp_path)
     sans = [x509.IPAddress(ip_address("127.0.0.1"))]
     next_pair = tls.agent("next", ekus=[SERVER], sans=sans)
@@ -535,12 +560,18 @@ def test_the_door_runs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
         machine.wait(f"python3 /root/look.py | grep -qx '{renewed} 200'", _PATIENCE)
         assert properties(machine, unit, "MainPID", "NRestarts") == [pid, "0"]
 
-        machine.run(f"systemctl stop {unit}.service")
+        stop_while_it_signs(machine, unit, pid)
         assert properties(machine, unit, "Result", "ExecMainStatus") == ["success", "0"], machine.journal()
         assert PASSPHRASE not in machine.journal()
         machine.run(f"systemctl start {unit}.service")
         machine.wait(f"python3 /root/look.py | grep -qx '{renewed} 200'", _PATIENCE)
-        machine.run("ca-bridge renew apiserver-kubelet-client --config /etc/ca-bridge/asks.toml")
+        machine.wait("[ -s /root/code ]", _PATIENCE)  # the run that the stop cut off, and that may have gone on asking
+        machine.wait(f"grep -qx 0 /root/code || {RENEW_CLIENT}", _PATIENCE)
+        pem = machine.run("cat /srv/node/pki/apiserver-kubelet-client.crt").stdout.encode()
+        serial = x509.load_pem_x509_certificate(pem).serial_number
+        signed = machine.run("cat /srv/ca/ca/index.txt").stdout.splitlines()
+        assert len(signed) == int(machine.run("cat /root/before").stdout) + 1
+        assert int(signed[-1].split("\t")[3], 16) == serial
 
 
 def test_machines_beside_each_other_share_no_control_group(bookworm: Tree, tmp_path: Path) -> None:
