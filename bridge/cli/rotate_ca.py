@@ -233,7 +233,8 @@ def _json(one: Replaced, lagging: Sequence[Held]) -> dict[str, Any]:
 def plan(common: Common, ca: CaOption = None) -> int:
     """Show what each phase changes and restarts on this node, what it costs, and whether the new CAs can work."""
     settings, now = common.settings(), utc_now()
-    found = places.look(settings, inventory.of(settings.node), ca or [])
+    node = inventory.of(settings.node)
+    found = places.look(settings, node, ca or [])
     if not found:
         raise BridgeError(
             "wanted an authority with a next CA, found none in the settings",
@@ -249,14 +250,14 @@ def plan(common: Common, ca: CaOption = None) -> int:
             trouble += 1
         for phase in one.change.path[1:]:
             spared = phase is one.change.spares
-            what = _SPARED.format(costs=_COSTS[one.name][False]) if spared else _effect(one, phase)
+            what = _SPARED.format(costs=_COSTS[one.name][False]) if spared else _effect(node, one, phase)
             say_sentence(f"{steps.VERBS[phase]}: {what}", "  ")
     for sentence in steps.silent_backends(settings, found.values()):
         say_verdict(sentence, "warning")
     return Exit.REFUSED if trouble else Exit.DONE
 
 
-def _effect(one: Replaced, phase: Phase, *, at_once: bool = False) -> str:
+def _effect(node: Node, one: Replaced, phase: Phase, *, at_once: bool = False) -> str:
     """A sentence about a phase of one CA, or about all that are left `at_once`."""
     names = [item.spec.name for item in one.items]
     what = (
@@ -264,7 +265,8 @@ def _effect(one: Replaced, phase: Phase, *, at_once: bool = False) -> str:
         if phase is Phase.ISSUED or (at_once and one.standing.phase is not Phase.ISSUED)
         else (f"writes {one.state.path}" + (f" and the CA data of {len(one.confs)} kubeconfigs" if one.confs else ""))
     )
-    return f"{what}; {_COSTS[one.name][phase is Phase.ISSUED]}"
+    verifies = one.name == CA.name and phase is not Phase.ISSUED and bool(steps.readers(node, one))
+    return f"{what}; {_COSTS[one.name][phase is Phase.ISSUED]}{_VERIFIES if verifies else ''}"
 
 
 _SPARED = (
@@ -280,6 +282,10 @@ _COSTS = {
     "etcd-ca": ("restarts etcd, then the API server of this node, about a minute", "restarts nothing"),
     "front-proxy-ca": ("restarts nothing", "restarts nothing"),
 }
+
+
+#: An API server with `--kubelet-certificate-authority`; from 1.36 on it reads that file again (kubernetes/kubernetes#132922).
+_VERIFIES = ", and the API server, which verifies kubelets by this file and reads it at its start alone before 1.36"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -367,9 +373,12 @@ _EVERY_EMERGENCY = (
 
 def _say_what_an_emergency_costs(settings: Settings, options: _DropOptions) -> int:
     """Show the cost, and do nothing; the operator who goes on has read it."""
-    found = places.look(settings, inventory.of(settings.node), options.ca or [])
+    node = inventory.of(settings.node)
+    found = places.look(settings, node, options.ca or [])
     left = [one for one in found.values() if not steps.straight_to_the_new_ca(one).is_there]
-    sentences = [f"{one.name}: {_effect(one, Phase.NEW, at_once=True)}; {_EMERGENCY_COSTS[one.name]}" for one in left]
+    sentences = [
+        f"{one.name}: {_effect(node, one, Phase.NEW, at_once=True)}; {_EMERGENCY_COSTS[one.name]}" for one in left
+    ]
     sentences += _EVERY_EMERGENCY
     if options.output is Output.JSON:
         say_json(exitCode=Exit.USAGE, costs=sentences)

@@ -35,7 +35,7 @@ from bridge.control_plane.probes import (
     leaf,
     words,
 )
-from bridge.control_plane.restart_plan import KUBELET_COPY, reloading
+from bridge.control_plane.restart_plan import KUBELET_COPY, readers, reloading
 from bridge.node import endpoints, kubeconfig, kubelet, manifests, processes
 from bridge.node.endpoints import Address, Flags, Server
 from bridge.node.inventory import Item, Node
@@ -187,23 +187,11 @@ def by_files(look: Look) -> Iterator[Check]:
             yield Check(component=user, certificate=item.spec.name, what=f"has read {path}", judge=judge)
 
 
-#: Files with CAs that a component reads at its start alone: the flag, a certificate that shows its use, and the version
-#: that reads the file again (etcd-io/etcd#11555 is open; kubernetes/kubernetes#132922).
-_CAS_READ_ONCE = (
-    (Component.ETCD, "--trusted-ca-file", "etcd-server", None),
-    (Component.ETCD, "--peer-trusted-ca-file", "etcd-peer", None),
-    (Component.APISERVER, "--etcd-cafile", "apiserver-etcd-client", None),
-    (Component.APISERVER, "--kubelet-certificate-authority", "apiserver-kubelet-client", (1, 36)),
-)
-
-
 def _have_read_cas(look: Look) -> Iterator[Check]:
     """Whether components are younger than the CA files that we have replaced; others' changes of these need not count."""
-    version, written = look.node.kubernetes_version, look.written
-    for component, flag, name, reloads_from in _CAS_READ_ONCE:
-        path = endpoints.file(look.flags(component), flag)
-        is_read_again = reloads_from is not None and version is not None and version >= reloads_from
-        if path is not None and str(path.resolve()) in written and not is_read_again:
+    written = look.written
+    for component, path, name in readers(look.node):
+        if str(path.resolve()) in written:
             judge = functools.partial(_read_once, look, component, path)
             yield Check(component=component, certificate=name, what=f"has read {path}", judge=judge)
     conf = look.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from bridge.node import endpoints, processes
 from bridge.node.inventory import Node
@@ -59,6 +60,35 @@ def _is_older_than_manifest(component: Component, manifest: Manifest, settings: 
     except OSError:
         return False
     return started is not None and started.timestamp() < written
+
+
+class Reader(NamedTuple):
+    """A component that reads a CA file at its start alone."""
+
+    component: Component
+    path: Path
+    certificate: str  #: By its checks it is seen whether the component has read the file.
+
+
+#: Files with CAs that a component reads at its start alone: the flag, a certificate that shows its use, and the version
+#: that reads the file again (etcd-io/etcd#11555 is open; kubernetes/kubernetes#132922, which 1.34 and 1.35 do not have).
+_READ_ONCE = (
+    (Component.ETCD, "--trusted-ca-file", "etcd-server", None),
+    (Component.ETCD, "--peer-trusted-ca-file", "etcd-peer", None),
+    (Component.APISERVER, "--etcd-cafile", "apiserver-etcd-client", None),
+    (Component.APISERVER, "--kubelet-certificate-authority", "apiserver-kubelet-client", (1, 36)),
+)
+
+
+def readers(node: Node) -> Iterator[Reader]:
+    """The components of this node, in its version, that read CA files at their start alone; an unknown version does."""
+    version = node.kubernetes_version
+    for component, flag, name, reloads_from in _READ_ONCE:
+        manifest = node.manifests.get(component)
+        path = None if manifest is None else endpoints.file(manifest.flags, flag)
+        is_read_again = reloads_from is not None and version is not None and version >= reloads_from
+        if path is not None and not is_read_again:
+            yield Reader(component, path, name)
 
 
 #: Flags of files that distinguish this node's own etcd and API server from others.

@@ -15,29 +15,33 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from cryptography import x509
 
 from bridge.cluster import kubeadm
+from bridge.cluster.access import items
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import neighbours
 from bridge.node import kubeconfig
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.pki.kubeadm_names import parse_release
 from bridge.rotation.objects import AUTHENTICATION
 from bridge.rotation.phases import Bundle, Change, Phase
 from bridge.settings.tables import Settings
 from bridge.specs import CA, FRONT_PROXY_CA
 from bridge.system.console import doing
-from bridge.words import one_line
+from bridge.words import one_line, some
 
 _ROOT_CA = "kube-root-ca.crt"
 _SERVING = "kubernetes.io/kube-apiserver-serving"
 _TOKEN = "kubernetes.io/service-account-token"  # noqa: S105 (a type of Secret)
 #: Most are small; an answer that is too long is asked for again, in smaller parts.
 _PAGE = 50
+_MOST_NODES = 10
 _LEADS = "the controller manager that leads has not read ca.crt yet"
 
 
@@ -57,6 +61,12 @@ _TRUST_BUNDLES = [
     _Kind("ClusterTrustBundle", f"/apis/certificates.k8s.io/{version}/clustertrustbundles")
     for version in ("v1", "v1beta1")
 ]
+#: kubeadm's kube-proxy, and the object from which its pods' CA file is made.
+_PROXIES = "/api/v1/namespaces/kube-system/pods?labelSelector=k8s-app%3Dkube-proxy"
+_CA_OF_PROXIES = f"/api/v1/namespaces/kube-system/configmaps/{_ROOT_CA}"
+_RESTART_PROXIES = "kubectl -n kube-system rollout restart daemonset kube-proxy"
+#: client-go's from this version on reads a CA file again (kubernetes/kubernetes#132922).
+_READS_AGAIN = (1, 36)
 #: Where others keep a CA by which the API server verifies them, in `caBundle`.
 _CALLED = (
     _Kind("ValidatingWebhookConfiguration", "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"),
@@ -111,6 +121,8 @@ def _looked_through(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
     yield from _seen(_ROOT_CA, _followers(api.every(_ROOT_CAS.path, _PAGE), bundle, _ROOT_CA, _config_map))
     yield from _seen("Secrets", _secrets(api, change, phase))
     yield from _seen("ClusterTrustBundles", _trust_bundles(api, change, phase))
+    if phase is Phase.TRUSTED:  # `issue` turns the order in their file, and writes it anew
+        yield from _seen("kube-proxy", _proxies(api, bundle))
     if phase is not Phase.OLD:
         yield from _seen("ConfigMaps", _config_maps(api, change, phase))
         for kind in _CALLED:
@@ -234,6 +246,35 @@ def _trust_bundles(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
 
 
 _NOT_FOUND = 404
+
+
+def _proxies(api: Api, bundle: Bundle) -> Iterator[Held]:
+    """The pods of kube-proxy that were started before their CA file had these CAs, and do not read it again."""
+    written = api.ask("GET", _CA_OF_PROXIES).document
+    if set(_certificates(_config_map(written))) != set(bundle):
+        return  # another line of the list names it
+    times = [_time(one.get("time")) for one in items(_mapping(written, "metadata"), "managedFields")]
+    since = max((one for one in times if one is not None), default=None)
+    late = []
+    for pod in api.every(_PROXIES, _PAGE):
+        for one in items(_mapping(pod, "status"), "containerStatuses"):
+            release = parse_release(str(one.get("image")).rpartition(":")[2])
+            is_old = release is None or release[:2] < _READS_AGAIN
+            started = _time(_mapping(one, "state", "running").get("startedAt"))
+            if is_old and started is not None and since is not None and started < since:
+                late.append(one_line(str(_mapping(pod, "spec").get("nodeName"))))
+    if late:
+        names = some(sorted(late), _MOST_NODES)
+        text = "wanted it started anew with the CAs of this phase, which it reads at its start alone before 1.36, found older"
+        yield Held(f"kube-proxy of {names}: {text}: before `issue`", _RESTART_PROXIES)
+
+
+def _time(text: Any) -> datetime | None:
+    """A time in an object."""
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC) if isinstance(text, str) else None
+    except ValueError:
+        return None
 
 
 # --- what belongs to others -------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from bridge.ca import registry
 from bridge.ca.ca import CA
 from bridge.ca.retry import Rest
 from bridge.contract import Spends
-from bridge.control_plane.restart_plan import ORDER
+from bridge.control_plane import restart_plan
+from bridge.control_plane.restart_plan import ORDER, Reader
 from bridge.errors import BridgeError, Exit, Violation
 from bridge.node import cross, processes
 from bridge.node.inventory import Node
@@ -184,13 +185,16 @@ def _with_objects(run: Run, node: Node, steps: Sequence[Step], result: Result) -
 
 
 def _not_read(run: Run, steps: Sequence[Step]) -> list[ProofFinding]:
-    """The components that are older than the CA data in their kubeconfigs, which they read at their start alone."""
-    if not any(step.ca.name == CLUSTER_CA.name for step in steps):
+    """The components that are older than the CAs that they read at their start alone, in kubeconfigs or a CA file."""
+    ours = [step.ca for step in steps if step.ca.name == CLUSTER_CA.name]
+    if not ours:
         return []
     from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only at the end of a phase)
 
-    ends = tuple(f"/{SPECS[name].base}" for name in _READERS[CLUSTER_CA.name])
-    findings = proof.by_files(run.read_node(), run.settings, run.now()).findings
+    node = run.read_node()
+    files = [str(one.path) for ca in ours for one in readers(node, ca)]
+    ends = (*(f"/{SPECS[name].base}" for name in _READERS[CLUSTER_CA.name]), *files)
+    findings = proof.by_files(node, run.settings, run.now()).findings
     return [one for one in findings if one.state == "stale" and one.what.endswith(ends)]
 
 
@@ -399,11 +403,23 @@ def violations(
 # --- trust ------------------------------------------------------------------------------------------------------------
 
 #: The certificates by whose checks it is seen that a component has read the CAs: kubeconfigs, and what etcd and its
-#: clients show. API servers and kubelets read the CA files of `ca` and `front-proxy-ca` again by themselves.
+#: clients show. API servers and kubelets read the CA files of `ca` and `front-proxy-ca` again by themselves, but for the
+#: one by which an API server before 1.36 verifies kubelets.
 _READERS = {
     CLUSTER_CA.name: ("controller-manager.conf", "scheduler.conf", KUBELET_CONF),
     ETCD_CA.name: ("etcd-server", "etcd-peer", "apiserver-etcd-client"),
 }
+
+
+def readers(node: Node, ca: Replaced) -> list[Reader]:
+    """The components of this node that read the file of this CA at their start alone."""
+    real = ca.state.path.resolve()
+    return [one for one in restart_plan.readers(node) if one.path.resolve() == real]
+
+
+def _seen_by(node: Node, ca: Replaced) -> set[str]:
+    """The certificates by whose checks it is seen that the components of this node have read a CA."""
+    return {*_READERS.get(ca.name, ()), *(one.certificate for one in readers(node, ca))}
 
 
 def _trust(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]) -> Result:
@@ -418,12 +434,12 @@ def _trust(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
 
 def _owe_reading(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], names: Collection[str]) -> None:
     """Record, before the installation, what is to be restarted for these CAs, and to be seen to have read them."""
-    readers = {name for step in steps for name in _READERS.get(step.ca.name, ())} | {*names}
+    wanted = {*names}.union(*(_seen_by(node, step.ca) for step in steps))
     transaction.owe_use(
         [
             Outcome(name=i.spec.name, authority=i.spec.authority.name, old=i.certificates[0], new=i.certificates[0])
             for i in node.items
-            if i.spec.name in readers and i.certificates
+            if i.spec.name in wanted and i.certificates
         ]
     )
     _owe_restarts(run, node, steps)
@@ -434,8 +450,8 @@ def _owe_restarts(run: Run, node: Node, steps: Sequence[Step]) -> None:
     file = unproven_file(run.store)
     owed = file.read() or Owed(certificates=())
     running = {*node.manifests, *([Component.KUBELET] if processes.running(Component.KUBELET.value) else [])}
-    readers = {node.spec(name).component for step in steps for name in _READERS.get(step.ca.name, ())}
-    wanted = [component for component in Component if component in readers and component in running]
+    users = {node.spec(name).component for step in steps for name in _seen_by(node, step.ca)}
+    wanted = [component for component in Component if component in users and component in running]
     in_use.keep(file, dataclasses.replace(owed, to_restart=tuple(dict.fromkeys([*owed.to_restart, *wanted]))))
 
 

@@ -544,3 +544,22 @@ def test_an_api_server_that_is_older_than_the_ca_file_that_we_wrote_is_stale(sit
     assert site.finding("apiserver-etcd-client", what).state == "stale"
     written_file(store).put({str(path): Written.of(path).since(None)})  # the same CAs in another order
     assert site.finding("apiserver-etcd-client", what).state != "stale"
+
+
+@pytest.mark.parametrize(
+    ("version", "reads_once"),
+    [("v1.34.4", True), ("v1.35.9", True), ("v1.36.0", False), ("v1.37.2", False), ("of-our-own", True)],
+)
+def test_an_api_server_reads_the_ca_of_kubelets_again_from_1_36_on(site: Site, version: str, reads_once: bool) -> None:
+    """An older one, and one whose version is not known, is stale once we have replaced the file; without the flag none is."""
+    path = site.pki / "ca.crt"
+    own = f"--tls-cert-file={site.pki}/apiserver.crt"
+    run_since_boot(site, Component.APISERVER, own, f"--kubelet-certificate-authority={path}")
+    store = Store(site.directory / "state")
+    store.prepare()
+    written_file(store).put({str(path): Written.of(path)})
+    site.version = version
+    for flags, is_stale in (({}, False), ({"--kubelet-certificate-authority": str(path)}, reads_once)):
+        site.flags = flags
+        found = [one.state for one in site.look().findings if one.what == f"has read {path}"]
+        assert found == (["stale"] if is_stale else [])

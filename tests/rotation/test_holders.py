@@ -6,7 +6,7 @@ import base64
 import json
 import subprocess
 from collections.abc import Iterator, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -224,6 +224,38 @@ def test_what_the_controller_manager_keeps_is_behind_until_it_leads(server: ApiS
     assert [text for text in said if "controller manager" in text] == []
     for name in ("one", "two"):
         assert server.admin.ask("DELETE", f"{bundles}/{serving}:{name}").status == 200
+
+
+@pytest.mark.parametrize(
+    ("version", "seconds", "is_late"),
+    [("v1.34.4", -60, True), ("v1.34.4", 60, False), ("v1.36.0", -60, False), ("of-our-own", -60, True)],
+)
+def test_a_kube_proxy_that_has_read_its_ca_before_is_named_with_the_command(
+    server: ApiServer, change: Change, version: str, seconds: int, is_late: bool
+) -> None:
+    """Before 1.36 it reads that file at its start alone; one that was started afterwards has both CAs."""
+    pods, maps = f"{CORE}/kube-system/pods", f"{CORE}/kube-system/configmaps"
+    wait_until(lambda: server.admin.ask("GET", f"{CORE}/kube-system").ok, bool, MINUTE, pause_seconds=0.1)
+    both = {"metadata": {"name": "kube-root-ca.crt"}, "data": {"ca.crt": pem(change.old, NEW).decode()}}
+    written = server.admin.create(maps, both)["metadata"]["creationTimestamp"]
+    started = (datetime.fromisoformat(written) + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    image = f"registry.k8s.io/kube-proxy:{version}"
+    container = {"name": "kube-proxy", "image": image}
+    spec = {"nodeName": "cp-1", "containers": [container], "automountServiceAccountToken": False}
+    server.admin.ask("POST", f"{CORE}/kube-system/serviceaccounts", {"metadata": {"name": "default"}})
+    server.admin.create(pods, {"metadata": {"name": "kube-proxy-a", "labels": {"k8s-app": "kube-proxy"}}, "spec": spec})
+    state = {"running": {"startedAt": started}}
+    status = {**container, "imageID": "", "ready": True, "restartCount": 0, "state": state}
+    assert server.admin.patch(f"{pods}/kube-proxy-a/status", {"status": {"containerStatuses": [status]}}).ok
+    try:
+        found = [one for one in seen(server, change) if one.text.startswith("kube-proxy")]
+        command = "kubectl -n kube-system rollout restart daemonset kube-proxy"
+        assert [one.command for one in found] == ([command] if is_late else [])
+        assert all("kube-proxy of cp-1" in one.text for one in found)
+        assert [one for one in seen(server, change, Phase.NEW) if one.text.startswith("kube-proxy")] == []
+    finally:
+        assert server.admin.ask("DELETE", f"{pods}/kube-proxy-a", {"gracePeriodSeconds": 0}).status == 200
+        assert server.admin.ask("DELETE", f"{maps}/kube-root-ca.crt").status == 200
 
 
 @pytest.mark.rotation("cluster-info", "extension-apiserver-authentication")

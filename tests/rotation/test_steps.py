@@ -36,7 +36,7 @@ from bridge.rotation.gate import has_asked
 from bridge.rotation.phases import Phase
 from bridge.rotation.steps import Verb
 from bridge.settings.tables import Settings
-from bridge.specs import AUTHORITIES, CA
+from bridge.specs import AUTHORITIES, CA, Component
 from bridge.state import backups
 from bridge.state.session import begun
 from bridge.state.store import Store
@@ -102,6 +102,59 @@ def test_a_node_does_not_say_that_it_trusts_a_ca_that_a_component_has_not_read(
     said.clear()
     assert run(settings, Verb.TRUST, ["front-proxy-ca"]).exit_code == 0
     assert not any(text.startswith("not said to other nodes") for text in said)
+
+
+def verifying(pki: Pki, version: str) -> None:
+    """An API server of this node that verifies kubelets by the cluster's CA."""
+    path = pki.kubeconfig_dir / "manifests/kube-apiserver.yaml"
+    path.parent.mkdir()
+    command = json.dumps(["kube-apiserver", f"--kubelet-certificate-authority={pki.pki_dir}/ca.crt"])
+    container = f"{{name: kube-apiserver, image: 'registry.k8s.io/kube-apiserver:{version}', command: {command}}}"
+    path.write_text(
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: kube-apiserver}\n" + f"spec: {{containers: [{container}]}}\n"
+    )
+
+
+@pytest.mark.parametrize(("version", "reads_once"), [("v1.34.4", True), ("v1.36.0", False), ("v1.37.2", False)])
+def test_an_api_server_that_verifies_kubelets_and_reads_their_ca_once_is_restarted(
+    settings: Settings, pki: Pki, monkeypatch: pytest.MonkeyPatch, version: str, reads_once: bool
+) -> None:
+    """Before 1.36, for each change of the CAs in the file; other nodes wait until it has read them."""
+    verifying(pki, version)
+    by_hand = dataclasses.replace(settings, restart=dataclasses.replace(settings.restart, method="none"))
+    read = ProofFinding(
+        component=Component.APISERVER,
+        certificate="apiserver-kubelet-client",
+        what=f"has read {pki.pki_dir}/ca.crt",
+        state="stale",
+        detail="",
+    )
+    monkeypatch.setattr("bridge.control_plane.proof.by_files", lambda *_: ProofReport(findings=(read,)))
+    said: list[str] = []
+    monkeypatch.setattr(Quiet, "note", lambda _, text: said.append(text))
+    for verb in (Verb.TRUST, Verb.ISSUE, Verb.DROP):
+        Store(settings.node.state_dir).unproven.unlink(missing_ok=True)
+        said.clear()
+        done = run(by_hand, verb, ["ca"])
+        assert phases(settings)["ca"] == dict(FORWARD)[verb]
+        assert any(text.startswith("not said to other nodes") for text in said) is reads_once
+        if verb is not Verb.ISSUE:  # whose certificates any restart reads
+            assert (Component.APISERVER in done.to_restart) is reads_once
+    Store(settings.node.state_dir).unproven.unlink(missing_ok=True)
+    assert Component.APISERVER not in run(by_hand, Verb.TRUST, ["front-proxy-ca"]).to_restart
+
+
+@pytest.mark.parametrize(("version", "reads_once"), [("v1.35.4", True), ("v1.36.0", False)])
+def test_the_plan_says_that_an_api_server_is_restarted_which_verifies_kubelets(
+    pki: Pki, tmp_path: Path, version: str, reads_once: bool
+) -> None:
+    """In both phases that change the CAs in the file; a later version reads them again."""
+    verifying(pki, version)
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
+    add_openssl(bridge, "ca")
+    bridge.add("authority.ca.next", next_cas.make(tmp_path / "next")["ca"].table)
+    planned = " ".join(bridge.run("rotate-ca", "plan").stdout.split())
+    assert planned.count("and the API server, which verifies kubelets") == (2 if reads_once else 0)
 
 
 def test_one_ca_alone(settings: Settings) -> None:
