@@ -242,7 +242,7 @@ def test_a_stand_in_that_is_alone_is_seen_by_no_test_beside_it() -> None:
     """A process of a component's name counts as the node's own in the network alone in which it was started."""
     name = f"kubelet-{os.getpid()}"
     with subprocess.Popen(["bash", "-c", 'exec -a "$0" cat', name], stdin=subprocess.PIPE) as outside:
-        assert wait_until(lambda: running(name), bool, timedelta(seconds=30), pause_seconds=0.02)[0].pid == outside.pid
+        assert wait_until(lambda: running(name), bool, timedelta(seconds=120), pause_seconds=0.02)[0].pid == outside.pid
         with alone():
             assert running(name) == []
         outside.kill()

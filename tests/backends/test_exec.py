@@ -465,7 +465,7 @@ def _runs(pid: int) -> bool:
 
 
 def _ends(pid: int) -> bool:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while _runs(pid) and time.monotonic() < end:
         time.sleep(0.01)
     return not _runs(pid)

@@ -245,7 +245,7 @@ def test_no_worker_outlives_a_killed_desk(tmp_path: Path) -> None:
     desk.wait()
     desk.stdout.close()
 
-    assert not wait_until(lambda: is_running(worker), lambda runs: not runs, timedelta(seconds=30), pause_seconds=0.1)
+    assert not wait_until(lambda: is_running(worker), lambda runs: not runs, timedelta(seconds=120), pause_seconds=0.1)
 
 
 def is_running(pid: int) -> bool:

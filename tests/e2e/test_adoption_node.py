@@ -99,7 +99,7 @@ def test_a_controller_manager_that_signs_holds_it_up(bridge: LiveBridge) -> None
         lambda: nodes.containers(bridge.node).get(Component.CONTROLLER_MANAGER, before) != before,
         seconds=120,
     )
-    wait_for("a healthy one", lambda: nodes.is_healthy(bridge.node, Component.CONTROLLER_MANAGER), seconds=120)
+    wait_for("a healthy one", lambda: nodes.is_healthy(bridge.node, Component.CONTROLLER_MANAGER))
     assert_reached(bridge, "trusted", "trust")
     assert len(keys(bridge)) == len(AUTHORITIES)
 

@@ -86,7 +86,7 @@ def test_a_new_name_is_served(bridge: LiveBridge) -> None:
     run = bridge.run("renew", "--add-san", "apiserver=new.example.com")
     assert run.returncode == 0, run.stderr
     assert ("DNS", "new.example.com") in san_entries(live_certificates(bridge.pki)["apiserver"])
-    wait_for("an API server that answers to its new name", answers, seconds=90)
+    wait_for("an API server that answers to its new name", answers)
     told = json.loads(bridge.run("doctor", "-o", "json").stdout)["findings"]
     beyond = [one["text"] for one in told if one["check"] == "kubeadm-config"]
     assert any("DNS:new.example.com" in text and "kubeadm would not make them" in text for text in beyond)

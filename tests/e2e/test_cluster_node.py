@@ -163,7 +163,7 @@ def nodes() -> Iterator[list[Node]]:
 @pytest.fixture(autouse=True)
 def healthy(nodes: list[Node]) -> None:
     """Before each test all is well."""
-    wait_for("three nodes that are well", lambda: all_are_well(nodes), seconds=180)
+    wait_for("three nodes that are well", lambda: all_are_well(nodes))
 
 
 def all_are_well(nodes: Sequence[Node]) -> bool:
@@ -179,7 +179,7 @@ def without(node: Node, component: Component) -> Iterator[None]:
     replace(manifest, original.replace(b" image: ", b" image: none.invalid/"))
     try:
         running = ("ps", "-q", "--state", "running", "--name", f"^{component.value}$")
-        wait_for(f"the end of {component.value}", lambda: not node.crictl(*running).stdout, seconds=90)
+        wait_for(f"the end of {component.value}", lambda: not node.crictl(*running).stdout)
         yield
     finally:
         replace(manifest, original)

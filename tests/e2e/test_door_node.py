@@ -230,7 +230,7 @@ def test_it_is_renewed_whole_once_a_person_has_approved(site: Site, tmp_path: Pa
     assert machine.alone("prove", "--wait", "60s").returncode == Exit.DONE
     machine.node.exec("kubeadm", "certs", "check-expiration")
     # a kubelet that has just begun says for a moment that its container runtime is not there
-    wait_for("a node that is Ready", lambda: is_ready(machine.node), seconds=120)
+    wait_for("a node that is Ready", lambda: is_ready(machine.node))
 
     fleet = desk.run("fleet", "-o", "json")
     assert [(one["node"], one["state"]) for one in json.loads(fleet.stdout)["nodes"]] == [(NAME, "ok")]

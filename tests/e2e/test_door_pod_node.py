@@ -83,7 +83,7 @@ class Site:
     def until(self, what: str, key: str) -> str:
         """Wait for a word about the pod, and give its address and the word."""
         try:
-            wait_for(what, lambda: key in json.dumps(self.pod()), seconds=90)
+            wait_for(what, lambda: key in json.dumps(self.pod()))
         except AssertionError as e:
             told = self.kubectl("get", "events,pods", check=False)
             said = self.kubectl("logs", POD, "--all-containers", check=False)

@@ -73,7 +73,7 @@ def bridges(tmp_path_factory: pytest.TempPathFactory, keys: Path, bao: OpenBao) 
             bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
             found.append(bridge)
         nodes = [bridge.node for bridge in found]
-        wait_for("a cluster of three", lambda: all(map(is_well, nodes)), seconds=120)
+        wait_for("a cluster of three", lambda: all(map(is_well, nodes)))
         yield found
 
 

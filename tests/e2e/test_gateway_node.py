@@ -106,7 +106,7 @@ def test_logs_and_exec_with_a_verified_kubelet(cluster: GatewayCluster) -> None:
         run = first.kubectl("logs", "talks", check=False)
         return run.stdout if run.returncode == 0 and "etcd" in run.stdout else None
 
-    assert "etcd" in wait_for("the pod's log", logs, seconds=60)
+    assert "etcd" in wait_for("the pod's log", logs)
     assert "etcdctl version" in first.kubectl("exec", "talks", "--", "etcdctl", "version").stdout
 
 
@@ -232,7 +232,7 @@ def test_on_node_by_node(cluster: GatewayCluster, bridges: dict[str, LiveBridge]
     shown.assert_shown("kubelets-on-worker", run.stdout, names)
     assert levels(bridges["cp"], "kubelet-serving") == ["ok"] * 3
     killed_at(bridges["cp"], "its manifest is back", "kubelets", "on")  # and the API server is not
-    wait_for("the next run", lambda: bridges["cp"].run("kubelets", "on", "--force").returncode == 0, seconds=90)
+    wait_for("the next run", lambda: bridges["cp"].run("kubelets", "on", "--force").returncode == 0)
     assert "--kubelet-certificate-authority=/etc/kubernetes/pki/ca.crt" in manifest.read_text()
     assert "Nothing to do" in bridges["cp"].run("kubelets", "on").stdout
     run = bridges["cp"].run("doctor", "--kubelets")
@@ -297,7 +297,7 @@ def test_the_image_takes_over_in_a_pod(cluster: GatewayCluster, image: Path) -> 
         cluster.apply((cluster.manifests / "40-deployment.yaml").read_text())
         pods = ("get", "pods", "--namespace=ca-bridge", "-o", "jsonpath={.items[*].status.containerStatuses[*].ready}")
         try:
-            wait_for("a pod that is ready", lambda: "true" in first.kubectl(*pods).stdout, seconds=90)
+            wait_for("a pod that is ready", lambda: "true" in first.kubectl(*pods).stdout)
         except AssertionError as e:
             said = first.kubectl("logs", "--namespace=ca-bridge", "deployment/ca-bridge-gateway", check=False)
             told = first.kubectl("describe", "pods", "--namespace=ca-bridge", check=False)
@@ -310,7 +310,7 @@ def test_the_image_takes_over_in_a_pod(cluster: GatewayCluster, image: Path) -> 
         who = ApiClient(url=cluster.api.url, trust=cluster.api.pki_dir / "ca.crt", pair=pair)
         usages = gateways.USAGES[CLIENT_KUBELET]
         who.create_csr(gateways.csr_pem(gateways.node_subject(worker)), CLIENT_KUBELET, usages, name="by-a-pod")
-        signed = wait_for("a certificate", lambda: gateways.chain(cluster.admin.csr("by-a-pod")), seconds=30)
+        signed = wait_for("a certificate", lambda: gateways.chain(cluster.admin.csr("by-a-pod")))
         assert time.monotonic() - began < 15
         signed[0].verify_directly_issued_by(cluster.api.ca.certificate)
         kit_nodes.assert_confined(first, "gateway")

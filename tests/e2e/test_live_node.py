@@ -226,7 +226,7 @@ def test_it_is_kept_when_so_set_and_looked_at_again(site: Site) -> None:
             print(again.returncode, again.stdout, again.stderr)
             return again.returncode == 0
 
-        wait_for("the kubelet to forget its no", proven, seconds=120)
+        wait_for("the kubelet to forget its no", proven)
     assert not unproven.exists()
 
 
@@ -275,14 +275,14 @@ def test_a_kubelet_that_an_expired_certificate_keeps_down_is_repaired_by_renew_a
         return b"unable to load bootstrap kubeconfig" in log.read_bytes()[before:]
 
     try:
-        wait_for("a kubelet that can not start", is_down, seconds=60)
+        wait_for("a kubelet that can not start", is_down)
         with setting(site.bridge, str(restart), str(ended)):
             run = site.bridge.run("renew")
         print(run.stdout, run.stderr)
         assert run.returncode == 0, run.stderr
         assert link.is_symlink()
         assert link.readlink().name > current.name
-        wait_for("a node that is Ready", lambda: nodes.is_ready(node), seconds=120)
+        wait_for("a node that is Ready", lambda: nodes.is_ready(node))
         assert site.bridge.run("prove", "--wait", "60s").returncode == 0
     finally:
         os.killpg(loop.pid, signal.SIGTERM)

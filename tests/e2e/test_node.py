@@ -110,7 +110,7 @@ def renewal(site: Site) -> Renewal:
         done = datetime.now(UTC)
         assert run.returncode == 0, run.stderr
         new = live_certificates(site.bridge.pki)
-        wait_for("the API server's new certificate", lambda: new["apiserver"] in seen.served, seconds=10)
+        wait_for("the API server's new certificate", lambda: new["apiserver"] in seen.served)
     etcd = {served(site.node, port, "etcd-healthcheck-client") for port in (ETCD_PORT, ETCD_PEER_PORT)}
     return Renewal(
         run=run,
@@ -201,9 +201,7 @@ def test_comes_up_on_the_new_kubeconfig(site: Site, renewal: Renewal, restarts: 
     """A new container, healthy, at work (it holds its lease), and known by its new certificate alone."""
     name, user = USERS[component]
     since = restarts.at[component]
-    wait_for(
-        "a renewed lease", lambda: nodes.lease_renewed(site.node, "kube-system", component.value) > since, seconds=60
-    )
+    wait_for("a renewed lease", lambda: nodes.lease_renewed(site.node, "kube-system", component.value) > since)
     assert site.audit.certificates_of(user, since) == {fingerprint(renewal.certificates[name])}
     assert nodes.is_healthy(site.node, component)
     assert nodes.containers(site.node)[component] != site.containers[component]

@@ -53,8 +53,8 @@ def test_a_pod_that_may_not_says_so(site: Site) -> None:
     site.make(pod("outside", "stray"), pod("shop", "odd", "web", pods.source(keyType="ED25519")))
 
     wanted = "namespace outside may not have certificates of this signer"
-    wait_for("an event", lambda: wanted in site.events("outside"), seconds=60)
-    wait_for("an event", lambda: "this signer takes ECDSAP256" in site.events("shop"), seconds=60)
+    wait_for("an event", lambda: wanted in site.events("outside"))
+    wait_for("an event", lambda: "this signer takes ECDSAP256" in site.events("shop"))
     assert site.pod("outside", "stray")["status"]["phase"] == "Pending"
     assert any(wanted in json.dumps(line) for line in site.gateway.audit())
     site.remove("outside", "stray")

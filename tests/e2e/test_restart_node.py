@@ -168,7 +168,7 @@ def test_a_run_killed_in_the_middle_leaves_nothing_away(site: Site, component: C
     process = subprocess.Popen(
         site.command("restart", component.value), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    wait_for("a manifest that is out", lambda: not manifest.exists(), seconds=60)
+    wait_for("a manifest that is out", lambda: not manifest.exists())
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert site.journal.exists()

@@ -84,7 +84,7 @@ def on_the_worker(site: Site, verb: str, phase: str) -> None:
     run = site.worker.run("rotate-ca", verb)
     assert run.returncode == 0, run.stdout + run.stderr
     assert phases(site.worker) == {"ca": phase}
-    wait_for("a lease that is renewed", lambda: nodes.lease_renewed(node, "kube-node-lease", name) > before, seconds=60)
+    wait_for("a lease that is renewed", lambda: nodes.lease_renewed(node, "kube-node-lease", name) > before)
 
 
 def step(bridge: LiveBridge, verb: str, phase: str) -> str:

@@ -203,7 +203,7 @@ def new_etcd_ca(bridge: LiveBridge, directory: Path) -> Iterator[None]:
 
 def test_peers_that_refuse_bring_the_old_certificate_back(bridges: list[LiveBridge], tmp_path: Path) -> None:
     """etcd-peer passes every check and no other member takes it: exit 8, and three members are well again."""
-    wait_for("three nodes that are well", lambda: all_are_well(bridges), seconds=120)
+    wait_for("three nodes that are well", lambda: all_are_well(bridges))
     bridge, before = bridges[2], live_certificates(bridges[2].pki)
     with new_etcd_ca(bridge, tmp_path / "desk"):
         text = bridge.config.read_text()
@@ -221,6 +221,6 @@ def test_peers_that_refuse_bring_the_old_certificate_back(bridges: list[LiveBrid
     }
     assert seen.longest_without_quorum() < ELECTION_SECONDS, (seen.down, seen.leaderless)
     assert seen.failed == []
-    wait_for("three nodes that are well", lambda: all_are_well(bridges), seconds=120)
+    wait_for("three nodes that are well", lambda: all_are_well(bridges))
     for one in bridges:
         assert one.run("prove", "--wait", "60s").returncode == 0

@@ -101,7 +101,7 @@ def test_off_a_terminal_there_is_a_delay(bridge: Bridge) -> None:
     bridge.add("renewal", {"jitter": "90d"})
     started = time.monotonic()
     assert bridge.run("renew", "apiserver").returncode == 0
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 600
     command = [str(Path(sys.executable).with_name("ca-bridge")), "renew", "--config", str(bridge.config)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         # in one of many thousand runs the delay is shorter

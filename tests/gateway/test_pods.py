@@ -144,11 +144,11 @@ def test_nothing_hostile_is_signed(
             honest[what] = (pod, pod.ask())
     with gateways.running(place) as gateway:
         for what, (pod, name) in honest.items():
-            gateway.until(lambda: outcome(pod.read(name)) == "Issued", 60, what)  # noqa: B023
+            gateway.until(lambda: outcome(pod.read(name)) == "Issued", 180, what)  # noqa: B023
         said = {line.get("request") for line in gateway.lines()}
         for what, (pod, name) in hostile.items():
             uid = pod.read(name)["metadata"]["uid"]
-            gateway.until(lambda: uid in said or uid in gateway.text(), 30, what)  # noqa: B023
+            gateway.until(lambda: uid in said or uid in gateway.text(), 180, what)  # noqa: B023
     found = {what: outcome(pod.read(name)) for what, (pod, name) in hostile.items()}
     assert set(found.values()) <= {"Denied", ""}, found
     assert len(found) >= 80
@@ -233,7 +233,7 @@ def test_a_ca_that_answers_wrongly_or_not(cluster: ClusterApi, bao: OpenBao, ca:
         asked = pod.ask()
         uid = pod.read(asked)["metadata"]["uid"]
         with gateways.running(place, f"wrong-{number}") as gateway:
-            gateway.until(lambda: said(gateway, uid), 30, what)  # noqa: B023
+            gateway.until(lambda: said(gateway, uid), 180, what)  # noqa: B023
             assert outcome(pod.read(asked)) == "", what
         bao.add_roles(mount, {"kubeadm-pod": usual})
         with gateways.running(place, f"right-{number}") as gateway:

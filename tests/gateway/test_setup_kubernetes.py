@@ -108,7 +108,7 @@ def test_who_may_ask_for_signers_of_ones_own(api: ApiServer, tmp_path: Path) -> 
 
     refused = (403, "this signer is not granted to you")
     assert (
-        wait_until(lambda: ask(stranger), lambda one: one == refused, timedelta(seconds=30), pause_seconds=0.2)
+        wait_until(lambda: ask(stranger), lambda one: one == refused, timedelta(seconds=120), pause_seconds=0.2)
         == refused
     )
     assert ask(node) == (201, "")

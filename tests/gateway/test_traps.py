@@ -52,7 +52,7 @@ def ask(cluster: ClusterApi, signer: str, pem: bytes, name: str = "") -> str:
 
 def until(gateway: Gateway, cluster: ClusterApi, name: str, state: str) -> None:
     """What becomes of an object."""
-    gateway.until(lambda: state_of(read(cluster, name)) == state, 60, f"wanted {name} to be {state}")
+    gateway.until(lambda: state_of(read(cluster, name)) == state, 180, f"wanted {name} to be {state}")
 
 
 def test_a_node_says_of_itself_what_it_likes(cluster: ClusterApi, place: Place) -> None:
@@ -106,10 +106,10 @@ def test_a_namesake_gets_nothing(cluster: ClusterApi, place: Place) -> None:
         proxy.before = swap
         with gateways.running(place) as gateway:
             ask(cluster, CLIENT_KUBELET, csr_pem(node_subject("w1")), name="one-name")
-            gateway.until(lambda: swapped, 60, "wanted a write")
+            gateway.until(lambda: swapped, 180, "wanted a write")
             uid = read(cluster, "one-name")["metadata"]["uid"]
             assert uid != swapped[0]
-            gateway.until(lambda: any(line.get("request") == uid for line in gateway.lines()), 60)
+            gateway.until(lambda: any(line.get("request") == uid for line in gateway.lines()), 180)
             twin = ask(cluster, CLIENT_KUBELET, csr_pem(node_subject("w1")), name="another-name")
             until(gateway, cluster, twin, "signed")
             assert [one["event"] for one in gateway.audit() if one["request"] == swapped[0]] == ["asked", "issued"]
@@ -177,7 +177,7 @@ def test_a_gateway_without_rights_writes_nothing(cluster: ClusterApi, place: Pla
         who = cluster.client(gateways.USER)
         wait_for("rights that are gone", lambda: who.patch(refused, {}).status == 403)
         name = ask(cluster, CLIENT_KUBELET, csr_pem(node_subject("w1")))
-        gateway.until(lambda: _said(gateway, "HTTP 403"), 60, "wanted it to say what it lacks")
+        gateway.until(lambda: _said(gateway, "HTTP 403"), 180, "wanted it to say what it lacks")
         assert (state_of(read(cluster, name)), read(cluster, name)["status"]) == ("open", {})
         del body["metadata"]["resourceVersion"], body["metadata"]["uid"]
         admin.create(BINDINGS, body)

@@ -33,7 +33,7 @@ from tests.kit import programs
 from tests.kit.loopback import LoopbackServer, free_port
 
 API = "/api/v1/cfssl"
-_START_SECONDS = 60
+_START_SECONDS = 180
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

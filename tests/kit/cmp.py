@@ -29,7 +29,7 @@ from tests.kit.loopback import LoopbackServer
 REFERENCE, SECRET = "k8s-cp1", "correct horse battery staple"
 RA_SUBJECT = "/CN=CMP RA"
 CONTENT_TYPE = "application/pkixcmp"
-_START_SECONDS = 60
+_START_SECONDS = 180
 
 
 @dataclass(kw_only=True)

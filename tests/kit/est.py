@@ -39,7 +39,7 @@ from tests.kit.loopback import LoopbackServer, free_port
 from tests.kit.pki import Pki
 
 ROOT = "/.well-known/est"
-_START_SECONDS = 60.0
+_START_SECONDS = 180
 #: Each kind of certificate by its usage class; what a label of that name gives.
 EXAMPLES: Mapping[str, CertificateSpec] = {spec.usage: spec for spec in SPECS.values()}
 

@@ -154,12 +154,12 @@ def running(place_dir: Path, *, validity: str, number: int = 140) -> Iterator[Ga
         refused = first.kubectl("logs", "--namespace=kube-system", f"kube-apiserver-{names[0]}", check=False)
         assert refused.returncode, "wanted no way to a kubelet without a serving certificate"
         gateway = cluster.start_gateway("one")
-        gateway.until(gateway.is_working, 60, "wanted it to work")
+        gateway.until(gateway.is_working, 180, "wanted it to work")
         cluster.start_gateway("two")
         for name, ip in zip(names[1:], ips[1:], strict=True):
             cluster.nodes.append(stack.enter_context(Node.worker(name, ip, first, form="token")))
         for node, kind in itertools.product(cluster.nodes, CURRENT):
-            wait_for(f"a short {kind} certificate of {node.name}", lambda: cluster.has_short(node, kind), seconds=90)  # noqa: B023
+            wait_for(f"a short {kind} certificate of {node.name}", lambda: cluster.has_short(node, kind))  # noqa: B023
         yield cluster
 
 
@@ -340,7 +340,7 @@ class Motion:
             name = wait_for("a gateway that works", cluster.holder, seconds=300)
             began = time.monotonic()
             cluster.gateways[name].kill()
-            wait_for("another gateway that works", cluster.holder, seconds=60)
+            wait_for("another gateway that works", cluster.holder)
             self.figures.takeovers.append(time.monotonic() - began)
             cluster.start_gateway(name)
         elif what == "API server":

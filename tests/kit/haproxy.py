@@ -28,7 +28,7 @@ frontend tls
   bind 127.0.0.1:{port} ssl crt {certificate}
   http-request return status 200
 """
-_START_SECONDS = 60
+_START_SECONDS = 180
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,7 +71,7 @@ def journald() -> Iterator[Journal]:
     with subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE, text=True) as process:
         try:
             journal = Journal(process.pid)
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while journal.run(["test", "-S", "/run/systemd/journal/stdout"]).returncode:
                 assert process.poll() is None, process.stderr.read() if process.stderr else ""
                 assert time.monotonic() < deadline, "journald does not listen"

@@ -30,7 +30,7 @@ from bridge.system import http
 from tests.kit import programs
 from tests.kit.pki import PKI_SPECS
 
-_START_SECONDS = 60
+_START_SECONDS = 180
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from typing import Literal, Self
 from tests.kit import programs
 
 _SCRIPT = programs.KIT / "node.sh"
-_START_SECONDS = 300  # far more than the 15 of an idle machine; node.sh has its own, smaller limits
+_START_SECONDS = 480  # far more than the 15 of an idle machine; node.sh has its own, smaller limits
 
 
 #: For `kubelet`: a container that was started in the last ten minutes is started again at once, and not up to five

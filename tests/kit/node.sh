@@ -159,7 +159,7 @@ make_namespaces() { # a process that holds the mount namespace, and all mounts o
     mv "$node/pid.part" "$node/pid"
     exec sleep infinity
   ' - "$node" "${mount_points[@]}" >"$node/namespaces.log" 2>&1 </dev/null &
-  within 10 "its namespaces" test -e "$node/pid"
+  within 60 "its namespaces" test -e "$node/pid"
 }
 
 start_containerd() { # start_containerd IMAGE_ARCHIVE...
@@ -171,7 +171,7 @@ start_containerd() { # start_containerd IMAGE_ARCHIVE...
     -e "s#^root = .*#root = '$node/containerd'#" -e "s#^state = .*#state = '$node/run'#" \
     -e "s#'/run/containerd/containerd.sock#'$socket#g" >"$node/containerd.toml"
   daemon containerd -c "$node/containerd.toml"
-  within 30 "its container runtime" ctr -a "$socket" version
+  within 120 "its container runtime" ctr -a "$socket" version
   for archive; do
     ctr -a "$socket" -n k8s.io images import "$archive" >>"$node/import.log" 2>&1 || die "$name: no image from $archive" "see $node/import.log"
   done
@@ -261,10 +261,10 @@ up() { # up IP [CA_DIR]
   phase etcd local
   start_kubelet "$ip"
   # what `kubeadm init` does next: the rights of its groups and users, and its configuration in the cluster
-  within 30 "the rights of admin.conf" kubectl_as super-admin create clusterrolebinding kubeadm:cluster-admins \
+  within 120 "the rights of admin.conf" kubectl_as super-admin create clusterrolebinding kubeadm:cluster-admins \
     --clusterrole=cluster-admin --group=kubeadm:cluster-admins
   phase upload-config all
-  within 60 "a Node object" kubectl_as admin get node "$name"
+  within 180 "a Node object" kubectl_as admin get node "$name"
   phase mark-control-plane
   phase bootstrap-token
   echo "$name is up at https://$ip:6443"
@@ -304,7 +304,7 @@ join() { # join IP OTHER
   phase etcd local
   add_etcd_member "$ip" "$first"
   start_kubelet "$ip"
-  within 60 "a Node object" kubectl_as admin get node "$name"
+  within 180 "a Node object" kubectl_as admin get node "$name"
   phase mark-control-plane
   echo "$name is up at https://$ip:6443"
 }
@@ -366,7 +366,7 @@ etcd_host() { # etcd_host IP CA_DIR NAME=IP...
   phase etcd local
   write_stand_alone_kubelet
   daemon kubelet --config=/var/lib/kubelet/stand-alone.yaml --hostname-override="$name" --node-ip="$ip"
-  within 120 "a member of etcd" enter bash -c "exec 3<>/dev/tcp/$ip/2380" # others answer at 2379 once they are enough
+  within 180 "a member of etcd" enter bash -c "exec 3<>/dev/tcp/$ip/2380" # others answer at 2379 once they are enough
   echo "$name is an etcd host at $ip"
 }
 

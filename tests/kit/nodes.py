@@ -31,7 +31,7 @@ HEALTH = {
 _Found = TypeVar("_Found")
 
 
-def wait_for(what: str, look: Callable[[], _Found | None], *, seconds: float = 30) -> _Found:
+def wait_for(what: str, look: Callable[[], _Found | None], *, seconds: float = 180) -> _Found:
     """
     What `look` finds, as soon as that is true; as long as a look took, the next one waits, and at least 0.1 s.
 

@@ -31,7 +31,7 @@ from backends.vault import setup as vault_setup
 from tests.kit.loopback import free_port
 
 _ROOT_TOKEN = "root-token-of-a-test"
-_START_SECONDS = 60
+_START_SECONDS = 180
 
 
 class OpenBaoError(Exception):

@@ -21,7 +21,7 @@ from tests.kit.loopback import free_port
 
 PASSWORD = "a passphrase of the database: %/@"
 _USER = "postgres"
-_START_SECONDS = 120
+_START_SECONDS = 180
 _PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
 

@@ -29,7 +29,7 @@ from tests.kit.loopback import free_port
 EXAMPLE = Path(__file__).parents[2] / "config/exec/step-ca"
 #: With the kit's programs in front; the example finds `step` by it.
 PATH = f"{programs.directory()}:/usr/bin:/bin"
-_START_SECONDS = 60
+_START_SECONDS = 180
 
 
 @dataclass(frozen=True, kw_only=True)

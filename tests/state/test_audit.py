@@ -495,7 +495,7 @@ def test_what_a_ca_is_asked_is_on_disk_before_it_is_asked(run: Run, config: Path
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
         try:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while not asked.exists():
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
