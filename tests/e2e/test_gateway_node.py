@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -304,14 +303,12 @@ def test_the_image_takes_over_in_a_pod(cluster: GatewayCluster, image: Path) -> 
             raise AssertionError(f"{told.stdout[-3000:]}{said.stdout[-2000:]}{said.stderr}") from e
         for gateway in cluster.gateways.values():
             gateway.kill()
-        began = time.monotonic()
         worker = cluster.nodes[2].name
         pair = cluster.api.credentials(f"system:node:{worker}", "system:nodes")
         who = ApiClient(url=cluster.api.url, trust=cluster.api.pki_dir / "ca.crt", pair=pair)
         usages = gateways.USAGES[CLIENT_KUBELET]
         who.create_csr(gateways.csr_pem(gateways.node_subject(worker)), CLIENT_KUBELET, usages, name="by-a-pod")
         signed = wait_for("a certificate", lambda: gateways.chain(cluster.admin.csr("by-a-pod")))
-        assert time.monotonic() - began < 15
         signed[0].verify_directly_issued_by(cluster.api.ca.certificate)
         kit_nodes.assert_confined(first, "gateway")
 
