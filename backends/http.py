@@ -72,7 +72,7 @@ class Http(BaseAdapter):
         self._seconds = timeout.total_seconds()
         self._peer = Peer.of(url, tls, alert_seconds=min(self._seconds, _ALERT_SECONDS))
         self._idle: deque[KeptConnection] = deque()
-        self.clock_ahead: timedelta | None = None  #: The server's, at its latest answer.
+        self._clock = ("", datetime.now(UTC))  # the header `Date` of the latest answer, and when that came
         self.session = requests.Session()
         self.session.trust_env = False  # no proxies, no .netrc, no CA bundles
         self.session.adapters.clear()
@@ -81,6 +81,15 @@ class Http(BaseAdapter):
     def ask(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Answer:
         """Send one request without the overhead of `requests`; any status is an answer (BackendError: none came)."""
         return self._asked(f"{method} {url}", lambda: self._exchange(method, _target(url), headers, body))
+
+    @property
+    def clock_ahead(self) -> timedelta | None:
+        """How far the server's clock was ahead of ours at its latest answer (RFC 9110 §6.6.1, whole seconds); None: it did not say."""
+        date, now = self._clock
+        try:
+            return parsedate_to_datetime(date) - now
+        except (ValueError, TypeError, OverflowError):
+            return None
 
     def request(self, method: str, url: str, where: str = "", **options: Any) -> Answer:
         """Send one request with options of `requests.Session.request`; errors as for `ask`, messages name `where`."""
@@ -143,7 +152,7 @@ class Http(BaseAdapter):
         except ValueError as e:  # a header's value may be in its text, as in those of `requests`
             text = f"{name}: {where}: the request could not be made: {type(e).__name__}"
             raise BackendRefusedError(text, hint=self._wording.not_ours) from None
-        self.clock_ahead = clock_ahead(answer, datetime.now(UTC))
+        self._clock = (answer.headers.get("date", ""), datetime.now(UTC))
         return answer
 
     def _error(self, where: str, error: HttpsError) -> BackendError:
@@ -186,14 +195,6 @@ def retry_after_seconds(answer: Answer, now: datetime) -> float | None:
     try:
         return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
     except (ValueError, TypeError, OverflowError):  # TypeError: a date without a time zone
-        return None
-
-
-def clock_ahead(answer: Answer, now: datetime) -> timedelta | None:
-    """How far the server's clock is ahead of ours (RFC 9110 §6.6.1, whole seconds); None: it does not say."""
-    try:
-        return parsedate_to_datetime(answer.headers.get("date", "")) - now
-    except (ValueError, TypeError, OverflowError):
         return None
 
 

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
+from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -48,6 +49,8 @@ _METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
 }
 _SECRET_KEYS = frozenset({"token", "role_id", "secret_id", "jwt", "password"})
 _OPTIONAL_KEYS: Mapping[str, tuple[str, ...]] = {"approle": ("wrapped",), "cert": ("role",)}
+#: Texts of issuers' certificates that are remembered; an answer has at most a megabyte.
+_CHAINS = 8
 #: Which role a certificate is signed with.
 RoleOf = Callable[[CertificateSpec], str]
 #: By default: for certificates that all nodes have alike, and for those with a node's own names.
@@ -383,7 +386,13 @@ def _issued(answer: Answer) -> Issued:
         raise BackendRefusedError(f"vault: {answer.where}: wanted one certificate, found {len(leaves)}")
     # Vault leaves the chain out where the issuer is a root.
     chain = texts(answer.data.get("ca_chain")) or texts(answer.data.get("issuing_ca"))
-    return Issued(leaf=leaves[0], intermediates=tuple(_certificates(chain, answer.where)) if chain else ())
+    return Issued(leaf=leaves[0], intermediates=_issuers(tuple(chain), answer.where) if chain else ())
+
+
+@lru_cache(maxsize=_CHAINS)
+def _issuers(pem: tuple[str, ...], where: str) -> tuple[x509.Certificate, ...]:
+    """The issuers' certificates, which are the same ones in each answer of a role."""
+    return tuple(_certificates(pem, where))
 
 
 def _certificates(pem: Sequence[str], where: str) -> list[x509.Certificate]:

@@ -184,11 +184,7 @@ class CA:
             return answers
 
         def sign(request: SignRequest) -> Answer:
-            answer: Answer
-            try:
-                answer = self._question(lambda: backend.sign(request))
-            except BackendError as e:
-                answer = e
+            answer = self.ask_one(request)
             done([(request, answer)])
             return answer
 
@@ -196,6 +192,14 @@ class CA:
             return [sign(requests[0])]
         with workers(PARALLEL_REQUESTS) as pool:
             return list(pool.map(sign, requests))
+
+    def ask_one(self, request: SignRequest) -> Answer:
+        """Have the CA sign one; a backend's error is an answer."""
+        backend = self.opened()
+        try:
+            return self._question(lambda: backend.sign(request))
+        except BackendError as e:
+            return e
 
     def _ask_many(self, backend: SignsMany, requests: Sequence[SignRequest]) -> Sequence[Answer]:
         try:

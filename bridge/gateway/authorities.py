@@ -44,6 +44,7 @@ class AuthorityOfSigners:
         self._anchor_file = settings.node.pki_dir / SIGNING_AUTHORITIES[configured.authority].certificate_file
         self._mutex = threading.Lock()
         self._anchors, self._read_at = read_anchors(self._anchor_file), time.monotonic()
+        self._end = self._end_of_anchors()
         self._issuer_end: datetime | None = None
         self._renewal, self._signer = settings.renewal, self._anchors[0]
         # pods have each root in their bundle, and need none behind their certificates
@@ -65,15 +66,19 @@ class AuthorityOfSigners:
                 self._read_at = time.monotonic()
                 try:
                     self._anchors = read_anchors(self._anchor_file)
+                    self._end = self._end_of_anchors()
                 except SettingsError as e:
                     log.error("%s; the certificates that were read before go on counting", e)  # noqa: TRY400
             return self._anchors
 
     def end(self) -> datetime:
         """The end of the CA's certificate, or of an intermediate that signs, if that is earlier."""
-        ends = [one.not_valid_after_utc for one in self.anchors()]
-        end = max(ends) if self._each_anchor_counts else ends[0]
-        return min(end, self._issuer_end) if self._issuer_end is not None else end
+        self.anchors()
+        return min(self._end, self._issuer_end) if self._issuer_end is not None else self._end
+
+    def _end_of_anchors(self) -> datetime:
+        ends = [one.not_valid_after_utc for one in self._anchors]
+        return max(ends) if self._each_anchor_counts else ends[0]
 
     def check(self, specs: Sequence[CertificateSpec]) -> list[str]:
         """Ask who it is and whether its roles or profiles fit; each problem is a sentence."""
@@ -83,7 +88,7 @@ class AuthorityOfSigners:
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         """Have one signed; several at the same time are one round trip where the CA can do that."""
-        answer = self._signed_together(request) if self.signs_many else self.ca.ask([request])[0]
+        answer = self._signed_together(request) if self.signs_many else self.ca.ask_one(request)
         if isinstance(answer, BackendError):
             raise answer
         return answer

@@ -76,10 +76,10 @@ class Issuing:
         """An object that is there, or has changed."""
         context = self._context
         if one.is_settled:
-            context.queue.remove(one.uid)
+            is_in_work = context.queue.remove(one.uid)  # then it is our own write, as a rule, and counted there
             if one.is_deleted:
                 context.give_up(one.uid, "the object is gone")
-            if one.certificate and not self._writer_of(one).has_settled(one.uid):
+            if one.certificate and not is_in_work and not self._writer_of(one).has_settled(one.uid):
                 self._saw(one)
             return
         if self._writer_of(one).has_settled(one.uid):
@@ -162,7 +162,7 @@ class Issuing:
             return
         authority = context.authorities[verdict.spec.authority.name]
         if job.verified is None:
-            job.verified = self._signed(job, verdict, authority, ticket)
+            job.verified, job.signed_for = self._signed(job, verdict, authority, ticket), verdict.asked.pem
         found = job.verified
         for _ in writer.turns(job):
             verdict = self._allowed(job, at_write=True)
@@ -200,7 +200,7 @@ class Issuing:
         trouble = ""
         if found.leaf.not_valid_after_utc - self._context.now() < timedelta():
             trouble = "the certificate has ended before it could be written"
-        elif found.leaf.public_key() != verdict.asked.csr.public_key():
+        elif job.signed_for != verdict.asked.pem:
             trouble = "the object has another CSR by now"
         if trouble:
             job.verified = None

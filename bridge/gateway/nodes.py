@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import socket
 import threading
 import time
@@ -284,7 +285,7 @@ class NodeStates:
         self._mutex = threading.Lock()
         self._known: dict[str, tuple[NodeState, float]] = {}
         self._together: Combined[_Wanted, NodeState | NoAnswerError] = Combined(self._looked_at, _MOST_TOGETHER)
-        self._count = 0  # that the latest list had
+        self._latest: tuple[frozenset[str], float] = (frozenset(), -math.inf)  # a list, and when it was asked for
         self._lists_from = 0.0
 
     def state(self, name: str, since: float, *, newer: bool, with_readiness: bool) -> NodeState:
@@ -294,6 +295,9 @@ class NodeStates:
             known = self._known.get(name)
         if known is not None and known[1] >= since and (known[0].exists or not newer):
             return known[0]
+        there, listed = self._latest
+        if listed >= since and name not in there and not newer:
+            return NodeState(exists=False)
         found = self._together(_Wanted(name, with_readiness))
         if isinstance(found, NoAnswerError):
             raise found
@@ -326,7 +330,8 @@ class NodeStates:
 
     def _listed(self, wanted: int) -> frozenset[str] | None:
         """The names of all nodes; None: to ask for each is less work, or there is no list."""
-        if wanted * _NAMES_A_REQUEST < max(self._count, 3 * _NAMES_A_REQUEST) or time.monotonic() < self._lists_from:
+        now = time.monotonic()
+        if wanted * _NAMES_A_REQUEST < max(len(self._latest[0]), 3 * _NAMES_A_REQUEST) or now < self._lists_from:
             return None
         try:
             reply = self._api.ask("GET", f"{_NODES}?limit={_MOST_LISTED}", accept=_NAMES_ALONE)
@@ -336,7 +341,7 @@ class NodeStates:
         if names is None:  # no right to, or too many
             self._lists_from = time.monotonic() + _NO_LIST_SECONDS
             return None
-        self._count = len(names)
+        self._latest = (names, now)
         return names
 
 

@@ -8,10 +8,8 @@ import threading
 import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta
-from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import quote
 
 from bridge.cluster.api import MERGE_PATCH, METADATA, Api, NoAnswerError, Reply
 from bridge.gateway import watch
@@ -30,7 +28,7 @@ from bridge.gateway.pod_policy import (
 from bridge.gateway.pod_rules import dates_problem, refresh_at
 from bridge.gateway.policy import Allowed, Hostile, Later, Verdict
 from bridge.gateway.queue import Job, Look
-from bridge.gateway.watch import AnyObject, PodObject, parse_pod
+from bridge.gateway.watch import AnyObject, PodObject, parse_pod, quoted
 from bridge.gateway.write import Writer, identity_of
 from bridge.pki.certificates import pem
 from bridge.pki.expiry import rfc3339
@@ -46,8 +44,6 @@ log = logging.getLogger("ca-bridge")
 #: pod for the write, which was looked at anew right before the CA was asked.
 _RECENT_SECONDS = 2.0
 _EVENTS_A_MINUTE = 120
-#: Of namespaces, service accounts and nodes that are quoted for a path.
-_MOST_NAMES = 1000
 #: The CA's own words are in the gateway's log alone: they may name what a pod's owner should not read.
 _OF_THE_CA = {
     "ca-unavailable": "the CA does not answer",
@@ -91,12 +87,12 @@ class PodJudge:
             return hostile
         pod = self._looks.pod(request, at_write=at_write)
         account = self._looks.metadata(
-            f"namespaces/{_q(request.namespace)}/serviceaccounts/{_q(request.service_account)}"
+            f"namespaces/{quoted(request.namespace)}/serviceaccounts/{quoted(request.service_account)}"
         )
-        node = self._looks.metadata(f"nodes/{_q(request.node)}")
+        node = self._looks.metadata(f"nodes/{quoted(request.node)}")
         labels: Mapping[str, str] | None = None
         if rules is not None and rules.namespace_labels:
-            labels = _labels(self._looks.metadata(f"namespaces/{_q(request.namespace)}"))
+            labels = _labels(self._looks.metadata(f"namespaces/{quoted(request.namespace)}"))
         world = PodWorld(
             policy=policy,
             cluster=context.settings.node.cluster,
@@ -122,7 +118,7 @@ class Looks:
 
     def pod(self, request: PodRequest, *, at_write: bool) -> PodState | None:
         """A pod as it is at this moment, or for a write as it was a moment ago; None: there is none of this name."""
-        path = f"namespaces/{_q(request.namespace)}/pods/{_q(request.pod)}"
+        path = f"namespaces/{quoted(request.namespace)}/pods/{quoted(request.pod)}"
         if at_write and (known := self._pods.get(path)) is not None:
             return known[0]
         now = time.monotonic()
@@ -199,11 +195,6 @@ def _labels(metadata: Mapping[str, Any] | None) -> Mapping[str, str]:
     return {} if metadata is None else _table(metadata, "labels")
 
 
-@lru_cache(maxsize=_MOST_NAMES)
-def _q(name: str) -> str:
-    return quote(name, safe="")
-
-
 def _request(one: AnyObject) -> PodRequest:
     if not isinstance(one, PodObject):
         raise TypeError(f"wanted a PodCertificateRequest, found {type(one).__name__}")
@@ -264,7 +255,7 @@ class PodWriter(Writer):
             "count": 1,
         }
         with contextlib.suppress(NoAnswerError):
-            reply = context.api.ask("POST", f"/api/v1/namespaces/{_q(request.namespace)}/events", event)
+            reply = context.api.ask("POST", f"/api/v1/namespaces/{quoted(request.namespace)}/events", event)
             if reply.status not in {HTTPStatus.CREATED, HTTPStatus.NOT_FOUND} and not self._cannot_tell:
                 self._cannot_tell = True
                 log.warning("no events of pods: HTTP %d %s", reply.status, one_line(reply.message))

@@ -49,6 +49,7 @@ class Job:
     said: str = ""  #: The last reason why it was left, which is logged once.
     told: str = ""  #: The last reason in an event for the object's owner.
     verified: Verified | None = None  #: The CA's answer, not written yet.
+    signed_for: bytes = b""  #: The CSR that `verified` is the answer to.
     was_asked: bool = False  #: The CA was asked, and its answer did not come.
     was_recalled: bool = False  #: Since then it was looked for, and was not there.
     removed: bool = field(default=False)
@@ -180,11 +181,12 @@ class Queue:
             known = self._newest.get(job.key)
             return not job.key or known is None or known[1] == job.one.uid
 
-    def remove(self, uid: str) -> None:
-        """Take an object out: it is settled, or gone."""
+    def remove(self, uid: str) -> bool:
+        """Take an object out: it is settled, or gone. True: it is being worked at."""
         with self._changed:
             self._later.pop(uid, None)
             self._remove(uid)
+            return uid in self._working
 
     def _remove(self, uid: str) -> None:
         job = self._pop(uid)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -41,6 +42,14 @@ LONGEST_OBJECT_BYTES = 64 << 10
 #: Python needs about so much for an object besides its texts.
 _OBJECT_BYTES = 4 << 10
 _MOST_GROUPS = 200
+#: Of objects, namespaces, service accounts and nodes that are quoted for a path.
+_MOST_NAMES = 1000
+
+
+@lru_cache(maxsize=_MOST_NAMES)
+def quoted(name: str) -> str:
+    """A name as a part of a path."""
+    return quote(name, safe="")
 
 
 class NotAnObjectError(ValueError):
@@ -92,7 +101,7 @@ class SigningRequest(ApiObject):
     @property
     def path(self) -> str:
         """The object's path; its name is the requester's choice."""
-        return f"{COLLECTION}/{quote(self.name, safe='')}"
+        return f"{COLLECTION}/{quoted(self.name)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +114,7 @@ class PodObject(ApiObject):
     @property
     def path(self) -> str:
         """The object's path; its name is the requester's choice."""
-        return f"{self.group}/namespaces/{quote(self.request.namespace, safe='')}/{PODS}/{quote(self.name, safe='')}"
+        return f"{self.group}/namespaces/{quoted(self.request.namespace)}/{PODS}/{quoted(self.name)}"
 
 
 AnyObject = SigningRequest | PodObject

@@ -6,6 +6,7 @@ import base64
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from http import HTTPStatus
 from threading import Lock
@@ -108,10 +109,10 @@ class Writer:
         one, context = job.one, self._context
         if not one.has(watch.APPROVED):
             body = with_condition(one, watch.APPROVED, watch.ALLOWS, context.now())
-            reply = self._patch(one, "approval", body)
+            reply = self._patch(one, "approval", body, accept=METADATA)
             if reply.status != HTTPStatus.OK:
                 return False
-            self._take_over(job, reply)
+            job.one = replace(one, version=_version(reply), conditions=tuple(body["status"]["conditions"]))
         context.assert_ours()
         chain = pem(*found.chain)
         body = with_certificate(job.one, chain)
@@ -165,6 +166,14 @@ class Writer:
             reason = f"wanted to {what}, found HTTP {reply.status} {reply.message}"
             log.error("%s (has the gateway the rights that `ca-bridge help gateway` names?)", reason)
             raise LeftError("left", reason, AFTER_REFUSAL_SECONDS)
+
+
+def _version(reply: Reply) -> str:
+    """The version that a write has made of exactly the object with this uid: of all others, it would have been refused."""
+    version = metadata.get("resourceVersion") if isinstance(metadata := reply.document.get("metadata"), dict) else None
+    if not isinstance(version, str):
+        raise NoAnswerError("wanted the version of an object that was written, found something else")
+    return version
 
 
 def name_in(one: AnyObject, leaf: x509.Certificate) -> str:

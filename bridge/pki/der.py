@@ -29,6 +29,10 @@ class Element(NamedTuple):
         return elements(self.content)
 
 
+#: What `Element(…)` does, without a call of Python's own.
+_new = tuple.__new__
+
+
 def elements(data: bytes) -> list[Element]:
     """Values that follow each other."""
     found, position, size = [], 0, len(data)
@@ -43,7 +47,7 @@ def elements(data: bytes) -> list[Element]:
         end = position + length
         if tag & _LONG_TAG == _LONG_TAG or end > size:
             raise ValueError("not DER")
-        found.append(Element(tag, data[position:end], data[begin:end]))
+        found.append(_new(Element, (tag, data[position:end], data[begin:end])))
         position = end
     return found
 

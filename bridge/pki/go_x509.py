@@ -13,8 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -64,6 +63,7 @@ _REMEMBERED = 64
 #: Types of SANs and name constraints that Go handles.
 _NAMES = (x509.DNSName, x509.IPAddress, x509.RFC822Name, x509.UniformResourceIdentifier)
 
+_VERSION, _EXTENSIONS = (der.context(number, constructed=True) for number in (0, 3))
 _UTF8, _NUMERIC, _PRINTABLE, _T61, _IA5, _BMP = 0x0C, 0x12, 0x13, 0x14, 0x16, 0x1E
 #: A leaf's subject must be in these string types, which all readers read alike.
 _LEAF_STRINGS = (_UTF8, _PRINTABLE, _IA5)
@@ -90,20 +90,29 @@ _URI = re.compile(r"[a-z][a-z0-9+.-]*:(?://[\w-]+(?:\.[\w-]+)*(?:/[\w/.~:@-]*)?|
 def form(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violation]:
     """Violations: parts of one certificate that Go can't read, or can't handle."""
     try:
-        fields = _fields(certificate)
-        yield from _identifiers(certificate, fields, leaf=leaf)
-        yield from _strings(fields, leaf=leaf)
-        yield from _encodings(certificate, fields)
+        parts = _parts(certificate)
+        yield from _identifiers(certificate, parts, leaf=leaf)
+        yield from _strings(parts.fields, leaf=leaf)
+        yield from _encodings(certificate, parts.fields)
         yield from _extensions(certificate, leaf=leaf)
     except ValueError as e:
         yield Violation(subject="form", want="DER that Kubernetes can read", got=str(e))
 
 
+class _Parts(NamedTuple):
+    """A certificate's parts as they are encoded (RFC 5280 §4.1)."""
+
+    size: int  #: Of the whole.
+    algorithm: bytes  #: signatureAlgorithm, which stands outside of what is signed.
+    fields: tuple[der.Element, ...]  #: serialNumber, signature, issuer, validity, subject, subjectPublicKeyInfo, …
+
+
 @lru_cache(maxsize=_REMEMBERED)
-def _fields(certificate: x509.Certificate) -> tuple[der.Element, ...]:
-    """serialNumber, signature, issuer, validity, subject, subjectPublicKeyInfo, … (RFC 5280 §4.1)."""
-    found = der.one(certificate.tbs_certificate_bytes, der.SEQUENCE).children()
-    return tuple(field for field in found if field.tag != der.context(0, constructed=True))
+def _parts(certificate: x509.Certificate) -> _Parts:
+    encoded = certificate.public_bytes(serialization.Encoding.DER)
+    signed, algorithm, *_ = der.one(encoded, der.SEQUENCE).children()
+    fields = tuple(field for field in signed.children() if field.tag != _VERSION)
+    return _Parts(len(encoded), algorithm.encoded, fields)
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -111,13 +120,12 @@ def _issuer_form(issuer: x509.Certificate) -> tuple[Violation, ...]:
     return tuple(form(issuer, leaf=False))
 
 
-def _identifiers(certificate: x509.Certificate, fields: Sequence[der.Element], *, leaf: bool) -> Iterator[Violation]:
+def _identifiers(certificate: x509.Certificate, parts: _Parts, *, leaf: bool) -> Iterator[Violation]:
     """Serial numbers are not negative (old CAs of kubeadm have 0); the signature's two algorithm names are equal."""
-    _small_oid(fields[1].children()[0].content)
+    _small_oid(parts.fields[1].children()[0].content)
     if not leaf and certificate.serial_number < 0:
         yield Violation(subject="serial number", want="a positive number", got=str(certificate.serial_number))
-    outer = der.one(certificate.public_bytes(serialization.Encoding.DER), der.SEQUENCE).children()[1]
-    if outer.encoded != fields[1].encoded:
+    if parts.algorithm != parts.fields[1].encoded:
         yield Violation(subject="signature", want="one algorithm", got="two that differ")
 
 
@@ -218,7 +226,7 @@ def _extensions(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violat
 
 @lru_cache(maxsize=_REMEMBERED)
 def _raw_extensions(certificate: x509.Certificate) -> tuple[tuple[bytes, bytes], ...]:
-    listed = [field for field in _fields(certificate) if field.tag == der.context(3, constructed=True)]
+    listed = [field for field in _parts(certificate).fields if field.tag == _EXTENSIONS]
     each = [one.children() for field in listed for one in der.one(field.content, der.SEQUENCE).children()]
     return tuple((parts[0].content, parts[-1].content) for parts in each)
 
@@ -359,17 +367,18 @@ def _covers(issuer: x509.Certificate, who: str, ekus: Iterable[EKU]) -> Iterator
 
 def _links(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
     """Names are equal bytes, path lengths count every issuer, no CA is repeated, and all fit into a message."""
-    for child, issuer in pairwise(whole):
-        if _fields(child)[2] != _fields(issuer)[4]:
+    parts = [_parts(each) for each in whole]
+    for child, below, above in zip(whole, parts, parts[1:], strict=False):
+        if below.fields[2] != above.fields[4]:
             yield Violation(subject="chain", want="issuer names that are encoded alike", got=display.issuer(child))
-    for below, issuer in enumerate(whole[1:]):
+    for count, issuer in enumerate(whole[1:]):
         constraints = extension(issuer, x509.BasicConstraints)
-        if constraints and constraints.path_length is not None and below > constraints.path_length:
-            got = f"{below} below {display.name(issuer)}"
+        if constraints and constraints.path_length is not None and count > constraints.path_length:
+            got = f"{count} below {display.name(issuer)}"
             yield Violation(subject="chain", want=f"at most {constraints.path_length} intermediates", got=got)
-    if len({(_fields(each)[4].encoded, _fields(each)[5].encoded) for each in whole}) < len(whole):
+    if len({(one.fields[4].encoded, one.fields[5].encoded) for one in parts}) < len(whole):
         yield Violation(subject="chain", want="each CA once", got="two certificates of one name and key")
-    size = sum(len(each.public_bytes(serialization.Encoding.DER)) for each in whole[:-1])
+    size = sum(one.size for one in parts[:-1])
     if size > MAX_CHAIN_BYTES:
         yield Violation(subject="chain", want=f"at most {MAX_CHAIN_BYTES} bytes", got=f"{size} bytes")
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -69,6 +70,8 @@ DAMAGED = "damaged"
 RETIRED = "retired"
 
 _LONGEST_RESULT = 2000
+#: Certificates of the latest lines: the gateway's has two, of which the second may come half a hundred others later.
+_REMEMBERED = 128
 _SYSLOG_SECONDS = 1.0
 #: Facility authpriv (10), severity notice (5), or critical (2) for events that need an operator: RFC 5424 §6.2.1.
 _SYSLOG_PRIORITY = 10 * 8 + 5
@@ -93,12 +96,13 @@ def event_of(error: BridgeError) -> str:
     return REFUSED if error.exit_code == Exit.REFUSED else FAILED
 
 
-def _issuer(certificate: x509.Certificate) -> str | None:
-    """The issuer's name; None: it can't be read, since a CA's answer is recorded before it is verified."""
-    try:
-        return name_text(certificate.issuer)
-    except UNREADABLE:
-        return None
+@lru_cache(maxsize=_REMEMBERED)
+def _facts(certificate: x509.Certificate) -> Mapping[str, str]:
+    """A new certificate's facts; without the issuer if it can't be read: a CA's answer is recorded before it is verified."""
+    found = {"certificateSha256": fingerprint(certificate), "serialNumber": serial_hex(certificate)}
+    with contextlib.suppress(*UNREADABLE):
+        found["issuer"] = name_text(certificate.issuer)
+    return found
 
 
 class Record:
@@ -151,7 +155,7 @@ class Record:
         if old is not None:
             line["previousSerialNumber"] = serial_hex(old)
         if new is not None:
-            line |= {"certificateSha256": fingerprint(new), "serialNumber": serial_hex(new), "issuer": _issuer(new)}
+            line |= _facts(new)
         self._waiting.append({key: value for key, value in line.items() if value is not None})
 
     def write(self, *, head_later: bool = False) -> None:
@@ -271,12 +275,8 @@ class _End:
     doer: Mapping[str, str]  #: The user and host of this process.
 
     @classmethod
-    def of(cls, path: Path, link: Link, doer: Mapping[str, str]) -> _End | None:
-        """The end of the file as it is now; None: it can't be looked at."""
-        try:
-            found = path.lstat()
-        except OSError:
-            return None
+    def of(cls, found: os.stat_result, link: Link, doer: Mapping[str, str]) -> _End:
+        """The end of the file as it was found."""
         return cls(
             device=found.st_dev,
             inode=found.st_ino,
@@ -285,6 +285,13 @@ class _End:
             link=link,
             doer=doer,
         )
+
+    def is_of(self, path: Path) -> bool:
+        """Whether the file ends so now; False, too, if it can't be looked at."""
+        try:
+            return self == _End.of(path.lstat(), self.link, self.doer)
+        except OSError:
+            return False
 
 
 class Chain:
@@ -301,15 +308,17 @@ class Chain:
         """Add lines, safe on disk, and return them with those about damage; after an error none was added."""
         path, end = self._store.audit, self._end
         self._end = None
-        if head_later and end is not None and end.size < self._limit and end == _End.of(path, end.link, end.doer):
+        if head_later and end is not None and end.size < self._limit and end.is_of(path):
             lines, last = _chained(events, end.link, end.doer)
-            append(path, b"".join(lines))
+            found = append(path, b"".join(lines))
         else:
-            lines, last = self._add_after_a_look(events, head_later=head_later)
-        self._end = _End.of(path, last, end.doer if end is not None else self._who()) if head_later else None
+            lines, last, found = self._add_after_a_look(events, head_later=head_later)
+        self._end = _End.of(found, last, end.doer if end is not None else self._who()) if head_later else None
         return lines
 
-    def _add_after_a_look(self, events: Sequence[Mapping[str, Any]], *, head_later: bool) -> tuple[list[bytes], Link]:
+    def _add_after_a_look(
+        self, events: Sequence[Mapping[str, Any]], *, head_later: bool
+    ) -> tuple[list[bytes], Link, os.stat_result]:
         """Add lines behind the last good one, with one write and one fsync."""
         store = self._store
         if not store.audit_head.exists() and not files(store):
@@ -323,11 +332,11 @@ class Chain:
             old = self._outdated()
             own += [_retirement(events[0], old[-1])] if old else []
         lines, last = _chained([*own, *events], last, self._who())
-        append(store.audit, b"".join(lines))
+        found = append(store.audit, b"".join(lines))
         _delete(old)  # not before the log says so
         if not head_later:
             _write_head(store, last)
-        return lines, last
+        return lines, last, found
 
     def _outdated(self) -> list[Path]:
         """The oldest files, to be deleted to make room for one more; never the newest."""

@@ -152,23 +152,25 @@ def exchange(path: Path, data: bytes, staged: Path) -> None:
     sync_directory(path.parent)
 
 
-def append(path: Path, data: bytes) -> None:
-    """Append lines to a file of ours with one write, safe on disk when this returns; an OSError: none of it is."""
-    is_new = not path.exists()
+def append(path: Path, data: bytes) -> os.stat_result:
+    """Append lines to a file of ours with one write; the file as it is then, safe on disk. An OSError: none of it is."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, SECRET_MODE)
     try:
-        os.fchmod(descriptor, SECRET_MODE)  # whatever the umask is
-        before = os.fstat(descriptor).st_size
+        before = os.fstat(descriptor)
+        if stat.S_IMODE(before.st_mode) != SECRET_MODE:  # whatever the umask is
+            os.fchmod(descriptor, SECRET_MODE)
         try:
             _write_at_once(descriptor, data)
             os.fsync(descriptor)
         except OSError:
-            os.ftruncate(descriptor, before)  # no torn line that need not be
+            os.ftruncate(descriptor, before.st_size)  # no torn line that need not be
             raise
+        after = os.fstat(descriptor)
     finally:
         os.close(descriptor)
-    if is_new:
+    if before.st_size == 0:  # it may be new
         sync_directory(path.parent)
+    return after
 
 
 def _write_at_once(descriptor: int, data: bytes) -> None:

@@ -270,18 +270,20 @@ class KeptConnection:
 def _head(method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
     if not target.isascii() or not target.isprintable() or " " in target:
         raise ValueError("wanted a target that is quoted")
-    if not all(f"{name}{value}".isprintable() for name, value in headers.items()):
-        raise ValueError("wanted headers of one line each")
     length = {} if body is None else {"Content-Length": str(len(body))}
     given = {**headers, "Accept-Encoding": "identity", **length}
-    lines = "".join(f"{name}: {value}\r\n" for name, value in given.items())
+    if not "".join([*given, *map(str, given.values())]).isprintable():
+        raise ValueError("wanted headers of one line each")
+    lines = "".join([f"{name}: {value}\r\n" for name, value in given.items()])
     return f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
 
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?\r?\n")
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*?)[ \t]*\r?\n")
+_FIELD = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)\r?\n", re.MULTILINE)
 _LENGTH = re.compile("[0-9]{1,18}")
 _MOST_FIELDS = 100
+#: The line after the fields, or the end of what comes.
+_NO_LINE = frozenset({b"\r\n", b"\n", b""})
 _NO_BODY = frozenset({*range(100, 200), HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
 
 
@@ -303,7 +305,7 @@ class _Response(HTTPResponse):
             if (found := _STATUS_LINE.fullmatch(line)) is None:
                 raise HTTPException(repr(line[:40]))
             is_old, self.status = found[1] == b"0", int(found[2])
-            self.fields = dict(self._read_fields())
+            self.fields = self._read_fields()
         coding, connection = self.fields.get("transfer-encoding"), self.fields.get("connection", "").lower()
         if coding is not None and coding.lower() != "chunked":
             raise UnreachableError("wanted no transfer encoding besides chunked, found one")
@@ -313,21 +315,20 @@ class _Response(HTTPResponse):
         has_no_end = self.length is None and not self.chunked
         self.will_close = has_no_end or ("keep-alive" not in connection if is_old else "close" in connection)
 
-    def _read_fields(self) -> Iterator[tuple[str, str]]:
-        lengths: set[str] = set()
-        count = 0
-        while (line := self.fp.readline(_SPARE_BYTES)) not in {b"\r\n", b"\n"}:
-            count += 1
-            if count > _MOST_FIELDS:
+    def _read_fields(self) -> dict[str, str]:
+        lines: list[bytes] = []
+        while (line := self.fp.readline(_SPARE_BYTES)) not in _NO_LINE:
+            lines.append(line)
+            if len(lines) > _MOST_FIELDS:
                 raise HTTPException(f"more than {_MOST_FIELDS} headers")
-            if (found := _FIELD.fullmatch(line)) is None:
-                raise HTTPException(f"{line[:40]!r} in the head")
-            name, value = found[1].decode("ascii").lower(), found[2].decode("latin-1")
-            if name == "content-length":
-                lengths.add(value)
-                if len(lengths) > 1 or not _LENGTH.fullmatch(value):  # or two readers find two ends of the body
-                    raise HTTPException("a length that is none")
-            yield name, value
+        found = _FIELD.findall(b"".join(lines).decode("latin-1"))
+        if not line or len(found) != len(lines):
+            raise HTTPException("an odd line in the head")
+        fields = [(name.lower(), value.strip(" \t")) for name, value in found]
+        lengths = {value for name, value in fields if name == "content-length"}
+        if len(lengths) > 1 or not all(map(_LENGTH.fullmatch, lengths)):  # or two readers find two ends of the body
+            raise HTTPException("a length that is none")
+        return dict(fields)
 
 
 def _body(response: HTTPResponse, longest: int) -> bytes:

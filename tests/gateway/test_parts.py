@@ -585,6 +585,39 @@ def test_what_counts_at_a_write_is_looked_at_then(tmp_path: Path) -> None:
     assert seen(time.monotonic()) == (False, "another")
 
 
+def test_a_list_of_nodes_says_for_a_while_which_are_not_there() -> None:
+    """It is not asked for anew for a node that it does not have; a look at a write, and one for a new node's own request, is."""
+    listed: list[str] = []
+    names = ["cp1"]
+
+    class Listing:
+        """An API server."""
+
+        def ask(self, _: str, path: str, **__: str) -> Reply:
+            listed.append(path)
+            if path.startswith("/api/v1/nodes?"):
+                found = {"kind": "PartialObjectMetadataList", "metadata": {}}
+                items = [{"metadata": {"name": name}} for name in names]
+                return Reply(status=200, body=json.dumps({**found, "items": items}).encode())
+            return Reply(status=200 if path.rpartition("/")[2] in names else 404, body=b"{}")
+
+    states = nodes.NodeStates(Listing())  # type: ignore[arg-type]
+    begin = time.monotonic()
+    states._looked_at([nodes._Wanted(f"w{number}", with_readiness=False) for number in range(10)])
+    assert len(listed) == 1
+
+    def exists(name: str, since: float, *, newer: bool = False) -> bool:
+        return states.state(name, since, newer=newer, with_readiness=False).exists
+
+    names.append("w11")
+    assert not exists("w11", begin)
+    assert len(listed) == 1
+    assert exists("cp1", begin)  # for one that is there, its own state counts
+    assert exists("w11", begin, newer=True)
+    assert exists("w11", time.monotonic())
+    assert listed[1:] == [f"/api/v1/nodes/{name}" for name in ("cp1", "w11", "w11")]
+
+
 # --- the lease's thread -----------------------------------------------------------------------------------------------
 
 
