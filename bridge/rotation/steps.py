@@ -37,8 +37,8 @@ from bridge.rotation.gate import Gate
 from bridge.rotation.phases import Bundle, Kind, Phase, differences, text, texts
 from bridge.rotation.places import Replaced, with_ca
 from bridge.settings.tables import Settings, for_next
-from bridge.specs import AUTHORITIES, ETCD_CA, KUBELET_CONF, SPECS, Component
 from bridge.specs import CA as CLUSTER_CA
+from bridge.specs import ETCD_CA, KUBELET_CONF, SPECS, Component
 from bridge.state import audit, backups, copies
 from bridge.state.backups import Backup
 from bridge.state.install import Replacement, install
@@ -605,14 +605,22 @@ class NoWayBackError(BridgeError):
     hint = "`ca-bridge backups` lists what there is; while both CAs are trusted nothing has to go back"
 
 
+def _has_leaves(backup: Backup, steps: Sequence[Step]) -> bool:
+    """
+    Whether a backup is one of leaves, and not of CA files and CA data alone: each has the kubeconfigs, so that these count
+    only on a node without other files of leaves, such as a worker whose kubelet has no pair of its own.
+    """
+    items = {item.spec.name: item for step in steps for item in step.ca.items}
+    has_pairs = any(not item.embedded for item in items.values())
+    return any(f.certificate in items and not (has_pairs and f.path.suffix == ".conf") for f in backup.files)
+
+
 def _backup_of(run: Run, steps: Sequence[Step]) -> Backup:
     """The newest backup that has the CA files of the phase before, with the leaves that went with them."""
     wanted = {step.ca.name: _bundles_before(step) for step in steps}
     for backup in backups.read_all(run.store)[0]:
-        has_leaves = any(
-            file.certificate not in AUTHORITIES and not file.certificate.endswith(".conf") for file in backup.files
-        )
-        if has_leaves and all(backups.cas_of(backup, name) in bundles for name, bundles in wanted.items()):
+        has_cas = all(backups.cas_of(backup, name) in bundles for name, bundles in wanted.items())
+        if has_cas and _has_leaves(backup, steps):
             return backup
     found = ", ".join(wanted)
     raise NoWayBackError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,6 +61,14 @@ def reach(settings: Settings, last: Verb | None) -> None:
         assert run(settings, verb).exit_code == 0
         if verb is last:
             break
+
+
+def as_worker(settings: Settings, pki: Pki) -> None:
+    """Leave what a worker has: its kubelet's kubeconfig, and the CA's certificate without a key."""
+    for path in [*pki.kubeconfig_dir.iterdir(), *pki.pki_dir.iterdir()]:
+        if path.name not in ("pki", "kubelet.conf", "ca.crt"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert inventory.of(settings.node).role == "worker"
 
 
 def contents(pki: Pki) -> dict[Path, bytes]:

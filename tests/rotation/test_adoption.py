@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from tests.kit.issuing import Signer
 from tests.kit.pairs import assert_pairs
 from tests.kit.pki import Pki, handmade_pki, kubeadm_pki
 from tests.kit.renewing import Quiet, settings_for
-from tests.kit.rotating import Open, contents, phases, run
+from tests.kit.rotating import Open, as_worker, contents, phases, run
 from tests.kit.tripwire import kill
 
 pytestmark = pytest.mark.usefixtures("no_process_here")
@@ -138,14 +137,6 @@ def test_until_then_no_night_asks_the_next_ca(settings: Settings) -> None:
         assert (night.exit_code, night.renewed) == (Exit.WAITING, [])
         assert all("kubeadm certs renew" in str(one.error.hint) for one in night.waiting if one.error)
     assert not Store(settings.node.state_dir).requests.exists()
-
-
-def as_worker(settings: Settings, pki: Pki) -> None:
-    """Leave what a worker has: its kubelet's kubeconfig, and the CA's certificate without a key."""
-    for path in [*pki.kubeconfig_dir.iterdir(), *pki.pki_dir.iterdir()]:
-        if path.name not in ("pki", "kubelet.conf", "ca.crt"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert inventory.of(settings.node).role == "worker"
 
 
 @pytest.mark.rotation("a worker's CA file")

@@ -48,7 +48,7 @@ from tests.kit.issuing import Signer
 from tests.kit.pairs import assert_pairs
 from tests.kit.pki import Pki, finalize, handmade_pki, kubeadm_pki
 from tests.kit.renewing import Quiet, settings_for
-from tests.kit.rotating import BACK, FORWARD, contents, phases, reach, run, with_next
+from tests.kit.rotating import BACK, FORWARD, as_worker, contents, phases, reach, run, with_next
 from tests.kit.serving import add_door, running
 from tests.kit.static_pod import attempt
 from tests.kit.tripwire import kill
@@ -386,6 +386,26 @@ def test_a_kubelets_pair_behind_its_symlink_is_no_reason_against_a_rollback(sett
     current.resolve().write_bytes(b"")
     problems = [str(one) for one in backups.problems_of(trusted, settings, inventory.of(settings.node), utc_now())]
     assert [one for one in problems if one.startswith("kubelet.conf: wanted a certificate and its private key")]
+
+
+@pytest.mark.parametrize("is_embedded", [True, False])
+def test_a_worker_comes_back_from_each_phase(pki: Pki, tmp_path: Path, is_embedded: bool) -> None:
+    """Its one certificate is the kubelet's, in the kubeconfig or behind a symlink; the second time, too."""
+    current = None if is_embedded else finalize(pki)
+    settings = with_next(pki, tmp_path)
+    as_worker(settings, pki)
+
+    def kept() -> tuple[dict[Path, bytes], bytes]:
+        return contents(pki), b"" if current is None else current.read_bytes()
+
+    before, found = kept(), []
+    for verb, phase in (*FORWARD, *BACK, *FORWARD, *BACK):
+        done = run(settings, verb, ["ca"])  # no API server is there that could be seen to take it
+        assert done.result.exit_code in (Exit.DONE, Exit.NOT_LIVE), done.result
+        assert places.look(settings, inventory.of(settings.node), ["ca"])["ca"].standing.text == phase
+        found.append(kept())
+    assert (found[5][1], found[11][1]) == (before[1], before[1])
+    assert found[5] == found[11]
 
 
 def prepared(directory: Path, verb: Verb) -> Settings:
