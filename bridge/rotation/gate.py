@@ -151,12 +151,15 @@ class Gate:
             self._assert_cluster(run, node, [step for step in steps if _asks_the_cluster(step)])
 
     def _assert_cluster(self, run: Run, node: Node, steps: Sequence[Step]) -> None:
-        """Each node has said lately that it is in the phase before, and the cluster's own objects have its CAs."""
+        """
+        Each node has said lately that it is in the phase before, and the cluster's own objects have its CAs; for the old
+        CA's certificates that come back the latter is enough, since each server is shown them.
+        """
         if not steps:
             return
         with _cluster(run, node) as api:
             every = [one for one in kubelets.nodes(api) if kubelets.name_of(one) not in self.without]
-            for step in steps:
+            for step in (one for one in steps if one.target is not Phase.TRUSTED):
                 name, now = step.ca.name, run.now()
                 words = words_of(every, name, node.bundles[CA.name], now)
                 own, has_begun = run.settings.node.node_name, step.target is Phase.ISSUED and has_asked(run, name)
@@ -201,11 +204,12 @@ def has_asked(run: Run, authority: str) -> bool:
 
 def _asks_the_cluster(step: Step) -> bool:
     """Whether a step needs the phase before on nodes and in objects; a cross certificate leads what trusts the old CA to both."""
-    change = step.ca.change
+    change, here = step.ca.change, step.ca.standing.phase
     if step.ca.name not in KEYS or change.kind is not Kind.NEW_KEY:
         return False
-    is_first_leaf = step.target is Phase.ISSUED and step.ca.standing.phase is Phase.TRUSTED and change.cross is None
-    return is_first_leaf or step.target in (Phase.OLD, Phase.NEW)
+    is_first_leaf = step.target is Phase.ISSUED and here is Phase.TRUSTED and change.cross is None
+    is_way_back = step.target is Phase.TRUSTED and here is Phase.ISSUED  # maybe from “new”, a minute ago
+    return is_first_leaf or is_way_back or step.target in (Phase.OLD, Phase.NEW)
 
 
 def words_of(
@@ -278,7 +282,7 @@ def assert_followed(api: Api, authority: str, change: Change, target: Phase, lim
         NotReadyEverywhereError: One has not; it is named, with its namespace.
         NoAnswerError: They can't be looked at.
     """
-    wanted = change.bundle(Phase.TRUSTED) if target is Phase.ISSUED else (change.new,)
+    wanted = {Phase.ISSUED: change.bundle(Phase.TRUSTED), Phase.TRUSTED: (change.old,)}.get(target, (change.new,))
     with doing("looking whether the cluster's objects have the CAs"):
         behind = wait_until(
             lambda: holders.behind(api, authority, wanted), lambda found: not found, limit, pause_seconds=_LOOK_SECONDS
@@ -286,10 +290,11 @@ def assert_followed(api: Api, authority: str, change: Change, target: Phase, lim
     if behind:
         more = [f"{len(behind) - _MOST_NAMED} more"] if len(behind) > _MOST_NAMED else []
         places = ", ".join([*behind[:_MOST_NAMED], *more])
+        again = "`ca-bridge rotate-ca trust`" if target is Phase.ISSUED else "`ca-bridge rotate-ca issue`"
         raise NotReadyEverywhereError(
             f"{authority}: wanted {texts(wanted)} in the cluster's objects, found others in {places}",
             hint="kube-root-ca.crt is written by the controller manager that leads, when it begins to: restart it; "
-            "`ca-bridge rotate-ca trust`, run again, writes cluster-info; nothing was replaced",
+            f"{again}, run again, writes cluster-info; nothing was replaced",
         )
 
 

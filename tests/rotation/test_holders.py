@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +19,10 @@ from bridge.cluster.api import Api
 from bridge.node.endpoints import Server
 from bridge.pki.certificates import pem
 from bridge.rotation import holders
-from bridge.rotation.gate import NotReadyEverywhereError, assert_followed
+from bridge.rotation.gate import Gate, NotReadyEverywhereError, assert_followed
 from bridge.rotation.holders import Held, holds
 from bridge.rotation.objects import AUTHENTICATION
-from bridge.rotation.phases import Change, Phase
+from bridge.rotation.phases import Change, Phase, Standing
 from bridge.specs import CA, ETCD_CA
 from bridge.system.waiting import wait_until
 from tests.kit import kube_api, programs
@@ -148,12 +150,46 @@ def test_a_namespace_that_is_behind_is_named_before_issue(server: ApiServer, cha
         for path, key in ((AUTHENTICATION, "client-ca-file"), (f"{CORE}/argocd/configmaps/kube-root-ca.crt", "ca.crt")):
             assert server.admin.patch(path, {"data": {key: both}}).ok
         assert_followed(api, CA.name, change, Phase.ISSUED, timedelta())
+        assert_followed(api, CA.name, change, Phase.TRUSTED, timedelta())
         assert holders.behind(api, CA.name, (change.new, OTHER)) == [
             "client-ca-file of extension-apiserver-authentication",
             "kube-root-ca.crt of argocd",
         ]
     finally:  # the server is the other tests', too
         assert server.admin.patch(AUTHENTICATION, {"data": {"client-ca-file": own}}).ok
+
+
+@pytest.mark.usefixtures("_cleared")
+def test_a_namespace_without_the_old_ca_is_named_before_its_certificates_come_back(
+    server: ApiServer, change: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `back` from “new” pods of it still trust the new CA alone; from “trusted” nothing is asked of it."""
+    both, asked = pem(change.old, change.new).decode(), list[Any]()
+    wait_until(lambda: server.admin.ask("GET", AUTHENTICATION), lambda reply: reply.ok, MINUTE, pause_seconds=0.1)
+
+    def look_once(look: Callable[[], Any], *_: object, **__: object) -> Any:
+        asked.append(look())
+        return asked[-1]
+
+    def goes_back(here: Phase) -> None:
+        ca = SimpleNamespace(name=CA.name, change=change, standing=Standing(phase=here))
+        run: Any = None
+        node: Any = SimpleNamespace(is_worker=False, is_etcd_host=False)
+        step: Any = SimpleNamespace(ca=ca, target=Phase.TRUSTED)
+        Gate().assert_open(run, node, [step])
+
+    monkeypatch.setattr("bridge.rotation.gate._cluster", lambda *_: contextlib.nullcontext(api_of(server)))
+    monkeypatch.setattr("bridge.rotation.gate.wait_until", look_once)
+    add(server, "kube-root-ca.crt", {"ca.crt": pem(change.new).decode()}, "configmaps")
+    with pytest.raises(NotReadyEverywhereError) as refused:
+        goes_back(Phase.ISSUED)
+    assert "kube-root-ca.crt of argocd" in str(refused.value)
+    assert "`ca-bridge rotate-ca issue`, run again, writes cluster-info" in refused.value.hint
+    goes_back(Phase.TRUSTED)
+    assert len(asked) == 1
+    assert server.admin.patch(f"{CORE}/argocd/configmaps/kube-root-ca.crt", {"data": {"ca.crt": both}}).ok
+    goes_back(Phase.ISSUED)
+    assert (len(asked), asked[-1]) == (2, [])
 
 
 @pytest.mark.usefixtures("_cleared")
