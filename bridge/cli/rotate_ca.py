@@ -250,7 +250,7 @@ def plan(common: Common, ca: CaOption = None) -> int:
             trouble += 1
         for phase in one.change.path[1:]:
             spared = phase is one.change.spares
-            what = _SPARED.format(costs=_COSTS[one.name][False]) if spared else _effect(node, one, phase)
+            what = _SPARED if spared else _effect(node, one, phase)
             say_sentence(f"{steps.VERBS[phase]}: {what}", "  ")
     for sentence in steps.silent_backends(settings, found.values()):
         say_verdict(sentence, "warning")
@@ -265,23 +265,23 @@ def _effect(node: Node, one: Replaced, phase: Phase, *, at_once: bool = False) -
         if phase is Phase.ISSUED or (at_once and one.standing.phase is not Phase.ISSUED)
         else (f"writes {one.state.path}" + (f" and the CA data of {len(one.confs)} kubeconfigs" if one.confs else ""))
     )
-    verifies = one.name == CA.name and phase is not Phase.ISSUED and bool(steps.readers(node, one))
-    return f"{what}; {_COSTS[one.name][phase is Phase.ISSUED]}{_VERIFIES if verifies else ''}"
+    of_trust, of_certificates = _COSTS[one.name]
+    reads_cas = phase is not Phase.ISSUED or (one.standing.phase is Phase.OLD and one.change.spares is not None)
+    verifies = _VERIFIES if reads_cas and one.name == CA.name and steps.readers(node, one) else ""
+    ends = f"; {_ENDS}" if phase is Phase.ISSUED and one.name == CA.name else ""
+    return f"{what}; {of_trust if reads_cas else of_certificates}{verifies}{ends}"
 
 
 _SPARED = (
-    "nothing to do: the cross certificate goes behind each new one, so that what trusts the old CA alone accepts it; "
-    "spared once: {costs}"
+    "nothing to do: the cross certificate goes behind each new one, so that what trusts the old CA alone accepts it"
 )
 #: What users of the cluster notice (measured on 1.37): of a change of trust, and of new certificates.
 _COSTS = {
-    "ca": (
-        "restarts the controller manager, the scheduler and the kubelet",
-        "restarts the same; `kubectl logs -f` and `kubectl exec` end once on this node's API server",
-    ),
+    "ca": ("restarts the controller manager, the scheduler and the kubelet", "restarts the same"),
     "etcd-ca": ("restarts etcd, then the API server of this node, about a minute", "restarts nothing"),
     "front-proxy-ca": ("restarts nothing", "restarts nothing"),
 }
+_ENDS = "`kubectl logs -f` and `kubectl exec` end once on this node's API server"
 
 
 #: An API server with `--kubelet-certificate-authority`; from 1.36 on it reads that file again (kubernetes/kubernetes#132922).

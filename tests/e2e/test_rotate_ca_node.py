@@ -1,4 +1,4 @@
-"""All three CAs of a real node are replaced while clients work, and the way back from each phase is walked."""
+"""All three CAs of a real node are replaced while clients work, and the way back from each phase is walked; then once more."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from bridge.cli.options import utc_now
 from bridge.errors import Exit
 from bridge.node import kubeconfig
-from bridge.pki.certificates import fingerprint, load_pem_certificates
-from bridge.pki.csr import key_block
+from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
+from bridge.pki.csr import key_block, key_pem
 from bridge.rotation import word
 from bridge.rotation.word import KEYS, Word
 from bridge.specs import AUTHORITIES, CA, Component
@@ -37,6 +37,7 @@ class Site:
 
     control_plane: LiveBridge
     worker: LiveBridge
+    made: Mapping[str, next_cas.NextCa]  #: The successors.
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield Site(
             control_plane=bridge_on(node, directory / "cp", keys, made),
             worker=bridge_on(other, directory / "w", keys, made),
+            made=made,
         )
 
 
@@ -144,12 +146,12 @@ def written_by_an_administrator(site: Site, text: str) -> None:
 
 def lie_of_the_worker(site: Site) -> str:
     """That it trusts both CAs, by its kubelet's own key."""
-    pem = site.worker.node.exec("cat", "/var/lib/kubelet/pki/kubelet-client-current.pem").stdout.encode()
+    pair = site.worker.node.exec("cat", "/var/lib/kubelet/pki/kubelet-client-current.pem").stdout.encode()
     bundle = load_pem_certificates((site.control_plane.node.pki_dir / CA.certificate_file).read_bytes())
     old, new = map(fingerprint, bundle)
     said = Word(utc_now().replace(microsecond=0), "trusted", old, (old, new))
-    key = load_pem_private_key(key_block(pem), None)
-    return word.signed(said, CA.name, object_of(site, f"{NAME}-w"), load_pem_certificates(pem), key)
+    key = load_pem_private_key(key_block(pair), None)
+    return word.signed(said, CA.name, object_of(site, f"{NAME}-w"), load_pem_certificates(pair), key)
 
 
 def test_a_worker_that_does_not_trust_the_new_ca_holds_up_issue(site: Site) -> None:
@@ -233,3 +235,43 @@ def test_drop_leaves_the_new_cas_alone(site: Site, bridge: LiveBridge, old_conf:
     wait_for("the new CAs alone for aggregated servers", lambda: all(cas_of(bridge, *place, key) == 1 for key in keys))
     logs = ("logs", "-n", "kube-system", f"kube-apiserver-{NAME}", "--tail", "1")
     wait_for("logs through the API server", lambda: bridge.node.kubectl(*logs, check=False).returncode == 0)
+
+
+@pytest.fixture(scope="module")
+def once_more(site: Site, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The tables of `next` went into those of the CAs, as the page says, which have successors with cross certificates again."""
+    directory = tmp_path_factory.mktemp("third")
+    made = next_cas.make(directory, number=3)
+    for one in (site.control_plane, site.worker):
+        one.tables = [table for table in one.tables if not table.startswith("[authority.")]
+    for name, before in site.made.items():
+        signer, new = before.signer, pem(made[name].signer.certificate)
+        path = next_cas.cross((pem(signer.certificate), key_pem(signer.key)), new, directory / "cross" / name)
+        for one in (site.control_plane, site.worker):
+            one.add(f"authority.{name}", {"backend": f"{name}-desk", "dir": before.table["dir"]})
+            one.add(f"authority.{name}.next", {**made[name].table, "cross": str(path)})
+
+
+@pytest.mark.usefixtures("once_more")
+def test_a_cross_certificate_spares_trust_on_running_nodes(site: Site, bridge: LiveBridge) -> None:
+    """
+    Components, a worker and users that trust the old CA alone go on after `issue`, and users trust the API server after
+    `drop`; the client certificates of the old CA are unknown then, as without a cross certificate.
+    """
+    kept, ours = bridge.directory / "second-admin.conf", ("--ca", "ca", "--ca", "front-proxy-ca")
+    kept.write_bytes(admin(bridge).read_bytes())
+    before = nodes.containers(bridge.node)
+    for verb, phase in (("trust", "old"), ("issue", "issued")):
+        run = bridge.run("rotate-ca", verb, *ours)
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert phases(bridge) == {"ca": phase, "etcd-ca": "old", "front-proxy-ca": phase}
+        assert ("kube-scheduler in " in run.stdout) is (verb == "issue")
+    after = nodes.containers(bridge.node)
+    assert [before[one] == after[one] for one in (Component.ETCD, Component.APISERVER)] == [True, True]
+    assert asked_by(bridge, kept) == "ok"
+    on_the_worker(site, "issue", "issued")
+    dropped = bridge.run("rotate-ca", "drop", "--ca", "ca")
+    assert dropped.returncode == 0, dropped.stdout + dropped.stderr
+    assert phases(bridge) == {"ca": "new", "etcd-ca": "old", "front-proxy-ca": "issued"}
+    assert "Unauthorized" in asked_by(bridge, kept)
+    assert asked_by(bridge, admin(bridge)) == "ok"

@@ -21,7 +21,7 @@ SECONDS = {
     "e2e/test_three_live_nodes.py": 420,
     "e2e/test_cluster_node.py": 400,
     "e2e/test_fast_motion_node.py": 365,
-    "e2e/test_rotate_ca_node.py": 250,
+    "e2e/test_rotate_ca_node.py": 295,
     "e2e/test_restart_node.py": 220,
     "e2e/test_etcd_hosts_node.py": 180,
     "e2e/test_kubelets_node.py": 150,
