@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.kit import opensslca
 from tests.kit.cas import VALIDITY, Bridge, live_certificates
 from tests.kit.issuing import Signer
 from tests.kit.openbao import OpenBao
+from tests.kit.pki import Pki
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,17 @@ def make(directory: Path, days: int = 5000, *, number: int = 2) -> dict[str, Nex
         anchor.write_bytes(pem(signer.certificate))
         made[name] = NextCa(signer=signer, table={"anchor": str(anchor), "dir": str(place)})
     return made
+
+
+def as_pki(made: Mapping[str, NextCa], directory: Path) -> Pki:
+    """Their certificates and keys as a node's CAs lie beside it, for whatever is set up with a PKI's."""
+    pki = Pki(root=directory, external=True)
+    for name, one in made.items():
+        certificate, key = pki.ca_files(name)
+        certificate.parent.mkdir(parents=True, exist_ok=True)
+        certificate.write_bytes(pem(one.signer.certificate))
+        key.write_bytes(key_pem(one.signer.key))
+    return pki
 
 
 def cross(old: tuple[bytes, bytes], new: bytes, directory: Path, days: int = 365, program: str = "openssl") -> Path:
@@ -78,5 +91,5 @@ def add_vault(bridge: Bridge, bao: OpenBao, authority: str, prefix: str, ca: Nex
         "secret_id_file": bridge.secret(f"{mount}.secret-id", secret_id),
     }
     bridge.add(f"backend.{mount}.auth", {"method": "approle", **auth})
-    table = {"backend": mount, "mount": mount, "anchor": ca.table["anchor"]}
-    bridge.add(f"authority.{authority}.next", table)
+    cas = {key: text for key, text in ca.table.items() if key != "dir"}
+    bridge.add(f"authority.{authority}.next", {"backend": mount, "mount": mount, **cas})

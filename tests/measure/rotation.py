@@ -2,12 +2,13 @@
 Three CAs at once are replaced on real machines: `python -m tests.measure.rotation`.
 
 Three control-plane nodes with stacked etcd and a worker; `ca`, `etcd-ca` and `front-proxy-ca` get successors in an OpenBao
-server, or with `--through desk` at a CA desk; with `--adopt` the old ones are kubeadm's own, with their keys on the nodes.
+server, or with `--through desk` at a CA desk; with `--adopt` the old ones are kubeadm's own, with their keys on the nodes;
+with `--cross` they certify the new ones.
 Meanwhile the clients of `rotation_clients.py` ask all API servers, a client writes and reads by whichever takes it, and
 every member of etcd is asked every 0.2 s. With `back` each phase is then gone back from; with `--kill` each command is
-killed on each node at a random moment, and typed again. Prints what took how long and what the clients saw; with `--docs`
-also into docs/evidence/rotation.md.
-Takes root, the kit's programs, and about twenty minutes on two idle cores.
+killed on each node at a random moment, and typed again. Prints what took how long and what the clients saw, after each
+phase what there is by then; with `--docs` also into docs/evidence/rotation.md.
+Takes root, the kit's programs, and about fifteen minutes on two idle cores; `back --kill` about thirty.
 """
 
 from __future__ import annotations
@@ -23,16 +24,15 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from bridge.errors import Exit
 from bridge.pki.certificates import pem
-from bridge.pki.csr import key_pem
 from bridge.specs import AUTHORITIES, CA, Component
 from tests.kit import next_cas, nodes, openbao
 from tests.kit.cas import add_vault
@@ -55,15 +55,25 @@ THERE_AND_BACK = (*FORWARD, ("back", "issued"), ("back", "trusted"), ("back", "o
 _SECONDS = 1500  #: At most, for a command on a node.
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """A command that was begun on a node, and killed."""
+
+    node: str
+    seconds: float  #: After its begin.
+    is_over: bool  #: It had ended before.
+    phases: Mapping[str, str]  #: Of each CA right afterwards, by its files.
+
+
 @dataclass(kw_only=True)
 class Step:
     """One verb on all nodes."""
 
     verb: str
     phase: str
-    keeps_old: bool  #: The old CA's certificates are good from its begin to its end.
+    valid: Sequence[str]  #: The clients that nothing may refuse from its begin to its end.
     seconds: dict[str, float] = field(default_factory=dict)  #: By node.
-    killed: list[str] = field(default_factory=list)  #: In which phase the files of a node were after each kill.
+    killed: list[Kill] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen)
     record: Record = field(default_factory=Record)
     ended: Mapping[str, int] = field(default_factory=dict)  #: Streams.
@@ -78,8 +88,9 @@ class Site:
     before: Path  #: Copies of `/etc/kubernetes`, by node.
     new: bytes  #: The new CAs, PEM.
     options: argparse.Namespace
+    steps: Sequence[tuple[str, str]]
     desk: Desk | None = None
-    pod_seconds: list[float] = field(default_factory=list)  #: Until a pod's file had both CAs, after each `trust`.
+    pod_seconds: list[float] = field(default_factory=list)  #: Until a pod's file had both CAs, after a phase with both.
 
     @property
     def control_planes(self) -> list[LiveBridge]:
@@ -94,10 +105,14 @@ class Site:
 def site(directory: Path, bao: OpenBao, options: argparse.Namespace) -> Iterator[Site]:
     """The nodes, each with its settings, and the clients."""
     keys, made = directory / "ca-keys", next_cas.make(directory / "next")
+    if options.adopt and options.cross:
+        raise SystemExit("wanted old CAs whose keys are not on the nodes for --cross, found --adopt")
     with ExitStack() as stack:
         found = _nodes(stack, None if options.adopt else keys)
         for node in found:
             stack.enter_context(door(node, urlsplit(bao.url).port or 0))
+        if options.cross:
+            made = {name: _certified(one, name, keys, directory / "cross") for name, one in made.items()}
         desk = _desk(directory, made, found[0]) if options.through == "desk" else None
         bridges = [_bridge(node, bao, keys, directory / node.name, made, desk, options) for node in found]
         before = directory / "before"
@@ -119,6 +134,9 @@ def site(directory: Path, bao: OpenBao, options: argparse.Namespace) -> Iterator
             before=before,
             new=pem(*(one.signer.certificate for one in made.values())),
             options=options,
+            steps=[
+                one for one in (THERE_AND_BACK if options.way else FORWARD) if one[0] != "trust" or not options.cross
+            ],
             desk=desk,
         )
 
@@ -153,19 +171,22 @@ def _sign_no_more(node: Node) -> None:
     wait_for("a healthy one", lambda: nodes.is_healthy(node, Component.CONTROLLER_MANAGER), seconds=180)
 
 
+def _certified(ca: NextCa, name: str, keys: Path, directory: Path) -> NextCa:
+    """The same with a cross certificate of the old CA."""
+    certificate, key = AUTHORITIES[name].certificate_file, AUTHORITIES[name].key_file
+    old = (keys / certificate).read_bytes(), (keys / key).read_bytes()
+    path = next_cas.cross(old, pem(ca.signer.certificate), directory / name)
+    return replace(ca, table={**ca.table, "cross": str(path)})
+
+
 def _desk(directory: Path, made: Mapping[str, NextCa], node: Node) -> Desk:
     """The new CAs at a desk, whose policy takes proofs by certificates of the old ones."""
-    keys, former = directory / "next-keys", []
-    for name, one in made.items():
-        place = keys / AUTHORITIES[name].base
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.with_name(f"{place.name}.crt").write_bytes(pem(one.signer.certificate))
-        place.with_name(f"{place.name}.key").write_bytes(key_pem(one.signer.key))
+    former = []
+    for name in made:
         shutil.copy(node.pki_dir / AUTHORITIES[name].certificate_file, directory / f"{name}.old.crt")
         former.append(f'{name} = "{directory}/{name}.old.crt"')
-    pki = NodePki(root=directory, external=True, keys=keys)
     policy = POLICY.replace('"cp-*"', '"rc-*"').replace("[desk]\n", f"[desk]\nformer_cas = {{ {', '.join(former)} }}\n")
-    return make_desk(directory / "desk", pki, policy=policy)
+    return make_desk(directory / "desk", next_cas.as_pki(made, directory / "next-keys"), policy=policy)
 
 
 def _bridge(
@@ -183,7 +204,7 @@ def _bridge(
     if desk is not None:
         bridge.add("backend.desk", {"type": "exchange", "outbox": str(desk.inbox), "inbox": str(desk.outbox)})
     for authority in AUTHORITIES if node.name != WORKER else [CA.name]:
-        anchor = {"anchor": made[authority].table["anchor"]}
+        anchor = {key: text for key, text in made[authority].table.items() if key != "dir"}
         if not options.adopt:
             add_vault(bridge, bao, authority, node.name)
         if desk is None:
@@ -204,26 +225,33 @@ def _bridge(
 # --- the commands ----------------------------------------------------------------------------------------------------
 
 
-def taken(found: Site, steps: Sequence[tuple[str, str]]) -> Iterator[Step]:
-    """Each verb on each node, one after the other (AssertionError: a node is not in its phase, a valid client was refused)."""
-    watch, before = [bridge.node for bridge in found.control_planes], "old"
-    for verb, phase in steps:
-        step = Step(verb=verb, phase=phase, keeps_old="new" not in (phase, before))
-        begin, ended = time.monotonic(), found.clients.ended.copy()
-        with watched(watch) as step.seen:
-            for bridge in found.bridges:
-                since = time.monotonic()
-                _typed(found, bridge, step)
-                step.seconds[bridge.node.name] = time.monotonic() - since
-        step.ended, before = found.clients.ended - ended, phase
-        step.record = found.clients.record.between(begin, time.monotonic())
-        if verb == "trust":
-            _pods_have(found, 2)
+def taken(found: Site, verb: str, phase: str, before: str) -> Step:
+    """
+    A verb on each node, one after the other, from one phase to the next.
+
+    Raises:
+        AssertionError: A node has not done it.
+    """
+    step = Step(verb=verb, phase=phase, valid=valid((before, phase), cross=found.options.cross))
+    begin, ended = time.monotonic(), found.clients.ended.copy()
+    with watched([bridge.node for bridge in found.control_planes]) as step.seen:
         for bridge in found.bridges:
-            _assert_whole(bridge, phase)
-        print(f"{verb}: {step.seconds}; killed {step.killed}; streams that ended {dict(step.ended)}", flush=True)
-        _report(step)
-        yield step
+            since = time.monotonic()
+            _typed(found, bridge, step)
+            step.seconds[bridge.node.name] = time.monotonic() - since
+    step.ended = found.clients.ended - ended
+    step.record = found.clients.record.between(begin, time.monotonic())
+    print(f"{verb}: {step.seconds}; streams that ended {dict(step.ended)}", flush=True)
+    _report(step)
+    return step
+
+
+def _settled(found: Site, step: Step) -> None:
+    """Wait as the page says, and look at each node (AssertionError: one is not in its phase)."""
+    if (step.verb, step.phase) in (found.steps[0], ("back", "issued")):  # both CAs where there was one
+        _pods_have(found, 2)
+    for bridge in found.bridges:
+        _assert_whole(bridge, step.phase)
 
 
 def _typed(found: Site, bridge: LiveBridge, step: Step) -> None:
@@ -235,8 +263,9 @@ def _typed(found: Site, bridge: LiveBridge, step: Step) -> None:
         args += ["--keys-to", str(disk)]
     if found.options.kill:
         if found.desk is not None and step.verb == "issue":
-            _run(found, bridge, args)  # it asks; what is killed installs
-        _killed(bridge, args, step)
+            _killed(bridge, args, step, 5)  # it asks
+            _run(found, bridge, args)  # the rest; what is killed next installs
+        _killed(bridge, args, step, _kill_within(found, bridge, step))
     for _ in range(6):
         run = _run(found, bridge, args)
         if run.returncode == Exit.UNAVAILABLE:
@@ -257,25 +286,38 @@ def _run(found: Site, bridge: LiveBridge, args: Sequence[str]) -> subprocess.Com
     return run
 
 
-def _killed(bridge: LiveBridge, args: Sequence[str], step: Step) -> None:
+def _kill_within(found: Site, bridge: LiveBridge, step: Step) -> float:
+    """About the seconds that a command takes; without a restart of etcd it is short."""
+    if bridge.node.name == WORKER:
+        return 4
+    keeps_cas = (step.verb, step.phase) in (("issue", "issued"), ("back", "trusted")) and found.steps[0][0] != step.verb
+    return 18 if keeps_cas else 65
+
+
+def _killed(bridge: LiveBridge, args: Sequence[str], step: Step, within: float) -> None:
     """Begin it, and kill the program at a random moment; what it had started goes on, as with a service manager."""
-    limit = 8 if bridge.node.name == WORKER else 20 if step.verb == "issue" else 80
     begin = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(bridge.run, *args, timeout=_SECONDS)
-        at = random.uniform(1, limit)  # noqa: S311 (no secret)
+        at = random.uniform(0.5, within)  # noqa: S311 (no secret)
         while not running.done() and time.monotonic() < begin + at:
             time.sleep(0.05)
+        seconds = time.monotonic() - begin
         for pid in _programs(bridge):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        code = running.result().returncode
-    status = bridge.run("rotate-ca", "status", "-o", "json")
-    phases = [
-        f"{one['name']} {one['phase']}{'+' if one['halfDone'] else ''}" for one in json.loads(status.stdout)["cas"]
-    ]
-    step.killed.append(f"{bridge.node.name} after {time.monotonic() - begin:.0f} s (exit {code}): {', '.join(phases)}")
-    print(f"killed {step.killed[-1]}", flush=True)
+        is_over = 0 <= running.result().returncode <= Exit.LOCKED
+    kill = Kill(node=bridge.node.name, seconds=seconds, is_over=is_over, phases=_phases(bridge))
+    step.killed.append(kill)
+    print(f"killed {kill}", flush=True)
+
+
+def _phases(bridge: LiveBridge) -> dict[str, str]:
+    """The phases of each CA, by the files."""
+    status = json.loads(bridge.run("rotate-ca", "status", "-o", "json").stdout)
+    return {
+        one["name"]: " → ".join(filter(None, (one["phase"] or "unknown", one["halfDone"]))) for one in status["cas"]
+    }
 
 
 def _programs(bridge: LiveBridge) -> Iterator[int]:
@@ -288,8 +330,8 @@ def _programs(bridge: LiveBridge) -> Iterator[int]:
 
 
 def _assert_whole(bridge: LiveBridge, phase: str) -> None:
-    found = json.loads(bridge.run("rotate-ca", "status", "-o", "json").stdout)["cas"]
-    if {one["phase"] for one in found} != {phase}:
+    found = _phases(bridge)
+    if set(found.values()) != {phase}:
         raise AssertionError(f"{bridge.node.name}: wanted {phase}, found {found}")
     proof = bridge.run("prove", "--wait", "120s")
     if proof.returncode != Exit.DONE:
@@ -308,16 +350,18 @@ def _pods_have(found: Site, number: int) -> None:
 # --- what was seen ---------------------------------------------------------------------------------------------------
 
 
-def valid(step: Step) -> Sequence[str]:
-    """The clients that nothing may refuse in this step."""
-    return clients.VALID_UNTIL_DROP if step.keeps_old else clients.VALID
+def valid(phases: Collection[str], *, cross: bool) -> Sequence[str]:
+    """The clients that nothing may refuse between two phases; a cross certificate leads those of the old CA to the new one."""
+    if "new" in phases:
+        return clients.VALID
+    return (*clients.VALID_UNTIL_DROP, clients.AS_IT_WAS) if cross else clients.VALID_UNTIL_DROP
 
 
 def _report(step: Step) -> None:
     record, servers = step.record, list(CONTROL_PLANES)
     for name in (*clients.VALID_UNTIL_DROP, clients.AS_IT_WAS, clients.FOLLOW):
         print(f"  {name}: { {one.value: n for one, n in record.counts(name).items()} }", flush=True)
-    for one in record.refused(*valid(step))[:10]:
+    for one in record.refused(*step.valid)[:10]:
         print(f"  REFUSED {one}", flush=True)
     gone, slow = record.dark(clients.PULSE, servers, but=[Answer.SLOW]), record.dark(clients.PULSE, servers)
     print(
@@ -342,13 +386,13 @@ def table(steps: Sequence[Step]) -> str:
     lines = [f"| {' | '.join(head)} |\n", f"|{' --- |' * len(head)}\n"]
     for step in steps:
         of_control_planes = sorted(seconds for name, seconds in step.seconds.items() if name != WORKER)
-        asked = [one for one in step.record.asked if one.client in valid(step)]
+        asked = [one for one in step.record.asked if one.client in step.valid]
         row = (
             f"`rotate-ca {step.verb}`",
             f"{of_control_planes[0]:.0f} to {of_control_planes[-1]:.0f}",
             f"{step.seconds[WORKER]:.0f}",
             f"{len(asked):,}",
-            str(len(step.record.refused(*valid(step)))),
+            str(len(step.record.refused(*step.valid))),
             str(sum(one.answer is Answer.SLOW for one in asked)),
             str(sum(one.answer is Answer.LOADING for one in asked)),
             f"{step.record.dark(clients.PULSE, list(CONTROL_PLANES), but=[Answer.SLOW]):.1f}",
@@ -388,35 +432,62 @@ def _strangers(found: Site) -> list[str]:
     return rows
 
 
-def measured(found: Site, steps: Sequence[tuple[str, str]]) -> str:
-    """All of it, as the document has it (AssertionError: not as the page of the replacement says)."""
+def measured(found: Site, keep: Callable[[str], None]) -> None:
+    """
+    All of it, as the document has it; `keep` gets what there is after each phase.
+
+    Raises:
+        AssertionError: Something is not as the page of the replacement says.
+    """
     works: list[Callable[[], None]] = list(found.clients.threads())
+    done, rows = list[Step](), list[str]()
     with ThreadPoolExecutor(len(works)) as pool:
         running = [pool.submit(work) for work in works]
         try:
-            done = list(taken(found, steps))
-            rows = _strangers(found) if done[-1].phase == "new" else []
+            for verb, phase in found.steps:
+                step = taken(found, verb, phase, done[-1].phase if done else "old")
+                done.append(step)
+                keep(seen(found, done, rows))
+                _settled(found, step)
+                if phase == "new":
+                    rows += _strangers(found)
+                    keep(seen(found, done, rows))
         finally:
             found.clients.stop.set()
     for one in running:
         one.result()
-    refused = [one for step in done for one in step.record.refused(*valid(step))]
-    seconds = sum(sum(step.seconds.values()) for step in done)
-    text = f"{table(done)}\n{by_client(done)}\n"
-    if kills := [f"- `{step.verb}`: {one}\n" for step in done for one in step.killed]:
-        text += f"Killed, and completed by the same command:\n\n{''.join(kills)}\n"
-    pods = ", ".join(f"{one:.0f} s" for one in found.pod_seconds)
-    text += (
-        f"All commands together took {seconds / 60:.0f} minutes; a pod's file had both CAs {pods} after the last `trust`.\n"
-        f"The aggregated API ended {len(found.clients.extension.refused)} handshakes of API servers.\n"
-    )
-    if rows:
-        text += f"At the end each of {len(rows)} client certificates of before was refused, with 401 or by TLS.\n"
-    print(text, flush=True)
+    refused = [one for step in done for one in step.record.refused(*step.valid)]
     assert not refused, refused[:5]
     assert not [one for step in done for one in step.seen.failed], [step.seen.failed for step in done]
     assert max(step.seen.most_down() for step in done) <= 1
+
+
+def seen(found: Site, done: Sequence[Step], rows: Sequence[str]) -> str:
+    """What was seen in the phases that are over, in Markdown."""
+    text = f"{table(done)}\n{by_client(done)}\n{kills(done)}"
+    if left := [f"`{verb}`" for verb, _ in found.steps[len(done) :]]:
+        text += f"Not seen in this run, which ended before: {', '.join(left)}.\n"
+    seconds = sum(sum(step.seconds.values()) for step in done)
+    text += f"All commands together took {seconds / 60:.0f} minutes.\n"
+    if found.pod_seconds:
+        pods = ", ".join(f"{one:.0f} s" for one in found.pod_seconds)
+        text += f"A pod's file had both CAs {pods} after the last node's `trust`, or `back` to both.\n"
+    text += f"The aggregated API ended {len(found.clients.extension.refused)} handshakes of API servers.\n"
+    if rows:
+        text += f"After `drop` each of {len(rows)} client certificates of before was refused, with 401 or by TLS.\n"
     return text
+
+
+def kills(steps: Sequence[Step]) -> str:
+    """The phases in which commands were killed, in Markdown; empty: none was."""
+    head = ("killed", "on", "after, s", *AUTHORITIES, "completed by the same command")
+    lines = [f"| {' | '.join(head)} |\n", f"|{' --- |' * len(head)}\n"]
+    every = [(step, one) for step in steps for one in step.killed]
+    for step, one in every:
+        what = f"`{step.verb}`, to “{step.phase}”{', had ended' if one.is_over else ''}"
+        row = (what, one.node, f"{one.seconds:.0f}", *(one.phases.get(name, "") for name in AUTHORITIES), "yes")
+        lines.append(f"| {' | '.join(row)} |\n")
+    return "".join([*lines, "\n"]) if every else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -425,20 +496,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("way", nargs="?", choices=["back"], help="go back from each phase, too")
     parser.add_argument("--through", choices=["bao", "desk"], default="bao", help="who has the new CAs")
     parser.add_argument("--adopt", action="store_true", help="the old CAs are kubeadm's, with their keys on the nodes")
+    parser.add_argument("--cross", action="store_true", help="the old CAs certify the new ones, and `trust` is spared")
     parser.add_argument("--kill", action="store_true", help="kill each command at a random moment once")
     parser.add_argument("--docs", action="store_true")
     options = parser.parse_args(arguments)
+    words = [f"--through {options.through}" if options.through != "bao" else "", options.way or ""]
+    words += [f"--{name}" for name in ("adopt", "cross", "kill") if getattr(options, name)]
+    command = " ".join(["python -m tests.measure.rotation", *filter(None, words), "--docs"])
+
+    def keep(text: str) -> None:
+        print(text, flush=True)
+        if options.docs:
+            write_between(DOCUMENT, f"<!-- numbers: written by `{command}` -->", text)
+
     with (
         tempfile.TemporaryDirectory() as directory,
         openbao.dev_server() as bao,
         site(Path(directory), bao, options) as found,
     ):
-        text = measured(found, THERE_AND_BACK if options.way else FORWARD)
-    if options.docs:
-        words = [f"--through {options.through}" if options.through != "bao" else "", options.way or ""]
-        words += [f"--{name}" for name in ("adopt", "kill") if getattr(options, name)]
-        command = " ".join(["python -m tests.measure.rotation", *filter(None, words), "--docs"])
-        write_between(DOCUMENT, f"<!-- numbers: written by `{command}` -->", text)
+        measured(found, keep)
 
 
 if __name__ == "__main__":

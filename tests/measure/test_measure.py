@@ -19,6 +19,7 @@ from tests.measure import (
     fleet,
     gateway,
     mutation,
+    rotation,
     rotation_clients,
     start_up,
     tested_cas,
@@ -188,3 +189,17 @@ def test_a_refusal_differs_from_a_server_that_is_away() -> None:
     words += ["net/http: TLS handshake timeout", "dial tcp 198.18.77.61:6443: connect: connection refused"]
     found = [rotation_clients.of_words(one) for one in words]
     assert found == [Answer.UNKNOWN, Answer.TLS, Answer.SLOW, Answer.AWAY]
+
+
+def test_each_kill_is_a_row() -> None:
+    """It says in which phase each CA's files were; a command that had ended says so, and without kills there is no table."""
+    killed = [
+        rotation.Kill(node="cp1", seconds=7.4, is_over=False, phases={"ca": "trusted → issued", "etcd-ca": "trusted"}),
+        rotation.Kill(node="w1", seconds=2.0, is_over=True, phases={"ca": "issued"}),
+    ]
+    step = rotation.Step(verb="issue", phase="issued", valid=[], killed=killed)
+    assert rotation.kills([step]).splitlines()[2:4] == [
+        "| `issue`, to “issued” | cp1 | 7 | trusted → issued | trusted |  | yes |",
+        "| `issue`, to “issued”, had ended | w1 | 2 | issued |  |  | yes |",
+    ]
+    assert rotation.kills([rotation.Step(verb="issue", phase="issued", valid=[])]) == ""
