@@ -120,6 +120,7 @@ def estserver(
     *,
     rate_limit: int = 0,
     allowed_hosts: Sequence[str] = (),
+    port: int = 0,
 ) -> Iterator[str]:
     """
     A running `estserver`; it answers when the block begins, and is gone afterwards.
@@ -130,12 +131,13 @@ def estserver(
         tls: Its own certificate, and the CA of client certificates, which clients need not have.
         rate_limit: Requests a second, twice as many at once; 0: none.
         allowed_hosts: In `Host`; none: any.
+        port: Of an earlier one, which has ended; 0: a free one.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "ca.crt").write_bytes(ca_pem[0])
     (directory / "ca.key").write_bytes(ca_pem[1])
     (directory / "ca.key").chmod(0o600)
-    port = free_port()
+    port = port or free_port()
     settings = {
         "mock_ca": {"certificates": str(directory / "ca.crt"), "private_key": str(directory / "ca.key")},
         "tls": {
