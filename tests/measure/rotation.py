@@ -78,6 +78,11 @@ class Step:
     record: Record = field(default_factory=Record)
     ended: Mapping[str, int] = field(default_factory=dict)  #: Streams.
 
+    @property
+    def title(self) -> str:
+        """The verb, and where `back` leads."""
+        return f"`{self.verb}`, to “{self.phase}”" if self.verb == "back" else f"`{self.verb}`"
+
 
 @dataclass(kw_only=True)
 class Site:
@@ -388,7 +393,7 @@ def table(steps: Sequence[Step]) -> str:
         of_control_planes = sorted(seconds for name, seconds in step.seconds.items() if name != WORKER)
         asked = [one for one in step.record.asked if one.client in step.valid]
         row = (
-            f"`rotate-ca {step.verb}`",
+            step.title.replace("`", "`rotate-ca ", 1),
             f"{of_control_planes[0]:.0f} to {of_control_planes[-1]:.0f}",
             f"{step.seconds[WORKER]:.0f}",
             f"{len(asked):,}",
@@ -405,7 +410,7 @@ def table(steps: Sequence[Step]) -> str:
 
 def by_client(steps: Sequence[Step]) -> str:
     """What each client was answered in each phase, in Markdown."""
-    head = ("client", *(f"`{step.verb}`" for step in steps))
+    head = ("client", *(step.title for step in steps))
     lines = [f"| {' | '.join(head)} |\n", f"|{' --- |' * len(head)}\n"]
     for name in (*clients.VALID_UNTIL_DROP, clients.AS_IT_WAS):
         cells = [_cell(step.record, name) for step in steps]
@@ -465,7 +470,7 @@ def measured(found: Site, keep: Callable[[str], None]) -> None:
 def seen(found: Site, done: Sequence[Step], rows: Sequence[str]) -> str:
     """What was seen in the phases that are over, in Markdown."""
     text = f"{table(done)}\n{by_client(done)}\n{kills(done)}"
-    if left := [f"`{verb}`" for verb, _ in found.steps[len(done) :]]:
+    if left := [f"`{verb}` to “{phase}”" for verb, phase in found.steps[len(done) :]]:
         text += f"Not seen in this run, which ended before: {', '.join(left)}.\n"
     seconds = sum(sum(step.seconds.values()) for step in done)
     text += f"All commands together took {seconds / 60:.0f} minutes.\n"
@@ -484,7 +489,7 @@ def kills(steps: Sequence[Step]) -> str:
     lines = [f"| {' | '.join(head)} |\n", f"|{' --- |' * len(head)}\n"]
     every = [(step, one) for step in steps for one in step.killed]
     for step, one in every:
-        what = f"`{step.verb}`, to “{step.phase}”{', had ended' if one.is_over else ''}"
+        what = f"{step.title}{', had ended' if one.is_over else ''}"
         row = (what, one.node, f"{one.seconds:.0f}", *(one.phases.get(name, "") for name in AUTHORITIES), "yes")
         lines.append(f"| {' | '.join(row)} |\n")
     return "".join([*lines, "\n"]) if every else ""

@@ -199,7 +199,7 @@ def test_each_kill_is_a_row() -> None:
     ]
     step = rotation.Step(verb="issue", phase="issued", valid=[], killed=killed)
     assert rotation.kills([step]).splitlines()[2:4] == [
-        "| `issue`, to “issued” | cp1 | 7 | trusted → issued | trusted |  | yes |",
-        "| `issue`, to “issued”, had ended | w1 | 2 | issued |  |  | yes |",
+        "| `issue` | cp1 | 7 | trusted → issued | trusted |  | yes |",
+        "| `issue`, had ended | w1 | 2 | issued |  |  | yes |",
     ]
     assert rotation.kills([rotation.Step(verb="issue", phase="issued", valid=[])]) == ""
