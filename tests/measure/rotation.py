@@ -8,6 +8,9 @@ Meanwhile the clients of `rotation_clients.py` ask all API servers, a client wri
 every member of etcd is asked every 0.2 s. With `back` each phase is then gone back from; with `--kill` each command is
 killed on each node at a random moment, and typed again. Prints what took how long and what the clients saw, after each
 phase what there is by then; with `--docs` also into docs/evidence/rotation.md.
+With `--older 1.34` one control-plane node and a worker are of the programs that `tests/kit/binaries.sh --older 1.34` builds,
+its API server verifies kubelets by the cluster's CA, and `trust` comes for that CA alone first: before 1.36 it reads that
+file at its start alone. A program of that version that was started before is asked, too, and its kubeadm in each phase.
 Takes root, the kit's programs, and about fifteen minutes on two idle cores; `back --kill` about thirty.
 """
 
@@ -33,13 +36,14 @@ from urllib.parse import urlsplit
 
 from bridge.errors import Exit
 from bridge.pki.certificates import pem
-from bridge.specs import AUTHORITIES, CA, Component
-from tests.kit import next_cas, nodes, openbao
-from tests.kit.cas import add_vault
+from bridge.specs import AUTHORITIES, CA, ETCD_CA, FRONT_PROXY_CA, KUBELET_SERVER, Component
+from tests.kit import next_cas, nodes, openbao, programs
+from tests.kit.cas import add_openssl, add_vault
 from tests.kit.desks import POLICY, Desk, make_desk
 from tests.kit.doors import door
 from tests.kit.next_cas import NextCa
 from tests.kit.node import AT_ONCE, Node
+from tests.kit.node import directory as node_directory
 from tests.kit.nodes import LiveBridge, NodePki, wait_for
 from tests.kit.openbao import OpenBao
 from tests.kit.watching import Seen, watched
@@ -50,9 +54,23 @@ from tests.measure.rotation_clients import Answer, Clients, Record
 DOCUMENT = Path(__file__).parents[2] / "docs/evidence/rotation.md"
 CONTROL_PLANES = {"rc-cp1": "198.18.77.61", "rc-cp2": "198.18.77.62", "rc-cp3": "198.18.77.63"}
 WORKER, WORKER_IP = "rc-w1", "198.18.77.64"
-FORWARD = (("trust", "trusted"), ("issue", "issued"), ("drop", "new"))
-THERE_AND_BACK = (*FORWARD, ("back", "issued"), ("back", "trusted"), ("back", "old"))
+OLDER_CONTROL_PLANE, OLDER_WORKER = ("ro-cp1", "198.18.77.155"), ("ro-w1", "198.18.77.156")
+#: A verb, the phase afterwards, and the CAs that are named; none: all.
+Turn = tuple[str, str, tuple[str, ...]]
+FORWARD: tuple[Turn, ...] = (("trust", "trusted", ()), ("issue", "issued", ()), ("drop", "new", ()))
+THERE_AND_BACK: tuple[Turn, ...] = (*FORWARD, ("back", "issued", ()), ("back", "trusted", ()), ("back", "old", ()))
+#: Up to the first `back` for `ca` alone: a restart for `etcd-ca` would hide one that `ca` needs.
+OLDER: tuple[Turn, ...] = (
+    ("trust", "trusted", (CA.name,)),
+    ("issue", "issued", (CA.name,)),
+    ("back", "trusted", (CA.name,)),
+    ("trust", "trusted", (ETCD_CA.name, FRONT_PROXY_CA.name)),
+    *FORWARD[1:],
+)
 _SECONDS = 1500  #: At most, for a command on a node.
+_READ_AGAIN_MINUTES = 5  #: client-go 1.36 and newer.
+#: An API server has no use for kubelets that it can't verify.
+_VERIFIES = "apiServer: {extraArgs: [{name: kubelet-certificate-authority, value: /etc/kubernetes/pki/ca.crt}]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +89,7 @@ class Step:
 
     verb: str
     phase: str
+    cas: tuple[str, ...] = ()  #: That are named; none: all.
     valid: Sequence[str]  #: The clients that nothing may refuse from its begin to its end.
     seconds: dict[str, float] = field(default_factory=dict)  #: By node.
     killed: list[Kill] = field(default_factory=list)
@@ -81,7 +100,23 @@ class Step:
     @property
     def title(self) -> str:
         """The verb, and where `back` leads."""
-        return f"`{self.verb}`, to “{self.phase}”" if self.verb == "back" else f"`{self.verb}`"
+        typed = f"`{' '.join(self.words)}`"
+        return f"{typed}, to “{self.phase}”" if self.verb == "back" else typed
+
+    @property
+    def words(self) -> list[str]:
+        """As they are typed."""
+        return [self.verb, *(word for name in self.cas for word in ("--ca", name))]
+
+    @property
+    def workers(self) -> list[str]:
+        """The nodes without a control plane."""
+        return [name for name in self.seconds if name in (WORKER, OLDER_WORKER[0])]
+
+    @property
+    def control_planes(self) -> list[str]:
+        """The others."""
+        return [name for name in self.seconds if name not in self.workers]
 
 
 @dataclass(kw_only=True)
@@ -93,14 +128,16 @@ class Site:
     before: Path  #: Copies of `/etc/kubernetes`, by node.
     new: bytes  #: The new CAs, PEM.
     options: argparse.Namespace
-    steps: Sequence[tuple[str, str]]
+    steps: Sequence[Turn]
     desk: Desk | None = None
     pod_seconds: list[float] = field(default_factory=list)  #: Until a pod's file had both CAs, after a phase with both.
+    once: str = ""  #: What a program that was started before `trust`, and names a CA file, was answered at the end.
+    once_minutes: float = 0  #: So long after its start.
 
     @property
     def control_planes(self) -> list[LiveBridge]:
         """All but the worker's."""
-        return [one for one in self.bridges if one.node.name != WORKER]
+        return self.bridges[:-1]
 
 
 # --- the cluster -----------------------------------------------------------------------------------------------------
@@ -113,13 +150,15 @@ def site(directory: Path, bao: OpenBao, options: argparse.Namespace) -> Iterator
     if options.adopt and options.cross:
         raise SystemExit("wanted old CAs whose keys are not on the nodes for --cross, found --adopt")
     with ExitStack() as stack:
-        found = _nodes(stack, None if options.adopt else keys)
-        for node in found:
+        found = _older_nodes(stack, keys) if options.older else _nodes(stack, None if options.adopt else keys)
+        for node in [] if options.older else found:
             stack.enter_context(door(node, urlsplit(bao.url).port or 0))
         if options.cross:
             made = {name: _certified(one, name, keys, directory / "cross") for name, one in made.items()}
         desk = _desk(directory, made, found[0]) if options.through == "desk" else None
         bridges = [_bridge(node, bao, keys, directory / node.name, made, desk, options) for node in found]
+        if options.older:
+            _served_by_the_ca(bridges)
         before = directory / "before"
         for node in found:
             shutil.copytree(node.kubeconfig_dir, before / node.name)
@@ -139,11 +178,14 @@ def site(directory: Path, bao: OpenBao, options: argparse.Namespace) -> Iterator
             before=before,
             new=pem(*(one.signer.certificate for one in made.values())),
             options=options,
-            steps=[
-                one for one in (THERE_AND_BACK if options.way else FORWARD) if one[0] != "trust" or not options.cross
-            ],
+            steps=_steps(options),
             desk=desk,
         )
+
+
+def _steps(options: argparse.Namespace) -> list[Turn]:
+    every = OLDER if options.older else THERE_AND_BACK if options.way else FORWARD
+    return [one for one in every if one[0] != "trust" or not options.cross]
 
 
 def _nodes(stack: ExitStack, keys: Path | None) -> list[Node]:
@@ -158,6 +200,21 @@ def _nodes(stack: ExitStack, keys: Path | None) -> list[Node]:
         if keys is None:
             _sign_no_more(node)
     return [*found, worker]
+
+
+def _older_nodes(stack: ExitStack, keys: Path) -> list[Node]:
+    kubelet = f"featureGates: {{KubeletCrashLoopBackOffMax: true}}\n{AT_ONCE}"
+    first = stack.enter_context(Node.up(*OLDER_CONTROL_PLANE, ca_dir=keys, cluster=_VERIFIES, kubelet=kubelet))
+    nodes.make_ready(first)
+    return [first, stack.enter_context(Node.worker(*OLDER_WORKER, first))]
+
+
+def _served_by_the_ca(bridges: Sequence[LiveBridge]) -> None:
+    """Kubelets that API servers can verify."""
+    for bridge in bridges:
+        run = bridge.run("renew", KUBELET_SERVER)
+        print(run.stdout, run.stderr, flush=True)
+        assert run.returncode == Exit.DONE
 
 
 def _sign_no_more(node: Node) -> None:
@@ -208,7 +265,11 @@ def _bridge(
     )
     if desk is not None:
         bridge.add("backend.desk", {"type": "exchange", "outbox": str(desk.inbox), "inbox": str(desk.outbox)})
-    for authority in AUTHORITIES if node.name != WORKER else [CA.name]:
+    for authority in AUTHORITIES if node.name not in (WORKER, OLDER_WORKER[0]) else [CA.name]:
+        if options.older:
+            add_openssl(bridge, authority)
+            bridge.add(f"authority.{authority}.next", made[authority].table)
+            continue
         anchor = {key: text for key, text in made[authority].table.items() if key != "dir"}
         if not options.adopt:
             add_vault(bridge, bao, authority, node.name)
@@ -230,38 +291,39 @@ def _bridge(
 # --- the commands ----------------------------------------------------------------------------------------------------
 
 
-def taken(found: Site, verb: str, phase: str, before: str) -> Step:
+def taken(found: Site, turn: Turn, before: str) -> Step:
     """
     A verb on each node, one after the other, from one phase to the next.
 
     Raises:
         AssertionError: A node has not done it.
     """
-    step = Step(verb=verb, phase=phase, valid=valid((before, phase), cross=found.options.cross))
+    verb, phase, cas = turn
+    step = Step(verb=verb, phase=phase, cas=cas, valid=valid((before, phase), cross=found.options.cross))
     begin, ended = time.monotonic(), found.clients.ended.copy()
     with watched([bridge.node for bridge in found.control_planes]) as step.seen:
-        for bridge in found.bridges:
+        for bridge in found.bridges if not cas or CA.name in cas else found.control_planes:
             since = time.monotonic()
             _typed(found, bridge, step)
             step.seconds[bridge.node.name] = time.monotonic() - since
     step.ended = found.clients.ended - ended
     step.record = found.clients.record.between(begin, time.monotonic())
-    print(f"{verb}: {step.seconds}; streams that ended {dict(step.ended)}", flush=True)
+    print(f"{step.title}: {step.seconds}; streams that ended {dict(step.ended)}", flush=True)
     _report(step)
     return step
 
 
 def _settled(found: Site, step: Step) -> None:
     """Wait as the page says, and look at each node (AssertionError: one is not in its phase)."""
-    if (step.verb, step.phase) in (found.steps[0], ("back", "issued")):  # both CAs where there was one
+    if (step.verb, step.phase) in (found.steps[0][:2], ("back", "issued")):  # both CAs where there was one
         _pods_have(found, 2)
     for bridge in found.bridges:
-        _assert_whole(bridge, step.phase)
+        _assert_whole(bridge, step, asks_kubeadm=bool(found.options.older) and bridge in found.control_planes)
 
 
 def _typed(found: Site, bridge: LiveBridge, step: Step) -> None:
     """The command as an operator types it until it is done."""
-    args = ["rotate-ca", step.verb]
+    args = ["rotate-ca", *step.words]
     if found.options.adopt and step.verb == "issue":
         disk = bridge.directory / "disk"
         disk.mkdir(mode=0o700, exist_ok=True)
@@ -334,13 +396,16 @@ def _programs(bridge: LiveBridge) -> Iterator[int]:
                 yield int(place.name)
 
 
-def _assert_whole(bridge: LiveBridge, phase: str) -> None:
+def _assert_whole(bridge: LiveBridge, step: Step, *, asks_kubeadm: bool) -> None:
     found = _phases(bridge)
-    if set(found.values()) != {phase}:
-        raise AssertionError(f"{bridge.node.name}: wanted {phase}, found {found}")
+    if {phase for name, phase in found.items() if not step.cas or name in step.cas} not in ({step.phase}, set()):
+        raise AssertionError(f"{bridge.node.name}: wanted {step.phase}, found {found}")
     proof = bridge.run("prove", "--wait", "120s")
     if proof.returncode != Exit.DONE:
-        raise AssertionError(f"{bridge.node.name}: {phase}\n{proof.stdout}")
+        raise AssertionError(f"{bridge.node.name}: {step.phase}\n{proof.stdout}")
+    if asks_kubeadm:
+        bridge.node.exec("kubeadm", "certs", "check-expiration")
+        bridge.node.exec("kubeadm", "init", "phase", "kubeconfig", "all")
 
 
 def _pods_have(found: Site, number: int) -> None:
@@ -350,6 +415,35 @@ def _pods_have(found: Site, number: int) -> None:
     wait_for("the CAs in a pod", lambda: clients.cas_in_pod(control_planes[0], worker) == number, seconds=400)
     found.pod_seconds.append(time.monotonic() - begin)
     clients.start_pod(control_planes, worker)
+
+
+@contextmanager
+def _started_before(node: Node) -> Iterator[Callable[[], str]]:
+    """
+    A program of this node's client-go that names the CA file, as one in a pod does, and has asked nothing before; the last
+    words of what it is answered when asked.
+    """
+    directory = node_directory() / node.name
+    conf, socket, log = (directory / f"once.{what}" for what in ("conf", "sock", "log"))
+    shutil.copy(node.kubeconfig_dir / "admin.conf", conf)
+    ca = ("--certificate-authority", "/etc/kubernetes/pki/ca.crt")
+    node.exec("kubectl", "config", "--kubeconfig", conf, "set-cluster", "kubernetes", *ca)
+    command = ("kubectl", "proxy", "--kubeconfig", conf, f"--unix-socket={socket}")
+    node.exec("sh", "-c", f'setsid "$@" >>{log} 2>&1 </dev/null & echo $! >{log}.pid', "-", *command)
+    wait_for("a program that has read its CA", socket.exists)
+
+    def ask() -> str:
+        run = subprocess.run(
+            ["curl", "-sS", "--max-time", "20", "--unix-socket", socket, "http://localhost/version"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return run.stdout + run.stderr
+
+    try:
+        yield ask
+    finally:
+        node.exec("sh", "-c", f"kill $(cat {log}.pid)", check=False)
+        socket.unlink(missing_ok=True)
 
 
 # --- what was seen ---------------------------------------------------------------------------------------------------
@@ -363,7 +457,7 @@ def valid(phases: Collection[str], *, cross: bool) -> Sequence[str]:
 
 
 def _report(step: Step) -> None:
-    record, servers = step.record, list(CONTROL_PLANES)
+    record, servers = step.record, step.control_planes
     for name in (*clients.VALID_UNTIL_DROP, clients.AS_IT_WAS, clients.FOLLOW):
         print(f"  {name}: { {one.value: n for one, n in record.counts(name).items()} }", flush=True)
     for one in record.refused(*step.valid)[:10]:
@@ -390,17 +484,17 @@ def table(steps: Sequence[Step]) -> str:
     )  # fmt: skip
     lines = [f"| {' | '.join(head)} |\n", f"|{' --- |' * len(head)}\n"]
     for step in steps:
-        of_control_planes = sorted(seconds for name, seconds in step.seconds.items() if name != WORKER)
+        of_control_planes = sorted(step.seconds[name] for name in step.control_planes)
         asked = [one for one in step.record.asked if one.client in step.valid]
         row = (
             step.title.replace("`", "`rotate-ca ", 1),
-            f"{of_control_planes[0]:.0f} to {of_control_planes[-1]:.0f}",
-            f"{step.seconds[WORKER]:.0f}",
+            " to ".join(dict.fromkeys(f"{one:.0f}" for one in (of_control_planes[0], of_control_planes[-1]))),
+            "".join(f"{step.seconds[name]:.0f}" for name in step.workers),
             f"{len(asked):,}",
             str(len(step.record.refused(*step.valid))),
             str(sum(one.answer is Answer.SLOW for one in asked)),
             str(sum(one.answer is Answer.LOADING for one in asked)),
-            f"{step.record.dark(clients.PULSE, list(CONTROL_PLANES), but=[Answer.SLOW]):.1f}",
+            f"{step.record.dark(clients.PULSE, step.control_planes, but=[Answer.SLOW]):.1f}",
             f"{step.seen.turns:,}, {len(step.seen.failed)}",
             str(step.seen.most_down()),
         )
@@ -446,15 +540,19 @@ def measured(found: Site, keep: Callable[[str], None]) -> None:
     """
     works: list[Callable[[], None]] = list(found.clients.threads())
     done, rows = list[Step](), list[str]()
-    with ThreadPoolExecutor(len(works)) as pool:
+    with ThreadPoolExecutor(len(works)) as pool, ExitStack() as stack:
         running = [pool.submit(work) for work in works]
         try:
-            for verb, phase in found.steps:
-                step = taken(found, verb, phase, done[-1].phase if done else "old")
+            node, begin = found.control_planes[0].node, time.monotonic()
+            ask = stack.enter_context(_started_before(node)) if found.options.older else None
+            for turn in found.steps:
+                step = taken(found, turn, done[-1].phase if done else "old")
                 done.append(step)
                 keep(seen(found, done, rows))
                 _settled(found, step)
-                if phase == "new":
+                if ask is not None and step.phase in ("issued", "new"):  # a file may be read again later
+                    found.once, found.once_minutes = ask(), (time.monotonic() - begin) / 60
+                if step.phase == "new":
                     rows += _strangers(found)
                     keep(seen(found, done, rows))
         finally:
@@ -463,14 +561,18 @@ def measured(found: Site, keep: Callable[[str], None]) -> None:
         one.result()
     refused = [one for step in done for one in step.record.refused(*step.valid)]
     assert not refused, refused[:5]
-    assert not [one for step in done for one in step.seen.failed], [step.seen.failed for step in done]
+    if len(found.control_planes) > 1:
+        assert not [one for step in done for one in step.seen.failed], [step.seen.failed for step in done]
+    if found.options.older:
+        assert "x509: certificate signed by unknown authority" in found.once, found.once
+        assert found.once_minutes > _READ_AGAIN_MINUTES
     assert max(step.seen.most_down() for step in done) <= 1
 
 
 def seen(found: Site, done: Sequence[Step], rows: Sequence[str]) -> str:
     """What was seen in the phases that are over, in Markdown."""
     text = f"{table(done)}\n{by_client(done)}\n{kills(done)}"
-    if left := [f"`{verb}` to “{phase}”" for verb, phase in found.steps[len(done) :]]:
+    if left := [f"`{verb}` to “{phase}”" for verb, phase, _ in found.steps[len(done) :]]:
         text += f"Not seen in this run, which ended before: {', '.join(left)}.\n"
     seconds = sum(sum(step.seconds.values()) for step in done)
     text += f"All commands together took {seconds / 60:.0f} minutes.\n"
@@ -478,8 +580,26 @@ def seen(found: Site, done: Sequence[Step], rows: Sequence[str]) -> str:
         pods = ", ".join(f"{one:.0f} s" for one in found.pod_seconds)
         text += f"A pod's file had both CAs {pods} after the last node's `trust`, or `back` to both.\n"
     text += f"The aggregated API ended {len(found.clients.extension.refused)} handshakes of API servers.\n"
+    if found.options.older:
+        text += _of_an_older_one(found)
     if rows:
         text += f"After `drop` each of {len(rows)} client certificates of before was refused, with 401 or by TLS.\n"
+    return text
+
+
+def _of_an_older_one(found: Site) -> str:
+    """The rest that was asked of it."""
+    node = found.control_planes[0].node
+    versions = [node.exec(*command).stdout.split() for command in (("kubelet", "--version"), ("etcd", "--version"))]
+    text = (
+        f"The node's programs: Kubernetes {versions[0][-1]}, etcd {versions[1][2]}; its kubeadm took the node in each phase "
+        "(`certs check-expiration`, `init phase kubeconfig all`).\n"
+    )
+    if found.once:
+        text += (
+            f"A program of its client-go that names the CA file was started before `trust`; {found.once_minutes:.0f} minutes "
+            f"later it was answered: `{found.once.strip()}`.\n"
+        )
     return text
 
 
@@ -503,9 +623,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--adopt", action="store_true", help="the old CAs are kubeadm's, with their keys on the nodes")
     parser.add_argument("--cross", action="store_true", help="the old CAs certify the new ones, and `trust` is spared")
     parser.add_argument("--kill", action="store_true", help="kill each command at a random moment once")
+    parser.add_argument("--older", choices=["1.34"], help="one control-plane node and a worker of this version")
     parser.add_argument("--docs", action="store_true")
     options = parser.parse_args(arguments)
-    words = [f"--through {options.through}" if options.through != "bao" else "", options.way or ""]
+    if options.older:
+        if options.way or options.adopt or options.cross or options.kill or options.through != "bao":
+            parser.error("--older has a way of its own, through `openssl ca`")
+        os.environ["KUBE_BIN_DIR"] = f"{programs.directory()}-{options.older}"
+        os.environ["KUBE_NODE_DIR"] = f"{node_directory()}-{options.older}"  # whose images are no other node's
+        if text := programs.lacking(["kubeadm", "curl"]):
+            parser.error(f"{text} --older {options.older}")
+    words = [f"--older {options.older}" if options.older else ""]
+    words += [f"--through {options.through}" if options.through != "bao" else "", options.way or ""]
     words += [f"--{name}" for name in ("adopt", "cross", "kill") if getattr(options, name)]
     command = " ".join(["python -m tests.measure.rotation", *filter(None, words), "--docs"])
 
