@@ -412,6 +412,12 @@ def _pods_have(found: Site, number: int) -> None:
     """As the page says: wait until a pod's own file has the CAs, then start anew what reads it once."""
     control_planes, worker = [one.node for one in found.control_planes], found.bridges[-1].node
     begin = time.monotonic()
+    root_ca = ("get", "configmap", "kube-root-ca.crt", "-o", "jsonpath={.data}")
+    wait_for(
+        "the CAs in the object that pods read",  # a pod's file may still be of the phase before the last
+        lambda: control_planes[0].kubectl(*root_ca, check=False).stdout.count("BEGIN CERTIFICATE") == number,
+        seconds=180,
+    )
     wait_for("the CAs in a pod", lambda: clients.cas_in_pod(control_planes[0], worker) == number, seconds=400)
     found.pod_seconds.append(time.monotonic() - begin)
     clients.start_pod(control_planes, worker)
