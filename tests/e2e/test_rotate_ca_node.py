@@ -260,14 +260,13 @@ def test_a_cross_certificate_spares_trust_on_running_nodes(site: Site, bridge: L
     """
     kept, ours = bridge.directory / "second-admin.conf", ("--ca", "ca", "--ca", "front-proxy-ca")
     kept.write_bytes(admin(bridge).read_bytes())
-    before = nodes.containers(bridge.node)
     for verb, phase in (("trust", "old"), ("issue", "issued")):
         run = bridge.run("rotate-ca", verb, *ours)
         assert run.returncode == 0, run.stdout + run.stderr
         assert phases(bridge) == {"ca": phase, "etcd-ca": "old", "front-proxy-ca": phase}
         assert ("kube-scheduler in " in run.stdout) is (verb == "issue")
-    after = nodes.containers(bridge.node)
-    assert [before[one] == after[one] for one in (Component.ETCD, Component.APISERVER)] == [True, True]
+        assert "etcd in " not in run.stdout
+        assert "kube-apiserver in " not in run.stdout
     assert asked_by(bridge, kept) == "ok"
     on_the_worker(site, "issue", "issued")
     dropped = bridge.run("rotate-ca", "drop", "--ca", "ca")
