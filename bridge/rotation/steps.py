@@ -494,8 +494,9 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
         return dataclasses.replace(file, data=with_ca(file.path, file.data, bundles[CLUSTER_CA.name]))
 
     def accepted(proven: Sequence[Proven]) -> None:
-        if gate.emergency:  # no phase before has restarted what reads a CA at its start alone
-            _owe_reading(run, going_on, node, steps, ())
+        # no phase before has restarted what reads a CA at its start alone
+        if first := [step for step in steps if gate.emergency or step.ca.standing.phase is Phase.OLD]:
+            _owe_reading(run, going_on, node, first, ())
         assert_signed_by_it(settings, ours, proven)
         gate.assert_accepted(run, node, {one.name: (pem(*one.chain), one.prepared.key_pem) for one in proven})
 

@@ -29,8 +29,9 @@ from bridge.rotation.phases import Change, Phase
 from bridge.rotation.steps import Verb
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
-from bridge.specs import AUTHORITIES, EKU
+from bridge.specs import AUTHORITIES, EKU, Component
 from bridge.state import backups
+from bridge.state.obligations import unproven_file
 from bridge.state.store import Store
 from bridge.users import UserOrder, issue
 from tests.kit import next_cas, openbao
@@ -92,6 +93,26 @@ def test_each_new_certificate_has_it_also_at_night_and_at_the_end(settings: Sett
             assert item.certificates[-1] == wanted[item.spec.authority.name], item.spec.name
             assert len(item.certificates) == 2
     assert renew.run(settings, RunOptions(), utc_now, Quiet())[0].renewed == []
+
+
+@pytest.mark.parametrize("cross", [True, False])
+def test_issue_restarts_what_reads_a_ca_at_its_start_alone(pki: Pki, tmp_path: Path, cross: bool) -> None:
+    """An API server reads etcd's CA then, which no phase before has changed; after `trust` it has read it already."""
+    settings = with_next(pki, tmp_path, cross=cross)
+    by_hand = dataclasses.replace(settings, restart=dataclasses.replace(settings.restart, method="none"))
+    path = pki.kubeconfig_dir / "manifests/kube-apiserver.yaml"
+    path.parent.mkdir()
+    container = "{name: kube-apiserver, image: 'registry.k8s.io/kube-apiserver:v1.37.2', command: [kube-apiserver]}"
+    path.write_text(
+        f"apiVersion: v1\nkind: Pod\nmetadata: {{name: kube-apiserver}}\nspec: {{containers: [{container}]}}\n"
+    )
+    owed = unproven_file(Store(settings.node.state_dir))
+    for verb in (Verb.ISSUE,) if cross else (Verb.TRUST, Verb.ISSUE):
+        owed.path.unlink(missing_ok=True)
+        run(by_hand, verb, ["etcd-ca"])
+    assert phases(settings)["etcd-ca"] == "issued"
+    left = owed.read()
+    assert (left is not None and Component.APISERVER in left.to_restart) is cross
 
 
 @pytest.mark.rotation("kubeconfigs for people")
