@@ -8,7 +8,6 @@ https://developer.hashicorp.com/vault/api-docs/secret/pki.
 from __future__ import annotations
 
 import ssl
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -226,7 +225,8 @@ class VaultBackend:
     def is_revoked(self, certificate: x509.Certificate) -> bool:
         """Look it up by its number, without a token; False as well for a certificate that the mount did not store."""
         number = f"{certificate.serial_number:x}"
-        pairs = textwrap.wrap(number.zfill(len(number) + len(number) % 2), 2)
+        digits = number.zfill(len(number) + len(number) % 2)
+        pairs = [digits[place : place + 2] for place in range(0, len(digits), 2)]
         answer = self._server.send("get", f"{_path(self._settings.mount)}/cert/{'-'.join(pairs)}")
         if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
             return False

@@ -29,10 +29,11 @@ from cryptography import x509
 
 from bridge.door import enrolments
 from bridge.door.enrolments import Enrolment
+from bridge.door.signing import Judged
 from bridge.door.store import DatabaseError, EnrolmentError, Kept, Memory
 from bridge.errors import BridgeError
 from bridge.pki.bundle import BundleError, RequestBundle
-from bridge.pki.bundle_format import digest, loads_request
+from bridge.pki.bundle_format import loads_digested
 from bridge.pki.certificates import pem
 from bridge.system.waiting import Rate
 from bridge.words import one_line
@@ -96,27 +97,27 @@ class Door:
         quota: Quota,
         now: Callable[[], datetime],
         *,
-        refuses: Callable[[RequestBundle, frozenset[str]], str],
+        judged: Callable[[RequestBundle, frozenset[str]], Judged],
         judges: Callable[[RequestBundle], bool],
         authorities: Iterable[str],
         chain: Callable[[str], Sequence[x509.Certificate]],
         pages: Mapping[str, Callable[[], tuple[int, str]]],
     ) -> None:
         """
-        `refuses` says why nothing of a bundle can be signed, if so, and `judges` whether it could look at all of it;
+        `judged` says why nothing of a bundle can be signed, if so, and `judges` whether it could look at all of it;
         `chain` has an authority's CA certificates, as far as it was reached; `pages` are those for monitors, by path.
         """
         self._memory = memory
         self._quota = quota
         self._now = now
-        self._refuses = refuses
+        self._judged = judged
         self._judges = judges
         self._rate = Rate(quota.a_minute_per_peer)
         self._authorities = sorted(authorities)
         self._chain = chain
         self._pages = pages
-        #: Is given each new request, as it was kept and as it was read.
-        self.received: Callable[[bytes, RequestBundle], object] = lambda *_: None
+        #: Is given each new request, as it was kept and as it was judged.
+        self.received: Callable[[bytes, Judged], object] = lambda *_: None
         #: Called with the peer and the id of each new request.
         self.brought: Callable[[Environ, str], object] = lambda *_: None
         self._mutex = threading.Lock()
@@ -212,10 +213,9 @@ class Door:
         if isinstance(data, Reply):
             return data
         try:
-            bundle = loads_request(data)
+            bundle, asked = loads_digested(data)
         except BundleError as e:
             return Reply.error(HTTPStatus.BAD_REQUEST, e)
-        asked = digest(bundle)
         kept = self._memory.find_digest(asked)
         if kept is None:
             received = self._receive(environ, data, bundle, asked)
@@ -234,14 +234,15 @@ class Door:
         peer = str(environ.get("REMOTE_ADDR", ""))
         try:
             used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), bundle, asked)
-            if reason := self._refuses(bundle, frozenset(used.vouches(bundle) if used is not None else ())):
-                return _refused(bundle, asked, peer, reason)
+            judged = self._judged(bundle, frozenset(used.vouches(bundle) if used is not None else ()))
+            if judged.refused:
+                return _refused(bundle, asked, peer, judged.refused)
             if (refused := self.too_many(peer, is_judged=self._judges(bundle))) is not None:
                 return refused
             who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
             number = used.id if used is not None else None
             request_id = self._memory.receive(data, digest=asked, now=self._now(), enrolment=number, **who)
-            self.received(data, bundle)
+            self.received(data, judged)
             self.brought(environ, request_id)
         except EnrolmentError as e:
             return _refused(bundle, asked, peer, e)

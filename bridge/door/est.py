@@ -222,7 +222,7 @@ class Est:
                 return str(e)
         vouched = [request.name] if used is None else used.vouches(bundle)
         reason = origin_problem(asker, request, bundle.node, signing.policy, signing.cas)
-        return reason or signing.refuses(bundle, frozenset(vouched), held=asker.renews)
+        return reason or signing.judged(bundle, frozenset(vouched), held=asker.renews).refused
 
     def _found(self, request_id: str) -> Kept:
         kept = self._memory.find(request_id)

@@ -86,7 +86,7 @@ class Service:
             self.memory,
             quota,
             now,
-            refuses=self._signing.refuses,
+            judged=self._signing.judged,
             judges=self._signing.judges,
             authorities=settings.authorities,
             chain=lambda name: self._signing.chains.get(name, ()),

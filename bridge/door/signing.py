@@ -15,7 +15,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
@@ -30,7 +30,7 @@ from bridge.desk.est_rules import Asker, asker_problem
 from bridge.desk.files import Received, books_open, load_answer_key, load_policy
 from bridge.desk.policy import Policy, PolicyVerdict
 from bridge.desk.records import Answered, Archive, Journal, archive_directory
-from bridge.desk.workers import Judgement, verdicts
+from bridge.desk.workers import Judgement, ReadAhead, ReadBundle, verdicts
 from bridge.door import enrolments, turns
 from bridge.door.doors import Doors
 from bridge.door.store import TO_SIGN, DatabaseError, DecisionRow, IssuedRow, Kept, Memory
@@ -50,7 +50,9 @@ log = logging.getLogger("ca-bridge")
 #: Requests of a round; the answers of a round are there together.
 _MOST = 200
 #: Bundles that are kept in memory, as they were read when they came, and the longest of them.
-_MOST_READ, _LONGEST_READ_BYTES = 2 * _MOST, 64 << 10
+_MOST_READ, _LONGEST_READ_BYTES = 3 * _MOST, 64 << 10
+#: A judgement of when a request came counts in a round for so long; a limit of the policy has hours, or days.
+_FRESH = timedelta(minutes=1)
 #: After this time CAs are reached anew, since their certificates and our rights may have changed.
 _OPEN_SECONDS = 300.0
 #: For a `sign` that works on the same state directory.
@@ -69,6 +71,16 @@ class OwnClusterError(BridgeError):
 
     exit_code = Exit.REFUSED
     hint = "run it outside of the cluster, as a CA desk: nodes must get certificates while their cluster does not work"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A bundle as it was read and judged when it came."""
+
+    bundle: RequestBundle
+    refused: str = ""  #: Why no request of it can be signed; empty: some may be, or a CA is not there to say it.
+    by: Judgement | None = None  #: By what it was judged; None: the CAs were not there yet.
+    verdicts: Mapping[str, PolicyVerdict] = field(default_factory=dict)  #: By certificate name.
 
 
 class Signing:
@@ -102,7 +114,7 @@ class Signing:
         #: Each CA's certificates as they were found last, for those who verify what it signs; from any thread.
         self.chains: Mapping[str, tuple[x509.Certificate, ...]] = {}
         #: Bundles of requests that came lately, by the bytes that they were read from.
-        self._read: dict[bytes, RequestBundle] = {}
+        self._read: dict[bytes, Judged] = {}
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
 
     def look(self) -> None:
@@ -118,17 +130,21 @@ class Signing:
         # a CA that is down now has the certificates that it had
         self._judgement = replace(desk.judgement(), cas=self.cas)
 
-    def refuses(self, bundle: RequestBundle, without_proof: frozenset[str] = frozenset(), *, held: bool = False) -> str:
+    def judged(
+        self, bundle: RequestBundle, without_proof: frozenset[str] = frozenset(), *, held: bool = False
+    ) -> Judged:
         """
-        Why no request of a bundle can be signed, from any thread; empty: some may be, or a CA is not there to say it.
+        The desk's judgement before a request is kept, from any thread: a client that proves nothing fills no disk.
 
-        It is the desk's judgement, before a request is kept: a client that proves nothing fills no disk.
         Those in `without_proof` need no continuity proof; `held` as in `bridge.desk.policy.judge`.
         """
         by = self._judgement
         if by is not None:
             by = replace(by, now=self._now(), without_proof=without_proof)
         found = verdicts(bundle, by, held=held) if by is not None else {}
+        return Judged(bundle=bundle, refused=self._refused(bundle, found), by=by, verdicts=found)
+
+    def _refused(self, bundle: RequestBundle, found: Mapping[str, PolicyVerdict]) -> str:
         reasons = dict[str, str]()
         for request in bundle.requests:
             verdict = found.get(request.name)
@@ -146,16 +162,29 @@ class Signing:
         ours = self._settings.authorities
         return all(one.authority in self.cas or one.authority not in ours for one in bundle.requests)
 
-    def expect(self, data: bytes, bundle: RequestBundle) -> None:
-        """Keep a bundle that a round will want, so that it is not read twice; from any thread."""
+    def expect(self, data: bytes, judged: Judged) -> None:
+        """Keep a bundle that a round will want, so that it is not read and judged twice; from any thread."""
         if len(self._read) >= _MOST_READ:  # other doors signed them, or people refused them
             self._read.clear()
         if len(data) <= _LONGEST_READ_BYTES:
-            self._read[data] = bundle
+            self._read[data] = judged
 
-    def _bundle(self, one: Kept) -> RequestBundle:
+    def _taken(self, one: Kept) -> Judged:
         """The bundle of a request (BundleError); it is the database's content that is signed."""
-        return self._read.pop(one.bundle, None) or loads_request(one.bundle)
+        return self._read.pop(one.bundle, None) or Judged(bundle=loads_request(one.bundle))
+
+    def _foreseen(self, judged: Judged, request_digest: str) -> ReadAhead | None:
+        """
+        The verdicts of when a request came, where judging it now would find the same: by the same policy and CAs, with
+        nothing waived, moments ago. Whether a certificate is revoked is no part of them, and is asked in each round.
+        """
+        by, now = judged.by, self._judgement
+        if by is None or now is None or abs(self._now() - by.now) > _FRESH:
+            return None
+        if (by.policy, by.cas, by.without_proof) != (now.policy, now.cas, frozenset()):
+            return None
+        read = ReadBundle(bundle=judged.bundle, digest=request_digest, verdicts=judged.verdicts)
+        return ReadAhead(number=0, chunk=0, read=read)
 
     def round(self) -> Next:
         """Judge and sign what waits."""
@@ -244,7 +273,8 @@ class Signing:
         used = enrolments.for_requests(self._memory, [one.id for one in kept])
         for one in kept:
             try:
-                bundle = self._bundle(one)
+                judged = self._taken(one)
+                bundle = judged.bundle
                 received = Received(
                     bundle=bundle, digest=one.digest, data=one.bundle, label=f"request {one.digest[:16]}", where=one.id
                 )
@@ -253,6 +283,8 @@ class Signing:
                 job.answered = {**self._answered(bundle), **job.answered}
                 if one.origin is not None:
                     prove(job, one, self._policy, self.cas)
+                elif not job.vouched:
+                    job.ahead = self._foreseen(judged, one.digest)
                 job.standing = self.standing(one, bundle)
                 yield job
             except (BundleError, DatabaseError) as e:  # it was whole when it came

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
@@ -16,12 +18,14 @@ from alembic.migration import MigrationContext
 
 from bridge.cli import serve
 from bridge.contract import Issued
+from bridge.desk.policy import PolicyVerdict
+from bridge.desk.workers import Judgement
 from bridge.door.app import Door, Quota
 from bridge.door.doors import Doors
-from bridge.door.signing import Signing
+from bridge.door.signing import Judged, Signing
 from bridge.door.store import METADATA, DatabaseError, IssuedRow, Memory, Unanswered, sqlite_url
 from bridge.errors import Exit
-from bridge.pki.bundle import RequestBundle
+from bridge.pki.bundle import Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.settings.load import load
 from bridge.specs import AUTHORITIES
@@ -171,7 +175,7 @@ def make_application(memory: Memory, *, is_judged: bool = True, a_minute: int = 
         memory,
         quota,
         now,
-        refuses=lambda *_: "",
+        judged=lambda found, _: Judged(bundle=found),
         judges=lambda _: is_judged,
         authorities=AUTHORITIES,
         chain=lambda _: (),
@@ -275,6 +279,42 @@ def test_an_answer_that_can_not_be_remembered_is_found_in_the_archive(
     assert (second, memory.counts()) == ("idle", {"answered": 1})
     assert signing.outcomes == {"again": 1}
     assert len(desk.issued()) == 1
+
+
+#: What may have changed since a request was judged, so that it has to be judged anew.
+CHANGES: dict[str, Callable[[Judgement], Judgement]] = {
+    "nothing": lambda by: by,
+    "the policy": lambda by: replace(by, policy=replace(by.policy, approvals=replace(by.policy.approvals, count=2))),
+    "a CA": lambda by: replace(by, cas={}),
+    "the time": lambda by: replace(by, now=by.now - timedelta(minutes=2)),
+    "an enrolment": lambda by: replace(by, without_proof=frozenset({"apiserver"})),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_judgement_counts_in_the_round_while_nothing_has_changed(
+    desk: Desk, memory: Memory, bundle: RequestBundle, what: str
+) -> None:
+    """A refusal that the policy does not give is taken over, or else the request is judged again, and signed."""
+    data = dumps(bundle)
+    place = memory.receive(
+        data, digest=digest(bundle), node=bundle.node, cluster=bundle.cluster, peer="192.0.2.1", now=now()
+    )
+    signing = Signing(load(desk.config), memory, desk.policy, now)
+    signing.look()
+    judged = signing.judged(bundle)
+    assert judged.by is not None
+    assert not judged.refused
+    refused = PolicyVerdict(problems=("judged when it came",), proven=True)
+    signing.expect(data, replace(judged, by=CHANGES[what](judged.by), verdicts={"apiserver": refused}))
+    signing.round()
+    signing.close()
+
+    kept = memory.find(place)
+    assert kept is not None
+    assert kept.answer is not None
+    answer = loads_answer(kept.answer).answers["apiserver"]
+    assert isinstance(answer, Refusal if what == "nothing" else Issued)
 
 
 # --- the extra --------------------------------------------------------------------------------------------------------
