@@ -1,4 +1,4 @@
-"""The next CA is behind a CMP registration authority, or behind EST, and a PKI that the real kubeadm made gets it."""
+"""The next CA is behind cfssl, a CMP registration authority, or EST, and a PKI that the real kubeadm made gets it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from bridge.settings import load
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from bridge.system.waiting import wait_until
-from tests.kit import cmp, est, next_cas
-from tests.kit.cas import Bridge
+from tests.kit import cfssl, cmp, est, next_cas
+from tests.kit.cas import VALIDITY, Bridge, live_certificates
 from tests.kit.desks import POLICY
 from tests.kit.est_door import NAMES, EstDoor, make_est_door
 from tests.kit.next_cas import NextCa
@@ -89,6 +89,24 @@ def behind_doors(site: Site, directory: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def behind_cfssl(site: Site, directory: Path) -> Iterator[None]:
+    """A `cfssl serve` for each CA, as `setup cfssl` has it: six."""
+    live = live_certificates(site.pki)
+    with contextlib.ExitStack() as stack:
+        for name, one in site.made.items():
+            cas = {name: site.pki.ca_pem(name), f"{name}-2": (pem(one.signer.certificate), key_pem(one.signer.key))}
+            for backend, ca_pem in cas.items():
+                place = directory / "cfssl" / backend
+                place.mkdir(parents=True)
+                server = cfssl.serve_authority(place, AUTHORITIES[name], live, VALIDITY, ca_pem=ca_pem)
+                table = stack.enter_context(server)
+                site.bridge.add(f"backend.{backend}", {"type": "cfssl", "timeout": "20s", **table})
+            site.bridge.add(f"authority.{name}", {"backend": name})
+            site.bridge.add(f"authority.{name}.next", {"anchor": one.table["anchor"], "backend": f"{name}-2"})
+        yield
+
+
 def est_door(directory: Path, pki: Pki, settings: Settings) -> EstDoor:
     """One with these CAs, for all certificates of the node, each of which an agent may ask for."""
     labels = [
@@ -110,6 +128,7 @@ def answered(settings: Settings, verb: Verb) -> Done:
     ("behind", "walk"),
     [
         pytest.param(behind_cmp, (*FORWARD, *BACK, *FORWARD), marks=pytest.mark.kube("cmp-ra"), id="cmp"),
+        pytest.param(behind_cfssl, (*FORWARD, *BACK), marks=pytest.mark.kube("cfssl"), id="cfssl"),
         pytest.param(behind_doors, (*FORWARD, *BACK), id="est"),
     ],
 )
