@@ -323,7 +323,8 @@ class _Response(HTTPResponse):
                 raise HTTPException(f"more than {_MOST_FIELDS} headers")
         found = _FIELD.findall(b"".join(lines).decode("latin-1"))
         if not line or len(found) != len(lines):
-            raise HTTPException("an odd line in the head")
+            odd = next((one for one in lines if not _FIELD.fullmatch(one.decode("latin-1"))), line)
+            raise HTTPException(f"{odd[:40]!r} in the head")
         fields = [(name.lower(), value.strip(" \t")) for name, value in found]
         lengths = {value for name, value in fields if name == "content-length"}
         if len(lengths) > 1 or not all(map(_LENGTH.fullmatch, lengths)):  # or two readers find two ends of the body

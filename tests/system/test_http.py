@@ -133,6 +133,13 @@ def test_what_is_no_whole_answer_is_none(text: bytes) -> None:
         assert not connection.is_kept
 
 
+def test_an_odd_line_of_a_head_is_named() -> None:
+    """An administrator reads which line it is, and not only that there is one."""
+    text = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nlog in first\r\nX: a\r\n\r\nhello"
+    with server(says(text)) as connection, pytest.raises(UnreachableError, match=r"log in first.* in the head"):
+        ask(connection)
+
+
 def test_a_body_that_breaks_off_leaves_its_status() -> None:
     """The status of an error says enough."""
     with server(says(b"HTTP/1.1 403 No\r\nContent-Length: 9\r\n\r\n{")) as connection:
