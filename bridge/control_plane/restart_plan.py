@@ -70,13 +70,15 @@ class Reader(NamedTuple):
     certificate: str  #: By its checks it is seen whether the component has read the file.
 
 
+#: From this version on clients of Kubernetes read the file with their servers' CA again (kubernetes/kubernetes#132922).
+READS_AGAIN = (1, 36)
 #: Files with CAs that a component reads at its start alone: the flag, a certificate that shows its use, and the version
-#: that reads the file again (etcd-io/etcd#11555 is open; kubernetes/kubernetes#132922, which 1.34 and 1.35 do not have).
+#: that reads the file again (etcd-io/etcd#11555 is open).
 _READ_ONCE = (
     (Component.ETCD, "--trusted-ca-file", "etcd-server", None),
     (Component.ETCD, "--peer-trusted-ca-file", "etcd-peer", None),
     (Component.APISERVER, "--etcd-cafile", "apiserver-etcd-client", None),
-    (Component.APISERVER, "--kubelet-certificate-authority", "apiserver-kubelet-client", (1, 36)),
+    (Component.APISERVER, "--kubelet-certificate-authority", "apiserver-kubelet-client", READS_AGAIN),
 )
 
 

@@ -61,10 +61,14 @@ def parse(component: Component, data: bytes) -> Manifest:
     """Read a manifest."""
     own = container(document(split_bom(data)[1]), component.value)
     words = [word.text() for key in ("command", "args") if (listed := own.get(key)) for word in listed.items()]
-    tag = _TAG.search(_text(own.get("image")).partition("@")[0])
-    return Manifest(
-        flags=flags_of(words), version=(int(tag[2]), int(tag[3])) if tag else None, tag=tag[1] if tag else ""
-    )
+    tag, version = tag_of(_text(own.get("image")))
+    return Manifest(flags=flags_of(words), version=version, tag=tag)
+
+
+def tag_of(image: str) -> tuple[str, tuple[int, int] | None]:
+    """The tag of an image, which a digest may follow, and its version; empty and None where the tag begins with none."""
+    found = _TAG.search(image.partition("@")[0])
+    return ("", None) if found is None else (found[1], (int(found[2]), int(found[3])))
 
 
 def pod(root: YamlNode) -> YamlNode:

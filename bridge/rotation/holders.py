@@ -24,11 +24,12 @@ from bridge.cluster import kubeadm
 from bridge.cluster.access import items
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import neighbours
+from bridge.control_plane.restart_plan import READS_AGAIN
 from bridge.node import kubeconfig
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
+from bridge.node.manifests import tag_of
 from bridge.pki.certificates import load_pem_certificates, pem
-from bridge.pki.kubeadm_names import parse_release
 from bridge.rotation.objects import AUTHENTICATION
 from bridge.rotation.phases import Bundle, Change, Phase
 from bridge.settings.tables import Settings
@@ -65,8 +66,6 @@ _TRUST_BUNDLES = [
 _PROXIES = "/api/v1/namespaces/kube-system/pods?labelSelector=k8s-app%3Dkube-proxy"
 _CA_OF_PROXIES = f"/api/v1/namespaces/kube-system/configmaps/{_ROOT_CA}"
 _RESTART_PROXIES = "kubectl -n kube-system rollout restart daemonset kube-proxy"
-#: client-go's from this version on reads a CA file again (kubernetes/kubernetes#132922).
-_READS_AGAIN = (1, 36)
 #: Where others keep a CA by which the API server verifies them, in `caBundle`.
 _CALLED = (
     _Kind("ValidatingWebhookConfiguration", "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"),
@@ -258,8 +257,8 @@ def _proxies(api: Api, bundle: Bundle) -> Iterator[Held]:
     late = []
     for pod in api.every(_PROXIES, _PAGE):
         for one in items(_mapping(pod, "status"), "containerStatuses"):
-            release = parse_release(str(one.get("image")).rpartition(":")[2])
-            is_old = release is None or release[:2] < _READS_AGAIN
+            _, version = tag_of(str(one.get("image")))
+            is_old = version is None or version < READS_AGAIN
             started = _time(_mapping(one, "state", "running").get("startedAt"))
             if is_old and started is not None and since is not None and started < since:
                 late.append(one_line(str(_mapping(pod, "spec").get("nodeName"))))

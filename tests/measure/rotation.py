@@ -37,6 +37,7 @@ from urllib.parse import urlsplit
 from bridge.errors import Exit
 from bridge.pki.certificates import pem
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, FRONT_PROXY_CA, KUBELET_SERVER, Component
+from bridge.state.store import Store
 from tests.kit import next_cas, nodes, openbao, programs
 from tests.kit.cas import add_openssl, add_vault
 from tests.kit.desks import POLICY, Desk, make_desk
@@ -347,7 +348,7 @@ def _typed(found: Site, bridge: LiveBridge, step: Step) -> None:
 
 def _is_back(bridge: LiveBridge, step: Step) -> bool:
     """Whether `back` had come to its end: each CA is in its phase, and the program remembers no way that it is on."""
-    is_on_its_way = (bridge.directory / "state/going-back.json").exists()
+    is_on_its_way = Store(bridge.directory / "state").going_back.exists()
     return not is_on_its_way and set(_phases(bridge).values()) == {step.phase}
 
 

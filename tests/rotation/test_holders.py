@@ -264,7 +264,14 @@ def test_what_the_controller_manager_keeps_is_behind_until_it_leads(server: ApiS
 
 @pytest.mark.parametrize(
     ("version", "seconds", "is_late"),
-    [("v1.34.4", -60, True), ("v1.34.4", 60, False), ("v1.36.0", -60, False), ("of-our-own", -60, True)],
+    [
+        ("v1.34.4", -60, True),
+        ("v1.34.4", 60, False),
+        ("v1.36.0", -60, False),
+        ("of-our-own", -60, True),
+        (f"v1.35.9@sha256:{64 * '0'}", -60, True),
+        (f"v1.37.2@sha256:{64 * '0'}", -60, False),
+    ],
 )
 def test_a_kube_proxy_that_has_read_its_ca_before_is_named_with_the_command(
     server: ApiServer, change: Change, version: str, seconds: int, is_late: bool
