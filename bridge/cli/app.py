@@ -15,44 +15,30 @@ import typer
 from bridge.cli.help import Group
 from bridge.cli.printing import say, say_usage
 
-#: The file of each command, below `bridge.cli`.
-FILES = {
-    "check-expiration": "expiration",
-    "plan": "renew",
-    "prove": "components",
-    "doctor": "doctor",
-    "renew": "renew",
-    "restart": "components",
-    "serving-certs": "components",
-    "install": "renew",
-    "rotate-ca": "rotate_ca",
-    "export": "carried",
-    "inspect": "carried",
-    "sign": "desk",
-    "import": "carried",
-    "pending": "carried",
-    "gateway": "gateway",
-    "serve": "serve",
-    "fleet": "serve",
-    "enroll": "serve",
-    "enrolments": "serve",
-    "serve-database": "serve",
-    "approvals": "approvals",
-    "kubelets": "components",
-    "trust": "gateway",
-    "backups": "history",
-    "rollback": "history",
-    "recover": "history",
-    "bootstrap": "bootstrap",
-    "kubeconfig": "users",
-    "settings": "settings",
-    "setup": "setup",
-    "backend": "backend",
-    "demo": "demo",
-    "help": "pages",
-    "audit": "history",
-    "complete": "completion",
+#: The commands in each file below `bridge.cli`.
+COMMANDS = {
+    "expiration": ("check-expiration",),
+    "renew": ("plan", "renew", "install"),
+    "components": ("prove", "restart", "serving-certs", "kubelets"),
+    "doctor": ("doctor",),
+    "rotate_ca": ("rotate-ca",),
+    "carried": ("export", "inspect", "import", "pending"),
+    "desk": ("sign",),
+    "gateway": ("gateway", "trust"),
+    "serve": ("serve", "fleet", "enroll", "enrolments", "serve-database"),
+    "approvals": ("approvals",),
+    "history": ("backups", "rollback", "recover", "audit"),
+    "bootstrap": ("bootstrap",),
+    "users": ("kubeconfig",),
+    "settings": ("settings",),
+    "setup": ("setup",),
+    "backend": ("backend",),
+    "demo": ("demo",),
+    "pages": ("help",),
+    "completion": ("complete",),
 }
+#: The file of each command.
+FILES = {command: file for file, names in COMMANDS.items() for command in names}
 
 
 class _Commands(Mapping[str, Any]):

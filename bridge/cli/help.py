@@ -88,197 +88,123 @@ NEEDS: dict[str, dict[str, str]] = {
     "rotate-ca drop": {"--accept-outage": "--emergency"},
 }
 
-#: By command: lines to type, each with what it does.
-EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
-    "help": (
-        ("ca-bridge help", "List the pages."),
-        ("ca-bridge help emergency", "Everything has expired, or keys have leaked: what to do."),
+#: Lines to type, each with what it does; each begins with its command.
+EXAMPLES = (
+    ("ca-bridge help", "List the pages."),
+    ("ca-bridge help emergency", "Everything has expired, or keys have leaked: what to do."),
+    ("ca-bridge kubeconfig request bob --group dev --group ops", "Make bob.key and bob.csr, on bob's machine."),
+    ("ca-bridge kubeconfig user bob --group dev --group ops --csr bob.csr", "Make bob.conf from bob's request."),
+    (
+        "ca-bridge kubeconfig user backup --validity 1h -o /etc/backup/kubeconfig",
+        "One for a machine, its key made here.",
     ),
-    "kubeconfig request": (
-        ("ca-bridge kubeconfig request bob --group dev --group ops", "Make bob.key and bob.csr, on bob's machine."),
+    ("ca-bridge check-expiration", "Show the two tables that kubeadm shows."),
+    ("ca-bridge check-expiration --within 14d", "Exit with 3 if something expires within two weeks."),
+    ("ca-bridge check-expiration -o nagios -w 30d -c 7d", "One line for Nagios or Icinga."),
+    ("ca-bridge renew", "Renew what is due: the command for cron."),
+    ("ca-bridge renew apiserver etcd-server", "Renew these two now, due or not."),
+    ("ca-bridge renew all --no-restart", "Renew everything, and restart nothing."),
+    ("ca-bridge renew --rehearse --ahead 2d", "Rehearse what is due tomorrow: sign, prove, throw away."),
+    ("ca-bridge renew all --csr-only --csr-dir /root/csrs", "Only write keys and CSRs."),
+    ("ca-bridge renew apiserver --kubeadm-config kubeadm.yaml", "Make a missing one from kubeadm's file."),
+    ("ca-bridge renew --add-san apiserver=api2.example.com", "Give the API server one more name."),
+    ("ca-bridge serving-certs on", "Make, restart and prove; the last node writes kubeadm-config."),
+    ("ca-bridge serving-certs off", "Back to certificates of their own making."),
+    ("ca-bridge plan", "Show what the next `ca-bridge renew` would do."),
+    ("ca-bridge plan all -o json", "Show what `ca-bridge renew all` would do, for a program."),
+    ("ca-bridge rotate-ca status", "Show where the replacement stands on this node."),
+    ("ca-bridge rotate-ca plan", "Show what each phase would do, and whether the new CAs can work."),
+    ("ca-bridge rotate-ca trust", "The first phase, on each node."),
+    ("ca-bridge rotate-ca issue", "The second phase, on each node, when all trust the new CAs."),
+    ("ca-bridge rotate-ca issue --without worker-9", "Without a node that is gone for good."),
+    ("ca-bridge rotate-ca issue --keys-to /mnt/disk", "With kubeadm's own CA keys moved away from this node."),
+    ("ca-bridge rotate-ca drop", "The last phase, on each node, when nothing uses the old CAs."),
+    ("ca-bridge rotate-ca drop --emergency", "The old CA's key has leaked: what it costs to be rid of it now."),
+    ("ca-bridge rotate-ca back --ca etcd-ca", "Back by one phase, for one of the CAs."),
+    ("ca-bridge recover", "Finish or undo an interrupted installation."),
+    ("ca-bridge recover --set-aside", "Put damaged state files aside first."),
+    ("ca-bridge backups", "Show what a rollback could put back."),
+    ("ca-bridge rollback", "Put the newest backup back."),
+    ("ca-bridge rollback 20260304T050607.123456Z", "Put this one back; `ca-bridge backups` lists them."),
+    ("ca-bridge restart", "Restart what still runs on an old certificate."),
+    ("ca-bridge restart kube-scheduler", "Restart this component."),
+    ("ca-bridge export /media/stick/cp-1.request.json", "Write requests for what is due."),
+    ("ca-bridge export /media/stick/cp-1.request.json all", "Write requests for everything."),
+    ("ca-bridge inspect cp-1.request.json", "Show what is asked, and its fingerprint."),
+    ("ca-bridge import /media/stick/cp-1.answer.json", "Install the answers of a CA desk."),
+    ("ca-bridge import /media/stick/certificates", "Install certificates that came as files."),
+    ("ca-bridge pending list", "Show what waits, and for how long."),
+    ("ca-bridge pending cancel apiserver", "Forget this request; the next run makes a new one."),
+    ("ca-bridge pending cancel all", "Forget every open request."),
+    ("ca-bridge sign cp-1.request.json -o cp-1.answer.json --approve", "Sign one bundle, and ask first."),
+    ("ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox", "Answer an inbox: the CA host's job for cron."),
+    ("ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox --dry-run", "Say what would be signed or refused."),
+    ("ca-bridge install /root/csrs", "Install keys and the certificates beside them."),
+    ("ca-bridge prove", "Show what each component serves and uses."),
+    ("ca-bridge prove --wait 2m", "Wait up to two minutes until everything works."),
+    ("ca-bridge doctor", "Find what would make the next renewal fail."),
+    ("ca-bridge doctor -o json", "The same for a program."),
+    ("ca-bridge doctor --before-upgrade", "Say what `kubeadm upgrade` would do to certificates here."),
+    ("ca-bridge doctor --kubelets", "Show what every kubelet of the cluster serves with."),
+    ("ca-bridge doctor --ca-keys /", "Find out whether a CA's key is anywhere on this node."),
+    ("ca-bridge gateway --check", "Find out whether it could work; nothing is signed."),
+    ("ca-bridge gateway --log-format json", "Work until SIGTERM: the command of a unit or a pod."),
+    ("ca-bridge serve --log-format json", "Work until SIGTERM: the command of a unit."),
+    ("ca-bridge fleet", "Show the nodes, the worst first; exit 3 if one needs a person."),
+    ("ca-bridge fleet -o prometheus", "The same as metrics."),
+    ("ca-bridge enroll cp-4", "Print the secret of cp-4, good for one hour and one request."),
+    ("ca-bridge enroll worker-7 --certificate kubelet.conf --for 10m", "One for a worker's kubelet alone."),
+    ("ca-bridge approvals list", "Show what waits for people, and what it means."),
+    ("ca-bridge approvals show 3f9c2a7be01d4c55", "Show this request whole, before you decide."),
+    ("ca-bridge approvals approve 3f9c2a7be01d4c55", "Sign its digest with your key: yes."),
+    ('ca-bridge approvals refuse 3f9c2a7be01d4c55 --reason "no such change"', "The node gets this reason."),
+    ("ca-bridge enrolments list", "Show who may ask for first certificates, and who has."),
+    ("ca-bridge enrolments withdraw 3", "End number 3 now; its unsigned request is refused."),
+    ("ca-bridge serve-database status", "Count requests, and list those left to people."),
+    ("ca-bridge serve-database backup /backup/door.db", "Copy SQLite's file while the door works."),
+    ("ca-bridge serve-database restore /backup/door.db", "Put the copy in its place, while no door works."),
+    ("ca-bridge serve-database restored", "After pg_restore: have CAs asked what they have signed since."),
+    ("ca-bridge serve-database again 3f1c0a9b7e5d2468", "Have a request signed that was left to people."),
+    ("ca-bridge kubelets on", "Take this node as far as the others allow; run it on each node, then again."),
+    ("ca-bridge kubelets off", "The same backwards, the control-plane nodes first."),
+    ("ca-bridge trust publish", "Make the bundles of the policy's signers equal to pods.crt: for a timer."),
+    ("ca-bridge trust publish corp.example/spiffe", "Of this one, without a policy."),
+    ("ca-bridge trust publish --remove corp.example/old", "Take the bundle of a former signer away, too."),
+    ("ca-bridge setup vault", "Print roles and a policy for this node's certificates."),
+    ("ca-bridge setup openssl -o /root/for-the-ca", "Write an openssl.cnf for each CA into a directory."),
+    ("ca-bridge setup systemd --enable", "Install and start a timer for `ca-bridge renew`."),
+    ("ca-bridge setup cron --enable", "Write a file for /etc/cron.d instead."),
+    ("ca-bridge demo", "Show the main job in a temporary directory."),
+    ("ca-bridge demo --directory /tmp/ca-bridge-demo", "Keep the directory, to go on with it."),
+    ("ca-bridge bootstrap init --kubeadm-config cluster.yaml", "Get a machine ready for `kubeadm init`."),
+    (
+        "ca-bridge bootstrap init --kubeadm-config cluster.yaml --request cp-1.request.json",
+        "Write requests for a CA desk instead of asking a CA.",
     ),
-    "kubeconfig user": (
-        ("ca-bridge kubeconfig user bob --group dev --group ops --csr bob.csr", "Make bob.conf from bob's request."),
-        (
-            "ca-bridge kubeconfig user backup --validity 1h -o /etc/backup/kubeconfig",
-            "One for a machine, its key made here.",
-        ),
+    (
+        "ca-bridge bootstrap join --control-plane --shared - --name cp-2 --advertise-address 192.0.2.11",
+        "Get a machine ready for `kubeadm join`; what another node shares comes through a pipe.",
     ),
-    "check-expiration": (
-        ("ca-bridge check-expiration", "Show the two tables that kubeadm shows."),
-        ("ca-bridge check-expiration --within 14d", "Exit with 3 if something expires within two weeks."),
-        ("ca-bridge check-expiration -o nagios -w 30d -c 7d", "One line for Nagios or Icinga."),
+    ("ca-bridge bootstrap join --order w-1.order.json", "The same for what an administrator has ordered."),
+    ("ca-bridge bootstrap share --worker", "Print what a worker needs; no secret is in it."),
+    (
+        "ca-bridge bootstrap orders --nodes nodes.txt --kubeadm-config cluster.yaml -o orders",
+        "Prepare all nodes of a list.",
     ),
-    "renew": (
-        ("ca-bridge renew", "Renew what is due: the command for cron."),
-        ("ca-bridge renew apiserver etcd-server", "Renew these two now, due or not."),
-        ("ca-bridge renew all --no-restart", "Renew everything, and restart nothing."),
-        ("ca-bridge renew --rehearse --ahead 2d", "Rehearse what is due tomorrow: sign, prove, throw away."),
-        ("ca-bridge renew all --csr-only --csr-dir /root/csrs", "Only write keys and CSRs."),
-        ("ca-bridge renew apiserver --kubeadm-config kubeadm.yaml", "Make a missing one from kubeadm's file."),
-        ("ca-bridge renew --add-san apiserver=api2.example.com", "Give the API server one more name."),
+    (
+        "ca-bridge bootstrap setup vault --order orders/cp-1.order.json -o roles",
+        "Write roles and policies for a node that is yet to be made.",
     ),
-    "serving-certs on": (
-        ("ca-bridge serving-certs on", "Make, restart and prove; the last node writes kubeadm-config."),
-    ),
-    "serving-certs off": (("ca-bridge serving-certs off", "Back to certificates of their own making."),),
-    "plan": (
-        ("ca-bridge plan", "Show what the next `ca-bridge renew` would do."),
-        ("ca-bridge plan all -o json", "Show what `ca-bridge renew all` would do, for a program."),
-    ),
-    "rotate-ca status": (("ca-bridge rotate-ca status", "Show where the replacement stands on this node."),),
-    "rotate-ca plan": (
-        ("ca-bridge rotate-ca plan", "Show what each phase would do, and whether the new CAs can work."),
-    ),
-    "rotate-ca trust": (("ca-bridge rotate-ca trust", "The first phase, on each node."),),
-    "rotate-ca issue": (
-        ("ca-bridge rotate-ca issue", "The second phase, on each node, when all trust the new CAs."),
-        ("ca-bridge rotate-ca issue --without worker-9", "Without a node that is gone for good."),
-        ("ca-bridge rotate-ca issue --keys-to /mnt/disk", "With kubeadm's own CA keys moved away from this node."),
-    ),
-    "rotate-ca drop": (
-        ("ca-bridge rotate-ca drop", "The last phase, on each node, when nothing uses the old CAs."),
-        ("ca-bridge rotate-ca drop --emergency", "The old CA's key has leaked: what it costs to be rid of it now."),
-    ),
-    "rotate-ca back": (("ca-bridge rotate-ca back --ca etcd-ca", "Back by one phase, for one of the CAs."),),
-    "recover": (
-        ("ca-bridge recover", "Finish or undo an interrupted installation."),
-        ("ca-bridge recover --set-aside", "Put damaged state files aside first."),
-    ),
-    "backups": (("ca-bridge backups", "Show what a rollback could put back."),),
-    "rollback": (
-        ("ca-bridge rollback", "Put the newest backup back."),
-        ("ca-bridge rollback 20260304T050607.123456Z", "Put this one back; `ca-bridge backups` lists them."),
-    ),
-    "restart": (
-        ("ca-bridge restart", "Restart what still runs on an old certificate."),
-        ("ca-bridge restart kube-scheduler", "Restart this component."),
-    ),
-    "export": (
-        ("ca-bridge export /media/stick/cp-1.request.json", "Write requests for what is due."),
-        ("ca-bridge export /media/stick/cp-1.request.json all", "Write requests for everything."),
-    ),
-    "inspect": (("ca-bridge inspect cp-1.request.json", "Show what is asked, and its fingerprint."),),
-    "import": (
-        ("ca-bridge import /media/stick/cp-1.answer.json", "Install the answers of a CA desk."),
-        ("ca-bridge import /media/stick/certificates", "Install certificates that came as files."),
-    ),
-    "pending list": (("ca-bridge pending list", "Show what waits, and for how long."),),
-    "pending cancel": (
-        ("ca-bridge pending cancel apiserver", "Forget this request; the next run makes a new one."),
-        ("ca-bridge pending cancel all", "Forget every open request."),
-    ),
-    "sign": (
-        ("ca-bridge sign cp-1.request.json -o cp-1.answer.json --approve", "Sign one bundle, and ask first."),
-        ("ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox", "Answer an inbox: the CA host's job for cron."),
-        ("ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox --dry-run", "Say what would be signed or refused."),
-    ),
-    "install": (("ca-bridge install /root/csrs", "Install keys and the certificates beside them."),),
-    "prove": (
-        ("ca-bridge prove", "Show what each component serves and uses."),
-        ("ca-bridge prove --wait 2m", "Wait up to two minutes until everything works."),
-    ),
-    "doctor": (
-        ("ca-bridge doctor", "Find what would make the next renewal fail."),
-        ("ca-bridge doctor -o json", "The same for a program."),
-        ("ca-bridge doctor --before-upgrade", "Say what `kubeadm upgrade` would do to certificates here."),
-        ("ca-bridge doctor --kubelets", "Show what every kubelet of the cluster serves with."),
-        ("ca-bridge doctor --ca-keys /", "Find out whether a CA's key is anywhere on this node."),
-    ),
-    "gateway": (
-        ("ca-bridge gateway --check", "Find out whether it could work; nothing is signed."),
-        ("ca-bridge gateway --log-format json", "Work until SIGTERM: the command of a unit or a pod."),
-    ),
-    "serve": (("ca-bridge serve --log-format json", "Work until SIGTERM: the command of a unit."),),
-    "fleet": (
-        ("ca-bridge fleet", "Show the nodes, the worst first; exit 3 if one needs a person."),
-        ("ca-bridge fleet -o prometheus", "The same as metrics."),
-    ),
-    "enroll": (
-        ("ca-bridge enroll cp-4", "Print the secret of cp-4, good for one hour and one request."),
-        ("ca-bridge enroll worker-7 --certificate kubelet.conf --for 10m", "One for a worker's kubelet alone."),
-    ),
-    "approvals list": (("ca-bridge approvals list", "Show what waits for people, and what it means."),),
-    "approvals show": (("ca-bridge approvals show 3f9c2a7be01d4c55", "Show this request whole, before you decide."),),
-    "approvals approve": (("ca-bridge approvals approve 3f9c2a7be01d4c55", "Sign its digest with your key: yes."),),
-    "approvals refuse": (
-        ('ca-bridge approvals refuse 3f9c2a7be01d4c55 --reason "no such change"', "The node gets this reason."),
-    ),
-    "enrolments list": (("ca-bridge enrolments list", "Show who may ask for first certificates, and who has."),),
-    "enrolments withdraw": (("ca-bridge enrolments withdraw 3", "End number 3 now; its unsigned request is refused."),),
-    "serve-database status": (("ca-bridge serve-database status", "Count requests, and list those left to people."),),
-    "serve-database backup": (
-        ("ca-bridge serve-database backup /backup/door.db", "Copy SQLite's file while the door works."),
-    ),
-    "serve-database restore": (
-        ("ca-bridge serve-database restore /backup/door.db", "Put the copy in its place, while no door works."),
-    ),
-    "serve-database restored": (
-        ("ca-bridge serve-database restored", "After pg_restore: have CAs asked what they have signed since."),
-    ),
-    "serve-database again": (
-        ("ca-bridge serve-database again 3f1c0a9b7e5d2468", "Have a request signed that was left to people."),
-    ),
-    "kubelets on": (
-        ("ca-bridge kubelets on", "Take this node as far as the others allow; run it on each node, then again."),
-    ),
-    "kubelets off": (("ca-bridge kubelets off", "The same backwards, the control-plane nodes first."),),
-    "trust publish": (
-        ("ca-bridge trust publish", "Make the bundles of the policy's signers equal to pods.crt: for a timer."),
-        ("ca-bridge trust publish corp.example/spiffe", "Of this one, without a policy."),
-        ("ca-bridge trust publish --remove corp.example/old", "Take the bundle of a former signer away, too."),
-    ),
-    "setup": (
-        ("ca-bridge setup vault", "Print roles and a policy for this node's certificates."),
-        ("ca-bridge setup openssl -o /root/for-the-ca", "Write an openssl.cnf for each CA into a directory."),
-        ("ca-bridge setup systemd --enable", "Install and start a timer for `ca-bridge renew`."),
-        ("ca-bridge setup cron --enable", "Write a file for /etc/cron.d instead."),
-    ),
-    "demo": (
-        ("ca-bridge demo", "Show the main job in a temporary directory."),
-        ("ca-bridge demo --directory /tmp/ca-bridge-demo", "Keep the directory, to go on with it."),
-    ),
-    "bootstrap init": (
-        ("ca-bridge bootstrap init --kubeadm-config cluster.yaml", "Get a machine ready for `kubeadm init`."),
-        (
-            "ca-bridge bootstrap init --kubeadm-config cluster.yaml --request cp-1.request.json",
-            "Write requests for a CA desk instead of asking a CA.",
-        ),
-    ),
-    "bootstrap join": (
-        (
-            "ca-bridge bootstrap join --control-plane --shared - --name cp-2 --advertise-address 192.0.2.11",
-            "Get a machine ready for `kubeadm join`; what another node shares comes through a pipe.",
-        ),
-        ("ca-bridge bootstrap join --order w-1.order.json", "The same for what an administrator has ordered."),
-    ),
-    "bootstrap share": (("ca-bridge bootstrap share --worker", "Print what a worker needs; no secret is in it."),),
-    "bootstrap orders": (
-        (
-            "ca-bridge bootstrap orders --nodes nodes.txt --kubeadm-config cluster.yaml -o orders",
-            "Prepare all nodes of a list.",
-        ),
-    ),
-    "bootstrap setup": (
-        (
-            "ca-bridge bootstrap setup vault --order orders/cp-1.order.json -o roles",
-            "Write roles and policies for a node that is yet to be made.",
-        ),
-    ),
-    "bootstrap check": (("ca-bridge bootstrap check", "Look at all that `kubeadm init` needs."),),
-    "settings init": (
-        ("ca-bridge settings init vault", "Write /etc/ca-bridge/config.toml for Vault or OpenBao."),
-        ("ca-bridge settings init cfssl /tmp/config.toml", "Write it elsewhere, to read it first."),
-    ),
-    "settings show": (("ca-bridge settings show", "Show every key, with its value."),),
-    "settings check": (("ca-bridge settings check", "Find every error in the file."),),
-    "audit show": (
-        ("ca-bridge audit show --since 30d", "Show the last month."),
-        ("ca-bridge audit show --name apiserver -o json", "Show what concerns one certificate."),
-    ),
-    "audit verify": (("ca-bridge audit verify", "Exit with 1 if a line was changed, removed or inserted."),),
-    "backend test": (("ca-bridge backend test ca", "Have real certificates signed by this authority's CA."),),
-}
+    ("ca-bridge bootstrap check", "Look at all that `kubeadm init` needs."),
+    ("ca-bridge settings init vault", "Write /etc/ca-bridge/config.toml for Vault or OpenBao."),
+    ("ca-bridge settings init cfssl /tmp/config.toml", "Write it elsewhere, to read it first."),
+    ("ca-bridge settings show", "Show every key, with its value."),
+    ("ca-bridge settings check", "Find every error in the file."),
+    ("ca-bridge audit show --since 30d", "Show the last month."),
+    ("ca-bridge audit show --name apiserver -o json", "Show what concerns one certificate."),
+    ("ca-bridge audit verify", "Exit with 1 if a line was changed, removed or inserted."),
+    ("ca-bridge backend test ca", "Have real certificates signed by this authority's CA."),
+)
 
 
 #: Names of the parameters that `options.command` gives to every command, and click's own.
@@ -295,6 +221,11 @@ def first_sentence(text: str) -> str:
     """The first sentence of a help text, on one line."""
     paragraph = " ".join(inspect.cleandoc(text).split("\n\n")[0].split())
     return re.split(r"(?<=[.]) (?=[A-Z])", paragraph)[0]
+
+
+def examples_of(command: str) -> list[tuple[str, str]]:
+    """Lines to type for a command such as `audit show`, each with what it does."""
+    return [one for one in EXAMPLES if f"{one[0]} ".startswith(f"{PROGRAM} {command} ")]
 
 
 def name_of(context: Context) -> str:
@@ -357,8 +288,7 @@ class Command(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write each example on a line that can be copied, and what it does below it."""
-        examples = EXAMPLES.get(name_of(ctx), ())
-        if examples:
+        if examples := examples_of(name_of(ctx)):
             with formatter.section("Examples"):
                 for line, sentence in examples:
                     # a shell takes it as it is shown: where it is too wide, its lines end with a backslash

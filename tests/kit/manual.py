@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridge.cli.help import COMMON, EXAMPLES, TASKS, first_sentence, sentences_of
+from bridge.cli.help import COMMON, TASKS, examples_of, first_sentence, sentences_of
 from tests.kit.commands import NAME, Command, commands
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def _page(command: Command) -> str:
         ".SH DESCRIPTION\n" + "\n.PP\n".join(_words(" ".join(one.split())) for one in help_text.split("\n\n")),
         *_parameters(command),
         *_subcommands(command),
-        *_examples(command.name),
+        *_examples(command),
     ]
     if not command.words:
         parts.append(_MAIN.format(codes=_exit_codes()).rstrip("\n"))
@@ -89,9 +89,9 @@ def _subcommands(command: Command) -> Iterator[str]:
             yield f".SH {_escaped(heading.upper())}\n" + "\n".join(items)
 
 
-def _examples(name: str) -> Iterator[str]:
-    examples = EXAMPLES.get(name, ())
-    if examples:
+def _examples(command: Command) -> Iterator[str]:
+    is_group = hasattr(command.context.command, "commands")
+    if examples := [] if is_group else examples_of(command.name):
         yield ".SH EXAMPLES\n" + "\n".join(_item(line, sentence) for line, sentence in examples)
 
 
