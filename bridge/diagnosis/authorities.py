@@ -11,7 +11,7 @@ from typing import NamedTuple
 from bridge.ca import registry
 from bridge.ca.ca import CA
 from bridge.ca.retry import Rest
-from bridge.contract import Backend, CredentialEnd, ListsIssuers, Spends, TellsTime, Wanted
+from bridge.contract import Backend, ListsIssuers, Spends, TellsTime, Wanted
 from bridge.diagnosis.findings import Finding, Level, from_error
 from bridge.diagnosis.installed import private_file
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError
@@ -54,7 +54,12 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     names = dict.fromkeys(item.spec.authority.name for item in items)
     if not settings.authorities:
         yield from _credentials(settings, credentials.places(settings, {}), now)
-        yield _by_hand(settings)
+        place = settings.source.file or "no settings file"
+        words = (
+            f"by hand: no [authority.NAME] ({place}), so that no CA was asked; `ca-bridge export` writes requests for a "
+            "CA desk, `ca-bridge import` takes its answers"
+        )
+        yield Finding.note("by-hand", "CAs", words)
         return
     later = not_yet_signing(settings, node.bundles)
     demands, _ = verify_and_install.expectations(node, settings, items, now, Trust(bundles=later))
@@ -94,15 +99,6 @@ def replacements(node: Node, settings: Settings, now: datetime) -> Iterator[Find
             yield Finding.note("ca-replacement", about, f"{new} has taken its place, {since}", hint)
         else:
             yield Finding.note("ca-replacement", about, f"{new} is to take its place; no phase has begun")
-
-
-def _by_hand(settings: Settings) -> Finding:
-    place = settings.source.file or "no settings file"
-    text = (
-        f"by hand: no [authority.NAME] ({place}), so that no CA was asked; `ca-bridge export` writes requests for a "
-        "CA desk, `ca-bridge import` takes its answers"
-    )
-    return Finding.note("by-hand", "CAs", text)
 
 
 def _question(items: Sequence[Item], expected: verify.Expectation, settings: Settings) -> Question:
@@ -145,7 +141,8 @@ def ask_all(
     silent: dict[str, BackendUnavailableError] = {}
     with contextlib.ExitStack() as opened:  # until all were asked, since they may share a login
         for name, configured in backends.items():
-            yield from _secrets(configured)
+            for path in configured.settings.private_files():
+                yield from private_file(path, str(path))
             if configured.name in silent:
                 yield _refused(configured, silent[configured.name])
             elif name in questions:
@@ -170,11 +167,6 @@ def _refused(configured: registry.Configured, error: BridgeError) -> Finding:
     return found
 
 
-def _secrets(configured: registry.Configured) -> Iterator[Finding]:
-    for path in configured.settings.private_files():
-        yield from private_file(path, str(path))
-
-
 def _ask(
     configured: registry.Configured,
     question: Question,
@@ -191,7 +183,8 @@ def _ask(
         yield from_error("what-the-ca-would-sign", name, error)
     yield from _clock(backend, configured)
     for key, one in reached.ask_ends(f"backend.{configured.name}").items():
-        yield _end(_as_told(key, one, now), settings, now)
+        path = "" if one.file is None else str(one.file)
+        yield _end(Credential(name=key, path=path, ends=one.ends, begins=one.begins, told=now), settings, now)
     if not wrong:
         yield Finding.ok("backend", _about(configured), _answers(configured, backend, spends))
 
@@ -199,10 +192,8 @@ def _ask(
 def _answers(configured: registry.Configured, backend: Backend, spends: str) -> str:
     rest = f"; the login and its rights were not checked, because that would use up {spends}" if spends else ""
     if not isinstance(backend, ListsIssuers):
-        return (
-            f"{configured.label} can be used; no CA was asked, so which CA signs, and what, is unknown until "
-            f"it answers{rest}"
-        )
+        unknown = "no CA was asked, so which CA signs, and what, is unknown until it answers"
+        return f"{configured.label} can be used; {unknown}{rest}"
     return f"{configured.label} answers, and is the right CA{rest}"
 
 
@@ -224,23 +215,16 @@ def _clock(backend: Backend, configured: registry.Configured) -> Iterator[Findin
 
 def _credentials(settings: Settings, places: Sequence[Place], now: datetime) -> Iterator[Finding]:
     """Findings about files alone; what a CA says of a token comes with the question whether it answers."""
-    for one in credentials.look(settings, places, None):
-        yield _end(one, settings, now)
-
-
-def _as_told(name: str, one: CredentialEnd, now: datetime) -> Credential:
-    path = "" if one.file is None else str(one.file)
-    return Credential(name=name, path=path, ends=one.ends, begins=one.begins, told=now)
+    return (_end(one, settings, now) for one in credentials.look(settings, places, None))
 
 
 def _end(one: Credential, settings: Settings, now: datetime) -> Finding:
-    hint = CredentialEndedError.hint
     is_near = one.ends is None or one.is_near(settings.renewal.before, now)
     if one.ends is not None and not is_near:
         return Finding.ok("credential", one.name, expiry.left_text(one.ends, now))
     is_bad = one.ends is None or one.has_ended(now)
     level: Level = "error" if is_bad and not one.is_key_alone else "warning"
-    return Finding(level=level, check="credential", about=one.name, text=one.text(now), hint=hint)
+    return Finding(level=level, check="credential", about=one.name, text=one.text(now), hint=CredentialEndedError.hint)
 
 
 # --- what earlier runs found, and when the next may act ----------------------------------------------------------------

@@ -36,26 +36,9 @@ from bridge.system.paths import UnreadableError, mounts, regular_file
 from bridge.words import one_line
 
 #: File systems that the kernel makes up, and those that mount another one when a program looks at them.
-_NO_FILES = frozenset(
-    [
-        "autofs",
-        "binfmt_misc",
-        "bpf",
-        "cgroup",
-        "cgroup2",
-        "configfs",
-        "debugfs",
-        "devpts",
-        "efivarfs",
-        "fusectl",
-        "mqueue",
-        "proc",
-        "pstore",
-        "securityfs",
-        "selinuxfs",
-        "sysfs",
-        "tracefs",
-    ]
+_NO_FILES = re.compile(
+    r"autofs|binfmt_misc|bpf|cgroup2?|configfs|debugfs|devpts|efivarfs|fusectl|mqueue|proc|pstore|securityfs|selinuxfs"
+    r"|sysfs|tracefs"
 )
 #: File systems on other machines, which may be large, slow and full of other people's files.
 _REMOTE = re.compile(r"nfs4?|cifs|smb3|ceph|lustre|afs|gpfs|beegfs|glusterfs|fuse\..+")
@@ -176,7 +159,7 @@ class Walk:
         if _REMOTE.fullmatch(kind):
             self.remote.add(place)
             return False
-        return kind not in _NO_FILES
+        return not _NO_FILES.fullmatch(kind)
 
     def _is_new(self, status: os.stat_result) -> bool:
         """Whether this file was not seen by another name."""
@@ -227,9 +210,8 @@ def _signer(node: Node) -> Iterator[Finding]:
     manifest = node.manifests.get(Component.CONTROLLER_MANAGER)
     for flag, path in endpoints.signing_files(manifest.flags).items() if manifest is not None else ():
         if not path.exists():
-            text = (
-                f"wanted the file of {flag} ({path}), found none: kube-controller-manager ends when it begins to sign"
-            )
+            ends = "kube-controller-manager ends when it begins to sign"
+            text = f"wanted the file of {flag} ({path}), found none: {ends}"
             yield Finding.error("controller-manager-key", Component.CONTROLLER_MANAGER.value, text, _EMPTY)
         elif flag.endswith("-key-file"):
             yield from _signs(node, flag, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from cryptography import x509
@@ -17,6 +18,7 @@ from bridge.diagnosis import authorities, ca_keys, installed, machine, upgrade, 
 from bridge.diagnosis.findings import Finding, from_error
 from bridge.errors import BridgeError, SettingsError
 from bridge.node import inventory
+from bridge.node.inventory import Node
 from bridge.pki import verify
 from bridge.settings.tables import Settings
 from bridge.specs import SIGNING_AUTHORITIES, SPECS
@@ -26,35 +28,28 @@ from bridge.system.paths import UnreadableError, read_ca_file
 
 def before_upgrade(settings: Settings, now: datetime) -> Iterator[Finding]:
     """Look at what `kubeadm upgrade` would make of this node's certificates; asks the cluster's API, and no CA."""
-    node = inventory.of(settings.node)
-    if not node.is_here:
-        yield _no_node(settings)
-        return
-    yield from _whole(lambda: upgrade.look(node, settings, now))
-    yield from _whole(lambda: use.look_at_names(node, settings))
+    return _of_node(
+        settings, lambda node: upgrade.look(node, settings, now), lambda node: use.look_at_names(node, settings)
+    )
 
 
 def of_kubelets(settings: Settings, now: datetime) -> Iterator[Finding]:
     """Look at what all kubelets of the cluster serve with; asks the cluster's API and each kubelet, and no CA."""
-    node = inventory.of(settings.node)
-    if not node.is_here:
-        yield _no_node(settings)
-        return
-    yield from _whole(lambda: upgrade.look_at_kubelets(node, settings, now))
+    return _of_node(settings, lambda node: upgrade.look_at_kubelets(node, settings, now))
 
 
 def for_ca_keys(root: Path, settings: Settings, _now: datetime) -> Iterator[Finding]:
     """Look for the keys of this node's CAs in all files below a directory, and in the cluster."""
+    return _of_node(settings, lambda node: ca_keys.search(node, settings, root))
+
+
+def _of_node(settings: Settings, *looks: Callable[[Node], Iterator[Finding]]) -> Iterator[Finding]:
     node = inventory.of(settings.node)
     if not node.is_here:
-        yield _no_node(settings)
+        yield from_error("no-node", "node", inventory.NoNodeError(settings.node.pki_dir))
         return
-    yield from _whole(lambda: ca_keys.search(node, settings, root))
-
-
-def _no_node(settings: Settings) -> Finding:
-    error = inventory.NoNodeError(settings.node.pki_dir)
-    return Finding.error("no-node", "node", str(error), error.hint)
+    for look in looks:
+        yield from _whole(partial(look, node))
 
 
 def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
@@ -106,8 +101,9 @@ def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from machine.jobs_of_cron()
     yield from machine.desk_directories()
     if not settings.authorities:
-        text = "wanted an [authority.NAME] for each CA that signs here, found none"
-        yield Finding.error("settings", "settings", text)
+        yield Finding.error(
+            "settings", "settings", "wanted an [authority.NAME] for each CA that signs here, found none"
+        )
     names = dict.fromkeys(settings.authorities)
     questions = {name: _question(name, policy, settings, now) for name in names}
     yield from authorities.ask_all(settings, names, questions, now)
@@ -148,5 +144,4 @@ def _cas(settings: Settings, now: datetime) -> Iterator[Finding]:
             certificates = signer_of(configured, Rest())
         except BridgeError:
             continue  # a finding says so already
-        for certificate in certificates:
-            yield installed.ca_end(certificate, f"CA {name}", now)
+        yield from (installed.ca_end(certificate, f"CA {name}", now) for certificate in certificates)

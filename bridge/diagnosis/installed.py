@@ -27,7 +27,7 @@ from bridge.pki.expiry import CA_ENDS_SOON
 from bridge.renewal.allowed import Allowed
 from bridge.renewal.select import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
-from bridge.specs import KUBELET_CONF, SPECS, SUPER_ADMIN, Component
+from bridge.specs import KUBELET_CONF, SUPER_ADMIN, Component
 from bridge.system.files import user_name
 from bridge.system.paths import UnreadableError, exposure, open_secret, read
 from bridge.words import one_line
@@ -244,8 +244,7 @@ def _pair(item: Item) -> Iterator[Finding]:
 
 def key_of(item: Item) -> Iterator[Finding]:
     """The key is there, and belongs to the certificate."""
-    path = item.key_path or item.certificate_path
-    name = item.spec.name
+    name, path = item.spec.name, item.key_path or item.certificate_path
     try:
         data = read(path)
         pem = kubeconfig.key_data(data or b"") if item.embedded else data
@@ -259,11 +258,7 @@ def key_of(item: Item) -> Iterator[Finding]:
         text = f"wanted its key in {path}, found nothing"
         yield Finding.error("key-missing", name, text, "renew it: that makes a new key")
         return
-    yield from _belongs(item, pem, path)
-
-
-def _belongs(item: Item, pem: bytes, path: Path) -> Iterator[Finding]:
-    name, found = item.spec.name, key_finding(item.certificates[0], pem)
+    found = key_finding(item.certificates[0], pem)
     if found is not None and found.kind == "other":
         text = f"wanted the key of {item.certificate_path} in {path}, found another certificate's"
         hint = f"renew {name}, which makes a new pair, before its component restarts; or put the right key back"
@@ -455,9 +450,7 @@ def _trusted(parsed: Kubeconfig, path: Path) -> list[x509.Certificate] | None:
 def server(item: Item, parsed: Kubeconfig, node: Node) -> Iterator[Finding]:
     """The host is one that this node's API server has in its certificate; a load balancer's name is there, too."""
     host = parsed.tls_server_name or _host(parsed.server)
-    serving = next(
-        (one.certificates[0] for one in node.items if one.spec == SPECS["apiserver"] and one.certificates), None
-    )
+    serving = node.live("apiserver")
     if serving is None or not host or is_named(serving, host):
         return
     text = f"wanted a server that is among the SANs of apiserver, found {one_line(parsed.server)}"

@@ -25,7 +25,7 @@ from bridge.state import copies
 from bridge.state.store import Store
 from bridge.system import files, jobs, locks
 from bridge.system.console import READ_ONLY_HINT
-from bridge.system.files import DiskSpace, disk_spaces
+from bridge.system.files import disk_spaces
 from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read_once
 from bridge.system.waiting import within
 from bridge.words import one_line
@@ -54,25 +54,20 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
 def room(settings: Settings, *, node: bool = True) -> Iterator[Finding]:
     """Bytes and inodes, on each file system that is written to."""
     places = [settings.node.state_dir, *([settings.node.pki_dir, settings.node.kubeconfig_dir] if node else [])]
-    for one in disk_spaces(places):
-        yield from _room(one)
-
-
-def _room(found: DiskSpace) -> Iterator[Finding]:
-    about = f"file system of {found.place}"
-    if found.is_read_only:
-        text = "wanted one that can be written to, found it mounted read-only: no renewal can be installed"
-        yield Finding.error("read-only", about, text, READ_ONLY_HINT)
-    if found.free < _LITTLE:
-        text = (
-            f"wanted {_LITTLE >> 20} MiB for a renewal, its backup and some time to come, found {found.free >> 10} KiB"
-        )
-        level: Level = "error" if found.free < readiness.BYTES_NEEDED else "warning"
-        yield Finding(level=level, check="disk-space", about=about, text=text, hint="make room there")
-    if found.inodes is not None and found.inodes < _FEW_INODES:
-        text = f"wanted {_FEW_INODES} inodes for new files, found {found.inodes}"
-        level = "error" if found.inodes < readiness.INODES_NEEDED else "warning"
-        yield Finding(level=level, check="inodes", about=about, text=text, hint="remove small files there")
+    for found in disk_spaces(places):
+        about = f"file system of {found.place}"
+        if found.is_read_only:
+            text = "wanted one that can be written to, found it mounted read-only: no renewal can be installed"
+            yield Finding.error("read-only", about, text, READ_ONLY_HINT)
+        if found.free < _LITTLE:
+            needs = f"{_LITTLE >> 20} MiB for a renewal, its backup and some time to come"
+            text = f"wanted {needs}, found {found.free >> 10} KiB"
+            level: Level = "error" if found.free < readiness.BYTES_NEEDED else "warning"
+            yield Finding(level=level, check="disk-space", about=about, text=text, hint="make room there")
+        if found.inodes is not None and found.inodes < _FEW_INODES:
+            text = f"wanted {_FEW_INODES} inodes for new files, found {found.inodes}"
+            level = "error" if found.inodes < readiness.INODES_NEEDED else "warning"
+            yield Finding(level=level, check="inodes", about=about, text=text, hint="remove small files there")
 
 
 def _frozen(node: Node) -> Iterator[Finding]:
@@ -85,9 +80,8 @@ def _frozen(node: Node) -> Iterator[Finding]:
                 paths |= {path: item.spec.name for path in (real, real.parent) if path not in paths}
     for path, name in paths.items():
         if files.is_frozen(path):
-            text = (
-                f"wanted to be able to replace {path}, found it immutable or append-only: no renewal can be installed"
-            )
+            found = "immutable or append-only: no renewal can be installed"
+            text = f"wanted to be able to replace {path}, found it {found}"
             hint = f"chattr -i -a {path}, after a look at who set it"
             yield Finding.error("immutable", name, text, hint, str(path))
 
@@ -108,8 +102,7 @@ def state_directory(path: Path) -> Iterator[Finding]:
     mode = stat.S_IMODE(status.st_mode)
     if status.st_uid != os.geteuid() or mode & 0o077:
         text = f"wanted {path} to be ours with mode 0700, found owner {status.st_uid} and mode {mode:04o}"
-        hint = files.how_to_own(path, status.st_uid)
-        yield Finding.error("state-directory", about, text, hint)
+        yield Finding.error("state-directory", about, text, files.how_to_own(path, status.st_uid))
     else:
         yield Finding.ok("state-directory", about, str(path))
 
@@ -152,10 +145,9 @@ def desk_directories() -> Iterator[Finding]:
             if found:
                 hint = f"chown {places.user} {path}" if path.is_dir() else f"install -d -o {places.user} {path}"
                 text = f"wanted the desk's {name}, which {places.user} can write to, found {found}"
-                yield Finding(level="error", check="desk-directory", about=str(path), text=text, hint=hint)
+                yield Finding.error("desk-directory", str(path), text, hint)
             else:
-                text = f"the {name} of the job in {places.job}"
-                yield Finding(level="ok", check="desk-directory", about=str(path), text=text)
+                yield Finding.ok("desk-directory", str(path), f"the {name} of the job in {places.job}")
 
 
 def _metrics(settings: Settings) -> Iterator[Finding]:
@@ -198,9 +190,8 @@ def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:
     end = time.monotonic() + _ALL_HOMES_SECONDS
     for path in (home / ".kube/config" for home in homes) if live else ():
         if end - time.monotonic() < _HOME_SECONDS:
-            text = (
-                f"wanted to look into all homes within {_ALL_HOMES_SECONDS:g} s, found no end of those before this one"
-            )
+            wanted = f"wanted to look into all homes within {_ALL_HOMES_SECONDS:g} s"
+            text = f"{wanted}, found no end of those before this one"
             yield Finding.warning("admin-copy-unseen", str(path), text, _UNSEEN_HINT)
             return
         try:
@@ -218,10 +209,9 @@ def _copy(
 ) -> Iterator[Finding]:
     """Tell of a file in a home that has this client certificate."""
     if certificate in live:
-        text = (
-            f"a copy of {live[certificate]}, which is to be copied again after each renewal, or listed in copies.files"
-        )
-        yield Finding.note("admin-copy", str(path), text)
+        text = f"a copy of {live[certificate]}"
+        advice = "which is to be copied again after each renewal, or listed in copies.files"
+        yield Finding.note("admin-copy", str(path), f"{text}, {advice}")
     elif name := _name_of_old(certificate, admins):
         text = f"wanted a copy of {name} as it is now, found an older one (serial {serial_hex(certificate)})"
         hint = f"copy {admins[name].certificate_path} there again"
@@ -233,9 +223,8 @@ def _listed_copies(node: Node, settings: Settings) -> Iterator[Finding]:
     for copy in copies.look(settings, node):
         about = str(copy.path)
         if copy.error is not None:
-            reason = str(copy.error).removeprefix(f"{copy.path}: ")
-            hint = "mend it, or take it out of copies.files"
-            yield Finding.error("copy", about, one_line(reason), hint)
+            reason = one_line(str(copy.error).removeprefix(f"{copy.path}: "))
+            yield Finding.error("copy", about, reason, "mend it, or take it out of copies.files")
         elif not copy.is_there:
             text, hint = "wanted a copy of a kubeconfig, found nothing", "put it there, or take it out of copies.files"
             yield Finding.warning("copy", about, text, hint)

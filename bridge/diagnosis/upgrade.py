@@ -33,7 +33,7 @@ from bridge.node.yamltree import YamlError, YamlNode, document
 from bridge.pki import verify
 from bridge.pki.expiry import left_text, minute
 from bridge.settings.tables import Settings
-from bridge.specs import CA, ETCD_CA, FRONT_PROXY_CA, KUBELET_CONF, Component
+from bridge.specs import CA, ETCD_CA, FRONT_PROXY_CA, KUBELET_CONF, SUPER_ADMIN, Component
 from bridge.system.paths import UnreadableError, read
 from bridge.words import one_line
 
@@ -104,11 +104,10 @@ class _Wrong(NamedTuple):
 
 def _authority(state: AuthorityState, node: Node, now: datetime) -> Iterator[Finding]:
     name = state.authority.name
-    items = {item.spec.name: item for item in node.items}
     for certificate in _VALIDATED[name]:
-        item = items.get(certificate)
+        item = node.item(certificate)
         wrong = _wrong(item, state, now) if item is not None else None
-        if item is None or wrong is None:
+        if wrong is None:
             continue
         if wrong.is_later:
             yield Finding.warning("upgrade-ends-soon", certificate, wrong.text, f"ca-bridge renew {certificate}")
@@ -119,22 +118,19 @@ def _authority(state: AuthorityState, node: Node, now: datetime) -> Iterator[Fin
 
 def _where(authority: str, node: Node) -> str:
     """A sentence about where the upgrade aborts, and what is exchanged by then."""
-    steps = [component for component, names in _STEPS if authority in names and _is_here(component, node)]
-    if not steps:
-        return "aborts"
-    first = steps[0]
-    done = [component.value for component, _ in _STEPS[: _index(first)] if _is_here(component, node)]
-    if not done:
-        return f"aborts at {first.value}, before anything is exchanged"
-    return f"aborts at {first.value}, when the manifest of {', '.join(done)} is exchanged already"
-
-
-def _index(component: Component) -> int:
-    return [one for one, _ in _STEPS].index(component)
-
-
-def _is_here(component: Component, node: Node) -> bool:
-    return component is not Component.ETCD or node.local_etcd
+    done: list[str] = []
+    for component, names in _STEPS:
+        if component is Component.ETCD and not node.local_etcd:
+            continue
+        if authority in names:
+            when = (
+                f"when the manifest of {', '.join(done)} is exchanged already"
+                if done
+                else "before anything is exchanged"
+            )
+            return f"aborts at {component.value}, {when}"
+        done.append(component.value)
+    return "aborts"
 
 
 def _wrong(item: Item, state: AuthorityState, now: datetime) -> _Wrong | None:
@@ -159,7 +155,7 @@ def _wrong(item: Item, state: AuthorityState, now: datetime) -> _Wrong | None:
 
 def _access(name: str, node: Node, now: datetime) -> Iterator[Finding]:
     """Check by what kubeadm is itself a client: admin.conf, which it looks at in the end, too; a worker's kubelet.conf."""
-    item = next((one for one in node.items if one.spec.name == name), None)
+    item = node.item(name)
     if item is None or item.state != "present":
         found = item.state if item is not None else "missing"
         text = f"wanted it, found it {found}: kubeadm upgrade has no access without it, and aborts"
@@ -186,7 +182,7 @@ def _kubelet(node: Node, settings: Settings) -> Iterator[Finding]:
         return
     if local is None or host == local:
         return
-    serving = next((i.certificates[0] for i in node.items if i.spec.name == "apiserver" and i.certificates), None)
+    serving = node.live("apiserver")
     text = f"leads to {one_line(server)}; if that is the control-plane endpoint, it is led to {local}, and the kubelet restarted"
     if serving is not None and not is_named(serving, local):
         hint = f"ca-bridge renew --add-san apiserver={local}, before kubeadm upgrade"
@@ -204,13 +200,10 @@ def _etcd(node: Node) -> Iterator[Finding]:
 
 
 def _super_admin(node: Node) -> Iterator[Finding]:
-    item = next((one for one in node.items if one.spec.name == "super-admin.conf"), None)
+    item = node.item(SUPER_ADMIN)
     if item is not None and item.state == "missing":
-        yield _says(
-            "super-admin.conf",
-            "is not here, and is not made by an upgrade",
-            "ca-bridge renew super-admin.conf makes it",
-        )
+        text = "is not here, and is not made by an upgrade"
+        yield _says(SUPER_ADMIN, text, f"ca-bridge renew {SUPER_ADMIN} makes it")
 
 
 # --- what is in the cluster ------------------------------------------------------------------------------------------
@@ -227,19 +220,18 @@ def _cluster(api: Api) -> Iterator[Finding]:
 
 
 def _bindings(api: Api) -> Iterator[Finding]:
-    absent = [name for name in _AUTO_APPROVE if _status(api, f"{_BINDINGS}{name}") == HTTPStatus.NOT_FOUND]
-    if absent:
+    if absent := [name for name in _AUTO_APPROVE if not _is_bound(api, name)]:
         names = ", ".join(f"kubeadm:{name}" for name in absent)
         text = f"wanted no automatic approval, as now; kubeadm upgrade apply puts it back: {names}"
         hint = f"after it: kubectl delete clusterrolebinding {names.replace(',', '')}"
         yield Finding.warning("upgrade-auto-approve", "ClusterRoleBindings", text, hint)
-    if _status(api, f"{_BINDINGS}{_KUBELET_CLIENT}") == HTTPStatus.NOT_FOUND:
+    if not _is_bound(api, _KUBELET_CLIENT):
         text = f"kubeadm:{_KUBELET_CLIENT} is not there; upgrade apply makes it from 1.36 on"
         yield _says("ClusterRoleBindings", text, f"only after it: ca-bridge renew {_KUBELET_CLIENT} --adopt-defaults")
 
 
-def _status(api: Api, path: str) -> int:
-    return api.ask("GET", path).status
+def _is_bound(api: Api, name: str) -> bool:
+    return api.ask("GET", f"{_BINDINGS}{name}").status != HTTPStatus.NOT_FOUND
 
 
 def _config(api: Api) -> Iterator[Finding]:
@@ -250,8 +242,8 @@ def _config(api: Api) -> Iterator[Finding]:
         hint = "kubeadm init phase upload-config kubeadm --config FILE"
         yield Finding.error("upgrade-no-config", "kubeadm-config", text, hint)
         return
-    gates = root.get("featureGates")
-    old = _text(root, "apiVersion").rpartition("/")[2]
+    gates, version = root.get("featureGates"), root.get("apiVersion")
+    old = version.text().rpartition("/")[2] if version is not None else ""
     if gates is not None and gates.get("PublicKeysECDSA") is not None:
         text = "wanted encryptionAlgorithm, found the feature gate PublicKeysECDSA, which 1.37 does not know"
         hint = "kubectl edit -n kube-system cm kubeadm-config: encryptionAlgorithm: ECDSA-P256 instead of it"
@@ -283,11 +275,6 @@ def _document(api: Api, place: kubeadm.Place) -> YamlNode | None:
     return None if text is None else document(text)
 
 
-def _text(root: YamlNode, key: str) -> str:
-    found = root.get(key)
-    return "" if found is None else found.text()
-
-
 def look_at_kubelets(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Examine all kubelets, from a control-plane node; asks the cluster's API and each kubelet, and writes nothing."""
     manifest = node.manifests.get(Component.APISERVER)
@@ -315,10 +302,11 @@ def _of_kubelet(one: Served, verifying: list[str], now: datetime) -> Finding:
         text = f"its kubelet serves {one.place} with a certificate of the cluster's CA, {left_text(one.end, now)}"
         return Finding.ok("kubelet-serving", one.node, text)
     text = f"wanted a kubelet whose certificate the cluster's CA has signed, found: {one.trouble}"
+    hint = "`ca-bridge kubelets on` on that node"
     if verifying:
         text += f"; the API server of {', '.join(verifying)} verifies it, so that logs and exec do not work"
-        return Finding.error("kubelet-serving", one.node, text, "`ca-bridge kubelets on` on that node")
-    return Finding.warning("kubelet-serving", one.node, text, "`ca-bridge kubelets on` on that node")
+        return Finding.error("kubelet-serving", one.node, text, hint)
+    return Finding.warning("kubelet-serving", one.node, text, hint)
 
 
 def _of_api_servers(api: Api, servers: list[ApiServer]) -> Iterator[Finding]:
@@ -341,12 +329,10 @@ def _of_api_servers(api: Api, servers: list[ApiServer]) -> Iterator[Finding]:
 
 
 def _of_map(api: Api) -> Finding:
-    text = kubeadm.read(api, kubeadm.KUBELETS).text
-    name = kubeadm.KUBELETS.name
+    text, name = kubeadm.read(api, kubeadm.KUBELETS).text, kubeadm.KUBELETS.name
     if text is None:
         return Finding.warning("kubelet-config", name, "wanted it in the cluster, found none: kubeadm upgrade aborts")
     if kubelet.asks(text):
         return Finding.ok("kubelet-config", name, "has serverTLSBootstrap: new nodes and upgrades have it so")
-    return Finding.note(
-        "kubelet-config", name, "has no serverTLSBootstrap: kubelets make serving certificates themselves"
-    )
+    found = "has no serverTLSBootstrap: kubelets make serving certificates themselves"
+    return Finding.note("kubelet-config", name, found)

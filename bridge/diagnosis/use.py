@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from urllib.parse import urlsplit
-
-from cryptography import x509
 
 from bridge.cluster import kubeadm
 from bridge.cluster.api import Api
@@ -101,25 +99,20 @@ def _authorities(node: Node) -> Iterator[Finding]:
     """Check that the CA files that components trust hold this node's CAs."""
     cas = {state.authority.name: state for state in node.authorities if state.state == "present"}
     for component, flags in _CA_FLAGS.items():
-        manifest = node.manifests.get(component)
-        for flag, name in flags.items() if manifest is not None else ():
-            path = endpoints.file(manifest.flags, flag) if manifest is not None else None
-            state = cas.get(name)
+        if (manifest := node.manifests.get(component)) is None:
+            continue
+        for flag, name in flags.items():
+            path, state = endpoints.file(manifest.flags, flag), cas.get(name)
             if path is None or state is None:
                 continue
-            found = _certificates(path)
-            if isinstance(found, str) or state.certificates[0] not in found:
-                what = found if isinstance(found, str) else "other certificates"
+            try:
+                what = "other certificates" if state.certificates[0] not in read_ca_file(path) else ""
+            except UnreadableError as e:
+                what = str(e)
+            if what:
                 text = f"wanted the CA of {state.path} in the file of {flag} ({path}), found {what}"
                 hint = "new certificates of this CA would not be accepted"
                 yield Finding.error("manifest-ca", component.value, text, hint)
-
-
-def _certificates(path: Path) -> list[object] | str:
-    try:
-        return [*read_ca_file(path)]
-    except UnreadableError as e:
-        return str(e)
 
 
 # --- restarts and hooks ----------------------------------------------------------------------------------------------
@@ -201,8 +194,8 @@ def _addresses(node: Node) -> Iterator[Finding]:
         peers = _hosts(etcd.flags, "--listen-peer-urls")
         wanted["etcd-peer"] = [endpoints.host(etcd.flags, "--initial-advertise-peer-urls"), *peers]
     for name, hosts in wanted.items():
-        text = "of its manifest"
-        yield from _missing_names(node, name, [host for host in hosts if host], text, "sans-of-manifest")
+        found = [host for host in hosts if host]
+        yield from _missing_names(node, name, found, "of its manifest", "sans-of-manifest")
 
 
 def _hosts(flags: Flags, flag: str) -> list[str]:
@@ -220,16 +213,12 @@ def _service_address(flags: Flags) -> str | None:
 
 
 def _missing_names(node: Node, name: str, hosts: Iterable[str], whose: str, check: str) -> Iterator[Finding]:
-    certificate = _live(node, name)
+    certificate = node.live(name)
     missing = [] if certificate is None else list(dict.fromkeys(h for h in hosts if not is_named(certificate, h)))
     if missing:
         text = f"wanted the addresses {whose} among its SANs, found no {', '.join(map(one_line, missing))}"
         options = " ".join(f"--add-san {name}={one_line(host)}" for host in missing)
         yield Finding.warning(check, name, text, f"a renewal copies the SANs as they are: ca-bridge renew {options}")
-
-
-def _live(node: Node, name: str) -> x509.Certificate | None:
-    return next((item.certificates[0] for item in node.items if item.spec.name == name and item.certificates), None)
 
 
 # --- kubeadm-config --------------------------------------------------------------------------------------------------
@@ -327,10 +316,8 @@ def _beyond(config: KubeadmConfig, node: Node, settings: Settings, flags: Flags)
     facts = config.naming_facts(settings.node.name, endpoints.name(flags) or "")
     for item in node.items:
         if item.state == "present" and item.managed and item.spec.listed:
-            try:
+            with contextlib.suppress(NoFactError, *UNREADABLE):
                 yield from _of_one(item, facts)
-            except (NoFactError, *UNREADABLE):
-                continue
 
 
 def _of_one(item: Item, facts: NamingFacts) -> Iterator[Finding]:
@@ -356,8 +343,8 @@ def look_at_pairs(node: Node, settings: Settings, now: datetime) -> Iterator[Fin
             from bridge.renewal.pairs import how  # noqa: PLC0415 (loads all that restarts, and `renew` reads this file)
 
             text = f"its program was not seen to use the installed pair: {one.what}: {one.state}: {one.detail}"
-            item = next(item for item in node.items if item.spec.name == one.certificate)
-            yield Finding.warning("not-in-use", one.certificate, text, how(item))
+            hints = [how(item) for item in node.items if item.spec.name == one.certificate]
+            yield Finding.warning("not-in-use", one.certificate, text, *hints)
 
 
 def _pair(
@@ -367,18 +354,16 @@ def _pair(
     if item.obstacle is not None:
         yield from_error("not-replaceable", name, item.obstacle)
     if item.state == "missing":
-        yield Finding.warning(
-            "certificate-missing", name, text, f"the next run makes it; so does `ca-bridge renew {name}`"
-        )
+        hint = f"the next run makes it; so does `ca-bridge renew {name}`"
+        yield Finding.warning("certificate-missing", name, text, hint)
     elif item.state != "present":
         hint = f"does [certificate.{name}] name the right file? Move it away, and `ca-bridge renew {name}` makes it"
         yield Finding.error(f"certificate-{item.state}", name, text, hint)
     else:
         yield end(item, settings, now)
         if item.unlike is not None:
-            yield Finding.warning(
-                "pair-differs", name, item.unlike, "the next run requests a certificate as the settings say"
-            )
+            hint = "the next run requests a certificate as the settings say"
+            yield Finding.warning("pair-differs", name, item.unlike, hint)
         else:
             yield from chain(item, authorities)
         yield from key_of(item)

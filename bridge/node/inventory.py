@@ -145,8 +145,16 @@ class Node:
 
     def spec(self, name: str) -> CertificateSpec:
         """A certificate as it is on this node: on an etcd host no process reads the API servers' client certificate."""
-        found = next((item.spec for item in self.items if item.spec.name == name), None)
-        return SPECS[name] if found is None else found
+        item = self.item(name)
+        return SPECS[name] if item is None else item.spec
+
+    def item(self, name: str) -> Item | None:
+        """A certificate by its name, whatever its state; None: a node of this role has none."""
+        return next((item for item in self.items if item.spec.name == name), None)
+
+    def live(self, name: str) -> x509.Certificate | None:
+        """The certificate that is installed; None: there is none, or it can't be read."""
+        return next((item.certificates[0] for item in self.items if item.spec.name == name and item.certificates), None)
 
     @property
     def is_here(self) -> bool:

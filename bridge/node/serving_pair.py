@@ -28,7 +28,7 @@ VOLUME = "ca-bridge-serving"
 def item_of(node: Node, component: Component) -> Item | None:
     """The component's serving certificate on this node; it may be missing."""
     spec = SERVERS.get(component)
-    return None if spec is None else next((one for one in node.items if one.spec.name == spec.name), None)
+    return None if spec is None else node.item(spec.name)
 
 
 def naming(node: Node, component: Component, kubeconfig_dir: Path) -> bytes | None:
