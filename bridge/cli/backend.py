@@ -10,26 +10,11 @@ import typer
 from cryptography import x509
 
 from bridge.ca import registry
-from bridge.ca.conformance import (
-    ABILITIES,
-    CHECKS,
-    FURTHER_ABILITIES,
-    Check,
-    NotSupportedError,
-    Trial,
-    abilities,
-)
+from bridge.ca.conformance import ABILITIES, CHECKS, FURTHER_ABILITIES, Check, NotSupportedError, Trial, abilities
 from bridge.cli.options import ZERO, Common, command, duration_option, group, utc_now
 from bridge.cli.printing import say, say_sentence
 from bridge.contract import Backend, ListsIssuers, Spends
-from bridge.errors import (
-    BackendUnavailableError,
-    BridgeError,
-    Exit,
-    SettingsError,
-    SettingsProblem,
-    WaitingError,
-)
+from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.node import inventory
 from bridge.node.inventory import Node
 from bridge.node.sample_pki import Cluster, ThrowawayCA, ca_certificate, leaf_certificate
@@ -126,8 +111,8 @@ def _certificates(
 
 def _expectation(node: Node, settings: Settings, authority: str, backend: Backend, now: datetime) -> verify.Expectation:
     """The node's own CA certificate is the anchor; where there is none, what the backend says is the CA's."""
-    state = next((one for one in node.authorities if one.authority.name == authority), None)
-    anchors, name = (state.certificates, str(state.path)) if state is not None else ((), "")
+    files = {one.authority.name: str(one.path) for one in node.authorities}
+    anchors, name = node.bundles.get(authority, ()), files.get(authority, "")
     if not anchors and isinstance(backend, ListsIssuers):
         anchors, name = tuple(backend.issuers()[-1:]), "the CA's own word"
     if not anchors:

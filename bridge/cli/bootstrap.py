@@ -22,13 +22,12 @@ from bridge.bootstrap.places import Role
 from bridge.cli import setup as ca_setup
 from bridge.cli.options import ZERO, Common, WaitOption, command, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_sentence, say_table, under_headings
-from bridge.cli.results import grouped
+from bridge.cli.results import print_errors, whereabouts
 from bridge.errors import Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.pki.display import fingerprint_text
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
-from bridge.state.store import Outcome
-from bridge.system.console import log, print_error, printable
+from bridge.system.console import log, print_error
 
 commands = typer.Typer()
 bootstrap = group(
@@ -117,8 +116,7 @@ def init(
     done = _made(settings, node, options.wait)
     if done.is_complete:
         _compare(settings, said)
-        _next_of_init(node)
-        _advise(node)
+        _say_next(node)
     return done.exit_code
 
 
@@ -146,7 +144,8 @@ def join(
     done = _made(settings, node, options.wait)
     if done.is_complete:
         _compare(settings, said)
-        _next_of_join(node)
+        # neither token nor flag: both are in the file
+        say(f"\nnext, on this node:\n  kubeadm join --config {node.places.join_config}")
     return done.exit_code
 
 
@@ -337,21 +336,14 @@ def _report(done: Bootstrapped) -> None:
     waiting = [o for o in done.outcomes if isinstance(o.error, WaitingError)]
     failed = [o for o in done.outcomes if o.error is not None and o not in waiting]
     if waiting:
-        say("\n".join(under_headings([(_whom(outcome), (outcome.name, "waits")) for outcome in waiting])))
+        say("\n".join(under_headings([(whereabouts(one), (one.name, "waits")) for one in waiting])))
     if waiting or failed:
         say_sentence("nothing was put in place; certificates that are signed already are kept, and not requested again")
     if waiting:
         say_sentence("run the same command again when there is an answer (one that was carried: --answer FILE)")
-    for about, error in grouped(failed):
-        print_error(error, about)
+    print_errors(failed)
     for error in done.strange:
         print_error(error)
-
-
-def _whom(outcome: Outcome) -> str:
-    """The place of a request, or the operator's next step with it."""
-    reason = printable(outcome.error.reason if outcome.error is not None else "")
-    return f"{outcome.backend}: {reason}" if outcome.backend else reason
 
 
 def _compare(settings: Settings, said: NodeInputs) -> None:
@@ -362,7 +354,8 @@ def _compare(settings: Settings, said: NodeInputs) -> None:
         say_sentence(f"first compare with what `bootstrap orders` printed, by another way: fingerprint {printed}")
 
 
-def _next_of_init(node: DesiredNode) -> None:
+def _say_next(node: DesiredNode) -> None:
+    """Say how `kubeadm init` goes on; advise settings that are cheap now, and need a change on each node later."""
     config, super_admin = node.places.kubeadm_config, node.places.kubeconfigs / "super-admin.conf"
     say(
         f"\nnext, on this node, without --upload-certs:\n"
@@ -370,20 +363,10 @@ def _next_of_init(node: DesiredNode) -> None:
         f"then, since kubeadm needs it for seconds, and it is beyond all RBAC rules:\n"
         f"  rm {super_admin}"
     )
-
-
-def _advise(node: DesiredNode) -> None:
-    """Advise settings that are cheap now, and need a change on each node later."""
     if node.config.kubelets_rotate:
-        log.info(
+        text = (
             "kubelets of this cluster will ask a signer for their next certificate, and take no other without a restart"
         )
-        log.info(
-            "without a signer in the cluster: a KubeletConfiguration with rotateCertificates: false in the configuration",
-            extra={"is_hint": True},
-        )
-
-
-def _next_of_join(node: DesiredNode) -> None:
-    """Tell the next command: a join that needs no token and no flag, since both are in the file."""
-    say(f"\nnext, on this node:\n  kubeadm join --config {node.places.join_config}")
+        hint = "without a signer in the cluster: a KubeletConfiguration with rotateCertificates: false in the configuration"
+        log.info("%s", text)
+        log.info("%s", hint, extra={"is_hint": True})

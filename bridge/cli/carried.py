@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +35,7 @@ from bridge.cli.printing import (
     say_table,
     under_headings,
 )
-from bridge.cli.results import grouped, report
+from bridge.cli.results import print_errors, report
 from bridge.errors import BridgeError, Exit
 from bridge.pki import bundle_format
 from bridge.pki.certificates import csr_fingerprint
@@ -74,8 +75,7 @@ def export(
     _print_exported(done, path, utc_now())
     if done.bundle is None and not done.failed:
         say_sentence(nothing_due(node, settings, utc_now()))
-    for about, error in grouped(done.failed):
-        print_error(error, about)
+    print_errors(done.failed)
     return Exit.worst([outcome.exit_code for outcome in done.failed])
 
 
@@ -126,8 +126,7 @@ def import_answers(
 
 @command(commands, "inspect")
 def inspect_bundle(
-    common: Common,
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A request or an answer.")],
+    common: Common, path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A request or an answer.")]
 ) -> int:
     """
     Show a bundle to the operator who approves it: what is asked, what it replaces, and whose proof it has.
@@ -195,11 +194,8 @@ def _whereabouts(one: OpenRequest) -> str:
 def _fingerprint(one: OpenRequest) -> str:
     """The short fingerprint of the bundle in which it was carried out last; else the beginning of the CSR's SHA-256."""
     digest = one.bundles[-1] if one.bundles else one.reference
-    return fingerprint_text(digest) if _is_digest(digest) else f"{csr_fingerprint(one.request.csr)[:16]}…"
-
-
-def _is_digest(text: str) -> bool:
-    return len(text) == 64 and all(c in "0123456789abcdef" for c in text)  # noqa: PLR2004 (SHA-256 in hex)
+    is_sha256 = re.fullmatch("[0-9a-f]{64}", digest) is not None
+    return fingerprint_text(digest) if is_sha256 else f"{csr_fingerprint(one.request.csr)[:16]}…"
 
 
 def _pending_json(one: OpenRequest, now: datetime) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from bridge.cli.options import (
     utc_now,
 )
 from bridge.cli.printing import end_text, progress_shown, say, say_json, say_sentence, say_table
-from bridge.cli.results import about, errors_json, failed_json, grouped, print_restart, report
+from bridge.cli.results import about, errors_json, failed_json, print_errors, print_restart, report
 from bridge.control_plane import restart_plan
 from bridge.diagnosis import use
 from bridge.diagnosis.findings import Finding
@@ -50,13 +50,9 @@ from bridge.state import copies
 from bridge.state.copies import Copy
 from bridge.state.install import InstallError
 from bridge.state.store import Outcome, Store
-from bridge.system.console import log, print_error
+from bridge.system.console import log
 
 commands = typer.Typer()
-
-RekeyOption = Annotated[
-    bool, typer.Option("--rekey", help="Make new keys, which every renewal does: it changes nothing.")
-]
 
 
 @command(commands, "renew")
@@ -76,7 +72,9 @@ def renew_command(
     ] = None,
     *,
     options: ChangeOptions,
-    rekey: RekeyOption = False,
+    rekey: Annotated[
+        bool, typer.Option("--rekey", help="Make new keys, which every renewal does: it changes nothing.")
+    ] = False,
     wait: WaitOption = ZERO,
     output: OutputOption = Output.TEXT,
 ) -> int:
@@ -89,12 +87,7 @@ def renew_command(
     if rekey:
         log.info("--rekey: every renewal makes a new key; nothing else is done than without it")
     wanted = options.read(
-        names,
-        all_or_nothing=all_or_nothing,
-        restarts=not no_restart,
-        csrs_only=csr_only,
-        ahead=ahead,
-        wait=wait,
+        names, all_or_nothing=all_or_nothing, restarts=not no_restart, csrs_only=csr_only, ahead=ahead, wait=wait
     )
     settings = common.settings()
     if is_rehearsal:
@@ -159,11 +152,7 @@ def install(
 
 @command(commands, "plan")
 def plan_command(
-    common: Common,
-    names: Names = None,
-    *,
-    options: ChangeOptions,
-    output: OutputOption = Output.TEXT,
+    common: Common, names: Names = None, *, options: ChangeOptions, output: OutputOption = Output.TEXT
 ) -> int:
     """
     Show what `renew` would ask, replace and restart.
@@ -229,8 +218,7 @@ def plan(settings: Settings, options: RunOptions, now: datetime, output: Output)
         say_sentence(nothing_due(node, settings, now))
     for sentence in found.selection.powerful:
         log.info("%s", sentence)
-    for name, error in grouped(found.selection.failed):
-        print_error(error, name)
+    print_errors(found.selection.failed)
     for copy in found.copies:
         if copy.error is not None:
             log.warning("%s", copy.error)
@@ -335,8 +323,7 @@ def write_csrs(settings: Settings, directory: Path, options: RunOptions, now: da
         say_table(rows)
     elif not failed:
         say_sentence(nothing_due(node, settings, now))
-    for name, error in grouped(failed):
-        print_error(error, name)
+    print_errors(failed)
     return Exit.worst([outcome.exit_code for outcome in failed])
 
 
@@ -349,36 +336,22 @@ def rehearse(settings: Settings, options: RunOptions, now: Callable[[], datetime
             say_json(**_json(result))
         else:
             _print(result)
-        for error in result.errors:
-            print_error(error)
-        for about, error in grouped(result.failed):
-            print_error(error, about)
+        print_errors(result.failed, result.errors)
         outcome.exit_code = result.exit_code
     return outcome.exit_code
 
 
 def _print(result: Rehearsal) -> None:
-    say_table(
-        [
-            (
-                one.outcome.name,
-                f"until {minute(one.leaf.not_valid_after_utc)}",
-                f"by {one.outcome.backend}",
-                "revoked" if one.revoked else "not revoked",
-            )
-            for one in result.passed
-        ],
-        (2,),
-        ["ok"] * len(result.passed),
-    )
+    rows = []
+    for one in result.passed:
+        end, revoked = f"until {minute(one.leaf.not_valid_after_utc)}", "revoked" if one.revoked else "not revoked"
+        rows.append((one.outcome.name, end, f"by {one.outcome.backend}", revoked))
+    say_table(rows, (2,), ["ok"] * len(rows))
     for sentence in result.skipped:
         log.info("%s", sentence)
-    if result.passed:
-        say(f"{len(result.passed)} signed, verified and thrown away; nothing on this node was replaced")
-    elif not result.failed:
-        say("nothing to rehearse; nothing on this node was replaced")
-    else:
-        say("nothing on this node was replaced")
+    done = f"{len(rows)} signed, verified and thrown away; " if rows else ""
+    begin = done or ("" if result.failed else "nothing to rehearse; ")
+    say(f"{begin}nothing on this node was replaced")
 
 
 def _json(result: Rehearsal) -> dict[str, Any]:

@@ -50,10 +50,7 @@ def report(
         if result.proven is not None:
             say(f"proven: {result.proven} checks hold")
     warn_of_waiting(result.waiting, now)
-    for run_error in result.errors:
-        print_error(run_error)
-    for about, error in grouped(result.failed):
-        print_error(error, about)
+    print_errors(result.failed, result.errors)
 
 
 def stale(result: Result, node: Node, settings: Settings) -> list[Component]:
@@ -86,15 +83,18 @@ def _print_result(result: Result, node: Node, settings: Settings, now: datetime)
 
 def say_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
     """A row for each certificate that waits, below the CA and what it says."""
-    if waiting:
-        say("\n".join(under_headings([_waiting_row(outcome, now) for outcome in waiting])))
+    ends = [one.old.not_valid_after_utc if one.old is not None else None for one in waiting]
+    rows = [
+        (whereabouts(one), (one.name, "waiting", end_text(end, now))) for one, end in zip(waiting, ends, strict=True)
+    ]
+    if rows:
+        say("\n".join(under_headings(rows)))
 
 
-def _waiting_row(outcome: Outcome, now: datetime) -> tuple[str, tuple[str, ...]]:
+def whereabouts(outcome: Outcome) -> str:
+    """The CA that a certificate waits for, and what it says; or the operator's next step."""
     reason = printable(outcome.error.reason if outcome.error is not None else "")
-    end = outcome.old.not_valid_after_utc if outcome.old is not None else None
-    heading = f"{outcome.backend}: {reason}" if outcome.backend else reason
-    return heading, (outcome.name, "waiting", end_text(end, now))
+    return f"{outcome.backend}: {reason}" if outcome.backend else reason
 
 
 #: A certificate that waits for its answer is warned of from here on, and cried out for from there on.
@@ -138,6 +138,14 @@ def print_pairs(node: Node, names: Sequence[str]) -> None:
 
         for sentence in pairs.advice(node, names):
             say_sentence(sentence)
+
+
+def print_errors(failed: Sequence[Outcome], errors: Sequence[BridgeError] = ()) -> None:
+    """The errors of a run, and then those of its certificates."""
+    for error in errors:
+        print_error(error)
+    for about, error in grouped(failed):
+        print_error(error, about)
 
 
 def grouped(failed: Sequence[Outcome]) -> Iterator[tuple[str, BridgeError]]:

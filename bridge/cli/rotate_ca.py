@@ -11,19 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from bridge import monitoring
-from bridge.cli.options import (
-    ZERO,
-    Common,
-    Output,
-    OutputOption,
-    WaitOption,
-    command,
-    duration_option,
-    group,
-    utc_now,
-)
+from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_table, say_verdict
-from bridge.cli.results import grouped, print_restart, say_waiting, warn_of_waiting
+from bridge.cli.results import print_errors, print_restart, say_waiting, warn_of_waiting
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory
 from bridge.node.inventory import Node
@@ -39,7 +29,7 @@ from bridge.rotation.witnesses import Refusal, Users, Watched
 from bridge.settings.tables import Settings
 from bridge.specs import CA
 from bridge.state.store import Store
-from bridge.system.console import doing, print_error
+from bridge.system.console import doing
 
 commands = typer.Typer()
 rotate_group = group(commands, "rotate-ca", "Put another CA in the place of this one, while the cluster runs.")
@@ -56,43 +46,30 @@ WithoutOption = Annotated[
 ]
 
 
-AuditLogOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--audit-log", metavar="FILE", help="An API server's audit log: whose certificates are still the old CA's."
-    ),
-]
-ServerLogOption = Annotated[
-    list[Path] | None,
-    typer.Option("--server-log", metavar="FILE", help="An API server's own log: which clients turned it away."),
-]
-IssuedOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--issued",
-        metavar="PATH",
-        help="With --audit-log and --requests: certificates of the new CA, in a file or directory.",
-    ),
-]
-
-
-RequestsOption = Annotated[
-    timedelta,
-    duration_option(
-        'Count by API servers\' metrics, for so long, such as "1m", requests by the ends of their certificates.',
-        "--requests",
-    ),
-]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LogOptions:
     """The sources about clients of the old CA; one option a field."""
 
-    audit_log: AuditLogOption = None
-    server_log: ServerLogOption = None
-    issued: IssuedOption = None
-    requests: RequestsOption = ZERO
+    audit_log: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="An API server's audit log: whose certificates are still the old CA's."),
+    ] = None
+    server_log: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="An API server's own log: which clients turned it away."),
+    ] = None
+    issued: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH", help="With --audit-log and --requests: certificates of the new CA, in a file or directory."
+        ),
+    ] = None
+    requests: Annotated[
+        timedelta,
+        duration_option(
+            'Count by API servers\' metrics, for so long, such as "1m", requests by the ends of their certificates.'
+        ),
+    ] = ZERO
 
 
 @command(rotate_group, "status")
@@ -150,16 +127,10 @@ def _requests_json(watched: Watched) -> dict[str, Any]:
     def seconds(limit: timedelta | None) -> int | None:
         return None if limit is None else round(limit.total_seconds())
 
-    counts = [
-        {
-            "server": one.server,
-            "count": one.count,
-            "moreThanSeconds": seconds(one.more_than),
-            "atMostSeconds": seconds(one.at_most),
-            "isLikeNew": one.is_like_new,
-        }
-        for one in watched.requests
-    ]
+    counts = []
+    for one in watched.requests:
+        limits = {"moreThanSeconds": seconds(one.more_than), "atMostSeconds": seconds(one.at_most)}
+        counts.append({"server": one.server, "count": one.count, **limits, "isLikeNew": one.is_like_new})
     return {"byEnd": counts, "failedHandshakes": dict(watched.failed), "troubles": watched.troubles}
 
 
@@ -170,9 +141,8 @@ def _witnesses(
     if not (logs.audit_log or logs.server_log):
         return None, None
     if CA.name not in found:
-        raise typer.BadParameter(
-            "--audit-log and --server-log are about clients of the CA ca, which is not replaced here"
-        )
+        text = "--audit-log and --server-log are about clients of the CA ca, which is not replaced here"
+        raise typer.BadParameter(text)
     with doing("reading the logs"):
         refusals = witnesses.refusals(logs.server_log) if logs.server_log else None
         if not logs.audit_log:
@@ -408,10 +378,7 @@ def _run(common: Common, verb: Verb, options: _Options, gate: Gate) -> int:
     else:
         _say_done(done, settings)
     warn_of_waiting(done.result.waiting, utc_now())
-    for error in done.result.errors:
-        print_error(error)
-    for about, error in grouped(done.result.failed):
-        print_error(error, about)
+    print_errors(done.result.failed, done.result.errors)
     return done.exit_code
 
 
