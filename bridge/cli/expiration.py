@@ -22,7 +22,6 @@ from bridge.state.store import Store
 from bridge.system.console import ROOT_HINT, lacks_rights, log, print_error
 
 if TYPE_CHECKING:
-    from bridge.monitoring import Remembered
     from bridge.node.inventory import Node
     from bridge.renewal.gate import Failures
     from bridge.state.credentials import Credential
@@ -96,7 +95,11 @@ def check_expiration(
     if output is ExpirationOutput.NAGIOS:
         return _check_for_nagios(common, within if warning is None else warning, critical)
     settings = common.settings()
-    known = _known(settings) if output is ExpirationOutput.PROMETHEUS else None
+    known = None
+    if output is ExpirationOutput.PROMETHEUS:
+        from bridge import monitoring  # noqa: PLC0415 (for monitors alone)
+
+        known = monitoring.known_here(settings, utc_now())
     node, own = inventory.of(settings.node), _own(settings)
     phases = _phases(settings, node)
     found = look(node, utc_now(), within, output.value, renewal=settings.renewal, known=known, own=own, phases=phases)
@@ -172,9 +175,3 @@ def _phases(settings: Settings, node: Node) -> list[PhaseOfCa] | None:
         return [PhaseOfCa(name, one.standing.text, one.since) for name, one in found.items()]
     except (BridgeError, OSError):
         return None
-
-
-def _known(settings: Settings) -> Remembered | None:
-    from bridge import monitoring  # noqa: PLC0415 (for monitors alone)
-
-    return monitoring.known_here(settings, utc_now())

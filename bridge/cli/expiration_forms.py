@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,24 +59,19 @@ def look(
     `known` is what only root may see; None for another user. So are `own`, our own credentials, and `phases`, the CAs that
     are being replaced; no code is for these.
     """
-    left_alone = (renewal or RenewalSettings()).left_alone
-    found = report(node, now, None if within is None else lambda _: within, left_alone)
-    forms: Mapping[str, Callable[[ExpiryReport], str]] = {
-        "table": lambda one: "".join(
-            [table(one, renewal), _own_table(own or (), renewal or RenewalSettings(), now), *_phase_lines(phases or ())]
-        ),
-        "json": lambda one: as_json(one, own, now, phases),
-        "yaml": lambda one: as_yaml(one, own, now, phases),
-        "prometheus": lambda one: _as_prometheus(one, node, renewal or RenewalSettings(), known),
-    }
+    renewal = renewal or RenewalSettings()
+    found = report(node, now, None if within is None else lambda _: within, renewal.left_alone)
+    if output == "table":
+        text = "".join([table(found, renewal), _own_table(own or (), renewal, now), *_phase_lines(phases or ())])
+    elif output == "prometheus":
+        from bridge import monitoring  # noqa: PLC0415 (for monitors alone)
+
+        text = monitoring.text(found, monitoring.due_times(node, renewal), known)
+    else:
+        structure = _structure(found, own, now, phases)
+        text = _as_json(structure) if output == "json" else _as_yaml(structure)
     code = Exit.FAILED if found.troubles else Exit.DUE if found.due else Exit.DONE
-    return forms[output](found), list(found.troubles), code
-
-
-def _as_prometheus(found: ExpiryReport, node: Node, renewal: RenewalSettings, known: Remembered | None) -> str:
-    from bridge import monitoring  # noqa: PLC0415 (for monitors alone)
-
-    return monitoring.text(found, monitoring.due_times(node, renewal), known)
+    return text, list(found.troubles), code
 
 
 def table(found: ExpiryReport, renewal: RenewalSettings | None = None) -> str:
@@ -186,8 +181,8 @@ def _cells(row: Row, header: Sequence[str]) -> list[str]:
     if row.certificate is None or row.state != "present":
         found = [f"{_MARKS[row.state]} {row.name}", *([""] * (min(len(header), _MOST_SHORT) - 1))]
     else:
-        expires = _expires(row.certificate.not_valid_after_utc)
-        found = [row.name, expires, _left(row), *_authority(row, header), f"{_external(row):<8}"]
+        found = [row.name, _expires(row.certificate.not_valid_after_utc), *_others(row, header)]
+        found[-1] = found[-1].ljust(8)
     return [*found, row.path] if header is _EXTRA_HEADER else found
 
 
@@ -195,44 +190,28 @@ def _short(row: Row, header: Sequence[str]) -> list[str]:
     """A row for a narrow terminal: without its file, and with a shorter date."""
     if row.certificate is None or row.state != "present":
         return [row.name, _MARKS[row.state], *([""] * (min(len(header), _MOST_SHORT) - 2))]
-    expires = f"{row.certificate.not_valid_after_utc:%Y-%m-%d %H:%M}"
-    return [row.name, expires, _left(row), *_authority(row, header), _external(row)]
+    return [row.name, f"{row.certificate.not_valid_after_utc:%Y-%m-%d %H:%M}", *_others(row, header)]
 
 
-def _authority(row: Row, header: Sequence[str]) -> list[str]:
-    return [] if header is _AUTHORITY_HEADER else [row.authority or ""]
+def _others(row: Row, header: Sequence[str]) -> list[str]:
+    """The cells behind name and date."""
+    left = "<invalid>" if row.early else residual(row.seconds_left or 0)  # as kubeadm shows one that has ended
+    authority = [] if header is _AUTHORITY_HEADER else [row.authority or ""]
+    return [left, *authority, "yes" if row.external else "no"]
 
 
-def _external(row: Row) -> str:
-    return "yes" if row.external else "no"
-
-
-def _left(row: Row) -> str:
-    return "<invalid>" if row.early else residual(row.seconds_left or 0)  # as kubeadm shows one that has ended
-
-
-def as_json(
-    found: ExpiryReport,
-    own: Sequence[Credential] | None,
-    now: datetime,
-    phases: Sequence[PhaseOfCa] | None = (),
-) -> str:
-    """kubeadm's structure (output.kubeadm.k8s.io/v1alpha3) in its order and indentation, and more keys."""
+def _as_json(structure: Mapping[str, Any]) -> str:
+    """JSON in kubeadm's order and indentation."""
     import json  # noqa: PLC0415 (7 ms that the table has no use for)
 
-    return escaped(json.dumps(_structure(found, own, now, phases), indent=4, ensure_ascii=False)) + "\n"
+    return escaped(json.dumps(structure, indent=4, ensure_ascii=False)) + "\n"
 
 
-def as_yaml(
-    found: ExpiryReport,
-    own: Sequence[Credential] | None,
-    now: datetime,
-    phases: Sequence[PhaseOfCa] | None = (),
-) -> str:
-    """The same in YAML, with sorted keys as kubeadm's."""
+def _as_yaml(structure: Mapping[str, Any]) -> str:
+    """YAML with sorted keys, as kubeadm's."""
     import yaml  # noqa: PLC0415 (loaded by the reading side already, but as a tree only)
 
-    dumper, structure = getattr(yaml, "CSafeDumper", yaml.SafeDumper), _structure(found, own, now, phases)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
     def dumped(*, allow_unicode: bool) -> str:
         return str(yaml.dump(structure, Dumper=dumper, sort_keys=True, allow_unicode=allow_unicode, width=10_000))
@@ -243,11 +222,12 @@ def as_yaml(
 
 
 def _structure(
-    found: ExpiryReport,
-    own: Sequence[Credential] | None,
-    now: datetime,
-    phases: Sequence[PhaseOfCa] | None,
+    found: ExpiryReport, own: Sequence[Credential] | None, now: datetime, phases: Sequence[PhaseOfCa] | None
 ) -> dict[str, Any]:
+    """kubeadm's structure (output.kubeadm.k8s.io/v1alpha3) in its order, and more keys."""
+    replaced = None
+    if phases is not None:
+        replaced = [{"name": one.name, "phase": one.phase, "since": rfc3339(one.since)} for one in phases]
     return {
         "kind": "CertificateExpirationInfo",
         "apiVersion": "output.kubeadm.k8s.io/v1alpha3",
@@ -255,9 +235,7 @@ def _structure(
         "certificateAuthorities": [_entry(row) for row in found.authorities],
         "extraCertificates": [_entry(row) for row in found.extra],
         "ownCredentials": None if own is None else [_own_entry(one, now) for one in own],
-        "replacedAuthorities": None
-        if phases is None
-        else [{"name": one.name, "phase": one.phase, "since": rfc3339(one.since)} for one in phases],
+        "replacedAuthorities": replaced,
         "schemaVersion": SCHEMA_VERSION,
     }
 
