@@ -36,6 +36,8 @@ from bridge.words import name_found
 
 commands = typer.Typer()
 log = logging.getLogger("ca-bridge")
+#: Certificates by authority and name.
+ByAuthority = Mapping[str, Mapping[str, x509.Certificate]]
 
 
 @command(commands, "setup")
@@ -109,11 +111,9 @@ def print_or_write(files: Sequence[SetupFile], directory: Path | None, between: 
         _say_written(write_files(files, directory))
         return
     if len(files) > 1 and any(file.alone for file in files):
-        names = ", ".join(file.name for file in files)
-        raise SettingsError(
-            [SettingsProblem("--authority", "one of them, since one can't follow another on standard output", names)],
-            hint="`-o DIR` writes each into a file of its own",
-        )
+        wanted = "one of them, since one can't follow another on standard output"
+        problem = SettingsProblem("--authority", wanted, ", ".join(file.name for file in files))
+        raise SettingsError([problem], hint="`-o DIR` writes each into a file of its own")
     say(between.join(file.text for file in files))
 
 
@@ -139,10 +139,8 @@ def files_for(
 ) -> list[SetupFile]:
     """The files that a CA's administrator needs for this node's certificates, or for those of several nodes."""
     if authority is not None and authority not in SIGNING_AUTHORITIES:
-        known = SIGNING_AUTHORITIES
-        raise SettingsError(
-            [SettingsProblem("--authority", f"one of {', '.join(known)}", name_found(authority, known))]
-        )
+        known, found = ", ".join(SIGNING_AUTHORITIES), name_found(authority, SIGNING_AUTHORITIES)
+        raise SettingsError([SettingsProblem("--authority", f"one of {known}", found)])
     backend_type = registry.that_sets_up(type_name)
     if authority == PODS.name:
         return _for_pods(settings, type_name, backend_type)
@@ -154,16 +152,14 @@ def files_for(
     _warn_of_defaults(settings, type_name, live)
     own = settings.node.node_name
     nodes = _nodes(list_of_nodes, own) if list_of_nodes is not None else {own: {}}
-    return _joined(
-        {
-            node: [
-                file
-                for name, items in live.items()
-                for file in _asked(backend_type, settings, _request(settings, type_name, name, node, items, names))
-            ]
-            for node, names in nodes.items()
-        }
-    )
+    return files_of(settings, type_name, {node: _renamed(live, names) for node, names in nodes.items()})
+
+
+def _renamed(live: ByAuthority, names: Mapping[str, str]) -> ByAuthority:
+    """Another node's certificates, by this node's."""
+    if all(here == there for here, there in names.items()):
+        return live
+    return {ca: {name: renamed(one, names) for name, one in items.items()} for ca, items in live.items()}
 
 
 def _for_pods(settings: Settings, type_name: str, backend_type: SetsUp) -> list[SetupFile]:
@@ -190,21 +186,22 @@ def _for_pods(settings: Settings, type_name: str, backend_type: SetsUp) -> list[
     return list(_asked(backend_type, settings, request))
 
 
-def files_of(
-    settings: Settings, type_name: str, nodes: Mapping[str, Mapping[str, Mapping[str, x509.Certificate]]]
-) -> list[SetupFile]:
-    """The same for nodes that are yet to be made: `nodes` has the future certificates by node, authority and name."""
+def files_of(settings: Settings, type_name: str, nodes: Mapping[str, ByAuthority]) -> list[SetupFile]:
+    """The files for nodes with these certificates, which need not be there yet."""
     backend_type = registry.that_sets_up(type_name)
-    return _joined(
-        {
-            node: [
-                file
-                for name, items in found.items()
-                for file in _asked(backend_type, settings, _request(settings, type_name, name, node, items, {}))
-            ]
-            for node, found in nodes.items()
-        }
-    )
+    by_node: dict[str, list[SetupFile]] = {node: [] for node in nodes}
+    for node, found in nodes.items():
+        for authority, certificates in found.items():
+            request = SetupRequest(
+                authority=AUTHORITIES[authority],
+                certificates=certificates,
+                validity=settings.renewal.validity,
+                node=node,
+                cluster=settings.node.cluster,
+                settings=registry.keys_so_far(settings, authority, type_name),
+            )
+            by_node[node] += _asked(backend_type, settings, request)
+    return _joined(by_node)
 
 
 def _warn_of_defaults(settings: Settings, type_name: str, authorities: Iterable[str]) -> None:
@@ -215,13 +212,8 @@ def _warn_of_defaults(settings: Settings, type_name: str, authorities: Iterable[
     if others:
         found = ", ".join(dict.fromkeys(types[name] for name in others if name in types)) or "no backend"
         place = settings.source.file or "no settings file"
-        log.warning(
-            "%s: the settings have %s for it (%s), so this has the defaults of %s",
-            ", ".join(others),
-            found,
-            place,
-            type_name,
-        )
+        text = f"the settings have {found} for it ({place}), so this has the defaults of {type_name}"
+        log.warning("%s: %s", ", ".join(others), text)
         hint = f"`ca-bridge settings init {type_name} FILE` writes such settings; name them by --config FILE"
         log.warning("%s", hint, extra={"is_hint": True})
 
@@ -232,9 +224,8 @@ def _live_certificates(settings: Settings, authority: str | None) -> dict[str, d
     for item in items:
         name = item.spec.authority.name
         if item.pair is not None:
-            log.warning(
-                "%s is left out: the CA's administrator decides what it needs for a further pair", item.spec.name
-            )
+            why = "the CA's administrator decides what it needs for a further pair"
+            log.warning("%s is left out: %s", item.spec.name, why)
             continue
         if authority in (None, name) and item.managed and item.state == "present":
             certificate = _to_be_asked(item, settings)
@@ -257,10 +248,7 @@ def _servers(settings: Settings) -> dict[str, x509.Certificate]:
     """Certificates with the names that components' serving certificates get, where there are none yet."""
     node = inventory.of(settings.node)
     names = tuple(item.spec.name for item in node.items if item.spec.by_flag and item.state == "missing")
-    like = next(
-        (item.certificates[0] for item in node.items if item.spec.name == "apiserver" and item.certificates), None
-    )
-    found = {}
+    like, found = node.live("apiserver"), {}
     for name, one in decide(node, settings, RunOptions(names=names)).items() if names else ():
         if isinstance(one, BridgeError):
             raise one
@@ -292,18 +280,12 @@ def _nodes(file: Path, own: str) -> dict[str, dict[str, str]]:
     except UnreadableError as e:
         raise SettingsError([SettingsProblem("--nodes", "a list of nodes", f"{file}: {e}")]) from None
     except ValueError as e:
-        raise SettingsError(
-            [SettingsProblem("--nodes", "a line `NAME ADDRESS …` for each node", f"{file}: {e}")]
-        ) from None
+        wanted = "a line `NAME ADDRESS …` for each node"
+        raise SettingsError([SettingsProblem("--nodes", wanted, f"{file}: {e}")]) from None
     if own not in listed:
-        raise SettingsError(
-            [
-                SettingsProblem(
-                    "--nodes", f"this node in it, too ({own}), as the pattern of the others' names", ", ".join(listed)
-                )
-            ],
-            hint="node.name in the settings says what this node is called",
-        )
+        wanted = f"this node in it, too ({own}), as the pattern of the others' names"
+        hint = "node.name in the settings says what this node is called"
+        raise SettingsError([SettingsProblem("--nodes", wanted, ", ".join(listed))], hint=hint)
     ours = [own, *listed[own]]
     return {name: dict(zip(ours, [name, *addresses], strict=True)) for name, addresses in listed.items()}
 
@@ -326,25 +308,6 @@ def _joined(by_node: Mapping[str, Sequence[SetupFile]]) -> list[SetupFile]:
             hint="leave --nodes out, and widen in the result what names one node",
         )
     return [replace(file, name=f"{node}-{file.name}") for node, files in by_node.items() for file in files]
-
-
-def _request(
-    settings: Settings,
-    type_name: str,
-    authority: str,
-    node: str,
-    items: Mapping[str, x509.Certificate],
-    names: Mapping[str, str],
-) -> SetupRequest:
-    is_other = any(here != there for here, there in names.items())
-    return SetupRequest(
-        authority=AUTHORITIES[authority],
-        certificates={name: renamed(one, names) for name, one in items.items()} if is_other else items,
-        validity=settings.renewal.validity,
-        node=node,
-        cluster=settings.node.cluster,
-        settings=registry.keys_so_far(settings, authority, type_name),
-    )
 
 
 # --- jobs for systemd and cron ---------------------------------------------------------------------------------------
@@ -461,7 +424,11 @@ def _places(settings: Settings, options: Sequence[str], desk: DeskJob | None) ->
     writable = [node.kubeconfig_dir, node.pki_dir]
     maybe = _outermost([kubelet.directory, kubelet.certificate.parent, kubelet.key.parent])
     if desk is not None:
-        _assert_absolute(inbox=desk.inbox, outbox=desk.outbox)
+        places = {"--inbox": desk.inbox, "--outbox": desk.outbox}
+        relative = [name for name, path in places.items() if not path.is_absolute()]
+        if relative:
+            wanted = "an absolute path"
+            raise SettingsError([SettingsProblem(name, wanted, repr(str(places[name]))) for name in relative])
         paths |= {_DESK_INBOX: str(desk.inbox), _DESK_OUTBOX: str(desk.outbox)}
         writable, maybe = [desk.inbox, desk.outbox], []
     writable.append(node.state_dir)
@@ -482,18 +449,5 @@ def _places(settings: Settings, options: Sequence[str], desk: DeskJob | None) ->
 
 def _outermost(paths: Sequence[Path]) -> list[Path]:
     """The paths without those that lie in another one."""
-    return [
-        path
-        for path in dict.fromkeys(paths)
-        if not any(path != other and path.is_relative_to(other) for other in paths)
-    ]
-
-
-def _assert_absolute(**directories: Path) -> None:
-    problems = [
-        SettingsProblem(f"--{name}", "an absolute path", repr(str(path)))
-        for name, path in directories.items()
-        if not path.is_absolute()
-    ]
-    if problems:
-        raise SettingsError(problems)
+    inner = [path for path in paths if any(path != other and path.is_relative_to(other) for other in paths)]
+    return [path for path in dict.fromkeys(paths) if path not in inner]
