@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -103,7 +104,7 @@ def command(to: typer.Typer, name: str, cls: type[Command] = Command) -> Callabl
                 arguments[key] = bundle(
                     **{field.name: arguments.pop(field.name) for field in dataclasses.fields(bundle)}
                 )
-            with _Errors():
+            with _errors():
                 raise typer.Exit(function(common, **arguments) or 0)
 
         options: list[inspect.Parameter] = []
@@ -123,48 +124,35 @@ def command(to: typer.Typer, name: str, cls: type[Command] = Command) -> Callabl
 _TYPERS_OWN = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
 
 
-class _Errors:
-    """Turns an exception into a message on standard error and the promised exit code."""
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Turn an exception into a message on standard error and the promised exit code."""
+    replaced_here.clear()
+    try:
+        yield
+    except BridgeError as e:
+        _fail(e)
+    except KeyboardInterrupt as e:
+        hint, text = "", "interrupted, nothing was replaced"
+        if replaced_here:
+            text = f"interrupted after files were replaced; the old ones are in the backup {replaced_here[-1]}"
+            hint = "`ca-bridge renew` goes on with the open restarts, proofs and hooks"
+        _fail(BridgeError(text, hint=hint), waiting.exit_code(e))
+    except _TYPERS_OWN:
+        raise
+    except OSError as e:
+        _fail(BridgeError(f"{f'{e.filename}: ' if e.filename else ''}{e.strerror or type(e).__name__}"))
+    except Exception as e:  # noqa: BLE001 (a bug)
+        # where, and of which kind; never its text, which might hold a secret
+        frames = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(e.__traceback__)]
+        console.log.debug("traceback: %s", " < ".join(reversed(frames)))
+        text = f"internal error: {type(e).__name__} at {frames[-1]}"
+        _fail(BridgeError(text, hint="a bug: report it with what -v prints"))
 
-    def __enter__(self) -> None:
-        replaced_here.clear()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, BridgeError):
-            _fail(error)
-        if isinstance(error, KeyboardInterrupt):
-            _interrupted(error)
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            place = f"{error.filename}: " if error.filename else ""
-            _fail(BridgeError(f"{place}{error.strerror or type(error).__name__}"))
-        if isinstance(error, Exception) and not isinstance(error, _TYPERS_OWN):
-            _bug(error)
-
-
-def _fail(error: BridgeError) -> NoReturn:
+def _fail(error: BridgeError, code: int | None = None) -> NoReturn:
     console.print_error(error)
-    raise typer.Exit(error.exit_code)
-
-
-def _interrupted(error: KeyboardInterrupt) -> NoReturn:
-    if replaced_here:
-        text = f"interrupted after files were replaced; the old ones are in the backup {replaced_here[-1]}"
-        console.print_error(
-            BridgeError(text, hint="`ca-bridge renew` goes on with the open restarts, proofs and hooks")
-        )
-    else:
-        console.print_error(BridgeError("interrupted, nothing was replaced"))
-    raise typer.Exit(waiting.exit_code(error))
-
-
-def _bug(error: Exception) -> NoReturn:
-    """Report a bug: where, and of which kind; never its text, which might hold a secret."""
-    frames = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
-    console.log.debug("traceback: %s", " < ".join(reversed(frames)))
-    bug = BridgeError(
-        f"internal error: {type(error).__name__} at {frames[-1]}", hint="a bug: report it with what -v prints"
-    )
-    _fail(bug)
+    raise typer.Exit(error.exit_code if code is None else code)
 
 
 def utc_now() -> datetime:
