@@ -38,12 +38,18 @@ def list_approvals(common: Common, output: OutputOption = Output.TEXT) -> int:
         found = reviewer.waiting()
     if output is Output.JSON:
         say_json(approver=found.get("approver"), requests=found["requests"])
-    for one in found["requests"] if output is Output.TEXT else ():
-        digest = printable(one.get("digest"))
-        say_table([_row(one, digest)], (3,))
+        return Exit.DONE
+    for one in found["requests"]:
+        row = (
+            str(one.get("digest"))[:_SHORT],
+            one.get("node"),
+            f"{one.get('approvals')} approved",
+            one.get("received"),
+        )
+        say_table([tuple(map(printable, row))], (3,))
         for certificate in _certificates(one):
             say_sentence(printable(f"{certificate.get('name')}: {certificate.get('means')}"), "  ")
-    if output is Output.TEXT and not found["requests"]:
+    if not found["requests"]:
         say("no request waits for people")
     return Exit.DONE
 
@@ -102,11 +108,6 @@ def _decide(common: Common, digest: str, verdict: Verdict, reason: str, output: 
     text = f"{verdict} {shown.digest[:_SHORT]} of {shown.bundle.node} (fingerprint {short_fingerprint(shown.bundle)})"
     say_sentence(printable(f"{text}: {document.get('approvals')} approvals, the request is {document.get('state')}"))
     return Exit.DONE
-
-
-def _row(one: dict[str, Any], digest: str) -> tuple[str, ...]:
-    found = (digest[:_SHORT], one.get("node"), f"{one.get('approvals')} approved", one.get("received"))
-    return tuple(map(printable, found))
 
 
 def _certificates(one: dict[str, Any]) -> list[dict[str, Any]]:

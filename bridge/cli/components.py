@@ -22,7 +22,6 @@ from bridge.cli.options import (
 )
 from bridge.cli.printing import say, say_json, say_sentence, say_table, say_verdict
 from bridge.control_plane import kubelet_serving, proof, restart_plan, restarts
-from bridge.control_plane.kubelet_serving import Report
 from bridge.errors import Exit
 from bridge.node import inventory, serving_pair
 from bridge.renewal import serving
@@ -275,17 +274,11 @@ def _switch(common: Common, *, is_on: bool, force: bool, wait: timedelta, output
     report = kubelet_serving.switch(settings, on=is_on, force=force, wait=wait, tell=tell)
     if output is Output.JSON:
         say_json(exitCode=report.exit_code, done=report.done, left=report.left)
-    else:
-        _say(report, is_on=is_on)
-    return report.exit_code
-
-
-def _say(report: Report, *, is_on: bool) -> None:
-    if report.left:
+    elif report.left:
         say("Other nodes come first:")
         for text in report.left:
             say_sentence(text, "  ")
-        again = "`ca-bridge kubelets on`" if is_on else "`ca-bridge kubelets off`"
-        say(f"Run {again} there, and then here again.")
+        say(f"Run `ca-bridge kubelets {'on' if is_on else 'off'}` there, and then here again.")
     elif not report.done:
         say("Nothing to do: this node and the cluster are already set.")
+    return report.exit_code

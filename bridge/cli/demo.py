@@ -65,12 +65,6 @@ def demo(
         return Exit.FAILED if story.wrong else Exit.DONE
 
 
-@dataclass(frozen=True)
-class _Ended:
-    code: int
-    lines: list[str]
-
-
 class _Story:
     def __init__(self, place: _Place, *, is_temporary: bool) -> None:
         self._place = place
@@ -92,45 +86,45 @@ class _Story:
 
     def _plan(self) -> None:
         self._headline(f"The certificates end in {_DAYS_LEFT} days, and no CA key is on the node.")
-        ended = self._command("ca-bridge plan", 4, 0)
-        self._expect(ended.code == Exit.DUE, "12 certificates are due")
+        self._expect(self._command("ca-bridge plan", 4, 0) == Exit.DUE, "12 certificates are due")
 
     def _renewal(self) -> None:
         self._headline("New keys, signed by the company's CA; verified, then installed in one step.")
         before = self._place.contents()
-        ended = self._command("ca-bridge renew", 3, 2, until="These still run")
+        code = self._command("ca-bridge renew", 3, 2, until="These still run")
         count = sum(before[path] != content for path, content in self._place.contents().items())
-        self._expect(ended.code == Exit.DONE and count > len(_node(self._place)), f"{count} files were replaced")
-        good = sum(map(_is_good, _node(self._place)))
-        self._expect(good == len(_node(self._place)), f"`openssl verify -purpose` agrees: {good} have their usages")
+        items = _node(self._place)
+        self._expect(code == Exit.DONE and count > len(items), f"{count} files were replaced")
+        good = sum(map(_is_good, items))
+        self._expect(good == len(items), f"`openssl verify -purpose` agrees: {good} have their usages")
 
     def _refusal(self) -> None:
         self._headline("A careless CA gives the API server a client's certificate: refused.")
         before = self._place.contents()
-        ended = self._command("ca-bridge renew apiserver --config careless.toml", 4, 0)
+        code = self._command("ca-bridge renew apiserver --config careless.toml", 4, 0)
         same = self._place.contents() == before
-        self._expect(ended.code == Exit.REFUSED and same, f"exit code {ended.code}; no file was changed")
+        self._expect(code == Exit.REFUSED and same, f"exit code {code}; no file was changed")
 
     def _crash(self) -> None:
         self._headline("A run is killed while it replaces files; the next one ends what it began.")
-        ended = self._command("ca-bridge renew all", 0, 0, renamed=str(_RENAMED))
-        self._expect(ended.code == -signal.SIGKILL, f"kill -9 after {_RENAMED} files: the node has old and new ones")
-        ended = self._command("ca-bridge recover", 2, 0)
-        paired = sum(map(_is_pair, _node(self._place)))
-        text = f"every key belongs to its certificate: {paired} of {len(_node(self._place))}"
-        self._expect(ended.code == Exit.DONE and paired == len(_node(self._place)), text)
+        code = self._command("ca-bridge renew all", 0, 0, renamed=str(_RENAMED))
+        self._expect(code == -signal.SIGKILL, f"kill -9 after {_RENAMED} files: the node has old and new ones")
+        code, items = self._command("ca-bridge recover", 2, 0), _node(self._place)
+        paired = sum(map(_is_pair, items))
+        text = f"every key belongs to its certificate: {paired} of {len(items)}"
+        self._expect(code == Exit.DONE and paired == len(items), text)
 
     def _way_back(self, before: dict[Path, bytes]) -> None:
         self._headline("Going back is one command, and is itself backed up.")
-        ended = self._command("ca-bridge rollback", 2, 2, until="These still run")
+        code = self._command("ca-bridge rollback", 2, 2, until="These still run")
         same = self._place.contents() == before
-        self._expect(ended.code == Exit.DONE and same, "every file is as it was before that run")
+        self._expect(code == Exit.DONE and same, "every file is as it was before that run")
 
     def _record(self) -> None:
         self._headline("The record has all of it, and shows any later change to it.")
         self._command("ca-bridge audit show --name apiserver", 3, 2)
-        ended = self._command("ca-bridge audit verify", 1, 0)
-        self._expect(ended.code == Exit.DONE, "the chain of the record holds")
+        code = self._command("ca-bridge audit verify", 1, 0)
+        self._expect(code == Exit.DONE, "the chain of the record holds")
 
     def _next(self) -> None:
         _say(_styled("\nNext", "heading"))
@@ -144,12 +138,12 @@ class _Story:
         self._step += 1
         _say(f"\n{_styled(str(self._step), 'number')} {_styled(text, 'heading')}")
 
-    def _command(self, typed: str, head: int, tail: int, *, until: str = "", renamed: str = "all") -> _Ended:
-        """Run it, kill it after it has `renamed` files, and show its first and last lines."""
+    def _command(self, typed: str, head: int, tail: int, *, until: str = "", renamed: str = "all") -> int:
+        """Run it, kill it after it has `renamed` files, show its first and last lines, and return its exit code."""
         _say(f"{_INDENT}{_styled(f'$ {typed}', 'hint')}")
         with doing(f"running {typed}", is_plain=False):
-            ended = self._run([renamed, str(self._place.kubernetes), *typed.split()[1:]])
-        lines = ended.lines
+            done = self._run([renamed, str(self._place.kubernetes), *typed.split()[1:]])
+        lines = done.stdout.splitlines()
         if until:
             lines = lines[: next((number for number, line in enumerate(lines) if line.startswith(until)), len(lines))]
         lines = [line for line in lines if line]
@@ -161,25 +155,20 @@ class _Story:
             _say(_styled(f"{_INDENT}… {hidden} more lines", "faint"))
             for line in last:
                 _say(_toned(_wrapped(line)))
-        return ended
+        return done.returncode
 
-    def _run(self, words: Sequence[str]) -> _Ended:
-        environment = {
-            **os.environ,
-            "CA_BRIDGE_CONFIG": str(self._place.settings),
-            "COLUMNS": str(_WIDTH - len(_INDENT)),
-        }
-        done = subprocess.run(
+    def _run(self, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        ours = {"CA_BRIDGE_CONFIG": str(self._place.settings), "COLUMNS": str(_WIDTH - len(_INDENT))}
+        return subprocess.run(
             python_command(_RUN, *words),
             cwd=self._place.base,
-            env=environment,
+            env={**os.environ, **ours},
             check=False,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        return _Ended(done.returncode, done.stdout.splitlines())
 
     def _expect(self, is_so: bool, text: str) -> None:
         """Say it, or that it is not so."""
@@ -222,16 +211,15 @@ def _is_pair(item: Item) -> bool:
 
 def _is_good(item: Item) -> bool:
     """Whether `openssl verify` says that it is good for the usages of its spec, and for no other."""
-    wanted = {EKU.SERVER_AUTH: "sslserver", EKU.CLIENT_AUTH: "sslclient"}
-    return {eku for eku, purpose in wanted.items() if _is_good_for(item, purpose)} == item.spec.ekus
-
-
-def _is_good_for(item: Item, purpose: str) -> bool:
-    command = ["openssl", "verify", "-CAfile", str(item.anchor_path), "-purpose", purpose]
+    purposes, good = {EKU.SERVER_AUTH: "sslserver", EKU.CLIENT_AUTH: "sslclient"}, set()
     with tempfile.NamedTemporaryFile(suffix=".pem") as file:
         file.write(pem(item.certificates[0]))
         file.flush()
-        return subprocess.run([*command, file.name], check=False, capture_output=True).returncode == 0
+        for eku, purpose in purposes.items():
+            command = ["openssl", "verify", "-CAfile", str(item.anchor_path), "-purpose", purpose, file.name]
+            if subprocess.run(command, check=False, capture_output=True).returncode == 0:
+                good.add(eku)
+    return good == item.spec.ekus
 
 
 # --- where it plays: a control plane in kubeadm's shape, the company's CA, and a careless one -----------------------------

@@ -141,8 +141,9 @@ def _tell_troubles(job: Job) -> list[int]:
 class _Observer:
     """Lines for what is done; where that takes long, the rate and the time that is left."""
 
-    def __init__(self, total: int, codes: list[int]) -> None:
+    def __init__(self, total: int, codes: list[int], line: Doing | None = None) -> None:
         self._codes = codes  #: Gets what is to be in the exit code.
+        self._line = line  #: On a terminal, where it moves.
         self.seen = 0
         self._total = total
         self._certificates = 0
@@ -157,11 +158,10 @@ class _Observer:
                 f"{_who(job)}: {_counts(signed - len(job.again), len(job.again), len(job.answers) - signed)}: {where}"
             )
         self._codes += set(_tell_troubles(job))
-        self._progress()
-
-    def _progress(self) -> None:
         moment = time.monotonic()
-        if moment - self._last >= _SECONDS_BETWEEN_LINES:
+        if self._line is not None:
+            self._line.text = f"signing: {self._text(moment)}"
+        elif moment - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = moment
             log.info("%s", self._text(moment))
 
@@ -182,24 +182,13 @@ def _counts(signed: int, again: int, refused: int) -> str:
     return ", ".join(parts)
 
 
-class _LineObserver(_Observer):
-    """The same as a line that moves, on a terminal."""
-
-    def __init__(self, total: int, codes: list[int], line: Doing) -> None:
-        super().__init__(total, codes)
-        self._line = line
-
-    def _progress(self) -> None:
-        self._line.text = f"signing: {self._text(time.monotonic())}"
-
-
 @contextlib.contextmanager
 def _observer(total: int, codes: list[int]) -> Iterator[_Observer]:
     if not (is_lively(sys.stderr) and total > 1):
         yield _Observer(total, codes)
         return
     with doing("signing") as line:
-        yield _LineObserver(total, codes, line)
+        yield _Observer(total, codes, line)
 
 
 class _Terminal:

@@ -21,7 +21,7 @@ from bridge.contract import GIVEN, Secret, SetupFile
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.gateway import roots
 from bridge.gateway.nodes import Nodes
-from bridge.gateway.roots import PublishedBundle, name_of
+from bridge.gateway.roots import name_of
 from bridge.gateway.rules import KUBERNETES_SIGNERS, Grant, SignerRules
 from bridge.gateway.service import Service
 from bridge.settings.tables import Settings
@@ -94,10 +94,8 @@ def manifests(settings: Settings, shipped: Path) -> list[SetupFile]:
             bundles = [name_of(one) for one in policy.pod_signers]
             pods = _replaced(pods, _SHIPPED_BUNDLES, json.dumps(bundles))
             texts["50-pods.yaml"] = _replaced(pods, _SHIPPED_POD_SIGNERS, json.dumps(list(policy.pod_signers)))
-        for key, path in (
-            ("gateway-policy.toml", settings.gateway.policy),
-            ("inventory.toml", settings.gateway.inventory),
-        ):
+        given = {"gateway-policy.toml": settings.gateway.policy, "inventory.toml": settings.gateway.inventory}
+        for key, path in given.items():
             texts["30-config.yaml"] = _with_block(texts["30-config.yaml"], key, path.read_text(encoding="utf-8"))
         texts["20-admission.yaml"] += "".join(_askers(signers))
     if settings.authorities:
@@ -304,19 +302,15 @@ def publish(
     if it does not answer.
     """
     found = roots.publish(common.settings(), signers or (), remove or ())
-    errors = [(one.signer, one.error) for one in found if one.error is not None]
-    for signer, error in errors:
-        print_error(BridgeError(f"{signer}: {error}", hint=error.hint))
-    code = Exit.worst([error.exit_code for _, error in errors])
-    if output is Output.JSON:
-        say_json(exitCode=code, bundles=[_entry(one) for one in found])
-        return code
+    entries = []
     for one in found:
-        if one.outcome is not None:
+        if one.error is not None:
+            print_error(BridgeError(f"{one.signer}: {one.error}", hint=one.error.hint))
+        elif one.outcome is not None and output is Output.TEXT:
             say_sentence(f"{one.signer}: {_WORDS[one.outcome].format(name=one.name)}")
+        error = str(one.error) if one.error is not None else ""
+        entries.append({"signer": one.signer, "name": one.name, "outcome": one.outcome or "failed", "error": error})
+    code = Exit.worst([one.error.exit_code for one in found if one.error is not None])
+    if output is Output.JSON:
+        say_json(exitCode=code, bundles=entries)
     return code
-
-
-def _entry(one: PublishedBundle) -> dict[str, str]:
-    error = str(one.error) if one.error is not None else ""
-    return {"signer": one.signer, "name": one.name, "outcome": one.outcome or "failed", "error": error}

@@ -16,7 +16,7 @@ from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import minute
 from bridge.pki.user_rules import User
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
-from bridge.users import Done, UserOrder, stem_of, write_request
+from bridge.users import UserOrder, stem_of, write_request
 
 commands = typer.Typer()
 kubeconfig = group(commands, "kubeconfig", "Make kubeconfigs for people and machines.")
@@ -94,17 +94,11 @@ def user(
     )
     with progress_shown() as progress:
         done = users.issue(common.settings(), order, utc_now, progress, wait)
-    for line in _told(order, done):
-        say(line)
-
-
-def _told(order: UserOrder, done: Done) -> Sequence[str]:
-    groups = ", ".join(order.user.groups) or "no group"
-    return [
-        f"{order.out}  {order.user.name} in {groups}, until {minute(done.leaf.not_valid_after_utc)}",
-        f"  for {done.server}, signed by {done.backend}",
-        *([f"  the private key belongs beside it: {done.key_file}"] if done.key_file else []),
-    ]
+    of_groups = ", ".join(order.user.groups) or "no group"
+    say(f"{order.out}  {name} in {of_groups}, until {minute(done.leaf.not_valid_after_utc)}")
+    say(f"  for {done.server}, signed by {done.backend}")
+    if done.key_file:
+        say(f"  the private key belongs beside it: {done.key_file}")
 
 
 def _user(name: str, groups: Sequence[str] | None) -> User:
