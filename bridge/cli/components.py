@@ -278,7 +278,8 @@ def _switch(common: Common, *, is_on: bool, force: bool, wait: timedelta, output
         say("Other nodes come first:")
         for text in report.left:
             say_sentence(text, "  ")
-        say(f"Run `ca-bridge kubelets {'on' if is_on else 'off'}` there, and then here again.")
+        again = "`ca-bridge kubelets on`" if is_on else "`ca-bridge kubelets off`"
+        say(f"Run {again} there, and then here again.")
     elif not report.done:
         say("Nothing to do: this node and the cluster are already set.")
     return report.exit_code
