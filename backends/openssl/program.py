@@ -13,7 +13,6 @@ import re
 import resource
 import shutil
 import threading
-from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,10 +22,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from bridge.contract import Secret, SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsProblem
+from bridge.pki.certificates import spki
 from bridge.system.run_command import Command, openssl_environment, run
 
 # --- the key ---------------------------------------------------------------------------------------------------------
@@ -74,27 +74,21 @@ activate = 1
 """
 
 
-class PrivateKey(ABC):
-    """A CA's private key, as a run of openssl needs it; the defaults are those of a file."""
+@dataclass(frozen=True)
+class KeyFile:
+    """A PEM file, linked as `ca.key` in the folder of a run."""
 
-    secret_name: ClassVar[str]  #: What opens it, in words.
+    secret_name: ClassVar[str] = "passphrase"  # noqa: S105 (what it is called)
     #: CSRs in one process; nothing of a run is recorded before its last signature is made.
-    batch_size: ClassVar[int]
+    batch_size: ClassVar[int] = 1000
+    reference: ClassVar[str] = "ca.key"  #: Its name in openssl's arguments.
+    config: ClassVar[str] = ""  #: The lines that come first in the openssl.cnf of a run.
 
-    @property
-    @abstractmethod
-    def secret(self) -> Secret | None:
-        """The passphrase or PIN that opens it; None: it needs none."""
+    path: Path
+    secret: Secret | None  #: The passphrase that opens it; None: it needs none.
 
-    @property
-    @abstractmethod
-    def reference(self) -> str:
-        """The key's name in openssl's arguments: a file or a URI."""
-
-    @property
-    def config(self) -> str:
-        """The lines that come first in the openssl.cnf of a run."""
-        return ""
+    def __str__(self) -> str:
+        return str(self.path)
 
     def arguments(self, command: str) -> list[str]:  # noqa: ARG002 (a file needs none)
         """Further arguments of an openssl command."""
@@ -104,44 +98,8 @@ class PrivateKey(ABC):
         """Further variables in the environment of an openssl command."""
         return {}
 
-    @abstractmethod
     def check(self) -> None:
-        """Make sure of what can be seen without openssl."""
-
-    def login(self, secret: bytes) -> AbstractContextManager[Callable[[str], None]]:  # noqa: ARG002 (tried at will)
-        """Surround one run of openssl; what it yields is to be called with what openssl said."""
-        return nullcontext(lambda _: None)
-
-    @abstractmethod
-    def failure(self, messages: str, notes: str) -> BackendError | None:
-        """Why the key can't be used, by all that openssl said, and what may be shown of it; None: something else."""
-
-
-@dataclass(frozen=True)
-class KeyFile(PrivateKey):
-    """A PEM file, linked as `ca.key` in the folder of a run."""
-
-    secret_name: ClassVar[str] = "passphrase"  # noqa: S105 (what it is called)
-    batch_size: ClassVar[int] = 1000
-
-    path: Path
-    passphrase: Secret | None
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    @property
-    def secret(self) -> Secret | None:
-        """As `PrivateKey`."""
-        return self.passphrase
-
-    @property
-    def reference(self) -> str:
-        """As `PrivateKey`."""
-        return "ca.key"
-
-    def check(self) -> None:
-        """As `PrivateKey`: a file that can be opened."""
+        """Make sure, without openssl, that the file can be opened."""
         try:
             with self.path.open("rb"):
                 pass
@@ -149,25 +107,26 @@ class KeyFile(PrivateKey):
             text = f"wanted the CA's private key in {self}, found: {e.strerror}"
             raise LocalFileError(text, hint="put it back, or set `private_key` to its file") from e
 
-    def failure(self, messages: str, notes: str) -> BackendRefusedError | None:
-        """As `PrivateKey`."""
+    def login(self, secret: bytes) -> AbstractContextManager[Callable[[str], None]]:  # noqa: ARG002 (tried at will)
+        """Surround one run of openssl; what it yields is to be called with what openssl said."""
+        return nullcontext(lambda _: None)
+
+    def failure(self, messages: str, notes: str) -> BackendError | None:
+        """Why the key can't be used, by all that openssl said, and what may be shown of it; None: something else."""
+        if _WRONG_PASSPHRASE.search(messages) and self.secret:
+            return LocalFileError(
+                f"wanted the passphrase of {self} in {self.secret}, found one that does not open it",
+                hint="put the right one there, on one line; `openssl pkey -noout -in KEY` tries it",
+            )
         if _WRONG_PASSPHRASE.search(messages):
-            return self._wrong_passphrase()
+            return LocalFileError(
+                f"wanted a passphrase for {self}, which is encrypted, found none in the settings",
+                hint="set passphrase_file, passphrase_env or passphrase_credential",
+            )
         if _NO_KEY.search(messages):
             text = f"wanted a PEM private key in {self}, openssl found: {notes}"
             return LocalFileError(text, hint="put the CA's key back, or set `private_key` to its file")
         return None
-
-    def _wrong_passphrase(self) -> BackendRefusedError:
-        if self.passphrase:
-            return LocalFileError(
-                f"wanted the passphrase of {self} in {self.passphrase}, found one that does not open it",
-                hint="put the right one there, on one line; `openssl pkey -noout -in KEY` tries it",
-            )
-        return LocalFileError(
-            f"wanted a passphrase for {self}, which is encrypted, found none in the settings",
-            hint="set passphrase_file, passphrase_env or passphrase_credential",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,42 +154,37 @@ _LOGINS: defaultdict[tuple[str, ...], _Logins] = defaultdict(_Logins)
 
 
 @dataclass(frozen=True)
-class TokenKey(PrivateKey):
+class TokenKey:
     """A private key that never leaves its token."""
 
     secret_name: ClassVar[str] = "PIN"  # noqa: S105 (what it is called)
     # As slow as 20 signatures a second, an HSM must be through before the time limit.
     batch_size: ClassVar[int] = 100
 
-    uri: str
+    reference: str  #: Its URI, without a PIN (see `uri_problem`).
     settings: Pkcs11Settings
 
     def __str__(self) -> str:
-        return self.uri  # it has no PIN, see `uri_problem`
+        return self.reference
 
     @property
     def secret(self) -> Secret:
-        """As `PrivateKey`."""
+        """The PIN."""
         return self.settings.pin
 
     @property
-    def reference(self) -> str:
-        """As `PrivateKey`."""
-        return self.uri
-
-    @property
     def config(self) -> str:
-        """As `PrivateKey`."""
+        """As `KeyFile`."""
         return _PROVIDER_CONFIG if self.settings.method == "provider" else ""
 
     def arguments(self, command: str) -> list[str]:
-        """As `PrivateKey`."""
+        """As `KeyFile`."""
         if self.settings.method == "provider":
             return []
         return ["-engine", "pkcs11", "-keyform" if command == "ca" else "-inform", "engine"]
 
     def environment(self, command: str) -> dict[str, str]:
-        """As `PrivateKey`; a variable needs no quoting, as a path in an openssl.cnf would."""
+        """As `KeyFile`; a variable needs no quoting, as a path in an openssl.cnf would."""
         module = str(self.settings.module)
         if self.settings.method == "engine":
             return {**self.settings.environment, "PKCS11_MODULE_PATH": module}
@@ -240,7 +194,7 @@ class TokenKey(PrivateKey):
         return {**self.settings.environment, "PKCS11_PROVIDER_MODULE": module, **(looking if command != "ca" else {})}
 
     def check(self) -> None:
-        """As `PrivateKey`: a module that can be read. What a token lacks shows only after a login."""
+        """Make sure of a module that can be read. What a token lacks shows only after a login."""
         module = self.settings.module
         if not os.access(module, os.R_OK) or not module.is_file():
             raise BackendRefusedError(
@@ -251,8 +205,8 @@ class TokenKey(PrivateKey):
 
     @contextmanager
     def login(self, secret: bytes) -> Iterator[Callable[[str], None]]:
-        """As `PrivateKey`: one at a time to a token, and no PIN again that it has refused."""
-        names = [part for part in _parts(self.uri) if part.partition("=")[0] not in {"object", "id", "type"}]
+        """As `KeyFile`: one at a time to a token, and no PIN again that it has refused."""
+        names = [part for part in _parts(self.reference) if part.partition("=")[0] not in {"object", "id", "type"}]
         logins, pin = _LOGINS[str(self.settings.module), *sorted(names)], sha256(secret).digest()
         with logins.lock:
             if pin in logins.refused:
@@ -265,7 +219,7 @@ class TokenKey(PrivateKey):
             yield note
 
     def failure(self, messages: str, notes: str) -> BackendError | None:
-        """As `PrivateKey`; a PIN that was not accepted is never tried again by the bridge."""
+        """As `KeyFile`; a PIN that was not accepted is never tried again by the bridge."""
         method, module = self.settings.method, self.settings.module
         if _NO_METHOD.search(messages):
             package = {"engine": "libengine-pkcs11-openssl", "provider": "pkcs11-provider"}[method]
@@ -305,6 +259,10 @@ class TokenKey(PrivateKey):
             hint=f"`ca-bridge doctor` tells more; `pkcs11-tool --module {self.settings.module} --login --list-objects`"
             " shows the keys",
         )
+
+
+#: A CA's private key, as a run of openssl needs it: both kinds have the same members.
+PrivateKey = KeyFile | TokenKey
 
 
 def key_problems(private_key: str | None, pkcs11: object, passphrase: object) -> Iterator[SettingsProblem]:
@@ -411,8 +369,7 @@ class Openssl:
         outcome = self.run(folder, "pkey", "-in", self.key.reference, "-pubout")
         if outcome.code != 0:
             raise self.failure(outcome).error
-        key = load_pem_public_key(outcome.output)
-        return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        return spki(load_pem_public_key(outcome.output))
 
     def run(
         self, folder: Path, command: str, *arguments: str, inherited: Iterable[int] = (), csrs: int = 0
