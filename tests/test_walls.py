@@ -196,8 +196,8 @@ def floor_wall(source: str, module: str) -> Iterator[str]:
 _ALSO = {
     # a program, with limits and the end of all that it started
     "backends.cmp": ["bridge.system.run_command"],
-    # a program, which only root and its account may change; what it prints has certificates in any form
-    "backends.exec": ["bridge.system.run_command", "bridge.system.paths", "bridge.pki.certificates"],
+    # a program, which only root and its account may change
+    "backends.exec": ["bridge.system.run_command", "bridge.system.paths"],
     # a program, and a database of files with a lock like ours
     "backends.openssl": [f"bridge.system.{room}" for room in ("run_command", "files", "locks", "paths")],
     # a CA that is reached by files: the bundles' format, and what reads and writes files safely
@@ -205,20 +205,19 @@ _ALSO = {
         *("bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.signatures"),
         *("bridge.system.files", "bridge.system.paths"),
     ],
-    # the bundles' format, and for its setup certificates that it looks into
+    # the bundles' format
     "backends.gateway": [
-        *(f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "certificates", "node_proofs", "signatures")),
+        *(f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "node_proofs", "signatures")),
         "bridge.system.paths",
     ],
 }
 
 
 def backend_wall(source: str, module: str) -> Iterator[str]:
-    """Of ours, a backend imports the doors, how HTTP and JSON are read, its own family's files, and what `_ALSO` says."""
+    """Of ours, a backend imports the doors, how HTTP, JSON and certificates are read, its family's files, and what `_ALSO` says."""
     family = ".".join(module.split(".")[:2])
-    allowed = [*(f"bridge.{door}" for door in DOORS), "bridge.system.http", "bridge.pki.budget", *_ALSO.get(family, ())]
-    if module.endswith(".setup"):  # prints what a CA needs for certificates that it looks into
-        allowed += ["bridge.pki.certificates"]
+    readers = ("bridge.system.http", "bridge.pki.budget", "bridge.pki.certificates")
+    allowed = [*(f"bridge.{door}" for door in DOORS), *readers, *_ALSO.get(family, ())]
     for name in imports(source, module):
         if within(name, "bridge") and not any(within(name, one) for one in allowed):
             yield name

@@ -25,6 +25,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from bridge.contract import NamePatterns, Secret, SetupFile, SetupRequest
+from bridge.pki.certificates import extension
 from bridge.specs import AUTHORITIES, EKU, SPECS, Authority, CertificateSpec
 from bridge.words import escaped
 
@@ -267,7 +268,7 @@ def _ours(
 
 def _profile(certificates: Mapping[CertificateSpec, x509.Certificate], validity: timedelta) -> dict[str, object]:
     spec = next(iter(certificates))
-    sans = [_sans(certificate) for certificate in certificates.values()]
+    sans = [extension(certificate, x509.SubjectAlternativeName) for certificate in certificates.values()]
     names = {name for certificate in certificates.values() for name in _checked_names(certificate)}
     profile: dict[str, object] = {
         "usages": ["digital signature", "key encipherment", *(_EKUS[eku] for eku in EKU if eku in spec.ekus)],
@@ -283,18 +284,11 @@ def _profile(certificates: Mapping[CertificateSpec, x509.Certificate], validity:
     return profile
 
 
-def _sans(certificate: x509.Certificate) -> Sequence[x509.GeneralName]:
-    try:
-        return list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
-    except x509.ExtensionNotFound:
-        return []
-
-
 def _checked_names(certificate: x509.Certificate) -> Iterator[str]:
     """The names that cfssl compares with `name_whitelist`: the CN and all SANs that are text."""
     for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
         yield str(attribute.value)
-    for name in _sans(certificate):
+    for name in extension(certificate, x509.SubjectAlternativeName) or ():
         if isinstance(name, x509.DNSName | x509.RFC822Name | x509.UniformResourceIdentifier):
             yield name.value
 

@@ -44,6 +44,7 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
+from bridge.pki.certificates import extended_key_usages
 from bridge.specs import EKU, SPECS, CertificateSpec
 from bridge.system.http import UnreachableError, reach
 
@@ -378,8 +379,7 @@ _PLAIN_SAN, _PLAIN_NAME = re.compile(r"(?:[a-z]+://)?[A-Za-z0-9._/-]+"), re.comp
 
 def _extensions(request: SignRequest) -> bytes:
     """An openssl configuration with the extensions of the template, and SANs if they are not the CSR's."""
-    words = {EKU.SERVER_AUTH: "serverAuth", EKU.CLIENT_AUTH: "clientAuth"}
-    ekus = ", ".join(words[eku] for eku in EKU if eku in request.spec.ekus)
+    ekus = ", ".join(eku.label for eku in EKU if eku in request.spec.ekus)
     usage, sans = "critical, digitalSignature, keyEncipherment", ""
     if request.names is not None:
         usage, sans = "critical, digitalSignature", f"subjectAltName = {_sans(request.names)}\n"
@@ -400,10 +400,9 @@ def _sans(names: Names) -> str:
 def _spec_like(certificate: x509.Certificate) -> CertificateSpec:
     """A kubeadm certificate with the same usages; one of several, since only its path or profile matters."""
     try:
-        usages = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-        ekus = {usage.dotted_string for usage in usages}
-        return next(spec for spec in SPECS.values() if {eku.value for eku in spec.ekus} == ekus)
-    except (x509.ExtensionNotFound, ValueError, StopIteration) as e:
+        ekus = extended_key_usages(certificate)
+        return next(spec for spec in SPECS.values() if frozenset(eku.value for eku in spec.ekus) == ekus)
+    except (ValueError, StopIteration) as e:
         raise BackendRefusedError("cmp: wanted a certificate with kubeadm's usages to revoke, found another") from e
 
 

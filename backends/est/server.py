@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import pkcs7
 from requests.auth import HTTPBasicAuth
 
 from backends.http import Http, Wording, retry_after_seconds, without
 from bridge.contract import SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
+from bridge.pki.certificates import extended_key_usages, is_for, is_signed_by
+from bridge.specs import EKU
 from bridge.words import one_line
 
 if TYPE_CHECKING:
@@ -203,10 +204,9 @@ def _agent_faults(client_cert: Path, now: datetime) -> Iterator[str]:
         agent = x509.load_pem_x509_certificate(client_cert.read_bytes())
         if not agent.not_valid_before_utc <= now <= agent.not_valid_after_utc:
             yield f"it is valid from {agent.not_valid_before_utc:%Y-%m-%d} to {agent.not_valid_after_utc:%Y-%m-%d} only"
-        with contextlib.suppress(x509.ExtensionNotFound):
-            usages = agent.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-            if ExtendedKeyUsageOID.CLIENT_AUTH not in usages:
-                yield "it is not good for clientAuth"
+        usages = extended_key_usages(agent)
+        if usages is not None and EKU.CLIENT_AUTH.value not in usages:
+            yield "it is not good for clientAuth"
 
 
 def operation_url(url: str, label: str, operation: str) -> str:
@@ -249,8 +249,7 @@ def _der(body: bytes) -> bytes:
 
 def leaf_of(found: Sequence[x509.Certificate], csr: x509.CertificateSigningRequest) -> x509.Certificate | None:
     """The certificate for the CSR's key; of several the one that began last. None: there is none."""
-    wanted = csr.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    ours = [certificate for certificate in found if _public_key(certificate) == wanted]
+    ours = [certificate for certificate in found if is_for(certificate, csr)]
     return max(ours, key=lambda certificate: certificate.not_valid_before_utc, default=None)
 
 
@@ -277,18 +276,4 @@ def issuing_first(pool: Sequence[x509.Certificate]) -> list[x509.Certificate]:
 
 @functools.lru_cache(maxsize=256)  # the CA's own are asked about again with every leaf
 def _certifies(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
-    if issuer.subject != certificate.issuer:
-        return False
-    try:
-        certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
-        return False
-    return True
-
-
-def _public_key(certificate: x509.Certificate) -> bytes:
-    """The certificate's public key as DER; empty for a key that the library does not know, which is not ours."""
-    try:
-        return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    except (ValueError, UnsupportedAlgorithm):
-        return b""
+    return issuer.subject == certificate.issuer and is_signed_by(certificate, issuer)

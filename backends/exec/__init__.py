@@ -19,7 +19,7 @@ from typing import ClassVar
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from backends.exec import helper
 from backends.exec.helper import ENVIRONMENT, ekus_text
@@ -32,7 +32,7 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
-from bridge.pki.certificates import is_for
+from bridge.pki.certificates import extension, is_for, spki
 from bridge.specs import CertificateSpec
 from bridge.system.paths import program_exposure
 from bridge.system.run_command import Account, Command, Ended, reached, run
@@ -372,26 +372,19 @@ def _names_variables(names: Names | None) -> dict[str, str]:
 
 def _csr_variables(csr: x509.CertificateSigningRequest) -> dict[str, str]:
     """The CSR, and its content as text; a type without SANs has no variable."""
-    spki = csr.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    sans = {name: "\n".join(values) for name, values in _sans(csr).items() if values}
+    names = extension(csr, x509.SubjectAlternativeName) or x509.SubjectAlternativeName([])
+    sans = {
+        "CERTMONGER_REQ_HOSTNAME": names.get_values_for_type(x509.DNSName),
+        "CERTMONGER_REQ_IP_ADDRESS": map(str, names.get_values_for_type(x509.IPAddress)),
+        "CERTMONGER_REQ_EMAIL": names.get_values_for_type(x509.RFC822Name),
+    }
+    texts = {name: "\n".join(values) for name, values in sans.items()}
     return {
         "CERTMONGER_CSR": csr.public_bytes(Encoding.PEM).decode(),
         "CERTMONGER_REQ_SUBJECT": csr.subject.rfc4514_string(),
-        "CERTMONGER_SPKI": base64.b64encode(spki).decode(),
+        "CERTMONGER_SPKI": base64.b64encode(spki(csr.public_key())).decode(),
         "CERTMONGER_KEY_TYPE": "RSA" if isinstance(csr.public_key(), rsa.RSAPublicKey) else "EC",
-        **sans,
-    }
-
-
-def _sans(csr: x509.CertificateSigningRequest) -> dict[str, list[str]]:
-    try:
-        names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return {}
-    return {
-        "CERTMONGER_REQ_HOSTNAME": names.get_values_for_type(x509.DNSName),
-        "CERTMONGER_REQ_IP_ADDRESS": list(map(str, names.get_values_for_type(x509.IPAddress))),
-        "CERTMONGER_REQ_EMAIL": names.get_values_for_type(x509.RFC822Name),
+        **{name: text for name, text in texts.items() if text},
     }
 
 

@@ -24,7 +24,7 @@ from cryptography.x509.oid import NameOID
 from backends.exec.helper import ENVIRONMENT, ekus_text
 from bridge.contract import Selector, SetupFile, SetupRequest
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
-from bridge.pki.certificates import san_entries
+from bridge.pki.certificates import extension, san_entries
 from bridge.specs import EKU, SPECS
 from bridge.words import one_line
 
@@ -153,11 +153,7 @@ def _parts(subject: x509.Name) -> Iterator[str]:
 
 def sans_text(certificate: x509.Certificate) -> str:
     """The SANs for `openssl req -addext subjectAltName=`; empty: there are none."""
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return ""
-    return ",".join(filter(None, map(_san, names)))
+    return ",".join(filter(None, map(_san, extension(certificate, x509.SubjectAlternativeName) or ())))
 
 
 def _san(name: x509.GeneralName) -> str:

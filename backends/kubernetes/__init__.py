@@ -9,7 +9,6 @@ since another object may get that name. The API server's checks were measured wi
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import hashlib
 import re
@@ -24,9 +23,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from backends.http import context_of, object_of, pair_problems, pem_certificates, tls_context, token_end, url_problems
@@ -52,6 +50,7 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
+from bridge.pki.certificates import is_for
 from bridge.specs import EKU, MASTERS, SPECS, CertificateSpec
 from bridge.words import one_line
 
@@ -218,7 +217,7 @@ def _data(table: Mapping[str, Any], key: str, directory: Path) -> bytes | None:
     if embedded := table.get(f"{key}-data"):
         try:
             return base64.b64decode(str(embedded), validate=True)
-        except (binascii.Error, ValueError):
+        except ValueError:
             raise ValueError(f"something else than base64 in {key}-data") from None
     return _bounded(directory / str(table[key])) if table.get(key) else None
 
@@ -478,23 +477,15 @@ def _issued(request: SignRequest, name: str, text: object) -> Issued:
     """The leaf, found by the CSR's key since the API allows any order, then the signer's other certificates."""
     hint = "the API stores what a signer writes; the signer's log may say more"
     try:
-        pem = base64.b64decode(str(text), validate=True)
-        found = pem_certificates(pem)
-        wanted = _public(request.csr)
-        ours = [one for one in found if _public(one) == wanted]
-    except (ValueError, TypeError, binascii.Error, x509.InvalidVersion):
-        raise BackendRefusedError(
-            f"kubernetes: {name}: wanted PEM certificates, found something else", hint=hint
-        ) from None
+        found = pem_certificates(base64.b64decode(str(text), validate=True))
+    except ValueError:
+        text = f"kubernetes: {name}: wanted PEM certificates, found something else"
+        raise BackendRefusedError(text, hint=hint) from None
+    ours = [one for one in found if is_for(one, request.csr)]
     if not ours:
-        raise BackendRefusedError(
-            f"kubernetes: {name}: wanted a certificate for the CSR's key, found another", hint=hint
-        )
+        text = f"kubernetes: {name}: wanted a certificate for the CSR's key, found another"
+        raise BackendRefusedError(text, hint=hint)
     return Issued(leaf=ours[0], intermediates=tuple(one for one in found if one not in ours))
-
-
-def _public(of: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
-    return of.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _conditions(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

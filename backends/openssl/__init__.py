@@ -23,11 +23,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from backends.openssl.index import Database, Snapshot, file_name, folder_of, write_in
@@ -35,6 +35,7 @@ from backends.openssl.program import Failure, KeyFile, Openssl, PrivateKey, Proc
 from backends.openssl.settings import CA_PLACE_HINT, CAFiles, OpensslSettings, files_of, private_key_of
 from bridge.contract import BackendSettings, Issued, Names, SetupFile, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
+from bridge.pki.certificates import extended_key_usages, extension, is_signed_by, spki
 from bridge.specs import CertificateSpec, Usage
 
 _REVOKED_FOR_SECONDS = 1.0
@@ -83,8 +84,6 @@ authorityKeyIdentifier = keyid,issuer
 """
 #: As openssl spells the usages of each class.
 EKUS: dict[Usage, str] = {"server": "serverAuth", "client": "clientAuth", "peer": "serverAuth,clientAuth"}
-
-_ExtensionT = TypeVar("_ExtensionT", bound=x509.ExtensionType)
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +152,10 @@ class OpensslBackend:
         with _os_errors():
             signers = self.issuers()
             with self._at_work(signers) as desk:
-                found = {(public_key(leaf), _usages(leaf)): leaf for leaf in desk.database.issued_since(since)}
+                found = {
+                    (spki(leaf.public_key()), extended_key_usages(leaf)): leaf
+                    for leaf in desk.database.issued_since(since)
+                }
         chain = tuple(signer for signer in signers if signer.issuer != signer.subject)
         leaves = [found.get(_key_and_usages(request)) for request in requests]
         return [Issued(leaf=leaf, intermediates=chain) if leaf is not None else None for leaf in leaves]
@@ -162,7 +164,7 @@ class OpensslBackend:
         """Mark a certificate of this CA in the index, with reason `superseded`; an unknown certificate is added."""
         with _os_errors():
             signers = self.issuers()
-            if not _is_issued_by(certificate, signers[0]):
+            if not is_signed_by(certificate, signers[0]):
                 raise BackendRefusedError("wanted a certificate of this CA to revoke, found another CA's")
             with self._at_work(signers) as desk:
                 desk.revoke(certificate)
@@ -185,7 +187,7 @@ class OpensslBackend:
             self._openssl.check_version()
             self._database().check()
             with self._folder(signer) as folder:
-                if self._openssl.public_key(folder) != public_key(signer):
+                if self._openssl.public_key(folder) != spki(signer.public_key()):
                     raise self._openssl.key_of_another_ca()
         return {}
 
@@ -278,7 +280,7 @@ class _Desk:
         """Ours alone, and not the expired ones: sites move such rows to an archive, and they do no harm."""
         orphans, now = self.database.orphans(index), datetime.now(UTC)
         signer = self.signers[0]
-        return [path for path, leaf in orphans if leaf.not_valid_after_utc > now and _is_issued_by(leaf, signer)]
+        return [path for path, leaf in orphans if leaf.not_valid_after_utc > now and is_signed_by(leaf, signer)]
 
     def revoke(self, certificate: x509.Certificate) -> None:
         self.database.back_up(self.database.read(self.seen))
@@ -367,7 +369,7 @@ class _Desk:
             for serial, leaf in zip(serials, self.database.certificates(serials), strict=True):
                 if leaf is None:
                     lost.append(file_name(serial))
-                elif positions := waiting.get(public_key(leaf)):
+                elif positions := waiting.get(spki(leaf.public_key())):
                     answers[positions.pop()] = Issued(leaf=leaf, intermediates=chain)
         except BackendError as e:
             error = e
@@ -399,14 +401,6 @@ class _Desk:
 
 #: openssl's words for what needs no second time.
 _ALREADY_REVOKED = "Already revoked"
-
-
-def _is_issued_by(leaf: x509.Certificate, signer: x509.Certificate) -> bool:
-    try:
-        leaf.verify_directly_issued_by(signer)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True
 
 
 def _not_issued(lost: Sequence[str]) -> BackendError:
@@ -458,20 +452,13 @@ def _check_signer(path: Path, signer: x509.Certificate) -> None:
         dates = f"{signer.not_valid_before_utc:%Y-%m-%d %H:%M} to {signer.not_valid_after_utc:%Y-%m-%d %H:%M}"
         wrong.append(f"wanted one that is valid now ({now:%Y-%m-%d %H:%M} UTC), found {dates} UTC")
         hint = "is this machine's clock right? if it is, have the CA's owner renew that certificate first"
-    constraints, usage = _extension(signer, x509.BasicConstraints), _extension(signer, x509.KeyUsage)
+    constraints, usage = extension(signer, x509.BasicConstraints), extension(signer, x509.KeyUsage)
     if not constraints or not constraints.ca:
         wrong.append("wanted CA:TRUE, found none")
     if usage and not usage.key_cert_sign:
         wrong.append("wanted the key usage keyCertSign, found none")
     if wrong:
         raise BackendRefusedError(f"the CA's certificate {path}: {'; '.join(wrong)}", hint=hint)
-
-
-def _extension(certificate: x509.Certificate, kind: type[_ExtensionT]) -> _ExtensionT | None:
-    try:
-        return certificate.extensions.get_extension_for_class(kind).value
-    except x509.ExtensionNotFound:
-        return None
 
 
 def _config(index_name: str, digest: str, key: PrivateKey) -> str:
@@ -484,15 +471,10 @@ def _asn1_time(moment: datetime) -> str:
     return moment.strftime("%y%m%d%H%M%SZ" if moment.year < 2050 else "%Y%m%d%H%M%SZ")  # noqa: PLR2004
 
 
-def _usages(leaf: x509.Certificate) -> frozenset[str]:
-    usages = _extension(leaf, x509.ExtendedKeyUsage) or ()
-    return frozenset(usage.dotted_string for usage in usages)
-
-
 def _key_and_usages(request: SignRequest) -> tuple[bytes, frozenset[str]]:
     """An empty key for a CSR that can't be read, and so was never signed."""
     try:
-        return public_key(request.csr), frozenset(eku.value for eku in request.spec.ekus)
+        return spki(request.csr.public_key()), frozenset(eku.value for eku in request.spec.ekus)
     except CSR_ERRORS:
         return b"", frozenset()
 
@@ -548,7 +530,7 @@ def checked(position: int, request: SignRequest) -> CheckedCsr:
     if wrong:
         raise BackendRefusedError(f"wanted {wrong}", hint="make a new CSR")
     # encoded again, so that openssl reads what was checked
-    return CheckedCsr(position, csr.public_bytes(Encoding.PEM), public_key(csr))
+    return CheckedCsr(position, csr.public_bytes(Encoding.PEM), spki(csr.public_key()))
 
 
 def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest, names: Names | None) -> str:
@@ -587,8 +569,3 @@ def _is_readable(attribute: x509.NameAttribute[str | bytes]) -> bool:
 def _string_type(attribute: x509.NameAttribute[str | bytes]) -> str:
     """Its ASN.1 string type; empty if the library no longer tells: then halving a run finds what openssl can't read."""
     return getattr(getattr(attribute, "_type", None), "name", "")
-
-
-def public_key(subject: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
-    """The public key of a certificate or a CSR as DER."""
-    return subject.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
