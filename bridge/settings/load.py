@@ -149,35 +149,28 @@ def _backends(reader: Reader, table: Mapping[str, Any]) -> dict[str, Mapping[str
 
 def _certificates(reader: Reader, table: Mapping[str, Any]) -> dict[str, CertificateSettings]:
     """kubeadm's of which something can be set; other names are those of further pairs."""
-    read = {}
-    for name, one in table.items():
-        key = ("certificate", name)
-        if name != KUBELET_SERVER:
-            continue
-        if not isinstance(one, dict):
-            reader.add(key, "a table", found_text(one))
-        elif (settings := reader.read(CertificateSettings, one, key)) is not None:
-            read[name] = settings
-    return read
+    if KUBELET_SERVER not in table:
+        return {}
+    settings = reader.table(CertificateSettings, table[KUBELET_SERVER], ("certificate", KUBELET_SERVER))
+    return {} if settings is None else {KUBELET_SERVER: settings}
 
 
 def _pairs(reader: Reader, table: Mapping[str, Any], node: NodeSettings) -> tuple[PairSettings, ...]:
     """The further pairs; kubeadm's own certificates keep their names, whatever the settings say."""
-    if not table.keys() - {KUBELET_SERVER}:
+    others = {name: one for name, one in table.items() if name != KUBELET_SERVER}
+    if not others:
         return ()
     from bridge.settings.pairs import collisions  # noqa: PLC0415 (only where there is one)
 
     found = []
-    for name, one in table.items():
+    for name, one in others.items():
         key = ("certificate", name)
-        if name in SPECS and name != KUBELET_SERVER:
+        if name in SPECS:
             wanted = f"{KUBELET_SERVER}, the only one of kubeadm's whose names can be set, or a pair's own name"
             reader.add(key, wanted, name_found(name, [KUBELET_SERVER]))
-        elif name != KUBELET_SERVER and not is_pair_name(name):
+        elif not is_pair_name(name):
             reader.add(key, f"{KUBELET_SERVER}, or a pair's name: {WANTED_PAIR_NAME}", repr(name))
-        elif name != KUBELET_SERVER and not isinstance(one, dict):
-            reader.add(key, "a table", found_text(one))
-        elif name != KUBELET_SERVER and (pair := _pair(reader, one, key)) is not None:
+        elif (pair := _pair(reader, one, key)) is not None:
             found.append(pair)
     taken = [node.pki_dir / f"{spec.base}.{suffix}" for spec in SPECS.values() for suffix in ("crt", "key")]
     taken += [node.pki_dir / f"{one.base}.{suffix}" for one in AUTHORITIES.values() for suffix in ("crt", "key")]
@@ -188,20 +181,17 @@ def _pairs(reader: Reader, table: Mapping[str, Any], node: NodeSettings) -> tupl
     return tuple(found)
 
 
-def _pair(reader: Reader, table: Mapping[str, Any], key: Key) -> PairSettings | None:
+def _pair(reader: Reader, table: object, key: Key) -> PairSettings | None:
     from bridge.settings.pairs import PairFiles, PairSettings  # noqa: PLC0415 (as above)
 
-    copies, below = [], table.get("copies", {})
+    own = {k: v for k, v in table.items() if k != "copies"} if isinstance(table, dict) else table
+    below = table.get("copies", {}) if isinstance(table, dict) else {}
     if not isinstance(below, dict):
         reader.add((*key, "copies"), "tables [certificate.NAME.copies.NAME]", found_text(below))
         below = {}
-    for name, one in below.items():
-        if not isinstance(one, dict):
-            reader.add((*key, "copies", name), "a table", found_text(one))
-        elif (copy := reader.read(PairFiles, one, (*key, "copies", name))) is not None:
-            copies.append(copy)
-    given = {"name": key[-1], "copies": tuple(copies)}
-    return reader.read(PairSettings, {k: v for k, v in table.items() if k != "copies"}, key, given=given)
+    read = [reader.table(PairFiles, one, (*key, "copies", name)) for name, one in below.items()]
+    copies = tuple(copy for copy in read if copy is not None)
+    return reader.table(PairSettings, own, key, given={"name": key[-1], "copies": copies})
 
 
 def _authorities(

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Literal
 
 from bridge.errors import SettingsProblem
 from bridge.secret import GIVEN
-from bridge.settings.tables import command_words
+from bridge.settings.tables import address_of, command_words
 from bridge.specs import EKU, MASTERS, CertificateSpec, Component, KeyAlgorithm, pair_spec
 
 if TYPE_CHECKING:  # a night with nothing due makes none of them
     from bridge.pki.csr import Naming
 
-_LAST_PORT = 65535
-_PLACE = r"(?:\[([0-9a-f:.]+)\]|([^\s:/\[\]]+)):([0-9]{1,5})"
 _ACCOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?(:[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 _MOST_OF_A_KEY = 0o640
 
@@ -125,8 +123,7 @@ class PairSettings(PairFiles):
         from bridge.pki import csr  # noqa: PLC0415 (only where there is a pair)
 
         if MASTERS in self.organizations:
-            wanted = "no group that no RBAC rule can hold back"
-            yield SettingsProblem("organizations", wanted, MASTERS)
+            yield SettingsProblem("organizations", "no group that no RBAC rule can hold back", MASTERS)
         for key, texts in (("common_name", [self.common_name]), ("organizations", self.organizations)):
             if odd := [text for text in texts if not text.strip() or not text.isprintable()]:
                 yield SettingsProblem(key, "a text of printable characters", repr(odd[0]))
@@ -171,10 +168,8 @@ class PairSettings(PairFiles):
     @property
     def place(self) -> tuple[str, int] | None:
         """Host and port of `prove`."""
-        match = re.fullmatch(_PLACE, self.prove)
-        if match is None or not 0 < int(match[3]) <= _LAST_PORT:
-            return None
-        return match[1] or match[2], int(match[3])
+        place = address_of(self.prove)
+        return place if place and place[1] else None  # no server listens at port 0
 
     @property
     def shown_name(self) -> str:

@@ -7,7 +7,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,18 +18,12 @@ from bridge.secret import GIVEN, Secret
 from bridge.words import has_controls, name_found
 
 T = TypeVar("T")
-
-
 Key = tuple[str, ...]
 
 _LONGEST_FOUND = 60
 #: Finding the line of a key reads the text once a line.
 _LONGEST_WITH_LINES = 100_000
-
-
 _SECRET_KINDS = ("file", "env", "credential")
-
-
 #: Types of a dataclass's fields: an inventory has thousands of tables of one type.
 _known_hints: dict[type[Any], dict[str, Any]] = {}
 
@@ -164,16 +158,26 @@ class Reader:
         """An instance of `schema`; None: there was a problem, or a required key is missing from a `partial` one."""
         before = len(self.problems)
         values = self.values(schema, table, prefix)
-        missing = [f.name for f in fields(typing.cast(Any, schema)) if _is_required(f) and f.name not in values]
-        if not partial:
-            hints = _hints(schema)
-            for name in missing:
-                self.add((*prefix, _keys_of(name, hints[name])[0]), _wanted(hints[name]), "nothing")
+        all_fields, hints = fields(typing.cast(Any, schema)), _hints(schema)
+        required = [f.name for f in all_fields if f.default is MISSING and f.default_factory is MISSING]
+        missing = [name for name in required if name not in values]
+        for name in () if partial else missing:
+            self.add((*prefix, _keys_of(name, hints[name])[0]), _wanted(hints[name]), "nothing")
         if missing or len(self.problems) > before:
             return None
-        wanted = {f.name for f in fields(typing.cast(Any, schema)) if GIVEN in f.metadata}
-        ours = {name: value for name, value in (given or {}).items() if name in wanted}
-        return self._made(schema, {**values, **ours}, prefix)
+        values |= {f.name: given[f.name] for f in all_fields if given and f.name in given and GIVEN in f.metadata}
+        instance = schema(**values)
+        found: list[SettingsProblem] = list(getattr(instance, "problems", tuple)())
+        for problem in found:
+            self.add((*prefix, *problem.key.split(".")) if problem.key else prefix, problem.wanted, problem.found)
+        return None if found else instance
+
+    def table(self, schema: type[T], value: object, key: Key, *, given: Mapping[str, Any] | None = None) -> T | None:
+        """As `read`, of a value that has to be a table."""
+        if isinstance(value, dict):
+            return self.read(schema, value, key, given=given)
+        self.add(key, "a table", found_text(value))
+        return None
 
     def values(self, schema: type[Any], table: Mapping[str, Any], prefix: Key) -> dict[str, Any]:
         """The values of the given keys, by field; an unreadable value is None, and a problem."""
@@ -201,20 +205,10 @@ class Reader:
                 self.add((*prefix, name), f"one of {', '.join(sorted(known))}", name_found(name, known))
         return values
 
-    def _made(self, schema: type[T], values: Mapping[str, Any], prefix: Key) -> T | None:
-        instance = schema(**values)
-        found = list(getattr(instance, "problems", lambda: ())())
-        for problem in found:
-            self.add((*prefix, *problem.key.split(".")) if problem.key else prefix, problem.wanted, problem.found)
-        return None if found else instance
-
     def _value(self, hint: Any, value: Any, key: Key) -> Any:
         hint = _bare(hint)
         if is_dataclass(hint) and not hasattr(hint, "from_setting") and hint is not Secret:
-            if isinstance(value, dict):
-                return self.read(typing.cast(type[Any], hint), value, key)
-            self.add(key, "a table", found_text(value))
-            return None
+            return self.table(typing.cast(type[Any], hint), value, key)
         if typing.get_origin(hint) is dict:
             return self._texts(value, key)
         try:
@@ -232,10 +226,6 @@ class Reader:
             if not isinstance(text, str):
                 self.add((*key, name), "a text", found_text(text))
         return value
-
-
-def _is_required(f: Field[Any]) -> bool:
-    return f.default is MISSING and f.default_factory is MISSING
 
 
 def _bare(hint: Any) -> Any:
@@ -264,30 +254,18 @@ def _scalar(hint: Any, value: Any, key: Key) -> Any:
     if hint is timedelta:
         return parse_duration(value)
     if hint is bool or hint is int:
-        return _of_type(hint, value)
+        if type(value) is not hint:  # True is an int, too
+            raise ValueError("true or false" if hint is bool else "a whole number")
+        return value
     if typing.get_origin(hint) is tuple:
-        return _texts_tuple(value)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError("a list of texts")
+        return tuple(value)
     if typing.get_origin(hint) is Literal:
-        return _choice(hint, value)
+        if value not in typing.get_args(hint):
+            raise ValueError(_wanted(hint))
+        return value
     return _text(hint, value, key)
-
-
-def _of_type(hint: type, value: Any) -> Any:
-    if type(value) is not hint:  # True is an int, too
-        raise ValueError("true or false" if hint is bool else "a whole number")
-    return value
-
-
-def _texts_tuple(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError("a list of texts")
-    return tuple(value)
-
-
-def _choice(hint: Any, value: Any) -> Any:
-    if value not in typing.get_args(hint):
-        raise ValueError(_wanted(hint))
-    return value
 
 
 def _text(hint: Any, value: Any, key: Key) -> Any:

@@ -535,8 +535,6 @@ def is_service(name: str) -> bool:
 
 
 _LONGEST_NAME = 253
-
-
 _IDENTITY = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,126}[A-Za-z0-9])?"
 _LISTEN = r"(\[[0-9a-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})"
 #: Three renewals must fit into it, and another replica waits that long for a dead one.
@@ -599,12 +597,12 @@ class GatewaySettings:
     @property
     def address(self) -> tuple[str, int] | None:
         """Host and port of `listen`."""
-        return _address(self.listen)
+        return address_of(self.listen)
 
 
-def _address(listen: str) -> tuple[str, int] | None:
-    """Host and port of `listen`."""
-    match = re.fullmatch(_LISTEN, listen)
+def address_of(text: str) -> tuple[str, int] | None:
+    """Host and port of such as `127.0.0.1:9880`; None: the text is something else."""
+    match = re.fullmatch(_LISTEN, text)
     if match is None or int(match[2]) > _LAST_PORT:
         return None
     return match[1].strip("[]"), int(match[2])
@@ -657,7 +655,7 @@ class ServeSettings:
     @property
     def address(self) -> tuple[str, int] | None:
         """Host and port of `listen`."""
-        return _address(self.listen)
+        return address_of(self.listen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,9 +76,7 @@ class Windows:
     def from_setting(cls, value: object) -> Windows:
         """A time such as `"Sat-Sun 02:00-06:00"`, or a list of them."""
         texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list):
-            raise ValueError(_WANTED)  # noqa: TRY004 (the settings' way to say what was wanted)
-        if not all(isinstance(text, str) for text in texts):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(_WANTED)
         return cls(tuple(map(Window.parse, texts)))
 
