@@ -53,9 +53,19 @@ def gather(
                 hint="one of the two belongs to another cluster",
             )
         ours = tuple(named or live) or _of_backend(settings, authority)
-        _assert_usable(ours, authority, now)
+        if not ours:
+            raise AuthorityError(
+                f"{authority.name}: wanted the CA's certificate, found it in no file and from no backend"
+            )
+        if (wrong := trouble(ours, now)) is not None:
+            raise AuthorityError(f"{authority.name}: {wrong}")
         found[authority.name] = ours
-    _assert_apart(found)
+    if (twice := shared_key(found)) is not None:
+        raise AuthorityError(
+            f"{' and '.join(twice)}: wanted a CA each, found the same key for both",
+            hint="a certificate of one CA would be valid for the other: with front-proxy-ca it can act as any user, "
+            "with etcd-ca it can read and write everything",
+        )
     return found
 
 
@@ -86,13 +96,6 @@ def _of_backend(settings: Settings, authority: Authority) -> tuple[x509.Certific
     return signer_of(registry.configured(settings, [authority.name])[authority.name])
 
 
-def _assert_usable(certificates: tuple[x509.Certificate, ...], authority: Authority, now: datetime) -> None:
-    if not certificates:
-        raise AuthorityError(f"{authority.name}: wanted the CA's certificate, found it in no file and from no backend")
-    if (found := trouble(certificates, now)) is not None:
-        raise AuthorityError(f"{authority.name}: {found}")
-
-
 def trouble(certificates: tuple[x509.Certificate, ...], now: datetime) -> str | None:
     """Why the first of a CA's certificates, the one that signs, can't be used; None: it can."""
     first = certificates[0]
@@ -116,17 +119,6 @@ def shared_key(found: Certificates) -> tuple[str, str] | None:
         if other != name:
             return other, name
     return None
-
-
-def _assert_apart(found: Certificates) -> None:
-    """Refuse one CA for two: a client certificate of the cluster would count as the front proxy's, or read etcd."""
-    twice = shared_key(found)
-    if twice is not None:
-        raise AuthorityError(
-            f"{' and '.join(twice)}: wanted a CA each, found the same key for both",
-            hint="a certificate of one CA would be valid for the other: with front-proxy-ca it can act as any user, "
-            "with etcd-ca it can read and write everything",
-        )
 
 
 def _about(certificate: x509.Certificate) -> str:

@@ -21,7 +21,7 @@ from bridge.bootstrap.places import ETCD_DIRECTORY, Places, Role
 from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.settings.tables import Settings
-from bridge.specs import KUBELET_CONF, KeyAlgorithm
+from bridge.specs import KUBELET_CONF
 from bridge.state.store import Outcome
 
 
@@ -61,32 +61,49 @@ class OtherNodeDesiredError(BridgeError):
     hint = "run it as before, or with --anew: that discards its keys, so answers for them are refused"
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeInputs:
+    """The operator's options of `bootstrap init` and `bootstrap join`."""
+
+    facts: ConfigurationFacts = ConfigurationFacts()  # noqa: RUF009 (frozen)
+    config: Path | None = None  #: kubeadm's configuration.
+    order: Order | None = None
+    given: Order | None = field(default=None, repr=False)  #: What another node shares.
+    ca_dir: Path | None = None
+    kubeadm: str = "kubeadm"
+    keep: Path | None = None
+    request: Path | None = None
+    answers: tuple[Path, ...] = ()
+    anew: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DesiredNode:
     """A new node as it is to be made."""
 
     role: Role
+    inputs: NodeInputs
     places: Places
     config: KubeadmConfig  #: The node's: InitConfiguration and ClusterConfiguration; a worker's has the names alone.
     text: bytes  #: The same as kubeadm is to read it.
-    kubeadm: str = "kubeadm"  #: The program; a worker needs none.
-    #: For kubeadm's own use, by path.
-    files: Mapping[Path, bytes] = field(default_factory=dict)
+    files: Mapping[Path, bytes] = field(default_factory=dict)  #: For kubeadm's own use, by path.
     addresses: tuple[str, ...] = ()  #: In the kubelet's serving certificate.
-    server: str = ""  #: In a worker's kubelet.conf.
-    ca_dir: Path | None = None
     carried: Certificates = field(default_factory=dict)  #: CA certificates that came with an order.
-    sa: tuple[bytes, bytes] | None = field(default=None, repr=False)  #: Another node's sa.key and sa.pub.
-    algorithm: KeyAlgorithm = "rsa-2048"  #: For a worker's keys.
-    keep: Path | None = None
-    request: Path | None = None  #: A bundle for a desk is written here.
-    answers: tuple[Path, ...] = ()  #: What a desk has answered.
-    anew: bool = False
 
     @property
     def node(self) -> str:
         """Its name in the cluster."""
         return self.config.name
+
+    @property
+    def server(self) -> str:
+        """The server in a worker's kubelet.conf."""
+        return f"https://{self.config.endpoint}" if self.role == "worker" else ""
+
+    @property
+    def sa(self) -> tuple[bytes, bytes] | None:
+        """Another node's sa.key and sa.pub."""
+        return self.inputs.given.sa if self.inputs.given is not None else None
 
     @property
     def mark(self) -> str:
@@ -117,25 +134,9 @@ _ADMIN = "admin.conf"
 _IGNORED = "FileAvailable--etc-kubernetes-kubelet.conf"
 
 
-@dataclass(frozen=True, kw_only=True)
-class NodeInputs:
-    """The operator's options of `bootstrap init` and `bootstrap join`."""
-
-    facts: ConfigurationFacts = ConfigurationFacts()  # noqa: RUF009 (frozen)
-    config: Path | None = None  #: kubeadm's configuration.
-    order: Order | None = None
-    given: Order | None = field(default=None, repr=False)  #: What another node shares.
-    ca_dir: Path | None = None
-    kubeadm: str = "kubeadm"
-    keep: Path | None = None
-    request: Path | None = None
-    answers: tuple[Path, ...] = ()
-    anew: bool = False
-
-
 def of_init(settings: Settings, said: NodeInputs) -> DesiredNode:
     """The first control-plane node."""
-    node, data = None, b""
+    node = None
     if said.order is not None:
         node = _ordered(said.order, ("init",))
         config = for_node(said.order.cluster, _facts(node))
@@ -149,7 +150,16 @@ def of_init(settings: Settings, said: NodeInputs) -> DesiredNode:
     is_in_place = said.config is not None and said.config.absolute() == places.kubeadm_config
     files = {} if is_in_place else {places.kubeadm_config: data}
     addresses = node.addresses if node is not None else (config.address,)
-    return _desired("init", said, places, config, data, files, addresses)
+    return DesiredNode(
+        role="init",
+        inputs=said,
+        places=places,
+        config=config,
+        text=data,
+        files=files,
+        addresses=addresses,
+        carried=_carried(said),
+    )
 
 
 def of_join(settings: Settings, said: NodeInputs, role: Role | None) -> DesiredNode:
@@ -167,38 +177,17 @@ def of_join(settings: Settings, said: NodeInputs, role: Role | None) -> DesiredN
     discovery = places.kubeconfigs / (KUBELET_CONF if is_worker else _ADMIN)
     base = read_configuration(said.config)[0].of_kind("JoinConfiguration") if said.config is not None else None
     joining = join_configuration(config, str(discovery), _IGNORED, control_plane=not is_worker, base=base)
-    files = {places.join_config: joining.text().encode()}
-    if not is_worker:
-        files[places.kubeadm_config] = config.text().encode()
-    return _desired(node.role, said, places, config, config.text().encode(), files, node.addresses)
-
-
-def _desired(
-    role: Role,
-    said: NodeInputs,
-    places: Places,
-    config: KubeadmConfig,
-    text: bytes,
-    files: Mapping[Path, bytes],
-    addresses: tuple[str, ...],
-) -> DesiredNode:
+    text = config.text().encode()
+    files = {places.join_config: joining.text().encode(), **({} if is_worker else {places.kubeadm_config: text})}
     return DesiredNode(
-        role=role,
+        role=node.role,
+        inputs=said,
         places=places,
         config=config,
         text=text,
-        kubeadm=said.kubeadm,
         files=files,
-        addresses=addresses,
-        server=f"https://{config.endpoint}" if role == "worker" else "",
-        ca_dir=said.ca_dir,
+        addresses=node.addresses,
         carried=_carried(said),
-        sa=said.given.sa if said.given is not None else None,
-        algorithm=config.key,
-        keep=said.keep,
-        request=said.request,
-        answers=said.answers,
-        anew=said.anew,
     )
 
 
@@ -262,8 +251,7 @@ def _facts(node: NewNode) -> ConfigurationFacts:
 
 def places_in(settings: Settings, config: KubeadmConfig) -> Places:
     """The places that the settings name; etcd's data, or an external one's files, are where kubeadm's has them."""
-    places = places_of(settings, Path(config.etcd_directory or ETCD_DIRECTORY))
-    return places.with_config(config)
+    return places_of(settings, Path(config.etcd_directory or ETCD_DIRECTORY)).with_config(config)
 
 
 def places_of(settings: Settings, etcd: Path = ETCD_DIRECTORY) -> Places:

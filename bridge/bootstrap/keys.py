@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import re
 import shutil
 import tempfile
@@ -18,17 +17,17 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap.desired import DesiredNode
-from bridge.bootstrap.orders import Order, OrderError
+from bridge.bootstrap.orders import NewNode, Order, OrderError
 from bridge.bootstrap.places import Places, live, servers_of, specs_of
 from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
-from bridge.node.kubeadm_config import KubeadmConfigError
+from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.pair import is_sa_pair
 from bridge.pki import csr
 from bridge.pki.certificates import spki
 from bridge.pki.csr import Naming, general_name, generate_key, subject_of
-from bridge.pki.kubeadm_names import NamingFacts, NoFactError, naming
+from bridge.pki.kubeadm_names import NoFactError, naming
 from bridge.specs import KEY_ALGORITHMS, KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.system.files import Attributes, write_staged
 from bridge.system.paths import UnreadableError, read_present
@@ -78,11 +77,8 @@ def by_kubeadm(
         _assert_valid(program, file)
         words = [program, "certs", "generate-csr", "--config", str(file)]
         _run([*words, "--cert-dir", str(pki), "--kubeconfig-dir", str(kubeconfigs)])
-        return {spec.name: _made(spec, pki, kubeconfigs) for spec in specs if _is_kubeadms(spec)}
-
-
-def _is_kubeadms(spec: CertificateSpec) -> bool:
-    return spec.listed or spec.name == KUBELET_CONF
+        ours = [spec for spec in specs if spec.listed or spec.name == KUBELET_CONF]
+        return {spec.name: _made(spec, pki, kubeconfigs) for spec in ours}
 
 
 @contextlib.contextmanager
@@ -164,27 +160,14 @@ def _read(path: Path) -> bytes:
 # --- by us ------------------------------------------------------------------------------------------------------------
 
 
-def kubelet_client(node: str, server: str, algorithm: KeyAlgorithm) -> Made:
-    """A worker's key and CSR, as `generate-csr` makes them for a control-plane node's kubelet."""
-    key = csr.generate_key(algorithm)
-    return Made(csr_pem=csr.build_for(_kubelets(node), key), key_pem=csr.key_pem(key), server=server)
+def made_for(wanted: Naming, algorithm: KeyAlgorithm, server: str = "") -> Made:
+    """A new key and a CSR of it; `server` is that of the kubeconfig that it is for."""
+    key = generate_key(algorithm)
+    return Made(csr_pem=csr.build_for(wanted, key), key_pem=csr.key_pem(key), server=server)
 
 
-def kubelet_serving(node: str, addresses: Sequence[str], algorithm: KeyAlgorithm) -> Made:
-    """Key and CSR for the kubelet's port, with the subject that the signer kubernetes.io/kubelet-serving demands."""
-    key = csr.generate_key(algorithm)
-    sans = (x509.DNSName(node), *(x509.IPAddress(ipaddress.ip_address(one)) for one in addresses))
-    return Made(csr_pem=csr.build_for(_kubelets(node, sans), key), key_pem=csr.key_pem(key))
-
-
-def serving(spec: CertificateSpec, node: str, address: str, algorithm: KeyAlgorithm) -> Made:
-    """Key and CSR for a component's port."""
-    key = csr.generate_key(algorithm)
-    wanted = naming(spec, NamingFacts(node=node, address=address))
-    return Made(csr_pem=csr.build_for(wanted, key), key_pem=csr.key_pem(key))
-
-
-def _kubelets(node: str, sans: tuple[x509.GeneralName, ...] = ()) -> Naming:
+def kubelets(node: str, sans: tuple[x509.GeneralName, ...] = ()) -> Naming:
+    """A kubelet's subject, as kubeadm and the signer kubernetes.io/kubelet-serving demand it, and SANs."""
     return Naming(subject=subject_of(f"{_USER}{node}", ("system:nodes",)), sans=sans)
 
 
@@ -253,7 +236,7 @@ def sa_pair_if_new(places: Places, algorithm: KeyAlgorithm) -> tuple[str, str]:
     """A new `sa.key` and `sa.pub` as kubeadm would write them; both empty if the node has a key."""
     if live(places.sa_key) is not None:
         return "", ""
-    key = csr.generate_key(algorithm)
+    key = generate_key(algorithm)
     return csr.key_pem(key).decode(), sa_public_pem(key).decode()
 
 
@@ -269,22 +252,19 @@ def expected_certificates(order: Order, now: datetime) -> dict[str, dict[str, x5
     servers = servers_of(order.cluster, Path(order.cluster.certificates_dir or "/etc/kubernetes/pki"))
     for spec in specs_of(node.role, order.cluster.external_etcd, servers):
         try:
-            ours = _naming(spec, order)
+            ours = _naming(spec, node, order.cluster)
         except (NoFactError, KubeadmConfigError) as e:
             raise OrderError(f"{node.name}: {e}", hint=e.hint) from None
         found.setdefault(spec.authority.name, {})[spec.name] = _certificate(ours, now)
     return found
 
 
-def _naming(spec: CertificateSpec, order: Order) -> Naming:
-    node = order.node
-    if node is None:
-        raise AssertionError("looked at before")
+def _naming(spec: CertificateSpec, node: NewNode, cluster: KubeadmConfig) -> Naming:
     if spec.name == KUBELET_CONF:
-        return _kubelets(node.name)
+        return kubelets(node.name)
     if spec.name == KUBELET_SERVER:
-        return _kubelets(node.name, tuple(map(general_name, (node.name, *node.addresses))))
-    return naming(spec, order.cluster.naming_facts(node.name, node.addresses[0]))
+        return kubelets(node.name, tuple(map(general_name, (node.name, *node.addresses))))
+    return naming(spec, cluster.naming_facts(node.name, node.addresses[0]))
 
 
 def _certificate(ours: Naming, now: datetime) -> x509.Certificate:

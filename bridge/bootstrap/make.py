@@ -21,7 +21,6 @@ from bridge.bootstrap import authorities, keys, new_requests, whole
 from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.configuration import assert_usable
 from bridge.bootstrap.desired import Bootstrapped, DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
-from bridge.bootstrap.new_requests import Unfinished
 from bridge.bootstrap.places import ETCD_CLIENT, Places, Role, live
 from bridge.bootstrap.whole import look_at
 from bridge.errors import BridgeError
@@ -72,7 +71,9 @@ def _made(run: Run, desired: DesiredNode) -> Bootstrapped:
     whole.assert_no_leftovers(desired, look)
     if (count := put_back(run, desired)) > 0:
         return dataclasses.replace(_result(desired, [], files=count), from_kept=True)
-    cas = authorities.gather(run.settings, desired.places, desired.role, desired.ca_dir, desired.carried, run.now())
+    cas = authorities.gather(
+        run.settings, desired.places, desired.role, desired.inputs.ca_dir, desired.carried, run.now()
+    )
     run = dataclasses.replace(run, settings=in_force(run.settings, cas))
     whole.assert_brought(look, cas)
     keys.assert_sa_at_hand(desired)
@@ -80,15 +81,16 @@ def _made(run: Run, desired: DesiredNode) -> Bootstrapped:
     open_requests = new_requests.begin(run, desired)
     prepared = new_requests.prepared(run, desired, open_requests)
     found = new_requests.gather_answers(run, desired, prepared, new_requests.expectations(run, desired, cas))
-    composer = _composer(run, desired, open_requests, cas)
+    composer = Composer(desired=desired, servers=open_requests.servers, authorities=cas, now=run.now())
     proven, failed = verify_all(run, list(found.answered), list(found.waiting), composer.certificate)
-    remember(run, found.answered, proven, by_hand=bool(desired.answers))
+    remember(run, found.answered, proven, by_hand=bool(desired.inputs.answers))
     run.record.write()
     if failed:
         return _result(desired, failed, strange=found.strange)
     await_validity([one.verified.leaf for one in proven])
     certificates = [file for one in proven for file in one.files]
-    files = [*certificates, *_beside_certificates(desired, composer, open_requests)]
+    made = open_requests.sa_key.encode(), open_requests.sa_public.encode()
+    files = [*certificates, *composer.beside_certificates(made)]
     put_in_place(run, desired, files, composer.kubelet_pem)
     for one in proven:
         run.record.add(audit.INSTALLED, one.name, authority=one.prepared.authority, new=one.verified.leaf)
@@ -107,28 +109,6 @@ def _result(
         is_complete=files > 0,
         strange=tuple(strange),
     )
-
-
-def _composer(run: Run, desired: DesiredNode, open_requests: Unfinished, cas: Certificates) -> Composer:
-    cluster = desired.config.cluster.get("clusterName")
-    return Composer(
-        places=desired.places,
-        role=desired.role,
-        servers=open_requests.servers,
-        cluster=cluster if isinstance(cluster, str) and cluster else "kubernetes",
-        authorities=cas,
-        now=run.now(),
-    )
-
-
-def _beside_certificates(desired: DesiredNode, composer: Composer, open_requests: Unfinished) -> Iterator[Replacement]:
-    """CA certificates, the service account key and the configuration: what of them is not in place."""
-    yield from composer.ca_files()
-    if desired.role != "worker":
-        made = open_requests.sa_key.encode(), open_requests.sa_public.encode()
-        yield from composer.service_account(*(keys.sa_in_place(desired) or desired.sa or made))
-    for path, data in desired.files.items():
-        yield from composer.configuration(path, data)
 
 
 _DIRECTORY_MODE = 0o755
@@ -169,12 +149,16 @@ def keep_what_is_there(run: Run, desired: DesiredNode) -> None:
 
 def put_back(run: Run, desired: DesiredNode) -> int:
     """Put copies of an earlier run in place, and return the number of files; 0: no copies."""
-    if desired.keep is None or desired.anew or not (desired.keep / f"{desired.node}.kept.json").exists():
+    if (
+        desired.inputs.keep is None
+        or desired.inputs.anew
+        or not (desired.inputs.keep / f"{desired.node}.kept.json").exists()
+    ):
         return 0
-    found = kept_file(desired.keep, desired.node).read()
+    found = kept_file(desired.inputs.keep, desired.node).read()
     if found is None or (found.role, found.config) != (desired.role, desired.mark):
         raise OtherNodeDesiredError(
-            f"{desired.keep}: wanted copies for this configuration and role, found copies for another",
+            f"{desired.inputs.keep}: wanted copies for this configuration and role, found copies for another",
             hint="name another directory, or use --anew to have all signed again",
         )
     pem = _assert_own(run, desired, [Path(one.path) for one in found.files])
@@ -185,7 +169,7 @@ def put_back(run: Run, desired: DesiredNode) -> int:
     try:
         put_in_place(run, desired, [file for file in files if live(file.path) != file.data], pem)
     except NotWholeError as e:
-        e.hint = f"the copies in {desired.keep} are no longer usable: --anew has all signed again"
+        e.hint = f"the copies in {desired.inputs.keep} are no longer usable: --anew has all signed again"
         raise
     run.record.add(audit.RECOVERED, result=f"put {len(files)} kept files of {desired.node} back in place")
     run.record.write_or_warn()
@@ -200,7 +184,7 @@ def _assert_own(run: Run, desired: DesiredNode, paths: Sequence[Path]) -> Path:
     if len(others) != 1 or others[0].parent != places.kubelet_pki or not _DATED.fullmatch(others[0].name):
         wanted = f"the files of {desired.node} and one {places.kubelet_pki}/kubelet-client-….pem"
         raise NotWholeError(
-            f"{desired.keep}: wanted {wanted}, found {some(others) or 'none'}",
+            f"{desired.inputs.keep}: wanted {wanted}, found {some(others) or 'none'}",
             hint="the copies were changed, and their content may be, too: --anew has all signed again",
         )
     return others[0]
@@ -227,7 +211,7 @@ def _replacement(name: str, path: Path, mode: int, data: bytes) -> Replacement:
 
 
 def _keep(run: Run, desired: DesiredNode, complete: Mapping[Path, bytes]) -> None:
-    if desired.keep is None:
+    if desired.inputs.keep is None:
         return
     look, current = look_at(run.settings, desired, live, run.now()), desired.places.kubelet_current
     names = {path: spec.name for spec in desired.places.specs(desired.role) for path in look.files_of(spec)}
@@ -240,8 +224,8 @@ def _keep(run: Run, desired: DesiredNode, complete: Mapping[Path, bytes]) -> Non
         )
         for path, data in complete.items()
     )
-    private_directory(desired.keep)
-    kept_file(desired.keep, desired.node).put(Kept(role=desired.role, config=desired.mark, files=files))
+    private_directory(desired.inputs.keep)
+    kept_file(desired.inputs.keep, desired.node).put(Kept(role=desired.role, config=desired.mark, files=files))
 
 
 def _mode(places: Places, path: Path) -> int:
@@ -307,17 +291,15 @@ def kept_file(directory: Path, node: str) -> StateFile[Kept]:
 class Composer:
     """Makes a new node's files from answers."""
 
-    places: Places
-    role: Role
+    desired: DesiredNode
     servers: Mapping[str, str]  #: By kubeconfig.
-    cluster: str  #: kubeadm's clusterName.
     authorities: Certificates
     now: datetime
 
     def certificate(self, one: Prepared, verified: Verified) -> Iterator[Replacement]:
         """Key and certificate, or a kubeconfig with them."""
         chain = pem(*verified.chain)
-        spec, places = one.item.spec, self.places
+        spec, places = one.item.spec, self.desired.places
         if spec.name == KUBELET_CONF:
             yield _replacement(spec.name, self.kubelet_pem, _PRIVATE, chain + one.key_pem)
             # by reference: one place to renew, and a kubelet that starts makes no copy
@@ -334,31 +316,28 @@ class Composer:
     @property
     def kubelet_pem(self) -> Path:
         """The file that `kubelet-client-current.pem` leads to, named as a kubelet names it."""
-        return self.places.kubelet_pki / f"kubelet-client-{self.now:%Y-%m-%d-%H-%M-%S}.pem"
+        return self.desired.places.kubelet_pki / f"kubelet-client-{self.now:%Y-%m-%d-%H-%M-%S}.pem"
 
-    def ca_files(self) -> Iterator[Replacement]:
-        """A control plane's CA certificates; kubeadm writes a worker's itself, and refuses an existing file."""
-        if self.role != "worker":
-            for authority in self.places.authorities(self.role):
-                data = pem(*self.authorities[authority.name])
-                path = self.places.authority(authority)
-                if live(path) is None:
-                    yield _replacement(authority.name, path, _PUBLIC, data)
-
-    def service_account(self, key: bytes, public: bytes) -> Iterator[Replacement]:
-        """The pair, unless it is there."""
-        for path, data in ((self.places.sa_key, key), (self.places.sa_public, public)):
-            if live(path) != data:
-                yield _replacement("sa", path, _PRIVATE, data)
-
-    def configuration(self, path: Path, data: bytes) -> Iterator[Replacement]:
-        """kubeadm's configuration, unless it is there. An operator's may hold a bootstrap token."""
-        if live(path) != data:
-            yield _replacement("kubeadm", path, _PRIVATE, data)
+    def beside_certificates(self, made: tuple[bytes, bytes]) -> Iterator[Replacement]:
+        """CA certificates, the service account key (`made` if there is no other) and the configuration, as far as they lack."""
+        desired, places = self.desired, self.desired.places
+        if desired.role != "worker":  # whose CA certificate kubeadm writes itself, and refuses an existing file
+            for authority in places.authorities(desired.role):
+                if live(places.authority(authority)) is None:
+                    data = pem(*self.authorities[authority.name])
+                    yield _replacement(authority.name, places.authority(authority), _PUBLIC, data)
+            pair = keys.sa_in_place(desired) or desired.sa or made
+            for path, data in zip((places.sa_key, places.sa_public), pair, strict=True):
+                if live(path) != data:
+                    yield _replacement("sa", path, _PRIVATE, data)
+        for path, data in desired.files.items():
+            if live(path) != data:  # an operator's may hold a bootstrap token
+                yield _replacement("kubeadm", path, _PRIVATE, data)
 
     def _kubeconfig(self, name: str, leaf: x509.Certificate) -> FreshKubeconfig:
         """A kubeconfig in kubeadm's form; every version of kubeadm accepts the first certificate of ca.crt alone."""
         [user] = (str(one.value) for one in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME))
-        return FreshKubeconfig(
-            server=self.servers[name], cluster=self.cluster, user=user, ca_pem=pem(self.authorities["ca"][0])
-        )
+        named = self.desired.config.cluster.get("clusterName")
+        cluster = named if isinstance(named, str) and named else "kubernetes"
+        ca_pem = pem(self.authorities["ca"][0])
+        return FreshKubeconfig(server=self.servers[name], cluster=cluster, user=user, ca_pem=ca_pem)

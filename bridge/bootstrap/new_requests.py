@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+from cryptography import x509
+
 from bridge.bootstrap import keys
 from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.desired import DesiredNode, NoSignerError, OtherNodeDesiredError
@@ -19,6 +21,8 @@ from bridge.node import cross
 from bridge.node.inventory import Item
 from bridge.pki import verify
 from bridge.pki.bundle_format import short_fingerprint
+from bridge.pki.csr import general_name
+from bridge.pki.kubeadm_names import NamingFacts, naming
 from bridge.renewal import airgap
 from bridge.renewal.issuance import Answered, issue, reaching
 from bridge.renewal.prepare import Prepared
@@ -38,9 +42,9 @@ def begin(run: Run, desired: DesiredNode) -> Unfinished:
     file = unfinished_file(run.store)
     found, open_requests = file.read(), run.requests.by_name()
     if found is not None and set(found.names) <= open_requests.keys():
-        if found.is_for(desired.role, desired.mark) and not desired.anew:
+        if (found.role, found.config) == (desired.role, desired.mark) and not desired.inputs.anew:
             return found
-        if not desired.anew and any(one.is_waiting for one in run.requests):
+        if not desired.inputs.anew and any(one.is_waiting for one in run.requests):
             raise OtherNodeDesiredError(
                 "wanted to continue with the requests that wait, found another configuration, name or role"
             )
@@ -95,17 +99,19 @@ def forget(run: Run) -> None:
 
 def _made(run: Run, desired: DesiredNode) -> dict[str, Made]:
     if desired.role == "worker":
-        made = {KUBELET_CONF: keys.kubelet_client(desired.node, desired.server, desired.algorithm)}
+        made = {KUBELET_CONF: keys.made_for(keys.kubelets(desired.node), desired.config.key, desired.server)}
     else:
         brought = desired.places.brought
         specs = [one for one in desired.places.specs(desired.role) if one not in brought and not one.by_flag]
-        made = keys.by_kubeadm(desired.kubeadm, desired.config.version, desired.text, specs, run.store.directory)
+        made = keys.by_kubeadm(desired.inputs.kubeadm, desired.config.version, desired.text, specs, run.store.directory)
         # the local endpoint, as kubeadm itself writes it at the next upgrade
         local = made["controller-manager.conf"].server
         made[KUBELET_CONF] = dataclasses.replace(made[KUBELET_CONF], server=local)
         for spec in desired.places.servers:
-            made[spec.name] = keys.serving(spec, desired.node, desired.config.address, keys.algorithm_of(made))
-    made[KUBELET_SERVER] = keys.kubelet_serving(desired.node, desired.addresses, keys.algorithm_of(made))
+            wanted = naming(spec, NamingFacts(node=desired.node, address=desired.config.address))
+            made[spec.name] = keys.made_for(wanted, keys.algorithm_of(made))
+    sans = x509.DNSName(desired.node), *map(general_name, desired.addresses)
+    made[KUBELET_SERVER] = keys.made_for(keys.kubelets(desired.node, sans), keys.algorithm_of(made))
     return made
 
 
@@ -152,10 +158,6 @@ class Unfinished:
     sa_key: str = field(default="", repr=False)  #: PEM; empty where it comes from elsewhere.
     sa_public: str = ""
 
-    def is_for(self, role: Role, config: str) -> bool:
-        """Whether the same would be made now."""
-        return (self.role, self.config) == (role, config)
-
 
 def unfinished_file(store: Store) -> StateFile[Unfinished]:
     """The file in the state directory; a damaged one costs new keys and requests, and nothing else."""
@@ -196,9 +198,9 @@ def gather_answers(
     carried, strange = _carried(run, desired, _rest(prepared, answered), expected)
     answered += carried
     rest = _rest(prepared, answered)
-    if desired.request is not None and rest:
-        requests, _ = airgap.carry(run, rest, desired.request)
-        why = f"{desired.request} is to be carried to the desk, fingerprint {short_fingerprint(requests)}"
+    if desired.inputs.request is not None and rest:
+        requests, _ = airgap.carry(run, rest, desired.inputs.request)
+        why = f"{desired.inputs.request} is to be carried to the desk, fingerprint {short_fingerprint(requests)}"
         return Answers(answered=answered, waiting=[_waits(one, why) for one in rest], strange=strange)
     away = [one for one in rest if _is_away(run, one)]
     answered += _asked(run, [one for one in rest if one not in away], expected)
@@ -214,9 +216,9 @@ def _rest(prepared: Sequence[Prepared], answered: Sequence[Answered]) -> list[Pr
 def _carried(
     run: Run, desired: DesiredNode, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
 ) -> tuple[list[Answered], Sequence[BridgeError]]:
-    if not desired.answers:
+    if not desired.inputs.answers:
         return [], ()
-    found = airgap.answers_in(run, desired.answers)
+    found = airgap.answers_in(run, desired.inputs.answers)
     answered = [
         airgap.answered_by(run, one, found, expected[one.authority]) for one in prepared if one.name in found.candidates
     ]

@@ -23,13 +23,7 @@ from typing import Any
 from cryptography import x509
 
 from bridge.bootstrap import authorities
-from bridge.bootstrap.configuration import (
-    ConfigurationFacts,
-    assert_usable,
-    for_node,
-    read_configuration,
-    shared,
-)
+from bridge.bootstrap.configuration import ConfigurationFacts, assert_usable, for_node, read_configuration, shared
 from bridge.bootstrap.places import ROLES, Places, Role, live
 from bridge.desk.files import load_signing_key
 from bridge.errors import BridgeError, Exit

@@ -23,14 +23,7 @@ from bridge.bootstrap.desired import (
     NotWholeError,
     OtherNodeDesiredError,
 )
-from bridge.bootstrap.places import (
-    Places,
-    Read,
-    Role,
-    ca_keys,
-    live,
-    traces_of_cluster,
-)
+from bridge.bootstrap.places import Places, Read, Role, ca_keys, live, traces_of_cluster
 from bridge.node import kubeconfig, pair
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
