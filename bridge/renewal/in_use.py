@@ -39,15 +39,20 @@ def owe(run: Run, done: Sequence[Outcome], file: StateFile[Owed]) -> None:
     node, owed = run.read_node(), file.read() or Owed(certificates=())
     reloads = restart_plan.reloading(node, run.settings.node)
     rotating = {item.spec.name for item in node.items if item.rotates}
-    running = {*node.manifests, *([Component.KUBELET] if processes.running(Component.KUBELET.value) else [])}
+    here = running(node)
 
     def is_read_at_start(name: str) -> bool:
         spec = dataclasses.replace(node.spec(name), reloaded=node.spec(name).reloaded and name not in rotating)
-        return bool(running & set(restart_plan.stale([spec], reloads, Components("needed"))))
+        return bool(here & set(restart_plan.stale([spec], reloads, Components("needed"))))
 
     owed = owed.live_on(node).with_installed((one for one in done if is_read_at_start(one.name)), run.record.run_id)
     if owed.certificates:
         file.put(owed)
+
+
+def running(node: Node) -> set[Component]:
+    """The components of this node."""
+    return {*node.manifests, *([Component.KUBELET] if processes.running(Component.KUBELET.value) else [])}
 
 
 def is_owed_by(run: Run) -> bool:

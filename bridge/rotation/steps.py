@@ -22,7 +22,7 @@ from bridge.contract import Spends
 from bridge.control_plane import restart_plan
 from bridge.control_plane.restart_plan import ORDER, Reader
 from bridge.errors import BridgeError, Exit, Violation
-from bridge.node import cross, processes
+from bridge.node import cross
 from bridge.node.inventory import Node
 from bridge.pki.certificates import is_signed_by, name_text, pem, spki
 from bridge.pki.expiry import minute
@@ -38,7 +38,7 @@ from bridge.rotation.phases import Bundle, Kind, Phase, differences, text, texts
 from bridge.rotation.places import Replaced, with_ca
 from bridge.settings.tables import Settings, for_next
 from bridge.specs import CA as CLUSTER_CA
-from bridge.specs import ETCD_CA, KUBELET_CONF, SPECS, Component
+from bridge.specs import KUBELET_CONF, SPECS, Component
 from bridge.state import audit, backups, copies
 from bridge.state.backups import Backup
 from bridge.state.install import Replacement, install
@@ -193,7 +193,7 @@ def _not_read(run: Run, steps: Sequence[Step]) -> list[ProofFinding]:
 
     node = run.read_node()
     files = [str(one.path) for ca in ours for one in readers(node, ca)]
-    ends = (*(f"/{SPECS[name].base}" for name in _READERS[CLUSTER_CA.name]), *files)
+    ends = (*(f"/{SPECS[name].base}" for name in _KUBECONFIGS), *files)
     findings = proof.by_files(node, run.settings, run.now()).findings
     return [one for one in findings if one.state == "stale" and one.what.endswith(ends)]
 
@@ -277,13 +277,7 @@ def assert_signs_itself(settings: Settings, steps: Sequence[Step], progress: Pro
 
     Before a new CA is trusted for the first time, by its backend's own words; `next.above = "allowed"` takes one.
     """
-    new = [step.ca for step in steps if step.ca.standing.phase is Phase.OLD and not step.is_there]
-    new = [one for one in new if _must_sign_itself(settings, one.name)]
-    if not new:
-        return
-    backends = registry.configured(for_next(settings, names := [one.name for one in new]), names)
-    for one in new:
-        backend = backends[one.name]
+    for one, backend in _to_be_asked(settings, [step.ca for step in steps if not step.is_there]):
         try:
             with contextlib.closing(CA.of(backend, Rest())) as ca:
                 opened = ca.opened()
@@ -314,13 +308,16 @@ def not_asked(one: Replaced, backend: str) -> str:
 
 def silent_backends(settings: Settings, cas: Iterable[Replaced]) -> Iterator[str]:
     """Sentences about the CAs that `trust` could not ask for the certificate that signs, by the type of their backend."""
-    new = [one for one in cas if one.standing.phase is Phase.OLD and _must_sign_itself(settings, one.name)]
-    names = [one.name for one in new]
-    backends = registry.configured(for_next(settings, names), names) if names else {}
-    for one in new:
-        backend = backends[one.name]
+    for one, backend in _to_be_asked(settings, cas):
         if not any(hasattr(backend.backend_type, ability) for ability in ("issuers", "issuers_of")):
             yield not_asked(one, backend.label)
+
+
+def _to_be_asked(settings: Settings, cas: Iterable[Replaced]) -> list[tuple[Replaced, registry.Configured]]:
+    """The new CAs that have to sign themselves and are not trusted yet, with their backends."""
+    new = {one.name: one for one in cas if one.standing.phase is Phase.OLD and _must_sign_itself(settings, one.name)}
+    backends = registry.configured(for_next(settings, new), new) if new else {}
+    return [(one, backends[name]) for name, one in new.items()]
 
 
 def _must_sign_itself(settings: Settings, name: str) -> bool:
@@ -402,13 +399,8 @@ def violations(
 
 # --- trust ------------------------------------------------------------------------------------------------------------
 
-#: The certificates by whose checks it is seen that a component has read the CAs: kubeconfigs, and what etcd and its
-#: clients show. API servers and kubelets read the CA files of `ca` and `front-proxy-ca` again by themselves, but for the
-#: one by which an API server before 1.36 verifies kubelets.
-_READERS = {
-    CLUSTER_CA.name: ("controller-manager.conf", "scheduler.conf", KUBELET_CONF),
-    ETCD_CA.name: ("etcd-server", "etcd-peer", "apiserver-etcd-client"),
-}
+#: The cluster's CA is read at the start from these, too.
+_KUBECONFIGS = ("controller-manager.conf", "scheduler.conf", KUBELET_CONF)
 
 
 def readers(node: Node, ca: Replaced) -> list[Reader]:
@@ -419,7 +411,8 @@ def readers(node: Node, ca: Replaced) -> list[Reader]:
 
 def _seen_by(node: Node, ca: Replaced) -> set[str]:
     """The certificates by whose checks it is seen that the components of this node have read a CA."""
-    return {*_READERS.get(ca.name, ()), *(one.certificate for one in readers(node, ca))}
+    kubeconfigs = _KUBECONFIGS if ca.name == CLUSTER_CA.name else ()
+    return {*kubeconfigs, *(one.certificate for one in readers(node, ca))}
 
 
 def _trust(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]) -> Result:
@@ -427,31 +420,26 @@ def _trust(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
     files = [file for step in steps for file in step.ca.trust_files(step.target)]
     _record(run, steps)
     _owe_reading(run, transaction, node, steps, {file.certificate for file in files})
-    backup_id = install(run.store, files, run.record.run_id, _about(steps))
+    about = audit.about(phases={step.ca.name: step.target.value for step in steps})
+    backup_id = install(run.store, files, run.record.run_id, about)
     run.record.write_or_warn()
     return transaction.activated(Result(outcomes=(), backup_id=backup_id))
 
 
 def _owe_reading(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], names: Collection[str]) -> None:
     """Record, before the installation, what is to be restarted for these CAs, and to be seen to have read them."""
-    wanted = {*names}.union(*(_seen_by(node, step.ca) for step in steps))
+    seen_by = {name for step in steps for name in _seen_by(node, step.ca)}
     transaction.owe_use(
         [
             Outcome(name=i.spec.name, authority=i.spec.authority.name, old=i.certificates[0], new=i.certificates[0])
             for i in node.items
-            if i.spec.name in wanted and i.certificates
+            if i.spec.name in {*names, *seen_by} and i.certificates
         ]
     )
-    _owe_restarts(run, node, steps)
-
-
-def _owe_restarts(run: Run, node: Node, steps: Sequence[Step]) -> None:
-    """Record, before the installation, the components that read these CAs at their start alone."""
     file = unproven_file(run.store)
     owed = file.read() or Owed(certificates=())
-    running = {*node.manifests, *([Component.KUBELET] if processes.running(Component.KUBELET.value) else [])}
-    users = {node.spec(name).component for step in steps for name in _seen_by(node, step.ca)}
-    wanted = [component for component in Component if component in users and component in running]
+    users = {node.spec(name).component for name in seen_by} & in_use.running(node)
+    wanted = [component for component in Component if component in users]
     in_use.keep(file, dataclasses.replace(owed, to_restart=tuple(dict.fromkeys([*owed.to_restart, *wanted]))))
 
 
@@ -462,12 +450,6 @@ def _record(run: Run, steps: Sequence[Step]) -> None:
             audit.TRUSTED, step.ca.name, authority=step.ca.name, result=f"{step.target.value}: {texts(bundle)}"
         )
     run.record.write()  # the audit log comes before the installation
-
-
-def _about(steps: Sequence[Step]) -> dict[str, object]:
-    """The content of a backup's manifest."""
-    phases = {step.ca.name: step.target.value for step in steps}
-    return audit.about(phases=phases)
 
 
 # --- issue ------------------------------------------------------------------------------------------------------------
@@ -592,13 +574,6 @@ def _pairs(backup: Backup, node: Node) -> Iterator[tuple[str, tuple[bytes, bytes
                 yield item.spec.name, (pem(*certificates), key)
 
 
-def _bundles_before(step: Step) -> list[Bundle]:
-    """The content that the CA file may have had before the leaves of the next phase."""
-    change = step.ca.change
-    spared = [Phase.OLD] if step.target is change.spares else []
-    return [change.bundle(phase) for phase in (step.target, *spared)]
-
-
 class NoWayBackError(BridgeError):
     """The old CA's certificates are in no backup."""
 
@@ -618,7 +593,10 @@ def _has_leaves(backup: Backup, steps: Sequence[Step]) -> bool:
 
 def _backup_of(run: Run, steps: Sequence[Step]) -> Backup:
     """The newest backup that has the CA files of the phase before, with the leaves that went with them."""
-    wanted = {step.ca.name: _bundles_before(step) for step in steps}
+    wanted: dict[str, list[Bundle]] = {}
+    for step in steps:
+        spared = [Phase.OLD] if step.target is step.ca.change.spares else []
+        wanted[step.ca.name] = [step.ca.change.bundle(phase) for phase in (step.target, *spared)]
     for backup in backups.read_all(run.store)[0]:
         has_cas = all(backups.cas_of(backup, name) in bundles for name, bundles in wanted.items())
         if has_cas and _has_leaves(backup, steps):
