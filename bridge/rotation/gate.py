@@ -57,8 +57,6 @@ _PROBES = {
     "peer": ("etcd-peer",),
 }
 _PATHS = {"api": "/version", "front-proxy": "/version", "kubelet": "/healthz", "etcd": "/health", "peer": "/version"}
-
-
 #: The CA of what a kind of server shows; kubelets may have made theirs themselves.
 _SERVED_BY = {"api": CA.name, "etcd": ETCD_CA.name, "peer": ETCD_CA.name}
 #: The controller manager writes kube-root-ca.crt when it becomes the leader: 28 s for 205 namespaces (measured on 1.37).
@@ -131,9 +129,8 @@ class Gate:
     def assert_open(self, run: Run, node: Node, steps: Sequence[Step]) -> None:
         """Before one CA alone is trusted: each server of the cluster has a certificate of that one (NotReadyEverywhereError)."""
         if self.emergency:
-            run.record.add(
-                audit.TRUSTED, result="an emergency: no other node is asked, and nothing goes back by itself"
-            )
+            result = "an emergency: no other node is asked, and nothing goes back by itself"
+            run.record.add(audit.TRUSTED, result=result)
             _assert_together(node, steps)
             return
         alone = {step.ca.name: step for step in steps
@@ -173,12 +170,23 @@ class Gate:
         if self.emergency:
             return
         named = {kind: next((name for name in names if name in pairs), None) for kind, names in _PROBES.items()}
-        clients = {kind: _client(name, *pairs[name]) for kind, name in named.items() if name is not None}
+        clients = {
+            kind: Client(name=name, certificate_pem=pairs[name][0], key_pem=pairs[name][1], trust_pem=None)
+            for kind, name in named.items()
+            if name is not None
+        }
         self._assert_all(run, node, clients, lambda spot: refusal(clients[spot.kind], spot))
 
     def _assert_all(self, run: Run, node: Node, kinds: Collection[str], judge: Callable[[Spot], str]) -> None:
         if not kinds:
             return
+
+        def judged(spot: Spot) -> str:
+            try:
+                return judge(spot)
+            except (HttpsError, ValueError) as e:
+                return str(e)
+
         every = list(spots_of(run, node))
         if unknown := self.without - {spot.node for spot in every}:
             problem = SettingsProblem("--without", "names of the cluster's nodes", ", ".join(sorted(unknown)))
@@ -187,11 +195,7 @@ class Gate:
         for name in sorted(self.without):
             run.record.add(audit.TRUSTED, result=f"node {name} is left out, as --without says")
         with doing("asking every node"), ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
-            found = [
-                f"{spot}: {why}"
-                for spot, why in zip(asked, pool.map(lambda one: _said(judge, one), asked), strict=True)
-                if why
-            ]
+            found = [f"{spot}: {why}" for spot, why in zip(asked, pool.map(judged, asked), strict=True) if why]
         if found:
             raise NotReadyEverywhereError("; ".join(found))
 
@@ -234,19 +238,16 @@ def assert_said(
     has_begun: bool = False,
 ) -> None:
     """
-    Each of these nodes has said that it is in the phase before, the others than our `own` lately (pure).
+    Each of these nodes has said that it is in the phase before, the others than our `own` lately (pure;
+    NotReadyEverywhereError: one has not).
 
     A phase that `has_begun` here goes on without the latter: while a CA's people are at work the hour ends, and before an
     installation each server is shown the certificates.
-
-    Raises:
-        NotReadyEverywhereError: One has not; it is named.
     """
-    signer = change.signer(target)
+    signer, others = change.signer(target), {node: said for node, said in words.items() if node != own}
     if target is Phase.ISSUED:
-        words = {node: said for node, said in words.items() if node != own}
         what = f"trust {text(change.new)}"
-        behind = [node for node, said in words.items() if fingerprint(change.new) not in said.trusted]
+        behind = [node for node, said in others.items() if fingerprint(change.new) not in said.trusted]
     else:
         what = f"have certificates of {text(signer)}"
         behind = [node for node, said in words.items() if said.signer != fingerprint(signer)]
@@ -256,7 +257,7 @@ def assert_said(
             + ", ".join(f"{node} ({words[node].trouble})" if words[node].trouble else node for node in behind),
             hint=_again(target, behind),
         )
-    late = [] if has_begun else late_words({node: said for node, said in words.items() if node != own}, target, now)
+    late = [] if has_begun else late_words(others, target, now)
     if late:
         raise NotReadyEverywhereError(
             f"{authority}: wanted nodes that have said within {duration_text(LATELY)} that their components {what}, found "
@@ -275,13 +276,7 @@ def _again(target: Phase, nodes: Sequence[str]) -> str:
 
 
 def assert_followed(api: Api, authority: str, change: Change, target: Phase, limit: timedelta = _FOLLOWS) -> None:
-    """
-    The cluster's own objects have the CAs that a phase relies on, at the latest after `limit`.
-
-    Raises:
-        NotReadyEverywhereError: One has not; it is named, with its namespace.
-        NoAnswerError: They can't be looked at.
-    """
+    """The cluster's own objects have the CAs of a phase, at the latest after `limit` (NotReadyEverywhereError, NoAnswerError)."""
     wanted = {Phase.ISSUED: change.bundle(Phase.TRUSTED), Phase.TRUSTED: (change.old,)}.get(target, (change.new,))
     with doing("looking whether the cluster's objects have the CAs"):
         behind = wait_until(
@@ -312,24 +307,8 @@ def _assert_together(node: Node, steps: Sequence[Step]) -> None:
             )
 
 
-def _said(judge: Callable[[Spot], str], spot: Spot) -> str:
-    try:
-        return judge(spot)
-    except (HttpsError, ValueError) as e:
-        return str(e)
-
-
-def _client(name: str, certificate_pem: bytes, key_pem: bytes) -> Client:
-    return Client(name=name, certificate_pem=certificate_pem, key_pem=key_pem, trust_pem=None)
-
-
 def refusal(client: Client, spot: Spot) -> str:
-    """
-    Why a server does not take a client certificate; empty: it does, whatever it allows.
-
-    Raises:
-        HttpsError, ValueError: It does not answer.
-    """
+    """Why a server does not take a client certificate; empty: it does, whatever it allows (HttpsError, ValueError: no answer)."""
     headers = {spot.user_header: "system:anonymous"} if spot.user_header else {}  # a user without rights
     try:
         answer = client.ask(spot.server, _PATHS[spot.kind], headers)
@@ -346,7 +325,12 @@ def spots_of(run: Run, node: Node) -> Iterator[Spot]:
     API server alone, a host of etcd the members.
     """
     if node.is_worker:
-        yield from _own_api(run)
+        path = run.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base
+        try:
+            url = kubeconfig.parse(file_contents(path)).server
+        except (KubeconfigError, UnreadableError, ValueError) as e:
+            raise NotReadyEverywhereError(f"{path}: wanted the API server's address, found {e}") from None
+        yield Spot("the cluster", "api", Server(url.rstrip("/")))
     elif not node.is_etcd_host:
         yield from _nodes(run, node)
     yield from _members(node)
@@ -354,15 +338,6 @@ def spots_of(run: Run, node: Node) -> Iterator[Spot]:
 
 #: kubeadm's.
 _USER_HEADER = "X-Remote-User"
-
-
-def _own_api(run: Run) -> Iterator[Spot]:
-    path = run.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base
-    try:
-        url = kubeconfig.parse(file_contents(path)).server
-    except (KubeconfigError, UnreadableError, ValueError) as e:
-        raise NotReadyEverywhereError(f"{path}: wanted the API server's address, found {e}") from None
-    yield Spot("the cluster", "api", Server(url.rstrip("/")))
 
 
 def _nodes(run: Run, node: Node) -> Iterator[Spot]:

@@ -45,7 +45,10 @@ def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]], *,
         return []
     found: list[BridgeError] = []
     try:
-        api = _connected(run, node)
+        if node.is_worker:
+            api = Api.of_gateway(run.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base)
+        else:
+            api = neighbours.connect(node, run.settings)
         if says and (words := _words(run, changes)):
             found += _publish(api, run, words)
         if node.is_worker:
@@ -61,12 +64,6 @@ def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]], *,
     except BridgeError as e:
         found.append(ObjectError(str(e)))
     return found
-
-
-def _connected(run: Run, node: Node) -> Api:
-    if node.is_worker:
-        return Api.of_gateway(run.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base)
-    return neighbours.connect(node, run.settings)
 
 
 def _words(run: Run, changes: Mapping[str, tuple[Change, Phase]]) -> dict[str, Word]:

@@ -73,13 +73,12 @@ class Replaced:
         """The CA file and the kubeconfigs' CA data as a phase has them, where they differ now."""
         bundle = self.change.bundle(phase)
         if self.seen.bundle != bundle:
-            data = read(self.state.path) or b""
             yield Replacement(
                 certificate=self.name,
                 path=self.state.path,
                 data=pem(*bundle),
                 mode_mask=CERTIFICATE_MASK,
-                was=digest(data),
+                was=digest(read(self.state.path) or b""),
                 says_the_same=set(self.seen.bundle) == set(bundle),
             )
         names = {str(item.spec.base): item.spec.name for item in self.items if item.spec.kubeconfig}
@@ -105,45 +104,29 @@ def with_ca(path: Path, data: bytes, bundle: Bundle) -> bytes:
 
 def look(settings: Settings, node: Node, names: Sequence[str]) -> dict[str, Replaced]:
     """
-    The CAs of these authorities (all that have a next one, if none is named), with what the node's files say of them.
-
-    Raises:
-        SettingsError: A named authority has no next CA in the settings.
-        UnreadableCaError: A file can't be read.
+    The CAs of these authorities, with what the node's files say of them (UnreadableCaError: a file can't be read); if
+    none is named, all that have a next one in the settings (SettingsError: a named one has none).
     """
-    lacking = [name for name in names if name not in settings.authorities or not settings.authorities[name].next]
-    if lacking:
-        problems = [
-            SettingsProblem(
-                f"authority.{name}.next", 'a table with `anchor = "FILE"`, the new CA\'s certificate', "none"
-            )
-            for name in lacking
-        ]
+    ready = [name for name, ours in settings.authorities.items() if ours.next]
+    want = 'a table with `anchor = "FILE"`, the new CA\'s certificate'
+    problems = [SettingsProblem(f"authority.{name}.next", want, "none") for name in names if name not in ready]
+    if problems:
         raise SettingsError(problems)
-    wanted = names or [name for name, ours in settings.authorities.items() if ours.next]
-    return {
-        state.authority.name: _look(settings, node, state)
-        for state in node.authorities
-        if state.authority.name in wanted
-    }
+    found = {state.authority.name: state for state in node.authorities}
+    return {name: _look(settings, node, state) for name, state in found.items() if name in (names or ready)}
 
 
 def new_ca(settings: Settings, name: str) -> x509.Certificate:
     """
-    The certificate of an authority's next CA, which the whole cluster is to trust.
-
-    Raises:
-        SettingsError: Its file is not there, or others can change it.
-        UnreadableCaError: There is not exactly one certificate in it.
+    The certificate of an authority's next CA, which the whole cluster is to trust (SettingsError: its file is not there,
+    or others can change it; UnreadableCaError: it has not exactly one certificate).
     """
-    path = Path(settings.authorities[name].next["anchor"])
-    text = own_text(
-        path, f"the certificate of {name}'s next CA", "its owner has it; a copy that root alone can change will do"
-    )
+    path, what = Path(settings.authorities[name].next["anchor"]), f"the certificate of {name}'s next CA"
+    text = own_text(path, what, "its owner has it; a copy that root alone can change will do")
     try:
         found = load_pem_certificates(text.encode())
     except ValueError as e:
-        raise UnreadableCaError(f"{path}: wanted the certificate of {name}'s next CA, found: {e}") from None
+        raise UnreadableCaError(f"{path}: wanted {what}, found: {e}") from None
     if len(found) != 1:
         raise UnreadableCaError(
             f"{path}: wanted one certificate, of the CA that signs, found {len(found)}",
@@ -165,13 +148,8 @@ def _look(settings: Settings, node: Node, state: AuthorityState) -> Replaced:
     old = next((one for one in here if one != new), None) or _old_in_backups(Store(settings.node.state_dir), name, new)
     change = Change(old or new, new, cross.load(Path(certified)) if certified is not None else None)
     leaves = {item.spec.name: identity.anchor_of(item.certificates, (change.old, new)) for item in items}
-    return Replaced(
-        state=state,
-        change=change,
-        seen=Seen(bundle=state.certificates, kubeconfigs=held, leaves=leaves),
-        items=items,
-        confs={place: confs[place] for place in held},
-    )
+    seen = Seen(bundle=state.certificates, kubeconfigs=held, leaves=leaves)
+    return Replaced(state=state, change=change, seen=seen, items=items, confs={place: confs[place] for place in held})
 
 
 def _confs(settings: Settings, node: Node) -> Iterator[tuple[str, bytes]]:
@@ -195,11 +173,8 @@ def _ca_data(place: str, data: bytes) -> Bundle:
 
 def _old_in_backups(store: Store, authority: str, new: x509.Certificate) -> x509.Certificate | None:
     """The CA that a finished replacement took away, by the newest backup that has it; None: no backup has one."""
-    for backup in backups.read_all(store)[0]:
-        others = [one for one in backups.cas_of(backup, authority) if one != new]
-        if others:
-            return others[0]
-    return None
+    every = (one for backup in backups.read_all(store)[0] for one in backups.cas_of(backup, authority))
+    return next((one for one in every if one != new), None)
 
 
 _OTHERS = 0o077
