@@ -90,9 +90,8 @@ class Held:
     """An object that is not as a phase wants it."""
 
     text: str  #: A sentence.
-    command: str = (
-        ""  #: For its owner, with certificates alone in it; empty: it follows by itself, or there is no such command.
-    )
+    #: For its owner, with certificates alone in it; empty: it follows by itself, or there is no such command.
+    command: str = ""
 
 
 def lagging(settings: Settings, node: Node, authority: str, change: Change, phase: Phase) -> list[Held]:
@@ -139,12 +138,7 @@ def _seen(what: str, found: Iterable[Held]) -> Iterator[Held]:
 
 
 def behind(api: Api, authority: str, wanted: Bundle) -> list[str]:
-    """
-    The cluster's own objects that lack one of these CAs, in words: pods, joining nodes and aggregated API servers read them.
-
-    Raises:
-        NoAnswerError: They can't be looked at.
-    """
+    """The cluster's own objects that lack one of these CAs, which pods, joining nodes and API servers read (NoAnswerError)."""
     found, key = [], _KEYS[authority]
     if not set(wanted) <= _in_authentication(api, key):
         found.append(f"{key} of extension-apiserver-authentication")

@@ -29,16 +29,8 @@ def violations(
     now: datetime,
 ) -> Iterator[Violation]:
     """
-    Why the new CA can't take the old one's place, whenever that is.
-
-    Args:
-        change: Both CAs.
-        leaves: The leaves of the old CA on this node, by name.
-        others: The CAs of the cluster's other authorities, old and new ones, by the authority's name.
-        now: The time.
-
-    Yields:
-        What was wanted of the new CA, and found.
+    Why the new CA can't take the old one's place, whenever that is: by name the leaves of the old CA on this node, and the
+    CAs of the cluster's other authorities, old and new ones.
     """
     new = change.new
     try:
@@ -46,7 +38,7 @@ def violations(
         yield from _valid(new, now)
         yield from _keys(new, others)
         yield from _same_key(change) if change.kind is Kind.SAME_KEY else _another_key(change, leaves)
-        if change.spares is not None and change.cross is not None:
+        if change.cross is not None and change.kind is Kind.NEW_KEY:
             yield from _cross(change, change.cross, now)
     except UNREADABLE as e:
         yield Violation(subject="new CA", want="a certificate that can be read", got=str(e))
@@ -143,9 +135,8 @@ def _same_name(change: Change, leaves: Mapping[str, x509.Certificate]) -> Iterat
     what = "another subject than the old CA's, or key identifiers in both CAs and each certificate"
     for which, ca in (("old", old), ("new", new)):
         if _key_id(ca) is None:
-            yield Violation(
-                subject="subject", want=what, got=f"the same, and no subjectKeyIdentifier in the {which} CA"
-            )
+            got = f"the same, and no subjectKeyIdentifier in the {which} CA"
+            yield Violation(subject="subject", want=what, got=got)
     lacking = [name for name, leaf in leaves.items() if _authority_key_id(leaf) is None]
     if lacking:
         got = f"the same, and no authorityKeyIdentifier in {', '.join(lacking)}"
@@ -159,9 +150,8 @@ def _same_key(change: Change) -> Iterator[Violation]:
         got = f"{text(new)}, encoded in another way" if old.subject == new.subject else text(new)
         yield Violation(subject="subject", want=f"the bytes of {text(old)}, whose key it has", got=got)
     if _key_id(new) not in (None, _key_id(old)):
-        yield Violation(
-            subject="subjectKeyIdentifier", want="the old CA's, or none", got="another one for the same key"
-        )
+        got = "another one for the same key"
+        yield Violation(subject="subjectKeyIdentifier", want="the old CA's, or none", got=got)
 
 
 def _key_id(ca: x509.Certificate) -> bytes | None:

@@ -121,9 +121,7 @@ class Standing:
 
     phase: Phase | None  #: The last one that the files have reached; None: they are of no phase.
     next: Phase | None = None  #: The phase that is half done; None: nothing is.
-    odd: tuple[
-        Difference, ...
-    ] = ()  #: What belongs to no phase, against the nearest one; empty unless `phase` is None.
+    odd: tuple[Difference, ...] = ()  #: Differences from the nearest phase; empty unless `phase` is None.
 
     @property
     def text(self) -> str:

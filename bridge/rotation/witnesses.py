@@ -96,12 +96,12 @@ def users(logs: Sequence[Path], known: Collection[str]) -> Users:
     """The users of audit logs whose certificate is none of the known ones, by SHA-256 (UnreadableLogError)."""
     found: dict[str, User] = {}
     unread = 0
-    for line in itertools.chain.from_iterable(map(_lines, logs)):
+    for line in _lines(logs):
         if line and _IS_CERTIFICATE.encode() not in line:
             continue
         event = _event(line)
         unread += event is None
-        for user in _users_of(event):
+        for user in _users_of(event) if event is not None else ():
             is_new = user.sha256 not in found
             if user.sha256 in known or (is_new and len(found) == _MOST_USERS):
                 continue
@@ -119,10 +119,8 @@ def _event(line: bytes) -> dict[str, Any] | None:
     return event if isinstance(event, dict) else None
 
 
-def _users_of(event: Mapping[str, Any] | None) -> Iterator[User]:
+def _users_of(event: Mapping[str, Any]) -> Iterator[User]:
     """The user of an event, once for each of its certificates; an event of another shape has none."""
-    if event is None:
-        return
     user = _below(event, "user")
     ids = _below(user, "extra").get(_CREDENTIAL_ID)
     for each in ids if isinstance(ids, list) else ():
@@ -171,7 +169,7 @@ def _installed(store: Store, change: Change) -> Iterator[str]:
     if change.old.subject == change.new.subject:
         return
     issuer = name_text(change.new.subject)
-    for line in itertools.chain.from_iterable(map(_lines, audit.files(store))):
+    for line in _lines(audit.files(store)):
         said = audit.line_of(line) or {}
         if said.get("issuer") == issuer and isinstance(digest := said.get("certificateSha256"), str):
             yield digest
@@ -208,7 +206,7 @@ _UNKNOWN = re.compile(r"verifying certificate SN=(\d{1,50}), SKID=[0-9A-F:]{0,60
 def refusals(logs: Sequence[Path]) -> list[Refusal]:
     """The refusals of both kinds in API servers' logs, the most frequent first (UnreadableLogError)."""
     found: dict[str, int] = {}
-    for line in itertools.chain.from_iterable(map(_lines, logs)):
+    for line in _lines(logs):
         text = line.decode("utf-8", errors="replace")
         for pattern, say in _SAYINGS:
             who = say(match) if (match := pattern.search(text)) else ""
@@ -299,13 +297,8 @@ def requests(
     server: str, before: tuple[datetime, Counters], after: tuple[datetime, Counters], new: Collection[x509.Certificate]
 ) -> list[Requests]:
     """
-    The requests between two looks at the same API server (pure; ValueError: it was started anew between them).
-
-    Args:
-        server: Its name.
-        before: The first look, and when it began.
-        after: The second one, and when it ended.
-        new: Certificates that are known to be of the new CA.
+    The requests between two looks at the same API server, with the time at which the first began and the second ended
+    (pure; ValueError: it was started anew between them).
     """
     (begin, first), (end, last) = before, after
     if any(count > last.left.get(most, 0.0) for most, count in first.left.items()) or first.failed > last.failed:
@@ -378,15 +371,16 @@ _Look = tuple[datetime, datetime, Counters]
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file that may grow meanwhile; one that is too long is empty (UnreadableLogError)."""
-    try:
-        with regular_file(path) as (descriptor, _), open(descriptor, "rb", closefd=False) as file:
-            is_rest = False
-            while line := file.readline(_LONGEST_LINE):
-                is_whole, was_rest = line.endswith(b"\n"), is_rest
-                is_rest = not is_whole and len(line) == _LONGEST_LINE
-                if not was_rest:
-                    yield b"" if is_rest else line
-    except (OSError, UnreadableError) as e:
-        raise UnreadableLogError(f"{path}: wanted a log, found: {getattr(e, 'strerror', None) or e}") from None
+def _lines(paths: Iterable[Path]) -> Iterator[bytes]:
+    """The lines of files that may grow meanwhile; one that is too long is empty (UnreadableLogError)."""
+    for path in paths:
+        try:
+            with regular_file(path) as (descriptor, _), open(descriptor, "rb", closefd=False) as file:
+                is_rest = False
+                while line := file.readline(_LONGEST_LINE):
+                    is_whole, was_rest = line.endswith(b"\n"), is_rest
+                    is_rest = not is_whole and len(line) == _LONGEST_LINE
+                    if not was_rest:
+                        yield b"" if is_rest else line
+        except (OSError, UnreadableError) as e:
+            raise UnreadableLogError(f"{path}: wanted a log, found: {getattr(e, 'strerror', None) or e}") from None
