@@ -113,9 +113,8 @@ def _left_to_people(run: Run, node: Node, owed: Owed) -> Activation:
     in_use.keep(unproven_file(run.store), dataclasses.replace(left, going_back=""))
     if owed.going_back and live.certificates:
         errors.insert(0, NotLiveError(f"installed, and it was to go back, since {owed.going_back}"))
-    done = dataclasses.replace(
-        live, certificates=tuple(one for one in live.certificates if one not in left.certificates)
-    )
+    seen = tuple(one for one in live.certificates if one not in left.certificates)
+    done = dataclasses.replace(live, certificates=seen)
     waiting = _result(run, left, errors)
     return dataclasses.replace(waiting, events={**_result(run, done, []).events, **waiting.events})
 
@@ -303,12 +302,9 @@ def _judged(run: Run, owed: Owed, restarted: Sequence[Restarted], report: ProofR
     if ruling is Ruling.FAILED:
         decisive = [f for m in (Meaning.BROKEN, Meaning.NOT_IN_USE, Meaning.UNSEEN) for f in seen.get(m, [])]
         why = "; ".join([*map(str, failures), *([sentence(decisive)] if decisive else [])])
-        if owed.stays:
-            return _result(
-                run, owed, [NotLiveError(f"installed, and not in use: {why}", hint=_STAYS)], restarted, proven
-            )
-        if run.settings.restart.on_failure == "keep":
-            return _result(run, owed, [NotLiveError(f"installed, and not in use: {why}")], restarted, proven)
+        if owed.stays or run.settings.restart.on_failure == "keep":
+            error = NotLiveError(f"installed, and not in use: {why}", hint=_STAYS if owed.stays else None)
+            return _result(run, owed, [error], restarted, proven)
         log.error("the new certificates do not work, so the old ones are put back: %s", why)
         back = _roll_back(run, dataclasses.replace(owed, going_back=why))
         return dataclasses.replace(back, restarted=tuple(restarted), proven=proven)

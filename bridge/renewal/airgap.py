@@ -18,7 +18,6 @@ from typing import ClassVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -130,7 +129,13 @@ def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBu
 
 def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
     """Describe a bundle for the person who approves it; exit code 5 if a continuity proof does not hold."""
-    found, cas = _bundle(path), known_cas(settings)
+    try:
+        found = bundle_format.loads(read_present(path))
+    except UnreadableError as e:
+        raise BridgeError(f"{path}: wanted a bundle, found: {e}") from None
+    except BundleError as e:
+        raise BridgeError(f"{path}: {e}", hint=e.hint) from None
+    cas = known_cas(settings)
     text = bundle_format.describe(found, now, cas)
     if isinstance(found, RequestBundle) and any(_doubt(one, found, cas) for one in found.requests):
         return text, Exit.REFUSED
@@ -141,15 +146,6 @@ def _doubt(one: BundledRequest, whole: RequestBundle, cas: Mapping[str, Sequence
     """The problem of a continuity proof, as far as this machine can tell."""
     problem = signatures.proof_problem(one, whole) or signatures.usages_problem(one)
     return problem or (signatures.origin_problem(one, cas[one.authority]) if one.authority in cas else None)
-
-
-def _bundle(path: Path) -> RequestBundle | AnswerBundle:
-    try:
-        return bundle_format.loads(read_present(path))
-    except UnreadableError as e:
-        raise BridgeError(f"{path}: wanted a bundle, found: {e}") from None
-    except BundleError as e:
-        raise BridgeError(f"{path}: {e}", hint=e.hint) from None
 
 
 def import_answers(
@@ -217,10 +213,7 @@ class NotAskedForError(BridgeError):
 
 #: Where the settings name the desk's key.
 _SIGNED = "wanted an answer that the desk has signed"
-_SIGNED_HINT = (
-    "have the desk sign its answers (answer_key in its policy); "
-    "node.desk_key in the settings names whose signature counts"
-)
+_SIGNED_HINT = "have the desk sign its answers (answer_key in its policy); node.desk_key in the settings names whose signature counts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,10 +322,8 @@ def _is_authentic(run: Run, answer: AnswerBundle) -> bool:
     path = run.settings.node.desk_key
     if path is None:
         return True
-    key = signatures.public_key(read(path) or b"")
-    return answer.signature is not None and signatures.is_by(
-        key, answer.signature, bundle_format.answer_message(answer)
-    )
+    key, signature = signatures.public_key(read(path) or b""), answer.signature
+    return signature is not None and signatures.is_by(key, signature, bundle_format.answer_message(answer))
 
 
 def _has_dates(certificate: x509.Certificate, path: Path, found: Found) -> bool:
@@ -362,28 +353,20 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> No
     for one in asked:
         given = answer.answers.get(one.name)
         if isinstance(given, Refusal):
-            refused = BackendRefusedError(f"refused by {answer.signer}: {given.reason}", hint=_after_refusal(run))
-            found.take(one.name, refused, path)
+            again = "carry the same request there again; `ca-bridge pending cancel` gives it up"
+            if node.desk_key is not None:  # a signed refusal ends the request
+                again = "`ca-bridge export` makes a new request"
+            hint = f"once the desk's policy allows it, {again}"
+            found.take(one.name, BackendRefusedError(f"refused by {answer.signer}: {given.reason}", hint=hint), path)
         elif given is not None:
             found.take(one.name, given, path)
 
 
-def _after_refusal(run: Run) -> str:
-    if run.settings.node.desk_key is not None:  # a signed refusal ends the request
-        return "once the desk's policy allows it, `ca-bridge export` makes a new request"
-    return (
-        "once the desk's policy allows it, carry the same request there again; `ca-bridge pending cancel` gives it up"
-    )
-
-
 def _match_loose(requests: OpenRequests, found: Found) -> None:
     """Match loose certificates by public key; one that is neither a CA's nor for an open request is refused by name."""
-    everything = [(path, certificate) for path, ones in found.loose.items() for certificate in ones]
-    matched: set[bytes] = set()
-    for one in requests:
-        matched |= {leaf.fingerprint(hashes.SHA256()) for leaf in found.take_loose(one.request)}
-    for path, certificate in everything:
-        if certificate.fingerprint(hashes.SHA256()) not in matched and not is_ca(certificate):
+    matched = {fingerprint(leaf) for one in requests for leaf in found.take_loose(one.request)}
+    for path, certificate in [(path, one) for path, ones in found.loose.items() for one in ones]:
+        if fingerprint(certificate) not in matched and not is_ca(certificate):
             text = f"wanted the certificate of a request that waits here, found {_about(certificate)} for another key"
             found.refuse(path, text, "it answers a cancelled or older request, or another node's")
 
@@ -484,19 +467,21 @@ def install_directory(
 
 
 def _install(
-    run: Run,
-    transaction: Transaction,
-    selection: Selection,
-    node: Node,
-    contents: _Contents,
-    options: RunOptions,
+    run: Run, transaction: Transaction, selection: Selection, node: Node, contents: _Contents, options: RunOptions
 ) -> Result:
     with transaction.about(selection):
         assert_room(run.settings)
         expected, unproved = expectations(node, run.settings, selection.items, run.now())
-        items = [item for item in selection.items if item.spec.authority.name in expected]
-        answered, failed = _answered_there(run, items, expected, contents)
-        proven, failed = verify_all(run, answered, [*selection.failed, *unproved, *failed])
+        answered, failed = [], [*selection.failed, *unproved]
+        for item in selection.items:
+            if item.spec.authority.name in expected:
+                try:
+                    made = _prepared(item, run.settings, contents)
+                except BridgeError as e:
+                    failed.append(outcome_of(item, e))
+                else:
+                    answered.append(answered_by(run, made, contents.found, expected[made.authority], "install"))
+        proven, failed = verify_all(run, answered, failed)
         if not (failed and options.all_or_nothing):
             for one in proven:
                 give_up(run, one.prepared.name, "another certificate is installed in its place")  # of another key
@@ -504,20 +489,6 @@ def _install(
             remember(run, [one for one in answered if one.prepared.name in names], proven)
         result = transaction.install(selection, proven, failed)
     return transaction.conclude(selection, transaction.activate(selection, result))
-
-
-def _answered_there(
-    run: Run, items: Sequence[Item], expected: Mapping[str, verify.Expectation], contents: _Contents
-) -> tuple[list[Answered], list[Outcome]]:
-    answered, failed = [], []
-    for item in items:
-        try:
-            one = _prepared(item, run.settings, contents)
-        except BridgeError as e:
-            failed.append(outcome_of(item, e))
-        else:
-            answered.append(answered_by(run, one, contents.found, expected[one.authority], "install"))
-    return answered, failed
 
 
 def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
@@ -554,7 +525,10 @@ def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> _Contents:
             _assert_ours(path, status.st_mode)
             contents.take_key(spec, path, _private_key(path, key_pem))
         elif b"PRIVATE KEY-----" not in data:
-            contents.found.loose[path] = _certificates(path, data)
+            try:
+                contents.found.loose[path] = certificates_in(data)
+            except ValueError as e:
+                log.info("%s: passed over: %s", path, e)
     if not contents.keys:
         raise DirectoryError(
             f"{directory}: wanted private keys named as kubeadm names them (apiserver.key, etcd/server.key), found none",
@@ -604,11 +578,3 @@ def _private_key(path: Path, pem: bytes) -> PrivateKey:
     if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
         raise DirectoryError(f"{path}: wanted an RSA or ECDSA key in PEM without a passphrase, found something else")
     return key
-
-
-def _certificates(path: Path, data: bytes) -> list[x509.Certificate]:
-    try:
-        return certificates_in(data)
-    except ValueError as e:
-        log.info("%s: passed over: %s", path, e)
-        return []

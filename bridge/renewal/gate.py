@@ -137,15 +137,9 @@ def hold_for_next_ca(selection: Selection, run: Run) -> Selection:
     too_early = NoCaYetError(
         "the settings name the next CA alone (`next.anchor`), which does not sign yet on this node"
     )
-    return dataclasses.replace(
-        selection,
-        items=tuple(item for item in selection.items if item not in (*held, *early)),
-        failed=(
-            *selection.failed,
-            *(outcome_of(item, error) for item in held),
-            *(outcome_of(item, too_early) for item in early),
-        ),
-    )
+    failed = [*(outcome_of(item, error) for item in held), *(outcome_of(item, too_early) for item in early)]
+    items = tuple(item for item in selection.items if item not in (*held, *early))
+    return dataclasses.replace(selection, items=items, failed=(*selection.failed, *failed))
 
 
 # --- failed runs ------------------------------------------------------------------------------------------------------
@@ -216,11 +210,10 @@ class Attempts:
     def held(self, selection: Selection, now: datetime) -> Selection:
         """The selection without certificates of a CA that is not asked yet: they fail as at its last try."""
         pauses = {name: pause for name in self.authorities if (pause := self._pause(name, selection, now)) is not None}
-        held = [
-            outcome_of(i, pauses[i.spec.authority.name]) for i in selection.items if i.spec.authority.name in pauses
-        ]
+        held = [item for item in selection.items if item.spec.authority.name in pauses]
+        failed = (*selection.failed, *(outcome_of(item, pauses[item.spec.authority.name]) for item in held))
         items = tuple(item for item in selection.items if item.spec.authority.name not in pauses)
-        return dataclasses.replace(selection, items=items, failed=(*selection.failed, *held))
+        return dataclasses.replace(selection, items=items, failed=failed)
 
     def _pause(self, name: str, selection: Selection, now: datetime) -> HeldOffError | None:
         ours = [item for item in selection.items if item.spec.authority.name == name]
@@ -242,11 +235,8 @@ class Attempts:
                 self.authorities.pop(name, None)
         if self.authorities != before:
             self._file.put(self.authorities)
-        return [
-            NeedsAPersonError(name, one)
-            for name, one in self.authorities.items()
-            if name in failed and one.needs_a_person
-        ]
+        ours = [(name, one) for name, one in self.authorities.items() if name in failed]
+        return [NeedsAPersonError(name, one) for name, one in ours if one.needs_a_person]
 
 
 def _one_more(before: Failures | None, error: BridgeError, now: datetime) -> Failures:
@@ -261,11 +251,5 @@ def _one_more(before: Failures | None, error: BridgeError, now: datetime) -> Fai
 
 def attempts_file(store: Store) -> StateFile[dict[str, Failures]]:
     """The failed runs so far, by authority; a damaged one counts as none: the worst that follows is one more try."""
-    return coded(
-        dict[str, Failures],
-        store.attempts,
-        "the failed runs so far",
-        OnDamage.START_OVER,
-        key="authorities",
-        version=1,
-    )
+    what = "the failed runs so far"
+    return coded(dict[str, Failures], store.attempts, what, OnDamage.START_OVER, key="authorities", version=1)

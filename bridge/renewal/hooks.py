@@ -76,14 +76,13 @@ class HookEvent:
             files=tuple(str(path) for path in paths if path is not None),
             backup_id=backup_id,
             exit_code=exit_code,
-            errors=(
-                *(f"{o.name}: {o.error.reason}" for o in outcomes if o.error is not None),
-                *map(str, errors),
-            ),
+            errors=(*(f"{o.name}: {o.error.reason}" for o in outcomes if o.error is not None), *map(str, errors)),
         )
 
     def environment(self) -> dict[str, str]:
         """The environment variables; a list has one entry a line, and a fact that is not known yet is empty."""
+        # a CA's words may be in them
+        errors = "\n".join(printable(line) for one in self.errors for line in one.split("\n"))
         return {
             "CA_BRIDGE_NAMES": "\n".join(self.names),
             "CA_BRIDGE_RENEWED": "\n".join(self.new_serials),
@@ -92,10 +91,7 @@ class HookEvent:
             "CA_BRIDGE_FILES": "\n".join(self.files),
             "CA_BRIDGE_BACKUP_ID": self.backup_id or "",
             "CA_BRIDGE_EXIT_CODE": "" if self.exit_code is None else str(self.exit_code),
-            # a CA's words may be in them
-            "CA_BRIDGE_ERRORS": "\n".join(printable(line) for one in self.errors for line in one.split("\n"))[
-                :_LONGEST_ERRORS
-            ],
+            "CA_BRIDGE_ERRORS": errors[:_LONGEST_ERRORS],
         }
 
 
@@ -149,18 +145,15 @@ class Hooks:
             return [HookError(str(e), Exit.FAILED, hint=e.hint)]
         errors = []
         for owed in every:
-            why = self._not_needed(owed, node)
+            why = "its certificates are not in use" if owed.is_outdated(node) else ""
+            if all(text in owed.done for text in self._commands(owed.event).texts):
+                why = "it is no longer in the settings"
             if why:
                 log.info("hook %s of run %s is not run again: %s", owed.event, owed.run_id, why)
                 self._forget(owed)
             else:
                 errors += self._deliver(owed, Exit.FAILED if owed.event == FAILURE else Exit.NOT_LIVE)
         return errors
-
-    def _not_needed(self, owed: OwedHooks, node: Node) -> str:
-        if not any(text not in owed.done for text in self._commands(owed.event).texts):
-            return "it is no longer in the settings"
-        return "its certificates are not in use" if owed.is_outdated(node) else ""
 
     # --- one event ---------------------------------------------------------------------------------------------------
 
@@ -194,11 +187,8 @@ class Hooks:
                 trouble = self._kept(owed)
         if not failures:
             trouble = self._kept(owed, is_over=True)
-        if trouble:
-            failures.append(trouble)
-        if not failures:
-            return []
-        return [HookError(f"hook {owed.event} of run {owed.run_id}: {'; '.join(failures)}", exit_code)]
+        problems = "; ".join(filter(None, [*failures, trouble]))
+        return [HookError(f"hook {owed.event} of run {owed.run_id}: {problems}", exit_code)] if problems else []
 
     def _commands(self, event: str) -> Commands:
         commands: Commands = getattr(self._settings.hooks, event)

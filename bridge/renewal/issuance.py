@@ -102,19 +102,15 @@ def reaching(
         def reached() -> dict[str, CA]:
             return {name: ca for lot in lots for name, ca in lot.result().items()}
 
+        is_interrupted = False
         try:
             yield reached
         except KeyboardInterrupt:  # do not wait for a CA
+            is_interrupted = True
             raise
-        except BaseException:
-            _close(reached())
-            raise
-        _close(reached())
-
-
-def _close(reached: Mapping[str, CA]) -> None:
-    for ca in reached.values():
-        ca.close()
+        finally:
+            for ca in () if is_interrupted else reached().values():
+                ca.close()
 
 
 def _sharing(backends: Mapping[str, registry.Configured]) -> list[list[str]]:
@@ -141,10 +137,7 @@ def _warn_of_open_secrets(configured: registry.Configured) -> None:
 
 
 def issue_all(
-    run: Run,
-    making: Making,
-    reached: Mapping[str, CA],
-    expected: Mapping[str, verify.Expectation],
+    run: Run, making: Making, reached: Mapping[str, CA], expected: Mapping[str, verify.Expectation]
 ) -> tuple[list[Answered], list[Outcome]]:
     """Issue each certificate as soon as its key is there, or all at once where a CA wants that; answers and failures."""
     at_once = any(isinstance(ca.backend, SignsMany | Collects | Carries) for ca in reached.values())
@@ -154,17 +147,12 @@ def issue_all(
         made = [one for each in making if each in done and isinstance(one := each.result(), Prepared)]
         answered.update({one.prepared.name: one for one in issue(run, made, reached, expected)})
     every = [one.result() for one in making]
-    return (
-        [answered[one.name] for one in every if isinstance(one, Prepared)],
-        [one for one in every if isinstance(one, Outcome)],
-    )
+    done_in_order = [answered[one.name] for one in every if isinstance(one, Prepared)]
+    return done_in_order, [one for one in every if isinstance(one, Outcome)]
 
 
 def issue(
-    run: Run,
-    prepared: Sequence[Prepared],
-    reached: Mapping[str, CA],
-    expected: Mapping[str, verify.Expectation],
+    run: Run, prepared: Sequence[Prepared], reached: Mapping[str, CA], expected: Mapping[str, verify.Expectation]
 ) -> list[Answered]:
     """Ask all CAs concurrently, each for its certificates or for pending answers; first disk and log, then the CA."""
     prepared = _opened(run, prepared, reached)
@@ -174,7 +162,13 @@ def issue(
         if ca.error(one.name) is None and not _owes(ca, one):
             run.record.add(audit.ASKED, one.name, authority=one.authority)
     run.record.write()
-    answers = _answers(prepared, reached, expected, run.progress)
+    lots: dict[int, list[Prepared]] = defaultdict(list)
+    for one in prepared:  # authorities that share a backend make one request of it
+        lots[id(reached[one.authority].backend)].append(one)
+    answers: dict[str, Answer] = {}
+    with workers(len(AUTHORITIES)) as pool:
+        for part in pool.map(lambda lot: _ask(reached, expected, lot, run.progress), lots.values()):
+            answers |= part
     for one in prepared:
         if isinstance(answer := answers[one.name], Issued):
             run.record.add(audit.ISSUED, one.name, authority=one.authority, new=answer.leaf)
@@ -222,30 +216,13 @@ def _drop_unfit(run: Run, one: Prepared) -> None:
         run.requests.drop(one.name)
 
 
-def _answers(
-    prepared: Sequence[Prepared],
-    reached: Mapping[str, CA],
-    expected: Mapping[str, verify.Expectation],
-    progress: Progress,
-) -> dict[str, Answer]:
-    """The CAs' answers by certificate name; authorities that share a backend make one request of it."""
-    lots: dict[int, list[Prepared]] = defaultdict(list)
-    for one in prepared:
-        lots[id(reached[one.authority].backend)].append(one)
-    answers: dict[str, Answer] = {}
-    with workers(len(AUTHORITIES)) as pool:
-        for part in pool.map(lambda lot: _ask(reached, expected, lot, progress), lots.values()):
-            answers |= part
-    return answers
-
-
 def _ask(
     reached: Mapping[str, CA],
     expected: Mapping[str, verify.Expectation],
     prepared: Sequence[Prepared],
     progress: Progress,
 ) -> dict[str, Answer]:
-    """The answers of one backend; a certificate that its preflight refused is not asked for."""
+    """The answers of one backend by certificate name; one that its preflight refused is not asked for."""
     ca = reached[prepared[0].authority]
     answers: dict[str, Answer] = {}
     requests = []

@@ -60,18 +60,14 @@ def _reloads(item: Item) -> bool:
     return item.pair is not None and item.pair.is_read_again
 
 
-def _proves(item: Item) -> bool:
-    return item.pair is not None and bool(item.pair.prove)
-
-
 def owe(run: Run, outcomes: Sequence[Outcome], *, by_hand: bool = False) -> Collection[str]:
     """Record, before the installation, which pairs must be seen in use; returns the names of all pairs of this file."""
     ours = own(run.read_node())
     file = pairs_file(run.store)
     earlier = {one.name: one for one in file.read() or ()}
     for one in outcomes:
-        name = one.name
-        if one.new is None or name not in ours or (by_hand and not _proves(ours[name])):
+        name, pair = one.name, ours[one.name].pair if one.name in ours else None
+        if one.new is None or pair is None or (by_hand and not pair.prove):
             continue
         before = earlier.pop(name, None)
         owed = before.owed if before is not None and not before.owed.going_back else Owed(certificates=())
@@ -111,18 +107,16 @@ def settle(run: Run) -> Settled:
 def _keep(run: Run, one: OwedPair, left: OwedPair | None) -> None:
     """Replace the record of one pair, or remove it (None); the records of other pairs stay."""
     file = pairs_file(run.store)
-    every = [other for other in file.read() or () if other.name != one.name]
-    every += [left] if left is not None else []
-    file.keep(tuple(every) or None)
+    others = tuple(other for other in file.read() or () if other.name != one.name)
+    file.keep((*others, left) if left is not None else others or None)
 
 
 def _settle_one(run: Run, one: OwedPair, done: Settled) -> OwedPair | None:
     node = run.read_node()
     item = own(node).get(one.name)
     if item is None:
-        run.progress.note(
-            f"{one.name}: [certificate.{one.name}] is gone from the settings; whether it is in use was not seen"
-        )
+        text = f"[certificate.{one.name}] is gone from the settings; whether it is in use was not seen"
+        run.progress.note(f"{one.name}: {text}")
         return None
     if item.state in ("broken", "unreadable"):
         done.errors.append(UnprovenError(f"installed, and not proven: {item.spec.name}: {item.trouble}"))
@@ -243,7 +237,7 @@ def _go_back(run: Run, one: OwedPair, item: Item, done: Settled) -> OwedPair | N
             if not any(file.was_there for file in backup.files):
                 raise BridgeError("there was no pair before it")  # noqa: TRY301
             backups.put_back(
-                backup, run.settings, run.store, run.record, node, run.now(), lambda problem: not problem.is_damage
+                backup, run.settings, run.store, run.record, node, run.now(), lambda one: not one.is_damage
             )
     except BridgeError as e:
         text = f"{one.name}: installed, and not in use: {why}; it was not rolled back: {e}"
@@ -291,6 +285,5 @@ def late(settings: Settings, node: Node, now: datetime) -> Iterator[ProofFinding
         if verdict.state != "current":
             place = item.pair.prove if item.pair is not None else ""
             what = f"serves {place}" if place else "is read"
-            yield ProofFinding(
-                component=None, certificate=one.name, what=what, state=verdict.state, detail=verdict.detail
-            )
+            state, detail = verdict.state, verdict.detail
+            yield ProofFinding(component=None, certificate=one.name, what=what, state=state, detail=detail)

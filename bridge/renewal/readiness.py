@@ -52,12 +52,11 @@ def assert_room(settings: Settings) -> None:
 
 
 def _too_little(room: DiskSpace) -> str:
+    where = f"file system of {room.place}"
     if room.free < BYTES_NEEDED:
-        return (
-            f"file system of {room.place}: wanted {BYTES_NEEDED >> 10} KiB for a renewal, found {room.free >> 10} KiB"
-        )
+        return f"{where}: wanted {BYTES_NEEDED >> 10} KiB for a renewal, found {room.free >> 10} KiB"
     if room.inodes is not None and room.inodes < INODES_NEEDED:
-        return f"file system of {room.place}: wanted {INODES_NEEDED} inodes for a renewal, found {room.inodes}"
+        return f"{where}: wanted {INODES_NEEDED} inodes for a renewal, found {room.inodes}"
     return ""
 
 
@@ -98,22 +97,17 @@ def half_rotated(node: Node, kubeconfig_dir: Path) -> HalfRotatedError | None:
     if not serving or not anchors or (len(anchors) == 1 and identity.leads_to(serving, anchors)):
         return None
     new = anchors[0]  # kubeadm and our own checks take the first for the root
-    places = [
-        kubeconfig_dir / item.spec.base for item in node.items if item.spec.kubeconfig and item.state == "present"
-    ]
-    behind = [
-        path
-        for path in places
-        if (trusted := _trusted(path))
-        and not any(_is_same(one, new) for one in trusted)
-        and identity.leads_to(serving, trusted)
-    ]
+    behind = []
+    for spec in (item.spec for item in node.items if item.spec.kubeconfig and item.state == "present"):
+        trusted = _trusted(kubeconfig_dir / spec.base)
+        if not any(_is_same(one, new) for one in trusted) and identity.leads_to(serving, trusted):
+            behind.append(str(kubeconfig_dir / spec.base))
     if not behind:
         return None
     ca = next(one.path for one in node.authorities if one.authority.name == "ca")
     return HalfRotatedError(
         f"wanted the first CA of {ca} in each kubeconfig, since it signs the new certificates; "
-        f"found only the old one in {', '.join(map(str, behind))}",
+        f"found only the old one in {', '.join(behind)}",
         hint="have both CAs in certificate-authority-data of every kubeconfig, of all nodes and people, before the new "
         "one is the first in ca.crt (Kubernetes' “Manual Rotation of CA Certificates”); no CA was asked, and nothing was replaced",
     )

@@ -69,7 +69,8 @@ def run(
             own = _check(settings, ours)
             record_failed(ours.record, [o for o in selection.failed if not isinstance(o.error, NotYetError)])
             result = transaction.nothing_to_install(selection)
-            result = _with_ended(result, own, now())
+            # no CA was asked: the next renewal fails for a credential that has ended
+            result = dataclasses.replace(result, errors=(*result.errors, *credentials.ended(own, now())))
         _warn(own, result, settings, now())
         return result, node, selection
 
@@ -81,19 +82,10 @@ def _sleep(delay: timedelta, progress: Progress) -> None:
 
 
 def _check(settings: Settings, run: Run) -> list[Credential]:
-    """
-    Read every backend's table, though no CA is asked: a mistake (SettingsError) shows up at once.
-
-    Returns the credentials that they name.
-    """
+    """The credentials of every backend's table, though no CA is asked: a mistake (SettingsError) shows up at once."""
     places = credentials.places(settings, registry.configured(settings, settings.authorities))
     remember_checked(settings, run.store, places)
     return credentials.look(settings, places, run.store)
-
-
-def _with_ended(result: Result, own: Sequence[Credential], now: datetime) -> Result:
-    """The result of a run that asked no CA, with an error about each credential that has ended: the next renewal fails."""
-    return dataclasses.replace(result, errors=(*result.errors, *credentials.ended(own, now)))
 
 
 def _warn(own: Sequence[Credential], result: Result, settings: Settings, now: datetime) -> None:
@@ -101,8 +93,7 @@ def _warn(own: Sequence[Credential], result: Result, settings: Settings, now: da
     reported = [error.name for error in result.errors if isinstance(error, credentials.CredentialEndedError)]
     for one in own:
         if one.needs_a_word(settings.renewal.before, now) and one.name not in reported:
-            sentence = one.text(now)
-            log.warning("%s", sentence)
+            log.warning("%s", one.text(now))
             log.warning("%s", credentials.CredentialEndedError.hint, extra={"is_hint": True})
 
 
@@ -255,11 +246,8 @@ def _within(selection: Selection, settings: Settings, now: datetime, ahead: time
 def _without_open(selection: Selection, run: Run) -> Selection:
     """The selection without certificates that have a pending request."""
     waiting = {one.name for one in run.requests if one.is_waiting}
-    notes = tuple(
-        f"{item.spec.name} is not rehearsed: a CA has a request for it already"
-        for item in selection.items
-        if item.spec.name in waiting
-    )
+    names = [item.spec.name for item in selection.items if item.spec.name in waiting]
+    notes = (f"{name} is not rehearsed: a CA has a request for it already" for name in names)
     items = tuple(item for item in selection.items if item.spec.name not in waiting)
     return dataclasses.replace(selection, items=items, skipped=(*selection.skipped, *notes))
 
@@ -270,10 +258,10 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
     expected = {name: _expected(one, settings, name) for name, one in expected.items()}
     impossible = dict(_impossible(run.settings, expected))
     stuck = without_restart(node, run.settings, selection.items, run.now())
-    failed = list({o.name: o for o in [*unproved, *stuck]}.values())
-    failed += [outcome_of(i, impossible[i.spec.authority.name]) for i in selection.items
-               if i.spec.authority.name in impossible and i.spec.name not in {o.name for o in failed}]  # fmt: skip
-    without = {outcome.name for outcome in failed}
+    without = {outcome.name: outcome for outcome in (*unproved, *stuck)}
+    for item in selection.items:
+        if (error := impossible.get(item.spec.authority.name)) is not None and item.spec.name not in without:
+            without[item.spec.name] = outcome_of(item, error)
     items = [item for item in selection.items if item.spec.name not in without]
     with (
         preparing(items, run.settings, {}, selection.desired) as making,
@@ -283,20 +271,16 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
         new_keys.use_last_core()
         _remember_ends(run, cas)
         answered, unmade = issue_all(run, making, cas, expected)
-        proven, failed = verify_all(run, answered, [*selection.failed, *failed, *unmade])
+        proven, failed = verify_all(run, answered, [*selection.failed, *without.values(), *unmade])
         revoked, errors = _thrown_away(run, answered, cas)
-    passed = [
-        Rehearsed(outcome=one.outcome, leaf=one.verified.leaf, revoked=one.verified.leaf in revoked) for one in proven
-    ]
-    for one in passed:
-        result = "passed, and revoked" if one.revoked else "passed, and thrown away; not revoked"
-        run.record.add(audit.REHEARSED, one.outcome.name, authority=one.outcome.authority, new=one.leaf, result=result)
-    return Rehearsal(
-        passed=tuple(passed),
-        failed=tuple(map(_told, failed)),
-        errors=tuple(errors),
-        skipped=selection.skipped,
-    )
+    passed = []
+    for one in proven:
+        authority, leaf = one.prepared.authority, one.verified.leaf
+        passed.append(Rehearsed(outcome=one.outcome, leaf=leaf, revoked=leaf in revoked))
+        result = "passed, and revoked" if leaf in revoked else "passed, and thrown away; not revoked"
+        run.record.add(audit.REHEARSED, one.name, authority=authority, new=leaf, result=result)
+    failures = tuple(map(_told, failed))
+    return Rehearsal(passed=tuple(passed), failed=failures, errors=tuple(errors), skipped=selection.skipped)
 
 
 def _expected(one: verify.Expectation, settings: Settings, authority: str) -> verify.Expectation:
@@ -317,12 +301,9 @@ def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tu
     for name, configured in registry.configured(settings, known).items():
         with contextlib.suppress(BridgeError), contextlib.closing(CA.of(configured)) as ca:  # the error comes later
             if isinstance(ca.backend, Carries):
-                by_hand = isinstance(ca.backend, CollectsAll)
-                why = (
-                    "people carry its requests, and would carry this one for nothing"
-                    if by_hand
-                    else "nothing revokes what it signs"
-                )
+                why = "nothing revokes what it signs"
+                if isinstance(ca.backend, CollectsAll):
+                    why = "people carry its requests, and would carry this one for nothing"
                 yield name, NoRehearsalError(f"{ca.label}: {why}")
             elif isinstance(ca.backend, Spends) and (spent := ca.backend.spends()):
                 yield name, NoRehearsalError(f"{ca.label}: a rehearsal would use up {spent}")
@@ -367,9 +348,8 @@ def _thrown_away(
                 revoked.add(leaf)
                 run.record.add(audit.REVOKED, name, authority=authority, old=leaf)
     for label, names in unable.items():
-        run.progress.note(
-            f"{label} can't revoke: its certificates for {', '.join(names)} stay valid; their keys are gone"
-        )
+        text = f"its certificates for {', '.join(names)} stay valid; their keys are gone"
+        run.progress.note(f"{label} can't revoke: {text}")
     return revoked, errors
 
 

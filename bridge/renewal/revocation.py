@@ -34,12 +34,9 @@ def owe(run: Run, done: Sequence[Outcome]) -> None:
     earlier = revocations_file(run.store).read() or ()
     known = {one.certificate for one in earlier}
     able = _able(run, {outcome.authority for outcome in done})
+    due = run.now() + renewal.revoke_after
     new = [
-        Superseded(
-            name=outcome.name,
-            certificate=outcome.old,
-            due=run.now() + renewal.revoke_after,
-        )
+        Superseded(name=outcome.name, certificate=outcome.old, due=due)
         for outcome in done
         if outcome.old is not None and outcome.old not in known and outcome.authority in able
     ]
@@ -75,9 +72,8 @@ def settle(run: Run, node: Node) -> list[BridgeError]:
         done, errors = _revoke_all(run, due, node)
         file.put(tuple(one for one in left if one not in done))
     except StateError as e:
-        return [e]
-    else:
-        return errors
+        errors = [e]
+    return errors
 
 
 def _names(every: Iterable[Superseded]) -> str:
@@ -160,10 +156,8 @@ def _word(one: Superseded, run: Run, node: Node) -> Revocation:
     [item] = [item for item in node.items if item.spec.name == one.name]
     who = {"name": one.name, "node": ours.node_name, "cluster": ours.cluster}
     try:
-        return node_proofs.revocation(
-            prepare.live_key(item), old=one.certificate, successor=item.certificates[0], **who
-        )
+        key = prepare.live_key(item)
+        return node_proofs.revocation(key, old=one.certificate, successor=item.certificates[0], **who)
     except prepare.NO_KEY as e:
-        raise LocalFileError(
-            f"wanted the key of {one.name}, found one that can't be used: {type(e).__name__}"
-        ) from None
+        text = f"wanted the key of {one.name}, found one that can't be used: {type(e).__name__}"
+        raise LocalFileError(text) from None

@@ -53,9 +53,8 @@ class Changes:
 class Trust:
     """CAs that are replaced in one step with the certificates; empty in a renewal."""
 
-    bundles: Mapping[str, tuple[x509.Certificate, ...]] = field(
-        default_factory=dict
-    )  #: By authority, the CA file's next.
+    #: By authority, the CA file's next.
+    bundles: Mapping[str, tuple[x509.Certificate, ...]] = field(default_factory=dict)
     files: tuple[Replacement, ...] = ()  #: CA files, and kubeconfigs that get CA data and no certificate.
     #: A kubeconfig with a new certificate gets CA data, too.
     edit: Callable[[Replacement], Replacement] = lambda one: one
@@ -147,9 +146,8 @@ class Selection:
         alike: dict[str, list[str]] = {}
         for name in (item.spec.name for item in self.items if item.spec.name in self.desired):
             for note in self.desired[name].notes:
-                alike.setdefault(note.removeprefix(f"{name}: "), []).append(
-                    name if note.startswith(f"{name}: ") else ""
-                )
+                words = note.removeprefix(f"{name}: ")
+                alike.setdefault(words, []).append("" if words == note else name)
         for words, names in alike.items():
             yield f"{', '.join(names)}: {words}" if names[0] else words
 
@@ -244,15 +242,22 @@ class _Choice:
         """Whether its component serves with another certificate, its own or an operator's, and no other one is wanted."""
         name = item.spec.name
         is_wanted = name in self.options.names or name in self.desired or name in self.asked_for
-        return (
-            item.spec.by_flag and not is_wanted and (item.foreign or (item.state == "missing" and item.spec.optional))
-        )
+        is_spare = item.foreign or (item.state == "missing" and item.spec.optional)
+        return item.spec.by_flag and is_spare and not is_wanted
 
     def _left_alone(self, item: Item, *, by_hand: bool) -> str | None:
+        """A sentence about a certificate that is there and not to be renewed; None: it may be."""
         name = item.spec.name
         if name in self.settings.renewal.left_alone and not by_hand and name not in self.asked_for:
             return f'{name} is renewed by name alone (renewal.super_admin = "by-name"): `ca-bridge renew {name}`'
-        return _left_alone(item, self.settings, by_hand=by_hand)
+        if item.foreign and item.spec.by_flag:
+            return f"{name} was not signed by the cluster's CA: it stays, since {item.certificate_path} is an operator's own"
+        if item.foreign and not by_hand and not is_other(item, self.settings):
+            stays = f"it stays, unless you name it or set sans in [certificate.{name}]"
+            return f"{name} was not signed by the cluster's CA (a kubelet signs its own): {stays}"
+        if item.spec.component is Component.KUBELET and not item.managed:
+            return f"{name} refers to {item.certificate_path}, which the kubelet renews by itself"
+        return None
 
     def _missing(self, item: Item, *, is_wanted: bool, by_hand: bool) -> Item | Outcome | str:
         if not is_wanted and item.spec.optional and not by_hand:
@@ -285,9 +290,8 @@ class _Choice:
         """The reason why it can't be renewed; a live certificate with an open request was judged before."""
         if not item.managed:
             text = f"wanted to read the CA file {item.anchor_path} that kube-apiserver's --etcd-cafile names, found that it can't be"
-            return MissingCertificateError(
-                text, hint="without it no certificate of that CA can be verified; put it back"
-            )
+            hint = "without it no certificate of that CA can be verified; put it back"
+            return MissingCertificateError(text, hint=hint)
         if item.obstacle is not None and not self.options.csrs_only:
             return item.obstacle
         is_judged = self.asked_for.get(item.spec.name) == item.certificates[0]
@@ -319,23 +323,6 @@ def _costs(items: Sequence[Item], node: Node) -> Iterator[str]:
             "apiserver-kubelet-client: when the API server takes the new one up, open streams through kubelets "
             "(kubectl logs -f, exec, port-forward) end once; begin them again"
         )
-
-
-def _left_alone(item: Item, settings: Settings, *, by_hand: bool) -> str | None:
-    """A sentence about a certificate that is there and not to be renewed; None: it may be."""
-    name = item.spec.name
-    if item.foreign and item.spec.by_flag:
-        return (
-            f"{name} was not signed by the cluster's CA: it stays, since {item.certificate_path} is an operator's own"
-        )
-    if item.foreign and not by_hand and not is_other(item, settings):
-        return (
-            f"{name} was not signed by the cluster's CA (a kubelet signs its own): it stays, unless you name it or set "
-            f"sans in [certificate.{name}]"
-        )
-    if item.spec.component is Component.KUBELET and not item.managed:
-        return f"{name} refers to {item.certificate_path}, which the kubelet renews by itself"
-    return None
 
 
 def is_other(item: Item, settings: Settings) -> bool:

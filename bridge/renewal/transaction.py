@@ -125,8 +125,7 @@ class Transaction:
     def _owe(self, selection: Selection, done: Sequence[Outcome]) -> None:
         """Record the revocations, copies, hooks, restarts and proof to come; if that fails, nothing may be installed."""
         revocation.owe(self._run, done)
-        replaced = {one.name: one.old for one in done}
-        copies.owe(self._run.settings, self._run.store, self._run.read_node(), replaced)
+        copies.owe(self._run.settings, self._run.store, self._run.read_node(), {one.name: one.old for one in done})
         _owe_putting_away(self._run, done)
         self._hooks.installing(HookEvent.of(selection.items, done))
         self.owe_use(done)
@@ -138,11 +137,8 @@ class Transaction:
 
             self._apart = pairs.owe(self._run, done, by_hand=not self._options.restarts)
             done = [one for one in done if one.name not in self._apart]
-        if done:
-            self._owe_restarts(done)
-
-    def _owe_restarts(self, done: Sequence[Outcome]) -> None:
-        """Record which components are to be restarted, and are to be seen on their new certificates."""
+        if not done:
+            return
         if not self._options.restarts:
             in_use.owe(self._run, done, postponed_file(self._run.store))
         elif self._run.settings.restart.method == "none":
@@ -229,15 +225,15 @@ class Transaction:
 
     def _hooks_of_earlier(self, events: Mapping[str, HookEvent]) -> list[HookError]:
         """Run the hooks of earlier runs, whose installations have an outcome by now, or still have none."""
-        run = self._run
-        every = [Hooks(run.settings, run.store, run_id).finished(event) for run_id, event in events.items()]
-        return self._recorded([error for errors in every for error in errors])
+        errors: list[HookError] = []
+        for run_id, event in events.items():
+            errors += Hooks(self._run.settings, self._run.store, run_id).finished(event)
+        return self._recorded(errors)
 
     def _counted(self, selection: Selection, result: Result, errors: Sequence[BridgeError]) -> list[BridgeError]:
         of_the_run = [e for e in errors if not isinstance(e, _NOT_OF_A_CA)]
-        asked, failed = by_authority(selection, result, of_the_run)
         try:
-            people = self.attempts.note(asked, failed, self._run.now())
+            people = self.attempts.note(*by_authority(selection, result, of_the_run), self._run.now())
         except StateError as e:
             return [e]
         for error in people:

@@ -28,14 +28,7 @@ from bridge.settings.pairs import PairFiles
 from bridge.settings.tables import Settings
 from bridge.specs import CA
 from bridge.state import audit
-from bridge.state.install import (
-    CERTIFICATE_MASK,
-    KEY_MASK,
-    KUBECONFIG_MASK,
-    Replacement,
-    install,
-)
-from bridge.state.open_requests import OpenRequest, OpenRequests
+from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, KUBECONFIG_MASK, Replacement, install
 from bridge.state.session import Run
 from bridge.state.store import Outcome
 from bridge.system.files import Attributes
@@ -218,14 +211,8 @@ class Proven:
     @property
     def outcome(self) -> Outcome:
         """The outcome of its installation."""
-        one = self.prepared
-        return Outcome(
-            name=one.name,
-            authority=one.authority,
-            old=one.request.replaces,
-            new=self.verified.leaf,
-            backend=self.label,
-        )
+        one, new = self.prepared, self.verified.leaf
+        return Outcome(name=one.name, authority=one.authority, old=one.request.replaces, new=new, backend=self.label)
 
 
 def verify_all(
@@ -279,8 +266,12 @@ def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *
             run.requests.put(dataclasses.replace(made, reference=answer.reference, note=answer.note))
         elif isinstance(answer, Issued) and name in passed:
             run.requests.put(dataclasses.replace(made, answer=answer))
-        elif kept is not None and not by_hand and not isinstance(answer, _NOT_ASKED):
-            _forget(run.requests, kept)
+        elif kept is None or by_hand or isinstance(answer, _NOT_ASKED):
+            continue
+        elif kept.bundles:  # the carried request may still get its answer
+            run.requests.put(dataclasses.replace(kept, reference="", note=""))
+        else:
+            run.requests.drop(kept.name)
     run.requests.save()
 
 
@@ -288,21 +279,12 @@ def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *
 _NOT_ASKED = (BackendUnavailableError, UntrustedAnswerError, RefusedByCheckError, SettingsError, ShorterError)
 
 
-def _forget(requests: OpenRequests, kept: OpenRequest) -> None:
-    """Forget a request that was refused or answered wrongly; one that was carried out may still get its answer."""
-    if kept.bundles:
-        requests.put(dataclasses.replace(kept, reference="", note=""))
-    else:
-        requests.drop(kept.name)
-
-
 def record_failed(record: audit.Record, failed: Sequence[Outcome]) -> None:
     """Add a line for each failure, to be written later."""
     for outcome in failed:
-        if outcome.error is not None:
-            held = isinstance(outcome.error, HeldBackError)
-            event = audit.FAILED if held else audit.event_of(outcome.error)
-            record.add(event, outcome.name, authority=outcome.authority, old=outcome.old, error=outcome.error)
+        if (error := outcome.error) is not None:
+            event = audit.FAILED if isinstance(error, HeldBackError) else audit.event_of(error)
+            record.add(event, outcome.name, authority=outcome.authority, old=outcome.old, error=error)
 
 
 class HeldBackError(BridgeError):
@@ -313,11 +295,9 @@ class HeldBackError(BridgeError):
 
 def hold_back(run: Run, good: Sequence[Prepared], failed: Sequence[Outcome]) -> Result:
     """The result under `--all-or-nothing`: nothing is installed, since some failed."""
-    error: BridgeError
+    error: BridgeError = HeldBackError("not installed, since others failed and --all-or-nothing was given")
     if all(isinstance(outcome.error, WaitingError) for outcome in failed):
         error = WaitingError("kept until the others are answered, since --all-or-nothing was given", hint="")
-    else:
-        error = HeldBackError("not installed, since others failed and --all-or-nothing was given")
     held = [outcome_of(one.item, error) for one in good]
     record_failed(run.record, held)
     return Result(outcomes=(*failed, *held))
