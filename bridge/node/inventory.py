@@ -186,10 +186,8 @@ class NoNodeError(BridgeError):
     hint = "run it on a node of the cluster; --pki-dir and --kubeconfig-dir tell where its files are"
 
     def __init__(self, pki_dir: Path) -> None:
-        text = (
-            f"no control plane here: wanted kubeadm's certificates in {pki_dir}, or a worker's kubelet.conf, found none"
-        )
-        super().__init__(text)
+        wanted = f"wanted kubeadm's certificates in {pki_dir}, or a worker's kubelet.conf"
+        super().__init__(f"no control plane here: {wanted}, found none")
 
 
 class SharedFileError(BridgeError):
@@ -239,11 +237,25 @@ def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -
             items.append(file_item(spec, authority, pki_dir / f"{spec.base}.crt", pki_dir / f"{spec.base}.key"))
         elif spec == _ETCD_CLIENT:
             items.append(_external_etcd_client(authority, apiserver_flags))
+    return _node(pki_dir, items, authorities, troubles, found, local_etcd=local_etcd)
+
+
+def _node(
+    pki_dir: Path,
+    items: Sequence[Item],
+    authorities: tuple[AuthorityState, ...],
+    troubles: Sequence[str],
+    found: Mapping[Component, Manifest],
+    *,
+    local_etcd: bool,
+    role: Role = "control plane",
+) -> Node:
     return Node(
         items=_with_shared_files(items),
         authorities=authorities,
         manifests=found,
         local_etcd=local_etcd,
+        role=role,
         troubles=(*_no_directory(pki_dir), *troubles_of(items, authorities), *troubles),
     )
 
@@ -288,14 +300,7 @@ def _worker(pki_dir: Path, kubeconfig_dir: Path, kubelet: KubeletFiles, troubles
     ]
     client = _kubeconfig_item(_KUBELET, authority, kubeconfig_dir / _KUBELET.base, kubelet)
     items = [*kubeconfigs, client, *_serving_items(authority, kubelet)]
-    return Node(
-        items=_with_shared_files(items),
-        authorities=(authority,),
-        manifests={},
-        local_etcd=False,
-        role="worker",
-        troubles=(*_no_directory(pki_dir), *troubles_of(items, (authority,)), *troubles),
-    )
+    return _node(pki_dir, items, (authority,), troubles, {}, local_etcd=False, role="worker")
 
 
 def _is_etcd_host(pki_dir: Path, kubeconfig_dir: Path) -> bool:
@@ -318,14 +323,7 @@ def _etcd_host(pki_dir: Path, found: Mapping[Component, Manifest], troubles: Seq
         for spec in (copied if one == _ETCD_CLIENT else one for one in SPECS.values())
         if spec.authority == ETCD_CA
     ]
-    return Node(
-        items=_with_shared_files(items),
-        authorities=(authority,),
-        manifests=found,
-        local_etcd=True,
-        role="etcd host",
-        troubles=(*_no_directory(pki_dir), *troubles_of(items, (authority,)), *troubles),
-    )
+    return _node(pki_dir, items, (authority,), troubles, found, local_etcd=True, role="etcd host")
 
 
 def _with_shared_files(items: Sequence[Item]) -> tuple[Item, ...]:
@@ -341,8 +339,7 @@ def _with_shared_files(items: Sequence[Item]) -> tuple[Item, ...]:
         for name in names if len(names) > 1 else ():
             others = ", ".join(other for other in dict.fromkeys(names) if other != name)
             wanted, found = ("a file of its own", f"the same as {others}'s") if others else ("two files", "one")
-            text = f"wanted {wanted} for certificate and key, found {found}: {file}"
-            obstacles[name] = SharedFileError(text)
+            obstacles[name] = SharedFileError(f"wanted {wanted} for certificate and key, found {found}: {file}")
     return tuple(replace(item, obstacle=obstacles.get(item.spec.name, item.obstacle)) for item in items)
 
 
@@ -377,11 +374,9 @@ def _manifests(kubeconfig_dir: Path) -> tuple[dict[Component, Manifest], list[st
 
 def _has_local_etcd(found: Mapping[Component, Manifest], pki_dir: Path, kubeconfig_dir: Path) -> bool:
     """Whether etcd runs on this node; without an API server's manifest it counts as local, as for kubeadm."""
-    traces = (
-        manifests.path_of(Component.ETCD, kubeconfig_dir),
-        *(pki_dir / f"{SPECS[name].base}.crt" for name in ("etcd-server", "etcd-peer")),
-    )
-    return Component.APISERVER not in found or any(_exists(path) for path in traces)
+    traces = [pki_dir / f"{SPECS[name].base}.crt" for name in ("etcd-server", "etcd-peer")]
+    traces.append(manifests.path_of(Component.ETCD, kubeconfig_dir))
+    return Component.APISERVER not in found or any(map(_exists, traces))
 
 
 def _exists(path: Path) -> bool:
@@ -417,14 +412,9 @@ def authority_state(authority: Authority, path: Path, key_path: Path | None, *, 
     key: KeyState = "external" if found.certificates else "missing"
     if key_path is not None and _exists(key_path):
         key = "local"
+    every = found.certificates
     return AuthorityState(
-        authority=authority,
-        path=path,
-        certificates=found.certificates,
-        key=key,
-        state=state,
-        trouble=trouble,
-        listed=listed,
+        authority=authority, path=path, certificates=every, key=key, state=state, trouble=trouble, listed=listed
     )
 
 
@@ -477,15 +467,10 @@ def _kubeconfig_item(spec: CertificateSpec, authority: AuthorityState, path: Pat
             return _rotating(item, kubelet.rotates) if spec == _KUBELET else item
         found = _embedded(path, parsed)
     item = _item(spec, authority, found, path, None, listed=spec.listed)
-    return _with_copy(item, kubelet) if spec == _KUBELET else item
-
-
-def _with_copy(item: Item, kubelet: KubeletFiles) -> Item:
-    """A kubelet's embedded pair; the next one goes where the kubelet keeps its own. The first end of the two counts."""
-    if not kubelet.directory.is_dir():
+    if spec != _KUBELET or not kubelet.directory.is_dir():
         return item
-    copy = _certificates_in(kubelet.client)
-    return replace(item, current=kubelet.client, copy=copy.certificates[:1])
+    # the next pair goes where the kubelet keeps its own; the first end of the two counts
+    return replace(item, current=kubelet.client, copy=_certificates_in(kubelet.client).certificates[:1])
 
 
 def _rotating(item: Item, rotates: bool | None) -> Item:
@@ -505,10 +490,8 @@ def _serving_items(authority: AuthorityState, kubelet: KubeletFiles) -> list[Ite
     if found.state == "missing" and kubelet.serving != "named":
         return []
     is_asked = kubelet.serving == "asked"
-    managed = not is_asked or authority.key == "external"
-    item = _item(
-        SPECS[KUBELET_SERVER], authority, found, kubelet.certificate, kubelet.key, managed=managed, listed=False
-    )
+    managed, spec = not is_asked or authority.key == "external", SPECS[KUBELET_SERVER]
+    item = _item(spec, authority, found, kubelet.certificate, kubelet.key, managed=managed, listed=False)
     return [_or_foreign(_rotating(item, rotates=True) if is_asked else item, authority)]
 
 
@@ -582,9 +565,7 @@ def _referring_item(
     found = _certificates_in(certificate_path)
     if found.state == "missing":
         trouble = f"wanted the certificate {certificate_path} that {path} refers to, found nothing"
-        if spec == _KUBELET:
-            trouble += _older(certificate_path)
-        found = _Found(state="broken", trouble=trouble)
+        found = _Found(state="broken", trouble=trouble + (_older(certificate_path) if spec == _KUBELET else ""))
     rotates = spec == _KUBELET
     managed = not rotates or authority.key == "external"
     item = _item(spec, authority, found, certificate_path, key_path, managed=managed, listed=spec.listed)

@@ -5,7 +5,6 @@ edit that changes two values and no other byte; keys are only in `key_data`.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import re
 from base64 import b64decode, b64encode
@@ -82,9 +81,7 @@ def embedded_users(data: bytes) -> list[EmbeddedUser]:
 
 def with_users(data: bytes, pairs: Mapping[int, tuple[bytes, bytes]]) -> bytes:
     """The same kubeconfig with other certificates and keys (PEM) for these users, by number; see `with_credentials`."""
-    bom, text = _reading(lambda: split_bom(data))
-    nodes = _reading(lambda: _values_of_users(document(text), pairs))
-    result = (bom + _reading(lambda: _edited(text, nodes))).encode()
+    result = _with(data, lambda root: _values_of_users(root, pairs))
     found = {one.number: (one.certificate_pem, one.key_pem) for one in embedded_users(result)}
     if any(found.get(number) != pair for number, pair in pairs.items()):
         raise KubeconfigError("wanted the new certificate and key in the edited kubeconfig, found something else")
@@ -94,11 +91,8 @@ def with_users(data: bytes, pairs: Mapping[int, tuple[bytes, bytes]]) -> bytes:
 def with_credentials(data: bytes, certificate_pem: bytes, key_pem: bytes) -> bytes:
     """The same kubeconfig with another certificate and key for the current user; every other byte stays."""
     parse(data)
-    bom, text = _reading(lambda: split_bom(data))
-    values = _reading(lambda: _editable_values(document(text)))
     pems = {_CERTIFICATE: certificate_pem, _KEY: key_pem}
-    edited = _reading(lambda: _edited(text, [(values[key], pems[key]) for key in values]))
-    result = (bom + edited).encode()
+    result = _with(data, lambda root: [(node, pems[key]) for key, node in _editable_values(root).items()])
     if parse(result).certificate_data != certificate_pem or key_data(result) != key_pem:
         raise KubeconfigError("wanted the new certificate and key in the edited kubeconfig, found something else")
     return result
@@ -109,9 +103,7 @@ def with_ca(data: bytes, pem: bytes) -> bytes:
     The same kubeconfig with other CA data (PEM) for the current context's cluster, or for the only one where there is no
     context (kubeadm's cluster-info); every other byte stays.
     """
-    bom, text = _reading(lambda: split_bom(data))
-    node = _reading(lambda: _ca_value(document(text)))
-    result = (bom + _reading(lambda: _edited(text, [(node, pem)]))).encode()
+    result = _with(data, lambda root: [(_ca_value(root), pem)])
     if ca_data(result) != pem:
         raise KubeconfigError("wanted the new CA data in the edited kubeconfig, found something else")
     return result
@@ -119,9 +111,17 @@ def with_ca(data: bytes, pem: bytes) -> bytes:
 
 def with_cas(data: bytes, edit: Callable[[bytes], bytes | None]) -> bytes:
     """The same kubeconfig with other CA data (PEM) in each cluster for which `edit` has some; every other byte stays."""
-    bom, text = _reading(lambda: split_bom(data))
-    nodes = _reading(lambda: list(_edits_of_cas(document(text), edit)))
-    return (bom + _reading(lambda: _edited(text, nodes))).encode() if nodes else data
+    return _with(data, lambda root: list(_edits_of_cas(root, edit)))
+
+
+def _with(data: bytes, found: Callable[[YamlNode], Sequence[tuple[YamlNode, bytes]]]) -> bytes:
+    """The same kubeconfig with other data for each value that is `found` in it; every other byte stays."""
+
+    def edited() -> bytes:
+        bom, text = split_bom(data)
+        return (bom + _edited(text, found(document(text)))).encode()
+
+    return _reading(edited)
 
 
 def _edits_of_cas(root: YamlNode, edit: Callable[[bytes], bytes | None]) -> Iterator[tuple[YamlNode, bytes]]:
@@ -165,7 +165,7 @@ def _ca_value(root: YamlNode) -> YamlNode:
 
 def _edited(text: str, values: Sequence[tuple[YamlNode, bytes]]) -> str:
     edited = text
-    encoded = {node.place.start: base64.b64encode(data).decode() for node, data in values}
+    encoded = {node.place.start: _base64(data) for node, data in values}
     for node, _ in sorted(values, key=lambda value: value[0].place.start, reverse=True):
         start, end = _content(text, node)
         edited = edited[:start] + encoded[node.place.start] + edited[end:]
@@ -193,16 +193,9 @@ def with_references(data: bytes, path: str) -> bytes:
         edited = edited[: begin + len(key) - len("-data")] + between + json.dumps(path) + line_end + edited[end:]
     result = (bom + edited).encode()
     after = parse(result)
-    named = replace(
-        before,
-        certificate_data=None,
-        key_present=False,
-        certificate_file=path,
-        key_file=path,
-        not_editable=None,
-        key_fits=None,
-    )
-    if replace(after, not_editable=None) != named or _others(text) != _others(edited):
+    named = replace(before, certificate_data=None, key_present=False, certificate_file=path, key_file=path)
+    is_named = replace(after, not_editable=None) == replace(named, not_editable=None, key_fits=None)
+    if not is_named or _others(text) != _others(edited):
         raise KubeconfigError("wanted two entries of the kubeconfig to change, found that others would too")
     return result
 
@@ -301,9 +294,8 @@ def _text(mapping: YamlNode, key: str) -> str:
 def _data(mapping: YamlNode, key: str) -> bytes | None:
     """The bytes of a base64 value, None when it is empty or not there."""
     text = _text(mapping, key)
-    try:
-        # Go's decoder ignores line breaks and nothing else.
-        return base64.b64decode(text.replace("\n", "").replace("\r", ""), validate=True) or None
+    try:  # Go's decoder ignores line breaks and nothing else.
+        return b64decode(text.replace("\n", "").replace("\r", ""), validate=True) or None
     except (binascii.Error, ValueError):
         pass
     raise YamlError(f"line {mapping.place.line}: wanted base64 in {key}, found something else")
@@ -312,12 +304,13 @@ def _data(mapping: YamlNode, key: str) -> bytes | None:
 def _users(root: YamlNode) -> list[tuple[str, tuple[YamlNode, ...]]]:
     """Each user's name, and the nodes from the root to its mapping; no alias, since thousands may mean one large value."""
     sequence = _own(root, "users")
+    if sequence is None:
+        return []
     found: list[tuple[str, tuple[YamlNode, ...]]] = []
-    for entry in sequence.items() if sequence is not None else ():
+    for entry in sequence.items():
         _assert_own(entry)
         user = _own(entry, "user")
-        if sequence is not None:
-            found.append((_text(entry, "name"), (root, sequence, entry, user) if user is not None else ()))
+        found.append((_text(entry, "name"), (root, sequence, entry, user) if user is not None else ()))
     return found
 
 
@@ -401,11 +394,8 @@ def _meaning(event: yaml.Event, changed: dict[int, str]) -> tuple[object, ...]:
         return (type(event), *how, event.value)
     # The line breaks round a block's content are not part of what is replaced.
     old = event.value if event.style in ("|", ">") else ""
-    return (
-        type(event),
-        *how,
-        "\n" * (len(old) - len(old.lstrip("\n"))) + value + "\n" * (len(old) - len(old.rstrip("\n"))),
-    )
+    before, after = (len(old) - len(stripped) for stripped in (old.lstrip("\n"), old.rstrip("\n")))
+    return (type(event), *how, "\n" * before + value + "\n" * after)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
