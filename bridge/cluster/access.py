@@ -109,11 +109,22 @@ def document(body: bytes) -> dict[str, Any]:
     return found
 
 
+def below(of: Any, *keys: str) -> Any:
+    """The value below these keys; None where there is none, or a value above it is no object."""
+    for key in keys:
+        of = of.get(key) if isinstance(of, dict) else None
+    return of
+
+
+def mapping(of: Any, *keys: str) -> Mapping[str, Any]:
+    """The object below these keys; empty where there is none."""
+    found = below(of, *keys)
+    return found if isinstance(found, dict) else {}
+
+
 def items(of: Mapping[str, Any], *keys: str) -> Iterator[Mapping[str, Any]]:
     """The objects in a list below these keys; a value of another shape is left out."""
-    found: Any = of
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
+    found = below(of, *keys)
     return (one for one in found if isinstance(one, dict)) if isinstance(found, list) else iter(())
 
 

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
 
-from bridge.cluster.access import ANONYMOUS, Client, items
+from bridge.cluster.access import ANONYMOUS, Client, below, items
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.node import endpoints
 from bridge.node.endpoints import Address, Flags
@@ -145,17 +145,8 @@ def request_of(api: Api, node: str) -> str:
 
 def text_of(of: Mapping[str, Any], *keys: str) -> str:
     """A text in an object, below these keys; empty: there is none."""
-    found: Any = of
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
+    found = below(of, *keys)
     return found if isinstance(found, str) else ""
-
-
-def labels_of(of: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An object's labels."""
-    metadata = of.get("metadata")
-    found = metadata.get("labels") if isinstance(metadata, dict) else None
-    return found if isinstance(found, dict) else {}
 
 
 def name_of(of: Mapping[str, Any]) -> str:

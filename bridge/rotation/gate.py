@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 
-from bridge.cluster.access import ANONYMOUS, Client
+from bridge.cluster.access import ANONYMOUS, Client, mapping
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import kubelets, neighbours
 from bridge.control_plane.probes import Etcd
@@ -223,7 +223,7 @@ def words_of(
     return {
         kubelets.name_of(one): word.of(one, authority, anchors, now)
         for one in nodes
-        if authority == CA.name or _CONTROL_PLANE in kubelets.labels_of(one)
+        if authority == CA.name or _CONTROL_PLANE in mapping(one, "metadata", "labels")
     }
 
 

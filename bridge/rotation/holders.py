@@ -16,12 +16,13 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from cryptography import x509
 
 from bridge.cluster import kubeadm
-from bridge.cluster.access import items
+from bridge.cluster.access import items, mapping
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import neighbours
 from bridge.control_plane.restart_plan import READS_AGAIN
@@ -148,7 +149,7 @@ def behind(api: Api, authority: str, wanted: Bundle) -> list[str]:
             found.append(str(kubeadm.CLUSTER_INFO))
         maps = api.every(_ROOT_CAS.path, _PAGE)
         late = [one for one in maps if not set(wanted) <= set(_certificates(_config_map(one)))]
-        found += [f"{_ROOT_CA} of {one_line(str(_mapping(one, 'metadata').get('namespace')))}" for one in late]
+        found += [f"{_ROOT_CA} of {one_line(str(mapping(one, 'metadata').get('namespace')))}" for one in late]
     return found
 
 
@@ -177,7 +178,7 @@ _KEYS = {CA.name: "client-ca-file", FRONT_PROXY_CA.name: "requestheader-client-c
 
 
 def _in_authentication(api: Api, key: str) -> set[x509.Certificate]:
-    return set(_certificates(_mapping(api.ask("GET", AUTHENTICATION).document, "data").get(key)))
+    return set(_certificates(mapping(api.ask("GET", AUTHENTICATION).document, "data").get(key)))
 
 
 def _authentication(api: Api, authority: str, change: Change, phase: Phase) -> Iterator[Held]:
@@ -201,7 +202,7 @@ def _followers(
 
 
 def _config_map(one: Mapping[str, Any]) -> Any:
-    return _mapping(one, "data").get("ca.crt")
+    return mapping(one, "data").get("ca.crt")
 
 
 def _secrets(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
@@ -209,8 +210,8 @@ def _secrets(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
     tokens: list[Mapping[str, Any]] = []
     for one in api.every(_SECRETS.path, _PAGE):
         if one.get("type") == _TOKEN:
-            names = {**_mapping(one, "metadata"), "annotations": {}, "managedFields": []}
-            tokens.append({"metadata": names, "data": {"ca.crt": _mapping(one, "data").get("ca.crt")}})
+            names = {**mapping(one, "metadata"), "annotations": {}, "managedFields": []}
+            tokens.append({"metadata": names, "data": {"ca.crt": mapping(one, "data").get("ca.crt")}})
         elif phase is not Phase.OLD:
             yield from _of_data(_SECRETS.name, one, change, phase, _decoded)
     yield from _followers(
@@ -220,11 +221,11 @@ def _secrets(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
 
 def _trust_bundles(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
     for kind in _TRUST_BUNDLES:
-        if api.ask("GET", f"{kind.path}?limit=1").status == _NOT_FOUND:
+        if api.ask("GET", f"{kind.path}?limit=1").status == HTTPStatus.NOT_FOUND:
             continue
         serving = []
         for one in api.every(kind.path, _PAGE):
-            spec = _mapping(one, "spec")
+            spec = mapping(one, "spec")
             if spec.get("signerName") == _SERVING:
                 serving.append(one)
             elif phase is not Phase.OLD and isinstance(text := spec.get("trustBundle"), str):
@@ -232,13 +233,10 @@ def _trust_bundles(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
                 yield from _foreign(kind.name, one, "trustBundle", text.encode(), change, phase, _json_patch(pointer))
         # its name has a digest of the content: for a moment the old one and the new one are there
         if serving and not any(
-            set(_certificates(_mapping(one, "spec").get("trustBundle"))) == set(change.bundle(phase)) for one in serving
+            set(_certificates(mapping(one, "spec").get("trustBundle"))) == set(change.bundle(phase)) for one in serving
         ):
             yield from _followers(serving, change.bundle(phase), "ClusterTrustBundles", lambda _: None)
         return
-
-
-_NOT_FOUND = 404
 
 
 def _proxies(api: Api, bundle: Bundle) -> Iterator[Held]:
@@ -246,16 +244,16 @@ def _proxies(api: Api, bundle: Bundle) -> Iterator[Held]:
     written = api.ask("GET", _CA_OF_PROXIES).document
     if set(_certificates(_config_map(written))) != set(bundle):
         return  # another line of the list names it
-    times = [_time(one.get("time")) for one in items(_mapping(written, "metadata"), "managedFields")]
+    times = [_time(one.get("time")) for one in items(mapping(written, "metadata"), "managedFields")]
     since = max((one for one in times if one is not None), default=None)
     late = []
     for pod in api.every(_PROXIES, _PAGE):
-        for one in items(_mapping(pod, "status"), "containerStatuses"):
+        for one in items(mapping(pod, "status"), "containerStatuses"):
             _, version = tag_of(str(one.get("image")))
             is_old = version is None or version < READS_AGAIN
-            started = _time(_mapping(one, "state", "running").get("startedAt"))
+            started = _time(mapping(one, "state", "running").get("startedAt"))
             if is_old and started is not None and since is not None and started < since:
-                late.append(one_line(str(_mapping(pod, "spec").get("nodeName"))))
+                late.append(one_line(str(mapping(pod, "spec").get("nodeName"))))
     if late:
         names = some(sorted(late), _MOST_NODES)
         text = "wanted it started anew with the CAs of this phase, which it reads at its start alone before 1.36, found older"
@@ -278,7 +276,7 @@ _Patch = Callable[[str], str]
 
 def _config_maps(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
     for one in api.every(_CONFIG_MAPS.path, _PAGE):
-        metadata = _mapping(one, "metadata")
+        metadata = mapping(one, "metadata")
         if (metadata.get("namespace"), metadata.get("name")) not in _OURS:
             yield from _of_data(_CONFIG_MAPS.name, one, change, phase, lambda value: str(value).encode())
 
@@ -287,7 +285,7 @@ def _of_data(
     kind: str, one: Mapping[str, Any], change: Change, phase: Phase, decoded: Callable[[Any], bytes]
 ) -> Iterator[Held]:
     """Each value of a Secret or a ConfigMap that holds the old CA as it should not in this phase."""
-    data = _mapping(one, "data")
+    data = mapping(one, "data")
     for key, value in data.items():
         has_key = key == "tls.crt" and "tls.key" in data
 
@@ -341,8 +339,8 @@ def _foreign(
     is_finished = change.old == change.new  # no backup knows the old one any more
     if is_finished or not holds(value, change.old) or (holds(value, change.new) and not is_over):
         return
-    metadata = _mapping(one, "metadata")
-    labels, name = _mapping(one, "metadata", "labels"), f"{kind} {_name(one)}"
+    metadata = mapping(one, "metadata")
+    labels, name = mapping(one, "metadata", "labels"), f"{kind} {_name(one)}"
     owner = next((f", {owner}" for label, owner in _OWNERS.items() if label in labels), "")
     still = "still has the old CA" if is_over else "has the old CA alone"
     text = f"{name}{owner}: {where} {still}"
@@ -396,15 +394,8 @@ def holds(value: bytes, ca: x509.Certificate) -> bool:
 # --- small ------------------------------------------------------------------------------------------------------------
 
 
-def _mapping(one: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    found: Any = one
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
 def _name(one: Mapping[str, Any]) -> str:
-    metadata = _mapping(one, "metadata")
+    metadata = mapping(one, "metadata")
     return "/".join(str(metadata[key]) for key in ("namespace", "name") if metadata.get(key))
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from cryptography import x509
 
+from bridge.cluster.access import mapping
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import neighbours
 from bridge.errors import BridgeError, Exit
@@ -121,8 +122,8 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 def _users_of(event: Mapping[str, Any]) -> Iterator[User]:
     """The user of an event, once for each of its certificates; an event of another shape has none."""
-    user = _below(event, "user")
-    ids = _below(user, "extra").get(_CREDENTIAL_ID)
+    user = mapping(event, "user")
+    ids = mapping(user, "extra").get(_CREDENTIAL_ID)
     for each in ids if isinstance(ids, list) else ():
         digest = str(each).partition(_IS_CERTIFICATE)[2].lower()
         if re.fullmatch(r"[0-9a-f]{64}", digest):
@@ -134,11 +135,6 @@ def _users_of(event: Mapping[str, Any]) -> Iterator[User]:
                 agent=_word(event.get("userAgent")) or "an unknown program",
                 time=_word(event.get("stageTimestamp")),
             )
-
-
-def _below(value: Any, key: str) -> Mapping[str, Any]:
-    found = value.get(key) if isinstance(value, dict) else None
-    return found if isinstance(found, dict) else {}
 
 
 def _word(value: Any) -> str:
