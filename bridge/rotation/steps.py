@@ -256,12 +256,7 @@ VERBS = {Phase.TRUSTED: "trust", Phase.ISSUED: "issue", Phase.NEW: "drop"}
 
 
 def assert_possible(
-    steps: Sequence[Step],
-    cas: Mapping[str, Replaced],
-    settings: Settings,
-    now: datetime,
-    *,
-    emergency: bool = False,
+    steps: Sequence[Step], cas: Mapping[str, Replaced], settings: Settings, now: datetime, *, emergency: bool = False
 ) -> None:
     """Refuse a new CA that can't work (NewCaError)."""
     for step in steps:

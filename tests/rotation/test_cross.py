@@ -102,7 +102,8 @@ def test_issue_restarts_what_reads_a_ca_at_its_start_alone(pki: Pki, tmp_path: P
     by_hand = dataclasses.replace(settings, restart=dataclasses.replace(settings.restart, method="none"))
     path = pki.kubeconfig_dir / "manifests/kube-apiserver.yaml"
     path.parent.mkdir()
-    container = "{name: kube-apiserver, image: 'registry.k8s.io/kube-apiserver:v1.37.2', command: [kube-apiserver]}"
+    words = f"[kube-apiserver, --etcd-cafile={pki.pki_dir}/etcd/ca.crt]"
+    container = f"{{name: kube-apiserver, image: 'registry.k8s.io/kube-apiserver:v1.37.2', command: {words}}}"
     path.write_text(
         f"apiVersion: v1\nkind: Pod\nmetadata: {{name: kube-apiserver}}\nspec: {{containers: [{container}]}}\n"
     )
