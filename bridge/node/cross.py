@@ -14,16 +14,10 @@ from bridge.system.paths import own_text
 
 
 def load(path: Path) -> x509.Certificate:
-    """
-    Read the file that a setting names.
-
-    Raises:
-        SettingsError: It is not there, others can change it, or it has not one certificate.
-    """
+    """Read the file that a setting names (SettingsError: it is not there, others can change it, or it has not one certificate)."""
     what = "a cross certificate: the CA's name and key, certified by the CA before it"
-    text = own_text(
-        path, what, "the administrator of the earlier CA makes it; without it take `cross` out of the settings"
-    )
+    hint = "the administrator of the earlier CA makes it; without it take `cross` out of the settings"
+    text = own_text(path, what, hint)
     try:
         found = load_pem_certificates(text.encode())
     except ValueError as e:
@@ -39,22 +33,15 @@ def is_long_enough(cross: x509.Certificate, renewal: RenewalSettings, now: datet
 
 
 def behind(settings: Settings, authority: str, anchor: x509.Certificate, now: datetime) -> x509.Certificate | None:
-    """
-    Find the cross certificate to put behind an authority's certificates (SettingsError: see `of`).
-
-    Returns:
-        None if the settings name none, or if it ends so soon that its certificates would be due for renewal at once.
-    """
+    """As `of`; None also if it ends so soon that the certificates before it would be due for renewal at once."""
     found = of(settings, authority, anchor)
     return found if found is not None and is_long_enough(found, settings.renewal, now) else None
 
 
 def of(settings: Settings, authority: str, anchor: x509.Certificate) -> x509.Certificate | None:
     """
-    Read the cross certificate of the CA that signs an authority's certificates now; None if the settings name none.
-
-    Raises:
-        SettingsError: The file can't be used (see `load`), or it is another CA's.
+    Read the cross certificate of the CA that signs an authority's certificates now; None if the settings name none
+    (SettingsError: the file can't be used, or it is another CA's).
     """
     ours = settings.authorities.get(authority)
     if ours is None or ours.cross is None:

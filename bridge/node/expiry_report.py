@@ -90,11 +90,7 @@ def _outlasts_ca(item: Item) -> bool:
 
 
 def report(
-    node: Node,
-    now: datetime,
-    within: Limit | None,
-    left_alone: Collection[str] = (),
-    cas_within: Limit | None = None,
+    node: Node, now: datetime, within: Limit | None, left_alone: Collection[str] = (), cas_within: Limit | None = None
 ) -> ExpiryReport:
     """
     The ends of a node's certificates and CAs; `within` is the limit for a due one (None: none is due), `cas_within` that
@@ -132,29 +128,26 @@ def _item_row(item: Item, now: datetime, within: Limit | None, left_alone: Colle
     chain, path = item.ending, item.certificate_path
     if item.copy and item.current is not None and first_end(item.copy) < first_end(item.certificates):
         chain, path = (*item.copy, *item.ending), item.current
+    is_lacking = item.key_trouble or item.unlike or (item.state == "missing" and not item.spec.optional)
     return Row(
         name=item.spec.name,
         path=str(path),
         state="broken" if item.key_trouble else item.state,
         trouble=item.trouble or item.key_trouble or item.unlike,
         chain=chain,
-        seconds_left=_left(chain, now),
-        chain_seconds_left=_chain_left(chain, now),
+        seconds_left=seconds_left(chain[0].not_valid_after_utc, now) if chain else None,
+        chain_seconds_left=seconds_left(first_end(chain), now) if chain else None,
         authority="none" if item.foreign else item.spec.authority.name,
         external=item.authority_external and not item.foreign,
         foreign=item.foreign,
         left_alone=is_left_alone,
-        due=_is_due(chain, now, limit) or (within is not None and _is_lacking(item)),
+        due=_is_due(chain, now, limit) or (within is not None and bool(is_lacking)),
         early=not item.foreign and is_early(chain, now),
         first=item.spec.name == KUBELET_CONF and _is_due(chain, now, limit or _limit(chain, _soon, late_share)),
         limit=limit,
         optional=item.spec.optional,
         outlasts_ca=_outlasts_ca(item),
     )
-
-
-def _is_lacking(item: Item) -> bool:
-    return (item.key_trouble or item.unlike) is not None or (item.state == "missing" and not item.spec.optional)
 
 
 def _authority_row(state: AuthorityState, now: datetime, within: Limit | None) -> Row:
@@ -175,14 +168,15 @@ def _ca_row(
     state: AuthorityState, name: str, chain: Sequence[x509.Certificate], now: datetime, within: Limit | None
 ) -> Row:
     limit = _limit(chain, within, late_share=1)
+    left = seconds_left(chain[0].not_valid_after_utc, now) if chain else None
     return Row(
         name=name,
         path=str(state.path),
         state=state.state,
         trouble=state.trouble,
         chain=chain,
-        seconds_left=_left(chain, now),
-        chain_seconds_left=_left(chain, now),
+        seconds_left=left,
+        chain_seconds_left=left,
         authority=None,
         external=state.key == "external",
         first=False,
@@ -190,14 +184,6 @@ def _ca_row(
         early=is_early(chain, now),
         limit=limit,
     )
-
-
-def _left(certificates: Sequence[x509.Certificate], now: datetime) -> int | None:
-    return seconds_left(certificates[0].not_valid_after_utc, now) if certificates else None
-
-
-def _chain_left(chain: Sequence[x509.Certificate], now: datetime) -> int | None:
-    return seconds_left(first_end(chain), now) if chain else None
 
 
 def _limit(chain: Sequence[x509.Certificate], within: Limit | None, late_share: float) -> timedelta | None:

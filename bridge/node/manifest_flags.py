@@ -39,11 +39,7 @@ class Mount(NamedTuple):
 
 
 def edited(
-    data: bytes,
-    component: Component,
-    flags: Mapping[str, str | None],
-    mount: Mount | None = None,
-    unmount: str = "",
+    data: bytes, component: Component, flags: Mapping[str, str | None], mount: Mount | None = None, unmount: str = ""
 ) -> bytes:
     """
     A manifest with these flags (names with two dashes; None: without it), with a mount unless the directory is mounted
@@ -56,8 +52,11 @@ def edited(
     for key in ("volumeMounts", "volumes") if unmount else ():
         text = _without_entry(text, _listed(text, component, key), unmount)
     if mount is not None and not _is_mounted(text, component, mount.path):
-        text = _with_entry(text, _listed(text, component, "volumeMounts"), _mount_lines(mount))
-        text = _with_entry(text, _listed(text, component, "volumes"), _volume_lines(mount))
+        path = _scalar(mount.path)
+        inside = [f"- mountPath: {path}", f"  name: {mount.name}", "  readOnly: true"]
+        text = _with_entry(text, _listed(text, component, "volumeMounts"), inside)
+        volume = ["- hostPath:", f"    path: {path}", "    type: DirectoryOrCreate", f"  name: {mount.name}"]
+        text = _with_entry(text, _listed(text, component, "volumes"), volume)
     done = (bom + text).encode()
     wanted = {**before.flags, **{flag: value for flag, value in flags.items() if value is not None}}
     wanted = {flag: value for flag, value in wanted.items() if flags.get(flag, "") is not None}
@@ -70,9 +69,9 @@ def _with(text: str, component: Component, flag: str, value: str) -> str:
     found = list(_places(text, component, flag))
     if found:
         word, following = found[-1]
-        if following is None:
-            return _replaced(text, word, f"{flag}={value}")
-        return _replaced(text, following, value)
+        old, new = (word, f"{flag}={value}") if following is None else (following, value)
+        _line(text, old)
+        return text[: old.place.start] + _scalar(new) + text[old.place.end :]
     last = _words(text, component)[-1]  # where kubeadm has extra arguments
     begin, end = _line(text, last)
     return f"{text[:end]}{text[begin : last.place.start]}{_scalar(f'{flag}={value}')}\n{text[end:]}"
@@ -113,17 +112,11 @@ def _line(text: str, word: YamlNode) -> tuple[int, int]:
     end = text.find("\n", stop)
     end = len(text) if end < 0 else end + 1
     rest = text[stop:end].strip()
-    is_alone = (
-        re.fullmatch(r" *- +", text[begin:start]) and "\n" not in text[start:stop] and text[end - 1 : end] == "\n"
-    )
+    is_line = re.fullmatch(r" *- +", text[begin:start]) and text[end - 1 : end] == "\n"
+    is_alone = is_line and "\n" not in text[start:stop]
     if not is_alone or (rest and not rest.startswith("#")) or word.kind != "scalar" or word.anchor:
         raise YamlError(f"line {word.place.line}: wanted one word a line, as kubeadm writes it, found another form")
     return begin, end
-
-
-def _replaced(text: str, word: YamlNode, value: str) -> str:
-    _line(text, word)
-    return text[: word.place.start] + _scalar(value) + text[word.place.end :]
 
 
 def _scalar(value: str) -> str:
@@ -172,15 +165,6 @@ def _block(text: str, entry: YamlNode) -> tuple[int, int]:
     if end < 0 or not re.fullmatch(r" *- +", text[begin : entry.place.start]) or "{" in text[begin:end]:
         raise YamlError(f"line {entry.place.line}: wanted a list as kubeadm writes it, found another form")
     return begin, end + 1
-
-
-def _mount_lines(mount: Mount) -> list[str]:
-    return [f"- mountPath: {_scalar(mount.path)}", f"  name: {mount.name}", "  readOnly: true"]
-
-
-def _volume_lines(mount: Mount) -> list[str]:
-    path = f"    path: {_scalar(mount.path)}"
-    return ["- hostPath:", path, "    type: DirectoryOrCreate", f"  name: {mount.name}"]
 
 
 # --- kubeadm's ClusterConfiguration ----------------------------------------------------------------------------------

@@ -20,15 +20,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from bridge.errors import BridgeError, Exit
-from bridge.node.inventory import (
-    AuthorityState,
-    Item,
-    Node,
-    authority_state,
-    file_item,
-    other_key,
-    troubles_of,
-)
+from bridge.node.inventory import AuthorityState, Item, Node, authority_state, file_item, other_key, troubles_of
 from bridge.pki import identity
 from bridge.pki.certificates import (
     UNREADABLE,
@@ -63,11 +55,9 @@ def added(node: Node, settings: NodeSettings) -> Node:
     """The node with its further pairs behind kubeadm's certificates."""
     named = [dataclasses.replace(pair, node=settings.node_name) for pair in settings.pairs]
     items = [_item(pair, _authority(node, settings, pair.authority)) for pair in named]
-    obstacles = _taken(node, settings, named)
-    for pair in named:
-        if pair.name not in obstacles and (found := _obstacle(pair)) is not None:
-            obstacles[pair.name] = found
-    items = [dataclasses.replace(one, obstacle=obstacles.get(one.spec.name, one.obstacle)) for one in items]
+    taken = _taken(node, settings, named)
+    obstacles = {pair.name: taken.get(pair.name) or _obstacle(pair) for pair in named}
+    items = [dataclasses.replace(one, obstacle=obstacles[one.spec.name] or one.obstacle) for one in items]
     every = (*node.items, *items)
     return dataclasses.replace(node, items=every, troubles=(*node.troubles, *troubles_of(items, ())))
 
@@ -80,9 +70,8 @@ def _authority(node: Node, settings: NodeSettings, name: str) -> AuthorityState:
 
 
 def _item(pair: PairSettings, authority: AuthorityState) -> Item:
-    item = dataclasses.replace(
-        file_item(pair.spec, authority, pair.certificate_file, pair.key_file), pair=pair, listed=False
-    )
+    item = file_item(pair.spec, authority, pair.certificate_file, pair.key_file)
+    item = dataclasses.replace(item, pair=pair, listed=False)
     if item.state != "present":
         return item
     if is_ca(item.certificates[0]):

@@ -38,20 +38,15 @@ class Process:
 
 def running(program: str, proc: Path = PROC) -> list[Process]:
     """Processes of a program in our own network namespace, which is the node's, the oldest first."""
-    here = _network(proc / "self")
-    return sorted((found for found in _all(program, proc, here)), key=lambda process: process.started)
-
-
-def _all(program: str, proc: Path, network: str) -> Iterator[Process]:
-    for entry in proc.iterdir():
+    here, found = _network(proc / "self"), []
+    for entry in (one for one in proc.iterdir() if one.name.isdigit()):
         # a process may end meanwhile, or be another user's
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            if entry.name.isdigit():
-                arguments = tuple((entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0"))
-                if os.path.basename(arguments[0]) == program and _network(entry) == network:  # noqa: PTH119 (a text)
-                    yield Process(
-                        pid=int(entry.name), started=_started(entry), arguments=arguments, root=entry / "root"
-                    )
+            words = tuple((entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0"))
+            if os.path.basename(words[0]) == program and _network(entry) == here:  # noqa: PTH119 (a text)
+                started, root = _started(entry), entry / "root"
+                found.append(Process(pid=int(entry.name), started=started, arguments=words, root=root))
+    return sorted(found, key=lambda process: process.started)
 
 
 def _network(entry: Path) -> str:
@@ -96,9 +91,8 @@ class Written:
 
     def since(self, earlier: Written | None) -> Written:
         """The same file, with an earlier time of writing; None: one before this start of the machine."""
-        return (
-            replace(self, boot=earlier.boot, seconds=earlier.seconds) if earlier else replace(self, boot="", seconds=0)
-        )
+        boot, seconds = (earlier.boot, earlier.seconds) if earlier is not None else ("", 0)
+        return replace(self, boot=boot, seconds=seconds)
 
     def is_of(self, path: Path) -> bool:
         """Whether the file is still as we wrote it."""
@@ -158,9 +152,8 @@ def compare_age(
     data = file_contents(path)
     changed = max(_changed(path, written), _changed(path.resolve(), written))
     if changed > datetime.now(UTC):
-        return Age(
-            None, f"{path} was changed at {moment_text(changed)}, which is in the future: was the clock set back?"
-        )
+        text = f"{path} was changed at {moment_text(changed)}, which is in the future: was the clock set back?"
+        return Age(None, text)
     found = running(component.value, proc)
     ours = [process for process in found if any(_names(process, one) for one in (path, *by))]
     if found and not ours:
@@ -253,15 +246,23 @@ def instances(component: Component) -> tuple[Instances, timedelta]:
     crictl, or by the process table where crictl asks another runtime or none.
     """
     with contextlib.suppress(OSError, ValueError):
-        runtime = _Runtime(component)
-        if runtime.last or not _in_process_table(component):
-            return runtime, SANDBOX_SETTLES
+        seen = _sandboxes(component)
+        is_labelled = any(seen.values())  # then no other pod with a similar name counts
+
+        def last_answer() -> frozenset[str]:
+            nonlocal seen
+            with contextlib.suppress(OSError, ValueError):
+                seen = _sandboxes(component)
+            return frozenset(pod for pod, labelled in seen.items() if labelled or not is_labelled)
+
+        if seen or not _in_process_table(component):
+            return last_answer, SANDBOX_SETTLES
     return lambda: _in_process_table(component), PROCESS_SETTLES
 
 
 def instances_of_pod(name: str) -> frozenset[str]:
     """The running instances of a static pod with this name in its manifest, by crictl alone (OSError, ValueError: it can't tell)."""
-    return frozenset(_static_pods(lambda pod: pod["metadata"]["name"].startswith(f"{name}-")))
+    return frozenset(_static_pods(name))
 
 
 _CRICTL_LIMIT = timedelta(seconds=10)
@@ -286,46 +287,21 @@ def _crictl(*arguments: str) -> dict[str, Any]:
     return found
 
 
-class _Runtime:
-    """Instances by crictl's last answer; if kubeadm's labelled pod is among them, no other with a similar name."""
-
-    def __init__(self, component: Component) -> None:
-        """Ask the runtime (OSError, ValueError: it can't be asked)."""
-        self._component = component
-        self._last = _sandboxes(component)
-        self._is_labelled = any(self._last.values())
-
-    def __call__(self) -> frozenset[str]:
-        with contextlib.suppress(OSError, ValueError):
-            self._last = _sandboxes(self._component)
-        return self.last
-
-    @property
-    def last(self) -> frozenset[str]:
-        return frozenset(pod for pod, labelled in self._last.items() if labelled or not self._is_labelled)
-
-
 def _sandboxes(component: Component) -> dict[str, bool]:
-    """The static pods that may be the component's by name, and whether each has kubeadm's label."""
-    return _static_pods(lambda pod: _may_be_of(pod, component))
+    """The static pods that may be the component's, and whether each has kubeadm's label."""
+    labels = (None, component.value)
+    return _static_pods(component.value, lambda pod: _label(pod) in labels)
 
 
-def _static_pods(is_ours: Callable[[Any], bool]) -> dict[str, bool]:
+def _static_pods(name: str, is_ours: Callable[[Any], bool] = lambda _: True) -> dict[str, bool]:
+    """Static pods that are called after this name in their manifest, and their node; whether each has kubeadm's label."""
     found = _crictl("pods", "--state", "ready")
     try:
-        ours = [one for one in found.get("items") or () if is_ours(one) and _is_static(one)]
-        return {f"pod {one['id'][:13]}": _label(one) is not None for one in ours}
+        called = [one for one in found.get("items") or () if one["metadata"]["name"].startswith(f"{name}-")]
+        static = [one for one in called if one.get("annotations", {}).get("kubernetes.io/config.source") == "file"]
+        return {f"pod {one['id'][:13]}": _label(one) is not None for one in static if is_ours(one)}
     except (LookupError, AttributeError, TypeError) as e:
         raise ValueError("something else") from e
-
-
-def _may_be_of(pod: Any, component: Component) -> bool:
-    """A static pod is called after the name in its manifest, and its node."""
-    return bool(pod["metadata"]["name"].startswith(f"{component.value}-") and _label(pod) in (None, component.value))
-
-
-def _is_static(pod: Any) -> bool:
-    return bool(pod.get("annotations", {}).get("kubernetes.io/config.source") == "file")
 
 
 def _label(pod: Any) -> Any:

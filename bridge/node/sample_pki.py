@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -20,13 +20,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 # No public name lets one choose PrintableString, and a CA's subject is compared byte by byte (RFC 5280 §7.1 as
 # crypto/x509 of Go does it).
@@ -112,7 +106,9 @@ def make(
     cluster = cluster or Cluster()
     not_before = now.replace(microsecond=0) - _BACKDATED
     specs = {name: spec for name, spec in SPECS.items() if spec.of_kubeadm}
-    keys = _generate_keys([*AUTHORITIES, *specs, "sa"], key)
+    names = [*AUTHORITIES, *specs, "sa"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        keys = dict(zip(names, pool.map(lambda _: generate_key(key), names), strict=True))
     cas = {
         name: ThrowawayCA(
             certificate=ca_certificate(_CA_NAMES[name], keys[name], not_before, ca_not_after or now + _CA_LIFETIME),
@@ -132,23 +128,17 @@ def make(
             _write(pki / f"{spec.base}.crt", pem(leaf), 0o644)
             _write(pki / f"{spec.base}.key", key_pem(keys[name]), 0o600)
     _write(pki / "sa.key", key_pem(keys["sa"]), 0o600)
-    _write(pki / "sa.pub", _public_pem(keys["sa"]), 0o600)
+    public = keys["sa"].public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    _write(pki / "sa.pub", public, 0o600)
     return cas
-
-
-def _generate_keys(names: Iterable[str], algorithm: KeyAlgorithm) -> dict[str, PrivateKey]:
-    names = list(names)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(names, pool.map(lambda _: generate_key(algorithm), names), strict=True))
 
 
 def ca_certificate(cn: str, key: PrivateKey, not_before: datetime, not_after: datetime) -> x509.Certificate:
     """A self-signed CA as kubeadm makes it: a CN alone, KeyUsage without cRLSign."""
     subject = _name(cn)
-    ca_usage = _key_usage(certificate_signing=True)
     builder = (
         _builder(subject, subject, key, not_before, not_after)
-        .add_extension(ca_usage, critical=True)
+        .add_extension(_key_usage(certificate_signing=True), critical=True)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .add_extension(_subject_key_identifier(key), critical=False)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(cn)]), critical=False)
@@ -170,18 +160,14 @@ def leaf_certificate(
     # kubeadm still copies the CA's own beginning into certificates of kubeconfigs, however long ago.
     begin = ca.certificate.not_valid_before_utc if spec.kubeconfig else not_before
     identifier = ca.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    issuer_key = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
+    ekus = x509.ExtendedKeyUsage(sorted((x509.ObjectIdentifier(eku.value) for eku in spec.ekus), key=str))
     builder = (
         _builder(subject, ca.certificate.subject, key, begin, not_after)
         .add_extension(_key_usage(certificate_signing=False), critical=True)
-        .add_extension(
-            x509.ExtendedKeyUsage(sorted((x509.ObjectIdentifier(eku.value) for eku in spec.ekus), key=str)),
-            critical=False,
-        )
+        .add_extension(ekus, critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier),
-            critical=False,
-        )
+        .add_extension(issuer_key, critical=False)
     )
     if sans := cluster.sans(spec):
         builder = builder.add_extension(x509.SubjectAlternativeName(sans), critical=False)
@@ -230,9 +216,9 @@ def _subject_key_identifier(key: PrivateKey) -> x509.SubjectKeyIdentifier:
     """A key identifier from SHA-256 (RFC 7093 §2), as Go makes it since 1.25; `from_public_key` would take SHA-1."""
     public = key.public_key()
     if isinstance(public, rsa.RSAPublicKey):
-        bits = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.PKCS1)
+        bits = public.public_bytes(Encoding.DER, PublicFormat.PKCS1)
     else:
-        bits = public.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
+        bits = public.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
     return x509.SubjectKeyIdentifier(hashlib.sha256(bits).digest()[:20])
 
 
@@ -243,10 +229,6 @@ def _kubeconfig(name: str, leaf: x509.Certificate, key: PrivateKey, ca: Throwawa
     return fresh.text(pem(leaf), key_pem(key))
 
 
-def _public_pem(key: PrivateKey) -> bytes:
-    return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-
-
 def _write(path: Path, data: bytes, mode: int) -> None:
     """A new file that never had a looser mode; the caller's umask counts, as it does for kubeadm."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -254,19 +236,19 @@ def _write(path: Path, data: bytes, mode: int) -> None:
     path.write_bytes(data)
 
 
-_ATTRIBUTES = "unique_subject = no\n"
-
-
 def create_openssl_directory(
     directory: Path, certificate_pem: bytes, key_pem: bytes, passphrase: str | None = None
 ) -> Path:
     """Make the directory of an `openssl ca`: `ca.crt`, `ca.key`, `index.txt`, `index.txt.attr`, `newcerts`."""
-    encryption = BestAvailableEncryption(passphrase.encode()) if passphrase else NoEncryption()
-    key = load_pem_private_key(key_pem, None).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if passphrase:
+        encryption = serialization.BestAvailableEncryption(passphrase.encode())
+    loaded = serialization.load_pem_private_key(key_pem, None)
+    key = loaded.private_bytes(Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     directory.joinpath("newcerts").mkdir(mode=0o700)
     _write(directory / "ca.crt", certificate_pem, 0o644)
     _write(directory / "ca.key", key, 0o600)
     _write(directory / "index.txt", b"", 0o644)
-    _write(directory / "index.txt.attr", _ATTRIBUTES.encode(), 0o644)
+    _write(directory / "index.txt.attr", b"unique_subject = no\n", 0o644)
     return directory
