@@ -134,32 +134,27 @@ def next_key(
 
 
 def _of_open(item: Item, made: OpenRequest, was: Mapping[Path, str | None]) -> Prepared:
-    return Prepared(
-        item=item, request=made.request, key_pem=made.key_pem, was=was, open=made, kubeconfig=made.kubeconfig
-    )
+    fresh = made.kubeconfig
+    return Prepared(item=item, request=made.request, key_pem=made.key_pem, was=was, open=made, kubeconfig=fresh)
 
 
 def open_request(run: Run, one: Prepared) -> OpenRequest:
     """An open request that keeps what was prepared."""
     return one.open or OpenRequest(
-        request=one.request,
-        key_pem=one.key_pem,
-        created=run.now(),
-        run_id=run.record.run_id,
-        kubeconfig=one.kubeconfig,
+        request=one.request, key_pem=one.key_pem, created=run.now(), run_id=run.record.run_id, kubeconfig=one.kubeconfig
     )
 
 
 def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
     """Use an open request whose answer is there, whatever kind of key the settings name today."""
-    if item.obstacle is not None:
-        return outcome_of(item, item.obstacle)
     try:
+        if item.obstacle is not None:
+            raise item.obstacle
         live, was = live_pair(item)
+        if made.request.replaces != replaced_by_next(item, live):
+            raise MissingCertificateError("its certificate was replaced since it was asked for")
     except BridgeError as e:
         return outcome_of(item, e)
-    if made.request.replaces != replaced_by_next(item, live):
-        return outcome_of(item, MissingCertificateError("its certificate was replaced since it was asked for"))
     return _of_open(item, made, was)
 
 
@@ -193,12 +188,10 @@ def _continuity(one: Prepared, settings: Settings, batch: str, asked: datetime) 
 
     who = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
     terms = signatures.Terms(validity=one.request.validity, created=asked)
-    if one.request.replaces is None:  # the key of a certificate that is not named proves nothing
-        return Continuity(proof=None, asked=asked, **who)
-    try:
-        proof = signatures.sign_proof(live_key(one.item), one.request.csr, name=one.name, terms=terms, **who)
-    except NO_KEY:
-        proof = None
+    proof = None
+    if one.request.replaces is not None:  # the key of a certificate that is not named proves nothing
+        with contextlib.suppress(*NO_KEY):
+            proof = signatures.sign_proof(live_key(one.item), one.request.csr, name=one.name, terms=terms, **who)
     return Continuity(proof=proof, asked=asked, **who)
 
 
@@ -320,9 +313,8 @@ def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
         for path in written:
             path.unlink()
         found = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
-        raise BridgeError(
-            f"wanted to write keys and CSRs to {directory}, found {found}", hint="choose an empty --csr-dir"
-        ) from e
+        text = f"wanted to write keys and CSRs to {directory}, found {found}"
+        raise BridgeError(text, hint="choose an empty --csr-dir") from e
 
 
 # --- a kubelet's serving certificate ---------------------------------------------------------------------------------
@@ -344,13 +336,11 @@ def serving_names(item: Item, settings: Settings) -> Naming | None:
         return item.pair.naming
     if item.spec.name != KUBELET_SERVER or not (item.foreign or settings.serving_sans):
         return None
-    node = settings.node
-    names = settings.serving_sans or own_names(node)
-    subject = (
-        subject_of(f"system:node:{node.node_name}", ["system:nodes"])
-        if item.foreign or not item.certificates
-        else item.certificates[0].subject
-    )
+    names = settings.serving_sans or own_names(settings.node)
+    if item.foreign or not item.certificates:
+        subject = subject_of(f"system:node:{settings.node.node_name}", ["system:nodes"])
+    else:
+        subject = item.certificates[0].subject
     return Naming(subject=subject, sans=alternative_names(names))
 
 

@@ -47,8 +47,9 @@ def run(
 ) -> tuple[Result, Node, Selection]:
     """Renew what is due, or the named certificates, and make a named one that is missing; an error: nothing was replaced."""
     is_terminal = is_attended()
-    if not options.names:
-        _sleep(gate.delay(settings, now(), is_terminal=is_terminal), progress)
+    if not options.names and (delay := gate.delay(settings, now(), is_terminal=is_terminal)):
+        progress.note(f"waits {duration_text(timedelta(seconds=int(delay.total_seconds())))} (renewal.jitter)")
+        time.sleep(delay.total_seconds())
     with begun(settings, now, progress, options.wait) as (ours, found):
         transaction = Transaction(ours, options)
         node = transaction.settle_earlier(found)
@@ -73,12 +74,6 @@ def run(
             result = dataclasses.replace(result, errors=(*result.errors, *credentials.ended(own, now())))
         _warn(own, result, settings, now())
         return result, node, selection
-
-
-def _sleep(delay: timedelta, progress: Progress) -> None:
-    if delay:
-        progress.note(f"waits {duration_text(timedelta(seconds=int(delay.total_seconds())))} (renewal.jitter)")
-        time.sleep(delay.total_seconds())
 
 
 def _check(settings: Settings, run: Run) -> list[Credential]:

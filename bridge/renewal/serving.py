@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 from bridge.cluster import kubeadm
@@ -51,7 +50,8 @@ def components(node: Node, settings: Settings) -> list[Component]:
         raise NoServingError(f"wanted a manifest of {names}, found none", hint="run it on a control-plane node")
     for component in found:
         item = serving_pair.item_of(node, component)
-        if item is None or item.foreign or (item.named and not _is_ours(item, settings)):
+        ours = settings.node.pki_dir / f"{SERVERS[component].base}.crt"
+        if item is None or item.foreign or (item.named and item.certificate_path != ours):
             path = node.manifests[component].flags.get(TLS_CERTIFICATE)
             raise NoServingError(
                 f"{component.value}: wanted a manifest without {TLS_CERTIFICATE}, or with our pair, found {path}",
@@ -60,14 +60,9 @@ def components(node: Node, settings: Settings) -> list[Component]:
         try:
             serving_pair.planned(item, component, settings.node.kubeconfig_dir)
         except ValueError as e:
-            raise NoServingError(
-                f"{component.value}: {e}", hint="put the flags in, or take them out, by hand"
-            ) from None
+            hint = "put the flags in, or take them out, by hand"
+            raise NoServingError(f"{component.value}: {e}", hint=hint) from None
     return found
-
-
-def _is_ours(item: Item, settings: Settings) -> bool:
-    return item.certificate_path == settings.node.pki_dir / f"{item.spec.base}.crt"
 
 
 # --- kubeadm-config ---------------------------------------------------------------------------------------------------
@@ -75,10 +70,8 @@ def _is_ours(item: Item, settings: Settings) -> bool:
 
 def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> str:
     """
-    Put the pairs into kubeadm-config if every control-plane node has them; returns a sentence for the operator.
-
-    Raises:
-        NoAnswerError, NoConfigError: The cluster's API does not answer, or refuses.
+    Put the pairs into kubeadm-config if every control-plane node has them; returns a sentence for the operator
+    (NoAnswerError, NoConfigError: the cluster's API does not answer, or refuses).
     """
     api = Api.of_node(inventory.of(settings.node), settings.node.kubeconfig_dir)
     lacking = sorted({name for one in wanted for name in _lacking(api, one)} - {settings.node.node_name})
@@ -87,8 +80,13 @@ def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> st
             f"kubeadm-config gets them when `ca-bridge serving-certs on` has run on {', '.join(lacking)}, too; until then "
             "`kubeadm upgrade` takes the flags out again"
         )
-    done = _changed(settings, api, wait, lambda cluster: _with(cluster, wanted, settings.node.pki_dir))
-    already = "" if done else " already"
+
+    def with_pairs(cluster: _Cluster) -> _Cluster:
+        for component in wanted:
+            cluster = serving_pair.with_pair(cluster, component, settings.node.pki_dir)
+        return cluster
+
+    already = "" if _changed(settings, api, wait, with_pairs) else " already"
     return f"kubeadm-config names them{already}: `kubeadm upgrade` keeps the flags"
 
 
@@ -99,12 +97,6 @@ def _changed(settings: Settings, api: Api, wait: timedelta, edit: Callable[[_Clu
         if done:
             record.add(audit.CONFIGURED, kubeadm.CLUSTER.name, result="the flags of serving certificates")
         return done
-
-
-def _with(cluster: Mapping[str, Any], wanted: Sequence[Component], pki_dir: Path) -> Mapping[str, Any]:
-    for component in wanted:
-        cluster = serving_pair.with_pair(cluster, component, pki_dir)
-    return cluster
 
 
 def _lacking(api: Api, component: Component) -> set[str]:
@@ -129,7 +121,7 @@ def _listed(api: Api, path: str) -> list[dict[str, Any]]:
 def forget(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> bool:
     """Take the pairs out of kubeadm-config; returns whether it named any (errors as `keep`)."""
 
-    def without(cluster: Mapping[str, Any]) -> Mapping[str, Any]:
+    def without(cluster: _Cluster) -> _Cluster:
         for component in wanted:
             cluster = serving_pair.without_pair(cluster, component, settings.node.pki_dir)
         return cluster
