@@ -241,11 +241,12 @@ def secret_end(key: str, secret: Secret, begins: datetime | None, ends: datetime
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def pair_problems(client_cert: Path | None, client_key: Path | None) -> Iterator[SettingsProblem]:
-    """A client certificate without its key, or a key without its certificate."""
+def pair_problems(client_cert: Path | None, client_key: Path | None, prefix: str = "") -> Iterator[SettingsProblem]:
+    """A client certificate without its key, or a key without its certificate; `prefix` is before both keys."""
+    certificate, key = f"{prefix}client_cert", f"{prefix}client_key"
     if (client_cert is None) != (client_key is None):
-        missing = "client_cert" if client_cert is None else "client_key"
-        yield SettingsProblem(missing, "both of client_cert and client_key, or neither", "one of them")
+        missing = certificate if client_cert is None else key
+        yield SettingsProblem(missing, f"both of {certificate} and {key}, or neither", "one of them")
 
 
 def url_problems(
@@ -256,7 +257,7 @@ def url_problems(
         parts = urlsplit(url)
         scheme, host, _ = parts.scheme, parts.hostname or "", parts.port
     except ValueError:
-        yield SettingsProblem("url", "https://HOST[:PORT]", "a host or port that can't be read")
+        yield SettingsProblem("url", wanted, "a host or port that can't be read")
         return
     schemes = {"https"} if plain_http is None else {"https", "http"}
     if parts.username is not None:
@@ -276,13 +277,19 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def common_name(client_cert: Path) -> str:
-    """The name in a client certificate, such as `CN=node-1`; a ValueError where the file has none that can be read."""
+def subject_of(client_cert: Path, backend: str) -> x509.Name:
+    """The subject of a client certificate; a BackendRefusedError of this backend where the file has none that can be read."""
     try:
-        subject = x509.load_pem_x509_certificate(client_cert.read_bytes()).subject
+        return x509.load_pem_x509_certificate(client_cert.read_bytes()).subject
     except (OSError, ValueError) as e:
-        raise ValueError(f"{client_cert}: wanted the client certificate, found {type(e).__name__}") from e
-    return " ".join(f"CN={name.value!s}" for name in subject.get_attributes_for_oid(NameOID.COMMON_NAME))
+        text = f"{backend}: {client_cert}: wanted the client certificate, found {type(e).__name__}"
+        raise BackendRefusedError(text) from e
+
+
+def common_name(client_cert: Path, backend: str) -> str:
+    """The name in a client certificate, such as `CN=node-1`; errors as for `subject_of`."""
+    names = subject_of(client_cert, backend).get_attributes_for_oid(NameOID.COMMON_NAME)
+    return " ".join(f"CN={name.value!s}" for name in names)
 
 
 def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path | None) -> ssl.SSLContext:

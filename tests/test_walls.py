@@ -194,8 +194,8 @@ def floor_wall(source: str, module: str) -> Iterator[str]:
 
 #: What a family of backends needs beside the doors, and why.
 _ALSO = {
-    # a program, with limits and the end of all that it started
-    "backends.cmp": ["bridge.system.run_command"],
+    # a program, with limits and the end of all that it started, and the messages that it leaves
+    "backends.cmp": ["bridge.system.run_command", "bridge.pki.der"],
     # a program, which only root and its account may change
     "backends.exec": ["bridge.system.run_command", "bridge.system.paths"],
     # a program, and a database of files with a lock like ours

@@ -57,6 +57,8 @@ from bridge.words import one_line
 API = "/api/v1/cfssl"
 #: cfssl takes any key, an empty one too; RFC 2104 §3 discourages less than the hash's 32 bytes.
 MIN_KEY_BYTES = 16
+#: As cfssl spells them.
+EKU_NAMES = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,9 @@ class CfsslSettings(BackendSettings):
             if not profile:  # an empty name means cfssl's default profile
                 yield SettingsProblem(key, "a profile's name", "an empty text")
         yield from self._auth_key_problems()
-        yield from self._tls_problems()
+        yield from pair_problems(self.client_cert, self.client_key)
+        if not self.tls and (self.ca_file or self.client_cert or self.client_key):
+            yield SettingsProblem("url", "https:// (as ca_file or client_cert is given)", "http://")
 
     def _auth_key_problems(self) -> Iterator[SettingsProblem]:
         if self.endpoint == "authsign" and self.auth_key is None:
@@ -115,11 +119,6 @@ class CfsslSettings(BackendSettings):
             yield SettingsProblem("endpoint", wanted, '"sign" and a key')
         if self.auth_key is not None:
             yield from Selector(self.auth_key.where).problems(f"auth_key_{self.auth_key.kind}", "")
-
-    def _tls_problems(self) -> Iterator[SettingsProblem]:
-        yield from pair_problems(self.client_cert, self.client_key)
-        if not self.tls and (self.ca_file or self.client_cert or self.client_key):
-            yield SettingsProblem("url", "https:// (as ca_file or client_cert is given)", "http://")
 
 
 class CfsslBackend:
@@ -132,7 +131,9 @@ class CfsslBackend:
         self._settings = settings
         self._profile = Selector(settings.profile, settings.profiles, settings.node)
         self._label = {"label": settings.label} if settings.label else {}
-        self._server = _Server(settings)
+        silent = "" if settings.tls else "does the server speak TLS? url says http://"
+        wording = Wording(name="cfssl", not_ours=_HINTS[_NOT_CFSSL], tls=_tls_hint, silent=silent)
+        self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
         self._intermediates: tuple[x509.Certificate, ...] | None = None  # None: not asked for yet
 
     @classmethod
@@ -143,10 +144,8 @@ class CfsslBackend:
         return cfssl_setup.setup(wanted)
 
     @classmethod
-    def from_settings(cls, settings: BackendSettings) -> CfsslBackend:
+    def from_settings(cls, settings: CfsslSettings) -> CfsslBackend:
         """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
-        if not isinstance(settings, CfsslSettings):
-            raise TypeError(f"wanted CfsslSettings, found {type(settings).__name__}")
         if settings.tls:
             settings.tls_context()  # trouble is found now, not in the middle of a renewal
         return cls(settings)
@@ -158,7 +157,7 @@ class CfsslBackend:
         # text around the block may be in any encoding
         csr = request.csr_pem.decode("ascii", "replace")
         body = self._body(csr, profile, self._key_place(request.spec), request.names)
-        result = self._result(self._server.post(self._settings.endpoint, body), profile)
+        result = self._result(self._post(self._settings.endpoint, body), profile)
         return Issued(leaf=_certificate(result), intermediates=intermediates)
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
@@ -193,11 +192,11 @@ class CfsslBackend:
 
     def clock_ahead(self) -> timedelta | None:
         """How far the server's clock is ahead, by the header `Date` of its latest answer."""
-        return self._server.http.clock_ahead
+        return self._http.clock_ahead
 
     def issuers(self) -> list[x509.Certificate]:
         """The CA's certificate; the server does not give the chain above it."""
-        return [self._remember(self._result(self._server.post("info", self._label), ""))]
+        return [self._remember(self._result(self._post("info", self._label), ""))]
 
     def revoke(self, certificate: x509.Certificate) -> None:
         """Have the server's database mark a certificate; anyone who reaches the server may do so."""
@@ -211,7 +210,7 @@ class CfsslBackend:
             )
         serial, authority = str(certificate.serial_number), known.hex()
         body = {"serial": serial, "authority_key_id": authority, "reason": "superseded"}
-        reply = self._server.post("revoke", body)
+        reply = self._post("revoke", body)
         if reply.message == _NOT_FOUND:
             hint = "`revoke` is disabled there (as `ca-bridge setup cfssl` has it), or the server has no database"
             raise BackendRefusedError(
@@ -222,16 +221,16 @@ class CfsslBackend:
     def identity(self) -> str:
         """The client certificate's CN; an HMAC key has no name."""
         file = self._settings.client_cert
-        if file is None:
-            return ""
-        try:
-            return common_name(file)
-        except ValueError as e:
-            raise BackendRefusedError(f"cfssl: {e}") from e
+        return common_name(file, "cfssl") if file is not None else ""
 
     def close(self) -> None:
         """Close the connections."""
-        self._server.http.close()
+        self._http.close()
+
+    def _post(self, endpoint: str, body: Mapping[str, object]) -> _Reply:
+        """The server's answer; errors are those of `Http.request`."""
+        url = f"{self._settings.url.rstrip('/')}{API}/{endpoint}"
+        return _parse(self._http.request("POST", url, json=body), body)
 
     def _remember(self, info: Mapping[str, Any]) -> x509.Certificate:
         """The CA's certificate, and, as the answer to a signing request holds the leaf alone, its intermediates."""
@@ -247,7 +246,7 @@ class CfsslBackend:
 
     def _offer(self, profile: str) -> _Offer:
         """The usages and the validity that a profile of the server gives (`info`)."""
-        info = self._result(self._server.post("info", {"profile": profile, **self._label}), profile)
+        info = self._result(self._post("info", {"profile": profile, **self._label}), profile)
         self._remember(info)
         listed = info.get("usages")
         usages = map(str, listed) if isinstance(listed, list) else ()
@@ -257,7 +256,7 @@ class CfsslBackend:
 
     def _no_entry(self, profile: str, key_place: Secret | None) -> list[Violation]:
         """Ask for a signature without a CSR, since the server checks the HMAC first."""
-        reply = self._server.post(self._settings.endpoint, self._body("", profile, key_place))
+        reply = self._post(self._settings.endpoint, self._body("", profile, key_place))
         if reply.message in _NO_ENTRY:
             subject = f"{self._settings.endpoint} with profile {profile}"
             return [Violation(subject=subject, want="that the server accepts us", got=reply.message)]
@@ -310,8 +309,7 @@ def _usage_violations(
     spec: CertificateSpec, profile: str, offer: _Offer, default: Callable[[], _Offer]
 ) -> list[Violation]:
     """Check for kubeadm's key usages and exactly the spec's EKUs; `default` is the answer for an unknown profile."""
-    names = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
-    want = {"digital signature", "key encipherment"} | {names[eku] for eku in spec.ekus}
+    want = {"digital signature", "key encipherment"} | {EKU_NAMES[eku] for eku in spec.ekus}
     needless = {"key encipherment"} if spec.authority == PODS else set()  # SPIFFE's own need no such usage
     if want - needless <= offer.usages <= want:
         return []
@@ -416,29 +414,13 @@ def _parse(answer: Answer, sent: Mapping[str, object]) -> _Reply:
         return _Reply(status=answer.status, result=result)
     errors = envelope.get("errors")
     first = errors[0] if isinstance(errors, list) and errors and isinstance(errors[0], dict) else {}
-    code = first.get("code")
+    code, secrets_sent = first.get("code"), [str(sent.get(key, "")) for key in ("token", "request")]
     return _Reply(
         status=answer.status,
         code=code if isinstance(code, int) else None,
-        message=one_line(
-            without(
-                str(first.get("message", "no reason given")), [str(sent.get(key, "")) for key in ("token", "request")]
-            )
-        ),
+        message=one_line(without(str(first.get("message", "no reason given")), secrets_sent)),
         retry_after_seconds=later,
     )
-
-
-class _Server:
-    def __init__(self, settings: CfsslSettings) -> None:
-        silent = "" if settings.tls else "does the server speak TLS? url says http://"
-        wording = Wording(name="cfssl", not_ours=_HINTS[_NOT_CFSSL], tls=_tls_hint, silent=silent)
-        self.http = Http(wording, settings.url, settings.timeout, settings.tls_context)
-        self._url = f"{settings.url.rstrip('/')}{API}"
-
-    def post(self, endpoint: str, body: Mapping[str, object]) -> _Reply:
-        """The server's answer; errors are those of `Http.request`."""
-        return _parse(self.http.request("POST", f"{self._url}/{endpoint}", json=body), body)
 
 
 def _tls_hint(reason: str) -> str:

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
+from backends.cfssl import EKU_NAMES
 from bridge.contract import NamePatterns, Secret, SetupFile, SetupRequest
 from bridge.pki.certificates import extension
 from bridge.specs import AUTHORITIES, EKU, SPECS, Authority, CertificateSpec
@@ -36,7 +37,6 @@ DISABLED = "sign,newcert,newkey,init_ca,scan,scaninfo,bundle,certinfo,certadd,ge
 #: One server an authority, on these ports.
 PORTS = {name: port for port, name in enumerate(AUTHORITIES, start=8881)}
 
-_EKUS = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
 _SPECIAL = re.compile(r"([\\.+*?()|\[\]{}^$])")  # what Go's regexp.QuoteMeta quotes
 
 
@@ -48,21 +48,24 @@ def signing_config(
 ) -> dict[str, object]:
     """cfssl's `-config` file for those live certificates that this authority signs (ValueError: there are none)."""
     ours = _ours(authority, certificates)
-    usages = sorted({spec.usage for spec in ours})
-    keys: dict[str, str] = {"deny": "deny", **{usage: f"{authority.name}-{usage}" for usage in usages}}
+    profiles: dict[str, Mapping[str, object]] = {
+        usage: _profile({spec: cert for spec, cert in ours.items() if spec.usage == usage}, validity)
+        for usage in sorted({spec.usage for spec in ours})
+    }
+    return _config(authority, profiles, directory)
+
+
+def _config(
+    authority: Authority, profiles: Mapping[str, Mapping[str, object]], directory: PurePath
+) -> dict[str, object]:
+    keys: dict[str, str] = {"deny": "deny", **{usage: f"{authority.name}-{usage}" for usage in profiles}}
     return {
         "auth_keys": {
             name: {"type": "standard", "key": f"file:{directory}/keys/{file}.hex"} for name, file in keys.items()
         },
-        "signing": {
-            # cfssl takes it for every profile name that it does not know. Without usages it gives no certificate,
-            # and with a key of its own /sign is switched off.
-            "default": {"expiry": "1m", "auth_key": "deny"},
-            "profiles": {
-                usage: _profile({spec: cert for spec, cert in ours.items() if spec.usage == usage}, validity)
-                for usage in usages
-            },
-        },
+        # cfssl takes the default for every profile name that it does not know. Without usages it gives no certificate,
+        # and with a key of its own /sign is switched off.
+        "signing": {"default": {"expiry": "1m", "auth_key": "deny"}, "profiles": profiles},
     }
 
 
@@ -83,14 +86,7 @@ def config_beside(
 
     `name_whitelist` looks at text alone, and a backdate of 5 minutes would be refused by the API server half of the time.
     """
-    profiles = {one.spec.usage: profile_beside(one) for one in patterns}
-    keys: dict[str, str] = {"deny": "deny", **{usage: f"{authority.name}-{usage}" for usage in profiles}}
-    return {
-        "auth_keys": {
-            name: {"type": "standard", "key": f"file:{directory}/keys/{file}.hex"} for name, file in keys.items()
-        },
-        "signing": {"default": {"expiry": "1m", "auth_key": "deny"}, "profiles": profiles},
-    }
+    return _config(authority, {one.spec.usage: profile_beside(one) for one in patterns}, directory)
 
 
 def profile_beside(one: NamePatterns) -> dict[str, object]:
@@ -98,7 +94,7 @@ def profile_beside(one: NamePatterns) -> dict[str, object]:
     names = (*one.uris, *one.dns, *one.common_names)
     patterns = (_quoted(name).replace(r"\*", ".*").replace(r"\?", ".") for name in names)
     return {
-        "usages": ["digital signature", *(_EKUS[eku] for eku in EKU if eku in one.spec.ekus)],
+        "usages": ["digital signature", *(EKU_NAMES[eku] for eku in EKU if eku in one.spec.ekus)],
         "expiry": _duration(one.longest),
         "backdate": "1m",
         "auth_key": one.spec.usage,
@@ -271,7 +267,7 @@ def _profile(certificates: Mapping[CertificateSpec, x509.Certificate], validity:
     sans = [extension(certificate, x509.SubjectAlternativeName) for certificate in certificates.values()]
     names = {name for certificate in certificates.values() for name in _checked_names(certificate)}
     profile: dict[str, object] = {
-        "usages": ["digital signature", "key encipherment", *(_EKUS[eku] for eku in EKU if eku in spec.ekus)],
+        "usages": ["digital signature", "key encipherment", *(EKU_NAMES[eku] for eku in EKU if eku in spec.ekus)],
         "expiry": _duration(validity),
         "backdate": "5m",
         "auth_key": spec.usage,

@@ -13,16 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.cmp import setup as cmp_setup
 from backends.cmp.answers import Log, body_of, failure, quoted
 from backends.cmp.process import ENROLMENT, OLDEST_WITH_PROFILES, Program, Ran
+from backends.http import pair_problems, subject_of, url_problems
 from bridge.contract import (
     BackendSettings,
     Issued,
@@ -48,6 +48,10 @@ from bridge.pki.certificates import extended_key_usages
 from bridge.specs import EKU, SPECS, CertificateSpec
 from bridge.system.http import UnreachableError, reach
 
+#: RFC 9811 §3.3; with `/p/` and a name behind it the server's profile of that name (RFC 9483 §6.1).
+WELL_KNOWN = ".well-known/cmp"
+Mode = Literal["p10cr", "cr"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class CmpSettings(BackendSettings):
@@ -71,7 +75,7 @@ class CmpSettings(BackendSettings):
     tls_client_cert: Path | None = None  #: The client certificate for mutual TLS.
     tls_client_key: Path | None = None  #: The key of `tls_client_cert`.
     #: `"cr"` puts the usages into a template, for a server that trusts this node as a registration authority.
-    mode: cmp_setup.Mode = "p10cr"
+    mode: Mode = "p10cr"
     wait: timedelta = timedelta(seconds=5)  #: How long one run waits for a server that answers "not yet".
     #: Accept errors and rejections without protection, which anyone on the network path can forge.
     unprotected_errors: bool = False
@@ -79,8 +83,10 @@ class CmpSettings(BackendSettings):
 
     @property
     def path_pattern(self) -> str:
-        """The URL path with its default."""
-        return cmp_setup.path_pattern(self.path, self.profile, self.mode)
+        """The URL path, or else the server's profile of the usage class, unless something else says the usages."""
+        if self.path is not None:
+            return self.path
+        return WELL_KNOWN if self.mode == "cr" or self.profile else f"{WELL_KNOWN}/p/{{usage}}"
 
     @property
     def tls(self) -> bool:
@@ -89,7 +95,9 @@ class CmpSettings(BackendSettings):
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Contradictions, and settings that would accept unprotected answers."""
-        yield from _url_problems(self.url)
+        yield from url_problems(self.url, "http://HOST[:PORT], without a query", plain_http=True)
+        if not self.url.isprintable():
+            yield SettingsProblem("url", "a URL of printable characters", repr(self.url))
         yield from Selector(self.path_pattern, self.paths).problems("path", "paths", self.pairs)
         for key, path in {"path": self.path_pattern, **{f"paths.{name}": p for name, p in self.paths.items()}}.items():
             if not re.fullmatch(r"[A-Za-z0-9._~!$&'()*+,;=:@%/{}-]*", path):
@@ -122,27 +130,12 @@ class CmpSettings(BackendSettings):
             yield SettingsProblem("trusted_file", "the CA of the sender's certificate", "nothing")
 
     def _tls_problems(self) -> Iterator[SettingsProblem]:
-        if (self.tls_client_cert is None) != (self.tls_client_key is None):
-            missing = "tls_client_cert" if self.tls_client_cert is None else "tls_client_key"
-            yield SettingsProblem(missing, "both of tls_client_cert and tls_client_key, or neither", "one of them")
+        yield from pair_problems(self.tls_client_cert, self.tls_client_key, "tls_")
         if self.tls and not self.tls_ca_file:
             wanted = "the CA of the server's TLS certificate (openssl would not check it, and not say so)"
             yield SettingsProblem("tls_ca_file", wanted, "nothing")
         if not self.tls and (self.tls_ca_file or self.tls_client_cert or self.tls_client_key):
             yield SettingsProblem("url", "https:// (as files for TLS are given)", "http://")
-
-
-def _url_problems(url: str) -> Iterator[SettingsProblem]:
-    try:
-        parts = urlsplit(url)
-        scheme, host, _ = parts.scheme, parts.hostname or "", parts.port
-    except ValueError:
-        yield SettingsProblem("url", "http://HOST[:PORT]", "a host or port that can't be read")
-        return
-    if parts.username is not None:
-        yield SettingsProblem("url", "no user name or password in it: secrets are never written here", "one")
-    elif scheme not in {"http", "https"} or not host or parts.query or parts.fragment or not url.isprintable():
-        yield SettingsProblem("url", "http://HOST[:PORT], without a query", repr(url))
 
 
 def check_files(settings: CmpSettings) -> None:
@@ -188,16 +181,16 @@ class CmpBackend:
         self._program = Program(name=settings.openssl, timeout=settings.timeout, wait=settings.wait)
 
     @classmethod
-    def from_settings(cls, settings: BackendSettings) -> CmpBackend:
+    def from_settings(cls, settings: CmpSettings) -> CmpBackend:
         """Make the backend; no network yet."""
-        if not isinstance(settings, CmpSettings):
-            raise TypeError(f"wanted CmpSettings, found {type(settings).__name__}")
         check_files(settings)
         return cls(settings)
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
-        """See `backends.cmp.setup.setup`."""
+        """See `backends.cmp.setup`."""
+        from backends.cmp import setup as cmp_setup  # noqa: PLC0415 (signing does not need it)
+
         return cmp_setup.setup(wanted)
 
     @property
@@ -244,7 +237,7 @@ class CmpBackend:
         """The reference, or the subject of the client certificate."""
         if self._settings.client_cert is None:
             return self._settings.reference
-        return _first_certificate(self._settings.client_cert).subject.rfc4514_string()
+        return subject_of(self._settings.client_cert, "cmp").rfc4514_string()
 
     def revoke(self, certificate: x509.Certificate) -> None:
         """Have the server revoke a certificate (`rr`, RFC 9810 §5.3.9), by the path of the certificates with its usages."""
@@ -318,17 +311,14 @@ class CmpBackend:
             words += [option, str(value)] if value else []
         words += ["-tls_used"] if ours.tls else []
         words += ["-unprotected_errors"] if ours.unprotected_errors else []
-        self._check_version(needs_profile=bool(profile))
-        return words
-
-    def _check_version(self, *, needs_profile: bool) -> None:
         found = self._version
-        if needs_profile and found < OLDEST_WITH_PROFILES:
+        if profile and found < OLDEST_WITH_PROFILES:
             wanted = ".".join(map(str, OLDEST_WITH_PROFILES))
             raise BackendRefusedError(
                 f"cmp: wanted openssl {wanted} or newer, which can name a profile, found {found[0]}.{found[1]}",
                 hint="use `path` instead of `profile`, or name a newer program in `openssl`",
             )
+        return words
 
     @functools.cached_property
     def _version(self) -> tuple[int, int]:
@@ -352,13 +342,6 @@ class CmpBackend:
             wanted = f"{MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes of printable text on one line"
             raise LocalFileError(f"cmp: wanted {wanted} in {place}, found something else", hint=hint)
         return secret
-
-
-def _first_certificate(file: Path) -> x509.Certificate:
-    try:
-        return x509.load_pem_x509_certificates(file.read_bytes())[0]
-    except (OSError, ValueError) as e:
-        raise BackendRefusedError(f"cmp: {file}: wanted the client certificate, found {type(e).__name__}") from e
 
 
 def _check_proof(request: SignRequest) -> None:

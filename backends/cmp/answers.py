@@ -6,18 +6,18 @@ or 1 (pure); the server's own words among it can choose between "refused" and "u
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
+from bridge.pki import der
+from bridge.words import one_line
 
 # --- messages in DER -------------------------------------------------------------------------------------------------
 
 #: PKIBody's choice [26] (RFC 9810 §5.1.2), and the strings of a PKIFreeText.
 _POLL_REP, _UTF8_STRING = 0xBA, 0x0C
-_LONG_FORM = 0x80
 _MOST_SECONDS = 10**9  #: Thirty years; a server may write an integer of any size.
-_MOST_LENGTH_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +31,10 @@ class Poll:
 def body_of(message: bytes) -> tuple[int, bytes] | None:
     """Tag and content of a PKIMessage's body; None: the message is not whole."""
     try:
-        [(_, whole)] = _values(message)
-        parts = _values(whole)
-        next(parts)  # the header
-        return next(parts)
-    except (ValueError, StopIteration):
+        _header, body, *_ = der.one(message, der.SEQUENCE).children()
+    except ValueError:
         return None
+    return body.tag, body.content
 
 
 def poll_of(body: tuple[int, bytes]) -> Poll | None:
@@ -45,33 +43,14 @@ def poll_of(body: tuple[int, bytes]) -> Poll | None:
     if tag != _POLL_REP:
         return None
     try:
-        _, answers = next(_values(content))
-        _, first = next(_values(answers))
-        _, (_, seconds), *texts = _values(first)
-        strings = [text for _, free in texts for kind, text in _values(free) if kind == _UTF8_STRING]
-    except (ValueError, StopIteration):
+        answers, *_ = der.elements(content)
+        first, *_ = answers.children()
+        _, seconds, *texts = first.children()
+        strings = [text.content for free in texts for text in free.children() if text.tag == _UTF8_STRING]
+    except ValueError:
         return None
     reason = b"; ".join(strings).decode(errors="replace")
-    return Poll(seconds=min(int.from_bytes(seconds, "big", signed=True), _MOST_SECONDS), reason=reason)
-
-
-def _values(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """The DER values that stand one behind the other: tags (all of ours are below 31) and contents."""
-    at = 0
-    while at < len(data):
-        tag, head = data[at], data[at + 1 : at + 2]
-        at += 2
-        length = head[0] if head else len(data)
-        if length & _LONG_FORM:
-            size = length & ~_LONG_FORM
-            if not 0 < size <= _MOST_LENGTH_BYTES:
-                raise ValueError("no DER length")
-            length = int.from_bytes(data[at : at + size], "big")
-            at += size
-        if at + length > len(data):
-            raise ValueError("cut off")
-        yield tag, data[at : at + length]
-        at += length
+    return Poll(seconds=min(int.from_bytes(seconds.content, "big", signed=True), _MOST_SECONDS), reason=reason)
 
 
 # --- messages of the program -----------------------------------------------------------------------------------------
@@ -83,8 +62,7 @@ _LONGEST_LINE = 2000  #: The longest of the program's own, a rejection with its 
 
 def quoted(text: str) -> str:
     """Text from outside, quoted: on one line, cut, and without what steers a terminal."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return repr(line if len(line) <= _LONGEST_QUOTE else f"{line[:_LONGEST_QUOTE]}…")
+    return repr(one_line(text, _LONGEST_QUOTE))
 
 
 #: `FUNCTION:FILE:LINE:CMP error: TEXT`, or without what comes before CMP.

@@ -92,7 +92,13 @@ class Program:
                     inherited=inherited,
                     is_enough=watch.is_enough,
                 )
-                ran = _left(folder, names, output, ended.code)
+                ran = Ran(
+                    code=ended.code,
+                    messages=output.decode(errors="replace"),
+                    answers=tuple(answer for name in names if (answer := _read(folder / name))),
+                    leaf_pem=_read(folder / _CERTIFICATE),
+                    others_pem=_read(folder / _EXTRA) + _read(folder / _CA_CERTIFICATES),
+                )
         except OSError as e:
             wanted = f"cmp: wanted a few files in {tempfile.gettempdir()}, found: {e.strerror}"
             raise BackendUnavailableError(wanted, hint="make room there") from e
@@ -133,16 +139,6 @@ class Program:
 
 #: Where the certificates go that came.
 ENROLMENT = ("-certout", _CERTIFICATE, "-extracertsout", _EXTRA, "-cacertsout", _CA_CERTIFICATES)
-
-
-def _left(folder: Path, names: Sequence[str], output: bytes, code: int | None) -> Ran:
-    return Ran(
-        code=code,
-        messages=output.decode(errors="replace"),
-        answers=tuple(answer for name in names if (answer := _read(folder / name))),
-        leaf_pem=_read(folder / _CERTIFICATE),
-        others_pem=_read(folder / _EXTRA) + _read(folder / _CA_CERTIFICATES),
-    )
 
 
 class _Watch:

@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
 
 from cryptography import x509
 
+from backends.cmp import CmpSettings, Mode
 from bridge.contract import NamePatterns, Selector, SetupFile, SetupRequest
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.certificates import name_text, san_entries
 from bridge.specs import EKU, SPECS, CertificateSpec
 
-#: RFC 9811 §3.3; with `/p/` and a name behind it the server's profile of that name (RFC 9483 §6.1).
-WELL_KNOWN = ".well-known/cmp"
-
-Mode = Literal["p10cr", "cr"]
-
-
-def path_pattern(path: str | None, profile: str, mode: Mode) -> str:
-    """The settings' path, or else the server's profile of the usage class, unless something else says the usages."""
-    if path is not None:
-        return path
-    return WELL_KNOWN if mode == "cr" or profile else f"{WELL_KNOWN}/p/{{usage}}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Server:
-    """The fields of the backend's settings that the text depends on; all may still be missing."""
-
-    url: str = "http://RA-HOST:8080"
-    path: str | None = None
-    paths: dict[str, str] = field(default_factory=dict)
-    profile: str = ""
-    profiles: dict[str, str] = field(default_factory=dict)
-    reference: str = ""
-    mode: Mode = "p10cr"
-
 
 def setup(wanted: SetupRequest) -> list[SetupFile]:
     """A text for the administrator, with the paths, profiles and mode that the settings name."""
-    known = {one.name for one in dataclasses.fields(Server)}
-    server = Server(**{key: value for key, value in wanted.settings.items() if key in known})
-    path = Selector(path_pattern(server.path, server.profile, server.mode), server.paths, wanted.node)
+    server = CmpSettings(**{"url": "http://RA-HOST:8080", **wanted.settings})
+    path = Selector(server.path_pattern, server.paths, wanted.node)
     profile = Selector(server.profile, server.profiles, wanted.node)
     problems = [*path.problems("path", "paths"), *profile.problems("profile", "profiles")]
     if wanted.patterns and server.mode != "cr":

@@ -30,8 +30,6 @@ from bridge.words import one_line
 
 #: A long Retry-After, or a clock that was set back, must not delay the next try until the certificate has expired.
 LONGEST_WISH = timedelta(days=1)
-
-
 #: No label may be called like one of them (RFC 7030 §3.2.2).
 OPERATIONS = frozenset({"cacerts", "simpleenroll", "simplereenroll", "fullcmc", "serverkeygen", "csrattrs"})
 
@@ -64,14 +62,8 @@ class EstSettings(BackendSettings):
         wanted = f"https://HOST[:PORT] (EST knows no other), without /{ROOT} and what follows it"
         yield from url_problems(self.url, wanted, suffix=ROOT)
         yield from Selector(self.label, self.labels).problems("label", "labels", self.pairs)
-        for key, label in {
-            "label": self.label,
-            **{f"labels.{name}": text for name, text in self.labels.items()},
-        }.items():
+        for key, label in {"label": self.label, **{f"labels.{k}": v for k, v in self.labels.items()}}.items():
             yield from _label_problems(key, label)
-        yield from self._credential_problems()
-
-    def _credential_problems(self) -> Iterator[SettingsProblem]:
         yield from pair_problems(self.client_cert, self.client_key)
         if bool(self.username) != (self.password is not None):
             missing = "password_file" if self.username else "username"
@@ -101,10 +93,8 @@ class EstBackend:
         self._cas: dict[str, Sequence[x509.Certificate]] = {}  #: By label, once a run.
 
     @classmethod
-    def from_settings(cls, settings: BackendSettings) -> EstBackend:
+    def from_settings(cls, settings: EstSettings) -> EstBackend:
         """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
-        if not isinstance(settings, EstSettings):
-            raise TypeError(f"wanted EstSettings, found {type(settings).__name__}")
         settings.tls_context()  # trouble is found now, not in the middle of a renewal
         return cls(settings)
 
@@ -156,12 +146,9 @@ class EstBackend:
 
     def identity(self) -> str:
         """The client certificate's CN, and the user."""
-        user = [f"user {self._settings.username}"] if self._settings.username else []
-        try:
-            names = [common_name(self._settings.client_cert)] if self._settings.client_cert else []
-        except ValueError as e:
-            raise BackendRefusedError(f"est: {e}") from e
-        return ", ".join(filter(None, [*names, *user]))
+        settings = self._settings
+        name = common_name(settings.client_cert, "est") if settings.client_cert else ""
+        return ", ".join(filter(None, [name, settings.username and f"user {settings.username}"]))
 
     def close(self) -> None:
         """Close the connections."""
