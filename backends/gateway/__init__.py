@@ -49,7 +49,7 @@ from bridge.pki import node_proofs
 from bridge.pki.budget import OverBudgetError, json_of
 from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle, bundle_of
 from bridge.pki.bundle_format import answer_message, digest, dumps, loads_answer
-from bridge.pki.certificates import san_entries
+from bridge.pki.certificates import attributes, san_entries
 from bridge.pki.signatures import is_by
 from bridge.specs import MASTERS, CertificateSpec
 from bridge.system.http import Answer
@@ -113,17 +113,16 @@ class GatewayBackend:
         self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
 
     @classmethod
-    def from_settings(cls, settings: BackendSettings) -> Self:
+    def from_settings(cls, settings: GatewaySettings) -> Self:
         """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
-        if not isinstance(settings, GatewaySettings):
-            raise TypeError(f"wanted GatewaySettings, found {type(settings).__name__}")
         settings.tls_context()  # trouble is found now, not in the middle of a renewal
         return cls(settings)
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
-        """The tables of the door's policy for these certificates."""
-        return _setup_files(wanted)
+        """One part of the door's `desk-policy.toml` for the authority; parts for several authorities go well together."""
+        text = "\n".join([*_allow_lines(wanted), *_certificate_lines(wanted)])
+        return [SetupFile(name=f"door-{wanted.authority.name}.toml", text=f"{text}\n")]
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """Ask the door which CAs it has; what its policy allows it says to a request alone."""
@@ -172,10 +171,8 @@ class GatewayBackend:
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
         """Ask for the answer once; a door that has lost the request is given it again."""
-        answer = self._looked(reference)
-        if answer is None:
-            answer = self._posted(bundle_of([request], datetime.now(UTC)))
-        given = _given(answer, request)
+        found = self._read(self._look(reference), reference)
+        given = _given(found or self._posted(bundle_of([request], datetime.now(UTC))), request)
         if isinstance(given, BackendError):
             raise given
         return given
@@ -256,9 +253,6 @@ class GatewayBackend:
             waiting = looked or waiting
         return waiting
 
-    def _looked(self, reference: str) -> AnswerBundle | Pending | None:
-        return self._read(self._look(reference), reference)
-
     def _look(self, reference: str) -> Answer:
         match = _REFERENCE.fullmatch(reference)
         if match is None:
@@ -272,35 +266,30 @@ class GatewayBackend:
         return self._http.ask(method, self._settings.url.rstrip("/") + path, headers, body)
 
     def _read(self, answer: Answer, reference: str) -> AnswerBundle | Pending | None:
-        """As the function, and signed by the desk's key where the settings name one."""
-        found, key = _read(answer, reference), self._desk_key
-        if not isinstance(found, AnswerBundle) or key is None:
-            return found
-        if found.signature is None or not is_by(key, found.signature, answer_message(found)):
-            what = "no signature" if found.signature is None else "another signature"
-            text = (
-                f"gateway: wanted an answer that is signed by the desk's key ({self._settings.signed_by}), found {what}"
-            )
-            raise BackendRefusedError(text, hint=_UNSIGNED_HINT)
-        return found
+        """The answer bundle to this request, or that it waits; None: the door does not know it."""
+        if answer.status == HTTPStatus.NOT_FOUND:
+            return None
+        if answer.status == HTTPStatus.ACCEPTED:
+            note = _document(answer).get("note")
+            return Pending(reference=reference, note=one_line(note, 500) if isinstance(note, str) else "")
+        if answer.status != HTTPStatus.OK:
+            raise _error(answer)
+        try:
+            bundle = loads_answer(answer.body)
+        except BundleError as e:
+            raise BackendRefusedError(f"gateway: wanted an answer bundle, found: {e}", hint=_NOT_OURS) from e
+        if bundle.request_digest != reference.partition("@")[0]:
+            raise BackendRefusedError("gateway: wanted the answer to our request, found another one's", hint=_NOT_OURS)
+        self._assert_signed(bundle)
+        return bundle
 
-
-def _read(answer: Answer, reference: str) -> AnswerBundle | Pending | None:
-    """The answer bundle to this request, or that it waits; None: the door does not know it."""
-    if answer.status == HTTPStatus.NOT_FOUND:
-        return None
-    if answer.status == HTTPStatus.ACCEPTED:
-        note = _document(answer).get("note")
-        return Pending(reference=reference, note=one_line(note, 500) if isinstance(note, str) else "")
-    if answer.status != HTTPStatus.OK:
-        raise _error(answer)
-    try:
-        bundle = loads_answer(answer.body)
-    except BundleError as e:
-        raise BackendRefusedError(f"gateway: wanted an answer bundle, found: {e}", hint=_NOT_OURS) from e
-    if bundle.request_digest != reference.partition("@")[0]:
-        raise BackendRefusedError("gateway: wanted the answer to our request, found another one's", hint=_NOT_OURS)
-    return bundle
+    def _assert_signed(self, bundle: AnswerBundle) -> None:
+        """Refuse an answer that is not signed by the desk's key, where the settings name one."""
+        key, signature = self._desk_key, bundle.signature
+        if key is not None and (signature is None or not is_by(key, signature, answer_message(bundle))):
+            found = "no signature" if signature is None else "another signature"
+            wanted = f"an answer that is signed by the desk's key ({self._settings.signed_by})"
+            raise BackendRefusedError(f"gateway: wanted {wanted}, found {found}", hint=_UNSIGNED_HINT)
 
 
 def _given(answer: AnswerBundle | Pending | BackendError, request: SignRequest) -> Issued | Pending | BackendError:
@@ -338,12 +327,6 @@ def _error(answer: Answer) -> BackendError:
 _LONGEST, _KINDS = timedelta(days=365), {"DNS", "IP"}
 
 
-def _setup_files(wanted: SetupRequest) -> Sequence[SetupFile]:
-    """One part of `desk-policy.toml` for the authority; parts for several authorities go well together."""
-    text = "\n".join([*_allow_lines(wanted), *_certificate_lines(wanted)])
-    return [SetupFile(name=f"door-{wanted.authority.name}.toml", text=f"{text}\n")]
-
-
 def _allow_lines(wanted: SetupRequest) -> Iterator[str]:
     """As comments, since the policy has the table once for all."""
     where = f"authority {wanted.authority.name} of cluster {one_line(wanted.cluster)}, node {one_line(wanted.node)}"
@@ -353,7 +336,8 @@ def _allow_lines(wanted: SetupRequest) -> Iterator[str]:
     yield f"#   nodes = [{_quoted(wanted.node)}]"
     if wanted.validity > _LONGEST:
         yield f'#   max_validity = "{-(-wanted.validity // timedelta(days=1))}d"'
-    masters = [name for name, one in wanted.certificates.items() if _is_master(one)]
+    group = (NameOID.ORGANIZATION_NAME.dotted_string, MASTERS)
+    masters = [name for name, one in wanted.certificates.items() if group in attributes(one.subject)]
     if masters:
         yield f"#   masters = [{', '.join(map(_quoted, masters))}]"
 
@@ -378,10 +362,6 @@ def _certificate_lines(wanted: SetupRequest) -> Iterator[str]:
             else:
                 yield f"    # {kind} {one_line(value)}: no rule of the policy allows it"
         yield "]"
-
-
-def _is_master(one: x509.Certificate) -> bool:
-    return any(part.value == MASTERS for part in one.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME))
 
 
 def _quoted(text: str) -> str:
