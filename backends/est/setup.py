@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from backends.est.server import operation_url
@@ -19,11 +19,8 @@ _DAY_SECONDS = 86400
 
 def files(wanted: SetupRequest) -> Sequence[SetupFile]:
     """One page for the authority; labels as the settings name them, or else one a usage class."""
-    return [SetupFile(name=f"est-{wanted.authority.name}.txt", text=_text(wanted))]
-
-
-def _text(wanted: SetupRequest) -> str:
-    label = _selector(wanted)
+    each_usage = f"{wanted.authority.name}-{{usage}}"  # whose label gives its own EKUs
+    label = Selector(wanted.settings.get("label") or each_usage, wanted.settings.get("labels") or {}, wanted.node)
     by_label: dict[str, list[CertificateSpec]] = {}
     for name in wanted.certificates:
         by_label.setdefault(label(SPECS[name]), []).append(SPECS[name])
@@ -33,7 +30,8 @@ def _text(wanted: SetupRequest) -> str:
     parts.append(_ASKER)
     parts.append("\n".join(_settings_lines(wanted, url, label)))
     parts.append("\n".join(_try_lines(url, list(by_label))))
-    return "\n".join(parts) + "\n"
+    text = "\n".join(parts) + "\n"
+    return [SetupFile(name=f"est-{wanted.authority.name}.txt", text=text)]
 
 
 _HEAD = """\
@@ -51,13 +49,6 @@ Who asks
   Do not require a link between TLS and the CSR (tls-unique, RFC 7030 section 3.5).
   If the server answers 202, the node sends the same CSR again; it must count as the same request.
 """
-
-
-def _selector(wanted: SetupRequest) -> Selector:
-    """The labels as the settings have them so far; else one for each usage class, so that each gives its own EKUs."""
-    pattern, exceptions = wanted.settings.get("label"), wanted.settings.get("labels")
-    named = {str(k): str(v) for k, v in exceptions.items()} if isinstance(exceptions, Mapping) else {}
-    return Selector(str(pattern or f"{wanted.authority.name}-{{usage}}"), named, wanted.node)
 
 
 def _label_lines(label: str, specs: Sequence[CertificateSpec], wanted: SetupRequest) -> Iterator[str]:

@@ -42,14 +42,7 @@ from bridge.contract import (
     SignRequest,
     Wanted,
 )
-from bridge.errors import (
-    BackendError,
-    BackendRefusedError,
-    LocalFileError,
-    SettingsError,
-    SettingsProblem,
-    Violation,
-)
+from bridge.errors import BackendError, BackendRefusedError, LocalFileError, SettingsError, SettingsProblem, Violation
 from bridge.pki.certificates import is_for
 from bridge.specs import EKU, MASTERS, SPECS, CertificateSpec
 from bridge.words import one_line
@@ -266,10 +259,8 @@ class KubernetesBackend:
         self._answered: deque[tuple[str, str]] = deque()  #: Name and uid.
 
     @classmethod
-    def from_settings(cls, settings: BackendSettings) -> KubernetesBackend:
+    def from_settings(cls, settings: KubernetesSettings) -> KubernetesBackend:
         """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
-        if not isinstance(settings, KubernetesSettings):
-            raise TypeError(f"wanted KubernetesSettings, found {type(settings).__name__}")
         settings.tls_context()  # trouble is found now, not in the middle of a renewal
         return cls(settings)
 
@@ -292,7 +283,8 @@ class KubernetesBackend:
         answer = self._api.ask("POST", CSRS, body)
         if answer.status == HTTPStatus.CONFLICT:
             answer = self._api.ask("GET", path_of(name))
-            if answer.status == HTTPStatus.OK and not _asks_the_same(answer.document, body):
+            there = object_of(answer.document, "spec")  # which can't be changed; the server adds who asked
+            if answer.status == HTTPStatus.OK and any(there.get(key) != value for key, value in body["spec"].items()):
                 hint = "another client made it; `kubectl describe csr` shows who: spec.username"
                 raise BackendRefusedError(f"kubernetes: {name}: wanted our own request there, found another", hint=hint)
         if answer.status not in {HTTPStatus.OK, HTTPStatus.CREATED}:
@@ -363,9 +355,8 @@ class KubernetesBackend:
     def _look(self, reference: str) -> Answer:
         name, _, uid = reference.partition(" ")
         answer = self._api.ask("GET", path_of(name))
-        if answer.status == HTTPStatus.NOT_FOUND or (
-            answer.status == HTTPStatus.OK and _metadata(answer.document, "uid") != uid
-        ):
+        is_another = answer.status == HTTPStatus.OK and _metadata(answer.document, "uid") != uid
+        if is_another or answer.status == HTTPStatus.NOT_FOUND:
             hint = "without an answer it is removed after 24 hours, with one after an hour; the next run asks anew"
             raise BackendRefusedError(f"kubernetes: {one_line(name)}: wanted our request, found it removed", hint=hint)
         if answer.status != HTTPStatus.OK:
@@ -457,12 +448,6 @@ def _object(request: SignRequest, signer: str) -> dict[str, Any]:
             "expirationSeconds": seconds,
         },
     }
-
-
-def _asks_the_same(found: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    """`spec` can't be changed once it is there; the server adds who asked."""
-    there = object_of(found, "spec")
-    return all(there.get(key) == value for key, value in ours["spec"].items())
 
 
 def _signer_violations(spec: CertificateSpec, signer: str) -> list[Violation]:

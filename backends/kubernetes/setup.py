@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bridge.contract import Selector, SetupFile, SetupRequest
@@ -25,27 +25,21 @@ _PATTERN = "ca-bridge.example.com/{name}"
 
 def files(wanted: SetupRequest) -> Sequence[SetupFile]:
     """Manifests with comments, for `kubectl apply`; BridgeError: the settings so far don't give the signer's name."""
-    selector = _selector(wanted)
+    settings = wanted.settings
+    selector = Selector(settings.get("signer") or _PATTERN, settings.get("signers") or {}, wanted.node)
     wrong = list(selector.problems("signer", "signers"))
     if wrong:
         raise BridgeError("; ".join(map(str, wrong)), hint="fix signer in the settings")
-    signers = {name: selector(SPECS[name]) for name in wanted.certificates}
+    signers = sorted({selector(SPECS[name]) for name in wanted.certificates})
     text = "---\n".join(part for part in (
-        "".join(f"# {line}".rstrip() + "\n" for line in _head(wanted, signers)),
+        "".join(f"# {line}".rstrip() + "\n" for line in _head(wanted, selector)),
         _account(wanted),
         _DELETES_ITS_OWN,
-        _reference(wanted, sorted(set(signers.values()))),
-        _approver(wanted, sorted(set(signers.values()))),
-        _admission(wanted, sorted(set(signers.values()))),
+        _reference(wanted, signers),
+        _approver(wanted, signers),
+        _admission(wanted, signers),
     ) if part)  # fmt: skip
     return [SetupFile(name=f"kubernetes-{wanted.authority.name}.yaml", text=text, by_node=True)]
-
-
-def _selector(wanted: SetupRequest) -> Selector:
-    """The signers as the settings have them so far; else our example's."""
-    pattern, exceptions = wanted.settings.get("signer"), wanted.settings.get("signers")
-    named = {str(k): str(v) for k, v in exceptions.items()} if isinstance(exceptions, Mapping) else {}
-    return Selector(str(pattern or _PATTERN), named, wanted.node)
 
 
 def account(node: str) -> str:
@@ -54,7 +48,7 @@ def account(node: str) -> str:
     return f"ca-bridge-{plain}"
 
 
-def _head(wanted: SetupRequest, signers: Mapping[str, str]) -> Iterator[str]:
+def _head(wanted: SetupRequest, selector: Selector) -> Iterator[str]:
     yield f"Requests of node {wanted.node} (cluster {wanted.cluster}) for authority {wanted.authority.name}, signed in THIS cluster."
     yield "Apply it to the cluster that will hold the CertificateSigningRequest objects: kubectl apply -f FILE"
     yield ""
@@ -62,7 +56,7 @@ def _head(wanted: SetupRequest, signers: Mapping[str, str]) -> Iterator[str]:
     seconds = int(wanted.validity.total_seconds())
     for name, certificate in wanted.certificates.items():
         usages = ", ".join(eku.label for eku in EKU if eku in SPECS[name].ekus)
-        yield f"  {name}: {signers[name]}"
+        yield f"  {name}: {selector(SPECS[name])}"
         yield f"    subject {one_line(name_text(certificate.subject))}; {usages}; expirationSeconds {seconds}"
         sans = [f"{kind} {one_line(value)}" for kind, value in sorted(san_entries(certificate))]
         yield from (f"    SAN {san}" for san in sans)
@@ -76,7 +70,7 @@ def _head(wanted: SetupRequest, signers: Mapping[str, str]) -> Iterator[str]:
     yield '  token_file = "/etc/ca-bridge/signing-cluster-token"'
     yield f"  [authority.{wanted.authority.name}]"
     yield '  backend = "cluster"'
-    yield f"  signer = {_quoted(_selector(wanted).pattern)}"
+    yield f"  signer = {_quoted(selector.pattern)}"
     yield ""
     yield "To approve by hand, read the CSR first:"
     yield "  kubectl get csr ca-bridge-NAME -o jsonpath={.spec.request} | base64 -d | openssl req -noout -text"
