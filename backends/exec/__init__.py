@@ -127,10 +127,8 @@ class ExecBackend:
         return exec_setup.setup(wanted)
 
     @classmethod
-    def from_settings(cls, settings: BackendSettings) -> ExecBackend:
+    def from_settings(cls, settings: ExecSettings) -> ExecBackend:
         """Make the backend; nothing is run yet."""
-        if not isinstance(settings, ExecSettings):
-            raise TypeError(f"wanted ExecSettings, found {type(settings).__name__}")
         try:
             account = Account.of(settings.user)
         except KeyError:

@@ -9,7 +9,6 @@ step-ca 0.30 writes both), and refuses any other.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 import shlex
@@ -24,7 +23,7 @@ from cryptography.x509.oid import NameOID
 from backends.exec.helper import ENVIRONMENT, ekus_text
 from bridge.contract import Selector, SetupFile, SetupRequest
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
-from bridge.pki.certificates import extension, san_entries
+from bridge.pki.certificates import extension, san_entries, san_entry
 from bridge.specs import EKU, SPECS
 from bridge.words import one_line
 
@@ -142,26 +141,15 @@ def _command(settings: Mapping[str, Any]) -> list[str]:
 
 def subject_text(certificate: x509.Certificate) -> str:
     """The subject for `openssl req -subj`: in the certificate's own order, with special characters escaped."""
-    return "".join(f"/{part}" for part in _parts(certificate.subject))
-
-
-def _parts(subject: x509.Name) -> Iterator[str]:
-    for attribute in subject:
-        value = re.sub(r"([/\\+])", r"\\\1", str(attribute.value))
-        yield f"{attribute.rfc4514_attribute_name}={value}"
+    special = re.compile(r"[/\\+]")
+    values = ((one.rfc4514_attribute_name, special.sub(r"\\\g<0>", str(one.value))) for one in certificate.subject)
+    return "".join(f"/{name}={value}" for name, value in values)
 
 
 def sans_text(certificate: x509.Certificate) -> str:
     """The SANs for `openssl req -addext subjectAltName=`; empty: there are none."""
-    return ",".join(filter(None, map(_san, extension(certificate, x509.SubjectAlternativeName) or ())))
-
-
-def _san(name: x509.GeneralName) -> str:
-    if isinstance(name, x509.DNSName):
-        return f"DNS:{name.value}"
-    if isinstance(name, x509.IPAddress) and isinstance(name.value, ipaddress.IPv4Address | ipaddress.IPv6Address):
-        return f"IP:{name.value}"
-    return f"email:{name.value}" if isinstance(name, x509.RFC822Name) else ""
+    entries = map(san_entry, extension(certificate, x509.SubjectAlternativeName) or ())
+    return ",".join(f"{kind}:{value}" for kind, value in entries if kind in {"DNS", "IP", "email"})
 
 
 # --- step-ca ----------------------------------------------------------------------------------------------------------
