@@ -61,47 +61,27 @@ def restart(
 
 def print_restarts(report: restarts.RestartReport, settings: Settings, output: Output) -> None:
     """Print what was restarted, or what the operator has to restart."""
-    if report.advised:
-        _print_advice(report, settings, output)
-    else:
-        _print_restarted(report, output)
-    if report.unknown is not None:
-        print_error(report.unknown)
-
-
-_NOTHING = "nothing to restart: every component runs on the certificates that are installed"
-
-
-def _print_advice(report: restarts.RestartReport, settings: Settings, output: Output) -> None:
     directory = settings.node.kubeconfig_dir / "manifests"
-    advice = {component.value: restart_plan.how(component, directory) for component in report.components}
+    advice = {}
+    if report.advised:
+        advice = {component.value: restart_plan.how(component, directory) for component in report.components}
     if output is Output.JSON:
-        say_json(exitCode=report.exit_code, advice=advice, **_unknown(report))
+        what = {"advice": advice} if report.advised else {"restarted": [_entry(one) for one in report.done]}
+        unknown = None if report.unknown is None else report.unknown.reason
+        say_json(exitCode=report.exit_code, **what, unknown=unknown)
     elif advice:
         say('With restart.method = "none" this is yours to do, one at a time:')
         for sentence in advice.values():
             say_sentence(sentence, "  ")
-    elif report.unknown is None:
-        say(_NOTHING)
-
-
-def _print_restarted(report: restarts.RestartReport, output: Output) -> None:
-    if output is Output.JSON:
-        say_json(exitCode=report.exit_code, restarted=[_entry(one) for one in report.done], **_unknown(report))
     elif report.done:
-        rows = [
-            (one.component.value, f"restarted, healthy after {one.seconds:.1f} s") for one in report.done if one.seconds
-        ]
+        healthy = [one for one in report.done if one.seconds]
+        rows = [(one.component.value, f"restarted, healthy after {one.seconds:.1f} s") for one in healthy]
         say_table(rows or [["nothing was restarted"]])
     elif report.unknown is None:
-        say(_NOTHING)
-    for one in report.done:
-        if one.error is not None:
-            print_error(one.error)
-
-
-def _unknown(report: restarts.RestartReport) -> dict[str, object]:
-    return {"unknown": None if report.unknown is None else report.unknown.reason}
+        say("nothing to restart: every component runs on the certificates that are installed")
+    for error in (*(one.error for one in report.done), report.unknown):
+        if error is not None:
+            print_error(error)
 
 
 def _entry(one: restarts.Restarted) -> dict[str, object]:
@@ -220,9 +200,6 @@ def certs_off(common: Common, wait: WaitOption = ZERO) -> int:
     report = serving.take_out(settings, wait)
     print_restarts(report, settings, Output.TEXT)
     return report.exit_code
-
-
-# --- kubelets -----------------------------------------------------------------------------------------------------------
 
 
 _kubelets = group(commands, "kubelets", "Have kubelets ask for serving certificates, or not.")
