@@ -108,25 +108,25 @@ def _style(row: Row, renewal: RenewalSettings) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Row], styles: Mapping[str, str]) -> str:
     """Align rows as Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)` does, or in a shorter form."""
-    most, cells = width_here(), [header, *(_cells(row, header) for row in rows)]
-    lines = _aligned(cells)
-    if most is not None and max(len(line.rstrip()) for line in lines) > most:
-        if not is_verbose():
-            cells = [[_SHORT.get(cell, cell) for cell in header[:_MOST_SHORT]], *(_short(row, header) for row in rows)]
-        lines = list(columns([[cell.rstrip() for cell in row] for row in cells], most))
-    return "".join(f"{_toned(line, styles)}\n" for line in lines)
+    cells = [header, *(_cells(row, header) for row in rows)]
+    short = [[_SHORT.get(cell, cell) for cell in header[:_MOST_SHORT]], *(_short(row, header) for row in rows)]
+    return _lines(cells, cells if is_verbose() else short, styles)
 
 
-def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+def _lines(cells: Sequence[Sequence[str]], short: Sequence[Sequence[str]], styles: Mapping[str, str]) -> str:
+    """The rows as Go aligns them, or the short ones where the terminal is too narrow for that."""
     widths = [max(10, 3 + max(map(len, column))) for column in zip(*cells, strict=True)][:-1]
-    return ["".join(map(str.ljust, row, widths)) + row[-1] for row in cells]
+    lines, most = ["".join(map(str.ljust, row, widths)) + row[-1] for row in cells], width_here()
+    if most is not None and max(len(line.rstrip()) for line in lines) > most:
+        lines = list(columns([[cell.rstrip() for cell in row] for row in short], most))
+    return "".join(f"{_toned(line, styles)}\n" for line in lines)
 
 
 def _own_table(own: Sequence[Credential], renewal: RenewalSettings, now: datetime) -> str:
     """Our own credentials, by which CAs and desks know this node; empty without any."""
     if not own:
         return ""
-    most, styles = width_here(), {}
+    styles = {}
     cells: list[Sequence[str]] = [_OWN_HEADER]
     short: list[Sequence[str]] = [[_SHORT.get(cell, cell) for cell in _OWN_HEADER]]
     for one in own:
@@ -141,10 +141,7 @@ def _own_table(own: Sequence[Credential], renewal: RenewalSettings, now: datetim
             place = f"{one.path or 'told by the CA'}{itself}"
             cells.append((one.name, _expires(one.ends), left, place))
             short.append((one.name, f"{one.ends:%Y-%m-%d %H:%M}", left, place))
-    lines = _aligned(cells)
-    if most is not None and max(map(len, lines)) > most:
-        lines = list(columns(short, most))
-    return "\n" + "".join(f"{_toned(line, styles)}\n" for line in lines)
+    return "\n" + _lines(cells, short, styles)
 
 
 def _phase_lines(phases: Sequence[PhaseOfCa]) -> list[str]:
