@@ -207,25 +207,21 @@ def search(node: Node, settings: Settings, root: Path) -> Iterator[Finding]:
 
 
 def _signer(node: Node) -> Iterator[Finding]:
-    manifest = node.manifests.get(Component.CONTROLLER_MANAGER)
+    manifest, about = node.manifests.get(Component.CONTROLLER_MANAGER), Component.CONTROLLER_MANAGER.value
     for flag, path in endpoints.signing_files(manifest.flags).items() if manifest is not None else ():
         if not path.exists():
             ends = "kube-controller-manager ends when it begins to sign"
             text = f"wanted the file of {flag} ({path}), found none: {ends}"
-            yield Finding.error("controller-manager-key", Component.CONTROLLER_MANAGER.value, text, _EMPTY)
+            yield Finding.error("controller-manager-key", about, text, _EMPTY)
         elif flag.endswith("-key-file"):
-            yield from _signs(node, flag, path)
-
-
-def _signs(node: Node, flag: str, path: Path) -> Iterator[Finding]:
-    public = Held.by_file(path.resolve()).public
-    names = [name for name, cas in _by_authority(node).items() if public & cas]
-    about, text = Component.CONTROLLER_MANAGER.value, f"signs requests of the cluster with {path} ({flag})"
-    if names:
-        text = f"{text}, the key of {', '.join(names)}, which has to be on this disk for it"
-        yield Finding.warning("controller-manager-signs", about, text, _EMPTY)
-    elif public:
-        yield Finding.note("controller-manager-signs", about, f"{text}, which is no key of this node's CAs")
+            public = Held.by_file(path.resolve()).public
+            names = [name for name, cas in _by_authority(node).items() if public & cas]
+            text = f"signs requests of the cluster with {path} ({flag})"
+            if names:
+                text = f"{text}, the key of {', '.join(names)}, which has to be on this disk for it"
+                yield Finding.warning("controller-manager-signs", about, text, _EMPTY)
+            elif public:
+                yield Finding.note("controller-manager-signs", about, f"{text}, which is no key of this node's CAs")
 
 
 def _by_authority(node: Node) -> Mapping[str, set[bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
@@ -104,16 +105,20 @@ def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
         yield Finding.error(
             "settings", "settings", "wanted an [authority.NAME] for each CA that signs here, found none"
         )
-    names = dict.fromkeys(settings.authorities)
-    questions = {name: _question(name, policy, settings, now) for name in names}
-    yield from authorities.ask_all(settings, names, questions, now)
+    questions = {name: _question(name, policy, settings, now) for name in settings.authorities}
+    yield from authorities.ask_all(settings, dict.fromkeys(questions), questions, now)
     yield from _cas(settings, now)
 
 
 def _question(name: str, policy: Policy | None, settings: Settings, now: datetime) -> authorities.Question:
     # not every site has the CA sign what its kubelets serve with
     specs = [spec for spec in SPECS.values() if spec.authority.name == name and spec.of_kubeadm]
-    anchors = _anchors(policy, name)
+    anchors: tuple[
+        x509.Certificate, ...
+    ] = ()  # the cluster's, as the policy names them; else the backends tell their own
+    if policy is not None and policy.desk.ca_dir is not None:
+        with contextlib.suppress(UnreadableError):
+            anchors = read_ca_file(policy.desk.ca_dir / SIGNING_AUTHORITIES[name].certificate_file)
     expected = verify.Expectation(
         anchors=anchors,
         anchor_name=f"desk.ca_dir's {SIGNING_AUTHORITIES[name].certificate_file}",
@@ -121,16 +126,6 @@ def _question(name: str, policy: Policy | None, settings: Settings, now: datetim
         min_validity=settings.renewal.min_validity,
     )
     return authorities.Question(specs=specs, wanted=[], expected=expected if anchors else None)
-
-
-def _anchors(policy: Policy | None, name: str) -> tuple[x509.Certificate, ...]:
-    """The cluster's, as the policy names them; none: the backends tell their own."""
-    if policy is None or policy.desk.ca_dir is None:
-        return ()
-    try:
-        return read_ca_file(policy.desk.ca_dir / SIGNING_AUTHORITIES[name].certificate_file)
-    except UnreadableError:
-        return ()
 
 
 def _cas(settings: Settings, now: datetime) -> Iterator[Finding]:

@@ -56,7 +56,11 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
             continue
         yield from _item(item, settings, now)
         if not item.named and item.state == "present":
-            yield _not_named(item)
+            text = (
+                f"wanted its manifest to name {item.certificate_path}, found no --tls-cert-file: nothing serves with it"
+            )
+            hint = "ca-bridge serving-certs on puts it in, and off takes it away"
+            yield Finding.warning("serving-certificate", item.spec.name, text, hint)
         if item.state == "present":
             yield from _pair(item)
             yield from chain(item, node.authorities)
@@ -123,12 +127,6 @@ def _operators(item: Item, now: datetime) -> Iterator[Finding]:
         yield Finding.warning("serving-certificate", item.spec.name, text, "have its own CA sign the next one")
     else:
         yield Finding.note("serving-certificate", item.spec.name, text)
-
-
-def _not_named(item: Item) -> Finding:
-    text = f"wanted its manifest to name {item.certificate_path}, found no --tls-cert-file: nothing serves with it"
-    hint = "ca-bridge serving-certs on puts it in, and off takes it away"
-    return Finding.warning("serving-certificate", item.spec.name, text, hint)
 
 
 # --- one certificate -------------------------------------------------------------------------------------------------
@@ -481,9 +479,6 @@ def is_named(certificate: x509.Certificate, host: str) -> bool:
     return host.lower() in names or f"*.{host.lower().partition('.')[2]}" in names
 
 
-# --- keys of service accounts ----------------------------------------------------------------------------------------
-
-
 def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
     """An API server without them does not start, and no renewal makes them: tokens count with the same pair alone."""
     apiserver = node.manifests.get(Component.APISERVER)
@@ -508,9 +503,6 @@ def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
     if len(found) == 2 and b"PUBLIC KEY" in found[1] and not is_sa_pair(*found):  # noqa: PLR2004 (a pair)
         text = "wanted sa.key and sa.pub to be a pair, found two of different pairs"
         yield Finding.error("service-account-key", "sa.pub", text, _SA_HINT)
-
-
-# --- the directories -------------------------------------------------------------------------------------------------
 
 
 def _places(node: Node, settings: Settings) -> Iterator[Finding]:

@@ -48,9 +48,6 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from _copies(node, [home for home in _homes() if home / ".kube/config" not in settings.copies.files.paths])
 
 
-# --- room ------------------------------------------------------------------------------------------------------------
-
-
 def room(settings: Settings, *, node: bool = True) -> Iterator[Finding]:
     """Bytes and inodes, on each file system that is written to."""
     places = [settings.node.state_dir, *([settings.node.pki_dir, settings.node.kubeconfig_dir] if node else [])]
