@@ -100,9 +100,11 @@ def manifests(settings: Settings, shipped: Path) -> list[SetupFile]:
         texts["20-admission.yaml"] += "".join(_askers(signers))
     if settings.authorities:
         config, files = _config(settings)
-        files |= _anchors(settings)
+        ours = [f"{name}.crt" for name in settings.authorities]
+        files |= {name: settings.node.pki_dir / _ANCHORS[name] for name in ours if name in _ANCHORS}
         texts["30-config.yaml"] = _with_files(_with_block(texts["30-config.yaml"], "config.toml", config), files)
-        items = ", ".join(f"{{key: {name}, path: {_place(name)}}}" for name in files)
+        places = {name: f"trust/{_ANCHORS[name]}" if name in _ANCHORS else f"files/{name}" for name in files}
+        items = ", ".join(f"{{key: {name}, path: {place}}}" for name, place in places.items())
         texts["40-deployment.yaml"] = _replaced(texts["40-deployment.yaml"], _SHIPPED_ITEMS, f"items: [{items}]")
     return [SetupFile(name=name, text=text) for name, text in texts.items()]
 
@@ -134,9 +136,8 @@ def _with_block(text: str, key: str, content: str) -> str:
         rf"^  {re.escape(key)}: \|\n(?:    .*\n|\n)+", lambda _: f"  {key}: |\n{block}", text, flags=re.MULTILINE
     )
     if count != 1:
-        raise BridgeError(
-            f"wanted {key} once in the shipped manifests, found it {count} times", hint="reinstall the program"
-        )
+        text = f"wanted {key} once in the shipped manifests, found it {count} times"
+        raise BridgeError(text, hint="reinstall the program")
     return changed
 
 
@@ -248,22 +249,12 @@ def _added(path: Path, files: dict[str, Path]) -> Path:
 _ANCHORS = {"etcd-ca.crt": "etcd/ca.crt", "front-proxy-ca.crt": "front-proxy-ca.crt", "pods.crt": "pods.crt"}
 
 
-def _anchors(settings: Settings) -> dict[str, Path]:
-    ours = [f"{name}.crt" for name in settings.authorities]
-    return {name: settings.node.pki_dir / _ANCHORS[name] for name in ours if name in _ANCHORS}
-
-
-def _place(name: str) -> str:
-    return f"trust/{_ANCHORS[name]}" if name in _ANCHORS else f"files/{name}"
-
-
 def _with_files(text: str, files: Mapping[str, Path]) -> str:
     """The example of a Secret becomes the command that makes it: no secret is printed."""
     head, mark, _ = text.partition("---\n# What must stay secret")
     if not mark:
-        raise BridgeError(
-            "wanted the example of a Secret in the shipped manifests, found none", hint="reinstall the program"
-        )
+        text = "wanted the example of a Secret in the shipped manifests, found none"
+        raise BridgeError(text, hint="reinstall the program")
     given = " ".join(shlex.quote(f"--from-file={name}={path}") for name, path in files.items())
     return f"{head}# The files that config.toml names; made once, and again when one of them changes:\n#   kubectl -n {NAMESPACE} create secret generic ca-bridge-gateway {given}\n"
 

@@ -235,17 +235,11 @@ def _warn(found: _Plan, settings: Settings, now: datetime) -> None:
         if one.hint:
             log.log(level, "%s", one.hint, extra={"is_hint": True})
     if found.shorter:
-        log.warning("%s", _shorter_text(found.shorter, settings, now))
-
-
-def _shorter_text(names: Sequence[str], settings: Settings, now: datetime) -> str:
-    """A sentence about answers that would end before the live certificates do."""
-    validity, shorter = settings.renewal.validity, settings.renewal.shorter
-    becomes = "is taken" if shorter == "allow" else 'is refused; set shorter = "allow" in [renewal] if it is meant'
-    return (
-        f"{', '.join(names)}: renewal.validity = {duration_text(validity)} ends {minute(now + validity)}, "
-        f"before the live certificate does: such an answer {becomes}"
-    )
+        validity, shorter = settings.renewal.validity, settings.renewal.shorter
+        becomes = "is taken" if shorter == "allow" else 'is refused; set shorter = "allow" in [renewal] if it is meant'
+        ends = f"{duration_text(validity)} ends {minute(now + validity)}, before the live certificate does"
+        names = ", ".join(found.shorter)
+        log.warning("%s: renewal.validity = %s: such an answer %s", names, ends, becomes)
 
 
 def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
@@ -270,9 +264,8 @@ def _asked(item: Item, settings: Settings) -> str:
     return ours.backend if ours is not None else f"no CA: no [authority.{item.spec.authority.name}]"
 
 
-def _files(item: Item) -> list[Path]:
-    paths = [item.key_path, item.certificate_path, item.current]
-    return list(dict.fromkeys(path for path in paths if path is not None))
+def _files(item: Item) -> list[str]:
+    return list(dict.fromkeys(map(str, filter(None, (item.key_path, item.certificate_path, item.current)))))
 
 
 def _plan_json(found: _Plan, settings: Settings) -> dict[str, Any]:
@@ -284,7 +277,7 @@ def _plan_json(found: _Plan, settings: Settings) -> dict[str, Any]:
                 "authority": item.spec.authority.name,
                 "backend": ours.backend if (ours := settings.authorities.get(item.spec.authority.name)) else None,
                 "notAfter": rfc3339(first_end(item.certificates[:1] + item.copy)) if item.certificates else None,
-                "replace": [str(path) for path in _files(item)],
+                "replace": _files(item),
                 "changes": one.notes if (one := selection.desired.get(item.spec.name)) is not None else [],
             }
             for item in selection.items

@@ -94,9 +94,12 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
     if not found:
         say_sentence("no CA is being replaced: no authority of the settings has a table `next`")
         return
-    say_table([("CA", "PHASE", "SINCE", "NOW", "NEXT"), *(_row(one) for one in found.values())], (3,))
+    say_table([("CA", "PHASE", "SINCE", "NOW", "NEXT"), *map(_row, found.values())], (3,))
     for one in found.values():
-        _say_left(one)
+        now = one.standing
+        left = now.odd if now.phase is None else differences(one.seen, one.change, now.next) if now.next else ()
+        for difference in left:
+            say_sentence(f"{one.name}: {difference}", "  ")
         for held in _lagging(settings, node, one):
             say_sentence(f"{one.name}: {held.text}", "  ")
             say(f"    {held.command}" if held.command else "")
@@ -174,13 +177,6 @@ def _lagging(settings: Settings, node: Node, one: Replaced) -> list[Held]:
 
 def _row(one: Replaced) -> tuple[str, ...]:
     return (one.name, one.standing.text, minute(one.since), text(one.change.old), text(one.change.new))
-
-
-def _say_left(one: Replaced) -> None:
-    now = one.standing
-    left = now.odd if now.phase is None else tuple(differences(one.seen, one.change, now.next)) if now.next else ()
-    for difference in left:
-        say_sentence(f"{one.name}: {difference}", "  ")
 
 
 def _json(one: Replaced, lagging: Sequence[Held]) -> dict[str, Any]:

@@ -56,9 +56,8 @@ def settings_init(
             opened.write(text)
     except FileExistsError:
         another = f"ca-bridge settings init {kind} FILE" if kind else "ca-bridge settings init FILE"
-        raise BridgeError(
-            f"{path}: wanted no file, found one", hint=f"edit it, or write another one: `{another}`"
-        ) from None
+        hint = f"edit it, or write another one: `{another}`"
+        raise BridgeError(f"{path}: wanted no file, found one", hint=hint) from None
     say(f"wrote {path}")
 
 
@@ -178,11 +177,10 @@ def _behind(name: str, text: str) -> str:
 def example() -> Path:
     """The program's own tables, commented, as they are installed; the other examples are beside it."""
     found = shipped("config.toml")
-    if found is not None:
-        return found
-    raise BridgeError(
-        "wanted the example settings that are installed with the program, found none", hint="reinstall it"
-    )
+    if found is None:
+        text = "wanted the example settings that are installed with the program, found none"
+        raise BridgeError(text, hint="reinstall it")
+    return found
 
 
 def in_force(settings: Settings) -> str:
