@@ -11,7 +11,7 @@ import typer
 from bridge import monitoring
 from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
 from bridge.cli.printing import say, say_json, say_sentence, say_table
-from bridge.cli.results import errors_json, print_pairs, print_restart, stale
+from bridge.cli.results import certificates_json, errors_json, print_pairs, print_restart, stale
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute, rfc3339
@@ -179,16 +179,7 @@ def _rollback_json(done: Rollback, components: Sequence[Component]) -> dict[str,
         "exitCode": Exit.worst([error.exit_code for error in done.late]),
         "restored": done.backup.backup_id,
         "backup": done.replaced_backup_id,
-        "certificates": [
-            {
-                "name": o.name,
-                "authority": o.authority,
-                "notAfter": rfc3339(o.new.not_valid_after_utc) if o.new else None,
-                "serialNumber": serial_hex(o.new) if o.new else None,
-                "previousSerialNumber": serial_hex(o.old) if o.old else None,
-            }
-            for o in done.outcomes
-        ],
+        "certificates": [{"name": o.name, "authority": o.authority, **certificates_json(o)} for o in done.outcomes],
         "errors": errors_json(done.late),
         "removed": list(map(str, done.removed)),
         "stays": done.stays,

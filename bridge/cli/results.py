@@ -83,10 +83,10 @@ def _print_result(result: Result, node: Node, settings: Settings, now: datetime)
 
 def say_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
     """A row for each certificate that waits, below the CA and what it says."""
-    ends = [one.old.not_valid_after_utc if one.old is not None else None for one in waiting]
-    rows = [
-        (whereabouts(one), (one.name, "waiting", end_text(end, now))) for one, end in zip(waiting, ends, strict=True)
-    ]
+    rows = []
+    for one in waiting:
+        end = one.old.not_valid_after_utc if one.old is not None else None
+        rows.append((whereabouts(one), (one.name, "waiting", end_text(end, now))))
     if rows:
         say("\n".join(under_headings(rows)))
 
@@ -172,13 +172,7 @@ def _result_json(result: Result, selection: Selection, components: Sequence[Comp
         "exitCode": result.exit_code,
         "backup": result.backup_id,
         "renewed": [
-            {
-                **about(o),
-                "notAfter": rfc3339(o.new.not_valid_after_utc),
-                "serialNumber": serial_hex(o.new),
-                "previousSerialNumber": serial_hex(o.old) if o.old is not None else None,
-                "issuer": name_text(o.new.issuer),
-            }
+            {**about(o), **certificates_json(o), "issuer": name_text(o.new.issuer)}
             for o in result.renewed
             if o.new is not None
         ],
@@ -203,6 +197,16 @@ def _result_json(result: Result, selection: Selection, components: Sequence[Comp
 def about(outcome: Outcome) -> dict[str, Any]:
     """The JSON of each outcome."""
     return {"name": outcome.name, "authority": outcome.authority, "backend": outcome.backend}
+
+
+def certificates_json(outcome: Outcome) -> dict[str, Any]:
+    """The certificate that is installed now, and the one that it has replaced."""
+    new, old = outcome.new, outcome.old
+    return {
+        "notAfter": rfc3339(new.not_valid_after_utc) if new is not None else None,
+        "serialNumber": serial_hex(new) if new is not None else None,
+        "previousSerialNumber": serial_hex(old) if old is not None else None,
+    }
 
 
 def failed_json(failed: Sequence[Outcome]) -> list[dict[str, Any]]:
