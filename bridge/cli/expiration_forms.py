@@ -52,12 +52,10 @@ def look(
     phases: Sequence[PhaseOfCa] | None = (),
 ) -> tuple[str, list[str], int]:
     """
-    Say what there is as `table`, `json`, `yaml` or `prometheus`: standard output, lines for standard error, exit
-    code.
+    Return a `table`, `json`, `yaml` or `prometheus` text, lines for standard error, and the exit code.
 
     The code is 1 when a file is there and can't be used, else 3 when a certificate ends `within` this time, else 0.
-    `known` is what only root may see; None for another user. So are `own`, our own credentials, and `phases`, the CAs that
-    are being replaced; no code is for these.
+    `known`, our own credentials and the phases of CAs that are being replaced are None for a user who may not see them.
     """
     renewal = renewal or RenewalSettings()
     found = report(node, now, None if within is None else lambda _: within, renewal.left_alone)

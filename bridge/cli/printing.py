@@ -55,10 +55,7 @@ def say_usage(error: Any) -> None:
 
 
 def say_sentence(text: str, indent: str = "", *, hanging: int = 2, style: str = "") -> None:
-    """
-    Print prose, its first word in a style; lines that are too long end between words and go on `hanging` columns
-    further right.
-    """
+    """Print prose, its first word in a style; what does not fit goes on in the next line, `hanging` columns further right."""
     lines = wrapped(f"{indent}{text}", width_here(), len(indent) + hanging)
     say("\n".join(_styled(lines, text.partition(" ")[0], style)), is_styled=True)
 

@@ -67,10 +67,7 @@ def from_error(check: str, about: str, error: BridgeError) -> Finding:
 
 
 def causes(findings: Iterable[Finding]) -> list[Cause]:
-    """
-    Group by level, check, hint and text, whatever files these name; at a CA, the names of roles and profiles make no
-    difference.
-    """
+    """Group by level, check, hint and text, whatever files these name, and whatever roles and profiles at a CA."""
     groups: dict[tuple[Level, str, str, str], list[Finding]] = {}
     for one in findings:
         text, hint = _of_paths(one.text, one, [_ANY_PATH]), _of_paths(one.hint, one, [_ANY_PATH])
