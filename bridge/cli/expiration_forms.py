@@ -60,7 +60,10 @@ def look(
     renewal = renewal or RenewalSettings()
     found = report(node, now, None if within is None else lambda _: within, renewal.left_alone)
     if output == "table":
-        text = "".join([table(found, renewal), _own_table(own or (), renewal, now), *_phase_lines(phases or ())])
+        lines = [
+            f"{one.name} is being replaced: phase {one.phase}, since {minute(one.since)}\n" for one in phases or ()
+        ]
+        text = "".join([table(found, renewal), _own_table(own or (), renewal, now), "\n" if lines else "", *lines])
     elif output == "prometheus":
         from bridge import monitoring  # noqa: PLC0415 (for monitors alone)
 
@@ -140,12 +143,6 @@ def _own_table(own: Sequence[Credential], renewal: RenewalSettings, now: datetim
             cells.append((one.name, _expires(one.ends), left, place))
             short.append((one.name, f"{one.ends:%Y-%m-%d %H:%M}", left, place))
     return "\n" + _lines(cells, short, styles)
-
-
-def _phase_lines(phases: Sequence[PhaseOfCa]) -> list[str]:
-    """A line for each CA that is being replaced."""
-    lines = [f"{one.name} is being replaced: phase {one.phase}, since {minute(one.since)}\n" for one in phases]
-    return ["\n", *lines] if lines else []
 
 
 def _expires(end: datetime) -> str:
