@@ -12,7 +12,7 @@ from typing import Any, Literal
 from bridge.contract import GIVEN, NamePatterns, Names
 from bridge.desk.patterns import is_host_name
 from bridge.errors import SettingsProblem
-from bridge.gateway.rules import SYSTEM, is_own_signer
+from bridge.gateway.rules import SYSTEM, is_own_signer, read_each
 from bridge.pki.expiry import duration_text
 from bridge.settings.reader import Reader
 from bridge.specs import POD_SPECS, CertificateSpec, Usage
@@ -199,24 +199,11 @@ def read_pod_signers(reader: Reader, tables: Mapping[str, Any]) -> dict[str, Pod
             reader.add(key, "a table", repr(table))
         else:
             rules = reader.read(PodSignerRules, {k: v for k, v in table.items() if k != "identity"}, key)
-            identities = _identities(reader, table.get("identity", {}), (*key, "identity"))
+            identities = read_each(reader, Identity, table.get("identity", {}), (*key, "identity"))
             if rules is not None:
                 found[name] = replace(rules, identities=tuple(identities.items()))
                 if not rules.trust_domain and not identities:
                     reader.add((*key, "trust_domain"), "a trust domain, or an identity with names", "neither")
-    return found
-
-
-def _identities(reader: Reader, tables: Any, key: tuple[str, ...]) -> dict[str, Identity]:
-    if not isinstance(tables, dict):
-        reader.add(key, "tables", repr(tables))
-        return {}
-    found = {}
-    for name, table in tables.items():
-        if not isinstance(table, dict):
-            reader.add((*key, name), "a table", repr(table))
-        elif (identity := reader.read(Identity, table, (*key, name))) is not None:
-            found[name] = identity
     return found
 
 
