@@ -124,8 +124,8 @@ class _Switch:
             self._assert_map(asks=False)
         else:
             self._authority(None)
-            servers = kubelets.api_servers(self.api, self.name, {})  # this one's is without it by now
-            verifying = [one.node for one in servers if one.authority]
+            found = kubelets.authorities(self.api, self.name, {})  # this one's is without it by now
+            verifying = [node for node, authority in found.items() if authority]
             self.left += [f"{name}: its API server still has {AUTHORITY}" for name in verifying]
             if verifying:
                 return

@@ -44,14 +44,6 @@ class Served:
     end: datetime | None = None  #: Of its certificate, where it is right.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ApiServer:
-    """An API server, by its mirror pod."""
-
-    node: str
-    authority: str  #: The CA file by which it verifies kubelets; empty: it verifies none.
-
-
 def all_served(api: Api, trust_pem: bytes, flags: Flags) -> list[Served]:
     """Look at the kubelet of each Node object, as an API server with these flags does (NoAnswerError: none answers)."""
     client = replace(ANONYMOUS, name="the API server", trust_pem=trust_pem)
@@ -102,14 +94,17 @@ def place_of(node: Mapping[str, Any], flags: Flags) -> Address | None:
     return Address(host, port if isinstance(port, int) and 0 < port < 1 << 16 else usual) if host else None
 
 
-def api_servers(api: Api, own: str, own_flags: Flags) -> list[ApiServer]:
-    """All API servers that are static pods, by their mirror pods; that of the node `own` by its manifest (NoAnswerError)."""
+def authorities(api: Api, own: str, own_flags: Flags) -> dict[str, str]:
+    """
+    The CA file by which each node's API server verifies kubelets, empty where it verifies none, by their mirror pods; of
+    the node `own` by its manifest (NoAnswerError).
+    """
     # a mirror pod follows some seconds after a restart
     found: dict[str, Flags] = {own: own_flags}
     for pod in items(api.get(_API_SERVERS), "items"):
         words = [str(word) for one in items(pod, "spec", "containers") for word in _words(one)]
         found.setdefault(one_line(text_of(pod, "spec", "nodeName")), flags_of(words))
-    return [ApiServer(node=node, authority=flags.get(AUTHORITY, "")) for node, flags in sorted(found.items())]
+    return {node: flags.get(AUTHORITY, "") for node, flags in sorted(found.items())}
 
 
 def _words(container: Mapping[str, Any]) -> Sequence[Any]:

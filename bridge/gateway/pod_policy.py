@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from bridge.contract import Names
 from bridge.desk.node_inventory import Inventory
-from bridge.gateway.pod_rules import KEY_TYPES, Identity, PodSignerRules, Who, is_never_a_pods
+from bridge.gateway.pod_rules import IN_PATH, KEY_TYPES, Identity, PodSignerRules, is_never_a_pods
 from bridge.gateway.policy import Allowed, GatewayPolicy, Hostile, Later, Verdict, read_csr
 from bridge.pki.csr_fields import Asked, OddRequestError
 from bridge.words import one_line
@@ -44,9 +44,9 @@ class PodRequest:
         return f"system:node:{self.node} for {self.namespace}"
 
     @property
-    def who(self) -> Who:
-        """The pod, as far as names are made of it."""
-        return Who(namespace=self.namespace, service_account=self.service_account, pod=self.pod, pod_uid=self.pod_uid)
+    def parts(self) -> dict[str, str]:
+        """The parts that certificates' names are made of."""
+        return {key: getattr(self, key) for key in IN_PATH}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def judge(request: PodRequest, world: PodWorld) -> Verdict:
         return Later("there is no such pod any more" if rules else "the policy has no table for this signer")
     if (trouble := next(_troubles(request, asked, rules, world, world.pod), None)) is not None:
         return trouble
-    names = rules.names(request.who, _identity(request, rules))
+    names = rules.names(request.parts, _identity(request, rules))
     if names is None or any(_is_taken(name, world.inventory) for name in names.dns):
         return Later("the policy gives this service account no names, or names of the API server or of a node")
     validity = _validity(request, rules, world)

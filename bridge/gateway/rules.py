@@ -142,13 +142,8 @@ def read_each(reader: Reader, schema: type[T], tables: Any, key: tuple[str, ...]
     if not isinstance(tables, dict):
         reader.add(key, "tables", repr(tables))
         return {}
-    found = {}
-    for name, table in tables.items():
-        if not isinstance(table, dict):
-            reader.add((*key, name), "a table", repr(table))
-        elif (one := reader.read(schema, table, (*key, name))) is not None:
-            found[name] = one
-    return found
+    found = {name: reader.table(schema, table, (*key, name)) for name, table in tables.items()}
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def _grants(reader: Reader, tables: Any, key: tuple[str, ...], spec: CertificateSpec) -> dict[str, Grant]:
