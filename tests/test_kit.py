@@ -266,6 +266,9 @@ def test_a_warm_run_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(subprocess.TimeoutExpired):
         warm.run("renew", "--help", timeout=0.001)
     assert warm.run("renew", "--help").returncode == 0
+    (tmp_path / "sitecustomize.py").write_text("print('a new process')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # counts when a process starts
+    assert warm.run("--version").stdout.startswith("a new process\n")
 
 
 def test_a_quorum_is_lost_while_two_members_are_away_or_without_a_leader() -> None:

@@ -1,4 +1,7 @@
-"""The texts that kubeadm keeps in ConfigMaps, from which it writes each node's files: their one reader and writer."""
+"""
+The texts that kubeadm keeps in ConfigMaps of kube-system, from which `kubeadm upgrade` and `kubeadm join` write each node's
+files: the one reader and the one writer of them.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,11 @@ def change(api: Api, place: Place, edit: Callable[[str], str]) -> bool:
     """
     Have a text changed; a change that another client makes meanwhile stays, and `edit` gets the text once more.
 
-    Returns whether `edit` changed it (NoConfigError: no such text, or a refusal; NoAnswerError).
+    Returns whether it was changed; False: `edit` left it as it is.
+
+    Raises:
+        NoConfigError: It is not there, or the API server refuses the change.
+        NoAnswerError: No API server answers, or others change the text each time.
     """
     for _ in range(_TURNS):
         found = read(api, place)

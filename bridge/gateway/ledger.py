@@ -52,9 +52,11 @@ class About:
         }
         if isinstance(one, PodObject):
             asked = one.request
-            pod = {"namespace": asked.namespace, "pod": asked.pod, "serviceAccount": asked.service_account}
-            pod |= {"podUID": asked.pod_uid, "requester": f"system:node:{asked.node}"}
-            found |= {key: one_line(value) for key, value in pod.items()}
+            found |= {"namespace": asked.namespace, "pod": asked.pod, "serviceAccount": asked.service_account}
+            found |= {"podUID": asked.pod_uid, "requester": f"system:node:{asked.node}"}
+            found |= {
+                key: one_line(found[key]) for key in ("namespace", "pod", "serviceAccount", "podUID", "requester")
+            }
         return cls(spec=spec, more={key: value for key, value in found.items() if value})
 
     def line(self, event: str, **values: Any) -> Line:

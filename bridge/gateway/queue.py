@@ -9,12 +9,11 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from bridge.gateway.watch import AnyObject
 from bridge.pki.verify import Verified
-from bridge.system.waiting import remember
 
 #: A flood waits in the API server, not here; it comes again with the next round of the watch. When the queue is full, the
 #: requester with the most waiting requests loses some, so that a flood keeps no other requester out.
@@ -53,7 +52,7 @@ class Job:
     signed_for: bytes = b""  #: The CSR that `verified` is the answer to.
     was_asked: bool = False  #: The CA was asked, and its answer did not come.
     was_recalled: bool = False  #: Since then it was looked for, and was not there.
-    removed: bool = False
+    removed: bool = field(default=False)
 
     @property
     def key(self) -> str:
@@ -123,7 +122,7 @@ class Queue:
         """Whether it fits, once requesters with more waiting than its own have lost some."""
         user = one.request.username
         while self._bytes + one.size > MOST_BYTES or len(self._jobs) >= MOST_JOBS:
-            greediest = self.greediest()
+            greediest = self._greediest()
             if self._shares[greediest] <= self._shares[user] + one.size:
                 return False
             theirs = [job for job in self._jobs.values() if job.one.request.username == greediest]
@@ -135,7 +134,10 @@ class Queue:
     def greediest(self) -> str:
         """The requester with the most waiting; empty: no request waits."""
         with self._changed:
-            return max(self._shares, key=lambda name: self._shares[name], default="")
+            return self._greediest()
+
+    def _greediest(self) -> str:
+        return max(self._shares, key=lambda name: self._shares[name], default="")
 
     def _line_up(self, job: Job) -> None:
         """Every user has a line, and the lines have their turns, so that a flood is in no other user's way."""
@@ -164,7 +166,10 @@ class Queue:
         if known is not None and known[1] != one.uid and known[0] > one.age_key:
             return None
         if known is None or known[1] != one.uid:
-            remember(self._newest, key, (one.age_key, one.uid), _MOST_REMEMBERED)
+            self._newest[key] = (one.age_key, one.uid)
+            self._newest.move_to_end(key)
+            if len(self._newest) > _MOST_REMEMBERED:
+                self._newest.popitem(last=False)
         if known is None or known[1] == one.uid:
             return []
         self._remove(known[1])
@@ -187,9 +192,13 @@ class Queue:
         job = self._pop(uid)
         if job is not None:
             job.removed = True
-            if len(self._delayed) > 2 * len(self._jobs) + _MOST_REMOVED:  # their time may keep them there for long
-                self._delayed = [entry for entry in self._delayed if not entry[2].removed]
-                heapq.heapify(self._delayed)
+            self._forget_removed()
+
+    def _forget_removed(self) -> None:
+        """Let go of removed jobs in the heap, which their time may keep there for long."""
+        if len(self._delayed) > 2 * len(self._jobs) + _MOST_REMOVED:
+            self._delayed = [entry for entry in self._delayed if not entry[2].removed]
+            heapq.heapify(self._delayed)
 
     def _soon(self, job: Job) -> None:
         """A delayed job is looked at now; its old place in the heap leads to nothing."""

@@ -45,7 +45,7 @@ def bridge(template: Pki, tmp_path: Path) -> Bridge:
     """A copy of that node, with settings that name no CA yet."""
     pki = Pki(root=tmp_path / "node", external=True)
     shutil.copytree(template.root, pki.root)
-    return Bridge(pki=pki, directory=tmp_path / "bridge", warm=True)
+    return Bridge(pki=pki, directory=tmp_path / "bridge")
 
 
 def signer_of(pki: Pki, authority: str = "ca") -> Signer:

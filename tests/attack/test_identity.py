@@ -22,7 +22,7 @@ from tests.kit.pki import handmade_pki
 def bridge(tmp_path: Path) -> Bridge:
     """A node on which everything is due, with an `openssl ca` directory that signs all it is asked for."""
     pki = handmade_pki(tmp_path / "node", not_after=datetime.now(UTC) + timedelta(days=9))
-    bridge = Bridge(pki=pki, directory=tmp_path / "bridge", warm=True)
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     for authority in ("ca", "etcd-ca"):
         add_openssl(bridge, authority)
     return bridge

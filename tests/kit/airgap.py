@@ -33,7 +33,7 @@ class Node:
     @classmethod
     def make(cls, directory: Path, pki: Pki, *, name: str = NODE) -> Node:
         """It knows no CA."""
-        bridge = Bridge(pki=pki, directory=directory / "bridge", warm=True)
+        bridge = Bridge(pki=pki, directory=directory / "bridge")
         bridge.tables[0] += f'name = "{name}"\n'
         bridge.add("backups", {"keep": 3})
         (directory / "carried").mkdir()

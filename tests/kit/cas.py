@@ -46,7 +46,7 @@ class Bridge:
     pki: Pki
     directory: Path  #: For settings, secrets and state.
     tables: list[str] = field(default_factory=list)
-    warm: bool = False  #: Runs are forked from a process that has loaded the program.
+    warm: bool = True  #: Runs are forked from a process that has loaded the program (`tests.kit.warm`).
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.specs import AUTHORITIES
-from tests.kit import opensslca
+from tests.kit import opensslca, warm
 from tests.kit.pki import Pki
 
 PASSPHRASE = "s3cret phrase"
@@ -92,16 +91,7 @@ class Desk:
 
     def run(self, *args: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run it, without a terminal."""
-        return subprocess.run(
-            self.command(*args),
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            timeout=timeout,
-            env={**os.environ, "LC_ALL": "C.UTF-8"},
-            start_new_session=True,
-        )
+        return warm.shared().run(self.command(*args), timeout=timeout)
 
 
 def make_desk(

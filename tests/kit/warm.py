@@ -1,24 +1,28 @@
 """
 The installed program in processes that are forked from one that has loaded its modules.
 
-A run takes a third of the processor time, for tests with hundreds of runs whose subject is what a CA answers, and not how
-the program starts. Each run is a process of its own: with its own environment, streams and exit code.
+A run that asks no CA takes a fifth of the processor time, for tests whose subject is not how the program starts. Each run is
+a process of its own: with its own environment, directory, streams and exit code. Where what counts
+when a process starts (`fits`) is no longer as it was, a run is a new process.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 #: The command line, with what `renew`, `sign` and `bootstrap` load of the rooms and of two backends.
 _MODULES = (
@@ -27,6 +31,8 @@ _MODULES = (
 )
 #: Bytes of a command with its environment.
 _LARGEST = 1 << 17
+#: How variables begin that count when a process starts, and not later.
+_READ_AT_THE_START = ("PYTHON", "OPENSSL_", "LD_", "TZ")
 _SERVER = """
 import importlib, json, os, socket, sys, traceback
 gate = socket.socket(fileno=int(sys.argv[1]))
@@ -54,8 +60,35 @@ while True:
         os._exit(70)
     for stream in streams:
         os.close(stream)
+    child = os.pidfd_open(pid)
+    socket.send_fds(gate, [b"begun"], [child])
+    os.close(child)
     gate.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
 """
+
+
+class Begun:
+    """A run that has begun; until it is waited for no other begins."""
+
+    def __init__(self, child: int, end: Callable[[], int]) -> None:
+        self._child, self._end = child, end
+
+    def kill(self) -> None:
+        """As `kill -9`; one that has ended stays as it is."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._child, signal.SIGKILL)
+
+    @property
+    def has_ended(self) -> bool:
+        """Without waiting."""
+        return bool(select.select([self._child], [], [], 0)[0])
+
+    def wait(self) -> int:
+        """Its exit code; negative: the signal that ended it."""
+        try:
+            return self._end()
+        finally:
+            os.close(self._child)
 
 
 class Warm:
@@ -75,27 +108,72 @@ class Warm:
             )
 
     def run(
-        self, command: Sequence[str], *, timeout: float, more: Mapping[str, str] | None = None
+        self, command: Sequence[str], *, timeout: float, more: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """As `subprocess.run` does it, with `more` in the environment; nothing to read on standard input."""
-        order = json.dumps([list(command), {**_environment(), **(more or {})}, str(Path.cwd())]).encode()
-        with (
-            self._lock,
-            Path(os.devnull).open("rb") as none,
-            tempfile.TemporaryFile() as out,
-            tempfile.TemporaryFile() as err,
-        ):
-            self._gate.settimeout(timeout)
-            socket.send_fds(self._gate, [order], [none.fileno(), out.fileno(), err.fileno()])
+        """
+        As `subprocess.run` does it, with `more` in the environment; nothing to read on standard input.
+
+        Where a fork would not find what a new process finds (`fits`), it is a new process.
+        """
+        if not fits():
+            environment = {**_environment(), **(more or {})}
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+            return subprocess.run(command, **streams, check=False, timeout=timeout, env=environment, cwd=cwd)
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            code = self._begin(command, (out.fileno(), err.fileno()), timeout, more or {}, cwd).wait()
+            texts = [_text(file.fileno()) for file in (out, err)]
+        return subprocess.CompletedProcess(list(command), code, *texts)
+
+    def begin(self, command: Sequence[str], *, timeout: float) -> Begun:
+        """
+        Begin one to be killed, whose output is not looked at.
+
+        Raises:
+            AssertionError: A fork would not find what a new process finds.
+        """
+        assert fits(), f"wanted {_PLACE}, in which the modules were loaded, found {_place()}"
+        with Path(os.devnull).open("r+b") as none:
+            return self._begin(command, (none.fileno(), none.fileno()), timeout, {}, None)
+
+    def _begin(
+        self,
+        command: Sequence[str],
+        streams: tuple[int, int],
+        timeout: float,
+        more: Mapping[str, str],
+        cwd: Path | None,
+    ) -> Begun:
+        order = json.dumps([list(command), {**_environment(), **more}, str(cwd or Path.cwd())]).encode()
+        self._lock.acquire()
+
+        @contextlib.contextmanager
+        def in_time() -> Iterator[None]:
             try:
-                code = self._gate.recv(64)
+                yield
             except TimeoutError:  # a later run must not get this one's exit code
                 self.close()
                 shared.cache_clear()
                 raise subprocess.TimeoutExpired(command, timeout) from None
+
+        def end() -> int:
+            try:
+                with in_time():
+                    code = self._gate.recv(64)
+            finally:
+                self._lock.release()
             assert code, "the process that is forked has ended"
-            texts = [_text(file.fileno()) for file in (out, err)]
-        return subprocess.CompletedProcess(list(command), int(code), *texts)
+            return int(code)
+
+        try:
+            self._gate.settimeout(timeout)
+            with in_time(), Path(os.devnull).open("rb") as none:
+                socket.send_fds(self._gate, [order], [none.fileno(), *streams])
+                begun, children, _, _ = socket.recv_fds(self._gate, 64, 1)
+            assert begun, "the process that is forked has ended"
+        except BaseException:
+            self._lock.release()
+            raise
+        return Begun(children[0], end)
 
     def close(self) -> None:
         """End it, with a run that was not over in time."""
@@ -103,6 +181,22 @@ class Warm:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+
+
+def fits() -> bool:
+    """Whether a new process would find what the forked one has found when it began; if not, a new one it must be."""
+    return _place() == _PLACE
+
+
+def _place() -> tuple[str, ...]:
+    """Where this thread is, and what a Python or its libraries read of the environment when they start."""
+    status = Path("/proc/thread-self/status").read_text(encoding="ascii")
+    umask = next(line for line in status.splitlines() if line.startswith("Umask:"))
+    read = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(_READ_AT_THE_START))
+    return (umask, *(str(Path(f"/proc/thread-self/ns/{name}").readlink()) for name in ("mnt", "net")), *read)
+
+
+_PLACE = _place()
 
 
 def _environment() -> dict[str, str]:

@@ -50,7 +50,7 @@ class Site:
 
     def __init__(self, directory: Path) -> None:
         self.pki: Pki = handmade_pki(directory / "node", not_after=now() + 20 * DAY)
-        self.bridge = Bridge(pki=self.pki, directory=directory / "bridge", warm=True)
+        self.bridge = Bridge(pki=self.pki, directory=directory / "bridge")
         for name in ("ca", "etcd-ca", "front-proxy-ca"):
             add_openssl(self.bridge, name)
         self.policy = directory / "node-policy.toml"

@@ -64,7 +64,7 @@ def site(made: Path, tmp_path: Path) -> Site:
     pki = Pki(root=root, external=True)
     for path in pki.kubeconfig_dir.glob("manifests/*.yaml"):
         path.write_text(path.read_text().replace("/etc/kubernetes", str(pki.kubeconfig_dir)))
-    bridge = Bridge(pki=pki, directory=tmp_path / "bridge", warm=True)
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     for authority in ("ca", "etcd-ca", "front-proxy-ca"):
         add_openssl(bridge, authority)
     return Site(pki=pki, bridge=bridge)

@@ -55,7 +55,7 @@ def make(tmp_path: Path) -> Make:
 
     def made(*, days_ago: int = 0) -> Bridge:
         pki = handmade_pki(tmp_path / "node", now=datetime.now(UTC) - timedelta(days=days_ago))
-        bridge = Bridge(pki=pki, directory=tmp_path / "bridge", warm=True)
+        bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
         add_openssl(bridge, "etcd-ca")
         strip(pki)
         return bridge
@@ -182,7 +182,7 @@ def test_a_broken_manifest_is_reported(make: Make) -> None:
 def beside(tmp_path: Path) -> Bridge:
     """A control plane whose API server has its client pair at paths of its own."""
     pki = handmade_pki(tmp_path / "node")
-    bridge = Bridge(pki=pki, directory=tmp_path / "bridge", warm=True)
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     for name in ("ca", "etcd-ca", "front-proxy-ca"):
         add_openssl(bridge, name)
     place = tmp_path / "client"

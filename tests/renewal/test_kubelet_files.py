@@ -21,7 +21,7 @@ def make(tmp_path: Path) -> Bridge:
     """A node with a week of a year left, whose CA is an `openssl ca` directory elsewhere."""
     made = datetime.now(UTC) - timedelta(days=358)
     pki = handmade_pki(tmp_path / "node", external=True, now=made)
-    bridge = Bridge(pki=pki, directory=tmp_path / "bridge", warm=True)
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     add_openssl(bridge, "ca")
     return bridge
 
@@ -77,7 +77,7 @@ def test_it_is_due_when_no_kubelet_has_rotated_it(make: Bridge) -> None:
 def test_before_that_it_is_left_to_the_kubelet(tmp_path: Path) -> None:
     """A signer in the cluster may answer until 90 % of the lifetime are over, whatever `renewal.before` says."""
     pki = handmade_pki(tmp_path / "node", external=True, now=datetime.now(UTC) - timedelta(days=305))
-    bridge = Bridge(pki=pki, directory=tmp_path / "bridge", warm=True)
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     for authority in ("ca", "etcd-ca", "front-proxy-ca"):
         add_openssl(bridge, authority)
     bridge.add("renewal", {"before": "90d"})

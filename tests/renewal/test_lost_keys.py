@@ -24,7 +24,7 @@ def now() -> datetime:
 @pytest.fixture
 def bridge(tmp_path: Path) -> Bridge:
     """A node of which nothing is due, and the CA of its API server's certificates."""
-    made = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge", warm=True)
+    made = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     add_openssl(made, "ca")
     assert made.run("renew").returncode == 0
     assert "nothing is due" in made.run("plan").stdout
@@ -85,7 +85,7 @@ def test_below_a_ca_that_ends_first_a_certificate_is_due(tmp_path: Path) -> None
     pki = handmade_pki(tmp_path / "node", ca_not_after=now() + timedelta(days=2))
     key = generate_key("ecdsa-p256")
     new = ca_certificate("kubernetes", key, now() - timedelta(days=1), now() + timedelta(days=3000))
-    bridge = Bridge(pki=pki, directory=tmp_path / "bridge", warm=True)
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     quiet = bridge.run("plan")
     pki.trust("etcd-ca", pem(new))
     due = bridge.run("plan")

@@ -40,7 +40,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to
 @pytest.fixture
 def bridge(tmp_path: Path) -> Bridge:
     """A node on which nothing is due, and a CA for it."""
-    made = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge", warm=True)
+    made = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     add_openssl(made, "ca")
     return made
 

@@ -17,7 +17,7 @@ NAMES = ("scheduler.conf", "controller-manager.conf")
 def bridge_of(tmp_path: Path, *, ca_left: timedelta = timedelta(days=3650), **renewal: str) -> Bridge:
     """A node whose certificates are good for a year, an `openssl ca` directory, and settings."""
     pki = handmade_pki(tmp_path / "node", ca_not_after=datetime.now(UTC) + ca_left)
-    bridge = Bridge(pki=pki, directory=tmp_path / "bridge", warm=True)
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     add_openssl(bridge, "ca")
     bridge.add("renewal", renewal)
     return bridge

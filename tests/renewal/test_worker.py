@@ -106,7 +106,7 @@ def make(tmp_path: Path) -> Callable[..., Worker]:
 
     def made(*, days_ago: int = 0, refer: bool = True, ca: bool = True) -> Worker:
         pki = handmade_pki(tmp_path / "node", external=True, now=datetime.now(UTC) - timedelta(days=days_ago))
-        bridge = Bridge(pki=pki, directory=tmp_path / "bridge", warm=True)
+        bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
         text = bridge.config.read_text()
         bridge.tables[0] = text + f'kubelet_dir = "{pki.root}/var/lib/kubelet"\n'
         bridge.config.write_text(bridge.tables[0])

@@ -60,7 +60,7 @@ class Site:
     """A node on which nothing is due; its server, which no test asks, would know it by a client certificate."""
 
     def __init__(self, directory: Path) -> None:
-        self.bridge = Bridge(pki=handmade_pki(directory / "node"), directory=directory / "bridge", warm=True)
+        self.bridge = Bridge(pki=handmade_pki(directory / "node"), directory=directory / "bridge")
         self.certificate = directory / "client.crt"
         key = self.bridge.secret("client.key", "a key")
         files = {"client_cert": str(self.certificate), "client_key": key}

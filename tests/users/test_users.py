@@ -31,7 +31,7 @@ from bridge.pki.user_rules import User
 from bridge.settings.tables import UserSettings
 from bridge.specs import USER
 from bridge.users import CsrRefusedError, NoCsrError, UserNotAllowedError, assert_allowed, load_csr, make_csr
-from tests.kit import approval, odd_csrs, openbao
+from tests.kit import approval, odd_csrs, openbao, warm
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.desks import POLICY, Desk, make_desk
 from tests.kit.issuing import Signer
@@ -56,7 +56,7 @@ def bridge(pki: Pki, tmp_path: Path) -> Bridge:
 def ca_bridge(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Where the person is: no settings, no cluster."""
     command = [str(Path(sys.executable).with_name("ca-bridge")), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=60)
+    return warm.shared().run(command, cwd=cwd, timeout=60)
 
 
 def requested(place: Path, name: str = "bob", *groups: str) -> Path:
