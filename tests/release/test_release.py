@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 
 from tests.kit import releases
 from tests.kit.trees import Tree
@@ -114,6 +112,9 @@ def bill(released: Path) -> dict[str, Any]:
 
 def test_the_bill_is_cyclonedx_and_has_all_that_is_locked(released: Path) -> None:
     """CycloneDX's own schema takes the bill, and refuses one with a word too many; versions and digests are the lock's."""
+    from cyclonedx.schema import SchemaVersion  # takes a second, which is each worker's that collects this file
+    from cyclonedx.validation.json import JsonStrictValidator
+
     check = JsonStrictValidator(SchemaVersion.V1_6)
     text = the(released, ".cdx.json").read_text(encoding="utf-8")
     assert check.validate_str(text) is None
