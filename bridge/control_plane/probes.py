@@ -19,10 +19,9 @@ from cryptography import x509
 from bridge.cluster.access import ANONYMOUS, Client, document, items
 from bridge.cluster.api import Api
 from bridge.errors import BridgeError
-from bridge.node import endpoints, processes
+from bridge.node import endpoints, kubelet, processes
 from bridge.node.endpoints import Address, Server, is_url
 from bridge.node.inventory import Node
-from bridge.node.kubelet import Kubelet
 from bridge.node.processes import file_contents
 from bridge.pki.budget import of_server
 from bridge.pki.certificates import load_pem_certificates, serial_hex
@@ -198,7 +197,7 @@ PATHS = {Component.APISERVER: "/readyz", Component.CONTROLLER_MANAGER: "/healthz
 def trouble(component: Component, node: Node, kubeconfig_dir: Path) -> str | None:
     """Why a component of this node is not healthy; None: it is, or its health check is switched off."""
     if component is Component.KUBELET:
-        url = Kubelet.load().health_url
+        url = kubelet.health_url()
         return None if url is None else _trouble(url, ANONYMOUS)
     flags = node.manifests[component].flags
     if component is Component.ETCD:

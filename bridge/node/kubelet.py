@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +19,7 @@ from cryptography.x509.oid import NameOID
 
 from bridge.node import kubeconfig
 from bridge.node.kubeconfig import KubeconfigError
+from bridge.node.manifests import flags_of
 from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
 from bridge.system.paths import UnreadableError, read
@@ -35,7 +36,6 @@ _EXTRA_ARGS = (Path("/etc/default/kubelet"), Path("/etc/sysconfig/kubelet"))
 #: The first line of a pair that we install, which a running kubelet has not read.
 OURS = b"# Put here by ca-bridge, and not by the kubelet.\n"
 
-_POD_KEYS = ("healthzBindAddress", "healthzPort", "containerRuntimeEndpoint")
 _KEYS = ("staticPodPath", "rotateCertificates", "serverTLSBootstrap", "tlsCertFile", "tlsPrivateKeyFile")
 _FLAGS = {
     "--rotate-certificates": "rotateCertificates",
@@ -53,22 +53,18 @@ _FLAGS = {
 Serving = Literal["made", "named", "asked"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kubelet:
-    """The part of the kubelet's configuration that its health check and its pods need."""
+def health_url() -> str | None:
+    """The URL of the kubelet's health check (None: switched off), its default where its configuration does not tell."""
+    from bridge.node import endpoints  # noqa: PLC0415 (a night with nothing due asks no component)
 
-    health_url: str | None  #: None: switched off.
-    runtime_endpoint: str  #: Empty: the kubelet finds it itself, or a flag names it.
+    found, _ = _configured(KUBELET_CONFIG, ("healthzBindAddress", "healthzPort"))
+    host, port = found.get("healthzBindAddress") or "127.0.0.1", found.get("healthzPort") or "10248"
+    return f"http://{endpoints.reachable(host)}:{port}/healthz" if port != "0" else None
 
-    @classmethod
-    def load(cls, path: Path | None = None) -> Kubelet:
-        """Read the file; the kubelet's defaults stand where it is missing, not YAML, or has no such key."""
-        from bridge.node import endpoints  # noqa: PLC0415 (a night with nothing due asks no component)
 
-        found, _ = _configured(path or KUBELET_CONFIG, _POD_KEYS)
-        host, port = found.get("healthzBindAddress") or "127.0.0.1", found.get("healthzPort") or "10248"
-        url = f"http://{endpoints.reachable(host)}:{port}/healthz"
-        return cls(health_url=url if port != "0" else None, runtime_endpoint=found.get("containerRuntimeEndpoint", ""))
+def runtime_endpoint() -> str:
+    """The container runtime's; empty: the kubelet finds it itself, or a flag names it."""
+    return _configured(KUBELET_CONFIG, ("containerRuntimeEndpoint",))[0].get("containerRuntimeEndpoint", "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,25 +180,10 @@ def _flags(kubelet_dir: Path) -> dict[str, str]:
         files += [(path, "KUBELET_EXTRA_ARGS") for path in _EXTRA_ARGS]
     found: dict[str, str] = {}
     for path, variable in files:
-        found |= _flags_in(path, variable)
-    return found
-
-
-def _flags_in(path: Path, variable: str) -> Mapping[str, str]:
-    try:
-        text = (read(path) or b"").decode()
-        match = re.search(rf"^\s*{variable}=(.*)$", text, re.MULTILINE)
-        words = shlex.split(" ".join(shlex.split(match[1]))) if match else []
-    except (UnreadableError, ValueError):  # systemd would not understand it, either
-        return {}
-    found = {}
-    for number, word in enumerate(words):
-        flag, is_joined, value = word.partition("=")
-        following = words[number + 1] if number + 1 < len(words) else ""
-        if flag in _FLAGS:
-            alone = "true" if following.startswith("-") or not following else following
-            found[_FLAGS[flag]] = value if is_joined else alone
-    return found
+        with contextlib.suppress(UnreadableError, ValueError):  # systemd would not understand it, either
+            match = re.search(rf"^\s*{variable}=(.*)$", (read(path) or b"").decode(), re.MULTILINE)
+            found |= flags_of(shlex.split(" ".join(shlex.split(match[1])))) if match else {}
+    return {name: found[flag] for flag, name in _FLAGS.items() if flag in found}
 
 
 _NODE_USER = "system:node:"

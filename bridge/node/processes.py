@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from bridge.node.kubelet import Kubelet
+from bridge.node import kubelet
 from bridge.pki.budget import of_server
 from bridge.specs import Component
 from bridge.system import paths
@@ -274,7 +274,7 @@ def _crictl(*arguments: str) -> dict[str, Any]:
     program = shutil.which("crictl")
     if program is None:
         raise FileNotFoundError("no crictl")
-    endpoint = Kubelet.load().runtime_endpoint
+    endpoint = kubelet.runtime_endpoint()
     words = [program, *(["--runtime-endpoint", endpoint] if endpoint else []), *arguments, "--output", "json"]
     answer = bytearray()
     command = Command(words=words, environment=os.environ, limit=_CRICTL_LIMIT, most_output=_MOST_ANSWER)

@@ -348,12 +348,12 @@ def test_who_is_away_is_not_healthy(plane: Plane) -> None:
 
 
 @pytest.mark.parametrize("text", ["healthzPort: 0\n", "", "- list", "\0", "healthzPort: {a: b}"])
-def test_a_kubelet_without_health_is_taken_as_healthy(plane: Plane, text: str) -> None:
+def test_a_kubelet_without_health_is_taken_as_healthy(plane: Plane, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Switched off; and a configuration that can't be read means the kubelet's defaults."""
     config = plane.directory / "other.yaml"
     config.write_text(text)
-    url = kubelet.Kubelet.load(config).health_url
-    assert url == (None if "Port: 0" in text else "http://127.0.0.1:10248/healthz")
+    monkeypatch.setattr(kubelet, "KUBELET_CONFIG", config)
+    assert kubelet.health_url() == (None if "Port: 0" in text else "http://127.0.0.1:10248/healthz")
 
 
 # --- one by one ------------------------------------------------------------------------------------------------------
