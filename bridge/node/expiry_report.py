@@ -115,11 +115,6 @@ def report(
     )
 
 
-def _soon(_: timedelta) -> timedelta:
-    """30 days for every lifetime, as `renewal.before` by default."""
-    return timedelta(days=30)
-
-
 def _item_row(item: Item, now: datetime, within: Limit | None, left_alone: Collection[str]) -> Row:
     is_left_alone = item.spec.name in left_alone
     within = None if item.foreign or is_left_alone else within
@@ -128,6 +123,7 @@ def _item_row(item: Item, now: datetime, within: Limit | None, left_alone: Colle
     chain, path = item.ending, item.certificate_path
     if item.copy and item.current is not None and first_end(item.copy) < first_end(item.certificates):
         chain, path = (*item.copy, *item.ending), item.current
+    soon = _limit(chain, lambda _: timedelta(days=30), late_share)  # as `renewal.before` by default
     is_lacking = item.key_trouble or item.unlike or (item.state == "missing" and not item.spec.optional)
     return Row(
         name=item.spec.name,
@@ -143,7 +139,7 @@ def _item_row(item: Item, now: datetime, within: Limit | None, left_alone: Colle
         left_alone=is_left_alone,
         due=_is_due(chain, now, limit) or (within is not None and bool(is_lacking)),
         early=not item.foreign and is_early(chain, now),
-        first=item.spec.name == KUBELET_CONF and _is_due(chain, now, limit or _limit(chain, _soon, late_share)),
+        first=item.spec.name == KUBELET_CONF and _is_due(chain, now, limit or soon),
         limit=limit,
         optional=item.spec.optional,
         outlasts_ca=_outlasts_ca(item),

@@ -169,7 +169,9 @@ def _edited(text: str, values: Sequence[tuple[YamlNode, bytes]]) -> str:
     for node, _ in sorted(values, key=lambda value: value[0].place.start, reverse=True):
         start, end = _content(text, node)
         edited = edited[:start] + encoded[node.place.start] + edited[end:]
-    _assert_only_these_changed(text, edited, encoded)
+    wanted = [_meaning(event, encoded) for event in events(text)]
+    if wanted != [_meaning(event, {}) for event in events(edited)]:
+        raise YamlError("wanted two values of the kubeconfig to change, found that others would too")
     return edited
 
 
@@ -375,13 +377,6 @@ def _content(text: str, node: YamlNode) -> tuple[int, int]:
         content = text[header_end:end]
         return end - len(content.lstrip()), header_end + len(content.rstrip())
     return start, end
-
-
-def _assert_only_these_changed(before: str, after: str, changed: dict[int, str]) -> None:
-    """The edited text says the same as before, but for the scalars that began at these places."""
-    wanted = [_meaning(event, changed) for event in events(before)]
-    if wanted != [_meaning(event, {}) for event in events(after)]:
-        raise YamlError("wanted two values of the kubeconfig to change, found that others would too")
 
 
 def _meaning(event: yaml.Event, changed: dict[int, str]) -> tuple[object, ...]:

@@ -203,24 +203,18 @@ def refusals(logs: Sequence[Path]) -> list[Refusal]:
     """The refusals of both kinds in API servers' logs, the most frequent first (UnreadableLogError)."""
     found: dict[str, int] = {}
     for line in _lines(logs):
-        text = line.decode("utf-8", errors="replace")
-        for pattern, say in _SAYINGS:
-            who = say(match) if (match := pattern.search(text)) else ""
-            if who and (who in found or len(found) < _MOST_USERS):
+        for who in _refused(line.decode("utf-8", errors="replace")):
+            if who in found or len(found) < _MOST_USERS:
                 found[who] = found.get(who, 0) + 1
     return [Refusal(who, count) for who, count in sorted(found.items(), key=lambda one: -one[1])]
 
 
-_SAYINGS: Iterable[tuple[re.Pattern[str], Callable[[re.Match[str]], str]]] = (
-    (_HANDSHAKE, lambda found: f"a client at {found[1]} does not trust the API server's certificate"),
-    (
-        _UNKNOWN,
-        lambda found: (
-            f"the client certificate with serial number {int(found[1]):X}, of the CA with the key identifier "
-            f"{found[2] or '(none)'}, is of no CA that the API server trusts"
-        ),
-    ),
-)
+def _refused(line: str) -> Iterator[str]:
+    if found := _HANDSHAKE.search(line):
+        yield f"a client at {found[1]} does not trust the API server's certificate"
+    if found := _UNKNOWN.search(line):
+        whose = f"serial number {int(found[1]):X}, of the CA with the key identifier {found[2] or '(none)'}"
+        yield f"the client certificate with {whose}, is of no CA that the API server trusts"
 
 
 # --- requests by the ends of their certificates -----------------------------------------------------------------------
