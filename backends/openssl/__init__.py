@@ -123,10 +123,8 @@ class OpensslBackend:
         return openssl_setup.setup(wanted)
 
     @classmethod
-    def from_settings(cls, settings: BackendSettings) -> OpensslBackend:
+    def from_settings(cls, settings: OpensslSettings) -> OpensslBackend:
         """As `BackendType`; reads the site's openssl.cnf, if one is named."""
-        if not isinstance(settings, OpensslSettings):
-            raise TypeError(f"wanted OpensslSettings, got {type(settings).__name__}")
         return cls(settings, files_of(settings))
 
     def sign(self, request: SignRequest) -> Issued:

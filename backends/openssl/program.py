@@ -452,10 +452,14 @@ class Openssl:
 
     def failure(self, outcome: ProcessEnd) -> Failure:
         """Why it failed, as far as its messages tell; they decide nothing else."""
-        error = self._stopped(outcome) or self._without_key(outcome.messages) or _killed(outcome)
-        if error:
-            return Failure(error, for_all=True)
+        if stopped := self._stopped(outcome):
+            return Failure(stopped, for_all=True)
+        if _MISMATCH.search(outcome.messages):
+            return Failure(self.key_of_another_ca(), for_all=True)
         notes = self._notes(outcome.messages)
+        # a key that can't be loaded comes first: an engine then crashes, but the messages are complete
+        if error := self.key.failure(outcome.messages, notes) or _killed(outcome):
+            return Failure(error, for_all=True)
         return Failure(BackendRefusedError(f"openssl ended with code {outcome.code}: {notes}"), for_all=False)
 
     def _stopped(self, outcome: ProcessEnd) -> BackendUnavailableError | None:
@@ -467,12 +471,6 @@ class Openssl:
         if _DISK_FULL.search(outcome.messages):
             return BackendUnavailableError("wanted room for the CA's database, found the disk full")
         return None
-
-    def _without_key(self, messages: str) -> BackendError | None:
-        """The error of a key that can't be loaded, if that is it: an engine then crashes, but the messages are complete."""
-        if _MISMATCH.search(messages):
-            return self.key_of_another_ca()
-        return self.key.failure(messages, self._notes(messages))
 
     def key_of_another_ca(self) -> BackendRefusedError:
         """The key and the certificate are no pair."""

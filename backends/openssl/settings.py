@@ -76,7 +76,15 @@ class CAFiles:
 
 def files_of(settings: OpensslSettings) -> CAFiles:
     """The CA's files by the settings, or by the site's openssl.cnf that they name."""
-    return _site_files(settings) if settings.config else _files(settings)
+    if settings.config:
+        return _site_files(settings)
+    folder = settings.dir or Path("/")  # without dir all four are named
+    return CAFiles(
+        certificate=settings.certificate or folder / _FILES["certificate"],
+        private_key=settings.private_key or str(folder / _FILES["private_key"]),
+        database=settings.database or folder / _FILES["database"],
+        new_certs_dir=settings.new_certs_dir or folder / _FILES["new_certs_dir"],
+    )
 
 
 def private_key_of(files: CAFiles, settings: OpensslSettings) -> PrivateKey:
@@ -85,16 +93,6 @@ def private_key_of(files: CAFiles, settings: OpensslSettings) -> PrivateKey:
     if where.startswith(SCHEME) and settings.pkcs11:
         return TokenKey(where, settings.pkcs11)
     return KeyFile(Path(where), settings.passphrase)
-
-
-def _files(settings: OpensslSettings) -> CAFiles:
-    folder = settings.dir or Path("/")  # without dir all four are named
-    return CAFiles(
-        certificate=settings.certificate or folder / _FILES["certificate"],
-        private_key=settings.private_key or str(folder / _FILES["private_key"]),
-        database=settings.database or folder / _FILES["database"],
-        new_certs_dir=settings.new_certs_dir or folder / _FILES["new_certs_dir"],
-    )
 
 
 def _site_files(settings: OpensslSettings) -> CAFiles:
