@@ -52,7 +52,9 @@ def gather(
                 f"{places.authority(authority)}: wanted {_about(named[0])}, found {_about(live[0])}",
                 hint="one of the two belongs to another cluster",
             )
-        ours = tuple(named or live) or _of_backend(settings, authority)
+        ours = tuple(named or live)
+        if not ours and authority.name in settings.authorities:  # the one that signs, which kubeadm uses as the root
+            ours = signer_of(registry.configured(settings, [authority.name])[authority.name])
         if not ours:
             raise AuthorityError(
                 f"{authority.name}: wanted the CA's certificate, found it in no file and from no backend"
@@ -87,13 +89,6 @@ def _in_file(path: Path) -> tuple[x509.Certificate, ...]:
         return ()
     except UnreadableError as e:
         raise AuthorityError(f"{path}: wanted a CA certificate, found: {e}") from None
-
-
-def _of_backend(settings: Settings, authority: Authority) -> tuple[x509.Certificate, ...]:
-    """The certificate that signs, which kubeadm uses as the root."""
-    if authority.name not in settings.authorities:
-        return ()
-    return signer_of(registry.configured(settings, [authority.name])[authority.name])
 
 
 def trouble(certificates: tuple[x509.Certificate, ...], now: datetime) -> str | None:

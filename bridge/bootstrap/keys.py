@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -71,7 +70,8 @@ def by_kubeadm(
 ) -> dict[str, Made]:
     """Have kubeadm make these of a control-plane node's; those of an etcd that is elsewhere it makes, too, for nothing."""
     _assert_version(program, version)
-    with _scratch(state_dir) as scratch:
+    with tempfile.TemporaryDirectory(dir=state_dir, prefix=_SCRATCH) as name:  # 0700
+        scratch = Path(name)
         file, pki, kubeconfigs = scratch / "kubeadm.yaml", scratch / "pki", scratch / "kubeconfigs"
         write_staged(file, config, Attributes.private())
         _assert_valid(program, file)
@@ -79,15 +79,6 @@ def by_kubeadm(
         _run([*words, "--cert-dir", str(pki), "--kubeconfig-dir", str(kubeconfigs)])
         ours = [spec for spec in specs if spec.listed or spec.name == KUBELET_CONF]
         return {spec.name: _made(spec, pki, kubeconfigs) for spec in ours}
-
-
-@contextlib.contextmanager
-def _scratch(state_dir: Path) -> Iterator[Path]:
-    directory = Path(tempfile.mkdtemp(dir=state_dir, prefix=_SCRATCH))  # 0700
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory)
 
 
 def _run(words: Sequence[str]) -> list[str]:

@@ -202,7 +202,8 @@ def gather_answers(
         requests, _ = airgap.carry(run, rest, desired.inputs.request)
         why = f"{desired.inputs.request} is to be carried to the desk, fingerprint {short_fingerprint(requests)}"
         return Answers(answered=answered, waiting=[_waits(one, why) for one in rest], strange=strange)
-    away = [one for one in rest if _is_away(run, one)]
+    at_desks = [one for one in rest if one.open and one.open.bundles]
+    away = [one for one in at_desks if one.authority not in run.settings.authorities]
     answered += _asked(run, [one for one in rest if one not in away], expected)
     waiting = [_waits(one, "an operator has the request") for one in away]
     return Answers(answered=answered, waiting=waiting, strange=strange)
@@ -223,11 +224,6 @@ def _carried(
         airgap.answered_by(run, one, found, expected[one.authority]) for one in prepared if one.name in found.candidates
     ]
     return answered, tuple(found.strange)
-
-
-def _is_away(run: Run, one: Prepared) -> bool:
-    """An operator has the request, and no CA can be asked for it."""
-    return bool(one.open and one.open.bundles) and one.authority not in run.settings.authorities
 
 
 def _asked(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]) -> list[Answered]:

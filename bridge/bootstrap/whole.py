@@ -26,7 +26,7 @@ from bridge.bootstrap.desired import (
 from bridge.bootstrap.places import Places, Read, Role, ca_keys, live, traces_of_cluster
 from bridge.node import kubeconfig, pair
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
-from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
+from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.pair import is_sa_pair
 from bridge.pki import identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, san_entries
@@ -54,14 +54,10 @@ class NodeLook:
         anchors: dict[str, tuple[x509.Certificate, ...]] = {}
         found += self._authorities(anchors)
         for spec in self.places.specs(self.role):
-            found += self._certificate(spec, anchors.get(spec.authority.name, ()))
+            found += self.problems_of(spec, anchors.get(spec.authority.name, ()))
         if self.role != "worker":
             found += self._service_account()
         return found
-
-    def problems_of(self, spec: CertificateSpec, anchors: tuple[x509.Certificate, ...]) -> list[str]:
-        """The missing and wrong parts of one certificate, in the form of `problems`."""
-        return list(self._certificate(spec, anchors))
 
     def missing(self) -> list[Path]:
         """Files that are not there."""
@@ -125,7 +121,8 @@ class NodeLook:
 
     # --- certificates -------------------------------------------------------------------------------------------------
 
-    def _certificate(self, spec: CertificateSpec, anchors: tuple[x509.Certificate, ...]) -> Iterator[str]:
+    def problems_of(self, spec: CertificateSpec, anchors: tuple[x509.Certificate, ...]) -> Iterator[str]:
+        """The missing and wrong parts of one certificate, in the form of `problems`."""
         missing = [path for path in self.files_of(spec) if self.read(path) is None]
         for path in missing:
             yield f"{path}: wanted a file, found none"
@@ -159,12 +156,11 @@ class NodeLook:
             yield f"{path}: wanted the certificate of ca.crt in it, found another one or none"
         if not parsed.server:
             yield f"{path}: wanted the API server's address in it, found none"
-        if spec.name == KUBELET_CONF:
-            yield from self._reference(path, parsed)
-
-    def _reference(self, path: Path, parsed: Kubeconfig) -> Iterator[str]:
-        """Demand a reference to the .pem: embedded data would need its own renewal, and fail once it has expired."""
-        current = str(self.places.kubelet_current)
+        if spec.name != KUBELET_CONF:
+            return
+        current = str(
+            self.places.kubelet_current
+        )  # embedded data would need its own renewal, and fail once it has expired
         if parsed.certificate_data or (parsed.certificate_file, parsed.key_file) != (current, current):
             yield f"{path}: wanted {current} as client-certificate and client-key, found something else"
 
@@ -240,33 +236,27 @@ def check(
     found = [f"{path}: wanted a node without a cluster, found it" for path in traces_of_cluster(places)]
     wanted = "wanted kubeadm's configuration, by which names are judged, found none"
     found += [f"{file}: {wanted}" for file in files if live(file) is None]
-    look = NodeLook(
-        places=places,
-        role=role,
-        read=live,
-        now=now,
-        node=config.name if config is not None else settings.node.name,
-        config=config if role != "worker" else None,
-        extra_subject=_extra_subject(settings),
-    )
+    look = _look(settings, places, role, config, live, now)
     return [*found, *look.problems()]
 
 
 def look_at(settings: Settings, desired: DesiredNode, read: Read, now: datetime) -> NodeLook:
     """Look at a node as it is to become; `read` may tell files that are not in place yet."""
+    return _look(settings, desired.places, desired.role, desired.config, read, now)
+
+
+def _look(
+    settings: Settings, places: Places, role: Role, config: KubeadmConfig | None, read: Read, now: datetime
+) -> NodeLook:
     return NodeLook(
-        places=desired.places,
-        role=desired.role,
+        places=places,
+        role=role,
         read=read,
         now=now,
-        node=desired.node,
-        config=desired.config if desired.role != "worker" else None,
-        extra_subject=_extra_subject(settings),
+        node=config.name if config is not None else settings.node.name,
+        config=config if role != "worker" else None,
+        extra_subject=frozenset().union(*map(settings.extra_subject, AUTHORITIES)),
     )
-
-
-def _extra_subject(settings: Settings) -> frozenset[tuple[str, str]]:
-    return frozenset().union(*map(settings.extra_subject, AUTHORITIES))
 
 
 _MADE_FOR_ANOTHER = (
