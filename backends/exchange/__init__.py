@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from bridge.contract import GIVEN, BackendSettings, Issued, Pending, SignRequest
-from bridge.errors import (
-    BackendError,
-    BackendRefusedError,
-    BackendUnavailableError,
-    SettingsProblem,
-    Violation,
-)
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsProblem, Violation
 from bridge.pki.budget import MOST_BYTES, Budget, OverBudgetError
 from bridge.pki.bundle import AnswerBundle, BundleError, IncompleteBundleError, Refusal, RequestBundle, bundle_of
 from bridge.pki.bundle_format import (
