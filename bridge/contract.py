@@ -8,7 +8,7 @@ back: `bridge.pki.verify` does that, for all backends alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -445,6 +445,23 @@ class TellsRevoked(Protocol):
 
         Raises:
             BackendRefusedError: The CA does not accept us, or can't say.
+            BackendUnavailableError: No answer.
+        """
+        ...
+
+
+@runtime_checkable
+class ListsRevoked(Protocol):
+    """Optional, beside `TellsRevoked`, for one who looks many certificates up at once."""
+
+    def revoked(self) -> Collection[int] | None:
+        """
+        List what this CA has revoked.
+
+        Returns:
+            The serial numbers; None: the CA does not list them for us, so that each has to be looked up.
+
+        Raises:
             BackendUnavailableError: No answer.
         """
         ...

@@ -50,6 +50,8 @@ _SECRET_KEYS = frozenset({"token", "role_id", "secret_id", "jwt", "password"})
 _OPTIONAL_KEYS: Mapping[str, tuple[str, ...]] = {"approle": ("wrapped",), "cert": ("role",)}
 #: Texts of issuers' certificates that are remembered; an answer has at most a megabyte.
 _CHAINS = 8
+#: More revoked certificates are not listed, since the list would be longer than an answer may be.
+_MOST_LISTED = 10_000
 #: Which role a certificate is signed with.
 RoleOf = Callable[[CertificateSpec], str]
 #: By default: for certificates that all nodes have alike, and for those with a node's own names.
@@ -231,6 +233,19 @@ class VaultBackend:
         if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
             return False
         return bool(answer.or_raise().data.get("revocation_time"))
+
+    def revoked(self) -> frozenset[int] | None:
+        """The numbers of all, where the token has `list` on the mount's `certs/revoked`, and they are not too many."""
+        path = f"{_path(self._settings.mount)}/certs/revoked?list=true&limit={_MOST_LISTED + 1}"
+        try:
+            answer = self._send("get", path)
+            if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:  # none was ever revoked
+                return frozenset()
+            numbers = texts(answer.or_raise().data.get("keys"))
+            found = frozenset(int(number.replace(":", "").replace("-", ""), 16) for number in numbers)
+        except (BackendRefusedError, ValueError):
+            return None
+        return found if len(found) <= _MOST_LISTED else None
 
     def identity(self) -> str:
         """The login's role or user and its entity; for a token that was given, what it may see of itself."""

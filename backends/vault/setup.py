@@ -236,7 +236,9 @@ def policy(
         more = "".join(f' "{key}" = []' for key in beside)
         stanzas = [_SIGN.format(path=f"{prefix}/sign/{name}", more=more) for name in names]
         stanzas += [_READ.format(path=f"{mount}/roles/{name}") for name in names if read_roles]
-    return "\n".join([*stanzas, _SELF, _REVOKE.format(path=f"{mount}/revoke")])
+    return "\n".join(
+        [*stanzas, _SELF, _REVOKED.format(path=f"{mount}/certs/revoked"), _REVOKE.format(path=f"{mount}/revoke")]
+    )
 
 
 _SIGN = """\
@@ -260,6 +262,12 @@ path "auth/token/revoke-self" {
 path "sys/capabilities-self" {
   capabilities = ["update"]
 }
+"""
+_REVOKED = """\
+# A desk or a door sees in one look which certificates are revoked. The CRL shows everybody the same.
+path "{path}" {{
+  capabilities = ["list"]
+}}
 """
 _REVOKE = """\
 # Only for `[renewal] revoke = "superseded"`. It can't be limited: it allows the node to revoke any certificate of the mount.

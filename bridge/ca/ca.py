@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -25,6 +25,7 @@ from bridge.contract import (
     Issued,
     ListsIssuers,
     ListsIssuersOf,
+    ListsRevoked,
     Pending,
     PutsAway,
     Recalls,
@@ -53,8 +54,10 @@ from bridge.specs import CertificateSpec
 from bridge.system.console import log
 from bridge.system.waiting import workers
 
-#: Requests to one CA at a time; more do not make OpenBao or cfssl any faster (their own CPU is the limit).
-PARALLEL_REQUESTS = 4
+#: Requests to one CA at a time. A desk's lot has more, since OpenBao with its storage on disk signs a quarter more
+#: then; for a node's few certificates, further connections cost more than they bring.
+PARALLEL_REQUESTS, PARALLEL_REQUESTS_OF_LOT = 4, 8
+_LOT = 25
 
 Answer = Issued | Pending | BackendError
 Answered = tuple[SignRequest, Answer]
@@ -190,7 +193,7 @@ class CA:
 
         if len(requests) == 1:
             return [sign(requests[0])]
-        with workers(PARALLEL_REQUESTS) as pool:
+        with workers(PARALLEL_REQUESTS if len(requests) < _LOT else PARALLEL_REQUESTS_OF_LOT) as pool:
             return list(pool.map(sign, requests))
 
     def ask_one(self, request: SignRequest) -> Answer:
@@ -275,6 +278,11 @@ class CA:
         """Whether the CA has revoked it; False where this CA can't tell."""
         backend = self.backend
         return isinstance(backend, TellsRevoked) and self._question(lambda: backend.is_revoked(certificate))
+
+    def revoked(self) -> Collection[int] | None:
+        """The serial numbers of all that the CA has revoked; None: it lists none for us, see `is_revoked`."""
+        backend = self.backend
+        return self._question(backend.revoked) if isinstance(backend, ListsRevoked) else None
 
     def close(self) -> None:
         """Close the backend."""

@@ -24,6 +24,7 @@ from bridge.contract import (
     Identifies,
     Issued,
     ListsIssuers,
+    ListsRevoked,
     Pending,
     PutsAway,
     Recalls,
@@ -61,6 +62,7 @@ FURTHER_ABILITIES = {
     "revoke": Revokes,
     "revoke_proven": RevokesProven,
     "is_revoked": TellsRevoked,
+    "revoked": ListsRevoked,
 }
 #: One for each kind of CSR; the others differ in size alone.
 ALGORITHMS: tuple[KeyAlgorithm, ...] = ("rsa-2048", "ecdsa-p256", "ecdsa-p384")

@@ -5,9 +5,11 @@ the next windows are read and judged; a CA's answers are written to the journal 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -39,12 +41,15 @@ from bridge.state import audit
 from bridge.system.many import NewFile, write_together
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import StateError
+from bridge.words import one_line
 
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
 #: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part.
 _FIRST_WINDOW, _LARGEST_WINDOW = 250, 1000
 #: The size of a window's files. Honest bundles stay below it; up to four windows are in memory.
 _LARGEST_WINDOW_BYTES = 8 << 20
+#: A certificate that was revoked after a run has begun is noticed by the run within this time.
+_LISTED_SECONDS = 1.0
 #: Windows that are read and judged while an earlier one is signed or delivered, so that no CA waits for us.
 _AHEAD = 2
 #: Requests to a backend that signs one by one, which are written to the journal at once before it is asked.
@@ -105,6 +110,8 @@ class Job:
     verdicts: dict[str, PolicyVerdict] = field(default_factory=dict)
     answers: dict[str, DeskAnswer] = field(default_factory=dict)
     troubles: dict[str, BridgeError] = field(default_factory=dict)  #: Why there is no answer yet.
+    #: The troubles that an earlier run has recorded: the same are not recorded in each run, while a CA is away.
+    noted: str = ""
     approved_by: str = ""
     #: Requests that need no continuity proof, by certificate name, with words for the record.
     vouched: Mapping[str, str] = field(default_factory=dict)
@@ -120,6 +127,11 @@ class Job:
     def to_sign(self) -> list[BundledRequest]:
         """The requests without an answer and without trouble."""
         return [one for one in self.bundle.requests if one.name not in self.answers and one.name not in self.troubles]
+
+    @property
+    def trouble_text(self) -> str:
+        """All troubles in one line."""
+        return "; ".join(dict.fromkeys(one_line(error.reason) for error in self.troubles.values()))
 
     @property
     def is_complete(self) -> bool:
@@ -174,6 +186,8 @@ class Desk:
         if not waits:
             self._configured = {name: at_once(one) for name, one in self._configured.items()}
         self._cas: dict[str, _Authority] = {}
+        #: The serial numbers that are revoked, by authority, and when they were read.
+        self._lists: dict[str, tuple[Collection[int] | None, float]] = {}
         #: One for all bundles, for the row "`sign` of an inbox" of docs/evidence/numbers.md: threads cost more than a look.
         self._lookups = ThreadPoolExecutor(PARALLEL_REQUESTS)
 
@@ -232,20 +246,40 @@ class Desk:
 
     def _find_revoked(self, job: Job, problems: Mapping[str, list[str]]) -> None:
         """Add a problem to each request whose proof is by a revoked certificate; all CAs are asked at the same time."""
-        shown = {one.name: _shown(job, one) for one in job.to_sign}
-        proven = [one for one in job.to_sign if not problems[one.name] and shown[one.name] is not None]
+        shown = {one.name: _shown(job, one) for one in job.to_sign if not problems[one.name]}
+        proven = {name: old for name, old in shown.items() if old is not None}
 
         def look(request: BundledRequest) -> None:
+            old = proven[request.name]
             try:
-                problems[request.name].extend(_revoked(self._cas[request.authority].ca, shown[request.name]))
+                if self._is_revoked(request.authority, old):
+                    found = f"found the revoked one with serial {serial_hex(old)}"
+                    problems[request.name].append(f"proof: wanted one by a certificate that is not revoked, {found}")
             except BackendError as e:
                 job.troubles[request.name] = e
 
-        if len(proven) > 1 and any(ca.ca.tells_revoked for ca in self._cas.values()):
-            list(self._lookups.map(look, proven))
+        requests = [one for one in job.to_sign if one.name in proven]
+        unlisted = [one for one in requests if self._listed(one.authority) is None]
+        if len(unlisted) > 1 and any(ca.ca.tells_revoked for ca in self._cas.values()):
+            list(self._lookups.map(look, requests))
         else:
-            for request in proven:
+            for request in requests:
                 look(request)
+
+    def _is_revoked(self, authority: str, certificate: x509.Certificate) -> bool:
+        listed = self._listed(authority)
+        ca = self._cas[authority].ca
+        return ca.is_revoked(certificate) if listed is None else certificate.serial_number in listed
+
+    def _listed(self, authority: str) -> Collection[int] | None:
+        """What the CA has revoked, as it said in this run and a second ago at most; None: it has to be asked for each."""
+        listed, read = self._lists.get(authority, (None, -_LISTED_SECONDS))
+        if time.monotonic() - read > _LISTED_SECONDS:
+            read, listed = time.monotonic(), None
+            with contextlib.suppress(BackendError):  # the question about each certificate says what is wrong
+                listed = self._cas[authority].ca.revoked()
+            self._lists[authority] = listed, read
+        return listed
 
     def _answer_again(self, job: Job, request: BundledRequest, answered: Answered) -> DeskAnswer:
         """The certificate that was signed for this CSR, so that an old bundle gets no second one."""
@@ -364,9 +398,10 @@ class Desk:
     ) -> None:
         """Sign allowed requests, and deliver the answers; a job's own errors are in its `troubles`."""
         self._workers = workers
+        self._lists.clear()
         with ThreadPoolExecutor(1) as signing:
             open_: deque[tuple[list[Job], Future[None]]] = deque()
-            for window in _windows(map(self.judged, jobs)):
+            for window in _windows(map(self.judged, jobs), self._largest_window):
                 open_.append((window, signing.submit(self._sign, window, journal)))
                 if len(open_) > _AHEAD:
                     self._finish(*open_.popleft(), journal, record, observer)
@@ -379,6 +414,12 @@ class Desk:
         self._lookups.shutdown(wait=False, cancel_futures=True)
         for authority in self._cas.values():
             authority.ca.close()
+
+    @property
+    def _largest_window(self) -> int:
+        """Larger windows only make a CA wait that signs one by one anyway."""
+        at_once = any(hasattr(one.backend_type, "sign_many") for one in self._configured.values())
+        return _LARGEST_WINDOW if at_once else _FIRST_WINDOW
 
     def _sign(self, window: Sequence[Job], journal: Journal) -> None:
         """Ask all CAs at the same time, each for the requests of all bundles of the window."""
@@ -496,6 +537,7 @@ class Desk:
     def _record(self, job: Job, record: audit.Record) -> None:
         about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"
         about += f", approved by {job.approved_by}" if job.approved_by else ""
+        is_new = job.trouble_text != job.noted
         if job.is_complete:
             for one in job.standing.decisions:
                 event = audit.APPROVED if one.verdict == "approved" else audit.NOT_APPROVED
@@ -515,7 +557,7 @@ class Desk:
             elif isinstance(answer, Refusal):
                 error = RefusedByPolicyError(f"{about}: {answer.reason}")
                 record.add(audit.REFUSED, request.name, error=error, **common)  # type: ignore[arg-type]
-            elif trouble is not None and not isinstance(trouble, WaitingError | OtherDeskError):
+            elif trouble is not None and is_new and not isinstance(trouble, WaitingError | OtherDeskError):
                 kind = BackendUnavailableError if trouble.exit_code == Exit.UNAVAILABLE else BridgeError
                 record.add(audit.event_of(trouble), request.name, error=kind(f"{about}: {trouble.reason}"), **common)  # type: ignore[arg-type]
 
@@ -555,7 +597,7 @@ def _concluded(job: Job, delivery: Delivery, error: OSError | None) -> str:
     return delivery.where
 
 
-def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+def _windows(jobs: Iterable[Job], largest: int) -> Iterator[list[Job]]:
     window: list[Job] = []
     size, size_bytes, enough = 0, 0, _FIRST_WINDOW
     for job in jobs:
@@ -563,7 +605,7 @@ def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
         size, size_bytes = size + len(job.bundle.requests), size_bytes + job.size_bytes
         if size >= enough or size_bytes >= _LARGEST_WINDOW_BYTES:
             yield window
-            window, size, size_bytes, enough = [], 0, 0, min(2 * enough, _LARGEST_WINDOW)
+            window, size, size_bytes, enough = [], 0, 0, min(2 * enough, largest)
     if window:
         yield window
 
@@ -582,15 +624,6 @@ def _shown(job: Job, request: BundledRequest) -> x509.Certificate | None:
 
 def _problems_of(origin: Origin | None) -> list[str]:
     return [origin.problem] if origin is not None and origin.problem else []
-
-
-def _revoked(ca: CA, old: x509.Certificate | None) -> list[str]:
-    """The problem of a proof by a revoked certificate, whose key may be lost or stolen."""
-    if old is None or not ca.is_revoked(old):
-        return []
-    return [
-        f"proof: wanted one by a certificate that is not revoked, found the revoked one with serial {serial_hex(old)}"
-    ]
 
 
 def _recalled(

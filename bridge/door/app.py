@@ -45,6 +45,8 @@ _SOON_SECONDS, _LATER_SECONDS = 1, 30
 _SOON_FOR = timedelta(seconds=30)
 #: How often all nodes that wait look in a second, about: each look takes time from signing (docs/evidence/numbers.md).
 _LOOKS_A_SECOND = 25
+#: Bundles that are judged at the same time: with more, the thread that signs hardly gets a turn, and the CA waits for it.
+_JUDGED_AT_ONCE = 2
 #: When a node that was turned away may come again.
 _PAUSE_SECONDS = 30
 #: The part of the room for requests that no CA's certificate is there to judge by.
@@ -121,6 +123,7 @@ class Door:
         #: Called with the peer and the id of each new request.
         self.brought: Callable[[Environ, str], object] = lambda *_: None
         self._mutex = threading.Lock()
+        self._judging = threading.Semaphore(_JUDGED_AT_ONCE)
         self.arrived = threading.Event()  #: There is something to sign.
         self.ending = threading.Event()  #: No new request is taken.
         self.answers: Counter[int] = Counter()  #: By status.
@@ -212,6 +215,10 @@ class Door:
         data = json_body(environ)
         if isinstance(data, Reply):
             return data
+        with self._judging:
+            return self._take(environ, data)
+
+    def _take(self, environ: Environ, data: bytes) -> Reply:
         try:
             bundle, asked = loads_digested(data)
         except BundleError as e:
@@ -292,6 +299,10 @@ class Door:
         is_new = kept.begun is None or self._now() - kept.received < _SOON_FOR
         later = self._soon() if is_new else str(_LATER_SECONDS)
         return Reply.of(HTTPStatus.ACCEPTED, document, retry_after=later)
+
+    def answered(self) -> None:
+        """Count one request less that waits."""
+        self.to_sign -= 1
 
     def _soon(self) -> str:
         """Seconds until a node whose turn may come soon should look again: more where many wait."""

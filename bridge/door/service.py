@@ -100,6 +100,7 @@ class Service:
         self._door.below["/v1/approvals"] = Api(approvals, lambda: self._signing.cas)
         self._door.below["/approvals"] = Pages(approvals, self.memory, self._secret, now)
         self._door.received = self._signing.expect
+        self._signing.answered = self._door.answered
         self._door.brought = lambda environ, request_id: approvals.brought(environ, request_id, now())
         self._ending = False
         self._fatal: OwnClusterError | None = None

@@ -43,7 +43,6 @@ from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.state.store import Store
 from bridge.system.paths import UnreadableError, read_ca_file
-from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
 
@@ -115,6 +114,7 @@ class Signing:
         self.chains: Mapping[str, tuple[x509.Certificate, ...]] = {}
         #: Bundles of requests that came lately, by the bytes that they were read from.
         self._read: dict[bytes, Judged] = {}
+        self.answered: Callable[[], object] = lambda: None  #: Called for each request that is answered.
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
 
     def look(self) -> None:
@@ -286,6 +286,7 @@ class Signing:
                 elif not job.vouched:
                     job.ahead = self._foreseen(judged, one.digest)
                 job.standing = self.standing(one, bundle)
+                job.noted = one.note or ""
                 yield job
             except (BundleError, DatabaseError) as e:  # it was whole when it came
                 log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400
@@ -378,12 +379,12 @@ class _Left:
         """One bundle went through the desk."""
         node, counts = job.bundle.node, Counter[str]()
         if not where:
-            text = "; ".join(dict.fromkeys(one_line(error.reason) for error in job.troubles.values()))
-            self.notes[job.digest] = text or "it waits for its turn"
+            text = self.notes[job.digest] = job.trouble_text or "it waits for its turn"
             if any(isinstance(one, UndecidedError) for one in job.troubles.values()):
                 self.undecided.add(job.digest)
             self.is_down |= not all(isinstance(one, WaitingError | OtherDeskError) for one in job.troubles.values())
-            log.info("%s: %s waits: %s", job.label, node, text, extra={"request": job.digest[:16]})
+            if text != job.noted:
+                log.info("%s: %s waits: %s", job.label, node, text, extra={"request": job.digest[:16]})
             return
         for name, answer in job.answers.items():
             kind = "refused" if isinstance(answer, Refusal) else "again" if name in job.again else "signed"
@@ -391,6 +392,7 @@ class _Left:
             if isinstance(answer, Refusal):
                 log.warning("%s: %s: %s is refused: %s", job.label, node, name, answer.reason)
         self._signing.outcomes += counts
+        self._signing.answered()
         text = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
         log.info("%s: %s: %s", job.label, node, text, extra={"request": job.digest[:16]})
 

@@ -33,7 +33,7 @@ from bridge.pki.bundle import (
     RequestBundle,
     is_carried,
 )
-from bridge.pki.certificates import UNREADABLE, extended_key_usages, fingerprint, name_text, pem, san_counts, serial_hex
+from bridge.pki.certificates import UNREADABLE, extended_key_usages, fingerprint, pem, san_counts, serial_hex
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.specs import AUTHORITIES, EKU, MASTERS
@@ -468,9 +468,9 @@ def _block(load: Callable[[bytes], _Signed], value: object, place: str, what: st
 def _damage(one: x509.Certificate | x509.CertificateSigningRequest) -> str | None:
     """Why a part of a CSR or certificate can't be read; all parts are tried, since the library reads lazily."""
     try:
-        _ = name_text(one.subject), one.public_key(), san_counts(one), extended_key_usages(one)
+        _ = one.subject, one.public_key(), san_counts(one), extended_key_usages(one)
         if isinstance(one, x509.Certificate):
-            _ = name_text(one.issuer), serial_hex(one)
+            _ = one.issuer, serial_hex(one)
             _ = minute(one.not_valid_before_utc), minute(one.not_valid_after_utc)
     except (*UNREADABLE, OverflowError) as e:
         return f"{type(e).__name__}: {one_line(e)}"

@@ -194,6 +194,11 @@ path "sys/capabilities-self" {
   capabilities = ["update"]
 }
 
+# A desk or a door sees in one look which certificates are revoked. The CRL shows everybody the same.
+path "pki-etcd/certs/revoked" {
+  capabilities = ["list"]
+}
+
 # Only for `[renewal] revoke = "superseded"`. It can't be limited: it allows the node to revoke any certificate of the mount.
 # path "pki-etcd/revoke" {
 #   capabilities = ["update"]

@@ -62,6 +62,11 @@ path "sys/capabilities-self" {
   capabilities = ["update"]
 }
 
+# A desk or a door sees in one look which certificates are revoked. The CRL shows everybody the same.
+path "pki-front-proxy/certs/revoked" {
+  capabilities = ["list"]
+}
+
 # Only for `[renewal] revoke = "superseded"`. It can't be limited: it allows the node to revoke any certificate of the mount.
 # path "pki-front-proxy/revoke" {
 #   capabilities = ["update"]

@@ -1548,6 +1548,27 @@ def test_revokes_nothing_without_the_right(pki: openbao.OpenBao, apiserver: Sign
         assert not backend.is_revoked(leaf)
 
 
+def test_lists_what_is_revoked(
+    pki: openbao.OpenBao, ca: TestCA, apiserver: SignRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the policy that `setup vault` prints; without its right to list, or with too many, each is looked up."""
+    with vault(pki.url, token_file(tmp_path, pki.root_token)) as backend:
+        old, new = backend.sign(apiserver).leaf, backend.sign(apiserver).leaf
+        backend.revoke(old)
+    with vault(pki.url, approle(pki, tmp_path, "node")) as backend:
+        listed = backend.revoked()
+        assert listed is not None
+        assert (old.serial_number in listed, new.serial_number in listed) == (True, False)
+        monkeypatch.setattr("backends.vault._MOST_LISTED", len(listed) - 1)
+        assert backend.revoked() is None
+    with vault(pki.url, token_file(tmp_path, pki.token("default"))) as backend:
+        assert backend.revoked() is None
+        assert backend.is_revoked(old)
+    pki.add_ca("nothing-revoked", ca.certificate_pem, ca.key_pem)
+    with vault(pki.url, token_file(tmp_path, pki.root_token), mount="nothing-revoked") as backend:
+        assert backend.revoked() == frozenset()
+
+
 # ------------------------------------------------------------------------- one login for three authorities
 
 

@@ -25,6 +25,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from backends import openssl
+from backends.vault import setup as vault_setup
 from bridge.ca import ca, registry
 from bridge.cli import desk as cli_desk
 from bridge.cli.app import app
@@ -44,7 +45,7 @@ from bridge.specs import AUTHORITIES, SPECS
 from bridge.state import audit
 from bridge.system import paths
 from bridge.system.locks import lock
-from tests.kit import approval, cfssl, opensslca, programs
+from tests.kit import approval, cfssl, openbao, opensslca, programs
 from tests.kit.bundles import VALIDITY, changed, make_bundle, new_csr, old_pairs, proven
 from tests.kit.desks import PASSPHRASE, POLICY, Desk, killing, make_desk
 from tests.kit.issuing import Signer
@@ -778,6 +779,38 @@ def with_backend(desk_: Desk, pki: Pki, table: Mapping[str, str]) -> None:
     desk_.policy.write_text(POLICY.replace("[allow]", f'ca_dir = "{pki.ca_dir}"\n\n[allow]'))
 
 
+@pytest.mark.parametrize("may_list", [True, False])
+def test_a_desk_with_openbao_refuses_a_revoked_proof(
+    desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path, may_list: bool
+) -> None:
+    """Whether the token may list what is revoked, or the desk looks each certificate up; the others are signed."""
+    live = {name: old for name, (old, _) in pairs.items()}
+    with openbao.dev_server() as bao:
+        bao.add_ca("ca", *pki.ca_pem("ca"))
+        policy = vault_setup.policy("ca", bao.add_kubeadm_roles("ca", live, VALIDITY))
+        assert "certs/revoked" in policy
+        bao.add_policy("desk", policy if may_list else policy.replace("certs/revoked", "no-such-path"))
+        token = tmp_path / "token"
+        token.touch(mode=0o600)
+        token.write_text(bao.token("desk"))
+        with_backend(desk_, pki, {"type": "vault", "url": bao.url, "mount": "ca", "auth.token_file": f"{token}"})
+        first, second = (make_bundle(some(pairs, name, "scheduler.conf")) for name in ("apiserver", "admin.conf"))
+        [stolen] = [one.replaces for one in second.requests if one.name == "admin.conf"]
+        assert stolen is not None
+        bao.write("ca/revoke", certificate=pem(stolen).decode())
+        for bundle in (first, second):
+            put(desk_, bundle)
+
+        run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+
+    assert run.returncode == Exit.REFUSED
+    by_batch = {answer.batch: dict(answer.answers) for answer in answers_of(desk_)}
+    refused = by_batch[second.batch].pop("admin.conf")
+    assert isinstance(refused, Refusal)
+    assert "found the revoked one" in refused.reason
+    assert all(isinstance(one, Issued) for one in (*by_batch[first.batch].values(), *by_batch[second.batch].values()))
+
+
 @pytest.mark.kube("cfssl")
 def test_a_desk_with_cfssl(desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path) -> None:
     """Any backend works at the desk."""
@@ -819,7 +852,7 @@ def test_a_killed_run_asks_again_only_for_what_was_on_its_way(
 
     calls = (tmp_path / "people/calls").read_text().splitlines()
     assert len(set(calls)) == 40
-    assert 40 <= len(calls) <= 40 + ca.PARALLEL_REQUESTS
+    assert 40 <= len(calls) <= 40 + ca.PARALLEL_REQUESTS_OF_LOT
 
 
 def test_a_desk_whose_ca_answers_later(
@@ -1217,7 +1250,7 @@ def test_a_window_is_bounded_by_bytes(pairs: Pairs) -> None:
     for size, windows in ((1 << 20, [8, 2]), (1 << 10, [10])):
         one = partial(desk.Job, bundle=bundle, digest="", label="", delivery=lambda _: nowhere, size_bytes=size)
         jobs = [one() for _ in range(10)]
-        assert [len(window) for window in desk._windows(jobs)] == windows
+        assert [len(window) for window in desk._windows(jobs, desk._LARGEST_WINDOW)] == windows
     for size, chunks in ((1 << 20, [1] * 10), (1 << 10, [1, 9])):
         read = [SimpleNamespace(data=b" " * size) for _ in range(10)]
         assert [len(chunk) for chunk in workers._chunks(read)] == chunks
@@ -1398,7 +1431,9 @@ def windows(sizes: list[int]) -> list[list[int]]:
     def job(size: int) -> Any:
         return SimpleNamespace(size_bytes=0, bundle=SimpleNamespace(requests=[0] * size))
 
-    return [[len(one.bundle.requests) for one in window] for window in desk._windows(map(job, sizes))]
+    return [
+        [len(one.bundle.requests) for one in window] for window in desk._windows(map(job, sizes), desk._LARGEST_WINDOW)
+    ]
 
 
 def test_windows_grow_to_a_limit_and_lose_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import signal
 import socket
@@ -157,6 +158,19 @@ def test_a_ca_that_is_down_loses_no_request(door: ServeProgram, desk: Desk, pair
         pause_seconds=0.1,
     )
     ready = door.ask("GET", "/readyz")
+    later = place_of(door.post(dumps(make_bundle(some(pairs, "admin.conf")))))
+    wait_until(
+        lambda: door.ask("GET", later),
+        lambda one: "log says why" in one.document.get("note", ""),
+        _PATIENCE,
+        pause_seconds=0.1,
+    )
+    # the round of the second request was one for the first one, too, which has nothing new to say
+    recorded = [json.loads(line) for line in (desk.state / "audit.jsonl").read_text().splitlines()]
+    assert sorted(one["name"] for one in recorded if "result" in one and str(desk.directory) in one["result"]) == [
+        "admin.conf",
+        "apiserver",
+    ]
     away.rename(desk.ca("ca"))
 
     assert waiting.status == 202
