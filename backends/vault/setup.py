@@ -264,7 +264,7 @@ path "sys/capabilities-self" {
 }
 """
 _REVOKED = """\
-# A desk or a door sees in one look which certificates are revoked. The CRL shows everybody the same.
+# A desk or a door sees in one look which certificates are revoked. The CRL is public and says the same.
 path "{path}" {{
   capabilities = ["list"]
 }}

@@ -194,7 +194,7 @@ path "sys/capabilities-self" {
   capabilities = ["update"]
 }
 
-# A desk or a door sees in one look which certificates are revoked. The CRL shows everybody the same.
+# A desk or a door sees in one look which certificates are revoked. The CRL is public and says the same.
 path "pki-etcd/certs/revoked" {
   capabilities = ["list"]
 }

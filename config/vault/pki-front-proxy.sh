@@ -62,7 +62,7 @@ path "sys/capabilities-self" {
   capabilities = ["update"]
 }
 
-# A desk or a door sees in one look which certificates are revoked. The CRL shows everybody the same.
+# A desk or a door sees in one look which certificates are revoked. The CRL is public and says the same.
 path "pki-front-proxy/certs/revoked" {
   capabilities = ["list"]
 }
