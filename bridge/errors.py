@@ -143,4 +143,4 @@ class BackendUnavailableError(BackendError):
 
     def __init__(self, message: str, *, hint: str | None = None, retry_after_seconds: float | None = None) -> None:
         super().__init__(message, hint=hint)
-        self.retry_after_seconds = retry_after_seconds  #: The CA's own wish, where it told one.
+        self.retry_after_seconds = retry_after_seconds  #: As the CA says, if it does.

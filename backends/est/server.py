@@ -170,7 +170,7 @@ def _unauthorized_hint(challenge: str, username: str) -> str:
     schemes = {part.strip().split(" ")[0].lower() for part in challenge.split(",")}
     if challenge and "basic" not in schemes:
         scheme = challenge.split(" ", maxsplit=1)[0]
-        return f"the server wants {scheme}; only Basic and client certificates are spoken here"
+        return f"the server wants {scheme}; only Basic and client certificates can be used here"
     if username:
         return "the server does not know username, or it has another password"
     return "the server wants username and password_file, or a client certificate"

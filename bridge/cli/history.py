@@ -54,10 +54,10 @@ def recover(
     for one in found:
         for path in one.paths if isinstance(one, Recovery) else ():
             say(f"  {path}")
-    return _told(late)
+    return _exit_code_of_late(late)
 
 
-def _told(late: Sequence[BridgeError]) -> int:
+def _exit_code_of_late(late: Sequence[BridgeError]) -> int:
     """About copies that could not be refreshed."""
     for error in late:
         print_error(error)
@@ -157,7 +157,7 @@ def rollback(
     components = stale(Result(outcomes=done.outcomes), node, settings)
     if output is Output.JSON:
         say_json(**_rollback_json(done, components))
-        return _told(done.late)
+        return _exit_code_of_late(done.late)
     rows = [
         (o.name, f"until {minute(o.new.not_valid_after_utc)}", f"serial {serial_hex(o.new)}")
         for o in done.outcomes
@@ -171,7 +171,7 @@ def rollback(
     say_sentence(f"backup {done.backup.backup_id} was put back; the replaced files are in {replaced}")
     print_restart("These still run on the replaced files until they are restarted", components, settings)
     print_pairs(node, [outcome.name for outcome in done.outcomes])
-    return _told(done.late)
+    return _exit_code_of_late(done.late)
 
 
 def _rollback_json(done: Rollback, components: Sequence[Component]) -> dict[str, Any]:

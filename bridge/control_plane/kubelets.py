@@ -139,8 +139,8 @@ def request_of(api: Api, node: str) -> str:
     why = [text_of(one, "message") for one in items(newest, "status", "conditions")]
     is_signed = bool(text_of(newest, "status", "certificate"))
     state = "signed" if is_signed else " and ".join(said).lower() or "open: no answer yet"
-    told = f" ({one_line(why[-1])[:300]})" if why and why[-1] and not is_signed else ""
-    return f"its request {name_of(newest)} is {state}{told}"
+    reason = f" ({one_line(why[-1])[:300]})" if why and why[-1] and not is_signed else ""
+    return f"its request {name_of(newest)} is {state}{reason}"
 
 
 def text_of(of: Mapping[str, Any], *keys: str) -> str:

@@ -45,7 +45,8 @@ _SOON_SECONDS, _LATER_SECONDS = 1, 30
 _SOON_FOR = timedelta(seconds=30)
 #: How often all nodes that wait look in a second, about: each look takes time from signing (docs/evidence/numbers.md).
 _LOOKS_A_SECOND = 25
-#: Bundles that are judged at the same time: with more, the thread that signs hardly gets a turn, and the CA waits for it.
+#: Bundles that are read or judged at the same time: with more, the thread that signs hardly gets a turn, and the CA has
+#: to wait for it.
 _JUDGED_AT_ONCE = 2
 #: When a node that was turned away may come again.
 _PAUSE_SECONDS = 30
@@ -123,6 +124,7 @@ class Door:
         #: Called with the peer and the id of each new request.
         self.brought: Callable[[Environ, str], object] = lambda *_: None
         self._mutex = threading.Lock()
+        #: Held while the processor works, never while a network or a database is waited for.
         self._judging = threading.Semaphore(_JUDGED_AT_ONCE)
         self.arrived = threading.Event()  #: There is something to sign.
         self.ending = threading.Event()  #: No new request is taken.
@@ -215,12 +217,9 @@ class Door:
         data = json_body(environ)
         if isinstance(data, Reply):
             return data
-        with self._judging:
-            return self._take(environ, data)
-
-    def _take(self, environ: Environ, data: bytes) -> Reply:
         try:
-            bundle, asked = loads_digested(data)
+            with self._judging:
+                bundle, asked = loads_digested(data)
         except BundleError as e:
             return Reply.error(HTTPStatus.BAD_REQUEST, e)
         kept = self._memory.find_digest(asked)
@@ -241,7 +240,9 @@ class Door:
         peer = str(environ.get("REMOTE_ADDR", ""))
         try:
             used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), bundle, asked)
-            judged = self._judged(bundle, frozenset(used.vouches(bundle) if used is not None else ()))
+            vouched = frozenset(used.vouches(bundle) if used is not None else ())
+            with self._judging:
+                judged = self._judged(bundle, vouched)
             if judged.refused:
                 return _refused(bundle, asked, peer, judged.refused)
             if (refused := self.too_many(peer, is_judged=self._judges(bundle))) is not None:

@@ -174,7 +174,7 @@ class Approvals:
         """
         Take a decision, and remember it (NotDecidedError: it does not count).
 
-        Without a signature the evidence is the door's word that this person has spoken to it.
+        Without a signature the evidence is the door's word that this person decided.
         """
         case, trust = self.case(digest), self._trust()
         if case.kept.state != "undecided":

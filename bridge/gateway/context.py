@@ -67,11 +67,11 @@ def extra(job: Job, outcome: str | None = None) -> dict[str, str | None]:
 
 
 #: Each is a person's work.
-MOST_TICKETS = 10_000
+MOST_PENDING_AT_CA = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ticket:
+class PendingAtCa:
     """A request that a CA has."""
 
     uid: str
@@ -83,16 +83,16 @@ class Ticket:
     asked: datetime
 
 
-class Tickets(RequestLog[Ticket]):
-    """All tickets; the state directory's lock is held."""
+class PendingRequests(RequestLog[PendingAtCa]):
+    """All requests that CAs have; the state directory's lock is held."""
 
     def __init__(self, store: Store) -> None:
-        super().__init__(store.tickets, _GATEWAY)
+        super().__init__(store.pending_at_ca, _GATEWAY)
 
 
 _GATEWAY = Kind(
     name="gateway",
-    type=Ticket,
+    type=PendingAtCa,
     key_of=lambda one: one.uid,
     what="the requests that the gateway's CA answers later",
     old_key="ticketsV1",
@@ -108,7 +108,7 @@ class Context:
     nodes: Nodes
     authorities: dict[str, AuthorityOfSigners]
     ledger: Ledger
-    tickets: Tickets
+    pending_at_ca: PendingRequests
     metrics: Metrics
     holder: Leader | Alone
     now: Callable[[], datetime]
@@ -135,16 +135,16 @@ class Context:
         except AuditError as e:
             log.error("%s; the audit log lacks: %s", e, event, extra={"request": about.more["request"]})  # noqa: TRY400
 
-    def drop_ticket(self, uid: str) -> None:
-        """Forget a ticket: it has been answered, or never will be."""
+    def drop_pending(self, uid: str) -> None:
+        """Forget a request at a CA: it has been answered, or never will be."""
         try:
-            self.tickets.forget(uid)
-            self.tickets.save()
+            self.pending_at_ca.forget(uid)
+            self.pending_at_ca.save()
         except StateError as e:
             log.error("%s", e, extra={"request": uid})  # noqa: TRY400
 
     def give_up(self, uid: str, why: str) -> None:
-        """Forget the ticket of a request whose certificate is not wanted any more."""
-        if self.tickets.get(uid) is not None:
-            self.drop_ticket(uid)
+        """Forget a request at a CA whose certificate is not wanted any more."""
+        if self.pending_at_ca.get(uid) is not None:
+            self.drop_pending(uid)
             log.info("the request at the CA is given up: %s", why, extra={"request": uid})

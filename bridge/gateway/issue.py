@@ -19,7 +19,7 @@ from bridge.cluster.api import NoAnswerError
 from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, VerificationError
 from bridge.gateway.authorities import AuthorityOfSigners
-from bridge.gateway.context import MOST_TICKETS, Context, GoneError, LeftError, Ticket, after_refusal, extra
+from bridge.gateway.context import MOST_PENDING_AT_CA, Context, GoneError, LeftError, PendingAtCa, after_refusal, extra
 from bridge.gateway.judge import Judge
 from bridge.gateway.ledger import About
 from bridge.gateway.pod_policy import AllowedPod
@@ -53,7 +53,7 @@ class _Asking:
     about: About
     longest: timedelta  #: That the policy gives.
     digest: str  #: Of the CSR.
-    ticket: Ticket | None  #: The CA has it already.
+    at_ca: PendingAtCa | None  #: The CA has it already.
 
 
 class Issuing:
@@ -154,15 +154,15 @@ class Issuing:
         if writer.has_settled(job.one.uid):
             return  # this version is older than our own write: no CA is asked twice
         self._assert_current(job)
-        ticket = context.tickets.get(job.one.uid)
-        if not job.begun and ticket is None:
+        at_ca = context.pending_at_ca.get(job.one.uid)
+        if not job.begun and at_ca is None:
             self._assert_turn(job)
         verdict = self._allowed(job)
         if verdict is None:
             return
         authority = context.authorities[verdict.spec.authority.name]
         if job.verified is None:
-            job.verified, job.signed_for = self._signed(job, verdict, authority, ticket), verdict.asked.pem
+            job.verified, job.signed_for = self._signed(job, verdict, authority, at_ca), verdict.asked.pem
         found = job.verified
         for _ in writer.turns(job):
             verdict = self._allowed(job, at_write=True)
@@ -215,23 +215,23 @@ class Issuing:
         context.metrics.signed(signer, name, end, time.monotonic() - job.arrived, context.now())
         log.info("signed %s, until %s UTC", one_line(name), end.strftime("%F %T"), extra=extra(job, "signed"))
         context.ledger.note(context.about(job.one, authority).line(audit.INSTALLED, new=found.leaf))
-        context.drop_ticket(job.one.uid)
+        context.drop_pending(job.one.uid)
 
     # --- asking the CA ----------------------------------------------------------------------------------------------
 
-    def _signed(self, job: Job, verdict: Allowed, authority: AuthorityOfSigners, ticket: Ticket | None) -> Verified:
+    def _signed(self, job: Job, verdict: Allowed, authority: AuthorityOfSigners, at_ca: PendingAtCa | None) -> Verified:
         context = self._context
         digest = hashlib.sha256(verdict.asked.pem).hexdigest()
-        if ticket is not None and (ticket.csr_sha256 != digest or ticket.object_name != job.one.name):
-            ticket = None
+        if at_ca is not None and (at_ca.csr_sha256 != digest or at_ca.object_name != job.one.name):
+            at_ca = None
         asking = _Asking(
             job=job,
-            request=self._request(job.one, verdict, ticket),
+            request=self._request(job.one, verdict, at_ca),
             authority=authority,
             about=context.about(job.one, authority),
             longest=verdict.longest,
             digest=digest,
-            ticket=ticket,
+            at_ca=at_ca,
         )
         try:
             if (recalled := self._recalled(asking)) is not None:
@@ -245,7 +245,7 @@ class Issuing:
             raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
         except BackendRefusedError as e:
             context.record_quietly(asking.about, audit.REFUSED, e)
-            context.drop_ticket(job.one.uid)
+            context.drop_pending(job.one.uid)
             hint = f" ({e.hint})" if e.hint else ""
             raise LeftError("ca-refused", f"{e}{hint}", after_refusal(job)) from None
         return self._accepted(asking, answer)
@@ -256,7 +256,7 @@ class Issuing:
             found = self._verified(asking, answer)
         except VerificationError as e:
             context.record_quietly(asking.about, audit.REFUSED, e)
-            context.drop_ticket(asking.job.one.uid)
+            context.drop_pending(asking.job.one.uid)
             raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(asking.job)) from None
         context.ledger.write(asking.about.line(audit.ISSUED, new=found.leaf))
         return found
@@ -268,8 +268,8 @@ class Issuing:
         least = self._context.settings.gateway.min_validity
         return asking.authority.expected(asking.request, asking.longest, least, self._context.now())
 
-    def _request(self, one: AnyObject, verdict: Allowed, ticket: Ticket | None) -> SignRequest:
-        validity = timedelta(seconds=ticket.validity_seconds) if ticket is not None else verdict.validity
+    def _request(self, one: AnyObject, verdict: Allowed, at_ca: PendingAtCa | None) -> SignRequest:
+        validity = timedelta(seconds=at_ca.validity_seconds) if at_ca is not None else verdict.validity
         return SignRequest(
             spec=verdict.spec,
             csr_pem=verdict.asked.pem,
@@ -288,7 +288,7 @@ class Issuing:
         """A certificate that the CA signed for a gateway that died, or that did not reach us; None: ask the CA."""
         job, authority = asking.job, asking.authority
         doubtful = self._context.holder.doubtful_before()
-        if not authority.recalls or asking.ticket is not None or job.was_recalled:
+        if not authority.recalls or asking.at_ca is not None or job.was_recalled:
             return None
         if not job.was_asked and (doubtful is None or job.one.created > doubtful + CLOCK_SKEW):
             return None
@@ -305,11 +305,11 @@ class Issuing:
         return found
 
     def _from_ca(self, asking: _Asking) -> Issued:
-        context, job, authority, ticket = self._context, asking.job, asking.authority, asking.ticket
+        context, job, authority, at_ca = self._context, asking.job, asking.authority, asking.at_ca
         self._assert_may_ask(authority)
-        if ticket is not None:
-            self._assert_in_time(job, ticket)
-            answer = authority.collect(asking.request, ticket.reference, self._expected(asking))
+        if at_ca is not None:
+            self._assert_in_time(job, at_ca)
+            answer = authority.collect(asking.request, at_ca.reference, self._expected(asking))
         else:
             context.ledger.write(asking.about.line(audit.ASKED))
             job.was_asked, job.was_recalled = True, False
@@ -327,34 +327,34 @@ class Issuing:
         self._context.assert_ours()
 
     def _keep(self, asking: _Asking, answer: Pending) -> None:
-        """Put the ticket on disk, before the object says that it waits."""
-        context, ticket, one = self._context, asking.ticket, asking.job.one
-        if ticket is None and len(context.tickets) >= MOST_TICKETS:
-            raise LeftError("left", f"more than {MOST_TICKETS} requests are at the CA")
-        if ticket is None or ticket.reference != answer.reference:
-            context.tickets.put(
-                Ticket(
+        """Write down what the CA has, before the object says that it waits."""
+        context, at_ca, one = self._context, asking.at_ca, asking.job.one
+        if at_ca is None and len(context.pending_at_ca) >= MOST_PENDING_AT_CA:
+            raise LeftError("left", f"more than {MOST_PENDING_AT_CA} requests are at the CA")
+        if at_ca is None or at_ca.reference != answer.reference:
+            context.pending_at_ca.put(
+                PendingAtCa(
                     uid=one.uid,
                     object_name=one.name,
                     signer=one.request.signer,
                     csr_sha256=asking.digest,
                     reference=answer.reference,
                     validity_seconds=int(asking.request.validity.total_seconds()),
-                    asked=ticket.asked if ticket is not None else context.now(),
+                    asked=at_ca.asked if at_ca is not None else context.now(),
                 )
             )
-            context.tickets.save()
-        if ticket is None:
+            context.pending_at_ca.save()
+        if at_ca is None:
             context.ledger.write(asking.about.line(audit.PENDING, result=answer.note or "the CA answers later"))
 
-    def _assert_in_time(self, job: Job, ticket: Ticket) -> None:
+    def _assert_in_time(self, job: Job, at_ca: PendingAtCa) -> None:
         """Give up on a CA that has not answered for `gateway.pending_for`."""
         context, why = self._context, "the CA has not answered in time (gateway.pending_for)"
-        if context.now() - ticket.asked < context.settings.gateway.pending_for:
+        if context.now() - at_ca.asked < context.settings.gateway.pending_for:
             return
         context.ledger.write(context.about(job.one).line(audit.CANCELLED, result=why))
         self._writer_of(job.one).failed_unanswered(job)
-        context.drop_ticket(job.one.uid)
+        context.drop_pending(job.one.uid)
         raise GoneError(why)
 
 

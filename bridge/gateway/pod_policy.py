@@ -139,7 +139,7 @@ def own_words(request: PodRequest) -> Asked | Hostile:
     if isinstance(asked, OddRequestError):
         return Hostile(str(asked))
     if asked.subject or asked.sans:
-        return Hostile("the CSR has names, and a kubelet's has none", told="the CSR has to be empty")
+        return Hostile("the CSR has names, and a kubelet's has none", message="the CSR has to be empty")
     return asked
 
 
@@ -176,7 +176,7 @@ def _invented(request: PodRequest, asked: Asked, pod: PodState) -> Iterator[Host
     """NodeRestriction compares neither lifetime nor key nor annotations with the pod, and other callers not at all."""
     if (pod.node, pod.service_account) != (request.node, request.service_account):
         text = "the pod has another node or service account"
-        yield Hostile(text, told=text)
+        yield Hostile(text, message=text)
     source = Source(
         signer=request.signer,
         key_type=KEY_TYPES.get(key_of(asked), ""),
@@ -185,7 +185,7 @@ def _invented(request: PodRequest, asked: Asked, pod: PodState) -> Iterator[Host
     )
     if source not in pod.sources:
         text = "the pod has no volume with this signer, key type, lifetime and annotations"
-        yield Hostile(text, told=text)
+        yield Hostile(text, message=text)
 
 
 def _against(request: PodRequest, asked: Asked, rules: PodSignerRules, world: PodWorld) -> Iterator[Hostile]:
@@ -202,16 +202,16 @@ def _against(request: PodRequest, asked: Asked, rules: PodSignerRules, world: Po
                           f"userAnnotations: the value of {one_line(key, 100)} is not allowed")  # fmt: skip
     if not _has_namespace(request, rules, world):
         text = f"namespace {request.namespace} may not have certificates of this signer"
-        yield Hostile(text, told=text)
+        yield Hostile(text, message=text)
     if not any(fnmatchcase(request.service_account, one) for one in rules.service_accounts):
         text = f"service account {request.service_account} may not have certificates of this signer"
-        yield Hostile(text, told=text)
+        yield Hostile(text, message=text)
     if timedelta(seconds=request.seconds) < rules.least:
         text = f"maxExpirationSeconds: this signer's CA needs at least {rules.least.total_seconds():.0f}"
-        yield Hostile(text, told=text)
+        yield Hostile(text, message=text)
     if not rules.trust_domain and _identity(request, rules) is None:
         text = f"this signer has no names for service account {request.service_account} of {request.namespace}"
-        yield Hostile(text, told=text)
+        yield Hostile(text, message=text)
 
 
 def _has_namespace(request: PodRequest, rules: PodSignerRules, world: PodWorld) -> bool:

@@ -217,7 +217,7 @@ class PodWriter(Writer):
         context = self._context
         context.ledger.write(context.about(job.one).line(audit.REFUSED, error=NotAllowedError(hostile.reason)))
         for _ in self.turns(job):
-            condition = _condition(watch.DENIED, hostile.code, hostile.told, context.now())
+            condition = _condition(watch.DENIED, hostile.code, hostile.message, context.now())
             if self._answered(job, {"conditions": [condition]}):
                 self._denied(job, watch.DENIED, hostile.reason)
                 return
@@ -233,9 +233,9 @@ class PodWriter(Writer):
         request, context, now = _request(job.one), self._context, rfc3339(self._context.now())
         text = _OF_THE_CA.get(outcome, reason)
         with self._mutex:
-            if job.told == text or self._events.reserve("events", time.monotonic()) != 0:
+            if job.last_event == text or self._events.reserve("events", time.monotonic()) != 0:
                 return
-            job.told = text
+            job.last_event = text
         pod = {
             "apiVersion": "v1",
             "kind": "Pod",

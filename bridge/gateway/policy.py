@@ -101,7 +101,7 @@ class Hostile:
 
     reason: str
     code: str = "NotAllowed"  #: The condition's reason.
-    told: str = "not allowed"  #: The condition's message, which others may read.
+    message: str = "not allowed"  #: The condition's message, which others may read.
 
 
 @dataclass(frozen=True, slots=True)

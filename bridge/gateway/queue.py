@@ -47,7 +47,7 @@ class Job:
     begun: bool = False  #: It has its turn by the rates.
     attempts: int = 0
     said: str = ""  #: The last reason why it was left, which is logged once.
-    told: str = ""  #: The last reason in an event for the object's owner.
+    last_event: str = ""  #: The last reason in an event for the object's owner.
     verified: Verified | None = None  #: The CA's answer, not written yet.
     signed_for: bytes = b""  #: The CSR that `verified` is the answer to.
     was_asked: bool = False  #: The CA was asked, and its answer did not come.

@@ -21,7 +21,7 @@ from bridge.ca import registry
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BackendError, BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.gateway import authorities, pages, roots
-from bridge.gateway.context import Context, Tickets
+from bridge.gateway.context import Context, PendingRequests
 from bridge.gateway.issue import Issuing
 from bridge.gateway.leader import Alone, Leader
 from bridge.gateway.ledger import Ledger
@@ -161,7 +161,7 @@ class Service:
             ledger = Ledger(store, self.settings.audit)
             self.context = Context(
                 settings=self.settings, api=self.api, nodes=self.nodes, authorities=self.authorities,
-                ledger=ledger, tickets=Tickets(store), metrics=self.metrics, holder=self.holder, now=self._now,
+                ledger=ledger, pending_at_ca=PendingRequests(store), metrics=self.metrics, holder=self.holder, now=self._now,
             )  # fmt: skip
             self._issuing = Issuing(self.context)
             self._started = True
@@ -307,7 +307,7 @@ class Service:
         if self._started:
             queue = self.context.queue
             waiting, working = queue.counts()
-            states = {"waiting": waiting, "working": working, "at-ca": len(self.context.tickets)}
+            states = {"waiting": waiting, "working": working, "at-ca": len(self.context.pending_at_ca)}
             flags = {
                 "queue_overflowed": queue.overflowed,
                 "watch_complete": all(one.watch is not None and one.watch.has_seen_all() for one in self._watching),

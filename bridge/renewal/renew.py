@@ -274,7 +274,7 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
         passed.append(Rehearsed(outcome=one.outcome, leaf=leaf, revoked=leaf in revoked))
         result = "passed, and revoked" if leaf in revoked else "passed, and thrown away; not revoked"
         run.record.add(audit.REHEARSED, one.name, authority=authority, new=leaf, result=result)
-    failures = tuple(map(_told, failed))
+    failures = tuple(map(_reworded, failed))
     return Rehearsal(passed=tuple(passed), failed=failures, errors=tuple(errors), skipped=selection.skipped)
 
 
@@ -304,7 +304,7 @@ def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tu
                 yield name, NoRehearsalError(f"{ca.label}: a rehearsal would use up {spent}")
 
 
-def _told(outcome: Outcome) -> Outcome:
+def _reworded(outcome: Outcome) -> Outcome:
     """The outcome, reworded for a pending request, whose key the rehearsal throws away."""
     if not isinstance(outcome.error, WaitingError):
         return outcome

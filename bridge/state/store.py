@@ -60,7 +60,7 @@ class Store:
         self.attempts = state_dir / "attempts.json"  #: How often in a row a CA's renewals failed.
         self.history = state_dir / "history.json"  #: How the last runs ended, for monitors.
         self.history_lock = state_dir / "history.lock"
-        self.tickets = state_dir / "tickets.json"  #: What the gateway's CA answers later.
+        self.pending_at_ca = state_dir / "tickets.json"  #: What the gateway's CA answers later.
         self.desk_answers = state_dir / "desk-answers.jsonl"  #: What the desk's CAs were asked and answered.
         self.door = state_dir / "door.json"  #: Which door this is among those of one database.
         self.door_lock = state_dir / "door.lock"

@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from bridge.gateway import watch
-from bridge.gateway.context import Context, Tickets
+from bridge.gateway.context import Context, PendingRequests
 from bridge.gateway.issue import Issuing
 from bridge.gateway.ledger import Ledger
 from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
@@ -378,7 +378,7 @@ def test_the_watch_may_be_behind_our_own_writes(
         return Issuing(
             Context(
                 settings=settings, api=service.api, nodes=service.nodes, authorities=service.authorities,
-                ledger=Ledger(store, settings.audit), tickets=Tickets(store), metrics=service.metrics,
+                ledger=Ledger(store, settings.audit), pending_at_ca=PendingRequests(store), metrics=service.metrics,
                 holder=service.holder, now=lambda: datetime.now(UTC),
             )
         )  # fmt: skip

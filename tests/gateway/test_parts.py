@@ -1,4 +1,4 @@
-"""The gateway's parts by themselves: the queue, rates, numbers, lines of a stream, objects, tickets, status pages."""
+"""The gateway's parts by themselves: the queue, rates, numbers, lines of a stream, objects, requests at a CA, status pages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bridge.cluster.api import Lines, NoAnswerError, Reply
 from bridge.cluster.lease import Keeper
 from bridge.errors import BridgeError
 from bridge.gateway import nodes, queue
-from bridge.gateway.context import Ticket, Tickets
+from bridge.gateway.context import PendingAtCa, PendingRequests
 from bridge.gateway.pages import Metrics, serving
 from bridge.gateway.queue import Look, Queue
 from bridge.gateway.watch import (
@@ -393,28 +393,28 @@ def test_cutting_changes_nothing(pieces: list[bytes]) -> None:
     assert lines_of(1000, *filter(None, pieces))[0] == whole.split(b"\n")[:-1]
 
 
-# --- tickets ----------------------------------------------------------------------------------------------------------
+# --- requests at a CA -------------------------------------------------------------------------------------------------
 
 
-def test_tickets_survive(tmp_path: Path) -> None:
+def test_requests_at_a_ca_survive(tmp_path: Path) -> None:
     """On disk when `save` returns; a damaged line counts as none, since a CA is asked once more then."""
     store = Store(tmp_path / "state")
     store.prepare()
-    ticket = Ticket(uid="u1", object_name="csr-1", signer="s", csr_sha256="0", reference="4711", validity_seconds=600,
+    at_ca = PendingAtCa(uid="u1", object_name="csr-1", signer="s", csr_sha256="0", reference="4711", validity_seconds=600,
                     asked=NOW)  # fmt: skip
-    first = Tickets(store)
-    first.put(ticket)
+    first = PendingRequests(store)
+    first.put(at_ca)
     first.save()
-    again = Tickets(store)
-    assert again.get("u1") == ticket
-    assert again.drop("u1") == ticket
+    again = PendingRequests(store)
+    assert again.get("u1") == at_ca
+    assert again.drop("u1") == at_ca
     again.save()
-    assert not list(Tickets(store))
+    assert not list(PendingRequests(store))
     for uid in ("u1", "u2"):
-        again.put(replace(ticket, uid=uid, reference=f"4711-{uid}"))
+        again.put(replace(at_ca, uid=uid, reference=f"4711-{uid}"))
     again.save()
-    store.tickets.write_text(store.tickets.read_text().replace("4711-u1", "4712-u1"))
-    assert [one.uid for one in Tickets(store)] == ["u2"]
+    store.pending_at_ca.write_text(store.pending_at_ca.read_text().replace("4711-u1", "4712-u1"))
+    assert [one.uid for one in PendingRequests(store)] == ["u2"]
 
 
 # --- what can be asked about it ---------------------------------------------------------------------------------------

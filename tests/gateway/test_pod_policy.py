@@ -103,7 +103,7 @@ def test_what_the_policy_does_not_allow(changes: Any, source: Any, code: str) ->
     first = judge(request, world(pod=replace(POD, sources=mounted)))
     assert isinstance(first, Hostile)
     assert first.code == code
-    assert first.told != "not allowed"
+    assert first.message != "not allowed"
     assert isinstance(judge(request, world(pod=replace(POD, sources=mounted, phase="Running"))), Later)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from bridge.bootstrap.new_requests import unfinished_file
 from bridge.desk.records import Journal
-from bridge.gateway.context import Tickets
+from bridge.gateway.context import PendingRequests
 from bridge.monitoring import history_file
 from bridge.pki.certificates import pem
 from bridge.renewal import damage
@@ -219,15 +219,15 @@ def test_requests_for_users_live_on(old: Store) -> None:
     assert list(OpenUsers(old)) == [john]
 
 
-def test_tickets_of_the_gateway_live_on(old: Store) -> None:
+def test_requests_at_the_gateways_ca_live_on(old: Store) -> None:
     """One is answered, the other still waits."""
-    tickets = Tickets(old)
-    assert {one.uid: (one.reference, one.validity_seconds) for one in tickets} == {
+    pending = PendingRequests(old)
+    assert {one.uid: (one.reference, one.validity_seconds) for one in pending} == {
         "u-1": ("R-u-1", 600), "u-2": ("R-u-2", 600),
     }  # fmt: skip
-    tickets.drop("u-1")
-    tickets.save()
-    assert [one.uid for one in Tickets(old)] == ["u-2"]
+    pending.drop("u-1")
+    pending.save()
+    assert [one.uid for one in PendingRequests(old)] == ["u-2"]
 
 
 def test_the_desks_journal_lives_on(old: Store) -> None:
