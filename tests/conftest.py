@@ -84,7 +84,7 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
 
 
 #: Measured on two cores that do nothing else, with the kit's programs and as root.
-_DURATION, _MANY = "about 50 minutes on two cores", 5000
+_DURATION, _MANY = "about 45 minutes on two cores", 5000
 
 
 def _left_out() -> Iterator[str]:

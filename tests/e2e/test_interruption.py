@@ -86,7 +86,8 @@ def test_a_run_that_asks_again_ends_at_once(bridge: Bridge, closed_port: int, nu
         _, rest = run.communicate(timeout=60)
     assert run.returncode == code
     assert "asked again in 16" not in rest  # no CA was waited for
-    assert re.search(r"error: interrupted, nothing was replaced \[run \w+\]\n\Z", rest)
+    # the threads that asked for the other authorities may say so after it
+    assert re.search(r"^error: interrupted, nothing was replaced \[run \w+\]$", rest, re.MULTILINE)
     assert files(bridge) == before
     assert bridge.run("audit", "verify").returncode == 0
 

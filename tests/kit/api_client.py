@@ -66,7 +66,7 @@ class ApiClient:
         """One request."""
         data = None if body is None else json.dumps(body)
         sent = {"Content-Type": content_type, **headers}
-        answer = self.session.request(method, f"{self.url}{path}", data=data, headers=sent, timeout=30)
+        answer = self.session.request(method, f"{self.url}{path}", data=data, headers=sent, timeout=120)
         return Reply(status=answer.status_code, text=answer.text)
 
     def get(self, path: str) -> dict[str, Any]:
