@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
@@ -205,14 +205,25 @@ class CA:
             return e
 
     def _ask_many(self, backend: SignsMany, requests: Sequence[SignRequest]) -> Sequence[Answer]:
+        tries = list[datetime]()
+
+        def sign() -> Sequence[Answer]:
+            known: Sequence[Issued | None] = [None] * len(requests)
+            if tries and isinstance(backend, Recalls):  # a CA that broke off may have signed some of them
+                known = backend.recall(requests, tries[0])
+            tries.append(datetime.now(UTC))
+            rest = [request for request, one in zip(requests, known, strict=True) if one is None]
+            answers = backend.sign_many(rest) if rest else ()
+            if len(answers) != len(rest):
+                raise BridgeError(f"wanted {len(rest)} answers of the backend, got {len(answers)}: a bug in it")
+            others = iter(answers)
+            return [one if one is not None else next(others) for one in known]
+
         try:
-            answers = self._question(lambda: backend.sign_many(requests))
+            return self._question(sign)
         except BackendError as e:
             e.is_for_all = True
             return [e] * len(requests)
-        if len(answers) != len(requests):
-            raise BridgeError(f"wanted {len(requests)} answers of the backend, got {len(answers)}: a bug in it")
-        return answers
 
     def collect(self, request: SignRequest, reference: str, expected: Expectation) -> Answer:
         """Ask for the answer that the CA owes; a backend's error is an answer."""

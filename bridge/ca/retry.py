@@ -104,10 +104,9 @@ class Outage:
         log.debug("%s; asked again in %.1f s, until %s UTC", about, upcoming_sleep_seconds, f"{until:%H:%M:%S}")
 
     def _is_over(self, upcoming_sleep_seconds: float) -> bool:
-        with self._lock:
-            if self._since is None:
-                return False
-            return time.monotonic() - self._since + upcoming_sleep_seconds > self._retry_for_seconds
+        with self._lock:  # another thread's success may have ended the outage: then it has begun anew, just now
+            lasted = time.monotonic() - self._since if self._since is not None else 0.0
+            return lasted + upcoming_sleep_seconds > self._retry_for_seconds
 
 
 def _wait(attempt: int, error: BaseException | None) -> float:

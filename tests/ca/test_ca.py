@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from cryptography import x509
@@ -72,3 +72,62 @@ def test_a_backend_that_fails_by_itself_is_unavailable() -> None:
     assert ask(None) == Issued(leaf=leaf)
     with pytest.raises(KeyError):
         ask(KeyError("x"))
+
+
+class BreaksOff:
+    """A backend that ends once in the middle of its work, when it has signed the first request, and can tell so."""
+
+    def __init__(self, leaf: x509.Certificate) -> None:
+        self._issued = Issued(leaf=leaf)
+        self.signed: list[SignRequest] = []
+
+    def sign_many(self, requests: Sequence[SignRequest]) -> Sequence[Issued]:
+        """The first time one, and no answer."""
+        if not self.signed:
+            self.signed.append(requests[0])
+            raise BackendUnavailableError("openssl was ended by signal 9")
+        self.signed.extend(requests)
+        return [self._issued for _ in requests]
+
+    def recall(self, requests: Sequence[SignRequest], since: datetime) -> list[Issued | None]:
+        """What was signed."""
+        assert since <= datetime.now(UTC)
+        return [self._issued if request in self.signed else None for request in requests]
+
+    def sign(self, request: SignRequest) -> Issued:
+        """Never asked."""
+        raise NotImplementedError
+
+
+def test_what_a_ca_has_signed_before_it_broke_off_is_not_signed_again() -> None:
+    """Asked once more in the same run, it is asked first what it has signed."""
+    leaf = TestCA.make().leaf(SPECS["apiserver"])
+    requests = [sign_request(leaf, SPECS["apiserver"], "ecdsa-p256", timedelta(days=1)) for _ in range(3)]
+    backend = BreaksOff(leaf)
+
+    answers = CA(label="ca", backend=backend, retry=Outage(timedelta(hours=1))).ask(requests)
+
+    assert answers == [Issued(leaf=leaf)] * 3
+    assert backend.signed == requests
+
+
+def test_another_threads_success_is_no_reason_to_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is asked twice, an outage that another thread has seen end meanwhile changes nothing."""
+    outage, asked = Outage(timedelta()), []
+    once = outage._once
+
+    def seen_to_end(question: Callable[[], object]) -> object:
+        try:
+            return once(question)
+        except BackendUnavailableError:
+            once(lambda: None)
+            raise
+
+    def question() -> None:
+        asked.append(1)
+        raise BackendUnavailableError("openssl was ended by signal 9")
+
+    monkeypatch.setattr(outage, "_once", seen_to_end)
+    with pytest.raises(BackendUnavailableError):
+        outage.ask(question)
+    assert asked == [1]
