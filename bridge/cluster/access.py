@@ -122,7 +122,13 @@ def mapping(of: Any, *keys: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def items(of: Mapping[str, Any], *keys: str) -> Iterator[Mapping[str, Any]]:
+def text_of(of: Any, *keys: str) -> str:
+    """The text below these keys; empty where there is none."""
+    found = below(of, *keys)
+    return found if isinstance(found, str) else ""
+
+
+def items(of: Any, *keys: str) -> Iterator[Mapping[str, Any]]:
     """The objects in a list below these keys; a value of another shape is left out."""
     found = below(of, *keys)
     return (one for one in found if isinstance(one, dict)) if isinstance(found, list) else iter(())
@@ -189,13 +195,8 @@ def _of_pod() -> tuple[Client, Server]:
     host = os.environ.get("KUBERNETES_SERVICE_HOST")
     if not host:
         raise ValueError("wanted a kubeconfig (gateway.kubeconfig), or a pod with a service account, found neither")
-    client = Client(
-        name="service account",
-        trust_pem=_bytes(SERVICE_ACCOUNT / "ca.crt", "a CA certificate"),
-        certificate_pem=None,
-        key_pem=None,
-        token=_token(SERVICE_ACCOUNT / "token"),
-    )
+    trust, token = _bytes(SERVICE_ACCOUNT / "ca.crt", "a CA certificate"), _token(SERVICE_ACCOUNT / "token")
+    client = Client(name="service account", certificate_pem=None, key_pem=None, trust_pem=trust, token=token)
     return client, Server(url_of(host, int(os.environ.get("KUBERNETES_SERVICE_PORT", "443"))))
 
 
@@ -210,17 +211,13 @@ def _of_kubeconfig(path: Path, data: bytes) -> tuple[Client, Server]:
             raise ValueError(f"wanted {what}, found none")
         return embedded or _bytes(path.parent / (file or ""), what)
 
-    trust = part(parsed.ca_data, parsed.ca_file, "a CA certificate")
-    has_token = bool(parsed.token_file)
-    client = Client(
-        name=path.name,
-        trust_pem=trust,
-        token=_token(path.parent / parsed.token_file) if parsed.token_file else None,
-        certificate_pem=None
-        if has_token
-        else part(parsed.certificate_data, parsed.certificate_file, "a client certificate"),
-        key_pem=None if has_token else part(kubeconfig.key_data(data), parsed.key_file, "a client key"),
-    )
+    trust, token, certificate, key = part(parsed.ca_data, parsed.ca_file, "a CA certificate"), None, None, None
+    if parsed.token_file:
+        token = _token(path.parent / parsed.token_file)
+    else:
+        certificate = part(parsed.certificate_data, parsed.certificate_file, "a client certificate")
+        key = part(kubeconfig.key_data(data), parsed.key_file, "a client key")
+    client = Client(name=path.name, certificate_pem=certificate, key_pem=key, trust_pem=trust, token=token)
     return client, Server(parsed.server.rstrip("/"), parsed.tls_server_name)
 
 

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from bridge.cluster import access
 from bridge.cluster.access import TIMEOUT_SECONDS as NODE_TIMEOUT_SECONDS
-from bridge.cluster.access import Access, AccessError, Client, items
+from bridge.cluster.access import Access, AccessError, Client, items, text_of
 from bridge.cluster.access import document as whole_document
 from bridge.errors import BridgeError, Exit
 from bridge.node.endpoints import Server
@@ -93,6 +93,13 @@ class Reply:
         text = str(self.document.get("message", ""))
         return one_line(text[-600:].rpartition(": ")[2] or text[-300:])
 
+    def found(self, path: str) -> Mapping[str, Any]:
+        """The document of an answer to a GET (NoAnswerError: another status than 200)."""
+        if self.status == HTTPStatus.OK:
+            return self.document
+        text = f"wanted {path.partition('?')[0]}, found HTTP {self.status} {self.message}"
+        raise NoAnswerError(text.rstrip(), is_from_server=True)
+
 
 class _Request(NamedTuple):
     method: str
@@ -164,13 +171,9 @@ class Api:
         accept: str = JSON,
     ) -> Reply:
         """
-        Ask one server after the other, until one has an answer: any status but 401, 408, 429 and 5xx.
+        Ask one server after the other, until one has an answer: any status but 401, 408, 429 and 5xx (NoAnswerError).
 
-        After a connection that ended too early the request may have been carried out, and is made once more: a caller's
-        writes must bear that (they name a resourceVersion).
-
-        Raises:
-            NoAnswerError: Down, not trusted, not for us, or in trouble, each of them.
+        After a connection that ended too early the request is made once more: writes must bear that (resourceVersion).
         """
         data = None if body is None else _encode(body).encode()
         request = _Request(method, path, data, accept, content_type)
@@ -185,13 +188,12 @@ class Api:
         self._read_anew(clients)
         return self._over(self.clients, request)
 
-    def every(self, path: str, page: int) -> Iterator[Mapping[str, Any]]:
-        """
-        All objects of a list, so many at once that 4 MiB should hold them; where they do not, two at once.
+    def get(self, path: str) -> Mapping[str, Any]:
+        """The object or list at a path (NoAnswerError: also where the answer is another one)."""
+        return self.ask("GET", path).found(path)
 
-        Raises:
-            NoAnswerError: Also where an answer is no list, or the list has no end.
-        """
+    def every(self, path: str, page: int) -> Iterator[Mapping[str, Any]]:
+        """All objects of a list, so many at once that 4 MiB should hold them, or else two at once (NoAnswerError)."""
         more, mark = "", "&" if "?" in path else "?"
         for _ in range(_MOST_PAGES):
             try:
@@ -201,12 +203,9 @@ class Api:
                     raise
                 page = _SMALL_PAGE
                 continue
-            if reply.status != HTTPStatus.OK:
-                text = f"wanted {path.partition('?')[0]}, found HTTP {reply.status} {reply.message}"
-                raise NoAnswerError(text.rstrip(), is_from_server=True)
-            yield from items(reply.document, "items")
-            found = reply.document.get("metadata")
-            following = str(found.get("continue") or "") if isinstance(found, dict) else ""
+            found = reply.found(path)
+            yield from items(found, "items")
+            following = text_of(found, "metadata", "continue")
             if not following:
                 return
             more = f"&continue={quote(following, safe='')}"
@@ -224,20 +223,17 @@ class Api:
                     if isinstance(e, ClientRefusedError):
                         continue
                     break
-                if reply.status == HTTPStatus.UNAUTHORIZED or self._is_not_this_client(reply.status):
+                is_not_this_client = self._again is None and reply.status == HTTPStatus.FORBIDDEN
+                if reply.status == HTTPStatus.UNAUTHORIZED or is_not_this_client:
                     is_unknown |= reply.status == HTTPStatus.UNAUTHORIZED
                     is_from_server = True
                     found.append(f"{server.url}: it turns {client.name} away (HTTP {reply.status})")
                     continue
                 self._prefer(server)
                 return reply
-        said = "; ".join(found) or "no server is known"
-        text = f"no answer from the cluster's API: {said}"
+        text = f"no answer from the cluster's API: {'; '.join(found) or 'no server is known'}"
         is_from_server |= is_too_long
         raise NoAnswerError(text, is_unknown=is_unknown, is_too_long=is_too_long, is_from_server=is_from_server)
-
-    def _is_not_this_client(self, status: int) -> bool:
-        return self._again is None and status == HTTPStatus.FORBIDDEN
 
     def _prefer(self, server: Server) -> None:
         if self._servers[0] != server:
@@ -247,8 +243,7 @@ class Api:
     def _exchange(self, server: Server, client: Client, request: _Request) -> Reply:
         reply = self._sent(server, client, request)
         if reply.status in _NOT_NOW or reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            text = f"wanted an answer, found HTTP {reply.status} {reply.message}".rstrip()
-            raise UnreachableError(text)
+            raise UnreachableError(f"wanted an answer, found HTTP {reply.status} {reply.message}".rstrip())
         if self._again is None:
             whole_document(reply.body)
         return reply

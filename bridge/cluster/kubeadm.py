@@ -1,7 +1,4 @@
-"""
-The texts that kubeadm keeps in ConfigMaps of kube-system, from which `kubeadm upgrade` and `kubeadm join` write each node's
-files: the one reader and the one writer of them.
-"""
+"""The texts that kubeadm keeps in ConfigMaps, from which it writes each node's files: their one reader and writer."""
 
 from __future__ import annotations
 
@@ -95,11 +92,7 @@ def change(api: Api, place: Place, edit: Callable[[str], str]) -> bool:
     """
     Have a text changed; a change that another client makes meanwhile stays, and `edit` gets the text once more.
 
-    Returns whether it was changed; False: `edit` left it as it is.
-
-    Raises:
-        NoConfigError: It is not there, or the API server refuses the change.
-        NoAnswerError: No API server answers, or others change the text each time.
+    Returns whether `edit` changed it (NoConfigError: no such text, or a refusal; NoAnswerError).
     """
     for _ in range(_TURNS):
         found = read(api, place)

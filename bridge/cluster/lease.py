@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any
 
+from bridge.cluster.access import mapping
 from bridge.cluster.api import Api, NoAnswerError
 
 log = logging.getLogger("ca-bridge")
@@ -34,8 +35,7 @@ class _Record:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> _Record:
-        spec = document.get("spec")
-        found = spec if isinstance(spec, dict) else {}
+        found = mapping(document, "spec")
         seconds, transitions = found.get("leaseDurationSeconds"), found.get("leaseTransitions")
         return cls(
             holder=str(found.get("holderIdentity") or ""),
@@ -59,9 +59,8 @@ class Lease:
         owner: str | None = None,
     ) -> None:
         """
-        Claim the lease at `path` (namespace, name) for a unique `holder`; others may take it `duration` after a renewal.
-
-        A holder that does not renew it is waited for at most `longest`, and `OWNER_…`, an earlier claim of ours, not at all.
+        Claim the lease at `path` (namespace, name) for a unique `holder`; a holder that does not renew it is waited for at
+        most `longest`, and `OWNER_…`, an earlier claim of ours, not at all.
         """
         namespace, self.name = path
         self._api = api

@@ -25,7 +25,6 @@ from bridge.cluster.access import ANONYMOUS, Client
 from bridge.control_plane.probes import (
     Check,
     Etcd,
-    Member,
     RefusedError,
     Serving,
     Verdict,
@@ -119,7 +118,7 @@ def of(look: Look) -> Iterator[Check]:
             yield from make(look)
         except ValueError as e:  # a flag that can't be used
             judge = functools.partial(Verdict, "unknown", f"its manifest: {e}")
-            yield Check(component=component, certificate="", what="is configured", judge=judge)
+            yield Check(component, "", "is configured", judge)
     yield from of_pairs(look.node, look.now)
 
 
@@ -157,8 +156,7 @@ def _absent(look: Look) -> Iterator[Check]:
             path = manifests.path_of(component, look.settings.node.kubeconfig_dir)
             trouble = next((t for t in look.node.troubles if t.startswith(f"{component.value}: ")), "")
             detail = trouble.partition(": ")[2] or f"wanted its manifest {path}, found none"
-            judge = functools.partial(Verdict, "no-answer", detail)
-            yield Check(component=component, certificate=names[0], what="runs", judge=judge)
+            yield Check(component, names[0], "runs", functools.partial(Verdict, "no-answer", detail))
 
 
 def _unusable(look: Look) -> Iterator[Check]:
@@ -166,7 +164,7 @@ def _unusable(look: Look) -> Iterator[Check]:
     for item in look.node.items:
         if item.trouble and (item.spec.kubeconfig or item.spec.component is None):
             judge = functools.partial(Verdict, "unknown", item.trouble)
-            yield Check(component=item.spec.component, certificate=item.spec.name, what="can be read", judge=judge)
+            yield Check(item.spec.component, item.spec.name, "can be read", judge)
 
 
 # --- since when ------------------------------------------------------------------------------------------------------
@@ -184,20 +182,17 @@ def by_files(look: Look) -> Iterator[Check]:
         user, path = item.spec.component, item.certificate_path
         if user in (Component.ETCD, Component.APISERVER) and user in look.node.manifests and item.state == "present":
             judge = functools.partial(_read_at_connections, look, user, path)
-            yield Check(component=user, certificate=item.spec.name, what=f"has read {path}", judge=judge)
+            yield Check(user, item.spec.name, f"has read {path}", judge)
 
 
 def _have_read_cas(look: Look) -> Iterator[Check]:
     """Whether components are younger than the CA files that we have replaced; others' changes of these need not count."""
     written = look.written
-    for component, path, name in readers(look.node):
+    conf = look.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base
+    for component, path, name in (*readers(look.node), (Component.KUBELET, conf, KUBELET_CONF)):
         if str(path.resolve()) in written:
             judge = functools.partial(_read_once, look, component, path)
-            yield Check(component=component, certificate=name, what=f"has read {path}", judge=judge)
-    conf = look.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base
-    if str(conf.resolve()) in written:
-        judge = functools.partial(_read_once, look, Component.KUBELET, conf)
-        yield Check(component=Component.KUBELET, certificate=KUBELET_CONF, what=f"has read {conf}", judge=judge)
+            yield Check(component, name, f"has read {path}", judge)
 
 
 def _read_once(look: Look, component: Component, path: Path, by: Sequence[Path] = ()) -> Verdict:
@@ -241,9 +236,8 @@ def _etcd(look: Look) -> Iterator[Check]:
         places = endpoints.listening(flags, listen, advertised)
         yield from (serving.at(place, look.now) for place in places)
         judge = functools.partial(_etcd_peer if prefix else _etcd_as_client, look, serving)
-        what = f"is accepted by {'its peers' if prefix else 'etcd'}"
         if places:
-            yield Check(component=Component.ETCD, certificate=name, what=what, judge=judge)
+            yield Check(Component.ETCD, name, f"is accepted by {'its peers' if prefix else 'etcd'}", judge)
 
 
 def _own_etcd(flags: Flags) -> list[Server]:
@@ -285,18 +279,15 @@ def _members(look: Look) -> list[Server]:
     flags = look.flags(Component.ETCD)
     trust = endpoints.file(flags, "--trusted-ca-file") or look.anchor(ETCD_CA)
     client = Client.of(endpoints.wanted_file(flags, "--cert-file"), endpoints.wanted_file(flags, "--key-file"), trust)
-    found = _first_answer(_own_etcd(flags), Etcd([client]).members)
-    urls = [url for member in found for url in member.peer_urls]
-    return [Server(url.rstrip("/")) for url in urls if url.startswith("https://")]
-
-
-def _first_answer(servers: Sequence[Server], ask: Callable[[Server], list[Member]]) -> list[Member]:
     silent = []
-    for server in servers:
+    for server in _own_etcd(flags):
         try:
-            return ask(server)
+            found = Etcd([client]).members(server)
         except UnreachableError as e:
             silent.append(f"{server.url}: {e}")
+            continue
+        urls = [url for member in found for url in member.peer_urls]
+        return [Server(url.rstrip("/")) for url in urls if url.startswith("https://")]
     raise UnreachableError("; ".join(silent) or "no server is known")
 
 
@@ -331,7 +322,7 @@ def _apiserver(look: Look) -> Iterator[Check]:
         if certificate is not None:
             pair = (certificate, endpoints.wanted_file(flags, key_flag), endpoints.file(flags, trust_flag))
             judge = functools.partial(_apiserver_as_client, look, *pair, ask)
-            yield Check(component=Component.APISERVER, certificate=name, what=what, judge=judge)
+            yield Check(Component.APISERVER, name, what, judge)
 
 
 def _apiserver_as_client(
@@ -351,10 +342,11 @@ def _api(look: Look, name: str | None = None) -> list[Server]:
 
 def _ask_etcd(look: Look, client: Client) -> str:
     """Ask the API server's etcd servers, or this node's etcd where those do not speak HTTP."""
-    etcd, urls = look.flags(Component.ETCD), endpoints.urls(look.flags(Component.APISERVER), "--etcd-servers")
-    return _linearizable_read(
-        client, _own_etcd(etcd) if endpoints.ETCD_HTTP_ONLY in etcd else [Server(url) for url in urls]
-    )
+    etcd = look.flags(Component.ETCD)
+    if endpoints.ETCD_HTTP_ONLY in etcd:
+        return _linearizable_read(client, _own_etcd(etcd))
+    urls = endpoints.urls(look.flags(Component.APISERVER), "--etcd-servers")
+    return _linearizable_read(client, [Server(url) for url in urls])
 
 
 def _ask_kubelet(look: Look, client: Client) -> str:
@@ -401,8 +393,7 @@ def _controller(look: Look, component: Component) -> Iterator[Check]:
             yield _component_serving(component, item, file, key, place).at(place, look.now)
             continue
         name = "(its own)" if item is None else item.spec.name
-        judge = functools.partial(_self_made, place, item)
-        yield Check(component=component, certificate=name, what=f"serves {place}", judge=judge)
+        yield Check(component, name, f"serves {place}", functools.partial(_self_made, place, item))
     if flags:
         yield from _kubeconfig(look, _conf_of(component))
         yield from _has_read(look, component)
@@ -439,7 +430,7 @@ def _has_read(look: Look, component: Component) -> Iterator[Check]:
     referred = [] if item is None or item.embedded else [item.certificate_path]
     for path in dict.fromkeys([*confs, *referred]):
         judge = functools.partial(_read_once, look, component, path, by)
-        yield Check(component=component, certificate=name, what=f"has read {path}", judge=judge)
+        yield Check(component, name, f"has read {path}", judge)
 
 
 def _client_kubeconfig(config: Path) -> str:
@@ -462,18 +453,15 @@ def _self_made(place: Address, item: Item | None) -> Verdict:
 
 def _kubelet(look: Look) -> Iterator[Check]:
     yield from _kubelet_serving(look)
-    item = look.item(KUBELET_CONF)
-    if item is None:
-        return
-    yield from _kubeconfig(look, item.spec.name)
+    yield from _kubeconfig(look, KUBELET_CONF)
     yield from _kubelet_has_read(look)
 
 
 def _kubelet_has_read(look: Look) -> Iterator[Check]:
     item = look.item(KUBELET_CONF)
     if item is not None:
-        what, judge = f"has read {item.certificate_path}", functools.partial(_kubelet_pair, look, item)
-        yield Check(component=Component.KUBELET, certificate=item.spec.name, what=what, judge=judge)
+        judge = functools.partial(_kubelet_pair, look, item)
+        yield Check(Component.KUBELET, item.spec.name, f"has read {item.certificate_path}", judge)
 
 
 def _kubelet_serving(look: Look) -> Iterator[Check]:
@@ -481,17 +469,13 @@ def _kubelet_serving(look: Look) -> Iterator[Check]:
     item = look.item(KUBELET_SERVER)
     if item is None or item.foreign or item.key_path is None:
         return
-    serving = Serving(
-        component=Component.KUBELET, certificate=item.spec.name, file=item.certificate_path, key_file=item.key_path
-    )
+    name, file, key = item.spec.name, item.certificate_path, item.key_path
+    serving = Serving(component=Component.KUBELET, certificate=name, file=file, key_file=key)
     yield serving.at(_kubelet_place(look), look.now)
 
 
 def _kubelet_pair(look: Look, item: Item) -> Verdict:
-    """
-    Judge the pair that a kubelet uses: with `rotateCertificates` its own copy, which it makes of kubelet.conf's pair at
-    its first start; a younger copy came from a signer in the cluster.
-    """
+    """Judge the pair that a kubelet uses: with `rotateCertificates` its own copy of kubelet.conf's pair, or a younger one."""
     if not item.managed or (item.rotates and _was_written_by_a_kubelet(item.certificate_path)):
         return Verdict("not-ours", f"{item.certificate_path} is rotated by the kubelet itself")
     ours, copy = item.certificates[0], look.machine.kubelet_copy
@@ -505,11 +489,9 @@ def _kubelet_pair(look: Look, item: Item) -> Verdict:
     if verdict.state != "stale" or item.embedded or item.rotates:
         return verdict
     # without `rotateCertificates` it looks at the file every five minutes, once its kubeconfig refers to one
-    return (
-        verdict
-        if processes.compare_age(Component.KUBELET, conf, look.machine.proc, look.written).older
-        else Verdict("next-connection", verdict.detail)
-    )
+    if processes.compare_age(Component.KUBELET, conf, look.machine.proc, look.written).older:
+        return verdict
+    return Verdict("next-connection", verdict.detail)
 
 
 _DATED = re.compile(r"kubelet-client-(\d{4}(?:-\d\d){5})\.pem")
@@ -520,8 +502,7 @@ def _was_written_by_a_kubelet(path: Path) -> bool:
     real = path.resolve()
     if file_contents(real).startswith(kubelet.OURS):
         return False
-    name = _DATED.fullmatch(real.name)
-    if name is None:
+    if (name := _DATED.fullmatch(real.name)) is None:
         return False
     written = datetime.fromtimestamp(real.stat().st_mtime)  # noqa: DTZ006 (as the name has it)
     named = datetime.strptime(name[1], "%Y-%m-%d-%H-%M-%S")  # noqa: DTZ007
@@ -543,8 +524,7 @@ def _kubeconfig(look: Look, name: str) -> Iterator[Check]:
     item = look.item(name)
     if item is not None and (look.flags(Component.APISERVER) or look.node.is_worker):
         judge = functools.partial(_ask_api, look, item)
-        what = "is accepted by the API server"
-        yield Check(component=item.spec.component, certificate=name, what=what, judge=judge)
+        yield Check(item.spec.component, name, "is accepted by the API server", judge)
 
 
 def _ask_api(look: Look, item: Item) -> Verdict:
@@ -591,7 +571,7 @@ def _people(look: Look) -> Iterator[Check]:
         item = look.item(name)
         if item is not None and item.spec.component is None and item.key_path is not None and servers:
             judge = functools.partial(_asks_etcd, item.certificate_path, item.key_path, item.anchor_path, servers)
-            yield Check(component=None, certificate=name, what="is accepted by etcd", judge=judge)
+            yield Check(None, name, "is accepted by etcd", judge)
     for name in ("admin.conf", "super-admin.conf"):
         yield from _kubeconfig(look, name)
 

@@ -1,9 +1,4 @@
-"""
-The turn to restart among etcd hosts, which have no API server to keep a lease for them: a key of etcd itself.
-
-The key hangs on a lease of etcd, so that etcd removes it when its holder is gone; it is below a prefix of ours, where
-Kubernetes, which keeps everything below /registry, does not look.
-"""
+"""The turn to restart among etcd hosts, which have no API server: a key that etcd removes when its holder is gone."""
 
 from __future__ import annotations
 
@@ -21,7 +16,7 @@ from bridge.control_plane.probes import Etcd
 from bridge.node.endpoints import Server
 from bridge.system import http
 
-_PREFIX = "/ca-bridge/"
+_PREFIX = "/ca-bridge/"  # Kubernetes keeps everything below /registry
 _TURNS = 5  # each one that fails means that another host was faster
 
 
@@ -31,11 +26,7 @@ class EtcdClaim:
     def __init__(
         self, etcd: Etcd, urls: Sequence[str], name: str, holder: str, *, duration: timedelta, owner: str
     ) -> None:
-        """
-        Claim the key `name` for a unique `holder`, by the first member of `urls` that answers.
-
-        `OWNER_…` is an earlier claim of ours, which is not waited for.
-        """
+        """Claim the key `name` for a unique `holder`; `OWNER_…` is an earlier claim of ours, which is not waited for."""
         self.name = name
         self._etcd = etcd
         self._urls = tuple(dict.fromkeys(urls))
@@ -69,9 +60,8 @@ class EtcdClaim:
         if self._id:
             found = self._call("/v3/lease/keepalive", {"ID": self._id}).get("result")
             if not isinstance(found, dict):  # a stream's error comes with status 200; the lease may live
-                raise NoAnswerError(
-                    f"wanted to keep the lease {self.name}, found that etcd does not say whether it lives"
-                )
+                text = f"wanted to keep the lease {self.name}, found that etcd does not say whether it lives"
+                raise NoAnswerError(text)
             if found.get("TTL") not in (None, "0", 0):
                 return
         self._id = str(self._call("/v3/lease/grant", {"TTL": self._seconds}).get("ID") or "")
@@ -89,10 +79,10 @@ class EtcdClaim:
         found = self._call("/v3/kv/txn", body)
         if found.get("succeeded") is True:
             return ""
-        values = [
-            one.get("value") for each in items(found, "responses") for one in items(each, "response_range", "kvs")
-        ]
-        return base64.b64decode(str(values[0])).decode(errors="replace") if values else "a host that has just gone"
+        for each in items(found, "responses"):
+            for one in items(each, "response_range", "kvs"):
+                return base64.b64decode(str(one.get("value"))).decode(errors="replace")
+        return "a host that has just gone"
 
     def _call(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The answer of the first member that gives one (NoAnswerError: none did)."""

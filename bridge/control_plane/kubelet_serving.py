@@ -1,10 +1,9 @@
 """
-Switch `serverTLSBootstrap` on and off in a running cluster, one node at a time; API servers verify kubelets after the last
-one: https://kubernetes.io/docs/reference/access-authn-authz/kubelet-tls-bootstrapping/.
+Switch `serverTLSBootstrap` on and off in a running cluster, one node at a time; a killed run is simply repeated.
 
-Each run reads the progress from the node and the cluster, so that a killed run is simply repeated. On: this node's kubelet
-comes first, because its certificate proves that a signer answers; then kubelet-config, from which kubeadm configures the
+On: this node's kubelet comes first, because its certificate proves that a signer answers; then kubelet-config, for the
 other kubelets; kubeadm-config and the API server only when all kubelets serve valid certificates. Off is the reverse.
+https://kubernetes.io/docs/reference/access-authn-authz/kubelet-tls-bootstrapping/
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,7 @@ from bridge.cluster import kubeadm
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import kubelets, neighbours, restarts
 from bridge.control_plane.kubelets import AUTHORITY, Served
-from bridge.control_plane.restarts import Restarted
+from bridge.control_plane.restarts import Restarted, Restarts
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem, WaitingError
 from bridge.node import inventory, kubelet, manifest_flags, manifests, processes
 from bridge.node.endpoints import Flags
@@ -37,7 +36,6 @@ from bridge.settings.tables import Settings
 from bridge.specs import CA, Component
 from bridge.state import audit, session
 from bridge.state.install import STAGED_PREFIX
-from bridge.state.store import Store
 from bridge.system.console import doing, log
 from bridge.system.files import exchange
 from bridge.system.run_command import Account, Command, passed_on, run
@@ -85,12 +83,7 @@ class Report:
 
 
 def switch(settings: Settings, *, on: bool, force: bool, wait: timedelta, tell: Callable[[str], None]) -> Report:
-    """
-    Switch this node as far as the state of the other nodes allows.
-
-    `wait` limits the wait for the signer's certificate; after it the kubelet gets its old configuration back. `tell` gets
-    a sentence about each step.
-    """
+    """Switch this node as far as the others allow; `wait` is for the signer, `tell` gets a sentence about each step."""
     if settings.restart.method == "none":
         found = '"none", with which nothing is restarted'
         raise SettingsError([SettingsProblem("restart.method", "a way to restart components", found)])
@@ -98,7 +91,8 @@ def switch(settings: Settings, *, on: bool, force: bool, wait: timedelta, tell: 
         node = inventory.of(settings.node)
         if not (node.is_worker or Component.APISERVER in node.manifests):
             raise NotHereError("wanted a worker, or a control plane with an API server, found neither")
-        one = _Switch(settings=settings, node=node, store=store, record=record, force=force, wait=wait, tell=tell)
+        restarts = Restarts(node=node, settings=settings, store=store, record=record, force=force)
+        one = _Switch(settings=settings, node=node, restarts=restarts, wait=wait, tell=tell)
         (one.on if on else one.off)()
         return Report(done=tuple(one.done), left=tuple(one.left))
 
@@ -107,9 +101,7 @@ def switch(settings: Settings, *, on: bool, force: bool, wait: timedelta, tell: 
 class _Switch:
     settings: Settings
     node: Node
-    store: Store
-    record: audit.Record
-    force: bool
+    restarts: Restarts
     wait: timedelta
     tell: Callable[[str], None]
     done: list[str] = field(default_factory=list)
@@ -132,19 +124,19 @@ class _Switch:
             self._assert_map(asks=False)
         else:
             self._authority(None)
-            servers = kubelets.api_servers(self.api, self.name, {})  # this one's is without it by now
-            verifying = [one.node for one in servers if one.authority]
+            found = kubelets.authorities(self.api, self.name, {})  # this one's is without it by now
+            verifying = [node for node, authority in found.items() if authority]
             self.left += [f"{name}: its API server still has {AUTHORITY}" for name in verifying]
             if verifying:
                 return
             self._map(asks=False)
         self._kubelet(asks=False)
 
-    def _note(self, name: str, text: str) -> None:
+    def _note(self, text: str, name: str = Component.KUBELET.value) -> None:
         self.done.append(text)
         self.tell(text)
-        self.record.add(audit.CONFIGURED, name, result=text)
-        self.record.write_or_warn()
+        self.restarts.record.add(audit.CONFIGURED, name, result=text)
+        self.restarts.record.write_or_warn()
 
     # --- what it looks at --------------------------------------------------------------------------------------------
 
@@ -177,10 +169,8 @@ class _Switch:
         if text is None or kubelet.asks(text) != asks:
             wanted, found = ("with", "without") if asks else ("without", "with")
             command = "`ca-bridge kubelets on`" if asks else "`ca-bridge kubelets off`"
-            raise NotYetError(
-                f"wanted {kubeadm.KUBELETS} {wanted} serverTLSBootstrap, found it {found}",
-                hint=f"{command} on a control-plane node comes first",
-            )
+            hint = f"{command} on a control-plane node comes first"
+            raise NotYetError(f"wanted {kubeadm.KUBELETS} {wanted} serverTLSBootstrap, found it {found}", hint=hint)
 
     def _map(self, *, asks: bool) -> None:
         try:
@@ -189,10 +179,8 @@ class _Switch:
             raise NotHereError(f"{kubeadm.KUBELETS}: {e}") from None
         if changed:
             verb = "has kubelets ask" if asks else "no longer has kubelets ask"
-            self._note(
-                kubeadm.KUBELETS.name,
-                f"{kubeadm.KUBELETS} {verb} for serving certificates, on new nodes and after upgrades",
-            )
+            text = f"{kubeadm.KUBELETS} {verb} for serving certificates, on new nodes and after upgrades"
+            self._note(text, kubeadm.KUBELETS.name)
 
     def _authority(self, value: str | None) -> None:
         """Set or remove the flag by which the API server verifies kubelets, on this node and in kubeadm-config."""
@@ -200,10 +188,8 @@ class _Switch:
         path = manifests.path_of(component, self.settings.node.kubeconfig_dir)
         self._assert_ours(self.flags.get(AUTHORITY), path.name)
         if value is not None and self.flags.get("--client-ca-file") != value:
-            found = self.flags.get("--client-ca-file", "none")
-            raise NotHereError(
-                f"wanted --client-ca-file={value} in {path.name}, found {found}: does its pod see that file?"
-            )
+            found = f"{self.flags.get('--client-ca-file', 'none')}: does its pod see that file?"
+            raise NotHereError(f"wanted --client-ca-file={value} in {path.name}, found {found}")
 
         def edit(cluster: kubeadm.Cluster) -> kubeadm.Cluster:
             found = manifest_flags.arguments(cluster, component).get(_ARGUMENT)
@@ -212,21 +198,19 @@ class _Switch:
 
         if kubeadm.change_cluster(self.api, edit):
             has = "has" if value else "is without"
-            self._note(kubeadm.CLUSTER.name, f"{kubeadm.CLUSTER} {has} {AUTHORITY}, for upgrades")
+            self._note(f"{kubeadm.CLUSTER} {has} {AUTHORITY}, for upgrades", kubeadm.CLUSTER.name)
         data = file_contents(path)
         try:
             wanted = manifest_flags.edited(data, component, {AUTHORITY: value})
         except YamlError as e:
             raise NotHereError(f"{path}: {e}") from None
         if wanted != data:
-            done, back = restarts.restart_with(
-                component, wanted, self.node, self.settings, self.store, record=self.record, force=self.force
-            )
+            done, back = self.restarts.with_text(component, wanted)
             if (error := _first_error(done)) is not None:
                 put_back = PutBackError(f"{error}; {path.name} has its old text again", hint=error.hint)
                 raise (_first_error(back) or put_back) if back else error
             verb = "verifies kubelets" if value else "verifies no kubelet"
-            self._note(component.value, f"the API server of {self.name} {verb}, and is healthy")
+            self._note(f"the API server of {self.name} {verb}, and is healthy", component.value)
 
     def _assert_ours(self, found: str | None, place: str) -> None:
         if found not in {None, str(self.ca_file)}:
@@ -253,7 +237,7 @@ class _Switch:
         trial = functools.partial(refusal, processes.program_of(running), running.arguments[1:])
         wanted = _edited(path, data, asks=asks)
         error: BridgeError | None = None
-        is_changed = wanted != data or running.started <= _changed(path)
+        is_changed = wanted != data or running.started <= datetime.fromtimestamp(path.stat().st_ctime, UTC)
         if is_changed:
             if (obstacle := restarts.obstacle(Component.KUBELET, self.node, self.settings)) is not None:
                 raise obstacle
@@ -266,19 +250,14 @@ class _Switch:
             if error is not None:
                 raise error
             if is_changed:
-                self._note(
-                    Component.KUBELET.value, f"the kubelet of {self.name} no longer asks for a serving certificate"
-                )
+                self._note(f"the kubelet of {self.name} no longer asks for a serving certificate")
             return
         found = self._await_certificate() if error is None else Served(node=self.name)
         if error is not None or found.trouble:
             raise self._put_back(path, trial, data, error or self._without_certificate(found))
         if is_changed:
-            until = minute(found.end) if found.end is not None else ""
-            text = (
-                f"the kubelet of {self.name} serves {found.place} with a certificate of the cluster's CA, until {until}"
-            )
-            self._note(Component.KUBELET.value, text)
+            kind = f"a certificate of the cluster's CA, until {minute(found.end) if found.end is not None else ''}"
+            self._note(f"the kubelet of {self.name} serves {found.place} with {kind}")
 
     def _assert_decides(self, running: Process, path: Path, *, asks: bool) -> None:
         """Refuse a kubelet whose flags, or whose own pair of files, take precedence over `serverTLSBootstrap`."""
@@ -287,18 +266,12 @@ class _Switch:
             raise NotHereError(f"kubelet: {text}", hint="take the flag away first: /var/lib/kubelet/kubeadm-flags.env")
         if asks and KubeletFiles.load(path.parent).serving == "named":
             text = f"wanted a kubelet without tlsCertFile and tlsPrivateKeyFile, found them in {path} or its flags"
-            raise NotHereError(
-                text, hint="ca-bridge renews that pair; take both keys away to have the kubelet ask itself"
-            )
+            hint = "ca-bridge renews that pair; take both keys away to have the kubelet ask itself"
+            raise NotHereError(text, hint=hint)
 
     def _restarted(self, *, back: bool = False) -> BridgeError | None:
         """Restart the kubelet; returns why it is not well."""
-        one, force = [Component.KUBELET], self.force
-        return _first_error(
-            restarts.restart_all(
-                one, self.node, self.settings, self.store, record=self.record, force=force, going_back=back
-            )
-        )
+        return _first_error(replace(self.restarts, going_back=back).all([Component.KUBELET]))
 
     def _await_certificate(self) -> Served:
         def look() -> Served:
@@ -318,12 +291,8 @@ class _Switch:
         return BridgeError(text, hint="a signer of the cluster has to answer: `ca-bridge help gateway`")
 
     def _put_back(self, path: Path, trial: Trial, data: bytes, error: BridgeError) -> BridgeError:
-        """
-        Give the kubelet its old configuration again; returns the error to raise.
-
-        It keeps the new one where API servers verify kubelets already: they would reject a self-signed certificate.
-        """
-        if self._is_verified:
+        """Give the kubelet its old configuration again; returns the error to raise."""
+        if self._is_verified:  # the API servers would reject a self-signed certificate
             return error
         log.warning("%s", error)
         try:
@@ -331,7 +300,7 @@ class _Switch:
         except BridgeError as e:
             return e
         worse = self._restarted(back=True)
-        self._note(Component.KUBELET.value, f"the kubelet of {self.name} has its old configuration again")
+        self._note(f"the kubelet of {self.name} has its old configuration again")
         if worse is not None:
             return worse
         return PutBackError(f"{error}; the kubelet has its old configuration again", hint=error.hint)
@@ -362,10 +331,6 @@ def _edited(path: Path, data: bytes, *, asks: bool) -> bytes:
         raise NotHereError(f"{path}: {e}") from None
 
 
-def _changed(path: Path) -> datetime:
-    return datetime.fromtimestamp(path.stat().st_ctime, UTC)
-
-
 # --- whether it would start with a configuration: its own validation says so ------------------------------------------
 
 
@@ -391,20 +356,10 @@ def refusal(program: Path, arguments: Sequence[str], content: bytes) -> str:
             Path(made).chmod(0o755)
             file.chmod(0o644)
             os.chown(pki, _NOBODY, _NOBODY)  # it may make a certificate of its own there
-        words = [
-            str(program),
-            *_with_config(arguments, str(file)),
-            *_ENDS,
-            f"--cert-dir={pki}",
-        ]
-        said = bytearray()
-        command = Command(
-            words=words,
-            environment=passed_on({}),
-            limit=_LIMIT,
-            account=Account(uid=_NOBODY, gid=_NOBODY, groups=(), home="/") if is_root else None,
-            most_output=_MOST_OUTPUT,
-        )
+        said, words = bytearray(), [str(program), *_with_config(arguments, str(file)), *_ENDS, f"--cert-dir={pki}"]
+        command = Command(words=words, environment=passed_on({}), limit=_LIMIT, most_output=_MOST_OUTPUT)
+        if is_root:
+            command = replace(command, account=Account(uid=_NOBODY, gid=_NOBODY, groups=(), home="/"))
         ended = run(command, said.extend, said.extend)
     text = said.decode(errors="replace")
     if _HAS_ENDED in text and ended.code:

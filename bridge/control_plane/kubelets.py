@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
-from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
 
-from bridge.cluster.access import ANONYMOUS, Client, below, items
+from bridge.cluster.access import ANONYMOUS, Client, below, items, text_of
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.node import endpoints
 from bridge.node.endpoints import Address, Flags
@@ -45,14 +44,6 @@ class Served:
     end: datetime | None = None  #: Of its certificate, where it is right.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ApiServer:
-    """An API server, by its mirror pod."""
-
-    node: str
-    authority: str  #: The CA file by which it verifies kubelets; empty: it verifies none.
-
-
 def all_served(api: Api, trust_pem: bytes, flags: Flags) -> list[Served]:
     """Look at the kubelet of each Node object, as an API server with these flags does (NoAnswerError: none answers)."""
     client = replace(ANONYMOUS, name="the API server", trust_pem=trust_pem)
@@ -64,7 +55,7 @@ def all_served(api: Api, trust_pem: bytes, flags: Flags) -> list[Served]:
 def served(api: Api, name: str, trust_pem: bytes, flags: Flags) -> Served:
     """The same for one node."""
     client = replace(ANONYMOUS, name="the API server", trust_pem=trust_pem)
-    return _look(_asked(api, f"{_NODES}/{quote(name, safe='')}"), client, flags)
+    return _look(api.get(f"{_NODES}/{quote(name, safe='')}"), client, flags)
 
 
 def nodes(api: Api) -> Iterator[Mapping[str, Any]]:
@@ -93,31 +84,27 @@ def _issuer(place: Address) -> str:
 
 def place_of(node: Mapping[str, Any], flags: Flags) -> Address | None:
     """The address that an API server takes: the first of the first type that the node has."""
-    status = node.get("status")
     by_type: dict[str, str] = {}
     for one in items(node, "status", "addresses"):
         by_type.setdefault(str(one.get("type")), str(one.get("address") or ""))
     wanted = flags.get("--kubelet-preferred-address-types", _TYPES).split(",")
     host = next((found for kind in wanted if (found := by_type.get(kind.strip()))), "")
-    ports = status.get("daemonEndpoints") if isinstance(status, dict) else None
-    endpoint = ports.get("kubeletEndpoint") if isinstance(ports, dict) else None
-    port = endpoint.get("Port") if isinstance(endpoint, dict) else None
+    port = below(node, "status", "daemonEndpoints", "kubeletEndpoint", "Port")
     usual = endpoints.PORTS[Component.KUBELET]
     return Address(host, port if isinstance(port, int) and 0 < port < 1 << 16 else usual) if host else None
 
 
-def api_servers(api: Api, own: str, own_flags: Flags) -> list[ApiServer]:
+def authorities(api: Api, own: str, own_flags: Flags) -> dict[str, str]:
     """
-    All API servers that are static pods, with the CA file by which each verifies kubelets (NoAnswerError).
-
-    They are seen by their mirror pods, which follow some seconds after a restart; the control-plane node `own` counts
-    by its manifest, whether its mirror pod is there or not.
+    The CA file by which each node's API server verifies kubelets, empty where it verifies none, by their mirror pods; of
+    the node `own` by its manifest (NoAnswerError).
     """
+    # a mirror pod follows some seconds after a restart
     found: dict[str, Flags] = {own: own_flags}
-    for pod in items(_asked(api, _API_SERVERS), "items"):
+    for pod in items(api.get(_API_SERVERS), "items"):
         words = [str(word) for one in items(pod, "spec", "containers") for word in _words(one)]
         found.setdefault(one_line(text_of(pod, "spec", "nodeName")), flags_of(words))
-    return [ApiServer(node=node, authority=flags.get(AUTHORITY, "")) for node, flags in sorted(found.items())]
+    return {node: flags.get(AUTHORITY, "") for node, flags in sorted(found.items())}
 
 
 def _words(container: Mapping[str, Any]) -> Sequence[Any]:
@@ -128,7 +115,7 @@ def _words(container: Mapping[str, Any]) -> Sequence[Any]:
 def request_of(api: Api, node: str) -> str:
     """Words about the newest request for a serving certificate of a node; empty: it can't be seen."""
     try:
-        found = items(_asked(api, _REQUESTS), "items")
+        found = items(api.get(_REQUESTS), "items")
     except NoAnswerError:
         return ""
     ours = [one for one in found if text_of(one, "spec", "username") == f"system:node:{node}"]
@@ -143,20 +130,6 @@ def request_of(api: Api, node: str) -> str:
     return f"its request {name_of(newest)} is {state}{reason}"
 
 
-def text_of(of: Mapping[str, Any], *keys: str) -> str:
-    """A text in an object, below these keys; empty: there is none."""
-    found = below(of, *keys)
-    return found if isinstance(found, str) else ""
-
-
 def name_of(of: Mapping[str, Any]) -> str:
     """An object's name."""
     return one_line(text_of(of, "metadata", "name"))
-
-
-def _asked(api: Api, path: str) -> Mapping[str, Any]:
-    reply = api.ask("GET", path)
-    if reply.status != HTTPStatus.OK:
-        what = path.partition("?")[0]
-        raise NoAnswerError(f"wanted {what}, found HTTP {reply.status} {reply.message}".rstrip())
-    return reply.document

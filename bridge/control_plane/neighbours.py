@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from bridge.cluster import access
-from bridge.cluster.access import items
+from bridge.cluster.access import items, text_of
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.cluster.lease import Keeper, Lease
 from bridge.control_plane.etcd_claim import EtcdClaim
@@ -96,15 +96,9 @@ def look(node: Node, settings: Settings) -> Neighbours:
         api = Api.of_node(node, settings.node.kubeconfig_dir)
         api.add([Server(url) for url in _beside_etcd(etcd.instances, node)])
         servers = _look_at_api(api, node, settings.node.node_name)
-    return Neighbours(
-        instances=(*etcd.instances, *servers.instances),
-        alarms=etcd.alarms,
-        unseen={
-            kind: seen.trouble
-            for kind, seen in ((Component.ETCD, etcd), (Component.APISERVER, servers))
-            if seen.trouble
-        },
-    )
+    troubles = {Component.ETCD: etcd.trouble, Component.APISERVER: servers.trouble}
+    unseen = {kind: trouble for kind, trouble in troubles.items() if trouble}
+    return Neighbours(instances=(*etcd.instances, *servers.instances), alarms=etcd.alarms, unseen=unseen)
 
 
 def connect(node: Node, settings: Settings) -> Api:
@@ -133,9 +127,8 @@ def _look_at_etcd(node: Node) -> _Seen:
     etcd = Etcd.of(node)
     flags = node.manifests[Component.ETCD].flags
     own_url = endpoints.etcd_url(flags)
-    own = _member_state(
-        etcd, Instance(component=Component.ETCD, name=flags.get("--name", ""), url=own_url, own=True, state="unknown")
-    )
+    own = Instance(component=Component.ETCD, name=flags.get("--name", ""), url=own_url, own=True, state="unknown")
+    own = _member_state(etcd, own)
     try:
         listed, own_id, alarms = _members(etcd, flags, own)
     except http.HttpsError as e:
@@ -180,19 +173,18 @@ def _is_own(member: Member, own_id: str, flags: Mapping[str, str]) -> bool:
 
 def _as_instance(member: Member) -> Instance:
     host = next((urlsplit(url).hostname or "" for url in (*member.client_urls, *member.peer_urls)), "")
-    instance = Instance(
+    reason = "a learner that has not caught up yet" if member.learner else ""
+    if not member.client_urls:
+        reason = "a member that has not started yet"
+    return Instance(
         component=Component.ETCD,
         name=member.name or host,
         url=member.client_urls[0] if member.client_urls else "",
         own=False,
-        state="unknown",
+        state="unhealthy" if reason else "unknown",
+        reason=reason,
         voter=not member.learner,
     )
-    if not member.client_urls:
-        return replace(instance, state="unhealthy", reason="a member that has not started yet")
-    if member.learner:
-        return replace(instance, state="unhealthy", reason="a learner that has not caught up yet")
-    return instance
 
 
 def _member_state(etcd: Etcd, member: Instance) -> Instance:
@@ -203,11 +195,9 @@ def _member_state(etcd: Etcd, member: Instance) -> Instance:
         reason = etcd.trouble(Server(member.url), alarms=False)
     except http.HttpsError as e:
         return _without_answer(member, e)
-    return (
-        replace(member, state="healthy")
-        if reason is None
-        else replace(member, state="unhealthy", reason=reason.lower())
-    )
+    if reason is None:
+        return replace(member, state="healthy")
+    return replace(member, state="unhealthy", reason=reason.lower())
 
 
 def _without_answer(instance: Instance, error: http.HttpsError) -> Instance:
@@ -218,9 +208,7 @@ def _without_answer(instance: Instance, error: http.HttpsError) -> Instance:
 
 def _look_at_api(api: Api, node: Node, node_name: str) -> _Seen:
     own_url = access.local_url(node)
-    instances = []
-    if own_url is not None:
-        instances.append(_api_server(node_name, own_url, own=True))
+    instances = [_api_server(node_name, own_url, own=True)] if own_url is not None else []
     trouble = ""
     try:
         found = api_servers(api, node)
@@ -240,9 +228,10 @@ def _api_server(name: str, url: str, *, own: bool) -> Instance:
 
 def api_servers(api: Api, node: Node) -> list[tuple[str, str]]:
     """The names and URLs of the API servers that are up, and this node's (NoAnswerError: no server answers)."""
-    nodes = _asked(api, _CONTROL_PLANE_NODES)
+    nodes = api.get(_CONTROL_PLANE_NODES)
+    reply = api.ask("GET", _ENDPOINTS)
     # Not before 1.21, where nodes must do.
-    slices = _asked(api, _ENDPOINTS, missing=True)
+    slices = {} if reply.status == HTTPStatus.NOT_FOUND else reply.found(_ENDPOINTS)
     endpoints = {
         address: str(one.get("port"))
         for piece in items(slices, "items")
@@ -252,27 +241,16 @@ def api_servers(api: Api, node: Node) -> list[tuple[str, str]]:
     }
     found = []
     for one in items(nodes, "items"):
-        name, addresses = _name_and_addresses(one)
+        addresses = _addresses(one)
         here = [address for address in addresses if address in endpoints] or addresses[:1]
+        name = text_of(one, "metadata", "name")
         found += [(name, access.url_of(address, endpoints.pop(address, access.port(node)))) for address in here]
     return found + [(address, access.url_of(address, port)) for address, port in endpoints.items()]
 
 
-def _asked(api: Api, path: str, *, missing: bool = False) -> Mapping[str, Any]:
-    reply = api.ask("GET", path)
-    if missing and reply.status == HTTPStatus.NOT_FOUND:
-        return {}
-    if reply.status != HTTPStatus.OK:
-        raise NoAnswerError(f"wanted {path.partition('?')[0]}, found HTTP {reply.status}")
-    return reply.document
-
-
-def _name_and_addresses(node: Mapping[str, Any]) -> tuple[str, list[str]]:
-    metadata = node.get("metadata")
-    addresses = sorted(items(node, "status", "addresses"), key=lambda one: one.get("type") != "InternalIP")
-    return str(metadata.get("name") if isinstance(metadata, dict) else ""), [
-        str(one.get("address")) for one in addresses if one.get("type") != "Hostname"
-    ]
+def _addresses(node: Mapping[str, Any]) -> list[str]:
+    found = sorted(items(node, "status", "addresses"), key=lambda one: one.get("type") != "InternalIP")
+    return [str(one.get("address")) for one in found if one.get("type") != "Hostname"]
 
 
 def _ready(api: Api, instance: Instance) -> Instance:
@@ -389,12 +367,10 @@ def _after_an_election(component: Component, node: Node, settings: Settings) -> 
 
 def _refusal(component: Component, neighbours: Neighbours, found: Sequence[str], rules: ClusterSettings) -> str:
     waited = f" within {duration_text(rules.neighbour_wait)}" if rules.neighbours == "wait" else ""
-    loses = component is Component.ETCD and neighbours.quorum_without_own is False
-    quorum = "; etcd would be without its quorum" if loses else ""
-    return (
-        f"{component.value}: wanted all other control-plane nodes well before its restart{waited}, "
-        f"found {'; '.join(found)}{quorum}"
-    )
+    if component is Component.ETCD and neighbours.quorum_without_own is False:
+        found = [*found, "etcd would be without its quorum"]
+    wanted = f"wanted all other control-plane nodes well before its restart{waited}"
+    return f"{component.value}: {wanted}, found {'; '.join(found)}"
 
 
 class LeaseHeldError(PostponedError):
@@ -404,11 +380,7 @@ class LeaseHeldError(PostponedError):
 
 
 class Turn:
-    """
-    One node after the other, by a lease that all of them see, so that two nodes' timers never restart at once.
-
-    Without an answer there is no lease, and the restart goes ahead: only another holder that was seen is an obstacle.
-    """
+    """One node after the other, by a lease that all see; without an answer there is none, and the restart goes ahead."""
 
     def __init__(self, lease: Lease | EtcdClaim, rules: ClusterSettings, note: Callable[[str], None]) -> None:
         """Claim the lease; `note` gets sentences for the operator, in this thread."""

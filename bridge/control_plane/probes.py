@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from cryptography import x509
 
-from bridge.cluster.access import ANONYMOUS, Client, document, items
+from bridge.cluster.access import ANONYMOUS, Client, below, document, items, mapping
 from bridge.cluster.api import Api
 from bridge.errors import BridgeError
 from bridge.node import endpoints, kubelet, processes
@@ -49,8 +49,7 @@ class RefusedError(BridgeError):
     """A server or client rejects a certificate."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
+class Check(NamedTuple):
     """A finding, but for its result."""
 
     component: Component | None
@@ -112,12 +111,8 @@ class Serving:
 
     def at(self, place: Address, now: datetime) -> Check:
         """A check of the certificate that is shown at one address."""
-        return Check(
-            component=self.component,
-            certificate=self.certificate,
-            what=f"serves {place}",
-            judge=functools.partial(self._judge, place, now),
-        )
+        judge = functools.partial(self._judge, place, now)
+        return Check(self.component, self.certificate, f"serves {place}", judge)
 
     def as_client(self) -> Client:
         """The same pair in a client's hand."""
@@ -174,7 +169,7 @@ def words(answer: http.Answer) -> str:
         found = of_server(answer.body)
     except ValueError:
         return text
-    message = found.get("message") if isinstance(found, dict) else None
+    message = below(found, "message")
     return message[:_MOST_WORDS] if isinstance(message, str) else text
 
 
@@ -250,8 +245,7 @@ _ALARM = re.compile(r"memberID:(\d+)\s+alarm:(\w+)")
 _WITHOUT_ALARMS = "?exclude=NOSPACE&exclude=CORRUPT"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
+class Member(NamedTuple):
     """One member, as the cluster's list has it."""
 
     id: str
@@ -261,8 +255,7 @@ class Member:
     learner: bool  #: Has no vote.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
+class Status(NamedTuple):
     """A member's own id, and the alarms that it knows of."""
 
     id: str  #: Empty: it does not tell.
@@ -273,7 +266,7 @@ class Etcd:
     """A client of etcd, with each certificate that it may accept."""
 
     def __init__(self, clients: Sequence[Client], troubles: Sequence[str] = ()) -> None:
-        """Take clients in the order in which they are tried, and the reasons why there are no more."""
+        """The clients are tried in this order; the reasons say why there are no more."""
         self._clients, self._troubles = tuple(clients), tuple(troubles)
 
     @classmethod
@@ -310,9 +303,8 @@ class Etcd:
     def status(self, server: Server) -> Status:
         """A member's own id, and the alarms that it knows of."""
         found = self._call(server, "/v3/maintenance/status")
-        header = found.get("header")
         alarms = _ALARM.findall(" ".join(map(str, found.get("errors") or [])))
-        return Status(id=str(header.get("member_id", "")) if isinstance(header, dict) else "", alarms=tuple(alarms))
+        return Status(id=str(mapping(found, "header").get("member_id", "")), alarms=tuple(alarms))
 
     def trouble(self, server: Server, *, alarms: bool) -> str | None:
         """Why a member is not well (with `alarms`, also for one); None: it has a leader, and reads through the quorum."""
@@ -333,11 +325,8 @@ class Etcd:
 
 
 def _member(entry: Mapping[str, Any]) -> Member:
-    urls = {key: tuple(filter(is_url, map(str, entry.get(key) or ()))) for key in ("clientURLs", "peerURLs")}
-    return Member(
-        id=str(entry.get("ID") or ""),
-        name=str(entry.get("name") or ""),
-        client_urls=urls["clientURLs"],
-        peer_urls=urls["peerURLs"],
-        learner=entry.get("isLearner") is True,
+    client_urls, peer_urls = (
+        tuple(filter(is_url, map(str, entry.get(key) or ()))) for key in ("clientURLs", "peerURLs")
     )
+    name, is_learner = str(entry.get("name") or ""), entry.get("isLearner") is True
+    return Member(str(entry.get("ID") or ""), name, client_urls, peer_urls, is_learner)

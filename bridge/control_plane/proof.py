@@ -23,7 +23,7 @@ _AT_ONCE = 8
 _PAUSE_SECONDS = 0.5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ProofFinding:
     """One thing that a component serves, uses or accepts."""
 
@@ -73,21 +73,14 @@ def look(node: Node, settings: Settings, now: datetime, machine: Machine | None 
         return ProofReport(findings=tuple(pool.map(_finding, made)))
 
 
-def by_files(node: Node, settings: Settings, now: datetime, machine: Machine | None = None) -> ProofReport:
+def by_files(node: Node, settings: Settings, now: datetime) -> ProofReport:
     """Compare the ages of processes and files only, without a connection or a key."""
-    given = checks.Look(node=node, settings=settings, now=now, machine=machine or Machine())
+    given = checks.Look(node=node, settings=settings, now=now, machine=Machine())
     return ProofReport(findings=tuple(map(_finding, checks.by_files(given))))
 
 
 def _finding(check: Check) -> ProofFinding:
-    verdict = check.run()
-    return ProofFinding(
-        component=check.component,
-        certificate=check.certificate,
-        what=check.what,
-        state=verdict.state,
-        detail=verdict.detail,
-    )
+    return ProofFinding(check.component, check.certificate, check.what, *check.run())
 
 
 def within(
@@ -95,14 +88,13 @@ def within(
     settings: Settings,
     now: Callable[[], datetime],
     limit: timedelta,
-    machine: Machine | None = None,
     *,
     counts: Callable[[ProofFinding], bool] = lambda _: True,
 ) -> ProofReport:
     """Look at least once, until no finding that counts is wrong or the time is over; returns the last look."""
     with doing("proving that every component works on its certificates"):
         return wait_until(
-            lambda: look(read(), settings, now(), machine),
+            lambda: look(read(), settings, now()),
             lambda found: not any(map(counts, found.wrong)),
             limit,
             pause_seconds=_PAUSE_SECONDS,

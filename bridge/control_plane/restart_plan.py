@@ -32,24 +32,18 @@ ORDER = (*COMPONENTS, Component.KUBELET)
 
 
 def reloading(node: Node, settings: NodeSettings, proc: Path = processes.PROC) -> frozenset[Component]:
-    """
-    The components that reload their certificates, by `node.kubernetes_version` or else the image tags of their
-    manifests; one older than its manifest may have another version, and does not count.
-    """
+    """The components that reload their certificates, by their versions; one older than its manifest does not count."""
     versions = {
         component: manifest.version
         for component, manifest in node.manifests.items()
-        if _has_reloading(component, manifest) and not _is_older_than_manifest(component, manifest, settings, proc)
+        if component in FIRST_RELOADING
+        and (component not in SERVERS or TLS_CERTIFICATE in manifest.flags)
+        and not _is_older_than_manifest(component, manifest, settings, proc)
     }
     if (version := settings.kubernetes_version) is not None:
         versions[Component.APISERVER] = (version.major, version.minor)
     known = {component: version for component, version in versions.items() if version is not None}
     return frozenset(one for one, first in FIRST_RELOADING.items() if one in known and known[one] >= first)
-
-
-def _has_reloading(component: Component, manifest: Manifest) -> bool:
-    """Whether some version of it reads files again that this manifest names."""
-    return component in FIRST_RELOADING and (component not in SERVERS or TLS_CERTIFICATE in manifest.flags)
 
 
 def _is_older_than_manifest(component: Component, manifest: Manifest, settings: NodeSettings, proc: Path) -> bool:
@@ -108,11 +102,7 @@ def stale(
 
 
 def how(component: Component, manifests: Path) -> str:
-    """
-    A sentence for the operator on how to restart a component.
-
-    A kubelet does not count a moved manifest as a crash; moved back too early it costs 10 to 25 s.
-    """
+    """A sentence for the operator on how to restart a component; a manifest moved back too early costs 10 to 25 s."""
     if component is Component.KUBELET:
         return "kubelet: systemctl restart kubelet (running containers stay)"
     manifest = manifests / f"{component.value}.yaml"

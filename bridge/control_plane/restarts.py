@@ -8,12 +8,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-
-from cryptography import x509
 
 from bridge.control_plane import checks, neighbours, probes, proof, restart_plan, static_pods
 from bridge.control_plane.static_pods import Pod
@@ -63,86 +61,32 @@ class Restarted:
         return self.error.exit_code if self.error is not None else Exit.DONE
 
 
-def restart_all(
-    components: Sequence[Component],
-    node: Node,
-    settings: Settings,
-    store: Store,
-    *,
-    record: audit.Record,
-    force: bool = False,
-    going_back: bool = False,
-    contents: Mapping[Component, bytes] | None = None,
-) -> list[Restarted]:
-    """
-    Restart these, one at a time, by the settings' method, until one of them does not come back; those in `contents` with
-    this text of their manifests.
-
-    With `force` also if a neighbour is unhealthy, here or on another node, and shortly after another restart; `going_back`
-    is the same, but never while another node is unhealthy.
-
-    Returns an entry for each of them, in their order; then one for each other component that is not healthy at the end.
-    """
-    run = _Restarts(
-        node=node,
-        settings=settings,
-        store=store,
-        record=record,
-        force=force,
-        at_once=force or going_back,
-        contents=contents or {},
-    )
-    return run.all([component for component in restart_plan.ORDER if component in components])
-
-
-def restart_with(
-    component: Component,
-    content: bytes | None,
-    node: Node,
-    settings: Settings,
-    store: Store,
-    *,
-    record: audit.Record,
-    force: bool = False,
-) -> tuple[list[Restarted], list[Restarted]]:
-    """
-    Restart a component with a new text of its manifest (None: the text that names its new serving pair); where the
-    component does not come back, restart it with the old text.
-
-    Returns the restarts with the new text, and those with the old one, as `restart_all` does.
-    """
-    path = manifests.path_of(component, settings.node.kubeconfig_dir)
-    old, contents = path.read_bytes(), {component: content} if content is not None else {}
-    done = restart_all([component], node, settings, store, record=record, force=force, contents=contents)
-    error = done[0].error
-    if error is None or isinstance(error, PostponedError) or path.read_bytes() == old:
-        return done, []
-    log.warning("%s", error)
-    contents = {component: old}
-    return done, restart_all(
-        [component], node, settings, store, record=record, force=force, going_back=True, contents=contents
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Restarts:
+class Restarts:
+    """Restarts of components, one at a time, by the settings' method."""
+
     node: Node
     settings: Settings
     store: Store
     record: audit.Record
-    force: bool
-    at_once: bool  #: Without a look at this node's other components, or at the time of the last restart.
-    contents: Mapping[Component, bytes]  #: New texts of manifests.
+    force: bool = False  #: Also beside an unhealthy neighbour, on this node or another, and shortly after a restart.
+    going_back: bool = False  #: The same, but never while another node is unhealthy.
+    contents: Mapping[Component, bytes] = field(default_factory=dict)  #: New texts of manifests.
 
-    def all(self, ordered: Sequence[Component]) -> list[Restarted]:
-        out = []
-        for component in ordered:
-            error = obstacle(component, self.node, self.settings) or (
-                None if self.at_once else self._too_soon(component)
-            )
-            if error is not None:
-                out.append(Restarted(component=component, error=error))
-        left = [component for component in ordered if component not in {one.component for one in out}]
+    def all(self, components: Sequence[Component]) -> list[Restarted]:
+        """
+        Restart these, until one of them does not come back.
+
+        Returns an entry for each of them, in their order; then one for each other component that is not healthy at the end.
+        """
+        out, left = [], []
+        for component in restart_plan.ORDER:
+            if component in components:
+                error = obstacle(component, self.node, self.settings) or self._too_soon(component)
+                if error is not None:
+                    out.append(Restarted(component=component, error=error))
+                else:
+                    left.append(component)
         done: list[Restarted] = []
         try:
             if left:
@@ -154,6 +98,25 @@ class _Restarts:
         except BridgeError as e:  # it is not our turn
             done += [Restarted(component=component, error=e) for component in left[len(done) :]]
         return [*out, *done]
+
+    def with_text(self, component: Component, content: bytes | None) -> tuple[list[Restarted], list[Restarted]]:
+        """
+        Restart a component with a new text of its manifest (None: the text that names its new serving pair); where the
+        component does not come back, with the old text once more. Returns the restarts with each.
+        """
+        path = manifests.path_of(component, self.settings.node.kubeconfig_dir)
+        old, contents = path.read_bytes(), {} if content is None else {component: content}
+        done = dataclasses.replace(self, contents=contents).all([component])
+        error = done[0].error
+        if error is None or isinstance(error, PostponedError) or path.read_bytes() == old:
+            return done, []
+        log.warning("%s", error)
+        return done, dataclasses.replace(self, going_back=True, contents={component: old}).all([component])
+
+    @property
+    def _at_once(self) -> bool:
+        """Without a look at this node's other components, or at the time of the last restart."""
+        return self.force or self.going_back
 
     def _turn(self) -> contextlib.AbstractContextManager[Callable[[Component], None]]:
         """The turn of this node: a forced restart waits for it, but ignores other nodes; a worker needs none."""
@@ -184,7 +147,7 @@ class _Restarts:
         self, component: Component, to_come: Sequence[Component], may_restart: Callable[[Component], None]
     ) -> Restarted:
         try:
-            if not self.at_once:
+            if not self._at_once:
                 self._wait_for_the_others(component, to_come)
             may_restart(component)
             begin = time.monotonic()
@@ -203,6 +166,8 @@ class _Restarts:
     # --- is this the moment? -----------------------------------------------------------------------------------------
 
     def _too_soon(self, component: Component) -> RestartPostponedError | None:
+        if self._at_once:
+            return None
         restarted, interval = _times(self.store).get(component), self.settings.restart.min_interval
         now = datetime.now(UTC)
         if restarted is None or not (last := restarted.at) <= now < last + interval:
@@ -252,13 +217,11 @@ class _Restarts:
             try:
                 static_pods.restart(pod, self.store, settings.restart.timeout)
             except static_pods.NotEndedError as e:
-                if isinstance(pod.instances, _Answers):
-                    text = (
-                        f"{component.value}: can't see it end: no process and no pod of it is seen, and it answers on"
-                    )
-                    hint = 'restart it by hand; a [restart] method = "command" sees the end of its command'
-                    raise ImpossibleError(text, hint=hint) from e
-                raise
+                if not isinstance(pod.instances, _Answers):
+                    raise
+                text = f"{component.value}: can't see it end: no process and no pod of it is seen, and it answers on"
+                hint = 'restart it by hand; a [restart] method = "command" sees the end of its command'
+                raise ImpossibleError(text, hint=hint) from e
             return
         command, content = _command(component, settings), self._content(component)
         _remember(component, self.store)
@@ -266,12 +229,14 @@ class _Restarts:
             parked_manifest.replace(manifests.path_of(component, settings.node.kubeconfig_dir), content)
         if component is Component.KUBELET:
             take_copy(settings.node.kubeconfig_dir, restart_plan.KUBELET_COPY, self.store)
-        _run_command(component, command, settings)
+        name, timeout = component.value, settings.restart.timeout
+        if failure := command_failure(name, command, {"CA_BRIDGE_COMPONENT": name}, timeout):
+            raise RestartError(f"{name}: wanted to have it restarted, {failure}", hint="see [restart.commands]")
         if component not in _present(self.node):
             return  # without a manifest here its command's exit code is all there is
         if found := self._wait_until_healthy([component]):
-            within = duration_text(settings.restart.timeout)
-            raise RestartError(f"{component.value}: wanted it to be healthy within {within}, found: {found[component]}")
+            text = f"{name}: wanted it to be healthy within {duration_text(timeout)}, found: {found[component]}"
+            raise RestartError(text)
 
     def _pod(self, component: Component) -> Pod:
         directory = self.settings.node.kubeconfig_dir
@@ -395,13 +360,6 @@ def _command(component: Component, settings: Settings) -> list[str]:
     return settings.restart.command(component) or (_systemctl() if component is Component.KUBELET else [])
 
 
-def _run_command(component: Component, words: Sequence[str], settings: Settings) -> None:
-    name = component.value
-    failure = command_failure(name, words, {"CA_BRIDGE_COMPONENT": name}, settings.restart.timeout)
-    if failure:
-        raise RestartError(f"{name}: wanted to have it restarted, {failure}", hint="see [restart.commands]")
-
-
 # --- the kubelet -----------------------------------------------------------------------------------------------------
 
 
@@ -418,10 +376,7 @@ def _systemctl() -> list[str]:
 
 
 def take_copy(kubeconfig_dir: Path, copy: Path, store: Store) -> None:
-    """
-    Remove the kubelet's cached certificate if it differs from kubelet.conf's, because the kubelet prefers the cache
-    (measured on 1.37); not a younger one, nor one that kubelet.conf refers to. The last one is kept.
-    """
+    """Move a kubelet's cached certificate away that differs from kubelet.conf's, and is no younger: it would be used."""
     path = kubeconfig_dir / "kubelet.conf"
     try:
         data = read(path)
@@ -433,19 +388,15 @@ def take_copy(kubeconfig_dir: Path, copy: Path, store: Store) -> None:
         content = copy.read_bytes()
     except FileNotFoundError:
         return
-    if wanted is None or _may_stay(copy, content, path, wanted):
+    try:
+        used = load_pem_certificates(content)[0]
+    except ValueError:
+        used = None
+    if wanted is None or used == wanted or (used is not None and checks.is_rotated(copy, used, path, wanted)):
         return
     write_atomically(store.kubelet_copy, content)
     copy.unlink()
     log.info("kubelet: moved %s, its copy of another certificate, to %s", copy, store.kubelet_copy)
-
-
-def _may_stay(copy: Path, content: bytes, kubelet_conf: Path, wanted: x509.Certificate) -> bool:
-    try:
-        used = load_pem_certificates(content)[0]
-    except ValueError:
-        return False
-    return used == wanted or checks.is_rotated(copy, used, kubelet_conf, wanted)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -491,7 +442,7 @@ def restart_stale(
         components, unknown = (named, None) if named else _by_settings(node, settings, now())
         if settings.restart.method == "none":
             return RestartReport(components=tuple(components), advised=True, unknown=unknown)
-        done = restart_all(components, node, settings, store, record=record, force=force)
+        done = Restarts(node=node, settings=settings, store=store, record=record, force=force).all(components)
         return RestartReport(components=tuple(components), done=tuple(done), unknown=unknown)
 
 

@@ -95,23 +95,15 @@ def restart(pod: Pod, store: Store, timeout: timedelta) -> None:
 # --- waiting ---------------------------------------------------------------------------------------------------------
 
 
-def _wait(
-    name: str,
-    what: str,
-    look: Callable[[], str | None],
-    timeout: timedelta,
-    check: Callable[[], None],
-) -> None:
+def _wait(name: str, what: str, look: Callable[[], str | None], timeout: timedelta, check: Callable[[], None]) -> None:
     """Look until nothing is found (RestartError: the time is over)."""
     found = wait_until(
         look, lambda found: found is None, timeout, pause_seconds=_POLL_SECONDS, between=lambda _: check()
     )
     if found is not None:
         kind = RestartError if what == _HEALTHY else NotEndedError
-        raise kind(
-            f"{name}: wanted it {what} within {duration_text(timeout)}, found: {found}",
-            hint="its manifest is in its place; the logs of the kubelet and of the container tell more",
-        )
+        hint = "its manifest is in its place; the logs of the kubelet and of the container tell more"
+        raise kind(f"{name}: wanted it {what} within {duration_text(timeout)}, found: {found}", hint=hint)
 
 
 def _begun(pod: Pod, before: frozenset[str]) -> str | None:
@@ -134,18 +126,14 @@ def _settle(time_: timedelta, check: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[Callable[[], None]]:
-    """
-    Hold back SIGTERM, SIGHUP and Ctrl-C until the manifest is back; yields a function that raises a StoppedError after one.
-
-    Only the main thread gets signals; in another thread nothing changes, and `recover` does the rest.
-    """
+    """Hold back signals until the manifest is back; yields a function that raises a StoppedError after one."""
     caught: list[int] = []
 
     def check() -> None:
         if caught:
             raise StoppedError(f"stopped by {signal.Signals(caught[0]).name} in the middle of a restart")
 
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals; `recover` does the rest
         yield check
         return
     ours = [one for one in _ENDING if signal.getsignal(one) is not signal.SIG_IGN]  # as nohup has it

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_der_private_key
 
+from bridge.cluster.access import text_of
 from bridge.cluster.api import Api
-from bridge.control_plane.kubelets import text_of
 from bridge.diagnosis.findings import Finding, Level
 from bridge.errors import BridgeError
 from bridge.node import endpoints

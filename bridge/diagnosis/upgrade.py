@@ -10,7 +10,7 @@ with, and which API servers verify it, is the last part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from http import HTTPStatus
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from cryptography.x509.verification import VerificationError as NoPathError
 from bridge.cluster import kubeadm
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import kubelets, neighbours
-from bridge.control_plane.kubelets import AUTHORITY, ApiServer, Served
+from bridge.control_plane.kubelets import AUTHORITY, Served
 from bridge.diagnosis.findings import Finding, from_error
 from bridge.diagnosis.installed import is_named
 from bridge.errors import BridgeError
@@ -285,11 +285,11 @@ def look_at_kubelets(node: Node, settings: Settings, now: datetime) -> Iterator[
     api = neighbours.connect(node, settings)
     try:
         trust = file_contents(settings.node.pki_dir / CA.certificate_file)
-        servers = kubelets.api_servers(api, settings.node.node_name, manifest.flags)
-        verifying = [one.node for one in servers if one.authority]
+        authorities = kubelets.authorities(api, settings.node.node_name, manifest.flags)
+        verifying = [name for name, authority in authorities.items() if authority]
         for one in kubelets.all_served(api, trust, manifest.flags):
             yield _of_kubelet(one, verifying, now)
-        yield from _of_api_servers(api, servers)
+        yield from _of_api_servers(api, authorities)
         yield _of_map(api)
     except (BridgeError, NoAnswerError) as e:
         yield from_error("kubelets", "cluster", e)
@@ -309,21 +309,21 @@ def _of_kubelet(one: Served, verifying: list[str], now: datetime) -> Finding:
     return Finding.warning("kubelet-serving", one.node, text, hint)
 
 
-def _of_api_servers(api: Api, servers: list[ApiServer]) -> Iterator[Finding]:
+def _of_api_servers(api: Api, authorities: Mapping[str, str]) -> Iterator[Finding]:
     """The API servers against each other, and against what the next upgrade makes of them."""
     kept = manifest_flags.arguments(kubeadm.read_cluster(api), Component.APISERVER)
     wanted = kept.get(AUTHORITY.removeprefix("--"), "")
-    for one in servers:
-        about = f"kube-apiserver of {one.node}"
-        if one.authority != wanted:
-            found = f"{AUTHORITY}={one_line(one.authority)}" if one.authority else f"no {AUTHORITY}"
+    for name, authority in authorities.items():
+        about = f"kube-apiserver of {name}"
+        if authority != wanted:
+            found = f"{AUTHORITY}={one_line(authority)}" if authority else f"no {AUTHORITY}"
             said = f"wanted it as {kubeadm.CLUSTER.name} has it ({one_line(wanted) or 'none'}), found {found}"
             hint = (
                 "the next `kubeadm upgrade` changes it; `ca-bridge kubelets on` or `off` on that node makes them alike"
             )
             yield Finding.warning("kubelet-authority", about, said, hint)
-        elif one.authority:
-            yield Finding.ok("kubelet-authority", about, f"verifies kubelets by {one_line(one.authority)}")
+        elif authority:
+            yield Finding.ok("kubelet-authority", about, f"verifies kubelets by {one_line(authority)}")
         else:
             yield Finding.note("kubelet-authority", about, f"verifies no kubelet: it has no {AUTHORITY}")
 

@@ -36,8 +36,9 @@ _ANCHOR_SECONDS = 60.0
 class AuthorityOfSigners:
     """One of the cluster's CAs, from any thread."""
 
-    def __init__(self, configured: Configured, settings: Settings) -> None:
+    def __init__(self, configured: Configured, settings: Settings, specs: Sequence[CertificateSpec]) -> None:
         self.name = configured.authority
+        self._specs = [spec for spec in specs if spec.authority.name == self.name]
         self.rest = Rest()
         self.ca = CA.of(configured, self.rest)
         self._extra_subject = settings.extra_subject(configured.authority)
@@ -80,11 +81,11 @@ class AuthorityOfSigners:
         ends = [one.not_valid_after_utc for one in self._anchors]
         return max(ends) if self._each_anchor_counts else ends[0]
 
-    def check(self, specs: Sequence[CertificateSpec]) -> list[str]:
+    def check(self) -> list[str]:
         """Ask who it is and whether its roles or profiles fit; each problem is a sentence."""
         if issuers := self.ca.issuers():
             self._issuer_end = min(one.not_valid_after_utc for one in issuers)
-        return [f"{self.ca.label}: {name}: {error}" for name, error in usages(self.ca.backend, specs).items()]
+        return [f"{self.ca.label}: {name}: {error}" for name, error in usages(self.ca.backend, self._specs).items()]
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         """Have one signed; several at the same time are one round trip where the CA can do that."""
@@ -148,7 +149,8 @@ def read_anchors(path: Path) -> tuple[x509.Certificate, ...]:
 def opened(settings: Settings, specs: Sequence[CertificateSpec]) -> dict[str, AuthorityOfSigners]:
     """The CAs of these certificates, by name."""
     names = [name for name in SIGNING_AUTHORITIES if any(spec.authority.name == name for spec in specs)]
-    found = {name: AuthorityOfSigners(one, settings) for name, one in registry.configured(settings, names).items()}
+    configured = registry.configured(settings, names)
+    found = {name: AuthorityOfSigners(one, settings, specs) for name, one in configured.items()}
     if PODS.name in found:
         _assert_names_beside(found[PODS.name], settings)
     return found

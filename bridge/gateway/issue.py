@@ -1,7 +1,4 @@
-"""
-From an object to its certificate: judged, signed, proven, recorded, written, by what is true at each step; if the
-object changed meanwhile, the API server refuses the write, and the object is judged again.
-"""
+"""From an object to its certificate: judged, signed, proven, recorded, written; one that changed is judged again."""
 
 from __future__ import annotations
 
@@ -80,18 +77,14 @@ class Issuing:
             if one.is_deleted:
                 context.give_up(one.uid, "the object is gone")
             if one.certificate and not is_in_work and not self._writer_of(one).has_settled(one.uid):
-                self._saw(one)
+                with contextlib.suppress(ValueError, BridgeError):
+                    leaf = load_pem_certificates(chain_of(one))[0]
+                    context.metrics.saw(one.request.signer, name_in(one, leaf), leaf.not_valid_after_utc)
             return
         if self._writer_of(one).has_settled(one.uid):
             return  # this version is older than our own write
         for uid in context.queue.put(one, self._judge_of(one).look):
             context.give_up(uid, "a newer request of the same node has come")
-
-    def _saw(self, one: AnyObject) -> None:
-        """A certificate that is there: when it ends."""
-        with contextlib.suppress(ValueError, BridgeError):
-            leaf = load_pem_certificates(chain_of(one))[0]
-            self._context.metrics.saw(one.request.signer, name_in(one, leaf), leaf.not_valid_after_utc)
 
     def over(self, uid: str) -> None:
         """An object was deleted or refused."""
@@ -253,16 +246,13 @@ class Issuing:
     def _accepted(self, asking: _Asking, answer: Issued) -> Verified:
         context = self._context
         try:
-            found = self._verified(asking, answer)
+            found = asking.authority.verified(answer, asking.request, self._expected(asking))
         except VerificationError as e:
             context.record_quietly(asking.about, audit.REFUSED, e)
             context.drop_pending(asking.job.one.uid)
             raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(asking.job)) from None
         context.ledger.write(asking.about.line(audit.ISSUED, new=found.leaf))
         return found
-
-    def _verified(self, asking: _Asking, answer: Issued) -> Verified:
-        return asking.authority.verified(answer, asking.request, self._expected(asking))
 
     def _expected(self, asking: _Asking) -> Expectation:
         least = self._context.settings.gateway.min_validity
@@ -298,7 +288,7 @@ class Issuing:
         if answer is None:
             return None
         try:
-            found = self._verified(asking, answer)
+            found = authority.verified(answer, asking.request, self._expected(asking))
         except VerificationError:  # such as too short a life by now: the CA is asked for another
             return None
         self._context.ledger.write(asking.about.line(audit.ISSUED, new=found.leaf, result=_RECALLED))

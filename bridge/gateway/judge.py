@@ -43,15 +43,13 @@ class Judge:
         self._requesters, self._nodes = Rate(ours.requester_rate), Rate(ours.node_rate)
 
     def turn(self, job: Job) -> float | None:
-        """
-        Seconds until the rates give the job its turn; None: too many wait already. Nodes of the inventory have a rate
-        each, since all nodes that join with one bootstrap token are one user.
-        """
+        """Seconds until the rates give the job its turn; None: too many wait already."""
         user, now = job.one.request.username, time.monotonic()
         with self._mutex:
             if job.look.is_hostile:
                 return self._requesters.reserve(f"hostile\n{user}", now)
             if job.look.counts and job.look.is_known:
+                # each node has a rate, since all that join with one bootstrap token are one user
                 # by requester, too: another node could name this one until its own kubelet had to wait
                 return self._nodes.reserve(job.key, now)
             return self._requesters.reserve(user, now)
@@ -100,7 +98,10 @@ class Judge:
                 verdict = judge(one.request, replace(world, entry=entry, state=state))
         rules = world.policy.signers.get(one.request.signer)
         if isinstance(verdict, Allowed) and rules is not None and rules.approval == "required":
-            return verdict if one.is_approved_by_person else Later(_unapproved(one))
+            if one.is_approved_by_person:
+                return verdict
+            found = "only a controller has approved it, which does not count" if one.has(watch.APPROVED) else ""
+            return Later(f"{found or 'it was not approved yet'} (approval = required)")
         return verdict
 
     def _spec(self, one: SigningRequest) -> CertificateSpec | None:
@@ -124,9 +125,3 @@ def _ours(one: AnyObject) -> SigningRequest:
     if not isinstance(one, SigningRequest):
         raise TypeError(f"wanted a CertificateSigningRequest, found {type(one).__name__}")
     return one
-
-
-def _unapproved(one: SigningRequest) -> str:
-    if one.has(watch.APPROVED):
-        return "only a controller has approved it, which does not count (approval = required)"
-    return "it was not approved yet (approval = required)"

@@ -52,11 +52,9 @@ class About:
         }
         if isinstance(one, PodObject):
             asked = one.request
-            found |= {"namespace": asked.namespace, "pod": asked.pod, "serviceAccount": asked.service_account}
-            found |= {"podUID": asked.pod_uid, "requester": f"system:node:{asked.node}"}
-            found |= {
-                key: one_line(found[key]) for key in ("namespace", "pod", "serviceAccount", "podUID", "requester")
-            }
+            pod = {"namespace": asked.namespace, "pod": asked.pod, "serviceAccount": asked.service_account}
+            pod |= {"podUID": asked.pod_uid, "requester": f"system:node:{asked.node}"}
+            found |= {key: one_line(value) for key, value in pod.items()}
         return cls(spec=spec, more={key: value for key, value in found.items() if value})
 
     def line(self, event: str, **values: Any) -> Line:

@@ -10,13 +10,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import quote
 
+from bridge.cluster.access import items
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.desk import node_inventory
 from bridge.desk.node_inventory import Inventory, NodeEntry
@@ -31,6 +31,7 @@ from bridge.system.files import how_to_begin
 from bridge.system.many import Combined
 from bridge.system.paths import assert_ours, own_text
 from bridge.system.run_command import Command, passed_on, run
+from bridge.system.waiting import remember
 
 log = logging.getLogger("ca-bridge")
 
@@ -117,10 +118,7 @@ class Remembered(Generic[K, V]):
     def put(self, key: K, value: V, asked: float | None = None) -> None:
         """Remember an answer to what was asked then (monotonic; None: a moment ago)."""
         with self._mutex:
-            self._answers[key] = (value, time.monotonic() if asked is None else asked)
-            self._answers.move_to_end(key)
-            if len(self._answers) > _MOST_REMEMBERED:
-                self._answers.popitem(last=False)
+            remember(self._answers, key, (value, time.monotonic() if asked is None else asked), _MOST_REMEMBERED)
 
 
 class Nodes:
@@ -233,31 +231,25 @@ def _asked(command: Path, name: str) -> NodeEntry | None:
     except OSError as e:
         raise BridgeError(f"gateway.inventory_command: {command} {name}: {type(e).__name__}") from None
     answer = bytearray()
-    program = Command(
-        words=[str(command), name], environment=passed_on({}), limit=_COMMAND_LIMIT, most_output=_LONGEST_ANSWER
-    )
+    words, environment = [str(command), name], passed_on({})
+    program = Command(words=words, environment=environment, limit=_COMMAND_LIMIT, most_output=_LONGEST_ANSWER)
     ended = run(program, answer.extend)
     if ended.failure:
         raise BridgeError(f"gateway.inventory_command: {command} {name} {ended.failure}")
     text = bytes(answer.strip())
     if not text:
         return None
-    document = _object(text)
-    if document is None or document.get("control_plane"):
+    try:
+        document = json_of(text)
+    except ValueError:
+        document = None
+    if not isinstance(document, dict) or document.get("control_plane"):
         wanted = "wanted an object in JSON that makes no control-plane node, found something else"
         raise BridgeError(f"gateway.inventory_command: {command} {name}: {wanted}")
     reader = Reader(Source(None, ""))
     entry = reader.read(NodeEntry, document, ("node", name))
     reader.raise_problems()
     return entry
-
-
-def _object(text: bytes) -> dict[str, Any] | None:
-    try:
-        found = json_of(text)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 _MOST_NODES = 5_000
@@ -271,8 +263,7 @@ _NAMES_A_REQUEST = 20
 _NO_LIST_SECONDS = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
+class _Wanted(NamedTuple):
     name: str
     with_readiness: bool
 
@@ -357,7 +348,5 @@ def _names(document: Mapping[str, Any]) -> frozenset[str] | None:
 
 def is_ready(node: Mapping[str, Any]) -> bool:
     """Whether a Node object has the condition `Ready`; when in doubt it has."""
-    status = node.get("status")
-    conditions = status.get("conditions") if isinstance(status, dict) else None
-    ready = [one for one in conditions or () if isinstance(one, dict) and one.get("type") == "Ready"]
+    ready = [one for one in items(node, "status", "conditions") if one.get("type") == "Ready"]
     return not ready or any(one.get("status") == "True" for one in ready)

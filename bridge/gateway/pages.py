@@ -16,10 +16,11 @@ from typing import Any
 
 from bridge.errors import BridgeError
 from bridge.system.codec import labels, metric
+from bridge.system.waiting import remember
 
 PREFIX = "ca_bridge_gateway"
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
-#: Of certificates; the one that has not changed for the longest time is forgotten first.
+#: Of certificates.
 _MOST_ENDS = 10_000
 
 OUTCOMES = (
@@ -61,10 +62,7 @@ class Metrics:
         """Note the end of a certificate."""
         with self._mutex:
             key = (signer, name)
-            self._ends[key] = max(self._ends.get(key, 0.0), end.timestamp())
-            self._ends.move_to_end(key)
-            if len(self._ends) > _MOST_ENDS:
-                self._ends.popitem(last=False)
+            remember(self._ends, key, max(self._ends.get(key, 0.0), end.timestamp()), _MOST_ENDS)
 
     def text(self) -> str:
         """All metrics as text."""
@@ -75,9 +73,8 @@ class Metrics:
         requests = ((labels(signer=one, outcome=outcome), count) for (one, outcome), count in self._requests.items())
         yield _metric("requests_total", "Requests by what became of them.", requests, "counter")
         histogram = (line for signer, row in sorted(self._seconds.items()) for line in _histogram(signer, row))
-        yield metric(
-            f"{PREFIX}_sign_seconds", "From the arrival of a request to its certificate.", histogram, "histogram"
-        )
+        text = "From the arrival of a request to its certificate."
+        yield metric(f"{PREFIX}_sign_seconds", text, histogram, "histogram")
         successes = ((labels(signer=one), f"{moment:.3f}") for one, moment in self._successes.items())
         yield _metric("last_success_timestamp_seconds", "When a certificate was last written.", successes)
         ends = ((labels(signer=one, name=name), f"{moment:.0f}") for (one, name), moment in self._ends.items())

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from bridge.contract import Names
 from bridge.desk.node_inventory import Inventory
-from bridge.gateway.pod_rules import KEY_TYPES, Identity, PodSignerRules, Who, is_never_a_pods
+from bridge.gateway.pod_rules import IN_PATH, KEY_TYPES, Identity, PodSignerRules, is_never_a_pods
 from bridge.gateway.policy import Allowed, GatewayPolicy, Hostile, Later, Verdict, read_csr
 from bridge.pki.csr_fields import Asked, OddRequestError
 from bridge.words import one_line
@@ -44,12 +44,12 @@ class PodRequest:
         return f"system:node:{self.node} for {self.namespace}"
 
     @property
-    def who(self) -> Who:
-        """The pod, as far as names are made of it."""
-        return Who(namespace=self.namespace, service_account=self.service_account, pod=self.pod, pod_uid=self.pod_uid)
+    def parts(self) -> dict[str, str]:
+        """The parts that certificates' names are made of."""
+        return {key: getattr(self, key) for key in IN_PATH}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """A volume's source `podCertificate`."""
 
@@ -105,7 +105,7 @@ def judge(request: PodRequest, world: PodWorld) -> Verdict:
         return Later("there is no such pod any more" if rules else "the policy has no table for this signer")
     if (trouble := next(_troubles(request, asked, rules, world, world.pod), None)) is not None:
         return trouble
-    names = rules.names(request.who, _identity(request, rules))
+    names = rules.names(request.parts, _identity(request, rules))
     if names is None or any(_is_taken(name, world.inventory) for name in names.dns):
         return Later("the policy gives this service account no names, or names of the API server or of a node")
     validity = _validity(request, rules, world)
@@ -175,17 +175,10 @@ def _absent(request: PodRequest, world: PodWorld, pod: PodState) -> Iterator[str
 def _invented(request: PodRequest, asked: Asked, pod: PodState) -> Iterator[Hostile]:
     """NodeRestriction compares neither lifetime nor key nor annotations with the pod, and other callers not at all."""
     if (pod.node, pod.service_account) != (request.node, request.service_account):
-        text = "the pod has another node or service account"
-        yield Hostile(text, message=text)
-    source = Source(
-        signer=request.signer,
-        key_type=KEY_TYPES.get(key_of(asked), ""),
-        seconds=request.seconds,
-        annotations=request.annotations,
-    )
+        yield _open("the pod has another node or service account")
+    source = Source(request.signer, KEY_TYPES.get(key_of(asked), ""), request.seconds, request.annotations)
     if source not in pod.sources:
-        text = "the pod has no volume with this signer, key type, lifetime and annotations"
-        yield Hostile(text, message=text)
+        yield _open("the pod has no volume with this signer, key type, lifetime and annotations")
 
 
 def _against(request: PodRequest, asked: Asked, rules: PodSignerRules, world: PodWorld) -> Iterator[Hostile]:
@@ -201,17 +194,19 @@ def _against(request: PodRequest, asked: Asked, rules: PodSignerRules, world: Po
             yield Hostile(f"annotation {one_line(key)}: its value", "InvalidUnverifiedUserAnnotations",
                           f"userAnnotations: the value of {one_line(key, 100)} is not allowed")  # fmt: skip
     if not _has_namespace(request, rules, world):
-        text = f"namespace {request.namespace} may not have certificates of this signer"
-        yield Hostile(text, message=text)
+        yield _open(f"namespace {request.namespace} may not have certificates of this signer")
     if not any(fnmatchcase(request.service_account, one) for one in rules.service_accounts):
-        text = f"service account {request.service_account} may not have certificates of this signer"
-        yield Hostile(text, message=text)
+        yield _open(f"service account {request.service_account} may not have certificates of this signer")
     if timedelta(seconds=request.seconds) < rules.least:
-        text = f"maxExpirationSeconds: this signer's CA needs at least {rules.least.total_seconds():.0f}"
-        yield Hostile(text, message=text)
+        yield _open(f"maxExpirationSeconds: this signer's CA needs at least {rules.least.total_seconds():.0f}")
     if not rules.trust_domain and _identity(request, rules) is None:
-        text = f"this signer has no names for service account {request.service_account} of {request.namespace}"
-        yield Hostile(text, message=text)
+        account = f"service account {request.service_account} of {request.namespace}"
+        yield _open(f"this signer has no names for {account}")
+
+
+def _open(reason: str) -> Hostile:
+    """A verdict whose reason the pod's owner may read."""
+    return Hostile(reason, message=reason)
 
 
 def _has_namespace(request: PodRequest, rules: PodSignerRules, world: PodWorld) -> bool:

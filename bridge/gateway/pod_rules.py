@@ -12,7 +12,7 @@ from typing import Any, Literal
 from bridge.contract import GIVEN, NamePatterns, Names
 from bridge.desk.patterns import is_host_name
 from bridge.errors import SettingsProblem
-from bridge.gateway.rules import SYSTEM, is_own_signer
+from bridge.gateway.rules import SYSTEM, is_own_signer, read_each
 from bridge.pki.expiry import duration_text
 from bridge.settings.reader import Reader
 from bridge.specs import POD_SPECS, CertificateSpec, Usage
@@ -38,23 +38,7 @@ _LONGEST_ID = 2048  # https://github.com/spiffe/spiffe/blob/main/standards/SPIFF
 _TRUST_DOMAIN = re.compile(r"[a-z0-9._-]{1,255}")
 _SEGMENT = re.compile(r"[A-Za-z0-9._-]+")
 _COMMON_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_IN_PATH, _IN_NAME = ("namespace", "service_account", "pod", "pod_uid"), ("namespace", "service_account", "pod")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Who:
-    """The parts of a pod that certificates' names are made of."""
-
-    namespace: str
-    service_account: str
-    pod: str
-    pod_uid: str
-
-    def put_into(self, template: str) -> str:
-        """The template with this pod's names."""
-        return template.format(
-            namespace=self.namespace, service_account=self.service_account, pod=self.pod, pod_uid=self.pod_uid
-        )
+IN_PATH, _IN_NAME = ("namespace", "service_account", "pod", "pod_uid"), ("namespace", "service_account", "pod")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,13 +148,13 @@ class PodSignerRules:
         if not 20 <= self.refresh <= 80:  # noqa: PLR2004
             yield SettingsProblem("refresh", "20 to 80 per cent", str(self.refresh))
 
-    def names(self, who: Who, identity: Identity | None) -> Names | None:
-        """The names of a pod's certificate; None: it would have none, or a SPIFFE ID that is too long."""
-        uri = f"spiffe://{self.trust_domain}{who.put_into(self.path)}" if self.trust_domain else ""
+    def names(self, parts: Mapping[str, str], identity: Identity | None) -> Names | None:
+        """The names of a certificate for a pod with these parts; None: it would have none, or too long a SPIFFE ID."""
+        uri = f"spiffe://{self.trust_domain}{self.path.format(**parts)}" if self.trust_domain else ""
         found = Names(
-            common_name=who.put_into(identity.common_name) if identity else "",
+            common_name=identity.common_name.format(**parts) if identity else "",
             uris=(uri,) if uri else (),
-            dns=tuple(dict.fromkeys(map(who.put_into, identity.dns))) if identity else (),
+            dns=tuple(dict.fromkeys(text.format(**parts) for text in identity.dns)) if identity else (),
         )
         return found if (found.uris or found.dns) and len(uri) <= _LONGEST_ID else None
 
@@ -183,7 +167,7 @@ def _is_path(path: str) -> bool:
     return (
         not begin
         and len(set(names)) == len(names)
-        and {"namespace", "service_account"} <= set(names) <= set(_IN_PATH)
+        and {"namespace", "service_account"} <= set(names) <= set(IN_PATH)
         and all(_SEGMENT.fullmatch(one) and one not in {".", ".."} for one in rest)
     )
 
@@ -199,24 +183,11 @@ def read_pod_signers(reader: Reader, tables: Mapping[str, Any]) -> dict[str, Pod
             reader.add(key, "a table", repr(table))
         else:
             rules = reader.read(PodSignerRules, {k: v for k, v in table.items() if k != "identity"}, key)
-            identities = _identities(reader, table.get("identity", {}), (*key, "identity"))
+            identities = read_each(reader, Identity, table.get("identity", {}), (*key, "identity"))
             if rules is not None:
                 found[name] = replace(rules, identities=tuple(identities.items()))
                 if not rules.trust_domain and not identities:
                     reader.add((*key, "trust_domain"), "a trust domain, or an identity with names", "neither")
-    return found
-
-
-def _identities(reader: Reader, tables: Any, key: tuple[str, ...]) -> dict[str, Identity]:
-    if not isinstance(tables, dict):
-        reader.add(key, "tables", repr(tables))
-        return {}
-    found = {}
-    for name, table in tables.items():
-        if not isinstance(table, dict):
-            reader.add((*key, name), "a table", repr(table))
-        elif (identity := reader.read(Identity, table, (*key, name))) is not None:
-            found[name] = identity
     return found
 
 
@@ -241,7 +212,7 @@ def _once(before: Iterable[str], more: Iterable[str]) -> tuple[str, ...]:
 
 
 def _any(template: str) -> str:
-    return template.format(**dict.fromkeys(_IN_PATH, "*"))
+    return template.format(**dict.fromkeys(IN_PATH, "*"))
 
 
 def _uris(rules: PodSignerRules) -> Iterator[str]:

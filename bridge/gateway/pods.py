@@ -6,11 +6,12 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from http import HTTPStatus
 from typing import Any
 
+from bridge.cluster.access import items, mapping
 from bridge.cluster.api import MERGE_PATCH, METADATA, Api, NoAnswerError, Reply
 from bridge.gateway import watch
 from bridge.gateway.context import Context, GoneError, LeftError, NotAllowedError, after_refusal
@@ -29,7 +30,7 @@ from bridge.gateway.pod_rules import dates_problem, refresh_at
 from bridge.gateway.policy import Allowed, Hostile, Later, Verdict
 from bridge.gateway.queue import Job, Look
 from bridge.gateway.watch import AnyObject, PodObject, parse_pod, quoted
-from bridge.gateway.write import Writer, identity_of
+from bridge.gateway.write import Writer, condition_of, identity_of
 from bridge.pki.certificates import pem
 from bridge.pki.expiry import rfc3339
 from bridge.pki.verify import Verified
@@ -39,6 +40,9 @@ from bridge.system.waiting import Rate
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
+
+#: Of the API server's words.
+_LONGEST_REASON = 200
 
 #: A service account, a node's or a namespace's metadata that was looked at so long ago is as good as one of now; so is a
 #: pod for the write, which was looked at anew right before the CA was asked.
@@ -92,7 +96,7 @@ class PodJudge:
         node = self._looks.metadata(f"nodes/{quoted(request.node)}")
         labels: Mapping[str, str] | None = None
         if rules is not None and rules.namespace_labels:
-            labels = _labels(self._looks.metadata(f"namespaces/{quoted(request.namespace)}"))
+            labels = mapping(self._looks.metadata(f"namespaces/{quoted(request.namespace)}"), "labels")
         world = PodWorld(
             policy=policy,
             cluster=context.settings.node.cluster,
@@ -133,66 +137,44 @@ class Looks:
             return known[0]
         now = time.monotonic()
         document = self._asked(path, METADATA)
-        found = None if document is None else _table(document, "metadata")
+        found = None if document is None else mapping(document, "metadata")
         self._metadata.put(path, found, now)
         return found
 
     def _asked(self, path: str, accept: str) -> Mapping[str, Any] | None:
         reply = self._api.ask("GET", f"/api/v1/{path}", accept=accept)
-        if reply.status == HTTPStatus.NOT_FOUND:
-            return None
-        if reply.status != HTTPStatus.OK:
-            raise NoAnswerError(f"wanted to look at {path}, found HTTP {reply.status} {reply.message}")
-        return reply.document
+        return None if reply.status == HTTPStatus.NOT_FOUND else reply.found(path)
 
 
 def pod_state(document: Mapping[str, Any]) -> PodState:
     """All of a Pod object that a verdict depends on; what is not in its usual shape is left out."""
-    metadata, spec = _table(document, "metadata"), _table(document, "spec")
+    metadata, spec = mapping(document, "metadata"), mapping(document, "spec")
     deleted = metadata.get("deletionTimestamp")
     return PodState(
         uid=str(metadata.get("uid", "")),
         node=str(spec.get("nodeName", "")),
         service_account=str(spec.get("serviceAccountName", "")),
-        phase=str(_table(document, "status").get("phase", "")),
+        phase=str(mapping(document, "status").get("phase", "")),
         sources=frozenset(_sources(spec)),
         ends=datetime.fromisoformat(deleted) if isinstance(deleted, str) else None,
     )
 
 
-def _sources(spec: Mapping[str, Any]) -> list[Source]:
-    found = []
-    for volume in _tables(spec, "volumes"):
-        for one in _tables(_table(volume, "projected"), "sources"):
-            source = _table(one, "podCertificate")
-            if source:
-                annotations = _table(source, "userAnnotations")
-                found.append(
-                    Source(
-                        signer=str(source.get("signerName", "")),
-                        key_type=str(source.get("keyType", "")),
-                        seconds=int(source.get("maxExpirationSeconds") or USUAL_SECONDS),
-                        annotations=tuple(sorted((str(key), str(value)) for key, value in annotations.items())),
-                    )
+def _sources(spec: Mapping[str, Any]) -> Iterator[Source]:
+    for volume in items(spec, "volumes"):
+        for one in items(volume, "projected", "sources"):
+            if source := mapping(one, "podCertificate"):
+                annotations = mapping(source, "userAnnotations")
+                yield Source(
+                    signer=str(source.get("signerName", "")),
+                    key_type=str(source.get("keyType", "")),
+                    seconds=int(source.get("maxExpirationSeconds") or USUAL_SECONDS),
+                    annotations=tuple(sorted((str(key), str(value)) for key, value in annotations.items())),
                 )
-    return found
-
-
-def _table(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = document.get(key)
-    return found if isinstance(found, dict) else {}
-
-
-def _tables(document: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    return [one for one in document.get(key) or () if isinstance(one, dict)]
 
 
 def _uid(metadata: Mapping[str, Any] | None) -> str | None:
     return None if metadata is None else str(metadata.get("uid", ""))
-
-
-def _labels(metadata: Mapping[str, Any] | None) -> Mapping[str, str]:
-    return {} if metadata is None else _table(metadata, "labels")
 
 
 def _request(one: AnyObject) -> PodRequest:
@@ -217,7 +199,7 @@ class PodWriter(Writer):
         context = self._context
         context.ledger.write(context.about(job.one).line(audit.REFUSED, error=NotAllowedError(hostile.reason)))
         for _ in self.turns(job):
-            condition = _condition(watch.DENIED, hostile.code, hostile.message, context.now())
+            condition = condition_of(watch.DENIED, hostile.code, hostile.message, context.now())
             if self._answered(job, {"conditions": [condition]}):
                 self._denied(job, watch.DENIED, hostile.reason)
                 return
@@ -236,13 +218,8 @@ class PodWriter(Writer):
             if job.last_event == text or self._events.reserve("events", time.monotonic()) != 0:
                 return
             job.last_event = text
-        pod = {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "namespace": request.namespace,
-            "name": request.pod,
-            "uid": request.pod_uid,
-        }
+        pod = {"apiVersion": "v1", "kind": "Pod", "namespace": request.namespace}
+        pod |= {"name": request.pod, "uid": request.pod_uid}
         event = {
             "metadata": {"generateName": "ca-bridge-", "namespace": request.namespace},
             "involvedObject": pod,
@@ -274,7 +251,7 @@ class PodWriter(Writer):
         begin, end = found.leaf.not_valid_before_utc, found.leaf.not_valid_after_utc
         percent = verdict.refresh if isinstance(verdict, AllowedPod) else 0
         status = {
-            "conditions": [_condition("Issued", watch.ALLOWS, "", context.now())],
+            "conditions": [condition_of("Issued", watch.ALLOWS, "", context.now())],
             "certificateChain": pem(found.leaf, *found.intermediates).decode("ascii"),
             "notBefore": rfc3339(begin),
             "notAfter": rfc3339(end),
@@ -299,10 +276,3 @@ class PodWriter(Writer):
         if reply.status not in {HTTPStatus.OK, HTTPStatus.CONFLICT}:
             self.assert_well(reply, "write its status")
         return reply.status == HTTPStatus.OK
-
-
-_LONGEST_REASON = 200
-
-
-def _condition(kind: str, reason: str, message: str, now: datetime) -> dict[str, str]:
-    return {"type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": rfc3339(now)}

@@ -170,9 +170,7 @@ def judge(request: Request, world: World) -> Verdict:
     if isinstance(asked, OddRequestError):
         return Hostile(str(asked))
     keys = rules.keys or world.policy.allow.keys
-    if (form := _form_problem(request, asked, spec, keys)) is not None:
-        return form
-    who = _who(request, asked, spec, rules, world)
+    who = _form_problem(request, asked, spec, keys) or _who(request, asked, spec, rules, world)
     if not isinstance(who, str):
         return who
     validity = _validity(request, spec, rules, world)

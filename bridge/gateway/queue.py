@@ -9,11 +9,12 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from bridge.gateway.watch import AnyObject
 from bridge.pki.verify import Verified
+from bridge.system.waiting import remember
 
 #: A flood waits in the API server, not here; it comes again with the next round of the watch. When the queue is full, the
 #: requester with the most waiting requests loses some, so that a flood keeps no other requester out.
@@ -52,7 +53,7 @@ class Job:
     signed_for: bytes = b""  #: The CSR that `verified` is the answer to.
     was_asked: bool = False  #: The CA was asked, and its answer did not come.
     was_recalled: bool = False  #: Since then it was looked for, and was not there.
-    removed: bool = field(default=False)
+    removed: bool = False
 
     @property
     def key(self) -> str:
@@ -122,7 +123,7 @@ class Queue:
         """Whether it fits, once requesters with more waiting than its own have lost some."""
         user = one.request.username
         while self._bytes + one.size > MOST_BYTES or len(self._jobs) >= MOST_JOBS:
-            greediest = self._greediest()
+            greediest = self.greediest()
             if self._shares[greediest] <= self._shares[user] + one.size:
                 return False
             theirs = [job for job in self._jobs.values() if job.one.request.username == greediest]
@@ -134,10 +135,7 @@ class Queue:
     def greediest(self) -> str:
         """The requester with the most waiting; empty: no request waits."""
         with self._changed:
-            return self._greediest()
-
-    def _greediest(self) -> str:
-        return max(self._shares, key=lambda name: self._shares[name], default="")
+            return max(self._shares, key=lambda name: self._shares[name], default="")
 
     def _line_up(self, job: Job) -> None:
         """Every user has a line, and the lines have their turns, so that a flood is in no other user's way."""
@@ -166,10 +164,7 @@ class Queue:
         if known is not None and known[1] != one.uid and known[0] > one.age_key:
             return None
         if known is None or known[1] != one.uid:
-            self._newest[key] = (one.age_key, one.uid)
-            self._newest.move_to_end(key)
-            if len(self._newest) > _MOST_REMEMBERED:
-                self._newest.popitem(last=False)
+            remember(self._newest, key, (one.age_key, one.uid), _MOST_REMEMBERED)
         if known is None or known[1] == one.uid:
             return []
         self._remove(known[1])
@@ -192,13 +187,9 @@ class Queue:
         job = self._pop(uid)
         if job is not None:
             job.removed = True
-            self._forget_removed()
-
-    def _forget_removed(self) -> None:
-        """Let go of removed jobs in the heap, which their time may keep there for long."""
-        if len(self._delayed) > 2 * len(self._jobs) + _MOST_REMOVED:
-            self._delayed = [entry for entry in self._delayed if not entry[2].removed]
-            heapq.heapify(self._delayed)
+            if len(self._delayed) > 2 * len(self._jobs) + _MOST_REMOVED:  # their time may keep them there for long
+                self._delayed = [entry for entry in self._delayed if not entry[2].removed]
+                heapq.heapify(self._delayed)
 
     def _soon(self, job: Job) -> None:
         """A delayed job is looked at now; its old place in the heap leads to nothing."""

@@ -1,8 +1,6 @@
 """
-ClusterTrustBundles: the roots that pods trust, made equal to those in `pods.crt`, one object a signer.
-
-The gateway puts back what another client changes or deletes; no object of another name, and without our label none, is
-ever removed.
+ClusterTrustBundles: the roots that pods trust, kept equal to those in `pods.crt`, one object a signer; no object of
+another name, and without our label none, is ever removed.
 """
 
 from __future__ import annotations
@@ -203,9 +201,8 @@ def _wanted_bundles(settings: Settings, signers: Sequence[str], remove: Sequence
         if name in published or (name in rules and rules[name].publish)
     ]
     if not problems and not rules and not signers and not remove:
-        problems.append(
-            SettingsProblem("pod_signer", "a table for a signer, or SIGNER as an argument", "neither", path)
-        )
+        wanted = "a table for a signer, or SIGNER as an argument"
+        problems.append(SettingsProblem("pod_signer", wanted, "neither", path))
     if problems:
         raise SettingsError(problems)
     unpublished = {*remove, *(() if signers else (name for name, one in rules.items() if not one.publish))}

@@ -6,13 +6,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from bridge.contract import GIVEN
 from bridge.desk.patterns import CN_OID, O_OID, subject_of
 from bridge.errors import SettingsProblem
 from bridge.settings.reader import Reader
 from bridge.specs import EKU, KEY_ALGORITHMS, KUBELET_CLIENT, KUBELET_SERVING, MASTERS, SPECS, USER, CertificateSpec
+
+T = TypeVar("T")
 
 CLIENT_KUBELET = "kubernetes.io/kube-apiserver-client-kubelet"
 SERVING = "kubernetes.io/kubelet-serving"
@@ -135,22 +137,22 @@ def read_signers(reader: Reader, tables: Mapping[str, Any]) -> dict[str, SignerR
     return found
 
 
-def _grants(reader: Reader, tables: Any, key: tuple[str, ...], spec: CertificateSpec) -> dict[str, Grant]:
+def read_each(reader: Reader, schema: type[T], tables: Any, key: tuple[str, ...]) -> dict[str, T]:
+    """Each of the tables below a key that can be read; the reader has the problems of the others."""
     if not isinstance(tables, dict):
         reader.add(key, "tables", repr(tables))
         return {}
-    if tables and spec in (KUBELET_CLIENT, KUBELET_SERVING):
+    found = {name: reader.table(schema, table, (*key, name)) for name, table in tables.items()}
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def _grants(reader: Reader, tables: Any, key: tuple[str, ...], spec: CertificateSpec) -> dict[str, Grant]:
+    if isinstance(tables, dict) and tables and spec in (KUBELET_CLIENT, KUBELET_SERVING):
         reader.add(key, "no grants: a kubelet asks for itself", "some")
         return {}
-    found = {}
-    for name, table in tables.items():
-        grant = reader.read(Grant, table, (*key, name)) if isinstance(table, dict) else None
-        if grant is None:
-            if not isinstance(table, dict):
-                reader.add((*key, name), "a table", repr(table))
-            continue
+    found = read_each(reader, Grant, tables, key)
+    for name, grant in found.items():
         if (spec is USER) != bool(grant.subjects):
             wanted = "whole subjects" if spec is USER else f"none: they are in [certificate.{spec.name!r}]"
             reader.add((*key, name, "subjects"), wanted, ", ".join(grant.subjects) or "none")
-        found[name] = grant
     return found

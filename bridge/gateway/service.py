@@ -12,10 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
 from http import HTTPStatus
+from typing import NamedTuple
 
 from bridge.ca import registry
 from bridge.cluster.api import Api, NoAnswerError
@@ -130,7 +130,7 @@ class Service:
         for resource in (POD_REQUESTS, roots.BUNDLES) if self.pod_signers else ():
             served(self.api, resource)
         for authority in self.authorities.values():
-            yield from authority.check([spec for spec in self.specs if spec.authority.name == authority.name])
+            yield from authority.check()
 
     def notes(self) -> Iterator[str]:
         """Sentences on what `check` can't see, and an administrator has to know."""
@@ -188,9 +188,8 @@ class Service:
     def _look_at_cas(self) -> None:
         """Check the CAs as `--check` does; the gateway waits for a CA that does not answer now."""
         for authority in self.authorities.values():
-            ours = [spec for spec in self.specs if spec.authority.name == authority.name]
             try:
-                for text in authority.check(ours):
+                for text in authority.check():
                     log.warning("%s", text)
             except BackendError as e:
                 log.warning("%s: %s", authority.ca.label, e)
@@ -380,8 +379,7 @@ class ApiRefusesError(BridgeError):
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Right:
+class Right(NamedTuple):
     """One verb on one kind of object."""
 
     verb: str
@@ -405,35 +403,30 @@ def rights_needed(
     if pod_signers:
         yield from _on_requests(POD_REQUESTS, ("status",), pod_signers, ("sign",))
         for resource in ("pods", "serviceaccounts", "namespaces"):
-            yield Right(verb="get", group="", resource=resource)
-        yield Right(verb="create", group=_CERTIFICATES, resource=roots.BUNDLES)
-        yield Right(verb="create", group="", resource="events")
+            yield Right("get", "", resource)
+        yield Right("create", _CERTIFICATES, roots.BUNDLES)
+        yield Right("create", "", "events")
     for one in pod_signers:
-        yield Right(verb="attest", group=_CERTIFICATES, resource="signers", name=one)
+        yield Right("attest", _CERTIFICATES, "signers", name=one)
         for verb in ("get", "patch", "delete"):
-            yield Right(verb=verb, group=_CERTIFICATES, resource=roots.BUNDLES, name=roots.name_of(one))
-    yield Right(verb="get", group="", resource="nodes")
+            yield Right(verb, _CERTIFICATES, roots.BUNDLES, name=roots.name_of(one))
+    yield Right("get", "", "nodes")
     if settings.lease:
+        name, namespace = settings.lease_name, settings.lease_namespace
         for verb in ("get", "update"):
-            yield Right(
-                verb=verb,
-                group="coordination.k8s.io",
-                resource="leases",
-                name=settings.lease_name,
-                namespace=settings.lease_namespace,
-            )
+            yield Right(verb, "coordination.k8s.io", "leases", name=name, namespace=namespace)
 
 
 def _on_requests(
     resource: str, subresources: Sequence[str], signers: Sequence[str], verbs: Sequence[str]
 ) -> Iterator[Right]:
     for verb in ("get", "list", "watch"):
-        yield Right(verb=verb, group=_CERTIFICATES, resource=resource)
+        yield Right(verb, _CERTIFICATES, resource)
     for subresource in subresources:
-        yield Right(verb="patch", group=_CERTIFICATES, resource=resource, subresource=subresource)
+        yield Right("patch", _CERTIFICATES, resource, subresource)
     for signer in signers:
         for verb in verbs:
-            yield Right(verb=verb, group=_CERTIFICATES, resource="signers", name=signer)
+            yield Right(verb, _CERTIFICATES, "signers", name=signer)
 
 
 def assert_rights(api: Api, rights: Iterator[Right]) -> None:
@@ -445,7 +438,7 @@ def assert_rights(api: Api, rights: Iterator[Right]) -> None:
 
 def _is_given(api: Api, right: Right) -> bool:
     """A right on a signer may also be given for all signers of its domain, as the API server has it."""
-    names, attributes = [right.name], {key: value for key, value in asdict(right).items() if value}
+    names, attributes = [right.name], {key: value for key, value in right._asdict().items() if value}
     if right.resource == "signers":
         names.append(f"{right.name.partition('/')[0]}/*")
     return any(_is_allowed(api, {**attributes, **({"name": name} if name else {})}) for name in names)
@@ -456,7 +449,6 @@ def _is_allowed(api: Api, attributes: Mapping[str, str]) -> bool:
     reply = api.ask("POST", _REVIEWS, {**kind, "spec": {"resourceAttributes": attributes}})
     status = reply.document.get("status")
     if reply.status != HTTPStatus.CREATED or not isinstance(status, dict):
-        raise ApiRefusesError(
-            f"{api.server}: wanted to ask which rights we have, found HTTP {reply.status} {reply.message}"
-        )
+        found = f"HTTP {reply.status} {reply.message}"
+        raise ApiRefusesError(f"{api.server}: wanted to ask which rights we have, found {found}")
     return status.get("allowed") is True

@@ -1,7 +1,6 @@
 """
-Objects that ask for a certificate (certificates.k8s.io), CertificateSigningRequest and PodCertificateRequest: reading
-one, and watching all of a kind, one a line, for a few minutes at a time, so that withdrawn rights take effect and missed
-objects come again.
+Objects that ask for a certificate (certificates.k8s.io): reading one, and watching all of a kind, for a few minutes at a
+time, so that withdrawn rights take effect and missed objects come again.
 """
 
 from __future__ import annotations

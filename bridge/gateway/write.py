@@ -7,13 +7,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from http import HTTPStatus
 from threading import Lock
 from typing import Any
 
 from cryptography import x509
 
+from bridge.cluster.access import text_of
 from bridge.cluster.api import JSON, MERGE_PATCH, METADATA, NoAnswerError, Reply
 from bridge.desk.patterns import CN_OID
 from bridge.gateway import watch
@@ -23,9 +24,11 @@ from bridge.gateway.queue import Job
 from bridge.gateway.rules import NODE_USER, spec_of
 from bridge.gateway.watch import AnyObject, NotAnObjectError, PodObject, parse
 from bridge.pki.certificates import attributes, pem
+from bridge.pki.expiry import rfc3339
 from bridge.pki.verify import Verified
 from bridge.specs import GATEWAY_SPECS
 from bridge.state import audit
+from bridge.system.waiting import remember
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -51,9 +54,7 @@ class Writer:
 
     def _settle(self, uid: str) -> None:
         with self._mutex:
-            self._settled[uid] = None
-            if len(self._settled) > _MOST_SETTLED:
-                self._settled.popitem(last=False)
+            remember(self._settled, uid, None, _MOST_SETTLED)
 
     # --- answers ----------------------------------------------------------------------------------------------------
     # each raises GoneError (the object is settled, or another one), LeftError or NoAnswerError where it was not written
@@ -114,8 +115,7 @@ class Writer:
                 return False
             job.one = replace(one, version=_version(reply), conditions=tuple(body["status"]["conditions"]))
         context.assert_ours()
-        chain = pem(*found.chain)
-        body = with_certificate(job.one, chain)
+        body = with_certificate(job.one, pem(*found.chain))
         if self._patch(job.one, "status", body, accept=METADATA).status != HTTPStatus.OK:
             return False
         self._settle(job.one.uid)
@@ -170,8 +170,8 @@ class Writer:
 
 def _version(reply: Reply) -> str:
     """The version that a write has made of exactly the object with this uid: of all others, it would have been refused."""
-    version = metadata.get("resourceVersion") if isinstance(metadata := reply.document.get("metadata"), dict) else None
-    if not isinstance(version, str):
+    version = text_of(reply.document, "metadata", "resourceVersion")
+    if not version:
         raise NoAnswerError("wanted the version of an object that was written, found something else")
     return version
 
@@ -197,17 +197,14 @@ _TEXTS = {
 }
 
 
+def condition_of(kind: str, reason: str, message: str, now: datetime) -> dict[str, str]:
+    """A condition that is true from now on."""
+    return {"type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": rfc3339(now)}
+
+
 def with_condition(one: AnyObject, kind: str, reason: str, now: datetime) -> dict[str, Any]:
     """A body with a further condition, and the others, since a merge patch replaces the whole list."""
-    time = now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    condition = {
-        "type": kind,
-        "status": "True",
-        "reason": reason,
-        "message": _TEXTS[reason],
-        "lastUpdateTime": time,
-        "lastTransitionTime": time,
-    }
+    condition = {**condition_of(kind, reason, _TEXTS[reason], now), "lastUpdateTime": rfc3339(now)}
     others = one.conditions if kind == watch.APPROVED else _without_waiting(one)
     return {"metadata": identity_of(one), "status": {"conditions": [*others, condition]}}
 

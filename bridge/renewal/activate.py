@@ -24,7 +24,7 @@ from typing import ClassVar
 from bridge.control_plane import proof, restart_plan
 from bridge.control_plane.probes import ProofState
 from bridge.control_plane.proof import ProofFinding, ProofReport
-from bridge.control_plane.restarts import ImpossibleError, Restarted, restart_all, restarted_since
+from bridge.control_plane.restarts import ImpossibleError, Restarted, Restarts, restarted_since
 from bridge.control_plane.static_pods import StoppedError
 from bridge.errors import BridgeError, Exit, PostponedError
 from bridge.node.inventory import Node
@@ -184,7 +184,10 @@ def _restart(
 ) -> list[Restarted]:
     if not components:
         return []
-    return restart_all(components, node, run.settings, run.store, record=run.record, force=force, going_back=going_back)
+    restarts = Restarts(
+        node=node, settings=run.settings, store=run.store, record=run.record, force=force, going_back=going_back
+    )
+    return restarts.all(components)
 
 
 def _errors_of(restarted: Sequence[Restarted]) -> list[BridgeError]:

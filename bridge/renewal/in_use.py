@@ -104,7 +104,7 @@ def settle_postponed(run: Run) -> list[BridgeError]:
 
 def keep(file: StateFile[Owed], left: Owed) -> None:
     """Write down what is still owed."""
-    file.keep(left if left.certificates or left.to_restart else None)
+    file.put(left if left.certificates or left.to_restart else None)
 
 
 def look(owed: Owed, node: Node, settings: Settings, now: datetime) -> list[ProofFinding]:

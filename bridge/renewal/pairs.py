@@ -108,7 +108,7 @@ def _keep(run: Run, one: OwedPair, left: OwedPair | None) -> None:
     """Replace the record of one pair, or remove it (None); the records of other pairs stay."""
     file = pairs_file(run.store)
     others = tuple(other for other in file.read() or () if other.name != one.name)
-    file.keep((*others, left) if left is not None else others or None)
+    file.put((*others, left) if left is not None else others)
 
 
 def _settle_one(run: Run, one: OwedPair, done: Settled) -> OwedPair | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from bridge.cluster import kubeadm
 from bridge.cluster.api import Api, NoAnswerError
-from bridge.control_plane.restarts import Restarted, RestartReport, restart_all, restart_with
+from bridge.control_plane.restarts import Restarted, RestartReport, Restarts
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory, serving_pair
 from bridge.node.inventory import Item, Node
@@ -141,7 +141,9 @@ def is_half_done(settings: Settings, component: Component) -> bool:
 def put_in(settings: Settings, component: Component, wait: timedelta) -> RestartReport:
     """Restart a component with its pair in the manifest; if the component does not come back, without it."""
     with session.alone(settings, wait) as (store, record):
-        done, back = restart_with(component, None, inventory.of(settings.node), settings, store, record=record)
+        node = inventory.of(settings.node)
+        restarts = Restarts(node=node, settings=settings, store=store, record=record)
+        done, back = restarts.with_text(component, None)
         return RestartReport(components=(component,), done=(*done, *back))
 
 
@@ -175,9 +177,11 @@ def take_out(settings: Settings, wait: timedelta) -> RestartReport:
                     f"{component.value}: {e}", hint="take the flags out by hand, then run again"
                 ) from None
             if text is not None:
-                done += restart_all(
-                    [component], node, settings, store, record=record, going_back=True, contents={component: text}
+                texts = {component: text}
+                restarts = Restarts(
+                    node=node, settings=settings, store=store, record=record, going_back=True, contents=texts
                 )
+                done += restarts.all([component])
                 if any(one.component is component and one.error is not None for one in done):
                     break
             _remove(item, store, record)

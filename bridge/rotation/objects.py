@@ -7,8 +7,9 @@ from http import HTTPStatus
 from typing import ClassVar
 
 from bridge.cluster import kubeadm
+from bridge.cluster.access import text_of
 from bridge.cluster.api import MERGE_PATCH, Api
-from bridge.control_plane import kubelets, neighbours
+from bridge.control_plane import neighbours
 from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.inventory import Node
@@ -86,7 +87,7 @@ def _publish(api: Api, run: Run, words: Mapping[str, Word]) -> list[BridgeError]
     path = f"{NODES}/{name}"
     reply = api.ask("GET", path)
     if reply.status == HTTPStatus.OK:
-        uid = kubelets.text_of(reply.document, "metadata", "uid")
+        uid = text_of(reply.document, "metadata", "uid")
         try:
             said = _signed(run, words, {"name": name, "uid": uid})
         except ObjectError as e:

@@ -510,7 +510,7 @@ def _assert_none_waits(run: Run, authorities: Collection[str], names: Collection
 def _forget_asked(run: Run, names: Collection[str]) -> None:
     """The next CAs' answers are installed, or given up."""
     file = next_ca_file(run.store)
-    file.keep(tuple(name for name in file.read() or () if name not in names) or None)
+    file.put(tuple(name for name in file.read() or () if name not in names))
 
 
 def _give_up_asked(run: Run, steps: Sequence[Step]) -> None:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from bridge.control_plane import kubelets
+from bridge.cluster.access import text_of
 from bridge.pki import identity, signatures
 from bridge.pki.bundle_format import TIME
 from bridge.pki.certificates import UNREADABLE, attributes, extended_key_usages
@@ -65,7 +65,7 @@ def signed(
 
 def of(node: Mapping[str, Any], authority: str, anchors: Sequence[x509.Certificate], now: datetime) -> Word:
     """The word in a Node object, which counts by these CAs of the cluster; one that does not says nothing, and why."""
-    text = kubelets.text_of(node, "metadata", "annotations", KEYS[authority])
+    text = text_of(node, "metadata", "annotations", KEYS[authority])
     if not text:
         return NOTHING
     try:
@@ -104,7 +104,7 @@ def _not_this_node(
 
 
 def _message(word: Word, authority: str, node: Mapping[str, Any]) -> bytes:
-    uid = kubelets.text_of(node, "metadata", "uid")
+    uid = text_of(node, "metadata", "uid")
     if not uid:
         raise ValueError("wanted the UID of a Node object, found none")
     texts = (authority, _name(node), uid, *_texts(word))
@@ -112,7 +112,7 @@ def _message(word: Word, authority: str, node: Mapping[str, Any]) -> bytes:
 
 
 def _name(node: Mapping[str, Any]) -> str:
-    return kubelets.text_of(node, "metadata", "name")
+    return text_of(node, "metadata", "name")
 
 
 def _texts(word: Word) -> tuple[str, ...]:

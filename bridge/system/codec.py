@@ -97,16 +97,14 @@ def to_json(value: Any) -> Any:
         return {to_json(key): to_json(one) for key, one in value.items()}
     if isinstance(value, tuple | list | frozenset):
         return list(map(to_json, sorted(value) if isinstance(value, frozenset) else value))
-    found = ((field, key, getattr(value, field.name)) for field, key, _ in _fields(value.__class__))
-    return {
-        key: _field_to_json(field, one)
-        for field, key, one in found
-        if one is not None or not field.metadata.get(_LEFT_OUT)
-    }
-
-
-def _field_to_json(field: Field[Any], value: Any) -> Any:
-    return value.decode() if field.name.endswith(_PEM) and value is not None else to_json(value)
+    found = {}
+    for field, key, _ in _fields(value.__class__):
+        one = getattr(value, field.name)
+        if one is not None:
+            found[key] = one.decode() if field.name.endswith(_PEM) else to_json(one)
+        elif not field.metadata.get(_LEFT_OUT):
+            found[key] = None
+    return found
 
 
 def from_json(kind: type[T], value: Any, where: str = "") -> T:

@@ -13,7 +13,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bridge.errors import BridgeError
@@ -60,7 +60,7 @@ class Attributes:
 
     def narrowed(self, mask: int) -> Attributes:
         """The same with no permission outside `mask`."""
-        return Attributes(mode=self.mode & mask, uid=self.uid, gid=self.gid, extended=self.extended)
+        return replace(self, mode=self.mode & mask)
 
 
 def _extended(path: Path) -> dict[str, bytes]:

@@ -194,10 +194,7 @@ class KeptConnection:
         seconds: float,
         longest: int = MAX_ANSWER_BYTES,
     ) -> Answer:
-        """
-        Send one request and read its whole answer, of any status, within `seconds` and at most `longest` bytes
-        (HttpsError: none, or a longer one; ValueError: target or headers can't be sent).
-        """
+        """Send one request and read its whole answer (HttpsError: none, or a longer one; ValueError: it can't be sent)."""
         limits = _Limits(seconds, longest)
         with self.in_time(limits):
             response, received = self._begun(method, target, headers, body, limits)
@@ -369,7 +366,7 @@ class Stream:
 
     def go_on(self, silence_seconds: float) -> None:
         """Allow an answer of any length from now on, and limit only silence."""
-        self._limits.lift(silence_seconds)
+        self._limits.silence = silence_seconds
 
     def piece(self) -> bytes:
         """The next piece; empty: the end. An UnreachableError: it broke, or was silent for too long."""
@@ -388,32 +385,26 @@ class _Limits:
         self.seconds = seconds
         self._budget = Budget(longest + _SPARE_BYTES, seconds=seconds, clock=time.monotonic)
         self._longest = longest
-        self._silence: float | None = None
-
-    def lift(self, silence_seconds: float) -> None:
-        """Limit only silence from now on."""
-        self._silence = silence_seconds
+        self.silence: float | None = None  #: Seconds; then nothing else is limited any more.
 
     def seconds_left(self) -> float:
-        if self._silence is not None:
-            return self._silence
+        if self.silence is not None:
+            return self.silence
         left = self._budget.seconds_left()
         if left <= 0:
             raise TimeoutError
         return left
 
     def hold(self, opened: socket.socket) -> None:
-        """
-        Let a socket wait for no longer than is left, to a hundredth of the whole: each change of its limit is a system call
-        for which Python lets all other threads go first, and a request has ten of them.
-        """
+        """Let a socket wait for no longer than is left, to a hundredth of the whole."""
+        # each change is a system call for which Python lets all other threads go first, and a request has ten of them
         left, now = self.seconds_left(), opened.gettimeout()
         if now is None or abs(now - left) > self.seconds / 100:
             opened.settimeout(left)
 
     def count(self, received: int) -> None:
         """Count what came, below the parser: a server's word for a length (a chunk of -1) is no limit."""
-        if self._silence is None and not self._budget.allows(received):
+        if self.silence is None and not self._budget.allows(received):
             raise TooLongError(f"wanted an answer of at most {self._longest} bytes, found a longer one")
 
 
@@ -489,24 +480,21 @@ def _connected(peer: Peer, seconds: float) -> socket.socket:
 
 
 def _alert(peer: Peer) -> HttpsError | None:
-    """
-    Read the TLS alert that a broken connection may have swallowed: in TLS 1.3 a server judges the client late (RFC 8446
-    §4.4.2.4), and the kernel drops the alert if the request was not read; so nothing is sent now.
-    """
+    """The TLS alert that a broken connection may have swallowed, on a new connection where nothing is sent."""
+    # in TLS 1.3 a server judges the client late (RFC 8446 §4.4.2.4); the kernel drops the alert if a request is unread
     if peer.tls is None or not peer.alert_seconds:
         return None
     try:
         with _connected(peer, peer.alert_seconds) as listening:
             listening.settimeout(peer.alert_seconds)
             listening.recv(1)
-    except _CUT_OFF:
-        return None
     except ssl.SSLError as e:
-        ours = _as_ours(e, peer.alert_seconds)
-        ours.__cause__ = e
-        return ours
+        if not isinstance(e, _CUT_OFF):
+            ours = _as_ours(e, peer.alert_seconds)
+            ours.__cause__ = e
+            return ours
     except (OSError, ValueError, BridgeError):
-        return None
+        pass
     return None
 
 

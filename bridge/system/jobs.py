@@ -65,11 +65,9 @@ def this_program(user: str) -> Path:
         raise JobError(
             f"wanted the installed program ca-bridge, found {called}", hint="install it, then call it by its name"
         )
-    if os.geteuid() == 0:
-        unsafe = program_exposure(found, _uid(user))
-        if unsafe is not None:
-            hint = f"a job would run what others can change: install it where only root can write, or {unsafe.hint}"
-            raise JobError(str(unsafe), hint=hint)
+    if os.geteuid() == 0 and (unsafe := program_exposure(found, _uid(user))) is not None:
+        hint = f"a job would run what others can change: install it where only root can write, or {unsafe.hint}"
+        raise JobError(str(unsafe), hint=hint)
     return found
 
 
@@ -146,17 +144,15 @@ def _one_line(text: str) -> str:
 
 def write(jobs: Sequence[Job], directory: Path | None) -> list[Path]:
     """Write the files, each at once and whole."""
-    written = []
-    for job in jobs:
-        path = directory / job.path.name if directory is not None else job.path
+    places = [job.path if directory is None else directory / job.path.name for job in jobs]
+    for job, path in zip(jobs, places, strict=True):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, job.text.encode(), _MODE)
         except OSError as e:
             hint = "run as root (sudo), or name a directory with -o" if isinstance(e, PermissionError) else None
             raise JobError(f"{path}: wanted to write it, found: {e.strerror}", hint=hint) from e
-        written.append(path)
-    return written
+    return places
 
 
 #: Programs that read /etc/cron.d, as the process table has them.
@@ -180,9 +176,9 @@ def _is_cron(process: Path) -> bool:
     return name in _CRONS and (name != "busybox" or b"crond" in words)
 
 
-def crontabs(directory: Path = CRON_DIRECTORY) -> list[Path]:
+def crontabs() -> list[Path]:
     """The files of our jobs that are there."""
-    return [path for name in ("ca-bridge", "ca-bridge-desk") if (path := directory / name).exists()]
+    return [path for name in ("ca-bridge", "ca-bridge-desk") if (path := CRON_DIRECTORY / name).exists()]
 
 
 def assert_user(user: str) -> None:
@@ -319,12 +315,9 @@ def desk_places() -> list[DeskPlaces]:
 def enable(units: Sequence[str]) -> None:
     """Make systemd read its units again, and start and enable these."""
     for arguments in (["daemon-reload"], ["enable", "--now", *units]):
-        said = bytearray()
-        words = ["systemctl", *arguments]
-        ended = run(
-            Command(words=words, environment=os.environ, limit=_SYSTEMCTL_LIMIT, most_output=_MOST_SAID),
-            messages=said.extend,
-        )
+        said, words = bytearray(), ["systemctl", *arguments]
+        command = Command(words=words, environment=os.environ, limit=_SYSTEMCTL_LIMIT, most_output=_MOST_SAID)
+        ended = run(command, messages=said.extend)
         if ended.code is None:
             found = ended.error or ended.failure
             raise JobError(f"wanted `systemctl {arguments[0]}`, found: {found}", hint="`setup cron` needs no systemd")

@@ -47,16 +47,16 @@ _LOCK_POLL_SECONDS = 0.1
 
 def take_lock(descriptor: int, wait: timedelta) -> bool:
     """Take the flock(2) of an open file, which ends with the last process that has the file open."""
+
+    def is_ours() -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     with doing("waiting for another run to end", is_plain=False):
-        return wait_until(lambda: _try_lock(descriptor), bool, wait, pause_seconds=_LOCK_POLL_SECONDS)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        return wait_until(is_ours, bool, wait, pause_seconds=_LOCK_POLL_SECONDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,24 +92,21 @@ def held_by(path: Path) -> Holder | None:
         os.close(descriptor)
 
 
-def _holder(descriptor: int) -> Holder:
-    # a new holder has not written its name yet
-    limit = timedelta(seconds=_SAYING_SECONDS)
-    stated = wait_until(
-        lambda: _stated(descriptor), lambda one: one is not None, limit, pause_seconds=_SAYING_SECONDS / 10
-    )
-    return stated or Holder()
-
-
-def _stated(descriptor: int) -> Holder | None:
-    """The holder in the lock's file; None: not written yet."""
-    try:
-        found = json.loads(os.pread(descriptor, 4096, 0))
-        since = datetime.fromisoformat(found["since"])
-        holder = Holder(pid=int(found["pid"]), command=str(found["command"]), since=since)
-    except (ValueError, KeyError, TypeError):
-        return None
-    return holder if since.tzinfo is not None else None
-
-
+#: A new holder needs a moment to write its name.
 _SAYING_SECONDS = 0.1
+
+
+def _holder(descriptor: int) -> Holder:
+    """The holder in the lock's file; one that is not written in time has no name."""
+
+    def stated() -> Holder | None:
+        try:
+            found = json.loads(os.pread(descriptor, 4096, 0))
+            since = datetime.fromisoformat(found["since"])
+            holder = Holder(pid=int(found["pid"]), command=str(found["command"]), since=since)
+        except (ValueError, KeyError, TypeError):
+            return None
+        return holder if since.tzinfo is not None else None
+
+    limit = timedelta(seconds=_SAYING_SECONDS)
+    return wait_until(stated, bool, limit, pause_seconds=_SAYING_SECONDS / 10) or Holder()

@@ -180,13 +180,8 @@ class Exposure:
 
 
 def exposure(path: Path, also: int | None = None) -> Exposure | None:
-    """
-    How a user other than root, the effective user and `also` (a uid) could change the file, a directory on the way, or
-    a link (OSError: it can't be checked). In /tmp the sticky bit keeps others from renaming our files.
-    """
-    trusted = trusted_users()
-    if also is not None:
-        trusted.add(also)
+    """How a user other than root, the effective user and `also` (a uid) could change what a path leads to (OSError)."""
+    trusted = trusted_users() | ({also} if also is not None else set())
     found = (_exposed(step, trusted, also) for step in _steps(path) if step.status is not None)
     return next(filter(None, found), None)
 
@@ -233,10 +228,9 @@ def open_secret(path: Path) -> Exposure | None:
 
 
 def trusted_users() -> set[int]:
-    """
-    The users (uids) whose files we trust as our own. In a user namespace all users from outside have one uid, and so
-    has root if the namespace has none of its own; else (`PrivateUsers=yes`) that uid is not trusted.
-    """
+    """The users (uids) whose files we trust as our own."""
+    # in a user namespace all users from outside have one uid, and so has root if the namespace has none of its own;
+    # else (`PrivateUsers=yes`) that uid is not trusted
     ours = {0, os.geteuid()}
     spans = [line.split() for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
     if not any(int(first) == 0 and int(count) for first, _, count in spans):
@@ -271,6 +265,7 @@ def _exposed(step: _Step, trusted: set[int], also: int | None) -> Exposure | Non
 
 
 def _others_can_change(status: os.stat_result) -> bool:
+    # in /tmp the sticky bit keeps others from renaming our files
     is_shared = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
     return bool(status.st_mode & 0o022) and not is_shared
 

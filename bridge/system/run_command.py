@@ -119,16 +119,8 @@ def run(
     is_enough: Callable[[float], bool] | None = None,
 ) -> Ended:
     """
-    Run a program in a session of its own, without standard input.
-
-    At a limit it is killed with its process group. A program that can't be killed is abandoned, and `failure` says so:
-    no limit is exceeded by more than a few seconds.
-
-    Args:
-        command: The program.
-        output: Takes its standard output; or a descriptor.
-        messages: Takes its standard error; with `subprocess.STDOUT` both are one.
-        is_enough: Called many times a second with the seconds since the start; True stops the program.
+    Run a program in a session of its own, without standard input; at a limit it is killed with its process group, or
+    abandoned a few seconds later, as `failure` says. True from `is_enough`, which gets the seconds so far, stops it.
     """
     begin, account = time.monotonic(), command.account
     # the groups are set only where the account changes, since that takes root

@@ -75,10 +75,7 @@ class StateFile(Generic[T]):
     document: Callable[[T], Mapping[str, Any]] | None = None
 
     def read(self) -> T | None:
-        """
-        Its content; None: no file, or a damaged one that its policy discards; else StateUnreadable- or
-        StateDamagedError.
-        """
+        """Its content; None: no file, or one that counts as none (StateUnreadableError, StateDamagedError)."""
         try:
             return self._judged()
         except StateDamagedError as e:
@@ -126,8 +123,8 @@ class StateFile(Generic[T]):
             text = f"{self.path}: wanted to read {self.what}, found: {e.strerror}"
             raise StateUnreadableError(text, exit_code=self.exit_code) from e
 
-    def put(self, value: T) -> None:
-        """Write another value, safe on disk when this returns; an empty one removes the file."""
+    def put(self, value: T | None) -> None:
+        """Write another value, safe on disk when this returns; None or an empty one removes the file."""
         if self.document is None:
             raise AssertionError(f"{self.what} is written as a document")
         self.replace(self.document(value)) if value else self.remove()
@@ -138,13 +135,6 @@ class StateFile(Generic[T]):
             write_atomically(self.path, sealed(document))
         except OSError as e:
             raise StateError(f"{self.path}: wanted to write down {self.what}, found: {e.strerror}") from e
-
-    def keep(self, value: T | None) -> None:
-        """Write what is left; None: nothing is, and the file goes."""
-        if value is None:
-            self.remove()
-        else:
-            self.put(value)
 
     def remove(self) -> None:
         """Remove it for good; there may be none."""

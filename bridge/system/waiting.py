@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -13,10 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-
-from collections import OrderedDict
-
+K = TypeVar("K")
 T = TypeVar("T")
+V = TypeVar("V")
 #: More doublings would only make a larger number of what is cut off anyway.
 _MOST_DOUBLINGS = 30
 
@@ -49,10 +49,7 @@ def back_off_seconds(failures: int, first: float, longest: float) -> float:
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """
-    Call `work` in a thread with a time limit, since a resolver and a network file system have none; after a
-    TimeoutError the thread is left behind, and its late result is closed.
-    """
+    """Call `work` in a thread, since a resolver has no time limit; after a TimeoutError its late result is closed."""
     from concurrent.futures import Future  # noqa: PLC0415 (every command loads this module)
 
     future: Future[T] = Future()
@@ -86,12 +83,10 @@ class TerminatedError(KeyboardInterrupt):
 
 
 def listen() -> None:
-    """
-    Have SIGTERM raise a TerminatedError in the main thread, unless our parent ignores it. A timer wakes that thread
-    once a second, or Python would handle a signal only after the wait. (Children inherit no timers.)
-    """
+    """Have SIGTERM raise a TerminatedError in the main thread, unless our parent ignores it."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminated)
+    # a timer wakes that thread, or Python would handle a signal only after a wait; children inherit no timers
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, _WAKE_SECONDS, _WAKE_SECONDS)
 
@@ -122,7 +117,14 @@ def workers(count: int) -> Iterator[ThreadPoolExecutor]:
     pool.shutdown()
 
 
-#: Names are the requesters' choice; the bucket that was used the longest time ago is forgotten first.
+def remember(known: OrderedDict[K, V], key: K, value: V, most: int) -> None:
+    """Keep a value as the newest; of more than `most` the oldest is forgotten, since others choose the keys."""
+    known[key] = value
+    known.move_to_end(key)
+    if len(known) > most:
+        known.popitem(last=False)
+
+
 _MOST_BUCKETS = 10_000
 _MINUTE_SECONDS = 60.0
 
@@ -139,10 +141,7 @@ class Rate:
         left = self._left(name, now)
         if left <= -self._a_minute:
             return None
-        self._buckets[name] = (left - 1, now)
-        self._buckets.move_to_end(name)
-        if len(self._buckets) > _MOST_BUCKETS:
-            self._buckets.popitem(last=False)
+        remember(self._buckets, name, (left - 1, now), _MOST_BUCKETS)
         return max(0.0, 1 - left) * _MINUTE_SECONDS / self._a_minute
 
     def take(self, name: str, now: float) -> float:

@@ -28,7 +28,7 @@ from bridge.control_plane.restarts import (
     ImpossibleError,
     Restarted,
     RestartPostponedError,
-    restart_all,
+    Restarts,
     restart_stale,
     take_copy,
 )
@@ -110,7 +110,8 @@ class Plane:
         store = Store(settings.node.state_dir)
         store.prepare()
         with audit.Record(store, settings.audit) as record:
-            return restart_all(components, self.node, settings, store, record=record, force=force)
+            given = Restarts(node=self.node, settings=settings, store=store, record=record, force=force)
+            return given.all(components)
 
     def trouble(self, component: Component) -> str | None:
         """What the program sees."""

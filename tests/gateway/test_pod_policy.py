@@ -16,7 +16,7 @@ from bridge.desk import node_inventory
 from bridge.errors import SettingsError
 from bridge.gateway import policy
 from bridge.gateway.pod_policy import AllowedPod, PodRequest, PodState, PodWorld, Source, judge
-from bridge.gateway.pod_rules import Who, dates_problem, patterns, refresh_at
+from bridge.gateway.pod_rules import dates_problem, patterns, refresh_at
 from bridge.gateway.policy import Hostile, Later
 from tests.kit import pods
 from tests.kit.gateways import csr_pem
@@ -226,7 +226,7 @@ _LABEL = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
 def test_two_accounts_never_have_one_id(a: tuple[str, str, str], b: tuple[str, str, str]) -> None:
     """Two service accounts never share an ID, whatever their names; the same one has the same ID in each pod."""
     rules = policy.parse(pods.POLICY).pod_signers[SIGNER]
-    ids = [rules.names(Who(namespace=n, service_account=s, pod=p, pod_uid=p), None) for n, s, p in (a, b)]
+    ids = [rules.names({"namespace": n, "service_account": s, "pod": p, "pod_uid": p}, None) for n, s, p in (a, b)]
     assert (ids[0] == ids[1]) is (a[:2] == b[:2])
 
 

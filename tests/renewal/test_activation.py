@@ -12,10 +12,11 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -23,6 +24,7 @@ from bridge.control_plane import neighbours, probes, proof, restarts
 from bridge.control_plane.neighbours import LeaseHeldError, NeighbourError
 from bridge.control_plane.probes import ProofState
 from bridge.control_plane.proof import ProofFinding, ProofReport
+from bridge.control_plane.restarts import Restarted, Restarts
 from bridge.control_plane.static_pods import StoppedError
 from bridge.errors import BridgeError, Exit
 from bridge.renewal import renew
@@ -255,14 +257,14 @@ def test_what_does_not_work_although_another_waits_goes_back(site: Site, monkeyp
 @contextlib.contextmanager
 def before_restarts(act: Callable[[bool], None]) -> Iterator[None]:
     """Call `act` right before components are restarted; its argument says whether that is a rollback."""
-    first = restarts.restart_all
+    first = Restarts.all
 
-    def restart_all(*args: object, **given: object) -> list[restarts.Restarted]:
-        act(bool(given.get("going_back")))
-        return first(*args, **given)  # type: ignore[arg-type]
+    def restart_all(given: Restarts, components: Sequence[Component]) -> list[Restarted]:
+        act(given.going_back)
+        return first(given, components)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bridge.renewal.activate.restart_all", restart_all)
+        patch.setattr(Restarts, "all", restart_all)
         yield
 
 
@@ -283,17 +285,17 @@ def test_a_way_back_that_was_cut_off_is_gone_on_with(site: Site, monkeypatch: py
     old = site.files()
     failing(site, monkeypatch, MANAGER)
 
-    def killed(*_: object, **given: object) -> list[restarts.Restarted]:
-        if place == "before the restarts" and not given.get("going_back"):
-            return restart_all(*_, **given)  # type: ignore[arg-type]
+    def killed(given: Restarts, components: Sequence[Component]) -> list[Restarted]:
+        if not given.going_back:
+            return first(given, components)
         raise KilledError
 
-    restart_all = restarts.restart_all
+    first = Restarts.all
     with monkeypatch.context() as patch:
         if place == "before the restarts":
-            patch.setattr("bridge.renewal.activate.restart_all", killed)
+            patch.setattr(Restarts, "all", killed)
         else:
-            patch.setattr("bridge.state.backups.put_back", killed)
+            patch.setattr("bridge.state.backups.put_back", mock.Mock(side_effect=KilledError))
         with pytest.raises(KilledError):
             site.renew(MANAGER)
     assert (site.files() == old) is (place == "before the restarts")
@@ -464,14 +466,14 @@ def test_a_restart_back_that_fails_is_tried_again(site: Site, monkeypatch: pytes
 
 def test_what_earlier_runs_had_restarted_is_restarted_back_too(site: Site) -> None:
     """Without manifests only our own state knows which components were restarted."""
-    first = restarts.restart_all
+    first = Restarts.all
 
-    def restart_all(_: list[Component], *args: object, **given: object) -> list[restarts.Restarted]:
-        first([Component.CONTROLLER_MANAGER], *args, **given)  # type: ignore[arg-type]
+    def restart_all(given: Restarts, _: Sequence[Component]) -> list[Restarted]:
+        first(given, [Component.CONTROLLER_MANAGER])
         raise KilledError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bridge.renewal.activate.restart_all", restart_all)
+        patch.setattr(Restarts, "all", restart_all)
         with pytest.raises(KilledError):
             site.renew(MANAGER, SCHEDULER)
     site.states = {SCHEDULER: "refused"}
