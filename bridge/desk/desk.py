@@ -249,27 +249,25 @@ class Desk:
         shown = {one.name: _shown(job, one) for one in job.to_sign if not problems[one.name]}
         proven = {name: old for name, old in shown.items() if old is not None}
 
+        requests = [one for one in job.to_sign if one.name in proven]
+        lists = {authority: self._listed(authority) for authority in {one.authority for one in requests}}
+
         def look(request: BundledRequest) -> None:
-            old = proven[request.name]
+            old, listed = proven[request.name], lists[request.authority]
+            ca = self._cas[request.authority].ca
             try:
-                if self._is_revoked(request.authority, old):
+                if ca.is_revoked(old) if listed is None else old.serial_number in listed:
                     found = f"found the revoked one with serial {serial_hex(old)}"
                     problems[request.name].append(f"proof: wanted one by a certificate that is not revoked, {found}")
             except BackendError as e:
                 job.troubles[request.name] = e
 
-        requests = [one for one in job.to_sign if one.name in proven]
-        unlisted = [one for one in requests if self._listed(one.authority) is None]
+        unlisted = [one for one in requests if lists[one.authority] is None]
         if len(unlisted) > 1 and any(ca.ca.tells_revoked for ca in self._cas.values()):
             list(self._lookups.map(look, requests))
         else:
             for request in requests:
                 look(request)
-
-    def _is_revoked(self, authority: str, certificate: x509.Certificate) -> bool:
-        listed = self._listed(authority)
-        ca = self._cas[authority].ca
-        return ca.is_revoked(certificate) if listed is None else certificate.serial_number in listed
 
     def _listed(self, authority: str) -> Collection[int] | None:
         """What the CA has revoked, as it said in this run and a second ago at most; None: it has to be asked for each."""
