@@ -34,6 +34,7 @@ class Doors:
         self._engine = memory.engine
         self._store = store
         self.door = door
+        self.is_ending = False  #: From then on no CA is asked; what CAs were asked before is still taken.
         self._heard = 0.0  #: When the database last heard of us, by the monotonic clock.
         self._recorded: int | None = None
 
@@ -50,7 +51,9 @@ class Doors:
         self._heard = began
 
     def assert_ours(self) -> None:
-        """Refuse to ask a CA when another door may have taken our requests over (NotOursError)."""
+        """Refuse to ask a CA when this door is ending, or another one may have taken our requests over (NotOursError)."""
+        if self.is_ending:
+            raise NotOursError("wanted a running door, found one that is shutting down", hint="")
         silent = time.monotonic() - self._heard
         if silent > STALE_SECONDS:
             text = f"wanted a database that has heard of this door, found it silent for {silent:.0f} seconds"

@@ -48,8 +48,9 @@ PREFIX = "ca_bridge_serve"
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
 #: Requests that another replica, or an approver, left to us are looked for this often.
 _IDLE_SECONDS = 5.0
-#: A round that is at a CA gets this long when the door is to end; the next start asks the CA what became of it.
-_DRAIN_SECONDS = 25.0
+#: A round of signing and exchanges get this long together when the door is to end: longer than a CA has for an answer by
+#: default (`timeout`), and less than the unit's TimeoutStopSec and the pod's grace period.
+_DRAIN_SECONDS = 45.0
 _TICK_SECONDS = 0.2
 _TIDY_SECONDS = 3600.0
 #: A client of EST is kept waiting this long for an answer that may soon be there.
@@ -137,9 +138,16 @@ class Service:
                         with contextlib.suppress(DatabaseError):  # a round says so
                             self._signing.doors.alive()
                 log.info("ending: no new request is taken")
+                over = time.monotonic() + _DRAIN_SECONDS
                 self._door.ending.set()
+                self._signing.doors.is_ending = True
                 self._door.arrived.set()
-            self._thread.join(_DRAIN_SECONDS)
+            self._thread.join(max(0.0, over - time.monotonic()))
+            if self._thread.is_alive():
+                text = (
+                    "a CA has not answered %d seconds after the door began to end; its requests wait for the next start"
+                )
+                log.warning(text, _DRAIN_SECONDS)
             self._signing.close()
         if self._fatal is not None:
             raise self._fatal

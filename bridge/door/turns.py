@@ -31,7 +31,7 @@ _NODE_SLACK = timedelta(hours=1)
 
 
 class NotOursError(BridgeError):
-    """The database did not hear of this door for too long: another one may be signing in its place."""
+    """The door is ending, or the database did not hear of it for too long: another one may be signing in its place."""
 
     exit_code = Exit.UNAVAILABLE
     hint = "the database is slow or away; requests wait, and go on by themselves"

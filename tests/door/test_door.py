@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import re
 import signal
@@ -19,6 +20,7 @@ import pytest
 from cryptography import x509
 
 from backends.gateway import GatewayBackend, GatewaySettings
+from backends.openssl.index import LOCK_NAME
 from bridge.contract import Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, Exit
 from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
@@ -31,7 +33,7 @@ from tests.kit.cas import Bridge, live_certificates
 from tests.kit.desks import POLICY, SIGNING_STEPS, Desk, killing, make_desk
 from tests.kit.est import make_tls
 from tests.kit.pki import Pki, handmade_pki
-from tests.kit.serving import Answer, Database, ServeProgram, add_door, running
+from tests.kit.serving import CA_BRIDGE, Answer, Database, ServeProgram, add_door, running
 
 NodeEnd = Callable[..., GatewayBackend]
 Pairs = dict[str, tuple[x509.Certificate, PrivateKey]]
@@ -216,6 +218,45 @@ def test_a_door_that_ends_answers_what_it_has_begun(desk: Desk, database: Databa
         answer = awaited(door, place)
 
     assert len(answer.answers) == len(desk.issued()) == len(pairs)
+
+
+#: The program, which gives a CA a second at its end.
+_HASTY = "from bridge.door import service\nservice._DRAIN_SECONDS = 1.0\nfrom bridge.entry import main\nmain()"
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_door_that_ends_while_a_ca_is_asked(desk: Desk, pairs: Pairs, *, answers: bool) -> None:
+    """It waits for a CA that answers soon, and not for one that does not: that one signs once, after the next start."""
+    door = add_door(desk.config, desk.directory)
+    lock = desk.ca("etcd-ca") / LOCK_NAME
+    with lock.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        door.start([CA_BRIDGE] if answers else [sys.executable, "-c", _HASTY])
+        assert door.process is not None
+        place = place_of(door.post(dumps(make_bundle(some(pairs, "apiserver", "etcd-server", "etcd-peer")))))
+        files = Path(f"/proc/{door.process.pid}/fd")
+        wait_until(lambda: _opened(files, lock), bool, _PATIENCE, pause_seconds=0.05)  # it asks for the lock
+        door.process.terminate()
+        wait_until(lambda: any("ending" in one for one in door.said), bool, _PATIENCE, pause_seconds=0.05)
+        if not answers:
+            assert door.ended() == Exit.DONE
+    assert door.ended() == Exit.DONE
+    assert any("a CA has not answered" in one for one in door.said) is not answers
+    assert len((desk.ca("etcd-ca") / "index.txt").read_text().splitlines()) == (2 if answers else 0)
+
+    with running(door):
+        answer = awaited(door, place)
+    assert all(isinstance(one, Issued) for one in answer.answers.values())
+    assert len(answer.answers) == len(desk.issued()) == 3
+
+
+def _opened(files: Path, path: Path) -> bool:
+    """Whether a process, whose open files are there, has this one open."""
+    found = set[Path]()
+    for file in files.iterdir():
+        with contextlib.suppress(OSError):  # it was closed meanwhile
+            found.add(file.readlink())
+    return path in found
 
 
 # --- a node -----------------------------------------------------------------------------------------------------------

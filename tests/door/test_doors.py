@@ -136,12 +136,16 @@ def test_the_audit_log_is_compared_with_the_database() -> None:
 
 
 def test_a_door_that_the_database_does_not_hear_of_asks_no_ca(memory: Memory, tmp_path: Path) -> None:
-    """Another door may be signing in its place; a door whose sign of life arrived asks."""
+    """Another door may be signing in its place; a door whose sign of life arrived asks, unless it is ending."""
     doors = Doors(memory, Store(tmp_path), "us")
     doors.alive()
     doors.assert_ours()
+    doors.is_ending = True
+    with pytest.raises(NotOursError, match="shutting down"):
+        doors.assert_ours()
+    doors.is_ending = False
     doors._heard -= turns.STALE_SECONDS + 1
-    with pytest.raises(NotOursError):
+    with pytest.raises(NotOursError, match="silent"):
         doors.assert_ours()
 
 
