@@ -45,6 +45,7 @@ DOOR = {
     ),
     "JSON and policy": (
         f"{_DOOR}test_what_is_no_bundle_is_not_kept",
+        f"{_DOOR}test_sql_in_a_field_is_text",
         f"{_DOOR}test_the_policy_and_the_proof_decide",
         f"{_DOOR}test_strangers_fill_nothing_while_a_ca_is_down",
     ),

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.x509.oid import NameOID
 
 from backends.gateway import GatewayBackend, GatewaySettings
 from backends.openssl.index import LOCK_NAME
@@ -384,6 +386,42 @@ def test_what_is_no_bundle_is_not_kept(common: ServeProgram, pairs: Pairs) -> No
     assert statuses == {"type": 415, "text": 400, "empty": 400, "changed": 400, "good": 202}
     head = b"POST /v1/requests HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     assert raw(common, head % ((1 << 20) + 1)).startswith(b"HTTP/1.1 413 ")  # before the bytes come
+
+
+_SQL = "' OR '1'='1'; DROP TABLE requests; --"
+
+
+def test_sql_in_a_field_is_text(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
+    """A cluster may be called like that, and is kept as it is; all else is refused, and no row or table has changed."""
+    desk = make_desk(tmp_path / "desk", pki, policy=POLICY.replace('["kubernetes"]', '["*"]'))
+    good = make_bundle(some(pairs, "apiserver"))
+    other = make_bundle(some(pairs, "apiserver"), cluster=_SQL)
+    named = x509.CertificateSigningRequestBuilder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, _SQL)]))
+    csr = named.sign(pairs["apiserver"][1], hashes.SHA256())
+    hostile = {
+        key: dumps(good).replace(old, json.dumps(_SQL).encode())
+        for key, old in {
+            "batch": f'"{good.batch}"'.encode(),
+            "node": b'"cp-1"',
+            "name": b'"apiserver"',
+            "CA": b'"ca"',
+        }.items()
+    }
+    hostile["subject"] = dumps(changed(good, "apiserver", csr=csr))
+    with running(add_door(desk.config, desk.directory)) as door:
+        assert len(set(hostile.values()) - {dumps(good)}) == 5
+        found = {name: door.post(data).status for name, data in hostile.items()}
+        header = {"Authorization": f"CA-Bridge-Enrolment {_SQL}", "Content_Type": "application/json"}
+        bare = dumps(changed(good, "apiserver", proof=None))
+        found["secret"] = door.ask("POST", "/v1/requests", bare, **header).status
+        assert set(found.values()) <= {400, 403}, found
+        for bundle in (good, other):
+            [answer] = awaited(door, place_of(door.post(dumps(bundle)))).answers.values()
+            assert isinstance(answer, Issued)
+
+    nodes = json.loads(desk.run("fleet", "-o", "json").stdout)["nodes"]
+    assert {(one["node"], one["cluster"]) for one in nodes} == {("cp-1", "kubernetes"), ("cp-1", _SQL)}
+    assert len(desk.issued()) == 2
 
 
 def raw(door: ServeProgram, data: bytes) -> bytes:
