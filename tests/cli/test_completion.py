@@ -139,12 +139,12 @@ def test_zsh(tmp_path: Path) -> None:
     ) as process:
         os.close(child)
         read_until(parent, "ready> ")
-        os.write(parent, b"echo ca-bridge; ca-bridge renew scheduler.\t --dry\t \x01echo got: \n")
-        shown = read_until(parent, "got: ca-bridge")
+        os.write(parent, b"ca-bridge renew scheduler.\t --dry\t \x01echo got: \n")
+        shown = read_until(parent, "got: ca-bridge renew scheduler.conf --dry-run")
         os.write(parent, b"exit\n")
         process.kill()
     os.close(parent)
-    assert "scheduler.conf --dry-run" in shown
+    assert "got: ca-bridge renew scheduler.conf --dry-run" in shown
 
 
 def read_until(terminal: int, text: str) -> str:
