@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -98,6 +99,23 @@ def test_a_machine_before_kubeadm_has_a_service_for_a_kubelet() -> None:
         node.exec("systemctl", "start", "kubelet", check=False)
         log = node.root.parent / "kubelet.log"
         wait_for("a kubelet that ends and comes again", lambda: log.exists() and log.read_text().count("Nonsense") > 1)
+
+
+def test_an_image_that_a_node_removes_is_there_for_the_next_one() -> None:
+    """Nodes share the bytes of images, and none can change what another finds."""
+
+    def images(node: Node) -> set[str]:
+        listed = json.loads(node.crictl("images", "--output", "json").stdout)["images"]
+        return {tag for image in listed for tag in image["repoTags"]}
+
+    with Node.host(NAME, "198.18.77.22") as node:
+        wait_for("all images", lambda: len(images(node)) == len(Component))  # and pause, but no kubelet
+        before = images(node)
+        [gone] = [tag for tag in before if "kube-scheduler:" in tag]
+        node.crictl("rmi", gone)
+        assert images(node) == before - {gone}
+    with Node.host(NAME, "198.18.77.22") as node:
+        wait_for("all images again", lambda: images(node) == before)
 
 
 def test_a_node_that_does_not_come_up_leaves_nothing() -> None:

@@ -155,7 +155,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     team = make_team(directory, elsewhere, policy({NAME: IP}) + APPROVALS, address=DOORS_IP)
     secret = directory / "node" / "enrolment"
     with (
-        Node.host(DOORS_NAME, DOORS_IP, "pause") as doors,
+        Node.host(DOORS_NAME, DOORS_IP) as doors,
         on_its_machine(team.door, doors),
         Node.host(NAME, IP) as node,
     ):

@@ -105,14 +105,14 @@ class Node:
         return cls._start(cls(name=name, ip=ip), "etcd_host", str(ca_dir), *listed, cluster=cluster)
 
     @classmethod
-    def host(cls, name: str, ip: str, *images: str) -> Node:
+    def host(cls, name: str, ip: str) -> Node:
         """
-        Start a machine before kubeadm: a container runtime with these images or all, a network, a service for a kubelet.
+        Start a machine before kubeadm: a container runtime, a network, a service for a kubelet.
 
         Raises:
             AssertionError: As `up`.
         """
-        return cls._start(cls(name=name, ip=ip), "host", *images, cluster="")
+        return cls._start(cls(name=name, ip=ip), "host", cluster="")
 
     @classmethod
     def _start(cls, node: Node, verb: str, *args: str, cluster: str, **more: str) -> Node:

@@ -106,7 +106,50 @@ make_images() {
     [ "$program" != pause ] || echo "$reference" >"$images/pause.reference"
     /usr/bin/env python3 "$here/docker_archive.py" "$images/$program.tar" "$reference" "${files[@]}"
   done < <(kubeadm config images list --kubernetes-version "$version" 2>/dev/null)
+  unpack_images
   touch "$images/done"
+}
+
+# A container runtime's directory with all images, which nodes copy: to import and unpack them takes 4 s of a processor.
+unpack_images() { # within `locked`, whose process has the trap
+  local state=$images/run runtime archive
+  rm -rf "$images/containerd" "$state"
+  mkdir -p "$state"
+  write_containerd_config "$images/containerd" "$state" >"$images/containerd.toml"
+  # With a /run of its own, since it leaves directories there.
+  # shellcheck disable=SC2016  # expanded inside
+  unshare --mount --propagation private -- bash -ec 'mount -t tmpfs none /run; exec containerd -c "$1"' - "$images/containerd.toml" \
+    >"$images/containerd.log" 2>&1 </dev/null 9>&- &
+  runtime=$!
+  # shellcheck disable=SC2064  # this very process
+  trap "kill -9 $runtime 2>/dev/null || true" EXIT
+  within 120 "a container runtime for its images" ctr -a "$state/containerd.sock" version
+  for archive in "$images"/*.tar; do
+    ctr -a "$state/containerd.sock" -n k8s.io images import "$archive" >>"$images/import.log" 2>&1 ||
+      die "$name: no image from $archive" "see $images/import.log"
+  done
+  kill $runtime
+  wait $runtime || true
+  trap - EXIT
+  rm -rf "$state"
+}
+
+# Layers and blobs never change, and are linked; everything else is the node's own.
+copy_images() { # copy_images CONTAINERD
+  local file
+  cp -a --link "$images/containerd" "$1"
+  while read -r file; do
+    cp -a --remove-destination "$images/containerd/$file" "$1/$file"
+  done < <(cd "$1" && find . -type f -not -path '*/blobs/*' -not -path '*/snapshots/*')
+}
+
+write_containerd_config() { # write_containerd_config ROOT STATE; it would ask each container for its use of the machine every second
+  containerd config default | sed -E \
+    -e "s#sandbox = '.*pause.*'#sandbox = '$(cat "$images/pause.reference")'#" \
+    -e 's#restrict_oom_score_adj = false#restrict_oom_score_adj = true#' -e "s#'/opt/cni/bin'#'/etc/cni/bin'#;s#use_internal_loopback = false#use_internal_loopback = true#" \
+    -e "s#stats_collect_period = ''#stats_collect_period = '1h'#" \
+    -e "s#^root = .*#root = '$1'#" -e "s#^state = .*#state = '$2'#" \
+    -e "s#'/run/containerd/containerd.sock#'$2/containerd.sock#g"
 }
 
 # --- the machine that kubeadm finds ---
@@ -162,24 +205,18 @@ make_namespaces() { # a process that holds the mount namespace, and all mounts o
   within 60 "its namespaces" test -e "$node/pid"
 }
 
-start_containerd() { # start_containerd IMAGE_ARCHIVE...
-  local socket=$node/run/containerd.sock archive
+start_containerd() {
+  local socket=$node/run/containerd.sock
   mkdir -p "$node/run"
-  containerd config default | sed -E \
-    -e "s#sandbox = '.*pause.*'#sandbox = '$(cat "$images/pause.reference")'#" \
-    -e 's#restrict_oom_score_adj = false#restrict_oom_score_adj = true#' -e "s#'/opt/cni/bin'#'/etc/cni/bin'#;s#use_internal_loopback = false#use_internal_loopback = true#" \
-    -e "s#^root = .*#root = '$node/containerd'#" -e "s#^state = .*#state = '$node/run'#" \
-    -e "s#'/run/containerd/containerd.sock#'$socket#g" >"$node/containerd.toml"
+  copy_images "$node/containerd"
+  write_containerd_config "$node/containerd" "$node/run" >"$node/containerd.toml"
   daemon containerd -c "$node/containerd.toml"
   within 120 "its container runtime" ctr -a "$socket" version
-  for archive; do
-    ctr -a "$socket" -n k8s.io images import "$archive" >>"$node/import.log" 2>&1 || die "$name: no image from $archive" "see $node/import.log"
-  done
   echo "runtime-endpoint: unix://$socket" >"$kubernetes/crictl.yaml" # crictl -c /etc/kubernetes/crictl.yaml
 }
 
-make_host() { # make_host IP [IMAGE...]: the node before kubeadm, with these images or all
-  local root ip=$1 archives; shift
+make_host() { # make_host IP: the node before kubeadm
+  local root ip=$1
   [[ ! -e "$node" && ! -e "/run/netns/$name" ]] || die "$name: wanted a new name, found a node of that name" "node.sh down $name"
   locked make_images
   mkdir -p "$node"
@@ -189,9 +226,7 @@ make_host() { # make_host IP [IMAGE...]: the node before kubeadm, with these ima
   locked make_room
   locked make_mount_points
   make_namespaces
-  archives=("$images"/*.tar)
-  [ $# = 0 ] || mapfile -t archives < <(printf "$images/%s.tar\n" "$@")
-  start_containerd "${archives[@]}"
+  start_containerd
 }
 
 # --- kubeadm ---
@@ -235,7 +270,9 @@ kubectl_as() { # kubectl_as KUBECONFIG ARG...: on the node, as admin or super-ad
 start_kubelet() { # start_kubelet IP
   daemon kubelet --config=/var/lib/kubelet/config.yaml --kubeconfig=/etc/kubernetes/kubelet.conf \
     --hostname-override="$name" --node-ip="$1"
-  within 180 "an API server that is ready" kubectl_as admin --server "https://$1:6443" get --raw /readyz
+  local pki=/etc/kubernetes/pki # with curl, since kubectl takes a tenth of a second of a processor, and this asks often
+  within 180 "an API server that is ready" enter curl --silent --fail --max-time 10 --cacert $pki/ca.crt \
+    --cert $pki/apiserver-kubelet-client.crt --key $pki/apiserver-kubelet-client.key "https://$1:6443/readyz"
 }
 
 move_ca_keys() { # move_ca_keys CA_DIR
@@ -356,7 +393,7 @@ YAML
 etcd_host() { # etcd_host IP CA_DIR NAME=IP...
   local ip=${1:-} ca_dir=${2:-} one
   [ $# -ge 3 ] || usage
-  make_host "$ip" pause etcd
+  make_host "$ip"
   write_etcd_config "$ip" "${@:3}"
   mkdir -p "$kubernetes/pki/etcd" "$ca_dir/etcd"
   [ ! -e "$ca_dir/etcd/ca.key" ] || cp -p "$ca_dir"/etcd/ca.{crt,key} "$kubernetes/pki/etcd/"
@@ -372,9 +409,9 @@ etcd_host() { # etcd_host IP CA_DIR NAME=IP...
 
 # --- workers ---
 
-host() { # host IP [IMAGE...]
+host() { # host IP
   [ -n "${1:-}" ] || usage
-  make_host "$@"
+  make_host "$1"
   mkdir -p "$node/bin"
   cp "$here/systemctl.sh" "$node/bin/systemctl"
   setsid nsenter -t "$(cat "$node/pid")" -m -n -- "$node/bin/systemctl" keep >"$node/service.log" 2>&1 </dev/null &
@@ -445,7 +482,7 @@ worker() { # worker IP OTHER [FORM]
   other=$base/$other
   [ -e "$other/pid" ] || die "$name: wanted a node to join, found none in $other"
   first=$(sed -n 's/.*advertiseAddress: \(.*\)}.*/\1/p' "$other/root/etc/kubernetes/kubeadm.yaml")
-  host "$ip" pause etcd # etcd's is one that a pod can run
+  host "$ip"
   if [ "$form" = token ]; then
     token=$(PATH="$bin:$PATH" nsenter -t "$(cat "$other/pid")" -m -n -- kubeadm token create 2>>"$node/kubeadm.log")
     write_join "$ip" "bootstrapToken: {token: $token, apiServerEndpoint: '$first:6443', unsafeSkipCAVerification: true}"
@@ -538,10 +575,10 @@ main() {
   case $verb in
     up | join | host | worker | etcd_host)
       [ -x "$bin/kubeadm" ] || die "wanted the kit's programs, found no $bin/kubeadm" "run tests/kit/binaries.sh"
-      need runc=runc ip=iproute2 gcc=gcc nsenter=util-linux python3=python3 openssl=openssl
+      need runc=runc curl=curl ip=iproute2 gcc=gcc nsenter=util-linux python3=python3 openssl=openssl
       [ -e /usr/include/stdio.h ] || install_packages libc6-dev
       version=$(kubeadm version -o short)
-      images=$base/images-$version
+      images=$base/images-$version-$(sha256sum <"$here/docker_archive.py" | head -c 8)
       "$verb" "$@"
       ;;
     exec) [ $# -gt 0 ] || usage; [ -e "$node/pid" ] || die "wanted a node that is up, found no $node"; enter "$@" ;;

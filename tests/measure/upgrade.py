@@ -90,7 +90,7 @@ def import_images(node: Node) -> None:
     so that their names on another image will do.
     """
     ctr = ("ctr", "-a", kit.directory() / node.name / "run/containerd.sock", "-n", "k8s.io", "images")
-    for archive in sorted((kit.directory() / f"images-{TO}").glob("*.tar")):
+    for archive in sorted(kit.directory().glob(f"images-{TO}-*/*.tar")):
         node.exec(*ctr, "import", archive)
     there = node.exec(*ctr, "ls", "-q").stdout.split()
     pause = next(reference for reference in there if "/pause:" in reference)
