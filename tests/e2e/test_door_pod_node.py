@@ -7,9 +7,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import sqlite3
 import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,7 @@ class Site:
     """The cluster of the security team, and a node of another one."""
 
     node: Node  #: Where the door's pod runs.
+    bao: OpenBao  #: Of the door.
     bridge: Bridge  #: The other cluster's node, whose one backend is the door.
     tls: Tls  #: OpenBao's and the door's CA.
     files: Path  #: Below the node's /etc/kubernetes.
@@ -90,10 +94,41 @@ class Site:
             raise AssertionError(f"{e}\n{told}\n{said[-2000:]}") from None
         return str(self.pod()["ip"])
 
-    def renew(self, *names: str) -> subprocess.CompletedProcess[str]:
+    def begin(self, *names: str) -> subprocess.Popen[str]:
         """The other cluster's node asks, from this node's network, where the pod is reached."""
         command = ["ip", "netns", "exec", NAME, *self.bridge.command("renew", *names)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def renew(self, *names: str) -> tuple[int, str]:
+        """The same, until it has ended: exit code and output."""
+        with self.begin(*names) as run:
+            said, _ = run.communicate(timeout=240)
+        return run.returncode, said
+
+    @property
+    def state(self) -> Path:
+        """The door's state directory, on its volume."""
+        return self.node.root / "var/lib/kubelet/door/state"
+
+    def events(self) -> list[str]:
+        """The record so far."""
+        return [json.loads(line)["event"] for line in (self.state / "audit.jsonl").read_text().splitlines()]
+
+    def begun(self) -> int:
+        """How many requests the door has begun, and not answered."""
+        with closing(sqlite3.connect(self.state / "door.db")) as database:
+            query = "SELECT count(*) FROM requests WHERE state != 'answered' AND begun IS NOT NULL"
+            return int(database.execute(query).fetchone()[0])
+
+    def takes_requests(self, address: str) -> bool:
+        """Whether something listens there."""
+        probe = f"import socket; socket.create_connection(({address!r}, 9443), 5).close()"
+        command = ["ip", "netns", "exec", NAME, sys.executable, "-c", probe]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def signed(self) -> int:
+        """How many certificates the other cluster's CA has signed; its mount keeps each."""
+        return len(self.bao.request("LIST", f"{MOUNTS['ca']}/certs").json()["data"]["keys"])
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +157,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         for source, name in ((tls.ca, "vault-ca.crt"), (tls.server_cert, "serve.crt"), (tls.server_key, "serve.key")):
             shutil.copy(source, files / name)
         config = (SHIPPED / "10-config.yaml").read_text().replace("vault.corp.example:8200", f"{IP}:{port}")
-        found = Site(node=node, bridge=bridge, tls=tls, files=files, config=config)
+        found = Site(node=node, bao=bao, bridge=bridge, tls=tls, files=files, config=config)
         found.apply((SHIPPED / "00-namespace.yaml").read_text())
         found.apply(VOLUME)
         make_secrets(found)
@@ -168,26 +203,53 @@ def test_it_serves_another_cluster(site: Site) -> None:
     site.kubectl("delete", "pod", POD)
     address = site.until("a door that is ready", '"ready": true')
     site.bridge.add(
-        "backend.door", {"type": "gateway", "url": f"https://{address}:9443", "ca_file": str(site.tls.ca), "wait": "2m"}
+        "backend.door",
+        {
+            "type": "gateway",
+            "url": f"https://{address}:9443",
+            "ca_file": str(site.tls.ca),
+            "wait": "2m",
+            "retry_for": "1s",
+        },
     )
     for authority in AUTHORITIES:
         site.bridge.add(f"authority.{authority}", {"backend": "door"})
     before = live_certificates(site.bridge.pki)
-    run = site.renew("apiserver", "etcd-server", "front-proxy-client")
-    assert run.returncode == Exit.DONE, f"{run.stdout}{run.stderr}\n{site.kubectl('logs', POD)}"
+    code, said = site.renew("apiserver", "etcd-server", "front-proxy-client")
+    assert code == Exit.DONE, f"{said}\n{site.kubectl('logs', POD)}"
     after = live_certificates(site.bridge.pki)
     assert {name for name in after if after[name] != before[name]} == {"apiserver", "etcd-server", "front-proxy-client"}
 
-    state = site.node.root / "var/lib/kubelet/door/state"
-    events = [json.loads(line)["event"] for line in (state / "audit.jsonl").read_text().splitlines()]
-    assert events == [SIGNED] * 3
+    assert site.events() == [SIGNED] * 3
     assert "cp-1" in site.kubectl("exec", POD, "--container=door", "--", "ca-bridge", "fleet")
 
-    site.kubectl("delete", "pod", POD)  # by SIGTERM; the next one has the same volume
+
+def test_a_deleted_pod_loses_nothing(site: Site) -> None:
+    """While its CA hangs it ends by SIGTERM; the next one has its record and what waits, and the CA signs that once."""
+    address, name = site.until("a door that is ready", '"ready": true'), "apiserver-kubelet-client"
+    config, container = site.bridge.config, site.pod()["containerID"]
+    events, signed = site.events(), site.signed()
+    before = live_certificates(site.bridge.pki)[name]
+    site.bao.process.send_signal(signal.SIGSTOP)
+    try:
+        run = site.begin(name)
+        wait_for("a request that the door has begun", site.begun)
+        site.kubectl("delete", "pod", POD, "--wait=false")
+        wait_for("a door that takes no request", lambda: not site.takes_requests(address))
+    finally:
+        site.bao.process.send_signal(signal.SIGCONT)
+    wait_for("the next pod", lambda: site.pod().get("containerID", container) != container)
     again = site.until("the next door", '"ready": true')
-    config = site.bridge.config
+    with run:
+        run.communicate(timeout=240)
     config.write_text(config.read_text().replace(address, again))
-    assert site.renew("apiserver-kubelet-client").returncode == Exit.DONE
+    if run.returncode != Exit.DONE:  # the answer came too late for the run, and is there for the next one
+        assert site.renew(name)[0] == Exit.DONE
+    assert live_certificates(site.bridge.pki)[name] != before
+    assert site.signed() == signed + 1
+    assert site.events()[: len(events)] == events
+    assert site.events().count(SIGNED) == events.count(SIGNED) + 1
+    assert site.begun() == 0
 
 
 def test_it_may_do_nothing(site: Site) -> None:
