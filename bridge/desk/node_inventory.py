@@ -79,6 +79,12 @@ class Inventory:
         """The nodes that are control planes."""
         return {name: entry for name, entry in self.nodes.items() if entry.control_plane}
 
+    @cached_property
+    def taken_names(self) -> frozenset[str]:
+        """The API server's endpoints and all nodes' names, which are looked for in each certificate of a pod."""
+        of_nodes = (name for node, entry in self.nodes.items() for name in (node, *entry.names))
+        return frozenset((*(text.lower() for text in self.cluster.endpoints), *of_nodes))
+
     def is_never_a_nodes(self, san: San, node: str) -> bool:
         """Whether a name or address is the API's, a service's, the machine's own or another control-plane node's."""
         kind, value = san

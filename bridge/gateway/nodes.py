@@ -43,6 +43,8 @@ _COMMAND_LIMIT = timedelta(seconds=10)
 _ROOM_SECONDS = 0.25
 _REMEMBERED_SECONDS = 60.0
 _MOST_REMEMBERED = 10_000
+#: Threads that ask at once, for an answer that several threads want; more would only wait.
+_MOST_ASKING = 128
 _LONGEST_ANSWER = 64 << 10
 _MOST_LOOKUPS = 4
 #: For all lookups of a request; a later answer counts when the request is looked at again.
@@ -107,7 +109,20 @@ class Remembered(Generic[K, V]):
     def __init__(self, seconds: float = _REMEMBERED_SECONDS) -> None:
         self._seconds = seconds
         self._mutex = threading.Lock()
+        self._asking = [threading.Lock() for _ in range(_MOST_ASKING)]
         self._answers: OrderedDict[K, tuple[V, float]] = OrderedDict()
+
+    def of(self, key: K, ask: Callable[[], V]) -> V:
+        """The answer; if it is not known, one thread asks, and the others that want the same wait for it."""
+        known = self.get(key)
+        if known is None:
+            with self._asking[hash(key) % _MOST_ASKING]:
+                known = self.get(key)
+                if known is None:
+                    now = time.monotonic()
+                    known = (ask(),)
+                    self.put(key, known[0], now)
+        return known[0]
 
     def get(self, key: K) -> tuple[V] | None:
         """The answer; None: it is not known."""

@@ -106,7 +106,7 @@ def judge(request: PodRequest, world: PodWorld) -> Verdict:
     if (trouble := next(_troubles(request, asked, rules, world, world.pod), None)) is not None:
         return trouble
     names = rules.names(request.parts, _identity(request, rules))
-    if names is None or any(_is_taken(name, world.inventory) for name in names.dns):
+    if names is None or any(is_never_a_pods(name) or name in world.inventory.taken_names for name in names.dns):
         return Later("the policy gives this service account no names, or names of the API server or of a node")
     validity = _validity(request, rules, world)
     if validity < rules.least - rules.backdating:
@@ -222,12 +222,6 @@ def _identity(request: PodRequest, rules: PodSignerRules) -> Identity | None:
         if in_namespace and any(fnmatchcase(request.service_account, pattern) for pattern in one.service_accounts):
             return one
     return None
-
-
-def _is_taken(name: str, inventory: Inventory) -> bool:
-    others = {text.lower() for text in inventory.cluster.endpoints}
-    nodes = any(name == node or name in entry.names for node, entry in inventory.nodes.items())
-    return is_never_a_pods(name) or name in others or nodes
 
 
 def _longest(rules: PodSignerRules, world: PodWorld) -> timedelta:

@@ -133,13 +133,12 @@ class Looks:
 
     def metadata(self, path: str) -> Mapping[str, Any] | None:
         """An object's metadata, as they were a moment ago; None: it is not there."""
-        if (known := self._metadata.get(path)) is not None:
-            return known[0]
-        now = time.monotonic()
-        document = self._asked(path, METADATA)
-        found = None if document is None else mapping(document, "metadata")
-        self._metadata.put(path, found, now)
-        return found
+
+        def ask() -> Mapping[str, Any] | None:
+            document = self._asked(path, METADATA)
+            return None if document is None else mapping(document, "metadata")
+
+        return self._metadata.of(path, ask)
 
     def _asked(self, path: str, accept: str) -> Mapping[str, Any] | None:
         reply = self._api.ask("GET", f"/api/v1/{path}", accept=accept)

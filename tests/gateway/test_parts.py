@@ -585,6 +585,29 @@ def test_what_counts_at_a_write_is_looked_at_then(tmp_path: Path) -> None:
     assert seen(time.monotonic()) == (False, "another")
 
 
+def test_what_many_threads_want_to_know_is_asked_once() -> None:
+    """Threads that want the same answer at the same time wait for the one that asks; another question waits for none."""
+    asked, may_answer, answers = list[str](), threading.Event(), list[int]()
+
+    def ask() -> int:
+        asked.append(threading.current_thread().name)
+        may_answer.wait(60)
+        return 7
+
+    known: nodes.Remembered[int, int] = nodes.Remembered()
+    threads = [threading.Thread(target=lambda: answers.append(known.of(1, ask))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(asked), bool, timedelta(seconds=60), pause_seconds=0.01)
+    assert known.of(2, lambda: 8) == 8
+    may_answer.set()
+    for thread in threads:
+        thread.join(60)
+    assert (answers, len(asked)) == ([7] * 8, 1)
+    forgetful = nodes.Remembered[int, int](0.0)
+    assert [forgetful.of(1, ask), forgetful.of(1, ask), len(asked)] == [7, 7, 3]
+
+
 def test_a_list_of_nodes_says_for_a_while_which_are_not_there() -> None:
     """It is not asked for anew for a node that it does not have; a look at a write, and one for a new node's own request, is."""
     listed: list[str] = []
