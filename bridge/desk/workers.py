@@ -93,22 +93,28 @@ class AnsweredBundle:
 
 # --- in the worker ----------------------------------------------------------------------------------------------------
 
-#: Bundles that were read and will be compared, by the desk's number.
-_known: dict[int, RequestBundle] = {}
+#: Bundles that were read and will be compared, with their sizes, by the desk's number. Of those beyond this limit, which
+#: people may decide about in days, the desk compares the answers by itself.
+_known: dict[int, tuple[RequestBundle, int]] = {}
+_LARGEST_KNOWN_BYTES = 32 << 20
 
 
 def read(bundles: Mapping[int, bytes], by: Judgement) -> list[ReadBundle | None]:
     """These bundles with the policy's verdict on each request; None for bytes that are no bundle."""
-    found: list[ReadBundle | None] = []
-    for number, data in bundles.items():
-        try:
-            bundle, digest = loads_digested(data)
-        except BundleError:
-            found.append(None)
-            continue
-        _known[number] = bundle
-        found.append(ReadBundle(bundle=bundle, digest=digest, verdicts=verdicts(bundle, by)))
-    return found
+    return [_read_one(number, data, by) for number, data in bundles.items()]
+
+
+def _read_one(number: int, data: bytes, by: Judgement) -> ReadBundle | None:
+    try:
+        bundle, digest = loads_digested(data)
+    except BundleError:
+        return None
+    found = verdicts(bundle, by)
+    if not found or not all(one.problems for one in found.values()):  # else there will be no answer
+        _known[number] = bundle, len(data)
+        while sum(size for _, size in _known.values()) > _LARGEST_KNOWN_BYTES:
+            del _known[next(iter(_known))]
+    return ReadBundle(bundle=bundle, digest=digest, verdicts=found)
 
 
 def verdicts(bundle: RequestBundle, by: Judgement, *, held: bool = False) -> dict[str, PolicyVerdict]:
@@ -125,7 +131,7 @@ def compared(answered: Sequence[AnsweredBundle], by: Mapping[str, Expectation]) 
     """Why each certificate is not what was asked for, by name; nothing about a bundle that this worker lacks."""
     reasons = []
     for one in answered:
-        bundle = _known.pop(one.number, None)
+        bundle, _ = _known.pop(one.number, (None, 0))
         by_name = {request.name: request for request in bundle.requests} if bundle is not None else {}
         reasons.append(
             {
@@ -134,8 +140,6 @@ def compared(answered: Sequence[AnsweredBundle], by: Mapping[str, Expectation]) 
                 if bundle is not None
             }
         )
-    for number in [number for number in _known if number < min(one.number for one in answered)]:
-        del _known[number]
     return reasons
 
 
@@ -221,7 +225,7 @@ class ReadAhead:
     """A bundle that a worker has read, and which one."""
 
     number: int  #: In the order in which they were read.
-    chunk: int  #: With which it was at the worker.
+    chunk: int | None  #: With which it was at the worker; None: no worker has it.
     read: ReadBundle
 
 

@@ -33,7 +33,6 @@ from bridge.door.signing import Judged
 from bridge.door.store import DatabaseError, EnrolmentError, Kept, Memory
 from bridge.errors import BridgeError
 from bridge.pki.bundle import BundleError, RequestBundle
-from bridge.pki.bundle_format import loads_digested
 from bridge.pki.certificates import pem
 from bridge.system.waiting import Rate
 from bridge.words import one_line
@@ -44,10 +43,7 @@ log = logging.getLogger("ca-bridge")
 _SOON_SECONDS, _LATER_SECONDS = 1, 30
 _SOON_FOR = timedelta(seconds=30)
 #: How often all nodes that wait look in a second, about: each look takes time from signing (docs/evidence/numbers.md).
-_LOOKS_A_SECOND = 25
-#: Bundles that are read or judged at the same time: with more, the thread that signs hardly gets a turn, and the CA has
-#: to wait for it.
-_JUDGED_AT_ONCE = 2
+_LOOKS_A_SECOND = 40
 #: When a node that was turned away may come again.
 _PAUSE_SECONDS = 30
 #: The part of the room for requests that no CA's certificate is there to judge by.
@@ -100,6 +96,7 @@ class Door:
         quota: Quota,
         now: Callable[[], datetime],
         *,
+        read: Callable[[bytes], tuple[RequestBundle, str, Judged | None]],
         judged: Callable[[RequestBundle, frozenset[str]], Judged],
         judges: Callable[[RequestBundle], bool],
         authorities: Iterable[str],
@@ -107,12 +104,14 @@ class Door:
         pages: Mapping[str, Callable[[], tuple[int, str]]],
     ) -> None:
         """
+        `read` makes a bundle of bytes (BundleError), with its digest and its judgement where that costs nothing more;
         `judged` says why nothing of a bundle can be signed, if so, and `judges` whether it could look at all of it;
         `chain` has an authority's CA certificates, as far as it was reached; `pages` are those for monitors, by path.
         """
         self._memory = memory
         self._quota = quota
         self._now = now
+        self._read = read
         self._judged = judged
         self._judges = judges
         self._rate = Rate(quota.a_minute_per_peer)
@@ -124,8 +123,6 @@ class Door:
         #: Called with the peer and the id of each new request.
         self.brought: Callable[[Environ, str], object] = lambda *_: None
         self._mutex = threading.Lock()
-        #: Held while the processor works, never while a network or a database is waited for.
-        self._judging = threading.Semaphore(_JUDGED_AT_ONCE)
         self.arrived = threading.Event()  #: There is something to sign.
         self.ending = threading.Event()  #: No new request is taken.
         self.answers: Counter[int] = Counter()  #: By status.
@@ -218,13 +215,12 @@ class Door:
         if isinstance(data, Reply):
             return data
         try:
-            with self._judging:
-                bundle, asked = loads_digested(data)
+            bundle, asked, judged = self._read(data)
         except BundleError as e:
             return Reply.error(HTTPStatus.BAD_REQUEST, e)
         kept = self._memory.find_digest(asked)
         if kept is None:
-            received = self._receive(environ, data, bundle, asked)
+            received = self._receive(environ, data, bundle, asked, judged)
             if isinstance(received, Reply):
                 return received
             request_id = received
@@ -235,13 +231,15 @@ class Door:
         place = f"/v1/requests/{request_id}"
         return Reply.of(HTTPStatus.ACCEPTED, document, location=place, retry_after=self._soon())
 
-    def _receive(self, environ: Environ, data: bytes, bundle: RequestBundle, asked: str) -> str | Reply:
+    def _receive(
+        self, environ: Environ, data: bytes, bundle: RequestBundle, asked: str, judged: Judged | None
+    ) -> str | Reply:
         """The id of a request that is new, or why it is not kept."""
         peer = str(environ.get("REMOTE_ADDR", ""))
         try:
             used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), bundle, asked)
             vouched = frozenset(used.vouches(bundle) if used is not None else ())
-            with self._judging:
+            if judged is None or vouched:
                 judged = self._judged(bundle, vouched)
             if judged.refused:
                 return _refused(bundle, asked, peer, judged.refused)

@@ -9,7 +9,9 @@ come again, since only what can be remembered is signed.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
+import os
 import secrets
 import threading
 import time
@@ -22,6 +24,7 @@ from typing import Any
 from cryptography import x509
 
 from bridge.desk.approval import Trust
+from bridge.desk.workers import GARBAGE, Workers
 from bridge.door import fleet
 from bridge.door.app import Door, Quota
 from bridge.door.approvals import Api, Approvals
@@ -56,6 +59,8 @@ _TIDY_SECONDS = 3600.0
 #: A client of EST is kept waiting this long for an answer that may soon be there.
 _HOLD = timedelta(seconds=8)
 _SECRET, _SECRET_BYTES = "door.secret", 32
+#: Processes that read and judge what comes, one for each processor but the one that signs.
+_MOST_WORKERS = 4
 
 
 class Service:
@@ -87,6 +92,7 @@ class Service:
             self.memory,
             quota,
             now,
+            read=self._signing.read,
             judged=self._signing.judged,
             judges=self._signing.judges,
             authorities=settings.authorities,
@@ -125,7 +131,9 @@ class Service:
             chunked_below=ROOT.encode(),
         )
         address = ours.address or ("", 0)  # the settings were looked at
-        with contextlib.closing(self.memory):
+        gc.set_threshold(GARBAGE)  # bundles are many objects with no cycle
+        spare = max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
+        with contextlib.closing(self.memory), contextlib.closing(Workers(spare)) as self._signing.workers:
             files = (ours.certificate, ours.key)
             with serving(address, self._door, files, limits, self._anchors) as self._https:
                 self._thread.start()

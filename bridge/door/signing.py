@@ -10,8 +10,10 @@ killed between both finds it there, and no CA is asked again.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,14 +32,14 @@ from bridge.desk.est_rules import Asker, asker_problem
 from bridge.desk.files import Received, books_open, load_answer_key, load_policy
 from bridge.desk.policy import Policy, PolicyVerdict
 from bridge.desk.records import Answered, Archive, Journal, archive_directory
-from bridge.desk.workers import Judgement, ReadAhead, ReadBundle, verdicts
+from bridge.desk.workers import Judgement, ReadAhead, ReadBundle, Workers, read, verdicts
 from bridge.door import enrolments, turns
 from bridge.door.doors import Doors
 from bridge.door.store import TO_SIGN, DatabaseError, DecisionRow, IssuedRow, Kept, Memory
 from bridge.door.turns import identity
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
-from bridge.pki.bundle_format import digest, loads_request
+from bridge.pki.bundle_format import digest, loads_digested, loads_request
 from bridge.pki.certificates import csr_fingerprint, fingerprint, is_signed_by, pem, serial_hex
 from bridge.settings.tables import Settings
 from bridge.state import audit
@@ -50,6 +52,11 @@ log = logging.getLogger("ca-bridge")
 _MOST = 200
 #: Bundles that are kept in memory, as they were read when they came, and the longest of them.
 _MOST_READ, _LONGEST_READ_BYTES = 3 * _MOST, 64 << 10
+#: Bundles that this process reads or judges at the same time: with more, the thread that signs hardly gets a turn, and
+#: the CA has to wait for it.
+_JUDGED_AT_ONCE = 2
+#: After this time a bundle is read here that a worker was to read.
+_WORKER_SECONDS = 10.0
 #: A judgement of when a request came counts in a round for so long; a limit of the policy has hours, or days.
 _FRESH = timedelta(minutes=1)
 #: After this time CAs are reached anew, since their certificates and our rights may have changed.
@@ -80,6 +87,7 @@ class Judged:
     refused: str = ""  #: Why no request of it can be signed; empty: some may be, or a CA is not there to say it.
     by: Judgement | None = None  #: By what it was judged; None: the CAs were not there yet.
     verdicts: Mapping[str, PolicyVerdict] = field(default_factory=dict)  #: By certificate name.
+    number: int | None = None  #: By which a worker knows the bundle.
 
 
 class Signing:
@@ -112,6 +120,10 @@ class Signing:
         self.troubles: Mapping[str, str] = {}  #: What is wrong with CAs, by authority.
         #: Each CA's certificates as they were found last, for those who verify what it signs; from any thread.
         self.chains: Mapping[str, tuple[x509.Certificate, ...]] = {}
+        self.workers: Workers | None = None  #: Processes that read and judge what comes.
+        self._turns = itertools.count()
+        #: Held while this process reads or judges, never while a network or a database is waited for.
+        self._judging = threading.Semaphore(_JUDGED_AT_ONCE)
         #: Bundles of requests that came lately, by the bytes that they were read from.
         self._read: dict[bytes, Judged] = {}
         self.answered: Callable[[], object] = lambda: None  #: Called for each request that is answered.
@@ -130,6 +142,21 @@ class Signing:
         # a CA that is down now has the certificates that it had
         self._judgement = replace(desk.judgement(), cas=self.cas)
 
+    def read(self, data: bytes) -> tuple[RequestBundle, str, Judged | None]:
+        """A bundle, its digest, and the judgement where a worker has made it (BundleError); from any thread."""
+        if self.workers and (by := self._judgement) is not None:
+            by = replace(by, now=self._now())
+            number = next(self._turns)
+            answer = self.workers.submit(number, read, {number: data}, by)
+            with contextlib.suppress(TimeoutError):
+                [one] = answer.result(_WORKER_SECONDS) or [None]
+                if one is not None:
+                    refused = self._refused(one.bundle, one.verdicts)
+                    judged = Judged(bundle=one.bundle, refused=refused, by=by, verdicts=one.verdicts, number=number)
+                    return one.bundle, one.digest, judged
+        with self._judging:
+            return *loads_digested(data), None
+
     def judged(
         self, bundle: RequestBundle, without_proof: frozenset[str] = frozenset(), *, held: bool = False
     ) -> Judged:
@@ -141,7 +168,8 @@ class Signing:
         by = self._judgement
         if by is not None:
             by = replace(by, now=self._now(), without_proof=without_proof)
-        found = verdicts(bundle, by, held=held) if by is not None else {}
+        with self._judging:
+            found = verdicts(bundle, by, held=held) if by is not None else {}
         return Judged(bundle=bundle, refused=self._refused(bundle, found), by=by, verdicts=found)
 
     def _refused(self, bundle: RequestBundle, found: Mapping[str, PolicyVerdict]) -> str:
@@ -183,8 +211,8 @@ class Signing:
             return None
         if (by.policy, by.cas, by.without_proof) != (now.policy, now.cas, frozenset()):
             return None
-        read = ReadBundle(bundle=judged.bundle, digest=request_digest, verdicts=judged.verdicts)
-        return ReadAhead(number=0, chunk=0, read=read)
+        found = ReadBundle(bundle=judged.bundle, digest=request_digest, verdicts=judged.verdicts)
+        return ReadAhead(number=judged.number or 0, chunk=judged.number, read=found)
 
     def round(self) -> Next:
         """Judge and sign what waits."""
@@ -204,7 +232,7 @@ class Signing:
                 archive.prepare()
                 self._is_prepared = True
             kept = self._begun(desk, archive, journal, record)
-            desk.run(self._jobs(kept, archive), journal, record, left)
+            desk.run(self._jobs(kept, archive), journal, record, left, self.workers)
         self._note(kept, left)
         if left.is_down:
             self.close()

@@ -116,8 +116,24 @@ def test_a_worker_compares_as_the_desk_does(pki: Pki, pairs: Pairs, workers: Wor
     second = reasons(8)
     assert all("public key: wanted the key of the CSR" in reason for reason in second.values())
     assert second.keys() == pairs.keys()
-    assert reasons(8) == reasons(7) == {}  # known no more, and so left to the desk
-    assert reasons(9).keys() == pairs.keys()
+    assert reasons(8) == {}  # known no more, and so left to the desk
+    assert reasons(7).keys() == reasons(9).keys() == pairs.keys()
+
+
+def test_a_worker_keeps_what_may_be_answered_and_not_too_much(
+    pki: Pki, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a bundle of which nothing will be signed, and of the others the latest, up to a limit in bytes."""
+    good, by = make_bundle(pairs), judgement(pki)[0]
+    bad = changed(changed(good, "apiserver", proof=None), "scheduler.conf", proof=None)
+    known: dict[int, tuple[RequestBundle, int]] = {}
+    monkeypatch.setattr(desk_workers, "_known", known)
+    monkeypatch.setattr(desk_workers, "_LARGEST_KNOWN_BYTES", 2 * len(dumps(good)))
+
+    read({1: dumps(good), 2: dumps(bad)}, by)
+    assert list(known) == [1]
+    read({3: dumps(good), 4: dumps(good)}, by)
+    assert list(known) == [3, 4]
 
 
 @pytest.mark.parametrize("begin", [b"", b"nothing"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
 import signal
 import socket
@@ -183,6 +184,23 @@ def test_a_ca_that_is_down_loses_no_request(door: ServeProgram, desk: Desk, pair
     assert any(str(desk.directory) in line["message"] for line in door.lines())
     assert ready.status == 200
     assert isinstance(awaited(door, place).answers["apiserver"], Issued)
+
+
+def test_a_door_whose_worker_is_gone_works_on(door: ServeProgram, pairs: Pairs) -> None:
+    """Its processes read and judge what comes; without them the door does it by itself, with the same answers."""
+    assert door.process is not None
+    children = Path(f"/proc/{door.process.pid}/task/{door.process.pid}/children").read_text().split()
+    assert children
+    assert isinstance(
+        awaited(door, place_of(door.post(dumps(make_bundle(some(pairs, "apiserver")))))).answers["apiserver"], Issued
+    )
+    for pid in children:
+        os.kill(int(pid), signal.SIGKILL)
+    forged = changed(make_bundle(some(pairs, "apiserver")), "apiserver", proof=None)
+    assert door.post(dumps(forged)).status == 403
+    assert isinstance(
+        awaited(door, place_of(door.post(dumps(make_bundle(some(pairs, "admin.conf")))))).answers["admin.conf"], Issued
+    )
 
 
 @pytest.mark.parametrize(

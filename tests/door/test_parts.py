@@ -26,7 +26,7 @@ from bridge.door.signing import Judged, Signing
 from bridge.door.store import METADATA, DatabaseError, IssuedRow, Memory, Unanswered, sqlite_url
 from bridge.errors import Exit
 from bridge.pki.bundle import Refusal, RequestBundle
-from bridge.pki.bundle_format import digest, dumps, loads_answer
+from bridge.pki.bundle_format import digest, dumps, loads_answer, loads_digested
 from bridge.settings.load import load
 from bridge.specs import AUTHORITIES
 from bridge.state.store import Store
@@ -175,6 +175,7 @@ def make_application(memory: Memory, *, is_judged: bool = True, a_minute: int = 
         memory,
         quota,
         now,
+        read=lambda data: (*loads_digested(data), None),
         judged=lambda found, _: Judged(bundle=found),
         judges=lambda _: is_judged,
         authorities=AUTHORITIES,
@@ -205,10 +206,10 @@ def test_what_can_not_be_judged_gets_a_tenth_of_the_room(memory: Memory, pki: Pk
 
 
 def test_where_many_wait_nodes_look_again_later(memory: Memory, pki: Pki) -> None:
-    """A second for each 25 that wait for signing, since looks take time from it; those for people don't count."""
+    """A second for each 40 that wait for signing, since looks take time from it; those for people don't count."""
     first, second = (dumps(make_bundle(old_pairs(pki, ["apiserver"]))) for _ in range(2))
-    door = make_application(memory, waiting=100)
-    waiting = [received(memory, f"{number}") for number in range(75)]
+    door = make_application(memory, waiting=150)
+    waiting = [received(memory, f"{number}") for number in range(120)]
     many = posted(door, first)[1]["Retry-After"]
     for request in waiting:
         memory.move(request, "undecided", before=["waiting"])
