@@ -153,6 +153,32 @@ RESTORES = sa.Table(
 )
 
 
+#: Statements that are asked for each request, made once: to make one takes longer than to have it answered.
+_REQUEST_BY = {
+    one.name: sa.select(REQUESTS).where(one == sa.bindparam("value"))
+    for one in (REQUESTS.c.id, REQUESTS.c.digest, REQUESTS.c.again)
+}
+_ADD, _ADD_ISSUED = REQUESTS.insert(), CERTIFICATES.insert()
+_CHANGE = REQUESTS.update().where(REQUESTS.c.id == sa.bindparam("which"))
+_CONCLUDE = _CHANGE.where(REQUESTS.c.state != "answered")
+_KNOWN = sa.select(CERTIFICATES.c.fingerprint).where(
+    CERTIFICATES.c.fingerprint.in_(sa.bindparam("prints", expanding=True))
+)
+_ISSUED_AMONG = (
+    sa.select(CERTIFICATES.c.csr, CERTIFICATES.c.name, CERTIFICATES.c.chain)
+    .where(CERTIFICATES.c.csr.in_(sa.bindparam("csrs", expanding=True)))
+    .order_by(CERTIFICATES.c.begins)
+)
+# by what is in the index: a door has many more that are answered
+_UNANSWERED = sa.select(
+    sa.func.count(),
+    *(
+        sa.func.coalesce(sa.func.sum(sa.case((part, 1), else_=0)), 0)
+        for part in (REQUESTS.c.peer == sa.bindparam("peer"), REQUESTS.c.state.in_(TO_SIGN))
+    ),
+).where(REQUESTS.c.state.in_(UNANSWERED))
+
+
 class DatabaseError(BridgeError):
     """The database can't be used now: nothing is signed that could not be remembered."""
 
@@ -224,6 +250,13 @@ class Unanswered:
     to_sign: int  #: For the next rounds of signing; the others are for people.
 
 
+_DECISIONS = (
+    sa.select(*(DECISIONS.c[name] for name in DecisionRow.__slots__))
+    .where(DECISIONS.c.request == sa.bindparam("of"))
+    .order_by(DECISIONS.c.id)
+)
+
+
 class Memory:
     """The database; from any thread."""
 
@@ -275,7 +308,7 @@ class Memory:
             try:
                 with self.engine.begin() as connection:
                     more = {"state": "waiting", "note": "", "bundle": bundle, "origin": origin, "again": again}
-                    connection.execute(REQUESTS.insert().values(**row, **more))
+                    connection.execute(_ADD, row | more)
                     if enrolment is not None:
                         _use_up(connection, enrolment, request_id, now)
             except IntegrityError:
@@ -287,15 +320,20 @@ class Memory:
 
     def find(self, request_id: str) -> Kept | None:
         """The request with this id."""
-        return next(iter(self._kept(REQUESTS.c.id == request_id)), None)
+        return self._one("id", request_id)
 
     def find_digest(self, digest: str) -> Kept | None:
         """The request whose bundle has this digest."""
-        return next(iter(self._kept(REQUESTS.c.digest == digest)), None)
+        return self._one("digest", digest)
 
     def find_again(self, again: str) -> Kept | None:
         """The EST request that is the same as this one."""
-        return next(iter(self._kept(REQUESTS.c.again == again)), None)
+        return self._one("again", again)
+
+    def _one(self, column: str, value: str) -> Kept | None:
+        with asking(), self.engine.connect() as connection:
+            row = connection.execute(_REQUEST_BY[column], {"value": value}).mappings().one_or_none()
+            return Kept(**row) if row is not None else None
 
     def in_state(self, state: State) -> list[Kept]:
         """All requests in this state, the oldest first."""
@@ -309,7 +347,7 @@ class Memory:
     def note(self, request_id: str, text: str) -> None:
         """Write down why there is no answer yet."""
         with asking(), self.engine.begin() as connection:
-            connection.execute(REQUESTS.update().where(REQUESTS.c.id == request_id).values(note=text[:2000]))
+            connection.execute(_CHANGE, {"which": request_id, "note": text[:2000]})
 
     def conclude(
         self, request_id: str, answer: bytes, issued: Sequence[IssuedRow], now: datetime, note: str = ""
@@ -319,13 +357,10 @@ class Memory:
         rows = [_columns(one) | {"request": request_id} for one in issued]
         prints = [one.fingerprint for one in issued]
         with asking(), self.engine.begin() as connection:
-            # the first answer stays
-            unanswered = REQUESTS.update().where(REQUESTS.c.id == request_id, REQUESTS.c.state != "answered")
-            connection.execute(unanswered.values(**values))
-            query = sa.select(CERTIFICATES.c.fingerprint).where(CERTIFICATES.c.fingerprint.in_(prints))
-            known = set(connection.execute(query).scalars())
+            connection.execute(_CONCLUDE, {"which": request_id, **values})  # the first answer stays
+            known = set(connection.execute(_KNOWN, {"prints": prints}).scalars())
             if new := [row for row in rows if row["fingerprint"] not in known]:
-                connection.execute(CERTIFICATES.insert(), new)
+                connection.execute(_ADD_ISSUED, new)
 
     def counts(self) -> dict[str, int]:
         """The number of requests in each state."""
@@ -342,12 +377,8 @@ class Memory:
 
     def unanswered(self, peer: str) -> Unanswered:
         """The numbers of requests without an answer."""
-        ours, to_sign = REQUESTS.c.peer == peer, REQUESTS.c.state.in_(TO_SIGN)
-        parts = [sa.func.coalesce(sa.func.sum(sa.case((part, 1), else_=0)), 0) for part in (ours, to_sign)]
-        # by what is in the index: a door has many more that are answered
-        query = sa.select(sa.func.count(), *parts).where(REQUESTS.c.state.in_(UNANSWERED))
         with asking(), self.engine.connect() as connection:
-            every, theirs, waiting = connection.execute(query).one()
+            every, theirs, waiting = connection.execute(_UNANSWERED, {"peer": peer}).one()
             return Unanswered(every=int(every), theirs=int(theirs), to_sign=int(waiting))
 
     # --- decisions ----------------------------------------------------------------------------------------------------
@@ -383,10 +414,8 @@ class Memory:
 
     def decisions(self, request_id: str) -> list[DecisionRow]:
         """The people's actions on a request, the first one first."""
-        ours = DECISIONS.c
-        query = sa.select(*(ours[name] for name in DecisionRow.__slots__)).where(ours.request == request_id)
         with asking(), self.engine.connect() as connection:
-            return [DecisionRow(**row) for row in connection.execute(query.order_by(ours.id)).mappings()]
+            return [DecisionRow(**row) for row in connection.execute(_DECISIONS, {"of": request_id}).mappings()]
 
     def move(self, request_id: str, state: State, *, before: Sequence[State], note: str = "") -> None:
         """Bring a request from one of these states to another one; a request in a further state stays there."""
@@ -405,10 +434,9 @@ class Memory:
 
     def issued_among(self, csrs: Sequence[str]) -> dict[tuple[str, str], bytes]:
         """The newest certificate for each CSR and name, by the CSRs' digests."""
-        ours = CERTIFICATES.c
-        query = sa.select(ours.csr, ours.name, ours.chain).where(ours.csr.in_(csrs)).order_by(ours.begins)
         with asking(), self.engine.connect() as connection:
-            return {(csr, name): chain for csr, name, chain in connection.execute(query)}
+            found = connection.execute(_ISSUED_AMONG, {"csrs": csrs})
+            return {(csr, name): chain for csr, name, chain in found}
 
     def ending(self, text: str, now: datetime, most: int) -> list[IssuedRow]:
         """Certificates that are valid, the next to end first, of which node, cluster, name or serial number has this text."""
