@@ -20,8 +20,8 @@ from cryptography.x509.verification import VerificationError as NoPathError
 
 from bridge.cluster import kubeadm
 from bridge.cluster.api import Api, NoAnswerError
-from bridge.control_plane import kubelets, neighbours
-from bridge.control_plane.kubelets import AUTHORITY, Served
+from bridge.control_plane import kubelet_serving, neighbours
+from bridge.control_plane.kubelet_serving import AUTHORITY, Served
 from bridge.diagnosis.findings import Finding, from_error
 from bridge.diagnosis.installed import is_named
 from bridge.errors import BridgeError
@@ -285,9 +285,9 @@ def look_at_kubelets(node: Node, settings: Settings, now: datetime) -> Iterator[
     api = neighbours.connect(node, settings)
     try:
         trust = file_contents(settings.node.pki_dir / CA.certificate_file)
-        authorities = kubelets.authorities(api, settings.node.node_name, manifest.flags)
+        authorities = kubelet_serving.authorities(api, settings.node.node_name, manifest.flags)
         verifying = [name for name, authority in authorities.items() if authority]
-        for one in kubelets.all_served(api, trust, manifest.flags):
+        for one in kubelet_serving.all_served(api, trust, manifest.flags):
             yield _of_kubelet(one, verifying, now)
         yield from _of_api_servers(api, authorities)
         yield _of_map(api)

@@ -20,7 +20,7 @@ from cryptography import x509
 
 from bridge.cluster.access import ANONYMOUS, Client, mapping
 from bridge.cluster.api import Api, NoAnswerError
-from bridge.control_plane import kubelets, neighbours
+from bridge.control_plane import kubelet_serving, neighbours
 from bridge.control_plane.probes import Etcd
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node import endpoints, kubeconfig
@@ -155,7 +155,7 @@ class Gate:
         if not steps:
             return
         with _cluster(run, node) as api:
-            every = [one for one in kubelets.nodes(api) if kubelets.name_of(one) not in self.without]
+            every = [one for one in kubelet_serving.nodes(api) if kubelet_serving.name_of(one) not in self.without]
             for step in (one for one in steps if one.target is not Phase.TRUSTED):
                 name, now = step.ca.name, run.now()
                 words = words_of(every, name, node.bundles[CA.name], now)
@@ -221,7 +221,7 @@ def words_of(
 ) -> dict[str, Word]:
     """What the nodes say that have certificates of this CA, by their objects (pure)."""
     return {
-        kubelets.name_of(one): word.of(one, authority, anchors, now)
+        kubelet_serving.name_of(one): word.of(one, authority, anchors, now)
         for one in nodes
         if authority == CA.name or _CONTROL_PLANE in mapping(one, "metadata", "labels")
     }
@@ -344,8 +344,8 @@ def _nodes(run: Run, node: Node) -> Iterator[Spot]:
     """The addresses of all kubelets and API servers, also of those that are down."""
     flags = node.manifests[Component.APISERVER].flags if Component.APISERVER in node.manifests else {}
     with _cluster(run, node) as api:
-        for one in kubelets.nodes(api):
-            name, place = kubelets.name_of(one), kubelets.place_of(one, flags)
+        for one in kubelet_serving.nodes(api):
+            name, place = kubelet_serving.name_of(one), kubelet_serving.place_of(one, flags)
             if place is None:
                 raise NotReadyEverywhereError(f"node {name}: wanted its address in its Node object, found none")
             yield Spot(name, "kubelet", Server(f"https://{place}"))
