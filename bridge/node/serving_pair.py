@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bridge.node import manifest_flags, manifests
+from bridge.node import manifests
 from bridge.node.inventory import Item, Node, other_key
-from bridge.node.manifest_flags import Mount
-from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, path_of
+from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, Mount, path_of
 from bridge.node.yamltree import YamlError
 from bridge.specs import SERVERS, CertificateSpec, Component
 from bridge.system.paths import UnreadableError, read
@@ -61,7 +60,7 @@ def _edited(
     try:
         data = read(path)
         unmount = "" if mount is not None else VOLUME
-        return None if data is None else manifest_flags.edited(data, component, flags, mount, unmount)
+        return None if data is None else manifests.edited(data, component, flags, mount, unmount)
     except (UnreadableError, YamlError) as e:
         raise ValueError(f"{path}: wanted to change its flags, found: {e}") from None
 
@@ -80,12 +79,12 @@ def _argument(flag: str) -> str:
 
 def is_named_by(cluster: Mapping[str, Any], component: Component) -> bool:
     """Whether kubeadm would write a manifest that names a pair."""
-    return _argument(TLS_CERTIFICATE) in manifest_flags.arguments(cluster, component)
+    return _argument(TLS_CERTIFICATE) in manifests.arguments(cluster, component)
 
 
 def is_ours_in(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> bool:
     """Whether the pair that kubeadm would name is in our own place."""
-    return paths(SERVERS[component], pki_dir).items() <= manifest_flags.arguments(cluster, component).items()
+    return paths(SERVERS[component], pki_dir).items() <= manifests.arguments(cluster, component).items()
 
 
 def with_pair(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> Mapping[str, Any]:
@@ -95,7 +94,7 @@ def with_pair(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -
     spec = SERVERS[component]
     # kubeadm mounts pki_dir into kube-controller-manager
     mount = Mount(VOLUME, str((pki_dir / spec.base).parent)) if component is Component.SCHEDULER else None
-    return manifest_flags.with_arguments(cluster, component, paths(spec, pki_dir), mount)
+    return manifests.with_arguments(cluster, component, paths(spec, pki_dir), mount)
 
 
 def without_pair(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> Mapping[str, Any]:
@@ -103,4 +102,4 @@ def without_pair(cluster: Mapping[str, Any], component: Component, pki_dir: Path
     if not is_ours_in(cluster, component, pki_dir):
         return cluster
     flags = dict.fromkeys(paths(SERVERS[component], pki_dir))
-    return manifest_flags.with_arguments(cluster, component, flags, unmount=VOLUME)
+    return manifests.with_arguments(cluster, component, flags, unmount=VOLUME)
