@@ -22,7 +22,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.node.kubeconfig import KubeconfigError
-from bridge.node.pair import is_sa_pair
+from bridge.node.pairs import is_sa_pair
 from bridge.pki import csr
 from bridge.pki.certificates import spki
 from bridge.pki.csr import Naming, general_name, generate_key, subject_of

@@ -28,7 +28,7 @@ from bridge.bootstrap.places import ROLES, Places, Role, live
 from bridge.desk.files import load_signing_key
 from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError, parse_documents
-from bridge.node.pair import is_sa_pair
+from bridge.node.pairs import is_sa_pair
 from bridge.pki import kubeadm_names, signatures
 from bridge.pki.budget import MOST_BYTES, OverBudgetError, json_of
 from bridge.pki.certificates import load_pem_certificates, pem

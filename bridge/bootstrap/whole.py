@@ -24,10 +24,10 @@ from bridge.bootstrap.desired import (
     OtherNodeDesiredError,
 )
 from bridge.bootstrap.places import Places, Read, Role, ca_keys, live, traces_of_cluster
-from bridge.node import kubeconfig, pair
+from bridge.node import kubeconfig, pairs
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.node.kubeconfig import KubeconfigError
-from bridge.node.pair import is_sa_pair
+from bridge.node.pairs import is_sa_pair
 from bridge.pki import identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, san_entries
 from bridge.pki.kubeadm_names import NoFactError, naming
@@ -181,7 +181,7 @@ class NodeLook:
             min_validity=timedelta(),
             extra_subject=self.extra_subject,
         )
-        found = list(pair.findings(spec, certificates, key_pem, expected))
+        found = list(pairs.findings(spec, certificates, key_pem, expected))
         if any(one.kind == "other" for one in found):
             yield f"{path}: wanted the key of its certificate, found another one"
             return

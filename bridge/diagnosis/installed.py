@@ -20,7 +20,7 @@ from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.node.kubelet import KubeletFiles
 from bridge.node.manifests import path_of, pod_name
-from bridge.node.pair import is_sa_pair, key_finding
+from bridge.node.pairs import is_sa_pair, key_finding
 from bridge.pki import expiry, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
 from bridge.pki.expiry import CA_ENDS_SOON

@@ -18,7 +18,7 @@ from typing import Any
 from cryptography import x509
 
 from bridge.errors import BridgeError
-from bridge.node import inventory, kubeconfig, pair, pairs, serving_pair
+from bridge.node import inventory, kubeconfig, pairs, serving_pair
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import path_of
 from bridge.pki import csr, identity, verify
@@ -397,7 +397,7 @@ def _unproven(
         reason = str(e.strerror if isinstance(e, OSError) else e)
         yield Problem(certificate=name, wanted=f"the CA certificate {item.anchor_path}", found=reason)
         return
-    for one in pair.findings(item.spec, certificates, key_pem, expected, live):
+    for one in pairs.findings(item.spec, certificates, key_pem, expected, live):
         violation = one.violation
         if one.kind in ("certificate", "incomparable"):
             yield Problem(certificate=name, subject=violation.subject, wanted=violation.want, found=violation.got)
