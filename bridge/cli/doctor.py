@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
+from bridge import diagnosis
 from bridge.cli.options import Common, Output, OutputOption, command, utc_now
 from bridge.cli.printing import say_json, say_sentence, say_verdict, width_here
-from bridge.diagnosis import findings
+from bridge.diagnosis import LEVELS, Cause
 from bridge.diagnosis.examination import before_upgrade, examine, for_ca_keys, of_kubelets
-from bridge.diagnosis.findings import LEVELS, Cause
 from bridge.system.console import ROOT_HINT, doing
 from bridge.words import counted
 
@@ -63,8 +63,8 @@ def doctor(
     if ca_keys is not None:
         look, step = partial(for_ca_keys, ca_keys.absolute()), f"reading the files below {ca_keys}"
     with doing(step, is_plain=False):
-        causes = findings.causes(look(settings, utc_now()))
-    code = findings.exit_code(causes)
+        causes = diagnosis.causes(look(settings, utc_now()))
+    code = diagnosis.exit_code(causes)
     if output is Output.JSON:
         as_ok = [replace(cause, level="ok") if cause.level == "note" else cause for cause in causes]
         say_json(exitCode=code, findings=as_ok)

@@ -30,8 +30,7 @@ from bridge.cli.options import (
 from bridge.cli.printing import end_text, progress_shown, say, say_json, say_sentence, say_table
 from bridge.cli.results import about, errors_json, failed_json, print_errors, print_restart, report
 from bridge.control_plane import restart_plan
-from bridge.diagnosis import use
-from bridge.diagnosis.findings import Finding
+from bridge.diagnosis import Finding, use
 from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.node.inventory import Item, Node

@@ -12,7 +12,7 @@ from bridge.ca import registry
 from bridge.ca.ca import CA
 from bridge.ca.retry import Rest
 from bridge.contract import Backend, ListsIssuers, Spends, TellsTime, Wanted
-from bridge.diagnosis.findings import Finding, Level, from_error
+from bridge.diagnosis import Finding, Level, from_error
 from bridge.diagnosis.installed import private_file
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError
 from bridge.node.inventory import Item, Node

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key
 
 from bridge.cluster.access import text_of
 from bridge.cluster.api import Api
-from bridge.diagnosis.findings import Finding, Level
+from bridge.diagnosis import Finding, Level
 from bridge.errors import BridgeError
 from bridge.node import endpoints
 from bridge.node.inventory import Node

@@ -15,8 +15,7 @@ from bridge.ca.ca import signer_of
 from bridge.ca.retry import Rest
 from bridge.desk import files as desk_files
 from bridge.desk.policy import Policy
-from bridge.diagnosis import authorities, ca_keys, installed, machine, upgrade, use
-from bridge.diagnosis.findings import Finding, from_error
+from bridge.diagnosis import Finding, authorities, ca_keys, from_error, installed, machine, upgrade, use
 from bridge.errors import BridgeError, SettingsError
 from bridge.node import inventory
 from bridge.node.inventory import Node

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge.diagnosis.findings import Finding, Level, from_error
+from bridge.diagnosis import Finding, Level, from_error
 from bridge.errors import BridgeError, SettingsError
 from bridge.node import endpoints, kubeconfig
 from bridge.node.expiry_report import outlasting

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.diagnosis.findings import Finding, Level, from_error
+from bridge.diagnosis import Finding, Level, from_error
 from bridge.errors import BridgeError
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node

@@ -22,7 +22,7 @@ from bridge.cluster import kubeadm
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import kubelet_serving, neighbours
 from bridge.control_plane.kubelet_serving import AUTHORITY, Served
-from bridge.diagnosis.findings import Finding, from_error
+from bridge.diagnosis import Finding, from_error
 from bridge.diagnosis.installed import is_named
 from bridge.errors import BridgeError
 from bridge.node import endpoints, kubeconfig, kubelet, manifests

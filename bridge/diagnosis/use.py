@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from bridge.cluster import kubeadm
 from bridge.cluster.api import Api
 from bridge.control_plane import restart_plan, restarts
-from bridge.diagnosis.findings import Finding, from_error
+from bridge.diagnosis import Finding, from_error
 from bridge.diagnosis.installed import chain, end, is_named, key_of, server
 from bridge.errors import BridgeError
 from bridge.node import endpoints, kubeadm_config, kubeconfig, serving_pair

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from bridge import diagnosis
 from bridge.cli.app import app
 from bridge.cli.results import grouped
-from bridge.diagnosis import findings
 from bridge.errors import BackendRefusedError, BridgeError
 from bridge.pki.expiry import duration_text, parse_duration
 from bridge.specs import AUTHORITIES
@@ -183,11 +183,11 @@ def test_a_missing_policy_is_one_error(tmp_path: Path) -> None:
 def test_causes_stay_apart_where_files_differ() -> None:
     """Paths make no difference in what a CA says, and all in what this node's files say."""
     said = [
-        findings.Finding(level="error", check=check, about=name, text=f"{text} {path}")
+        diagnosis.Finding(level="error", check=check, about=name, text=f"{text} {path}")
         for check, text in (("backend", "refused at"), ("key-missing", "nothing in"))
         for name, path in (("apiserver", "/a/apiserver"), ("etcd-peer", "/b/etcd/peer"))
     ]
-    assert [cause.about for cause in findings.causes(said)] == [
+    assert [cause.about for cause in diagnosis.causes(said)] == [
         ("apiserver", "etcd-peer"),
         ("apiserver",),
         ("etcd-peer",),

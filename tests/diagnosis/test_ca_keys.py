@@ -28,10 +28,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from bridge.diagnosis import ca_keys, examination
+from bridge.diagnosis import Finding, ca_keys, examination
 from bridge.diagnosis.ca_keys import Held
 from bridge.diagnosis.examination import examine
-from bridge.diagnosis.findings import Finding
 from bridge.node import endpoints, inventory
 from bridge.pki.certificates import spki
 from bridge.settings.load import load

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from bridge.diagnosis import causes
 from bridge.diagnosis.examination import examine
-from bridge.diagnosis.findings import causes
 from bridge.node.kubelet import with_node_name
 from bridge.settings.load import load
 from tests.kit import openbao

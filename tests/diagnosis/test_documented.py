@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import bridge.diagnosis
-from bridge.diagnosis.findings import LEVELS
+from bridge.diagnosis import LEVELS
 
 DOCUMENT = Path(__file__).parents[2] / "docs/doctor.md"
 #: Of lines that say what is in order, or what was not looked at.

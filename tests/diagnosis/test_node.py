@@ -20,10 +20,10 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import load_pem_x509_certificate
 
+from bridge import diagnosis
 from bridge.bootstrap.keys import sa_public_pem
-from bridge.diagnosis import findings, machine
+from bridge.diagnosis import Finding, machine
 from bridge.diagnosis.examination import examine
-from bridge.diagnosis.findings import Finding
 from bridge.node import inventory, kubeconfig, sample_pki
 from bridge.pki.certificates import pem
 from bridge.pki.csr import generate_key
@@ -640,7 +640,7 @@ def test_one_cause_is_reported_once(site: Site) -> None:
     wrong = {one["check"]: one for one in told["findings"] if one["level"] != "ok"}
     assert wrong["hook"]["about"] == ["hook success", "hook failure"]
     assert [one["level"] for one in told["findings"]] == sorted(
-        (one["level"] for one in told["findings"]), key=findings.LEVELS.index
+        (one["level"] for one in told["findings"]), key=diagnosis.LEVELS.index
     )
     text = site.bridge.run("doctor")
     assert text.stdout.count("/nowhere/tell") == 1

@@ -9,8 +9,8 @@ import pytest
 from cryptography import x509
 
 from bridge.cli import nagios
+from bridge.diagnosis import Finding
 from bridge.diagnosis.examination import examine
-from bridge.diagnosis.findings import Finding
 from bridge.errors import Exit, SettingsError
 from bridge.node import kubelet
 from bridge.pki.certificates import load_pem_certificates, san_entries

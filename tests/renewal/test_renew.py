@@ -15,9 +15,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
+from bridge import diagnosis
 from bridge.cli import renew as cli_renew
 from bridge.cli.options import Output
-from bridge.diagnosis import findings
 from bridge.diagnosis.examination import examine
 from bridge.node import inventory, kubeconfig
 from bridge.node.sample_pki import ca_certificate
@@ -247,7 +247,7 @@ def _with_anchor(path: Path) -> None:
 
 
 def doctors_code(settings: Settings) -> int:
-    return findings.exit_code(findings.causes(examine(settings, now())))
+    return diagnosis.exit_code(diagnosis.causes(examine(settings, now())))
 
 
 def events(directory: Path, name: str) -> list[str]:

@@ -23,8 +23,8 @@ from bridge.cli import renew as cli_renew
 from bridge.cli.options import Output, utc_now
 from bridge.control_plane.probes import ProofState
 from bridge.control_plane.proof import ProofFinding, ProofReport
+from bridge.diagnosis import Finding
 from bridge.diagnosis.examination import examine
-from bridge.diagnosis.findings import Finding
 from bridge.errors import Exit, SettingsError
 from bridge.node import inventory, kubeconfig
 from bridge.pki.certificates import load_pem_certificates, pem

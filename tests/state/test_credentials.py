@@ -16,11 +16,10 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backends.kubernetes import KubernetesBackend
-from bridge import entry
+from bridge import diagnosis, entry
 from bridge.ca import registry
 from bridge.cli import nagios
 from bridge.contract import TellsEnds
-from bridge.diagnosis import findings
 from bridge.diagnosis.examination import examine
 from bridge.errors import Exit
 from bridge.pki.certificates import pem
@@ -316,7 +315,7 @@ def test_the_metrics_have_it(site: Site) -> None:
 def test_the_doctor_looks_at_it(site: Site, left: int, level: str) -> None:
     """`doctor` shows it once for all authorities that share it."""
     site.ends_in(left * DAY)
-    causes = findings.causes(examine(site.settings, now()))
+    causes = diagnosis.causes(examine(site.settings, now()))
     [cause] = [one for one in causes if one.check == "credential"]
     assert (cause.level, cause.about) == (level, (NAME,))
 
