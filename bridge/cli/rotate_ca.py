@@ -19,10 +19,9 @@ from bridge.node import inventory
 from bridge.node.inventory import Node
 from bridge.pki.certificates import fingerprint, name_text
 from bridge.pki.expiry import duration_text, minute, rfc3339
-from bridge.rotation import holders, places, steps, witnesses
+from bridge.rotation import Phase, differences, holders, places, steps, text, witnesses
 from bridge.rotation.gate import Gate
 from bridge.rotation.holders import Held
-from bridge.rotation.phases import Phase, differences, text
 from bridge.rotation.places import Replaced
 from bridge.rotation.steps import Done, Step, Verb
 from bridge.rotation.witnesses import Refusal, Users, Watched

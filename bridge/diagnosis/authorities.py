@@ -22,8 +22,7 @@ from bridge.pki.kubeadm_names import named
 from bridge.renewal import verify_and_install
 from bridge.renewal.gate import Attempts
 from bridge.renewal.select import Trust
-from bridge.rotation import places
-from bridge.rotation.phases import Phase, text
+from bridge.rotation import Phase, places, text
 from bridge.settings.tables import Settings
 from bridge.settings.windows import ever_waits
 from bridge.specs import CertificateSpec

@@ -1,1 +1,327 @@
-"""The replacement of a CA while the cluster runs: trust both, issue from the new one, trust the new one alone."""
+"""
+The replacement of a CA while the cluster runs: trust both, issue from the new one, trust the new one alone.
+
+Here are its rules (pure): the phase of one node, what differs from a phase there, and whether a new CA can take the old
+one's place, which is asked before anything is replaced.
+
+The phase follows from the CA file, the CA data of kubeconfigs and the issuers of the leaves; it is recorded nowhere.
+kubeadm and our own checks take the first certificate of a CA file as the CA that signs (measured on 1.37), so that the
+order in the file matters; the order in a kubeconfig does not.
+
+Each rule about a new CA has its source in measurements against Kubernetes 1.37 and OpenSSL 3.0: Go tries every CA of a
+name, OpenSSL takes the first whose key identifier does not contradict, and kubeadm compares certificates whole.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from cryptography import x509
+
+from bridge.errors import Violation
+from bridge.pki import go_x509
+from bridge.pki.certificates import UNREADABLE, extension, fingerprint, is_ca, is_signed_by, name_text, spki
+from bridge.pki.expiry import minute
+
+Bundle = tuple[x509.Certificate, ...]
+
+
+class Phase(enum.Enum):
+    """A state that a node can stay in; kubeadm's commands work in each of them."""
+
+    OLD = "old"
+    TRUSTED = "trusted"  #: Both CAs are trusted, the old one signs.
+    ISSUED = "issued"  #: Both CAs are trusted, the new one signs.
+    NEW = "new"
+
+
+class Kind(enum.Enum):
+    """The parts of a CA that change; they decide which phases there are."""
+
+    NEW_KEY = "another key"
+    SAME_KEY = "the same key, and another certificate"
+
+
+#: The phases that each kind passes, in their order: leaves of a CA that keeps its key need not be issued anew.
+PATHS: Mapping[Kind, tuple[Phase, ...]] = {
+    Kind.NEW_KEY: (Phase.OLD, Phase.TRUSTED, Phase.ISSUED, Phase.NEW),
+    Kind.SAME_KEY: (Phase.OLD, Phase.NEW),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The old CA and the new one."""
+
+    old: x509.Certificate
+    new: x509.Certificate
+    cross: x509.Certificate | None = None  #: The new CA's name and key, certified by the old CA.
+
+    @property
+    def kind(self) -> Kind:
+        """Whether the CA keeps its key."""
+        is_same = spki(self.old.public_key()) == spki(self.new.public_key())
+        return Kind.SAME_KEY if is_same else Kind.NEW_KEY
+
+    @property
+    def path(self) -> tuple[Phase, ...]:
+        """The phases from the old CA to the new one."""
+        return PATHS[self.kind]
+
+    @property
+    def spares(self) -> Phase | None:
+        """The phase that a node may leave out: behind a cross certificate the old CA's trust is enough for new leaves."""
+        return Phase.TRUSTED if self.cross is not None and self.kind is Kind.NEW_KEY else None
+
+    @property
+    def steps(self) -> Iterator[tuple[Phase, Phase]]:
+        """The steps that a node can take, from phase to phase."""
+        yield from itertools.pairwise(self.path)
+        if self.spares is not None:
+            yield from itertools.pairwise(one for one in self.path if one is not self.spares)
+
+    def bundle(self, phase: Phase) -> Bundle:
+        """The certificates of the CA file in a phase, in their order."""
+        return {
+            Phase.OLD: (self.old,),
+            Phase.TRUSTED: (self.old, self.new),
+            Phase.ISSUED: (self.new, self.old),
+            Phase.NEW: (self.new,),
+        }[phase]
+
+    def signer(self, phase: Phase) -> x509.Certificate:
+        """The CA that has issued all leaves in a phase."""
+        return self.bundle(phase)[0]
+
+    def before(self, phase: Phase) -> Phase | None:
+        """The phase to which `back` leads; None: this is the first."""
+        earlier = self.path[: self.path.index(phase)]
+        return earlier[-1] if earlier else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """The content of a node's files, as far as it concerns one CA."""
+
+    bundle: Bundle  #: The CA file.
+    kubeconfigs: Mapping[str, Bundle]  #: The CA data of each kubeconfig that has some, by its path; `ca` alone.
+    leaves: Mapping[str, x509.Certificate | None]  #: The CA that each leaf leads to, by name; None: to none of both.
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One file or leaf that differs from a phase."""
+
+    place: str  #: A path, or kubeadm's name of a leaf.
+    want: str
+    got: str
+
+    def __str__(self) -> str:
+        """For the screen."""
+        return f"{self.place}: wanted {self.want}, found {self.got}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """The progress of one CA's replacement on a node."""
+
+    phase: Phase | None  #: The last one that the files have reached; None: they are of no phase.
+    next: Phase | None = None  #: The phase that is half done; None: nothing is.
+    odd: tuple[Difference, ...] = ()  #: Differences from the nearest phase; empty unless `phase` is None.
+
+    @property
+    def text(self) -> str:
+        """`trusted`, `trusted → issued`, or `unknown`."""
+        if self.phase is None:
+            return "unknown"
+        return self.phase.value if self.next is None else f"{self.phase.value} → {self.next.value}"
+
+
+def standing(seen: Seen, change: Change) -> Standing:
+    """Find the phase of the files; it is half done if each place has the content of that phase or of the one before."""
+    path = change.path
+    lacking = {phase: tuple(differences(seen, change, phase)) for phase in path}
+    for phase in reversed(path):  # without leaves and kubeconfigs the CA file alone decides
+        if not lacking[phase]:
+            return Standing(phase=phase)
+    for phase, later in change.steps:
+        behind, ahead = ({one.place for one in lacking[each]} for each in (phase, later))
+        if not behind & ahead:
+            return Standing(phase=phase, next=later)
+    return Standing(phase=None, odd=min(lacking.values(), key=len))
+
+
+def differences(seen: Seen, change: Change, phase: Phase) -> Iterator[Difference]:
+    """The differences between a node's files and a phase, in the order of installation: trust before leaves."""
+    bundle, signer = change.bundle(phase), change.signer(phase)
+    if seen.bundle != bundle:
+        yield Difference("CA file", texts(bundle), texts(seen.bundle))
+    for path, data in seen.kubeconfigs.items():
+        if set(data) != set(bundle):
+            yield Difference(path, texts(bundle), texts(data))
+    if change.kind is Kind.SAME_KEY:  # a leaf leads to both
+        return
+    for name, found in seen.leaves.items():
+        if found != signer:
+            of_what = text(found) if found else "neither"
+            yield Difference(name, f"a certificate of {text(signer)}", f"one of {of_what}")
+
+
+def texts(bundle: Sequence[x509.Certificate]) -> str:
+    """The CAs of a bundle for the screen."""
+    return ", then ".join(map(text, bundle)) or "no CA"
+
+
+def text(ca: x509.Certificate) -> str:
+    """A CA for the screen, with its fingerprint, since two CAs may share a name."""
+    return f"{name_text(ca.subject)} ({fingerprint(ca)[:8]})"
+
+
+#: Nodes' clocks differ; the reference of Kubernetes' own CAs is five minutes, and a CA is made once.
+OLD_ENOUGH = timedelta(hours=1)
+
+
+def new_ca_violations(
+    change: Change,
+    leaves: Mapping[str, x509.Certificate],
+    others: Mapping[str, Iterable[x509.Certificate]],
+    now: datetime,
+) -> Iterator[Violation]:
+    """
+    Why the new CA can't take the old one's place, whenever that is: by name the leaves of the old CA on this node, and the
+    CAs of the cluster's other authorities, old and new ones.
+    """
+    new = change.new
+    try:
+        yield from _is_a_ca(new)
+        yield from _valid(new, now)
+        yield from _keys(new, others)
+        yield from _same_key(change) if change.kind is Kind.SAME_KEY else _another_key(change, leaves)
+        if change.cross is not None and change.kind is Kind.NEW_KEY:
+            yield from _cross(change, change.cross, now)
+    except UNREADABLE as e:
+        yield Violation(subject="new CA", want="a certificate that can be read", got=str(e))
+
+
+def _is_a_ca(new: x509.Certificate) -> Iterator[Violation]:
+    """Kubernetes refuses a trust bundle with a certificate that is no CA (ClusterTrustBundle's validation)."""
+    if not is_ca(new):
+        yield Violation(subject="basicConstraints", want="CA:TRUE", got="none, or CA:FALSE")
+    usage = extension(new, x509.KeyUsage)
+    if usage is not None and not usage.key_cert_sign:
+        yield Violation(subject="keyUsage", want="keyCertSign", got="a CA that may not sign certificates")
+    yield from go_x509.form(new, leaf=False)
+
+
+def _valid(new: x509.Certificate, now: datetime) -> Iterator[Violation]:
+    begin, end = new.not_valid_before_utc, new.not_valid_after_utc
+    if begin > now:
+        yield Violation(subject="notBefore", want=f"at the latest {minute(now)}", got=minute(begin))
+    if end <= now:
+        yield Violation(subject="notAfter", want=f"later than {minute(now)}", got=minute(end))
+
+
+def untimely(change: Change, now: datetime, *, outlasts: bool = True) -> Iterator[Violation]:
+    """Why a new CA, which `outlasts` the old one, should not begin to take its place, unless that can't wait."""
+    begin, end = change.new.not_valid_before_utc, change.new.not_valid_after_utc
+    if now - OLD_ENOUGH < begin <= now:
+        want = f"at the latest {minute(now - OLD_ENOUGH)}, since clocks of nodes differ"
+        yield Violation(subject="notBefore", want=want, got=minute(begin))
+    if outlasts and now < end <= change.old.not_valid_after_utc:
+        want = f"later than the old CA's ({minute(change.old.not_valid_after_utc)})"
+        yield Violation(subject="notAfter", want=want, got=minute(end))
+
+
+def _keys(new: x509.Certificate, others: Mapping[str, Iterable[x509.Certificate]]) -> Iterator[Violation]:
+    """One key for two of the cluster's CAs: each kubeconfig would open etcd, or speak for every user at the front proxy."""
+    ours = spki(new.public_key())
+    for name, certificates in others.items():
+        if any(spki(one.public_key()) == ours for one in certificates):
+            yield Violation(subject="key", want=f"another than {name}'s", got="the same")
+
+
+def _another_key(change: Change, leaves: Mapping[str, x509.Certificate]) -> Iterator[Violation]:
+    yield from _same_name(change, leaves)
+    if _key_id(change.new) is None:
+        want = "one (RFC 5280 §4.2.1.2), by which OpenSSL and Python find the CA of a certificate"
+        yield Violation(subject="subjectKeyIdentifier", want=want, got="none")
+
+
+def _cross(change: Change, cross: x509.Certificate, now: datetime) -> Iterator[Violation]:
+    """
+    Whether a client that trusts the old CA alone gets from a new leaf to it.
+
+    OpenSSL leaves a candidate out whose key identifiers contradict, Go whose EKUs or path lengths do (measured on
+    Kubernetes 1.37 and OpenSSL 3.0).
+    """
+    old, new = change.old, change.new
+    same = {
+        "subject": new.subject.public_bytes() == cross.subject.public_bytes(),
+        "key": spki(new.public_key()) == spki(cross.public_key()),
+        "subjectKeyIdentifier": _key_id(new) == _key_id(cross),
+    }
+    for subject in (name for name, is_same in same.items() if not is_same):
+        yield Violation(subject=f"cross certificate's {subject}", want="the new CA's", got="another one, or none")
+    if not is_signed_by(cross, old):
+        got = f"one of {name_text(cross.issuer)}"
+        yield Violation(subject="cross certificate", want=f"a signature of {text(old)}", got=got)
+    if _key_id(old) is not None and _authority_key_id(cross) != _key_id(old):
+        want = "the old CA's subjectKeyIdentifier, which clients look for"
+        yield Violation(subject="cross certificate's authorityKeyIdentifier", want=want, got="another one, or none")
+    for violation in (*_is_a_ca(cross), *_valid(cross, now), *_unlimited(old, cross)):
+        yield Violation(subject=f"cross certificate's {violation.subject}", want=violation.want, got=violation.got)
+
+
+def _unlimited(old: x509.Certificate, cross: x509.Certificate) -> Iterator[Violation]:
+    """A limit of the new CA's own certificate counts for all clients; one of these two for old clients alone."""
+    limits = extension(old, x509.BasicConstraints)
+    if limits is not None and limits.path_length == 0:
+        got = "pathlen:0 in the old CA, which forbids it"
+        yield Violation(subject="path", want="an old CA that may certify another one", got=got)
+    limits_of_cross = {
+        "nameConstraints": extension(cross, x509.NameConstraints),
+        "extendedKeyUsage": extension(cross, x509.ExtendedKeyUsage),
+    }
+    for name in (name for name, found in limits_of_cross.items() if found is not None):
+        yield Violation(subject=name, want="none", got="one, which old clients alone would obey")
+
+
+def _same_name(change: Change, leaves: Mapping[str, x509.Certificate]) -> Iterator[Violation]:
+    """With one name for both, OpenSSL tells the CAs apart by key identifiers alone, and tries one only."""
+    old, new = change.old, change.new
+    if old.subject != new.subject:
+        return
+    what = "another subject than the old CA's, or key identifiers in both CAs and each certificate"
+    for which, ca in (("old", old), ("new", new)):
+        if _key_id(ca) is None:
+            got = f"the same, and no subjectKeyIdentifier in the {which} CA"
+            yield Violation(subject="subject", want=what, got=got)
+    lacking = [name for name, leaf in leaves.items() if _authority_key_id(leaf) is None]
+    if lacking:
+        got = f"the same, and no authorityKeyIdentifier in {', '.join(lacking)}"
+        yield Violation(subject="subject", want=what, got=got)
+
+
+def _same_key(change: Change) -> Iterator[Violation]:
+    """A renewed CA: leaves stay, and must lead to it for Go (the subject's bytes) and for OpenSSL (the key identifier)."""
+    old, new = change.old, change.new
+    if old.subject.public_bytes() != new.subject.public_bytes():
+        got = f"{text(new)}, encoded in another way" if old.subject == new.subject else text(new)
+        yield Violation(subject="subject", want=f"the bytes of {text(old)}, whose key it has", got=got)
+    if _key_id(new) not in (None, _key_id(old)):
+        got = "another one for the same key"
+        yield Violation(subject="subjectKeyIdentifier", want="the old CA's, or none", got=got)
+
+
+def _key_id(ca: x509.Certificate) -> bytes | None:
+    found = extension(ca, x509.SubjectKeyIdentifier)
+    return None if found is None else found.digest
+
+
+def _authority_key_id(leaf: x509.Certificate) -> bytes | None:
+    found = extension(leaf, x509.AuthorityKeyIdentifier)
+    return None if found is None else found.key_identifier

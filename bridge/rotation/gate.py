@@ -32,8 +32,7 @@ from bridge.pki import identity
 from bridge.pki.certificates import fingerprint
 from bridge.pki.expiry import duration_text
 from bridge.renewal.gate import next_ca_file
-from bridge.rotation import holders, word
-from bridge.rotation.phases import Change, Kind, Phase, text, texts
+from bridge.rotation import Change, Kind, Phase, holders, text, texts, word
 from bridge.rotation.word import KEYS, LATELY, Word
 from bridge.specs import CA, ETCD_CA, KUBELET_CONF, SPECS, Component
 from bridge.state import audit

@@ -31,8 +31,8 @@ from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.manifests import tag_of
 from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.rotation import Bundle, Change, Phase
 from bridge.rotation.objects import AUTHENTICATION
-from bridge.rotation.phases import Bundle, Change, Phase
 from bridge.settings.tables import Settings
 from bridge.specs import CA, FRONT_PROXY_CA
 from bridge.system.console import doing

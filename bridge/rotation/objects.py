@@ -16,8 +16,7 @@ from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.renewal.prepare import NO_KEY, live_key
-from bridge.rotation import word
-from bridge.rotation.phases import Bundle, Change, Phase
+from bridge.rotation import Bundle, Change, Phase, word
 from bridge.rotation.word import KEYS, Word
 from bridge.specs import CA, FRONT_PROXY_CA, KUBELET_CONF, SPECS
 from bridge.state.session import Run

@@ -18,7 +18,7 @@ from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import identity
 from bridge.pki.certificates import load_pem_certificates, pem
-from bridge.rotation.phases import Bundle, Change, Phase, Seen, Standing, standing
+from bridge.rotation import Bundle, Change, Phase, Seen, Standing, standing
 from bridge.settings.tables import NodeSettings, Settings
 from bridge.specs import CA, Component
 from bridge.state import backups

@@ -32,9 +32,8 @@ from bridge.renewal.renew import renew
 from bridge.renewal.select import RunOptions, Trust, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Proven, Result
-from bridge.rotation import new_ca, objects, places
+from bridge.rotation import Bundle, Kind, Phase, differences, new_ca_violations, objects, places, text, texts, untimely
 from bridge.rotation.gate import Gate
-from bridge.rotation.phases import Bundle, Kind, Phase, differences, text, texts
 from bridge.rotation.places import Replaced, with_ca
 from bridge.settings.tables import Settings, for_next
 from bridge.specs import CA as CLUSTER_CA
@@ -382,14 +381,14 @@ def violations(
     others = {name: [each.change.old, each.change.new] for name, each in cas.items() if name != one.name}
     leaves = {item.spec.name: item.certificates[0] for item in one.items}
     if one.change.old != one.change.new:
-        yield from new_ca.violations(one.change, leaves, others, now)
+        yield from new_ca_violations(one.change, leaves, others, now)
         if one.change.cross is not None and not cross.is_long_enough(one.change.cross, settings.renewal, now):
             want = f"later than renewal.before ({settings.renewal.before}) from now on, or no certificate gets it"
             got = minute(one.change.cross.not_valid_after_utc)
             yield Violation(subject="cross certificate's notAfter", want=want, got=got)
         if one.standing.phase is Phase.OLD and not emergency:
             is_adoption = one.state.key == "local" or settings.authorities[one.name].names_next_alone
-            yield from new_ca.untimely(one.change, now, outlasts=not is_adoption)
+            yield from untimely(one.change, now, outlasts=not is_adoption)
 
 
 # --- trust ------------------------------------------------------------------------------------------------------------

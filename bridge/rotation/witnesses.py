@@ -31,7 +31,7 @@ from bridge.pki import identity
 from bridge.pki.budget import MOST_OF_SERVER, Budget, json_of
 from bridge.pki.certificates import fingerprint, load_pem_certificates, name_text
 from bridge.pki.expiry import duration_text
-from bridge.rotation.phases import Change
+from bridge.rotation import Change
 from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.state.store import Store

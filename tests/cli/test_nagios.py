@@ -18,8 +18,7 @@ from bridge.node.sample_pki import ca_certificate
 from bridge.pki.certificates import pem
 from bridge.pki.csr import generate_key
 from bridge.renewal.gate import Failures
-from bridge.rotation import places
-from bridge.rotation.phases import Phase
+from bridge.rotation import Phase, places
 from bridge.settings.load import overridden, parse
 from tests.kit import next_cas
 from tests.kit.cas import Bridge, add_openssl

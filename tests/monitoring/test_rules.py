@@ -23,8 +23,7 @@ from bridge.node.sample_pki import ca_certificate
 from bridge.pki.certificates import pem
 from bridge.pki.csr import generate_key
 from bridge.renewal.select import RunOptions
-from bridge.rotation import places
-from bridge.rotation.phases import Phase
+from bridge.rotation import Phase, places
 from bridge.settings.tables import Settings
 from tests.kit import exec_programs, metrics, next_cas, programs, promtool
 from tests.kit.pki import Pki, handmade_pki

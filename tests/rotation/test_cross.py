@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from bridge import rotation
 from bridge.cli.options import utc_now
 from bridge.errors import SettingsError
 from bridge.node import cross, inventory, kubeconfig
@@ -24,8 +25,7 @@ from bridge.pki.csr import key_pem
 from bridge.pki.user_rules import User
 from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
-from bridge.rotation import new_ca, places, steps
-from bridge.rotation.phases import Change, Phase
+from bridge.rotation import Change, Phase, places, steps
 from bridge.rotation.steps import Verb
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
@@ -283,7 +283,7 @@ def certified(
 
 def said(cross: x509.Certificate, old: Signer = OLD) -> str:
     change = Change(old.certificate, NEW.certificate, cross)
-    return "; ".join(map(str, new_ca.violations(change, {}, {}, NOW)))
+    return "; ".join(map(str, rotation.new_ca_violations(change, {}, {}, NOW)))
 
 
 def test_the_right_one_passes() -> None:
@@ -323,8 +323,8 @@ def test_a_new_ca_without_a_key_identifier_is_refused() -> None:
     """`openssl ca` then writes issuer and serial number into certificates, which contradict a cross certificate's."""
     bare, wanted = Signer.make("kubernetes-2", key=NEW.key), "subjectKeyIdentifier: wanted one"
     with_it, without = Change(OLD.certificate, NEW.certificate), Change(OLD.certificate, bare.certificate)
-    assert wanted in "; ".join(map(str, new_ca.violations(without, {}, {}, NOW)))
-    assert wanted not in "; ".join(map(str, new_ca.violations(with_it, {}, {}, NOW)))
+    assert wanted in "; ".join(map(str, rotation.new_ca_violations(without, {}, {}, NOW)))
+    assert wanted not in "; ".join(map(str, rotation.new_ca_violations(with_it, {}, {}, NOW)))
 
 
 def test_one_that_is_about_to_end_is_refused_and_left_out_of_renewals(settings: Settings, pki: Pki) -> None:
@@ -432,7 +432,7 @@ def test_what_a_vault_mount_makes_is_a_cross_certificate(bao: OpenBao) -> None:
         signed = bao.write("cross-old/root/sign-intermediate", csr=csr, use_csr_values=True, ttl="19000h")["data"]
         [cross] = load_pem_certificates(signed["certificate"].encode())
         change = Change(old.certificate, new, cross)
-        return "; ".join(map(str, new_ca.violations(change, {}, {}, utc_now())))
+        return "; ".join(map(str, rotation.new_ca_violations(change, {}, {}, utc_now())))
 
     assert found("kubernetes-2") == ""
     assert "cross certificate's subject" in found("kubernetes-3")

@@ -20,9 +20,8 @@ from bridge.node import inventory
 from bridge.node.endpoints import Server
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.pki.csr import generate_key, key_pem
-from bridge.rotation import places
+from bridge.rotation import Change, Phase, places
 from bridge.rotation.gate import NotReadyEverywhereError, Spot, assert_said, late_words, refusal, words_of
-from bridge.rotation.phases import Change, Phase
 from bridge.rotation.steps import Verb
 from bridge.rotation.word import LATELY, NOTHING, Word
 from bridge.specs import CA, FRONT_PROXY_CA, USER

@@ -18,11 +18,10 @@ from bridge.cluster import access
 from bridge.cluster.api import Api
 from bridge.node.endpoints import Server
 from bridge.pki.certificates import pem
-from bridge.rotation import holders
+from bridge.rotation import Change, Phase, Standing, holders
 from bridge.rotation.gate import Gate, NotReadyEverywhereError, assert_followed
 from bridge.rotation.holders import Held, holds
 from bridge.rotation.objects import AUTHENTICATION
-from bridge.rotation.phases import Change, Phase, Standing
 from bridge.specs import CA, ETCD_CA
 from bridge.system.waiting import wait_until
 from tests.kit import kube_api, programs

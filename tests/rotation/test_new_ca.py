@@ -8,8 +8,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from bridge.rotation.new_ca import untimely, violations
-from bridge.rotation.phases import Change
+from bridge.rotation import Change, untimely, violations
 from tests.kit.issuing import NOW, Signer, cn, usage
 
 OLD = Signer.make("kubernetes", extra=None, end=NOW + timedelta(days=300))

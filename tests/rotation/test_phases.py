@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from bridge.rotation.phases import Bundle, Change, Kind, Phase, Seen, differences, standing
+from bridge.rotation import Bundle, Change, Kind, Phase, Seen, differences, standing
 from tests.kit.issuing import NOW, Signer
 
 CONFS = ("admin.conf", "kubelet.conf")

@@ -31,9 +31,8 @@ from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
 from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
-from bridge.rotation import places, steps
+from bridge.rotation import Phase, places, steps
 from bridge.rotation.gate import has_asked
-from bridge.rotation.phases import Phase
 from bridge.rotation.steps import Verb
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, Component

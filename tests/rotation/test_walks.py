@@ -22,9 +22,8 @@ from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.pki import identity
 from bridge.pki.certificates import load_pem_certificates
-from bridge.rotation import places
+from bridge.rotation import Phase, places
 from bridge.rotation.gate import NotReadyEverywhereError
-from bridge.rotation.phases import Phase
 from bridge.rotation.places import Replaced
 from bridge.rotation.steps import OrderError, Step, Verb
 from bridge.settings.tables import Settings

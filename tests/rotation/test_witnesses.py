@@ -21,8 +21,7 @@ from bridge.cluster.api import Api
 from bridge.contract import SignRequest
 from bridge.node import inventory
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
-from bridge.rotation import witnesses
-from bridge.rotation.phases import Change
+from bridge.rotation import Change, witnesses
 from bridge.rotation.witnesses import Counters, UnreadableLogError, Users, counters, refusals, requests, users
 from bridge.specs import USER
 from bridge.state.store import Store

@@ -15,9 +15,8 @@ from cryptography.x509.oid import NameOID
 from bridge.contract import SignRequest
 from bridge.pki.certificates import fingerprint
 from bridge.pki.csr import build, generate_key
-from bridge.rotation import word
+from bridge.rotation import Change, Phase, word
 from bridge.rotation.gate import NotReadyEverywhereError, assert_said
-from bridge.rotation.phases import Change, Phase
 from bridge.rotation.word import KEYS, LATELY, NOTHING, Word
 from bridge.specs import CA, FRONT_PROXY_CA, KUBELET_CONF, SPECS
 from tests.kit.issuing import NOW, Signer
