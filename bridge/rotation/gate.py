@@ -32,8 +32,8 @@ from bridge.pki import identity
 from bridge.pki.certificates import fingerprint
 from bridge.pki.expiry import duration_text
 from bridge.renewal.gate import next_ca_file
-from bridge.rotation import Change, Kind, Phase, holders, text, texts, word
-from bridge.rotation.word import KEYS, LATELY, Word
+from bridge.rotation import Change, Kind, Phase, holders, objects, text, texts
+from bridge.rotation.objects import KEYS, LATELY, Word
 from bridge.specs import CA, ETCD_CA, KUBELET_CONF, SPECS, Component
 from bridge.state import audit
 from bridge.state.session import Run
@@ -220,7 +220,7 @@ def words_of(
 ) -> dict[str, Word]:
     """What the nodes say that have certificates of this CA, by their objects (pure)."""
     return {
-        kubelet_serving.name_of(one): word.of(one, authority, anchors, now)
+        kubelet_serving.name_of(one): objects.word_of(one, authority, anchors, now)
         for one in nodes
         if authority == CA.name or _CONTROL_PLANE in mapping(one, "metadata", "labels")
     }

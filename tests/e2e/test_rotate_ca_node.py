@@ -17,8 +17,8 @@ from bridge.errors import Exit
 from bridge.node import kubeconfig
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.pki.csr import key_block, key_pem
-from bridge.rotation import word
-from bridge.rotation.word import KEYS, Word
+from bridge.rotation import objects
+from bridge.rotation.objects import KEYS, Word
 from bridge.specs import AUTHORITIES, CA, Component
 from tests.kit import next_cas, nodes, shown
 from tests.kit.cas import add_openssl
@@ -151,7 +151,7 @@ def lie_of_the_worker(site: Site) -> str:
     old, new = map(fingerprint, bundle)
     said = Word(utc_now().replace(microsecond=0), "trusted", old, (old, new))
     key = load_pem_private_key(key_block(pair), None)
-    return word.signed(said, CA.name, object_of(site, f"{NAME}-w"), load_pem_certificates(pair), key)
+    return objects.signed_word(said, CA.name, object_of(site, f"{NAME}-w"), load_pem_certificates(pair), key)
 
 
 def test_a_worker_that_does_not_trust_the_new_ca_holds_up_issue(site: Site) -> None:

@@ -22,8 +22,8 @@ from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.pki.csr import generate_key, key_pem
 from bridge.rotation import Change, Phase, places
 from bridge.rotation.gate import NotReadyEverywhereError, Spot, assert_said, late_words, refusal, words_of
+from bridge.rotation.objects import LATELY, NOTHING, Word
 from bridge.rotation.steps import Verb
-from bridge.rotation.word import LATELY, NOTHING, Word
 from bridge.specs import CA, FRONT_PROXY_CA, USER
 from bridge.system.files import write_atomically
 from bridge.system.http import HttpsError

@@ -8,7 +8,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from bridge.rotation import Change, untimely, violations
+from bridge.rotation import Change, new_ca_violations, untimely
 from tests.kit.issuing import NOW, Signer, cn, usage
 
 OLD = Signer.make("kubernetes", extra=None, end=NOW + timedelta(days=300))
@@ -45,7 +45,7 @@ def said(
 ) -> str:
     """All violations, as text."""
     change = Change(old.certificate, new.certificate)
-    return "; ".join(map(str, [*violations(change, leaves or {}, others or {}, NOW), *untimely(change, NOW)]))
+    return "; ".join(map(str, [*new_ca_violations(change, leaves or {}, others or {}, NOW), *untimely(change, NOW)]))
 
 
 def test_a_good_one_passes() -> None:
@@ -83,7 +83,7 @@ def test_one_that_could_not_sign_is_refused(new: Signer, wanted: str) -> None:
 )
 def test_a_young_one_or_one_that_ends_first_can_sign(new: Signer, is_possible: bool) -> None:
     """An emergency needs no more than a valid one; one that is not valid can't sign."""
-    assert (list(violations(Change(OLD.certificate, new.certificate), {}, {}, NOW)) == []) is is_possible
+    assert (list(new_ca_violations(Change(OLD.certificate, new.certificate), {}, {}, NOW)) == []) is is_possible
 
 
 @pytest.mark.rotation("front-proxy CA's key is ca's", "etcd CA's key is ca's")

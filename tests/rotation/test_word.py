@@ -15,9 +15,9 @@ from cryptography.x509.oid import NameOID
 from bridge.contract import SignRequest
 from bridge.pki.certificates import fingerprint
 from bridge.pki.csr import build, generate_key
-from bridge.rotation import Change, Phase, word
+from bridge.rotation import Change, Phase, objects
 from bridge.rotation.gate import NotReadyEverywhereError, assert_said
-from bridge.rotation.word import KEYS, LATELY, NOTHING, Word
+from bridge.rotation.objects import KEYS, LATELY, NOTHING, Word
 from bridge.specs import CA, FRONT_PROXY_CA, KUBELET_CONF, SPECS
 from tests.kit.issuing import NOW, Signer
 
@@ -65,11 +65,11 @@ def saying(text: str, authority: str = CA.name, name: str = "w-1", uid: str = "7
 
 def signed(by: Pair, said: Word = SAID, authority: str = CA.name, of: Mapping[str, Any] | None = None) -> str:
     """As the run on w-1 writes it, with this pair."""
-    return word.signed(said, authority, of or node(), by.chain, by.key)
+    return objects.signed_word(said, authority, of or node(), by.chain, by.key)
 
 
 def read(object_: Mapping[str, Any], authority: str = CA.name) -> Word:
-    return word.of(object_, authority, ANCHORS, NOW)
+    return objects.word_of(object_, authority, ANCHORS, NOW)
 
 
 @pytest.mark.parametrize("ca", [OLD, NEW, BELOW])
