@@ -8,7 +8,6 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.configuration import (
     ConfigurationFacts,
     for_node,
@@ -17,7 +16,7 @@ from bridge.bootstrap.configuration import (
     read_configuration,
 )
 from bridge.bootstrap.orders import NewNode, Order, OrderError, new_node
-from bridge.bootstrap.places import ETCD_DIRECTORY, Places, Role
+from bridge.bootstrap.places import ETCD_DIRECTORY, Certificates, Places, Role
 from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.settings.tables import Settings

@@ -17,11 +17,10 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from bridge.bootstrap import authorities, keys, new_requests, whole
-from bridge.bootstrap.authorities import Certificates
+from bridge.bootstrap import keys, new_requests, whole
 from bridge.bootstrap.configuration import assert_usable
 from bridge.bootstrap.desired import Bootstrapped, DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
-from bridge.bootstrap.places import ETCD_CLIENT, Places, Role, live
+from bridge.bootstrap.places import ETCD_CLIENT, Certificates, Places, Role, gather_authorities, live
 from bridge.bootstrap.whole import look_at
 from bridge.errors import BridgeError
 from bridge.node.kubeconfig import FreshKubeconfig
@@ -71,7 +70,7 @@ def _made(run: Run, desired: DesiredNode) -> Bootstrapped:
     whole.assert_no_leftovers(desired, look)
     if (count := put_back(run, desired)) > 0:
         return dataclasses.replace(_result(desired, [], files=count), from_kept=True)
-    cas = authorities.gather(
+    cas = gather_authorities(
         run.settings, desired.places, desired.role, desired.inputs.ca_dir, desired.carried, run.now()
     )
     run = dataclasses.replace(run, settings=in_force(run.settings, cas))

@@ -11,10 +11,9 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge.bootstrap import keys
-from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.desired import DesiredNode, NoSignerError, OtherNodeDesiredError
 from bridge.bootstrap.keys import Made
-from bridge.bootstrap.places import SUPER_ADMIN, Places, Role
+from bridge.bootstrap.places import SUPER_ADMIN, Certificates, Places, Role
 from bridge.contract import SignRequest
 from bridge.errors import BridgeError, WaitingError
 from bridge.node import cross

@@ -22,9 +22,8 @@ from typing import Any
 
 from cryptography import x509
 
-from bridge.bootstrap import authorities
 from bridge.bootstrap.configuration import ConfigurationFacts, assert_usable, for_node, read_configuration, shared
-from bridge.bootstrap.places import ROLES, Places, Role, live
+from bridge.bootstrap.places import ROLES, Places, Role, gather_authorities, live
 from bridge.desk.files import load_signing_key
 from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError, parse_documents
@@ -241,7 +240,7 @@ def share(settings: Settings, places: Places, config: Path, now: datetime, *, wo
     """An order (its bytes) with all that a further node needs from this one."""
     cluster = read_configuration(config)[0]
     places = places.with_config(cluster)
-    found = authorities.gather(settings, places, "worker" if worker else "control-plane", None, {}, now)
+    found = gather_authorities(settings, places, "worker" if worker else "control-plane", None, {}, now)
     if worker:
         return dumps(Order(cluster=shared(cluster), authorities=found))
     key, public = live(places.sa_key), live(places.sa_public)
@@ -319,7 +318,7 @@ def write_orders(
             facts = ConfigurationFacts(name=node.name, address=node.addresses[0])
             assert_usable(for_node(cluster, facts), str(settings.node.pki_dir), further=node.role != "init")
     places = places.with_config(cluster)
-    found = authorities.gather(settings, places, "control-plane", ca_dir, {}, now)
+    found = gather_authorities(settings, places, "control-plane", ca_dir, {}, now)
     made = {node: (directory / f"{node.name}.order.json", order_for(cluster, found, node)) for node in listed}
     for path, order in made.values():
         if not _is_older(path, order):

@@ -15,7 +15,6 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from bridge.bootstrap.authorities import Certificates, shared_key, trouble
 from bridge.bootstrap.desired import (
     ClusterExistsError,
     DesiredNode,
@@ -23,7 +22,17 @@ from bridge.bootstrap.desired import (
     NotWholeError,
     OtherNodeDesiredError,
 )
-from bridge.bootstrap.places import Places, Read, Role, ca_keys, live, traces_of_cluster
+from bridge.bootstrap.places import (
+    Certificates,
+    Places,
+    Read,
+    Role,
+    authority_trouble,
+    ca_keys,
+    live,
+    shared_key,
+    traces_of_cluster,
+)
 from bridge.node import kubeconfig, pairs
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.node.kubeconfig import KubeconfigError
@@ -100,7 +109,7 @@ class NodeLook:
             except ValueError as e:
                 yield f"{path}: wanted the CA's certificate, found {e}"
                 continue
-            if (found := trouble(certificates, self.now)) is not None:
+            if (found := authority_trouble(certificates, self.now)) is not None:
                 yield f"{path}: {found}"
                 continue
             anchors[authority.name] = certificates
