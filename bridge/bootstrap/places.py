@@ -13,7 +13,7 @@ from cryptography import x509
 from bridge.ca import registry
 from bridge.ca.ca import signer_of
 from bridge.errors import BridgeError, Exit
-from bridge.node import serving_pair
+from bridge.node import pairs
 from bridge.node.kubeadm_config import ExternalEtcd, KubeadmConfig
 from bridge.node.kubelet import KUBELET_DIR
 from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, spki
@@ -126,7 +126,7 @@ class Places:
 
 def servers_of(config: KubeadmConfig, pki: Path) -> tuple[CertificateSpec, ...]:
     """The components' serving certificates that kubeadm would have manifests name, without which they do not start."""
-    return tuple(spec for component, spec in SERVERS.items() if serving_pair.is_ours_in(config.cluster, component, pki))
+    return tuple(spec for component, spec in SERVERS.items() if pairs.is_ours_in(config.cluster, component, pki))
 
 
 def specs_of(

@@ -23,7 +23,7 @@ from bridge.cli.options import (
 from bridge.cli.printing import say, say_json, say_sentence, say_table, say_verdict
 from bridge.control_plane import kubelet_serving, proof, restart_plan, restarts
 from bridge.errors import Exit
-from bridge.node import inventory, serving_pair
+from bridge.node import inventory, pairs
 from bridge.renewal import serving
 from bridge.renewal.select import RunOptions
 from bridge.settings.tables import Settings
@@ -169,7 +169,7 @@ def certs_on(common: Common, wait: WaitOption = ZERO) -> int:
     wanted = serving.components(inventory.of(settings.node), settings)
     # what a run left before its restart comes first: a renewal would complain about it
     for component in sorted(wanted, key=lambda one: not serving.is_half_done(settings, one)):
-        item = serving_pair.item_of(inventory.of(settings.node), component)
+        item = pairs.served_item(inventory.of(settings.node), component)
         if item is not None and item.state == "present" and item.named:
             continue
         if serving.is_half_done(settings, component):

@@ -16,7 +16,7 @@ from typing import Any
 from bridge.control_plane import checks, neighbours, probes, proof, restart_plan, static_pods
 from bridge.control_plane.static_pods import Pod
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem
-from bridge.node import inventory, kubeconfig, manifests, processes, serving_pair
+from bridge.node import inventory, kubeconfig, manifests, pairs, processes
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import load_pem_certificates
@@ -262,7 +262,7 @@ class Restarts:
         if component in self.contents or component not in self.node.manifests:
             return self.contents.get(component)
         try:
-            return serving_pair.naming(self.node, component, self.settings.node.kubeconfig_dir)
+            return pairs.manifest_with_pair(self.node, component, self.settings.node.kubeconfig_dir)
         except ValueError as e:
             hint = "name the pair by hand, or take it away with `ca-bridge serving-certs off`"
             raise ImpossibleError(f"{component.value}: {e}", hint=hint) from None

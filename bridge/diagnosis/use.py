@@ -17,7 +17,7 @@ from bridge.control_plane import restart_plan, restarts
 from bridge.diagnosis import Finding, from_error
 from bridge.diagnosis.installed import chain, end, is_named, key_of, server
 from bridge.errors import BridgeError
-from bridge.node import endpoints, kubeadm_config, kubeconfig, serving_pair
+from bridge.node import endpoints, kubeadm_config, kubeconfig, pairs
 from bridge.node.endpoints import Flags, Server
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeadm_config import KubeadmConfig
@@ -293,7 +293,7 @@ def _directory(config: KubeadmConfig, settings: Settings) -> Iterator[Finding]:
 def _servers(config: KubeadmConfig, node: Node) -> Iterator[Finding]:
     """The next `kubeadm upgrade` writes the flags for serving certificates as kubeadm-config has them."""
     for component, spec in SERVERS.items():
-        item, is_kept = serving_pair.item_of(node, component), serving_pair.is_named_by(config.cluster, component)
+        item, is_kept = pairs.served_item(node, component), pairs.is_named_by(config.cluster, component)
         manifest = f"{component.value}.yaml"
         hint = "ca-bridge serving-certs on, on each control-plane node; off takes it out of both"
         if component not in node.manifests or item is None or item.named == is_kept:

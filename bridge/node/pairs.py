@@ -13,11 +13,11 @@ import dataclasses
 import grp
 import os
 import pwd
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -26,7 +26,10 @@ from cryptography.x509.oid import NameOID
 
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BridgeError, Exit, VerificationError, Violation
+from bridge.node import manifests
 from bridge.node.inventory import AuthorityState, Item, Node, authority_state, file_item, other_key, troubles_of
+from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, Mount, path_of
+from bridge.node.yamltree import YamlError
 from bridge.pki import csr, identity, verify
 from bridge.pki.certificates import (
     UNREADABLE,
@@ -41,7 +44,7 @@ from bridge.pki.certificates import (
 from bridge.pki.csr import Naming, names_of
 from bridge.settings.pairs import PairFiles, PairSettings, collisions
 from bridge.settings.tables import NodeSettings
-from bridge.specs import AUTHORITIES, EKU, CertificateSpec
+from bridge.specs import AUTHORITIES, EKU, SERVERS, CertificateSpec, Component
 from bridge.system.files import Attributes
 from bridge.system.paths import UnreadableError, exposure, foreign_link, read
 
@@ -301,3 +304,93 @@ def is_sa_pair(key: bytes, public: bytes) -> bool:
     except (ValueError, TypeError, UnsupportedAlgorithm):
         return False
     return isinstance(loaded, csr.PrivateKey) and spki(loaded.public_key()) == spki(there)
+
+
+# --- the pair that kube-controller-manager or kube-scheduler serves with ----------------------------------------------
+# It is in the static pod's manifest, and in the ClusterConfiguration from which `kubeadm upgrade` and `kubeadm join` write
+# that manifest. A component does not start if its manifest names a missing file, so that the flags are added after the
+# files, and removed before them.
+
+#: The volume by which a component sees the directory of its pair.
+_VOLUME = "ca-bridge-serving"
+
+
+def served_item(node: Node, component: Component) -> Item | None:
+    """The component's serving certificate on this node; it may be missing."""
+    spec = SERVERS.get(component)
+    return None if spec is None else node.item(spec.name)
+
+
+def manifest_with_pair(node: Node, component: Component, kubeconfig_dir: Path) -> bytes | None:
+    """The manifest with flags for the pair on disk; None: there is no whole pair, or the manifest names one (ValueError)."""
+    item = served_item(node, component)
+    if item is None or item.named or item.state != "present" or item.foreign or item.key_trouble or other_key(item):
+        return None
+    return manifest_with(item, component, kubeconfig_dir)
+
+
+def manifest_with(item: Item, component: Component, kubeconfig_dir: Path) -> bytes | None:
+    """The manifest with the flags for a pair, whether it is there or not; None: there is none (ValueError)."""
+    flags = {TLS_CERTIFICATE: str(item.certificate_path), TLS_KEY: str(item.key_path)}
+    return _edited(component, kubeconfig_dir, flags, Mount(_VOLUME, str(item.certificate_path.parent)))
+
+
+def manifest_without(component: Component, certificate: Path, kubeconfig_dir: Path) -> bytes | None:
+    """The manifest without the flags for this pair; None: it does not name it (ValueError: it can't be edited)."""
+    manifest = manifests.load(component, kubeconfig_dir)
+    named = None if manifest is None else manifest.flags.get(TLS_CERTIFICATE)
+    if named is None or os.path.realpath(named) != os.path.realpath(certificate):
+        return None
+    return _edited(component, kubeconfig_dir, dict.fromkeys((TLS_CERTIFICATE, TLS_KEY)), None)
+
+
+def _edited(
+    component: Component, kubeconfig_dir: Path, flags: Mapping[str, str | None], mount: Mount | None
+) -> bytes | None:
+    path = path_of(component, kubeconfig_dir)
+    try:
+        data = read(path)
+        unmount = "" if mount is not None else _VOLUME
+        return None if data is None else manifests.edited(data, component, flags, mount, unmount)
+    except (UnreadableError, YamlError) as e:
+        raise ValueError(f"{path}: wanted to change its flags, found: {e}") from None
+
+
+# --- kubeadm's ClusterConfiguration ----------------------------------------------------------------------------------
+
+
+def _flags(spec: CertificateSpec, pki_dir: Path) -> dict[str, str]:
+    """Our own place of a pair, by the names of a component's arguments."""
+    return {_argument(TLS_CERTIFICATE): f"{pki_dir / spec.base}.crt", _argument(TLS_KEY): f"{pki_dir / spec.base}.key"}
+
+
+def _argument(flag: str) -> str:
+    return flag.removeprefix("--")
+
+
+def is_named_by(cluster: Mapping[str, Any], component: Component) -> bool:
+    """Whether kubeadm would write a manifest that names a pair."""
+    return _argument(TLS_CERTIFICATE) in manifests.arguments(cluster, component)
+
+
+def is_ours_in(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> bool:
+    """Whether the pair that kubeadm would name is in our own place."""
+    return _flags(SERVERS[component], pki_dir).items() <= manifests.arguments(cluster, component).items()
+
+
+def cluster_with(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> Mapping[str, Any]:
+    """The ClusterConfiguration with our own pair; an operator's other one stays."""
+    if is_named_by(cluster, component):
+        return cluster
+    spec = SERVERS[component]
+    # kubeadm mounts pki_dir into kube-controller-manager
+    mount = Mount(_VOLUME, str((pki_dir / spec.base).parent)) if component is Component.SCHEDULER else None
+    return manifests.with_arguments(cluster, component, _flags(spec, pki_dir), mount)
+
+
+def cluster_without(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> Mapping[str, Any]:
+    """The ClusterConfiguration without our own pair; an operator's other one stays."""
+    if not is_ours_in(cluster, component, pki_dir):
+        return cluster
+    flags = dict.fromkeys(_flags(SERVERS[component], pki_dir))
+    return manifests.with_arguments(cluster, component, flags, unmount=_VOLUME)

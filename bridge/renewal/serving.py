@@ -18,7 +18,7 @@ from bridge.cluster import kubeadm
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane.restarts import Restarted, RestartReport, Restarts
 from bridge.errors import BridgeError, Exit
-from bridge.node import inventory, serving_pair
+from bridge.node import inventory, pairs
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import TLS_CERTIFICATE
 from bridge.settings.tables import Settings
@@ -49,7 +49,7 @@ def components(node: Node, settings: Settings) -> list[Component]:
         names = " or ".join(component.value for component in SERVERS)
         raise NoServingError(f"wanted a manifest of {names}, found none", hint="run it on a control-plane node")
     for component in found:
-        item = serving_pair.item_of(node, component)
+        item = pairs.served_item(node, component)
         ours = settings.node.pki_dir / f"{SERVERS[component].base}.crt"
         if item is None or item.foreign or (item.named and item.certificate_path != ours):
             path = node.manifests[component].flags.get(TLS_CERTIFICATE)
@@ -58,7 +58,7 @@ def components(node: Node, settings: Settings) -> list[Component]:
                 hint="an operator put it there, and it stays: take the flags out first, here and in kubeadm-config",
             )
         try:
-            serving_pair.planned(item, component, settings.node.kubeconfig_dir)
+            pairs.manifest_with(item, component, settings.node.kubeconfig_dir)
         except ValueError as e:
             hint = "put the flags in, or take them out, by hand"
             raise NoServingError(f"{component.value}: {e}", hint=hint) from None
@@ -83,7 +83,7 @@ def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> st
 
     def with_pairs(cluster: _Cluster) -> _Cluster:
         for component in wanted:
-            cluster = serving_pair.with_pair(cluster, component, settings.node.pki_dir)
+            cluster = pairs.cluster_with(cluster, component, settings.node.pki_dir)
         return cluster
 
     already = "" if _changed(settings, api, wait, with_pairs) else " already"
@@ -123,7 +123,7 @@ def forget(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> 
 
     def without(cluster: _Cluster) -> _Cluster:
         for component in wanted:
-            cluster = serving_pair.without_pair(cluster, component, settings.node.pki_dir)
+            cluster = pairs.cluster_without(cluster, component, settings.node.pki_dir)
         return cluster
 
     api = Api.of_node(inventory.of(settings.node), settings.node.kubeconfig_dir)
@@ -135,7 +135,7 @@ def forget(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> 
 
 def is_half_done(settings: Settings, component: Component) -> bool:
     """Whether the pair is on disk and the manifest does not name it, because a run ended before the restart."""
-    return serving_pair.naming(inventory.of(settings.node), component, settings.node.kubeconfig_dir) is not None
+    return pairs.manifest_with_pair(inventory.of(settings.node), component, settings.node.kubeconfig_dir) is not None
 
 
 def put_in(settings: Settings, component: Component, wait: timedelta) -> RestartReport:
@@ -151,7 +151,7 @@ def assert_named(settings: Settings, wanted: Sequence[Component]) -> None:
     """Make sure that each manifest names its pair (NoServingError), before kubeadm writes it into others."""
     node = inventory.of(settings.node)
     for component in wanted:
-        item = serving_pair.item_of(node, component)
+        item = pairs.served_item(node, component)
         if item is None or not item.named or item.state != "present":
             text = f"{component.value}: wanted a manifest that names its pair, found none"
             raise NoServingError(text, hint="`ca-bridge prove` shows what it serves; then run it again")
@@ -167,11 +167,11 @@ def take_out(settings: Settings, wait: timedelta) -> RestartReport:
         done: list[Restarted] = []
         for component in components(inventory.of(settings.node), settings):
             node = inventory.of(settings.node)
-            item = serving_pair.item_of(node, component)
+            item = pairs.served_item(node, component)
             if item is None or (item.state == "missing" and not item.named):
                 continue
             try:
-                text = serving_pair.leaving_out(component, item.certificate_path, settings.node.kubeconfig_dir)
+                text = pairs.manifest_without(component, item.certificate_path, settings.node.kubeconfig_dir)
             except ValueError as e:
                 raise NoServingError(
                     f"{component.value}: {e}", hint="take the flags out by hand, then run again"

@@ -18,7 +18,7 @@ from typing import Any
 from cryptography import x509
 
 from bridge.errors import BridgeError
-from bridge.node import inventory, kubeconfig, pairs, serving_pair
+from bridge.node import inventory, kubeconfig, pairs
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import path_of
 from bridge.pki import csr, identity, verify
@@ -517,7 +517,7 @@ def _leave_out(backup: Backup, kubeconfig_dir: Path) -> None:
         if component is None or file.was_there:
             continue
         try:
-            text = serving_pair.leaving_out(component, file.path, kubeconfig_dir)
+            text = pairs.manifest_without(component, file.path, kubeconfig_dir)
         except ValueError as e:
             raise InstallError(
                 f"nothing was replaced: {e}", hint="take the flags out by hand, then run again"

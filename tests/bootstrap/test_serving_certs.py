@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bridge.bootstrap.places import servers_of, specs_of
 from bridge.node.kubeadm_config import KubeadmConfig
-from bridge.node.serving_pair import with_pair
+from bridge.node.pairs import cluster_with
 from bridge.pki.certificates import load_pem_certificates, san_entries
 from bridge.specs import SERVERS, Component
 from tests.kit.new_node import CONFIG, NewNode
@@ -43,7 +43,7 @@ def test_which_certificates_there_are() -> None:
     """None unless the configuration names our own place; a worker has none either way."""
     pki, cluster = Path("/etc/kubernetes/pki"), {"apiVersion": "kubeadm.k8s.io/v1beta4", "kind": "ClusterConfiguration"}
     assert servers_of(KubeadmConfig.of([cluster]), pki) == ()
-    both = with_pair(with_pair(cluster, Component.SCHEDULER, pki), Component.CONTROLLER_MANAGER, pki)
+    both = cluster_with(cluster_with(cluster, Component.SCHEDULER, pki), Component.CONTROLLER_MANAGER, pki)
     servers = servers_of(KubeadmConfig.of([both]), pki)
     assert servers == tuple(SERVERS.values())
     assert servers_of(KubeadmConfig.of([both]), Path("/elsewhere")) == ()
