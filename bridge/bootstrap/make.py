@@ -27,7 +27,7 @@ from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki.certificates import pem
 from bridge.pki.verify import Verified
 from bridge.renewal.prepare import Prepared
-from bridge.renewal.readiness import assert_room
+from bridge.renewal.select import assert_room
 from bridge.renewal.verify_and_install import await_validity, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.specs import ETCD_CA, KUBELET_CONF, KUBELET_SERVER
