@@ -31,9 +31,6 @@ from bridge.system.files import DiskSpace, disk_spaces
 from bridge.system.paths import UnreadableError, read, read_ca_file
 from bridge.words import name_found
 
-#: A renewal of all twelve takes 0.3 MiB: new files beside the old ones, a backup, requests, a record.
-BYTES_NEEDED, INODES_NEEDED = 1 << 20, 64
-
 if TYPE_CHECKING:  # a night with nothing due makes none of them
     from bridge.node.kubeconfig import FreshKubeconfig
     from bridge.pki.csr import Naming
@@ -46,6 +43,8 @@ if TYPE_CHECKING:  # a night with nothing due makes none of them
 ALL = "all"
 #: The hint for a missing or broken file.
 RESTORE = "put a good copy back (an expired one will do), then run again"
+#: A renewal of all twelve takes 0.3 MiB: new files beside the old ones, a backup, requests, a record.
+BYTES_NEEDED, INODES_NEEDED = 1 << 20, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
