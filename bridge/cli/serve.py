@@ -136,9 +136,9 @@ database = group(commands, "serve-database", "Back up and restore the door's dat
 def status(common: Common) -> None:
     """Count the door's requests by their state, and list those that were left to people."""
     assert_installed("ca-bridge serve-database")
-    from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
+    from bridge.door import doors  # noqa: PLC0415 (heavy, and an extra's packages)
 
-    with upkeep.opened(common.settings()) as (memory, _):
+    with doors.opened(common.settings()) as (memory, _):
         say_table([("STATE", "REQUESTS"), *((state, str(count)) for state, count in sorted(memory.counts().items()))])
         for one in memory.in_state("left"):
             say_sentence(f"{one.digest[:16]} of {one.node}: {one.note}")
@@ -148,9 +148,9 @@ def status(common: Common) -> None:
 def backup(common: Common, to: Annotated[Path, typer.Argument(help="The copy, a file that is replaced.")]) -> None:
     """Copy SQLite's file while the door works; `pg_dump` copies PostgreSQL's."""
     assert_installed("ca-bridge serve-database")
-    from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
+    from bridge.door import doors  # noqa: PLC0415 (heavy, and an extra's packages)
 
-    upkeep.back_up(common.settings(), to.absolute())
+    doors.back_up(common.settings(), to.absolute())
     say(f"the door's database is in {to} now")
 
 
@@ -162,9 +162,9 @@ def restore(common: Common, copy: Annotated[Path, typer.Argument(help="A copy th
     From then on CAs are asked what they have signed before an older request is signed.
     """
     assert_installed("ca-bridge serve-database")
-    from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
+    from bridge.door import doors  # noqa: PLC0415 (heavy, and an extra's packages)
 
-    old, withdrawn = upkeep.restore(common.settings(), copy.absolute(), utc_now)
+    old, withdrawn = doors.restore(common.settings(), copy.absolute(), utc_now)
     say_sentence("the copy is in its place" + (f"; what was there before is in {old}" if old else ""))
     _say_withdrawn(withdrawn)
 
@@ -177,9 +177,9 @@ def restored(common: Common) -> None:
     From then on CAs are asked what they have signed before an older request is signed.
     """
     assert_installed("ca-bridge serve-database")
-    from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
+    from bridge.door import doors  # noqa: PLC0415 (heavy, and an extra's packages)
 
-    withdrawn = upkeep.reconcile(common.settings(), utc_now)
+    withdrawn = doors.reconcile(common.settings(), utc_now)
     say("recorded: a request from before now is signed only after its CA was asked whether it has signed it")
     _say_withdrawn(withdrawn)
 
@@ -188,9 +188,9 @@ def restored(common: Common) -> None:
 def again(common: Common, request: Annotated[str, typer.Argument(help="The first digits of its digest.")]) -> None:
     """Have a request signed that was left to people, once you know that its CA has not signed it."""
     assert_installed("ca-bridge serve-database")
-    from bridge.door import upkeep  # noqa: PLC0415 (heavy, and an extra's packages)
+    from bridge.door import doors  # noqa: PLC0415 (heavy, and an extra's packages)
 
-    upkeep.again(common.settings(), request)
+    doors.again(common.settings(), request)
     say(f"request {request} is signed in the next round")
 
 
