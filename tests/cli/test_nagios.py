@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.cli import nagios
+from bridge.cli import expiration
 from bridge.node import inventory
 from bridge.node.sample_pki import ca_certificate
 from bridge.pki.certificates import pem
@@ -46,8 +46,8 @@ def check(
 ) -> tuple[str, int]:
     """The words before the performance data, and the status."""
     settings = overridden(parse(text), node.pki_dir, node.kubeconfig_dir, node.root / "state")
-    limits = nagios.Thresholds.of(settings, warning, critical)
-    line, _, status = nagios.check(settings, now, limits, failures if failures is not None else {})
+    limits = expiration.Thresholds.of(settings, warning, critical)
+    line, _, status = expiration.nagios_check(settings, now, limits, failures if failures is not None else {})
     return line.partition(" | ")[0], status
 
 
@@ -99,7 +99,7 @@ def test_what_has_ended_or_is_broken_is_named(node: Pki) -> None:
 def test_performance_data_can_be_drawn(node: Pki) -> None:
     """Each certificate has its seconds left, with both limits as ranges that alert below them."""
     settings = overridden(parse(""), node.pki_dir, node.kubeconfig_dir, node.root / "state")
-    line, _, _ = nagios.check(settings, NOW, nagios.Thresholds.of(settings, None, None), {})
+    line, _, _ = expiration.nagios_check(settings, NOW, expiration.Thresholds.of(settings, None, None), {})
     values = line.partition(" | ")[2].split(" ")
     assert f"'apiserver'={20 * 86400}s;{30 * 86400}:;{10 * 86400}:" in values
     assert len(values) == 14
@@ -127,7 +127,7 @@ def test_failed_runs_are_a_warning(tmp_path: Path) -> None:
 def test_who_may_not_see_failed_runs_says_so(node: Pki) -> None:
     """A monitor without root still sees the certificates, and the line says what it can't see."""
     settings = overridden(parse(""), node.pki_dir, node.kubeconfig_dir, node.root / "state")
-    line, _, status = nagios.check(settings, NOW, nagios.Thresholds.of(settings, DAY, None), None)
+    line, _, status = expiration.nagios_check(settings, NOW, expiration.Thresholds.of(settings, DAY, None), None)
     assert (status, "failed runs are for root to see" in line) == (0, True)
 
 
@@ -220,7 +220,7 @@ def test_a_replacement_that_is_half_done_or_forgotten_is_a_warning(tmp_path: Pat
     line, status = check(pki, text, now=now)
     assert (status, "ca is in phase old → trusted since " in line) == (1, True)
     settings = overridden(parse(text), pki.pki_dir, pki.kubeconfig_dir, pki.root / "state")
-    assert nagios.check(settings, now, nagios.Thresholds.of(settings, None, None), None)[2] == 0
+    assert expiration.nagios_check(settings, now, expiration.Thresholds.of(settings, None, None), None)[2] == 0
     for file in places.look(settings, inventory.of(settings.node), ["ca"])["ca"].trust_files(Phase.TRUSTED):
         file.path.write_bytes(file.data or b"")
     assert check(pki, text, now=now)[1] == 0

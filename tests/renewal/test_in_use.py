@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bridge import monitoring
-from bridge.cli import nagios
+from bridge.cli import expiration
 from bridge.control_plane import probes
 from bridge.diagnosis import examination
 from bridge.errors import Exit
@@ -76,7 +76,9 @@ class Site:
     @property
     def warnings(self) -> tuple[bool, bool, bool]:
         """Whether Nagios, the metrics and the doctor warn."""
-        line, _, status = nagios.check(self.settings, now(), nagios.Thresholds.of(self.settings, None, None), {})
+        line, _, status = expiration.nagios_check(
+            self.settings, now(), expiration.Thresholds.of(self.settings, None, None), {}
+        )
         known = monitoring.known_here(self.settings, now())
         found = [one.check for one in examination.examine(self.settings, now())]
         return (

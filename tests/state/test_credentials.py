@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from backends.kubernetes import KubernetesBackend
 from bridge import diagnosis, entry
 from bridge.ca import registry
-from bridge.cli import nagios
+from bridge.cli import expiration
 from bridge.contract import TellsEnds
 from bridge.diagnosis.examination import examine
 from bridge.errors import Exit
@@ -292,7 +292,7 @@ def test_nagios_shows_it(site: Site, left: int, status: int, says: str) -> None:
     site.ends_in(left * DAY)
     settings = site.settings
     own = credentials.look(settings, [Place(NAME, site.certificate)], None)
-    line, _, found = nagios.check(settings, now(), nagios.Thresholds.of(settings, None, None), {}, own)
+    line, _, found = expiration.nagios_check(settings, now(), expiration.Thresholds.of(settings, None, None), {}, own)
     assert (found, says in line) == (status, True)
     run = site.bridge.run("check-expiration", "-o", "nagios")
     assert (run.returncode, says in run.stdout) == (status, True)
