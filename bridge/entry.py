@@ -213,7 +213,7 @@ def _has_to_warn(settings: Settings, now: datetime) -> bool:
 
 
 def _may_have_credentials(settings: Settings) -> bool:
-    """Whether the settings name a file with a credential of our own, a CA told of a token, or none of that is known."""
+    """Whether the settings name a file with a credential of our own, a CA has reported a token's end, or no run has looked yet."""
     keys = settings.node.desk_key or settings.node.order_key or settings.gateway.kubeconfig
     if keys or not settings.authorities:
         return bool(keys)

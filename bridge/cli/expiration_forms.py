@@ -139,7 +139,7 @@ def _own_table(own: Sequence[Credential], renewal: RenewalSettings, now: datetim
         else:
             left = residual(seconds_left(one.ends, now))
             itself = f" (renewed as {one.renewed_as})" if one.renewed_as else ""
-            place = f"{one.path or 'told by the CA'}{itself}"
+            place = f"{one.path or 'reported by the CA'}{itself}"
             cells.append((one.name, _expires(one.ends), left, place))
             short.append((one.name, f"{one.ends:%Y-%m-%d %H:%M}", left, place))
     return "\n" + _lines(cells, short, styles)
@@ -238,7 +238,7 @@ def _own_entry(one: Credential, now: datetime) -> dict[str, Any]:
         "expirationDate": None if one.ends is None else rfc3339(one.ends),
         "residualTime": 0 if one.ends is None else seconds_left(one.ends, now),
         "path": one.path,
-        "toldByCA": None if one.told is None else rfc3339(one.told),
+        "reportedByCA": None if one.reported is None else rfc3339(one.reported),
         "trouble": one.trouble or None,
         "renewedAs": one.renewed_as or None,
     }

@@ -49,7 +49,7 @@ def recover(
             say_sentence(sentence, "  ")
     found: list[Recovery | str] = []
     with alone(settings, timedelta(), found.append) as (store, record):
-        late = copies.settle(settings, store, record)
+        late = copies.finish(settings, store, record)
         say("\n".join(map(str, found)) if found else "nothing to recover")
     for one in found:
         for path in one.paths if isinstance(one, Recovery) else ():

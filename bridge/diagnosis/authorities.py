@@ -183,7 +183,7 @@ def _ask(
     yield from _clock(backend, configured)
     for key, one in reached.ask_ends(f"backend.{configured.name}").items():
         path = "" if one.file is None else str(one.file)
-        yield _end(Credential(name=key, path=path, ends=one.ends, begins=one.begins, told=now), settings, now)
+        yield _end(Credential(name=key, path=path, ends=one.ends, begins=one.begins, reported=now), settings, now)
     if not wrong:
         yield Finding.ok("backend", _about(configured), _answers(configured, backend, spends))
 

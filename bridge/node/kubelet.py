@@ -90,7 +90,7 @@ class KubeletFiles:
     def load(cls, kubelet_dir: Path) -> KubeletFiles:
         """Read the configuration in a kubelet's directory; the kubelet's defaults stand for what is not set."""
         found, trouble = _configured(kubelet_dir / "config.yaml", _KEYS)
-        is_told = bool(found)
+        is_running = bool(found)
         found |= _flags(kubelet_dir)
         directory = Path(found.get("certDir") or kubelet_dir / "pki")
         certificate, key = found.get("tlsCertFile", ""), found.get("tlsPrivateKeyFile", "")
@@ -104,7 +104,9 @@ class KubeletFiles:
             serving, pair = "made", (directory / "kubelet.crt", directory / "kubelet.key")
         return cls(
             directory=directory,
-            rotates=_is_true(found.get("rotateCertificates", "")) if is_told or "rotateCertificates" in found else None,
+            rotates=_is_true(found.get("rotateCertificates", ""))
+            if is_running or "rotateCertificates" in found
+            else None,
             serving=serving,  # type: ignore[arg-type]  # of the three
             certificate=pair[0],
             key=pair[1],

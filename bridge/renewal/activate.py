@@ -34,7 +34,7 @@ from bridge.renewal.hooks import HookEvent
 from bridge.renewal.in_use import NotLiveError, sentence
 from bridge.specs import AUTHORITIES, CertificateSpec, Component
 from bridge.state import backups
-from bridge.state.obligations import Owed, unproven_file
+from bridge.state.obligations import NotProven, unproven_file
 from bridge.state.session import Run
 from bridge.state.store import Outcome
 from bridge.system.state_file import StateError
@@ -72,47 +72,47 @@ class Activation:
 # --- unproven --------------------------------------------------------------------------------------------------------
 
 
-def owe(run: Run, outcomes: Sequence[Outcome], *, stays: bool = False) -> None:
+def record_due(run: Run, outcomes: Sequence[Outcome], *, stays: bool = False) -> None:
     """Record, before the installation, that these certificates are to be proven, besides unproven ones of earlier runs."""
-    node, owed = run.read_node(), unproven_file(run.store).read() or Owed(certificates=())
+    node, unproven = run.read_node(), unproven_file(run.store).read() or NotProven(certificates=())
     failed = [f for f in proof.look(node, run.settings, run.now()).wrong if f.state in _FAILED]
-    owed = owed.live_on(node).with_installed(
+    unproven = unproven.live_on(node).with_installed(
         outcomes, run.record.run_id, lambda name: frozenset(f.what for f in failed if f.certificate == name)
     )
-    unproven_file(run.store).put(dataclasses.replace(owed, going_back="", stays=stays or owed.stays or None))
+    unproven_file(run.store).put(dataclasses.replace(unproven, going_back="", stays=stays or unproven.stays or None))
 
 
-def settle(run: Run, node: Node) -> Activation:
+def finish(run: Run, node: Node) -> Activation:
     """Go on with the installations of this run and of earlier ones, from the recorded state as far as possible."""
     try:
-        owed = unproven_file(run.store).read()
+        unproven = unproven_file(run.store).read()
     except StateError as e:
         return Activation(errors=(e,), may_go_on=False)
-    return Activation() if owed is None else _settle_owed(run, node, owed)
+    return Activation() if unproven is None else _finish(run, node, unproven)
 
 
-def _settle_owed(run: Run, node: Node, owed: Owed) -> Activation:
+def _finish(run: Run, node: Node, unproven: NotProven) -> Activation:
     if run.settings.restart.method == "none":
-        return _left_to_people(run, node, owed)
-    if unreadable := owed.unreadable_on(node):
+        return _left_to_people(run, node, unproven)
+    if unreadable := unproven.unreadable_on(node):
         troubles = "; ".join(f"{item.spec.name}: {item.trouble}" for item in unreadable)
-        return _result(run, owed, [UnprovenError(f"installed, and not proven: {troubles}")])
-    if owed.going_back:
-        return _roll_back(run, owed)
-    owed = owed.live_on(node)
-    if not owed.certificates and not owed.to_restart:
+        return _result(run, unproven, [UnprovenError(f"installed, and not proven: {troubles}")])
+    if unproven.going_back:
+        return _roll_back(run, unproven)
+    unproven = unproven.live_on(node)
+    if not unproven.certificates and not unproven.to_restart:
         unproven_file(run.store).remove()
         return Activation()
-    return _prove(run, node, owed)
+    return _prove(run, node, unproven)
 
 
-def _left_to_people(run: Run, node: Node, owed: Owed) -> Activation:
+def _left_to_people(run: Run, node: Node, unproven: NotProven) -> Activation:
     """With `restart.method = "none"` an operator restarts: each run reports certificates that are not seen in use."""
-    live = owed.live_on(node)
-    left, errors = in_use.settle(run, node, owed)
+    live = unproven.live_on(node)
+    left, errors = in_use.finish(run, node, unproven)
     in_use.keep(unproven_file(run.store), dataclasses.replace(left, going_back=""))
-    if owed.going_back and live.certificates:
-        errors.insert(0, NotLiveError(f"installed, and it was to go back, since {owed.going_back}"))
+    if unproven.going_back and live.certificates:
+        errors.insert(0, NotLiveError(f"installed, and it was to go back, since {unproven.going_back}"))
     seen = tuple(one for one in live.certificates if one not in left.certificates)
     done = dataclasses.replace(live, certificates=seen)
     waiting = _result(run, left, errors)
@@ -122,29 +122,29 @@ def _left_to_people(run: Run, node: Node, owed: Owed) -> Activation:
 # --- proving: restarts -----------------------------------------------------------------------------------------------
 
 
-def _prove(run: Run, node: Node, owed: Owed) -> Activation:
-    restarted = _restart(run, node, _to_restart(run, node, owed), force=bool(owed.stays))
+def _prove(run: Run, node: Node, unproven: NotProven) -> Activation:
+    restarted = _restart(run, node, _to_restart(run, node, unproven), force=bool(unproven.stays))
     if _is_stopped(restarted):
-        return _result(run, owed, _errors_of(restarted), restarted)
-    report, more = _look(run, owed, restarted)
+        return _result(run, unproven, _errors_of(restarted), restarted)
+    report, more = _look(run, unproven, restarted)
     restarted += more
     if _is_stopped(more):
-        return _result(run, owed, _errors_of(restarted), restarted)
-    return _judged(run, owed, restarted, report)
+        return _result(run, unproven, _errors_of(restarted), restarted)
+    return _judged(run, unproven, restarted, report)
 
 
-def _to_restart(run: Run, node: Node, owed: Owed) -> list[Component]:
+def _to_restart(run: Run, node: Node, unproven: NotProven) -> list[Component]:
     """
     The components to restart before the first look: users of this run's certificates that are known not to reload; with
     `components = "needed"`, and for earlier runs' certificates, only those shown to be stale.
     """
     wanted = run.settings.restart.components
     reloads = restart_plan.reloading(node, run.settings.node)
-    specs = {name: node.spec(name) for name in owed.names} | _read_at_start(node, owed)
-    is_ours = {one.name: one.newest_run == run.record.run_id for one in owed.certificates}
-    new = restart_plan.stale([specs[name] for name in owed.names if is_ours[name]], reloads, wanted)
-    others = restart_plan.stale([specs[name] for name in owed.names if not is_ours[name]], reloads, wanted)
-    old = {*others, *owed.to_restart}
+    specs = {name: node.spec(name) for name in unproven.names} | _read_at_start(node, unproven)
+    is_ours = {one.name: one.newest_run == run.record.run_id for one in unproven.certificates}
+    new = restart_plan.stale([specs[name] for name in unproven.names if is_ours[name]], reloads, wanted)
+    others = restart_plan.stale([specs[name] for name in unproven.names if not is_ours[name]], reloads, wanted)
+    old = {*others, *unproven.to_restart}
     stale: list[Component] = []
     is_looked_at = bool(node.manifests) or node.is_worker
     if is_looked_at and (old or (new and wanted.which == "needed")):
@@ -152,7 +152,7 @@ def _to_restart(run: Run, node: Node, owed: Owed) -> list[Component]:
         stale = report.stale
         if wanted.which == "needed":
             new = [c for c in new if c in stale or (c is Component.KUBELET and not _has_read(report))]
-    done = restarted_since(run.store, _backup_of(run, owed, newest=True)) if old else []
+    done = restarted_since(run.store, _backup_of(run, unproven, newest=True)) if old else []
     unseen = [c for c in old if c not in done and (c is Component.KUBELET or not is_looked_at)]
     return [c for c in restart_plan.ORDER if c in new or (c in old and (c in stale or c in unseen))]
 
@@ -163,18 +163,18 @@ def _has_read(report: ProofReport) -> bool:
     return bool(found) and all(f.state in ("current", "next-connection") for f in found)
 
 
-def _read_at_start(node: Node, owed: Owed) -> dict[str, CertificateSpec]:
+def _read_at_start(node: Node, unproven: NotProven) -> dict[str, CertificateSpec]:
     """Specs of pairs that a kubelet got from a signer, and reads at its start only (measured on 1.37)."""
     return {
         item.spec.name: dataclasses.replace(item.spec, reloaded=False)
         for item in node.items
-        if item.spec.name in owed.names and item.rotates
+        if item.spec.name in unproven.names and item.rotates
     }
 
 
-def _backup_of(run: Run, owed: Owed, *, newest: bool) -> backups.Backup | None:
+def _backup_of(run: Run, unproven: NotProven, *, newest: bool) -> backups.Backup | None:
     """The backup of the newest, or of the first, of the installations; None: it is gone."""
-    wanted = {one.newest_run if newest else one.backup_of for one in owed.certificates}
+    wanted = {one.newest_run if newest else one.backup_of for one in unproven.certificates}
     found = [one for one in backups.read_all(run.store)[0] if one.run_id in wanted]
     return found[0 if newest else -1] if found else None
 
@@ -199,12 +199,12 @@ def _is_stopped(restarted: Sequence[Restarted]) -> bool:
     return any(isinstance(one.error, StoppedError) for one in restarted)
 
 
-def _look(run: Run, owed: Owed, restarted: Sequence[Restarted]) -> tuple[ProofReport, list[Restarted]]:
+def _look(run: Run, unproven: NotProven, restarted: Sequence[Restarted]) -> tuple[ProofReport, list[Restarted]]:
     """Look until all is well; a component that should have reloaded and did not is restarted after all."""
-    names, done = owed.names, {one.component for one in restarted}
+    names, done = unproven.names, {one.component for one in restarted}
     if any(isinstance(one.error, PostponedError) for one in restarted):
         return _look_until(
-            run, lambda f: f.certificate in names and f.state in _FAILED and owed.is_new(f.certificate, f.what)
+            run, lambda f: f.certificate in names and f.state in _FAILED and unproven.is_new(f.certificate, f.what)
         ), []
     stuck = {one.component for one in restarted if isinstance(one.error, ImpossibleError)}
 
@@ -216,7 +216,7 @@ def _look(run: Run, owed: Owed, restarted: Sequence[Restarted]) -> tuple[ProofRe
     more = [component for component in restart_plan.ORDER if component in late and component not in done]
     if not more or run.settings.restart.components.which == "listed":
         return report, []
-    again = _restart(run, run.read_node(), more, force=bool(owed.stays))
+    again = _restart(run, run.read_node(), more, force=bool(unproven.stays))
     stuck |= {one.component for one in again if isinstance(one.error, ImpossibleError)}
     return _look_until(run, counts), again
 
@@ -294,36 +294,36 @@ def rule(meanings: Collection[Meaning], *, postponed: bool, failed: bool, imposs
 # --- outcome ---------------------------------------------------------------------------------------------------------
 
 
-def _judged(run: Run, owed: Owed, restarted: Sequence[Restarted], report: ProofReport) -> Activation:
+def _judged(run: Run, unproven: NotProven, restarted: Sequence[Restarted], report: ProofReport) -> Activation:
     """Judge an installation by its own certificates alone, and not by faults that were there before it."""
     postponed = {one.component: one.error for one in restarted if isinstance(one.error, PostponedError)}
-    impossible = _impossible(owed, restarted, report)
+    impossible = _impossible(unproven, restarted, report)
     failures = [e for e in _errors_of(restarted) if not isinstance(e, PostponedError | ImpossibleError)]
-    seen = _meanings(run, owed, postponed, impossible, report)
+    seen = _meanings(run, unproven, postponed, impossible, report)
     ruling = rule(seen.keys(), postponed=bool(postponed), failed=bool(failures), impossible=bool(impossible))
     proven = len(report.findings) - len(report.wrong)
     if ruling is Ruling.FAILED:
         decisive = [f for m in (Meaning.BROKEN, Meaning.NOT_IN_USE, Meaning.UNSEEN) for f in seen.get(m, [])]
         why = "; ".join([*map(str, failures), *([sentence(decisive)] if decisive else [])])
-        if owed.stays or run.settings.restart.on_failure == "keep":
-            error = NotLiveError(f"installed, and not in use: {why}", hint=_STAYS if owed.stays else None)
-            return _result(run, owed, [error], restarted, proven)
+        if unproven.stays or run.settings.restart.on_failure == "keep":
+            error = NotLiveError(f"installed, and not in use: {why}", hint=_STAYS if unproven.stays else None)
+            return _result(run, unproven, [error], restarted, proven)
         log.error("the new certificates do not work, so the old ones are put back: %s", why)
-        back = _roll_back(run, dataclasses.replace(owed, going_back=why))
+        back = _roll_back(run, dataclasses.replace(unproven, going_back=why))
         return dataclasses.replace(back, restarted=tuple(restarted), proven=proven)
     if ruling is Ruling.PROVEN:
         unproven_file(run.store).remove()
     errors = [*postponed.values()] if ruling is Ruling.POSTPONED else _remaining(ruling, seen, [*impossible.values()])
-    return _result(run, owed, errors, restarted, proven)
+    return _result(run, unproven, errors, restarted, proven)
 
 
 def _impossible(
-    owed: Owed, restarted: Sequence[Restarted], report: ProofReport
+    unproven: NotProven, restarted: Sequence[Restarted], report: ProofReport
 ) -> dict[Component | None, ImpossibleError]:
     """Components that can't be restarted from here, unless they are seen to have been restarted by hand."""
     states: dict[Component | None, set[str]] = {}
     for finding in report.findings:
-        if finding.certificate in owed.names:
+        if finding.certificate in unproven.names:
             states.setdefault(finding.component, set()).add(finding.state)
     return {
         one.component: one.error
@@ -335,7 +335,7 @@ def _impossible(
 
 def _meanings(
     run: Run,
-    owed: Owed,
+    unproven: NotProven,
     postponed: Collection[Component],
     impossible: Collection[Component | None],
     report: ProofReport,
@@ -348,9 +348,9 @@ def _meanings(
             finding.state,
             postponed=finding.component in postponed,
             ours=(not listed or finding.component in listed) and finding.component not in impossible,
-            new=owed.is_new(finding.certificate, finding.what),
+            new=unproven.is_new(finding.certificate, finding.what),
         )
-        if found is not None and finding.certificate in owed.names:
+        if found is not None and finding.certificate in unproven.names:
             seen.setdefault(found, []).append(finding)
     return seen
 
@@ -374,7 +374,7 @@ def _remaining(
 
 def _result(
     run: Run,
-    owed: Owed,
+    unproven: NotProven,
     errors: Sequence[BridgeError],
     restarted: Sequence[Restarted] = (),
     proven: int | None = None,
@@ -387,17 +387,19 @@ def _result(
         proven=proven,
         errors=tuple(errors),
         rolled_back=rolled_back,
-        events=_hook_events(run, owed, errors, is_back=rolled_back is not None),
+        events=_hook_events(run, unproven, errors, is_back=rolled_back is not None),
         may_go_on=may_go_on and not _is_stopped(restarted),
     )
 
 
-def _hook_events(run: Run, owed: Owed, errors: Sequence[BridgeError], *, is_back: bool) -> dict[str, HookEvent]:
+def _hook_events(
+    run: Run, unproven: NotProven, errors: Sequence[BridgeError], *, is_back: bool
+) -> dict[str, HookEvent]:
     items = {item.spec.name: item for item in run.read_node().items}
     replaced = {one.run_id: one for one in backups.read_all(run.store)[0]}
     found = {}
-    for run_id in dict.fromkeys(one.newest_run for one in owed.certificates):
-        ours = [one for one in owed.certificates if one.newest_run == run_id]
+    for run_id in dict.fromkeys(one.newest_run for one in unproven.certificates):
+        ours = [one for one in unproven.certificates if one.newest_run == run_id]
         live = [] if is_back else [one.name for one in ours if one.name in items and items[one.name].certificates]
         new = {name: serial_hex(items[name].certificates[0]) for name in live}
         old = {one.name: _old_serial(replaced.get(one.backup_of), one.name) for one in ours if one.name in new}
@@ -422,18 +424,19 @@ def _old_serial(backup: backups.Backup | None, name: str) -> str:
 # --- rollback --------------------------------------------------------------------------------------------------------
 
 
-def _roll_back(run: Run, owed: Owed) -> Activation:
+def _roll_back(run: Run, unproven: NotProven) -> Activation:
     """Put the old files back and restart the components that run on the new ones; or go on with a rollback."""
-    live = owed.live_on(run.read_node())
-    owed = live if live.certificates else owed  # what was replaced meanwhile stays; else all of it is back already
+    live = unproven.live_on(run.read_node())
+    # what was replaced meanwhile stays; without any live certificate all of it is back already
+    unproven = live if live.certificates else unproven
     if live.certificates:
-        on_new = restarted_since(run.store, _backup_of(run, owed, newest=False))
-        owed = dataclasses.replace(owed, to_restart=tuple(dict.fromkeys([*owed.to_restart, *on_new])))
+        on_new = restarted_since(run.store, _backup_of(run, unproven, newest=False))
+        unproven = dataclasses.replace(unproven, to_restart=tuple(dict.fromkeys([*unproven.to_restart, *on_new])))
     has_begun = False
     late: Sequence[BridgeError] = ()
     try:
         backup = _backup(run, live) if live.certificates else None
-        unproven_file(run.store).put(owed)
+        unproven_file(run.store).put(unproven)
         has_begun = True
         if backup is not None:
             # all of it was in use a minute ago, whatever a new certificate would have to be
@@ -442,40 +445,40 @@ def _roll_back(run: Run, owed: Owed) -> Activation:
             )
             late = done_back.late
     except BridgeError as e:
-        text = f"installed, and not in use: {owed.going_back}; it was not rolled back: {e}"
-        return _result(run, owed, [NotLiveError(text)], may_go_on=not has_begun)
-    wanted, restarted = _restart_back(run, owed)
+        text = f"installed, and not in use: {unproven.going_back}; it was not rolled back: {e}"
+        return _result(run, unproven, [NotLiveError(text)], may_go_on=not has_begun)
+    wanted, restarted = _restart_back(run, unproven)
     done = {one.component for one in restarted if one.error is None}
     left = tuple(component for component in wanted if component not in done)
     with contextlib.suppress(BridgeError):  # then the next run restarts more than it needs to
-        unproven_file(run.store).put(dataclasses.replace(owed, to_restart=left))
+        unproven_file(run.store).put(dataclasses.replace(unproven, to_restart=left))
     if left and all(isinstance(one.error, PostponedError) for one in restarted if one.component in left):
         after = f"the next run goes on: {'; '.join(map(str, _errors_of(restarted)))}"
     else:
-        after = _on_the_old_files(run, owed, restarted)
+        after = _on_the_old_files(run, unproven, restarted)
     if not left:
         unproven_file(run.store).remove()
     where = f" to {backup.backup_id}" if backup is not None else ""
-    error = RolledBackError(f"rolled back{where}, since {owed.going_back}; {after}")
-    return _result(run, owed, [error, *late], restarted)
+    error = RolledBackError(f"rolled back{where}, since {unproven.going_back}; {after}")
+    return _result(run, unproven, [error, *late], restarted)
 
 
-def backup_of(run: Run, owed: Owed, *more: str) -> backups.Backup:
+def backup_of(run: Run, unproven: NotProven, *more: str) -> backups.Backup:
     """A backup of the files that were in use, and of `more`, from those of one or several runs (BridgeError: one is gone)."""
     found = {one.run_id: one for one in backups.read_all(run.store)[0]}
-    missing = {one.backup_of for one in owed.certificates} - found.keys()
+    missing = {one.backup_of for one in unproven.certificates} - found.keys()
     if missing:
         raise BridgeError(f"wanted the backup of run {', '.join(sorted(missing))}, found none")
-    sources = list({one.backup_of: found[one.backup_of] for one in owed.certificates}.values())
-    files = [f for one in owed.certificates for f in found[one.backup_of].files if f.certificate == one.name]
+    sources = list({one.backup_of: found[one.backup_of] for one in unproven.certificates}.values())
+    files = [f for one in unproven.certificates for f in found[one.backup_of].files if f.certificate == one.name]
     files += [f for one in sources for f in one.files if f.certificate in more]
     return dataclasses.replace(sources[0], backup_id=", ".join(one.backup_id for one in sources), files=tuple(files))
 
 
-def _backup(run: Run, owed: Owed) -> backups.Backup:
+def _backup(run: Run, unproven: NotProven) -> backups.Backup:
     """The same with CAs that were replaced beside them (BridgeError: it can't be put back)."""
     node, now = run.read_node(), run.now()
-    backup = backup_of(run, owed, *AUTHORITIES)
+    backup = backup_of(run, unproven, *AUTHORITIES)
     damage = [str(one) for one in backups.problems_of(backup, run.settings, node, now) if one.is_damage]
     if damage:
         raise BridgeError("; ".join(damage))
@@ -485,17 +488,17 @@ def _backup(run: Run, owed: Owed) -> backups.Backup:
     return backup
 
 
-def _restart_back(run: Run, owed: Owed) -> tuple[list[Component], list[Restarted]]:
+def _restart_back(run: Run, unproven: NotProven) -> tuple[list[Component], list[Restarted]]:
     """Restart the components that had been restarted, and those that reloaded the new files and still use them."""
     node = run.read_node()
     stale = proof.look(node, run.settings, run.now()).stale if node.manifests else []
-    components = [c for c in restart_plan.ORDER if c in owed.to_restart or c in stale]
+    components = [c for c in restart_plan.ORDER if c in unproven.to_restart or c in stale]
     return components, _restart(run, node, components, going_back=True)
 
 
-def _on_the_old_files(run: Run, owed: Owed, restarted: Sequence[Restarted]) -> str:
-    report = _look_until(run, lambda f: f.certificate in owed.names)
-    wrong = [finding for finding in report.wrong if finding.certificate in owed.names]
+def _on_the_old_files(run: Run, unproven: NotProven, restarted: Sequence[Restarted]) -> str:
+    report = _look_until(run, lambda f: f.certificate in unproven.names)
+    wrong = [finding for finding in report.wrong if finding.certificate in unproven.names]
     failures = list(map(str, _errors_of(restarted)))
     if failures or wrong:
         text = "; ".join([*failures, *([sentence(wrong)] if wrong else [])])

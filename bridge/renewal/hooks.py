@@ -11,7 +11,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
 from bridge.settings.tables import Commands, Settings
-from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS, OwedHooks, hooks_file
+from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS, HooksToRun, hooks_file
 from bridge.state.store import Outcome, Store
 from bridge.system.console import printable
 from bridge.system.run_command import Ended, OutputLines, run_logged
@@ -24,7 +24,7 @@ BEFORE = "before"
 #: The exit code of a `before` hook that postpones the run (EX_TEMPFAIL of sysexits.h).
 NOT_NOW = 75
 
-_MOST_OWED = 20
+_MOST_REMEMBERED = 20
 _LONGEST_ERRORS = 4000
 
 _AGAIN = "the next `ca-bridge renew` runs it again, until it succeeds or is no longer in the settings"
@@ -120,10 +120,10 @@ class Hooks:
                 raise HookError(text, Exit.FAILED, hint="fix it, or take it out of [hooks]")
 
     def installing(self, occasion: HookEvent) -> None:
-        """Record, before the installation, that the commands of `installed` are owed (HookError: install nothing)."""
+        """Record, before the installation, that the commands of `installed` are to run (HookError: install nothing)."""
         if self._commands(AFTER_INSTALL).texts:
             try:
-                self._remember(self._owed(AFTER_INSTALL, occasion))
+                self._remember(self._to_run(AFTER_INSTALL, occasion))
             except StateError as e:
                 raise HookError(str(e), Exit.FAILED, hint=e.hint) from e
 
@@ -138,21 +138,21 @@ class Hooks:
         return self._all_of(FAILURE, occasion)
 
     def again(self, node: Node) -> list[HookError]:
-        """Run the hooks that earlier runs owe; a hook is dropped if none of its certificates is installed any more."""
+        """Run the hooks that earlier runs have left; a hook is dropped if none of its certificates is installed any more."""
         try:
             every = self._file.read() or ()
         except StateError as e:
             return [HookError(str(e), Exit.FAILED, hint=e.hint)]
         errors = []
-        for owed in every:
-            why = "its certificates are not in use" if owed.is_outdated(node) else ""
-            if all(text in owed.done for text in self._commands(owed.event).texts):
+        for hooks in every:
+            why = "its certificates are not in use" if hooks.is_outdated(node) else ""
+            if all(text in hooks.done for text in self._commands(hooks.event).texts):
                 why = "it is no longer in the settings"
             if why:
-                log.info("hook %s of run %s is not run again: %s", owed.event, owed.run_id, why)
-                self._forget(owed)
+                log.info("hook %s of run %s is not run again: %s", hooks.event, hooks.run_id, why)
+                self._forget(hooks)
             else:
-                errors += self._deliver(owed, Exit.FAILED if owed.event == FAILURE else Exit.NOT_LIVE)
+                errors += self._deliver(hooks, Exit.FAILED if hooks.event == FAILURE else Exit.NOT_LIVE)
         return errors
 
     # --- one event ---------------------------------------------------------------------------------------------------
@@ -161,34 +161,34 @@ class Hooks:
         if not self._commands(event).texts:
             return []
         failed_anyway = occasion.exit_code if event == FAILURE else None
-        return self._deliver(self._owed(event, occasion), failed_anyway or Exit.NOT_LIVE)
+        return self._deliver(self._to_run(event, occasion), failed_anyway or Exit.NOT_LIVE)
 
-    def _owed(self, event: str, occasion: HookEvent) -> OwedHooks:
-        return OwedHooks(
+    def _to_run(self, event: str, occasion: HookEvent) -> HooksToRun:
+        return HooksToRun(
             event=event,
             run_id=self._run_id,
             environment=self._environment(event, occasion),
             serials=occasion.new_serials if event != FAILURE else {},
         )
 
-    def _deliver(self, owed: OwedHooks, exit_code: int) -> list[HookError]:
-        owed = dataclasses.replace(owed, tries=owed.tries + 1)
-        environment = {**owed.environment, "CA_BRIDGE_TRY": str(owed.tries)}
-        failures, trouble = [], self._kept(owed)
-        commands = self._commands(owed.event)
+    def _deliver(self, hooks: HooksToRun, exit_code: int) -> list[HookError]:
+        hooks = dataclasses.replace(hooks, tries=hooks.tries + 1)
+        environment = {**hooks.environment, "CA_BRIDGE_TRY": str(hooks.tries)}
+        failures, trouble = [], self._kept(hooks)
+        commands = self._commands(hooks.event)
         for text, words in zip(commands.texts, commands.words(), strict=True):
-            if text in owed.done:
+            if text in hooks.done:
                 continue
-            ended = self._run(owed.event, words, environment)
+            ended = self._run(hooks.event, words, environment)
             if ended.failure:
                 failures.append(f"{words[0]} {ended.failure}")
             else:
-                owed = dataclasses.replace(owed, done=(*owed.done, text))
-                trouble = self._kept(owed)
+                hooks = dataclasses.replace(hooks, done=(*hooks.done, text))
+                trouble = self._kept(hooks)
         if not failures:
-            trouble = self._kept(owed, is_over=True)
+            trouble = self._kept(hooks, is_over=True)
         problems = "; ".join(filter(None, [*failures, trouble]))
-        return [HookError(f"hook {owed.event} of run {owed.run_id}: {problems}", exit_code)] if problems else []
+        return [HookError(f"hook {hooks.event} of run {hooks.run_id}: {problems}", exit_code)] if problems else []
 
     def _commands(self, event: str) -> Commands:
         commands: Commands = getattr(self._settings.hooks, event)
@@ -214,25 +214,25 @@ class Hooks:
             log.warning("hook %s: %s: %d more bytes of output are not shown", event, words[0], lines.left_out)
         return ended
 
-    # --- what is owed ------------------------------------------------------------------------------------------------
+    # --- hooks to run again ------------------------------------------------------------------------------------------
 
-    def _kept(self, owed: OwedHooks, *, is_over: bool = False) -> str:
-        """Record that a hook is owed, or done; a sentence if that failed, and the hook runs nevertheless."""
+    def _kept(self, hooks: HooksToRun, *, is_over: bool = False) -> str:
+        """Record that a hook is to run, or has run; a sentence if that failed, and the hook runs nevertheless."""
         try:
-            self._forget(owed) if is_over else self._remember(owed)
+            self._forget(hooks) if is_over else self._remember(hooks)
         except StateError as e:
             return f"it may run once more, or be forgotten: {e}"
         return ""
 
-    def _remember(self, owed: OwedHooks) -> None:
-        others = [one for one in self._others(owed) if not (one.event == owed.event == FAILURE)]  # the newest will do
-        for one in others[: -(_MOST_OWED - 1)]:
+    def _remember(self, hooks: HooksToRun) -> None:
+        others = [one for one in self._others(hooks) if not (one.event == hooks.event == FAILURE)]  # the newest will do
+        for one in others[: -(_MOST_REMEMBERED - 1)]:
             log.warning("hook %s of run %s is given up: too many others have failed since", one.event, one.run_id)
-        self._file.put((*others[-(_MOST_OWED - 1) :], owed))
+        self._file.put((*others[-(_MOST_REMEMBERED - 1) :], hooks))
 
-    def _forget(self, owed: OwedHooks) -> None:
-        self._file.put(self._others(owed))
+    def _forget(self, hooks: HooksToRun) -> None:
+        self._file.put(self._others(hooks))
 
-    def _others(self, owed: OwedHooks) -> tuple[OwedHooks, ...]:
+    def _others(self, hooks: HooksToRun) -> tuple[HooksToRun, ...]:
         every = self._file.read() or ()
-        return tuple(one for one in every if (one.event, one.run_id) != (owed.event, owed.run_id))
+        return tuple(one for one in every if (one.event, one.run_id) != (hooks.event, hooks.run_id))

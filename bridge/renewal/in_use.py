@@ -16,7 +16,7 @@ from bridge.node import processes
 from bridge.node.inventory import Node
 from bridge.settings.tables import Components, Settings
 from bridge.specs import Component
-from bridge.state.obligations import Owed, postponed_file, unproven_file
+from bridge.state.obligations import NotProven, postponed_file, unproven_file
 from bridge.state.session import Run
 from bridge.state.store import Outcome, Store
 from bridge.system.state_file import StateError, StateFile
@@ -34,9 +34,9 @@ class NotLiveError(BridgeError):
     hint = "`ca-bridge prove` shows each check; `ca-bridge rollback` puts the old files back"
 
 
-def owe(run: Run, done: Sequence[Outcome], file: StateFile[Owed]) -> None:
+def record_due(run: Run, done: Sequence[Outcome], file: StateFile[NotProven]) -> None:
     """Write down, before the installation, which certificates are in use only after a restart that an operator makes."""
-    node, owed = run.read_node(), file.read() or Owed(certificates=())
+    node, unproven = run.read_node(), file.read() or NotProven(certificates=())
     reloads = restart_plan.reloading(node, run.settings.node)
     rotating = {item.spec.name for item in node.items if item.rotates}
     here = running(node)
@@ -45,9 +45,11 @@ def owe(run: Run, done: Sequence[Outcome], file: StateFile[Owed]) -> None:
         spec = dataclasses.replace(node.spec(name), reloaded=node.spec(name).reloaded and name not in rotating)
         return bool(here & set(restart_plan.stale([spec], reloads, Components("needed"))))
 
-    owed = owed.live_on(node).with_installed((one for one in done if is_read_at_start(one.name)), run.record.run_id)
-    if owed.certificates:
-        file.put(owed)
+    unproven = unproven.live_on(node).with_installed(
+        (one for one in done if is_read_at_start(one.name)), run.record.run_id
+    )
+    if unproven.certificates:
+        file.put(unproven)
 
 
 def running(node: Node) -> set[Component]:
@@ -55,24 +57,24 @@ def running(node: Node) -> set[Component]:
     return {*node.manifests, *([Component.KUBELET] if processes.running(Component.KUBELET.value) else [])}
 
 
-def is_owed_by(run: Run) -> bool:
-    """Whether a certificate of this very run is owed."""
-    owed = unproven_file(run.store).read()
-    return owed is not None and any(one.newest_run == run.record.run_id for one in owed.certificates)
+def is_unproven_by(run: Run) -> bool:
+    """Whether a certificate of this very run is not proven yet."""
+    unproven = unproven_file(run.store).read()
+    return unproven is not None and any(one.newest_run == run.record.run_id for one in unproven.certificates)
 
 
-def settle(run: Run, node: Node, owed: Owed) -> tuple[Owed, list[BridgeError]]:
+def finish(run: Run, node: Node, unproven: NotProven) -> tuple[NotProven, list[BridgeError]]:
     """The certificates that are still not seen in use, and an error that names the components to restart."""
-    live, findings = owed.live_on(node), look(owed, node, run.settings, run.now())
+    live, findings = unproven.live_on(node), look(unproven, node, run.settings, run.now())
     late = not_in_use(findings)
     runs = {one.newest_run for one in live.certificates if one.name in {found.certificate for found in late}}
     left = dataclasses.replace(
-        owed,
+        unproven,
         certificates=tuple(one for one in live.certificates if one.newest_run in runs),
-        to_restart=tuple(c for c in owed.to_restart if c in {one.component for one in late}),
+        to_restart=tuple(c for c in unproven.to_restart if c in {one.component for one in late}),
     )
     reloads = restart_plan.reloading(node, run.settings.node)
-    users = {*restart_plan.stale(map(node.spec, live.names), reloads, Components("needed")), *owed.to_restart}
+    users = {*restart_plan.stale(map(node.spec, live.names), reloads, Components("needed")), *unproven.to_restart}
     can_not_be_seen = users - {one.component for one in findings}  # a message says so once
     components = [c for c in restart_plan.ORDER if c in can_not_be_seen or c in {one.component for one in late}]
     if not components:
@@ -90,32 +92,32 @@ def settle_postponed(run: Run) -> list[BridgeError]:
     """Errors about certificates that earlier runs installed with --no-restart and that are not seen in use yet."""
     file = postponed_file(run.store)
     try:
-        owed = file.read()
-        if owed is None:
+        unproven = file.read()
+        if unproven is None:
             return []
-        ours = tuple(one for one in owed.certificates if one.newest_run == run.record.run_id)
-        earlier = tuple(one for one in owed.certificates if one not in ours)
-        left, errors = settle(run, run.read_node(), dataclasses.replace(owed, certificates=earlier))
+        ours = tuple(one for one in unproven.certificates if one.newest_run == run.record.run_id)
+        earlier = tuple(one for one in unproven.certificates if one not in ours)
+        left, errors = finish(run, run.read_node(), dataclasses.replace(unproven, certificates=earlier))
         keep(file, dataclasses.replace(left, certificates=(*left.certificates, *ours)))
     except StateError as e:
         return [e]
     return errors
 
 
-def keep(file: StateFile[Owed], left: Owed) -> None:
-    """Write down what is still owed."""
+def keep(file: StateFile[NotProven], left: NotProven) -> None:
+    """Write down what is still unproven."""
     file.put(left if left.certificates or left.to_restart else None)
 
 
-def look(owed: Owed, node: Node, settings: Settings, now: datetime) -> list[ProofFinding]:
-    """Findings about what is owed, by files and processes alone."""
-    from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is owed)
+def look(unproven: NotProven, node: Node, settings: Settings, now: datetime) -> list[ProofFinding]:
+    """Findings about unproven certificates, by files and processes alone."""
+    from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is unproven)
 
-    names = owed.live_on(node).names
+    names = unproven.live_on(node).names
     return [
         one
         for one in proof.by_files(node, settings, now).findings
-        if one.certificate in names or one.component in owed.to_restart
+        if one.certificate in names or one.component in unproven.to_restart
     ]
 
 
@@ -137,12 +139,12 @@ def late(settings: Settings, node: Node, now: datetime) -> list[ProofFinding]:
     found: list[ProofFinding] = []
     for file in (unproven_file(store), postponed_file(store)):
         try:
-            owed = file.read()
+            unproven = file.read()
         except StateError:
             continue
-        found += not_in_use(look(owed, node, settings, now)) if owed is not None else []
+        found += not_in_use(look(unproven, node, settings, now)) if unproven is not None else []
     if store.pairs.exists():
-        from bridge.renewal import pairs  # noqa: PLC0415 (40 ms; only where a further pair is owed)
+        from bridge.renewal import pairs  # noqa: PLC0415 (40 ms; only where a further pair is unproven)
 
         found += pairs.late(settings, node, now)
     return list(dict.fromkeys(found))

@@ -26,7 +26,7 @@ from bridge.renewal.activate import RolledBackError, UnprovenError, backup_of
 from bridge.renewal.in_use import NotLiveError
 from bridge.settings.tables import Settings
 from bridge.state import audit, backups
-from bridge.state.obligations import Owed, OwedPair, pairs_file
+from bridge.state.obligations import NotProven, UnprovenPair, pairs_file
 from bridge.state.session import Run
 from bridge.state.store import Outcome, Store
 from bridge.system.console import doing, log
@@ -38,7 +38,7 @@ _PAUSE_SECONDS = 0.2
 
 
 @dataclass(slots=True, kw_only=True)
-class Settled:
+class Finished:
     """The results of all pairs that were installed and not yet seen in use."""
 
     errors: list[BridgeError] = field(default_factory=list)
@@ -60,7 +60,7 @@ def _reloads(item: Item) -> bool:
     return item.pair is not None and item.pair.is_read_again
 
 
-def owe(run: Run, outcomes: Sequence[Outcome], *, by_hand: bool = False) -> Collection[str]:
+def record_due(run: Run, outcomes: Sequence[Outcome], *, by_hand: bool = False) -> Collection[str]:
     """Record, before the installation, which pairs must be seen in use; returns the names of all pairs of this file."""
     ours = own(run.read_node())
     file = pairs_file(run.store)
@@ -70,10 +70,12 @@ def owe(run: Run, outcomes: Sequence[Outcome], *, by_hand: bool = False) -> Coll
         if one.new is None or pair is None or (by_hand and not pair.prove):
             continue
         before = earlier.pop(name, None)
-        owed = before.owed if before is not None and not before.owed.going_back else Owed(certificates=())
+        unproven = (
+            before.unproven if before is not None and not before.unproven.going_back else NotProven(certificates=())
+        )
         worked = before.worked if before is not None else _works(ours[name], run.now())
-        owed = owed.with_installed([one], run.record.run_id)
-        earlier[name] = OwedPair(owed=owed, worked=worked, by_hand=by_hand)
+        unproven = unproven.with_installed([one], run.record.run_id)
+        earlier[name] = UnprovenPair(unproven=unproven, worked=worked, by_hand=by_hand)
     if earlier:
         file.put(tuple(earlier.values()))
     return ours.keys()
@@ -92,26 +94,26 @@ def _look(item: Item, now: datetime) -> Verdict | None:
     return None if check is None else check.run()
 
 
-def settle(run: Run) -> Settled:
+def finish(run: Run) -> Finished:
     """Continue with each recorded pair, from the state on disk."""
-    done = Settled()
+    done = Finished()
     try:
         file = pairs_file(run.store)
         for one in file.read() or ():
-            _keep(run, one, _settle_one(run, one, done))
-    except (StateError, static_pods.StoppedError) as e:  # what is left stays owed
+            _keep(run, one, _finish_one(run, one, done))
+    except (StateError, static_pods.StoppedError) as e:  # what is left stays on disk
         done.errors.append(e)
     return done
 
 
-def _keep(run: Run, one: OwedPair, left: OwedPair | None) -> None:
+def _keep(run: Run, one: UnprovenPair, left: UnprovenPair | None) -> None:
     """Replace the record of one pair, or remove it (None); the records of other pairs stay."""
     file = pairs_file(run.store)
     others = tuple(other for other in file.read() or () if other.name != one.name)
     file.put((*others, left) if left is not None else others)
 
 
-def _settle_one(run: Run, one: OwedPair, done: Settled) -> OwedPair | None:
+def _finish_one(run: Run, one: UnprovenPair, done: Finished) -> UnprovenPair | None:
     node = run.read_node()
     item = own(node).get(one.name)
     if item is None:
@@ -121,26 +123,26 @@ def _settle_one(run: Run, one: OwedPair, done: Settled) -> OwedPair | None:
     if item.state in ("broken", "unreadable"):
         done.errors.append(UnprovenError(f"installed, and not proven: {item.spec.name}: {item.trouble}"))
         return one
-    if one.owed.going_back:
+    if one.unproven.going_back:
         return _go_back(run, one, item, done)
-    if not one.owed.live_on(node).certificates:
+    if not one.unproven.live_on(node).certificates:
         return None  # it was not installed, or was replaced meanwhile
     if one.by_hand:
         return _left_to_people(run, one, item, done)
     return _take_up(run, one, item, done)
 
 
-def _left_to_people(run: Run, one: OwedPair, item: Item, done: Settled) -> OwedPair | None:
+def _left_to_people(run: Run, one: UnprovenPair, item: Item, done: Finished) -> UnprovenPair | None:
     verdict = _look(item, run.now())
     if verdict is None or verdict.state == "current":
         return None
-    if one.owed.certificates[0].newest_run != run.record.run_id:
+    if one.unproven.certificates[0].newest_run != run.record.run_id:
         text = f"{one.name}: installed by an earlier run with --no-restart, and not seen in use: {verdict.detail}"
         done.errors.append(NotLiveError(text, hint=how(item)))
     return one
 
 
-def _take_up(run: Run, one: OwedPair, item: Item, done: Settled) -> OwedPair | None:
+def _take_up(run: Run, one: UnprovenPair, item: Item, done: Finished) -> UnprovenPair | None:
     failure = None if one.is_read else _have_read(run, item)
     if failure is None and _reloads(item) and not one.is_read:
         done.read.append(one.name)
@@ -159,12 +161,12 @@ def _take_up(run: Run, one: OwedPair, item: Item, done: Settled) -> OwedPair | N
         done.errors.append(NotLiveError(f"{one.name}: installed, and not in use: {why}; {stays}", hint=how(item)))
         return one
     log.error("%s: the new pair does not work, so the old one is put back: %s", one.name, why)
-    back = dataclasses.replace(one, owed=dataclasses.replace(one.owed, going_back=why))
+    back = dataclasses.replace(one, unproven=dataclasses.replace(one.unproven, going_back=why))
     _keep(run, one, back)
     return _go_back(run, back, item, done)
 
 
-def _why_it_stays(run: Run, one: OwedPair, item: Item) -> str:
+def _why_it_stays(run: Run, one: UnprovenPair, item: Item) -> str:
     """The reason not to put the old pair back; empty: put it back."""
     if run.settings.restart.on_failure == "keep":
         return 'it stays, as restart.on_failure = "keep" says'
@@ -228,12 +230,12 @@ def _until_current(run: Run, item: Item) -> Verdict | None:
 # --- rollback --------------------------------------------------------------------------------------------------------
 
 
-def _go_back(run: Run, one: OwedPair, item: Item, done: Settled) -> OwedPair | None:
+def _go_back(run: Run, one: UnprovenPair, item: Item, done: Finished) -> UnprovenPair | None:
     """Put the old files back and have the program read them, or continue a rollback that was cut off."""
-    node, why = run.read_node(), one.owed.going_back
+    node, why = run.read_node(), one.unproven.going_back
     try:
-        if one.owed.live_on(node).certificates:
-            backup = backup_of(run, one.owed)
+        if one.unproven.live_on(node).certificates:
+            backup = backup_of(run, one.unproven)
             if not any(file.was_there for file in backup.files):
                 raise BridgeError("there was no pair before it")  # noqa: TRY301
             backups.put_back(
@@ -274,12 +276,12 @@ def advice(node: Node, names: Sequence[str]) -> list[str]:
 def late(settings: Settings, node: Node, now: datetime) -> Iterator[ProofFinding]:
     """A finding for each installed pair that is not seen in use, for monitors and `doctor`."""
     try:
-        owed = pairs_file(Store(settings.node.state_dir)).read() or ()
+        earlier = pairs_file(Store(settings.node.state_dir)).read() or ()
     except StateError:
         return
-    for one in owed:
+    for one in earlier:
         item = own(node).get(one.name)
-        if item is None or not one.owed.live_on(node).certificates:
+        if item is None or not one.unproven.live_on(node).certificates:
             continue
         verdict = _look(item, now) or Verdict("unknown", "no server is named to look at")
         if verdict.state != "current":

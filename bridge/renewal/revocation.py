@@ -26,7 +26,7 @@ class RevocationError(BridgeError):
         self.exit_code = cause.exit_code  # type: ignore[misc]  # this one's, where others have their class's
 
 
-def owe(run: Run, done: Sequence[Outcome]) -> None:
+def record_due(run: Run, done: Sequence[Outcome]) -> None:
     """Write down the certificates to revoke, once the new ones are installed and in use."""
     renewal = run.settings.renewal
     if renewal.revoke == "never":
@@ -56,7 +56,7 @@ def _able(run: Run, authorities: Iterable[str]) -> set[str]:
     return able
 
 
-def settle(run: Run, node: Node) -> list[BridgeError]:
+def finish(run: Run, node: Node) -> list[BridgeError]:
     """Revoke the certificates that are due, and keep the others for a later run."""
     try:
         file = revocations_file(run.store)
@@ -86,13 +86,13 @@ def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]
         return []
     from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is revoked)
 
-    owed, pairs = unproven_file(run.store).read(), pairs_file(run.store).read() or ()
+    unproven, pairs = unproven_file(run.store).read(), pairs_file(run.store).read() or ()
     silent = {item.spec.name for item in node.items if item.pair is not None and not item.pair.prove}
     there = {item.spec.name for item in node.items if item.state == "present"}
     report = proof.look(node, run.settings, run.now())
     seen = {finding.certificate for finding in report.findings} - {finding.certificate for finding in report.wrong}
-    owing = {*(owed.names if owed is not None else ()), *(one.name for one in pairs)}
-    proven = (there & (seen | silent)) - owing
+    waiting = {*(unproven.names if unproven is not None else ()), *(one.name for one in pairs)}
+    proven = (there & (seen | silent)) - waiting
     if unseen := [one for one in due if one.name not in proven]:
         run.progress.note(f"renewal.revoke: not revoked, since the successor is not seen in use: {_names(unseen)}")
     return [one for one in due if one.name in proven]

@@ -73,7 +73,7 @@ class Trust:
     edit: Callable[[Replacement], Replacement] = lambda one: one
     #: Before the installation: other nodes accept the new certificates (BridgeError: one does not).
     gate: Callable[[Sequence[Proven]], None] = lambda _: None
-    stays: bool = False  #: The CA of before must not come back by itself: see `Owed.stays`.
+    stays: bool = False  #: The CA of before must not come back by itself: see `NotProven.stays`.
 
 
 NO_TRUST = Trust()
@@ -87,7 +87,7 @@ class RunOptions:
     any_identity: tuple[str, ...] = ()  #: Names whose live certificates are renewed whatever their identity.
     changes: Changes = Changes()
     all_or_nothing: bool = False  #: If one certificate fails, none is installed.
-    restarts: bool = True  #: False: nothing is restarted; the operator does it, and earlier runs' restarts stay owed.
+    restarts: bool = True  #: False: nothing is restarted; the operator does it, and earlier runs' restarts stay due.
     csrs_only: bool = False  #: No file is replaced, so that an obstacle to that does not matter.
     trust: Trust = NO_TRUST
     ahead: timedelta | None = None  #: A rehearsal is about certificates that are due within this time.

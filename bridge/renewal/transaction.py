@@ -52,7 +52,7 @@ class Transaction:
         self._hooks = Hooks(run.settings, run.store, run.record.run_id)
         #: False after `settle_earlier`: it was stopped in the middle, and nothing more is to be installed.
         self.may_go_on = True
-        self._apart: Collection[str] = ()  # further pairs, each of which is settled by itself
+        self._apart: Collection[str] = ()  # further pairs, each of which is proven by itself
         self.attempts = Attempts(run.store)
 
     def going_on(self, run: Run, options: RunOptions) -> Transaction:
@@ -64,12 +64,12 @@ class Transaction:
     # --- before ------------------------------------------------------------------------------------------------------
 
     def settle_earlier(self, node: Node) -> Node:
-        """Do what earlier runs owe (hooks, proof, copies), whether something is due or not; the node after that."""
+        """Do what earlier runs have left (hooks, proof, copies), whether something is due or not; the node after that."""
         self._errors += self._recorded(self._hooks.again(node))
-        if self._is_owed:
+        if self._is_to_prove:
             from bridge.renewal import activate  # noqa: PLC0415 (40 ms; only where components are restarted)
 
-            done = activate.settle(self._run, node)
+            done = activate.finish(self._run, node)
             self.may_go_on = done.may_go_on
             self._errors += [*done.errors, *self._hooks_of_earlier(done.events)]
             node = self._run.read_node()
@@ -77,13 +77,13 @@ class Transaction:
             self._errors += with_pairs(self._run, Result(outcomes=())).errors
             node = self._run.read_node()
         if self.may_go_on:  # a copy is another user's file, and must not hold up the node
-            self._errors += copies.settle(self._run.settings, self._run.store, self._run.record)
+            self._errors += copies.finish(self._run.settings, self._run.store, self._run.record)
             _put_away(self._run)
         self._node = node
         return node
 
     @property
-    def _is_owed(self) -> bool:
+    def _is_to_prove(self) -> bool:
         """Whether this run has something to restart and to prove, or to report."""
         return self._options.restarts and self._run.store.unproven.exists()
 
@@ -105,7 +105,7 @@ class Transaction:
     # --- the installation --------------------------------------------------------------------------------------------
 
     def install(self, selection: Selection, proven: Sequence[Proven], failed: Sequence[Outcome]) -> Result:
-        """Install the certificates that passed, in one step (BridgeError: nothing was replaced), and what is owed first."""
+        """Install the certificates that passed, in one step (BridgeError: nothing was replaced); first record what follows."""
         if failed and self._options.all_or_nothing:
             return hold_back(self._run, [one.prepared for one in proven], failed)
         if not proven:
@@ -124,8 +124,10 @@ class Transaction:
 
     def _owe(self, selection: Selection, done: Sequence[Outcome]) -> None:
         """Record the revocations, copies, hooks, restarts and proof to come; if that fails, nothing may be installed."""
-        revocation.owe(self._run, done)
-        copies.owe(self._run.settings, self._run.store, self._run.read_node(), {one.name: one.old for one in done})
+        revocation.record_due(self._run, done)
+        copies.record_due(
+            self._run.settings, self._run.store, self._run.read_node(), {one.name: one.old for one in done}
+        )
         _owe_putting_away(self._run, done)
         self._hooks.installing(HookEvent.of(selection.items, done))
         self.owe_use(done)
@@ -135,18 +137,18 @@ class Transaction:
         if self._run.settings.node.pairs:
             from bridge.renewal import pairs  # noqa: PLC0415 (40 ms; only where the settings name a pair)
 
-            self._apart = pairs.owe(self._run, done, by_hand=not self._options.restarts)
+            self._apart = pairs.record_due(self._run, done, by_hand=not self._options.restarts)
             done = [one for one in done if one.name not in self._apart]
         if not done:
             return
         if not self._options.restarts:
-            in_use.owe(self._run, done, postponed_file(self._run.store))
+            in_use.record_due(self._run, done, postponed_file(self._run.store))
         elif self._run.settings.restart.method == "none":
-            in_use.owe(self._run, done, unproven_file(self._run.store))
+            in_use.record_due(self._run, done, unproven_file(self._run.store))
         else:
             from bridge.renewal import activate  # noqa: PLC0415 (see above)
 
-            activate.owe(self._run, done, stays=self._options.trust.stays)
+            activate.record_due(self._run, done, stays=self._options.trust.stays)
 
     def activate(self, selection: Selection, result: Result) -> Result:
         """After the installation: hooks, restart, proof, rollback if needed; then copies, which are other users' files."""
@@ -155,7 +157,7 @@ class Transaction:
         occasion = HookEvent.of(selection.items, result.outcomes, backup_id=result.backup_id)
         result = dataclasses.replace(result, errors=(*result.errors, *self._hooks.installed(occasion)))
         result = self.activated(result)
-        late = copies.settle(self._run.settings, self._run.store, self._run.record)
+        late = copies.finish(self._run.settings, self._run.store, self._run.record)
         _put_away(self._run)
         return dataclasses.replace(result, errors=(*result.errors, *late))
 
@@ -165,14 +167,14 @@ class Transaction:
         return with_pairs(self._run, result) if self.may_go_on and self._options.restarts else result
 
     def _activated(self, result: Result) -> Result:
-        if not self._is_owed:
+        if not self._is_to_prove:
             return result
         if self._run.settings.restart.method == "none":  # said by each run from the next one on
-            return dataclasses.replace(result, left_to_people=in_use.is_owed_by(self._run))
+            return dataclasses.replace(result, left_to_people=in_use.is_unproven_by(self._run))
         from bridge.renewal import activate  # noqa: PLC0415 (see above)
 
-        done = activate.settle(self._run, self._run.read_node())
-        if not self._is_owed:  # else the hooks of earlier installations ran already
+        done = activate.finish(self._run, self._run.read_node())
+        if not self._is_to_prove:  # else the hooks of earlier installations ran already
             others = {run_id: event for run_id, event in done.events.items() if run_id != self._run.record.run_id}
             self._errors += self._hooks_of_earlier(others)
         self.may_go_on = done.may_go_on
@@ -193,7 +195,7 @@ class Transaction:
         """Revoke the certificates that this run or earlier ones superseded, when it is time."""
         if not self._run.store.revocations.exists():
             return result
-        errors = revocation.settle(self._run, self._run.read_node())
+        errors = revocation.finish(self._run, self._run.read_node())
         return dataclasses.replace(result, errors=(*result.errors, *errors))
 
     def _ended(self, selection: Selection, result: Result) -> Result:
@@ -303,7 +305,7 @@ def with_pairs(run: Run, result: Result) -> Result:
         return result
     from bridge.renewal import pairs  # noqa: PLC0415 (see above)
 
-    done = pairs.settle(run)
+    done = pairs.finish(run)
     outcomes = tuple(
         _rolled_back(one, done.back[one.name]) if one.name in done.back else one for one in result.outcomes
     )

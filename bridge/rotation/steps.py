@@ -41,7 +41,7 @@ from bridge.specs import KUBELET_CONF, SPECS, Component
 from bridge.state import audit, backups, copies
 from bridge.state.backups import Backup
 from bridge.state.install import Replacement, install
-from bridge.state.obligations import Owed, unproven_file
+from bridge.state.obligations import NotProven, unproven_file
 from bridge.state.session import Run, begun, give_up
 from bridge.state.store import Outcome, Store
 from bridge.system.console import Progress
@@ -140,8 +140,12 @@ def _done(
     """The end of a verb: the cluster's objects follow the files, and the phases are read off the files once more."""
     result = _with_objects(run, node, steps, result)
     after = places.look(run.settings, run.read_node(), names)
-    owed = unproven_file(run.store).read() if run.settings.restart.method == "none" else None
-    late = {*owed.to_restart, *(node.spec(name).component for name in owed.names)} if owed is not None else set()
+    unproven = unproven_file(run.store).read() if run.settings.restart.method == "none" else None
+    late = (
+        {*unproven.to_restart, *(node.spec(name).component for name in unproven.names)}
+        if unproven is not None
+        else set()
+    )
     if is_over:  # last of all: a `back` that is killed before it is the same one when it is repeated
         _going_back(run.store).remove()
     return Done(
@@ -431,10 +435,10 @@ def _owe_reading(run: Run, transaction: Transaction, node: Node, steps: Sequence
         ]
     )
     file = unproven_file(run.store)
-    owed = file.read() or Owed(certificates=())
+    unproven = file.read() or NotProven(certificates=())
     users = {node.spec(name).component for name in seen_by} & in_use.running(node)
     wanted = [component for component in Component if component in users]
-    in_use.keep(file, dataclasses.replace(owed, to_restart=tuple(dict.fromkeys([*owed.to_restart, *wanted]))))
+    in_use.keep(file, dataclasses.replace(unproven, to_restart=tuple(dict.fromkeys([*unproven.to_restart, *wanted]))))
 
 
 def _record(run: Run, steps: Sequence[Step]) -> None:

@@ -487,7 +487,7 @@ def put_back(
     record.write()  # the audit log comes before the installation
     about = audit.about(((o.name, o.old, o.new) for o in outcomes), rollback_to=backup.backup_id)
     try:
-        copies.owe(settings, store, node, {o.name: o.old for o in outcomes})
+        copies.record_due(settings, store, node, {o.name: o.old for o in outcomes})
         _leave_out(backup, settings.node.kubeconfig_dir)
         # a run may have installed something itself, and put several sets back
         run_id = f"{record.run_id}-{backup.run_id.partition('-')[0]}"
@@ -498,7 +498,7 @@ def put_back(
         raise
     for o in outcomes:
         record.add(audit.ROLLED_BACK, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
-    late = copies.settle(settings, store, record)
+    late = copies.finish(settings, store, record)
     record.write_or_warn()  # the next steps may take minutes, and be killed
     return Rollback(
         backup=backup,

@@ -78,40 +78,40 @@ class _Live:
     pair: tuple[bytes, bytes]  #: Certificate and key in PEM, as embedded there.
 
 
-def owe(settings: Settings, store: Store, node: Node, replaced: Mapping[str, x509.Certificate | None]) -> None:
+def record_due(settings: Settings, store: Store, node: Node, replaced: Mapping[str, x509.Certificate | None]) -> None:
     """Record, before an installation, that the copies need the next certificates (StateError: install nothing)."""
     if not settings.copies.files.paths:
         return
     file = copies_file(store)
-    owed = dict(file.read() or {})
+    outdated = dict(file.read() or {})
     for item in node.items:
         old = replaced.get(item.spec.name)
         if item.embedded and old is not None:
-            owed[item.spec.name] = tuple(dict.fromkeys([*owed.get(item.spec.name, ()), fingerprint(old)]))
-    if owed:
-        file.put(owed)
+            outdated[item.spec.name] = tuple(dict.fromkeys([*outdated.get(item.spec.name, ()), fingerprint(old)]))
+    if outdated:
+        file.put(outdated)
 
 
-def settle(settings: Settings, store: Store, record: audit.Record) -> list[BridgeError]:
+def finish(settings: Settings, store: Store, record: audit.Record) -> list[BridgeError]:
     """Refresh every copy that holds a replaced certificate; returns errors, after which the debt stays."""
     if not store.copies.exists():
         return []
     file = copies_file(store)
     try:
-        owed = file.read() or {}
+        outdated = file.read() or {}
     except StateError as e:
         return [e]
     errors: list[BridgeError] = []
     live, unread = _live(inventory.of(settings.node))
     for path in settings.copies.files.paths:
         try:
-            for name in _in_time(path, _LONGEST.total_seconds(), partial(_refreshed, path, live, owed)):
+            for name in _in_time(path, _LONGEST.total_seconds(), partial(_refreshed, path, live, outdated)):
                 log.info("%s: holds what %s holds now", path, name)
                 record.add(audit.COPIED, name, new=live[name].certificate, result=str(path))
         except CopyError as e:
             errors.append(e)
             record.add(audit.FAILED, error=e)
-    errors += [error for name, error in unread.items() if name in owed]
+    errors += [error for name, error in unread.items() if name in outdated]
     if not errors:
         with contextlib.suppress(StateError):  # then the next run finds nothing to do
             file.remove()
@@ -185,12 +185,12 @@ def _live(node: Node) -> tuple[dict[str, _Live], dict[str, CopyError]]:
     return live, errors
 
 
-def _refreshed(path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequence[str]]) -> list[str]:
+def _refreshed(path: Path, live: Mapping[str, _Live], outdated: Mapping[str, Sequence[str]]) -> list[str]:
     """Refresh one copy; kubeadm's names of the kubeconfigs that it copies (CopyError: it was not changed)."""
     with _reasons(path):
         try:
             with opened(path) as place, _judged(place) as found:
-                if not (users := _outdated(found.data, path, live, owed)):
+                if not (users := _outdated(found.data, path, live, outdated)):
                     return []
                 pairs = {number: live[name].pair for number, name in users.items()}
                 _replace(place, found, kubeconfig.with_users(found.data, pairs))
@@ -200,10 +200,12 @@ def _refreshed(path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequenc
             return []
 
 
-def _outdated(data: bytes, path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequence[str]]) -> dict[int, str]:
+def _outdated(
+    data: bytes, path: Path, live: Mapping[str, _Live], outdated: Mapping[str, Sequence[str]]
+) -> dict[int, str]:
     """The users of a copy with a replaced certificate, by number, and kubeadm's name of the kubeconfig they copy."""
     now = {name: fingerprint(one.certificate) for name, one in live.items()}
-    old = {one: name for name, found in owed.items() if name in now for one in found if one != now[name]}
+    old = {one: name for name, found in outdated.items() if name in now for one in found if one != now[name]}
     held = [(user.number, found) for user, found in _held(data, {*old, *now.values()})]
     if not held:
         log.warning(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -69,7 +69,7 @@ class Credential:
     ends: datetime | None = None  #: Of the first to end of a certificate and its intermediates; None: see `trouble`.
     begins: datetime | None = None
     trouble: str = ""  #: Why its end is not known.
-    told: datetime | None = None  #: When the CA said so; None: the file says it.
+    reported: datetime | None = None  #: When the CA said so; None: the file says it.
     renewed_as: str = (
         ""  #: The further pair whose renewal replaces the file, so that it renews itself; empty: none does.
     )
@@ -112,7 +112,7 @@ class Credential:
             return (
                 f"own credential {place}: wanted a certificate in PEM, or a kubeconfig with one, found {self.trouble}"
             )
-        by = f" by the CA's word of {minute(self.told)}" if self.told is not None else ""
+        by = f" by the CA's word of {minute(self.reported)}" if self.reported is not None else ""
         if not self.has_ended(now):
             then = "its key counts beyond that" if self.is_key_alone else "from then on what needs it is refused"
             itself = f"; renewed as [certificate.{self.renewed_as}]" if self.renewed_as else ""
@@ -213,33 +213,33 @@ def _certificates(data: bytes, path: Path) -> list[x509.Certificate]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Told:
-    """The end of a token or secret id, as its CA told it."""
+class _Reported:
+    """The end of a token or secret id, as its CA reported it."""
 
     ends: datetime
-    told: datetime
+    reported: datetime = field(metadata={"key": "told"})  # as `codec.named`, which this file does not load for a night
     begins: datetime | None = None
     file: str | None = None  #: None: it is in no file.
     stamp: str | None = None  #: Of the file; with another one in its place the CA's word is forgotten.
 
 
-def told_file(store: Store) -> StateFile[dict[str, _Told]]:
+def reported_file(store: Store) -> StateFile[dict[str, _Reported]]:
     """The file; a damaged one counts as none: the worst that follows is a warning that comes later."""
     from bridge.system.state_file import OnDamage, coded  # noqa: PLC0415 (only where a CA has said something)
 
     what = "when our own tokens end"
-    return coded(dict[str, _Told], store.credentials, what, OnDamage.START_OVER, key="credentials", version=1)
+    return coded(dict[str, _Reported], store.credentials, what, OnDamage.START_OVER, key="credentials", version=1)
 
 
 def remember(store: Store, ends: Mapping[str, CredentialEnd], now: datetime) -> None:
     """Remember what CAs have just said, by the settings' key; what others have said stays."""
     if not ends:
         return
-    file = told_file(store)
+    file = reported_file(store)
     new = {
-        name: _Told(
+        name: _Reported(
             ends=one.ends,
-            told=now,
+            reported=now,
             begins=one.begins,
             file=None if one.file is None else str(one.file),
             stamp=None if one.file is None else _stamp(one.file),
@@ -260,10 +260,10 @@ def _stamp(path: Path) -> str | None:
 def _remembered(settings: Settings, store: Store) -> Iterator[Credential]:
     if not store.credentials.exists():
         return
-    for name, one in (told_file(store).read() or {}).items():
+    for name, one in (reported_file(store).read() or {}).items():
         is_same = one.file is None or _stamp(Path(one.file)) == one.stamp
         if is_same and name.split(".")[1] in settings.backends:
-            yield Credential(name=name, path=one.file or "", ends=one.ends, begins=one.begins, told=one.told)
+            yield Credential(name=name, path=one.file or "", ends=one.ends, begins=one.begins, reported=one.reported)
 
 
 # --- what is to be said -----------------------------------------------------------------------------------------------
@@ -276,7 +276,9 @@ def warnings(found: Iterable[Credential], settings: Settings, now: datetime) -> 
 
 def ended(found: Iterable[Credential], now: datetime) -> list[CredentialEndedError]:
     """An error for each that this machine itself can see to have ended, and that a renewal logs in with."""
-    logins = (one for one in found if one.told is None and not one.is_key_alone and one.name != "gateway.kubeconfig")
+    logins = (
+        one for one in found if one.reported is None and not one.is_key_alone and one.name != "gateway.kubeconfig"
+    )
     return [CredentialEndedError(one, now) for one in logins if one.has_ended(now)]
 
 

@@ -1,6 +1,6 @@
 """
-Debts of an installation: each is on disk before the installation, and leaves the disk when it is paid or outdated; each
-kind has a file of its own, so that damage to one holds up no other.
+What an installation leaves to do: each is on disk before the installation, and leaves the disk when it is done or
+outdated; each kind has a file of its own, so that damage to one holds up no other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
 from bridge.specs import SPECS, Component, is_pair_name
 from bridge.state.store import Outcome, Store
-from bridge.system.codec import left_out
+from bridge.system.codec import left_out, named
 from bridge.system.state_file import OnDamage, StateFile, coded
 
 AFTER_INSTALL, SUCCESS, FAILURE = "after_install", "success", "failure"
@@ -47,7 +47,7 @@ class Unproven:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Owed:
+class NotProven:
     """Installed certificates that are not proven, and the rollback and restarts that they need."""
 
     certificates: tuple[Unproven, ...]
@@ -63,11 +63,11 @@ class Owed:
 
     def with_installed(
         self, outcomes: Iterable[Outcome], run_id: str, failed: Callable[[str], frozenset[str]] = lambda _: frozenset()
-    ) -> Owed:
+    ) -> NotProven:
         """
         The same with certificates that a run is about to install; `failed` names the checks of each that failed before.
 
-        A certificate that is owed already keeps the backup of the first run, and the checks that failed then.
+        A certificate that is unproven already keeps the backup of the first run, and the checks that failed then.
         """
         every = {one.name: one for one in self.certificates}
         for name, new in ((one.name, one.new) for one in outcomes if one.new is not None):
@@ -75,7 +75,7 @@ class Owed:
             every[name] = dataclasses.replace(one, runs={**one.runs, serial_hex(new): run_id})
         return dataclasses.replace(self, certificates=tuple(every.values()))
 
-    def live_on(self, node: Node) -> Owed:
+    def live_on(self, node: Node) -> NotProven:
         """The same without outdated ones: those that were not installed, or were replaced by another program."""
         live = live_serials(node)
         unreadable = {item.spec.name for item in self.unreadable_on(node)}
@@ -97,10 +97,10 @@ class Owed:
         return not any(certificate == one.name and what in one.before for one in self.certificates)
 
 
-def unproven_file(store: Store) -> StateFile[Owed]:
-    """The file with unproven certificates; a damaged one stops a run, since it may owe a restart or a rollback."""
+def unproven_file(store: Store) -> StateFile[NotProven]:
+    """The file with unproven certificates; a damaged one stops a run, since it may ask for a restart or a rollback."""
     return coded(
-        Owed,
+        NotProven,
         store.unproven,
         "what was installed and not proven",
         OnDamage.REFUSE,
@@ -109,10 +109,10 @@ def unproven_file(store: Store) -> StateFile[Owed]:
     )
 
 
-def postponed_file(store: Store) -> StateFile[Owed]:
+def postponed_file(store: Store) -> StateFile[NotProven]:
     """The file with certificates that were installed with --no-restart: no run restarts for them, or rolls them back."""
     return coded(
-        Owed,
+        NotProven,
         store.postponed,
         "what was installed with --no-restart and not seen in use",
         OnDamage.SET_ASIDE,
@@ -122,10 +122,10 @@ def postponed_file(store: Store) -> StateFile[Owed]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OwedPair:
+class UnprovenPair:
     """A further pair that was installed, and that its program is still to read; each stands for itself."""
 
-    owed: Owed  #: With this one certificate.
+    unproven: NotProven = field(metadata=named("owed"))  #: With this one certificate.
     worked: bool  #: Its server showed the old pair before the installation, or nothing can be asked.
     by_hand: bool = False  #: Installed with --no-restart: no run has it read again, or rolls it back.
     is_read: bool = False  #: Its program has read it again; what is left is to see that.
@@ -133,13 +133,13 @@ class OwedPair:
     @property
     def name(self) -> str:
         """Its name."""
-        return self.owed.names[0]
+        return self.unproven.names[0]
 
 
-def pairs_file(store: Store) -> StateFile[tuple[OwedPair, ...]]:
+def pairs_file(store: Store) -> StateFile[tuple[UnprovenPair, ...]]:
     """The file with such pairs; without it no run knows which programs use old pairs, so that damage is reported."""
     return coded(
-        tuple[OwedPair, ...],
+        tuple[UnprovenPair, ...],
         store.pairs,
         "which further pairs were installed and not seen in use",
         OnDamage.SET_ASIDE,
@@ -151,7 +151,7 @@ def pairs_file(store: Store) -> StateFile[tuple[OwedPair, ...]]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OwedHooks:
+class HooksToRun:
     """Hooks of one event that did not all succeed yet."""
 
     event: str
@@ -171,10 +171,10 @@ class OwedHooks:
         return bool(self.serials) and not any(live.get(name) == serial for name, serial in self.serials.items())
 
 
-def hooks_file(store: Store) -> StateFile[tuple[OwedHooks, ...]]:
+def hooks_file(store: Store) -> StateFile[tuple[HooksToRun, ...]]:
     """The hooks to be run again; a damaged file is reported once, and does not stop a renewal."""
     return coded(
-        tuple[OwedHooks, ...],
+        tuple[HooksToRun, ...],
         store.hooks,
         "the hooks that are to be run again",
         OnDamage.SET_ASIDE,

@@ -33,9 +33,9 @@ NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Recu
 class OnDamage(Enum):
     """The policy for a file whose content is not what we wrote."""
 
-    REFUSE = "no run goes on over it: something is owed, and only an operator may have it set aside"
+    REFUSE = "no run goes on over it: something is still to be done, and only an operator may have it set aside"
     SET_ASIDE = "a warning says so once, and the file is kept under another name; from then on there is none"
-    START_OVER = "nothing is owed in it: a warning, and it counts as none"
+    START_OVER = "nothing is left to do by it: a warning, and it counts as none"
 
 
 class StateError(BridgeError):

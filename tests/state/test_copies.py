@@ -574,7 +574,7 @@ def test_after_a_kill_all_is_old_or_all_is_new(
     cut_off(settings, module, name, after=after)
     store = Store(settings.node.state_dir)
     with alone(settings, timedelta(), lambda _: None) as (_, record):
-        assert copies.settle(settings, store, record) == []
+        assert copies.finish(settings, store, record) == []
     assert is_fresh(copy, node)
     assert (pair(copy) == old) == (name == "install" and not after)
     assert [one.name for one in home.iterdir()] == ["config"]

@@ -329,7 +329,7 @@ def bao() -> Iterator[openbao.OpenBao]:
         yield server
 
 
-def told(bridge: Bridge, authority: str) -> dict[str, timedelta]:
+def ends_reported(bridge: Bridge, authority: str) -> dict[str, timedelta]:
     """What the backend's CA says, rounded to minutes."""
     settings = load(bridge.config)
     backend = registry.configured(settings, [authority])[authority].open()
@@ -349,18 +349,18 @@ def test_the_end_of_a_secret_id_is_remembered(bao: openbao.OpenBao, tmp_path: Pa
         add_openssl(bridge, name)
     add_vault(bridge, bao, "ca", "own")
     role, file = "own-ca", tmp_path / "own/own-ca.secret-id"
-    assert told(bridge, "ca") == {}
+    assert ends_reported(bridge, "ca") == {}
     bao.add_policy("look", f'path "auth/approle/role/{role}/secret-id/lookup" {{ capabilities = ["update"] }}')
     bao.write(f"auth/approle/role/{role}", token_policies=[role, "look"], secret_id_ttl="600m")
-    assert told(bridge, "ca") == {}  # the old one has no end
+    assert ends_reported(bridge, "ca") == {}  # the old one has no end
     file.write_text(bao.write(f"auth/approle/role/{role}/secret-id")["data"]["secret_id"])
-    assert told(bridge, "ca") == {"auth.secret_id_file": timedelta(minutes=600)}
+    assert ends_reported(bridge, "ca") == {"auth.secret_id_file": timedelta(minutes=600)}
     assert bridge.run("renew", "scheduler.conf").returncode == 0
     settings = load(bridge.config)
     found = credentials.seen(settings)
     assert found is not None
     [one] = found
-    assert (one.name, one.path, one.told is not None) == ("backend.own-ca.auth.secret_id_file", str(file), True)
+    assert (one.name, one.path, one.reported is not None) == ("backend.own-ca.auth.secret_id_file", str(file), True)
     assert credentials.warnings(found, settings, now()) == []
     late = now() + timedelta(minutes=590)
     assert "by the CA's word of" in credentials.warnings(found, settings, late)[0]
@@ -385,7 +385,7 @@ def test_the_end_of_a_token(
     bridge.add("backend.t", {"type": "vault", "url": bao.url})
     bridge.add("backend.t.auth", {"token_file": token})
     bridge.add("authority.ca", {"backend": "t"})
-    assert told(bridge, "ca") == ({} if minutes is None else {"auth.token_file": timedelta(minutes=minutes)})
+    assert ends_reported(bridge, "ca") == ({} if minutes is None else {"auth.token_file": timedelta(minutes=minutes)})
 
 
 def test_a_service_accounts_token_says_it_by_itself(tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_a_service_accounts_token_says_it_by_itself(tmp_path: Path) -> None:
     for claims, minutes in (({"iat": now().timestamp(), "exp": (now() + DAY).timestamp()}, 1440), ({}, None)):
         payload = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
         (tmp_path / "token").write_text(f"e30.{payload}.x")
-        assert told(bridge, "ca") == ({} if minutes is None else {"token_file": timedelta(minutes=minutes)})
+        assert ends_reported(bridge, "ca") == ({} if minutes is None else {"token_file": timedelta(minutes=minutes)})
     (tmp_path / "token").write_text("an opaque one")
-    assert told(bridge, "ca") == {}
+    assert ends_reported(bridge, "ca") == {}
     assert hasattr(KubernetesBackend, "credential_ends")
