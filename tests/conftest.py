@@ -192,7 +192,7 @@ def tried(record_property: Callable[[str, object], None]) -> counts.Tried:
 
 
 @pytest.fixture
-def told(tried: counts.Tried) -> None:
+def failure_is_counted(tried: counts.Tried) -> None:
     """Each test with it is a failure of a CA, or in its place, whose message and hint are looked at."""
     tried("failures with the message and hint that an operator reads", 1)
 

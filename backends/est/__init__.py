@@ -142,7 +142,7 @@ class EstBackend:
         left = int(end) - now.timestamp() if end.isdecimal() else 0
         if 0 < left <= LONGEST_WISH.total_seconds():
             moment = _moment_text(now + timedelta(seconds=left))
-            return Pending(reference=reference, note=f"the server wishes not to be asked before {moment}")
+            return Pending(reference=reference, note=f"the server asks to wait until {moment}")
         return self.sign(request)
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
@@ -221,7 +221,7 @@ def _pending(request: SignRequest, answer: Answer, now: datetime) -> Pending:
     if answer.retry_after_seconds is None:
         return Pending(reference=_digest(request), note=f"the server answers later{said}")
     moment = now + min(timedelta(seconds=answer.retry_after_seconds), LONGEST_WISH)
-    note = f"the server answers later{said}, and wishes not to be asked before {_moment_text(moment)}"
+    note = f"the server answers later{said}, and asks to wait until {_moment_text(moment)}"
     return Pending(reference=f"{_digest(request)}@{int(moment.timestamp())}", note=note)
 
 

@@ -243,15 +243,13 @@ def test_the_node_s_ca_file_may_be_a_bundle(attack: Attack, tried: Tried) -> Non
     tried("chains through the program", 1)
 
 
-@pytest.mark.parametrize("told_by", ["image tag", "settings"])
+@pytest.mark.parametrize("by", ["image tag", "settings"])
 @pytest.mark.parametrize("name", ["apiserver", "admin.conf"])
-def test_no_chain_where_kubeadm_reads_one_certificate_a_file(
-    name: str, told_by: str, attack: Attack, tried: Tried
-) -> None:
+def test_no_chain_where_kubeadm_reads_one_certificate_a_file(name: str, by: str, attack: Attack, tried: Tried) -> None:
     """Below 1.21 it is refused, and the message says why; from 1.21 on it is kept, in files and kubeconfigs alike."""
 
     def version(value: str) -> None:
-        if told_by == "settings":
+        if by == "settings":
             attack.bridge.tables[0] = re.sub("kubernetes_version.*\n", "", attack.bridge.tables[0])
             attack.bridge.tables[0] += f'kubernetes_version = "{value}"\n'
             attack.bridge.config.write_text("\n".join(attack.bridge.tables))

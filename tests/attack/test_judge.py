@@ -127,10 +127,10 @@ def tried_both(
     installed, violations = ours(ders, request, now)
     verdict = go.ask(installed, ders[-1:], at=now, ekus=request.spec.ekus, key_pem=key_pem, host=host)
     if not violations:
-        told = [b64encode(each).decode() for each in ders]
-        assert not verdict.refused, f"{verdict.refused}: {told}"
-        assert (verdict.user, verdict.groups) == identity(request), told
-        assert (verdict.dns, verdict.ips) == names(request), told
+        reported = [b64encode(each).decode() for each in ders]
+        assert not verdict.refused, f"{verdict.refused}: {reported}"
+        assert (verdict.user, verdict.groups) == identity(request), reported
+        assert (verdict.dns, verdict.ips) == names(request), reported
     return Trial(violations=violations, refused=verdict.refused)
 
 
@@ -367,12 +367,12 @@ def beyond_go() -> list[Row]:
     ]
 
 
-def rows_of(trial: Trial, told: object) -> set[Row]:
+def rows_of(trial: Trial, reported: object) -> set[Row]:
     """Those of the list that say why only we refuse; there is one at least."""
     if not trial.is_beyond:
         return set()
     found = {row for row in beyond_go() if any(map(row.matches, trial.violations))}
-    assert found, f"{told}: {trial.violations}"
+    assert found, f"{reported}: {trial.violations}"
     return found
 
 

@@ -135,7 +135,7 @@ def posts(url: str, directory: Path) -> list[tuple[str, int]]:
 
 @functools.cache
 def rsa_ca() -> TestCA:
-    """A CA with a key as kubeadm makes it unless told otherwise."""
+    """A CA with a key as kubeadm makes it unless a parameter says otherwise."""
     return TestCA.make()
 
 
@@ -876,7 +876,7 @@ def test_an_answer_that_is_none(double: kit.Double, to_double: CfsslBackend, ans
 def test_retry_after(
     double: kit.Double, to_double: CfsslBackend, value: Callable[[], str], least: float, most: float
 ) -> None:
-    """The server's wish for a pause is passed on, whether it is a number or a date."""
+    """The pause that the server asks for is passed on, whether it is a number or a date."""
     double.answers.append(kit.Answer(status=503, body=HTML, headers={"Retry-After": value()}))
     with pytest.raises(BackendUnavailableError) as e:
         to_double.sign(request(APISERVER))
@@ -920,16 +920,16 @@ def test_no_secret_is_reported(double: kit.Double, to_double: CfsslBackend, capl
         lambda body: kit.Answer(body=body),
         kit.Answer(body=b"x" * 65536, times=32),
     ]
-    told = []
+    reported = []
     for _ in range(5):
         with pytest.raises((BackendRefusedError, BackendUnavailableError)) as e:
             to_double.sign(request(APISERVER))
-        told.append(f"{e.value!r} {e.value.hint} {''.join(traceback.format_exception(e.value))}")
-    assert "can't read" in told[0]
+        reported.append(f"{e.value!r} {e.value.hint} {''.join(traceback.format_exception(e.value))}")
+    assert "can't read" in reported[0]
     for body in double.bodies:
         sent = json.loads(body)
         for secret in (HMAC_KEY, sent["token"], sent["request"], sent["request"][:100]):
-            assert secret not in f"{told} {caplog.text}"
+            assert secret not in f"{reported} {caplog.text}"
 
 
 @pytest.mark.kube("cfssl")

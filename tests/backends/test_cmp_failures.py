@@ -74,7 +74,7 @@ def make(url: str, **keys: Any) -> CmpBackend:
 
 
 def error_of(backend: CmpBackend, asked: SignRequest | None = None) -> BackendError:
-    """Why nothing was signed; told on one line that is not too long, with something to do next."""
+    """Why nothing was signed, on one line that is not too long, with something to do next."""
     with pytest.raises(BackendError) as e:
         backend.sign(asked or a_request())
     text = str(e.value)
@@ -123,7 +123,7 @@ ANSWERS: list[tuple[str, str, str, dict[str, Any], type[BackendError], str, str]
 @pytest.mark.parametrize(
     ("behaviour", "who", "more", "kind", "text", "hint"), [row[1:] for row in ANSWERS], ids=[row[0] for row in ANSWERS]
 )
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("failure_is_counted")
 def test_an_answer_of_the_server(
     ra: kit.RegistrationAuthority,
     request: pytest.FixtureRequest,
@@ -148,7 +148,7 @@ def test_a_clock_that_is_off_is_no_failure(ra: kit.RegistrationAuthority, mac: d
 
 
 @pytest.mark.parametrize("more", [{}, {"unprotected_errors": True}, {"trusted": True}], ids=["1", "2", "1a"])
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("failure_is_counted")
 def test_a_wrong_secret(
     ra: kit.RegistrationAuthority, mac: dict[str, Any], tmp_path: Path, more: dict[str, Any]
 ) -> None:
@@ -205,7 +205,7 @@ def test_28_a_csr_with_a_wrong_signature(ra: kit.RegistrationAuthority, mac: dic
     assert "badPOP" in str(error_of(make(ra.url("ca"), **mac), tampered(a_request())))
 
 
-# --- what openssl is never told to do, and would say ------------------------------------------------------------------
+# --- options that openssl is never given ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_28_a_csr_with_a_wrong_signature(ra: kit.RegistrationAuthority, mac: dic
     ],
     ids=["27", "27a", "31", "29"],
 )
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("failure_is_counted")
 def test_words_of_openssl_that_nothing_here_leads_to(
     ra: kit.RegistrationAuthority, words: list[str], text: str
 ) -> None:
@@ -262,7 +262,7 @@ HTTP: list[tuple[str, kit.Reply, type[BackendError], str]] = [
 
 
 @pytest.mark.parametrize(("reply", "kind", "text"), [row[1:] for row in HTTP], ids=[row[0] for row in HTTP])
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("failure_is_counted")
 def test_an_answer_in_the_servers_place(
     mac: dict[str, Any], reply: kit.Reply, kind: type[BackendError], text: str
 ) -> None:

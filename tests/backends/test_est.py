@@ -252,7 +252,7 @@ class TestRealServer:
         assert "a client without client_cert or username" in e.hint
 
     def test_later(self, real: tuple[str, Path], make: Make) -> None:
-        """A deferred answer is pending, and not asked for again before the server's wish is over."""
+        """A deferred answer is pending, and not asked for again before the time that the server named."""
         url, directory = real
         backend, asked = make(url, label="triggererrors"), request_of("Trigger Error Deferred")
         answer = backend.sign(asked)
@@ -262,7 +262,7 @@ class TestRealServer:
         again = backend.collect(asked, answer.reference)
         assert isinstance(again, Pending)
         assert again.reference == answer.reference
-        assert "wishes not to be asked before" in again.note
+        assert "asks to wait until" in again.note
         assert len(kit.asked(directory)) == count
 
     def test_its_ca_fails(self, real: tuple[str, Path], make: Make) -> None:
@@ -444,7 +444,7 @@ GARBAGE: Mapping[str, Answer] = {
 
 
 @pytest.mark.parametrize("case", GARBAGE)
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("failure_is_counted")
 def test_what_is_no_pkcs7_is_refused(double: kit.Double, ours: EstBackend, case: str) -> None:
     """The error shows what was found instead, as far as a person can read it."""
     double.answers.append(GARBAGE[case])
@@ -515,7 +515,7 @@ STATUSES: Mapping[str, tuple[Answer, type[BackendError], str, str]] = {
 
 
 @pytest.mark.parametrize("case", STATUSES)
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("failure_is_counted")
 def test_statuses(double: kit.Double, ours: EstBackend, case: str) -> None:
     """Each is an error that says whether asking again may help, in the server's words, with what to do next."""
     answer, kind, says, hint = STATUSES[case]
@@ -555,7 +555,7 @@ def test_the_same_csr_is_asked_again(double: kit.Double, ours: EstBackend) -> No
     assert double.csrs == [asked.csr.public_bytes(Encoding.DER)] * 3
 
 
-def test_a_wish_to_wait_is_kept_for_a_day_at_most(double: kit.Double, ours: EstBackend) -> None:
+def test_a_time_to_wait_is_kept_for_a_day_at_most(double: kit.Double, ours: EstBackend) -> None:
     """A server can't put a renewal off until the certificate has expired; nor can a clock that was put back."""
     double.answers.append(Answer(status=202, headers={"Retry-After": "999999999"}))
     asked = request(APISERVER)

@@ -118,7 +118,7 @@ class TestLocalSubmit(TestConformance):
 # --- a program's input --------------------------------------------------------------------------------------------
 
 
-def told(directory: Path, request: SignRequest, **settings: Any) -> dict[str, str]:
+def reported(directory: Path, request: SignRequest, **settings: Any) -> dict[str, str]:
     """The environment of a program that is asked for this certificate, and nothing else that it could tell."""
     script = program(directory / "tell", f'env -0 >"{directory}/environment"; echo cookie; exit 1')
     opened(script, **settings).sign(request)
@@ -135,7 +135,9 @@ def test_a_program_gets_exactly_this(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("LD_LIBRARY_PATH", "/never")
     request = replace(REQUEST, validity=timedelta(days=89, hours=1))
     spki = request.csr.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-    found = told(tmp_path, request, environment={"SITE": "x"}, profile="{node}-{usage}", node="cp-7", timeout_seconds=9)
+    found = reported(
+        tmp_path, request, environment={"SITE": "x"}, profile="{node}-{usage}", node="cp-7", timeout_seconds=9
+    )
     assert set(found.pop("CERTMONGER_REQ_HOSTNAME").split("\n")) >= {"kubernetes", "*.wild.example.com"}
     assert set(found.pop("CERTMONGER_REQ_IP_ADDRESS").split("\n")) >= {"10.96.0.1", "2001:db8::7"}
     assert found.pop("HOME").startswith("/")
@@ -165,22 +167,22 @@ def test_exact_usages_and_no_names_where_there_are_none(tmp_path: Path) -> None:
     """A peer certificate has both EKUs, a client certificate no variable for SANs, an RSA key its type."""
     peer = sign_request(CA.leaf(SPECS["etcd-peer"]), SPECS["etcd-peer"], "rsa-2048", timedelta(days=1))
     admin = sign_request(CA.leaf(SPECS["admin.conf"]), SPECS["admin.conf"], "ecdsa-p256", timedelta(days=1))
-    found = told(tmp_path, peer)
+    found = reported(tmp_path, peer)
     assert (found["CA_BRIDGE_EKUS"], found["CERTMONGER_KEY_TYPE"]) == ("serverAuth,clientAuth", "RSA")
     assert found["CERTMONGER_CA_NICKNAME"] == "etcd-ca"
-    found = told(tmp_path, admin)
+    found = reported(tmp_path, admin)
     assert found["CERTMONGER_REQ_SUBJECT"] == "CN=kubernetes-admin,O=kubeadm:cluster-admins"
     assert not {name for name in found if name.startswith("CERTMONGER_REQ_") and name != "CERTMONGER_REQ_SUBJECT"}
 
 
 def test_the_certificate_being_renewed_is_not_certmongers_variable(tmp_path: Path) -> None:
     """cepces-submit turns to endpoints that want the old key where CERTMONGER_CERTIFICATE is set."""
-    assert "CERTMONGER_CERTIFICATE" not in told(tmp_path, REQUEST)
+    assert "CERTMONGER_CERTIFICATE" not in reported(tmp_path, REQUEST)
 
 
 def test_a_program_has_nothing_to_read_and_a_session_of_its_own(tmp_path: Path) -> None:
     """It can't ask on a terminal, and its files are its own."""
-    place = tmp_path / "told"
+    place = tmp_path / "reported"
     script = program(
         tmp_path / "tell",
         f'exec >"{place}"; read line || echo "nothing to read"; cut -d" " -f6 /proc/$$/stat; echo $$; umask; pwd; set -- /proc/$$/fd/*; echo $#; exit 3',
@@ -429,7 +431,7 @@ WRONG: dict[str, tuple[str, type[BackendError], str, str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("failure_is_counted")
 def test_each_failure_says_what_the_program_did(tmp_path: Path, case: str) -> None:
     """Status, everything it printed, and what to do; only what may pass is tried again."""
     text, kind, message, hint = WRONG[case]
@@ -825,7 +827,7 @@ def test_the_pages_have_every_key_and_variable(tmp_path: Path) -> None:
     settings = PAGE.with_name("settings.md").read_text(encoding="utf-8").partition("[backend.NAME]")[2]
     for key in set(vars(ExecSettings(command=("/bin/x",)))) - {"node", "pairs", "profiles"}:
         assert f"| `{key}` |" in settings
-    for name in told(tmp_path, REQUEST, node="cp-1"):
+    for name in reported(tmp_path, REQUEST, node="cp-1"):
         assert name in text or f"`_{name.removeprefix('CERTMONGER_REQ_')}`" in text
 
 
@@ -865,15 +867,15 @@ def test_doctor_finds_what_is_wrong_with_a_program(one: Bridge) -> None:
     for authority in ("ca", "etcd-ca"):
         one.add(f"authority.{authority}", {"backend": "site"})
 
-    def told() -> str:
+    def reported() -> str:
         """Only what is about the backends."""
         return " ".join(one.run("doctor").stdout.partition("backend of")[2].split())
 
-    assert str(script) not in told()
+    assert str(script) not in reported()
     script.chmod(0o777)
-    assert f"{script}: wanted a file that only its owner can write to, found mode 0777" in told()
+    assert f"{script}: wanted a file that only its owner can write to, found mode 0777" in reported()
     script.unlink()
-    assert "wanted a program, found: No such file or directory" in told()
+    assert "wanted a program, found: No such file or directory" in reported()
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

@@ -90,8 +90,8 @@ def test_setup_prints_tables_that_the_policy_takes(pki: Pki, authority: str) -> 
         settings={},
     )
     [file] = GatewayBackend.setup(wanted)
-    told = "\n".join(line[4:] for line in file.text.splitlines() if line.startswith("#   "))
-    read = policy.parse(f"[allow]\n{told}\n{file.text}")
+    reported = "\n".join(line[4:] for line in file.text.splitlines() if line.startswith("#   "))
+    read = policy.parse(f"[allow]\n{reported}\n{file.text}")
 
     assert (read.allow.clusters, read.allow.nodes, read.allow.max_validity) == (
         ("kubernetes",),

@@ -174,7 +174,7 @@ def call(request: pytest.FixtureRequest) -> Callable[[OpensslBackend], object]:
     return ways[request.param]
 
 
-def told(error: BackendError) -> str:
+def reported(error: BackendError) -> str:
     """All that a person sees."""
     return f"{error} {error.hint} {error!r}"
 
@@ -186,7 +186,7 @@ class TestWithout:
         """A wrong PIN is a refusal, so that no retry locks the token; the right one works at once."""
         with pytest.raises(BackendRefusedError, match="PIN") as e:
             call(opened(pin="9999-wrong"))
-        assert "9999-wrong" not in told(e.value)
+        assert "9999-wrong" not in reported(e.value)
         assert rows(directory) == 0
         call(opened())
 
@@ -199,7 +199,7 @@ class TestWithout:
         def refused(backend: OpensslBackend) -> str:
             with pytest.raises(BackendRefusedError, match="PIN") as e:
                 backend.check([SERVER])
-            return told(e.value)
+            return reported(e.value)
 
         with ThreadPoolExecutor(3) as pool:
             errors = list(pool.map(refused, wrong))
@@ -220,7 +220,7 @@ class TestWithout:
         """A token of that name is not there."""
         with pytest.raises(BackendError, match="token") as e:
             call(opened(uri=token.uri("ca-key").replace(token.label, "another")))
-        assert PIN not in told(e.value)
+        assert PIN not in reported(e.value)
         assert rows(directory) == 0
 
     def test_the_key(
@@ -229,7 +229,7 @@ class TestWithout:
         """The token has no such key."""
         with pytest.raises(BackendRefusedError, match="no such key") as e:
             call(opened(uri=token.uri("another-key")))
-        assert PIN not in told(e.value)
+        assert PIN not in reported(e.value)
         assert rows(directory) == 0
 
     def test_the_cas_own_key(
@@ -258,7 +258,7 @@ class TestWithout:
         tokens.rename(token.directory / "away")
         with pytest.raises(BackendError) as e:
             call(opened())
-        assert PIN not in told(e.value)
+        assert PIN not in reported(e.value)
         token.directory.joinpath("away").rename(tokens)
         call(opened())
 

@@ -895,7 +895,7 @@ def test_a_refusal_whose_reason_is_lost_is_still_one(apiserver: SignRequest, tmp
 
 
 def test_a_rate_limit_says_when_to_come_back(pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path) -> None:
-    """Status 429 is unavailable, with the server's own wish for the time to wait."""
+    """Status 429 is unavailable, with the time to wait that the server names."""
     pki.write("sys/quotas/config", enable_rate_limit_response_headers=True)
     pki.write("sys/quotas/rate-limit/test", path="pki/sign/kubeadm-apiserver", rate=1, interval="20s")
     try:
@@ -934,8 +934,8 @@ def test_tls_and_plain_http_mixed_up_are_refused(
     auth = token_file(tmp_path, "t")
     with vault(tls_bao.url.replace("https:", "http:"), auth) as backend, pytest.raises(BackendError):
         backend.sign(apiserver)  # the server may reset the connection before its answer is read
-    told = b"Client sent an HTTP request to an HTTPS server.\n"
-    with Double((SIGN, 400, {}, told)) as double, vault(double.url, auth) as backend:
+    reported = b"Client sent an HTTP request to an HTTPS server.\n"
+    with Double((SIGN, 400, {}, reported)) as double, vault(double.url, auth) as backend:
         assert "https://" in refusal(backend, apiserver).hint
     with vault(pki.url.replace("http:", "https:"), auth, ca_file=tls.trust) as backend:
         refusal(backend, apiserver)

@@ -635,7 +635,7 @@ def test_through_an_exchange(tmp_path: Path) -> None:
     assert look(node).problems() == []
 
 
-def test_another_wish_does_not_throw_away_what_waits(tmp_path: Path) -> None:
+def test_another_request_does_not_throw_away_what_waits(tmp_path: Path) -> None:
     """A desk may be about to sign; only --anew forgets its request."""
     node = NewNode.make(tmp_path / "node")
     assert node.init("--request", tmp_path / "one.json").returncode == 4

@@ -259,7 +259,7 @@ def test_all_requests_of_a_run_wait_once_for_a_dead_ca(asked: SignRequest, issue
     assert time.monotonic() - begin < 20  # twenty times it would be thirty seconds
 
 
-def test_the_cas_own_wish_is_honoured(asked: SignRequest, issued: Issued) -> None:
+def test_the_time_that_the_ca_names_is_kept(asked: SignRequest, issued: Issued) -> None:
     """Retry-After is waited for if there is time, and ends the waiting if there is not."""
     begin = time.monotonic()
     patient = _Flaky(1, issued, lambda: BackendUnavailableError("busy", retry_after_seconds=1.2))

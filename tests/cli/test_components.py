@@ -28,7 +28,7 @@ def test_a_report_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]
     components.print_proof(report, Output.TEXT)
     table = capsys.readouterr().out
     components.print_proof(report, Output.JSON)
-    told = json.loads(capsys.readouterr().out)
+    reported = json.loads(capsys.readouterr().out)
 
     assert [line.split() for line in table.splitlines()] == [
         ["error", "etcd", "a"],
@@ -37,8 +37,8 @@ def test_a_report_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]
         ["1", "of", "2", "checks", "failed"],
     ]
     assert "\x1b" not in table
-    assert (told["schemaVersion"], told["exitCode"], told["stale"]) == (1, 7, ["etcd"])
-    assert told["findings"][1] == {
+    assert (reported["schemaVersion"], reported["exitCode"], reported["stale"]) == (1, 7, ["etcd"])
+    assert reported["findings"][1] == {
         "component": None,
         "certificate": "a",
         "what": "b",
@@ -71,7 +71,7 @@ def test_restart_claims_no_more_than_it_can_see(tmp_path: Path) -> None:
     flags = ["--bind-address=127.0.0.1", "--secure-port=1", f"--kubeconfig={bridge.pki.kubeconfig_dir}/scheduler.conf"]
     container = {"name": "kube-scheduler", "image": "x/kube-scheduler:v1.37.2", "command": ["kube-scheduler", *flags]}
     (manifests / "kube-scheduler.yaml").write_text(json.dumps({"spec": {"containers": [container]}}))
-    told = json.loads(bridge.run("restart", "-o", "json").stdout)
-    assert told["exitCode"] in (1, 7)
-    assert "kube-scheduler" in told["unknown"]
+    reported = json.loads(bridge.run("restart", "-o", "json").stdout)
+    assert reported["exitCode"] in (1, 7)
+    assert "kube-scheduler" in reported["unknown"]
     assert "every component" not in bridge.run("restart").stdout

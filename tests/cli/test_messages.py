@@ -225,10 +225,10 @@ def test_doctor_of_another_user_says_so_first(bridge: Bridge) -> None:
         if path.is_relative_to("/tmp") and path != Path("/tmp"):
             path.chmod(0o755)
     with another_user():
-        result, told = runner.invoke(app, arguments), runner.invoke(app, [*arguments, "-o", "json"])
+        result, reported = runner.invoke(app, arguments), runner.invoke(app, [*arguments, "-o", "json"])
     assert result.output.split()[:4] == ["error", "this", "user", "wanted"]
     assert result.output.count(ROOT_HINT) == 1
-    assert "rights" not in {one["check"] for one in json.loads(told.output)["findings"]}
+    assert "rights" not in {one["check"] for one in json.loads(reported.output)["findings"]}
 
 
 def test_durations_are_read_back_as_they_were_written() -> None:

@@ -91,8 +91,8 @@ def test_the_keys_leave_a_node(pki: KubeadmPki, tmp_path: Path) -> None:
     assert f"{pki.pki_dir}/ca.key" in wrong.text
     pki.run_kubeadm("init", "phase", "control-plane", "controller-manager")
     assert found(pki, tmp_path / "b") == []
-    told = pki.run_kubeadm("certs", "check-expiration").stdout
-    assert "no " not in told.partition("EXTERNALLY MANAGED")[2].replace("\n", " ")
+    reported = pki.run_kubeadm("certs", "check-expiration").stdout
+    assert "no " not in reported.partition("EXTERNALLY MANAGED")[2].replace("\n", " ")
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def site(pki: KubeadmPki, tmp_path: Path) -> Bridge:
     return Bridge(pki=pki, directory=tmp_path / "bridge")
 
 
-def told(bridge: Bridge, root: Path, code: int) -> list[dict[str, Any]]:
+def reported(bridge: Bridge, root: Path, code: int) -> list[dict[str, Any]]:
     """What `doctor --ca-keys` says."""
     run = bridge.run("doctor", "--ca-keys", str(root), "-o", "json")
     assert run.returncode == code, run.stdout + run.stderr
@@ -188,7 +188,7 @@ def test_the_keys_are_proven_gone(pki: KubeadmPki, tmp_path: Path) -> None:
         manifest = pki.kubeconfig_dir / "manifests/kube-apiserver.yaml"
         text = re.sub("--secure-port=.*", f"--secure-port={state.port}", manifest.read_text())
         manifest.write_text(text.replace(ADDRESS, "127.0.0.1").replace("=/etc/kubernetes", f"={pki.kubeconfig_dir}"))
-        wrong = told(bridge, tmp_path, 1)
+        wrong = reported(bridge, tmp_path, 1)
         assert {(one["level"], one["check"]) for one in wrong if one["level"] == "error"} == {
             *(("error", check) for check in ("ca-key-copy", "ca-keys-in-cluster")),
         }
@@ -206,7 +206,7 @@ def test_the_keys_are_proven_gone(pki: KubeadmPki, tmp_path: Path) -> None:
         for path in (*places, left / "locked"):
             path.unlink()
         state.secrets = state.secrets[1:2]
-        right = told(bridge, pki.root, 0)
+        right = reported(bridge, pki.root, 0)
     assert {one["check"] for one in right} == {"ca-key-search"}
     assert "and 1 Secrets: 0 have such a key" in str(right)
 
@@ -220,9 +220,9 @@ def secret(namespace: str, name: str, value: bytes) -> dict[str, Any]:
 def test_no_proof_without_an_answer_or_a_directory(pki: KubeadmPki, tmp_path: Path) -> None:
     """A cluster that does not answer is a warning; what is no directory, and a machine that is no node, are errors."""
     bridge = site(pki, tmp_path)
-    [silent] = [one for one in told(bridge, pki.root, 3) if one["level"] == "warning"]
+    [silent] = [one for one in reported(bridge, pki.root, 3) if one["level"] == "warning"]
     assert silent["check"] == "ca-keys-in-cluster"
-    assert [one["about"] for one in told(bridge, tmp_path / "nowhere", 1)] == [[str(tmp_path / "nowhere")]]
+    assert [one["about"] for one in reported(bridge, tmp_path / "nowhere", 1)] == [[str(tmp_path / "nowhere")]]
     assert bridge.run("doctor", "--ca-keys", "/", "--before-upgrade").returncode == 2
     shutil.rmtree(pki.kubeconfig_dir)
     assert bridge.run("doctor", "--ca-keys", str(tmp_path)).returncode == 1
@@ -234,9 +234,9 @@ def test_a_worker_is_searched_without_its_cluster(pki: KubeadmPki, tmp_path: Pat
     for path in (*pki.kubeconfig_dir.glob("pki/*"), *pki.kubeconfig_dir.iterdir()):
         if path.name not in {"pki", "ca.crt", "kubelet.conf"}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert {one["check"] for one in told(bridge, pki.root, 0)} == {"ca-key-search"}
+    assert {one["check"] for one in reported(bridge, pki.root, 0)} == {"ca-key-search"}
     (pki.root / "copy").write_bytes((tmp_path / "ca-keys/ca.key").read_bytes())
-    assert {one["check"] for one in told(bridge, pki.root, 1)} == {"ca-key-search", "ca-key-copy"}
+    assert {one["check"] for one in reported(bridge, pki.root, 1)} == {"ca-key-search", "ca-key-copy"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user; run the tests as root")
@@ -260,7 +260,7 @@ def test_no_proof_without_the_cas_certificate(pki: KubeadmPki, tmp_path: Path) -
     """A key is known by the CA's certificate alone, so that a search without it proves nothing."""
     bridge = site(pki, tmp_path)
     (pki.pki_dir / "front-proxy-ca.crt").unlink()
-    [wrong] = [one for one in told(bridge, pki.root / "etc", 1) if one["level"] == "error"]
+    [wrong] = [one for one in reported(bridge, pki.root / "etc", 1) if one["level"] == "error"]
     assert (wrong["check"], wrong["about"]) == ("ca-key-search", ["front-proxy-ca"])
 
 

@@ -23,8 +23,8 @@ def wrong(desk: Desk) -> tuple[int, set[tuple[str, str, str]]]:
     run = desk.run(
         "doctor", "-o", "json", "--pki-dir", desk.directory / "none", "--kubeconfig-dir", desk.directory / "none"
     )
-    told = json.loads(run.stdout)
-    found = {(one["level"], one["check"], about) for one in told["findings"] for about in one["about"]}
+    reported = json.loads(run.stdout)
+    found = {(one["level"], one["check"], about) for one in reported["findings"] for about in one["about"]}
     return run.returncode, {one for one in found if one[0] != "ok"}
 
 

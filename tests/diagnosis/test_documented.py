@@ -39,8 +39,8 @@ def test_the_document_has_each_check_and_no_other() -> None:
     directory = Path(bridge.diagnosis.__file__ or "").parent
     there = set().union(*(checks_in(path.read_text()) for path in directory.glob("*.py"))) | _STATES
     rows = [line.split("|")[1] for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
-    told = set(re.findall(r"`([a-z-]+)`", " ".join(rows)))
-    assert told | {"desk-policy"} == there - _ALWAYS_OK
+    reported = set(re.findall(r"`([a-z-]+)`", " ".join(rows)))
+    assert reported | {"desk-policy"} == there - _ALWAYS_OK
 
 
 def test_the_comparison_can_fail() -> None:

@@ -635,12 +635,12 @@ def test_one_cause_is_reported_once(site: Site) -> None:
         os.chown(path, -1, 12345)
     site.bridge.add("hooks", {"success": "/nowhere/tell", "failure": "/nowhere/tell"})
     run = site.bridge.run("doctor", "-o", "json")
-    told = json.loads(run.stdout)
-    assert (run.returncode, told["schemaVersion"], told["exitCode"]) == (1, 1, 1)
-    wrong = {one["check"]: one for one in told["findings"] if one["level"] != "ok"}
+    reported = json.loads(run.stdout)
+    assert (run.returncode, reported["schemaVersion"], reported["exitCode"]) == (1, 1, 1)
+    wrong = {one["check"]: one for one in reported["findings"] if one["level"] != "ok"}
     assert wrong["hook"]["about"] == ["hook success", "hook failure"]
-    assert [one["level"] for one in told["findings"]] == sorted(
-        (one["level"] for one in told["findings"]), key=diagnosis.LEVELS.index
+    assert [one["level"] for one in reported["findings"]] == sorted(
+        (one["level"] for one in reported["findings"]), key=diagnosis.LEVELS.index
     )
     text = site.bridge.run("doctor")
     assert text.stdout.count("/nowhere/tell") == 1
@@ -652,10 +652,10 @@ def test_one_cause_is_reported_once(site: Site) -> None:
 @pytest.mark.first_use("11")
 def test_a_note_is_no_warning(site: Site) -> None:
     """It is called so on a screen, says nothing about what was wanted, and is "ok" for programs."""
-    shown, told = site.bridge.run("doctor").stdout, json.loads(site.bridge.run("doctor", "-o", "json").stdout)
+    shown, reported = site.bridge.run("doctor").stdout, json.loads(site.bridge.run("doctor", "-o", "json").stdout)
     assert re.search(r"(?m)^note +super-admin.conf ", shown), shown
     assert [line for line in shown.splitlines() if line.startswith(("ok", "note")) and "wanted" in line] == []
-    assert {one["level"] for one in told["findings"]} <= {"error", "warning", "ok"}
+    assert {one["level"] for one in reported["findings"]} <= {"error", "warning", "ok"}
 
 
 @pytest.mark.first_use("26")
@@ -741,17 +741,17 @@ def test_a_users_link_in_a_home_is_not_followed(site: Site) -> None:
     copy, elsewhere = site.home / ".kube/config", site.home / "elsewhere"
     shutil.copy(site.kubernetes / "admin.conf", elsewhere)
 
-    def told() -> list[str]:
+    def reported() -> list[str]:
         return [one.about for one in site.look() if one.check == "admin-copy"]
 
     copy.symlink_to(elsewhere)
-    assert told() == [str(copy)]
+    assert reported() == [str(copy)]
     os.chown(copy, 12345, 12345, follow_symlinks=False)
     os.chown(site.home / ".kube", 12345, 12345)
-    assert told() == []
+    assert reported() == []
     copy.unlink()
     elsewhere.rename(copy)
-    assert told() == [str(copy)]
+    assert reported() == [str(copy)]
 
 
 @dead_fs.needs_mount

@@ -50,12 +50,12 @@ class Site:
 
     def found(self, level: str = "error") -> dict[str, set[str]]:
         """The findings: subjects by check."""
-        told: dict[str, set[str]] = {}
+        reported: dict[str, set[str]] = {}
         run = self.bridge.run("doctor", "--before-upgrade", "-o", "json")
         for one in json.loads(run.stdout)["findings"]:
             if one["level"] == level:
-                told.setdefault(one["check"], set()).update(one["about"])
-        return told
+                reported.setdefault(one["check"], set()).update(one["about"])
+        return reported
 
     def kubeadm_aborts(self) -> bool:
         """The real kubeadm's check of external CAs, which its upgrade makes, too, is made by `check-expiration`."""
@@ -193,14 +193,14 @@ def test_local_changes_of_the_kubelet_are_reported(
     monkeypatch.setattr(upgrade, "KUBELET_CONFIG", file)
     settings = load(site.bridge.config)
 
-    def told() -> list[str]:
+    def reported() -> list[str]:
         found = examination.before_upgrade(settings, datetime.now(UTC))
         return [one.text for one in found if one.check == "upgrade-kubelet-config"]
 
     file.write_text('{"maxPods": 110, kind: "KubeletConfiguration", containerRuntimeEndpoint: "unix:///x"}')
-    assert told() == []
+    assert reported() == []
     file.write_text("kind: KubeletConfiguration\nmaxPods: 200\nserverTLSBootstrap: true\n")
-    assert [text.rpartition(" in ")[2] for text in told()] == ["maxPods, serverTLSBootstrap"]
+    assert [text.rpartition(" in ")[2] for text in reported()] == ["maxPods, serverTLSBootstrap"]
     file.write_text("kind: &a KubeletConfiguration\nb: *a\n")
-    assert told() == []
+    assert reported() == []
     assert cluster.requests

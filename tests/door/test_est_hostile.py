@@ -206,7 +206,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Stage], Found], Callable[[Stage], Found]
     "content type with a letter more": ("415", lambda s: s.post(body_of(make_csr()), Content_Type=f"{TYPE}x"), good),
     "compressed": ("415", lambda s: s.post(body_of(make_csr()), Content_Encoding="gzip"), good),
     "oversized": ("413", lambda s: s.post(body_of(make_csr()) + b"\n" * 70_000), good),
-    "length told twice": ("400", lambda s: s.raw(f"{_TYPE}Content-Length: LENGTH\r\nContent-Length: 0\r\n"), plain_head),
+    "length given twice": ("400", lambda s: s.raw(f"{_TYPE}Content-Length: LENGTH\r\nContent-Length: 0\r\n"), plain_head),
     "in chunks with a length": (
         "411", lambda s: s.chunked(CHUNKS, "Content-Length: 5\r\n"), good_chunks,
     ),

@@ -116,7 +116,7 @@ def test_the_keys_leave_with_the_new_certificates(bridge: LiveBridge) -> None:
     assert_reached(bridge, "new", "drop")
 
 
-def told_a_thief(bridge: LiveBridge, ca: NextCa) -> str:
+def answer_to_a_thief(bridge: LiveBridge, ca: NextCa) -> str:
     """The API server's answer to a superuser whose certificate a thief made with the CA's key."""
     conf = bridge.directory / "thief.conf"
     ours = (bridge.node.kubeconfig_dir / "admin.conf").read_bytes()
@@ -135,12 +135,12 @@ def test_an_emergency_ends_what_a_thief_of_the_key_can_do(bridge: LiveBridge, ma
     for name in AUTHORITIES:
         bridge.add(f"authority.{name}.next", newer[name].table)
     assert phases(bridge) == dict.fromkeys(AUTHORITIES, "old")
-    assert told_a_thief(bridge, made[CA.name]) == "ok"
+    assert answer_to_a_thief(bridge, made[CA.name]) == "ok"
     run = bridge.run("rotate-ca", "drop", "--emergency")
     assert run.returncode == Exit.USAGE, run.stdout + run.stderr
     assert "refuses every certificate of the old CA at once" in run.stdout
     assert phases(bridge) == dict.fromkeys(AUTHORITIES, "old")
     assert_reached(bridge, "new", "drop", "--emergency", "--accept-outage")
-    assert "Unauthorized" in told_a_thief(bridge, made[CA.name])
+    assert "Unauthorized" in answer_to_a_thief(bridge, made[CA.name])
     file = (bridge.pki.pki_dir / CA.certificate_file).read_bytes()
     assert file == pem(newer[CA.name].signer.certificate)

@@ -87,8 +87,8 @@ def test_a_new_name_is_served(bridge: LiveBridge) -> None:
     assert run.returncode == 0, run.stderr
     assert ("DNS", "new.example.com") in san_entries(live_certificates(bridge.pki)["apiserver"])
     wait_for("an API server that answers to its new name", answers)
-    told = json.loads(bridge.run("doctor", "-o", "json").stdout)["findings"]
-    beyond = [one["text"] for one in told if one["check"] == "kubeadm-config"]
+    reported = json.loads(bridge.run("doctor", "-o", "json").stdout)["findings"]
+    beyond = [one["text"] for one in reported if one["check"] == "kubeadm-config"]
     assert any("DNS:new.example.com" in text and "kubeadm would not make them" in text for text in beyond)
 
 
@@ -100,8 +100,8 @@ def test_what_an_upgrade_would_do_is_reported_by_the_real_cluster(bridge: LiveBr
     assert not any("were not looked at" in one["text"] for one in found)
     name = "kubeadm:node-autoapprove-bootstrap"
     bridge.node.kubectl("delete", "clusterrolebinding", name)
-    told = json.loads(bridge.run("doctor", "--before-upgrade", "-o", "json").stdout)["findings"]
-    assert any(one["check"] == "upgrade-auto-approve" and name in one["text"] for one in told)
+    reported = json.loads(bridge.run("doctor", "--before-upgrade", "-o", "json").stdout)["findings"]
+    assert any(one["check"] == "upgrade-auto-approve" and name in one["text"] for one in reported)
 
 
 SERVERS = {

@@ -308,17 +308,17 @@ def test_the_lease_of_a_run_that_was_killed_is_taken_when_it_has_expired(nodes: 
         wait_for_turn(killed)
     end = time.monotonic()
     with started(second, "0") as one, started(third, "0") as another:
-        told = [lines(process.communicate(timeout=120)[0]) for process in (one, another)]
-    begins = sorted(event["at"] for events in told for event in events if event["event"] == "begin")
+        reported = [lines(process.communicate(timeout=120)[0]) for process in (one, another)]
+    begins = sorted(event["at"] for events in reported for event in events if event["event"] == "begin")
     assert len(begins) == 2
     assert begins[0] - end > DURATION_SECONDS * 2 / 3 - 1  # it renewed that long ago, at most
-    assert_one_after_the_other(told)
+    assert_one_after_the_other(reported)
     assert lease_spec(first)["holderIdentity"] == ""
 
 
-def assert_one_after_the_other(told: Sequence[Sequence[dict[str, Any]]]) -> None:
-    turns = sorted((event["at"], event["event"]) for events in told for event in events if event["event"] != "note")
-    assert [what for _, what in turns] == ["begin", "end"] * len(told), told
+def assert_one_after_the_other(reported: Sequence[Sequence[dict[str, Any]]]) -> None:
+    turns = sorted((event["at"], event["event"]) for events in reported for event in events if event["event"] != "note")
+    assert [what for _, what in turns] == ["begin", "end"] * len(reported), reported
 
 
 # --- restarts --------------------------------------------------------------------------------------------------------
@@ -388,14 +388,14 @@ def test_three_timers_that_fire_at_once_restart_one_etcd_after_the_other(nodes: 
     try:
         with contextlib.ExitStack() as stack:
             runs = [stack.enter_context(started(node, "restart", "neighbour_wait = '2m'")) for node in nodes]
-            told = [lines(process.communicate(timeout=400)[0]) for process in runs]
+            reported = [lines(process.communicate(timeout=400)[0]) for process in runs]
     finally:
         stop.set()
         watcher.join()
-    assert [process.returncode for process in runs] == [Exit.DONE] * 3, told
-    assert_one_after_the_other(told)
+    assert [process.returncode for process in runs] == [Exit.DONE] * 3, reported
+    assert_one_after_the_other(reported)
     assert seen.errors == []
     assert seen.refused == []
     assert seen.most_down == 1  # or this test has seen nothing
-    spans = [events[-1]["at"] - next(e["at"] for e in events if e["event"] == "begin") for events in told]
+    spans = [events[-1]["at"] - next(e["at"] for e in events if e["event"] == "begin") for events in reported]
     print(f"{seen.looks} looks; turns of {', '.join(f'{span:.0f} s' for span in sorted(spans))}")

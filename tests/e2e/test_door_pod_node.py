@@ -89,9 +89,9 @@ class Site:
         try:
             wait_for(what, lambda: key in json.dumps(self.pod()))
         except AssertionError as e:
-            told = self.kubectl("get", "events,pods", check=False)
+            reported = self.kubectl("get", "events,pods", check=False)
             said = self.kubectl("logs", POD, "--all-containers", check=False)
-            raise AssertionError(f"{e}\n{told}\n{said[-2000:]}") from None
+            raise AssertionError(f"{e}\n{reported}\n{said[-2000:]}") from None
         return str(self.pod()["ip"])
 
     def begin(self, *names: str) -> subprocess.Popen[str]:

@@ -299,8 +299,8 @@ def test_the_image_takes_over_in_a_pod(cluster: GatewayCluster, image: Path) -> 
             wait_for("a pod that is ready", lambda: "true" in first.kubectl(*pods).stdout)
         except AssertionError as e:
             said = first.kubectl("logs", "--namespace=ca-bridge", "deployment/ca-bridge-gateway", check=False)
-            told = first.kubectl("describe", "pods", "--namespace=ca-bridge", check=False)
-            raise AssertionError(f"{told.stdout[-3000:]}{said.stdout[-2000:]}{said.stderr}") from e
+            reported = first.kubectl("describe", "pods", "--namespace=ca-bridge", check=False)
+            raise AssertionError(f"{reported.stdout[-3000:]}{said.stdout[-2000:]}{said.stderr}") from e
         for gateway in cluster.gateways.values():
             gateway.kill()
         worker = cluster.nodes[2].name

@@ -60,7 +60,7 @@ def started(bridge: Bridge, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def told(run: subprocess.Popen[str], wanted: str) -> list[str]:
+def reported(run: subprocess.Popen[str], wanted: str) -> list[str]:
     """What it has said until it says this."""
     assert run.stderr is not None
     lines = []
@@ -81,7 +81,7 @@ def test_a_run_that_asks_again_ends_at_once(bridge: Bridge, closed_port: int, nu
     with_vault(bridge, f"http://127.0.0.1:{closed_port}", retry_for="1h")
     before = files(bridge)
     with started(bridge, "renew", "-v") as run:
-        told(run, "asked again in 8.0 s")
+        reported(run, "asked again in 8.0 s")
         os.kill(run.pid, number)
         _, rest = run.communicate(timeout=60)
     assert run.returncode == code

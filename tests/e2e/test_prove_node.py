@@ -67,7 +67,7 @@ def found(node: Node) -> set[tuple[str, str]]:
     return wrong(prove(node)[1])
 
 
-def settled(node: Node, code: int, stale: list[str], bad: set[tuple[str, str]], *options: str) -> list[dict[str, Any]]:
+def proved(node: Node, code: int, stale: list[str], bad: set[tuple[str, str]], *options: str) -> list[dict[str, Any]]:
     """The findings, when they are these: on a busy machine a component may miss one look."""
     deadline = time.monotonic() + 120
     while True:
@@ -88,7 +88,7 @@ def restart(node: Node, component: str) -> None:
 @pytest.fixture
 def well(node: Node) -> None:
     """All is well before the test."""
-    settled(node, 0, [], set(), "--wait", "60s")
+    proved(node, 0, [], set(), "--wait", "60s")
 
 
 @pytest.mark.usefixtures("well")
@@ -150,7 +150,7 @@ def test_after_a_renewal_the_two_that_read_once_are_stale(node: Node) -> None:
     node.exec("kubeadm", "certs", "renew", "all")
     served = load_pem_certificates((node.pki_dir / "apiserver.crt").read_bytes())[0]
 
-    findings = settled(node, 7, list(CONTROLLERS), {(name, "stale") for name in CONTROLLERS.values()}, "--wait", "2s")
+    findings = proved(node, 7, list(CONTROLLERS), {(name, "stale") for name in CONTROLLERS.values()}, "--wait", "2s")
 
     assert {f["certificate"] for f in findings if f["state"] == "next-connection"} == API_CLIENTS
     details = {f["detail"] for f in findings if f["certificate"] == "apiserver"}
@@ -158,7 +158,7 @@ def test_after_a_renewal_the_two_that_read_once_are_stale(node: Node) -> None:
 
     for component in CONTROLLERS:
         restart(node, component)
-    findings = settled(node, 0, [], set(), "--wait", "60s")
+    findings = proved(node, 0, [], set(), "--wait", "60s")
     assert {f["certificate"] for f in findings if f["state"] == "next-connection"} == API_CLIENTS
 
 
@@ -166,7 +166,7 @@ def test_a_version_that_is_not_known_to_reload_must_be_restarted(node: Node, tmp
     """After the renewal above, the API server's own client certificates are stale on what says it is 1.33."""
     settings = tmp_path / "config.toml"
     settings.write_text('[node]\nkubernetes_version = "1.33"\n')
-    settled(node, 7, ["kube-apiserver"], {(name, "stale") for name in API_CLIENTS}, "--config", str(settings))
+    proved(node, 7, ["kube-apiserver"], {(name, "stale") for name in API_CLIENTS}, "--config", str(settings))
 
 
 @pytest.mark.usefixtures("well")
@@ -179,7 +179,7 @@ def test_a_renamed_kubeconfig_is_not_seen_by_a_container(node: Node) -> None:
     path.rename(before)
     new.rename(path)
     try:
-        findings = settled(node, 7, ["kube-scheduler"], {("scheduler.conf", "stale")})
+        findings = proved(node, 7, ["kube-scheduler"], {("scheduler.conf", "stale")})
         detail = next(f["detail"] for f in findings if f["what"] == "has read /etc/kubernetes/scheduler.conf")
         assert detail.startswith("still sees what was in /etc/kubernetes/scheduler.conf before")
     finally:
@@ -219,7 +219,7 @@ def test_a_front_proxy_of_the_wrong_ca_is_refused(node: Node) -> None:
         for suffix in (".crt", ".key"):
             other = (node.pki_dir / f"apiserver-kubelet-client{suffix}").read_bytes()
             stack.enter_context(replaced(node.pki_dir / f"front-proxy-client{suffix}", other))
-        settled(node, 7, [], {("front-proxy-client", "refused")})
+        proved(node, 7, [], {("front-proxy-client", "refused")})
 
 
 @pytest.mark.usefixtures("well")
@@ -230,7 +230,7 @@ def test_a_client_that_etcd_refuses_is_seen(node: Node, name: str) -> None:
         for suffix in (".crt", ".key"):
             other = (node.pki_dir / f"apiserver-kubelet-client{suffix}").read_bytes()
             stack.enter_context(replaced(node.pki_dir / f"{SPECS[name].base}{suffix}", other))
-        settled(node, 7, [], {(name, "refused")})
+        proved(node, 7, [], {(name, "refused")})
 
 
 @pytest.mark.usefixtures("well")
@@ -255,7 +255,7 @@ def test_an_api_server_with_a_certificate_that_has_expired_is_refused(node: Node
 def test_a_server_goes_on_with_its_old_pair_when_the_new_one_does_not_match(node: Node) -> None:
     """It would not survive a restart, so that none is asked for."""
     with replaced(node.pki_dir / "apiserver.key", (node.pki_dir / "front-proxy-client.key").read_bytes()):
-        settled(node, 7, [], {("apiserver", "refused")})
+        proved(node, 7, [], {("apiserver", "refused")})
 
 
 @pytest.mark.usefixtures("well")
@@ -263,7 +263,7 @@ def test_a_component_that_is_away_is_named(node: Node) -> None:
     """Its manifest was moved away and forgotten."""
     node.exec("mv", "/etc/kubernetes/manifests/kube-scheduler.yaml", "/etc/kubernetes/")
     try:
-        settled(node, 7, [], {("scheduler.conf", "no-answer")})
+        proved(node, 7, [], {("scheduler.conf", "no-answer")})
     finally:
         node.exec("mv", "/etc/kubernetes/kube-scheduler.yaml", "/etc/kubernetes/manifests/")
 
@@ -277,7 +277,7 @@ def test_a_kubelets_copy_of_its_old_certificate_is_stale(node: Node) -> None:
     node.exec("kubeadm", "init", "phase", "kubeconfig", "kubelet", "--kubeconfig-dir", "/etc/kubernetes/new",
               "--config", "/etc/kubernetes/kubeadm.yaml")  # fmt: skip
     path.write_bytes((node.kubeconfig_dir / "new/kubelet.conf").read_bytes())
-    findings = settled(node, 7, ["kubelet"], {("kubelet.conf", "stale")})
+    findings = proved(node, 7, ["kubelet"], {("kubelet.conf", "stale")})
     assert "kubelet-client-current.pem" in next(f["detail"] for f in findings if f["state"] == "stale")
 
     node.exec("rm", "/var/lib/kubelet/pki/kubelet-client-current.pem")
@@ -309,8 +309,8 @@ def test_two_nodes_on_one_machine_are_two(node: Node) -> None:
         assert prove(other, "--wait", "60s")[0] == 0
         other.exec("kubeadm", "certs", "renew", "scheduler.conf")
 
-        settled(other, 7, ["kube-scheduler"], {("scheduler.conf", "stale")})
-        findings = settled(node, 0, [], set())
+        proved(other, 7, ["kube-scheduler"], {("scheduler.conf", "stale")})
+        findings = proved(node, 0, [], set())
         peers = next(f["detail"] for f in findings if f["what"] == "is accepted by its peers")
         assert {f"https://{ip}:2380" for ip in (IP, OTHER_IP)} == set(re.findall(r"https://[^ ,;]+", peers))
 

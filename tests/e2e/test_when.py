@@ -251,7 +251,7 @@ def test_doctor_sees_windows_hooks_and_failed_runs(bridge: Bridge) -> None:
     bridge.add("audit", {"syslog": False})
     after = bridge.run("doctor")
     assert after.returncode == 3, after.stdout
-    told = " ".join(after.stdout.split())
-    assert re.search(r"warning +hooks +some of an earlier run", told)
-    assert re.search(r"warning +backend of etcd-ca +1 run has failed", told)
-    assert re.search(r"warning +renewal.window +wanted renewal.before longer", told)
+    reported = " ".join(after.stdout.split())
+    assert re.search(r"warning +hooks +some of an earlier run", reported)
+    assert re.search(r"warning +backend of etcd-ca +1 run has failed", reported)
+    assert re.search(r"warning +renewal.window +wanted renewal.before longer", reported)

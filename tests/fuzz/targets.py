@@ -115,7 +115,7 @@ def answer_or_refused(data: bytes) -> None:
 
 
 def est_answer_or_error(data: bytes) -> None:
-    """An EST server's certificates, of which the leaf and the chain can be told; or a ValueError."""
+    """An EST server's certificates, in which the leaf and the chain can be found; or a ValueError."""
     try:
         found = est_answers.certificates(data)
     except ValueError:

@@ -123,7 +123,9 @@ def test_nothing_hostile_is_signed(cluster: ClusterApi, bao: openbao.OpenBao, tm
 
     with gateways.running(place) as gateway:
         left = {name for name in there if askings[name][1].wanted == "open"}
-        gateway.until(lambda: settled(cluster, there) >= set(there) - left, 180, "wanted all hostile ones to be denied")
+        gateway.until(
+            lambda: answered(cluster, there) >= set(there) - left, 180, "wanted all hostile ones to be denied"
+        )
         found = states(cluster)
         for name in there:
             case, asking = askings[name]
@@ -135,7 +137,7 @@ def test_nothing_hostile_is_signed(cluster: ClusterApi, bao: openbao.OpenBao, tm
         twins |= {f"other-{n}": asking for n, asking in enumerate(OTHERS.values())}
         for name, asking in twins.items():
             assert ask(cluster, asking, name), name
-        gateway.until(lambda: settled(cluster, list(twins)) >= set(twins), 120, "wanted all twins to be signed")
+        gateway.until(lambda: answered(cluster, list(twins)) >= set(twins), 120, "wanted all twins to be signed")
         found = states(cluster)
         assert {name: state_of(found[name]) for name in twins} == dict.fromkeys(twins, "signed")
         assert not [name for name in there if found[name]["status"].get("certificate")]
@@ -145,7 +147,7 @@ def test_nothing_hostile_is_signed(cluster: ClusterApi, bao: openbao.OpenBao, tm
     tried("hostile requests at the certificates API, none of them signed", len(there))
 
 
-def settled(cluster: ClusterApi, names: list[str]) -> set[str]:
+def answered(cluster: ClusterApi, names: list[str]) -> set[str]:
     """Those that are not open any more."""
     found = states(cluster)
     return {name for name in names if state_of(found[name]) != "open"}
@@ -173,7 +175,7 @@ def test_denied_and_failed_are_final(cluster: ClusterApi, bao: openbao.OpenBao, 
             path = f"{CSRS}/final-{number}/{'approval' if kind == 'Denied' else 'status'}"
             assert cluster.client().patch(path, {"status": {"conditions": [condition]}}).ok
     with gateways.running(place) as gateway:
-        gateway.until(lambda: "final-9003" in settled(cluster, ["final-9003"]))
+        gateway.until(lambda: "final-9003" in answered(cluster, ["final-9003"]))
     found = states(cluster)
     assert [state_of(found[f"final-{n}"]) for n in (9001, 9002, 9003)] == ["denied", "failed", "signed"]
 
@@ -188,9 +190,9 @@ def test_a_flood_of_large_objects(cluster: ClusterApi, bao: openbao.OpenBao, tmp
         assert ask(cluster, as_node("w9101", SERVING, large), f"large-{number}")
     with gateways.running(place) as gateway:
         assert ask(cluster, hostile_csrs.honest("w9102", SERVING), "beside-the-flood")
-        gateway.until(lambda: settled(cluster, ["beside-the-flood"]), 180)
+        gateway.until(lambda: answered(cluster, ["beside-the-flood"]), 180)
         assert ask(cluster, hostile_csrs.honest("w9101", CLIENT_KUBELET), "of-the-same-node")
-        gateway.until(lambda: settled(cluster, ["of-the-same-node"]), 180)
+        gateway.until(lambda: answered(cluster, ["of-the-same-node"]), 180)
         assert gateway.peak_mb() < 150
         assert gateway.metric("requests_total", outcome="signed", signer=SERVING) >= 1
     found = states(cluster)

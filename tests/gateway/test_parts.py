@@ -137,7 +137,7 @@ def test_a_hostile_request_replaces_no_honest_one() -> None:
 
 
 def test_what_changes_while_it_is_worked_at_is_looked_at_again() -> None:
-    """The newer version is kept for afterwards; one that is settled then is not."""
+    """The newer version is kept for afterwards; one that has an answer by then is not."""
     line = Queue()
     line.put(one(version=1), no_node)
     job = line.take(0)

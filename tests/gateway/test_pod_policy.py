@@ -135,7 +135,7 @@ def test_an_hour_of_a_ca_with_exact_dates() -> None:
             assert found.validity == timedelta(minutes=59)
 
 
-def test_the_life_is_the_shortest_wish() -> None:
+def test_the_life_is_the_shortest_one_asked_for() -> None:
     """The lifetime is the shortest of the policy's, the CA's, and the pod's without the CA's backdating, so that the API server takes it."""
 
     def life(request: PodRequest = REQUEST, text: str = pods.POLICY, **changes: Any) -> timedelta:

@@ -263,7 +263,7 @@ def test_a_ca_that_is_away_denies_no_request(cluster: ClusterApi, bao: OpenBao, 
     asked = [(pod, pod.ask()) for pod in waiting]
     with gateways.running(place, "away") as gateway:
         gateway.until(lambda: gateway.metric("requests_total", signer=SIGNER, outcome="ca-unavailable") >= 1)
-        gateway.until(lambda: told(asked[0][0]) == ["the CA does not answer"])
+        gateway.until(lambda: reported(asked[0][0]) == ["the CA does not answer"])
         assert not any(outcome(pod.read(name)) for pod, name in asked)
     place.tables = [re.sub(r'url = "[^"]*"', f'url = "{url}"', table) for table in place.tables]
     with gateways.running(place, "back") as gateway:
@@ -272,7 +272,7 @@ def test_a_ca_that_is_away_denies_no_request(cluster: ClusterApi, bao: OpenBao, 
         gateway.until(lambda: gateway.metric("requests_total", signer=SIGNER, outcome="signed") == 40)
 
 
-def told(pod: Pod) -> list[str]:
+def reported(pod: Pod) -> list[str]:
     """Reasons in the gateway's events of a pod."""
     events = pod.cluster.client().get(f"/api/v1/namespaces/{pod.namespace}/events")["items"]
     ours = [one for one in events if one["involvedObject"]["uid"] == pod.document["metadata"]["uid"]]
@@ -289,8 +289,8 @@ def test_a_refresh_that_the_policy_does_not_allow_any_more(cluster: ClusterApi, 
         waits, denied = running.ask(), new.ask()
         found = until(gateway, new, denied, "Denied")
         assert condition(found) == ("NotAllowed", "namespace bank may not have certificates of this signer")
-        gateway.until(lambda: told(running) == ["namespace bank may not have certificates of this signer"])
-        assert told(new) == []
+        gateway.until(lambda: reported(running) == ["namespace bank may not have certificates of this signer"])
+        assert reported(new) == []
         assert outcome(running.read(waits)) == ""
         place.write_policy(usual)
         until(gateway, running, waits)

@@ -68,7 +68,7 @@ def validity(verdict: Verdict) -> timedelta:
     return verdict.validity
 
 
-def test_the_validity_is_the_shortest_wish() -> None:
+def test_the_validity_is_the_shortest_one_asked_for() -> None:
     """The validity is the shortest of the request's, the table's, `allow`'s and the CA's; a long request is shortened and not refused."""
     request = asked()
     assert validity(judge(request, world())) == timedelta(days=7)

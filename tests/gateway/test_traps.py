@@ -57,11 +57,11 @@ def until(gateway: Gateway, cluster: ClusterApi, name: str, state: str) -> None:
 
 def test_a_node_says_of_itself_what_it_likes(cluster: ClusterApi, place: Place) -> None:
     """The API server takes any address into `Node.status`; none of them is signed for what stands there."""
-    told = {
+    reported = {
         "InternalIP": ["10.96.0.1", "198.51.0.99", gateways.address_of("w1")],
         "InternalDNS": ["kubernetes.default.svc", "auth.company.example"],
     }
-    addresses = [{"type": kind, "address": one} for kind, some in told.items() for one in some]
+    addresses = [{"type": kind, "address": one} for kind, some in reported.items() for one in some]
     itself = cluster.client("system:node:w1", "system:nodes")
     answer = itself.patch("/api/v1/nodes/w1/status", {"status": {"addresses": addresses}})
     assert answer.ok, answer.text

@@ -95,8 +95,8 @@ def measure_exec(directory: Path, count: int, rounds: int) -> Row:
 
     def bare() -> None:
         for request in wanted:
-            told = {"CERTMONGER_OPERATION": "SUBMIT", "CERTMONGER_CSR": request.csr_pem.decode()}
-            run = subprocess.run(command, env=told, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+            reported = {"CERTMONGER_OPERATION": "SUBMIT", "CERTMONGER_CSR": request.csr_pem.decode()}
+            run = subprocess.run(command, env=reported, stdin=subprocess.DEVNULL, capture_output=True, check=True)
             x509.load_pem_x509_certificate(run.stdout)
 
     against = "the program in a loop, by `subprocess.run`"

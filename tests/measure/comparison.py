@@ -252,8 +252,8 @@ def summary(columns: Sequence[Column]) -> Iterator[list[str]]:
     yield ["**signed of them**", *(f"**{count}**" for count in signed)]
     for signer in (CLIENT_KUBELET, SERVING):
         name = signer.rpartition("/")[2]
-        told = [f"{column.twins[signer]} of 20" if signer in column.twins else "-" for column in columns]
-        yield [f"honest twins signed, {name}", *told]
+        reported = [f"{column.twins[signer]} of 20" if signer in column.twins else "-" for column in columns]
+        yield [f"honest twins signed, {name}", *reported]
 
 
 def rows(cases: Sequence[Case], columns: Sequence[Column]) -> Iterator[list[str]]:

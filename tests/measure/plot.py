@@ -14,7 +14,7 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
-_COLOURS = ("#0072b2", "#e69f00", "#cc3311")  # told apart by the colour-blind, too
+_COLOURS = ("#0072b2", "#e69f00", "#cc3311")  # the colour-blind see the difference, too
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """
 A burst of pods: what the gateway's processor takes for a pod's certificate, beside the API server and OpenBao in one run.
 
-`python -m tests.measure.pods [--requests N] [--settled N] [--docs]`: all requests are there when the gateway begins, among others
+`python -m tests.measure.pods [--requests N] [--answered N] [--docs]`: all requests are there when the gateway begins, among others
 that were answered before and stay for a quarter of an hour; each is judged twice by its pod, service account and node, as
 the API server has them. What it takes to read the others alone is measured first, by another gateway. `--docs` writes the table into docs/pod-certificates.md. Needs `kube-apiserver` and `etcd` of `tests/kit/binaries.sh`.
 """
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(prog="python -m tests.measure.pods", description=__doc__)
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--settled", type=int, default=18_000)
+    parser.add_argument("--answered", type=int, default=18_000)
     parser.add_argument("--docs", action="store_true", help="write the table into docs/pod-certificates.md")
     given = parser.parse_args(arguments)
     count = given.requests
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         place = pods.with_vault(pods.place(cluster, Path(name)), bao, ca)
         place.gateway |= {"pod_rate": 100_000, "pod_namespace_rate": 100_000, "lease_duration": "60s"}
         made = [pods.make_pod(cluster, node=f"w{number // _PODS_A_NODE}") for number in range(count)]
-        _by_all(cluster, _settle, itertools.repeat(made[0].body(), given.settled))
+        _by_all(cluster, _answer, itertools.repeat(made[0].body(), given.answered))
         cluster.client().create(LEASES, _held())
         with _standing_by(place) as gateway:
             reading = _Clock({"gateway": gateway.process.pid})
@@ -117,7 +117,7 @@ def _ask(who: ApiClient, body: dict[str, Any]) -> None:
     who.create(pods.collection(body["metadata"]["namespace"]), body)
 
 
-def _settle(who: ApiClient, body: dict[str, Any]) -> None:
+def _answer(who: ApiClient, body: dict[str, Any]) -> None:
     """A request that was denied."""
     collection = pods.collection(body["metadata"]["namespace"])
     name = who.create(collection, body)["metadata"]["name"]

@@ -314,7 +314,7 @@ def taken(found: Site, turn: Turn, before: str) -> Step:
     return step
 
 
-def _settled(found: Site, step: Step) -> None:
+def _finished(found: Site, step: Step) -> None:
     """Wait as the page says, and look at each node (AssertionError: one is not in its phase)."""
     if (step.verb, step.phase) in (found.steps[0][:2], ("back", "issued")):  # both CAs where there was one
         _pods_have(found, 2)
@@ -537,8 +537,8 @@ def _strangers(found: Site) -> list[str]:
     """What old certificates are answered; AssertionError: one of them is still taken."""
     rows = []
     for bridge in found.control_planes:
-        for name, told in clients.strangers(bridge.node, found.before / bridge.node.name, found.new):
-            rows.append(f"{bridge.node.name}: {name}: {told}")
+        for name, reported in clients.strangers(bridge.node, found.before / bridge.node.name, found.new):
+            rows.append(f"{bridge.node.name}: {name}: {reported}")
     print("\n".join(rows), flush=True)
     taken_still = [row for row in rows if not row.endswith(("401", "TLS alert"))]
     if taken_still:
@@ -564,7 +564,7 @@ def measured(found: Site, keep: Callable[[str], None]) -> None:
                 step = taken(found, turn, done[-1].phase if done else "old")
                 done.append(step)
                 keep(seen(found, done, rows))
-                _settled(found, step)
+                _finished(found, step)
                 if ask is not None and step.phase in ("issued", "new"):  # a file may be read again later
                     found.once, found.once_minutes = ask(), (time.monotonic() - begin) / 60
                 if step.phase == "new":

@@ -445,7 +445,7 @@ def strangers(node: Node, old: Path, trusted: bytes) -> Iterator[tuple[str, str]
     for name, kinds in places.items():
         if pair := _pair(old, name):  # a kubelet's may be in another file
             for kind in kinds:
-                yield f"{name} at {kind}", _told(node, trusted, pair, kind, is_proxy=name.startswith("front"))
+                yield f"{name} at {kind}", _answer_to(node, trusted, pair, kind, is_proxy=name.startswith("front"))
 
 
 def _pair(old: Path, name: str) -> bytes:
@@ -456,7 +456,7 @@ def _pair(old: Path, name: str) -> bytes:
     return b"".join((old / "pki" / f"{spec.base}{suffix}").read_bytes() for suffix in (".crt", ".key"))
 
 
-def _told(node: Node, trusted: bytes, pair: bytes, kind: str, *, is_proxy: bool) -> str:
+def _answer_to(node: Node, trusted: bytes, pair: bytes, kind: str, *, is_proxy: bool) -> str:
     port, path = {"api": (API_PORT, "/api"), "kubelet": (10250, "/healthz"), "etcd": (2379, "/health")}[kind]
     context = ssl.create_default_context(cadata=trusted.decode())
     with tempfile.NamedTemporaryFile() as file:

@@ -124,17 +124,17 @@ def _upgrade(node: Node, *options: str) -> tuple[subprocess.CompletedProcess[str
 
 
 def _doctor(bridge: LiveBridge) -> tuple[int, dict[str, list[str]], str]:
-    return told_by(bridge.run("doctor", "--before-upgrade", "-o", "json"))
+    return findings_of(bridge.run("doctor", "--before-upgrade", "-o", "json"))
 
 
-def told_by(run: subprocess.CompletedProcess[str]) -> tuple[int, dict[str, list[str]], str]:
+def findings_of(run: subprocess.CompletedProcess[str]) -> tuple[int, dict[str, list[str]], str]:
     """The findings of `doctor -o json`: the exit code, errors and warnings, and all texts."""
-    told = json.loads(run.stdout)
+    reported = json.loads(run.stdout)
     wrong: dict[str, list[str]] = {}
-    for one in told["findings"]:
+    for one in reported["findings"]:
         if one["level"] != "ok":
             wrong.setdefault(one["check"], []).extend(one["about"])
-    return run.returncode, wrong, " ".join(one["text"] for one in told["findings"])
+    return run.returncode, wrong, " ".join(one["text"] for one in reported["findings"])
 
 
 def _expire(bridge: LiveBridge, name: str) -> None:

@@ -64,16 +64,16 @@ class Site:
 
     def doctor(self, name: str, *options: str) -> dict[str, list[str]]:
         """What is wrong by it, but for what the kit brings; a row."""
-        code, wrong, _ = upgrade.told_by(self.machines[name].alone("doctor", *options, "-o", "json"))
+        code, wrong, _ = upgrade.findings_of(self.machines[name].alone("doctor", *options, "-o", "json"))
         self.seen.add(f"{name}: `{' '.join(('doctor', *options))}`", f"exit {code}, {upgrade.shown(wrong)}")
         return {check: about for check, about in wrong.items() if _OF_THE_KIT.get(check) != about}
 
     def plan(self, name: str) -> list[str]:
         """What is due by it; a row."""
         run = self.machines[name].alone("plan", "-o", "json")
-        told = json.loads(run.stdout)
-        due = [one["name"] for one in told["renew"]]
-        drift = [one["about"] for one in told["drift"]]
+        reported = json.loads(run.stdout)
+        due = [one["name"] for one in reported["renew"]]
+        drift = [one["about"] for one in reported["drift"]]
         text = f"exit {run.returncode}, due: {', '.join(due) or 'nothing'}; drift: {', '.join(drift) or 'none'}"
         self.seen.add(f"{name}: `plan`", text)
         return due

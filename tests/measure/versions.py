@@ -163,14 +163,14 @@ class Walk:
         """`certs check-expiration` beside what the files say."""
         run = self._certs(node, "check-expiration", "-o", "json")
         assert run.returncode == 0, run.stderr
-        told = json.loads(run.stdout[run.stdout.index("{") :])
-        theirs = {one["name"]: one["expirationDate"] for one in told["certificates"] if not one.get("missing")}
+        reported = json.loads(run.stdout[run.stdout.index("{") :])
+        theirs = {one["name"]: one["expirationDate"] for one in reported["certificates"] if not one.get("missing")}
         ours = {name: f"{_live(node, name).not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}" for name in LISTED}
-        external = sum(one["externallyManaged"] for one in told["certificates"])
+        external = sum(one["externallyManaged"] for one in reported["certificates"])
         text = f"exit 0, {len(theirs)} certificates, {external} of an external CA"
         self.seen.add("`certs check-expiration`", text)
         assert theirs == ours, (theirs, ours)
-        assert external == len(LISTED), told
+        assert external == len(LISTED), reported
 
     def _not_renewed(self, node: NewNode) -> None:
         """`certs renew all` has no CA key, says so of each, and leaves everything as it is."""

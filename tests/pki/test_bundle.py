@@ -510,8 +510,8 @@ def test_the_longest_values_are_read(request_bundle: RequestBundle, answer_bundl
     longest = replace(request_bundle, cluster="x" * 253)
     longest = changed(longest, "apiserver", validity=timedelta(days=36500))
     assert loads(dumps(longest)) == longest
-    told = replace(answer_bundle, cluster="x" * 253, signer="x" * 2000)
-    assert loads(dumps(told)) == told
+    reported = replace(answer_bundle, cluster="x" * 253, signer="x" * 2000)
+    assert loads(dumps(reported)) == reported
 
 
 def test_the_files_of_an_answer_are_named_after_its_authorities() -> None:

@@ -102,7 +102,7 @@ class Site:
         return self._lines("restarts")
 
     @property
-    def told(self) -> list[str]:
+    def reported(self) -> list[str]:
         """What the hooks got: event, exit code, run, renewed certificates."""
         return self._lines("hooks")
 
@@ -111,7 +111,7 @@ class Site:
         return path.read_text().splitlines() if path.exists() else []
 
     @property
-    def is_owed(self) -> bool:
+    def is_unproven(self) -> bool:
         """Whether something is not proven."""
         return (self.directory / "state/unproven.json").exists()
 
@@ -143,14 +143,14 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     return site
 
 
-def test_what_works_is_settled(site: Site) -> None:
+def test_what_works_is_proven(site: Site) -> None:
     """The component is restarted once, and no work stays open."""
     result = site.renew(MANAGER, SCHEDULER)
     assert (result.exit_code, site.restarted) == (0, ["kube-controller-manager", "kube-scheduler"])
-    assert not site.is_owed
+    assert not site.is_unproven
     assert site.renew().exit_code == 0
     assert len(site.restarted) == 2
-    assert [line.split()[:2] for line in site.told] == [["success", "0"]]
+    assert [line.split()[:2] for line in site.reported] == [["success", "0"]]
 
 
 POSTPONED = [
@@ -169,13 +169,13 @@ def test_what_can_not_be_restarted_now_stays_and_is_restarted_by_a_later_run(
     result = site.renew(MANAGER)
     new = site.files()
     assert new != old
-    assert (result.exit_code, site.restarted, site.is_owed) == (code, [], True)
+    assert (result.exit_code, site.restarted, site.is_unproven) == (code, [], True)
     assert str(obstacle) in str(result.errors[0])
     assert not (site.directory / "state/attempts.json").exists()
     site.obstacle, site.states = None, {}
     assert site.renew().exit_code == 0
-    assert (site.files(), site.restarted, site.is_owed) == (new, ["kube-controller-manager"], False)
-    failed, done = (line.split() for line in site.told)
+    assert (site.files(), site.restarted, site.is_unproven) == (new, ["kube-controller-manager"], False)
+    failed, done = (line.split() for line in site.reported)
     assert failed[:2] == ["failure", str(code)]
     assert (done[:2], done[3:]) == (["success", "0"], [MANAGER])
     assert failed[2] == done[2]  # of the run that renewed
@@ -190,12 +190,12 @@ def test_a_restart_that_is_impossible_leaves_the_certificates_where_they_are(sit
     site.states = {MANAGER: "stale"}
     for _ in range(2):
         result = site.renew()
-        assert (result.exit_code, site.files(), site.is_owed) == (Exit.NOT_LIVE, new, True)
+        assert (result.exit_code, site.files(), site.is_unproven) == (Exit.NOT_LIVE, new, True)
         [error] = [error for error in result.errors if error.exit_code == Exit.NOT_LIVE]
         assert "kube-controller-manager: wanted its command" in str(error)
     assert site.restarted == ["kube-scheduler"]
     site.states = {}
-    assert (site.renew().exit_code, site.is_owed) == (0, False)
+    assert (site.renew().exit_code, site.is_unproven) == (0, False)
 
 
 def test_what_is_refused_goes_back_though_another_restart_is_impossible(
@@ -224,7 +224,7 @@ def test_a_second_restart_too_soon_is_no_failure(site: Site) -> None:
     site.states = {MANAGER: "refused"}
     old = site.files()
     result = site.renew(MANAGER)
-    assert (result.exit_code, site.is_owed) == (Exit.UNAVAILABLE, True)
+    assert (result.exit_code, site.is_unproven) == (Exit.UNAVAILABLE, True)
     assert "restart.min_interval" in str(result.errors[0])
     assert site.files() != old
     site.change(min_interval=timedelta())
@@ -249,7 +249,7 @@ def test_what_does_not_work_although_another_waits_goes_back(site: Site, monkeyp
 
     monkeypatch.setattr(neighbours, "turn", turn)
     result = site.renew(MANAGER, SCHEDULER)
-    assert (result.exit_code, site.files(), site.is_owed) == (Exit.ROLLED_BACK, old, False)
+    assert (result.exit_code, site.files(), site.is_unproven) == (Exit.ROLLED_BACK, old, False)
     assert site.restarted == ["kube-controller-manager"] * 2
     assert all(one.cluster.neighbours != "ignore" for one in site.turns)
 
@@ -299,12 +299,12 @@ def test_a_way_back_that_was_cut_off_is_gone_on_with(site: Site, monkeypatch: py
         with pytest.raises(KilledError):
             site.renew(MANAGER)
     assert (site.files() == old) is (place == "before the restarts")
-    assert site.is_owed
+    assert site.is_unproven
     result = site.renew()
-    assert (result.exit_code, site.files(), site.is_owed) == (Exit.ROLLED_BACK, old, False)
+    assert (result.exit_code, site.files(), site.is_unproven) == (Exit.ROLLED_BACK, old, False)
     assert site.restarted == ["kube-controller-manager"] * 2
     assert "everything runs on the old files again" in str(result.errors[0])
-    assert site.told[-1].split()[:2] == ["failure", "8"]
+    assert site.reported[-1].split()[:2] == ["failure", "8"]
     assert site.renew().exit_code == 0
 
 
@@ -315,11 +315,11 @@ def test_what_could_not_be_restarted_back_is_restarted_by_a_later_run(
     failing(site, monkeypatch, MANAGER)
     with before_restarts(site.hold_the_way_back):
         result = site.renew(MANAGER)
-    assert (result.exit_code, site.restarted, site.is_owed) == (Exit.ROLLED_BACK, ["kube-controller-manager"], True)
+    assert (result.exit_code, site.restarted, site.is_unproven) == (Exit.ROLLED_BACK, ["kube-controller-manager"], True)
     assert "another node is not well" in str(result.outcomes[0].error)
     site.obstacle = None
     assert site.renew().exit_code == Exit.ROLLED_BACK
-    assert (site.restarted, site.is_owed) == (["kube-controller-manager"] * 2, False)
+    assert (site.restarted, site.is_unproven) == (["kube-controller-manager"] * 2, False)
 
 
 def unproven(site: Site, *names: str) -> list[dict[str, bytes]]:
@@ -344,9 +344,9 @@ def test_what_several_runs_installed_goes_back_to_what_was_in_use(
     result = site.renew()
     assert result.exit_code == (Exit.ROLLED_BACK if wrong in names else 0)
     assert (site.files() == before) is (wrong in names)
-    assert not site.is_owed
-    runs = {line.split()[2] for line in site.told}
-    last = {line.split()[2] for line in site.told if line.split()[1] == str(result.exit_code)}
+    assert not site.is_unproven
+    runs = {line.split()[2] for line in site.reported}
+    last = {line.split()[2] for line in site.reported if line.split()[1] == str(result.exit_code)}
     assert len(runs) == len(names)
     assert len(last) == len(set(names))  # the first of two for the same certificate has nothing live any more
 
@@ -368,11 +368,11 @@ def test_if_one_set_cant_go_back_none_does(site: Site, monkeypatch: pytest.Monke
     assert Exit.NOT_LIVE in {error.exit_code for error in result.errors}
     assert "it was not rolled back" in str(result.errors[0])
     assert all(site.files()[path] == new[path] for path in new if path.endswith((MANAGER, SCHEDULER)))
-    assert site.is_owed
+    assert site.is_unproven
     site.states = {}
     monkeypatch.setattr(site, "clock", lambda: datetime.now(UTC))
     assert site.renew().exit_code == 0
-    assert not site.is_owed
+    assert not site.is_unproven
 
 
 def test_backups_are_kept_until_all_is_proven(site: Site) -> None:
@@ -406,11 +406,11 @@ def test_a_restart_back_that_fails_keeps_no_other_one_away(site: Site, monkeypat
     count = f"sh -c 'echo kube-controller-manager >>{site.directory}/restarts; test $(wc -l <{site.directory}/restarts) = 1'"
     site.change(commands={**commands, "kube-controller-manager": count})
     assert site.renew(MANAGER, SCHEDULER).exit_code == Exit.ROLLED_BACK
-    assert (site.files() == before, site.is_owed) == (True, True)
+    assert (site.files() == before, site.is_unproven) == (True, True)
     site.change(commands=commands)
     assert site.renew().exit_code == Exit.ROLLED_BACK
     assert site.restarted[-1] == "kube-scheduler"
-    assert not site.is_owed
+    assert not site.is_unproven
 
 
 def test_what_is_still_to_be_restarted_back_keeps_no_renewal_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,11 +422,11 @@ def test_what_is_still_to_be_restarted_back_keeps_no_renewal_away(site: Site, mo
         monkeypatch.setattr(proof, "look", site.look)
         assert site.renew("apiserver").exit_code == Exit.ROLLED_BACK
     new = site.files()
-    assert (new != old, site.is_owed, site.restarted) == (True, True, ["kube-controller-manager"])
+    assert (new != old, site.is_unproven, site.restarted) == (True, True, ["kube-controller-manager"])
     site.obstacle = None
     assert site.renew().exit_code == 0
     assert site.restarted[1:] == ["kube-apiserver", "kube-controller-manager"]
-    assert (site.is_owed, site.files()) == (False, new)
+    assert (site.is_unproven, site.files()) == (False, new)
 
 
 def test_a_stale_component_that_is_not_listed_is_reported_and_no_reason_to_go_back(site: Site) -> None:
@@ -435,7 +435,7 @@ def test_a_stale_component_that_is_not_listed_is_reported_and_no_reason_to_go_ba
     old = site.files()
     with before_restarts(lambda _: site.states.update({MANAGER: "stale"})):
         result = site.renew(MANAGER, SCHEDULER)
-    assert (result.exit_code, site.files() == old, site.is_owed) == (Exit.NOT_LIVE, False, True)
+    assert (result.exit_code, site.files() == old, site.is_unproven) == (Exit.NOT_LIVE, False, True)
     assert "restart.components does not list" in str(result.errors[0])
     assert site.renew().exit_code == Exit.NOT_LIVE
     assert site.restarted == ["kube-scheduler"]
@@ -458,10 +458,10 @@ def test_a_restart_back_that_fails_is_tried_again(site: Site, monkeypatch: pytes
     commands = dict(site.settings.restart.commands)
     site.change(commands={**commands, "kube-controller-manager": f"mkdir {site.directory}/once"})
     assert site.renew(MANAGER).exit_code == Exit.ROLLED_BACK
-    assert (site.files() == before, site.is_owed) == (True, True)
+    assert (site.files() == before, site.is_unproven) == (True, True)
     site.change(commands=commands)
     assert site.renew().exit_code == Exit.ROLLED_BACK
-    assert (site.restarted, site.is_owed) == (["kube-controller-manager"], False)
+    assert (site.restarted, site.is_unproven) == (["kube-controller-manager"], False)
 
 
 def test_what_earlier_runs_had_restarted_is_restarted_back_too(site: Site) -> None:
@@ -492,10 +492,10 @@ def test_a_file_that_is_away_for_a_while_ends_nothing(site: Site) -> None:
     path.write_text("kind: Config\n")
     result = site.renew()
     assert "installed, and not proven: controller-manager.conf" in str(result.errors[0])
-    assert (result.exit_code, site.is_owed, site.restarted) == (Exit.FAILED, True, [])
+    assert (result.exit_code, site.is_unproven, site.restarted) == (Exit.FAILED, True, [])
     path.write_bytes(data)
     assert site.renew().exit_code == 0
-    assert (site.is_owed, site.restarted) == (False, ["kube-controller-manager"])
+    assert (site.is_unproven, site.restarted) == (False, ["kube-controller-manager"])
 
 
 def test_settings_that_leave_restarts_to_people_say_what_is_left(site: Site) -> None:
@@ -520,7 +520,7 @@ def test_a_failure_that_is_kept_is_reported_until_it_is_gone(site: Site) -> None
     assert site.renew().exit_code == Exit.NOT_LIVE
     site.states = {}
     assert site.renew().exit_code == 0
-    assert not site.is_owed
+    assert not site.is_unproven
 
 
 def test_without_restarts_nothing_is_restarted_or_proven(site: Site) -> None:
@@ -529,9 +529,9 @@ def test_without_restarts_nothing_is_restarted_or_proven(site: Site) -> None:
     assert site.renew(MANAGER).exit_code == Exit.UNAVAILABLE
     site.states, site.obstacle = {SCHEDULER: "refused"}, None
     assert site.renew(SCHEDULER, restarts=False).exit_code == 0
-    assert (site.restarted, site.is_owed) == ([], True)
+    assert (site.restarted, site.is_unproven) == ([], True)
     assert site.renew().exit_code == 0
-    assert (site.restarted, site.is_owed) == (["kube-controller-manager"], False)
+    assert (site.restarted, site.is_unproven) == (["kube-controller-manager"], False)
 
 
 def test_what_could_not_be_seen_before_is_no_excuse(site: Site) -> None:
@@ -571,7 +571,7 @@ def test_a_clock_that_was_set_back_makes_no_restart(site: Site, is_old: bool) ->
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"certificates": [3]}', None], ids=["empty", "cut", "other", "bit flip"])
-def test_a_damaged_file_never_means_that_nothing_is_owed(site: Site, text: str | None) -> None:
+def test_a_damaged_file_never_means_that_nothing_is_unproven(site: Site, text: str | None) -> None:
     """Exit 7 on each run, nothing is installed over it, and what it says is kept."""
     path = owing(site)
     damaged = path.read_text().replace("going_back", "going_bacj") if text is None else text
@@ -584,8 +584,8 @@ def test_a_damaged_file_never_means_that_nothing_is_owed(site: Site, text: str |
     assert (path.read_text(), site.files()) == (damaged, before)
 
 
-def test_a_passing_read_error_deletes_nothing_that_is_owed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit 7 while the disk can't read it; the next run that can does what is owed."""
+def test_a_passing_read_error_deletes_no_unproven_certificate(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 7 while the disk can't read it; the next run that can proves what was installed."""
     path, read = owing(site), Path.read_bytes
 
     def broken(one: Path) -> bytes:
@@ -599,4 +599,4 @@ def test_a_passing_read_error_deletes_nothing_that_is_owed(site: Site, monkeypat
     assert (result.exit_code, site.restarted) == (Exit.NOT_LIVE, [])
     assert "Input/output error" in str(result.errors[0])
     assert site.renew().exit_code == 0
-    assert (site.restarted, site.is_owed) == (["kube-controller-manager"], False)
+    assert (site.restarted, site.is_unproven) == (["kube-controller-manager"], False)

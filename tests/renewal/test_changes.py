@@ -85,9 +85,12 @@ def test_sans_come_and_go_by_name(site: Site) -> None:
     add = ("--add-san", "apiserver=new.example.com", "--add-san", "etcd-peer=2001:db8::1")
     changes = (*add, "--drop-san", "apiserver=DNS:zz.example.com")
     plan = site.bridge.run("plan", *changes, "-o", "json")
-    told = {one["name"]: " ".join(one["changes"]) for one in json.loads(plan.stdout)["renew"]}
+    reported = {one["name"]: " ".join(one["changes"]) for one in json.loads(plan.stdout)["renew"]}
     assert plan.returncode == 3
-    assert ("with DNS:new.example.com" in told["apiserver"], "without DNS:zz.example.com" in told["apiserver"]) == (
+    assert (
+        "with DNS:new.example.com" in reported["apiserver"],
+        "without DNS:zz.example.com" in reported["apiserver"],
+    ) == (
         True,
         True,
     )
@@ -270,8 +273,8 @@ def test_doctor_compares_with_kubeadm_config(site: Site, cluster: apiserver.Stat
     )
 
     def found() -> dict[str, tuple[str, str]]:
-        told = json.loads(site.bridge.run("doctor", "-o", "json").stdout)["findings"]
-        return {one["check"]: (one["level"], one["text"]) for one in told if "kubeadm-config" in one["check"]}
+        reported = json.loads(site.bridge.run("doctor", "-o", "json").stdout)["findings"]
+        return {one["check"]: (one["level"], one["text"]) for one in reported if "kubeadm-config" in one["check"]}
 
     assert set(found()) == {"kubeadm-config"}
     assert found()["kubeadm-config"][0] == "ok"

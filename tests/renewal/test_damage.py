@@ -91,7 +91,7 @@ def test_no_bit_flip_installs_under_a_wrong_name(
     whole = store.journal.read_bytes()
     if not has_digest:
         whole = json.dumps(unsealed(whole, frozenset())).encode()
-    done = told = 0
+    done = reported = 0
     for data in flipped(whole, 13):
         for path, content in interrupted.items():
             path.write_bytes(content)
@@ -100,7 +100,7 @@ def test_no_bit_flip_installs_under_a_wrong_name(
         try:
             install.recover(store)
         except StateDamagedError:
-            told += 1
+            reported += 1
             assert everything(node, store) == damaged
         except BridgeError:
             assert not has_digest
@@ -113,8 +113,8 @@ def test_no_bit_flip_installs_under_a_wrong_name(
             assert {path.name for path in node.pki_dir.iterdir()} == {
                 path.name for path in interrupted if path.parent == node.pki_dir and not path.name.startswith(".")
             } | {"etcd"}
-    assert told > 20
-    assert done < told or not has_digest
+    assert reported > 20
+    assert done < reported or not has_digest
 
 
 def config(node: Pki, tmp_path: Path) -> list[str]:

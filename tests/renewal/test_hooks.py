@@ -85,7 +85,7 @@ def renewed(node: Node, name: str = "apiserver", **about: int | str) -> HookEven
     return HookEvent.of([item], [outcome], backup_id="20261125-1", exit_code=int(about.get("exit_code", 0)))
 
 
-def owed(store: Store) -> list[dict[str, object]]:
+def to_run(store: Store) -> list[dict[str, object]]:
     if not store.hooks.exists():
         return []
     entries: list[dict[str, object]] = json.loads(store.hooks.read_text())["owed"]
@@ -184,14 +184,14 @@ def test_a_failure_is_reported_with_its_reasons(make: Make, node: Node, log: Pat
 def test_the_output_of_a_hook_is_in_the_log(make: Make, node: Node, capsys: pytest.CaptureFixture[str]) -> None:
     """On standard error, with the event before it; standard output is for results."""
     set_up(0, LogFormat.TEXT)
-    make(shell("echo told; echo trouble >&2; head -c 100000 /dev/zero", "success")).finished(renewed(node))
+    make(shell("echo done; echo trouble >&2; head -c 100000 /dev/zero", "success")).finished(renewed(node))
     out, err = capsys.readouterr()
     assert out == ""
     lines = [line.rpartition(" [run ")[0] for line in err.splitlines()]
-    assert lines[:2] == ["hook success: told", "hook success: trouble"]
+    assert lines[:2] == ["hook success: done", "hook success: trouble"]
     assert (
         lines[-1]
-        == f"warning: hook success: sh: {100_000 + len('told trouble ') - MOST_LOGGED} more bytes of output are not shown"
+        == f"warning: hook success: sh: {100_000 + len('done trouble ') - MOST_LOGGED} more bytes of output are not shown"
     )
 
 
@@ -223,7 +223,7 @@ def test_each_run_is_a_success_or_a_failure_or_waits(
 
 
 def test_a_before_hook_that_fails_stops_the_run(make: Make, log: Path, store: Store) -> None:
-    """The hooks behind it do not run; nothing is owed, since the next run begins with them anyway."""
+    """The hooks behind it do not run; no hook is left to run, since the next run begins with them anyway."""
     hooks = make(f'before = ["sh -c \\"exit 2\\"", "touch {log}"]')
     with pytest.raises(HookError) as e:
         hooks.before(HookEvent(names=("apiserver",)))
@@ -330,17 +330,19 @@ def test_of_failures_the_newest_is_reported_again(make: Make, node: Node, store:
     """A week of them is one message when the pager is back."""
     for number in range(7):
         make('failure = "false"', run_id=f"{number:08}").finished(HookEvent(names=("apiserver",), exit_code=6))
-    assert [one["run_id"] for one in owed(store)] == ["00000006"]
+    assert [one["run_id"] for one in to_run(store)] == ["00000006"]
     [error] = make('failure = "false"').again(node)
     assert error.exit_code == Exit.FAILED
 
 
-def test_what_is_owed_has_a_limit(make: Make, node: Node, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_hooks_to_run_have_a_limit(
+    make: Make, node: Node, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A hook that fails for years does not fill the disk; a message names each event that is given up."""
     set_up(0, LogFormat.TEXT)
     for number in range(22):
         make('success = "false"', run_id=f"{number:08}").finished(renewed(node))
-    assert [one["run_id"] for one in owed(store)] == [f"{number:08}" for number in range(2, 22)]
+    assert [one["run_id"] for one in to_run(store)] == [f"{number:08}" for number in range(2, 22)]
     assert "hook success of run 00000001 is given up" in capsys.readouterr().err
 
 
@@ -365,7 +367,7 @@ def test_after_the_installation_the_hook_runs_once(make: Make, node: Node, store
     """The hook that was recorded before the installation is the same one, and runs once."""
     hooks = make(shell(f"echo x >>{log}", "after_install"))
     hooks.installing(renewed(node))
-    assert len(owed(store)) == 1
+    assert len(to_run(store)) == 1
     assert hooks.installed(renewed(node)) == []
     assert hooks.again(node) == []
     assert log.read_text() == "x\n"
@@ -398,22 +400,22 @@ def test_a_hook_that_was_cut_off_by_kill_9_is_run_again(make: Make, node: Node, 
     for child in children:
         os.killpg(int(child), signal.SIGKILL)
     assert len(children) == 1
-    assert [(one["run_id"], one["tries"]) for one in owed(store)] == [("aaaaaaaa", 1)]
+    assert [(one["run_id"], one["tries"]) for one in to_run(store)] == [("aaaaaaaa", 1)]
     assert make(line, run_id="bbbbbbbb").again(node) == []
     assert log.read_text() == "1\n2\n"
     assert not store.hooks.exists()
 
 
-BEFORE_OWED = {"event": "before", "run_id": "x", "environment": {}, "serials": {}, "done": [], "tries": 1}
+BEFORE_DONE = {"event": "before", "run_id": "x", "environment": {}, "serials": {}, "done": [], "tries": 1}
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", '{"owed": [{}]}', json.dumps({"owed": [BEFORE_OWED]})],
+    ["", "{", "[]", '{"owed": [{}]}', json.dumps({"owed": [BEFORE_DONE]})],
     ids=["empty", "cut", "list", "no fields", "other event"],
 )
 def test_a_broken_file_is_set_aside_and_reported(text: str, make: Make, node: Node, store: Store) -> None:
-    """The renewal goes on; a person looks at what was owed."""
+    """The renewal goes on; a person looks at what the hooks would have done."""
     store.hooks.write_text(text)
     [error] = make('success = "true"').again(node)
     assert error.exit_code == Exit.FAILED

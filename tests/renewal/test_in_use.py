@@ -1,4 +1,4 @@
-"""With `restart.method = "none"`, or --no-restart, what was installed is owed until it is seen in use."""
+"""With `restart.method = "none"`, or --no-restart, what was installed stays unproven until it is seen in use."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_what_was_postponed_is_waited_for_and_no_run_restarts_for_it(
 
 
 @pytest.mark.attack("N2")
-def test_without_a_method_no_restart_is_owed_just_as_well(
+def test_without_a_method_no_restart_is_due_just_as_well(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With `restart.method = "none"`, too, and a method that is set later does not restart for it."""
@@ -203,7 +203,7 @@ def test_a_component_that_is_not_seen_is_not_in_use(
     assert site.renew().exit_code == Exit.NOT_LIVE
 
 
-def test_without_a_manifest_nothing_is_owed(site: Site) -> None:
+def test_without_a_manifest_nothing_is_due(site: Site) -> None:
     """A component that does not run here as a static pod is not waited for, since its state is unknown."""
     (site.pki.kubeconfig_dir / "manifests/kube-scheduler.yaml").unlink()
     assert site.renew(SCHEDULER).exit_code == Exit.DONE

@@ -189,7 +189,9 @@ def test_a_killed_run_leaves_a_pair_to_the_next_one(bridge: Bridge, place: Path,
 
 
 @needs_haproxy
-def test_without_restart_a_pair_is_owed_until_its_server_shows_it(bridge: Bridge, place: Path, tmp_path: Path) -> None:
+def test_without_restart_a_pair_is_unproven_until_its_server_shows_it(
+    bridge: Bridge, place: Path, tmp_path: Path
+) -> None:
     """With --no-restart no command runs, and each later run, and doctor, say what is still to be done."""
     add(bridge, place)
     assert bridge.run("renew").returncode == 0

@@ -369,13 +369,13 @@ def bao() -> Iterator[openbao.OpenBao]:
 
 
 def test_with_openbao(node: Pki, tmp_path: Path, bao: openbao.OpenBao) -> None:
-    """Signed by the role of a renewal; revoked where the policy allows that, and told where it does not."""
+    """Signed by the role of a renewal; revoked where the policy allows that; else the command says that it is not."""
     bridge = Bridge(pki=node, directory=tmp_path / "bridge")
     for name in AUTHORITIES:
         add_vault(bridge, bao, name, "rehearsal")
-    told = bridge.run("renew", "--rehearse", "apiserver")
-    assert told.returncode == 0, told.stderr
-    assert "not revoked: apiserver, serial" in told.stderr
+    reported = bridge.run("renew", "--rehearse", "apiserver")
+    assert reported.returncode == 0, reported.stderr
+    assert "not revoked: apiserver, serial" in reported.stderr
     policy = bao.read("sys/policies/acl/rehearsal-ca")["data"]["policy"]
     bao.add_policy("rehearsal-ca", policy + '\npath "rehearsal-ca/revoke" { capabilities = ["update"] }\n')
     run = bridge.run("renew", "--rehearse", "apiserver", "-o", "json")
@@ -396,8 +396,8 @@ def test_a_credential_that_is_good_once_is_left_to_the_renewal(node: Pki, tmp_pa
         bridge.secret(f"once-{name}.secret-id", wrapped)
     bridge.tables = [f"{one}wrapped = true\n" if ".auth]" in one else one for one in bridge.tables]
     bridge.add("audit", {})
-    told = bridge.run("renew", "--rehearse", "apiserver")
-    assert told.returncode == Exit.USAGE
-    assert "a rehearsal would use up" in told.stderr
+    reported = bridge.run("renew", "--rehearse", "apiserver")
+    assert reported.returncode == Exit.USAGE
+    assert "a rehearsal would use up" in reported.stderr
     renewal = bridge.run("renew", "apiserver")
     assert renewal.returncode == 0, renewal.stderr

@@ -69,7 +69,7 @@ def serial(node: Pki, name: str) -> str:
     return f"{item.certificates[0].serial_number:x}"
 
 
-def owed(settings: Settings) -> list[str]:
+def due(settings: Settings) -> list[str]:
     return [one.name for one in revocations_file(Store(settings.node.state_dir)).read() or ()]
 
 
@@ -78,9 +78,9 @@ def test_what_was_superseded_is_revoked_after_the_delay(node: Pki, settings: Set
     old = {serial(node, name) for name in ("apiserver", "etcd-peer")}
     assert run(settings, "apiserver", "etcd-peer").exit_code == 0
     new = {serial(node, name) for name in ("apiserver", "etcd-peer")}
-    assert (run(settings).exit_code, revoked(tmp_path), owed(settings)) == (0, set(), ["apiserver", "etcd-peer"])
+    assert (run(settings).exit_code, revoked(tmp_path), due(settings)) == (0, set(), ["apiserver", "etcd-peer"])
     assert run(settings, later=2 * DAY).exit_code == 0
-    assert (revoked(tmp_path), owed(settings)) == (old, [])
+    assert (revoked(tmp_path), due(settings)) == (old, [])
     assert not new & old
     events = list(audit.events(Store(settings.node.state_dir), None, "apiserver"))
     assert (events[-1]["event"], events[-1]["exitCode"]) == (audit.REVOKED, 0)
@@ -91,12 +91,12 @@ def test_by_default_nothing_is_revoked(settings: Settings, tmp_path: Path) -> No
     """By default no certificate is revoked; once the settings say "never", open revocations are dropped, too."""
     never = replace(settings, renewal=replace(settings.renewal, revoke="never"))
     run(never, "apiserver")
-    assert owed(settings) == []
+    assert due(settings) == []
     run(settings, "apiserver")
-    assert owed(settings) == ["apiserver"]
+    assert due(settings) == ["apiserver"]
     quiet = Quiet()
     assert run(never, later=2 * DAY, quiet=quiet).exit_code == 0
-    assert (owed(settings), revoked(tmp_path)) == ([], set())
+    assert (due(settings), revoked(tmp_path)) == ([], set())
     assert "not revoked: apiserver" in "; ".join(quiet.notes)
 
 
@@ -107,7 +107,7 @@ def test_what_is_in_use_again_is_not_revoked(node: Pki, settings: Settings, tmp_
     backups.put_back_and_retire(settings, None, lambda: datetime.now(UTC), force=False, wait=timedelta())
     assert serial(node, "apiserver") == old
     assert run(settings, later=2 * DAY).exit_code == 0
-    assert (owed(settings), revoked(tmp_path)) == ([], set())
+    assert (due(settings), revoked(tmp_path)) == ([], set())
 
 
 def test_what_was_never_installed_supersedes_nothing(
@@ -123,7 +123,7 @@ def test_what_was_never_installed_supersedes_nothing(
         with pytest.raises(InstallError):
             run(settings, "apiserver")
     run(settings, later=2 * DAY)
-    assert (owed(settings), revoked(tmp_path)) == ([], set())
+    assert (due(settings), revoked(tmp_path)) == ([], set())
 
 
 def test_nothing_is_revoked_where_nothing_is_seen(
@@ -135,10 +135,10 @@ def test_nothing_is_revoked_where_nothing_is_seen(
     with monkeypatch.context() as patch:
         patch.setattr(proof, "look", lambda *_: ProofReport(findings=()))
         assert run(settings, later=2 * DAY, quiet=quiet).exit_code == 0
-    assert (owed(settings), revoked(tmp_path)) == (["apiserver"], set())
+    assert (due(settings), revoked(tmp_path)) == (["apiserver"], set())
     assert "not revoked, since the successor is not seen in use: apiserver" in "; ".join(quiet.notes)
     run(settings, later=2 * DAY)
-    assert (owed(settings), revoked(tmp_path)) == ([], {old})
+    assert (due(settings), revoked(tmp_path)) == ([], {old})
 
 
 @pytest.mark.parametrize("state", ["stale", "refused", "no-answer", "unknown"])
@@ -154,9 +154,9 @@ def test_nothing_is_revoked_before_the_new_one_is_proven(
     with monkeypatch.context() as patch:
         patch.setattr(proof, "look", lambda *_: ProofReport(findings=(wrong,)))
         assert run(settings, later=2 * DAY).exit_code == 0
-    assert (owed(settings), revoked(tmp_path)) == (["apiserver"], set())
+    assert (due(settings), revoked(tmp_path)) == (["apiserver"], set())
     run(settings, later=2 * DAY)
-    assert (owed(settings), revoked(tmp_path)) == ([], {old})
+    assert (due(settings), revoked(tmp_path)) == ([], {old})
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_ca_that_does_not_revoke_is_reported(
         table["retry_for"] = "1s"  # type: ignore[index]
     monkeypatch.setattr(OpensslBackend, "revoke", revoke)
     result = run(settings, later=2 * DAY)
-    assert (result.exit_code, owed(settings)) == (error.exit_code, left)
+    assert (result.exit_code, due(settings)) == (error.exit_code, left)
     assert "not revoked: apiserver, serial" in str(result.errors[0])
     assert not Store(settings.node.state_dir).attempts.exists()
 
@@ -185,11 +185,11 @@ def test_a_ca_that_cannot_revoke_is_reported_before(settings: Settings, monkeypa
     monkeypatch.delattr(OpensslBackend, "revoke")
     quiet = Quiet()
     assert run(settings, "apiserver", quiet=quiet).exit_code == 0
-    assert owed(settings) == []
+    assert due(settings) == []
     assert "can't revoke" in "; ".join(quiet.notes)
 
 
-def test_a_run_with_revocations_owed_is_not_over_at_once(node: Pki, settings: Settings, tmp_path: Path) -> None:
+def test_a_run_with_revocations_due_is_not_over_at_once(node: Pki, settings: Settings, tmp_path: Path) -> None:
     """Open revocations are handled though no certificate is due."""
     config = tmp_path / "config.toml"
     config.write_text(

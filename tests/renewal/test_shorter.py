@@ -59,8 +59,8 @@ def test_a_shorter_lifetime_is_introduced(tmp_path: Path) -> None:
     live = live_certificates(bridge.pki)
     assert all(live[name].not_valid_after_utc < datetime.now(UTC) + timedelta(days=91) for name in NAMES)
     lines = json.loads(bridge.run("audit", "show", "-o", "json").stdout)["events"]
-    told = [line["name"] for line in lines if line["event"] == "verified" and "instead of" in line["result"]]
-    assert sorted(told) == sorted(NAMES)
+    reported = [line["name"] for line in lines if line["event"] == "verified" and "instead of" in line["result"]]
+    assert sorted(reported) == sorted(NAMES)
     assert "renewal.shorter" not in bridge.run("renew", *NAMES).stderr
 
 

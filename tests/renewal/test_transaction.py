@@ -340,7 +340,7 @@ def test_a_hook_that_failed_is_in_the_record(store: Store, directory: Path, node
     assert events(store) == [audit.FAILED] * 3
 
 
-def test_a_run_with_hooks_owed_is_not_over_at_once(store: Store, tmp_path: Path) -> None:
+def test_a_run_with_hooks_to_run_is_not_over_at_once(store: Store, tmp_path: Path) -> None:
     """Open hooks run though no certificate is due."""
     fresh = tmp_path / "kubernetes"
     now = datetime.now(UTC)

@@ -107,12 +107,12 @@ def test_issue_restarts_what_reads_a_ca_at_its_start_alone(pki: Pki, tmp_path: P
     path.write_text(
         f"apiVersion: v1\nkind: Pod\nmetadata: {{name: kube-apiserver}}\nspec: {{containers: [{container}]}}\n"
     )
-    owed = unproven_file(Store(settings.node.state_dir))
+    unproven = unproven_file(Store(settings.node.state_dir))
     for verb in (Verb.ISSUE,) if cross else (Verb.TRUST, Verb.ISSUE):
-        owed.path.unlink(missing_ok=True)
+        unproven.path.unlink(missing_ok=True)
         run(by_hand, verb, ["etcd-ca"])
     assert phases(settings)["etcd-ca"] == "issued"
-    left = owed.read()
+    left = unproven.read()
     assert (left is not None and Component.APISERVER in left.to_restart) is cross
 
 

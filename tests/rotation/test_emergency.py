@@ -181,15 +181,15 @@ def test_the_command_says_first_what_it_costs(pki: Pki, tmp_path: Path) -> None:
         add_openssl(bridge, authority)
         bridge.add(f"authority.{authority}.next", made[authority].table)
     before = contents(pki)
-    told = bridge.run("rotate-ca", "drop", "--emergency")
-    assert told.returncode == Exit.USAGE, told.stderr
+    reported = bridge.run("rotate-ca", "drop", "--emergency")
+    assert reported.returncode == Exit.USAGE, reported.stderr
     for words in (
         "nothing is done yet",
         "etcd-ca: issues",
         "refuses every certificate of the old CA",
         "nothing goes back",
     ):
-        assert words in told.stdout
+        assert words in reported.stdout
     for options in (("--accept-outage",), ("--emergency", "--accept-outage", "--without", "cp-2")):
         assert bridge.run("rotate-ca", "drop", *options).returncode == Exit.USAGE
     assert contents(pki) == before

@@ -652,16 +652,16 @@ def test_vault_tells_which_role_logged_in(bao: openbao.OpenBao, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("more", "told"), [({}, ["token", "display_name=token-node"]), ({"no_default_policy": True}, [])]
+    ("more", "reported"), [({}, ["token", "display_name=token-node"]), ({"no_default_policy": True}, [])]
 )
 def test_vault_tells_whose_token_it_is_if_it_may(
-    bao: openbao.OpenBao, tmp_path: Path, more: dict[str, object], told: list[str]
+    bao: openbao.OpenBao, tmp_path: Path, more: dict[str, object], reported: list[str]
 ) -> None:
     """Without the policy `default` a token may not look at itself."""
     bao.add_policy("nothing", 'path "nowhere" { capabilities = ["read"] }')
     token = bao.token("nothing", display_name="node", **more)
     backend = vault(bao, VaultAuth(method="token", token=place(tmp_path / "t", token)))
-    assert names(backend.identity()) == told
+    assert names(backend.identity()) == reported
     assert token not in backend.identity()
     backend.close()
 

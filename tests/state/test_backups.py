@@ -209,11 +209,11 @@ def test_a_rollback_goes_to_any_backup_and_says_what_to_restart(run: Run, node: 
     renewed(run, "apiserver", "etcd-peer")
     result = run("rollback", first, "-o", "json")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
+    reported = json.loads(result.stdout)
     assert serial(node) == before != between
-    assert told["restored"] == first
-    assert told["restart"] == ["kube-apiserver", "kubelet"]
-    assert [one["name"] for one in told["certificates"]] == ["apiserver", "kubelet.conf"]
+    assert reported["restored"] == first
+    assert reported["restart"] == ["kube-apiserver", "kubelet"]
+    assert [one["name"] for one in reported["certificates"]] == ["apiserver", "kubelet.conf"]
     assert "kube-apiserver: move" in run("rollback").stdout
 
 

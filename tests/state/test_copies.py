@@ -451,8 +451,8 @@ def test_a_certificate_alone_earns_no_key(
     with caplog.at_level("WARNING", logger="ca-bridge"):
         assert renewed(settings_with(node, tmp_path, copy, given(node, home / "fine")), "all") == ["0"]
     assert copy.read_bytes() == before
-    told = "wanted a certificate of the node's kubeconfigs and its key, found none; it is left alone"
-    assert [line for line in caplog.messages if "left alone" in line] == [f"{copy}: {told}"]
+    reported = "wanted a certificate of the node's kubeconfigs and its key, found none; it is left alone"
+    assert [line for line in caplog.messages if "left alone" in line] == [f"{copy}: {reported}"]
 
 
 def test_another_kubeconfigs_renewal_is_no_matter(
@@ -466,7 +466,7 @@ def test_another_kubeconfigs_renewal_is_no_matter(
     assert (copy.read_bytes(), caplog.messages) == (before, [])
 
 
-def test_a_damaged_list_of_what_is_owed_is_reported_once(node: Pki, home: Path, tmp_path: Path) -> None:
+def test_a_damaged_list_of_outdated_copies_is_reported_once(node: Pki, home: Path, tmp_path: Path) -> None:
     """The damaged list is reported once and set aside; the renewal goes on, and its copies are refreshed."""
     copy = given(node, home / "config")
     settings = settings_with(node, tmp_path, copy)
@@ -581,7 +581,7 @@ def test_after_a_kill_all_is_old_or_all_is_new(
     assert not store.copies.exists()
 
 
-def test_what_is_owed_is_seen_by_a_run_with_nothing_due(node: Pki, home: Path, tmp_path: Path) -> None:
+def test_outdated_copies_are_seen_by_a_run_with_nothing_due(node: Pki, home: Path, tmp_path: Path) -> None:
     """The quick look of cron's run does not take it for nothing to do."""
     copy = given(node, home / "config")
     settings = settings_with(node, tmp_path, copy)

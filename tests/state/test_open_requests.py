@@ -30,16 +30,21 @@ ARCHIVE = Path(__file__).parent / "upgrade/open.tar.gz"
 
 
 @dataclass(frozen=True)
-class Wish:
+class Entry:
     """A request, as far as the file is concerned."""
 
     name: str
     count: int
 
 
-def kind(*, has_keys: bool = False, lies_on_disk: bool = False) -> Kind[Wish]:
+def kind(*, has_keys: bool = False, lies_on_disk: bool = False) -> Kind[Entry]:
     return Kind(
-        name="wish", type=Wish, key_of=lambda one: one.name, what="wishes", has_keys=has_keys, lies_on_disk=lies_on_disk
+        name="entry",
+        type=Entry,
+        key_of=lambda one: one.name,
+        what="entries",
+        has_keys=has_keys,
+        lies_on_disk=lies_on_disk,
     )
 
 
@@ -47,34 +52,34 @@ KINDS = {"added": kind(), "with keys": kind(has_keys=True), "on disk": kind(lies
 
 
 @pytest.fixture(params=KINDS)
-def each(request: pytest.FixtureRequest) -> Kind[Wish]:
+def each(request: pytest.FixtureRequest) -> Kind[Entry]:
     return KINDS[request.param]
 
 
-def test_changes_are_on_disk_after_save(tmp_path: Path, each: Kind[Wish]) -> None:
+def test_changes_are_on_disk_after_save(tmp_path: Path, each: Kind[Entry]) -> None:
     """Changes are on disk after save and not before; the last line of a request counts; without requests there is no file."""
-    path = tmp_path / "wishes"
+    path = tmp_path / "entries"
     log = RequestLog(path, each)
-    log.put(Wish("a", 1))
-    assert (log.get("a"), path.exists()) == (Wish("a", 1), False)
+    log.put(Entry("a", 1))
+    assert (log.get("a"), path.exists()) == (Entry("a", 1), False)
     log.save()
     assert path.stat().st_mode & 0o777 == 0o600
-    log.put(Wish("b", 1))
-    log.put(Wish("a", 2))
+    log.put(Entry("b", 1))
+    log.put(Entry("a", 2))
     log.save()
-    assert RequestLog(path, each).by_name() == {"a": Wish("a", 2), "b": Wish("b", 1)}
+    assert RequestLog(path, each).by_name() == {"a": Entry("a", 2), "b": Entry("b", 1)}
     again = RequestLog(path, each)
-    assert again.drop("a") == Wish("a", 2)
+    assert again.drop("a") == Entry("a", 2)
     assert (again.drop("a"), again.drop("c")) == (None, None)
     again.save()
-    assert list(RequestLog(path, each)) == list(again) == [Wish("b", 1)]
+    assert list(RequestLog(path, each)) == list(again) == [Entry("b", 1)]
     again.forget("b")
     again.forget("c")
     again.save()
     assert not path.exists()
-    again.put(Wish("d", 1))
+    again.put(Entry("d", 1))
     again.save()
-    assert list(RequestLog(path, each)) == [Wish("d", 1)]
+    assert list(RequestLog(path, each)) == [Entry("d", 1)]
 
 
 def test_what_is_dropped_leaves_the_disk(tmp_path: Path) -> None:
@@ -83,9 +88,9 @@ def test_what_is_dropped_leaves_the_disk(tmp_path: Path) -> None:
         path = tmp_path / name
         log = RequestLog(path, one)
         for number in range(3000):
-            log.put(Wish("same", number))
+            log.put(Entry("same", number))
             if number < 2 or number > 2000:
-                log.put(Wish(f"x{number}", 0))
+                log.put(Entry(f"x{number}", 0))
             log.save()
             log.drop(f"x{number}")
             if one.has_keys and number > 5:
@@ -100,16 +105,16 @@ def test_what_is_dropped_leaves_the_disk(tmp_path: Path) -> None:
 
 def test_a_cut_line_is_forgotten(tmp_path: Path) -> None:
     """Lines that are added later begin where the last whole one ends."""
-    path, one = tmp_path / "wishes", KINDS["added"]
+    path, one = tmp_path / "entries", KINDS["added"]
     log = RequestLog(path, one)
-    log.put(Wish("a", 1))
+    log.put(Entry("a", 1))
     log.save()
     with path.open("ab") as file:
         file.write(b'{"digest": "00')
     again = RequestLog(path, one)
-    again.put(Wish("b", 1))
+    again.put(Entry("b", 1))
     again.save()
-    assert list(RequestLog(path, one)) == [Wish("a", 1), Wish("b", 1)]
+    assert list(RequestLog(path, one)) == [Entry("a", 1), Entry("b", 1)]
 
 
 def test_damage_among_keys_is_an_error(tmp_path: Path) -> None:
@@ -118,7 +123,7 @@ def test_damage_among_keys_is_an_error(tmp_path: Path) -> None:
         path = tmp_path / name
         log = RequestLog(path, one)
         for key in ("a", "b", "c"):
-            log.put(Wish(key, 1))
+            log.put(Entry(key, 1))
         log.save()
         whole = path.read_bytes()
         lines = whole.splitlines(keepends=True)
@@ -244,13 +249,13 @@ def test_the_desks_journal_lives_on(old: Store) -> None:
     assert [pem(issued.chain.leaf).decode()] == lines[2]["chain"]
 
 
-def test_what_was_owed_lives_on(old: Store) -> None:
+def test_what_was_unproven_lives_on(old: Store) -> None:
     """The files' form is the same; so is a new node's beginning, and what is remembered of runs."""
-    owed = obligations.unproven_file(old).read()
-    assert owed is not None
-    [unproven] = owed.certificates
+    state = obligations.unproven_file(old).read()
+    assert state is not None
+    [unproven] = state.certificates
     assert (unproven.runs, unproven.before) == ({"0a": "44444444"}, frozenset({"a", "b"}))
-    assert (owed.going_back, owed.to_restart) == ("it does not work", (Component.APISERVER,))
+    assert (state.going_back, state.to_restart) == ("it does not work", (Component.APISERVER,))
     [hooks] = obligations.hooks_file(old).read() or ()
     assert (hooks.event, hooks.done, hooks.tries) == ("success", ("true",), 2)
     [revocation] = obligations.revocations_file(old).read() or ()

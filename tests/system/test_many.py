@@ -114,16 +114,16 @@ def test_all_are_on_disk_before_the_first_gets_its_name(tmp_path: Path, monkeypa
     done: list[str] = []
     fsync, rename = os.fsync, os.rename
 
-    def told_fsync(descriptor: int) -> None:
+    def reporting_fsync(descriptor: int) -> None:
         done.append("directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
         fsync(descriptor)
 
-    def told_rename(*paths: Path) -> None:
+    def reporting_rename(*paths: Path) -> None:
         done.append("name")
         rename(*paths)
 
-    monkeypatch.setattr(os, "fsync", told_fsync)
-    monkeypatch.setattr(os, "rename", told_rename)
+    monkeypatch.setattr(os, "fsync", reporting_fsync)
+    monkeypatch.setattr(os, "rename", reporting_rename)
 
     write_together([[NewFile(path=tmp_path / f"{n}{x}", data=b"x") for x in "ab"] for n in range(3)])
 
