@@ -403,7 +403,7 @@ class _Asked:
             ca.look([USER], lambda _: expected)
             if (wrong := ca.error(USER.name)) is not None:
                 raise wrong
-            self._record.know(_name(one), one.request, one.backend, ca.identity)
+            self._record.describe(_name(one), one.request, one.backend, ca.identity)
             _add(self._record, audit.ASKED, one)
             self._record.write()  # a CA is asked for nothing that the record can't have
             if collects:

@@ -96,7 +96,7 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
     say_table([("CA", "PHASE", "SINCE", "NOW", "NEXT"), *map(_row, found.values())], (3,))
     for one in found.values():
         now = one.standing
-        left = now.odd if now.phase is None else differences(one.seen, one.change, now.next) if now.next else ()
+        left = now.differing if now.phase is None else differences(one.seen, one.change, now.next) if now.next else ()
         for difference in left:
             say_sentence(f"{one.name}: {difference}", "  ")
         for held in _lagging(settings, node, one):
@@ -188,7 +188,7 @@ def _json(one: Replaced, lagging: Sequence[Held]) -> dict[str, Any]:
         "old": {"subject": name_text(one.change.old.subject), "sha256": fingerprint(one.change.old)},
         "new": {"subject": name_text(one.change.new.subject), "sha256": fingerprint(one.change.new)},
         "since": rfc3339(one.since),
-        "odd": [str(each) for each in now.odd],
+        "odd": [str(each) for each in now.differing],
         "objects": [held.text for held in lagging],
         "commands": [held.command for held in lagging if held.command],
     }

@@ -32,7 +32,7 @@ from bridge.control_plane.probes import (
     ask_all,
     first,
     leaf,
-    words,
+    text_of,
 )
 from bridge.control_plane.restart_plan import KUBELET_COPY, readers, reloading
 from bridge.node import endpoints, kubeconfig, kubelet, manifests, processes
@@ -376,7 +376,7 @@ def _ask_as_front_proxy(look: Look, client: Client) -> str:
     answers = ask_all(known, _api(look), path, method="POST", body=body, headers={user: _SOMEBODY})
     ((url, answer),) = answers.items()
     if answer.status == HTTPStatus.UNAUTHORIZED or _SOMEBODY.encode() not in answer.body:
-        raise RefusedError(f"{url} does not take it for a front proxy: HTTP {answer.status}: {words(answer)}")
+        raise RefusedError(f"{url} does not take it for a front proxy: HTTP {answer.status}: {text_of(answer)}")
     return f"accepted by {url}"
 
 

@@ -158,11 +158,11 @@ def _ask(client: Client, server: Server, path: str, request: Mapping[str, Any]) 
     except HttpsError as e:
         raise type(e)(f"{server.url}: {e}") from None
     if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR or answer.status == HTTPStatus.TOO_MANY_REQUESTS:
-        raise UnreachableError(f"{server.url}: wanted an answer, found HTTP {answer.status}: {words(answer)}")
+        raise UnreachableError(f"{server.url}: wanted an answer, found HTTP {answer.status}: {text_of(answer)}")
     return answer
 
 
-def words(answer: http.Answer) -> str:
+def text_of(answer: http.Answer) -> str:
     """The message in a server's answer: of Kubernetes' Status or of etcd's error, or the text itself."""
     text = answer.body[:_MOST_WORDS].decode(errors="replace").strip()
     try:
@@ -179,7 +179,7 @@ def accepted(answers: Mapping[str, http.Answer]) -> str:
         if answer.status == HTTPStatus.UNAUTHORIZED:
             raise RefusedError(f"{url} does not know this client (HTTP 401)")
         if answer.status == HTTPStatus.FORBIDDEN:
-            raise RefusedError(f"{url} accepts it, but forbids the request that it is for: {words(answer)}")
+            raise RefusedError(f"{url} accepts it, but forbids the request that it is for: {text_of(answer)}")
     return f"accepted by {', '.join(answers)}"
 
 

@@ -543,7 +543,7 @@ class Desk:
         for request in job.bundle.requests:
             answer, trouble = job.answers.get(request.name), job.troubles.get(request.name)
             configured = self._configured.get(request.authority)
-            record.know(request.name, job.requests[request.name], configured.label if configured else "", None)
+            record.describe(request.name, job.requests[request.name], configured.label if configured else "", None)
             verdict = job.verdicts.get(request.name)
             is_proven = verdict is not None and verdict.proven
             words = job.vouched.get(request.name, "" if is_proven else "without a continuity proof")

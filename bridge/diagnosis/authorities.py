@@ -81,11 +81,11 @@ def replacements(node: Node, settings: Settings, now: datetime) -> Iterator[Find
         since = f"since {minute(one.since)} ({duration_text(timedelta(days=max((now - one.since).days, 0)))})"
         old, new = text(one.change.old), text(one.change.new)
         if standing.phase is None:
-            odd = "; ".join(map(str, standing.odd))
+            differing = "; ".join(map(str, standing.differing))
             hint = (
                 "a replacement by other means may be under way; `ca-bridge rotate-ca` changes nothing before it is over"
             )
-            yield Finding.error("ca-replacement", about, f"the files are of no phase: {odd}", hint)
+            yield Finding.error("ca-replacement", about, f"the files are of no phase: {differing}", hint)
         elif standing.next is not None:
             hint = "the same `ca-bridge rotate-ca` command again finishes it; kubeadm may refuse this node until then"
             yield Finding.warning("ca-replacement", about, f"half way, “{standing.text}”, {since}", hint)

@@ -38,7 +38,7 @@ _HUNG_AFTER = timedelta(hours=1)
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Examine the machine."""
-    yield from room(settings)
+    yield from disk_space(settings)
     yield from _frozen(node)
     yield from state_directory(settings.node.state_dir)
     yield from lock(settings.node.state_dir, now)
@@ -48,7 +48,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from _copies(node, [home for home in _homes() if home / ".kube/config" not in settings.copies.files.paths])
 
 
-def room(settings: Settings, *, node: bool = True) -> Iterator[Finding]:
+def disk_space(settings: Settings, *, node: bool = True) -> Iterator[Finding]:
     """Bytes and inodes, on each file system that is written to."""
     places = [settings.node.state_dir, *([settings.node.pki_dir, settings.node.kubeconfig_dir] if node else [])]
     for found in disk_spaces(places):

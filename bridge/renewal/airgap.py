@@ -112,7 +112,7 @@ def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBu
         request = open_request(run, one)
         carried = tuple(dict.fromkeys((*request.bundles, digest)))
         run.requests.put(dataclasses.replace(request, request=one.request, bundles=carried))
-        run.record.know(one.name, one.request, f"bundle {bundle_format.short_fingerprint(requests)}", None)
+        run.record.describe(one.name, one.request, f"bundle {bundle_format.short_fingerprint(requests)}", None)
         run.record.add(audit.ASKED, one.name, authority=one.authority)
     run.requests.save()
     run.record.write()
@@ -381,7 +381,7 @@ def answered_by(run: Run, one: Prepared, found: Found, expected: verify.Expectat
     """The best of the carried answers to a request."""
     best = found.best(one, expected)
     label = f"{verb} of {best.source}"
-    run.record.know(one.name, one.request, label, None)
+    run.record.describe(one.name, one.request, label, None)
     if isinstance(best.answer, Issued):
         run.record.add(audit.ISSUED, one.name, authority=one.authority, new=best.answer.leaf)
     return Answered(prepared=one, expected=expected, label=label, answer=best.answer)
@@ -405,7 +405,7 @@ def cancel(settings: Settings, options: RunOptions, now: Callable[[], datetime],
         for name in there if ALL in names else [name for name in there if name in names]:
             made = run.requests.drop(name)
             if made is not None:
-                run.record.know(name, made.request, made.backend or "bundle", None)
+                run.record.describe(name, made.request, made.backend or "bundle", None)
                 run.record.add(audit.CANCELLED, name, authority=made.request.spec.authority.name)
                 cancelled.append(made)
         run.record.write()

@@ -86,7 +86,7 @@ def decide(node: Node, settings: Settings, options: RunOptions) -> DesiredByName
             continue
         try:
             if item.state == "missing" and name in names:
-                desired[name] = decision.made(item)
+                desired[name] = decision.desired_for(item)
             elif item.certificates and (name in names or ALL in names) and (one := decision.changed(item)) is not None:
                 desired[name] = one
         except BridgeError as e:
@@ -119,7 +119,7 @@ class _Decision:
 
     # --- a missing certificate ---------------------------------------------------------------------------------------
 
-    def made(self, item: Item) -> Desired:
+    def desired_for(self, item: Item) -> Desired:
         """The names of a missing certificate (CannotMakeError: no source has them, or it is about another node)."""
         spec, path = item.spec, item.certificate_path
         if spec.by_flag:

@@ -158,7 +158,7 @@ def issue(
     prepared = _opened(run, prepared, reached)
     for one in prepared:
         ca = reached[one.authority]
-        run.record.know(one.name, one.request, ca.label, ca.identity)
+        run.record.describe(one.name, one.request, ca.label, ca.identity)
         if ca.error(one.name) is None and not _owes(ca, one):
             run.record.add(audit.ASKED, one.name, authority=one.authority)
     run.record.write()

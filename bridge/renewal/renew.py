@@ -154,7 +154,7 @@ def _kept(
     for one in had:
         made, wanted = one.open if isinstance(one, Prepared) else None, expected[one.authority]
         if isinstance(one, Prepared) and made and made.answer and _is_still_good(made.answer, made, run, wanted):
-            run.record.know(one.name, one.request, made.backend, None)
+            run.record.describe(one.name, one.request, made.backend, None)
             kept.append(Answered(prepared=one, expected=wanted, label=made.backend, answer=made.answer))
     return kept
 

@@ -131,7 +131,7 @@ class Standing:
 
     phase: Phase | None  #: The last one that the files have reached; None: they are of no phase.
     next: Phase | None = None  #: The phase that is half done; None: nothing is.
-    odd: tuple[Difference, ...] = ()  #: Differences from the nearest phase; empty unless `phase` is None.
+    differing: tuple[Difference, ...] = ()  #: Differences from the nearest phase; empty unless `phase` is None.
 
     @property
     def text(self) -> str:
@@ -152,7 +152,7 @@ def standing(seen: Seen, change: Change) -> Standing:
         behind, ahead = ({one.place for one in lacking[each]} for each in (phase, later))
         if not behind & ahead:
             return Standing(phase=phase, next=later)
-    return Standing(phase=None, odd=min(lacking.values(), key=len))
+    return Standing(phase=None, differing=min(lacking.values(), key=len))
 
 
 def differences(seen: Seen, change: Change, phase: Phase) -> Iterator[Difference]:

@@ -250,7 +250,7 @@ def straight_to_the_new_ca(one: Replaced) -> Step:
 
 def _of_no_phase(one: Replaced) -> OrderError:
     return OrderError(
-        f"{one.name}: wanted the files of a phase, found {'; '.join(map(str, one.standing.odd))}",
+        f"{one.name}: wanted the files of a phase, found {'; '.join(map(str, one.standing.differing))}",
         hint="a replacement by other means may be under way: finish it by these; nothing was replaced",
     )
 

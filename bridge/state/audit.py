@@ -117,7 +117,7 @@ class Record:
         self.common: Mapping[str, Any] = {}  #: Facts that each further line repeats.
         self._chain = Chain(store, settings, who)
 
-    def know(self, name: str, request: SignRequest, backend: str, identity: str | None) -> None:
+    def describe(self, name: str, request: SignRequest, backend: str, identity: str | None) -> None:
         """Remember facts that each later line about a certificate repeats."""
         old = request.replaces
         self._known[name] = {

@@ -189,5 +189,5 @@ def give_up(run: Run, name: str, why: str) -> None:
     if made is not None:
         text = f"forgot the request of {minute(made.created)}: {why}"
         run.progress.note(f"{name}: {text}")
-        run.record.know(name, made.request, made.backend, None)
+        run.record.describe(name, made.request, made.backend, None)
         run.record.add(audit.CANCELLED, name, authority=made.request.spec.authority.name, result=text)

@@ -118,7 +118,7 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a run of the program on a node told."""
+    """What a run of the program on a node reported."""
 
     code: int
     events: list[dict[str, Any]]

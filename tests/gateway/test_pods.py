@@ -443,7 +443,7 @@ def test_a_request_without_a_csr_is_not_read(cluster: ClusterApi) -> None:
 
 
 def test_an_api_server_that_has_v1beta1_alone(bao: OpenBao, ca: Signer, tmp_path: Path) -> None:
-    """As 1.36 has it (here v1 is hidden by a proxy): requests are signed, waiting pods told, and roots published there."""
+    """As 1.36 has it (here v1 is hidden by a proxy): requests are signed, waiting pods get their reason, and roots are published there."""
     turned_on = ",".join(f"certificates.k8s.io/v1beta1/{one}=true" for one in (watch.PODS, roots.BUNDLES))
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(cluster_api.running(flags={"runtime-config": turned_on}))

@@ -172,7 +172,7 @@ def _desk(steps: _Steps, made: fleet.Fleet, bundles: Sequence[RequestBundle], di
     def record() -> None:
         with audit.Record(store, AuditSettings()) as lines:
             for request, issued in pairs:
-                lines.know(request.spec.name, request, "bench", None)
+                lines.describe(request.spec.name, request, "bench", None)
                 lines.add("signed", request.spec.name, old=request.replaces, new=issued.leaf)
 
     steps.measure("the audit log", "desk", record)

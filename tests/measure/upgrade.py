@@ -155,7 +155,7 @@ def words_of(run: subprocess.CompletedProcess[str]) -> str:
 
 def walk(directory: Path, old: Path, new: Path) -> Seen:
     """
-    Expire, be told, abort, renew, upgrade, renew again.
+    Expire, read the warning, abort, renew, upgrade, renew again.
 
     Raises:
         AssertionError: The program had said something else than what happened.

@@ -244,7 +244,7 @@ def test_nothing_beside_it_is_proposed(make: Make) -> None:
 
 
 def test_one_that_the_kubelet_made_is_replaced_only_when_asked(make: Make) -> None:
-    """Shown, told, and left alone by `renew all`; named, it gets the names of the node's own configuration."""
+    """`renew all` shows it and leaves it alone; named, it gets the names of the node's own configuration."""
     worker = make()
     own = worker.serve(NODE, end=None)
     (worker.kubelet_dir / "kubeadm-flags.env").write_text(FLAGS)

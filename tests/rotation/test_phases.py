@@ -58,7 +58,7 @@ def at(phase: Phase) -> Seen:
 def test_a_node_is_in_the_phase_of_its_files(phase: Phase) -> None:
     """Each phase has files of its own, with nothing left to change; the others have something left."""
     found = standing(at(phase), change())
-    assert (found.phase, found.next, found.odd) == (phase, None, ())
+    assert (found.phase, found.next, found.differing) == (phase, None, ())
     for other in Phase:
         assert bool(list(differences(at(phase), change(), other))) == (other is not phase)
 
@@ -104,8 +104,8 @@ def test_what_belongs_to_no_phase_is_named(odd: Seen) -> None:
     """A CA file without a leaf's CA, a third CA, a leaf of another CA, a kubeconfig two phases behind."""
     found = standing(odd, change())
     assert (found.phase, found.text) == (None, "unknown")
-    assert found.odd
-    assert all(str(one).count("wanted") == 1 for one in found.odd)
+    assert found.differing
+    assert all(str(one).count("wanted") == 1 for one in found.differing)
 
 
 def test_a_renewed_ca_takes_one_step() -> None:
@@ -122,7 +122,7 @@ def test_a_renewed_ca_takes_one_step() -> None:
 def test_any_files_have_a_standing(order: Sequence[int], signer: int | None) -> None:
     """Any CA file has a phase, or a list of differences from the nearest."""
     found = standing(seen(tuple(cas()[n].certificate for n in order), signer=signer), change())
-    assert (found.phase is None) == bool(found.odd)
+    assert (found.phase is None) == bool(found.differing)
 
 
 class Cluster(RuleBasedStateMachine):

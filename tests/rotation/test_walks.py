@@ -191,7 +191,7 @@ class Walk(RuleBasedStateMachine):
     def each_file_is_of_one_phase(self) -> None:
         """Killed or not: CA file, kubeconfigs and certificates are of one phase, or of two neighbours."""
         for one in () if self.is_over else self.nodes:
-            assert look(one).standing.phase is not None, look(one).standing.odd
+            assert look(one).standing.phase is not None, look(one).standing.differing
 
     @invariant()
     def every_certificate_of_a_node_is_trusted_on_every_node(self) -> None:

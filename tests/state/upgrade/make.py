@@ -1,7 +1,7 @@
 """
 Make `node.tar.gz`: a node as version 7673d04 of this repository left it in the middle of everything.
 
-An installation is interrupted at its commit point, another is not proven, a request waits for its CA, a hook is owed;
+An installation is interrupted at its commit point, another is not proven, a request waits for its CA, a hook is to run;
 there are backups and an audit log. Made once, by that version's own code:
 
     git archive 7673d04 | tar -x -C OLD
