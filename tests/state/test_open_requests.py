@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bridge.bootstrap.new_requests import unfinished_file
+from bridge.bootstrap.make import unfinished_file
 from bridge.desk.records import Journal
 from bridge.gateway.context import PendingRequests
 from bridge.monitoring import history_file
