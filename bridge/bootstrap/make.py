@@ -1,7 +1,8 @@
 """
 From nothing to a node that `kubeadm init` or `kubeadm join` can run on; a run that waits is run again.
 
-All files go in place in one step, which the next run finishes or undoes after a crash; copies of them are kept.
+All files go in place in one step, which the next run finishes or undoes after a crash; copies of them are kept. The
+requests' keys are an earlier run's or new, and the answers come from that run, from carried files, or from the CAs.
 """
 
 from __future__ import annotations
