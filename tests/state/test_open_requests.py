@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -269,6 +270,18 @@ def test_what_was_unproven_lives_on(old: Store) -> None:
     assert (history.failures, history.seconds) == (3, 1.5)
     assert attempts is not None
     assert attempts["ca"].reason == "not there"
+
+
+def test_the_file_of_further_pairs_keeps_its_keys(tmp_path: Path) -> None:
+    """The pairs that a version before has installed are proven by this one; a file with another key is damaged."""
+    store = Store(tmp_path)
+    one = {"name": "apiserver", "runs": {"ab": "0001"}, "backup_of": "0001", "before": []}
+    state = {"certificates": [one], "going_back": "", "to_restart": []}
+    for key, expected in (("owed", nullcontext()), ("unproven", pytest.raises(StateDamagedError))):
+        pair = {key: state, "worked": True, "by_hand": False, "is_read": False}
+        store.pairs.write_text(json.dumps({"version": 1, "pairs": [pair]}))
+        with expected:
+            assert [found.name for found in obligations.pairs_file(store).read() or ()] == ["apiserver"]
 
 
 @pytest.mark.parametrize("name", ["unproven", "hooks", "revocations", "copies", "bootstrap", "history", "attempts"])
