@@ -9,7 +9,7 @@ import pytest
 from cryptography import x509
 
 from bridge.desk.policy import parse
-from bridge.door.revocations import NotRevokedError, Signed, assert_may
+from bridge.desk.revocations import NotRevokedError, Signed, assert_may
 from bridge.errors import BackendUnavailableError
 from bridge.pki import csr, node_proofs
 from bridge.pki.bundle import sign_request

@@ -1,0 +1,122 @@
+"""Whether a node may have one of its certificates revoked, by what was signed for it here; and the CA, which does it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from cryptography import x509
+
+from bridge.ca import registry
+from bridge.ca.ca import CA
+from bridge.contract import Revocation
+from bridge.desk.desk import at_once
+from bridge.desk.policy import Policy, node_problems
+from bridge.errors import BackendUnavailableError, BridgeError, Exit
+from bridge.pki import node_proofs
+from bridge.pki.bundle import BundledRequest, RequestBundle
+from bridge.pki.certificates import serial_hex
+from bridge.pki.expiry import minute
+from bridge.pki.signatures import origin_problem, proof_problem
+from bridge.settings.tables import Settings
+
+#: Certificates that came one after the other; a node asks a day after each.
+_MOST_LINKS = 100
+
+
+class NotRevokedError(BridgeError):
+    """A node asks for a revocation that it may not have."""
+
+    exit_code = Exit.REFUSED
+    hint = "a node may have those certificates revoked that later ones of its own have replaced, by a continuity proof"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signed:
+    """A certificate that was signed here, and the request for it, as far as that is kept."""
+
+    name: str
+    node: str
+    cluster: str
+    authority: str
+    request: BundledRequest | None
+    bundle: RequestBundle | None
+
+
+#: What was signed here, by certificate; None: it was not.
+Known = Callable[[x509.Certificate], Signed | None]
+
+
+def assert_may(
+    asked: Revocation, known: Known, policy: Policy, cas: Mapping[str, Sequence[x509.Certificate]], now: datetime
+) -> Signed:
+    """
+    Find the successor's holder, by its key, and that the certificate is one of its earlier ones; what was signed for it.
+
+    From the successor each step goes to the certificate that was replaced, by whose key the request for the next one was
+    proven: the holder of an earlier key gets no later certificate revoked.
+
+    Raises:
+        NotRevokedError: Something else is true, or the policy does not allow it.
+        BackendUnavailableError: There is no CA certificate to judge by yet.
+    """
+    serial = serial_hex(asked.successor)
+    successor = known(asked.successor)
+    if successor is None or successor.name != asked.name:
+        raise NotRevokedError(f"wanted a successor {asked.name} that was signed here, found serial {serial}")
+    if not node_proofs.is_revocation_proven(asked, successor.node, successor.cluster):
+        raise NotRevokedError(f"wanted a proof by the key of the successor, serial {serial}, found another signature")
+    if asked.successor.not_valid_after_utc <= now:
+        ended = minute(asked.successor.not_valid_after_utc)
+        raise NotRevokedError(f"wanted a successor that is valid, found one that ended {ended}")
+    if policy.allow.revoke != "superseded":
+        hint = "the CA's own means revoke it; or the policy says superseded"
+        raise NotRevokedError('allow.revoke: wanted "superseded", found "never"', hint=hint)
+    if problems := node_problems(successor.node, successor.cluster, policy):
+        raise NotRevokedError("; ".join(problems))
+    if not (signers := cas.get(successor.authority)):
+        raise BackendUnavailableError(f"wanted the CA of {successor.authority}, found that it was not reached yet")
+    _assert_replaced(asked, successor, known, [*signers, *policy.former.get(successor.authority, ())])
+    return successor
+
+
+def _assert_replaced(asked: Revocation, successor: Signed, known: Known, cas: Sequence[x509.Certificate]) -> None:
+    """Go back from the successor, certificate by certificate, as far as there are proofs."""
+    link: Signed | None = successor
+    who = (successor.name, successor.node, successor.cluster, successor.authority)
+    for _ in range(_MOST_LINKS):
+        if link is None or (link.name, link.node, link.cluster, link.authority) != who:
+            break
+        request, bundle = link.request, link.bundle
+        if request is None or bundle is None or request.replaces is None:
+            break
+        if proof_problem(request, bundle) or origin_problem(request, cas):
+            break
+        if request.replaces == asked.certificate:
+            return
+        link = known(request.replaces)
+    wanted = f"a certificate {asked.name} of {successor.node} that was replaced by a continuity proof"
+    text = f"wanted {wanted}, as far as requests are kept, found serial {serial_hex(asked.certificate)}"
+    raise NotRevokedError(text)
+
+
+def revoke(settings: Settings, authority: str, asked: Revocation) -> None:
+    """
+    Have the CA revoke the certificate; it is waited for no longer than one question takes.
+
+    Raises:
+        NotRevokedError: The successor is revoked itself, or this CA can't revoke.
+        BackendError: As `bridge.contract.Revokes`.
+    """
+    configured = at_once(registry.configured(settings, [authority])[authority])
+    with contextlib.closing(CA.of(configured)) as ca:
+        if not ca.can_revoke:
+            raise NotRevokedError(
+                f"wanted a CA that can revoke, found {ca.label}", hint="revoke it by the CA's own means"
+            )
+        if ca.is_revoked(asked.successor):
+            found = f"the revoked one with serial {serial_hex(asked.successor)}"
+            raise NotRevokedError(f"wanted a proof by a certificate that is not revoked, found {found}")
+        ca.revoke(asked.certificate)
