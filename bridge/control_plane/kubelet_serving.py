@@ -28,7 +28,7 @@ from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import neighbours, restarts
 from bridge.control_plane.restarts import Restarted, Restarts
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem, WaitingError
-from bridge.node import endpoints, inventory, kubelet, manifests, processes
+from bridge.node import endpoints, inventory, kubelet, manifest_flags, manifests, processes
 from bridge.node.endpoints import Address, Flags
 from bridge.node.inventory import Node
 from bridge.node.kubelet import KubeletFiles
@@ -212,16 +212,16 @@ class _Switch:
             raise NotHereError(f"wanted --client-ca-file={value} in {path.name}, found {found}")
 
         def edit(cluster: kubeadm.Cluster) -> kubeadm.Cluster:
-            found = manifests.arguments(cluster, component).get(_ARGUMENT)
+            found = manifest_flags.arguments(cluster, component).get(_ARGUMENT)
             self._assert_ours(found, str(kubeadm.CLUSTER))
-            return cluster if found == value else manifests.with_arguments(cluster, component, {_ARGUMENT: value})
+            return cluster if found == value else manifest_flags.with_arguments(cluster, component, {_ARGUMENT: value})
 
         if kubeadm.change_cluster(self.api, edit):
             has = "has" if value else "is without"
             self._note(f"{kubeadm.CLUSTER} {has} {AUTHORITY}, for upgrades", kubeadm.CLUSTER.name)
         data = file_contents(path)
         try:
-            wanted = manifests.edited(data, component, {AUTHORITY: value})
+            wanted = manifest_flags.edited(data, component, {AUTHORITY: value})
         except YamlError as e:
             raise NotHereError(f"{path}: {e}") from None
         if wanted != data:
@@ -243,7 +243,7 @@ class _Switch:
             found = kubeadm.read_cluster(self.api)
         except BridgeError:  # not for a worker to see
             return False
-        return _ARGUMENT in manifests.arguments(found, Component.APISERVER)
+        return _ARGUMENT in manifest_flags.arguments(found, Component.APISERVER)
 
     # --- this node's kubelet -----------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from bridge.control_plane.kubelet_serving import AUTHORITY, Served
 from bridge.diagnosis import Finding, from_error
 from bridge.diagnosis.installed import is_named
 from bridge.errors import BridgeError
-from bridge.node import endpoints, kubeconfig, kubelet, manifests
+from bridge.node import endpoints, kubeconfig, kubelet, manifest_flags
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubelet import KUBELET_CONFIG
 from bridge.node.processes import file_contents
@@ -311,7 +311,7 @@ def _of_kubelet(one: Served, verifying: list[str], now: datetime) -> Finding:
 
 def _of_api_servers(api: Api, authorities: Mapping[str, str]) -> Iterator[Finding]:
     """The API servers against each other, and against what the next upgrade makes of them."""
-    kept = manifests.arguments(kubeadm.read_cluster(api), Component.APISERVER)
+    kept = manifest_flags.arguments(kubeadm.read_cluster(api), Component.APISERVER)
     wanted = kept.get(AUTHORITY.removeprefix("--"), "")
     for name, authority in authorities.items():
         about = f"kube-apiserver of {name}"

@@ -26,9 +26,10 @@ from cryptography.x509.oid import NameOID
 
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BridgeError, Exit, VerificationError, Violation
-from bridge.node import manifests
+from bridge.node import manifest_flags, manifests
 from bridge.node.inventory import AuthorityState, Item, Node, authority_state, file_item, other_key, troubles_of
-from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, Mount, path_of
+from bridge.node.manifest_flags import Mount
+from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, path_of
 from bridge.node.yamltree import YamlError
 from bridge.pki import csr, identity, verify
 from bridge.pki.certificates import (
@@ -351,7 +352,7 @@ def _edited(
     try:
         data = read(path)
         unmount = "" if mount is not None else _VOLUME
-        return None if data is None else manifests.edited(data, component, flags, mount, unmount)
+        return None if data is None else manifest_flags.edited(data, component, flags, mount, unmount)
     except (UnreadableError, YamlError) as e:
         raise ValueError(f"{path}: wanted to change its flags, found: {e}") from None
 
@@ -370,12 +371,12 @@ def _argument(flag: str) -> str:
 
 def is_named_by(cluster: Mapping[str, Any], component: Component) -> bool:
     """Whether kubeadm would write a manifest that names a pair."""
-    return _argument(TLS_CERTIFICATE) in manifests.arguments(cluster, component)
+    return _argument(TLS_CERTIFICATE) in manifest_flags.arguments(cluster, component)
 
 
 def is_ours_in(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> bool:
     """Whether the pair that kubeadm would name is in our own place."""
-    return _flags(SERVERS[component], pki_dir).items() <= manifests.arguments(cluster, component).items()
+    return _flags(SERVERS[component], pki_dir).items() <= manifest_flags.arguments(cluster, component).items()
 
 
 def cluster_with(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> Mapping[str, Any]:
@@ -385,7 +386,7 @@ def cluster_with(cluster: Mapping[str, Any], component: Component, pki_dir: Path
     spec = SERVERS[component]
     # kubeadm mounts pki_dir into kube-controller-manager
     mount = Mount(_VOLUME, str((pki_dir / spec.base).parent)) if component is Component.SCHEDULER else None
-    return manifests.with_arguments(cluster, component, _flags(spec, pki_dir), mount)
+    return manifest_flags.with_arguments(cluster, component, _flags(spec, pki_dir), mount)
 
 
 def cluster_without(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> Mapping[str, Any]:
@@ -393,4 +394,4 @@ def cluster_without(cluster: Mapping[str, Any], component: Component, pki_dir: P
     if not is_ours_in(cluster, component, pki_dir):
         return cluster
     flags = dict.fromkeys(_flags(SERVERS[component], pki_dir))
-    return manifests.with_arguments(cluster, component, flags, unmount=_VOLUME)
+    return manifest_flags.with_arguments(cluster, component, flags, unmount=_VOLUME)

@@ -45,7 +45,8 @@ from bridge.renewal.prepare import (
     take_up,
     with_continuity,
 )
-from bridge.renewal.select import ALL, RunOptions, Selection, assert_known, assert_room, outcome_of, select
+from bridge.renewal.readiness import assert_room
+from bridge.renewal.select import ALL, RunOptions, Selection, assert_known, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings

@@ -27,17 +27,9 @@ from bridge.renewal.changes import decide
 from bridge.renewal.gate import NotYetError
 from bridge.renewal.issuance import Answered, issue_all, reaching
 from bridge.renewal.prepare import Prepared, prepare, preparing
+from bridge.renewal.readiness import assert_room, without_restart
 from bridge.renewal.revocation import RevocationError
-from bridge.renewal.select import (
-    ALL,
-    RunOptions,
-    Selection,
-    anchors_in,
-    assert_room,
-    outcome_of,
-    select,
-    without_restart,
-)
+from bridge.renewal.select import ALL, RunOptions, Selection, anchors_in, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
 from bridge.settings.tables import Settings, anchor, for_rehearsal, is_scratch

@@ -1,8 +1,4 @@
-"""
-What a run has to renew: the options of a run, and which certificates are selected, left alone, or can't be renewed.
-
-Before a CA is asked it also looks at the disk space, at a way to restart components, and for a CA that is half replaced.
-"""
+"""What a run has to renew: the options of a run, and which certificates are selected, left alone, or can't be renewed."""
 
 from __future__ import annotations
 
@@ -11,24 +7,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 
-from bridge.control_plane import restart_plan
-from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem, Violation
-from bridge.node import kubeconfig
+from bridge.errors import BridgeError, SettingsError, SettingsProblem, Violation
 from bridge.node.inventory import Item, Node, NoNodeError, other_key
-from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import expiry, identity
-from bridge.pki.certificates import UNREADABLE, load_pem_certificates
-from bridge.pki.expiry import first_end
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec, Component, KeyAlgorithm
 from bridge.state.store import Outcome
-from bridge.system.console import READ_ONLY_HINT
-from bridge.system.files import DiskSpace, disk_spaces
-from bridge.system.paths import UnreadableError, read, read_ca_file
+from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.words import name_found
 
 if TYPE_CHECKING:  # a night with nothing due makes none of them
@@ -457,105 +446,3 @@ def nothing_due(node: Node, settings: Settings, now: datetime) -> str:
     more = f"; not valid yet by this node's clock ({expiry.minute(now)}), see `ca-bridge doctor`: {', '.join(early)}"
     text = f"nothing is due: {first.spec.name} is the first to expire, in {left} (renewal.before = {settings.renewal.before})"
     return text + (more if early else "")
-
-
-class NoRoomError(NotReadyError):
-    """The new files, or the copies of the old ones, would not fit."""
-
-    hint = "make room there, then run again; no CA was asked"
-
-
-class NoWayToRestartError(NotReadyError):
-    """The component that uses the new certificate can't be restarted."""
-
-    exit_code: ClassVar[int] = Exit.USAGE
-
-
-def assert_room(settings: Settings) -> None:
-    """Look at the disks of the state, PKI and kubeconfig directories (NotReadyError)."""
-    node = settings.node
-    found = list(disk_spaces((node.state_dir, node.pki_dir, node.kubeconfig_dir)))
-    if closed := [str(room.place) for room in found if room.is_read_only]:
-        text = f"file system of {', '.join(closed)}: wanted one that can be written to, found it read-only"
-        raise NotReadyError(text, hint=f"{READ_ONLY_HINT}, then run again; no CA was asked")
-    if problems := [text for text in map(_too_little, found) if text]:
-        raise NoRoomError("; ".join(problems))
-
-
-def _too_little(room: DiskSpace) -> str:
-    where = f"file system of {room.place}"
-    if room.free < BYTES_NEEDED:
-        return f"{where}: wanted {BYTES_NEEDED >> 10} KiB for a renewal, found {room.free >> 10} KiB"
-    if room.inodes is not None and room.inodes < INODES_NEEDED:
-        return f"{where}: wanted {INODES_NEEDED} inodes for a renewal, found {room.inodes}"
-    return ""
-
-
-def without_restart(node: Node, settings: Settings, items: Sequence[Item], now: datetime) -> list[Outcome]:
-    """Outcomes of certificates whose components have to be restarted, and can't be; expired ones are none of them."""
-    if settings.restart.method == "none":
-        return []
-    from bridge.control_plane import restarts  # noqa: PLC0415 (40 ms; only where components are restarted)
-
-    reloads = restart_plan.reloading(node, settings.node)
-    users = restart_plan.stale([item.spec for item in items], reloads, settings.restart.components)
-    obstacles = {c: _no_way(e) for c in users if (e := restarts.obstacle(c, node, settings)) is not None}
-    return [
-        outcome_of(item, obstacles[component])
-        for item in items
-        if (component := item.spec.component) in obstacles
-        and not (item.certificates and first_end(item.renewable) <= now)
-        and component in restart_plan.stale([item.spec], reloads, settings.restart.components)
-    ]
-
-
-def _no_way(error: BridgeError) -> NoWayToRestartError:
-    hint = f"{error.hint}; or `ca-bridge renew --no-restart` installs it, and says what to restart"
-    return NoWayToRestartError(f"not asked for, since its component could not be restarted: {error}", hint=hint)
-
-
-# --- a CA that is being replaced -------------------------------------------------------------------------------------
-
-
-class HalfRotatedError(NotReadyError):
-    """The CA in ca.crt is another one than in the kubeconfigs of this node."""
-
-
-def half_rotated(node: Node, kubeconfig_dir: Path) -> HalfRotatedError | None:
-    """Find kubeconfigs that accept the API server's live certificate, and would refuse its next one."""
-    serving = next((item.certificates for item in node.items if item.spec.name == "apiserver"), ())
-    anchors = next((one.certificates for one in node.authorities if one.authority.name == "ca"), ())
-    if not serving or not anchors or (len(anchors) == 1 and identity.leads_to(serving, anchors)):
-        return None
-    new = anchors[0]  # kubeadm and our own checks take the first for the root
-    behind = []
-    for spec in (item.spec for item in node.items if item.spec.kubeconfig and item.state == "present"):
-        trusted = _trusted(kubeconfig_dir / spec.base)
-        if not any(_is_same(one, new) for one in trusted) and identity.leads_to(serving, trusted):
-            behind.append(str(kubeconfig_dir / spec.base))
-    if not behind:
-        return None
-    ca = next(one.path for one in node.authorities if one.authority.name == "ca")
-    return HalfRotatedError(
-        f"wanted the first CA of {ca} in each kubeconfig, since it signs the new certificates; "
-        f"found only the old one in {', '.join(behind)}",
-        hint="have both CAs in certificate-authority-data of every kubeconfig, of all nodes and people, before the new "
-        "one is the first in ca.crt (Kubernetes' “Manual Rotation of CA Certificates”); no CA was asked, and nothing was replaced",
-    )
-
-
-def _trusted(path: Path) -> list[x509.Certificate]:
-    """The CAs that a kubeconfig trusts; empty: it names none, or they can't be read."""
-    try:
-        data = kubeconfig.parse(read(path) or b"").ca_data
-        return load_pem_certificates(data) if data else []
-    except (KubeconfigError, UnreadableError, ValueError):
-        return []
-
-
-def _is_same(one: x509.Certificate, other: x509.Certificate) -> bool:
-    """Whether both are certificates of one CA, which may have been renewed for the same key."""
-    try:
-        return one.subject == other.subject and one.public_key() == other.public_key()
-    except UNREADABLE:
-        return False

@@ -22,7 +22,8 @@ from bridge.pki.certificates import pem
 from bridge.pki.expiry import duration_text, first_end, is_due, minute, residual, seconds_left
 from bridge.renewal.issuance import Answered, ShorterError
 from bridge.renewal.prepare import Prepared, open_request
-from bridge.renewal.select import NO_TRUST, MissingCertificateError, Trust, anchors_of, half_rotated, outcome_of
+from bridge.renewal.readiness import half_rotated
+from bridge.renewal.select import NO_TRUST, MissingCertificateError, Trust, anchors_of, outcome_of
 from bridge.settings.pairs import PairFiles
 from bridge.settings.tables import Settings
 from bridge.specs import CA

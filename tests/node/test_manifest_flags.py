@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from bridge.node import kubeadm_config, manifests
-from bridge.node.manifests import Mount, arguments, edited, path_of, with_arguments
+from bridge.node.manifest_flags import Mount, arguments, edited, with_arguments
+from bridge.node.manifests import path_of
 from bridge.node.yamltree import YamlError
 from bridge.specs import Component
 from tests.kit.pki import KubeadmPki, kubeadm_pki

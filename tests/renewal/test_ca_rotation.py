@@ -12,7 +12,8 @@ from bridge.errors import Exit
 from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
 from bridge.renewal import renew
-from bridge.renewal.select import ForeignIdentityError, HalfRotatedError, RunOptions
+from bridge.renewal.readiness import HalfRotatedError
+from bridge.renewal.select import ForeignIdentityError, RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from tests.kit.issuing import Signer

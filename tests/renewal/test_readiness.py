@@ -11,8 +11,9 @@ import pytest
 
 from bridge.errors import Exit
 from bridge.node import inventory
-from bridge.renewal import renew, select
-from bridge.renewal.select import NoRoomError, NoWayToRestartError, RunOptions
+from bridge.renewal import readiness, renew
+from bridge.renewal.readiness import NoRoomError, NoWayToRestartError
+from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import RestartSettings, Settings
 from tests.kit.pki import Pki, handmade_pki
@@ -40,7 +41,7 @@ def renewed(settings: Settings, *names: str, restarts: bool = True) -> Result:
 def without_restart(settings: Settings, *names: str) -> list[str]:
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
     items = [item for item in node.items if item.spec.name in names]
-    return [outcome.name for outcome in select.without_restart(node, settings, items, datetime.now(UTC))]
+    return [outcome.name for outcome in readiness.without_restart(node, settings, items, datetime.now(UTC))]
 
 
 def signed(tmp_path: Path) -> int:
@@ -59,7 +60,7 @@ def test_no_signature_is_spent_where_there_is_no_room(
     """Nothing was asked or replaced, and that counts as no CA's failure; with room the same run succeeds."""
     settings, old = settings_for(node, tmp_path), contents(node)
     with monkeypatch.context() as patch:
-        patch.setattr(select, limit, 1 << 70)
+        patch.setattr(readiness, limit, 1 << 70)
         for _ in range(3):
             with pytest.raises(NoRoomError, match=what):
                 renewed(settings)

@@ -25,7 +25,8 @@ import yaml
 from bridge.cluster.api import Api, Reply
 from bridge.node import inventory, kubelet
 from bridge.node.inventory import Item, Node
-from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, edited, path_of
+from bridge.node.manifest_flags import edited
+from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, path_of
 from bridge.node.yamltree import document
 from bridge.pki.certificates import load_pem_certificates, san_entries
 from bridge.renewal import serving

@@ -366,7 +366,7 @@ def test_a_copy_that_is_read_for_ever_holds_up_nothing(
             over.wait(60)
         return first(path, *rest)
 
-    def settle(*_: object) -> activate.Activation:
+    def finish(*_: object) -> activate.Activation:
         order.append("restart and proof")
         return activate.Activation()
 
@@ -375,7 +375,7 @@ def test_a_copy_that_is_read_for_ever_holds_up_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(copies, "_LONGEST", timedelta(seconds=0.3))
         patch.setattr(copies, "_refreshed", refreshed)
-        patch.setattr(activate, "settle", settle)
+        patch.setattr(activate, "finish", finish)
         *errors, code = renewed(settings, ADMIN)
     over.set()
     assert (order, code) == (["restart and proof", "copy", "copy"], str(Exit.NOT_LIVE))

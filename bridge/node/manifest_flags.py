@@ -1,0 +1,208 @@
+"""
+Change the flags and mounts of a component (pure): in its static-pod manifest, whose text stays as it is but for those
+lines, to what kubeadm renders; and in the ClusterConfiguration from which kubeadm renders it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from bridge.node import manifests
+from bridge.node.manifests import container, pod
+from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
+from bridge.specs import Component
+
+#: By component, its part of a ClusterConfiguration.
+PARTS = {
+    Component.APISERVER: "apiServer",
+    Component.CONTROLLER_MANAGER: "controllerManager",
+    Component.SCHEDULER: "scheduler",
+}
+#: Written without quotes; everything else as JSON, which is YAML, too.
+_PLAIN = re.compile(r"[A-Za-z0-9_./=-]+")
+_FIRST_WITH_LISTS = "kubeadm.k8s.io/v1beta4"
+
+
+class Mount(NamedTuple):
+    """A directory of the host that a container sees at the same path, read-only."""
+
+    name: str  #: Of the volume.
+    path: str
+
+
+# --- a manifest ------------------------------------------------------------------------------------------------------
+
+
+def edited(
+    data: bytes, component: Component, flags: Mapping[str, str | None], mount: Mount | None = None, unmount: str = ""
+) -> bytes:
+    """
+    A manifest with these flags (names with two dashes; None: without it), with a mount unless the directory is mounted
+    already, and without the volume called `unmount` (YamlError: it is not written as kubeadm writes it).
+    """
+    before = manifests.parse(component, data)
+    bom, text = split_bom(data)
+    for flag, value in flags.items():
+        text = _without(text, component, flag) if value is None else _with(text, component, flag, value)
+    for key in ("volumeMounts", "volumes") if unmount else ():
+        text = _without_entry(text, _listed(text, component, key), unmount)
+    if mount is not None and not _is_mounted(text, component, mount.path):
+        path = _scalar(mount.path)
+        inside = [f"- mountPath: {path}", f"  name: {mount.name}", "  readOnly: true"]
+        text = _with_entry(text, _listed(text, component, "volumeMounts"), inside)
+        volume = ["- hostPath:", f"    path: {path}", "    type: DirectoryOrCreate", f"  name: {mount.name}"]
+        text = _with_entry(text, _listed(text, component, "volumes"), volume)
+    done = (bom + text).encode()
+    wanted = {**before.flags, **{flag: value for flag, value in flags.items() if value is not None}}
+    wanted = {flag: value for flag, value in wanted.items() if flags.get(flag, "") is not None}
+    if manifests.parse(component, done).flags != wanted:
+        raise YamlError("wanted a manifest as kubeadm writes it, one flag a line, found another form")
+    return done
+
+
+def _with(text: str, component: Component, flag: str, value: str) -> str:
+    found = list(_places(text, component, flag))
+    if found:
+        word, following = found[-1]
+        old, new = (word, f"{flag}={value}") if following is None else (following, value)
+        _line(text, old)
+        return text[: old.place.start] + _scalar(new) + text[old.place.end :]
+    last = _words(text, component)[-1]  # where kubeadm has extra arguments
+    begin, end = _line(text, last)
+    return f"{text[:end]}{text[begin : last.place.start]}{_scalar(f'{flag}={value}')}\n{text[end:]}"
+
+
+def _without(text: str, component: Component, flag: str) -> str:
+    for word, following in reversed(list(_places(text, component, flag))):
+        begin, end = _line(text, word)
+        if following is not None:
+            _, end = _line(text, following)
+        text = text[:begin] + text[end:]
+    return text
+
+
+def _places(text: str, component: Component, flag: str) -> Iterator[tuple[YamlNode, YamlNode | None]]:
+    """The words of a flag; with the following one where that is its value."""
+    words = _words(text, component)
+    for number, word in enumerate(words):
+        name, equals, _ = word.text().partition("=")
+        if name == flag:
+            following = words[number + 1] if number + 1 < len(words) and not equals else None
+            yield word, None if following is None or following.text().startswith("-") else following
+
+
+def _words(text: str, component: Component) -> list[YamlNode]:
+    """The words of `command` and `args`; a flag may be in both."""
+    root = container(document(text), component.value)
+    words = [word for key in ("command", "args") if (listed := root.get(key)) for word in listed.items()]
+    if not words:
+        raise YamlError(f"wanted the command of {component.value}, found none")
+    return words
+
+
+def _line(text: str, word: YamlNode) -> tuple[int, int]:
+    """Begin and end of the line of a list's entry that has it to itself, as kubeadm writes it."""
+    start, stop = word.place.start, word.place.end
+    begin = text.rfind("\n", 0, start) + 1
+    end = text.find("\n", stop)
+    end = len(text) if end < 0 else end + 1
+    rest = text[stop:end].strip()
+    is_line = re.fullmatch(r" *- +", text[begin:start]) and text[end - 1 : end] == "\n"
+    is_alone = is_line and "\n" not in text[start:stop]
+    if not is_alone or (rest and not rest.startswith("#")) or word.kind != "scalar" or word.anchor:
+        raise YamlError(f"line {word.place.line}: wanted one word a line, as kubeadm writes it, found another form")
+    return begin, end
+
+
+def _scalar(value: str) -> str:
+    return value if _PLAIN.fullmatch(value) else json.dumps(value)
+
+
+def _listed(text: str, component: Component, key: str) -> YamlNode | None:
+    """The list of a container's mounts, or of its pod's volumes."""
+    root = document(text)
+    return container(root, component.value).get(key) if key == "volumeMounts" else pod(root).get(key)
+
+
+def _is_mounted(text: str, component: Component, path: str) -> bool:
+    listed = _listed(text, component, "volumeMounts")
+    found = [one.get("mountPath") for one in listed.items()] if listed is not None else []
+    return any(one is not None and PurePath(path).is_relative_to(one.text()) for one in found)
+
+
+def _with_entry(text: str, listed: YamlNode | None, lines: Sequence[str]) -> str:
+    """The text with one more entry at the end of a list."""
+    entries = listed.items() if listed is not None else []
+    if not entries:
+        raise YamlError("wanted volumes in the manifest, as kubeadm writes them, found none")
+    indent = re.match(r" *(?=- )", text[text.rfind("\n", 0, entries[-1].place.start) + 1 :])
+    _, end = _block(text, entries[-1])
+    if indent is None:
+        raise YamlError(f"line {entries[-1].place.line}: wanted a list as kubeadm writes it, found another form")
+    return text[:end] + "".join(f"{indent[0]}{line}\n" for line in lines) + text[end:]
+
+
+def _without_entry(text: str, listed: YamlNode | None, name: str) -> str:
+    for entry in reversed(listed.items() if listed is not None else []):
+        found = entry.get("name")
+        if found is not None and found.text() == name:
+            begin, end = _block(text, entry)
+            text = text[:begin] + text[end:]
+    return text
+
+
+def _block(text: str, entry: YamlNode) -> tuple[int, int]:
+    """Begin and end of the lines of a list's entry."""
+    begin, last = text.rfind("\n", 0, entry.place.start) + 1, entry
+    while last.children:
+        last = last.children[-1]
+    end = text.find("\n", last.place.end)
+    if end < 0 or not re.fullmatch(r" *- +", text[begin : entry.place.start]) or "{" in text[begin:end]:
+        raise YamlError(f"line {entry.place.line}: wanted a list as kubeadm writes it, found another form")
+    return begin, end + 1
+
+
+# --- kubeadm's ClusterConfiguration ----------------------------------------------------------------------------------
+
+
+def arguments(cluster: Mapping[str, Any], component: Component) -> dict[str, str]:
+    """A component's extra arguments, without dashes; the last of a name counts, as for kubeadm's pods."""
+    part = cluster.get(PARTS[component])
+    listed = part.get("extraArgs") if isinstance(part, Mapping) else None
+    if isinstance(listed, Mapping):
+        return {str(name): str(value) for name, value in listed.items()}
+    entries = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
+    return {str(one.get("name")): str(one.get("value")) for one in entries}
+
+
+def with_arguments(
+    cluster: Mapping[str, Any],
+    component: Component,
+    changes: Mapping[str, str | None],
+    mount: Mount | None = None,
+    unmount: str = "",
+) -> dict[str, Any]:
+    """A ClusterConfiguration with a component's arguments (None: without it), and its extra volume or without it."""
+    done = copy.deepcopy(dict(cluster))
+    part = done.setdefault(PARTS[component], {}) or {}
+    listed = part.get("extraArgs")
+    if isinstance(listed, Mapping) or (listed is None and str(done.get("apiVersion")) < _FIRST_WITH_LISTS):
+        kept: Any = {name: value for name, value in (listed or {}).items() if name not in changes}
+        part["extraArgs"] = {**kept, **{name: value for name, value in changes.items() if value is not None}}
+    else:
+        kept = [one for one in listed or [] if one.get("name") not in changes]
+        added = [{"name": name, "value": value} for name, value in changes.items() if value is not None]
+        part["extraArgs"] = [*kept, *added]
+    names = {unmount, mount.name if mount is not None else ""}
+    volumes = [one for one in part.get("extraVolumes") or [] if one.get("name") not in names]
+    if mount is not None:
+        path = {"hostPath": mount.path, "mountPath": mount.path}
+        volumes.append({"name": mount.name, **path, "readOnly": True, "pathType": "DirectoryOrCreate"})
+    part["extraVolumes"] = volumes
+    done[PARTS[component]] = {key: value for key, value in part.items() if value}
+    return done
