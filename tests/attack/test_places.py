@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import struct
 import subprocess
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +16,7 @@ from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, InstallError, Repla
 from bridge.state.store import Store
 from bridge.system.files import Attributes, digest, is_frozen
 from tests.counts import Tried
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount; run the tests as root")
+from tests.kit.small_disk import fill, needs_root, tmpfs
 
 OLD = {"server.key": b"old key", "server.crt": b"old certificate"}
 NEW = {"server.key": b"new key" * 3000, "server.crt": b"new certificate"}
@@ -77,26 +74,6 @@ def assert_refused(pki: Path, store: Store) -> str:
     return str(e.value)
 
 
-@contextlib.contextmanager
-def mounted(directory: Path, *options: str) -> Iterator[Path]:
-    directory.mkdir(exist_ok=True)
-    subprocess.run(["mount", *options, str(directory)], check=True)
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", str(directory)], check=True)
-
-
-def tmpfs(directory: Path, size: str = "1m") -> contextlib.AbstractContextManager[Path]:
-    return mounted(directory, "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
-
-
-def fill(directory: Path) -> None:
-    with contextlib.suppress(OSError), (directory / "filler").open("wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 4096)
-
-
 @needs_root
 def test_a_full_pki_directory(store: Store, tmp_path: Path) -> None:
     """Nothing is replaced; with room again it is."""
@@ -118,11 +95,9 @@ def test_a_full_pki_directory(store: Store, tmp_path: Path) -> None:
 def test_a_state_directory_with_little_room(pki: Path, tmp_path: Path, pages: int) -> None:
     """Wherever the room ends (backup, journal), it is all old or all new, and `recover` needs no room."""
     with tmpfs(tmp_path / "small", "128k") as directory:
-        directory.chmod(0o700)
         store = Store(directory)
         store.prepare()
-        fill(directory)
-        os.truncate(directory / "filler", (directory / "filler").stat().st_size - pages * 4096)
+        fill(directory, spared_pages=pages)
         try:
             run(pki, store)
         except (BridgeError, OSError):

@@ -25,6 +25,7 @@ from cryptography.x509.oid import NameOID
 from backends.gateway import GatewayBackend, GatewaySettings
 from backends.openssl.index import LOCK_NAME
 from bridge.contract import Issued, Pending, SignRequest
+from bridge.desk.desk import SIGNED
 from bridge.errors import BackendRefusedError, BackendUnavailableError, Exit
 from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, dumps, loads_answer
@@ -37,6 +38,7 @@ from tests.kit.desks import POLICY, SIGNING_STEPS, Desk, killing, make_desk
 from tests.kit.est import make_tls
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.serving import CA_BRIDGE, Answer, Database, ServeProgram, add_door, running
+from tests.kit.small_disk import fill, needs_root, tmpfs
 
 NodeEnd = Callable[..., GatewayBackend]
 Pairs = dict[str, tuple[x509.Certificate, PrivateKey]]
@@ -238,6 +240,38 @@ def test_a_door_that_ends_answers_what_it_has_begun(desk: Desk, database: Databa
         answer = awaited(door, place)
 
     assert len(answer.answers) == len(desk.issued()) == len(pairs)
+
+
+def signed_without_room(door: ServeProgram, desk: Desk, bundle: bytes, spared_pages: int) -> int:
+    """How many certificates the CA signs for a bundle while the state directory's disk has a few pages left."""
+    filler, said, before = fill(desk.state, spared_pages), len(door.said), len(desk.issued())
+    answer = door.post(bundle)
+    assert answer.status in {202, 503}
+    if answer.status == 202:
+        wait_until(
+            lambda: len(desk.issued()) > before or any("wait" in line for line in door.said[said:]),
+            bool,
+            _PATIENCE,
+            pause_seconds=0.1,
+        )
+    found = len(desk.issued()) - before
+    filler.unlink()
+    return found
+
+
+@needs_root
+def test_a_full_disk_signs_nothing_that_is_not_recorded(desk: Desk, database: Database, pairs: Pairs) -> None:
+    """Wherever the room of the state directory ends, a certificate is signed once, recorded, and delivered later."""
+    with tmpfs(desk.state, "16m"), running(add_door(desk.config, desk.directory, database.settings)) as door:
+        for count, spared_pages in enumerate((0, 1, 2, 4, 8, 16), 1):
+            bundle = dumps(make_bundle(some(pairs, "apiserver")))
+            assert signed_without_room(door, desk, bundle, spared_pages) <= bool(spared_pages)
+            assert isinstance(awaited(door, place_of(door.post(bundle))).answers["apiserver"], Issued)
+            assert len(desk.issued()) == count
+        recorded = [json.loads(line) for line in (desk.state / "audit.jsonl").read_text().splitlines()]
+        signed = {one["serialNumber"].replace(":", "") for one in recorded if one["event"] == SIGNED}
+        assert signed == {row.split("\t")[3] for row in desk.issued()}
+        assert desk.run("audit", "verify").returncode == 0
 
 
 #: The program, which gives a CA a second at its end.

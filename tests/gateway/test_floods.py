@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.desk_program import DeskProgram
 from tests.kit.gateways import Gateway, Place, csr_pem, node_subject, read, state_of
+from tests.kit.small_disk import fill, tmpfs
 
 pytestmark = pytest.mark.kube("kube-apiserver", "etcd")
 
@@ -199,40 +198,24 @@ def test_what_an_administrator_has_deleted_is_not_signed(cluster: ClusterApi, pl
 @pytest.mark.attack("G4")
 def test_a_record_without_room_gives_the_lease_to_another(cluster: ClusterApi, place: Place) -> None:
     """The replica says so and stands back, the other one works; with room again it is ready to."""
-    directory = place.directory / "state-one"
-    directory.mkdir(parents=True)
-    directory.chmod(0o700)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", directory], check=True)
-    try:
-        with gateways.running(place) as one:
-            two = place.start("two")
-            try:
-                two.until(lambda: "standing by" in two.page("readyz")[1])
-                filler = _filled(directory)
-                name = honest(cluster, "w2")
-                two.until(is_signed(cluster, name), 180)
-                status, text = one.page("readyz")
-                assert (status, "audit log could not be written" in text) == (503, True)
-                assert "this replica works" in two.page("readyz")[1]
-                assert "the record can't be written" in one.text()
-                filler.unlink()
-                one.until(lambda: one.page("readyz")[1] == "ok: standing by\n", 180)
-                assert two.end() == 0
-                one.until(is_signed(cluster, honest(cluster, "w2", CLIENT_KUBELET)), 180)
-            finally:
-                if two.process.poll() is None:
-                    two.kill()
-    finally:
-        subprocess.run(["umount", "--lazy", directory], check=True)
-
-
-def _filled(directory: Path) -> Path:
-    """A file that takes all the room there is."""
-    path = directory / "filler"
-    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(512))
-    return path
+    with tmpfs(place.directory / "state-one") as directory, gateways.running(place) as one:
+        two = place.start("two")
+        try:
+            two.until(lambda: "standing by" in two.page("readyz")[1])
+            filler = fill(directory)
+            name = honest(cluster, "w2")
+            two.until(is_signed(cluster, name), 180)
+            status, text = one.page("readyz")
+            assert (status, "audit log could not be written" in text) == (503, True)
+            assert "this replica works" in two.page("readyz")[1]
+            assert "the record can't be written" in one.text()
+            filler.unlink()
+            one.until(lambda: one.page("readyz")[1] == "ok: standing by\n", 180)
+            assert two.end() == 0
+            one.until(is_signed(cluster, honest(cluster, "w2", CLIENT_KUBELET)), 180)
+        finally:
+            if two.process.poll() is None:
+                two.kill()
 
 
 class Quiet(Service):

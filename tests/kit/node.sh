@@ -271,7 +271,7 @@ start_kubelet() { # start_kubelet IP
   daemon kubelet --config=/var/lib/kubelet/config.yaml --kubeconfig=/etc/kubernetes/kubelet.conf \
     --hostname-override="$name" --node-ip="$1"
   local pki=/etc/kubernetes/pki # with curl, since kubectl takes a tenth of a second of a processor, and this asks often
-  within 180 "an API server that is ready" enter curl --silent --fail --max-time 10 --cacert $pki/ca.crt \
+  within 300 "an API server that is ready" enter curl --silent --fail --max-time 10 --cacert $pki/ca.crt \
     --cert $pki/apiserver-kubelet-client.crt --key $pki/apiserver-kubelet-client.key "https://$1:6443/readyz"
 }
 
@@ -301,7 +301,7 @@ up() { # up IP [CA_DIR]
   within 120 "the rights of admin.conf" kubectl_as super-admin create clusterrolebinding kubeadm:cluster-admins \
     --clusterrole=cluster-admin --group=kubeadm:cluster-admins
   phase upload-config all
-  within 180 "a Node object" kubectl_as admin get node "$name"
+  within 300 "a Node object" kubectl_as admin get node "$name"
   phase mark-control-plane
   phase bootstrap-token
   echo "$name is up at https://$ip:6443"
@@ -341,7 +341,7 @@ join() { # join IP OTHER
   phase etcd local
   add_etcd_member "$ip" "$first"
   start_kubelet "$ip"
-  within 180 "a Node object" kubectl_as admin get node "$name"
+  within 300 "a Node object" kubectl_as admin get node "$name"
   phase mark-control-plane
   echo "$name is up at https://$ip:6443"
 }
@@ -403,7 +403,7 @@ etcd_host() { # etcd_host IP CA_DIR NAME=IP...
   phase etcd local
   write_stand_alone_kubelet
   daemon kubelet --config=/var/lib/kubelet/stand-alone.yaml --hostname-override="$name" --node-ip="$ip"
-  within 180 "a member of etcd" enter bash -c "exec 3<>/dev/tcp/$ip/2380" # others answer at 2379 once they are enough
+  within 300 "a member of etcd" enter bash -c "exec 3<>/dev/tcp/$ip/2380" # others answer at 2379 once they are enough
   echo "$name is an etcd host at $ip"
 }
 
