@@ -57,6 +57,7 @@ exit 1
 # extensions are put into the CSR, whose signature is wrong then, which local-submit does not look at (0.79.17).
 _WITH_USAGES = """\
 #!{python}
+import fcntl
 import os
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -91,6 +92,9 @@ def with_usages(pem, ekus):
 if os.environ["CERTMONGER_OPERATION"] == "SUBMIT":
     ekus = os.environ["CA_BRIDGE_EKUS"].split(",")
     os.environ["CERTMONGER_CSR"] = with_usages(os.environ["CERTMONGER_CSR"].encode(), ekus)
+lock = os.open({directory!r}, os.O_RDONLY)  # two at once read a serial number that the other has not written yet
+os.set_inheritable(lock, True)
+fcntl.flock(lock, fcntl.LOCK_EX)
 os.execv({helper!r}, [{helper!r}, "-d", {directory!r}])
 """
 
