@@ -148,12 +148,15 @@ class Signing:
             by = replace(by, now=self._now())
             number = next(self._turns)
             answer = self.workers.submit(number, read, {number: data}, by)
-            with contextlib.suppress(TimeoutError):
+            try:
                 [one] = answer.result(_WORKER_SECONDS) or [None]
-                if one is not None:
-                    refused = self._refused(one.bundle, one.verdicts)
-                    judged = Judged(bundle=one.bundle, refused=refused, by=by, verdicts=one.verdicts, number=number)
-                    return one.bundle, one.digest, judged
+            except TimeoutError:
+                answer.cancel()  # or the worker, which has too much to do, did later what is done here now
+                one = None
+            if one is not None:
+                refused = self._refused(one.bundle, one.verdicts)
+                judged = Judged(bundle=one.bundle, refused=refused, by=by, verdicts=one.verdicts, number=number)
+                return one.bundle, one.digest, judged
         with self._judging:
             return *loads_digested(data), None
 
