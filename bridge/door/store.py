@@ -153,32 +153,6 @@ RESTORES = sa.Table(
 )
 
 
-#: Statements that are asked for each request, made once: to make one takes longer than to have it answered.
-_REQUEST_BY = {
-    one.name: sa.select(REQUESTS).where(one == sa.bindparam("value"))
-    for one in (REQUESTS.c.id, REQUESTS.c.digest, REQUESTS.c.again)
-}
-_ADD, _ADD_ISSUED = REQUESTS.insert(), CERTIFICATES.insert()
-_CHANGE = REQUESTS.update().where(REQUESTS.c.id == sa.bindparam("which"))
-_CONCLUDE = _CHANGE.where(REQUESTS.c.state != "answered")
-_KNOWN = sa.select(CERTIFICATES.c.fingerprint).where(
-    CERTIFICATES.c.fingerprint.in_(sa.bindparam("prints", expanding=True))
-)
-_ISSUED_AMONG = (
-    sa.select(CERTIFICATES.c.csr, CERTIFICATES.c.name, CERTIFICATES.c.chain)
-    .where(CERTIFICATES.c.csr.in_(sa.bindparam("csrs", expanding=True)))
-    .order_by(CERTIFICATES.c.begins)
-)
-# by what is in the index: a door has many more that are answered
-_UNANSWERED = sa.select(
-    sa.func.count(),
-    *(
-        sa.func.coalesce(sa.func.sum(sa.case((part, 1), else_=0)), 0)
-        for part in (REQUESTS.c.peer == sa.bindparam("peer"), REQUESTS.c.state.in_(TO_SIGN))
-    ),
-).where(REQUESTS.c.state.in_(UNANSWERED))
-
-
 class DatabaseError(BridgeError):
     """The database can't be used now: nothing is signed that could not be remembered."""
 
@@ -250,6 +224,30 @@ class Unanswered:
     to_sign: int  #: For the next rounds of signing; the others are for people.
 
 
+#: Statements that are asked for each request, made once: to make one takes longer than to have it answered.
+_REQUEST_BY = {
+    one.name: sa.select(REQUESTS).where(one == sa.bindparam("value"))
+    for one in (REQUESTS.c.id, REQUESTS.c.digest, REQUESTS.c.again)
+}
+_ADD, _ADD_ISSUED = REQUESTS.insert(), CERTIFICATES.insert()
+_CHANGE = REQUESTS.update().where(REQUESTS.c.id == sa.bindparam("which"))
+_CONCLUDE = _CHANGE.where(REQUESTS.c.state != "answered")
+_KNOWN = sa.select(CERTIFICATES.c.fingerprint).where(
+    CERTIFICATES.c.fingerprint.in_(sa.bindparam("prints", expanding=True))
+)
+_ISSUED_AMONG = (
+    sa.select(CERTIFICATES.c.csr, CERTIFICATES.c.name, CERTIFICATES.c.chain)
+    .where(CERTIFICATES.c.csr.in_(sa.bindparam("csrs", expanding=True)))
+    .order_by(CERTIFICATES.c.begins)
+)
+# by what is in the index: a door has many more that are answered
+_UNANSWERED = sa.select(
+    sa.func.count(),
+    *(
+        sa.func.coalesce(sa.func.sum(sa.case((part, 1), else_=0)), 0)
+        for part in (REQUESTS.c.peer == sa.bindparam("peer"), REQUESTS.c.state.in_(TO_SIGN))
+    ),
+).where(REQUESTS.c.state.in_(UNANSWERED))
 _DECISIONS = (
     sa.select(*(DECISIONS.c[name] for name in DecisionRow.__slots__))
     .where(DECISIONS.c.request == sa.bindparam("of"))
