@@ -15,20 +15,16 @@ _PAGE_BYTES = 4096
 
 
 @contextlib.contextmanager
-def mounted(directory: Path, *options: str) -> Iterator[Path]:
-    """Mount over a directory, which is made, until the end."""
+def tmpfs(directory: Path, size: str = "1m") -> Iterator[Path]:
+    """A file system in memory over a directory, which is made; its owner alone can read it. No file stays open in it."""
     directory.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", *options, str(directory)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs", directory], check=True)
+    lazily = ["--lazy"]  # a program that a failed test left behind keeps no mount
     try:
         yield directory
+        lazily = []
     finally:
-        # lazily: a program that a failed test left behind keeps no mount
-        subprocess.run(["umount", "--lazy", str(directory)], check=True)
-
-
-def tmpfs(directory: Path, size: str = "1m") -> contextlib.AbstractContextManager[Path]:
-    """A file system in memory, which only its owner can read."""
-    return mounted(directory, "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs")
+        subprocess.run(["umount", *lazily, directory], check=True)
 
 
 def fill(directory: Path, spared_pages: int = 0) -> Path:
