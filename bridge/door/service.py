@@ -13,6 +13,7 @@ import gc
 import logging
 import os
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ from bridge.settings.tables import Settings
 from bridge.state.store import Store
 from bridge.system.codec import labels, metric
 from bridge.system.files import SECRET_MODE, write_atomically
+from bridge.system.many import SWITCH_SECONDS
 from bridge.system.paths import UnreadableError, open_secret, read_ca_file
 from bridge.system.waiting import back_off_seconds
 
@@ -132,6 +134,7 @@ class Service:
         )
         address = ours.address or ("", 0)  # the settings were looked at
         gc.set_threshold(GARBAGE)  # bundles are many objects with no cycle
+        sys.setswitchinterval(SWITCH_SECONDS)
         spare = max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
         with contextlib.closing(self.memory), contextlib.closing(Workers(spare)) as self._signing.workers:
             files = (ours.certificate, ours.key)

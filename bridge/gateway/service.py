@@ -37,6 +37,7 @@ from bridge.state import credentials
 from bridge.state.audit import AuditError
 from bridge.state.store import Store
 from bridge.system.locks import LockedError, lock
+from bridge.system.many import SWITCH_SECONDS
 from bridge.system.waiting import back_off_seconds
 from bridge.words import one_line
 
@@ -46,9 +47,6 @@ log = logging.getLogger("ca-bridge")
 _THREADS_OF_MANY = 96
 #: Python looks for cycles after 700 new objects; hundreds of requests at once have many more, and hardly a cycle.
 _OBJECTS_A_COLLECTION = 20_000
-#: Python takes its lock from a thread after 5 ms, for any of dozens that wait for it; ours give it up by themselves with
-#: each request. In `http.KeptConnection` of 16 threads at once a request takes a quarter less processor time with this.
-_SWITCH_SECONDS = 0.05
 _TICK_SECONDS = 0.5
 #: A thread without work wakes up after this; the queue wakes it before when there is some, or when it is closed.
 _IDLE_SECONDS = 30.0
@@ -181,7 +179,7 @@ class Service:
             started(port)
             gc.freeze()
             gc.set_threshold(_OBJECTS_A_COLLECTION, 20, 50)
-            sys.setswitchinterval(_SWITCH_SECONDS)
+            sys.setswitchinterval(SWITCH_SECONDS)
             self._tick_until_stopped()
             self._drain(threads)
 

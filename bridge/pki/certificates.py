@@ -36,6 +36,8 @@ warnings.filterwarnings("ignore", message="PKCS#7 certificates could not be pars
 _SHORTEST_PUBLIC = 64
 #: Certificates and CSRs whose SANs are remembered: a judge asks for them several times in a row.
 _REMEMBERED = 64
+#: Certificates and CSRs whose PEM or digest is remembered: a desk needs each three times while it signs hundreds.
+_MOST_REMEMBERED = 1024
 
 _BEGIN = re.compile(rb"^-----BEGIN CERTIFICATE-----[ \t]*\r?$", re.MULTILINE)
 _END = b"-----END CERTIFICATE-----"
@@ -99,9 +101,14 @@ def load_der_certificate(der: bytes) -> x509.Certificate:
 
 def pem(*certificates: x509.Certificate) -> bytes:
     """PEM blocks as kubeadm writes them: 64 characters a line, LF, a newline at the end."""
+    return b"".join(map(_one_pem, certificates))
+
+
+@lru_cache(maxsize=_MOST_REMEMBERED)
+def _one_pem(certificate: x509.Certificate) -> bytes:
     from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415 (4 ms, which a look needs not)
 
-    return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates)
+    return certificate.public_bytes(Encoding.PEM)
 
 
 def serial_hex(certificate: x509.Certificate) -> str:
@@ -116,6 +123,7 @@ def fingerprint(certificate: x509.Certificate) -> str:
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
+@lru_cache(maxsize=_MOST_REMEMBERED)
 def csr_fingerprint(csr: x509.CertificateSigningRequest) -> str:
     """SHA-256 over the DER bytes, lower-case hex."""
     from hashlib import sha256  # noqa: PLC0415 (likewise)
