@@ -3,7 +3,7 @@ Processes that do the desk's arithmetic ahead: read a bundle, verify its signatu
 
 They exist for the row "`sign` of an inbox" of docs/evidence/numbers.md. They touch no CA, file or clock: they get
 bytes, and answer with the bundle and its problems. What they did not do the desk does itself, so that losing one costs
-only time. A worker keeps each bundle until its answers come, so that nothing is sent or parsed twice, and ends with the
+only time, and the next task begins another. A worker keeps each bundle until its answers come, so that nothing is sent or parsed twice, and ends with the
 desk, even a killed one, when its standard input ends. `ProcessPoolExecutor` costs the same processor time; but its
 processes import from the current directory, and a pool for each worker and a thread in it would have to do the rest.
 """
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import signal
 import subprocess
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,6 +52,8 @@ _LARGEST_CHUNK_BYTES = 1 << 20
 GARBAGE = 100_000
 #: Lots of bundles that are at the workers while the next are read.
 _CHUNKS_AHEAD = 8
+#: After the start of a worker no other takes its place for so long: one that can't work costs a start now and then.
+_REST_SECONDS = 10.0
 _SERVE = "from bridge.desk.workers import serve; serve()"
 
 _Answer = TypeVar("_Answer")
@@ -156,7 +160,8 @@ def for_request(request: SignRequest, expected: Expectation) -> Expectation:
 
 def serve() -> None:
     """Be a worker: tasks come in on standard input, answers go out on standard output, until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the terminal is the desk's to answer
+    for one in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and the end of a unit, are the desk's to answer
+        signal.signal(one, signal.SIG_IGN)
     gc.freeze()
     gc.set_threshold(GARBAGE)
     tasks, answers = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
@@ -189,35 +194,52 @@ class _Worker:
 
     process: subprocess.Popen[bytes] = field(init=False)
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    began: float | None = None  #: When its task of now began, by the monotonic clock.
 
     def __post_init__(self) -> None:
-        self._is_gone = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._is_gone, self._again = True, time.monotonic() + _REST_SECONDS
         self.process = subprocess.Popen(python_command(_SERVE), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdin is not None and self.process.stdout is not None  # noqa: S101, PT018 (for the types)
         self._tasks = Connection(os.dup(self.process.stdin.fileno()), readable=False)
         self._answers = Connection(os.dup(self.process.stdout.fileno()), writable=False)
         self.process.stdin.close()
         self.process.stdout.close()
+        self._is_gone = False
 
     def ask(self, task: Callable[..., _Answer], arguments: tuple[object, ...]) -> _Answer | None:
         """Have the worker answer a question; None: the worker is no more."""
+        if self._is_gone and time.monotonic() > self._again:
+            with contextlib.suppress(OSError):  # no memory, no more processes
+                self._begin()
         if self._is_gone:
             return None
+        self.began = time.monotonic()
         try:
             self._tasks.send((task, arguments))
             answer: _Answer = self._answers.recv()
         except (OSError, EOFError):
-            self._is_gone = True
-            log.info("a worker process of the desk has ended; the desk does its part by itself, which takes longer")
+            self._end()
+            log.warning("a worker process has ended; until another one begins, its part takes longer")
             return None
+        finally:
+            self.began = None
         return answer
 
-    def close(self) -> None:
-        self.thread.shutdown()
+    def _end(self) -> None:
+        self._is_gone = True
         self._tasks.close()
         self._answers.close()
         self.process.kill()
         self.process.wait()
+
+    def close(self) -> None:
+        self._again = math.inf
+        self.process.kill()  # first: its thread may wait for it
+        self.thread.shutdown()
+        self._end()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,6 +309,17 @@ class Workers:
                 yield from _arrived(*ahead.popleft())
         while ahead:
             yield from _arrived(*ahead.popleft())
+
+    def tend(self, longest_seconds: float) -> None:
+        """End workers that are at one task for longer; from any thread."""
+        for worker in self._workers:
+            if (began := worker.began) is not None and time.monotonic() - began > longest_seconds:
+                worker.process.kill()
+
+    def states(self) -> dict[str, int]:
+        """How many processes are there, and how many have ended."""
+        running = sum(worker.process.poll() is None for worker in self._workers)
+        return {"running": running, "ended": len(self._workers) - running}
 
     def close(self) -> None:
         """End the processes."""

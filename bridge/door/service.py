@@ -63,6 +63,8 @@ _HOLD = timedelta(seconds=8)
 _SECRET, _SECRET_BYTES = "door.secret", 32
 #: Processes that read and judge what comes, one for each processor but the one that signs.
 _MOST_WORKERS = 4
+#: One that is at a bundle for so long does not end by itself; the longest takes a second.
+_WORKER_SECONDS = 30.0
 
 
 class Service:
@@ -144,6 +146,7 @@ class Service:
                 heard = time.monotonic()
                 while not self._ending and self._thread.is_alive():
                     time.sleep(_TICK_SECONDS)
+                    self._signing.workers.tend(_WORKER_SECONDS)
                     if time.monotonic() - heard > _IDLE_SECONDS:
                         heard = time.monotonic()
                         with contextlib.suppress(DatabaseError):  # a round says so
@@ -255,11 +258,13 @@ class Service:
         except DatabaseError:
             counts, nodes = {}, ""
         connections = self._https.counts() if self._https is not None else {}
+        workers = self._signing.workers.states() if self._signing.workers is not None else {}
         parts = [
             _metric("requests", "Requests by state.", "state", counts),
             _metric("certificates_total", "Answers to single requests.", "outcome", self._signing.outcomes, "counter"),
             _metric("http_answers_total", "Answers by status.", "status", self._door.answers, "counter"),
             _metric("connections", "Connections now; those turned away since the start.", "kind", connections),
+            _metric("workers", "Processes that read and judge what comes.", "state", workers),
             _metric("ca_down", "CAs that can't be used now.", "authority", dict.fromkeys(self._signing.troubles, 1)),
             metric(f"{PREFIX}_signing", "Whether rounds succeed.", [f"{PREFIX}_signing {int(not self._trouble)}"]),
             nodes,

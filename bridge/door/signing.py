@@ -129,8 +129,8 @@ class Signing:
         self.answered: Callable[[], object] = lambda: None  #: Called for each request that is answered.
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
 
-    def look(self) -> None:
-        """Reach the CAs (OwnClusterError: this is the cluster that they sign for)."""
+    def look(self) -> Desk:
+        """Reach the CAs by the policy of now (OwnClusterError: this is the cluster that they sign for)."""
         desk = self._desk_of_now()
         desk.open_all()
         self.troubles = {name: str(error) for name, error in desk.troubles().items()}
@@ -141,6 +141,7 @@ class Signing:
         self.cas = {**self.cas, **{name: some for name, some in found.items() if some}}
         # a CA that is down now has the certificates that it had
         self._judgement = replace(desk.judgement(), cas=self.cas)
+        return desk
 
     def read(self, data: bytes) -> tuple[RequestBundle, str, Judged | None]:
         """A bundle, its digest, and the judgement where a worker has made it (BundleError); from any thread."""
@@ -227,8 +228,7 @@ class Signing:
             return self._round() if is_ours else "busy"
 
     def _round(self) -> Next:
-        self.look()
-        desk, left = self._desk_of_now(), _Left(self)
+        desk, left = self.look(), _Left(self)  # not a later one, whose policy may be another than the judgement's
         with books_open(self._settings, self._store, self._now, _WAIT, "ca-bridge serve") as (journal, record):
             archive = Archive(self._policy.desk.archive or archive_directory(self._store), self._store.directory)
             if not self._is_prepared:  # while the lock is held: it removes what a killed process left unfinished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -272,7 +273,60 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_a_task_that_fails_ends_its_worker_and_nothing_else(workers: Workers) -> None:
-    """The desk learns each time that there is no answer."""
-    assert workers.submit(0, os.fspath, 1).result() is None
-    assert workers.submit(0, os.fspath, "a path").result() is None
+@pytest.mark.parametrize("rests", [True, False])
+def test_a_worker_that_has_ended_is_replaced(monkeypatch: pytest.MonkeyPatch, *, rests: bool) -> None:
+    """A task that fails ends its worker and nothing else; the next task begins another, but not at once after a start."""
+    monkeypatch.setattr(desk_workers, "_REST_SECONDS", 3600.0 if rests else -1.0)
+    with contextlib.closing(Workers(1)) as workers:
+        assert workers.states() == {"running": 1, "ended": 0}
+        assert workers.submit(0, os.fspath, 1).result() is None
+        assert workers.states() == {"running": 0, "ended": 1}
+        assert workers.submit(0, os.fspath, "a path").result() == (None if rests else "a path")
+        assert workers.states()["ended"] == int(rests)
+
+
+def stopped(workers: Workers) -> Future[str | None]:
+    """A task at a worker that does nothing, which fills the pipe to it."""
+    workers.submit(0, os.fspath, "a path").result()
+    os.kill(workers._workers[0].process.pid, signal.SIGSTOP)
+    answer = workers.submit(0, os.fspath, "a path" * 200_000)
+    wait_until(lambda: workers._workers[0].began, bool, timedelta(seconds=120), pause_seconds=0.01)
+    return answer
+
+
+def test_a_worker_that_hangs_is_ended(workers: Workers) -> None:
+    """Its task is left to the desk after a time, and not before."""
+    answer, process = stopped(workers), workers._workers[0].process
+    workers.tend(3600.0)
+    assert process.poll() is None
+    assert not answer.done()
+
+    workers.tend(0.0)
+
+    assert answer.result() is None
+    assert process.poll() == -signal.SIGKILL
+
+
+def test_a_worker_that_hangs_does_not_hold_up_the_end() -> None:
+    """The process ends, and no other one begins for the tasks that wait."""
+    workers = Workers(1)
+    process, answer = workers._workers[0].process, stopped(workers)
+    waiting = workers.submit(0, os.fspath, "a path")
+
+    workers.close()
+
+    assert (answer.result(), waiting.result()) == (None, None)
+    assert process.poll() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_the_end_of_a_unit_leaves_the_workers_to_the_desk(workers: Workers, number: signal.Signals) -> None:
+    """systemd and a terminal tell all processes: a worker works on until the desk has ended; only a kill ends it."""
+    assert workers.submit(0, os.fspath, "a path").result() == "a path"
+    process = workers._workers[0].process
+    process.send_signal(number)
+    if number == signal.SIGKILL:
+        assert process.wait() == -signal.SIGKILL
+    else:
+        assert workers.submit(0, os.fspath, "a path").result() == "a path"
+        assert process.poll() is None

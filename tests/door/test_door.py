@@ -189,13 +189,14 @@ def test_a_ca_that_is_down_loses_no_request(door: ServeProgram, desk: Desk, pair
 
 
 def test_a_door_whose_worker_is_gone_works_on(door: ServeProgram, pairs: Pairs) -> None:
-    """Its processes read and judge what comes; without them the door does it by itself, with the same answers."""
+    """Its processes read and judge what comes; without them the door does it by itself, and gets others; monitors see it."""
     assert door.process is not None
     children = Path(f"/proc/{door.process.pid}/task/{door.process.pid}/children").read_text().split()
     assert children
     assert isinstance(
         awaited(door, place_of(door.post(dumps(make_bundle(some(pairs, "apiserver")))))).answers["apiserver"], Issued
     )
+    assert running_workers(door) == len(children)
     for pid in children:
         os.kill(int(pid), signal.SIGKILL)
     forged = changed(make_bundle(some(pairs, "apiserver")), "apiserver", proof=None)
@@ -203,6 +204,21 @@ def test_a_door_whose_worker_is_gone_works_on(door: ServeProgram, pairs: Pairs) 
     assert isinstance(
         awaited(door, place_of(door.post(dumps(make_bundle(some(pairs, "admin.conf")))))).answers["admin.conf"], Issued
     )
+    assert any("a worker process has ended" in line for line in door.said)
+
+    def worked() -> int:
+        assert door.post(dumps(forged)).status == 403
+        return running_workers(door)
+
+    wait_until(worked, lambda count: count == len(children), _PATIENCE, pause_seconds=0.5)
+    assert running_workers(door) == len(children)
+
+
+def running_workers(door: ServeProgram) -> int:
+    """As the monitors see it."""
+    found = re.search(r'serve_workers{state="running"} (\d+)', door.ask("GET", "/metrics").body.decode())
+    assert found is not None
+    return int(found[1])
 
 
 @pytest.mark.parametrize(

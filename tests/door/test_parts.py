@@ -54,7 +54,7 @@ def bundle(pki: Pki) -> RequestBundle:
 
 def received(memory: Memory, digest_: str = "aa", **more: Any) -> str:
     values = {"digest": digest_, "node": "cp-1", "cluster": "kubernetes", "peer": "192.0.2.1", "now": NOW, **more}
-    return memory.receive(b"bundle", **values)
+    return memory.receive(values.pop("data", b"bundle"), **values)
 
 
 def issued(**more: Any) -> IssuedRow:
@@ -316,6 +316,34 @@ def test_a_judgement_counts_in_the_round_while_nothing_has_changed(
     assert kept.answer is not None
     answer = loads_answer(kept.answer).answers["apiserver"]
     assert isinstance(answer, Refusal if what == "nothing" else Issued)
+
+
+@pytest.mark.parametrize(("when", "kind"), [("before it", Refusal), ("while it begins", Issued)])
+def test_a_round_is_by_one_policy(
+    desk: Desk, memory: Memory, pki: Pki, monkeypatch: pytest.MonkeyPatch, when: str, kind: type[Issued | Refusal]
+) -> None:
+    """A policy that comes while a round begins is the next one's, whether a request was judged when it came or not."""
+    signing, places = Signing(load(desk.config), memory, desk.policy, now), []
+    signing.look()
+    for number in range(2):
+        one = make_bundle(old_pairs(pki, ["apiserver"]))
+        data = dumps(one)
+        places.append(received(memory, digest(one), data=data, now=now()))
+        if number:
+            signing.expect(data, signing.judged(one))
+
+    def change(*_: object) -> None:
+        desk.policy.write_text(desk.policy.read_text().replace("cp-*", "other-*"))
+
+    if when == "before it":
+        change()
+    else:
+        monkeypatch.setattr("bridge.door.signing.assert_elsewhere", change)  # the policy was read then
+    signing.round()
+    signing.close()
+
+    kept = [one for one in map(memory.find, places) if one is not None]
+    assert [type(loads_answer(one.answer or b"").answers["apiserver"]) for one in kept] == [kind, kind]
 
 
 # --- the extra --------------------------------------------------------------------------------------------------------
