@@ -55,6 +55,8 @@ _MOST_READ, _LONGEST_READ_BYTES = 3 * _MOST, 64 << 10
 #: Bundles that this process reads or judges at the same time: with more, the thread that signs hardly gets a turn, and
 #: the CA has to wait for it.
 _JUDGED_AT_ONCE = 2
+#: Bundles that workers have or that wait for one, so that the answers of a round, which they compare, wait for few.
+_AT_WORKERS = 8
 #: After this time a bundle is read here that a worker was to read.
 _WORKER_SECONDS = 10.0
 #: A judgement of when a request came counts in a round for so long; a limit of the policy has hours, or days.
@@ -124,6 +126,7 @@ class Signing:
         self._turns = itertools.count()
         #: Held while this process reads or judges, never while a network or a database is waited for.
         self._judging = threading.Semaphore(_JUDGED_AT_ONCE)
+        self._at_workers = threading.Semaphore(_AT_WORKERS)
         #: Bundles of requests that came lately, by the bytes that they were read from.
         self._read: dict[bytes, Judged] = {}
         self.answered: Callable[[], object] = lambda: None  #: Called for each request that is answered.
@@ -146,20 +149,27 @@ class Signing:
     def read(self, data: bytes) -> tuple[RequestBundle, str, Judged | None]:
         """A bundle, its digest, and the judgement where a worker has made it (BundleError); from any thread."""
         if self.workers and (by := self._judgement) is not None:
-            by = replace(by, now=self._now())
-            number = next(self._turns)
-            answer = self.workers.submit(number, read, {number: data}, by)
-            try:
-                [one] = answer.result(_WORKER_SECONDS) or [None]
-            except TimeoutError:
-                answer.cancel()  # or the worker, which has too much to do, did later what is done here now
-                one = None
-            if one is not None:
+            by, number = replace(by, now=self._now()), next(self._turns)
+            if (one := self._by_worker(self.workers, number, data, by)) is not None:
                 refused = self._refused(one.bundle, one.verdicts)
                 judged = Judged(bundle=one.bundle, refused=refused, by=by, verdicts=one.verdicts, number=number)
                 return one.bundle, one.digest, judged
         with self._judging:
             return *loads_digested(data), None
+
+    def _by_worker(self, workers: Workers, number: int, data: bytes, by: Judgement) -> ReadBundle | None:
+        over = time.monotonic() + _WORKER_SECONDS
+        if not self._at_workers.acquire(timeout=_WORKER_SECONDS):
+            return None
+        try:
+            answer = workers.submit(number, read, {number: data}, by)
+            [one] = answer.result(over - time.monotonic()) or [None]
+        except TimeoutError:
+            answer.cancel()  # or the worker, which has too much to do, did later what is done here now
+            return None
+        finally:
+            self._at_workers.release()
+        return one
 
     def judged(
         self, bundle: RequestBundle, without_proof: frozenset[str] = frozenset(), *, held: bool = False

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
@@ -19,7 +22,7 @@ from alembic.migration import MigrationContext
 from bridge.cli import serve
 from bridge.contract import Issued
 from bridge.desk.policy import PolicyVerdict
-from bridge.desk.workers import Judgement
+from bridge.desk.workers import Judgement, Workers
 from bridge.door.app import Door, Quota
 from bridge.door.doors import Doors
 from bridge.door.signing import Judged, Signing
@@ -30,6 +33,7 @@ from bridge.pki.bundle_format import digest, dumps, loads_answer, loads_digested
 from bridge.settings.load import load
 from bridge.specs import AUTHORITIES
 from bridge.state.store import Store
+from bridge.system.waiting import wait_until
 from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.desks import Desk, make_desk
 from tests.kit.pki import Pki, handmade_pki
@@ -344,6 +348,49 @@ def test_a_round_is_by_one_policy(
 
     kept = [one for one in map(memory.find, places) if one is not None]
     assert [type(loads_answer(one.answer or b"").answers["apiserver"]) for one in kept] == [kind, kind]
+
+
+class Counted(Workers):
+    """Counts the tasks that were not done when another one came."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.tasks: list[Future[Any]] = []
+        self.most = 0
+
+    def submit(self, chunk: int, task: Callable[..., Any], *arguments: object) -> Future[Any]:
+        """As any workers, and count."""
+        self.tasks.append(super().submit(chunk, task, *arguments))
+        self.most = max(self.most, sum(not one.done() for one in self.tasks))
+        return self.tasks[-1]
+
+
+@pytest.mark.parametrize("room", [3, 12])
+def test_requests_that_come_do_not_hold_up_a_round(
+    desk: Desk, bundle: RequestBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """So many at most are before a round's comparisons at a worker, however many come; each gets its own answer."""
+    monkeypatch.setattr("bridge.door.signing._AT_WORKERS", room)
+    monkeypatch.setattr("bridge.door.signing._WORKER_SECONDS", 300.0)
+    every = [replace(bundle, batch=f"{number:032x}") for number in range(12)]
+    with closing(Memory(sqlite_url(tmp_path / "door.db"))) as memory, closing(Counted()) as workers:
+        signing = Signing(load(desk.config), memory, desk.policy, now)
+        signing.workers = workers
+        signing.look()
+        process = workers._workers[0].process
+        process.send_signal(signal.SIGSTOP)
+        with ThreadPoolExecutor(len(every)) as clients:
+            answers = clients.map(signing.read, map(dumps, every))
+            wait_until(
+                lambda: len(workers.tasks), lambda count: count >= room, timedelta(minutes=2), pause_seconds=0.01
+            )
+            process.send_signal(signal.SIGCONT)
+            found = list(answers)
+        signing.close()
+
+    assert workers.most == room
+    assert [(one, asked) for one, asked, _ in found] == [(one, digest(one)) for one in every]
+    assert all(judged is not None and judged.bundle == one for one, _, judged in found)
 
 
 # --- the extra --------------------------------------------------------------------------------------------------------
