@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from importlib.metadata import distribution
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,3 +83,17 @@ def make_signer(key: Path, signers: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     public = key.with_suffix(".pub").read_text(encoding="ascii")
     signers.write_text(f'release@ca-bridge namespaces="ca-bridge-release" {public}', encoding="ascii")
+
+
+def serve_packages(directory: Path) -> Path:
+    """The packages of `serve` without PostgreSQL's driver, as `pip install --target` puts them there; the directory."""
+    whole, base = (
+        set(re.findall(r"^([a-z0-9-]+)==", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
+        for name in ("requirements-serve.lock", "requirements.lock")
+    )
+    for name in whole - base - {"psycopg", "psycopg-binary", "tzdata"}:
+        for file in distribution(name).files or ():
+            if not {"..", "__pycache__"} & set(file.parts):
+                (directory / file).parent.mkdir(parents=True, exist_ok=True)
+                (directory / file).write_bytes(Path(str(file.locate())).read_bytes())
+    return directory

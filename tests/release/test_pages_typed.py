@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import cmp, est, gateways, kube_api, openbao, opensslca, programs, shown
+from tests.kit import cmp, est, gateways, kube_api, openbao, opensslca, programs, releases, shown
 from tests.kit.pki import PKI_SPECS, KubeadmPki, kubeadm_pki
 from tests.kit.trees import Booted, Tree
 
@@ -372,3 +372,41 @@ def test_the_air_gap(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
         assert node.run("ls /srv/exchange/inbox").stdout == ""
         assert "nothing is due" in node.run("ca-bridge renew").stdout
         assert desk.run(f"{as_user} {sign}", check=False).returncode == 0
+
+
+def cable(one: Booted, other: Booted) -> None:
+    """Connect two machines: 198.18.78.1 and .2, of a range for benchmarks (RFC 2544)."""
+    ends = [f"netns {machine.pid}" for machine in (one, other)]
+    subprocess.run(f"ip link add cable {ends[0]} type veth peer name cable {ends[1]}".split(), check=True)
+    for number, machine in enumerate((one, other), start=1):
+        for words in (f"addr add 198.18.78.{number}/24 dev cable", "link set cable up"):
+            subprocess.run(f"nsenter -t {machine.pid} -n ip {words}".split(), check=True)
+
+
+@only_bookworm
+def test_the_door(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
+    """From nothing to a door under systemd, whose own certificate it signs, and a node that is renewed through it."""
+    base, listens, starts, at_the_node = blocks("docs/door.md", "A worked example")
+    machine, host = installed.copy(tmp_path / "node"), installed.copy(tmp_path / "host")
+    made = ca_directories(pki, tmp_path / "ca")
+    host.put_directory(releases.serve_packages(tmp_path / "packages"), "/opt/ca-bridge/plugins")
+    host.put_directory(made, "/srv/ca")
+    host.put("/etc/ca-bridge/ca-passphrase", PASSPHRASE.encode(), 0o600)
+    host.run("echo 127.0.0.1 ca-door.corp.example >>/etc/hosts")
+    machine.run("echo 198.18.78.2 ca-door.corp.example >>/etc/hosts")
+    with node_of(machine, pki) as node, host.booted() as door:
+        cable(node, door)
+        begin = "\n".join(line for line in lines(base) if not line.startswith("pip "))  # no network: they are there
+        door.run(f"{begin}\n{listens}\n{starts}")
+        door.wait("journalctl -o cat -u ca-bridge-serve | grep -q 'serving at port 9443'")
+        before = node.run("cat /etc/kubernetes/pki/apiserver.crt").stdout
+        for line in lines(at_the_node):
+            done = node.run(line, check=False)
+            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}{door.journal()}"
+        assert node.run("cat /etc/kubernetes/pki/apiserver.crt").stdout != before
+        assert "nothing is due" in node.run("ca-bridge renew").stdout
+        assert "enabled" in door.run("systemctl is-enabled ca-bridge-serve.service").stdout
+        serial = "openssl x509 -noout -serial -in /etc/ca-bridge/serve.crt"
+        first = door.run(serial).stdout
+        door.run("ca-bridge renew door --config /etc/ca-bridge/own.toml")
+        assert door.run(serial).stdout != first

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from importlib.metadata import distribution
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from backends.openssl.index import LOCK_NAME
 from bridge.node import sample_pki
 from bridge.pki.certificates import san_entries
 from bridge.specs import AUTHORITIES
-from tests.kit import cmp, est, gateways, kube_api, openbao
+from tests.kit import cmp, est, gateways, kube_api, openbao, releases
 from tests.kit.cas import Bridge, add_cfssl, add_openssl, add_vault, live_certificates
 from tests.kit.est import Tls
 from tests.kit.issuing import SERVER
@@ -483,16 +482,7 @@ def put_door(tree: Tree, directory: Path) -> Tls:
     tree.put("/root/look.py", LOOK.encode())
     tls = est.make_tls(directory / "tls")
     tree.put("/srv/door-ca.crt", tls.ca.read_bytes())
-    whole, base = (
-        set(re.findall(r"^([a-z0-9-]+)==", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
-        for name in ("requirements-serve.lock", "requirements.lock")
-    )
-    for name in whole - base - {"psycopg", "psycopg-binary", "tzdata"}:  # that is PostgreSQL's driver
-        for file in distribution(name).files or ():
-            if not {"..", "__pycache__"} & set(file.parts):
-                (directory / "packages" / file).parent.mkdir(parents=True, exist_ok=True)
-                (directory / "packages" / file).write_bytes(Path(str(file.locate())).read_bytes())
-    tree.put_directory(directory / "packages", "/opt/ca-bridge/plugins")
+    tree.put_directory(releases.serve_packages(directory / "packages"), "/opt/ca-bridge/plugins")
     tree.run(
         "useradd --system ca-bridge 2>/dev/null || { echo ca-bridge:x:990:990::/:/bin/false >>/etc/passwd; echo ca-bridge:x:990: >>/etc/group; };"
         "chown -R ca-bridge:ca-bridge /srv/ca;"
