@@ -222,7 +222,8 @@ class _Worker:
             answer: _Answer = self._answers.recv()
         except (OSError, EOFError):
             self._end()
-            log.warning("a worker process has ended; until another one begins, its part takes longer")
+            if self._again < math.inf:
+                log.warning("a worker process has ended; until another one begins, its part takes longer")
             return None
         finally:
             self.began = None

@@ -204,7 +204,6 @@ def test_a_door_whose_worker_is_gone_works_on(door: ServeProgram, pairs: Pairs) 
     assert isinstance(
         awaited(door, place_of(door.post(dumps(make_bundle(some(pairs, "admin.conf")))))).answers["admin.conf"], Issued
     )
-    assert any("a worker process has ended" in line for line in door.said)
 
     def worked() -> int:
         assert door.post(dumps(forged)).status == 403
@@ -212,6 +211,26 @@ def test_a_door_whose_worker_is_gone_works_on(door: ServeProgram, pairs: Pairs) 
 
     wait_until(worked, lambda count: count == len(children), _PATIENCE, pause_seconds=0.5)
     assert running_workers(door) == len(children)
+    assert any("a worker process has ended" in line for line in door.said)
+
+
+@pytest.mark.parametrize("seconds", [1.0, 3600.0])
+def test_a_worker_that_hangs_loses_no_request(desk: Desk, pairs: Pairs, seconds: float) -> None:
+    """After a time the door ends it; before, it does the work by itself, and neither holds up the door's own end."""
+    door = add_door(desk.config, desk.directory)
+    patch = f"from bridge.door import service\nservice._WORKER_SECONDS = {seconds}\n"
+    door.start([sys.executable, "-c", f"{patch}from bridge.entry import main\nmain()"])
+    assert door.process is not None
+    children = Path(f"/proc/{door.process.pid}/task/{door.process.pid}/children").read_text().split()
+    for pid in children:
+        os.kill(int(pid), signal.SIGSTOP)
+
+    answer = awaited(door, place_of(door.post(dumps(make_bundle(some(pairs, "apiserver"))))))
+
+    assert isinstance(answer.answers["apiserver"], Issued)
+    assert running_workers(door) == len(children) - (seconds == 1.0)
+    assert door.stop() == Exit.DONE
+    assert any("a worker process has ended" in line for line in door.said) is (seconds == 1.0)
 
 
 def running_workers(door: ServeProgram) -> int:
