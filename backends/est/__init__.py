@@ -44,7 +44,7 @@ _EXAMPLE_URL = "https://est.corp.example"
 _DAY_SECONDS = 86400
 
 #: A long Retry-After, or a clock that was set back, must not delay the next try until the certificate has expired.
-LONGEST_WISH = timedelta(days=1)
+LONGEST_RETRY_AFTER = timedelta(days=1)
 #: No label may be called like one of them (RFC 7030 §3.2.2).
 OPERATIONS = frozenset({"cacerts", "simpleenroll", "simplereenroll", "fullcmc", "serverkeygen", "csrattrs"})
 
@@ -133,14 +133,14 @@ class EstBackend:
         return Issued(leaf=leaf, intermediates=intermediates_of(leaf, [*found, *self._ca_certificates(label)]))
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
-        """Send the same CSR again, as EST demands (RFC 7030 §4.2.3), but not earlier than the server wished."""
+        """Send the same CSR again, as EST demands (RFC 7030 §4.2.3), but not before its Retry-After."""
         digest, _, end = reference.partition("@")
         if digest != _digest(request):
             hint = "`ca-bridge pending cancel` makes room for a new request"
             raise BackendRefusedError("est: wanted the reference of this CSR, found another one's", hint=hint)
         now = datetime.now(UTC)
         left = int(end) - now.timestamp() if end.isdecimal() else 0
-        if 0 < left <= LONGEST_WISH.total_seconds():
+        if 0 < left <= LONGEST_RETRY_AFTER.total_seconds():
             moment = _moment_text(now + timedelta(seconds=left))
             return Pending(reference=reference, note=f"the server asks to wait until {moment}")
         return self.sign(request)
@@ -220,7 +220,7 @@ def _pending(request: SignRequest, answer: Answer, now: datetime) -> Pending:
     said = f" ({answer.text})" if answer.text else ""
     if answer.retry_after_seconds is None:
         return Pending(reference=_digest(request), note=f"the server answers later{said}")
-    moment = now + min(timedelta(seconds=answer.retry_after_seconds), LONGEST_WISH)
+    moment = now + min(timedelta(seconds=answer.retry_after_seconds), LONGEST_RETRY_AFTER)
     note = f"the server answers later{said}, and asks to wait until {_moment_text(moment)}"
     return Pending(reference=f"{_digest(request)}@{int(moment.timestamp())}", note=note)
 

@@ -80,7 +80,7 @@ class _Story:
         self._refusal()
         before = self._place.contents()
         self._crash()
-        self._way_back(before)
+        self._rollback(before)
         self._record()
         self._next()
 
@@ -114,7 +114,7 @@ class _Story:
         text = f"every key belongs to its certificate: {paired} of {len(items)}"
         self._expect(code == Exit.DONE and paired == len(items), text)
 
-    def _way_back(self, before: dict[Path, bytes]) -> None:
+    def _rollback(self, before: dict[Path, bytes]) -> None:
         self._headline("Going back is one command, and is itself backed up.")
         code = self._command("ca-bridge rollback", 2, 2, until="These still run")
         same = self._place.contents() == before

@@ -3,7 +3,7 @@ The doors of one database: which of them live, whose turn it is to sign, and whi
 
 The queries are here, the rules in `bridge.door.turns`. Times are the database's where it has a clock of its own, so
 that hosts need not agree on the time. Behind `Doors` is what an operator does with the database: a copy of SQLite's file,
-the way back to it, and what follows.
+its restore, and what has to follow.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class LeftError(Exception):
 
 
 class GoneError(Exception):
-    """The object is gone, settled by another client, or another object by now."""
+    """Another client has answered, deleted or replaced the object."""
 
 
 class NotAllowedError(BridgeError):

@@ -72,16 +72,16 @@ class Issuing:
     def changed(self, one: AnyObject) -> None:
         """An object that is there, or has changed."""
         context = self._context
-        if one.is_settled:
+        if one.is_finished:
             is_in_work = context.queue.remove(one.uid)  # then it is our own write, as a rule, and counted there
             if one.is_deleted:
                 context.give_up(one.uid, "the object is gone")
-            if one.certificate and not is_in_work and not self._writer_of(one).has_settled(one.uid):
+            if one.certificate and not is_in_work and not self._writer_of(one).has_answered(one.uid):
                 with contextlib.suppress(ValueError, BridgeError):
                     leaf = load_pem_certificates(chain_of(one))[0]
                     context.metrics.saw(one.request.signer, name_in(one, leaf), leaf.not_valid_after_utc)
             return
-        if self._writer_of(one).has_settled(one.uid):
+        if self._writer_of(one).has_answered(one.uid):
             return  # this version is older than our own write
         for uid in context.queue.put(one, self._judge_of(one).look):
             context.give_up(uid, "a newer request of the same node has come")
@@ -121,7 +121,7 @@ class Issuing:
             job.verified = None
             context.metrics.count(job.one.request.signer, "conflict")
             log.info("left to the client that has changed it: %s", e, extra=extra(job, "conflict"))
-            context.give_up(job.one.uid, "another client has settled the object")
+            context.give_up(job.one.uid, "another client has answered, deleted or replaced the object")
         except LeftError as e:
             return self._left(job, e.outcome, e.reason, e.seconds)
         except (NoAnswerError, AuditError, StateError) as e:
@@ -144,7 +144,7 @@ class Issuing:
 
     def _answer(self, job: Job) -> None:
         context, writer = self._context, self._writer_of(job.one)
-        if writer.has_settled(job.one.uid):
+        if writer.has_answered(job.one.uid):
             return  # this version is older than our own write: no CA is asked twice
         self._assert_current(job)
         at_ca = context.pending_at_ca.get(job.one.uid)

@@ -258,7 +258,7 @@ class PodWriter(Writer):
         }
         if not self._answered(job, status):
             return False
-        self._settle(job.one.uid)
+        self._remember(job.one.uid)
         return True
 
     def _answered(self, job: Job, status: Mapping[str, Any]) -> bool:
@@ -268,7 +268,7 @@ class PodWriter(Writer):
         if reply.status == HTTPStatus.NOT_FOUND:
             raise GoneError("the object is gone")
         if reply.status == HTTPStatus.UNPROCESSABLE_ENTITY:
-            self._read_again(job)  # or it is settled, or another object, by now
+            self._read_again(job)  # or it is finished, or another object, by now
             job.verified = None
             reason = one_line(reply.message[-_LONGEST_REASON:])
             raise LeftError("bad-answer", f"the API server does not take the answer: …{reason}", after_refusal(job))

@@ -177,7 +177,7 @@ class Queue:
             return not job.key or known is None or known[1] == job.one.uid
 
     def remove(self, uid: str) -> bool:
-        """Take an object out: it is settled, or gone. True: it is being worked at."""
+        """Take an object out: it is finished, or gone. True: it is being worked at."""
         with self._changed:
             self._later.pop(uid, None)
             self._remove(uid)
@@ -252,7 +252,7 @@ class Queue:
         with self._changed:
             del self._working[job.one.uid]
             later = self._later.pop(job.one.uid, None)
-        if later is not None and not later.is_settled and later.version != job.one.version:
+        if later is not None and not later.is_finished and later.version != job.one.version:
             self.put(later, lambda _: job.look)
 
     def delay(self, job: Job, seconds: float) -> None:
@@ -260,7 +260,7 @@ class Queue:
         with self._changed:
             del self._working[job.one.uid]
             later = self._later.pop(job.one.uid, None)
-            if later is not None and later.is_settled:
+            if later is not None and later.is_finished:
                 return
             has_changed = later is not None and later.version != job.one.version
             if has_changed and later is not None:

@@ -76,8 +76,8 @@ class ApiObject:
         return (one for one in self.conditions if one.get("type") == kind and one.get("status") == "True")
 
     @property
-    def is_settled(self) -> bool:
-        """Whether nothing more is to be written into it."""
+    def is_finished(self) -> bool:
+        """Whether it has a certificate, was denied, has failed or was deleted: nothing more is written into it."""
         return self.is_deleted or bool(self.certificate) or self.has(DENIED) or self.has(FAILED)
 
     @property

@@ -34,7 +34,7 @@ from bridge.words import one_line
 log = logging.getLogger("ca-bridge")
 
 _TURNS = 5  # each 409 means that another client has written
-_MOST_SETTLED = 10_000
+_MOST_ANSWERED = 10_000
 
 
 class Writer:
@@ -46,18 +46,18 @@ class Writer:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._mutex = Lock()
-        self._settled: OrderedDict[str, None] = OrderedDict()  # uids of objects that we gave an answer to
+        self._answered_uids: OrderedDict[str, None] = OrderedDict()  # uids of objects that we gave an answer to
 
-    def has_settled(self, uid: str) -> bool:
+    def has_answered(self, uid: str) -> bool:
         """Whether we wrote the object's certificate or refusal; the watch may still show an older version of it."""
-        return uid in self._settled
+        return uid in self._answered_uids
 
-    def _settle(self, uid: str) -> None:
+    def _remember(self, uid: str) -> None:
         with self._mutex:
-            remember(self._settled, uid, None, _MOST_SETTLED)
+            remember(self._answered_uids, uid, None, _MOST_ANSWERED)
 
     # --- answers ----------------------------------------------------------------------------------------------------
-    # each raises GoneError (the object is settled, or another one), LeftError or NoAnswerError where it was not written
+    # each raises GoneError (the object is finished or another), LeftError or NoAnswerError where it was not written
 
     def deny(self, job: Job, hostile: Hostile) -> None:
         """Deny the request without the reason; if another client has approved it, write `Failed` instead."""
@@ -72,7 +72,7 @@ class Writer:
                 return
 
     def _denied(self, job: Job, kind: str, reason: str) -> None:
-        self._settle(job.one.uid)
+        self._remember(job.one.uid)
         self._context.metrics.count(job.one.request.signer, kind.lower())
         log.info("%s: %s", kind.lower(), one_line(reason), extra=extra(job, kind.lower()))
         self._context.give_up(job.one.uid, "it was denied")
@@ -85,7 +85,7 @@ class Writer:
         for _ in self.turns(job):
             body = with_condition(job.one, watch.FAILED, watch.NOT_ANSWERED, self._context.now())
             if self._patch(job.one, "status", body).status == HTTPStatus.OK:
-                self._settle(job.one.uid)
+                self._remember(job.one.uid)
                 return
 
     def waits(self, job: Job) -> None:
@@ -118,7 +118,7 @@ class Writer:
         body = with_certificate(job.one, pem(*found.chain))
         if self._patch(job.one, "status", body, accept=METADATA).status != HTTPStatus.OK:
             return False
-        self._settle(job.one.uid)
+        self._remember(job.one.uid)
         return True
 
     # --- objects ----------------------------------------------------------------------------------------------------
@@ -137,8 +137,8 @@ class Writer:
             raise GoneError("the object is gone")
         self.assert_well(reply, "get the object")
         self._take_over(job, reply)
-        if job.one.is_settled:
-            raise GoneError("another client has settled it")
+        if job.one.is_finished:
+            raise GoneError("another client has answered it")
 
     def _take_over(self, job: Job, reply: Reply) -> None:
         """The object as the API server has it now."""

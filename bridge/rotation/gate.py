@@ -211,8 +211,8 @@ def _asks_the_cluster(step: Step) -> bool:
     if step.ca.name not in KEYS or change.kind is not Kind.NEW_KEY:
         return False
     is_first_leaf = step.target is Phase.ISSUED and here is Phase.TRUSTED and change.cross is None
-    is_way_back = step.target is Phase.TRUSTED and here is Phase.ISSUED  # maybe from “new”, a minute ago
-    return is_first_leaf or is_way_back or step.target in (Phase.OLD, Phase.NEW)
+    is_return = step.target is Phase.TRUSTED and here is Phase.ISSUED  # maybe from “new”, a minute ago
+    return is_first_leaf or is_return or step.target in (Phase.OLD, Phase.NEW)
 
 
 def words_of(

@@ -20,8 +20,8 @@ from tests.kit.issuing import NOW, Signer
 
 
 @dataclass
-class Told:
-    """A backend that tells its certificate, and fails with an error when it is asked to sign."""
+class HasIssuer:
+    """A backend with one issuer, which fails with an error when it is asked to sign."""
 
     issuer: x509.Certificate
     error: Exception | None = None
@@ -50,12 +50,12 @@ def test_another_cas_name_draws_no_lines() -> None:
     """An operator of the CA who chooses its CN writes no line of `doctor`; the right CA is no error, whatever its name."""
     ours, other = Signer.make().certificate, Signer.make("kubernetes\nerror: all is well").certificate
     with pytest.raises(BackendRefusedError) as e:
-        CA(label="ca", backend=Told(other), retry=Rest()).look([], lambda _: expected(ours))
+        CA(label="ca", backend=HasIssuer(other), retry=Rest()).look([], lambda _: expected(ours))
     assert "\n" not in str(e.value)
     with pytest.raises(BackendRefusedError) as e:
-        CA(label="ca", backend=Told(ours), retry=Rest()).look([], lambda _: expected(other))
+        CA(label="ca", backend=HasIssuer(ours), retry=Rest()).look([], lambda _: expected(other))
     assert "\n" not in str(e.value)
-    CA(label="ca", backend=Told(other), retry=Rest()).look([], lambda _: expected(other))
+    CA(label="ca", backend=HasIssuer(other), retry=Rest()).look([], lambda _: expected(other))
 
 
 def test_a_backend_that_fails_by_itself_is_unavailable() -> None:
@@ -64,7 +64,7 @@ def test_a_backend_that_fails_by_itself_is_unavailable() -> None:
     request = sign_request(leaf, SPECS["apiserver"], "ecdsa-p256", timedelta(days=1))
 
     def ask(error: Exception | None) -> object:
-        return CA(label="ca", backend=Told(leaf, error), retry=Outage(timedelta(hours=1))).ask([request])[0]
+        return CA(label="ca", backend=HasIssuer(leaf, error), retry=Outage(timedelta(hours=1))).ask([request])[0]
 
     answer = ask(PermissionError(13, "Permission denied", "/ca"))
     assert isinstance(answer, BackendUnavailableError)

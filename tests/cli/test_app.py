@@ -182,7 +182,7 @@ def test_a_settings_error_is_2_with_file_and_line(run: Run, config: Path) -> Non
 
 
 def test_a_backends_settings_error_is_2(run: Run, config: Path) -> None:
-    """Told by `settings check`, and by a renewal before it does anything; to `doctor` it is one error of many."""
+    """Reported by `settings check`, and by a renewal before it does anything; to `doctor` it is one error of many."""
     assert run("settings", "check").exit_code == 0
     config.write_text(config.read_text().replace("passphrase_file", "passfrase_file"))
     for args, code in ((("settings", "check"), 2), (("renew",), 2), (("doctor",), 1)):

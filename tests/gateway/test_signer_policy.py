@@ -73,8 +73,8 @@ def test_the_validity_is_the_shortest_one_asked_for() -> None:
     request = asked()
     assert validity(judge(request, world())) == timedelta(days=7)
     for seconds in (600, 86400):
-        wished = replace(request, asked_validity=timedelta(seconds=seconds))
-        assert validity(judge(wished, world())) == timedelta(seconds=seconds)
+        desired = replace(request, asked_validity=timedelta(seconds=seconds))
+        assert validity(judge(desired, world())) == timedelta(seconds=seconds)
     assert validity(judge(replace(request, asked_validity=timedelta(days=20000)), world())) == timedelta(days=7)
     ends = replace(world(), ca_end=NOW + timedelta(hours=2))
     assert validity(judge(request, ends)) == timedelta(hours=2) - timedelta(minutes=5)

@@ -95,7 +95,7 @@ def make_tls(directory: Path, *, sans: Sequence[str] = ("127.0.0.1",), left: tim
 
 
 def _identity(base: Path, signer: Signer, name: str, **differences: Any) -> tuple[Path, Path]:
-    """Certificate and key below `base`, of a day from an hour ago unless told otherwise."""
+    """Certificate and key below `base`, valid from an hour ago for a day unless a caller says otherwise."""
     key, now = generate_key("ecdsa-p256"), datetime.now(UTC)
     builder = x509.CertificateSigningRequestBuilder().subject_name(cn(name))
     csr_pem = builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)

@@ -301,7 +301,7 @@ class Motion:
             def go() -> None:
                 try:
                     work()
-                except BaseException as e:  # noqa: BLE001 (told by the main thread)
+                except BaseException as e:  # noqa: BLE001 (reported by the main thread)
                     errors.append(e)
                     self._end.set()
 
@@ -427,11 +427,11 @@ class Motion:
                 return
             made = gateways.body(csr_pem(node_subject(ASKS)), CLIENT_KUBELET, name=f"asks-{number}")
             wait_for("an API server", lambda: _is_made(who, CSRS, made), seconds=300)  # noqa: B023
-            asked, told = time.monotonic(), False
+            asked, reported = time.monotonic(), False
             while not self._is_answered(admin, f"asks-{number}"):
                 is_late = time.monotonic() - max(asked, self._upset + _UPSET_SECONDS) > _SOON_SECONDS
-                if is_late and not told and (name := self._cluster.holder()):
-                    told = True
+                if is_late and not reported and (name := self._cluster.holder()):
+                    reported = True
                     self.figures.untrue.append(f"{name} works, and asks-{number} waits")
                 if self._end.wait(0.2):
                     return

@@ -1,4 +1,4 @@
-"""A watch for CA keys: told by the kernel of every file that is made, written or moved in some directories (inotify(7))."""
+"""A watch for CA keys: the kernel reports every file that is made, written or moved in some directories (inotify(7))."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """
-A stand-in for a kubelet: a process of that name, which serves TLS as its configuration says, and restarts when told.
+A stand-in for a kubelet: a process of that name, which serves TLS as its configuration says, and restarts on request.
 
 It says what the real one says to `--exit-on-lock-contention` without a lock file, once its configuration is valid:
 `tests/control_plane/test_kubelet_trial.py` asks the real one.

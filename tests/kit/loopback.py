@@ -16,7 +16,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-#: Below those that the kernel gives to connections and to listeners without a wish (ip_local_port_range).
+#: Below those that the kernel gives to connections and to listeners without a port of their own (ip_local_port_range).
 _FIRST_PORT, _LAST_PORT, _BLOCK = 12288, 32767, 128
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 

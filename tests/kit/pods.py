@@ -243,6 +243,6 @@ def names(leaf: x509.Certificate) -> list[str]:
     return [*(f"{type(one).__name__}:{one.value}" for one in san), *(one.rfc4514_string() for one in leaf.subject)]
 
 
-def settled(documents: Mapping[str, Any]) -> Iterator[str]:
+def outcomes(documents: Mapping[str, Any]) -> Iterator[str]:
     """Outcomes of a list, for counting."""
     yield from (json.dumps(outcome(one)) for one in documents["items"])

@@ -288,7 +288,7 @@ def test_a_killed_installation_is_done_by_the_next(bookworm: Tree, offline: Path
     assert not any("/.new-" in path for path in ours(bookworm))
 
 
-#: Ends the installer by SIGKILL at one of its steps, told by what the system is asked for and the path.
+#: Ends the installer by SIGKILL at one of its steps, found by the system call and its path.
 KILLED = f"""
 import os, pathlib, signal, sys
 at, seen = int(sys.argv[1]), 0
@@ -343,8 +343,8 @@ def test_what_was_changed_is_made_anew(installed: Tree, damage: str, offline: Pa
     """Whether a power cut, a bad disk or a user changed it: `check` reports all but bytecode, and another installation repairs it."""
     bring(installed, offline)
     installed.run(f"tree=$(readlink -f /opt/ca-bridge/current); {damage}")
-    told = installed.run(f"sh {FILE} check", check=False)
-    assert (told.returncode == 1, "Traceback" in told.stderr) == ("pyc" not in damage, False)
+    checked = installed.run(f"sh {FILE} check", check=False)
+    assert (checked.returncode == 1, "Traceback" in checked.stderr) == ("pyc" not in damage, False)
     installed.run(INSTALL)
     assert installed.run(f"sh {FILE} check").stdout.endswith("(all files are as they were installed)\n")
     installed.run("ca-bridge --version")

@@ -412,7 +412,7 @@ def test_the_desk_signs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("installed", ["trixie"], indirect=True)
 def test_the_gateway_runs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
-    """As a user that exists only while it runs; it waits for an API server that is not there, and ends when told."""
+    """As a user that exists only while it runs; it waits for an API server that is not there, and ends on SIGTERM."""
     make_node(installed, tmp_path / "node", left=timedelta(days=200))
     gateway = (
         '[gateway]\nstate_dir = "/var/lib/ca-bridge-gateway"\n'

@@ -87,7 +87,7 @@ class Site:
         """The node's."""
         return datetime.now(UTC)
 
-    def hold_the_way_back(self, is_back: bool) -> None:
+    def hold_the_rollback(self, is_back: bool) -> None:
         """Another node is not well from the first restart of it on."""
         if is_back:
             self.obstacle = NeighbourError("another node is not well")
@@ -280,7 +280,7 @@ def failing(site: Site, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["before the files are put back", "before the restarts"])
-def test_a_way_back_that_was_cut_off_is_gone_on_with(site: Site, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_a_rollback_that_was_cut_off_is_continued(site: Site, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """The next run continues it, due or not, and never exits with 0 while components run on the files that were rolled back."""
     old = site.files()
     failing(site, monkeypatch, MANAGER)
@@ -313,7 +313,7 @@ def test_what_could_not_be_restarted_back_is_restarted_by_a_later_run(
 ) -> None:
     """Another node may not be well at that moment; forced, the cluster could lose its quorum."""
     failing(site, monkeypatch, MANAGER)
-    with before_restarts(site.hold_the_way_back):
+    with before_restarts(site.hold_the_rollback):
         result = site.renew(MANAGER)
     assert (result.exit_code, site.restarted, site.is_unproven) == (Exit.ROLLED_BACK, ["kube-controller-manager"], True)
     assert "another node is not well" in str(result.outcomes[0].error)
@@ -416,7 +416,7 @@ def test_a_restart_back_that_fails_keeps_no_other_one_away(site: Site, monkeypat
 def test_what_is_still_to_be_restarted_back_keeps_no_renewal_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another node may be away for good; nor does the renewal forget what is to be restarted."""
     failing(site, monkeypatch, MANAGER)
-    with before_restarts(site.hold_the_way_back):
+    with before_restarts(site.hold_the_rollback):
         assert site.renew(MANAGER).exit_code == Exit.ROLLED_BACK
         old = site.files()
         monkeypatch.setattr(proof, "look", site.look)

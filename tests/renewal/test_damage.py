@@ -87,7 +87,7 @@ def flipped(data: bytes, step: int) -> Iterator[bytes]:
 def test_no_bit_flip_installs_under_a_wrong_name(
     node: Pki, store: Store, interrupted: dict[Path, bytes], has_digest: bool
 ) -> None:
-    """Told, and nothing touched; or finished as it was meant, with nothing left over."""
+    """Reported, and nothing touched; or finished as it was meant, with nothing left over."""
     whole = store.journal.read_bytes()
     if not has_digest:
         whole = json.dumps(unsealed(whole, frozenset())).encode()

@@ -64,11 +64,11 @@ def test_a_shorter_lifetime_is_introduced(tmp_path: Path) -> None:
     assert "renewal.shorter" not in bridge.run("renew", *NAMES).stderr
 
 
-@pytest.mark.parametrize(("ca_left", "is_told"), [(timedelta(days=400), False), (timedelta(days=500), True)])
-def test_what_the_ca_s_end_cuts_short_is_reported(ca_left: timedelta, is_told: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ca_left", "is_reported"), [(timedelta(days=400), False), (timedelta(days=500), True)])
+def test_what_the_ca_s_end_cuts_short_is_reported(ca_left: timedelta, is_reported: bool, tmp_path: Path) -> None:
     """A warning says that the CA's end cut two years short, and there is none where the CA lasts long enough."""
-    validity = "730d" if is_told else "380d"
+    validity = "730d" if is_reported else "380d"
     bridge = bridge_of(tmp_path, ca_left=ca_left, validity=validity)
     run = bridge.run("renew", *NAMES)
     assert run.returncode == 0, run.stderr
-    assert ("cut short, since the CA itself ends" in run.stderr) is is_told, run.stderr
+    assert ("cut short, since the CA itself ends" in run.stderr) is is_reported, run.stderr

@@ -130,7 +130,7 @@ def test_a_ca_that_was_made_just_now_will_do(settings: Settings, tmp_path: Path)
     steps.assert_possible([step], {"ca": step.ca}, other, utc_now(), emergency=True)
 
 
-def test_the_way_back_says_what_it_can_not_do(settings: Settings, pki: Pki) -> None:
+def test_back_says_what_it_can_not_do(settings: Settings, pki: Pki) -> None:
     """The old CA can be trusted again; no phase before has kept its certificates."""
     assert run(settings, Verb.DROP, gate=AT_ONCE).exit_code == 0
     assert run(settings, Verb.BACK).exit_code == 0
