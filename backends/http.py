@@ -80,7 +80,7 @@ class Http(BaseAdapter):
 
     def ask(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Answer:
         """Send one request without the overhead of `requests`; any status is an answer (BackendError: none came)."""
-        return self._asked(f"{method} {url}", lambda: self._exchange(method, _target(url), headers, body))
+        return self._answer(f"{method} {url}", lambda: self._exchange(method, _target(url), headers, body))
 
     @property
     def clock_ahead(self) -> timedelta | None:
@@ -103,7 +103,7 @@ class Http(BaseAdapter):
             headers = {name.lower(): value for name, value in response.headers.items()}
             return Answer(status=response.status_code, headers=headers, body=response.content)
 
-        return self._asked(where, answer)
+        return self._answer(where, answer)
 
     def send(self, request: requests.PreparedRequest, *_: object, **__: object) -> requests.Response:
         """Send what `requests` has prepared; its own limits and verification do not count, ours do."""
@@ -136,7 +136,7 @@ class Http(BaseAdapter):
 
     # --- errors -------------------------------------------------------------------------------------------------------
 
-    def _asked(self, where: str, exchange: Callable[[], Answer]) -> Answer:
+    def _answer(self, where: str, exchange: Callable[[], Answer]) -> Answer:
         """The one place where what keeps an answer from us becomes a backend's error."""
         name = self._wording.name
         try:

@@ -452,7 +452,7 @@ class TellsRevoked(Protocol):
 
 @runtime_checkable
 class ListsRevoked(Protocol):
-    """Optional, beside `TellsRevoked`, for one who looks many certificates up at once."""
+    """Optional, beside `TellsRevoked`, to look many certificates up at once."""
 
     def revoked(self) -> Collection[int] | None:
         """

@@ -268,8 +268,8 @@ SPECS = {
             reloaded=False,
             by_node=True,
         ),
-        # What a kubelet serves logs, exec and metrics with; its default is one that it made itself. The subject is what
-        # the API's signer for kubelets asks for, and a node's name alone what sites give by hand.
+        # A kubelet serves logs, exec and metrics with it; its default is self-signed. The API's signer for kubelets
+        # demands this subject; certificates made by hand often have a node's name alone.
         CertificateSpec(
             name="kubelet-server",
             authority=CA,

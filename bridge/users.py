@@ -147,13 +147,13 @@ def _csr_problems(request: x509.CertificateSigningRequest, user: User) -> list[s
     names = [value for oid, value in found if oid == _CN]
     groups = [value for oid, value in found if oid == _O]
     if names != [user.name]:
-        problems.append(f"CN: wanted {user.name}, found {_words(names)}")
+        problems.append(f"CN: wanted {user.name}, found {_listed(names)}")
     if sorted(groups) != sorted(user.groups):
-        problems.append(f"O: wanted {_words(user.groups)} (--group), found {_words(groups)}")
+        problems.append(f"O: wanted {_listed(user.groups)} (--group), found {_listed(groups)}")
     if others := [oid for oid, _ in found if oid not in (_CN, _O)]:
-        problems.append(f"subject: wanted CN and O alone, found {_words(others)} too")
+        problems.append(f"subject: wanted CN and O alone, found {_listed(others)} too")
     if asked := requested(request):
-        problems.append(f"extensions: wanted none, found {_words(asked)}")
+        problems.append(f"extensions: wanted none, found {_listed(asked)}")
     if csr.known_algorithm(request.public_key()) is None:
         problems.append(
             f"key: wanted one of {', '.join(KEY_ALGORITHMS)}, found {csr.algorithm_name(request.public_key())}"
@@ -163,7 +163,7 @@ def _csr_problems(request: x509.CertificateSigningRequest, user: User) -> list[s
     return problems
 
 
-def _words(texts: tuple[str, ...] | list[str]) -> str:
+def _listed(texts: tuple[str, ...] | list[str]) -> str:
     return ", ".join(one_line(text, 80) for text in texts[:5]) or "none"
 
 
@@ -254,7 +254,7 @@ def _add(record: audit.Record, event: str, one: OpenUser, **details: Any) -> Non
 
 
 @contextlib.contextmanager
-def _place(order: UserOrder) -> Iterator[Path]:
+def _held_open(order: UserOrder) -> Iterator[Path]:
     """The kubeconfig's path in a directory that is held open, so that its owner can't exchange it."""
     path = order.out
     try:
@@ -269,7 +269,7 @@ def _place(order: UserOrder) -> Iterator[Path]:
 def _assert_may_write(order: UserOrder) -> None:
     """An older kubeconfig of the same user is replaced, nothing else."""
     try:
-        with _place(order):
+        with _held_open(order):
             pass
     except OSError as e:
         found = "none" if isinstance(e, FileNotFoundError) else e.strerror
@@ -430,7 +430,7 @@ def _write(
     fresh = FreshKubeconfig(server=server, cluster=cluster, user=order.user.name, ca_pem=pem(ca))
     text = fresh.text(pem(*verified.chain), one.key_pem, "" if one.key_pem is not None else _key_file(order))
     try:
-        with _place(order) as path:
+        with _held_open(order) as path:
             write_atomically(path, text)
     except OSError as e:
         raise BridgeError(

@@ -3,8 +3,8 @@ EST, "Enrollment over Secure Transport" (RFC 7030, RFC 8951), over HTTPS.
 
 A request holds the CSR alone: the *label* in the URL, the client, or the server's default decides what the certificate
 is for. So each usage class has a label, and the answer is verified as always. `simplereenroll` is not used, since it
-needs the key of the certificate that is renewed, which no backend gets. What the RFCs leave open was measured with
-GlobalSign's estserver 1.0.6.
+needs the key of the certificate that is renewed, which no backend gets. Details that the RFCs leave open were measured
+with GlobalSign's estserver 1.0.6.
 """
 
 from __future__ import annotations

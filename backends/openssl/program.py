@@ -48,7 +48,7 @@ _NO_TOKEN = re.compile(r"No matching initialized token|Specified object not foun
 _SEVERAL_TOKENS = re.compile(r"Multiple matching (?:slots|tokens)")
 _LOGIN = re.compile(r"PIN (?P<text>incorrect|invalid|expired|locked)|Error (?P<code>16[0-4]) returned by C_Login")
 _LOGIN_CODES = {"160": "incorrect", "161": "invalid", "162": "of a wrong length", "163": "expired", "164": "locked"}
-# What the provider tells about its calls, when it is asked to.
+# The provider's own report about its calls.
 _CALLS = re.compile(r"Calling C_Initialize")
 _LOGGED_IN = re.compile(r"Calling C_Login")
 
@@ -269,9 +269,9 @@ def key_problems(private_key: str | None, pkcs11: object, passphrase: object) ->
     """Problems of a key's settings, each by itself or together."""
     if private_key is None or not private_key.startswith(SCHEME):
         if private_key is not None and not private_key.startswith("/"):
-            yield SettingsProblem("private_key", "a file with an absolute path, or a pkcs11: URI", shown(private_key))
+            yield SettingsProblem("private_key", "a file with an absolute path, or a pkcs11: URI", masked(private_key))
         elif pkcs11 is not None:
-            yield SettingsProblem("pkcs11", "private_key as a pkcs11: URI beside it", shown(private_key or ""))
+            yield SettingsProblem("pkcs11", "private_key as a pkcs11: URI beside it", masked(private_key or ""))
         return
     if wrong := uri_problem(private_key):
         yield SettingsProblem("private_key", *wrong)
@@ -284,7 +284,7 @@ def key_problems(private_key: str | None, pkcs11: object, passphrase: object) ->
 def uri_problem(uri: str) -> tuple[str, str] | None:
     """The problem of a pkcs11: URI, as (wanted, found); never with a value of it, which may be a PIN."""
     if not _URI.fullmatch(uri):
-        return "a pkcs11: URI in which other characters than letters, digits and ._~- are percent-encoded", shown(uri)
+        return "a pkcs11: URI in which other characters than letters, digits and ._~- are percent-encoded", masked(uri)
     names = [part.partition("=")[0] for part in _parts(uri)]
     if unknown := [name for name in names if name not in _NAMES]:
         found = ", ".join(unknown)
@@ -302,7 +302,7 @@ def _why(login: re.Match[str]) -> str:
     return login["text"] or _LOGIN_CODES[login["code"]]
 
 
-def shown(text: str) -> str:
+def masked(text: str) -> str:
     """A path; of a URI, which may hold a PIN, only its scheme."""
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text)
     return f"a {scheme[0]} URI" if scheme else repr(text) if text else "none"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from backends.openssl.program import SCHEME, KeyFile, Pkcs11Settings, PrivateKey, TokenKey, key_problems, shown
+from backends.openssl.program import SCHEME, KeyFile, Pkcs11Settings, PrivateKey, TokenKey, key_problems, masked
 from bridge.contract import BackendSettings, Secret
 from bridge.errors import SettingsError, SettingsProblem
 
@@ -109,7 +109,7 @@ def _site_files(settings: OpensslSettings) -> CAFiles:
     else:
         # a relative path means wherever openssl is started, not the file's own folder
         problems = [
-            SettingsProblem("config", f"{key} as an absolute path in [{section}]", shown(text), path)
+            SettingsProblem("config", f"{key} as an absolute path in [{section}]", masked(text), path)
             for key, text in found.items()
             if not text.startswith("/") and not (key == "private_key" and text.startswith(SCHEME))
         ]

@@ -78,7 +78,7 @@ def by_kubeadm(
         words = [program, "certs", "generate-csr", "--config", str(file)]
         _run([*words, "--cert-dir", str(pki), "--kubeconfig-dir", str(kubeconfigs)])
         ours = [spec for spec in specs if spec.listed or spec.name == KUBELET_CONF]
-        return {spec.name: _made(spec, pki, kubeconfigs) for spec in ours}
+        return {spec.name: _read_pair(spec, pki, kubeconfigs) for spec in ours}
 
 
 def _run(words: Sequence[str]) -> list[str]:
@@ -127,7 +127,7 @@ def _minor(version: str) -> list[str]:
     return version.removeprefix("v").split(".")[:2]
 
 
-def _made(spec: CertificateSpec, pki: Path, kubeconfigs: Path) -> Made:
+def _read_pair(spec: CertificateSpec, pki: Path, kubeconfigs: Path) -> Made:
     if not spec.kubeconfig:
         return Made(csr_pem=_read(pki / f"{spec.base}.csr"), key_pem=_read(pki / f"{spec.base}.key"))
     text = _read(kubeconfigs / spec.base)

@@ -79,10 +79,10 @@ def make(
     node = dataclasses.replace(settings.node, name=desired.node)
     with begun(dataclasses.replace(settings, node=node), now, progress, wait) as (run, _):
         keys.clear(run.store.directory)
-        return _made(run, desired)
+        return _make(run, desired)
 
 
-def _made(run: Run, desired: DesiredNode) -> Bootstrapped:
+def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     whole.assert_no_cluster(desired)
     look = look_at(run.settings, desired, live, run.now())
     if not look.missing():
@@ -532,7 +532,7 @@ def _gather_answers(
         return Answers(answered=answered, waiting=[_waits(one, why) for one in rest], strange=strange)
     at_desks = [one for one in rest if one.open and one.open.bundles]
     away = [one for one in at_desks if one.authority not in run.settings.authorities]
-    answered += _asked(run, [one for one in rest if one not in away], expected)
+    answered += _ask_cas(run, [one for one in rest if one not in away], expected)
     waiting = [_waits(one, "an operator has the request") for one in away]
     return Answers(answered=answered, waiting=waiting, strange=strange)
 
@@ -554,7 +554,7 @@ def _carried(
     return answered, tuple(found.strange)
 
 
-def _asked(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]) -> list[Answered]:
+def _ask_cas(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]) -> list[Answered]:
     if not prepared:
         return []
     lacking = {one.authority for one in prepared} - run.settings.authorities.keys()

@@ -2,8 +2,8 @@
 What is carried to a new node: its cluster's configuration, CA certificates and its identity (pure: bytes, values).
 
 An order from an administrator's machine has no secret, but decides which programs the node runs and which CAs it trusts, so
-it can be signed. What a control-plane node shares with the next one may have the service account key, and goes through
-a pipe. No field can hold a CA's or a node's key.
+it can be signed. Files that control-plane nodes share may include the service account key, and go through a
+pipe. No field can hold a CA's or a node's key.
 """
 
 from __future__ import annotations

@@ -158,15 +158,15 @@ def _result(check: Check, trial: Trial) -> tuple[str, int]:
     except NotSupportedError as e:
         return _line("can't", check, str(e)), Exit.DONE
     except (WaitingError, BackendUnavailableError) as e:
-        return _line("no answer", check, _words(e)), e.exit_code
+        return _line("no answer", check, _with_hint(e)), e.exit_code
     except BridgeError as e:
         if not check.must:
             return _line("differs", check, f"{e}; a CA may do so"), Exit.DONE
-        return _line("FAILED", check, _words(e)), e.exit_code
+        return _line("FAILED", check, _with_hint(e)), e.exit_code
     return _line("ok", check), Exit.DONE
 
 
-def _words(error: BridgeError) -> str:
+def _with_hint(error: BridgeError) -> str:
     return f"{error}{f' ({error.hint})' if error.hint else ''}"
 
 

@@ -113,7 +113,7 @@ def init(
     settings = common.settings()
     said = _said(settings, options, facts)
     node = desired.of_init(settings, said)
-    done = _made(settings, node, options.wait)
+    done = _make_and_report(settings, node, options.wait)
     if done.is_complete:
         _compare(settings, said)
         _say_next(node)
@@ -141,7 +141,7 @@ def join(
     settings, role = common.settings(), _role(control_plane, worker)
     said = _said(settings, options, options.facts(), shared)
     node = desired.of_join(settings, said, role)
-    done = _made(settings, node, options.wait)
+    done = _make_and_report(settings, node, options.wait)
     if done.is_complete:
         _compare(settings, said)
         # neither token nor flag: both are in the file
@@ -175,7 +175,7 @@ def _said(
     )
 
 
-def _made(settings: Settings, node: DesiredNode, wait: timedelta) -> Bootstrapped:
+def _make_and_report(settings: Settings, node: DesiredNode, wait: timedelta) -> Bootstrapped:
     with progress_shown() as progress:
         done = make(settings, node, utc_now, progress, wait)
     _report(done)

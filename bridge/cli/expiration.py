@@ -76,7 +76,7 @@ def _shown_to_nagios(*, asked: bool) -> Iterator[None]:
             raise
         e: Any = error  # the classes of usage errors are not exported
         say_usage(e)
-        raise typer.Exit(_shown(_unknown(e.format_message()), [], _UNKNOWN)) from None
+        raise typer.Exit(_print(_unknown(e.format_message()), [], _UNKNOWN)) from None
 
 
 @command(commands, "check-expiration", _Check)
@@ -114,7 +114,7 @@ def check_expiration(
     node, own = inventory.of(settings.node), _own(settings)
     phases = _phases(settings, node)
     found = look(node, utc_now(), within, output.value, renewal=settings.renewal, known=known, own=own, phases=phases)
-    return _shown(*found, is_styled=output is ExpirationOutput.TABLE)
+    return _print(*found, is_styled=output is ExpirationOutput.TABLE)
 
 
 def _check_for_nagios(common: Common, warning: timedelta | None, critical: timedelta | None) -> int:
@@ -122,14 +122,14 @@ def _check_for_nagios(common: Common, warning: timedelta | None, critical: timed
     try:
         settings = common.settings()
         limits = Thresholds.of(settings, warning, critical)
-        return _shown(*nagios_check(settings, utc_now(), limits, _failures(settings), _own(settings) or ()))
+        return _print(*nagios_check(settings, utc_now(), limits, _failures(settings), _own(settings) or ()))
     except (BridgeError, OSError) as e:
         error = e if isinstance(e, BridgeError) else BridgeError(f"{e.filename}: {e.strerror}")
         print_error(error)
-        return _shown(_unknown(error.reason), [], _UNKNOWN)
+        return _print(_unknown(error.reason), [], _UNKNOWN)
 
 
-def _shown(text: str, troubles: Sequence[str], code: int, *, is_styled: bool = False) -> int:
+def _print(text: str, troubles: Sequence[str], code: int, *, is_styled: bool = False) -> int:
     """Print the result, and on standard error the files that could not be read; return the code."""
     say(text, is_styled=is_styled)
     for trouble in troubles:

@@ -288,9 +288,9 @@ def publish(
     """
     Make the ClusterTrustBundle of each signer equal to pods.crt, for a cluster without the gateway.
 
-    It needs no CA and no policy if the signers are named. What was made for a signer whose table says `publish = false` is
-    removed. Run it from a timer: it puts back what others have changed. Exits with 5 if the API server refuses, and with 6
-    if it does not answer.
+    It needs no CA and no policy if the signers are named. It removes the bundle of a signer whose table says `publish =
+    false`. Run it from a timer: it undoes other clients' changes. Exits with 5 if the API server refuses, and with 6 if it
+    does not answer.
     """
     found = roots.publish(common.settings(), signers or (), remove or ())
     entries = []

@@ -148,8 +148,8 @@ def rollback(
     Put a backup's files back in one step that survives a crash.
 
     Refused unless each file is as it was backed up, each key belongs to its certificate, and each certificate would
-    pass as a new one: CA, dates, usages, subject, SANs; with --force only the CA counts of these. What is replaced is
-    backed up: a second rollback undoes the first.
+    pass as a new one: CA, dates, usages, subject, SANs; with --force only the CA counts of these. The replaced files
+    are backed up: a second rollback undoes the first.
     """
     settings = common.settings()
     with monitoring.kept_current(settings, utc_now):

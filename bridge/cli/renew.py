@@ -246,7 +246,7 @@ def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
     return (
         item.spec.name,
         end_text(first_end(item.ending), now) if item.certificates else "not on this node",
-        f"ask {_asked(item, settings)}",
+        f"ask {_ca_name(item, settings)}",
         f"{verb} {_replaced(item)}",
     )
 
@@ -258,7 +258,7 @@ def _replaced(item: Item) -> str:
     return " and ".join([str(item.certificate_path), *([item.key_path.name] if item.key_path else [])])
 
 
-def _asked(item: Item, settings: Settings) -> str:
+def _ca_name(item: Item, settings: Settings) -> str:
     ours = settings.authorities.get(item.spec.authority.name)
     return ours.backend if ours is not None else f"no CA: no [authority.{item.spec.authority.name}]"
 

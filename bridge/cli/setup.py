@@ -183,7 +183,7 @@ def _for_pods(settings: Settings, type_name: str, backend_type: SetsUp) -> list[
         settings=registry.keys_so_far(settings, PODS.name, type_name),
         patterns=patterns(policy.pod_signers.values()),
     )
-    return list(_asked(backend_type, settings, request))
+    return list(_files_of(backend_type, settings, request))
 
 
 def files_of(settings: Settings, type_name: str, nodes: Mapping[str, ByAuthority]) -> list[SetupFile]:
@@ -200,7 +200,7 @@ def files_of(settings: Settings, type_name: str, nodes: Mapping[str, ByAuthority
                 cluster=settings.node.cluster,
                 settings=registry.keys_so_far(settings, authority, type_name),
             )
-            by_node[node] += _asked(backend_type, settings, request)
+            by_node[node] += _files_of(backend_type, settings, request)
     return _joined(by_node)
 
 
@@ -290,7 +290,7 @@ def _nodes(file: Path, own: str) -> dict[str, dict[str, str]]:
     return {name: dict(zip(ours, [name, *addresses], strict=True)) for name, addresses in listed.items()}
 
 
-def _asked(backend_type: SetsUp, settings: Settings, request: SetupRequest) -> Sequence[SetupFile]:
+def _files_of(backend_type: SetsUp, settings: Settings, request: SetupRequest) -> Sequence[SetupFile]:
     try:
         return backend_type.setup(request)
     except SettingsError as e:

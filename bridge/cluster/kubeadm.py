@@ -19,7 +19,7 @@ Cluster = Mapping[str, Any]
 _TURNS = 5  # each 409 means that another client was faster
 
 
-class Place(NamedTuple):
+class ConfigMapKey(NamedTuple):
     """The place of a text: a ConfigMap, and the key in its data."""
 
     name: str
@@ -36,11 +36,11 @@ class Place(NamedTuple):
 
 
 #: From which the static pods' manifests are written.
-CLUSTER = Place("kubeadm-config", CLUSTER_CONFIGURATION)
+CLUSTER = ConfigMapKey("kubeadm-config", CLUSTER_CONFIGURATION)
 #: From which each kubelet's `config.yaml` is written.
-KUBELETS = Place("kubelet-config", "kubelet")
+KUBELETS = ConfigMapKey("kubelet-config", "kubelet")
 #: From which a joining node learns the CAs; tokens sign it (`kubeadm init phase bootstrap-token`).
-CLUSTER_INFO = Place("cluster-info", "kubeconfig", "kube-public")
+CLUSTER_INFO = ConfigMapKey("cluster-info", "kubeconfig", "kube-public")
 
 
 class NoConfigError(BridgeError):
@@ -58,7 +58,7 @@ class Found(NamedTuple):
     object: Mapping[str, Any]
 
 
-def read(api: Api, place: Place) -> Found:
+def read(api: Api, place: ConfigMapKey) -> Found:
     """Read a text (NoAnswerError: no API server answers)."""
     reply = api.ask("GET", place.path)
     data = reply.document.get("data")
@@ -74,7 +74,7 @@ def read_cluster(api: Api) -> Cluster:
     return _parsed(found.text)
 
 
-def _none(place: Place, found: Found) -> NoConfigError:
+def _none(place: ConfigMapKey, found: Found) -> NoConfigError:
     return NoConfigError(f"wanted {place} with {place.key} in it, found none (HTTP {found.status})")
 
 
@@ -88,7 +88,7 @@ def _parsed(text: str) -> Cluster:
     return found
 
 
-def change(api: Api, place: Place, edit: Callable[[str], str]) -> bool:
+def change(api: Api, place: ConfigMapKey, edit: Callable[[str], str]) -> bool:
     """
     Have a text changed; a change that another client makes meanwhile stays, and `edit` gets the text once more.
 

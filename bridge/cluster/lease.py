@@ -79,12 +79,12 @@ class Lease:
             found = self._api.ask("GET", f"{self._collection}/{self.name}")
             record = _Record()
             if found.status == HTTPStatus.NOT_FOUND:
-                wrote = self._api.ask("POST", self._collection, self._made({"metadata": {"name": self.name}}))
+                wrote = self._api.ask("POST", self._collection, self._rewritten({"metadata": {"name": self.name}}))
             elif found.status == HTTPStatus.OK:
                 record = _Record.of(found.document)
                 if self._is_anothers(record):
                     return record.holder
-                body = self._made(found.document)
+                body = self._rewritten(found.document)
                 wrote = self._api.ask("PUT", f"{self._collection}/{self.name}", body)
             else:
                 wrote = found
@@ -102,7 +102,7 @@ class Lease:
             found = self._api.ask("GET", f"{self._collection}/{self.name}")
             if found.status != HTTPStatus.OK or _Record.of(found.document).holder != self._holder:
                 return
-            body = self._made(found.document, holder="")
+            body = self._rewritten(found.document, holder="")
             if self._api.ask("PUT", f"{self._collection}/{self.name}", body).status == HTTPStatus.OK:
                 return
 
@@ -114,7 +114,7 @@ class Lease:
             self._seen = (record, now)
         return now < self._seen[1] + min(record.seconds or self._duration.total_seconds(), self._longest)
 
-    def _made(self, document: Mapping[str, Any], *, holder: str | None = None) -> dict[str, Any]:
+    def _rewritten(self, document: Mapping[str, Any], *, holder: str | None = None) -> dict[str, Any]:
         """The lease with another spec; its resourceVersion stays, so that a change in between is a 409."""
         before, metadata = _Record.of(document), document.get("metadata")
         if not isinstance(metadata, dict):

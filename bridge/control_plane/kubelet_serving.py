@@ -465,12 +465,12 @@ def authorities(api: Api, own: str, own_flags: Flags) -> dict[str, str]:
     # a mirror pod follows some seconds after a restart
     found: dict[str, Flags] = {own: own_flags}
     for pod in items(api.get(_API_SERVERS), "items"):
-        words = [str(word) for one in items(pod, "spec", "containers") for word in _words(one)]
+        words = [str(word) for one in items(pod, "spec", "containers") for word in _command_and_args(one)]
         found.setdefault(one_line(text_of(pod, "spec", "nodeName")), flags_of(words))
     return {node: flags.get(AUTHORITY, "") for node, flags in sorted(found.items())}
 
 
-def _words(container: Mapping[str, Any]) -> Sequence[Any]:
+def _command_and_args(container: Mapping[str, Any]) -> Sequence[Any]:
     parts = [container.get("command"), container.get("args")]
     return [word for part in parts if isinstance(part, list) for word in part]
 

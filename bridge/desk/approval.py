@@ -190,7 +190,7 @@ def _problems(decision: Decision, matter: Matter, trust: Trust) -> Iterator[str]
     if who != decision.approver:
         yield f"wanted a certificate of {one_line(decision.approver)}, found one of {who}"
     if _is_own(leaf, who, matter):
-        yield "wanted another person than the one who asks, found the same one"
+        yield "wanted another person than the requester, found the same one"
     if len(decision.reason) > LONGEST_REASON or not decision.reason.isprintable():
         yield f"wanted a reason of one line and at most {LONGEST_REASON} characters, found another text"
     if decision.evidence == "signature":

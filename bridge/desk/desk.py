@@ -246,7 +246,7 @@ class Desk:
 
     def _find_revoked(self, job: Job, problems: Mapping[str, list[str]]) -> None:
         """Add a problem to each request whose proof is by a revoked certificate; all CAs are asked at the same time."""
-        shown = {one.name: _shown(job, one) for one in job.to_sign if not problems[one.name]}
+        shown = {one.name: _proof_of(job, one) for one in job.to_sign if not problems[one.name]}
         proven = {name: old for name, old in shown.items() if old is not None}
 
         requests = [one for one in job.to_sign if one.name in proven]
@@ -613,7 +613,7 @@ def at_once(configured: registry.Configured) -> registry.Configured:
     return replace(configured, settings=replace(configured.settings, retry_for=timedelta()))
 
 
-def _shown(job: Job, request: BundledRequest) -> x509.Certificate | None:
+def _proof_of(job: Job, request: BundledRequest) -> x509.Certificate | None:
     """The certificate by which it was proven who asks, as far as the CA of the request can say whether it is revoked."""
     if job.verdicts[request.name].proven:
         return request.replaces

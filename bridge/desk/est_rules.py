@@ -87,7 +87,7 @@ def asker_problem(
     """
     Why the policy of now does not let this client ask for this node; empty: it may, and TLS has proven who it is.
 
-    `anchors` are the CA certificates that sign the label's clients. What is asked for is judged as any request is.
+    `anchors` are the CA certificates that sign the label's clients. The request is judged as any other.
     """
     if rules is None or (rules.certificate or asker.label) != request.name:
         return f"label: wanted one that the policy has for {request.name}, found {asker.label}"

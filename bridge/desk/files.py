@@ -164,11 +164,11 @@ def load_signing_key(path: Path, setting: str, what: str) -> PrivateKeyTypes:
 def known_cas(settings: Settings) -> dict[str, tuple[x509.Certificate, ...]]:
     """The CA certificates that are here, by authority: the node's own, and where there is a desk's policy, the desk's."""
     policy = load_policy(settings, None) if policy_path(settings).exists() else None
-    found = {name: tuple(dict.fromkeys(_origins(settings, policy, name))) for name in AUTHORITIES}
+    found = {name: tuple(dict.fromkeys(_cas_of(settings, policy, name))) for name in AUTHORITIES}
     return {name: certificates for name, certificates in found.items() if certificates}
 
 
-def _origins(settings: Settings, policy: Policy | None, authority: str) -> Iterator[x509.Certificate]:
+def _cas_of(settings: Settings, policy: Policy | None, authority: str) -> Iterator[x509.Certificate]:
     yield from _in_file(settings.node.pki_dir / AUTHORITIES[authority].certificate_file)
     if policy is not None:
         if policy.desk.ca_dir is not None:

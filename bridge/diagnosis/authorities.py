@@ -27,7 +27,7 @@ from bridge.settings.tables import Settings
 from bridge.settings.windows import ever_waits
 from bridge.specs import CertificateSpec
 from bridge.state import credentials
-from bridge.state.credentials import Credential, CredentialEndedError, Place
+from bridge.state.credentials import Credential, CredentialEndedError, CredentialFile
 from bridge.state.session import not_yet_signing
 from bridge.state.store import Store
 from bridge.words import one_line
@@ -212,7 +212,7 @@ def _clock(backend: Backend, configured: registry.Configured) -> Iterator[Findin
 # --- our own credentials -----------------------------------------------------------------------------------------------
 
 
-def _credentials(settings: Settings, places: Sequence[Place], now: datetime) -> Iterator[Finding]:
+def _credentials(settings: Settings, places: Sequence[CredentialFile], now: datetime) -> Iterator[Finding]:
     """Findings about files alone; what a CA says of a token comes with the question whether it answers."""
     return (_end(one, settings, now) for one in credentials.look(settings, places, None))
 

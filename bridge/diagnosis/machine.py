@@ -173,7 +173,7 @@ _UNSEEN_HINT = "see whether its file system answers"
 
 
 def _homes() -> list[Path]:
-    """Home directories of those who may have followed kubeadm's advice to copy admin.conf."""
+    """Home directories of users who may have followed kubeadm's advice to copy admin.conf."""
     found = [Path("/root"), Path("~").expanduser()]
     with contextlib.suppress(OSError, TimeoutError):
         found += sorted(within(_HOME_SECONDS, lambda: list(Path("/home").iterdir())))

@@ -270,7 +270,7 @@ def _kubelet_config(api: Api) -> Iterator[Finding]:
         yield Finding.warning("upgrade-kubelet-config", str(KUBELET_CONFIG), text, hint)
 
 
-def _document(api: Api, place: kubeadm.Place) -> YamlNode | None:
+def _document(api: Api, place: kubeadm.ConfigMapKey) -> YamlNode | None:
     text = kubeadm.read(api, place).text
     return None if text is None else document(text)
 

@@ -1,1 +1,1 @@
-"""`ca-bridge serve`: one door for all nodes. What a desk does with bundles in files, this does with bundles over HTTPS."""
+"""`ca-bridge serve`: one door for all nodes. It does with bundles over HTTPS what a desk does with files."""

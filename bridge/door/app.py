@@ -5,8 +5,8 @@ What the door answers: our own requests, and the pages for monitors (WSGI).
 has the same id, so that a node that was killed asks again. A node without certificates proves in the header
 `Authorization` that it has the secret of an enrolment. `GET /v1/requests/ID` is the answer bundle, or 202 with
 Retry-After. `GET /v1/certificates/NAME/DIGEST` finds what was issued for a CSR, by its SHA-256. `GET /v1/authorities`
-says which CAs there are, and `GET /v1/authorities/NAME` has the certificates of one. What is below further paths has
-modules of its own. No answer holds a secret: who asks is proven by the bundle, and certificates are public.
+says which CAs there are, and `GET /v1/authorities/NAME` has the certificates of one. Further paths have modules
+of their own. No answer holds a secret: the bundle proves its sender, and certificates are public.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ class Door:
         if not authorization:
             return None
         try:
-            return enrolments.shown(self._memory, authorization, bundle, asked, self._now())
+            return enrolments.proven_by(self._memory, authorization, bundle, asked, self._now())
         except EnrolmentError:
             if all(one.proof is not None for one in bundle.requests):
                 return None

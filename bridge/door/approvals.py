@@ -230,7 +230,7 @@ def listed(case: Case, rules: approval.ApprovalRules) -> dict[str, Any]:
     }
 
 
-def shown(case: Case, rules: approval.ApprovalRules, cas: Mapping[str, tuple[x509.Certificate, ...]]) -> dict[str, Any]:
+def entry(case: Case, rules: approval.ApprovalRules, cas: Mapping[str, tuple[x509.Certificate, ...]]) -> dict[str, Any]:
     """A request whole, as JSON: with its bundle, from which the reader computes everything anew."""
     return {
         **listed(case, rules),
@@ -270,7 +270,7 @@ class Api:
                 found = [listed(one, rules) for one in self._approvals.waiting()]
                 return Reply.of(HTTPStatus.OK, {"approver": person.name, "requests": found})
             case = self._approvals.case(asked) if method == "GET" else self._post(environ, person, asked)
-            return Reply.of(HTTPStatus.OK, {"approver": person.name, **shown(case, rules, self._cas())})
+            return Reply.of(HTTPStatus.OK, {"approver": person.name, **entry(case, rules, self._cas())})
         except NotDecidedError as e:
             return Reply.error(e.status, e)
 

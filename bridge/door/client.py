@@ -110,7 +110,7 @@ class Reviewer:
     def show(self, start: str) -> Shown:
         """The request whose digest begins so (DoorError: the door sent another one)."""
         asked = start if re.fullmatch(f"[0-9a-f]{{{_DIGITS}}}", start) else self._whole(start)
-        return self._shown(self._ask("GET", f"/v1/approvals/{asked}"), asked)
+        return self._verified(self._ask("GET", f"/v1/approvals/{asked}"), asked)
 
     def decide(self, shown: Shown, verdict: Verdict, reason: str) -> Shown:
         """Sign a decision about what was shown, and send it (DoorRefusedError: it does not count)."""
@@ -120,7 +120,7 @@ class Reviewer:
         )  # fmt: skip
         signature = b64encode(approval.sign(decision, shown.digest, self._key)).decode()
         body = {"verdict": verdict, "reason": decision.reason, "signature": signature}
-        return self._shown(self._ask("POST", f"/v1/approvals/{shown.digest}", body), shown.digest)
+        return self._verified(self._ask("POST", f"/v1/approvals/{shown.digest}", body), shown.digest)
 
     def _whole(self, start: str) -> str:
         found = [one.get("digest") for one in self.waiting()["requests"]]
@@ -131,7 +131,7 @@ class Reviewer:
             raise SettingsError([problem], hint="`ca-bridge approvals list` has them")
         return fitting[0]
 
-    def _shown(self, document: Mapping[str, Any], asked: str) -> Shown:
+    def _verified(self, document: Mapping[str, Any], asked: str) -> Shown:
         try:
             bundle = loads_request(json.dumps(document.get("bundle")).encode())
         except BridgeError as e:

@@ -87,7 +87,7 @@ def find(memory: Memory, secret_hash: str) -> Enrolment | None:
     return next(iter(_found(memory, ENROLMENTS.c.secret_hash == secret_hash)), None)
 
 
-def shown(memory: Memory, authorization: str, bundle: RequestBundle, digest: str, now: datetime) -> Enrolment:
+def proven_by(memory: Memory, authorization: str, bundle: RequestBundle, digest: str, now: datetime) -> Enrolment:
     """The open enrolment that the header proves for this request (EnrolmentError: there is none, or it is not for this)."""
     secret_hash = node_proofs.enrolled_by(authorization, digest)
     found = find(memory, secret_hash) if secret_hash is not None else None

@@ -1,8 +1,8 @@
 """
 EST (RFC 7030, RFC 8951) at the door: `cacerts`, `csrattrs`, `simpleenroll` and `simplereenroll`.
 
-A label of the URL says which certificate is asked for. Who asks is the client certificate of TLS, or an enrolment whose
-one-time secret is the password of HTTP Basic; the request itself proves nothing but that its sender has the new key. It
+The URL's label names the certificate. The client certificate of TLS names the requester, or an enrolment whose one-time
+secret is the password of HTTP Basic; the request itself proves nothing but that its sender has the new key. It
 becomes a bundle of one request, which the database keeps, the desk judges and a round of signing answers, as it does
 with our own. A client hears of an answer that is not there yet by 202, and gets it by sending the same request again.
 

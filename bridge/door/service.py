@@ -1,8 +1,8 @@
 """
 The door as a service: how it begins, works and ends, and its pages for monitors.
 
-One thread signs, in rounds (`signing`); cheroot's threads take requests and give answers (`https`, `app`). What they
-share is the database (`store`). While a CA is down, requests are kept; while the database is down, nodes are asked to
+One thread signs, in rounds (`signing`); cheroot's threads take requests and give answers (`https`, `app`). They share
+the database (`store`). While a CA is down, requests are kept; while the database is down, nodes are asked to
 come again, since only what can be remembered is signed.
 """
 

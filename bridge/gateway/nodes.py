@@ -173,7 +173,7 @@ class Nodes:
         if not self._commands.acquire(timeout=_ROOM_SECONDS):
             raise BridgeError("gateway.inventory_command: too many of them are running")
         try:
-            answer = _asked(self._command, name)
+            answer = _ask_command(self._command, name)
         finally:
             self._commands.release()
         self._entries.put(name, answer)
@@ -238,7 +238,7 @@ def host_of(address: str) -> str | None:
     return host if address in addresses else None
 
 
-def _asked(command: Path, name: str) -> NodeEntry | None:
+def _ask_command(command: Path, name: str) -> NodeEntry | None:
     if not is_node_name(name):
         return None
     try:
@@ -321,12 +321,12 @@ class NodeStates:
                 found.append(NodeState(exists=one.name in there, ready=one.name in there))
                 continue
             try:
-                found.append(self._asked(one.name))
+                found.append(self._ask(one.name))
             except NoAnswerError as e:
                 found.append(e)
         return found
 
-    def _asked(self, name: str) -> NodeState:
+    def _ask(self, name: str) -> NodeState:
         reply = self._api.ask("GET", f"{_NODES}/{quote(name, safe='')}")
         if reply.status == HTTPStatus.OK:
             return NodeState(exists=True, ready=is_ready(reply.document))

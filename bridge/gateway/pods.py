@@ -126,7 +126,7 @@ class Looks:
         if at_write and (known := self._pods.get(path)) is not None:
             return known[0]
         now = time.monotonic()
-        document = self._asked(path, "application/json")
+        document = self._get(path, "application/json")
         found = None if document is None else pod_state(document)
         self._pods.put(path, found, now)
         return found
@@ -135,12 +135,12 @@ class Looks:
         """An object's metadata, as they were a moment ago; None: it is not there."""
 
         def ask() -> Mapping[str, Any] | None:
-            document = self._asked(path, METADATA)
+            document = self._get(path, METADATA)
             return None if document is None else mapping(document, "metadata")
 
         return self._metadata.of(path, ask)
 
-    def _asked(self, path: str, accept: str) -> Mapping[str, Any] | None:
+    def _get(self, path: str, accept: str) -> Mapping[str, Any] | None:
         reply = self._api.ask("GET", f"/api/v1/{path}", accept=accept)
         return None if reply.status == HTTPStatus.NOT_FOUND else reply.found(path)
 

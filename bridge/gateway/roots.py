@@ -98,14 +98,14 @@ class Roots:
         if reply.status == HTTPStatus.NOT_FOUND:
             if self._group != GROUP:  # an upgrade may have taken this version away
                 self._group = ""
-            return self._made(collection, signer, roots) if roots is not None else "absent"
+            return self._create(collection, signer, roots) if roots is not None else "absent"
         if reply.status != HTTPStatus.OK:
             raise _refusal("GET", reply)
         if roots is not None:
             return self._changed(path, roots, reply.document)
         return self._removed(path, reply.document) if _is_ours(reply.document) else "foreign"
 
-    def _made(self, collection: str, signer: str, roots: bytes) -> Outcome | None:
+    def _create(self, collection: str, signer: str, roots: bytes) -> Outcome | None:
         body = {
             "metadata": {"name": name_of(signer), "labels": _LABEL},
             "spec": {"signerName": signer, "trustBundle": roots.decode("ascii")},

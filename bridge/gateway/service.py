@@ -321,7 +321,7 @@ class Service:
         return HTTPStatus.OK, self.metrics.text() + credentials.metrics(own, self.settings.renewal.before)
 
     @cached_property
-    def _places(self) -> list[credentials.Place]:
+    def _places(self) -> list[credentials.CredentialFile]:
         """The files by which the gateway logs in at the API server and the CAs."""
         backends = registry.configured(self.settings, self.settings.authorities)
         return credentials.places(self.settings, backends)

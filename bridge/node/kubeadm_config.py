@@ -195,7 +195,7 @@ class _Values:
         found: Any = self._document
         for key in keys:
             if not isinstance(found, Mapping):
-                self._odd(keys, "mappings above it")
+                self._report(keys, "mappings above it")
                 return None
             if (found := found.get(key)) is None:
                 return None
@@ -204,14 +204,14 @@ class _Values:
     def text(self, *keys: str) -> str:
         found = self.at(*keys)
         if found is not None and not isinstance(found, str):
-            self._odd(keys, "a text")
+            self._report(keys, "a text")
         return found if isinstance(found, str) else ""
 
     def texts(self, *keys: str) -> tuple[str, ...]:
         found = self.at(*keys)
         if found is None or (isinstance(found, list) and all(isinstance(one, str) for one in found)):
             return tuple(found or ())
-        self._odd(keys, "a list of texts")
+        self._report(keys, "a list of texts")
         return ()
 
     def external_etcd(self) -> ExternalEtcd | None:
@@ -227,10 +227,10 @@ class _Values:
         if not named:
             return "ecdsa-p256" if self.at("featureGates", "PublicKeysECDSA") is True else "rsa-2048"
         if named not in KEY_ALGORITHMS:
-            self._odd(("encryptionAlgorithm",), f"one of {', '.join(KEY_ALGORITHMS).upper()}")
+            self._report(("encryptionAlgorithm",), f"one of {', '.join(KEY_ALGORITHMS).upper()}")
         return next((one for one in KEY_ALGORITHMS if one == named), "rsa-2048")
 
-    def _odd(self, keys: Sequence[str], wanted: str) -> None:
+    def _report(self, keys: Sequence[str], wanted: str) -> None:
         self.problems.append(f"{'.'.join(keys)}: wanted {wanted}, found something else")
 
 

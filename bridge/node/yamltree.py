@@ -179,14 +179,14 @@ def _limited(parsed: Iterator[yaml.Event], most: int) -> Iterator[yaml.Event]:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         documents += isinstance(event, yaml.DocumentStartEvent)
         if depth > MAX_DEPTH:
-            raise YamlError(f"line {_place(event).line}: wanted at most {MAX_DEPTH} levels, found more")
+            raise YamlError(f"line {_position(event).line}: wanted at most {MAX_DEPTH} levels, found more")
         if documents > most:
             wanted = "one document" if most == 1 else f"at most {most} documents"
-            raise YamlError(f"line {_place(event).line}: wanted {wanted}, found another")
+            raise YamlError(f"line {_position(event).line}: wanted {wanted}, found another")
         try:
             budget.spend(steps=isinstance(event, yaml.NodeEvent))
         except OverBudgetError as e:
-            raise YamlError(f"line {_place(event).line}: {e}") from None
+            raise YamlError(f"line {_position(event).line}: {e}") from None
         yield event
 
 
@@ -216,7 +216,7 @@ def documents(text: str, most: int = MAX_DOCUMENTS) -> list[YamlNode]:
 
 
 def _node(event: yaml.NodeEvent, anchors: dict[str, YamlNode]) -> YamlNode:
-    place = _place(event)
+    place = _position(event)
     if isinstance(event, yaml.ScalarEvent):
         style = event.style or ""
         node = YamlNode("scalar", place, value=event.value, style=style, tag=event.tag, anchor=event.anchor)
@@ -232,7 +232,7 @@ def _node(event: yaml.NodeEvent, anchors: dict[str, YamlNode]) -> YamlNode:
     return node
 
 
-def _place(event: yaml.Event) -> Position:
+def _position(event: yaml.Event) -> Position:
     start, end = event.start_mark, event.end_mark
     assert start is not None and end is not None  # noqa: S101, PT018 - both parsers set them, the stubs don't know
     return Position(start.line + 1, start.index, end.index)

@@ -2,7 +2,7 @@
 Certificates that people carry: `export`, `inspect`, `import`, `install DIR`, `pending list`, `pending cancel`.
 
 A bundle has no place for a key. In a directory from `renew --csr-only` or `kubeadm certs generate-csr` a key says by its
-file's name which certificate it is for, and certificates are found by public key. What a certificate has to be comes
+file's name which certificate it is for, and certificates are found by public key. A certificate's fields come
 from the live one that it replaces, not from a CSR in the directory.
 """
 

@@ -19,7 +19,7 @@ from bridge.system.state_file import StateError
 
 
 class RevocationError(BridgeError):
-    """A superseded certificate is not revoked; the exit code is its cause's. What was installed is in use."""
+    """A superseded certificate is not revoked; the exit code is its cause's. The new certificates are in use."""
 
     def __init__(self, message: str, cause: BridgeError, *, hint: str) -> None:
         super().__init__(message, hint=hint)

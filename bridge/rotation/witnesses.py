@@ -130,8 +130,8 @@ def _users_of(event: Mapping[str, Any]) -> Iterator[User]:
             yield User(
                 sha256=digest,
                 name=_word(user.get("username")),
-                groups=tuple(_words(user.get("groups"))),
-                address=", ".join(_words(event.get("sourceIPs"))) or "an unknown address",
+                groups=tuple(_texts(user.get("groups"))),
+                address=", ".join(_texts(event.get("sourceIPs"))) or "an unknown address",
                 agent=_word(event.get("userAgent")) or "an unknown program",
                 time=_word(event.get("stageTimestamp")),
             )
@@ -141,7 +141,7 @@ def _word(value: Any) -> str:
     return one_line(value[:_MOST_TEXT]) if isinstance(value, str) else ""
 
 
-def _words(value: Any) -> list[str]:
+def _texts(value: Any) -> list[str]:
     return [_word(one) for one in value[:8]] if isinstance(value, list) else []
 
 

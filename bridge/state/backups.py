@@ -443,8 +443,8 @@ def put_back_and_retire(
 ) -> tuple[Rollback, Node]:
     """
     Put back the files of a backup, or of the newest, all or none (RollbackRefusedError: it is not fit); files that it
-    has no copy of are removed, and `force` accepts what the node could run on. What was made for a certificate that
-    was missing stays where only its key was left.
+    has no copy of are removed, and `force` accepts what the node could run on. A new certificate for a key without one
+    stays.
     """
     with alone(settings, wait) as (store, record):
         node = inventory.of(settings.node)

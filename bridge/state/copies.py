@@ -37,7 +37,7 @@ from bridge.state.install import KUBECONFIG_MASK, STAGED_PREFIX
 from bridge.state.obligations import copies_file
 from bridge.state.store import Store
 from bridge.system.files import Attributes, sync_directory, write_staged
-from bridge.system.paths import ForeignLinkError, Place, UnreadableError, opened, read, regular_file, trusted_users
+from bridge.system.paths import ForeignLinkError, OpenPath, UnreadableError, opened, read, regular_file, trusted_users
 from bridge.system.state_file import StateError
 from bridge.system.waiting import within
 
@@ -214,7 +214,7 @@ def _outdated(
     return {number: old[found] for number, found in held if found in old}
 
 
-def _replace(place: Place, found: _Found, changed: bytes) -> None:
+def _replace(place: OpenPath, found: _Found, changed: bytes) -> None:
     staged = place.path.with_name(f"{_STAGED}{place.name}")
     staged.unlink(missing_ok=True)  # of a run that was killed
     write_staged(staged, changed, found.attributes.narrowed(KUBECONFIG_MASK))
@@ -275,7 +275,7 @@ class _Found:
     attributes: Attributes
     status: os.stat_result
 
-    def assert_still(self, place: Place) -> None:
+    def assert_still(self, place: OpenPath) -> None:
         """Make sure that the name still leads to the file that was read, unchanged."""
         if _version(place.path.lstat()) != _version(self.status):
             raise UnreadableError("it was changed while it was refreshed, and is as its owner has left it")
@@ -286,7 +286,7 @@ def _version(status: os.stat_result) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _judged(place: Place) -> Iterator[_Found]:
+def _judged(place: OpenPath) -> Iterator[_Found]:
     """Open a file, and no link, that only its owner and root can change; everything is read from this descriptor."""
     with regular_file(place.path, os.O_NOFOLLOW) as (descriptor, status):
         path = Path(f"/proc/self/fd/{descriptor}")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # a night with nothing due makes none of them
     from bridge.system.state_file import StateFile
 
 
-class Place(NamedTuple):
+class CredentialFile(NamedTuple):
     """A file with a credential that ends."""
 
     name: str  #: The settings' key, such as `backend.corp.client_cert`.
@@ -127,23 +127,23 @@ class Credential:
 _KEYS = ("node.desk_key", "node.order_key")
 
 
-def places(settings: Settings, backends: Mapping[str, Configured]) -> list[Place]:
+def places(settings: Settings, backends: Mapping[str, Configured]) -> list[CredentialFile]:
     """The files of all our credentials; `backends` by authority, none of which is opened."""
     found = list(_own_places(settings))
     for authority, one in backends.items():
         over = settings.authority_tables.get(authority, {})
         for key, path in one.settings.credentials():
             table = f"authority.{authority}" if key.partition(".")[0] in over else f"backend.{one.name}"
-            found.append(Place(f"{table}.{key}", path))
+            found.append(CredentialFile(f"{table}.{key}", path))
     return list(dict.fromkeys(found))
 
 
-def _own_places(settings: Settings) -> Iterator[Place]:
+def _own_places(settings: Settings) -> Iterator[CredentialFile]:
     """Files that the program's own tables name."""
     paths = (settings.node.desk_key, settings.node.order_key, settings.gateway.kubeconfig)
     for name, path in zip((*_KEYS, "gateway.kubeconfig"), paths, strict=True):
         if path is not None:
-            yield Place(name, path)
+            yield CredentialFile(name, path)
 
 
 def may_look(settings: Settings) -> bool:
@@ -164,10 +164,10 @@ def seen(settings: Settings) -> list[Credential] | None:
     if not settings.authorities or settings.source.file is None:
         return look(settings, list(_own_places(settings)), None)
     listed = checked_credentials(settings, store) if may_look(settings) else None
-    return None if listed is None else look(settings, [Place(*one) for one in listed], store)
+    return None if listed is None else look(settings, [CredentialFile(*one) for one in listed], store)
 
 
-def look(settings: Settings, there: Iterable[Place], store: Store | None) -> list[Credential]:
+def look(settings: Settings, there: Iterable[CredentialFile], store: Store | None) -> list[Credential]:
     """The end of each credential, by its file, or else by what a CA has said (`store`; None: it is not asked for)."""
     pairs = {os.path.realpath(pair.certificate_file): pair.name for pair in settings.node.pairs}
     found = [one for place in there if (one := _read(place)) is not None]
@@ -175,7 +175,7 @@ def look(settings: Settings, there: Iterable[Place], store: Store | None) -> lis
     return [*by_file, *(_remembered(settings, store) if store is not None else ())]
 
 
-def _read(place: Place) -> Credential | None:
+def _read(place: CredentialFile) -> Credential | None:
     """The credential in the file; None: it holds a public key or a token alone, or the gateway's file is on another machine."""
     trouble = ""
     try:

@@ -278,7 +278,7 @@ class ForeignLinkError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class OpenPath:
     """A name in an open directory, perhaps another user's, such as a home; it is no link."""
 
     directory: int  #: Its descriptor; good for nothing but as a part of a path.
@@ -295,7 +295,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Place]:
+def opened(path: Path) -> Iterator[OpenPath]:
     """Walk to a file, which need not exist, and past no link that others could have made (ForeignLinkError)."""
     place = _place(path)
     try:
@@ -304,7 +304,7 @@ def opened(path: Path) -> Iterator[Place]:
         os.close(place.directory)
 
 
-def _place(path: Path) -> Place:
+def _place(path: Path) -> OpenPath:
     trusted, owners, shared = trusted_users(), set[int](), ""
     for step in _steps(path):
         if step.status is not None and stat.S_ISLNK(step.status.st_mode):
@@ -318,7 +318,7 @@ def _place(path: Path) -> Place:
             # the sticky bit stops renames by others, not new files
             shared = shared or (str(step.path.parent) if mode & 0o022 else "")
             directory = os.dup(step.directory)
-            return Place(directory=directory, name=step.path.name, owners=frozenset(owners), shared=shared)
+            return OpenPath(directory=directory, name=step.path.name, owners=frozenset(owners), shared=shared)
         else:
             if step.judged.st_uid not in trusted:
                 owners.add(step.judged.st_uid)

@@ -10,7 +10,7 @@ import yaml
 
 from bridge.cluster import kubeadm
 from bridge.cluster.api import Api
-from bridge.cluster.kubeadm import CLUSTER, KUBELETS, NoConfigError, Place
+from bridge.cluster.kubeadm import CLUSTER, KUBELETS, ConfigMapKey, NoConfigError
 from tests.kit import cluster_api
 from tests.kit.cluster_api import ClusterApi
 
@@ -80,7 +80,7 @@ def test_the_cluster_configuration_is_changed_as_a_document(api: Api) -> None:
 
 def test_what_is_not_there_or_not_allowed(cluster: ClusterApi, api: Api) -> None:
     """The error says so; nothing is made."""
-    nowhere = Place("nowhere", "text")
+    nowhere = ConfigMapKey("nowhere", "text")
     assert kubeadm.read(api, nowhere).text is None
     with pytest.raises(NoConfigError, match=r"kube-system/nowhere .* found none \(HTTP 404\)"):
         kubeadm.change(api, nowhere, str.upper)

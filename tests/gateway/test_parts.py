@@ -477,9 +477,9 @@ def test_how_an_inventory_command_may_behave(
     begin = time.monotonic()
     if wanted:
         with pytest.raises(BridgeError, match=wanted):
-            nodes._asked(program, "w1")
+            nodes._ask_command(program, "w1")
     else:
-        found = nodes._asked(program, "w1")
+        found = nodes._ask_command(program, "w1")
         assert found is not None
         assert found.addresses == ("192.0.2.9",)
     assert time.monotonic() - begin < 10
@@ -496,7 +496,7 @@ def test_an_inventory_command_has_nothing_of_ours(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("VAULT_TOKEN", "x")
     with secret.open("rb") as opened:
         os.set_inheritable(opened.fileno(), True)
-        assert nodes._asked(program, "w1") is None
+        assert nodes._ask_command(program, "w1") is None
     names = found.read_text()
     assert str(secret) not in names
     assert not {"CREDENTIALS_DIRECTORY", "VAULT_TOKEN"} & set(names.split())

@@ -28,7 +28,7 @@ from bridge.settings.load import load, parse
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
 from bridge.state import credentials
-from bridge.state.credentials import Credential, Place
+from bridge.state.credentials import Credential, CredentialFile
 from bridge.state.store import Store, is_checked
 from bridge.testing import TestCA, sign_request
 from tests.kit import metrics, openbao
@@ -119,8 +119,8 @@ def test_each_kind_of_ca_names_its_client_certificate(kind: str) -> None:
     settings = parse(f'[backend.x]\ntype = "{kind}"\n{keys}\n{files}\n[authority.ca]\nbackend = "x"\n{own}')
     found = credentials.places(settings, registry.configured(settings, settings.authorities))
     assert found == [
-        Place(f"backend.x.{field}", Path("/c.crt")),
-        Place(f"authority.etcd-ca.{field}", Path("/other.crt")),
+        CredentialFile(f"backend.x.{field}", Path("/c.crt")),
+        CredentialFile(f"authority.etcd-ca.{field}", Path("/other.crt")),
     ]
 
 
@@ -167,7 +167,7 @@ def test_what_a_file_says(site: Site, tmp_path: Path) -> None:
     kept = [line for line in admin.read_text().splitlines() if "client-" not in line]
     token.write_text("\n".join([*kept, "    token: s3cret", ""]))
     paths = {"a": site.certificate, "b": admin, "c": key, "d": token, "e": broken, "f": tmp_path / "none"}
-    places = [Place(f"backend.{name}.client_cert", path) for name, path in paths.items()]
+    places = [CredentialFile(f"backend.{name}.client_cert", path) for name, path in paths.items()]
     found = {one.name.split(".")[1]: one for one in credentials.look(parse(""), places, None)}
     assert found.keys() == {"a", "b", "e", "f"}
     ends = {name: one.ends and round((one.ends - now()) / DAY) for name, one in found.items()}
@@ -291,7 +291,7 @@ def test_nagios_shows_it(site: Site, left: int, status: int, says: str) -> None:
     """A warning, and then critical."""
     site.ends_in(left * DAY)
     settings = site.settings
-    own = credentials.look(settings, [Place(NAME, site.certificate)], None)
+    own = credentials.look(settings, [CredentialFile(NAME, site.certificate)], None)
     line, _, found = expiration.nagios_check(settings, now(), expiration.Thresholds.of(settings, None, None), {}, own)
     assert (found, says in line) == (status, True)
     run = site.bridge.run("check-expiration", "-o", "nagios")
