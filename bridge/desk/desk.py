@@ -546,8 +546,8 @@ class Desk:
             record.describe(request.name, job.requests[request.name], configured.label if configured else "", None)
             verdict = job.verdicts.get(request.name)
             is_proven = verdict is not None and verdict.proven
-            words = job.vouched.get(request.name, "" if is_proven else "without a continuity proof")
-            unproven = f", {words}" if words else ""
+            vouched = job.vouched.get(request.name, "" if is_proven else "without a continuity proof")
+            unproven = f", {vouched}" if vouched else ""
             event = DELIVERED if request.name in job.again else SIGNED
             common = {"authority": request.authority, "old": request.replaces}
             if isinstance(answer, Issued):

@@ -155,7 +155,7 @@ class Issuing:
             return
         authority = context.authorities[verdict.spec.authority.name]
         if job.verified is None:
-            job.verified, job.signed_for = self._signed(job, verdict, authority, at_ca), verdict.asked.pem
+            job.verified, job.signed_for = self._signed(job, verdict, authority, at_ca), verdict.csr.pem
         found = job.verified
         for _ in writer.turns(job):
             verdict = self._allowed(job, at_write=True)
@@ -193,7 +193,7 @@ class Issuing:
         trouble = ""
         if found.leaf.not_valid_after_utc - self._context.now() < timedelta():
             trouble = "the certificate has ended before it could be written"
-        elif job.signed_for != verdict.asked.pem:
+        elif job.signed_for != verdict.csr.pem:
             trouble = "the object has another CSR by now"
         if trouble:
             job.verified = None
@@ -214,7 +214,7 @@ class Issuing:
 
     def _signed(self, job: Job, verdict: Allowed, authority: AuthorityOfSigners, at_ca: PendingAtCa | None) -> Verified:
         context = self._context
-        digest = hashlib.sha256(verdict.asked.pem).hexdigest()
+        digest = hashlib.sha256(verdict.csr.pem).hexdigest()
         if at_ca is not None and (at_ca.csr_sha256 != digest or at_ca.object_name != job.one.name):
             at_ca = None
         asking = _Asking(
@@ -262,7 +262,7 @@ class Issuing:
         validity = timedelta(seconds=at_ca.validity_seconds) if at_ca is not None else verdict.validity
         return SignRequest(
             spec=verdict.spec,
-            csr_pem=verdict.asked.pem,
+            csr_pem=verdict.csr.pem,
             names=verdict.names if isinstance(verdict, AllowedPod) else None,
             validity=timedelta(seconds=int(validity.total_seconds())),
             continuity=Continuity(

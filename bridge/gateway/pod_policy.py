@@ -11,7 +11,7 @@ from bridge.contract import Names
 from bridge.desk.node_inventory import Inventory
 from bridge.gateway.pod_rules import IN_PATH, KEY_TYPES, Identity, PodSignerRules, is_never_a_pods
 from bridge.gateway.policy import Allowed, GatewayPolicy, Hostile, Later, Verdict, read_csr
-from bridge.pki.csr_fields import Asked, OddRequestError
+from bridge.pki.csr_fields import CsrData, OddRequestError
 from bridge.words import one_line
 
 #: The kubelet asks anew after 10 to 15 minutes, and kube-controller-manager deletes what is older than 15.
@@ -98,12 +98,12 @@ class AllowedPod(Allowed):
 
 def judge(request: PodRequest, world: PodWorld) -> Verdict:
     """Judge a request: sign it, refuse it, or leave it for later."""
-    rules, asked = world.policy.pod_signers.get(request.signer), own_words(request)
-    if isinstance(asked, Hostile):
-        return asked
+    rules, csr = world.policy.pod_signers.get(request.signer), own_words(request)
+    if isinstance(csr, Hostile):
+        return csr
     if rules is None or world.pod is None:
         return Later("there is no such pod any more" if rules else "the policy has no table for this signer")
-    if (trouble := next(_troubles(request, asked, rules, world, world.pod), None)) is not None:
+    if (trouble := next(_troubles(request, csr, rules, world, world.pod), None)) is not None:
         return trouble
     names = rules.names(request.parts, _identity(request, rules))
     if names is None or any(is_never_a_pods(name) or name in world.inventory.taken_names for name in names.dns):
@@ -113,7 +113,7 @@ def judge(request: PodRequest, world: PodWorld) -> Verdict:
         return Later(f"the CA's certificate ends at {world.ca_end:%Y-%m-%d %H:%M}, or allow.max_validity is too short")
     return AllowedPod(
         spec=rules.spec,
-        asked=asked,
+        csr=csr,
         validity=validity,
         longest=_longest(rules, world),
         name=f"{request.namespace}/{request.service_account}",
@@ -124,28 +124,28 @@ def judge(request: PodRequest, world: PodWorld) -> Verdict:
 
 
 def _troubles(
-    request: PodRequest, asked: Asked, rules: PodSignerRules, world: PodWorld, pod: PodState
+    request: PodRequest, csr: CsrData, rules: PodSignerRules, world: PodWorld, pod: PodState
 ) -> Iterator[Hostile | Later]:
     yield from map(Later, _absent(request, world, pod))
-    yield from _invented(request, asked, pod)
-    for against in _against(request, asked, rules, world):
+    yield from _invented(request, csr, pod)
+    for against in _against(request, csr, rules, world):
         # a running pod's owner would have to delete it, while a policy that is put right mends the same
         yield against if pod.phase == "Pending" else Later(against.reason)
 
 
-def own_words(request: PodRequest) -> Asked | Hostile:
+def own_words(request: PodRequest) -> CsrData | Hostile:
     """The CSR, which has to be empty, as every kubelet's is."""
-    asked = read_csr(request.pem)
-    if isinstance(asked, OddRequestError):
-        return Hostile(str(asked))
-    if asked.subject or asked.sans:
+    csr = read_csr(request.pem)
+    if isinstance(csr, OddRequestError):
+        return Hostile(str(csr))
+    if csr.subject or csr.sans:
         return Hostile("the CSR has names, and a kubelet's has none", message="the CSR has to be empty")
-    return asked
+    return csr
 
 
-def key_of(asked: Asked) -> str:
+def key_of(csr: CsrData) -> str:
     """The key by our names."""
-    return _CURVE_NAMES.get(asked.key, asked.key)
+    return _CURVE_NAMES.get(csr.key, csr.key)
 
 
 def _absent(request: PodRequest, world: PodWorld, pod: PodState) -> Iterator[str]:
@@ -172,20 +172,20 @@ def _absent(request: PodRequest, world: PodWorld, pod: PodState) -> Iterator[str
         yield "the request is too old: the kubelet has another one by now, or soon"
 
 
-def _invented(request: PodRequest, asked: Asked, pod: PodState) -> Iterator[Hostile]:
+def _invented(request: PodRequest, csr: CsrData, pod: PodState) -> Iterator[Hostile]:
     """NodeRestriction compares neither lifetime nor key nor annotations with the pod, and other callers not at all."""
     if (pod.node, pod.service_account) != (request.node, request.service_account):
         yield _open("the pod has another node or service account")
-    source = Source(request.signer, KEY_TYPES.get(key_of(asked), ""), request.seconds, request.annotations)
+    source = Source(request.signer, KEY_TYPES.get(key_of(csr), ""), request.seconds, request.annotations)
     if source not in pod.sources:
         yield _open("the pod has no volume with this signer, key type, lifetime and annotations")
 
 
-def _against(request: PodRequest, asked: Asked, rules: PodSignerRules, world: PodWorld) -> Iterator[Hostile]:
+def _against(request: PodRequest, csr: CsrData, rules: PodSignerRules, world: PodWorld) -> Iterator[Hostile]:
     """The reasons to deny a first request, in words for the pod's owner."""
-    if key_of(asked) not in rules.keys:
+    if key_of(csr) not in rules.keys:
         types = ", ".join(KEY_TYPES[one] for one in rules.keys)
-        yield Hostile(f"key: {key_of(asked)}", "UnsupportedKeyType", f"keyType: this signer takes {types}")
+        yield Hostile(f"key: {key_of(csr)}", "UnsupportedKeyType", f"keyType: this signer takes {types}")
     for key, value in request.annotations:
         if key not in rules.annotations:
             yield Hostile(f"annotation {one_line(key)}", "InvalidUnverifiedUserAnnotations",

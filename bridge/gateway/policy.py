@@ -29,7 +29,7 @@ from bridge.gateway.rules import (
     usages_fit,
 )
 from bridge.pki.certificates import attributes
-from bridge.pki.csr_fields import Asked, OddRequestError, read
+from bridge.pki.csr_fields import CsrData, OddRequestError, read
 from bridge.pki.kubeadm_names import is_node_name
 from bridge.settings.reader import opened
 from bridge.specs import KUBELET_CLIENT, KUBELET_SERVER, KUBELET_SERVING, MASTERS, USER, CertificateSpec
@@ -89,7 +89,7 @@ class Allowed:
     """The request may be signed, like this."""
 
     spec: CertificateSpec
-    asked: Asked
+    csr: CsrData
     validity: timedelta
     longest: timedelta  #: The policy's limit, whatever the request says: a CA with profiles decides itself.
     name: str  #: The certificate's: a node's, a user's, or kubeadm's name of a certificate; for metrics.
@@ -136,7 +136,7 @@ USUAL_BYTES = 3 << 10
 _remembered = lru_cache(maxsize=2048)(read)
 
 
-def read_csr(pem: bytes) -> Asked | OddRequestError:
+def read_csr(pem: bytes) -> CsrData | OddRequestError:
     """A request's CSR, or what is odd in it."""
     try:
         return _remembered(pem) if len(pem) <= USUAL_BYTES else read(pem)
@@ -146,19 +146,19 @@ def read_csr(pem: bytes) -> Asked | OddRequestError:
 
 def addresses_of(request: Request) -> list[str]:
     """The IP addresses that the CSR asks for, as far as it can be read."""
-    asked = read_csr(request.pem)
-    return [] if isinstance(asked, OddRequestError) else sorted(value for kind, value in asked.sans if kind == "IP")
+    csr = read_csr(request.pem)
+    return [] if isinstance(csr, OddRequestError) else sorted(value for kind, value in csr.sans if kind == "IP")
 
 
 def node_of(request: Request) -> str | None:
     """The node that a kubelet's request is about; None: it is about no node, or its CSR can't be read."""
     if spec_of(request.signer) not in (KUBELET_CLIENT, KUBELET_SERVING):
         return None
-    asked = read_csr(request.pem)
-    if isinstance(asked, OddRequestError):
+    csr = read_csr(request.pem)
+    if isinstance(csr, OddRequestError):
         return None
-    name = asked.cn.removeprefix(NODE_USER)
-    return name if name != asked.cn and is_node_name(name) else None
+    name = csr.cn.removeprefix(NODE_USER)
+    return name if name != csr.cn and is_node_name(name) else None
 
 
 def judge(request: Request, world: World) -> Verdict:
@@ -166,18 +166,18 @@ def judge(request: Request, world: World) -> Verdict:
     rules, spec = world.policy.signers.get(request.signer), spec_of(request.signer)
     if rules is None or spec is None:
         return Later("the policy has no table for this signer")
-    asked = read_csr(request.pem)
-    if isinstance(asked, OddRequestError):
-        return Hostile(str(asked))
+    csr = read_csr(request.pem)
+    if isinstance(csr, OddRequestError):
+        return Hostile(str(csr))
     keys = rules.keys or world.policy.allow.keys
-    who = _form_problem(request, asked, spec, keys) or _who(request, asked, spec, rules, world)
+    who = _form_problem(request, csr, spec, keys) or _who(request, csr, spec, rules, world)
     if not isinstance(who, str):
         return who
     validity = _validity(request, spec, rules, world)
     if (trouble := _trouble_here(validity, world)) is not None:
         return trouble
     longest = _longest(spec, rules, world.policy)
-    return Allowed(spec=spec, asked=asked, validity=validity, longest=longest, name=who)
+    return Allowed(spec=spec, csr=csr, validity=validity, longest=longest, name=who)
 
 
 def _trouble_here(validity: timedelta, world: World) -> Later | None:
@@ -188,11 +188,11 @@ def _trouble_here(validity: timedelta, world: World) -> Later | None:
     return None
 
 
-def _form_problem(request: Request, asked: Asked, spec: CertificateSpec, keys: tuple[str, ...]) -> Hostile | None:
+def _form_problem(request: Request, csr: CsrData, spec: CertificateSpec, keys: tuple[str, ...]) -> Hostile | None:
     if not usages_fit(spec, request.usages):
         return Hostile(f"usages: {', '.join(sorted(request.usages))}")
-    if asked.key not in keys:
-        return Hostile(f"key: wanted {' or '.join(keys)}, found {asked.key}")
+    if csr.key not in keys:
+        return Hostile(f"key: wanted {' or '.join(keys)}, found {csr.key}")
     return None
 
 
@@ -209,26 +209,26 @@ def _longest(spec: CertificateSpec, rules: SignerRules, policy: Policy) -> timed
     return min(one for one in (rules.max_validity, own, policy.allow.max_validity) if one is not None)
 
 
-def _who(request: Request, asked: Asked, spec: CertificateSpec, rules: SignerRules, world: World) -> str | Verdict:
+def _who(request: Request, csr: CsrData, spec: CertificateSpec, rules: SignerRules, world: World) -> str | Verdict:
     """Return the name the certificate is for, or the verdict against it."""
     if spec in (KUBELET_CLIENT, KUBELET_SERVING):
-        return _kubelet(request, asked, spec, rules, world)
+        return _kubelet(request, csr, spec, rules, world)
     if spec is USER:
-        return _user(request, asked, rules)
-    return _control_plane(request, asked, spec, rules, world)
+        return _user(request, csr, rules)
+    return _control_plane(request, csr, spec, rules, world)
 
 
-def _kubelet(request: Request, asked: Asked, spec: CertificateSpec, rules: SignerRules, world: World) -> str | Verdict:
-    name = asked.cn.removeprefix(NODE_USER)
-    if asked.subject != tuple(sorted([(CN_OID, f"{NODE_USER}{name}"), (O_OID, NODES_GROUP)])):
+def _kubelet(request: Request, csr: CsrData, spec: CertificateSpec, rules: SignerRules, world: World) -> str | Verdict:
+    name = csr.cn.removeprefix(NODE_USER)
+    if csr.subject != tuple(sorted([(CN_OID, f"{NODE_USER}{name}"), (O_OID, NODES_GROUP)])):
         return Hostile("subject: wanted O=system:nodes,CN=system:node:NAME and nothing else")
     if not is_node_name(name):
         return Hostile("subject: the CN has no node's name")
-    if spec is KUBELET_CLIENT and asked.sans:
+    if spec is KUBELET_CLIENT and csr.sans:
         return Hostile("SAN: a kubelet's client certificate has none")
     if (trouble := _requester(request, name, spec, rules, world)) is not None:
         return trouble
-    if spec is KUBELET_SERVING and (wrong := _serving_sans(asked, name, world)) is not None:
+    if spec is KUBELET_SERVING and (wrong := _serving_sans(csr, name, world)) is not None:
         return wrong
     return name
 
@@ -273,16 +273,16 @@ def _presence(name: str, world: World, *, bootstraps: bool) -> Later | None:
     return Later(f"node {name} is there, and ready")
 
 
-def _serving_sans(asked: Asked, name: str, world: World) -> Hostile | Later | None:
-    if not asked.sans:
+def _serving_sans(csr: CsrData, name: str, world: World) -> Hostile | Later | None:
+    if not csr.sans:
         return Hostile("SAN: a serving certificate without any")
-    if any(kind not in {"DNS", "IP"} for kind, _ in asked.sans):
+    if any(kind not in {"DNS", "IP"} for kind, _ in csr.sans):
         return Hostile("SAN: names besides DNS names and IP addresses")
-    never = [value for kind, value in asked.sans if world.inventory.is_never_a_nodes((kind, value), name)]
+    never = [value for kind, value in csr.sans if world.inventory.is_never_a_nodes((kind, value), name)]
     if never:
         return Hostile(f"SAN: {_texts(never)} can be no node's")
     known = world.entry.sans(name) if world.entry is not None else frozenset()
-    unknown = [value for kind, value in asked.sans if (kind, value) not in known]
+    unknown = [value for kind, value in csr.sans if (kind, value) not in known]
     # the inventory may have it tomorrow
     return Later(f"SAN: the inventory does not give {name} {_texts(unknown)}") if unknown else None
 
@@ -291,32 +291,32 @@ def _texts(values: Iterable[str]) -> str:
     return one_line(", ".join(sorted(values)))
 
 
-def _user(request: Request, asked: Asked, rules: SignerRules) -> str | Verdict:
-    if asked.sans:
+def _user(request: Request, csr: CsrData, rules: SignerRules) -> str | Verdict:
+    if csr.sans:
         return Hostile("SAN: a user's certificate has none")
-    if any(oid in (CN_OID, O_OID) and value.startswith(SYSTEM) for oid, value in asked.subject):
+    if any(oid in (CN_OID, O_OID) and value.startswith(SYSTEM) for oid, value in csr.subject):
         return Hostile(f"subject: a user or group of Kubernetes' own ({SYSTEM}…)")
     grants = [grant for _, grant in rules.grants if grant.is_for(request.username, request.groups)]
-    if not any(_is_granted(asked, text, request.username) for grant in grants for text in grant.subjects):
+    if not any(_is_granted(csr, text, request.username) for grant in grants for text in grant.subjects):
         return Hostile(f"no grant lets {one_line(request.username)} have this subject")
-    return asked.cn
+    return csr.cn
 
 
-def _is_granted(asked: Asked, text: str, username: str) -> bool:
+def _is_granted(csr: CsrData, text: str, username: str) -> bool:
     """Whether a subject is a grant's; the requester's name is put into values, and so can't add an attribute."""
     try:
         pattern = attributes(x509.Name.from_rfc4514_string(text))
     except ValueError:
         return False
-    return asked.subject == tuple(sorted((oid, value.replace(_USER_PLACEHOLDER, username)) for oid, value in pattern))
+    return csr.subject == tuple(sorted((oid, value.replace(_USER_PLACEHOLDER, username)) for oid, value in pattern))
 
 
 def _control_plane(
-    request: Request, asked: Asked, spec: CertificateSpec, rules: SignerRules, world: World
+    request: Request, csr: CsrData, spec: CertificateSpec, rules: SignerRules, world: World
 ) -> str | Verdict:
     if spec.name not in world.policy.allow.names:
         return Later(f"the policy's allow.names does not have {spec.name}")
-    if any(oid == O_OID and value == MASTERS for oid, value in asked.subject) and spec.name not in (
+    if any(oid == O_OID and value == MASTERS for oid, value in csr.subject) and spec.name not in (
         world.policy.allow.masters
     ):
         return Hostile(f"subject: the group {MASTERS}")
@@ -327,7 +327,7 @@ def _control_plane(
     for name in nodes:
         entry = world.inventory.nodes[name]
         own = [value for _, value in entry.sans(name)]
-        found = list(name_problems(spec.name, asked.csr, world.policy, name, own))
+        found = list(name_problems(spec.name, csr.parsed, world.policy, name, own))
         if not found:
             return spec.name
         problems = problems or found

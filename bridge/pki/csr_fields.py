@@ -42,7 +42,7 @@ class OddRequestError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class CsrData:
     """A CSR with all that it asks for, and its one encoding."""
 
     pem: bytes  #: Made again from the DER: one block, nothing round it.
@@ -51,7 +51,7 @@ class Asked:
     key: str  #: Such as `ecdsa-p256`.
 
     @property
-    def csr(self) -> x509.CertificateSigningRequest:
+    def parsed(self) -> x509.CertificateSigningRequest:
         """The CSR, parsed again, which takes no time; kept, it would be most of what thousands of them need in memory."""
         return x509.load_pem_x509_csr(self.pem)
 
@@ -66,7 +66,7 @@ class Asked:
         return tuple(value for oid, value in self.subject if oid == _O)
 
 
-def read(pem: bytes) -> Asked:
+def read(pem: bytes) -> CsrData:
     """Read a CSR, or raise OddRequestError."""
     encoded = _der(pem)
     try:
@@ -85,7 +85,7 @@ def read(pem: bytes) -> Asked:
     if csr.public_bytes(Encoding.DER) != encoded:
         raise OddRequestError("the CSR is not in DER")
     usual = csr.public_bytes(Encoding.PEM)
-    return Asked(pem=pem if pem == usual else usual, subject=subject, sans=sans, key=key)  # one copy in memory
+    return CsrData(pem=pem if pem == usual else usual, subject=subject, sans=sans, key=key)  # one copy in memory
 
 
 def _der(pem: bytes) -> bytes:

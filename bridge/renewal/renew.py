@@ -141,9 +141,9 @@ def _kept(
 ) -> list[Answered]:
     """Answers that an earlier run verified and did not install; no CA is asked for them again."""
     answered = {one.name: one for one in run.requests if one.answer is not None}
-    had = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.desired)
+    earlier = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.desired)
     kept = []
-    for one in had:
+    for one in earlier:
         made, wanted = one.open if isinstance(one, Prepared) else None, expected[one.authority]
         if isinstance(one, Prepared) and made and made.answer and _is_still_good(made.answer, made, run, wanted):
             run.record.describe(one.name, one.request, made.backend, None)

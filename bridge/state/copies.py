@@ -142,10 +142,10 @@ def _trusting(path: Path, earlier: Collection[frozenset[x509.Certificate]], cas:
 
     def edit(data: bytes) -> bytes | None:
         try:
-            had = frozenset(load_pem_certificates(data))
+            found_cas = frozenset(load_pem_certificates(data))
         except ValueError:
             return None
-        return pem(*cas) if had in earlier and had != frozenset(cas) else None
+        return pem(*cas) if found_cas in earlier and found_cas != frozenset(cas) else None
 
     with _reasons(path):
         try:
