@@ -2,10 +2,11 @@
 Processes that do the desk's arithmetic ahead: read a bundle, verify its signatures, apply the policy, compare.
 
 They exist for the row "`sign` of an inbox" of docs/evidence/numbers.md. They touch no CA, file or clock: they get
-bytes, and answer with the bundle and its problems. What they did not do the desk does itself, so that losing one costs
-only time, and the next task begins another. A worker keeps each bundle until its answers come, so that nothing is sent or parsed twice, and ends with the
-desk, even a killed one, when its standard input ends. `ProcessPoolExecutor` costs the same processor time; but its
-processes import from the current directory, and a pool for each worker and a thread in it would have to do the rest.
+bytes, and answer with the bundle and its problems. The desk does itself what they did not do, so that losing one costs
+only time, and the next task begins another. A worker keeps each bundle until its answers come, so that nothing is sent
+or parsed twice, and ends with the desk, even a killed one, when its standard input ends. `ProcessPoolExecutor` costs the
+same processor time; but its processes import from the current directory, and a pool for each worker and a thread in it
+would have to do the rest.
 """
 
 from __future__ import annotations

@@ -156,7 +156,9 @@ class Service:
                 self._door.ending.set()
                 self._signing.doors.is_ending = True
                 self._door.arrived.set()
-            self._thread.join(max(0.0, over - time.monotonic()))
+            while self._thread.is_alive() and time.monotonic() < over:
+                self._thread.join(_TICK_SECONDS)
+                self._signing.workers.tend(_WORKER_SECONDS)
             if self._thread.is_alive():
                 text = (
                     "a CA has not answered %d seconds after the door began to end; its requests wait for the next start"
