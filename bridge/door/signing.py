@@ -238,7 +238,9 @@ class Signing:
             return self._round() if is_ours else "busy"
 
     def _round(self) -> Next:
-        desk, left = self.look(), _Left(self)  # not a later one, whose policy may be another than the judgement's
+        desk, left = self.look(), _Left(self)
+        while desk is not self._desk_of_now():  # to reach a CA takes time, in which the policy may change
+            desk = self.look()
         with books_open(self._settings, self._store, self._now, _WAIT, "ca-bridge serve") as (journal, record):
             archive = Archive(self._policy.desk.archive or archive_directory(self._store), self._store.directory)
             if not self._is_prepared:  # while the lock is held: it removes what a killed process left unfinished

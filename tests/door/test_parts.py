@@ -322,11 +322,11 @@ def test_a_judgement_counts_in_the_round_while_nothing_has_changed(
     assert isinstance(answer, Refusal if what == "nothing" else Issued)
 
 
-@pytest.mark.parametrize(("when", "kind"), [("before it", Refusal), ("while it begins", Issued)])
+@pytest.mark.parametrize(("when", "kind"), [("before it", Refusal), ("while it begins", Refusal), ("after it", Issued)])
 def test_a_round_is_by_one_policy(
     desk: Desk, memory: Memory, pki: Pki, monkeypatch: pytest.MonkeyPatch, when: str, kind: type[Issued | Refusal]
 ) -> None:
-    """A policy that comes while a round begins is the next one's, whether a request was judged when it came or not."""
+    """A policy that comes while a round begins counts for all of it, whether a request was judged when it came or not."""
     signing, places = Signing(load(desk.config), memory, desk.policy, now), []
     signing.look()
     for number in range(2):
@@ -341,9 +341,10 @@ def test_a_round_is_by_one_policy(
 
     if when == "before it":
         change()
-    else:
+    elif when == "while it begins":
         monkeypatch.setattr("bridge.door.signing.assert_elsewhere", change)  # the policy was read then
     signing.round()
+    change()
     signing.close()
 
     kept = [one for one in map(memory.find, places) if one is not None]
