@@ -387,8 +387,10 @@ def test_three_timers_that_fire_at_once_restart_one_etcd_after_the_other(nodes: 
     watcher.start()
     try:
         with contextlib.ExitStack() as stack:
-            runs = [stack.enter_context(started(node, "restart", "neighbour_wait = '2m'")) for node in nodes]
-            reported = [lines(process.communicate(timeout=400)[0]) for process in runs]
+            runs = [stack.enter_context(started(node, "restart", "neighbour_wait = '15m'")) for node in nodes]
+            reported = [
+                lines(process.communicate(timeout=900)[0]) for process in runs
+            ]  # a kubelet may hang for minutes
     finally:
         stop.set()
         watcher.join()

@@ -192,6 +192,8 @@ make_network() { # make_network IP; the link gets the address, so that a second 
 make_namespaces() { # a process that holds the mount namespace, and all mounts of it
   local point
   for point in "${mount_points[@]}"; do mkdir -p "$node/root$point"; done
+  # In memory: etcd waits for each write, and on the disk of a machine that writes much besides it waits for seconds.
+  mount -t tmpfs -o mode=700 etcd "$node/root/var/lib/etcd"
   # nsenter and not `ip netns exec`, which would lay a new /sys without cgroups over the old one
   # shellcheck disable=SC2016  # expanded inside
   setsid nsenter --net="/run/netns/$name" unshare --mount --propagation private -- bash -ec '
@@ -555,7 +557,7 @@ remove_shared() {
 down() {
   kill_all
   remove_network
-  # In the host's namespace a node has no mounts; one that was made by hand would send rm -rf into foreign files.
+  # In the host's namespace a node has etcd's mount alone; one that was made by hand would send rm -rf into foreign files.
   awk -v node="$node/" 'index($2, node) == 1 { print $2 }' /proc/mounts | sort -r | while read -r point; do umount -l "$point"; done
   remove_cgroups
   rm -rf "$node"
