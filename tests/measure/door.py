@@ -2,7 +2,7 @@
 Many nodes ask one door at once: how fast it answers, and what is left of it when everything is killed meanwhile.
 
 `python -m tests.measure.door [--nodes 500] [--kills 12] [--docs]`: first the door (`ca-bridge serve`) beside OpenBao
-alone, which signs the same CSRs, five times with its storage on disk and five times in memory; then the door with
+alone, which signs the same CSRs, three times with its storage on disk and three times in memory; then the door with
 `openssl ca`, while door, CA and database are killed at random, with SQLite and with PostgreSQL. Each node has an address
 of its own on the loopback network, and asks again as a node does. `History` is what is checked in the end: each node has
 exactly what it asked for, and the CA signed nothing that is not recorded, and nothing twice.
@@ -67,7 +67,7 @@ _LONGEST_PAUSE_SECONDS = 30.0
 _BETWEEN_SECONDS = (0.2, 3.0)
 _CA_THREADS = 8
 #: Of which the one with the median share is shown.
-_ROUNDS = 5
+_ROUNDS = 3
 #: Of the CA's own rate.
 _LEAST_SHARE = 0.5
 
