@@ -64,7 +64,7 @@ _SECRET, _SECRET_BYTES = "door.secret", 32
 #: Processes that read and judge what comes, one for each processor but the one that signs.
 _MOST_WORKERS = 4
 #: One that is at a bundle for so long does not end by itself; the longest takes a second.
-_WORKER_SECONDS = 30.0
+_LONGEST_TASK_SECONDS = 30.0
 
 
 class Service:
@@ -146,7 +146,7 @@ class Service:
                 heard = time.monotonic()
                 while not self._ending and self._thread.is_alive():
                     time.sleep(_TICK_SECONDS)
-                    self._signing.workers.tend(_WORKER_SECONDS)
+                    self._signing.workers.tend(_LONGEST_TASK_SECONDS)
                     if time.monotonic() - heard > _IDLE_SECONDS:
                         heard = time.monotonic()
                         with contextlib.suppress(DatabaseError):  # a round says so
@@ -158,7 +158,7 @@ class Service:
                 self._door.arrived.set()
             while self._thread.is_alive() and time.monotonic() < over:
                 self._thread.join(_TICK_SECONDS)
-                self._signing.workers.tend(_WORKER_SECONDS)
+                self._signing.workers.tend(_LONGEST_TASK_SECONDS)
             if self._thread.is_alive():
                 text = (
                     "a CA has not answered %d seconds after the door began to end; its requests wait for the next start"

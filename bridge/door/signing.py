@@ -232,14 +232,13 @@ class Signing:
         """Judge and sign what waits."""
         self.doors.alive()
         if not self.doors.to_sign(1):
-            is_changed = load_policy(self._settings, self._policy_file) != self._policy
-            return self._look_again() if self.troubles or is_changed else "idle"
+            return self._look_again() if self.troubles or self._has_new_policy() else "idle"
         with self.doors.turn() as is_ours:
             return self._round() if is_ours else "busy"
 
     def _round(self) -> Next:
         desk, left = self.look(), _Left(self)
-        while desk is not self._desk_of_now():  # to reach a CA takes time, in which the policy may change
+        while self._has_new_policy():  # to reach a CA takes time, in which the policy may change
             desk = self.look()
         with books_open(self._settings, self._store, self._now, _WAIT, "ca-bridge serve") as (journal, record):
             archive = Archive(self._policy.desk.archive or archive_directory(self._store), self._store.directory)
@@ -296,6 +295,9 @@ class Signing:
         if self._desk is not None:
             self._desk.close()
         self._desk = None
+
+    def _has_new_policy(self) -> bool:
+        return load_policy(self._settings, self._policy_file) != self._policy
 
     def _desk_of_now(self) -> Desk:
         policy = load_policy(self._settings, self._policy_file)

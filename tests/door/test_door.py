@@ -218,7 +218,7 @@ def test_a_door_whose_worker_is_gone_works_on(door: ServeProgram, pairs: Pairs) 
 def test_a_worker_that_hangs_loses_no_request(desk: Desk, pairs: Pairs, seconds: float) -> None:
     """After a time the door ends it; before, it does the work by itself, and neither holds up the door's own end."""
     door = add_door(desk.config, desk.directory)
-    patch = f"from bridge.door import service\nservice._WORKER_SECONDS = {seconds}\n"
+    patch = f"from bridge.door import service\nservice._LONGEST_TASK_SECONDS = {seconds}\n"
     door.start([sys.executable, "-c", f"{patch}from bridge.entry import main\nmain()"])
     assert door.process is not None
     children = Path(f"/proc/{door.process.pid}/task/{door.process.pid}/children").read_text().split()

@@ -351,6 +351,21 @@ def test_a_round_is_by_one_policy(
     assert [type(loads_answer(one.answer or b"").answers["apiserver"]) for one in kept] == [kind, kind]
 
 
+def test_a_round_begins_by_cas_that_took_long_to_reach(
+    desk: Desk, memory: Memory, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CA that took longer to reach than it is kept for is asked, and not reached again and again."""
+    monkeypatch.setattr("bridge.door.signing._OPEN_SECONDS", 0.0)
+    signing, one = Signing(load(desk.config), memory, desk.policy, now), make_bundle(old_pairs(pki, ["apiserver"]))
+    place = received(memory, digest(one), data=dumps(one), now=now())
+    signing.round()
+    signing.close()
+
+    kept = memory.find(place)
+    assert kept is not None
+    assert isinstance(loads_answer(kept.answer or b"").answers["apiserver"], Issued)
+
+
 class Counted(Workers):
     """Counts the tasks that were not done when another one came."""
 

@@ -27,6 +27,7 @@ from bridge.specs import AUTHORITIES, SPECS
 from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import BOOTSTRAP_GROUP, ClusterApi
 from tests.kit.loopback import free_port
+from tests.kit.measured import peak_mb
 from tests.kit.openbao import OpenBao
 from tests.kit.opensslca import make_ca_directory
 from tests.kit.pki import ADDRESS, EXTRA_SANS, NODE, PKI_SPECS, Pki
@@ -271,8 +272,7 @@ class Gateway:
 
     def peak_mb(self) -> float:
         """The most memory that it had."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
+        return peak_mb(self.process.pid)
 
     def kill(self) -> None:
         """As a power cut would."""

@@ -42,6 +42,7 @@ from bridge.door.store import CERTIFICATES
 from bridge.pki.bundle_format import loads_answer, loads_request
 from bridge.pki.certificates import serial_hex
 from tests.kit import est, openbao
+from tests.kit.measured import peak_mb
 from tests.kit.opensslca import make_ca_directory
 from tests.kit.serving import Database, ServeProgram, add_door
 from tests.measure import fleet
@@ -382,7 +383,7 @@ def measure_speed(directory: Path, nodes: int, serve: contextlib.AbstractContext
             begin = time.monotonic()
             asked = all_ask(door, made.bundles)
             seconds = time.monotonic() - begin
-            megabytes = sum(map(_peak_mb, fleet.family(door.process.pid)))
+            megabytes = sum(map(peak_mb, fleet.family(door.process.pid)))
         finally:
             door.stop()
         wrong = [text for node in asked for text, _ in _delivered(node) if text]
@@ -400,12 +401,6 @@ def measure_speed(directory: Path, nodes: int, serve: contextlib.AbstractContext
         p99=times[int(len(times) * 0.99)],
         megabytes=megabytes,
     )
-
-
-def _peak_mb(pid: int) -> float:
-    """The most memory that a process had (proc(5), VmHWM): the kernel keeps it, so that no look takes time from the door."""
-    [line] = [one for one in Path(f"/proc/{pid}/status").read_text().splitlines() if one.startswith("VmHWM:")]
-    return int(line.split()[1]) / 1000
 
 
 def _bare(bao: openbao.OpenBao, made: fleet.Fleet) -> None:

@@ -244,7 +244,7 @@ def measure(directory: Path, count: int, ca: str) -> Measured:
         assert cluster.client().ask("DELETE", f"{LEASES}/{_held()['metadata']['name']}").ok
         gateway.until(lambda: _are_signed(gateway, count), 600)
         run = clock.run(count, _seconds(gateway))
-        memory = _peak_mb(gateway.process.pid)
+        memory = gateway.peak_mb()
         assert gateway.end() == 0
         return Measured(
             requests=count, ca=ca, ca_alone=ca_run, api_alone=api_run, gateway=run, memory_mb=memory,
@@ -287,11 +287,6 @@ def _seconds(gateway: gateways.Gateway) -> float:
 def _are_signed(gateway: gateways.Gateway, count: int) -> bool:
     time.sleep(1)  # by the log: the page of metrics has a line for each node, and the gateway pays for it
     return gateway.text().count('"outcome": "signed"') >= count
-
-
-def _peak_mb(pid: int) -> float:
-    text = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def _audited(gateway: gateways.Gateway) -> int:
