@@ -98,8 +98,8 @@ class BackendConformance:
     @pytest.fixture
     def trial(self, backend: Backend, live: dict[str, x509.Certificate], expected: verify.Expectation) -> Trial:
         """The backend, and what it is asked."""
-        asked = {spec.name: live[spec.name] for spec in self.specs}
-        return Trial(backend=backend, live=asked, expected=expected, validity=self.validity, patience=self.patience)
+        chosen = {spec.name: live[spec.name] for spec in self.specs}
+        return Trial(backend=backend, live=chosen, expected=expected, validity=self.validity, patience=self.patience)
 
     @pytest.mark.parametrize("algorithm", conformance.ALGORITHMS)
     def test_signs_exactly_what_was_asked(self, trial: Trial, algorithm: KeyAlgorithm) -> None:
@@ -126,8 +126,8 @@ class BackendConformance:
         self, dead_backend: Backend, live: dict[str, x509.Certificate], expected: verify.Expectation
     ) -> None:
         """No answer is "try again", not "no"."""
-        asked = {self.specs[0].name: live[self.specs[0].name]}
-        dead = Trial(backend=dead_backend, live=asked, expected=expected, validity=self.validity)
+        chosen = {self.specs[0].name: live[self.specs[0].name]}
+        dead = Trial(backend=dead_backend, live=chosen, expected=expected, validity=self.validity)
         conformance.a_dead_ca_is_unavailable(dead)
 
     def test_abilities_are_as_declared(self, backend: Backend) -> None:

@@ -152,8 +152,8 @@ def _csr_problems(request: x509.CertificateSigningRequest, user: User) -> list[s
         problems.append(f"O: wanted {_listed(user.groups)} (--group), found {_listed(groups)}")
     if others := [oid for oid, _ in found if oid not in (_CN, _O)]:
         problems.append(f"subject: wanted CN and O alone, found {_listed(others)} too")
-    if asked := requested(request):
-        problems.append(f"extensions: wanted none, found {_listed(asked)}")
+    if extensions := requested(request):
+        problems.append(f"extensions: wanted none, found {_listed(extensions)}")
     if csr.known_algorithm(request.public_key()) is None:
         problems.append(
             f"key: wanted one of {', '.join(KEY_ALGORITHMS)}, found {csr.algorithm_name(request.public_key())}"
@@ -232,7 +232,7 @@ def issue(
     with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
         one = _taken_up(store, record, order, given, validity, configured.label, now())
         with contextlib.closing(CA.of(configured, outage)) as ca:
-            verified = _Asked(settings, ca, one, record, store).verified(expected, now)
+            verified = _Submission(settings, ca, one, record, store).verified(expected, now)
         _add(record, audit.VERIFIED, one, new=verified.leaf)
         record.write()
         _write(order, server, anchors[0], settings.node.cluster, verified, one)
@@ -361,14 +361,14 @@ def _forget(store: Store, one: OpenUser) -> None:
     requests.save()
 
 
-class _Asked:
+class _Submission:
     def __init__(self, settings: Settings, ca: CA, one: OpenUser, record: audit.Record, store: Store) -> None:
         self._ca, self._one, self._record, self._store = ca, one, record, store
         self._is_carried = isinstance(ca.backend, Carries)
         if self._is_carried and one.carried is None:
             # unproven, for a desk's policy and for file names
-            name, cluster, asked = settings.node.node_name, settings.node.cluster, one.created.replace(microsecond=0)
-            carried = Continuity(batch=secrets.token_hex(16), node=name, cluster=cluster, proof=None, asked=asked)
+            name, cluster, created = settings.node.node_name, settings.node.cluster, one.created.replace(microsecond=0)
+            carried = Continuity(batch=secrets.token_hex(16), node=name, cluster=cluster, proof=None, asked=created)
             self._one = dataclasses.replace(one, carried=carried)
 
     def verified(self, expected: verify.Expectation, now: Callable[[], datetime]) -> verify.Verified:

@@ -154,8 +154,8 @@ class ExecBackend:
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
         """Run the program with POLL: the variables of SUBMIT, and the cookie that it gave."""
-        asked = {**self._request_variables(request), "CERTMONGER_CA_COOKIE": reference}
-        return self._answer(request, self._run("POLL", asked))
+        variables = {**self._request_variables(request), "CERTMONGER_CA_COOKIE": reference}
+        return self._answer(request, self._run("POLL", variables))
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """Run the program with IDENTIFY, and ask for its profiles and required variables; usages can't be asked for."""
@@ -198,8 +198,10 @@ class ExecBackend:
         longest = LONGEST_VARIABLE - len("CERTMONGER_CA_COOKIE=")
         if len(cookie.encode()) > longest:
             raise ValueError(f"a cookie of more than {longest} bytes")
-        shown = helper.text(cookie.encode())
-        return Pending(reference=cookie, note=f'{self._program} waits{when}; its cookie: "{shown}"{_aside(ended)}')
+        cookie_text = helper.text(cookie.encode())
+        return Pending(
+            reference=cookie, note=f'{self._program} waits{when}; its cookie: "{cookie_text}"{_aside(ended)}'
+        )
 
     def _ask(
         self, operation: str, variables: Mapping[str, str], silent: Collection[int] = (_UNKNOWN_OPERATION,)

@@ -219,10 +219,10 @@ class GatewayBackend:
         answer = self._ask("POST", "/v1/requests", data, self._enrolled(bundle))
         if answer.status != HTTPStatus.ACCEPTED:
             raise _error(answer)
-        asked, reference = digest(bundle), _document(answer).get("id")
-        if not isinstance(reference, str) or _REFERENCE.fullmatch(f"{asked}@{reference}") is None:
+        request_digest, reference = digest(bundle), _document(answer).get("id")
+        if not isinstance(reference, str) or _REFERENCE.fullmatch(f"{request_digest}@{reference}") is None:
             raise BackendRefusedError("gateway: wanted the id of a request, found something else", hint=_NOT_OURS)
-        return Pending(reference=f"{asked}@{reference}", note=f"the door has request {asked[:16]}")
+        return Pending(reference=f"{request_digest}@{reference}", note=f"the door has request {request_digest[:16]}")
 
     def _enrolled(self, bundle: RequestBundle) -> dict[str, str]:
         """The header that proves an enrolment, where a request has no live certificate to be proven with."""

@@ -65,7 +65,7 @@ class Answer:
     location: str = field(repr=False)  #: Of a redirect.
     body: Mapping[str, object] = field(repr=False)  #: The JSON object; empty where there is none.
     reasons: tuple[str, ...] = field(repr=False)  #: The server's own words.
-    shown: str  #: The same, fit to be shown.
+    display: str  #: The same, fit to be shown.
     retry_after_seconds: float | None
 
     @property
@@ -97,7 +97,7 @@ class Answer:
     def error(self) -> BackendError:
         """Refused, or unavailable: the one place where the server's statuses become our errors."""
         text = "; ".join(self.reasons)
-        message = f"vault: {self.where}: HTTP {self.status}{': ' if self.shown else ''}{self.shown}"
+        message = f"vault: {self.where}: HTTP {self.status}{': ' if self.display else ''}{self.display}"
         hint = next((hint for fragment, hint in _HINTS if fragment in text), None)
         if 300 <= self.status < 400:  # noqa: PLR2004
             message += f", a redirect to {_origin(self.location)}"
@@ -198,7 +198,7 @@ class Server:
             location=answer.headers.get("location", ""),
             body=body,
             reasons=reasons,
-            shown=self.presentable("; ".join(reasons)),
+            display=self.presentable("; ".join(reasons)),
             retry_after_seconds=retry_after_seconds(answer, datetime.now(UTC)),
         )
 

@@ -57,22 +57,22 @@ class _Check(Command):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Parse the command line."""
-        with _shown_to_nagios(asked=any(word.endswith(ExpirationOutput.NAGIOS) for word in args)):
+        with _shown_to_nagios(is_wanted=any(word.endswith(ExpirationOutput.NAGIOS) for word in args)):
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         """Do what it says."""
-        with _shown_to_nagios(asked=ctx.params["output"] == ExpirationOutput.NAGIOS):
+        with _shown_to_nagios(is_wanted=ctx.params["output"] == ExpirationOutput.NAGIOS):
             return super().invoke(ctx)
 
 
 @contextlib.contextmanager
-def _shown_to_nagios(*, asked: bool) -> Iterator[None]:
+def _shown_to_nagios(*, is_wanted: bool) -> Iterator[None]:
     """Print a usage error as a plugin's line, too: monitors show no standard error, and code 2 is CRITICAL for them."""
     try:
         yield
     except typer.TyperException as error:
-        if not asked:
+        if not is_wanted:
             raise
         e: Any = error  # the classes of usage errors are not exported
         say_usage(e)

@@ -89,10 +89,10 @@ def say_table(
 ) -> None:
     """Print rows, the cell of column `styled` in the row's style; a narrow terminal drops `optional` columns."""
     width, lines = width_here(), []
-    for row, style, shown in zip(
+    for row, style, line in zip(
         rows, styles or [""] * len(rows), _rows(_fitting(rows, optional, width), width), strict=True
     ):
-        lines += _styled(shown, row[styled], style)
+        lines += _styled(line, row[styled], style)
     say("\n".join(lines), is_styled=True)
 
 
@@ -188,21 +188,21 @@ class _Progress:
     def __init__(self, line: console.Doing) -> None:
         self._line = line
         self._lock = threading.Lock()
-        self._asked: dict[str, list[str]] = {}  #: By backend: certificates that it has not answered for.
+        self._unanswered: dict[str, list[str]] = {}  #: By backend: certificates that it has not answered for.
         self._total = 0
         self._noted: set[str] = set()
 
     def signing(self, backend: str, names: Sequence[str]) -> None:
         log.debug("asking %s for %s", backend, ", ".join(names))
         with self._lock:
-            self._asked.setdefault(backend, []).extend(names)
+            self._unanswered.setdefault(backend, []).extend(names)
             self._total += len(names)
             self._line.text = self._text()
 
     def signed(self, name: str) -> None:
         log.debug("%s was answered", name)
         with self._lock:
-            for names in self._asked.values():
+            for names in self._unanswered.values():
                 if name in names:
                     names.remove(name)
             self._line.text = self._text()
@@ -217,7 +217,7 @@ class _Progress:
             log.warning("%s", text)
 
     def _text(self) -> str:
-        waiting = {backend: names for backend, names in self._asked.items() if names}
+        waiting = {backend: names for backend, names in self._unanswered.items() if names}
         left = sum(map(len, waiting.values()))
         if not waiting:
             return f"all {self._total} requests are answered; verifying and installing"

@@ -25,7 +25,7 @@ from bridge.words import counted
 
 if TYPE_CHECKING:
     from bridge.desk.approval import Verdict
-    from bridge.door.client import Reviewer, Shown
+    from bridge.door.client import Review, Reviewer
     from bridge.door.enrolments import Enrolment
     from bridge.door.fleet import FleetNode
 
@@ -344,11 +344,11 @@ def list_approvals(common: Common, output: OutputOption = Output.TEXT) -> int:
 def show(common: Common, digest: DigestArgument, output: OutputOption = Output.TEXT) -> int:
     """Show a request whole: what it asks for, what that replaces and changes, its proofs, and what people decided."""
     with closing(_reviewer(common)) as reviewer:
-        shown = reviewer.show(digest)
+        review = reviewer.show(digest)
     if output is Output.JSON:
-        say_json(**_json(shown))
+        say_json(**_json(review))
     else:
-        _print(shown)
+        _print(review)
     return Exit.DONE
 
 
@@ -386,12 +386,14 @@ def _reviewer(common: Common) -> Reviewer:
 
 def _decide(common: Common, digest: str, verdict: Verdict, reason: str, output: Output) -> int:
     with closing(_reviewer(common)) as reviewer:
-        shown = reviewer.decide(reviewer.show(digest), verdict, reason)
+        review = reviewer.decide(reviewer.show(digest), verdict, reason)
     if output is Output.JSON:
-        say_json(**_json(shown))
+        say_json(**_json(review))
         return Exit.DONE
-    document = shown.document
-    text = f"{verdict} {shown.digest[:_SHORT]} of {shown.bundle.node} (fingerprint {short_fingerprint(shown.bundle)})"
+    document = review.document
+    text = (
+        f"{verdict} {review.digest[:_SHORT]} of {review.bundle.node} (fingerprint {short_fingerprint(review.bundle)})"
+    )
     say_sentence(printable(f"{text}: {document.get('approvals')} approvals, the request is {document.get('state')}"))
     return Exit.DONE
 
@@ -401,25 +403,25 @@ def _certificates(one: dict[str, Any]) -> list[dict[str, Any]]:
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
-def _print(shown: Shown) -> None:
-    for line in shown.text(utc_now()).splitlines():
+def _print(review: Review) -> None:
+    for line in review.text(utc_now()).splitlines():
         say("\n".join(map(printable, wrapped(line, width_here(), VALUES_BEGIN))))
     say("")
-    for certificate in _certificates(dict(shown.document)):
+    for certificate in _certificates(dict(review.document)):
         say_sentence(printable(f"{certificate.get('name')}: {certificate.get('means')}"))
-    for request in shown.bundle.requests:
+    for request in review.bundle.requests:
         for text in differences(request):
             say_sentence(printable(f"{request.name} differs: {text}"))
-    decisions = shown.document.get("decisions")
+    decisions = review.document.get("decisions")
     for one in decisions if isinstance(decisions, list) else ():
         if isinstance(one, dict):
             text = f"{one.get('approver')} {one.get('verdict')} it {one.get('decided')} ({one.get('evidence')})"
             say_sentence(printable(f"{text}: {one.get('reason')}" if one.get("reason") else text))
-    state, approvals = shown.document.get("state"), shown.document.get("approvals")
-    about = counted(len(shown.bundle.requests), "certificate")
-    say_sentence(printable(f"{shown.digest}: {about}, {state}, {approvals} approved"))
+    state, approvals = review.document.get("state"), review.document.get("approvals")
+    about = counted(len(review.bundle.requests), "certificate")
+    say_sentence(printable(f"{review.digest}: {about}, {state}, {approvals} approved"))
 
 
-def _json(shown: Shown) -> dict[str, Any]:
-    kept = {key: value for key, value in shown.document.items() if key != "cas"}
-    return {**kept, "digest": shown.digest, "fingerprint": fingerprint_text(shown.digest)}
+def _json(review: Review) -> dict[str, Any]:
+    kept = {key: value for key, value in review.document.items() if key != "cas"}
+    return {**kept, "digest": review.digest, "fingerprint": fingerprint_text(review.digest)}

@@ -261,11 +261,11 @@ def _to_be_asked(item: Item, settings: Settings) -> x509.Certificate | None:
     """A certificate with the names that the next one gets; None: its names are not known, and it is left out."""
     live = item.certificates[0]
     try:
-        asked = serving_names(item, settings)
+        naming = serving_names(item, settings)
     except BridgeError as e:
         log.warning("%s; it is left out: %s", e, e.hint)
         return None
-    return live if asked is None else named(live, asked)
+    return live if naming is None else named(live, naming)
 
 
 def _nodes(file: Path, own: str) -> dict[str, dict[str, str]]:

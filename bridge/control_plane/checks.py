@@ -444,8 +444,8 @@ def _client_kubeconfig(config: Path) -> str:
 
 
 def _self_made(place: Address, item: Item | None) -> Verdict:
-    shown = ANONYMOUS.served(place)
-    made = f"made by the program at its start, serial {serial_hex(shown)}: no {TLS_CERTIFICATE}"
+    served = ANONYMOUS.served(place)
+    made = f"made by the program at its start, serial {serial_hex(served)}: no {TLS_CERTIFICATE}"
     if item is None or item.foreign:
         return Verdict("not-ours", made)
     return Verdict("stale", f"{made}; a restart puts {item.certificate_path} into its manifest")

@@ -126,9 +126,9 @@ class Serving:
         except ClientRefusedError as e:  # a component goes on with the old pair, and would not survive a restart
             raise RefusedError(f"{self.file}, {self.key_file}: {e}") from None
         client = replace(ANONYMOUS, certificate_pem=pem, key_pem=key) if self.mutual else ANONYMOUS
-        shown = client.served(place, self.asks_for)
-        if shown != ours:
-            return Verdict("stale", f"shows serial {serial_hex(shown)}, {self.file} has {serial_hex(ours)}")
+        served = client.served(place, self.asks_for)
+        if served != ours:
+            return Verdict("stale", f"shows serial {serial_hex(served)}, {self.file} has {serial_hex(ours)}")
         if reason := _outside_dates(ours, now):
             return Verdict("refused", f"serial {serial_hex(ours)}: {reason}")
         if self.trust_file is not None:

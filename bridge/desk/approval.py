@@ -135,8 +135,8 @@ def person(leaf: x509.Certificate, approvers: Collection[str]) -> str:
         raise ValueError(f"wanted a certificate whose names can be read, found: {one_line(e)}") from None
     ours = sorted(set(found).intersection(approvers))
     if len(names) != 1 or len(ours) != 1:
-        shown = one_line(", ".join(found), 200) or "none"
-        raise ValueError(f"wanted one CN, and one of the policy's approvers, found {shown}")
+        found_names = one_line(", ".join(found), 200) or "none"
+        raise ValueError(f"wanted one CN, and one of the policy's approvers, found {found_names}")
     return ours[0]
 
 

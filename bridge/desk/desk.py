@@ -26,7 +26,7 @@ from bridge.contract import Collects, Issued, Pending, SignRequest, SignsMany
 from bridge.desk import approval
 from bridge.desk.approval import Standing, UndecidedError
 from bridge.desk.policy import Policy, PolicyVerdict, judge
-from bridge.desk.records import Answered, Asked, Journal
+from bridge.desk.records import Answered, Journal, Submitted
 from bridge.desk.workers import AnsweredBundle, Judgement, ReadAhead, Workers, compared, for_request
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.pki import signatures, verify
@@ -90,7 +90,7 @@ class Origin:
 
     problem: str  #: Why the policy of now does not let that one ask; empty: it does.
     held: bool  #: It has the key of the certificate that is replaced.
-    shown: x509.Certificate | None  #: Its certificate, where the CA of the request has signed it.
+    certificate: x509.Certificate | None  #: Its certificate, where the CA of the request has signed it.
 
 
 @dataclass(kw_only=True, eq=False)
@@ -246,8 +246,8 @@ class Desk:
 
     def _find_revoked(self, job: Job, problems: Mapping[str, list[str]]) -> None:
         """Add a problem to each request whose proof is by a revoked certificate; all CAs are asked at the same time."""
-        shown = {one.name: _proof_of(job, one) for one in job.to_sign if not problems[one.name]}
-        proven = {name: old for name, old in shown.items() if old is not None}
+        proofs = {one.name: _proof_of(job, one) for one in job.to_sign if not problems[one.name]}
+        proven = {name: old for name, old in proofs.items() if old is not None}
 
         requests = [one for one in job.to_sign if one.name in proven]
         lists = {authority: self._listed(authority) for authority in {one.authority for one in requests}}
@@ -445,11 +445,11 @@ class Desk:
                     job.troubles.setdefault(request.spec.name, trouble)
 
     def _sign_lot(self, authority: _Authority, lot: Sequence[tuple[Job, SignRequest]], journal: Journal) -> None:
-        ca, new, asked = authority.ca, [], []
+        ca, new, submitted = authority.ca, [], []
         for job, request in lot:
             known = journal.get(request)
-            if isinstance(known, Asked):
-                asked.append((job, request, known.since))
+            if isinstance(known, Submitted):
+                submitted.append((job, request, known.since))
             elif isinstance(known, Pending) and isinstance(ca.backend, Collects):
                 expected = self._expectation(request.spec.authority.name, authority.anchors)
                 _note(job, request, ca.collect(request, known.reference, expected), journal)
@@ -457,11 +457,11 @@ class Desk:
                 _note(job, request, known, None)
             else:  # nothing is known, it has lain there for long, or another backend, which knows of nothing, is asked now
                 new.append((job, request))
-        new += _recalled(ca, asked, journal)
+        new += _recalled(ca, submitted, journal)
         size = len(new) if isinstance(ca.backend, SignsMany) else _SLICE
         for start in range(0, len(new), size or 1):
             part = new[start : start + size]
-            journal.add((request, Asked(self._now())) for _, request in part)
+            journal.add((request, Submitted(self._now())) for _, request in part)
             answers = ca.ask([request for _, request in part], lambda some: _keep(some, journal))
             for (job, request), answer in zip(part, answers, strict=True):
                 _note(job, request, answer, None)
@@ -617,7 +617,7 @@ def _proof_of(job: Job, request: BundledRequest) -> x509.Certificate | None:
     """The certificate by which it was proven who asks, as far as the CA of the request can say whether it is revoked."""
     if job.verdicts[request.name].proven:
         return request.replaces
-    return job.origin.shown if job.origin is not None else None
+    return job.origin.certificate if job.origin is not None else None
 
 
 def _problems_of(origin: Origin | None) -> list[str]:
@@ -625,19 +625,19 @@ def _problems_of(origin: Origin | None) -> list[str]:
 
 
 def _recalled(
-    ca: CA, asked: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
+    ca: CA, submitted: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
 ) -> list[tuple[Job, SignRequest]]:
     """Take what the CA signed for a killed run; return the requests that it must be asked again."""
-    if not asked:
+    if not submitted:
         return []
     try:
-        found = ca.recall([request for _, request, _ in asked], min(moment for _, _, moment in asked))
+        found = ca.recall([request for _, request, _ in submitted], min(moment for _, _, moment in submitted))
     except BackendError as e:
-        for job, request, _ in asked:
+        for job, request, _ in submitted:
             job.troubles[request.spec.name] = e
         return []
     rest = []
-    for (job, request, _), issued in zip(asked, found, strict=True):
+    for (job, request, _), issued in zip(submitted, found, strict=True):
         if issued is None:
             rest.append((job, request))
         else:

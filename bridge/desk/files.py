@@ -380,25 +380,25 @@ class Session:
             return None
         if isinstance(bundle, AnswerBundle):
             return None  # inbox and outbox may be one directory
-        asked = ahead.read.digest if ahead is not None else digest(bundle)
-        if asked in self._seen:
+        request_digest = ahead.read.digest if ahead is not None else digest(bundle)
+        if request_digest in self._seen:
             log.info("%s: a second copy of the same bundle; the next run archives it", one_line(file.path))
             return None
-        self._seen.add(asked)
-        out = outbox / file_names(bundle.node, asked, self._settings.authorities)[1]
-        job = self._job(bundle, asked, file.data, file.path, out, lambda: _remove(file.path, file.status))
+        self._seen.add(request_digest)
+        out = outbox / file_names(bundle.node, request_digest, self._settings.authorities)[1]
+        job = self._job(bundle, request_digest, file.data, file.path, out, lambda: _remove(file.path, file.status))
         job.ahead = ahead
         return job
 
     def _job(
-        self, bundle: RequestBundle, asked: str, data: bytes, path: Path, out: Path, remove: Callable[[], None]
+        self, bundle: RequestBundle, request_digest: str, data: bytes, path: Path, out: Path, remove: Callable[[], None]
     ) -> Job:
         def place(written: bytes) -> list[NewFile]:
             return [NewFile(path=out, data=written, mode=_ANSWER_MODE)]
 
-        received = Received(bundle=bundle, digest=asked, data=data, label=one_line(path), where=str(out))
+        received = Received(bundle=bundle, digest=request_digest, data=data, label=one_line(path), where=str(out))
         job = received.job(self._archive, place, lambda _, __: remove())
-        job.earlier = _earlier(out, asked)
+        job.earlier = _earlier(out, request_digest)
         return job
 
     # --- kubeadm's CSRs -----------------------------------------------------------------------------------------------
@@ -463,11 +463,11 @@ def _whose(source: Path) -> BridgeError:
     return BridgeError(f"{source}: wanted to know whose CSRs these are", hint="name them with --node and --cluster")
 
 
-def _earlier(path: Path, asked: str) -> dict[str, Issued]:
+def _earlier(path: Path, request_digest: str) -> dict[str, Issued]:
     """Certificates that an earlier run has delivered for the same request; they are verified later."""
     with contextlib.suppress(UnreadableError, BundleError):
         answer = loads(read(path) or b"")
-        if isinstance(answer, AnswerBundle) and answer.request_digest == asked:
+        if isinstance(answer, AnswerBundle) and answer.request_digest == request_digest:
             return {name: one for name, one in answer.answers.items() if isinstance(one, Issued)}
     return {}
 

@@ -110,7 +110,7 @@ _KEPT = timedelta(days=90)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Submitted:
     """An earlier run asked a CA and ended before it wrote the answer."""
 
     since: datetime
@@ -151,19 +151,19 @@ class Journal:
             return dataclasses.replace(one, added=self._now)
         return one if self._now - since <= _KEPT else None
 
-    def get(self, request: SignRequest) -> Issued | Pending | Asked | None:
+    def get(self, request: SignRequest) -> Issued | Pending | Submitted | None:
         """A CA's latest answer to exactly this request, as far as it is known."""
         one = self._log.get(key_of(request))
         if one is None:
             return None
         if one.asked is not None:
-            return Asked(since=one.asked)
+            return Submitted(since=one.asked)
         return one.chain or Pending(reference=one.reference or "", note=one.note or "")
 
-    def add(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Asked]]) -> None:
+    def add(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Submitted]]) -> None:
         """Write answers down, safe on disk when this returns; StateError: the CA alone knows them."""
         for request, answer in answers:
-            if isinstance(answer, Asked):
+            if isinstance(answer, Submitted):
                 self.before_asking()
             self._log.put(_at_desk(key_of(request), answer, self._now))
         self._log.save()
@@ -184,8 +184,8 @@ def key_of(request: SignRequest) -> str:
     return sha256(about.encode() + b"\0" + request.csr_pem).hexdigest()
 
 
-def _at_desk(key: str, answer: Issued | Pending | Asked, now: datetime) -> _AtDesk:
-    if isinstance(answer, Asked):
+def _at_desk(key: str, answer: Issued | Pending | Submitted, now: datetime) -> _AtDesk:
+    if isinstance(answer, Submitted):
         return _AtDesk(key=key, asked=answer.since)
     if isinstance(answer, Pending):
         return _AtDesk(key=key, added=now, reference=answer.reference, note=answer.note)

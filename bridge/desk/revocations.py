@@ -50,7 +50,7 @@ Known = Callable[[x509.Certificate], Signed | None]
 
 
 def assert_may(
-    asked: Revocation, known: Known, policy: Policy, cas: Mapping[str, Sequence[x509.Certificate]], now: datetime
+    revocation: Revocation, known: Known, policy: Policy, cas: Mapping[str, Sequence[x509.Certificate]], now: datetime
 ) -> Signed:
     """
     Find the successor's holder, by its key, and that the certificate is one of its earlier ones; what was signed for it.
@@ -62,14 +62,14 @@ def assert_may(
         NotRevokedError: Something else is true, or the policy does not allow it.
         BackendUnavailableError: There is no CA certificate to judge by yet.
     """
-    serial = serial_hex(asked.successor)
-    successor = known(asked.successor)
-    if successor is None or successor.name != asked.name:
-        raise NotRevokedError(f"wanted a successor {asked.name} that was signed here, found serial {serial}")
-    if not node_proofs.is_revocation_proven(asked, successor.node, successor.cluster):
+    serial = serial_hex(revocation.successor)
+    successor = known(revocation.successor)
+    if successor is None or successor.name != revocation.name:
+        raise NotRevokedError(f"wanted a successor {revocation.name} that was signed here, found serial {serial}")
+    if not node_proofs.is_revocation_proven(revocation, successor.node, successor.cluster):
         raise NotRevokedError(f"wanted a proof by the key of the successor, serial {serial}, found another signature")
-    if asked.successor.not_valid_after_utc <= now:
-        ended = minute(asked.successor.not_valid_after_utc)
+    if revocation.successor.not_valid_after_utc <= now:
+        ended = minute(revocation.successor.not_valid_after_utc)
         raise NotRevokedError(f"wanted a successor that is valid, found one that ended {ended}")
     if policy.allow.revoke != "superseded":
         hint = "the CA's own means revoke it; or the policy says superseded"
@@ -78,11 +78,11 @@ def assert_may(
         raise NotRevokedError("; ".join(problems))
     if not (signers := cas.get(successor.authority)):
         raise BackendUnavailableError(f"wanted the CA of {successor.authority}, found that it was not reached yet")
-    _assert_replaced(asked, successor, known, [*signers, *policy.former.get(successor.authority, ())])
+    _assert_replaced(revocation, successor, known, [*signers, *policy.former.get(successor.authority, ())])
     return successor
 
 
-def _assert_replaced(asked: Revocation, successor: Signed, known: Known, cas: Sequence[x509.Certificate]) -> None:
+def _assert_replaced(revocation: Revocation, successor: Signed, known: Known, cas: Sequence[x509.Certificate]) -> None:
     """Go back from the successor, certificate by certificate, as far as there are proofs."""
     link: Signed | None = successor
     who = (successor.name, successor.node, successor.cluster, successor.authority)
@@ -94,15 +94,15 @@ def _assert_replaced(asked: Revocation, successor: Signed, known: Known, cas: Se
             break
         if proof_problem(request, bundle) or origin_problem(request, cas):
             break
-        if request.replaces == asked.certificate:
+        if request.replaces == revocation.certificate:
             return
         link = known(request.replaces)
-    wanted = f"a certificate {asked.name} of {successor.node} that was replaced by a continuity proof"
-    text = f"wanted {wanted}, as far as requests are kept, found serial {serial_hex(asked.certificate)}"
+    wanted = f"a certificate {revocation.name} of {successor.node} that was replaced by a continuity proof"
+    text = f"wanted {wanted}, as far as requests are kept, found serial {serial_hex(revocation.certificate)}"
     raise NotRevokedError(text)
 
 
-def revoke(settings: Settings, authority: str, asked: Revocation) -> None:
+def revoke(settings: Settings, authority: str, revocation: Revocation) -> None:
     """
     Have the CA revoke the certificate; it is waited for no longer than one question takes.
 
@@ -116,7 +116,7 @@ def revoke(settings: Settings, authority: str, asked: Revocation) -> None:
             raise NotRevokedError(
                 f"wanted a CA that can revoke, found {ca.label}", hint="revoke it by the CA's own means"
             )
-        if ca.is_revoked(asked.successor):
-            found = f"the revoked one with serial {serial_hex(asked.successor)}"
+        if ca.is_revoked(revocation.successor):
+            found = f"the revoked one with serial {serial_hex(revocation.successor)}"
             raise NotRevokedError(f"wanted a proof by a certificate that is not revoked, found {found}")
-        ca.revoke(asked.certificate)
+        ca.revoke(revocation.certificate)

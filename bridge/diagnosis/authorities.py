@@ -111,11 +111,11 @@ def _question(items: Sequence[Item], expected: verify.Expectation, settings: Set
 def _wanted(item: Item, expected: verify.Expectation, settings: Settings) -> Wanted:
     live, renewal = item.certificates[0], settings.renewal
     key = (item.pair.key if item.pair is not None else None) or renewal.key
-    asked = live if item.pair is None else named(live, item.pair.naming)
+    as_named = live if item.pair is None else named(live, item.pair.naming)
     left = live.not_valid_after_utc - verify.BACKDATING - expected.now
     return Wanted(
         spec=item.spec,
-        certificate=asked,
+        certificate=as_named,
         key=csr.key_algorithm(live, key),
         validity=renewal.validity,
         at_least=min(max(renewal.min_validity, left), renewal.validity),

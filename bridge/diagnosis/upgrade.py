@@ -264,8 +264,8 @@ def _kubelet_config(api: Api) -> Iterator[Finding]:
         return
     differing = sorted(key for key in {*ours, *theirs} - _OF_THE_NODE if ours.get(key) != theirs.get(key))
     if differing:
-        shown = ", ".join(map(one_line, differing[:10]))
-        text = f"kubeadm upgrade writes it from the ConfigMap kubelet-config, which differs in {shown}"
+        names = ", ".join(map(one_line, differing[:10]))
+        text = f"kubeadm upgrade writes it from the ConfigMap kubelet-config, which differs in {names}"
         hint = "put the settings that are to stay into the ConfigMap (or into --patches)"
         yield Finding.warning("upgrade-kubelet-config", str(KUBELET_CONFIG), text, hint)
 

@@ -324,8 +324,8 @@ def _of_one(item: Item, facts: NamingFacts) -> Iterator[Finding]:
     name, certificate = item.spec.name, item.certificates[0]
     wanted = kubeadm_names.naming(item.spec, facts)
     if more := sorted(san_entries(certificate) - names_of(wanted.sans)):
-        shown = ", ".join(one_line(f"{kind}:{value}") for kind, value in more[:10])
-        text = f"has SANs that kubeadm-config does not: {shown}; a renewal keeps them, kubeadm would not make them"
+        names = ", ".join(one_line(f"{kind}:{value}") for kind, value in more[:10])
+        text = f"has SANs that kubeadm-config does not: {names}; a renewal keeps them, kubeadm would not make them"
         yield Finding.note("kubeadm-config", name, text)
     if sorted(attributes(certificate.subject)) != sorted(attributes(wanted.subject)):
         text = f"subject of another version; kubeadm {facts.release} makes {wanted.text.partition(' with ')[0]}"

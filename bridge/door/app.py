@@ -142,11 +142,13 @@ class Door:
             self.answers[int(reply.status)] += 1
         method, path, peer = (str(environ.get(key, "")) for key in ("REQUEST_METHOD", "PATH_INFO", "REMOTE_ADDR"))
         if path not in self._pages:
-            shown = _ID.sub("/v1/requests/…", path)  # who knows the id gets the answer
+            path_text = _ID.sub("/v1/requests/…", path)  # who knows the id gets the answer
             text = "%s %s from %s: %d in %.0f ms"
             about = {"request": request_id, "requester": peer, "outcome": str(int(reply.status))}
             milliseconds = 1000 * (time.monotonic() - began)
-            log.info(text, one_line(method, 20), one_line(shown, 200), peer, reply.status, milliseconds, extra=about)
+            log.info(
+                text, one_line(method, 20), one_line(path_text, 200), peer, reply.status, milliseconds, extra=about
+            )
         body = b"" if method == "HEAD" else reply.body
         headers = {
             "Content-Type": reply.kind,
@@ -215,53 +217,53 @@ class Door:
         if isinstance(data, Reply):
             return data
         try:
-            bundle, asked, judged = self._read(data)
+            bundle, request_digest, judged = self._read(data)
         except BundleError as e:
             return Reply.error(HTTPStatus.BAD_REQUEST, e)
-        kept = self._memory.find_digest(asked)
+        kept = self._memory.find_digest(request_digest)
         if kept is None:
-            received = self._receive(environ, data, bundle, asked, judged)
+            received = self._receive(environ, data, bundle, request_digest, judged)
             if isinstance(received, Reply):
                 return received
             request_id = received
         else:
             request_id = kept.id
         self.arrived.set()
-        document = {"id": request_id, "digest": asked, "state": "waiting" if kept is None else kept.state}
+        document = {"id": request_id, "digest": request_digest, "state": "waiting" if kept is None else kept.state}
         place = f"/v1/requests/{request_id}"
         return Reply.of(HTTPStatus.ACCEPTED, document, location=place, retry_after=self._soon())
 
     def _receive(
-        self, environ: Environ, data: bytes, bundle: RequestBundle, asked: str, judged: Judged | None
+        self, environ: Environ, data: bytes, bundle: RequestBundle, request_digest: str, judged: Judged | None
     ) -> str | Reply:
         """The id of a request that is new, or why it is not kept."""
         peer = str(environ.get("REMOTE_ADDR", ""))
         try:
-            used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), bundle, asked)
+            used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), bundle, request_digest)
             vouched = frozenset(used.vouches(bundle) if used is not None else ())
             if judged is None or vouched:
                 judged = self._judged(bundle, vouched)
             if judged.refused:
-                return _refused(bundle, asked, peer, judged.refused)
+                return _refused(bundle, request_digest, peer, judged.refused)
             if (refused := self.too_many(peer, is_judged=self._judges(bundle))) is not None:
                 return refused
             who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
             number = used.id if used is not None else None
-            request_id = self._memory.receive(data, digest=asked, now=self._now(), enrolment=number, **who)
+            request_id = self._memory.receive(data, digest=request_digest, now=self._now(), enrolment=number, **who)
             self.received(data, judged)
             self.brought(environ, request_id)
         except EnrolmentError as e:
-            return _refused(bundle, asked, peer, e)
+            return _refused(bundle, request_digest, peer, e)
         text = "request %s of %s was received"
-        log.info(text, asked[:16], bundle.node, extra={"request": asked[:16], "requester": peer})
+        log.info(text, request_digest[:16], bundle.node, extra={"request": request_digest[:16], "requester": peer})
         return request_id
 
-    def _enrolment(self, authorization: str, bundle: RequestBundle, asked: str) -> Enrolment | None:
+    def _enrolment(self, authorization: str, bundle: RequestBundle, request_digest: str) -> Enrolment | None:
         """The enrolment that the header proves; one that lets nothing in is no error where each request has a proof."""
         if not authorization:
             return None
         try:
-            return enrolments.proven_by(self._memory, authorization, bundle, asked, self._now())
+            return enrolments.proven_by(self._memory, authorization, bundle, request_digest, self._now())
         except EnrolmentError:
             if all(one.proof is not None for one in bundle.requests):
                 return None
@@ -322,9 +324,11 @@ def json_body(environ: Environ) -> bytes | Reply:
     return data
 
 
-def _refused(bundle: RequestBundle, asked: str, peer: str, reason: BridgeError | str) -> Reply:
+def _refused(bundle: RequestBundle, request_digest: str, peer: str, reason: BridgeError | str) -> Reply:
     text = "request %s of %s from %s is refused: %s"
-    log.warning(text, asked[:16], bundle.node, peer, one_line(reason, 2000), extra={"request": asked[:16]})
+    log.warning(
+        text, request_digest[:16], bundle.node, peer, one_line(reason, 2000), extra={"request": request_digest[:16]}
+    )
     return Reply.error(HTTPStatus.FORBIDDEN, reason)
 
 

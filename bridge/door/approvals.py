@@ -82,12 +82,12 @@ class Case:
     bundle: RequestBundle
     standing: Standing
     verdicts: Mapping[str, PolicyVerdict]  #: Of the policy of now, by certificate name; those that can be had.
-    asked: frozenset[str]  #: The certificates for which the policy wants people.
+    need_approval: frozenset[str]  #: The certificates for which the policy wants people.
 
     @property
     def requests(self) -> list[BundledRequest]:
         """Those of the bundle, the ones first for which people are asked: of a whole node it is often one of thirteen."""
-        return sorted(self.bundle.requests, key=lambda one: one.name not in self.asked)
+        return sorted(self.bundle.requests, key=lambda one: one.name not in self.need_approval)
 
     def sentence(self, request: BundledRequest) -> str:
         """The meaning of the requested certificate, in a sentence."""
@@ -109,11 +109,11 @@ class Approvals:
 
     def person(self, environ: Mapping[str, Any]) -> Person:
         """The person behind a request (NotDecidedError: a client that may not decide)."""
-        shown, trust = environ.get(PEER), self._trust()
-        if shown is None:
+        der, trust = environ.get(PEER), self._trust()
+        if der is None:
             raise NotDecidedError("wanted a person's certificate in the handshake, found none")
         try:
-            leaf = x509.load_der_x509_certificate(shown)
+            leaf = x509.load_der_x509_certificate(der)
         except UNREADABLE as e:
             raise NotDecidedError(f"wanted a certificate that can be read, found: {one_line(e)}") from None
         if found := client_problem(leaf, trust.anchors, trust.now):
@@ -159,7 +159,7 @@ class Approvals:
             bundle=bundle,
             standing=self._signing.standing(kept, bundle),
             verdicts=self._signing.verdicts(kept, bundle),
-            asked=frozenset(filter(self._signing.policy.needs_approval, (one.name for one in bundle.requests))),
+            need_approval=frozenset(filter(self._signing.policy.needs_approval, (one.name for one in bundle.requests))),
         )
 
     def brought(self, environ: Mapping[str, Any], request_id: str, now: datetime) -> None:
@@ -259,26 +259,28 @@ class Api:
         match = _PATH.fullmatch(environ["PATH_INFO"])
         if match is None:
             return Reply.error(HTTPStatus.NOT_FOUND, "wanted /v1/approvals, or a request's digest below it")
-        method, asked = environ["REQUEST_METHOD"], match[1]
-        allowed = "GET" if asked is None else "GET, POST"
+        method, request_digest = environ["REQUEST_METHOD"], match[1]
+        allowed = "GET" if request_digest is None else "GET, POST"
         if method not in allowed.split(", "):
             return Reply.error(HTTPStatus.METHOD_NOT_ALLOWED, f"wanted {allowed}", allow=allowed)
         try:
             person = self._approvals.person(environ)
             rules = self._approvals.rules
-            if asked is None:
+            if request_digest is None:
                 found = [listed(one, rules) for one in self._approvals.waiting()]
                 return Reply.of(HTTPStatus.OK, {"approver": person.name, "requests": found})
-            case = self._approvals.case(asked) if method == "GET" else self._post(environ, person, asked)
+            case = (
+                self._approvals.case(request_digest) if method == "GET" else self._post(environ, person, request_digest)
+            )
             return Reply.of(HTTPStatus.OK, {"approver": person.name, **entry(case, rules, self._cas())})
         except NotDecidedError as e:
             return Reply.error(e.status, e)
 
-    def _post(self, environ: Mapping[str, Any], person: Person, asked: str) -> Case:
+    def _post(self, environ: Mapping[str, Any], person: Person, request_digest: str) -> Case:
         if str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip() != "application/json":
             raise NotDecidedError("wanted Content-Type: application/json, found another one", hint="")
         verdict, reason, signature = read_decision(environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)))
-        return self._approvals.decide(person, asked, verdict, reason, signature)
+        return self._approvals.decide(person, request_digest, verdict, reason, signature)
 
 
 def read_decision(data: bytes) -> tuple[Verdict, str, bytes]:

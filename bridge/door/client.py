@@ -58,7 +58,7 @@ class DoorBusyError(BridgeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
+class Review:
     """A request as the door sent it, its bundle read and its digest computed here."""
 
     bundle: RequestBundle
@@ -107,20 +107,20 @@ class Reviewer:
             raise DoorError("the door: wanted a list of requests, found something else")
         return found
 
-    def show(self, start: str) -> Shown:
+    def show(self, start: str) -> Review:
         """The request whose digest begins so (DoorError: the door sent another one)."""
-        asked = start if re.fullmatch(f"[0-9a-f]{{{_DIGITS}}}", start) else self._whole(start)
-        return self._verified(self._ask("GET", f"/v1/approvals/{asked}"), asked)
+        wanted = start if re.fullmatch(f"[0-9a-f]{{{_DIGITS}}}", start) else self._whole(start)
+        return self._verified(self._ask("GET", f"/v1/approvals/{wanted}"), wanted)
 
-    def decide(self, shown: Shown, verdict: Verdict, reason: str) -> Shown:
+    def decide(self, review: Review, verdict: Verdict, reason: str) -> Review:
         """Sign a decision about what was shown, and send it (DoorRefusedError: it does not count)."""
         decision = Decision(
             approver="", verdict=verdict, reason=reason.strip(), decided=self._now, certificate=self._leaf,
             evidence="signature", proof=b"",
         )  # fmt: skip
-        signature = b64encode(approval.sign(decision, shown.digest, self._key)).decode()
+        signature = b64encode(approval.sign(decision, review.digest, self._key)).decode()
         body = {"verdict": verdict, "reason": decision.reason, "signature": signature}
-        return self._verified(self._ask("POST", f"/v1/approvals/{shown.digest}", body), shown.digest)
+        return self._verified(self._ask("POST", f"/v1/approvals/{review.digest}", body), review.digest)
 
     def _whole(self, start: str) -> str:
         found = [one.get("digest") for one in self.waiting()["requests"]]
@@ -131,13 +131,13 @@ class Reviewer:
             raise SettingsError([problem], hint="`ca-bridge approvals list` has them")
         return fitting[0]
 
-    def _verified(self, document: Mapping[str, Any], asked: str) -> Shown:
+    def _verified(self, document: Mapping[str, Any], wanted: str) -> Review:
         try:
             bundle = loads_request(json.dumps(document.get("bundle")).encode())
         except BridgeError as e:
             raise DoorError(f"the door: wanted the request bundle, found: {e}") from None
-        if digest(bundle) != asked:
-            raise DoorError(f"the door: wanted request {asked[:16]}, found {digest(bundle)[:16]}")
+        if digest(bundle) != wanted:
+            raise DoorError(f"the door: wanted request {wanted[:16]}, found {digest(bundle)[:16]}")
         cas = document.get("cas")
         found: dict[str, list[x509.Certificate]] = {}
         for name, text in (cas if isinstance(cas, dict) else {}).items():
@@ -145,7 +145,7 @@ class Reviewer:
                 found[name] = load_pem_certificates(str(text).encode())
             except ValueError as e:
                 raise DoorError(f"the door: wanted CA certificates, found: {one_line(e)}") from None
-        return Shown(bundle=bundle, digest=asked, document=document, cas=found)
+        return Review(bundle=bundle, digest=wanted, document=document, cas=found)
 
     def _ask(self, method: str, target: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
         headers = {"Accept": "application/json"} | ({"Content-Type": "application/json"} if body is not None else {})

@@ -123,13 +123,13 @@ class Est:
         if self._door.ending.is_set():
             raise _later("wanted a running door, found one that is shutting down")
         self._chain(label)
-        used, shown = None, environ.get(PEER)
-        if not renews and label.rules.secrets and (shown is None or "HTTP_AUTHORIZATION" in environ):
+        used, der = None, environ.get(PEER)
+        if not renews and label.rules.secrets and (der is None or "HTTP_AUTHORIZATION" in environ):
             used = self._enrolment(environ)
             asker = Asker(label=label.name, certificate=None, renews=False, received=self._now())
             node = used.node
-        elif shown is not None:
-            asker, node = self._client(shown, label, renews=renews)
+        elif der is not None:
+            asker, node = self._client(der, label, renews=renews)
         else:
             wanted = "the certificate that is replaced" if renews else "a client certificate"
             raise _away(HTTPStatus.FORBIDDEN, f"wanted {wanted} in TLS, found none")
@@ -155,10 +155,10 @@ class Est:
             raise _away(HTTPStatus.UNAUTHORIZED, f"wanted {wanted}, found neither", www_authenticate=challenge)
         return found
 
-    def _client(self, shown: bytes, label: _Label, *, renews: bool) -> tuple[Asker, str]:
+    def _client(self, der: bytes, label: _Label, *, renews: bool) -> tuple[Asker, str]:
         """The client that has shown this certificate, and the node that it asks for."""
         try:
-            certificate = x509.load_der_x509_certificate(shown)
+            certificate = x509.load_der_x509_certificate(der)
             node = node_of(certificate.subject, label.rules.clients)
         except UNREADABLE:
             raise _away(HTTPStatus.FORBIDDEN, "wanted a client certificate that can be read") from None
@@ -194,8 +194,8 @@ class Est:
         self, bundle: RequestBundle, asker: Asker, used: Enrolment | None, again: str, environ: Environ
     ) -> Kept:
         """Keep a request that may be signed (a client that proves nothing fills no disk)."""
-        [request], peer, asked = bundle.requests, str(environ.get("REMOTE_ADDR", "")), digest(bundle)
-        about = {"request": asked[:16], "requester": peer}
+        [request], peer, request_digest = bundle.requests, str(environ.get("REMOTE_ADDR", "")), digest(bundle)
+        about = {"request": request_digest[:16], "requester": peer}
         if reason := self._reason(bundle, asker, used):
             text = "request of %s for %s, %s, from %s is refused: %s"
             log.warning(text, bundle.node, request.name, asker.text, peer, one_line(reason, 2000), extra=about)
@@ -205,10 +205,10 @@ class Est:
         who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
         who |= {"origin": asker_json(asker), "again": again, "enrolment": used.id if used is not None else None}
         try:
-            request_id = self._memory.receive(dumps(bundle), digest=asked, now=asker.received, **who)
+            request_id = self._memory.receive(dumps(bundle), digest=request_digest, now=asker.received, **who)
         except EnrolmentError as e:  # another request was first
             raise _away(HTTPStatus.FORBIDDEN, str(e)) from None
-        log.info("request %s of %s was received, %s", asked[:16], bundle.node, asker.text, extra=about)
+        log.info("request %s of %s was received, %s", request_digest[:16], bundle.node, asker.text, extra=about)
         self._door.arrived.set()
         return self._found(request_id)
 

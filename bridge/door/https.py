@@ -237,8 +237,8 @@ class _Connection(cheroot_server.HTTPConnection):
         try:
             if not self.shaken:
                 self.socket.do_handshake()
-                if (shown := self.socket.getpeercert(binary_form=True)) is not None:
-                    self.ssl_env = {**self.ssl_env, PEER: shown}
+                if (der := self.socket.getpeercert(binary_form=True)) is not None:
+                    self.ssl_env = {**self.ssl_env, PEER: der}
                 self.shaken = True
             return bool(super().communicate())  # type: ignore[no-untyped-call]  # cheroot's stubs
         except OSError:  # an SSLError is one, too: what the client does is no event of ours

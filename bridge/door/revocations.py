@@ -53,38 +53,42 @@ class Revocations:
         if isinstance(body, Reply):
             return body
         try:
-            asked = revocation_of(body)
+            revocation = revocation_of(body)
         except BundleError as e:
             return Reply.error(HTTPStatus.BAD_REQUEST, e)
-        return self._revoke(asked, str(environ.get("REMOTE_ADDR", "")))
+        return self._revoke(revocation, str(environ.get("REMOTE_ADDR", "")))
 
-    def _revoke(self, asked: Revocation, peer: str) -> Reply:
-        serial, whose = serial_hex(asked.certificate), "an unknown node"
+    def _revoke(self, revocation: Revocation, peer: str) -> Reply:
+        serial, whose = serial_hex(revocation.certificate), "an unknown node"
         try:
-            known = revocations.assert_may(asked, self._known, self._signing.policy, self._signing.cas, self._now())
+            known = revocations.assert_may(
+                revocation, self._known, self._signing.policy, self._signing.cas, self._now()
+            )
             whose = known.node
-            revocations.revoke(self._settings, known.authority, asked)
-            self._record(asked, known)
+            revocations.revoke(self._settings, known.authority, revocation)
+            self._record(revocation, known)
         except (NotRevokedError, BackendRefusedError) as e:
             text = "%s, serial %s, of %s from %s is not revoked: %s"
-            log.warning(text, asked.name, serial, whose, peer, one_line(e, 2000), extra={"requester": peer})
+            log.warning(text, revocation.name, serial, whose, peer, one_line(e, 2000), extra={"requester": peer})
             if isinstance(e, NotRevokedError):
                 return Reply.error(HTTPStatus.FORBIDDEN, e)
             return Reply.error(
                 HTTPStatus.FORBIDDEN, "wanted a CA that revokes it, found a refusal; the door's log has it"
             )
         except BridgeError as e:
-            log.error("%s, serial %s, of %s is not revoked yet: %s", asked.name, serial, whose, e)  # noqa: TRY400
+            log.error("%s, serial %s, of %s is not revoked yet: %s", revocation.name, serial, whose, e)  # noqa: TRY400
             text = "wanted a CA and a record that can be written to, found one that can't now; the door's log says why"
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_PAUSE_SECONDS))
-        log.info("%s, serial %s, of %s is revoked", asked.name, serial, whose, extra={"requester": peer})
+        log.info("%s, serial %s, of %s is revoked", revocation.name, serial, whose, extra={"requester": peer})
         return Reply.of(HTTPStatus.OK, {"state": "revoked"})
 
-    def _record(self, asked: Revocation, known: Signed) -> None:
+    def _record(self, revocation: Revocation, known: Signed) -> None:
         """Into the audit log; a node that hears of no answer asks again, so that no revocation stays unrecorded."""
-        about = f"node {known.node}, cluster {known.cluster}, replaced by serial {serial_hex(asked.successor)}"
+        about = f"node {known.node}, cluster {known.cluster}, replaced by serial {serial_hex(revocation.successor)}"
         with recording(self._settings, _WAIT) as (_, record):
-            record.add(audit.REVOKED, asked.name, authority=known.authority, old=asked.certificate, result=about)
+            record.add(
+                audit.REVOKED, revocation.name, authority=known.authority, old=revocation.certificate, result=about
+            )
 
     def _known(self, certificate: x509.Certificate) -> Signed | None:
         found = self._memory.signed_for(fingerprint(certificate))

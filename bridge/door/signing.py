@@ -484,14 +484,14 @@ _Cas = Mapping[str, Sequence[x509.Certificate]]
 
 def asker_json(asker: Asker) -> bytes:
     """For the database, which has the time of receipt in a column of its own."""
-    shown = pem(asker.certificate).decode() if asker.certificate is not None else None
-    return json.dumps({"label": asker.label, "renews": asker.renews, "certificate": shown}).encode()
+    certificate_pem = pem(asker.certificate).decode() if asker.certificate is not None else None
+    return json.dumps({"label": asker.label, "renews": asker.renews, "certificate": certificate_pem}).encode()
 
 
 def _asker(kept: Kept) -> Asker:
     found = json.loads(kept.origin or b"{}")
-    shown = found["certificate"]
-    certificate = None if shown is None else x509.load_pem_x509_certificate(shown.encode())
+    certificate_pem = found["certificate"]
+    certificate = None if certificate_pem is None else x509.load_pem_x509_certificate(certificate_pem.encode())
     return Asker(label=found["label"], renews=found["renews"], certificate=certificate, received=kept.received)
 
 
@@ -509,10 +509,10 @@ def origin_problem(asker: Asker, request: BundledRequest, node: str, policy: Pol
 def prove(job: Job, kept: Kept, policy: Policy, cas: _Cas) -> None:
     """Give the desk's job of a remembered request its origin, by the policy and the CAs of now."""
     asker, [request] = _asker(kept), job.bundle.requests
-    shown, signers = asker.certificate, cas.get(request.authority, ())
-    if shown is not None and not any(is_signed_by(shown, ca) for ca in signers):
-        shown = None
+    certificate, signers = asker.certificate, cas.get(request.authority, ())
+    if certificate is not None and not any(is_signed_by(certificate, ca) for ca in signers):
+        certificate = None
     reason = origin_problem(asker, request, job.bundle.node, policy, cas)
-    job.origin = Origin(problem=reason, held=asker.renews, shown=shown)
+    job.origin = Origin(problem=reason, held=asker.renews, certificate=certificate)
     if asker.certificate is not None:
         job.vouched = {request.name: asker.text}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 
 from bridge.contract import Issued, Pending, SignRequest
-from bridge.desk.records import Asked, Journal
+from bridge.desk.records import Journal, Submitted
 from bridge.door.store import Kept
 from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle import BundledRequest, RequestBundle, sign_request
@@ -68,13 +68,13 @@ def left_text(one: Kept, doors: Mapping[str, str]) -> str:
 
 def unknown(requests: Iterable[BundledRequest], bundle: RequestBundle, journal: Journal) -> list[SignRequest]:
     """Those of these requests of a bundle to which the journal has no answer."""
-    asked = [sign_request(one, bundle) for one in requests]
-    return [one for one in asked if not isinstance(journal.get(one), Issued | Pending)]
+    sign_requests = [sign_request(one, bundle) for one in requests]
+    return [one for one in sign_requests if not isinstance(journal.get(one), Issued | Pending)]
 
 
 def ask_first(requests: Iterable[SignRequest], created: datetime, journal: Journal) -> None:
     """Write down that CAs may have signed these requests, so that the desk asks them before it has anything signed."""
-    journal.add((one, Asked(created - _SLACK)) for one in requests)
+    journal.add((one, Submitted(created - _SLACK)) for one in requests)
 
 
 def assert_not_behind(recorded: int, remembered: int) -> None:

@@ -51,9 +51,13 @@ class About:
             "identity": identity,
         }
         if isinstance(one, PodObject):
-            asked = one.request
-            pod = {"namespace": asked.namespace, "pod": asked.pod, "serviceAccount": asked.service_account}
-            pod |= {"podUID": asked.pod_uid, "requester": f"system:node:{asked.node}"}
+            pod_request = one.request
+            pod = {
+                "namespace": pod_request.namespace,
+                "pod": pod_request.pod,
+                "serviceAccount": pod_request.service_account,
+            }
+            pod |= {"podUID": pod_request.pod_uid, "requester": f"system:node:{pod_request.node}"}
             found |= {key: one_line(value) for key, value in pod.items()}
         return cls(spec=spec, more={key: value for key, value in found.items() if value})
 

@@ -130,10 +130,10 @@ class Remembered(Generic[K, V]):
             found = self._answers.get(key)
         return (found[0],) if found is not None and time.monotonic() - found[1] < self._seconds else None
 
-    def put(self, key: K, value: V, asked: float | None = None) -> None:
+    def put(self, key: K, value: V, since: float | None = None) -> None:
         """Remember an answer to what was asked then (monotonic; None: a moment ago)."""
         with self._mutex:
-            remember(self._answers, key, (value, time.monotonic() if asked is None else asked), _MOST_REMEMBERED)
+            remember(self._answers, key, (value, time.monotonic() if since is None else since), _MOST_REMEMBERED)
 
 
 class Nodes:

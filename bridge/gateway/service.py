@@ -154,8 +154,8 @@ class Service:
             port = None
             address = self.settings.gateway.address
             if self.settings.gateway.serve_status and address is not None:
-                shown = {"/metrics": self._metrics_page, "/healthz": self._healthz, "/readyz": self._readyz}
-                port = stack.enter_context(pages.serving(address, shown))
+                by_path = {"/metrics": self._metrics_page, "/healthz": self._healthz, "/readyz": self._readyz}
+                port = stack.enter_context(pages.serving(address, by_path))
             ledger = Ledger(store, self.settings.audit)
             self.context = Context(
                 settings=self.settings, api=self.api, nodes=self.nodes, authorities=self.authorities,

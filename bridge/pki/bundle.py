@@ -105,13 +105,13 @@ def bundle_of(requests: Sequence[SignRequest], created: datetime) -> RequestBund
     }
     if len(batches) != 1 or any(request.continuity is None for request in requests):
         raise ValueError(f"wanted requests of one batch, found {len(batches)}")
-    [(batch, node, cluster, asked)] = batches
+    [(batch, node, cluster, proven_at)] = batches
     return RequestBundle(
         batch=batch,
         node=node,
         cluster=cluster,
-        created=(asked or created).astimezone(UTC).replace(microsecond=0),
-        version=1 if asked is None else 2,
+        created=(proven_at or created).astimezone(UTC).replace(microsecond=0),
+        version=1 if proven_at is None else 2,
         requests=tuple(
             BundledRequest(
                 name=request.spec.name,
@@ -129,7 +129,7 @@ def bundle_of(requests: Sequence[SignRequest], created: datetime) -> RequestBund
 
 def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
     """The request for a backend; EKUs and authority of kubeadm's come from our table, not from the bundle."""
-    asked = SignRequest(
+    result = SignRequest(
         spec=request.spec,
         csr_pem=request.csr.public_bytes(Encoding.PEM),
         validity=request.validity,
@@ -142,8 +142,8 @@ def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
             asked=bundle.created if bundle.version > 1 else None,
         ),
     )
-    vars(asked)["csr"] = request.csr  # parsed already, and so are its extensions
-    return asked
+    vars(result)["csr"] = request.csr  # parsed already, and so are its extensions
+    return result
 
 
 def refusal(reason: str) -> Refusal:

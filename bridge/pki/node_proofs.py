@@ -48,20 +48,20 @@ def enrolment_proof(secret: str, request_digest: str) -> str:
     if _SECRET.fullmatch(secret) is None:
         raise ValueError("the 43 characters that `ca-bridge enroll` prints")
     key = _secret_key(secret)
-    shown = key.public_key().public_bytes_raw() + key.sign(_ENROLMENT_CONTEXT + request_digest.encode())
-    return f"{SCHEME} {b64encode(shown).decode()}"
+    evidence = key.public_key().public_bytes_raw() + key.sign(_ENROLMENT_CONTEXT + request_digest.encode())
+    return f"{SCHEME} {b64encode(evidence).decode()}"
 
 
 def enrolled_by(authorization: str, request_digest: str) -> str | None:
     """The hash of the secret that made this proof for this request; None: it proves nothing."""
     scheme, _, encoded = authorization.partition(" ")
     try:
-        shown = b64decode(encoded.strip(), validate=True) if scheme.lower() == SCHEME.lower() else b""
+        evidence = b64decode(encoded.strip(), validate=True) if scheme.lower() == SCHEME.lower() else b""
     except ValueError:
         return None
-    if len(shown) != _PUBLIC_BYTES + _SIGNATURE_BYTES:
+    if len(evidence) != _PUBLIC_BYTES + _SIGNATURE_BYTES:
         return None
-    public, signature = shown[:_PUBLIC_BYTES], shown[_PUBLIC_BYTES:]
+    public, signature = evidence[:_PUBLIC_BYTES], evidence[_PUBLIC_BYTES:]
     message = _ENROLMENT_CONTEXT + request_digest.encode()
     return _key_hash(public) if is_by(Ed25519PublicKey.from_public_bytes(public), signature, message) else None
 
@@ -86,14 +86,14 @@ def revocation(
     return Revocation(name=name, certificate=old, successor=successor, proof=proof)
 
 
-def is_revocation_proven(asked: Revocation, node: str, cluster: str) -> bool:
+def is_revocation_proven(revocation: Revocation, node: str, cluster: str) -> bool:
     """Whether the successor's key has signed it for this node."""
     try:
-        key = asked.successor.public_key()
+        key = revocation.successor.public_key()
     except (ValueError, UnsupportedAlgorithm):
         return False
-    message = _revocation_message(asked.name, node, cluster, asked.certificate, asked.successor)
-    return signatures.is_by(key, asked.proof, message)
+    message = _revocation_message(revocation.name, node, cluster, revocation.certificate, revocation.successor)
+    return signatures.is_by(key, revocation.proof, message)
 
 
 def _revocation_message(
@@ -103,14 +103,14 @@ def _revocation_message(
     return signatures.framed([_REVOCATION_CONTEXT, *(text.encode() for text in texts)])
 
 
-def revocation_json(asked: Revocation) -> bytes:
+def revocation_json(revocation: Revocation) -> bytes:
     """As it goes to a door."""
     document = {
         "schema": SCHEMA,
-        "name": asked.name,
-        "certificate": pem(asked.certificate).decode(),
-        "successor": pem(asked.successor).decode(),
-        "proof": b64encode(asked.proof).decode(),
+        "name": revocation.name,
+        "certificate": pem(revocation.certificate).decode(),
+        "successor": pem(revocation.successor).decode(),
+        "proof": b64encode(revocation.proof).decode(),
     }
     return json.dumps(document).encode()
 

@@ -190,10 +190,10 @@ def _public_key(leaf: x509.Certificate, csr: x509.CertificateSigningRequest) -> 
 def _subject(leaf: x509.Certificate, request: SignRequest, extra: frozenset[tuple[str, str]]) -> Iterator[Violation]:
     """The same attributes with the same values, in any order and grouping, since CAs written in Go rebuild the name."""
     subject = request.csr.subject if request.names is None else _named(request.names)
-    asked, answered = attributes(subject), attributes(leaf.subject)
-    if asked == answered:
+    requested, answered = attributes(subject), attributes(leaf.subject)
+    if requested == answered:
         return
-    want, got = Counter(asked), Counter(answered)
+    want, got = Counter(requested), Counter(answered)
     if {*(got - want), *(set(want) - set(got))} - extra:
         yield Violation(
             subject="subject", want=name_text(subject) or "(empty)", got=name_text(leaf.subject) or "(empty)"

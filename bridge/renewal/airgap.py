@@ -342,15 +342,15 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> No
         text = f"wanted an answer to node {node.node_name} of cluster {node.cluster}"
         found.refuse(path, f"{text}, found one to node {answer.node} of cluster {answer.cluster}")
         return
-    asked = [one for one in run.requests if answer.request_digest in (*one.bundles, one.reference)]
-    if not asked:
+    matching = [one for one in run.requests if answer.request_digest in (*one.bundles, one.reference)]
+    if not matching:
         found.refuse(
             path,
             "wanted an answer to a request that waits here, found one to the bundle with the fingerprint "
             f"{fingerprint_text(answer.request_digest)}, which was cancelled, is done, or is older",
             "`ca-bridge pending list` shows the waiting requests; export again if there is none",
         )
-    for one in asked:
+    for one in matching:
         given = answer.answers.get(one.name)
         if isinstance(given, Refusal):
             again = "carry the same request there again; `ca-bridge pending cancel` gives it up"

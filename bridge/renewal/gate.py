@@ -128,9 +128,9 @@ class NoCaYetError(WaitingError):
 
 def hold_for_next_ca(selection: Selection, run: Run) -> Selection:
     """The selection without certificates that the next CA has been asked for, or is to be asked for later."""
-    asked = next_ca_file(run.store).read() or ()
+    next_cas = next_ca_file(run.store).read() or ()
     waiting = {one.name for one in run.requests if one.is_waiting}
-    held = [i for i in selection.items if i.spec.authority.name in asked and i.spec.name in waiting]
+    held = [i for i in selection.items if i.spec.authority.name in next_cas and i.spec.name in waiting]
     error = AskedElsewhereError("the CA that takes this one's place has the request, and has not answered yet")
     later = not_yet_signing(run.settings, run.read_node().bundles) if selection.items else {}
     early = [i for i in selection.items if i not in held and i.spec.authority.name in later]
@@ -225,10 +225,12 @@ class Attempts:
         text = f"{name}: {failures}, the next try is at {minute(until)}; the last failure: {failures.reason}"
         return HeldOffError(text, failures.exit_code)
 
-    def note(self, asked: Collection[str], failed: Mapping[str, BridgeError], now: datetime) -> list[NeedsAPersonError]:
+    def note(
+        self, authorities: Collection[str], failed: Mapping[str, BridgeError], now: datetime
+    ) -> list[NeedsAPersonError]:
         """Count a run, safe on disk when this returns; an error for each authority that failed and needs a person."""
         before = dict(self.authorities)
-        for name in asked:
+        for name in authorities:
             if name in failed:
                 self.authorities[name] = _one_more(before.get(name), failed[name], now)
             else:

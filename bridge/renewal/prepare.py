@@ -166,8 +166,8 @@ def with_continuity(prepared: Sequence[Prepared], settings: Settings, now: datet
     said = {(who.batch, who.asked) if (who := one.request.continuity) is not None else None for one in prepared}
     if len(said) == 1 and all(_still_says_it(one, settings, now) for one in prepared):
         return list(prepared)
-    batch, asked = secrets.token_hex(16), now.replace(microsecond=0)
-    proofs = [_continuity(one, settings, batch, asked) for one in prepared]
+    batch, created = secrets.token_hex(16), now.replace(microsecond=0)
+    proofs = [_continuity(one, settings, batch, created) for one in prepared]
     requests = [dataclasses.replace(one.request, continuity=who) for one, who in zip(prepared, proofs, strict=True)]
     return [dataclasses.replace(one, request=request) for one, request in zip(prepared, requests, strict=True)]
 
@@ -183,16 +183,16 @@ def _still_says_it(one: Prepared, settings: Settings, now: datetime) -> bool:
     return said.proof is not None or _continuity(one, settings, said.batch, said.asked).proof is None
 
 
-def _continuity(one: Prepared, settings: Settings, batch: str, asked: datetime) -> Continuity:
+def _continuity(one: Prepared, settings: Settings, batch: str, created: datetime) -> Continuity:
     from bridge.pki import signatures  # noqa: PLC0415 (15 ms; only where requests are carried)
 
     who = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
-    terms = signatures.Terms(validity=one.request.validity, created=asked)
+    terms = signatures.Terms(validity=one.request.validity, created=created)
     proof = None
     if one.request.replaces is not None:  # the key of a certificate that is not named proves nothing
         with contextlib.suppress(*NO_KEY):
             proof = signatures.sign_proof(live_key(one.item), one.request.csr, name=one.name, terms=terms, **who)
-    return Continuity(proof=proof, asked=asked, **who)
+    return Continuity(proof=proof, asked=created, **who)
 
 
 #: A key that is missing, broken, encrypted, or of an odd type.
@@ -210,8 +210,8 @@ def _fits(
     item: Item, made: OpenRequest, replaced: x509.Certificate | None, algorithm: str, naming: Naming | None
 ) -> bool:
     """Whether an open request replaces the live certificate, with the kind of key and the names that are wanted now."""
-    asked = made.request.spec
-    if (asked.authority, asked.ekus) != (item.spec.authority, item.spec.ekus):  # the settings name others now
+    spec = made.request.spec
+    if (spec.authority, spec.ekus) != (item.spec.authority, item.spec.ekus):  # the settings name others now
         return False
     says_it = naming is None or naming.is_of(made.request.csr)
     is_alike = csr.algorithm_name(made.request.csr.public_key()) == algorithm

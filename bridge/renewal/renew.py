@@ -127,8 +127,8 @@ def _prepare_and_issue(
         cas = reached()
         new_keys.use_last_core()
         _remember_ends(run, cas)
-        asked, unmade = issue_all(run, making, cas, expected)
-    return [*kept, *asked], [*earlier, *unmade], []
+        issued, unmade = issue_all(run, making, cas, expected)
+    return [*kept, *issued], [*earlier, *unmade], []
 
 
 def _remember_ends(run: Run, cas: Mapping[str, CA]) -> None:

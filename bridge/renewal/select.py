@@ -169,8 +169,8 @@ def select(
     if not node.is_here:
         raise NoNodeError(settings.node.pki_dir)
     found = [item.spec.name for item in node.items]
-    asked = found if not options.names or ALL in options.names else [name for name in found if name in options.names]
-    asked = sorted(asked, key=lambda name: name != KUBELET_CONF)  # without it a rebooted node stays down
+    chosen = found if not options.names or ALL in options.names else [name for name in found if name in options.names]
+    chosen = sorted(chosen, key=lambda name: name != KUBELET_CONF)  # without it a rebooted node stays down
     choice = _Choice(
         node=node,
         settings=settings,
@@ -184,7 +184,7 @@ def select(
         allowed=functools.cache(lambda: _allowed(settings)),
     )
     unused = {item.spec.name for item in node.items if choice.is_unused(item)}
-    every = [*asked, *sorted(set(options.names) - {ALL} - set(asked))]
+    every = [*chosen, *sorted(set(options.names) - {ALL} - set(chosen))]
     verdicts = [choice.of(name) for name in every if name not in unused]
     items = tuple(one for one in verdicts if isinstance(one, Item))
     known, names = {*options.names, *choice.asked_for}, {item.spec.name for item in items}

@@ -328,18 +328,18 @@ def by_authority(
 ) -> tuple[list[str], dict[str, BridgeError]]:
     """The authorities that failed or succeeded in this run, and the worst error of those that failed (pure)."""
     by_name = {outcome.name: outcome for outcome in result.outcomes}
-    asked: list[str] = []
+    reached: list[str] = []
     failed: dict[str, BridgeError] = {}
     for item in selection.items:
         outcome, authority = by_name.get(item.spec.name), item.spec.authority.name
         own = outcome.error if outcome is not None else None
         if (outcome is None and not errors) or isinstance(own, WaitingError | HeldBackError | NotReadyError):
             continue
-        asked.append(authority)
+        reached.append(authority)
         for error in (own, *errors):
             if error is not None:
                 failed[authority] = _worse(failed.get(authority), error)
-    return list(dict.fromkeys(asked)), failed
+    return list(dict.fromkeys(reached)), failed
 
 
 def _worse(one: BridgeError | None, other: BridgeError) -> BridgeError:

@@ -339,8 +339,8 @@ def _note_cut_short(run: Run, proven: Sequence[Proven]) -> None:
     """Report certificates that end with their CA's: the operator has to renew the CA."""
     cut: dict[datetime, list[str]] = {}
     for one in proven:
-        end, asked = one.verified.leaf.not_valid_after_utc, run.now() + one.prepared.request.validity
-        if end < asked - verify.LONGEST_BACKDATING and one.ca_end - end < verify.LONGEST_BACKDATING:
+        end, wanted_end = one.verified.leaf.not_valid_after_utc, run.now() + one.prepared.request.validity
+        if end < wanted_end - verify.LONGEST_BACKDATING and one.ca_end - end < verify.LONGEST_BACKDATING:
             cut.setdefault(one.ca_end, []).append(one.name)
         if sentence := _shorter(one):
             run.progress.note(f"{one.name}: {sentence}")

@@ -139,8 +139,8 @@ class Gate:
 
         def judge(spot: Spot) -> str:
             parts, ca = urlsplit(spot.server.url), left[_SERVED_BY[spot.kind]]
-            shown = ANONYMOUS.served(Address(parts.hostname or "", parts.port or 0))
-            return "" if identity.leads_to((shown,), (ca,)) else f"it has a certificate of another CA than {text(ca)}"
+            served = ANONYMOUS.served(Address(parts.hostname or "", parts.port or 0))
+            return "" if identity.leads_to((served,), (ca,)) else f"it has a certificate of another CA than {text(ca)}"
 
         self._assert_all(run, node, kinds, judge)
         if not node.is_worker and not node.is_etcd_host:
@@ -190,11 +190,11 @@ class Gate:
         if unknown := self.without - {spot.node for spot in every}:
             problem = SettingsProblem("--without", "names of the cluster's nodes", ", ".join(sorted(unknown)))
             raise SettingsError([problem])
-        asked = [spot for spot in every if spot.kind in kinds and spot.node not in self.without]
+        spots = [spot for spot in every if spot.kind in kinds and spot.node not in self.without]
         for name in sorted(self.without):
             run.record.add(audit.TRUSTED, result=f"node {name} is left out, as --without says")
         with doing("asking every node"), ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
-            found = [f"{spot}: {why}" for spot, why in zip(asked, pool.map(judged, asked), strict=True) if why]
+            found = [f"{spot}: {why}" for spot, why in zip(spots, pool.map(judged, spots), strict=True) if why]
         if found:
             raise NotReadyEverywhereError("; ".join(found))
 

@@ -489,8 +489,8 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
     if left := sorted(set(names) - {item.spec.name for item in selection.items}):
         raise OrderError(f"wanted to issue all certificates, found that these stay: {', '.join(left)}; no CA was asked")
     _record(run, steps)
-    asked = next_ca_file(run.store)
-    asked.put(tuple(dict.fromkeys([*(asked.read() or ()), *ours])))
+    next_cas = next_ca_file(run.store)
+    next_cas.put(tuple(dict.fromkeys([*(next_cas.read() or ()), *ours])))
     going_on = transaction.going_on(run, options)
     result = renew(run, going_on, selection, node, options)
     if result.backup_id is not None:
@@ -500,10 +500,10 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
 
 def _assert_none_waits(run: Run, authorities: Collection[str], names: Collection[str]) -> None:
     """The CA that signs now may still answer an open request; its answer would be another certificate."""
-    asked = next_ca_file(run.store).read() or ()
+    next_cas = next_ca_file(run.store).read() or ()
     for one in run.requests:
         authority = one.request.spec.authority.name
-        if one.is_waiting and one.name in names and authority in authorities and authority not in asked:
+        if one.is_waiting and one.name in names and authority in authorities and authority not in next_cas:
             raise OrderError(
                 f"{one.name}: wanted no open request at the CA that is replaced, found one of {minute(one.created)}",
                 hint=f"wait for its answer, or `ca-bridge pending cancel {one.name}`; no CA was asked",
@@ -518,9 +518,9 @@ def _forget_asked(run: Run, names: Collection[str]) -> None:
 
 def _give_up_asked(run: Run, steps: Sequence[Step]) -> None:
     """The CA that signs from now on gets no answer of the next one for its own, and no renewal waits for one."""
-    asked, signing = next_ca_file(run.store).read() or (), (Phase.TRUSTED, Phase.OLD)
+    next_cas, signing = next_ca_file(run.store).read() or (), (Phase.TRUSTED, Phase.OLD)
     back = [step.ca for step in steps if step.target in signing]
-    names = {one.name for one in back if one.standing.phase is Phase.ISSUED or one.name in asked}
+    names = {one.name for one in back if one.standing.phase is Phase.ISSUED or one.name in next_cas}
     for name in [one.name for one in run.requests if one.request.spec.authority.name in names]:
         give_up(run, name, "the CA goes back")
     run.requests.save()

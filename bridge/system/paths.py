@@ -345,13 +345,13 @@ class _Step:
 
 def _steps(path: Path) -> Iterator[_Step]:
     """All that decides where a path leads, from / on, links included; ends at a missing name or a loop."""
-    here, shown, links = os.open("/", _LOOK | os.O_DIRECTORY), Path("/"), 0
+    here, reached, links = os.open("/", _LOOK | os.O_DIRECTORY), Path("/"), 0
     rest = list(path.absolute().parts[1:])
     try:
-        yield _Step(path=shown, status=os.fstat(here), directory=here, is_last=not rest)
+        yield _Step(path=reached, status=os.fstat(here), directory=here, is_last=not rest)
         while rest:
             name = rest.pop(0)
-            step = shown.parent if name == ".." else shown / name
+            step = reached.parent if name == ".." else reached / name
             try:
                 found = os.open(name, _LOOK | os.O_NOFOLLOW, dir_fd=here)
             except (FileNotFoundError, NotADirectoryError):
@@ -361,7 +361,7 @@ def _steps(path: Path) -> Iterator[_Step]:
                 status = os.fstat(found)
                 yield _Step(path=step, status=status, directory=here, is_last=not rest)
                 if not stat.S_ISLNK(status.st_mode):
-                    here, shown, found = found, step, here
+                    here, reached, found = found, step, here
                     continue
                 links += 1
                 if links > MOST_LINKS:
@@ -370,7 +370,7 @@ def _steps(path: Path) -> Iterator[_Step]:
                 rest = [*target.parts[target.is_absolute() :], *rest]
                 if target.is_absolute():
                     os.close(here)
-                    here, shown = os.open("/", _LOOK | os.O_DIRECTORY), Path("/")
+                    here, reached = os.open("/", _LOOK | os.O_DIRECTORY), Path("/")
             finally:
                 os.close(found)
     finally:

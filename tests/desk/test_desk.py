@@ -31,7 +31,7 @@ from bridge.cli import desk as cli_desk
 from bridge.cli.app import app
 from bridge.contract import Issued, Pending, Recalls
 from bridge.desk import csr_directory, desk, files, workers
-from bridge.desk.records import Asked, Journal, key_of
+from bridge.desk.records import Journal, Submitted, key_of
 from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig, sample_pki
 from bridge.pki import csr
@@ -715,8 +715,8 @@ def test_the_journal_survives_a_torn_line(tmp_path: Path, pairs: Pairs) -> None:
     path, now = tmp_path / "journal", datetime.now(UTC)
     journal = Journal(path, now)
     journal.add([(first, answer)])
-    journal.add([(second, Asked(datetime(2026, 1, 1, tzinfo=UTC)))])
-    assert journal.get(second) == Asked(datetime(2026, 1, 1, tzinfo=UTC))
+    journal.add([(second, Submitted(datetime(2026, 1, 1, tzinfo=UTC)))])
+    assert journal.get(second) == Submitted(datetime(2026, 1, 1, tzinfo=UTC))
     journal.add([(second, later)])
     with path.open("ab") as file:
         file.write(b'{"key": "' + key_of(first).encode())
@@ -752,7 +752,7 @@ def test_the_journal_forgets_what_is_old(tmp_path: Path, pairs: Pairs) -> None:
     path, begin = tmp_path / "journal", datetime.now(UTC)
     answer, later = Issued(leaf=pairs["apiserver"][0]), Pending(reference="7", note="soon")
     journal = Journal(path, begin)
-    journal.add([(first, answer), (second, Asked(begin)), (third, later)])
+    journal.add([(first, answer), (second, Submitted(begin)), (third, later)])
     journal = Journal(path, begin + timedelta(days=60))
     assert journal.get(first) == answer
     journal.add([(second, answer)])

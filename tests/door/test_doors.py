@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from backends.openssl import OpensslBackend
 from bridge.contract import Issued
-from bridge.desk.records import Asked, Journal
+from bridge.desk.records import Journal, Submitted
 from bridge.door import turns
 from bridge.door.doors import Doors
 from bridge.door.signing import Signing
@@ -158,10 +158,10 @@ def test_a_journal_lets_no_ca_be_asked_after_an_error(bundle: RequestBundle, tmp
 
     journal.before_asking = fail
     with pytest.raises(NotOursError):
-        journal.add([(request, Asked(now()))])
+        journal.add([(request, Submitted(now()))])
     assert journal.get(request) is None
     journal.before_asking = lambda: None
-    journal.add([(request, Asked(now()))])
+    journal.add([(request, Submitted(now()))])
     assert journal.get(request) is not None
 
 

@@ -23,7 +23,7 @@ from typing import TypeVar
 from bridge.contract import Issued
 from bridge.desk import workers
 from bridge.desk.policy import parse
-from bridge.desk.records import Archive, Asked, Journal
+from bridge.desk.records import Archive, Journal, Submitted
 from bridge.desk.workers import AnsweredBundle, Judgement, ReadBundle
 from bridge.pki.bundle import AnswerBundle, RequestBundle, sign_request
 from bridge.pki.bundle_format import dumps, loads_answer
@@ -163,7 +163,7 @@ def _desk(steps: _Steps, made: fleet.Fleet, bundles: Sequence[RequestBundle], di
     journal = Journal(state / "journal", now)
 
     def keep() -> None:
-        journal.add((request, Asked(now)) for request, _ in pairs)
+        journal.add((request, Submitted(now)) for request, _ in pairs)
         journal.add(pairs)
         journal.forget(request for request, _ in pairs)
 
