@@ -334,8 +334,12 @@ def parse(data: bytes) -> dict[str, Any]:
     except OverBudgetError as e:
         raise BundleError("", e.wanted, e.found) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        reason = "bytes that are no UTF-8" if isinstance(e, UnicodeDecodeError) else f"none: {e.msg} at byte {e.pos}"
-        hint = _CSR_HINT if b"CERTIFICATE REQUEST-----" in data else "is it still being copied?"
+        if isinstance(e, UnicodeDecodeError):
+            reason = "bytes that are no UTF-8"
+        else:
+            reason = f"none: {e.msg.removesuffix(' starting at')} at byte {e.pos}"
+        is_csr = b"CERTIFICATE REQUEST-----" in data and not data.lstrip().startswith(b"{")
+        hint = _CSR_HINT if is_csr else "is it still being copied? a copy that was cut off has to be made again"
         raise IncompleteBundleError("", "one JSON document", reason, hint=hint) from None
     except ValueError:  # a number of thousands of digits, or NaN
         raise BundleError("", "a bundle", "NaN or an infinite number") from None

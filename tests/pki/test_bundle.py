@@ -541,6 +541,17 @@ def test_every_beginning_of_a_bundle_is_half_copied(either: Bundle) -> None:
     assert isinstance(error_of(data + data), IncompleteBundleError)
 
 
+def test_a_bundle_that_was_cut_off_within_a_csr_is_not_called_a_csr(request_bundle: RequestBundle) -> None:
+    """The CSRs in it are no file of a person's: the hint is to copy it again, and the place is named once."""
+    data = dumps(request_bundle)
+    error = error_of(data[: data.index(b"-----END CERTIFICATE REQUEST-----")])
+
+    assert isinstance(error, IncompleteBundleError)
+    assert "copy" in error.hint
+    assert "kubeconfig user" not in error.hint
+    assert "at at" not in error.found
+
+
 def test_a_csr_is_no_bundle() -> None:
     """The error names the command that takes it, and does not say to wait for the rest of it."""
     error = error_of(b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n")
