@@ -97,7 +97,7 @@ def export(
         for one in prepared:
             if one.open is None and (old := run.requests.get(one.name)) is not None and old.is_waiting:
                 progress.note(
-                    f"{one.name}: not the key and CSR of before: another kind of key (renewal.key), or other names, are wanted now"
+                    f"{one.name}: not the key and CSR of before: another kind of key (renewal.key), another validity or other names are wanted now"
                 )
         requests, prepared = carry(run, prepared, path)
         again = tuple(one.name for one in prepared if one.open is not None)

@@ -208,11 +208,11 @@ def _opened(run: Run, prepared: Sequence[Prepared], reached: Mapping[str, CA]) -
 
 
 def _drop_unfit(run: Run, one: Prepared) -> None:
-    """Drop an open request that `prepare` has replaced by one with other names or another kind of key."""
+    """Drop an open request that `prepare` has replaced by one with other names, another kind of key or another validity."""
     made = run.requests.get(one.name)
     if made is not None and one.open is None:
         if made.is_waiting:
-            give_up(run, one.name, "another kind of key, or other names, are wanted now")
+            give_up(run, one.name, "another kind of key, another validity or other names are wanted now")
         run.requests.drop(one.name)
 
 

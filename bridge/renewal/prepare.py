@@ -108,11 +108,12 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None, desired: 
         algorithm = next_key(item, live, settings, made, desired)
         naming = desired.naming if desired is not None else serving_names(item, settings)
         replaced = replaced_by_next(item, live)
-        if made is not None and _fits(item, made, replaced, algorithm, naming):
+        validity = settings.renewal.validity
+        if made is not None and made.request.validity == validity and _fits(item, made, replaced, algorithm, naming):
             return _of_open(item, made, was)
         key = new_keys.take(algorithm)
         csr_pem = csr.build_for(naming, key) if naming is not None else csr.build(present(item, live), key)
-        request = SignRequest(spec=item.spec, csr_pem=csr_pem, validity=settings.renewal.validity, replaces=replaced)
+        request = SignRequest(spec=item.spec, csr_pem=csr_pem, validity=validity, replaces=replaced)
     except BridgeError as e:
         return outcome_of(item, e)
     fresh = desired.kubeconfig if desired is not None else None

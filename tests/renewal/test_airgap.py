@@ -234,6 +234,19 @@ def test_another_kind_of_key_is_a_new_request(node: Node) -> None:
     assert list(node.open()) == ["apiserver"]
 
 
+def test_another_validity_is_a_new_request(node: Node) -> None:
+    """A desk that has refused the old one, as longer than its policy allows, is asked for what the settings say now."""
+    first = node.export("apiserver", to="first.json")
+    assert first.requests[0].validity == timedelta(days=365)
+    node.bridge.add("renewal", {"validity": "180d", "shorter": "allow"})
+    run = node.run("export", node.carried / "bundle.json", "apiserver")
+    assert run.returncode == 0
+    assert "another validity" in run.stderr
+    second = bundle_format.loads_request((node.carried / "bundle.json").read_bytes())
+    assert second.requests[0].validity == timedelta(days=180)
+    assert signatures.proof_problem(second.requests[0], second) is None
+
+
 def test_no_other_file_is_overwritten(node: Node) -> None:
     """A request bundle of before may be; a foreign file, an answer or a directory not, and no key is made."""
     path = node.carried / "bundle.json"
