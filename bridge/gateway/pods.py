@@ -70,9 +70,14 @@ class PodJudge:
         """Seconds until the rates of pod, node and namespace give the job its turn; None: too many wait already."""
         request, now = _request(job.one), time.monotonic()
         names = (f"{request.node}\n{request.pod_uid}", request.username, request.namespace)
+        longest = 0.0
         with self._mutex:
-            waits = [rate.reserve(name, now) for rate, name in zip(self._rates, names, strict=True)]
-        return None if None in waits else max(wait for wait in waits if wait is not None)
+            for rate, name in zip(self._rates, names, strict=True):
+                wait = rate.reserve(name, now)
+                if wait is None:  # what a pod asks for in vain takes nothing of its node's and its namespace's rate
+                    return None
+                longest = max(longest, wait)
+        return longest
 
     def look(self, one: AnyObject) -> Look:
         """What a request says of itself; a kubelet may have several at a time, none of which supersedes another."""
@@ -214,7 +219,7 @@ class PodWriter(Writer):
         request, context, now = _request(job.one), self._context, rfc3339(self._context.now())
         text = _OF_THE_CA.get(outcome, reason)
         with self._mutex:
-            if job.last_event == text or self._events.reserve("events", time.monotonic()) != 0:
+            if job.last_event == text or self._events.take("events", time.monotonic()) > 0:
                 return
             job.last_event = text
         pod = {"apiVersion": "v1", "kind": "Pod", "namespace": request.namespace}

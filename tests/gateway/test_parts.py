@@ -8,9 +8,11 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,9 @@ from bridge.errors import BridgeError
 from bridge.gateway import nodes, queue
 from bridge.gateway.context import PendingAtCa, PendingRequests
 from bridge.gateway.pages import Metrics, serving
-from bridge.gateway.queue import Look, Queue
+from bridge.gateway.pod_policy import PodRequest
+from bridge.gateway.pods import PodJudge, PodWriter
+from bridge.gateway.queue import Job, Look, Queue
 from bridge.gateway.watch import (
     ALLOWS,
     APPROVED,
@@ -34,12 +38,14 @@ from bridge.gateway.watch import (
     PENDING_AT_CA,
     WAITS,
     NotAnObjectError,
+    PodObject,
     SigningRequest,
     Watch,
     kinds,
     parse,
 )
 from bridge.gateway.write import with_certificate, with_condition
+from bridge.settings.tables import GatewaySettings
 from bridge.state.store import Store
 from bridge.system.waiting import Rate, wait_until
 
@@ -311,6 +317,51 @@ def test_names_of_others_choice_fill_no_memory() -> None:
         rate.reserve(f"user-{number}", 0.0)
     assert rate.reserve("user-19999", 0.0) != 0
     assert rate.reserve("user-0", 0.0) == 0
+
+
+def pod_job(uid: str = "r1", **request: str) -> Job:
+    """A request of a pod, as a worker takes it from the queue."""
+    asked = PodRequest(
+        signer="corp.example/spiffe", namespace="shop", pod="web", pod_uid="p1", service_account="web",
+        service_account_uid="s", node="w1", node_uid="n", seconds=86400, annotations=(), pem=b"",
+    )  # fmt: skip
+    found = PodObject(
+        name=uid, uid=uid, version="1", created=NOW, conditions=(), certificate="", is_deleted=False, size=1000,
+        request=replace(asked, **request),
+    )  # fmt: skip
+    return Job(one=found, look=Look(), arrived=0.0)
+
+
+def context_of(answer: Callable[[], Reply]) -> Any:
+    """Settings as they are without a file, and an API server that answers like this."""
+    api = SimpleNamespace(ask=lambda *_, **__: answer())
+    return SimpleNamespace(settings=SimpleNamespace(gateway=GatewaySettings()), api=api, now=lambda: NOW)
+
+
+def test_what_a_pod_asks_for_in_vain_takes_nothing_of_its_namespaces_rate() -> None:
+    """Thousands of requests for one pod, of a stolen node, keep no pod of another node of the namespace waiting."""
+    judge = PodJudge(context_of(lambda: Reply(status=500, body=b"")))
+    turns = [judge.turn(pod_job()) for _ in range(7000)]
+    assert turns.count(0) == GatewaySettings().node_rate
+    assert turns.count(None) > 6900
+    assert judge.turn(pod_job(pod_uid="p2", node="w2")) == 0
+
+
+def test_more_pods_that_wait_than_events_take_none_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While twice as many have something to say as may, as many as may are told; each of few is."""
+    clock, sent = [0.0], list[float]()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def answer() -> Reply:
+        sent.append(clock[0])
+        return Reply(status=201, body=b"")
+
+    writer = PodWriter(context_of(answer))
+    for number in range(4 * 240):
+        clock[0] = number / 4
+        writer.tell(pod_job(f"r{number}"), "left", "the policy has no table for this signer")
+    minutes = [sum(begin <= one < begin + 60 for one in sent) for begin in (0, 60, 120, 180)]
+    assert minutes == [pytest.approx(wanted, abs=2) for wanted in (240, 120, 120, 120)]
 
 
 # --- objects ----------------------------------------------------------------------------------------------------------
