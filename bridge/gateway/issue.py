@@ -13,7 +13,7 @@ from uuid import UUID
 
 from bridge.ca.ca import UntrustedAnswerError
 from bridge.cluster.api import NoAnswerError
-from bridge.contract import Continuity, Issued, Pending, SignRequest
+from bridge.contract import Continuity, Issued, Names, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, VerificationError
 from bridge.gateway.authorities import AuthorityOfSigners
 from bridge.gateway.context import MOST_PENDING_AT_CA, Context, GoneError, LeftError, PendingAtCa, after_refusal, extra
@@ -155,7 +155,7 @@ class Issuing:
             return
         authority = context.authorities[verdict.spec.authority.name]
         if job.verified is None:
-            job.verified, job.signed_for = self._signed(job, verdict, authority, at_ca), verdict.csr.pem
+            job.verified, job.signed_for = self._signed(job, verdict, authority, at_ca), _content(verdict)
         found = job.verified
         for _ in writer.turns(job):
             verdict = self._allowed(job, at_write=True)
@@ -193,8 +193,8 @@ class Issuing:
         trouble = ""
         if found.leaf.not_valid_after_utc - self._context.now() < timedelta():
             trouble = "the certificate has ended before it could be written"
-        elif job.signed_for != verdict.csr.pem:
-            trouble = "the object has another CSR by now"
+        elif job.signed_for != _content(verdict):
+            trouble = "the policy gives another certificate than when it was signed"
         if trouble:
             job.verified = None
             raise LeftError("left", trouble, 1.0)
@@ -263,7 +263,7 @@ class Issuing:
         return SignRequest(
             spec=verdict.spec,
             csr_pem=verdict.csr.pem,
-            names=verdict.names if isinstance(verdict, AllowedPod) else None,
+            names=_names(verdict),
             validity=timedelta(seconds=int(validity.total_seconds())),
             continuity=Continuity(
                 batch=_batch(one.uid),
@@ -346,6 +346,15 @@ class Issuing:
         self._writer_of(job.one).failed_unanswered(job)
         context.drop_pending(job.one.uid)
         raise GoneError(why)
+
+
+def _names(verdict: Allowed) -> Names | None:
+    return verdict.names if isinstance(verdict, AllowedPod) else None
+
+
+def _content(verdict: Allowed) -> tuple[object, ...]:
+    """All that a verdict lets a certificate say, except when it begins and ends."""
+    return verdict.csr.pem, verdict.spec, verdict.longest, _names(verdict)
 
 
 def _batch(uid: str) -> str:

@@ -50,7 +50,7 @@ class Job:
     said: str = ""  #: The last reason why it was left, which is logged once.
     last_event: str = ""  #: The last reason in an event for the object's owner.
     verified: Verified | None = None  #: The CA's answer, not written yet.
-    signed_for: bytes = b""  #: The CSR that `verified` is the answer to.
+    signed_for: tuple[object, ...] = ()  #: What the policy gave when `verified` was signed.
     was_asked: bool = False  #: The CA was asked, and its answer did not come.
     was_recalled: bool = False  #: Since then it was looked for, and was not there.
     removed: bool = False
@@ -181,7 +181,10 @@ class Queue:
         with self._changed:
             self._later.pop(uid, None)
             self._remove(uid)
-            return uid in self._working
+            job = self._working.get(uid)
+            if job is not None:
+                job.removed = True
+            return job is not None
 
     def _remove(self, uid: str) -> None:
         job = self._pop(uid)
@@ -256,7 +259,7 @@ class Queue:
             self.put(later, lambda _: job.look)
 
     def delay(self, job: Job, seconds: float) -> None:
-        """Put a job back: it is looked at again after these seconds, or when its object changes."""
+        """Put a job back, unless it was removed meanwhile: it is looked at again after these seconds, or when its object changes."""
         with self._changed:
             del self._working[job.one.uid]
             later = self._later.pop(job.one.uid, None)
@@ -265,8 +268,9 @@ class Queue:
             has_changed = later is not None and later.version != job.one.version
             if has_changed and later is not None:
                 job.one = later
-            if self._closed:
+            if self._closed or (job.removed and later is None):
                 return
+            job.removed = False
             self._add(job)
             if has_changed:
                 self._line_up(job)
@@ -285,7 +289,7 @@ class Queue:
     def forget(self) -> None:
         """Another replica works from here on."""
         with self._changed:
-            for job in self._jobs.values():
+            for job in (*self._jobs.values(), *self._working.values()):
                 job.removed = True
             self._reset()
 

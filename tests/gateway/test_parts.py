@@ -159,6 +159,30 @@ def test_what_changes_while_it_is_worked_at_is_looked_at_again() -> None:
     assert line.counts() == (0, 0)
 
 
+def test_what_is_removed_while_it_is_worked_at_does_not_come_back() -> None:
+    """A deleted object, and each one once another replica works, would be looked at for ever; one that comes anew is kept."""
+    line = Queue()
+
+    def taken() -> Job:
+        line.put(one(), no_node)
+        job = line.take(0)
+        assert job is not None
+        return job
+
+    for end in (lambda: line.remove("u1"), line.forget):
+        job = taken()
+        end()
+        line.delay(job, 0)
+        assert line.counts() == (0, 0)
+    job = taken()
+    line.forget()
+    line.put(one(), no_node)  # by the watch, once this replica works again
+    line.delay(job, 0)
+    assert line.take(2) is job
+    line.delay(job, 0)
+    assert line.take(2) is job
+
+
 def test_what_is_delayed_comes_back_in_time_or_when_it_changes() -> None:
     """A delayed request comes back at its time or when it changes, and not before; `wake` brings all of them back."""
     line = Queue()
@@ -319,7 +343,7 @@ def test_names_of_others_choice_fill_no_memory() -> None:
     assert rate.reserve("user-0", 0.0) == 0
 
 
-def pod_job(uid: str = "r1", **request: str) -> Job:
+def pod_job(uid: str = "r1", **request: Any) -> Job:
     """A request of a pod, as a worker takes it from the queue."""
     asked = PodRequest(
         signer="corp.example/spiffe", namespace="shop", pod="web", pod_uid="p1", service_account="web",

@@ -408,6 +408,30 @@ def test_what_changes_while_the_ca_signs(cluster: ClusterApi, bao: OpenBao, ca: 
             assert outcome(pod.read(name)) == ""
 
 
+def test_a_name_that_the_policy_takes_back_before_the_write(cluster: ClusterApi, ca: Signer, tmp_path: Path) -> None:
+    """While the API server takes no answer, a DNS name is taken out: it is in no certificate; what stays as it was is signed once."""
+    with api_proxy.between(cluster, gateways.USER) as proxy:
+        place = pods.with_openssl(pods.place(cluster, tmp_path), ca)
+        place.gateway["kubeconfig"] = str(proxy.kubeconfig(cluster, gateways.USER))
+        proxy.before = lambda method, path: (503, b"{}") if (method, path[-7:]) == ("PATCH", "/status") else None
+        web, till = make_pod(cluster), make_pod(cluster, "bank", "till")
+        with gateways.running(place) as gateway:
+            asked = {pod.name: (pod, pod.ask()) for pod in (web, till)}
+            gateway.until(lambda: issued(gateway) == sorted(asked))
+            place.write_policy(place.policy.replace('"web.{namespace}.svc", ', ""))
+            gateway.until(lambda: "policy.toml again" in gateway.text())
+            proxy.before = lambda *_: None
+            found = {name: pods.chain(until(gateway, pod, request))[0] for name, (pod, request) in asked.items()}
+            assert issued(gateway) == sorted([web.name, web.name, till.name])
+    account = f"UniformResourceIdentifier:spiffe://{pods.TRUST_DOMAIN}/ns/shop/sa/web"
+    assert set(pods.names(found[web.name])) == {account, f"DNSName:{web.name}.web.shop.svc"}
+
+
+def issued(gateway: Gateway) -> list[str]:
+    """The pods for which the CA has signed, by the record."""
+    return sorted(line["pod"] for line in gateway.audit() if line["event"] == "issued")
+
+
 def is_logged(gateway: Gateway, uid: str, found: str) -> bool:
     """Whether the log has this outcome of an object."""
     return any(line.get("request") == uid and line.get("outcome") == found for line in gateway.lines())
