@@ -372,7 +372,7 @@ def test_what_a_pod_asks_for_in_vain_takes_nothing_of_its_namespaces_rate() -> N
 
 
 def test_more_pods_that_wait_than_events_take_none_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While twice as many have something to say as may, as many as may are told; each of few is."""
+    """Twice as many requests wait as there may be events a minute: each minute has its full number of events."""
     clock, sent = [0.0], list[float]()
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
