@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from bridge.pki.budget import MOST_BYTES
 from bridge.pki.bundle import CARRIED, AnswerBundle, BundleError, IncompleteBundleError, RequestBundle
 from bridge.pki.bundle_format import answer_suffix, digest, dumps, file_names, loads, loads_request
 from bridge.pki.certificates import load_pem_certificates
-from bridge.pki.expiry import is_due
+from bridge.pki.expiry import is_due, minute
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.specs import AUTHORITIES
@@ -301,16 +302,16 @@ class Session:
         source, out = self._options.source, self._options.out
         if not source.is_dir():
             beside = source.with_name(f"{source.stem}{answer_suffix(self._settings.authorities)}")
-            assert_free(out or beside, AnswerBundle)
-            bundle = self._one_bundle(source, out or beside)
+            target = out or beside
+            assert_writable(target.parent)
+            assert_free(target, AnswerBundle)
+            bundle = self._one_bundle(source, target)
             return Work(jobs=lambda _: iter([bundle]), total=1)
         if self._options.node or self._options.cluster or (out is None and csr_directory.find(source)):
             csrs = self._csrs(desk)
             return Work(jobs=lambda _: iter([csrs]), total=1)
         if out is None or out.resolve() == source.resolve():
             raise BridgeError(f"{source}: wanted another directory for the answers", hint="name it with -o")
-        if not out.is_dir():
-            raise BridgeError(f"{out}: wanted a directory for the answers, found none")
         for directory in (source, out):
             _assert_mounted(directory)
         assert_writable(out)
@@ -375,7 +376,8 @@ class Session:
             bundle = ahead.read.bundle if ahead is not None else loads(file.data)
         except IncompleteBundleError as e:
             if self._now().timestamp() - file.status.st_mtime > STALE.total_seconds():
-                raise BridgeError(f"not whole since {STALE}: {e}", hint=e.hint) from None
+                written = minute(datetime.fromtimestamp(file.status.st_mtime, UTC))
+                raise BridgeError(f"not whole since {written}: {e}", hint=e.hint) from None
             log.info("%s: left alone, as it is still being copied", one_line(file.path))
             return None
         if isinstance(bundle, AnswerBundle):
@@ -445,6 +447,11 @@ def _assert_mounted(directory: Path) -> None:
 
 def assert_writable(outbox: Path) -> None:
     """Before anything is signed that could not be answered."""
+    if not outbox.is_dir():
+        hint = "make or mount it, or name another place with -o"
+        raise BridgeError(f"{outbox}: wanted a directory for the answers, found none", hint=hint)
+    if os.statvfs(outbox).f_flag & os.ST_RDONLY:
+        raise BridgeError(f"{outbox}: wanted to write answers there, found: {os.strerror(errno.EROFS)}")
     if not os.access(outbox, os.W_OK | os.X_OK, effective_ids=True):
         text = f"{outbox}: wanted to write answers there, found a directory of user {outbox.stat().st_uid}"
         raise BridgeError(text, hint=f"as root: chown {os.geteuid()} {outbox}")

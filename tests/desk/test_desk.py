@@ -136,6 +136,21 @@ def test_the_answer_is_beside_the_bundle_unless_an_option_says_otherwise(
     assert len(loads_answer((tmp_path / "b.answer.json").read_bytes()).answers) == 1
 
 
+def test_nothing_is_signed_for_an_answer_that_has_no_directory(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
+    """A stick that is not there ends the run before the CA is asked; with the directory it is signed."""
+    (tmp_path / "b.json").write_bytes(dumps(make_bundle(some(pairs, "apiserver"))))
+    words = ("sign", tmp_path / "b.json", "-o", tmp_path / "stick" / "a.json")
+
+    run = desk_.run(*words)
+
+    assert run.returncode == Exit.FAILED
+    assert f"{tmp_path}/stick: wanted a directory for the answers, found none" in run.stderr
+    assert "hint: " in run.stderr
+    assert desk_.issued() == []
+    (tmp_path / "stick").mkdir()
+    assert desk_.run(*words).returncode == 0
+
+
 @pytest.mark.first_use("23")
 def test_what_was_signed_and_delivered_is_not_signed_again(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
     """The same bundle to the same place twice: the same certificates."""
@@ -284,7 +299,8 @@ def test_a_half_copied_bundle_is_left_alone_until_it_is_whole(desk_: Desk, pairs
     os.utime(path, (time.time() - 3600, time.time() - 3600))
     stale = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
     assert stale.returncode == Exit.FAILED
-    assert "not whole since" in stale.stderr
+    written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    assert f"not whole since {written:%Y-%m-%d %H:%M} UTC" in stale.stderr
     path.write_bytes(dumps(half))
     assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == 0
     assert {answer.batch for answer in answers_of(desk_)} == {whole.batch, half.batch}

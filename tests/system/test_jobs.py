@@ -19,9 +19,10 @@ from bridge.diagnosis import machine
 from bridge.errors import BridgeError
 from bridge.settings.load import parse
 from bridge.system import jobs
-from bridge.system.console import hint_of
+from bridge.system.console import READ_ONLY_HINT, hint_of
 from bridge.system.jobs import Places
 from tests.kit.pki import Pki, handmade_pki
+from tests.kit.small_disk import needs_root, tmpfs
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(sys.executable).with_name("ca-bridge")
@@ -279,6 +280,17 @@ def test_a_desk_that_cannot_answer_signs_nothing(tmp_path: Path) -> None:
         assert hint_of(e.value) == f"as root: chown {nobody} {tmp_path}"
     finally:
         os.seteuid(0)
+
+
+@needs_root
+def test_a_desk_signs_nothing_for_a_stick_that_is_read_only(tmp_path: Path) -> None:
+    """Root is not sent to change the owner to root, which would not help."""
+    with tmpfs(tmp_path / "stick") as stick:
+        files.assert_writable(stick)
+        subprocess.run(["mount", "-o", "remount,ro", stick], check=True)
+        with pytest.raises(BridgeError, match="wanted to write answers there, found: Read-only file system") as e:
+            files.assert_writable(stick)
+        assert hint_of(e.value) == READ_ONLY_HINT
 
 
 @pytest.mark.first_use("27")
