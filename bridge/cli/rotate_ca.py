@@ -14,7 +14,7 @@ from bridge import monitoring
 from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_table, say_verdict
 from bridge.cli.results import print_errors, print_restart, say_waiting, warn_of_waiting
-from bridge.errors import BridgeError, Exit
+from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.node.inventory import Node
 from bridge.pki.certificates import fingerprint, name_text
@@ -198,13 +198,11 @@ def _json(one: Replaced, lagging: Sequence[Held]) -> dict[str, Any]:
 def plan(common: Common, ca: CaOption = None) -> int:
     """Show what each phase changes and restarts on this node, what it costs, and whether the new CAs can work."""
     settings, now = common.settings(), utc_now()
+    places.assert_has_next(settings)
     node = inventory.of(settings.node)
     found = places.look(settings, node, ca or [])
     if not found:
-        raise BridgeError(
-            "wanted an authority with a next CA, found none in the settings",
-            hint='[authority.ca.next] with anchor = "FILE" names it; `ca-bridge help replace-the-ca` has the rest',
-        )
+        say_sentence(_NONE_HERE)
     trouble = 0
     for one in found.values():
         say_sentence(
@@ -388,7 +386,11 @@ def _say_done(done: Done, settings: Settings) -> None:
     if done.result.proven is not None:
         say(f"proven: {done.result.proven} checks hold")
     if done.exit_code == Exit.DONE:
-        say_sentence(f"next: {_next(done.steps)}")
+        say_sentence(f"next: {_next(done.steps)}" if done.steps else _NONE_HERE)
+
+
+#: A worker has `ca` alone, an etcd host `etcd-ca`.
+_NONE_HERE = "nothing to do on this node, which has none of the CAs that are being replaced"
 
 
 def _next(done: Sequence[Step]) -> str:

@@ -44,6 +44,7 @@ from bridge.system.waiting import wait_until
 from bridge.words import some
 
 if TYPE_CHECKING:
+    from bridge.rotation.places import Replaced
     from bridge.rotation.steps import Step
 
 _AT_ONCE = 8
@@ -136,11 +137,14 @@ class Gate:
                  if step.target in (Phase.OLD, Phase.NEW) and step.ca.change.kind is Kind.NEW_KEY}  # fmt: skip
         left = {name: step.ca.change.signer(step.target) for name, step in alone.items()}
         kinds = [kind for kind, name in _SERVED_BY.items() if name in left]
+        # a handshake shows us the leaf alone
+        between = {name: _intermediates(step.ca) for name, step in alone.items()}
 
         def judge(spot: Spot) -> str:
-            parts, ca = urlsplit(spot.server.url), left[_SERVED_BY[spot.kind]]
-            served = ANONYMOUS.served(Address(parts.hostname or "", parts.port or 0))
-            return "" if identity.leads_to((served,), (ca,)) else f"it has a certificate of another CA than {text(ca)}"
+            parts, name = urlsplit(spot.server.url), _SERVED_BY[spot.kind]
+            served, ca = ANONYMOUS.served(Address(parts.hostname or "", parts.port or 0)), left[name]
+            is_of_it = identity.leads_to((served, *between[name]), (ca,))
+            return "" if is_of_it else f"it has a certificate of another CA than {text(ca)}"
 
         self._assert_all(run, node, kinds, judge)
         if not node.is_worker and not node.is_etcd_host:
@@ -197,6 +201,11 @@ class Gate:
             found = [f"{spot}: {why}" for spot, why in zip(spots, pool.map(judged, spots), strict=True) if why]
         if found:
             raise NotReadyEverywhereError("; ".join(found))
+
+
+def _intermediates(ca: Replaced) -> list[x509.Certificate]:
+    """The intermediates of this node's certificates, which those of other nodes have, too."""
+    return [above for item in ca.items for above in item.certificates[1:] if above != ca.change.cross]
 
 
 def has_asked(run: Run, authority: str) -> bool:
@@ -364,6 +373,9 @@ def _cluster(run: Run, node: Node) -> Iterator[Api]:
 
 
 def _members(node: Node) -> Iterator[Spot]:
+    if not node.local_etcd and Component.APISERVER in node.manifests:  # its etcd is on other hosts
+        for url in endpoints.urls(node.manifests[Component.APISERVER].flags, "--etcd-servers"):
+            yield Spot(urlsplit(url).hostname or url, "etcd", Server(url))
     if not node.local_etcd or Component.ETCD not in node.manifests:
         return
     own = Server(endpoints.etcd_url(node.manifests[Component.ETCD].flags))

@@ -32,7 +32,7 @@ LONG = timedelta(days=90)
 
 
 class UnreadableCaError(BridgeError):
-    """A file that holds a CA can't be read."""
+    """A file that holds a CA, or a certificate of one, can't be read."""
 
     exit_code = Exit.FAILED
     hint = "put a good copy of it back, then run again; nothing was replaced"
@@ -100,6 +100,15 @@ def with_ca(path: Path, data: bytes, bundle: Bundle) -> bytes:
         return kubeconfig.with_ca(data, pem(*bundle))
     except KubeconfigError as e:
         raise e.of(path) from None
+
+
+def assert_has_next(settings: Settings) -> None:
+    """Make sure that there is something to do on some node (BridgeError)."""
+    if not any(ours.next for ours in settings.authorities.values()):
+        raise BridgeError(
+            "wanted an authority with a next CA, found none in the settings",
+            hint='[authority.ca.next] with anchor = "FILE" names it; `ca-bridge help replace-the-ca` has the rest',
+        )
 
 
 def look(settings: Settings, node: Node, names: Sequence[str]) -> dict[str, Replaced]:

@@ -101,6 +101,7 @@ def run(
     settings: Settings, verb: Verb, names: Sequence[str], now: Callable[[], datetime], progress: Progress, gate: Gate
 ) -> Done:
     """Bring this node's CAs (all that have a next one, if none is named) to a verb's phase; an error: nothing was replaced."""
+    places.assert_has_next(settings)
     with begun(settings, now, progress, gate.wait) as (ours, found):
         transaction = Transaction(ours, RunOptions())
         node = transaction.settle_earlier(found)
@@ -110,8 +111,9 @@ def run(
             straight_to_the_new_ca(one) if gate.emergency else planned(verb, one, back.get(one.name))
             for one in cas.values()
         )
-        assert_possible(steps, cas, settings, ours.now(), emergency=gate.emergency)
         if verb is not Verb.BACK:
+            assert_possible(steps, cas, settings, ours.now(), emergency=gate.emergency)
+            assert_readable(steps, node, gate)
             assert_signs_itself(settings, steps, progress)
             assert_keys_can_leave(steps, node, settings, gate)
         to_do = [step for step in steps if not step.is_there]
@@ -213,6 +215,11 @@ def planned(verb: Verb, one: Replaced, going_back: Phase | None) -> Step:
     if now.phase is None:
         raise _of_no_phase(one)
     if verb is Verb.BACK:
+        if one.change.old == one.change.new:
+            raise NoWayBackError(
+                f"{one.name}: wanted the CA before {text(one.change.new)}, found it in no backup",
+                hint=f"append its certificate to {one.state.path}, then this command again; nothing was replaced",
+            )
         before = now.phase if now.next is not None else one.change.before(now.phase) or now.phase
         target = going_back or before
         return Step(ca=one, target=target, is_there=now.next is None and now.phase is target)
@@ -261,12 +268,24 @@ VERBS = {Phase.TRUSTED: "trust", Phase.ISSUED: "issue", Phase.NEW: "drop"}
 def assert_possible(
     steps: Sequence[Step], cas: Mapping[str, Replaced], settings: Settings, now: datetime, *, emergency: bool = False
 ) -> None:
-    """Refuse a new CA that can't work (NewCaError)."""
+    """Refuse a new CA that can't work (NewCaError); its cross certificate is for new leaves, which the last phase makes none of."""
     for step in steps:
         one = step.ca
+        if step.target is Phase.NEW and not emergency:
+            one = dataclasses.replace(one, change=dataclasses.replace(one.change, cross=None))
         found = list(violations(one, cas, settings, now, emergency=emergency))
         if found:
             raise NewCaError(f"{one.name}: {text(one.change.new)} can't take its place: {'; '.join(map(str, found))}")
+
+
+def assert_readable(steps: Sequence[Step], node: Node, gate: Gate) -> None:
+    """Refuse a leaf that may be the old CA's, and can't be read (UnreadableCaError): no phase would replace it."""
+    names = {step.ca.name for step in steps if _leaves(step) and not step.is_there and not gate.emergency}
+    lost = [
+        i for i in node.items if i.spec.authority.name in names and i.state in ("broken", "unreadable") and not i.pair
+    ]
+    if lost:
+        raise places.UnreadableCaError("; ".join(f"{item.spec.name}: {item.trouble}" for item in lost))
 
 
 def assert_signs_itself(settings: Settings, steps: Sequence[Step], progress: Progress) -> None:
@@ -602,5 +621,6 @@ def _backup_of(run: Run, steps: Sequence[Step]) -> Backup:
     found = ", ".join(wanted)
     raise NoWayBackError(
         f"{found}: wanted a backup of the phase “{steps[0].target.value}” with the old CA's certificates, found none; "
-        "`drop --emergency` makes none, since it passes no phase on its way"
+        "`drop --emergency` makes none, since it passes no phase on its way",
+        hint=f"{NoWayBackError.hint}; CAs that were issued one by one go back so: --ca {next(iter(wanted))}",
     )

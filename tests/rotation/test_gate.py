@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -14,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from bridge.cli.options import utc_now
 from bridge.cluster.access import Client
 from bridge.contract import SignRequest
 from bridge.node import inventory
@@ -21,14 +25,16 @@ from bridge.node.endpoints import Server
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.pki.csr import generate_key, key_pem
 from bridge.rotation import Change, Phase, places
-from bridge.rotation.gate import NotReadyEverywhereError, Spot, assert_said, late_words, refusal, words_of
+from bridge.rotation.gate import Gate, NotReadyEverywhereError, Spot, assert_said, late_words, refusal, words_of
 from bridge.rotation.objects import LATELY, NOTHING, Word
 from bridge.rotation.steps import Verb
+from bridge.settings.tables import Settings
 from bridge.specs import CA, FRONT_PROXY_CA, USER
+from bridge.state.store import Store
 from bridge.system.files import write_atomically
 from bridge.system.http import HttpsError
 from bridge.system.waiting import wait_until
-from tests.kit import cluster_api, kube_api, next_cas, programs
+from tests.kit import cluster_api, kube_api, next_cas, opensslca, programs
 from tests.kit.issuing import NOW, Signer
 from tests.kit.kube_api import user_name
 from tests.kit.loopback import free_port
@@ -114,6 +120,71 @@ def test_a_worker_says_nothing_of_the_front_proxys_ca() -> None:
     nodes: list[dict[str, Any]] = [{"metadata": {"name": "cp1", "labels": labels}}, {"metadata": {"name": "w1"}}]
     assert words_of(nodes, FRONT_PROXY_CA.name, [OLD], NOW) == {"cp1": NOTHING}
     assert words_of(nodes, CA.name, [OLD], NOW) == {"cp1": NOTHING, "w1": NOTHING}
+
+
+# --- servers that are shown ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_process_here")
+def test_a_control_plane_looks_at_the_etcd_that_is_elsewhere(
+    pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it trusts the new CA alone, each server of `--etcd-servers` has the new CA's certificate; others have no say."""
+    corp = tmp_path / "corp"
+    corp.mkdir()
+    for source, base in (
+        ("apiserver-etcd-client.crt", "c.crt"),
+        ("apiserver-etcd-client.key", "c.key"),
+        ("etcd/ca.crt", "ca.crt"),
+    ):
+        shutil.copy(pki.pki_dir / source, corp / base)
+    shown = {"etcd-1": load_pem_certificates((pki.pki_dir / "etcd/server.crt").read_bytes())[0]}
+    shutil.rmtree(pki.pki_dir / "etcd")
+    manifest = pki.kubeconfig_dir / "manifests/kube-apiserver.yaml"
+    manifest.parent.mkdir(exist_ok=True)
+    flags = [f"--etcd-cafile={corp}/ca.crt", f"--etcd-certfile={corp}/c.crt", f"--etcd-keyfile={corp}/c.key"]
+    command = json.dumps(["kube-apiserver", "--etcd-servers=https://etcd-1:2379", *flags])
+    manifest.write_text(
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: kube-apiserver}\n"
+        f"spec: {{containers: [{{name: a, image: 'a:v1.37.2', command: {command}}}]}}\n"
+    )
+    settings = with_next(pki, tmp_path)
+    monkeypatch.setattr("bridge.rotation.gate._nodes", lambda *_: iter(()))
+    monkeypatch.setattr(Client, "served", lambda _, place: shown[place.host])
+    for verb in (Verb.TRUST, Verb.ISSUE):
+        assert run(settings, verb, ["etcd-ca"]).exit_code == 0
+        Store(settings.node.state_dir).unproven.unlink(missing_ok=True)  # an operator restarts here
+    with pytest.raises(
+        NotReadyEverywhereError, match=r"etcd of etcd-1 \(https://etcd-1:2379\): it has a certificate of another CA"
+    ):
+        run(settings, Verb.DROP, ["etcd-ca"], Gate())
+    shown["etcd-1"] = load_pem_certificates((corp / "c.crt").read_bytes())[0]
+    assert run(settings, Verb.DROP, ["etcd-ca"], Gate()).exit_code == 0
+
+
+@pytest.mark.usefixtures("no_process_here")
+def test_a_server_whose_certificate_an_intermediate_signed_is_of_the_ca_above_it(
+    settings: Settings, pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handshake shows us the leaf alone; the intermediate is behind this node's own. One of another CA is still refused."""
+    begin, end = utc_now() - timedelta(days=1), utc_now() + timedelta(days=5000)
+    above = Signer.make("corp root", key_id=True, begin=begin, end=end)
+    below = Signer.make("corp issuing", parent=above, key_id=True, begin=begin, end=end)
+    place = opensslca.make_ca_directory(tmp_path / "below", pem(below.certificate), key_pem(below.key))
+    (tmp_path / "above.crt").write_bytes(pem(above.certificate))
+    table = {**settings.authorities["etcd-ca"].next, "anchor": str(tmp_path / "above.crt"), "dir": str(place)}
+    ours = dataclasses.replace(settings.authorities["etcd-ca"], next={**table, "above": "allowed"})
+    settings = dataclasses.replace(settings, authorities={**settings.authorities, "etcd-ca": ours})
+    server = pki.pki_dir / "etcd/server.crt"
+    shown = load_pem_certificates(server.read_bytes())[:1]
+    for verb in (Verb.TRUST, Verb.ISSUE):
+        assert run(settings, verb, ["etcd-ca"]).exit_code == 0
+    monkeypatch.setattr("bridge.rotation.gate.spots_of", lambda *_: [Spot("cp-2", "etcd", Server("https://cp-2:2379"))])
+    monkeypatch.setattr(Client, "served", lambda *_: shown[0])
+    with pytest.raises(NotReadyEverywhereError, match="it has a certificate of another CA"):
+        run(settings, Verb.DROP, ["etcd-ca"], Gate())
+    shown[:] = load_pem_certificates(server.read_bytes())[:1]
+    assert run(settings, Verb.DROP, ["etcd-ca"], Gate()).exit_code == 0
 
 
 # --- a real etcd ------------------------------------------------------------------------------------------------------

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -20,12 +22,13 @@ from cryptography.hazmat.primitives import hashes
 
 from bridge import monitoring
 from bridge.cli import renew as cli_renew
+from bridge.cli import rotate_ca
 from bridge.cli.options import Output, utc_now
 from bridge.control_plane.probes import ProofState
 from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.diagnosis import Finding
 from bridge.diagnosis.examination import examine
-from bridge.errors import Exit, SettingsError
+from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.node import inventory, kubeconfig
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
@@ -47,7 +50,7 @@ from tests.kit.issuing import Signer
 from tests.kit.pairs import assert_pairs
 from tests.kit.pki import Pki, finalize, handmade_pki, kubeadm_pki
 from tests.kit.renewing import Quiet, settings_for
-from tests.kit.rotating import BACK, FORWARD, as_worker, contents, phases, reach, run, with_next
+from tests.kit.rotating import BACK, FORWARD, Open, as_worker, contents, phases, reach, run, with_next
 from tests.kit.serving import add_door, running
 from tests.kit.static_pod import attempt
 from tests.kit.tripwire import kill
@@ -225,6 +228,102 @@ def test_a_new_ca_that_can_not_work_is_refused_before_anything_moves(settings: S
     anchors["etcd-ca"].write_bytes(good)
     assert contents(pki) == before
     assert run(settings, Verb.TRUST).exit_code == 0
+
+
+def test_a_verb_without_a_next_ca_has_not_done_its_work(
+    pki: Pki, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table was forgotten on this node; a worker that has none of the CAs with a next one has no work."""
+    with pytest.raises(BridgeError, match="wanted an authority with a next CA, found none in the settings"):
+        run(settings_for(pki, tmp_path), Verb.TRUST)
+    settings = with_next(pki, tmp_path / "next")
+    as_worker(settings, pki)
+    done = run(settings, Verb.TRUST, ["etcd-ca"])
+    assert done.exit_code == 0
+    rotate_ca._say_done(done, settings)
+    assert capsys.readouterr().out.startswith("nothing to do on this node")
+
+
+@pytest.mark.parametrize(("verb", "is_done"), [(Verb.BACK, True), (Verb.TRUST, False)])
+def test_a_new_ca_that_has_ended_holds_up_no_way_back(settings: Settings, verb: Verb, is_done: bool) -> None:
+    """The node trusts the old CA alone again; each other verb refuses the new one."""
+    reach(settings, Verb.TRUST)
+    new = places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change.new
+
+    def after() -> datetime:
+        return new.not_valid_after_utc + timedelta(minutes=1)
+
+    with contextlib.nullcontext() if is_done else pytest.raises(steps.NewCaError, match="notAfter"):
+        assert steps.run(settings, verb, ["ca"], after, Quiet(), Open()).exit_code == 0
+    assert phases(settings)["ca"] == ("old" if is_done else "trusted")
+
+
+def test_a_cross_certificate_that_has_ended_holds_up_no_drop(pki: Pki, tmp_path: Path) -> None:
+    """It ends with the old CA at the latest, which certifies no other one then; `issue` needs one that lasts."""
+    settings = with_next(pki, tmp_path, cross=True)
+    reach(settings, Verb.ISSUE)
+    cross = places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change.cross
+    assert cross is not None
+    end = cross.not_valid_after_utc
+
+    def after() -> datetime:
+        return end + timedelta(minutes=1)
+
+    with pytest.raises(steps.NewCaError, match="cross certificate's notAfter"):
+        steps.run(settings, Verb.ISSUE, ["ca"], after, Quiet(), Open())
+    assert steps.run(settings, Verb.DROP, ["ca"], after, Quiet(), Open()).exit_code == 0
+    assert phases(settings)["ca"] == "new"
+
+
+def test_a_back_to_a_ca_that_no_backup_has_changes_nothing_and_says_the_way(settings: Settings, pki: Pki) -> None:
+    """Old backups are deleted; with the old CA's certificate in the file again the same command goes on."""
+    old = (pki.pki_dir / "ca.crt").read_bytes()
+    reach(settings, Verb.DROP)
+    shutil.rmtree(settings.node.state_dir / "backups")
+    before = contents(pki)
+    with pytest.raises(steps.NoWayBackError, match=r"wanted the CA before .* found it in no backup") as refused:
+        run(settings, Verb.BACK, ["ca"])
+    assert contents(pki) == before
+    assert f"append its certificate to {pki.pki_dir}/ca.crt" in refused.value.hint
+    with (pki.pki_dir / "ca.crt").open("ab") as file:
+        file.write(old)
+    assert run(settings, Verb.BACK, ["ca"]).exit_code == 0
+    assert phases(settings)["ca"] == "issued"
+
+
+def test_cas_that_were_issued_one_by_one_go_back_one_by_one(settings: Settings) -> None:
+    """No backup has the certificates of all; the hint names the option."""
+    reach(settings, Verb.TRUST)
+    for name in ("ca", "etcd-ca"):
+        assert run(settings, Verb.ISSUE, [name]).exit_code == 0
+    with pytest.raises(steps.NoWayBackError) as refused:
+        run(settings, Verb.BACK, ["ca", "etcd-ca"])
+    assert "one by one go back so: --ca ca" in refused.value.hint
+    for name in ("ca", "etcd-ca"):
+        assert run(settings, Verb.BACK, [name]).exit_code == 0
+    assert set(phases(settings).values()) == {"trusted"}
+
+
+@pytest.mark.parametrize("name", ["apiserver", "front-proxy-client"])
+def test_a_certificate_that_can_not_be_read_is_not_taken_for_one_of_the_new_ca(
+    settings: Settings, pki: Pki, name: str
+) -> None:
+    """Its component goes on with what it has in memory; one that is not there at all holds up nothing."""
+    reach(settings, Verb.TRUST)
+    path = pki.pki_dir / f"{name}.crt"
+    good = path.read_bytes()
+    path.write_bytes(b"cut off")
+    before = contents(pki)
+    with pytest.raises(places.UnreadableCaError, match=f"{name}: wanted a certificate in {path}"):
+        run(settings, Verb.ISSUE)
+    assert contents(pki) == before
+    path.write_bytes(good)
+    assert run(settings, Verb.ISSUE).exit_code == 0
+    path.write_bytes(b"cut off")
+    with pytest.raises(places.UnreadableCaError, match=name):
+        run(settings, Verb.DROP)
+    path.unlink()
+    assert run(settings, Verb.DROP).exit_code == 0
 
 
 @pytest.mark.rotation("an anchor that signs for others")
