@@ -107,7 +107,7 @@ def judge(request: PodRequest, world: PodWorld) -> Verdict:
         return trouble
     names = rules.names(request.parts, _identity(request, rules))
     if names is None or any(is_never_a_pods(name) or name in world.inventory.taken_names for name in names.dns):
-        return Later("the policy gives this service account no names, or names of the API server or of a node")
+        return Later("the policy gives this pod no names, too long ones, or names of the API server or of a node")
     validity = _validity(request, rules, world)
     if validity < rules.least - rules.backdating:
         return Later(f"the CA's certificate ends at {world.ca_end:%Y-%m-%d %H:%M}, or allow.max_validity is too short")

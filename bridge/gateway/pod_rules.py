@@ -56,15 +56,20 @@ class Identity:
             if not getattr(self, key):
                 yield SettingsProblem(key, "at least one", "none")
         for text in self.dns:
-            if (name := _filled(text, _IN_NAME)) is None or not is_host_name(name) or is_never_a_pods(name):
+            name = _filled(text, _IN_NAME)
+            if name is None or not is_host_name(name) or is_never_a_pods(name) or _runs_together(text):
                 wanted = (
-                    "DNS names in small letters, of no API server, with {namespace}, {service_account}, {pod} in them"
+                    "DNS names in small letters, of no API server, with {namespace}, {service_account}, {pod} in them, "
+                    "with a dot between two of these"
                 )
                 yield SettingsProblem("dns", wanted, repr(text))
         if self.common_name:
             name = _filled(self.common_name, _IN_NAME)
-            if name is None or not _COMMON_NAME.fullmatch(name) or name.startswith(SYSTEM):
-                wanted = "letters, digits, hyphens and dots, with {namespace}, {service_account}, {pod} in them"
+            if name is None or not _is_common_name(name) or _runs_together(self.common_name):
+                wanted = (
+                    "letters, digits, hyphens and dots, with {namespace}, {service_account}, {pod} in them, "
+                    "with a dot between two of these"
+                )
                 yield SettingsProblem("common_name", wanted, repr(self.common_name))
         if not self.dns and not self.common_name:
             yield SettingsProblem("dns", "dns or common_name, or the table gives nothing", "neither")
@@ -79,6 +84,15 @@ def _filled(template: str, known: tuple[str, ...]) -> str | None:
     if any(name not in known or form or change for name, form, change in found):
         return None
     return template.format(**dict.fromkeys(known, "x"))
+
+
+def _runs_together(template: str) -> bool:
+    """Whether two placeholders are in one label: `a-b` of c, and a of `b-c`, would have one name."""
+    return any(label.count("{") > 1 for label in template.split("."))
+
+
+def _is_common_name(name: str) -> bool:
+    return _COMMON_NAME.fullmatch(name) is not None and not name.startswith(SYSTEM)
 
 
 def is_never_a_pods(name: str) -> bool:
@@ -149,14 +163,16 @@ class PodSignerRules:
             yield SettingsProblem("refresh", "20 to 80 per cent", str(self.refresh))
 
     def names(self, parts: Mapping[str, str], identity: Identity | None) -> Names | None:
-        """The names of a certificate for a pod with these parts; None: it would have none, or too long a SPIFFE ID."""
+        """The names of a certificate for a pod with these parts; None: it would have none, or one that is too long."""
         uri = f"spiffe://{self.trust_domain}{self.path.format(**parts)}" if self.trust_domain else ""
         found = Names(
             common_name=identity.common_name.format(**parts) if identity else "",
             uris=(uri,) if uri else (),
             dns=tuple(dict.fromkeys(text.format(**parts) for text in identity.dns)) if identity else (),
         )
-        return found if (found.uris or found.dns) and len(uri) <= _LONGEST_ID else None
+        is_named = found.uris or found.dns
+        fits = len(uri) <= _LONGEST_ID and all(map(is_host_name, found.dns))
+        return found if is_named and fits and (not found.common_name or _is_common_name(found.common_name)) else None
 
 
 def _is_path(path: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,12 +194,52 @@ def test_tables_that_are_refused(keys: str) -> None:
 
 @pytest.mark.parametrize(
     "dns",
-    ["kubernetes", "kubernetes.default.svc", "localhost", "*.shop.svc", "Web.svc", "{node}.svc", "{pod.x}", "a..b"],
+    [
+        *(
+            "kubernetes",
+            "kubernetes.default.svc",
+            "localhost",
+            "*.shop.svc",
+            "Web.svc",
+            "{node}.svc",
+            "{pod.x}",
+            "a..b",
+        ),
+        "{namespace}-{service_account}.svc",
+    ],
 )
 def test_dns_names_that_are_refused(dns: str) -> None:
-    """Names of the API server, wildcards, and templates with other placeholders are refused."""
+    """Names of the API server, wildcards, templates with other placeholders, or that give two pods one name, are refused."""
     with pytest.raises(SettingsError, match="dns"):
         policy.parse(pods.POLICY.replace('"web.{namespace}.svc"', f'"{dns}"'))
+
+
+def test_a_subject_that_two_accounts_could_have_is_refused() -> None:
+    """`a-b` of c, and a of `b-c`; with a dot in the hyphen's place no two namespaces have one name."""
+    for name in ("{namespace}-{service_account}", "x{pod}{namespace}"):
+        with pytest.raises(SettingsError, match="common_name"):
+            policy.parse(f'{pods.POLICY}common_name = "{name}"\n')
+    policy.parse(f'{pods.POLICY}common_name = "{{service_account}}.{{namespace}}"\n')
+
+
+def test_a_name_that_is_too_long_is_given_to_no_pod() -> None:
+    """Pods' and accounts' names have up to 253 characters, a label of DNS 63 and a CN 64: no CA is asked for a longer one."""
+    longest = {"{pod}.web.{namespace}.svc": 63, "{pod}." + "x." * 100 + "svc": 49}
+    templates = [(f'dns = ["{one}"]', most) for one, most in longest.items()]
+    for line, most in [*templates, ('dns = ["web.svc"]\ncommon_name = "{pod}"', 64)]:
+        text = pods.POLICY.replace('dns = ["web.{namespace}.svc", "{pod}.web.{namespace}.svc"]', line)
+        for length, wanted in ((most, AllowedPod), (most + 1, Later)):
+            found = judge(replace(REQUEST, pod="p" * length), world(text))
+            assert isinstance(found, wanted), (line, length)
+
+
+def test_the_example_of_a_table_is_read() -> None:
+    """Each key of the file, with its line for a CN turned on, and without."""
+    text = (Path(__file__).parents[2] / "config/gateway/pods.toml").read_text(encoding="utf-8")
+    for shown in (text, text.replace("# common_name", "common_name")):
+        [rules] = policy.parse(pods.POLICY.partition("[pod_signer")[0] + shown).pod_signers.values()
+        [(_, identity)] = rules.identities
+        assert identity.common_name == ("" if shown is text else "web.{namespace}")
 
 
 @pytest.mark.parametrize(
