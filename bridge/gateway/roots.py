@@ -13,6 +13,7 @@ from http import HTTPStatus
 from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 
+from bridge.cluster.access import below, mapping
 from bridge.cluster.api import MERGE_PATCH, Api, NoAnswerError, Reply
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.gateway import policy
@@ -101,9 +102,12 @@ class Roots:
             return self._create(collection, signer, roots) if roots is not None else "absent"
         if reply.status != HTTPStatus.OK:
             raise _refusal("GET", reply)
+        document = reply.document
+        if not below(document, "metadata", "resourceVersion"):
+            raise NoAnswerError(f"{self._api.server}: wanted {name_of(signer)}, found something else")
         if roots is not None:
-            return self._changed(path, roots, reply.document)
-        return self._removed(path, reply.document) if _is_ours(reply.document) else "foreign"
+            return self._changed(path, roots, document)
+        return self._removed(path, document) if _is_ours(document) else "foreign"
 
     def _create(self, collection: str, signer: str, roots: bytes) -> Outcome | None:
         body = {
@@ -113,15 +117,14 @@ class Roots:
         return _outcome("POST", self._api.ask("POST", collection, body), HTTPStatus.CREATED, "published")
 
     def _changed(self, path: str, roots: bytes, document: Mapping[str, Any]) -> Outcome | None:
-        if document["spec"].get("trustBundle") == roots.decode("ascii") and _is_ours(document):
+        if below(document, "spec", "trustBundle") == roots.decode("ascii") and _is_ours(document):
             return "unchanged"
         metadata = {"resourceVersion": document["metadata"]["resourceVersion"], "labels": _LABEL}
         body = {"metadata": metadata, "spec": {"trustBundle": roots.decode("ascii")}}
         return _outcome("PATCH", self._api.ask("PATCH", path, body, MERGE_PATCH), HTTPStatus.OK, "replaced")
 
     def _removed(self, path: str, document: Mapping[str, Any]) -> Outcome | None:
-        metadata = document["metadata"]
-        conditions = {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]}
+        conditions = {key: below(document, "metadata", key) for key in ("uid", "resourceVersion")}
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": conditions}
         reply = self._api.ask("DELETE", path, body)
         return "absent" if reply.status == HTTPStatus.NOT_FOUND else _outcome("DELETE", reply, HTTPStatus.OK, "removed")
@@ -145,7 +148,7 @@ def text_of(roots: tuple[Any, ...]) -> bytes:
 
 
 def _is_ours(document: Mapping[str, Any]) -> bool:
-    labels = document["metadata"].get("labels") or {}
+    labels = mapping(document, "metadata", "labels")
     return all(labels.get(key) == value for key, value in _LABEL.items())
 
 

@@ -15,6 +15,7 @@ import pytest
 from bridge.errors import Exit
 from bridge.gateway.roots import BUNDLES, name_of
 from bridge.gateway.watch import GROUP
+from bridge.pki.budget import MOST_OF_SERVER
 from bridge.pki.certificates import pem
 from tests.kit import cluster_api, gateways, pods
 from tests.kit.cluster_api import ClusterApi
@@ -158,6 +159,18 @@ def test_what_is_refused_is_reported_for_each_signer(cluster: ClusterApi, place:
     done = run(place)
     assert (done.returncode, "CA bit" in done.stderr) == (Exit.REFUSED, True), done.stderr
     assert published(cluster) == before
+
+
+def test_a_bundle_that_is_too_much_to_read_keeps_no_other_signer_waiting(cluster: ClusterApi, place: Place) -> None:
+    """A megabyte of commas, by another client that may attest: that signer's bundle fails, with a reason, and the next is published."""
+    root = ca()
+    pods.trust(place, root)
+    large = bundle(name_of(OTHER), text(root) + "," * MOST_OF_SERVER)
+    large["spec"]["signerName"] = OTHER
+    cluster.client().create(COLLECTION, large)
+    done = run(place, SIGNER, OTHER)
+    assert (done.returncode, "found something else" in done.stderr) == (Exit.UNAVAILABLE, True), done.stderr
+    assert published(cluster) == text(root)
 
 
 def test_without_an_answer_or_roots(cluster: ClusterApi, place: Place) -> None:
