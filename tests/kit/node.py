@@ -156,21 +156,25 @@ class Node:
         Args:
             command: The program and its arguments.
             check: Let a failure be an AssertionError, with the command's own words.
-            timeout_seconds: After which it is killed (subprocess.TimeoutExpired).
+            timeout_seconds: After which it is killed: an AssertionError, with its output and the ends of the node's logs.
             env: Added to the environment.
         """
-        run = subprocess.run(
-            [_SCRIPT, "exec", self.name, *command],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=timeout_seconds,
-            env={**os.environ, **(env or {})},
-            stdin=subprocess.DEVNULL,
-        )
+        words = f"{self.name}: {' '.join(map(str, command))}"
+        try:
+            run = subprocess.run(
+                [_SCRIPT, "exec", self.name, *command],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=timeout_seconds,
+                env={**os.environ, **(env or {})},
+                stdin=subprocess.DEVNULL,
+            )
+        except subprocess.TimeoutExpired as e:  # whose own text has the first and the last 100 characters
+            output = b"".join(part for part in (e.stdout, e.stderr) if part).decode(errors="replace")
+            raise AssertionError(f"{words}: killed after {timeout_seconds} s\n{output}\n{self.logs(lines=60)}") from e
         if check and run.returncode:
-            words = " ".join(map(str, command))
-            raise AssertionError(f"{self.name}: {words}: exit {run.returncode}\n{run.stdout}{run.stderr}")
+            raise AssertionError(f"{words}: exit {run.returncode}\n{run.stdout}{run.stderr}")
         return run
 
     def kubectl(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
