@@ -192,8 +192,11 @@ make_network() { # make_network IP; the link gets the address, so that a second 
 make_namespaces() { # a process that holds the mount namespace, and all mounts of it
   local point
   for point in "${mount_points[@]}"; do mkdir -p "$node/root$point"; done
-  # In memory: etcd waits for each write, and on the disk of a machine that writes much besides it waits for seconds.
-  mount -t tmpfs -o mode=700 etcd "$node/root/var/lib/etcd"
+  # In memory is what waits for each write, and so for seconds where a machine writes much besides: etcd, and containerd.
+  mkdir "$node/memory"
+  mount -t tmpfs -o mode=700 memory "$node/memory"
+  mkdir -m 700 "$node/memory/etcd" "$node/memory/grpc.v1.cri"
+  mount --bind "$node/memory/etcd" "$node/root/var/lib/etcd"
   # nsenter and not `ip netns exec`, which would lay a new /sys without cgroups over the old one
   # shellcheck disable=SC2016  # expanded inside
   setsid nsenter --net="/run/netns/$name" unshare --mount --propagation private -- bash -ec '
@@ -208,9 +211,13 @@ make_namespaces() { # a process that holds the mount namespace, and all mounts o
 }
 
 start_containerd() {
-  local socket=$node/run/containerd.sock
+  local socket=$node/run/containerd.sock waiting
   mkdir -p "$node/run"
   copy_images "$node/containerd"
+  for waiting in metadata.v1.bolt/meta.db snapshotter.v1.overlayfs/metadata.db grpc.v1.cri; do # databases, states of pods
+    [ ! -e "$node/containerd/io.containerd.$waiting" ] || mv "$node/containerd/io.containerd.$waiting" "$node/memory/"
+    ln -s "$node/memory/${waiting##*/}" "$node/containerd/io.containerd.$waiting"
+  done
   write_containerd_config "$node/containerd" "$node/run" >"$node/containerd.toml"
   daemon containerd -c "$node/containerd.toml"
   within 120 "its container runtime" ctr -a "$socket" version
@@ -557,7 +564,7 @@ remove_shared() {
 down() {
   kill_all
   remove_network
-  # In the host's namespace a node has etcd's mount alone; one that was made by hand would send rm -rf into foreign files.
+  # In the host's namespace a node has two mounts, of its memory; one that was made by hand would send rm -rf into foreign files.
   awk -v node="$node/" 'index($2, node) == 1 { print $2 }' /proc/mounts | sort -r | while read -r point; do umount -l "$point"; done
   remove_cgroups
   rm -rf "$node"
