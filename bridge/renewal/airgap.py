@@ -57,7 +57,7 @@ from bridge.state.session import Run, begun, give_up
 from bridge.state.store import Outcome
 from bridge.system.console import Progress, log, printable
 from bridge.system.files import write_atomically
-from bridge.system.paths import UnreadableError, read, read_once, read_present
+from bridge.system.paths import UnreadableError, read, read_once, read_present, read_public_key
 
 #: Nothing in a bundle is secret.
 BUNDLE_MODE = 0o644
@@ -297,10 +297,10 @@ def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
                 _take_bundle(run, path, answer, found)
             else:
                 found.refuse(path, f"{_SIGNED}, found one without its signature", _SIGNED_HINT)
-        elif run.settings.node.desk_key is not None:
+        elif (loose := certificates_in(data)) and run.settings.node.desk_key is not None:
             found.refuse(path, f"{_SIGNED}, found loose certificates", _SIGNED_HINT)
         else:
-            found.loose[path] = [one for one in certificates_in(data) if _has_dates(one, path, found)]
+            found.loose[path] = [one for one in loose if _has_dates(one, path, found)]
     except BundleError as e:
         error = NotAskedForError(f"{path}: {e}", hint=e.hint)
         if not skip:
@@ -322,7 +322,7 @@ def _is_authentic(run: Run, answer: AnswerBundle) -> bool:
     path = run.settings.node.desk_key
     if path is None:
         return True
-    key, signature = signatures.public_key(read(path) or b""), answer.signature
+    key, signature = read_public_key(path, "node.desk_key"), answer.signature
     return signature is not None and signatures.is_by(key, signature, bundle_format.answer_message(answer))
 
 

@@ -109,6 +109,35 @@ def test_import_takes_signed_answers_alone(node: Node, desk: Desk, tmp_path: Pat
     assert node.live()["apiserver"].public_key() == request.requests[0].csr.public_key()
 
 
+def test_other_files_beside_a_signed_answer_are_passed_over(node: Node, desk: Desk, tmp_path: Path) -> None:
+    """A note on the stick is no unsigned answer; a certificate there is one, and is refused by name."""
+    trust(node, tmp_path / "desk.pub")
+    for name, code in (("notes.txt", 0), ("loose.crt", 5)):
+        node.export("apiserver")
+        stick = tmp_path / f"stick with {name}"
+        stick.mkdir()
+        (stick / name).write_bytes(b"hello" if name == "notes.txt" else pem(node.live()["apiserver"]))
+        assert desk.run("sign", node.carried / "bundle.json", "-o", stick / "answer.json").returncode == 0
+        run = node.run("import", stick)
+        assert (run.returncode, f"{name}: wanted" in run.stderr) == (code, code != 0), run.stderr
+        assert not node.open()
+
+
+def test_a_desk_key_that_is_none_is_an_error_of_the_settings(node: Node, desk: Desk, tmp_path: Path) -> None:
+    """It is not called a fault of the answer, and no answer is passed over for it."""
+    trust(node, tmp_path / "desk.pub")
+    node.export("apiserver")
+    assert desk.run("sign", node.carried / "bundle.json", "-o", node.carried / "answer.json").returncode == 0
+    key = (tmp_path / "desk.pub").read_bytes()
+    (tmp_path / "desk.pub").write_text("hello")
+    for path in (node.carried / "answer.json", node.carried):
+        run = node.run("import", path)
+        assert run.returncode == 2
+        assert "node.desk_key: wanted a certificate or a public key in PEM" in run.stderr
+    (tmp_path / "desk.pub").write_bytes(key)
+    assert node.run("import", node.carried / "answer.json").returncode == 0
+
+
 def test_a_certificate_names_the_key_as_well() -> None:
     """A public key or a certificate with it; the error for anything else says that it is neither."""
     signer = Signer.make("desk")
