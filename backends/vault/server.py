@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -23,6 +23,7 @@ from bridge.contract import CredentialEnd, Secret, SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.pki.budget import of_server
 from bridge.system import http
+from bridge.system.many import Combined
 from bridge.words import one_line
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ _HINTS = (
     ("missing client token", "is `mount` spelled right?"),
     ("invalid role or secret ID", "the secret id is wrong, used up or expired: have a new one issued"),
 )
+
+
+#: Threads that one login serves.
+_MOST_TOGETHER = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +233,8 @@ class Tokens:
         self._auth = auth
         self._mount = (auth.mount or auth.method).strip("/")  # hvac quotes it
         self._lock = Lock()
+        #: Logins, each for all threads that wait for one: a server that hangs is waited for once, and not by each in turn.
+        self._together: Combined[str | None, str] = Combined(self._logged_in, _MOST_TOGETHER)
         self._current: str | None = None
         self._made: list[str] = []
         self._secret_id: str | None = None  # a wrapped one can be had only once
@@ -236,17 +243,18 @@ class Tokens:
 
     def get(self) -> str:
         """The token; logs in if there is none yet."""
-        with self._lock:
-            if self._current is None:
-                self._current = self._new()
-            return self._current
+        return self._current or self._together(None)
 
     def renew(self, rejected: str) -> str:
         """Another token than the rejected one where that is possible; a token file may have been written again."""
+        return self._together(rejected)
+
+    def _logged_in(self, rejected: Sequence[str | None]) -> list[str]:
         with self._lock:
-            if self._current in {None, rejected}:
+            self._made = [token for token in self._made if token not in rejected]  # it has ended already
+            if self._current is None or self._current in rejected:
                 self._current = self._new()
-            return self._current
+            return [self._current] * len(rejected)
 
     def revoke(self, *, leased: bool) -> None:
         """Revoke the tokens that we made; not if they are `leased`: certificates would be revoked with them."""

@@ -520,6 +520,43 @@ def test_logs_in_again_when_the_token_is_used_up(pki: openbao.OpenBao, apiserver
             backend.sign(apiserver)
 
 
+def test_a_token_that_has_ended_is_not_revoked(
+    pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A gateway logs in anew each hour for months: of its tokens it has the last one, and revokes that one at its end."""
+    before = pki.accessors()
+    with vault(pki.url, approle(pki, tmp_path, "node")) as backend:
+        for _ in range(2):
+            backend.sign(apiserver)
+            [made] = pki.accessors() - before
+            pki.write("auth/token/revoke-accessor", accessor=made)
+        backend.sign(apiserver)
+        assert len(pki.accessors() - before) == 1
+    assert pki.accessors() <= before
+    assert [r.getMessage() for r in caplog.records if r.name == "ca-bridge.vault"] == []
+
+
+def test_a_server_that_hangs_is_waited_for_once_and_not_by_each_thread_in_turn(tmp_path: Path) -> None:
+    """Eight workers that want a login have their error after two limits of time, and not after eight."""
+    secret = file_secret(tmp_path / "secret", "s")
+    auth = VaultAuth(method="approle", role_id=secret, secret_id=secret)
+    waited: list[float] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(8) as pool:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        backend = VaultBackend.from_settings(VaultSettings(url=url, auth=auth, timeout=timedelta(seconds=1)))
+
+        def look(_: int) -> None:
+            begin = time.monotonic()
+            with pytest.raises(BackendUnavailableError):
+                backend.identity()
+            waited.append(time.monotonic() - begin)
+
+        list(pool.map(look, range(8)))
+    backend.close()
+    assert len(waited) == 8
+    assert max(waited) < 5
+
+
 def test_does_not_log_in_again_for_what_the_policy_forbids(
     pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path
 ) -> None:
