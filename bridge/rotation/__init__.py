@@ -93,6 +93,11 @@ class Change:
             Phase.NEW: (self.new,),
         }[phase]
 
+    @property
+    def bundles(self) -> set[frozenset[x509.Certificate]]:
+        """The CAs of each phase, in any order."""
+        return {frozenset(self.bundle(phase)) for phase in self.path}
+
     def signer(self, phase: Phase) -> x509.Certificate:
         """The CA that has issued all leaves in a phase."""
         return self.bundle(phase)[0]

@@ -21,7 +21,7 @@ from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.rotation import Bundle, Change, Phase, Seen, Standing, standing
 from bridge.settings.tables import NodeSettings, Settings
 from bridge.specs import CA, Component
-from bridge.state import backups
+from bridge.state import backups, copies
 from bridge.state.install import CERTIFICATE_MASK, KUBECONFIG_MASK, Replacement
 from bridge.state.store import Store
 from bridge.system.files import digest, sync_directory, write_atomically
@@ -88,16 +88,16 @@ class Replaced:
                 yield Replacement(
                     certificate=names[path.name],
                     path=path,
-                    data=with_ca(path, data, bundle),
+                    data=with_ca(path, data, self.change, bundle),
                     mode_mask=KUBECONFIG_MASK,
                     was=digest(data),
                 )
 
 
-def with_ca(path: Path, data: bytes, bundle: Bundle) -> bytes:
-    """A kubeconfig with this CA data (KubeconfigError: its form allows no edit)."""
+def with_ca(path: Path, data: bytes, change: Change, bundle: Bundle) -> bytes:
+    """A kubeconfig with this CA data, also in further entries of this cluster (KubeconfigError: its form allows no edit)."""
     try:
-        return kubeconfig.with_ca(data, pem(*bundle))
+        return kubeconfig.with_cas(kubeconfig.with_ca(data, pem(*bundle)), copies.following(change.bundles, bundle))
     except KubeconfigError as e:
         raise e.of(path) from None
 

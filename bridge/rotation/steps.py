@@ -24,7 +24,7 @@ from bridge.control_plane.restart_plan import ORDER, Reader
 from bridge.errors import BridgeError, Exit, Violation
 from bridge.node import cross
 from bridge.node.inventory import Node
-from bridge.pki.certificates import is_signed_by, name_text, pem, spki
+from bridge.pki.certificates import is_signed_by, load_pem_certificates, name_text, pem, spki
 from bridge.pki.expiry import minute
 from bridge.renewal import in_use
 from bridge.renewal.gate import next_ca_file
@@ -122,7 +122,7 @@ def run(
             return _done(ours, node, names, steps, result, is_over=transaction.may_go_on)
         gate.assert_open(ours, node, to_do)
         if verb is Verb.BACK:
-            _going_back(ours.store).put({step.ca.name: step.target for step in to_do})
+            _note_going_back(ours.store, {step.ca.name: step.target for step in to_do})
             _give_up_asked(ours, to_do)
         if verb is Verb.ISSUE or (gate.emergency and any(_leaves_to_issue(step) for step in to_do)):
             result = _issue(ours, transaction, node, to_do, gate)
@@ -149,7 +149,7 @@ def _done(
         else set()
     )
     if is_over:  # last of all: a `back` that is killed before it is the same one when it is repeated
-        _going_back(run.store).remove()
+        _note_going_back(run.store, {step.ca.name: None for step in steps})
     return Done(
         steps=steps,
         result=result,
@@ -169,6 +169,16 @@ def _going_back(store: Store) -> StateFile[dict[str, Phase]]:
     )
 
 
+def _note_going_back(store: Store, phases: Mapping[str, Phase | None]) -> None:
+    """Record the phases to which these CAs are about to go back (None: they do no longer); those of others stay."""
+    file = _going_back(store)
+    now = {**(file.read() or {}), **phases}
+    if left := {name: phase for name, phase in now.items() if phase is not None}:
+        file.put(left)
+    else:
+        file.remove()
+
+
 def _with_objects(run: Run, node: Node, steps: Sequence[Step], result: Result) -> Result:
     """The result with errors about the cluster's objects; they change only where the node's files did."""
     if result.exit_code != Exit.DONE:
@@ -184,8 +194,7 @@ def _with_objects(run: Run, node: Node, steps: Sequence[Step], result: Result) -
     for step in steps:
         if step.ca.state.authority == CLUSTER_CA:
             change = step.ca.change
-            phases = {frozenset(change.bundle(phase)) for phase in change.path}
-            errors += copies.trust(run.settings, run.record, phases, change.bundle(step.target))
+            errors += copies.trust(run.settings, run.record, change.bundles, change.bundle(step.target))
     return dataclasses.replace(result, errors=(*result.errors, *errors))
 
 
@@ -487,11 +496,6 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
     }
     files = [f for step in steps for f in step.ca.trust_files(step.target) if f.path not in embedded]
 
-    def edit(file: Replacement) -> Replacement:
-        if file.path not in embedded or file.data is None:
-            return file
-        return dataclasses.replace(file, data=with_ca(file.path, file.data, bundles[CLUSTER_CA.name]))
-
     def accepted(proven: Sequence[Proven]) -> None:
         # no phase before has restarted what reads a CA at its start alone
         if first := [step for step in steps if gate.emergency or step.ca.standing.phase is Phase.OLD]:
@@ -499,7 +503,7 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
         assert_signed_by_it(settings, ours, proven)
         gate.assert_accepted(run, node, {one.name: (pem(*one.chain), one.prepared.key_pem) for one in proven})
 
-    trust = Trust(bundles=bundles, files=tuple(files), edit=edit, gate=accepted, stays=gate.emergency)
+    trust = Trust(bundles=bundles, files=tuple(files), edit=_edit(steps), gate=accepted, stays=gate.emergency)
     options = RunOptions(names=names, all_or_nothing=True, trust=trust)
     run = dataclasses.replace(run, settings=settings)
     selection = select(node, settings, options, run.now(), requests=run.requests)
@@ -515,6 +519,30 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
     if result.backup_id is not None:
         _forget_asked(run, ours)
     return result
+
+
+def _edit(steps: Sequence[Step]) -> Callable[[Replacement], Replacement]:
+    """An edit of new certificates' files: kubeconfigs, and the CA files of further pairs, get the CAs of the phase."""
+    confs = {path: step for step in steps for path in step.ca.confs}
+    pairs = {
+        str(place.ca_file): step
+        for step in steps
+        for item in step.ca.items
+        for place in (item.pair.places if item.pair is not None else ())
+        if place.ca_file is not None
+    }
+
+    def edit(file: Replacement) -> Replacement:
+        step = confs.get(str(file.path)) or pairs.get(str(file.path))
+        if step is None or file.data is None:
+            return file
+        change, bundle = step.ca.change, step.ca.change.bundle(step.target)
+        if str(file.path) in confs:
+            return dataclasses.replace(file, data=with_ca(file.path, file.data, change, bundle))
+        above = [one for one in load_pem_certificates(file.data) if one not in step.ca.seen.bundle]
+        return dataclasses.replace(file, data=pem(*above, *bundle))
+
+    return edit
 
 
 def _assert_none_waits(run: Run, authorities: Collection[str], names: Collection[str]) -> None:
@@ -577,7 +605,7 @@ def _as_target(file: Replacement, steps: Sequence[Step]) -> Replacement:
             is_same = set(step.ca.seen.bundle) == set(bundle)
             return dataclasses.replace(file, data=pem(*bundle), says_the_same=is_same)
         if file.data is not None and str(file.path) in step.ca.confs:
-            return dataclasses.replace(file, data=with_ca(file.path, file.data, bundle))
+            return dataclasses.replace(file, data=with_ca(file.path, file.data, step.ca.change, bundle))
     return file
 
 

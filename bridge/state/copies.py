@@ -137,8 +137,10 @@ def trust(
     return errors
 
 
-def _trusting(path: Path, earlier: Collection[frozenset[x509.Certificate]], cas: Sequence[x509.Certificate]) -> bool:
-    """Whether the CA data of a copy had to change; of other clusters it stays."""
+def following(
+    earlier: Collection[frozenset[x509.Certificate]], cas: Sequence[x509.Certificate]
+) -> Callable[[bytes], bytes | None]:
+    """An edit of CA data: these CAs in the place of an earlier phase's; None: it stays."""
 
     def edit(data: bytes) -> bytes | None:
         try:
@@ -147,10 +149,15 @@ def _trusting(path: Path, earlier: Collection[frozenset[x509.Certificate]], cas:
             return None
         return pem(*cas) if found_cas in earlier and found_cas != frozenset(cas) else None
 
+    return edit
+
+
+def _trusting(path: Path, earlier: Collection[frozenset[x509.Certificate]], cas: Sequence[x509.Certificate]) -> bool:
+    """Whether the CA data of a copy had to change; of other clusters it stays."""
     with _reasons(path):
         try:
             with opened(path) as place, _judged(place) as found:
-                changed = kubeconfig.with_cas(found.data, edit)
+                changed = kubeconfig.with_cas(found.data, following(earlier, cas))
                 if changed == found.data:
                     return False
                 _replace(place, found, changed)

@@ -13,7 +13,8 @@ import pytest
 from bridge.cli.options import utc_now
 from bridge.errors import Exit
 from bridge.node import inventory
-from bridge.pki.certificates import pem
+from bridge.pki import identity
+from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.renewal import renew, verify_and_install
 from bridge.renewal.select import RunOptions
 from bridge.renewal.transaction import Transaction
@@ -61,6 +62,25 @@ def test_one_installation_from_each_phase(tmp_path: Path, reached: Verb | None) 
     pki.run_kubeadm("init", "phase", "kubeconfig", "all")
     assert all(step.is_there for step in run(settings, Verb.DROP, gate=AT_ONCE).steps)
     assert renew.run(settings, RunOptions(names=("apiserver",)), utc_now, Quiet())[0].exit_code == 0
+
+
+@pytest.mark.parametrize("reached", [None, Verb.TRUST])
+def test_the_ca_file_of_a_further_pair_has_the_new_ca_alone(pki: Pki, tmp_path: Path, reached: Verb | None) -> None:
+    """It verifies the pair that came with it, and no certificate of the thief's."""
+    place = tmp_path / "registry"
+    place.mkdir()
+    settings = with_next(
+        pki,
+        tmp_path,
+        f'[certificate.registry]\ncertificate_file = "{place}/tls.crt"\nkey_file = "{place}/tls.key"\n'
+        f'ca_file = "{place}/ca.crt"\nauthority = "ca"\ncommon_name = "r.example.com"\nsans = ["r.example.com"]\n',
+    )
+    assert renew.run(settings, RunOptions(names=("registry",)), utc_now, Quiet())[0].exit_code == 0
+    change = places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change
+    reach(settings, reached)
+    assert run(settings, Verb.DROP, ["ca"], AT_ONCE).exit_code == 0
+    assert load_pem_certificates((place / "ca.crt").read_bytes()) == [change.new]
+    assert identity.leads_to(load_pem_certificates((place / "tls.crt").read_bytes()), [change.new])
 
 
 def test_cas_in_several_phases_arrive_together(settings: Settings, pki: Pki) -> None:

@@ -12,11 +12,12 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
@@ -302,6 +303,50 @@ def test_cas_that_were_issued_one_by_one_go_back_one_by_one(settings: Settings) 
     for name in ("ca", "etcd-ca"):
         assert run(settings, Verb.BACK, [name]).exit_code == 0
     assert set(phases(settings).values()) == {"trusted"}
+
+
+def test_a_back_that_was_killed_stays_the_same_one_while_another_ca_goes_back(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed behind its installation: repeated, it goes back no further; the next one does."""
+    reach(settings, Verb.ISSUE)
+    with monkeypatch.context() as killed:
+        killed.setattr(steps, "_with_objects", raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, Verb.BACK, ["ca"])
+    assert run(settings, Verb.BACK, ["etcd-ca"]).exit_code == 0
+    for phase in ("trusted", "old"):
+        assert run(settings, Verb.BACK, ["ca"]).exit_code == 0
+        assert phases(settings) == {"ca": phase, "etcd-ca": "trusted", "front-proxy-ca": "issued"}
+    assert not Store(settings.node.state_dir).going_back.exists()
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    """Raise it, whatever the arguments."""
+
+    def work(*_: object, **__: object) -> None:
+        raise error
+
+    return work
+
+
+def test_each_entry_of_this_cluster_in_a_kubeconfig_follows(settings: Settings, pki: Pki) -> None:
+    """Another cluster's entry stays as it is."""
+    path = pki.kubeconfig_dir / "admin.conf"
+    other, strange = yaml.safe_load(path.read_text()), pem(Signer.make("another cluster").certificate)
+    first = other["clusters"][0]["cluster"]
+    other["clusters"] += [
+        {"name": "local", "cluster": {**first, "server": "https://127.0.0.1:6443"}},
+        {"name": "other", "cluster": {**first, "certificate-authority-data": base64.b64encode(strange).decode()}},
+    ]
+    path.write_text(yaml.safe_dump(other))
+    for verb, phase in (*FORWARD, *BACK):
+        assert run(settings, verb, ["ca"]).exit_code == 0
+        assert phases(settings)["ca"] == phase
+        data = [one["cluster"]["certificate-authority-data"] for one in yaml.safe_load(path.read_text())["clusters"]]
+        mine, local, strangers = (set(load_pem_certificates(base64.b64decode(one))) for one in data)
+        assert mine == local
+        assert pem(*strangers) == strange
 
 
 @pytest.mark.parametrize("name", ["apiserver", "front-proxy-client"])
