@@ -231,9 +231,9 @@ def certificates(body: bytes) -> list[x509.Certificate]:
     """
     try:
         found = pkcs7.load_der_pkcs7_certificates(_der(body))
-        _ = [(certificate.subject, certificate.issuer) for certificate in found]  # which are read only now
+        _ = [(one.subject, one.issuer, one.not_valid_before_utc) for one in found]  # which are read only now
     except (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm) as e:
-        # TypeError: a type that does not fit an attribute
+        # ValueError: a date in the year 0, too; TypeError: a type that does not fit an attribute
         raise ValueError(f"{len(body)} bytes in another form") from e
     if len(found) > MAX_CERTIFICATES:
         raise ValueError(f"{len(found)} certificates, where {MAX_CERTIFICATES} are too many")

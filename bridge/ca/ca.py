@@ -394,9 +394,12 @@ def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expect
         return
     got = f"{display.name(issuers[0])}, SHA-256 {fingerprint(issuers[0])[:16]}…"
     hint = "the mount, label, URL or directory of this authority may be another one's"
-    if not verify.is_valid_at(issuers[0], expected.now):
-        got += f", valid only {verify.validity_text(issuers[0], expected.now)}"
-        hint = "have the CA certificate renewed, or correct this node's clock"
+    try:
+        if not verify.is_valid_at(issuers[0], expected.now):
+            got += f", valid only {verify.validity_text(issuers[0], expected.now)}"
+            hint = "have the CA certificate renewed, or correct this node's clock"
+    except ValueError as e:
+        got += f", whose dates can't be read: {e}"
     raise BackendRefusedError(
         f"wanted the CA of {expected.anchor_name} ({display.name(anchor)}, SHA-256 {fingerprint(anchor)[:16]}…), got {got}",
         hint=hint,

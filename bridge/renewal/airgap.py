@@ -526,9 +526,12 @@ def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> _Contents:
             contents.take_key(spec, path, _private_key(path, key_pem))
         elif b"PRIVATE KEY-----" not in data:
             try:
-                contents.found.loose[path] = certificates_in(data)
+                loose = certificates_in(data)
+                contents.found.loose[path] = [one for one in loose if _has_dates(one, path, contents.found)]
             except ValueError as e:
                 log.info("%s: passed over: %s", path, e)
+    for error in contents.found.strange:
+        log.warning("%s", error)
     if not contents.keys:
         raise DirectoryError(
             f"{directory}: wanted private keys named as kubeadm names them (apiserver.key, etcd/server.key), found none",

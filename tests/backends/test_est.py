@@ -36,6 +36,7 @@ from bridge.specs import AUTHORITIES, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import est as kit
 from tests.kit.est import Answer
+from tests.kit.forged import validity, with_field
 from tests.kit.issuing import SERVER, Signer, cn
 from tests.kit.loopback import free_port
 
@@ -462,6 +463,24 @@ def test_a_certificate_without_extensions_twice_is_refused(double: kit.Double, o
 
     double.answers.append(Answer(body=odd_certificates(_CA.certificate)["an unknown version, PKCS#7"]))
     assert isinstance(failure(lambda: ours.sign(request(APISERVER))), BackendRefusedError)
+
+
+@pytest.mark.parametrize("begin", [b"00000101000000Z", b"20200101000000Z"])
+def test_a_certificate_from_the_year_0_is_refused(double: kit.Double, ours: EstBackend, begin: bytes) -> None:
+    """Its error is one of the backend's, so that the run goes on at other CAs; the same with a good date is an answer."""
+
+    def answer(csr: x509.CertificateSigningRequest) -> Answer:
+        asked = SignRequest(spec=APISERVER, csr_pem=csr.public_bytes(Encoding.PEM), validity=VALIDITY)
+        now = datetime.now(UTC)
+        leaf = Signer.make("root").issue(asked, begin=now, end=now + VALIDITY).leaf
+        dated = with_field(leaf, 4, validity(begin, b"20991231235959Z"))
+        return Answer.certificates(x509.load_pem_x509_certificate(dated.encode()))
+
+    double.answers.append(answer)
+    if begin.startswith(b"0000"):
+        assert isinstance(failure(lambda: ours.sign(request(APISERVER))), BackendRefusedError)
+    else:
+        assert issued(ours.sign(request(APISERVER))).leaf.not_valid_before_utc == datetime(2020, 1, 1, tzinfo=UTC)
 
 
 STATUSES: Mapping[str, tuple[Answer, type[BackendError], str, str]] = {

@@ -16,6 +16,7 @@ from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableE
 from bridge.pki.verify import Expectation
 from bridge.specs import SPECS
 from bridge.testing import TestCA, sign_request
+from tests.kit.forged import validity, with_field
 from tests.kit.issuing import NOW, Signer
 
 
@@ -56,6 +57,22 @@ def test_another_cas_name_draws_no_lines() -> None:
         CA(label="ca", backend=HasIssuer(ours), retry=Rest()).look([], lambda _: expected(other))
     assert "\n" not in str(e.value)
     CA(label="ca", backend=HasIssuer(other), retry=Rest()).look([], lambda _: expected(other))
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"), [(b"00000101000000Z", b"20991231235959Z"), (b"20200101000000Z", b"00001231235959Z")]
+)
+def test_a_ca_certificate_of_the_year_0_is_another_cas(begin: bytes, end: bytes) -> None:
+    """An error about this CA, and no bug that ends the run at all others; one with good dates is refused by them."""
+    ours = Signer.make().certificate
+    dated = [
+        with_field(ours, 4, validity(*dates)) for dates in ((begin, end), (b"20200101000000Z", b"20210101000000Z"))
+    ]
+    odd, old = (x509.load_pem_x509_certificate(text.encode()) for text in dated)
+    with pytest.raises(BackendRefusedError, match="whose dates can't be read"):
+        CA(label="ca", backend=HasIssuer(odd), retry=Rest()).look([], lambda _: expected(ours))
+    with pytest.raises(BackendRefusedError, match="valid only from 2020-01-01"):
+        CA(label="ca", backend=HasIssuer(old), retry=Rest()).look([], lambda _: expected(ours))
 
 
 def test_a_backend_that_fails_by_itself_is_unavailable() -> None:

@@ -26,6 +26,7 @@ from bridge.specs import SPECS
 from bridge.state import audit
 from bridge.state.open_requests import OpenRequests
 from bridge.state.store import Store
+from tests.kit.forged import validity, with_field
 from tests.kit.issuing import Signer
 from tests.kit.pki import PKI_SPECS, Pki, handmade_pki, kubeadm_pki
 from tests.kit.renewed import Snapshot, assert_renewed
@@ -110,6 +111,19 @@ def test_what_renew_wrote_and_another_ca_program_signed_is_installed(
     events = [event["event"] for event in audit.events(store, None, "apiserver")]
     assert events == [audit.ISSUED, audit.VERIFIED, audit.INSTALLED]
     assert not store.requests.exists()
+
+
+def test_a_date_in_year_0_is_passed_over_by_name(
+    node: Pki, settings: Settings, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A certificate for one of the keys, which no program could sort by its dates; the good one is installed."""
+    sign_all(node, directory, ["apiserver"])
+    good = load_pem_certificates((directory / "apiserver.crt").read_bytes())[0]
+    (directory / "odd.crt").write_text(with_field(good, 4, validity(b"00000101000000Z", b"20991231235959Z")))
+    result = install(settings, directory)
+    assert [outcome.name for outcome in result.renewed] == ["apiserver"]
+    assert_pair_is_from(node, directory, "apiserver")
+    assert "odd.crt: wanted a certificate with dates" in caplog.text
 
 
 def _der(one: x509.Certificate) -> bytes:
