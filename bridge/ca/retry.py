@@ -127,6 +127,7 @@ class Rest:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._failures = 0
+        self._failed = 0.0  # when the latest one was
         self._until = 0.0
 
     def seconds_left(self) -> float:
@@ -134,15 +135,20 @@ class Rest:
         return max(0.0, self._until - time.monotonic())
 
     def ask(self, question: Callable[[], T]) -> T:
-        """Ask once."""
+        """Ask once; the failures of questions that were under way together count as one."""
+        began = time.monotonic()
         try:
             answer = question()
         except BackendUnavailableError as e:
             with self._lock:
-                wanted = min(e.retry_after_seconds or 0.0, _LONGEST_REST_SECONDS)
-                rest = back_off_seconds(self._failures, _FIRST_REST_SECONDS, _LONGEST_REST_SECONDS)
-                self._failures += 1
-                self._until = time.monotonic() + max(rest, wanted)
+                now = time.monotonic()
+                if began >= self._failed:
+                    self._failures += 1
+                self._failed = now
+                rest = back_off_seconds(self._failures - 1, _FIRST_REST_SECONDS, _LONGEST_REST_SECONDS)
+                # and as long as the CA let us wait: threads that it keeps waiting are missed by other CAs
+                wanted = min(max(e.retry_after_seconds or 0.0, now - began), _LONGEST_REST_SECONDS)
+                self._until = max(self._until, now + max(rest, wanted))
             raise
         with self._lock:
             self._failures = 0

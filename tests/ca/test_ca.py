@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -148,3 +151,44 @@ def test_another_threads_success_is_no_reason_to_ask_again(monkeypatch: pytest.M
     with pytest.raises(BackendUnavailableError):
         outage.ask(question)
     assert asked == [1]
+
+
+def away() -> None:
+    """A CA that is not there."""
+    raise BackendUnavailableError("away")
+
+
+def test_many_questions_that_one_moment_ends_are_one_failure() -> None:
+    """A CA that is away for a moment, while 32 ask, is asked again after a second; at each further failure later, up to 30."""
+    rest, met = Rest(), threading.Barrier(32)
+
+    def ask(question: Callable[[], object]) -> None:
+        with pytest.raises(BackendUnavailableError):
+            rest.ask(question)
+
+    def meet() -> None:
+        met.wait(60)
+        away()
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(ask, [meet] * 32))
+    assert rest.seconds_left() <= 2  # and as long as the threads took to meet
+    for _ in range(6):
+        ask(away)
+    assert rest.seconds_left() == pytest.approx(30, abs=1)
+
+
+def test_a_ca_that_keeps_others_waiting_rests_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs for 20 seconds has at most half of the threads' time; one that fails at once is asked again after a second."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    for seconds, wanted in ((0.0, 1.0), (20.0, 20.0), (300.0, 30.0)):
+
+        def hang(seconds: float = seconds) -> None:
+            clock[0] += seconds
+            away()
+
+        rest = Rest()
+        with pytest.raises(BackendUnavailableError):
+            rest.ask(hang)
+        assert rest.seconds_left() == wanted
