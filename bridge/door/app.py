@@ -29,7 +29,7 @@ from cryptography import x509
 
 from bridge.door import enrolments
 from bridge.door.enrolments import Enrolment
-from bridge.door.signing import Judged
+from bridge.door.signing import BusyError, Judged
 from bridge.door.store import DatabaseError, EnrolmentError, Kept, Memory
 from bridge.errors import BridgeError
 from bridge.pki.bundle import BundleError, RequestBundle
@@ -96,7 +96,7 @@ class Door:
         quota: Quota,
         now: Callable[[], datetime],
         *,
-        read: Callable[[bytes], tuple[RequestBundle, str, Judged | None]],
+        read: Callable[[bytes, str], tuple[RequestBundle, str, Judged | None]],
         judged: Callable[[RequestBundle, frozenset[str]], Judged],
         judges: Callable[[RequestBundle], bool],
         authorities: Iterable[str],
@@ -104,7 +104,7 @@ class Door:
         pages: Mapping[str, Callable[[], tuple[int, str]]],
     ) -> None:
         """
-        `read` makes a bundle of bytes (BundleError), with its digest and its judgement where that costs nothing more;
+        `read` makes a bundle of bytes from an address (BundleError, BusyError), with its digest and its judgement where that costs nothing more;
         `judged` says why nothing of a bundle can be signed, if so, and `judges` whether it could look at all of it;
         `chain` has an authority's CA certificates, as far as it was reached; `pages` are those for monitors, by path.
         """
@@ -217,9 +217,11 @@ class Door:
         if isinstance(data, Reply):
             return data
         try:
-            bundle, request_digest, judged = self._read(data)
+            bundle, request_digest, judged = self._read(data, str(environ.get("REMOTE_ADDR", "")))
         except BundleError as e:
             return Reply.error(HTTPStatus.BAD_REQUEST, e)
+        except BusyError as e:
+            return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, e, retry_after=str(_PAUSE_SECONDS))
         kept = self._memory.find_digest(request_digest)
         if kept is None:
             received = self._receive(environ, data, bundle, request_digest, judged)

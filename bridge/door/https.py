@@ -2,11 +2,11 @@
 HTTPS for a WSGI application, by cheroot; the only module that knows it.
 
 What cheroot leaves open is here. The handshake happens in a worker thread, since cheroot's own would let one silent
-client keep all others out. A connection gets a thread only when something has come on it. One exchange has a time from
-its first byte to its last, one address has a number of connections, and all have one. A request whose length is given
-twice is refused, and in chunks it may come to one place alone, after which its connection ends, so that no proxy before
-us reads another request out of the same bytes. The server's
-certificate is read again when its file changes.
+client keep all others out. A connection gets a thread only when something has come on it, and in its address's turn.
+One exchange has a time from its first byte to its last, one address has a number of connections, and all have one. A
+request whose length is given twice is refused, and in chunks it may come to one place alone, after which its connection
+ends, so that no proxy before us reads another request out of the same bytes. The server's certificate is read again
+when its file changes.
 
 A client may show a certificate of one of the anchors. The application finds it in the environ under `PEER`, and decides
 by `bridge.pki.verify.client_problem` for what its anchor counts; without a certificate there is no such key.
@@ -35,6 +35,7 @@ from cheroot.makefile import MakeFile
 from cheroot.ssl import Adapter
 from cryptography import x509
 
+from bridge.door.shares import Shares
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.certificates import pem
 
@@ -244,8 +245,7 @@ class _Connection(cheroot_server.HTTPConnection):
         except OSError:  # an SSLError is one, too: what the client does is no event of ours
             return False
         finally:
-            with self.server.mutex:
-                self.server.working.discard(self)
+            self.server.over(self)
 
     def close(self) -> None:
         """Give its place back."""
@@ -271,16 +271,40 @@ class _Server(wsgi.Server):
         self.working: set[_Connection] = set()
         self.open: set[_Connection] = set()
         self.peers: Counter[str] = Counter()
+        self.shares = Shares[_Connection](limits.threads)
         self.turned_away = 0
 
     def process_conn(self, conn: _Connection) -> None:
         """A new connection waits for its first byte without a thread; one with something to read gets one."""
         if conn.admitted:
-            super().process_conn(conn)
+            with self.mutex:
+                self.shares.wait(str(conn.remote_addr), conn)
+            self._begin_next()
         elif self._admit(conn):
             self.put_conn(conn)
         else:
             conn.close()
+
+    def _begin_next(self) -> None:
+        """Give a thread to each connection whose turn it is."""
+        with self.mutex:
+            ready = [conn for _, conn in iter(self.shares.next, None)]
+        for conn in ready:
+            super().process_conn(conn)
+
+    def over(self, conn: _Connection) -> None:
+        """An exchange has ended, and its thread is free."""
+        with self.mutex:
+            self.working.discard(conn)
+            self.shares.give_back(str(conn.remote_addr))
+        self._begin_next()
+
+    def stop(self) -> None:
+        """Let all that wait for a thread have their exchange; the threads end after them."""
+        with self.mutex:
+            self.shares.open()
+        self._begin_next()
+        super().stop()
 
     def _admit(self, conn: _Connection) -> bool:
         peer = str(conn.remote_addr)
@@ -296,7 +320,7 @@ class _Server(wsgi.Server):
     def put_conn(self, conn: _Connection) -> None:
         """Wait for a connection's next request; what TLS has read already wakes nothing up."""
         if self.ready and conn.shaken and conn.socket.pending():
-            super().process_conn(conn)
+            self.process_conn(conn)
         else:
             super().put_conn(conn)
 

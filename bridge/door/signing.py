@@ -35,6 +35,7 @@ from bridge.desk.records import Answered, Archive, Journal, archive_directory
 from bridge.desk.workers import Judgement, ReadAhead, ReadBundle, Workers, read, verdicts
 from bridge.door import enrolments, turns
 from bridge.door.doors import Doors
+from bridge.door.shares import Places
 from bridge.door.store import TO_SIGN, DatabaseError, DecisionRow, IssuedRow, Kept, Memory
 from bridge.door.turns import identity
 from bridge.errors import BridgeError, Exit, WaitingError
@@ -57,7 +58,7 @@ _MOST_READ, _LONGEST_READ_BYTES = 3 * _MOST, 64 << 10
 _JUDGED_AT_ONCE = 2
 #: Bundles that workers have or that wait for one, so that the answers of a round, which they compare, wait for few.
 _AT_WORKERS = 8
-#: After this time a bundle is read here that a worker was to read.
+#: After this time a client is to come again with a bundle that no worker has read.
 _WORKER_SECONDS = 10.0
 #: A judgement of when a request came counts in a round for so long; a limit of the policy has hours, or days.
 _FRESH = timedelta(minutes=1)
@@ -79,6 +80,16 @@ class OwnClusterError(BridgeError):
 
     exit_code = Exit.REFUSED
     hint = "run it outside of the cluster, as a CA desk: nodes must get certificates while their cluster does not work"
+
+
+class BusyError(BridgeError):
+    """A bundle was not read in time, and nothing was kept of it."""
+
+    exit_code = Exit.UNAVAILABLE
+    hint = "send the same request again"
+
+    def __init__(self) -> None:
+        super().__init__(f"wanted to read the bundle within {_WORKER_SECONDS:g} s, found too much to do")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +137,7 @@ class Signing:
         self._turns = itertools.count()
         #: Held while this process reads or judges, never while a network or a database is waited for.
         self._judging = threading.Semaphore(_JUDGED_AT_ONCE)
-        self._at_workers = threading.Semaphore(_AT_WORKERS)
+        self._at_workers = Places(_AT_WORKERS)
         #: Bundles of requests that came lately, by the bytes that they were read from.
         self._read: dict[bytes, Judged] = {}
         self.answered: Callable[[], object] = lambda: None  #: Called for each request that is answered.
@@ -146,29 +157,33 @@ class Signing:
         self._judgement = replace(desk.judgement(), cas=self.cas)
         return desk
 
-    def read(self, data: bytes) -> tuple[RequestBundle, str, Judged | None]:
-        """A bundle, its digest, and the judgement where a worker has made it (BundleError); from any thread."""
-        if self.workers and (by := self._judgement) is not None:
-            by, number = replace(by, now=self._now()), next(self._turns)
-            if (one := self._by_worker(self.workers, number, data, by)) is not None:
-                refused = self._refused(one.bundle, one.verdicts)
-                judged = Judged(bundle=one.bundle, refused=refused, by=by, verdicts=one.verdicts, number=number)
-                return one.bundle, one.digest, judged
-        with self._judging:
-            return *loads_digested(data), None
+    def read(self, data: bytes, peer: str) -> tuple[RequestBundle, str, Judged | None]:
+        """
+        A bundle from this address, its digest, and the judgement where a worker has made it; from any thread.
 
-    def _by_worker(self, workers: Workers, number: int, data: bytes, by: Judgement) -> ReadBundle | None:
+        BundleError: it is none. BusyError: it was not read in time.
+        """
         over = time.monotonic() + _WORKER_SECONDS
-        if not self._at_workers.acquire(timeout=_WORKER_SECONDS):
-            return None
+        with self._at_workers.taken(peer, _WORKER_SECONDS) as has_place:
+            if not has_place:
+                raise BusyError
+            if self.workers and (by := self._judgement) is not None:
+                by, number = replace(by, now=self._now()), next(self._turns)
+                if (one := self._by_worker(self.workers, number, data, by, over)) is not None:
+                    refused = self._refused(one.bundle, one.verdicts)
+                    judged = Judged(bundle=one.bundle, refused=refused, by=by, verdicts=one.verdicts, number=number)
+                    return one.bundle, one.digest, judged
+            with self._judging:
+                return *loads_digested(data), None
+
+    def _by_worker(self, workers: Workers, number: int, data: bytes, by: Judgement, over: float) -> ReadBundle | None:
+        """The bundle as a worker has read it; None: the worker is no more, or the bytes are no bundle."""
+        answer = workers.submit(number, read, {number: data}, by)
         try:
-            answer = workers.submit(number, read, {number: data}, by)
             [one] = answer.result(over - time.monotonic()) or [None]
         except TimeoutError:
-            answer.cancel()  # or the worker, which has too much to do, did later what is done here now
-            return None
-        finally:
-            self._at_workers.release()
+            answer.cancel()  # or the worker, which has too much to do, did later what is asked again
+            raise BusyError from None
         return one
 
     def judged(

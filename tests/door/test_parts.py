@@ -179,7 +179,7 @@ def make_application(memory: Memory, *, is_judged: bool = True, a_minute: int = 
         memory,
         quota,
         now,
-        read=lambda data: (*loads_digested(data), None),
+        read=lambda data, _: (*loads_digested(data), None),
         judged=lambda found, _: Judged(bundle=found),
         judges=lambda _: is_judged,
         authorities=AUTHORITIES,
@@ -396,7 +396,7 @@ def test_requests_that_come_do_not_hold_up_a_round(
         process = workers._workers[0].process
         process.send_signal(signal.SIGSTOP)
         with ThreadPoolExecutor(len(every)) as clients:
-            answers = clients.map(signing.read, map(dumps, every))
+            answers = clients.map(signing.read, map(dumps, every), map(str, range(len(every))))
             wait_until(
                 lambda: len(workers.tasks), lambda count: count >= room, timedelta(minutes=2), pause_seconds=0.01
             )
