@@ -107,6 +107,8 @@ class Job:
     #: Certificates that were signed before, which are answered again.
     answered: Mapping[str, Answered] = field(default_factory=dict)
     again: set[str] = field(default_factory=set)  #: Names whose answer is an earlier run's.
+    #: Names whose certificate is in the audit log, and was not delivered.
+    recorded: set[str] = field(default_factory=set)
     verdicts: dict[str, PolicyVerdict] = field(default_factory=dict)
     answers: dict[str, DeskAnswer] = field(default_factory=dict)
     troubles: dict[str, BridgeError] = field(default_factory=dict)  #: Why there is no answer yet.
@@ -132,6 +134,12 @@ class Job:
     def trouble_text(self) -> str:
         """All troubles in one line."""
         return "; ".join(dict.fromkeys(one_line(error.reason) for error in self.troubles.values()))
+
+    def was_recorded(self, name: str) -> bool:
+        """Whether an earlier run has recorded this certificate; or this refusal or trouble, while the bundle waits."""
+        if isinstance(self.answers.get(name), Issued) and name not in self.again:
+            return name in self.recorded
+        return not self.is_complete and self.trouble_text == self.noted
 
     @property
     def is_complete(self) -> bool:
@@ -455,6 +463,8 @@ class Desk:
                 _note(job, request, ca.collect(request, known.reference, expected), journal)
             elif isinstance(known, Issued) and self._violations(request, known) is None:
                 _note(job, request, known, None)
+                if known.leaf in journal.recorded:
+                    job.recorded.add(request.spec.name)
             else:  # nothing is known, it has lain there for long, or another backend, which knows of nothing, is asked now
                 new.append((job, request))
         new += _recalled(ca, submitted, journal)
@@ -476,8 +486,12 @@ class Desk:
             self._record(job, record)
         record.write()
         for job, where in zip(window, self._delivered(window), strict=True):
+            certificates = {one.leaf for one in job.answers.values() if isinstance(one, Issued)}
             if where:
                 journal.forget(job.requests.values())
+                journal.recorded -= certificates
+            else:
+                journal.recorded |= certificates
             observer.answered(job, where)
 
     def _delivered(self, window: Sequence[Job]) -> list[str]:
@@ -535,12 +549,11 @@ class Desk:
     def _record(self, job: Job, record: audit.Record) -> None:
         about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"
         about += f", approved by {job.approved_by}" if job.approved_by else ""
-        is_new = job.trouble_text != job.noted
         if job.is_complete:
             for one in job.standing.decisions:
                 event = audit.APPROVED if one.verdict == "approved" else audit.NOT_APPROVED
                 record.add(event, result=f"{about}, digest {job.digest}", more=approval.audit_facts(one))
-        for request in job.bundle.requests:
+        for request in [one for one in job.bundle.requests if not job.was_recorded(one.name)]:
             answer, trouble = job.answers.get(request.name), job.troubles.get(request.name)
             configured = self._configured.get(request.authority)
             record.describe(request.name, job.requests[request.name], configured.label if configured else "", None)
@@ -555,7 +568,7 @@ class Desk:
             elif isinstance(answer, Refusal):
                 error = RefusedByPolicyError(f"{about}: {answer.reason}")
                 record.add(audit.REFUSED, request.name, error=error, **common)  # type: ignore[arg-type]
-            elif trouble is not None and is_new and not isinstance(trouble, WaitingError | OtherDeskError):
+            elif trouble is not None and not isinstance(trouble, WaitingError | OtherDeskError):
                 kind = BackendUnavailableError if trouble.exit_code == Exit.UNAVAILABLE else BridgeError
                 record.add(audit.event_of(trouble), request.name, error=kind(f"{about}: {trouble.reason}"), **common)  # type: ignore[arg-type]
 

@@ -15,6 +15,8 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 
+from cryptography import x509
+
 from bridge.contract import Issued, Pending, SignRequest
 from bridge.errors import BridgeError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, RequestBundle
@@ -143,6 +145,8 @@ class Journal:
         self.before_asking: Callable[[], None] = lambda: (
             None
         )  #: Called before a CA is asked; its error ends the question.
+        #: Certificates that the audit log has, and that were not delivered; a door keeps them.
+        self.recorded: set[x509.Certificate] = set()
         self._log = RequestLog(path, _DESK, self._fresh)
 
     def _fresh(self, one: _AtDesk) -> _AtDesk | None:

@@ -141,6 +141,7 @@ class Signing:
         #: Bundles of requests that came lately, by the bytes that they were read from.
         self._read: dict[bytes, Judged] = {}
         self.answered: Callable[[], object] = lambda: None  #: Called for each request that is answered.
+        self._recorded: set[x509.Certificate] = set()  #: See `Journal.recorded`.
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
 
     def look(self) -> Desk:
@@ -260,6 +261,7 @@ class Signing:
             if not self._is_prepared:  # while the lock is held: it removes what a killed process left unfinished
                 archive.prepare()
                 self._is_prepared = True
+            journal.recorded = self._recorded
             kept = self._begun(desk, archive, journal, record)
             desk.run(self._jobs(kept, archive), journal, record, left, self.workers)
         self._note(kept, left)

@@ -188,6 +188,31 @@ def test_a_ca_that_is_down_loses_no_request(door: ServeProgram, desk: Desk, pair
     assert isinstance(awaited(door, place).answers["apiserver"], Issued)
 
 
+def test_what_waits_for_another_ca_is_recorded_once(door: ServeProgram, desk: Desk, pairs: Pairs) -> None:
+    """A certificate, a refusal and a trouble of a bundle that waits are recorded in its first round, and no other one."""
+    away = desk.ca("etcd-ca").with_name("away")
+    desk.ca("etcd-ca").rename(away)
+    bundle = changed(make_bundle(some(pairs, "apiserver", "admin.conf", "etcd-server")), "admin.conf", proof=b"forged")
+    place = place_of(door.post(dumps(bundle)))
+    for _ in range(2):  # each begins a round for what waits, too
+        later = place_of(door.post(dumps(make_bundle(some(pairs, "front-proxy-client")))))
+        assert isinstance(awaited(door, later).answers["front-proxy-client"], Issued)
+    waiting = events_of(desk, bundle)
+    away.rename(desk.ca("etcd-ca"))
+    answers = awaited(door, place).answers
+
+    assert waiting == [("admin.conf", "refused"), ("apiserver", SIGNED), ("etcd-server", "failed")]
+    assert isinstance(answers["apiserver"], Issued)
+    assert events_of(desk, bundle) == sorted([*waiting, ("admin.conf", "refused"), ("etcd-server", SIGNED)])
+
+
+def events_of(desk: Desk, bundle: RequestBundle) -> list[tuple[str, str]]:
+    """Names and events of the audit log's lines about a bundle."""
+    lines = [json.loads(line) for line in (desk.state / "audit.jsonl").read_text().splitlines()]
+    about = f"request {digest(bundle)[:16]}"
+    return sorted((one["name"], one["event"]) for one in lines if about in str(one))
+
+
 def test_a_door_whose_worker_is_gone_works_on(door: ServeProgram, pairs: Pairs) -> None:
     """Its processes read and judge what comes; without them the door does it by itself, and gets others; monitors see it."""
     assert door.process is not None
