@@ -334,8 +334,8 @@ def _taken_up(
     """The request that waits for this user, if it is the one that would be made now; else a new one."""
     made = OpenUsers(store).get(order.user.name)
     if made is not None:
-        wanted = (order.user.groups, label, given or made.csr_pem)
-        is_same = (made.groups, made.backend, made.csr_pem) == wanted
+        wanted = (order.user.groups, label, given or made.csr_pem, validity)
+        is_same = (made.groups, made.backend, made.csr_pem, made.validity) == wanted
         is_old = made.carried is not None and now - made.created > _CARRIED_ANEW
         if is_same and not is_old and (given is None) is (made.key_pem is not None):
             return made

@@ -467,6 +467,20 @@ def test_through_a_desk(pki: Pki, tmp_path: Path) -> None:
     assert events == ["signed for others"]
 
 
+def test_another_validity_is_another_request(pki: Pki, tmp_path: Path) -> None:
+    """After a refusal of eight hours a desk is asked for the four that the command says now, and that is what comes."""
+    site = Carried.make(pki, tmp_path, '[users]\ngroups = ["dev"]\nmax_validity = "4h"\n')
+    assert site.user("--group=dev").returncode == 4
+    assert site.sign("--without-proof", "user").returncode == 5
+    args = ("--group=dev", "--validity=4h")
+    assert site.user(*args).returncode == 4
+    signed = site.sign("--without-proof", "user")
+    assert signed.returncode == 0, signed.stderr
+    done = site.user(*args)
+    assert done.returncode == 0, done.stderr
+    assert leaf_of(site.out).not_valid_after_utc - datetime.now(UTC) <= timedelta(hours=4)
+
+
 @pytest.mark.parametrize(
     ("users", "waived", "text"),
     [
