@@ -154,6 +154,7 @@ class Issuing:
         if verdict is None:
             return
         authority = context.authorities[verdict.spec.authority.name]
+        is_new = job.verified is None
         if job.verified is None:
             job.verified, job.signed_for = self._signed(job, verdict, authority, at_ca), _content(verdict)
         found = job.verified
@@ -161,7 +162,7 @@ class Issuing:
             verdict = self._allowed(job, at_write=True)
             if verdict is None:
                 raise GoneError("it was allowed when it was signed, and is not any more")
-            self._assert_of_use(job, verdict, found)
+            self._assert_of_use(job, verdict, found, is_new=is_new)
             if writer.issue(job, verdict, found):
                 self._written(job, found, authority)
                 return
@@ -189,18 +190,20 @@ class Issuing:
         if not self._context.queue.is_newest(job):
             raise GoneError("a newer request of the same node has come")
 
-    def _assert_of_use(self, job: Job, verdict: Allowed, found: Verified) -> None:
-        trouble = ""
+    def _assert_of_use(self, job: Job, verdict: Allowed, found: Verified, *, is_new: bool) -> None:
+        refused, trouble = self._writer_of(job.one).trouble(verdict, found), ""
         if found.leaf.not_valid_after_utc - self._context.now() < timedelta():
             trouble = "the certificate has ended before it could be written"
         elif job.signed_for != _content(verdict):
             trouble = "the policy gives another certificate than when it was signed"
+        elif refused and not is_new:
+            trouble = f"the certificate has waited for too long: {refused}"
         if trouble:
             job.verified = None
             raise LeftError("left", trouble, 1.0)
-        if trouble := self._writer_of(job.one).trouble(verdict, found):
+        if refused:
             job.verified = None
-            raise LeftError("bad-answer", trouble, after_refusal(job))
+            raise LeftError("bad-answer", refused, after_refusal(job))
 
     def _written(self, job: Job, found: Verified, authority: AuthorityOfSigners) -> None:
         context, signer, name = self._context, job.one.request.signer, name_in(job.one, found.leaf)

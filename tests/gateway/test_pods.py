@@ -25,8 +25,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from backends.vault.setup import role_beside
 from bridge.gateway import policy, roots, watch
+from bridge.gateway.context import Context, PendingRequests
+from bridge.gateway.issue import Issuing
+from bridge.gateway.ledger import Ledger
 from bridge.gateway.pod_rules import KEY_TYPES, patterns
+from bridge.gateway.service import Service
 from bridge.pki.certificates import is_for, pem
+from bridge.settings import load
+from bridge.state.store import Store
 from tests.kit import api_proxy, cluster_api, gateways, hostile_pods, kube_api, openbao, pods
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.gateways import Gateway, Place
@@ -430,6 +436,38 @@ def test_a_name_that_the_policy_takes_back_before_the_write(cluster: ClusterApi,
 def issued(gateway: Gateway) -> list[str]:
     """The pods for which the CA has signed, by the record."""
     return sorted(line["pod"] for line in gateway.audit() if line["event"] == "issued")
+
+
+def test_a_certificate_that_has_waited_for_too_long_is_made_anew_at_once(
+    cluster: ClusterApi, ca: Signer, tmp_path: Path
+) -> None:
+    """The API server takes no answer for six minutes, and no certificate that began five ago: the CA is not at fault, nor left alone."""
+    ahead = [timedelta()]
+    with api_proxy.between(cluster, gateways.USER) as proxy:
+        place = pods.with_openssl(pods.place(cluster, tmp_path), ca)
+        place.gateway |= {"kubeconfig": str(proxy.kubeconfig(cluster, gateways.USER)), "lease": False}
+        proxy.before = lambda method, path: (503, b"{}") if (method, path[-7:]) == ("PATCH", "/status") else None
+        settings, store = load.load(place.write()), Store(tmp_path / "state")
+        store.prepare()
+        service = Service(settings, lambda: datetime.now(UTC) + ahead[0])
+        issuing = Issuing(
+            Context(
+                settings=settings, api=service.api, nodes=service.nodes, authorities=service.authorities,
+                ledger=Ledger(store, settings.audit), pending_at_ca=PendingRequests(store), metrics=service.metrics,
+                holder=service.holder, now=lambda: datetime.now(UTC) + ahead[0],
+            )
+        )  # fmt: skip
+        pod = make_pod(cluster)
+        asked = pod.ask()
+        issuing.changed(watch.parse_pod(pod.read(asked), 1000))
+        assert issuing.work(0)
+        assert outcome(pod.read(asked)) == ""
+        proxy.before, ahead[0] = (lambda *_: None), timedelta(minutes=6)
+        assert issuing.work(10)
+        assert outcome(pod.read(asked)) == ""
+        ahead[0] = timedelta()
+        assert issuing.work(10)
+        assert outcome(pod.read(asked)) == "Issued"
 
 
 def is_logged(gateway: Gateway, uid: str, found: str) -> bool:
