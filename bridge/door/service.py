@@ -78,6 +78,7 @@ class Service:
         self._settings = settings
         self._now = now
         self.memory = open_memory(settings)
+        self._nodes = fleet.Metrics(self.memory, settings.renewal.before, now)
         self._secret = secret(Store(settings.node.state_dir))
         self._persons: tuple[x509.Certificate, ...] = ()
         self._signing = Signing(settings, self.memory, policy_file, now, self._trust)
@@ -256,7 +257,7 @@ class Service:
     def _metrics(self) -> tuple[int, str]:
         try:
             counts = self.memory.counts()
-            nodes = fleet.metrics(fleet.fleet(self.memory, self._settings.renewal.before, self._now()))
+            nodes = self._nodes.text()
         except DatabaseError:
             counts, nodes = {}, ""
         connections = self._https.counts() if self._https is not None else {}
