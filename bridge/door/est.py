@@ -209,6 +209,7 @@ class Est:
         except EnrolmentError as e:  # another request was first
             raise _away(HTTPStatus.FORBIDDEN, str(e)) from None
         log.info("request %s of %s was received, %s", request_digest[:16], bundle.node, asker.text, extra=about)
+        self._door.brought(environ, request_id)
         self._door.arrived.set()
         return self._found(request_id)
 

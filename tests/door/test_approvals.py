@@ -25,6 +25,7 @@ from bridge.pki.csr import PrivateKey
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.desks import POLICY, make_desk
+from tests.kit.est_door import TYPE, body_of, make_csr
 from tests.kit.issuing import Signer
 from tests.kit.people import APPROVALS, Team, make_team
 from tests.kit.pki import Pki, handmade_pki
@@ -290,6 +291,39 @@ def test_who_brings_a_request_does_not_decide_about_it(team: Team, bundle: Reque
     assert "another person" in mine.document["error"]
     assert theirs.status == 200
     awaited(team.door, place)
+
+
+def test_who_brings_a_request_by_est_does_not_decide_about_it(tmp_path: Path, pki: Pki) -> None:
+    """A person who has shown a certificate beside a node's one-time secret is refused; another one is not."""
+    team = make_team(tmp_path, pki, APPROVALS + _LABEL)
+    alice, bob = team.agent("alice"), team.agent("bob")
+    with running(team.door):
+        secret = team.desk.run("enroll", "cp-1").stdout.strip()
+        basic = b64encode(f"cp-1:{secret}".encode()).decode()
+        sent = {"Content_Type": TYPE, "Authorization": f"Basic {basic}"}
+        asked = team.ask(alice, "POST", "/.well-known/est/first/simpleenroll", body_of(make_csr()), **sent)
+        [one] = team.ask(alice, "GET", "/v1/approvals").document["requests"]
+        place = f"/v1/approvals/{one['digest']}"
+        mine = team.ask(alice, "POST", place, signed(alice, one["digest"]))
+        theirs = team.ask(bob, "POST", place, signed(bob, one["digest"]))
+
+    assert asked.status == 202
+    assert (mine.status, theirs.status) == (403, 200)
+    assert "another person" in mine.document["error"]
+
+
+_LABEL = """
+[certificate.web]
+authority = "ca"
+usages = ["server"]
+subjects = ["CN=web.{node}"]
+sans = ["{node}"]
+
+[est.first]
+certificate = "web"
+cluster = "kubernetes"
+secrets = true
+"""
 
 
 @pytest.mark.parametrize(
