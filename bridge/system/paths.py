@@ -133,6 +133,8 @@ def own_text(path: Path, what: str, hint: str) -> str:
     except (OSError, UnreadableError) as e:
         found = str(e.strerror if isinstance(e, OSError) else e)
         raise SettingsError([SettingsProblem("", what, found, path)]) from None
+    if data is None and path.is_dir():
+        raise SettingsError([SettingsProblem("", what, "a directory", path)], hint="name the file in it")
     if data is None:
         raise SettingsError([SettingsProblem("", what, "none", path)], hint=hint)
     try:

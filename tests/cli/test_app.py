@@ -199,6 +199,15 @@ def test_a_settings_file_is_not_reported_as_missing(monkeypatch: pytest.MonkeyPa
     assert "wanted a settings file, found none" in result.stderr
 
 
+def test_the_settings_directory_is_not_called_a_missing_file(config: Path) -> None:
+    """The hint is to name the file in it, and not to write a new one; the file is good."""
+    result = CliRunner().invoke(app, ["settings", "check", "--config", str(config.parent)])
+    assert result.exit_code == 2
+    assert f"{config.parent}: wanted a settings file, found a directory" in result.stderr
+    assert "name the file in it" in result.stderr
+    assert CliRunner().invoke(app, ["settings", "check", "--config", str(config)]).exit_code == 0
+
+
 def test_a_held_lock_is_9_and_names_the_holder(run: Run, tmp_path: Path) -> None:
     """The run does nothing; when the lock is free the same command works."""
     store = Store(tmp_path / "state")
