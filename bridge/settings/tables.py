@@ -140,6 +140,12 @@ class NodeSettings:
         """The node's name as it is set, or else the host's."""
         return self.name or os.uname().nodename.strip().lower()
 
+    def problems(self) -> Iterator[SettingsProblem]:
+        """A name that no node has: no request bundle can carry it."""
+        if self.name and re.fullmatch(_NODE_NAME, self.name) is None:
+            wanted = "a node's name, as `kubectl get nodes` has it (a-z, 0-9, '-' and '.')"
+            yield SettingsProblem("name", wanted, repr(self.name))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenewalSettings:
@@ -535,6 +541,8 @@ def is_service(name: str) -> bool:
 
 
 _LONGEST_NAME = 253
+#: As `bridge.pki.kubeadm_names` has it, but for empty labels.
+_NODE_NAME = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"
 _IDENTITY = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,126}[A-Za-z0-9])?"
 _LISTEN = r"(\[[0-9a-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})"
 #: Three renewals must fit into it, and another replica waits that long for a dead one.

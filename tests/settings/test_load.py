@@ -109,6 +109,14 @@ def test_what_makes_no_sense_is_refused(text: str) -> None:
     assert len(problems(text)) == 1
 
 
+@pytest.mark.parametrize("name", ["CP-1", "cp 1", "../cp-1", "cp_1", "-cp", "a" * 254])
+def test_a_node_has_a_name_that_kubernetes_gives(name: str) -> None:
+    """Another one would be found by the first export alone, whose bundle can't have it; names with dots are good."""
+    [problem] = problems(f'[node]\nname = "{name}"\n')
+    assert (problem.key, "a node's name" in problem.wanted) == ("node.name", True)
+    assert parse('[node]\nname = "cp-1.prod.example"\n').node.node_name == "cp-1.prod.example"
+
+
 def test_identities_are_never_an_exception() -> None:
     """A CA may be allowed to add OU to a subject, but not O or CN, by which Kubernetes decides."""
     head = '[backend.b]\ntype = "vault"\n[authority.ca]\nbackend = "b"\n'
