@@ -85,6 +85,7 @@ def make(
 def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     whole.assert_no_cluster(desired)
     look = look_at(run.settings, desired, live, run.now())
+    whole.assert_keys_closed(look)
     if not look.missing():
         whole.assert_as_desired(desired, look)
         keep_what_is_there(run, desired)

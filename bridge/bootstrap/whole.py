@@ -42,6 +42,7 @@ from bridge.pki.certificates import UNREADABLE, load_pem_certificates, san_entri
 from bridge.pki.kubeadm_names import NoFactError, naming
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, KUBELET_CONF, KUBELET_SERVER, CertificateSpec
+from bridge.system.paths import Exposure, open_secret
 from bridge.words import some
 
 
@@ -246,7 +247,7 @@ def check(
     wanted = "wanted kubeadm's configuration, by which names are judged, found none"
     found += [f"{file}: {wanted}" for file in files if live(file) is None]
     look = _look(settings, places, role, config, live, now)
-    return [*found, *look.problems()]
+    return [*found, *map(str, _open_keys(look)), *look.problems()]
 
 
 def look_at(settings: Settings, desired: DesiredNode, read: Read, now: datetime) -> NodeLook:
@@ -294,6 +295,20 @@ def assert_as_desired(desired: DesiredNode, look: NodeLook) -> None:
             "\n".join(problems),
             hint="all files exist, but kubeadm would fail with them: move them away, or correct them",
         )
+
+
+def _open_keys(look: NodeLook) -> Iterator[Exposure]:
+    """Keys that were brought here, and that others can read: a right one is not written again, and kubeadm does not look."""
+    brought = [look.places.sa_key, *(look.places.pair(one)[0] for one in look.places.brought)]
+    for path in brought if look.role != "worker" else ():
+        if path.exists() and (found := open_secret(path)) is not None:
+            yield found
+
+
+def assert_keys_closed(look: NodeLook) -> None:
+    """Refuse a key that was brought here, and that others can read, before a CA is asked."""
+    if (found := next(_open_keys(look), None)) is not None:
+        raise NotWholeError(str(found), hint=found.hint)
 
 
 def assert_brought(look: NodeLook, cas: Certificates) -> None:

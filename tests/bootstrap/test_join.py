@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import signal
 import stat
@@ -321,6 +322,29 @@ def test_a_shared_file_that_others_can_read_is_refused(other: NewNode, shared: b
     assert refused.returncode == 2
     assert "shared.json" in refused.stderr
     assert taken.returncode == 0, taken.stderr
+
+
+def test_a_service_account_key_that_others_can_read_is_refused(first: NewNode, other: NewNode, shared: bytes) -> None:
+    """It was copied here with a loose mode, and is right otherwise; no CA is asked until it is for its owner alone."""
+    other.places.pki.mkdir(parents=True)
+    for path, copy in ((first.places.sa_key, other.places.sa_key), (first.places.sa_public, other.places.sa_public)):
+        copy.write_bytes(path.read_bytes())
+        copy.chmod(0o644)
+    refused = other.run("join", "--control-plane", "--shared", "-", *SECOND, given=shared)
+    assert (refused.returncode, "sa.key: wanted it for its owner alone" in " ".join(refused.stderr.split())) == (
+        5,
+        True,
+    )
+    assert "chmod 600" in refused.stderr
+    assert all("V\t" not in (other.directory / "signers" / name / "index.txt").read_text() for name in AUTHORITIES)
+    other.places.sa_key.chmod(0o600)
+    taken = other.run("join", "--control-plane", "--shared", "-", *SECOND, given=shared)
+    assert taken.returncode == 0, taken.stderr
+    other.places.sa_key.chmod(0o640)
+    os.chown(other.places.sa_key, -1, 12345)
+    assert other.run("check", "--control-plane").returncode == 5
+    other.places.sa_key.chmod(0o600)
+    assert other.run("check", "--control-plane").returncode == 0
 
 
 def test_another_clusters_key_is_refused(first: NewNode, other: NewNode, shared: bytes) -> None:
