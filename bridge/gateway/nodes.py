@@ -104,7 +104,7 @@ class WatchedFile(Generic[T]):
 
 
 class Remembered(Generic[K, V]):
-    """Answers that count for a while; the oldest is forgotten first."""
+    """Answers that count for a while, and are forgotten then; of too many, the oldest is forgotten first."""
 
     def __init__(self, seconds: float = _REMEMBERED_SECONDS) -> None:
         self._seconds = seconds
@@ -132,8 +132,11 @@ class Remembered(Generic[K, V]):
 
     def put(self, key: K, value: V, since: float | None = None) -> None:
         """Remember an answer to what was asked then (monotonic; None: a moment ago)."""
+        now = time.monotonic()
         with self._mutex:
-            remember(self._answers, key, (value, time.monotonic() if since is None else since), _MOST_REMEMBERED)
+            remember(self._answers, key, (value, now if since is None else since), _MOST_REMEMBERED)
+            while self._answers and now - next(iter(self._answers.values()))[1] >= self._seconds:
+                self._answers.popitem(last=False)
 
 
 class Nodes:

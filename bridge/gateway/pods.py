@@ -95,13 +95,13 @@ class PodJudge:
         if isinstance(hostile, Hostile):  # nothing is looked up for it
             return hostile
         pod = self._looks.pod(request, at_write=at_write)
-        account = self._looks.metadata(
+        account = self._looks.uid(
             f"namespaces/{quoted(request.namespace)}/serviceaccounts/{quoted(request.service_account)}"
         )
-        node = self._looks.metadata(f"nodes/{quoted(request.node)}")
+        node = self._looks.uid(f"nodes/{quoted(request.node)}")
         labels: Mapping[str, str] | None = None
         if rules is not None and rules.namespace_labels:
-            labels = mapping(self._looks.metadata(f"namespaces/{quoted(request.namespace)}"), "labels")
+            labels = self._looks.labels(f"namespaces/{quoted(request.namespace)}")
         world = PodWorld(
             policy=policy,
             cluster=context.settings.node.cluster,
@@ -110,8 +110,8 @@ class PodJudge:
             now=context.now(),
             created=job.one.created,
             pod=pod,
-            account_uid=_uid(account),
-            node_uid=_uid(node),
+            account_uid=account,
+            node_uid=node,
             labels=labels,
         )
         return judge(request, world)
@@ -122,7 +122,10 @@ class Looks:
 
     def __init__(self, api: Api) -> None:
         self._api = api
-        self._metadata: Remembered[str, Mapping[str, Any] | None] = Remembered(_RECENT_SECONDS)
+        self._uids: Remembered[str, str | None] = Remembered(
+            _RECENT_SECONDS
+        )  # of accounts: their users choose the rest
+        self._labels: Remembered[str, Mapping[str, str]] = Remembered(_RECENT_SECONDS)
         self._pods: Remembered[str, PodState | None] = Remembered(_RECENT_SECONDS)
 
     def pod(self, request: PodRequest, *, at_write: bool) -> PodState | None:
@@ -136,14 +139,18 @@ class Looks:
         self._pods.put(path, found, now)
         return found
 
-    def metadata(self, path: str) -> Mapping[str, Any] | None:
-        """An object's metadata, as they were a moment ago; None: it is not there."""
+    def uid(self, path: str) -> str | None:
+        """An object's UID, as it was a moment ago; None: it is not there."""
 
-        def ask() -> Mapping[str, Any] | None:
+        def ask() -> str | None:
             document = self._get(path, METADATA)
-            return None if document is None else mapping(document, "metadata")
+            return None if document is None else str(mapping(document, "metadata").get("uid", ""))
 
-        return self._metadata.of(path, ask)
+        return self._uids.of(path, ask)
+
+    def labels(self, path: str) -> Mapping[str, str]:
+        """An object's labels, as they were a moment ago; none: it has none, or is not there."""
+        return self._labels.of(path, lambda: mapping(self._get(path, METADATA), "metadata", "labels"))
 
     def _get(self, path: str, accept: str) -> Mapping[str, Any] | None:
         reply = self._api.ask("GET", f"/api/v1/{path}", accept=accept)
@@ -175,10 +182,6 @@ def _sources(spec: Mapping[str, Any]) -> Iterator[Source]:
                     seconds=int(source.get("maxExpirationSeconds") or USUAL_SECONDS),
                     annotations=tuple(sorted((str(key), str(value)) for key, value in annotations.items())),
                 )
-
-
-def _uid(metadata: Mapping[str, Any] | None) -> str | None:
-    return None if metadata is None else str(metadata.get("uid", ""))
 
 
 def _request(one: AnyObject) -> PodRequest:

@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -27,7 +28,7 @@ from bridge.gateway import nodes, queue
 from bridge.gateway.context import PendingAtCa, PendingRequests
 from bridge.gateway.pages import Metrics, serving
 from bridge.gateway.pod_policy import PodRequest
-from bridge.gateway.pods import PodJudge, PodWriter
+from bridge.gateway.pods import Looks, PodJudge, PodWriter
 from bridge.gateway.queue import Job, Look, Queue
 from bridge.gateway.watch import (
     ALLOWS,
@@ -369,6 +370,33 @@ def test_what_a_pod_asks_for_in_vain_takes_nothing_of_its_namespaces_rate() -> N
     assert turns.count(0) == GatewaySettings().node_rate
     assert turns.count(None) > 6900
     assert judge.turn(pod_job(pod_uid="p2", node="w2")) == 0
+
+
+def test_what_users_write_into_their_accounts_and_pods_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 300 service accounts with 100 kB of annotations the UIDs are remembered, and of as many pods those of two seconds."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def answer() -> Reply:
+        clock[0] += 0.1
+        note = {"corp.example/note": f"{clock[0]:.1f}" + "x" * 100_000}
+        source = {"podCertificate": {"signerName": "corp.example/spiffe", "userAnnotations": note}}
+        spec = {"volumes": [{"projected": {"sources": [source]}}]}
+        return Reply(
+            status=200, body=json.dumps({"metadata": {"uid": "u", "annotations": note}, "spec": spec}).encode()
+        )
+
+    looks = Looks(context_of(answer).api)
+    tracemalloc.start()
+    try:
+        for number in range(300):
+            assert looks.uid(f"namespaces/shop/serviceaccounts/s{number}") == "u"
+            found = looks.pod(pod_job(pod=f"p{number}").one.request, at_write=False)  # type: ignore[arg-type]
+            assert found is not None
+            assert looks.pod(pod_job(pod=f"p{number}").one.request, at_write=True) is found  # type: ignore[arg-type]
+        assert tracemalloc.get_traced_memory()[0] < 10 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_more_pods_that_wait_than_events_take_none_away(monkeypatch: pytest.MonkeyPatch) -> None:
