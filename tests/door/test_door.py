@@ -43,6 +43,7 @@ from tests.kit.small_disk import fill, needs_root, tmpfs
 NodeEnd = Callable[..., GatewayBackend]
 Pairs = dict[str, tuple[x509.Certificate, PrivateKey]]
 _PATIENCE = timedelta(minutes=2)
+_DOCS = Path(__file__).parents[2] / "docs"
 #: What the policy grants beside kubeadm's names: those of this node.
 _ADDRESSES = "".join(
     f'\n[certificate.{name}]\nsans = ["{{node}}", "localhost", "kubernetes", ".default.svc", "kubernetes.default", '
@@ -508,6 +509,15 @@ def test_what_is_no_bundle_is_not_kept(common: ServeProgram, pairs: Pairs) -> No
     assert statuses == {"type": 415, "text": 400, "empty": 400, "changed": 400, "good": 202}
     head = b"POST /v1/requests HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     assert raw(common, head % ((1 << 20) + 1)).startswith(b"HTTP/1.1 413 ")  # before the bytes come
+
+
+def test_each_metric_is_in_the_document(common: ServeProgram) -> None:
+    """The page has no metric that docs/door.md has no row for."""
+    shown = set(re.findall(r"^# TYPE (\w+) ", common.ask("GET", "/metrics").body.decode(), re.MULTILINE))
+    told = set(re.findall(r"^\| `(ca_bridge_\w+)", (_DOCS / "door.md").read_text(), re.MULTILINE))
+
+    assert {"ca_bridge_serve_connections", "ca_bridge_serve_workers"} <= shown
+    assert shown <= told
 
 
 _SQL = "' OR '1'='1'; DROP TABLE requests; --"
