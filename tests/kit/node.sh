@@ -316,11 +316,15 @@ up() { # up IP [CA_DIR]
   echo "$name is up at https://$ip:6443"
 }
 
-add_etcd_member() { # add_etcd_member IP FIRST: this node, to the etcd cluster that FIRST belongs to
-  local pki=/etc/kubernetes/pki/etcd members
+etcd_member() { # etcd_member IP FIRST; refused until the member that was added before is well
+  local pki=/etc/kubernetes/pki/etcd
   enter etcdctl --endpoints "https://$2:2379" --cacert $pki/ca.crt --cert $pki/healthcheck-client.crt \
-    --key $pki/healthcheck-client.key member add "$name" --peer-urls="https://$1:2380" >"$node/member.log" 2>&1 ||
-    die "$name: no new etcd member" "see $node/member.log"
+    --key $pki/healthcheck-client.key member add "$name" --peer-urls="https://$1:2380" >"$node/member.log" 2>&1
+}
+
+add_etcd_member() { # add_etcd_member IP FIRST: this node, to the etcd cluster that FIRST belongs to
+  local members
+  within 120 "a new etcd member" etcd_member "$1" "$2"
   members=$(sed -n 's/^ETCD_INITIAL_CLUSTER="\(.*\)"/\1/p' "$node/member.log")
   sed -i -E "s#--initial-cluster=.*#--initial-cluster=$members\n    - --initial-cluster-state=existing#" \
     "$kubernetes/manifests/etcd.yaml"
