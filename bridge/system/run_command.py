@@ -237,11 +237,8 @@ class _Running:
 
     def _has_ended(self) -> bool:
         """Look without reaping it, so that its process id and group stay its own."""
-        try:
-            if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-                return False
-        except ChildProcessError:  # our own parent has us ignore the ends of processes
-            return True
+        if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return False
         if self._command.ends_background:
             self._kill()
         return True

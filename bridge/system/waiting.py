@@ -83,7 +83,9 @@ class TerminatedError(KeyboardInterrupt):
 
 
 def listen() -> None:
-    """Have SIGTERM raise a TerminatedError in the main thread, unless our parent ignores it."""
+    """Have SIGTERM raise a TerminatedError in the main thread, unless our parent ignores it, and see how programs end."""
+    # a parent that ignores it hands that on, and the kernel then forgets each exit code: Python takes it for 0
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminated)
     # a timer wakes that thread, or Python would handle a signal only after a wait; children inherit no timers

@@ -51,3 +51,22 @@ def test_a_program_that_is_started_has_no_timer() -> None:
     """It would be killed by it."""
     program = "from bridge.system import waiting; import subprocess, sys; waiting.listen(); sys.exit(subprocess.call(['sleep', '2.5']))"
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+
+
+#: The parent's own end: what it ignores, the program that takes its place ignores, too.
+DEAF = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+CODES = """
+from datetime import timedelta
+from bridge.system import waiting
+from bridge.system.run_command import Command, run
+waiting.listen()
+for words in (["sh", "-c", "exit 75"], ["true"]):
+    print(run(Command(words=words, environment={"PATH": "/usr/bin:/bin"}, limit=timedelta(seconds=20))).code)
+"""
+
+
+@pytest.mark.parametrize("parent", [(), ("-c", DEAF)], ids=["usual", "deaf"])
+def test_no_parent_hides_how_programs_end(parent: tuple[str, ...]) -> None:
+    """With SIGCHLD ignored by ours, as some daemons leave it, a hook that fails would count as one that succeeds."""
+    words = [sys.executable, *parent, "-c", CODES]
+    assert subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout.split() == ["75", "0"]
