@@ -245,9 +245,11 @@ def take_keys_away(cas: Sequence[Replaced], node: NodeSettings, directory: Path)
                 continue
             write_atomically(target, data)
             sync_directory(directory)
-            for path in dict.fromkeys([Path(os.path.realpath(place)), place]):  # a link and what it leads to
-                path.unlink()
-                sync_directory(path.parent)
+            # a link and what it leads to, which may be the very file that is to stay
+            for path in dict.fromkeys([Path(os.path.realpath(place)), place]):
+                if path != Path(os.path.realpath(target)):
+                    path.unlink()
+                    sync_directory(path.parent)
         except (OSError, UnreadableError) as e:
             yield KeyLeftError(f"{place}: wanted it away from this node, found: {e}")
         else:

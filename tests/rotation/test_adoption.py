@@ -232,6 +232,18 @@ def test_a_place_that_others_read_takes_no_key(settings: Settings, pki: Pki, dis
     places.assert_takes_keys(disk, settings.node)
 
 
+@pytest.mark.rotation("a CA's key on a node")
+def test_a_key_that_lies_on_the_disk_already_is_not_lost(settings: Settings, pki: Pki, disk: Path) -> None:
+    """Where kubeadm's place is a link to it, the link alone goes."""
+    key, kept = pki.pki_dir / "ca.key", disk / "ca.key"
+    data = key.read_bytes()
+    key.rename(kept)
+    key.symlink_to(kept)
+    assert run(settings, Verb.TRUST, ["ca"]).exit_code == 0
+    assert run(settings, Verb.ISSUE, ["ca"], to(disk)).exit_code == 0
+    assert (kept.read_bytes(), os.path.lexists(key)) == (data, False)
+
+
 def test_another_key_on_the_disk_is_not_replaced(settings: Settings, pki: Pki, disk: Path) -> None:
     """The exit code is 7, the message says so, and the key stays where it is."""
     (disk / "ca.key").write_bytes(b"another cluster's")
