@@ -113,13 +113,14 @@ class Transaction:
         done = [one.outcome for one in proven]
         await_validity([one.verified.leaf for one in proven])
         self._run.record.write()  # the audit log comes before the installation
-        self._options.trust.gate(proven)
-        try:
-            self._owe(selection, done)
-            backup_id = install_all(self._run, proven, self._options.trust)
-        except BridgeError as e:
-            record_failed(self._run.record, [outcome_of(one.prepared.item, e) for one in proven])
-            raise
+        with self.owing():
+            self._options.trust.gate(proven)
+            try:
+                self._owe(selection, done)
+                backup_id = install_all(self._run, proven, self._options.trust)
+            except BridgeError as e:
+                record_failed(self._run.record, [outcome_of(one.prepared.item, e) for one in proven])
+                raise
         return Result(outcomes=(*done, *failed), backup_id=backup_id)
 
     def _owe(self, selection: Selection, done: Sequence[Outcome]) -> None:
@@ -131,6 +132,22 @@ class Transaction:
         _owe_putting_away(self._run, done)
         self._hooks.installing(HookEvent.of(selection.items, done))
         self.owe_use(done)
+
+    @contextlib.contextmanager
+    def owing(self) -> Iterator[None]:
+        """
+        Go back to what was unproven before, where nothing is installed in this block: a certificate that only has other
+        CAs beside it keeps its serial number, by which outdated ones are found.
+        """
+        file = unproven_file(self._run.store)
+        before = file.read() if self._options.restarts else None
+        try:
+            yield
+        except BridgeError:
+            if self._options.restarts and not self._run.store.journal.exists():  # else `recover` may finish it
+                with contextlib.suppress(StateError):  # then the next run restarts more than it needs to
+                    file.put(before)
+            raise
 
     def owe_use(self, done: Sequence[Outcome]) -> None:
         """Record, before an installation, what is to be restarted, and to be seen on its new certificate."""

@@ -20,7 +20,7 @@ from bridge.pki import identity
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.rotation import Bundle, Change, Phase, Seen, Standing, standing
 from bridge.settings.tables import NodeSettings, Settings
-from bridge.specs import CA, Component
+from bridge.specs import CA, SPECS, Component
 from bridge.state import backups, copies
 from bridge.state.install import CERTIFICATE_MASK, KUBECONFIG_MASK, Replacement
 from bridge.state.store import Store
@@ -81,7 +81,7 @@ class Replaced:
                 was=digest(read(self.state.path) or b""),
                 says_the_same=set(self.seen.bundle) == set(bundle),
             )
-        names = {str(item.spec.base): item.spec.name for item in self.items if item.spec.kubeconfig}
+        names = {spec.base: spec.name for spec in SPECS.values() if spec.kubeconfig}
         for place, data in self.confs.items():
             if set(self.seen.kubeconfigs[place]) != set(bundle):
                 path = Path(place)

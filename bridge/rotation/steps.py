@@ -445,9 +445,15 @@ def _trust(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
     """Replace the CA file and the kubeconfigs' CA data; restart and prove what reads them once."""
     files = [file for step in steps for file in step.ca.trust_files(step.target)]
     _record(run, steps)
-    _owe_reading(run, transaction, node, steps, {file.certificate for file in files})
     about = audit.about(phases={step.ca.name: step.target.value for step in steps})
-    backup_id = install(run.store, files, run.record.run_id, about)
+    try:
+        with transaction.owing():
+            _owe_reading(run, transaction, node, steps, {file.certificate for file in files})
+            backup_id = install(run.store, files, run.record.run_id, about)
+    except BridgeError as e:
+        for step in steps:
+            run.record.add(audit.FAILED, step.ca.name, authority=step.ca.name, error=e)
+        raise
     run.record.write_or_warn()
     return transaction.activated(Result(outcomes=(), backup_id=backup_id))
 

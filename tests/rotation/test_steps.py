@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -36,11 +37,12 @@ from bridge.pki.csr import key_pem
 from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
 from bridge.rotation import Phase, places, steps
-from bridge.rotation.gate import has_asked
+from bridge.rotation.gate import SplitError, has_asked
 from bridge.rotation.steps import Verb
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, Component
-from bridge.state import backups
+from bridge.state import audit, backups, install
+from bridge.state.obligations import unproven_file
 from bridge.state.session import begun
 from bridge.state.store import Store
 from bridge.system.waiting import wait_until
@@ -145,6 +147,70 @@ def test_an_api_server_that_verifies_kubelets_and_reads_their_ca_once_is_restart
             assert (Component.APISERVER in done.to_restart) is reads_once
     Store(settings.node.state_dir).unproven.unlink(missing_ok=True)
     assert Component.APISERVER not in run(by_hand, Verb.TRUST, ["front-proxy-ca"]).to_restart
+
+
+def test_cas_that_could_not_be_installed_leave_nothing_to_restart(
+    settings: Settings, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was owed before stays owed, and nothing else; the audit log has the failure. Without one, restarts are owed."""
+    verifying(pki, "v1.34.4")
+    read = ProofFinding(
+        component=Component.APISERVER,
+        certificate="apiserver-kubelet-client",
+        what=f"has read {pki.pki_dir}/ca.crt",
+        state="stale",
+        detail="",
+    )
+    monkeypatch.setattr("bridge.control_plane.proof.by_files", lambda *_: ProofReport(findings=(read,)))
+    store = Store(settings.node.state_dir)
+
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(pki.pki_dir))
+
+    def fails(verb: Verb) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(install, "_stage", read_only)
+            with pytest.raises(install.InstallError, match="nothing was replaced"):
+                run(settings, verb, ["ca"])
+        newest = list(audit.events(store, None, "ca"))[-1]
+        assert (newest["event"], "nothing was replaced" in newest["result"]) == (audit.FAILED, True)
+
+    fails(Verb.TRUST)
+    assert not store.unproven.exists()
+    assert run(settings, Verb.TRUST, ["ca"]).to_restart == [Component.APISERVER]
+    owed = unproven_file(store).read()
+    assert owed is not None
+    fails(Verb.BACK)
+    assert unproven_file(store).read() == owed
+
+
+def test_new_certificates_that_a_gate_refuses_leave_nothing_to_restart(settings: Settings, pki: Pki) -> None:
+    """An emergency writes down what has to read the CAs before it shows the certificates to other servers."""
+    verifying(pki, "v1.34.4")
+    store = Store(settings.node.state_dir)
+
+    class Refusing(Open):
+        def assert_accepted(self, *_: object) -> None:
+            assert store.unproven.exists()
+            raise SplitError("refused")
+
+    with pytest.raises(SplitError):
+        run(settings, Verb.DROP, ["ca"], Refusing(emergency=True))
+    assert not store.unproven.exists()
+    run(settings, Verb.DROP, ["ca"], Open(emergency=True))
+    assert store.unproven.exists()
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_kubelet_whose_pair_is_lost_trusts_the_new_ca(settings: Settings, pki: Pki, is_lost: bool) -> None:
+    """Its kubeconfig has the CAs of the phase, whatever has become of the files that it refers to."""
+    current = finalize(pki)
+    if is_lost:
+        current.unlink()
+    assert run(settings, Verb.TRUST, ["ca"]).exit_code == 0
+    assert phases(settings)["ca"] == "trusted"
+    found = kubeconfig.parse((pki.kubeconfig_dir / "kubelet.conf").read_bytes()).ca_data
+    assert len(load_pem_certificates(found or b"")) == 2
 
 
 @pytest.mark.parametrize(("version", "reads_once"), [("v1.35.4", True), ("v1.36.0", False)])
