@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.control_plane.restarts import times_file
-from bridge.renewal.gate import attempts_file
+from bridge.renewal.gate import attempts_file, next_ca_file
 from bridge.settings.tables import Settings
 from bridge.state import audit, backups
 from bridge.state.install import journal_file, staging_file
@@ -49,6 +49,7 @@ def state_files(store: Store) -> list[StateFile[Any]]:
         pairs_file,
         hooks_file,
         revocations_file,
+        next_ca_file,
     )
     open_ = (file_of(RENEWALS, store.requests), file_of(USERS, store.users))
     return [*(make(store) for make in makers), *open_, copies_file(store), attempts_file(store), times_file(store)]

@@ -176,7 +176,7 @@ def test_every_state_file_can_be_set_aside(node: Pki, store: Store, tmp_path: Pa
             store.postponed,
             store.pairs,
         ),
-        *(store.hooks, store.attempts, store.revocations, store.copies, store.users),
+        *(store.hooks, store.attempts, store.revocations, store.copies, store.users, store.next_ca),
     }
     for file in files:
         file.path.write_bytes(b"{")
