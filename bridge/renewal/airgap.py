@@ -9,6 +9,7 @@ from the live one that it replaces, not from a CSR in the directory.
 from __future__ import annotations
 
 import dataclasses
+import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -492,14 +493,19 @@ def _install(
 
 
 def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
-    key = contents.keys[item.spec.name]
+    key, path = contents.keys[item.spec.name], contents.key_files[item.spec.name]
+    own = item.key_path or item.certificate_path
+    if item.certificates and item.key_trouble is None and os.path.realpath(path) == os.path.realpath(own):
+        raise DirectoryError(
+            f"{path}: wanted a new key, found the one that is in use", hint="name the directory of the new keys"
+        )
     live, was = live_pair(item)
     naming, replaced = serving_names(item, settings), replaced_by_next(item, live)
     pem = csr.build_for(naming, key) if naming is not None else csr.build(present(item, live), key)
     request = SignRequest(spec=item.spec, csr_pem=pem, validity=settings.renewal.validity, replaces=replaced)
     if not contents.found.take_loose(request):
         raise WaitingError(
-            f"wanted a certificate for its key in {contents.key_files[item.spec.name].parent}, found none there",
+            f"wanted a certificate for its key in {path.parent}, found none there",
             hint="have its CSR signed, put the certificate there under any name, then run this again",
         )
     return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)

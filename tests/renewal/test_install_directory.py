@@ -113,6 +113,16 @@ def test_what_renew_wrote_and_another_ca_program_signed_is_installed(
     assert not store.requests.exists()
 
 
+def test_the_nodes_own_directory_is_refused(node: Pki, settings: Settings, tmp_path: Path) -> None:
+    """Its keys are in use, and an installed directory's are to be removed; a copy of it is as good as any other."""
+    before = contents(node)
+    result = install(settings, node.pki_dir)
+    assert (result.exit_code, result.renewed, contents(node)) == (Exit.USAGE, [], before)
+    assert all(isinstance(outcome.error, DirectoryError) for outcome in result.failed)
+    shutil.copytree(node.pki_dir, tmp_path / "copy")
+    assert install(settings, tmp_path / "copy").exit_code == 0
+
+
 def test_a_date_in_year_0_is_passed_over_by_name(
     node: Pki, settings: Settings, directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
