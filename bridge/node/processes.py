@@ -24,6 +24,9 @@ PROC = Path("/proc")
 
 #: The index in `/proc/PID/stat` after the name, which may hold blanks: proc_pid_stat(5), field 22.
 _START_FIELD = 22 - 3
+#: UID_MIN of login.defs(5): from here on users may call any program `kubelet`. Services have lower ones, and so have
+#: kubeadm's components without root.
+_FIRST_PERSON = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,16 +40,25 @@ class Process:
 
 
 def running(program: str, proc: Path = PROC) -> list[Process]:
-    """Processes of a program in our own network namespace, which is the node's, the oldest first."""
+    """Processes of a program in our own network namespace, which is the node's, and of no person, the oldest first."""
     here, found = _network(proc / "self"), []
     for entry in (one for one in proc.iterdir() if one.name.isdigit()):
         # a process may end meanwhile, or be another user's
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             words = tuple((entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0"))
-            if os.path.basename(words[0]) == program and _network(entry) == here:  # noqa: PTH119 (a text)
+            if os.path.basename(words[0]) != program or _is_of_a_person(entry):  # noqa: PTH119 (a text)
+                continue
+            if _network(entry) == here:
                 started, root = _started(entry), entry / "root"
                 found.append(Process(pid=int(entry.name), started=started, arguments=words, root=root))
     return sorted(found, key=lambda process: process.started)
+
+
+def _is_of_a_person(entry: Path) -> bool:
+    """Whether a user started it who is neither root nor a service's, by the real user: the program may be set-uid."""
+    status = (entry / "status").read_text(errors="replace")
+    uid = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("Uid:"))
+    return uid >= _FIRST_PERSON and uid not in paths.trusted_users()
 
 
 def _network(entry: Path) -> str:

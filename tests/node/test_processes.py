@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from bridge.node import processes
+from bridge.system.waiting import wait_until
 
+LONG = timedelta(seconds=20)
 #: So that no real one is found.
 PROGRAM = f"kube-scheduler-{os.getpid()}"
 
@@ -88,3 +90,17 @@ def test_another_nodes_processes_are_not_this_nodes() -> None:
     assert shutil.which("unshare")
     with process("other", prefix=("unshare", "--net")), process("this") as ours:
         assert [found.pid for found in processes.running(PROGRAM)] == [ours.pid]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user; run the tests as root")
+@pytest.mark.parametrize(("uid", "counts"), [(1000, False), (65534, False), (998, True), (0, True)])
+def test_a_persons_process_is_no_component(uid: int, counts: bool) -> None:
+    """Any user may give a process any name and arguments: a renewal would wait for its end, or be rolled back for it."""
+    words = ["setpriv", f"--reuid={uid}", "--clear-groups", "bash", "-c", 'exec -a "$0" sleep 60', PROGRAM]
+    with subprocess.Popen(words) as started:
+        try:
+            line = Path(f"/proc/{started.pid}/cmdline")
+            assert wait_until(line.read_bytes, lambda text: text.startswith(PROGRAM.encode()), LONG, pause_seconds=0.02)
+            assert [found.pid for found in processes.running(PROGRAM)] == [started.pid] * counts
+        finally:
+            started.kill()
