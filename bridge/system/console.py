@@ -340,7 +340,7 @@ class _JournalHandler(logging.Handler):
         try:
             send_to_journal(list(_fields(record)))
         except OSError:
-            sys.stderr.write(f"{_TaggedFormat().format(record)}\n")
+            _write(f"{_TaggedFormat().format(record)}\n")
 
 
 #: RFC 5424 §6.2.1.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -146,6 +148,24 @@ def test_without_a_journal_messages_are_on_standard_error(
     console.set_up(0, LogFormat.JOURNAL)
     logging.getLogger("ca-bridge").error("away")
     assert re.fullmatch(r"error: away \[run [0-9a-f]{8}\]\n", capsys.readouterr().err)
+
+
+def test_a_message_that_nothing_takes_stops_no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the journal its stream is gone, too: the step that a message is about goes on."""
+    monkeypatch.setattr(console.send_to_journal, "__defaults__", (tmp_path / "none",))
+    console.set_up(0, LogFormat.JOURNAL)
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", buffering=1) as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        logging.getLogger("ca-bridge").error("taken")
+        assert b"error: taken" in os.read(reading, 1 << 10)
+        os.close(reading)
+        with pytest.raises(BrokenPipeError):
+            stream.write("lost\n")
+        logging.getLogger("ca-bridge").error("lost")
+        monkeypatch.undo()
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()
 
 
 def test_only_the_stream_that_is_named_is_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
