@@ -183,6 +183,9 @@ def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # of a file system that can't flush a directory, such as a share's (fsync(2))
+            raise
     finally:
         os.close(descriptor)
 

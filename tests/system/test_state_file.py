@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from bridge.errors import Exit
+from bridge.system.files import sync_directory
 from bridge.system.state_file import (
     OnDamage,
     StateDamagedError,
@@ -171,3 +172,17 @@ def test_a_digest_is_of_the_order_too() -> None:
     mixed = json.loads(sealed(DOCUMENT)) | {"digest": json.loads(sealed(swapped))["digest"]}
     with pytest.raises(ValueError, match="digest"):
         unsealed(json.dumps(mixed).encode(), KEYS)
+
+
+def test_a_directory_that_can_not_be_flushed_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems have no such thing, /proc like some shares; a disk's error stays one."""
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.fsync(os.open("/proc", os.O_RDONLY))
+    sync_directory(Path("/proc"))
+
+    def fails(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        sync_directory(Path("/proc"))
