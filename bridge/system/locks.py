@@ -30,7 +30,7 @@ def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[No
     """Take an advisory lock that ends with its process (a LockedError names the holder); its file stays."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SECRET_MODE)
     try:
-        if not take_lock(descriptor, wait):
+        if not take_lock(descriptor, max(wait, _LOOK)):
             raise LockedError(f"wanted the lock {path}, found it held by {_holder(descriptor)}")
         since = datetime.now(UTC).isoformat(timespec="seconds")
         with contextlib.suppress(OSError):  # on a full disk the lock still holds
@@ -41,6 +41,8 @@ def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[No
         os.close(descriptor)
 
 
+#: For a look by `held_by`, which holds the lock for a moment.
+_LOOK = timedelta(seconds=0.1)
 #: flock(2) has no time limit of its own, and an alarm would belong to the whole process.
 _LOCK_POLL_SECONDS = 0.1
 

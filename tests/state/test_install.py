@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -36,7 +38,7 @@ from bridge.state.install import (
 )
 from bridge.state.store import Store
 from bridge.system.files import Attributes, digest
-from bridge.system.locks import LockedError, lock
+from bridge.system.locks import LockedError, held_by, lock
 from bridge.system.state_file import StateError, StateFile
 
 #: What the installer asks of the system; Path's methods go through these too.
@@ -665,6 +667,26 @@ def test_one_run_at_a_time(store: Store) -> None:
         pass
     assert f"process {os.getpid()} " in str(e.value)
     with lock(store.lock, "other"):
+        pass
+
+
+def test_a_look_at_the_lock_holds_up_no_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`doctor` has it for a moment, in which a nightly run would end; a run that has it for longer is one."""
+    with lock(store.lock, "before"):
+        pass
+    looking = store.lock.open("rb")
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    pause = time.sleep
+
+    def sleep(seconds: float) -> None:
+        looking.close()
+        pause(seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bridge.system.waiting.time.sleep", sleep)
+        with lock(store.lock, "renew"):
+            assert "renew" in str(held_by(store.lock))
+    with lock(store.lock, "first"), pytest.raises(LockedError, match="first"), lock(store.lock, "second"):
         pass
 
 
