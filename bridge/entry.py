@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import itertools
 import os
 import sys
@@ -44,7 +45,12 @@ def main() -> NoReturn:
 
 
 def _open_standard_streams() -> None:
-    """Open /dev/null on each closed stream, or the next pipe, which may carry a passphrase, would get its number."""
+    """
+    Open /dev/null on each closed stream, or the next pipe, which may carry a passphrase, would get its number; and let no
+    character that the locale lacks end a run, as on standard error.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -79,7 +85,7 @@ def _end(code: str | int | None, text: str = "") -> NoReturn:
         _print(text)
         print(end="", file=sys.stderr, flush=True)  # noqa: T201
     except OSError as e:
-        _end_unwritten(e, is_reported=bool(code))
+        _end_unwritten(e, code)
     os._exit(code if isinstance(code, int) else 0 if code is None else Exit.FAILED)
 
 
@@ -87,11 +93,12 @@ def _print(text: str) -> None:
     print(text, end="", flush=True)  # noqa: T201 (unlike `sys.stdout.write` it bears a closed standard output)
 
 
-def _end_unwritten(error: OSError, *, is_reported: bool = False) -> NoReturn:
-    if not is_reported and not isinstance(error, BrokenPipeError):
+def _end_unwritten(error: OSError, code: str | int | None = None) -> NoReturn:
+    if not code and not isinstance(error, BrokenPipeError):
         with contextlib.suppress(OSError):
             os.write(2, f"error: standard output: {error.strerror}\n".encode())
-    os._exit(Exit.FAILED)
+    codes = [code, Exit.FAILED] if isinstance(code, int) else [Exit.FAILED]
+    os._exit(Exit.worst(codes) if codes[0] in Exit.PRECEDENCE else codes[0])
 
 
 class Quiet(NamedTuple):

@@ -540,6 +540,30 @@ def test_a_result_that_cannot_be_written_is_an_error(
     assert "Traceback" not in closed.stderr
 
 
+@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "…"), ("iso-8859-1", "\\u2026")])
+def test_a_locale_that_lacks_a_character_ends_no_command(encoding: str, shown: str) -> None:
+    """Such as that of quotation marks, or of a name: it is shown by its number."""
+    command = [sys.executable, "-c", "from bridge.entry import main; main()", "renew", "--help"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert f"[NAME{shown}|all]" in done.stdout.decode(encoding)
+
+
+@pytest.mark.parametrize(("code", "ends_with"), [(8, 8), (7, 7), (3, 3), (130, 130), (4, 1), (0, 1)])
+def test_messages_that_cannot_be_written_hide_no_worse_result(code: int, ends_with: int) -> None:
+    """With a full disk below standard error a certificate that is not in use is still 7, as with a disk that is not full."""
+    program = f"""
+import contextlib, sys
+from bridge import entry
+with contextlib.suppress(OSError):
+    sys.stderr.write("error: x\\n")
+entry._end({code})
+"""
+    for where, wanted in (("/dev/full", ends_with), ("/dev/null", code)):
+        with Path(where).open("w") as stream:
+            assert subprocess.run([sys.executable, "-c", program], stderr=stream, check=False).returncode == wanted
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user; run the tests as root")
 def test_nothing_due_for_a_user_who_may_not_look(run: Run, node: Pki, config: Path, tmp_path: Path) -> None:
     """A closed state directory is an error of ours, and no traceback."""
