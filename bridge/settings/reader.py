@@ -84,7 +84,7 @@ def opened(text: str, file: Path | None) -> tuple[Reader, dict[str, Any]]:
         document = tomllib.loads(text)
     except RecursionError:
         raise SettingsError([SettingsProblem("", "TOML", "nesting without end", file)]) from None
-    except tomllib.TOMLDecodeError as e:
+    except ValueError as e:  # also a number of thousands of digits, which Python does not read
         # it quotes single characters at most, never a value; a table is a tuple, such as ('restart', 'commands')
         found = re.sub(
             r"\(('[^()]*'),?\)", lambda names: f"[{names[1].replace(chr(39), '').replace(', ', '.')}]", str(e)

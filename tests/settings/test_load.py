@@ -81,7 +81,9 @@ def test_the_line_of_a_value_of_several_lines_is_its_first() -> None:
     assert [(p.key, p.line) for p in problems(text)] == [("backend.x.type", 8)]
 
 
-@pytest.mark.parametrize("text", ["[node", "a = ", 'x = "unclosed', "[a]\n[a]\n", "a = 1\na = 2\n"])
+@pytest.mark.parametrize(
+    "text", ["[node", "a = ", 'x = "unclosed', "[a]\n[a]\n", "a = 1\na = 2\n", f"a = {'9' * 5000}"]
+)
 def test_broken_toml_is_one_problem(text: str) -> None:
     """The parser's own reason is given."""
     [problem] = problems(text)
