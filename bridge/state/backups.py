@@ -9,7 +9,7 @@ import contextlib
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -233,7 +233,9 @@ def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -
 def _trust_problems(backup: Backup, authority: str, node: Node) -> Iterator[Problem]:
     """Problems of a CA file: damage, or a certificate of the node that leads to none of its CAs."""
     files = files_of(backup, authority)
-    damage = list(_damaged(authority, files))
+    state = next((one for one in node.authorities if one.authority.name == authority), None)
+    places = {state.path.resolve()} if state is not None else set()
+    damage = [*_elsewhere(authority, files, places), *_damaged(authority, files)]
     yield from damage
     if damage:
         return
@@ -293,10 +295,15 @@ def _misplaced(name: str, files: Sequence[File], item: Item, kubeconfig_dir: Pat
         places = {path.resolve() for files in item.pair.places for _, path in files.paths()}
     if item.current is not None:
         places |= {(kubeconfig_dir / item.spec.base).resolve(), item.current.parent.resolve() / item.current.name}
+    yield from _elsewhere(name, [file for file in files if not _is_kubelets(file, item)], places)
+
+
+def _elsewhere(name: str, files: Sequence[File], places: Collection[Path]) -> Iterator[Problem]:
+    """Problems of files for other places of this node, or of another one."""
     for file in files:
         place = file.path if file.is_link else file.path.resolve()
-        if place not in places and not _is_kubelets(file, item):
-            wanted = " or ".join(sorted(map(str, places)))
+        if place not in places:
+            wanted = " or ".join(sorted(map(str, places))) or "a certificate of this node"
             yield Problem(certificate=name, wanted=f"a file for {wanted}", found=f"one for {file.path}")
 
 

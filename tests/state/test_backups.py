@@ -344,6 +344,23 @@ def test_a_backup_of_another_ca_is_refused(run: Run, node: Pki, store: Store, tm
     assert run("rollback").exit_code == 0
 
 
+def test_a_ca_file_of_another_place_is_refused(node: Pki, store: Store, tmp_path: Path) -> None:
+    """After a move to another directory it would be put back where nothing reads it, and that would count as done."""
+    store.prepare()
+    path = node.pki_dir / "front-proxy-ca.crt"
+    data = path.read_bytes()
+    install(
+        store,
+        [Replacement(certificate="front-proxy-ca", path=path, data=data, mode_mask=0o644, was=digest(data))],
+        "0123abcd",
+        {},
+    )
+    assert problems(store, node) == []
+    moved = Pki(root=Path(shutil.copytree(node.root, tmp_path / "moved")), external=node.external)
+    [found] = problems(store, moved)
+    assert (found.certificate, found.is_damage, found.found) == ("front-proxy-ca", True, f"one for {path}")
+
+
 def test_an_expired_backup_needs_force(tmp_path: Path, config: Path, run: Run, node: Pki) -> None:
     """The refusal has its dates, and `--force` puts it back."""
     now = datetime.now(UTC)
