@@ -609,7 +609,7 @@ def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[
         for newer, backup in enumerate(found)
         if newer > 0 and (newer >= keep.keep or now - backup.created > keep.keep_for)
     ]
-    if not old or store.unproven.exists() or store.postponed.exists():
+    if not old or any(map(Path.exists, (store.unproven, store.postponed, store.pairs))):
         return []
     last_good = next(
         (backup for backup in found if not problems_of(_with_pairs(backup, node)[0], settings, node, now)), None

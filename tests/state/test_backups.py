@@ -588,6 +588,17 @@ def test_only_so_long_are_they_kept(run: Run, store: Store, node: Pki) -> None:
     assert retired(store, node) == []
 
 
+@pytest.mark.parametrize("debt", ["unproven", "postponed", "pairs"])
+def test_none_is_deleted_while_an_installation_is_not_proven(run: Run, store: Store, node: Pki, debt: str) -> None:
+    """It may have to go back, a further pair, too, which may wait for its program for days."""
+    old, _ = renewed(run, "apiserver"), renewed(run, "apiserver")
+    unproven: Path = getattr(store, debt)
+    unproven.touch()
+    assert retired(store, node, keep=1) == []
+    unproven.unlink()
+    assert retired(store, node, keep=1) == [old]
+
+
 def test_the_last_good_one_is_kept(run: Run, store: Store, node: Pki) -> None:
     """The last good backup is kept at any age, as long as no newer one could be put back."""
     good, bad, newest = (renewed(run, "apiserver") for _ in range(3))
