@@ -495,10 +495,10 @@ def put_back(
     about = audit.about(((o.name, o.old, o.new) for o in outcomes), rollback_to=backup.backup_id)
     try:
         copies.record_due(settings, store, node, {o.name: o.old for o in outcomes})
-        _leave_out(backup, settings.node.kubeconfig_dir)
         # a run may have installed something itself, and put several sets back
         run_id = f"{record.run_id}-{backup.run_id.partition('-')[0]}"
-        replaced = install(store, [edit(_replacement(file, node)) for file in backup.files], run_id, about)
+        with _left_out(backup, settings.node.kubeconfig_dir, store):
+            replaced = install(store, [edit(_replacement(file, node)) for file in backup.files], run_id, about)
     except (InstallError, StateError) as e:
         for o in outcomes:
             record.add(audit.FAILED, o.name, authority=o.authority, old=o.old, error=e)
@@ -516,8 +516,30 @@ def put_back(
     )
 
 
-def _leave_out(backup: Backup, kubeconfig_dir: Path) -> None:
-    """Take pairs that go away out of the manifests that name them: their components would not start without them."""
+@contextlib.contextmanager
+def _left_out(backup: Backup, kubeconfig_dir: Path, store: Store) -> Iterator[None]:
+    """
+    Take pairs that go away out of the manifests that name them, without which their components would not start; where
+    the pairs stay, the manifests name them again.
+    """
+    before: dict[Path, bytes] = {}
+    try:
+        for path, text in _without_pairs(backup, kubeconfig_dir):
+            before[path] = path.read_bytes()
+            parked_manifest.replace(path, text)
+        yield
+    except (InstallError, OSError) as e:
+        if not store.journal.exists():  # else `recover` may finish it
+            with contextlib.suppress(OSError):  # what went wrong first is the cause
+                for path, text in before.items():
+                    parked_manifest.replace(path, text)
+        if isinstance(e, OSError):
+            raise InstallError(f"nothing was replaced: {e.filename}: {e.strerror}") from e
+        raise
+
+
+def _without_pairs(backup: Backup, kubeconfig_dir: Path) -> Iterator[tuple[Path, bytes]]:
+    """Manifests, and their texts without the pairs that go away."""
     components = {spec.name: component for component, spec in SERVERS.items()}
     for file in backup.files:
         component = components.get(file.certificate)
@@ -530,7 +552,7 @@ def _leave_out(backup: Backup, kubeconfig_dir: Path) -> None:
                 f"nothing was replaced: {e}", hint="take the flags out by hand, then run again"
             ) from None
         if text is not None:
-            parked_manifest.replace(path_of(component, kubeconfig_dir), text)
+            yield path_of(component, kubeconfig_dir), text
 
 
 def outcomes_of(backup: Backup, node: Node) -> list[Outcome]:

@@ -8,6 +8,7 @@ command that reads the manifest. The components themselves and the cluster are i
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 import pytest
 import yaml
 
+from bridge.cli.options import utc_now
 from bridge.cluster.api import Api, Reply
 from bridge.node import inventory, kubelet
 from bridge.node.inventory import Item, Node
@@ -32,6 +34,7 @@ from bridge.pki.certificates import load_pem_certificates, san_entries
 from bridge.renewal import serving
 from bridge.settings import load
 from bridge.specs import SPECS, Component
+from bridge.state import backups, install, parked_manifest
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.loopback import free_port
 from tests.kit.pki import KubeadmPki, kubeadm_pki
@@ -284,6 +287,26 @@ def test_a_rollback_of_the_first_one_takes_the_flags_out(site: Site) -> None:
     restarted = site.run("restart", "kube-scheduler")
     assert restarted.returncode == 0, restarted.stderr
     assert site.served() == dict.fromkeys(NAMES, "current")
+
+
+def test_a_rollback_that_fails_leaves_the_flags(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was replaced, as it says: the components go on with their pairs; the same rollback then takes one away."""
+    site.run("serving-certs", "on")
+    before, names = {one: site.manifest(one) for one in (MANAGER, SCHEDULER)}, TLS_CERTIFICATE.encode()
+    settings = load.load(site.bridge.config)
+
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(site.pki.pki_dir))
+
+    for module, name in ((install, "_stage"), (parked_manifest, "exchange")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, read_only)
+            with pytest.raises(install.InstallError, match=r"nothing was replaced: .*: Read-only file system"):
+                backups.put_back_and_retire(settings, None, utc_now, force=False, wait=timedelta())
+        assert {one: site.manifest(one) for one in before} == before
+        assert all(names in text for text in before.values())
+    backups.put_back_and_retire(settings, None, utc_now, force=False, wait=timedelta())
+    assert names not in site.manifest(SCHEDULER)  # the newest installation's
 
 
 # --- hostile and odd ---------------------------------------------------------------------------------------------------
