@@ -30,6 +30,7 @@ from bridge.system.codec import labels, metric, named
 from bridge.system.console import print_error
 from bridge.system.files import write_atomically
 from bridge.system.locks import lock
+from bridge.system.many import remove_unfinished
 from bridge.system.paths import ForeignLinkError, opened
 from bridge.system.state_file import OnDamage, StateError, StateFile, coded
 
@@ -146,6 +147,7 @@ def write(settings: Settings, file: Path, count: Callable[[History | None], Hist
         store.prepare()
         # a run that found another one at work ends while that goes on: the node's lock is not the one to take
         with lock(store.history_lock, "renew", _WAIT):
+            remove_unfinished(store.directory, f".{store.history.name}.????????")  # as `tempfile` makes them
             runs = history_file(store)
             runs.put(count(runs.read()))
             _put(file, of_node(settings, now, known(settings, now)).encode())

@@ -77,8 +77,12 @@ class Store:
         private_directory(self.backups)
 
     def half_written(self) -> list[Path]:
-        """Files that a killed `files.write_atomically` has left; other names with a dot are not ours."""
-        names = [re.escape(path.name) for path in vars(self).values() if path.parent == self.directory]
+        """
+        Files that a killed `files.write_atomically` has left; other names with a dot are not ours. Without the history's,
+        which is written under a lock of its own.
+        """
+        beside = [path for path in vars(self).values() if path.parent == self.directory and path != self.history]
+        names = [re.escape(path.name) for path in beside]
         ours = re.compile(rf"\.({'|'.join([*names, _NUMBERED])})\.[a-z0-9_]{{8}}")  # as `tempfile` makes them
         return [path for path in self.directory.glob(".*") if ours.fullmatch(path.name) and path.is_file()]
 

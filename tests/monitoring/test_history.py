@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from bridge import monitoring
 from bridge.errors import Exit
 from bridge.monitoring import History, after, history_file
+from bridge.settings.load import parse
+from bridge.state import install
 from bridge.state.store import Store
+from tests.kit.pki import handmade_pki
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -57,6 +62,27 @@ def test_it_outlives_a_run(tmp_path: Path) -> None:
     assert file.read() is None
     file.put(nights(0, 1))
     assert file.read() == nights(0, 1)
+
+
+def test_no_run_takes_away_a_history_that_another_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends writes it while the next one begins, and looks for what was killed; a killed one's is removed, too."""
+    pki, store = handmade_pki(tmp_path / "node"), Store(tmp_path / "state")
+    node = (
+        f'[node]\npki_dir = "{pki.pki_dir}"\nkubeconfig_dir = "{pki.kubeconfig_dir}"\nstate_dir = "{store.directory}"\n'
+    )
+    store.prepare()
+    left, sync = store.directory / ".history.json.abcdefgh", os.fsync
+    left.touch()
+
+    def meanwhile(descriptor: int) -> None:
+        install.recover(store)
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", meanwhile)
+        monitoring.write(parse(node), tmp_path / "x.prom", lambda _: nights(0), NOW)
+    assert history_file(store).read() == nights(0)
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(
