@@ -139,8 +139,8 @@ def late(settings: Settings, node: Node, now: datetime) -> list[ProofFinding]:
     found: list[ProofFinding] = []
     for file in (unproven_file(store), postponed_file(store)):
         try:
-            unproven = file.read()
-        except StateError:
+            unproven = file.look()
+        except StateError:  # a run says so
             continue
         found += not_in_use(look(unproven, node, settings, now)) if unproven is not None else []
     if store.pairs.exists():

@@ -276,8 +276,8 @@ def advice(node: Node, names: Sequence[str]) -> list[str]:
 def late(settings: Settings, node: Node, now: datetime) -> Iterator[ProofFinding]:
     """A finding for each installed pair that is not seen in use, for monitors and `doctor`."""
     try:
-        earlier = pairs_file(Store(settings.node.state_dir)).read() or ()
-    except StateError:
+        earlier = pairs_file(Store(settings.node.state_dir)).look() or ()
+    except StateError:  # a run says so
         return
     for one in earlier:
         item = own(node).get(one.name)

@@ -77,7 +77,7 @@ class StateFile(Generic[T]):
     def read(self) -> T | None:
         """Its content; None: no file, or one that counts as none (StateUnreadableError, StateDamagedError)."""
         try:
-            return self._judged()
+            return self.look()
         except StateDamagedError as e:
             if self.on_damage is OnDamage.START_OVER:
                 log.warning("%s; it counts as none", e)
@@ -90,12 +90,13 @@ class StateFile(Generic[T]):
     def damage(self) -> StateDamagedError | None:
         """Find what is wrong with its content, changing nothing."""
         try:
-            self._judged()
+            self.look()
         except StateDamagedError as e:
             return e
         return None
 
-    def _judged(self) -> T | None:
+    def look(self) -> T | None:
+        """Its content, changing nothing, for those without the lock (StateUnreadableError; StateDamagedError by any policy)."""
         data = self.content()
         if data is None:
             return None

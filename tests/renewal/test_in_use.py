@@ -18,8 +18,8 @@ from bridge.cli import expiration
 from bridge.control_plane import probes
 from bridge.diagnosis import examination
 from bridge.errors import Exit
-from bridge.node import processes
-from bridge.renewal import renew
+from bridge.node import inventory, processes
+from bridge.renewal import in_use, renew
 from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.load import parse
@@ -209,3 +209,17 @@ def test_without_a_manifest_nothing_is_due(site: Site) -> None:
     assert site.renew(SCHEDULER).exit_code == Exit.DONE
     assert site.hooks == ["success"]
     assert site.renew().exit_code == Exit.DONE
+
+
+@pytest.mark.parametrize("debt", ["postponed", "pairs"])
+def test_a_look_takes_no_damaged_file_away(site: Site, debt: str) -> None:
+    """A monitor comes by every few minutes: the next run still says what was lost, and where it is kept, once."""
+    store = Store(site.settings.node.state_dir)
+    store.prepare()
+    path: Path = getattr(store, debt)
+    path.write_text("{")
+    for look in range(2):
+        assert in_use.late(site.settings, inventory.of(site.settings.node), now()) == []
+        assert path.exists() is not bool(look)
+        errors = renew.run(site.settings, RunOptions(), now, Quiet())[0].errors
+        assert ["is in" in error.hint and path.name in str(error) for error in errors] == [True] * (not look)
