@@ -19,7 +19,7 @@ from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import load_pem_certificates, serial_hex
-from bridge.renewal import readiness
+from bridge.renewal import damage, readiness
 from bridge.settings.tables import Settings
 from bridge.state import copies
 from bridge.state.store import Store
@@ -27,6 +27,7 @@ from bridge.system import files, jobs, locks
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.files import disk_spaces
 from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read_once
+from bridge.system.state_file import StateError
 from bridge.system.waiting import within
 from bridge.words import one_line
 
@@ -102,6 +103,18 @@ def state_directory(path: Path) -> Iterator[Finding]:
         yield Finding.error("state-directory", about, text, files.how_to_own(path, status.st_uid))
     else:
         yield Finding.ok("state-directory", about, str(path))
+        yield from _state_files(Store(path))
+
+
+def _state_files(store: Store) -> Iterator[Finding]:
+    """Files that are not what we wrote, for which each run may end at once, so that no CA is ever asked."""
+    for file in damage.state_files(store):
+        try:
+            found: StateError | None = file.damage()
+        except StateError as e:  # it can't be read
+            found = e
+        if found is not None:
+            yield from_error("state-file", str(file.path), found)
 
 
 def lock(state_dir: Path, now: datetime) -> Iterator[Finding]:

@@ -368,6 +368,18 @@ def interrupted(site: Site) -> None:
     store.journal.write_text("{}")
 
 
+def damaged_requests(site: Site) -> None:
+    store = Store(site.bridge.directory / "state")
+    store.prepare()
+    store.requests.write_text("{")
+
+
+def unreadable_debt(site: Site) -> None:
+    store = Store(site.bridge.directory / "state")
+    store.prepare()
+    store.unproven.mkdir()
+
+
 def open_state_directory(site: Site) -> None:
     (site.bridge.directory / "state").mkdir(mode=0o755)
 
@@ -451,6 +463,8 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (restart_command_of_another_user, "error", "restart-command", "restart.commands.kubelet"),
     (hook_that_is_not_there, "warning", "hook", "hook success"),
     (interrupted, "warning", "interrupted", "state directory"),
+    (damaged_requests, "error", "state-file", "{bridge}/state/requests.json"),
+    (unreadable_debt, "error", "state-file", "{bridge}/state/unproven.json"),
     (open_state_directory, "error", "state-directory", "state directory"),
     (old_copy_of_admin_conf, "warning", "admin-copy-old", "{home}/.kube/config"),
     (failed_runs, "warning", "failed-runs", "backend of etcd-ca"),
