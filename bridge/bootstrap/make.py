@@ -300,7 +300,7 @@ class Kept:
 
 def kept_file(directory: Path, node: str) -> StateFile[Kept]:
     """The file with a node's copies."""
-    return coded(
+    file = coded(
         Kept,
         directory / f"{node}.kept.json",
         "copies of a node's files",
@@ -308,6 +308,7 @@ def kept_file(directory: Path, node: str) -> StateFile[Kept]:
         key="keptV1",
         afterwards="without it all is signed again",
     )
+    return dataclasses.replace(file, by_command=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,6 +103,7 @@ def identity(store: Store) -> str:
         parse=lambda document: str(document["id"]),
         keys=frozenset({"id"}),
         on_damage=OnDamage.REFUSE,
+        by_command=False,
         afterwards="then the door counts as a new one",
     )
     found = file.read()

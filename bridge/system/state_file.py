@@ -71,6 +71,7 @@ class StateFile(Generic[T]):
     on_damage: OnDamage
     afterwards: str = ""  #: What to do when a damaged one is out of the way, for the hint.
     exit_code: int = Exit.FAILED  #: Of what can't be read.
+    by_command: bool = True  #: `recover --set-aside` finds it; else it is renamed by hand.
     #: The document of a value, for `put`.
     document: Callable[[T], Mapping[str, Any]] | None = None
 
@@ -104,10 +105,10 @@ class StateFile(Generic[T]):
             return self._parsed(data)
         except NOT_OURS as e:
             reason = str(e) if isinstance(e, _DigestError | codec.CodecError) else type(e).__name__
+            command = "`ca-bridge recover --set-aside` moves it out of the way, and keeps everything else"
             raise StateDamagedError(
                 f"{self.path}: wanted {self.what}, found something else ({reason})",
-                hint=f"`ca-bridge recover --set-aside` moves it out of the way, and keeps everything else; "
-                f"{self.afterwards}",
+                hint=f"{command if self.by_command else 'rename it, and keep it'}; {self.afterwards}",
                 exit_code=self.exit_code,
             ) from None
 

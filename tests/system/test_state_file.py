@@ -7,13 +7,16 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bridge.bootstrap.make import kept_file
+from bridge.door.turns import identity
 from bridge.errors import Exit
+from bridge.state.store import Store
 from bridge.system.files import sync_directory
 from bridge.system.state_file import (
     OnDamage,
@@ -119,6 +122,23 @@ def test_damage_is_what_its_policy_says(
         [kept] = path.parent.iterdir()
         assert kept.read_text() == text
         assert str(kept) in e.value.hint
+
+
+def test_the_command_is_named_only_where_it_finds_the_file(path: Path, tmp_path: Path) -> None:
+    """A door's file, and copies in a directory of the administrator's, are renamed by hand."""
+
+    def hint(read: Callable[[], object]) -> str:
+        with pytest.raises(StateDamagedError) as e:
+            read()
+        return e.value.hint
+
+    store, kept = Store(tmp_path / "door"), kept_file(tmp_path, "cp-1")
+    store.prepare()
+    for one in (path, store.door, kept.path):
+        one.write_text("{")
+    assert "recover --set-aside" in hint(file(path).read)
+    for read in (kept.read, lambda: identity(store)):
+        assert hint(read).startswith("rename it, and keep it; ")
 
 
 @pytest.mark.parametrize("policy", OnDamage)
