@@ -66,7 +66,8 @@ def load(file: Path | None) -> Settings:
 
 def examined(file: Path | None) -> tuple[Settings, list[SettingsProblem]]:
     """The settings as far as they can be read, and every problem by line (SettingsError: they are not TOML)."""
-    if file is None and not DEFAULT_FILE.exists():
+    # a link that leads nowhere, since its disk is not mounted, says that there are settings
+    if file is None and not DEFAULT_FILE.is_symlink() and not DEFAULT_FILE.exists():
         return Settings(source=Source(None, "")), []
     path = file or DEFAULT_FILE
     hint = "`ca-bridge settings init KIND` writes a commented one (KIND: vault, openssl, cfssl …)"

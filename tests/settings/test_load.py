@@ -81,6 +81,16 @@ def test_the_line_of_a_value_of_several_lines_is_its_first() -> None:
     assert [(p.key, p.line) for p in problems(text)] == [("backend.x.type", 8)]
 
 
+def test_a_default_file_that_leads_nowhere_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its disk may not be mounted: with the defaults a night with nothing due would be well; where no file is, it is."""
+    file = tmp_path / "config.toml"
+    monkeypatch.setattr("bridge.settings.load.DEFAULT_FILE", file)
+    assert load(None).source.file is None
+    file.symlink_to(tmp_path / "disk/config.toml")
+    with pytest.raises(SettingsError, match="wanted a settings file, found none"):
+        load(None)
+
+
 @pytest.mark.parametrize(
     "text", ["[node", "a = ", 'x = "unclosed', "[a]\n[a]\n", "a = 1\na = 2\n", f"a = {'9' * 5000}"]
 )
