@@ -104,12 +104,12 @@ class Ended:
 
 def passed_on(variables: Mapping[str, str]) -> dict[str, str]:
     """The environment of an operator's command: these variables, beside our own PATH, HOME and LANG."""
-    return {"PATH": USUAL_PATH, **{name: os.environ[name] for name in _PASSED if name in os.environ}, **variables}
+    return {"PATH": USUAL_PATH, **{name: os.environ[name] for name in _PASSED if os.environ.get(name)}, **variables}
 
 
 def openssl_environment() -> dict[str, str]:
     """The environment without proxies, OPENSSL_CONF and secrets that came to us in a variable; messages in English."""
-    return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ} | {"LC_ALL": "C"}
+    return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if os.environ.get(name)} | {"LC_ALL": "C"}
 
 
 def run(

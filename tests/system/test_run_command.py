@@ -20,6 +20,7 @@ from bridge.system.run_command import (
     Command,
     Ended,
     OutputLines,
+    openssl_environment,
     python_command,
     run,
     run_logged,
@@ -44,6 +45,15 @@ def test_a_command_is_reported_line_by_line_with_its_errors() -> None:
     script = "echo one; echo two >&2; printf 'thr\\377'"
     assert run_logged(["sh", "-c", script], PATH, LONG, OutputLines(lines.append)) == Ended(0)
     assert lines == ["one", "two", "thr\N{REPLACEMENT CHARACTER}"]
+
+
+def test_an_empty_path_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crontab may leave it so: commands are found in the usual places; in a place that is named, and there alone."""
+    for path, is_found in (("", True), ("/nonexistent", False)):
+        monkeypatch.setenv("PATH", path)
+        logged = run_logged(["true"], {}, LONG, OutputLines(lambda _: None))
+        plain = run(Command(words=["true"], environment=openssl_environment(), limit=LONG))
+        assert (logged.code, plain.code) == ((0, 0) if is_found else (None, None))
 
 
 @dead_fs.needs_mount
