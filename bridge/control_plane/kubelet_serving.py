@@ -153,10 +153,10 @@ class _Switch:
         self._kubelet(asks=False)
 
     def _note(self, text: str, name: str = Component.KUBELET.value) -> None:
-        self.done.append(text)
-        self.tell(text)
         self.restarts.record.add(audit.CONFIGURED, name, result=text)
         self.restarts.record.write_or_warn()
+        self.done.append(text)
+        self.tell(text)  # into a pipe that nothing may read any more
 
     # --- what it looks at --------------------------------------------------------------------------------------------
 

@@ -261,6 +261,25 @@ def test_the_program_says_what_it_did_and_what_comes_next(site: Site) -> None:
     assert names[-4:] == ["kubelet", "kubelet-config", "kubeadm-config", "kube-apiserver"]
 
 
+def test_a_reader_who_is_gone_takes_nothing_from_the_audit_log(site: Site) -> None:
+    """With a pipe that nothing reads any more the run ends at its first sentence; the next one goes on."""
+
+    def configured() -> list[str]:
+        log = site.directory / "cp1/state/audit.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return [one["name"] for one in lines if one["event"] == "configured"]
+
+    def gone(_: str) -> None:
+        raise BrokenPipeError
+
+    before = configured()
+    with pytest.raises(BrokenPipeError):
+        kubelet_serving.switch(site.settings("cp1"), on=True, force=True, wait=timedelta(seconds=10), tell=gone)
+    assert configured() == [*before, "kubelet"]
+    assert site.switch("cp1", on=True).exit_code == Exit.WAITING
+    assert configured() == [*before, "kubelet", "kubelet-config"]
+
+
 def test_without_a_signer_the_old_configuration_comes_back(site: Site) -> None:
     """After the wait; the cluster's own is not touched, and another certificate than the CA's is as good as none."""
     one = site.kubelets["cp1"]
