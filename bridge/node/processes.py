@@ -234,11 +234,16 @@ def _sees_another(process: Process, path: Path, data: bytes) -> bool:
     return seen is not None and seen != data
 
 
+#: The kubelet's label.
+_NAMESPACE = "io.kubernetes.pod.namespace"
+
+
 def _container_made(component: Component) -> datetime | None:
-    """The creation time of a component's oldest running container; None: the runtime can't tell."""
+    """The creation time of a component's oldest running container, none of a user's pod; None: the runtime can't tell."""
     try:
         found = _crictl("ps", "--state", "running", "--name", f"^{component.value}$")
-        nanoseconds = [int(container["createdAt"]) for container in found["containers"]]
+        ours = [one for one in found["containers"] if one["labels"][_NAMESPACE] == "kube-system"]
+        nanoseconds = [int(container["createdAt"]) for container in ours]
     except (OSError, ValueError, LookupError, TypeError):
         return None  # no crictl, no runtime, or another one's answer
     return datetime.fromtimestamp(min(nanoseconds) / 1e9, UTC) if nanoseconds else None

@@ -146,7 +146,7 @@ def test_what_a_container_sees_counts_more_than_times(file: Path) -> None:
 def test_without_a_process_the_container_runtime_is_asked(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """crictl's date of the oldest running container; without crictl nothing is known."""
+    """crictl's date of the oldest running container, without those of users' pods; without crictl nothing is known."""
     proc = tmp_path / "proc"
     (proc / "self/ns").mkdir(parents=True)
     (proc / "self/ns/net").symlink_to("net:[1]")
@@ -158,13 +158,16 @@ def test_without_a_process_the_container_runtime_is_asked(
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         return processes.compare_age(Component.SCHEDULER, file, proc)
 
-    def created(*when: datetime) -> str:
-        return json.dumps({"containers": [{"createdAt": str(int(one.timestamp() * 1e9))} for one in when]})
+    def created(*when: datetime, namespace: str = "kube-system") -> str:
+        labels = {"io.kubernetes.pod.namespace": namespace}
+        containers = [{"createdAt": str(int(one.timestamp() * 1e9)), "labels": labels} for one in when]
+        return json.dumps({"containers": containers})
 
     now = datetime.now(UTC)
     assert crictl(created(now + timedelta(hours=1))).older is False
     assert crictl(created(now + timedelta(hours=1), now - timedelta(hours=1))).older is True
     assert crictl(created()).older is None
+    assert crictl(created(now - timedelta(hours=1), namespace="team-a")).older is None
     assert crictl("no JSON").older is None
 
 
