@@ -193,7 +193,9 @@ def sync_directory(path: Path) -> None:
 def private_directory(path: Path) -> None:
     """Make a directory that only we can enter, or accept such a directory."""
     if not path.is_dir():
-        path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        for missing in reversed([one for one in path.parents if not one.exists()]):
+            missing.mkdir(mode=0o755, exist_ok=True)  # a umask of 0 would let others write to it
+        path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
     if (found := exposure(path.parent)) is not None:
         raise BridgeError(f"{path} can't hold keys: {found}", hint=found.hint)
     status = path.stat()

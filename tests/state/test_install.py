@@ -716,6 +716,18 @@ def test_a_state_directory_for_others_is_refused(tmp_path: Path, mode: int) -> N
     Store(directory).prepare()
 
 
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_a_state_directory_is_made_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    """No other user can write to a directory on the way that was made with it, which would be refused."""
+    before = os.umask(umask)
+    try:
+        Store(tmp_path / "a/b/state").prepare()
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / place).stat().st_mode) for place in ("a", "a/b", "a/b/state")]
+    assert modes == [0o755 & ~umask, 0o755 & ~umask, 0o700]
+
+
 def test_a_file_that_says_the_same_keeps_its_time(tmp_path: Path) -> None:
     """A reader of the unchanged file need not read it again; the twin's change is seen."""
     store = Store(tmp_path / "state")
