@@ -229,14 +229,16 @@ def nagios_check(
     from bridge.renewal import in_use  # noqa: PLC0415 (for monitors alone)
 
     unused = [] if failures is None else in_use.late(settings, node, now)
-    critical = [*_critical(late), *(f"{one.name} expired" for one in own if one.has_ended(now))]
+    critical = [*_critical(late), *_unlisted(late), *(f"{one.name} expired" for one in own if one.has_ended(now))]
+    critical += [f"{one.name} unreadable" for one in own if one.ends is None and not lacks_rights(one.trouble)]
     slow = [] if failures is None else list(_late_phases(settings, node, now))
     near = [one for one in own if one.is_near(settings.renewal.before, now) and not one.has_ended(now)]
     warning = [*_warning(early, late, failures, unused), *slow, *(_credential_ends(one, now) for one in near)]
     status = 2 if critical or early.troubles else 1 if warning else 0
     what = ", ".join([*critical, *warning]) or _good(early)
     unseen = "" if failures is not None else " (failed runs are for root to see)"
-    data = " ".join(_performance(one, other) for one, other in zip(early.rows, late.rows, strict=True) if one.chain)
+    later = {row.name: row for row in late.rows}  # another limit may give another order
+    data = " ".join(_performance(one, later[one.name]) for one in early.rows if one.chain)
     return f"CERTIFICATES {_WORDS[status]} - {what}{unseen}{' | ' if data else ''}{data}", list(early.troubles), status
 
 
@@ -253,8 +255,19 @@ def _late_phases(settings: Settings, node: Node, now: datetime) -> Iterator[str]
 
 
 def _unknown(why: str) -> str:
-    """The line of a check that could not look; behind a bar it would have performance data."""
-    return f"CERTIFICATES {_WORDS[_UNKNOWN]} - {one_line(why).replace('|', '/')}"
+    """The line of a check that could not look."""
+    return f"CERTIFICATES {_WORDS[_UNKNOWN]} - {_in_line(why)}"
+
+
+def _in_line(text: str) -> str:
+    """A text that may stand in the line; behind a bar it would be performance data."""
+    return one_line(text).replace("|", "/")
+
+
+def _unlisted(late: ExpiryReport) -> Iterator[str]:
+    """Files that can't be used and are no certificate's, such as a manifest: no row names them."""
+    names = {row.name for row in late.rows}
+    return (_in_line(trouble) for trouble in late.troubles if trouble.partition(":")[0] not in names)
 
 
 def _critical(late: ExpiryReport) -> list[str]:

@@ -20,6 +20,7 @@ from bridge.pki.csr import generate_key
 from bridge.renewal.gate import Failures
 from bridge.rotation import Phase, places
 from bridge.settings.load import overridden, parse
+from bridge.state.credentials import Credential
 from tests.kit import next_cas
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.pki import Pki, handmade_pki
@@ -94,6 +95,45 @@ def test_what_has_ended_or_is_broken_is_named(node: Pki) -> None:
     path.write_bytes(path.read_bytes() + (short.pki_dir / "apiserver.crt").read_bytes())
     (node.pki_dir / "apiserver.crt").write_bytes((short.pki_dir / "apiserver.crt").read_bytes())
     assert "etcd-peer ends in 5d" in check(node, "", 10 * DAY, DAY)[0]
+
+
+def test_what_can_not_be_used_and_is_no_certificate_is_named(node: Pki) -> None:
+    """A manifest that can't be read is critical, and the line has the reason; without it all is well again."""
+    manifest = node.kubeconfig_dir / "manifests/kube-scheduler.yaml"
+    manifest.parent.mkdir(exist_ok=True)
+    manifest.write_text("a: b\n---\nc: d\n")
+    text, status = check(node, "", DAY)
+    assert (status, "|" in text) == (2, False)
+    assert text.startswith(f"CERTIFICATES CRITICAL - kube-scheduler: {manifest}: line 2: wanted one document")
+    manifest.unlink()
+    assert check(node, "", DAY)[1] == 0
+
+
+@pytest.mark.parametrize(("trouble", "status"), [("no such file", 2), ("something else", 2), ("Permission denied", 0)])
+def test_a_credential_of_ours_that_can_not_be_read_is_critical(
+    node: Pki, monkeypatch: pytest.MonkeyPatch, trouble: str, status: int
+) -> None:
+    """The next renewal fails for it; one that only this user, who is not root, may not read says nothing."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    settings = overridden(parse(""), node.pki_dir, node.kubeconfig_dir, node.root / "state")
+    own = Credential(name="backend.corp.client_cert", path="/etc/corp/client.pem", trouble=trouble)
+    limits = expiration.Thresholds.of(settings, DAY, None)
+    line, _, found = expiration.nagios_check(settings, NOW, limits, {}, [own])
+    assert (found, "backend.corp.client_cert unreadable" in line) == (status, status == 2)
+
+
+def test_the_limits_in_the_data_are_the_certificates_own(tmp_path: Path) -> None:
+    """A kubelet.conf that is due comes first, and moves no other's limits: what is renewed by name alone has none."""
+    node = handmade_pki(tmp_path / "node", now=NOW - 345 * DAY, not_after=NOW + 20 * DAY)
+    settings = overridden(
+        parse('[renewal]\nsuper_admin = "by-name"\n'), node.pki_dir, node.kubeconfig_dir, node.root / "state"
+    )
+    limits = expiration.Thresholds.of(settings, None, None)
+    line, _, _ = expiration.nagios_check(settings, NOW, limits, {})
+    found = dict(re.findall(r"'([^']+)'=\d+s;(\S*)", line.partition(" | ")[2]))
+    assert next(iter(found)) == "kubelet.conf"
+    assert found.pop("super-admin.conf") == ";"
+    assert {limit.partition(";")[2] for limit in found.values()} == {f"{10 * 86400}:"}
 
 
 def test_performance_data_can_be_drawn(node: Pki) -> None:
