@@ -111,13 +111,15 @@ def of(look: Look) -> Iterator[Check]:
         (Component.CONTROLLER_MANAGER, functools.partial(_controller, component=Component.CONTROLLER_MANAGER)),
         (Component.SCHEDULER, functools.partial(_controller, component=Component.SCHEDULER)),
         (Component.KUBELET, _kubelet),
+        (None, _without_flags),
         (None, _have_read_cas),
         (None, _people),
     ):
         try:
             yield from make(look)
-        except ValueError as e:  # a flag that can't be used
-            judge = functools.partial(Verdict, "unknown", f"its manifest: {e}")
+        except (ValueError, paths.UnreadableError) as e:  # a flag that can't be used
+            source = "configuration" if component is Component.KUBELET else "manifest"
+            judge = functools.partial(Verdict, "unknown", f"its {source}: {e}")
             yield Check(component, "", "is configured", judge)
     yield from of_pairs(look.node, look.now)
 
@@ -178,11 +180,27 @@ def by_files(look: Look) -> Iterator[Check]:
     if processes.running(Component.KUBELET.value, look.machine.proc):  # never in a container
         yield from _kubelet_has_read(look)
     yield from _have_read_cas(look)
-    for item in look.node.items:
-        user, path = item.spec.component, item.certificate_path
-        if user in (Component.ETCD, Component.APISERVER) and user in look.node.manifests and item.state == "present":
-            judge = functools.partial(_read_at_connections, look, user, path)
-            yield Check(user, item.spec.name, f"has read {path}", judge)
+    for component in _READ_PAIRS:
+        yield from _has_read_pairs(look, component)
+
+
+_READ_PAIRS = (Component.ETCD, Component.APISERVER)
+
+
+def _has_read_pairs(look: Look, component: Component) -> Iterator[Check]:
+    """Whether a component is younger than its certificates' files, or reads them again."""
+    for item in look.node.items if component in look.node.manifests else ():
+        if item.spec.component is component and item.state == "present":
+            judge = functools.partial(_read_at_connections, look, component, item.certificate_path)
+            yield Check(component, item.spec.name, f"has read {item.certificate_path}", judge)
+
+
+def _without_flags(look: Look) -> Iterator[Check]:
+    """By their ages, components whose manifests name no certificate, since a shell or a configuration file does."""
+    for component in _READ_PAIRS:
+        known = {flag for item in look.node.items if item.spec.component is component for flag in item.spec.flags}
+        if not known & look.flags(component).keys():
+            yield from _has_read_pairs(look, component)
 
 
 def _have_read_cas(look: Look) -> Iterator[Check]:
@@ -396,6 +414,7 @@ def _controller(look: Look, component: Component) -> Iterator[Check]:
         yield Check(component, name, f"serves {place}", functools.partial(_self_made, place, item))
     if flags:
         yield from _kubeconfig(look, _conf_of(component))
+    if component in look.node.manifests:
         yield from _has_read(look, component)
 
 

@@ -461,6 +461,49 @@ def test_an_unusable_flag_hides_no_other_component(site: Site) -> None:
     assert next(f for f in report.findings if f.certificate == "apiserver").state == "current"
 
 
+@pytest.mark.parametrize(("tag", "state"), [("3.5.21-0", "stale"), ("3.6.4-0", "next-connection")])
+def test_an_etcd_with_a_configuration_file_is_judged_by_its_age(site: Site, tag: str, state: str) -> None:
+    """Its flags name no certificate, and no check leaves it out; one with flags is asked."""
+    names = ("etcd-server", "etcd-peer")
+    files = [f"{site.pki}/etcd/{base}.crt" for base in ("server", "peer")]
+    site.write(Component.ETCD, {"--config-file": "/etc/etcd.yaml"}, tag)
+    run_since_boot(site, Component.ETCD, *files)
+    assert [site.finding(name, "has read").state for name in names] == [state, state]
+    run_since_boot(site, Component.ETCD, "--config-file=/etc/etcd.yaml")
+    assert {site.finding(name).state for name in names} == {"unknown" if state == "stale" else state}
+
+
+def test_a_component_in_a_shell_is_judged_by_its_age(site: Site) -> None:
+    """Its manifest has no flags of its own, and what runs has read the file of before."""
+    site.write(Component.SCHEDULER, {}, site.version)
+    run_since_boot(site, Component.SCHEDULER, f"--kubeconfig={site.directory / 'scheduler.conf'}")
+    assert site.finding("scheduler.conf").state == "stale"
+    assert site.look().stale == [Component.SCHEDULER]
+
+
+def test_a_kubelets_configuration_that_can_not_be_read_is_a_finding(site: Site) -> None:
+    """It says where the kubelet answers: the finding names it, and all else is looked at."""
+    kubelet, config = site.directory / "kubelet", site.directory / "config.yaml"
+    (kubelet / "pki").mkdir(parents=True)
+    for suffix in ("crt", "key"):
+        shutil.copy(site.pki / f"apiserver.{suffix}", kubelet / f"pki/kubelet.{suffix}")
+    site.write(Component.APISERVER, site.api_flags(), site.version)
+    settings = overridden(parse(""), site.pki, site.directory, site.directory / "state")
+    machine = Machine(proc=site.directory / "proc", kubelet_config=config)
+
+    def look() -> dict[str, ProofFinding]:
+        found = proof.look(inventory.read(site.pki, site.directory, kubelet), settings, site.now, machine)
+        return {one.what: one for one in found.findings}
+
+    config.symlink_to(config.name)
+    broken = look()
+    assert (broken["is configured"].state, "its configuration" in broken["is configured"].detail) == ("unknown", True)
+    assert broken[f"serves 127.0.0.1:{site.port}"].state == "current"
+    config.unlink()
+    config.write_text("port: 1\n")
+    assert look()["serves 127.0.0.1:1"].state == "no-answer"
+
+
 def test_without_static_pods_there_is_nothing_to_prove(site: Site) -> None:
     """The error says so, and the exit code is not 0."""
     arguments = ["--pki-dir", str(site.pki), "--kubeconfig-dir", str(site.directory)]
