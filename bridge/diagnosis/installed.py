@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -479,14 +480,22 @@ def is_named(certificate: x509.Certificate, host: str) -> bool:
     return host.lower() in names or f"*.{host.lower().partition('.')[2]}" in names
 
 
+_PUBLIC_KEY = re.compile(rb"-----BEGIN ([A-Z ]*PUBLIC KEY)-----[^-]*-----END \1-----")
+
+
 def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
     """An API server without them does not start, and no renewal makes them: tokens count with the same pair alone."""
     apiserver = node.manifests.get(Component.APISERVER)
     if apiserver is None:
         return
+    signing = endpoints.file(apiserver.flags, "--service-account-signing-key-file")
+    others = [Path("/", one) for one in apiserver.every("--service-account-key-file") if one]
+    paths = [
+        (signing or settings.node.pki_dir / "sa.key", "sa.key"),
+        *((path, "sa.pub") for path in others or [settings.node.pki_dir / "sa.pub"]),
+    ]
     found: list[bytes] = []
-    for flag, base in (("--service-account-signing-key-file", "sa.key"), ("--service-account-key-file", "sa.pub")):
-        path = endpoints.file(apiserver.flags, flag) or settings.node.pki_dir / base
+    for path, base in paths:
         try:
             data = read(path)
         except UnreadableError as e:
@@ -498,11 +507,17 @@ def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
             yield Finding.error("service-account-key", base, text, _SA_HINT)
             continue
         found.append(data)
-        if flag == "--service-account-signing-key-file":
+        if base == "sa.key":
             yield from private_file(path, base)
-    if len(found) == 2 and b"PUBLIC KEY" in found[1] and not is_sa_pair(*found):  # noqa: PLR2004 (a pair)
+    if len(found) == len(paths) and _is_without_public_key(*found):
         text = "wanted sa.key and sa.pub to be a pair, found two of different pairs"
         yield Finding.error("service-account-key", "sa.pub", text, _SA_HINT)
+
+
+def _is_without_public_key(key: bytes, *public: bytes) -> bool:
+    """Whether none of these files, each of which may have several keys, has the key's public half."""
+    blocks = [block[0] for one in public for block in _PUBLIC_KEY.finditer(one)]
+    return all(b"PUBLIC KEY" in one for one in public) and not any(is_sa_pair(key, one) for one in blocks)
 
 
 def _places(node: Node, settings: Settings) -> Iterator[Finding]:

@@ -29,6 +29,11 @@ class Manifest:
     #: By the image's tag (etcd has its own numbers); None when there is no such tag.
     version: tuple[int, int] | None
     tag: str = ""  #: The image's; empty when it has none.
+    words: tuple[str, ...] = ()  #: The program and its arguments.
+
+    def every(self, flag: str) -> list[str]:
+        """All values of a flag that may be given several times, in order."""
+        return _values(self.words).get(flag, [])
 
 
 def path_of(component: Component, kubeconfig_dir: Path) -> Path:
@@ -62,7 +67,7 @@ def parse(component: Component, data: bytes) -> Manifest:
     own = container(document(split_bom(data)[1]), component.value)
     words = [word.text() for key in ("command", "args") if (listed := own.get(key)) for word in listed.items()]
     tag, version = tag_of(_text(own.get("image")))
-    return Manifest(flags=flags_of(words), version=version, tag=tag)
+    return Manifest(flags=flags_of(words), version=version, tag=tag, words=tuple(words))
 
 
 def tag_of(image: str) -> tuple[str, tuple[int, int] | None]:
@@ -94,9 +99,15 @@ def _text(node: YamlNode | None) -> str:
 
 def flags_of(words: Sequence[str]) -> dict[str, str]:
     """Flags as `--name=value` and `--name value`; etcd takes one dash as well, except before a single letter."""
-    flags = {}
+    return {name: values[-1] for name, values in _values(words).items()}
+
+
+def _values(words: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
     for word, following in zip_longest(words, words[1:], fillvalue="-"):
         name, equals, value = word.lstrip("-").partition("=")
         if word.startswith("--" if len(name) == 1 else "-") and name:
-            flags[f"--{name}"] = value if equals else "true" if following.startswith("-") else following
-    return flags
+            found.setdefault(f"--{name}", []).append(
+                value if equals else "true" if following.startswith("-") else following
+            )
+    return found

@@ -517,6 +517,24 @@ def test_finds_a_planted_fault_by_name(
     assert (level, check, about.format_map(places)) in site.wrong()
 
 
+def test_an_older_public_key_of_service_accounts_may_be_beside_the_new_one(site: Site) -> None:
+    """Tokens of the older one are good until they end: in a file of its own, or in the same; the new one has to be there."""
+    other = sa_public_pem(generate_key("ecdsa-p256"))
+    older, ours = site.pki.pki_dir / "older.pub", site.pki.pki_dir / "sa.pub"
+    older.write_bytes(other)
+    line = f"    - --service-account-key-file={ours}\n"
+    site.edit(site.manifest("kube-apiserver"), line, f"{line}    - --service-account-key-file={older}\n")
+    assert site.wrong() == set()
+    right = ours.read_bytes()
+    ours.write_bytes(other + right)
+    assert site.wrong() == set()
+    ours.write_bytes(other)
+    assert site.wrong() == {("error", "service-account-key", "sa.pub")}
+    ours.write_bytes(right)
+    older.unlink()
+    assert site.wrong() == {("error", "service-account-key", "sa.pub")}
+
+
 def test_a_certificate_that_lives_shorter_than_it_is_due_is_not_overdue_at_once(site: Site) -> None:
     """super-admin.conf of `bootstrap init` lives eight days, and no night has passed it over on the first."""
     with_cas(site)
