@@ -199,6 +199,8 @@ def trouble(component: Component, node: Node, kubeconfig_dir: Path) -> str | Non
         return _etcd_trouble(Server(endpoints.etcd_url(flags)), node)
     host = flags.get("--bind-address", "0.0.0.0")  # noqa: S104 (looked for, not bound)
     port = flags.get("--secure-port", endpoints.PORTS[component])
+    if port == "0":
+        return None
     url = f"https://{endpoints.reachable(host)}:{port}{PATHS[component]}"
     found = _trouble(url, ANONYMOUS)
     if component is Component.APISERVER and found is not None:  # it may not answer unknown clients

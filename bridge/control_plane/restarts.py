@@ -439,6 +439,8 @@ def restart_stale(
     named = _components(names)
     with session.alone(settings, wait) as (store, record):
         node = inventory.of(settings.node)
+        if _ALL in names:
+            named = [one for one in named if _has(node, one) or settings.restart.command(one)]
         components, unknown = (named, None) if named else _by_settings(node, settings, now())
         if settings.restart.method == "none":
             return RestartReport(components=tuple(components), advised=True, unknown=unknown)
@@ -446,9 +448,17 @@ def restart_stale(
         return RestartReport(components=tuple(components), done=tuple(done), unknown=unknown)
 
 
+_ALL = "all"
+
+
+def _has(node: Node, component: Component) -> bool:
+    """Whether a node of this role has the component, be its manifest there or not."""
+    return node.local_etcd if component is Component.ETCD else not node.is_etcd_host
+
+
 def _components(names: Sequence[str]) -> list[Component]:
     known = {component.value: component for component in Component}
-    if "all" in names:
+    if _ALL in names:
         return list(manifests.COMPONENTS)
     wrong = [name for name in names if name not in known]
     if wrong:

@@ -348,6 +348,17 @@ def test_who_is_away_is_not_healthy(plane: Plane) -> None:
     assert "connection refused" in (plane.trouble(SCHEDULER) or "")
 
 
+def test_a_component_that_serves_nothing_holds_up_no_restart(plane: Plane) -> None:
+    """Without a port it has no health to ask for; another port is asked."""
+    manifest = plane.pki.kubeconfig_dir / "manifests/kube-scheduler.yaml"
+    manifest.write_text(MANIFEST.format(name="kube-scheduler", tag="v1.37.2", flags="--secure-port=0"))
+    [one] = plane.restart(MANAGER)
+    assert one.error is None
+    manifest.write_text(MANIFEST.format(name="kube-scheduler", tag="v1.37.2", flags="--secure-port=1"))
+    [one] = plane.restart(APISERVER)
+    assert isinstance(one.error, RestartPostponedError)
+
+
 @pytest.mark.parametrize("text", ["healthzPort: 0\n", "", "- list", "\0", "healthzPort: {a: b}"])
 def test_a_kubelet_without_health_is_taken_as_healthy(plane: Plane, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Switched off; and a configuration that can't be read means the kubelet's defaults."""
@@ -732,6 +743,22 @@ def test_with_no_method_it_prints_what_to_do(tmp_path: Path) -> None:
     assert re.findall(r"^  (\S+):", run.stdout, re.MULTILINE) == ["kube-scheduler", "kubelet"]
     as_json = bridge.run("restart", "all", "-o", "json")
     assert list(json.loads(as_json.stdout)["advice"]) == [c.value for c in restart_plan.ORDER[:4]]
+
+
+def test_all_leaves_out_an_etcd_that_is_elsewhere(plane: Plane) -> None:
+    """Nothing of it is here to be restarted, unless the settings name a command; a local one whose manifest is away counts."""
+    (plane.pki.kubeconfig_dir / "manifests/etcd.yaml").unlink()
+
+    def components_of(settings: Settings) -> tuple[Component, ...]:
+        return restart_stale(settings, ["all"], lambda: datetime.now(UTC), force=True, wait=timedelta()).components
+
+    without = dataclasses.replace(plane.settings().restart, method="none", commands={})
+    by_hand = dataclasses.replace(plane.settings(), restart=without)
+    every = (ETCD, APISERVER, MANAGER, SCHEDULER)
+    assert components_of(by_hand) == every
+    shutil.rmtree(plane.pki.pki_dir / "etcd")
+    assert components_of(by_hand) == every[1:]
+    assert components_of(plane.settings()) == every
 
 
 def test_a_name_of_no_component_is_a_usage_error(tmp_path: Path) -> None:
