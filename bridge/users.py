@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -35,7 +34,7 @@ from bridge.errors import (
     SettingsProblem,
     WaitingError,
 )
-from bridge.node import cross, kubeconfig
+from bridge.node import cross, endpoints, kubeconfig
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import csr, user_rules, verify
 from bridge.pki.certificates import UNREADABLE, attributes, pem
@@ -100,6 +99,8 @@ def stem_of(name: str) -> str:
 
 def write_request(user: User, directory: Path, algorithm: KeyAlgorithm = DEFAULT_KEY) -> tuple[Path, Path]:
     """Make a key and a CSR for it, `NAME.key` (0600) and `NAME.csr`: both or neither, and never over an older file."""
+    if wrong := [SettingsProblem(what, user_rules.NAME_FORM, found) for what, found in user_rules.misnamed(user)]:
+        raise SettingsError(wrong)
     stem = stem_of(user.name)
     key = csr.generate_key(algorithm)
     files = [(directory / f"{stem}.key", csr.key_pem(key), Attributes.private().mode)]
@@ -235,7 +236,7 @@ def issue(
             verified = _Submission(settings, ca, one, record, store).verified(expected, now)
         _add(record, audit.VERIFIED, one, new=verified.leaf)
         record.write()
-        _write(order, server, anchors[0], settings.node.cluster, verified, one)
+        _write(order, server, anchors, settings.node.cluster, verified, one)
         _add(record, audit.INSTALLED, one, new=verified.leaf, result=f"in {order.out}")
         _forget(store, one)
     key_file = "" if one.key_pem is not None else _key_file(order)
@@ -303,8 +304,7 @@ def _anchors(settings: Settings, order: UserOrder) -> tuple[tuple[x509.Certifica
 
 def _server(settings: Settings, order: UserOrder) -> str:
     if order.server:
-        parts = urlsplit(order.server)
-        if parts.scheme != "https" or not parts.hostname:
+        if not order.server.startswith("https://") or not endpoints.is_url(order.server):
             found = repr(order.server)
             raise SettingsError([SettingsProblem("--server", "a URL such as https://api.example.com:6443", found)])
         return order.server
@@ -337,7 +337,8 @@ def _taken_up(
         wanted = (order.user.groups, label, given or made.csr_pem, validity)
         is_same = (made.groups, made.backend, made.csr_pem, made.validity) == wanted
         is_old = made.carried is not None and now - made.created > _CARRIED_ANEW
-        if is_same and not is_old and (given is None) is (made.key_pem is not None):
+        is_key = made.key_pem is None or csr.known_algorithm(made.request.csr.public_key()) == order.key
+        if is_same and is_key and not is_old and (given is None) is (made.key_pem is not None):
             return made
         _add(record, audit.CANCELLED, made, result="something else is asked for now")
     key_pem = None
@@ -424,10 +425,15 @@ def _key_file(order: UserOrder) -> str:
 
 
 def _write(
-    order: UserOrder, server: str, ca: x509.Certificate, cluster: str, verified: verify.Verified, one: OpenUser
+    order: UserOrder,
+    server: str,
+    cas: tuple[x509.Certificate, ...],
+    cluster: str,
+    verified: verify.Verified,
+    one: OpenUser,
 ) -> None:
-    """Write the kubeconfig with mode 0600, with or without a key in it."""
-    fresh = FreshKubeconfig(server=server, cluster=cluster, user=order.user.name, ca_pem=pem(ca))
+    """Write the kubeconfig with mode 0600, with or without a key; while a CA is replaced, it trusts both."""
+    fresh = FreshKubeconfig(server=server, cluster=cluster, user=order.user.name, ca_pem=pem(*cas))
     text = fresh.text(pem(*verified.chain), one.key_pem, "" if one.key_pem is not None else _key_file(order))
     try:
         with _held_open(order) as path:

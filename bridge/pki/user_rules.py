@@ -18,6 +18,7 @@ _RESERVED = ("system:", "kubeadm:")
 _SHARED = {name for spec in SPECS.values() for name in spec.common_names if "{" not in name}
 #: Characters that Kubernetes, RBAC manifests and shells all take; e-mail addresses fit.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:/+-]{0,63}")
+NAME_FORM = "at most 64 letters, digits and ._@:/+-"
 #: Time to install and use it.
 SHORTEST = timedelta(minutes=10)
 
@@ -42,15 +43,25 @@ class Limits:
 
 def problems(user: User, validity: timedelta, limits: Limits) -> list[str]:
     """All reasons against a user."""
-    return [*_name_problems(user, limits), *_group_problems(user.groups, limits), *_validity_problems(validity, limits)]
+    return [
+        *(f"{what}: wanted {NAME_FORM}, found {found}" for what, found in misnamed(user)),
+        *_name_problems(user, limits),
+        *_group_problems(user.groups, limits),
+        *_validity_problems(validity, limits),
+    ]
+
+
+def misnamed(user: User) -> Iterator[tuple[str, str]]:
+    """What no settings allow: whether it is the name or a group, and how it is shown."""
+    for what, text in (("name", user.name), *(("group", group) for group in user.groups)):
+        if not _NAME.fullmatch(text):
+            yield what, repr(one_line(text, 80))
 
 
 def _name_problems(user: User, limits: Limits) -> Iterator[str]:
-    if not _NAME.fullmatch(user.name):
-        yield f"name: wanted at most 64 letters, digits and ._@:/+-, found {one_line(user.name, 80)!r}"
-    elif user.name in limits.allow:
+    if not _NAME.fullmatch(user.name) or user.name in limits.allow:
         return
-    elif _is_reserved(user.name) or user.name in _SHARED:
+    if _is_reserved(user.name) or user.name in _SHARED:
         yield f"name: wanted one that is not Kubernetes' or kubeadm's own (users.allow names exceptions), found {user.name}"
     elif not _is_one_of(user.name, limits.names):
         yield f"name: wanted {' or '.join(limits.names) or 'none'} (users.names), found {user.name}"
@@ -58,11 +69,9 @@ def _name_problems(user: User, limits: Limits) -> Iterator[str]:
 
 def _group_problems(groups: Sequence[str], limits: Limits) -> Iterator[str]:
     for group in groups:
-        if not _NAME.fullmatch(group):
-            yield f"group: wanted at most 64 letters, digits and ._@:/+-, found {one_line(group, 80)!r}"
-        elif group in limits.allow:
+        if not _NAME.fullmatch(group) or group in limits.allow:
             continue
-        elif _is_reserved(group):
+        if _is_reserved(group):
             yield f"group: wanted one that is not Kubernetes' or kubeadm's own (users.allow names exceptions), found {group}"
         elif not _is_one_of(group, limits.groups):
             yield f"group: wanted {' or '.join(limits.groups) or 'none'} (users.groups), found {group}"

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from bridge.contract import SignRequest
 from bridge.node import kubeconfig
 from bridge.pki.certificates import attributes, extended_key_usages, load_pem_certificates, pem
-from bridge.pki.csr import generate_key, subject_of
+from bridge.pki.csr import generate_key, known_algorithm, subject_of
 from bridge.pki.user_rules import User
 from bridge.settings.tables import UserSettings
 from bridge.specs import USER
@@ -94,6 +94,20 @@ def test_a_person_keeps_the_key(bridge: Bridge, tmp_path: Path) -> None:
     assert timedelta(hours=7) < leaf.not_valid_after_utc - datetime.now(UTC) <= HOURS_8
     (home / "leaf.pem").write_bytes(parsed.certificate_data or b"")
     ssl.create_default_context().load_cert_chain(home / "leaf.pem", home / "bob.key")  # raises unless they are a pair
+
+
+def test_while_a_ca_is_replaced_a_kubeconfig_trusts_both(tmp_path: Path) -> None:
+    """Some API servers still show certificates of the old CA, or show those of the new one soon."""
+    two, other = handmade_pki(tmp_path / "node"), handmade_pki(tmp_path / "other")
+    bridge, out = Bridge(pki=two, directory=tmp_path / "bridge"), tmp_path / "backup.conf"
+    add_openssl(bridge, "ca")
+    ours, theirs = ((pki.pki_dir / "ca.crt").read_bytes() for pki in (two, other))
+    for content in (ours, ours + theirs):
+        (two.pki_dir / "ca.crt").write_bytes(content)
+        run = bridge.run("kubeconfig", "user", "backup", f"--output={out}")
+        assert run.returncode == 0, run.stderr
+        trusted = kubeconfig.parse(out.read_bytes()).ca_data or b""
+        assert load_pem_certificates(trusted) == load_pem_certificates(content)
 
 
 @pytest.mark.attack("G15")
@@ -301,8 +315,25 @@ def test_a_request_is_never_made_over_an_older_key(tmp_path: Path) -> None:
     (home / "bob.key").unlink()
     assert ca_bridge("kubeconfig", "request", "bob", cwd=home).returncode == 1
     assert not (home / "bob.key").exists()
-    assert ca_bridge("kubeconfig", "request", "../bob", cwd=home).returncode == 0
-    assert {path.name for path in home.iterdir()} == {"bob.csr", ".._bob.key", ".._bob.csr"}
+    assert ca_bridge("kubeconfig", "request", "x/../bob", cwd=home).returncode == 0
+    assert {path.name for path in home.iterdir()} == {"bob.csr", "x_.._bob.key", "x_.._bob.csr"}
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "says"),
+    [
+        ("", "dev", "name: wanted at most 64 letters, digits and ._@:/+-, found ''"),
+        ("a" * 65, "dev", f"name: wanted at most 64 letters, digits and ._@:/+-, found '{'a' * 65}'"),
+        ("bob\nroot", "dev", "found 'bob root'"),
+        ("bob", "g" * 65, "group: wanted at most 64"),
+        ("a" * 64, "g" * 64, ""),
+    ],
+)
+def test_a_name_that_no_certificate_can_have_is_a_usage_error(tmp_path: Path, name: str, group: str, says: str) -> None:
+    """The person hears of it before a key is made; no operator could have it signed."""
+    run = ca_bridge("kubeconfig", "request", name, f"--group={group}", cwd=tmp_path)
+    assert (run.returncode, bool(list(tmp_path.iterdir()))) == ((2, False) if says else (0, True)), run.stderr
+    assert says in run.stderr
 
 
 @dataclass(kw_only=True)
@@ -367,6 +398,16 @@ def test_a_ca_that_answers_later(slow: Slow) -> None:
     assert slow.user("--group=dev").returncode == 4
     assert slow.user("--group=ops").returncode == 4  # something else is wanted now
     assert len(set(slow.approver.asked())) == 3
+
+
+def test_another_kind_of_key_is_another_request(slow: Slow) -> None:
+    """A key of the kind that the command says now is made; the same kind keeps the request."""
+    assert slow.user("--key=rsa-2048").returncode == 4
+    assert slow.user("--key=rsa-2048").returncode == 4
+    assert len(set(slow.approver.asked())) == 1
+    assert slow.user().returncode == 4
+    requests = [x509.load_pem_x509_csr(path.read_bytes()) for path in slow.approver.directory.glob("*.csr")]
+    assert sorted(str(known_algorithm(one.public_key())) for one in requests) == ["ecdsa-p256", "rsa-2048"]
 
 
 @pytest.mark.parametrize(
@@ -528,6 +569,9 @@ def test_at_the_desk_itself(pki: Pki, tmp_path: Path) -> None:
     assert "--ca FILE" in desk.run(*args).stderr
     ca = f"--ca={pki.ca_files('ca')[0]}"
     assert "--server" in desk.run(*args, ca).stderr
-    assert desk.run(*args, ca, "--server=http://x").returncode == 2
+    for wrong in ("http://x", "https://[2001:db8::1:6443", "https://x:port", "https://:6443"):
+        run = desk.run(*args, ca, f"--server={wrong}")
+        assert (run.returncode, "--server: wanted a URL" in run.stderr) == (2, True), run.stderr
+    assert desk.run(*args, ca, "--server=https://[2001:db8::1]:6443").returncode == 0
     assert desk.run(*args, ca, "--server=https://192.0.2.1:6443").returncode == 0
     assert (tmp_path / "bob.conf").stat().st_mode & 0o077 == 0
