@@ -175,9 +175,9 @@ def pending_cancel(
 
 def _pending_row(one: OpenRequest, now: datetime) -> tuple[str, ...]:
     age = f"asked {residual(max(int((now - one.created).total_seconds()), 0))} ago"
+    shown = _fingerprint(one)
     # else its heading has that of all requests in the bundle
-    is_alone = one.answer is not None or one.reference or not one.bundles
-    fingerprint = f"fingerprint {_fingerprint(one)}" if is_alone else ""
+    fingerprint = f"fingerprint {shown}" if shown not in _whereabouts(one) else ""
     return one.name, age, end_text(one.deadline, now), fingerprint
 
 

@@ -123,9 +123,14 @@ def _ca_of(path: Path, setting: str, hint: str) -> list[x509.Certificate]:
         raise SettingsError([SettingsProblem("", "a CA certificate", str(e), path)]) from None
 
 
+_A_FILE = "a bundle is carried as a file; standard output has what is in it for people"
+
+
 def assert_free(path: Path, kind: type[AnswerBundle | RequestBundle]) -> None:
     """An older bundle of this kind may be overwritten, nothing else: no link, no device, no other file."""
     what = "request" if kind is RequestBundle else "answer"
+    if path.name == "-":
+        raise SettingsError([SettingsProblem("", f"the name of a file for the {what} bundle", "-")], hint=_A_FILE)
     with contextlib.suppress(FileNotFoundError, UnreadableError, BundleError):
         if isinstance(loads(read_once(path)[0]), kind):
             return

@@ -174,7 +174,8 @@ def loads(data: bytes) -> Bundle:
         return _read_request_bundle(document)
     if schema == ANSWER_SCHEMA:
         return _read_answer_bundle(document)
-    raise BundleError("schema", f"{REQUEST_SCHEMA} or {ANSWER_SCHEMA}", excerpt(schema))
+    wanted, found = f"{REQUEST_SCHEMA} or {ANSWER_SCHEMA}", "none" if schema is None else excerpt(schema)
+    raise BundleError("schema", wanted, found, hint=_OTHER_HINT if schema is None else None)
 
 
 def loads_request(data: bytes) -> RequestBundle:
@@ -326,6 +327,9 @@ _CSR_HINT = (
     "of the directory that they are in"
 )
 
+#: For JSON that is no bundle.
+_OTHER_HINT = "another program wrote this file: name what `ca-bridge export`, the outbox or the desk has made"
+
 
 def parse(data: bytes) -> dict[str, Any]:
     """The JSON object that the bytes are."""
@@ -344,7 +348,7 @@ def parse(data: bytes) -> dict[str, Any]:
     except ValueError:  # a number of thousands of digits, or NaN
         raise BundleError("", "a bundle", "NaN or an infinite number") from None
     if not isinstance(document, dict):
-        raise BundleError("", "a JSON object", excerpt(document))
+        raise BundleError("", "a JSON object", excerpt(document), hint=_OTHER_HINT)
     return document
 
 

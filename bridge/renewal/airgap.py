@@ -29,7 +29,14 @@ from bridge.errors import BackendRefusedError, BridgeError, Exit, WaitingError
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.pki import bundle, bundle_format, csr, signatures, verify
-from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
+from bridge.pki.bundle import (
+    AnswerBundle,
+    BundledRequest,
+    BundleError,
+    IncompleteBundleError,
+    Refusal,
+    RequestBundle,
+)
 from bridge.pki.certificates import UNREADABLE, certificates_in, fingerprint, is_ca, is_for, name_text, serial_hex
 from bridge.pki.csr import PrivateKey
 from bridge.pki.display import fingerprint_text
@@ -303,7 +310,8 @@ def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
         else:
             found.loose[path] = [one for one in loose if _has_dates(one, path, found)]
     except BundleError as e:
-        error = NotAskedForError(f"{path}: {e}", hint=e.hint)
+        kind = BridgeError if isinstance(e, IncompleteBundleError) else NotAskedForError
+        error = kind(f"{path}: {e}", hint=e.hint)
         if not skip:
             raise error from None
         if e.found == bundle_format.REQUEST_SCHEMA:

@@ -570,6 +570,14 @@ def test_what_is_no_bundle_is_refused(data: bytes) -> None:
     assert str(error_of(data)).startswith("bundle: wanted ")
 
 
+@pytest.mark.parametrize("data", [b"{}", b'{"kind": "Pod"}', b"[]"])
+def test_json_of_another_program_is_not_carried_again(data: bytes, either: Bundle) -> None:
+    """The hint says that it is no bundle; one that was changed is carried again."""
+    assert "another program" in error_of(data).hint
+    assert "None" not in str(error_of(data))
+    assert "carry it again" in error_of(dumps(either).replace(b"ca-bridge/", b"ca-bridge+", 1)).hint
+
+
 def test_a_bundle_has_a_size_limit(either: Bundle) -> None:
     """It is known before the first byte is read."""
     assert "at most" in error_of(dumps(either) + b" " * MOST_BYTES).wanted

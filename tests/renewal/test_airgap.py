@@ -264,6 +264,17 @@ def test_no_other_file_is_overwritten(node: Node) -> None:
     assert len(bundle_format.loads_request(path.read_bytes()).requests) == 1
 
 
+def test_a_hyphen_names_no_file(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output has no bundle: a usage error, before a key is made; another name is a file."""
+    monkeypatch.chdir(node.carried)
+    run = node.run("export", "-", FRONT)
+    assert run.returncode == Exit.USAGE
+    assert "wanted the name of a file for the request bundle, found -" in run.stderr
+    assert (list(node.carried.iterdir()), node.open()) == ([], {})
+    assert node.run("export", "one", FRONT).returncode == 0
+    assert (node.carried / "one").is_file()
+
+
 def test_a_bundle_that_can_not_be_written_is_exported_again(node: Node) -> None:
     """The keys are kept, and the next export has the same CSRs."""
     run = node.run("export", node.carried / "no/such/bundle.json", "apiserver")
@@ -533,6 +544,20 @@ def test_the_same_things_named_are_errors(node: Node) -> None:
         assert run.returncode != 0
         assert found in run.stderr
     assert list(node.open()) == [FRONT]
+
+
+def test_a_copy_that_was_cut_off_is_not_called_a_refusal(node: Node, desk: Desk) -> None:
+    """It is exit 1, for what can't be read, named or in a directory, and the whole answer is taken after it."""
+    node.export(FRONT)
+    answer = sign(desk, node)
+    cut = node.carried / "cut"
+    cut.mkdir()
+    (cut / "answer.json").write_bytes(answer.read_bytes()[:-100])
+    for path in (cut / "answer.json", cut):
+        run = node.run("import", path)
+        assert run.returncode == Exit.FAILED
+        assert "a copy that was cut off has to be made again" in run.stderr
+    assert node.run("import", answer).returncode == 0
 
 
 def test_a_chain_is_put_in_order(tmp_path: Path) -> None:
@@ -893,6 +918,19 @@ def test_the_list_of_what_is_open(node: Node) -> None:
     assert one["bundles"] == [bundle_format.digest(exported)]
     assert (one["state"], one["authority"], one["backend"]) == ("waiting", "ca", "")
     assert abs((datetime.fromisoformat(one["created"]) - now()).total_seconds()) < 60
+
+
+def test_the_list_says_the_fingerprint_of_a_bundle_once(node: Node) -> None:
+    """It stands in the heading of what was put into an outbox together; without it there, in each row."""
+    outbox, _ = node.add_exchange()
+    assert node.run("renew", FRONT, "apiserver").returncode == 4
+    [sent] = outbox.iterdir()
+    fingerprint = bundle_format.short_fingerprint(bundle_format.loads_request(sent.read_bytes()))
+    assert node.run("pending", "list").stdout.count(fingerprint) == 1
+    sent.unlink()
+    assert node.run("renew", FRONT, "apiserver").returncode == 4
+    text = node.run("pending", "list").stdout
+    assert ("has left the outbox" in text, text.count(f"fingerprint {fingerprint}")) == (True, 2)
 
 
 def test_cancelled_keys_are_gone(node: Node) -> None:
