@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from bridge import monitoring
 from bridge.cli import renew
 from bridge.cli.options import (
     ZERO,
@@ -54,7 +55,8 @@ def restart(
     It does so as restart.method in the settings says; with "none" it prints what to do and exits with 7.
     """
     settings = common.settings()
-    report = restarts.restart_stale(settings, components or [], utc_now, force=force, wait=wait)
+    with monitoring.kept_current(settings, utc_now):
+        report = restarts.restart_stale(settings, components or [], utc_now, force=force, wait=wait)
     print_restarts(report, settings, output)
     return report.exit_code
 

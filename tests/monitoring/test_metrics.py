@@ -201,6 +201,19 @@ def test_what_changes_certificates_otherwise_is_reported(tmp_path: Path) -> None
         assert after[name] == before[name]
 
 
+def test_a_restart_is_reported(tmp_path: Path) -> None:
+    """What was not in use may be by then, and an alert need not wait for the night; a look alone writes nothing."""
+    bridge = bridge_of(tmp_path)
+    assert bridge.run("renew").returncode == 0
+    before = metrics.samples(file_of(bridge).read_text())
+    file_of(bridge).unlink()
+    bridge.run("prove")
+    assert not file_of(bridge).exists()
+    bridge.run("restart", "kube-scheduler")
+    after = metrics.samples(file_of(bridge).read_text())
+    assert after["ca_bridge_last_run_seconds"] == before["ca_bridge_last_run_seconds"]
+
+
 def test_without_the_setting_nothing_is_written(tmp_path: Path) -> None:
     """A run with nothing due leaves no trace, as before."""
     bridge = bridge_of(tmp_path)
