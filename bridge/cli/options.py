@@ -22,7 +22,7 @@ from bridge.node import kubelet
 from bridge.pki.expiry import parse_duration
 from bridge.settings.load import Overrides
 from bridge.settings.tables import Settings
-from bridge.state.store import replaced_here
+from bridge.state.store import changed_here, replaced_here
 from bridge.system import console, waiting
 from bridge.system.console import LogFormat
 
@@ -128,6 +128,7 @@ _TYPERS_OWN = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
 def _errors() -> Iterator[None]:
     """Turn an exception into a message on standard error and the promised exit code."""
     replaced_here.clear()
+    changed_here.clear()
     try:
         yield
     except BridgeError as e:
@@ -137,6 +138,8 @@ def _errors() -> Iterator[None]:
         if replaced_here:
             text = f"interrupted after files were replaced; the old ones are in the backup {replaced_here[-1]}"
             hint = "`ca-bridge renew` goes on with the open restarts, proofs and hooks"
+        elif changed_here:
+            text, hint = f"interrupted after {changed_here[-1]} was changed", "the same command again goes on"
         _fail(BridgeError(text, hint=hint), waiting.exit_code(e))
     except _TYPERS_OWN:
         raise

@@ -41,9 +41,11 @@ from bridge.settings.tables import Settings
 from bridge.specs import CA, Component
 from bridge.state import audit, session
 from bridge.state.install import STAGED_PREFIX
+from bridge.state.store import changed_here
 from bridge.system.console import doing, log
 from bridge.system.files import exchange
 from bridge.system.http import HttpsError
+from bridge.system.paths import UnreadableError
 from bridge.system.run_command import Account, Command, passed_on, run
 from bridge.system.waiting import wait_until
 from bridge.words import one_line
@@ -172,7 +174,7 @@ class _Switch:
 
     @cached_property
     def trust(self) -> bytes:
-        return file_contents(self.ca_file)
+        return _contents(self.ca_file)
 
     @property
     def flags(self) -> Flags:
@@ -219,7 +221,7 @@ class _Switch:
         if kubeadm.change_cluster(self.api, edit):
             has = "has" if value else "is without"
             self._note(f"{kubeadm.CLUSTER} {has} {AUTHORITY}, for upgrades", kubeadm.CLUSTER.name)
-        data = file_contents(path)
+        data = _contents(path)
         try:
             wanted = manifest_flags.edited(data, component, {AUTHORITY: value})
         except YamlError as e:
@@ -250,7 +252,7 @@ class _Switch:
     def _kubelet(self, *, asks: bool) -> None:
         """Change the kubelet's configuration, restart it, and wait for its certificate; undo both where that fails."""
         path = self.settings.node.kubelet_dir / "config.yaml"
-        data, running = file_contents(path), processes.reader_of(Component.KUBELET, path)
+        data, running = _contents(path), processes.reader_of(Component.KUBELET, path)
         if running is None:
             raise NotHereError(f"wanted a kubelet with {path} among its arguments, found none")
         self._assert_decides(running, path, asks=asks)
@@ -326,6 +328,13 @@ class _Switch:
         return PutBackError(f"{error}; the kubelet has its old configuration again", hint=error.hint)
 
 
+def _contents(path: Path) -> bytes:
+    try:
+        return file_contents(path)
+    except (UnreadableError, ValueError) as e:
+        raise NotHereError(str(e)) from None
+
+
 def _first_error(done: Sequence[Restarted]) -> BridgeError | None:
     return next((one.error for one in done if one.error is not None), None)
 
@@ -340,6 +349,7 @@ def _write(path: Path, trial: Trial, content: bytes) -> None:
     real = path.resolve()
     if real.read_bytes() != content:
         exchange(real, content, real.with_name(f"{STAGED_PREFIX}{real.name}"))
+        changed_here.append(path)
         log.info("kubelet: %s is another one", path)
 
 

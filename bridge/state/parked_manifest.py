@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from bridge.errors import BridgeError, Exit
 from bridge.state.install import STAGED_PREFIX, attributes_from, attributes_json
-from bridge.state.store import Store
+from bridge.state.store import Store, changed_here
 from bridge.system.files import (
     Attributes,
     digest,
@@ -72,6 +72,7 @@ def journal_of(name: str, manifest: Path, content: bytes | None = None) -> dict[
 def replace(manifest: Path, content: bytes) -> None:
     """Give a manifest another text in one step; a kubelet reads each file of its directory, so it is staged outside."""
     exchange(manifest, content, aside(manifest))
+    changed_here.append(manifest)
     sync(manifest)
 
 

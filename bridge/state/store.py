@@ -29,6 +29,8 @@ _BACKUP = r"\d{8}T\d{6}Z-[0-9a-z]+(-[0-9a-z]+)?"
 
 #: IDs of the backups that this process has made, the newest last; an interrupted run names them.
 replaced_here: list[str] = []
+#: Files without a backup that this process has given another text: a manifest, a kubelet's configuration.
+changed_here: list[Path] = []
 
 
 class Store:

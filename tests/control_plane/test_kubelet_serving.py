@@ -311,6 +311,25 @@ def test_a_configuration_that_the_kubelet_refuses_is_never_started_with(site: Si
 STEPS = ((os, "rename"), (os, "unlink"), (os, "fsync"), (Api, "ask"))
 
 
+@pytest.mark.parametrize(
+    ("at", "says"), [("_write", "nothing was replaced"), ("served", "was changed"), ("all_served", "was changed")]
+)
+def test_an_interruption_says_whether_a_file_was_changed(
+    site: Site, monkeypatch: pytest.MonkeyPatch, at: str, says: str
+) -> None:
+    """Before the kubelet's configuration is another one nothing was replaced; after it the same command goes on."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kubelet_serving, at, interrupted)
+        run = site.run("cp1", "kubelets", "on")
+    config = site.kubelets["cp1"].config
+    assert (run.exit_code, says in run.stderr) == (130, True), run.stderr
+    assert (f"interrupted after {config}" in run.stderr) is ("serverTLSBootstrap" in config.read_text())
+
+
 def killed(site: Site, at: int, *, on: bool) -> int:
     """The exit code of a run that is killed just before this step; 0: it did not come so far."""
 
@@ -373,6 +392,26 @@ def test_a_node_on_which_it_can_not_be_done(site: Site, change: object, words: s
         site.switch("cp1", on=True)
     assert site.kubelets["cp1"].config.read_text() == before
     assert site.text(KUBELETS) == CONFIG
+
+
+def test_a_kubelet_without_its_configuration_is_no_bug(tmp_path: Path) -> None:
+    """The error names the file that was wanted, or the kubelet that should have it; nothing else is done."""
+    directory, config = tmp_path / "kubernetes", tmp_path / "kubelet/config.yaml"
+    manifest = directory / "manifests/kube-apiserver.yaml"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(MANIFEST.format(pki=directory / "pki", port=1))
+    places = f'kubeconfig_dir = "{directory}"\nkubelet_dir = "{config.parent}"\nstate_dir = "{tmp_path / "state"}"\n'
+    settings = parse(f'[node]\n{places}pki_dir = "{directory / "pki"}"\n[restart]\nmethod = "static-pods"\n')
+
+    def found() -> str:
+        with pytest.raises(NotHereError) as e:
+            kubelet_serving.switch(settings, on=True, force=False, wait=timedelta(), tell=lambda _: None)
+        return str(e.value)
+
+    assert found() == f"{config}: wanted a file, found none"
+    config.parent.mkdir()
+    config.write_text(CONFIG)
+    assert found() == f"wanted a kubelet with {config} among its arguments, found none"
 
 
 def write(path: Path, more: str) -> None:
