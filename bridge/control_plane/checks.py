@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ def of(look: Look) -> Iterator[Check]:
         (Component.CONTROLLER_MANAGER, functools.partial(_controller, component=Component.CONTROLLER_MANAGER)),
         (Component.SCHEDULER, functools.partial(_controller, component=Component.SCHEDULER)),
         (Component.KUBELET, _kubelet),
+        (None, _named_otherwise),
         (None, _without_flags),
         (None, _have_read_cas),
         (None, _people),
@@ -167,6 +169,22 @@ def _unusable(look: Look) -> Iterator[Check]:
         if item.trouble and (item.spec.kubeconfig or item.spec.component is None):
             judge = functools.partial(Verdict, "unknown", item.trouble)
             yield Check(item.spec.component, item.spec.name, "can be read", judge)
+
+
+def _named_otherwise(look: Look) -> Iterator[Check]:
+    """Certificates in whose place a manifest names another file: all that its component is seen to use is that one."""
+    for item in look.node.items:
+        component = item.spec.component
+        if component is None or component not in look.node.manifests or item.state != "present" or item.foreign:
+            continue
+        ours = look.settings.node.kubeconfig_dir / item.spec.base if item.spec.kubeconfig else item.certificate_path
+        for flag in item.spec.flags:
+            named = endpoints.file(look.flags(component), flag)
+            if named is not None and os.path.realpath(named) != os.path.realpath(ours):
+                judge = functools.partial(
+                    Verdict, "unknown", f"its manifest has {flag}={named}, and does not use {ours}"
+                )
+                yield Check(component, item.spec.name, "is named in its manifest", judge)
 
 
 # --- since when ------------------------------------------------------------------------------------------------------

@@ -461,6 +461,24 @@ def test_an_unusable_flag_hides_no_other_component(site: Site) -> None:
     assert next(f for f in report.findings if f.certificate == "apiserver").state == "current"
 
 
+def test_another_file_in_the_manifest_proves_nothing_about_ours(site: Site) -> None:
+    """The API server shows what its flags name, which no renewal replaces; a link to the same file is that file."""
+    other = site.directory / "other"
+    other.mkdir()
+    for suffix in ("crt", "key"):
+        shutil.copy(site.pki / f"apiserver.{suffix}", other)
+    flags = {"--tls-cert-file": "apiserver.crt", "--tls-private-key-file": "apiserver.key"}
+    site.flags = {flag: str(other / name) for flag, name in flags.items()}
+
+    def states() -> list[str]:
+        return [one.state for one in site.look().findings if one.certificate == "apiserver"]
+
+    assert states() == ["current", "unknown"]
+    (other / "apiserver.crt").unlink()
+    (other / "apiserver.crt").symlink_to(site.pki / "apiserver.crt")
+    assert states() == ["current"]
+
+
 @pytest.mark.parametrize(("tag", "state"), [("3.5.21-0", "stale"), ("3.6.4-0", "next-connection")])
 def test_an_etcd_with_a_configuration_file_is_judged_by_its_age(site: Site, tag: str, state: str) -> None:
     """Its flags name no certificate, and no check leaves it out; one with flags is asked."""
