@@ -142,7 +142,7 @@ def inspect_bundle(
 @command(pending, "list")
 def pending_list(common: Common, output: OutputOption = Output.TEXT) -> None:
     """Show the open requests: their age, the time left, who has them, and their fingerprints."""
-    settings, now = common.settings(), utc_now()
+    settings, now = common.settings_with_record(), utc_now()
     requests = sorted(OpenRequests(Store(settings.node.state_dir)), key=lambda one: (one.deadline or now, one.name))
     if output is Output.JSON:
         say_json(pending=[_pending_json(one, now) for one in requests])

@@ -37,7 +37,7 @@ def recover(
     ] = False,
 ) -> int:
     """Finish or undo what a crash interrupted; every command that writes does the same first."""
-    settings = common.settings()
+    settings = common.settings_with_record()
     if not settings.node.state_dir.is_dir():
         say("nothing to recover: no run has been here")
         return Exit.DONE

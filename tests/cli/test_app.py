@@ -622,9 +622,11 @@ def test_a_wrong_directory_is_not_a_healthy_node(run: Run, tmp_path: Path) -> No
     assert run("check-expiration").exit_code == 0
 
 
-@pytest.mark.parametrize("command", [("audit", "verify"), ("audit", "show"), ("backups",)])
+@pytest.mark.parametrize(
+    "command", [("audit", "verify"), ("audit", "show"), ("backups",), ("recover",), ("pending", "list")]
+)
 def test_a_wrong_directory_is_not_an_unchanged_record(run: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
-    """A missing directory is exit 2 and never "unchanged"; a node without a run yet is unchanged."""
+    """A missing directory is exit 2 and never "unchanged", or nothing open; a node without a run yet is unchanged."""
     wrong = run(*command, "--state-dir", str(tmp_path / "nowhere"))
     assert (wrong.exit_code, wrong.stdout) == (2, "")
     assert f"--state-dir: wanted a state directory, found no directory {tmp_path / 'nowhere'}" in wrong.stderr
