@@ -357,9 +357,9 @@ def test_etcds_answer_counts_where_one_of_its_members_gives_it(site: Site) -> No
         "--etcd-cafile": f"{site.pki}/ca.crt",
         "--etcd-servers": f"https://127.0.0.1:1,https://127.0.0.1:{site.port}",
     }
-    assert site.finding("apiserver-etcd-client").state == "next-connection"
+    assert site.finding("apiserver-etcd-client", "is accepted").state == "next-connection"
     site.flags["--etcd-servers"] = "https://127.0.0.1:1"
-    assert site.finding("apiserver-etcd-client").state == "no-answer"
+    assert site.finding("apiserver-etcd-client", "is accepted").state == "no-answer"
 
 
 # --- kubelets --------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from bridge.contract import SignRequest
 from bridge.node import kubeconfig
+from bridge.pki.bundle_format import loads_request
 from bridge.pki.certificates import attributes, extended_key_usages, load_pem_certificates, pem
 from bridge.pki.csr import generate_key, known_algorithm, subject_of
 from bridge.pki.user_rules import User
@@ -400,16 +401,6 @@ def test_a_ca_that_answers_later(slow: Slow) -> None:
     assert len(set(slow.approver.asked())) == 3
 
 
-def test_another_kind_of_key_is_another_request(slow: Slow) -> None:
-    """A key of the kind that the command says now is made; the same kind keeps the request."""
-    assert slow.user("--key=rsa-2048").returncode == 4
-    assert slow.user("--key=rsa-2048").returncode == 4
-    assert len(set(slow.approver.asked())) == 1
-    assert slow.user().returncode == 4
-    requests = [x509.load_pem_x509_csr(path.read_bytes()) for path in slow.approver.directory.glob("*.csr")]
-    assert sorted(str(known_algorithm(one.public_key())) for one in requests) == ["ecdsa-p256", "rsa-2048"]
-
-
 @pytest.mark.parametrize(
     ("validity", "groups", "text"),
     [
@@ -520,6 +511,16 @@ def test_another_validity_is_another_request(pki: Pki, tmp_path: Path) -> None:
     done = site.user(*args)
     assert done.returncode == 0, done.stderr
     assert leaf_of(site.out).not_valid_after_utc - datetime.now(UTC) <= timedelta(hours=4)
+
+
+def test_another_kind_of_key_is_another_request(pki: Pki, tmp_path: Path) -> None:
+    """A key of the kind that the command says now is made; the same kind keeps the request."""
+    site, kinds = Carried.make(pki, tmp_path, '[users]\ngroups = ["dev"]\n'), list[str]()
+    for args in (("--key=rsa-2048",), ("--key=rsa-2048",), ()):
+        assert site.user("--group=dev", *args).returncode == 4
+        bundles = [loads_request(path.read_bytes()) for path in site.desk.inbox.iterdir()]
+        kinds.append(" ".join(sorted(str(known_algorithm(one.requests[0].csr.public_key())) for one in bundles)))
+    assert kinds == ["rsa-2048", "rsa-2048", "ecdsa-p256 rsa-2048"]
 
 
 @pytest.mark.parametrize(
