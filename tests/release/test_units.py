@@ -602,6 +602,16 @@ def figures() -> str:
     return "\n".join([f"| service | exposure, by systemd {version} |", "| --- | --- |", *rows])
 
 
+def writable(unit: str) -> list[str]:
+    """What a shipped unit may write to."""
+    return re.findall(r"^ReadWritePaths=(.*)$", (ROOT / "config/systemd" / unit).read_text(), re.MULTILINE)
+
+
+def test_recovery_may_write_where_a_renewal_may() -> None:
+    """A renewal that was cut off among the kubelet's files is finished at boot, too."""
+    assert writable("ca-bridge-recover.service") == writable(SERVICE) != []
+
+
 def test_no_service_is_exposed(tmp_path: Path) -> None:
     """All are at most 3 (to end a program of another user takes 0.1), and the document has the figures; one without its cage is not."""
     assert len(SHIPPED) == 5
