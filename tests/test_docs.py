@@ -349,6 +349,24 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert broken_links(path, "# A\n[x](#b), [y](gone.md), [z](#a)") == {("", "b"), ("gone.md", "")}
 
 
+def open_secrets(text: str) -> list[str]:
+    """Lines of shell that write a secret into a file that others can read for an instant, or for good."""
+    found = []
+    for block in re.findall(r"^ *```sh\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            is_secret = re.search(r"> *\S*(token|password|passphrase|secret|role-id|\.key|\.hex|pin)\b", line)
+            if is_secret and "umask 077" not in block:
+                found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=by_path)
+def test_no_page_writes_a_secret_that_others_can_read(path: Path) -> None:
+    """As it is typed, with the usual umask; a twin without one is found."""
+    assert open_secrets(path.read_text(encoding="utf-8")) == []
+    assert open_secrets("```sh\nopenssl rand -hex 32 > a/password\n```\n") == ["openssl rand -hex 32 > a/password"]
+
+
 def test_the_index_leads_to_every_page() -> None:
     """The index links every page; the README leads to the index, and to some pages at once."""
     docs = ROOT / "docs"

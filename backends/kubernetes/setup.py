@@ -62,7 +62,7 @@ def _head(wanted: SetupRequest, selector: Selector) -> Iterator[str]:
         yield from (f"    SAN {san}" for san in sans)
     yield ""
     yield "A token for the node (the API server may limit its duration; copy it to the node with mode 0600), and the settings:"
-    yield f"  kubectl -n {NAMESPACE} create token {account(wanted.node)} --duration=8760h > token"
+    yield f"  (umask 077; kubectl -n {NAMESPACE} create token {account(wanted.node)} --duration=8760h > token)"
     yield "  [backend.cluster]"
     yield '  type = "kubernetes"'
     yield f"  url = {_quoted(wanted.settings.get('url') or 'https://signing-cluster.example.com:6443')}"
