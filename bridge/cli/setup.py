@@ -399,18 +399,18 @@ def _make_jobs(
 
 
 def prepare(settings: Settings, desk: DeskJob | None) -> None:
-    """Make a job's directories with its user as owner: a desk's, and those of the backends' secrets (JobError)."""
+    """Make a job's directories with its user as owner: state, a desk's, those of the backends' secrets (JobError)."""
     user = desk.user if desk else "root"
     if desk is not None:
         for path in (desk.inbox, desk.outbox):
             jobs.make_directory(path, user, _CARRIERS_MODE)
-        jobs.make_directory(settings.node.state_dir, user, DIRECTORY_MODE)
     for configured in registry.configured(settings, settings.authorities).values():
         for path in configured.settings.writes():
             jobs.assert_may_write(path, user, f"that {configured.label} writes to")
         for secret in configured.settings.private_files():
             if not secret.parent.exists():
                 jobs.make_directory(secret.parent, user, DIRECTORY_MODE)
+    jobs.make_directory(settings.node.state_dir, user, DIRECTORY_MODE)  # a unit that names a missing one does not start
 
 
 #: Bundles hold nothing secret, and another user carries them.

@@ -240,6 +240,16 @@ def test_a_desks_directories_are_made_for_its_user_or_refused(tmp_path: Path) ->
     assert e.value.hint == f"mount it, or make it: `install -d -o root {tmp_path}/o`"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, as a node's job does")
+def test_a_nodes_state_directory_is_made_for_its_job(tmp_path: Path) -> None:
+    """The unit may write there, and systemd starts no unit that may write to a directory that is missing."""
+    ours = parse(f'[node]\nstate_dir = "{tmp_path}/state"\n')
+    prepare(ours, None)
+    prepare(ours, None)
+    made = (tmp_path / "state").stat()
+    assert (made.st_uid, made.st_mode & 0o777) == (0, 0o700)
+
+
 @pytest.mark.first_use("2")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give directories to another user")
 @pytest.mark.parametrize("kind", ["cron", "systemd"])
