@@ -35,14 +35,14 @@ class NotRevokedError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signed:
-    """A certificate that was signed here, and the request for it, as far as that is kept."""
+    """A certificate that was signed here."""
 
     name: str
     node: str
     cluster: str
     authority: str
-    request: BundledRequest | None
-    bundle: RequestBundle | None
+    #: The request for it and its bundle, as far as they are kept; read once the node has proven who it is.
+    asked: Callable[[], tuple[BundledRequest, RequestBundle] | None]
 
 
 #: What was signed here, by certificate; None: it was not.
@@ -89,10 +89,11 @@ def _assert_replaced(revocation: Revocation, successor: Signed, known: Known, ca
     for _ in range(_MOST_LINKS):
         if link is None or (link.name, link.node, link.cluster, link.authority) != who:
             break
-        request, bundle = link.request, link.bundle
-        if request is None or bundle is None or request.replaces is None:
+        asked = link.asked()
+        if asked is None:
             break
-        if proof_problem(request, bundle) or origin_problem(request, cas):
+        request, bundle = asked
+        if request.replaces is None or proof_problem(request, bundle) or origin_problem(request, cas):
             break
         if request.replaces == revocation.certificate:
             return

@@ -16,7 +16,7 @@ from bridge.door.app import Environ, Reply, json_body
 from bridge.door.signing import Signing
 from bridge.door.store import Memory
 from bridge.errors import BackendRefusedError, BridgeError
-from bridge.pki.bundle import BundleError
+from bridge.pki.bundle import BundledRequest, BundleError, RequestBundle
 from bridge.pki.bundle_format import loads_request
 from bridge.pki.certificates import csr_fingerprint, fingerprint, serial_hex
 from bridge.pki.node_proofs import revocation_of
@@ -95,20 +95,13 @@ class Revocations:
         if found is None:
             return None
         row, data = found
-        try:
-            bundle = loads_request(data)
-        except BundleError:  # forgotten: `serve.keep`
-            bundle = None
-        fitting = [
-            one
-            for one in (bundle.requests if bundle is not None else ())
-            if one.name == row.name and csr_fingerprint(one.csr) == row.csr
-        ]
-        return Signed(
-            name=row.name,
-            node=row.node,
-            cluster=row.cluster,
-            authority=row.authority,
-            request=fitting[0] if fitting else None,
-            bundle=bundle,
-        )
+
+        def asked() -> tuple[BundledRequest, RequestBundle] | None:
+            try:
+                bundle = loads_request(data)
+            except BundleError:  # forgotten: `serve.keep`
+                return None
+            fitting = [one for one in bundle.requests if one.name == row.name and csr_fingerprint(one.csr) == row.csr]
+            return (fitting[0], bundle) if fitting else None
+
+        return Signed(name=row.name, node=row.node, cluster=row.cluster, authority=row.authority, asked=asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from bridge.desk.policy import parse
 from bridge.desk.revocations import NotRevokedError, Signed, assert_may
 from bridge.errors import BackendUnavailableError
 from bridge.pki import csr, node_proofs
-from bridge.pki.bundle import sign_request
+from bridge.pki.bundle import BundledRequest, RequestBundle, sign_request
 from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.desks import POLICY
 from tests.kit.issuing import Signer
@@ -32,11 +33,21 @@ def test_who_may_have_what_revoked(tmp_path: Path) -> None:
     leaf = signer.issue(sign_request(request, bundle)).leaf
     who = {"name": _NAME, "node": bundle.node, "cluster": bundle.cluster}
     asked = node_proofs.revocation(key, old=old[_NAME][0], successor=leaf, **who)
-    kept = Signed(authority="front-proxy-ca", request=request, bundle=bundle, **who)
-    forgotten = Signed(authority="front-proxy-ca", request=None, bundle=None, **who)
+    looks: list[str] = []
+
+    def read() -> tuple[BundledRequest, RequestBundle]:
+        looks.append(bundle.node)
+        return request, bundle
+
+    kept = Signed(authority="front-proxy-ca", asked=read, **who)
+    forgotten = Signed(authority="front-proxy-ca", asked=lambda: None, **who)
     policy, cas = parse(f'{POLICY}revoke = "superseded"\n'), {"front-proxy-ca": [signer.certificate]}
 
+    with pytest.raises(NotRevokedError, match="another signature"):
+        assert_may(replace(asked, proof=b"x"), {leaf: kept}.get, policy, cas, now)
+    assert looks == []  # a request of a megabyte takes its time
     assert assert_may(asked, {leaf: kept}.get, policy, cas, now) == kept
+    assert looks
     assert node_proofs.revocation_of(node_proofs.revocation_json(asked)) == asked
     with pytest.raises(BackendUnavailableError, match="not reached yet"):
         assert_may(asked, {leaf: kept}.get, policy, {}, now)
