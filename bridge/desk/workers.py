@@ -104,16 +104,16 @@ _known: dict[int, tuple[RequestBundle, int]] = {}
 _LARGEST_KNOWN_BYTES = 32 << 20
 
 
-def read(bundles: Mapping[int, bytes], by: Judgement) -> list[ReadBundle | None]:
-    """These bundles with the policy's verdict on each request; None for bytes that are no bundle."""
+def read(bundles: Mapping[int, bytes], by: Judgement) -> list[ReadBundle | BundleError]:
+    """These bundles with the policy's verdict on each request, or why the bytes are no bundle."""
     return [_read_one(number, data, by) for number, data in bundles.items()]
 
 
-def _read_one(number: int, data: bytes, by: Judgement) -> ReadBundle | None:
+def _read_one(number: int, data: bytes, by: Judgement) -> ReadBundle | BundleError:
     try:
         bundle, digest = loads_digested(data)
-    except BundleError:
-        return None
+    except BundleError as e:
+        return e
     found = verdicts(bundle, by)
     if not found or not all(one.problems for one in found.values()):  # else there will be no answer
         _known[number] = bundle, len(data)
@@ -270,10 +270,10 @@ def _arrived(
     files: Sequence[_File],
     numbers: Iterable[int],
     chunk: int,
-    answer: Future[list[ReadBundle | None] | None],
+    answer: Future[list[ReadBundle | BundleError] | None],
 ) -> Iterator[tuple[_File, ReadAhead | None]]:
-    for file, number, one in zip(files, numbers, answer.result() or [None for _ in files], strict=True):
-        yield file, None if one is None else ReadAhead(number=number, chunk=chunk, read=one)
+    for file, number, one in zip(files, numbers, answer.result() or (None for _ in files), strict=True):
+        yield file, ReadAhead(number=number, chunk=chunk, read=one) if isinstance(one, ReadBundle) else None
 
 
 class Workers:
@@ -302,7 +302,9 @@ class Workers:
         if not self._workers:
             yield from ((file, None) for file in files)
             return
-        ahead: deque[tuple[Sequence[_File], Mapping[int, bytes], int, Future[list[ReadBundle | None] | None]]] = deque()
+        ahead: deque[
+            tuple[Sequence[_File], Mapping[int, bytes], int, Future[list[ReadBundle | BundleError] | None]]
+        ] = deque()
         numbers = count()
         for chunk, some in enumerate(_chunks(files)):
             bundles, judgement = {next(numbers): file.data for file in some}, by()

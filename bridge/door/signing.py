@@ -178,13 +178,18 @@ class Signing:
                 return *loads_digested(data), None
 
     def _by_worker(self, workers: Workers, number: int, data: bytes, by: Judgement, over: float) -> ReadBundle | None:
-        """The bundle as a worker has read it; None: the worker is no more, or the bytes are no bundle."""
+        """The bundle as a worker has read it (BundleError: it is none); None: the worker is no more."""
         answer = workers.submit(number, read, {number: data}, by)
         try:
-            [one] = answer.result(over - time.monotonic()) or [None]
+            found = answer.result(over - time.monotonic())
         except TimeoutError:
             answer.cancel()  # or the worker, which has too much to do, did later what is asked again
             raise BusyError from None
+        if found is None:
+            return None
+        [one] = found
+        if isinstance(one, BundleError):
+            raise one
         return one
 
     def judged(

@@ -39,6 +39,10 @@ class BundleError(BridgeError):
         self.found = found
         super().__init__(f"{field or 'bundle'}: wanted {wanted}, found {found}", hint=hint)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """A worker process sends it."""
+        return type(self), (self.field, self.wanted, self.found), self.__dict__
+
 
 class IncompleteBundleError(BundleError):
     """It is no JSON document yet: the file may still be being copied."""

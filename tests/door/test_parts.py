@@ -28,7 +28,7 @@ from bridge.door.doors import Doors
 from bridge.door.signing import Judged, Signing
 from bridge.door.store import METADATA, DatabaseError, IssuedRow, Memory, Unanswered, sqlite_url
 from bridge.errors import Exit
-from bridge.pki.bundle import Refusal, RequestBundle
+from bridge.pki.bundle import BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer, loads_digested
 from bridge.settings.load import load
 from bridge.specs import AUTHORITIES
@@ -407,6 +407,28 @@ def test_requests_that_come_do_not_hold_up_a_round(
     assert workers.most == room
     assert [(one, asked) for one, asked, _ in found] == [(one, digest(one)) for one in every]
     assert all(judged is not None and judged.bundle == one for one, _, judged in found)
+
+
+def test_a_malformed_bundle_is_read_by_a_worker_alone(
+    desk: Desk, memory: Memory, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error has the same text as without a worker; the door's own process, which signs, does not read it."""
+    signing, malformed = (
+        Signing(load(desk.config), memory, desk.policy, now),
+        dumps(bundle).replace(b'"csr"', b'"crs"', 1),
+    )
+    signing.look()
+    with pytest.raises(BundleError) as alone:
+        signing.read(malformed, "192.0.2.1")
+    with closing(Workers(1)) as workers:
+        signing.workers = workers
+        monkeypatch.setattr("bridge.door.signing._WORKER_SECONDS", 300.0)
+        monkeypatch.setattr("bridge.door.signing.loads_digested", lambda _: pytest.fail("read by the door itself"))
+        with pytest.raises(BundleError) as by_worker:
+            signing.read(malformed, "192.0.2.1")
+        assert signing.read(dumps(bundle), "192.0.2.1")[0] == bundle
+    signing.close()
+    assert (str(by_worker.value), by_worker.value.hint) == (str(alone.value), alone.value.hint)
 
 
 # --- the extra --------------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def _worker(steps: _Steps, made: fleet.Fleet, desk: Path) -> list[RequestBundle]
     by = Judgement(policy=policy, cas={}, now=now, without_proof=frozenset())
     data = dict(enumerate(made.bundles))
     read = steps.measure("reading bundles", "worker", lambda: workers.read(data, by))
-    whole = [one for one in read if one is not None]
+    whole = [one for one in read if isinstance(one, ReadBundle)]
     judged = Judgement(policy=policy, cas=cas, now=now, without_proof=frozenset())
     steps.measure(
         "judging: both signatures, the origin, the policy",
