@@ -175,7 +175,8 @@ def _admission(wanted: SetupRequest, signers: Sequence[str]) -> str:
     ours = [signer for signer in signers if not signer.partition("/")[0].endswith("kubernetes.io")]
     if not ours:
         return ""
-    name = f"ca-bridge-requests-{wanted.authority.name}"
+    # the node's own, or the next node's file, which may have other signers, would leave these open
+    name = f"{account(wanted.node)}-requests-{wanted.authority.name}"
     return f"""\
 # Only the accounts of nodes may ask these signers; and for no longer than was agreed.
 apiVersion: admissionregistration.k8s.io/v1

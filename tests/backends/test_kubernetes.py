@@ -457,11 +457,11 @@ def test_an_account_deletes_its_own_requests_alone(api: ApiServer) -> None:
     assert api.admin.ask("DELETE", theirs).status == 200
 
 
-def manifests(signer: str) -> str:
+def manifests(signer: str, node: str = "cp-1") -> str:
     """What `ca-bridge setup kubernetes --authority ca` prints for a node."""
     ours = {name: one for name, one in _LIVE.items() if SPECS[name].authority.name == "ca"}
     wanted = SetupRequest(
-        authority=AUTHORITIES["ca"], certificates=ours, validity=VALIDITY, node="cp-1", cluster="prod",
+        authority=AUTHORITIES["ca"], certificates=ours, validity=VALIDITY, node=node, cluster="prod",
         settings={"signer": signer},
     )  # fmt: skip
     [file] = KubernetesBackend.setup(wanted)
@@ -483,6 +483,23 @@ def test_setup_lists_what_may_be_approved() -> None:
         {"apiGroups": ["cert-manager.io"], "resources": ["signers"], "verbs": ["reference"], "resourceNames": ["client", "server"]}
     ]  # fmt: skip
     assert "requests-ca" not in manifests(CLIENT_SIGNER)  # others of that cluster use Kubernetes' own signers, too
+
+
+def test_the_next_nodes_file_leaves_the_signers_of_the_first_reserved() -> None:
+    """Both are applied to one cluster, where an object replaces another one of its name."""
+    applied = {}
+    for node in ("cp-1", "cp-2"):
+        for one in filter(None, yaml.safe_load_all(manifests("ca-bridge.example.com/{node}-{usage}", node))):
+            applied[one["kind"], one["metadata"].get("namespace"), one["metadata"]["name"]] = one
+    policies = {name for kind, _, name in applied if kind == "ValidatingAdmissionPolicy"}
+    assert {
+        one["spec"]["policyName"] for (kind, *_), one in applied.items() if kind.endswith("PolicyBinding")
+    } == policies
+    for node in ("cp-1", "cp-2"):
+        conditions = [
+            str(applied["ValidatingAdmissionPolicy", None, name]["spec"]["matchConditions"]) for name in policies
+        ]
+        assert sum(f"ca-bridge.example.com/{node}-client" in text for text in conditions) == 1
 
 
 # --------------------------------------------------------------------------------------------- answers that are rare
