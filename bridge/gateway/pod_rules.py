@@ -59,16 +59,16 @@ class Identity:
             name = _filled(text, _IN_NAME)
             if name is None or not is_host_name(name) or is_never_a_pods(name) or _runs_together(text):
                 wanted = (
-                    "DNS names in small letters, of no API server, with {namespace}, {service_account}, {pod} in them, "
-                    "with a dot between two of these"
+                    "DNS names in small letters, of no API server, with {namespace}, and {service_account} or {pod}, in them, "
+                    "with a dot between the two"
                 )
                 yield SettingsProblem("dns", wanted, repr(text))
         if self.common_name:
             name = _filled(self.common_name, _IN_NAME)
             if name is None or not _is_common_name(name) or _runs_together(self.common_name):
                 wanted = (
-                    "letters, digits, hyphens and dots, with {namespace}, {service_account}, {pod} in them, "
-                    "with a dot between two of these"
+                    "letters, digits, hyphens and dots, with {namespace}, and {service_account} or {pod}, in them, "
+                    "with a dot between the two"
                 )
                 yield SettingsProblem("common_name", wanted, repr(self.common_name))
         if not self.dns and not self.common_name:
@@ -87,8 +87,12 @@ def _filled(template: str, known: tuple[str, ...]) -> str | None:
 
 
 def _runs_together(template: str) -> bool:
-    """Whether two placeholders are in one label: `a-b` of c, and a of `b-c`, would have one name."""
-    return any(label.count("{") > 1 for label in template.split("."))
+    """
+    Whether two pods could have one name: by two placeholders in one label (`a-b` of c, and a of `b-c`), or by two whose
+    names may have dots (the pod `a.b` with account c, and the pod a with account `b.c`).
+    """
+    with_dots = [name for name in ("{service_account}", "{pod}") if name in template]
+    return len(with_dots) > 1 or any(label.count("{") > 1 for label in template.split("."))
 
 
 def _is_common_name(name: str) -> bool:

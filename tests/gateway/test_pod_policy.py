@@ -206,6 +206,7 @@ def test_tables_that_are_refused(keys: str) -> None:
             "a..b",
         ),
         "{namespace}-{service_account}.svc",
+        "{pod}.{namespace}.{service_account}.svc",
     ],
 )
 def test_dns_names_that_are_refused(dns: str) -> None:
@@ -215,11 +216,20 @@ def test_dns_names_that_are_refused(dns: str) -> None:
 
 
 def test_a_subject_that_two_accounts_could_have_is_refused() -> None:
-    """`a-b` of c, and a of `b-c`; with a dot in the hyphen's place no two namespaces have one name."""
-    for name in ("{namespace}-{service_account}", "x{pod}{namespace}"):
+    """
+    `a-b` of c, and a of `b-c`; with a dot in the hyphen's place no two namespaces have one name. A pod's name and an
+    account's may have dots, so that both in one template are refused, too.
+    """
+    both = "{pod}.{namespace}.{service_account}"
+    two = [
+        both.format(namespace="n", pod=one, service_account=other) for one, other in (("a.n.b", "c"), ("a", "b.n.c"))
+    ]
+    assert two[0] == two[1]
+    for name in ("{namespace}-{service_account}", "x{pod}{namespace}", both, "{service_account}.x.{pod}"):
         with pytest.raises(SettingsError, match="common_name"):
             policy.parse(f'{pods.POLICY}common_name = "{name}"\n')
-    policy.parse(f'{pods.POLICY}common_name = "{{service_account}}.{{namespace}}"\n')
+    for name in ("{service_account}.{namespace}", "{namespace}.x.{pod}", "{pod}.{namespace}.{pod}"):
+        policy.parse(f'{pods.POLICY}common_name = "{name}"\n')
 
 
 def test_a_name_that_is_too_long_is_given_to_no_pod() -> None:
