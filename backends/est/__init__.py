@@ -28,6 +28,7 @@ from backends.est.server import (
     Answer,
     Server,
     certificates,
+    certifies,
     intermediates_of,
     issuing_first,
     leaf_of,
@@ -105,7 +106,7 @@ class EstBackend:
         self._settings = settings
         self._label = Selector(settings.label, settings.labels, settings.node)
         self._server = Server(settings)
-        self._cas: dict[str, Sequence[x509.Certificate]] = {}  #: By label, once a run.
+        self._cas: dict[str, Sequence[x509.Certificate]] = {}  #: By label, as they were at the last look.
 
     @classmethod
     def from_settings(cls, settings: EstSettings) -> EstBackend:
@@ -130,7 +131,10 @@ class EstBackend:
             text = f"{answer.where}: wanted a certificate for the CSR's key, found {_names(found)}"
             hint = "does the server make keys by itself, or answer with an older request's certificate?"
             raise BackendRefusedError(f"est: {text}", hint=hint)
-        return Issued(leaf=leaf, intermediates=intermediates_of(leaf, [*found, *self._ca_certificates(label)]))
+        known = [*found, *self._ca_certificates(label)]
+        if not any(certifies(one, leaf) for one in known):  # the CA has another certificate than at the last look
+            known = [*found, *self._ca_certificates(label, anew=True)]
+        return Issued(leaf=leaf, intermediates=intermediates_of(leaf, known))
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
         """Send the same CSR again, as EST demands (RFC 7030 §4.2.3), but not before its Retry-After."""
@@ -151,7 +155,8 @@ class EstBackend:
         return {spec.name: found for spec in specs if (found := labels[self._label(spec)])}
 
     def issuers(self) -> list[x509.Certificate]:
-        """The CA's certificates, the one that signs first, from the label of a client's: each authority has one."""
+        """The CA's certificates of now, the one that signs first, from the label of a client's: each authority has one."""
+        self._cas.clear()
         clients = [spec for spec in SPECS.values() if spec.usage == "client"]
         *others, last = dict.fromkeys(map(self._label, clients))  # one, unless it depends on the certificate's name
         known = next((label for label in others if self._knows(label)), last)
@@ -167,10 +172,11 @@ class EstBackend:
         """Close the connections."""
         self._server.http.close()
 
-    def _ca_certificates(self, label: str) -> Sequence[x509.Certificate]:
-        if label not in self._cas:
-            self._cas[label] = self._certificates(self._server.ca_certificates(label))
-        return self._cas[label]
+    def _ca_certificates(self, label: str, *, anew: bool = False) -> Sequence[x509.Certificate]:
+        found = self._cas.get(label)
+        if found is None or anew:
+            found = self._cas[label] = self._certificates(self._server.ca_certificates(label))
+        return found
 
     def _knows(self, label: str) -> bool:
         """Whether the server has the label; all else that is wrong is an error."""

@@ -258,10 +258,10 @@ def intermediates_of(leaf: x509.Certificate, pool: Sequence[x509.Certificate]) -
     All that may be needed between a leaf and an anchor, first the path. Roots are known by their signature: roll-over
     certificates (RFC 7030 §4.1.3) have the same subject and issuer, and are needed.
     """
-    left = [one for one in dict.fromkeys(pool) if one != leaf and not _certifies(one, one)]
+    left = [one for one in dict.fromkeys(pool) if one != leaf and not certifies(one, one)]
     path: list[x509.Certificate] = []
     below = leaf
-    while issuer := next((certificate for certificate in left if _certifies(certificate, below)), None):
+    while issuer := next((certificate for certificate in left if certifies(certificate, below)), None):
         left.remove(issuer)
         path.append(issuer)
         below = issuer
@@ -271,9 +271,10 @@ def intermediates_of(leaf: x509.Certificate, pool: Sequence[x509.Certificate]) -
 def issuing_first(pool: Sequence[x509.Certificate]) -> list[x509.Certificate]:
     """The CA's certificates, first those that certify no other one, since RFC 7030 §4.1.3 promises no order."""
     found = list(dict.fromkeys(pool))
-    return sorted(found, key=lambda one: sum(_certifies(one, other) for other in found if other != one))
+    return sorted(found, key=lambda one: sum(certifies(one, other) for other in found if other != one))
 
 
 @functools.lru_cache(maxsize=256)  # the CA's own are asked about again with every leaf
-def _certifies(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
+def certifies(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
+    """Whether a certificate names this issuer, and is signed with its key."""
     return issuer.subject == certificate.issuer and is_signed_by(certificate, issuer)

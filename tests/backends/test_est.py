@@ -422,6 +422,23 @@ def test_a_roll_over_of_the_cas_key(double: kit.Double, ours: EstBackend) -> Non
         verify.check(given, asked, expectation(Signer.make("kubernetes").certificate))
 
 
+def test_a_new_certificate_of_the_ca_is_read_while_a_service_runs(double: kit.Double, ours: EstBackend) -> None:
+    """A gateway that runs for months has the chain of each leaf, and the CA's end, though it asks for `cacerts` seldom."""
+    root = Signer.make("root")
+    for number, name in enumerate(("old", "new"), start=1):
+        middle = Signer.make(name, parent=root)
+        double.cacerts.append(Answer.certificates(middle.certificate, root.certificate))
+        double.always = lambda csr, ca=middle: Answer.certificates(
+            kit.Label(signer=ca, spec=ADMIN).issue(csr, VALIDITY)
+        )
+        for _ in range(2):
+            asked = request(ADMIN)
+            verify.check(issued(ours.sign(asked)), asked, expectation(root.certificate))
+        assert double.asked.count("client cacerts") == number
+    double.cacerts.append(Answer.certificates(_CA.certificate))
+    assert ours.issuers() == [_CA.certificate]
+
+
 def test_a_certificate_for_another_key_is_refused(double: kit.Double, ours: EstBackend) -> None:
     """The error for an answer to another client's request names the subject in it."""
     double.answers.append(Answer.certificates(_LABELS["server"].issue(request_of("somebody else").csr, VALIDITY)))
