@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -11,6 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.x509.verification import VerificationError as NoPathError
 
 from bridge.ca import registry
 from bridge.ca.ca import CA, Answer, usages
@@ -81,11 +83,20 @@ class AuthorityOfSigners:
         ends = [one.not_valid_after_utc for one in self._anchors]
         return max(ends) if self._each_anchor_counts else ends[0]
 
-    def check(self) -> list[str]:
+    def check(self, now: datetime) -> list[str]:
         """Ask who it is and whether its roles or profiles fit; each problem is a sentence."""
         if issuers := self.ca.issuers():
-            self._issuer_end = min(one.not_valid_after_utc for one in issuers)
+            self._issuer_end = self._end_of_path(issuers, now)
         return [f"{self.ca.label}: {name}: {error}" for name, error in usages(self.ca.backend, self._specs).items()]
+
+    def _end_of_path(self, issuers: Sequence[x509.Certificate], now: datetime) -> datetime | None:
+        """The end of the path from the one that signs to an anchor: a CA may also show its old certificates, and other roots."""
+        ends = []
+        for anchor in self.anchors() if self._each_anchor_counts else self.anchors()[:1]:
+            with contextlib.suppress(NoPathError):
+                path = verify.verified_path(issuers[0], issuers[1:], anchor, now)
+                ends.append(min(one.not_valid_after_utc for one in path))
+        return max(ends, default=None)
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         """Have one signed; several at the same time are one round trip where the CA can do that."""

@@ -128,7 +128,7 @@ class Service:
         for resource in (POD_REQUESTS, roots.BUNDLES) if self.pod_signers else ():
             served(self.api, resource)
         for authority in self.authorities.values():
-            yield from authority.check()
+            yield from authority.check(self._now())
 
     def notes(self) -> Iterator[str]:
         """Sentences on what `check` can't see, and an administrator has to know."""
@@ -187,7 +187,7 @@ class Service:
         """Check the CAs as `--check` does; the gateway waits for a CA that does not answer now."""
         for authority in self.authorities.values():
             try:
-                for text in authority.check():
+                for text in authority.check(self._now()):
                     log.warning("%s", text)
             except BackendError as e:
                 log.warning("%s: %s", authority.ca.label, e)

@@ -18,13 +18,16 @@ from typing import Any
 
 import pytest
 import requests
+from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.cluster.api import Lines, NoAnswerError, Reply
 from bridge.cluster.lease import Keeper
+from bridge.contract import BackendSettings
 from bridge.errors import BridgeError
 from bridge.gateway import nodes, queue
+from bridge.gateway.authorities import AuthorityOfSigners
 from bridge.gateway.context import PendingAtCa, PendingRequests
 from bridge.gateway.pages import Metrics, serving
 from bridge.gateway.pod_policy import PodRequest
@@ -46,9 +49,14 @@ from bridge.gateway.watch import (
     parse,
 )
 from bridge.gateway.write import with_certificate, with_condition
+from bridge.pki.certificates import pem
+from bridge.settings import load
 from bridge.settings.tables import GatewaySettings
 from bridge.state.store import Store
 from bridge.system.waiting import Rate, wait_until
+from tests.kit import issuing
+from tests.kit.forged import validity, with_field
+from tests.kit.issuing import Signer
 
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
 
@@ -518,6 +526,38 @@ def test_requests_at_a_ca_survive(tmp_path: Path) -> None:
     again.save()
     store.pending_at_ca.write_text(store.pending_at_ca.read_text().replace("4711-u1", "4712-u1"))
     assert [one.uid for one in PendingRequests(store)] == ["u2"]
+
+
+# --- CAs --------------------------------------------------------------------------------------------------------------
+
+
+def authority_of(directory: Path, root: Signer, *shown: x509.Certificate) -> AuthorityOfSigners:
+    """The CA of a cluster that trusts `root`; it shows these certificates when it is asked for its own."""
+    (directory / "ca.crt").write_bytes(pem(root.certificate))
+    backend = SimpleNamespace(issuers=lambda: list(shown))
+    ca: Any = SimpleNamespace(authority="ca", label="ca", open=lambda: backend, settings=BackendSettings())
+    return AuthorityOfSigners(ca, load.parse(f'[node]\npki_dir = "{directory}"\n'), [])
+
+
+def test_a_cas_other_certificates_shorten_no_life(tmp_path: Path) -> None:
+    """
+    Old ones of its own, other roots and one of the year 0 are shown by a CA that has been renewed (certmonger's helpers,
+    EST's roll-over); what ends first on the way from the one that signs counts.
+    """
+    now = issuing.NOW
+    root, other = Signer.make("root"), Signer.make("other", end=now - timedelta(days=1))
+    ours, old = (Signer.make("ours", parent=root, end=now + timedelta(days=days)) for days in (50, 2))
+    odd = with_field(ours.certificate, 4, validity(b"20200101000000Z", b"00001231235959Z"))
+    year_0 = x509.load_pem_x509_certificate(odd.encode())
+    above = (root.certificate, old.certificate, other.certificate, year_0)
+    for first, wanted in ((ours, ours), (old, old), (root, root)):
+        authority = authority_of(tmp_path, root, first.certificate, *above)
+        assert authority.check(now) == []
+        assert authority.end() == wanted.certificate.not_valid_after_utc
+    for first_shown in (year_0, other.certificate):  # whose answers are refused
+        authority = authority_of(tmp_path, root, first_shown, *above)
+        assert authority.check(now) == []
+        assert authority.end() == root.certificate.not_valid_after_utc
 
 
 # --- what can be asked about it ---------------------------------------------------------------------------------------
