@@ -155,9 +155,18 @@ class Writer:
         reply = self._context.api.ask("PATCH", f"{one.path}/{subresource}", body, MERGE_PATCH, accept=accept)
         if reply.status == HTTPStatus.NOT_FOUND:
             raise GoneError("the object is gone")
-        if reply.status not in {HTTPStatus.OK, HTTPStatus.CONFLICT, HTTPStatus.UNPROCESSABLE_ENTITY}:
+        if reply.status == HTTPStatus.UNPROCESSABLE_ENTITY:
+            self._assert_changed(one, f"wanted to write its {subresource}, found HTTP {reply.status} {reply.message}")
+        elif reply.status not in {HTTPStatus.OK, HTTPStatus.CONFLICT}:
             self.assert_well(reply, f"write its {subresource}")
         return reply
+
+    def _assert_changed(self, one: AnyObject, refusal: str) -> None:
+        """Leave the job for longer each time where no other client's write is against ours, but the API server or a policy."""
+        found = self._context.api.ask("GET", one.path)
+        if text_of(found.document, "metadata", "resourceVersion") == one.version:
+            log.error("%s (is an admission policy or a webhook of the cluster against it?)", refusal)
+            raise LeftError("left", refusal)
 
     @staticmethod
     def assert_well(reply: Reply, what: str) -> None:

@@ -28,7 +28,7 @@ from bridge.contract import BackendSettings
 from bridge.errors import BridgeError
 from bridge.gateway import nodes, queue
 from bridge.gateway.authorities import AuthorityOfSigners
-from bridge.gateway.context import PendingAtCa, PendingRequests
+from bridge.gateway.context import LeftError, PendingAtCa, PendingRequests
 from bridge.gateway.pages import Metrics, serving
 from bridge.gateway.pod_policy import PodRequest
 from bridge.gateway.pods import Looks, PodJudge, PodWriter
@@ -48,7 +48,7 @@ from bridge.gateway.watch import (
     kinds,
     parse,
 )
-from bridge.gateway.write import with_certificate, with_condition
+from bridge.gateway.write import Writer, with_certificate, with_condition
 from bridge.pki.certificates import pem
 from bridge.settings import load
 from bridge.settings.tables import GatewaySettings
@@ -460,6 +460,28 @@ def test_what_is_written_names_the_object() -> None:
     assert with_certificate(found, b"pem")["status"] == {"certificate": "cGVt", "conditions": [theirs]}
     assert "conditions" not in with_certificate(one(), b"pem")["status"]
     assert replace(one(), name="a b/../c?").path.endswith("/a%20b%2F..%2Fc%3F")
+
+
+@pytest.mark.parametrize("now", ["7", "8"])
+def test_a_write_that_a_policy_of_the_cluster_refuses_is_not_made_again_at_once(now: str) -> None:
+    """An admission policy's refusal is a 422, as some conflicts are: after these alone the object is written again."""
+    asked, refused = list[str](), Reply(status=422, body=b'{"message": "denied request: not by this user"}')
+
+    def ask(method: str, *_: object, **__: object) -> Reply:
+        asked.append(method)
+        changed = document()
+        changed["metadata"]["resourceVersion"] = now
+        return refused if asked == ["PATCH"] else Reply(status=200, body=json.dumps(changed).encode())
+
+    context: Any = SimpleNamespace(api=SimpleNamespace(ask=ask), now=lambda: NOW)
+    writer, job = Writer(context), Job(one=one(), look=Look(), arrived=0)
+    if now == job.one.version:
+        with pytest.raises(LeftError, match="HTTP 422 not by this user") as e:
+            writer.waits(job)
+        assert (e.value.seconds, asked) == (None, ["PATCH", "GET"])
+    else:
+        writer.waits(job)
+        assert asked == ["PATCH", "GET", "GET", "PATCH"]
 
 
 def test_a_long_message_is_cut_to_its_end() -> None:
