@@ -7,10 +7,9 @@ that is meant for its renewal, and no request has come since that time began.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Literal
 
 import sqlalchemy as sa
@@ -28,8 +27,6 @@ STATES: tuple[NodeState, ...] = ("expired", "silent", "failed", "waits", "new", 
 RED: tuple[NodeState, ...] = ("expired", "silent", "failed")
 PREFIX = "ca_bridge_fleet"
 #: Not renewed by a node's runs: people have these by name, or for some hours.
-#: A count is that of now for this long: monitors ask four times a minute.
-_OLD = timedelta(seconds=5)
 _NOT_A_NODES = (USER.name, SUPER_ADMIN)
 
 
@@ -138,21 +135,3 @@ def metrics(nodes: Sequence[FleetNode]) -> str:
         metric(f"{PREFIX}_{ends}", "End of the certificate that ends next.", moments(ends, lambda one: one.ends)),
         metric(f"{PREFIX}_{heard}", "The node's last request.", moments(heard, lambda one: one.heard)),
     ])  # fmt: skip
-
-
-class Metrics:
-    """The metrics, counted every few seconds at most: all who reach the port may ask, and many nodes take long."""
-
-    def __init__(self, memory: Memory, before: Before, now: Callable[[], datetime]) -> None:
-        self._memory = memory
-        self._before = before
-        self._now = now
-        self._mutex = threading.Lock()
-        self._text, self._counted = "", datetime.min.replace(tzinfo=UTC)
-
-    def text(self) -> str:
-        """The text of a few seconds ago, or of now (DatabaseError); from any thread."""
-        with self._mutex:
-            if abs((now := self._now()) - self._counted) > _OLD:
-                self._text, self._counted = metrics(fleet(self._memory, self._before, now)), now
-            return self._text

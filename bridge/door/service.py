@@ -45,7 +45,7 @@ from bridge.system.codec import labels, metric
 from bridge.system.files import SECRET_MODE, write_atomically
 from bridge.system.many import SWITCH_SECONDS
 from bridge.system.paths import UnreadableError, open_secret, read_ca_file
-from bridge.system.waiting import back_off_seconds
+from bridge.system.waiting import Spared, back_off_seconds
 
 log = logging.getLogger("ca-bridge")
 
@@ -78,7 +78,7 @@ class Service:
         self._settings = settings
         self._now = now
         self.memory = open_memory(settings)
-        self._nodes = fleet.Metrics(self.memory, settings.renewal.before, now)
+        self._nodes = Spared(lambda: fleet.metrics(fleet.fleet(self.memory, settings.renewal.before, now())))
         self._secret = secret(Store(settings.node.state_dir))
         self._persons: tuple[x509.Certificate, ...] = ()
         self._signing = Signing(settings, self.memory, policy_file, now, self._trust)
@@ -257,7 +257,7 @@ class Service:
     def _metrics(self) -> tuple[int, str]:
         try:
             counts = self.memory.counts()
-            nodes = self._nodes.text()
+            nodes = self._nodes()
         except DatabaseError:
             counts, nodes = {}, ""
         connections = self._https.counts() if self._https is not None else {}

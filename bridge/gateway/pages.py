@@ -6,7 +6,7 @@ import contextlib
 import threading
 from bisect import bisect_left
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +16,7 @@ from typing import Any
 
 from bridge.errors import BridgeError
 from bridge.system.codec import labels, metric
-from bridge.system.waiting import remember
+from bridge.system.waiting import Spared, remember
 
 PREFIX = "ca_bridge_gateway"
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
@@ -118,7 +118,7 @@ Page = Callable[[], tuple[int, str]]
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # with socketserver's 5, a few at once wait for TCP to try again
-    pages: dict[str, Page]
+    pages: Mapping[str, Page]
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self._open: dict[socket | tuple[bytes, socket], None] = {}
@@ -175,7 +175,7 @@ def serving(address: tuple[str, int], pages: dict[str, Page]) -> Iterator[int]:
     except OSError as e:
         text = f"gateway.listen: wanted to listen at {address[0]}:{address[1]}, found: {e.strerror}"
         raise BridgeError(text, hint="another port, or serve_status = false") from None
-    server.pages = pages
+    server.pages = {path: Spared(page) for path, page in pages.items()}
     thread = threading.Thread(target=server.serve_forever, args=(0.2,), name="status", daemon=True)
     thread.start()
     try:

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -125,6 +125,30 @@ def remember(known: OrderedDict[K, V], key: K, value: V, most: int) -> None:
     known.move_to_end(key)
     if len(known) > most:
         known.popitem(last=False)
+
+
+#: A look that strangers may ask for counts for so many times as long as it took; not longer, should the machine stall.
+_SPARED, _LONGEST_SPARED_SECONDS = 20, 5.0
+
+
+class Spared(Generic[T]):
+    """A look that strangers may ask for, as often as they like, and that takes a twentieth of a processor then. From any thread."""
+
+    def __init__(self, look: Callable[[], T]) -> None:
+        self._look = look
+        self._mutex = threading.Lock()
+        self._seen: list[T] = []  # the last one, if there was one
+        self._good_until = 0.0
+
+    def __call__(self) -> T:
+        """What was seen last, or is seen now."""
+        with self._mutex:
+            began = time.monotonic()
+            if not self._seen or began >= self._good_until:
+                self._seen = [self._look()]
+                ended = time.monotonic()
+                self._good_until = ended + min(_SPARED * (ended - began), _LONGEST_SPARED_SECONDS)
+            return self._seen[0]
 
 
 _MOST_BUCKETS = 10_000

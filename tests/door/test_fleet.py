@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.door.fleet import Metrics, fleet, metrics
+from bridge.door.fleet import fleet, metrics
 from bridge.door.store import IssuedRow, Memory, sqlite_url
 from bridge.errors import Exit
 from bridge.pki.expiry import Before
@@ -85,19 +85,6 @@ def test_the_metrics_have_every_node(memory: Memory) -> None:
     assert 'ca_bridge_fleet_nodes{state="silent"} 0\n' in text
     end = f"{(NOW - timedelta(days=1)).timestamp():.0f}"
     assert f'ca_bridge_fleet_node_next_end_timestamp_seconds{{cluster="kubernetes",node="cp-1"}} {end}\n' in text
-
-
-def test_the_metrics_are_counted_every_few_seconds(memory: Memory) -> None:
-    """However often strangers ask; a node that has come meanwhile is in the next count."""
-    clock = [NOW]
-    ours = Metrics(memory, _BEFORE, lambda: clock[0])
-    found = []
-    for seconds in (0, 4, 2):
-        clock[0] += timedelta(seconds=seconds)
-        found.append('nodes{state="waits"} 1\n' in ours.text())
-        asked(memory, "cp-1", timedelta(days=1), name=str(seconds))
-
-    assert found == [False, False, True]
 
 
 def test_the_command_shows_them_at_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

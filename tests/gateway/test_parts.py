@@ -614,6 +614,25 @@ def test_many_connections_use_up_nothing() -> None:
             pass
 
 
+def test_pages_that_strangers_ask_for_take_little_time() -> None:
+    """A page that takes a while to write is written once for all who ask meanwhile, and again later."""
+    asked: list[float] = []
+
+    def slow() -> tuple[int, str]:
+        asked.append(time.monotonic())
+        time.sleep(0.1)
+        return 200, f"{len(asked)}\n"
+
+    with serving(("127.0.0.1", 0), {"/metrics": slow}) as port:
+
+        def text() -> str:
+            return requests.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
+
+        assert [text() for _ in range(5)] == ["1\n"] * 5
+        assert wait_until(text, lambda found: found != "1\n", timedelta(seconds=20), pause_seconds=0.1) == "2\n"
+    assert asked[1] - asked[0] >= 2
+
+
 _ENTRY = '{"addresses": ["192.0.2.9"]}'
 
 

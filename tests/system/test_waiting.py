@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 
-from bridge.system.waiting import wait_until, within
+from bridge.system.waiting import Spared, wait_until, within
 
 
 class Clock:
@@ -91,6 +91,27 @@ def test_a_look_that_takes_long_is_the_last(clock: Clock) -> None:
     clock.__init__(look_seconds=7.0)  # type: ignore[misc]
     assert waited(clock, 9, 5) == (1, [1])
     assert clock.pauses == []
+
+
+def test_what_strangers_ask_for_takes_a_twentieth_of_the_time(clock: Clock) -> None:
+    """
+    A look that took 0.125 seconds counts for 2.5; one that took a minute, as of a machine that stalls, for five seconds;
+    one that takes no time is taken each time; one that failed counts for none.
+    """
+    for took, good in ((0.125, 2.5), (60.0, 5.0)):
+        clock.__init__(look_seconds=took)  # type: ignore[misc]
+        spared = Spared(clock.look)
+        for pause, wanted in ((0, 1), (good / 2, 1), (good / 2, 2), (0, 2), (good, 3)):
+            clock.now += pause
+            assert spared() == wanted
+    clock.__init__()  # type: ignore[misc]
+    spared = Spared(clock.look)
+    assert [spared() for _ in range(3)] == [1, 2, 3]
+    answers = iter([1])
+    failing = Spared(lambda: next(answers))
+    assert failing() == 1
+    with pytest.raises(StopIteration):
+        failing()
 
 
 def test_a_connection_that_comes_too_late_is_closed() -> None:
