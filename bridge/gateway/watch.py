@@ -40,7 +40,8 @@ ALLOWS, NOT_ALLOWED, NOT_ANSWERED, WAITS = "PolicyAllows", "NotAllowed", "NotAns
 LONGEST_OBJECT_BYTES = 64 << 10
 #: Python needs about so much for an object besides its texts.
 _OBJECT_BYTES = 4 << 10
-_MOST_GROUPS = 200
+#: And for each of a requester's groups: a company's directory may give hundreds, and a grant may name the last.
+_GROUP_BYTES = 150
 #: Of objects, namespaces, service accounts and nodes that are quoted for a path.
 _MOST_NAMES = 1000
 
@@ -123,17 +124,18 @@ def parse(document: Any, size: int) -> SigningRequest:
     """Read a CertificateSigningRequest from JSON of so many bytes."""
     try:
         spec, status = document["spec"], document.get("status") or {}
-        seconds = spec.get("expirationSeconds")
+        seconds, groups = spec.get("expirationSeconds"), _texts(spec.get("groups"))
         request = Request(
             signer=_text(spec["signerName"]),
             username=_text(spec.get("username", "")),
-            groups=frozenset(_texts(spec.get("groups"))[:_MOST_GROUPS]),
+            groups=frozenset(groups),
             usages=frozenset(_texts(spec.get("usages"))),
             asked_validity=timedelta(seconds=seconds) if isinstance(seconds, int) and seconds > 0 else None,
             pem=base64.b64decode(_text(spec["request"]), validate=True),
         )
         certificate = _text(status.get("certificate") or "")
-        return SigningRequest(request=request, certificate=certificate, **_common(document, size))
+        common = _common(document, size + _GROUP_BYTES * len(groups))
+        return SigningRequest(request=request, certificate=certificate, **common)
     except _MALFORMED as e:
         raise NotAnObjectError(f"{type(e).__name__}") from None
 

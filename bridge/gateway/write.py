@@ -143,7 +143,7 @@ class Writer:
     def _take_over(self, job: Job, reply: Reply) -> None:
         """The object as the API server has it now."""
         try:
-            found = self.parse(reply.document, job.one.size)
+            found = self.parse(reply.document, len(reply.body))
         except NotAnObjectError as e:
             raise NoAnswerError(f"wanted a {self.kind}, found something else ({e})") from None
         if found.uid != job.one.uid or found.request != job.one.request:

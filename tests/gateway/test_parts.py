@@ -446,6 +446,19 @@ def test_whatever_comes_is_an_object_or_not(value: Any, part: str, key: str) -> 
     assert isinstance(found.request.username, str)
 
 
+def test_each_of_a_requesters_groups_counts_and_takes_its_room() -> None:
+    """A person's grant may be for the last of hundreds; of thousands the queue holds as many objects as it has room for."""
+    text = json.dumps(document(groups=[*(f"g{number}" for number in range(6000)), "developers"]))
+    tracemalloc.start()
+    try:
+        found = parse(json.loads(text), len(text))
+        assert tracemalloc.get_traced_memory()[0] < found.size
+    finally:
+        tracemalloc.stop()
+    assert "developers" in found.request.groups
+    assert one().size < 6000
+
+
 def test_what_is_written_names_the_object() -> None:
     """uid and resourceVersion are in each write, and the others' conditions are as they were."""
     theirs = {"type": "Approved", "status": "True", "reason": "AutoApproved", "lastUpdateTime": "2026-11-26T11:00:00Z"}
@@ -482,6 +495,7 @@ def test_a_write_that_a_policy_of_the_cluster_refuses_is_not_made_again_at_once(
     else:
         writer.waits(job)
         assert asked == ["PATCH", "GET", "GET", "PATCH"]
+        assert job.one.size < one().size  # not more with each look: else it would drive others out of the queue
 
 
 def test_a_long_message_is_cut_to_its_end() -> None:
