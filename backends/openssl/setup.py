@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import PurePath
@@ -12,6 +14,7 @@ from cryptography import x509
 from backends.openssl import EKUS, SECTION
 from bridge.contract import SetupFile, SetupRequest
 from bridge.specs import SPECS, Authority, Usage
+from bridge.words import escaped
 
 DIRECTORY = PurePath("/srv/ca")  #: Below it a directory an authority.
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/+:@-]+")  # else `$`, `#`, quotes and backslashes mean something to openssl
@@ -81,15 +84,15 @@ _BESIDE = """\
 # these names for each run of `openssl ca`, so that no openssl.cnf is needed; and it sets both dates, so that in
 # gateway-policy.toml `backdating = "1m"` and `exact_dates = true` fit.
 set -eu
-mkdir -p -m 0700 {directory} {directory}/newcerts
-test -e {directory}/index.txt || : > {directory}/index.txt
-echo 'unique_subject = no' > {directory}/index.txt.attr
+mkdir -p -m 0700 {quoted} {quoted}/newcerts
+test -e {quoted}/index.txt || : > {quoted}/index.txt
+echo 'unique_subject = no' > {quoted}/index.txt.attr
 # Put the CA's certificate there as ca.crt, and its key as ca.key (mode 0600). In the gateway's settings:
 #   [authority.{authority}]
 #   backend = "{authority}"
 #   [backend.{authority}]
 #   type = "openssl"
-#   dir = "{directory}"
+#   dir = {text}
 """
 
 
@@ -97,7 +100,10 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
     """An openssl.cnf for the authority's directory: the one that the settings name, or else one below `DIRECTORY`."""
     directory = wanted.settings.get("dir")
     if wanted.patterns:
-        text = _BESIDE.format(directory=directory or DIRECTORY / wanted.authority.name, authority=wanted.authority.name)
+        place = str(directory or DIRECTORY / wanted.authority.name)
+        text = _BESIDE.format(
+            quoted=shlex.quote(place), text=escaped(json.dumps(place)), authority=wanted.authority.name
+        )
         return [SetupFile(name=f"{wanted.authority.name}.sh", text=text, executable=True)]
     text = config_text(wanted.authority, wanted.certificates, wanted.validity, directory)
     return [SetupFile(name=f"{wanted.authority.name}.cnf", text=text, alone=True)]

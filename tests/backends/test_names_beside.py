@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import subprocess
+import tomllib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -233,6 +235,20 @@ def test_what_setup_says_to_a_cmp_servers_administrator() -> None:
     assert "at most 86400 s" in found.text
     with pytest.raises(SettingsError, match="mode"):
         CmpBackend.setup(dataclasses.replace(wanted, settings={}))
+
+
+@pytest.mark.parametrize("name", ["pods", "the pods' CA; touch broken", "$(touch broken)", "a\ntouch broken"])
+def test_what_setup_has_run_for_openssl_makes_the_settings_directory(tmp_path: Path, name: str) -> None:
+    """Whatever its path is: a space or what means something to a shell stays a part of the name."""
+    directory = tmp_path / name
+    wanted = SetupRequest(authority=PODS, certificates={}, validity=timedelta(days=1), node="cp1", cluster="prod",
+                          settings={"dir": directory}, patterns=[PATTERNS])  # fmt: skip
+    [found] = OpensslBackend.setup(wanted)
+    subprocess.run(["/bin/sh", "-c", found.text], check=True, cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert sorted(path.name for path in directory.iterdir()) == ["index.txt", "index.txt.attr", "newcerts"]
+    shown = found.text.rpartition("\n#   dir = ")[2]
+    assert tomllib.loads(f"dir = {shown}") == {"dir": str(directory)}
 
 
 def test_what_setup_says_to_a_programs_author() -> None:
