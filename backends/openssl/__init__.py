@@ -150,9 +150,11 @@ class OpensslBackend:
         with _os_errors():
             signers = self.issuers()
             with self._at_work(signers) as desk:
+                revoked = desk.database.revoked()  # an operator may revoke what no node has got
                 found = {
                     (spki(leaf.public_key()), extended_key_usages(leaf)): leaf
                     for leaf in desk.database.issued_since(since)
+                    if leaf.serial_number not in revoked
                 }
         chain = tuple(signer for signer in signers if signer.issuer != signer.subject)
         leaves = [found.get(_key_and_usages(request)) for request in requests]

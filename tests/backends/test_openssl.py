@@ -246,6 +246,18 @@ def test_tells_what_is_revoked(directory: Path) -> None:
         opened(directory).is_revoked(old)
 
 
+def test_what_was_revoked_is_no_killed_runs_answer(directory: Path) -> None:
+    """A certificate that no node got is revoked by an operator: the next run asks for another one, and does not install it."""
+    backend, begin, asked = opened(directory), datetime.now(UTC), [renewal(), renewal()]
+    first, second = backend.sign_many(asked)
+    assert isinstance(first, Issued)
+    assert backend.recall(asked, begin) == [first, second]
+    backend.revoke(first.leaf)
+    assert backend.recall(asked, begin) == [None, second]
+    again = backend.sign(asked[0])
+    assert backend.recall(asked, begin) == [again, second]
+
+
 def test_revokes_nothing_of_another_ca(directory: Path) -> None:
     """openssl would add it, and revoke whatever has its number."""
     backend = opened(directory)
