@@ -200,8 +200,8 @@ _ALSO = {
     "backends.exec": ["bridge.system.run_command", "bridge.system.paths"],
     # a program, and a database of files with a lock like ours
     "backends.openssl": [f"bridge.system.{room}" for room in ("run_command", "files", "locks", "paths")],
-    # one login for all threads that want one
-    "backends.vault": ["bridge.system.many"],
+    # one login for all threads that want one, and a bounded memory of what is hidden
+    "backends.vault": ["bridge.system.many", "bridge.system.waiting"],
     # a CA that is reached by files: the bundles' format, and what reads and writes files safely
     "backends.exchange": [
         *("bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.signatures"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableE
 from bridge.pki.budget import of_server
 from bridge.system import http
 from bridge.system.many import Combined
+from bridge.system.waiting import remember
 from bridge.words import one_line
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ _HINTS = (
 )
 
 
+#: Of a gateway that runs for months; a token that is good for few requests is one of thousands a day.
+_MOST_SECRETS = 64
 #: Threads that one login serves.
 _MOST_TOGETHER = 256
 
@@ -139,7 +143,7 @@ class Server:
     def __init__(self, settings: VaultSettings) -> None:
         settings.tls_context()  # or a file that can't be used is found out too late
         self._url = settings.url.rstrip("/")
-        self._secrets: set[str] = set()
+        self._secrets: OrderedDict[str, None] = OrderedDict()  # the latest
         self.http = Http(_WORDING, self._url, settings.timeout, settings.tls_context)
         # hvac's Client would read VAULT_*; its adapter does not. Without a token: each request brings its own.
         self._adapter = RawAdapter(
@@ -156,7 +160,7 @@ class Server:
 
     def hide(self, value: str) -> str:
         """Remember a secret, so that no text of the server that repeats it is shown."""
-        self._secrets.add(value)
+        remember(self._secrets, value, None, _MOST_SECRETS)
         return value
 
     def read(self, secret: Secret | None, *, token: bool = False) -> str:
@@ -324,7 +328,7 @@ class Tokens:
             return self._server.read(self._auth.secret_id)
         if self._secret_id is None:
             self._secret_id = self._unwrap(self._server.read(self._auth.secret_id, token=True))
-        return self._secret_id
+        return self._server.hide(self._secret_id)
 
     def _unwrap(self, token: str) -> str:
         """
@@ -352,7 +356,7 @@ class Tokens:
             raise BackendRefusedError(
                 f"vault: wanted a secret id wrapped in {source}, found something else", hint=_ALARM
             )
-        return self._server.hide(secret_id)
+        return secret_id
 
 
 def _ends(key: str, secret: Secret, data: Mapping[str, object], begin: str, end: str) -> list[CredentialEnd]:

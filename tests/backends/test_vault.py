@@ -17,6 +17,7 @@ import subprocess
 import threading
 import time
 import traceback
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -34,6 +35,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from backends.vault import VaultAuth, VaultBackend, VaultSettings, role_selector
 from backends.vault import setup as vault_setup
+from backends.vault.server import Server
 from bridge.contract import Secret, Selector, SignRequest
 from bridge.errors import (
     BackendError,
@@ -534,6 +536,19 @@ def test_a_token_that_has_ended_is_not_revoked(
         assert len(pki.accessors() - before) == 1
     assert pki.accessors() <= before
     assert [r.getMessage() for r in caplog.records if r.name == "ca-bridge.vault"] == []
+
+
+def test_tokens_that_are_good_for_few_requests_fill_no_memory() -> None:
+    """A gateway has thousands a day: the latest are hidden in what a server says, and the others are forgotten."""
+    server = Server(VaultSettings(url="http://127.0.0.1:1", auth=VaultAuth(token=Secret("env", "UNSET"))))
+    tracemalloc.start()
+    try:
+        for number in range(20_000):
+            token = server.hide(f"hvs.{number:0100}")
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert server.presentable(f"no such token: {token}") == "no such token: (secret)"
 
 
 def test_a_server_that_hangs_is_waited_for_once_and_not_by_each_thread_in_turn(tmp_path: Path) -> None:
