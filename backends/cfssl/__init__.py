@@ -50,6 +50,7 @@ from bridge.contract import (
 )
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsProblem, Violation
 from bridge.pki.budget import of_server
+from bridge.pki.certificates import is_signed_by
 from bridge.specs import EKU, PODS, SPECS, CertificateSpec
 from bridge.system.http import Answer
 from bridge.words import one_line
@@ -134,7 +135,7 @@ class CfsslBackend:
         silent = "" if settings.tls else "does the server speak TLS? url says http://"
         wording = Wording(name="cfssl", not_ours=_HINTS[_NOT_CFSSL], tls=_tls_hint, silent=silent)
         self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
-        self._intermediates: tuple[x509.Certificate, ...] | None = None  # None: not asked for yet
+        self._issuer: x509.Certificate | None = None  # the CA's certificate at the last look
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
@@ -152,13 +153,16 @@ class CfsslBackend:
 
     def sign(self, request: SignRequest) -> Issued:
         """Have the server sign one CSR (`bridge.contract.Backend`); the profile decides the validity."""
-        intermediates = self._known_intermediates()
+        issuer = self._issuer or self.issuers()[0]  # the first look comes before a certificate, so that none is lost
         profile = self._profile(request.spec)
         # text around the block may be in any encoding
         csr = request.csr_pem.decode("ascii", "replace")
         body = self._body(csr, profile, self._key_place(request.spec), request.names)
         result = self._result(self._post(self._settings.endpoint, body), profile)
-        return Issued(leaf=_certificate(result), intermediates=intermediates)
+        leaf = _certificate(result)
+        if not is_signed_by(leaf, issuer):  # the CA has another certificate by now
+            [issuer] = self.issuers()
+        return Issued(leaf=leaf, intermediates=() if issuer.subject == issuer.issuer else (issuer,))
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """Ask for each profile's usages, and whether the server accepts us; no certificate is made."""
@@ -196,7 +200,8 @@ class CfsslBackend:
 
     def issuers(self) -> list[x509.Certificate]:
         """The CA's certificate; the server does not give the chain above it."""
-        return [self._remember(self._result(self._post("info", self._label), ""))]
+        self._issuer = _certificate(self._result(self._post("info", self._label), ""))
+        return [self._issuer]
 
     def revoke(self, certificate: x509.Certificate) -> None:
         """Have the server's database mark a certificate; anyone who reaches the server may do so."""
@@ -232,22 +237,10 @@ class CfsslBackend:
         url = f"{self._settings.url.rstrip('/')}{API}/{endpoint}"
         return _parse(self._http.request("POST", url, json=body), body)
 
-    def _remember(self, info: Mapping[str, Any]) -> x509.Certificate:
-        """The CA's certificate, and, as the answer to a signing request holds the leaf alone, its intermediates."""
-        certificate = _certificate(info)
-        self._intermediates = () if certificate.subject == certificate.issuer else (certificate,)
-        return certificate
-
-    def _known_intermediates(self) -> tuple[x509.Certificate, ...]:
-        """The CA's intermediates at the last look; the first look comes before the first signing, so that none is lost."""
-        if self._intermediates is None:
-            self.issuers()
-        return self._intermediates or ()
-
     def _offer(self, profile: str) -> _Offer:
         """The usages and the validity that a profile of the server gives (`info`)."""
         info = self._result(self._post("info", {"profile": profile, **self._label}), profile)
-        self._remember(info)
+        self._issuer = _certificate(info)
         listed = info.get("usages")
         usages = map(str, listed) if isinstance(listed, list) else ()
         # cfssl has two names for this one

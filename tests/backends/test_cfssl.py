@@ -40,6 +40,7 @@ from bridge.specs import AUTHORITIES, CA, ETCD_CA, FRONT_PROXY_CA, SPECS, Author
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import cfssl as kit
 from tests.kit import programs
+from tests.kit.issuing import Signer
 from tests.kit.loopback import free_port
 
 Make = Callable[..., CfsslBackend]
@@ -853,6 +854,18 @@ def test_a_trouble_that_may_pass(double: kit.Double, to_double: CfsslBackend, an
     assert e.value.retry_after_seconds is None
     assert to_double.sign(same).leaf == LEAF
     assert double.bodies[0] == double.bodies[1]
+
+
+def test_a_new_certificate_of_the_ca_comes_along_while_a_service_runs(
+    double: kit.Double, to_double: CfsslBackend
+) -> None:
+    """A gateway that asks for the CA's certificate each hour has the right one behind each leaf, also within that hour."""
+    root = Signer(certificate=_CA.certificate, key=_CA.key)
+    for ca in (Signer.make("old", parent=root), Signer.make("new", parent=root), root):
+        double.ca_cert_pem = kit.pem(ca.certificate)
+        for asked in (request(APISERVER), request(APISERVER)):
+            double.answers.append(kit.Answer.result(certificate=kit.pem(ca.issue(asked).leaf).decode()))
+            assert to_double.sign(asked).intermediates == (() if ca is root else (ca.certificate,))
 
 
 @pytest.mark.parametrize("answer", REFUSED.values(), ids=REFUSED)
