@@ -49,6 +49,7 @@ class AuthorityOfSigners:
         self._anchors, self._read_at = read_anchors(self._anchor_file), time.monotonic()
         self._end = self._end_of_anchors()
         self._issuer_end: datetime | None = None
+        self.identity = ""  #: Our name at the CA, if it tells, as at the last look.
         self._renewal, self._signer = settings.renewal, self._anchors[0]
         # pods have each root in their bundle, and need none behind their certificates
         self._cross = None if self._each_anchor_counts else cross.of(settings, self.name, self._signer)
@@ -87,6 +88,7 @@ class AuthorityOfSigners:
         """Ask who it is and whether its roles or profiles fit; each problem is a sentence."""
         if issuers := self.ca.issuers():
             self._issuer_end = self._end_of_path(issuers, now)
+        self.identity = self.ca.ask_identity() or self.identity
         return [f"{self.ca.label}: {name}: {error}" for name, error in usages(self.ca.backend, self._specs).items()]
 
     def _end_of_path(self, issuers: Sequence[x509.Certificate], now: datetime) -> datetime | None:

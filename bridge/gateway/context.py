@@ -114,9 +114,6 @@ class Context:
     now: Callable[[], datetime]
     queue: Queue = field(default_factory=Queue)
 
-    def __post_init__(self) -> None:
-        self._identities = {name: authority.ca.ask_identity() or "" for name, authority in self.authorities.items()}
-
     def assert_ours(self) -> None:
         """Leave the job if another replica works."""
         if not self.holder.is_ours():
@@ -126,7 +123,7 @@ class Context:
         """The facts that the audit log's lines about a request repeat."""
         if authority is None:
             return About.of(one)
-        return About.of(one, authority.ca.label, self._identities[authority.name])
+        return About.of(one, authority.ca.label, authority.identity)
 
     def record_quietly(self, about: About, event: str, error: BackendError | VerificationError) -> None:
         """Record what has happened already; if that fails, the log has it, and `/readyz` fails."""

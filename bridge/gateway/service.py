@@ -21,6 +21,7 @@ from bridge.ca import registry
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BackendError, BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.gateway import authorities, pages, roots
+from bridge.gateway.authorities import AuthorityOfSigners
 from bridge.gateway.context import Context, PendingRequests
 from bridge.gateway.issue import Issuing
 from bridge.gateway.leader import Alone, Leader
@@ -57,6 +58,8 @@ _LONGEST_READING_SECONDS = 120.0
 #: A record that can't be written for so long makes the process sick: a new pod has an empty directory.
 _LONGEST_FAILING_SECONDS = 60.0
 _ISSUERS_SECONDS = 3600.0
+#: So long the gateway waits for what its CAs say of themselves before it signs.
+_FIRST_LOOK_SECONDS = 10.0
 _FLUSH_SECONDS = 1.0
 _ROOTS_SECONDS = 5.0
 #: Requests at the CA get this long when the gateway is to end; systemd and the kubelet give 30 s and more.
@@ -163,19 +166,18 @@ class Service:
             )  # fmt: skip
             self._issuing = Issuing(self.context)
             self._started = True
-            self._look_at_cas()
+            cas = list(self._look_at_cas())
             self.holder.start(lambda: not ledger.trouble)
             many = any(one.signs_many for one in self.authorities.values())
             count = max(self.settings.gateway.concurrency, _THREADS_OF_MANY if many else 0)
             threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(count)]
             threads += [threading.Thread(target=self._watch_on, args=(one,), name=f"watch of {one.kind.what}", daemon=True)
                         for one in self._watching]  # fmt: skip
-            threads.append(threading.Thread(target=self._keep_looking_at_cas, name="cas", daemon=True))
             if self.pod_signers:
                 threads.append(threading.Thread(target=self._keep_roots, name="roots", daemon=True))
             for thread in threads:
                 thread.start()
-            self._threads = [*threads, *self.holder.threads]
+            self._threads = [*threads, *cas, *self.holder.threads]
             started(port)
             gc.freeze()
             gc.set_threshold(_OBJECTS_A_COLLECTION, 20, 50)
@@ -183,19 +185,29 @@ class Service:
             self._tick_until_stopped()
             self._drain(threads)
 
-    def _look_at_cas(self) -> None:
-        """Check the CAs as `--check` does; the gateway waits for a CA that does not answer now."""
+    def _look_at_cas(self) -> Iterator[threading.Thread]:
+        """The threads that look at the CAs, once all have had their first look; one that hangs holds up no other one's signers."""
+        deadline, looked = time.monotonic() + _FIRST_LOOK_SECONDS, []
         for authority in self.authorities.values():
+            looked.append(threading.Event())
+            thread = threading.Thread(
+                target=self._keep_looking, args=(authority, looked[-1]), name=f"look at {authority.name}", daemon=True
+            )
+            thread.start()
+            yield thread
+        for one in looked:
+            one.wait(max(0.0, deadline - time.monotonic()))
+
+    def _keep_looking(self, authority: AuthorityOfSigners, looked: threading.Event) -> None:
+        """Check a CA as `--check` does, and read its issuers again: a new intermediate lives longer than the one before it."""
+        while not self._stop.is_set():
             try:
                 for text in authority.check(self._now()):
                     log.warning("%s", text)
             except BackendError as e:
                 log.warning("%s: %s", authority.ca.label, e)
-
-    def _keep_looking_at_cas(self) -> None:
-        """Read the issuers again: a CA's new intermediate lives longer than the one before it."""
-        while not self._stop.wait(_ISSUERS_SECONDS):
-            self._look_at_cas()
+            looked.set()
+            self._stop.wait(_ISSUERS_SECONDS)
 
     def _keep_roots(self) -> None:
         """Keep what pods trust equal to what the CA's answers are proven by; one replica does."""

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -227,12 +228,15 @@ class Quiet(Service):
         self._threads = []
         self._watching = [_Watching(next(kinds([CLIENT_KUBELET], [])))]
         self._watching[0].alive, self._watching[0].trouble = 0.0, ""
+        self._now = lambda: datetime.now(UTC)
         self.looks = 0
 
-    def _look_at_cas(self) -> None:
+    def look(self, _: datetime) -> list[str]:
+        """As a CA's `check`; the third is the last."""
         self.looks += 1
         if self.looks > 2:
             self._stop.set()
+        return []
 
 
 @pytest.mark.attack("G11")
@@ -240,8 +244,32 @@ def test_the_issuers_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new intermediate of the CA lives longer than the one that was there when the gateway began."""
     monkeypatch.setattr("bridge.gateway.service._ISSUERS_SECONDS", 0.01)
     service = Quiet()
-    service._keep_looking_at_cas()
+    ca: Any = SimpleNamespace(check=service.look)
+    service._keep_looking(ca, threading.Event())
     assert service.looks == 3
+
+
+def test_a_ca_that_hangs_holds_up_no_other_when_the_gateway_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are looked at together, and waited for for a while: with one that never answers, the others' looks are there."""
+    monkeypatch.setattr("bridge.gateway.service._FIRST_LOOK_SECONDS", 0.5)
+    service, released, silent = Quiet(), threading.Event(), threading.Event()
+
+    def hang(_: datetime) -> list[str]:
+        silent.set()
+        released.wait(60)
+        return []
+
+    checks = {"ca": hang, "etcd-ca": service.look, "front-proxy-ca": hang, "pods": service.look}
+    service.authorities = {name: SimpleNamespace(name=name, check=check) for name, check in checks.items()}  # type: ignore[misc]
+    begin = time.monotonic()
+    threads = list(service._look_at_cas())
+    assert time.monotonic() - begin < 20
+    assert (silent.is_set(), service.looks, [one.is_alive() for one in threads]) == (True, 2, [True] * 4)
+    service._stop.set()
+    released.set()
+    for one in threads:
+        one.join(20)
+        assert not one.is_alive()
 
 
 @pytest.mark.attack("G12", "G17")
