@@ -87,9 +87,12 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
 
 
 def _policy_name(wanted: SetupRequest) -> str:
-    """The policy's name, each node's own: what another node's script writes must not take its place."""
-    cluster = [wanted.cluster] if wanted.cluster != DEFAULT_CLUSTER else []
-    return "-".join(["ca-bridge", *cluster, wanted.node, wanted.authority.name])
+    """
+    The policy's name, each node's own: what another node's script writes must not take its place. No node's name has an
+    underscore, so that `eu-cp-1` of prod, and `cp-1` of prod-eu, are two.
+    """
+    cluster = f"{wanted.cluster}_" if wanted.cluster != DEFAULT_CLUSTER else ""
+    return f"ca-bridge-{cluster}{wanted.node}-{wanted.authority.name}"
 
 
 def text(

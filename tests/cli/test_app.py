@@ -372,13 +372,15 @@ def vault(config: Path, keys: str) -> None:
 
 
 def test_each_nodes_script_for_vault_writes_a_policy_of_its_own(run: Run, config: Path) -> None:
-    """Each node has its own policy, so that one node's script does not take another's rights away."""
+    """Each node has its own policy, so that one node's script does not take another's rights away, or give it its own."""
     text = config.read_text()
     policies = set()
-    for names in ('name = "cp-1"', 'name = "cp-2"', 'name = "cp-1"\ncluster = "blue"'):
+    for names in ('name = "cp-1"', 'name = "cp-2"', 'name = "cp-1"\ncluster = "blue"', 'name = "blue-cp-1"',
+                  'name = "eu-cp-1"\ncluster = "blue"', 'name = "cp-1"\ncluster = "blue-eu"'):  # fmt: skip
         config.write_text(text.replace("[node]", f"[node]\n{names}"))
         policies |= set(re.findall("policy write (.*) - >", run("setup", "vault", "--authority", "etcd-ca").stdout))
-    assert policies == {"ca-bridge-cp-1-etcd-ca", "ca-bridge-cp-2-etcd-ca", "ca-bridge-blue-cp-1-etcd-ca"}
+    nodes = ("cp-1", "cp-2", "blue_cp-1", "blue-cp-1", "blue_eu-cp-1", "blue-eu_cp-1")
+    assert policies == {f"ca-bridge-{node}-etcd-ca" for node in nodes}
 
 
 def test_the_script_for_vault_follows_the_settings(run: Run, config: Path) -> None:
