@@ -48,6 +48,8 @@ _METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
 }
 _SECRET_KEYS = frozenset({"token", "role_id", "secret_id", "jwt", "password"})
 _OPTIONAL_KEYS: Mapping[str, tuple[str, ...]] = {"approle": ("wrapped",), "cert": ("role",)}
+#: Of a server, for one certificate, in the log; a good one has one or two.
+_MOST_WARNINGS = 5
 #: Texts of issuers' certificates that are remembered; an answer has at most a megabyte.
 _CHAINS = 8
 #: More revoked certificates are not listed, since the list would be longer than an answer may be.
@@ -164,7 +166,7 @@ class VaultBackend:
     def sign(self, request: SignRequest) -> Issued:
         """Have one CSR signed; see `bridge.contract.Backend.sign`."""
         answer = self._send("post", self._sign_path(self._role(request.spec)), self._sign_body(request)).or_raise()
-        for warning in texts(answer.body.get("warnings")):
+        for warning in texts(answer.body.get("warnings"))[:_MOST_WARNINGS]:
             # Such as a lifetime that was cut to the mount's maximum, which is no error to the server.
             log.warning("%s: %s", request.spec.name, self._server.presentable(warning))
         if answer.body.get("lease_id"):

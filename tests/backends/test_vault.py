@@ -1117,13 +1117,23 @@ def answer(ca: TestCA, *, leaves: int = 1, **changes: object) -> bytes:
     """The body of a good answer, with changes."""
     leaf = ca.leaf(APISERVER).public_bytes(serialization.Encoding.PEM).decode()
     data: dict[str, object] = {"certificate": leaf * leaves, "issuing_ca": ca.certificate_pem.decode(), **changes}
-    return json.dumps({"data": data, "warnings": None}).encode()
+    return json.dumps({"data": data, "warnings": changes.get("warnings")}).encode()
 
 
 def test_takes_the_issuer_where_there_is_no_chain(ca: TestCA, apiserver: SignRequest, tmp_path: Path) -> None:
     """Vault leaves ca_chain out for a root; the issuer is in the answer all the same."""
     with Double((SIGN, 200, JSON, answer(ca))) as double, vault(double.url, token_file(tmp_path, "t")) as backend:
         assert backend.sign(apiserver).intermediates == (ca.certificate,)
+
+
+def test_a_servers_warnings_are_no_flood(
+    ca: TestCA, apiserver: SignRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An answer has room for many thousands of them; the first few are in the log."""
+    content = answer(ca, warnings=["a long life"] * 20_000)
+    with Double((SIGN, 200, JSON, content)) as double, vault(double.url, token_file(tmp_path, "t")) as backend:
+        backend.sign(apiserver)
+    assert [record.getMessage() for record in caplog.records] == ["apiserver: a long life"] * 5
 
 
 @pytest.mark.parametrize(
