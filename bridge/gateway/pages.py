@@ -11,7 +11,7 @@ from datetime import datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
-from socket import SHUT_RDWR, socket
+from socket import AF_INET, AF_INET6, SHUT_RDWR, socket
 from typing import Any
 
 from bridge.errors import BridgeError
@@ -123,6 +123,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self._open: dict[socket | tuple[bytes, socket], None] = {}
         self._mutex = threading.Lock()
+        self.address_family = AF_INET6 if ":" in address[0] else AF_INET
         super().__init__(address, handler)
 
     def process_request(self, request: socket | tuple[bytes, socket], client_address: Any) -> None:

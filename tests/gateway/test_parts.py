@@ -51,7 +51,7 @@ from bridge.gateway.watch import (
 from bridge.gateway.write import Writer, with_certificate, with_condition
 from bridge.pki.certificates import pem
 from bridge.settings import load
-from bridge.settings.tables import GatewaySettings
+from bridge.settings.tables import GatewaySettings, address_of
 from bridge.state.store import Store
 from bridge.system.waiting import Rate, wait_until
 from tests.kit import issuing
@@ -626,6 +626,19 @@ def test_many_connections_use_up_nothing() -> None:
             connection.close()
         with pytest.raises(BridgeError, match="wanted to listen"), serving(("127.0.0.1", port), pages):
             pass
+
+
+@pytest.mark.parametrize("listen", ["[::1]:0", "127.0.0.1:0", "localhost:0"])
+def test_the_pages_are_at_each_address_that_the_settings_take(listen: str) -> None:
+    """Also at one of IPv6, as far as this machine has it."""
+    address, own = address_of(listen), Path("/proc/net/if_inet6")
+    assert address is not None
+    if ":" in address[0] and not (own.exists() and f"{1:032x} " in own.read_text()):
+        with pytest.raises(BridgeError, match="Cannot assign requested address"), serving(address, {}):
+            pass
+        return
+    with serving(address, {"/healthz": lambda: (200, "ok\n")}) as port:
+        assert requests.get(f"http://{listen.removesuffix('0')}{port}/healthz", timeout=60).text == "ok\n"
 
 
 def test_pages_that_strangers_ask_for_take_little_time() -> None:
