@@ -16,6 +16,8 @@ from bridge.system.waiting import back_off_seconds
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 15.0
 _FIRST_REST_SECONDS, _LONGEST_REST_SECONDS = 1.0, 30.0
+#: So often another thread of a service asks a CA that was away, should it keep the one before waiting.
+_TRIED_SECONDS = 5.0
 
 T = TypeVar("T")
 
@@ -134,6 +136,15 @@ class Rest:
         """For how long the CA should not be asked."""
         return max(0.0, self._until - time.monotonic())
 
+    def turn(self) -> float:
+        """0: the caller may ask; else seconds. One in a while finds out whether a CA that was away is back, and the others wait for that."""
+        with self._lock:
+            now = time.monotonic()
+            left = max(0.0, self._until - now)
+            if not left and self._failures:
+                self._until = now + _TRIED_SECONDS
+            return left
+
     def ask(self, question: Callable[[], T]) -> T:
         """Ask once; the failures of questions that were under way together count as one."""
         began = time.monotonic()
@@ -152,4 +163,6 @@ class Rest:
             raise
         with self._lock:
             self._failures = 0
+            if began >= self._failed:
+                self._until = 0.0
         return answer

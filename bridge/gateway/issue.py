@@ -315,7 +315,7 @@ class Issuing:
         raise LeftError("pending", "the CA answers later", context.settings.gateway.collect_every.total_seconds())
 
     def _assert_may_ask(self, authority: AuthorityOfSigners) -> None:
-        if (rest := authority.rest.seconds_left()) > 0:
+        if (rest := authority.rest.turn()) > 0:
             raise LeftError("ca-unavailable", f"{authority.ca.label} was not there a moment ago", rest + 0.1)
         self._context.assert_ours()
 

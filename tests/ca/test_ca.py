@@ -178,6 +178,26 @@ def test_many_questions_that_one_moment_ends_are_one_failure() -> None:
     assert rest.seconds_left() == pytest.approx(30, abs=1)
 
 
+def test_few_threads_find_out_whether_a_ca_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 32 of a gateway would be kept by a CA that hangs, and other CAs' requests would wait; once it answers, all ask."""
+    clock, rest = [0.0], Rest()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def turns() -> int:
+        return [rest.turn() for _ in range(32)].count(0.0)
+
+    assert turns() == 32
+    with pytest.raises(BackendUnavailableError):
+        rest.ask(away)
+    found = []
+    for seconds in (0.5, 0.5, 4.9, 0.1):
+        clock[0] += seconds
+        found.append(turns())
+    assert found == [0, 1, 0, 1]
+    rest.ask(lambda: None)
+    assert turns() == 32
+
+
 def test_a_ca_that_keeps_others_waiting_rests_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that hangs for 20 seconds has at most half of the threads' time; one that fails at once is asked again after a second."""
     clock = [0.0]
