@@ -65,14 +65,15 @@ def install(payload: Payload, *, enable: bool, despite_settings: bool) -> None:
         tree = _unpacked(payload)
         try:
             _assert_settings_load(tree, despite_settings=despite_settings)
+            _switch(tree)
         except BaseException:
-            _remove_old(others)
+            remove_trees({*others, current()})
             raise
-        _switch(tree)
         _install_units(tree, payload.manifest)
         _adopt_environment()
         if tree != before:  # else the version before is still the one to go back to
-            _remove_old({tree, before})
+            units.restart_services()
+            remove_trees({tree, before})
     if enable:
         units.enable()
     _tell(payload.manifest, before, enabled=enable)
@@ -186,9 +187,9 @@ def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _switch(tree: Path) -> None:
-    places.replace_link(places.CURRENT, f"versions/{tree.name}")  # from here on the new one is in force
+    places.replace_link(places.COMMAND, str(places.CURRENT / "bin/ca-bridge"))  # first: /usr may be read-only
     places.replace_link(places.UNINSTALL, "current/bin/uninstall")
-    places.replace_link(places.COMMAND, str(places.CURRENT / "bin/ca-bridge"))
+    places.replace_link(places.CURRENT, f"versions/{tree.name}")  # from here on the new one is in force
 
 
 def _install_units(tree: Path, manifest: Manifest) -> None:
@@ -211,7 +212,7 @@ def _adopt_environment() -> None:
         places.replace_link(places.TOP / "bin/ca-bridge", "../current/bin/ca-bridge")
 
 
-def _remove_old(keep: AbstractSet[Path | None]) -> None:
+def remove_trees(keep: AbstractSet[Path | None]) -> None:
     """The trees that this installer made, and no other directory."""
     for tree in places.VERSIONS.iterdir():
         if tree not in keep and not tree.is_symlink() and (tree / "bin/ca-bridge").is_file():

@@ -63,4 +63,7 @@ def write(path: Path, data: bytes) -> bool:
 
 def is_ours(link: Path) -> bool:
     """Whether a link leads into our tree, also to something that is gone."""
-    return link.is_symlink() and Path(os.path.realpath(link)).is_relative_to(os.path.realpath(TOP))
+    if not link.is_symlink():
+        return False
+    named = Path(os.path.normpath(link.parent / link.readlink()))  # the versions may be on another disk, by a link
+    return named.is_relative_to(TOP) or Path(os.path.realpath(link)).is_relative_to(os.path.realpath(TOP))

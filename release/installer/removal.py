@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from release.installer import installation, machine, places, units
@@ -25,13 +28,12 @@ def uninstall(*, purge: bool) -> None:
         )
     if not places.VERSIONS.is_dir():
         raise InstallError(f"wanted an installation in {places.TOP}, found none")
-    _assert_nothing_is_interrupted()
-    with installation.locked():
+    with installation.locked(), _at_rest():
         units.remove()
         for link in (places.COMMAND, places.TOP / "bin/ca-bridge", places.UNINSTALL, places.CURRENT):
             if places.is_ours(link):
                 link.unlink()
-        shutil.rmtree(places.VERSIONS)
+        _remove_versions()
     print("removed the program, its command and its units")
     if purge:
         _purge()
@@ -40,33 +42,71 @@ def uninstall(*, purge: bool) -> None:
     _tell()
 
 
-def _assert_nothing_is_interrupted() -> None:
-    for state in dict.fromkeys([_STATE, *_named_states()]):
-        found = [name for name in _INTERRUPTED if (state / name).exists()]
-        if found:
-            raise InstallError(
-                f"{state}: wanted no interrupted renewal, found {', '.join(found)}",
-                "run `ca-bridge recover` first: only the program can finish or undo it",
-            )
+@contextmanager
+def _at_rest() -> Iterator[None]:
+    """Let no run begin meanwhile (InstallError: one is at work, and would lose its modules, or was cut off)."""
+    with ExitStack() as held:
+        for state in dict.fromkeys([_STATE, *_named_states()]):
+            _hold(state, held)
+            found = [name for name in _INTERRUPTED if (state / name).exists()]
+            if found:
+                raise InstallError(
+                    f"{state}: wanted no interrupted renewal, found {', '.join(found)}",
+                    "run `ca-bridge recover` first: only the program can finish or undo it",
+                )
+        yield
+
+
+def _hold(state: Path, held: ExitStack) -> None:
+    """Take the lock by which the program's runs keep each other away (`bridge/system/locks.py`)."""
+    try:
+        descriptor = os.open(state / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    held.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        hint = "wait until it has ended (`ca-bridge doctor` names it), then uninstall again"
+        raise InstallError(f"{state}: wanted no run at work, found one", hint) from e
 
 
 def _named_states() -> list[Path]:
-    """State directories that the settings name, as far as the program can still read them."""
+    """The nodes' and desks' state directory that the settings name, as far as the program can still read them."""
     tree = installation.current()
     shown = installation.run(tree, "settings", "show").stdout if tree is not None else ""
-    return [Path(found) for found in re.findall(r'^state_dir = "(.*)"$', shown, re.MULTILINE)]
+    node = shown.partition("[node]\n")[2].partition("\n[")[0]
+    return [Path(found) for found in re.findall(r'^state_dir = "(.*)"$', node, re.MULTILINE)]
+
+
+def _remove_versions() -> None:
+    """The trees that the installer made; what else is beside them stays."""
+    for left in places.VERSIONS.glob(".new-*"):
+        shutil.rmtree(left)
+    installation.remove_trees(set())
+    if not places.VERSIONS.is_symlink() and not any(places.VERSIONS.iterdir()):
+        places.VERSIONS.rmdir()
 
 
 def _purge() -> None:
     for path, what in places.KEPT.items():
         if not os.path.lexists(path):
             continue
-        answer = input(f"remove {path} ({what})? [y/N] ")
-        if answer.strip().lower() in {"y", "yes"}:
+        if _is_wanted(f"remove {path} ({what})? [y/N] "):
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
+def _is_wanted(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in {"y", "yes"}
+    except EOFError:  # Ctrl-D is no yes
+        print()
+        return False
+
+
 def _tell() -> None:
+    if places.VERSIONS.is_dir():
+        print(f"kept:     {places.VERSIONS} (the installer's own is gone)")
     for path, what in places.KEPT.items():
         if os.path.lexists(path):
             print(f"kept:     {path} ({what})")

@@ -12,6 +12,8 @@ from release.installer.places import InstallError
 
 #: By which renewals run; `--enable` enables them.
 NIGHTLY = ("ca-bridge.timer", "ca-bridge-recover.service")
+#: Those that do not end by themselves, if they run; the second is the operator's own.
+_LASTING = ("ca-bridge-gateway*.service", "ca-bridge-serve*.service")
 
 
 def shipped(tree: Path) -> dict[str, bytes]:
@@ -40,14 +42,20 @@ def enable() -> None:
         _systemctl("start", "ca-bridge.timer")
 
 
+def restart_services() -> None:
+    """Have the services that run be of the version in force: the next upgrade removes the one that they were started from."""
+    if is_running():
+        _systemctl("try-restart", *_LASTING)
+
+
 def remove() -> None:
-    """Stop, disable and remove all of ours; a renewal that is at work ends by itself first."""
+    """Stop, disable and remove all of ours; the caller has looked that no renewal is at work."""
     found = installed()
     if found and shutil.which("systemctl"):
         names = [path.name for path in found]
         timers = [name for name in names if name.endswith(".timer")]
         if is_running() and timers:
-            _systemctl("stop", *timers)
+            _systemctl("stop", *timers, *_LASTING)
         _systemctl("disable", "--quiet", *names)
     for path in found:
         path.unlink()
@@ -66,8 +74,8 @@ def installed() -> list[Path]:
 def hidden() -> Iterator[tuple[Path, str]]:
     """The operator's own unit files, which systemd takes in place of ours, and the program that each starts."""
     for path in sorted(places.OWN_UNITS.glob("ca-bridge*.service")):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        starts = [line.partition("=")[2].split() for line in lines if line.startswith("ExecStart=")]
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""  # a link to nothing, a mask
+        starts = [line.partition("=")[2].split() for line in text.splitlines() if line.startswith("ExecStart=")]
         yield path, next((words[0] for words in starts if words), "nothing")
 
 

@@ -369,7 +369,24 @@ def test_other_files_beside_the_versions_stay(bookworm: Tree, offline: Path) -> 
     bookworm.run(
         "mkdir -p /opt/ca-bridge /srv/big/theirs; echo x >/srv/big/file; ln -s /srv/big /opt/ca-bridge/versions"
     )
-    bookworm.run(f"{INSTALL} && ca-bridge --version && ls -d /srv/big/theirs /srv/big/file")
+    bookworm.run(f"{INSTALL} && {INSTALL} && ca-bridge --version && ls -d /srv/big/theirs /srv/big/file")
+    said = bookworm.run("/opt/ca-bridge/uninstall").stdout
+    assert "kept:     /opt/ca-bridge/versions (" in said
+    assert bookworm.run("ls -A /srv/big; ls /usr/bin/ca-bridge", check=False).stdout.split() == ["file", "theirs"]
+
+    bookworm.run("rm /opt/ca-bridge/versions; mkdir -p /opt/ca-bridge/versions/theirs /etc/systemd/system")
+    said = bookworm.run(f"ln -s /gone /etc/systemd/system/ca-bridge.service; {INSTALL}").stdout
+    assert "/etc/systemd/system/ca-bridge.service is used in place of ours; it starts nothing" in said
+    bookworm.run("/opt/ca-bridge/uninstall && ls -d /opt/ca-bridge/versions/theirs")
+
+
+def test_a_read_only_usr_leaves_no_half_installation(bookworm: Tree, offline: Path) -> None:
+    """The error says what is read-only, nothing is in force by then, and with /usr writable the same file installs."""
+    bring(bookworm, offline)
+    refused = bookworm.run(f"mount --bind /usr /usr && mount -o remount,bind,ro /usr && {INSTALL}", check=False)
+    assert "error: /usr/bin/.ca-bridge.new: Read-only file system" in refused.stderr
+    assert (refused.returncode, ours(bookworm)) == (1, set())
+    bookworm.run(f"{INSTALL} && ca-bridge --version")
 
 
 def test_units_that_can_not_be_written_are_reported(bookworm: Tree, offline: Path) -> None:
@@ -382,6 +399,17 @@ def test_units_that_can_not_be_written_are_reported(bookworm: Tree, offline: Pat
     assert ".new" not in refused.stdout
     assert "installed" not in bookworm.run(INSTALL).stderr
     assert "ca-bridge.timer" in bookworm.run(f"ls {units}/system").stdout
+
+
+def test_a_run_at_work_keeps_its_program(bookworm: Tree, offline: Path) -> None:
+    """It would lose its modules in the middle; when it has ended, the same command uninstalls."""
+    bring(bookworm, offline)
+    bookworm.run(f"{INSTALL}; mkdir -m 700 -p /var/lib/ca-bridge /srv/state /etc/ca-bridge")
+    bookworm.put("/etc/ca-bridge/config.toml", b'[node]\nstate_dir = "/srv/state"\n')
+    for state in ("/var/lib/ca-bridge", "/srv/state"):
+        refused = bookworm.run(f"flock {state}/lock /opt/ca-bridge/uninstall", check=False)
+        assert (refused.returncode, f"{state}: wanted no run at work" in refused.stderr) == (1, True), refused
+    bookworm.run("ca-bridge --version && /opt/ca-bridge/uninstall")
 
 
 @pytest.mark.attack("N22")
@@ -399,13 +427,14 @@ def test_an_interrupted_renewal_is_not_left_behind(bookworm: Tree, offline: Path
     bookworm.run("ca-bridge --version && rm /srv/state/restart.json && /opt/ca-bridge/uninstall")
 
 
-def test_purge_asks_for_each(bookworm: Tree, offline: Path) -> None:
+@pytest.mark.parametrize("no", [b"n\n", b"\x04"], ids=["no", "Ctrl-D"])
+def test_purge_asks_for_each(bookworm: Tree, offline: Path, no: bytes) -> None:
     """Without a terminal to ask on nothing happens; otherwise each item with a yes is removed, and the rest stays."""
     bring(bookworm, offline)
     bookworm.run(f"{INSTALL} && ca-bridge settings init && mkdir -m 700 /var/lib/ca-bridge")
     assert "wanted a terminal" in bookworm.run("/opt/ca-bridge/uninstall --purge", check=False).stderr
     bookworm.run("ca-bridge --version")
-    answers = b"n\ny\n"
+    answers = no + b"y\n"
     terminal = (
         "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(['/opt/ca-bridge/uninstall', '--purge'])))"
     )

@@ -438,6 +438,29 @@ def test_the_gateway_runs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
         assert properties(machine, "ca-bridge-gateway", "Result", "NRestarts") == ["success", "0"], machine.journal()
 
 
+@pytest.mark.parametrize("installed", ["trixie"], indirect=True)
+def test_services_follow_an_upgrade_and_end_with_the_program(installed: Tree, shared: Path) -> None:
+    """A gateway that runs is of the version in force, since the next upgrade removes the one before; a stopped one stays so."""
+    installed.put(
+        "/root/later.run", releases.offline(shared / "release-later", SOURCE_DATE_EPOCH="2000000000").read_bytes()
+    )
+    stands_in = b"[Service]\nExecStart=\nExecStart=/bin/sleep infinity\nLoadCredential=\n"
+    installed.put("/etc/systemd/system/ca-bridge-gateway.service.d/site.conf", stands_in)
+    gateway = "ca-bridge-gateway"
+    with installed.booted() as machine:
+        machine.run("sh /root/later.run install")
+        assert properties(machine, gateway, "ActiveState") == ["inactive"]
+        machine.run(f"systemctl start {gateway}")
+        before = properties(machine, gateway, "MainPID")
+        machine.run("sh /root/later.run install")  # it is installed already
+        assert properties(machine, gateway, "MainPID") == before
+        machine.run("sh /root/ca-bridge.run install")
+        after = properties(machine, gateway, "ActiveState", "MainPID")
+        assert (after[0], after[1:] != before) == ("active", True)
+        machine.run("/opt/ca-bridge/uninstall")
+        assert machine.run(f"systemctl is-active {gateway}", check=False).stdout == "inactive\n"
+
+
 #: The door, and a node on the same machine that asks it for the API server's certificate.
 PORT = 9443
 DOOR = f'[serve]\nlisten = "127.0.0.1:{PORT}"\n'
