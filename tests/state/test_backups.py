@@ -820,7 +820,7 @@ def test_two_clusters_do_not_share_a_state_directory(run: Run, store: Store, tmp
     after = {path: path.read_bytes() for path in store.directory.rglob("*") if path.is_file() and path != store.lock}
     assert after == before
     assert run("renew", "apiserver").exit_code == 0
-    (tmp_path / "own").mkdir()
+    (tmp_path / "own").mkdir(mode=0o700)
     assert run("recover", *words, "--state-dir", str(tmp_path / "own")).exit_code == 0
 
 
