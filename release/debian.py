@@ -58,17 +58,19 @@ if [ "$1" = configure ]; then
   if [ -e /etc/ca-bridge/config.toml ]; then
     ca-bridge settings check >/dev/null || echo "warning: this version does not accept the settings" >&2
   fi
-  [ ! -d /run/systemd/system ] || systemctl daemon-reload
+  if [ -d /run/systemd/system ]; then
+    systemctl daemon-reload
+    [ -z "$2" ] || {package.RESTART_SERVICES}
+  fi
 fi
 """
 _PRERM = f"""\
 #!/bin/sh
 set -e
-if [ "$1" = remove ]; then
-{package.ASSERT_NOTHING_IS_LEFT}  if command -v systemctl >/dev/null; then
-    [ ! -d /run/systemd/system ] || systemctl stop ca-bridge.timer ca-bridge-desk.timer ca-bridge-gateway.service || :
-    systemctl disable --quiet ca-bridge.timer ca-bridge-recover.service ca-bridge-desk.timer ca-bridge-gateway.service || :
-  fi
+{package.ASSERT_AT_REST}if [ "$1" = remove ]; then
+  assert_at_rest journal restart staging
+{package.STOP_AND_DISABLE}else
+  assert_at_rest
 fi
 find /{HOME} -name __pycache__ -prune -exec rm -rf {{}} +
 """

@@ -28,11 +28,18 @@ DESCRIPTION = (
 OFFLINE_IS_THERE = (
     "wanted no other installation, found one in /opt/ca-bridge: run /opt/ca-bridge/uninstall (settings and state stay)"
 )
-#: Shell of its removal: only the program can finish or undo what was cut off, wherever the settings have its state.
-ASSERT_NOTHING_IS_LEFT = r"""  IFS='
+#: Shell of its upgrade and removal, wherever the settings have its state: a run that is at work would lose its modules in
+#: the middle, and only the program can finish or undo what was cut off, in the journals that are named.
+ASSERT_AT_REST = r"""assert_at_rest() {
+  IFS='
 '
-  for state in /var/lib/ca-bridge $(/usr/bin/ca-bridge settings show 2>/dev/null | sed -n 's/^state_dir = "\(.*\)"$/\1/p'); do
-    for left in journal restart staging; do
+  for state in /var/lib/ca-bridge $(/usr/bin/ca-bridge settings show 2>/dev/null | sed -n '/^\[node\]/,/^\[/s/^state_dir = "\(.*\)"$/\1/p'); do
+    if [ -f "$state/lock" ] && ! flock -w 5 "$state/lock" true; then
+      echo "error: $state: wanted no run at work, found one" >&2
+      echo "hint: wait until it has ended (ca-bridge doctor names it), then do this again" >&2
+      exit 1
+    fi
+    for left in "$@"; do
       if [ -e "$state/$left.json" ]; then
         echo "error: $state: wanted no interrupted renewal, found $left.json" >&2
         echo "hint: run ca-bridge recover first" >&2
@@ -41,7 +48,18 @@ ASSERT_NOTHING_IS_LEFT = r"""  IFS='
     done
   done
   unset IFS
+}
 """
+#: Shell of its removal.
+STOP_AND_DISABLE = """\
+  if command -v systemctl >/dev/null; then
+    timers="ca-bridge.timer ca-bridge-desk.timer"
+    [ ! -d /run/systemd/system ] || systemctl stop $timers 'ca-bridge-gateway*.service' 'ca-bridge-serve*.service' || :
+    systemctl disable --quiet $timers ca-bridge-recover.service ca-bridge-gateway.service || :
+  fi
+"""
+#: Shell of its upgrade: the services that run have the modules of the version before.
+RESTART_SERVICES = "systemctl try-restart 'ca-bridge-gateway*.service' 'ca-bridge-serve*.service' || :"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,5 +114,7 @@ def _place(path: str) -> str:
 
 
 def _unit(path: str) -> str:
-    name = path.rpartition("/")[2]
-    return name if path.startswith("share/") and name.endswith((".service", ".timer")) else ""
+    """The name of one of the units that the offline file's installer writes, too; others are examples."""
+    place, _, name = path.rpartition("/")
+    is_installed = place in {f"share/kubeadm-ca-bridge/{kind}" for kind in ("systemd", "desk")}
+    return name if is_installed and name.endswith((".service", ".timer")) else ""

@@ -6,7 +6,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from release.package import ASSERT_NOTHING_IS_LEFT, DESCRIPTION, HOME, OFFLINE_IS_THERE, SUMMARY, Layout
+from release.package import (
+    ASSERT_AT_REST,
+    DESCRIPTION,
+    HOME,
+    OFFLINE_IS_THERE,
+    RESTART_SERVICES,
+    STOP_AND_DISABLE,
+    SUMMARY,
+    Layout,
+)
 from release.wheels import PYTHONS, BuildError
 
 _SPEC = """\
@@ -38,6 +47,7 @@ cp -a {root}/. %{{buildroot}}/
 case $(readlink /usr/bin/ca-bridge || :) in
   /opt/ca-bridge/*) echo "error: {offline}" >&2; exit 1 ;;
 esac
+{at_rest}[ "$1" -lt 2 ] || assert_at_rest
 
 %post
 for version in {versions}; do
@@ -49,15 +59,15 @@ done
 if [ -e /etc/ca-bridge/config.toml ]; then
   /usr/bin/ca-bridge settings check >/dev/null || echo "warning: this version does not accept the settings" >&2
 fi
-[ ! -d /run/systemd/system ] || systemctl daemon-reload
+if [ -d /run/systemd/system ]; then
+  systemctl daemon-reload
+  [ "$1" -lt 2 ] || {restart}
+fi
 
 %preun
-if [ "$1" = 0 ]; then
-{nothing_is_left}  if command -v systemctl >/dev/null; then
-    [ ! -d /run/systemd/system ] || systemctl stop ca-bridge.timer ca-bridge-desk.timer ca-bridge-gateway.service || :
-    systemctl disable --quiet ca-bridge.timer ca-bridge-recover.service ca-bridge-desk.timer ca-bridge-gateway.service || :
-  fi
-  find /{home} -name __pycache__ -prune -exec rm -rf {{}} +
+{at_rest}if [ "$1" = 0 ]; then
+  assert_at_rest journal restart staging
+{stop}  find /{home} -name __pycache__ -prune -exec rm -rf {{}} +
 fi
 
 %postun
@@ -101,7 +111,9 @@ def _spec(layout: Layout, root: Path) -> str:
     ours = [f"%dir /{HOME}", f"/{HOME}/*"]
     others = sorted(f"/{path}" for path in (*layout.files, *layout.links) if not path.startswith(f"{HOME}/"))
     return _SPEC.format(
-        nothing_is_left=ASSERT_NOTHING_IS_LEFT,
+        at_rest=ASSERT_AT_REST,
+        stop=STOP_AND_DISABLE,
+        restart=RESTART_SERVICES,
         version=layout.release.version,
         summary=SUMMARY,
         pythons=" or ".join(f"/usr/bin/python{python}" for python in PYTHONS),

@@ -34,7 +34,10 @@ def test_the_debian_package_installs_and_goes(tree: Tree, released: Path) -> Non
     """dpkg installs and removes it without a network; not over the offline file's installation, and not in the middle of a renewal."""
     tree.put("/root/ca-bridge.deb", the(released, ".deb").read_bytes())
     tree.run("dpkg -i /root/ca-bridge.deb && ca-bridge --version && cd / && ca-bridge settings init")
-    assert "ca-bridge.timer" in tree.run("ls /usr/lib/systemd/system/").stdout
+    there = tree.run("cd /usr/lib/systemd/system; ls ca-bridge*").stdout.split()
+    assert there == sorted(
+        unit.name for kind in ("systemd", "desk") for unit in (releases.ROOT / "config" / kind).glob("ca-bridge*")
+    )
     assert "WantedBy=timers.target" in tree.run("cat /lib/systemd/system/ca-bridge.timer").stdout
     assert "ExecStart=/usr/bin/ca-bridge renew" in tree.run("ca-bridge setup systemd").stdout
     assert tree.run("dpkg --verify ca-bridge").stdout == ""
@@ -57,6 +60,24 @@ def test_the_debian_package_installs_and_goes(tree: Tree, released: Path) -> Non
     assert (refused.returncode, "run /opt/ca-bridge/uninstall" in refused.stderr) == (1, True)
 
 
+def test_a_package_s_upgrade_waits_for_a_run_and_restarts_services(bookworm: Tree, released: Path) -> None:
+    """A run at work would lose its modules in the middle; services that run get the new ones, and end with the package."""
+    bookworm.put("/root/ca-bridge.deb", the(released, ".deb").read_bytes())
+    bookworm.run("dpkg -i /root/ca-bridge.deb; mkdir -p -m 700 /var/lib/ca-bridge /srv/state /etc/ca-bridge")
+    bookworm.put("/etc/ca-bridge/config.toml", b'[node]\nstate_dir = "/srv/state"\n')
+    bookworm.put("/usr/bin/systemctl", b'#!/bin/sh\necho "$@" >>/root/asked\n', 0o755)
+    bookworm.run("mkdir -p /run/systemd/system")
+    for state in ("/var/lib/ca-bridge", "/srv/state"):
+        for action in ("-i /root/ca-bridge.deb", "--remove ca-bridge"):
+            refused = bookworm.run(f"flock {state}/lock dpkg {action}", check=False)
+            assert (refused.returncode, f"{state}: wanted no run at work" in refused.stderr) == (1, True), refused
+            bookworm.run("ca-bridge --version")
+    bookworm.run("rm -f /root/asked; dpkg -i /root/ca-bridge.deb")
+    assert "try-restart ca-bridge-gateway*.service ca-bridge-serve*.service" in bookworm.run("cat /root/asked").stdout
+    bookworm.run("rm -f /root/asked; dpkg --remove ca-bridge")
+    assert re.search(r"^stop .*ca-bridge-serve\*\.service$", bookworm.run("cat /root/asked").stdout, re.MULTILINE)
+
+
 @pytest.mark.first_use("1")
 def test_the_rpm_installs_and_goes(bookworm: Tree, released: Path) -> None:
     """rpm installs and removes it with its scripts; on this Debian its dependencies are read here, and not resolved by rpm."""
@@ -75,7 +96,12 @@ def test_the_rpm_installs_and_goes(bookworm: Tree, released: Path) -> None:
     assert bookworm.host("rpm --root $ROOT --verify --nodeps ca-bridge").stdout == ""
     bookworm.run("mkdir -m 700 /var/lib/ca-bridge; echo {} >/var/lib/ca-bridge/journal.json")
     assert "run ca-bridge recover first" in bookworm.host(erase, check=False).stderr
-    bookworm.run("mkdir -p -m 700 /srv/state /etc/ca-bridge; mv /var/lib/ca-bridge/journal.json /srv/state/")
+    for at_work in (erase, f"rpm --root $ROOT --nodeps -U --replacepkgs {rpm}"):
+        refused = bookworm.host(f"flock $ROOT/var/lib/ca-bridge/lock {at_work}", check=False)
+        assert "/var/lib/ca-bridge: wanted no run at work" in refused.stderr
+    bookworm.run(
+        "mkdir -p -m 700 /srv/state /etc/ca-bridge; mv /var/lib/ca-bridge/journal.json /srv/state/; rm -r /var/lib/ca-bridge"
+    )
     bookworm.put("/etc/ca-bridge/config.toml", b'[node]\nstate_dir = "/srv/state"\n')
     assert "/srv/state: wanted no interrupted renewal" in bookworm.host(erase, check=False).stderr
     bookworm.run("ca-bridge --version; rm -r /srv/state /etc/ca-bridge")
