@@ -374,6 +374,7 @@ def run_since_boot(site: Site, component: Component, *arguments: str) -> None:
     (entry / "ns").mkdir(parents=True, exist_ok=True)
     (entry / "cmdline").write_bytes(b"\0".join(word.encode() for word in (component.value, *arguments)) + b"\0")
     (entry / "stat").write_text(f"4711 ({component.value}) S {' '.join([*['0'] * 18, _SECOND, *['0'] * 21])}\n")
+    (entry / "status").write_text(f"Name:\t{component.value}\nUid:\t0\t0\t0\t0\n")
     for name, target in (("ns/net", "net:[1]"), ("root", "/")):
         (entry / name).unlink(missing_ok=True)
         (entry / name).symlink_to(target)
