@@ -142,9 +142,8 @@ class Journal:
 
     def __init__(self, path: Path, now: datetime) -> None:
         self._now = now
-        self.before_asking: Callable[[], None] = lambda: (
-            None
-        )  #: Called before a CA is asked; its error ends the question.
+        #: Called before a CA is asked; its error ends the question.
+        self.before_asking: Callable[[], None] = lambda: None
         #: Certificates that the audit log has, and that were not delivered; a door keeps them.
         self.recorded: set[x509.Certificate] = set()
         self._log = RequestLog(path, _DESK, self._fresh)

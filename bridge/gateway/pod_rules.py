@@ -58,21 +58,19 @@ class Identity:
         for text in self.dns:
             name = _filled(text, _IN_NAME)
             if name is None or not is_host_name(name) or is_never_a_pods(name) or _runs_together(text):
-                wanted = (
-                    "DNS names in small letters, of no API server, with {namespace}, and {service_account} or {pod}, in them, "
-                    "with a dot between the two"
-                )
-                yield SettingsProblem("dns", wanted, repr(text))
+                yield SettingsProblem("dns", f"DNS names in small letters, of no API server, {_APART}", repr(text))
         if self.common_name:
             name = _filled(self.common_name, _IN_NAME)
             if name is None or not _is_common_name(name) or _runs_together(self.common_name):
-                wanted = (
-                    "letters, digits, hyphens and dots, with {namespace}, and {service_account} or {pod}, in them, "
-                    "with a dot between the two"
+                yield SettingsProblem(
+                    "common_name", f"letters, digits, hyphens and dots, {_APART}", repr(self.common_name)
                 )
-                yield SettingsProblem("common_name", wanted, repr(self.common_name))
         if not self.dns and not self.common_name:
             yield SettingsProblem("dns", "dns or common_name, or the table gives nothing", "neither")
+
+
+#: Of a template's placeholders, for messages; see `_runs_together`.
+_APART = "with {namespace}, and {service_account} or {pod}, in them, with a dot between the two"
 
 
 def _filled(template: str, known: tuple[str, ...]) -> str | None:

@@ -122,9 +122,8 @@ class Looks:
 
     def __init__(self, api: Api) -> None:
         self._api = api
-        self._uids: Remembered[str, str | None] = Remembered(
-            _RECENT_SECONDS
-        )  # of accounts: their users choose the rest
+        # nothing else of an account or a node is kept, since its users choose the rest
+        self._uids: Remembered[str, str | None] = Remembered(_RECENT_SECONDS)
         self._labels: Remembered[str, Mapping[str, str]] = Remembered(_RECENT_SECONDS)
         self._pods: Remembered[str, PodState | None] = Remembered(_RECENT_SECONDS)
 

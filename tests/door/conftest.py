@@ -1,4 +1,4 @@
-"""The databases that a door's tests run with."""
+"""What a door's tests run with: a node's files, a desk's settings, and databases."""
 
 from __future__ import annotations
 
@@ -9,10 +9,22 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bridge.door.store import Memory
+from tests.kit.desks import Desk, make_desk
+from tests.kit.pki import Pki, handmade_pki
 from tests.kit.serving import Database
 
 if TYPE_CHECKING:
     from tests.kit.postgresql import PostgreSql
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return handmade_pki(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture
+def desk(tmp_path: Path, pki: Pki) -> Desk:
+    return make_desk(tmp_path / "desk", pki)
 
 
 @pytest.fixture(scope="session")

@@ -28,16 +28,11 @@ from tests.kit.desks import POLICY, make_desk
 from tests.kit.est_door import TYPE, body_of, make_csr
 from tests.kit.issuing import Signer
 from tests.kit.people import APPROVALS, Team, make_team
-from tests.kit.pki import Pki, handmade_pki
+from tests.kit.pki import Pki
 from tests.kit.serving import Answer, ServeProgram, running
 
 Pairs = dict[str, tuple[x509.Certificate, PrivateKey]]
 _PATIENCE = timedelta(minutes=2)
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return handmade_pki(tmp_path_factory.mktemp("pki"))
 
 
 @pytest.fixture(scope="module")

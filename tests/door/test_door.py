@@ -53,18 +53,8 @@ _ADDRESSES = "".join(
 
 
 @pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return handmade_pki(tmp_path_factory.mktemp("pki"))
-
-
-@pytest.fixture(scope="module")
 def pairs(pki: Pki) -> Pairs:
     return old_pairs(pki)
-
-
-@pytest.fixture
-def desk(tmp_path: Path, pki: Pki) -> Desk:
-    return make_desk(tmp_path / "desk", pki)
 
 
 @pytest.fixture

@@ -32,12 +32,12 @@ from bridge.settings.load import load
 from bridge.state.store import Store
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import make_bundle, old_pairs
-from tests.kit.desks import POLICY, SIGNING_STEPS, Desk, killing, make_desk
+from tests.kit.desks import POLICY, SIGNING_STEPS, Desk, killing
 from tests.kit.est import Tls
 from tests.kit.est_door import LABELS, certificates, make_csr, make_est_door
 from tests.kit.issuing import Signer
 from tests.kit.people import Team
-from tests.kit.pki import Pki, handmade_pki
+from tests.kit.pki import Pki
 from tests.kit.serving import Database, ServeProgram, add_door, running
 
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
@@ -48,19 +48,9 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return handmade_pki(tmp_path_factory.mktemp("pki"))
-
-
 @pytest.fixture
 def bundle(pki: Pki) -> RequestBundle:
     return make_bundle(old_pairs(pki, ["apiserver", "etcd-server"]))
-
-
-@pytest.fixture
-def desk(tmp_path: Path, pki: Pki) -> Desk:
-    return make_desk(tmp_path / "desk", pki)
 
 
 def second(desk: Desk, settings: str) -> ServeProgram:

@@ -29,17 +29,12 @@ from bridge.state import audit
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import changed, make_bundle, old_pairs
 from tests.kit.desks import Desk, make_desk
-from tests.kit.pki import Pki, handmade_pki
+from tests.kit.pki import Pki
 from tests.kit.serving import Answer, ServeProgram, add_door, running
 
 _PATIENCE = timedelta(minutes=2)
 _FIRST = ("scheduler.conf", "apiserver-etcd-client")
 _SECRET = "A" * 43
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return handmade_pki(tmp_path_factory.mktemp("pki"))
 
 
 @pytest.fixture(scope="module")

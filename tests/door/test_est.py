@@ -44,11 +44,6 @@ _SIMPLE = "/web/simpleenroll"
 
 
 @pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return handmade_pki(tmp_path_factory.mktemp("pki"))
-
-
-@pytest.fixture(scope="module")
 def door(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[EstDoor]:
     made = make_est_door(tmp_path_factory.mktemp("est"), pki)
     with running(made.program):

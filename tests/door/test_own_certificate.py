@@ -10,7 +10,6 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import pytest
 from cryptography import x509
 
 from bridge.contract import SignRequest
@@ -19,9 +18,9 @@ from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.settings.load import load
 from bridge.system.waiting import wait_until
-from tests.kit.desks import POLICY, Desk, make_desk
+from tests.kit.desks import POLICY, Desk
 from tests.kit.issuing import Signer
-from tests.kit.pki import Pki, handmade_pki
+from tests.kit.pki import Pki
 from tests.kit.serving import ServeProgram, add_door, running
 
 _PATIENCE = timedelta(minutes=2)
@@ -32,16 +31,6 @@ usages = ["server"]
 subjects = ["CN=ca-door.corp.example"]
 sans = ["ca-door.corp.example", "127.0.0.1"]
 """
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return handmade_pki(tmp_path_factory.mktemp("pki"))
-
-
-@pytest.fixture
-def desk(tmp_path: Path, pki: Pki) -> Desk:
-    return make_desk(tmp_path / "desk", pki)
 
 
 def own_settings(desk: Desk, pki: Pki, door: ServeProgram) -> Path:

@@ -20,17 +20,12 @@ from bridge.system.waiting import wait_until
 from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.desks import POLICY
 from tests.kit.people import APPROVALS, Team, make_team
-from tests.kit.pki import Pki, handmade_pki
+from tests.kit.pki import Pki
 from tests.kit.serving import Answer, running
 
 Pairs = dict[str, tuple[x509.Certificate, PrivateKey]]
 _PATIENCE = timedelta(minutes=2)
 _FORM = "application/x-www-form-urlencoded"
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return handmade_pki(tmp_path_factory.mktemp("pki"))
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,8 @@ from bridge.specs import AUTHORITIES
 from bridge.state.store import Store
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import make_bundle, old_pairs
-from tests.kit.desks import Desk, make_desk
-from tests.kit.pki import Pki, handmade_pki
+from tests.kit.desks import Desk
+from tests.kit.pki import Pki
 from tests.kit.serving import Database
 
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
@@ -44,11 +44,6 @@ NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
 
 def now() -> datetime:
     return datetime.now(UTC)
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return handmade_pki(tmp_path_factory.mktemp("pki"))
 
 
 @pytest.fixture
@@ -126,11 +121,6 @@ def test_a_request_goes_from_waiting_to_answered(memory: Memory, tmp_path: Path)
 
 
 # --- a disk that is full ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def desk(tmp_path: Path, pki: Pki) -> Desk:
-    return make_desk(tmp_path / "desk", pki)
 
 
 def fill(memory: Memory) -> None:

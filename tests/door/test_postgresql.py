@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,24 +17,14 @@ from bridge.pki.bundle_format import dumps, loads_answer
 from bridge.secret import Secret
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import make_bundle, old_pairs
-from tests.kit.desks import Desk, make_desk
-from tests.kit.pki import Pki, handmade_pki
+from tests.kit.desks import Desk
+from tests.kit.pki import Pki
 from tests.kit.serving import Database, ServeProgram, add_door, running
 
 if TYPE_CHECKING:
     from tests.kit.postgresql import PostgreSql
 
 _PATIENCE = timedelta(minutes=2)
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return handmade_pki(tmp_path_factory.mktemp("pki"))
-
-
-@pytest.fixture
-def desk(tmp_path: Path, pki: Pki) -> Desk:
-    return make_desk(tmp_path / "desk", pki)
 
 
 def test_the_password_is_in_no_message(shared_database: Database, desk: Desk) -> None:

@@ -46,11 +46,6 @@ ALLOWED = f'{POLICY}revoke = "superseded"\n'
 Pair = tuple[x509.Certificate, PrivateKey]
 
 
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return handmade_pki(tmp_path_factory.mktemp("pki"))
-
-
 @pytest.fixture
 def desk(tmp_path: Path, pki: Pki) -> Desk:
     return make_desk(tmp_path / "desk", pki, policy=ALLOWED)

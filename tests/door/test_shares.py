@@ -11,9 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from http.client import HTTPSConnection
-from pathlib import Path
 
-import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -23,23 +21,13 @@ from bridge.door.shares import Places, Shares
 from bridge.pki.bundle_format import dumps
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import make_bundle, old_pairs
-from tests.kit.desks import Desk, make_desk
-from tests.kit.pki import Pki, handmade_pki
+from tests.kit.desks import Desk
+from tests.kit.pki import Pki
 from tests.kit.serving import ServeProgram, add_door, running
 
 #: A flood's bundles, as many as one address may have connections but a few, and the requests in each.
 _FLOOD, _REQUESTS = 60, 550
 _PATIENCE = timedelta(minutes=2)
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return handmade_pki(tmp_path_factory.mktemp("pki"))
-
-
-@pytest.fixture
-def desk(tmp_path: Path, pki: Pki) -> Desk:
-    return make_desk(tmp_path / "desk", pki)
 
 
 def costly(pki: Pki) -> bytes:
