@@ -50,8 +50,10 @@ _FIRST_WINDOW, _LARGEST_WINDOW = 250, 1000
 _LARGEST_WINDOW_BYTES = 8 << 20
 #: A certificate that was revoked after a run has begun is noticed by the run within this time.
 _LISTED_SECONDS = 1.0
+#: Windows for which CAs that sign one by one are asked at the same time: the end of one has few requests left.
+_SIGNED_AT_ONCE = 2
 #: Windows that are read and judged while an earlier one is signed or delivered, so that no CA waits for us.
-_AHEAD = 2
+_AHEAD = 3
 #: Requests to a backend that signs one by one, which are written to the journal at once before it is asked.
 _SLICE = 100
 
@@ -106,7 +108,9 @@ class Job:
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Certificates of an answer that is there already.
     #: Certificates that were signed before, which are answered again.
     answered: Mapping[str, Answered] = field(default_factory=dict)
-    again: set[str] = field(default_factory=set)  #: Names whose answer is an earlier run's.
+    again: set[str] = field(default_factory=set)  #: Names whose answer is an earlier run's, or an earlier job's.
+    #: Requests whose CSR an earlier job of this run has signed: by certificate name, that job.
+    twins: dict[str, Job] = field(default_factory=dict)
     #: Names whose certificate is in the audit log, and was not delivered.
     recorded: set[str] = field(default_factory=set)
     verdicts: dict[str, PolicyVerdict] = field(default_factory=dict)
@@ -127,8 +131,18 @@ class Job:
 
     @property
     def to_sign(self) -> list[BundledRequest]:
-        """The requests without an answer and without trouble."""
-        return [one for one in self.bundle.requests if one.name not in self.answers and one.name not in self.troubles]
+        """The requests without an answer, without trouble and without a twin."""
+        decided = self.answers.keys() | self.troubles.keys() | self.twins.keys()
+        return [one for one in self.bundle.requests if one.name not in decided]
+
+    def take_from_twins(self) -> None:
+        """Answer as the earlier job, whose CSRs were signed by now."""
+        for name, twin in self.twins.items():
+            if (answer := twin.answers.get(name)) is not None:
+                self.answers[name] = answer
+                self.again.add(name)
+            else:
+                self.troubles[name] = twin.troubles[name]
 
     @property
     def trouble_text(self) -> str:
@@ -194,6 +208,8 @@ class Desk:
         if not waits:
             self._configured = {name: at_once(one) for name, one in self._configured.items()}
         self._cas: dict[str, _Authority] = {}
+        #: The jobs that CAs are asked for, by certificate name and CSR, until their answers are in the archive.
+        self._asking: dict[tuple[str, bytes], Job] = {}
         #: The serial numbers that are revoked, by authority, and when they were read.
         self._lists: dict[str, tuple[Collection[int] | None, float]] = {}
         #: One for all bundles, for the row "`sign` of an inbox" of docs/evidence/numbers.md: threads cost more than a look.
@@ -220,6 +236,11 @@ class Desk:
         if self._approve is not None and job.to_sign:
             self._ask_person(self._approve, job)
         self._assert_approved(job)
+        for request in job.to_sign:
+            one = job.requests[request.name]
+            twin = self._asking.setdefault((one.spec.name, one.csr_pem), job)
+            if twin is not job:
+                job.twins[request.name] = twin
         return job
 
     def _assert_approved(self, job: Job) -> None:
@@ -405,7 +426,8 @@ class Desk:
         """Sign allowed requests, and deliver the answers; a job's own errors are in its `troubles`."""
         self._workers = workers
         self._lists.clear()
-        with ThreadPoolExecutor(1) as signing:
+        self._asking.clear()
+        with ThreadPoolExecutor(1 if self._sign_at_once else _SIGNED_AT_ONCE) as signing:
             open_: deque[tuple[list[Job], Future[None]]] = deque()
             for window in _windows(map(self.judged, jobs), self._largest_window):
                 open_.append((window, signing.submit(self._sign, window, journal)))
@@ -424,8 +446,12 @@ class Desk:
     @property
     def _largest_window(self) -> int:
         """Larger windows only make a CA wait that signs one by one anyway."""
-        at_once = any(hasattr(one.backend_type, "sign_many") for one in self._configured.values())
-        return _LARGEST_WINDOW if at_once else _FIRST_WINDOW
+        return _LARGEST_WINDOW if self._sign_at_once else _FIRST_WINDOW
+
+    @property
+    def _sign_at_once(self) -> bool:
+        """Whether a CA signs a window as a whole, as `openssl ca` does with its directory locked."""
+        return any(hasattr(one.backend_type, "sign_many") for one in self._configured.values())
 
     def _sign(self, window: Sequence[Job], journal: Journal) -> None:
         """Ask all CAs at the same time, each for the requests of all bundles of the window."""
@@ -473,6 +499,7 @@ class Desk:
             part = new[start : start + size]
             journal.add((request, Submitted(self._now())) for _, request in part)
             answers = ca.ask([request for _, request in part], lambda some: _keep(some, journal))
+            journal.save()
             for (job, request), answer in zip(part, answers, strict=True):
                 _note(job, request, answer, None)
 
@@ -481,6 +508,8 @@ class Desk:
     ) -> None:
         """Verify, record, deliver; in this order, so that nothing leaves unrecorded."""
         signed.result()
+        for job in window:
+            job.take_from_twins()
         for job, reasons in self._compared(window):
             self._verify(job, reasons)
             self._record(job, record)
@@ -493,6 +522,7 @@ class Desk:
             else:
                 journal.recorded |= certificates
             observer.answered(job, where)
+        self._asking = {key: job for key, job in self._asking.items() if job not in window}
 
     def _delivered(self, window: Sequence[Job]) -> list[str]:
         """Write the answers; the place of each, safe on disk, or an empty text if there is no answer yet."""
@@ -662,7 +692,7 @@ def _keep(answered: Sequence[tuple[SignRequest, Answer]], journal: Journal) -> N
     """Write answers to the journal at once: after a kill, the CA may have to sign the others again."""
     good = [(request, answer) for request, answer in answered if isinstance(answer, Issued | Pending)]
     if good:
-        journal.add(good)
+        journal.add_soon(good)
 
 
 def _note(job: Job, request: SignRequest, answer: Answer, journal: Journal | None) -> None:

@@ -165,11 +165,23 @@ class Journal:
 
     def add(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Submitted]]) -> None:
         """Write answers down, safe on disk when this returns; StateError: the CA alone knows them."""
+        self._put(answers)
+        self._log.save()
+
+    def add_soon(self, answers: Iterable[tuple[SignRequest, Issued | Pending]]) -> None:
+        """Write answers down while others still come: the thread that asks waits for the disk only if no other does."""
+        self._put(answers)
+        self._log.save_soon()
+
+    def save(self) -> None:
+        """Make what `add_soon` has taken safe on disk (StateError)."""
+        self._log.save()
+
+    def _put(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Submitted]]) -> None:
         for request, answer in answers:
             if isinstance(answer, Submitted):
                 self.before_asking()
             self._log.put(_at_desk(key_of(request), answer, self._now))
-        self._log.save()
 
     def forget(self, requests: Iterable[SignRequest]) -> None:
         """Drop requests whose answers were delivered; on disk after `tidy`."""

@@ -18,7 +18,7 @@ import re
 import secrets
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -30,11 +30,11 @@ from cryptography import x509
 from bridge.door import enrolments
 from bridge.door.enrolments import Enrolment
 from bridge.door.signing import BusyError, Judged
-from bridge.door.store import DatabaseError, EnrolmentError, Kept, Memory
+from bridge.door.store import TO_SIGN, DatabaseError, EnrolmentError, Kept, Memory
 from bridge.errors import BridgeError
 from bridge.pki.bundle import BundleError, RequestBundle
 from bridge.pki.certificates import pem
-from bridge.system.waiting import Rate
+from bridge.system.waiting import Rate, remember, wait_until
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -42,8 +42,11 @@ log = logging.getLogger("ca-bridge")
 #: When a node is to look again: soon after it has asked, and then less often.
 _SOON_SECONDS, _LATER_SECONDS = 1, 30
 _SOON_FOR = timedelta(seconds=30)
-#: How often all nodes that wait look in a second, about: each look takes time from signing (docs/evidence/numbers.md).
-_LOOKS_A_SECOND = 40
+#: How many requests are answered in a second, about: a node that looks too early takes time from signing, and one that
+#: looks late waits for nothing (docs/evidence/numbers.md).
+_PACE = 60
+#: Another door on the same database may answer, and this one is not told.
+_LOOK_SECONDS = 0.25
 #: When a node that was turned away may come again.
 _PAUSE_SECONDS = 30
 #: The part of the room for requests that no CA's certificate is there to judge by.
@@ -87,12 +90,56 @@ class Quota:
     a_minute_per_peer: int
 
 
+class Awaited:
+    """Answers that clients' threads wait for, as long as this is better than to let the clients come again."""
+
+    def __init__(self, memory: Memory, *, longest: timedelta, places: int) -> None:
+        """At most as many threads wait as there are `places`, none of them longer than `longest`."""
+        self._memory = memory
+        self._longest = longest
+        self._places = threading.Semaphore(places)
+        self._mutex = threading.Lock()
+        self._digests: dict[threading.Event, str] = {}  #: Of the requests that threads wait for.
+
+    def over(self, kept: Kept, limit: timedelta) -> Kept:
+        """The request once a round has answered it or left it to people, or as it is after the limit."""
+        if _is_over(kept) or not self._places.acquire(blocking=False):
+            return kept
+        answered = threading.Event()
+        with self._mutex:
+            self._digests[answered] = kept.digest
+        try:
+            return wait_until(
+                lambda: self._memory.find(kept.id) or kept,
+                _is_over,
+                min(limit, self._longest),
+                pause_seconds=0,
+                between=lambda _: answered.wait(_LOOK_SECONDS),
+            )
+        finally:
+            with self._mutex:
+                del self._digests[answered]
+            self._places.release()
+
+    def answered(self, request_digest: str) -> None:
+        """Let those look who wait for this request."""
+        with self._mutex:
+            for event, waited in self._digests.items():
+                if waited == request_digest:
+                    event.set()
+
+
+def _is_over(kept: Kept) -> bool:
+    return kept.answer is not None or kept.state not in TO_SIGN
+
+
 class Door:
     """The application; called from many threads."""
 
     def __init__(
         self,
         memory: Memory,
+        awaited: Awaited,
         quota: Quota,
         now: Callable[[], datetime],
         *,
@@ -109,6 +156,7 @@ class Door:
         `chain` has an authority's CA certificates, as far as it was reached; `pages` are those for monitors, by path.
         """
         self._memory = memory
+        self.awaited = awaited
         self._quota = quota
         self._now = now
         self._read = read
@@ -127,6 +175,9 @@ class Door:
         self.ending = threading.Event()  #: No new request is taken.
         self.answers: Counter[int] = Counter()  #: By status.
         self.to_sign = 0  #: Requests for the next rounds of signing, as they were counted last.
+        self._answered = 0  #: Requests since the start.
+        #: By digest, how many are answered when it is a request's turn.
+        self._turns: OrderedDict[str, int] = OrderedDict()
         #: What answers below other paths, by their beginning.
         self.below: dict[str, Callable[[Environ], Reply]] = {}
 
@@ -233,7 +284,9 @@ class Door:
         self.arrived.set()
         document = {"id": request_id, "digest": request_digest, "state": "waiting" if kept is None else kept.state}
         place = f"/v1/requests/{request_id}"
-        return Reply.of(HTTPStatus.ACCEPTED, document, location=place, retry_after=self._soon())
+        return Reply.of(
+            HTTPStatus.ACCEPTED, document, location=place, retry_after=str(self._soon_seconds(request_digest))
+        )
 
     def _receive(
         self, environ: Environ, data: bytes, bundle: RequestBundle, request_digest: str, judged: Judged | None
@@ -252,6 +305,8 @@ class Door:
             who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
             number = used.id if used is not None else None
             request_id = self._memory.receive(data, digest=request_digest, now=self._now(), enrolment=number, **who)
+            with self._mutex:
+                remember(self._turns, request_digest, self._answered + self.to_sign, self._quota.waiting)
             self.received(data, judged)
             self.brought(environ, request_id)
         except EnrolmentError as e:
@@ -294,22 +349,34 @@ class Door:
         kept = self._memory.find(request_id)
         if kept is None:
             return Reply.error(HTTPStatus.NOT_FOUND, "wanted the id of a request, found another text")
+        if self._pause_seconds(kept) == _SOON_SECONDS:  # its turn may come before the node would be back
+            kept = self.awaited.over(kept, timedelta(seconds=_SOON_SECONDS))
         if kept.answer is not None:
             return Reply(status=HTTPStatus.OK, body=kept.answer)
         if kept.state == "answered":
             return Reply.error(HTTPStatus.GONE, "wanted an answer that is kept, found one that is too old (serve.keep)")
         document = {"id": kept.id, "digest": kept.digest, "state": kept.state, "note": _note(kept)}
-        is_new = kept.begun is None or self._now() - kept.received < _SOON_FOR
-        later = self._soon() if is_new else str(_LATER_SECONDS)
-        return Reply.of(HTTPStatus.ACCEPTED, document, retry_after=later)
+        return Reply.of(HTTPStatus.ACCEPTED, document, retry_after=str(self._pause_seconds(kept)))
 
-    def answered(self) -> None:
+    def answered(self, request_digest: str) -> None:
         """Count one request less that waits."""
         self.to_sign -= 1
+        with self._mutex:
+            self._answered += 1
+            self._turns.pop(request_digest, None)
+        self.awaited.answered(request_digest)
 
-    def _soon(self) -> str:
-        """Seconds until a node whose turn may come soon should look again: more where many wait."""
-        return str(min(max(_SOON_SECONDS, self.to_sign // _LOOKS_A_SECOND), _LATER_SECONDS))
+    def _pause_seconds(self, kept: Kept) -> int:
+        """Until a node should look again."""
+        is_new = kept.begun is None or self._now() - kept.received < _SOON_FOR
+        return self._soon_seconds(kept.digest) if is_new else _LATER_SECONDS
+
+    def _soon_seconds(self, request_digest: str) -> int:
+        """Until it is about the turn of a request; of one that came before the start, as if it were the last."""
+        with self._mutex:
+            turn = self._turns.get(request_digest)
+            ahead = self.to_sign if turn is None else min(turn - self._answered, self.to_sign)
+        return min(max(_SOON_SECONDS, ahead // _PACE), _LATER_SECONDS)
 
     def _certificate(self, name: str, csr: str) -> Reply:
         chain = self._memory.issued_for(csr, name)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import threading
 from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,14 +31,13 @@ from bridge.door.app import Door, Environ, Reply
 from bridge.door.enrolments import Enrolment
 from bridge.door.https import PEER
 from bridge.door.signing import Signing, asker_json, origin_problem
-from bridge.door.store import TO_SIGN, EnrolmentError, Kept, Memory
+from bridge.door.store import EnrolmentError, Kept, Memory
 from bridge.pki import node_proofs
 from bridge.pki.bundle import BundledRequest, BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer, loads_request
 from bridge.pki.certificates import UNREADABLE, csr_fingerprint, fingerprint
 from bridge.pki.est_messages import MOST_BYTES, certs_only, csr_attributes, csr_of
 from bridge.specs import CertificateSpec
-from bridge.system.waiting import wait_until
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -47,7 +45,8 @@ log = logging.getLogger("ca-bridge")
 ROOT = "/.well-known/est/"
 _PATH = re.compile(r"/\.well-known/est/(?:([a-z0-9.-]{1,63})/)?(cacerts|csrattrs|simpleenroll|simplereenroll)")
 _CERTIFICATES = "application/pkcs7-mime; smime-type=certs-only"
-_LOOK_SECONDS = 0.1
+#: A client is kept waiting this long for an answer that may soon be there.
+_HOLD = timedelta(seconds=8)
 #: When a client is to come again: soon after it has asked, and then less often.
 _SOON_SECONDS, _LATER_SECONDS = 2, 30
 
@@ -70,16 +69,11 @@ class _Label:
 class Est:
     """The operations; called from many threads."""
 
-    def __init__(
-        self, door: Door, memory: Memory, signing: Signing, now: Callable[[], datetime], *, hold: timedelta, held: int
-    ) -> None:
-        """An answer is waited for as long as `hold`, and by so many clients (`held`) at once; others hear 202 first."""
+    def __init__(self, door: Door, memory: Memory, signing: Signing, now: Callable[[], datetime]) -> None:
         self._door = door
         self._memory = memory
         self._signing = signing
         self._now = now
-        self._hold = hold
-        self._places = threading.Semaphore(held)
 
     def reply(self, environ: Environ) -> Reply:
         """The answer to a request below `ROOT`."""
@@ -235,11 +229,7 @@ class Est:
 
     def _answered(self, kept: Kept) -> Reply:
         """The certificate, if it comes soon enough."""
-        if not _is_over(kept) and self._places.acquire(blocking=False):
-            try:
-                kept = wait_until(lambda: self._found(kept.id), _is_over, self._hold, pause_seconds=_LOOK_SECONDS)
-            finally:
-                self._places.release()
+        kept = self._door.awaited.over(kept, _HOLD)
         if kept.answer is None:
             is_new = self._now() - kept.received < timedelta(seconds=_LATER_SECONDS)
             text = (
@@ -253,10 +243,6 @@ class Est:
             text = "wanted a CSR that was not answered before, found one whose certificate has ended: make a new CSR"
             return _text(HTTPStatus.FORBIDDEN, text)
         return _encoded(certs_only([answer.leaf]), _CERTIFICATES)
-
-
-def _is_over(kept: Kept) -> bool:
-    return kept.answer is not None or kept.state not in TO_SIGN
 
 
 def _csr(environ: Environ) -> x509.CertificateSigningRequest:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from cryptography import x509
 from bridge.desk.approval import Trust
 from bridge.desk.workers import GARBAGE, Workers
 from bridge.door import fleet
-from bridge.door.app import Door, Quota
+from bridge.door.app import Awaited, Door, Quota
 from bridge.door.approvals import Api, Approvals
 from bridge.door.est import ROOT, Est
 from bridge.door.https import Https, Limits, serving
@@ -58,8 +58,8 @@ _IDLE_SECONDS = 5.0
 _DRAIN_SECONDS = 45.0
 _TICK_SECONDS = 0.2
 _TIDY_SECONDS = 3600.0
-#: A client of EST is kept waiting this long for an answer that may soon be there.
-_HOLD = timedelta(seconds=8)
+#: The part of the threads that may wait for answers.
+_PART_AWAITING = 4
 _SECRET, _SECRET_BYTES = "door.secret", 32
 #: Processes that read and judge what comes, one for each processor but the one that signs.
 _MOST_WORKERS = 4
@@ -93,8 +93,10 @@ class Service:
         quota = Quota(
             waiting=ours.waiting, waiting_per_peer=ours.waiting_per_peer, a_minute_per_peer=ours.requests_per_minute
         )
+        awaited = Awaited(self.memory, longest=ours.exchange_for / 2, places=max(1, ours.threads // _PART_AWAITING))
         self._door = Door(
             self.memory,
+            awaited,
             quota,
             now,
             read=self._signing.read,
@@ -104,8 +106,7 @@ class Service:
             chain=lambda name: self._signing.chains.get(name, ()),
             pages=pages,
         )
-        hold = min(_HOLD, settings.serve.exchange_for / 2)
-        est = Est(self._door, self.memory, self._signing, now, hold=hold, held=max(1, settings.serve.threads // 4))
+        est = Est(self._door, self.memory, self._signing, now)
         self._door.below[ROOT] = est.reply
         self._door.below[REVOCATIONS] = Revocations(settings, self.memory, self._signing, now)
         approvals = Approvals(self.memory, self._signing, self._trust, self._door.arrived.set)

@@ -140,7 +140,7 @@ class Signing:
         self._at_workers = Places(_AT_WORKERS)
         #: Bundles of requests that came lately, by the bytes that they were read from.
         self._read: dict[bytes, Judged] = {}
-        self.answered: Callable[[], object] = lambda: None  #: Called for each request that is answered.
+        self.answered: Callable[[str], object] = lambda _: None  #: Called with the digest of each answered request.
         self._recorded: set[x509.Certificate] = set()  #: See `Journal.recorded`.
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
 
@@ -459,7 +459,7 @@ class _Left:
             if isinstance(answer, Refusal):
                 log.warning("%s: %s: %s is refused: %s", job.label, node, name, answer.reason)
         self._signing.outcomes += counts
-        self._signing.answered()
+        self._signing.answered(job.digest)
         text = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
         log.info("%s: %s: %s", job.label, node, text, extra={"request": job.digest[:16]})
 

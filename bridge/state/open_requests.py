@@ -217,6 +217,14 @@ class RequestLog(Generic[T]):
                 self._append()
             self._changed.clear()
 
+    def save_soon(self) -> None:
+        """Save, unless another thread is at it: then the next `save` takes our changes along, which has to come."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self.save()
+            finally:
+                self._lock.release()
+
     def tidy(self) -> None:
         """Keep on disk only lines that count."""
         with self._locked():

@@ -827,6 +827,31 @@ def test_a_desk_with_openbao_refuses_a_revoked_proof(
     assert all(isinstance(one, Issued) for one in (*by_batch[first.batch].values(), *by_batch[second.batch].values()))
 
 
+def test_a_csr_in_several_bundles_is_signed_once(desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path) -> None:
+    """A node that sends a part of its requests again gets what the first bundle gets, in the same run."""
+    live = {name: old for name, (old, _) in pairs.items()}
+    with openbao.dev_server() as bao:
+        bao.add_ca("ca", *pki.ca_pem("ca"))
+        bao.add_kubeadm_roles("ca", live, VALIDITY)
+        token = tmp_path / "token"
+        token.touch(mode=0o600)
+        token.write_text(bao.root_token)
+        with_backend(desk_, pki, {"type": "vault", "url": bao.url, "mount": "ca", "auth.token_file": f"{token}"})
+        whole = make_bundle(some(pairs, "apiserver", "admin.conf"))
+        bundles = [whole, *(replace(whole, requests=(one,)) for one in whole.requests)]
+        for bundle in bundles:
+            put(desk_, bundle)
+
+        run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+        there = bao.request("LIST", "ca/certs").json()["data"]["keys"]
+
+    assert run.returncode == 0, run.stderr
+    answers = {answer.request_digest: answer for answer in answers_of(desk_)}
+    for bundle in bundles:
+        assert_good(answers[digest(bundle)], bundle, pki)
+    assert len(there) == 2
+
+
 @pytest.mark.kube("cfssl")
 def test_a_desk_with_cfssl(desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path) -> None:
     """Any backend works at the desk."""

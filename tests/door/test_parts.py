@@ -23,7 +23,8 @@ from bridge.cli import serve
 from bridge.contract import Issued
 from bridge.desk.policy import PolicyVerdict
 from bridge.desk.workers import Judgement, Workers
-from bridge.door.app import Door, Quota
+from bridge.door import app
+from bridge.door.app import Awaited, Door, Quota
 from bridge.door.doors import Doors
 from bridge.door.signing import Judged, Signing
 from bridge.door.store import METADATA, DatabaseError, IssuedRow, Memory, Unanswered, sqlite_url
@@ -40,6 +41,7 @@ from tests.kit.pki import Pki
 from tests.kit.serving import Database
 
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+_PATIENCE = timedelta(minutes=3)
 
 
 def now() -> datetime:
@@ -167,6 +169,7 @@ def make_application(memory: Memory, *, is_judged: bool = True, a_minute: int = 
     quota = Quota(waiting=waiting, waiting_per_peer=waiting, a_minute_per_peer=a_minute)
     return Door(
         memory,
+        Awaited(memory, longest=timedelta(seconds=60), places=1),
         quota,
         now,
         read=lambda data, _: (*loads_digested(data), None),
@@ -200,16 +203,38 @@ def test_what_can_not_be_judged_gets_a_tenth_of_the_room(memory: Memory, pki: Pk
 
 
 def test_where_many_wait_nodes_look_again_later(memory: Memory, pki: Pki) -> None:
-    """A second for each 40 that wait for signing, since looks take time from it; those for people don't count."""
+    """A second for each 60 that were there before; those for people don't count."""
     first, second = (dumps(make_bundle(old_pairs(pki, ["apiserver"]))) for _ in range(2))
-    door = make_application(memory, waiting=150)
-    waiting = [received(memory, f"{number}") for number in range(120)]
+    door = make_application(memory, waiting=250)
+    waiting = [received(memory, f"{number}") for number in range(180)]
     many = posted(door, first)[1]["Retry-After"]
+    for number in range(60):
+        door.answered(f"{number}")
+    fewer = posted(door, first)[1]["Retry-After"]
     for request in waiting:
         memory.move(request, "undecided", before=["waiting"])
     few = posted(door, second)[1]["Retry-After"]
 
-    assert (many, few) == ("3", "1")
+    assert (many, fewer, few) == ("3", "2", "1")
+
+
+def test_an_answer_that_comes_soon_is_waited_for(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By as many threads as there are places; a further one gets the request as it is."""
+    monkeypatch.setattr(app, "_LOOK_SECONDS", _PATIENCE.total_seconds())  # it is the round that says so
+    kept = memory.find(received(memory, "aa"))
+    assert kept is not None
+    awaited = Awaited(memory, longest=_PATIENCE, places=1)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(awaited.over, kept, _PATIENCE)
+        wait_until(lambda: awaited._digests, bool, _PATIENCE, pause_seconds=0.01)
+        second = awaited.over(kept, _PATIENCE)
+        memory.conclude(kept.id, b"{}", [], now(), "")
+        for other in ("bb", "aa"):
+            awaited.answered(other)
+        answered = first.result(_PATIENCE.total_seconds())
+
+    assert (answered.answer, second) == (b"{}", kept)
+    assert awaited.over(kept, timedelta()).answer == b"{}"
 
 
 def test_a_full_disk_takes_no_request(tmp_path: Path, bundle: RequestBundle) -> None:
