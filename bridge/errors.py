@@ -38,10 +38,12 @@ class BridgeError(Exception):
     exit_code: ClassVar[int] = Exit.FAILED
     hint: str = ""  #: What to do next; may be empty.
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, exit_code: int | None = None) -> None:
         super().__init__(message)
         if hint is not None:
             self.hint = hint
+        if exit_code is not None:
+            self.exit_code = exit_code  # type: ignore[misc]  # this one's, where others have their class's
 
     @property
     def reason(self) -> str:

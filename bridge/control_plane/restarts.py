@@ -427,10 +427,6 @@ class UnknownError(BridgeError):
 
     hint = "`ca-bridge prove` shows each check; `ca-bridge restart COMPONENT` restarts without a check"
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]  # that of the look, where others have their class's
-
 
 def restart_stale(
     settings: Settings, names: Sequence[str], now: Callable[[], datetime], *, force: bool, wait: timedelta
@@ -473,7 +469,7 @@ def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Co
     if not node.manifests and not node.is_worker:
         place = settings.node.kubeconfig_dir / "manifests"
         text = f"nothing is known of what runs here: wanted static-pod manifests in {place}, found none"
-        return [], UnknownError(text, Exit.FAILED)
+        return [], UnknownError(text)
     if wanted.which != "needed":
         every = restart_plan.ORDER if node.is_worker else manifests.COMPONENTS
         return [one for one in wanted.listed or every if one in _present(node)], None
@@ -482,4 +478,4 @@ def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Co
     unseen = [one for one in found.findings if one.state in ("unknown", "no-answer") and one.certificate not in pairs]
     names = dict.fromkeys(one.certificate or "" if one.component is None else one.component.value for one in unseen)
     text = f"wanted to see on which certificates all components run, found no answer from {', '.join(names)}"
-    return found.stale, UnknownError(text, found.exit_code) if unseen else None
+    return found.stale, UnknownError(text, exit_code=found.exit_code) if unseen else None

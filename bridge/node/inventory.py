@@ -190,12 +190,6 @@ class NoNodeError(BridgeError):
         super().__init__(f"no control plane here: {wanted}, found none")
 
 
-class SharedFileError(BridgeError):
-    """Two certificates, or a certificate and its key, are in one file."""
-
-    hint = "give each a file of its own (a copy instead of a symlink), and name that in the component's configuration"
-
-
 def of(node: NodeSettings) -> Node:
     """Look at the node whose directories the settings name, and at the further pairs that they name."""
     found = read(node.pki_dir, node.kubeconfig_dir, node.kubelet_dir)
@@ -339,7 +333,8 @@ def _with_shared_files(items: Sequence[Item]) -> tuple[Item, ...]:
         for name in names if len(names) > 1 else ():
             others = ", ".join(other for other in dict.fromkeys(names) if other != name)
             wanted, found = ("a file of its own", f"the same as {others}'s") if others else ("two files", "one")
-            obstacles[name] = SharedFileError(f"wanted {wanted} for certificate and key, found {found}: {file}")
+            hint = "give each a file of its own (a copy instead of a symlink), and name that in the component's configuration"
+            obstacles[name] = BridgeError(f"wanted {wanted} for certificate and key, found {found}: {file}", hint=hint)
     return tuple(replace(item, obstacle=obstacles.get(item.spec.name, item.obstacle)) for item in items)
 
 

@@ -150,10 +150,6 @@ class HeldOffError(BridgeError):
 
     hint = "fix the cause; `ca-bridge renew NAME` or `ca-bridge renew all` asks at once, and success ends the pauses"
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]  # this one's, where others have their class's
-
 
 class NeedsAPersonError(BridgeError):
     """A CA's renewals failed again and again; the exit code is that of the last failure."""
@@ -161,9 +157,8 @@ class NeedsAPersonError(BridgeError):
     hint = "fix the cause; without names, `renew` asks this CA less and less often until it succeeds"
 
     def __init__(self, authority: str, failures: Failures) -> None:
-        super().__init__(f"{authority}: {failures}, and will be tried less often")
+        super().__init__(f"{authority}: {failures}, and will be tried less often", exit_code=failures.exit_code)
         self.authority = authority
-        self.exit_code = failures.exit_code  # type: ignore[misc]  # as above
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +218,7 @@ class Attempts:
         if not ends or not failures.last <= now < (until := next_try(failures, min(ends))):
             return None
         text = f"{name}: {failures}, the next try is at {minute(until)}; the last failure: {failures.reason}"
-        return HeldOffError(text, failures.exit_code)
+        return HeldOffError(text, exit_code=failures.exit_code)
 
     def note(
         self, authorities: Collection[str], failed: Mapping[str, BridgeError], now: datetime

@@ -27,15 +27,11 @@ NOT_NOW = 75
 _MOST_REMEMBERED = 20
 _LONGEST_ERRORS = 4000
 
-_AGAIN = "the next `ca-bridge renew` runs it again, until it succeeds or is no longer in the settings"
-
 
 class HookError(BridgeError):
     """A hook failed; the exit code says what that means for the run."""
 
-    def __init__(self, message: str, exit_code: int, *, hint: str = _AGAIN) -> None:
-        super().__init__(message, hint=hint)
-        self.exit_code = exit_code  # type: ignore[misc]  # this one's, where others have their class's
+    hint = "the next `ca-bridge renew` runs it again, until it succeeds or is no longer in the settings"
 
 
 class NotNowByHookError(HookError):
@@ -114,10 +110,10 @@ class Hooks:
             ended = self._run(BEFORE, words, environment)
             if ended.code == NOT_NOW:
                 text = f'hook before: {words[0]} says "not now" (code {NOT_NOW}); no CA was asked'
-                raise NotNowByHookError(text, Exit.UNAVAILABLE, hint="run again later")
+                raise NotNowByHookError(text, hint="run again later", exit_code=Exit.UNAVAILABLE)
             if ended.failure:
                 text = f"hook before: {words[0]} {ended.failure}; no CA was asked"
-                raise HookError(text, Exit.FAILED, hint="fix it, or take it out of [hooks]")
+                raise HookError(text, hint="fix it, or take it out of [hooks]")
 
     def installing(self, occasion: HookEvent) -> None:
         """Record, before the installation, that the commands of `installed` are to run (HookError: install nothing)."""
@@ -125,7 +121,7 @@ class Hooks:
             try:
                 self._remember(self._to_run(AFTER_INSTALL, occasion))
             except StateError as e:
-                raise HookError(str(e), Exit.FAILED, hint=e.hint) from e
+                raise HookError(str(e), hint=e.hint) from e
 
     def installed(self, occasion: HookEvent) -> list[HookError]:
         """Run the hooks after the installation, before any restart."""
@@ -142,7 +138,7 @@ class Hooks:
         try:
             every = self._file.read() or ()
         except StateError as e:
-            return [HookError(str(e), Exit.FAILED, hint=e.hint)]
+            return [HookError(str(e), hint=e.hint)]
         errors = []
         for hooks in every:
             why = "its certificates are not in use" if hooks.is_outdated(node) else ""
@@ -188,7 +184,8 @@ class Hooks:
         if not failures:
             trouble = self._kept(hooks, is_over=True)
         problems = "; ".join(filter(None, [*failures, trouble]))
-        return [HookError(f"hook {hooks.event} of run {hooks.run_id}: {problems}", exit_code)] if problems else []
+        text = f"hook {hooks.event} of run {hooks.run_id}: {problems}"
+        return [HookError(text, exit_code=exit_code)] if problems else []
 
     def _commands(self, event: str) -> Commands:
         commands: Commands = getattr(self._settings.hooks, event)

@@ -333,7 +333,8 @@ def _thrown_away(
                 ca.revoke(leaf)
             except BackendError as e:
                 text = f"not revoked: {name}, serial {serial_hex(leaf)}: {ca.label}: {e}"
-                error = RevocationError(text, e, hint="its key is gone; revoke it at the CA if your rules ask for that")
+                hint = "its key is gone; revoke it at the CA if your rules ask for that"
+                error = RevocationError(text, hint=hint, exit_code=e.exit_code)
                 run.record.add(audit.FAILED, name, authority=authority, new=leaf, error=error)
                 if isinstance(e, BackendUnavailableError):
                     errors.append(error)

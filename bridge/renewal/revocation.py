@@ -21,10 +21,6 @@ from bridge.system.state_file import StateError
 class RevocationError(BridgeError):
     """A superseded certificate is not revoked; the exit code is its cause's. The new certificates are in use."""
 
-    def __init__(self, message: str, cause: BridgeError, *, hint: str) -> None:
-        super().__init__(message, hint=hint)
-        self.exit_code = cause.exit_code  # type: ignore[misc]  # this one's, where others have their class's
-
 
 def record_due(run: Run, done: Sequence[Outcome]) -> None:
     """Write down the certificates to revoke, once the new ones are installed and in use."""
@@ -117,7 +113,7 @@ def _revoke_all(run: Run, due: Sequence[Superseded], node: Node) -> tuple[list[S
 
 def _not_now(ours: Sequence[Superseded], cause: BridgeError) -> RevocationError:
     hint = 'the next run tries again; `[renewal] revoke = "never"` ends that'
-    return RevocationError(f"not revoked: {_names(ours)}: {cause}", cause, hint=hint)
+    return RevocationError(f"not revoked: {_names(ours)}: {cause}", hint=hint, exit_code=cause.exit_code)
 
 
 def _revoke(
@@ -141,7 +137,8 @@ def _revoke(
                 continue
             except BridgeError as e:
                 hint = "it is not tried again: another CA's, or one that this CA does not know, can be revoked by hand"
-                errors.append(RevocationError(f"not revoked: {one}: {ca.label}: {e}", e, hint=hint))
+                text = f"not revoked: {one}: {ca.label}: {e}"
+                errors.append(RevocationError(text, hint=hint, exit_code=e.exit_code))
             else:
                 run.record.add(audit.REVOKED, one.name, authority=authority, old=one.certificate)
             done.append(one)

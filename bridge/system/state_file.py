@@ -43,10 +43,6 @@ class StateError(BridgeError):
 
     hint = "make room, or fix the state directory, then run again"
 
-    def __init__(self, message: str, *, hint: str | None = None, exit_code: int = Exit.FAILED) -> None:
-        super().__init__(message, hint=hint)
-        self.exit_code = exit_code  # type: ignore[misc]  # this file's, where others have their class's
-
 
 class StateUnreadableError(StateError):
     """The file is there and can't be read at this moment."""

@@ -31,7 +31,8 @@ from tests.kit.loopback import free_port
 
 pytestmark = pytest.mark.kube("cmp-ra")
 
-REFUSED, UNAVAILABLE = BackendRefusedError, BackendUnavailableError
+REFUSED: type[BackendError] = BackendRefusedError
+UNAVAILABLE: type[BackendError] = BackendUnavailableError
 _CA = TestCA.make("kubernetes", "ecdsa-p256")
 _SPEC = SPECS["apiserver"]
 

@@ -284,7 +284,7 @@ def test_a_failed_run_is_reported_to_the_failure_hook(
     log = tmp_path / "log"
     text = hook("failure", f"printenv CA_BRIDGE_EXIT_CODE CA_BRIDGE_ERRORS >{log}")
     everything = due(store, directory, node)
-    failed = HookError("hook x failed", Exit.NOT_LIVE)
+    failed = HookError("hook x failed", exit_code=Exit.NOT_LIVE)
     one = transaction(store, directory, text)
     assert concluded(one, everything, outcomes(everything, apiserver=REFUSED), [failed]) == []
     assert log.read_text().splitlines() == ["7", "apiserver: corp: no such role", "hook x failed"]
@@ -304,10 +304,10 @@ def test_a_hook_that_says_not_now_is_no_failure(store: Store, directory: Path, n
     log = tmp_path / "log"
     text = hook("failure", f"echo x >>{log}")
     everything = due(store, directory, node)
-    not_now = NotNowByHookError("hook before: says not now", Exit.UNAVAILABLE)
+    not_now = NotNowByHookError("hook before: says not now", exit_code=Exit.UNAVAILABLE)
     assert concluded(transaction(store, directory, text), everything, Result(outcomes=()), [not_now]) == []
     assert not log.exists()
-    broken = HookError("hook before: broken", Exit.FAILED)
+    broken = HookError("hook before: broken")
     assert concluded(transaction(store, directory, text), everything, Result(outcomes=()), [broken]) == []
     assert log.read_text() == "x\n"
     assert not store.attempts.exists()
