@@ -1695,13 +1695,15 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def documented_roles(page: str) -> list[tuple[str, dict[str, str]]]:
-    """The roles that a page's `bao write` commands make, in their order: name and fields."""
+    """The roles that a page's `bao write` commands make, in their order: name and fields, each once, or `bao` refuses it."""
     text = (DOCS / page).read_text().replace("\\\n", " ")
     [common] = re.findall(r"^common='([^']*)'", text, re.MULTILINE)
     found = []
     for line in re.findall(r"^bao write (\S+/roles/\S+ .*)$", text, re.MULTILINE):
         path, *words = shlex.split(line.replace("$common", " ".join(common.split())))
-        found.append((path.rpartition("/")[2], dict(word.split("=", 1) for word in words)))
+        fields = dict(word.split("=", 1) for word in words)
+        assert len(fields) == len(words), line
+        found.append((path.rpartition("/")[2], fields))
     return found
 
 
@@ -1734,6 +1736,7 @@ def test_the_gateways_roles_in_the_documents(pki: openbao.OpenBao) -> None:
         assert gives(client, "system:node:w1")
         assert gives(serving, "system:node:w1", *sans("w1", "192.0.2.7"))
         assert not gives(client, "system:kube-controller-manager")
+        assert not gives(serving, "system:node:w1", *sans("*.svc", "192.0.2.7"))  # one pattern would be all servers
     assert gives(0, "system:node:w3")
     assert not gives(2, "system:node:w3")
     assert gives(1, "system:node:w1", *sans("kubernetes.default.svc", "10.96.0.1"))
