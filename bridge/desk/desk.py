@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bridge.ca import registry
 from bridge.ca.ca import CA, PARALLEL_REQUESTS, Answer, UntrustedAnswerError
-from bridge.contract import Collects, Issued, Pending, SignRequest, SignsMany
+from bridge.contract import Collects, Issued, Pending, Recalls, SignRequest, SignsMany
 from bridge.desk import approval
 from bridge.desk.approval import Standing, UndecidedError
 from bridge.desk.policy import Policy, PolicyVerdict, judge
@@ -46,14 +46,15 @@ from bridge.words import one_line
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
 #: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part.
 _FIRST_WINDOW, _LARGEST_WINDOW = 250, 1000
-#: The size of a window's files. Honest bundles stay below it; up to four windows are in memory.
+#: The size of a window's files. Honest bundles stay below it; up to five windows are in memory.
 _LARGEST_WINDOW_BYTES = 8 << 20
 #: A certificate that was revoked after a run has begun is noticed by the run within this time.
 _LISTED_SECONDS = 1.0
-#: Windows for which CAs that sign one by one are asked at the same time: the end of one has few requests left.
-_SIGNED_AT_ONCE = 2
-#: Windows that are read and judged while an earlier one is signed or delivered, so that no CA waits for us.
-_AHEAD = 3
+#: Windows for which CAs are asked at the same time that sign one by one, and can tell after a crash what they have
+#: signed: near its end one window has few requests left. Other CAs may sign again what was on its way.
+_ASKED_AT_ONCE = 2
+#: Windows that are read and judged while those before are signed or delivered, so that no CA waits for us.
+_AHEAD = 1
 #: Requests to a backend that signs one by one, which are written to the journal at once before it is asked.
 _SLICE = 100
 
@@ -427,11 +428,13 @@ class Desk:
         self._workers = workers
         self._lists.clear()
         self._asking.clear()
-        with ThreadPoolExecutor(1 if self._sign_at_once else _SIGNED_AT_ONCE) as signing:
+        tell = all(self.recalls(name) for name in self._configured)
+        asked = _ASKED_AT_ONCE if tell and not self._sign_at_once else 1
+        with ThreadPoolExecutor(asked) as signing:
             open_: deque[tuple[list[Job], Future[None]]] = deque()
             for window in _windows(map(self.judged, jobs), self._largest_window):
                 open_.append((window, signing.submit(self._sign, window, journal)))
-                if len(open_) > _AHEAD:
+                if len(open_) > asked + _AHEAD:
                     self._finish(*open_.popleft(), journal, record, observer)
             while open_:
                 self._finish(*open_.popleft(), journal, record, observer)
@@ -495,10 +498,11 @@ class Desk:
                 new.append((job, request))
         new += _recalled(ca, submitted, journal)
         size = len(new) if isinstance(ca.backend, SignsMany) else _SLICE
+        keep = partial(_keep, journal.add_soon if isinstance(ca.backend, Recalls) else journal.add)
         for start in range(0, len(new), size or 1):
             part = new[start : start + size]
             journal.add((request, Submitted(self._now())) for _, request in part)
-            answers = ca.ask([request for _, request in part], lambda some: _keep(some, journal))
+            answers = ca.ask([request for _, request in part], keep)
             journal.save()
             for (job, request), answer in zip(part, answers, strict=True):
                 _note(job, request, answer, None)
@@ -688,11 +692,12 @@ def _recalled(
     return rest
 
 
-def _keep(answered: Sequence[tuple[SignRequest, Answer]], journal: Journal) -> None:
+def _keep(
+    add: Callable[[list[tuple[SignRequest, Issued | Pending]]], None], answered: Sequence[tuple[SignRequest, Answer]]
+) -> None:
     """Write answers to the journal at once: after a kill, the CA may have to sign the others again."""
-    good = [(request, answer) for request, answer in answered if isinstance(answer, Issued | Pending)]
-    if good:
-        journal.add_soon(good)
+    if good := [(request, answer) for request, answer in answered if isinstance(answer, Issued | Pending)]:
+        add(good)
 
 
 def _note(job: Job, request: SignRequest, answer: Answer, journal: Journal | None) -> None:
