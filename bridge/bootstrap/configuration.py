@@ -37,11 +37,7 @@ class ConfigurationFacts:
 
 
 #: For clusters without a signer: only with `false` a running kubelet loads a new certificate from its file.
-_KUBELET = {
-    "apiVersion": "kubelet.config.k8s.io/v1beta1",
-    "kind": "KubeletConfiguration",
-    "rotateCertificates": False,
-}
+_KUBELET = {"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration", "rotateCertificates": False}
 
 
 def from_facts(facts: ConfigurationFacts) -> KubeadmConfig:
@@ -71,12 +67,7 @@ def for_node(cluster: KubeadmConfig, facts: ConfigurationFacts) -> KubeadmConfig
 
 def _init_configuration(api: str, endpoint: Mapping[str, Any], registration: Mapping[str, str]) -> dict[str, Any]:
     given = {key: value for key, value in registration.items() if value}
-    return {
-        "apiVersion": api,
-        "kind": "InitConfiguration",
-        "localAPIEndpoint": endpoint,
-        "nodeRegistration": given,
-    }
+    return {"apiVersion": api, "kind": "InitConfiguration", "localAPIEndpoint": endpoint, "nodeRegistration": given}
 
 
 def shared(config: KubeadmConfig) -> KubeadmConfig:

@@ -68,12 +68,7 @@ _SUPER_ADMIN_MORE = timedelta(days=1)
 def make(
     settings: Settings, desired: DesiredNode, now: Callable[[], datetime], progress: Progress, wait: timedelta
 ) -> Bootstrapped:
-    """
-    Make what is missing, ask for it, and put it in place once all is there.
-
-    After any BridgeError nothing was put in place: KubeadmConfigError (the configuration), ClusterExistsError or
-    LeftoversError (the node is not new), NotWholeError (the result as a whole), LockedError.
-    """
+    """Make what is missing, ask for it, and put it in place once all is there; after a BridgeError nothing was."""
     if desired.role != "worker":
         assert_usable(desired.config, str(settings.node.pki_dir), further=desired.role == "control-plane")
     node = dataclasses.replace(settings.node, name=desired.node)

@@ -185,11 +185,7 @@ class NodeLook:
         """Judge it as an answer to a request that we would make now."""
         leaf, name = certificates[0], spec.authority.certificate_file
         expected = verify.Expectation(
-            anchors=anchors,
-            anchor_name=name,
-            now=self.now,
-            min_validity=timedelta(),
-            extra_subject=self.extra_subject,
+            anchors=anchors, anchor_name=name, now=self.now, min_validity=timedelta(), extra_subject=self.extra_subject
         )
         found = list(pairs.findings(spec, certificates, key_pem, expected))
         if any(one.kind == "other" for one in found):

@@ -468,10 +468,7 @@ def place_of(node: Mapping[str, Any], flags: Flags) -> Address | None:
 
 
 def authorities(api: Api, own: str, own_flags: Flags) -> dict[str, str]:
-    """
-    The CA file by which each node's API server verifies kubelets, empty where it verifies none, by their mirror pods; of
-    the node `own` by its manifest (NoAnswerError).
-    """
+    """The CA file by which each node's API server verifies kubelets, empty: it verifies none (NoAnswerError)."""
     # a mirror pod follows some seconds after a restart
     found: dict[str, Flags] = {own: own_flags}
     for pod in items(api.get(_API_SERVERS), "items"):

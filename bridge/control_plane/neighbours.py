@@ -146,8 +146,7 @@ def _look_at_etcd(node: Node) -> _Seen:
     names = {member.id: member.name or member.id for member in listed}
     own = replace(own, voter=not any(member.learner for member in listed if _is_own(member, own_id, flags)))
     return _Seen(
-        instances=(own, *states),
-        alarms=tuple(f"etcd of {names.get(who, who)}: alarm {what}" for who, what in alarms),
+        instances=(own, *states), alarms=tuple(f"etcd of {names.get(who, who)}: alarm {what}" for who, what in alarms)
     )
 
 

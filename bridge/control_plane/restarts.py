@@ -74,11 +74,7 @@ class Restarts:
     contents: Mapping[Component, bytes] = field(default_factory=dict)  #: New texts of manifests.
 
     def all(self, components: Sequence[Component]) -> list[Restarted]:
-        """
-        Restart these, until one of them does not come back.
-
-        Returns an entry for each of them, in their order; then one for each other component that is not healthy at the end.
-        """
+        """Restart these until one fails; a result for each in their order, then for each other component that is not healthy."""
         out, left = [], []
         for component in restart_plan.ORDER:
             if component in components:
@@ -100,10 +96,7 @@ class Restarts:
         return [*out, *done]
 
     def with_text(self, component: Component, content: bytes | None) -> tuple[list[Restarted], list[Restarted]]:
-        """
-        Restart a component with a new text of its manifest (None: the text that names its new serving pair); where the
-        component does not come back, with the old text once more. Returns the restarts with each.
-        """
+        """Restart a component with a new text of its manifest (None: with its serving pair), and where that fails with the old one."""
         path = manifests.path_of(component, self.settings.node.kubeconfig_dir)
         old, contents = path.read_bytes(), {} if content is None else {component: content}
         done = dataclasses.replace(self, contents=contents).all([component])

@@ -39,10 +39,7 @@ def behind(settings: Settings, authority: str, anchor: x509.Certificate, now: da
 
 
 def of(settings: Settings, authority: str, anchor: x509.Certificate) -> x509.Certificate | None:
-    """
-    Read the cross certificate of the CA that signs an authority's certificates now; None if the settings name none
-    (SettingsError: the file can't be used, or it is another CA's).
-    """
+    """The cross certificate of the CA that signs for an authority; None: the settings name none (SettingsError: a wrong one)."""
     ours = settings.authorities.get(authority)
     if ours is None or ours.cross is None:
         return None

@@ -116,11 +116,7 @@ def wanted_file(flags: Flags, flag: str) -> Path:
 
 
 def signing_files(flags: Flags) -> dict[str, Path]:
-    """
-    The files by which the built-in signer signs, by flag; none: it is off, as below an external CA.
-
-    As in kube-controller-manager 1.37 (its app/certificates.go): a file that is not there ends the program.
-    """
+    """The files by which the built-in signer signs, by flag; none: it is off (kube-controller-manager 1.37)."""
     if not _is_on(flags.get("--controllers", "*")):
         return {}
     pair = {flag: path for flag in _PAIR if (path := file(flags, flag)) is not None}

@@ -92,12 +92,7 @@ def _outlasts_ca(item: Item) -> bool:
 def report(
     node: Node, now: datetime, within: Limit | None, left_alone: Collection[str] = (), cas_within: Limit | None = None
 ) -> ExpiryReport:
-    """
-    The ends of a node's certificates and CAs; `within` is the limit for a due one (None: none is due), `cas_within` that
-    for a CA, if it is another one.
-
-    `left_alone` has the names that are renewed by name alone.
-    """
+    """The ends of all certificates and CAs; `within` (None: none is due), for a CA `cas_within`, is the limit of a due one."""
     rows = [(item, _item_row(item, now, within, left_alone)) for item in node.items]
     of_cas = cas_within or within
     return ExpiryReport(

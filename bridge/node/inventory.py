@@ -507,10 +507,7 @@ def _component_server(
     found: Mapping[Component, Manifest],
     others: Sequence[Item],
 ) -> list[Item]:
-    """
-    A component's serving certificate, where its manifest names it, or else in its own place, where it may be missing.
-    A pair that is another certificate's, too, is that one's alone.
-    """
+    """A component's serving certificate, where its manifest names it, or else in its own place; none that is another's, too."""
     manifest = None if spec.component is None else found.get(spec.component)
     if manifest is None:
         return []

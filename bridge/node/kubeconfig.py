@@ -99,10 +99,7 @@ def with_credentials(data: bytes, certificate_pem: bytes, key_pem: bytes) -> byt
 
 
 def with_ca(data: bytes, pem: bytes) -> bytes:
-    """
-    The same kubeconfig with other CA data (PEM) for the current context's cluster, or for the only one where there is no
-    context (kubeadm's cluster-info); every other byte stays.
-    """
+    """The same kubeconfig with other CA data (PEM) for the current context's cluster, or the only one (as in cluster-info)."""
     result = _with(data, lambda root: [(_ca_value(root), pem)])
     if ca_data(result) != pem:
         raise KubeconfigError("wanted the new CA data in the edited kubeconfig, found something else")

@@ -151,11 +151,7 @@ def asks(text: str) -> bool:
 
 
 def asking(text: str, *, wanted: bool) -> str:
-    """
-    A configuration with which the kubelet asks for its serving certificate, or does not; all else stays as it is.
-
-    YamlError: its form is not kubeadm's, one key a line.
-    """
+    """A configuration with which the kubelet asks for its serving certificate, or does not (YamlError: not one key a line)."""
     if asks(text) == wanted:
         return text
     root = document(text)

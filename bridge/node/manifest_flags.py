@@ -41,10 +41,7 @@ class Mount(NamedTuple):
 def edited(
     data: bytes, component: Component, flags: Mapping[str, str | None], mount: Mount | None = None, unmount: str = ""
 ) -> bytes:
-    """
-    A manifest with these flags (names with two dashes; None: without it), with a mount unless the directory is mounted
-    already, and without the volume called `unmount` (YamlError: it is not written as kubeadm writes it).
-    """
+    """A manifest with these flags (None: without it), a mount, and no volume `unmount` (YamlError: it is not in kubeadm's form)."""
     before = manifests.parse(component, data)
     bom, text = split_bom(data)
     for flag, value in flags.items():

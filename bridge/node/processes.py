@@ -156,11 +156,7 @@ def compare_age(
     *,
     by: Sequence[Path] = (),
 ) -> Age:
-    """
-    Compare a running component with a file that it uses (UnreadableError, ValueError): our own record of writing
-    counts, or else the ctime, which a rename sets. The oldest process counts whose arguments name the file, or one of
-    `by`.
-    """
+    """Compare a component's oldest process that names a file, or one of `by`, with the file (UnreadableError, ValueError)."""
     data = file_contents(path)
     changed = max(_changed(path, written), _changed(path.resolve(), written))
     if changed > datetime.now(UTC):
@@ -258,10 +254,7 @@ Instances = Callable[[], frozenset[str]]
 
 
 def instances(component: Component) -> tuple[Instances, timedelta]:
-    """
-    A function that lists what runs of a component's static pod, and how long a kubelet takes to forget the pod: by
-    crictl, or by the process table where crictl asks another runtime or none.
-    """
+    """A function that lists a static pod's instances, by crictl or the process table, and how long a kubelet takes to forget it."""
     with contextlib.suppress(OSError, ValueError):
         seen = _sandboxes(component)
         is_labelled = any(seen.values())  # then no other pod with a similar name counts

@@ -73,18 +73,7 @@ def of_server(body: bytes) -> Any:
 def json_of(
     data: bytes, budget: Budget | None = None, *, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """
-    The JSON document that the bytes are.
-
-    Args:
-        data: Of UTF-8.
-        budget: None: a new one.
-        pairs: What becomes of an object's keys and values.
-
-    Raises:
-        OverBudgetError: It has more than the budget, or nesting or a number without end.
-        ValueError: It is no JSON.
-    """
+    """The JSON document in UTF-8 (OverBudgetError: above the budget, None: a new one; ValueError: no JSON)."""
     # at most so many values: each but the first comes after one of these
     steps = 1 + sum(map(data.count, (b",", b"[", b"{")))
     (Budget() if budget is None else budget).spend(len(data), steps)

@@ -31,11 +31,7 @@ _KEYS = {
 
 
 def csr_of(body: bytes) -> x509.CertificateSigningRequest:
-    """
-    The CSR of an enrolment (ValueError says what was wanted and found): base64 of its DER, with any white space.
-
-    RFC 8951 §3.1 lets a client break lines as it likes, and has the server ignore Content-Transfer-Encoding.
-    """
+    """The CSR of an enrolment: base64 of its DER with any white space (RFC 8951 §3.1; ValueError says what was found)."""
     wanted = "wanted the base64 of one CSR in DER, with neither PEM's lines around it nor a byte more"
     try:
         encoded = base64.b64decode(b"".join(body.split()), validate=True)
@@ -75,11 +71,7 @@ def _lines(data: bytes) -> bytes:
 
 
 def other_names(csr: x509.CertificateSigningRequest, certificate: x509.Certificate) -> str:
-    """
-    Why a CSR does not renew a certificate: subject and SANs are to be the same (RFC 7030 §4.2.2); empty: they are.
-
-    Values are compared, and not the string types that hold them, which differ between programs.
-    """
+    """Why a CSR does not renew a certificate, by the values of subject and SANs (RFC 7030 §4.2.2); empty: it does."""
     text = "wanted that of the certificate which is replaced"
     try:
         if attributes(certificate.subject) != attributes(csr.subject):

@@ -332,10 +332,7 @@ _RAW_CHECKS: dict[bytes, Callable[[bytes], None]] = {
 
 
 def path(
-    leaf: x509.Certificate,
-    intermediates: Sequence[x509.Certificate],
-    anchor: x509.Certificate,
-    ekus: Iterable[EKU],
+    leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate, ekus: Iterable[EKU]
 ) -> Iterator[Violation]:
     """Violations: steps that Go does not follow in a path that the library has built."""
     for issuer in (*intermediates, anchor):

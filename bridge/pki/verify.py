@@ -205,10 +205,7 @@ def _named(names: Names) -> x509.Name:
 
 
 def _sans(leaf: x509.Certificate, request: SignRequest) -> Iterator[Violation]:
-    """
-    The same names by type (an IP address as DNS name is another name), none of them more often than asked; below an
-    empty subject the extension is critical (RFC 5280 §4.2.1.6).
-    """
+    """The same names by type, none more often than asked; below an empty subject critical (RFC 5280 §4.2.1.6)."""
     names = request.names
     if names is None:
         want = san_counts(request.csr)
@@ -373,10 +370,7 @@ def _longest_first(intermediates: Sequence[x509.Certificate]) -> list[x509.Certi
 
 
 def _path_violations(
-    leaf: x509.Certificate,
-    intermediates: Sequence[x509.Certificate],
-    anchor: x509.Certificate,
-    expected: Expectation,
+    leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate, expected: Expectation
 ) -> Iterator[Violation]:
     """Violations beyond path validation: issuers that may not sign, or end before the leaf."""
     for issuer in intermediates:

@@ -134,10 +134,7 @@ def _prove(run: Run, node: Node, unproven: NotProven) -> Activation:
 
 
 def _to_restart(run: Run, node: Node, unproven: NotProven) -> list[Component]:
-    """
-    The components to restart before the first look: users of this run's certificates that are known not to reload; with
-    `components = "needed"`, and for earlier runs' certificates, only those shown to be stale.
-    """
+    """The components to restart before the first look: none that reloads; of earlier runs and with "needed" only stale ones."""
     wanted = run.settings.restart.components
     reloads = restart_plan.reloading(node, run.settings.node)
     specs = {name: node.spec(name) for name in unproven.names} | _read_at_start(node, unproven)

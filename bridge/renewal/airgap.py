@@ -29,14 +29,7 @@ from bridge.errors import BackendRefusedError, BridgeError, Exit, WaitingError
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.pki import bundle, bundle_format, csr, signatures, verify
-from bridge.pki.bundle import (
-    AnswerBundle,
-    BundledRequest,
-    BundleError,
-    IncompleteBundleError,
-    Refusal,
-    RequestBundle,
-)
+from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, IncompleteBundleError, Refusal, RequestBundle
 from bridge.pki.certificates import UNREADABLE, certificates_in, fingerprint, is_ca, is_for, name_text, serial_hex
 from bridge.pki.csr import PrivateKey
 from bridge.pki.display import fingerprint_text

@@ -160,10 +160,7 @@ def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
 
 
 def with_continuity(prepared: Sequence[Prepared], settings: Settings, now: datetime) -> list[Prepared]:
-    """
-    Have each request name its node, and prove it with the key of the certificate that it replaces, all in one batch.
-    Those of an earlier batch, which may have been handed over, stay where they still say it.
-    """
+    """Have each request name its node and prove it, all in one batch; requests of a batch that still holds stay as they are."""
     said = {(who.batch, who.asked) if (who := one.request.continuity) is not None else None for one in prepared}
     if len(said) == 1 and all(_still_says_it(one, settings, now) for one in prepared):
         return list(prepared)

@@ -69,10 +69,7 @@ def components(node: Node, settings: Settings) -> list[Component]:
 
 
 def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> str:
-    """
-    Put the pairs into kubeadm-config if every control-plane node has them; returns a sentence for the operator
-    (NoAnswerError, NoConfigError: the cluster's API does not answer, or refuses).
-    """
+    """Put the pairs into kubeadm-config once every control-plane node has them; a sentence for the operator (NoAnswerError)."""
     api = Api.of_node(inventory.of(settings.node), settings.node.kubeconfig_dir)
     lacking = sorted({name for one in wanted for name in _lacking(api, one)} - {settings.node.node_name})
     if lacking:
@@ -158,11 +155,7 @@ def assert_named(settings: Settings, wanted: Sequence[Component]) -> None:
 
 
 def take_out(settings: Settings, wait: timedelta) -> RestartReport:
-    """
-    Have the components serve their own self-signed certificates again, and move the pairs into a backup.
-
-    It stops at the first restart that fails, and that component keeps its pair. Returns the restarts.
-    """
+    """Have the components serve self-signed certificates again, up to the first restart that fails, and back their pairs up."""
     with session.alone(settings, wait) as (store, record):
         done: list[Restarted] = []
         for component in components(inventory.of(settings.node), settings):

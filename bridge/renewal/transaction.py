@@ -135,10 +135,7 @@ class Transaction:
 
     @contextlib.contextmanager
     def owing(self) -> Iterator[None]:
-        """
-        Go back to what was unproven before, where nothing is installed in this block: a certificate that only has other
-        CAs beside it keeps its serial number, by which outdated ones are found.
-        """
+        """Where nothing is installed in this block, go back to what was unproven before: its serial numbers may be the live ones."""
         file = unproven_file(self._run.store)
         before = file.read() if self._options.restarts else None
         try:

@@ -253,10 +253,7 @@ def _verified(one: Answered, now: datetime) -> verify.Verified:
 
 
 def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *, by_hand: bool = False) -> None:
-    """
-    Keep answers that passed and requests that are pending, on disk before a file is replaced; forget requests whose
-    answers were wrong, unless a person brought them (`by_hand`).
-    """
+    """Keep what passed or is pending, on disk before a file is replaced; forget wrongly answered requests, unless `by_hand`."""
     passed = {one.name for one in proven}
     for one in answered:
         name, answer, kept = one.prepared.name, one.answer, run.requests.get(one.prepared.name)

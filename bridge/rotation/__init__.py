@@ -196,10 +196,7 @@ def new_ca_violations(
     others: Mapping[str, Iterable[x509.Certificate]],
     now: datetime,
 ) -> Iterator[Violation]:
-    """
-    Why the new CA can't take the old one's place, whenever that is: by name the leaves of the old CA on this node, and the
-    CAs of the cluster's other authorities, old and new ones.
-    """
+    """Why the new CA can't take the old one's place, by the old CA's leaves here and the cluster's other CAs."""
     new = change.new
     try:
         yield from _is_a_ca(new)

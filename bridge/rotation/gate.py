@@ -108,10 +108,7 @@ _CONTROL_PLANE = "node-role.kubernetes.io/control-plane"
 
 
 def late_words(words: Mapping[str, Word], target: Phase, now: datetime) -> list[str]:
-    """
-    The nodes that have said nothing lately (pure); none, once the phase has begun on another node: then it was proven at
-    that moment, and a node that goes back says another CA.
-    """
+    """Nodes that have said nothing lately (pure); none, once the phase, which was proven then, has begun on another node."""
     if any(said.phase == target.value for said in words.values()):
         return []
     return [name for name, said in words.items() if said.is_late(now)]
@@ -151,10 +148,7 @@ class Gate:
             self._assert_cluster(run, node, [step for step in steps if _asks_the_cluster(step)])
 
     def _assert_cluster(self, run: Run, node: Node, steps: Sequence[Step]) -> None:
-        """
-        Each node has said lately that it is in the phase before, and the cluster's own objects have its CAs; for the old
-        CA's certificates that come back the latter is enough, since each server is shown them.
-        """
+        """Nodes have said lately that they are in the phase before, and the cluster's own objects have its CAs."""
         if not steps:
             return
         with _cluster(run, node) as api:
@@ -328,10 +322,7 @@ def refusal(client: Client, spot: Spot) -> str:
 
 
 def spots_of(run: Run, node: Node) -> Iterator[Spot]:
-    """
-    The servers of all nodes, by the cluster's own lists (NotReadyEverywhereError: these can't be read); a worker knows its
-    API server alone, a host of etcd the members.
-    """
+    """The servers of all nodes, by the cluster's lists (NotReadyEverywhereError); a worker knows its API server, an etcd host the members."""
     if node.is_worker:
         path = run.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base
         try:

@@ -62,11 +62,7 @@ class ObjectError(BridgeError):
 
 
 def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]], *, says: bool) -> list[BridgeError]:
-    """
-    Bring the objects that are ours to change to these phases, by authority; errors, after which a repeated call goes on.
-
-    The Node object `says` so as well, unless a component has not read the CAs yet.
-    """
+    """Bring the objects that are ours to these phases, and `says` so in the Node object; errors, after which a repeat goes on."""
     if node.is_etcd_host or not (node.is_worker or node.manifests):
         return []
     found: list[BridgeError] = []

@@ -112,10 +112,7 @@ def assert_has_next(settings: Settings) -> None:
 
 
 def look(settings: Settings, node: Node, names: Sequence[str]) -> dict[str, Replaced]:
-    """
-    The CAs of these authorities, with what the node's files say of them (UnreadableCaError: a file can't be read); if
-    none is named, all that have a next one in the settings (SettingsError: a named one has none).
-    """
+    """These CAs, or all with a next one, by what the files say (UnreadableCaError, SettingsError: a named one has none)."""
     ready = [name for name, ours in settings.authorities.items() if ours.next]
     want = 'a table with `anchor = "FILE"`, the new CA\'s certificate'
     problems = [SettingsProblem(f"authority.{name}.next", want, "none") for name in names if name not in ready]
@@ -126,10 +123,7 @@ def look(settings: Settings, node: Node, names: Sequence[str]) -> dict[str, Repl
 
 
 def new_ca(settings: Settings, name: str) -> x509.Certificate:
-    """
-    The certificate of an authority's next CA, which the whole cluster is to trust (SettingsError: its file is not there,
-    or others can change it; UnreadableCaError: it has not exactly one certificate).
-    """
+    """The certificate of an authority's next CA (SettingsError: its file is not ours; UnreadableCaError: it has not exactly one)."""
     path, what = Path(settings.authorities[name].next["anchor"]), f"the certificate of {name}'s next CA"
     text = own_text(path, what, "its owner has it; a copy that root alone can change will do")
     try:

@@ -216,10 +216,7 @@ def _not_read(run: Run, steps: Sequence[Step]) -> list[ProofFinding]:
 
 
 def planned(verb: Verb, one: Replaced, going_back: Phase | None) -> Step:
-    """
-    The phase to which a verb brings a CA of this node (OrderError: it is not the next one); `going_back` is the phase of
-    a `back` that was cut off, so that the next one does not go back once more.
-    """
+    """The phase to which a verb, or a `back` that was cut off (`going_back`), brings a CA (OrderError: it is not the next one)."""
     now, path = one.standing, one.change.path
     if now.phase is None:
         raise _of_no_phase(one)
@@ -298,11 +295,7 @@ def assert_readable(steps: Sequence[Step], node: Node, gate: Gate) -> None:
 
 
 def assert_signs_itself(settings: Settings, steps: Sequence[Step], progress: Progress) -> None:
-    """
-    Refuse a CA above the one that signs (NewCaError), where that can be asked: what it signs for others would be trusted.
-
-    Before a new CA is trusted for the first time, by its backend's own words; `next.above = "allowed"` takes one.
-    """
+    """Refuse a CA above the one that signs (NewCaError), if its backend says so: what it signs for others would be trusted."""
     for one, backend in _to_be_asked(settings, [step.ca for step in steps if not step.is_there]):
         try:
             with contextlib.closing(CA.of(backend, Rest())) as ca:
@@ -633,10 +626,7 @@ class NoWayBackError(BridgeError):
 
 
 def _has_leaves(backup: Backup, steps: Sequence[Step]) -> bool:
-    """
-    Whether a backup is one of leaves, and not of CA files and CA data alone: each has the kubeconfigs, so that these count
-    only on a node without other files of leaves, such as a worker whose kubelet has no pair of its own.
-    """
+    """Whether a backup is one of leaves; kubeconfigs, which backups of CA data have, too, count only where leaves have no files."""
     items = {item.spec.name: item for step in steps for item in step.ca.items}
     has_pairs = any(not item.embedded for item in items.values())
     return any(f.certificate in items and not (has_pairs and f.path.suffix == ".conf") for f in backup.files)

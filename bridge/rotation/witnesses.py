@@ -146,10 +146,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def known(node: Node, store: Store, change: Change, issued: Sequence[Path]) -> set[str]:
-    """
-    The SHA-256 of certificates that are the new CA's: this node's, those that this node's runs have installed, and those in
-    the files or directories that the operator names (UnreadableLogError), of other nodes or of the CA itself.
-    """
+    """The SHA-256 of the new CA's certificates: here, installed by this node's runs, or in the named files (UnreadableLogError)."""
     return {fingerprint(one) for one in leaves_of_the_new_ca(node, change, issued)} | set(_installed(store, change))
 
 
@@ -286,10 +283,7 @@ def counters(api: Api) -> Counters:
 def requests(
     server: str, before: tuple[datetime, Counters], after: tuple[datetime, Counters], new: Collection[x509.Certificate]
 ) -> list[Requests]:
-    """
-    The requests between two looks at the same API server, with the time at which the first began and the second ended
-    (pure; ValueError: it was started anew between them).
-    """
+    """The requests between two looks at one API server, with their times (pure; ValueError: it was started anew between them)."""
     (begin, first), (end, last) = before, after
     if any(count > last.left.get(most, 0.0) for most, count in first.left.items()) or first.failed > last.failed:
         raise ValueError(f"{server}: wanted one API server that counts, found that it was started anew: look again")

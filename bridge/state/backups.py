@@ -362,10 +362,7 @@ def pair_of(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], 
 
 
 def _kubelets_pair(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], bytes] | None:
-    """
-    The pair that a kubelet starts with: in its kubeconfig, or else behind the symlink, which a backup of its kubeconfig
-    alone leaves as it is; None: neither file is here.
-    """
+    """The pair that a kubelet starts with: in its kubeconfig, or else behind the symlink; None: neither file is here."""
     kubeconfigs = [file.copy for file in files if file.copy is not None and file.path.name == item.spec.base]
     for copy in kubeconfigs:
         data = copy.read_bytes()
@@ -441,18 +438,9 @@ class Rollback:
 
 
 def put_back_and_retire(
-    settings: Settings,
-    backup_id: str | None,
-    now: Callable[[], datetime],
-    *,
-    force: bool,
-    wait: timedelta,
+    settings: Settings, backup_id: str | None, now: Callable[[], datetime], *, force: bool, wait: timedelta
 ) -> tuple[Rollback, Node]:
-    """
-    Put back the files of a backup, or of the newest, all or none (RollbackRefusedError: it is not fit); files that it
-    has no copy of are removed, and `force` accepts what the node could run on. A new certificate for a key without one
-    stays.
-    """
+    """Put back a backup, or the newest, all or none, then delete old ones (RollbackRefusedError: it is not fit)."""
     with alone(settings, wait) as (store, record):
         node = inventory.of(settings.node)
         found, stays = _with_pairs(find(store, backup_id), node)
@@ -518,10 +506,7 @@ def put_back(
 
 @contextlib.contextmanager
 def _left_out(backup: Backup, kubeconfig_dir: Path, store: Store) -> Iterator[None]:
-    """
-    Take pairs that go away out of the manifests that name them, without which their components would not start; where
-    the pairs stay, the manifests name them again.
-    """
+    """Take pairs that go away out of the manifests, or their components would not start; where the pairs stay, put them in again."""
     before: dict[Path, bytes] = {}
     try:
         for path, text in _without_pairs(backup, kubeconfig_dir):
@@ -620,10 +605,7 @@ def _has_the_same_cas(file: File) -> bool:
 
 
 def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[str]:
-    """
-    Delete old backups, and return their IDs: by `keep` and `keep_for`, but never the newest, never the newest that
-    could be put back now, and none while an installation is not proven.
-    """
+    """Delete old backups, and return their IDs; never the newest, the newest fit one, or any before all is proven."""
     found, _ = read_all(store)
     keep = settings.backups
     old = [

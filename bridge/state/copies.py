@@ -235,10 +235,7 @@ def _replace(place: OpenPath, found: _Found, changed: bytes) -> None:
 
 
 def _held(data: bytes, known: Container[str]) -> Iterator[tuple[EmbeddedUser, str]]:
-    """
-    Each user with a known certificate (by fingerprint) and its key: without the key a copy gets no new one. Few keys
-    are read, since the copy's owner may put in keys that take OpenSSL long.
-    """
+    """Each user with a known certificate and its key; few keys are read, since their owner may make them slow to load."""
     keys = 0
     for user in kubeconfig.embedded_users(data):
         with contextlib.suppress(*UNREADABLE, UnsupportedAlgorithm):  # no user of ours

@@ -75,11 +75,7 @@ class Credential:
     )
 
     def near_from(self, before: Before) -> datetime | None:
-        """
-        The time from which on there is reason to warn: as late as `renewal.before` says, or later.
-
-        A credential that a program replaces each hour is worth a warning when the program is late.
-        """
+        """From when on there is reason to warn: by `renewal.before`, or later, when the program that replaces it is late."""
         if self.ends is None:
             return None
         if self.begins is None:

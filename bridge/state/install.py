@@ -276,11 +276,7 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
         if target.attributes is not None:
             data, name = target.path.read_bytes(), f"{number:02}-{target.path.name}"
             write_staged(directory / name, data, Attributes.private())
-            entry |= {
-                "backup": name,
-                "sha256": digest(data),
-                "attributes": attributes_json(Attributes.of(target.path)),
-            }
+            entry |= {"backup": name, "sha256": digest(data), "attributes": attributes_json(Attributes.of(target.path))}
         files.append(entry)
     manifest = {
         "id": backup_id,

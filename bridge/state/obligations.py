@@ -64,11 +64,7 @@ class NotProven:
     def with_installed(
         self, outcomes: Iterable[Outcome], run_id: str, failed: Callable[[str], frozenset[str]] = lambda _: frozenset()
     ) -> NotProven:
-        """
-        The same with certificates that a run is about to install; `failed` names the checks of each that failed before.
-
-        A certificate that is unproven already keeps the backup of the first run, and the checks that failed then.
-        """
+        """The same with what a run is about to install; of one that is unproven already the first run's facts stay."""
         every = {one.name: one for one in self.certificates}
         for name, new in ((one.name, one.new) for one in outcomes if one.new is not None):
             one = every.pop(name, None) or Unproven(name=name, runs={}, backup_of=run_id, before=failed(name))

@@ -10,14 +10,7 @@ from typing import Any, ClassVar, Literal
 from bridge.errors import BridgeError, Exit
 from bridge.state.install import STAGED_PREFIX, attributes_from, attributes_json
 from bridge.state.store import Store, changed_here
-from bridge.system.files import (
-    Attributes,
-    digest,
-    exchange,
-    sync_directory,
-    write_atomically,
-    write_staged,
-)
+from bridge.system.files import Attributes, digest, exchange, sync_directory, write_atomically, write_staged
 from bridge.system.state_file import OnDamage, StateFile
 
 #: leaving: the manifest may still be in its place; out: it is away; back: it is there again, and the component was not
@@ -109,11 +102,7 @@ def _journal_of(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def put_back(store: Store, journal: dict[str, Any]) -> str | None:
-    """
-    Make sure that a manifest is in its place, and return what had to be done, if anything; may be repeated.
-
-    A new manifest of kubeadm's or an operator's stays, and ours goes to the state directory.
-    """
+    """Make sure that a manifest is in its place, and say what had to be done; a new one of kubeadm's or an operator's stays."""
     manifest, waiting = Path(journal["manifest"]), Path(journal["aside"])
     content, done = base64.b64decode(journal["content"]), None
     if not is_there(manifest):

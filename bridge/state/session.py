@@ -147,11 +147,7 @@ def in_force(settings: Settings, bundles: Mapping[str, Sequence[x509.Certificate
 def not_yet_signing(
     settings: Settings, bundles: Mapping[str, Sequence[x509.Certificate]]
 ) -> dict[str, tuple[x509.Certificate, ...]]:
-    """
-    The next CA's certificate, by authority, where the settings name its backend alone, and the CA of before still signs.
-
-    That is the first of the CA file, so that workers and etcd hosts know it, too; a CA that keeps its key signs already.
-    """
+    """The next CA by authority, where the settings name its backend alone and the first in the CA file is the CA of before."""
     found: dict[str, tuple[x509.Certificate, ...]] = {}
     for name, ours in settings.authorities.items():
         if not ours.names_next_alone or not bundles.get(name):

@@ -79,10 +79,7 @@ class Store:
         private_directory(self.backups)
 
     def half_written(self) -> list[Path]:
-        """
-        Files that a killed `files.write_atomically` has left; other names with a dot are not ours. Without the history's,
-        which is written under a lock of its own.
-        """
+        """Files that a killed `write_atomically` has left; none of the history's, which has a lock of its own."""
         beside = [path for path in vars(self).values() if path.parent == self.directory and path != self.history]
         names = [re.escape(path.name) for path in beside]
         ours = re.compile(rf"\.({'|'.join([*names, _NUMBERED])})\.[a-z0-9_]{{8}}")  # as `tempfile` makes them
@@ -141,11 +138,7 @@ def checked_credentials(settings: Settings, store: Store) -> list[tuple[str, Pat
 
 
 def remember_checked(settings: Settings, store: Store, credentials: Iterable[tuple[str, Path]] = ()) -> None:
-    """
-    Remember settings that were checked whole, with the files of our own credentials that they name.
-
-    If that can't be written, the next run checks them again.
-    """
+    """Remember settings that were checked whole, and the credentials in them; if that fails, the next run checks them again."""
     from bridge.system.files import write_atomically  # noqa: PLC0415 (a look needs none of it)
 
     if settings.source.file is None or is_checked(settings, store):
