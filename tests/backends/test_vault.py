@@ -1757,5 +1757,5 @@ def test_the_roles_for_people_in_the_documents(pki: openbao.OpenBao) -> None:
 
     controller = "system:kube-controller-manager"
     assert [gives({}, cn) for cn in ("bob", controller)] == [True, True]
-    assert [gives(by_name, cn) for cn in ("bob", "mallory", controller)] == [True, False, False]
-    assert [gives(by_prefix, cn) for cn in ("dev-bob", "bob", controller)] == [True, False, False]
+    assert [gives(by_name, cn) for cn in ("bob", "mallory", controller, "mallory@bob", "localhost")] == [True, *[False] * 4]
+    assert [gives(by_prefix, cn) for cn in ("dev-bob", "bob", controller, "localhost")] == [True, *[False] * 3]
