@@ -89,10 +89,10 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
 def _policy_name(wanted: SetupRequest) -> str:
     """
     The policy's name, each node's own: what another node's script writes must not take its place. No node's name has an
-    underscore, so that `eu-cp-1` of prod, and `cp-1` of prod-eu, are two.
+    underscore, so that `eu-cp-1` of prod, and `cp-1` of prod-eu, are two; so are ca of `cp-etcd`, and etcd-ca of `cp`.
     """
     cluster = f"{wanted.cluster}_" if wanted.cluster != DEFAULT_CLUSTER else ""
-    return f"ca-bridge-{cluster}{wanted.node}-{wanted.authority.name}"
+    return f"ca-bridge-{cluster}{wanted.node}_{wanted.authority.name}"
 
 
 def text(

@@ -144,7 +144,7 @@ written=$((${written:-0} + 1)); say role pki-etcd/roles/kubeadm-cp-1-etcd-peer
 JSON
 written=$((${written:-0} + 1)); say role pki-etcd/roles/kubeadm-cp-1-etcd-server
 
-"$cli" policy write ca-bridge-cp-1-etcd-ca - >/dev/null <<'HCL'
+"$cli" policy write ca-bridge-cp-1_etcd-ca - >/dev/null <<'HCL'
 path "pki-etcd/sign/kubeadm-apiserver-etcd-client" {
   capabilities        = ["update"]
   allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
@@ -204,5 +204,5 @@ path "pki-etcd/certs/revoked" {
 #   capabilities = ["update"]
 # }
 HCL
-written=$((${written:-0} + 1)); say policy ca-bridge-cp-1-etcd-ca, for the mount pki-etcd
+written=$((${written:-0} + 1)); say policy ca-bridge-cp-1_etcd-ca, for the mount pki-etcd
 say "$written written"

@@ -42,7 +42,7 @@ say() { echo "$*" 2>/dev/null || :; }
 JSON
 written=$((${written:-0} + 1)); say role pki-front-proxy/roles/kubeadm-front-proxy-client
 
-"$cli" policy write ca-bridge-cp-1-front-proxy-ca - >/dev/null <<'HCL'
+"$cli" policy write ca-bridge-cp-1_front-proxy-ca - >/dev/null <<'HCL'
 path "pki-front-proxy/sign/kubeadm-front-proxy-client" {
   capabilities        = ["update"]
   allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
@@ -72,5 +72,5 @@ path "pki-front-proxy/certs/revoked" {
 #   capabilities = ["update"]
 # }
 HCL
-written=$((${written:-0} + 1)); say policy ca-bridge-cp-1-front-proxy-ca, for the mount pki-front-proxy
+written=$((${written:-0} + 1)); say policy ca-bridge-cp-1_front-proxy-ca, for the mount pki-front-proxy
 say "$written written"

@@ -246,7 +246,7 @@ written=$((${written:-0} + 1)); say role pki-kubernetes/roles/kubeadm-super-admi
 JSON
 written=$((${written:-0} + 1)); say role pki-kubernetes/roles/kubeadm-cp-1-kubelet.conf
 
-"$cli" policy write ca-bridge-cp-1-ca - >/dev/null <<'HCL'
+"$cli" policy write ca-bridge-cp-1_ca - >/dev/null <<'HCL'
 path "pki-kubernetes/sign/kubeadm-admin.conf" {
   capabilities        = ["update"]
   allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
@@ -336,5 +336,5 @@ path "pki-kubernetes/certs/revoked" {
 #   capabilities = ["update"]
 # }
 HCL
-written=$((${written:-0} + 1)); say policy ca-bridge-cp-1-ca, for the mount pki-kubernetes
+written=$((${written:-0} + 1)); say policy ca-bridge-cp-1_ca, for the mount pki-kubernetes
 say "$written written"

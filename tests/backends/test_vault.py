@@ -1514,7 +1514,7 @@ def test_the_example_scripts_are_what_is_printed(node: Pki, authority: str) -> N
     """The scripts in config/vault are those of the example node, to the byte."""
     mount = MOUNTS[authority]
     engine, certificates = vault_setup.Engine(mount=mount), certificates_below(node, authority)
-    printed = vault_setup.text(engine, certificates, timedelta(days=365), f"ca-bridge-cp-1-{authority}", "cp-1")
+    printed = vault_setup.text(engine, certificates, timedelta(days=365), f"ca-bridge-cp-1_{authority}", "cp-1")
     assert (CONFIG / f"{mount}.sh").read_text() == printed
 
 
@@ -1757,5 +1757,6 @@ def test_the_roles_for_people_in_the_documents(pki: openbao.OpenBao) -> None:
 
     controller = "system:kube-controller-manager"
     assert [gives({}, cn) for cn in ("bob", controller)] == [True, True]
-    assert [gives(by_name, cn) for cn in ("bob", "mallory", controller, "mallory@bob", "localhost")] == [True, *[False] * 4]
-    assert [gives(by_prefix, cn) for cn in ("dev-bob", "bob", controller, "localhost")] == [True, *[False] * 3]
+    others = ("mallory", controller, "mallory@bob", "localhost")
+    assert [cn for cn in ("bob", *others) if gives(by_name, cn)] == ["bob"]
+    assert [cn for cn in ("dev-bob", "bob", *others) if gives(by_prefix, cn)] == ["dev-bob"]

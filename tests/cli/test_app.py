@@ -379,8 +379,10 @@ def test_each_nodes_script_for_vault_writes_a_policy_of_its_own(run: Run, config
                   'name = "eu-cp-1"\ncluster = "blue"', 'name = "cp-1"\ncluster = "blue-eu"'):  # fmt: skip
         config.write_text(text.replace("[node]", f"[node]\n{names}"))
         policies |= set(re.findall("policy write (.*) - >", run("setup", "vault", "--authority", "etcd-ca").stdout))
+    config.write_text(text.replace("[node]", '[node]\nname = "cp-1-etcd"'))
+    assert "policy write ca-bridge-cp-1-etcd_ca -" in run("setup", "vault", "--authority", "ca").stdout
     nodes = ("cp-1", "cp-2", "blue_cp-1", "blue-cp-1", "blue_eu-cp-1", "blue-eu_cp-1")
-    assert policies == {f"ca-bridge-{node}-etcd-ca" for node in nodes}
+    assert policies == {f"ca-bridge-{node}_etcd-ca" for node in nodes}
 
 
 def test_the_script_for_vault_follows_the_settings(run: Run, config: Path) -> None:

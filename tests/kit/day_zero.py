@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import ssl
 import subprocess
 import sys
@@ -332,7 +333,8 @@ class Online:
         environment = {"PATH": path, "BAO_ADDR": self.bao.url, "BAO_TOKEN": self.bao.root_token, "HOME": "/"}
         run = subprocess.run(["sh", script], capture_output=True, text=True, check=False, env=environment)
         assert run.returncode == 0, f"{script}: {run.stdout}{run.stderr}"
-        return f"ca-bridge-{script.stem}"
+        [name] = re.findall(r"^policy (\S+),", run.stdout, re.MULTILINE)
+        return str(name)
 
     def answer(self) -> None:
         """Nothing waits."""

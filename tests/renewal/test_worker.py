@@ -369,7 +369,7 @@ def test_what_setup_vault_prints_is_enough(bare: Worker, tmp_path: Path) -> None
             ["sh", script], env={**environment, "HOME": str(tmp_path)}, capture_output=True, text=True, check=False
         )
         assert run.returncode == 0, run.stderr
-        token = bare.bridge.secret("token", bao.token(f"ca-bridge-{NODE}-ca"))
+        token = bare.bridge.secret("token", bao.token(f"ca-bridge-{NODE}_ca"))
         bare.bridge.add("backend.corp", {"type": "vault", "url": bao.url, "timeout": "5s", "retry_for": "1s"})
         bare.bridge.add("backend.corp.auth", {"token_file": token})
         bare.bridge.add("authority.ca", {"backend": "corp", "mount": "pki"})
