@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Protocol, TypeVar
 
-from bridge.errors import BackendUnavailableError
+from bridge.errors import BackendRefusedError, BackendUnavailableError
 from bridge.system.console import is_attended, log
 from bridge.system.waiting import back_off_seconds
 
@@ -89,9 +89,15 @@ class Outage:
             with self._lock:
                 self._since = self._since or time.monotonic()
             raise
+        except BackendRefusedError:  # an answer, too
+            self._is_there()
+            raise
+        self._is_there()
+        return answer
+
+    def _is_there(self) -> None:
         with self._lock:
             self._since = None
-        return answer
 
     def _report(self, upcoming_sleep_seconds: float, error: BaseException | None) -> None:
         with self._lock:
@@ -161,8 +167,14 @@ class Rest:
                 wanted = min(max(e.retry_after_seconds or 0.0, now - began), _LONGEST_REST_SECONDS)
                 self._until = max(self._until, now + max(rest, wanted))
             raise
+        except BackendRefusedError:  # an answer, too
+            self._is_there(began)
+            raise
+        self._is_there(began)
+        return answer
+
+    def _is_there(self, began: float) -> None:
         with self._lock:
             self._failures = 0
             if began >= self._failed:
                 self._until = 0.0
-        return answer

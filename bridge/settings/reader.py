@@ -6,9 +6,10 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,8 +22,10 @@ T = TypeVar("T")
 Key = tuple[str, ...]
 
 _LONGEST_FOUND = 60
-#: Finding the line of a key reads the text once a line.
+#: Finding the lines of keys reads a value of several lines once a line.
 _LONGEST_WITH_LINES = 100_000
+#: One of them is in the last line of such a value.
+_ENDS = ("]", '"""', "'''")
 _SECRET_KINDS = ("file", "env", "credential")
 #: Types of a dataclass's fields: an inventory has thousands of tables of one type.
 _known_hints: dict[type[Any], dict[str, Any]] = {}
@@ -39,43 +42,52 @@ class Source:
 
     def __init__(self, file: Path | None, text: str) -> None:
         self.file = file
-        self._lines = text.splitlines(keepends=True)
+        self._text = text
 
     def line(self, key: Key) -> int | None:
         """The line (from 1) of a key or table, or of the nearest table above it: the first with that text."""
-        while key:
-            line = self._first_line_with(key)
-            if line is not None:
-                return line
-            key = key[:-1]
-        return None
+        above = (key[:length] for length in range(len(key), 0, -1))
+        return next((self._lines[one] for one in above if one in self._lines), None)
 
-    def _first_line_with(self, key: Key) -> int | None:
-        start = 0  # where the statement that is being read began
-        for number in range(len(self._lines)):
-            try:
-                document: Any = tomllib.loads("".join(self._lines[: number + 1]))
-            except tomllib.TOMLDecodeError:
-                continue  # within a value of several lines
-            if _holds(document, key):
-                blank = (
-                    i for i in range(start, number + 1) if self._lines[i].strip() and self._lines[i].strip()[0] != "#"
-                )
-                return next(blank, number) + 1
-            start = number + 1
-        return None
+    @cached_property
+    def _lines(self) -> Mapping[Key, int]:
+        found: dict[Key, int] = {}
+        table: Key | None = ()
+        for number, statement, document in _statements(self._text):
+            is_header = statement.startswith("[")
+            keys = list(_keys(document, () if is_header else table))
+            for key in keys:
+                found.setdefault(key, number)
+            if is_header:  # what is in a list of tables has no key
+                table = None if statement.startswith("[[") else keys[-1]
+        return found
 
     def problem(self, key: Key, wanted: str, found: str) -> SettingsProblem:
         """A problem with the file's name and the key's line in it."""
         return SettingsProblem(".".join(key), wanted, found, self.file, self.line(key))
 
 
-def _holds(document: Any, key: Key) -> bool:
-    for part in key:
-        if not isinstance(document, dict) or part not in document:
-            return False
-        document = document[part]
-    return True
+def _statements(text: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+    """Each statement: the line where it begins, itself, and what it says when it is read alone."""
+    statement, begin = "", 1
+    for number, line in enumerate(text.split("\n"), 1):
+        begin = begin if statement else number
+        statement = f"{statement}{line}\n".lstrip()
+        if number == begin or any(end in line for end in _ENDS):
+            try:
+                document = tomllib.loads(statement)
+            except tomllib.TOMLDecodeError:
+                continue  # within a value of several lines
+            yield begin, statement, document
+            statement = ""
+
+
+def _keys(value: Any, above: Key | None) -> Iterator[Key]:
+    """All keys in a value that is a table, each after the one that it is below."""
+    if isinstance(value, dict) and above is not None:
+        for name, one in value.items():
+            yield (*above, name)
+            yield from _keys(one, (*above, name))
 
 
 def opened(text: str, file: Path | None) -> tuple[Reader, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -178,8 +179,19 @@ def test_many_questions_that_one_moment_ends_are_one_failure() -> None:
     assert rest.seconds_left() == pytest.approx(30, abs=1)
 
 
-def test_few_threads_find_out_whether_a_ca_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All 32 of a gateway would be kept by a CA that hangs, and other CAs' requests would wait; once it answers, all ask."""
+def refuse() -> None:
+    """A CA that says no."""
+    raise BackendRefusedError("no")
+
+
+@pytest.mark.parametrize("answer", [lambda: None, refuse])
+def test_few_threads_find_out_whether_a_ca_is_back(
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[], object]
+) -> None:
+    """
+    All 32 of a gateway would be kept by a CA that hangs, and other CAs' requests would wait; once it answers, all ask. A
+    refusal is an answer: one bad request at a time would hold up all good ones.
+    """
     clock, rest = [0.0], Rest()
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
@@ -194,8 +206,26 @@ def test_few_threads_find_out_whether_a_ca_is_back(monkeypatch: pytest.MonkeyPat
         clock[0] += seconds
         found.append(turns())
     assert found == [0, 1, 0, 1]
-    rest.ask(lambda: None)
+    with contextlib.suppress(BackendRefusedError):
+        rest.ask(answer)
     assert turns() == 32
+
+
+def test_a_refusal_ends_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CA that said no meanwhile, and is away once more, is asked again for all of `retry_for`."""
+    clock, outage, answers = [1.0], Outage(timedelta(seconds=100)), [away, refuse]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+
+    def question() -> None:
+        answers.pop(0)()
+
+    with pytest.raises(BackendRefusedError):
+        outage.ask(question)
+    clock[0] = 90.0
+    with pytest.raises(BackendUnavailableError):
+        outage.ask(away)
+    assert clock[0] > 90 + 80
 
 
 def test_a_ca_that_keeps_others_waiting_rests_as_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import Before, parse_duration
 from bridge.settings.load import load, parse
+from bridge.settings.reader import Source
 from bridge.system.paths import MAX_FILE_BYTES
 
 FILE = Path("/etc/ca-bridge/config.toml")
@@ -79,6 +81,41 @@ def test_the_line_of_a_value_of_several_lines_is_its_first() -> None:
     """Positions are right after arrays that span lines."""
     text = '[authority.ca]\nbackend = "x"\nallow_extra_subject = [\n  "OU=a",\n]\n\n[backend.x]\ntype = 3\n'
     assert [(p.key, p.line) for p in problems(text)] == [("backend.x.type", 8)]
+
+
+def test_the_line_of_each_key_is_where_a_person_finds_it() -> None:
+    """Headers, dotted and quoted keys, comments, inline tables and texts of several lines."""
+    text = (
+        "# [a]\u2028x\n"
+        'a . "b.c" = """\n'
+        "[d]\n"
+        '"""\n'
+        "\n"
+        "  [d]  # ]\n"
+        "e = [[1,\n"
+        "  2],  # ]\n"
+        "  3]\r\n"
+        "f = {g = 1, h = [\n"
+        "]}\n"
+        "[[i]]\n"
+        "j = 1\n"
+        "[d.k]\n"
+        "l = '\u2028'\n"
+    )
+    tomllib.loads(text)
+    wanted = {("a",): 2, ("a", "b.c"): 2, ("d",): 6, ("d", "e"): 7, ("d", "f", "g"): 10, ("d", "f", "h"): 10, ("i",): 12,
+              ("i", "j"): 12, ("d", "k", "l"): 15, ("d", "k", "m"): 14, ("n",): None}  # fmt: skip
+    source = Source(FILE, text)
+    assert {key: source.line(key) for key in wanted} == wanted
+
+
+def test_the_lines_of_many_problems_are_found_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An inventory of 1000 nodes with the same mistake in each would hold up a gateway for hours; each statement is read twice."""
+    text = "".join(f"[certificate.pair-{number}]\nsan = []\n" for number in range(100))
+    read, loads = list[int](), tomllib.loads
+    monkeypatch.setattr(tomllib, "loads", lambda text: read.append(len(text)) or loads(text))
+    assert len({p.line for p in problems(text)}) == 200
+    assert sum(read) <= 2 * len(text) + 1
 
 
 def test_a_default_file_that_leads_nowhere_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
