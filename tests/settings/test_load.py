@@ -112,10 +112,15 @@ def test_the_line_of_each_key_is_where_a_person_finds_it() -> None:
 def test_the_lines_of_many_problems_are_found_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """An inventory of 1000 nodes with the same mistake in each would hold up a gateway for hours; each statement is read twice."""
     text = "".join(f"[certificate.pair-{number}]\nsan = []\n" for number in range(100))
-    read, loads = list[int](), tomllib.loads
-    monkeypatch.setattr(tomllib, "loads", lambda text: read.append(len(text)) or loads(text))
+    read, loads = list[str](), tomllib.loads
+
+    def counted(text: str) -> dict[str, object]:
+        read.append(text)
+        return loads(text)
+
+    monkeypatch.setattr(tomllib, "loads", counted)
     assert len({p.line for p in problems(text)}) == 200
-    assert sum(read) <= 2 * len(text) + 1
+    assert len("".join(read)) <= 2 * len(text)
 
 
 def test_a_default_file_that_leads_nowhere_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
