@@ -143,11 +143,8 @@ def parse(text: str, file: Path | None = None) -> Inventory:
 def _nodes(reader: Reader, tables: Mapping[str, Any]) -> dict[str, NodeEntry]:
     nodes = {}
     for name, table in tables.items():
-        key = ("node", name)
         if not is_node_name(name):
-            reader.add(key, "a node's name", repr(name))
-        elif not isinstance(table, dict):
-            reader.add(key, "a table", repr(table))
-        elif (entry := reader.read(NodeEntry, table, key)) is not None:
+            reader.add(("node", name), "a node's name", repr(name))
+        elif (entry := reader.table(NodeEntry, table, ("node", name))) is not None:
             nodes[name] = entry
     return nodes

@@ -298,9 +298,7 @@ def _certificates(reader: Reader, tables: Mapping[str, Any]) -> dict[str, Certif
         if name not in SPECS and not is_pair_name(name):
             wanted = f"one of {', '.join(SPECS)}, or the name of a node's further pair"
             reader.add(("certificate", name), wanted, repr(name))
-        elif not isinstance(table, dict):
-            reader.add(("certificate", name), "a table", repr(table))
-        elif (read := reader.read(CertificateRules, table, ("certificate", name))) is not None:
+        elif (read := reader.table(CertificateRules, table, ("certificate", name))) is not None:
             rules[name] = read
             for problem in read.pair_problems(is_pair=name not in SPECS):
                 reader.add(("certificate", name, problem.key), problem.wanted, problem.found)
@@ -315,9 +313,7 @@ def _est(
         if not is_label(label):
             wanted = "a label of small letters, digits, hyphens and dots that no operation of EST is called like"
             reader.add(("est", label), wanted, repr(label))
-        elif not isinstance(table, dict):
-            reader.add(("est", label), "a table", repr(table))
-        elif (read := reader.read(EstRules, table, ("est", label))) is not None:
+        elif (read := reader.table(EstRules, table, ("est", label))) is not None:
             rules[label] = read
             name = read.certificate or label
             if name not in SPECS and name not in certificates:

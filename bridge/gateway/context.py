@@ -1,30 +1,265 @@
-"""The gateway's context, which each step gets once: settings, API server, CAs, record, queue; and how a step may end."""
+"""
+The gateway's context, which each step gets once: settings, API server, CAs, lease, audit log, queue; and how a step may
+end.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
-from bridge.cluster.api import Api
+from bridge.cluster.api import Api, NoAnswerError
+from bridge.cluster.lease import Keeper, Lease
 from bridge.errors import BackendError, BackendRefusedError, BridgeError, VerificationError
 from bridge.gateway.authorities import AuthorityOfSigners
-from bridge.gateway.leader import Alone, Leader
-from bridge.gateway.ledger import About, Ledger
 from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
 from bridge.gateway.queue import Job, Queue
-from bridge.gateway.watch import AnyObject
-from bridge.settings.tables import Settings
-from bridge.state.audit import AuditError
+from bridge.gateway.rules import spec_of
+from bridge.gateway.watch import AnyObject, PodObject
+from bridge.settings.tables import AuditSettings, Settings
+from bridge.specs import POD_SPECS, CertificateSpec
+from bridge.state.audit import AuditError, Record
 from bridge.state.open_requests import Kind, RequestLog
 from bridge.state.store import Store
+from bridge.system.many import Combined
 from bridge.system.state_file import StateError
 from bridge.system.waiting import back_off_seconds
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
+
+#: A renewed lease counts for this share of its duration, so that we stop a while before another one begins.
+_SHARE = 0.7
+#: So many durations, by our settings, a replica waits for a holder that does not renew the lease.
+_MOST_DURATIONS = 10
+
+
+class Leader:
+    """A replica's hold on the lease; without one (`Alone`) it always works."""
+
+    def __init__(self, api: Api, path: tuple[str, str], identity: str, duration: timedelta) -> None:
+        self._lease = Lease(api, path, identity, duration=duration, longest=_MOST_DURATIONS * duration)
+        self._seconds = duration.total_seconds() * _SHARE
+        self._good_until = 0.0
+        self._said: str | None = None  #: The last trouble; None: nothing was logged yet.
+        self._doubtful_before: datetime | None = None
+        self._changed = threading.Condition()
+        self._can_work: Callable[[], bool] = lambda: True
+        self._keeper = Keeper(self._renew, duration)
+        self.threads = (self._keeper.thread,)
+        self.last_answer = time.monotonic()  #: When the API last answered.
+
+    def start(self, can_work: Callable[[], bool]) -> None:
+        """Begin to ask for it; while we can't work, another replica may have it."""
+        self._can_work = can_work
+        self._keeper.start()
+
+    def is_ours(self) -> bool:
+        """Whether we may work."""
+        return time.monotonic() < self._good_until
+
+    def doubtful_before(self) -> datetime | None:
+        """When we took it from a replica that had not given it back, ourselves before a crash or an outage included."""
+        return self._doubtful_before
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for it to be ours."""
+        with self._changed:
+            return self._changed.wait_for(self.is_ours, seconds)
+
+    def release(self) -> None:
+        """Let the next replica have it at once; without an API it expires."""
+        self._keeper.stop()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if not self.is_ours():
+            return
+        self._good_until = 0.0
+        try:
+            self._lease.give_back()
+        except NoAnswerError as e:
+            log.warning("the lease %s was not given back, and expires: %s", self._lease.name, e)
+
+    def _renew(self) -> None:
+        if not self._can_work():
+            self._give_back()
+            self._say(f"the lease {self._lease.name} is left to others, since the record can't be written")
+            return
+        was_ours, began = self.is_ours(), time.monotonic()
+        try:
+            other = self._lease.take()
+        except NoAnswerError as e:
+            self._say(str(e))
+            raise
+        self.last_answer = time.monotonic()
+        if other:
+            self._good_until = 0.0
+        else:
+            if not was_ours:
+                self._doubtful_before = datetime.now(UTC) if self._lease.taken_from else None
+            self._good_until = began + self._seconds
+        self._say(f"standing by: {other} has the lease {self._lease.name}" if other else "")
+        with self._changed:
+            self._changed.notify_all()
+
+    def _say(self, trouble: str) -> None:
+        if trouble != self._said:
+            self._said = trouble
+            (log.warning if trouble else log.info)("%s", trouble or f"the lease {self._lease.name} is ours")
+
+
+class Alone:
+    """There is no other replica (`lease = false`)."""
+
+    threads = ()
+
+    def __init__(self) -> None:
+        self._began = datetime.now(UTC)
+
+    def doubtful_before(self) -> datetime | None:
+        """The beginning of this run, since the run before it may have died."""
+        return self._began
+
+    def start(self, _: Callable[[], bool]) -> None:
+        """Do nothing."""
+
+    def is_ours(self) -> bool:
+        """Always."""
+        return True
+
+    def wait(self, _: float) -> bool:
+        """No wait."""
+        return True
+
+    def release(self) -> None:
+        """Do nothing."""
+
+
+_MOST_TOGETHER = 256
+#: After a failure so much space must be free before writing, so that the lease does not change with each line.
+_ROOM_BYTES = 256 << 10
+_AGAIN_SECONDS = 5.0
+
+
+Line = dict[str, Any]  #: One event of one request, for `Record.add`.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """The facts that each line about a request repeats."""
+
+    spec: CertificateSpec
+    more: Mapping[str, str]
+
+    @classmethod
+    def of(cls, one: AnyObject, backend: str = "", identity: str = "") -> About:
+        """The facts about an object of one of our signers; names in it are the requester's choice."""
+        spec = POD_SPECS["peer"] if isinstance(one, PodObject) else spec_of(one.request.signer)
+        if spec is None:
+            raise AssertionError("only signers that have a spec are looked at")
+        found = {
+            "request": one.uid,
+            "object": one_line(one.name),
+            "signer": one.request.signer,
+            "requester": one_line(one.request.username),
+            "csrSha256": hashlib.sha256(one.request.pem).hexdigest(),
+            "backend": backend,
+            "identity": identity,
+        }
+        if isinstance(one, PodObject):
+            pod_request = one.request
+            pod = {
+                "namespace": pod_request.namespace,
+                "pod": pod_request.pod,
+                "serviceAccount": pod_request.service_account,
+            }
+            pod |= {"podUID": pod_request.pod_uid, "requester": f"system:node:{pod_request.node}"}
+            found |= {key: one_line(value) for key, value in pod.items()}
+        return cls(spec=spec, more={key: value for key, value in found.items() if value})
+
+    def line(self, event: str, **values: Any) -> Line:
+        """One event."""
+        spec = self.spec
+        return {"event": event, "name": spec.name, "authority": spec.authority.name, "more": self.more, **values}
+
+
+class Ledger:
+    """May be used by any thread; the store's lock is held."""
+
+    def __init__(self, store: Store, settings: AuditSettings) -> None:
+        self.trouble = ""  #: Why the latest lines were not written.
+        self._failing_since = self._tried = 0.0
+        self._head_is_old = self._head_is_due = False
+        self._path = store.audit
+        self._record = Record(store, settings)
+        self._together: Combined[Line | None, None] = Combined(self._write, _MOST_TOGETHER)
+        self._noted: list[Line] = []
+        self._mutex = threading.Lock()
+
+    def write(self, line: Line) -> None:
+        """Write a line, which is safe on disk when this returns."""
+        self._together(line)
+
+    def note(self, line: Line) -> None:
+        """Write a line with the next that is written, or at the next `flush`: it is about what has happened already."""
+        with self._mutex:
+            self._noted.append(line)
+
+    def flush(self) -> None:
+        """Write noted lines and the newest line's number; called each second, it tries less often after a failure."""
+        if self.trouble:
+            if time.monotonic() - self._tried < _AGAIN_SECONDS:
+                return
+            self._tried = time.monotonic()
+            self._try_room()
+        if self._noted or self._head_is_old or self.trouble:
+            self._head_is_due = True
+            self._together(None)
+
+    def failing_seconds(self) -> float:
+        """Seconds since writing began to fail; 0: it works."""
+        return time.monotonic() - self._failing_since if self.trouble else 0.0
+
+    def _try_room(self) -> None:
+        path = self._path.with_name(".gateway-room")
+        try:
+            with path.open("wb") as file:
+                file.write(bytes(_ROOM_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as e:
+            raise AuditError(f"{path}: the audit log could not be written: {e.strerror}") from None
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _write(self, lines: Sequence[Line | None]) -> list[None]:
+        with self._mutex:
+            noted, self._noted = self._noted, []
+        for line in [*noted, *filter(None, lines)]:
+            self._record.add(**line)
+        try:
+            self._record.write(head_later=True)
+            self._head_is_old = True
+            if self._head_is_due:
+                self._record.write_head()
+                self._head_is_old = self._head_is_due = False
+        except AuditError as e:
+            if not self.trouble:
+                self._failing_since = time.monotonic()
+            self.trouble = str(e)
+            raise
+        self.trouble = ""
+        return [None] * len(lines)
+
 
 #: A CA that refused, or answered wrongly, is asked again after this, doubled a few times.
 AFTER_REFUSAL_SECONDS, _LONGEST_AFTER_REFUSAL_SECONDS = 60.0, 480.0

@@ -16,15 +16,22 @@ from bridge.cluster.api import NoAnswerError
 from bridge.contract import Continuity, Issued, Names, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, VerificationError
 from bridge.gateway.authorities import AuthorityOfSigners
-from bridge.gateway.context import MOST_PENDING_AT_CA, Context, GoneError, LeftError, PendingAtCa, after_refusal, extra
-from bridge.gateway.judge import Judge
-from bridge.gateway.ledger import About
+from bridge.gateway.context import (
+    MOST_PENDING_AT_CA,
+    About,
+    Context,
+    GoneError,
+    LeftError,
+    PendingAtCa,
+    after_refusal,
+    extra,
+)
+from bridge.gateway.csrs import Judge, Writer, name_in
 from bridge.gateway.pod_policy import AllowedPod
 from bridge.gateway.pods import PodJudge, PodWriter
 from bridge.gateway.policy import Allowed, Hostile, Later
 from bridge.gateway.queue import Job
 from bridge.gateway.watch import AnyObject, PodObject, chain_of
-from bridge.gateway.write import Writer, name_in
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.verify import CLOCK_SKEW, Expectation, Verified
 from bridge.state import audit

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 
 from bridge.contract import Names
 from bridge.desk.node_inventory import Inventory
-from bridge.gateway.pod_rules import IN_PATH, KEY_TYPES, Identity, PodSignerRules, is_never_a_pods
 from bridge.gateway.policy import Allowed, GatewayPolicy, Hostile, Later, Verdict, read_csr
+from bridge.gateway.rules import IN_PATH, KEY_TYPES, Identity, PodSignerRules, is_never_a_pods
 from bridge.pki.csr_fields import CsrData, OddRequestError
 from bridge.words import one_line
 

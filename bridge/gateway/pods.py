@@ -15,6 +15,7 @@ from bridge.cluster.access import items, mapping
 from bridge.cluster.api import MERGE_PATCH, METADATA, Api, NoAnswerError, Reply
 from bridge.gateway import watch
 from bridge.gateway.context import Context, GoneError, LeftError, NotAllowedError, after_refusal
+from bridge.gateway.csrs import Writer, condition_of, identity_of
 from bridge.gateway.nodes import Remembered
 from bridge.gateway.pod_policy import (
     USUAL_SECONDS,
@@ -26,11 +27,10 @@ from bridge.gateway.pod_policy import (
     judge,
     own_words,
 )
-from bridge.gateway.pod_rules import dates_problem, refresh_at
 from bridge.gateway.policy import Allowed, Hostile, Later, Verdict
 from bridge.gateway.queue import Job, Look
+from bridge.gateway.rules import dates_problem, refresh_at
 from bridge.gateway.watch import AnyObject, PodObject, parse_pod, quoted
-from bridge.gateway.write import Writer, condition_of, identity_of
 from bridge.pki.certificates import pem
 from bridge.pki.expiry import rfc3339
 from bridge.pki.verify import Verified

@@ -15,15 +15,16 @@ from bridge.desk import policy
 from bridge.desk.node_inventory import Inventory, NodeEntry
 from bridge.desk.patterns import CN_OID, O_OID
 from bridge.desk.policy import Policy, name_problems
-from bridge.gateway.pod_rules import PodSignerRules, read_pod_signers
 from bridge.gateway.rules import (
     BOOTSTRAP_USER,
     NODE_USER,
     NODES_GROUP,
     SYSTEM,
     Grant,
+    PodSignerRules,
     SignerRules,
     is_no_false_node,
+    read_pod_signers,
     read_signers,
     spec_of,
     usages_fit,

@@ -18,8 +18,7 @@ from bridge.cluster.api import MERGE_PATCH, Api, NoAnswerError, Reply
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.gateway import policy
 from bridge.gateway.authorities import read_anchors
-from bridge.gateway.pod_rules import PodSignerRules
-from bridge.gateway.rules import is_own_signer
+from bridge.gateway.rules import PodSignerRules, is_own_signer
 from bridge.gateway.watch import GROUP, served
 from bridge.node import inventory
 from bridge.pki.certificates import pem

@@ -1,18 +1,31 @@
-"""The tables `[signer."NAME"]` of the gateway's policy: who may ask for what by the certificates API (pure)."""
+"""The tables `[signer."NAME"]` and `[pod_signer."NAME"]` of the gateway's policy: who may ask for what (pure)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
+from string import Formatter
 from typing import Any, Literal, TypeVar
 
-from bridge.contract import GIVEN
-from bridge.desk.patterns import CN_OID, O_OID, subject_of
+from bridge.contract import GIVEN, NamePatterns, Names
+from bridge.desk.patterns import CN_OID, O_OID, is_host_name, subject_of
 from bridge.errors import SettingsProblem
+from bridge.pki.expiry import duration_text
 from bridge.settings.reader import Reader
-from bridge.specs import EKU, KEY_ALGORITHMS, KUBELET_CLIENT, KUBELET_SERVING, MASTERS, SPECS, USER, CertificateSpec
+from bridge.specs import (
+    EKU,
+    KEY_ALGORITHMS,
+    KUBELET_CLIENT,
+    KUBELET_SERVING,
+    MASTERS,
+    POD_SPECS,
+    SPECS,
+    USER,
+    CertificateSpec,
+    Usage,
+)
 
 T = TypeVar("T")
 
@@ -156,3 +169,244 @@ def _grants(reader: Reader, tables: Any, key: tuple[str, ...], spec: Certificate
             wanted = "whole subjects" if spec is USER else f"none: they are in [certificate.{spec.name!r}]"
             reader.add((*key, name, "subjects"), wanted, ", ".join(grant.subjects) or "none")
     return found
+
+
+#: The kubelet's names of keys (`podCertificate.keyType`), by ours.
+KEY_TYPES: Mapping[str, str] = {
+    "ecdsa-p256": "ECDSAP256",
+    "ecdsa-p384": "ECDSAP384",
+    "ecdsa-p521": "ECDSAP521",
+    "rsa-3072": "RSA3072",
+    "rsa-4096": "RSA4096",
+    "ed25519": "ED25519",
+}
+#: What the API server takes: how long a certificate lives, and how far its beginning is from now (measured on 1.37:
+#: 4:55 passes, 5:00 does not). The kubelet asks again when the refresh begins, which is at least this far from both ends.
+SHORTEST = timedelta(hours=1)
+LONGEST = timedelta(days=91)
+_FROM_NOW = timedelta(minutes=4, seconds=50)
+_REFRESH_FROM_BEGIN = timedelta(minutes=10)
+#: The kubelet draws up to 5 minutes, looks each 1 to 2, and writes the file within 1.5.
+_REFRESH_FROM_END = timedelta(minutes=20)
+_LONGEST_ID = 2048  # https://github.com/spiffe/spiffe/blob/main/standards/SPIFFE-ID.md#23-maximum-spiffe-id-length
+_TRUST_DOMAIN = re.compile(r"[a-z0-9._-]{1,255}")
+_SEGMENT = re.compile(r"[A-Za-z0-9._-]+")
+_COMMON_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+IN_PATH, _IN_NAME = ("namespace", "service_account", "pod", "pod_uid"), ("namespace", "service_account", "pod")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Table `[pod_signer."NAME".identity.X]`: names that some service accounts get besides the SPIFFE ID."""
+
+    namespaces: tuple[str, ...]  #: `*` and `?` as in a shell.
+    service_accounts: tuple[str, ...]
+    dns: tuple[str, ...] = ()  #: `{namespace}`, `{service_account}` and `{pod}` are the pod's.
+    common_name: str = ""
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Problems: names that no pod may have, and templates with unknown placeholders."""
+        for key in ("namespaces", "service_accounts"):
+            if not getattr(self, key):
+                yield SettingsProblem(key, "at least one", "none")
+        for text in self.dns:
+            name = _filled(text, _IN_NAME)
+            if name is None or not is_host_name(name) or is_never_a_pods(name) or _runs_together(text):
+                yield SettingsProblem("dns", f"DNS names in small letters, of no API server, {_APART}", repr(text))
+        if self.common_name:
+            name = _filled(self.common_name, _IN_NAME)
+            if name is None or not _is_common_name(name) or _runs_together(self.common_name):
+                yield SettingsProblem(
+                    "common_name", f"letters, digits, hyphens and dots, {_APART}", repr(self.common_name)
+                )
+        if not self.dns and not self.common_name:
+            yield SettingsProblem("dns", "dns or common_name, or the table gives nothing", "neither")
+
+
+#: Of a template's placeholders, for messages; see `_runs_together`.
+_APART = "with {namespace}, and {service_account} or {pod}, in them, with a dot between the two"
+
+
+def _filled(template: str, known: tuple[str, ...]) -> str | None:
+    """The template with a name of one letter for each placeholder; None: it has others."""
+    try:
+        found = [(name, form, change) for _, name, form, change in Formatter().parse(template) if name is not None]
+    except ValueError:
+        return None
+    if any(name not in known or form or change for name, form, change in found):
+        return None
+    return template.format(**dict.fromkeys(known, "x"))
+
+
+def _runs_together(template: str) -> bool:
+    """
+    Whether two pods could have one name: by two placeholders in one label (`a-b` of c, and a of `b-c`), or by two whose
+    names may have dots (the pod `a.b` with account c, and the pod a with account `b.c`).
+    """
+    with_dots = [name for name in ("{service_account}", "{pod}") if name in template]
+    return len(with_dots) > 1 or any(label.count("{") > 1 for label in template.split("."))
+
+
+def _is_common_name(name: str) -> bool:
+    return _COMMON_NAME.fullmatch(name) is not None and not name.startswith(SYSTEM)
+
+
+def is_never_a_pods(name: str) -> bool:
+    """Whether the name leads clients to the API server, or to their own machine."""
+    labels = name.split(".")
+    return labels[:2] in (["kubernetes"], ["kubernetes", "default"]) or labels[0] == "localhost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PodSignerRules:
+    """Table `[pod_signer."NAME"]`."""
+
+    #: The SPIFFE ID is `spiffe://`, this, and the path; empty: certificates have the names of an identity alone.
+    trust_domain: str = ""
+    path: str = "/ns/{namespace}/sa/{service_account}"  #: Also `{pod}` and `{pod_uid}`.
+    namespaces: tuple[str, ...] = ()  #: Namespaces whose pods may ask, with `*` and `?` as in a shell.
+    namespace_labels: dict[str, str] = field(default_factory=dict)  #: The namespace must have all of these labels.
+    service_accounts: tuple[str, ...] = ("*",)
+    keys: tuple[str, ...] = ("ecdsa-p256", "ecdsa-p384", "rsa-3072", "rsa-4096")
+    usages: Literal["peer", "client", "server"] = "peer"  #: peer: both, as SPIFFE has it.
+    max_validity: timedelta = timedelta(hours=24)
+    #: The CA's certificates are longer than requested by this, so that the gateway requests that much less than a pod's limit.
+    backdating: timedelta = timedelta(minutes=10)
+    #: Whether `backdating` is exact; then a pod may also ask for one hour, the shortest lifetime.
+    exact_dates: bool = False
+    refresh: int = 50  #: The kubelet asks again after this share of the life, in per cent.
+    publish: bool = True  #: Keep a ClusterTrustBundle with the roots; false: remove it.
+    annotations: dict[str, str] = field(
+        default_factory=dict
+    )  #: Annotations that a pod may have, with a pattern of the value.
+    identities: tuple[tuple[str, Identity], ...] = field(default=(), metadata={GIVEN: True})
+
+    @property
+    def spec(self) -> CertificateSpec:
+        """The certificate's usages and CA."""
+        usages: Usage = self.usages
+        return POD_SPECS[usages]
+
+    @property
+    def least(self) -> timedelta:
+        """What a pod has to ask for at least: the API server counts the life from the backdated beginning."""
+        return SHORTEST if self.exact_dates else SHORTEST + self.backdating
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Problems: rules whose certificates the API server, the kubelet or a SPIFFE library would refuse."""
+        yield from self._limit_problems()
+        if self.trust_domain and not _TRUST_DOMAIN.fullmatch(self.trust_domain):
+            yield SettingsProblem("trust_domain", "small letters, digits, dots, hyphens", repr(self.trust_domain))
+        if not _is_path(self.path):
+            wanted = "segments such as /ns/{namespace}/sa/{service_account}, each placeholder a whole one"
+            yield SettingsProblem("path", wanted, repr(self.path))
+        if not self.namespaces and not self.namespace_labels:
+            yield SettingsProblem("namespaces", "namespaces, or namespace_labels", "neither")
+        for key in ("service_accounts", "keys"):
+            if not getattr(self, key):
+                yield SettingsProblem(key, "at least one", "none")
+        for one in self.keys:
+            if one not in KEY_TYPES:
+                yield SettingsProblem("keys", f"some of {', '.join(KEY_TYPES)}", repr(one))
+
+    def _limit_problems(self) -> Iterator[SettingsProblem]:
+        if not SHORTEST <= self.max_validity <= LONGEST:
+            wanted = f"{duration_text(SHORTEST)} to {duration_text(LONGEST)}"
+            yield SettingsProblem("max_validity", wanted, duration_text(self.max_validity))
+        if self.backdating >= SHORTEST:
+            yield SettingsProblem("backdating", f"below {duration_text(SHORTEST)}", duration_text(self.backdating))
+        if not 20 <= self.refresh <= 80:  # noqa: PLR2004
+            yield SettingsProblem("refresh", "20 to 80 per cent", str(self.refresh))
+
+    def names(self, parts: Mapping[str, str], identity: Identity | None) -> Names | None:
+        """The names of a certificate for a pod with these parts; None: it would have none, or one that is too long."""
+        uri = f"spiffe://{self.trust_domain}{self.path.format(**parts)}" if self.trust_domain else ""
+        found = Names(
+            common_name=identity.common_name.format(**parts) if identity else "",
+            uris=(uri,) if uri else (),
+            dns=tuple(dict.fromkeys(text.format(**parts) for text in identity.dns)) if identity else (),
+        )
+        is_named = found.uris or found.dns
+        fits = len(uri) <= _LONGEST_ID and all(map(is_host_name, found.dns))
+        return found if is_named and fits and (not found.common_name or _is_common_name(found.common_name)) else None
+
+
+def _is_path(path: str) -> bool:
+    """Whether two pods never share a path, because each name is a segment of its own."""
+    begin, *segments = path.split("/")
+    names = [one[1:-1] for one in segments if one.startswith("{") and one.endswith("}")]
+    rest = [one for one in segments if not (one.startswith("{") and one.endswith("}"))]
+    return (
+        not begin
+        and len(set(names)) == len(names)
+        and {"namespace", "service_account"} <= set(names) <= set(IN_PATH)
+        and all(_SEGMENT.fullmatch(one) and one not in {".", ".."} for one in rest)
+    )
+
+
+def read_pod_signers(reader: Reader, tables: Mapping[str, Any]) -> dict[str, PodSignerRules]:
+    """The rules by signer; the reader has the problems."""
+    found = {}
+    for name, table in tables.items():
+        key = ("pod_signer", name)
+        if not is_own_signer(name):
+            reader.add(key, "DOMAIN/NAME, of a domain that is not Kubernetes' own", repr(name))
+        elif not isinstance(table, dict):
+            reader.add(key, "a table", repr(table))
+        else:
+            rules = reader.read(PodSignerRules, {k: v for k, v in table.items() if k != "identity"}, key)
+            identities = read_each(reader, Identity, table.get("identity", {}), (*key, "identity"))
+            if rules is not None:
+                found[name] = replace(rules, identities=tuple(identities.items()))
+                if not rules.trust_domain and not identities:
+                    reader.add((*key, "trust_domain"), "a trust domain, or an identity with names", "neither")
+    return found
+
+
+def patterns(tables: Iterable[PodSignerRules]) -> list[NamePatterns]:
+    """The names that all tables together may give, by the usage of the certificates, for the CA's own limits."""
+    found: dict[CertificateSpec, NamePatterns] = {}
+    for rules in tables:
+        identities = [one for _, one in rules.identities]
+        before = found.get(rules.spec) or NamePatterns(spec=rules.spec, longest=timedelta())
+        found[rules.spec] = NamePatterns(
+            spec=rules.spec,
+            longest=max(before.longest, rules.max_validity),
+            uris=_once(before.uris, _uris(rules)),
+            dns=_once(before.dns, (_any(text) for one in identities for text in one.dns)),
+            common_names=_once(before.common_names, (_any(one.common_name) for one in identities if one.common_name)),
+        )
+    return list(found.values())
+
+
+def _once(before: Iterable[str], more: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([*before, *more]))
+
+
+def _any(template: str) -> str:
+    return template.format(**dict.fromkeys(IN_PATH, "*"))
+
+
+def _uris(rules: PodSignerRules) -> Iterator[str]:
+    for namespace in rules.namespaces or ("*",) if rules.trust_domain else ():
+        for account in rules.service_accounts:
+            path = rules.path.format(namespace=namespace, service_account=account, pod="*", pod_uid="*")
+            yield f"spiffe://{rules.trust_domain}{path}"
+
+
+def dates_problem(begin: datetime, end: datetime, longest: timedelta, now: datetime) -> str:
+    """Why the API server would not take a certificate with these dates; empty: it does."""
+    if abs(begin - now) > _FROM_NOW:
+        return f"it begins {duration_text(abs(begin - now))} from now, and the API server takes less than 5 minutes"
+    if end - begin < SHORTEST:
+        return f"it lives {duration_text(end - begin)}, and the API server takes no less than an hour"
+    if end - begin > longest:
+        found = f"{duration_text(end - begin)} with its backdated beginning"
+        return f"it lives {found}, and the pod takes {duration_text(longest)} (is `backdating` what the CA backdates?)"
+    return ""
+
+
+def refresh_at(begin: datetime, end: datetime, percent: int) -> datetime:
+    """The time from which the kubelet asks for the next certificate, in whole seconds."""
+    wanted = begin + (end - begin) * percent / 100
+    return min(max(wanted, begin + _REFRESH_FROM_BEGIN), end - _REFRESH_FROM_END).replace(microsecond=0)

@@ -22,10 +22,8 @@ from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BackendError, BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.gateway import authorities, pages, roots
 from bridge.gateway.authorities import AuthorityOfSigners
-from bridge.gateway.context import Context, PendingRequests
+from bridge.gateway.context import Alone, Context, Leader, Ledger, PendingRequests
 from bridge.gateway.issue import Issuing
-from bridge.gateway.leader import Alone, Leader
-from bridge.gateway.ledger import Ledger
 from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
 from bridge.gateway.roots import Roots

@@ -19,9 +19,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from bridge.gateway import watch
-from bridge.gateway.context import Context, PendingRequests
+from bridge.gateway.context import Context, Ledger, PendingRequests
 from bridge.gateway.issue import Issuing
-from bridge.gateway.ledger import Ledger
 from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
 from bridge.gateway.service import Service
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem

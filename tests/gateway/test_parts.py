@@ -29,6 +29,7 @@ from bridge.errors import BridgeError
 from bridge.gateway import nodes, queue
 from bridge.gateway.authorities import AuthorityOfSigners
 from bridge.gateway.context import LeftError, PendingAtCa, PendingRequests
+from bridge.gateway.csrs import Writer, with_certificate, with_condition
 from bridge.gateway.pages import Metrics, serving
 from bridge.gateway.pod_policy import PodRequest
 from bridge.gateway.pods import Looks, PodJudge, PodWriter
@@ -48,7 +49,6 @@ from bridge.gateway.watch import (
     kinds,
     parse,
 )
-from bridge.gateway.write import Writer, with_certificate, with_condition
 from bridge.pki.certificates import pem
 from bridge.settings import load
 from bridge.settings.tables import GatewaySettings, address_of

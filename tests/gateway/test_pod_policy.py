@@ -17,8 +17,8 @@ from bridge.desk import node_inventory
 from bridge.errors import SettingsError
 from bridge.gateway import policy
 from bridge.gateway.pod_policy import AllowedPod, PodRequest, PodState, PodWorld, Source, judge
-from bridge.gateway.pod_rules import dates_problem, patterns, refresh_at
 from bridge.gateway.policy import Hostile, Later
+from bridge.gateway.rules import dates_problem, patterns, refresh_at
 from tests.kit import pods
 from tests.kit.gateways import csr_pem
 from tests.kit.pods import SIGNER, TRUST_DOMAIN

@@ -25,10 +25,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from backends.vault.setup import role_beside
 from bridge.gateway import policy, roots, watch
-from bridge.gateway.context import Context, PendingRequests
+from bridge.gateway.context import Context, Ledger, PendingRequests
 from bridge.gateway.issue import Issuing
-from bridge.gateway.ledger import Ledger
-from bridge.gateway.pod_rules import KEY_TYPES, patterns
+from bridge.gateway.rules import KEY_TYPES, patterns
 from bridge.gateway.service import Service
 from bridge.pki.certificates import is_for, pem
 from bridge.settings import load

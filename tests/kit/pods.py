@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from backends.vault.setup import role_beside
-from bridge.gateway import pod_rules, policy
+from bridge.gateway import policy, rules
 from bridge.gateway.watch import GROUP, PODS
 from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
@@ -87,7 +87,7 @@ def trust(place: Place, *cas: Signer) -> None:
 def with_vault(place: Place, bao: OpenBao, ca: Signer, mount: str = "pods", **role: object) -> Place:
     """A PKI engine of OpenBao with a role for pods."""
     bao.add_ca(mount, pem(ca.certificate), key_pem(ca.key))
-    [patterns] = pod_rules.patterns(policy.parse(place.policy).pod_signers.values())
+    [patterns] = rules.patterns(policy.parse(place.policy).pod_signers.values())
     bao.add_roles(mount, {"kubeadm-pod": {**role_beside(patterns), **role}})
     trust(place, ca)
     token = gateways.written(place.directory / f"{mount}.token", bao.root_token, 0o600)

@@ -30,8 +30,8 @@ from bridge.ca import registry
 from bridge.cluster.api import MERGE_PATCH, Api
 from bridge.contract import Issued, SignRequest, SignsMany
 from bridge.gateway import watch
+from bridge.gateway.csrs import with_certificate, with_condition
 from bridge.gateway.rules import CLIENT_KUBELET
-from bridge.gateway.write import with_certificate, with_condition
 from bridge.pki.csr import generate_key
 from bridge.settings.load import parse
 from bridge.specs import KUBELET_CLIENT
