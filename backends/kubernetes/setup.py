@@ -135,20 +135,21 @@ def _reference(wanted: SetupRequest, signers: Sequence[str]) -> str:
     by_namespace: dict[str, list[str]] = {}
     for namespace, _, issuer in issuers:
         by_namespace.setdefault(namespace, []).append(issuer)
-    name = account(wanted.node)
+    node = account(wanted.node)
+    name = f"{node}-references-{wanted.authority.name}"
     return "---\n".join(
         f"""\
 apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
-metadata: {{name: {name}-{wanted.authority.name}, namespace: {namespace}}}
+metadata: {{name: {name}, namespace: {namespace}}}
 rules:
 - {{apiGroups: [cert-manager.io], resources: [signers], verbs: [reference], resourceNames: {_flow(names)}}}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
-metadata: {{name: {name}-{wanted.authority.name}, namespace: {namespace}}}
-roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: Role, name: {name}-{wanted.authority.name}}}
-subjects: [{{kind: ServiceAccount, name: {name}, namespace: {NAMESPACE}}}]
+metadata: {{name: {name}, namespace: {namespace}}}
+roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: Role, name: {name}}}
+subjects: [{{kind: ServiceAccount, name: {node}, namespace: {NAMESPACE}}}]
 """
         for namespace, names in by_namespace.items()
     )
@@ -156,10 +157,10 @@ subjects: [{{kind: ServiceAccount, name: {name}, namespace: {NAMESPACE}}}]
 
 def _approver(wanted: SetupRequest, signers: Sequence[str]) -> str:
     return f"""\
-# For the approver: bind it to a person or a program, never to the account above.
+# For the approver of this node's requests: bind it to a person or a program, never to the account above.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
-metadata: {{name: ca-bridge-approver-{wanted.authority.name}}}
+metadata: {{name: {account(wanted.node)}-approver-{wanted.authority.name}}}
 rules:
 - {{apiGroups: [certificates.k8s.io], resources: [certificatesigningrequests], verbs: [get, list, watch]}}
 - {{apiGroups: [certificates.k8s.io], resources: [certificatesigningrequests/approval], verbs: [update, patch]}}

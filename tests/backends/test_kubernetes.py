@@ -478,15 +478,15 @@ def test_setup_lists_what_may_be_approved() -> None:
     kinds = [one["kind"] for one in objects]
     assert kinds.count("ValidatingAdmissionPolicy") == 2  # one for all accounts, one for these signers
     [role] = [one for one in objects if one["kind"] == "Role"]
-    assert role["metadata"]["namespace"] == "pki"
+    assert role["metadata"] == {"name": "ca-bridge-cp-1-references-ca", "namespace": "pki"}
     assert role["rules"] == [
         {"apiGroups": ["cert-manager.io"], "resources": ["signers"], "verbs": ["reference"], "resourceNames": ["client", "server"]}
     ]  # fmt: skip
     assert "requests-ca" not in manifests(CLIENT_SIGNER)  # others of that cluster use Kubernetes' own signers, too
 
 
-def test_the_next_nodes_file_leaves_the_signers_of_the_first_reserved() -> None:
-    """Both are applied to one cluster, where an object replaces another one of its name."""
+def test_the_next_nodes_file_leaves_the_first_ones_signers_as_they_were() -> None:
+    """Both are applied to one cluster, where an object replaces another one of its name: reserved, with approvers."""
     applied = {}
     for node in ("cp-1", "cp-2"):
         for one in filter(None, yaml.safe_load_all(manifests("ca-bridge.example.com/{node}-{usage}", node))):
@@ -500,6 +500,8 @@ def test_the_next_nodes_file_leaves_the_signers_of_the_first_reserved() -> None:
             str(applied["ValidatingAdmissionPolicy", None, name]["spec"]["matchConditions"]) for name in policies
         ]
         assert sum(f"ca-bridge.example.com/{node}-client" in text for text in conditions) == 1
+        roles = [str(one) for (kind, *_), one in applied.items() if kind == "ClusterRole"]
+        assert sum(f"ca-bridge.example.com/{node}-client" in text for text in roles) == 1
 
 
 # --------------------------------------------------------------------------------------------- answers that are rare
