@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Protocol, TypeVar
 
-from bridge.errors import BackendRefusedError, BackendUnavailableError
+from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.system.console import is_attended, log
 from bridge.system.waiting import back_off_seconds
 
@@ -89,8 +89,9 @@ class Outage:
             with self._lock:
                 self._since = self._since or time.monotonic()
             raise
-        except BackendRefusedError:  # an answer, too
-            self._is_there()
+        except BackendRefusedError as e:
+            if not isinstance(e, LocalFileError):  # an answer, too
+                self._is_there()
             raise
         self._is_there()
         return answer
@@ -167,8 +168,9 @@ class Rest:
                 wanted = min(max(e.retry_after_seconds or 0.0, now - began), _LONGEST_REST_SECONDS)
                 self._until = max(self._until, now + max(rest, wanted))
             raise
-        except BackendRefusedError:  # an answer, too
-            self._is_there(began)
+        except BackendRefusedError as e:
+            if not isinstance(e, LocalFileError):  # an answer, too
+                self._is_there(began)
             raise
         self._is_there(began)
         return answer

@@ -16,7 +16,7 @@ from cryptography import x509
 from bridge.ca.ca import CA
 from bridge.ca.retry import Outage, Rest
 from bridge.contract import Issued, SignRequest
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.pki.verify import Expectation
 from bridge.specs import SPECS
 from bridge.testing import TestCA, sign_request
@@ -184,6 +184,11 @@ def refuse() -> None:
     raise BackendRefusedError("no")
 
 
+def miss() -> None:
+    """A CA that was not asked."""
+    raise LocalFileError("no token")
+
+
 @pytest.mark.parametrize("answer", [lambda: None, refuse])
 def test_few_threads_find_out_whether_a_ca_is_back(
     monkeypatch: pytest.MonkeyPatch, answer: Callable[[], object]
@@ -206,6 +211,9 @@ def test_few_threads_find_out_whether_a_ca_is_back(
         clock[0] += seconds
         found.append(turns())
     assert found == [0, 1, 0, 1]
+    with pytest.raises(LocalFileError):
+        rest.ask(miss)
+    assert turns() == 0
     with contextlib.suppress(BackendRefusedError):
         rest.ask(answer)
     assert turns() == 32
