@@ -27,11 +27,13 @@ from bridge.ca.retry import Outage
 from bridge.contract import Carries, Collects, Continuity, Issued, Pending
 from bridge.errors import (
     BackendError,
-    BackendUnavailableError,
+    BackendRefusedError,
     BridgeError,
     Exit,
+    LocalFileError,
     SettingsError,
     SettingsProblem,
+    VerificationError,
     WaitingError,
 )
 from bridge.node import cross, endpoints, kubeconfig
@@ -234,11 +236,12 @@ def issue(
         one = _taken_up(store, record, order, given, validity, configured.label, now())
         with contextlib.closing(CA.of(configured, outage)) as ca:
             verified = _Submission(settings, ca, one, record, store).verified(expected, now)
-        _add(record, audit.VERIFIED, one, new=verified.leaf)
-        record.write()
-        _write(order, server, anchors, settings.node.cluster, verified, one)
-        _add(record, audit.INSTALLED, one, new=verified.leaf, result=f"in {order.out}")
-        _forget(store, one)
+            _add(record, audit.VERIFIED, one, new=verified.leaf)
+            record.write()
+            _write(order, server, anchors, settings.node.cluster, verified, one)
+            _add(record, audit.INSTALLED, one, new=verified.leaf, result=f"in {order.out}")
+            _forget(store, one)
+            _put_away(ca, one, progress)
     key_file = "" if one.key_pem is not None else _key_file(order)
     return Done(leaf=verified.leaf, server=server, backend=configured.label, key_file=key_file)
 
@@ -362,6 +365,15 @@ def _forget(store: Store, one: OpenUser) -> None:
     requests.save()
 
 
+def _put_away(ca: CA, one: OpenUser, progress: Progress) -> None:
+    """Have the backend remove the answer, which is installed."""
+    try:
+        if one.reference:
+            ca.put_away(one.reference)
+    except BackendError as e:
+        progress.note(f"the installed answer stays where it is: {e}; {e.hint}")
+
+
 class _Submission:
     def __init__(self, settings: Settings, ca: CA, one: OpenUser, record: audit.Record, store: Store) -> None:
         self._ca, self._one, self._record, self._store = ca, one, record, store
@@ -389,7 +401,7 @@ class _Submission:
         except BridgeError as e:
             if isinstance(e, UntrustedAnswerError):
                 e.hint = _KEPT
-            if not isinstance(e, WaitingError | BackendUnavailableError | UntrustedAnswerError):
+            elif isinstance(e, BackendRefusedError | VerificationError) and not isinstance(e, LocalFileError):
                 _forget(self._store, one)  # its CA said no, or signed something else
             _add(self._record, audit.event_of(e), one, error=e)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import ssl
@@ -29,14 +30,27 @@ from bridge.pki.bundle_format import loads_request
 from bridge.pki.certificates import attributes, extended_key_usages, load_pem_certificates, pem
 from bridge.pki.csr import generate_key, known_algorithm, subject_of
 from bridge.pki.user_rules import User
+from bridge.settings.load import load
 from bridge.settings.tables import UserSettings
 from bridge.specs import USER
-from bridge.users import CsrRefusedError, NoCsrError, UserNotAllowedError, assert_allowed, load_csr, make_csr
+from bridge.system import files
+from bridge.system.state_file import StateError
+from bridge.users import (
+    CsrRefusedError,
+    NoCsrError,
+    UserNotAllowedError,
+    UserOrder,
+    assert_allowed,
+    issue,
+    load_csr,
+    make_csr,
+)
 from tests.kit import approval, odd_csrs, openbao, warm
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.desks import POLICY, Desk, make_desk
 from tests.kit.issuing import Signer
 from tests.kit.pki import Pki, handmade_pki
+from tests.kit.renewing import Quiet
 
 CLIENT = "1.3.6.1.5.5.7.3.2"
 HOURS_8 = timedelta(hours=8)
@@ -495,8 +509,29 @@ def test_through_a_desk(pki: Pki, tmp_path: Path) -> None:
     assert says(leaf_of(site.out)) == ("bob", {"dev"})
     assert timedelta(hours=7) < leaf_of(site.out).not_valid_after_utc - datetime.now(UTC) <= HOURS_8
     assert not (site.bridge.directory / "state/users.json").exists()
+    assert list(site.desk.outbox.iterdir()) == []  # an inbox that fills is read no more
     events = [json.loads(line)["event"] for line in (site.desk.state / "audit.jsonl").read_text().splitlines()]
     assert events == ["signed for others"]
+
+
+def test_a_full_disk_loses_no_request(pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CA has the request, and its name for it can't be written: the key stays, and no second request is made."""
+    site = Carried.make(pki, tmp_path, '[users]\ngroups = ["dev"]\n')
+    order = UserOrder(user=User(name="bob", groups=("dev",)), out=site.out)
+    write = files.write_atomically
+
+    def full(path: Path, data: bytes) -> None:
+        if b'"reference": ""' not in data:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("bridge.state.open_requests.write_atomically", full)
+        with pytest.raises(StateError, match="No space left"):
+            issue(load(site.bridge.config), order, lambda: datetime.now(UTC), Quiet())
+    bundles = list(site.desk.inbox.iterdir())
+    assert site.user("--group=dev").returncode == 4
+    assert list(site.desk.inbox.iterdir()) == bundles
 
 
 def test_another_validity_is_another_request(pki: Pki, tmp_path: Path) -> None:
