@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -48,16 +49,19 @@ class CsrDirectory:
     files: Mapping[str, Path]  #: The CSRs by certificate name, relative to the directory.
 
 
-def find(directory: Path) -> list[Path]:
-    """All CSR files in a directory and below it."""
-    return sorted(path for path in directory.rglob(f"*{_SUFFIX}") if not path.name.startswith("."))
+def find(directory: Path, unseen: Callable[[OSError], object] = lambda _: None) -> list[Path]:
+    """All CSR files in a directory and below it; `unseen` gets the error of each directory that can't be listed."""
+    names = ((place, name) for place, _, names in os.walk(directory, onerror=unseen) for name in names)
+    return sorted(Path(place, name) for place, name in names if name.endswith(_SUFFIX) and not name.startswith("."))
 
 
 def load(directory: Path, *, node: str, cluster: str, validity: timedelta, created: datetime) -> CsrDirectory:
-    """Read a directory's CSRs; the error names each file that is not kubeadm's, or is repeated."""
+    """Read a directory's CSRs; the error names each file that is not kubeadm's, or is repeated, and what can't be read."""
     files: dict[str, Path] = {}
-    requests, problems = [], []
-    for path in find(directory):
+    unseen: list[OSError] = []
+    paths = find(directory, unseen.append)
+    requests, problems = [], [f"{e.filename}: wanted to look for CSRs, found: {e.strerror}" for e in unseen]
+    for path in paths:
         relative = path.relative_to(directory)
         spec = spec_of(relative)
         try:
@@ -72,7 +76,7 @@ def load(directory: Path, *, node: str, cluster: str, validity: timedelta, creat
     if problems or not requests:
         raise CsrDirectoryError(
             "\n".join(problems) or f"{directory}: wanted CSRs, found none",
-            hint="move away what is not to be signed" if problems else "",
+            hint="move away what is not to be signed, and make the rest readable for the desk" if problems else "",
         )
     ders = b"".join(sha256(request.csr.public_bytes(Encoding.DER)).digest() for request in requests)
     batch = sha256(ders).hexdigest()[:32]
@@ -144,10 +148,12 @@ def _kubeconfig(path: Path) -> bytes | None:
 
 
 def _yaml(data: bytes) -> Any:
-    """The value of a small document; kubeadm's kubeconfig has 20 values."""
+    """The value of a small document without aliases, of which merge keys make any size; kubeadm's kubeconfig has 20 values."""
     budget = Budget(steps=1000)
     for event in yaml.parse(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         budget.spend(steps=isinstance(event, yaml.NodeEvent))
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError
     return yaml.safe_load(data)
 
 

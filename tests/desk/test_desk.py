@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -1331,6 +1332,24 @@ def test_a_directory_with_other_csrs_is_refused_as_a_whole(tmp_path: Path, desk_
     assert desk_.issued() == []
 
 
+def test_a_directory_that_can_not_be_listed_is_refused_as_a_whole(
+    tmp_path: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kubeadm makes `pki/etcd` for root alone: the desk's user would sign the rest, and end well."""
+    scandir = os.scandir
+
+    def denied(place: str | os.PathLike[str] = ".") -> Iterator[os.DirEntry[str]]:
+        if Path(place).name == "etcd":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+        return scandir(place)
+
+    (tmp_path / "pki/etcd").mkdir(parents=True)
+    (tmp_path / "pki/apiserver.csr").write_bytes(new_csr(pairs["apiserver"][0]).public_bytes(Encoding.PEM))
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(csr_directory.CsrDirectoryError, match="pki/etcd: wanted to look for CSRs, found: Permission"):
+        csr_directory.load(tmp_path, node="cp-1", cluster="k", validity=VALIDITY, created=datetime.now(UTC))
+
+
 @pytest.mark.kube("kubeadm")
 def test_what_kubeadm_generates(tmp_path: Path) -> None:
     """The nested layout of 1.37: kubeadm finds nothing wrong with the result, kubeconfigs are as it writes them."""
@@ -1402,19 +1421,28 @@ def test_a_kubeconfig_with_another_key_is_not_completed(tmp_path: Path, pki: Pki
 
 
 @pytest.mark.attack("N5")
-def test_a_kubeconfig_beside_a_csr_keeps_no_desk_busy(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
-    """A megabyte of empty lists would take a minute to become values."""
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (b"[" + b"[]," * 340_000 + b"[]]", "at most 1000 values"),
+        (b"a: &a {k: v}\nb: {<<: [*a, *a, *a]}\n", "found something else (YAMLError)"),
+    ],
+)
+def test_a_kubeconfig_beside_a_csr_keeps_no_desk_busy(
+    tmp_path: Path, pki: Pki, pairs: Pairs, text: bytes, found: str
+) -> None:
+    """A megabyte of empty lists would take a minute to become values; merge keys, in older versions of PyYAML, all memory."""
     desk_ = make_desk(tmp_path / "desk", pki, policy=RULES)
     csrs = tmp_path / "csrs"
     csrs.mkdir()
     (csrs / "admin.conf.csr").write_bytes(new_csr(pairs["admin.conf"][0]).public_bytes(Encoding.PEM))
-    (csrs / "admin.conf").write_bytes(b"[" + b"[]," * 340_000 + b"[]]")
+    (csrs / "admin.conf").write_bytes(text)
     begin = time.monotonic()
 
     run = desk_.run("sign", csrs, "--node", "cp-1", "--cluster", "kubernetes", *waived(["admin.conf"]))
 
     assert run.returncode == Exit.FAILED
-    assert "at most 1000 values" in run.stderr
+    assert found in run.stderr
     assert time.monotonic() - begin < 15
 
 
