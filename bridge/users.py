@@ -19,7 +19,6 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.x509.oid import NameOID
 
 from bridge.ca import registry
 from bridge.ca.ca import CA, UntrustedAnswerError
@@ -39,7 +38,7 @@ from bridge.errors import (
 from bridge.node import cross, endpoints, kubeconfig
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import csr, user_rules, verify
-from bridge.pki.certificates import UNREADABLE, attributes, pem
+from bridge.pki.certificates import CN_OID, O_OID, UNREADABLE, attributes, pem
 from bridge.pki.csr import Naming, PrivateKey, subject_of
 from bridge.pki.csr_fields import requested
 from bridge.pki.user_rules import SHORTEST, Limits, User
@@ -60,7 +59,6 @@ DEFAULT_KEY: KeyAlgorithm = "ecdsa-p256"
 _CSR_MODE = 0o644
 #: No hyphen within a block, so that a file of BEGIN lines alone is read once, not once for each line.
 _PEM = re.compile(rb"-----BEGIN ((?:NEW )?CERTIFICATE REQUEST)-----[^-]*-----END \1-----")
-_CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 #: A desk refuses a request that is older than a month, unless its policy says otherwise.
 _CARRIED_ANEW = timedelta(days=20)
 _KEPT = (
@@ -147,13 +145,13 @@ def load_csr(path: Path, user: User) -> bytes:
 def _csr_problems(request: x509.CertificateSigningRequest, user: User) -> list[str]:
     problems = []
     found = attributes(request.subject)
-    names = [value for oid, value in found if oid == _CN]
-    groups = [value for oid, value in found if oid == _O]
+    names = [value for oid, value in found if oid == CN_OID]
+    groups = [value for oid, value in found if oid == O_OID]
     if names != [user.name]:
         problems.append(f"CN: wanted {user.name}, found {_listed(names)}")
     if sorted(groups) != sorted(user.groups):
         problems.append(f"O: wanted {_listed(user.groups)} (--group), found {_listed(groups)}")
-    if others := [oid for oid, _ in found if oid not in (_CN, _O)]:
+    if others := [oid for oid, _ in found if oid not in (CN_OID, O_OID)]:
         problems.append(f"subject: wanted CN and O alone, found {_listed(others)} too")
     if extensions := requested(request):
         problems.append(f"extensions: wanted none, found {_listed(extensions)}")

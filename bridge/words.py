@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 #: Printable as Unicode has it, and yet blank on a screen: padding with them draws lines of one's own.
 _BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
@@ -65,3 +65,8 @@ def name_found(name: str, known: Iterable[str]) -> str:
 
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"{one_line(name)!r} (did you mean {close[0]!r}?)" if close else repr(one_line(name))
+
+
+def one_of(texts: Sequence[str]) -> str:
+    """The allowed patterns as one text, for messages."""
+    return " or ".join(texts) or "none"

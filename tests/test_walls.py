@@ -65,7 +65,7 @@ FLOORS: dict[str, set[str]] = {
 #: No I/O and no clock in these: a package, or a module of another one.
 PURE = (
     *("pki", "specs", "words", "settings.windows"),
-    *("desk.approval", "desk.patterns", "gateway.rules"),
+    *("desk.approval", "gateway.rules"),
 )
 
 IMPURE_MODULES = {

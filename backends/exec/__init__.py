@@ -14,15 +14,13 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.exec import helper
-from backends.exec.helper import ENVIRONMENT, ekus_text
 from bridge.contract import BackendSettings, Issued, Names, Pending, Selector, SetupFile, SetupRequest, SignRequest
 from bridge.errors import (
     BackendError,
@@ -32,10 +30,12 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
-from bridge.pki.certificates import extension, is_for, spki
+from bridge.pki.budget import of_server
+from bridge.pki.certificates import certificates_in, extension, is_for, spki
 from bridge.specs import CertificateSpec
 from bridge.system.paths import program_exposure
 from bridge.system.run_command import Account, Command, Ended, reached, run
+from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge.exec")
 #: Variables that say what is asked for.
@@ -163,9 +163,9 @@ class ExecBackend:
         self._ask("IDENTIFY", authority)
         profiles = self._ask("GET-SUPPORTED-TEMPLATES", authority, silent=_NO_ANSWER)
         needed = self._ask("GET-NEW-REQUEST-REQUIREMENTS", authority, silent=_NO_ANSWER)
-        lacking = sorted(NOT_OURS_TO_GIVE & set(helper.names(needed or b"")) - self._settings.environment.keys())
+        lacking = sorted(NOT_OURS_TO_GIVE & set(_names(needed or b"")) - self._settings.environment.keys())
         needs = [Violation(subject="the program's needs", want=name, got="nothing to set it from") for name in lacking]
-        offered = helper.names(profiles or b"")
+        offered = _names(profiles or b"")
         found = {spec.name: [*_profile_violations(self._profile(spec), offered), *needs] for spec in specs}
         return {name: violations for name, violations in found.items() if violations}
 
@@ -175,7 +175,7 @@ class ExecBackend:
         if not (printed or b"").strip():
             return []
         try:
-            found = helper.certificates(printed or b"")
+            found = certificates_of(printed or b"")
         except ValueError as e:
             raise self._refused(f"FETCH-ROOTS: wanted the CA's certificates, found {e}") from e
         # roots come first in this operation, and our callers want the signing certificate first
@@ -185,10 +185,10 @@ class ExecBackend:
         try:
             if ended.code == _ISSUED:
                 return _issued(request, ended.output)
-            if ended.code == _WAIT and (cookie := helper.cookie(ended.output)):
+            if ended.code == _WAIT and (cookie := cookie_of(ended.output)):
                 return self._pending(cookie, ended)
             if ended.code == _WAIT_SECONDS:
-                seconds, cookie = helper.delayed_cookie(ended.output)
+                seconds, cookie = _delayed_cookie(ended.output)
                 return self._pending(cookie, ended, f", and is to be asked again in {seconds} s")
         except ValueError as e:
             raise self._refused(f"{_WANTED[ended.code]}, found {e}{_aside(ended)}") from e
@@ -198,7 +198,7 @@ class ExecBackend:
         longest = LONGEST_VARIABLE - len("CERTMONGER_CA_COOKIE=")
         if len(cookie.encode()) > longest:
             raise ValueError(f"a cookie of more than {longest} bytes")
-        cookie_text = helper.text(cookie.encode())
+        cookie_text = display_text(cookie.encode())
         return Pending(
             reference=cookie, note=f'{self._program} waits{when}; its cookie: "{cookie_text}"{_aside(ended)}'
         )
@@ -330,7 +330,7 @@ _UNKNOWN_HINT = "a program ends with status 6 for operations that it does not kn
 
 def _issued(request: SignRequest, output: bytes) -> Issued:
     """The certificate for the CSR's key, and what came with it, in no order that could be relied on."""
-    found = helper.certificates(output)
+    found = certificates_of(output)
     ours = [one for one in found if is_for(one, request.csr)]
     if not ours:
         raise ValueError(f"{len(found)} for other keys")
@@ -341,7 +341,7 @@ def _issued(request: SignRequest, output: bytes) -> Issued:
 
 def _profile_violations(profile: str, offered: Sequence[str]) -> Iterator[Violation]:
     if profile and offered and profile not in offered:
-        got = helper.text(", ".join(offered).encode())
+        got = display_text(", ".join(offered).encode())
         yield Violation(subject="profile", want=f"{profile} among the program's", got=got)
 
 
@@ -390,10 +390,92 @@ def _csr_variables(csr: x509.CertificateSigningRequest) -> dict[str, str]:
 
 def _printed(ended: _Answer) -> str:
     """All that it printed, for a message: both outputs, each on one line and cut."""
-    text = helper.text(ended.output)
+    text = display_text(ended.output)
     return (f', printed: "{text}"' if text else ", printed nothing") + _aside(ended)
 
 
 def _aside(ended: _Answer) -> str:
-    text = helper.text(ended.messages, keep_end=True)
+    text = display_text(ended.messages, keep_end=True)
     return f', on standard error: "{text}"' if text else ""
+
+
+# --- certmonger's contract: the environment of a helper, and what it prints -----------------------------------------------
+
+#: What a program finds around it, beside HOME and what the settings name; nothing of our own environment.
+ENVIRONMENT: Mapping[str, str] = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "SHELL": "/bin/sh",
+    "TERM": "dumb",
+    "LC_ALL": "C.UTF-8",
+}
+
+
+def ekus_text(spec: CertificateSpec) -> str:
+    """RFC 5280's names with commas, as openssl takes them: `serverAuth,clientAuth`."""
+    return ",".join(sorted((eku.label for eku in spec.ekus), reverse=True))
+
+
+_LONGEST_TEXT = 300  # characters; certmonger itself keeps the first line of a refusal
+_SECONDS = re.compile(r"[0-9]{1,9}")
+
+
+def certificates_of(output: bytes) -> list[x509.Certificate]:
+    """All certificates of an answer: PEM, DER, PKCS#7 or certmonger's JSON (its doc/helpers.txt, "SUBMIT"); in its order."""
+    if not output.strip():
+        raise ValueError("nothing")
+    if output.lstrip().startswith(b"{"):
+        return [found for text in _texts(output) for found in certificates_in(text.encode())]
+    return certificates_in(output)
+
+
+def _texts(output: bytes) -> list[str]:
+    try:
+        document = of_server(output)
+        texts = list(_members(document))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError('JSON without {"certificate": …, "chain": [{"certificate": …}]}') from None
+    if not all(isinstance(text, str) and text.isascii() for text in texts):
+        raise ValueError("JSON with a certificate that is no text")
+    return texts
+
+
+def _members(document: Any) -> Iterator[Any]:
+    yield document["certificate"]
+    for key in ("chain", "roots"):
+        yield from (one["certificate"] for one in document.get(key) or ())
+
+
+def cookie_of(output: bytes) -> str:
+    """The cookie of a request that waits: opaque, one line without its end, or several without the blank ones."""
+    try:
+        text = output.decode()
+    except UnicodeDecodeError:
+        raise ValueError("bytes that are no UTF-8") from None
+    if "\0" in text:
+        raise ValueError("a NUL character")
+    return "\n".join(line for line in text.split("\n") if line.strip())
+
+
+def _delayed_cookie(output: bytes) -> tuple[int, str]:
+    """Seconds to wait, and the cookie on the lines after them."""
+    first, _, rest = output.partition(b"\n")
+    seconds = first.decode("ascii", "replace").strip()
+    if not _SECONDS.fullmatch(seconds):
+        raise ValueError(
+            f'"{display_text(first)}" in the place of the seconds' if seconds else "no line with the seconds"
+        )
+    found = cookie_of(rest)
+    if not found:
+        raise ValueError("no cookie after the seconds")
+    return int(seconds), found
+
+
+def display_text(data: bytes, *, keep_end: bool = False) -> str:
+    """Text for the operator: on one line, cut, and without what steers a terminal."""
+    text = data.decode("utf-8", "replace")
+    return one_line(text[::-1], _LONGEST_TEXT)[::-1] if keep_end else one_line(text, _LONGEST_TEXT)
+
+
+def _names(data: bytes) -> list[str]:
+    """Names that a helper lists: separated by commas or line ends, blank ones left out."""
+    return [name for part in re.split(r"[,\n]", data.decode("utf-8", "replace")) if (name := part.strip())]

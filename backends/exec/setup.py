@@ -20,7 +20,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from backends.exec.helper import ENVIRONMENT, ekus_text
+from backends.exec import ENVIRONMENT, ekus_text
 from bridge.contract import Selector, SetupFile, SetupRequest
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.certificates import extension, san_entries, san_entry

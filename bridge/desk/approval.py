@@ -17,13 +17,21 @@ from typing import Literal, cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
-from cryptography.x509.oid import NameOID
 
-from bridge.desk.patterns import CN_OID, O_OID
 from bridge.errors import SettingsProblem, WaitingError
 from bridge.pki import display, signatures
 from bridge.pki.bundle import BundledRequest, RequestBundle
-from bridge.pki.certificates import UNREADABLE, attributes, fingerprint, pem, san_counts, san_entries, spki
+from bridge.pki.certificates import (
+    CN_OID,
+    O_OID,
+    UNREADABLE,
+    attributes,
+    fingerprint,
+    pem,
+    san_counts,
+    san_entries,
+    spki,
+)
 from bridge.pki.csr import algorithm_name
 from bridge.pki.expiry import duration_text, rfc3339
 from bridge.pki.verify import client_problem
@@ -129,7 +137,7 @@ def person(leaf: x509.Certificate, approvers: Collection[str]) -> str:
     The CN and the e-mail addresses among the SANs are compared whole, as they are written.
     """
     try:
-        names = [value for oid, value in attributes(leaf.subject) if oid == NameOID.COMMON_NAME.dotted_string]
+        names = [value for oid, value in attributes(leaf.subject) if oid == CN_OID]
         found = [*names, *(value for kind, value in san_entries(leaf) if kind == "email")]
     except UNREADABLE as e:
         raise ValueError(f"wanted a certificate whose names can be read, found: {one_line(e)}") from None

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.desk.patterns import one_of, subject_of
 from bridge.errors import SettingsProblem
 from bridge.pki import display
 from bridge.pki.bundle import BundledRequest
-from bridge.pki.certificates import UNREADABLE, attributes
+from bridge.pki.certificates import UNREADABLE, attributes, subject_pattern
 from bridge.pki.est_messages import OPERATIONS, other_names
 from bridge.pki.kubeadm_names import is_node_name
 from bridge.pki.verify import client_problem
+from bridge.words import one_of
 
 _NODE = "{node}"
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
@@ -42,7 +42,7 @@ class EstRules:
         if not self.clients and not self.secrets:
             yield SettingsProblem("clients", "subjects such as CN={node}, or secrets = true", "neither")
         for text in self.clients:
-            if text.count(_NODE) != 1 or subject_of(text, "x") is None:
+            if text.count(_NODE) != 1 or subject_pattern(text, "x") is None:
                 yield SettingsProblem("clients", "subjects such as O=agents,CN={node}, with {node} once", repr(text))
 
 
@@ -72,11 +72,11 @@ def node_of(subject: x509.Name, patterns: Sequence[str]) -> str:
     """The node whose subject, by one of the patterns, this is; empty: no node's."""
     found = attributes(subject)
     for pattern in patterns:
-        for oid, text in subject_of(pattern, _NODE) or ():
+        for oid, text in subject_pattern(pattern, _NODE) or ():
             before, is_there, after = text.partition(_NODE)
             for value in [value for other, value in found if other == oid and is_there]:
                 node = value.removeprefix(before).removesuffix(after)
-                if is_node_name(node) and subject_of(pattern, node) == sorted(found):
+                if is_node_name(node) and subject_pattern(pattern, node) == sorted(found):
                     return node
     return ""
 

@@ -9,9 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bridge.desk.patterns import address, is_host_name
 from bridge.errors import SettingsProblem
-from bridge.pki.kubeadm_names import is_node_name
+from bridge.pki.kubeadm_names import address, is_host_name, is_node_name
 from bridge.settings.reader import Reader, opened
 
 _LOCAL = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
@@ -15,27 +16,18 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.x509.oid import ExtensionOID
 
+from bridge import words
 from bridge.desk.approval import Approval, ApprovalRules
 from bridge.desk.est_rules import EstRules, is_label
 from bridge.desk.node_inventory import Inventory, San
-from bridge.desk.patterns import (
-    CN_OID,
-    LONGEST_SHOWN,
-    O_OID,
-    matches,
-    one_of,
-    san_rule,
-    some,
-    subject_of,
-    subject_text,
-)
 from bridge.errors import SettingsProblem
 from bridge.pki import user_rules
 from bridge.pki.bundle import CARRIED, REQUEST_VERSIONS, BundledRequest, RequestBundle
-from bridge.pki.certificates import attributes, san_counts, san_entry
+from bridge.pki.certificates import CN_OID, O_OID, attributes, san_counts, san_entry, subject_pattern, subject_text
 from bridge.pki.csr import Naming, algorithm_name
 from bridge.pki.csr_fields import requested
 from bridge.pki.expiry import duration_text, minute
+from bridge.pki.kubeadm_names import address, is_host_name
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.pki.user_rules import Limits, User
 from bridge.settings.reader import Reader, opened
@@ -52,9 +44,11 @@ from bridge.specs import (
     is_pair_name,
     pair_spec,
 )
-from bridge.words import one_line
+from bridge.words import one_line, one_of
 
 _CLOCKS_DIFFER = timedelta(days=1)
+#: Of a text in a refusal, and of several; people read them.
+_LONGEST_SHOWN, _MOST_SHOWN = 100, 5
 #: More than any control-plane node has; a replaced certificate may have more.
 _MOST_SANS = 100
 _ETCD_SANS = ("{node}", "localhost", "127.0.0.1", "::1")
@@ -156,7 +150,7 @@ class CertificateRules:
         if self.subjects is not None and self.groups is not None:
             yield SettingsProblem("groups", "either subjects or groups", "both")
         for text in self.subjects or ():
-            subject = subject_of(text, "x")
+            subject = subject_pattern(text, "x")
             if subject is None:
                 yield SettingsProblem("subjects", "subjects such as O=system:nodes,CN=system:node:{node}", repr(text))
             elif (O_OID, MASTERS) in subject:
@@ -164,7 +158,7 @@ class CertificateRules:
         if MASTERS in (self.groups or ()):
             yield SettingsProblem("groups", "allow.masters for that", MASTERS)
         for text in self.sans or ():
-            if san_rule(text.replace("{node}", "x")) is None:
+            if _san_rule(text.replace("{node}", "x")) is None:
                 yield SettingsProblem("sans", "a name, .suffix, address or network (10.0.0.0/8)", repr(text))
         yield from _unknown("keys", self.keys or (), KEY_ALGORITHMS)
         yield from _unknown("usages", self.usages, tuple(_USAGES))
@@ -522,10 +516,10 @@ def _user_problems(request: BundledRequest, policy: Policy, *, waived: bool) -> 
     found = attributes(request.csr.subject)
     names = [value for oid, value in found if oid == CN_OID]
     groups = [value for oid, value in found if oid == O_OID]
-    if others := [f"{oid}={one_line(value, LONGEST_SHOWN)}" for oid, value in found if oid not in (CN_OID, O_OID)]:
-        yield f"subject: wanted CN and O alone, found {some(others)}"
+    if others := [f"{oid}={one_line(value, _LONGEST_SHOWN)}" for oid, value in found if oid not in (CN_OID, O_OID)]:
+        yield f"subject: wanted CN and O alone, found {_some(others)}"
     if len(names) != 1 or len(set(groups)) != len(groups):
-        yield f"subject: wanted one CN, and each group once, found {some([*names, *groups]) or 'neither'}"
+        yield f"subject: wanted one CN, and each group once, found {_some([*names, *groups]) or 'neither'}"
         return
     user = User(name=names[0], groups=tuple(groups))
     yield from user_rules.problems(user, request.validity, policy.users.limits)
@@ -563,7 +557,7 @@ def _subject_problems(
         yield from _masters_problem(old, may_be=name in allow.masters)
     rest = sorted(item for item in found if item != (O_OID, MASTERS))
     if rules.subjects is not None:
-        if not any(rest == subject_of(text, node) for text in rules.subjects):
+        if not any(rest == subject_pattern(text, node) for text in rules.subjects):
             yield f"subject: wanted {one_of([text.replace('{node}', node) for text in rules.subjects])}, found {one_line(subject_text(rest))}"
         return
     cn, groups = kubeadms_subject(name)
@@ -571,16 +565,16 @@ def _subject_problems(
     names = [value for oid, value in found if oid == CN_OID]
     if names != [wanted]:
         where = f" ({node} is node.name in the node's settings)" if wanted != cn else ""
-        yield f"CN: wanted {wanted}, found {some(names) or 'none'}{where}"
+        yield f"CN: wanted {wanted}, found {_some(names) or 'none'}{where}"
     if rules.groups is not None:
         groups = rules.groups
     elif old is not None:
         groups = tuple(value for oid, value in old if oid == O_OID)
     for oid, value in rest:
         if oid == O_OID and value not in groups:
-            yield f"group: wanted {one_of(groups)}, found {one_line(value, LONGEST_SHOWN)}"
+            yield f"group: wanted {one_of(groups)}, found {one_line(value, _LONGEST_SHOWN)}"
         elif oid not in (CN_OID, O_OID) and (oid, value) not in (old or ()):
-            yield f"subject: wanted CN and O{' and what the replaced certificate has' if old else ''}, found {oid}={one_line(value, LONGEST_SHOWN)}"
+            yield f"subject: wanted CN and O{' and what the replaced certificate has' if old else ''}, found {oid}={one_line(value, _LONGEST_SHOWN)}"
 
 
 def kubeadms_subject(name: str) -> tuple[str, tuple[str, ...]]:
@@ -609,19 +603,54 @@ def _san_problems(
         wanted, others = "those of the replaced certificate", found.keys() - old.keys()
     else:
         texts = [text.replace("{node}", node) for text in (_SANS.get(name, ()) if rules.sans is None else rules.sans)]
-        wanted, others = one_of(texts), {san for san in found if not any(matches(*san, text) for text in texts)}
+        wanted, others = one_of(texts), {san for san in found if not any(_matches(*san, text) for text in texts)}
         if rules.sans is None:
             by_inventory = ", or desk.inventory," if name in _BY_INVENTORY else ""
             wanted += f" (the policy's [certificate.{name}] sans{by_inventory} says what else)"
     if others:
-        yield f"SAN: wanted {wanted}, found {some(f'{kind}:{value}' for kind, value in sorted(others))}"
+        yield f"SAN: wanted {wanted}, found {_some(f'{kind}:{value}' for kind, value in sorted(others))}"
     repeated = {san: times for san, times in found.items() if times > max(old[san], 1)}
     if repeated:
         texts = [f"{kind}:{value} {times} times" for (kind, value), times in sorted(repeated.items())]
-        yield f"SAN: wanted each once, found {some(texts)}"
+        yield f"SAN: wanted each once, found {_some(texts)}"
     most = max(_MOST_SANS, old.total())
     if found.total() > most:
         yield f"SAN: wanted at most {most}, found {found.total()}"
+
+
+# --- names as a policy writes them --------------------------------------------------------------------------------------
+
+
+def _some(texts: Iterable[str]) -> str:
+    """The first few texts, for a refusal that people read."""
+    return words.some((one_line(text, _LONGEST_SHOWN) for text in texts), _MOST_SHOWN)
+
+
+def _matches(kind: str, value: str, text: str) -> bool:
+    """Whether a SAN is what a policy's text allows: a name or an address, a suffix, a network."""
+    rule = _san_rule(text)
+    if isinstance(rule, ipaddress.IPv4Network | ipaddress.IPv6Network):
+        found = address(value) if kind == "IP" else None
+        return found is not None and found in rule
+    if rule is None or kind != "DNS":
+        return False
+    # as in a resolver, where case makes no difference
+    name, wanted = value.lower(), rule.lower()
+    if not wanted.startswith("."):
+        return name == wanted
+    # a wildcard stands for whole hosts, and is for a rule to name: `*.example.com`
+    return name.endswith(wanted) and is_host_name(name)
+
+
+def _san_rule(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | str | None:
+    """A network (perhaps of one address), a name, or a suffix; None: another text."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        plain = text.removeprefix(".").removeprefix("*.")
+        is_name = plain and all(part and part.replace("-", "").replace("_", "").isalnum() for part in plain.split("."))
+        looks_like_address = all(part.isdigit() for part in plain.split("."))
+        return text if is_name and plain.isascii() and not looks_like_address else None
 
 
 def _ekus(ekus: frozenset[EKU]) -> str:

@@ -20,7 +20,6 @@ from cryptography import x509
 
 from bridge.cluster.access import text_of
 from bridge.cluster.api import JSON, MERGE_PATCH, METADATA, NoAnswerError, Reply
-from bridge.desk.patterns import CN_OID
 from bridge.errors import BridgeError
 from bridge.gateway import watch
 from bridge.gateway.context import AFTER_REFUSAL_SECONDS, Context, GoneError, LeftError, NotAllowedError, extra
@@ -40,7 +39,7 @@ from bridge.gateway.policy import (
 from bridge.gateway.queue import Job, Look
 from bridge.gateway.rules import NODE_USER, spec_of
 from bridge.gateway.watch import AnyObject, NotAnObjectError, PodObject, SigningRequest, parse
-from bridge.pki.certificates import attributes, pem
+from bridge.pki.certificates import CN_OID, attributes, pem
 from bridge.pki.expiry import rfc3339
 from bridge.pki.verify import Verified
 from bridge.specs import GATEWAY_SPECS, CertificateSpec

@@ -13,7 +13,6 @@ from cryptography import x509
 
 from bridge.desk import policy
 from bridge.desk.node_inventory import Inventory, NodeEntry
-from bridge.desk.patterns import CN_OID, O_OID
 from bridge.desk.policy import Policy, name_problems
 from bridge.gateway.rules import (
     BOOTSTRAP_USER,
@@ -29,7 +28,7 @@ from bridge.gateway.rules import (
     spec_of,
     usages_fit,
 )
-from bridge.pki.certificates import attributes
+from bridge.pki.certificates import CN_OID, O_OID, attributes
 from bridge.pki.csr_fields import CsrData, OddRequestError, read
 from bridge.pki.kubeadm_names import is_node_name
 from bridge.settings.reader import opened

@@ -10,9 +10,10 @@ from string import Formatter
 from typing import Any, Literal, TypeVar
 
 from bridge.contract import GIVEN, NamePatterns, Names
-from bridge.desk.patterns import CN_OID, O_OID, is_host_name, subject_of
 from bridge.errors import SettingsProblem
+from bridge.pki.certificates import CN_OID, O_OID, subject_pattern
 from bridge.pki.expiry import duration_text
+from bridge.pki.kubeadm_names import is_host_name
 from bridge.settings.reader import Reader
 from bridge.specs import (
     EKU,
@@ -92,7 +93,7 @@ class Grant:
         if not self.users and not self.groups:
             yield SettingsProblem("users", "users or groups that may ask", "neither")
         for text in self.subjects:
-            subject = subject_of(text, "x")
+            subject = subject_pattern(text, "x")
             if not subject or sum(oid == CN_OID for oid, _ in subject) != 1:
                 yield SettingsProblem("subjects", "subjects with one CN such as O=developers,CN={user}", repr(text))
             elif any(oid in (CN_OID, O_OID) and value.startswith(SYSTEM) for oid, value in subject):

@@ -6,7 +6,7 @@ import base64
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,6 +14,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.utils import CryptographyDeprecationWarning
+from cryptography.x509.oid import NameOID
 
 from bridge.pki import der
 
@@ -31,6 +32,8 @@ warnings.filterwarnings(
 warnings.filterwarnings("ignore", message="Attribute's length must be", category=UserWarning)
 # Servers and Windows write PKCS#7 in BER (RFC 5652 §10.1 allows it), which is read all the same.
 warnings.filterwarnings("ignore", message="PKCS#7 certificates could not be parsed as DER", category=UserWarning)
+
+CN_OID, O_OID = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 
 #: A P-256 point, the shortest public half of a key, has 65 bytes and a zero before them.
 _SHORTEST_PUBLIC = 64
@@ -142,6 +145,20 @@ def attributes(name: x509.Name) -> list[tuple[str, str]]:
         )
         for attribute in name
     ]
+
+
+def subject_pattern(text: str, node: str) -> list[tuple[str, str]] | None:
+    """A pattern's attributes in alphabetical order; None when it can't be read."""
+    try:
+        return sorted(attributes(x509.Name.from_rfc4514_string(text.replace("{node}", node))))
+    except ValueError:
+        return None
+
+
+def subject_text(items: Sequence[tuple[str, str]]) -> str:
+    """A subject as text, for people."""
+    labels = {CN_OID: "CN", O_OID: "O"}
+    return ",".join(f"{labels.get(oid, oid)}={value}" for oid, value in items) or "(empty)"
 
 
 def name_text(name: x509.Name) -> str:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ExtensionOID, NameOID
+from cryptography.x509.oid import ExtensionOID
 
 from bridge.pki import der
-from bridge.pki.certificates import UNREADABLE, attributes, san_counts
+from bridge.pki.certificates import CN_OID, O_OID, UNREADABLE, attributes, san_counts
 from bridge.pki.csr import algorithm_name
 
 #: A kubelet's request has less than 1 kB, one with an RSA-4096 key and 64 names less than 5.
@@ -33,8 +33,6 @@ _UTF8, _PRINTABLE = 0x0C, 0x13
 _PRINTABLE_VALUE = re.compile(rb"[A-Za-z0-9 '()+,\-./:=?]*")
 #: crypto/tls supports no larger exponent; a small one is weak with some paddings.
 _EXPONENTS = range(65537, 1 << 31, 2)
-
-_CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 
 
 class OddRequestError(ValueError):
@@ -58,12 +56,12 @@ class CsrData:
     @property
     def cn(self) -> str:
         """The CN; empty: no CN."""
-        return next((value for oid, value in self.subject if oid == _CN), "")
+        return next((value for oid, value in self.subject if oid == CN_OID), "")
 
     @property
     def organizations(self) -> tuple[str, ...]:
         """The O values."""
-        return tuple(value for oid, value in self.subject if oid == _O)
+        return tuple(value for oid, value in self.subject if oid == O_OID)
 
 
 def read(pem: bytes) -> CsrData:
@@ -117,7 +115,7 @@ def _subject(csr: x509.CertificateSigningRequest) -> tuple[tuple[str, str], ...]
         if not value.content or not value.content.decode("utf-8").isprintable():
             raise OddRequestError("the subject has a value that is empty or can't be printed")
     found = attributes(csr.subject)
-    if sum(oid == _CN for oid, _ in found) > 1:
+    if sum(oid == CN_OID for oid, _ in found) > 1:
         raise OddRequestError("the subject has more than one CN")
     return tuple(sorted(found))
 

@@ -9,16 +9,14 @@ import re
 from collections.abc import Iterator, Sequence
 
 from cryptography import x509
-from cryptography.x509.oid import NameOID
 
 from bridge.errors import Violation
-from bridge.pki.certificates import UNREADABLE, attributes, is_ca, is_signed_by, san_entries
+from bridge.pki.certificates import CN_OID, O_OID, UNREADABLE, attributes, is_ca, is_signed_by, san_entries
 from bridge.specs import CertificateSpec
 from bridge.words import one_line
 
 #: No CA has longer chains, and a circle must end.
 _MOST_INTERMEDIATES = 8
-_CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 #: A node's name in the cluster (RFC 1123 subdomain, which is what Kubernetes takes).
 _NODE = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 
@@ -72,7 +70,7 @@ def anchor_of(certificates: Sequence[x509.Certificate], anchors: Sequence[x509.C
 
 def _user(spec: CertificateSpec, leaf: x509.Certificate) -> Iterator[Violation]:
     """Kubernetes takes the CN as the user, and so does etcd with users."""
-    found = [value for oid, value in attributes(leaf.subject) if oid == _CN]
+    found = [value for oid, value in attributes(leaf.subject) if oid == CN_OID]
     if len(found) != 1 or not any(_is_user(found[0], wanted, leaf) for wanted in spec.common_names):
         want = " or ".join(spec.common_names).replace("{node}", "the node's name")
         yield Violation(subject="CN", want=want, got=one_line(", ".join(found)) or "none")
@@ -90,7 +88,7 @@ def _is_user(found: str, wanted: str, leaf: x509.Certificate) -> bool:
 
 def _groups(spec: CertificateSpec, leaf: x509.Certificate, extra: frozenset[tuple[str, str]]) -> Iterator[Violation]:
     """Kubernetes takes each O as a group; kubeadm's versions differ in them."""
-    found = frozenset(value for oid, value in attributes(leaf.subject) if oid == _O and (oid, value) not in extra)
+    found = frozenset(value for oid, value in attributes(leaf.subject) if oid == O_OID and (oid, value) not in extra)
     if not any(found <= allowed for allowed in spec.groups):
         want = " or ".join(", ".join(sorted(allowed)) or "none" for allowed in spec.groups)
         yield Violation(subject="O", want=want, got=one_line(", ".join(sorted(found))))

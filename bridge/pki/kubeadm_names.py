@@ -158,6 +158,23 @@ def is_node_name(text: str) -> bool:
     return len(text) <= _LONGEST_NODE_NAME and _NODE_NAME.fullmatch(text) is not None
 
 
+_LONGEST_HOST_NAME = 253
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def is_host_name(name: str) -> bool:
+    """Labels of letters, digits and hyphens with dots between them (RFC 1123 §2.1, RFC 1035 §2.3.4)."""
+    return len(name) <= _LONGEST_HOST_NAME and all(map(_LABEL.fullmatch, name.split(".")))
+
+
+def address(value: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Parse an IP address; None: another text."""
+    try:
+        return ipaddress.ip_address(value)
+    except ValueError:
+        return None  # a network, as in name constraints: no host has it
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListedNode:
     """One line of a list of nodes."""

@@ -24,8 +24,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
 
-from backends.exec import ExecBackend, ExecSettings, helper
-from backends.exec.helper import ENVIRONMENT
+from backends.exec import ENVIRONMENT, ExecBackend, ExecSettings, certificates_of, cookie_of, display_text
 from bridge.ca import registry
 from bridge.contract import Issued, Pending, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
@@ -304,11 +303,11 @@ def test_spoilt_answers_are_refused_or_taken() -> None:
             for _ in range(random.choice((1, 1, 5))):
                 spoilt[random.randrange(len(spoilt))] = random.randrange(256)
             with contextlib.suppress(ValueError):
-                found = helper.certificates(bytes(spoilt[: random.choice((len(spoilt), random.randrange(9999)))]))
+                found = certificates_of(bytes(spoilt[: random.choice((len(spoilt), random.randrange(9999)))]))
                 assert all(one.subject is not None for one in found)
             with contextlib.suppress(ValueError):
-                assert "\0" not in helper.cookie(bytes(spoilt))
-            assert helper.text(bytes(spoilt)).isprintable()
+                assert "\0" not in cookie_of(bytes(spoilt))
+            assert display_text(bytes(spoilt)).isprintable()
 
 
 @pytest.mark.parametrize("what", ODD)

@@ -19,7 +19,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
-from backends.est import server as est_answers
+from backends import est as est_answers
 from bridge.contract import Continuity, Issued, SignRequest
 from bridge.errors import BridgeError, SettingsError, VerificationError
 from bridge.node import kubeconfig, manifests
