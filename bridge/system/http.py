@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.errors import BridgeError, Exit
 from bridge.pki.budget import Budget
-from bridge.pki.certificates import load_pem_certificates
+from bridge.pki.certificates import UNREADABLE, load_pem_certificates
 from bridge.system.waiting import within
 from bridge.words import one_line
 
@@ -129,7 +129,10 @@ def served(peer: Peer, seconds: float) -> x509.Certificate:
         raise _as_ours(e, seconds) from e
     if der is None:
         raise UnreachableError("wanted a server certificate, found none")
-    return x509.load_der_x509_certificate(der)
+    try:
+        return x509.load_der_x509_certificate(der)
+    except UNREADABLE as e:  # OpenSSL takes more than RFC 5280 allows
+        raise UntrustedError(f"wanted a server certificate that can be read, found: {one_line(e, 80)}") from None
 
 
 def reach(url: str, seconds: float) -> None:

@@ -42,6 +42,7 @@ from bridge.system.http import (
     UntrustedError,
 )
 from tests.kit import cfssl
+from tests.kit.forged import validity, with_field
 from tests.kit.loopback import LoopbackServer
 
 Talk = Callable[[socket.socket, bytes], None]
@@ -418,6 +419,19 @@ def test_shows_what_is_served_to_any_client(pki: Path) -> None:
     with secured(pki, client_ca="ca.crt") as port:
         shown = ANONYMOUS.served(Address("127.0.0.1", port))
     assert shown.serial_number == leaf(pki, "apiserver").serial_number
+
+
+@pytest.mark.parametrize(
+    ("number", "value"), [(0, b"\xa0\x03\x02\x01\x04"), (4, validity(b"20201301000000Z", b"20991231235959Z"))]
+)
+def test_a_certificate_that_only_openssl_can_read_is_an_answer(
+    pki: Path, tmp_path: Path, number: int, value: bytes
+) -> None:
+    """One of version 5, and one from a 13th month: an error about this server, and no bug that ends the run at all others."""
+    (tmp_path / "apiserver.crt").write_text(with_field(leaf(pki, "apiserver"), number, value))
+    (tmp_path / "apiserver.key").write_bytes((pki / "apiserver.key").read_bytes())
+    with secured(tmp_path) as port, pytest.raises(UntrustedError, match="that can be read, found: "):
+        ANONYMOUS.served(Address("127.0.0.1", port))
 
 
 @pytest.mark.parametrize(
