@@ -76,11 +76,6 @@ class Look:
     now: datetime
     machine: Machine
 
-    def flags(self, component: Component) -> Flags:
-        """The flags of a component; empty without a manifest."""
-        manifest = self.node.manifests.get(component)
-        return {} if manifest is None else manifest.flags
-
     def item(self, name: str) -> Item | None:
         """A certificate that is there and can be read."""
         return next((i for i in self.node.items if i.spec.name == name and i.state == "present"), None)
@@ -179,7 +174,7 @@ def _named_otherwise(look: Look) -> Iterator[Check]:
             continue
         ours = look.settings.node.kubeconfig_dir / item.spec.base if item.spec.kubeconfig else item.certificate_path
         for flag in item.spec.flags:
-            named = endpoints.file(look.flags(component), flag)
+            named = endpoints.file(look.node.flags(component), flag)
             if named is not None and os.path.realpath(named) != os.path.realpath(ours):
                 judge = functools.partial(
                     Verdict, "unknown", f"its manifest has {flag}={named}, and does not use {ours}"
@@ -217,7 +212,7 @@ def _without_flags(look: Look) -> Iterator[Check]:
     """By their ages, components whose manifests name no certificate, since a shell or a configuration file does."""
     for component in _READ_PAIRS:
         known = {flag for item in look.node.items if item.spec.component is component for flag in item.spec.flags}
-        if not known & look.flags(component).keys():
+        if not known & look.node.flags(component).keys():
             yield from _has_read_pairs(look, component)
 
 
@@ -252,7 +247,7 @@ def _read_at_connections(look: Look, component: Component, path: Path) -> Verdic
 
 
 def _etcd(look: Look) -> Iterator[Check]:
-    flags = look.flags(Component.ETCD)
+    flags = look.node.flags(Component.ETCD)
     anchor = look.anchor(ETCD_CA)
     for name, listen, advertised, prefix in (
         ("etcd-server", _CLIENT_URLS, "--advertise-client-urls", ""),
@@ -291,7 +286,7 @@ def _linearizable_read(client: Client, servers: Sequence[Server]) -> str:
 
 def _etcd_as_client(look: Look, serving: Serving) -> Verdict:
     """etcd is a client of itself with the certificate that it serves (etcd-io/etcd#9785)."""
-    return Verdict("current", _linearizable_read(serving.as_client(), _own_etcd(look.flags(Component.ETCD))))
+    return Verdict("current", _linearizable_read(serving.as_client(), _own_etcd(look.node.flags(Component.ETCD))))
 
 
 def _etcd_peer(look: Look, serving: Serving) -> Verdict:
@@ -312,7 +307,7 @@ def _etcd_peer(look: Look, serving: Serving) -> Verdict:
 
 def _members(look: Look) -> list[Server]:
     """The members of the etcd cluster, by their peers' addresses."""
-    flags = look.flags(Component.ETCD)
+    flags = look.node.flags(Component.ETCD)
     trust = endpoints.file(flags, "--trusted-ca-file") or look.anchor(ETCD_CA)
     client = Client.of(endpoints.wanted_file(flags, "--cert-file"), endpoints.wanted_file(flags, "--key-file"), trust)
     silent = []
@@ -336,7 +331,7 @@ def _shows_a_certificate(server: Server) -> bool:
 
 
 def _apiserver(look: Look) -> Iterator[Check]:
-    flags = look.flags(Component.APISERVER)
+    flags = look.node.flags(Component.APISERVER)
     if "--tls-cert-file" in flags:
         serving = Serving(
             component=Component.APISERVER,
@@ -371,17 +366,17 @@ def _apiserver_as_client(
 
 def _api(look: Look, name: str | None = None) -> list[Server]:
     """The API server of this node; none without its manifest."""
-    flags = look.flags(Component.APISERVER)
+    flags = look.node.flags(Component.APISERVER)
     places = endpoints.bound(Component.APISERVER, flags) if flags else []
     return [Server(f"https://{place}", name or endpoints.name(flags)) for place in places[-1:]]
 
 
 def _ask_etcd(look: Look, client: Client) -> str:
     """Ask the API server's etcd servers, or this node's etcd where those do not speak HTTP."""
-    etcd = look.flags(Component.ETCD)
+    etcd = look.node.flags(Component.ETCD)
     if endpoints.ETCD_HTTP_ONLY in etcd:
         return _linearizable_read(client, _own_etcd(etcd))
-    urls = endpoints.urls(look.flags(Component.APISERVER), "--etcd-servers")
+    urls = endpoints.urls(look.node.flags(Component.APISERVER), "--etcd-servers")
     return _linearizable_read(client, [Server(url) for url in urls])
 
 
@@ -396,14 +391,17 @@ def _kubelet_place(look: Look) -> Address:
     """The kubelet's address and port by its configuration, without which it has its defaults."""
     root = kubelet.configuration(look.machine.kubelet_config)
     found = {} if root is None else kubelet.values(root, ("address", "port"))
-    address, own = found.get("address", ""), look.flags(Component.APISERVER).get("--advertise-address", "127.0.0.1")
+    address, own = (
+        found.get("address", ""),
+        look.node.flags(Component.APISERVER).get("--advertise-address", "127.0.0.1"),
+    )
     port = int(found.get("port") or endpoints.PORTS[Component.KUBELET])
     return Address(own if endpoints.is_any(address) else address, port)
 
 
 def _ask_as_front_proxy(look: Look, client: Client) -> str:
     """Pose as another user by the front proxy's headers; the API server names that user in its answer (from 1.28 on)."""
-    flags = look.flags(Component.APISERVER)
+    flags = look.node.flags(Component.APISERVER)
     trust = look.anchor(CA)
     known = dataclasses.replace(client, trust_pem=None if trust is None else file_contents(trust))
     user = flags.get("--requestheader-username-headers", "X-Remote-User").split(",")[0]
@@ -420,7 +418,7 @@ def _ask_as_front_proxy(look: Look, client: Client) -> str:
 
 
 def _controller(look: Look, component: Component) -> Iterator[Check]:
-    flags = look.flags(component)
+    flags = look.node.flags(component)
     item = look.item(SERVERS[component].name)
     file = endpoints.file(flags, TLS_CERTIFICATE)
     for place in endpoints.bound(component, flags) if flags else ():
@@ -456,7 +454,7 @@ def _conf_of(component: Component) -> str:
 
 def _has_read(look: Look, component: Component) -> Iterator[Check]:
     """The kubeconfigs that a component reads at its start, and the certificate file if one refers to it."""
-    name, flags = _conf_of(component), look.flags(component)
+    name, flags = _conf_of(component), look.node.flags(component)
     item = look.item(name)
     confs = [path for flag in SPECS[name].flags if (path := endpoints.file(flags, flag)) is not None]
     by = list(confs)
@@ -559,7 +557,7 @@ def is_rotated(copy: Path, used: x509.Certificate, kubelet_conf: Path, ours: x50
 def _kubeconfig(look: Look, name: str) -> Iterator[Check]:
     """A check of a kubeconfig's client certificate, by requests that its owner depends on."""
     item = look.item(name)
-    if item is not None and (look.flags(Component.APISERVER) or look.node.is_worker):
+    if item is not None and (look.node.flags(Component.APISERVER) or look.node.is_worker):
         judge = functools.partial(_ask_api, look, item)
         yield Check(item.spec.component, name, "is accepted by the API server", judge)
 
@@ -592,7 +590,7 @@ def _needs(look: Look, item: Item) -> list[str]:
         user = dict(attributes(item.certificates[0].subject)).get(NameOID.COMMON_NAME.dotted_string, "")
         node = user.removeprefix("system:node:")
         return [_lease("kube-node-lease", node), f"/api/v1/nodes/{quote(node)}"]
-    flags = look.flags(component)
+    flags = look.node.flags(component)
     namespace = flags.get("--leader-elect-resource-namespace", "kube-system")
     return [_lease(namespace, flags.get("--leader-elect-resource-name", component.value)), "/api/v1/nodes?limit=1"]
 
@@ -603,7 +601,7 @@ def _lease(namespace: str, name: str) -> str:
 
 def _people(look: Look) -> Iterator[Check]:
     """Certificates that no component uses."""
-    servers = _own_etcd(look.flags(Component.ETCD))
+    servers = _own_etcd(look.node.flags(Component.ETCD))
     for name in ("etcd-healthcheck-client", "apiserver-etcd-client"):
         item = look.item(name)
         if item is not None and item.spec.component is None and item.key_path is not None and servers:

@@ -80,8 +80,7 @@ def readers(node: Node) -> Iterator[Reader]:
     """The components of this node, in its version, that read CA files at their start alone; an unknown version does."""
     version = node.kubernetes_version
     for component, flag, name, reloads_from in _READ_ONCE:
-        manifest = node.manifests.get(component)
-        path = None if manifest is None else endpoints.file(manifest.flags, flag)
+        path = endpoints.file(node.flags(component), flag)
         is_read_again = reloads_from is not None and version is not None and version >= reloads_from
         if path is not None and not is_read_again:
             yield Reader(component, path, name)

@@ -152,6 +152,11 @@ class Node:
         """A certificate by its name, whatever its state; None: a node of this role has none."""
         return next((item for item in self.items if item.spec.name == name), None)
 
+    def flags(self, component: Component) -> Mapping[str, str]:
+        """The flags of a component's manifest; empty without one."""
+        manifest = self.manifests.get(component)
+        return {} if manifest is None else manifest.flags
+
     def live(self, name: str) -> x509.Certificate | None:
         """The certificate that is installed; None: there is none, or it can't be read."""
         return next((item.certificates[0] for item in self.items if item.spec.name == name and item.certificates), None)

@@ -155,27 +155,25 @@ class _Decision:
                 'wanted a way to restart its component, which puts the pair into the manifest, found restart.method = "none"',
                 hint='restart.method = "static-pods" does both; `ca-bridge help certificates` has the flags',
             )
-        api = self.node.manifests.get(Component.APISERVER)
-        facts = NamingFacts(
-            node=self.settings.node.node_name, address=(endpoints.name(api.flags) or "") if api is not None else ""
-        )
+        facts = NamingFacts(node=self.settings.node.node_name, address=self._address)
         try:
             naming = self._with_sans(item, kubeadm_names.naming(item.spec, facts))
         except NoFactError as e:
             raise CannotMakeError(
                 f"wanted to make {item.certificate_path}, found no way to say its names: {e}"
             ) from None
-        live = next(
-            (one.certificates[0] for one in self.node.items if one.spec.name == "apiserver" and one.certificates), None
-        )
+        live = self.node.live("apiserver")
         note = f"{item.spec.name} is made for this node: {naming.text}"
         return Desired(naming=naming, notes=(note,), key=csr.known_algorithm(live.public_key()) if live else None)
 
+    @property
+    def _address(self) -> str:
+        """The API server's address by this node's manifest; empty: none."""
+        return endpoints.name(self.node.flags(Component.APISERVER)) or ""
+
     def _facts(self) -> tuple[NamingFacts, str]:
         """The facts that names are made of, and a sentence about where the node's own part comes from."""
-        config, manifest = self.config, self.node.manifests.get(Component.APISERVER)
-        here = self.settings.node.name
-        address = (endpoints.name(manifest.flags) or "") if manifest is not None else ""
+        config, here, address = self.config, self.settings.node.name, self._address
         for what, theirs, ours in (("node", config.name, here), ("advertise address", config.address, address)):
             if theirs and ours and theirs != ours:
                 raise CannotMakeError(
@@ -197,8 +195,8 @@ class _Decision:
         return None if manifest is None else kubeadm_names.parse_release(manifest.tag)
 
     def _kubeconfig(self, item: Item, facts: NamingFacts) -> FreshKubeconfig:
-        manifest, config = self.node.manifests.get(Component.APISERVER), self.config
-        port = config.bind_port or (manifest.flags.get("--secure-port", "") if manifest is not None else "") or "6443"
+        config = self.config
+        port = config.bind_port or self.node.flags(Component.APISERVER).get("--secure-port") or "6443"
         local = url_of(facts.address, port) if facts.address else ""
         server = local if item.spec.name in _LOCAL else config.endpoint_url or local
         if not server:
@@ -261,18 +259,15 @@ class _Decision:
     def _needed(self) -> dict[str, dict[str, str]]:
         """By certificate, the names by which this node's files reach its servers (or a load balancer), with the file."""
         node, found = self.node, {name: dict[str, str]() for name in _SERVING}
-        api, etcd = (node.manifests.get(one) for one in (Component.APISERVER, Component.ETCD))
-        if api is not None:
-            if (name := endpoints.name(api.flags)) is not None:
-                found["apiserver"][name] = "kube-apiserver.yaml: --advertise-address"
-            for url in endpoints.urls(api.flags, "--etcd-servers") if node.local_etcd else ():
-                found["etcd-server"][endpoints.Server(url).place.host] = "kube-apiserver.yaml: --etcd-servers"
+        if self._address:
+            found["apiserver"][self._address] = "kube-apiserver.yaml: --advertise-address"
+        for url in endpoints.urls(node.flags(Component.APISERVER), "--etcd-servers") if node.local_etcd else ():
+            found["etcd-server"][endpoints.Server(url).place.host] = "kube-apiserver.yaml: --etcd-servers"
         for certificate, flag in (
             ("etcd-server", "--advertise-client-urls"),
             ("etcd-peer", "--initial-advertise-peer-urls"),
         ):
-            host = endpoints.host(etcd.flags, flag) if etcd is not None else None
-            if host is not None:
+            if (host := endpoints.host(node.flags(Component.ETCD), flag)) is not None:
                 found[certificate][host] = f"etcd.yaml: {flag}"
         for spec in SPECS.values():
             if spec.kubeconfig and (host := _server_of(self.settings.node.kubeconfig_dir / spec.base)):

@@ -5,7 +5,6 @@ renewals failed too often, between requests to which the pauses grow.
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node import inventory
 from bridge.pki.expiry import first_end, minute
-from bridge.renewal.select import RunOptions, Selection, outcome_of, select
+from bridge.renewal.select import RunOptions, Selection, select
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.settings.windows import Decision, may_act
 from bridge.state.session import Run, not_yet_signing
@@ -71,8 +70,7 @@ def hold_for_window(selection: Selection, settings: RenewalSettings, now: dateti
     if decision.act:
         return selection
     error = NotYetError(f"due; {decision.reason} ({settings.window}, {settings.window_zone})")
-    waiting = tuple(outcome_of(item, error) for item in selection.items)
-    return dataclasses.replace(selection, items=(), failed=(*selection.failed, *waiting))
+    return selection.without({item.spec.name: error for item in selection.items})
 
 
 def jitter(
@@ -130,16 +128,16 @@ def hold_for_next_ca(selection: Selection, run: Run) -> Selection:
     """The selection without certificates that the next CA has been asked for, or is to be asked for later."""
     next_cas = next_ca_file(run.store).read() or ()
     waiting = {one.name for one in run.requests if one.is_waiting}
-    held = [i for i in selection.items if i.spec.authority.name in next_cas and i.spec.name in waiting]
-    error = AskedElsewhereError("the CA that takes this one's place has the request, and has not answered yet")
     later = not_yet_signing(run.settings, run.read_node().bundles) if selection.items else {}
-    early = [i for i in selection.items if i not in held and i.spec.authority.name in later]
-    too_early = NoCaYetError(
-        "the settings name the next CA alone (`next.anchor`), which does not sign yet on this node"
-    )
-    failed = [*(outcome_of(item, error) for item in held), *(outcome_of(item, too_early) for item in early)]
-    items = tuple(item for item in selection.items if item not in (*held, *early))
-    return dataclasses.replace(selection, items=items, failed=(*selection.failed, *failed))
+    failing: dict[str, BridgeError] = {}
+    for name, authority in ((item.spec.name, item.spec.authority.name) for item in selection.items):
+        if authority in next_cas and name in waiting:
+            text = "the CA that takes this one's place has the request, and has not answered yet"
+            failing[name] = AskedElsewhereError(text)
+        elif authority in later:
+            text = "the settings name the next CA alone (`next.anchor`), which does not sign yet on this node"
+            failing[name] = NoCaYetError(text)
+    return selection.without(failing)
 
 
 # --- failed runs ------------------------------------------------------------------------------------------------------
@@ -205,10 +203,8 @@ class Attempts:
     def held(self, selection: Selection, now: datetime) -> Selection:
         """The selection without certificates of a CA that is not asked yet: they fail as at its last try."""
         pauses = {name: pause for name in self.authorities if (pause := self._pause(name, selection, now)) is not None}
-        held = [item for item in selection.items if item.spec.authority.name in pauses]
-        failed = (*selection.failed, *(outcome_of(item, pauses[item.spec.authority.name]) for item in held))
-        items = tuple(item for item in selection.items if item.spec.authority.name not in pauses)
-        return dataclasses.replace(selection, items=items, failed=failed)
+        names = ((item.spec.name, item.spec.authority.name) for item in selection.items)
+        return selection.without({name: pauses[authority] for name, authority in names if authority in pauses})
 
     def _pause(self, name: str, selection: Selection, now: datetime) -> HeldOffError | None:
         ours = [item for item in selection.items if item.spec.authority.name == name]

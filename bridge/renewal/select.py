@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,8 +32,6 @@ if TYPE_CHECKING:  # a night with nothing due makes none of them
 ALL = "all"
 #: The hint for a missing or broken file.
 RESTORE = "put a good copy back (an expired one will do), then run again"
-#: A renewal of all twelve takes 0.3 MiB: new files beside the old ones, a backup, requests, a record.
-BYTES_NEEDED, INODES_NEEDED = 1 << 20, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +141,12 @@ class Selection:
         """Sentences for the operator before a CA is asked."""
         return (*self.lost, *self.waived, *self.costs, *self._changes())
 
+    def without(self, failing: Mapping[str, BridgeError]) -> Selection:
+        """The selection without these certificates, by name, each of which fails for this reason."""
+        failed = [outcome_of(item, failing[item.spec.name]) for item in self.items if item.spec.name in failing]
+        items = tuple(item for item in self.items if item.spec.name not in failing)
+        return replace(self, items=items, failed=(*self.failed, *failed))
+
     def _changes(self) -> Iterator[str]:
         """The sentences about the next names; one that several certificates share comes once."""
         alike: dict[str, list[str]] = {}
@@ -221,7 +225,7 @@ class _Choice:
 
     def of(self, name: str) -> Item | Outcome | str | None:
         """To be renewed; or failed; or a sentence about why it is left alone; None: it is not due."""
-        item, desired = next((one for one in self.node.items if one.spec.name == name), None), self.desired.get(name)
+        item, desired = self.node.item(name), self.desired.get(name)
         by_hand = name in self.options.names
         if item is None:
             return _absent(SPECS[name], item, self.node)

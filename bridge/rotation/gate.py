@@ -341,7 +341,7 @@ _USER_HEADER = "X-Remote-User"
 
 def _nodes(run: Run, node: Node) -> Iterator[Spot]:
     """The addresses of all kubelets and API servers, also of those that are down."""
-    flags = node.manifests[Component.APISERVER].flags if Component.APISERVER in node.manifests else {}
+    flags = node.flags(Component.APISERVER)
     with _cluster(run, node) as api:
         for one in kubelet_serving.nodes(api):
             name, place = kubelet_serving.name_of(one), kubelet_serving.place_of(one, flags)
@@ -365,7 +365,7 @@ def _cluster(run: Run, node: Node) -> Iterator[Api]:
 
 def _members(node: Node) -> Iterator[Spot]:
     if not node.local_etcd and Component.APISERVER in node.manifests:  # its etcd is on other hosts
-        for url in endpoints.urls(node.manifests[Component.APISERVER].flags, "--etcd-servers"):
+        for url in endpoints.urls(node.flags(Component.APISERVER), "--etcd-servers"):
             yield Spot(urlsplit(url).hostname or url, "etcd", Server(url))
     if not node.local_etcd or Component.ETCD not in node.manifests:
         return

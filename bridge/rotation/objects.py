@@ -123,9 +123,9 @@ def _publish(api: Api, run: Run, words: Mapping[str, Word]) -> list[BridgeError]
 def _signed(run: Run, words: Mapping[str, Word], ours: Mapping[str, str]) -> dict[str, str]:
     """The annotations of the object with these metadata, judged as others will (ObjectError: they would not count)."""
     node = run.read_node()  # with the certificates of this phase
-    item = next((one for one in node.items if one.spec.name == KUBELET_CONF and one.certificates), None)
+    item = node.item(KUBELET_CONF)
     trouble = "none in its kubelet.conf, or behind it"
-    if item is not None:
+    if item is not None and item.certificates:
         try:
             key, unsigned = live_key(item), {"metadata": ours}
             said = {KEYS[name]: signed_word(one, name, unsigned, item.certificates, key) for name, one in words.items()}

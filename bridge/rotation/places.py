@@ -192,11 +192,10 @@ class KeyLeftError(BridgeError):
 
 def signing_flags(node: Node, one: Replaced) -> list[str]:
     """The flags by which the controller manager signs with this CA's file: that signer ends at a second certificate in it."""
-    manifest = node.manifests.get(Component.CONTROLLER_MANAGER)
-    if one.state.authority != CA or manifest is None:
+    if one.state.authority != CA:
         return []
     wanted = os.path.realpath(one.state.path)
-    found = endpoints.signing_files(manifest.flags)
+    found = endpoints.signing_files(node.flags(Component.CONTROLLER_MANAGER))
     return [flag for flag, path in found.items() if os.path.realpath(path) == wanted]
 
 

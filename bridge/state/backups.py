@@ -570,7 +570,7 @@ def _leaf(backup: Backup, files: Sequence[File], item: Item) -> x509.Certificate
 
 
 def _replacement(file: File, node: Node) -> Replacement:
-    item = next((item for item in node.items if item.spec.name == file.certificate), None)
+    item = node.item(file.certificate)
     if item is None:
         mask = CERTIFICATE_MASK  # a CA file
     elif item.pair is not None:

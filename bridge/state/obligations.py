@@ -197,10 +197,9 @@ class Superseded:
 
     def is_outdated(self, node: Node, now: datetime) -> bool:
         """Whether the certificate is (or is again) in use, or has ended; or it is of a pair that the settings had."""
-        if self.name not in SPECS and not any(item.spec.name == self.name for item in node.items):
+        if self.name not in SPECS and node.item(self.name) is None:
             return True
-        live = {item.spec.name: item.certificates[0] for item in node.items if item.certificates}
-        return live.get(self.name) == self.certificate or self.certificate.not_valid_after_utc <= now
+        return node.live(self.name) == self.certificate or self.certificate.not_valid_after_utc <= now
 
     def __str__(self) -> str:
         return f"{self.name}, serial {serial_hex(self.certificate)}"

@@ -108,11 +108,11 @@ def alone(
 
 def _forget_installed(settings: Settings, store: Store, tell: Callable[[Recovery | str], None]) -> None:
     """Forget answers that a killed run had installed: after a rollback they would be installed once more."""
-    live = {item.spec.name: item.certificates[0] for item in inventory.of(settings.node).items if item.certificates}
+    node = inventory.of(settings.node)
     try:
         requests = OpenRequests(store)
         for one in requests:
-            if one.answer is not None and one.answer.leaf == live.get(one.name):
+            if one.answer is not None and one.answer.leaf == node.live(one.name):
                 requests.drop(one.name)
         requests.save()
     except StateError as e:
@@ -168,9 +168,8 @@ def _signs(anchor: Path, bundle: Sequence[x509.Certificate]) -> bool:
 
 def _forget_outdated(run: Run, node: Node) -> None:
     """Give up requests whose live certificate was replaced; one that can't be read now may come back."""
-    live = {item.spec.name: item.certificates[0] for item in node.items if item.state == "present"}
     for one in run.requests:
-        certificate = live.get(one.name)
+        certificate = node.live(one.name)
         if certificate is None or one.request.replaces in (certificate, None):
             continue
         if one.is_waiting:
