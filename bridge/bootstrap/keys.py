@@ -55,8 +55,7 @@ class Made:
 
     csr_pem: bytes
     key_pem: bytes = field(repr=False)
-    #: Server of the kubeconfig that it belongs to; empty for others.
-    server: str = ""
+    server: str = ""  #: Server of the kubeconfig that it belongs to; empty for others.
 
 
 def clear(state_dir: Path) -> None:

@@ -30,7 +30,7 @@ from bridge.bootstrap.desired import (
 )
 from bridge.bootstrap.keys import Made
 from bridge.bootstrap.places import ETCD_CLIENT, SUPER_ADMIN, Certificates, Places, Role, gather_authorities, live
-from bridge.bootstrap.whole import look_at
+from bridge.bootstrap.whole import NodeLook, look_at
 from bridge.contract import SignRequest
 from bridge.errors import BridgeError, WaitingError
 from bridge.node import cross
@@ -83,7 +83,8 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     whole.assert_keys_closed(look)
     if not look.missing():
         whole.assert_as_desired(desired, look)
-        keep_what_is_there(run, desired)
+        there = {path: data for path in look.files() if (data := live(path)) is not None}
+        _keep(desired, look, {**there, **desired.files})  # an earlier run may have ended before it did
         _forget(run)
         return dataclasses.replace(_result(desired, []), is_complete=True)
     whole.assert_no_leftovers(desired, look)
@@ -150,19 +151,12 @@ def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], k
     complete = {path: data for path in look.files() if (data := overlay(path)) is not None}
     complete.update(desired.files)
     complete[kubelet_pem] = complete.pop(places.kubelet_current)
-    _keep(run, desired, complete)
+    _keep(desired, look, complete)
     _make_directories(desired)
     files = [*files, _link(places.kubelet_current, kubelet_pem)]
     about = audit.about() | {"command": f"bootstrap {desired.role}"}
     install(run.store, files, run.record.run_id, about)
     _forget(run)
-
-
-def keep_what_is_there(run: Run, desired: DesiredNode) -> None:
-    """Copy the files of a complete node: an earlier run may have ended between installing and copying."""
-    look = look_at(run.settings, desired, live, run.now())
-    there = {path: data for path in look.files() if (data := live(path)) is not None}
-    _keep(run, desired, {**there, **desired.files})
 
 
 def put_back(run: Run, desired: DesiredNode) -> int:
@@ -228,10 +222,11 @@ def _replacement(name: str, path: Path, mode: int, data: bytes) -> Replacement:
     )
 
 
-def _keep(run: Run, desired: DesiredNode, complete: Mapping[Path, bytes]) -> None:
+def _keep(desired: DesiredNode, look: NodeLook, complete: Mapping[Path, bytes]) -> None:
+    """Copy the files of a complete node, if that is desired."""
     if desired.inputs.keep is None:
         return
-    look, current = look_at(run.settings, desired, live, run.now()), desired.places.kubelet_current
+    current = desired.places.kubelet_current
     names = {path: spec.name for spec in desired.places.specs(desired.role) for path in look.files_of(spec)}
     files = tuple(
         KeptFile(

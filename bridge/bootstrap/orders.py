@@ -56,8 +56,7 @@ class NewNode:
     role: Role
     name: str
     addresses: tuple[str, ...]  #: The first is the node's own; all are in its kubelet's serving certificate.
-    #: The container runtime's; empty: kubeadm's default.
-    socket: str = field(default="", metadata=named("criSocket"))
+    socket: str = field(default="", metadata=named("criSocket"))  #: The container runtime's; empty: kubeadm's default.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,4 @@
-"""
-The checks of each component of a node, from the flags of its static-pod manifest: the certificates that it shows, the
-servers that accept its client certificates, and whether it is younger than a file that it reads only at its start.
-"""
+"""A component's checks: the certificates it shows, the servers that accept its own, and whether it is older than a file."""
 
 from __future__ import annotations
 

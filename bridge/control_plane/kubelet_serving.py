@@ -82,8 +82,6 @@ class NotHereError(BridgeError):
 class NotYetError(WaitingError):
     """Another node comes first."""
 
-    exit_code: ClassVar[int] = Exit.WAITING
-
 
 class PutBackError(BridgeError):
     """The change did not work, and the old configuration is back."""

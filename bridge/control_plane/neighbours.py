@@ -158,11 +158,11 @@ def _members(
     peers = [url for name, _, url in pairs if endpoints.is_url(url) and name != flags.get("--name")]
     for url in dict.fromkeys([own.url, *(_beside(peer, own.url) for peer in peers)]):
         try:
-            listed, status = etcd.members(Server(url)), etcd.status(Server(url))
+            listed, (member_id, alarms) = etcd.members(Server(url)), etcd.status(Server(url))
         except http.HttpsError as e:
             last = type(e)(f"{url}: {e}")
             continue
-        return listed, status.id if url == own.url else "", status.alarms
+        return listed, member_id if url == own.url else "", alarms
     raise last
 
 

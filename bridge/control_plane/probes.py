@@ -1,7 +1,4 @@
-"""
-Looking at a component from outside: the certificate that it serves, whether it accepts its clients', and its health, by
-its own word; etcd's by its JSON gateway (https://etcd.io/docs/v3.6/dev-guide/api_grpc_gateway/).
-"""
+"""Looks at a component from outside: the certificate that it serves, whether it accepts its clients', and its health."""
 
 from __future__ import annotations
 
@@ -257,15 +254,8 @@ class Member(NamedTuple):
     learner: bool  #: Has no vote.
 
 
-class Status(NamedTuple):
-    """A member's own id, and the alarms that it knows of."""
-
-    id: str  #: Empty: it does not tell.
-    alarms: tuple[tuple[str, str], ...]  #: A member's id, and which alarm.
-
-
 class Etcd:
-    """A client of etcd, with each certificate that it may accept."""
+    """A client of etcd's JSON gateway (https://etcd.io/docs/v3.6/dev-guide/api_grpc_gateway/), with each certificate of ours."""
 
     def __init__(self, clients: Sequence[Client], troubles: Sequence[str] = ()) -> None:
         """The clients are tried in this order; the reasons say why there are no more."""
@@ -302,11 +292,11 @@ class Etcd:
         """The members that this one knows."""
         return [_member(one) for one in items(self._call(server, "/v3/cluster/member/list"), "members")]
 
-    def status(self, server: Server) -> Status:
-        """A member's own id, and the alarms that it knows of."""
+    def status(self, server: Server) -> tuple[str, tuple[tuple[str, str], ...]]:
+        """A member's own id (empty: it does not tell), and the alarms that it knows of: a member's id, and which alarm."""
         found = self._call(server, "/v3/maintenance/status")
         alarms = _ALARM.findall(" ".join(map(str, found.get("errors") or [])))
-        return Status(id=str(mapping(found, "header").get("member_id", "")), alarms=tuple(alarms))
+        return str(mapping(found, "header").get("member_id", "")), tuple(alarms)
 
     def trouble(self, server: Server, *, alarms: bool) -> str | None:
         """Why a member is not well (with `alarms`, also for one); None: it has a leader, and reads through the quorum."""

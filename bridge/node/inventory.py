@@ -1,9 +1,4 @@
-"""
-The inventory: certificates, CAs and manifests of the node, from files alone.
-
-It writes nothing, opens no file that holds only a key, and asks no API server. It reports a broken file and goes on,
-where kubeadm lists nothing.
-"""
+"""The node's certificates, CAs and manifests, from files alone; it writes nothing, and reports a broken file and goes on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""
-kubeadm's configuration: the one reader of its format (v1beta2 to v1beta4, with documents for the kubelet, or as in the
-ConfigMap kube-system/kubeadm-config), for names and for a new node.
-"""
+"""The one reader of kubeadm's configuration (v1beta2 to v1beta4, a file or the ConfigMap), for names and for a new node."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""
-Kubeconfigs: the parts that a renewal needs (the current context's user, as in kubeadm's renewal/readwriter.go), and an
-edit that changes two values and no other byte; keys are only in `key_data`.
-"""
+"""Kubeconfigs: what a renewal needs of them (keys only by `key_data`), and an edit of two values that changes no other byte."""
 
 from __future__ import annotations
 
@@ -153,10 +150,7 @@ def _ca_value(root: YamlNode) -> YamlNode:
     found = cluster.get(_CA)
     if found is None or not _text(cluster, _CA):
         raise YamlError(f"wanted embedded {_CA} to replace, found none")
-    for node in (cluster, found):
-        if node.kind == "alias" or node.anchor or node.tag:
-            where = f"line {node.place.line}"
-            raise YamlError(f"{where}: wanted a value of its own, found an anchor, alias or tag (&, * or !)")
+    _assert_editable(cluster, found)
     return found
 
 
@@ -356,12 +350,16 @@ def _editable(path: Sequence[YamlNode]) -> dict[str, YamlNode]:
     missing = [key for key in values if key not in found]
     if missing:
         raise YamlError(f"wanted an embedded {' and '.join(missing)} to replace, found none")
-    for node in (*path, *found.values()):
+    _assert_editable(*path, *found.values())
+    return found
+
+
+def _assert_editable(*nodes: YamlNode) -> None:
+    for node in nodes:
         if node.kind == "alias" or node.anchor:
             raise YamlError(f"line {node.place.line}: wanted a value of its own, found an anchor or alias (& or *)")
         if node.tag:
             raise YamlError(f"line {node.place.line}: wanted a value without a tag, found one (!)")
-    return found
 
 
 def _content(text: str, node: YamlNode) -> tuple[int, int]:

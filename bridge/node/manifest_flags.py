@@ -1,7 +1,4 @@
-"""
-Change the flags and mounts of a component (pure): in its static-pod manifest, whose text stays as it is but for those
-lines, to what kubeadm renders; and in the ClusterConfiguration from which kubeadm renders it.
-"""
+"""Changes a component's flags and mounts in its static-pod manifest, and in kubeadm's ClusterConfiguration (pure)."""
 
 from __future__ import annotations
 

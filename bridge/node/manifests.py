@@ -26,8 +26,7 @@ class Manifest:
     """One static pod, of which the component's container counts."""
 
     flags: Mapping[str, str]  #: Names with two dashes; "true" for a flag without a value; the last one counts.
-    #: By the image's tag (etcd has its own numbers); None when there is no such tag.
-    version: tuple[int, int] | None
+    version: tuple[int, int] | None  #: By the image's tag (etcd has its own numbers); None when there is no such tag.
     tag: str = ""  #: The image's; empty when it has none.
     words: tuple[str, ...] = ()  #: The program and its arguments.
 

@@ -1,7 +1,4 @@
-"""
-A YAML document as a tree that knows the place of each value in the text; for files that are not trusted: no alias
-expands, no error quotes the text, which may hold a key, and size and depth are limited.
-"""
+"""YAML as a tree with places, for files that are not trusted: no alias expands, no error quotes the text, size is limited."""
 
 from __future__ import annotations
 

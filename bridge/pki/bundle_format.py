@@ -1,7 +1,4 @@
-"""
-Bundles as JSON and as text for people (pure: no file, no clock). The digest finds accidents only; against changes there
-are continuity proofs, the policy, the fingerprint that people compare, and the node's own checks.
-"""
+"""Bundles as JSON and as text for people (pure); the digest finds accidents, and proofs, policy and people find changes."""
 
 from __future__ import annotations
 
@@ -463,7 +460,9 @@ def certificate(value: object, place: str, or_else: str = "") -> x509.Certificat
 def _block(load: Callable[[bytes], _Signed], value: object, place: str, what: str, or_else: str = "") -> _Signed:
     wanted = f"{what} as one PEM block, and not a byte more{or_else}"
     try:
-        found = load(_ascii(value))
+        if not isinstance(value, str):
+            raise ValueError("no text")  # noqa: TRY004, TRY301 (like what is no PEM)
+        found = load(value.encode("ascii"))
     except (ValueError, x509.InvalidVersion) as e:
         raise BundleError(place, wanted, f"something else ({one_line(e)})") from None
     if found.public_bytes(Encoding.PEM).decode() != value:
@@ -483,12 +482,6 @@ def _damage(one: x509.Certificate | x509.CertificateSigningRequest) -> str | Non
     except (*UNREADABLE, OverflowError) as e:
         return f"{type(e).__name__}: {one_line(e)}"
     return None
-
-
-def _ascii(value: object) -> bytes:
-    if not isinstance(value, str):
-        raise ValueError("no text")  # noqa: TRY004 (like what is no PEM)
-    return value.encode("ascii")
 
 
 # --- for people -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,4 @@
-"""
-Reads an untrusted CSR so that every later reader sees the same in it (pure): all that Go and OpenSSL would ignore or
-read in two ways is refused, since no kubelet or person needs it.
-"""
+"""Reads an untrusted CSR (pure), and refuses all that Go and OpenSSL would ignore or read in two ways."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtensionOID
 
 from bridge.pki import der
-from bridge.pki.certificates import CN_OID, O_OID, UNREADABLE, attributes, san_counts
+from bridge.pki.certificates import CN_OID, O_OID, attributes, san_counts
 from bridge.pki.csr import algorithm_name
 
 #: A kubelet's request has less than 1 kB, one with an RSA-4096 key and 64 names less than 5.
@@ -74,8 +71,6 @@ def read(pem: bytes) -> CsrData:
         is_signed = csr.is_signature_valid
     except OddRequestError:
         raise
-    except (*UNREADABLE, UnicodeError, OverflowError):
-        raise OddRequestError("a part of the CSR can't be read") from None
     except Exception:  # noqa: BLE001 (whatever a library makes of bytes of a stranger, it is no CSR to sign)
         raise OddRequestError("a part of the CSR can't be read") from None
     if not is_signed:

@@ -92,7 +92,8 @@ def form(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violation]:
     try:
         parts = _parts(certificate)
         yield from _identifiers(certificate, parts, leaf=leaf)
-        yield from _strings(parts.fields, leaf=leaf)
+        yield from _issuer_name(parts.fields[2])
+        yield from _name("subject", parts.fields[4], leaf=leaf)
         yield from _encodings(certificate, parts.fields)
         yield from _extensions(certificate, leaf=leaf)
     except ValueError as e:
@@ -129,18 +130,13 @@ def _identifiers(certificate: x509.Certificate, parts: _Parts, *, leaf: bool) ->
         yield Violation(subject="signature", want="one algorithm", got="two that differ")
 
 
-def _strings(fields: Sequence[der.Element], *, leaf: bool) -> Iterator[Violation]:
-    """Each attribute of issuer and subject is of a string type that Go reads, and holds what the type allows."""
-    yield from _issuer_name(fields[2])
-    yield from _name("subject", fields[4], leaf=leaf)
-
-
 @lru_cache(maxsize=_REMEMBERED)
 def _issuer_name(name: der.Element) -> tuple[Violation, ...]:
     return tuple(_name("issuer", name, leaf=False))
 
 
 def _name(label: str, name: der.Element, *, leaf: bool) -> Iterator[Violation]:
+    """Each attribute is of a string type that Go reads, and holds what the type allows."""
     for rdn in name.children():
         for attribute in rdn.children():
             kind, value = attribute.children()

@@ -1,7 +1,4 @@
-"""
-Whether a live certificate has the identity that its name demands (pure), since the next one gets its subject and SANs:
-a renewal must not copy what an intruder put in its place. Dates don't count.
-"""
+"""Whether a live certificate has its name's identity (pure), so that no renewal copies an intruder's; dates don't count."""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ def problems(user: User, validity: timedelta, limits: Limits) -> list[str]:
     """All reasons against a user."""
     return [
         *(f"{what}: wanted {NAME_FORM}, found {found}" for what, found in misnamed(user)),
-        *_name_problems(user, limits),
-        *_group_problems(user.groups, limits),
+        *_problems_of("name", user.name, limits.names, limits),
+        *(text for group in user.groups for text in _problems_of("group", group, limits.groups, limits)),
         *_validity_problems(validity, limits),
     ]
 
@@ -58,31 +58,14 @@ def misnamed(user: User) -> Iterator[tuple[str, str]]:
             yield what, repr(one_line(text, 80))
 
 
-def _name_problems(user: User, limits: Limits) -> Iterator[str]:
-    if not _NAME.fullmatch(user.name) or user.name in limits.allow:
+def _problems_of(what: str, text: str, patterns: Sequence[str], limits: Limits) -> Iterator[str]:
+    """The reasons against a name or a group; one in another form has been reported."""
+    if not _NAME.fullmatch(text) or text in limits.allow:
         return
-    if _is_reserved(user.name) or user.name in _SHARED:
-        yield f"name: wanted one that is not Kubernetes' or kubeadm's own (users.allow names exceptions), found {user.name}"
-    elif not _is_one_of(user.name, limits.names):
-        yield f"name: wanted {' or '.join(limits.names) or 'none'} (users.names), found {user.name}"
-
-
-def _group_problems(groups: Sequence[str], limits: Limits) -> Iterator[str]:
-    for group in groups:
-        if not _NAME.fullmatch(group) or group in limits.allow:
-            continue
-        if _is_reserved(group):
-            yield f"group: wanted one that is not Kubernetes' or kubeadm's own (users.allow names exceptions), found {group}"
-        elif not _is_one_of(group, limits.groups):
-            yield f"group: wanted {' or '.join(limits.groups) or 'none'} (users.groups), found {group}"
-
-
-def _is_one_of(text: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(text, pattern) for pattern in patterns)
-
-
-def _is_reserved(name: str) -> bool:
-    return name.lower().startswith(_RESERVED)
+    if text.lower().startswith(_RESERVED) or (what == "name" and text in _SHARED):
+        yield f"{what}: wanted one that is not Kubernetes' or kubeadm's own (users.allow names exceptions), found {text}"
+    elif not any(fnmatchcase(text, pattern) for pattern in patterns):
+        yield f"{what}: wanted {' or '.join(patterns) or 'none'} (users.{what}s), found {text}"
 
 
 def _validity_problems(validity: timedelta, limits: Limits) -> Iterator[str]:

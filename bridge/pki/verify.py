@@ -151,15 +151,13 @@ def _unreadable_anchor(expected: Expectation) -> Iterator[Violation]:
 
 @lru_cache(maxsize=_REMEMBERED)
 def _parts_unreadable(certificate: x509.Certificate) -> tuple[tuple[str, str], ...]:
-    return tuple(_tried(certificate))
-
-
-def _tried(certificate: x509.Certificate) -> Iterator[tuple[str, str]]:
+    found = []
     for part, read in _PARTS.items():
         try:
             read(certificate)
         except UNREADABLE as e:
-            yield part, str(e)
+            found.append((part, str(e)))
+    return tuple(found)
 
 
 def _violations(issued: Issued, request: SignRequest, expected: Expectation) -> Iterator[Violation]:
@@ -353,7 +351,9 @@ def _chain(
     leaf = issued.leaf
     time = min(max(expected.now, leaf.not_valid_before_utc), leaf.not_valid_after_utc)
     try:
-        path = verified_path(leaf, _longest_first(issued.intermediates), anchor, time)
+        # the latest to end comes first, so that the path uses the newest version of an intermediate
+        newest = sorted(issued.intermediates, key=lambda certificate: certificate.not_valid_after_utc, reverse=True)
+        path = verified_path(leaf, newest, anchor, time)
     except verification.VerificationError as e:
         return (), [_chain_violation(issued, expected, time, str(e))]
     intermediates = tuple(path[1:-1])
@@ -362,11 +362,6 @@ def _chain(
         *go_x509.path(leaf, intermediates, anchor, ekus),
     ]
     return intermediates, violations
-
-
-def _longest_first(intermediates: Sequence[x509.Certificate]) -> list[x509.Certificate]:
-    """Sort by the end, latest first, so that the path uses the newest version of an intermediate."""
-    return sorted(intermediates, key=lambda certificate: certificate.not_valid_after_utc, reverse=True)
 
 
 def _path_violations(

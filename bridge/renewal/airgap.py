@@ -166,16 +166,14 @@ def import_answers(
 
 def _still_waiting(node: Node, requests: OpenRequests, result: Result) -> Iterator[Outcome]:
     reported = {outcome.name for outcome in result.outcomes}
-    by_name = {item.spec.name: item for item in node.items}
     for one in requests:
-        item = by_name.get(one.name)
+        item = node.item(one.name)
         if one.is_waiting and one.name not in reported and item is not None:
             yield outcome_of(item, WaitingError("no answer to it was among these"), one.backend)
 
 
 def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction) -> Result:
-    by_name = {item.spec.name: item for item in node.items}
-    items = tuple(by_name[name] for name in found.candidates if name in by_name)
+    items = tuple(item for name in found.candidates if (item := node.item(name)) is not None)
     if not items:
         return transaction.with_earlier(Result(outcomes=()))
     selection = Selection(items=items)

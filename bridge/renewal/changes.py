@@ -1,8 +1,5 @@
 """
-Decides the names of a certificate that is missing, or that an operator wants to change.
-
-They come from kubeadm-config, or from kubeadm's configuration file, and from this node's own manifests; each is reported
-with its source, and no missing fact is guessed.
+Decides the names of a missing or changed certificate, by kubeadm's configuration and this node's manifests, without a guess.
 
 kubeadm's newer subjects have fewer groups: their rights come from ClusterRoleBindings that `kubeadm init` and
 `kubeadm upgrade apply` make, and `kubeadm certs renew` does not. A new subject therefore needs its binding.

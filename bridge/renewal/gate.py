@@ -1,7 +1,4 @@
-"""
-Whether a run without names may act now: in its window, not at the same second as other nodes, and not at a CA whose
-renewals failed too often, between requests to which the pauses grow.
-"""
+"""Whether a run without names may act now: in its window, after its jitter, and at a CA whose renewals do not always fail."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""
-Installed certificates that an operator takes into use, by `restart.method = "none"` or --no-restart, until the ages of
-processes and files tell that they are; runs, `doctor` and monitors ask here.
-"""
+"""Installed certificates that an operator takes into use, until the ages of processes and files tell that they are in use."""
 
 from __future__ import annotations
 
@@ -55,12 +52,6 @@ def record_due(run: Run, done: Sequence[Outcome], file: StateFile[NotProven]) ->
 def running(node: Node) -> set[Component]:
     """The components of this node."""
     return {*node.manifests, *([Component.KUBELET] if processes.running(Component.KUBELET.value) else [])}
-
-
-def is_unproven_by(run: Run) -> bool:
-    """Whether a certificate of this very run is not proven yet."""
-    unproven = unproven_file(run.store).read()
-    return unproven is not None and any(one.newest_run == run.record.run_id for one in unproven.certificates)
 
 
 def finish(run: Run, node: Node, unproven: NotProven) -> tuple[NotProven, list[BridgeError]]:

@@ -1,8 +1,4 @@
-"""
-Makes new keys in threads as soon as a run knows that it needs them; `renew` of docs/evidence/numbers.md depends on it.
-
-That takes as long as all the rest of a renewal. The keys are in memory only.
-"""
+"""Makes new keys, in memory only, as soon as a run needs them; `renew` of docs/evidence/numbers.md depends on it."""
 
 from __future__ import annotations
 

@@ -184,7 +184,9 @@ class Transaction:
         if not self._is_to_prove:
             return result
         if self._run.settings.restart.method == "none":  # said by each run from the next one on
-            return dataclasses.replace(result, left_to_people=in_use.is_unproven_by(self._run))
+            unproven, ours = unproven_file(self._run.store).read(), self._run.record.run_id
+            is_ours = unproven is not None and any(one.newest_run == ours for one in unproven.certificates)
+            return dataclasses.replace(result, left_to_people=is_ours)
         from bridge.renewal import activate  # noqa: PLC0415 (see above)
 
         done = activate.finish(self._run, self._run.read_node())

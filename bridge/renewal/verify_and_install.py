@@ -77,7 +77,8 @@ def expectations(
     node: Node, settings: Settings, items: Sequence[Item], now: datetime, trust: Trust = NO_TRUST
 ) -> tuple[dict[str, verify.Expectation], list[Outcome]]:
     """Expectations by authority; and failures where the CA file can't be read, or the CA is only half replaced."""
-    version = version_of(node, settings)
+    wanted = settings.node.kubernetes_version
+    version = node.kubernetes_version if wanted is None else (wanted.major, wanted.minor)
     half = half_rotated(node, settings.node.kubeconfig_dir)
     demands: dict[str, verify.Expectation] = {}
     failed = []
@@ -100,12 +101,6 @@ def expectations(
         except BridgeError as e:
             failed.append(outcome_of(item, e))
     return demands, failed
-
-
-def version_of(node: Node, settings: Settings) -> tuple[int, int] | None:
-    """Kubernetes' version on this node, by the settings, or else by the image tags."""
-    version = settings.node.kubernetes_version
-    return node.kubernetes_version if version is None else (version.major, version.minor)
 
 
 def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replacement]:

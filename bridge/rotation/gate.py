@@ -1,8 +1,4 @@
-"""
-Whether the other nodes are ready for a phase, by looking at them: each API server, kubelet and etcd member is shown the
-very certificates that are to be installed, or asked for the one that it serves; what no network shows, the node's own run
-has looked at, and said in its Node object; and the cluster's own objects are read.
-"""
+"""Whether the other nodes are ready for a phase, by their servers, by their word in Node objects, and by the cluster's objects."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""
-One phase of a replacement on this node: prepared, proven, installed in one recoverable step, restarted, proven again.
-
-Each verb looks where the node stands, computes the difference to its phase and does that alone: after a kill the same
-verb goes on.
-"""
+"""One phase of a replacement on this node: a verb does the difference to its phase alone, so that after a kill it goes on."""
 
 from __future__ import annotations
 
@@ -428,12 +423,6 @@ def readers(node: Node, ca: Replaced) -> list[Reader]:
     return [one for one in restart_plan.readers(node) if one.path.resolve() == real]
 
 
-def _seen_by(node: Node, ca: Replaced) -> set[str]:
-    """The certificates by whose checks it is seen that the components of this node have read a CA."""
-    kubeconfigs = _KUBECONFIGS if ca.name == CLUSTER_CA.name else ()
-    return {*kubeconfigs, *(one.certificate for one in readers(node, ca))}
-
-
 def _trust(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]) -> Result:
     """Replace the CA file and the kubeconfigs' CA data; restart and prove what reads them once."""
     files = [file for step in steps for file in step.ca.trust_files(step.target)]
@@ -453,7 +442,8 @@ def _trust(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
 
 def _owe_reading(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], names: Collection[str]) -> None:
     """Record, before the installation, what is to be restarted for these CAs, and to be seen to have read them."""
-    seen_by = {name for step in steps for name in _seen_by(node, step.ca)}
+    seen_by = {one.certificate for step in steps for one in readers(node, step.ca)}
+    seen_by |= {name for step in steps if step.ca.name == CLUSTER_CA.name for name in _KUBECONFIGS}
     transaction.owe_use(
         [
             Outcome(name=i.spec.name, authority=i.spec.authority.name, old=i.certificates[0], new=i.certificates[0])

@@ -1,7 +1,4 @@
-"""
-The backups in the state directory: lists them, judges by the checks of new certificates whether one is fit to be put
-back, puts it back (an operator may force one that the node could run on), deletes old ones.
-"""
+"""The backups in the state directory: lists them, judges whether one is fit, puts it back, deletes old ones."""
 
 from __future__ import annotations
 

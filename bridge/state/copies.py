@@ -226,7 +226,8 @@ def _replace(place: OpenPath, found: _Found, changed: bytes) -> None:
     staged.unlink(missing_ok=True)  # of a run that was killed
     write_staged(staged, changed, found.attributes.narrowed(KUBECONFIG_MASK))
     try:
-        found.assert_still(place)
+        if _version(place.path.lstat()) != _version(found.status):
+            raise UnreadableError("it was changed while it was refreshed, and is as its owner has left it")  # noqa: TRY301
         staged.rename(place.path)
     except BaseException:
         staged.unlink(missing_ok=True)
@@ -278,11 +279,6 @@ class _Found:
     data: bytes
     attributes: Attributes
     status: os.stat_result
-
-    def assert_still(self, place: OpenPath) -> None:
-        """Make sure that the name still leads to the file that was read, unchanged."""
-        if _version(place.path.lstat()) != _version(self.status):
-            raise UnreadableError("it was changed while it was refreshed, and is as its owner has left it")
 
 
 def _version(status: os.stat_result) -> tuple[int, ...]:

@@ -282,17 +282,12 @@ def metrics(found: Sequence[Credential], before: Before) -> str:
     """The metrics of all whose end is known, in Prometheus' format."""
     from bridge.system.codec import labels, metric  # noqa: PLC0415 (for monitors alone)
 
-    known = [(labels(name=one.name, path=one.path), one.ends, one.near_from(before)) for one in found]
-    texts = {
-        "not_after": "End of one of ca-bridge's own credentials.",
-        "near": "From when on ca-bridge warns of a credential's end.",
-    }
-    ends = [f"{label} {_seconds(end)}" for label, end, _ in known if end is not None]
-    near = [f"{label} {_seconds(start)}" for label, _, start in known if start is not None]
-    names = {name: f"ca_bridge_credential_{name}_seconds" for name in texts}
-    rows = {"not_after": ends, "near": near}
-    return "".join(metric(names[name], texts[name], (f"{names[name]}{row}" for row in rows[name])) for name in texts)
+    def moments(name: str, text: str, times: Iterable[datetime | None]) -> str:
+        known = [(one, time) for one, time in zip(found, times, strict=True) if time is not None]
+        rows = (f"{name}{labels(name=one.name, path=one.path)} {int(time.timestamp())}" for one, time in known)
+        return metric(name, text, rows)
 
-
-def _seconds(time: datetime) -> int:
-    return int(time.timestamp())
+    end, near = "End of one of ca-bridge's own credentials.", "From when on ca-bridge warns of a credential's end."
+    return moments("ca_bridge_credential_not_after_seconds", end, (one.ends for one in found)) + moments(
+        "ca_bridge_credential_near_seconds", near, (one.near_from(before) for one in found)
+    )

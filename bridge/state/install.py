@@ -55,8 +55,7 @@ class Replacement:
     path: Path  #: A symlink is followed, and stays, unless `is_link`.
     data: bytes | None  #: None: the file goes away.
     mode_mask: int  #: The most that the new file's mode may allow.
-    #: `fingerprint` of the file when the CSR was made; None: there was none.
-    was: str | None
+    was: str | None  #: `fingerprint` of the file when the CSR was made; None: there was none.
     attributes: Attributes | None = None  #: A new file's; None: for its owner alone.
     is_imposed: bool = False  #: A file that is there gets these attributes as well.
     is_link: bool = False  #: The symlink itself is replaced, or a file in its place.

@@ -1,7 +1,4 @@
-"""
-What an installation leaves to do: each is on disk before the installation, and leaves the disk when it is done or
-outdated; each kind has a file of its own, so that damage to one holds up no other.
-"""
+"""What an installation leaves to do, on disk before it and until it is done or outdated; each kind has its own file."""
 
 from __future__ import annotations
 

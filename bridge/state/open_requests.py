@@ -1,7 +1,4 @@
-"""
-Requests that a CA has, or may have, and whose certificates are not in use yet: a key is on disk before the CA is asked,
-an answer before it is delivered, in lines of JSON, each with its digest.
-"""
+"""Requests that a CA may have, with their keys, and answers that are not in use yet: lines of JSON, each with a digest."""
 
 from __future__ import annotations
 
@@ -48,8 +45,7 @@ class Kind(Generic[T]):
     has_keys: bool = False
     afterwards: str = ""  #: What the operator has to do after a damaged file was renamed.
     lies_on_disk: bool = False  #: Memory holds only where each line is.
-    #: Earlier versions had one document with a list below this key; how to read an entry of it.
-    old_key: str = ""
+    old_key: str = ""  #: Earlier versions had one document with a list below this key; how to read an entry of it.
     from_old: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
 
@@ -280,13 +276,11 @@ class OpenRequest:
     key_pem: bytes = field(repr=False)
     created: datetime
     run_id: str = field(metadata=named("run"))
-    #: Label of the backend whose CA has the request; empty: no CA has it.
-    backend: str = ""
+    backend: str = ""  #: Label of the backend whose CA has the request; empty: no CA has it.
     reference: str = ""  #: The backend collects the answer with it.
     note: str = ""  #: The backend's, for the operator.
     answer: Issued | None = None  #: Passed, and is not installed.
-    #: SHA-256 of the bundles in which it was carried out of the node.
-    bundles: tuple[str, ...] = ()
+    bundles: tuple[str, ...] = ()  #: SHA-256 of the bundles in which it was carried out of the node.
     kubeconfig: FreshKubeconfig | None = None  #: The new file for it, where there was none.
 
     @property
