@@ -18,6 +18,7 @@ from bridge.cli.options import Common, command
 from bridge.cli.printing import say
 from bridge.cli.settings import example
 from bridge.contract import SetsUp, SetupFile, SetupRequest
+from bridge.desk.files import load_policy, policy_path
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import inventory
 from bridge.node.inventory import Item
@@ -80,7 +81,7 @@ def setup(
     """
     settings = for_next_cas(common.settings()) if of_next else common.settings()
     if kind in _KINDS:
-        desk = _desk_of(inbox, outbox, user)
+        desk = _desk_of(settings, inbox, outbox, user)
         made = _make_jobs(settings, common.words(), kind, desk, example().parent)
         if enable:
             _look_first(made, kind, user if desk else "root")
@@ -369,10 +370,11 @@ class DeskJob:
     inbox: Path
     outbox: Path
     user: str  #: Whose the CA is.
+    archive: Path | None = None  #: The one that the policy names; None: it is in the state directory.
 
 
-def _desk_of(inbox: Path | None, outbox: Path | None, user: str) -> DeskJob | None:
-    """The desk whose directories are named, if they are."""
+def _desk_of(settings: Settings, inbox: Path | None, outbox: Path | None, user: str) -> DeskJob | None:
+    """The desk whose directories are named, if they are; its policy need not be there yet."""
     if inbox is None and outbox is None:
         return None
     if inbox is None or outbox is None:
@@ -380,7 +382,8 @@ def _desk_of(inbox: Path | None, outbox: Path | None, user: str) -> DeskJob | No
         raise SettingsError([SettingsProblem(missing, f"a directory, since {given} is given", "nothing")])
     if not _USER.fullmatch(user):
         raise SettingsError([SettingsProblem("--user", "a user's name", repr(user))])
-    return DeskJob(inbox=inbox, outbox=outbox, user=user)
+    archive = load_policy(settings, None).desk.archive if policy_path(settings).exists() else None
+    return DeskJob(inbox=inbox, outbox=outbox, user=user, archive=archive)
 
 
 def _make_jobs(
@@ -404,6 +407,8 @@ def prepare(settings: Settings, desk: DeskJob | None) -> None:
     if desk is not None:
         for path in (desk.inbox, desk.outbox):
             jobs.make_directory(path, user, _CARRIERS_MODE)
+        if desk.archive is not None:
+            jobs.make_directory(desk.archive, user, DIRECTORY_MODE)
     for configured in registry.configured(settings, settings.authorities).values():
         for path in configured.settings.writes():
             jobs.assert_may_write(path, user, f"that {configured.label} writes to")
@@ -430,7 +435,7 @@ def _places(settings: Settings, options: Sequence[str], desk: DeskJob | None) ->
             wanted = "an absolute path"
             raise SettingsError([SettingsProblem(name, wanted, repr(str(places[name]))) for name in relative])
         paths |= {_DESK_INBOX: str(desk.inbox), _DESK_OUTBOX: str(desk.outbox)}
-        writable, maybe = [desk.inbox, desk.outbox], []
+        writable, maybe = [desk.inbox, desk.outbox], [desk.archive] if desk.archive is not None else []
     writable.append(node.state_dir)
     maybe += [path.parent for path in settings.copies.files.paths]
     maybe += [path.parent for pair in settings.node.pairs for files in pair.places for _, path in files.paths()]

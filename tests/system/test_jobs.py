@@ -130,6 +130,16 @@ def test_a_unit_may_write_metrics_and_copies(config: Path, tmp_path: Path) -> No
         assert (place in before, place in after) == (False, True)
 
 
+def test_a_desks_unit_may_write_to_the_archive_that_its_policy_names(config: Path) -> None:
+    """Without that each run signs, and fails before it answers."""
+    desk = ("systemd", "--inbox", "/srv/i", "--outbox", "/srv/o", "--user", "root")
+    before = setup(config, *desk).stdout
+    policy = config.with_name("desk-policy.toml")
+    policy.write_text('[desk]\narchive = "/srv/done"\n[allow]\nclusters = ["*"]\nnodes = ["*"]\n')
+    after = setup(config, *desk).stdout
+    assert (" -/srv/done\n" in before, " -/srv/done\n" in after) == (False, True)
+
+
 def test_a_unit_may_write_where_the_kubelets_certificates_are(config: Path, tmp_path: Path) -> None:
     """The settings and the kubelet's own configuration name the directory; a desk's unit may not write there."""
     kubelet = tmp_path / "kubelet"
@@ -217,7 +227,8 @@ dir = "{place}/ca"
 def test_a_desks_directories_are_made_for_its_user_or_refused(tmp_path: Path) -> None:
     """Inbox, outbox, state directory and those of secrets; the CA's own have to be there, and the user's."""
     ours = parse(f'[node]\nstate_dir = "{tmp_path}/state"\n{DESK.format(place=tmp_path)}')
-    desk = DeskJob(inbox=tmp_path / "desk/inbox", outbox=tmp_path / "desk/outbox", user="nobody")
+    places = {name: tmp_path / "desk" / name for name in ("inbox", "outbox", "archive")}
+    desk = DeskJob(**places, user="nobody")
     with pytest.raises(BridgeError, match=r"ca: wanted the directory that openssl .* found none"):
         prepare(ours, desk)
     (tmp_path / "ca").mkdir()
@@ -226,9 +237,11 @@ def test_a_desks_directories_are_made_for_its_user_or_refused(tmp_path: Path) ->
     assert e.value.hint == f"chown nobody {tmp_path}/ca"
     os.chown(tmp_path / "ca", pwd.getpwnam("nobody").pw_uid, -1)
     prepare(ours, desk)
-    made = {name: (tmp_path / name).stat() for name in ("desk/inbox", "desk/outbox", "state", "secrets")}
+    made = {
+        name: (tmp_path / name).stat() for name in ("desk/inbox", "desk/outbox", "desk/archive", "state", "secrets")
+    }
     assert {status.st_uid for status in made.values()} == {pwd.getpwnam("nobody").pw_uid}
-    assert [status.st_mode & 0o777 for status in made.values()] == [0o755, 0o755, 0o700, 0o700]
+    assert [status.st_mode & 0o777 for status in made.values()] == [0o755, 0o755, 0o700, 0o700, 0o700]
     prepare(ours, desk)
     os.chown(tmp_path / "desk/outbox", 0, 0)
     with pytest.raises(BridgeError, match="outbox: wanted a directory of the job's user") as e:
