@@ -18,7 +18,6 @@ from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from backends.cmp.answers import Log, body_of, failure, quoted
@@ -46,7 +45,7 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
-from bridge.pki.certificates import extended_key_usages, name_text, san_entries
+from bridge.pki.certificates import extended_key_usages, is_signed, name_text, san_entries
 from bridge.specs import EKU, SPECS, CertificateSpec
 from bridge.system.http import UnreachableError, reach
 
@@ -266,7 +265,11 @@ class CmpBackend:
         if _WAITING in given:
             words += ["-rspin", _WAITING]
         if self._settings.mode == "cr":
-            _check_proof(request)
+            if not is_signed(request.csr):  # the CSR's signature is not sent: we vouch for it as an RA (RFC 4211 §4)
+                name = request.spec.name
+                raise BackendRefusedError(
+                    f"cmp: wanted a CSR that is signed with its own key for {name}, found another"
+                )
             files[_EXTENSIONS] = _extensions(request)
             words += ["-popo", "0", "-config", _EXTENSIONS, "-reqexts", "wanted"]
             if request.names is not None and request.names.common_name:
@@ -342,18 +345,6 @@ class CmpBackend:
             wanted = f"{MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes of printable text on one line"
             raise LocalFileError(f"cmp: wanted {wanted} in {place}, found something else", hint=hint)
         return secret
-
-
-def _check_proof(request: SignRequest) -> None:
-    """Check the CSR's signature, which mode `cr` does not send: we vouch for it as an RA (RFC 4211 §4)."""
-    try:
-        is_valid = request.csr.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm):
-        is_valid = False
-    if not is_valid:
-        raise BackendRefusedError(
-            f"cmp: wanted a CSR that is signed with its own key for {request.spec.name}, found another"
-        )
 
 
 #: What means nothing else in an openssl configuration, or in a subject on the command line.

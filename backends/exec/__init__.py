@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -31,7 +30,7 @@ from bridge.errors import (
     Violation,
 )
 from bridge.pki.budget import of_server
-from bridge.pki.certificates import certificates_in, extension, is_for, spki
+from bridge.pki.certificates import certificates_in, extension, is_for, is_signed, spki
 from bridge.specs import CertificateSpec
 from bridge.system.paths import program_exposure
 from bridge.system.run_command import Account, Command, Ended, reached, run
@@ -148,7 +147,7 @@ class ExecBackend:
         BackendUnavailableError: its CA is out of reach, the time limit, or status 1 without a cookie, as a broken
         program).
         """
-        if not _is_signed(request.csr):
+        if not is_signed(request.csr):
             raise BackendRefusedError("exec: wanted a CSR that is signed with its own key, found another signature")
         return self._answer(request, self._run("SUBMIT", self._request_variables(request)))
 
@@ -343,13 +342,6 @@ def _profile_violations(profile: str, offered: Sequence[str]) -> Iterator[Violat
     if profile and offered and profile not in offered:
         got = display_text(", ".join(offered).encode())
         yield Violation(subject="profile", want=f"{profile} among the program's", got=got)
-
-
-def _is_signed(csr: x509.CertificateSigningRequest) -> bool:
-    try:
-        return csr.is_signature_valid
-    except (UnsupportedAlgorithm, ValueError, TypeError):
-        return False
 
 
 def _authority_variables(spec: CertificateSpec) -> dict[str, str]:

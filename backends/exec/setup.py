@@ -93,7 +93,7 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
         command=shlex.join(command),
     )
     tries = SetupFile(name=f"try-{wanted.authority.name}.sh", text=text, executable=True, by_node=True)
-    return [*([provisioners(wanted, profile)] if is_step_ca(command) else []), tries]
+    return [*([provisioners(wanted, profile)] if Path(*command[:1]).name == STEP_CA else []), tries]
 
 
 def _beside(wanted: SetupRequest) -> Iterator[str]:
@@ -255,11 +255,6 @@ def provisioners(wanted: SetupRequest, profile: Selector) -> SetupFile:
         ),
     )
     return SetupFile(name=file, text=text, executable=True, by_node="{node}" in profile.pattern)
-
-
-def is_step_ca(command: Iterable[str]) -> bool:
-    """Whether the settings name the shipped program for step-ca."""
-    return Path(next(iter(command), "")).name == STEP_CA
 
 
 def _step_ca_template(names: Iterable[str], certificates: Mapping[str, x509.Certificate]) -> str:

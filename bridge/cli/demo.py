@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -20,7 +19,7 @@ import typer
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.cli.options import Common, command, utc_now
-from bridge.cli.printing import say, say_sentence
+from bridge.cli.printing import say, say_sentence, wrapped
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory, kubeconfig, sample_pki
 from bridge.node.inventory import Item
@@ -186,10 +185,7 @@ def _styled(text: str, style: str) -> str:
 
 
 def _wrapped(line: str) -> str:
-    wrapper = textwrap.TextWrapper(
-        _WIDTH, _INDENT, f"{_INDENT}  ", break_long_words=False, break_on_hyphens=False, drop_whitespace=True
-    )
-    return wrapper.fill(line) if len(line) > _WIDTH - len(_INDENT) else f"{_INDENT}{line}"
+    return "\n".join(wrapped(f"{_INDENT}{line}", _WIDTH, len(_INDENT) + 2))
 
 
 def _toned(line: str) -> str:

@@ -104,8 +104,9 @@ def _run(settings: Settings, options: Options, wait: timedelta, *, dry_run: bool
 
 def _dry_run(desk: Desk, session: Session) -> list[int]:
     """Judge everything, write and sign nothing."""
-    codes = []
-    for job in session.work(desk).jobs(None):
+    codes: list[int] = []
+    jobs, _ = session.work(desk)
+    for job in jobs(None):
         desk.judged(job)
         good = [request.name for request in job.to_sign]
         if good:

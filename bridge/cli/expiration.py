@@ -232,8 +232,9 @@ def nagios_check(
     critical = [*_critical(late), *_unlisted(late), *(f"{one.name} expired" for one in own if one.has_ended(now))]
     critical += [f"{one.name} unreadable" for one in own if one.ends is None and not lacks_rights(one.trouble)]
     slow = [] if failures is None else list(_late_phases(settings, node, now))
-    near = [one for one in own if one.is_near(settings.renewal.before, now) and not one.has_ended(now)]
-    warning = [*_warning(early, late, failures, unused), *slow, *(_credential_ends(one, now) for one in near)]
+    near = [f"{one.name} ends in {residual(seconds_left(one.ends or now, now))}"
+            for one in own if one.is_near(settings.renewal.before, now) and not one.has_ended(now)]  # fmt: skip
+    warning = [*_warning(early, late, failures, unused), *slow, *near]
     status = 2 if critical or early.troubles else 1 if warning else 0
     what = ", ".join([*critical, *warning]) or _good(early)
     unseen = "" if failures is not None else " (failed runs are for root to see)"
@@ -296,10 +297,6 @@ def _warning(
 
 def _ends(row: Row) -> str:
     return f"{row.name} ends in {residual(row.chain_seconds_left or 0)}"
-
-
-def _credential_ends(one: Credential, now: datetime) -> str:
-    return f"{one.name} ends in {residual(seconds_left(one.ends or now, now))}"
 
 
 def _good(found: ExpiryReport) -> str:

@@ -68,9 +68,12 @@ def look(
         from bridge import monitoring  # noqa: PLC0415 (for monitors alone)
 
         text = monitoring.text(found, monitoring.due_times(node, renewal), known)
+    elif output == "json":
+        import json  # noqa: PLC0415 (7 ms that the table has no use for)
+
+        text = escaped(json.dumps(_structure(found, own, now, phases), indent=4, ensure_ascii=False)) + "\n"
     else:
-        structure = _structure(found, own, now, phases)
-        text = _as_json(structure) if output == "json" else _as_yaml(structure)
+        text = _as_yaml(_structure(found, own, now, phases))
     code = Exit.FAILED if found.troubles else Exit.DUE if found.due else Exit.DONE
     return text, list(found.troubles), code
 
@@ -190,13 +193,6 @@ def _others(row: Row, header: Sequence[str]) -> list[str]:
     left = "<invalid>" if row.early else residual(row.seconds_left or 0)  # as kubeadm shows one that has ended
     authority = [] if header is _AUTHORITY_HEADER else [row.authority or ""]
     return [left, *authority, "yes" if row.external else "no"]
-
-
-def _as_json(structure: Mapping[str, Any]) -> str:
-    """JSON in kubeadm's order and indentation."""
-    import json  # noqa: PLC0415 (7 ms that the table has no use for)
-
-    return escaped(json.dumps(structure, indent=4, ensure_ascii=False)) + "\n"
 
 
 def _as_yaml(structure: Mapping[str, Any]) -> str:

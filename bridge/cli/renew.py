@@ -115,10 +115,19 @@ def install_command(
     proven and installed as by `renew`, and must have the identity of the one that it replaces. Exits with 4 while a
     key has no certificate.
     """
+    from bridge.renewal import airgap  # noqa: PLC0415 (20 ms, which `renew` needs not)
+
+    settings, directory = common.settings(), directory.absolute()
     options = RunOptions(
         any_identity=tuple(any_identity or ()), all_or_nothing=all_or_nothing, restarts=not no_restart, wait=wait
     )
-    return install(common.settings(), directory.absolute(), options, utc_now, output)
+    with monitoring.kept_current(settings, utc_now), progress_shown() as progress:
+        result, node, selection = airgap.install_directory(settings, directory, options, utc_now, progress)
+    report(result, node, selection, settings, utc_now(), output, restarts=options.restarts)
+    if result.renewed:
+        text = "%s: its keys and certificates are installed, and no longer needed there: remove the keys"
+        log.warning(text, directory)
+    return result.exit_code
 
 
 def renew(settings: Settings, options: RunOptions, now: Callable[[], datetime], output: Output) -> int:
@@ -131,22 +140,6 @@ def renew(settings: Settings, options: RunOptions, now: Callable[[], datetime], 
         report(result, node, selection, settings, now(), output, restarts=options.restarts)
         outcome.exit_code = result.exit_code
     return outcome.exit_code
-
-
-def install(
-    settings: Settings, directory: Path, options: RunOptions, now: Callable[[], datetime], output: Output
-) -> int:
-    """Install from a directory of keys and certificates; return the exit code."""
-    from bridge.renewal import airgap  # noqa: PLC0415 (20 ms, which `renew` needs not)
-
-    with monitoring.kept_current(settings, now), progress_shown() as progress:
-        result, node, selection = airgap.install_directory(settings, directory, options, now, progress)
-    report(result, node, selection, settings, now(), output, restarts=options.restarts)
-    if result.renewed:
-        log.warning(
-            "%s: its keys and certificates are installed, and no longer needed there: remove the keys", directory
-        )
-    return result.exit_code
 
 
 @command(commands, "plan")
@@ -242,11 +235,12 @@ def _warn(found: _Plan, settings: Settings, now: datetime) -> None:
 
 
 def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
-    verb = "replace" if item.certificates else "make"
+    verb, authority = "replace" if item.certificates else "make", item.spec.authority.name
+    ours = settings.authorities.get(authority)
     return (
         item.spec.name,
         end_text(first_end(item.ending), now) if item.certificates else "not on this node",
-        f"ask {_ca_name(item, settings)}",
+        f"ask {ours.backend}" if ours is not None else f"ask no CA: no [authority.{authority}]",
         f"{verb} {_replaced(item)}",
     )
 
@@ -258,15 +252,6 @@ def _replaced(item: Item) -> str:
     return " and ".join([str(item.certificate_path), *([item.key_path.name] if item.key_path else [])])
 
 
-def _ca_name(item: Item, settings: Settings) -> str:
-    ours = settings.authorities.get(item.spec.authority.name)
-    return ours.backend if ours is not None else f"no CA: no [authority.{item.spec.authority.name}]"
-
-
-def _files(item: Item) -> list[str]:
-    return list(dict.fromkeys(map(str, filter(None, (item.key_path, item.certificate_path, item.current)))))
-
-
 def _plan_json(found: _Plan, settings: Settings) -> dict[str, Any]:
     selection = found.selection
     return {
@@ -276,7 +261,9 @@ def _plan_json(found: _Plan, settings: Settings) -> dict[str, Any]:
                 "authority": item.spec.authority.name,
                 "backend": ours.backend if (ours := settings.authorities.get(item.spec.authority.name)) else None,
                 "notAfter": rfc3339(first_end(item.certificates[:1] + item.copy)) if item.certificates else None,
-                "replace": _files(item),
+                "replace": list(
+                    dict.fromkeys(map(str, filter(None, (item.key_path, item.certificate_path, item.current))))
+                ),
                 "changes": one.notes if (one := selection.desired.get(item.spec.name)) is not None else [],
             }
             for item in selection.items

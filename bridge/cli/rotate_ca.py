@@ -93,7 +93,9 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
     if not found:
         say_sentence("no CA is being replaced: no authority of the settings has a table `next`")
         return
-    say_table([("CA", "PHASE", "SINCE", "NOW", "NEXT"), *map(_row, found.values())], (3,))
+    rows = [(one.name, one.standing.text, minute(one.since), text(one.change.old), text(one.change.new))
+            for one in found.values()]  # fmt: skip
+    say_table([("CA", "PHASE", "SINCE", "NOW", "NEXT"), *rows], (3,))
     for one in found.values():
         now = one.standing
         left = now.differing if now.phase is None else differences(one.seen, one.change, now.next) if now.next else ()
@@ -172,10 +174,6 @@ def _lagging(settings: Settings, node: Node, one: Replaced) -> list[Held]:
     if phase is None or not node.manifests or node.is_etcd_host:
         return []
     return holders.lagging(settings, node, one.name, one.change, phase)
-
-
-def _row(one: Replaced) -> tuple[str, ...]:
-    return (one.name, one.standing.text, minute(one.since), text(one.change.old), text(one.change.new))
 
 
 def _json(one: Replaced, lagging: Sequence[Held]) -> dict[str, Any]:

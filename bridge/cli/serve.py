@@ -50,7 +50,7 @@ def serve(
     policy: Annotated[
         Path | None, typer.Option(help="What may be signed. [default: desk-policy.toml beside the settings]")
     ] = None,
-) -> int:
+) -> None:
     """
     Sign what nodes ask for over HTTPS, as far as the desk's policy allows: one door to the CA for all nodes.
 
@@ -67,7 +67,6 @@ def serve(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: service.stop())
         service.run(lambda port: log.info("serving at port %d", port))
-    return Exit.DONE
 
 
 def assert_installed(command: str) -> None:
@@ -228,7 +227,7 @@ def enroll(
     policy: Annotated[
         Path | None, typer.Option(help="The door's policy. [default: desk-policy.toml beside the settings]")
     ] = None,
-) -> int:
+) -> None:
     """
     Print a one-time secret with which a node asks the door for its first certificates.
 
@@ -250,11 +249,10 @@ def enroll(
     text = "enrolment %d: for %s of cluster %s, for %s, until %s"
     names = ", ".join(made.certificates) or "all certificates that the policy allows"
     log.info(text, made.id, printable(made.node), printable(made.cluster), printable(names), minute(made.ends))
-    return Exit.DONE
 
 
 @command(enrolments_group, "list")
-def list_enrolments(common: Common, output: OutputOption = Output.TEXT) -> int:
+def list_enrolments(common: Common, output: OutputOption = Output.TEXT) -> None:
     """List the enrolments, the newest first: number, state, node, until when, and who made it."""
     assert_installed("ca-bridge enrolments")
     from bridge.door import enrolments  # noqa: PLC0415 (as above)
@@ -266,13 +264,12 @@ def list_enrolments(common: Common, output: OutputOption = Output.TEXT) -> int:
         say_table([_enrolment_row(one, one.state(now)) for one in found], (5, 6))
     else:
         say("no enrolments: `ca-bridge enroll NODE` makes one")
-    return Exit.DONE
 
 
 @command(enrolments_group, "withdraw")
 def withdraw(
     common: Common, number: Annotated[int, typer.Argument(metavar="NUMBER", help="As in `ca-bridge enrolments list`.")]
-) -> int:
+) -> None:
     """Withdraw an enrolment; a request that came with it, and that is not signed yet, is refused."""
     assert_installed("ca-bridge enrolments")
     from bridge.door import enrolments  # noqa: PLC0415 (as above)
@@ -281,7 +278,6 @@ def withdraw(
     say(f"enrolment {one.id} of {printable(one.node)} is withdrawn")
     if one.used is not None:
         log.warning("it was used %s: `ca-bridge audit show` has what was signed since", minute(one.used))
-    return Exit.DONE
 
 
 def _enrolment_row(one: Enrolment, state: str) -> tuple[str, ...]:
@@ -318,13 +314,13 @@ DigestArgument = Annotated[
 
 
 @command(approvals_group, "list")
-def list_approvals(common: Common, output: OutputOption = Output.TEXT) -> int:
+def list_approvals(common: Common, output: OutputOption = Output.TEXT) -> None:
     """List the requests that wait for people: digest, node, and what each certificate of them means."""
     with closing(_reviewer(common)) as reviewer:
         found = reviewer.waiting()
     if output is Output.JSON:
         say_json(approver=found.get("approver"), requests=found["requests"])
-        return Exit.DONE
+        return
     for one in found["requests"]:
         row = (
             str(one.get("digest"))[:_SHORT],
@@ -337,11 +333,10 @@ def list_approvals(common: Common, output: OutputOption = Output.TEXT) -> int:
             say_sentence(printable(f"{certificate.get('name')}: {certificate.get('means')}"), "  ")
     if not found["requests"]:
         say("no request waits for people")
-    return Exit.DONE
 
 
 @command(approvals_group, "show")
-def show(common: Common, digest: DigestArgument, output: OutputOption = Output.TEXT) -> int:
+def show(common: Common, digest: DigestArgument, output: OutputOption = Output.TEXT) -> None:
     """Show a request whole: what it asks for, what that replaces and changes, its proofs, and what people decided."""
     with closing(_reviewer(common)) as reviewer:
         review = reviewer.show(digest)
@@ -349,7 +344,6 @@ def show(common: Common, digest: DigestArgument, output: OutputOption = Output.T
         say_json(**_json(review))
     else:
         _print(review)
-    return Exit.DONE
 
 
 @command(approvals_group, "approve")
@@ -358,13 +352,13 @@ def approve(
     digest: DigestArgument,
     reason: Annotated[str, typer.Option(metavar="TEXT", help="For the record.")] = "",
     output: OutputOption = Output.TEXT,
-) -> int:
+) -> None:
     """
     Approve a request: sign its digest with your key, and send the signature to the door.
 
     `ca-bridge approvals show` has what you sign. The door asks its policy once more before the CA signs.
     """
-    return _decide(common, digest, "approved", reason, output)
+    _decide(common, digest, "approved", reason, output)
 
 
 @command(approvals_group, "refuse")
@@ -373,9 +367,9 @@ def refuse(
     digest: DigestArgument,
     reason: Annotated[str, typer.Option(metavar="TEXT", help="For the node and the record.")],
     output: OutputOption = Output.TEXT,
-) -> int:
+) -> None:
     """Refuse a request; the node gets an answer with your reason and your name."""
-    return _decide(common, digest, "refused", reason, output)
+    _decide(common, digest, "refused", reason, output)
 
 
 def _reviewer(common: Common) -> Reviewer:
@@ -384,18 +378,17 @@ def _reviewer(common: Common) -> Reviewer:
     return Reviewer(common.settings().approver, utc_now())
 
 
-def _decide(common: Common, digest: str, verdict: Verdict, reason: str, output: Output) -> int:
+def _decide(common: Common, digest: str, verdict: Verdict, reason: str, output: Output) -> None:
     with closing(_reviewer(common)) as reviewer:
         review = reviewer.decide(reviewer.show(digest), verdict, reason)
     if output is Output.JSON:
         say_json(**_json(review))
-        return Exit.DONE
+        return
     document = review.document
     text = (
         f"{verdict} {review.digest[:_SHORT]} of {review.bundle.node} (fingerprint {short_fingerprint(review.bundle)})"
     )
     say_sentence(printable(f"{text}: {document.get('approvals')} approvals, the request is {document.get('state')}"))
-    return Exit.DONE
 
 
 def _certificates(one: dict[str, Any]) -> list[dict[str, Any]]:

@@ -259,14 +259,8 @@ class _InboxFile:
     status: os.stat_result
 
 
-@dataclass(kw_only=True)
-class Work:
-    """The work of one `sign`: bundles, as jobs."""
-
-    jobs: Callable[[Workers | None], Iterator[Job]]  #: As they are read, with the help of workers.
-    total: int  #: The number of bundles, known before the first is read.
-
-
+#: Bundles as jobs, as they are read, with the help of workers.
+Jobs = Callable[[Workers | None], Iterator[Job]]
 #: Reports a file that is passed over, and why.
 PassedOver = Callable[[str, BridgeError], None]
 
@@ -293,17 +287,17 @@ class Session:
         with contextlib.ExitStack() as stack:
             books = books_open(self._settings, self._store, self._now, wait, "ca-bridge sign")
             journal, record = stack.enter_context(books)
-            work = self.work(desk)
+            jobs, total = self.work(desk)
             self._archive.prepare()
             if self._options.out is not None and self._options.out.is_dir():
                 remove_unfinished(self._options.out, ".*.answer.json.*")
-            workers = Workers(None if work.total >= WORTHWHILE else 0)
+            workers = Workers(None if total >= WORTHWHILE else 0)
             stack.callback(workers.close)
-            desk.run(work.jobs(workers), journal, record, stack.enter_context(observed(work.total)), workers)
-        return work.total
+            desk.run(jobs(workers), journal, record, stack.enter_context(observed(total)), workers)
+        return total
 
-    def work(self, desk: Desk) -> Work:
-        """Find what is to be signed; nothing is written."""
+    def work(self, desk: Desk) -> tuple[Jobs, int]:
+        """Find what is to be signed, and how many bundles that is; nothing is written."""
         source, out = self._options.source, self._options.out
         if not source.is_dir():
             beside = source.with_name(f"{source.stem}{answer_suffix(self._settings.authorities)}")
@@ -311,10 +305,10 @@ class Session:
             assert_writable(target.parent)
             assert_free(target, AnswerBundle)
             bundle = self._one_bundle(source, target)
-            return Work(jobs=lambda _: iter([bundle]), total=1)
+            return lambda _: iter([bundle]), 1
         if self._options.node or self._options.cluster or (out is None and csr_directory.find(source)):
             csrs = self._csrs(desk)
-            return Work(jobs=lambda _: iter([csrs]), total=1)
+            return lambda _: iter([csrs]), 1
         if out is None or out.resolve() == source.resolve():
             raise BridgeError(f"{source}: wanted another directory for the answers", hint="name it with -o")
         for directory in (source, out):
@@ -325,7 +319,7 @@ class Session:
             if any(not path.is_relative_to(self._archive.directory) for path in csr_directory.find(source)):
                 raise _whose(source)
             self._assert_none_below(source, out)
-        return Work(jobs=lambda workers: self._inbox(desk, source, out, names, workers), total=len(names))
+        return lambda workers: self._inbox(desk, source, out, names, workers), len(names)
 
     def _assert_none_below(self, inbox: Path, outbox: Path) -> None:
         """Refuse an inbox whose bundles are all one directory deeper, since nothing would be signed."""

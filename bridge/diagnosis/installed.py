@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from cryptography import x509
@@ -108,7 +109,7 @@ def _self_made(item: Item, node: Node, now: datetime) -> Iterator[Finding]:
     )
     apiserver = node.manifests.get(Component.APISERVER)
     is_verified = apiserver is not None and "--kubelet-certificate-authority" in apiserver.flags
-    text = f"wanted a certificate of the CA in {item.anchor_path}, found one of {_issuer(item.certificates[0])}"
+    text = f"wanted a certificate of the CA in {item.anchor_path}, found one of {_name(item.certificates[0], 'issuer')}"
     if is_verified:
         more = ", and kube-apiserver verifies it (--kubelet-certificate-authority): no logs, no exec"
         yield Finding.error("kubelet-self-signed", name, f"{text}{more}", hint)
@@ -123,7 +124,7 @@ def _self_made(item: Item, node: Node, now: datetime) -> Iterator[Finding]:
 def _operators(item: Item, now: datetime) -> Iterator[Finding]:
     """A component's serving certificate that an operator has from elsewhere: it stays, and no renewal keeps it from its end."""
     end = expiry.first_end(item.certificates)
-    text = f"{expiry.left_text(end, now)}; of {_issuer(item.certificates[0])} in {item.certificate_path}, and not renewed here"
+    text = f"{expiry.left_text(end, now)}; of {_name(item.certificates[0], 'issuer')} in {item.certificate_path}, and not renewed here"
     if end <= now + CA_ENDS_SOON / 12:
         yield Finding.warning("serving-certificate", item.spec.name, text, "have its own CA sign the next one")
     else:
@@ -308,11 +309,11 @@ def chain(item: Item, authorities: Sequence[AuthorityState]) -> Iterator[Finding
     leaf, *intermediates = item.certificates
     if not anchors or any(_leads_to(leaf, intermediates, anchor) for anchor in anchors):
         return
-    name, issuer = item.spec.name, _issuer(item.certificates[-1])
-    wanted = f"wanted a certificate of the CA in {item.anchor_path} ({_subject(anchors[0])})"
-    known = {_subject(ca): state.authority.name for state in authorities for ca in state.certificates}
+    name, issuer = item.spec.name, _name(item.certificates[-1], "issuer")
+    wanted = f"wanted a certificate of the CA in {item.anchor_path} ({_name(anchors[0])})"
+    known = {_name(ca): state.authority.name for state in authorities for ca in state.certificates}
     if issuer in known:
-        other = "another CA of the same name" if issuer == _subject(anchors[0]) else f"one of {known[issuer]}"
+        other = "another CA of the same name" if issuer == _name(anchors[0]) else f"one of {known[issuer]}"
         yield Finding.error("pair-of-another-ca", name, f"{wanted}, found {other}", _RESTORE)
     else:
         text = f"{wanted}, found one of {one_line(issuer)}, whose certificate is not in {item.certificate_path}"
@@ -334,16 +335,9 @@ def _leads_to(leaf: x509.Certificate, intermediates: Sequence[x509.Certificate],
     return True
 
 
-def _subject(certificate: x509.Certificate) -> str:
+def _name(certificate: x509.Certificate, whose: Literal["subject", "issuer"] = "subject") -> str:
     try:
-        return one_line(name_text(certificate.subject))
-    except UNREADABLE:
-        return "a name that can't be read"
-
-
-def _issuer(certificate: x509.Certificate) -> str:
-    try:
-        return one_line(name_text(certificate.issuer))
+        return one_line(name_text(getattr(certificate, whose)))
     except UNREADABLE:
         return "a name that can't be read"
 
@@ -432,7 +426,7 @@ def _foreign_ca(item: Item, anchors: Sequence[x509.Certificate], trusted: Sequen
     hint = "the kubeconfig's certificate-authority-data is to be the content of that file"
     if any(anchor in trusted for anchor in anchors):
         return Finding.warning("kubeconfig-old-ca", item.spec.name, f"{wanted}, found only an older one of it", hint)
-    found = ", ".join(map(_subject, trusted)) or "none"
+    found = ", ".join(map(_name, trusted)) or "none"
     return Finding.error("kubeconfig-ca", item.spec.name, f"{wanted}, found another CA ({found})", hint)
 
 

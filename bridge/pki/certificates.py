@@ -285,6 +285,14 @@ def spki(key: PublicKeyTypes) -> bytes:
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
+def is_signed(csr: x509.CertificateSigningRequest) -> bool:
+    """Whether a CSR is signed with its own key."""
+    try:
+        return csr.is_signature_valid
+    except (UnsupportedAlgorithm, ValueError, TypeError):
+        return False
+
+
 def is_signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     """Whether this issuer's key made the certificate's signature, and its name is the issuer's; dates do not count."""
     try:
