@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -37,9 +36,9 @@ from bridge.state import backups
 from bridge.state.obligations import NotProven, unproven_file
 from bridge.state.session import Run
 from bridge.state.store import Outcome
+from bridge.system.console import log
 from bridge.system.state_file import StateError
 
-log = logging.getLogger("ca-bridge")
 _FAILED = ("refused", "no-answer")
 _STAYS = "it stays, as in each emergency: do the same on the other nodes; each run here restarts and looks again"
 

@@ -14,8 +14,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cryptography.x509.oid import NameOID
-
 from bridge.cluster import kubeadm
 from bridge.cluster.access import url_of
 from bridge.cluster.api import Api, NoAnswerError
@@ -25,7 +23,7 @@ from bridge.node.inventory import Item, Node
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import csr, kubeadm_names
-from bridge.pki.certificates import attributes, pem, san_entry
+from bridge.pki.certificates import O_OID, attributes, pem, san_entry
 from bridge.pki.csr import Naming
 from bridge.pki.kubeadm_names import ADMINS, NamingFacts, NoFactError, Release
 from bridge.renewal.select import ALL, Changes, Desired, DesiredByName, RunOptions, anchors_of, assert_known
@@ -327,7 +325,6 @@ def _server_of(path: Path) -> str:
 
 _PATH = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
 _KUBELET_CLIENT = "kubeadm:apiserver-kubelet-client"
-_O = NameOID.ORGANIZATION_NAME.dotted_string
 
 
 class _Binding(NamedTuple):
@@ -347,7 +344,7 @@ class _Binding(NamedTuple):
 
 def _needed_by(naming: Naming, spec: CertificateSpec) -> _Binding | None:
     """The binding that a certificate's rights come from; None: it needs none."""
-    groups = {value for oid, value in attributes(naming.subject) if oid == _O}
+    groups = {value for oid, value in attributes(naming.subject) if oid == O_OID}
     if MASTERS in groups:
         return None
     if ADMINS in groups:

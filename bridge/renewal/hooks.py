@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,11 +12,9 @@ from bridge.pki.certificates import serial_hex
 from bridge.settings.tables import Commands, Settings
 from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS, HooksToRun, hooks_file
 from bridge.state.store import Outcome, Store
-from bridge.system.console import printable
+from bridge.system.console import log, printable
 from bridge.system.run_command import Ended, OutputLines, run_logged
 from bridge.system.state_file import StateError
-
-log = logging.getLogger("ca-bridge")
 
 BEFORE = "before"
 

@@ -274,9 +274,7 @@ class _Choice:
             anchors_of(item)
         except MissingCertificateError as e:
             return outcome_of(item, e)
-        error = None if self.options.csrs_only else item.obstacle
-        error = error or self._not_allowed(item)
-        return item if error is None else outcome_of(item, error)
+        return self._unless(None if self.options.csrs_only else item.obstacle, item)
 
     def _judged(self, item: Item) -> Item | Outcome:
         name = item.spec.name
@@ -285,12 +283,14 @@ class _Choice:
             violations = "; ".join(map(str, error.violations))
             self.waived.append(f"{name} is renewed as it is, as --any-identity says: {violations}")
             error = None
-        error = error or self._not_allowed(item)
-        return item if error is None else outcome_of(item, error)
+        return self._unless(error, item)
 
-    def _not_allowed(self, item: Item) -> BridgeError | None:
-        allowed, desired = self.allowed(), self.desired.get(item.spec.name)
-        return allowed.error(item, None if isinstance(desired, BridgeError) else desired) if allowed else None
+    def _unless(self, error: BridgeError | None, item: Item) -> Item | Outcome:
+        """The item, unless there is an error, or the node's own policy does not allow it."""
+        desired = self.desired.get(item.spec.name)
+        if error is None and (allowed := self.allowed()) is not None:
+            error = allowed.error(item, None if isinstance(desired, BridgeError) else desired)
+        return item if error is None else outcome_of(item, error)
 
     def _against(self, item: Item) -> BridgeError | None:
         """The reason why it can't be renewed; a live certificate with an open request was judged before."""

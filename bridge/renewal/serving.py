@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from bridge.cluster import kubeadm
@@ -77,20 +78,26 @@ def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> st
             f"kubeadm-config gets them when `ca-bridge serving-certs on` has run on {', '.join(lacking)}, too; until then "
             "`kubeadm upgrade` takes the flags out again"
         )
-
-    def with_pairs(cluster: _Cluster) -> _Cluster:
-        for component in wanted:
-            cluster = pairs.cluster_with(cluster, component, settings.node.pki_dir)
-        return cluster
-
-    already = "" if _changed(settings, api, wait, with_pairs) else " already"
+    already = "" if _changed(settings, api, wanted, wait, pairs.cluster_with) else " already"
     return f"kubeadm-config names them{already}: `kubeadm upgrade` keeps the flags"
 
 
-def _changed(settings: Settings, api: Api, wait: timedelta, edit: Callable[[_Cluster], _Cluster]) -> bool:
+def _changed(
+    settings: Settings,
+    api: Api,
+    wanted: Sequence[Component],
+    wait: timedelta,
+    edit: Callable[[_Cluster, Component, Path], _Cluster],
+) -> bool:
     """Change the ClusterConfiguration, and record it in the audit log; returns whether anything changed."""
+
+    def edited(cluster: _Cluster) -> _Cluster:
+        for component in wanted:
+            cluster = edit(cluster, component, settings.node.pki_dir)
+        return cluster
+
     with session.alone(settings, wait) as (_, record):
-        done = kubeadm.change_cluster(api, edit)
+        done = kubeadm.change_cluster(api, edited)
         if done:
             record.add(audit.CONFIGURED, kubeadm.CLUSTER.name, result="the flags of serving certificates")
         return done
@@ -117,14 +124,8 @@ def _listed(api: Api, path: str) -> list[dict[str, Any]]:
 
 def forget(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> bool:
     """Take the pairs out of kubeadm-config; returns whether it named any (errors as `keep`)."""
-
-    def without(cluster: _Cluster) -> _Cluster:
-        for component in wanted:
-            cluster = pairs.cluster_without(cluster, component, settings.node.pki_dir)
-        return cluster
-
     api = Api.of_node(inventory.of(settings.node), settings.node.kubeconfig_dir)
-    return _changed(settings, api, wait, without)
+    return _changed(settings, api, wanted, wait, pairs.cluster_without)
 
 
 # --- on and off ------------------------------------------------------------------------------------------------------

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import re
 import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -33,11 +32,9 @@ from bridge.pki.certificates import UNREADABLE, fingerprint, name_text, serial_h
 from bridge.settings.tables import AuditSettings
 from bridge.state.store import Store
 from bridge.system import console
-from bridge.system.console import print_error
+from bridge.system.console import log, print_error
 from bridge.system.files import append, digest, sync_directory, user_name, write_atomically
 from bridge.system.state_file import OnDamage, StateDamagedError, StateError, StateFile
-
-log = logging.getLogger("ca-bridge")
 
 SYSLOG = Path("/dev/log")
 
@@ -115,7 +112,7 @@ class Record:
         self._waiting: list[dict[str, Any]] = []
         self._known: dict[str, dict[str, Any]] = {}
         self.common: Mapping[str, Any] = {}  #: Facts that each further line repeats.
-        self._chain = Chain(store, settings, who)
+        self._chain = Chain(store, settings)
 
     def describe(self, name: str, request: SignRequest, backend: str, identity: str | None) -> None:
         """Remember facts that each later line about a certificate repeats."""
@@ -297,11 +294,10 @@ class _End:
 class Chain:
     """The log's end, to which lines are added; the state directory's lock is held meanwhile."""
 
-    def __init__(self, store: Store, settings: AuditSettings, who: Callable[[], Mapping[str, str]]) -> None:
+    def __init__(self, store: Store, settings: AuditSettings) -> None:
         self._store = store
         self._limit = settings.rotate_at.count
         self._keeps = settings.keep_total.count - self._limit if settings.keep_total is not None else None
-        self._who = who
         self._end: _End | None = None
 
     def add(self, events: Sequence[Mapping[str, Any]], *, head_later: bool = False) -> list[bytes]:
@@ -313,7 +309,7 @@ class Chain:
             found = append(path, b"".join(lines))
         else:
             lines, last, found = self._add_after_a_look(events, head_later=head_later)
-        self._end = _End.of(found, last, end.doer if end is not None else self._who()) if head_later else None
+        self._end = _End.of(found, last, end.doer if end is not None else who()) if head_later else None
         return lines
 
     def _add_after_a_look(
@@ -331,7 +327,7 @@ class Chain:
             _rotate(store, last)
             old = self._outdated()
             own += [_retirement(events[0], old[-1])] if old else []
-        lines, last = _chained([*own, *events], last, self._who())
+        lines, last = _chained([*own, *events], last, who())
         found = append(store.audit, b"".join(lines))
         _delete(old)  # not before the log says so
         if not head_later:
@@ -455,10 +451,9 @@ def _good_part(data: bytes) -> tuple[int, Link]:
 
 def _continued(store: Store, last: Link) -> tuple[Link, list[str]]:
     """The link at which the chain goes on: after the newest line ever written, so that a cut of lines stays visible."""
-    try:
-        head = _head(store)
-    except ValueError as e:
-        return last, [str(e)]
+    head = head_if_any(store)
+    if head is None:
+        return last, [f"wanted the newest line's number in {store.audit_head.name}, found none"]
     if head.sequence < last.sequence:
         return last, []
     if head != last and store.audit.exists():
@@ -466,22 +461,11 @@ def _continued(store: Store, last: Link) -> tuple[Link, list[str]]:
     return head, []
 
 
-def _head(store: Store) -> Link:
-    """Read the newest line's number and digest; ValueError: there is none, or a damaged one."""
-    try:
-        head = _head_file(store).read()
-    except StateDamagedError:
-        head = None
-    if head is None:
-        raise ValueError(f"wanted the newest line's number in {store.audit_head.name}, found none")
-    return head
-
-
 def head_if_any(store: Store) -> Link | None:
     """The newest line that was ever written, by `audit.head`; None: that is not there, or damaged."""
     try:
-        return _head(store)
-    except ValueError:
+        return _head_file(store).read()
+    except StateDamagedError:
         return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -37,12 +36,11 @@ from bridge.state.install import (
 )
 from bridge.state.session import alone
 from bridge.state.store import Outcome, Store
+from bridge.system.console import log
 from bridge.system.files import Attributes, digest, sync_directory
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import StateError
 from bridge.words import counted
-
-log = logging.getLogger("ca-bridge")
 
 #: An ID begins with the time at which it was made, in whole seconds.
 _STAMP = len("20260101T000000Z")

@@ -12,7 +12,6 @@ only if it holds the old certificate with its key, so that no user gets rights t
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
@@ -36,12 +35,12 @@ from bridge.state import audit
 from bridge.state.install import KUBECONFIG_MASK, STAGED_PREFIX
 from bridge.state.obligations import copies_file
 from bridge.state.store import Store
+from bridge.system.console import log
 from bridge.system.files import Attributes, sync_directory, write_staged
 from bridge.system.paths import ForeignLinkError, OpenPath, UnreadableError, opened, read, regular_file, trusted_users
 from bridge.system.state_file import StateError
 from bridge.system.waiting import within
 
-log = logging.getLogger("ca-bridge")
 T = TypeVar("T")
 
 _STAGED = f"{STAGED_PREFIX}copy-"

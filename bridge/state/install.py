@@ -9,7 +9,6 @@ that writes runs it first. The files' content was checked before (`bridge.pki.ve
 from __future__ import annotations
 
 import contextlib
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,10 @@ from typing import Any, NoReturn
 from bridge.errors import BridgeError
 from bridge.node.processes import Written
 from bridge.state.store import Store, replaced_here
+from bridge.system.console import log
 from bridge.system.files import Attributes, digest, is_frozen, sync_directory, write_staged
 from bridge.system.paths import foreign_link
 from bridge.system.state_file import OnDamage, StateError, StateFile, coded
-
-log = logging.getLogger("ca-bridge")
 
 STAGED_PREFIX = ".ca-bridge-"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 from collections import deque
@@ -19,10 +18,9 @@ from bridge.specs import USER
 from bridge.state.store import Store
 from bridge.system import codec
 from bridge.system.codec import named
+from bridge.system.console import log
 from bridge.system.files import append, write_atomically
 from bridge.system.state_file import NOT_OURS, OnDamage, StateError, StateFile, sealed_line, unsealed
-
-log = logging.getLogger("ca-bridge")
 
 T = TypeVar("T")
 
