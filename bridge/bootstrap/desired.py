@@ -24,14 +24,6 @@ from bridge.specs import KUBELET_CONF
 from bridge.state.store import Outcome
 
 
-class ClusterExistsError(BridgeError):
-    """The node is, or was, part of a cluster."""
-
-    hint = (
-        "`ca-bridge renew` is for a node that runs; after `kubeadm reset`, and `rm -r /var/lib/etcd`, it is new again"
-    )
-
-
 class LeftoversError(BridgeError):
     """Some of the files exist, from an unknown source."""
 
@@ -44,13 +36,6 @@ class NotWholeError(BridgeError):
 
     exit_code = Exit.REFUSED
     hint = "nothing was changed; kubeadm itself checks less than this"
-
-
-class NoSignerError(BridgeError):
-    """The settings name no CA, and the requests are not carried to a desk."""
-
-    exit_code = Exit.USAGE
-    hint = "an [authority.NAME] table in the settings, or --request BUNDLE for a CA desk"
 
 
 class OtherNodeDesiredError(BridgeError):

@@ -11,9 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap.desired import DesiredNode
 from bridge.bootstrap.orders import NewNode, Order, OrderError
@@ -24,9 +22,9 @@ from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.pairs import is_sa_pair
 from bridge.pki import csr
-from bridge.pki.certificates import spki
+from bridge.pki.certificates import common_names, spki
 from bridge.pki.csr import Naming, general_name, generate_key, subject_of
-from bridge.pki.kubeadm_names import NoFactError, naming
+from bridge.pki.kubeadm_names import NoFactError, naming, sample
 from bridge.specs import KEY_ALGORITHMS, KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.system.files import Attributes, write_staged
 from bridge.system.paths import UnreadableError, read_present
@@ -177,7 +175,7 @@ def assert_fits(made: Mapping[str, Made], node: str) -> None:
         key = load_pem_private_key(one.key_pem, None).public_key()
         if spki(key) != spki(request.public_key()):
             raise KubeadmError(f"{name}: wanted a CSR of its key, found another key's")
-        names = [str(each.value) for each in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        names = common_names(request.subject)
         wanted = [text.replace("{node}", node) for text in SPECS[name].common_names]
         if len(names) != 1 or names[0] not in wanted:
             raise KubeadmError(f"{name}: wanted a CSR for {' or '.join(wanted)}, found one for {', '.join(names)}")
@@ -230,9 +228,6 @@ def sa_pair_if_new(places: Places, algorithm: KeyAlgorithm) -> tuple[str, str]:
     return csr.key_pem(key).decode(), sa_public_pem(key).decode()
 
 
-_LIFETIME = timedelta(days=1)
-
-
 def expected_certificates(order: Order, now: datetime) -> dict[str, dict[str, x509.Certificate]]:
     """Samples of a new node's certificates, by authority and name, without a CA's signature."""
     node = order.node
@@ -245,7 +240,7 @@ def expected_certificates(order: Order, now: datetime) -> dict[str, dict[str, x5
             ours = _naming(spec, node, order.cluster)
         except (NoFactError, KubeadmConfigError) as e:
             raise OrderError(f"{node.name}: {e}", hint=e.hint) from None
-        found.setdefault(spec.authority.name, {})[spec.name] = _certificate(ours, now)
+        found.setdefault(spec.authority.name, {})[spec.name] = sample(ours, now)
     return found
 
 
@@ -255,20 +250,3 @@ def _naming(spec: CertificateSpec, node: NewNode, cluster: KubeadmConfig) -> Nam
     if spec.name == KUBELET_SERVER:
         return kubelets(node.name, tuple(map(general_name, (node.name, *node.addresses))))
     return naming(spec, cluster.naming_facts(node.name, node.addresses[0]))
-
-
-def _certificate(ours: Naming, now: datetime) -> x509.Certificate:
-    key = generate_key("ecdsa-p256")
-    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "no issuer")])
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(ours.subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now)
-        .not_valid_after(now + _LIFETIME)
-    )
-    if ours.sans:
-        builder = builder.add_extension(x509.SubjectAlternativeName(ours.sans), critical=False)
-    return builder.sign(key, hashes.SHA256())

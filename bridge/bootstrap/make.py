@@ -16,29 +16,21 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap import keys, whole
 from bridge.bootstrap.configuration import assert_usable
-from bridge.bootstrap.desired import (
-    Bootstrapped,
-    DesiredNode,
-    LeftoversError,
-    NoSignerError,
-    NotWholeError,
-    OtherNodeDesiredError,
-)
+from bridge.bootstrap.desired import Bootstrapped, DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
 from bridge.bootstrap.keys import Made
 from bridge.bootstrap.places import ETCD_CLIENT, SUPER_ADMIN, Certificates, Places, Role, gather_authorities, live
 from bridge.bootstrap.whole import NodeLook, look_at
 from bridge.contract import SignRequest
-from bridge.errors import BridgeError, WaitingError
+from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node import cross
 from bridge.node.inventory import Item
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import verify
 from bridge.pki.bundle_format import short_fingerprint
-from bridge.pki.certificates import pem
+from bridge.pki.certificates import common_names, pem
 from bridge.pki.csr import general_name
 from bridge.pki.kubeadm_names import NamingFacts, naming
 from bridge.pki.verify import Verified
@@ -99,13 +91,13 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     assert_room(run.settings)  # kubeadm's keys need some, too
     open_requests = _begin(run, desired)
     prepared = _prepared(run, desired, open_requests)
-    found = _gather_answers(run, desired, prepared, _expectations(run, desired, cas))
+    answered, waiting, strange = _gather_answers(run, desired, prepared, _expectations(run, desired, cas))
     composer = Composer(desired=desired, servers=open_requests.servers, authorities=cas, now=run.now())
-    proven, failed = verify_all(run, list(found.answered), list(found.waiting), composer.certificate)
-    remember(run, found.answered, proven, by_hand=bool(desired.inputs.answers))
+    proven, failed = verify_all(run, answered, waiting, composer.certificate)
+    remember(run, answered, proven, by_hand=bool(desired.inputs.answers))
     run.record.write()
     if failed:
-        return _result(desired, failed, strange=found.strange)
+        return _result(desired, failed, strange=strange)
     await_validity([one.verified.leaf for one in proven])
     certificates = [file for one in proven for file in one.files]
     made = open_requests.sa_key.encode(), open_requests.sa_public.encode()
@@ -114,7 +106,7 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     for one in proven:
         run.record.add(audit.INSTALLED, one.name, authority=one.prepared.authority, new=one.verified.leaf)
     run.record.write_or_warn()
-    return _result(desired, [one.outcome for one in proven], files=len(files), strange=found.strange)
+    return _result(desired, [one.outcome for one in proven], files=len(files), strange=strange)
 
 
 def _result(
@@ -350,7 +342,7 @@ class Composer:
 
     def _kubeconfig(self, name: str, leaf: x509.Certificate) -> FreshKubeconfig:
         """A kubeconfig in kubeadm's form; every version of kubeadm accepts the first certificate of ca.crt alone."""
-        [user] = (str(one.value) for one in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME))
+        [user] = common_names(leaf.subject)
         named = self.desired.config.cluster.get("clusterName")
         cluster = named if isinstance(named, str) and named else "kubernetes"
         ca_pem = pem(self.authorities["ca"][0])
@@ -485,15 +477,6 @@ def unfinished_file(store: Store) -> StateFile[Unfinished]:
     return coded(Unfinished, store.bootstrap, what, OnDamage.START_OVER, key="bootstrapV1")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answers:
-    """The answers that were found to a new node's requests."""
-
-    answered: Sequence[Answered]
-    waiting: Sequence[Outcome] = ()  #: A CA or an operator has the request.
-    strange: Sequence[BridgeError] = ()  #: Answers to something else.
-
-
 def _expectations(run: Run, desired: DesiredNode, cas: Certificates) -> dict[str, verify.Expectation]:
     """The expectations that answers are checked against, by authority."""
     settings = run.settings
@@ -512,8 +495,11 @@ def _expectations(run: Run, desired: DesiredNode, cas: Certificates) -> dict[str
 
 def _gather_answers(
     run: Run, desired: DesiredNode, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
-) -> Answers:
-    """Take proven and carried answers; ask the CAs for the rest, or write a request bundle for a desk."""
+) -> tuple[list[Answered], list[Outcome], Sequence[BridgeError]]:
+    """
+    Take proven and carried answers; ask the CAs for the rest, or write a request bundle for a desk: the answers, the
+    requests that a CA or an operator has, and answers to something else.
+    """
     answered = [one for each in prepared if (one := _proven_before(each, expected)) is not None]
     carried, strange = _carried(run, desired, _rest(prepared, answered), expected)
     answered += carried
@@ -521,12 +507,11 @@ def _gather_answers(
     if desired.inputs.request is not None and rest:
         requests, _ = airgap.carry(run, rest, desired.inputs.request)
         why = f"{desired.inputs.request} is to be carried to the desk, fingerprint {short_fingerprint(requests)}"
-        return Answers(answered=answered, waiting=[_waits(one, why) for one in rest], strange=strange)
+        return answered, [_waits(one, why) for one in rest], strange
     at_desks = [one for one in rest if one.open and one.open.bundles]
     away = [one for one in at_desks if one.authority not in run.settings.authorities]
     answered += _ask_cas(run, [one for one in rest if one not in away], expected)
-    waiting = [_waits(one, "an operator has the request") for one in away]
-    return Answers(answered=answered, waiting=waiting, strange=strange)
+    return answered, [_waits(one, "an operator has the request") for one in away], strange
 
 
 def _rest(prepared: Sequence[Prepared], answered: Sequence[Answered]) -> list[Prepared]:
@@ -551,9 +536,9 @@ def _ask_cas(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, veri
         return []
     lacking = {one.authority for one in prepared} - run.settings.authorities.keys()
     if lacking:
-        raise NoSignerError(
-            f"wanted a CA or a desk for {', '.join(name for name in AUTHORITIES if name in lacking)}, found none"
-        )
+        names = ", ".join(name for name in AUTHORITIES if name in lacking)
+        hint = "an [authority.NAME] table in the settings, or --request BUNDLE for a CA desk"
+        raise BridgeError(f"wanted a CA or a desk for {names}, found none", hint=hint, exit_code=Exit.USAGE)
     items = [one.item for one in prepared]
     with reaching(run.settings, items, expected, run.progress) as reached:
         return issue(run, prepared, reached(), expected)

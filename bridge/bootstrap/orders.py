@@ -268,13 +268,6 @@ def read_order(path: Path) -> Order:
     return order
 
 
-class UnsignedOrderError(BridgeError):
-    """The settings name a key for orders, and this one is not signed with it."""
-
-    exit_code = Exit.REFUSED
-    hint = "`ca-bridge bootstrap orders --sign-with KEY` signs them; node.order_key in the settings names whose count"
-
-
 def read_signed_order(settings: Settings, path: Path) -> Order:
     """An order, with a valid signature if the settings have a key for it."""
     order, file = read_order(path), settings.node.order_key
@@ -283,7 +276,11 @@ def read_signed_order(settings: Settings, path: Path) -> Order:
     key = read_public_key(file, "node.order_key")
     if order.signature is None or not signatures.is_by(key, order.signature, message(order)):
         found = "no signature" if order.signature is None else "another signature, or an order that was changed later"
-        raise UnsignedOrderError(f"{path}: wanted an order that is signed with the key of {file}, found {found}")
+        text = f"{path}: wanted an order that is signed with the key of {file}, found {found}"
+        hint = (
+            "`ca-bridge bootstrap orders --sign-with KEY` signs them; node.order_key in the settings names whose count"
+        )
+        raise BridgeError(text, hint=hint, exit_code=Exit.REFUSED)
     return order
 
 

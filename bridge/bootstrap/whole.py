@@ -13,15 +13,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.x509.oid import NameOID
 
-from bridge.bootstrap.desired import (
-    ClusterExistsError,
-    DesiredNode,
-    LeftoversError,
-    NotWholeError,
-    OtherNodeDesiredError,
-)
+from bridge.bootstrap.desired import DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
 from bridge.bootstrap.places import (
     Certificates,
     Places,
@@ -33,12 +26,13 @@ from bridge.bootstrap.places import (
     shared_key,
     traces_of_cluster,
 )
+from bridge.errors import BridgeError
 from bridge.node import kubeconfig, pairs
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.pairs import is_sa_pair
 from bridge.pki import identity, verify
-from bridge.pki.certificates import UNREADABLE, load_pem_certificates, san_entries
+from bridge.pki.certificates import UNREADABLE, common_names, load_pem_certificates, san_entries
 from bridge.pki.kubeadm_names import NoFactError, naming
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, KUBELET_CONF, KUBELET_SERVER, CertificateSpec
@@ -202,7 +196,7 @@ class NodeLook:
         if not spec.by_node or not self.node:
             return
         if spec.name == KUBELET_CONF:
-            found = [str(one.value) for one in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+            found = common_names(leaf.subject)
             if found != [f"system:node:{self.node}"]:
                 yield f"{path}: wanted CN system:node:{self.node}, found {', '.join(found)}"
             return
@@ -275,7 +269,8 @@ _BRING_BACK = "bring back the missing files, or move all of them away and run th
 def assert_no_cluster(desired: DesiredNode) -> None:
     """Make sure that neither kubeadm nor a kubelet has been at work here."""
     if traces := list(traces_of_cluster(desired.places)):
-        raise ClusterExistsError(f"wanted a node without a cluster, found {some(traces)}")
+        hint = "`ca-bridge renew` is for a node that runs; after `kubeadm reset`, and `rm -r /var/lib/etcd`, it is new again"
+        raise BridgeError(f"wanted a node without a cluster, found {some(traces)}", hint=hint)
 
 
 def assert_as_desired(desired: DesiredNode, look: NodeLook) -> None:

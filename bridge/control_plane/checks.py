@@ -17,7 +17,6 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from cryptography import x509
-from cryptography.x509.oid import NameOID
 
 from bridge.cluster.access import ANONYMOUS, Client
 from bridge.control_plane.probes import (
@@ -40,7 +39,7 @@ from bridge.node.kubelet import KUBELET_CONFIG
 from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY
 from bridge.node.processes import Written, file_contents
 from bridge.node.yamltree import document, split_bom
-from bridge.pki.certificates import attributes, san_entries, serial_hex
+from bridge.pki.certificates import common_names, san_entries, serial_hex
 from bridge.settings.tables import Settings
 from bridge.specs import CA, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SERVERS, SPECS, Authority, Component
 from bridge.state.install import written_file
@@ -584,8 +583,7 @@ def _needs(look: Look, item: Item) -> list[str]:
     if component is None:
         return ["/api/v1/namespaces/kube-system"]
     if component is Component.KUBELET:
-        user = dict(attributes(item.certificates[0].subject)).get(NameOID.COMMON_NAME.dotted_string, "")
-        node = user.removeprefix("system:node:")
+        node = "".join(common_names(item.certificates[0].subject)).removeprefix("system:node:")
         return [_lease("kube-node-lease", node), f"/api/v1/nodes/{quote(node)}"]
     flags = look.node.flags(component)
     namespace = flags.get("--leader-elect-resource-namespace", "kube-system")

@@ -15,13 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cryptography.x509.oid import NameOID
-
 from bridge.node import kubeconfig
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.manifests import flags_of
 from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
-from bridge.pki.certificates import UNREADABLE, load_pem_certificates
+from bridge.pki.certificates import UNREADABLE, common_names, load_pem_certificates
 from bridge.system.paths import UnreadableError, read
 
 if TYPE_CHECKING:
@@ -218,7 +216,6 @@ def node_name(pki_dir: Path, kubeconfig_dir: Path) -> str:
 
 def _common_name(pem: bytes | None) -> str:
     try:
-        subject = load_pem_certificates(pem or b"")[0].subject
-        return " ".join(str(one.value) for one in subject.get_attributes_for_oid(NameOID.COMMON_NAME))
+        return " ".join(common_names(load_pem_certificates(pem or b"")[0].subject))
     except UNREADABLE:
         return ""

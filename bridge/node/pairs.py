@@ -22,7 +22,6 @@ from typing import Any, Literal, TypeVar
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from cryptography.x509.oid import NameOID
 
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BridgeError, Exit, VerificationError, Violation
@@ -33,6 +32,8 @@ from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, path_of
 from bridge.node.yamltree import YamlError
 from bridge.pki import csr, identity, verify
 from bridge.pki.certificates import (
+    CN_OID,
+    O_OID,
     UNREADABLE,
     attributes,
     extended_key_usages,
@@ -56,7 +57,6 @@ Kind = Literal["missing", "unreadable", "other", "unusable", "certificate", "inc
 
 _Files = TypeVar("_Files", bound=PairFiles)
 _CERTIFICATE_MODE, _KEY_MODE = 0o644, 0o600
-_CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 #: The most that the mode of a pair's key may be: programs that read it run with a group of their own.
 KEY_MASK = 0o640
 
@@ -121,7 +121,7 @@ def _unlike(item: Item, pair: PairSettings, authority: AuthorityState) -> Iterat
 
 def _is_named(leaf: x509.Certificate, naming: Naming) -> bool:
     """Whether it has these names; a CA may add other parts to the subject (`allow_extra_subject`), and no CN or O."""
-    identity_of = [part for part in attributes(leaf.subject) if part[0] in (_CN, _O)]
+    identity_of = [part for part in attributes(leaf.subject) if part[0] in (CN_OID, O_OID)]
     return sorted(identity_of) == sorted(attributes(naming.subject)) and san_entries(leaf) == names_of(naming.sans)
 
 

@@ -161,6 +161,11 @@ def subject_text(items: Sequence[tuple[str, str]]) -> str:
     return ",".join(f"{labels.get(oid, oid)}={value}" for oid, value in items) or "(empty)"
 
 
+def common_names(name: x509.Name) -> list[str]:
+    """The CNs of a name, of which a certificate has one."""
+    return [value for oid, value in attributes(name) if oid == CN_OID]
+
+
 def name_text(name: x509.Name) -> str:
     """The name for people (RFC 4514, so the last attribute comes first)."""
     return name.rfc4514_string()

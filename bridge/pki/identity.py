@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from cryptography import x509
 
 from bridge.errors import Violation
-from bridge.pki.certificates import CN_OID, O_OID, UNREADABLE, attributes, is_ca, is_signed_by, san_entries
+from bridge.pki.certificates import O_OID, UNREADABLE, attributes, common_names, is_ca, is_signed_by, san_entries
 from bridge.specs import CertificateSpec
 from bridge.words import one_line
 
@@ -67,7 +67,7 @@ def anchor_of(certificates: Sequence[x509.Certificate], anchors: Sequence[x509.C
 
 def _user(spec: CertificateSpec, leaf: x509.Certificate) -> Iterator[Violation]:
     """Kubernetes takes the CN as the user, and so does etcd with users."""
-    found = [value for oid, value in attributes(leaf.subject) if oid == CN_OID]
+    found = common_names(leaf.subject)
     if len(found) != 1 or not any(_is_user(found[0], wanted, leaf) for wanted in spec.common_names):
         want = " or ".join(spec.common_names).replace("{node}", "the node's name")
         yield Violation(subject="CN", want=want, got=one_line(", ".join(found)) or "none")

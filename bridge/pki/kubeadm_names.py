@@ -11,12 +11,13 @@ import ipaddress
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import NameOID
 
 from bridge.errors import BridgeError
@@ -210,25 +211,39 @@ def parse_nodes(text: str, *, with_roles: bool = False) -> list[ListedNode]:
 def renamed(certificate: x509.Certificate, names: Mapping[str, str]) -> x509.Certificate:
     """The certificate with another node's names and a throw-away signature, only to be read."""
     extensions = [(_renamed_sans(one.value, names), one.critical) for one in certificate.extensions]
-    return _unsigned(certificate, _subject(certificate.subject, names), extensions)
+    return _unsigned(_like(certificate, _subject(certificate.subject, names)), extensions)
 
 
 def named(certificate: x509.Certificate, naming: Naming) -> x509.Certificate:
     """A certificate with these names and a throw-away signature, only to be read."""
-    return _unsigned(certificate, naming.subject, [(x509.SubjectAlternativeName(naming.sans), False)])
+    return _unsigned(_like(certificate, naming.subject), [(x509.SubjectAlternativeName(naming.sans), False)])
+
+
+def sample(naming: Naming, begin: datetime) -> x509.Certificate:
+    """A certificate of no CA with these names, only to be read."""
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    extensions = [(x509.SubjectAlternativeName(naming.sans), False)] if naming.sans else []
+    return _unsigned(_builder(naming.subject, subject_of("no issuer"), key, begin), extensions)
+
+
+def _like(certificate: x509.Certificate, subject: x509.Name) -> x509.CertificateBuilder:
+    return _builder(subject, certificate.issuer, certificate.public_key(), certificate.not_valid_before_utc)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: CertificatePublicKeyTypes, begin: datetime
+) -> x509.CertificateBuilder:
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
+    builder = builder.serial_number(x509.random_serial_number())
+    return builder.not_valid_before(begin).not_valid_after(begin + timedelta(days=1))
 
 
 def _unsigned(
-    certificate: x509.Certificate, subject: x509.Name, extensions: Sequence[tuple[x509.ExtensionType, bool]]
+    builder: x509.CertificateBuilder, extensions: Sequence[tuple[x509.ExtensionType, bool]]
 ) -> x509.Certificate:
-    key = ec.generate_private_key(ec.SECP256R1())
-    begin = certificate.not_valid_before_utc
-    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(certificate.issuer)
-    builder = builder.public_key(certificate.public_key()).serial_number(x509.random_serial_number())
-    builder = builder.not_valid_before(begin).not_valid_after(begin + timedelta(days=1))
     for value, critical in extensions:
         builder = builder.add_extension(value, critical=critical)
-    return builder.sign(key, hashes.SHA256())
+    return builder.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())
 
 
 def _renamed_sans(value: x509.ExtensionType, names: Mapping[str, str]) -> x509.ExtensionType:

@@ -13,11 +13,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes, PrivateKeyTypes, PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_public_key
-from cryptography.x509.oid import NameOID
 
 from bridge.pki import display
 from bridge.pki.bundle import BundledRequest, RequestBundle
-from bridge.pki.certificates import UNREADABLE, attributes, extended_key_usages, is_signed_by, name_text
+from bridge.pki.certificates import CN_OID, UNREADABLE, attributes, extended_key_usages, is_signed_by, name_text
 from bridge.pki.csr import algorithm_name
 from bridge.pki.expiry import rfc3339
 from bridge.words import one_line
@@ -139,7 +138,7 @@ def _other_holder(csr: x509.CertificateSigningRequest, replaces: x509.Certificat
 def _who(subject: x509.Certificate | x509.CertificateSigningRequest) -> list[tuple[str, str]]:
     """The CN; the whole subject where there is none."""
     parts = attributes(subject.subject)
-    return [part for part in parts if part[0] == NameOID.COMMON_NAME.dotted_string] or parts
+    return [part for part in parts if part[0] == CN_OID] or parts
 
 
 def _proof_message(csr: x509.CertificateSigningRequest, who: Sequence[str], terms: Terms | None) -> bytes:

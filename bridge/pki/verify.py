@@ -212,12 +212,9 @@ def _sans(leaf: x509.Certificate, request: SignRequest) -> Iterator[Violation]:
     got = san_counts(leaf)
     if got - want or set(want) - set(got):
         yield Violation(subject="SAN", want=_san_text(want), got=_san_text(got))
-    if names is not None and not names.common_name and not _is_critical(leaf, x509.SubjectAlternativeName.oid):
+    is_critical = any(one.critical for one in leaf.extensions if one.oid == x509.SubjectAlternativeName.oid)
+    if names is not None and not names.common_name and not is_critical:
         yield Violation(subject="SAN", want="critical, since the subject is empty", got="not critical")
-
-
-def _is_critical(leaf: x509.Certificate, oid: x509.ObjectIdentifier) -> bool:
-    return any(one.critical for one in leaf.extensions if one.oid == oid)
 
 
 def _san_text(names: Counter[tuple[str, str]]) -> str:
@@ -470,12 +467,7 @@ def _builder(anchor: x509.Certificate) -> verification.PolicyBuilder:
 
 
 def client_problem(leaf: x509.Certificate, anchors: Sequence[x509.Certificate], now: datetime) -> str:
-    """
-    Why a TLS client's certificate does not count; empty: one of these anchors signed it, for clients, and it is valid.
-
-    Stricter than TLS: an anchor signs it itself, a certificate without EKUs is for no client, and a CA is none. That the
-    client has the key is TLS's to prove.
-    """
+    """Why a TLS client's certificate does not count; empty: an anchor itself signed it, it is for clients, and is valid."""
     try:
         usages = extended_key_usages(leaf)
         if is_ca(leaf) or EKU.CLIENT_AUTH.value not in (usages or ()):

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, NamedTuple
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
 
 from bridge.cluster import kubeadm
 from bridge.cluster.access import text_of
@@ -30,7 +29,16 @@ from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import identity, signatures
 from bridge.pki.bundle_format import TIME
-from bridge.pki.certificates import UNREADABLE, attributes, extended_key_usages, fingerprint, load_pem_certificates, pem
+from bridge.pki.certificates import (
+    O_OID,
+    UNREADABLE,
+    attributes,
+    common_names,
+    extended_key_usages,
+    fingerprint,
+    load_pem_certificates,
+    pem,
+)
 from bridge.pki.expiry import rfc3339
 from bridge.renewal.prepare import NO_KEY, live_key
 from bridge.rotation import Bundle, Change, Phase
@@ -46,7 +54,6 @@ LATELY = timedelta(hours=1)
 _CONTEXT = b"ca-bridge node's word about a CA 1"
 #: Nine certificates have a quarter of it.
 _LONGEST = 1 << 16
-_CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 
 #: Each API server joins its own client CAs to what is there, and takes none out; deleted, it is made anew from the files
 #: within a second (measured on 1.37).
@@ -217,8 +224,8 @@ def _not_this_node(
 ) -> str:
     """Why a chain is not that of the node's kubelet; empty: it is (UNREADABLE)."""
     leaf, names = chain[0], attributes(chain[0].subject)
-    users = [value for oid, value in names if oid == _CN]
-    is_its_kubelet = users == [f"system:node:{_name(node)}"] and (_O, "system:nodes") in names
+    users = common_names(leaf.subject)
+    is_its_kubelet = users == [f"system:node:{_name(node)}"] and (O_OID, "system:nodes") in names
     if not is_its_kubelet or EKU.CLIENT_AUTH.value not in (extended_key_usages(leaf) or ()):
         return "what its Node object says is signed with another certificate than its kubelet's"
     if not identity.leads_to(chain, anchors) or leaf.not_valid_after_utc < now:
