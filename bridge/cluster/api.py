@@ -40,13 +40,13 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 #: For each of the gateway's requests.
 TIMEOUT_SECONDS = 10.0
-#: The largest object that etcd takes, as JSON.
+#: For a page of a list, and for any object that we read by its name.
 _MAX_ANSWER_BYTES = 4 << 20
+#: The largest object that etcd takes has 1.5 MiB; in JSON a `<`, of which tenants may write a megabyte, has six bytes.
+_MAX_OBJECT_BYTES = 12 << 20
 #: A token is rotated by the kubelet long before it ends.
 _READ_AGAIN_SECONDS = 60.0
 _MOST_PAGES = 50_000
-#: Two Secrets of the largest kind are below that.
-_SMALL_PAGE = 2
 
 _NOT_NOW = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT}
 
@@ -107,6 +107,7 @@ class _Request(NamedTuple):
     body: bytes | None
     accept: str
     content_type: str
+    longest: int
 
     @property
     def headers(self) -> dict[str, str]:
@@ -169,6 +170,7 @@ class Api:
         content_type: str = JSON,
         *,
         accept: str = JSON,
+        longest: int = _MAX_ANSWER_BYTES,
     ) -> Reply:
         """
         Ask one server after the other, until one has an answer: any status but 401, 408, 429 and 5xx (NoAnswerError).
@@ -176,7 +178,7 @@ class Api:
         After a connection that ended too early the request is made once more: writes must bear that (resourceVersion).
         """
         data = None if body is None else _encode(body).encode()
-        request = _Request(method, path, data, accept, content_type)
+        request = _Request(method, path, data, accept, content_type, longest)
         if self._again is not None and time.monotonic() - self._read_at >= _READ_AGAIN_SECONDS:
             self._read_anew(self.clients)
         clients = self.clients
@@ -193,16 +195,18 @@ class Api:
         return self.ask("GET", path).found(path)
 
     def every(self, path: str, page: int) -> Iterator[Mapping[str, Any]]:
-        """All objects of a list, so many at once that 4 MiB should hold them, or else two at once (NoAnswerError)."""
-        more, mark = "", "&" if "?" in path else "?"
+        """All objects of a list, so many at once that 4 MiB should hold them, or else one of them (NoAnswerError)."""
+        more, mark, count = "", "&" if "?" in path else "?", page
         for _ in range(_MOST_PAGES):
+            longest = _MAX_OBJECT_BYTES if count == 1 else _MAX_ANSWER_BYTES
             try:
-                reply = self.ask("GET", f"{path}{mark}limit={page}{more}")
+                reply = self.ask("GET", f"{path}{mark}limit={count}{more}", longest=longest)
             except NoAnswerError as e:
-                if page <= _SMALL_PAGE or not e.is_too_long:
+                if count == 1 or not e.is_too_long:
                     raise
-                page = _SMALL_PAGE
+                count = 1
                 continue
+            count = min(page, 2 * count)
             found = reply.found(path)
             yield from items(found, "items")
             following = text_of(found, "metadata", "continue")
@@ -254,7 +258,7 @@ class Api:
         connection = self._connection(server, client)
         headers = {**client.headers, **request.headers}
         seconds = NODE_TIMEOUT_SECONDS if self._again is None else TIMEOUT_SECONDS
-        limits: dict[str, Any] = {"seconds": seconds, "longest": _MAX_ANSWER_BYTES}
+        limits: dict[str, Any] = {"seconds": seconds, "longest": request.longest}
         try:
             answer = connection.ask(request.method, request.path, headers, request.body, **limits)
         except LateError:

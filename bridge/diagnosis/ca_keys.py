@@ -174,7 +174,7 @@ class Walk:
 
 _EMPTY = "`ca-bridge help gateway` says how the flags are emptied, and what signs instead"
 _SECRETS = "/api/v1/secrets"
-#: A Secret has up to 1 MiB, which base64 makes longer, and an answer at most 4 MiB.
+#: A Secret has up to 1 MiB, which base64 makes longer, and a page at most 4 MiB.
 _SECRETS_AT_ONCE = 2
 #: kubeadm's copy of all keys for nodes that join, for two hours.
 _KUBEADM_CERTS = "Secret kube-system/kubeadm-certs"

@@ -6,6 +6,7 @@ A step is a value, a key or a file. Bytes alone are no limit: a megabyte of `[],
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -60,6 +61,11 @@ class Budget:
         self._bytes_left -= size
         return self._bytes_left >= 0
 
+    @property
+    def steps_left(self) -> int:
+        """The steps that are left."""
+        return self._steps_left
+
     def seconds_left(self) -> float:
         """The time that is left; without a limit it is infinite."""
         return float("inf") if self._end is None else self._end - self._clock()
@@ -74,13 +80,23 @@ def json_of(
     data: bytes, budget: Budget | None = None, *, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
     """The JSON document in UTF-8 (OverBudgetError: above the budget, None: a new one; ValueError: no JSON)."""
-    # at most so many values: each but the first comes after one of these
-    steps = 1 + sum(map(data.count, (b",", b"[", b"{")))
-    (Budget() if budget is None else budget).spend(len(data), steps)
+    spent = Budget() if budget is None else budget
+    spent.spend(len(data))
+    steps = _most_values(data)
+    spent.spend(steps=steps if steps <= spent.steps_left else _most_values(_TEXT.sub(b"", data)))
     try:
         return _decoder(pairs).decode(data.decode("utf-8"))
     except RecursionError:
         raise OverBudgetError("JSON", "nesting without end") from None
+
+
+#: A text, be it without an end.
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+
+
+def _most_values(data: bytes) -> int:
+    """A JSON document has no more values: each but the first comes after one of these."""
+    return 1 + sum(map(data.count, (b",", b"[", b"{")))
 
 
 @lru_cache(maxsize=8)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from bridge.cluster import kubeadm
+from bridge.cluster.access import text_of
 from bridge.cluster.api import Api
 from bridge.cluster.kubeadm import CLUSTER, KUBELETS, ConfigMapKey, NoConfigError
 from tests.kit import cluster_api
@@ -107,3 +108,16 @@ def test_a_damaged_cluster_configuration_is_left_alone(cluster: ClusterApi, api:
     with pytest.raises(NoConfigError, match="kubeadm-config"):
         kubeadm.change_cluster(api, lambda found: {**found, "clusterName": "two"})
     assert kubeadm.read(api, CLUSTER).text == text
+
+
+@pytest.mark.parametrize("filled", ["<", ","])
+def test_no_tenant_keeps_a_list_from_being_read(cluster: ClusterApi, api: Api, filled: str) -> None:
+    """A character that JSON writes as six makes a megabyte six, and a million commas in a text are no million values."""
+    admin, namespace = cluster.client(), f"tenant-{ord(filled)}"
+    admin.create("/api/v1/namespaces", {"metadata": {"name": namespace}})
+    maps, names = f"/api/v1/namespaces/{namespace}/configmaps", [f"map-{number}" for number in range(5)]
+    for name in names:
+        admin.create(
+            maps, {"metadata": {"name": name}, "data": {"all": filled * (1020 << 10 if name == "map-2" else 1)}}
+        )
+    assert [text_of(one, "metadata", "name") for one in api.every(maps, 3)] == names

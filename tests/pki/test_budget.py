@@ -113,3 +113,11 @@ def test_what_json_has_and_we_do_not_read_is_named(data: bytes, sentence: str) -
     """Python's reader takes NaN and infinite numbers, and stops at its own depth; ours names them."""
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         json_of(data)
+
+
+def test_what_is_in_texts_counts_for_no_values() -> None:
+    """A tenant's text of a million commas is one value; the same commas between values are a million."""
+    for text, values in (('"a,[{\\",,"', 1), ('["\\\\",1]', 3), ("[1,2]", 3)):
+        assert json_of(text.encode(), Budget(steps=values)) == json.loads(text)
+        with pytest.raises(OverBudgetError):
+            json_of(text.encode(), Budget(steps=values - 1))
