@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from backends.openssl.index import Database, Snapshot, file_name, folder_of, write_in
-from backends.openssl.program import Failure, KeyFile, Openssl, PrivateKey, ProcessEnd
+from backends.openssl.program import KeyFile, Openssl, PrivateKey, ProcessEnd
 from backends.openssl.settings import CA_PLACE_HINT, CAFiles, OpensslSettings, files_of, private_key_of
 from bridge.contract import BackendSettings, Issued, Names, SetupFile, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
@@ -273,7 +273,7 @@ class _Desk:
             outcome = self._run("-extensions", "client", "-valid", f"newcerts/{path.name}")
             self.seen = self.database.read(self.seen)
             if int(path.stem, 16) not in self.seen.serials:
-                raise self.openssl.failure(outcome).error
+                raise self.openssl.failure(outcome)
             log.warning("%s was signed by a run that did not live to record it; it is recorded now", path)
 
     def _orphans(self, index: Snapshot) -> list[Path]:
@@ -287,7 +287,7 @@ class _Desk:
         self.folder.joinpath("superseded.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
         outcome = self._run("-revoke", "superseded.crt", "-crl_reason", "superseded")
         if outcome.code != 0 and _ALREADY_REVOKED not in outcome.messages:
-            raise self.openssl.failure(outcome).error
+            raise self.openssl.failure(outcome)
 
     def sign(self, batches: Sequence[_Batch]) -> _Answers:
         """Sign batch by batch; requests that were not tried get the error that ended the run."""
@@ -315,29 +315,32 @@ class _Desk:
         self.failed_runs = self.failed_runs + 1 if failure else 0
         if not failure:
             return {}
-        if failure.for_all:
-            self.fatal = failure.error
+        if failure.is_for_all:
+            self.fatal = failure
             return {}
         if self.failed_runs == _FAILED_RUNS:
-            self.fatal = BackendRefusedError(f"too many CSRs stop openssl, the last one: {failure.error}")
+            self.fatal = BackendRefusedError(f"too many CSRs stop openssl, the last one: {failure}")
         if len(orders) == 1:
-            return {orders[0].position: failure.error}
+            return {orders[0].position: failure}
         middle = len(orders) // 2
         halves = orders[:middle], orders[middle:]
         return {k: v for half in halves for k, v in self._sign_or_halve(beside, alike, half).items()}
 
-    def _run_batch(self, beside: ThreadPoolExecutor, alike: _Alike, orders: Sequence[CheckedCsr]) -> Failure | None:
+    def _run_batch(
+        self, beside: ThreadPoolExecutor, alike: _Alike, orders: Sequence[CheckedCsr]
+    ) -> BackendError | None:
         """One run; if it issued anything, the answers will be among the readings."""
         try:
             with _os_errors():
                 outcome, serials = self._run_recorded(alike, orders)
         except BackendError as e:
-            return Failure(e, for_all=True)
+            e.is_for_all = True
+            return e
         failure = None if outcome.code == 0 else self.openssl.failure(outcome)
         if failure and not serials:
             return failure
         if failure and outcome.code is None:
-            self.fatal = failure.error
+            self.fatal = failure
         self.readings.append(beside.submit(self._read, orders, serials, self.fatal))
         return None
 

@@ -338,14 +338,6 @@ class ProcessEnd:
     limit: timedelta = timedelta()
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a run failed, and whether any other run would fail for the same reason."""
-
-    error: BackendError
-    for_all: bool
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Openssl:
     """The program, and the key that it is to use."""
@@ -368,7 +360,7 @@ class Openssl:
         """The DER public key of the CA's private key."""
         outcome = self.run(folder, "pkey", "-in", self.key.reference, "-pubout")
         if outcome.code != 0:
-            raise self.failure(outcome).error
+            raise self.failure(outcome)
         return spki(load_pem_public_key(outcome.output))
 
     def run(
@@ -450,17 +442,18 @@ class Openssl:
             raise BackendRefusedError(f"wanted {program}, which {ended.failure}")
         return ProcessEnd(None, limit=limit) if ended.stopped else ProcessEnd(ended.code, bytes(output), notes)
 
-    def failure(self, outcome: ProcessEnd) -> Failure:
-        """Why it failed, as far as its messages tell; they decide nothing else."""
-        if stopped := self._stopped(outcome):
-            return Failure(stopped, for_all=True)
-        if _MISMATCH.search(outcome.messages):
-            return Failure(self.key_of_another_ca(), for_all=True)
-        notes = self._notes(outcome.messages)
+    def failure(self, outcome: ProcessEnd) -> BackendError:
+        """Why it failed, as far as its messages tell; `is_for_all`: any other run would fail for the same reason."""
+        error: BackendError | None = self._stopped(outcome)
+        if error is None and _MISMATCH.search(outcome.messages):
+            error = self.key_of_another_ca()
+        notes = self._notes(outcome.messages) if error is None else ""
         # a key that can't be loaded comes first: an engine then crashes, but the messages are complete
-        if error := self.key.failure(outcome.messages, notes) or _killed(outcome):
-            return Failure(error, for_all=True)
-        return Failure(BackendRefusedError(f"openssl ended with code {outcome.code}: {notes}"), for_all=False)
+        error = error or self.key.failure(outcome.messages, notes) or _killed(outcome)
+        if error is None:
+            return BackendRefusedError(f"openssl ended with code {outcome.code}: {notes}")
+        error.is_for_all = True
+        return error
 
     def _stopped(self, outcome: ProcessEnd) -> BackendUnavailableError | None:
         if outcome.code is None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from http import HTTPStatus
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from cryptography.x509.verification import VerificationError as NoPathError
@@ -95,25 +94,19 @@ def _says(about: str, text: str, hint: str = "") -> Finding:
 # --- certificates ----------------------------------------------------------------------------------------------------
 
 
-class _Wrong(NamedTuple):
-    """A fault that kubeadm would find in a certificate."""
-
-    text: str
-    is_later: bool  #: It is right now, and would not be at the end of a maintenance.
-
-
 def _authority(state: AuthorityState, node: Node, now: datetime) -> Iterator[Finding]:
     name = state.authority.name
     for certificate in _VALIDATED[name]:
         item = node.item(certificate)
-        wrong = _wrong(item, state, now) if item is not None else None
-        if wrong is None:
-            continue
-        if wrong.is_later:
-            yield Finding.warning("upgrade-ends-soon", certificate, wrong.text, f"ca-bridge renew {certificate}")
+        wrong = _wrong(item, state, now) if item is not None else ""
+        if not wrong and item is not None and item.certificates[0].not_valid_after_utc - now < _SOON:
+            end = minute(item.certificates[0].not_valid_after_utc)
+            text = f"wanted it to outlive the maintenance, found that it ends {end}; from then on kubeadm aborts"
+            yield Finding.warning("upgrade-ends-soon", certificate, text, f"ca-bridge renew {certificate}")
+        if not wrong:
             continue
         hint = f"ca-bridge renew {certificate}, before kubeadm upgrade; or upgrade with --certificate-renewal=false"
-        yield Finding.error("upgrade-aborts", certificate, f"{wrong.text}: kubeadm upgrade {_where(name, node)}", hint)
+        yield Finding.error("upgrade-aborts", certificate, f"{wrong}: kubeadm upgrade {_where(name, node)}", hint)
 
 
 def _where(authority: str, node: Node) -> str:
@@ -133,24 +126,21 @@ def _where(authority: str, node: Node) -> str:
     return "aborts"
 
 
-def _wrong(item: Item, state: AuthorityState, now: datetime) -> _Wrong | None:
-    """The fault that kubeadm would find: it wants a key, the CA file's first certificate as issuer, and dates that hold."""
+def _wrong(item: Item, state: AuthorityState, now: datetime) -> str:
+    """The fault that kubeadm would find, if any: it wants a key, the CA file's first certificate as issuer, and dates that hold."""
     if item.state != "present":
-        return _Wrong(f"wanted it in {item.certificate_path}, found it {item.state}", is_later=False)
+        return f"wanted it in {item.certificate_path}, found it {item.state}"
     if item.key_path is not None and not item.key_path.exists():
-        return _Wrong(f"wanted its key in {item.key_path}, found none", is_later=False)
+        return f"wanted its key in {item.key_path}, found none"
     leaf, *rest = item.certificates
     begin, end = leaf.not_valid_before_utc, leaf.not_valid_after_utc
     if not begin <= now <= end:
-        return _Wrong(f"it is valid only from {minute(begin)} to {minute(end)}", is_later=False)
+        return f"it is valid only from {minute(begin)} to {minute(end)}"
     try:
         verify.verified_path(leaf, rest, state.certificates[0], now)
     except NoPathError as e:
-        return _Wrong(f"it does not lead to {state.path}'s first certificate ({one_line(e)})", is_later=False)
-    if end - now < _SOON:
-        text = f"wanted it to outlive the maintenance, found that it ends {minute(end)}; from then on kubeadm aborts"
-        return _Wrong(text, is_later=True)
-    return None
+        return f"it does not lead to {state.path}'s first certificate ({one_line(e)})"
+    return ""
 
 
 def _access(name: str, node: Node, now: datetime) -> Iterator[Finding]:
