@@ -36,6 +36,8 @@ from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
 
+# --- the lease --------------------------------------------------------------------------------------------------------
+
 #: A renewed lease counts for this share of its duration, so that we stop a while before another one begins.
 _SHARE = 0.7
 #: So many durations, by our settings, a replica waits for a holder that does not renew the lease.
@@ -144,11 +146,12 @@ class Alone:
         """Do nothing."""
 
 
+# --- the audit log ----------------------------------------------------------------------------------------------------
+
 _MOST_TOGETHER = 256
 #: After a failure so much space must be free before writing, so that the lease does not change with each line.
 _ROOM_BYTES = 256 << 10
 _AGAIN_SECONDS = 5.0
-
 
 Line = dict[str, Any]  #: One event of one request, for `Record.add`.
 
@@ -260,6 +263,8 @@ class Ledger:
         self.trouble = ""
         return [None] * len(lines)
 
+
+# --- how a step may end, and what all steps know ----------------------------------------------------------------------
 
 #: A CA that refused, or answered wrongly, is asked again after this, doubled a few times.
 AFTER_REFUSAL_SECONDS, _LONGEST_AFTER_REFUSAL_SECONDS = 60.0, 480.0

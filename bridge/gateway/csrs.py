@@ -47,6 +47,8 @@ from bridge.state import audit
 from bridge.system.waiting import Rate, remember
 from bridge.words import one_line
 
+log = logging.getLogger("ca-bridge")
+
 #: Before the CA is asked, a file or Node object that was looked at so long ago is as good as one of now.
 _RECENT_SECONDS = 1.0
 
@@ -146,7 +148,7 @@ def _ours(one: AnyObject) -> SigningRequest:
     return one
 
 
-log = logging.getLogger("ca-bridge")
+# --- the writes -------------------------------------------------------------------------------------------------------
 
 _TURNS = 5  # each 409 means that another client has written
 _MOST_ANSWERED = 10_000

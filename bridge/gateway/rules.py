@@ -172,6 +172,8 @@ def _grants(reader: Reader, tables: Any, key: tuple[str, ...], spec: Certificate
     return found
 
 
+# --- pods -------------------------------------------------------------------------------------------------------------
+
 #: The kubelet's names of keys (`podCertificate.keyType`), by ours.
 KEY_TYPES: Mapping[str, str] = {
     "ecdsa-p256": "ECDSAP256",
