@@ -24,6 +24,7 @@ from requests.adapters import BaseAdapter
 
 from bridge.contract import CredentialEnd, Secret
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError, SettingsProblem
+from bridge.pki.budget import of_server
 from bridge.system.http import (
     Answer,
     BrokenOffError,
@@ -341,6 +342,15 @@ def load_system_cas(context: ssl.SSLContext) -> None:
         context.load_verify_locations(cafile=file)
     if directory.is_dir():
         context.load_verify_locations(capath=directory)
+
+
+def json_object(body: bytes) -> dict[str, Any] | None:
+    """The JSON object of an answer; None: it is something else."""
+    try:
+        found = of_server(body)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def object_of(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -28,6 +28,7 @@ from backends.http import (
     Http,
     Wording,
     common_name,
+    json_object,
     listed,
     pair_problems,
     pem_certificates,
@@ -49,7 +50,6 @@ from bridge.contract import (
     Wanted,
 )
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsProblem, Violation
-from bridge.pki.budget import of_server
 from bridge.pki.certificates import is_signed_by
 from bridge.specs import EKU, PODS, SPECS, CertificateSpec
 from bridge.system.http import Answer
@@ -394,11 +394,8 @@ _PLAIN = frozenset({"404 page not found", "Invalid CN", "Client sent an HTTP req
 def _parse(answer: Answer, sent: Mapping[str, object]) -> _Reply:
     """Read status and envelope; a request that the answer quotes is not shown, since anyone could send it again."""
     later = retry_after_seconds(answer, datetime.now(UTC))
-    try:
-        envelope = of_server(answer.body)
-    except ValueError:
-        envelope = None
-    if not isinstance(envelope, dict) or "success" not in envelope:
+    envelope = json_object(answer.body)
+    if envelope is None or "success" not in envelope:
         text = answer.body.decode("utf-8", "replace").strip()
         message = text if text in _PLAIN else _NOT_CFSSL
         return _Reply(status=answer.status, message=message, retry_after_seconds=later)

@@ -7,7 +7,6 @@ asks again without harm. The run waits a while for the answer, and leaves it to 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import ssl
@@ -18,13 +17,13 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from backends.http import Http, Wording, pem_certificates, retry_after_seconds, tls_context, url_problems
+from backends.http import Http, Wording, json_object, pem_certificates, retry_after_seconds, tls_context, url_problems
 from bridge.contract import (
     GIVEN,
     BackendSettings,
@@ -46,7 +45,6 @@ from bridge.errors import (
     Violation,
 )
 from bridge.pki import node_proofs
-from bridge.pki.budget import OverBudgetError, json_of
 from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle, bundle_of
 from bridge.pki.bundle_format import answer_message, digest, dumps, loads_answer
 from bridge.pki.certificates import attributes, san_entries
@@ -129,7 +127,7 @@ class GatewayBackend:
         answer = self._ask("GET", "/v1/authorities")
         if answer.status != HTTPStatus.OK:
             raise _error(answer)
-        there = _document(answer).get("authorities")
+        there = (json_object(answer.body) or {}).get("authorities")
         if not isinstance(there, list) or not all(isinstance(one, str) for one in there):
             raise BackendRefusedError("gateway: wanted a list of authorities, found something else", hint=_NOT_OURS)
         got = one_line(", ".join(there)) or "none"
@@ -219,7 +217,7 @@ class GatewayBackend:
         answer = self._ask("POST", "/v1/requests", data, self._enrolled(bundle))
         if answer.status != HTTPStatus.ACCEPTED:
             raise _error(answer)
-        request_digest, reference = digest(bundle), _document(answer).get("id")
+        request_digest, reference = digest(bundle), (json_object(answer.body) or {}).get("id")
         if not isinstance(reference, str) or _REFERENCE.fullmatch(f"{request_digest}@{reference}") is None:
             raise BackendRefusedError("gateway: wanted the id of a request, found something else", hint=_NOT_OURS)
         return Pending(reference=f"{request_digest}@{reference}", note=f"the door has request {request_digest[:16]}")
@@ -270,7 +268,7 @@ class GatewayBackend:
         if answer.status == HTTPStatus.NOT_FOUND:
             return None
         if answer.status == HTTPStatus.ACCEPTED:
-            note = _document(answer).get("note")
+            note = (json_object(answer.body) or {}).get("note")
             return Pending(reference=reference, note=one_line(note, 500) if isinstance(note, str) else "")
         if answer.status != HTTPStatus.OK:
             raise _error(answer)
@@ -304,18 +302,8 @@ def _given(answer: AnswerBundle | Pending | BackendError, request: SignRequest) 
     return BackendRefusedError(f"{signer}: wanted a CA for {request.spec.authority.name}, found none at this door")
 
 
-def _document(answer: Answer) -> Mapping[str, Any]:
-    """The JSON object of an answer; empty where it is none."""
-    with contextlib.suppress(ValueError, OverBudgetError):
-        document = json_of(answer.body)
-        if isinstance(document, dict):
-            return document
-    return {}
-
-
 def _error(answer: Answer) -> BackendError:
-    document = _document(answer)
-    said = document.get("error")
+    said = (json_object(answer.body) or {}).get("error")
     text = f"gateway: HTTP {answer.status}" + (f", {one_line(said, 2000)}" if isinstance(said, str) else "")
     if answer.status in _LATER:
         wanted = retry_after_seconds(answer, datetime.now(UTC))

@@ -32,6 +32,7 @@ from backends.http import (
     Http,
     Wording,
     context_of,
+    json_object,
     object_of,
     pair_problems,
     pem_certificates,
@@ -39,7 +40,6 @@ from backends.http import (
     tls_context,
     token_end,
     url_problems,
-    without,
 )
 from bridge.contract import (
     BackendSettings,
@@ -63,7 +63,6 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
-from bridge.pki.budget import of_server
 from bridge.pki.certificates import is_for
 from bridge.specs import EKU, MASTERS, SPECS, CertificateSpec
 from bridge.words import one_line
@@ -584,16 +583,10 @@ class Api:
         headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         answer = self.http.request(method, f"{self._url}{path}", self._url, headers=headers, json=body)
         later = retry_after_seconds(answer, datetime.now(UTC))
-        return Answer(status=answer.status, document=_document(answer.body, token), retry_after_seconds=later)
-
-
-def _document(data: bytes, token: str | None) -> Mapping[str, Any]:
-    """An object in JSON; anything else is not quoted: it may come from anywhere."""
-    try:
-        found = of_server(without(data.decode(), [token]).encode())
-    except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {"message": "no object in JSON"}
+        document = json_object(answer.body.replace(token.encode(), "…".encode()) if token else answer.body)
+        # anything else than an object is not quoted: it may come from anywhere
+        document = {"message": "no object in JSON"} if document is None else document
+        return Answer(status=answer.status, document=document, retry_after_seconds=later)
 
 
 _NOT_KUBERNETES = "is it a Kubernetes API server that answers at url?"

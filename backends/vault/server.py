@@ -19,10 +19,9 @@ import requests
 from hvac.adapters import RawAdapter
 from hvac.api.auth_methods import JWT, AppRole, Kubernetes, Userpass
 
-from backends.http import Http, Wording, object_of, retry_after_seconds, secret_end, token_end
+from backends.http import Http, Wording, json_object, object_of, retry_after_seconds, secret_end, token_end
 from bridge.contract import CredentialEnd, Secret, SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
-from bridge.pki.budget import of_server
 from bridge.system import http
 from bridge.system.many import Combined
 from bridge.system.waiting import remember
@@ -193,13 +192,11 @@ class Server:
         return self._answer(self.http.call(where, lambda: request(self._adapter)), where)
 
     def _answer(self, answer: http.Answer, where: str) -> Answer:
-        try:
-            body = of_server(answer.body)
-        except ValueError:
+        body = json_object(answer.body)
+        if body is None:
             # A body of another product is not shown, except what Go's HTTP server says.
             plain = b"Client sent an HTTP request to an HTTPS server"
             body = {"errors": [plain.decode()]} if answer.body.startswith(plain) else {}
-        body = body if isinstance(body, dict) else {}
         reasons = tuple(texts(body.get("errors")))
         return Answer(
             where=where,
