@@ -20,8 +20,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.cmp.answers import Log, body_of, failure, quoted
-from backends.cmp.process import ENROLMENT, OLDEST_WITH_PROFILES, Program, Ran
+from backends.cmp.program import ENROLMENT, OLDEST_WITH_PROFILES, Log, Program, Ran, body_of, failure, quoted
 from backends.http import pair_problems, subject_of, url_problems
 from bridge.contract import (
     BackendSettings,

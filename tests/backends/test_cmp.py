@@ -19,7 +19,7 @@ import pytest
 from cryptography import x509
 
 from backends.cmp import CmpBackend, CmpSettings
-from backends.cmp.process import OLDEST_WITH_PROFILES, Program
+from backends.cmp.program import OLDEST_WITH_PROFILES, Program
 from bridge.ca import registry
 from bridge.contract import BackendSettings, Issued, Pending, Revokes, Secret, SetupRequest, SignRequest
 from bridge.errors import (
@@ -763,7 +763,7 @@ def test_a_program_that_does_not_end_is_stopped(
     mac: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The program is stopped with all that it started, and that is "unavailable"."""
-    monkeypatch.setattr("backends.cmp.process._GRACE", timedelta(seconds=1))
+    monkeypatch.setattr("backends.cmp.program._GRACE", timedelta(seconds=1))
     path = tmp_path / "slow"
     path.write_text(
         f'#!/bin/sh\n[ "$1" = version ] && {{ echo "OpenSSL 3.0.19 x"; exit; }}\nsleep 600 & echo $! >{tmp_path}/pid; wait\n'

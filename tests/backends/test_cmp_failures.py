@@ -19,8 +19,7 @@ from typing import Any
 import pytest
 
 from backends.cmp import CmpBackend, CmpSettings
-from backends.cmp.answers import Log, Poll, body_of, failure, poll_of, quoted
-from backends.cmp.process import Program
+from backends.cmp.program import Log, Poll, Program, body_of, failure, poll_of, quoted
 from bridge.contract import Issued, Secret, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
 from bridge.specs import SPECS
