@@ -83,10 +83,10 @@ def _print_result(result: Result, node: Node, settings: Settings, now: datetime)
 
 def say_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
     """A row for each certificate that waits, below the CA and what it says."""
-    ends = [one.old.not_valid_after_utc if one.old is not None else None for one in waiting]
-    rows = [
-        (whereabouts(one), (one.name, "waiting", end_text(end, now))) for one, end in zip(waiting, ends, strict=True)
-    ]
+    rows = []
+    for one in waiting:
+        end = one.old.not_valid_after_utc if one.old is not None else None
+        rows.append((whereabouts(one), (one.name, "waiting", end_text(end, now))))
     if rows:
         say("\n".join(under_headings(rows)))
 

@@ -538,10 +538,9 @@ def name_problems(
     rules = policy.certificates.get(name, CertificateRules())
     yield from _subject_problems(name, attributes(csr.subject), rules, policy.allow, node, None)
     if name in _SANS or rules.sans is not None:
-        more = dataclasses.replace(rules, sans=(*(rules.sans if rules.sans is not None else _SANS[name]), *own_sans))
-        yield from _san_problems(name, san_counts(csr), more, node, None)
-    else:
-        yield from _san_problems(name, san_counts(csr), rules, node, None)
+        listed = _SANS[name] if rules.sans is None else rules.sans
+        rules = dataclasses.replace(rules, sans=(*listed, *own_sans))
+    yield from _san_problems(name, san_counts(csr), rules, node, None)
 
 
 def _subject_problems(
