@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bridge import contract
+
 PAGE = Path(__file__).parents[2] / "docs/writing-a-backend.md"
 
 #: What stands in for the site's CA: it checks the token and the CSR's signature, and signs by the profile.
@@ -157,3 +159,12 @@ def test_each_method_of_the_page_is_in_the_contract() -> None:
     names = [name for cell in table for name in re.findall(r"`(\w+)`", cell)]
     assert len(names) > 10
     assert [name for name in names if f"def {name}(" not in contract and f"    {name}: bool" not in contract] == []
+
+
+def test_the_page_has_each_ability_and_each_method_of_the_settings() -> None:
+    """An author of a backend finds all that the bridge would use; what every backend has is in the example."""
+    protocols = [one for one in vars(contract).values() if getattr(one, "_is_runtime_protocol", False)]
+    names = {name for one in protocols for name in (*vars(one), *one.__annotations__) if not name.startswith("_")}
+    names |= {name for name, found in vars(contract.BackendSettings).items() if callable(found) and name[0] != "_"}
+    assert {"writes", "asks_validity", "sign_many"} < names
+    assert {name for name in names if f"`{name}`" not in PAGE.read_text()} == set()
