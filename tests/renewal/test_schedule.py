@@ -15,6 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from bridge.errors import Exit, SettingsError
+from bridge.monitoring import after
 from bridge.node.inventory import Item
 from bridge.renewal.gate import NotYetError, hold_for_window, jitter
 from bridge.renewal.select import Selection
@@ -392,6 +393,13 @@ def test_the_timer_starts_the_service_and_catches_up() -> None:
     assert timer["RandomizedDelaySec"] == "30min"
     assert unit("ca-bridge.service")["Service"]["ExecStart"].split()[1:] == ["renew"]
     assert unit("ca-bridge.service")["Unit"]["After"] == "network-online.target"
+
+
+def test_the_service_fails_where_a_run_does() -> None:
+    """As the metrics count it: a run that waits for a person is no unit that has failed, hour after hour."""
+    listed = {int(code) for code in unit("ca-bridge.service")["Service"]["SuccessExitStatus"].split()}
+    codes = {code for code in vars(Exit).values() if isinstance(code, int)}
+    assert listed == {code for code in codes if after(None, code, NOW, 0).failures == 0} - {Exit.DONE} != set()
 
 
 def test_the_service_may_write_where_a_renewal_writes() -> None:
