@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -66,8 +67,7 @@ def load(file: Path | None) -> Settings:
 
 def examined(file: Path | None) -> tuple[Settings, list[SettingsProblem]]:
     """The settings as far as they can be read, and every problem by line (SettingsError: they are not TOML)."""
-    # a link that leads nowhere, since its disk is not mounted, says that there are settings
-    if file is None and not DEFAULT_FILE.is_symlink() and not DEFAULT_FILE.exists():
+    if file is None and _is_missing(DEFAULT_FILE):
         return Settings(source=Source(None, "")), []
     path = file or DEFAULT_FILE
     hint = "`ca-bridge settings init KIND` writes a commented one (KIND: vault, openssl, cfssl …)"
@@ -75,6 +75,16 @@ def examined(file: Path | None) -> tuple[Settings, list[SettingsProblem]]:
     problems += _key_problems(settings, "desk_key", "the desk's")
     problems += _key_problems(settings, "order_key", "the administrator's")
     return settings, problems
+
+
+def _is_missing(file: Path) -> bool:
+    """Whether there is surely none: a link that leads nowhere, and a directory that we may not enter, may have settings."""
+    with contextlib.suppress(OSError):  # who reads it says why that is not possible
+        try:
+            file.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+    return False
 
 
 def _key_problems(settings: Settings, key: str, whose: str) -> Iterator[SettingsProblem]:

@@ -133,6 +133,16 @@ def test_a_default_file_that_leads_nowhere_is_missed(tmp_path: Path, monkeypatch
         load(None)
 
 
+def test_a_default_file_that_can_not_be_looked_for_is_an_error_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that only root may enter, as here one that leads to itself: `renew` of another user ended with a traceback."""
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setattr("bridge.settings.load.DEFAULT_FILE", tmp_path / "loop/config.toml")
+    with pytest.raises(SettingsError, match="wanted a settings file, found Too many levels"):
+        load(None)
+
+
 @pytest.mark.parametrize(
     "text", ["[node", "a = ", 'x = "unclosed', "[a]\n[a]\n", "a = 1\na = 2\n", f"a = {'9' * 5000}"]
 )
