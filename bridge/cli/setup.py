@@ -79,6 +79,8 @@ def setup(
     `setup kubernetes` makes the gateway's manifests for this cluster; with `--authority`, what a cluster needs that
     signs for this one.
     """
+    _assert_looked_at(kind, {"--authority": authority, "--nodes": nodes, "--serving-certs": serving_certs},
+                      {"--enable": enable, "--inbox": inbox, "--outbox": outbox})  # fmt: skip
     settings = for_next_cas(common.settings()) if of_next else common.settings()
     if kind in _KINDS:
         desk = _desk_of(settings, inbox, outbox, user)
@@ -95,6 +97,17 @@ def setup(
     else:
         files, between = files_for(settings, kind, authority, nodes, servers=serving_certs), "\n"
     print_or_write(files, directory, between)
+
+
+def _assert_looked_at(kind: str, of_cas: dict[str, object], of_jobs: dict[str, object]) -> None:
+    """Refuse options that have no meaning for this TYPE: what is printed would not be what was asked for."""
+    is_job, is_gateway = kind in _KINDS, kind == "kubernetes" and not of_cas["--authority"]
+    unused = {name: "a CA's TYPE, and for kubernetes --authority" for name in of_cas if is_job or is_gateway}
+    unused |= {name: "TYPE systemd or cron" for name in of_jobs if not is_job}
+    given = of_cas | of_jobs
+    wrong = [SettingsProblem(name, wanted, repr(kind)) for name, wanted in unused.items() if given[name]]
+    if wrong:
+        raise SettingsError(wrong)
 
 
 def for_next_cas(settings: Settings) -> Settings:

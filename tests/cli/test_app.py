@@ -335,6 +335,17 @@ def test_scripts_for_vault_may_follow_each_other(run: Run) -> None:
         assert "-o DIR" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["systemd --nodes n", "cron --authority ca", "kubernetes --nodes n", "kubernetes --enable", "vault --enable"],
+)
+def test_setup_refuses_an_option_that_has_no_meaning_for_its_type(run: Run, words: str) -> None:
+    """It was left unread, and what was printed was not what was asked for."""
+    result = run("setup", *words.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{words.split()[1]}: wanted " in result.stderr
+
+
 def test_setup_writes_a_file_for_each_ca(run: Run, tmp_path: Path) -> None:
     """With the directory that the settings name for each; never over an older file."""
     result = run("setup", "openssl", "-o", str(tmp_path / "out"))
