@@ -82,10 +82,6 @@ def user(
     kubeconfig, which is for its owner alone. [users] in the settings says which names, groups and lifetimes may be. A CA
     that answers later exits with 4; the same command takes the answer.
     """
-    if key_file and csr is None:
-        raise SettingsError(
-            [SettingsProblem("--key-file", "--csr beside it: without one the key is made here", key_file)]
-        )
     order = UserOrder(
         user=_user(name, groups),
         out=(out or Path(f"{stem_of(name)}.conf")).absolute(),

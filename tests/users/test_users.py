@@ -162,13 +162,6 @@ def test_a_machine_gets_its_key_made_here(bridge: Bridge, tmp_path: Path) -> Non
     assert "user backup" in bridge.run("audit", "show", "--name", "user backup").stdout
 
 
-def test_a_key_that_is_elsewhere_is_not_made_here(bridge: Bridge, tmp_path: Path) -> None:
-    """`--key-file` without the person's CSR: the operator thinks that no key is in the kubeconfig, so that none is written."""
-    out = tmp_path / "bob.conf"
-    run = bridge.run("kubeconfig", "user", "bob", "--key-file=bob.key", f"--output={out}")
-    assert (run.returncode, out.exists(), "--csr beside it" in run.stderr) == (2, False, True)
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away; run the tests as root")
 @pytest.mark.parametrize("swapped", [True, False])
 def test_a_link_that_comes_while_the_ca_is_asked_is_not_followed(pki: Pki, tmp_path: Path, swapped: bool) -> None:
