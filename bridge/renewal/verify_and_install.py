@@ -14,7 +14,15 @@ from cryptography import x509
 
 from bridge.ca.ca import RefusedByCheckError, UntrustedAnswerError
 from bridge.contract import Issued, Pending
-from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, VerificationError, WaitingError
+from bridge.errors import (
+    BackendUnavailableError,
+    BridgeError,
+    Exit,
+    LocalFileError,
+    SettingsError,
+    VerificationError,
+    WaitingError,
+)
 from bridge.node import cross, kubeconfig, kubelet, pairs
 from bridge.node.inventory import Item, Node
 from bridge.pki import verify
@@ -268,7 +276,14 @@ def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *
 
 
 #: Errors after which the CA may still sign the request.
-_NOT_ASKED = (BackendUnavailableError, UntrustedAnswerError, RefusedByCheckError, SettingsError, ShorterError)
+_NOT_ASKED = (
+    BackendUnavailableError,
+    UntrustedAnswerError,
+    RefusedByCheckError,
+    LocalFileError,
+    SettingsError,
+    ShorterError,
+)
 
 
 def record_failed(record: audit.Record, failed: Sequence[Outcome]) -> None:

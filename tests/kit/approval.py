@@ -29,7 +29,7 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge.contract import BackendSettings, Issued, Pending, SignRequest
-from bridge.errors import BackendRefusedError
+from bridge.errors import BackendRefusedError, LocalFileError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,8 @@ class ApprovalBackend:
         return self.collect(request, reference)
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
+        if (self._directory / "no-token").exists():
+            raise LocalFileError("people: token: no file")
         refusal, answer = (self._directory / f"{reference}.{suffix}" for suffix in ("no", "crt"))
         if refusal.exists():
             raise BackendRefusedError(refusal.read_text())

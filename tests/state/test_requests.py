@@ -124,6 +124,19 @@ def test_a_refusal_is_reported_and_the_next_run_asks_anew(bridge: Bridge, person
     assert_pairs(bridge.pki)
 
 
+def test_a_missing_file_of_ours_ends_no_request(bridge: Bridge, person: approval.Approver) -> None:
+    """Without the token no CA was asked: what it signs meanwhile is still installed, and nothing is asked twice."""
+    assert bridge.run("renew", "apiserver").returncode == 4
+    token = person.directory / "no-token"
+    token.touch()
+    run = bridge.run("renew", "apiserver")
+    assert (run.returncode, kept(bridge)) == (2, ["apiserver"]), run.stderr
+    token.unlink()
+    person.approve("apiserver")
+    assert bridge.run("renew", "apiserver").returncode == 0
+    assert len(person.asked()) == 1
+
+
 def test_a_wrong_answer_is_refused_and_the_next_run_asks_anew(bridge: Bridge, person: approval.Approver) -> None:
     """An answer that comes late is proven like any other."""
     assert bridge.run("renew", "apiserver", "scheduler.conf").returncode == 4
