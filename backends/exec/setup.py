@@ -45,7 +45,7 @@ _TEXT = """\
 # runs the program as ca-bridge does, with a throwaway key, and prints its exit status. The default OPERATION, SUBMIT,
 # gets a real certificate.
 set -eu
-case ${{1:-}} in
+{as_user}case ${{1:-}} in
 {cases}
   *) echo "usage: $0 NAME [OPERATION]" >&2; exit 2 ;;
 esac
@@ -63,12 +63,17 @@ echo "status $status" >&2
 exit "$status"
 """
 
+_AS_USER = """\
+[ "$(id -u)" != 0 ] || exec runuser -u {user} -- env HOME="$(getent passwd {user} | cut -d: -f6)" sh "$0" "$@"
+"""
+
 
 def setup(wanted: SetupRequest) -> list[SetupFile]:
     """A script for the authority that tries the program, for step-ca also one that makes its provisioners; for pods a text."""
     if wanted.patterns:
         return [SetupFile(name=f"{wanted.authority.name}.txt", text="".join(_beside(wanted)))]
     profile, command = _selector(wanted.settings, wanted.node), _command(wanted.settings)
+    user = str(wanted.settings.get("user", ""))
     rows = [
         (name, profile(SPECS[name]), ekus_text(SPECS[name]), subject_text(certificate), sans_text(certificate))
         for name, certificate in wanted.certificates.items()
@@ -86,6 +91,7 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
         quoted_node=shlex.quote(wanted.node),
         authority=wanted.authority.name,
         table=table,
+        as_user=_AS_USER.format(user=shlex.quote(user)) if user not in ("", "root") else "",
         cases="\n".join(_case(*row) for row in rows),
         days=-(-wanted.validity // timedelta(days=1)),
         seconds=int(wanted.validity.total_seconds()),

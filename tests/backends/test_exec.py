@@ -951,6 +951,20 @@ def test_setup_prints_what_asks_the_program_by_hand(tmp_path: Path, authority: s
     assert subprocess.run([asks, "no-such-name"], capture_output=True, check=False).returncode == 2
 
 
+@AS_ROOT
+def test_the_script_of_setup_runs_the_program_as_the_settings_user(tmp_path: Path) -> None:
+    """As ca-bridge does: root's hand gives a program that is another user's none of root's rights."""
+    enterable(tmp_path)
+    pki = handmade_pki(tmp_path / "node")
+    script = program(tmp_path / "tell", 'echo "$(id -un):$HOME"; exit 2')
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
+    bridge.add("backend.site", {"type": "exec", "command": [str(script)], "user": "nobody"})
+    bridge.add("authority.front-proxy-ca", {"backend": "site"})
+    asks = program(tmp_path / "try.sh", bridge.run("setup", "exec", "--authority", "front-proxy-ca").stdout)
+    asked = subprocess.run([asks, "front-proxy-client"], capture_output=True, text=True, check=False)
+    assert (asked.returncode, asked.stdout) == (2, "nobody:/nonexistent\n"), asked.stderr
+
+
 @pytest.mark.parametrize(
     ("values", "key"),
     [
