@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import re
 import stat
 import time
@@ -193,15 +192,10 @@ def _phases(settings: Settings) -> Iterator[tuple[str, datetime]]:
 
 def known_here(settings: Settings, now: datetime) -> Remembered | None:
     """`known` of this node's state; None: this user may not see it, or it is damaged, which `doctor` reports."""
-    directory = settings.node.state_dir
-    try:
-        directory.lstat()
-    except FileNotFoundError:
+    if not credentials.may_look(settings):
+        return None
+    if not settings.node.state_dir.exists():
         return Remembered(failures={}, pending=(), history=None)
-    except OSError:
-        return None
-    if not os.access(directory, os.R_OK | os.X_OK):
-        return None
     try:
         return known(settings, now)
     except StateError:

@@ -1,9 +1,4 @@
-"""
-From nothing to a node that `kubeadm init` or `kubeadm join` can run on; a run that waits is run again.
-
-All files go in place in one step, which the next run finishes or undoes after a crash; copies of them are kept. The
-requests' keys are an earlier run's or new, and the answers come from that run, from carried files, or from the CAs.
-"""
+"""From nothing to a node that `kubeadm init` or `kubeadm join` can run on, in one step; a run that waits is run again."""
 
 from __future__ import annotations
 
@@ -315,7 +310,7 @@ class Composer:
             data = self._kubeconfig(spec.name, verified.leaf).text(chain, one.key_pem)
             yield _replacement(spec.name, places.kubeconfigs / spec.base, _PRIVATE, data)
         else:
-            key, certificate = places.serving if spec.name == KUBELET_SERVER else places.pair(spec)
+            key, certificate = places.pair(spec)
             yield _replacement(spec.name, key, _PRIVATE, one.key_pem)
             yield _replacement(spec.name, certificate, _PUBLIC, chain)
 
@@ -443,7 +438,7 @@ def _item(spec: CertificateSpec, places: Places) -> Item:
     elif spec.kubeconfig:
         key, certificate = None, places.kubeconfigs / spec.base
     else:
-        key, certificate = places.serving if spec.name == KUBELET_SERVER else places.pair(spec)
+        key, certificate = places.pair(spec)
     return Item(
         spec=spec,
         authority_external=True,

@@ -89,6 +89,8 @@ class Places:
 
     def pair(self, spec: CertificateSpec) -> tuple[Path, Path]:
         """Key and certificate file of a certificate outside kubeconfigs."""
+        if spec.name == KUBELET_SERVER:
+            return self.serving
         if spec == ETCD_CLIENT and self.external_etcd is not None and self.external_etcd.has_tls:
             return Path(self.external_etcd.key_file), Path(self.external_etcd.certificate_file)
         return self.pki / f"{spec.base}.key", self.pki / f"{spec.base}.crt"

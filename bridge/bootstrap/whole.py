@@ -83,8 +83,6 @@ class NodeLook:
         places = self.places
         if spec.name == KUBELET_CONF:
             return [places.kubeconfigs / spec.base, places.kubelet_current]
-        if spec.name == KUBELET_SERVER:
-            return list(places.serving)
         return [places.kubeconfigs / spec.base] if spec.kubeconfig else list(places.pair(spec))
 
     # --- CAs ----------------------------------------------------------------------------------------------------------

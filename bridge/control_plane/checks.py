@@ -232,14 +232,12 @@ def _read_once(look: Look, component: Component, path: Path, by: Sequence[Path] 
 
 def _read_at_connections(look: Look, component: Component, path: Path) -> Verdict:
     """Judge a valid file that a component reads for each connection, if its version is known to do so."""
-    age = processes.compare_age(component, path, look.machine.proc, look.written)
-    if age.older is False:
-        return Verdict("current", age.detail)
-    if component in look.reloads:
-        return Verdict("next-connection", age.detail)
-    if age.older is None:
-        return Verdict("unknown", age.detail)
-    return Verdict("stale", f"{age.detail}; this version is not known to read it again")
+    verdict = _read_once(look, component, path)
+    if verdict.state != "current" and component in look.reloads:
+        return Verdict("next-connection", verdict.detail)
+    if verdict.state != "stale":
+        return verdict
+    return Verdict("stale", f"{verdict.detail}; this version is not known to read it again")
 
 
 def _etcd(look: Look) -> Iterator[Check]:

@@ -1,9 +1,4 @@
-"""
-A throwaway PKI as `kubeadm init phase certs all` and `init phase kubeconfig all` of 1.37 make it, for demos and tests.
-
-Names, files, modes, extensions and their order, string types and dates are kubeadm's
-(cmd/kubeadm/app/util/pkiutil/pki_helpers.go and phases/kubeconfig/kubeconfig.go).
-"""
+"""A throwaway PKI as kubeadm 1.37 makes it (its pki_helpers.go and kubeconfig.go), for demos and tests."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""
-What a reader may spend on something that others wrote: bytes, steps and time. Whatever is above it is refused.
-
-A step is a value, a key or a file. Bytes alone are no limit: a megabyte of `[],` is 350,000 lists, and 25 MB in memory.
-"""
+"""What a reader may spend: bytes, time, and steps (values, keys, files), since a megabyte of `[],` is 350,000 lists."""
 
 from __future__ import annotations
 

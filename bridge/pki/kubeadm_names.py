@@ -1,8 +1,6 @@
 """
-The subject and SANs that kubeadm gives each certificate, by version (pure).
-
-From its sources (phases/certs/certlist.go, phases/kubeconfig/kubeconfig.go, util/pkiutil), and compared with `kubeadm
-certs generate-csr` of 1.34 to 1.37 (`python -m tests.measure.versions`).
+The subject and SANs that kubeadm gives each certificate, by version (pure), from its certlist.go, kubeconfig.go and
+pkiutil, and compared with `kubeadm certs generate-csr` of 1.34 to 1.37 (`python -m tests.measure.versions`).
 """
 
 from __future__ import annotations

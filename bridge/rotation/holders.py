@@ -1,7 +1,5 @@
 """
-What holds a CA in the cluster: objects that follow the files by themselves, and those of others, which are listed with the
-command by which their owners change them, and never changed here.
-
+What holds a CA in the cluster: what follows the files by itself, and what is others', which is listed and never changed.
 Others' values are searched for the CA's own bytes, and not parsed: a Secret may hold anything.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -577,10 +578,7 @@ def _issue_back(run: Run, transaction: Transaction, node: Node, steps: Sequence[
     gate.assert_accepted(run, node, dict(_pairs(backup, node)))
     _record(run, steps)
     transaction.owe_use(backups.outcomes_of(backup, node))
-
-    def edit(file: Replacement) -> Replacement:
-        return _as_target(file, steps)
-
+    edit = functools.partial(_as_target, steps=steps)
     done = backups.put_back(backup, run.settings, run.store, run.record, node, run.now(), lambda _: False, edit)
     result = Result(outcomes=done.outcomes, backup_id=done.replaced_backup_id, errors=done.late)
     return transaction.activated(result)

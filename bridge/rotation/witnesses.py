@@ -1,9 +1,6 @@
 """
-Who still uses the CA that goes: clients with its certificates, by the audit log of API servers, and clients that trust it
-alone, by what API servers log of refusals; and how many requests come with which certificates, by API servers' metrics.
-
-Both files are what programs wrote about requests of others: they are read line by line, and nothing in them is believed but
-for what a line says of itself. The API server writes the digest of a client's certificate into each event (measured on 1.37).
+Who still uses the CA that goes, by audit logs, logged refusals and metrics of API servers. Programs wrote the logs about
+requests of others: they are read line by line, and a line is believed for what it says of itself (measured on 1.37).
 """
 
 from __future__ import annotations
