@@ -145,9 +145,6 @@ def _read(path: Path) -> bytes:
         raise KubeadmError(f"wanted {path.name} of kubeadm, found: {e}") from None
 
 
-# --- by us ------------------------------------------------------------------------------------------------------------
-
-
 def made_for(wanted: Naming, algorithm: KeyAlgorithm, server: str = "") -> Made:
     """A new key and a CSR of it; `server` is that of the kubeconfig that it is for."""
     key = generate_key(algorithm)

@@ -178,9 +178,6 @@ def _named_otherwise(look: Look) -> Iterator[Check]:
                 yield Check(component, item.spec.name, "is named in its manifest", judge)
 
 
-# --- since when ------------------------------------------------------------------------------------------------------
-
-
 def by_files(look: Look) -> Iterator[Check]:
     """The checks that connect to nothing: whether components are younger than the files that they read at their start."""
     for component in (Component.CONTROLLER_MANAGER, Component.SCHEDULER):
@@ -406,9 +403,6 @@ def _ask_as_front_proxy(look: Look, client: Client) -> str:
     if answer.status == HTTPStatus.UNAUTHORIZED or _SOMEBODY.encode() not in answer.body:
         raise RefusedError(f"{url} does not take it for a front proxy: HTTP {answer.status}: {text_of(answer)}")
     return f"accepted by {url}"
-
-
-# --- those that read a kubeconfig ------------------------------------------------------------------------------------
 
 
 def _controller(look: Look, component: Component) -> Iterator[Check]:

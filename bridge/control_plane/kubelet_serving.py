@@ -158,8 +158,6 @@ class _Switch:
         self.done.append(text)
         self.tell(text)  # into a pipe that nothing may read any more
 
-    # --- what it looks at --------------------------------------------------------------------------------------------
-
     @cached_property
     def api(self) -> Api:
         if self.node.is_worker:

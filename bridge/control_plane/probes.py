@@ -68,9 +68,6 @@ class Check(NamedTuple):
             return Verdict("unknown", f"{e.filename}: {e.strerror}")
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def leaf(path: Path) -> x509.Certificate:
     """The first certificate of a file or kubeconfig."""
     return first(path, file_contents(path))
@@ -131,9 +128,6 @@ class Serving:
         if self.trust_file is not None:
             replace(client, trust_pem=file_contents(self.trust_file)).served(place, self.name)
         return Verdict("current", f"serial {serial_hex(ours)}, until {processes.moment_text(ours.not_valid_after_utc)}")
-
-
-# --- clients ---------------------------------------------------------------------------------------------------------
 
 
 def ask_all(client: Client, servers: Sequence[Server], path: str, **request: Any) -> dict[str, http.Answer]:

@@ -156,8 +156,6 @@ class Restarts:
         log.info("%s: healthy after %.1f s", component.value, seconds)
         return Restarted(component=component, seconds=seconds)
 
-    # --- is this the moment? -----------------------------------------------------------------------------------------
-
     def _too_soon(self, component: Component) -> RestartPostponedError | None:
         if self._at_once:
             return None
@@ -197,8 +195,6 @@ class Restarts:
             self.settings.restart.timeout,
             pause_seconds=_POLL_SECONDS,
         )
-
-    # --- the ways ----------------------------------------------------------------------------------------------------
 
     def _restart(self, component: Component) -> None:
         settings = self.settings
@@ -390,9 +386,6 @@ def take_copy(kubeconfig_dir: Path, copy: Path, store: Store) -> None:
     write_atomically(store.kubelet_copy, content)
     copy.unlink()
     log.info("kubelet: moved %s, its copy of another certificate, to %s", copy, store.kubelet_copy)
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

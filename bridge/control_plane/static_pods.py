@@ -92,9 +92,6 @@ def restart(pod: Pod, store: Store, timeout: timedelta) -> None:
                 close(store)
 
 
-# --- waiting ---------------------------------------------------------------------------------------------------------
-
-
 def _wait(name: str, what: str, look: Callable[[], str | None], timeout: timedelta, check: Callable[[], None]) -> None:
     """Look until nothing is found (RestartError: the time is over)."""
     found = wait_until(

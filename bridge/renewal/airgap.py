@@ -510,9 +510,6 @@ def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
     return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
 
 
-# --- the directory ---------------------------------------------------------------------------------------------------
-
-
 def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> _Contents:
     """Read every file once: keys by kubeadm's names, certificates under any name."""
     contents = _Contents()

@@ -269,8 +269,6 @@ class _Decision:
                 found["apiserver"].setdefault(host, f"the server of {spec.base}")
         return found
 
-    # --- the cluster -------------------------------------------------------------------------------------------------
-
     @functools.cached_property
     def api(self) -> Api:
         return Api.of_node(self.node, self.settings.node.kubeconfig_dir)

@@ -148,8 +148,6 @@ class Hooks:
                 errors += self._deliver(hooks, Exit.FAILED if hooks.event == FAILURE else Exit.NOT_LIVE)
         return errors
 
-    # --- one event ---------------------------------------------------------------------------------------------------
-
     def _all_of(self, event: str, occasion: HookEvent) -> list[HookError]:
         if not self._commands(event).texts:
             return []
@@ -207,8 +205,6 @@ class Hooks:
         if lines.left_out:
             log.warning("hook %s: %s: %d more bytes of output are not shown", event, words[0], lines.left_out)
         return ended
-
-    # --- hooks to run again ------------------------------------------------------------------------------------------
 
     def _kept(self, hooks: HooksToRun, *, is_over: bool = False) -> str:
         """Record that a hook is to run, or has run; a sentence if that failed, and the hook runs nevertheless."""

@@ -255,9 +255,6 @@ def _go_back(run: Run, one: UnprovenPair, item: Item, done: Finished) -> Unprove
     return None
 
 
-# --- what others ask -------------------------------------------------------------------------------------------------
-
-
 def how(item: Item) -> str:
     """An instruction for an operator: how the program takes the pair into use."""
     if item.pair is not None and item.pair.reload:

@@ -315,9 +315,6 @@ def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
         raise BridgeError(text, hint="choose an empty --csr-dir") from e
 
 
-# --- a kubelet's serving certificate ---------------------------------------------------------------------------------
-
-
 _ADDRESSES = "--node-ip of the kubelet (kubeadm: nodeRegistration.kubeletExtraArgs)"
 
 

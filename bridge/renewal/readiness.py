@@ -83,9 +83,6 @@ def _no_way(error: BridgeError) -> NoWayToRestartError:
     return NoWayToRestartError(f"not asked for, since its component could not be restarted: {error}", hint=hint)
 
 
-# --- a CA that is being replaced -------------------------------------------------------------------------------------
-
-
 class HalfRotatedError(NotReadyError):
     """The CA in ca.crt is another one than in the kubeconfigs of this node."""
 

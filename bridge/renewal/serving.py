@@ -128,9 +128,6 @@ def forget(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> 
     return _changed(settings, api, wanted, wait, pairs.cluster_without)
 
 
-# --- on and off ------------------------------------------------------------------------------------------------------
-
-
 def is_half_done(settings: Settings, component: Component) -> bool:
     """Whether the pair is on disk and the manifest does not name it, because a run ended before the restart."""
     return pairs.manifest_with_pair(inventory.of(settings.node), component, settings.node.kubeconfig_dir) is not None

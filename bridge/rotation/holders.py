@@ -389,9 +389,6 @@ def holds(value: bytes, ca: x509.Certificate) -> bool:
     return any(body in re.sub(r"\\n|\s", "", each) for each in (text, *map(_text, _RUN.findall(text))))
 
 
-# --- small ------------------------------------------------------------------------------------------------------------
-
-
 def _name(one: Mapping[str, Any]) -> str:
     metadata = mapping(one, "metadata")
     return "/".join(str(metadata[key]) for key in ("namespace", "name") if metadata.get(key))

@@ -349,9 +349,6 @@ def _counted(apis: Mapping[str, Api], now: Callable[[], datetime]) -> tuple[dict
 _Look = tuple[datetime, datetime, Counters]
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
 def _lines(paths: Iterable[Path]) -> Iterator[bytes]:
     """The lines of files that may grow meanwhile; one that is too long is empty (UnreadableLogError)."""
     for path in paths:

@@ -118,8 +118,6 @@ class Credential:
         return f"own credential {place}: wanted one that is valid, found {found}; {then}"
 
 
-# --- which there are --------------------------------------------------------------------------------------------------
-
 _KEYS = ("node.desk_key", "node.order_key")
 
 
@@ -260,9 +258,6 @@ def _remembered(settings: Settings, store: Store) -> Iterator[Credential]:
         is_same = one.file is None or _stamp(Path(one.file)) == one.stamp
         if is_same and name.split(".")[1] in settings.backends:
             yield Credential(name=name, path=one.file or "", ends=one.ends, begins=one.begins, reported=one.reported)
-
-
-# --- what is to be said -----------------------------------------------------------------------------------------------
 
 
 def warnings(found: Iterable[Credential], settings: Settings, now: datetime) -> list[str]:

@@ -416,9 +416,6 @@ def attributes_from(value: Mapping[str, Any]) -> Attributes:
     return Attributes(mode=value["mode"], uid=value["uid"], gid=value["gid"], extended=extended)
 
 
-# --- what is on disk about it ----------------------------------------------------------------------------------------
-
-
 def journal_file(store: Store) -> StateFile[dict[str, Any]]:
     """The journal: while it is there, an installation has neither happened nor not."""
     return StateFile(

@@ -134,8 +134,6 @@ class RequestLog(Generic[T]):
         if kept is not None and kept is not value:
             self._changed[key] = None
 
-    # --- looking -----------------------------------------------------------------------------------------------------
-
     def __iter__(self) -> Iterator[T]:
         return iter(self.by_name().values())
 
@@ -165,8 +163,6 @@ class RequestLog(Generic[T]):
         with self._file.path.open("rb") as file:
             file.seek(place.offset)
             return file.read(place.length)
-
-    # --- changing ----------------------------------------------------------------------------------------------------
 
     def put(self, value: T) -> None:
         """Add or replace."""
