@@ -491,10 +491,7 @@ def _expectations(run: Run, desired: DesiredNode, cas: Certificates) -> dict[str
 def _gather_answers(
     run: Run, desired: DesiredNode, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
 ) -> tuple[list[Answered], list[Outcome], Sequence[BridgeError]]:
-    """
-    Take proven and carried answers; ask the CAs for the rest, or write a request bundle for a desk: the answers, the
-    requests that a CA or an operator has, and answers to something else.
-    """
+    """Take kept and carried answers, ask for the rest or write a bundle: answers, waiting requests, answers to something else."""
     answered = [one for each in prepared if (one := _proven_before(each, expected)) is not None]
     carried, strange = _carried(run, desired, _rest(prepared, answered), expected)
     answered += carried

@@ -547,12 +547,7 @@ def _embedded(path: Path, parsed: Kubeconfig) -> _Found:
 def _referring_item(
     spec: CertificateSpec, authority: AuthorityState, path: Path, certificate_file: str, key_file: str
 ) -> Item:
-    """
-    The item of a kubeconfig that refers to files, which kubeadm refuses to look at.
-
-    A kubelet writes its own as it rotates. If the CA's key is elsewhere, no signer of the cluster answers the kubelet
-    (kubeadm's kubelet-finalize makes such a kubelet.conf nevertheless), and we renew it.
-    """
+    """The item of a kubeconfig that refers to files; even a kubelet's is ours to renew where the CA's key is elsewhere."""
     certificate_path, key_path = path.parent / certificate_file, path.parent / key_file
     found = _certificates_in(certificate_path)
     if found.state == "missing":

@@ -148,11 +148,7 @@ def lost_copy(item: Item) -> str | None:
 
 
 def proves_itself(item: Item) -> bool:
-    """
-    Whether the live certificate is an earlier one of the same pair: its CA's, the same CN, and its key is here.
-
-    The file's owner may have put another certificate of the CA there, which must not be revoked as the replaced one.
-    """
+    """Whether the live certificate is an earlier one of this pair (CA, CN, key), and not one that the file's owner put there."""
     if item.pair is None or not item.certificates or item.key_trouble or other_key(item) is not None:
         return False
     try:

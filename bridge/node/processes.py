@@ -73,12 +73,7 @@ def _started(entry: Path) -> datetime:
 
 
 def _boot_seconds() -> float:
-    """
-    When the machine started, by the present clock.
-
-    Between the readings of two clocks a busy machine may let other programs run, by which a process would seem younger
-    than it is: the reading counts that took the least time.
-    """
+    """When the machine started, by the present clock; of three readings the quickest counts, since the others were held up."""
     readings = []
     for _ in range(3):
         begin, now, end = time.clock_gettime(time.CLOCK_BOOTTIME), time.time(), time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -101,10 +101,7 @@ def sign_proof(
 
 
 def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
-    """
-    Why the continuity proof does not hold; None: it proves that the bundle's maker has the key of `replaces`, whose CN
-    is the new certificate's. `origin_problem` and `usages_problem` check the rest.
-    """
+    """Why the continuity proof does not hold; None: the bundle's maker has the key of `replaces`, which has the new one's CN."""
     if request.replaces is None:
         return "wanted the certificate that is replaced, found none"
     if request.proof is None:

@@ -383,10 +383,7 @@ def _path_violations(
 
 
 def _below_cross(chain: Sequence[x509.Certificate], cross: x509.Certificate) -> Iterator[Violation]:
-    """
-    OpenSSL takes a cross certificate for the issuer only if nothing in the AKI contradicts (RFC 5280 §4.2.1.1): neither
-    the key identifier, nor an issuer and serial number, which are those of the anchor's own certificate.
-    """
+    """What keeps OpenSSL from taking the cross certificate for the issuer: the AKI (RFC 5280 §4.2.1.1), or its path length."""
     found, key_id = extension(chain[-1], x509.AuthorityKeyIdentifier), extension(cross, x509.SubjectKeyIdentifier)
     if found is not None and found.authority_cert_serial_number is not None:
         want = "a key identifier alone, since the cross certificate has another issuer and serial number"

@@ -152,10 +152,7 @@ def _pairs(
 
 
 def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacement]:
-    """
-    Replace a pair as a kubelet does: a dated file, and the symlink turned to it; older files stay. A kubeconfig refers
-    to the symlink then: an embedded copy, once expired, keeps the kubelet from starting (measured on 1.37).
-    """
+    """Replace a pair as a kubelet does: a dated file, and the symlink to it, to which its kubeconfig refers from then on."""
     base, moment = current.name.removesuffix("-current.pem"), datetime.now(UTC)  # of writing, as the kubelet has it
     directory, path = current.parent.resolve(), one.item.certificate_path
     while (dated := directory / f"{base}-{moment.astimezone():%Y-%m-%d-%H-%M-%S}.pem").exists():
@@ -168,7 +165,7 @@ def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacemen
     pair = kubelet.OURS + chain + one.key_pem
     yield dataclasses.replace(_replacing(one, dated, KEY_MASK, pair), attributes=attributes)
     yield dataclasses.replace(_replacing(one, current, KEY_MASK, None), is_link=True, leads_to=str(dated))
-    if conf is not None:
+    if conf is not None:  # an embedded copy, once expired, keeps the kubelet from starting (measured on 1.37)
         try:
             data = kubeconfig.with_references(conf, str(current))
         except kubeconfig.KubeconfigError:  # its form allows none

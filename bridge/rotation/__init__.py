@@ -254,12 +254,7 @@ def _another_key(change: Change, leaves: Mapping[str, x509.Certificate]) -> Iter
 
 
 def _cross(change: Change, cross: x509.Certificate, now: datetime) -> Iterator[Violation]:
-    """
-    Whether a client that trusts the old CA alone gets from a new leaf to it.
-
-    OpenSSL leaves a candidate out whose key identifiers contradict, Go whose EKUs or path lengths do (measured on
-    Kubernetes 1.37 and OpenSSL 3.0).
-    """
+    """Whether clients that trust the old CA alone get to it: OpenSSL compares key identifiers, Go EKUs and path lengths."""
     old, new = change.old, change.new
     same = {
         "subject": new.subject.public_bytes() == cross.subject.public_bytes(),

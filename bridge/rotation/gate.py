@@ -235,13 +235,7 @@ def assert_said(
     *,
     has_begun: bool = False,
 ) -> None:
-    """
-    Each of these nodes has said that it is in the phase before, the others than our `own` lately (pure;
-    NotReadyEverywhereError: one has not).
-
-    A phase that `has_begun` here goes on without the latter: while a CA's people are at work the hour ends, and before an
-    installation each server is shown the certificates.
-    """
+    """Nodes have said that they are in the phase before, others than `own` lately, unless it `has_begun` here (pure)."""
     signer, others = change.signer(target), {node: said for node, said in words.items() if node != own}
     if target is Phase.ISSUED:
         what = f"trust {text(change.new)}"
@@ -255,6 +249,7 @@ def assert_said(
             + ", ".join(f"{node} ({words[node].trouble})" if words[node].trouble else node for node in behind),
             hint=_again(target, behind),
         )
+    # while a CA's people are at work the hour ends; before an installation each server is shown the certificates
     late = [] if has_begun else late_words(others, target, now)
     if late:
         raise NotReadyEverywhereError(

@@ -327,12 +327,7 @@ def _json_patch(pointer: str, *, is_bytes: bool = False) -> _Patch:
 def _foreign(
     kind: str, one: Mapping[str, Any], where: str, value: bytes, change: Change, phase: Phase, patch: _Patch | None
 ) -> Iterator[Held]:
-    """
-    A value of others with the old CA: while both are trusted the new one has to be there, too, at the end alone.
-
-    The command has the value as it should be where that is certificates alone; a value with anything else, such as a
-    kubeconfig, is edited in place and never printed.
-    """
+    """Others' value with the old CA alone, or at the end with it at all; certificates alone have a command, and are printed."""
     is_over = phase is Phase.NEW
     is_finished = change.old == change.new  # no backup knows the old one any more
     if is_finished or not holds(value, change.old) or (holds(value, change.new) and not is_over):
