@@ -95,16 +95,14 @@ def due_from(chain: Sequence[x509.Certificate], before: Before, validity: timede
     """The time from which on a certificate should be renewed."""
     end = first_end(chain)
     lifetime = end - chain[0].not_valid_before_utc
+    # kubeadm up to 1.30 copies notBefore from the CA, which makes lifetimes up to ten years too long
     due = end - before.of(min(lifetime, validity))
     return max(due, end - lifetime * ROTATION_IS_LATE) if rotates else due
 
 
 def is_due(chain: Sequence[x509.Certificate], before: Before, validity: timedelta, now: datetime) -> bool:
     """Whether a certificate should be renewed: less than `before` is left, or it has expired."""
-    end = first_end(chain)
-    # kubeadm up to 1.30 copies notBefore from the CA, which makes lifetimes up to ten years too long
-    lifetime = min(end - chain[0].not_valid_before_utc, validity)
-    return end < now or end - now < before.of(lifetime)
+    return first_end(chain) < now or now > due_from(chain, before, validity, rotates=False)
 
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}

@@ -169,10 +169,7 @@ def _note_going_back(store: Store, phases: Mapping[str, Phase | None]) -> None:
     """Record the phases to which these CAs are about to go back (None: they do no longer); those of others stay."""
     file = _going_back(store)
     now = {**(file.read() or {}), **phases}
-    if left := {name: phase for name, phase in now.items() if phase is not None}:
-        file.put(left)
-    else:
-        file.remove()
+    file.put({name: phase for name, phase in now.items() if phase is not None})
 
 
 def _with_objects(run: Run, node: Node, steps: Sequence[Step], result: Result) -> Result:

@@ -260,33 +260,23 @@ class Link:
 START = Link(0, ZEROS)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def version(found: os.stat_result) -> tuple[int, ...]:
+    """What differs once a file was changed, or another one is in its place."""
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
 class _End:
     """The end of the file as a writer left it; a different end is another writer's."""
 
-    device: int
-    inode: int
-    size: int
-    changed_ns: int
+    found: os.stat_result
     link: Link
     doer: Mapping[str, str]  #: The user and host of this process.
-
-    @classmethod
-    def of(cls, found: os.stat_result, link: Link, doer: Mapping[str, str]) -> _End:
-        """The end of the file as it was found."""
-        return cls(
-            device=found.st_dev,
-            inode=found.st_ino,
-            size=found.st_size,
-            changed_ns=found.st_mtime_ns,
-            link=link,
-            doer=doer,
-        )
 
     def is_of(self, path: Path) -> bool:
         """Whether the file ends so now; False, too, if it can't be looked at."""
         try:
-            return self == _End.of(path.lstat(), self.link, self.doer)
+            return version(path.lstat()) == version(self.found)
         except OSError:
             return False
 
@@ -304,12 +294,12 @@ class Chain:
         """Add lines, safe on disk, and return them with those about damage; after an error none was added."""
         path, end = self._store.audit, self._end
         self._end = None
-        if head_later and end is not None and end.size < self._limit and end.is_of(path):
+        if head_later and end is not None and end.found.st_size < self._limit and end.is_of(path):
             lines, last = _chained(events, end.link, end.doer)
             found = append(path, b"".join(lines))
         else:
             lines, last, found = self._add_after_a_look(events, head_later=head_later)
-        self._end = _End.of(found, last, end.doer if end is not None else who()) if head_later else None
+        self._end = _End(found, last, end.doer if end is not None else who()) if head_later else None
         return lines
 
     def _add_after_a_look(

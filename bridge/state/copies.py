@@ -225,7 +225,7 @@ def _replace(place: OpenPath, found: _Found, changed: bytes) -> None:
     staged.unlink(missing_ok=True)  # of a run that was killed
     write_staged(staged, changed, found.attributes.narrowed(KUBECONFIG_MASK))
     try:
-        if _version(place.path.lstat()) != _version(found.status):
+        if audit.version(place.path.lstat()) != audit.version(found.status):
             raise UnreadableError("it was changed while it was refreshed, and is as its owner has left it")  # noqa: TRY301
         staged.rename(place.path)
     except BaseException:
@@ -278,10 +278,6 @@ class _Found:
     data: bytes
     attributes: Attributes
     status: os.stat_result
-
-
-def _version(status: os.stat_result) -> tuple[int, ...]:
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @contextlib.contextmanager
