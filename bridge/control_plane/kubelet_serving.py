@@ -79,10 +79,6 @@ class NotHereError(BridgeError):
     hint = "`ca-bridge help kubelets` says what each node needs"
 
 
-class NotYetError(WaitingError):
-    """Another node comes first."""
-
-
 class PutBackError(BridgeError):
     """The change did not work, and the old configuration is back."""
 
@@ -188,7 +184,7 @@ class _Switch:
             wanted, found = ("with", "without") if asks else ("without", "with")
             command = "`ca-bridge kubelets on`" if asks else "`ca-bridge kubelets off`"
             hint = f"{command} on a control-plane node comes first"
-            raise NotYetError(f"wanted {kubeadm.KUBELETS} {wanted} serverTLSBootstrap, found it {found}", hint=hint)
+            raise WaitingError(f"wanted {kubeadm.KUBELETS} {wanted} serverTLSBootstrap, found it {found}", hint=hint)
 
     def _map(self, *, asks: bool) -> None:
         try:

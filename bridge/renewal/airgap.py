@@ -204,12 +204,6 @@ def _answered(run: Run, node: Node, items: Sequence[Item], found: Found) -> tupl
 # --- answers in files: a desk's bundle is matched by the request's digest, a loose certificate by its public key -------
 
 
-class NotAskedForError(BridgeError):
-    """An answer to no request of this node, or without the desk's signature."""
-
-    exit_code: ClassVar[int] = Exit.REFUSED
-
-
 #: Where the settings name the desk's key.
 _SIGNED = "wanted an answer that the desk has signed"
 _SIGNED_HINT = "have the desk sign its answers (answer_key in its policy); node.desk_key in the settings names whose signature counts"
@@ -240,7 +234,7 @@ class Found:
 
     def refuse(self, path: Path, text: str, hint: str | None = None) -> None:
         """Keep an answer to something else, or of unknown origin, as an error."""
-        self.strange.append(NotAskedForError(f"{path}: {text}", hint=hint))
+        self.strange.append(BridgeError(f"{path}: {text}", hint=hint, exit_code=Exit.REFUSED))
 
     def take(self, name: str, answer: Issued | BridgeError, path: Path) -> None:
         """Keep an answer; `best` chooses between several."""
@@ -301,8 +295,8 @@ def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
         else:
             found.loose[path] = [one for one in loose if _has_dates(one, path, found)]
     except BundleError as e:
-        kind = BridgeError if isinstance(e, IncompleteBundleError) else NotAskedForError
-        error = kind(f"{path}: {e}", hint=e.hint)
+        code = Exit.FAILED if isinstance(e, IncompleteBundleError) else Exit.REFUSED
+        error = BridgeError(f"{path}: {e}", hint=e.hint, exit_code=code)
         if not skip:
             raise error from None
         if e.found == bundle_format.REQUEST_SCHEMA:

@@ -94,12 +94,6 @@ _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 # --- a CA that is being replaced -------------------------------------------------------------------------------------
 
 
-class AskedElsewhereError(WaitingError):
-    """The next CA has the request: an answer of the CA that signs now would be another certificate's."""
-
-    hint = "`ca-bridge rotate-ca issue` installs its answer; `ca-bridge pending cancel NAME` gives it up"
-
-
 def next_ca_file(store: Store) -> StateFile[tuple[str, ...]]:
     """The authorities whose next CA has been asked, until all of its answers are installed."""
     return coded(
@@ -112,15 +106,6 @@ def next_ca_file(store: Store) -> StateFile[tuple[str, ...]]:
     )
 
 
-class NoCaYetError(WaitingError):
-    """The settings name the next CA alone, and the CA of before still signs."""
-
-    hint = (
-        "`ca-bridge rotate-ca trust` and `issue` renew it with all others; before `trust`, where kubeadm's CA key is on "
-        "this node, `kubeadm certs renew NAME`"
-    )
-
-
 def hold_for_next_ca(selection: Selection, run: Run) -> Selection:
     """The selection without certificates that the next CA has been asked for, or is to be asked for later."""
     next_cas = next_ca_file(run.store).read() or ()
@@ -129,11 +114,16 @@ def hold_for_next_ca(selection: Selection, run: Run) -> Selection:
     failing: dict[str, BridgeError] = {}
     for name, authority in ((item.spec.name, item.spec.authority.name) for item in selection.items):
         if authority in next_cas and name in waiting:
-            text = "the CA that takes this one's place has the request, and has not answered yet"
-            failing[name] = AskedElsewhereError(text)
+            failing[name] = WaitingError(
+                "the CA that takes this one's place has the request, and has not answered yet",
+                hint="`ca-bridge rotate-ca issue` installs its answer; `ca-bridge pending cancel NAME` gives it up",
+            )
         elif authority in later:
-            text = "the settings name the next CA alone (`next.anchor`), which does not sign yet on this node"
-            failing[name] = NoCaYetError(text)
+            failing[name] = WaitingError(
+                "the settings name the next CA alone (`next.anchor`), which does not sign yet on this node",
+                hint="`ca-bridge rotate-ca trust` and `issue` renew it with all others; before `trust`, where kubeadm's CA "
+                "key is on this node, `kubeadm certs renew NAME`",
+            )
     return selection.without(failing)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import ClassVar
 
 from cryptography import x509
 
@@ -28,18 +27,6 @@ from bridge.system.paths import UnreadableError, read
 BYTES_NEEDED, INODES_NEEDED = 1 << 20, 64
 
 
-class NoRoomError(NotReadyError):
-    """The new files, or the copies of the old ones, would not fit."""
-
-    hint = "make room there, then run again; no CA was asked"
-
-
-class NoWayToRestartError(NotReadyError):
-    """The component that uses the new certificate can't be restarted."""
-
-    exit_code: ClassVar[int] = Exit.USAGE
-
-
 def assert_room(settings: Settings) -> None:
     """Look at the disks of the state, PKI and kubeconfig directories (NotReadyError)."""
     node = settings.node
@@ -48,7 +35,7 @@ def assert_room(settings: Settings) -> None:
         text = f"file system of {', '.join(closed)}: wanted one that can be written to, found it read-only"
         raise NotReadyError(text, hint=f"{READ_ONLY_HINT}, then run again; no CA was asked")
     if problems := [text for text in map(_too_little, found) if text]:
-        raise NoRoomError("; ".join(problems))
+        raise NotReadyError("; ".join(problems), hint="make room there, then run again; no CA was asked")
 
 
 def _too_little(room: DiskSpace) -> str:
@@ -78,16 +65,13 @@ def without_restart(node: Node, settings: Settings, items: Sequence[Item], now: 
     ]
 
 
-def _no_way(error: BridgeError) -> NoWayToRestartError:
+def _no_way(error: BridgeError) -> NotReadyError:
     hint = f"{error.hint}; or `ca-bridge renew --no-restart` installs it, and says what to restart"
-    return NoWayToRestartError(f"not asked for, since its component could not be restarted: {error}", hint=hint)
+    text = f"not asked for, since its component could not be restarted: {error}"
+    return NotReadyError(text, hint=hint, exit_code=Exit.USAGE)
 
 
-class HalfRotatedError(NotReadyError):
-    """The CA in ca.crt is another one than in the kubeconfigs of this node."""
-
-
-def half_rotated(node: Node, kubeconfig_dir: Path) -> HalfRotatedError | None:
+def half_rotated(node: Node, kubeconfig_dir: Path) -> NotReadyError | None:
     """Find kubeconfigs that accept the API server's live certificate, and would refuse its next one."""
     serving = next((item.certificates for item in node.items if item.spec.name == "apiserver"), ())
     anchors = next((one.certificates for one in node.authorities if one.authority.name == "ca"), ())
@@ -102,7 +86,7 @@ def half_rotated(node: Node, kubeconfig_dir: Path) -> HalfRotatedError | None:
     if not behind:
         return None
     ca = next(one.path for one in node.authorities if one.authority.name == "ca")
-    return HalfRotatedError(
+    return NotReadyError(
         f"wanted the first CA of {ca} in each kubeconfig, since it signs the new certificates; "
         f"found only the old one in {', '.join(behind)}",
         hint="have both CAs in certificate-authority-data of every kubeconfig, of all nodes and people, before the new "

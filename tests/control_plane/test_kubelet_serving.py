@@ -24,9 +24,9 @@ from bridge.cli.app import app
 from bridge.cluster.api import Api
 from bridge.cluster.kubeadm import CLUSTER, KUBELETS
 from bridge.control_plane import kubelet_serving
-from bridge.control_plane.kubelet_serving import NotHereError, NotYetError, PutBackError, Report
+from bridge.control_plane.kubelet_serving import NotHereError, PutBackError, Report
 from bridge.diagnosis.examination import of_kubelets
-from bridge.errors import BridgeError, Exit, SettingsError
+from bridge.errors import BridgeError, Exit, SettingsError, WaitingError
 from bridge.node import kubelet
 from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
@@ -213,7 +213,7 @@ def test_on_and_off_node_by_node(site: Site) -> None:
     """Each waits for the others where it must; a second run has nothing to do; off leaves every text as it was."""
     manifest = site.manifest.read_text()
     assert site.levels()["kubelet-serving"] == ["warning", "warning"]
-    with pytest.raises(NotYetError, match="with serverTLSBootstrap, found it without"):
+    with pytest.raises(WaitingError, match="with serverTLSBootstrap, found it without"):
         site.switch("w1", on=True)
     report = site.switch("cp1", on=True)
     assert report.exit_code == Exit.WAITING
@@ -231,7 +231,7 @@ def test_on_and_off_node_by_node(site: Site) -> None:
     # the API server is the node's own, and has no mirror pod
     one_each = {"kubelet-authority": ["ok"], "kubelet-config": ["ok"]}
     assert site.levels() == {"kubelet-serving": ["ok", "ok"], **one_each}
-    with pytest.raises(NotYetError, match="without serverTLSBootstrap, found it with"):
+    with pytest.raises(WaitingError, match="without serverTLSBootstrap, found it with"):
         site.switch("w1", on=False)
     for node in ("cp1", "w1"):
         assert site.switch(node, on=False).exit_code == 0

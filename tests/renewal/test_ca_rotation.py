@@ -12,8 +12,7 @@ from bridge.errors import Exit
 from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
 from bridge.renewal import renew
-from bridge.renewal.readiness import HalfRotatedError
-from bridge.renewal.select import ForeignIdentityError, RunOptions
+from bridge.renewal.select import ForeignIdentityError, NotReadyError, RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from tests.kit.issuing import Signer
@@ -59,10 +58,10 @@ def test_a_new_ca_that_the_kubeconfigs_do_not_know(node: Pki, tmp_path: Path, ne
         result = renewed(settings)
     assert {outcome.name for outcome in result.renewed} == OF_OTHER_CAS
     # without the old one nothing says any more whose the live certificates are
-    wanted, hint = (HalfRotatedError, "certificate-authority-data") if keeps_old else (ForeignIdentityError, "old")
+    wanted, hint = (NotReadyError, "certificate-authority-data") if keeps_old else (ForeignIdentityError, "old")
     assert {type(outcome.error) for outcome in result.failed} == {wanted}
     assert result.exit_code == Exit.FAILED
-    assert hint in (result.failed[0].error or HalfRotatedError("")).hint
+    assert hint in (result.failed[0].error or NotReadyError("")).hint
     assert (kubeconfigs(node), (node.pki_dir / "apiserver.crt").read_bytes()) == (before, serving)
     assert (tmp_path / "cas/ca/index.txt").read_text() == ""
     assert not (tmp_path / "state/attempts.json").exists()  # no CA was asked in vain

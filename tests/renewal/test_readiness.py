@@ -12,8 +12,7 @@ import pytest
 from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.renewal import readiness, renew
-from bridge.renewal.readiness import NoRoomError, NoWayToRestartError
-from bridge.renewal.select import RunOptions
+from bridge.renewal.select import NotReadyError, RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import RestartSettings, Settings
 from tests.kit.pki import Pki, handmade_pki
@@ -62,7 +61,7 @@ def test_no_signature_is_spent_where_there_is_no_room(
     with monkeypatch.context() as patch:
         patch.setattr(readiness, limit, 1 << 70)
         for _ in range(3):
-            with pytest.raises(NoRoomError, match=what):
+            with pytest.raises(NotReadyError, match=what):
                 renewed(settings)
     assert (contents(node), signed(tmp_path)) == (old, 0)
     assert not (tmp_path / "state/attempts.json").exists()
@@ -79,7 +78,7 @@ def test_a_kubelet_without_a_command_is_found_before_its_certificate_is_asked_fo
     without = restarting(settings, "static-pods")
     result = renewed(without, "kubelet.conf", "admin.conf")
     assert ([o.name for o in result.renewed], [o.name for o in result.failed]) == (["admin.conf"], ["kubelet.conf"])
-    assert isinstance(result.failed[0].error, NoWayToRestartError)
+    assert isinstance(result.failed[0].error, NotReadyError)
     assert (result.exit_code, signed(tmp_path)) == (Exit.USAGE, 1)
     assert "restart.commands" in str(result.failed[0].error)
     assert not (tmp_path / "state/attempts.json").exists()
