@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import kubeadm_names
 from bridge.pki.certificates import pem
 from bridge.pki.csr import PrivateKey, alternative_names, generate_key, key_pem, signature_hash
-from bridge.pki.kubeadm_names import NamingFacts, Release
+from bridge.pki.kubeadm_names import NamingFacts, Release, builder_of
 from bridge.specs import AUTHORITIES, DEFAULT_CLUSTER, SPECS, CertificateSpec, KeyAlgorithm
 
 _BACKDATED = timedelta(minutes=5)
@@ -132,7 +131,7 @@ def ca_certificate(cn: str, key: PrivateKey, not_before: datetime, not_after: da
     """A self-signed CA as kubeadm makes it: a CN alone, KeyUsage without cRLSign."""
     subject = _name(cn)
     builder = (
-        _builder(subject, subject, key, not_before, not_after)
+        builder_of(subject, subject, key.public_key(), not_before, not_after)
         .add_extension(_key_usage(certificate_signing=True), critical=True)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .add_extension(_subject_key_identifier(key), critical=False)
@@ -158,7 +157,7 @@ def leaf_certificate(
     issuer_key = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
     ekus = x509.ExtendedKeyUsage(sorted((x509.ObjectIdentifier(eku.value) for eku in spec.ekus), key=str))
     builder = (
-        _builder(subject, ca.certificate.subject, key, begin, not_after)
+        builder_of(subject, ca.certificate.subject, key.public_key(), begin, not_after)
         .add_extension(_key_usage(certificate_signing=False), critical=True)
         .add_extension(ekus, critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -167,20 +166,6 @@ def leaf_certificate(
     if sans := cluster.sans(spec):
         builder = builder.add_extension(x509.SubjectAlternativeName(sans), critical=False)
     return builder.sign(ca.key, signature_hash(ca.key))
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: PrivateKey, not_before: datetime, not_after: datetime
-) -> x509.CertificateBuilder:
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(secrets.randbelow(2**63 - 1) + 1)
-        .not_valid_before(not_before)
-        .not_valid_after(not_after)
-    )
 
 
 def _user(spec: CertificateSpec, cluster: Cluster) -> str:

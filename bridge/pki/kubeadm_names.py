@@ -217,23 +217,28 @@ def named(certificate: x509.Certificate, naming: Naming) -> x509.Certificate:
     return _unsigned(_like(certificate, naming.subject), [(x509.SubjectAlternativeName(naming.sans), False)])
 
 
+_DAY = timedelta(days=1)
+
+
 def sample(naming: Naming, begin: datetime) -> x509.Certificate:
     """A certificate of no CA with these names, only to be read."""
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
     extensions = [(x509.SubjectAlternativeName(naming.sans), False)] if naming.sans else []
-    return _unsigned(_builder(naming.subject, subject_of("no issuer"), key, begin), extensions)
+    return _unsigned(builder_of(naming.subject, subject_of("no issuer"), key, begin, begin + _DAY), extensions)
 
 
 def _like(certificate: x509.Certificate, subject: x509.Name) -> x509.CertificateBuilder:
-    return _builder(subject, certificate.issuer, certificate.public_key(), certificate.not_valid_before_utc)
+    begin = certificate.not_valid_before_utc
+    return builder_of(subject, certificate.issuer, certificate.public_key(), begin, begin + _DAY)
 
 
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: CertificatePublicKeyTypes, begin: datetime
+def builder_of(
+    subject: x509.Name, issuer: x509.Name, key: CertificatePublicKeyTypes, begin: datetime, end: datetime
 ) -> x509.CertificateBuilder:
+    """The beginning of a certificate, with a serial number of 63 bits as kubeadm's."""
     builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
-    builder = builder.serial_number(x509.random_serial_number())
-    return builder.not_valid_before(begin).not_valid_after(begin + timedelta(days=1))
+    builder = builder.serial_number(x509.random_serial_number() >> 96)  # of 159 bits
+    return builder.not_valid_before(begin).not_valid_after(end)
 
 
 def _unsigned(

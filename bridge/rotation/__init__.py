@@ -1,8 +1,5 @@
 """
-The replacement of a CA while the cluster runs: trust both, issue from the new one, trust the new one alone.
-
-Here are its rules (pure): the phase of one node, what differs from a phase there, and whether a new CA can take the old
-one's place, which is asked before anything is replaced.
+The replacement of a CA while the cluster runs (trust both, issue from the new one, trust it alone), and its rules (pure).
 
 The phase follows from the CA file, the CA data of kubeconfigs and the issuers of the leaves; it is recorded nowhere.
 kubeadm and our own checks take the first certificate of a CA file as the CA that signs (measured on 1.37), so that the

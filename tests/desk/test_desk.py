@@ -40,6 +40,7 @@ from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, dumps, file_names, loads_answer, request_file_name, short_fingerprint
 from bridge.pki.certificates import pem
 from bridge.pki.csr import PrivateKey, signature_hash
+from bridge.pki.kubeadm_names import builder_of
 from bridge.pki.verify import Expectation, check
 from bridge.settings.load import load
 from bridge.specs import AUTHORITIES, SPECS
@@ -502,7 +503,9 @@ def test_a_user_of_the_cluster_does_not_become_its_master(desk_: Desk, pki: Pki,
 
 def leaf_of(ca: sample_pki.ThrowawayCA, subject: str, key: PrivateKey) -> x509.Certificate:
     name, now = x509.Name.from_rfc4514_string(subject), datetime.now(UTC)
-    builder = sample_pki._builder(name, ca.certificate.subject, key, now - timedelta(hours=1), now + timedelta(days=9))
+    builder = builder_of(
+        name, ca.certificate.subject, key.public_key(), now - timedelta(hours=1), now + timedelta(days=9)
+    )
     return builder.sign(ca.key, signature_hash(ca.key))
 
 

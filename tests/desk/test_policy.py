@@ -23,7 +23,7 @@ from bridge.node import sample_pki
 from bridge.pki import kubeadm_names
 from bridge.pki.bundle import RequestBundle
 from bridge.pki.csr import PrivateKey, generate_key, signature_hash
-from bridge.pki.kubeadm_names import Release
+from bridge.pki.kubeadm_names import Release, builder_of
 from bridge.specs import AUTHORITIES, EKU, SPECS
 from bridge.specs import MASTERS as MASTERS_GROUP
 from tests.kit import odd_csrs
@@ -400,7 +400,7 @@ def _ca_key(pki: Pki, authority: str = "ca") -> PrivateKey:
 
 def _leaf(ca: sample_pki.ThrowawayCA, subject: str, key: PrivateKey, *ekus: EKU) -> x509.Certificate:
     name = x509.Name.from_rfc4514_string(subject)
-    builder = sample_pki._builder(name, ca.certificate.subject, key, NOW, NOW + timedelta(days=10))
+    builder = builder_of(name, ca.certificate.subject, key.public_key(), NOW, NOW + timedelta(days=10))
     if ekus:
         usages = x509.ExtendedKeyUsage([x509.ObjectIdentifier(eku.value) for eku in ekus])
         builder = builder.add_extension(usages, critical=False)
