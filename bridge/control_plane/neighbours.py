@@ -1,7 +1,4 @@
-"""
-The other control-plane nodes: a restart here waits until their etcd members and API servers are well, and for its turn.
-Neither a fault of this node nor an API that does not answer is an obstacle, since a node must be repairable.
-"""
+"""The other control-plane nodes: a restart waits until they are well, and for its turn; an API without an answer is no obstacle."""
 
 from __future__ import annotations
 

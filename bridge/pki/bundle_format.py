@@ -227,7 +227,7 @@ def _read_request(value: object, place: str) -> BundledRequest:
         authority=fields.choice("authority", list(AUTHORITIES)),
         ekus=_ekus(fields),
         validity=_validity(fields),
-        csr=fields.csr("csr"),
+        csr=_block(x509.load_pem_x509_csr, fields.values["csr"], f"{place}.csr", "a CSR"),
         replaces=None if replaces is None else certificate(replaces, f"{place}.replaces", " or null"),
         proof=fields.encoded("proof"),
     )
@@ -446,10 +446,6 @@ class Fields:
         if not decoded or b64encode(decoded).decode() != value:
             self.fail(key, "base64 or null")
         return decoded
-
-    def csr(self, key: str) -> x509.CertificateSigningRequest:
-        """A CSR as one PEM block, all of which can be read."""
-        return _block(x509.load_pem_x509_csr, self.values[key], f"{self.place}{key}", "a CSR")
 
 
 def certificate(value: object, place: str, or_else: str = "") -> x509.Certificate:

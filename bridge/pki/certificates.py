@@ -61,10 +61,7 @@ _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 
 def load_pem_certificates(data: bytes) -> list[x509.Certificate]:
-    """
-    All certificates of a PEM text, in their order; text around them, other blocks and blocks with headers are skipped,
-    as by Go's `cert.ParseCertsPEM`, but a damaged block is an error: the next would be taken for the leaf.
-    """
+    """All certificates of a PEM text, in order; all else is skipped as by Go's `cert.ParseCertsPEM`, a damaged block is an error."""
     found = [_load(body, number) for number, body in enumerate(_bodies(data), start=1) if b":" not in body]
     if not found:
         raise ValueError("no PEM block of type CERTIFICATE")

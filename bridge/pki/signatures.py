@@ -96,8 +96,7 @@ def sign_proof(
     terms: Terms | None,
 ) -> bytes:
     """Sign this CSR, for one request of one bundle, with the key of the certificate that it replaces."""
-    message = _proof_message(csr, (batch, node, cluster, name), terms)
-    return sign(old_key, message)
+    return sign(old_key, _proof_message(csr, (batch, node, cluster, name), terms))
 
 
 def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:

@@ -1,9 +1,8 @@
 """
-Switch the serving certificates of kube-controller-manager and kube-scheduler on and off.
+Switch the serving certificates of kube-controller-manager and kube-scheduler on and off; each step can be repeated.
 
-On: a renewal by name makes the pair, and the restart after it puts the flags into the manifest. kubeadm writes the
-manifests of all nodes from kubeadm-config, so that kubeadm-config gets the flags once every control-plane node has its
-pair. Off is the reverse. Each step can be repeated after a kill.
+On: a renewal by name makes the pair, the restart after it puts the flags into the manifest, and kubeadm-config, from which
+kubeadm writes all manifests, gets them once every control-plane node has its pair. Off is the reverse.
 """
 
 from __future__ import annotations
@@ -136,8 +135,7 @@ def is_half_done(settings: Settings, component: Component) -> bool:
 def put_in(settings: Settings, component: Component, wait: timedelta) -> RestartReport:
     """Restart a component with its pair in the manifest; if the component does not come back, without it."""
     with session.alone(settings, wait) as (store, record):
-        node = inventory.of(settings.node)
-        restarts = Restarts(node=node, settings=settings, store=store, record=record)
+        restarts = Restarts(node=inventory.of(settings.node), settings=settings, store=store, record=record)
         done, back = restarts.with_text(component, None)
         return RestartReport(components=(component,), done=(*done, *back))
 

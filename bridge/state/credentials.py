@@ -1,8 +1,6 @@
 """
-Our own credentials: by which a CA, a desk or a cluster knows us, and when each of them ends.
-
-A renewal needs them, and renews none of them. Which files they are in is remembered with the settings that were checked,
-so that a night with nothing due loads no backend; the end of a token or secret id is what its CA said when it was asked.
+Our own credentials, by which a CA, a desk or a cluster knows us, and when each ends; a renewal renews none of them. Their
+files are remembered with the checked settings, so that a night with nothing due loads no backend.
 """
 
 from __future__ import annotations

@@ -100,10 +100,7 @@ def link_digest(leads_to: str) -> str:
 
 
 def install(store: Store, replacements: Sequence[Replacement], run_id: str, about: Mapping[str, Any]) -> str:
-    """
-    Replace all files or none, and return the backup's ID; `about` goes into its manifest. InstallError: nothing was
-    replaced, or all was put back; if even that failed, the journal stays for `recover`.
-    """
+    """Replace all files or none; the backup's ID (InstallError: all old, or the journal stays for `recover`)."""
     targets = [_target(replacement, run_id) for replacement in replacements]
     backup_id = ""
     try:
@@ -158,10 +155,7 @@ def _note_time(store: Store, paths: Sequence[Path], kept: Mapping[Path, Written 
 
 
 def recover(store: Store) -> Recovery | None:
-    """
-    Finish an interrupted installation: forward if every new file is there, else back to the backup; None: there is
-    none. InstallError: neither way works; StateError: the journal is damaged, and nothing was touched.
-    """
+    """Finish an interrupted installation, or else undo it; None: there is none (InstallError: neither works; StateError)."""
     try:
         return _recover(store)
     except OSError as e:
