@@ -68,7 +68,8 @@ def generate_key(algorithm: KeyAlgorithm) -> PrivateKey:
 
 def key_block(pem: bytes) -> bytes:
     """The first private key of a PEM text, which may hold certificates before it; the text itself if it holds none."""
-    found = re.search(rb"-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?-----END \1-----", pem, re.DOTALL)
+    # none within a block, so that a file of BEGIN lines alone is read once, not once for each line
+    found = re.search(rb"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(?:(?!-----BEGIN ).)*?-----END \1-----", pem, re.DOTALL)
     return found[0] + b"\n" if found else pem
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import time
 from datetime import timedelta
 
 import pytest
@@ -342,3 +343,13 @@ def test_kinds_of_keys_have_names() -> None:
         (ed25519.Ed25519PrivateKey.generate(), "ed25519"),
     ):
         assert (csr.algorithm_name(other.public_key()), csr.known_algorithm(other.public_key())) == (label, None)
+
+
+@pytest.mark.attack("N5")
+def test_a_file_of_beginnings_is_read_once() -> None:
+    """A further pair's key file may be its program's own: a megabyte of BEGIN lines would hold up root's runs for minutes."""
+    begin, key = b"-----BEGIN RSA PRIVATE KEY-----\n", csr.key_pem(csr.generate_key("rsa-2048"))
+    text, began = begin * 10_000, time.monotonic()
+    assert csr.key_block(text) == text
+    assert csr.key_block(text + key) == key
+    assert time.monotonic() - began < 5
