@@ -157,10 +157,8 @@ class VaultBackend:
         return vault_setup.setup(wanted)
 
     @classmethod
-    def from_settings(cls, settings: BackendSettings) -> VaultBackend:
+    def from_settings(cls, settings: VaultSettings) -> VaultBackend:
         """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
-        if not isinstance(settings, VaultSettings):
-            raise TypeError(f"wanted VaultSettings, found {type(settings).__name__}")
         return cls(settings)
 
     def sign(self, request: SignRequest) -> Issued:

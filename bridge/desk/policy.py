@@ -469,16 +469,13 @@ def _unlisted(name: str, policy: Policy) -> str:
 
 def _spec_problems(name: str, authority: str, ekus: frozenset[EKU], policy: Policy) -> Iterator[str]:
     """CA and usages, by our table, or by the policy's for a further pair."""
-    if (spec := CARRIED.get(name)) is not None:
-        wanted, usages = spec.authority.name, spec.ekus
-    elif (rules := policy.certificates.get(name)) is not None:
-        wanted, usages = rules.authority, rules.ekus
-    else:
+    spec = CARRIED.get(name) or policy.spec_of(name)
+    if spec is None:
         raise AssertionError("a pair without a table is a problem already")
-    if authority != wanted:
-        yield f"authority: wanted {wanted} for {name}, found {authority}"
-    if ekus != usages:
-        yield f"EKU: wanted {_ekus(usages)}, found {_ekus(ekus)}"
+    if authority != spec.authority.name:
+        yield f"authority: wanted {spec.authority.name} for {name}, found {authority}"
+    if ekus != spec.ekus:
+        yield f"EKU: wanted {_ekus(spec.ekus)}, found {_ekus(ekus)}"
 
 
 def _csr_problems(csr: x509.CertificateSigningRequest, keys: Sequence[str], *, sans: bool) -> Iterator[str]:

@@ -160,10 +160,7 @@ def _about(configured: registry.Configured) -> str:
 
 def _refused(configured: registry.Configured, error: BridgeError) -> Finding:
     """The clock is the likelier cause of a TLS certificate that is not valid *yet*, whatever the backend makes of it."""
-    found = from_error("backend", _about(configured), error)
-    if "not yet valid" in found.text:
-        return Finding.error("clock", found.about, found.text, found.hint)
-    return found
+    return from_error("clock" if "not yet valid" in error.reason else "backend", _about(configured), error)
 
 
 def _ask(
