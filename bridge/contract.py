@@ -399,6 +399,20 @@ class Recalls(Protocol):
 
 
 @runtime_checkable
+class RecallsIfAllowed(Recalls, Protocol):
+    """Optional: `recall` needs a right that the CA's owner may not have given; without it nothing is found."""
+
+    def may_recall(self) -> bool:
+        """
+        Whether `recall` finds all that was signed for us.
+
+        Raises:
+            BackendRefusedError, BackendUnavailableError: As `recall`.
+        """
+        ...
+
+
+@runtime_checkable
 class Revokes(Protocol):
     """Optional: revoke a certificate that was superseded."""
 

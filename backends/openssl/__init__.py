@@ -35,7 +35,7 @@ from backends.openssl.program import KeyFile, Openssl, PrivateKey, ProcessEnd
 from backends.openssl.settings import CA_PLACE_HINT, CAFiles, OpensslSettings, files_of, private_key_of
 from bridge.contract import BackendSettings, Issued, Names, SetupFile, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
-from bridge.pki.certificates import extended_key_usages, extension, is_signed_by, spki
+from bridge.pki.certificates import extension, is_signed_by, key_and_usages, spki
 from bridge.specs import CertificateSpec, Usage
 
 _REVOKED_FOR_SECONDS = 1.0
@@ -152,7 +152,7 @@ class OpensslBackend:
             with self._at_work(signers) as desk:
                 revoked = desk.database.revoked()  # an operator may revoke what no node has got
                 found = {
-                    (spki(leaf.public_key()), extended_key_usages(leaf)): leaf
+                    key_and_usages(leaf): leaf
                     for leaf in desk.database.issued_since(since)
                     if leaf.serial_number not in revoked
                 }

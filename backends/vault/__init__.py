@@ -7,10 +7,12 @@ https://developer.hashicorp.com/vault/api-docs/secret/pki.
 
 from __future__ import annotations
 
+import logging
+import re
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
@@ -35,7 +37,9 @@ from bridge.contract import (
     Wanted,
 )
 from bridge.errors import BackendRefusedError, SettingsProblem, Violation
+from bridge.pki.certificates import UNREADABLE, is_signed_by, key_and_usages, spki
 from bridge.specs import EKU, PODS, CertificateSpec
+from bridge.system.waiting import workers
 
 #: The fields of `VaultAuth` that a method needs.
 _METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -54,6 +58,11 @@ _MOST_WARNINGS = 5
 _CHAINS = 8
 #: More revoked certificates are not listed, since the list would be longer than an answer may be.
 _MOST_LISTED = 10_000
+_NUMBER = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){0,20}")
+#: Certificates that are read at the same time, and how long before its time of signing one may begin.
+_READ_AT_ONCE, _BACKDATED = 4, timedelta(hours=1)
+#: Older ones are kept, too, so that no request that is a little older has all read again.
+_FURTHER = timedelta(days=1)
 #: Which role a certificate is signed with.
 RoleOf = Callable[[CertificateSpec], str]
 #: By default: for certificates that all nodes have alike, and for those with a node's own names.
@@ -148,6 +157,10 @@ class VaultBackend:
         self._access = Access.of(self, settings)
         self._server, self._tokens = self._access.server, self._access.tokens
         self._roles: dict[str, str] = {}  #: By certificate, after a look at the server.
+        #: Stored certificates that are not older than this, by number, as `recall` has read them; None: older, or revoked.
+        self._read_since: datetime | None = None
+        self._read: dict[str, x509.Certificate | None] = {}
+        self._tells_that_it_may_not = True
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
@@ -236,16 +249,58 @@ class VaultBackend:
 
     def revoked(self) -> frozenset[int] | None:
         """The numbers of all, where the token has `list` on the mount's `certs/revoked`, and they are not too many."""
-        path = f"{_path(self._settings.mount)}/certs/revoked?list=true&limit={_MOST_LISTED + 1}"
+        numbers = self._listed("certs/revoked")
+        return None if numbers is None else frozenset(int(number.replace(":", ""), 16) for number in numbers)
+
+    def may_recall(self) -> bool:
+        """Whether the token has `list` on the mount's `certs`, and they are not too many."""
+        return self._listed("certs") is not None
+
+    def recall(self, requests: Sequence[SignRequest], since: datetime) -> list[Issued | None]:
+        """Look through what the mount has stored; a role with `no_store` leaves nothing to find."""
+        signers = self.issuers()
+        leaves = {key_and_usages(leaf): leaf for leaf in self._stored(since) if is_signed_by(leaf, signers[0])}
+        found = [leaves.get(_key_and_usages(request)) for request in requests]
+        return [Issued(leaf=leaf, intermediates=tuple(signers)) if leaf is not None else None for leaf in found]
+
+    def _stored(self, since: datetime) -> Iterator[x509.Certificate]:
+        """The mount's certificates that are not older and not revoked; each is read once."""
+        numbers = self._listed("certs")
+        if numbers is None:
+            text = "a request of a killed run may be signed twice: the token may not list the certificates of %s"
+            level = logging.WARNING if self._tells_that_it_may_not else logging.DEBUG
+            log.log(level, f"{text}, or they are more than %d", self._settings.mount, _MOST_LISTED)
+            self._tells_that_it_may_not = False
+            return
+        oldest = since - _BACKDATED
+        if self._read_since is None or oldest < self._read_since:
+            self._read_since, self._read = oldest - _FURTHER, {}
+        known, limit = self._read, self._read_since
+        new = [number for number in numbers if number not in known]
+        with workers(_READ_AT_ONCE) as pool:
+            known = known | dict(zip(new, pool.map(lambda number: self._read_one(number, limit), new), strict=True))
+        self._read = known
+        yield from (leaf for leaf in known.values() if leaf is not None and leaf.not_valid_before_utc >= oldest)
+
+    def _read_one(self, number: str, oldest: datetime) -> x509.Certificate | None:
+        answer = self._server.send("get", f"{_path(self._settings.mount)}/cert/{number.replace(':', '-')}")
+        if answer.status == HTTPStatus.NOT_FOUND:  # it was tidied away
+            return None
+        [leaf] = _certificates(texts(answer.or_raise().data.get("certificate")), answer.where)
+        return leaf if leaf.not_valid_before_utc >= oldest and not answer.data.get("revocation_time") else None
+
+    def _listed(self, which: str) -> list[str] | None:
+        """The numbers of certificates; None: the token may not list them, or they are too many."""
+        path = f"{_path(self._settings.mount)}/{which}?list=true&limit={_MOST_LISTED + 1}"
         try:
             answer = self._send("get", path)
-            if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:  # none was ever revoked
-                return frozenset()
+            if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:  # there was never one
+                return []
             numbers = texts(answer.or_raise().data.get("keys"))
-            found = frozenset(int(number.replace(":", "").replace("-", ""), 16) for number in numbers)
-        except (BackendRefusedError, ValueError):
+        except BackendRefusedError:
             return None
-        return found if len(found) <= _MOST_LISTED else None
+        numbers = [number.replace("-", ":") for number in numbers]
+        return numbers if len(numbers) <= _MOST_LISTED and all(map(_NUMBER.fullmatch, numbers)) else None
 
     def identity(self) -> str:
         """The login's role or user and its entity; for a token that was given, what it may see of itself."""
@@ -345,6 +400,14 @@ class VaultBackend:
         if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
             return {}
         return answer.or_raise().data
+
+
+def _key_and_usages(request: SignRequest) -> tuple[bytes, frozenset[str]]:
+    """An empty key for a CSR that can't be read, and so was never signed."""
+    try:
+        return spki(request.csr.public_key()), frozenset(eku.value for eku in request.spec.ekus)
+    except UNREADABLE:
+        return b"", frozenset()
 
 
 #: The engine's names (Go's, without their prefix).

@@ -29,6 +29,7 @@ from bridge.contract import (
     Pending,
     PutsAway,
     Recalls,
+    RecallsIfAllowed,
     Revocation,
     Revokes,
     RevokesProven,
@@ -234,6 +235,13 @@ class CA:
             return self._question(lambda: _collected(backend, request, reference, expected))
         except BackendError as e:
             return e
+
+    def tells(self) -> bool:
+        """Whether the CA tells what it has signed for a run that was killed, as `recall` finds it."""
+        backend = self.backend
+        if isinstance(backend, RecallsIfAllowed):
+            return self._question(backend.may_recall)
+        return isinstance(backend, Recalls)
 
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
         """Look for what the CA signed for an earlier run that could not take the answer, in the requests' order; None: not known."""

@@ -11,10 +11,12 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
 from itertools import groupby
+from threading import Lock
 from typing import Protocol
 
 from cryptography import x509
@@ -22,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bridge.ca import registry
 from bridge.ca.ca import CA, PARALLEL_REQUESTS, Answer, UntrustedAnswerError
-from bridge.contract import Collects, Issued, Pending, Recalls, SignRequest, SignsMany
+from bridge.contract import Collects, Issued, Pending, SignRequest, SignsMany
 from bridge.desk import approval
 from bridge.desk.approval import Standing, UndecidedError
 from bridge.desk.policy import Policy, PolicyVerdict, judge
@@ -50,8 +52,7 @@ _FIRST_WINDOW, _LARGEST_WINDOW = 250, 1000
 _LARGEST_WINDOW_BYTES = 8 << 20
 #: A certificate that was revoked after a run has begun is noticed by the run within this time.
 _LISTED_SECONDS = 1.0
-#: Windows for which CAs are asked at the same time that sign one by one, and can tell after a crash what they have
-#: signed: near its end one window has few requests left. Other CAs may sign again what was on its way.
+#: Windows for which CAs are asked at the same time, since near its end one window has few requests left.
 _ASKED_AT_ONCE = 2
 #: Windows that are read and judged while those before are signed or delivered, so that no CA waits for us.
 _AHEAD = 1
@@ -181,6 +182,10 @@ class _Authority:
     ca: CA
     anchors: tuple[x509.Certificate, ...]  #: The cluster's CA certificates.
     certificates: tuple[x509.Certificate, ...]  #: Those that may have issued a replaced certificate.
+    tells: bool  #: See `CA.tells`.
+    #: A lock for a CA that is asked for one window after the other: it signs a window as a whole, as `openssl ca` does
+    #: with its directory locked, or may sign again after a crash what was on its way.
+    turns: AbstractContextManager[object]
 
 
 class Desk:
@@ -345,9 +350,8 @@ class Desk:
         return () if ca is None else tuple(dict.fromkeys((*ca.ca.certificates, *ca.anchors)))
 
     def recalls(self, authority: str) -> bool:
-        """Whether the CA can tell what it has signed for a run that was killed; one that this desk does not have signs nothing."""
-        configured = self._configured.get(authority)
-        return configured is None or hasattr(configured.backend_type, "recall")
+        """Whether a CA that was reached tells what it has signed for a killed run; one that is not this desk's signs nothing."""
+        return authority not in self._configured or self._cas[authority].tells
 
     def troubles(self) -> dict[str, BridgeError]:
         """Why a CA that was reached can't be used, by authority."""
@@ -367,7 +371,14 @@ class Desk:
         ca = CA.reach(configured, specs, expected)
         # not what is above the one that signs: a company's root has signed for others, too
         certificates = tuple(dict.fromkeys((*anchors, *ca.certificates[:1])))
-        return _Authority(ca=ca, anchors=tuple(anchors), certificates=certificates)
+        tells = False
+        if ca.trouble is None:
+            try:
+                tells = ca.tells()
+            except BackendError as e:
+                ca.trouble = e
+        turns = contextlib.nullcontext() if tells and not isinstance(ca.backend, SignsMany) else Lock()
+        return _Authority(ca=ca, anchors=tuple(anchors), certificates=certificates, tells=tells, turns=turns)
 
     def _anchors(
         self, configured: registry.Configured, issuers: Sequence[x509.Certificate]
@@ -428,13 +439,11 @@ class Desk:
         self._workers = workers
         self._lists.clear()
         self._asking.clear()
-        tell = all(self.recalls(name) for name in self._configured)
-        asked = _ASKED_AT_ONCE if tell and not self._sign_at_once else 1
-        with ThreadPoolExecutor(asked) as signing:
+        with ThreadPoolExecutor(_ASKED_AT_ONCE) as signing:
             open_: deque[tuple[list[Job], Future[None]]] = deque()
             for window in _windows(map(self.judged, jobs), self._largest_window):
                 open_.append((window, signing.submit(self._sign, window, journal)))
-                if len(open_) > asked + _AHEAD:
+                if len(open_) > _ASKED_AT_ONCE + _AHEAD:
                     self._finish(*open_.popleft(), journal, record, observer)
             while open_:
                 self._finish(*open_.popleft(), journal, record, observer)
@@ -449,12 +458,8 @@ class Desk:
     @property
     def _largest_window(self) -> int:
         """Larger windows only make a CA wait that signs one by one anyway."""
-        return _LARGEST_WINDOW if self._sign_at_once else _FIRST_WINDOW
-
-    @property
-    def _sign_at_once(self) -> bool:
-        """Whether a CA signs a window as a whole, as `openssl ca` does with its directory locked."""
-        return any(hasattr(one.backend_type, "sign_many") for one in self._configured.values())
+        at_once = any(hasattr(one.backend_type, "sign_many") for one in self._configured.values())
+        return _LARGEST_WINDOW if at_once else _FIRST_WINDOW
 
     def _sign(self, window: Sequence[Job], journal: Journal) -> None:
         """Ask all CAs at the same time, each for the requests of all bundles of the window."""
@@ -472,7 +477,8 @@ class Desk:
 
     def _sign_or_leave(self, authority: _Authority, lot: Sequence[tuple[Job, SignRequest]], journal: Journal) -> None:
         try:
-            self._sign_lot(authority, lot, journal)
+            with authority.turns:
+                self._sign_lot(authority, lot, journal)
         except StateError:
             raise
         except Exception as e:  # noqa: BLE001 (a bug in one backend: what the other CAs sign is to be delivered)
@@ -498,7 +504,7 @@ class Desk:
                 new.append((job, request))
         new += _recalled(ca, submitted, journal)
         size = len(new) if isinstance(ca.backend, SignsMany) else _SLICE
-        keep = partial(_keep, journal.add_soon if isinstance(ca.backend, Recalls) else journal.add)
+        keep = partial(_keep, journal.add_soon if authority.tells else journal.add)
         for start in range(0, len(new), size or 1):
             part = new[start : start + size]
             journal.add((request, Submitted(self._now())) for _, request in part)

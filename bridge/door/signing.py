@@ -270,7 +270,7 @@ class Signing:
             kept = self._begun(desk, archive, journal, record)
             desk.run(self._jobs(kept, archive), journal, record, left, self.workers)
         self._note(kept, left)
-        if left.is_down:
+        if left.is_down or (self.troubles and not kept):
             self.close()
             return "down"
         if len(kept) == _MOST and len(left.notes) < _MOST:
@@ -293,6 +293,8 @@ class Signing:
             if turns.is_foreign(one, bundle.created, self.doors.door, restored):
                 known = {**self._answered(bundle), **archive.answers(bundle)}
                 unknown = turns.unknown([r for r in bundle.requests if r.name not in known], bundle, journal)
+                if any(request.spec.authority.name in self.troubles for request in unknown):
+                    continue  # whether its CA can tell is not known now
                 if not all(desk.recalls(request.spec.authority.name) for request in unknown):
                     text = turns.left_text(one, self.doors.names())
                     log.error("request %s of %s is left to people: %s", one.digest[:16], one.node, text)

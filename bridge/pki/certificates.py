@@ -280,6 +280,11 @@ def is_for(certificate: x509.Certificate, csr: x509.CertificateSigningRequest) -
         return False
 
 
+def key_and_usages(certificate: x509.Certificate) -> tuple[bytes, frozenset[str] | None]:
+    """By which a CA's answer to a lost request is found: SubjectPublicKeyInfo (DER) and EKUs."""
+    return spki(certificate.public_key()), extended_key_usages(certificate)
+
+
 def spki(key: PublicKeyTypes) -> bytes:
     """A public key as certificates encode it (RFC 5280 §4.1.2.7)."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat  # noqa: PLC0415 (likewise)

@@ -199,6 +199,11 @@ path "pki-etcd/certs/revoked" {
   capabilities = ["list"]
 }
 
+# Only for a desk, a door or a gateway: after a crash it finds what was signed for it, and has nothing signed twice.
+# path "pki-etcd/certs" {
+#   capabilities = ["list"]
+# }
+
 # Only for `[renewal] revoke = "superseded"`. It can't be limited: it allows the node to revoke any certificate of the mount.
 # path "pki-etcd/revoke" {
 #   capabilities = ["update"]

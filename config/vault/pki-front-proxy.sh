@@ -67,6 +67,11 @@ path "pki-front-proxy/certs/revoked" {
   capabilities = ["list"]
 }
 
+# Only for a desk, a door or a gateway: after a crash it finds what was signed for it, and has nothing signed twice.
+# path "pki-front-proxy/certs" {
+#   capabilities = ["list"]
+# }
+
 # Only for `[renewal] revoke = "superseded"`. It can't be limited: it allows the node to revoke any certificate of the mount.
 # path "pki-front-proxy/revoke" {
 #   capabilities = ["update"]

@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from backends import vault as vault_backend
 from backends.vault import VaultAuth, VaultBackend, VaultSettings, role_selector
 from backends.vault import setup as vault_setup
 from backends.vault.server import Server
@@ -48,6 +49,7 @@ from bridge.errors import (
 )
 from bridge.node import inventory
 from bridge.pki import csr, verify
+from bridge.pki.certificates import pem
 from bridge.specs import AUTHORITIES, SPECS, KeyAlgorithm
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import openbao
@@ -751,8 +753,59 @@ def test_brings_the_intermediates(bao: openbao.OpenBao, tmp_path: Path, live: di
         verify.check(backend.sign(request), request, expectation(root.certificate))
         assert backend.issuers() == [middle]
         bao.write("middle/issuers/import/cert", pem_bundle=root.certificate_pem.decode())
-        verify.check(backend.sign(request), request, expectation(root.certificate))
+        begin, other = datetime.now(UTC), sign_request(live["admin.conf"], ADMIN, "ecdsa-p256", DAYS_30)
+        issued = backend.sign(other)
+        verify.check(issued, other, expectation(root.certificate))
         assert backend.issuers() == [middle, root.certificate]
+        assert backend.recall([other], begin) == [issued]
+
+
+def test_finds_what_was_signed_for_a_killed_run(
+    pki: openbao.OpenBao, request_for: Callable[[str], SignRequest], tmp_path: Path
+) -> None:
+    """By exactly its key and usages, where the mount has it since then; a revoked one is not given out."""
+    begin = datetime.now(UTC)
+    token = token_file(tmp_path, pki.root_token)
+    with vault(pki.url, token) as backend:
+        assert backend.recall([request_for("apiserver")], begin) == [None]
+        requests = [request_for(name) for name in ("apiserver", "admin.conf", "scheduler.conf")]
+        issued = [backend.sign(request) for request in requests[:2]]
+        other = dataclasses.replace(requests[0], spec=ADMIN)
+
+        assert backend.recall([*requests, other], begin) == [*issued, None, None]
+        assert backend.recall(requests[:1], begin + timedelta(hours=2)) == [None]
+        assert backend.recall(requests[:1], begin - timedelta(hours=2)) == issued[:1]
+    pki.write("pki/revoke", certificate=pem(issued[0].leaf).decode())
+    with vault(pki.url, token) as backend:
+        assert backend.recall(requests[:2], begin) == [None, issued[1]]
+
+
+@pytest.mark.parametrize("why", ["the policy", "too many"])
+def test_a_token_that_may_list_nothing_finds_nothing(
+    pki: openbao.OpenBao,
+    apiserver: SignRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    why: str,
+) -> None:
+    """A warning says what that means; the right that the printed policy leaves to an administrator is enough."""
+    left_out = vault_setup.policy("pki", ["kubeadm-apiserver"])
+    given = re.sub("(# Only for a desk.*\n)# (.*\n)# (.*\n)# ", r"\1\2\3", left_out)
+    assert given != left_out
+    pki.add_policy("left-out", left_out)
+    pki.add_policy("given", given)
+    with vault(pki.url, token_file(tmp_path, pki.token("given", no_default_policy=True))) as backend:
+        assert backend.may_recall()
+        begin, issued = datetime.now(UTC), backend.sign(apiserver)
+        assert backend.recall([apiserver], begin) == [issued]
+    if why == "too many":
+        monkeypatch.setattr(vault_backend, "_MOST_LISTED", 1)
+    token = pki.token("left-out" if why == "the policy" else "given", no_default_policy=True)
+    with vault(pki.url, token_file(tmp_path, token)) as backend:
+        assert not backend.may_recall()
+        assert backend.recall([apiserver], begin) == [None]
+    assert "may be signed twice: the token may not list the certificates of pki" in caplog.text
 
 
 def test_works_in_a_namespace(

@@ -32,7 +32,8 @@ from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.pki.csr import PrivateKey
 from bridge.specs import SPECS
 from bridge.system.waiting import wait_until
-from tests.kit.bundles import changed, make_bundle, old_pairs
+from tests.kit import openbao
+from tests.kit.bundles import VALIDITY, changed, make_bundle, old_pairs
 from tests.kit.cas import Bridge, live_certificates
 from tests.kit.desks import POLICY, SIGNING_STEPS, Desk, killing, make_desk
 from tests.kit.est import make_tls
@@ -288,6 +289,34 @@ def test_a_killed_door_signs_nothing_twice(
 
     assert all(isinstance(one, Issued) for one in answer.answers.values())
     assert len(desk.issued()) == 2
+    assert desk.run("audit", "verify").returncode == 0
+
+
+def test_a_killed_door_finds_what_openbao_has_signed(desk: Desk, pki: Pki, pairs: Pairs, tmp_path: Path) -> None:
+    """A certificate whose door was killed with the answer in its hands is found among those of the mount, and goes out."""
+    certificate, key = pki.ca_pem("ca")
+    bundle, token = make_bundle(some(pairs, "apiserver")), tmp_path / "token"
+    with openbao.dev_server() as bao:
+        bao.add_ca("ca", certificate, key)
+        bao.add_kubeadm_roles("ca", {name: old for name, (old, _) in pairs.items()}, VALIDITY)
+        token.touch(mode=0o600)
+        token.write_text(bao.root_token)
+        table = f'type = "vault"\nurl = "{bao.url}"\nmount = "ca"\nauth = {{ token_file = "{token}" }}'
+        desk.config.write_text(
+            f'[node]\nstate_dir = "{desk.state}"\n[backend.x]\n{table}\n[authority.ca]\nbackend = "x"\n'
+        )
+        door = add_door(desk.config, desk.directory)
+        door.start([sys.executable, str(killing(tmp_path, "desk.records", "Journal.add_soon", before=True))])
+        with contextlib.suppress(OSError, HTTPException):
+            door.post(dumps(bundle))
+        assert door.ended() == -signal.SIGKILL
+        [signed] = bao.request("LIST", "ca/certs").json()["data"]["keys"]
+        with running(door):
+            answer = awaited(door, place_of(door.post(dumps(bundle)))).answers["apiserver"]
+
+        assert bao.request("LIST", "ca/certs").json()["data"]["keys"] == [signed]
+    assert isinstance(answer, Issued)
+    assert f"{answer.leaf.serial_number:X}" == signed.replace(":", "").upper().lstrip("0")
     assert desk.run("audit", "verify").returncode == 0
 
 
