@@ -30,7 +30,15 @@ from bridge.desk.approval import Standing, UndecidedError
 from bridge.desk.policy import Policy, PolicyVerdict, judge
 from bridge.desk.records import Answered, Journal, Submitted
 from bridge.desk.workers import AnsweredBundle, Judgement, ReadAhead, Workers, compared, for_request
-from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
+from bridge.errors import (
+    BackendError,
+    BackendUnavailableError,
+    BridgeError,
+    Exit,
+    LocalFileError,
+    VerificationError,
+    WaitingError,
+)
 from bridge.pki import signatures, verify
 from bridge.pki.bundle import AnswerBundle, BundledRequest, Refusal, RequestBundle, refusal, sign_request
 from bridge.pki.bundle_format import answer_message, describe
@@ -715,7 +723,7 @@ def _note(job: Job, request: SignRequest, answer: Answer, journal: Journal | Non
         job.answers[name] = answer
     elif isinstance(answer, Pending):
         job.troubles[name] = WaitingError(answer.note or "the CA answers later")
-    elif isinstance(answer, BackendUnavailableError | UntrustedAnswerError) or answer.is_for_all:
+    elif isinstance(answer, BackendUnavailableError | UntrustedAnswerError | LocalFileError) or answer.is_for_all:
         job.troubles[name] = answer
     else:
         job.answers[name] = refusal(f"the CA refused: {answer.reason}")

@@ -14,7 +14,7 @@ from uuid import UUID
 from bridge.ca.ca import UntrustedAnswerError
 from bridge.cluster.api import NoAnswerError
 from bridge.contract import Continuity, Issued, Names, Pending, SignRequest
-from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, VerificationError
+from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, LocalFileError, VerificationError
 from bridge.gateway.authorities import AuthorityOfSigners
 from bridge.gateway.context import (
     MOST_PENDING_AT_CA,
@@ -248,7 +248,8 @@ class Issuing:
             raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
         except BackendRefusedError as e:
             context.record_quietly(asking.about, audit.REFUSED, e)
-            context.drop_pending(job.one.uid)
+            if not isinstance(e, LocalFileError):  # the CA was not asked, and still has the request
+                context.drop_pending(job.one.uid)
             hint = f" ({e.hint})" if e.hint else ""
             raise LeftError("ca-refused", f"{e}{hint}", after_refusal(job)) from None
         return self._accepted(asking, answer)

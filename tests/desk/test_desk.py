@@ -33,7 +33,7 @@ from bridge.cli.app import app
 from bridge.contract import Issued, Pending, Recalls
 from bridge.desk import csr_directory, desk, files, workers
 from bridge.desk.records import Journal, Submitted, key_of
-from bridge.errors import BridgeError, Exit
+from bridge.errors import BridgeError, Exit, LocalFileError
 from bridge.node import kubeconfig, sample_pki
 from bridge.pki import csr
 from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
@@ -898,6 +898,20 @@ def test_a_killed_run_asks_again_only_for_what_was_on_its_way(
     calls = (tmp_path / "people/calls").read_text().splitlines()
     assert len(set(calls)) == 40
     assert 40 <= len(calls) <= 40 + ca.PARALLEL_REQUESTS_OF_LOT
+
+
+def no_delivery(_: AnswerBundle) -> desk.Delivery:
+    raise AssertionError("there is no answer yet")
+
+
+def test_a_file_that_the_desk_lacks_is_no_refusal(pairs: Pairs) -> None:
+    """A token that was taken away leaves the request waiting: no CA was asked, and the node would throw its key away."""
+    job = desk.Job(bundle=make_bundle(some(pairs, "apiserver")), digest="", label="", delivery=no_delivery)
+    error = LocalFileError("wanted a token, found no file")
+
+    desk._note(job, job.requests["apiserver"], error, None)
+
+    assert (job.answers, job.troubles) == ({}, {"apiserver": error})
 
 
 def test_a_desk_whose_ca_answers_later(
