@@ -77,14 +77,14 @@ def settings_or_error(data: bytes) -> None:
 
 
 def kubeconfig_or_error(data: bytes) -> None:
-    """An edited kubeconfig reads as before but for the two values; or an error of ours."""
+    """An edited kubeconfig reads as before but for the two values, of which the key is none; or an error of ours."""
     leaf, key = pem(answer()), b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
     try:
         before = kubeconfig.parse(data)
         after = kubeconfig.with_credentials(data, leaf, key)
     except kubeconfig.KubeconfigError:
         return
-    assert kubeconfig.parse(after) == dataclasses.replace(before, certificate_data=leaf)
+    assert kubeconfig.parse(after) == dataclasses.replace(before, certificate_data=leaf, key_fits=None)
     assert kubeconfig.key_data(after) == key
 
 
