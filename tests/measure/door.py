@@ -2,8 +2,8 @@
 Many nodes ask one door at once: how fast it answers, and what is left of it when everything is killed meanwhile.
 
 `python -m tests.measure.door [--nodes 500] [--kills 12] [--docs]`: first the door (`ca-bridge serve`) beside OpenBao
-alone, which signs the same CSRs, three times with its storage on disk and three times in memory; then the door with
-`openssl ca`, while door, CA and database are killed at random, with SQLite and with PostgreSQL. Each node has an address
+alone, which signs the same CSRs, three times with its storage on disk and three times in memory; then the door, while
+door, CA and database are killed at random: `openssl ca` with SQLite and with PostgreSQL, OpenBao with SQLite. Each node has an address
 of its own on the loopback network, and asks again as a node does. `History` is what is checked in the end: each node has
 exactly what it asked for, and the CA signed nothing that is not recorded, and nothing twice.
 """
@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPMessage
@@ -192,12 +192,13 @@ def _door(directory: Path, tables: Sequence[str], database: Database) -> ServePr
 
 @dataclass(kw_only=True)
 class Killer:
-    """Kills the door, the `openssl` that it runs, or PostgreSQL, at random, and starts door and database again."""
+    """Kills the door, the CA (the `openssl` that it runs, or OpenBao), or PostgreSQL, at random, and starts them again."""
 
     door: ServeProgram
     kills: int
     dice: random.Random
     server: PostgreSql | None = None  #: None: the database is a file, which dies with the door.
+    bao: openbao.OpenBao | None = None  #: None: the CA is `openssl ca`.
     done: Counter[str] = field(default_factory=Counter)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -216,8 +217,13 @@ class Killer:
                 self.door.start()
 
     def _kill_ca(self) -> bool:
-        """Whether an `openssl` ran, and was killed."""
+        """Whether a CA ran, and was killed."""
         assert self.door.process is not None
+        if self.bao is not None:
+            self.bao.stop()
+            self.done["CA"] += 1
+            self.bao.start_again()
+            return True
         deadline = time.monotonic() + _BETWEEN_SECONDS[1]
         while time.monotonic() < deadline and not self.ended.is_set():
             for pid in fleet.family(self.door.process.pid)[1:]:
@@ -259,8 +265,8 @@ class History:
                 yield f"{one}, and not {other}: {', '.join(sorted(only)[:5])} ({len(only)} in all)"
 
 
-def history(directory: Path, nodes: Sequence[Node], database: Database = _SQLITE) -> History:
-    """Read from the answers, from `index.txt` of each CA, from the audit log and from the database."""
+def history(directory: Path, nodes: Sequence[Node], signed: Sequence[str], database: Database = _SQLITE) -> History:
+    """Read from the answers, from the audit log and from the database; the CA's `signed` serial numbers are given."""
     found = [pair for node in nodes for pair in _delivered(node)]
     log = [json.loads(line) for file in directory.glob("state/audit*.jsonl") for line in file.read_text().splitlines()]
     with (
@@ -268,15 +274,23 @@ def history(directory: Path, nodes: Sequence[Node], database: Database = _SQLITE
         contextlib.closing(memory.engine.connect()) as connection,
     ):
         remembered = list(connection.execute(sa.select(CERTIFICATES.c.serial)).scalars())
-    rows = [row.split("\t") for file in directory.glob("ca/*/index.txt") for row in file.read_text().splitlines()]
     return History(
         asked=sum(len(loads_request(node.bundle).requests) for node in nodes),
         wrong=[text for text, _ in found if text],
         delivered=[serial for text, serial in found if not text],
-        signed=[_short(row[3]) for row in rows],
+        signed=[_short(one) for one in signed],
         recorded=[_short(one["serialNumber"]) for one in log if one["event"] == SIGNED],
         remembered=[_short(one) for one in remembered],
     )
+
+
+def _signed_by_openssl(directory: Path) -> list[str]:
+    rows = [row.split("\t") for file in directory.glob("ca/*/index.txt") for row in file.read_text().splitlines()]
+    return [row[3] for row in rows]
+
+
+def _signed_by(bao: openbao.OpenBao, mounts: Iterable[str]) -> list[str]:
+    return [number for mount in mounts for number in bao.request("LIST", f"{mount}/certs").json()["data"]["keys"]]
 
 
 def _delivered(node: Node) -> Iterator[tuple[str, str]]:
@@ -458,13 +472,20 @@ class Chaos:
         )
 
 
-def measure_chaos(directory: Path, made: fleet.Fleet, kills: int, seed: int, server: PostgreSql | None = None) -> Chaos:
+def measure_chaos(
+    directory: Path,
+    made: fleet.Fleet,
+    kills: int,
+    seed: int,
+    server: PostgreSql | None = None,
+    bao: openbao.OpenBao | None = None,
+) -> Chaos:
     """Everything is killed while all nodes ask; SystemExit: the history is not as it has to be."""
     database = _SQLITE if server is None else _database(directory, server)
-    door = openssl_door(directory, made, database)
+    door = openssl_door(directory, made, database) if bao is None else vault_door(directory, made, bao)
     door.start()
     dice = random.Random(seed)  # noqa: S311 (a seed repeats a run)
-    killer = Killer(door=door, kills=kills, dice=dice, server=server)
+    killer = Killer(door=door, kills=kills, dice=dice, server=server, bao=bao)
     thread, begin = threading.Thread(target=killer.work), time.monotonic()
     thread.start()
     try:
@@ -474,11 +495,12 @@ def measure_chaos(directory: Path, made: fleet.Fleet, kills: int, seed: int, ser
         thread.join()
         door.stop()
     seconds = time.monotonic() - begin
-    found = history(directory, nodes, database)
+    signed = _signed_by_openssl(directory) if bao is None else _signed_by(bao, made.cas)
+    found = history(directory, nodes, signed, database)
     if troubles := list(found.troubles()):
         raise SystemExit("\n".join(troubles[:20]))
     failures = sum((node.failures for node in nodes), Counter[str]())
-    label = "SQLite" if server is None else "PostgreSQL"
+    label = f"{'SQLite' if server is None else 'PostgreSQL'}, {'`openssl ca`' if bao is None else 'OpenBao (raft)'}"
     return Chaos(label=label, seconds=seconds, killed=killer.done, failures=failures, history=found)
 
 
@@ -518,13 +540,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(label, *(f"{one.share:.2f}" for one in rounds))
         print(speed_table(speeds))
         runs = list[Chaos]()
-        with postgresql.running() as postgres:
-            for server in (None, postgres):
+        with postgresql.running() as postgres, production(Path(directory, "ca")) as bao:
+            for server, ca in ((None, None), (postgres, None), (None, bao)):
                 (chaos_in := Path(directory, f"chaos-{len(runs)}")).mkdir()
                 made = fleet.make_fleet(options.nodes, NAMES)
-                runs.append(measure_chaos(chaos_in, made, options.kills, options.seed, server))
+                runs.append(measure_chaos(chaos_in, made, options.kills, options.seed, server, ca))
     head = (
-        "database",
+        "database and CA",
         "killed by SIGKILL meanwhile",
         "until the last node had its answer",
         "certificates",
