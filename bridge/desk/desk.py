@@ -48,6 +48,7 @@ from bridge.pki.verify import Expectation
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, SIGNING_AUTHORITIES, SPECS, USER
 from bridge.state import audit
+from bridge.system.console import log
 from bridge.system.many import NewFile, write_together
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import StateError
@@ -381,10 +382,8 @@ class Desk:
         certificates = tuple(dict.fromkeys((*anchors, *ca.certificates[:1])))
         tells = False
         if ca.trouble is None:
-            try:
+            with contextlib.suppress(BackendError):  # a list of a million takes too long
                 tells = ca.tells()
-            except BackendError as e:
-                ca.trouble = e
         turns = contextlib.nullcontext() if tells and not isinstance(ca.backend, SignsMany) else Lock()
         return _Authority(ca=ca, anchors=tuple(anchors), certificates=certificates, tells=tells, turns=turns)
 
@@ -510,7 +509,12 @@ class Desk:
                     job.recorded.add(request.spec.name)
             else:  # nothing is known, it has lain there for long, or another backend, which knows of nothing, is asked now
                 new.append((job, request))
-        new += _recalled(ca, submitted, journal)
+        if submitted and not authority.tells:
+            text = "%s can't tell what it has signed for a killed run: it is asked again for %d requests"
+            log.warning(text, ca.label, len(submitted))
+            new += [(job, request) for job, request, _ in submitted]
+        else:
+            new += _recalled(ca, submitted, journal)
         size = len(new) if isinstance(ca.backend, SignsMany) else _SLICE
         keep = partial(_keep, journal.add_soon if authority.tells else journal.add)
         for start in range(0, len(new), size or 1):

@@ -893,8 +893,10 @@ def test_a_killed_run_asks_again_only_for_what_was_on_its_way(
     assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == -signal.SIGKILL
     monkeypatch.delenv("CA_DIES")
 
-    assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == Exit.WAITING
+    again = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
 
+    assert again.returncode == Exit.WAITING
+    assert "can't tell what it has signed for a killed run: it is asked again for " in again.stderr
     calls = (tmp_path / "people/calls").read_text().splitlines()
     assert len(set(calls)) == 40
     assert 40 <= len(calls) <= 40 + ca.PARALLEL_REQUESTS_OF_LOT
