@@ -239,16 +239,9 @@ def policy(
         more = "".join(f' "{key}" = []' for key in beside)
         stanzas = [_SIGN.format(path=f"{prefix}/sign/{name}", more=more) for name in names]
         stanzas += [_READ.format(path=f"{mount}/roles/{name}") for name in names if read_roles]
-    recall, revoke = _RECALL.format(path=f"{mount}/certs"), _commented(_REVOKE.format(path=f"{mount}/revoke"))
-    # names beside the CSR are a gateway's
-    stanzas += [_SELF, _REVOKED.format(path=f"{mount}/certs/revoked"), recall if beside else _commented(recall), revoke]
+    recall, revoke = _RECALL.format(path=f"{mount}/certs"), _REVOKE.format(path=f"{mount}/revoke")
+    stanzas += [_SELF, _REVOKED.format(path=f"{mount}/certs/revoked"), recall, revoke]
     return "\n".join(stanzas)
-
-
-def _commented(stanza: str) -> str:
-    """A right that an administrator gives by removing the marks; its first line says to whom."""
-    first, *others = stanza.splitlines()
-    return "\n".join([first, *(f"# {line}" for line in others), ""])
 
 
 _SIGN = """\
@@ -280,16 +273,16 @@ path "{path}" {{
 }}
 """
 _RECALL = """\
-# Only for a desk, a door or a gateway: after a crash it finds what was signed for it, and has nothing signed twice.
-path "{path}" {{
-  capabilities = ["list"]
-}}
+# Only for a desk or a door: after a crash it finds what was signed for it, and has nothing signed twice.
+# path "{path}" {{
+#   capabilities = ["list"]
+# }}
 """
 _REVOKE = """\
 # Only for `[renewal] revoke = "superseded"`. It can't be limited: it allows the node to revoke any certificate of the mount.
-path "{path}" {{
-  capabilities = ["update"]
-}}
+# path "{path}" {{
+#   capabilities = ["update"]
+# }}
 """
 _VERBATIM = """\
 # This right gives ANY certificate of this CA, system:masters included: no required or forbidden parameter can limit

@@ -18,7 +18,16 @@ from bridge.ca import registry
 from bridge.ca.ca import CA, Answer, usages
 from bridge.ca.registry import Configured
 from bridge.ca.retry import Rest
-from bridge.contract import AsksValidity, Issued, NamesBesideCsr, Pending, Recalls, SignRequest, SignsMany
+from bridge.contract import (
+    AsksValidity,
+    Issued,
+    NamesBesideCsr,
+    Pending,
+    Recalls,
+    RecallsIfAllowed,
+    SignRequest,
+    SignsMany,
+)
 from bridge.errors import BackendError, SettingsError, SettingsProblem
 from bridge.node import cross
 from bridge.pki import verify
@@ -56,7 +65,8 @@ class AuthorityOfSigners:
         backend = self.ca.backend
         self.asks_validity = isinstance(backend, AsksValidity) and backend.asks_validity
         self.signs_many = isinstance(backend, SignsMany)
-        self.recalls = isinstance(backend, Recalls)
+        # one that has to list and read all that it has stored would do so for each request after a start
+        self.recalls = isinstance(backend, Recalls) and not isinstance(backend, RecallsIfAllowed)
         self._signed_together: Combined[SignRequest, Answer] = Combined(self.ca.ask, _MOST_TOGETHER)
         self._recalled_together: Combined[tuple[SignRequest, datetime], Issued | None] = Combined(
             lambda wanted: self.ca.recall([request for request, _ in wanted], min(since for _, since in wanted)),

@@ -199,7 +199,7 @@ path "pki-etcd/certs/revoked" {
   capabilities = ["list"]
 }
 
-# Only for a desk, a door or a gateway: after a crash it finds what was signed for it, and has nothing signed twice.
+# Only for a desk or a door: after a crash it finds what was signed for it, and has nothing signed twice.
 # path "pki-etcd/certs" {
 #   capabilities = ["list"]
 # }

@@ -67,7 +67,7 @@ path "pki-front-proxy/certs/revoked" {
   capabilities = ["list"]
 }
 
-# Only for a desk, a door or a gateway: after a crash it finds what was signed for it, and has nothing signed twice.
+# Only for a desk or a door: after a crash it finds what was signed for it, and has nothing signed twice.
 # path "pki-front-proxy/certs" {
 #   capabilities = ["list"]
 # }

@@ -314,6 +314,7 @@ def test_people_decide_where_a_ca_can_not_tell(
 ) -> None:
     """A request that another door has begun is left, with a note that says where to look, until people have it signed."""
     monkeypatch.delattr(OpensslBackend, "recall")
+    signing.close()  # the CAs were asked at the start what they can tell
     another = Doors(memory, Store(desk.state), "another")
     another.alive()
     place = received(memory, bundle)
