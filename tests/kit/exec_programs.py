@@ -57,7 +57,6 @@ exit 1
 # extensions are put into the CSR, whose signature is wrong then, which local-submit does not look at (0.79.17).
 _WITH_USAGES = """\
 #!{python}
-import fcntl
 import os
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -92,9 +91,6 @@ def with_usages(pem, ekus):
 if os.environ["CERTMONGER_OPERATION"] == "SUBMIT":
     ekus = os.environ["CA_BRIDGE_EKUS"].split(",")
     os.environ["CERTMONGER_CSR"] = with_usages(os.environ["CERTMONGER_CSR"].encode(), ekus)
-lock = os.open({directory!r}, os.O_RDONLY)  # two at once read a serial number that the other has not written yet
-os.set_inheritable(lock, True)
-fcntl.flock(lock, fcntl.LOCK_EX)
 os.execv({helper!r}, [{helper!r}, "-d", {directory!r}])
 """
 
@@ -157,6 +153,7 @@ def local_submit_ca(directory: Path, certificate_pem: bytes, key_pem: bytes) -> 
     for name, data in (("ca.crt", certificate_pem), ("ca.key", key_pem)):
         (directory / name).touch(mode=0o600)
         (directory / name).write_bytes(data)
+    (directory / "serial").write_text("01\n")  # its own is random, and stays 0 where the first byte of it is 0
     files = ["-in", "ca.crt", "-inkey", "ca.key", "-out", "creds"]
     command = ["openssl", "pkcs12", "-export", *files, "-name", "Local Signing Authority", "-passout", "pass:"]
     subprocess.run(command, cwd=directory, check=True, capture_output=True)
