@@ -575,7 +575,7 @@ def _needs(look: Look, item: Item) -> list[str]:
     if component is None:
         return ["/api/v1/namespaces/kube-system"]
     if component is Component.KUBELET:
-        node = "".join(common_names(item.certificates[0].subject)).removeprefix("system:node:")
+        node = "".join(common_names(item.certificates[0].subject)[-1:]).removeprefix("system:node:")
         return [_lease("kube-node-lease", node), f"/api/v1/nodes/{quote(node)}"]
     flags = look.node.flags(component)
     namespace = flags.get("--leader-elect-resource-namespace", "kube-system")

@@ -159,7 +159,7 @@ def subject_text(items: Sequence[tuple[str, str]]) -> str:
 
 
 def common_names(name: x509.Name) -> list[str]:
-    """The CNs of a name, of which a certificate has one."""
+    """The CNs of a name; a certificate has one, and of several Go takes the last."""
     return [value for oid, value in attributes(name) if oid == CN_OID]
 
 

@@ -16,20 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.x509 import Name
 from typer.testing import CliRunner
 
 from bridge.cli.app import app
+from bridge.contract import SignRequest
 from bridge.control_plane import proof
 from bridge.control_plane.checks import Machine
 from bridge.control_plane.probes import ProofState
 from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.node import inventory, sample_pki
+from bridge.node.kubeconfig import with_credentials
 from bridge.node.processes import Written
+from bridge.pki import certificates, csr
+from bridge.pki.csr import Naming
 from bridge.settings.load import overridden, parse
 from bridge.settings.tables import Settings, Version
-from bridge.specs import Component
+from bridge.specs import SPECS, Component
 from bridge.state.install import written_file
 from bridge.state.store import Store
+from tests.kit.issuing import Signer
 from tests.kit.loopback import LoopbackServer
 
 MANIFEST = """\
@@ -110,7 +116,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files as kubeadm makes them; each test gets its own copy."""
     directory, now = tmp_path_factory.mktemp("made"), datetime.now(UTC)
     cluster = sample_pki.Cluster(node="cp-1", address="127.0.0.1", endpoint="api.example.com:6443")
-    sample_pki.make(directory, now=now, not_after=now + timedelta(days=1), key="ecdsa-p256", cluster=cluster)
+    cas = sample_pki.make(directory, now=now, not_after=now + timedelta(days=1), key="ecdsa-p256", cluster=cluster)
+    (directory / "elsewhere.key").write_bytes(csr.key_pem(cas["ca"].key))
     return directory
 
 
@@ -270,6 +277,19 @@ def test_each_client_asks_for_what_it_needs(site: Site) -> None:
         "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/cp-1",
         "/api/v1/nodes/cp-1",
     }
+
+
+def test_a_kubelet_with_two_cns_is_the_user_that_go_takes(site: Site) -> None:
+    """The last one, as the API server reads its subject."""
+    ca = Signer.load((site.pki / "ca.crt").read_bytes(), (site.directory / "elsewhere.key").read_bytes())
+    names = Naming(subject=Name.from_rfc4514_string("CN=system:node:cp-1,CN=system:node:cp-2"))  # the last one first
+    key, day = csr.generate_key("ecdsa-p256"), timedelta(days=1)
+    request = SignRequest(spec=SPECS["kubelet.conf"], csr_pem=csr.build_for(names, key), validity=day)
+    leaf = ca.issue(request, begin=site.now - day, end=site.now + day).leaf
+    path = site.directory / "kubelet.conf"
+    path.write_bytes(with_credentials(path.read_bytes(), certificates.pem(leaf), csr.key_pem(key)))
+    site.look()
+    assert "/api/v1/nodes/cp-1" in {asked for asked, _ in site.asked}
 
 
 @pytest.mark.parametrize(
