@@ -40,7 +40,7 @@ from bridge.specs import AUTHORITIES
 from bridge.state import audit
 from bridge.state.store import Store
 from bridge.system.console import log
-from bridge.system.files import how_to_begin
+from bridge.system.files import how_to_begin, version
 from bridge.system.locks import lock
 from bridge.system.many import NewFile, remove_unfinished
 from bridge.system.paths import (
@@ -494,8 +494,7 @@ def _beside(
 def _remove(path: Path, status: os.stat_result) -> None:
     """Remove the file that was judged, unless another file has its name now."""
     with contextlib.suppress(FileNotFoundError):
-        now = path.lstat()
-        if (now.st_ino, now.st_mtime_ns, now.st_size) != (status.st_ino, status.st_mtime_ns, status.st_size):
+        if version(path.lstat()) != version(status):
             log.warning("%s: another file came under this name; the next run takes it", one_line(path))
             return
         path.unlink()

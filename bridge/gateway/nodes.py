@@ -27,7 +27,7 @@ from bridge.pki.budget import json_of
 from bridge.pki.kubeadm_names import is_node_name
 from bridge.settings.reader import Reader, Source
 from bridge.settings.tables import GatewaySettings
-from bridge.system.files import how_to_begin
+from bridge.system.files import how_to_begin, version
 from bridge.system.many import Combined
 from bridge.system.paths import assert_ours, own_text
 from bridge.system.run_command import Command, passed_on, run
@@ -91,12 +91,11 @@ class WatchedFile(Generic[T]):
             self.changes += 1
             log.info("read %s again", self._path)
 
-    def _look(self) -> tuple[int, int, int] | None:
+    def _look(self) -> tuple[int, ...] | None:
         try:
-            status = self._path.stat()
+            return version(self._path.stat())
         except OSError:
             return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
 
     def _read(self) -> T:
         hint = how_to_begin(f"gateway/{self._what}.toml", self._path)

@@ -33,7 +33,7 @@ from bridge.settings.tables import AuditSettings
 from bridge.state.store import Store
 from bridge.system import console
 from bridge.system.console import log, print_error
-from bridge.system.files import append, digest, sync_directory, user_name, write_atomically
+from bridge.system.files import append, digest, sync_directory, user_name, version, write_atomically
 from bridge.system.state_file import OnDamage, StateDamagedError, StateError, StateFile
 
 SYSLOG = Path("/dev/log")
@@ -258,11 +258,6 @@ class Link:
 
 
 START = Link(0, ZEROS)
-
-
-def version(found: os.stat_result) -> tuple[int, ...]:
-    """What differs once a file was changed, or another one is in its place."""
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from bridge.state.install import KUBECONFIG_MASK, STAGED_PREFIX
 from bridge.state.obligations import copies_file
 from bridge.state.store import Store
 from bridge.system.console import log
-from bridge.system.files import Attributes, sync_directory, write_staged
+from bridge.system.files import Attributes, sync_directory, version, write_staged
 from bridge.system.paths import ForeignLinkError, OpenPath, UnreadableError, opened, read, regular_file, trusted_users
 from bridge.system.state_file import StateError
 from bridge.system.waiting import within
@@ -225,7 +225,7 @@ def _replace(place: OpenPath, found: _Found, changed: bytes) -> None:
     staged.unlink(missing_ok=True)  # of a run that was killed
     write_staged(staged, changed, found.attributes.narrowed(KUBECONFIG_MASK))
     try:
-        if audit.version(place.path.lstat()) != audit.version(found.status):
+        if version(place.path.lstat()) != version(found.status):
             raise UnreadableError("it was changed while it was refreshed, and is as its owner has left it")  # noqa: TRY301
         staged.rename(place.path)
     except BaseException:

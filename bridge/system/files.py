@@ -37,6 +37,11 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def version(status: os.stat_result) -> tuple[int, ...]:
+    """What differs once a file was changed, or another one is in its place."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attributes:
     """The attributes of a file that stay when its content is replaced."""
