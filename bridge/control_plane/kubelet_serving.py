@@ -460,7 +460,7 @@ def place_of(node: Mapping[str, Any], flags: Flags) -> Address | None:
 
 
 def authorities(api: Api, own: str, own_flags: Flags) -> dict[str, str]:
-    """The CA file by which each node's API server verifies kubelets, empty: it verifies none (NoAnswerError)."""
+    """The CA file by which each API server, `own` by its flags, verifies kubelets, by node; empty: none (NoAnswerError)."""
     # a mirror pod follows some seconds after a restart
     found: dict[str, Flags] = {own: own_flags}
     for pod in items(api.get(_API_SERVERS), "items"):

@@ -96,7 +96,10 @@ class Restarts:
         return [*out, *done]
 
     def with_text(self, component: Component, content: bytes | None) -> tuple[list[Restarted], list[Restarted]]:
-        """Restart a component with a new text of its manifest (None: with its serving pair), and where that fails with the old one."""
+        """
+        Restart a component with a new text of its manifest (None: with its serving pair), and where it does not come back
+        with the old one; the restarts with each.
+        """
         path = manifests.path_of(component, self.settings.node.kubeconfig_dir)
         old, contents = path.read_bytes(), {} if content is None else {component: content}
         done = dataclasses.replace(self, contents=contents).all([component])

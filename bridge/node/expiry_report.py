@@ -92,7 +92,7 @@ def _outlasts_ca(item: Item) -> bool:
 def report(
     node: Node, now: datetime, within: Limit | None, left_alone: Collection[str] = (), cas_within: Limit | None = None
 ) -> ExpiryReport:
-    """The ends of all certificates and CAs; `within` (None: none is due), for a CA `cas_within`, is the limit of a due one."""
+    """The ends of all certificates and CAs; due is what ends `within` (None: nothing), a CA `cas_within`, but not `left_alone`."""
     rows = [(item, _item_row(item, now, within, left_alone)) for item in node.items]
     of_cas = cas_within or within
     return ExpiryReport(

@@ -75,7 +75,7 @@ def of_server(body: bytes) -> Any:
 def json_of(
     data: bytes, budget: Budget | None = None, *, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """The JSON document in UTF-8 (OverBudgetError: above the budget, None: a new one; ValueError: no JSON)."""
+    """A JSON document in UTF-8 whose objects `pairs` makes (OverBudgetError: above the budget, None: a new one; ValueError)."""
     spent = Budget() if budget is None else budget
     spent.spend(len(data))
     steps = _most_values(data)

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from bridge.pki.expiry import duration_text
 from bridge.specs import SPECS
-from bridge.words import one_line
+from bridge.words import one_line, one_of
 
 #: Kubernetes' own names (`system:masters`, which no RBAC rule can hold back, nodes and components), and kubeadm's.
 _RESERVED = ("system:", "kubeadm:")
@@ -65,7 +65,7 @@ def _problems_of(what: str, text: str, patterns: Sequence[str], limits: Limits) 
     if text.lower().startswith(_RESERVED) or (what == "name" and text in _SHARED):
         yield f"{what}: wanted one that is not Kubernetes' or kubeadm's own (users.allow names exceptions), found {text}"
     elif not any(fnmatchcase(text, pattern) for pattern in patterns):
-        yield f"{what}: wanted {' or '.join(patterns) or 'none'} (users.{what}s), found {text}"
+        yield f"{what}: wanted {one_of(patterns)} (users.{what}s), found {text}"
 
 
 def _validity_problems(validity: timedelta, limits: Limits) -> Iterator[str]:

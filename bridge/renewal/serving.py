@@ -69,7 +69,7 @@ def components(node: Node, settings: Settings) -> list[Component]:
 
 
 def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> str:
-    """Put the pairs into kubeadm-config once every control-plane node has them; a sentence for the operator (NoAnswerError)."""
+    """Put the pairs into kubeadm-config once every control-plane node has them; a sentence for the operator (NoAnswerError, NoConfigError)."""
     api = Api.of_node(inventory.of(settings.node), settings.node.kubeconfig_dir)
     lacking = sorted({name for one in wanted for name in _lacking(api, one)} - {settings.node.node_name})
     if lacking:

@@ -235,7 +235,10 @@ def assert_said(
     *,
     has_begun: bool = False,
 ) -> None:
-    """Nodes have said that they are in the phase before, others than `own` lately, unless it `has_begun` here (pure)."""
+    """
+    Nodes have said that they are in the phase before, others than `own` lately, unless it `has_begun` here (pure;
+    NotReadyEverywhereError: one has not).
+    """
     signer, others = change.signer(target), {node: said for node, said in words.items() if node != own}
     if target is Phase.ISSUED:
         what = f"trust {text(change.new)}"

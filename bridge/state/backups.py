@@ -435,7 +435,10 @@ class Rollback:
 def put_back_and_retire(
     settings: Settings, backup_id: str | None, now: Callable[[], datetime], *, force: bool, wait: timedelta
 ) -> tuple[Rollback, Node]:
-    """Put back a backup, or the newest, all or none, then delete old ones (RollbackRefusedError: it is not fit)."""
+    """
+    Put back a backup, or the newest, all or none, then delete old ones (RollbackRefusedError: it is not fit). Files that
+    it has no copy of are removed; `force` accepts what the node could run on.
+    """
     with alone(settings, wait) as (store, record):
         node = inventory.of(settings.node)
         found, stays = _with_pairs(find(store, backup_id), node)

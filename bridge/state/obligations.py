@@ -61,7 +61,7 @@ class NotProven:
     def with_installed(
         self, outcomes: Iterable[Outcome], run_id: str, failed: Callable[[str], frozenset[str]] = lambda _: frozenset()
     ) -> NotProven:
-        """The same with what a run is about to install; of one that is unproven already the first run's facts stay."""
+        """The same with what a run is about to install; one that is unproven keeps its backup, and what had `failed`."""
         every = {one.name: one for one in self.certificates}
         for name, new in ((one.name, one.new) for one in outcomes if one.new is not None):
             one = every.pop(name, None) or Unproven(name=name, runs={}, backup_of=run_id, before=failed(name))
