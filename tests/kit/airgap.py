@@ -96,7 +96,7 @@ def at_a_terminal(command: Sequence[str], words: Sequence[str], question: bytes)
     pid, terminal = pty.fork()
     if pid == 0:
         os.execvp(command[0], list(command))  # noqa: S606 (the child's own program)
-    seen, answered, end = b"", 0, time.monotonic() + 120
+    seen, answered, end = b"", 0, time.monotonic() + 400
     while time.monotonic() < end:
         ready, _, _ = select.select([terminal], [], [], 1)
         try:

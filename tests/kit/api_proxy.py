@@ -66,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
                     headers={"Content-Type": self.headers.get("Content-Type", "application/json")},
                     verify=str(self.cluster.pki_dir / "ca.crt"),
                     cert=self.credentials,
-                    timeout=30,
+                    timeout=180,
                 )
             if not self._acted(self.proxy.after(self.command, self.path)):
                 self._send(answer.status_code, answer.content)

@@ -82,7 +82,7 @@ class Bridge:
         """To run the installed program."""
         return [str(Path(sys.executable).with_name("ca-bridge")), *args, "--config", str(self.config)]
 
-    def run(self, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(self, *args: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
         """Run the installed program."""
         if self.warm:
             return warm.shared().run(self.command(*args), timeout=timeout)
@@ -115,7 +115,7 @@ def add_vault(bridge: Bridge, bao: OpenBao, authority: str, prefix: str, *, mode
     roles = bao.add_kubeadm_roles(mount, certificates, VALIDITY)
     bao.add_policy(mount, vault_setup.policy(mount, roles, mode="sign-verbatim" if mode == "sign-verbatim" else "sign"))
     role_id, secret_id = bao.add_approle(mount, mount, token_ttl="5m")
-    bridge.add(f"backend.{mount}", {"type": "vault", "url": bao.url, "mode": mode, "timeout": "5s", "retry_for": "5s"})
+    bridge.add(f"backend.{mount}", {"type": "vault", "url": bao.url, "mode": mode, "timeout": "2m", "retry_for": "5s"})
     auth = {
         "method": "approle",
         "role_id_file": bridge.secret(f"{mount}.role-id", role_id),
@@ -136,7 +136,7 @@ def add_cfssl(bridge: Bridge, authority: str) -> Iterator[None]:
     with cfssl.serve_authority(
         directory, AUTHORITIES[authority], certificates, VALIDITY, ca_pem=ca_pem, tls=tls
     ) as table:
-        bridge.add(f"backend.{authority}-signer", {"type": "cfssl", "timeout": "5s", "retry_for": "5s", **table})
+        bridge.add(f"backend.{authority}-signer", {"type": "cfssl", "timeout": "2m", "retry_for": "5s", **table})
         bridge.add(f"authority.{authority}", {"backend": f"{authority}-signer"})
         yield
 

@@ -39,7 +39,7 @@ def start(api: ApiServer, issuer: str, certificate: x509.Certificate, key: Priva
         api.kubectl("apply", "--server-side", "-f", str(crds / f"cert-manager.io_{name}.yaml"))
     for name in ("challenges", "orders"):
         api.kubectl("apply", "--server-side", "-f", str(crds / f"acme.cert-manager.io_{name}.yaml"))
-    api.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+    api.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=180s")
     crt, secret = (base64.b64encode(data).decode() for data in (pem(certificate), key_pem(key)))
     api.apply(f"""
 apiVersion: v1
@@ -66,4 +66,4 @@ spec: {{ca: {{secretName: {issuer}}}}}
         conditions = api.admin.ask("GET", path).document.get("status", {}).get("conditions", [])
         return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
 
-    assert wait_until(ready, bool, timedelta(seconds=60), pause_seconds=0.2), api.log("cert-manager")
+    assert wait_until(ready, bool, timedelta(minutes=3), pause_seconds=0.2), api.log("cert-manager")

@@ -174,7 +174,7 @@ class Front:
             return self.instead
         with requests.Session() as session:
             session.trust_env = False
-            got = session.post(self.target + path, body, headers={"Content-Type": CONTENT_TYPE}, timeout=30)
+            got = session.post(self.target + path, body, headers={"Content-Type": CONTENT_TYPE}, timeout=180)
         if self.change is not None:
             return self.change(got.content)
         return Reply(status=got.status_code, content_type=got.headers["Content-Type"], body=got.content)

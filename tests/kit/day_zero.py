@@ -191,7 +191,7 @@ class Walk:
 
     def look(self, machine: Machine, nodes: Sequence[Node]) -> None:
         """What the cluster says of itself, once each kubelet has said that it is there; and what kubelets serve with."""
-        wait_for("all nodes", lambda: len(nodes_of(machine)) == len(nodes), seconds=120)
+        wait_for("all nodes", lambda: len(nodes_of(machine)) == len(nodes))
         self.nodes = nodes_of(machine)
         for node in nodes:
             served = ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate((node.ip, _KUBELET_PORT)))
@@ -271,7 +271,7 @@ class Office:
         """A command of `bootstrap`, which has to succeed."""
         program, began = Path(sys.executable).with_name("ca-bridge"), time.monotonic()
         command = list(map(str, (program, "bootstrap", *args, "--config", self.directory / "config.toml")))
-        self.walk.step(what, subprocess.run(command, capture_output=True, text=True, check=False, timeout=120), began)
+        self.walk.step(what, subprocess.run(command, capture_output=True, text=True, check=False, timeout=400), began)
 
     def orders(self, cluster: str, nodes: Sequence[str], certificates: Mapping[str, bytes]) -> list[str | Path]:
         """One for each node of a list, as options."""

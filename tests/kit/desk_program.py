@@ -106,6 +106,6 @@ class DeskProgram:
     def tables(self) -> str:
         """The tables of the settings."""
         return (
-            f'[backend.ca]\ntype = "exec"\ncommand = ["{self.directory / "program"}"]\ntimeout = "20s"\n'
+            f'[backend.ca]\ntype = "exec"\ncommand = ["{self.directory / "program"}"]\ntimeout = "3m"\n'
             '[authority.ca]\nbackend = "ca"\n'
         )

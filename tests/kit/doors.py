@@ -45,7 +45,7 @@ def _listener(node: Node, port: int, address: str) -> socket.socket:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         command = ["ip", "netns", "exec", node.name, sys.executable, "-c", _LISTEN, address, str(port)]
-        subprocess.run(command, stdin=theirs.fileno(), check=True, timeout=30)
+        subprocess.run(command, stdin=theirs.fileno(), check=True, timeout=180)
         _, [descriptor], _, _ = socket.recv_fds(ours, 1, 1)
     return socket.socket(fileno=descriptor)
 

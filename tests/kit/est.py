@@ -148,7 +148,7 @@ def estserver(
         },
         "allowed_hosts": list(allowed_hosts),
         "rate_limit": rate_limit,
-        "timeout": 5,
+        "timeout": 120,
         "log_file": str(directory / "est.log"),
     }
     config = directory / "est.json"

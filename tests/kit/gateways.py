@@ -225,7 +225,7 @@ class Gateway:
     def page(self, name: str) -> tuple[int, str]:
         """Status and text of a status page; 0 while no process listens."""
         try:
-            answer = requests.get(f"http://127.0.0.1:{self.port}/{name}", timeout=60)
+            answer = requests.get(f"http://127.0.0.1:{self.port}/{name}", timeout=180)
         except requests.exceptions.ConnectionError:
             return 0, ""
         return answer.status_code, answer.text
@@ -235,7 +235,7 @@ class Gateway:
         status, text = self.page("readyz")
         return status == 200 and "this replica works" in text
 
-    def until(self, done: Callable[[], object], seconds: float = 120, what: str = "") -> None:
+    def until(self, done: Callable[[], object], seconds: float = 180, what: str = "") -> None:
         """Wait, with its log where it takes too long."""
         deadline = time.monotonic() + seconds
         while not done():
@@ -279,7 +279,7 @@ class Gateway:
         self.process.kill()
         self.process.wait()
 
-    def end(self, seconds: float = 30) -> int:
+    def end(self, seconds: float = 180) -> int:
         """As systemd would; the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)

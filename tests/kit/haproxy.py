@@ -21,9 +21,9 @@ global
   ssl-load-extra-del-ext
 defaults
   mode http
-  timeout client 5s
-  timeout connect 5s
-  timeout server 5s
+  timeout client 3m
+  timeout connect 3m
+  timeout server 3m
 frontend tls
   bind 127.0.0.1:{port} ssl crt {certificate}
   http-request return status 200
@@ -45,7 +45,7 @@ class HaProxy:
 
     def shown(self) -> x509.Certificate:
         """The certificate that it shows."""
-        pem = ssl.get_server_certificate(("127.0.0.1", self.port), timeout=60)
+        pem = ssl.get_server_certificate(("127.0.0.1", self.port), timeout=180)
         return x509.load_pem_x509_certificate(pem.encode())
 
 

@@ -34,7 +34,7 @@ class Journal:
 
     pid: int
 
-    def run(self, command: Sequence[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(self, command: Sequence[str], timeout: float = 180) -> subprocess.CompletedProcess[str]:
         """Run a program that has this journal."""
         inside = ["nsenter", "--target", str(self.pid), "--mount", "--", *command]
         environment = {**os.environ, "LC_ALL": "C.UTF-8"}
@@ -50,7 +50,7 @@ class Journal:
 
     def entries(self, *matches: str) -> list[dict[str, Any]]:
         """What it has, the oldest first."""
-        self.run(["journalctl", "--sync"], timeout=30)
+        self.run(["journalctl", "--sync"])
         found = self.run(["journalctl", "--directory=/run/log/journal", "--output=json", "--all", *matches])
         assert found.returncode in (0, 1), found.stderr
         return [json.loads(line) for line in found.stdout.splitlines()]
@@ -71,7 +71,7 @@ def journald() -> Iterator[Journal]:
     with subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE, text=True) as process:
         try:
             journal = Journal(process.pid)
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 180
             while journal.run(["test", "-S", "/run/systemd/journal/stdout"]).returncode:
                 assert process.poll() is None, process.stderr.read() if process.stderr else ""
                 assert time.monotonic() < deadline, "journald does not listen"

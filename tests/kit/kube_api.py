@@ -101,7 +101,7 @@ class ApiServer:
             self.directory / "cache",
             *args,
         ]
-        run = subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=60)
+        run = subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=300)
         assert not check or run.returncode == 0, f"kubectl {' '.join(args)}: {run.stderr}"
         return run
 

@@ -89,7 +89,7 @@ class StandInKubelet:
         nowhere = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1, 2)]
         # no child of `subprocess`, which would warn of one that runs on
         self._pid.write_text(str(os.posix_spawn(_python(), arguments, os.environ, file_actions=nowhere)))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline and self._state() not in {"", "Z"}:
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", self.port), 1).close()

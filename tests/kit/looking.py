@@ -68,7 +68,7 @@ def client(node: Node, name: str) -> ssl.SSLContext:
 
 def connection(node: Node, port: int, context: ssl.SSLContext) -> contextlib.closing[http.client.HTTPSConnection]:
     """A connection to the node, which opens at the first request; the server's name and chain are checked."""
-    return contextlib.closing(http.client.HTTPSConnection(node.ip, port, context=context, timeout=10))
+    return contextlib.closing(http.client.HTTPSConnection(node.ip, port, context=context, timeout=120))
 
 
 def ask(opened: http.client.HTTPSConnection, path: str, *, patch: object = None) -> Answer:
@@ -284,7 +284,7 @@ def extension(node: Node, directory: Path, trusted: Callable[[], str] | None = N
                 context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cadata=cas())
                 context.verify_mode = ssl.CERT_REQUIRED
                 context.load_cert_chain(tls.server_cert, tls.server_key)
-                opened.settimeout(10)
+                opened.settimeout(120)
                 return context.wrap_socket(opened, server_side=True), address
             except ssl.SSLError as e:
                 refused.append(str(e))

@@ -148,7 +148,7 @@ class Cluster:
             certificate_pem=self.pems["certificate"],
             key_pem=self.pems["key"],
         )
-        return client.ask(Server(url), "", method=method, body=body, seconds=10)
+        return client.ask(Server(url), "", method=method, body=body, seconds=60)
 
 
 def make(directory: Path, count: int, *, client_port: int, peer_port: int, api_port: int) -> Cluster:

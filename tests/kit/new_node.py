@@ -106,14 +106,14 @@ class NewNode:
         """Run it, with this on its standard input."""
         path = {"PATH": f"{programs.directory()}:{os.environ['PATH']}"}
         if not given:
-            return warm.shared().run(self.command(*args), timeout=120, more=path)
+            return warm.shared().run(self.command(*args), timeout=400, more=path)
         return subprocess.run(
             self.command(*args),
             capture_output=True,
             text=True,
             check=False,
             input=given.decode(),
-            timeout=120,
+            timeout=400,
             env={**os.environ, "LC_ALL": "C.UTF-8", **path},
         )
 

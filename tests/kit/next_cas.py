@@ -73,7 +73,7 @@ def cross(old: tuple[bytes, bytes], new: bytes, directory: Path, days: int = 365
     (directory / "keyid").write_text("authorityKeyIdentifier = keyid\n")
     command = f"{program} x509 -in new.crt -CA old.crt -CAkey old.key -set_serial 0x{x509.random_serial_number():x}"
     command += f" -days {days} -sha256 -extfile keyid -out cross.crt"
-    subprocess.run(command.split(), cwd=directory, check=True, capture_output=True, timeout=60)
+    subprocess.run(command.split(), cwd=directory, check=True, capture_output=True, timeout=180)
     return directory / "cross.crt"
 
 
@@ -85,7 +85,7 @@ def add_vault(bridge: Bridge, bao: OpenBao, authority: str, prefix: str, ca: Nex
     roles = bao.add_kubeadm_roles(mount, ours, VALIDITY)
     bao.add_policy(mount, vault_setup.policy(mount, roles, mode="sign"))
     role_id, secret_id = bao.add_approle(mount, mount, token_ttl="5m")
-    bridge.add(f"backend.{mount}", {"type": "vault", "url": bao.url, "timeout": "5s", "retry_for": "5s"})
+    bridge.add(f"backend.{mount}", {"type": "vault", "url": bao.url, "timeout": "2m", "retry_for": "5s"})
     auth = {
         "role_id_file": bridge.secret(f"{mount}.role-id", role_id),
         "secret_id_file": bridge.secret(f"{mount}.secret-id", secret_id),

@@ -148,7 +148,7 @@ class Node:
         return self.kubeconfig_dir / "pki"
 
     def exec(
-        self, *command: str | Path, check: bool = True, timeout_seconds: float = 120, env: dict[str, str] | None = None
+        self, *command: str | Path, check: bool = True, timeout_seconds: float = 400, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """
         Run a command as on the node, with the kit's programs first in its path.
@@ -195,7 +195,7 @@ class Node:
 
     def down(self) -> None:
         """Stop it and remove all of it; also when it is down already."""
-        run = subprocess.run([_SCRIPT, "down", self.name], capture_output=True, text=True, check=False, timeout=120)
+        run = subprocess.run([_SCRIPT, "down", self.name], capture_output=True, text=True, check=False, timeout=_START_SECONDS)
         if run.returncode:
             raise AssertionError(f"{self.name}: {run.stderr}")
 

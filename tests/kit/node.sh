@@ -207,7 +207,7 @@ make_namespaces() { # a process that holds the mount namespace, and all mounts o
     mv "$node/pid.part" "$node/pid"
     exec sleep infinity
   ' - "$node" "${mount_points[@]}" >"$node/namespaces.log" 2>&1 </dev/null &
-  within 60 "its namespaces" test -e "$node/pid"
+  within 180 "its namespaces" test -e "$node/pid"
 }
 
 start_containerd() {
@@ -528,7 +528,7 @@ pids() { # all processes of the node: those in its network, and those in its cgr
 kill_all() {
   local pid tries
   # Whatever is left may start another process meanwhile (kubelet a pod, containerd a shim), so until none is left.
-  for tries in $(seq 100); do
+  for tries in $(seq 1800); do
     mapfile -t found < <(pids | sort -un)
     [ ${#found[@]} -gt 0 ] || return 0
     for pid in "${found[@]}"; do kill -9 "$pid" 2>/dev/null || true; done
@@ -540,7 +540,7 @@ kill_all() {
 remove_cgroups() {
   local root tries
   for root in $(cgroup_roots); do
-    for tries in $(seq 50); do
+    for tries in $(seq 1800); do
       [ -d "$root/$name" ] || break
       find "$root/$name" -depth -type d -exec rmdir {} + 2>/dev/null || sleep 0.1
     done

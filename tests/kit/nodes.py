@@ -74,7 +74,7 @@ class NodeBridge(Bridge):
         self.directory.mkdir(parents=True)
         self.add("node", {"name": self.node.name, "state_dir": str(self.directory / "state")})
 
-    def run(self, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(self, *args: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
         """Run the installed program with the node's files and this machine's network, where the CAs are."""
         pid = (kit.directory() / self.node.name / "pid").read_text().strip()
         program = Path(sys.executable).with_name("ca-bridge")
@@ -156,7 +156,7 @@ def make_ready(node: Node, plugin: Path | None = None) -> None:
         (node.root / "etc/cni/bin").mkdir(exist_ok=True)
         shutil.copy(plugin, node.root / "etc/cni/bin")
     (directory / "10-none.conflist").write_text(json.dumps(network))
-    wait_for("a node that is Ready", lambda: is_ready(node), seconds=60)
+    wait_for("a node that is Ready", lambda: is_ready(node))
 
 
 def import_image(node: Node, archive: Path) -> None:
@@ -222,11 +222,11 @@ def restart_static_pod(node: Node, manifest: str, list_pods: Sequence[str]) -> d
     name, aside = Path(manifest).stem, f"/etc/kubernetes/{Path(manifest).name}"
     environment = {"CRI_CONFIG_FILE": "/etc/kubernetes/crictl.yaml"}
     node.exec("mv", manifest, aside)
-    wait_for(f"no {name}", lambda: name not in node.exec(*list_pods, env=environment).stdout, seconds=120)
+    wait_for(f"no {name}", lambda: name not in node.exec(*list_pods, env=environment).stdout)
     time.sleep(3)
     back = datetime.now(UTC)
     node.exec("mv", aside, manifest)
-    wait_for(f"{name} in good health", lambda: is_healthy(node, Component(name)), seconds=60)
+    wait_for(f"{name} in good health", lambda: is_healthy(node, Component(name)))
     return back
 
 

@@ -70,7 +70,7 @@ class OpenBao:
                 f"{self.url}/v1/{path}",
                 json=body,
                 headers=sent,
-                timeout=20,
+                timeout=_START_SECONDS,
                 verify=str(self.verify) if isinstance(self.verify, Path) else self.verify,
             )
 
@@ -182,7 +182,7 @@ class OpenBao:
         Until `sys/health` has one of these statuses.
 
         Raises:
-            OpenBaoError: It does not within half a minute, or the process ended.
+            OpenBaoError: It does not within three minutes, or the process ended.
         """
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
@@ -191,7 +191,7 @@ class OpenBao:
             try:
                 if self.request("GET", "sys/health", token="").status_code in statuses:
                     return
-            except requests.exceptions.ConnectionError:
+            except (requests.exceptions.ConnectionError, requests.exceptions.Timeout):
                 pass  # not listening yet
             time.sleep(0.05)
         raise OpenBaoError(f"{self.url} did not come up\n{(self.home / 'log').read_text()[-2000:]}")

@@ -66,7 +66,7 @@ class Team:
     def run(self, agent: Mapping[str, Path], *words: str) -> subprocess.CompletedProcess[str]:
         """`ca-bridge approvals …` of a person."""
         command = [CA_BRIDGE, "approvals", *words, "--config", str(self.settings(agent))]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
 
 
 def make_team(

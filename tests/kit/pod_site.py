@@ -121,7 +121,7 @@ class Site:
         """What the events of a namespace say."""
         return "\n".join(one.get("message", "") for one in self.admin.get(_path(namespace, "events"))["items"])
 
-    def until_running(self, namespace: str, *names: str, seconds: float = 60) -> None:
+    def until_running(self, namespace: str, *names: str, seconds: float = 240) -> None:
         """All of them."""
 
         def running() -> bool:

@@ -25,7 +25,7 @@ from tests.kit.pki import Pki, handmade_pki
 from tests.kit.shown import DESK_FILES, ROOT, Machine, Normal, add_cas, typed
 
 DOOR_PAGE, APPROVALS_PAGE = ROOT / "docs/door.md", ROOT / "docs/approvals.md"
-_PATIENCE = timedelta(minutes=2)
+_PATIENCE = timedelta(minutes=3)
 #: What pages call the two requests that people decide about.
 _DIGESTS = ("3f9c2a7be01d4c55", "b71e5d0c94a2f386")
 

@@ -20,7 +20,7 @@ from tests.kit.tripwire import Act, Tripwire, kill
 CONTENT = b"apiVersion: v1\nkind: Pod\n# with a comment\nmetadata: {name: kube-scheduler}\n"
 
 
-TIMEOUT = timedelta(seconds=30)
+TIMEOUT = timedelta(minutes=3)
 
 
 @dataclass(kw_only=True)

@@ -31,7 +31,7 @@ keep() {
 start() {
   local tries
   touch "$node/kubelet.wanted"
-  for tries in $(seq 50); do
+  for tries in $(seq 1800); do
     ! running && [ -e /var/lib/kubelet/config.yaml ] || return 0
     sleep 0.1
   done

@@ -176,7 +176,7 @@ class Booted:
         done = subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=300)
         return _checked(script, done, check=check)
 
-    def wait(self, script: str, seconds: float = 60) -> str:
+    def wait(self, script: str, seconds: float = 180) -> str:
         """
         Run a script until it ends with 0, and return its output.
 
