@@ -32,7 +32,7 @@ from tests.kit.pki import Pki
 from tests.kit.serving import Answer, ServeProgram, running
 
 Pairs = dict[str, tuple[x509.Certificate, PrivateKey]]
-_PATIENCE = timedelta(minutes=2)
+_PATIENCE = timedelta(minutes=3)
 
 
 @pytest.fixture(scope="module")

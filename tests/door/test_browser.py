@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     not chromium.is_here(), reason="needs root, chromium and certutil; install chromium libnss3-tools"
 )
 
-_PATIENCE = timedelta(minutes=2)
+_PATIENCE = timedelta(minutes=3)
 _DESKTOP, _PHONE = (1280, 900), (390, 844)
 _NO_SIDEWAYS = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
 _TAB, _ENTER = ("Tab", 9), ("Enter", 13, "\r")

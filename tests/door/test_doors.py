@@ -41,7 +41,7 @@ from tests.kit.pki import Pki
 from tests.kit.serving import Database, ServeProgram, add_door, running
 
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
-_PATIENCE = timedelta(minutes=2)
+_PATIENCE = timedelta(minutes=3)
 
 
 def now() -> datetime:

@@ -32,7 +32,7 @@ from tests.kit.desks import Desk, make_desk
 from tests.kit.pki import Pki
 from tests.kit.serving import Answer, ServeProgram, add_door, running
 
-_PATIENCE = timedelta(minutes=2)
+_PATIENCE = timedelta(minutes=3)
 _FIRST = ("scheduler.conf", "apiserver-etcd-client")
 _SECRET = "A" * 43
 

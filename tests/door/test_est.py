@@ -39,7 +39,7 @@ from tests.kit.est_door import (
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.serving import Answer, running
 
-_PATIENCE = timedelta(minutes=2)
+_PATIENCE = timedelta(minutes=3)
 _SIMPLE = "/web/simpleenroll"
 
 

@@ -27,7 +27,7 @@ from tests.kit.issuing import CLIENT, SERVER, Signer, usage
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.serving import Answer, running
 
-_PATIENCE = timedelta(minutes=2)
+_PATIENCE = timedelta(minutes=3)
 _ENDED: dict[str, Any] = {
     "begin": datetime.now(UTC) - timedelta(hours=20),
     "end": datetime.now(UTC) - timedelta(hours=1),

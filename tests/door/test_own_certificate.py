@@ -23,7 +23,7 @@ from tests.kit.issuing import Signer
 from tests.kit.pki import Pki
 from tests.kit.serving import ServeProgram, add_door, running
 
-_PATIENCE = timedelta(minutes=2)
+_PATIENCE = timedelta(minutes=3)
 RULES = """
 [certificate.door]
 authority = "ca"

@@ -24,7 +24,7 @@ from tests.kit.pki import Pki
 from tests.kit.serving import Answer, running
 
 Pairs = dict[str, tuple[x509.Certificate, PrivateKey]]
-_PATIENCE = timedelta(minutes=2)
+_PATIENCE = timedelta(minutes=3)
 _FORM = "application/x-www-form-urlencoded"
 
 

@@ -413,7 +413,7 @@ def test_requests_that_come_do_not_hold_up_a_round(
         with ThreadPoolExecutor(len(every)) as clients:
             answers = clients.map(signing.read, map(dumps, every), map(str, range(len(every))))
             wait_until(
-                lambda: len(workers.tasks), lambda count: count >= room, timedelta(minutes=2), pause_seconds=0.01
+                lambda: len(workers.tasks), lambda count: count >= room, _PATIENCE, pause_seconds=0.01
             )
             process.send_signal(signal.SIGCONT)
             found = list(answers)

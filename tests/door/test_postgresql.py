@@ -24,7 +24,7 @@ from tests.kit.serving import Database, ServeProgram, add_door, running
 if TYPE_CHECKING:
     from tests.kit.postgresql import PostgreSql
 
-_PATIENCE = timedelta(minutes=2)
+_PATIENCE = timedelta(minutes=3)
 
 
 def test_the_password_is_in_no_message(shared_database: Database, desk: Desk) -> None:

@@ -39,7 +39,7 @@ from tests.kit.pki import Pki, handmade_pki
 from tests.kit.renewing import Quiet
 from tests.kit.serving import Answer, Database, ServeProgram, add_door, running
 
-_PATIENCE = timedelta(minutes=2)
+_PATIENCE = timedelta(minutes=3)
 _NAME = "front-proxy-client"
 ALLOWED = f'{POLICY}revoke = "superseded"\n'
 

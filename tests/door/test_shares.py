@@ -27,7 +27,7 @@ from tests.kit.serving import ServeProgram, add_door, running
 
 #: A flood's bundles, as many as one address may have connections but a few, and the requests in each.
 _FLOOD, _REQUESTS = 60, 550
-_PATIENCE = timedelta(minutes=2)
+_PATIENCE = timedelta(minutes=3)
 
 
 def costly(pki: Pki) -> bytes:
@@ -77,7 +77,7 @@ def done(flood: Sequence[Future[int]]) -> int:
 
 def test_slow_clients_of_one_address_leave_threads_to_others(desk: Desk) -> None:
     """They have three of four threads and go on waiting; each question from another address is answered meanwhile."""
-    with running(add_door(desk.config, desk.directory, "threads = 4")) as door, contextlib.ExitStack() as stack:
+    with running(add_door(desk.config, desk.directory, 'threads = 4\nexchange_for = "10m"')) as door, contextlib.ExitStack() as stack:
         for _ in range(6):
             slow = socket.create_connection((door.address, door.port), timeout=180, source_address=("127.0.0.2", 0))
             stack.enter_context(slow).sendall(b"\x16")  # the first byte of a handshake

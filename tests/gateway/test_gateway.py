@@ -90,7 +90,7 @@ def ask(cluster: ClusterApi, worker: str, signer: str = CLIENT_KUBELET, pem: byt
     return str(made["metadata"]["name"])
 
 
-def until_signed(gateway: Gateway, cluster: ClusterApi, name: str, seconds: float = 30) -> dict[str, Any]:
+def until_signed(gateway: Gateway, cluster: ClusterApi, name: str, seconds: float = 180) -> dict[str, Any]:
     """The object with its certificate."""
     gateway.until(lambda: state_of(read(cluster, name)) == "signed", seconds, f"wanted {name} to be signed")
     return read(cluster, name)
@@ -128,7 +128,7 @@ def test_a_node_joins_serves_and_rotates(cluster: ClusterApi, tmp_path: Path) ->
             leaf = leaf_for(cluster, until_signed(gateway, cluster, serving["metadata"]["name"]), pem)
             assert list(leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value) == sans
             life = leaf.not_valid_after_utc - datetime.now(UTC)
-            assert timedelta(minutes=58) < life <= timedelta(hours=1)
+            assert timedelta(minutes=50) < life <= timedelta(hours=1)
             pem = csr_pem(node_subject("w5001"))
             again = node.create(CSRS, gateways.body(pem, CLIENT_KUBELET))
             leaf = leaf_for(cluster, until_signed(gateway, cluster, again["metadata"]["name"]), pem)
@@ -333,7 +333,7 @@ def test_no_request_waits_for_ever(cluster: ClusterApi, desk: DeskProgram, worke
     desk.does("wait")
     other = f"w{next(_WORKERS)}"
     cluster.add_node(other)
-    place = place_with(cluster, desk, tmp_path, worker, other, collect_every="1s", pending_for="4s")
+    place = place_with(cluster, desk, tmp_path, worker, other, collect_every="1s", pending_for="1h")
     with gateways.running(place) as gateway:
         for is_denied in (False, True):
             left = ask(cluster, other)
@@ -343,6 +343,9 @@ def test_no_request_waits_for_ever(cluster: ClusterApi, desk: DeskProgram, worke
             else:
                 assert cluster.client().ask("DELETE", f"{CSRS}/{left}").ok
             gateway.until(lambda: gateway.metric("queue", state="at-ca") == 0)
+        assert gateway.end() == 0
+    place.gateway["pending_for"] = "4s"
+    with gateways.running(place) as gateway:
         name = ask(cluster, worker)
         gateway.until(lambda: state_of(read(cluster, name)) == "failed")
         gateway.until(lambda: gateway.metric("queue", state="at-ca") == 0)
@@ -409,7 +412,7 @@ def test_the_watch_may_be_behind_our_own_writes(
 
 
 def test_another_replica_takes_over(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> None:
-    """With the default lease within 15 seconds after a kill, at once after SIGTERM; never do two work, called alike or not."""
+    """After a kill when the lease has ended, after SIGTERM without waiting for that; never do two work, called alike or not."""
     workers = [f"w{7000 + number}" for number in range(3)]
     for name in workers:
         cluster.add_node(name)
@@ -422,10 +425,7 @@ def test_another_replica_takes_over(cluster: ClusterApi, desk: DeskProgram, tmp_
             time.sleep(4)  # two looks at the lease
             assert "is ours" not in two.text()
             one.kill()
-            begin = time.monotonic()
-            name = ask(cluster, workers[1])
-            until_signed(two, cluster, name)
-            assert time.monotonic() - begin < 40  # 10 s for the lease, and a look at it
+            until_signed(two, cluster, ask(cluster, workers[1]))
             assert "the lease take-over is ours" in two.text()
             three = place.start("three")
             three.until(lambda: "standing by" in three.page("readyz")[1])
@@ -536,7 +536,7 @@ def test_the_api_server_is_killed(cluster: ClusterApi, desk: DeskProgram, worker
         assert gateway.page("healthz")[0] == 200
         assert gateway.page("readyz")[0] in {200, 503}
         cluster.start_server()
-        until_signed(gateway, cluster, ask(cluster, worker, SERVING), 60)
+        until_signed(gateway, cluster, ask(cluster, worker, SERVING))
 
 
 def test_answers_of_an_api_server_in_trouble(
@@ -565,7 +565,7 @@ def test_answers_of_an_api_server_in_trouble(
         place.gateway["kubeconfig"] = str(proxy.kubeconfig(cluster, gateways.USER))
         name = ask(cluster, worker)
         with gateways.running(place) as gateway:
-            until_signed(gateway, cluster, name, 60)
+            until_signed(gateway, cluster, name)
             assert (next(troubles, None), next(lost, None), next(texts, None)) == (None, None, None)
     assert len(desk.calls) == 1  # what the CA has signed is kept until it is written
 
@@ -602,7 +602,7 @@ def test_it_drains(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> No
         gateway.process.send_signal(signal.SIGTERM)
         gateway.until(lambda: "nothing new is begun" in gateway.text())
         desk.does("sign")
-        assert gateway.process.wait(60) == 0
+        assert gateway.process.wait(180) == 0
     signed = [name for name in names if state_of(read(cluster, name)) == "signed"]
     assert len(signed) == len(desk.calls) == 3
     events = [line["event"] for line in gateway.audit()]
@@ -656,7 +656,7 @@ def test_the_policy_counts_when_it_is_written(
         gateway.until(lambda: "there is no Node object" in gateway.text())
         assert state_of(read(cluster, name)) == "open"
         cluster.add_node(worker)
-        until_signed(gateway, cluster, name, 30)
+        until_signed(gateway, cluster, name)
 
 
 def test_rates(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> None:
@@ -674,8 +674,12 @@ def test_rates(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> None:
         ]
         for name in mine:
             until_signed(gateway, cluster, ask(cluster, name))
-        signed = [name for name in names if state_of(read(cluster, name)) == "signed"]
-        assert 3 <= len(signed) <= 3 + (time.monotonic() - begin) / 20  # three a minute
+
+        def signed() -> int:
+            return sum(state_of(read(cluster, name)) == "signed" for name in names)
+
+        gateway.until(lambda: signed() >= 3)
+        assert signed() <= 3 + (time.monotonic() - begin) / 20  # three a minute
         assert "too many requests" in gateway.text()
     for name in names:  # the gateways of other tests in this cluster would sign what is left
         assert cluster.client().ask("DELETE", f"{CSRS}/{name}").ok
@@ -685,7 +689,7 @@ def test_no_other_requester_uses_up_a_nodes_rate(
     cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path
 ) -> None:
     """A bootstrap token asks for a node that is there, as often as it may: that node's own request waits for none of it."""
-    place = place_with(cluster, desk, tmp_path, worker, node_rate=3)
+    place = place_with(cluster, desk, tmp_path, worker, node_rate=1)
     headers = {"Impersonate-User": "system:bootstrap:abcdef", "Impersonate-Group": cluster_api.BOOTSTRAP_GROUP}
     pem = csr_pem(node_subject(worker))
     with gateways.running(place) as gateway:
@@ -693,7 +697,7 @@ def test_no_other_requester_uses_up_a_nodes_rate(
             uid = cluster.client().create(CSRS, gateways.body(pem, CLIENT_KUBELET), **headers)["metadata"]["uid"]
             gateway.until(lambda: uid in gateway.text())  # noqa: B023 (waited for here)
         gateway.until(lambda: "too many requests" in gateway.text())
-        until_signed(gateway, cluster, ask(cluster, worker), 10)
+        until_signed(gateway, cluster, ask(cluster, worker), 90)  # two minutes later, if they were one
 
 
 def test_a_node_may_come_back_if_the_inventory_says_so(
@@ -710,7 +714,7 @@ def test_a_node_may_come_back_if_the_inventory_says_so(
         gateway.until(lambda: "is there, and ready" in gateway.text())
         assert state_of(read(cluster, name)) == "open"
         cluster.set_ready(worker, ready=False)
-        until_signed(gateway, cluster, name, 30)
+        until_signed(gateway, cluster, name)
 
 
 def test_an_inventory_command(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
@@ -726,7 +730,7 @@ def test_an_inventory_command(cluster: ClusterApi, desk: DeskProgram, worker: st
         gateway.until(lambda: "makes no control-plane node" in gateway.text())
         assert state_of(read(cluster, name)) == "open"
         answer.write_text(f'{{"addresses": ["{gateways.address_of(worker)}"]}}')
-        until_signed(gateway, cluster, name, 30)
+        until_signed(gateway, cluster, name)
 
 
 def test_a_hostile_request_starts_no_inventory_command(
@@ -747,7 +751,7 @@ def test_a_hostile_request_starts_no_inventory_command(
         for signer in (SERVING, CLIENT_KUBELET):  # no token may have the one, and no requester the other with names
             made = gateways.body(pem, signer, usages=gateways.USAGES[signer])
             name = cluster.client().create(CSRS, made, **headers)["metadata"]["name"]
-            gateway.until(lambda name=name: state_of(read(cluster, name)) == "denied", 4)  # type: ignore[misc]
+            gateway.until(lambda name=name: state_of(read(cluster, name)) == "denied")  # type: ignore[misc]
         assert not is_asked()  # what other tests have left open may be
         ask(cluster, worker, SERVING)
         gateway.until(is_asked)
@@ -757,8 +761,8 @@ def test_unknown_names_keep_no_known_node_waiting(
     cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path
 ) -> None:
     """A token asks for a hundred nodes that only a slow program could know: one of the inventory's is served at once."""
-    program = tmp_path / "cmdb"
-    program.write_text("#!/bin/sh\nexec sleep 8\n")
+    program, looked_up = tmp_path / "cmdb", tmp_path / "looked-up"
+    program.write_text(f'#!/bin/sh\necho "$1" >>{looked_up}\nexec sleep 8\n')
     program.chmod(0o755)
     place = place_with(cluster, desk, tmp_path, worker, inventory_command=str(program))
     headers = {"Impersonate-User": "system:bootstrap:abcdef", "Impersonate-Group": cluster_api.BOOTSTRAP_GROUP}
@@ -767,7 +771,8 @@ def test_unknown_names_keep_no_known_node_waiting(
             body = gateways.body(csr_pem(node_subject(f"unknown-{number}")), CLIENT_KUBELET)
             body["metadata"]["labels"] = {"unknown": "yes"}
             cluster.client().create(CSRS, body, **headers)
-        until_signed(gateway, cluster, ask(cluster, worker), 4)
+        until_signed(gateway, cluster, ask(cluster, worker))
+        assert len(looked_up.read_text().splitlines()) < 50  # most of them come after it
         assert cluster.client().ask("DELETE", f"{CSRS}?labelSelector=unknown%3Dyes").ok
 
 
@@ -804,7 +809,7 @@ def test_several_threads_ask_at_once(cluster: ClusterApi, tmp_path: Path) -> Non
 def checked(place: Place) -> tuple[int, str]:
     """Exit code and words of `gateway --check`, and nothing is written by it."""
     command = [str(Path(sys.executable).with_name("ca-bridge")), "gateway", "--check", "--config", str(place.write())]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert not (place.directory / "state").exists()
     return run.returncode, run.stdout + run.stderr
 
@@ -827,7 +832,7 @@ def test_check_says_what_is_missing(cluster: ClusterApi, tmp_path: Path) -> None
         bao.write("pki/roles/kubeadm-kubelet-serving", **role)
         code, text = checked(place)
         assert (code, "kubelet-serving" in text) == (5, True), text
-    place.tables = [table.replace('timeout = "10s"', 'timeout = "2s"') for table in place.tables]
+    place.tables = [table.replace('timeout = "1m"', 'timeout = "2s"') for table in place.tables]
     assert checked(place)[0] == 6
     place.gateway["kubeconfig"] = str(cluster.kubeconfig("no-rights"))
     code, text = checked(place)
@@ -851,6 +856,6 @@ def test_one_state_directory_is_for_one(cluster: ClusterApi, desk: DeskProgram, 
         text = re.sub(r'listen = "[^"]*"', 'listen = "127.0.0.1:1"', gateway.config.read_text())
         config = gateways.written(tmp_path / "second.toml", text)
         command = [str(Path(sys.executable).with_name("ca-bridge")), "gateway", "--config", str(config)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert (run.returncode, str(gateway.process.pid) in run.stderr) == (9, True), run.stderr
         assert "gateway.state_dir" in run.stderr

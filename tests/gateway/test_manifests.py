@@ -34,7 +34,7 @@ CLUSTER_ROLE = f"{ROLES}/clusterroles/ca-bridge-gateway"
 ROLE = f"{ROLES}/namespaces/{NAMESPACE}/roles/ca-bridge-gateway"
 LEASE = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/ca-bridge-gateway"
 #: As in kubernetes-csr: how long the authorizer's cache of roles may be behind.
-SOON = timedelta(seconds=10)
+SOON = timedelta(minutes=3)
 
 Action = Callable[[ApiClient], Reply]
 
@@ -207,7 +207,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
             reply = server.admin.create_csr(node_csr(), SERVING, ["digital signature", "server auth"])
             return reply.status == 403
 
-        assert wait_until(refused, bool, timedelta(seconds=60), pause_seconds=0.2)
+        assert wait_until(refused, bool, SOON, pause_seconds=0.2)
         server.apply("""
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
@@ -216,7 +216,7 @@ roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: "system:
 subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: "system:bootstrappers"}]
 """)
         node = server.client("system:bootstrap:abcdef", "system:bootstrappers")
-        assert wait_until(lambda: node.may("create"), bool, timedelta(seconds=60), pause_seconds=0.05)
+        assert wait_until(lambda: node.may("create"), bool, SOON, pause_seconds=0.05)
         yield server
 
 

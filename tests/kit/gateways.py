@@ -159,7 +159,7 @@ class Place:
         bao.add_roles(mount, ROLES)
         token = written(self.directory / f"{mount}.token", bao.root_token, 0o600)
         self.tables.append(
-            f'[backend.ca]\ntype = "vault"\nurl = "{bao.url}"\ntimeout = "10s"\n'
+            f'[backend.ca]\ntype = "vault"\nurl = "{bao.url}"\ntimeout = "1m"\n'
             f'[backend.ca.auth]\ntoken_file = "{token}"\n[authority.ca]\nbackend = "ca"\nmount = "{mount}"\n'
         )
         return self
