@@ -45,7 +45,7 @@ def bridge(node: Node, made: dict[str, NextCa], tmp_path_factory: pytest.TempPat
     directory = tmp_path_factory.mktemp("adopt")
     pki = NodePki(root=node.root, external=True, keys=directory)
     bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
-    bridge.add("restart", {"method": "static-pods", "min_interval": "1s"})
+    bridge.add("restart", {"method": "static-pods", "min_interval": "1s", "prove_for": "5m"})
     bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
     bridge.add("backend.corp", {"type": "openssl"})
     for name in AUTHORITIES:
@@ -66,14 +66,13 @@ def assert_reached(bridge: LiveBridge, phase: str, *words: str) -> None:
     run = bridge.run("rotate-ca", *words)
     assert run.returncode == 0, run.stdout + run.stderr
     assert phases(bridge) == dict.fromkeys(AUTHORITIES, phase)
-    proof = bridge.run("prove", "--wait", "60s")
+    proof = bridge.run("prove", "--wait", "3m")
     assert proof.returncode == 0, proof.stdout
     check = bridge.node.exec("kubeadm", "certs", "check-expiration", check=False)
     assert check.returncode == 0, check.stderr
     wait_for(
         "the kubelet's lease",
         lambda: nodes.lease_renewed(bridge.node, "kube-node-lease", NAME) > before,
-        seconds=120,
     )
 
 
@@ -97,7 +96,6 @@ def test_a_controller_manager_that_signs_holds_it_up(bridge: LiveBridge) -> None
     wait_for(
         "another controller manager",
         lambda: nodes.containers(bridge.node).get(Component.CONTROLLER_MANAGER, before) != before,
-        seconds=120,
     )
     wait_for("a healthy one", lambda: nodes.is_healthy(bridge.node, Component.CONTROLLER_MANAGER))
     assert_reached(bridge, "trusted", "trust")

@@ -69,7 +69,7 @@ def test_a_missing_certificate_is_made_from_the_cluster_and_works(bridge: LiveBr
     after = live_certificates(bridge.pki)
     assert after[KUBELET_CLIENT].subject == before[KUBELET_CLIENT].subject
     assert after[KUBELET_CLIENT].serial_number != before[KUBELET_CLIENT].serial_number
-    proof = bridge.run("prove", "--wait", "60s")
+    proof = bridge.run("prove", "--wait", "3m")
     assert proof.returncode == 0, proof.stdout
     logs = ("logs", "-n", "kube-system", f"kube-apiserver-{NAME}", "--tail", "1")
     wait_for("logs through the API server", lambda: bridge.node.kubectl(*logs, check=False).returncode == 0)

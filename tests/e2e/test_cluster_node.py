@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ pytestmark = [pytest.mark.node, pytest.mark.slow]
 
 LEASE = "ca-bridge"
 DURATION_SECONDS = 15
+#: Of the clients that look: one that is away refuses at once, and one that a busy machine holds up is there.
+_PATIENCE_SECONDS = 60.0
 
 #: Runs on a node, where every path is the usual one; prints a line of JSON for each thing that happens.
 PROGRAM = """
@@ -130,7 +133,7 @@ class Run:
 
 
 def run(node: Node, verb: str, *components: Component, rules: str = "") -> Run:
-    done = node.exec(*command(node, verb, *components, rules=rules), check=False, timeout_seconds=240)
+    done = node.exec(*command(node, verb, *components, rules=rules), check=False, timeout_seconds=600)
     assert "Traceback" not in done.stderr, done.stderr
     return Run(code=done.returncode, events=lines(done.stdout))
 
@@ -223,10 +226,10 @@ def test_refuses_while_another_nodes_etcd_is_down(nodes: list[Node]) -> None:
         assert states(second)["etcd", second.name] == "unhealthy"
         assert states(second)["etcd", first.name] == "healthy"
         stack = contextlib.ExitStack()
-        waiting = stack.enter_context(started(first, "may", "neighbour_wait = '3m'"))
-        assert "waiting up to 3m for" in first_line(waiting)["text"]
+        waiting = stack.enter_context(started(first, "may", "neighbour_wait = '15m'"))
+        assert "waiting up to 15m for" in first_line(waiting)["text"]
     with stack:
-        waiting.communicate(timeout=200)
+        waiting.communicate(timeout=900)
     assert waiting.returncode == Exit.DONE
     assert all_are_well(nodes)
 
@@ -287,7 +290,7 @@ def lease_spec(node: Node) -> dict[str, Any]:
 def test_the_lease_is_kept_while_the_own_api_server_is_away(nodes: list[Node]) -> None:
     """The server is away for longer than the lease lasts; no other node gets the lease, and each reads who has it."""
     first, second, _ = nodes
-    with started(first, "300") as held:
+    with started(first, "3600") as held:
         wait_for_turn(held)
         assert lease_spec(second)["holderIdentity"].startswith(f"{first.name}_{first.ip}:6443_run-")
         with without(first, Component.APISERVER):
@@ -296,22 +299,22 @@ def test_the_lease_is_kept_while_the_own_api_server_is_away(nodes: list[Node]) -
             assert refused.code == Exit.UNAVAILABLE
             assert f"{first.name}_{first.ip}:6443_run-" in refused.texts
             before = lease_spec(second)["renewTime"]
-            time.sleep(DURATION_SECONDS / 2)
-            assert lease_spec(second)["renewTime"] != before
+            wait_for("a lease that is renewed", lambda: lease_spec(second)["renewTime"] != before)
         assert held.poll() is None
 
 
 def test_the_lease_of_a_run_that_was_killed_is_taken_when_it_has_expired(nodes: list[Node]) -> None:
     """Only one node takes it, and not before it has expired."""
     first, second, third = nodes
-    with started(first, "300") as killed:
+    with started(first, "3600") as killed:
         wait_for_turn(killed)
-    end = time.monotonic()
+    renewed = datetime.fromisoformat(lease_spec(second)["renewTime"])
+    since = time.monotonic() - (datetime.now(UTC) - renewed).total_seconds()
     with started(second, "0") as one, started(third, "0") as another:
-        reported = [lines(process.communicate(timeout=120)[0]) for process in (one, another)]
+        reported = [lines(process.communicate(timeout=900)[0]) for process in (one, another)]
     begins = sorted(event["at"] for events in reported for event in events if event["event"] == "begin")
     assert len(begins) == 2
-    assert begins[0] - end > DURATION_SECONDS * 2 / 3 - 1  # it renewed that long ago, at most
+    assert begins[0] - since > DURATION_SECONDS - 1
     assert_one_after_the_other(reported)
     assert lease_spec(first)["holderIdentity"] == ""
 
@@ -357,7 +360,7 @@ def answers(node: Node) -> bool:
     )
     client = Client(name="healthcheck", trust_pem=anchor, certificate_pem=certificate, key_pem=key)
     with contextlib.suppress(http.HttpsError):
-        return client.ask(Server(f"https://{node.ip}:2379"), "/health").status in {
+        return client.ask(Server(f"https://{node.ip}:2379"), "/health", seconds=_PATIENCE_SECONDS).status in {
             HTTPStatus.OK,
             HTTPStatus.SERVICE_UNAVAILABLE,
         }
@@ -374,6 +377,7 @@ def writes(node: Node, change: str) -> bool:
             {"Content-Type": "application/merge-patch+json"},
             method="PATCH",
             body=change.encode(),
+            seconds=_PATIENCE_SECONDS,
         )
         return answer.status == HTTPStatus.OK
     return False

@@ -198,7 +198,7 @@ def test_a_node_begins_with_a_one_time_secret(site: Site) -> None:
     print(machine.walk.seconds)
     assert site.cas.before == []
     assert len(site.cas.team.desk.issued()) == 13
-    proof = machine.alone("prove", "--wait", "60s")
+    proof = machine.alone("prove", "--wait", "3m")
     assert proof.returncode == Exit.DONE, proof.stdout
     assert [one["evidence"] for one in approvals(site)] == ["signature"]
 
@@ -227,7 +227,7 @@ def test_it_is_renewed_whole_once_a_person_has_approved(site: Site, tmp_path: Pa
     assert result["proven"] > 10, result
     restarted = {text.partition(" ")[0] for text in result["restarted"]}
     assert {"kube-controller-manager", "kube-scheduler", "kubelet"} <= restarted, result
-    assert machine.alone("prove", "--wait", "60s").returncode == Exit.DONE
+    assert machine.alone("prove", "--wait", "3m").returncode == Exit.DONE
     machine.node.exec("kubeadm", "certs", "check-expiration")
     # a kubelet that has just begun says for a moment that its container runtime is not there
     wait_for("a node that is Ready", lambda: is_ready(machine.node))

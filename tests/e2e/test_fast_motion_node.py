@@ -1,7 +1,7 @@
 """
 Two weeks of a control plane in fast motion: one second stands for one hour.
 
-Certificates live 4 minutes (ten days) and are due when less than 3 min 15 s are left (eight days); the timer, a bare
+Certificates live 6 minutes (15 days) and are due when less than 5 min 15 s are left (13 days); the timer, a bare
 `ca-bridge renew`, fires every 6 s (four times a day) for 336 s (two weeks), on a slow machine until the last outage is
 over. OpenBao is away twice, once for 50 s (two days), and refuses once. kubelet.conf keeps kubeadm's year, since
 `kubeadm certs renew` makes no shorter one.
@@ -52,11 +52,12 @@ class Outage:
 
     kind: Literal["away", "refuses"]
     seconds: float  #: After the first run that failed.
+    firings: int = 1  #: That fail in it, however slow the machine is.
 
 
 #: The first is longer than three firings, and ends in their pause.
 OUTAGES = (
-    Outage(kind="away", seconds=50),
+    Outage(kind="away", seconds=50, firings=2 * MANY + 2),
     Outage(kind="away", seconds=1),
     Outage(kind="refuses", seconds=1),
 )
@@ -81,10 +82,10 @@ def site(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[Sit
         nodes.make_ready(node)
         pki = NodePki(root=node.root, external=True, keys=keys)
         bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
-        bridge.add("renewal", {"before": "3m15s", "validity": "4m", "min_validity": "1m"})
+        bridge.add("renewal", {"before": "5m15s", "validity": "6m", "min_validity": "1m"})
         for authority in AUTHORITIES:
             add_vault(bridge, bao, authority, NAME)
-        bridge.add("restart", {"method": "static-pods", "components": "needed", "min_interval": "1s"})
+        bridge.add("restart", {"method": "static-pods", "components": "needed", "min_interval": "1s", "prove_for": "5m"})
         port = urlsplit(bao.url).port
         assert port is not None
         _shorten(node, keys)
@@ -93,11 +94,11 @@ def site(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[Sit
 
 
 def _shorten(node: Node, keys: Path) -> None:
-    """Certificates of two minutes by kubeadm, since no renewal may end before what it replaces."""
+    """Certificates of four minutes by kubeadm, since no renewal may end before what it replaces."""
     config = (node.kubeconfig_dir / "kubeadm.yaml").read_text()
     kind = "kind: ClusterConfiguration\n"
     assert kind in config
-    (node.kubeconfig_dir / "short.yaml").write_text(config.replace(kind, f"{kind}certificateValidityPeriod: 2m\n"))
+    (node.kubeconfig_dir / "short.yaml").write_text(config.replace(kind, f"{kind}certificateValidityPeriod: 4m\n"))
     places = [f"{AUTHORITIES[name].certificate_file.removesuffix('.crt')}.key" for name in AUTHORITIES]
     for place in places:
         shutil.copy(keys / place, node.pki_dir / place)
@@ -149,6 +150,7 @@ class Firing:
     code: int
     connections: int  #: That the CA got from it.
     outage: Outage | None
+    renewed: bool  #: Any certificate.
     stderr: str
 
 
@@ -170,7 +172,7 @@ def test_two_weeks(site: Site, tried: Tried) -> None:
     print(f"{len(firings)} firings, exit codes {dict(codes)}; renewals {renewals}; restarts {dict(restarts)}")
     print(f"least left {seen.least.total_seconds():.0f} s in {seen.looks} looks; {site.door.connections} connections")
 
-    assert site.bridge.run("prove", "--wait", "60s").returncode == 0
+    assert site.bridge.run("prove", "--wait", "3m").returncode == 0
     assert seen.expired == []
     assert set(seen.serials) == set(NAMES)
     assert min(renewals.values()) >= 3
@@ -190,14 +192,15 @@ def _two_weeks(site: Site, containers: dict[Component, set[str]]) -> Iterator[Fi
     beginning, to_come = time.monotonic(), list(OUTAGES)
     outage: Outage | None = None
     until: float | None = None
+    failed = 0  # firings of the outage
     is_over = False  # the last outage, and what was due in it
     with contextlib.ExitStack() as stack:
         while (begin := time.monotonic() - beginning) < TWO_WEEKS or not is_over:
-            assert begin < 2 * TWO_WEEKS, f"to come: {to_come}, now: {outage}"
-            if until is not None and begin >= until:
+            assert begin < 10 * TWO_WEEKS, f"to come: {to_come}, now: {outage}"
+            if outage is not None and until is not None and begin >= until and failed >= outage.firings:
                 stack.close()
                 outage = until = None
-            connections = site.door.connections
+            connections, before = site.door.connections, live_certificates(site.bridge.pki)
             run = site.bridge.run("renew")
             end = time.monotonic() - beginning
             fired = Firing(
@@ -206,15 +209,17 @@ def _two_weeks(site: Site, containers: dict[Component, set[str]]) -> Iterator[Fi
                 code=run.returncode,
                 connections=site.door.connections - connections,
                 outage=outage,
+                renewed=live_certificates(site.bridge.pki) != before,
                 stderr=run.stderr,
             )
             yield fired
             for component, one in nodes.containers(site.node).items():
                 containers[component].add(one)
+            failed += bool(outage is not None and fired.code)
             if outage is not None and until is None and fired.code:
                 until = end + outage.seconds
             if outage is None and to_come and fired.connections and fired.code == Exit.DONE:
-                outage = to_come.pop(0)
+                outage, failed = to_come.pop(0), 0
                 stack.enter_context(_out(site, outage))
             is_over = not to_come and outage is None and fired.code == Exit.DONE
             time.sleep(max(0.0, FIRING - (time.monotonic() - beginning - begin)))
@@ -258,5 +263,6 @@ def _assert_no_hammering(firings: list[Firing]) -> None:
     asked = [one for one in firings if one.outage is OUTAGES[0] and one.code and one.connections]
     assert len(asked) == MANY
     assert sum(map(_held_off, firings)) > MANY
-    idle = [one for one in firings if one.code == Exit.DONE and not one.connections]
-    assert len(idle) > len(firings) / 3
+    done = [one for one in firings if one.code == Exit.DONE]
+    assert [one for one in done if one.connections and not one.renewed] == []
+    assert not all(one.connections for one in done)

@@ -68,7 +68,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[Sit
         bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
         for authority in AUTHORITIES:
             add_vault(bridge, bao, authority, NAME)
-        bridge.add("restart", {"method": "static-pods", "components": "needed", "min_interval": "1s"})
+        bridge.add("restart", {"method": "static-pods", "components": "needed", "min_interval": "1s", "prove_for": "5m"})
         bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
         bridge.add("cluster", {"lease": True})
         port = urlsplit(bao.url).port
@@ -177,7 +177,7 @@ def without_binding(site: Site) -> Iterator[None]:
     def kubectl(*args: str) -> subprocess.CompletedProcess[str]:
         return site.node.exec("kubectl", "--kubeconfig", "/etc/kubernetes/super-admin.conf", *args)
 
-    assert site.bridge.run("prove", "--wait", "60s").returncode == 0
+    assert site.bridge.run("prove", "--wait", "3m").returncode == 0
     kept = json.loads(kubectl("get", "clusterrolebinding", binding, "-o", "json").stdout)
     kubectl("delete", "clusterrolebinding", binding)
     try:
@@ -193,7 +193,7 @@ def without_binding(site: Site) -> Iterator[None]:
 def test_a_certificate_that_passes_and_can_not_work_is_rolled_back(site: Site) -> None:
     """Kubelets refuse the API server's new certificate: the old one comes back by itself, exit 8, and all works on it."""
     before = live_certificates(site.bridge.pki)
-    with without_binding(site), setting(site.bridge, '"1s"', '"1s"\nprove_for = "5s"'), traffic(site.node) as seen:
+    with without_binding(site), setting(site.bridge, '"5m"', '"5s"'), traffic(site.node) as seen:
         run = site.bridge.run("renew", "apiserver-kubelet-client", "scheduler.conf")
     print(run.stdout, run.stderr)
     assert run.returncode == 8, run.stderr
@@ -202,7 +202,7 @@ def test_a_certificate_that_passes_and_can_not_work_is_rolled_back(site: Site) -
     assert "everything runs on the old files again" in run.stderr
     assert seen.errors == []
     assert live_certificates(site.bridge.pki) == before
-    assert site.bridge.run("prove", "--wait", "60s").returncode == 0
+    assert site.bridge.run("prove", "--wait", "3m").returncode == 0
     assert not (site.bridge.directory / "state/unproven.json").exists()
     events = [json.loads(line) for line in (site.bridge.directory / "state/audit.jsonl").read_text().splitlines()]
     back = {event["name"] for event in events if event["event"] == "rolled-back"}
@@ -212,8 +212,7 @@ def test_a_certificate_that_passes_and_can_not_work_is_rolled_back(site: Site) -
 def test_it_is_kept_when_so_set_and_looked_at_again(site: Site) -> None:
     """The same with `on_failure = "keep"`: exit 7, and the next run looks again until it works."""
     unproven = site.bridge.directory / "state/unproven.json"
-    keep = '"1s"\non_failure = "keep"\nprove_for = "5s"'
-    with setting(site.bridge, '"1s"', keep):
+    with setting(site.bridge, '"5m"', '"5s"\non_failure = "keep"'):
         with without_binding(site):
             run = site.bridge.run("renew", "apiserver-kubelet-client")
             assert run.returncode == 7, run.stderr
@@ -235,7 +234,7 @@ def test_the_kubelet_is_restarted_on_its_new_certificate(site: Site) -> None:
     run = site.bridge.run("renew", "kubelet.conf")
     assert run.returncode == 0, run.stderr
     assert "kubelet in " in run.stdout
-    assert site.bridge.run("prove", "--wait", "60s").returncode == 0
+    assert site.bridge.run("prove", "--wait", "3m").returncode == 0
     current = "/var/lib/kubelet/pki/kubelet-client-current.pem"
     found = kubeconfig.parse((site.node.kubeconfig_dir / "kubelet.conf").read_bytes())
     assert (found.certificate_file, found.key_file, found.certificate_data) == (current, current, None)
@@ -283,7 +282,7 @@ def test_a_kubelet_that_an_expired_certificate_keeps_down_is_repaired_by_renew_a
         assert link.is_symlink()
         assert link.readlink().name > current.name
         wait_for("a node that is Ready", lambda: nodes.is_ready(node))
-        assert site.bridge.run("prove", "--wait", "60s").returncode == 0
+        assert site.bridge.run("prove", "--wait", "3m").returncode == 0
     finally:
         os.killpg(loop.pid, signal.SIGTERM)
         loop.wait()

@@ -35,8 +35,6 @@ PROGRAM = Path(sys.executable).with_name("ca-bridge")
 
 CONTROLLERS = {"kube-controller-manager": "controller-manager.conf", "kube-scheduler": "scheduler.conf"}
 API_CLIENTS = {"apiserver-etcd-client", "apiserver-kubelet-client", "front-proxy-client"}
-#: What a kubelet that has lost the right to answer remembers for (its cacheUnauthorizedTTL), and a bit.
-FORGOTTEN_SECONDS = 45
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +67,7 @@ def found(node: Node) -> set[tuple[str, str]]:
 
 def proved(node: Node, code: int, stale: list[str], bad: set[tuple[str, str]], *options: str) -> list[dict[str, Any]]:
     """The findings, when they are these: on a busy machine a component may miss one look."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 180
     while True:
         found_code, findings, found_stale = prove(node, *options)
         seen = (found_code, found_stale, wrong(findings))
@@ -88,7 +86,7 @@ def restart(node: Node, component: str) -> None:
 @pytest.fixture
 def well(node: Node) -> None:
     """All is well before the test."""
-    proved(node, 0, [], set(), "--wait", "60s")
+    proved(node, 0, [], set(), "--wait", "3m")
 
 
 @pytest.mark.usefixtures("well")
@@ -134,7 +132,7 @@ def without(node: Node, kind: str, name: str) -> Iterator[None]:
 
 def test_finds_nothing_on_a_node_that_was_just_made(node: Node) -> None:
     """Every certificate that there is was looked at, and every component; each of them is current."""
-    code, findings, stale = prove(node, "--wait", "60s")
+    code, findings, stale = prove(node, "--wait", "3m")
     assert (code, stale) == (0, [])
     assert {finding["certificate"] for finding in findings} == {*PKI_SPECS, "(its own)"}
     assert {finding["component"] for finding in findings} == {None, *(component.value for component in Component)}
@@ -158,7 +156,7 @@ def test_after_a_renewal_the_two_that_read_once_are_stale(node: Node) -> None:
 
     for component in CONTROLLERS:
         restart(node, component)
-    findings = proved(node, 0, [], set(), "--wait", "60s")
+    findings = proved(node, 0, [], set(), "--wait", "3m")
     assert {f["certificate"] for f in findings if f["state"] == "next-connection"} == API_CLIENTS
 
 
@@ -209,7 +207,7 @@ def test_an_api_server_that_kubelets_refuse_is_seen(node: Node) -> None:
     with without(node, "clusterrolebinding", "kubeadm:apiserver-kubelet-client"):
         node.exec("kubeadm", "certs", "renew", "apiserver-kubelet-client")
         wait_for("a refusal", lambda: found(node) == {("apiserver-kubelet-client", "refused")})
-    wait_for("a kubelet that forgets", lambda: not found(node), seconds=FORGOTTEN_SECONDS)
+    wait_for("a kubelet that forgets", lambda: not found(node))
 
 
 @pytest.mark.usefixtures("well")
@@ -282,7 +280,7 @@ def test_a_kubelets_copy_of_its_old_certificate_is_stale(node: Node) -> None:
 
     node.exec("rm", "/var/lib/kubelet/pki/kubelet-client-current.pem")
     nodes.restart_kubelet(node)
-    assert prove(node, "--wait", "60s")[0] == 0
+    assert prove(node, "--wait", "3m")[0] == 0
 
 
 @pytest.mark.usefixtures("well")
@@ -306,7 +304,7 @@ def test_two_nodes_on_one_machine_are_two(node: Node) -> None:
     """A renewal on one makes nothing stale on the other, though all processes are called the same; etcd is one cluster."""
     with Node.join(OTHER_NAME, OTHER_IP, node, kubelet=AT_ONCE) as other:
         nodes.make_ready(other)
-        assert prove(other, "--wait", "60s")[0] == 0
+        assert prove(other, "--wait", "3m")[0] == 0
         other.exec("kubeadm", "certs", "renew", "scheduler.conf")
 
         proved(other, 7, ["kube-scheduler"], {("scheduler.conf", "stale")})

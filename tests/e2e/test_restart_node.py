@@ -54,7 +54,7 @@ class Site:
         """To its end."""
         environment = {**os.environ, "PATH": f"{os.environ.get('KUBE_BIN_DIR', '/opt/k8s')}:{os.environ['PATH']}"}
         return subprocess.run(
-            self.command(*args), capture_output=True, text=True, check=False, timeout=400, env=environment
+            self.command(*args), capture_output=True, text=True, check=False, timeout=900, env=environment
         )
 
     @property
@@ -184,8 +184,9 @@ def test_a_run_killed_in_the_middle_leaves_nothing_away(site: Site, component: C
 
 
 def test_all_are_restarted_in_order_and_come_back(site: Site) -> None:
-    """The documented four; how long the API was away is printed, and etcd's part of it stays short."""
-    files, before = site.files(), nodes.containers(site.node)
+    """The documented four; how long the API was away is printed, and the kubelet waits for no etcd that it has stopped."""
+    files, before, log = site.files(), nodes.containers(site.node), kit.directory() / NAME / "kubelet.log"
+    logged = log.stat().st_size
     with reading(site.node) as seen:
         took = restarted(site.run("restart", "all", "-o", "json"))
     print(
@@ -194,8 +195,8 @@ def test_all_are_restarted_in_order_and_come_back(site: Site) -> None:
     assert tuple(took) == restart_plan.ORDER[:4]
     after = nodes.containers(site.node)
     assert [component for component in before if before[component] == after[component]] == []
-    assert took[Component.ETCD] < 34
-    assert sum(seen.gaps) < 120
+    hung = [line for line in log.read_bytes()[logged:].decode(errors="replace").splitlines() if "Failed deleting a mirror pod" in line and "Timeout" in line]
+    assert [line for line in hung if f"kube-system/etcd-{NAME}" in line] == []  # it would wait for half a minute
     assert site.files() == files
     site.wait_until_well()
 

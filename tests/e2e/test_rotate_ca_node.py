@@ -59,7 +59,7 @@ def bridge_on(node: Node, directory: Path, keys: Path, made: Mapping[str, next_c
     """The program on a worker, which has `ca` alone."""
     pki = NodePki(root=node.root, external=True, keys=keys)
     bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
-    bridge.add("restart", {"method": "static-pods", "min_interval": "1s"})
+    bridge.add("restart", {"method": "static-pods", "min_interval": "1s", "prove_for": "5m"})
     bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
     for authority in AUTHORITIES:
         add_openssl(bridge, authority)
@@ -94,7 +94,7 @@ def step(bridge: LiveBridge, verb: str, phase: str) -> str:
     run = bridge.run("rotate-ca", verb, columns=shown.COLUMNS)
     assert run.returncode == 0, run.stdout + run.stderr
     assert phases(bridge) == dict.fromkeys(AUTHORITIES, phase)
-    proof = bridge.run("prove", "--wait", "60s")
+    proof = bridge.run("prove", "--wait", "3m")
     assert proof.returncode == 0, proof.stdout
     check = bridge.node.exec("kubeadm", "certs", "check-expiration", check=False)
     assert check.returncode == 0, check.stderr

@@ -281,7 +281,13 @@ class Motion:
         self.figures = Figures()
 
     def run(
-        self, seconds: float, kills: Mapping[float, str] | None = None, *, pause: float = 40, flood: bool = False
+        self,
+        seconds: float,
+        kills: Mapping[float, str] | None = None,
+        *,
+        pause: float = 40,
+        flood: bool = False,
+        rotations: int = 0,
     ) -> Figures:
         """
         Let it go.
@@ -291,6 +297,7 @@ class Motion:
             kills: What to kill when, in seconds from the start; None: at random, all the time.
             pause: Between two at random, on average.
             flood: A worker fills the queues of the gateways with large requests, each minute anew.
+            rotations: It goes on until so many certificates have been replaced, for twice as long at most.
 
         Raises:
             AssertionError: A thread could not go on.
@@ -318,6 +325,9 @@ class Motion:
                     break
                 self._kill(what)
             self._end.wait(max(0.0, seconds - (time.monotonic() - began)))
+            while len(self.figures.rotations) < rotations and time.monotonic() - began < 2 * seconds:
+                if self._end.wait(1):
+                    break
         finally:
             self._end.set()
             for thread in threads:

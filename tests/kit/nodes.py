@@ -193,9 +193,13 @@ def is_healthy(node: Node, component: Component) -> bool:
 
 
 def containers(node: Node) -> dict[Component, str]:
-    """The ids of the control plane's running containers."""
+    """
+    The ids of the control plane's pods that run.
+
+    A container that ends by itself, say without its lease where the machine stalls, is started again in the same one.
+    """
     listed: dict[str, Any] = json.loads(node.crictl("ps", "--state", "running", "-o", "json").stdout)
-    return {Component(one["metadata"]["name"]): one["id"] for one in listed["containers"]}
+    return {Component(one["metadata"]["name"]): one["podSandboxId"] for one in listed["containers"]}
 
 
 def lease_renewed(node: Node, namespace: str, name: str) -> datetime:
