@@ -80,7 +80,7 @@ def make() -> Iterator[Make]:
     with contextlib.ExitStack() as stack:
 
         def backend(**keys: Any) -> CfsslBackend:
-            settings = CfsslSettings(**{"timeout": timedelta(seconds=3), **keys})
+            settings = CfsslSettings(**{"timeout": timedelta(minutes=2), **keys})
             assert list(settings.problems()) == []
             return stack.enter_context(contextlib.closing(CfsslBackend.from_settings(settings)))
 
@@ -737,7 +737,7 @@ def tls_server(
     context.load_cert_chain(tls.server_cert, tls.server_key)
 
     def shake(connection: socket.socket) -> None:
-        connection.settimeout(5)
+        connection.settimeout(180)
         with context.wrap_socket(connection, server_side=True) as shaken:
             shaken.recv(1 << 16)
 
@@ -760,9 +760,9 @@ def silent(connection: socket.socket) -> None:
 
 
 def dripping(connection: socket.socket) -> None:
-    """Say a header a byte at a time, for 15 seconds or until the client hangs up."""
+    """Say a header a byte at a time, for ten minutes or until the client hangs up."""
     connection.sendall(b"HTTP/1.1 200 OK\r\nX-Wait: ")
-    for _ in range(300):
+    for _ in range(12_000):
         connection.send(b".")
         time.sleep(0.05)
 
@@ -784,7 +784,7 @@ def test_a_slow_server(make: Make, scheme: str, talk: Callable[[socket.socket], 
         begin = time.monotonic()
         with pytest.raises(BackendUnavailableError):
             backend.sign(request(APISERVER))
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < 300
 
 
 def test_a_proxy_without_a_server(make: Make) -> None:

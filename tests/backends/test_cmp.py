@@ -66,7 +66,7 @@ def typed(keys: dict[str, Any]) -> dict[str, Any]:
 
 def make(**keys: Any) -> CmpBackend:
     """A backend whose settings must be without problems."""
-    settings = CmpSettings(**{"timeout": timedelta(seconds=3), "wait": timedelta(), **keys})
+    settings = CmpSettings(**{"timeout": timedelta(minutes=2), "wait": timedelta(), **keys})
     assert list(settings.problems()) == []
     return CmpBackend.from_settings(settings)
 
@@ -507,7 +507,7 @@ def test_an_answer_that_takes_a_moment_is_waited_for(
     ra: kit.RegistrationAuthority, mac: dict[str, Any], waiting: str
 ) -> None:
     """A server that says "not yet" is asked again in the same run, while `wait` lasts."""
-    patient = make(**mac, url=ra.url(waiting, "wait"), wait=timedelta(seconds=30))
+    patient = make(**mac, url=ra.url(waiting, "wait"), wait=timedelta(minutes=5))
     asked = request()
 
     def approve() -> None:
@@ -526,10 +526,10 @@ def test_a_server_that_wants_to_be_asked_later_is_not_waited_for(
 ) -> None:
     """When the server says to come back in an hour, the backend does not sit out `wait`."""
     begin = time.monotonic()
-    first = make(**mac, url=ra.url(waiting, "waitlong"), wait=timedelta(minutes=5)).sign(request())
+    first = make(**mac, url=ra.url(waiting, "waitlong"), wait=timedelta(hours=1)).sign(request())
     assert isinstance(first, Pending)
     assert "3600 s" in first.note
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 300
 
 
 def test_a_rejection_while_waiting_is_refused(

@@ -68,7 +68,7 @@ def signed(ra: kit.RegistrationAuthority) -> dict[str, Any]:
 
 def make(url: str, **keys: Any) -> CmpBackend:
     """With time enough for a server on a busy machine; where none answers, a test says for how long to wait."""
-    settings = CmpSettings(**{"url": url, "timeout": timedelta(seconds=20), "wait": timedelta(), **keys})
+    settings = CmpSettings(**{"url": url, "timeout": timedelta(minutes=2), "wait": timedelta(), **keys})
     assert list(settings.problems()) == []
     return CmpBackend.from_settings(settings)
 
@@ -268,7 +268,7 @@ def test_an_answer_in_the_servers_place(
 ) -> None:
     """Each kind of HTTP answer has its own message, and the request ends in time."""
     with kit.front("", instead=reply) as front:
-        limit = timedelta(seconds=2 if reply.after_seconds else 20)
+        limit = timedelta(seconds=2 if reply.after_seconds else 120)
         error = error_of(make(front.url, timeout=limit, **mac))
     assert type(error) is kind
     assert text in str(error)
@@ -282,7 +282,7 @@ def test_a_server_that_comes_late_within_the_limit(ra: kit.RegistrationAuthority
         return kit.Reply(body=answer, after_seconds=1.5)
 
     with kit.front(ra.url("ca").removesuffix("/ca"), late) as front:
-        issued = make(f"{front.url}/ca", **{**mac, "timeout": timedelta(seconds=20)}).sign(a_request())
+        issued = make(f"{front.url}/ca", **{**mac, "timeout": timedelta(minutes=2)}).sign(a_request())
     assert isinstance(issued, Issued)
 
 
@@ -337,8 +337,8 @@ def test_an_answer_with_any_byte_changed(
 def test_5_a_server_that_is_dead(mac: dict[str, Any]) -> None:
     """Unavailable at once, and not when openssl gives up; later its port may be open."""
     begin = time.monotonic()
-    error = error_of(make(f"http://127.0.0.1:{free_port()}", **{**mac, "timeout": timedelta(seconds=30)}))
-    assert time.monotonic() - begin < 10
+    error = error_of(make(f"http://127.0.0.1:{free_port()}", **{**mac, "timeout": timedelta(minutes=10)}))
+    assert time.monotonic() - begin < 300
     assert type(error) is UNAVAILABLE
     assert "no connection: connection refused" in str(error)
 

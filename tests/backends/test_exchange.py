@@ -69,7 +69,7 @@ class TestConformance(BackendConformance):
         def desk() -> None:
             while not over.wait(0.05):
                 if any((place / "outbox").glob("*.json")):
-                    warm.shared().run(command, timeout=60)
+                    warm.shared().run(command, timeout=400)
 
         thread = threading.Thread(target=desk)
         thread.start()

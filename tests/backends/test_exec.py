@@ -436,7 +436,7 @@ def test_each_failure_says_what_the_program_did(tmp_path: Path, case: str) -> No
     text, kind, message, hint = WRONG[case]
     script = program(tmp_path / "wrong", text)
     with pytest.raises(kind, match=re.escape(message)) as e:
-        opened(script, timeout_seconds=3 if "no end" in case else 20).sign(REQUEST)
+        opened(script, timeout_seconds=3 if "no end" in case else 180).sign(REQUEST)
     assert str(e.value).startswith(f"exec: {script}: ")
     assert hint in e.value.hint
 
@@ -745,7 +745,7 @@ def one(tmp_path: Path) -> Bridge:
     pki = handmade_pki(tmp_path / "node", not_after=datetime.now(UTC) + timedelta(days=10))
     script = exec_programs.site_ca(tmp_path / "ca", *pki.ca_pem("front-proxy-ca"))
     bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
-    values = {"type": "exec", "command": [str(script)], "timeout": "5s", "retry_for": "1s"}
+    values = {"type": "exec", "command": [str(script)], "timeout": "3m", "retry_for": "1s"}
     bridge.add("backend.site", values)
     bridge.add("authority.front-proxy-ca", {"backend": "site"})
     return bridge
@@ -762,7 +762,7 @@ HOSTILE = {
     "another key": ('openssl x509 -req -in "$work/csr"', "openssl req -new -newkey rsa:2048 -nodes -keyout /dev/null -subj /CN=front-proxy-client 2>/dev/null | openssl x509 -req", 5, "for other keys"),
     "cut off": ("|| exit 2\ncat ca.crt", "2>/dev/null | head -c 400; exit 0", 5, "has no end"),
     "without end": ("openssl x509 -req", "yes; openssl x509 -req", 5, "printed more than 1 MiB"),
-    "late": ("openssl x509 -req", "sleep 3600; openssl x509 -req", 6, "still running after 5 s"),
+    "late": ("openssl x509 -req", "sleep 3600; openssl x509 -req", 6, "still running after 9 s"),
     "later, for ever": ("openssl x509 -req", "echo soon; exit 1; openssl x509 -req", 4, 'its cookie: "soon"'),
     "down": ("openssl x509 -req", "exit 3; openssl x509 -req", 6, "the CA can't be reached"),
     "broken": ("openssl x509 -req", "false || exit; openssl x509 -req", 6, "there is no cookie"),
@@ -777,7 +777,11 @@ def test_a_hostile_answer_moves_nothing(one: Bridge, what: str) -> None:
     right = script.read_text()
     assert old in right
     script.write_text(right.replace(old, new))
+    settings = one.config.read_text()
+    if what == "late":
+        one.config.write_text(settings.replace('"3m"', '"9s"'))
     run = one.run("renew", "front-proxy-client")
+    one.config.write_text(settings)
     assert (run.returncode, message in run.stdout + run.stderr) == (code, True), run.stdout + run.stderr
     assert live_certificates(one.pki) == before
     script.write_text(right)

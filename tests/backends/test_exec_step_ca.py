@@ -36,7 +36,7 @@ LIVE = {one.name: _CA.leaf(one) for one in SPECS.values()}
 def opened(ca: StepCA, **keys: Any) -> ExecBackend:
     """The example, as an operator installs it."""
     values: dict[str, Any] = ca.settings(**keys)
-    return ExecBackend.from_settings(ExecSettings(timeout=timedelta(seconds=20), **values))
+    return ExecBackend.from_settings(ExecSettings(timeout=timedelta(minutes=3), **values))
 
 
 def printed(settings: dict[str, object], live: dict[str, x509.Certificate] = LIVE) -> Sequence[SetupFile]:

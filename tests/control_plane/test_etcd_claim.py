@@ -69,8 +69,8 @@ def test_a_host_that_died_is_outlasted(hosts: Cluster) -> None:
     with pytest.raises(LeaseHeldError):
         enter(second, rules=rules)
     begin = time.monotonic()
-    enter(third, rules=rules.replace("lease_wait = '1s'", "lease_wait = '40s'"))
-    assert 1 < time.monotonic() - begin < 35
+    enter(third, rules=rules.replace("lease_wait = '1s'", "lease_wait = '3m'"))
+    assert time.monotonic() - begin > 1
     assert dead.take() == ""  # free again: with a new lease of etcd's
 
 
@@ -98,7 +98,7 @@ def test_hosts_that_restart_at_once_keep_the_quorum(hosts: Cluster, has_lease: b
     def restart(place: Place) -> None:
         try:
             settings, node = place.settings(rules), place.node
-            together.wait(timeout=60)
+            together.wait(timeout=180)
             with neighbours.turn(node, settings, "run", note=silent) as may_restart:
                 may_restart(Component.ETCD)
                 place.kill_etcd()
@@ -115,7 +115,7 @@ def test_hosts_that_restart_at_once_keep_the_quorum(hosts: Cluster, has_lease: b
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=400)
     assert (wrong == []) is has_lease, wrong
 
 

@@ -133,7 +133,7 @@ class Site:
         (directory / "ca.crt").write_bytes(self.ca_file.read_bytes())
         return directory
 
-    def switch(self, node: str, *, on: bool, seconds: float = 10, **more: str) -> Report:
+    def switch(self, node: str, *, on: bool, seconds: float = 180, **more: str) -> Report:
         """As `ca-bridge kubelets on` or `off`."""
         return kubelet_serving.switch(
             self.settings(node, **more), on=on, force=True, wait=timedelta(seconds=seconds), tell=lambda _: None
@@ -274,7 +274,7 @@ def test_a_reader_who_is_gone_takes_nothing_from_the_audit_log(site: Site) -> No
 
     before = configured()
     with pytest.raises(BrokenPipeError):
-        kubelet_serving.switch(site.settings("cp1"), on=True, force=True, wait=timedelta(seconds=10), tell=gone)
+        kubelet_serving.switch(site.settings("cp1"), on=True, force=True, wait=timedelta(minutes=3), tell=gone)
     assert configured() == [*before, "kubelet"]
     assert site.switch("cp1", on=True).exit_code == Exit.WAITING
     assert configured() == [*before, "kubelet", "kubelet-config"]

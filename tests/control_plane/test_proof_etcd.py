@@ -69,7 +69,7 @@ def test_all_is_well(cluster: Cluster) -> None:
 def test_a_peer_that_is_away_is_no_fault_of_this_node(cluster: Cluster) -> None:
     """The report names the missing peer, and finds nothing else wrong."""
     cluster.places[2].kill_etcd()
-    deadline = time.monotonic() + 60  # the others may have to find a new leader first
+    deadline = time.monotonic() + 180  # the others may have to find a new leader first
     found = etcd(cluster.places[0])
     while any(finding.state != "current" for finding in found.values()):
         assert time.monotonic() < deadline, found

@@ -423,7 +423,7 @@ def test_a_neighbour_that_comes_back_is_waited_for(plane: Plane, caplog: pytest.
     plane.status[SCHEDULER], waits = 500, "waits for its neighbours: kube-scheduler"
 
     def heal() -> None:
-        wait_until(lambda: waits in caplog.text, bool, timedelta(seconds=60), pause_seconds=0.02)
+        wait_until(lambda: waits in caplog.text, bool, timedelta(minutes=3), pause_seconds=0.02)
         plane.status[SCHEDULER] = 200
 
     healer = threading.Thread(target=heal)
@@ -467,7 +467,7 @@ def test_who_was_harmed_is_reported(plane: Plane) -> None:
     begun, harmed = plane.directory / "begun", plane.directory / "harmed"
 
     def harm() -> None:
-        wait_until(begun.exists, bool, timedelta(seconds=60), pause_seconds=0.01)
+        wait_until(begun.exists, bool, timedelta(minutes=3), pause_seconds=0.01)
         plane.status[SCHEDULER] = 500
         harmed.touch()
 

@@ -18,7 +18,7 @@ import pytest
 from bridge.node import processes
 from bridge.system.waiting import wait_until
 
-LONG = timedelta(seconds=20)
+LONG = timedelta(minutes=3)
 #: So that no real one is found.
 PROGRAM = f"kube-scheduler-{os.getpid()}"
 
@@ -96,7 +96,7 @@ def test_another_nodes_processes_are_not_this_nodes() -> None:
 @pytest.mark.parametrize(("uid", "counts"), [(1000, False), (65534, False), (998, True), (0, True)])
 def test_a_persons_process_is_no_component(uid: int, counts: bool) -> None:
     """Any user may give a process any name and arguments: a renewal would wait for its end, or be rolled back for it."""
-    words = ["setpriv", f"--reuid={uid}", "--clear-groups", "bash", "-c", 'exec -a "$0" sleep 60', PROGRAM]
+    words = ["setpriv", f"--reuid={uid}", "--clear-groups", "bash", "-c", 'exec -a "$0" sleep 600', PROGRAM]
     with subprocess.Popen(words) as started:
         try:
             line = Path(f"/proc/{started.pid}/cmdline")

@@ -67,7 +67,7 @@ def server(*talks: Talk) -> Iterator[KeptConnection]:
         connection = KeptConnection(Peer(host="127.0.0.1", port=port))
         yield connection
         connection.close()
-        thread.join(5)
+        thread.join(180)
 
 
 def says(*pieces: bytes) -> Talk:
@@ -81,7 +81,7 @@ def says(*pieces: bytes) -> Talk:
     return talk
 
 
-def ask(connection: KeptConnection, *, seconds: float = 5, longest: int = 1000, body: bytes | None = None) -> Answer:
+def ask(connection: KeptConnection, *, seconds: float = 180, longest: int = 1000, body: bytes | None = None) -> Answer:
     """One request."""
     return connection.ask("GET", "/x", {"Accept": "*/*"}, body, seconds=seconds, longest=longest)
 
@@ -163,22 +163,22 @@ def test_one_limit_of_time_is_for_all_of_it() -> None:
 
     def drips(opened: socket.socket, asked: bytes) -> None:
         del asked
-        opened.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
-        for _ in range(99):
+        opened.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        for _ in range(999):
             opened.sendall(b" ")
-            time.sleep(0.3)  # half a minute, or until the client hangs up
+            time.sleep(0.6)  # ten minutes, or until the client hangs up
 
     for talk in (drips, lambda opened, _: opened.recv(1)):
         with server(talk) as connection:
             begin = time.monotonic()
             with pytest.raises(LateError):
                 ask(connection, seconds=0.2)
-            assert time.monotonic() - begin < 20
+            assert time.monotonic() - begin < 300
 
 
 def test_a_connection_is_kept_and_nothing_is_left_on_it() -> None:
     """Two requests go over one; where more came than was asked for, or it has ended, the next goes over another one."""
-    whole = WHOLE["a length"]
+    whole, read, sent = WHOLE["a length"], threading.Event(), threading.Event()
 
     def twice(opened: socket.socket, _: bytes) -> None:
         opened.sendall(whole)
@@ -188,15 +188,17 @@ def test_a_connection_is_kept_and_nothing_is_left_on_it() -> None:
 
     def late(opened: socket.socket, _: bytes) -> None:
         opened.sendall(whole)
-        time.sleep(0.05)
+        assert read.wait(180)
         opened.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nplanted")
+        sent.set()
         opened.recv(1000)
 
     with server(twice, late, says(whole)) as connection:
         assert (ask(connection).body, connection.is_kept) == (b"hello", False)
         assert (ask(connection).body, connection.is_kept) == (b"hello", True)
         assert (ask(connection).body, connection.is_kept) == (b"hello", False)
-        time.sleep(0.15)
+        read.set()
+        assert sent.wait(180)
         assert (ask(connection).body, connection.is_kept) == (b"hello", False)
 
 
@@ -226,7 +228,7 @@ def test_an_answer_over_tls_ends_when_tls_says_so(tmp_path: Path, says_so: bool)
             with pytest.raises(BrokenOffError):
                 ask(connection)
         connection.close()
-        thread.join(5)
+        thread.join(180)
 
 
 def test_a_reset_connection_is_explained_by_the_alert_that_it_swallowed(tmp_path: Path) -> None:
@@ -252,7 +254,7 @@ def test_a_reset_connection_is_explained_by_the_alert_that_it_swallowed(tmp_path
         peer = Peer(host="127.0.0.1", port=port, tls=lambda: trusting, alert_seconds=5)
         with pytest.raises(ClientRefusedError) as e:
             ask(KeptConnection(peer))
-        thread.join(5)
+        thread.join(180)
     assert isinstance(e.value.__cause__, ssl.SSLError)
     assert "CERTIFICATE_REQUIRED" in str(e.value.__cause__)
 
@@ -475,7 +477,7 @@ def test_a_silent_server_costs_no_more_than_the_time_limit(pki: Path) -> None:
     with tcp(lambda opened: opened.recv(1 << 20, socket.MSG_WAITALL)) as port:
         with pytest.raises(UnreachableError, match=r"no answer within 0\.5 s"):
             asked(port, pki, seconds=0.5)
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < 300
 
 
 def test_a_slow_server_costs_no_more_than_the_time_limit(pki: Path) -> None:
@@ -483,7 +485,7 @@ def test_a_slow_server_costs_no_more_than_the_time_limit(pki: Path) -> None:
     begin = time.monotonic()
     with secured(pki) as port, pytest.raises(UnreachableError, match=r"no answer within 0\.5 s"):
         asked(port, pki, "/endless", seconds=0.5)
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 300
 
 
 def test_half_an_answer_is_none(pki: Path) -> None:

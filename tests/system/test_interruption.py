@@ -31,20 +31,20 @@ def run(name: str, listen: str, seconds: float) -> tuple[int, float]:
     """Exit code, and how long it took."""
     begin = time.monotonic()
     program = PROGRAM.format(listen=listen, name=name, seconds=seconds)
-    code = subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode
+    code = subprocess.run([sys.executable, "-c", program], check=False, timeout=900).returncode
     return code, time.monotonic() - begin
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_that_comes_before_a_wait_ends_it(name: str, code: int) -> None:
     """Within a second or so, and not when what is waited for is there; without us it is seen only then."""
-    ended, seconds = run(name, "waiting.listen()", 40)
+    ended, seconds = run(name, "waiting.listen()", 600)
     assert ended == code
-    assert seconds < 20
+    assert seconds < 300
 
-    late, seconds = run(name, "signal.signal(signal.SIGTERM, waiting._terminated)", 2)
+    late, seconds = run(name, "signal.signal(signal.SIGTERM, waiting._terminated)", 8)
     assert late == code
-    assert seconds > 2
+    assert seconds > 8
 
 
 def test_a_program_that_is_started_has_no_timer() -> None:
@@ -61,7 +61,7 @@ from bridge.system import waiting
 from bridge.system.run_command import Command, run
 waiting.listen()
 for words in (["sh", "-c", "exit 75"], ["true"]):
-    print(run(Command(words=words, environment={"PATH": "/usr/bin:/bin"}, limit=timedelta(seconds=20))).code)
+    print(run(Command(words=words, environment={"PATH": "/usr/bin:/bin"}, limit=timedelta(minutes=5))).code)
 """
 
 
@@ -69,4 +69,4 @@ for words in (["sh", "-c", "exit 75"], ["true"]):
 def test_no_parent_hides_how_programs_end(parent: tuple[str, ...]) -> None:
     """With SIGCHLD ignored by ours, as some daemons leave it, a hook that fails would count as one that succeeds."""
     words = [sys.executable, *parent, "-c", CODES]
-    assert subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout.split() == ["75", "0"]
+    assert subprocess.run(words, check=True, capture_output=True, text=True, timeout=600).stdout.split() == ["75", "0"]
