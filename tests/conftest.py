@@ -32,12 +32,13 @@ def pytest_configure(config: pytest.Config) -> None:
     What does not depend on who starts the tests, and how fast the machine is; tests that are named are there.
 
     A shell that starts them in the background lets them, and all that they start, ignore SIGINT. Hypothesis would
-    take a busy machine for a fault. How wide the tests' own terminal is (xdist tells its workers) is no matter of the
+    take a busy machine for a fault; it tries the same examples in each run, so that a change fails by what it changes
+    (`python -m tests.fuzz` goes on looking). How wide the tests' own terminal is (xdist tells its workers) is no matter of the
     programs that they run, whose output goes into pipes.
     """
     for name in ("COLUMNS", "LINES"):
         os.environ.pop(name, None)
-    hypothesis.settings.register_profile("any machine", deadline=None)
+    hypothesis.settings.register_profile("any machine", deadline=None, derandomize=True)
     hypothesis.settings.load_profile("any machine")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

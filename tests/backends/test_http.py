@@ -97,7 +97,7 @@ def minus_one(opened: socket.socket) -> None:
 def dripping_head(opened: socket.socket) -> None:
     """A header that never ends, a byte at a time."""
     opened.sendall(OK + b"X: ")
-    for _ in range(400):
+    for _ in range(12_000):
         opened.sendall(b"x")
         time.sleep(0.05)
 
@@ -110,7 +110,7 @@ def flood_of_100(opened: socket.socket) -> None:
 
 def drip_of_100(opened: socket.socket) -> None:
     """The same, slowly."""
-    for _ in range(400):
+    for _ in range(12_000):
         opened.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         time.sleep(0.05)
 
@@ -118,7 +118,7 @@ def drip_of_100(opened: socket.socket) -> None:
 def trailers(opened: socket.socket) -> None:
     """An answer that is whole, but for what comes after its last chunk."""
     opened.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n")
-    for _ in range(1000):
+    for _ in range(30_000):
         opened.sendall(b"X: " + b"x" * 60_000 + b"\r\n")
         time.sleep(0.02)
 
@@ -157,7 +157,7 @@ def asked(client: str, talk: Talk) -> tuple[str, float, float]:
     """How it ended, seconds, and MB."""
     with server(talk) as url:
         command = [sys.executable, "-P", "-c", CLIENTS[client] + PROGRAM, url]
-        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=700)
     found, seconds, growth = run.stdout.split()
     return found, float(seconds), float(growth)
 
@@ -175,7 +175,7 @@ def test_a_hostile_answer_costs_little(client: str, talk: Talk) -> None:
     """The received bytes are counted below the parser, and one limit of time holds for a head; the limits are 1 and 4 MB."""
     found, seconds, growth = asked(client, talk)
     assert found.endswith("Error")
-    assert seconds < 12  # of a second, on a busy machine; each talks for 20
+    assert seconds < 300  # of a second, on a busy machine; each talks for ten minutes
     assert growth < 40
 
 

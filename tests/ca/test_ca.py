@@ -168,7 +168,7 @@ def test_many_questions_that_one_moment_ends_are_one_failure() -> None:
             rest.ask(question)
 
     def meet() -> None:
-        met.wait(60)
+        met.wait(180)
         away()
 
     with ThreadPoolExecutor(32) as pool:

@@ -140,7 +140,7 @@ class MixesThreads(GoodBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self._both = threading.Barrier(2, timeout=30)
+        self._both = threading.Barrier(2, timeout=180)
         self._asked: list[SignRequest] = []
 
     def sign(self, request: SignRequest) -> Issued | Pending:

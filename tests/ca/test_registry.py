@@ -240,7 +240,7 @@ def ask(
 def test_unavailable_is_asked_again_with_the_same_csr(asked: SignRequest, issued: Issued) -> None:
     """A lost answer costs a second certificate, never a key."""
     backend = _Flaky(2, issued)
-    assert ask(backend, [asked], 30) == [issued]
+    assert ask(backend, [asked], 600) == [issued]
     assert backend.calls == [asked.csr_pem] * 3
 
 
@@ -252,18 +252,18 @@ def test_refused_is_not_asked_again(asked: SignRequest, issued: Issued) -> None:
 
 
 def test_all_requests_of_a_run_wait_once_for_a_dead_ca(asked: SignRequest, issued: Issued) -> None:
-    """Twenty certificates do not wait twenty times."""
+    """Many certificates do not wait many times."""
     backend, begin = _Flaky(10**6, issued), time.monotonic()
-    answers = ask(backend, [asked] * 20, 1.5)
+    answers = ask(backend, [asked] * 400, 1.5)
     assert {type(answer) for answer in answers} == {BackendUnavailableError}
-    assert time.monotonic() - begin < 20  # twenty times it would be thirty seconds
+    assert time.monotonic() - begin < 300  # 400 times it would be ten minutes
 
 
 def test_the_time_that_the_ca_names_is_kept(asked: SignRequest, issued: Issued) -> None:
     """Retry-After is waited for if there is time, and ends the waiting if there is not."""
     begin = time.monotonic()
     patient = _Flaky(1, issued, lambda: BackendUnavailableError("busy", retry_after_seconds=1.2))
-    assert ask(patient, [asked], 30) == [issued]
+    assert ask(patient, [asked], 600) == [issued]
     assert time.monotonic() - begin >= 1.2
     hasty = _Flaky(1, issued, lambda: BackendUnavailableError("busy", retry_after_seconds=60))
     assert [type(answer) for answer in ask(hasty, [asked], 30)] == [BackendUnavailableError]

@@ -412,9 +412,7 @@ def test_requests_that_come_do_not_hold_up_a_round(
         process.send_signal(signal.SIGSTOP)
         with ThreadPoolExecutor(len(every)) as clients:
             answers = clients.map(signing.read, map(dumps, every), map(str, range(len(every))))
-            wait_until(
-                lambda: len(workers.tasks), lambda count: count >= room, _PATIENCE, pause_seconds=0.01
-            )
+            wait_until(lambda: len(workers.tasks), lambda count: count >= room, _PATIENCE, pause_seconds=0.01)
             process.send_signal(signal.SIGCONT)
             found = list(answers)
         signing.close()

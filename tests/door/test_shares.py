@@ -77,7 +77,10 @@ def done(flood: Sequence[Future[int]]) -> int:
 
 def test_slow_clients_of_one_address_leave_threads_to_others(desk: Desk) -> None:
     """They have three of four threads and go on waiting; each question from another address is answered meanwhile."""
-    with running(add_door(desk.config, desk.directory, 'threads = 4\nexchange_for = "10m"')) as door, contextlib.ExitStack() as stack:
+    with (
+        running(add_door(desk.config, desk.directory, 'threads = 4\nexchange_for = "10m"')) as door,
+        contextlib.ExitStack() as stack,
+    ):
         for _ in range(6):
             slow = socket.create_connection((door.address, door.port), timeout=180, source_address=("127.0.0.2", 0))
             stack.enter_context(slow).sendall(b"\x16")  # the first byte of a handshake

@@ -69,7 +69,9 @@ def bridges(tmp_path_factory: pytest.TempPathFactory, keys: Path, bao: OpenBao) 
             bridge = LiveBridge(pki=pki, directory=directory / name, node=node)
             bridge.add("renewal", {"before": "1h", "validity": "30d"})
             add_vault(bridge, bao, "etcd-ca", name)
-            bridge.add("restart", {"method": "static-pods", "components": "needed", "min_interval": "1s", "prove_for": "5m"})
+            bridge.add(
+                "restart", {"method": "static-pods", "components": "needed", "min_interval": "1s", "prove_for": "5m"}
+            )
             bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
             found.append(bridge)
         nodes = [bridge.node for bridge in found]

@@ -85,7 +85,9 @@ def site(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[Sit
         bridge.add("renewal", {"before": "5m15s", "validity": "6m", "min_validity": "1m"})
         for authority in AUTHORITIES:
             add_vault(bridge, bao, authority, NAME)
-        bridge.add("restart", {"method": "static-pods", "components": "needed", "min_interval": "1s", "prove_for": "5m"})
+        bridge.add(
+            "restart", {"method": "static-pods", "components": "needed", "min_interval": "1s", "prove_for": "5m"}
+        )
         port = urlsplit(bao.url).port
         assert port is not None
         _shorten(node, keys)

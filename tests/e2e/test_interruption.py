@@ -83,7 +83,7 @@ def test_a_run_that_asks_again_ends_at_once(bridge: Bridge, closed_port: int, nu
     with started(bridge, "renew", "-v") as run:
         reported(run, "asked again in 8.0 s")
         os.kill(run.pid, number)
-        _, rest = run.communicate(timeout=60)
+        _, rest = run.communicate(timeout=300)
     assert run.returncode == code
     assert "asked again in 16" not in rest  # no CA was waited for
     # the threads that asked for the other authorities may say so after it
@@ -97,11 +97,11 @@ def test_a_run_that_waits_for_an_answer_ends_at_once(bridge: Bridge, silent_port
     with_vault(bridge, f"http://127.0.0.1:{silent_port}", timeout="10m", retry_for="1h")
     with started(bridge, "renew", "apiserver") as run, socket.socket() as other:
         other.settimeout(0.1)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not _is_asking(run.pid, silent_port) and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(run.pid, signal.SIGINT)
-        _, rest = run.communicate(timeout=60)  # the server would be waited for ten minutes
+        _, rest = run.communicate(timeout=300)  # the server would be waited for ten minutes
     assert run.returncode == 130
     assert "interrupted, nothing was replaced" in rest
 
@@ -127,7 +127,7 @@ def test_what_is_replaced_already_is_reported(bridge: Bridge, tmp_path: Path) ->
         while not (tmp_path / "begun").exists() and time.monotonic() < deadline and run.poll() is None:
             time.sleep(0.05)
         os.kill(run.pid, signal.SIGTERM)
-        _, rest = run.communicate(timeout=60)
+        _, rest = run.communicate(timeout=300)
     [backup] = (bridge.directory / "state/backups").iterdir()
     assert run.returncode == 143, rest
     assert f"interrupted after files were replaced; the old ones are in the backup {backup.name}" in rest
@@ -155,11 +155,11 @@ def test_a_port_where_nothing_listens_is_one_warning(bridge: Bridge, closed_port
     assert "Ctrl-C" not in run.stderr
     assert len([line for line in run.stderr.splitlines() if line.startswith("error: ")]) == 1, run.stderr
     begin = time.monotonic()
-    bridge.tables = [table.replace('"3s"', '"60s"') for table in bridge.tables]
+    bridge.tables = [table.replace('"3s"', '"15m"') for table in bridge.tables]
     bridge.config.write_text("\n".join(bridge.tables))
     shown = terminals.run(bridge.command("renew", "all"))
     assert (shown.exit_code, "asked again" in shown.text) == (6, False), shown.text
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 300
 
 
 def test_an_unknown_name_is_reported(bridge: Bridge) -> None:

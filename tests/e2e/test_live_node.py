@@ -68,7 +68,9 @@ def site(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[Sit
         bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
         for authority in AUTHORITIES:
             add_vault(bridge, bao, authority, NAME)
-        bridge.add("restart", {"method": "static-pods", "components": "needed", "min_interval": "1s", "prove_for": "5m"})
+        bridge.add(
+            "restart", {"method": "static-pods", "components": "needed", "min_interval": "1s", "prove_for": "5m"}
+        )
         bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
         bridge.add("cluster", {"lease": True})
         port = urlsplit(bao.url).port

@@ -195,7 +195,11 @@ def test_all_are_restarted_in_order_and_come_back(site: Site) -> None:
     assert tuple(took) == restart_plan.ORDER[:4]
     after = nodes.containers(site.node)
     assert [component for component in before if before[component] == after[component]] == []
-    hung = [line for line in log.read_bytes()[logged:].decode(errors="replace").splitlines() if "Failed deleting a mirror pod" in line and "Timeout" in line]
+    hung = [
+        line
+        for line in log.read_bytes()[logged:].decode(errors="replace").splitlines()
+        if "Failed deleting a mirror pod" in line and "Timeout" in line
+    ]
     assert [line for line in hung if f"kube-system/etcd-{NAME}" in line] == []  # it would wait for half a minute
     assert site.files() == files
     site.wait_until_well()

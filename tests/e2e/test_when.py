@@ -213,11 +213,11 @@ def test_a_failure_runs_the_hook_and_keeps_its_code(bridge: Bridge, tmp_path: Pa
 def test_killed_with_its_hook_it_runs_the_hook_again(bridge: Bridge, tmp_path: Path) -> None:
     """kill -9 of the whole process tree while the hook after the installation runs."""
     log = tmp_path / "log"
-    script = f'echo "$CA_BRIDGE_RUN_ID $$" >>{log}; test "$CA_BRIDGE_TRY" -gt 1 || sleep 60'
+    script = f'echo "$CA_BRIDGE_RUN_ID $$" >>{log}; test "$CA_BRIDGE_TRY" -gt 1 || sleep 600'
     bridge.add("hooks", {"after_install": hook(tmp_path, "tell", script)})
     command = [str(Path(sys.executable).with_name("ca-bridge")), "renew", "--config", str(bridge.config)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not (log.exists() and log.read_text().endswith("\n")) and time.monotonic() < deadline:
             time.sleep(0.02)
         process.kill()

@@ -33,7 +33,7 @@ MOST_MEGABYTES = 100
 
 _quickly = settings(
     max_examples=EXAMPLES,
-    deadline=timedelta(seconds=2),
+    deadline=timedelta(minutes=3),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -106,11 +106,11 @@ def server() -> Iterator[LoopbackServer]:
 
 def vault(url: str, secret: Secret) -> Backend:
     auth = VaultAuth(method="token", token=secret)
-    return VaultBackend.from_settings(VaultSettings(url=url, auth=auth, timeout=timedelta(seconds=5)))
+    return VaultBackend.from_settings(VaultSettings(url=url, auth=auth, timeout=timedelta(minutes=1)))
 
 
 def cfssl(url: str, secret: Secret) -> Backend:
-    return CfsslBackend.from_settings(CfsslSettings(url=url, auth_key=secret, timeout=timedelta(seconds=5)))
+    return CfsslBackend.from_settings(CfsslSettings(url=url, auth_key=secret, timeout=timedelta(minutes=1)))
 
 
 LEAF = pem(answer()).decode()

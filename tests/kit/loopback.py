@@ -68,6 +68,7 @@ def alone() -> Iterator[None]:
         yield
         return
     assert threading.current_thread() is threading.main_thread(), "the network of the main thread is the process's"
+    _ports()  # a block that is taken in there may be another process's outside
     libc = ctypes.CDLL(None, use_errno=True)
     with Path("/proc/self/ns/net").open() as before:
         assert libc.unshare(_NEW_NETWORK) == 0, os.strerror(ctypes.get_errno())

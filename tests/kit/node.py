@@ -195,7 +195,9 @@ class Node:
 
     def down(self) -> None:
         """Stop it and remove all of it; also when it is down already."""
-        run = subprocess.run([_SCRIPT, "down", self.name], capture_output=True, text=True, check=False, timeout=_START_SECONDS)
+        run = subprocess.run(
+            [_SCRIPT, "down", self.name], capture_output=True, text=True, check=False, timeout=_START_SECONDS
+        )
         if run.returncode:
             raise AssertionError(f"{self.name}: {run.stderr}")
 

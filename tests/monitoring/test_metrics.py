@@ -63,7 +63,7 @@ def test_a_run_with_nothing_due_is_reported(tmp_path: Path) -> None:
     assert found["ca_bridge_consecutive_failures"] == {"": 0}
     assert found["ca_bridge_last_run_seconds"] == found["ca_bridge_last_success_seconds"]
     assert int(before) <= found["ca_bridge_last_run_seconds"][""] <= time.time()
-    assert 0 < found["ca_bridge_last_run_duration_seconds"][""] < 60
+    assert 0 < found["ca_bridge_last_run_duration_seconds"][""] < 600
     assert bridge.run("check-expiration", "-o", "prometheus").stdout == file.read_text()
 
 
@@ -171,10 +171,10 @@ def test_an_interrupted_run_is_reported(tmp_path: Path, number: int, code: int) 
         with subprocess.Popen(
             [program, "renew", "--config", str(bridge.config)], stderr=subprocess.PIPE, text=True
         ) as run:
-            silent.settimeout(60)
+            silent.settimeout(180)
             with silent.accept()[0]:  # it asks
                 os.kill(run.pid, number)
-                run.communicate(timeout=60)
+                run.communicate(timeout=300)
     assert run.returncode == code
     assert metrics.value(file_of(bridge), "ca_bridge_last_run_exit_code") == code
     assert metrics.value(file_of(bridge), "ca_bridge_consecutive_failures") == 1
@@ -194,7 +194,7 @@ def test_what_changes_certificates_otherwise_is_reported(tmp_path: Path) -> None
     after = metrics.samples(file_of(bridge).read_text())
     [(labels, since)] = after[pending].items()
     assert 'name="apiserver"' in labels
-    assert time.time() - 60 < since <= time.time()
+    assert time.time() - 600 < since <= time.time()
     assert bridge.run("pending", "cancel", "apiserver").returncode == 0
     assert pending not in metrics.samples(file_of(bridge).read_text())
     for name in ("ca_bridge_last_run_seconds", "ca_bridge_last_run_exit_code", "ca_bridge_consecutive_failures"):

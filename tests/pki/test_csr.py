@@ -349,7 +349,7 @@ def test_kinds_of_keys_have_names() -> None:
 def test_a_file_of_beginnings_is_read_once() -> None:
     """A further pair's key file may be its program's own: a megabyte of BEGIN lines would hold up root's runs for minutes."""
     begin, key = b"-----BEGIN RSA PRIVATE KEY-----\n", csr.key_pem(csr.generate_key("rsa-2048"))
-    text, began = begin * 10_000, time.monotonic()
+    text, began = begin * 10_000, time.process_time()
     assert csr.key_block(text) == text
     assert csr.key_block(text + key) == key
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5

@@ -884,7 +884,7 @@ def test_a_full_disk(node: Node, desk: Desk) -> None:
     program = str(Path(sys.executable).with_name("ca-bridge"))
     command = ["unshare", "--mount", "sh", "-c", script, "sh", program, "import", str(answer)]
     run = subprocess.run(
-        [*command, "--config", str(node.bridge.config)], capture_output=True, text=True, check=False, timeout=60
+        [*command, "--config", str(node.bridge.config)], capture_output=True, text=True, check=False, timeout=400
     )
     assert run.returncode == 1, run.stdout
     assert f"file system of {node.state}: wanted 1024 KiB for a renewal, found 0 KiB" in run.stderr

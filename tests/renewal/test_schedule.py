@@ -426,7 +426,7 @@ def test_systemd_takes_the_units(name: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=400,
     )
     assert (run.returncode, run.stdout + run.stderr) == (0, "")
 

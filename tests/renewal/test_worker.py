@@ -370,7 +370,7 @@ def test_what_setup_vault_prints_is_enough(bare: Worker, tmp_path: Path) -> None
         )
         assert run.returncode == 0, run.stderr
         token = bare.bridge.secret("token", bao.token(f"ca-bridge-{NODE}_ca"))
-        bare.bridge.add("backend.corp", {"type": "vault", "url": bao.url, "timeout": "5s", "retry_for": "1s"})
+        bare.bridge.add("backend.corp", {"type": "vault", "url": bao.url, "timeout": "1m", "retry_for": "1s"})
         bare.bridge.add("backend.corp.auth", {"token_file": token})
         bare.bridge.add("authority.ca", {"backend": "corp", "mount": "pki"})
         assert_renews_both(bare)
@@ -389,7 +389,7 @@ def test_what_setup_cfssl_prints_is_enough(bare: Worker, tmp_path: Path) -> None
     config = json.loads(found[1].replace("/etc/cfssl", str(tmp_path)))
     cfssl.write_hmac_keys(config)
     with cfssl.serve(tmp_path / "server", *bare.bridge.pki.ca_pem("ca"), config) as url:
-        bare.bridge.add("backend.cfssl", {"type": "cfssl", "timeout": "5s", "retry_for": "1s"})
+        bare.bridge.add("backend.cfssl", {"type": "cfssl", "timeout": "1m", "retry_for": "1s"})
         bare.bridge.add(
             "authority.ca", {"backend": "cfssl", "url": url, "auth_key_file": f"{tmp_path}/keys/ca-{{usage}}.hex"}
         )

@@ -192,7 +192,7 @@ class Handshakes:
             return str(e)
         finally:
             near.close()
-            thread.join(timeout=30)
+            thread.join(timeout=180)
         return said[0] if said else ""
 
 

@@ -50,7 +50,7 @@ def test_a_signal_that_comes_before_a_wait_ends_it(name: str, code: int) -> None
 def test_a_program_that_is_started_has_no_timer() -> None:
     """It would be killed by it."""
     program = "from bridge.system import waiting; import subprocess, sys; waiting.listen(); sys.exit(subprocess.call(['sleep', '2.5']))"
-    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=300).returncode == 0
 
 
 #: The parent's own end: what it ignores, the program that takes its place ignores, too.

@@ -107,7 +107,7 @@ def test_systemd_takes_the_units(config: Path, tmp_path: Path, desk: list[str]) 
     for path in directory.iterdir():
         run = subprocess.run(
             ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(path)],
-            capture_output=True, text=True, check=False, timeout=60,
+            capture_output=True, text=True, check=False, timeout=400,
         )  # fmt: skip
         assert (run.returncode, run.stdout + run.stderr) == (0, "")
     (service,) = (path for path in directory.glob("*.service") if "recover" not in path.name)

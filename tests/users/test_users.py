@@ -71,7 +71,7 @@ def bridge(pki: Pki, tmp_path: Path) -> Bridge:
 def ca_bridge(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Where the person is: no settings, no cluster."""
     command = [str(Path(sys.executable).with_name("ca-bridge")), *map(str, args)]
-    return warm.shared().run(command, cwd=cwd, timeout=60)
+    return warm.shared().run(command, cwd=cwd, timeout=400)
 
 
 def requested(place: Path, name: str = "bob", *groups: str) -> Path:
@@ -369,7 +369,7 @@ class Slow:
             text=True,
             check=False,
             env=approval.environment(self.plugin),
-            timeout=60,
+            timeout=400,
         )
 
     def answer(self, *, validity: timedelta = HOURS_8, groups: tuple[str, ...] | None = None) -> None:
