@@ -325,9 +325,7 @@ class Motion:
                     break
                 self._kill(what)
             self._end.wait(max(0.0, seconds - (time.monotonic() - began)))
-            while len(self.figures.rotations) < rotations and time.monotonic() - began < 2 * seconds:
-                if self._end.wait(1):
-                    break
+            self._go_on(rotations, began + 2 * seconds)
         finally:
             self._end.set()
             for thread in threads:
@@ -337,6 +335,11 @@ class Motion:
         self.figures.seconds = time.monotonic() - began
         self._judge()
         return self.figures
+
+    def _go_on(self, rotations: int, until: float) -> None:
+        while len(self.figures.rotations) < rotations and time.monotonic() < until:
+            if self._end.wait(1):
+                return
 
     def _endless(self, pause: float) -> Iterator[tuple[float, str]]:
         moment = 0.0
