@@ -763,6 +763,7 @@ def test_unknown_names_keep_no_known_node_waiting(
     """A token asks for a hundred nodes that only a slow program could know: one of the inventory's is served at once."""
     program, looked_up = tmp_path / "cmdb", tmp_path / "looked-up"
     program.write_text(f'#!/bin/sh\necho "$1" >>{looked_up}\nexec sleep 8\n')
+    looked_up.touch()
     program.chmod(0o755)
     place = place_with(cluster, desk, tmp_path, worker, inventory_command=str(program))
     headers = {"Impersonate-User": "system:bootstrap:abcdef", "Impersonate-Group": cluster_api.BOOTSTRAP_GROUP}

@@ -145,7 +145,7 @@ def test_by_cron(installed: Tree, pki: KubeadmPki, tmp_path: Path) -> None:
         assert_shown("run-nightly.md", "cron-enable", machine.run(shown.BOOTED["cron-enable"]).stdout)
         machine.run("cp /etc/kubernetes/pki/apiserver.crt /root")
         machine.run("sed -i 's/^17 3 /* * /; s/ renew$/ renew apiserver/' /etc/cron.d/ca-bridge")
-        machine.wait("! cmp -s /root/apiserver.crt /etc/kubernetes/pki/apiserver.crt", 150)
+        machine.wait("! cmp -s /root/apiserver.crt /etc/kubernetes/pki/apiserver.crt")
         assert "nothing is due" not in machine.run("ca-bridge plan", check=False).stdout  # no other was named
 
 
@@ -198,10 +198,10 @@ def test_cfssl(installed: Tree, pki: KubeadmPki) -> None:
         machine.run(f"cd /root; {scripts}")
         machine.run(f"cd /root; exec >/var/log/cfssl 2>&1 </dev/null; {servers}")
         for name in AUTHORITIES:
-            machine.wait(f"test -e /etc/cfssl/node/{name}-client.hex", 20)
+            machine.wait(f"test -e /etc/cfssl/node/{name}-client.hex")
         machine.run(files)
         for port in (8881, 8882, 8883):
-            machine.wait(f"openssl s_client -connect cfssl.lan:{port} </dev/null 2>&1 | grep -q 'BEGIN CERT'", 20)
+            machine.wait(f"openssl s_client -connect cfssl.lan:{port} </dev/null 2>&1 | grep -q 'BEGIN CERT'")
         take_the_steps(machine)
 
 
