@@ -164,9 +164,9 @@ def make_door(
 
 
 @contextmanager
-def running(program: ServeProgram) -> Iterator[ServeProgram]:
+def running(program: ServeProgram, command: Sequence[str] = (CA_BRIDGE,)) -> Iterator[ServeProgram]:
     """Started, and stopped at the end."""
-    program.start()
+    program.start(command)
     try:
         yield program
     finally:
