@@ -232,7 +232,7 @@ def test_a_program_that_we_may_not_kill_is_given_up(script: str, failure: str) -
         run_command._KILL_SECONDS = {0.5 if is_itself else 10}
         account = Account.of("nobody" if {is_itself} else "")
         words = ["sh", "-c", "echo $$ >&2; " + {script!r}]
-        command = Command(words=words, environment={PATH!r}, limit=timedelta(minutes=5), account=account)
+        command = Command(words=words, environment={PATH!r}, limit=timedelta(seconds=60), account=account)
         said = bytearray()
         ended = run(command, messages=said.extend, is_enough=lambda _: b"up" in said)
         print(said.split()[0].decode(), ended.failure)
