@@ -7,6 +7,7 @@ https://developer.hashicorp.com/vault/api-docs/secret/pki.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import ssl
@@ -16,6 +17,7 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
+from threading import Lock
 from typing import ClassVar, Literal
 from urllib.parse import quote
 
@@ -36,7 +38,7 @@ from bridge.contract import (
     SignRequest,
     Wanted,
 )
-from bridge.errors import BackendRefusedError, SettingsProblem, Violation
+from bridge.errors import BackendRefusedError, LocalFileError, SettingsProblem, Violation
 from bridge.pki.certificates import UNREADABLE, is_signed_by, key_and_usages, spki
 from bridge.specs import EKU, PODS, CertificateSpec
 from bridge.system.waiting import workers
@@ -65,6 +67,8 @@ _READ_AT_ONCE, _BACKDATED = 4, timedelta(hours=1)
 _FURTHER = timedelta(days=1)
 #: Which role a certificate is signed with.
 RoleOf = Callable[[CertificateSpec], str]
+#: As `key_and_usages`.
+_Kind = tuple[bytes, frozenset[str] | None]
 #: By default: for certificates that all nodes have alike, and for those with a node's own names.
 DEFAULT_ROLE, _OWN_ROLE = "kubeadm-{name}", "kubeadm-{node}-{name}"
 
@@ -157,9 +161,10 @@ class VaultBackend:
         self._access = Access.of(self, settings)
         self._server, self._tokens = self._access.server, self._access.tokens
         self._roles: dict[str, str] = {}  #: By certificate, after a look at the server.
-        #: Stored certificates that are not older than this, by number, as `recall` has read them; None: older, or revoked.
+        #: Stored certificates that are not older than this, by number, as `recall` has read them; None: older, or unreadable.
         self._read_since: datetime | None = None
-        self._read: dict[str, x509.Certificate | None] = {}
+        self._read: dict[str, tuple[_Kind, x509.Certificate] | None] = {}
+        self._reading = Lock()  # of both
         self._tells_that_it_may_not = True
 
     @classmethod
@@ -257,37 +262,48 @@ class VaultBackend:
         return self._listed("certs") is not None
 
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> list[Issued | None]:
-        """Look through what the mount has stored; a role with `no_store` leaves nothing to find."""
-        signers = self.issuers()
-        leaves = {key_and_usages(leaf): leaf for leaf in self._stored(since) if is_signed_by(leaf, signers[0])}
-        found = [leaves.get(_key_and_usages(request)) for request in requests]
+        """Look through what the mount has stored, the newest first; a role with `no_store` leaves nothing to find."""
+        signers, leaves = self.issuers(), dict[_Kind, x509.Certificate]()
+        wanted = [_kind_of(request) for request in requests]
+        for kind, leaf in sorted(self._stored(since), key=lambda one: one[1].not_valid_before_utc, reverse=True):
+            is_wanted = kind in wanted and kind not in leaves and is_signed_by(leaf, signers[0])
+            if is_wanted and not self.is_revoked(leaf):  # an operator may revoke what no node has got
+                leaves[kind] = leaf
+        found = [leaves.get(kind) for kind in wanted]
         return [Issued(leaf=leaf, intermediates=tuple(signers)) if leaf is not None else None for leaf in found]
 
-    def _stored(self, since: datetime) -> Iterator[x509.Certificate]:
-        """The mount's certificates that are not older and not revoked; each is read once."""
+    def _stored(self, since: datetime) -> list[tuple[_Kind, x509.Certificate]]:
+        """The mount's certificates that are not older; each is read once."""
         numbers = self._listed("certs")
         if numbers is None:
             text = "a request of a killed run may be signed twice: the token may not list the certificates of %s"
             level = logging.WARNING if self._tells_that_it_may_not else logging.DEBUG
             log.log(level, f"{text}, or they are more than %d", self._settings.mount, _MOST_LISTED)
             self._tells_that_it_may_not = False
-            return
+            return []
         oldest = since - _BACKDATED
-        if self._read_since is None or oldest < self._read_since:
-            self._read_since, self._read = oldest - _FURTHER, {}
-        known, limit = self._read, self._read_since
-        new = [number for number in numbers if number not in known]
-        with workers(_READ_AT_ONCE) as pool:
-            known = known | dict(zip(new, pool.map(lambda number: self._read_one(number, limit), new), strict=True))
-        self._read = known
-        yield from (leaf for leaf in known.values() if leaf is not None and leaf.not_valid_before_utc >= oldest)
+        with self._reading:
+            if self._read_since is None or oldest < self._read_since:
+                self._read_since, self._read = oldest - _FURTHER, {}
+            limit, known = self._read_since, self._read
+            for number in known.keys() - set(numbers):
+                del known[number]
+            new = [number for number in numbers if number not in known]
+            with workers(_READ_AT_ONCE) as pool:  # what was read before an error is not read again
+                known.update(zip(new, pool.map(lambda number: self._read_one(number, limit), new), strict=True))
+            return [one for one in known.values() if one is not None and one[1].not_valid_before_utc >= oldest]
 
-    def _read_one(self, number: str, oldest: datetime) -> x509.Certificate | None:
+    def _read_one(self, number: str, oldest: datetime) -> tuple[_Kind, x509.Certificate] | None:
         answer = self._server.send("get", f"{_path(self._settings.mount)}/cert/{number.replace(':', '-')}")
         if answer.status == HTTPStatus.NOT_FOUND:  # it was tidied away
             return None
-        [leaf] = _certificates(texts(answer.or_raise().data.get("certificate")), answer.where)
-        return leaf if leaf.not_valid_before_utc >= oldest and not answer.data.get("revocation_time") else None
+        pem = texts(answer.or_raise().data.get("certificate"))
+        if not pem:
+            raise BackendRefusedError(f"vault: {answer.where}: wanted a certificate, found none")
+        with contextlib.suppress(UNREADABLE):  # one that can't be read is not ours
+            [leaf] = pem_certificates("\n".join(pem).encode())
+            return (key_and_usages(leaf), leaf) if leaf.not_valid_before_utc >= oldest else None
+        return None
 
     def _listed(self, which: str) -> list[str] | None:
         """The numbers of certificates; None: the token may not list them, or they are too many."""
@@ -297,6 +313,8 @@ class VaultBackend:
             if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:  # there was never one
                 return []
             numbers = texts(answer.or_raise().data.get("keys"))
+        except LocalFileError:
+            raise
         except BackendRefusedError:
             return None
         numbers = [number.replace("-", ":") for number in numbers]
@@ -402,8 +420,8 @@ class VaultBackend:
         return answer.or_raise().data
 
 
-def _key_and_usages(request: SignRequest) -> tuple[bytes, frozenset[str]]:
-    """An empty key for a CSR that can't be read, and so was never signed."""
+def _kind_of(request: SignRequest) -> _Kind:
+    """As `key_and_usages`; an empty key for a CSR that can't be read, and so was never signed."""
     try:
         return spki(request.csr.public_key()), frozenset(eku.value for eku in request.spec.ekus)
     except UNREADABLE:

@@ -514,7 +514,7 @@ class Desk:
             log.warning(text, ca.label, len(submitted))
             new += [(job, request) for job, request, _ in submitted]
         else:
-            new += _recalled(ca, submitted, journal)
+            new += self._recalled(ca, submitted, journal)
         size = len(new) if isinstance(ca.backend, SignsMany) else _SLICE
         keep = partial(_keep, journal.add_soon if authority.tells else journal.add)
         for start in range(0, len(new), size or 1):
@@ -524,6 +524,26 @@ class Desk:
             journal.save()
             for (job, request), answer in zip(part, answers, strict=True):
                 _note(job, request, answer, None)
+
+    def _recalled(
+        self, ca: CA, submitted: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
+    ) -> list[tuple[Job, SignRequest]]:
+        """Take what the CA signed for a killed run; return the requests that it must be asked again."""
+        if not submitted:
+            return []
+        try:
+            found = ca.recall([request for _, request, _ in submitted], min(moment for _, _, moment in submitted))
+        except BackendError as e:
+            for job, request, _ in submitted:
+                job.troubles[request.spec.name] = e
+            return []
+        rest = []
+        for (job, request, _), issued in zip(submitted, found, strict=True):
+            if issued is None or self._violations(request, issued) is not None:  # the key's, from another request
+                rest.append((job, request))
+            else:
+                _note(job, request, issued, journal)
+        return rest
 
     def _finish(
         self, window: Sequence[Job], signed: Future[None], journal: Journal, record: audit.Record, observer: Observer
@@ -687,27 +707,6 @@ def _proof_of(job: Job, request: BundledRequest) -> x509.Certificate | None:
 
 def _problems_of(origin: Origin | None) -> list[str]:
     return [origin.problem] if origin is not None and origin.problem else []
-
-
-def _recalled(
-    ca: CA, submitted: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
-) -> list[tuple[Job, SignRequest]]:
-    """Take what the CA signed for a killed run; return the requests that it must be asked again."""
-    if not submitted:
-        return []
-    try:
-        found = ca.recall([request for _, request, _ in submitted], min(moment for _, _, moment in submitted))
-    except BackendError as e:
-        for job, request, _ in submitted:
-            job.troubles[request.spec.name] = e
-        return []
-    rest = []
-    for (job, request, _), issued in zip(submitted, found, strict=True):
-        if issued is None:
-            rest.append((job, request))
-        else:
-            _note(job, request, issued, journal)
-    return rest
 
 
 def _keep(

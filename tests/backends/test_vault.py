@@ -43,6 +43,7 @@ from bridge.errors import (
     BackendRefusedError,
     BackendUnavailableError,
     Exit,
+    LocalFileError,
     SettingsError,
     VerificationError,
     Violation,
@@ -50,6 +51,7 @@ from bridge.errors import (
 from bridge.node import inventory
 from bridge.pki import csr, verify
 from bridge.pki.certificates import pem
+from bridge.pki.kubeadm_names import builder_of
 from bridge.specs import AUTHORITIES, SPECS, KeyAlgorithm
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import openbao
@@ -775,9 +777,85 @@ def test_finds_what_was_signed_for_a_killed_run(
         assert backend.recall([*requests, other], begin) == [*issued, None, None]
         assert backend.recall(requests[:1], begin + timedelta(hours=2)) == [None]
         assert backend.recall(requests[:1], begin - timedelta(hours=2)) == issued[:1]
-    pki.write("pki/revoke", certificate=pem(issued[0].leaf).decode())
+        pki.write("pki/revoke", certificate=pem(issued[0].leaf).decode())
+        assert backend.recall(requests[:2], begin) == [None, issued[1]]
     with vault(pki.url, token) as backend:
         assert backend.recall(requests[:2], begin) == [None, issued[1]]
+
+
+def test_of_several_certificates_of_a_key_the_newest_counts(
+    ca: TestCA, apiserver: SignRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What strangers had signed by the mount, and can't be read, keeps none from being found; and what is gone is forgotten."""
+    now = datetime.now(UTC)
+    broken = x509.UnrecognizedExtension(x509.ExtensionOID.EXTENDED_KEY_USAGE, b"\0")
+    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+
+    def stored(minutes: int, value: x509.ExtensionType) -> x509.Certificate:
+        begin, end = now - timedelta(minutes=minutes), now + timedelta(days=1)
+        builder = builder_of(apiserver.csr.subject, ca.certificate.subject, apiserver.csr.public_key(), begin, end)
+        return builder.add_extension(value, critical=False).sign(ca.key, hashes.SHA256())
+
+    there = {f"0{number}": stored(*one) for number, one in enumerate([(9, usage), (2, usage), (1, broken), (5, usage)])}
+
+    def listed(*numbers: str) -> tuple[str, int, Mapping[str, str], bytes]:
+        return "GET /v1/pki/certs?list=true&limit=10001", 200, JSON, json.dumps({"data": {"keys": numbers}}).encode()
+
+    def one(number: str, certificate: x509.Certificate) -> tuple[str, int, Mapping[str, str], bytes]:
+        return (
+            f"GET /v1/pki/cert/{number}",
+            200,
+            JSON,
+            json.dumps({"data": {"certificate": pem(certificate).decode()}}).encode(),
+        )
+
+    def number_of(certificate: x509.Certificate) -> str:
+        return certificate.serial_number.to_bytes((certificate.serial_number.bit_length() + 7) // 8).hex("-")
+
+    monkeypatch.setattr(vault_backend, "_READ_AT_ONCE", 1)
+    signer, newest = one("ca_chain", ca.certificate), one(number_of(there["01"]), there["01"])
+    script = [signer, listed(*there), *(one(*item) for item in there.items()), newest]
+    again = [signer, listed("00", "03"), one(number_of(there["03"]), there["03"])]
+    with Double(*script, *again) as double, vault(double.url, token_file(tmp_path, "t")) as backend:
+        assert [answer and answer.leaf for answer in backend.recall([apiserver], now)] == [there["01"]]
+        assert [answer and answer.leaf for answer in backend.recall([apiserver], now)] == [there["03"]]
+        assert backend._read.keys() == {"00", "03"}
+
+
+def test_a_missing_token_is_no_ca_that_tells_nothing(apiserver: SignRequest, ca: TestCA, tmp_path: Path) -> None:
+    """Or the request would be signed a second time when the file is back."""
+    signer = ("GET /v1/pki/cert/ca_chain", 200, JSON, answer(ca))
+    with Double(signer) as double, vault(double.url, VaultAuth(token=Secret("file", str(tmp_path / "t")))) as backend:
+        with pytest.raises(LocalFileError):
+            backend.may_recall()
+        with pytest.raises(LocalFileError):
+            backend.recall([apiserver], datetime.now(UTC))
+
+
+def test_two_threads_that_look_back_differently_far_lose_nothing(
+    ca: TestCA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one takes for too old is not kept as such for the other."""
+    now, leaf = datetime.now(UTC), ca.leaf(APISERVER)  # begins twelve hours ago
+    reading, read = threading.Event(), threading.Event()
+
+    def read_one(_: VaultBackend, __: str, oldest: datetime) -> object:
+        if leaf.not_valid_before_utc < oldest:
+            reading.set()
+            read.wait(0.5)  # the other one, unless it waits for us
+            return None
+        read.set()
+        return (b"", frozenset()), leaf
+
+    monkeypatch.setattr(vault_backend, "_FURTHER", timedelta())
+    monkeypatch.setattr(VaultBackend, "_listed", lambda *_: ["01"])
+    monkeypatch.setattr(VaultBackend, "_read_one", read_one)
+    with vault("http://127.0.0.1:1", token_file(tmp_path, "t")) as backend, ThreadPoolExecutor(2) as pool:
+        near = pool.submit(backend._stored, now)
+        assert reading.wait(10)
+        far = pool.submit(backend._stored, now - timedelta(days=1))
+        assert [list(near.result()), len(list(far.result()))] == [[], 1]
+        assert len(list(backend._stored(now - timedelta(days=1)))) == 1
 
 
 @pytest.mark.parametrize("why", ["the policy", "too many"])

@@ -702,6 +702,26 @@ def test_what_was_signed_is_found_by_key_and_usages(desk_: Desk, pairs: Pairs) -
     assert list(backend.recall(requests, begin + timedelta(minutes=1))) == [None, None]
 
 
+def test_a_killed_run_takes_no_other_certificate_of_the_same_key(desk_: Desk, pki: Pki, pairs: Pairs) -> None:
+    """A key may have several; one for other names would be refused as the CA's fault, and the node throw its key away."""
+    key, begin = csr.generate_key("ecdsa-p256"), datetime.now(UTC) - timedelta(minutes=1)
+    first, second = (
+        make_bundle(some(pairs, name), build=lambda old: x509.load_pem_x509_csr(csr.build(old, key)))
+        for name in ("controller-manager.conf", "scheduler.conf")
+    )
+    put(desk_, first)
+    assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == 0
+    put(desk_, second)
+    journal = Journal(desk_.state / "desk-answers.jsonl", datetime.now(UTC))
+    journal.add([(sign_request(second.requests[0], second), Submitted(begin))])
+
+    run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+
+    assert (run.returncode, len(desk_.issued())) == (0, 2), run.stderr
+    [answer] = [one for one in answers_of(desk_) if one.batch == second.batch]
+    assert_good(answer, second, pki)
+
+
 def test_a_flipped_bit_in_the_journal_is_noticed(tmp_path: Path, pairs: Pairs) -> None:
     """The line is as if it had not been written; one of an earlier version, without a digest, is still read."""
     bundle = make_bundle(some(pairs, "apiserver"))
