@@ -142,6 +142,7 @@ class Signing:
         self._read: dict[bytes, Judged] = {}
         self.answered: Callable[[str], object] = lambda _: None  #: Called with the digest of each answered request.
         self._recorded: set[x509.Certificate] = set()  #: See `Journal.recorded`.
+        self._held = 0  #: Requests that wait for a CA to tell, and keep no place in a round from others.
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
 
     def look(self) -> Desk:
@@ -273,7 +274,7 @@ class Signing:
         if left.is_down or (self.troubles and not kept):
             self.close()
             return "down"
-        if len(kept) == _MOST and len(left.notes) < _MOST:
+        if len(kept) >= _MOST and len(left.notes) < len(kept):
             return "more"
         return "later" if left.notes else "idle"
 
@@ -281,7 +282,8 @@ class Signing:
         """The requests of this round, written down as ours; what another door has begun is asked for at its CA first."""
         turns.assert_not_behind(self.doors.recorded(), self.doors.round())
         restored, ours = self.doors.restored(), []
-        for one in self.doors.to_sign(_MOST):
+        most, self._held = _MOST + self._held, 0
+        for one in self.doors.to_sign(most):
             if restored is None and one.signer in {None, "", self.doors.door}:  # the rule's answer, without the bundle
                 ours.append(one)
                 continue
@@ -294,7 +296,8 @@ class Signing:
                 known = {**self._answered(bundle), **archive.answers(bundle)}
                 unknown = turns.unknown([r for r in bundle.requests if r.name not in known], bundle, journal)
                 if any(request.spec.authority.name in self.troubles for request in unknown):
-                    continue  # whether its CA can tell is not known now
+                    self._held += 1  # whether its CA can tell is not known now
+                    continue
                 if not all(desk.recalls(request.spec.authority.name) for request in unknown):
                     text = turns.left_text(one, self.doors.names())
                     log.error("request %s of %s is left to people: %s", one.digest[:16], one.node, text)

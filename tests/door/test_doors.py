@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from backends.openssl import OpensslBackend
+from bridge.ca.ca import CA
 from bridge.contract import Issued
 from bridge.desk.records import Journal, Submitted
 from bridge.door import turns
@@ -313,7 +313,7 @@ def test_people_decide_where_a_ca_can_not_tell(
     signing: Signing, desk: Desk, memory: Memory, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request that another door has begun is left, with a note that says where to look, until people have it signed."""
-    monkeypatch.delattr(OpensslBackend, "recall")
+    monkeypatch.setattr(CA, "tells", lambda _: False)
     signing.close()  # the CAs were asked at the start what they can tell
     another = Doors(memory, Store(desk.state), "another")
     another.alive()
@@ -334,6 +334,24 @@ def test_people_decide_where_a_ca_can_not_tell(
     answered = memory.find(place)
     assert answered is not None
     assert answered.state == "answered"
+
+
+def test_what_waits_for_a_ca_to_tell_holds_up_no_other(
+    signing: Signing, desk: Desk, memory: Memory, pki: Pki, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much another door has begun at a CA that can't be used now, other CAs go on signing."""
+    monkeypatch.setattr("bridge.door.signing._MOST", 1)
+    (desk.ca("etcd-ca") / "ca.key").rename(desk.directory / "away")
+    another = Doors(memory, Store(desk.state), "another")
+    another.alive()
+    begun = received(memory, bundle)
+    another.begin([begun], now())
+    silence(memory)
+    other = received(memory, make_bundle(old_pairs(pki, ["apiserver"])))
+    rounds = [signing.round() for _ in range(2)]
+
+    found = [memory.find(place) for place in (begun, other)]
+    assert [one and one.state for one in found] == ["waiting", "answered"], rounds
 
 
 def test_a_csr_that_another_door_has_answered_is_known(
