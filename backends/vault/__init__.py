@@ -300,7 +300,7 @@ class VaultBackend:
         pem = texts(answer.or_raise().data.get("certificate"))
         if not pem:
             raise BackendRefusedError(f"vault: {answer.where}: wanted a certificate, found none")
-        with contextlib.suppress(UNREADABLE):  # one that can't be read is not ours
+        with contextlib.suppress(*UNREADABLE):  # one that can't be read is not ours
             [leaf] = pem_certificates("\n".join(pem).encode())
             return (key_and_usages(leaf), leaf) if leaf.not_valid_before_utc >= oldest else None
         return None

@@ -31,7 +31,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 from backends import vault as vault_backend
 from backends.vault import VaultAuth, VaultBackend, VaultSettings, role_selector
@@ -788,7 +788,7 @@ def test_of_several_certificates_of_a_key_the_newest_counts(
 ) -> None:
     """What strangers had signed by the mount, and can't be read, keeps none from being found; and what is gone is forgotten."""
     now = datetime.now(UTC)
-    broken = x509.UnrecognizedExtension(x509.ExtensionOID.EXTENDED_KEY_USAGE, b"\0")
+    broken = x509.UnrecognizedExtension(ExtensionOID.EXTENDED_KEY_USAGE, b"\0")
     usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
 
     def stored(minutes: int, value: x509.ExtensionType) -> x509.Certificate:
@@ -823,7 +823,7 @@ def test_of_several_certificates_of_a_key_the_newest_counts(
 
 
 def test_a_missing_token_is_no_ca_that_tells_nothing(apiserver: SignRequest, ca: TestCA, tmp_path: Path) -> None:
-    """Or the request would be signed a second time when the file is back."""
+    """The file is missed, and the request is not signed a second time when it is back."""
     signer = ("GET /v1/pki/cert/ca_chain", 200, JSON, answer(ca))
     with Double(signer) as double, vault(double.url, VaultAuth(token=Secret("file", str(tmp_path / "t")))) as backend:
         with pytest.raises(LocalFileError):
