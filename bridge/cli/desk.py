@@ -152,12 +152,11 @@ class _Observer:
 
     def answered(self, job: Job, where: str) -> None:
         self.seen += 1
-        signed = sum(isinstance(answer, Issued) for answer in job.answers.values())
-        self._certificates += signed
+        issued = {name for name, answer in job.answers.items() if isinstance(answer, Issued)}
+        self._certificates += len(issued)
         if where:
-            say_sentence(
-                f"{_who(job)}: {_counts(signed - len(job.again), len(job.again), len(job.answers) - signed)}: {where}"
-            )
+            new, again, refused = issued - job.again, issued & job.again, job.answers.keys() - issued
+            say_sentence(f"{_who(job)}: {_counts(len(new), len(again), len(refused))}: {where}")
         self._codes += set(_tell_troubles(job))
         moment = time.monotonic()
         if self._line is not None:

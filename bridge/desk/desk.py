@@ -161,9 +161,9 @@ class Job:
         return "; ".join(dict.fromkeys(one_line(error.reason) for error in self.troubles.values()))
 
     def was_recorded(self, name: str) -> bool:
-        """Whether an earlier run has recorded this certificate; or this refusal or trouble, while the bundle waits."""
-        if isinstance(self.answers.get(name), Issued) and name not in self.again:
-            return name in self.recorded
+        """Whether the audit log has this certificate, and its bundle waits; or it has this refusal or trouble already."""
+        if isinstance(self.answers.get(name), Issued):
+            return not self.is_complete if name in self.again else name in self.recorded
         return not self.is_complete and self.trouble_text == self.noted
 
     @property
@@ -251,11 +251,6 @@ class Desk:
         if self._approve is not None and job.to_sign:
             self._ask_person(self._approve, job)
         self._assert_approved(job)
-        for request in job.to_sign:
-            one = job.requests[request.name]
-            twin = self._asking.setdefault((one.spec.name, one.csr_pem), job)
-            if twin is not job:
-                job.twins[request.name] = twin
         return job
 
     def _assert_approved(self, job: Job) -> None:
@@ -448,12 +443,16 @@ class Desk:
         self._asking.clear()
         with ThreadPoolExecutor(_ASKED_AT_ONCE) as signing:
             open_: deque[tuple[list[Job], Future[None]]] = deque()
-            for window in _windows(map(self.judged, jobs), self._largest_window):
-                open_.append((window, signing.submit(self._sign, window, journal)))
-                if len(open_) > _ASKED_AT_ONCE + _AHEAD:
+            try:
+                for window in _windows(map(self._to_be_asked, map(self.judged, jobs)), self._largest_window):
+                    open_.append((window, signing.submit(self._sign, window, journal)))
+                    if len(open_) > _ASKED_AT_ONCE + _AHEAD:
+                        self._finish(*open_.popleft(), journal, record, observer)
+                while open_:
                     self._finish(*open_.popleft(), journal, record, observer)
-            while open_:
-                self._finish(*open_.popleft(), journal, record, observer)
+            finally:  # after an error, or Ctrl-C, no further window is begun
+                for _, later in open_:
+                    later.cancel()
         journal.tidy()
 
     def close(self) -> None:
@@ -461,6 +460,15 @@ class Desk:
         self._lookups.shutdown(wait=False, cancel_futures=True)
         for authority in self._cas.values():
             authority.ca.close()
+
+    def _to_be_asked(self, job: Job) -> Job:
+        """Let a job that comes after another one of this run with the same CSR have that one's answer."""
+        for request in job.to_sign:
+            one = job.requests[request.name]
+            twin = self._asking.setdefault((one.spec.name, one.csr_pem), job)
+            if twin is not job:
+                job.twins[request.name] = twin
+        return job
 
     @property
     def _largest_window(self) -> int:
@@ -564,7 +572,8 @@ class Desk:
             else:
                 journal.recorded |= certificates
             observer.answered(job, where)
-        self._asking = {key: job for key, job in self._asking.items() if job not in window}
+        done = frozenset(window)
+        self._asking = {key: job for key, job in self._asking.items() if job not in done}
 
     def _delivered(self, window: Sequence[Job]) -> list[str]:
         """Write the answers; the place of each, safe on disk, or an empty text if there is no answer yet."""

@@ -12,8 +12,10 @@ import select
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -47,6 +49,7 @@ from bridge.specs import AUTHORITIES, SPECS
 from bridge.state import audit
 from bridge.system import paths
 from bridge.system.locks import lock
+from bridge.system.waiting import wait_until
 from tests.kit import approval, cfssl, openbao, opensslca, programs
 from tests.kit.bundles import VALIDITY, changed, make_bundle, new_csr, old_pairs, proven
 from tests.kit.desks import PASSPHRASE, POLICY, Desk, killing, make_desk
@@ -866,9 +869,11 @@ def test_a_csr_in_several_bundles_is_signed_once(desk_: Desk, pki: Pki, pairs: P
         for bundle in bundles:
             put(desk_, bundle)
 
+        dry = desk_.run("sign", desk_.inbox, "-o", desk_.outbox, "--dry-run")
         run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
         there = bao.request("LIST", "ca/certs").json()["data"]["keys"]
 
+    assert dry.stdout.count("would sign") == len(bundles)
     assert run.returncode == 0, run.stderr
     answers = {answer.request_digest: answer for answer in answers_of(desk_)}
     for bundle in bundles:
@@ -939,7 +944,10 @@ def test_a_file_that_the_desk_lacks_is_no_refusal(pairs: Pairs) -> None:
 def test_a_desk_whose_ca_answers_later(
     desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bundle waits until each request has its answer; the CA gets each request once, and a refusal goes back."""
+    """
+    The bundle waits until each request has its answer; the CA gets each request once, and a refusal goes back. What
+    another bundle has got meanwhile is on the record as delivered again when it is.
+    """
     approval.install_plugin(tmp_path / "site")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     (tmp_path / "people").mkdir()
@@ -948,7 +956,10 @@ def test_a_desk_whose_ca_answers_later(
     assert isinstance(ca_key, PrivateKey)
     signer = Signer(certificate=x509.load_pem_x509_certificate(pki.ca_pem("ca")[0]), key=ca_key)
     people = approval.Approver(directory=tmp_path / "people", signer=signer)
-    put(desk_, make_bundle(some(pairs, "apiserver", "admin.conf")))
+    whole = make_bundle(some(pairs, "apiserver", "admin.conf"))
+    part = replace(whole, requests=whole.requests[:1])
+    for number, bundle in enumerate((part, whole)):
+        (desk_.inbox / f"{number}.json").write_bytes(dumps(bundle))
 
     waiting = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
     people.approve("apiserver")
@@ -959,31 +970,40 @@ def test_a_desk_whose_ca_answers_later(
     assert (waiting.returncode, half.returncode, done.returncode) == (Exit.WAITING, Exit.WAITING, Exit.REFUSED)
     assert "the security team has it" in waiting.stderr
     assert len(people.asked()) == 2
-    [answer] = answers_of(desk_)
-    assert isinstance(answer.answers["apiserver"], Issued)
-    assert answer.answers["admin.conf"] == Refusal(reason="the CA refused: ask your boss")
+    answers = {answer.request_digest: answer.answers for answer in answers_of(desk_)}
+    assert isinstance(answers[digest(whole)]["apiserver"], Issued)
+    assert answers[digest(whole)]["admin.conf"] == Refusal(reason="the CA refused: ask your boss")
+    assert answers[digest(part)]["apiserver"] == answers[digest(whole)]["apiserver"]
+    assert [event["event"] for event in events(desk_)] == [desk.SIGNED, desk.DELIVERED, audit.REFUSED]
 
 
 def test_what_a_ca_signs_wrongly_does_not_go_out(
     desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The desk looks at each certificate as the node will."""
+    """The desk looks at each certificate as the node will, also where several bundles have the same CSR."""
     approval.install_plugin(tmp_path / "site")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     (tmp_path / "people").mkdir()
     with_backend(desk_, pki, {"type": "approval", "dir": str(tmp_path / "people")})
     people = approval.Approver(directory=tmp_path / "people", signer=Signer.make())
-    put(desk_, make_bundle(some(pairs, "apiserver")))
+    whole = make_bundle(some(pairs, "apiserver", "admin.conf"))
+    for bundle in (whole, replace(whole, requests=whole.requests[:1])):
+        put(desk_, bundle)
     desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
     people.approve("apiserver")
+    people.approve("admin.conf")
 
     run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
 
     assert run.returncode == Exit.REFUSED
-    [answer] = answers_of(desk_)
-    refused = answer.answers["apiserver"]
-    assert isinstance(refused, Refusal)
-    assert refused.reason.startswith("the desk's CA signed something else: ")
+    assert sorted(re.findall(r": (\d+ signed, \d+ refused): ", run.stdout)) == [
+        "0 signed, 1 refused",
+        "0 signed, 2 refused",
+    ]
+    for answer in answers_of(desk_):
+        refused = answer.answers["apiserver"]
+        assert isinstance(refused, Refusal)
+        assert refused.reason.startswith("the desk's CA signed something else: ")
     desk_.policy.write_text(POLICY)
     put(desk_, make_bundle(some(pairs, "apiserver")))
     assert "desk.ca_dir" in desk_.run("sign", desk_.inbox, "-o", desk_.outbox).stderr
@@ -1323,6 +1343,39 @@ def test_a_backend_that_fails_by_itself_is_the_trouble_of_its_own_requests(
 
     assert (ended.value.code, "Permission denied" in capsys.readouterr().err) == (code, True)
     assert [list(answer.answers) for answer in answers_of(desk_)] == [["apiserver"]]
+
+
+def test_no_further_window_is_begun_after_an_interruption(
+    desk_: Desk, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends a run when the two windows have their answers that CAs were asked for."""
+    begun, goes_on = list[object](), threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, *args: Any, **more: Any) -> None:
+            goes_on.set()
+            super().shutdown(*args, **more)
+
+    def sign(_: object, window: object, __: object) -> None:
+        begun.append(window)
+        goes_on.wait()
+
+    def interrupted(*_: object) -> None:
+        wait_until(lambda: len(begun), lambda count: count == 2, timedelta(minutes=1), pause_seconds=0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(desk, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(desk, "_windows", lambda jobs, _: ([job] for job in jobs))
+    for name, double in {"judged": lambda _, job: job, "_sign": sign, "_finish": interrupted}.items():
+        monkeypatch.setattr(desk.Desk, name, double)
+    settings, bundle = load(desk_.config), make_bundle(some(pairs, "apiserver"))
+    jobs = [desk.Job(bundle=bundle, digest="", label="", delivery=no_delivery) for _ in range(9)]
+    one = desk.Desk(settings, files.load_policy(settings, desk_.policy), lambda: datetime.now(UTC))
+    nothing: Any = None
+    with contextlib.closing(one), pytest.raises(KeyboardInterrupt):
+        one.run(jobs, nothing, nothing, nothing)
+
+    assert len(begun) == 2
 
 
 def test_a_window_is_bounded_by_bytes(pairs: Pairs) -> None:
