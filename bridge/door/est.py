@@ -230,17 +230,18 @@ class Est:
     def _answered(self, kept: Kept) -> Reply:
         """The certificate, if it comes soon enough."""
         kept = self._door.awaited.over(kept, _HOLD)
-        if kept.answer is None:
+        if kept.state != "answered":
             is_new = self._now() - kept.received < timedelta(seconds=_LATER_SECONDS)
             text = (
                 f"request {kept.digest[:16]} waits{' for people' if kept.state == 'undecided' else ''}; send it again"
             )
             return _text(HTTPStatus.ACCEPTED, text, retry_after=str(_SOON_SECONDS if is_new else _LATER_SECONDS))
-        [answer] = loads_answer(kept.answer).answers.values()
+        answer = next(iter(loads_answer(kept.answer).answers.values())) if kept.answer is not None else None
         if isinstance(answer, Refusal):
             return _text(HTTPStatus.FORBIDDEN, answer.reason)
-        if answer.leaf.not_valid_after_utc < self._now():
-            text = "wanted a CSR that was not answered before, found one whose certificate has ended: make a new CSR"
+        if answer is None or answer.leaf.not_valid_after_utc < self._now():
+            what = "answer is too old (serve.keep)" if answer is None else "certificate has ended"
+            text = f"wanted a CSR that was not answered before, found one whose {what}: make a new CSR"
             return _text(HTTPStatus.FORBIDDEN, text)
         return _encoded(certs_only([answer.leaf]), _CERTIFICATES)
 

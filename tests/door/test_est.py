@@ -93,13 +93,18 @@ def test_an_agent_enrols_and_its_certificate_renews_itself(own_door: EstDoor) ->
 
 
 def test_the_same_request_gets_the_same_certificate(own_door: EstDoor) -> None:
-    """Nothing is signed twice; the same CSR by another label, and a new one, are requests of their own."""
+    """Nothing is signed twice, nor when the answer is not kept any more; a new CSR is a request of its own."""
     agent, csr = own_door.agent(), make_csr()
     found = [enrolled(own_door, csr, agent) for _ in range(2)]
     other = enrolled(own_door, make_csr(), agent)
+    memory = Memory(sqlite_url(own_door.desk.state / "door.db"))
+    memory.forget(datetime.now(UTC) + timedelta(days=1))
+    memory.close()
+    late = own_door.enrol(csr, agent)
 
     assert found[0] == found[1] != other
     assert len(own_door.desk.issued()) == 2
+    assert (late.status, b"too old (serve.keep): make a new CSR" in late.body) == (403, True)
 
 
 def test_an_answer_that_takes_time_is_waited_for(own_door: EstDoor) -> None:
