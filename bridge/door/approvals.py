@@ -195,21 +195,21 @@ class Approvals:
         return self._kept(case, decision)
 
     def _kept(self, case: Case, decision: Decision) -> Case:
-        is_known = any(one.approver == decision.approver for one in case.standing.decisions)
+        earlier = [one.verdict for one in case.standing.decisions if one.approver == decision.approver]
         about = {"approver": decision.approver, "verdict": decision.verdict, "reason": decision.reason}
-        is_kept = not is_known and self._memory.decide(
+        is_kept = not earlier and self._memory.decide(
             case.kept.id, **about, evidence=decision.evidence_bytes(), now=decision.decided, again=True
         )
-        if not is_kept:
+        found = self._signing.standing(case.kept, case.bundle)
+        is_decided = found.refused is not None or len(found.approved) >= self.rules.count
+        # the door may have been killed before it said so in the request's state, or the policy wants fewer people now
+        if not is_kept and not (is_decided and earlier == [decision.verdict]):
             raise TooLateError(f"wanted one decision of {decision.approver}, found an earlier one, which stays")
         text, short = "request %s of %s was %s by %s", case.kept.digest[:16]
         who = {"request": short, "requester": decision.approver}
         log.info(text, short, case.bundle.node, decision.verdict, decision.approver, extra=who)
-        found = self._signing.standing(case.kept, case.bundle)
-        if found.refused is not None:
-            self._memory.move(case.kept.id, "refused", before=["undecided"])
-        elif len(found.approved) >= self.rules.count:
-            self._memory.move(case.kept.id, "approved", before=["undecided"])
+        if is_decided:
+            self._memory.move(case.kept.id, "refused" if found.refused else "approved", before=["undecided"])
         self._decided()
         return self.case(case.kept.digest)
 
