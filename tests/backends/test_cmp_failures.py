@@ -375,7 +375,9 @@ def test_33_the_wrong_scheme(ra: kit.RegistrationAuthority, mac: dict[str, Any],
         error = error_of(make(front.url.replace("https:", "http:"), timeout=timedelta(seconds=2), **mac))
     assert type(error) is UNAVAILABLE
     assert "HTTP or HTTPS" in error.hint
-    error = error_of(make(ra.url("ca").replace("http:", "https:"), **mac, tls_ca_file=tls.ca))
+    error = error_of(
+        make(ra.url("ca").replace("http:", "https:"), timeout=timedelta(seconds=20), **mac, tls_ca_file=tls.ca)
+    )
     assert "TLS" in error.hint or "plain HTTP" in error.hint
 
 
