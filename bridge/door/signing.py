@@ -271,11 +271,11 @@ class Signing:
             kept = self._begun(desk, archive, journal, record)
             desk.run(self._jobs(kept, archive), journal, record, left, self.workers)
         self._note(kept, left)
+        if len(kept) >= _MOST and left.has_answered:  # those behind may be for a CA that is there
+            return "more"
         if left.is_down or (self.troubles and not kept):
             self.close()
             return "down"
-        if len(kept) >= _MOST and len(left.notes) < len(kept):
-            return "more"
         return "later" if left.notes else "idle"
 
     def _begun(self, desk: Desk, archive: Archive, journal: Journal, record: audit.Record) -> list[Kept]:
@@ -446,6 +446,7 @@ class _Left:
         self.notes: dict[str, str] = {}  #: By digest.
         self.undecided: set[str] = set()  #: Digests of those that people decide about.
         self.is_down = False  #: Something else than a CA's "later" keeps a request waiting.
+        self.has_answered = False
 
     def answered(self, job: Job, where: str) -> None:
         """One bundle went through the desk."""
@@ -463,6 +464,7 @@ class _Left:
             counts[kind] += 1
             if isinstance(answer, Refusal):
                 log.warning("%s: %s: %s is refused: %s", job.label, node, name, answer.reason)
+        self.has_answered = True
         self._signing.outcomes += counts
         self._signing.answered(job.digest)
         text = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))

@@ -354,6 +354,22 @@ def test_what_waits_for_a_ca_to_tell_holds_up_no_other(
     assert [one and one.state for one in found] == ["waiting", "answered"], rounds
 
 
+def test_a_ca_that_is_away_holds_up_no_other(
+    signing: Signing, desk: Desk, memory: Memory, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More wait than a round takes: what the other CA signs is signed round after round, without a pause."""
+    monkeypatch.setattr("bridge.door.signing._MOST", 2)
+    for name in ("etcd-server", "apiserver", "apiserver", "apiserver"):
+        received(memory, make_bundle(old_pairs(pki, [name])))
+    away = desk.ca("etcd-ca").rename(desk.directory / "away")
+    rounds, waiting = [signing.round() for _ in range(3)], memory.counts()
+    away.rename(desk.ca("etcd-ca"))
+    signing.round()
+
+    assert (rounds, waiting) == (["more", "more", "down"], {"waiting": 1, "answered": 3})
+    assert memory.counts() == {"answered": 4}
+
+
 def test_a_csr_that_another_door_has_answered_is_known(
     signing: Signing, memory: Memory, bundle: RequestBundle, pki: Pki
 ) -> None:
