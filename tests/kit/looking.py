@@ -66,9 +66,11 @@ def client(node: Node, name: str) -> ssl.SSLContext:
     return context
 
 
-def connection(node: Node, port: int, context: ssl.SSLContext) -> contextlib.closing[http.client.HTTPSConnection]:
+def connection(
+    node: Node, port: int, context: ssl.SSLContext, *, seconds: float = 120
+) -> contextlib.closing[http.client.HTTPSConnection]:
     """A connection to the node, which opens at the first request; the server's name and chain are checked."""
-    return contextlib.closing(http.client.HTTPSConnection(node.ip, port, context=context, timeout=120))
+    return contextlib.closing(http.client.HTTPSConnection(node.ip, port, context=context, timeout=seconds))
 
 
 def ask(opened: http.client.HTTPSConnection, path: str, *, patch: object = None) -> Answer:

@@ -16,6 +16,8 @@ from bridge.specs import Component
 from tests.kit.looking import API_PORT, ETCD_PORT, TRAFFIC, ask, client, connection
 from tests.kit.node import Node
 
+#: For one look: who waits longer sees less of what comes and goes; an answer that is late counts as no other.
+_SECONDS = 10
 STATIC = [component.value for component in Component if component is not Component.KUBELET]
 
 
@@ -81,7 +83,7 @@ def watched(nodes: Sequence[Node]) -> Iterator[Seen]:
 def _watch_etcd(node: Node, seen: Seen, stop: threading.Event) -> None:
     """A member is down from its first look without an answer to the first one that finds it well."""
     since, worst, spans = None, 0, (seen.slow, seen.leaderless, seen.down)
-    with connection(node, ETCD_PORT, client(node, "etcd-healthcheck-client")) as kept:
+    with connection(node, ETCD_PORT, client(node, "etcd-healthcheck-client"), seconds=_SECONDS) as kept:
         while not stop.wait(0.2):
             begin = time.monotonic()
             found = _etcd(kept)
@@ -110,7 +112,9 @@ def _etcd(kept: http.client.HTTPSConnection) -> int | None:
 def _work(nodes: Sequence[Node], seen: Seen, stop: threading.Event) -> None:
     """Each turn begins at another API server."""
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(connection(one, API_PORT, client(one, "admin.conf"))) for one in nodes]
+        servers = [
+            stack.enter_context(connection(one, API_PORT, client(one, "admin.conf"), seconds=_SECONDS)) for one in nodes
+        ]
         while not stop.wait(0.1):
             seen.turns += 1
             errors: list[str] = []
