@@ -35,7 +35,7 @@ from backends.openssl.program import KeyFile, Openssl, PrivateKey, ProcessEnd
 from backends.openssl.settings import CA_PLACE_HINT, CAFiles, OpensslSettings, files_of, private_key_of
 from bridge.contract import BackendSettings, Issued, Names, SetupFile, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
-from bridge.pki.certificates import extension, is_signed_by, key_and_usages, spki
+from bridge.pki.certificates import asked_key_and_usages, extension, is_signed_by, key_and_usages, spki
 from bridge.specs import CertificateSpec, Usage
 
 _REVOKED_FOR_SECONDS = 1.0
@@ -157,7 +157,7 @@ class OpensslBackend:
                     if leaf.serial_number not in revoked
                 }
         chain = tuple(signer for signer in signers if signer.issuer != signer.subject)
-        leaves = [found.get(_key_and_usages(request)) for request in requests]
+        leaves = [found.get(asked_key_and_usages(request.csr_pem, request.spec.ekus)) for request in requests]
         return [Issued(leaf=leaf, intermediates=chain) if leaf is not None else None for leaf in leaves]
 
     def revoke(self, certificate: x509.Certificate) -> None:
@@ -472,14 +472,6 @@ def _config(index_name: str, digest: str, key: PrivateKey) -> str:
 def _asn1_time(moment: datetime) -> str:
     """UTCTime to the end of 2049, then GeneralizedTime (RFC 5280 §4.1.2.5)."""
     return moment.strftime("%y%m%d%H%M%SZ" if moment.year < 2050 else "%Y%m%d%H%M%SZ")  # noqa: PLR2004
-
-
-def _key_and_usages(request: SignRequest) -> tuple[bytes, frozenset[str]]:
-    """An empty key for a CSR that can't be read, and so was never signed."""
-    try:
-        return spki(request.csr.public_key()), frozenset(eku.value for eku in request.spec.ekus)
-    except CSR_ERRORS:
-        return b"", frozenset()
 
 
 @contextmanager

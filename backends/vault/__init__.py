@@ -39,7 +39,7 @@ from bridge.contract import (
     Wanted,
 )
 from bridge.errors import BackendRefusedError, LocalFileError, SettingsProblem, Violation
-from bridge.pki.certificates import UNREADABLE, is_signed_by, key_and_usages, spki
+from bridge.pki.certificates import UNREADABLE, asked_key_and_usages, is_signed_by, key_and_usages
 from bridge.specs import EKU, PODS, CertificateSpec
 from bridge.system.waiting import workers
 
@@ -264,7 +264,7 @@ class VaultBackend:
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> list[Issued | None]:
         """Look through what the mount has stored, the newest first; a role with `no_store` leaves nothing to find."""
         signers, leaves = self.issuers(), dict[_Kind, x509.Certificate]()
-        wanted = [_kind_of(request) for request in requests]
+        wanted = [asked_key_and_usages(request.csr_pem, request.spec.ekus) for request in requests]
         for kind, leaf in sorted(self._stored(since), key=lambda one: one[1].not_valid_before_utc, reverse=True):
             is_wanted = kind in wanted and kind not in leaves and is_signed_by(leaf, signers[0])
             if is_wanted and not self.is_revoked(leaf):  # an operator may revoke what no node has got
@@ -418,14 +418,6 @@ class VaultBackend:
         if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
             return {}
         return answer.or_raise().data
-
-
-def _kind_of(request: SignRequest) -> _Kind:
-    """As `key_and_usages`; an empty key for a CSR that can't be read, and so was never signed."""
-    try:
-        return spki(request.csr.public_key()), frozenset(eku.value for eku in request.spec.ekus)
-    except UNREADABLE:
-        return b"", frozenset()
 
 
 #: The engine's names (Go's, without their prefix).

@@ -517,12 +517,7 @@ class Desk:
                     job.recorded.add(request.spec.name)
             else:  # nothing is known, it has lain there for long, or another backend, which knows of nothing, is asked now
                 new.append((job, request))
-        if submitted and not authority.tells:
-            text = "%s can't tell what it has signed for a killed run: it is asked again for %d requests"
-            log.warning(text, ca.label, len(submitted))
-            new += [(job, request) for job, request, _ in submitted]
-        else:
-            new += self._recalled(ca, submitted, journal)
+        new += self._recalled(authority, submitted, journal)
         size = len(new) if isinstance(ca.backend, SignsMany) else _SLICE
         keep = partial(_keep, journal.add_soon if authority.tells else journal.add)
         for start in range(0, len(new), size or 1):
@@ -534,11 +529,16 @@ class Desk:
                 _note(job, request, answer, None)
 
     def _recalled(
-        self, ca: CA, submitted: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
+        self, authority: _Authority, submitted: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
     ) -> list[tuple[Job, SignRequest]]:
         """Take what the CA signed for a killed run; return the requests that it must be asked again."""
+        ca = authority.ca
         if not submitted:
             return []
+        if not authority.tells:
+            text = "%s can't tell what it has signed for a killed run: it is asked again for %d requests"
+            log.warning(text, ca.label, len(submitted))
+            return [(job, request) for job, request, _ in submitted]
         try:
             found = ca.recall([request for _, request, _ in submitted], min(moment for _, _, moment in submitted))
         except BackendError as e:

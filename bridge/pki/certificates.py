@@ -6,7 +6,7 @@ import base64
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,6 +17,7 @@ from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import NameOID
 
 from bridge.pki import der
+from bridge.specs import EKU
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
@@ -283,6 +284,14 @@ def is_for(certificate: x509.Certificate, csr: x509.CertificateSigningRequest) -
 def key_and_usages(certificate: x509.Certificate) -> tuple[bytes, frozenset[str] | None]:
     """By which a CA's answer to a lost request is found: SubjectPublicKeyInfo (DER) and EKUs."""
     return spki(certificate.public_key()), extended_key_usages(certificate)
+
+
+def asked_key_and_usages(csr_pem: bytes, ekus: Iterable[EKU]) -> tuple[bytes, frozenset[str]]:
+    """As `key_and_usages` of a request; an empty key for a CSR that can't be read, and so was never signed."""
+    try:
+        return spki(x509.load_pem_x509_csr(csr_pem).public_key()), frozenset(eku.value for eku in ekus)
+    except UNREADABLE:
+        return b"", frozenset()
 
 
 def spki(key: PublicKeyTypes) -> bytes:
