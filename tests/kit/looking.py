@@ -219,9 +219,15 @@ class Extension:
     refused: list[str]  #: Handshakes that failed.
 
     def ask(self) -> str:
-        """Ask it by way of the API server; the fingerprint of what that showed."""
+        """
+        Ask it by way of the API server; the fingerprint of what that showed.
+
+        The API server answers 503 for half a minute after one of its own looks at the extension took over 5 s, as on a
+        machine that stalls.
+        """
         before = len(self.shown)
-        self.node.kubectl("get", "--raw", f"/apis/{_GROUP}/v1/anything")
+        look = ("get", "--raw", f"/apis/{_GROUP}/v1/anything")
+        wait_for("an answer of the extension", lambda: not self.node.kubectl(*look, check=False).returncode)
         return self.shown[before:][-1]
 
 
@@ -262,6 +268,24 @@ def extension(node: Node, directory: Path, trusted: Callable[[], str] | None = N
     class Handler(BaseHTTPRequestHandler):
         """Speaks HTTP/1.0: a new connection, and a new handshake, for each request."""
 
+        def setup(self) -> None:
+            """The handshake, which the CA's certificates of now decide; in a thread of its own: one waits for no other."""
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cadata=cas())
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_cert_chain(tls.server_cert, tls.server_key)
+            self.request.settimeout(120)
+            try:
+                self.request = context.wrap_socket(self.request, server_side=True)
+            except ssl.SSLError as e:
+                refused.append(str(e))
+                raise
+            super().setup()
+
+        def finish(self) -> None:
+            """Close it: the server has the socket below TLS."""
+            super().finish()
+            self.request.close()
+
         def do_GET(self) -> None:
             """Say that there is such an API, and nothing in it."""
             shown.append(fingerprint(_peer(self.connection)))
@@ -276,25 +300,7 @@ def extension(node: Node, directory: Path, trusted: Callable[[], str] | None = N
     tls = cfssl.make_tls(directory)
     cas = trusted or (node.pki_dir / FRONT_PROXY_CA.certificate_file).read_text
 
-    class Server(LoopbackServer):
-        """Reads its CA again at each handshake."""
-
-        def get_request(self) -> tuple[ssl.SSLSocket, Any]:
-            """A connection of who shows a certificate of that CA."""
-            opened, address = super().get_request()
-            try:
-                context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cadata=cas())
-                context.verify_mode = ssl.CERT_REQUIRED
-                context.load_cert_chain(tls.server_cert, tls.server_key)
-                opened.settimeout(120)
-                return context.wrap_socket(opened, server_side=True), address
-            except ssl.SSLError as e:
-                refused.append(str(e))
-                raise
-            finally:
-                opened.close()  # nothing, once TLS has taken it over
-
-    with Server((GATEWAY, 0), Handler) as server:
+    with LoopbackServer((GATEWAY, 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:
