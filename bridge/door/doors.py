@@ -1,19 +1,24 @@
 """
 The doors of one database: which of them live, whose turn it is to sign, and which requests each has begun.
 
-The queries are here, the rules in `bridge.door.turns`. Times are the database's where it has a clock of its own, so
-that hosts need not agree on the time. Behind `Doors` is what an operator does with the database: a copy of SQLite's file,
-its restore, and what has to follow.
+Any door takes a request; the one that begins it writes itself down as its signer, since its state directory has the
+journal and the archive that prove what was signed. Another door takes the request over when the signer was not heard
+of for a while. It asks the CA what it has signed, and only then has it sign; for a CA that can't tell, people decide.
+The same goes for requests that were made before the database was restored: it may have forgotten who began them.
+
+Times are the database's where it has a clock of its own, so that hosts need not agree on the time. Behind `Doors` is
+what an operator does with the database: a copy of SQLite's file, its restore, and what has to follow.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,6 +26,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
+from bridge.contract import Issued, Pending, SignRequest
+from bridge.desk.records import Journal, Submitted
 from bridge.door.store import (
     DOORS,
     ENROLMENTS,
@@ -34,14 +41,15 @@ from bridge.door.store import (
     database_file,
     open_memory,
 )
-from bridge.door.turns import SILENT, STALE_SECONDS, NotOursError, identity, rounds
 from bridge.errors import BridgeError, Exit
+from bridge.pki.bundle import BundledRequest, RequestBundle, sign_request
 from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.state.session import recording
 from bridge.state.store import Store
 from bridge.system.files import sync_directory
 from bridge.system.locks import lock
+from bridge.system.state_file import OnDamage, StateFile
 
 #: A `sign` or a round that works on the same state directory.
 _WAIT = timedelta(minutes=1)
@@ -49,13 +57,37 @@ _LEAST_DIGITS = 8
 
 #: The number of PostgreSQL's advisory lock that the door has which signs.
 _TURN_LOCK = 0x0CAB_0002
+#: A door that was not heard of for this time has ended; by the database's clock.
+SILENT = timedelta(seconds=60)
+#: A door that could not say for this time that it lives asks no CA: less than `SILENT` by what an exchange takes.
+STALE_SECONDS = 30.0
+#: How far a node's clock may be behind ours.
+_SLACK = timedelta(minutes=5)
+_NODE_SLACK = timedelta(hours=1)
+
+
+class NotOursError(BridgeError):
+    """The door is ending, or the database did not hear of it for too long: another one may be signing in its place."""
+
+    exit_code = Exit.UNAVAILABLE
+    hint = "the database is slow or away; requests wait, and go on by themselves"
+
+
+class BehindError(BridgeError):
+    """The database knows of less than this door's audit log: an older copy of it was restored, or another one is used."""
+
+    exit_code = Exit.REFUSED
+    hint = (
+        "name the right database, or run `ca-bridge serve-database restored` on each host of a door: "
+        "then CAs are asked what they have signed before anything older is signed"
+    )
 
 
 class Doors:
     """One door among the others; from any thread."""
 
     def __init__(self, memory: Memory, store: Store, door: str) -> None:
-        """`door` is the name of the state directory (`turns.identity`)."""
+        """`door` is the name of the state directory (`identity`)."""
         self._engine = memory.engine
         self._store = store
         self.door = door
@@ -173,7 +205,7 @@ class Doors:
     def recorded(self) -> int:
         """The newest round of this door in its audit log."""
         if self._recorded is None:
-            self._recorded = rounds(audit.events(self._store, None, None))(self.door)
+            self._recorded = newest_round(audit.events(self._store, None, None), self.door)
         return self._recorded
 
     def began(self, number: int) -> None:
@@ -210,11 +242,79 @@ def _now(connection: sa.Connection) -> datetime:
     return datetime.now(UTC)
 
 
+# --- what a door must find out before it signs (pure) -----------------------------------------------------------------
+
+
+def is_foreign(one: Kept, created: datetime, door: str, restored: datetime | None) -> bool:
+    """Whether a CA may have signed a request for a door whose journal is not ours, or that the database has forgotten."""
+    if one.signer == "":  # people have looked
+        return False
+    if one.signer not in {None, door}:
+        return True
+    is_older = restored is not None and created < restored + _NODE_SLACK
+    return is_older and (one.begun is None or restored is None or one.begun < restored)
+
+
+def left_text(one: Kept, doors: Mapping[str, str]) -> str:
+    """Why people have to decide about a request that another door began, whose CA can't tell what it has signed."""
+    where = doors.get(one.signer or "", "a door that the database has forgotten")
+    return (
+        f"a CA may have signed it for {where}, and can't tell: start that door again, or look for the certificate at "
+        f"the CA, then `ca-bridge serve-database again {one.digest[:16]}` has it signed"
+    )
+
+
+def unanswered(requests: Iterable[BundledRequest], bundle: RequestBundle, journal: Journal) -> list[SignRequest]:
+    """Those of these requests of a bundle to which the journal has no answer."""
+    sign_requests = [sign_request(one, bundle) for one in requests]
+    return [one for one in sign_requests if not isinstance(journal.get(one), Issued | Pending)]
+
+
+def ask_first(requests: Iterable[SignRequest], created: datetime, journal: Journal) -> None:
+    """Write down that CAs may have signed these requests, so that the desk asks them before it has anything signed."""
+    journal.add((one, Submitted(created - _SLACK)) for one in requests)
+
+
+def assert_not_behind(recorded: int, remembered: int) -> None:
+    """Compare the newest round in the audit log with the database's (BehindError)."""
+    if recorded > remembered:
+        text = f"wanted a database that knows of round {recorded}, which is in the audit log, found one at {remembered}"
+        raise BehindError(text)
+
+
+def newest_round(lines: Iterable[Mapping[str, object]], door: str) -> int:
+    """The newest round of a door in lines of the audit log."""
+    numbers = (line.get("round") for line in lines if line.get("door") == door)
+    return max((number for number in numbers if isinstance(number, int)), default=0)
+
+
+# --- the operator's work on the database ------------------------------------------------------------------------------
+
+
 class UpkeepError(BridgeError):
     """A copy, or a request, that is not what it should be."""
 
     exit_code = Exit.USAGE
     hint = "`ca-bridge help door` has the way of each database"
+
+
+def identity(store: Store) -> str:
+    """The name of the state directory among doors, which is made when it is first asked for."""
+    store.prepare()
+    file = StateFile(
+        path=store.door,
+        what="which door this is",
+        parse=lambda document: str(document["id"]),
+        keys=frozenset({"id"}),
+        on_damage=OnDamage.REFUSE,
+        by_command=False,
+        afterwards="then the door counts as a new one",
+    )
+    found = file.read()
+    if found is None:
+        found = secrets.token_hex(8)
+        file.replace({"id": found})
+    return found
 
 
 @contextlib.contextmanager

@@ -33,11 +33,10 @@ from bridge.desk.files import Received, books_open, load_answer_key, load_policy
 from bridge.desk.policy import Policy, PolicyVerdict
 from bridge.desk.records import Answered, Archive, Journal, archive_directory
 from bridge.desk.workers import Judgement, ReadAhead, ReadBundle, Workers, read, verdicts
-from bridge.door import enrolments, turns
-from bridge.door.doors import Doors
+from bridge.door import enrolments
+from bridge.door.doors import Doors, ask_first, assert_not_behind, identity, is_foreign, left_text, unanswered
 from bridge.door.shares import Places
 from bridge.door.store import TO_SIGN, DatabaseError, DecisionRow, IssuedRow, Kept, Memory
-from bridge.door.turns import identity
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, loads_digested, loads_request
@@ -280,7 +279,7 @@ class Signing:
 
     def _begun(self, desk: Desk, archive: Archive, journal: Journal, record: audit.Record) -> list[Kept]:
         """The requests of this round, written down as ours; what another door has begun is asked for at its CA first."""
-        turns.assert_not_behind(self.doors.recorded(), self.doors.round())
+        assert_not_behind(self.doors.recorded(), self.doors.round())
         restored, ours = self.doors.restored(), []
         most, self._held = _MOST + self._held, 0
         for one in self.doors.to_sign(most):
@@ -292,18 +291,18 @@ class Signing:
             except BundleError as e:  # it was whole when it came
                 log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400
                 continue
-            if turns.is_foreign(one, bundle.created, self.doors.door, restored):
+            if is_foreign(one, bundle.created, self.doors.door, restored):
                 known = {**self._answered(bundle), **archive.answers(bundle)}
-                unknown = turns.unknown([r for r in bundle.requests if r.name not in known], bundle, journal)
+                unknown = unanswered([r for r in bundle.requests if r.name not in known], bundle, journal)
                 if any(request.spec.authority.name in self.troubles for request in unknown):
                     self._held += 1  # whether its CA can tell is not known now
                     continue
                 if not all(desk.recalls(request.spec.authority.name) for request in unknown):
-                    text = turns.left_text(one, self.doors.names())
+                    text = left_text(one, self.doors.names())
                     log.error("request %s of %s is left to people: %s", one.digest[:16], one.node, text)
                     self.doors.leave(one.id, text)
                     continue
-                turns.ask_first(unknown, bundle.created, journal)
+                ask_first(unknown, bundle.created, journal)
             ours.append(one)
         number, claimed = self.doors.begin([one.id for one in ours], self._now())
         self.doors.began(number)

@@ -19,11 +19,17 @@ import sqlalchemy as sa
 from bridge.ca.ca import CA
 from bridge.contract import Issued
 from bridge.desk.records import Journal, Submitted
-from bridge.door import turns
-from bridge.door.doors import Doors
+from bridge.door.doors import (
+    STALE_SECONDS,
+    BehindError,
+    Doors,
+    NotOursError,
+    assert_not_behind,
+    is_foreign,
+    newest_round,
+)
 from bridge.door.signing import Signing
 from bridge.door.store import CERTIFICATES, DOORS, REQUESTS, Kept, Memory, database_file
-from bridge.door.turns import BehindError, NotOursError
 from bridge.errors import Exit
 from bridge.pki.bundle import AnswerBundle, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, dumps, loads_answer
@@ -108,7 +114,7 @@ def test_what_another_may_have_had_signed_is_asked_for_first(
     one: Kept, restored: datetime | None, expected: bool
 ) -> None:
     """The signer and the time of a restore decide which requests the CA is asked about first."""
-    assert turns.is_foreign(one, NOW, "us", restored) is expected
+    assert is_foreign(one, NOW, "us", restored) is expected
 
 
 def test_the_audit_log_is_compared_with_the_database() -> None:
@@ -119,10 +125,10 @@ def test_the_audit_log_is_compared_with_the_database() -> None:
         {"door": "another", "round": 9},
         {"door": "us", "round": 2},
     ]
-    recorded = turns.rounds(lines)("us")
-    turns.assert_not_behind(recorded, 3)
+    recorded = newest_round(lines, "us")
+    assert_not_behind(recorded, 3)
     with pytest.raises(BehindError, match="round 3"):
-        turns.assert_not_behind(recorded, 2)
+        assert_not_behind(recorded, 2)
 
 
 def test_a_door_that_the_database_does_not_hear_of_asks_no_ca(memory: Memory, tmp_path: Path) -> None:
@@ -134,7 +140,7 @@ def test_a_door_that_the_database_does_not_hear_of_asks_no_ca(memory: Memory, tm
     with pytest.raises(NotOursError, match="shutting down"):
         doors.assert_ours()
     doors.is_ending = False
-    doors._heard -= turns.STALE_SECONDS + 1
+    doors._heard -= STALE_SECONDS + 1
     with pytest.raises(NotOursError, match="silent"):
         doors.assert_ours()
 

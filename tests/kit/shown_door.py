@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from bridge.door import turns
-from bridge.door.doors import Doors
+from bridge.door.doors import Doors, left_text
 from bridge.door.store import Memory, database_file, sqlite_url
 from bridge.pki.certificates import pem
 from bridge.state import audit
@@ -101,7 +100,7 @@ class Site:
         with contextlib.closing(Memory(sqlite_url(database_file(store)))) as memory:
             doors = Doors(memory, store, "another")
             [one] = memory.in_state("undecided")
-            doors.leave(one.id, turns.left_text(replace(one, signer="gone"), {"gone": "ca-door-1"}))
+            doors.leave(one.id, left_text(replace(one, signer="gone"), {"gone": "ca-door-1"}))
         return one.digest[:16]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bridge.bootstrap.make import kept_file
-from bridge.door.turns import identity
+from bridge.door.doors import identity
 from bridge.errors import Exit
 from bridge.state.store import Store
 from bridge.system.files import sync_directory
