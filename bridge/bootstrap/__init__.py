@@ -1,1 +1,457 @@
-"""Day 0: what a new node needs before the operator runs `kubeadm init` or `kubeadm join`, signed by a CA elsewhere."""
+"""
+Day 0: what a new node needs before the operator runs `kubeadm init` or `kubeadm join`, signed by a CA elsewhere.
+
+Here is what the whole room is about: where a new node's files go, and which are there; its CA certificates, never a key;
+and kubeadm's configuration, how it is made, and what kubeadm would refuse too late.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from cryptography import x509
+
+from bridge.ca import registry
+from bridge.ca.ca import signer_of
+from bridge.errors import BridgeError, Exit
+from bridge.node import pairs
+from bridge.node.kubeadm_config import ExternalEtcd, KubeadmConfig, KubeadmConfigError, parse_documents, read_file
+from bridge.node.kubelet import KUBELET_DIR
+from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, spki
+from bridge.pki.expiry import minute
+from bridge.pki.kubeadm_names import is_node_name
+from bridge.settings.tables import Settings
+from bridge.specs import (
+    AUTHORITIES,
+    CA,
+    ETCD_CA,
+    FRONT_PROXY_CA,
+    KUBELET_CONF,
+    KUBELET_SERVER,
+    SERVERS,
+    SPECS,
+    Authority,
+    CertificateSpec,
+)
+from bridge.system.paths import NoCaFileError, UnreadableError, read, read_ca_file
+
+Certificates = Mapping[str, tuple[x509.Certificate, ...]]
+
+#: init: the first control-plane node; control-plane: a further control-plane node; worker: any other node.
+Role = Literal["init", "control-plane", "worker"]
+ROLES: tuple[Role, ...] = get_args(Role)
+#: Reads a file; None: there is no such file.
+Read = Callable[[Path], bytes | None]
+
+SUPER_ADMIN = "super-admin.conf"
+ETCD_CLIENT = SPECS["apiserver-etcd-client"]
+ETCD_DIRECTORY = Path("/var/lib/etcd")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """kubeadm's directories and the kubelet's."""
+
+    pki: Path
+    kubeconfigs: Path
+    kubelet: Path = KUBELET_DIR
+    etcd: Path = ETCD_DIRECTORY
+    external_etcd: ExternalEtcd | None = None  #: Whose CA and client pair are where kubeadm's configuration has them.
+    servers: tuple[CertificateSpec, ...] = ()  #: Serving certificates that kubeadm's configuration has manifests name.
+
+    @property
+    def kubelet_pki(self) -> Path:
+        """The directory of a kubelet's certificates."""
+        return self.kubelet / "pki"
+
+    @property
+    def kubelet_current(self) -> Path:
+        """The link to the kubelet's client certificate and key."""
+        return self.kubelet_pki / "kubelet-client-current.pem"
+
+    @property
+    def serving(self) -> tuple[Path, Path]:
+        """Key and certificate of the kubelet's own port; it makes a pair only if it can't read these."""
+        return self.kubelet_pki / "kubelet.key", self.kubelet_pki / "kubelet.crt"
+
+    @property
+    def sa_key(self) -> Path:
+        """The key that signs service account tokens, the same on all control-plane nodes."""
+        return self.pki / "sa.key"
+
+    @property
+    def sa_public(self) -> Path:
+        """The public key of `sa_key`."""
+        return self.pki / "sa.pub"
+
+    @property
+    def kubeadm_config(self) -> Path:
+        """The configuration for `kubeadm init`; on a further node it has the cluster's part."""
+        return self.kubeconfigs / "kubeadm.yaml"
+
+    @property
+    def join_config(self) -> Path:
+        """The configuration for `kubeadm join`."""
+        return self.kubeconfigs / "join.yaml"
+
+    def authority(self, authority: Authority) -> Path:
+        """A CA's certificate."""
+        if authority == ETCD_CA and self.external_etcd is not None and self.external_etcd.has_tls:
+            return Path(self.external_etcd.ca_file)
+        return self.pki / authority.certificate_file
+
+    def pair(self, spec: CertificateSpec) -> tuple[Path, Path]:
+        """Key and certificate file of a certificate outside kubeconfigs."""
+        if spec.name == KUBELET_SERVER:
+            return self.serving
+        if spec == ETCD_CLIENT and self.external_etcd is not None and self.external_etcd.has_tls:
+            return Path(self.external_etcd.key_file), Path(self.external_etcd.certificate_file)
+        return self.pki / f"{spec.base}.key", self.pki / f"{spec.base}.crt"
+
+    def directories(self, role: Role) -> list[Path]:
+        """Directories that hold the files, parents first."""
+        ours = [self.kubeconfigs, self.kubelet_pki]
+        if role == "worker":
+            return ours
+        of_etcd = [path.parent for path in (self.authority(ETCD_CA), *self.pair(ETCD_CLIENT))]
+        of_servers = [self.pair(spec)[0].parent for spec in self.servers]
+        return list(dict.fromkeys([*ours, self.pki, *of_etcd, *of_servers]))
+
+    def specs(self, role: Role) -> list[CertificateSpec]:
+        """The certificates that a new node of this kind needs."""
+        return specs_of(role, self.external_etcd, self.servers)
+
+    def with_config(self, config: KubeadmConfig) -> Places:
+        """The places with what kubeadm's configuration says of them."""
+        return replace(self, external_etcd=config.external_etcd, servers=servers_of(config, self.pki))
+
+    def authorities(self, role: Role) -> list[Authority]:
+        """The CAs whose certificates it needs."""
+        if role == "worker":
+            return [AUTHORITIES["ca"]]
+        has_etcds = self.external_etcd is None or self.external_etcd.has_tls
+        return [one for one in AUTHORITIES.values() if has_etcds or one != ETCD_CA]
+
+    @property
+    def brought(self) -> list[CertificateSpec]:
+        """An external etcd's client pair where both files are here already: it stays as it is, and is not asked for."""
+        is_here = all(live(path) is not None for path in self.pair(ETCD_CLIENT))
+        return [ETCD_CLIENT] if self.external_etcd is not None and self.external_etcd.has_tls and is_here else []
+
+
+def servers_of(config: KubeadmConfig, pki: Path) -> tuple[CertificateSpec, ...]:
+    """The components' serving certificates that kubeadm would have manifests name, without which they do not start."""
+    return tuple(spec for component, spec in SERVERS.items() if pairs.is_ours_in(config.cluster, component, pki))
+
+
+def specs_of(
+    role: Role, external_etcd: ExternalEtcd | None = None, servers: Sequence[CertificateSpec] = ()
+) -> list[CertificateSpec]:
+    """The certificates that a new node of this kind needs; none that is etcd's own where etcd is elsewhere."""
+    if role == "worker":
+        return [SPECS[KUBELET_CONF], SPECS[KUBELET_SERVER]]
+    ours = [one for one in SPECS.values() if role == "init" or one.name != SUPER_ADMIN]
+    ours = [one for one in ours if not one.by_flag or one in servers]
+    if external_etcd is None:
+        return ours
+    of_etcd = [ETCD_CLIENT] if external_etcd.has_tls else []
+    return [one for one in ours if one.authority != ETCD_CA or one in of_etcd]
+
+
+def live(path: Path) -> bytes | None:
+    """Read a file on the node; None: it isn't there."""
+    try:
+        return read(path)
+    except UnreadableError as e:
+        raise BridgeError(f"{path}: wanted to read it, found: {e}") from None
+
+
+def traces_of_cluster(places: Places) -> Iterator[Path]:
+    """Files that show that a node is part of a cluster, or was: kubeadm or a kubelet has been at work."""
+    manifests = places.kubeconfigs / "manifests"
+    if manifests.is_dir():
+        yield from sorted(manifests.glob("*.yaml"))
+    for path in (places.etcd / "member", places.kubelet / "config.yaml", places.kubelet / "kubeadm-flags.env"):
+        if path.exists():
+            yield path
+
+
+def ca_keys(places: Places) -> Iterator[Path]:
+    """Private keys of CAs, which must be on no node."""
+    for authority in AUTHORITIES.values():
+        path = places.pki / authority.key_file
+        if path.exists() or path.is_symlink():
+            yield path
+
+
+# --- CA certificates --------------------------------------------------------------------------------------------------
+
+
+class AuthorityError(BridgeError):
+    """A CA certificate that no cluster can be made with."""
+
+    exit_code = Exit.USAGE
+    hint = "--ca-dir DIR holds ca.crt, front-proxy-ca.crt and etcd/ca.crt, each with the certificate that signs first"
+
+
+class CaKeyError(BridgeError):
+    """A CA's private key is on the node."""
+
+    exit_code = Exit.REFUSED
+    hint = "kubeadm would sign with it: find out who put it there, and remove it (shred -u) first"
+
+
+def gather_authorities(
+    settings: Settings, places: Places, role: Role, ca_dir: Path | None, carried: Certificates, now: datetime
+) -> Certificates:
+    """Gather the CAs' certificates by authority, as each file will hold them: the one that signs first."""
+    for path in ca_keys(places):
+        raise CaKeyError(f"{path}: wanted no CA's private key on a node, found one")
+    if ca_dir is not None:
+        _assert_holds_some(ca_dir, places.authorities(role))
+    found: dict[str, tuple[x509.Certificate, ...]] = {}
+    for authority in places.authorities(role):
+        named = carried.get(authority.name) or (_in_file(ca_dir / authority.certificate_file) if ca_dir else ())
+        live = _in_file(places.authority(authority))
+        if named and live and named[0] != live[0]:
+            raise AuthorityError(
+                f"{places.authority(authority)}: wanted {_about(named[0])}, found {_about(live[0])}",
+                hint="one of the two belongs to another cluster",
+            )
+        ours = tuple(named or live)
+        if not ours and authority.name in settings.authorities:  # the one that signs, which kubeadm uses as the root
+            ours = signer_of(registry.configured(settings, [authority.name])[authority.name])
+        if not ours:
+            raise AuthorityError(
+                f"{authority.name}: wanted the CA's certificate, found it in no file and from no backend"
+            )
+        if (wrong := authority_trouble(ours, now)) is not None:
+            raise AuthorityError(f"{authority.name}: {wrong}")
+        found[authority.name] = ours
+    if (twice := shared_key(found)) is not None:
+        raise AuthorityError(
+            f"{' and '.join(twice)}: wanted a CA each, found the same key for both",
+            hint="a certificate of one CA would be valid for the other: with front-proxy-ca it can act as any user, "
+            "with etcd-ca it can read and write everything",
+        )
+    return found
+
+
+def _assert_holds_some(ca_dir: Path, wanted: Sequence[Authority]) -> None:
+    """Refuse a mistyped directory, which would silently be ignored in favour of the backends' answers."""
+    files = [authority.certificate_file for authority in wanted]
+    if not any((ca_dir / file).exists() for file in files):
+        found = "none of them" if ca_dir.is_dir() else "no such directory"
+        raise AuthorityError(f"{ca_dir}: wanted {', '.join(files)} in it, found {found}")
+
+
+def _in_file(path: Path) -> tuple[x509.Certificate, ...]:
+    """The certificates in a CA file; none where there is no file."""
+    try:
+        if b"PRIVATE KEY-----" in (read(path) or b""):
+            raise CaKeyError(f"{path}: wanted a CA's certificate alone, found a private key beside it")
+        return read_ca_file(path)
+    except NoCaFileError:
+        return ()
+    except UnreadableError as e:
+        raise AuthorityError(f"{path}: wanted a CA certificate, found: {e}") from None
+
+
+def authority_trouble(certificates: tuple[x509.Certificate, ...], now: datetime) -> str | None:
+    """Why the first of a CA's certificates, the one that signs, can't be used; None: it can."""
+    first = certificates[0]
+    try:
+        if not is_ca(first):
+            return f"wanted a CA's certificate, found {_about(first)}, which is none"
+        if not first.not_valid_before_utc <= now < first.not_valid_after_utc:
+            begin, end = minute(first.not_valid_before_utc), minute(first.not_valid_after_utc)
+            return f"wanted a CA that is valid now, found {_about(first)}, valid from {begin} until {end}"
+        first.public_key()
+    except UNREADABLE as e:
+        return f"wanted a CA's certificate that can be read, found: {e}"
+    return None
+
+
+def shared_key(found: Certificates) -> tuple[str, str] | None:
+    """The names of two authorities with the same key; None: there are no such two."""
+    keys: dict[bytes, str] = {}
+    for name, certificates in found.items():
+        other = keys.setdefault(spki(certificates[0].public_key()), name)
+        if other != name:
+            return other, name
+    return None
+
+
+def _about(certificate: x509.Certificate) -> str:
+    return f"{name_text(certificate.subject)} (SHA-256 {fingerprint(certificate)[:16]}…)"
+
+
+# --- kubeadm's configuration (pure, but for the last two) -------------------------------------------------------------
+
+_VERSION = re.compile(r"v?1\.\d+\.\d+([-+].*)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigurationFacts:
+    """Facts for a configuration without a file; an empty fact was not given."""
+
+    name: str = ""
+    address: str = ""
+    endpoint: str = ""
+    version: str = ""
+    socket: str = ""
+    service_subnet: str = ""
+    dns_domain: str = ""
+    key: str = ""  #: kubeadm's `encryptionAlgorithm`.
+    sans: Sequence[str] = ()
+
+    def given(self) -> list[str]:
+        """The names of the facts that were given."""
+        return [name for name in self.__slots__ if getattr(self, name)]
+
+
+#: For clusters without a signer: only with `false` a running kubelet loads a new certificate from its file.
+_KUBELET = {"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration", "rotateCertificates": False}
+
+
+def from_facts(facts: ConfigurationFacts) -> KubeadmConfig:
+    """The configuration for `kubeadm init` where there is no file."""
+    registration = {"name": facts.name, "criSocket": facts.socket}
+    networking = {"serviceSubnet": facts.service_subnet, "dnsDomain": facts.dns_domain}
+    cluster = {
+        "apiVersion": "kubeadm.k8s.io/v1beta4",
+        "kind": "ClusterConfiguration",
+        "kubernetesVersion": facts.version,
+        "controlPlaneEndpoint": facts.endpoint,
+        "networking": {key: value for key, value in networking.items() if value},
+        "apiServer": {"certSANs": list(facts.sans)} if facts.sans else {},
+        "encryptionAlgorithm": facts.key,
+    }
+    node = _init_configuration("kubeadm.k8s.io/v1beta4", {"advertiseAddress": facts.address}, registration)
+    return KubeadmConfig.of((node, {key: value for key, value in cluster.items() if value}, _KUBELET))
+
+
+def for_node(cluster: KubeadmConfig, facts: ConfigurationFacts) -> KubeadmConfig:
+    """The cluster's configuration with the part of another node; for `certs generate-csr` on a control plane."""
+    registration = {"name": facts.name, "criSocket": facts.socket or cluster.socket}
+    api = str(cluster.cluster.get("apiVersion", "kubeadm.k8s.io/v1beta4"))
+    node = _init_configuration(api, {"advertiseAddress": facts.address, "bindPort": cluster.port}, registration)
+    return KubeadmConfig.of((node, *shared(cluster).documents))
+
+
+def _init_configuration(api: str, endpoint: Mapping[str, Any], registration: Mapping[str, str]) -> dict[str, Any]:
+    given = {key: value for key, value in registration.items() if value}
+    return {"apiVersion": api, "kind": "InitConfiguration", "localAPIEndpoint": endpoint, "nodeRegistration": given}
+
+
+def shared(config: KubeadmConfig) -> KubeadmConfig:
+    """The documents that are the same for all nodes."""
+    ours = ("ClusterConfiguration", "KubeletConfiguration", "KubeProxyConfiguration")
+    return KubeadmConfig.of(tuple(one for one in config.documents if one.get("kind") in ours))
+
+
+def join_configuration(
+    config: KubeadmConfig, discovery: str, ignored: str, *, control_plane: bool, base: Mapping[str, Any] | None = None
+) -> KubeadmConfig:
+    """The configuration for `kubeadm join` by a kubeconfig on the node, without a token; the rest of `base` stays."""
+    document = dict(base or {"apiVersion": str(config.cluster.get("apiVersion")), "kind": "JoinConfiguration"})
+    registration = dict(_below(document, "nodeRegistration"))
+    also = registration.get("ignorePreflightErrors")
+    registration |= {
+        "name": config.name,
+        "ignorePreflightErrors": [*(also if isinstance(also, list) else ()), ignored],
+        **({"criSocket": config.socket} if config.socket else {}),
+    }
+    document |= {"discovery": {"file": {"kubeConfigPath": discovery}}, "nodeRegistration": registration}
+    document.pop("controlPlane", None)
+    if control_plane:
+        document["controlPlane"] = {
+            **_below(base or {}, "controlPlane"),
+            "localAPIEndpoint": {"advertiseAddress": config.address, "bindPort": config.port},
+        }
+    return KubeadmConfig.of((document,))
+
+
+_BY_FILE = "the file that --kubeadm-config names; `ca-bridge help day-0` has one to begin with"
+
+
+def assert_usable(config: KubeadmConfig, pki_dir: str, *, further: bool) -> None:
+    """Refuse what kubeadm would reject too late, or would ask the internet for."""
+    name, address = config.name, config.address
+    if not is_node_name(name):
+        raise KubeadmConfigError(
+            f"nodeRegistration.name: wanted the node's name in small letters, found {name or 'none'}",
+            hint=f"--name gives it, or {_BY_FILE}",
+        )
+    if not _is_address(address):
+        raise KubeadmConfigError(
+            f"localAPIEndpoint.advertiseAddress: wanted an IP address, found {address or 'none'}",
+            hint=f"--advertise-address gives it, or {_BY_FILE}",
+        )
+    if not _VERSION.fullmatch(config.version):
+        raise KubeadmConfigError(
+            f"kubernetesVersion: wanted a version such as v1.37.2, found {config.version or 'none'}",
+            hint=f"--kubernetes-version gives it, or {_BY_FILE}; without it kubeadm asks the internet for one",
+        )
+    if further and not config.endpoint:
+        raise KubeadmConfigError(
+            "controlPlaneEndpoint: wanted the control plane's stable address, found none",
+            hint="kubeadm refuses a second control-plane node without it; a later change needs new certificates",
+        )
+    if config.external_etcd is not None and config.external_etcd.has_tls:
+        _assert_own_files(config.external_etcd, pki_dir)
+    found = config.certificates_dir
+    if found and found.rstrip("/") != pki_dir:
+        raise KubeadmConfigError(f"certificatesDir: wanted node.pki_dir of the settings, {pki_dir}, found {found}")
+
+
+def _assert_own_files(etcd: ExternalEtcd, pki_dir: str) -> None:
+    """Refuse an external etcd's files that are not all named, or are another certificate's."""
+    bases = {spec.base: name for name, spec in SPECS.items() if name != "apiserver-etcd-client"}
+    bases |= {CA.base: CA.name, FRONT_PROXY_CA.base: FRONT_PROXY_CA.name}
+    taken = {f"{pki_dir}/{base}.{suffix}": name for base, name in bases.items() for suffix in ("crt", "key")}
+    taken |= {f"{pki_dir}/sa.{suffix}": "the service accounts" for suffix in ("key", "pub")}
+    for name, file in etcd.files.items():
+        path = os.path.normpath(file)
+        found = f"that of {taken[path]}, {file}" if path in taken else file or "none"
+        if not file.startswith("/") or path in taken:
+            raise KubeadmConfigError(
+                f"etcd.external.{name}: wanted a file of its own by its absolute path, found {found}",
+                hint=f"{', '.join(etcd.files)}: an etcd with TLS needs all three; the API server's certificates renew apart",
+            )
+        taken[path] = f"etcd.external.{name}"
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return not ipaddress.ip_address(text).is_unspecified
+    except ValueError:
+        return False
+
+
+def _below(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The mapping below a key; empty for anything else, which kubeadm rejects."""
+    found = mapping.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def read_configuration(path: Path) -> tuple[KubeadmConfig, bytes]:
+    """Read kubeadm's configuration file."""
+    data = read_file(path)
+    return parse_documents(data, str(path)), data
+
+
+def together(files: Sequence[Path]) -> KubeadmConfig | None:
+    """A node's configuration (the first file) with the cluster's from the others; None: no first file."""
+    own, *others = [read_configuration(path)[0] if path.exists() else None for path in files]
+    if own is None:
+        return None
+    cluster = [one for other in others if other is not None for one in shared(other).documents]
+    return KubeadmConfig.of((*own.documents, *cluster))

@@ -8,15 +8,18 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.bootstrap.configuration import (
+from bridge.bootstrap import (
+    ETCD_DIRECTORY,
+    Certificates,
     ConfigurationFacts,
+    Places,
+    Role,
     for_node,
     from_facts,
     join_configuration,
     read_configuration,
 )
 from bridge.bootstrap.orders import NewNode, Order, OrderError, new_node
-from bridge.bootstrap.places import ETCD_DIRECTORY, Certificates, Places, Role
 from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.settings.tables import Settings

@@ -13,9 +13,9 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
+from bridge.bootstrap import Places, live, servers_of, specs_of
 from bridge.bootstrap.desired import DesiredNode
 from bridge.bootstrap.orders import NewNode, Order, OrderError
-from bridge.bootstrap.places import Places, live, servers_of, specs_of
 from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError

@@ -12,11 +12,20 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.bootstrap import keys, whole
-from bridge.bootstrap.configuration import assert_usable
+from bridge.bootstrap import (
+    ETCD_CLIENT,
+    SUPER_ADMIN,
+    Certificates,
+    Places,
+    Role,
+    assert_usable,
+    gather_authorities,
+    keys,
+    live,
+    whole,
+)
 from bridge.bootstrap.desired import Bootstrapped, DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
 from bridge.bootstrap.keys import Made
-from bridge.bootstrap.places import ETCD_CLIENT, SUPER_ADMIN, Certificates, Places, Role, gather_authorities, live
 from bridge.bootstrap.whole import NodeLook, look_at
 from bridge.contract import SignRequest
 from bridge.errors import BridgeError, Exit, WaitingError

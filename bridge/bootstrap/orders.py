@@ -22,8 +22,18 @@ from typing import Any
 
 from cryptography import x509
 
-from bridge.bootstrap.configuration import ConfigurationFacts, assert_usable, for_node, read_configuration, shared
-from bridge.bootstrap.places import ROLES, Places, Role, gather_authorities, live
+from bridge.bootstrap import (
+    ROLES,
+    ConfigurationFacts,
+    Places,
+    Role,
+    assert_usable,
+    for_node,
+    gather_authorities,
+    live,
+    read_configuration,
+    shared,
+)
 from bridge.desk.files import load_signing_key
 from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError, parse_documents

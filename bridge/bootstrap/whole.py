@@ -14,8 +14,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.bootstrap.desired import DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
-from bridge.bootstrap.places import (
+from bridge.bootstrap import (
     Certificates,
     Places,
     Read,
@@ -26,6 +25,7 @@ from bridge.bootstrap.places import (
     shared_key,
     traces_of_cluster,
 )
+from bridge.bootstrap.desired import DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
 from bridge.errors import BridgeError
 from bridge.node import kubeconfig, pairs
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError

@@ -13,12 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge.bootstrap import configuration, desired, keys, orders, whole
-from bridge.bootstrap.configuration import ConfigurationFacts
+from bridge.bootstrap import ConfigurationFacts, Role, desired, keys, orders, together, whole
 from bridge.bootstrap.desired import Bootstrapped, DesiredNode, NodeInputs, NotWholeError
 from bridge.bootstrap.make import make
 from bridge.bootstrap.orders import read_order, read_signed_order
-from bridge.bootstrap.places import Role
 from bridge.cli import setup as ca_setup
 from bridge.cli.options import ZERO, Common, WaitOption, command, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_sentence, say_table, under_headings
@@ -298,7 +296,7 @@ def check(
     places = desired.places_of(settings)
     files = [places.kubeadm_config] if role == "init" else [places.join_config]
     files += [places.kubeadm_config] if role == "control-plane" else []
-    if (config := configuration.together(files)) is not None:
+    if (config := together(files)) is not None:
         places = desired.places_in(settings, config)
     problems = whole.check(settings, places, role, files, config, utc_now())
     program = "init" if role == "init" else "join"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.bootstrap.configuration import ConfigurationFacts, for_node, from_facts, join_configuration
+from bridge.bootstrap import ConfigurationFacts, for_node, from_facts, join_configuration
 from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.node.kubeadm_config import parse_documents as parse
 from tests.kit.new_node import ADDRESS, CONFIG, ENDPOINT, NAME

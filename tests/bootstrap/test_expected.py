@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from bridge.bootstrap import keys, orders
-from bridge.bootstrap.configuration import ConfigurationFacts, for_node, shared
+from bridge.bootstrap import ConfigurationFacts, Role, for_node, keys, orders, shared, specs_of
 from bridge.bootstrap.orders import Order, OrderError, new_node, order_for
-from bridge.bootstrap.places import Role, specs_of
 from bridge.node.kubeadm_config import parse_documents as parse
 from bridge.pki.certificates import attributes, san_entries
 from bridge.specs import AUTHORITIES

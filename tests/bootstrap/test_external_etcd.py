@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from bridge.bootstrap.places import ETCD_CLIENT, Places, specs_of
+from bridge.bootstrap import ETCD_CLIENT, Places, specs_of
 from bridge.node.kubeadm_config import ExternalEtcd
 from tests.kit.new_node import CONFIG, NewNode
 

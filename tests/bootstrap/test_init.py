@@ -18,7 +18,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from bridge.bootstrap.places import ROLES, specs_of
+from bridge.bootstrap import ROLES, specs_of
 from bridge.bootstrap.whole import NodeLook
 from bridge.node import kubeconfig
 from bridge.pki.certificates import load_pem_certificates, san_entries

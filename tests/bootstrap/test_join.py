@@ -22,10 +22,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.bootstrap import orders
+from bridge.bootstrap import Role, orders
 from bridge.bootstrap.keys import sa_public_pem
 from bridge.bootstrap.orders import Order, OrderError, new_node
-from bridge.bootstrap.places import Role
 from bridge.bootstrap.whole import NodeLook
 from bridge.errors import Exit
 from bridge.node import kubeconfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bridge.bootstrap.places import servers_of, specs_of
+from bridge.bootstrap import servers_of, specs_of
 from bridge.node.kubeadm_config import KubeadmConfig
 from bridge.node.pairs import cluster_with
 from bridge.pki.certificates import load_pem_certificates, san_entries

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.bootstrap.places import Role
+from bridge.bootstrap import Role
 from bridge.bootstrap.whole import NodeLook
 from bridge.errors import Exit
 from bridge.specs import AUTHORITIES

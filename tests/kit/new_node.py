@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge.bootstrap.places import Places
+from bridge.bootstrap import Places
 from bridge.specs import AUTHORITIES
 from tests.kit import opensslca, programs, warm
 from tests.kit.cas import Bridge

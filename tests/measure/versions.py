@@ -23,8 +23,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.bootstrap import keys
-from bridge.bootstrap.configuration import shared
+from bridge.bootstrap import keys, shared
 from bridge.bootstrap.orders import Order, new_node
 from bridge.node import kubeconfig
 from bridge.node.kubeadm_config import parse_documents as parse
