@@ -1,1 +1,257 @@
-"""The cluster's Kubernetes API, for a node and for the gateway: rights and servers (`access`), requests (`api`)."""
+"""
+The cluster's Kubernetes API, for a node and for the gateway.
+
+Here is a client of the Kubernetes API, of etcd or of a kubelet: whose rights it has, and which servers it asks. `api`
+has the requests, `kubeadm` the ConfigMaps from which kubeadm writes, `lease` the objects by which runs take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import ssl
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+from cryptography import x509
+
+from bridge.errors import BridgeError, Exit
+from bridge.node import endpoints, kubeconfig
+from bridge.node.endpoints import Address, Server
+from bridge.node.inventory import Node
+from bridge.node.kubeconfig import KubeconfigError
+from bridge.node.processes import file_contents
+from bridge.pki.budget import of_server
+from bridge.specs import Component
+from bridge.system import http, paths
+from bridge.system.http import Answer, HttpsError, KeptConnection, Peer
+from bridge.system.paths import UnreadableError
+from bridge.words import one_line
+
+#: For each request; a component that is well answers within milliseconds.
+TIMEOUT_SECONDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Client:
+    """A client certificate with its key, or a token; and the CAs to trust."""
+
+    name: str  #: Of the file it comes from.
+    certificate_pem: bytes | None  #: None: an anonymous client.
+    key_pem: bytes | None = field(repr=False)
+    trust_pem: bytes | None  #: None: any server, as an API server trusts kubelets.
+    token: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.token is not None and not re.fullmatch(r"[!-~]+", self.token):
+            raise ValueError("wanted a token, found more than one word of ASCII text")
+
+    @cached_property
+    def tls(self) -> ssl.SSLContext:
+        """The TLS context of this client's connections; an HttpsError where a file's content can't be used."""
+        return http.context(self.trust_pem, self.certificate_pem, self.key_pem)
+
+    @cached_property
+    def headers(self) -> Mapping[str, str]:
+        """The headers that say who we are, if a certificate does not."""
+        return {"Authorization": f"Bearer {self.token}"} if self.token is not None else {}
+
+    @classmethod
+    def of(cls, certificate: Path, key: Path, trust: Path | None) -> Client:
+        """Read one from files; an UnreadableError or ValueError where one can't be read, or is not there."""
+        return cls(
+            name=certificate.name,
+            certificate_pem=file_contents(certificate),
+            key_pem=file_contents(key),
+            trust_pem=None if trust is None else file_contents(trust),
+        )
+
+    def peer(self, server: Server) -> Peer:
+        """A server as this client comes to it; an UnreachableError where it has no such URL."""
+        alert_seconds = 1.0 if self.certificate_pem is not None else 0.0
+        return Peer.of(server.url, lambda: self.tls, server_name=server.name, alert_seconds=alert_seconds)
+
+    def ask(
+        self,
+        server: Server,
+        path: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        method: str = "GET",
+        body: bytes | None = None,
+        seconds: float | None = None,
+    ) -> Answer:
+        """Ask one server over a new connection, with a JSON body; any status is an answer (HttpsError: none came)."""
+        json_headers = {"Accept": "application/json", **({"Content-Type": "application/json"} if body else {})}
+        target = f"{urlsplit(server.url).path}{path}" or "/"
+        with contextlib.closing(KeptConnection(self.peer(server))) as connection:
+            given = {**json_headers, **self.headers, **(headers or {})}
+            return connection.ask(method, target, given, body, seconds=seconds or TIMEOUT_SECONDS)
+
+    def served(self, place: Address, name: str | None = None) -> x509.Certificate:
+        """The leaf that a server shows in a handshake (HttpsError: none); it must name `name`, or the place's host."""
+        peer = Peer(host=place.host, port=place.port, tls=lambda: self.tls, server_name=name)
+        return http.served(peer, TIMEOUT_SECONDS)
+
+
+#: It shows no certificate, and accepts every server's.
+ANONYMOUS = Client(name="anonymous", certificate_pem=None, key_pem=None, trust_pem=None)
+
+
+def document(body: bytes) -> dict[str, Any]:
+    """A JSON object (UnreachableError: something else)."""
+    try:
+        found = of_server(body)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise http.UnreachableError("wanted an object in JSON, found something else")
+    return found
+
+
+def below(of: Any, *keys: str) -> Any:
+    """The value below these keys; None where there is none, or a value above it is no object."""
+    for key in keys:
+        of = of.get(key) if isinstance(of, dict) else None
+    return of
+
+
+def mapping(of: Any, *keys: str) -> Mapping[str, Any]:
+    """The object below these keys; empty where there is none."""
+    found = below(of, *keys)
+    return found if isinstance(found, dict) else {}
+
+
+def text_of(of: Any, *keys: str) -> str:
+    """The text below these keys; empty where there is none."""
+    found = below(of, *keys)
+    return found if isinstance(found, str) else ""
+
+
+def items(of: Any, *keys: str) -> Iterator[Mapping[str, Any]]:
+    """The objects in a list below these keys; a value of another shape is left out."""
+    found = below(of, *keys)
+    return (one for one in found if isinstance(one, dict)) if isinstance(found, list) else iter(())
+
+
+# --- with whose rights, and which servers ----------------------------------------------------------------------------
+
+
+#: Where a pod finds its service account.
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+#: Whose rights are tried on a node, in this order; the second's do not depend on RBAC.
+_KUBECONFIGS = ("admin.conf", "super-admin.conf")
+
+
+class AccessError(BridgeError):
+    """The credentials can't be read."""
+
+    exit_code: ClassVar[int] = Exit.USAGE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """Clients and servers, in the order in which they are tried."""
+
+    clients: tuple[Client, ...]
+    servers: tuple[Server, ...]
+    troubles: tuple[str, ...] = ()  #: Why there are no more clients than these.
+
+
+def of_node(node: Node, kubeconfig_dir: Path) -> Access:
+    """Read a node's clients and servers: its own API server comes first, then admin.conf's; a worker's are kubelet.conf's."""
+    clients, troubles = [], []
+    servers = [Server(url)] if (url := local_url(node)) else []
+    names = ("kubelet.conf",) if node.is_worker else _KUBECONFIGS
+    for name in names:
+        try:
+            data = paths.read(kubeconfig_dir / name)
+            if data is None:
+                continue
+            client, server = _of_kubeconfig(kubeconfig_dir / name, data)
+        except (UnreadableError, KubeconfigError, ValueError) as e:
+            troubles.append(f"{name}: {e}")
+            continue
+        clients.append(client)
+        servers.append(server)
+    if not clients and not troubles:
+        found_none = "none" if node.is_worker else "neither"
+        troubles.append(f"{kubeconfig_dir}: wanted {' or '.join(names)}, found {found_none}")
+    return Access(clients=tuple(clients), servers=tuple(servers), troubles=tuple(troubles))
+
+
+def of_gateway(config: Path | None) -> Access:
+    """Read a kubeconfig, or else the pod's service account; an AccessError where they can't be used."""
+    try:
+        client, server = _of_pod() if config is None else _of_kubeconfig(config, _bytes(config, "a kubeconfig"))
+        _ = client.tls
+    except (UnreadableError, KubeconfigError, ValueError, HttpsError) as e:
+        where = config or SERVICE_ACCOUNT
+        raise AccessError(f"{where}: {e}", hint="gateway.kubeconfig names a kubeconfig") from None
+    return Access(clients=(client,), servers=(server,))
+
+
+def _of_pod() -> tuple[Client, Server]:
+    host = os.environ.get("KUBERNETES_SERVICE_HOST")
+    if not host:
+        raise ValueError("wanted a kubeconfig (gateway.kubeconfig), or a pod with a service account, found neither")
+    trust, token = _bytes(SERVICE_ACCOUNT / "ca.crt", "a CA certificate"), _token(SERVICE_ACCOUNT / "token")
+    client = Client(name="service account", certificate_pem=None, key_pem=None, trust_pem=trust, token=token)
+    return client, Server(url_of(host, int(os.environ.get("KUBERNETES_SERVICE_PORT", "443"))))
+
+
+def _of_kubeconfig(path: Path, data: bytes) -> tuple[Client, Server]:
+    parsed = kubeconfig.parse(data)
+    parts = urlsplit(parsed.server)
+    if parts.scheme != "https" or not parts.hostname:
+        raise ValueError(f"wanted an https: server, found {one_line(parsed.server)!r}")
+
+    def part(embedded: bytes | None, file: str | None, what: str) -> bytes:
+        if not embedded and not file:
+            raise ValueError(f"wanted {what}, found none")
+        return embedded or _bytes(path.parent / (file or ""), what)
+
+    trust, token, certificate, key = part(parsed.ca_data, parsed.ca_file, "a CA certificate"), None, None, None
+    if parsed.token_file:
+        token = _token(path.parent / parsed.token_file)
+    else:
+        certificate = part(parsed.certificate_data, parsed.certificate_file, "a client certificate")
+        key = part(kubeconfig.key_data(data), parsed.key_file, "a client key")
+    client = Client(name=path.name, certificate_pem=certificate, key_pem=key, trust_pem=trust, token=token)
+    return client, Server(parsed.server.rstrip("/"), parsed.tls_server_name)
+
+
+def _token(path: Path) -> str:
+    return _bytes(path, "a token").decode("ascii").strip()
+
+
+def _bytes(path: Path, what: str) -> bytes:
+    found = paths.read(path)
+    if not found:
+        raise ValueError(f"wanted {what} in {path}, found none")
+    return found
+
+
+def local_url(node: Node) -> str | None:
+    """The URL of this node's API server; None without a manifest, or without an address in it."""
+    manifest = node.manifests.get(Component.APISERVER)
+    address = "" if manifest is None else manifest.flags.get("--advertise-address", "")
+    url = url_of(address, apiserver_port(node))
+    return url if address and endpoints.is_url(url) else None
+
+
+def apiserver_port(node: Node) -> str:
+    """The port of this node's API server, which kubeadm makes the same on all nodes."""
+    manifest = node.manifests.get(Component.APISERVER)
+    usual = str(endpoints.PORTS[Component.APISERVER])
+    return usual if manifest is None else manifest.flags.get("--secure-port", usual)
+
+
+def url_of(address: str, port_number: str | int) -> str:
+    """`https:` with an address, which may be IPv6's."""
+    return f"https://{f'[{address}]' if ':' in address else address}:{port_number}"

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote
 
-from bridge.cluster import access
-from bridge.cluster.access import TIMEOUT_SECONDS as NODE_TIMEOUT_SECONDS
-from bridge.cluster.access import Access, AccessError, Client, items, text_of
-from bridge.cluster.access import document as whole_document
+from bridge.cluster import TIMEOUT_SECONDS as NODE_TIMEOUT_SECONDS
+from bridge.cluster import Access, AccessError, Client, items, of_gateway, of_node, text_of
+from bridge.cluster import document as whole_document
 from bridge.errors import BridgeError, Exit
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
@@ -137,15 +136,15 @@ class Api:
 
     @classmethod
     def of_node(cls, node: Node, kubeconfig_dir: Path) -> Api:
-        """A client with a node's rights (see `access.of_node`); this sends no request."""
-        found = access.of_node(node, kubeconfig_dir)
+        """A client with a node's rights (see `of_node`); this sends no request."""
+        found = of_node(node, kubeconfig_dir)
         return cls(found.clients, found.servers, found.troubles)
 
     @classmethod
     def of_gateway(cls, config: Path | None) -> Api:
-        """A client with the gateway's rights (see `access.of_gateway`); this sends no request."""
-        found = access.of_gateway(config)
-        return cls(found.clients, found.servers, again=lambda: access.of_gateway(config))
+        """A client with the gateway's rights (see `of_gateway`); this sends no request."""
+        found = of_gateway(config)
+        return cls(found.clients, found.servers, again=lambda: of_gateway(config))
 
     @property
     def servers(self) -> Sequence[Server]:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any
 
-from bridge.cluster.access import mapping
+from bridge.cluster import mapping
 from bridge.cluster.api import Api, NoAnswerError
 
 log = logging.getLogger("ca-bridge")

@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from cryptography import x509
 
-from bridge.cluster.access import ANONYMOUS, Client
+from bridge.cluster import ANONYMOUS, Client
 from bridge.control_plane.probes import (
     Check,
     Etcd,

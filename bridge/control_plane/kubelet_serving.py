@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote
 
-from bridge.cluster import kubeadm
-from bridge.cluster.access import ANONYMOUS, Client, below, items, text_of
+from bridge.cluster import ANONYMOUS, Client, below, items, kubeadm, text_of
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import neighbours, restarts
 from bridge.control_plane.restarts import Restarted, Restarts

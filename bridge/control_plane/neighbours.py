@@ -16,8 +16,7 @@ from http import HTTPStatus
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from bridge.cluster import access
-from bridge.cluster.access import document, items, text_of
+from bridge.cluster import apiserver_port, document, items, local_url, text_of, url_of
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.cluster.lease import Keeper, Lease
 from bridge.control_plane.probes import Etcd, Member
@@ -114,7 +113,7 @@ def connect(node: Node, settings: Settings) -> Api:
 def _beside_etcd(members: Iterable[Instance], node: Node) -> list[str]:
     """URLs of API servers beside etcd's members: kubeadm has one for each."""
     hosts = [urlsplit(member.url).hostname for member in members if not member.own]
-    return [access.url_of(host, access.port(node)) for host in hosts if host]
+    return [url_of(host, apiserver_port(node)) for host in hosts if host]
 
 
 class _Seen(NamedTuple):
@@ -165,7 +164,7 @@ def _members(
 
 def _beside(url: str, own_url: str) -> str:
     """The URL of the host in `url` with the port of `own_url`, if it has the same."""
-    return access.url_of(urlsplit(url).hostname or "", urlsplit(own_url).port or 2379)
+    return url_of(urlsplit(url).hostname or "", urlsplit(own_url).port or 2379)
 
 
 def _is_own(member: Member, own_id: str, flags: Mapping[str, str]) -> bool:
@@ -208,7 +207,7 @@ def _without_answer(instance: Instance, error: http.HttpsError) -> Instance:
 
 
 def _look_at_api(api: Api, node: Node, node_name: str) -> _Seen:
-    own_url = access.local_url(node)
+    own_url = local_url(node)
     instances = [_api_server(node_name, own_url, own=True)] if own_url is not None else []
     trouble = ""
     try:
@@ -245,8 +244,8 @@ def api_servers(api: Api, node: Node) -> list[tuple[str, str]]:
         addresses = _addresses(one)
         here = [address for address in addresses if address in endpoints] or addresses[:1]
         name = text_of(one, "metadata", "name")
-        found += [(name, access.url_of(address, endpoints.pop(address, access.port(node)))) for address in here]
-    return found + [(address, access.url_of(address, port)) for address, port in endpoints.items()]
+        found += [(name, url_of(address, endpoints.pop(address, apiserver_port(node)))) for address in here]
+    return found + [(address, url_of(address, port)) for address, port in endpoints.items()]
 
 
 def _addresses(node: Mapping[str, Any]) -> list[str]:
@@ -488,7 +487,7 @@ def _claim(node: Node, settings: Settings, run_id: str) -> Lease | EtcdClaim:
     with contextlib.suppress(NoAnswerError):  # the lease says so
         api.add([Server(url) for _, url in api_servers(api, node)])
     # No two nodes share an API server, but hosts may share a name, and then settings that were copied.
-    place = urlsplit(access.local_url(node) or "").netloc
+    place = urlsplit(local_url(node) or "").netloc
     return claim_in_kubernetes(api, f"{name}_{place}_{run_id}", rules)
 
 

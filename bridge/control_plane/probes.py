@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from cryptography import x509
 
-from bridge.cluster.access import ANONYMOUS, Client, below, document, items, mapping
+from bridge.cluster import ANONYMOUS, Client, below, document, items, mapping
 from bridge.cluster.api import Api
 from bridge.errors import BridgeError
 from bridge.node import endpoints, kubelet, processes

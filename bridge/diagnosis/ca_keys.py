@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_der_private_key
 
-from bridge.cluster.access import text_of
+from bridge.cluster import text_of
 from bridge.cluster.api import Api
 from bridge.diagnosis import Finding, Level
 from bridge.errors import BridgeError

@@ -18,7 +18,7 @@ from typing import Any
 
 from cryptography import x509
 
-from bridge.cluster.access import text_of
+from bridge.cluster import text_of
 from bridge.cluster.api import JSON, MERGE_PATCH, METADATA, NoAnswerError, Reply
 from bridge.errors import BridgeError
 from bridge.gateway import watch

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import quote
 
-from bridge.cluster.access import items
+from bridge.cluster import items
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.desk import node_inventory
 from bridge.desk.node_inventory import Inventory, NodeEntry

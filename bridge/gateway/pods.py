@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from http import HTTPStatus
 from typing import Any
 
-from bridge.cluster.access import items, mapping
+from bridge.cluster import items, mapping
 from bridge.cluster.api import MERGE_PATCH, METADATA, Api, NoAnswerError, Reply
 from bridge.gateway import watch
 from bridge.gateway.context import Context, GoneError, LeftError, NotAllowedError, after_refusal

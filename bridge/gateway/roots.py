@@ -13,7 +13,7 @@ from http import HTTPStatus
 from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 
-from bridge.cluster.access import below, mapping
+from bridge.cluster import below, mapping
 from bridge.cluster.api import MERGE_PATCH, Api, NoAnswerError, Reply
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.gateway import policy

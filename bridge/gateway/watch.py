@@ -18,7 +18,7 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from bridge.cluster.access import items
+from bridge.cluster import items
 from bridge.cluster.api import Api, Lines, NoAnswerError
 from bridge.gateway.pod_policy import USUAL_SECONDS, PodRequest
 from bridge.gateway.policy import Request

@@ -14,8 +14,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge.cluster import kubeadm
-from bridge.cluster.access import url_of
+from bridge.cluster import kubeadm, url_of
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node import endpoints, kubeadm_config, kubeconfig

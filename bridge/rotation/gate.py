@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 
-from bridge.cluster.access import ANONYMOUS, Client, mapping
+from bridge.cluster import ANONYMOUS, Client, mapping
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import kubelet_serving, neighbours
 from bridge.control_plane.probes import Etcd

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 from cryptography import x509
 
-from bridge.cluster import kubeadm
-from bridge.cluster.access import items, mapping
+from bridge.cluster import items, kubeadm, mapping
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import neighbours
 from bridge.control_plane.restart_plan import READS_AGAIN

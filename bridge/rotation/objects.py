@@ -19,8 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge.cluster import kubeadm
-from bridge.cluster.access import text_of
+from bridge.cluster import kubeadm, text_of
 from bridge.cluster.api import MERGE_PATCH, Api
 from bridge.control_plane import neighbours
 from bridge.errors import BridgeError, Exit

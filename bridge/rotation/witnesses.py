@@ -18,7 +18,7 @@ from typing import Any
 
 from cryptography import x509
 
-from bridge.cluster.access import mapping
+from bridge.cluster import mapping
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import neighbours
 from bridge.errors import BridgeError, Exit

@@ -17,29 +17,32 @@ Talk = Callable[[socket.socket], None]
 #: The clients, each of which calls `ask` with the URL of the server; its own limit of time is a second.
 CLIENTS = {
     "component": """
-from bridge.cluster import access
-access.TIMEOUT_SECONDS = 1
+from bridge import cluster
+cluster.TIMEOUT_SECONDS = 1
 def ask(url):
-    return access.ANONYMOUS.ask(access.Server(url), "/healthz").status
+    return cluster.ANONYMOUS.ask(cluster.Server(url), "/healthz").status
 """,
     "node": """
-from bridge.cluster import access, api
+from bridge import cluster
+from bridge.cluster import api
 api.NODE_TIMEOUT_SECONDS = 1
 def ask(url):
-    return api.Api([access.ANONYMOUS], [access.Server(url)]).ask("GET", "/api").status
+    return api.Api([cluster.ANONYMOUS], [cluster.Server(url)]).ask("GET", "/api").status
 """,
     "gateway": """
-from bridge.cluster import access, api
+from bridge import cluster
+from bridge.cluster import api
 api.TIMEOUT_SECONDS = 1
 def ask(url):
-    made = api.Api([access.ANONYMOUS], [access.Server(url)], again=lambda: None)
+    made = api.Api([cluster.ANONYMOUS], [cluster.Server(url)], again=lambda: None)
     return made.ask("GET", "/api").status
 """,
     "watch": """
-from bridge.cluster import access, api
+from bridge import cluster
+from bridge.cluster import api
 api.TIMEOUT_SECONDS = 1
 def ask(url):
-    made = api.Api([access.ANONYMOUS], [access.Server(url)], again=lambda: None)
+    made = api.Api([cluster.ANONYMOUS], [cluster.Server(url)], again=lambda: None)
     with made.lines("/api?watch=1", 1, 1000) as lines:
         for line in lines:
             pass

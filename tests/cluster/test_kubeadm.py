@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bridge.cluster import kubeadm
-from bridge.cluster.access import text_of
+from bridge.cluster import kubeadm, text_of
 from bridge.cluster.api import Api
 from bridge.cluster.kubeadm import CLUSTER, KUBELETS, ConfigMapKey, NoConfigError
 from tests.kit import cluster_api

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from bridge.cluster import access
+from bridge.cluster import local_url
 from bridge.cluster.api import Api
 from bridge.control_plane import neighbours
 from bridge.control_plane.neighbours import (
@@ -747,7 +747,7 @@ def test_a_turn_is_the_lease_and_a_look_at_the_others(servers: Servers) -> None:
     first, second, third = servers.places
     settings = first.settings('neighbours = "refuse"')
     with neighbours.turn(first.node, settings, "run-1", note=silent) as may:
-        holder = f"cp-1_{urlsplit(access.local_url(first.node) or '').netloc}_run-1"
+        holder = f"cp-1_{urlsplit(local_url(first.node) or '').netloc}_run-1"
         assert spec(servers)["holderIdentity"] == holder
         may(APISERVER)
         servers.failing[third.name].append("etcd")

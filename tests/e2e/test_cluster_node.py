@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from bridge.cluster.access import Client
+from bridge.cluster import Client
 from bridge.cluster.api import Api
 from bridge.errors import Exit
 from bridge.node import inventory

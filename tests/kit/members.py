@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from bridge.cluster.access import Client
+from bridge.cluster import Client
 from bridge.node import inventory, sample_pki
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node

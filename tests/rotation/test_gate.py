@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.cli.options import utc_now
-from bridge.cluster.access import Client
+from bridge.cluster import Client
 from bridge.contract import SignRequest
 from bridge.node import inventory
 from bridge.node.endpoints import Server

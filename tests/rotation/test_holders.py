@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from bridge.cluster import access
+from bridge.cluster import of_gateway
 from bridge.cluster.api import Api
 from bridge.node.endpoints import Server
 from bridge.pki.certificates import pem
@@ -60,7 +60,7 @@ def _cleared(server: ApiServer) -> Iterator[None]:
 
 def api_of(server: ApiServer, user: str = "admin", *groups: str) -> Api:
     """A client of a node's kind: what it may not do is no answer."""
-    found = access.of_gateway(server.kubeconfig(user, *(groups or ("system:masters",))))
+    found = of_gateway(server.kubeconfig(user, *(groups or ("system:masters",))))
     return Api(found.clients, found.servers)
 
 
@@ -325,7 +325,7 @@ def test_what_may_not_be_listed_is_named(server: ApiServer, change: Change) -> N
 
 def test_a_server_that_is_away_is_asked_once(server: ApiServer, change: Change) -> None:
     """One sentence instead of one a kind."""
-    found = access.of_gateway(server.kubeconfig("admin", "system:masters"))
+    found = of_gateway(server.kubeconfig("admin", "system:masters"))
     away = Api(found.clients, [Server("https://127.0.0.1:1")])
     [one] = holders.look(away, CA.name, change, Phase.TRUSTED)
     assert "the cluster's objects could not be looked at" in one.text

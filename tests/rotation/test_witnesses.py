@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.cli.options import utc_now
-from bridge.cluster import access
+from bridge.cluster import of_gateway
 from bridge.cluster.api import Api
 from bridge.contract import SignRequest
 from bridge.node import inventory
@@ -163,7 +163,7 @@ def test_refusals_are_read_off_the_servers_log(tmp_path: Path, line: str, words:
 def test_requests_are_counted_by_the_ends_of_their_certificates(tmp_path: Path) -> None:
     """A real API server: a certificate that ends when none of the new CA's does is seen; one that does hides it, and says so."""
     with kube_api.serving(tmp_path / "api") as server:
-        found = access.of_gateway(server.kubeconfig("metrics", "system:masters"))
+        found = of_gateway(server.kubeconfig("metrics", "system:masters"))
         api = Api(found.clients, found.servers)
         pair, _ = server.pair("jane", "dev")
         [jane] = load_pem_certificates(pair.read_bytes())

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives import serialization
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.cluster.access import ANONYMOUS, Client
+from bridge.cluster import ANONYMOUS, Client
 from bridge.node import sample_pki
 from bridge.node.endpoints import Address, Server
 from bridge.pki.certificates import load_pem_certificates
