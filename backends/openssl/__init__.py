@@ -32,7 +32,16 @@ from cryptography.x509.oid import NameOID
 
 from backends.openssl.index import Database, Snapshot, file_name, folder_of, write_in
 from backends.openssl.program import KeyFile, Openssl, PrivateKey, ProcessEnd
-from backends.openssl.settings import CA_PLACE_HINT, CAFiles, OpensslSettings, files_of, private_key_of
+from backends.openssl.settings import (
+    CA_PLACE_HINT,
+    EKUS,
+    SECTION,
+    CAFiles,
+    OpensslSettings,
+    files_of,
+    private_key_of,
+    setup_files,
+)
 from bridge.contract import BackendSettings, Issued, Names, SetupFile, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
 from bridge.pki.certificates import asked_key_and_usages, extension, is_signed_by, key_and_usages, spki
@@ -70,20 +79,6 @@ x509_extensions = no_section_so_that_forgetting_one_fails
 [any]
 commonName = optional
 """
-# `copy` takes from the CSR what the section does not have; so it has all but the SAN, and a CSR that asks for
-# something else is refused. `keyid,issuer` is the key identifier alone; issuer and serial number if the CA has none
-# (as kubeadm before 1.19 made them), which is an error with `keyid:always`.
-#: The section of a usage class.
-SECTION = """
-[{usage}]
-basicConstraints = critical,CA:FALSE
-keyUsage = critical,digitalSignature,keyEncipherment
-extendedKeyUsage = {ekus}
-subjectKeyIdentifier = hash
-authorityKeyIdentifier = keyid,issuer
-"""
-#: As openssl spells the usages of each class.
-EKUS: dict[Usage, str] = {"server": "serverAuth", "client": "clientAuth", "peer": "serverAuth,clientAuth"}
 
 log = logging.getLogger(__name__)
 
@@ -117,10 +112,8 @@ class OpensslBackend:
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
-        """See `backends.openssl.setup`."""
-        from backends.openssl import setup as openssl_setup  # noqa: PLC0415 (for `setup` alone)
-
-        return openssl_setup.setup(wanted)
+        """See `setup_files`."""
+        return setup_files(wanted)
 
     @classmethod
     def from_settings(cls, settings: OpensslSettings) -> OpensslBackend:

@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from backends.openssl import OpensslBackend
-from backends.openssl import setup as openssl_setup
+from backends.openssl import settings as openssl_settings
 from backends.openssl.index import Database, IndexDamagedError, parse_index
 from backends.openssl.settings import ConfigDoubtError, OpensslSettings, parse_config
 from bridge.contract import Issued, Secret, SignRequest
@@ -48,7 +48,7 @@ from tests.kit.pki import handmade_pki
 CA = TestCA.make()
 SERVER, CLIENT, PEER = SPECS["apiserver"], SPECS["admin.conf"], SPECS["etcd-server"]
 PASSPHRASE = "correct horse"
-ROOT = Path(openssl_setup.__file__).parents[1]  #: For other processes to import from.
+ROOT = Path(openssl_settings.__file__).parents[1]  #: For other processes to import from.
 CERTIFICATE = re.compile(r"([0-9A-F]{2})+\.pem")
 LIVE = {name: CA.leaf(spec) for name, spec in SPECS.items()}
 
@@ -1640,7 +1640,7 @@ def test_takes_files_from_anywhere(directory: Path, tmp_path: Path) -> None:
 def test_the_printed_config_signs_by_hand(tmp_path: Path) -> None:
     """The commands in the printed openssl.cnf, run as they stand, give certificates with the right usages."""
     directory = tmp_path / "desk"
-    text = openssl_setup.config_text(AUTHORITIES["etcd-ca"], LIVE, timedelta(days=90), directory)
+    text = openssl_settings.config_text(AUTHORITIES["etcd-ca"], LIVE, timedelta(days=90), directory)
     sample_pki.create_openssl_directory(directory, CA.certificate_pem, CA.key_pem)
     directory.joinpath("openssl.cnf").write_text(text)
     commands = re.findall(r"^#   for (.*):\n#     (flock .*) \\\n#       (.*)$", text, re.MULTILINE)
@@ -1663,7 +1663,7 @@ def test_the_printed_config_signs_by_hand(tmp_path: Path) -> None:
 def test_forgetting_the_section_fails_by_hand(tmp_path: Path) -> None:
     """With the printed openssl.cnf a command without -extensions signs nothing; the twin is the test above."""
     directory = sample_pki.create_openssl_directory(tmp_path / "desk", CA.certificate_pem, CA.key_pem)
-    text = openssl_setup.config_text(AUTHORITIES["ca"], LIVE, timedelta(days=90), directory)
+    text = openssl_settings.config_text(AUTHORITIES["ca"], LIVE, timedelta(days=90), directory)
     directory.joinpath("openssl.cnf").write_text(text)
     tmp_path.joinpath("x.csr").write_bytes(renewal().csr_pem)
     command = ["openssl", "ca", "-config", str(directory / "openssl.cnf"), "-batch", "-in", str(tmp_path / "x.csr")]
@@ -1678,7 +1678,7 @@ def test_the_example_configs_are_what_setup_prints() -> None:
         / "openssl"
     )
     for name, authority in AUTHORITIES.items():
-        text = openssl_setup.config_text(authority, LIVE, timedelta(days=365))
+        text = openssl_settings.config_text(authority, LIVE, timedelta(days=365))
         assert folder.joinpath(f"{name}.cnf").read_text() == text
 
 
@@ -1687,10 +1687,10 @@ def test_prints_for_one_authority_and_plain_paths_only() -> None:
     validity = timedelta(days=90)
     only = {"front-proxy-client": LIVE["front-proxy-client"]}
     with pytest.raises(ValueError, match="etcd-ca"):
-        openssl_setup.config_text(AUTHORITIES["etcd-ca"], only, validity)
+        openssl_settings.config_text(AUTHORITIES["etcd-ca"], only, validity)
     with pytest.raises(ValueError, match="path"):
-        openssl_setup.config_text(AUTHORITIES["front-proxy-ca"], only, validity, PurePath("/srv/$HOME"))
-    text = openssl_setup.config_text(AUTHORITIES["front-proxy-ca"], only, validity)
+        openssl_settings.config_text(AUTHORITIES["front-proxy-ca"], only, validity, PurePath("/srv/$HOME"))
+    text = openssl_settings.config_text(AUTHORITIES["front-proxy-ca"], only, validity)
     assert re.findall(r"^\[(server|client|peer)\]$", text, re.MULTILINE) == ["client"]
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from backends.openssl import setup as openssl_setup
+from backends.openssl import settings as openssl_settings
 from bridge.contract import Continuity, SignRequest
 from bridge.node.sample_pki import Cluster, leaf_certificate
 from bridge.pki import bundle, bundle_format, csr, signatures
@@ -141,7 +141,7 @@ def sign_bare(directory: Path, ca: TestCA, live: dict[str, x509.Certificate], cs
     """One `openssl ca -infiles` over all CSRs, as an administrator would have it: one CA, one usage class; as new."""
     make_ca_directory(directory, ca.certificate_pem, ca.key_pem)
     grow_index(directory, rows)
-    config = openssl_setup.config_text(AUTHORITIES["ca"], live, VALIDITY, directory)
+    config = openssl_settings.config_text(AUTHORITIES["ca"], live, VALIDITY, directory)
     directory.joinpath("openssl.cnf").write_text(config)
     names = [f"{number}.csr" for number in range(len(csrs))]
     for name, data in zip(names, csrs, strict=True):
