@@ -28,10 +28,9 @@ from bridge.desk.approval import Trust
 from bridge.desk.workers import GARBAGE, Workers
 from bridge.door import fleet
 from bridge.door.app import Awaited, Door, Quota
-from bridge.door.approvals import Api, Approvals
+from bridge.door.approvals import Api, Approvals, Pages
 from bridge.door.est import ROOT, Est
 from bridge.door.https import Https, Limits, serving
-from bridge.door.pages import Pages
 from bridge.door.revocations import ROOT as REVOCATIONS
 from bridge.door.revocations import Revocations
 from bridge.door.signing import Next, OwnClusterError, Signing
