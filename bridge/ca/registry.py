@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from bridge.contract import ENTRY_POINT_GROUP, Backend, BackendSettings, BackendType, Closes, SetsUp
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
-from bridge.settings.reader import Key, Reader
+from bridge.settings import Key, Reader
 from bridge.settings.tables import Settings
 from bridge.words import name_found
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from bridge.errors import SettingsProblem
 from bridge.pki.kubeadm_names import address, is_host_name, is_node_name
-from bridge.settings.reader import Reader, opened
+from bridge.settings import Reader, opened
 
 _LOCAL = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 #: kubeadm's service of the API; each with and without the rest of its name.

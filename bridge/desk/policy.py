@@ -30,7 +30,7 @@ from bridge.pki.expiry import duration_text, minute
 from bridge.pki.kubeadm_names import address, is_host_name
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.pki.user_rules import Limits, User
-from bridge.settings.reader import Reader, opened
+from bridge.settings import Reader, opened
 from bridge.specs import (
     AUTHORITIES,
     EKU,

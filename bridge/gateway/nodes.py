@@ -25,7 +25,7 @@ from bridge.gateway import policy
 from bridge.gateway.policy import GatewayPolicy, NodeState
 from bridge.pki.budget import json_of
 from bridge.pki.kubeadm_names import is_node_name
-from bridge.settings.reader import Reader, Source
+from bridge.settings import Reader, Source
 from bridge.settings.tables import GatewaySettings
 from bridge.system.files import how_to_begin, version
 from bridge.system.many import Combined

@@ -31,7 +31,7 @@ from bridge.gateway.rules import (
 from bridge.pki.certificates import CN_OID, O_OID, attributes
 from bridge.pki.csr_fields import CsrData, OddRequestError, read
 from bridge.pki.kubeadm_names import is_node_name
-from bridge.settings.reader import opened
+from bridge.settings import opened
 from bridge.specs import KUBELET_CLIENT, KUBELET_SERVER, KUBELET_SERVING, MASTERS, USER, CertificateSpec
 from bridge.words import one_line
 

@@ -14,7 +14,7 @@ from bridge.errors import SettingsProblem
 from bridge.pki.certificates import CN_OID, O_OID, subject_pattern
 from bridge.pki.expiry import duration_text
 from bridge.pki.kubeadm_names import is_host_name
-from bridge.settings.reader import Reader
+from bridge.settings import Reader
 from bridge.specs import (
     EKU,
     KEY_ALGORITHMS,

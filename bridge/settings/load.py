@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bridge.errors import SettingsError, SettingsProblem
-from bridge.settings.reader import Key, Reader, Source, found_text, opened
+from bridge.settings import Key, Reader, Source, found_text, opened
 from bridge.settings.tables import AuthoritySettings, CertificateSettings, NodeSettings, Settings
 from bridge.specs import AUTHORITIES, KUBELET_SERVER, SIGNING_AUTHORITIES, SPECS, WANTED_PAIR_NAME, is_pair_name
 from bridge.system.paths import assert_ours, own_text

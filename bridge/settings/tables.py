@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import Before, duration_text
 from bridge.secret import GIVEN, Secret
-from bridge.settings.reader import Source
+from bridge.settings import Source
 from bridge.settings.windows import Jitter, Windows
 from bridge.specs import DEFAULT_CLUSTER, KUBELET_SERVER, SUPER_ADMIN, Component, KeyAlgorithm
 from bridge.words import name_found

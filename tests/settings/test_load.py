@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import Before, parse_duration
+from bridge.settings import Source
 from bridge.settings.load import load, parse
-from bridge.settings.reader import Source
 from bridge.system.paths import MAX_FILE_BYTES
 
 FILE = Path("/etc/ca-bridge/config.toml")
