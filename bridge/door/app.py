@@ -19,21 +19,20 @@ import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from http import HTTPStatus
 from typing import Any
 
-from cryptography import x509
-
 from bridge.door import enrolments
 from bridge.door.enrolments import Enrolment
-from bridge.door.signing import BusyError, Judged
+from bridge.door.signing import BusyError, Judged, Signing
 from bridge.door.store import TO_SIGN, DatabaseError, EnrolmentError, Kept, Memory
 from bridge.errors import BridgeError
 from bridge.pki.bundle import BundleError, RequestBundle
 from bridge.pki.certificates import pem
+from bridge.settings.tables import Settings
 from bridge.system.waiting import Rate, remember, wait_until
 from bridge.words import one_line
 
@@ -49,6 +48,8 @@ _PACE = 60
 _LOOK_SECONDS = 0.25
 #: When a node that was turned away may come again.
 _PAUSE_SECONDS = 30
+#: The part of the threads that may wait for answers.
+_PART_AWAITING = 4
 #: The part of the room for requests that no CA's certificate is there to judge by.
 _PART_UNJUDGED = 10
 _ID = re.compile(r"/v1/requests/([A-Za-z0-9_-]{43})")
@@ -79,15 +80,6 @@ class Reply:
         """An error's answer: what was wanted, what was found, what to do next."""
         hint = error.hint if isinstance(error, BridgeError) else ""
         return cls.of(status, {"error": one_line(error, 2000), **({"hint": hint} if hint else {})}, **headers)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quota:
-    """How many requests may wait for an answer, and how many come in a minute."""
-
-    waiting: int
-    waiting_per_peer: int
-    a_minute_per_peer: int
 
 
 class Awaited:
@@ -138,36 +130,22 @@ class Door:
 
     def __init__(
         self,
+        settings: Settings,
         memory: Memory,
-        awaited: Awaited,
-        quota: Quota,
+        signing: Signing,
         now: Callable[[], datetime],
-        *,
-        read: Callable[[bytes, str], tuple[RequestBundle, str, Judged | None]],
-        judged: Callable[[RequestBundle, frozenset[str]], Judged],
-        judges: Callable[[RequestBundle], bool],
-        authorities: Iterable[str],
-        chain: Callable[[str], Sequence[x509.Certificate]],
         pages: Mapping[str, Callable[[], tuple[int, str]]],
     ) -> None:
-        """
-        `read` makes a bundle of bytes from an address (BundleError, BusyError), with its digest and its judgement where that costs nothing more;
-        `judged` says why nothing of a bundle can be signed, if so, and `judges` whether it could look at all of it;
-        `chain` has an authority's CA certificates, as far as it was reached; `pages` are those for monitors, by path.
-        """
+        """`pages` are those for monitors, by path."""
+        ours = settings.serve
+        self._settings = ours
         self._memory = memory
-        self.awaited = awaited
-        self._quota = quota
+        self.awaited = Awaited(memory, longest=ours.exchange_for / 2, places=max(1, ours.threads // _PART_AWAITING))
+        self._signing = signing
         self._now = now
-        self._read = read
-        self._judged = judged
-        self._judges = judges
-        self._rate = Rate(quota.a_minute_per_peer)
-        self._authorities = sorted(authorities)
-        self._chain = chain
+        self._rate = Rate(ours.requests_per_minute)
+        self._authorities = sorted(settings.authorities)
         self._pages = pages
-        #: Is given each new request, as it was kept and as it was judged.
-        self.received: Callable[[bytes, Judged], object] = lambda *_: None
         #: Called with the peer and the id of each new request.
         self.brought: Callable[[Environ, str], object] = lambda *_: None
         self._mutex = threading.Lock()
@@ -217,7 +195,7 @@ class Door:
             seconds = self._rate.take(str(environ.get("REMOTE_ADDR", "")), time.monotonic())
         if not seconds:
             return None
-        text = f"wanted at most {self._quota.a_minute_per_peer} requests a minute from one address, found more"
+        text = f"wanted at most {self._settings.requests_per_minute} requests a minute from one address, found more"
         return Reply.error(HTTPStatus.TOO_MANY_REQUESTS, text, retry_after=str(math.ceil(seconds)))
 
     def _reply(self, environ: Environ) -> Reply:
@@ -253,7 +231,7 @@ class Door:
         return None
 
     def _issuers(self, authority: str) -> Reply:
-        if not (found := self._chain(authority)):
+        if not (found := self._signing.chains.get(authority, ())):
             text = f"wanted the CA of {authority}, found that it was not reached yet"
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_PAUSE_SECONDS))
         return Reply(status=HTTPStatus.OK, body=pem(*found), kind=_CHAIN)
@@ -268,7 +246,7 @@ class Door:
         if isinstance(data, Reply):
             return data
         try:
-            bundle, request_digest, judged = self._read(data, str(environ.get("REMOTE_ADDR", "")))
+            bundle, request_digest, judged = self._signing.read(data, str(environ.get("REMOTE_ADDR", "")))
         except BundleError as e:
             return Reply.error(HTTPStatus.BAD_REQUEST, e)
         except BusyError as e:
@@ -297,17 +275,17 @@ class Door:
             used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), bundle, request_digest)
             vouched = frozenset(used.vouches(bundle) if used is not None else ())
             if judged is None or vouched:
-                judged = self._judged(bundle, vouched)
+                judged = self._signing.judged(bundle, vouched)
             if judged.refused:
                 return _refused(bundle, request_digest, peer, judged.refused)
-            if (refused := self.too_many(peer, is_judged=self._judges(bundle))) is not None:
+            if (refused := self.too_many(peer, is_judged=self._signing.judges(bundle))) is not None:
                 return refused
             who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
             number = used.id if used is not None else None
             request_id = self._memory.receive(data, digest=request_digest, now=self._now(), enrolment=number, **who)
             with self._mutex:
-                remember(self._turns, request_digest, self._answered + self.to_sign, self._quota.waiting)
-            self.received(data, judged)
+                remember(self._turns, request_digest, self._answered + self.to_sign, self._settings.waiting)
+            self._signing.expect(data, judged)
             self.brought(environ, request_id)
         except EnrolmentError as e:
             return _refused(bundle, request_digest, peer, e)
@@ -336,7 +314,7 @@ class Door:
         every, theirs, self.to_sign = found.every, found.theirs, found.to_sign
         later = {"retry_after": str(_PAUSE_SECONDS)}
         kind, part = ("requests", 1) if is_judged else ("requests of a CA that was not reached yet", _PART_UNJUDGED)
-        most, most_theirs = -(-self._quota.waiting // part), -(-self._quota.waiting_per_peer // part)
+        most, most_theirs = -(-self._settings.waiting // part), -(-self._settings.waiting_per_peer // part)
         if theirs >= most_theirs:
             text = f"wanted at most {most_theirs} {kind} of one address that wait, found {theirs}"
             return Reply.error(HTTPStatus.TOO_MANY_REQUESTS, text, **later)

@@ -27,7 +27,7 @@ from cryptography import x509
 from bridge.desk.approval import Trust
 from bridge.desk.workers import GARBAGE, Workers
 from bridge.door import fleet
-from bridge.door.app import Awaited, Door, Quota
+from bridge.door.app import Door
 from bridge.door.approvals import Api, Approvals, Pages
 from bridge.door.est import ROOT, Est
 from bridge.door.https import Https, Limits, serving
@@ -57,8 +57,6 @@ _IDLE_SECONDS = 5.0
 _DRAIN_SECONDS = 45.0
 _TICK_SECONDS = 0.2
 _TIDY_SECONDS = 3600.0
-#: The part of the threads that may wait for answers.
-_PART_AWAITING = 4
 _SECRET, _SECRET_BYTES = "door.secret", 32
 #: Processes that read and judge what comes, one for each processor but the one that signs.
 _MOST_WORKERS = 4
@@ -88,30 +86,13 @@ class Service:
         for name, text in self._signing.troubles.items():
             log.warning("%s: %s; requests for it wait", name, text)
         pages = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
-        ours = settings.serve
-        quota = Quota(
-            waiting=ours.waiting, waiting_per_peer=ours.waiting_per_peer, a_minute_per_peer=ours.requests_per_minute
-        )
-        awaited = Awaited(self.memory, longest=ours.exchange_for / 2, places=max(1, ours.threads // _PART_AWAITING))
-        self._door = Door(
-            self.memory,
-            awaited,
-            quota,
-            now,
-            read=self._signing.read,
-            judged=self._signing.judged,
-            judges=self._signing.judges,
-            authorities=settings.authorities,
-            chain=lambda name: self._signing.chains.get(name, ()),
-            pages=pages,
-        )
+        self._door = Door(settings, self.memory, self._signing, now, pages)
         est = Est(self._door, self.memory, self._signing, now)
         self._door.below[ROOT] = est.reply
         self._door.below[REVOCATIONS] = Revocations(settings, self.memory, self._signing, now)
         approvals = Approvals(self.memory, self._signing, self._trust, self._door.arrived.set)
         self._door.below["/v1/approvals"] = Api(approvals, lambda: self._signing.cas)
         self._door.below["/approvals"] = Pages(approvals, self.memory, self._secret, now)
-        self._door.received = self._signing.expect
         self._signing.answered = self._door.answered
         self._door.brought = lambda environ, request_id: approvals.brought(environ, request_id, now())
         self._ending = False

@@ -27,7 +27,7 @@ from cryptography import x509
 from bridge.contract import Issued
 from bridge.desk import approval
 from bridge.desk.approval import Decision, Matter, Standing, Trust, UndecidedError
-from bridge.desk.desk import Delivery, Desk, Job, Origin, OtherDeskError
+from bridge.desk.desk import Desk, Job, Origin, OtherDeskError
 from bridge.desk.est_rules import Asker, asker_problem
 from bridge.desk.files import Received, books_open, load_answer_key, load_policy
 from bridge.desk.policy import Policy, PolicyVerdict
@@ -35,6 +35,7 @@ from bridge.desk.records import Answered, Archive, Journal, archive_directory
 from bridge.desk.workers import Judgement, ReadAhead, ReadBundle, Workers, read, verdicts
 from bridge.door import enrolments
 from bridge.door.doors import Doors, ask_first, assert_not_behind, identity, is_foreign, left_text, unanswered
+from bridge.door.enrolments import Enrolment
 from bridge.door.shares import Places
 from bridge.door.store import TO_SIGN, DatabaseError, DecisionRow, IssuedRow, Kept, Memory
 from bridge.errors import BridgeError, Exit, WaitingError
@@ -350,11 +351,9 @@ class Signing:
                     bundle=bundle, digest=one.digest, data=one.bundle, label=f"request {one.digest[:16]}", where=one.id
                 )
                 job = received.job(archive, lambda _: (), self._conclusion(one, bundle))
-                job.vouched = used[one.id].vouches(bundle) if one.id in used else {}
+                job.origin, job.vouched = self._proven(one, bundle, used.get(one.id))
                 job.answered = {**self._answered(bundle), **job.answered}
-                if one.origin is not None:
-                    prove(job, one, self._policy, self.cas)
-                elif not job.vouched:
+                if job.origin is None and not job.vouched:
                     job.ahead = self._foreseen(judged, one.digest)
                 job.standing = self.standing(one, bundle)
                 job.noted = one.note or ""
@@ -421,20 +420,26 @@ class Signing:
         by, used = self._judgement, enrolments.for_requests(self._memory, [one.id]).get(one.id)
         if by is None:
             return {}
-        job = Job(bundle=bundle, digest=one.digest, label="", delivery=_nowhere)
-        job.vouched = used.vouches(bundle) if used is not None else {}
-        if one.origin is not None:
-            prove(job, one, self._policy, self.cas)
-        rules = replace(by, now=self._now(), without_proof=by.without_proof | frozenset(job.vouched))
-        found = verdicts(bundle, rules, held=job.origin is not None and job.origin.held)
-        if job.origin is not None and (problem := job.origin.problem):
-            return {name: replace(verdict, problems=(problem, *verdict.problems)) for name, verdict in found.items()}
+        origin, vouched = self._proven(one, bundle, used)
+        rules = replace(by, now=self._now(), without_proof=by.without_proof | frozenset(vouched))
+        found = verdicts(bundle, rules, held=origin is not None and origin.held)
+        if origin is not None and origin.problem:
+            return {name: replace(one, problems=(origin.problem, *one.problems)) for name, one in found.items()}
         return found
 
-
-def _nowhere(_: AnswerBundle) -> Delivery:
-    """The place for results of a job that is only judged."""
-    return Delivery(where="", files=(), conclude=lambda: None)
+    def _proven(
+        self, one: Kept, bundle: RequestBundle, used: Enrolment | None
+    ) -> tuple[Origin | None, Mapping[str, str]]:
+        """The origin of an EST request by the policy and the CAs of now, and what TLS or an enrolment vouches for."""
+        vouched = used.vouches(bundle) if used is not None else {}
+        if one.origin is None:
+            return None, vouched
+        asker, [request] = _asker(one), bundle.requests
+        problem = origin_problem(asker, request, bundle.node, self._policy, self.cas)
+        signers, shown = self.cas.get(request.authority, ()), asker.certificate
+        is_ours = shown is not None and any(is_signed_by(shown, ca) for ca in signers)
+        origin = Origin(problem=problem, held=asker.renews, certificate=shown if is_ours else None)
+        return origin, {request.name: asker.text} if shown is not None else vouched
 
 
 class _Left:
@@ -523,24 +528,8 @@ def _asker(kept: Kept) -> Asker:
     return Asker(label=found["label"], renews=found["renews"], certificate=certificate, received=kept.received)
 
 
-def anchors(label: str, authority: str, policy: Policy, cas: _Cas, *, renews: bool) -> Sequence[x509.Certificate]:
-    """The CA certificates that sign a label's clients; the one that is replaced is always by the CA that signs again."""
-    return cas.get(authority, ()) if renews else policy.est_cas.get(label) or cas.get(authority, ())
-
-
 def origin_problem(asker: Asker, request: BundledRequest, node: str, policy: Policy, cas: _Cas) -> str:
     """Why the policy of now does not let this client ask for this node; see `asker_problem`."""
-    known = anchors(asker.label, request.authority, policy, cas, renews=asker.renews)
+    ours = cas.get(request.authority, ())  # by which the one that is replaced always is
+    known = ours if asker.renews else policy.est_cas.get(asker.label) or ours
     return asker_problem(asker, request, node, policy.est.get(asker.label), known)
-
-
-def prove(job: Job, kept: Kept, policy: Policy, cas: _Cas) -> None:
-    """Give the desk's job of a remembered request its origin, by the policy and the CAs of now."""
-    asker, [request] = _asker(kept), job.bundle.requests
-    certificate, signers = asker.certificate, cas.get(request.authority, ())
-    if certificate is not None and not any(is_signed_by(certificate, ca) for ca in signers):
-        certificate = None
-    reason = origin_problem(asker, request, job.bundle.node, policy, cas)
-    job.origin = Origin(problem=reason, held=asker.renews, certificate=certificate)
-    if asker.certificate is not None:
-        job.vouched = {request.name: asker.text}

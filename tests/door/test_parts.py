@@ -12,6 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,15 +25,16 @@ from bridge.contract import Issued
 from bridge.desk.policy import PolicyVerdict
 from bridge.desk.workers import Judgement, Workers
 from bridge.door import app
-from bridge.door.app import Awaited, Door, Quota
+from bridge.door.app import Awaited, Door
 from bridge.door.doors import Doors
 from bridge.door.signing import Judged, Signing
 from bridge.door.store import METADATA, DatabaseError, IssuedRow, Memory, Unanswered, sqlite_url
 from bridge.errors import Exit
 from bridge.pki.bundle import BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer, loads_digested
+from bridge.settings import Source
 from bridge.settings.load import load
-from bridge.specs import AUTHORITIES
+from bridge.settings.tables import ServeSettings, Settings
 from bridge.state.store import Store
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import make_bundle, old_pairs
@@ -166,19 +168,14 @@ def posted(door: Door, data: bytes, peer: str = "192.0.2.1") -> tuple[str, dict[
 
 
 def make_application(memory: Memory, *, is_judged: bool = True, a_minute: int = 1000, waiting: int = 10) -> Door:
-    quota = Quota(waiting=waiting, waiting_per_peer=waiting, a_minute_per_peer=a_minute)
-    return Door(
-        memory,
-        Awaited(memory, longest=timedelta(seconds=60), places=1),
-        quota,
-        now,
+    serve = ServeSettings(waiting=waiting, waiting_per_peer=waiting, requests_per_minute=a_minute)
+    signing: Any = SimpleNamespace(
         read=lambda data, _: (*loads_digested(data), None),
         judged=lambda found, _: Judged(bundle=found),
         judges=lambda _: is_judged,
-        authorities=AUTHORITIES,
-        chain=lambda _: (),
-        pages={},
+        expect=lambda *_: None,
     )
+    return Door(Settings(source=Source(None, ""), serve=serve), memory, signing, now, {})
 
 
 def test_one_address_has_a_rate(memory: Memory) -> None:
