@@ -522,7 +522,11 @@ def _migrate(connection: sa.Connection) -> None:
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
     try:
-        alembic.command.upgrade(config, "head")
+        if sa.inspect(connection).has_table("alembic_version"):
+            alembic.command.upgrade(config, "head")
+        else:
+            METADATA.create_all(connection)
+            alembic.command.stamp(config, "head")
     except alembic.util.CommandError as e:
         text = f"the database: wanted tables of this version or an earlier one, found: {one_line(e)}"
         raise DatabaseError(text, hint="a newer ca-bridge has used it: install that version") from None

@@ -11,12 +11,14 @@ from pathlib import Path
 import alembic.command
 import pytest
 import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
 from alembic.config import Config
+from alembic.migration import MigrationContext
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.door import store
-from bridge.door.store import Memory, sqlite_url
+from bridge.door.store import METADATA, Memory, sqlite_url
 from bridge.errors import Exit
 from bridge.pki.csr import generate_key, key_pem
 from bridge.pki.est_messages import csr_attributes
@@ -207,13 +209,17 @@ def test_the_policy_is_asked_again_before_signing(own_door: EstDoor) -> None:
 
 
 def test_a_database_of_before_is_brought_to_this_form(tmp_path: Path) -> None:
-    """Requests that were kept by the version before are there, and have no origin; EST's own are found again."""
+    """Requests that were kept by the version before are there, in the tables of now; EST's own are found again."""
     config = Config()
     config.set_main_option("script_location", str(Path(store.__file__).with_name("migrations")))
     engine = sa.create_engine(sqlite_url(tmp_path / "door.db"))
     with engine.begin() as connection:
         config.attributes["connection"] = connection
-        alembic.command.upgrade(config, "doors")
+        METADATA.create_all(connection)
+        connection.execute(sa.text("DROP INDEX ix_requests_again"))
+        for column in ("origin", "again"):
+            connection.execute(sa.text(f"ALTER TABLE requests DROP COLUMN {column}"))
+        alembic.command.stamp(config, "doors")
         connection.execute(sa.text(
             "INSERT INTO requests (id, digest, node, cluster, peer, received, state, note, bundle) VALUES "
             "('old', 'aa', 'cp-1', 'kubernetes', '192.0.2.1', '2026-01-31 12:00:00', 'waiting', '', x'00')"
@@ -227,8 +233,11 @@ def test_a_database_of_before_is_brought_to_this_form(tmp_path: Path) -> None:
         for digest in ("bb", "cc")
     ]
     old, new = memory.find("old"), memory.find_again("same")
+    with memory.engine.connect() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), METADATA)
     memory.close()
 
+    assert differences == []
     assert old is not None
     assert (old.origin, old.again) == (None, None)
     assert new is not None

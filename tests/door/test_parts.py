@@ -69,8 +69,8 @@ def issued(**more: Any) -> IssuedRow:
 # --- the database -----------------------------------------------------------------------------------------------------
 
 
-def test_the_forms_lead_to_the_tables_of_this_version(memory: Memory) -> None:
-    """alembic's steps make the tables that the program writes to; a missing table is noticed."""
+def test_a_new_database_has_the_tables_of_this_version(memory: Memory) -> None:
+    """A new database has the tables that the program writes to; a missing table is noticed."""
     with memory.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
         connection.execute(sa.text("DROP TABLE enrolments"))

@@ -1,4 +1,4 @@
-"""Alembic runs this file: the forms are applied over the connection that `bridge.door.store` has."""
+"""Alembic runs this file: a newer form is applied over the connection that `bridge.door.store` has."""
 
 from alembic import context
 
