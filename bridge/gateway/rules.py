@@ -213,11 +213,11 @@ class Identity:
             if not getattr(self, key):
                 yield SettingsProblem(key, "at least one", "none")
         for text in self.dns:
-            name = _filled(text, _IN_NAME)
+            name = _filled(text)
             if name is None or not is_host_name(name) or is_never_a_pods(name) or _runs_together(text):
                 yield SettingsProblem("dns", f"DNS names in small letters, of no API server, {_APART}", repr(text))
         if self.common_name:
-            name = _filled(self.common_name, _IN_NAME)
+            name = _filled(self.common_name)
             if name is None or not _is_common_name(name) or _runs_together(self.common_name):
                 yield SettingsProblem(
                     "common_name", f"letters, digits, hyphens and dots, {_APART}", repr(self.common_name)
@@ -230,15 +230,15 @@ class Identity:
 _APART = "with {namespace}, and {service_account} or {pod}, in them, with a dot between the two"
 
 
-def _filled(template: str, known: tuple[str, ...]) -> str | None:
+def _filled(template: str) -> str | None:
     """The template with a name of one letter for each placeholder; None: it has others."""
     try:
         found = [(name, form, change) for _, name, form, change in Formatter().parse(template) if name is not None]
     except ValueError:
         return None
-    if any(name not in known or form or change for name, form, change in found):
+    if any(name not in _IN_NAME or form or change for name, form, change in found):
         return None
-    return template.format(**dict.fromkeys(known, "x"))
+    return template.format(**dict.fromkeys(_IN_NAME, "x"))
 
 
 def _runs_together(template: str) -> bool:
