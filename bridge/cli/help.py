@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from typer import BadParameter
@@ -246,8 +246,11 @@ class Command(TyperCommand):
     """A command whose help ends with examples, and whose options are checked against each other."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse options that can't be combined, or that lack another one."""
+        """Refuse empty paths, which would be the working directory, options that can't be combined, or that lack another one."""
         rest: list[str] = super().parse_args(ctx, args)
+        for one in self.params:
+            if one.type.name == "path" and "" in _values(ctx.params.get(one.name)):
+                raise BadParameter("wanted a path, found an empty text: a variable that is not set?", ctx, one)
         given = {
             option for one in self.params if _is_given(ctx, one.name) for option in (*one.opts, *one.secondary_opts)
         }
@@ -300,6 +303,10 @@ class Command(TyperCommand):
 def _is_given(context: Any, parameter: str | None) -> bool:
     source = context.get_parameter_source(parameter)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def _values(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _together(command: str) -> Iterator[tuple[str, str]]:

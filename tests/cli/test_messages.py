@@ -86,6 +86,24 @@ def test_the_option_that_is_missing_is_named(bridge: Bridge, arguments: tuple[st
     assert (run.returncode, says in " ".join(run.stderr.split())) == (2, True), run.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("check-expiration", "--pki-dir", ""),
+        ("plan", "--config="),
+        ("setup", "vault", "--output", ""),
+        ("import", "answer.json", ""),
+        ("kubeconfig", "user", "alice", "--ca", ""),
+    ],
+)
+def test_an_empty_path_is_a_usage_error(words: tuple[str, ...]) -> None:
+    """A script whose variable is not set means no path, and not the working directory, which is `.`."""
+    run = CliRunner().invoke(app, list(words))
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert "wanted a path, found an empty text" in run.stderr
+    assert "wanted a path" not in CliRunner().invoke(app, ["check-expiration", "--pki-dir", "."]).stderr
+
+
 @pytest.mark.parametrize("command", [("renew",), ("renew", "all"), ("plan",), ("export", "bundle.json")])
 def test_on_a_machine_that_is_no_node_one_sentence_is_enough(tmp_path: Path, command: tuple[str, ...]) -> None:
     """With the options that tell where a node's files are, and not once for each certificate."""
