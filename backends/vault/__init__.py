@@ -161,6 +161,7 @@ class VaultBackend:
         self._access = Access.of(self, settings)
         self._server, self._tokens = self._access.server, self._access.tokens
         self._roles: dict[str, str] = {}  #: By certificate, after a look at the server.
+        self._unstored: dict[str, bool] = {}  #: Whether the role has `no_store`; likewise.
         #: Stored certificates that are not older than this, by number, as `recall` has read them; None: older, or unreadable.
         self._read_since: datetime | None = None
         self._read: dict[str, tuple[_Kind, x509.Certificate] | None] = {}
@@ -258,11 +259,11 @@ class VaultBackend:
         return None if numbers is None else frozenset(int(number.replace(":", ""), 16) for number in numbers)
 
     def may_recall(self) -> bool:
-        """Whether the token has `list` on the mount's `certs`, and they are not too many."""
-        return self._listed("certs") is not None
+        """Whether the token has `list` on the mount's `certs`, they are not too many, and no role that `check` read has `no_store`."""
+        return not any(self._unstored.values()) and self._listed("certs") is not None
 
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> list[Issued | None]:
-        """Look through what the mount has stored, the newest first; a role with `no_store` leaves nothing to find."""
+        """Look through what the mount has stored, the newest first; by the issuer of `issuers` alone."""
         signers, leaves = self.issuers(), dict[_Kind, x509.Certificate]()
         wanted = [asked_key_and_usages(request.csr_pem, request.spec.ekus) for request in requests]
         for kind, leaf in sorted(self._stored(since), key=lambda one: one[1].not_valid_before_utc, reverse=True):
@@ -276,9 +277,9 @@ class VaultBackend:
         """The mount's certificates that are not older; each is read once."""
         numbers = self._listed("certs")
         if numbers is None:
-            text = "a request of a killed run may be signed twice: the token may not list the certificates of %s"
+            text = "a request of a killed run may be signed twice: the token lacks `list` on %s/certs, or they are more than %d"
             level = logging.WARNING if self._tells_that_it_may_not else logging.DEBUG
-            log.log(level, f"{text}, or they are more than %d", self._settings.mount, _MOST_LISTED)
+            log.log(level, text, self._settings.mount.strip("/"), _MOST_LISTED)
             self._tells_that_it_may_not = False
             return []
         oldest = since - _BACKDATED
@@ -400,6 +401,7 @@ class VaultBackend:
                 missing = [Violation(subject="role", want=role, got="no role of this name")]
             if not missing:
                 self._roles[spec.name] = role
+                self._unstored[spec.name] = looked is not None and looked.get("no_store") is True
                 return list(role_violations(looked, spec)) if looked is not None else []
             found.append(missing)
         return found[0]

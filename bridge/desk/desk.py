@@ -535,10 +535,6 @@ class Desk:
         ca = authority.ca
         if not submitted:
             return []
-        if not authority.tells:
-            text = "%s can't tell what it has signed for a killed run: it is asked again for %d requests"
-            log.warning(text, ca.label, len(submitted))
-            return [(job, request) for job, request, _ in submitted]
         try:
             found = ca.recall([request for _, request, _ in submitted], min(moment for _, _, moment in submitted))
         except BackendError as e:
@@ -551,6 +547,9 @@ class Desk:
                 rest.append((job, request))
             else:
                 _note(job, request, issued, journal)
+        if rest and not authority.tells:
+            text = "%s can't tell what it has signed for a killed run: it is asked again for %d requests"
+            log.warning(text, ca.label, len(rest))
         return rest
 
     def _finish(

@@ -883,7 +883,20 @@ def test_a_token_that_may_list_nothing_finds_nothing(
     with vault(pki.url, token_file(tmp_path, token)) as backend:
         assert not backend.may_recall()
         assert backend.recall([apiserver], begin) == [None]
-    assert "may be signed twice: the token may not list the certificates of pki" in caplog.text
+    assert "may be signed twice: the token lacks `list` on pki/certs, or they are more than" in caplog.text
+
+
+def test_what_a_role_does_not_store_is_not_recalled(
+    bao: openbao.OpenBao, ca: TestCA, live: dict[str, x509.Certificate], tmp_path: Path
+) -> None:
+    """A role with `no_store` leaves nothing to find, and the backend says so; a role that is mended counts at the next look."""
+    bao.add_ca("unstored", ca.certificate_pem, ca.key_pem)
+    [(name, role)] = vault_setup.roles({"admin.conf": live["admin.conf"]}, DAYS_30).items()
+    with vault(bao.url, token_file(tmp_path, bao.root_token), mount="unstored") as backend:
+        for no_store in (False, True, False):
+            bao.add_roles("unstored", {name: {**role, "no_store": no_store}})
+            assert backend.check([ADMIN]) == {}
+            assert backend.may_recall() is not no_store
 
 
 def test_works_in_a_namespace(

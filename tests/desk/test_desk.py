@@ -854,6 +854,35 @@ def test_a_desk_with_openbao_refuses_a_revoked_proof(
     assert all(isinstance(one, Issued) for one in (*by_batch[first.batch].values(), *by_batch[second.batch].values()))
 
 
+@pytest.mark.parametrize("may_list", [True, False])
+def test_a_desk_with_openbao_names_the_right_that_would_tell_what_was_signed(
+    desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path, may_list: bool
+) -> None:
+    """After a killed run; a token that has the right gets no warning, and both sign what was not signed."""
+    live = {name: old for name, (old, _) in pairs.items()}
+    with openbao.dev_server() as bao:
+        bao.add_ca("ca", *pki.ca_pem("ca"))
+        bao.add_policy("desk", vault_setup.policy("ca", bao.add_kubeadm_roles("ca", live, VALIDITY)))
+        bao.add_policy("lists", 'path "ca/certs" { capabilities = ["list"] }')
+        token = tmp_path / "token"
+        token.touch(mode=0o600)
+        token.write_text(bao.token("desk", *(["lists"] if may_list else [])))
+        with_backend(desk_, pki, {"type": "vault", "url": bao.url, "mount": "ca", "auth.token_file": f"{token}"})
+        first, second = (make_bundle(some(pairs, "apiserver")) for _ in range(2))
+        put(desk_, first)
+        assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == 0
+        put(desk_, second)
+        journal = Journal(desk_.state / "desk-answers.jsonl", datetime.now(UTC))
+        journal.add([(sign_request(second.requests[0], second), Submitted(datetime.now(UTC)))])
+
+        run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+
+    assert run.returncode == 0, run.stderr
+    assert len(answers_of(desk_)) == 2
+    for text in ("the token lacks `list` on ca/certs", "can't tell what it has signed for a killed run"):
+        assert (text in run.stderr) is not may_list
+
+
 def test_a_csr_in_several_bundles_is_signed_once(desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path) -> None:
     """A node that sends a part of its requests again gets what the first bundle gets, in the same run."""
     live = {name: old for name, (old, _) in pairs.items()}
