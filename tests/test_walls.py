@@ -200,6 +200,8 @@ _ALSO = {
     "backends.exec": ["bridge.system.run_command", "bridge.system.paths"],
     # a program, and a database of files with a lock like ours
     "backends.openssl": [f"bridge.system.{room}" for room in ("run_command", "files", "locks", "paths")],
+    # what a node can be called
+    "backends.kubernetes": ["bridge.pki.kubeadm_names"],
     # one login for all threads that want one, and a bounded memory of what is hidden
     "backends.vault": ["bridge.system.many", "bridge.system.waiting"],
     # a CA that is reached by files: the bundles' format, and what reads and writes files safely

@@ -1,20 +1,20 @@
 """
 What the administrator of the signing cluster needs: an account for the node, a role for approvers, and policies.
 
-With RBAC an account that may create a request may name any signer and subject. So a ValidatingAdmissionPolicy reserves
-these signer names for this cluster's accounts, and the page lists what to approve.
+With RBAC an account that may create a request may name any signer and subject. So ValidatingAdmissionPolicies reserve
+these signer names for this cluster's accounts, for each those of its own node, and the page lists what to approve.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bridge.contract import Selector, SetupFile, SetupRequest
 from bridge.errors import BridgeError
 from bridge.pki.certificates import name_text, san_entries
+from bridge.pki.kubeadm_names import is_node_name
 from bridge.specs import EKU, SPECS
 from bridge.words import escaped, one_line
 
@@ -33,8 +33,8 @@ def files(wanted: SetupRequest) -> Sequence[SetupFile]:
     signers = sorted({selector(SPECS[name]) for name in wanted.certificates})
     text = "---\n".join(part for part in (
         "".join(f"# {line}".rstrip() + "\n" for line in _head(wanted, selector)),
-        _account(wanted),
-        _DELETES_ITS_OWN,
+        _account(wanted, signers),
+        _ITS_OWN,
         _reference(wanted, signers),
         _approver(wanted, signers),
         _admission(wanted, signers),
@@ -43,9 +43,11 @@ def files(wanted: SetupRequest) -> Sequence[SetupFile]:
 
 
 def account(node: str) -> str:
-    """The node's service account; a name as Kubernetes has it, whatever the node is called."""
-    plain = re.sub(r"[^a-z0-9-]+", "-", node.lower()).strip("-")[:52].strip("-")
-    return f"ca-bridge-{plain}"
+    """The node's service account, with its whole name, so that no two nodes share one (BridgeError: it can have none)."""
+    if not is_node_name(node) or node == "gateway":  # whose account would be that of `ca-bridge gateway`
+        wanted = "wanted a node's name (a-z, 0-9, '-' and '.') other than gateway"
+        raise BridgeError(f"{wanted}, found {one_line(repr(node))}", hint="it is node.name, or in the list of --nodes")
+    return f"ca-bridge-{node}"
 
 
 def _head(wanted: SetupRequest, selector: Selector) -> Iterator[str]:
@@ -77,8 +79,9 @@ def _head(wanted: SetupRequest, selector: Selector) -> Iterator[str]:
     yield "  kubectl certificate approve ca-bridge-NAME"
 
 
-def _account(wanted: SetupRequest) -> str:
+def _account(wanted: SetupRequest, signers: Sequence[str]) -> str:
     name = account(wanted.node)
+    asks = f"{name}:{wanted.authority.name}"  # no node's name has a colon
     return f"""\
 apiVersion: v1
 kind: Namespace
@@ -101,12 +104,25 @@ kind: ClusterRoleBinding
 metadata: {{name: {name}}}
 roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: ca-bridge-requester}}
 subjects: [{{kind: ServiceAccount, name: {name}, namespace: {NAMESPACE}}}]
+---
+# Which signers this node's account may ask, for the policy ca-bridge-requester.
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {{name: "{asks}"}}
+rules:
+- {{apiGroups: [certificates.k8s.io], resources: [signers], verbs: [request], resourceNames: {_flow(signers)}}}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {{name: "{asks}"}}
+roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: "{asks}"}}
+subjects: [{{kind: ServiceAccount, name: {name}, namespace: {NAMESPACE}}}]
 """
 
 
 _ACCOUNTS = f"system:serviceaccount:{NAMESPACE}:ca-bridge-"
-_DELETES_ITS_OWN = f"""\
-# An account deletes its own requests and no others; RBAC can't tell them apart.
+_ITS_OWN = f"""\
+# An account asks its own node's signers, and deletes its own requests; in these two, RBAC alone can't tell nodes apart.
 apiVersion: admissionregistration.k8s.io/v1
 kind: ValidatingAdmissionPolicy
 metadata: {{name: ca-bridge-requester}}
@@ -114,11 +130,16 @@ spec:
   failurePolicy: Fail
   matchConstraints:
     resourceRules:
-    - {{apiGroups: [certificates.k8s.io], apiVersions: [v1], resources: [certificatesigningrequests], operations: [DELETE]}}
+    - {{apiGroups: [certificates.k8s.io], apiVersions: [v1], resources: [certificatesigningrequests], operations: [CREATE, DELETE]}}
   matchConditions:
   - {{name: account, expression: "request.userInfo.username.startsWith('{_ACCOUNTS}')"}}
   validations:
-  - expression: oldObject.spec.username == request.userInfo.username
+  - expression: >-
+      request.operation != 'CREATE' || authorizer.group('certificates.k8s.io').resource('signers')
+      .name(object.spec.signerName).check('request').allowed()
+    message: an account of a node asks only its own node's signers
+    reason: Forbidden
+  - expression: request.operation != 'DELETE' || oldObject.spec.username == request.userInfo.username
     message: an account of a node deletes only its own requests
     reason: Forbidden
 ---

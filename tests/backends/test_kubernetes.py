@@ -21,7 +21,7 @@ from cryptography import x509
 from backends.kubernetes import KubernetesBackend, KubernetesSettings, _object, parse_kubeconfig
 from bridge.ca import registry
 from bridge.contract import Issued, Pending, Secret, SetupRequest, SignRequest, Wanted
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, BridgeError, SettingsError
 from bridge.pki.certificates import pem
 from bridge.settings.load import parse
 from bridge.specs import AUTHORITIES, SPECS, CertificateSpec
@@ -442,8 +442,8 @@ def test_an_account_deletes_its_own_requests_alone(api: ApiServer) -> None:
     account = api.bearer("ca-bridge", "ca-bridge-cp-1")
     other = api.client("system:serviceaccount:ca-bridge:ca-bridge-cp-2", "system:masters")
 
-    def made(who: ApiClient) -> str:
-        reply = who.create_csr(request().csr_pem, "elsewhere.example.com/x", ["client auth"])
+    def made(who: ApiClient, signer: str = "elsewhere.example.com/x", **more: int) -> str:
+        reply = who.create_csr(request().csr_pem, signer, ["client auth"], **more)
         return f"{CSRS}/{reply.document['metadata']['name']}"
 
     theirs = made(api.admin)
@@ -453,8 +453,34 @@ def test_an_account_deletes_its_own_requests_alone(api: ApiServer) -> None:
         time.sleep(0.2)
     assert (reply.status, "only its own requests" in reply.message) == (403, True), reply.message
     assert account.ask("DELETE", made(other)).status == 403
-    assert account.ask("DELETE", made(account)).status == 200
+    ours = made(account, "deletes.example.com/admin.conf", expirationSeconds=int(VALIDITY.total_seconds()))
+    assert account.ask("DELETE", ours).status == 200
     assert api.admin.ask("DELETE", theirs).status == 200
+
+
+@pytest.mark.kube(*SERVER)
+def test_an_account_asks_its_own_nodes_signers_alone(api: ApiServer) -> None:
+    """Of two nodes whose names differ by a dot, neither's account may ask the other's signers, nor those of no node."""
+    for node in ("cp-1", "cp.1"):
+        api.apply(manifests("nodes.example.com/{node}-{usage}", node))
+    accounts = {node: api.bearer("ca-bridge", f"ca-bridge-{node}") for node in ("cp-1", "cp.1")}
+
+    def ask(node: str, signer: str) -> tuple[int, str]:
+        seconds = int(VALIDITY.total_seconds())
+        reply = accounts[node].create_csr(request().csr_pem, signer, ["client auth"], expirationSeconds=seconds)
+        return (reply.status, reply.message.rpartition("denied request: ")[2]) if reply.status >= 400 else (201, "")
+
+    refused = (403, "an account of a node asks only its own node's signers")
+    asked = {node: f"nodes.example.com/{node}-client" for node in accounts}
+    for node, foreign in (("cp-1", asked["cp.1"]), ("cp.1", asked["cp-1"]), ("cp-1", CLIENT_SIGNER)):
+        found = wait_until(  # a policy takes a moment to count
+            lambda: ask(node, foreign),  # noqa: B023
+            lambda one: one == refused,
+            timedelta(seconds=120),
+            pause_seconds=0.2,
+        )
+        assert found == refused
+        assert ask(node, asked[node]) == (201, "")
 
 
 def manifests(signer: str, node: str = "cp-1") -> str:
@@ -500,8 +526,17 @@ def test_the_next_nodes_file_leaves_the_first_ones_signers_as_they_were() -> Non
             str(applied["ValidatingAdmissionPolicy", None, name]["spec"]["matchConditions"]) for name in policies
         ]
         assert sum(f"ca-bridge.example.com/{node}-client" in text for text in conditions) == 1
-        roles = [str(one) for (kind, *_), one in applied.items() if kind == "ClusterRole"]
-        assert sum(f"ca-bridge.example.com/{node}-client" in text for text in roles) == 1
+        roles = {name for (kind, _, name), one in applied.items()
+                 if kind == "ClusterRole" and f"ca-bridge.example.com/{node}-client" in str(one)}  # fmt: skip
+        assert roles == {f"ca-bridge-{node}:ca", f"ca-bridge-{node}-approver-ca"}
+
+
+@pytest.mark.parametrize("node", ["gateway", "CP-1", "cp_1", "cp..1", ""])
+def test_a_node_whose_account_would_be_anothers_is_refused(node: str) -> None:
+    """The gateway's account stays the gateway's, and no two names become one; a name with a part of it is good."""
+    with pytest.raises(BridgeError, match="other than gateway"):
+        manifests("ca-bridge.example.com/{name}", node)
+    assert "{name: ca-bridge-gateway-1, namespace: ca-bridge}" in manifests("ca-bridge.example.com/{name}", "gateway-1")
 
 
 # --------------------------------------------------------------------------------------------- answers that are rare

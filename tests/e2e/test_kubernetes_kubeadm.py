@@ -75,11 +75,17 @@ def test_renews_everything_through_our_gateway(pki: KubeadmPki, api: ApiServer, 
 
 
 def test_another_nodes_account_gets_nothing(pki: KubeadmPki, api: ApiServer, place: Place, tmp_path: Path) -> None:
-    """The same requests by the account of a node that the inventory does not have: each is denied, and nothing moves."""
+    """
+    The same requests by the account of a node that the inventory does not have, and may ask these signers: each is denied,
+    and nothing moves.
+    """
     bridge, before = bridge_with(pki, api, tmp_path / "bridge", account="ca-bridge-cp-9"), live_certificates(pki)
-    binding = "{apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRoleBinding, metadata: {name: ca-bridge-cp-9}, "
-    binding += "roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: ca-bridge-requester}, "
-    api.apply(binding + "subjects: [{kind: ServiceAccount, name: ca-bridge-cp-9, namespace: ca-bridge}]}")
+    for role in ("ca-bridge-requester", *(f"ca-bridge-{NODE}:{authority}" for authority in AUTHORITIES)):
+        binding = (
+            f'{{apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRoleBinding, metadata: {{name: "cp-9-{role}"}}, '
+        )
+        binding += f'roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: "{role}"}}, '
+        api.apply(binding + "subjects: [{kind: ServiceAccount, name: ca-bridge-cp-9, namespace: ca-bridge}]}")
     with gateways.running(place) as gateway:
         run = bridge.run("renew", "all")
     assert run.returncode == 5, run.stdout + run.stderr
