@@ -10,15 +10,16 @@ import typer
 
 from bridge import monitoring
 from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
-from bridge.cli.printing import say, say_json, say_sentence, say_table
+from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_table
 from bridge.cli.results import certificates_json, errors_json, print_pairs, print_restart, stale
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute, rfc3339
+from bridge.renewal.transaction import put_back_and_retire
 from bridge.renewal.verify_and_install import Result
 from bridge.specs import SPECS, USER, Component
 from bridge.state import audit, backups, copies
-from bridge.state.backups import Rollback, put_back_and_retire
+from bridge.state.backups import Rollback
 from bridge.state.install import Recovery
 from bridge.state.session import alone
 from bridge.state.store import Store
@@ -152,8 +153,8 @@ def rollback(
     are backed up: a second rollback undoes the first.
     """
     settings = common.settings()
-    with monitoring.kept_current(settings, utc_now):
-        done, node = put_back_and_retire(settings, backup_id, utc_now, force=force, wait=wait)
+    with monitoring.kept_current(settings, utc_now), progress_shown("putting files back") as progress:
+        done, node = put_back_and_retire(settings, backup_id, utc_now, progress, force=force, wait=wait)
     components = stale(Result(outcomes=done.outcomes), node, settings)
     if output is Output.JSON:
         say_json(**_rollback_json(done, components))

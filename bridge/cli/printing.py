@@ -225,7 +225,7 @@ class _Progress:
 
 
 @contextlib.contextmanager
-def progress_shown() -> Iterator[Progress]:
+def progress_shown(text: str = "making new keys and requests") -> Iterator[Progress]:
     """Show progress in the way that fits standard error; a line on a terminal is gone in the end."""
-    with console.doing("making new keys and requests", is_plain=False) as line:
+    with console.doing(text, is_plain=False) as line:
         yield _Progress(line)

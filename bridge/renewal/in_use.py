@@ -80,7 +80,7 @@ def finish(run: Run, node: Node, unproven: NotProven) -> tuple[NotProven, list[B
 
 
 def settle_postponed(run: Run) -> list[BridgeError]:
-    """Errors about certificates that earlier runs installed with --no-restart and that are not seen in use yet."""
+    """Errors about certificates of `postponed_file` that earlier runs installed, and that are not seen in use yet."""
     file = postponed_file(run.store)
     try:
         unproven = file.read()

@@ -137,7 +137,7 @@ def _left_to_people(run: Run, one: UnprovenPair, item: Item, done: Finished) -> 
     if verdict is None or verdict.state == "current":
         return None
     if one.unproven.certificates[0].newest_run != run.record.run_id:
-        text = f"{one.name}: installed by an earlier run with --no-restart, and not seen in use: {verdict.detail}"
+        text = f"{one.name}: installed by an earlier run, and not seen in use: {verdict.detail}"
         done.errors.append(NotLiveError(text, hint=how(item)))
     return one
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from bridge.ca import registry
@@ -25,12 +26,14 @@ from bridge.renewal.verify_and_install import (
     install_all,
     record_failed,
 )
+from bridge.settings.tables import Settings
 from bridge.state import audit, backups, copies
 from bridge.state.copies import CopyError
 from bridge.state.obligations import Collected, collected_file, postponed_file, unproven_file
-from bridge.state.session import Run
+from bridge.state.open_requests import Unkept
+from bridge.state.session import Run, alone
 from bridge.state.store import Outcome
-from bridge.system.console import print_error
+from bridge.system.console import Progress, print_error
 from bridge.system.state_file import StateError
 
 if TYPE_CHECKING:  # 40 ms
@@ -337,6 +340,31 @@ def with_pairs(run: Run, result: Result) -> Result:
 
 def _rolled_back(one: Outcome, error: BridgeError) -> Outcome:
     return dataclasses.replace(one, new=None, error=error) if one.new is not None else one
+
+
+def put_back_and_retire(
+    settings: Settings,
+    backup_id: str | None,
+    now: Callable[[], datetime],
+    progress: Progress,
+    *,
+    force: bool,
+    wait: timedelta,
+) -> tuple[backups.Rollback, Node]:
+    """
+    Put back a backup, or the newest, all or none, then delete old ones (RollbackRefusedError: it is not fit). Files that
+    it has no copy of are removed; `force` accepts what the node could run on. An operator restarts what uses them.
+    """
+    with alone(settings, wait) as (store, record):
+        run = Run(settings=settings, store=store, requests=Unkept(), record=record, progress=progress, now=now)
+        node = run.read_node()
+        found, stays = backups.with_pairs(backups.find(store, backup_id), node)
+        owe = Transaction(run, RunOptions(restarts=False)).owe_use
+        done = backups.put_back(
+            found, settings, store, record, node, now(), lambda one: force and one.can_be_forced, owe=owe
+        )
+        backups.retire(store, settings, node, now())
+    return dataclasses.replace(done, stays=stays), node
 
 
 def by_authority(

@@ -14,7 +14,7 @@ from typing import Any
 from cryptography import x509
 
 from bridge.errors import BridgeError
-from bridge.node import inventory, kubeconfig, pairs
+from bridge.node import kubeconfig, pairs
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import path_of
 from bridge.pki import csr, identity, verify
@@ -34,7 +34,6 @@ from bridge.state.install import (
     install,
     manifest_file,
 )
-from bridge.state.session import alone
 from bridge.state.store import Outcome, Store
 from bridge.system.console import log
 from bridge.system.files import Attributes, digest, sync_directory
@@ -432,22 +431,7 @@ class Rollback:
     stays: tuple[str, ...] = ()  #: Certificates that were missing before, and were left alone.
 
 
-def put_back_and_retire(
-    settings: Settings, backup_id: str | None, now: Callable[[], datetime], *, force: bool, wait: timedelta
-) -> tuple[Rollback, Node]:
-    """
-    Put back a backup, or the newest, all or none, then delete old ones (RollbackRefusedError: it is not fit). Files that
-    it has no copy of are removed; `force` accepts what the node could run on.
-    """
-    with alone(settings, wait) as (store, record):
-        node = inventory.of(settings.node)
-        found, stays = _with_pairs(find(store, backup_id), node)
-        done = put_back(found, settings, store, record, node, now(), lambda one: force and one.can_be_forced)
-        retire(store, settings, node, now())
-    return replace(done, stays=stays), node
-
-
-def _with_pairs(backup: Backup, node: Node) -> tuple[Backup, tuple[str, ...]]:
+def with_pairs(backup: Backup, node: Node) -> tuple[Backup, tuple[str, ...]]:
     """The backup without certificates that were missing and left their key, and their names; if there are others."""
     two = {item.spec.name for item in node.items if item.key_path is not None and item.current is None}
     made = {str(one.get("name")) for one in backup.certificates if one.get("old_serial") is None} & two
@@ -466,8 +450,13 @@ def put_back(
     now: datetime,
     may_pass: Callable[[Problem], bool],
     edit: Callable[[Replacement], Replacement] = lambda one: one,
+    owe: Callable[[Sequence[Outcome]], None] = lambda _: None,
 ) -> Rollback:
-    """Put back a backup in a run that holds the store's lock, in spite of the problems that `may_pass` accepts."""
+    """
+    Put back a backup in a run that holds the store's lock, in spite of the problems that `may_pass` accepts.
+
+    `owe` records, before the installation, what has to follow it.
+    """
     problems = problems_of(backup, settings, node, now)
     if not all(map(may_pass, problems)):
         error = RollbackRefusedError(backup.backup_id, problems)
@@ -481,6 +470,7 @@ def put_back(
     about = audit.about(((o.name, o.old, o.new) for o in outcomes), rollback_to=backup.backup_id)
     try:
         copies.record_due(settings, store, node, {o.name: o.old for o in outcomes})
+        owe(outcomes)
         # a run may have installed something itself, and put several sets back
         run_id = f"{record.run_id}-{backup.run_id.partition('-')[0]}"
         with _left_out(backup, settings.node.kubeconfig_dir, store):
@@ -614,7 +604,7 @@ def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[
     if not old or any(map(Path.exists, (store.unproven, store.postponed, store.pairs))):
         return []
     last_good = next(
-        (backup for backup in found if not problems_of(_with_pairs(backup, node)[0], settings, node, now)), None
+        (backup for backup in found if not problems_of(with_pairs(backup, node)[0], settings, node, now)), None
     )
     deleted = []
     for backup in reversed(old):

@@ -103,11 +103,11 @@ def unproven_file(store: Store) -> StateFile[NotProven]:
 
 
 def postponed_file(store: Store) -> StateFile[NotProven]:
-    """The file with certificates that were installed with --no-restart: no run restarts for them, or rolls them back."""
+    """The file with certificates of --no-restart, or of `rollback`: no run restarts for them, or rolls them back."""
     return coded(
         NotProven,
         store.postponed,
-        "what was installed with --no-restart and not seen in use",
+        "what was installed with --no-restart, or put back, and not seen in use",
         OnDamage.SET_ASIDE,
         afterwards="`ca-bridge prove` shows whether all is in use",
         exit_code=Exit.NOT_LIVE,

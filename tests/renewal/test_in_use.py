@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -21,9 +22,11 @@ from bridge.errors import Exit
 from bridge.node import inventory, processes
 from bridge.renewal import in_use, renew
 from bridge.renewal.select import RunOptions
+from bridge.renewal.transaction import put_back_and_retire
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
+from bridge.state import copies
 from bridge.state.store import Store
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
@@ -184,6 +187,28 @@ def test_what_was_postponed_and_is_replaced_is_forgotten(site: Site, monkeypatch
         assert site.renew(SCHEDULER, restarts=False).exit_code == Exit.DONE
         site.renew(SCHEDULER)
         assert not Store(site.settings.node.state_dir).postponed.exists()
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_what_was_put_back_is_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch, is_killed: bool) -> None:
+    """After a `rollback`, be it killed once the files were back, each run names what runs on the replaced ones."""
+    before = site.conf.read_bytes()
+    assert site.renew(SCHEDULER).exit_code == Exit.DONE
+    with scheduler(site.conf):
+        assert site.renew().exit_code == Exit.DONE
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            if is_killed:
+                patch.setattr(copies, "finish", mock.Mock(side_effect=KeyboardInterrupt))
+            put_back_and_retire(site.settings, None, now, Quiet(), force=False, wait=timedelta())
+        assert site.conf.read_bytes() == before
+        assert site.warnings == (True, True, True)
+        for _ in range(2):
+            late = site.renew()
+            assert late.exit_code == Exit.NOT_LIVE
+            assert "to be restarted: kube-scheduler" in str(late.errors[0])
+    with scheduler(site.conf):
+        assert site.renew().exit_code == Exit.DONE
+        assert site.warnings == (False, False, False)
 
 
 def test_what_reloads_is_not_waited_for(site: Site) -> None:

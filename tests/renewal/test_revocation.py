@@ -17,11 +17,12 @@ from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeEr
 from bridge.node import inventory
 from bridge.renewal import renew, verify_and_install
 from bridge.renewal.select import RunOptions
+from bridge.renewal.transaction import put_back_and_retire
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.load import load
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
-from bridge.state import audit, backups
+from bridge.state import audit
 from bridge.state.install import InstallError
 from bridge.state.obligations import revocations_file
 from bridge.state.store import Store, remember_checked
@@ -104,7 +105,7 @@ def test_what_is_in_use_again_is_not_revoked(node: Pki, settings: Settings, tmp_
     """The operator has gone back."""
     old = serial(node, "apiserver")
     run(settings, "apiserver")
-    backups.put_back_and_retire(settings, None, lambda: datetime.now(UTC), force=False, wait=timedelta())
+    put_back_and_retire(settings, None, lambda: datetime.now(UTC), Quiet(), force=False, wait=timedelta())
     assert serial(node, "apiserver") == old
     assert run(settings, later=2 * DAY).exit_code == 0
     assert (due(settings), revoked(tmp_path)) == ([], set())

@@ -32,12 +32,14 @@ from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, path_of
 from bridge.node.yamltree import document
 from bridge.pki.certificates import load_pem_certificates, san_entries
 from bridge.renewal import serving
+from bridge.renewal.transaction import put_back_and_retire
 from bridge.settings import load
 from bridge.specs import SPECS, Component
-from bridge.state import backups, install, parked_manifest
+from bridge.state import install, parked_manifest
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.loopback import free_port
 from tests.kit.pki import KubeadmPki, kubeadm_pki
+from tests.kit.renewing import Quiet
 
 MANAGER, SCHEDULER = Component.CONTROLLER_MANAGER, Component.SCHEDULER
 NAMES = ["controller-manager-server", "scheduler-server"]
@@ -302,10 +304,10 @@ def test_a_rollback_that_fails_leaves_the_flags(site: Site, monkeypatch: pytest.
         with monkeypatch.context() as patch:
             patch.setattr(module, name, read_only)
             with pytest.raises(install.InstallError, match=r"nothing was replaced: .*: Read-only file system"):
-                backups.put_back_and_retire(settings, None, utc_now, force=False, wait=timedelta())
+                put_back_and_retire(settings, None, utc_now, Quiet(), force=False, wait=timedelta())
         assert {one: site.manifest(one) for one in before} == before
         assert all(names in text for text in before.values())
-    backups.put_back_and_retire(settings, None, utc_now, force=False, wait=timedelta())
+    put_back_and_retire(settings, None, utc_now, Quiet(), force=False, wait=timedelta())
     assert names not in site.manifest(SCHEDULER)  # the newest installation's
 
 

@@ -24,9 +24,10 @@ from bridge.errors import Exit
 from bridge.node import inventory, kubeconfig
 from bridge.renewal import activate, renew
 from bridge.renewal.select import RunOptions
+from bridge.renewal.transaction import put_back_and_retire
 from bridge.settings.load import load, overridden, parse
 from bridge.settings.tables import Settings
-from bridge.state import audit, backups, copies
+from bridge.state import audit, copies
 from bridge.state.obligations import copies_file
 from bridge.state.session import alone
 from bridge.state.store import Store, remember_checked
@@ -199,7 +200,7 @@ def test_a_rollback_puts_the_old_one_back(node: Pki, home: Path, tmp_path: Path)
     assert renewed(settings, "all") == ["0"]
     new = pair(copy)
     for wanted in (old, new):
-        done, _ = backups.put_back_and_retire(settings, None, now, force=False, wait=timedelta())
+        done, _ = put_back_and_retire(settings, None, now, Quiet(), force=False, wait=timedelta())
         assert done.late == ()
         assert pair(copy) == wanted
         assert is_fresh(copy, node)
