@@ -22,6 +22,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from bridge.ca import registry
 from bridge.ca.ca import CA, UntrustedAnswerError
+from bridge.ca.installed import owe_putting_away, put_away
 from bridge.ca.retry import Outage
 from bridge.contract import Carries, Collects, Continuity, Issued, Pending
 from bridge.errors import (
@@ -36,9 +37,9 @@ from bridge.errors import (
     WaitingError,
 )
 from bridge.node import cross, endpoints, kubeconfig
-from bridge.node.kubeconfig import FreshKubeconfig
+from bridge.node.kubeconfig import FreshKubeconfig, Kubeconfig
 from bridge.pki import csr, user_rules, verify
-from bridge.pki.certificates import CN_OID, O_OID, UNREADABLE, attributes, pem
+from bridge.pki.certificates import CN_OID, O_OID, UNREADABLE, attributes, is_for, load_pem_certificates, pem
 from bridge.pki.csr import Naming, PrivateKey, subject_of
 from bridge.pki.csr_fields import requested
 from bridge.pki.user_rules import SHORTEST, Limits, User
@@ -214,7 +215,7 @@ def issue(
     validity = order.validity or rules.validity
     assert_allowed(order.user, validity, rules)
     given = load_csr(order.csr, order.user) if order.csr is not None else None
-    _assert_may_write(order)
+    older = _assert_may_write(order)
     anchors, anchor_name = _anchors(settings, order)
     server = _server(settings, order)
     settings = in_force(settings, {CLUSTER_CA.name: anchors})
@@ -231,15 +232,17 @@ def issue(
     )
     outage = Outage(configured.settings.retry_for, configured.label, progress.note)
     with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
-        one = _taken_up(store, record, order, given, validity, configured.label, now())
+        put_away(settings, store, progress.note)
+        one = _taken_up(store, record, order, given, validity, configured.label, now(), older)
         with contextlib.closing(CA.of(configured, outage)) as ca:
             verified = _Submission(settings, ca, one, record, store).verified(expected, now)
             _add(record, audit.VERIFIED, one, new=verified.leaf)
             record.write()
+            owe_putting_away(settings, store, [(CLUSTER_CA.name, one.reference)])
             _write(order, server, anchors, settings.node.cluster, verified, one)
             _add(record, audit.INSTALLED, one, new=verified.leaf, result=f"in {order.out}")
             _forget(store, one)
-            _put_away(ca, one, progress)
+        put_away(settings, store, progress.note)
     key_file = "" if one.key_pem is not None else _key_file(order)
     return Done(leaf=verified.leaf, server=server, backend=configured.label, key_file=key_file)
 
@@ -256,40 +259,40 @@ def _add(record: audit.Record, event: str, one: OpenUser, **details: Any) -> Non
 
 
 @contextlib.contextmanager
-def _held_open(order: UserOrder) -> Iterator[Path]:
-    """The kubeconfig's path in a directory that is held open, so that its owner can't exchange it."""
+def _held_open(order: UserOrder) -> Iterator[tuple[Path, Kubeconfig | None]]:
+    """The kubeconfig's path in a directory that is held open, so that its owner can't exchange it; the older one there."""
     path = order.out
     try:
         with opened(path) as place:
-            _assert_older(place.path, order)
-            yield place.path
+            yield place.path, _older(place.path, order)
     except ForeignLinkError as e:
         hint = "name a directory in which no other user can put links with -o"
         raise BridgeError(f"{path}: wanted to write the kubeconfig; {e}", hint=hint) from None
 
 
-def _assert_may_write(order: UserOrder) -> None:
+def _assert_may_write(order: UserOrder) -> Kubeconfig | None:
     """An older kubeconfig of the same user is replaced, nothing else."""
     try:
-        with _held_open(order):
-            pass
+        with _held_open(order) as (_, older):
+            return older
     except OSError as e:
         found = "none" if isinstance(e, FileNotFoundError) else e.strerror
         raise BridgeError(f"{order.out.parent}: wanted the directory for the kubeconfig, found {found}") from None
 
 
-def _assert_older(path: Path, order: UserOrder) -> None:
-    try:
-        found = kubeconfig.parse(read_once(path)[0]).user
-    except FileNotFoundError:
-        return
-    except (UnreadableError, kubeconfig.KubeconfigError):
-        found = None
-    if found != order.user.name:
+def _older(path: Path, order: UserOrder) -> Kubeconfig | None:
+    found: Kubeconfig | None = None
+    with contextlib.suppress(UnreadableError, kubeconfig.KubeconfigError):
+        try:
+            found = kubeconfig.parse(read_once(path)[0])
+        except FileNotFoundError:
+            return None
+    if found is None or found.user != order.user.name:
         raise BridgeError(
             f"{order.out}: wanted no file, or an older kubeconfig of {order.user.name}, found something else",
             hint="name another file with -o",
         )
+    return found
 
 
 def _anchors(settings: Settings, order: UserOrder) -> tuple[tuple[x509.Certificate, ...], str]:
@@ -331,17 +334,20 @@ def _taken_up(
     validity: timedelta,
     label: str,
     now: datetime,
+    older: Kubeconfig | None,
 ) -> OpenUser:
     """The request that waits for this user, if it is the one that would be made now; else a new one."""
     made = OpenUsers(store).get(order.user.name)
     if made is not None:
         wanted = (order.user.groups, label, given or made.csr_pem, validity)
         is_same = (made.groups, made.backend, made.csr_pem, made.validity) == wanted
-        is_old = made.carried is not None and now - made.created > _CARRIED_ANEW
+        has_ended = _has_ended(made, older, now)
+        is_old = has_ended or (made.carried is not None and now - made.created > _CARRIED_ANEW)
         is_key = made.key_pem is None or csr.known_algorithm(made.request.csr.public_key()) == order.key
         if is_same and is_key and not is_old and (given is None) is (made.key_pem is not None):
             return made
-        _add(record, audit.CANCELLED, made, result="something else is asked for now")
+        why = "its certificate is installed, and has ended" if has_ended else "something else is asked for now"
+        _add(record, audit.CANCELLED, made, result=why)
     key_pem = None
     if given is None:
         key = csr.generate_key(order.key)
@@ -363,13 +369,12 @@ def _forget(store: Store, one: OpenUser) -> None:
     requests.save()
 
 
-def _put_away(ca: CA, one: OpenUser, progress: Progress) -> None:
-    """Have the backend remove the answer, which is installed."""
-    try:
-        if one.reference:
-            ca.put_away(one.reference)
-    except BackendError as e:
-        progress.note(f"the installed answer stays where it is: {e}; {e.hint}")
+def _has_ended(made: OpenUser, older: Kubeconfig | None, now: datetime) -> bool:
+    """Whether a killed run has put the request's certificate into the kubeconfig, and it has ended meanwhile."""
+    with contextlib.suppress(*UNREADABLE):
+        leaf, *_ = load_pem_certificates((older and older.certificate_data) or b"")
+        return is_for(leaf, made.request.csr) and leaf.not_valid_after_utc <= now
+    return False
 
 
 class _Submission:
@@ -446,7 +451,7 @@ def _write(
     fresh = FreshKubeconfig(server=server, cluster=cluster, user=order.user.name, ca_pem=pem(*cas))
     text = fresh.text(pem(*verified.chain), one.key_pem, "" if one.key_pem is not None else _key_file(order))
     try:
-        with _held_open(order) as path:
+        with _held_open(order) as (path, _):
             write_atomically(path, text)
     except OSError as e:
         raise BridgeError(

@@ -8,9 +8,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from bridge.ca import registry
-from bridge.ca.ca import CA
-from bridge.errors import BackendError, BridgeError, Exit, PostponedError, SettingsError, WaitingError
+from bridge.ca.installed import owe_putting_away, put_away
+from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, WaitingError
 from bridge.node.inventory import Node
 from bridge.renewal import in_use, revocation
 from bridge.renewal.gate import Attempts
@@ -29,7 +28,7 @@ from bridge.renewal.verify_and_install import (
 from bridge.settings.tables import Settings
 from bridge.state import audit, backups, copies
 from bridge.state.copies import CopyError
-from bridge.state.obligations import Collected, collected_file, postponed_file, unproven_file
+from bridge.state.obligations import postponed_file, unproven_file
 from bridge.state.open_requests import Unkept
 from bridge.state.session import Run, alone
 from bridge.state.store import Outcome
@@ -81,7 +80,7 @@ class Transaction:
             node = self._run.read_node()
         if self.may_go_on:  # a copy is another user's file, and must not hold up the node
             self._errors += copies.finish(self._run.settings, self._run.store, self._run.record)
-            _put_away(self._run)
+            put_away(self._run.settings, self._run.store, self._run.progress.note)
         self._node = node
         return node
 
@@ -132,7 +131,8 @@ class Transaction:
         copies.record_due(
             self._run.settings, self._run.store, self._run.read_node(), {one.name: one.old for one in done}
         )
-        _owe_putting_away(self._run, done)
+        made = ((one.authority, self._run.requests.get(one.name)) for one in done)
+        owe_putting_away(self._run.settings, self._run.store, [(name, one.reference) for name, one in made if one])
         self._hooks.installing(HookEvent.of(selection.items, done))
         self.owe_use(done)
 
@@ -175,7 +175,7 @@ class Transaction:
         result = dataclasses.replace(result, errors=(*result.errors, *self._hooks.installed(occasion)))
         result = self.activated(result)
         late = copies.finish(self._run.settings, self._run.store, self._run.record)
-        _put_away(self._run)
+        put_away(self._run.settings, self._run.store, self._run.progress.note)
         return dataclasses.replace(result, errors=(*result.errors, *late))
 
     def activated(self, result: Result) -> Result:
@@ -265,40 +265,6 @@ class Transaction:
         for error in errors:
             self._run.record.add(audit.FAILED, error=error)
         return errors
-
-
-def _owe_putting_away(run: Run, done: Sequence[Outcome]) -> None:
-    """Write down which answers their backends put away once they are installed."""
-    ours = [one for one in done if one.authority in run.settings.authorities]
-    configured = registry.configured(run.settings, dict.fromkeys(one.authority for one in ours))
-    able = {name for name, one in configured.items() if hasattr(one.backend_type, "put_away")}
-    made = [(one.authority, run.requests.get(one.name)) for one in ours if one.authority in able]
-    new = [Collected(authority=name, reference=one.reference) for name, one in made if one and one.reference]
-    if new:
-        file = collected_file(run.store)
-        file.put(tuple(dict.fromkeys([*(file.read() or ()), *new])))
-
-
-def _put_away(run: Run) -> None:
-    """Have backends remove the answers of which no request is open any more; a failure is reported once."""
-    if not run.store.collected.exists():
-        return
-    try:
-        file = collected_file(run.store)
-        every, waiting = file.read() or (), {one.reference for one in run.requests}
-        over = {one.reference: one.authority for one in every if one.reference not in waiting}
-        names = [name for name in over.values() if name in run.settings.authorities]
-        configured = registry.configured(run.settings, dict.fromkeys(names))
-        for reference, name in over.items():
-            try:
-                if name in configured:
-                    with contextlib.closing(CA.of(configured[name])) as ca:
-                        ca.put_away(reference)
-            except BackendError as e:
-                run.progress.note(f"installed answers stay where they are: {e}; {e.hint}")
-        file.put(tuple(one for one in every if one.reference in waiting))
-    except (SettingsError, StateError) as e:
-        run.progress.note(str(e))
 
 
 def with_activation(result: Result, done: Activation, apart: Collection[str] = ()) -> Result:

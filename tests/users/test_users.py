@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from cryptography import x509
@@ -25,6 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.contract import SignRequest
+from bridge.errors import WaitingError
 from bridge.node import kubeconfig
 from bridge.pki.bundle_format import loads_request
 from bridge.pki.certificates import attributes, extended_key_usages, load_pem_certificates, pem
@@ -512,6 +515,32 @@ def test_through_a_desk(pki: Pki, tmp_path: Path) -> None:
     assert list(site.desk.outbox.iterdir()) == []  # an inbox that fills is read no more
     events = [json.loads(line)["event"] for line in (site.desk.state / "audit.jsonl").read_text().splitlines()]
     assert events == ["signed for others"]
+
+
+@pytest.mark.parametrize(
+    ("step", "later", "asks"),
+    [("bridge.users._forget", 0, False), ("bridge.users._forget", 9, True), ("backends.exchange._remove", 0, True)],
+)
+def test_killed_when_the_kubeconfig_was_written(
+    pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, later: int, asks: bool
+) -> None:
+    """The next run ends quietly with the same certificate, or asks anew once that has ended; the answer leaves the inbox."""
+    site = Carried.make(pki, tmp_path, '[users]\ngroups = ["dev"]\n')
+    order = UserOrder(user=User(name="bob", groups=("dev",)), out=site.out)
+    assert site.user("--group=dev").returncode == 4
+    assert site.sign("--without-proof", "user").returncode == 0
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+        patched.setattr(step, mock.Mock(side_effect=KeyboardInterrupt))
+        issue(load(site.bridge.config), order, lambda: datetime.now(UTC), Quiet())
+    written = site.out.read_bytes()
+    [_] = site.desk.outbox.iterdir()
+
+    for _ in range(1 + asks):
+        with pytest.raises(WaitingError) if asks else contextlib.nullcontext():
+            issue(load(site.bridge.config), order, lambda: datetime.now(UTC) + timedelta(hours=later), Quiet())
+    assert site.out.read_bytes() == written
+    assert len(list(site.desk.inbox.iterdir())) == asks
+    assert list(site.desk.outbox.iterdir()) == []
 
 
 def test_a_full_disk_loses_no_request(pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
