@@ -19,7 +19,7 @@ from bridge.ca import registry
 from bridge.ca.conformance import ABILITIES, CHECKS, FURTHER_ABILITIES, Check, NotSupportedError, Trial, abilities
 from bridge.cli.options import ZERO, Common, command, duration_option, group, utc_now
 from bridge.cli.printing import say, say_sentence
-from bridge.contract import GIVEN, Backend, ListsIssuers, Secret, Selector, Spends
+from bridge.contract import GIVEN, Backend, CollectsAll, ListsIssuers, Secret, Selector, Spends
 from bridge.desk import files as desk_files
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.node import inventory
@@ -288,6 +288,8 @@ def run_suite(
             say_sentence(printable(line), hanging=11)
             codes.append(code)
         say(f"{len(trial.issued)} certificates were signed, for keys that are nowhere any more")
+        if isinstance(opened, CollectsAll) and (trial.issued or Exit.WAITING in codes):
+            say_sentence("the requests of this test stay in the outbox: remove them, or a desk signs them for nothing")
     finally:
         registry.close(opened)
     return Exit.worst(codes)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bridge.errors import Exit
 from bridge.specs import AUTHORITIES
 from tests.kit import exec_programs
 from tests.kit.cas import Bridge, add_openssl
@@ -118,6 +119,23 @@ def test_a_person_is_asked_once(pki: Pki, tmp_path: Path) -> None:
     assert words(run.stdout) == ["ok", "no answer", *["not tried"] * (CHECKS - 3), "can't"]
     assert "still waiting" in run.stdout
     assert len(list(desk.glob("*.csr"))) == 1
+
+
+def test_what_people_would_carry_is_named(pki: Pki, tmp_path: Path) -> None:
+    """An exchange's request stays in the outbox, and the command says so; it says nothing where none was written."""
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
+    outbox, inbox = tmp_path / "outbox", tmp_path / "inbox"
+    bridge.add("backend.desk", {"type": "exchange", "outbox": str(outbox), "inbox": str(inbox)})
+    bridge.add("authority.ca", {"backend": "desk"})
+    inbox.mkdir()
+    without = bridge.run("backend", "test", "ca", "apiserver")
+    outbox.mkdir()
+    run = bridge.run("backend", "test", "ca", "apiserver")
+
+    assert (without.returncode, run.returncode) == (Exit.UNAVAILABLE, Exit.WAITING), run.stderr
+    assert len(list(outbox.iterdir())) == 1
+    said = "the requests of this test stay in the outbox: remove them"
+    assert [said in " ".join(one.stdout.split()) for one in (without, run)] == [False, True]
 
 
 def test_a_ca_that_answers_later_is_waited_for(pki: Pki, tmp_path: Path) -> None:
