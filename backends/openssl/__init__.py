@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
@@ -44,7 +43,7 @@ from backends.openssl.settings import (
 )
 from bridge.contract import BackendSettings, Issued, Names, SetupFile, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
-from bridge.pki.certificates import asked_key_and_usages, extension, is_signed_by, key_and_usages, spki
+from bridge.pki.certificates import UNREADABLE, asked_key_and_usages, extension, is_signed_by, key_and_usages, spki
 from bridge.specs import CertificateSpec, Usage
 
 _REVOKED_FOR_SECONDS = 1.0
@@ -489,14 +488,6 @@ _EXTENSION_REQUEST = x509.ObjectIdentifier("1.2.840.113549.1.9.14")
 # 1.3.6.1.4.1.311.2.1.14 as well, which cryptography does not show as extensions.
 _ATTRIBUTES = {_EXTENSION_REQUEST, *map(x509.ObjectIdentifier, ("1.2.840.113549.1.9.7", "1.2.840.113549.1.9.2"))}
 _STRINGS = {"UTF8String", "PrintableString", "T61String", "BMPString"}
-#: What reading a CSR may raise.
-CSR_ERRORS = (
-    ValueError,
-    UnsupportedAlgorithm,
-    x509.DuplicateExtension,
-    x509.InvalidVersion,
-    x509.UnsupportedGeneralNameType,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -513,7 +504,7 @@ def checked(position: int, request: SignRequest) -> CheckedCsr:
     try:
         csr = request.csr
         wrong = _wrong_with(request.csr_pem, csr, request.names)
-    except CSR_ERRORS as e:
+    except UNREADABLE as e:
         wrong = f"a well-formed CSR, found: {e}"
     if wrong:
         raise BackendRefusedError(f"wanted {wrong}", hint="make a new CSR")

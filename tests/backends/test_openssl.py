@@ -491,6 +491,7 @@ BAD_REQUESTS: dict[str, Callable[[], SignRequest]] = {
     "empty subject": lambda: request(x509.Name([])),
     "PrintableString with an underscore": lambda: handmade(rdn(0x13, b"a_b")),
     "IA5String that is not ASCII": lambda: handmade(rdn(0x16, b"a\xe9")),
+    "BIT STRING": lambda: handmade(rdn(0x03, b"\0x")),
     # openssl's own views: it would stop at them, and sign nothing of the whole batch
     "emailAddress as UTF8String": lambda: handmade(rdn(0x0C, b"x") + rdn(0x0C, b"a@b", "2a864886f70d010901")),
     "VisibleString": lambda: handmade(rdn(0x1A, b"x")),
