@@ -353,8 +353,8 @@ def _signed(answered: Sequence[Answered], ca: CA | None, now: datetime) -> list[
     """Names and certificates to revoke: those for our new keys, also where the answer was lost and the CA finds it."""
     found = [(one, one.answer.leaf) for one in answered if isinstance(one.answer, Issued)]
     lost = [one for one in answered if isinstance(one.answer, Pending | BackendError)]
-    if ca is not None:
-        with contextlib.suppress(BackendError):  # as lost as before
+    with contextlib.suppress(BackendError):  # as lost as before
+        if ca is not None and lost and ca.tells():
             recalled = ca.recall([one.prepared.request for one in lost], now - timedelta(days=1))
             found += [(one, answer.leaf) for one, answer in zip(lost, recalled, strict=True) if answer is not None]
     return [(one.prepared.name, leaf) for one, leaf in found if is_for(leaf, one.prepared.request.csr)]

@@ -18,6 +18,7 @@ import pytest
 
 from backends.openssl import OpensslBackend
 from backends.openssl.settings import OpensslSettings
+from backends.vault import VaultBackend
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, Exit
 from bridge.node import inventory
@@ -27,7 +28,7 @@ from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.renew import Rehearsal
 from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import expectations
-from bridge.settings.load import parse
+from bridge.settings.load import load, parse
 from bridge.settings.tables import Settings, for_next, for_rehearsal
 from bridge.state import audit
 from bridge.state.store import Store
@@ -385,6 +386,21 @@ def test_with_openbao(node: Pki, tmp_path: Path, bao: openbao.OpenBao) -> None:
     number = serial.replace(":", "")
     pairs = "-".join(number.zfill(len(number) + len(number) % 2)[i : i + 2] for i in range(0, len(number), 2))
     assert bao.read(f"rehearsal-ca/cert/{pairs}")["data"]["revocation_time"] > 0
+
+
+def test_a_right_that_a_node_should_not_have_is_not_missed(
+    node: Pki, tmp_path: Path, bao: openbao.OpenBao, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the policy that `setup vault` prints, no warning says that what was lost can't be looked for."""
+    bridge = Bridge(pki=node, directory=tmp_path / "bridge")
+    add_vault(bridge, bao, "ca", "unlisted")
+
+    def loses(*_: object) -> None:
+        raise BackendRefusedError("the pipe broke")
+
+    monkeypatch.setattr(VaultBackend, "sign", loses)
+    assert rehearsed(load(bridge.config), "apiserver").exit_code == Exit.REFUSED
+    assert "may not list" not in caplog.text
 
 
 def test_a_credential_that_is_good_once_is_left_to_the_renewal(node: Pki, tmp_path: Path, bao: openbao.OpenBao) -> None:
