@@ -376,9 +376,10 @@ class Desk:
         # not what is above the one that signs: a company's root has signed for others, too
         certificates = tuple(dict.fromkeys((*anchors, *ca.certificates[:1])))
         tells = False
-        if ca.trouble is None:
-            with contextlib.suppress(BackendError):  # a list of a million takes too long
-                tells = ca.tells()
+        try:
+            tells = ca.trouble is None and ca.tells()
+        except BackendError as e:  # known when the CA is reached anew
+            ca.trouble = e
         turns = contextlib.nullcontext() if tells and not isinstance(ca.backend, SignsMany) else Lock()
         return _Authority(ca=ca, anchors=tuple(anchors), certificates=certificates, tells=tells, turns=turns)
 

@@ -142,7 +142,7 @@ class Signing:
         self._read: dict[bytes, Judged] = {}
         self.answered: Callable[[str], object] = lambda _: None  #: Called with the digest of each answered request.
         self._recorded: set[x509.Certificate] = set()  #: See `Journal.recorded`.
-        self._held = 0  #: Requests that wait for a CA to tell, and keep no place in a round from others.
+        self._held = 0  #: Requests that wait for a CA or people to tell, and keep no place in a round from others.
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
 
     def look(self) -> Desk:
@@ -299,9 +299,11 @@ class Signing:
                     self._held += 1  # whether its CA can tell is not known now
                     continue
                 if not all(desk.recalls(request.spec.authority.name) for request in unknown):
-                    text = left_text(one, self.doors.names())
-                    log.error("request %s of %s is left to people: %s", one.digest[:16], one.node, text)
-                    self.doors.leave(one.id, text)
+                    self._held += 1
+                    if one.state != "left":
+                        text = left_text(one, self.doors.names())
+                        log.error("request %s of %s is left to people: %s", one.digest[:16], one.node, text)
+                        self.doors.leave(one.id, text)
                     continue
                 ask_first(unknown, bundle.created, journal)
             ours.append(one)

@@ -30,7 +30,7 @@ from bridge.door.doors import (
 )
 from bridge.door.signing import Signing
 from bridge.door.store import CERTIFICATES, DOORS, REQUESTS, Kept, Memory, database_file
-from bridge.errors import Exit
+from bridge.errors import BackendUnavailableError, Exit
 from bridge.pki.bundle import AnswerBundle, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.pki.certificates import pem
@@ -340,6 +340,56 @@ def test_people_decide_where_a_ca_can_not_tell(
     answered = memory.find(place)
     assert answered is not None
     assert answered.state == "answered"
+
+
+def test_a_passing_error_leaves_nothing_to_people(
+    signing: Signing, desk: Desk, memory: Memory, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CA that fails when it is asked what it can tell is asked again by the next round, and meanwhile the request waits."""
+    tells, errors = CA.tells, [BackendUnavailableError("a hiccup")]
+
+    def fails_once(ca: CA) -> bool:
+        if errors and ca.authority == "ca":
+            raise errors.pop()
+        return tells(ca)
+
+    monkeypatch.setattr(CA, "tells", fails_once)
+    signing.close()
+    another = Doors(memory, Store(desk.state), "another")
+    another.alive()
+    place = received(memory, bundle)
+    another.begin([place], now())
+    silence(memory)
+
+    assert [signing.round() for _ in range(2)] == ["down", "idle"]
+    answered = memory.find(place)
+    assert answered is not None
+    assert (answered.state, len(desk.issued())) == ("answered", 2)
+
+
+def test_what_a_restore_leaves_to_people_is_said_once(
+    signing: Signing, memory: Memory, pki: Pki, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """A request that this door had begun before is judged in each round, with one line in all, and holds up no other."""
+    monkeypatch.setattr("bridge.door.signing._MOST", 1)
+    monkeypatch.setattr(CA, "tells", lambda _: False)
+    signing.close()
+    signing.doors.alive()
+    ours, other = received(memory, bundle), make_bundle(old_pairs(pki, ["apiserver"]))
+    signing.doors.begin([ours], now())
+    signing.doors.reconcile(now(), "root")
+    signing.round()
+    later = received(memory, other)
+    for _ in range(2):
+        signing.round()
+    assert signing.doors.again(digest(other)[:16]) == 1
+    signing.round()
+
+    found = [memory.find(place) for place in (ours, later)]
+    assert [one and one.state for one in found] == ["left", "answered"]
+    said = [text for text in caplog.messages if "is left to people" in text]
+    assert [digest(one)[:16] in text for one, text in zip((bundle, other), said, strict=True)] == [True, True]
 
 
 def test_what_waits_for_a_ca_to_tell_holds_up_no_other(
