@@ -41,7 +41,7 @@ from bridge.node.pairs import is_sa_pair
 from bridge.pki import kubeadm_names, signatures
 from bridge.pki.budget import MOST_BYTES, OverBudgetError, json_of
 from bridge.pki.certificates import load_pem_certificates, pem
-from bridge.pki.display import fingerprint_text
+from bridge.pki.csr import fingerprint_text
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from bridge.system.codec import named, to_json

@@ -48,8 +48,9 @@ from bridge.errors import (
     VerificationError,
     Violation,
 )
-from bridge.pki import display, verify
+from bridge.pki import verify
 from bridge.pki.certificates import fingerprint
+from bridge.pki.csr import subject_line
 from bridge.pki.verify import Expectation, Verified
 from bridge.specs import CertificateSpec
 from bridge.system.console import log
@@ -400,7 +401,7 @@ def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expect
     with contextlib.suppress(NoPathError):
         verify.verified_path(issuers[0], issuers[1:], anchor, expected.now)
         return
-    got = f"{display.name(issuers[0])}, SHA-256 {fingerprint(issuers[0])[:16]}…"
+    got = f"{subject_line(issuers[0])}, SHA-256 {fingerprint(issuers[0])[:16]}…"
     hint = "the mount, label, URL or directory of this authority may be another one's"
     try:
         if not verify.is_valid_at(issuers[0], expected.now):
@@ -409,6 +410,6 @@ def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expect
     except ValueError as e:
         got += f", whose dates can't be read: {e}"
     raise BackendRefusedError(
-        f"wanted the CA of {expected.anchor_name} ({display.name(anchor)}, SHA-256 {fingerprint(anchor)[:16]}…), got {got}",
+        f"wanted the CA of {expected.anchor_name} ({subject_line(anchor)}, SHA-256 {fingerprint(anchor)[:16]}…), got {got}",
         hint=hint,
     )

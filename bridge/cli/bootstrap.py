@@ -22,7 +22,7 @@ from bridge.cli.options import ZERO, Common, WaitOption, command, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_sentence, say_table, under_headings
 from bridge.cli.results import print_errors, whereabouts
 from bridge.errors import Exit, SettingsError, SettingsProblem, WaitingError
-from bridge.pki.display import fingerprint_text
+from bridge.pki.csr import fingerprint_text
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
 from bridge.system.console import log, print_error

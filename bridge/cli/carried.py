@@ -39,7 +39,7 @@ from bridge.cli.results import print_errors, report
 from bridge.errors import BridgeError, Exit
 from bridge.pki import bundle_format
 from bridge.pki.certificates import csr_fingerprint
-from bridge.pki.display import fingerprint_text
+from bridge.pki.csr import fingerprint_text
 from bridge.pki.expiry import residual, rfc3339, seconds_left
 from bridge.renewal import airgap
 from bridge.renewal.select import RunOptions, Selection, nothing_due

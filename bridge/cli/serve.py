@@ -16,7 +16,7 @@ from bridge.cli.printing import VALUES_BEGIN, say, say_json, say_sentence, say_t
 from bridge.desk.approval import differences
 from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle_format import short_fingerprint
-from bridge.pki.display import fingerprint_text
+from bridge.pki.csr import fingerprint_text
 from bridge.pki.expiry import minute, rfc3339
 from bridge.state.store import Store
 from bridge.system.console import log, printable

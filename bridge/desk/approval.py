@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bridge.errors import SettingsProblem, WaitingError
-from bridge.pki import display, signatures
+from bridge.pki import signatures
 from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import (
     CN_OID,
@@ -32,7 +32,7 @@ from bridge.pki.certificates import (
     san_entries,
     spki,
 )
-from bridge.pki.csr import algorithm_name
+from bridge.pki.csr import algorithm_name, key_line, subject_line
 from bridge.pki.expiry import duration_text, rfc3339
 from bridge.pki.verify import client_problem
 from bridge.specs import MASTERS, USER
@@ -317,13 +317,13 @@ def differences(request: BundledRequest) -> Iterator[str]:
     old = request.replaces
     if old is None:
         return
-    if (before := display.name(old)) != (after := display.name(request.csr)):
+    if (before := subject_line(old)) != (after := subject_line(request.csr)):
         yield f"subject: {after}, before {before}"
     sans, olds = san_counts(request.csr), san_counts(old)
     for verb, found in (("gets", sans - olds), ("loses", olds - sans)):
         if found:
             yield f"{verb} the names {_listed(found)}"
-    if (key := display.key(request.csr)) != (was := algorithm_name(old.public_key())):
+    if (key := key_line(request.csr)) != (was := algorithm_name(old.public_key())):
         yield f"key: {key}, before {was}"
     lived = old.not_valid_after_utc - old.not_valid_before_utc
     if request.validity > lived * 1.1:

@@ -11,9 +11,9 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge.errors import SettingsProblem
-from bridge.pki import display
 from bridge.pki.bundle import BundledRequest
 from bridge.pki.certificates import UNREADABLE, attributes, subject_pattern
+from bridge.pki.csr import subject_line
 from bridge.pki.est_messages import OPERATIONS, other_names
 from bridge.pki.kubeadm_names import is_node_name
 from bridge.pki.verify import client_problem
@@ -64,7 +64,7 @@ class Asker:
     def text(self) -> str:
         """The text in the audit log."""
         operation = "simplereenroll" if self.renews else "simpleenroll"
-        by = f"in TLS as {display.name(self.certificate)}" if self.certificate is not None else "with a one-time secret"
+        by = f"in TLS as {subject_line(self.certificate)}" if self.certificate is not None else "with a one-time secret"
         return f"by EST's {operation} of label {self.label}, {by}"
 
 
@@ -97,7 +97,7 @@ def asker_problem(
         if problem := client_problem(asker.certificate, anchors, asker.received):
             return f"client: {problem}"
         if not node or node_of(asker.certificate.subject, rules.clients) != node:
-            return f"client: wanted {one_of(rules.clients)}, found {display.name(asker.certificate)}"
+            return f"client: wanted {one_of(rules.clients)}, found {subject_line(asker.certificate)}"
     except UNREADABLE:
         return "client: wanted a certificate that can be read, found another one"
     return other_names(request.csr, asker.certificate) if asker.renews else ""

@@ -37,11 +37,11 @@ from bridge.door.https import PEER
 from bridge.door.signing import Signing
 from bridge.door.store import Kept, Memory
 from bridge.errors import BridgeError, Exit
-from bridge.pki import display
 from bridge.pki.budget import OverBudgetError, json_of
 from bridge.pki.bundle import BundledRequest, BundleError, RequestBundle
 from bridge.pki.bundle_format import loads_request, short_fingerprint
 from bridge.pki.certificates import UNREADABLE, fingerprint, pem, serial_hex
+from bridge.pki.csr import key_line, sans_line, subject_line
 from bridge.pki.expiry import duration_text, minute, rfc3339
 from bridge.pki.verify import client_problem
 from bridge.words import one_line
@@ -435,11 +435,11 @@ class Pages:
                     "name": one.name,
                     "authority": one.authority,
                     "means": case.sentence(one),
-                    "subject": display.name(one.csr),
-                    "sans": display.sans(one.csr),
+                    "subject": subject_line(one.csr),
+                    "sans": sans_line(one.csr),
                     "usages": ", ".join(sorted(eku.label for eku in one.ekus)),
                     "validity": duration_text(one.validity),
-                    "key": display.key(one.csr),
+                    "key": key_line(one.csr),
                     "replaces": one.replaces,
                     "serial": serial_hex(one.replaces) if one.replaces is not None else "",
                     "differs": list(differences(one)),

@@ -15,7 +15,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import Issued
-from bridge.pki import display
 from bridge.pki.budget import OverBudgetError, json_of
 from bridge.pki.bundle import (
     CARRIED,
@@ -31,6 +30,7 @@ from bridge.pki.bundle import (
     is_carried,
 )
 from bridge.pki.certificates import UNREADABLE, extended_key_usages, fingerprint, pem, san_counts, serial_hex
+from bridge.pki.csr import fingerprint_text, issuer_line, key_line, sans_line, subject_line
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.specs import AUTHORITIES, EKU, MASTERS
@@ -94,7 +94,7 @@ def answer_message(bundle: AnswerBundle) -> bytes:
 
 def short_fingerprint(bundle: Bundle) -> str:
     """The bundle's digest, short enough to be read over the phone."""
-    return display.fingerprint_text(digest(bundle))
+    return fingerprint_text(digest(bundle))
 
 
 def _digest(document: Mapping[str, Any]) -> str:
@@ -507,7 +507,7 @@ def _asked_in_short(bundle: RequestBundle, cas: Mapping[str, Sequence[x509.Certi
     ]
     if changed := sum(any(_changes(one)) for one in every):
         parts.append(f"{changed} CHANGED")
-    if masters := sum(MASTERS in display.name(one.csr) for one in every):
+    if masters := sum(MASTERS in subject_line(one.csr) for one in every):
         parts.append(f"{masters} in {MASTERS}")
     return ", ".join(parts)
 
@@ -521,10 +521,10 @@ def _request_lines(
         usages = ", ".join(sorted(eku.label for eku in request.ekus))
         yield ""
         yield f"{request.name} by {request.authority}"
-        yield f"  asks for    {display.name(request.csr)}"
-        yield f"  SANs        {display.sans(request.csr)}"
+        yield f"  asks for    {subject_line(request.csr)}"
+        yield f"  SANs        {sans_line(request.csr)}"
         yield f"  usages      {usages}, for {duration_text(request.validity)}"
-        yield f"  key         {display.key(request.csr)}"
+        yield f"  key         {key_line(request.csr)}"
         yield f"  replaces    {_replaced(request, now)}"
         yield from _changes(request)
         proof = proof_problem(request, bundle) or usages_problem(request)
@@ -541,10 +541,10 @@ def _origin(request: BundledRequest, cas: Mapping[str, Sequence[x509.Certificate
 def _changes(request: BundledRequest) -> Iterator[str]:
     if request.replaces is None:
         return
-    if display.name(request.csr) != display.name(request.replaces):
-        yield f"  CHANGED     another subject than the replaced {display.name(request.replaces)}"
-    if display.sans(request.csr) != display.sans(request.replaces):
-        yield f"  CHANGED     other SANs than the replaced {display.sans(request.replaces)}"
+    if subject_line(request.csr) != subject_line(request.replaces):
+        yield f"  CHANGED     another subject than the replaced {subject_line(request.replaces)}"
+    if sans_line(request.csr) != sans_line(request.replaces):
+        yield f"  CHANGED     other SANs than the replaced {sans_line(request.replaces)}"
 
 
 def _replaced(request: BundledRequest, now: datetime) -> str:
@@ -565,6 +565,6 @@ def _answer_lines(bundle: AnswerBundle) -> Iterator[str]:
         if isinstance(answer, Refusal):
             yield f"  refused     {one_line(answer.reason, LONGEST_TEXT)}"
             continue
-        yield f"  certificate {display.name(answer.leaf)}, serial {serial_hex(answer.leaf)}"
+        yield f"  certificate {subject_line(answer.leaf)}, serial {serial_hex(answer.leaf)}"
         yield f"  valid       {minute(answer.leaf.not_valid_before_utc)} to {minute(answer.leaf.not_valid_after_utc)}"
-        yield f"  issuer      {display.issuer(answer.leaf)}, {counted(len(answer.intermediates), 'intermediate')}"
+        yield f"  issuer      {issuer_line(answer.leaf)}, {counted(len(answer.intermediates), 'intermediate')}"

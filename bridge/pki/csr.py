@@ -1,9 +1,13 @@
-"""Keys and CSRs for a renewal, made from the live certificate alone (pure: no file, no network, no clock)."""
+"""
+Keys and CSRs for a renewal, made from the live certificate alone, and what a person reads of any CSR or certificate (pure:
+no file, no network, no clock).
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from base64 import b32encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +21,7 @@ from cryptography.x509.oid import NameOID
 from bridge.errors import BridgeError
 from bridge.pki.certificates import UNREADABLE, attributes, name_text, san_counts, san_entry
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
+from bridge.words import one_line
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
@@ -218,3 +223,52 @@ def _dns(value: str) -> x509.DNSName:
     if not _DNS.fullmatch(value.lower()) or len(value) > _LONGEST_NAME or value.replace(".", "").isdigit():
         raise ValueError(f"wanted an IP address, or a DNS name such as api.example.com, found {value[:60]!r}")
     return x509.DNSName(value)
+
+
+# --- for people: one printable line, also where it can't be read ------------------------------------------------------
+
+_MOST_SANS = 100
+
+
+def subject_line(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:
+    """The subject."""
+    try:
+        return one_line(name_text(subject.subject)) or "(no subject)"
+    except UNREADABLE as e:
+        return f"(a subject that can't be read: {one_line(e)})"
+
+
+def issuer_line(certificate: x509.Certificate) -> str:
+    """The issuer's name."""
+    try:
+        return one_line(name_text(certificate.issuer))
+    except UNREADABLE as e:
+        return f"(an issuer that can't be read: {one_line(e)})"
+
+
+def sans_line(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:
+    """The SANs in alphabetical order; of more than a policy allows, as many."""
+    try:
+        texts = [one_line(f"{kind}:{value}") for kind, value in sorted(san_counts(subject).elements())]
+    except UNREADABLE as e:
+        return f"(extensions that can't be read: {one_line(e)})"
+    more = [f"and {len(texts) - _MOST_SANS} more"] if len(texts) > _MOST_SANS else []
+    return ", ".join([*texts[:_MOST_SANS], *more]) or "none"
+
+
+def key_line(csr: x509.CertificateSigningRequest) -> str:
+    """The key's algorithm and size."""
+    try:
+        return algorithm_name(csr.public_key())
+    except UNREADABLE as e:
+        return f"(one that can't be read: {one_line(e)})"
+
+
+#: Crockford's alphabet, without I, L, O and U, so that nothing is heard or written for something else.
+_CROCKFORD = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", "0123456789ABCDEFGHJKMNPQRSTVWXYZ")
+
+
+def fingerprint_text(digest_hex: str) -> str:
+    """The first 100 bits of a digest (hex), as four groups of five digits and letters: `7ZK3M-…`."""
+    letters = b32encode(bytes.fromhex(digest_hex)).decode().translate(_CROCKFORD)
+    return "-".join(letters[start : start + 5] for start in range(0, 20, 5))

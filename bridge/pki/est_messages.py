@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
-from bridge.pki import der, display
+from bridge.pki import der
 from bridge.pki.certificates import UNREADABLE, attributes, san_counts
+from bridge.pki.csr import sans_line, subject_line
 from bridge.words import one_line
 
 #: In base64; a CSR with RSA-4096 and a hundred names has a tenth of it.
@@ -75,9 +76,9 @@ def other_names(csr: x509.CertificateSigningRequest, certificate: x509.Certifica
     text = "wanted that of the certificate which is replaced"
     try:
         if attributes(certificate.subject) != attributes(csr.subject):
-            return f"subject: {text} ({display.name(certificate)}), found {display.name(csr)}"
+            return f"subject: {text} ({subject_line(certificate)}), found {subject_line(csr)}"
         if san_counts(certificate) != san_counts(csr):
-            return f"SAN: {text} ({display.sans(certificate)}), found {display.sans(csr)}"
+            return f"SAN: {text} ({sans_line(certificate)}), found {sans_line(csr)}"
     except UNREADABLE as e:
         return f"wanted names that can be read, found: {one_line(e)}"
     return ""

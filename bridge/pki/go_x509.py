@@ -21,8 +21,9 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from bridge.errors import Violation
-from bridge.pki import der, display
+from bridge.pki import der
 from bridge.pki.certificates import UNREADABLE, extension, oid_label
+from bridge.pki.csr import issuer_line, subject_line
 from bridge.specs import EKU
 from bridge.words import one_line
 
@@ -332,7 +333,7 @@ def path(
 ) -> Iterator[Violation]:
     """Violations: steps that Go does not follow in a path that the library has built."""
     for issuer in (*intermediates, anchor):
-        who = "the CA" if issuer is anchor else f"intermediate {display.name(issuer)}"
+        who = "the CA" if issuer is anchor else f"intermediate {subject_line(issuer)}"
         for violation in _issuer_form(issuer):
             want = f"{violation.subject} with {violation.want} in each issuer"
             yield Violation(subject="chain", want=want, got=f"{violation.got} in {who}")
@@ -363,11 +364,11 @@ def _links(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
     parts = [_parts(each) for each in whole]
     for child, below, above in zip(whole, parts, parts[1:], strict=False):
         if below.fields[2] != above.fields[4]:
-            yield Violation(subject="chain", want="issuer names that are encoded alike", got=display.issuer(child))
+            yield Violation(subject="chain", want="issuer names that are encoded alike", got=issuer_line(child))
     for count, issuer in enumerate(whole[1:]):
         constraints = extension(issuer, x509.BasicConstraints)
         if constraints and constraints.path_length is not None and count > constraints.path_length:
-            got = f"{count} below {display.name(issuer)}"
+            got = f"{count} below {subject_line(issuer)}"
             yield Violation(subject="chain", want=f"at most {constraints.path_length} intermediates", got=got)
     if len({(one.fields[4].encoded, one.fields[5].encoded) for one in parts}) < len(whole):
         yield Violation(subject="chain", want="each CA once", got="two certificates of one name and key")
@@ -381,12 +382,12 @@ def _policies(sent: Sequence[x509.Certificate]) -> Iterator[Violation]:
     mapped = [each for each in sent if _mappings(each)]
     demanded = [each for each in sent if _demands_policy(each)]
     if any(_ANY_POLICY_DER in pair for each in mapped for pair in _mappings(each)):
-        yield Violation(subject="chain", want="no policy mapped from or to anyPolicy", got=display.name(mapped[0]))
+        yield Violation(subject="chain", want="no policy mapped from or to anyPolicy", got=subject_line(mapped[0]))
     if not demanded:
         return
     common = set.intersection(*map(_policy_oids, sent)) - {_ANY_POLICY}
     if mapped or not common:
-        got = f"none, and policyConstraints in {display.name(demanded[0])}"
+        got = f"none, and policyConstraints in {subject_line(demanded[0])}"
         yield Violation(subject="chain", want="one certificate policy in the whole path, not mapped", got=got)
 
 
@@ -422,7 +423,7 @@ def _constrained(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
             for name in extension(below, x509.SubjectAlternativeName) or ():
                 if isinstance(name, _NAMES) and not _is_within(name, constraints):
                     got = one_line(repr(name.value), 80)
-                    want = f"names within the constraints of {display.name(issuer)}"
+                    want = f"names within the constraints of {subject_line(issuer)}"
                     yield Violation(subject="chain", want=want, got=got)
 
 

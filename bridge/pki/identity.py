@@ -38,12 +38,12 @@ def _issuer(
 ) -> Iterator[Violation]:
     leaf = certificates[0]
     if not leads_to(certificates, anchors):
-        from bridge.pki import display  # noqa: PLC0415 (for what is wrong alone)
+        from bridge.pki.csr import issuer_line  # noqa: PLC0415 (for what is wrong alone)
 
         yield Violation(
             subject="issuer",
             want=f"a signature of a CA in {anchor_name}, expired or not",
-            got=f"one of {display.issuer(leaf)}" if leaf.issuer != leaf.subject else "a self-signed certificate",
+            got=f"one of {issuer_line(leaf)}" if leaf.issuer != leaf.subject else "a self-signed certificate",
         )
 
 

@@ -14,10 +14,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes, PrivateKeyTypes, PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_public_key
 
-from bridge.pki import display
 from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import CN_OID, UNREADABLE, attributes, extended_key_usages, is_signed_by, name_text
-from bridge.pki.csr import algorithm_name
+from bridge.pki.csr import algorithm_name, issuer_line, subject_line
 from bridge.pki.expiry import rfc3339
 from bridge.words import one_line
 
@@ -128,7 +127,7 @@ def _other_holder(csr: x509.CertificateSigningRequest, replaces: x509.Certificat
         return f"wanted one by a certificate whose subject can be read, found: {one_line(e)}"
     if is_same:
         return None
-    return f"wanted one by the certificate of {display.name(csr)}, found one by that of {display.name(replaces)}"
+    return f"wanted one by the certificate of {subject_line(csr)}, found one by that of {subject_line(replaces)}"
 
 
 def _who(subject: x509.Certificate | x509.CertificateSigningRequest) -> list[tuple[str, str]]:
@@ -170,5 +169,5 @@ def origin_problem(request: BundledRequest, cas: Sequence[x509.Certificate]) -> 
     wanted = " or ".join(names) or f"a CA certificate of {request.authority}"
     return (
         f"wanted a replaced certificate that {wanted} signed, found "
-        f"{display.name(request.replaces)} by {display.issuer(request.replaces)}, not signed by it"
+        f"{subject_line(request.replaces)} by {issuer_line(request.replaces)}, not signed by it"
     )

@@ -24,7 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from bridge.contract import Issued, Names, SignRequest
 from bridge.errors import VerificationError, Violation
-from bridge.pki import display, expiry, go_x509
+from bridge.pki import expiry, go_x509
 from bridge.pki.certificates import (
     UNREADABLE,
     attributes,
@@ -38,7 +38,7 @@ from bridge.pki.certificates import (
     san_counts,
     spki,
 )
-from bridge.pki.csr import algorithm_name
+from bridge.pki.csr import algorithm_name, issuer_line
 from bridge.specs import EKU
 from bridge.words import one_line
 
@@ -481,4 +481,4 @@ def client_problem(leaf: x509.Certificate, anchors: Sequence[x509.Certificate], 
     except UNREADABLE as e:
         return f"wanted a certificate that can be read, found: {one_line(e)}"
     wanted = " or ".join(dict.fromkeys(name_text(anchor.subject) for anchor in anchors)) or "a CA that counts here"
-    return f"wanted a certificate that {wanted} signed, found one by {display.issuer(leaf)}"
+    return f"wanted a certificate that {wanted} signed, found one by {issuer_line(leaf)}"

@@ -31,8 +31,7 @@ from bridge.node.inventory import Item, Node
 from bridge.pki import bundle, bundle_format, csr, signatures, verify
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, IncompleteBundleError, Refusal, RequestBundle
 from bridge.pki.certificates import UNREADABLE, certificates_in, fingerprint, is_ca, is_for, name_text, serial_hex
-from bridge.pki.csr import PrivateKey
-from bridge.pki.display import fingerprint_text
+from bridge.pki.csr import PrivateKey, fingerprint_text
 from bridge.renewal.changes import decide
 from bridge.renewal.issuance import Answered, refused_as_shorter
 from bridge.renewal.prepare import (

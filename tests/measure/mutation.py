@@ -38,7 +38,7 @@ TESTS = {
     "bridge/pki/der.py": _CHECKS,
     "bridge/pki/identity.py": _CHECKS,
     "bridge/pki/certificates.py": _CHECKS,
-    "bridge/pki/csr.py": _CHECKS,
+    "bridge/pki/csr.py": (*_CHECKS, "tests/pki/test_display.py"),
     "bridge/pki/bundle.py": _BUNDLE,
     "bridge/pki/signatures.py": ("tests/pki/test_signatures.py", *_BUNDLE),
     "bridge/pki/csr_fields.py": ("tests/pki/test_csr_fields.py", "tests/gateway/test_signer_policy.py"),
@@ -48,7 +48,6 @@ TESTS = {
     "bridge/pki/budget.py": ("tests/pki/test_budget.py",),
     "bridge/pki/expiry.py": ("tests/pki/test_expiry.py",),
     "bridge/pki/kubeadm_names.py": ("tests/pki/test_kubeadm_names.py",),
-    "bridge/pki/display.py": ("tests/pki/test_display.py",),
     "bridge/pki/user_rules.py": ("tests/pki/test_user_rules.py",),
     "bridge/state/install.py": ("tests/state/test_install.py", "tests/state/test_install_links.py"),
 }

@@ -46,8 +46,7 @@ from bridge.pki.bundle_format import (
     loads_request,
     short_fingerprint,
 )
-from bridge.pki.csr import PrivateKey, generate_key, key_pem, signature_hash
-from bridge.pki.display import fingerprint_text
+from bridge.pki.csr import PrivateKey, fingerprint_text, generate_key, key_pem, signature_hash
 from bridge.pki.signatures import origin_problem, proof_problem, sign_proof, usages_problem
 from bridge.specs import AUTHORITIES, EKU
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs

@@ -6,8 +6,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge.pki import csr, display
+from bridge.pki import csr
 from bridge.pki.certificates import load_der_certificate
+from bridge.pki.csr import fingerprint_text, issuer_line, key_line, sans_line, subject_line
 from tests.kit.issuing import Signer, cn, odd_certificates
 
 KEY = csr.generate_key("ecdsa-p256")
@@ -28,28 +29,28 @@ def spoilt(request: x509.CertificateSigningRequest, old: bytes, new: bytes) -> x
 def test_names() -> None:
     """An empty subject is shown as empty; characters that steer a terminal are not printed."""
     certificate = Signer.make("leaf", parent=Signer.make("root"), ca=False).certificate
-    assert (display.name(certificate), display.issuer(certificate)) == ("CN=leaf", "CN=root")
-    assert display.name(request("a", subject=x509.Name([]))) == "(no subject)"
-    assert "\x1b" not in display.name(request(subject=cn("a\x1b[2J")))
+    assert (subject_line(certificate), issuer_line(certificate)) == ("CN=leaf", "CN=root")
+    assert subject_line(request("a", subject=x509.Name([]))) == "(no subject)"
+    assert "\x1b" not in subject_line(request(subject=cn("a\x1b[2J")))
 
 
 def test_sans_are_sorted() -> None:
     """They are sorted by type, then by name; an empty list is shown as none."""
-    assert display.sans(request("b", "192.0.2.1", "a")) == "DNS:a, DNS:b, IP:192.0.2.1"
-    assert display.sans(request()) == "none"
+    assert sans_line(request("b", "192.0.2.1", "a")) == "DNS:a, DNS:b, IP:192.0.2.1"
+    assert sans_line(request()) == "none"
 
 
 def test_of_many_sans_the_first_hundred_are_reported() -> None:
     """The text has the first hundred SANs, and the number of the others."""
     names = [f"n{number:03}" for number in range(101)]
     texts = [f"DNS:{name}" for name in names]
-    assert display.sans(request(*names[:100])) == ", ".join(texts[:100])
-    assert display.sans(request(*names)) == ", ".join([*texts[:100], "and 1 more"])
+    assert sans_line(request(*names[:100])) == ", ".join(texts[:100])
+    assert sans_line(request(*names)) == ", ".join([*texts[:100], "and 1 more"])
 
 
 def test_keys() -> None:
     """A key is shown by algorithm and size."""
-    assert display.key(request()) == "ecdsa-p256"
+    assert key_line(request()) == "ecdsa-p256"
 
 
 def test_what_cannot_be_read_is_reported_with_its_reason() -> None:
@@ -60,10 +61,10 @@ def test_what_cannot_be_read_is_reported_with_its_reason() -> None:
     der = Signer.make("leaf", parent=Signer.make("a root")).certificate.public_bytes(Encoding.DER)
     below = x509.load_der_x509_certificate(der.replace(b"\x0c\x06a root", b"\x0c\x06a roo\xff"))
     for text, what, reason in (
-        (display.key(spoilt(request(), curve, curve[:-1] + b"\x7f")), "one that", "1.2.840.10045.3.1.127"),
-        (display.sans(twice), "extensions that", "Duplicate"),
-        (display.name(odd), "a subject that", "InvalidValue"),
-        (display.issuer(below), "an issuer that", "InvalidValue"),
+        (key_line(spoilt(request(), curve, curve[:-1] + b"\x7f")), "one that", "1.2.840.10045.3.1.127"),
+        (sans_line(twice), "extensions that", "Duplicate"),
+        (subject_line(odd), "a subject that", "InvalidValue"),
+        (issuer_line(below), "an issuer that", "InvalidValue"),
     ):
         assert text.startswith(f"({what} can't be read: ")
         assert reason in text
@@ -79,4 +80,4 @@ def test_what_cannot_be_read_is_reported_with_its_reason() -> None:
 )
 def test_fingerprints_are_read_out_in_groups(digest: str, text: str) -> None:
     """A fingerprint is twenty digits and letters."""
-    assert display.fingerprint_text(digest) == text
+    assert fingerprint_text(digest) == text
