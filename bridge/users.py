@@ -40,8 +40,7 @@ from bridge.node import cross, endpoints, kubeconfig
 from bridge.node.kubeconfig import FreshKubeconfig, Kubeconfig
 from bridge.pki import csr, user_rules, verify
 from bridge.pki.certificates import CN_OID, O_OID, UNREADABLE, attributes, is_for, load_pem_certificates, pem
-from bridge.pki.csr import Naming, PrivateKey, subject_of
-from bridge.pki.csr_fields import requested
+from bridge.pki.csr import Naming, PrivateKey, requested, subject_of
 from bridge.pki.user_rules import SHORTEST, Limits, User
 from bridge.settings.tables import Settings, UserSettings
 from bridge.specs import CA as CLUSTER_CA

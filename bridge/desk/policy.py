@@ -24,8 +24,7 @@ from bridge.errors import SettingsProblem
 from bridge.pki import user_rules
 from bridge.pki.bundle import CARRIED, REQUEST_VERSIONS, BundledRequest, RequestBundle
 from bridge.pki.certificates import CN_OID, O_OID, attributes, san_counts, san_entry, subject_pattern, subject_text
-from bridge.pki.csr import Naming, algorithm_name
-from bridge.pki.csr_fields import requested
+from bridge.pki.csr import Naming, algorithm_name, requested
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.kubeadm_names import address, is_host_name
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem

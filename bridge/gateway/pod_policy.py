@@ -11,7 +11,7 @@ from bridge.contract import Names
 from bridge.desk.node_inventory import Inventory
 from bridge.gateway.policy import Allowed, GatewayPolicy, Hostile, Later, Verdict, read_csr
 from bridge.gateway.rules import IN_PATH, KEY_TYPES, Identity, PodSignerRules, is_never_a_pods
-from bridge.pki.csr_fields import CsrData, OddRequestError
+from bridge.pki.csr import CsrData, OddRequestError
 from bridge.words import one_line
 
 #: The kubelet asks anew after 10 to 15 minutes, and kube-controller-manager deletes what is older than 15.

@@ -29,7 +29,7 @@ from bridge.gateway.rules import (
     usages_fit,
 )
 from bridge.pki.certificates import CN_OID, O_OID, attributes
-from bridge.pki.csr_fields import CsrData, OddRequestError, read
+from bridge.pki.csr import CsrData, OddRequestError, read_strictly
 from bridge.pki.kubeadm_names import is_node_name
 from bridge.settings import opened
 from bridge.specs import KUBELET_CLIENT, KUBELET_SERVER, KUBELET_SERVING, MASTERS, USER, CertificateSpec
@@ -133,13 +133,13 @@ class World:
 USUAL_BYTES = 3 << 10
 #: A request is judged three times or more; refused requests are not remembered. Each of a burst of 2,000, which are all
 #: looked at before the first is signed, is read once (docs/gateway.md has their time).
-_remembered = lru_cache(maxsize=2048)(read)
+_remembered = lru_cache(maxsize=2048)(read_strictly)
 
 
 def read_csr(pem: bytes) -> CsrData | OddRequestError:
     """A request's CSR, or what is odd in it."""
     try:
-        return _remembered(pem) if len(pem) <= USUAL_BYTES else read(pem)
+        return _remembered(pem) if len(pem) <= USUAL_BYTES else read_strictly(pem)
     except OddRequestError as e:
         return e.with_traceback(None)
 

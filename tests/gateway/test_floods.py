@@ -19,7 +19,7 @@ from bridge.gateway.policy import Request
 from bridge.gateway.rules import CLIENT_KUBELET, SERVING
 from bridge.gateway.service import Service, _Watching
 from bridge.gateway.watch import Watch, kinds
-from bridge.pki.csr_fields import OddRequestError
+from bridge.pki.csr import OddRequestError
 from bridge.system.waiting import wait_until
 from tests.kit import cluster_api, gateways, hostile_csrs
 from tests.kit.api_client import CSRS

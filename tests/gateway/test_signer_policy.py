@@ -17,7 +17,7 @@ from bridge.errors import SettingsError
 from bridge.gateway import policy as gateway_policy
 from bridge.gateway.policy import Allowed, Hostile, Later, NodeState, Request, Verdict, World, judge, node_of
 from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING, spec_of
-from bridge.pki.csr_fields import OddRequestError, read
+from bridge.pki.csr import OddRequestError, read_strictly
 from bridge.settings import load
 from bridge.specs import KUBELET_SERVING, SPECS
 from tests.kit import gateways, hostile_csrs
@@ -205,10 +205,10 @@ def test_a_mutated_csr_is_odd_or_says_the_same(data: st.DataObject) -> None:
         if not text:
             return
     try:
-        found = read(bytes(text))
+        found = read_strictly(bytes(text))
     except OddRequestError:
         return
-    assert found.parsed == read(_HONEST).parsed
+    assert found.parsed == read_strictly(_HONEST).parsed
 
 
 @given(st.binary(max_size=300))
@@ -216,7 +216,7 @@ def test_anything_is_a_csr_or_odd(data: bytes) -> None:
     """Nothing but our own error comes out, whatever goes in."""
     for text in (data, b"-----BEGIN CERTIFICATE REQUEST-----\n" + data + b"-----END CERTIFICATE REQUEST-----\n"):
         with pytest.raises(OddRequestError):
-            read(text)
+            read_strictly(text)
 
 
 def test_signers_of_a_policy() -> None:

@@ -12,8 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import AttributeOID, NameOID
 
-from bridge.pki import csr_fields
-from bridge.pki.csr import generate_key
+from bridge.pki.csr import OddRequestError, generate_key, read_strictly
 
 KEY = generate_key("ecdsa-p256")
 ONE = (("O", "a"), ("CN", "one"))
@@ -110,8 +109,8 @@ ODD = {
 @pytest.mark.parametrize(("data", "sentence"), ODD.values(), ids=ODD.keys())
 def test_what_readers_could_take_in_two_ways_is_refused(data: bytes, sentence: str) -> None:
     """Each ambiguous form is refused with its own sentence."""
-    with pytest.raises(csr_fields.OddRequestError) as e:
-        csr_fields.read(data)
+    with pytest.raises(OddRequestError) as e:
+        read_strictly(data)
     assert str(e.value) == sentence
 
 
@@ -120,16 +119,16 @@ def test_a_plain_request_says_all_that_it_asks_for(kind: _ASN1Type) -> None:
     """A plain request is one block, with any text round it; 64 SANs are not too many, nor is a list of groups."""
     groups = (("O", "b"), ("O", "a"), ("CN", "one"))
     der = csr(x509.Name(name(*groups, kind=kind)), sans(64))
-    found = csr_fields.read(b"\n" + pem(der).replace(b"\n", b"\r\n") + b" \n")
+    found = read_strictly(b"\n" + pem(der).replace(b"\n", b"\r\n") + b" \n")
     assert (found.cn, found.organizations, found.key) == ("one", ("a", "b"), "ecdsa-p256")
     assert found.sans == {("DNS", f"n{number}") for number in range(64)}
     assert found.pem == pem(der)
     assert found.parsed.public_bytes(Encoding.DER) == der
-    bare = csr_fields.read(pem(csr(x509.Name(name(("O", "a"))))))
+    bare = read_strictly(pem(csr(x509.Name(name(("O", "a"))))))
     assert (bare.cn, bare.organizations, bare.sans) == ("", ("a",), frozenset())
 
 
 def test_the_largest_request_is_read() -> None:
     """White space up to the limit does no harm."""
     data = pem(csr())
-    assert csr_fields.read(data + b" " * (16384 - len(data))).cn == "one"
+    assert read_strictly(data + b" " * (16384 - len(data))).cn == "one"
