@@ -26,7 +26,7 @@ from bridge.node.pairs import is_sa_pair, key_finding
 from bridge.pki import expiry, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
 from bridge.pki.expiry import CA_ENDS_SOON
-from bridge.renewal.allowed import Allowed
+from bridge.renewal.readiness import Allowed
 from bridge.renewal.select import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, SUPER_ADMIN, Component

@@ -1,10 +1,12 @@
-"""Checks before a CA is asked: disk space, a way to restart components, and a CA that is only half replaced."""
+"""Checks before a CA is asked: disk space, a way to restart components, a CA that is only half replaced, the node's own policy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 
@@ -13,15 +15,19 @@ from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.node.kubeconfig import KubeconfigError
-from bridge.pki import identity
+from bridge.pki import csr, identity
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
 from bridge.pki.expiry import first_end
-from bridge.renewal.select import NotReadyError, outcome_of
+from bridge.renewal.prepare import next_key, present, replaced_by_next, serving_names
+from bridge.renewal.select import Desired, NotReadyError, outcome_of
 from bridge.settings.tables import Settings
 from bridge.state.store import Outcome
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.files import DiskSpace, disk_spaces
 from bridge.system.paths import UnreadableError, read
+
+if TYPE_CHECKING:
+    from bridge.desk.policy import Policy
 
 #: A renewal of all twelve takes 0.3 MiB: new files beside the old ones, a backup, requests, a record.
 BYTES_NEEDED, INODES_NEEDED = 1 << 20, 64
@@ -109,3 +115,65 @@ def _is_same(one: x509.Certificate, other: x509.Certificate) -> bool:
         return one.subject == other.subject and one.public_key() == other.public_key()
     except UNREADABLE:
         return False
+
+
+# --- the node's own policy ---------------------------------------------------------------------------------------------
+
+
+class NotAllowedError(BridgeError):
+    """The node's own policy does not allow the next certificate; no CA was asked."""
+
+    exit_code = Exit.REFUSED
+
+    def __init__(self, item: Item, file: Path, problems: tuple[str, ...]) -> None:
+        self.problems = problems
+        key = f'"{item.spec.name}"' if "." in item.spec.name else item.spec.name
+        hint = f"if it is meant, allow it in the policy ([allow] or [certificate.{key}])"
+        if item.certificates:
+            what = f"find out who put {item.certificate_path} there"
+            hint = f"{what}, and put the right one back (an expired one will do); {hint}"
+        super().__init__(
+            f"this node's policy {file} does not allow the next certificate: {'; '.join(problems)}", hint=hint
+        )
+
+
+class Allowed:
+    """
+    A node's own allow-list: the policy that `[policy] file` names, in the form of a CA desk's; read when the first
+    certificate is judged.
+
+    A renewal takes over the names of the live certificate, so that an attacker who once put a certificate with more names
+    in its place would have them renewed for ever. With a policy, such a certificate is not renewed, and no CA is asked for it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The policy (SettingsError: the file can't be used)."""
+        from bridge.desk.files import load_policy  # noqa: PLC0415 (100 ms; only where the settings name a policy)
+
+        return load_policy(self._settings, self._settings.policy.file)
+
+    def error(self, item: Item, desired: Desired | None) -> BridgeError | None:
+        """The reason why the next certificate of this name must not be asked for; None: the policy allows it."""
+        from bridge.desk.policy import Planned, planned_problems  # noqa: PLC0415 (see above)
+
+        settings, live = self._settings, item.certificates[0] if item.certificates else None
+        try:
+            naming = desired.naming if desired is not None else serving_names(item, settings)
+            planned = Planned(
+                node=settings.node.node_name,
+                cluster=settings.node.cluster,
+                spec=item.spec,
+                naming=naming or csr.naming_of(present(item, live)),
+                key=next_key(item, live, settings, None, desired),
+                validity=settings.renewal.validity,
+                replaces=replaced_by_next(item, live),
+            )
+        except BridgeError as e:  # the renewal would fail for it, too
+            return e
+        problems = planned_problems(planned, self.policy)
+        file = settings.policy.file
+        return NotAllowedError(item, file, problems) if problems and file is not None else None

@@ -26,7 +26,7 @@ from typing import Any
 
 #: The command line, with what `renew`, `sign` and `bootstrap` load of the rooms and of two backends.
 _MODULES = (
-    *("bridge.cli.app", "bridge.cli.bootstrap", "bridge.cli.desk", "bridge.cli.renew", "bridge.renewal.allowed"),
+    *("bridge.cli.app", "bridge.cli.bootstrap", "bridge.cli.desk", "bridge.cli.renew"),
     *("backends.openssl", "backends.vault.server"),
 )
 #: Bytes of a command with its environment.
