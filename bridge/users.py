@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
 from bridge.ca import registry
-from bridge.ca.ca import CA, UntrustedAnswerError
+from bridge.ca.ca import CA, UntrustedAnswerError, cross_behind
 from bridge.ca.installed import owe_putting_away, put_away
 from bridge.ca.retry import Outage
 from bridge.contract import Carries, Collects, Continuity, Issued, Pending
@@ -36,7 +36,7 @@ from bridge.errors import (
     VerificationError,
     WaitingError,
 )
-from bridge.node import cross, endpoints, kubeconfig
+from bridge.node import endpoints, kubeconfig
 from bridge.node.kubeconfig import FreshKubeconfig, Kubeconfig
 from bridge.pki import csr, user_rules, verify
 from bridge.pki.certificates import CN_OID, O_OID, UNREADABLE, attributes, is_for, load_pem_certificates, pem
@@ -227,7 +227,7 @@ def issue(
         extra_subject=settings.extra_subject(CLUSTER_CA.name),
         longest=rules.max_validity,
         longest_name="users.max_validity",
-        cross=cross.behind(settings, CLUSTER_CA.name, anchors[0], now()),
+        cross=cross_behind(settings, CLUSTER_CA.name, anchors[0], now()),
     )
     outage = Outage(configured.settings.retry_for, configured.label, progress.note)
     with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):

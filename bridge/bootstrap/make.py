@@ -27,9 +27,9 @@ from bridge.bootstrap import (
 from bridge.bootstrap.desired import Bootstrapped, DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
 from bridge.bootstrap.keys import Made
 from bridge.bootstrap.whole import NodeLook, look_at
+from bridge.ca.ca import cross_behind
 from bridge.contract import SignRequest
 from bridge.errors import BridgeError, Exit, WaitingError
-from bridge.node import cross
 from bridge.node.inventory import Item
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import verify
@@ -491,7 +491,7 @@ def _expectations(run: Run, desired: DesiredNode, cas: Certificates) -> dict[str
             now=run.now(),
             min_validity=settings.renewal.min_validity,
             extra_subject=settings.extra_subject(name),
-            cross=cross.behind(settings, name, certificates[0], run.now()),
+            cross=cross_behind(settings, name, certificates[0], run.now()),
         )
         for name, certificates in cas.items()
     }

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
@@ -45,15 +46,19 @@ from bridge.errors import (
     BackendRefusedError,
     BackendUnavailableError,
     BridgeError,
+    SettingsError,
+    SettingsProblem,
     VerificationError,
     Violation,
 )
 from bridge.pki import verify
-from bridge.pki.certificates import fingerprint
+from bridge.pki.certificates import fingerprint, load_pem_certificates, name_text, spki
 from bridge.pki.csr import subject_line
 from bridge.pki.verify import Expectation, Verified
+from bridge.settings.tables import RenewalSettings, Settings
 from bridge.specs import CertificateSpec
 from bridge.system.console import log
+from bridge.system.paths import own_text
 from bridge.system.waiting import workers
 
 #: Requests to one CA at a time. A desk's lot has more, since OpenBao with its storage on disk signs a quarter more
@@ -413,3 +418,45 @@ def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expect
         f"wanted the CA of {expected.anchor_name} ({subject_line(anchor)}, SHA-256 {fingerprint(anchor)[:16]}…), got {got}",
         hint=hint,
     )
+
+
+# --- the certificate that an earlier CA gave to the one that signs now, which goes behind each new one -------------------
+
+
+def load_cross(path: Path) -> x509.Certificate:
+    """Read the file that a setting names (SettingsError: it is not there, others can change it, or it has not one certificate)."""
+    what = "a cross certificate: the CA's name and key, certified by the CA before it"
+    hint = "the administrator of the earlier CA makes it; without it take `cross` out of the settings"
+    text = own_text(path, what, hint)
+    try:
+        found = load_pem_certificates(text.encode())
+    except ValueError as e:
+        raise SettingsError([SettingsProblem("", what, str(e), path)]) from None
+    if len(found) != 1:
+        raise SettingsError([SettingsProblem("", what, f"{len(found)} certificates", path)])
+    return found[0]
+
+
+def is_cross_long_enough(cross: x509.Certificate, renewal: RenewalSettings, now: datetime) -> bool:
+    """Whether a certificate with this one behind it is not due at once."""
+    return cross.not_valid_after_utc - now > renewal.before.of(renewal.validity)
+
+
+def cross_behind(
+    settings: Settings, authority: str, anchor: x509.Certificate, now: datetime
+) -> x509.Certificate | None:
+    """As `cross_of`; None also if it ends so soon that the certificates before it would be due for renewal at once."""
+    found = cross_of(settings, authority, anchor)
+    return found if found is not None and is_cross_long_enough(found, settings.renewal, now) else None
+
+
+def cross_of(settings: Settings, authority: str, anchor: x509.Certificate) -> x509.Certificate | None:
+    """The cross certificate of the CA that signs for an authority; None: the settings name none (SettingsError: a wrong one)."""
+    ours = settings.authorities.get(authority)
+    if ours is None or ours.cross is None:
+        return None
+    found = load_cross(ours.cross)
+    if found.subject != anchor.subject or spki(found.public_key()) != spki(anchor.public_key()):
+        want = f"a cross certificate for {name_text(anchor.subject)} and its key, which signs now"
+        raise SettingsError([SettingsProblem("", want, f"one for {name_text(found.subject)}", ours.cross)])
+    return found

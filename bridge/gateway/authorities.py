@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
 from bridge.ca import registry
-from bridge.ca.ca import CA, Answer, usages
+from bridge.ca.ca import CA, Answer, cross_of, is_cross_long_enough, usages
 from bridge.ca.registry import Configured
 from bridge.ca.retry import Rest
 from bridge.contract import (
@@ -29,7 +29,6 @@ from bridge.contract import (
     SignsMany,
 )
 from bridge.errors import BackendError, SettingsError, SettingsProblem
-from bridge.node import cross
 from bridge.pki import verify
 from bridge.pki.verify import Expectation, Verified
 from bridge.settings.tables import Settings
@@ -61,7 +60,7 @@ class AuthorityOfSigners:
         self.identity = ""  #: Our name at the CA, if it tells, as at the last look.
         self._renewal, self._signer = settings.renewal, self._anchors[0]
         # pods have each root in their bundle, and need none behind their certificates
-        self._cross = None if self._each_anchor_counts else cross.of(settings, self.name, self._signer)
+        self._cross = None if self._each_anchor_counts else cross_of(settings, self.name, self._signer)
         backend = self.ca.backend
         self.asks_validity = isinstance(backend, AsksValidity) and backend.asks_validity
         self.signs_many = isinstance(backend, SignsMany)
@@ -156,7 +155,7 @@ class AuthorityOfSigners:
     def _cross_behind(self, now: datetime) -> x509.Certificate | None:
         """The cross certificate, while it is long enough, and the CA that it was read for is still the one that signs."""
         found = self._cross
-        if found is None or self.anchors()[0] != self._signer or not cross.is_long_enough(found, self._renewal, now):
+        if found is None or self.anchors()[0] != self._signer or not is_cross_long_enough(found, self._renewal, now):
             return None
         return found
 

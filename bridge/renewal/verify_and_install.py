@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.ca.ca import RefusedByCheckError, UntrustedAnswerError
+from bridge.ca.ca import RefusedByCheckError, UntrustedAnswerError, cross_behind
 from bridge.contract import Issued, Pending
 from bridge.errors import (
     BackendUnavailableError,
@@ -23,7 +23,7 @@ from bridge.errors import (
     VerificationError,
     WaitingError,
 )
-from bridge.node import cross, kubeconfig, kubelet, pairs
+from bridge.node import kubeconfig, kubelet, pairs
 from bridge.node.inventory import Item, Node
 from bridge.pki import verify
 from bridge.pki.certificates import pem
@@ -104,7 +104,7 @@ def expectations(
                 shorter_allowed=settings.renewal.shorter == "allow",
                 intermediates_allowed=version is None or version >= FIRST_WITH_CHAINS,
                 extra_subject=settings.extra_subject(name),
-                cross=cross.behind(settings, name, anchors[0], now),
+                cross=cross_behind(settings, name, anchors[0], now),
             )
         except BridgeError as e:
             failed.append(outcome_of(item, e))

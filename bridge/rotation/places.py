@@ -12,8 +12,9 @@ from typing import ClassVar
 
 from cryptography import x509
 
+from bridge.ca.ca import load_cross
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
-from bridge.node import cross, endpoints, kubeconfig
+from bridge.node import endpoints, kubeconfig
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import identity
@@ -149,7 +150,7 @@ def _look(settings: Settings, node: Node, state: AuthorityState) -> Replaced:
     items = tuple(i for i in node.items if i.spec.authority == state.authority and i.certificates and not i.foreign)
     here = [*state.certificates, *(one for bundle in held.values() for one in bundle)]
     old = next((one for one in here if one != new), None) or _old_in_backups(Store(settings.node.state_dir), name, new)
-    change = Change(old or new, new, cross.load(Path(certified)) if certified is not None else None)
+    change = Change(old or new, new, load_cross(Path(certified)) if certified is not None else None)
     leaves = {item.spec.name: identity.anchor_of(item.certificates, (change.old, new)) for item in items}
     seen = Seen(bundle=state.certificates, kubeconfigs=held, leaves=leaves)
     return Replaced(state=state, change=change, seen=seen, items=items, confs={place: confs[place] for place in held})

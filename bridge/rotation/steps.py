@@ -12,13 +12,12 @@ from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
 from bridge.ca import registry
-from bridge.ca.ca import CA
+from bridge.ca.ca import CA, is_cross_long_enough
 from bridge.ca.retry import Rest
 from bridge.contract import Spends
 from bridge.control_plane import restart_plan
 from bridge.control_plane.restart_plan import ORDER, Reader
 from bridge.errors import BridgeError, Exit, Violation
-from bridge.node import cross
 from bridge.node.inventory import Node
 from bridge.pki.certificates import is_signed_by, load_pem_certificates, name_text, pem, spki
 from bridge.pki.expiry import minute
@@ -400,7 +399,7 @@ def violations(
     leaves = {item.spec.name: item.certificates[0] for item in one.items}
     if one.change.old != one.change.new:
         yield from new_ca_violations(one.change, leaves, others, now)
-        if one.change.cross is not None and not cross.is_long_enough(one.change.cross, settings.renewal, now):
+        if one.change.cross is not None and not is_cross_long_enough(one.change.cross, settings.renewal, now):
             want = f"later than renewal.before ({settings.renewal.before}) from now on, or no certificate gets it"
             got = minute(one.change.cross.not_valid_after_utc)
             yield Violation(subject="cross certificate's notAfter", want=want, got=got)

@@ -16,9 +16,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge import rotation
+from bridge.ca.ca import cross_behind
 from bridge.cli.options import utc_now
 from bridge.errors import SettingsError
-from bridge.node import cross, inventory, kubeconfig
+from bridge.node import inventory, kubeconfig
 from bridge.pki import expiry
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
@@ -337,8 +338,8 @@ def test_one_that_is_about_to_end_is_refused_and_left_out_of_renewals(settings: 
     )
     now_in_force = dataclasses.replace(settings.authorities["ca"], cross=Path(settings.authorities["ca"].next["cross"]))
     ours = dataclasses.replace(settings, authorities={**settings.authorities, "ca": now_in_force})
-    assert cross.behind(ours, "ca", change.new, utc_now()) == change.cross
-    assert cross.behind(ours, "ca", change.new, soon) is None
+    assert cross_behind(ours, "ca", change.new, utc_now()) == change.cross
+    assert cross_behind(ours, "ca", change.new, soon) is None
     leaf = load_pem_certificates((pki.pki_dir / "apiserver.crt").read_bytes())
     assert expiry.is_due(leaf, settings.renewal.before, settings.renewal.validity, soon)
     found = places.look(settings, inventory.of(settings.node), ["ca"])
