@@ -101,7 +101,7 @@ class CertificateSpec:
     by_node: bool = False  #: Its subject or SANs are one node's own; else all nodes' are alike.
     kubelets: bool = False  #: Its files are where the kubelet has its own, and not below `pki_dir`.
     by_flag: bool = False  #: Only where the component's manifest names a pair; without one the program makes its own.
-    #: Read again by its component without a restart, from the versions on that `control_plane.restart_plan` knows.
+    #: Read again by its component without a restart, from the versions on that `bridge.control_plane` knows.
     reloaded: bool = True
 
     @property

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bridge import monitoring
+from bridge import control_plane, monitoring
 from bridge.cli import renew
 from bridge.cli.options import (
     ZERO,
@@ -22,7 +22,7 @@ from bridge.cli.options import (
     utc_now,
 )
 from bridge.cli.printing import say, say_json, say_sentence, say_table, say_verdict
-from bridge.control_plane import kubelet_serving, proof, restart_plan, restarts
+from bridge.control_plane import kubelet_serving, proof, restarts
 from bridge.errors import Exit
 from bridge.node import inventory, pairs
 from bridge.renewal import serving
@@ -66,7 +66,9 @@ def print_restarts(report: restarts.RestartReport, settings: Settings, output: O
     directory = settings.node.kubeconfig_dir / "manifests"
     advice = {}
     if report.advised:
-        advice = {component.value: restart_plan.how(component, directory) for component in report.components}
+        advice = {
+            component.value: control_plane.how_to_restart(component, directory) for component in report.components
+        }
     if output is Output.JSON:
         what = {"advice": advice} if report.advised else {"restarted": [_entry(one) for one in report.done]}
         unknown = None if report.unknown is None else report.unknown.reason

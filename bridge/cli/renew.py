@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge import monitoring
+from bridge import control_plane, monitoring
 from bridge.cli.options import (
     ZERO,
     AllOrNothingOption,
@@ -29,7 +29,6 @@ from bridge.cli.options import (
 )
 from bridge.cli.printing import end_text, progress_shown, say, say_json, say_sentence, say_table
 from bridge.cli.results import about, errors_json, failed_json, print_errors, print_restart, report
-from bridge.control_plane import restart_plan
 from bridge.diagnosis import Finding, use
 from bridge.errors import Exit
 from bridge.node import inventory
@@ -169,13 +168,13 @@ class _Plan:
         selection = select(node, settings, options, now, desired=decide(node, settings, options))
         specs = [item.spec for item in selection.items]
         replaced = {spec.name for spec in specs}
-        reloading = restart_plan.reloading(node, settings.node)
+        reloading = control_plane.reloading(node, settings.node)
         return cls(
             selection=selection,
             drifted=list(use.of_files(node, settings)),
             cas=list(_about_cas(node, settings, now)),
             shorter=[item.spec.name for item in selection.items if shortened(item, settings, now)],
-            components=restart_plan.stale(specs, reloading, settings.restart.components),
+            components=control_plane.stale(specs, reloading, settings.restart.components),
             copies=[one for one in copies.look(settings, node) if one.error is not None or replaced & set(one.names)],
         )
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from bridge import control_plane
 from bridge.cli.options import Output
 from bridge.cli.printing import end_text, say, say_json, say_sentence, say_table, under_headings
-from bridge.control_plane import restart_plan
 from bridge.errors import BridgeError, WaitingError
 from bridge.node.inventory import Node
 from bridge.pki.certificates import name_text, serial_hex
@@ -56,7 +56,7 @@ def report(
 def stale(result: Result, node: Node, settings: Settings) -> list[Component]:
     """List what must be restarted to use what was replaced."""
     specs = [item.spec for item in node.items if item.spec.name in {o.name for o in result.renewed}]
-    return restart_plan.stale(specs, restart_plan.reloading(node, settings.node), settings.restart.components)
+    return control_plane.stale(specs, control_plane.reloading(node, settings.node), settings.restart.components)
 
 
 def _print_result(result: Result, node: Node, settings: Settings, now: datetime) -> None:
@@ -128,7 +128,7 @@ def print_restart(why: str, components: Sequence[Component], settings: Settings)
         say("\n")
         say_sentence(f"{why}, one at a time:")
     for component in components:
-        say_sentence(restart_plan.how(component, settings.node.kubeconfig_dir / "manifests"), "  ")
+        say_sentence(control_plane.how_to_restart(component, settings.node.kubeconfig_dir / "manifests"), "  ")
 
 
 def print_pairs(node: Node, names: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from urllib.parse import quote, urlsplit
 from cryptography import x509
 
 from bridge.cluster import ANONYMOUS, Client
+from bridge.control_plane import KUBELET_COPY, readers, reloading
 from bridge.control_plane.probes import (
     Check,
     Etcd,
@@ -31,7 +32,6 @@ from bridge.control_plane.probes import (
     leaf,
     text_of,
 )
-from bridge.control_plane.restart_plan import KUBELET_COPY, readers, reloading
 from bridge.node import endpoints, kubeconfig, kubelet, manifests, processes
 from bridge.node.endpoints import Address, Flags, Server
 from bridge.node.inventory import Item, Node

@@ -7,10 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from bridge.control_plane import checks
+from bridge.control_plane import ORDER, checks
 from bridge.control_plane.checks import Machine
 from bridge.control_plane.probes import Check, ProofState
-from bridge.control_plane.restart_plan import ORDER
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory
 from bridge.node.inventory import Node

@@ -13,7 +13,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from bridge.control_plane import checks, neighbours, probes, proof, restart_plan, static_pods
+from bridge import control_plane
+from bridge.control_plane import checks, neighbours, probes, proof, static_pods
 from bridge.control_plane.static_pods import Pod
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem
 from bridge.node import inventory, kubeconfig, manifests, pairs, processes
@@ -76,7 +77,7 @@ class Restarts:
     def all(self, components: Sequence[Component]) -> list[Restarted]:
         """Restart these until one fails; a result for each in their order, then for each other component that is not healthy."""
         out, left = [], []
-        for component in restart_plan.ORDER:
+        for component in control_plane.ORDER:
             if component in components:
                 error = obstacle(component, self.node, self.settings) or self._too_soon(component)
                 if error is not None:
@@ -220,7 +221,7 @@ class Restarts:
         if content is not None:
             parked_manifest.replace(manifests.path_of(component, settings.node.kubeconfig_dir), content)
         if component is Component.KUBELET:
-            take_copy(settings.node.kubeconfig_dir, restart_plan.KUBELET_COPY, self.store)
+            take_copy(settings.node.kubeconfig_dir, control_plane.KUBELET_COPY, self.store)
         name, timeout = component.value, settings.restart.timeout
         if failure := command_failure(name, command, {"CA_BRIDGE_COMPONENT": name}, timeout):
             raise RestartError(f"{name}: wanted to have it restarted, {failure}", hint="see [restart.commands]")
@@ -284,7 +285,7 @@ def _sentence(found: Mapping[Component, str]) -> str:
 
 
 def _present(node: Node) -> list[Component]:
-    return [c for c in restart_plan.ORDER if c in node.manifests or c is Component.KUBELET]
+    return [c for c in control_plane.ORDER if c in node.manifests or c is Component.KUBELET]
 
 
 # --- the times of the last restarts ----------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ class LastRestart:
 def restarted_since(store: Store, backup: Backup | None) -> list[Component]:
     """The components whose restart was begun after an installation, in order; None: its backup is gone."""
     times = _times(store)
-    return [c for c in restart_plan.ORDER if c in times and (backup is None or times[c].is_after(backup))]
+    return [c for c in control_plane.ORDER if c in times and (backup is None or times[c].is_after(backup))]
 
 
 def _times(store: Store) -> dict[Component, LastRestart]:
@@ -342,7 +343,7 @@ def obstacle(component: Component, node: Node, settings: Settings) -> Impossible
     if words := _command(component, settings):
         unsafe = unsafe_program(words)
         return None if unsafe is None else ImpossibleError(f"{component.value}: {unsafe}", hint=unsafe.hint)
-    advice = restart_plan.how(component, settings.node.kubeconfig_dir / "manifests")
+    advice = control_plane.how_to_restart(component, settings.node.kubeconfig_dir / "manifests")
     text = f"{component.value}: wanted its command in [restart.commands], found none"
     return ImpossibleError(text, hint=f"name one, or by hand: {advice}")
 
@@ -460,7 +461,7 @@ def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Co
         text = f"nothing is known of what runs here: wanted static-pod manifests in {place}, found none"
         return [], UnknownError(text)
     if wanted.which != "needed":
-        every = restart_plan.ORDER if node.is_worker else manifests.COMPONENTS
+        every = control_plane.ORDER if node.is_worker else manifests.COMPONENTS
         return [one for one in wanted.listed or every if one in _present(node)], None
     found = proof.look(node, settings, now)
     pairs = {item.spec.name for item in node.items if item.pair is not None and item.spec.component is None}

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from urllib.parse import urlsplit
 
+from bridge import control_plane
 from bridge.cluster import kubeadm
 from bridge.cluster.api import Api
-from bridge.control_plane import restart_plan, restarts
+from bridge.control_plane import restarts
 from bridge.diagnosis import Finding, from_error
 from bridge.diagnosis.installed import chain, end, is_named, key_of, server
 from bridge.errors import BridgeError
@@ -123,7 +124,7 @@ def _not_in_use(node: Node, settings: Settings, now: datetime) -> Iterator[Findi
     for one in in_use.late(settings, node, now):
         if one.component is not None:
             text = f"{one.component.value} was not seen to use the installed certificate: {one.what}: {one.detail}"
-            hint = restart_plan.how(one.component, settings.node.kubeconfig_dir / "manifests")
+            hint = control_plane.how_to_restart(one.component, settings.node.kubeconfig_dir / "manifests")
             yield Finding.warning("not-in-use", one.certificate, text, hint)
 
 
@@ -133,7 +134,7 @@ def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
     if restart.method == "none":
         return
     specs = [item.spec for item in node.items if item.managed and item.state == "present" and not item.foreign]
-    for component in restart_plan.stale(specs, restart_plan.reloading(node, settings.node), restart.components):
+    for component in control_plane.stale(specs, control_plane.reloading(node, settings.node), restart.components):
         key, words = f"restart.commands.{component.value}", restart.command(component)
         error = restarts.obstacle(component, node, settings)
         if error is not None:

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
-from bridge.control_plane import proof, restart_plan
+from bridge import control_plane
+from bridge.control_plane import proof
 from bridge.control_plane.probes import ProofState
 from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.control_plane.restarts import ImpossibleError, Restarted, Restarts, restarted_since
@@ -135,11 +136,11 @@ def _prove(run: Run, node: Node, unproven: NotProven) -> Activation:
 def _to_restart(run: Run, node: Node, unproven: NotProven) -> list[Component]:
     """The components to restart before the first look: none that reloads; of earlier runs and with "needed" only stale ones."""
     wanted = run.settings.restart.components
-    reloads = restart_plan.reloading(node, run.settings.node)
+    reloads = control_plane.reloading(node, run.settings.node)
     specs = {name: node.spec(name) for name in unproven.names} | _read_at_start(node, unproven)
     is_ours = {one.name: one.newest_run == run.record.run_id for one in unproven.certificates}
-    new = restart_plan.stale([specs[name] for name in unproven.names if is_ours[name]], reloads, wanted)
-    others = restart_plan.stale([specs[name] for name in unproven.names if not is_ours[name]], reloads, wanted)
+    new = control_plane.stale([specs[name] for name in unproven.names if is_ours[name]], reloads, wanted)
+    others = control_plane.stale([specs[name] for name in unproven.names if not is_ours[name]], reloads, wanted)
     old = {*others, *unproven.to_restart}
     stale: list[Component] = []
     is_looked_at = bool(node.manifests) or node.is_worker
@@ -150,7 +151,7 @@ def _to_restart(run: Run, node: Node, unproven: NotProven) -> list[Component]:
             new = [c for c in new if c in stale or (c is Component.KUBELET and not _has_read(report))]
     done = restarted_since(run.store, _backup_of(run, unproven, newest=True)) if old else []
     unseen = [c for c in old if c not in done and (c is Component.KUBELET or not is_looked_at)]
-    return [c for c in restart_plan.ORDER if c in new or (c in old and (c in stale or c in unseen))]
+    return [c for c in control_plane.ORDER if c in new or (c in old and (c in stale or c in unseen))]
 
 
 def _has_read(report: ProofReport) -> bool:
@@ -209,7 +210,7 @@ def _look(run: Run, unproven: NotProven, restarted: Sequence[Restarted]) -> tupl
 
     report = _look_until(run, counts)
     late = {f.component for f in report.wrong if f.state == "stale" and f.certificate in names}
-    more = [component for component in restart_plan.ORDER if component in late and component not in done]
+    more = [component for component in control_plane.ORDER if component in late and component not in done]
     if not more or run.settings.restart.components.which == "listed":
         return report, []
     again = _restart(run, run.read_node(), more, force=bool(unproven.stays))
@@ -488,7 +489,7 @@ def _restart_back(run: Run, unproven: NotProven) -> tuple[list[Component], list[
     """Restart the components that had been restarted, and those that reloaded the new files and still use them."""
     node = run.read_node()
     stale = proof.look(node, run.settings, run.now()).stale if node.manifests else []
-    components = [c for c in restart_plan.ORDER if c in unproven.to_restart or c in stale]
+    components = [c for c in control_plane.ORDER if c in unproven.to_restart or c in stale]
     return components, _restart(run, node, components, going_back=True)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, ClassVar
 
-from bridge.control_plane import restart_plan
+from bridge import control_plane
 from bridge.errors import BridgeError, Exit
 from bridge.node import processes
 from bridge.node.inventory import Node
@@ -34,13 +34,13 @@ class NotLiveError(BridgeError):
 def record_due(run: Run, done: Sequence[Outcome], file: StateFile[NotProven]) -> None:
     """Write down, before the installation, which certificates are in use only after a restart that an operator makes."""
     node, unproven = run.read_node(), file.read() or NotProven(certificates=())
-    reloads = restart_plan.reloading(node, run.settings.node)
+    reloads = control_plane.reloading(node, run.settings.node)
     rotating = {item.spec.name for item in node.items if item.rotates}
     here = running(node)
 
     def is_read_at_start(name: str) -> bool:
         spec = dataclasses.replace(node.spec(name), reloaded=node.spec(name).reloaded and name not in rotating)
-        return bool(here & set(restart_plan.stale([spec], reloads, Components("needed"))))
+        return bool(here & set(control_plane.stale([spec], reloads, Components("needed"))))
 
     unproven = unproven.live_on(node).with_installed(
         (one for one in done if is_read_at_start(one.name)), run.record.run_id
@@ -64,14 +64,14 @@ def finish(run: Run, node: Node, unproven: NotProven) -> tuple[NotProven, list[B
         certificates=tuple(one for one in live.certificates if one.newest_run in runs),
         to_restart=tuple(c for c in unproven.to_restart if c in {one.component for one in late}),
     )
-    reloads = restart_plan.reloading(node, run.settings.node)
-    users = {*restart_plan.stale(map(node.spec, live.names), reloads, Components("needed")), *unproven.to_restart}
+    reloads = control_plane.reloading(node, run.settings.node)
+    users = {*control_plane.stale(map(node.spec, live.names), reloads, Components("needed")), *unproven.to_restart}
     can_not_be_seen = users - {one.component for one in findings}  # a message says so once
-    components = [c for c in restart_plan.ORDER if c in can_not_be_seen or c in {one.component for one in late}]
+    components = [c for c in control_plane.ORDER if c in can_not_be_seen or c in {one.component for one in late}]
     if not components:
         return left, []
     manifests = run.settings.node.kubeconfig_dir / "manifests"
-    hint = "; ".join(restart_plan.how(component, manifests) for component in components)
+    hint = "; ".join(control_plane.how_to_restart(component, manifests) for component in components)
     names = ", ".join(component.value for component in components)
     seen = f": {sentence(late)}" if late else ""
     return left, [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cryptography import x509
 
-from bridge.control_plane import restart_plan
+from bridge import control_plane
 from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
@@ -59,15 +59,15 @@ def without_restart(node: Node, settings: Settings, items: Sequence[Item], now: 
         return []
     from bridge.control_plane import restarts  # noqa: PLC0415 (40 ms; only where components are restarted)
 
-    reloads = restart_plan.reloading(node, settings.node)
-    users = restart_plan.stale([item.spec for item in items], reloads, settings.restart.components)
+    reloads = control_plane.reloading(node, settings.node)
+    users = control_plane.stale([item.spec for item in items], reloads, settings.restart.components)
     obstacles = {c: _no_way(e) for c in users if (e := restarts.obstacle(c, node, settings)) is not None}
     return [
         outcome_of(item, obstacles[component])
         for item in items
         if (component := item.spec.component) in obstacles
         and not (item.certificates and first_end(item.renewable) <= now)
-        and component in restart_plan.stale([item.spec], reloads, settings.restart.components)
+        and component in control_plane.stale([item.spec], reloads, settings.restart.components)
     ]
 
 

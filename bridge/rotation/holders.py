@@ -21,8 +21,7 @@ from cryptography import x509
 
 from bridge.cluster import items, kubeadm, mapping
 from bridge.cluster.api import Api, NoAnswerError
-from bridge.control_plane import neighbours
-from bridge.control_plane.restart_plan import READS_AGAIN
+from bridge.control_plane import READS_AGAIN, neighbours
 from bridge.node import kubeconfig
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError

@@ -11,12 +11,12 @@ from datetime import datetime
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
+from bridge import control_plane
 from bridge.ca import registry
 from bridge.ca.ca import CA, is_cross_long_enough
 from bridge.ca.retry import Rest
 from bridge.contract import Spends
-from bridge.control_plane import restart_plan
-from bridge.control_plane.restart_plan import ORDER, Reader
+from bridge.control_plane import ORDER, Reader
 from bridge.errors import BridgeError, Exit, Violation
 from bridge.node.inventory import Node
 from bridge.pki.certificates import is_signed_by, load_pem_certificates, name_text, pem, spki
@@ -417,7 +417,7 @@ _KUBECONFIGS = ("controller-manager.conf", "scheduler.conf", KUBELET_CONF)
 def readers(node: Node, ca: Replaced) -> list[Reader]:
     """The components of this node that read the file of this CA at their start alone."""
     real = ca.state.path.resolve()
-    return [one for one in restart_plan.readers(node) if one.path.resolve() == real]
+    return [one for one in control_plane.readers(node) if one.path.resolve() == real]
 
 
 def _trust(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]) -> Result:

@@ -21,9 +21,10 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from bridge import control_plane
 from bridge.cli import components
 from bridge.cli.options import Output
-from bridge.control_plane import probes, restart_plan
+from bridge.control_plane import probes
 from bridge.control_plane.restarts import (
     ImpossibleError,
     Restarted,
@@ -51,7 +52,7 @@ from tests.kit.static_pod import interrupted
 
 _PEM = Encoding.PEM
 
-ETCD, APISERVER, MANAGER, SCHEDULER, KUBELET = restart_plan.ORDER
+ETCD, APISERVER, MANAGER, SCHEDULER, KUBELET = control_plane.ORDER
 HEALTHY = {ETCD: b'{"health":"true","reason":""}'}
 
 
@@ -187,7 +188,7 @@ def plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plane]:
         config = tmp_path / "kubelet.yaml"
         config.write_text(f"kind: KubeletConfiguration\nhealthzPort: {port}\n")
         monkeypatch.setattr(kubelet, "KUBELET_CONFIG", config)
-        monkeypatch.setattr(restart_plan, "KUBELET_COPY", tmp_path / "kubelet-client-current.pem")
+        monkeypatch.setattr(control_plane, "KUBELET_COPY", tmp_path / "kubelet-client-current.pem")
         yield plane
 
 
@@ -236,14 +237,14 @@ def test_settings_that_make_no_sense(text: str, key: str) -> None:
         (Components("needed"), {ETCD, APISERVER}, [MANAGER, SCHEDULER, KUBELET]),
         (Components("needed"), {APISERVER}, [ETCD, MANAGER, SCHEDULER, KUBELET]),
         (Components("needed"), {ETCD}, [APISERVER, MANAGER, SCHEDULER, KUBELET]),
-        (Components("needed"), set(), list(restart_plan.ORDER)),
-        (Components("all"), {ETCD, APISERVER}, list(restart_plan.ORDER)),
+        (Components("needed"), set(), list(control_plane.ORDER)),
+        (Components("all"), {ETCD, APISERVER}, list(control_plane.ORDER)),
         (Components("listed", (SCHEDULER, ETCD)), {ETCD, APISERVER}, [ETCD, SCHEDULER]),
     ],
 )
 def test_who_still_runs_on_old_files(components: Components, reloads: set[Component], wanted: list[Component]) -> None:
     """After a renewal of everything the list has all components, in the order of restarts."""
-    assert restart_plan.stale(SPECS.values(), reloads, components) == wanted
+    assert control_plane.stale(SPECS.values(), reloads, components) == wanted
 
 
 @pytest.mark.parametrize(
@@ -281,7 +282,7 @@ def test_each_is_trusted_to_reload_by_its_own_version(
             text = MANIFEST.format(name=component.value, tag=tag, flags="--v=2")
             (manifests / f"{component.value}.yaml").write_text(text)
     settings = NodeSettings(pki_dir=tmp_path / "pki", kubeconfig_dir=tmp_path, kubernetes_version=setting)
-    found = restart_plan.reloading(inventory.of(settings), settings)
+    found = control_plane.reloading(inventory.of(settings), settings)
     assert found == {one for one, reloads in ((APISERVER, apiserver_reloads), (ETCD, etcd_reloads)) if reloads}
 
 
@@ -291,7 +292,7 @@ def test_each_is_trusted_to_reload_by_its_own_version(
 @pytest.mark.rotation("an API server before /readyz")
 def test_each_is_asked_where_its_manifest_says(plane: Plane) -> None:
     """Its own path, on its own port; a wildcard address is asked on loopback."""
-    assert [plane.trouble(component) for component in restart_plan.ORDER] == [None] * 5
+    assert [plane.trouble(component) for component in control_plane.ORDER] == [None] * 5
     paths = {ETCD: "/health", APISERVER: "/readyz", MANAGER: "/healthz", SCHEDULER: "/healthz", KUBELET: "/healthz"}
     assert plane.asked == list(paths.items())
 
@@ -374,11 +375,11 @@ def test_a_kubelet_without_health_is_taken_as_healthy(plane: Plane, text: str, m
 def test_one_at_a_time_in_order(plane: Plane) -> None:
     """Components restart in the fixed order, however they were named; each has its line in the audit log."""
     done = plane.restart(SCHEDULER, KUBELET, ETCD, MANAGER, APISERVER)
-    assert [one.component for one in done] == list(restart_plan.ORDER)
+    assert [one.component for one in done] == list(control_plane.ORDER)
     assert [one.exit_code for one in done] == [Exit.DONE] * 5
-    assert plane.ran == [component.value for component in restart_plan.ORDER]
+    assert plane.ran == [component.value for component in control_plane.ORDER]
     events = list(audit.events(Store(plane.directory / "state"), None, None))
-    assert [(e["event"], e["name"]) for e in events] == [(audit.RESTARTED, c.value) for c in restart_plan.ORDER]
+    assert [(e["event"], e["name"]) for e in events] == [(audit.RESTARTED, c.value) for c in control_plane.ORDER]
 
 
 def test_never_twice_within_the_interval_unless_forced(plane: Plane) -> None:
@@ -536,8 +537,8 @@ def copy(plane: Plane) -> Path:
     dated = plane.directory / "kubelet-client-2026-11-25-09-10-40.pem"
     dated.write_bytes(b"".join(c.public_bytes(_PEM) for c in item.certificates))
     os.utime(dated, (0, 0))
-    restart_plan.KUBELET_COPY.symlink_to(dated)
-    return restart_plan.KUBELET_COPY
+    control_plane.KUBELET_COPY.symlink_to(dated)
+    return control_plane.KUBELET_COPY
 
 
 def test_a_kubelets_copy_of_an_old_certificate_is_taken_and_kept(
@@ -742,7 +743,7 @@ def test_with_no_method_it_prints_what_to_do(tmp_path: Path) -> None:
     assert run.returncode == Exit.NOT_LIVE
     assert re.findall(r"^  (\S+):", run.stdout, re.MULTILINE) == ["kube-scheduler", "kubelet"]
     as_json = bridge.run("restart", "all", "-o", "json")
-    assert list(json.loads(as_json.stdout)["advice"]) == [c.value for c in restart_plan.ORDER[:4]]
+    assert list(json.loads(as_json.stdout)["advice"]) == [c.value for c in control_plane.ORDER[:4]]
 
 
 def test_all_leaves_out_an_etcd_that_is_elsewhere(plane: Plane) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.control_plane import restart_plan
+from bridge import control_plane
 from bridge.node import kubeconfig, manifests
 from bridge.specs import Component
 from tests.kit import looking, nodes
@@ -71,9 +71,10 @@ class Site:
     def wait_until_well(self) -> None:
         """Each component says so, from where ca-bridge sees it."""
         look = (
-            "import sys; from pathlib import Path; from bridge.control_plane import probes, restart_plan; from bridge.node import inventory;"
+            "import sys; from pathlib import Path; from bridge import control_plane;"
+            "from bridge.control_plane import probes; from bridge.node import inventory;"
             "k = Path('/etc/kubernetes'); n = inventory.read(k / 'pki', k);"
-            "sys.exit(any(probes.trouble(c, n, k) for c in restart_plan.ORDER))"
+            "sys.exit(any(probes.trouble(c, n, k) for c in control_plane.ORDER))"
         )
         python = ("env", "-C", "/", sys.executable, "-c", look)
         wait_for("a healthy control plane", lambda: self.node.exec(*python, check=False).returncode == 0, seconds=330)
@@ -192,7 +193,7 @@ def test_all_are_restarted_in_order_and_come_back(site: Site) -> None:
     print(
         f"restarted: { {c.value: s for c, s in took.items()} }; without answer: {[round(gap, 1) for gap in seen.gaps]}"
     )
-    assert tuple(took) == restart_plan.ORDER[:4]
+    assert tuple(took) == control_plane.ORDER[:4]
     after = nodes.containers(site.node)
     assert [component for component in before if before[component] == after[component]] == []
     hung = [
