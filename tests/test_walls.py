@@ -287,7 +287,7 @@ def test_imports_only_point_down(module: str) -> None:
     [
         ("bridge.pki.verify", "from bridge.node import inventory"),
         ("bridge.pki.verify", "from bridge.system.files import lock"),
-        ("bridge.state.session", "def f():\n    from bridge.control_plane import static_pods"),
+        ("bridge.state.session", "def f():\n    from bridge.control_plane import restarts"),
         ("bridge.desk.desk", "import bridge.node.inventory"),
         ("bridge.renewal.renew", "from bridge.cli.app import app"),
         ("bridge.contract", "from bridge import pki"),

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge import control_plane
-from bridge.control_plane import checks, neighbours, probes, proof, static_pods
-from bridge.control_plane.static_pods import Pod
+from bridge.control_plane import checks, neighbours, probes, proof
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem
 from bridge.node import inventory, kubeconfig, manifests, pairs, processes
 from bridge.node.inventory import Node
@@ -24,10 +23,10 @@ from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import duration_text
 from bridge.settings.tables import Settings
 from bridge.specs import Component
-from bridge.state import audit, parked_manifest, session
+from bridge.state import audit, session, static_pods
 from bridge.state.backups import Backup
 from bridge.state.install import newest_number
-from bridge.state.parked_manifest import RestartError
+from bridge.state.static_pods import Pod, RestartError
 from bridge.state.store import Store
 from bridge.system.console import doing, log
 from bridge.system.files import write_atomically
@@ -219,7 +218,7 @@ class Restarts:
         command, content = _command(component, settings), self._content(component)
         _remember(component, self.store)
         if content is not None:
-            parked_manifest.replace(manifests.path_of(component, settings.node.kubeconfig_dir), content)
+            static_pods.replace(manifests.path_of(component, settings.node.kubeconfig_dir), content)
         if component is Component.KUBELET:
             take_copy(settings.node.kubeconfig_dir, control_plane.KUBELET_COPY, self.store)
         name, timeout = component.value, settings.restart.timeout

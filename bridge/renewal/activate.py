@@ -25,7 +25,6 @@ from bridge.control_plane import proof
 from bridge.control_plane.probes import ProofState
 from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.control_plane.restarts import ImpossibleError, Restarted, Restarts, restarted_since
-from bridge.control_plane.static_pods import StoppedError
 from bridge.errors import BridgeError, Exit, PostponedError
 from bridge.node.inventory import Node
 from bridge.pki.certificates import serial_hex
@@ -36,6 +35,7 @@ from bridge.specs import AUTHORITIES, CertificateSpec, Component
 from bridge.state import backups
 from bridge.state.obligations import NotProven, unproven_file
 from bridge.state.session import Run
+from bridge.state.static_pods import StoppedError
 from bridge.state.store import Outcome
 from bridge.system.console import log
 from bridge.system.state_file import StateError

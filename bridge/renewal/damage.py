@@ -22,7 +22,7 @@ from bridge.state.obligations import (
     unproven_file,
 )
 from bridge.state.open_requests import RENEWALS, USERS, file_of
-from bridge.state.parked_manifest import restart_file
+from bridge.state.static_pods import restart_file
 from bridge.state.store import Store
 from bridge.system.locks import lock
 from bridge.system.state_file import StateError, StateFile

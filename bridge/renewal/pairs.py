@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from bridge.control_plane import checks, static_pods
+from bridge.control_plane import checks
 from bridge.control_plane.probes import Verdict
 from bridge.control_plane.proof import ProofFinding
-from bridge.control_plane.static_pods import Pod
 from bridge.errors import BridgeError
 from bridge.node import processes
 from bridge.node.inventory import Item, Node
@@ -25,9 +24,10 @@ from bridge.node.manifests import pod_name
 from bridge.renewal.activate import RolledBackError, UnprovenError, backup_of
 from bridge.renewal.in_use import NotLiveError
 from bridge.settings.tables import Settings
-from bridge.state import audit, backups
+from bridge.state import audit, backups, static_pods
 from bridge.state.obligations import NotProven, UnprovenPair, pairs_file
 from bridge.state.session import Run
+from bridge.state.static_pods import Pod
 from bridge.state.store import Outcome, Store
 from bridge.system.console import doing, log
 from bridge.system.run_command import command_failure

@@ -1,1 +1,1 @@
-"""Memory, and the replacement of files: the state directory, the audit log, installation, backups."""
+"""Memory, and the replacement of files: the state directory, the audit log, installation, backups, static pods."""

@@ -21,7 +21,7 @@ from bridge.pki import csr, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, KUBELET_SERVER, SERVERS, is_pair_name
-from bridge.state import audit, copies, parked_manifest
+from bridge.state import audit, copies, static_pods
 from bridge.state.install import (
     CERTIFICATE_MASK,
     KEY_MASK,
@@ -499,13 +499,13 @@ def _left_out(backup: Backup, kubeconfig_dir: Path, store: Store) -> Iterator[No
     try:
         for path, text in _without_pairs(backup, kubeconfig_dir):
             before[path] = path.read_bytes()
-            parked_manifest.replace(path, text)
+            static_pods.replace(path, text)
         yield
     except (InstallError, OSError) as e:
         if not store.journal.exists():  # else `recover` may finish it
             with contextlib.suppress(OSError):  # what went wrong first is the cause
                 for path, text in before.items():
-                    parked_manifest.replace(path, text)
+                    static_pods.replace(path, text)
         if isinstance(e, OSError):
             raise InstallError(f"nothing was replaced: {e.filename}: {e.strerror}") from e
         raise

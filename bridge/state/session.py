@@ -18,7 +18,7 @@ from bridge.node.inventory import Node
 from bridge.pki.certificates import spki
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings, for_next
-from bridge.state import audit, install, parked_manifest
+from bridge.state import audit, install, static_pods
 from bridge.state.install import Recovery
 from bridge.state.open_requests import OpenRequests
 from bridge.state.store import Store
@@ -92,9 +92,7 @@ def alone(
     with recording(settings, wait) as (store, record):
         first_use = _assert_ours(settings, store)
         # a component whose manifest is away comes first: a fault of the files must not keep it down
-        found = [
-            recovery for step in (parked_manifest.recover, install.recover) if (recovery := step(store)) is not None
-        ]
+        found = [recovery for step in (static_pods.recover, install.recover) if (recovery := step(store)) is not None]
         for recovery in found:
             tell(recovery)
             record.add(audit.RECOVERED, result=str(recovery))

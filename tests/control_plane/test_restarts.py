@@ -40,7 +40,7 @@ from bridge.settings.load import parse
 from bridge.settings.tables import Components, NodeSettings, Settings, Version
 from bridge.specs import SPECS, Component
 from bridge.state import audit
-from bridge.state.parked_manifest import RestartError
+from bridge.state.static_pods import RestartError
 from bridge.state.store import Store
 from bridge.system.waiting import wait_until
 from tests.kit import cfssl

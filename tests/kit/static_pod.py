@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from bridge.control_plane.static_pods import Pod, restart
 from bridge.errors import BridgeError
 from bridge.specs import Component
+from bridge.state.static_pods import Pod, restart
 from bridge.state.store import Store
 from bridge.system.files import Attributes
 from tests.kit.tripwire import Act, Tripwire, kill

@@ -25,7 +25,6 @@ from bridge.control_plane.neighbours import LeaseHeldError, NeighbourError
 from bridge.control_plane.probes import ProofState
 from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.control_plane.restarts import Restarted, Restarts
-from bridge.control_plane.static_pods import StoppedError
 from bridge.errors import BridgeError, Exit
 from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
@@ -33,6 +32,7 @@ from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Components, Settings
 from bridge.specs import Component
 from bridge.state.install import MANIFEST
+from bridge.state.static_pods import StoppedError
 from bridge.state.store import Store
 from tests.kit.pki import PKI_SPECS, Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for

@@ -35,7 +35,7 @@ from bridge.renewal import serving
 from bridge.renewal.transaction import put_back_and_retire
 from bridge.settings import load
 from bridge.specs import SPECS, Component
-from bridge.state import install, parked_manifest
+from bridge.state import install, static_pods
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.loopback import free_port
 from tests.kit.pki import KubeadmPki, kubeadm_pki
@@ -300,7 +300,7 @@ def test_a_rollback_that_fails_leaves_the_flags(site: Site, monkeypatch: pytest.
     def read_only(*_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(site.pki.pki_dir))
 
-    for module, name in ((install, "_stage"), (parked_manifest, "exchange")):
+    for module, name in ((install, "_stage"), (static_pods, "exchange")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, read_only)
             with pytest.raises(install.InstallError, match=r"nothing was replaced: .*: Read-only file system"):

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from bridge.control_plane import static_pods
-from bridge.control_plane.static_pods import Pod, StoppedError, restart
 from bridge.errors import Exit
 from bridge.specs import Component
-from bridge.state.parked_manifest import RestartError, aside, recover, replace
+from bridge.state import static_pods
+from bridge.state.static_pods import Pod, RestartError, StoppedError, aside, recover, replace, restart
 from bridge.state.store import Store
 from bridge.system.state_file import StateDamagedError
 from tests.kit.static_pod import CONTENT, TIMEOUT, Site, attempt, interrupted
