@@ -20,8 +20,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
-from bridge.ca import registry
-from bridge.ca.ca import CA, UntrustedAnswerError, cross_behind
+from bridge.ca import CA, UntrustedAnswerError, cross_behind, registry
 from bridge.ca.installed import owe_putting_away, put_away
 from bridge.ca.retry import Outage
 from bridge.contract import Carries, Collects, Continuity, Issued, Pending

@@ -18,8 +18,7 @@ from typing import Any, Literal, get_args
 
 from cryptography import x509
 
-from bridge.ca import registry
-from bridge.ca.ca import signer_of
+from bridge.ca import registry, signer_of
 from bridge.errors import BridgeError, Exit
 from bridge.node import pairs
 from bridge.node.kubeadm_config import ExternalEtcd, KubeadmConfig, KubeadmConfigError, parse_documents, read_file

@@ -1,1 +1,462 @@
-"""Asking CAs: which backend is for which authority, retries, what is proven of one before and after it signs."""
+"""One CA at work: checked, asked, collected from, and its answers proven; beside this its backend, and when it is asked again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.x509.verification import VerificationError as NoPathError
+
+from bridge.ca import registry
+from bridge.ca.registry import Configured
+from bridge.ca.retry import Outage, Retry, T
+from bridge.contract import (
+    Advises,
+    Backend,
+    Checks,
+    ChecksWhole,
+    Collects,
+    CollectsAll,
+    CredentialEnd,
+    Identifies,
+    Issued,
+    ListsIssuers,
+    ListsIssuersOf,
+    ListsRevoked,
+    Pending,
+    PutsAway,
+    Recalls,
+    RecallsIfAllowed,
+    Revocation,
+    Revokes,
+    RevokesProven,
+    SignRequest,
+    SignsMany,
+    Spends,
+    TellsEnds,
+    TellsRevoked,
+    Wanted,
+)
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    BridgeError,
+    SettingsError,
+    SettingsProblem,
+    VerificationError,
+    Violation,
+)
+from bridge.pki import verify
+from bridge.pki.certificates import fingerprint, load_pem_certificates, name_text, spki
+from bridge.pki.csr import subject_line
+from bridge.pki.verify import Expectation, Verified
+from bridge.settings.tables import RenewalSettings, Settings
+from bridge.specs import CertificateSpec
+from bridge.system.console import log
+from bridge.system.paths import own_text
+from bridge.system.waiting import workers
+
+#: Requests to one CA at a time. A desk's lot has more, since OpenBao with its storage on disk signs a quarter more
+#: then; for a node's few certificates, further connections cost more than they bring.
+PARALLEL_REQUESTS, PARALLEL_REQUESTS_OF_LOT = 4, 8
+_LOT = 25
+
+Answer = Issued | Pending | BackendError
+Answered = tuple[SignRequest, Answer]
+
+
+class UntrustedAnswerError(BackendRefusedError):
+    """A refusal or a wrong certificate that another user may have written: it ends no request."""
+
+    hint = (
+        "other users may have written that, so the request and its key are kept, and a good answer is still installed; "
+        "`ca-bridge pending cancel NAME` gives them up"
+    )
+
+
+class RefusedByCheckError(BackendRefusedError):
+    """The CA would sign another certificate than we need, so it was not asked."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class CA:
+    """One authority's CA, from any thread."""
+
+    label: str  #: For messages, such as `corp (vault)`.
+    backend: Backend | None  #: None: it can't be opened, for which `trouble` has the reason.
+    retry: Retry
+    authority: str = ""  #: For which it is asked.
+    trouble: BridgeError | None = None  #: Why this CA can't be used at all.
+    #: Errors about certificates that it would sign wrongly, by name.
+    wrong: Mapping[str, BridgeError] = field(default_factory=dict)
+    identity: str | None = None  #: Our name at the CA, if it tells.
+    certificates: tuple[x509.Certificate, ...] = ()  #: The CA's own, if it tells; the one that signs is the first.
+    #: When what we log in with ends, by the settings' key, where this was asked.
+    ends: Mapping[str, CredentialEnd] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, configured: Configured, retry: Retry | None = None) -> CA:
+        """Open the backend; the CA is not asked yet."""
+        retry = retry or Outage(configured.settings.retry_for, configured.label)
+        return cls(label=configured.label, authority=configured.authority, backend=configured.open(), retry=retry)
+
+    @classmethod
+    def reach(
+        cls,
+        configured: Configured,
+        specs: Sequence[CertificateSpec],
+        expected: Callable[[CA], Expectation],
+        tell: Callable[[str], None] = lambda text: log.info("%s", text),
+        opened: Backend | None = None,
+    ) -> CA:
+        """Open a backend, and ask what can be asked before a signature is spent; an error is part of the answer."""
+        ca = cls(
+            label=configured.label,
+            authority=configured.authority,
+            backend=opened,
+            retry=Outage(configured.settings.retry_for, configured.label, tell),
+        )
+        try:
+            ca.backend = opened or configured.open()
+            ca.look(specs, expected)
+        except BridgeError as e:
+            ca.trouble = e
+        except OSError as e:
+            ca.trouble = _failed(ca.label, e)
+        return ca
+
+    def look(self, specs: Sequence[CertificateSpec], expected: Callable[[CA], Expectation]) -> None:
+        """Find out whether it is the right CA, and what it would sign wrongly."""
+        self.certificates = self.issuers()
+        wanted = expected(self)
+        if self.certificates:
+            assert_right_ca(self.certificates, wanted)
+        self.wrong = self._question(lambda: usages(self.backend, specs))
+        self.identity = self.ask_identity()
+
+    def preflight(
+        self, specs: Sequence[CertificateSpec], wanted: Sequence[Wanted], expected: Expectation | None
+    ) -> Mapping[str, BridgeError]:
+        """As the function `preflight`, and by all that the CA lets us see of profiles and roles for what is `wanted`."""
+        backend = self.opened()
+        found: dict[str, BridgeError] = dict(self._question(lambda: preflight(backend, specs, expected)))
+        if isinstance(backend, ChecksWhole) and wanted:
+            return {**self._question(lambda: whole(backend, wanted)), **found}
+        return found
+
+    def ask_identity(self) -> str | None:
+        """Our name at the CA, for the audit log; None: the CA does not tell."""
+        with contextlib.suppress(BackendError):
+            return (self.backend.identity() or None) if isinstance(self.backend, Identifies) else None
+        return None
+
+    def ask_ends(self, table: str) -> dict[str, CredentialEnd]:
+        """The ends of our credentials, by the settings' key below `table`; none where the CA does not show them."""
+        backend = self.backend
+        if self.trouble is not None or not isinstance(backend, TellsEnds):
+            return {}
+        if isinstance(backend, Spends) and backend.spends():
+            return {}
+        with contextlib.suppress(BackendError):
+            return {f"{table}.{one.key}": one for one in backend.credential_ends()}
+        return {}
+
+    def issuers(self) -> tuple[x509.Certificate, ...]:
+        """The CA's own certificates, the one that signs first; none: this CA does not tell."""
+        backend = self.backend
+        if isinstance(backend, ListsIssuersOf):
+            return tuple(self._question(lambda: backend.issuers_of(self.authority)))
+        return tuple(self._question(backend.issuers)) if isinstance(backend, ListsIssuers) else ()
+
+    def error(self, name: str) -> BridgeError | None:
+        """Why this certificate can't be asked for."""
+        return self.trouble or self.wrong.get(name)
+
+    def advice(self, spec: CertificateSpec) -> str:
+        """The hint for an error about a certificate that is not what was asked for."""
+        return advice(self.backend, spec)
+
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    def ask(
+        self, requests: Sequence[SignRequest], done: Callable[[Sequence[Answered]], None] = lambda _: None
+    ) -> Sequence[Answer]:
+        """Have the CA sign, all at once if it can; `done` gets the answers as they come, from several threads."""
+        backend = self.opened()
+        if isinstance(backend, SignsMany):
+            answers = self._ask_many(backend, requests)
+            done(list(zip(requests, answers, strict=True)))
+            return answers
+
+        def sign(request: SignRequest) -> Answer:
+            answer = self.ask_one(request)
+            done([(request, answer)])
+            return answer
+
+        if len(requests) == 1:
+            return [sign(requests[0])]
+        with workers(PARALLEL_REQUESTS if len(requests) < _LOT else PARALLEL_REQUESTS_OF_LOT) as pool:
+            return list(pool.map(sign, requests))
+
+    def ask_one(self, request: SignRequest) -> Answer:
+        """Have the CA sign one; a backend's error is an answer."""
+        backend = self.opened()
+        try:
+            return self._question(lambda: backend.sign(request))
+        except BackendError as e:
+            return e
+
+    def _ask_many(self, backend: SignsMany, requests: Sequence[SignRequest]) -> Sequence[Answer]:
+        tries = list[datetime]()
+
+        def sign() -> Sequence[Answer]:
+            known: Sequence[Issued | None] = [None] * len(requests)
+            if tries and isinstance(backend, Recalls):  # a CA that broke off may have signed some of them
+                known = backend.recall(requests, tries[0])
+            tries.append(datetime.now(UTC))
+            rest = [request for request, one in zip(requests, known, strict=True) if one is None]
+            answers = backend.sign_many(rest) if rest else ()
+            if len(answers) != len(rest):
+                raise BridgeError(f"wanted {len(rest)} answers of the backend, got {len(answers)}: a bug in it")
+            others = iter(answers)
+            return [one if one is not None else next(others) for one in known]
+
+        try:
+            return self._question(sign)
+        except BackendError as e:
+            e.is_for_all = True
+            return [e] * len(requests)
+
+    def collect(self, request: SignRequest, reference: str, expected: Expectation) -> Answer:
+        """Ask for the answer that the CA owes; a backend's error is an answer."""
+        backend, name = self.backend, request.spec.name
+        if not isinstance(backend, Collects):
+            raise BridgeError(f'{self.label}: answered {name} with "later", and can\'t be asked later: a bug in it')
+        try:
+            return self._question(lambda: _collected(backend, request, reference, expected))
+        except BackendError as e:
+            return e
+
+    def tells(self) -> bool:
+        """Whether the CA tells what it has signed for a run that was killed, as `recall` finds it."""
+        backend = self.backend
+        if isinstance(backend, RecallsIfAllowed):
+            return self._question(backend.may_recall)
+        return isinstance(backend, Recalls)
+
+    def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
+        """Look for what the CA signed for an earlier run that could not take the answer, in the requests' order; None: not known."""
+        backend = self.backend
+        if not requests or not isinstance(backend, Recalls):
+            return [None] * len(requests)
+        return self._question(lambda: backend.recall(requests, since))
+
+    def verified(self, answer: Issued, request: SignRequest, expected: Expectation) -> Verified:
+        """Prove an answer; an error's hint says where to look at this CA."""
+        try:
+            return verify.check(answer, request, expected)
+        except VerificationError as e:
+            e.hint = self.advice(request.spec)
+            raise
+
+    def put_away(self, reference: str) -> None:
+        """Let the backend remove answers that are installed."""
+        backend = self.backend
+        if isinstance(backend, PutsAway):
+            self._question(lambda: backend.put_away(reference))
+
+    # --- revoking -----------------------------------------------------------------------------------------------------
+
+    @property
+    def can_revoke(self) -> bool:
+        """Whether the backend can revoke."""
+        return isinstance(self.backend, Revokes)
+
+    def revoke(self, certificate: x509.Certificate) -> None:
+        """Revoke a certificate of this CA, which `can_revoke`."""
+        backend = self.backend
+        if isinstance(backend, Revokes):
+            self._question(lambda: backend.revoke(certificate))
+
+    @property
+    def wants_proof(self) -> bool:
+        """Whether the backend revokes for one that proves to hold the successor alone."""
+        return isinstance(self.backend, RevokesProven)
+
+    def revoke_proven(self, revocation: Revocation) -> None:
+        """Revoke a superseded certificate at a CA that `wants_proof`."""
+        backend = self.backend
+        if isinstance(backend, RevokesProven):
+            self._question(lambda: backend.revoke_proven(revocation))
+
+    @property
+    def tells_revoked(self) -> bool:
+        """Whether this CA says which of its certificates are revoked."""
+        return isinstance(self.backend, TellsRevoked)
+
+    def is_revoked(self, certificate: x509.Certificate) -> bool:
+        """Whether the CA has revoked it; False where this CA can't tell."""
+        backend = self.backend
+        return isinstance(backend, TellsRevoked) and self._question(lambda: backend.is_revoked(certificate))
+
+    def revoked(self) -> Collection[int] | None:
+        """The serial numbers of all that the CA has revoked; None: it lists none for us, see `is_revoked`."""
+        backend = self.backend
+        return self._question(backend.revoked) if isinstance(backend, ListsRevoked) else None
+
+    def close(self) -> None:
+        """Close the backend."""
+        if self.backend is not None:
+            registry.close(self.backend)
+
+    def _question(self, question: Callable[[], T]) -> T:
+        """Ask by the retry policy; a backend that fails by itself counts as unavailable, so that other CAs go on."""
+        try:
+            return self.retry.ask(question)
+        except OSError as e:
+            raise _failed(self.label, e) from e
+
+    def opened(self) -> Backend:
+        """The backend; the error that kept it from being opened."""
+        if self.backend is None:
+            raise self.trouble or AssertionError("a CA without a backend has a reason for it")
+        return self.backend
+
+
+def _failed(label: str, error: OSError) -> BackendUnavailableError:
+    return BackendUnavailableError(f"{label}: {error}")
+
+
+def signer_of(configured: Configured, retry: Retry | None = None) -> tuple[x509.Certificate, ...]:
+    """The certificate that signs at this CA, if it tells; not those above it: a company's root signs for others, too."""
+    with contextlib.closing(CA.of(configured, retry)) as ca:
+        return ca.issuers()[:1]
+
+
+def _collected(
+    backend: Collects, request: SignRequest, reference: str, expected: verify.Expectation
+) -> Issued | Pending:
+    """The CA's answer; of several candidates, the first that passes. Errors as `Collects`, or an UntrustedAnswerError."""
+    if not isinstance(backend, CollectsAll):
+        return backend.collect(request, reference)
+    wrong: list[VerificationError] = []
+    for issued in backend.candidates(request, reference):
+        error = verify.error_of(issued, request, expected)
+        if error is None:
+            backend.accepted(request, reference)
+            return issued
+        wrong.append(error)
+    if wrong:
+        more = f" ({len(wrong)} certificates, none of which passes)" if len(wrong) > 1 else ""
+        raise UntrustedAnswerError(f"{wrong[0].reason}{more}")
+    try:
+        return backend.collect(request, reference)
+    except BackendRefusedError as e:
+        if backend.authenticated:
+            raise
+        raise UntrustedAnswerError(str(e)) from e
+
+
+# --- before a signature is spent --------------------------------------------------------------------------------------
+
+
+def preflight(
+    backend: Backend, specs: Sequence[CertificateSpec], expected: verify.Expectation | None
+) -> dict[str, RefusedByCheckError]:
+    """
+    Look for what would go wrong, before a signature is spent: errors by certificate name; without specs at the CA
+    alone, without `expected` at the usages alone (BackendRefusedError: another CA, or it rejects us).
+    """
+    if expected is not None and isinstance(backend, ListsIssuers) and (issuers := backend.issuers()):
+        assert_right_ca(issuers, expected)
+    return usages(backend, specs)
+
+
+def usages(backend: object, specs: Sequence[CertificateSpec]) -> dict[str, RefusedByCheckError]:
+    """Find which certificates the CA would sign with other usages; errors by certificate name."""
+    return _errors(backend, specs, backend.check(specs) if specs and isinstance(backend, Checks) else {})
+
+
+def whole(backend: ChecksWhole, wanted: Sequence[Wanted]) -> dict[str, RefusedByCheckError]:
+    """Find what a CA would refuse, or answer in vain, by all that it lets us see of a profile or role; errors by name."""
+    return _errors(backend, [one.spec for one in wanted], backend.check_whole(wanted))
+
+
+def _errors(
+    backend: object, specs: Sequence[CertificateSpec], found: Mapping[str, Sequence[Violation]]
+) -> dict[str, RefusedByCheckError]:
+    by_name = {spec.name: spec for spec in specs}
+    return {name: RefusedByCheckError("; ".join(map(str, violations)), hint=advice(backend, by_name[name]))
+            for name, violations in found.items() if violations}  # fmt: skip
+
+
+def advice(backend: object, spec: CertificateSpec) -> str:
+    """The hint for an error about a certificate that is not what was asked for."""
+    return backend.advice(spec) if isinstance(backend, Advises) else VerificationError.hint
+
+
+def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expectation) -> None:
+    """Compare a CA with the node's trust anchor."""
+    anchor = expected.anchors[0]
+    with contextlib.suppress(NoPathError):
+        verify.verified_path(issuers[0], issuers[1:], anchor, expected.now)
+        return
+    got = f"{subject_line(issuers[0])}, SHA-256 {fingerprint(issuers[0])[:16]}…"
+    hint = "the mount, label, URL or directory of this authority may be another one's"
+    try:
+        if not verify.is_valid_at(issuers[0], expected.now):
+            got += f", valid only {verify.validity_text(issuers[0], expected.now)}"
+            hint = "have the CA certificate renewed, or correct this node's clock"
+    except ValueError as e:
+        got += f", whose dates can't be read: {e}"
+    raise BackendRefusedError(
+        f"wanted the CA of {expected.anchor_name} ({subject_line(anchor)}, SHA-256 {fingerprint(anchor)[:16]}…), got {got}",
+        hint=hint,
+    )
+
+
+# --- the certificate that an earlier CA gave to the one that signs now, which goes behind each new one -------------------
+
+
+def load_cross(path: Path) -> x509.Certificate:
+    """Read the file that a setting names (SettingsError: it is not there, others can change it, or it has not one certificate)."""
+    what = "a cross certificate: the CA's name and key, certified by the CA before it"
+    hint = "the administrator of the earlier CA makes it; without it take `cross` out of the settings"
+    text = own_text(path, what, hint)
+    try:
+        found = load_pem_certificates(text.encode())
+    except ValueError as e:
+        raise SettingsError([SettingsProblem("", what, str(e), path)]) from None
+    if len(found) != 1:
+        raise SettingsError([SettingsProblem("", what, f"{len(found)} certificates", path)])
+    return found[0]
+
+
+def is_cross_long_enough(cross: x509.Certificate, renewal: RenewalSettings, now: datetime) -> bool:
+    """Whether a certificate with this one behind it is not due at once."""
+    return cross.not_valid_after_utc - now > renewal.before.of(renewal.validity)
+
+
+def cross_behind(
+    settings: Settings, authority: str, anchor: x509.Certificate, now: datetime
+) -> x509.Certificate | None:
+    """As `cross_of`; None also if it ends so soon that the certificates before it would be due for renewal at once."""
+    found = cross_of(settings, authority, anchor)
+    return found if found is not None and is_cross_long_enough(found, settings.renewal, now) else None
+
+
+def cross_of(settings: Settings, authority: str, anchor: x509.Certificate) -> x509.Certificate | None:
+    """The cross certificate of the CA that signs for an authority; None: the settings name none (SettingsError: a wrong one)."""
+    ours = settings.authorities.get(authority)
+    if ours is None or ours.cross is None:
+        return None
+    found = load_cross(ours.cross)
+    if found.subject != anchor.subject or spki(found.public_key()) != spki(anchor.public_key()):
+        want = f"a cross certificate for {name_text(anchor.subject)} and its key, which signs now"
+        raise SettingsError([SettingsProblem("", want, f"one for {name_text(found.subject)}", ours.cross)])
+    return found

@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
-from bridge.ca.ca import preflight
+from bridge.ca import preflight
 from bridge.contract import (
     Backend,
     Carries,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 
-from bridge.ca import registry
-from bridge.ca.ca import CA
+from bridge.ca import CA, registry
 from bridge.errors import BackendError, SettingsError
 from bridge.settings.tables import Settings
 from bridge.state.obligations import Collected, collected_file

@@ -22,8 +22,7 @@ from typing import Protocol
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
-from bridge.ca import registry
-from bridge.ca.ca import CA, PARALLEL_REQUESTS, Answer, UntrustedAnswerError
+from bridge.ca import CA, PARALLEL_REQUESTS, Answer, UntrustedAnswerError, registry
 from bridge.contract import Collects, Issued, Pending, SignRequest, SignsMany
 from bridge.desk import approval
 from bridge.desk.approval import Standing, UndecidedError

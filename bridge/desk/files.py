@@ -18,8 +18,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from bridge.ca import registry
-from bridge.ca.ca import signer_of
+from bridge.ca import registry, signer_of
 from bridge.ca.retry import Rest
 from bridge.contract import Issued
 from bridge.desk import csr_directory, node_inventory

@@ -9,8 +9,7 @@ from datetime import datetime
 
 from cryptography import x509
 
-from bridge.ca import registry
-from bridge.ca.ca import CA
+from bridge.ca import CA, registry
 from bridge.contract import Revocation
 from bridge.desk.desk import at_once
 from bridge.desk.policy import Policy, node_problems

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from bridge.ca import registry
-from bridge.ca.ca import CA
+from bridge.ca import CA, registry
 from bridge.ca.retry import Rest
 from bridge.contract import Backend, ListsIssuers, Spends, TellsTime, Wanted
 from bridge.diagnosis import Finding, Level, from_error

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.ca import registry
-from bridge.ca.ca import signer_of
+from bridge.ca import registry, signer_of
 from bridge.ca.retry import Rest
 from bridge.desk import files as desk_files
 from bridge.desk.policy import Policy

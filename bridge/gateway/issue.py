@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
-from bridge.ca.ca import UntrustedAnswerError
+from bridge.ca import UntrustedAnswerError
 from bridge.cluster.api import NoAnswerError
 from bridge.contract import Continuity, Issued, Names, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, LocalFileError, VerificationError

@@ -12,8 +12,7 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 
-from bridge.ca import registry
-from bridge.ca.ca import CA
+from bridge.ca import CA, registry
 from bridge.contract import AsksValidity, Backend, Carries, Collects, Issued, Pending, SignRequest, SignsMany
 from bridge.errors import BridgeError, Exit, VerificationError
 from bridge.node.inventory import Item

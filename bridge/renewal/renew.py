@@ -14,8 +14,7 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 
-from bridge.ca import registry
-from bridge.ca.ca import CA
+from bridge.ca import CA, registry
 from bridge.contract import Carries, CollectsAll, Issued, Pending, Spends
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.node.inventory import Item, Node

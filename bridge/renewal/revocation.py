@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Sequence
 
-from bridge.ca import registry
-from bridge.ca.ca import CA
+from bridge.ca import CA, registry
 from bridge.contract import Revocation
 from bridge.errors import BackendUnavailableError, BridgeError, LocalFileError
 from bridge.node.inventory import Node

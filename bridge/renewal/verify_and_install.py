@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.ca.ca import RefusedByCheckError, UntrustedAnswerError, cross_behind
+from bridge.ca import RefusedByCheckError, UntrustedAnswerError, cross_behind
 from bridge.contract import Issued, Pending
 from bridge.errors import (
     BackendUnavailableError,

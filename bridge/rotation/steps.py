@@ -12,8 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
 from bridge import control_plane
-from bridge.ca import registry
-from bridge.ca.ca import CA, is_cross_long_enough
+from bridge.ca import CA, is_cross_long_enough, registry
 from bridge.ca.retry import Rest
 from bridge.contract import Spends
 from bridge.control_plane import ORDER, Reader

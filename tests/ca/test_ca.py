@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography import x509
 
-from bridge.ca.ca import CA
+from bridge.ca import CA
 from bridge.ca.retry import Outage, Rest
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError

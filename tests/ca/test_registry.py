@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from bridge.ca import registry
-from bridge.ca.ca import CA
+from bridge.ca import CA, registry
 from bridge.ca.retry import Outage
 from bridge.contract import (
     ENTRY_POINT_GROUP,

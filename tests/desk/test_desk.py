@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 
 from backends import openssl
 from backends.vault import setup as vault_setup
-from bridge.ca import ca, registry
+from bridge.ca import PARALLEL_REQUESTS_OF_LOT, registry
 from bridge.cli import desk as cli_desk
 from bridge.cli.app import app
 from bridge.contract import Issued, Pending, Recalls
@@ -621,7 +621,7 @@ def test_an_answer_that_has_become_old_is_not_given_again(desk_: Desk, pki: Pki,
     ("module", "function", "before"),
     [
         ("state.open_requests", "RequestLog._append", False),  # the open requests
-        ("ca.ca", "CA.ask", False),  # signed, and not written down
+        ("ca", "CA.ask", False),  # signed, and not written down
         ("desk.desk", "Desk._verify", True),  # signed and written down
         ("system.many", "_File.write", False),  # one answer is written, and not on disk
         ("system.many", "_File.put_in_place", True),  # all are on disk
@@ -953,7 +953,7 @@ def test_a_killed_run_asks_again_only_for_what_was_on_its_way(
     assert "can't tell what it has signed for a killed run: it is asked again for " in again.stderr
     calls = (tmp_path / "people/calls").read_text().splitlines()
     assert len(set(calls)) == 40
-    assert 40 <= len(calls) <= 40 + ca.PARALLEL_REQUESTS_OF_LOT
+    assert 40 <= len(calls) <= 40 + PARALLEL_REQUESTS_OF_LOT
 
 
 def no_delivery(_: AnswerBundle) -> desk.Delivery:

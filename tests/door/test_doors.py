@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from bridge.ca.ca import CA
+from bridge.ca import CA
 from bridge.contract import Issued
 from bridge.desk.records import Journal, Submitted
 from bridge.door.doors import (
@@ -274,7 +274,7 @@ def test_what_people_approved_by_est_outlives_the_door_that_has_begun_it(
     tls = Tls(signer=people, directory=tmp_path, ca=first.ca, server_cert=first.certificate, server_key=first.key)
     team = Team(desk=desk, door=first, tls=tls, signer=people)
     alice = team.agent("alice")
-    first.start([sys.executable, str(killing(tmp_path, "ca.ca", "CA.ask", before=False))])
+    first.start([sys.executable, str(killing(tmp_path, "ca", "CA.ask", before=False))])
     waiting = [est.enrol(csr, agent)]
     [asked] = wait_until(
         lambda: team.ask(alice, "GET", "/v1/approvals").document["requests"], bool, _PATIENCE, pause_seconds=0.2

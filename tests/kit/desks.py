@@ -27,7 +27,7 @@ masters = ["super-admin.conf"]
 SIGNING_STEPS = (
     ("door.doors", "Doors.begin", False),  # it is about to be signed
     ("state.open_requests", "RequestLog._append", False),  # what the CA is asked is in the journal
-    ("ca.ca", "CA.ask", False),  # signed, and not written down
+    ("ca", "CA.ask", False),  # signed, and not written down
     ("desk.desk", "Desk._verify", True),  # signed and in the journal
     ("system.many", "_sync_directories", False),  # in the archive
     ("door.store", "Memory.conclude", True),  # as before

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bridge import entry
-from bridge.ca.ca import CA
+from bridge.ca import CA
 from bridge.ca.retry import Outage
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BackendError
