@@ -146,7 +146,9 @@ class CA:
         backend = self.opened()
         found: dict[str, BridgeError] = dict(self._question(lambda: preflight(backend, specs, expected)))
         if isinstance(backend, ChecksWhole) and wanted:
-            return {**self._question(lambda: whole(backend, wanted)), **found}
+            all_specs = [one.spec for one in wanted]
+            refused = self._question(lambda: _errors(backend, all_specs, backend.check_whole(wanted)))
+            return {**refused, **found}
         return found
 
     def ask_identity(self) -> str | None:
@@ -380,11 +382,6 @@ def preflight(
 def usages(backend: object, specs: Sequence[CertificateSpec]) -> dict[str, RefusedByCheckError]:
     """Find which certificates the CA would sign with other usages; errors by certificate name."""
     return _errors(backend, specs, backend.check(specs) if specs and isinstance(backend, Checks) else {})
-
-
-def whole(backend: ChecksWhole, wanted: Sequence[Wanted]) -> dict[str, RefusedByCheckError]:
-    """Find what a CA would refuse, or answer in vain, by all that it lets us see of a profile or role; errors by name."""
-    return _errors(backend, [one.spec for one in wanted], backend.check_whole(wanted))
 
 
 def _errors(

@@ -21,9 +21,9 @@ from bridge.cli.options import Common, command, duration_option, utc_now
 from bridge.cli.printing import say, say_usage
 from bridge.errors import BridgeError
 from bridge.node import inventory
-from bridge.node.expiry_report import ExpiryReport, Limit, Row, ca_limit, report
+from bridge.node.expiry_report import ExpiryReport, Limit, Row, report
 from bridge.node.inventory import Node
-from bridge.pki.expiry import minute, residual, seconds_left
+from bridge.pki.expiry import CA_ENDS_SOON, minute, residual, seconds_left
 from bridge.settings.tables import Settings
 from bridge.state.store import Store
 from bridge.system.console import ROOT_HINT, lacks_rights, log, print_error
@@ -207,7 +207,7 @@ class Thresholds:
         def late(lifetime: timedelta) -> timedelta:
             return early(lifetime) * _CRITICAL_SHARE if critical is None else critical
 
-        return cls(warning=early, critical=late, cas=ca_limit if warning is None else early)
+        return cls(warning=early, critical=late, cas=(lambda _: CA_ENDS_SOON) if warning is None else early)
 
 
 def nagios_check(

@@ -239,6 +239,6 @@ def audit_verify(common: Common) -> int:
         log.error("compare with a copy that was made elsewhere (syslog, a backup)", extra={"is_hint": True})
         return Exit.FAILED
     say(f"{count} lines, each follows the one before it" if count else "no audit log yet: nothing was renewed here")
-    if deleted := audit.deleted_lines(store):
+    if deleted := audit.begin(store).sequence:
         say(f"the {deleted} lines before them were deleted (audit.keep_total), as the log says")
     return Exit.DONE

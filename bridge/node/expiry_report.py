@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from cryptography import x509
 
 from bridge.node.inventory import AuthorityState, FileState, Item, Node
-from bridge.pki.expiry import CA_ENDS_SOON, ROTATION_IS_LATE, first_end, is_early, seconds_left
+from bridge.pki.expiry import ROTATION_IS_LATE, first_end, is_early, seconds_left
 from bridge.specs import KUBELET_CONF
 
 #: How long before its end a certificate is due, by its lifetime.
@@ -68,11 +68,6 @@ class ExpiryReport:
     def due(self) -> bool:
         """Whether one is due."""
         return any(row.due for row in self.rows)
-
-
-def ca_limit(_: timedelta) -> timedelta:
-    """How long before its end a CA is worth a warning."""
-    return CA_ENDS_SOON
 
 
 def outlasting(items: Iterable[Item]) -> dict[x509.Certificate, list[Item]]:

@@ -515,7 +515,7 @@ def _walk(store: Store) -> tuple[int, list[Damage]]:
         return 0, []
     head = head or head_if_any(store)  # a run that writes the very first lines makes it before them
     count, found = 0, []
-    begin = last = _begin(store)
+    first = last = begin(store)
     known, retired = {START.sequence: START.sha256}, {START.sequence: START.sha256}
     for place, line in _lines(store):
         count += 1
@@ -524,13 +524,13 @@ def _walk(store: Store) -> tuple[int, list[Damage]]:
         retired |= _retired(line)
         if head is not None and last.sequence == head.sequence:
             known[last.sequence] = last.sha256
-    if retired.get(begin.sequence) != begin.sha256:
-        found.insert(0, Damage(kind="missing", first=1, last=begin.sequence, place=files(store)[0].name + ":1"))
+    if retired.get(first.sequence) != first.sha256:
+        found.insert(0, Damage(kind="missing", first=1, last=first.sequence, place=files(store)[0].name + ":1"))
     return count, found + list(_against_head(head, last, known, store))
 
 
-def _begin(store: Store) -> Link:
-    """The link that the first line continues: old files may have been deleted."""
+def begin(store: Store) -> Link:
+    """The link that the first line continues: old files may have been deleted, and with them so many lines."""
     first = next((line_of(line) for _, line in _lines(store)), None)
     return Link(first["sequence"] - 1, first["previous"]) if first is not None and first["sequence"] > 1 else START
 
@@ -539,11 +539,6 @@ def _retired(line: bytes) -> dict[int, str]:
     """The last line that was deleted, and its digest, if this line says so."""
     value = line_of(line) if f'"event":"{RETIRED}"'.encode() in line else None
     return {value["lastLine"]: value["lastSha256"]} if value is not None and "lastSha256" in value else {}
-
-
-def deleted_lines(store: Store) -> int:
-    """How many lines were deleted with the oldest files."""
-    return _begin(store).sequence
 
 
 def _lines(store: Store) -> Iterator[tuple[str, bytes]]:

@@ -530,20 +530,16 @@ def _without_pairs(backup: Backup, kubeconfig_dir: Path) -> Iterator[tuple[Path,
 
 def outcomes_of(backup: Backup, node: Node) -> list[Outcome]:
     """The outcomes of putting a backup back; without a new certificate where its files are removed."""
-    outcomes = []
-    for item in node.items:
-        files = files_of(backup, item.spec.name)
-        if files:
-            is_there = any(file.was_there for file in files)
-            outcomes.append(
-                Outcome(
-                    name=item.spec.name,
-                    authority=item.spec.authority.name,
-                    old=item.certificates[0] if item.certificates else None,
-                    new=_leaf(backup, files, item) if is_there else None,
-                )
-            )
-    return outcomes
+    return [
+        Outcome(
+            name=item.spec.name,
+            authority=item.spec.authority.name,
+            old=item.certificates[0] if item.certificates else None,
+            new=_leaf(backup, files, item) if any(file.was_there for file in files) else None,
+        )
+        for item in node.items
+        if (files := files_of(backup, item.spec.name))
+    ]
 
 
 def _leaf(backup: Backup, files: Sequence[File], item: Item) -> x509.Certificate:

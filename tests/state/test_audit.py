@@ -708,7 +708,7 @@ def test_old_files_are_deleted_and_the_log_says_which(store: Store) -> None:
     size = sum(path.stat().st_size for path in audit.files(store))
     assert size < 9 << 10
     count, damages = audit.verify(store)
-    deleted = audit.deleted_lines(store)
+    deleted = audit.begin(store).sequence
     assert (damages, deleted > 100) == ([], True)
     said = [event for event in audit.events(store, None, None) if event["event"] == audit.RETIRED]
     assert said[-1]["lastLine"] == deleted
@@ -720,7 +720,7 @@ def test_without_a_bound_all_of_it_stays(store: Store) -> None:
     """The twin."""
     bounded(store, 40, None)
     assert audit.verify(store) == (240, [])
-    assert audit.deleted_lines(store) == 0
+    assert audit.begin(store).sequence == 0
 
 
 @pytest.mark.attack("G4")
@@ -738,9 +738,9 @@ def test_a_crash_before_old_files_are_deleted(store: Store, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(audit, "_delete", lambda _: None)
         bounded(store, 20, "4KiB")
-    assert (audit.verify(store)[1], audit.deleted_lines(store)) == ([], 0)
+    assert (audit.verify(store)[1], audit.begin(store).sequence) == ([], 0)
     bounded(store, 2, "4KiB")
-    assert (audit.verify(store)[1], audit.deleted_lines(store) > 50) == ([], True)
+    assert (audit.verify(store)[1], audit.begin(store).sequence > 50) == ([], True)
 
 
 def test_a_bound_below_two_files_is_a_mistake() -> None:
