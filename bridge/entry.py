@@ -170,7 +170,7 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
     names = plain.names
     from bridge.errors import BridgeError  # noqa: PLC0415
     from bridge.node import inventory  # noqa: PLC0415 (see above)
-    from bridge.renewal.select import RunOptions, nothing_due, select  # noqa: PLC0415
+    from bridge.renewal import RunOptions, nothing_due, select  # noqa: PLC0415
     from bridge.state.store import Store, is_checked  # noqa: PLC0415
 
     try:

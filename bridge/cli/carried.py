@@ -41,8 +41,7 @@ from bridge.pki import bundle_format
 from bridge.pki.certificates import csr_fingerprint
 from bridge.pki.csr import fingerprint_text
 from bridge.pki.expiry import residual, rfc3339, seconds_left
-from bridge.renewal import airgap
-from bridge.renewal.select import RunOptions, Selection, nothing_due
+from bridge.renewal import RunOptions, Selection, airgap, nothing_due
 from bridge.state.open_requests import OpenRequest, OpenRequests
 from bridge.state.store import Store
 from bridge.system.console import log, print_error, printable

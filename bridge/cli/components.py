@@ -25,8 +25,7 @@ from bridge.cli.printing import say, say_json, say_sentence, say_table, say_verd
 from bridge.control_plane import kubelet_serving, proof, restarts
 from bridge.errors import Exit
 from bridge.node import inventory, pairs
-from bridge.renewal import serving
-from bridge.renewal.select import RunOptions
+from bridge.renewal import RunOptions, serving
 from bridge.settings.tables import Settings
 from bridge.specs import SERVERS, Component
 from bridge.system.console import is_verbose, print_error, printable

@@ -29,7 +29,7 @@ from bridge.system.console import LogFormat
 if TYPE_CHECKING:
     from cryptography import x509
 
-    from bridge.renewal.select import RunOptions
+    from bridge.renewal import RunOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,7 @@ class ChangeOptions:
 
     def read(self, names: Sequence[str] | None, **more: Any) -> RunOptions:
         """The options of a run as one value; without names it is about those whose SANs are to change."""
-        from bridge.renewal.select import Changes, RunOptions  # noqa: PLC0415 (only commands that renew have these)
+        from bridge.renewal import Changes, RunOptions  # noqa: PLC0415 (only commands that renew have these)
 
         changes = Changes(
             add=_sans("--add-san", self.add_san),

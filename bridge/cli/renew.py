@@ -35,13 +35,13 @@ from bridge.node import inventory
 from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import name_text, serial_hex
 from bridge.pki.expiry import duration_text, first_end, minute, rfc3339
+from bridge.renewal import RunOptions, Selection, nothing_due, select
 from bridge.renewal import renew as renewal
 from bridge.renewal.changes import decide
 from bridge.renewal.issuance import shortened
 from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.prepare import write_csrs as write_csr_files
 from bridge.renewal.renew import Rehearsal
-from bridge.renewal.select import RunOptions, Selection, nothing_due, select
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state import copies

@@ -13,8 +13,8 @@ from bridge.errors import BridgeError, WaitingError
 from bridge.node.inventory import Node
 from bridge.pki.certificates import name_text, serial_hex
 from bridge.pki.expiry import minute, residual, rfc3339
+from bridge.renewal import Selection, nothing_due
 from bridge.renewal.gate import NotYetError
-from bridge.renewal.select import Selection, nothing_due
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import Component

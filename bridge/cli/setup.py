@@ -24,9 +24,9 @@ from bridge.node import inventory
 from bridge.node.inventory import Item
 from bridge.node.kubelet import KubeletFiles
 from bridge.pki.kubeadm_names import named, parse_nodes, renamed
+from bridge.renewal import RunOptions
 from bridge.renewal.changes import decide
 from bridge.renewal.prepare import serving_names
-from bridge.renewal.select import RunOptions
 from bridge.settings.tables import NodeSettings, Settings, for_next
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, PODS, SIGNING_AUTHORITIES
 from bridge.system import jobs

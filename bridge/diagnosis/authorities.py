@@ -18,9 +18,8 @@ from bridge.node.inventory import Item, Node
 from bridge.pki import csr, expiry, verify
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.kubeadm_names import named
-from bridge.renewal import verify_and_install
+from bridge.renewal import Trust, verify_and_install
 from bridge.renewal.gate import Attempts
-from bridge.renewal.select import Trust
 from bridge.rotation import Phase, places, text
 from bridge.settings.tables import Settings
 from bridge.settings.windows import ever_waits

@@ -26,8 +26,8 @@ from bridge.node.pairs import is_sa_pair, key_finding
 from bridge.pki import expiry, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
 from bridge.pki.expiry import CA_ENDS_SOON
+from bridge.renewal import ForeignIdentityError, foreign_identity
 from bridge.renewal.readiness import Allowed
-from bridge.renewal.select import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, SUPER_ADMIN, Component
 from bridge.system.files import user_name

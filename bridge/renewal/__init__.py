@@ -1,1 +1,456 @@
-"""The main job: select, prepare, issue, verify, install, activate, conclude; online and by air gap."""
+"""
+The main job: select, prepare, issue, verify, install, activate, conclude; online and by air gap.
+
+This file has what a run has to renew: its options, and which certificates are selected, left alone, or can't be renewed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cryptography import x509
+
+from bridge.errors import BridgeError, SettingsError, SettingsProblem, Violation
+from bridge.node.inventory import Item, Node, NoNodeError, other_key
+from bridge.pki import expiry, identity
+from bridge.settings.tables import Settings
+from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec, Component, KeyAlgorithm
+from bridge.state.store import Outcome
+from bridge.system.paths import UnreadableError, read_ca_file
+from bridge.words import name_found
+
+if TYPE_CHECKING:  # a night with nothing due makes none of them
+    from bridge.node.kubeconfig import FreshKubeconfig
+    from bridge.pki.csr import Naming
+    from bridge.renewal.readiness import Allowed
+    from bridge.renewal.verify_and_install import Proven
+    from bridge.state.install import Replacement
+    from bridge.state.open_requests import OpenRequest
+
+#: As in `kubeadm certs renew all`.
+ALL = "all"
+#: The hint for a missing or broken file.
+RESTORE = "put a good copy back (an expired one will do), then run again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """Changes that an operator wants in the next certificates' names."""
+
+    add: Mapping[str, tuple[x509.GeneralName, ...]] = field(default_factory=dict)  #: SANs by certificate name.
+    drop: Mapping[str, tuple[x509.GeneralName, ...]] = field(default_factory=dict)
+    adopt_defaults: bool = False  #: Subjects as kubeadm of this cluster's version would make them.
+    kubeadm_config: Path | None = None  #: kubeadm's configuration file; None: the cluster's ConfigMap.
+
+    @property
+    def is_any(self) -> bool:
+        """Whether a live certificate's names are to change."""
+        return bool(self.add or self.drop or self.adopt_defaults)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """CAs that are replaced in one step with the certificates; empty in a renewal."""
+
+    #: By authority, the CA file's next.
+    bundles: Mapping[str, tuple[x509.Certificate, ...]] = field(default_factory=dict)
+    files: tuple[Replacement, ...] = ()  #: CA files, and kubeconfigs that get CA data and no certificate.
+    #: A kubeconfig with a new certificate gets CA data, too.
+    edit: Callable[[Replacement], Replacement] = lambda one: one
+    #: Before the installation: other nodes accept the new certificates (BridgeError: one does not).
+    gate: Callable[[Sequence[Proven]], None] = lambda _: None
+    stays: bool = False  #: The CA of before must not come back by itself: see `NotProven.stays`.
+
+
+NO_TRUST = Trust()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """The options of one run, as the command line (or a test) gives them; commands share those that they have."""
+
+    names: tuple[str, ...] = ()  #: kubeadm's names, or "all"; empty: what is due.
+    any_identity: tuple[str, ...] = ()  #: Names whose live certificates are renewed whatever their identity.
+    changes: Changes = Changes()
+    all_or_nothing: bool = False  #: If one certificate fails, none is installed.
+    restarts: bool = True  #: False: nothing is restarted; the operator does it, and earlier runs' restarts stay due.
+    csrs_only: bool = False  #: No file is replaced, so that an obstacle to that does not matter.
+    trust: Trust = NO_TRUST
+    ahead: timedelta | None = None  #: A rehearsal is about certificates that are due within this time.
+    wait: timedelta = timedelta()  #: How long to wait for another run on this node to end.
+
+    @property
+    def is_by_name(self) -> bool:
+        """Whether certificates were named, one by one."""
+        return bool(self.names) and ALL not in self.names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Desired:
+    """One certificate as it is to be."""
+
+    naming: Naming
+    notes: tuple[str, ...]  #: Sentences about each difference and its source.
+    key: KeyAlgorithm | None = None  #: Of the new key, where there is no live certificate to look at.
+    kubeconfig: FreshKubeconfig | None = None  #: The whole file, where there is none.
+
+
+#: By certificate name; an error: it can't be made so.
+DesiredByName = Mapping[str, Desired | BridgeError]
+
+
+class ForeignIdentityError(BridgeError):
+    """The live certificate has another identity than its name says, which the next one would take over."""
+
+    def __init__(self, item: Item, violations: Sequence[Violation]) -> None:
+        self.violations = tuple(violations)
+        super().__init__(
+            f"{item.certificate_path}: the next certificate gets the identity of this one, and it is not {item.spec.name}'s: "
+            f"{'; '.join(map(str, violations))}",
+            hint=f"find out who put it there, and put the right one back (an expired one will do); "
+            f"after a change of the CA put the old CA's certificate behind the new one in {item.anchor_path}; "
+            f"`--any-identity {item.spec.name}` renews it as it is",
+        )
+
+
+class MissingCertificateError(BridgeError):
+    """There is no live certificate that a renewal could be made from."""
+
+
+class NotReadyError(BridgeError):
+    """Something on this node has to be fixed first; no CA was asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The certificates that a run has to renew, and those that it can't."""
+
+    items: tuple[Item, ...] = ()  #: To renew.
+    failed: tuple[Outcome, ...] = ()  #: Should be renewed, and can't be.
+    skipped: tuple[str, ...] = ()  #: Sentences for the operator.
+    waived: tuple[str, ...] = ()  #: Sentences about identities that are renewed as they are.
+    powerful: tuple[str, ...] = ()  #: Sentences about a super-admin.conf that nothing on the node needs.
+    costs: tuple[str, ...] = ()  #: Sentences about interruptions that users of the cluster notice.
+    lost: tuple[str, ...] = ()  #: Sentences about keys that do not belong to their certificates, and about wrong pairs.
+    #: By certificate name, where the next one differs from the live one, or there is no live one.
+    desired: Mapping[str, Desired] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the operator before a CA is asked."""
+        return (*self.lost, *self.waived, *self.costs, *self._changes())
+
+    def without(self, failing: Mapping[str, BridgeError]) -> Selection:
+        """The selection without these certificates, by name, each of which fails for this reason."""
+        failed = [outcome_of(item, failing[item.spec.name]) for item in self.items if item.spec.name in failing]
+        items = tuple(item for item in self.items if item.spec.name not in failing)
+        return replace(self, items=items, failed=(*self.failed, *failed))
+
+    def _changes(self) -> Iterator[str]:
+        """The sentences about the next names; one that several certificates share comes once."""
+        alike: dict[str, list[str]] = {}
+        for name in (item.spec.name for item in self.items if item.spec.name in self.desired):
+            for note in self.desired[name].notes:
+                words = note.removeprefix(f"{name}: ")
+                alike.setdefault(words, []).append("" if words == note else name)
+        for words, names in alike.items():
+            yield f"{', '.join(names)}: {words}" if names[0] else words
+
+
+def select(
+    node: Node,
+    settings: Settings,
+    options: RunOptions,
+    now: datetime,
+    *,
+    requests: Iterable[OpenRequest] = (),
+    waiting: Collection[str] = (),
+    desired: DesiredByName | None = None,
+) -> Selection:
+    """Choose what to renew: the named certificates or those that are due, and each one whose answer is waited for."""
+    assert_known([*options.names, *options.any_identity], node)
+    if not node.is_here:
+        raise NoNodeError(settings.node.pki_dir)
+    found = [item.spec.name for item in node.items]
+    chosen = found if not options.names or ALL in options.names else [name for name in found if name in options.names]
+    chosen = sorted(chosen, key=lambda name: name != KUBELET_CONF)  # without it a rebooted node stays down
+    choice = _Choice(
+        node=node,
+        settings=settings,
+        options=options,
+        now=now,
+        asked_for={one.name: one.request.replaces for one in requests},
+        waiting=waiting,
+        desired=desired or {},
+        lost_keys=lost_keys(node),
+        lost_cas=_lost_cas(node, settings),
+        allowed=functools.cache(lambda: _allowed(settings)),
+    )
+    unused = {item.spec.name for item in node.items if choice.is_unused(item)}
+    every = [*chosen, *sorted(set(options.names) - {ALL} - set(chosen))]
+    verdicts = [choice.of(name) for name in every if name not in unused]
+    items = tuple(one for one in verdicts if isinstance(one, Item))
+    known, names = {*options.names, *choice.asked_for}, {item.spec.name for item in items}
+    return Selection(
+        items=items,
+        failed=tuple(one for one in verdicts if isinstance(one, Outcome)),
+        skipped=tuple(one for one in verdicts if isinstance(one, str)),
+        waived=tuple(choice.waived),
+        powerful=tuple(_powerful(items, known)),
+        costs=tuple(_costs(items, node)),
+        lost=(
+            *(f"{name} is renewed for its key: {choice.lost_keys[name]}" for name in choice.lost_keys if name in names),
+            *(f"{item.spec.name} is renewed as the settings say: {item.unlike}" for item in items if item.unlike),
+        ),
+        desired={name: one for name, one in choice.desired.items() if not isinstance(one, BridgeError)},
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choice:
+    """The facts by which each certificate is selected, left alone or refused."""
+
+    node: Node
+    settings: Settings
+    options: RunOptions
+    now: datetime
+    asked_for: Mapping[str, x509.Certificate | None]  #: By name, the certificate that an open request replaces.
+    waiting: Collection[str]
+    desired: DesiredByName
+    lost_keys: Mapping[str, str] = field(default_factory=dict)  #: By name, what is wrong with the certificate's key.
+    lost_cas: Collection[str] = ()  #: CAs whose certificate can't be read; without it no certificate can be proven.
+    allowed: Callable[[], Allowed | None] = lambda: None  #: By the node's own policy; None: there is none.
+    waived: list[str] = field(default_factory=list)
+
+    def of(self, name: str) -> Item | Outcome | str | None:
+        """To be renewed; or failed; or a sentence about why it is left alone; None: it is not due."""
+        item, desired = self.node.item(name), self.desired.get(name)
+        by_hand = name in self.options.names
+        if item is None:
+            return _absent(SPECS[name], item, self.node)
+        if isinstance(desired, BridgeError):
+            return outcome_of(item, desired)
+        if item.state == "missing":
+            is_wanted = desired is not None or item.pair is not None or self.asked_for.get(name, item) is None
+            return self._missing(item, is_wanted=is_wanted, by_hand=by_hand)
+        if (sentence := self._left_alone(item, by_hand=by_hand)) is not None:
+            return sentence
+        if item.state != "present":
+            is_broken = item.state == "broken"  # and not only closed to this user
+            hint = _restore(item.spec, f"mv {item.certificate_path} /root, and " if is_broken else "")
+            return outcome_of(item, MissingCertificateError(item.trouble or "", hint=hint))
+        is_due = name in self.waiting or is_other(item, self.settings) or _is_due(item, self.settings, self.now)
+        is_due = is_due or name in self.lost_keys or item.spec.authority.name in self.lost_cas
+        return self._judged(item) if self.options.names or is_due else None
+
+    def is_unused(self, item: Item) -> bool:
+        """Whether its component serves with another certificate, its own or an operator's, and no other one is wanted."""
+        name = item.spec.name
+        is_wanted = name in self.options.names or name in self.desired or name in self.asked_for
+        is_spare = item.foreign or (item.state == "missing" and item.spec.optional)
+        return item.spec.by_flag and is_spare and not is_wanted
+
+    def _left_alone(self, item: Item, *, by_hand: bool) -> str | None:
+        """A sentence about a certificate that is there and not to be renewed; None: it may be."""
+        name = item.spec.name
+        if name in self.settings.renewal.left_alone and not by_hand and name not in self.asked_for:
+            return f'{name} is renewed by name alone (renewal.super_admin = "by-name"): `ca-bridge renew {name}`'
+        if item.foreign and item.spec.by_flag:
+            return f"{name} was not signed by the cluster's CA: it stays, since {item.certificate_path} is an operator's own"
+        if item.foreign and not by_hand and not is_other(item, self.settings):
+            stays = f"it stays, unless you name it or set sans in [certificate.{name}]"
+            return f"{name} was not signed by the cluster's CA (a kubelet signs its own): {stays}"
+        if item.spec.component is Component.KUBELET and not item.managed:
+            return f"{name} refers to {item.certificate_path}, which the kubelet renews by itself"
+        return None
+
+    def _missing(self, item: Item, *, is_wanted: bool, by_hand: bool) -> Item | Outcome | str:
+        if not is_wanted and item.spec.optional and not by_hand:
+            return f"{item.spec.name} is not on this node, which is normal for it"
+        if not is_wanted:
+            return _absent(item.spec, item, self.node)
+        try:
+            anchors_of(item)
+        except MissingCertificateError as e:
+            return outcome_of(item, e)
+        return self._unless(None if self.options.csrs_only else item.obstacle, item)
+
+    def _judged(self, item: Item) -> Item | Outcome:
+        name = item.spec.name
+        error = self._against(item)
+        if name in self.options.any_identity and isinstance(error, ForeignIdentityError):
+            violations = "; ".join(map(str, error.violations))
+            self.waived.append(f"{name} is renewed as it is, as --any-identity says: {violations}")
+            error = None
+        return self._unless(error, item)
+
+    def _unless(self, error: BridgeError | None, item: Item) -> Item | Outcome:
+        """The item, unless there is an error, or the node's own policy does not allow it."""
+        desired = self.desired.get(item.spec.name)
+        if error is None and (allowed := self.allowed()) is not None:
+            error = allowed.error(item, None if isinstance(desired, BridgeError) else desired)
+        return item if error is None else outcome_of(item, error)
+
+    def _against(self, item: Item) -> BridgeError | None:
+        """The reason why it can't be renewed; a live certificate with an open request was judged before."""
+        if not item.managed:
+            text = f"wanted to read the CA file {item.anchor_path} that kube-apiserver's --etcd-cafile names, found that it can't be"
+            hint = "without it no certificate of that CA can be verified; put it back"
+            return MissingCertificateError(text, hint=hint)
+        if item.obstacle is not None and not self.options.csrs_only:
+            return item.obstacle
+        is_judged = self.asked_for.get(item.spec.name) == item.certificates[0]
+        return None if is_judged or item.foreign else foreign_identity(item, self.settings)
+
+
+def _allowed(settings: Settings) -> Allowed | None:
+    if settings.policy.file is None:
+        return None
+    from bridge.renewal.readiness import Allowed  # noqa: PLC0415 (only where the settings name a policy)
+
+    return Allowed(settings)
+
+
+def _powerful(items: Sequence[Item], known: Collection[str]) -> Iterator[str]:
+    """A sentence about a super-admin.conf that is renewed because it is here, as by `kubeadm certs renew all`."""
+    for item in items:
+        if item.spec.name == SUPER_ADMIN and SUPER_ADMIN not in known:
+            yield (
+                f"{SUPER_ADMIN} is renewed since it is here; no RBAC rule holds it back, and it is not needed after "
+                f"kubeadm init: rm {item.certificate_path} (`ca-bridge renew {SUPER_ADMIN}` makes it when it is needed)"
+            )
+
+
+def _costs(items: Sequence[Item], node: Node) -> Iterator[str]:
+    """A sentence about streams through kubelets, which the API server begins anew with a new client certificate."""
+    if Component.APISERVER in node.manifests and any(item.spec.name == "apiserver-kubelet-client" for item in items):
+        yield (
+            "apiserver-kubelet-client: when the API server takes the new one up, open streams through kubelets "
+            "(kubectl logs -f, exec, port-forward) end once; begin them again"
+        )
+
+
+def is_other(item: Item, settings: Settings) -> bool:
+    """Whether the settings ask for another certificate of a further pair, or of a kubelet, than the one that is there."""
+    if item.unlike is not None:
+        return True
+    if item.spec.name != KUBELET_SERVER or not settings.serving_sans or not item.certificates:
+        return False
+    leaf = item.certificates[0]
+    from bridge.pki.csr import Naming, alternative_names  # noqa: PLC0415 (a cron run loads it only where it is asked)
+
+    return item.foreign or not Naming(subject=leaf.subject, sans=alternative_names(settings.serving_sans)).is_of(leaf)
+
+
+def foreign_identity(item: Item, settings: Settings) -> BridgeError | None:
+    """The reason why the next certificate must not get this identity, or why that can't be found out."""
+    authority = item.spec.authority.name
+    try:
+        anchors = anchors_of(item)
+    except MissingCertificateError as e:
+        return e
+    if item.pair is not None:  # the settings say who it is for, and not the certificate in its place
+        return None
+    extra = settings.extra_subject(authority)
+    violations = identity.check(item.spec, item.certificates, anchors, str(item.anchor_path), extra)
+    return ForeignIdentityError(item, violations) if violations else None
+
+
+def anchors_of(item: Item) -> tuple[x509.Certificate, ...]:
+    """All certificates of the CA file that it must lead to."""
+    return anchors_in(item.anchor_path, f"the CA certificate that {item.spec.name} must lead to", "put it back")
+
+
+def anchors_in(path: Path, what: str, hint: str) -> tuple[x509.Certificate, ...]:
+    """All certificates of a CA file (MissingCertificateError: it can't be read)."""
+    try:
+        return read_ca_file(path)
+    except UnreadableError as e:
+        raise MissingCertificateError(f"{path}: wanted {what}, found: {e}", hint=hint) from e
+
+
+def assert_known(names: Collection[str], node: Node, more: Collection[str] = ()) -> None:
+    """Raise a SettingsError if one of the names is no certificate's: kubeadm's, a further pair's here, or one of `more`."""
+    known = [*SPECS, *(item.spec.name for item in node.items if item.pair is not None)]
+    unknown = list(dict.fromkeys(name for name in names if name not in (ALL, *known, *more)))
+    if unknown:
+        wanted = f"names of certificates ({', '.join(known)}) or {ALL}"
+        found = ", ".join(name_found(name, [*known, ALL]) for name in unknown)
+        raise SettingsError([SettingsProblem("", wanted, found)])
+
+
+def lost_keys(node: Node) -> dict[str, str]:
+    """By name, the certificates whose keys are missing, empty or another certificate's, with the reason."""
+    found = {item.spec.name: item.key_trouble or other_key(item) for item in node.items if not item.foreign}
+    for item in node.items:
+        if item.pair is not None and item.pair.copies and found[item.spec.name] is None:
+            from bridge.node.pairs import lost_copy  # noqa: PLC0415 (only where the settings name a copy)
+
+            found[item.spec.name] = lost_copy(item)
+    return {name: trouble for name, trouble in found.items() if trouble is not None}
+
+
+def _lost_cas(node: Node, settings: Settings) -> list[str]:
+    """CAs whose certificate is missing or can't be read; a worker that has not joined the cluster has none yet."""
+    lost = [state for state in node.authorities if state.state != "present"]
+    if node.is_worker and not (settings.node.kubelet_dir / "config.yaml").exists():
+        lost = [state for state in lost if state.state != "missing"]
+    return [state.authority.name for state in lost]
+
+
+def _is_due(item: Item, settings: Settings, now: datetime) -> bool:
+    """Whether it is due; one that a kubelet may renew by itself is not until that is late."""
+    if item.rotates and not expiry.is_rotation_late(item.renewable, now):
+        return False
+    return expiry.is_due(item.renewable, settings.renewal.before, settings.renewal.validity, now)
+
+
+def _restore(spec: CertificateSpec, first: str = "") -> str:
+    """The hint for a missing or broken certificate; some are made anew by name, after the command `first`."""
+    is_made = spec.listed or spec.by_flag or spec.name == KUBELET_CONF
+    anew = f"; or {first}`ca-bridge renew {spec.name}` makes it anew from kubeadm's configuration"
+    return f"{RESTORE}{anew if is_made else ''}"
+
+
+def _absent(spec: CertificateSpec, item: Item | None, node: Node) -> Outcome:
+    if item is None:
+        error = MissingCertificateError(f"wanted a certificate to renew, found none: {_why_not_here(spec, node)}")
+    else:
+        text = f"wanted a certificate to renew in {item.certificate_path}, found nothing"
+        error = MissingCertificateError(text, hint=_restore(spec))
+    return Outcome(name=spec.name, authority=spec.authority.name, error=error)
+
+
+def _why_not_here(spec: CertificateSpec, node: Node) -> str:
+    if spec.name == KUBELET_SERVER:
+        return "the kubelet makes its first one when it starts, and has not yet"
+    if node.is_worker or node.is_etcd_host:
+        kind = "a worker" if node.is_worker else "an etcd host"
+        return f"this node is {kind}, which has no such certificate"
+    return "not on this node" if node.local_etcd else "no local etcd here"
+
+
+def outcome_of(item: Item, error: BridgeError, backend: str = "") -> Outcome:
+    """The outcome for a certificate that could not be renewed."""
+    old = item.certificates[0] if item.certificates else None
+    return Outcome(name=item.spec.name, authority=item.spec.authority.name, old=old, error=error, backend=backend)
+
+
+def nothing_due(node: Node, settings: Settings, now: datetime) -> str:
+    """A sentence for a run that has nothing to do."""
+    left_alone = settings.renewal.left_alone
+    ours = (item for item in node.items if item.managed and not item.foreign and item.spec.name not in left_alone)
+    present = [item for item in ours if item.state == "present"]
+    if not present:
+        return "nothing is due: no certificates here"
+    first = min(present, key=lambda item: expiry.first_end(item.ending))
+    left = expiry.residual(expiry.seconds_left(expiry.first_end(first.ending), now))
+    early = [item.spec.name for item in present if expiry.is_early(item.ending, now)]
+    more = f"; not valid yet by this node's clock ({expiry.minute(now)}), see `ca-bridge doctor`: {', '.join(early)}"
+    text = f"nothing is due: {first.spec.name} is the first to expire, in {left} (renewal.before = {settings.renewal.before})"
+    return text + (more if early else "")

@@ -32,6 +32,7 @@ from bridge.pki import bundle, bundle_format, csr, signatures, verify
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, IncompleteBundleError, Refusal, RequestBundle
 from bridge.pki.certificates import UNREADABLE, certificates_in, fingerprint, is_ca, is_for, name_text, serial_hex
 from bridge.pki.csr import PrivateKey, fingerprint_text
+from bridge.renewal import ALL, RunOptions, Selection, assert_known, outcome_of, select
 from bridge.renewal.changes import decide
 from bridge.renewal.issuance import Answered, refused_as_shorter
 from bridge.renewal.prepare import (
@@ -46,7 +47,6 @@ from bridge.renewal.prepare import (
     with_continuity,
 )
 from bridge.renewal.readiness import assert_room
-from bridge.renewal.select import ALL, RunOptions, Selection, assert_known, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node import inventory
 from bridge.pki.expiry import first_end, minute
-from bridge.renewal.select import RunOptions, Selection, select
+from bridge.renewal import RunOptions, Selection, select
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.settings.windows import Decision, may_act
 from bridge.state.session import Run, not_yet_signing

@@ -31,8 +31,7 @@ from bridge.node.kubelet import KubeletFiles
 from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.csr import Naming, alternative_names, subject_of
-from bridge.renewal import new_keys
-from bridge.renewal.select import RESTORE, Desired, MissingCertificateError, NotReadyError, outcome_of
+from bridge.renewal import RESTORE, Desired, MissingCertificateError, NotReadyError, new_keys, outcome_of
 from bridge.settings.tables import NodeSettings, Settings, is_host
 from bridge.specs import KUBELET_SERVER, Component, KeyAlgorithm
 from bridge.state.install import fingerprint

@@ -18,8 +18,8 @@ from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import csr, identity
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
 from bridge.pki.expiry import first_end
+from bridge.renewal import Desired, NotReadyError, outcome_of
 from bridge.renewal.prepare import next_key, present, replaced_by_next, serving_names
-from bridge.renewal.select import Desired, NotReadyError, outcome_of
 from bridge.settings.tables import Settings
 from bridge.state.store import Outcome
 from bridge.system.console import READ_ONLY_HINT

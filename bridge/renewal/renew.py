@@ -21,14 +21,13 @@ from bridge.node.inventory import Item, Node
 from bridge.pki import expiry, verify
 from bridge.pki.certificates import is_for, serial_hex
 from bridge.pki.expiry import due_from, duration_text
-from bridge.renewal import gate, new_keys
+from bridge.renewal import ALL, RunOptions, Selection, anchors_in, gate, new_keys, outcome_of, select
 from bridge.renewal.changes import decide
 from bridge.renewal.gate import NotYetError
 from bridge.renewal.issuance import Answered, issue_all, reaching
 from bridge.renewal.prepare import Prepared, prepare, preparing
 from bridge.renewal.readiness import assert_room, without_restart
 from bridge.renewal.revocation import RevocationError
-from bridge.renewal.select import ALL, RunOptions, Selection, anchors_in, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
 from bridge.settings.tables import Settings, anchor, for_rehearsal, is_scratch

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 from bridge.ca.installed import owe_putting_away, put_away
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, WaitingError
 from bridge.node.inventory import Node
-from bridge.renewal import in_use, revocation
+from bridge.renewal import NotReadyError, RunOptions, Selection, in_use, outcome_of, revocation
 from bridge.renewal.gate import Attempts
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.renewal.revocation import RevocationError
-from bridge.renewal.select import NotReadyError, RunOptions, Selection, outcome_of
 from bridge.renewal.verify_and_install import (
     HeldBackError,
     Proven,

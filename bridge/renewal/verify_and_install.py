@@ -28,10 +28,10 @@ from bridge.node.inventory import Item, Node
 from bridge.pki import verify
 from bridge.pki.certificates import pem
 from bridge.pki.expiry import duration_text, first_end, is_due, minute, residual, seconds_left
+from bridge.renewal import NO_TRUST, MissingCertificateError, Trust, anchors_of, outcome_of
 from bridge.renewal.issuance import Answered, ShorterError
 from bridge.renewal.prepare import Prepared, open_request
 from bridge.renewal.readiness import half_rotated
-from bridge.renewal.select import NO_TRUST, MissingCertificateError, Trust, anchors_of, outcome_of
 from bridge.settings.pairs import PairFiles
 from bridge.settings.tables import Settings
 from bridge.specs import CA

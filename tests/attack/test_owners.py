@@ -11,8 +11,7 @@ import pytest
 
 from bridge.desk.files import load_policy
 from bridge.errors import BridgeError, Exit, SettingsError
-from bridge.renewal import renew
-from bridge.renewal.select import RunOptions
+from bridge.renewal import RunOptions, renew
 from bridge.settings import load
 from bridge.state.install import KEY_MASK, InstallError, Replacement, install
 from bridge.state.store import Store

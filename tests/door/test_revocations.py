@@ -22,8 +22,7 @@ from bridge.pki import csr, node_proofs
 from bridge.pki.bundle_format import dumps, loads_answer
 from bridge.pki.certificates import pem, serial_hex
 from bridge.pki.csr import PrivateKey
-from bridge.renewal import renew
-from bridge.renewal.select import RunOptions
+from bridge.renewal import RunOptions, renew
 from bridge.settings.load import parse
 from bridge.specs import SPECS
 from bridge.state import audit

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, Exit
 from bridge.node.inventory import Item
+from bridge.renewal import Selection
 from bridge.renewal.gate import LONGEST_PAUSE, MANY, Attempts, Failures, HeldOffError, next_try
-from bridge.renewal.select import Selection
 from bridge.specs import SPECS
 from bridge.state.store import Store
 from bridge.system.console import LogFormat, set_up

@@ -20,8 +20,7 @@ from bridge.control_plane import probes
 from bridge.diagnosis import examination
 from bridge.errors import Exit
 from bridge.node import inventory, processes
-from bridge.renewal import in_use, renew
-from bridge.renewal.select import RunOptions
+from bridge.renewal import RunOptions, in_use, renew
 from bridge.renewal.transaction import put_back_and_retire
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.load import parse

@@ -17,9 +17,8 @@ from bridge.desk.csr_directory import find, spec_of
 from bridge.errors import Exit
 from bridge.node import inventory, kubeconfig
 from bridge.pki.certificates import load_pem_certificates
-from bridge.renewal import airgap, verify_and_install
+from bridge.renewal import RunOptions, airgap, verify_and_install
 from bridge.renewal.airgap import DirectoryError
-from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS

@@ -11,8 +11,7 @@ import pytest
 
 from bridge.errors import Exit
 from bridge.node import inventory
-from bridge.renewal import readiness, renew
-from bridge.renewal.select import NotReadyError, RunOptions
+from bridge.renewal import NotReadyError, RunOptions, readiness, renew
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import RestartSettings, Settings
 from tests.kit.pki import Pki, handmade_pki

@@ -24,8 +24,7 @@ from bridge.node.sample_pki import ca_certificate
 from bridge.pki.certificates import load_pem_certificates, pem, san_counts
 from bridge.pki.csr import CannotCarryError, generate_key, key_pem
 from bridge.pki.expiry import Before
-from bridge.renewal import issuance, renew, verify_and_install
-from bridge.renewal.select import ForeignIdentityError, RunOptions, nothing_due, select
+from bridge.renewal import ForeignIdentityError, RunOptions, issuance, nothing_due, renew, select, verify_and_install
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
 from bridge.state import audit

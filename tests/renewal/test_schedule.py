@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from bridge.errors import Exit, SettingsError
 from bridge.monitoring import after
 from bridge.node.inventory import Item
+from bridge.renewal import Selection
 from bridge.renewal.gate import NotYetError, hold_for_window, jitter
-from bridge.renewal.select import Selection
 from bridge.settings import tables
 from bridge.settings.load import parse
 from bridge.settings.tables import RenewalSettings, Zone

@@ -16,8 +16,7 @@ from bridge.errors import Exit, SettingsError
 from bridge.node import inventory
 from bridge.pki.certificates import load_pem_certificates, pem, spki
 from bridge.pki.csr import key_pem
-from bridge.renewal import renew
-from bridge.renewal.select import RunOptions
+from bridge.renewal import RunOptions, renew
 from bridge.rotation import places, steps
 from bridge.rotation.gate import Gate
 from bridge.rotation.steps import Verb

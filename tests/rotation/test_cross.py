@@ -24,8 +24,7 @@ from bridge.pki import expiry
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
 from bridge.pki.user_rules import User
-from bridge.renewal import renew
-from bridge.renewal.select import RunOptions
+from bridge.renewal import RunOptions, renew
 from bridge.rotation import Change, Phase, places, steps
 from bridge.rotation.steps import Verb
 from bridge.settings.load import parse

@@ -15,8 +15,7 @@ from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.pki import identity
 from bridge.pki.certificates import load_pem_certificates, pem
-from bridge.renewal import renew, verify_and_install
-from bridge.renewal.select import RunOptions
+from bridge.renewal import RunOptions, renew, verify_and_install
 from bridge.renewal.transaction import Transaction
 from bridge.rotation import objects, places, steps
 from bridge.rotation.gate import Gate, SplitError

@@ -34,8 +34,7 @@ from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.node import inventory, kubeconfig
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
-from bridge.renewal import renew
-from bridge.renewal.select import RunOptions
+from bridge.renewal import RunOptions, renew
 from bridge.rotation import Phase, places, steps
 from bridge.rotation.gate import SplitError, has_asked
 from bridge.rotation.steps import Verb
