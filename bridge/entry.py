@@ -171,7 +171,7 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
     from bridge.errors import BridgeError  # noqa: PLC0415
     from bridge.node import inventory  # noqa: PLC0415 (see above)
     from bridge.renewal import RunOptions, nothing_due, select  # noqa: PLC0415
-    from bridge.state.store import Store, is_checked  # noqa: PLC0415
+    from bridge.state import Store, is_checked  # noqa: PLC0415
 
     try:
         settings = plain.settings()
@@ -224,7 +224,7 @@ def _may_have_credentials(settings: Settings) -> bool:
     keys = settings.node.desk_key or settings.node.order_key or settings.gateway.kubeconfig
     if keys or not settings.authorities:
         return bool(keys)
-    from bridge.state.store import Store, checked_credentials  # noqa: PLC0415 (see above)
+    from bridge.state import Store, checked_credentials  # noqa: PLC0415 (see above)
 
     store = Store(settings.node.state_dir)
     return bool(checked_credentials(settings, store) != [] or store.credentials.exists())

@@ -21,9 +21,8 @@ from bridge.renewal import in_use
 from bridge.renewal.gate import Failures, attempts_file
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.specs import AUTHORITIES, Component
-from bridge.state import credentials
+from bridge.state import Store, credentials
 from bridge.state.open_requests import OpenRequest, OpenRequests
-from bridge.state.store import Store
 from bridge.system import waiting
 from bridge.system.codec import labels, metric, named
 from bridge.system.console import print_error

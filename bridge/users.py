@@ -44,10 +44,9 @@ from bridge.pki.user_rules import SHORTEST, Limits, User
 from bridge.settings.tables import Settings, UserSettings
 from bridge.specs import CA as CLUSTER_CA
 from bridge.specs import KEY_ALGORITHMS, USER, KeyAlgorithm
-from bridge.state import audit
+from bridge.state import Store, audit
 from bridge.state.open_requests import OpenUser, OpenUsers
 from bridge.state.session import alone, in_force
-from bridge.state.store import Store
 from bridge.system.console import Progress
 from bridge.system.files import Attributes, sync_directory, write_atomically, write_staged
 from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read, read_ca_file, read_once

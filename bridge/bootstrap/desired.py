@@ -24,7 +24,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF
-from bridge.state.store import Outcome
+from bridge.state import Outcome
 
 
 class LeftoversError(BridgeError):

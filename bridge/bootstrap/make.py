@@ -45,11 +45,10 @@ from bridge.renewal.readiness import assert_room
 from bridge.renewal.verify_and_install import await_validity, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec
-from bridge.state import audit
+from bridge.state import Outcome, Store, audit
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, fingerprint, install
 from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Run, begun, give_up, in_force
-from bridge.state.store import Outcome, Store
 from bridge.system.console import Progress
 from bridge.system.files import Attributes, digest, private_directory
 from bridge.system.paths import exposure

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from bridge.ca import CA, registry
 from bridge.errors import BackendError, SettingsError
 from bridge.settings.tables import Settings
+from bridge.state import Store
 from bridge.state.obligations import Collected, collected_file
 from bridge.state.open_requests import OpenRequests, OpenUsers
-from bridge.state.store import Store
 from bridge.system.state_file import StateError
 
 

@@ -42,8 +42,8 @@ from bridge.pki.certificates import csr_fingerprint
 from bridge.pki.csr import fingerprint_text
 from bridge.pki.expiry import residual, rfc3339, seconds_left
 from bridge.renewal import RunOptions, Selection, airgap, nothing_due
+from bridge.state import Store
 from bridge.state.open_requests import OpenRequest, OpenRequests
-from bridge.state.store import Store
 from bridge.system.console import log, print_error, printable
 from bridge.words import counted
 

@@ -153,8 +153,8 @@ def _backups(settings: Callable[[], Settings]) -> Iterator[Offer]:
 
 
 def _pending(settings: Callable[[], Settings]) -> Iterator[Offer]:
+    from bridge.state import Store  # noqa: PLC0415
     from bridge.state.open_requests import OpenRequests  # noqa: PLC0415
-    from bridge.state.store import Store  # noqa: PLC0415
 
     yield "all", "every open request"
     with contextlib.suppress(BridgeError, OSError):

@@ -25,7 +25,7 @@ from bridge.node.expiry_report import ExpiryReport, Limit, Row, report
 from bridge.node.inventory import Node
 from bridge.pki.expiry import CA_ENDS_SOON, minute, residual, seconds_left
 from bridge.settings.tables import Settings
-from bridge.state.store import Store
+from bridge.state import Store
 from bridge.system.console import ROOT_HINT, lacks_rights, log, print_error
 from bridge.words import one_line
 

@@ -18,11 +18,10 @@ from bridge.pki.expiry import minute, rfc3339
 from bridge.renewal.transaction import put_back_and_retire
 from bridge.renewal.verify_and_install import Result
 from bridge.specs import SPECS, USER, Component
-from bridge.state import audit, backups, copies
+from bridge.state import Store, audit, backups, copies
 from bridge.state.backups import Rollback
 from bridge.state.install import Recovery
 from bridge.state.session import alone
-from bridge.state.store import Store
 from bridge.system.console import log, print_error, printable
 from bridge.words import counted, name_found
 

@@ -22,7 +22,7 @@ from bridge.node import kubelet
 from bridge.pki.expiry import parse_duration
 from bridge.settings.load import Overrides
 from bridge.settings.tables import Settings
-from bridge.state.store import changed_here, replaced_here
+from bridge.state import changed_here, replaced_here
 from bridge.system import console, waiting
 from bridge.system.console import LogFormat
 

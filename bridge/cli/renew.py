@@ -44,10 +44,9 @@ from bridge.renewal.prepare import write_csrs as write_csr_files
 from bridge.renewal.renew import Rehearsal
 from bridge.settings.tables import Settings
 from bridge.specs import Component
-from bridge.state import copies
+from bridge.state import Outcome, Store, copies
 from bridge.state.copies import Copy
 from bridge.state.install import InstallError
-from bridge.state.store import Outcome, Store
 from bridge.system.console import log
 
 commands = typer.Typer()

@@ -18,7 +18,7 @@ from bridge.renewal.gate import NotYetError
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import Component
-from bridge.state.store import Outcome
+from bridge.state import Outcome
 from bridge.system.console import hint_of, log, print_error, printable
 from bridge.words import cause
 

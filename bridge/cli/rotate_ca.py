@@ -27,7 +27,7 @@ from bridge.rotation.steps import Done, Step, Verb
 from bridge.rotation.witnesses import Refusal, Users, Watched
 from bridge.settings.tables import Settings
 from bridge.specs import CA
-from bridge.state.store import Store
+from bridge.state import Store
 from bridge.system.console import doing
 
 commands = typer.Typer()

@@ -18,7 +18,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle_format import short_fingerprint
 from bridge.pki.csr import fingerprint_text
 from bridge.pki.expiry import minute, rfc3339
-from bridge.state.store import Store
+from bridge.state import Store
 from bridge.system.console import log, printable
 from bridge.system.locks import lock
 from bridge.words import counted

@@ -42,8 +42,8 @@ from bridge.node.yamltree import document, split_bom
 from bridge.pki.certificates import common_names, san_entries, serial_hex
 from bridge.settings.tables import Settings
 from bridge.specs import CA, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SERVERS, SPECS, Authority, Component
+from bridge.state import Store
 from bridge.state.install import written_file
-from bridge.state.store import Store
 from bridge.system import paths
 from bridge.system.http import HttpsError, UnreachableError
 from bridge.system.state_file import StateError

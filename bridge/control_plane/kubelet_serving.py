@@ -38,9 +38,8 @@ from bridge.pki.certificates import name_text
 from bridge.pki.expiry import duration_text, minute
 from bridge.settings.tables import Settings
 from bridge.specs import CA, Component
-from bridge.state import audit, session
+from bridge.state import audit, changed_here, session
 from bridge.state.install import STAGED_PREFIX
-from bridge.state.store import changed_here
 from bridge.system.console import doing, log
 from bridge.system.files import exchange
 from bridge.system.http import HttpsError

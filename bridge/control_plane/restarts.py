@@ -23,11 +23,10 @@ from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import duration_text
 from bridge.settings.tables import Settings
 from bridge.specs import Component
-from bridge.state import audit, session, static_pods
+from bridge.state import Store, audit, session, static_pods
 from bridge.state.backups import Backup
 from bridge.state.install import newest_number
 from bridge.state.static_pods import Pod, RestartError
-from bridge.state.store import Store
 from bridge.system.console import doing, log
 from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, read

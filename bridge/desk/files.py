@@ -36,8 +36,7 @@ from bridge.pki.expiry import is_due, minute
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.specs import AUTHORITIES
-from bridge.state import audit
-from bridge.state.store import Store
+from bridge.state import Store, audit
 from bridge.system.console import log
 from bridge.system.files import how_to_begin, version
 from bridge.system.locks import lock

@@ -22,8 +22,8 @@ from bridge.errors import BridgeError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, RequestBundle
 from bridge.pki.bundle_format import file_names, loads_answer
 from bridge.pki.certificates import csr_fingerprint
+from bridge.state import Store
 from bridge.state.open_requests import Kind, RequestLog
-from bridge.state.store import Store
 from bridge.system.files import DIRECTORY_MODE, private_directory
 from bridge.system.many import NewFile, remove_unfinished
 from bridge.system.paths import UnreadableError, exposure, read_once

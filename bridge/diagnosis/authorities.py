@@ -24,10 +24,9 @@ from bridge.rotation import Phase, places, text
 from bridge.settings.tables import Settings
 from bridge.settings.windows import ever_waits
 from bridge.specs import CertificateSpec
-from bridge.state import credentials
+from bridge.state import Store, credentials
 from bridge.state.credentials import Credential, CredentialEndedError, CredentialFile
 from bridge.state.session import not_yet_signing
-from bridge.state.store import Store
 from bridge.words import one_line
 
 #: Certificates that a CA's clock dates a little ahead are refused from here on (`verify.CLOCK_SKEW`).

@@ -21,8 +21,7 @@ from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.renewal import damage, readiness
 from bridge.settings.tables import Settings
-from bridge.state import copies
-from bridge.state.store import Store
+from bridge.state import Store, copies
 from bridge.system import files, jobs, locks
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.files import disk_spaces

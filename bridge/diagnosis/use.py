@@ -32,8 +32,8 @@ from bridge.renewal import hooks, in_use
 from bridge.settings.pairs import PairFiles, PairSettings
 from bridge.settings.tables import Settings
 from bridge.specs import SERVERS, Component
+from bridge.state import Store
 from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS
-from bridge.state.store import Store
 from bridge.system.paths import UnreadableError, read, read_ca_file
 from bridge.system.run_command import unsafe_program
 from bridge.words import one_line

@@ -44,9 +44,8 @@ from bridge.door.store import (
 from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle import BundledRequest, RequestBundle, sign_request
 from bridge.settings.tables import Settings
-from bridge.state import audit
+from bridge.state import Store, audit
 from bridge.state.session import recording
-from bridge.state.store import Store
 from bridge.system.files import sync_directory
 from bridge.system.locks import lock
 from bridge.system.state_file import OnDamage, StateFile

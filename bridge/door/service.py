@@ -39,7 +39,7 @@ from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.budget import MOST_BYTES
 from bridge.pki.certificates import spki
 from bridge.settings.tables import Settings
-from bridge.state.store import Store
+from bridge.state import Store
 from bridge.system.codec import labels, metric
 from bridge.system.files import SECRET_MODE, write_atomically
 from bridge.system.many import SWITCH_SECONDS

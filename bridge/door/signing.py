@@ -43,8 +43,7 @@ from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal
 from bridge.pki.bundle_format import digest, loads_digested, loads_request
 from bridge.pki.certificates import csr_fingerprint, fingerprint, is_signed_by, pem, serial_hex
 from bridge.settings.tables import Settings
-from bridge.state import audit
-from bridge.state.store import Store
+from bridge.state import Store, audit
 from bridge.system.paths import UnreadableError, read_ca_file
 
 log = logging.getLogger("ca-bridge")

@@ -27,7 +27,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from bridge.errors import BridgeError, Exit
 from bridge.secret import Secret, SecretUnavailableError
 from bridge.settings.tables import Settings
-from bridge.state.store import Store
+from bridge.state import Store
 from bridge.words import one_line
 
 #: `waiting`: for the next round of signing. `undecided`: for people; `approved` and `refused`: by them; the next round

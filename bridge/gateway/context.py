@@ -26,9 +26,9 @@ from bridge.gateway.rules import spec_of
 from bridge.gateway.watch import AnyObject, PodObject
 from bridge.settings.tables import AuditSettings, Settings
 from bridge.specs import POD_SPECS, CertificateSpec
+from bridge.state import Store
 from bridge.state.audit import AuditError, Record
 from bridge.state.open_requests import Kind, RequestLog
-from bridge.state.store import Store
 from bridge.system.many import Combined
 from bridge.system.state_file import StateError
 from bridge.system.waiting import back_off_seconds

@@ -32,9 +32,8 @@ from bridge.gateway.watch import CSRS, SILENCE_SECONDS, Kind, Watch, kinds, serv
 from bridge.gateway.watch import PODS as POD_REQUESTS
 from bridge.settings.tables import GatewaySettings, Settings
 from bridge.specs import PODS
-from bridge.state import credentials
+from bridge.state import Store, credentials
 from bridge.state.audit import AuditError
-from bridge.state.store import Store
 from bridge.system.locks import LockedError, lock
 from bridge.system.many import SWITCH_SECONDS
 from bridge.system.waiting import back_off_seconds

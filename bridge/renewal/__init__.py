@@ -20,7 +20,7 @@ from bridge.node.inventory import Item, Node, NoNodeError, other_key
 from bridge.pki import expiry, identity
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec, Component, KeyAlgorithm
-from bridge.state.store import Outcome
+from bridge.state import Outcome
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.words import name_found
 

@@ -32,11 +32,10 @@ from bridge.renewal import in_use
 from bridge.renewal.hooks import HookEvent
 from bridge.renewal.in_use import NotLiveError, sentence
 from bridge.specs import AUTHORITIES, CertificateSpec, Component
-from bridge.state import backups
+from bridge.state import Outcome, backups
 from bridge.state.obligations import NotProven, unproven_file
 from bridge.state.session import Run
 from bridge.state.static_pods import StoppedError
-from bridge.state.store import Outcome
 from bridge.system.console import log
 from bridge.system.state_file import StateError
 

@@ -51,10 +51,9 @@ from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.specs import CertificateSpec
-from bridge.state import audit
+from bridge.state import Outcome, audit
 from bridge.state.open_requests import OpenRequest, OpenRequests
 from bridge.state.session import Run, begun, give_up
-from bridge.state.store import Outcome
 from bridge.system.console import Progress, log, printable
 from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, read, read_once, read_present, read_public_key

@@ -11,7 +11,7 @@ from typing import Any
 from bridge.control_plane.restarts import times_file
 from bridge.renewal.gate import attempts_file, next_ca_file
 from bridge.settings.tables import Settings
-from bridge.state import audit, backups
+from bridge.state import Store, audit, backups
 from bridge.state.install import journal_file, staging_file
 from bridge.state.obligations import (
     copies_file,
@@ -23,7 +23,6 @@ from bridge.state.obligations import (
 )
 from bridge.state.open_requests import RENEWALS, USERS, file_of
 from bridge.state.static_pods import restart_file
-from bridge.state.store import Store
 from bridge.system.locks import lock
 from bridge.system.state_file import StateError, StateFile
 

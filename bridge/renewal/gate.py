@@ -13,8 +13,8 @@ from bridge.pki.expiry import first_end, minute
 from bridge.renewal import RunOptions, Selection, select
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.settings.windows import Decision, may_act
+from bridge.state import Store
 from bridge.state.session import Run, not_yet_signing
-from bridge.state.store import Store
 from bridge.system.codec import named
 from bridge.system.state_file import OnDamage, StateFile, coded
 from bridge.system.waiting import back_off_seconds

@@ -10,8 +10,8 @@ from bridge.errors import BridgeError, Exit
 from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
 from bridge.settings.tables import Commands, Settings
+from bridge.state import Outcome, Store
 from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS, HooksToRun, hooks_file
-from bridge.state.store import Outcome, Store
 from bridge.system.console import log, printable
 from bridge.system.run_command import Ended, OutputLines, run_logged
 from bridge.system.state_file import StateError

@@ -13,9 +13,9 @@ from bridge.node import processes
 from bridge.node.inventory import Node
 from bridge.settings.tables import Components, Settings
 from bridge.specs import Component
+from bridge.state import Outcome, Store
 from bridge.state.obligations import NotProven, postponed_file, unproven_file
 from bridge.state.session import Run
-from bridge.state.store import Outcome, Store
 from bridge.system.state_file import StateError, StateFile
 
 if TYPE_CHECKING:

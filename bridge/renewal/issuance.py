@@ -21,9 +21,8 @@ from bridge.pki.expiry import duration_text, minute
 from bridge.renewal.prepare import Making, Prepared, open_request, with_continuity
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
-from bridge.state import audit
+from bridge.state import Outcome, audit
 from bridge.state.session import Run, give_up
-from bridge.state.store import Outcome
 from bridge.system.console import Progress, log
 from bridge.system.paths import open_secret
 from bridge.system.waiting import workers

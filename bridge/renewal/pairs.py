@@ -24,11 +24,10 @@ from bridge.node.manifests import pod_name
 from bridge.renewal.activate import RolledBackError, UnprovenError, backup_of
 from bridge.renewal.in_use import NotLiveError
 from bridge.settings.tables import Settings
-from bridge.state import audit, backups, static_pods
+from bridge.state import Outcome, Store, audit, backups, static_pods
 from bridge.state.obligations import NotProven, UnprovenPair, pairs_file
 from bridge.state.session import Run
 from bridge.state.static_pods import Pod
-from bridge.state.store import Outcome, Store
 from bridge.system.console import doing, log
 from bridge.system.run_command import command_failure
 from bridge.system.state_file import StateError

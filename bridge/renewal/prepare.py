@@ -34,10 +34,10 @@ from bridge.pki.csr import Naming, alternative_names, subject_of
 from bridge.renewal import RESTORE, Desired, MissingCertificateError, NotReadyError, new_keys, outcome_of
 from bridge.settings.tables import NodeSettings, Settings, is_host
 from bridge.specs import KUBELET_SERVER, Component, KeyAlgorithm
+from bridge.state import Outcome
 from bridge.state.install import fingerprint
 from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Run
-from bridge.state.store import Outcome
 from bridge.system.files import DIRECTORY_MODE, Attributes, digest, sync_directory, write_staged
 from bridge.system.paths import foreign_link
 

@@ -21,7 +21,7 @@ from bridge.pki.expiry import first_end
 from bridge.renewal import Desired, NotReadyError, outcome_of
 from bridge.renewal.prepare import next_key, present, replaced_by_next, serving_names
 from bridge.settings.tables import Settings
-from bridge.state.store import Outcome
+from bridge.state import Outcome
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.files import DiskSpace, disk_spaces
 from bridge.system.paths import UnreadableError, read

@@ -32,11 +32,10 @@ from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
 from bridge.settings.tables import Settings, anchor, for_rehearsal, is_scratch
 from bridge.specs import AUTHORITIES
-from bridge.state import audit, credentials
+from bridge.state import Outcome, audit, credentials, remember_checked
 from bridge.state.credentials import Credential
 from bridge.state.open_requests import OpenRequest, Unkept
 from bridge.state.session import Run, begun
-from bridge.state.store import Outcome, remember_checked
 from bridge.system.console import Progress, is_attended, log
 
 

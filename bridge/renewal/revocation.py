@@ -10,10 +10,9 @@ from bridge.contract import Revocation
 from bridge.errors import BackendUnavailableError, BridgeError, LocalFileError
 from bridge.node.inventory import Node
 from bridge.renewal import prepare
-from bridge.state import audit
+from bridge.state import Outcome, audit
 from bridge.state.obligations import Superseded, pairs_file, revocations_file, unproven_file
 from bridge.state.session import Run
-from bridge.state.store import Outcome
 from bridge.system.state_file import StateError
 
 

@@ -23,9 +23,8 @@ from bridge.node.inventory import Item, Node
 from bridge.node.manifests import TLS_CERTIFICATE
 from bridge.settings.tables import Settings
 from bridge.specs import SERVERS, Component
-from bridge.state import audit, session
+from bridge.state import Store, audit, session
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, fingerprint, install
-from bridge.state.store import Store
 
 _Cluster = Mapping[str, Any]  #: kubeadm's ClusterConfiguration.
 

@@ -25,12 +25,11 @@ from bridge.renewal.verify_and_install import (
     record_failed,
 )
 from bridge.settings.tables import Settings
-from bridge.state import audit, backups, copies
+from bridge.state import Outcome, audit, backups, copies
 from bridge.state.copies import CopyError
 from bridge.state.obligations import postponed_file, unproven_file
 from bridge.state.open_requests import Unkept
 from bridge.state.session import Run, alone
-from bridge.state.store import Outcome
 from bridge.system.console import Progress, print_error
 from bridge.system.state_file import StateError
 

@@ -35,10 +35,9 @@ from bridge.renewal.readiness import half_rotated
 from bridge.settings.pairs import PairFiles
 from bridge.settings.tables import Settings
 from bridge.specs import CA
-from bridge.state import audit
+from bridge.state import Outcome, audit
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, KUBECONFIG_MASK, Replacement, install
 from bridge.state.session import Run
-from bridge.state.store import Outcome
 from bridge.system.files import Attributes
 from bridge.system.state_file import StateError
 

@@ -22,9 +22,8 @@ from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.rotation import Bundle, Change, Phase, Seen, Standing, standing
 from bridge.settings.tables import NodeSettings, Settings
 from bridge.specs import CA, SPECS, Component
-from bridge.state import backups, copies
+from bridge.state import Store, backups, copies
 from bridge.state.install import CERTIFICATE_MASK, KUBECONFIG_MASK, Replacement
-from bridge.state.store import Store
 from bridge.system.files import digest, sync_directory, write_atomically
 from bridge.system.paths import UnreadableError, exposure, own_text, read
 

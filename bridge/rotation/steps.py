@@ -31,12 +31,11 @@ from bridge.rotation.places import Replaced, with_ca
 from bridge.settings.tables import Settings, for_next
 from bridge.specs import CA as CLUSTER_CA
 from bridge.specs import KUBELET_CONF, SPECS, Component
-from bridge.state import audit, backups, copies
+from bridge.state import Outcome, Store, audit, backups, copies
 from bridge.state.backups import Backup
 from bridge.state.install import Replacement, install
 from bridge.state.obligations import NotProven, unproven_file
 from bridge.state.session import Run, begun, give_up
-from bridge.state.store import Outcome, Store
 from bridge.system.console import Progress
 from bridge.system.state_file import OnDamage, StateFile, coded
 

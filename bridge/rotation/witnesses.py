@@ -30,8 +30,7 @@ from bridge.pki.certificates import fingerprint, load_pem_certificates, name_tex
 from bridge.pki.expiry import duration_text
 from bridge.rotation import Change
 from bridge.settings.tables import Settings
-from bridge.state import audit
-from bridge.state.store import Store
+from bridge.state import Store, audit
 from bridge.system.paths import UnreadableError, read, regular_file
 from bridge.words import one_line
 

@@ -30,7 +30,7 @@ from bridge.contract import SignRequest
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, WaitingError
 from bridge.pki.certificates import UNREADABLE, fingerprint, name_text, serial_hex
 from bridge.settings.tables import AuditSettings
-from bridge.state.store import Store
+from bridge.state import Store
 from bridge.system import console
 from bridge.system.console import log, print_error
 from bridge.system.files import append, digest, sync_directory, user_name, version, write_atomically

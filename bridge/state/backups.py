@@ -21,7 +21,7 @@ from bridge.pki import csr, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, KUBELET_SERVER, SERVERS, is_pair_name
-from bridge.state import audit, copies, static_pods
+from bridge.state import Outcome, Store, audit, copies, static_pods
 from bridge.state.install import (
     CERTIFICATE_MASK,
     KEY_MASK,
@@ -34,7 +34,6 @@ from bridge.state.install import (
     install,
     manifest_file,
 )
-from bridge.state.store import Outcome, Store
 from bridge.system.console import log
 from bridge.system.files import Attributes, digest, sync_directory
 from bridge.system.paths import UnreadableError, read_ca_file

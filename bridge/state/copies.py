@@ -31,10 +31,9 @@ from bridge.node.kubeconfig import EmbeddedUser, KubeconfigError
 from bridge.pki.certificates import UNREADABLE, fingerprint, load_pem_certificates, pem
 from bridge.pki.csr import load_key
 from bridge.settings.tables import Settings
-from bridge.state import audit
+from bridge.state import Store, audit
 from bridge.state.install import KUBECONFIG_MASK, STAGED_PREFIX
 from bridge.state.obligations import copies_file
-from bridge.state.store import Store
 from bridge.system.console import log
 from bridge.system.files import Attributes, sync_directory, version, write_staged
 from bridge.system.paths import ForeignLinkError, OpenPath, UnreadableError, opened, read, regular_file, trusted_users

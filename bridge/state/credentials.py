@@ -18,7 +18,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import ROTATION_IS_LATE, Before, first_end, left_text, minute
 from bridge.settings.tables import Settings
-from bridge.state.store import Store, checked_credentials
+from bridge.state import Store, checked_credentials
 from bridge.system.paths import UnreadableError, read
 
 if TYPE_CHECKING:  # a night with nothing due makes none of them

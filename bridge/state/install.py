@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from bridge.errors import BridgeError
 from bridge.node.processes import Written
-from bridge.state.store import Store, replaced_here
+from bridge.state import Store, replaced_here
 from bridge.system.console import log
 from bridge.system.files import Attributes, digest, is_frozen, sync_directory, write_staged
 from bridge.system.paths import foreign_link

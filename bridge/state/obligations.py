@@ -13,7 +13,7 @@ from bridge.errors import Exit
 from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
 from bridge.specs import SPECS, Component, is_pair_name
-from bridge.state.store import Outcome, Store
+from bridge.state import Outcome, Store
 from bridge.system.codec import left_out, named
 from bridge.system.state_file import OnDamage, StateFile, coded
 

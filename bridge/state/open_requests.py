@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from bridge.contract import Continuity, Issued, SignRequest
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.specs import USER
-from bridge.state.store import Store
+from bridge.state import Store
 from bridge.system import codec
 from bridge.system.codec import named
 from bridge.system.console import log

@@ -18,10 +18,9 @@ from bridge.node.inventory import Node
 from bridge.pki.certificates import spki
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings, for_next
-from bridge.state import audit, install, static_pods
+from bridge.state import Store, audit, install, static_pods
 from bridge.state.install import Recovery
 from bridge.state.open_requests import OpenRequests
-from bridge.state.store import Store
 from bridge.system.console import Progress, log
 from bridge.system.locks import lock
 from bridge.system.paths import UnreadableError, read_ca_file

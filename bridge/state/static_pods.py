@@ -24,8 +24,8 @@ from typing import Any, ClassVar, Literal
 
 from bridge.errors import BridgeError, Exit, PostponedError
 from bridge.pki.expiry import duration_text
+from bridge.state import Store, changed_here
 from bridge.state.install import STAGED_PREFIX, attributes_from, attributes_json
-from bridge.state.store import Store, changed_here
 from bridge.system.console import log
 from bridge.system.files import Attributes, digest, exchange, sync_directory, write_atomically, write_staged
 from bridge.system.state_file import OnDamage, StateFile

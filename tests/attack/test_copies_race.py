@@ -14,9 +14,8 @@ import pytest
 
 from bridge.node import inventory
 from bridge.pki.certificates import fingerprint
-from bridge.state import audit, copies
+from bridge.state import Store, audit, copies
 from bridge.state.obligations import copies_file
-from bridge.state.store import Store
 from tests.kit.pki import handmade_pki
 from tests.kit.renewing import settings_for
 

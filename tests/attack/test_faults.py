@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from bridge.node import inventory
+from bridge.state import Store
 from bridge.state.install import (
     CERTIFICATE_MASK,
     KEY_MASK,
@@ -25,7 +26,6 @@ from bridge.state.install import (
     install,
     recover,
 )
-from bridge.state.store import Store
 from bridge.system.files import Attributes, digest
 from tests.counts import Tried
 from tests.kit.pairs import assert_pairs

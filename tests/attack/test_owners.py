@@ -13,8 +13,8 @@ from bridge.desk.files import load_policy
 from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.renewal import RunOptions, renew
 from bridge.settings import load
+from bridge.state import Store
 from bridge.state.install import KEY_MASK, InstallError, Replacement, install
-from bridge.state.store import Store
 from bridge.system.files import digest
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for

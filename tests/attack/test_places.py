@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import BridgeError
+from bridge.state import Store
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, InstallError, Replacement, install, recover
-from bridge.state.store import Store
 from bridge.system.files import Attributes, digest, is_frozen
 from tests.counts import Tried
 from tests.kit.small_disk import fill, needs_root, tmpfs

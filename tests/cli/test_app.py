@@ -28,8 +28,8 @@ from bridge.errors import BridgeError
 from bridge.pki.certificates import load_pem_certificates
 from bridge.settings.load import load, parse
 from bridge.settings.tables import Zone
+from bridge.state import Store, remember_checked
 from bridge.state.install import KEY_MASK, Replacement, install
-from bridge.state.store import Store, remember_checked
 from bridge.system.locks import lock
 from tests.kit import opensslca
 from tests.kit.pki import Pki, handmade_pki

@@ -20,7 +20,7 @@ from bridge.cli.results import grouped
 from bridge.errors import BackendRefusedError, BridgeError
 from bridge.pki.expiry import duration_text, parse_duration
 from bridge.specs import AUTHORITIES
-from bridge.state.store import Outcome
+from bridge.state import Outcome
 from bridge.system.console import ROOT_HINT, hint_of
 from tests.kit import openbao
 from tests.kit.cas import Bridge, add_openssl

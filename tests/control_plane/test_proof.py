@@ -33,8 +33,8 @@ from bridge.pki.csr import Naming
 from bridge.settings.load import overridden, parse
 from bridge.settings.tables import Settings, Version
 from bridge.specs import SPECS, Component
+from bridge.state import Store
 from bridge.state.install import written_file
-from bridge.state.store import Store
 from tests.kit.issuing import Signer
 from tests.kit.loopback import LoopbackServer
 

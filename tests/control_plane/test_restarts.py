@@ -39,9 +39,8 @@ from bridge.node.inventory import Node
 from bridge.settings.load import parse
 from bridge.settings.tables import Components, NodeSettings, Settings, Version
 from bridge.specs import SPECS, Component
-from bridge.state import audit
+from bridge.state import Store, audit
 from bridge.state.static_pods import RestartError
-from bridge.state.store import Store
 from bridge.system.waiting import wait_until
 from tests.kit import cfssl
 from tests.kit.cas import Bridge

@@ -28,7 +28,7 @@ from bridge.node import inventory, kubeconfig, sample_pki
 from bridge.pki.certificates import pem
 from bridge.pki.csr import generate_key
 from bridge.settings.load import load
-from bridge.state.store import Store
+from bridge.state import Store
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.locks import lock
 from tests.kit import apiserver, dead_fs

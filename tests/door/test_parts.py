@@ -35,7 +35,7 @@ from bridge.pki.bundle_format import digest, dumps, loads_answer, loads_digested
 from bridge.settings import Source
 from bridge.settings.load import load
 from bridge.settings.tables import ServeSettings, Settings
-from bridge.state.store import Store
+from bridge.state import Store
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.desks import Desk

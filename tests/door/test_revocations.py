@@ -25,9 +25,8 @@ from bridge.pki.csr import PrivateKey
 from bridge.renewal import RunOptions, renew
 from bridge.settings.load import parse
 from bridge.specs import SPECS
-from bridge.state import audit
+from bridge.state import Store, audit
 from bridge.state.obligations import revocations_file
-from bridge.state.store import Store
 from bridge.system.locks import lock
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import changed, make_bundle, old_pairs

@@ -20,8 +20,7 @@ from bridge.contract import Backend, Issued, Secret
 from bridge.errors import BackendError
 from bridge.pki.certificates import pem
 from bridge.settings.tables import AuditSettings
-from bridge.state import audit
-from bridge.state.store import Store
+from bridge.state import Store, audit
 from tests.counts import Tried
 from tests.fuzz.targets import answer, asked, root, targets
 from tests.kit.loopback import LoopbackServer

@@ -26,8 +26,7 @@ from bridge.gateway.service import Service
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.pki.csr import key_pem
 from bridge.settings import load
-from bridge.state import audit
-from bridge.state.store import Store
+from bridge.state import Store, audit
 from tests.kit import api_proxy, cluster_api, desk_program, gateways, hostile_csrs, kube_api, next_cas, openbao
 from tests.kit.api_client import CSRS, ApiClient
 from tests.kit.cluster_api import ClusterApi

@@ -52,7 +52,7 @@ from bridge.gateway.watch import (
 from bridge.pki.certificates import pem
 from bridge.settings import load
 from bridge.settings.tables import GatewaySettings, address_of
-from bridge.state.store import Store
+from bridge.state import Store
 from bridge.system import waiting
 from bridge.system.waiting import Rate, wait_until
 from tests.kit import issuing

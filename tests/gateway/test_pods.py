@@ -31,7 +31,7 @@ from bridge.gateway.rules import KEY_TYPES, patterns
 from bridge.gateway.service import Service
 from bridge.pki.certificates import is_for, pem
 from bridge.settings import load
-from bridge.state.store import Store
+from bridge.state import Store
 from tests.kit import api_proxy, cluster_api, gateways, hostile_pods, kube_api, openbao, pods
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.gateways import Gateway, Place

@@ -17,8 +17,8 @@ from cryptography import x509
 from bridge.pki import bundle_format
 from bridge.pki.bundle import RequestBundle
 from bridge.specs import AUTHORITIES
+from bridge.state import Store
 from bridge.state.open_requests import OpenRequest, OpenRequests
-from bridge.state.store import Store
 from tests.kit.cas import Bridge, live_certificates
 from tests.kit.pki import NODE, Pki
 

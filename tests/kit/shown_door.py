@@ -14,8 +14,7 @@ from pathlib import Path
 from bridge.door.doors import Doors, left_text
 from bridge.door.store import Memory, database_file, sqlite_url
 from bridge.pki.certificates import pem
-from bridge.state import audit
-from bridge.state.store import Store
+from bridge.state import Store, audit
 from bridge.system.waiting import wait_until
 from tests.kit import est, terminals
 from tests.kit.issuing import Signer

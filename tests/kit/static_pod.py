@@ -12,8 +12,8 @@ from pathlib import Path
 
 from bridge.errors import BridgeError
 from bridge.specs import Component
+from bridge.state import Store
 from bridge.state.static_pods import Pod, restart
-from bridge.state.store import Store
 from bridge.system.files import Attributes
 from tests.kit.tripwire import Act, Tripwire, kill
 

@@ -29,8 +29,7 @@ from bridge.pki.bundle import AnswerBundle, RequestBundle, sign_request
 from bridge.pki.bundle_format import dumps, loads_answer
 from bridge.pki.verify import Expectation
 from bridge.settings.tables import AuditSettings
-from bridge.state import audit
-from bridge.state.store import Store
+from bridge.state import Store, audit
 from bridge.system.many import NewFile, write_together
 from tests.measure import fleet
 

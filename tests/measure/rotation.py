@@ -37,7 +37,7 @@ from urllib.parse import urlsplit
 from bridge.errors import Exit
 from bridge.pki.certificates import pem
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, FRONT_PROXY_CA, KUBELET_SERVER, Component
-from bridge.state.store import Store
+from bridge.state import Store
 from tests.kit import next_cas, nodes, openbao, programs
 from tests.kit.cas import add_openssl, add_vault
 from tests.kit.desks import POLICY, Desk, make_desk

@@ -12,8 +12,7 @@ from bridge import monitoring
 from bridge.errors import Exit
 from bridge.monitoring import History, after, history_file
 from bridge.settings.load import parse
-from bridge.state import install
-from bridge.state.store import Store
+from bridge.state import Store, install
 from tests.kit.pki import handmade_pki
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)

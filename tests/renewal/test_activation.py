@@ -30,9 +30,9 @@ from bridge.renewal import RunOptions, renew
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Components, Settings
 from bridge.specs import Component
+from bridge.state import Store
 from bridge.state.install import MANIFEST
 from bridge.state.static_pods import StoppedError
-from bridge.state.store import Store
 from tests.kit.pki import PKI_SPECS, Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
 

@@ -16,7 +16,7 @@ from bridge.node.inventory import Item
 from bridge.renewal import Selection
 from bridge.renewal.gate import LONGEST_PAUSE, MANY, Attempts, Failures, HeldOffError, next_try
 from bridge.specs import SPECS
-from bridge.state.store import Store
+from bridge.state import Store
 from bridge.system.console import LogFormat, set_up
 from tests.kit.issuing import NOW, Signer
 

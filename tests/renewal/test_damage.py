@@ -12,9 +12,8 @@ from typer.testing import CliRunner, Result
 from bridge.cli.app import app
 from bridge.errors import BridgeError, Exit
 from bridge.renewal import damage
-from bridge.state import audit, install
+from bridge.state import Store, audit, install
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement
-from bridge.state.store import Store
 from bridge.system.files import digest
 from bridge.system.state_file import StateDamagedError, sealed, unsealed
 from tests.kit.pairs import assert_pairs

@@ -24,7 +24,7 @@ from bridge.pki.certificates import serial_hex
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.settings.load import overridden, parse
 from bridge.settings.tables import Commands, Settings
-from bridge.state.store import Outcome, Store
+from bridge.state import Outcome, Store
 from bridge.system.console import LogFormat, set_up
 from bridge.system.run_command import MOST_LOGGED
 
@@ -382,7 +382,7 @@ def test_a_hook_that_was_cut_off_by_kill_9_is_run_again(make: Make, node: Node, 
         from pathlib import Path
         from bridge.renewal.hooks import Hooks, HookEvent
         from bridge.settings.load import overridden, parse
-        from bridge.state.store import Store
+        from bridge.state import Store
         state, text, serial = sys.argv[1:]
         settings = overridden(parse(text), None, None, Path(state))
         occasion = HookEvent(names=("apiserver",), new_serials={"apiserver": serial}, exit_code=0)

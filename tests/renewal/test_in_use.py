@@ -25,8 +25,7 @@ from bridge.renewal.transaction import put_back_and_retire
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
-from bridge.state import copies
-from bridge.state.store import Store
+from bridge.state import Store, copies
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
 

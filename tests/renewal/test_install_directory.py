@@ -22,9 +22,8 @@ from bridge.renewal.airgap import DirectoryError
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
-from bridge.state import audit
+from bridge.state import Store, audit
 from bridge.state.open_requests import OpenRequests
-from bridge.state.store import Store
 from tests.kit.forged import validity, with_field
 from tests.kit.issuing import Signer
 from tests.kit.pki import PKI_SPECS, Pki, handmade_pki, kubeadm_pki

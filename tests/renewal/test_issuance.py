@@ -22,10 +22,9 @@ from bridge.renewal.issuance import issue_all
 from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.verify_and_install import expectations
 from bridge.settings.load import overridden, parse
-from bridge.state import audit
+from bridge.state import Outcome, Store, audit
 from bridge.state.open_requests import OpenRequests
 from bridge.state.session import Run
-from bridge.state.store import Outcome, Store
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
 

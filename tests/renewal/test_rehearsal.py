@@ -29,8 +29,7 @@ from bridge.renewal.renew import Rehearsal
 from bridge.renewal.verify_and_install import expectations
 from bridge.settings.load import load, parse
 from bridge.settings.tables import Settings, for_next, for_rehearsal
-from bridge.state import audit
-from bridge.state.store import Store
+from bridge.state import Store, audit
 from tests.kit import exec_programs, metrics, openbao, opensslca
 from tests.kit.cas import Bridge, add_openssl, add_vault
 from tests.kit.pki import Pki, handmade_pki

@@ -27,9 +27,8 @@ from bridge.pki.expiry import Before
 from bridge.renewal import ForeignIdentityError, RunOptions, issuance, nothing_due, renew, select, verify_and_install
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
-from bridge.state import audit
+from bridge.state import Store, audit
 from bridge.state.install import InstallError
-from bridge.state.store import Store
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.issuing import Signer
 from tests.kit.pki import Pki, handmade_pki

@@ -21,10 +21,9 @@ from bridge.renewal.verify_and_install import Result
 from bridge.settings.load import load
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
-from bridge.state import audit
+from bridge.state import Store, audit, remember_checked
 from bridge.state.install import InstallError
 from bridge.state.obligations import revocations_file
-from bridge.state.store import Store, remember_checked
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
 

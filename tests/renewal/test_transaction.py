@@ -31,10 +31,9 @@ from bridge.renewal.transaction import Transaction, by_authority, with_activatio
 from bridge.renewal.verify_and_install import HeldBackError, Result
 from bridge.settings.load import load, overridden, parse
 from bridge.settings.tables import AuditSettings, Settings
-from bridge.state import audit
+from bridge.state import Outcome, Store, audit, remember_checked
 from bridge.state.open_requests import OpenRequests
 from bridge.state.session import Run
-from bridge.state.store import Outcome, Store, remember_checked
 from tests.kit.renewing import Quiet
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)

@@ -22,7 +22,7 @@ from bridge.rotation.gate import Gate
 from bridge.rotation.steps import Verb
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, Component
-from bridge.state.store import Store
+from bridge.state import Store
 from tests.kit import next_cas
 from tests.kit.issuing import Signer
 from tests.kit.pairs import assert_pairs

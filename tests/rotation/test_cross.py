@@ -30,9 +30,8 @@ from bridge.rotation.steps import Verb
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, EKU, Component
-from bridge.state import backups
+from bridge.state import Store, backups
 from bridge.state.obligations import unproven_file
-from bridge.state.store import Store
 from bridge.users import UserOrder, issue
 from tests.kit import next_cas, openbao
 from tests.kit.cas import Bridge, add_openssl

@@ -23,8 +23,7 @@ from bridge.rotation.steps import Verb
 from bridge.settings import load
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, ETCD_CA, Component
-from bridge.state import backups, install
-from bridge.state.store import Store
+from bridge.state import Store, backups, install
 from tests.kit import members, next_cas
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.issuing import Signer

@@ -30,7 +30,7 @@ from bridge.rotation.objects import LATELY, NOTHING, Word
 from bridge.rotation.steps import Verb
 from bridge.settings.tables import Settings
 from bridge.specs import CA, FRONT_PROXY_CA, USER
-from bridge.state.store import Store
+from bridge.state import Store
 from bridge.system.files import write_atomically
 from bridge.system.http import HttpsError
 from bridge.system.waiting import wait_until

@@ -40,10 +40,9 @@ from bridge.rotation.gate import SplitError, has_asked
 from bridge.rotation.steps import Verb
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, Component
-from bridge.state import audit, backups, install
+from bridge.state import Store, audit, backups, install
 from bridge.state.obligations import unproven_file
 from bridge.state.session import begun
-from bridge.state.store import Store
 from bridge.system.waiting import wait_until
 from tests.kit import next_cas, opensslca
 from tests.kit.cas import Bridge, add_openssl

@@ -24,7 +24,7 @@ from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.rotation import Change, witnesses
 from bridge.rotation.witnesses import Counters, UnreadableLogError, Users, counters, refusals, requests, users
 from bridge.specs import USER
-from bridge.state.store import Store
+from bridge.state import Store
 from tests.kit import kube_api
 from tests.kit.issuing import NOW, Signer, cn
 from tests.kit.pki import handmade_pki

@@ -27,10 +27,9 @@ from bridge.cli.app import app
 from bridge.contract import Secret
 from bridge.pki.certificates import fingerprint, load_pem_certificates, serial_hex
 from bridge.settings.tables import AuditSettings, Size
-from bridge.state import audit
+from bridge.state import Store, audit
 from bridge.state.audit import Damage, Record
 from bridge.state.install import KEY_MASK, Replacement, install
-from bridge.state.store import Store
 from bridge.system import files
 from bridge.system.files import digest
 from tests.kit import cfssl, openbao, opensslca

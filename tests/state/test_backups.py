@@ -33,10 +33,9 @@ from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates, pem, serial_hex
 from bridge.settings import load
 from bridge.settings.tables import BackupSettings
-from bridge.state import backups
+from bridge.state import Store, backups
 from bridge.state.audit import events
 from bridge.state.install import KEY_MASK, MANIFEST, Replacement, install, manifest_file, recover
-from bridge.state.store import Store
 from bridge.system.files import digest
 from bridge.system.state_file import sealed
 from tests.kit import issuing, opensslca

@@ -13,7 +13,7 @@ import pytest
 from bridge import entry
 from bridge.errors import Exit
 from bridge.settings.load import load
-from bridge.state.store import Store, is_checked, remember_checked
+from bridge.state import Store, is_checked, remember_checked
 from tests.kit.pki import Pki, handmade_pki
 
 GOOD = 'type = "vault"\nurl = "https://vault.example:8200"\nauth.token_file = "/etc/token"\n'
@@ -91,7 +91,7 @@ def test_an_installation_that_changed_is_checked_again(
     remember_checked(settings, store)
     assert is_checked(settings, store)
     (tmp_path / "site").mkdir()
-    monkeypatch.setattr("bridge.state.store._INSTALLED", tmp_path / "site")
+    monkeypatch.setattr("bridge.state._INSTALLED", tmp_path / "site")
     assert not is_checked(settings, store)
 
 

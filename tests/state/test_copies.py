@@ -26,10 +26,9 @@ from bridge.renewal import RunOptions, activate, renew
 from bridge.renewal.transaction import put_back_and_retire
 from bridge.settings.load import load, overridden, parse
 from bridge.settings.tables import Settings
-from bridge.state import audit, copies
+from bridge.state import Store, audit, copies, remember_checked
 from bridge.state.obligations import copies_file
 from bridge.state.session import alone
-from bridge.state.store import Store, remember_checked
 from bridge.system.files import write_staged
 from tests.kit import dead_fs, programs
 from tests.kit.cas import Bridge, add_openssl

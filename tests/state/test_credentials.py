@@ -27,9 +27,8 @@ from bridge.pki.expiry import Before
 from bridge.settings.load import load, parse
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
-from bridge.state import credentials
+from bridge.state import Store, credentials, is_checked
 from bridge.state.credentials import Credential, CredentialFile
-from bridge.state.store import Store, is_checked
 from bridge.testing import TestCA, sign_request
 from tests.kit import metrics, openbao
 from tests.kit.cas import Bridge, add_openssl, add_vault

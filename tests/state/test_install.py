@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from bridge.errors import BridgeError
+from bridge.state import Store
 from bridge.state.install import (
     CERTIFICATE_MASK,
     KEY_MASK,
@@ -36,7 +37,6 @@ from bridge.state.install import (
     staging_file,
     written_file,
 )
-from bridge.state.store import Store
 from bridge.system.files import Attributes, digest
 from bridge.system.locks import LockedError, held_by, lock
 from bridge.system.state_file import StateError, StateFile

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from bridge.state import Store
 from bridge.state.install import KEY_MASK, KUBECONFIG_MASK, InstallError, Replacement, fingerprint, install, recover
-from bridge.state.store import Store
 
 CALLS = ("open", "fsync", "fchmod", "rename", "unlink", "mkdir", "symlink")
 CURRENT, OLD, NEW, CONF = "current.pem", "dated-1.pem", "dated-2.pem", "kubelet.conf"

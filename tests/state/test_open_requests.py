@@ -23,9 +23,8 @@ from bridge.pki.certificates import pem
 from bridge.renewal import damage
 from bridge.renewal.gate import attempts_file
 from bridge.specs import Component
-from bridge.state import obligations, open_requests
+from bridge.state import Store, obligations, open_requests
 from bridge.state.open_requests import RENEWALS, Kind, OpenRequests, OpenUsers, RequestLog, file_of
-from bridge.state.store import Store
 from bridge.system.files import append
 from bridge.system.state_file import StateDamagedError
 

@@ -16,8 +16,8 @@ import pytest
 
 from bridge.pki.certificates import pem, serial_hex
 from bridge.specs import AUTHORITIES
+from bridge.state import Store
 from bridge.state.open_requests import OpenRequests
-from bridge.state.store import Store
 from bridge.system.state_file import StateError
 from tests.kit import approval, opensslca
 from tests.kit.cas import Bridge, live_certificates

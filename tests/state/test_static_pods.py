@@ -18,9 +18,8 @@ import pytest
 
 from bridge.errors import Exit
 from bridge.specs import Component
-from bridge.state import static_pods
+from bridge.state import Store, static_pods
 from bridge.state.static_pods import Pod, RestartError, StoppedError, aside, recover, replace, restart
-from bridge.state.store import Store
 from bridge.system.state_file import StateDamagedError
 from tests.kit.static_pod import CONTENT, TIMEOUT, Site, attempt, interrupted
 from tests.kit.tripwire import failing, kill

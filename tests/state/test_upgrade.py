@@ -18,9 +18,8 @@ from bridge.cli.app import app
 from bridge.control_plane import probes
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.renewal import damage
-from bridge.state import backups
+from bridge.state import Store, backups
 from bridge.state.open_requests import OpenRequests
-from bridge.state.store import Store
 from bridge.system.state_file import StateFile
 from tests.kit import approval
 from tests.kit.cas import live_certificates

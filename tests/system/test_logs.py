@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.state import audit
-from bridge.state.store import Store
+from bridge.state import Store, audit
 from bridge.system import console
 from bridge.system.console import LogFormat
 from tests.kit import journald

@@ -16,7 +16,7 @@ import pytest
 from bridge.bootstrap.make import kept_file
 from bridge.door.doors import identity
 from bridge.errors import Exit
-from bridge.state.store import Store
+from bridge.state import Store
 from bridge.system.files import sync_directory
 from bridge.system.state_file import (
     OnDamage,

@@ -35,8 +35,7 @@ from bridge.monitoring import history
 from bridge.pki import csr
 from bridge.renewal import gate, hooks, owed, revocation
 from bridge.specs import SPECS, Component
-from bridge.state import copies, requests, users
-from bridge.state.store import Store
+from bridge.state import Store, copies, requests, users
 from tests.kit.issuing import Signer
 
 NOW = datetime.now(UTC)
