@@ -31,9 +31,9 @@ from bridge.node import kubeconfig, pairs
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.pairs import is_sa_pair
-from bridge.pki import identity, verify
+from bridge.pki import verify
 from bridge.pki.certificates import UNREADABLE, common_names, load_pem_certificates, san_entries
-from bridge.pki.kubeadm_names import NoFactError, naming
+from bridge.pki.kubeadm_names import NoFactError, identity_violations, naming
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, KUBELET_CONF, KUBELET_SERVER, CertificateSpec
 from bridge.system.paths import Exposure, open_secret
@@ -183,7 +183,7 @@ class NodeLook:
         if any(one.kind == "other" for one in found):
             yield f"{path}: wanted the key of its certificate, found another one"
             return
-        for violation in identity.check(spec, certificates, anchors, name, self.extra_subject):
+        for violation in identity_violations(spec, certificates, anchors, name, self.extra_subject):
             yield f"{path}: {violation}"
         for one in found:
             yield f"{path}: {one.violation.got if one.kind == 'incomparable' else one.violation}"

@@ -23,8 +23,8 @@ from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.node.kubelet import KubeletFiles
 from bridge.node.manifests import path_of, pod_name
 from bridge.node.pairs import is_sa_pair, key_finding
-from bridge.pki import expiry, identity, verify
-from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
+from bridge.pki import expiry, verify
+from bridge.pki.certificates import UNREADABLE, leads_to, load_pem_certificates, name_text, san_entries
 from bridge.pki.expiry import CA_ENDS_SOON
 from bridge.renewal import ForeignIdentityError, foreign_identity
 from bridge.renewal.readiness import Allowed
@@ -326,7 +326,7 @@ def _leads_to(leaf: x509.Certificate, intermediates: Sequence[x509.Certificate],
     chain = (leaf, *intermediates, anchor)
     end, begin = min(one.not_valid_after_utc for one in chain), max(one.not_valid_before_utc for one in chain)
     if end <= begin:  # such as one that ended before its CA had a new certificate with the same key
-        return identity.leads_to(chain[:-1], [anchor])
+        return leads_to(chain[:-1], [anchor])
     time = max(end - timedelta(seconds=1), begin)
     try:
         verify.verified_path(leaf, intermediates, anchor, time)

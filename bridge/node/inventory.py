@@ -18,8 +18,7 @@ from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.node.kubeconfig import parse as parse_kubeconfig
 from bridge.node.kubelet import KUBELET_DIR, KubeletFiles
 from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, Manifest
-from bridge.pki import identity
-from bridge.pki.certificates import has_key_of, is_ca, load_pem_certificates
+from bridge.pki.certificates import anchor_of, has_key_of, is_ca, leads_to, load_pem_certificates
 from bridge.settings.tables import NodeSettings
 from bridge.specs import (
     AUTHORITIES,
@@ -493,7 +492,7 @@ def _serving_items(authority: AuthorityState, kubelet: KubeletFiles) -> list[Ite
 def _or_foreign(item: Item, authority: AuthorityState) -> Item:
     """The item, marked where no CA of the cluster signed it."""
     is_ours = not item.certificates or (
-        identity.leads_to(item.certificates, authority.certificates)
+        leads_to(item.certificates, authority.certificates)
         if authority.certificates
         else item.certificates[-1].issuer != item.certificates[-1].subject  # a kubelet puts its own CA behind it
     )
@@ -579,7 +578,7 @@ def _item(
     managed: bool = True,
     listed: bool = True,
 ) -> Item:
-    anchor = identity.anchor_of(found.certificates, authority.certificates) if found.certificates else None
+    anchor = anchor_of(found.certificates, authority.certificates) if found.certificates else None
     return Item(
         spec=spec,
         authority_external=authority.key == "external",

@@ -30,7 +30,7 @@ from bridge.node.inventory import AuthorityState, Item, Node, authority_state, f
 from bridge.node.manifest_flags import Mount
 from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, path_of
 from bridge.node.yamltree import YamlError
-from bridge.pki import csr, identity, verify
+from bridge.pki import csr, verify
 from bridge.pki.certificates import (
     CN_OID,
     O_OID,
@@ -39,6 +39,7 @@ from bridge.pki.certificates import (
     extended_key_usages,
     has_key_of,
     is_ca,
+    leads_to,
     load_pem_certificates,
     san_entries,
     spki,
@@ -100,7 +101,7 @@ def _unlike(item: Item, pair: PairSettings, authority: AuthorityState) -> Iterat
     """Each difference from the settings."""
     leaf = item.certificates[0]
     try:
-        if not identity.leads_to(item.certificates, authority.certificates) and authority.certificates:
+        if not leads_to(item.certificates, authority.certificates) and authority.certificates:
             yield f"wanted a certificate of {pair.authority} in {item.certificate_path}, found another CA's"
         if not _is_named(leaf, pair.naming):
             yield f"wanted {pair.naming.text} as [certificate.{pair.name}] says, found other names"
@@ -156,7 +157,7 @@ def proves_itself(item: Item) -> bool:
         wanted, found = attributes(item.pair.naming.subject), attributes(item.certificates[0].subject)
     except (UnreadableError, *UNREADABLE):
         return False
-    return wanted[-1] in found and identity.leads_to(item.certificates, anchors)
+    return wanted[-1] in found and leads_to(item.certificates, anchors)
 
 
 # --- why its files can't be replaced ----------------------------------------------------------------------------------

@@ -318,6 +318,28 @@ def is_signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> boo
     return True
 
 
+#: No CA has longer chains, and a circle must end.
+_MOST_INTERMEDIATES = 8
+
+
+def leads_to(certificates: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate]) -> bool:
+    """Whether the certificates (the leaf, then intermediates) lead to one of these CAs, at any time."""
+    return anchor_of(certificates, anchors) is not None
+
+
+def anchor_of(certificates: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate]) -> x509.Certificate | None:
+    """The CA that the certificates (the leaf, then intermediates) lead to; of several, the last to end."""
+    current, *intermediates = certificates
+    found: list[x509.Certificate] = []
+    for _ in range(_MOST_INTERMEDIATES + 1):
+        found += [anchor for anchor in anchors if is_signed_by(current, anchor)]
+        above = [each for each in intermediates if each != current and is_ca(each) and is_signed_by(current, each)]
+        if found or not above:
+            break
+        current = above[0]
+    return max(found, key=lambda anchor: anchor.not_valid_after_utc, default=None)
+
+
 _KEY = re.compile(rb"-----BEGIN ([A-Z ]*)PRIVATE KEY-----(.*?)-----END \1PRIVATE KEY-----", re.DOTALL)
 
 

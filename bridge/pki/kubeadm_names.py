@@ -1,13 +1,14 @@
 """
 The subject and SANs that kubeadm gives each certificate, by version (pure), from its certlist.go, kubeconfig.go and
-pkiutil, and compared with `kubeadm certs generate-csr` of 1.34 to 1.37 (`python -m tests.measure.versions`).
+pkiutil, and compared with `kubeadm certs generate-csr` of 1.34 to 1.37 (`python -m tests.measure.versions`); and whether
+a live certificate has its name's identity, so that no renewal copies an intruder's.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple
@@ -18,9 +19,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import NameOID
 
-from bridge.errors import BridgeError
-from bridge.pki.csr import Naming, general_name, subject_of
+from bridge.errors import BridgeError, Violation
+from bridge.pki.certificates import O_OID, UNREADABLE, attributes, common_names, leads_to, san_entries
+from bridge.pki.csr import Naming, general_name, issuer_line, subject_of
 from bridge.specs import MASTERS, CertificateSpec
+from bridge.words import one_line
 
 ADMINS = "kubeadm:cluster-admins"
 _VERSION = re.compile(r"v?(\d{1,3})\.(\d{1,4})(?:\.(\d{1,4}))?(?:[-+].*)?")
@@ -274,3 +277,68 @@ def _san(san: x509.GeneralName, names: Mapping[str, str]) -> x509.GeneralName:
     if isinstance(san, x509.IPAddress):
         return x509.IPAddress(ipaddress.ip_address(other))
     return x509.DNSName(other) if isinstance(san, x509.DNSName) else san
+
+
+# --- whether a live certificate has its name's identity; dates don't count ---------------------------------------------
+
+#: A node's name in the cluster (RFC 1123 subdomain, which is what Kubernetes takes).
+_NODE_IN_CN = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
+
+
+def identity_violations(
+    spec: CertificateSpec,
+    certificates: Sequence[x509.Certificate],
+    anchors: Sequence[x509.Certificate],
+    anchor_name: str,
+    extra: frozenset[tuple[str, str]] = frozenset(),
+) -> list[Violation]:
+    """Violations of a live certificate: another CA, another user, or other groups."""
+    leaf = certificates[0]
+    try:
+        return [
+            *_foreign_issuer(certificates, anchors, anchor_name),
+            *_foreign_user(spec, leaf),
+            *_foreign_groups(spec, leaf, extra),
+        ]
+    except UNREADABLE as e:
+        return [Violation(subject="subject", want="one that can be read", got=one_line(e))]
+
+
+def _foreign_issuer(
+    certificates: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate], anchor_name: str
+) -> Iterator[Violation]:
+    leaf = certificates[0]
+    if not leads_to(certificates, anchors):
+        yield Violation(
+            subject="issuer",
+            want=f"a signature of a CA in {anchor_name}, expired or not",
+            got=f"one of {issuer_line(leaf)}" if leaf.issuer != leaf.subject else "a self-signed certificate",
+        )
+
+
+def _foreign_user(spec: CertificateSpec, leaf: x509.Certificate) -> Iterator[Violation]:
+    """Kubernetes takes the CN as the user, and so does etcd with users."""
+    found = common_names(leaf.subject)
+    if len(found) != 1 or not any(_is_user(found[0], wanted, leaf) for wanted in spec.common_names):
+        want = " or ".join(spec.common_names).replace("{node}", "the node's name")
+        yield Violation(subject="CN", want=want, got=one_line(", ".join(found)) or "none")
+
+
+def _is_user(found: str, wanted: str, leaf: x509.Certificate) -> bool:
+    """Whether a CN is the wanted one; a bare node name must also be a DNS SAN, so that `root` does not count."""
+    begin, placeholder, end = wanted.partition("{node}")
+    if not placeholder:
+        return found == wanted
+    node = found.removeprefix(begin).removesuffix(end)
+    is_named = bool(begin) or ("DNS", node) in san_entries(leaf)
+    return found == f"{begin}{node}{end}" and _NODE_IN_CN.fullmatch(node) is not None and is_named
+
+
+def _foreign_groups(
+    spec: CertificateSpec, leaf: x509.Certificate, extra: frozenset[tuple[str, str]]
+) -> Iterator[Violation]:
+    """Kubernetes takes each O as a group; kubeadm's versions differ in them."""
+    found = frozenset(value for oid, value in attributes(leaf.subject) if oid == O_OID and (oid, value) not in extra)
+    if not any(found <= allowed for allowed in spec.groups):
+        want = " or ".join(", ".join(sorted(allowed)) or "none" for allowed in spec.groups)
+        yield Violation(subject="O", want=want, got=one_line(", ".join(sorted(found))))

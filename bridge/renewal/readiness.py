@@ -15,8 +15,8 @@ from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.node.kubeconfig import KubeconfigError
-from bridge.pki import csr, identity
-from bridge.pki.certificates import UNREADABLE, load_pem_certificates
+from bridge.pki import csr
+from bridge.pki.certificates import UNREADABLE, leads_to, load_pem_certificates
 from bridge.pki.expiry import first_end
 from bridge.renewal import Desired, NotReadyError, outcome_of
 from bridge.renewal.prepare import next_key, present, replaced_by_next, serving_names
@@ -81,13 +81,13 @@ def half_rotated(node: Node, kubeconfig_dir: Path) -> NotReadyError | None:
     """Find kubeconfigs that accept the API server's live certificate, and would refuse its next one."""
     serving = next((item.certificates for item in node.items if item.spec.name == "apiserver"), ())
     anchors = next((one.certificates for one in node.authorities if one.authority.name == "ca"), ())
-    if not serving or not anchors or (len(anchors) == 1 and identity.leads_to(serving, anchors)):
+    if not serving or not anchors or (len(anchors) == 1 and leads_to(serving, anchors)):
         return None
     new = anchors[0]  # kubeadm and our own checks take the first for the root
     behind = []
     for spec in (item.spec for item in node.items if item.spec.kubeconfig and item.state == "present"):
         trusted = _trusted(kubeconfig_dir / spec.base)
-        if not any(_is_same(one, new) for one in trusted) and identity.leads_to(serving, trusted):
+        if not any(_is_same(one, new) for one in trusted) and leads_to(serving, trusted):
             behind.append(str(kubeconfig_dir / spec.base))
     if not behind:
         return None

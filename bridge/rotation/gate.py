@@ -24,8 +24,7 @@ from bridge.node.endpoints import Address, Server
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.processes import file_contents
-from bridge.pki import identity
-from bridge.pki.certificates import fingerprint
+from bridge.pki.certificates import fingerprint, leads_to
 from bridge.pki.expiry import duration_text
 from bridge.renewal.gate import next_ca_file
 from bridge.rotation import Change, Kind, Phase, holders, objects, text, texts
@@ -136,7 +135,7 @@ class Gate:
         def judge(spot: Spot) -> str:
             parts, name = urlsplit(spot.server.url), _SERVED_BY[spot.kind]
             served, ca = ANONYMOUS.served(Address(parts.hostname or "", parts.port or 0)), left[name]
-            is_of_it = identity.leads_to((served, *between[name]), (ca,))
+            is_of_it = leads_to((served, *between[name]), (ca,))
             return "" if is_of_it else f"it has a certificate of another CA than {text(ca)}"
 
         self._assert_all(run, node, kinds, judge)

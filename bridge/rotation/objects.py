@@ -26,7 +26,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
-from bridge.pki import identity, signatures
+from bridge.pki import signatures
 from bridge.pki.bundle_format import TIME
 from bridge.pki.certificates import (
     O_OID,
@@ -35,6 +35,7 @@ from bridge.pki.certificates import (
     common_names,
     extended_key_usages,
     fingerprint,
+    leads_to,
     load_pem_certificates,
     pem,
 )
@@ -227,7 +228,7 @@ def _not_this_node(
     is_its_kubelet = users == [f"system:node:{_name(node)}"] and (O_OID, "system:nodes") in names
     if not is_its_kubelet or EKU.CLIENT_AUTH.value not in (extended_key_usages(leaf) or ()):
         return "what its Node object says is signed with another certificate than its kubelet's"
-    if not identity.leads_to(chain, anchors) or leaf.not_valid_after_utc < now:
+    if not leads_to(chain, anchors) or leaf.not_valid_after_utc < now:
         return "what its Node object says is signed with a certificate of another CA, or one that has ended"
     return ""
 

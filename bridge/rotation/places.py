@@ -17,8 +17,7 @@ from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node import endpoints, kubeconfig
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import KubeconfigError
-from bridge.pki import identity
-from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.pki.certificates import anchor_of, load_pem_certificates, pem
 from bridge.rotation import Bundle, Change, Phase, Seen, Standing, standing
 from bridge.settings.tables import NodeSettings, Settings
 from bridge.specs import CA, SPECS, Component
@@ -150,7 +149,7 @@ def _look(settings: Settings, node: Node, state: AuthorityState) -> Replaced:
     here = [*state.certificates, *(one for bundle in held.values() for one in bundle)]
     old = next((one for one in here if one != new), None) or _old_in_backups(Store(settings.node.state_dir), name, new)
     change = Change(old or new, new, load_cross(Path(certified)) if certified is not None else None)
-    leaves = {item.spec.name: identity.anchor_of(item.certificates, (change.old, new)) for item in items}
+    leaves = {item.spec.name: anchor_of(item.certificates, (change.old, new)) for item in items}
     seen = Seen(bundle=state.certificates, kubeconfigs=held, leaves=leaves)
     return Replaced(state=state, change=change, seen=seen, items=items, confs={place: confs[place] for place in held})
 

@@ -24,9 +24,8 @@ from bridge.control_plane import neighbours
 from bridge.errors import BridgeError, Exit
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
-from bridge.pki import identity
 from bridge.pki.budget import MOST_OF_SERVER, Budget, json_of
-from bridge.pki.certificates import fingerprint, load_pem_certificates, name_text
+from bridge.pki.certificates import fingerprint, leads_to, load_pem_certificates, name_text
 from bridge.pki.expiry import duration_text
 from bridge.rotation import Change
 from bridge.settings.tables import Settings
@@ -150,7 +149,7 @@ def leaves_of_the_new_ca(node: Node, change: Change, issued: Sequence[Path]) -> 
     """Those on this node, and in the files or directories that the operator names (UnreadableLogError)."""
     leaves = [item.certificates for item in node.items if item.certificates]
     named = [[one] for path in issued for one in _certificates(path)]
-    return [chain[0] for chain in (*leaves, *named) if identity.leads_to(chain, (change.new,))]
+    return [chain[0] for chain in (*leaves, *named) if leads_to(chain, (change.new,))]
 
 
 def _installed(store: Store, change: Change) -> Iterator[str]:

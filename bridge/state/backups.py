@@ -17,8 +17,8 @@ from bridge.errors import BridgeError
 from bridge.node import kubeconfig, pairs
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import path_of
-from bridge.pki import csr, identity, verify
-from bridge.pki.certificates import UNREADABLE, load_pem_certificates
+from bridge.pki import csr, verify
+from bridge.pki.certificates import UNREADABLE, leads_to, load_pem_certificates
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, KUBELET_SERVER, SERVERS, is_pair_name
 from bridge.state import Outcome, Store, audit, copies, static_pods
@@ -243,7 +243,7 @@ def _trust_problems(backup: Backup, authority: str, node: Node) -> Iterator[Prob
         if item.spec.authority.name == authority and item.certificates and not item.foreign:
             with contextlib.suppress(BridgeError, OSError, *UNREADABLE):  # it has a problem of its own
                 own = files_of(backup, item.spec.name)
-                leads = identity.leads_to(pair_of(own, item)[0] if own else item.certificates, bundle)
+                leads = leads_to(pair_of(own, item)[0] if own else item.certificates, bundle)
                 cut_off += [] if leads else [item.spec.name]
     if cut_off:
         found = f"certificates of another CA: {', '.join(cut_off)} (`ca-bridge rotate-ca back` goes back)"

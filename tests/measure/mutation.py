@@ -36,7 +36,6 @@ TESTS = {
     "bridge/pki/verify.py": _CHECKS,
     "bridge/pki/go_x509.py": _CHECKS,
     "bridge/pki/der.py": _CHECKS,
-    "bridge/pki/identity.py": _CHECKS,
     "bridge/pki/certificates.py": _CHECKS,
     "bridge/pki/csr.py": (
         *(*_CHECKS, "tests/pki/test_csr_fields.py", "tests/pki/test_display.py"),
@@ -49,7 +48,7 @@ TESTS = {
     "bridge/pki/node_proofs.py": ("tests/pki/test_node_proofs.py",),
     "bridge/pki/budget.py": ("tests/pki/test_budget.py",),
     "bridge/pki/expiry.py": ("tests/pki/test_expiry.py",),
-    "bridge/pki/kubeadm_names.py": ("tests/pki/test_kubeadm_names.py",),
+    "bridge/pki/kubeadm_names.py": ("tests/pki/test_kubeadm_names.py", "tests/pki/test_identity.py"),
     "bridge/pki/user_rules.py": ("tests/pki/test_user_rules.py",),
     "bridge/state/install.py": ("tests/state/test_install.py", "tests/state/test_install_links.py"),
 }

@@ -11,8 +11,9 @@ from cryptography.x509.oid import NameOID
 
 from bridge.contract import SignRequest
 from bridge.errors import Violation
-from bridge.pki import csr, identity
-from bridge.pki.certificates import load_der_certificate
+from bridge.pki import csr
+from bridge.pki.certificates import anchor_of, load_der_certificate
+from bridge.pki.kubeadm_names import identity_violations
 from bridge.specs import SPECS
 from bridge.testing import TestCA
 from tests.kit.issuing import NOW, Signer, cn, name, odd_certificates
@@ -35,7 +36,7 @@ def violations(
     request = SignRequest(spec=SPECS[spec], csr_pem=pem, validity=timedelta(days=365))
     begin, end = NOW - timedelta(days=400), NOW - timedelta(days=35)
     issued = (by or ca).issue(request, subject=subject, intermediates=behind, begin=begin, end=end)
-    return identity.check(SPECS[spec], (issued.leaf, *issued.intermediates), (ca.certificate,), "ca.crt")
+    return identity_violations(SPECS[spec], (issued.leaf, *issued.intermediates), (ca.certificate,), "ca.crt")
 
 
 def live(
@@ -128,8 +129,8 @@ def test_what_a_ca_always_adds_is_no_group() -> None:
     request = SignRequest(spec=SPECS["scheduler.conf"], csr_pem=pem, validity=timedelta(days=365))
     leaf = ca.issue(request, subject=name((ORG, "Example Corp"), (CN, "system:kube-scheduler"))).leaf
     allowed = frozenset({(ORG.dotted_string, "Example Corp")})
-    assert identity.check(SPECS["scheduler.conf"], (leaf,), (ca.certificate,), "ca.crt", allowed) == []
-    assert identity.check(SPECS["scheduler.conf"], (leaf,), (ca.certificate,), "ca.crt") != []
+    assert identity_violations(SPECS["scheduler.conf"], (leaf,), (ca.certificate,), "ca.crt", allowed) == []
+    assert identity_violations(SPECS["scheduler.conf"], (leaf,), (ca.certificate,), "ca.crt") != []
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_a_refusal_says_whose_signature_it_found(ca: Signer) -> None:
 def test_a_certificate_that_cannot_be_read_has_no_identity(ca: Signer) -> None:
     """The one violation says why."""
     twice = load_der_certificate(odd_certificates(ca.certificate)["an extension twice"])
-    [violation] = identity.check(SPECS["etcd-server"], (twice,), (ca.certificate,), "ca.crt")
+    [violation] = identity_violations(SPECS["etcd-server"], (twice,), (ca.certificate,), "ca.crt")
     assert str(violation).startswith("subject: wanted one that can be read, got Duplicate 2.5.29.19")
 
 
@@ -188,6 +189,6 @@ def test_of_several_cas_the_one_that_ends_last_is_meant(ca: Signer) -> None:
     later = Signer.make(key=ca.key, end=NOW + timedelta(days=1)).certificate
     leaf = Signer.make("x", parent=ca, ca=False).certificate
     for anchors in ((ca.certificate, later), (later, ca.certificate)):
-        assert identity.anchor_of((leaf,), anchors) == later
-    assert identity.anchor_of((leaf,), (Signer.make().certificate,)) is None
-    assert identity.anchor_of((leaf,), ()) is None
+        assert anchor_of((leaf,), anchors) == later
+    assert anchor_of((leaf,), (Signer.make().certificate,)) is None
+    assert anchor_of((leaf,), ()) is None

@@ -13,8 +13,7 @@ import pytest
 from bridge.cli.options import utc_now
 from bridge.errors import Exit
 from bridge.node import inventory
-from bridge.pki import identity
-from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.pki.certificates import leads_to, load_pem_certificates, pem
 from bridge.renewal import RunOptions, renew, verify_and_install
 from bridge.renewal.transaction import Transaction
 from bridge.rotation import objects, places, steps
@@ -78,7 +77,7 @@ def test_the_ca_file_of_a_further_pair_has_the_new_ca_alone(pki: Pki, tmp_path: 
     reach(settings, reached)
     assert run(settings, Verb.DROP, ["ca"], AT_ONCE).exit_code == 0
     assert load_pem_certificates((place / "ca.crt").read_bytes()) == [change.new]
-    assert identity.leads_to(load_pem_certificates((place / "tls.crt").read_bytes()), [change.new])
+    assert leads_to(load_pem_certificates((place / "tls.crt").read_bytes()), [change.new])
 
 
 def test_cas_in_several_phases_arrive_together(settings: Settings, pki: Pki) -> None:

@@ -20,8 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from bridge.errors import Exit
 from bridge.node import inventory
-from bridge.pki import identity
-from bridge.pki.certificates import load_pem_certificates
+from bridge.pki.certificates import leads_to, load_pem_certificates
 from bridge.rotation import Phase, places
 from bridge.rotation.gate import NotReadyEverywhereError
 from bridge.rotation.places import Replaced
@@ -68,7 +67,7 @@ class Others(Open):
         """Each other node's CA file leads to them."""
         for one in self.nodes:
             for certificates, _ in pairs.values():
-                if not identity.leads_to(load_pem_certificates(certificates), look(one).seen.bundle):
+                if not leads_to(load_pem_certificates(certificates), look(one).seen.bundle):
                     raise NotReadyEverywhereError("another node does not trust this CA")
 
 
@@ -201,7 +200,7 @@ class Walk(RuleBasedStateMachine):
         bundles = [look(one).seen.bundle for one in self.nodes]
         for one in self.nodes:
             for item in inventory.of(one.node).items:
-                assert not item.certificates or all(identity.leads_to(item.certificates, each) for each in bundles)
+                assert not item.certificates or all(leads_to(item.certificates, each) for each in bundles)
 
     @invariant()
     def no_client_is_refused_before_the_end(self) -> None:
@@ -210,7 +209,7 @@ class Walk(RuleBasedStateMachine):
             return
         for bundle in (look(one).seen.bundle for one in self.nodes):
             for chain in self.persons:
-                assert identity.leads_to(chain, bundle) or bundle == (self.change.old,)
+                assert leads_to(chain, bundle) or bundle == (self.change.old,)
 
 
 def pki_of(node: Settings) -> Pki:
