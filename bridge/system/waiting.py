@@ -29,15 +29,20 @@ def wait_until(
     pause_seconds: float,
     between: Callable[[T], object] = lambda _: None,
 ) -> T:
-    """Look until the result is enough or the time is over, and return the last look; `between` may end it."""
+    """
+    Look until the result is enough, and return the last look, which begins when the time is over; `between` may end it.
+
+    A look that the time overtook is not the last: the machine may have stalled in it.
+    """
     end = time.monotonic() + limit.total_seconds()
-    while not is_enough(seen := look()):
+    while True:
+        is_last = time.monotonic() >= end
+        if is_enough(seen := look()):
+            return seen
         between(seen)
-        left = end - time.monotonic()
-        if left <= 0:
-            break
-        time.sleep(min(left, pause_seconds))
-    return seen
+        if is_last:
+            return seen
+        time.sleep(max(0.0, min(end - time.monotonic(), pause_seconds)))
 
 
 def back_off_seconds(failures: int, first: float, longest: float) -> float:
