@@ -532,8 +532,8 @@ def _was_written_by_a_kubelet(path: Path) -> bool:
     return abs((written - named).total_seconds()) <= _WRITING_SECONDS
 
 
-#: Between the naming of a file and the end of its writing.
-_WRITING_SECONDS = 2.0
+#: Between the naming of a file and the end of its writing, on a disk that is busy with other writes.
+_WRITING_SECONDS = 60.0
 
 
 def is_rotated(copy: Path, used: x509.Certificate, kubelet_conf: Path, ours: x509.Certificate) -> bool:

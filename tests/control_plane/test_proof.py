@@ -436,8 +436,9 @@ def test_a_kubelets_copy_counts_more_than_its_kubeconfig(site: Site) -> None:
     assert site.look().stale == [Component.KUBELET]
 
 
-def test_a_kubelet_that_rotates_by_itself_is_left_alone(site: Site) -> None:
-    """Its kubeconfig refers to the file that it rotates."""
+@pytest.mark.parametrize("late_seconds", [0, 30])
+def test_a_kubelet_that_rotates_by_itself_is_left_alone(site: Site, late_seconds: int) -> None:
+    """Its kubeconfig refers to the file that it rotates, and that a busy disk has let it write after it had named it."""
     written = datetime.now() - timedelta(hours=1)  # noqa: DTZ005 (a kubelet names its files by local time)
     path, pem = site.directory / "kubelet.conf", site.directory / f"kubelet-client-{written:%Y-%m-%d-%H-%M-%S}.pem"
     lines = path.read_text().splitlines()
@@ -445,7 +446,7 @@ def test_a_kubelet_that_rotates_by_itself_is_left_alone(site: Site) -> None:
     path.write_text("\n".join([*rotated, f"    client-certificate: {pem}", f"    client-key: {pem}", ""]))
     pair = [(site.pki / f"apiserver-kubelet-client{suffix}").read_bytes() for suffix in (".crt", ".key")]
     pem.write_bytes(b"".join(pair))
-    os.utime(pem, (written.timestamp(), written.timestamp()))
+    os.utime(pem, (written.timestamp(), written.timestamp() + late_seconds))
     findings = [f for f in site.look().findings if f.certificate == "kubelet.conf"]
     assert [f.state for f in findings] == ["current", "not-ours"]
     pem.touch()  # another program has written to it
@@ -599,7 +600,7 @@ def test_looks_again_until_all_is_well_or_the_time_is_over(site: Site) -> None:
 
     assert within(0).exit_code == 7
     assert within(60, counts=lambda finding: finding.certificate == "apiserver").exit_code == 7
-    assert within(10).exit_code == 0
+    assert within(180).exit_code == 0
 
 
 def test_reads_keys_into_memory_alone(site: Site) -> None:
