@@ -17,7 +17,7 @@ from tests.kit import members
 from tests.kit.loopback import free_port
 from tests.kit.members import Cluster, Place
 
-RULES = "lease_wait = '1s'\nlease_duration = '15s'\nneighbours = 'refuse'"
+RULES = "lease_wait = '1s'\nneighbours = 'refuse'"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_one_host_at_a_time(hosts: Cluster) -> None:
 def test_a_host_that_died_is_outlasted(hosts: Cluster) -> None:
     """etcd removes the key of a holder that renews it no more, after the lease's duration."""
     first, second, third = hosts.places
-    rules = RULES
+    rules = f"{RULES}\nlease_duration = '15s'"
     dead = neighbours._claim(first.node, first.settings(rules), "dead")
     assert dead.take() == ""
     with pytest.raises(LeaseHeldError):
@@ -90,7 +90,7 @@ def test_the_turn_outlives_the_own_member(hosts: Cluster) -> None:
 @pytest.mark.parametrize("has_lease", [True, False])
 def test_hosts_that_restart_at_once_keep_the_quorum(hosts: Cluster, has_lease: bool) -> None:
     """Three hosts whose timers fire together restart one member after the other by the lease alone, and not without it."""
-    rules = f"lease = {str(has_lease).lower()}\nlease_wait = '2m'\nneighbours = 'ignore'"
+    rules = f"lease = {str(has_lease).lower()}\nlease_wait = '6m'\nneighbours = 'ignore'"
     together = threading.Barrier(len(hosts.places))
     wrong: list[str] = []
     down: list[str] = []

@@ -115,7 +115,7 @@ class Site:
             config.mkdir(exist_ok=True)
             conf = self.cluster.kubeconfig("system:node:w1", "system:nodes")
             (config / "kubelet.conf").write_bytes(conf.read_bytes())
-        restart = {"method": '"command"', "min_interval": '"1s"', "timeout": '"20s"', **more}
+        restart = {"method": '"command"', "min_interval": '"1s"', "timeout": '"3m"', **more}
         return "\n".join([
                 "[node]", f'name = "{node}"', f'kubeconfig_dir = "{config}"', f'state_dir = "{place / "state"}"',
                 f'pki_dir = "{self.cluster.pki_dir if node == "cp1" else self.worker_pki()}"',

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import time
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from bridge.control_plane import proof
 from bridge.control_plane.proof import ProofFinding
 from bridge.pki.certificates import load_pem_certificates
 from bridge.specs import Component
+from bridge.system.waiting import wait_until
 from tests.kit import issuing, members
 from tests.kit.issuing import Signer
 from tests.kit.loopback import free_port
@@ -56,11 +56,21 @@ def states(place: Place) -> dict[str, str]:
     return {what: finding.state for what, finding in etcd(place).items()}
 
 
+def etcd_once(place: Place, is_seen: Callable[[dict[str, ProofFinding]], bool]) -> dict[str, ProofFinding]:
+    """The findings, once they are so: members notice a moment later that another one is away, or was."""
+    found = wait_until(lambda: etcd(place), is_seen, timedelta(minutes=3), pause_seconds=0.2)
+    assert is_seen(found), found
+    return found
+
+
+def all_current(found: dict[str, ProofFinding]) -> bool:
+    return {finding.state for finding in found.values()} == {"current"}
+
+
 def test_all_is_well(cluster: Cluster) -> None:
     """The report has the member's served certificate, its client certificates, and the name of each peer that accepts its peer certificate."""
     place = cluster.places[0]
-    found = etcd(place)
-    assert set(states(place).values()) == {"current"}
+    found = etcd_once(place, all_current)
     assert len(found) == 5
     peers = found["etcd-peer is accepted by its peers"].detail
     assert all(f"https://{one.address}:" in peers for one in cluster.places)
@@ -69,12 +79,7 @@ def test_all_is_well(cluster: Cluster) -> None:
 def test_a_peer_that_is_away_is_no_fault_of_this_node(cluster: Cluster) -> None:
     """The report names the missing peer, and finds nothing else wrong."""
     cluster.places[2].kill_etcd()
-    deadline = time.monotonic() + 180  # the others may have to find a new leader first
-    found = etcd(cluster.places[0])
-    while any(finding.state != "current" for finding in found.values()):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.2)
-        found = etcd(cluster.places[0])
+    found = etcd_once(cluster.places[0], all_current)
     assert f"https://{cluster.places[2].address}:" in found["etcd-peer is accepted by its peers"].detail
     assert "connection refused" in found["etcd-peer is accepted by its peers"].detail
 
@@ -83,10 +88,9 @@ def test_without_a_quorum_etcd_does_not_answer(cluster: Cluster) -> None:
     """It still shows its certificate, which is its file's."""
     for place in cluster.places[1:]:
         place.kill_etcd()
-    found = states(cluster.places[0])
-    assert {state for what, state in found.items() if " serves " in what} == {"current"}
-    assert found["etcd-server is accepted by etcd"] == "no-answer"
-    assert found["etcd-healthcheck-client is accepted by etcd"] == "no-answer"
+    clients = ("etcd-server is accepted by etcd", "etcd-healthcheck-client is accepted by etcd")
+    found = etcd_once(cluster.places[0], lambda seen: all(seen[what].state == "no-answer" for what in clients))
+    assert {finding.state for what, finding in found.items() if " serves " in what} == {"current"}
 
 
 @pytest.mark.parametrize("base", ["peer", "server"])
@@ -94,16 +98,15 @@ def test_a_new_certificate_is_served_at_once(cluster: Cluster, base: str) -> Non
     """etcd serves it at once, and the served certificate is compared with the file of this moment."""
     place = cluster.places[0]
     with replaced(place, base):
-        assert set(states(place).values()) == {"current"}
+        etcd_once(place, all_current)
 
 
 def test_a_name_that_peers_refuse(cluster: Cluster) -> None:
     """They compare the certificate's names with the address that its owner comes from, and end the connection."""
     place = cluster.places[1]  # on loopback all members connect from the first one's address
     with replaced(place, "peer", sans=[x509.IPAddress(ipaddress.ip_address(place.address))]):
-        found = etcd(place)
+        found = etcd_once(place, lambda seen: seen["etcd-peer is accepted by its peers"].state == "refused")
     assert found[f"etcd-peer serves {_peer_place(found)}"].state == "current"
-    assert found["etcd-peer is accepted by its peers"].state == "refused"
     assert "ends the connection once it has seen it" in found["etcd-peer is accepted by its peers"].detail
 
 
@@ -116,8 +119,7 @@ def test_a_peer_that_does_not_show_its_own_name_is_refused(cluster: Cluster) -> 
     """A peer that connects wants the advertised address in the certificate."""
     place = cluster.places[0]
     with replaced(place, "peer", sans=[x509.DNSName("elsewhere.example.com")]):
-        found = etcd(place)
-    assert found["etcd-peer is accepted by its peers"].state == "refused"
+        found = etcd_once(place, lambda seen: seen["etcd-peer is accepted by its peers"].state == "refused")
     assert found[f"etcd-peer serves {_peer_place(found)}"].state == "refused"
 
 
@@ -128,15 +130,12 @@ def test_a_client_of_another_ca_is_refused(cluster: Cluster) -> None:
     before = {suffix: healthcheck.with_suffix(suffix).read_bytes() for suffix in (".crt", ".key")}
     for suffix in before:
         healthcheck.with_suffix(suffix).write_bytes((place.pki_dir / f"front-proxy-client{suffix}").read_bytes())
+    refused = {"etcd-healthcheck-client is accepted by etcd": "refused"}
     try:
-        found = states(place)
+        etcd_once(place, lambda seen: {k: one.state for k, one in seen.items() if one.state != "current"} == refused)
     finally:
         for suffix, content in before.items():
             healthcheck.with_suffix(suffix).write_bytes(content)
-    assert {what for what, state in found.items() if state != "current"} == {
-        "etcd-healthcheck-client is accepted by etcd"
-    }
-    assert found["etcd-healthcheck-client is accepted by etcd"] == "refused"
 
 
 def test_http_has_ports_of_its_own(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from bridge.specs import AUTHORITIES, CA, Component
 from tests.kit import next_cas, nodes
 from tests.kit.issuing import signed_again
 from tests.kit.next_cas import NextCa
-from tests.kit.node import Node
+from tests.kit.node import AT_ONCE, Node
 from tests.kit.nodes import LiveBridge, NodePki, wait_for
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
@@ -28,7 +28,7 @@ NAME, IP = f"adopt-{os.getpid() % 100_000}", "198.18.77.176"
 @pytest.fixture(scope="module")
 def node() -> Iterator[Node]:
     """As `kubeadm init` leaves it: with its CA keys, by which its controller manager signs."""
-    with Node.up(NAME, IP) as made:
+    with Node.up(NAME, IP, kubelet=AT_ONCE) as made:
         nodes.make_ready(made)
         yield made
 
@@ -122,8 +122,7 @@ def answer_to_a_thief(bridge: LiveBridge, ca: NextCa) -> str:
     assert key is not None
     leaf = x509.load_pem_x509_certificate(parsed.certificate_data or b"")
     conf.write_bytes(kubeconfig.with_credentials(ours, signed_again(leaf, ca.signer), key))
-    done = bridge.node.exec("kubectl", "--kubeconfig", conf, "get", "--raw", "/readyz", check=False)
-    return done.stdout or done.stderr
+    return nodes.asked_by(bridge.node, conf)
 
 
 def test_an_emergency_ends_what_a_thief_of_the_key_can_do(bridge: LiveBridge, made: dict[str, NextCa]) -> None:

@@ -118,7 +118,7 @@ def test_a_ca_that_dies_between_request_and_confirmation(tmp_path: Path) -> None
     before = live_certificates(pki)["front-proxy-client"]
     with cmp.registration_authority(tmp_path / "ra") as dying:
         dying.add_ca("ca", *pki.ca_pem("front-proxy-ca"), days=365)
-        keys = {"type": "cmp", "url": dying.url("ca", "dies"), "timeout": "2s", "retry_for": "1s", **dying.mac()}
+        keys = {"type": "cmp", "url": dying.url("ca", "dies"), "timeout": "2m", "retry_for": "1s", **dying.mac()}
         bridge.add("backend.corp", keys)
         bridge.add("authority.front-proxy-ca", {"backend": "corp"})
         run = bridge.run("renew", "front-proxy-client")
@@ -161,7 +161,7 @@ def test_a_hostile_server_moves_nothing(tmp_path: Path, ra: cmp.RegistrationAuth
     files = {path: path.read_bytes() for path in pki.kubeconfig_dir.rglob("*") if path.is_file()}
     with cmp.front(ra.url(place).removesuffix(f"/{place}"), instead=reply) as front:
         url = "/".join(filter(None, [front.url, place, behaviour]))
-        limit = "2s" if case == "late" else "1m"
+        limit = "2s" if case == "late" else "2m"
         keys = {"type": "cmp", "url": url, "timeout": limit, "retry_for": "1s", **ra.mac()}
         bridge.add("backend.corp", keys)
         bridge.add("authority.front-proxy-ca", {"backend": "corp"})
@@ -169,7 +169,7 @@ def test_a_hostile_server_moves_nothing(tmp_path: Path, ra: cmp.RegistrationAuth
         assert run.returncode == code, run.stderr
         assert "front-proxy-client" in run.stderr + run.stdout
         assert {path: path.read_bytes() for path in pki.kubeconfig_dir.rglob("*") if path.is_file()} == files
-    bridge.tables[1] = bridge.tables[1].replace(url, ra.url(place)).replace(f'"{limit}"', '"2m"')
+    bridge.tables[1] = bridge.tables[1].replace(url, ra.url(place)).replace('"2s"', '"2m"')
     bridge.config.write_text("\n".join(bridge.tables))
     run = bridge.run("renew", "front-proxy-client")
     assert run.returncode == 0, run.stderr
@@ -183,7 +183,7 @@ def test_the_secret_is_nowhere(tmp_path: Path, ra: cmp.RegistrationAuthority, be
     place = f"quiet-{behaviour}"
     ra.add_ca(place, *pki.ca_pem("etcd-ca"), days=365)
     url = ra.url("nosuch" if behaviour == "nosuchca" else place, behaviour.removesuffix("nosuchca"))
-    keys = {"type": "cmp", "url": url, "timeout": "1m", "retry_for": "1s", "wait": "1s"}
+    keys = {"type": "cmp", "url": url, "timeout": "2m", "retry_for": "1s", "wait": "1s"}
     bridge.add("backend.corp", {**keys, **ra.mac(), "secret_file": bridge.secret("cmp.secret", cmp.SECRET)})
     bridge.add("authority.etcd-ca", {"backend": "corp"})
     printed = ""

@@ -102,7 +102,7 @@ class Site:
     def renew(self, *names: str) -> tuple[int, str]:
         """The same, until it has ended: exit code and output."""
         with self.begin(*names) as run:
-            said, _ = run.communicate(timeout=240)
+            said, _ = run.communicate(timeout=400)
         return run.returncode, said
 
     @property
@@ -193,8 +193,9 @@ def test_a_door_of_its_own_cluster_ends(site: Site) -> None:
     site.apply(site.config.replace(f'"{MOUNTS["ca"]}"', f'"{OWN}"'))
     site.apply((SHIPPED / "20-door.yaml").read_text())
     site.until("the door's refusal", '"exitCode": 5')
-    said = site.kubectl("logs", POD, "--previous", check=False) + site.kubectl("logs", POD, check=False)
-    assert "wanted a place outside of the cluster" in said
+    logs = (("logs", POD, "--previous"), ("logs", POD))
+    said = "wanted a place outside of the cluster"
+    wait_for("its words", lambda: any(said in site.kubectl(*look, check=False) for look in logs))
 
 
 def test_it_serves_another_cluster(site: Site) -> None:
@@ -241,7 +242,7 @@ def test_a_deleted_pod_loses_nothing(site: Site) -> None:
     wait_for("the next pod", lambda: site.pod().get("containerID", container) != container)
     again = site.until("the next door", '"ready": true')
     with run:
-        run.communicate(timeout=240)
+        run.communicate(timeout=400)
     config.write_text(config.read_text().replace(address, again))
     if run.returncode != Exit.DONE:  # the answer came too late for the run, and is there for the next one
         assert site.renew(name)[0] == Exit.DONE

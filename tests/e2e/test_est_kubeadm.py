@@ -50,7 +50,7 @@ def bridge_with(pki: KubeadmPki, directory: Path, tls: est.Tls, urls: dict[str, 
     """Settings with an EST server for each authority, and an agent's certificate."""
     bridge = Bridge(pki=pki, directory=directory)
     files = {key: str(path) for key, path in tls.agent("agent").items()}
-    shared = {"type": "est", "url": "https://127.0.0.1", "ca_file": str(tls.ca), "timeout": "1m", "retry_for": "1s"}
+    shared = {"type": "est", "url": "https://127.0.0.1", "ca_file": str(tls.ca), "timeout": "2m", "retry_for": "1s"}
     bridge.add("backend.enrol", {**shared, **files, **more})
     for authority, url in urls.items():
         label = {} if "label" in more else {"label": f"{authority}/{{usage}}"}

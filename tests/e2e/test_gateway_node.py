@@ -173,7 +173,7 @@ def test_off_on_each_node(cluster: GatewayCluster, bridges: dict[str, LiveBridge
         assert "kubelet-certificate-authority" not in text
         assert "serverTLSBootstrap" not in text
     assert all("serverTLSBootstrap" not in config_of(node) for node in cluster.nodes)
-    assert levels(bridges["cp"], "kubelet-serving") == ["warning"] * 3
+    wait_for("a word on each", lambda: levels(bridges["cp"], "kubelet-serving") == ["warning"] * 3)
     for node in cluster.nodes:  # as if they had never asked: what they have would do for minutes
         for path in (node.root / "var/lib/kubelet/pki").glob("kubelet-server-*"):
             path.unlink()
@@ -198,10 +198,14 @@ def test_a_kubelet_without_a_signer_gets_its_old_configuration_again(
     names = list(cluster.gateways)
     for name in names:
         cluster.gateways[name].kill()
-    run = bridge.run("kubelets", "on", "--wait", "5s")
-    assert run.returncode == 8, run.stderr
-    assert "open: no answer yet" in run.stderr
-    assert path.read_bytes() == before
+
+    def has_asked() -> bool:
+        run = bridge.run("kubelets", "on", "--wait", "5s")
+        assert run.returncode == 8, run.stderr
+        assert path.read_bytes() == before
+        return "open: no answer yet" in run.stderr
+
+    wait_for("a kubelet that has asked by then", has_asked)
     assert levels(bridge, "kubelet-config") == ["ok"]  # a note, for programs
     for name in names:
         cluster.start_gateway(name)
@@ -230,7 +234,7 @@ def test_on_node_by_node(cluster: GatewayCluster, bridges: dict[str, LiveBridge]
         run = bridges[role].run("kubelets", "on", "--force", columns=shown.COLUMNS)
         assert run.returncode == 0, f"{role}: {run.stdout}{run.stderr}"
     shown.assert_shown("kubelets-on-worker", run.stdout, names)
-    assert levels(bridges["cp"], "kubelet-serving") == ["ok"] * 3
+    wait_for("all to be right", lambda: levels(bridges["cp"], "kubelet-serving") == ["ok"] * 3)
     killed_at(bridges["cp"], "its manifest is back", "kubelets", "on")  # and the API server is not
     wait_for("the next run", lambda: bridges["cp"].run("kubelets", "on", "--force").returncode == 0)
     assert "--kubelet-certificate-authority=/etc/kubernetes/pki/ca.crt" in manifest.read_text()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from bridge.specs import AUTHORITIES
+from bridge.system.waiting import wait_until
 from tests.kit import gateways, kube_api
+from tests.kit.api_client import ApiClient
 from tests.kit.cas import Bridge, live_certificates
 from tests.kit.gateways import Place, state_of
 from tests.kit.kube_api import ApiServer
@@ -47,7 +50,7 @@ def bridge_with(pki: KubeadmPki, api: ApiServer, directory: Path, account: str =
     bridge = Bridge(pki=pki, directory=directory)
     url, trust, token = api.url, str(api.trust), bridge.secret("token", "none yet")
     who = {"url": url, "ca_file": trust, "token_file": token}
-    bridge.add("backend.cluster", {"type": "kubernetes", "wait": "60s", "retry_for": "5s", **who})
+    bridge.add("backend.cluster", {"type": "kubernetes", "wait": "5m", "retry_for": "5s", **who})
     for authority in AUTHORITIES:
         bridge.add(f"authority.{authority}", {"backend": "cluster", "signer": f"{DOMAIN}/{{name}}"})
     for authority in AUTHORITIES:
@@ -56,8 +59,16 @@ def bridge_with(pki: KubeadmPki, api: ApiServer, directory: Path, account: str =
         api.apply(printed.stdout)
     if account != f"ca-bridge-{NODE}":
         api.apply(f"{{apiVersion: v1, kind: ServiceAccount, metadata: {{name: {account}, namespace: ca-bridge}}}}")
-    bridge.secret("token", api.bearer("ca-bridge", account).token)
+    who_asks = api.bearer("ca-bridge", account)
+    bridge.secret("token", who_asks.token)
+    if account == f"ca-bridge-{NODE}":
+        until_it_may(who_asks)
     return bridge
+
+
+def until_it_may(client: ApiClient) -> None:
+    """The authorizer hears of a binding a moment after it was written."""
+    assert wait_until(lambda: client.may("create"), bool, timedelta(minutes=3), pause_seconds=0.1)
 
 
 def test_renews_everything_through_our_gateway(pki: KubeadmPki, api: ApiServer, place: Place, tmp_path: Path) -> None:
@@ -86,6 +97,7 @@ def test_another_nodes_account_gets_nothing(pki: KubeadmPki, api: ApiServer, pla
         )
         binding += f'roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: "{role}"}}, '
         api.apply(binding + "subjects: [{kind: ServiceAccount, name: ca-bridge-cp-9, namespace: ca-bridge}]}")
+    until_it_may(api.bearer("ca-bridge", "ca-bridge-cp-9"))
     with gateways.running(place) as gateway:
         run = bridge.run("renew", "all")
     assert run.returncode == 5, run.stdout + run.stderr
@@ -100,7 +112,7 @@ def test_what_waits_for_the_gateway_is_collected_later(
 ) -> None:
     """A gateway that is away: nothing moves, the objects wait, and a run after its return installs all that it signed."""
     bridge, before = bridge_with(pki, api, tmp_path / "bridge"), Snapshot.of(pki)
-    bridge.config.write_text(bridge.config.read_text().replace('wait = "60s"', 'wait = "1s"'))
+    bridge.config.write_text(bridge.config.read_text().replace('wait = "5m"', 'wait = "1s"'))
     asked = bridge.run("renew", "all")
     assert asked.returncode == 4, asked.stderr
     assert live_certificates(pki) == before.certificates
@@ -111,7 +123,7 @@ def test_what_waits_for_the_gateway_is_collected_later(
     assert {one["metadata"]["name"] for one in api.admin.csrs()} == names
 
     with gateways.running(place) as gateway:
-        gateway.until(lambda: {state_of(api.admin.csr(name)) for name in names} == {"signed"}, 90)
+        gateway.until(lambda: {state_of(api.admin.csr(name)) for name in names} == {"signed"})
     run = bridge.run("renew")
     assert run.returncode == 0, run.stderr
     assert_renewed(pki, before, tmp_path / "scratch")

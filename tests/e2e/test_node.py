@@ -25,7 +25,7 @@ from bridge.specs import AUTHORITIES, Component
 from tests.kit import looking, nodes
 from tests.kit.cas import add_cfssl, add_openssl, add_vault, live_certificates
 from tests.kit.looking import API_PORT, ETCD_PEER_PORT, ETCD_PORT, Audit, Extension, Traffic, served, traffic
-from tests.kit.node import Node
+from tests.kit.node import AT_ONCE, Node
 from tests.kit.nodes import NodeBridge, NodePki, wait_for
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import PKI_SPECS
@@ -83,7 +83,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[Sit
     directory = tmp_path_factory.mktemp("site")
     audit, keys = Audit(directory=directory / "audit"), directory / "ca-keys"
     with ExitStack() as stack:
-        node = stack.enter_context(Node.up(NAME, IP, ca_dir=keys, cluster=audit.cluster()))
+        node = stack.enter_context(Node.up(NAME, IP, ca_dir=keys, cluster=audit.cluster(), kubelet=AT_ONCE))
         nodes.make_ready(node)
         pki = NodePki(root=node.root, external=True, keys=keys)
         bridge = NodeBridge(pki=pki, directory=directory / "bridge", node=node)
@@ -211,7 +211,7 @@ def test_kubelet_stays_ready(site: Site, restarts: Restarts) -> None:
     """After its restart it renews its lease, and its node is Ready."""
     since = restarts.at[Component.KUBELET]
     wait_for("a renewed lease", lambda: nodes.lease_renewed(site.node, "kube-node-lease", NAME) > since)
-    assert nodes.is_ready(site.node)
+    wait_for("a node that is Ready", lambda: nodes.is_ready(site.node))
 
 
 def test_kubelet_is_known_by_its_new_certificate(site: Site, renewal: Renewal, restarts: Restarts) -> None:
@@ -255,7 +255,9 @@ def test_etcdctl_works_with_the_new_health_check_client(site: Site, renewal: Ren
     assert renewal.certificates["etcd-healthcheck-client"] != site.certificates["etcd-healthcheck-client"]
     pki = Path("/etc/kubernetes/pki/etcd")
     pair = ("--cert", pki / "healthcheck-client.crt", "--key", pki / "healthcheck-client.key")
-    found = site.node.exec("etcdctl", "--cacert", pki / "ca.crt", *pair, "endpoint", "health", "-w", "json")
+    found = site.node.exec(
+        "etcdctl", "--command-timeout=120s", "--cacert", pki / "ca.crt", *pair, "endpoint", "health", "-w", "json"
+    )
     assert [endpoint["health"] for endpoint in json.loads(found.stdout)] == [True]
 
 

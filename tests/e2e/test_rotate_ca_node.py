@@ -22,8 +22,8 @@ from bridge.rotation.objects import KEYS, Word
 from bridge.specs import AUTHORITIES, CA, Component
 from tests.kit import next_cas, nodes, shown
 from tests.kit.cas import add_openssl
-from tests.kit.node import Node
-from tests.kit.nodes import LiveBridge, NodePki, wait_for
+from tests.kit.node import AT_ONCE, Node
+from tests.kit.nodes import LiveBridge, NodePki, asked_by, wait_for
 from tests.kit.pki import NODE as CP_1
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
@@ -45,7 +45,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Nodes in external-CA mode, whose CAs have successors."""
     directory = tmp_path_factory.mktemp("rotate")
     keys = directory / "ca-keys"
-    with Node.up(NAME, IP, ca_dir=keys) as node, Node.worker(f"{NAME}-w", WORKER_IP, node) as other:
+    with Node.up(NAME, IP, ca_dir=keys, kubelet=AT_ONCE) as node, Node.worker(f"{NAME}-w", WORKER_IP, node) as other:
         nodes.make_ready(node)
         made = next_cas.make(directory / "next")
         yield Site(
@@ -101,12 +101,6 @@ def step(bridge: LiveBridge, verb: str, phase: str) -> str:
     return run.stdout
 
 
-def asked_by(bridge: LiveBridge, conf: Path) -> str:
-    """What the API server says to the user of a kubeconfig."""
-    done = bridge.node.exec("kubectl", "--kubeconfig", conf, "get", "--raw", "/readyz", check=False)
-    return done.stdout or done.stderr
-
-
 def cas_of(bridge: LiveBridge, namespace: str, name: str, key: str) -> int:
     """How many CA certificates a ConfigMap has; 0: it is not there yet."""
     found = bridge.node.kubectl("get", "configmap", "-n", namespace, name, "-o", "json", check=False)
@@ -128,7 +122,7 @@ def test_trust_restarts_what_reads_a_ca_once(bridge: LiveBridge, old_conf: Path)
     """All of them, each once; the cluster's objects have both CAs, and no client is refused."""
     printed = step(bridge, "trust", "trusted")
     assert all(f"{one.value} in " in printed for one in Component)
-    assert asked_by(bridge, old_conf) == "ok"
+    assert asked_by(bridge.node, old_conf) == "ok"
     assert cas_of(bridge, "kube-public", "cluster-info", "kubeconfig") == 2
     wait_for("both CAs in each namespace", lambda: cas_of(bridge, "default", "kube-root-ca.crt", "ca.crt") == 2)
 
@@ -183,10 +177,10 @@ def test_issue_and_back_restart_no_etcd_and_no_api_server(bridge: LiveBridge, ol
         assert "etcd in " not in printed, verb
         assert "kube-apiserver in " not in printed, verb
         shown.assert_shown(f"rotate-ca-{verb}", printed, {NAME: CP_1})
-    assert "certificate signed by unknown authority" in asked_by(bridge, old_conf)
+    assert "certificate signed by unknown authority" in asked_by(bridge.node, old_conf)
     both = kubeconfig.with_ca(old_conf.read_bytes(), kubeconfig.ca_data(admin(bridge).read_bytes()) or b"")
     old_conf.with_name("both.conf").write_bytes(both)
-    assert asked_by(bridge, old_conf.with_name("both.conf")) == "ok"
+    assert asked_by(bridge.node, old_conf.with_name("both.conf")) == "ok"
 
 
 def admin(bridge: LiveBridge) -> Path:
@@ -204,11 +198,15 @@ def test_a_night_between_two_phases_asks_the_ca_that_signs(bridge: LiveBridge) -
 
 def test_requests_are_counted_by_the_ends_of_their_certificates(bridge: LiveBridge) -> None:
     """The controller manager renews its lease every two seconds, with a certificate of the new CA that this node knows."""
-    run = bridge.run("rotate-ca", "status", "--ca", "ca", "--requests", "10s", "-o", "json")
-    assert run.returncode == 0, run.stderr
-    seen = json.loads(run.stdout)["requests"]
-    assert (seen["troubles"], list(seen["failedHandshakes"])) == ([], [NAME])
-    assert sum(one["count"] for one in seen["byEnd"] if one["isLikeNew"] and one["server"] == NAME) > 1, seen
+
+    def are_counted() -> bool:
+        run = bridge.run("rotate-ca", "status", "--ca", "ca", "--requests", "10s", "-o", "json")
+        assert run.returncode == 0, run.stderr
+        seen = json.loads(run.stdout)["requests"]
+        counts = [one["count"] for one in seen["byEnd"] if one["isLikeNew"] and one["server"] == NAME]
+        return (seen["troubles"], list(seen["failedHandshakes"])) == ([], [NAME]) and sum(counts) > 1
+
+    wait_for("requests with certificates of the new CA", are_counted)
 
 
 def test_a_worker_whose_certificate_is_the_old_cas_holds_up_drop(site: Site) -> None:
@@ -226,8 +224,8 @@ def test_drop_leaves_the_new_cas_alone(site: Site, bridge: LiveBridge, old_conf:
     """The old CA's users are unknown from then on, everywhere."""
     step(bridge, "drop", "new")
     on_the_worker(site, "drop", "new")
-    assert "Unauthorized" in asked_by(bridge, old_conf.with_name("both.conf"))
-    assert asked_by(bridge, admin(bridge)) == "ok"
+    assert "Unauthorized" in asked_by(bridge.node, old_conf.with_name("both.conf"))
+    assert asked_by(bridge.node, admin(bridge)) == "ok"
     assert cas_of(bridge, "kube-public", "cluster-info", "kubeconfig") == 1
     wait_for("the new CA alone in each namespace", lambda: cas_of(bridge, "default", "kube-root-ca.crt", "ca.crt") == 1)
     place = ("kube-system", "extension-apiserver-authentication")
@@ -267,10 +265,10 @@ def test_a_cross_certificate_spares_trust_on_running_nodes(site: Site, bridge: L
         assert ("kube-scheduler in " in run.stdout) is (verb == "issue")
         assert "etcd in " not in run.stdout
         assert "kube-apiserver in " not in run.stdout
-    assert asked_by(bridge, kept) == "ok"
+    assert asked_by(bridge.node, kept) == "ok"
     on_the_worker(site, "issue", "issued")
     dropped = bridge.run("rotate-ca", "drop", "--ca", "ca")
     assert dropped.returncode == 0, dropped.stdout + dropped.stderr
     assert phases(bridge) == {"ca": "new", "etcd-ca": "old", "front-proxy-ca": "issued"}
-    assert "Unauthorized" in asked_by(bridge, kept)
-    assert asked_by(bridge, admin(bridge)) == "ok"
+    assert "Unauthorized" in asked_by(bridge.node, kept)
+    assert asked_by(bridge.node, admin(bridge)) == "ok"

@@ -70,8 +70,11 @@ class ApiClient:
         return Reply(status=answer.status_code, text=answer.text)
 
     def get(self, path: str) -> dict[str, Any]:
-        """What is there."""
-        reply = self.ask("GET", path)
+        """What is there; asked again while etcd is too slow, as on a machine that stalls, 20 times at most (each takes 7 s)."""
+        for _ in range(20):
+            reply = self.ask("GET", path)
+            if "etcdserver: request timed out" not in reply.text:
+                break
         assert reply.ok, reply.text[-500:]
         return reply.document
 

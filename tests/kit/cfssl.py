@@ -201,7 +201,7 @@ def running(command: Callable[[int], list[str]], directory: Path, tls: Tls | Non
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(180)
 
 
 def _wait_for_answer(url: str, tls: Tls | None, process: subprocess.Popen[bytes], log: Path) -> None:

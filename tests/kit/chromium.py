@@ -141,5 +141,5 @@ def browsing(directory: Path, server_ca: Path, agent: Mapping[str, Path] | None,
         os.close(ours_in)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(60)
+        process.wait(180)
         os.close(ours_out)

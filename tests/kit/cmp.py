@@ -99,7 +99,7 @@ def registration_authority(directory: Path, port: int = 0) -> Iterator[Registrat
         yield RegistrationAuthority(directory=directory, port=_port(process, log), process=process)
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(180)
 
 
 def _port(process: subprocess.Popen[bytes], log: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -194,14 +195,16 @@ class Walk:
         wait_for("all nodes", lambda: len(nodes_of(machine)) == len(nodes))
         self.nodes = nodes_of(machine)
         for node in nodes:
-            served = ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate((node.ip, _KUBELET_PORT)))
+            served = ssl.PEM_cert_to_DER_cert(wait_for("a kubelet that serves", lambda: _shown(node.ip)))  # noqa: B023
             [ours, *_] = load_pem_certificates((node.root / "var/lib/kubelet/pki/kubelet.crt").read_bytes())
             assert served == ours.public_bytes(Encoding.DER), f"{node.name}: its kubelet serves another certificate"
         found = machine.node.kubectl("get", "csr", "-o", "json").stdout
         self.requests = len(json.loads(found)["items"])
         pki = "/etc/kubernetes/pki/etcd"
         credentials = ("--cacert", f"{pki}/ca.crt", "--cert", f"{pki}/server.crt", "--key", f"{pki}/server.key")
-        listed = machine.node.exec("etcdctl", *credentials, "member", "list", "-w", "json").stdout
+        listed = machine.node.exec(
+            "etcdctl", "--command-timeout=120s", *credentials, "member", "list", "-w", "json"
+        ).stdout
         self.members = len(json.loads(listed)["members"])
 
     def step(self, what: str, run: subprocess.CompletedProcess[str], began: float) -> str:
@@ -214,6 +217,12 @@ class Walk:
         self.seconds[what] = time.monotonic() - began
         assert run.returncode == 0, f"{what}: exit {run.returncode}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
         return run.stdout
+
+
+def _shown(ip: str) -> str | None:
+    with contextlib.suppress(OSError):  # its Node object is there a moment before it listens
+        return ssl.get_server_certificate((ip, _KUBELET_PORT), timeout=120)
+    return None
 
 
 def policy(nodes: Mapping[str, str], allow: str = "") -> str:

@@ -162,7 +162,7 @@ def estserver(
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(180)
 
 
 def _wait_for_answer(url: str, tls: Tls, process: subprocess.Popen[bytes], output: Path) -> None:

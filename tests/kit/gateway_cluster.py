@@ -122,10 +122,8 @@ class GatewayCluster:
         ).stdout.split()
         template = ("inspect", "--output", "go-template", "--template", "{{.info.pid}}")
         for container in found:
-            with contextlib.suppress(
-                ProcessLookupError, ValueError, subprocess.CalledProcessError
-            ):  # it has just ended
-                os.kill(int(self.control_plane.crictl(*template, container).stdout), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError, ValueError):  # it has just ended
+                os.kill(int(self.control_plane.crictl(*template, container, check=False).stdout), signal.SIGKILL)
                 return True
         return False
 

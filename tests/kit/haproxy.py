@@ -78,4 +78,4 @@ def serving(directory: Path, certificate: Path) -> Iterator[HaProxy]:
         yield found
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(180)

@@ -84,4 +84,4 @@ def judge() -> Iterator[Judge]:
         yield Judge(process=process)
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=180) == 0

@@ -1,12 +1,10 @@
-"""A watch for CA keys: the kernel reports every file that is made, written or moved in some directories (inotify(7))."""
+"""A watch for CA keys: the kernel reports every file that is made, written or moved in some directories."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
-import struct
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,9 +17,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from bridge.pki.csr import key_block
 from bridge.specs import AUTHORITIES
+from tests.kit.inotify import CLOSE_WRITE, CREATE, IS_DIRECTORY, MOVED_TO, Inotify
 
-_CLOSE_WRITE, _MOVED_TO, _CREATE, _IS_DIRECTORY = 0x008, 0x080, 0x100, 0x40000000
-_HEADER = struct.Struct("iIII")
 _NAMES = {Path(authority.key_file).name for authority in AUTHORITIES.values()}  # ca.key, front-proxy-ca.key
 _SPKI = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
@@ -42,9 +39,7 @@ class KeyWatch:
         self.found: list[str] = []
         self.seen = 0  #: Files that were looked at.
         self._keys = {ca.public_key().public_bytes(*_SPKI) for ca in cas}
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._descriptor = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._places: dict[int, Path] = {}
+        self._kernel = Inotify()
         self._end, self._ending = os.pipe()
         self._thread = threading.Thread(target=self._run, daemon=True)
         for directory in directories:
@@ -59,15 +54,13 @@ class KeyWatch:
     ) -> None:
         os.write(self._ending, b".")
         self._thread.join()
-        for descriptor in (self._descriptor, self._end, self._ending):
+        self._kernel.close()
+        for descriptor in (self._end, self._ending):
             os.close(descriptor)
 
     def _add(self, directory: Path) -> None:
-        mask = _CLOSE_WRITE | _MOVED_TO | _CREATE
-        number = self._libc.inotify_add_watch(self._descriptor, os.fsencode(directory), mask)
-        if number < 0:
-            return  # it is gone already
-        self._places[number] = directory
+        if not self._kernel.add(directory, CLOSE_WRITE | MOVED_TO | CREATE):
+            return
         with contextlib.suppress(OSError):
             for path in directory.iterdir():
                 if path.is_dir() and not path.is_symlink():
@@ -77,24 +70,12 @@ class KeyWatch:
 
     def _run(self) -> None:
         while True:
-            ready, _, _ = select.select([self._descriptor, self._end], [], [])
-            if self._descriptor in ready:
-                self._take(os.read(self._descriptor, 1 << 16))
+            ready, _, _ = select.select([self._kernel.descriptor, self._end], [], [])
+            if self._kernel.descriptor in ready:
+                for path, kinds in self._kernel.events():
+                    (self._add if kinds & IS_DIRECTORY else self._look)(path)
             elif self._end in ready:  # nothing is left to be read
                 return
-
-    def _take(self, data: bytes) -> None:
-        place = 0
-        while place < len(data):
-            number, mask, _, length = _HEADER.unpack_from(data, place)
-            name = data[place + _HEADER.size : place + _HEADER.size + length].rstrip(b"\0")
-            place += _HEADER.size + length
-            if number in self._places and name:
-                path = self._places[number] / os.fsdecode(name)
-                if mask & _IS_DIRECTORY:
-                    self._add(path)
-                else:
-                    self._look(path)
 
     def _look(self, path: Path) -> None:
         self.seen += 1

@@ -84,6 +84,19 @@ def ask(opened: http.client.HTTPSConnection, path: str, *, patch: object = None)
     return Answer(certificate=certificate, status=response.status, body=response.read())
 
 
+#: What an API server answers for an etcd that is there, and was too slow: it leaves it to its client to ask again.
+_SLOW = (b"etcdserver: request timed out", b"etcdserver: leader changed", b"did not complete within requested timeout")
+
+
+def ask_again(opened: http.client.HTTPSConnection, path: str, *, patch: object = None) -> Answer:
+    """As `ask`; while etcd is too slow, as on a machine that stalls, it is asked again, 20 times at most (each takes 7 s)."""
+    for _ in range(20):
+        answer = ask(opened, path, patch=patch)
+        if not any(words in answer.body for words in _SLOW):
+            break
+    return answer
+
+
 def _peer(socket: object) -> x509.Certificate:
     shown = cast("ssl.SSLSocket", socket).getpeercert(binary_form=True)
     assert shown is not None
@@ -147,8 +160,8 @@ def _turn(value: str, kept: http.client.HTTPSConnection, node: Node, context: ss
     """
     path = f"/api/v1/namespaces/default/configmaps/{TRAFFIC}"
     with connection(node, API_PORT, context) as fresh:
-        wrote = ask(kept, path, patch={"data": {"turn": value}})
-        read = ask(fresh, path)
+        wrote = ask_again(kept, path, patch={"data": {"turn": value}})
+        read = ask_again(fresh, path)
     if (wrote.status, read.status) != (http.client.OK, http.client.OK):
         raise ValueError(f"wanted 200 twice, got {wrote.status} {wrote.body!r}, {read.status} {read.body!r}")
     if json.loads(read.body)["data"]["turn"] != value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,23 @@ _START_SECONDS = 480  # far more than the 15 of an idle machine; node.sh has its
 AT_ONCE = "crashLoopBackOff: {maxContainerRestartPeriod: 1s}"
 
 Form = Literal["reference", "data", "token"]
+
+#: What kubectl says of an API server, or of an etcd behind it, that will answer in a moment: where it has just begun, and
+#: on a machine that stalls.
+_IN_A_MOMENT = (
+    *("etcdserver: request timed out", "etcdserver: leader changed", "etcdserver: no leader", "connection refused"),
+    *("was refused - did you specify", "TLS handshake timeout", "server is currently unable to handle the request"),
+    *("Timeout: request did not complete", "client connection lost", "connection reset by peer", ": EOF"),
+    *("readyz check failed", "RBAC: clusterrole"),
+)
+#: What it says of a write whose answer was lost.
+_WAS_DONE = {"create": "(AlreadyExists)", "delete": "(NotFound)"}
+_PATIENCE_SECONDS = 180
+
+
+def answers_in_a_moment(text: str) -> bool:
+    """Whether these words of kubectl are of a server that will answer in a moment, and no answer to what was asked."""
+    return any(words in text for words in _IN_A_MOMENT)
 
 
 def directory() -> Path:
@@ -155,13 +173,27 @@ class Node:
 
         Args:
             command: The program and its arguments.
-            check: Let a failure be an AssertionError, with the command's own words.
+            check: Let a failure be an AssertionError, with the command's own words; kubectl waits for an API server.
             timeout_seconds: After which it is killed: an AssertionError, with its output and the ends of the node's logs.
             env: Added to the environment.
         """
-        words = f"{self.name}: {' '.join(map(str, command))}"
+        deadline, waits = time.monotonic() + _PATIENCE_SECONDS, check and command[0] == "kubectl"
+        run = self._run(*command, timeout_seconds=timeout_seconds, env=env)
+        while waits and run.returncode and answers_in_a_moment(run.stderr) and time.monotonic() < deadline:
+            time.sleep(0.5)
+            run = self._run(*command, timeout_seconds=timeout_seconds, env=env)
+            if any(verb in command and said in run.stderr for verb, said in _WAS_DONE.items()):
+                return run
+        if check and run.returncode:
+            words = " ".join(map(str, command))
+            raise AssertionError(f"{self.name}: {words}: exit {run.returncode}\n{run.stdout}{run.stderr}")
+        return run
+
+    def _run(
+        self, *command: str | Path, timeout_seconds: float, env: dict[str, str] | None
+    ) -> subprocess.CompletedProcess[str]:
         try:
-            run = subprocess.run(
+            return subprocess.run(
                 [_SCRIPT, "exec", self.name, *command],
                 capture_output=True,
                 text=True,
@@ -172,10 +204,8 @@ class Node:
             )
         except subprocess.TimeoutExpired as e:  # whose own text has the first and the last 100 characters
             output = b"".join(part for part in (e.stdout, e.stderr) if part).decode(errors="replace")
+            words = f"{self.name}: {' '.join(map(str, command))}"
             raise AssertionError(f"{words}: killed after {timeout_seconds} s\n{output}\n{self.logs(lines=60)}") from e
-        if check and run.returncode:
-            raise AssertionError(f"{words}: exit {run.returncode}\n{run.stdout}{run.stderr}")
-        return run
 
     def kubectl(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run kubectl on the node, with its `admin.conf`."""

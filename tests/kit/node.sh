@@ -221,7 +221,8 @@ start_containerd() {
   write_containerd_config "$node/containerd" "$node/run" >"$node/containerd.toml"
   daemon containerd -c "$node/containerd.toml"
   within 120 "its container runtime" ctr -a "$socket" version
-  echo "runtime-endpoint: unix://$socket" >"$kubernetes/crictl.yaml" # crictl -c /etc/kubernetes/crictl.yaml
+  # crictl -c /etc/kubernetes/crictl.yaml; by default it gives up after 2 s
+  printf '%s\n' "runtime-endpoint: unix://$socket" "timeout: 120" >"$kubernetes/crictl.yaml"
 }
 
 make_host() { # make_host IP: the node before kubeadm
@@ -294,6 +295,12 @@ move_ca_keys() { # move_ca_keys CA_DIR
   done
 }
 
+bind_admins() { # a write whose answer was lost has been carried out
+  kubectl_as super-admin create clusterrolebinding kubeadm:cluster-admins \
+    --clusterrole=cluster-admin --group=kubeadm:cluster-admins ||
+    kubectl_as super-admin get clusterrolebinding kubeadm:cluster-admins
+}
+
 up() { # up IP [CA_DIR]
   local ip=${1:-} ca_dir=${2:-}
   [ -n "$ip" ] || usage
@@ -307,8 +314,7 @@ up() { # up IP [CA_DIR]
   phase etcd local
   start_kubelet "$ip"
   # what `kubeadm init` does next: the rights of its groups and users, and its configuration in the cluster
-  within 120 "the rights of admin.conf" kubectl_as super-admin create clusterrolebinding kubeadm:cluster-admins \
-    --clusterrole=cluster-admin --group=kubeadm:cluster-admins
+  within 120 "the rights of admin.conf" bind_admins
   phase upload-config all
   within 300 "a Node object" kubectl_as admin get node "$name"
   phase mark-control-plane
@@ -318,7 +324,7 @@ up() { # up IP [CA_DIR]
 
 etcd_member() { # etcd_member IP FIRST; refused until the member that was added before is well
   local pki=/etc/kubernetes/pki/etcd
-  enter etcdctl --endpoints "https://$2:2379" --cacert $pki/ca.crt --cert $pki/healthcheck-client.crt \
+  enter etcdctl --command-timeout=100s --endpoints "https://$2:2379" --cacert $pki/ca.crt --cert $pki/healthcheck-client.crt \
     --key $pki/healthcheck-client.key member add "$name" --peer-urls="https://$1:2380" >"$node/member.log" 2>&1
 }
 

@@ -180,7 +180,17 @@ def assert_confined(node: Node, container: str) -> None:
 def is_ready(node: Node) -> bool:
     """Whether the cluster holds the kubelet for healthy."""
     path = '{.status.conditions[?(@.type=="Ready")].status}'
-    return node.kubectl("get", "node", node.name, "-o", f"jsonpath={path}").stdout == "True"
+    return node.kubectl("get", "node", node.name, "-o", f"jsonpath={path}", check=False).stdout == "True"
+
+
+def asked_by(node: Node, conf: Path) -> str:
+    """What the API server says to the user of a kubeconfig, once it answers."""
+
+    def said() -> str | None:
+        done = node.exec("kubectl", "--kubeconfig", conf, "get", "--raw", "/readyz", check=False)
+        return None if kit.answers_in_a_moment(done.stderr) else done.stdout or done.stderr
+
+    return wait_for("an answer of the API server", said)
 
 
 def is_healthy(node: Node, component: Component) -> bool:
@@ -194,12 +204,15 @@ def is_healthy(node: Node, component: Component) -> bool:
 
 def containers(node: Node) -> dict[Component, str]:
     """
-    The ids of the control plane's pods that run.
+    The ids of the control plane's pods.
 
-    A container that ends by itself, say without its lease where the machine stalls, is started again in the same one.
+    A container that ends by itself, say without its lease where the machine stalls, is started again in the same one, and
+    not always at once.
     """
-    listed: dict[str, Any] = json.loads(node.crictl("ps", "--state", "running", "-o", "json").stdout)
-    return {Component(one["metadata"]["name"]): one["podSandboxId"] for one in listed["containers"]}
+    listed: dict[str, Any] = json.loads(node.crictl("pods", "--state", "ready", "-o", "json").stdout)
+    known = {one.value: one for one in Component}
+    labels = [(one["labels"].get("component"), one["id"]) for one in listed["items"]]
+    return {known[label]: pod for label, pod in labels if label in known}
 
 
 def lease_renewed(node: Node, namespace: str, name: str) -> datetime:

@@ -149,8 +149,8 @@ class OpenBao:
         return str(role_id), str(self.write(f"auth/{mount}/role/{name}/secret-id")["data"]["secret_id"])
 
     def wrapped(self, path: str, **body: object) -> str:
-        """The wrapping token with what POST `path` answers in it; good for a minute."""
-        answer = self._checked(self.request("POST", path, body, headers={"X-Vault-Wrap-TTL": "60s"}))
+        """The wrapping token with what POST `path` answers in it; good for ten minutes."""
+        answer = self._checked(self.request("POST", path, body, headers={"X-Vault-Wrap-TTL": "10m"}))
         return str(answer["wrap_info"]["token"])
 
     def enable_auth(self, method: str, mount: str | None = None) -> None:

@@ -94,7 +94,7 @@ class StepCA:
             yield
         finally:
             process.terminate()
-            process.wait(timeout=60)
+            process.wait(timeout=180)
 
     def _wait(self, process: subprocess.Popen[bytes], log: Path) -> None:
         health = [str(programs.require("step")), "ca", "health", "--ca-url", self.url, "--root", str(self.root)]

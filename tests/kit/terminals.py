@@ -92,7 +92,7 @@ def working(command: Sequence[str], *ready: str) -> Iterator[str]:
         yield Shown(0, said[: max(one.end() for one in there)].decode(), "").text
     finally:
         process.terminate()
-        process.wait(120)
+        process.wait(180)
         listener.join()
         os.close(parent)
 

@@ -42,6 +42,8 @@ def b64(value: bytes | str) -> str:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     with kube_api.serving(tmp_path_factory.mktemp("holders")) as server:
         server.admin.create(CORE, {"metadata": {"name": "argocd"}})
+        # what the API server writes a moment after it has become ready
+        assert wait_until(lambda: server.admin.ask("GET", AUTHENTICATION).ok, bool, PATIENCE, pause_seconds=0.1)
         yield server
 
 
@@ -136,10 +138,7 @@ def test_others_secrets_are_listed_with_the_command_that_mends_them(server: ApiS
 def test_a_namespace_that_is_behind_is_named_before_issue(server: ApiServer, change: Change) -> None:
     """A namespace, or an object that aggregated API servers read, without both CAs holds the phase up and is named."""
     both, api = pem(change.old, change.new).decode(), api_of(server)
-    there = wait_until(
-        lambda: server.admin.ask("GET", AUTHENTICATION), lambda reply: reply.ok, PATIENCE, pause_seconds=0.1
-    )
-    own = there.document["data"]["client-ca-file"]
+    own = server.admin.get(AUTHENTICATION)["data"]["client-ca-file"]
     add(server, "kube-root-ca.crt", {"ca.crt": pem(change.old).decode()}, "configmaps")
     with pytest.raises(NotReadyEverywhereError) as refused:
         assert_followed(api, CA.name, change, Phase.ISSUED, timedelta())
@@ -164,7 +163,6 @@ def test_a_namespace_without_the_old_ca_is_named_before_its_certificates_come_ba
 ) -> None:
     """After `back` from “new” pods of it still trust the new CA alone; from “trusted” nothing is asked of it."""
     both, asked = pem(change.old, change.new).decode(), list[Any]()
-    wait_until(lambda: server.admin.ask("GET", AUTHENTICATION), lambda reply: reply.ok, PATIENCE, pause_seconds=0.1)
 
     def look_once(look: Callable[[], Any], *_: object, **__: object) -> Any:
         asked.append(look())
@@ -277,7 +275,6 @@ def test_a_kube_proxy_that_has_read_its_ca_before_is_named_with_the_command(
 ) -> None:
     """Before 1.36 it reads that file at its start alone; one that was started afterwards has both CAs."""
     pods, maps = f"{CORE}/kube-system/pods", f"{CORE}/kube-system/configmaps"
-    wait_until(lambda: server.admin.ask("GET", f"{CORE}/kube-system").ok, bool, PATIENCE, pause_seconds=0.1)
     both = {"metadata": {"name": "kube-root-ca.crt"}, "data": {"ca.crt": pem(change.old, NEW).decode()}}
     written = server.admin.create(maps, both)["metadata"]["creationTimestamp"]
     started = (datetime.fromisoformat(written) + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")

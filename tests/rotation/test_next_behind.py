@@ -62,7 +62,7 @@ def behind_cmp(site: Site, directory: Path) -> Iterator[cmp.RegistrationAuthorit
     """One registration authority for the old CAs and the next ones; the URL names which of them signs."""
     bridge = site.bridge
     with cmp.registration_authority(directory / "ra") as server:
-        bridge.add("backend.corp", {"type": "cmp", "url": "http://127.0.0.1:1", "timeout": "20s", **server.mac()})
+        bridge.add("backend.corp", {"type": "cmp", "url": "http://127.0.0.1:1", "timeout": "2m", **server.mac()})
         for name, one in site.made.items():
             server.add_ca(name, *site.pki.ca_pem(name), days=365)
             server.add_ca(f"{name}-2", pem(one.signer.certificate), key_pem(one.signer.key), days=365)
@@ -80,7 +80,7 @@ def behind_doors(site: Site, directory: Path) -> Iterator[None]:
             door = est_door(directory / backend, pki, site.settings)
             stack.enter_context(running(door.program))
             agent = {key: str(path) for key, path in door.agent().items()}
-            server = {"url": door.program.url, "ca_file": str(door.program.ca), "retry_for": "1s"}
+            server = {"url": door.program.url, "ca_file": str(door.program.ca), "timeout": "2m", "retry_for": "1s"}
             site.bridge.add(f"backend.{backend}", {"type": "est", **server, **agent})
         for name, one in site.made.items():
             label = {"label": f"{name}.{{name}}"}
@@ -101,7 +101,7 @@ def behind_cfssl(site: Site, directory: Path) -> Iterator[None]:
                 place.mkdir(parents=True)
                 server = cfssl.serve_authority(place, AUTHORITIES[name], live, VALIDITY, ca_pem=ca_pem)
                 table = stack.enter_context(server)
-                site.bridge.add(f"backend.{backend}", {"type": "cfssl", "timeout": "20s", **table})
+                site.bridge.add(f"backend.{backend}", {"type": "cfssl", "timeout": "2m", **table})
             site.bridge.add(f"authority.{name}", {"backend": name})
             site.bridge.add(f"authority.{name}.next", {"anchor": one.table["anchor"], "backend": f"{name}-2"})
         yield
@@ -200,7 +200,8 @@ def test_a_server_of_est_gets_the_next_ca(site: Site, tmp_path: Path) -> None:
     signer = site.made["etcd-ca"].signer
     with est.estserver(tmp_path / "before", site.pki.ca_pem("etcd-ca"), tls) as url:
         agent = {key: str(path) for key, path in tls.agent("agent").items()}
-        site.bridge.add("backend.corp", {"type": "est", "url": url, "ca_file": str(tls.ca), "retry_for": "1s", **agent})
+        limits = {"timeout": "2m", "retry_for": "1s"}
+        site.bridge.add("backend.corp", {"type": "est", "url": url, "ca_file": str(tls.ca), **limits, **agent})
         site.bridge.add("authority.etcd-ca", {"backend": "corp", "label": "{usage}"})
         site.bridge.add("authority.etcd-ca.next", {"anchor": site.made["etcd-ca"].table["anchor"]})
         settings = site.settings

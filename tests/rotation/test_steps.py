@@ -802,7 +802,7 @@ def test_a_new_ca_at_a_gateway_signs_when_it_can(pki: Pki, tmp_path: Path) -> No
         done = wait_until(
             lambda: run(settings, Verb.ISSUE),
             lambda one: one.exit_code != Exit.WAITING,
-            timedelta(minutes=2),
+            timedelta(minutes=5),
             pause_seconds=0.5,
         )
     assert done.exit_code == 0, done.result
