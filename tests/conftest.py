@@ -193,6 +193,13 @@ def tried(record_property: Callable[[str, object], None]) -> counts.Tried:
 
 
 @pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A component that is away refuses at once in a test; one that this machine holds up for a minute is there."""
+    for name in ("TIMEOUT_SECONDS", "api.NODE_TIMEOUT_SECONDS"):
+        monkeypatch.setattr(f"bridge.cluster.{name}", 90)
+
+
+@pytest.fixture
 def failure_is_counted(tried: counts.Tried) -> None:
     """Each test with it is a failure of a CA, or in its place, whose message and hint are looked at."""
     tried("failures with the message and hint that an operator reads", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -17,7 +18,7 @@ from bridge.node.processes import running
 from bridge.specs import AUTHORITIES
 from bridge.system.waiting import wait_until
 from tests import conftest
-from tests.kit import plan, programs
+from tests.kit import node, plan, programs
 from tests.kit.cas import Bridge
 from tests.kit.loopback import alone, free_port
 from tests.kit.pki import KubeadmAlgorithm, KubeadmVersion, handmade_pki, kubeadm_pki
@@ -277,3 +278,38 @@ def test_a_quorum_is_lost_while_two_members_are_away_or_without_a_leader() -> No
     assert Seen(down=down, leaderless=leaderless).longest_without_quorum() == 4.0
     assert Seen(down=down[-1:], leaderless=leaderless[-1:]).longest_without_quorum() == 1.0
     assert Seen(down=down[-1:]).longest_without_quorum() == 0.0
+
+
+KUBECTL = """#!/bin/sh
+read -r said <{place}/said
+sed -i 1d {place}/said
+[ "$said" = ok ] || {{ echo "Error from server: $said" >&2; exit 1; }}
+"""
+STALLED = "etcdserver: request timed out"
+
+
+@pytest.mark.parametrize(
+    ("said", "verb", "is_done"),
+    [
+        ((STALLED, "ok"), "get", True),
+        (("The connection to the server 192.0.2.1:6443 was refused - did you specify the right host or port?", "ok"), "get", True),
+        ((STALLED, '(AlreadyExists): configmaps "x" already exists'), "create", True),
+        (('(AlreadyExists): configmaps "x" already exists',), "create", False),
+        (("(Forbidden): no", "ok"), "get", False),
+        ((STALLED, "(Forbidden): no", "ok"), "get", False),
+    ],
+)  # fmt: skip
+def test_kubectl_on_a_node_waits_for_a_server_that_answers_in_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Sequence[str], verb: str, is_done: bool
+) -> None:
+    """A write whose answer was lost is done, a refusal is an error at once, and who looks for failures sees the first answer."""
+    script = tmp_path / "node.sh"
+    script.write_text(KUBECTL.format(place=tmp_path))
+    script.chmod(0o755)
+    monkeypatch.setattr(node, "_SCRIPT", script)
+    one = node.Node(name="n", ip="192.0.2.1")
+    (tmp_path / "said").write_text("\n".join([*said, ""]))
+    with contextlib.nullcontext() if is_done else pytest.raises(AssertionError, match="Error from server"):
+        one.kubectl(verb, "configmap", "x")
+    (tmp_path / "said").write_text("\n".join([*said, ""]))
+    assert one.kubectl(verb, "configmap", "x", check=False).returncode == 1

@@ -11,6 +11,11 @@ from tests.kit.pki import Pki, handmade_pki
 from tests.kit.rotating import with_next
 
 
+@pytest.fixture(autouse=True)
+def _patient(patient: None) -> None:
+    """For each test of the room."""
+
+
 @pytest.fixture
 def no_process_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kubelet of another test's node is not this node's."""
