@@ -568,14 +568,15 @@ def test_a_holder_that_renews_keeps_it(servers: Servers, monkeypatch: pytest.Mon
     """Each change begins the time anew."""
     now = 0.0
     monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: now))
-    claim = claim_in_kubernetes(api(servers, *servers.places), "cp-1_run", rules(3, 0))
-    for number in range(4):
-        servers.state.put(NAME, "cp-2_b", seconds=3, renewed=f"2026-01-01T00:00:0{number}.000000Z")
-        assert claim.take() == "cp-2_b"
-        now += 2.9
-        assert claim.take() == "cp-2_b"
-    now += 0.1
-    assert claim.take() == ""
+    with contextlib.closing(api(servers, *servers.places)) as asked:
+        claim = claim_in_kubernetes(asked, "cp-1_run", rules(3, 0))
+        for number in range(4):
+            servers.state.put(NAME, "cp-2_b", seconds=3, renewed=f"2026-01-01T00:00:0{number}.000000Z")
+            assert claim.take() == "cp-2_b"
+            now += 2.9
+            assert claim.take() == "cp-2_b"
+        now += 0.1
+        assert claim.take() == ""
 
 
 def test_a_lease_is_waited_for(servers: Servers) -> None:
