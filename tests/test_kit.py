@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from bridge.node.processes import running
 from bridge.specs import AUTHORITIES
 from bridge.system.waiting import wait_until
 from tests import conftest
-from tests.kit import node, plan, programs
+from tests.kit import node, plan, programs, watching
 from tests.kit.cas import Bridge
 from tests.kit.loopback import alone, free_port
 from tests.kit.pki import KubeadmAlgorithm, KubeadmVersion, handmade_pki, kubeadm_pki
@@ -313,3 +314,50 @@ def test_kubectl_on_a_node_waits_for_a_server_that_answers_in_a_moment(
         one.kubectl(verb, "configmap", "x")
     (tmp_path / "said").write_text("\n".join([*said, ""]))
     assert one.kubectl(verb, "configmap", "x", check=False).returncode == 1
+
+
+def test_a_manifest_that_leaves_while_the_watch_stalls_is_seen(tmp_path: Path) -> None:
+    """It was away and back between two looks."""
+
+    class Stall(threading.Event):
+        """The machine stands still in the first pause, which is the last."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            del timeout
+            (directory / "etcd.yaml").rename(directory.parent / "etcd.yaml")
+            (directory.parent / "etcd.yaml").rename(directory / "etcd.yaml")
+            return True
+
+    one, seen = node.Node(name="n", ip="192.0.2.1"), Seen()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBE_NODE_DIR", str(tmp_path))
+        directory = one.kubeconfig_dir / "manifests"
+        directory.mkdir(parents=True)
+        (directory / "etcd.yaml").touch()
+        watching._watch_manifests([one], seen, Stall())
+    assert [(name, component) for _, name, component in seen.away] == [("n", "etcd")]
+
+
+@pytest.mark.parametrize(
+    ("answers", "failed"),
+    [([TimeoutError, TimeoutError, None], False), ([TimeoutError, ConnectionRefusedError, None], False),
+     ([ConnectionRefusedError, ConnectionRefusedError, None], True)],
+)  # fmt: skip
+def test_a_client_goes_on_while_a_server_is_slow_and_not_when_all_refuse(
+    monkeypatch: pytest.MonkeyPatch, answers: Sequence[type[OSError] | None], failed: bool
+) -> None:
+    """Two API servers, which are asked one after the other until one takes it."""
+    left, stop = list(answers), threading.Event()
+
+    def answer(*_: object) -> None:
+        error = left.pop(0)
+        if not left:
+            stop.set()
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(watching, "_write_and_read", answer)
+    monkeypatch.setattr(watching, "client", lambda *_: None)
+    seen, nodes = Seen(), [node.Node(name=name, ip=f"192.0.2.{name}") for name in ("1", "2")]
+    watching._work(nodes, seen, stop)
+    assert (bool(seen.failed), seen.elsewhere) == (failed, 2)
