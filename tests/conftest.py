@@ -38,7 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     for name in ("COLUMNS", "LINES"):
         os.environ.pop(name, None)
-    hypothesis.settings.register_profile("any machine", deadline=None, derandomize=True)
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("any machine", deadline=None, derandomize=True, suppress_health_check=slow)
     hypothesis.settings.load_profile("any machine")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

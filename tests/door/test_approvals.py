@@ -70,7 +70,7 @@ def in_state(door: ServeProgram, place: str, state: str) -> None:
 
 
 def _state(answer: Answer) -> str:
-    return "answered" if answer.status == 200 else str(answer.document["state"])
+    return "answered" if answer.status == 200 else str(answer.document.get("state"))
 
 
 def brought(door: ServeProgram, bundle: RequestBundle) -> str:
@@ -230,7 +230,7 @@ def test_the_policy_is_asked_again_after_the_approval(own: Team, bundle: Request
 
 def rows(own: Team, bundle: RequestBundle, **values: Any) -> None:
     """Write a decision into the database, and say there that the request is approved."""
-    engine = sa.create_engine(sqlite_url(own.desk.state / "door.db"))
+    engine = sa.create_engine(sqlite_url(own.desk.state / "door.db"), connect_args={"timeout": 180})
     with engine.begin() as connection:
         request = connection.execute(sa.select(REQUESTS.c.id).where(REQUESTS.c.digest == digest(bundle))).scalar_one()
         row = {"request": request, "verdict": "approved", "reason": "", "decided": datetime.now(UTC), **values}
@@ -321,7 +321,9 @@ def test_who_brings_a_request_by_est_does_not_decide_about_it(tmp_path: Path, pk
         basic = b64encode(f"cp-1:{secret}".encode()).decode()
         sent = {"Content_Type": TYPE, "Authorization": f"Basic {basic}"}
         asked = team.ask(alice, "POST", "/.well-known/est/first/simpleenroll", body_of(make_csr()), **sent)
-        [one] = team.ask(alice, "GET", "/v1/approvals").document["requests"]
+        [one] = wait_until(
+            lambda: team.ask(alice, "GET", "/v1/approvals").document["requests"], bool, _PATIENCE, pause_seconds=0.2
+        )
         place = f"/v1/approvals/{one['digest']}"
         mine = team.ask(alice, "POST", place, signed(alice, one["digest"]))
         theirs = team.ask(bob, "POST", place, signed(bob, one["digest"]))
@@ -409,7 +411,7 @@ def test_a_request_whose_bundle_was_put_away(team: Team, bundle: RequestBundle) 
     awaited(team.door, place)
     paths = [f"/v1/approvals/{digest(bundle)}", f"/approvals/{digest(bundle)}"]
     before = [team.ask(alice, "GET", path).status for path in paths]
-    engine = sa.create_engine(sqlite_url(team.desk.state / "door.db"))
+    engine = sa.create_engine(sqlite_url(team.desk.state / "door.db"), connect_args={"timeout": 180})
     with engine.begin() as connection:
         connection.execute(REQUESTS.update().where(REQUESTS.c.digest == digest(bundle)).values(bundle=b"", answer=None))
     engine.dispose()

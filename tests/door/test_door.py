@@ -38,7 +38,7 @@ from tests.kit.cas import Bridge, live_certificates
 from tests.kit.desks import POLICY, SIGNING_STEPS, Desk, killing, make_desk
 from tests.kit.est import make_tls
 from tests.kit.pki import Pki, handmade_pki
-from tests.kit.serving import CA_BRIDGE, Answer, Database, ServeProgram, add_door, running
+from tests.kit.serving import Answer, Database, ServeProgram, add_door, running
 from tests.kit.small_disk import fill, needs_root, tmpfs
 
 NodeEnd = Callable[..., GatewayBackend]
@@ -83,7 +83,9 @@ def place_of(answer: Answer) -> str:
 
 def awaited(door: ServeProgram, place: str) -> AnswerBundle:
     """The answer, as soon as it is there."""
-    answer = wait_until(lambda: door.ask("GET", place), lambda one: one.status != 202, _PATIENCE, pause_seconds=0.1)
+    answer = wait_until(
+        lambda: door.ask("GET", place), lambda one: one.status not in {202, 503}, _PATIENCE, pause_seconds=0.1
+    )
     assert answer.status == 200, answer.body
     return loads_answer(answer.body)
 
@@ -235,15 +237,18 @@ def test_a_door_whose_worker_is_gone_works_on(door: ServeProgram, pairs: Pairs) 
 def test_a_worker_that_hangs_loses_no_request(desk: Desk, pairs: Pairs, seconds: float) -> None:
     """After a time the door ends it, and works on; before, it says "later", and neither holds up the door's own end."""
     door = add_door(desk.config, desk.directory)
+    bundle, is_ended = dumps(make_bundle(some(pairs, "apiserver"))), seconds == 1.0
     patch = f"from bridge.door import service\nservice._LONGEST_TASK_SECONDS = {seconds}\n"
+    if is_ended:  # none begins in its place, and a bundle is waited for meanwhile
+        patch += "from bridge.desk import workers\nworkers._REST_SECONDS = 3600.0\n"
+        patch += "from bridge.door import signing\nsigning._WORKER_SECONDS = 300.0\n"
     door.start([sys.executable, "-c", f"{patch}from bridge.entry import main\nmain()"])
     assert door.process is not None
     children = Path(f"/proc/{door.process.pid}/task/{door.process.pid}/children").read_text().split()
     for pid in children:
         os.kill(int(pid), signal.SIGSTOP)
 
-    bundle, is_ended = dumps(make_bundle(some(pairs, "apiserver"))), seconds == 1.0
-    first = door.post(bundle)
+    first = door.post_once(bundle)
     if is_ended:
         assert isinstance(awaited(door, place_of(first)).answers["apiserver"], Issued)
     else:
@@ -301,7 +306,7 @@ def test_a_killed_door_finds_what_openbao_has_signed(desk: Desk, pki: Pki, pairs
         bao.add_kubeadm_roles("ca", {name: old for name, (old, _) in pairs.items()}, VALIDITY)
         token.touch(mode=0o600)
         token.write_text(bao.root_token)
-        table = f'type = "vault"\nurl = "{bao.url}"\nmount = "ca"\nauth = {{ token_file = "{token}" }}'
+        table = f'type = "vault"\nurl = "{bao.url}"\nmount = "ca"\ntimeout = "3m"\nauth = {{ token_file = "{token}" }}'
         desk.config.write_text(
             f'[node]\nstate_dir = "{desk.state}"\n[backend.x]\n{table}\n[authority.ca]\nbackend = "x"\n'
         )
@@ -335,7 +340,7 @@ def test_a_door_that_ends_answers_what_it_has_begun(desk: Desk, database: Databa
 def signed_without_room(door: ServeProgram, desk: Desk, bundle: bytes, spared_pages: int) -> int:
     """How many certificates the CA signs for a bundle while the state directory's disk has a few pages left."""
     filler, said, before = fill(desk.state, spared_pages), len(door.said), len(desk.issued())
-    answer = door.post(bundle)
+    answer = door.post_once(bundle)
     assert answer.status in {202, 503}
     if answer.status == 202:
         wait_until(
@@ -364,8 +369,8 @@ def test_a_full_disk_signs_nothing_that_is_not_recorded(desk: Desk, database: Da
         assert desk.run("audit", "verify").returncode == 0
 
 
-#: The program, which gives a CA a second at its end.
-_HASTY = "from bridge.door import service\nservice._DRAIN_SECONDS = 1.0\nfrom bridge.entry import main\nmain()"
+#: The program, which gives a CA so many seconds at its end.
+_ENDING = "from bridge.door import service\nservice._DRAIN_SECONDS = {}\nfrom bridge.entry import main\nmain()"
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -375,7 +380,7 @@ def test_a_door_that_ends_while_a_ca_is_asked(desk: Desk, pairs: Pairs, *, answe
     lock = desk.ca("etcd-ca") / LOCK_NAME
     with lock.open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        door.start([CA_BRIDGE] if answers else [sys.executable, "-c", _HASTY])
+        door.start([sys.executable, "-c", _ENDING.format(300.0 if answers else 1.0)])
         assert door.process is not None
         place = place_of(door.post(dumps(make_bundle(some(pairs, "apiserver", "etcd-server", "etcd-peer")))))
         files = Path(f"/proc/{door.process.pid}/fd")
@@ -577,7 +582,7 @@ def test_sql_in_a_field_is_text(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
 
 def raw(door: ServeProgram, data: bytes) -> bytes:
     """All that comes back for these bytes."""
-    plain = socket.create_connection(("127.0.0.1", door.port), timeout=60)
+    plain = socket.create_connection(("127.0.0.1", door.port), timeout=180)
     with plain, door.context().wrap_socket(plain, server_hostname="127.0.0.1") as client:
         client.sendall(data)
         found = b""
@@ -694,7 +699,7 @@ def test_strangers_fill_nothing_while_a_ca_is_down(door: ServeProgram, desk: Des
 def test_a_half_closed_client_keeps_no_connection(common: ServeProgram) -> None:
     """One that has sent half a request and its end is closed; nothing of it stays open."""
     for cut in (b"", b"GET /heal", b"POST /v1/requests HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nhalf"):
-        plain = socket.create_connection(("127.0.0.1", common.port), timeout=60)
+        plain = socket.create_connection(("127.0.0.1", common.port), timeout=180)
         with plain, common.context().wrap_socket(plain, server_hostname="127.0.0.1") as client:
             client.sendall(cut)
             with contextlib.suppress(ssl.SSLEOFError):  # the door may close its end without a word
@@ -724,7 +729,7 @@ def test_there_is_no_renegotiation(common: ServeProgram) -> None:
     """A client of TLS 1.2 that begins one gets an end; the same client without it gets its answer."""
     command = ["openssl", "s_client", "-connect", f"127.0.0.1:{common.port}", "-tls1_2", "-CAfile", str(common.ca)]
     renegotiates, asks = (
-        subprocess.run([*command, *more], input=text, capture_output=True, check=False, timeout=120)
+        subprocess.run([*command, *more], input=text, capture_output=True, check=False, timeout=300)
         for text, more in ((b"R\n", []), (_HEALTH % b"", ["-quiet"]))
     )
 

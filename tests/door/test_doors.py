@@ -70,7 +70,9 @@ def second(desk: Desk, settings: str) -> ServeProgram:
 
 
 def awaited(door: ServeProgram, place: str) -> AnswerBundle:
-    answer = wait_until(lambda: door.ask("GET", place), lambda one: one.status != 202, _PATIENCE, pause_seconds=0.1)
+    answer = wait_until(
+        lambda: door.ask("GET", place), lambda one: one.status not in {202, 503}, _PATIENCE, pause_seconds=0.1
+    )
     assert answer.status == 200, (answer.body, door.said)
     return loads_answer(answer.body)
 

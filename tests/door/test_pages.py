@@ -62,7 +62,7 @@ def reached(team: Team, place: str, state: str) -> Answer:
 
 
 def _state(answer: Answer) -> str:
-    return "answered" if answer.status == 200 else str(answer.document["state"])
+    return "answered" if answer.status == 200 else str(answer.document.get("state"))
 
 
 def token(page: Answer) -> str:

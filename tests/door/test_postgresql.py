@@ -57,7 +57,7 @@ def test_a_database_that_is_away_takes_no_request_and_comes_back(
     with running(door):
         postgresql.stop()
         try:
-            away = door.post(bundle)
+            away = door.post_once(bundle)
             ready = door.ask("GET", "/readyz")
         finally:
             postgresql.start()

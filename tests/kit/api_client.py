@@ -6,11 +6,14 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import requests
+
+from bridge.system.waiting import wait_until
 
 CSRS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 
@@ -26,6 +29,12 @@ class Reply:
     def ok(self) -> bool:
         """Whether the API server did as requested."""
         return self.status < 400
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether a stall is the cause: etcd or the API server's own limit of time was over before the request was done."""
+        late = "etcdserver: " in self.text or "request did not complete within" in self.text
+        return self.status == 429 or (self.status in {500, 504} and late)
 
     @property
     def document(self) -> dict[str, Any]:
@@ -63,11 +72,15 @@ class ApiClient:
     def ask(
         self, method: str, path: str, body: Any = None, *, content_type: str = "application/json", **headers: str
     ) -> Reply:
-        """One request."""
+        """One request; again while the API server says that it, or its etcd, has too much to do, as after a stall."""
         data = None if body is None else json.dumps(body)
         sent = {"Content-Type": content_type, **headers}
-        answer = self.session.request(method, f"{self.url}{path}", data=data, headers=sent, timeout=120)
-        return Reply(status=answer.status_code, text=answer.text)
+
+        def look() -> Reply:
+            answer = self.session.request(method, f"{self.url}{path}", data=data, headers=sent, timeout=180)
+            return Reply(status=answer.status_code, text=answer.text)
+
+        return wait_until(look, lambda one: not one.may_pass, timedelta(minutes=3), pause_seconds=0.5)
 
     def get(self, path: str) -> dict[str, Any]:
         """What is there; asked again while etcd is too slow, as on a machine that stalls, 20 times at most (each takes 7 s)."""
@@ -93,7 +106,8 @@ class ApiClient:
         what = {"group": "certificates.k8s.io", "resource": "certificatesigningrequests", "verb": verb}
         body = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
         path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
-        return bool(self.create(path, {**body, "spec": {"resourceAttributes": what}})["status"]["allowed"])
+        reply = self.ask("POST", path, {**body, "spec": {"resourceAttributes": what}})
+        return reply.ok and bool(reply.document["status"]["allowed"])
 
     def create_csr(self, pem: bytes, signer: str, usages: Sequence[str], **more: Any) -> Reply:
         """A CertificateSigningRequest; `name` is its metadata's, the rest goes into spec."""

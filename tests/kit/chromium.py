@@ -34,6 +34,7 @@ class Browser:
         self._to, self._from = to, from_
         self._rest = b""
         self._number = 0
+        self._events: list[str] = []  # came while another answer was awaited
         self._session: str | None = None
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -51,11 +52,13 @@ class Browser:
             if found.get("id") == self._number:
                 assert "error" not in found, found
                 return dict(found["result"])
+            self._events.append(str(found.get("method")))
 
     def await_event(self, method: str) -> None:
-        """Wait until the browser tells this."""
-        while self._received().get("method") != method:
-            pass
+        """Wait until the browser tells this, or has told it since the last one, while another answer was waited for."""
+        while method not in self._events:
+            self._events.append(str(self._received().get("method")))
+        self._events.clear()
 
     def _received(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
@@ -74,6 +77,7 @@ class Browser:
 
     def open(self, url: str) -> None:
         """Go to a page, and wait until it is there."""
+        self._events.clear()
         self.send("Page.navigate", url=url)
         self.await_event("Page.loadEventFired")
 

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives import serialization
 
 from tests.kit import programs
 from tests.kit.issuing import Signer, usage
-from tests.kit.loopback import LoopbackServer
+from tests.kit.loopback import LoopbackServer, free_port
 
 REFERENCE, SECRET = "k8s-cp1", "correct horse battery staple"
 RA_SUBJECT = "/CN=CMP RA"
@@ -93,7 +93,7 @@ def registration_authority(directory: Path, port: int = 0) -> Iterator[Registrat
     log = directory / "log"
     log.write_bytes(b"")
     with log.open("wb") as output:
-        command = [str(programs.require("cmp-ra")), str(directory), str(port)]
+        command = [str(programs.require("cmp-ra")), str(directory), str(port or free_port())]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
         yield RegistrationAuthority(directory=directory, port=_port(process, log), process=process)

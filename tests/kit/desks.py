@@ -117,7 +117,7 @@ def make_desk(
     program.chmod(0o755)
     lines = [
         f'[node]\nstate_dir = "{desk.state}"',
-        f'[backend.desk]\ntype = "openssl"\nopenssl = "{program}"\npassphrase_file = "{passphrase}"\nretry_for = "1s"',
+        f'[backend.desk]\ntype = "openssl"\nopenssl = "{program}"\npassphrase_file = "{passphrase}"\ntimeout = "3m"\nretry_for = "1s"',
     ]
     for name in authorities:
         opensslca.make_ca_directory(desk.ca(name), *pki.ca_pem(name), passphrase=PASSPHRASE)

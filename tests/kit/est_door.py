@@ -23,7 +23,7 @@ from bridge.specs import SPECS
 from tests.kit.desks import POLICY, Desk, make_desk
 from tests.kit.issuing import CLIENT, Signer
 from tests.kit.pki import Pki
-from tests.kit.serving import Answer, ServeProgram, add_door
+from tests.kit.serving import Answer, ServeProgram, add_door, insist
 
 ROOT = "/.well-known/est"
 TYPE = "application/pkcs10"
@@ -115,8 +115,8 @@ class EstDoor:
         path: str = "/web/simpleenroll",
         **headers: str,
     ) -> Answer:
-        """A good client's enrolment with the given changes."""
-        return self.ask("POST", path, body_of(csr), agent, **{"Content_Type": TYPE, **headers})
+        """A good client's enrolment with the given changes, again while the door has no time for it."""
+        return insist(lambda: self.ask("POST", path, body_of(csr), agent, **{"Content_Type": TYPE, **headers}))
 
 
 def make_est_door(directory: Path, pki: Pki, *, more: str = "", policy: str = "", settings: str = "") -> EstDoor:

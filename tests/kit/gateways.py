@@ -28,6 +28,7 @@ from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import BOOTSTRAP_GROUP, ClusterApi
 from tests.kit.loopback import free_port
 from tests.kit.measured import peak_mb
+from tests.kit.nodes import wait_for
 from tests.kit.openbao import OpenBao
 from tests.kit.opensslca import make_ca_directory
 from tests.kit.pki import ADDRESS, EXTRA_SANS, NODE, PKI_SPECS, Pki
@@ -118,6 +119,7 @@ class Place:
     tables: list[str] = field(default_factory=list)  #: Of the CA.
     gateway: dict[str, Any] = field(default_factory=dict)  #: More keys of the table.
     trust: Path | None = None  #: Where the CAs' certificates are; None: they are the cluster's own.
+    program: Sequence[str] = (str(Path(sys.executable).with_name("ca-bridge")),)
 
     def write(self) -> Path:
         """The settings file; policy and inventory beside it."""
@@ -129,7 +131,7 @@ class Place:
             "inventory": str(self.directory / "inventory.toml"),
             "kubeconfig": str(self.cluster.kubeconfig(self.user)),
             "state_dir": str(self.directory / "state"),
-            "lease_duration": "5s",
+            "lease_duration": "1m",  # a stalled machine does not lose it
             **self.gateway,
         }
         lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
@@ -172,7 +174,7 @@ class Place:
         text = self.write().read_text().replace(f'"{self.directory / "state"}"', f'"{state}"')
         text = text.replace("[gateway]\n", f'[gateway]\nlisten = "127.0.0.1:{port}"\n')
         written(config, text)
-        command = [str(Path(sys.executable).with_name("ca-bridge")), "gateway", "--config", str(config)]
+        command = [*self.program, "gateway", "--config", str(config)]
         log = self.directory / f"{name}.log"
         with log.open("ab") as file:
             process = subprocess.Popen(
@@ -254,12 +256,12 @@ class Gateway:
 
     def lines(self) -> list[dict[str, Any]]:
         """Its log's lines, each of which is JSON."""
-        return [json.loads(line) for line in self.text().splitlines()]
+        return _whole_lines(self.log)
 
     def audit(self) -> list[dict[str, Any]]:
         """The record, as far as it has begun."""
         file = self.state_dir / "audit.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return _whole_lines(file) if file.exists() else []
 
     def metric(self, name: str, /, **labels: str) -> float:
         """One number."""
@@ -285,12 +287,26 @@ class Gateway:
         return self.process.wait(seconds)
 
 
+def _whole_lines(file: Path) -> list[dict[str, Any]]:
+    """Lines of JSON; a last one without its end is being written."""
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+
 @contextlib.contextmanager
 def running(place: Place, name: str = "one", **environment: str) -> Iterator[Gateway]:
-    """A gateway that works, and is ended."""
+    """A gateway that works, and gives its lease back at the end, since the next one would wait for it."""
+    with begun(place, name, **environment) as gateway:
+        yield gateway.until_working()
+        if gateway.process.poll() is None:
+            gateway.end()
+
+
+@contextlib.contextmanager
+def begun(place: Place, name: str, **environment: str) -> Iterator[Gateway]:
+    """A gateway that may have to stand by, and is killed at the end."""
     gateway = place.start(name, **environment)
     try:
-        yield gateway.until_working()
+        yield gateway
     finally:
         if gateway.process.poll() is None:
             gateway.kill()
@@ -344,6 +360,7 @@ def grant_rights(cluster: ClusterApi) -> None:
     create = [{"apiGroups": [csrs], "resources": ["certificatesigningrequests"], "verbs": ["create", "get", "list"]}]
     all_users = {"kind": "Group", "name": "system:authenticated"}
     add_role(admin, "all-users-ask", create, all_users)
+    wait_for("rights that count", lambda: cluster.client("somebody").may("create"))
 
 
 def add_role(admin: Any, name: str, rules: list[Any], subject: dict[str, str], namespace: str = "") -> None:

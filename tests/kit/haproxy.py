@@ -9,10 +9,12 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from cryptography import x509
 
+from bridge.system.waiting import wait_until
 from tests.kit.loopback import free_port
 
 #: The key of `tls.crt` is in `tls.key`, as well as in `tls.crt` itself.
@@ -44,8 +46,17 @@ class HaProxy:
         return f"/bin/kill -USR2 {self.pid}"
 
     def shown(self) -> x509.Certificate:
-        """The certificate that it shows."""
-        pem = ssl.get_server_certificate(("127.0.0.1", self.port), timeout=180)
+        """The certificate that it shows; while it reads its pair again it may end a connection."""
+        found = wait_until(self.look, bool, timedelta(seconds=_START_SECONDS), pause_seconds=0.05)
+        assert found is not None
+        return found
+
+    def look(self) -> x509.Certificate | None:
+        """The same at this moment; None: the connection was ended."""
+        try:
+            pem = ssl.get_server_certificate(("127.0.0.1", self.port), timeout=180)
+        except OSError:
+            return None
         return x509.load_pem_x509_certificate(pem.encode())
 
 
@@ -67,14 +78,10 @@ def serving(directory: Path, certificate: Path) -> Iterator[HaProxy]:
     try:
         found = HaProxy(port=port, pid=process.pid)
         end = time.monotonic() + _START_SECONDS
-        while True:
-            try:
-                found.shown()
-                break
-            except OSError:
-                assert process.poll() is None, (directory / "haproxy.log").read_text()
-                assert time.monotonic() < end
-                time.sleep(0.05)
+        while found.look() is None:
+            assert process.poll() is None, (directory / "haproxy.log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.05)
         yield found
     finally:
         process.terminate()

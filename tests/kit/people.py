@@ -18,7 +18,7 @@ from tests.kit.desks import POLICY, Desk, make_desk
 from tests.kit.est import Tls
 from tests.kit.issuing import Signer
 from tests.kit.pki import Pki
-from tests.kit.serving import CA_BRIDGE, Answer, ServeProgram, add_door
+from tests.kit.serving import CA_BRIDGE, Answer, ServeProgram, add_door, insist
 
 #: Two who decide; each certificate waits for one of them.
 APPROVALS = (
@@ -40,7 +40,14 @@ class Team:
         return self.tls.agent(name, **{"signer": self.signer, **differences})
 
     def ask(self, agent: Mapping[str, Path] | None, method: str, path: str, body: Any = None, **headers: str) -> Answer:
-        """One exchange with a person's certificate; a body that is no bytes goes out as JSON."""
+        """
+        An exchange with a person's certificate, again while the door has no time for it.
+
+        A body that is no bytes goes out as JSON.
+        """
+        return insist(lambda: self._ask(agent, method, path, body, **headers))
+
+    def _ask(self, agent: Mapping[str, Path] | None, method: str, path: str, body: Any, **headers: str) -> Answer:
         context = ssl.create_default_context(cafile=str(self.door.ca))
         if agent is not None:
             context.load_cert_chain(agent["client_cert"], agent["client_key"])

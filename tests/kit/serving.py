@@ -10,15 +10,18 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from bridge.door.store import Memory, sqlite_url
 from bridge.secret import Secret
+from bridge.system.waiting import wait_until
 from tests.kit.est import make_tls
+from tests.kit.loopback import free_port
 from tests.kit.opensslca import make_ca_directory
 
 CA_BRIDGE = str(Path(sys.executable).with_name("ca-bridge"))
@@ -41,6 +44,11 @@ class Answer:
         return found
 
 
+def insist(exchange: Callable[[], Answer]) -> Answer:
+    """What the door says in the end: 503 is "later", as while the disk of its database stalls."""
+    return wait_until(exchange, lambda one: one.status != 503, timedelta(minutes=3), pause_seconds=0.5)
+
+
 @dataclass(kw_only=True)
 class ServeProgram:
     """The program, its settings and what it has said."""
@@ -60,7 +68,8 @@ class ServeProgram:
         return f"https://{self.address}:{self.port}"
 
     def start(self, program: Sequence[str] = (CA_BRIDGE,)) -> None:
-        """Start it, at the port that it had before, and wait until it serves."""
+        """Start it, at the port that it had before, which no other program gets meanwhile, and wait until it serves."""
+        self.port = self.port or free_port()
         text = self.config.read_text()
         self.config.write_text(re.sub(r'listen = "[^"]*"', f'listen = "{self.address}:{self.port}"', text))
         command = [*program, "serve", "--config", str(self.config), "--log-format", "json"]
@@ -114,9 +123,13 @@ class ServeProgram:
             found = {name.lower(): value for name, value in answer.getheaders()}
             return Answer(status=answer.status, headers=found, body=answer.read())
 
-    def post(self, bundle: bytes) -> Answer:
-        """A request, as a node sends it."""
-        return self.ask("POST", "/v1/requests", bundle, Content_Type="application/json")
+    def post(self, bundle: bytes, **headers: str) -> Answer:
+        """A request, as a node sends it: again while the door has no time for it."""
+        return insist(lambda: self.post_once(bundle, **headers))
+
+    def post_once(self, bundle: bytes, **headers: str) -> Answer:
+        """The first answer to it, whatever that is."""
+        return self.ask("POST", "/v1/requests", bundle, Content_Type="application/json", **headers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +156,12 @@ class Database:
 
 
 def add_door(config: Path, directory: Path, more: str = "", address: str = "127.0.0.1") -> ServeProgram:
-    """Add the door to a desk's settings, with a server certificate for this address; not started."""
+    """
+    Add the door to a desk's settings, with a server certificate for this address; not started.
+
+    Unless `more` says otherwise, no exchange is cut off that a stalled machine makes long.
+    """
+    more = more if "exchange_for" in more else f'exchange_for = "2m"\n{more}'
     tls = make_tls(directory / "tls", sans=[address])
     table = f'[serve]\nlisten = "{address}:0"\ncertificate = "{tls.server_cert}"\nkey = "{tls.server_key}"\n{more}\n'
     config.write_text(f"{config.read_text()}\n{table}")

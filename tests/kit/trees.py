@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.kit.loopback import free_port
+
 SUITES = ("bookworm", "trixie")
 #: What cron and a bare `sh` have, and nothing of the tests' own environment.
 ENVIRONMENT = ("env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LC_ALL=C.UTF-8", "COLUMNS=80")
@@ -192,6 +194,7 @@ class Booted:
     @contextmanager
     def network(self) -> Iterator[None]:
         """What is started in here listens on the machine's loopback (setns(2) is for this thread and its children alone)."""
+        free_port()  # a block of ports that is taken in there may be another process's outside
         libc = ctypes.CDLL(None, use_errno=True)
         with Path("/proc/thread-self/ns/net").open() as ours, Path(f"/proc/{self.pid}/ns/net").open() as theirs:
             assert libc.setns(theirs.fileno(), _NEW_NETWORK) == 0
