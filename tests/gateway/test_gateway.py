@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import signal
@@ -293,20 +294,20 @@ def test_a_ca_that_is_away_or_refuses(cluster: ClusterApi, desk: DeskProgram, wo
     with gateways.running(place_with(cluster, desk, tmp_path, worker)) as gateway:
         desk.does("refuse")
         refused = ask(cluster, worker, SERVING)
-        gateway.until(lambda: gateway.metric("requests_total", outcome="ca-refused", signer=SERVING) == 1)
+        gateway.until(lambda: gateway.metric("requests_total", outcome="ca-refused", signer=SERVING) >= 1)
         desk.does("down")
         away = ask(cluster, worker)
-        gateway.until(lambda: gateway.metric("requests_total", outcome="ca-unavailable", signer=CLIENT_KUBELET) == 1)
+        gateway.until(lambda: gateway.metric("requests_total", outcome="ca-unavailable", signer=CLIENT_KUBELET) >= 1)
         assert [state_of(read(cluster, name)) for name in (refused, away)] == ["open", "open"]
         assert not any(conditions(read(cluster, name)) for name in (refused, away))
         desk.does("sign")
         until_signed(gateway, cluster, away)
-        assert gateway.page("healthz")[0] == gateway.page("readyz")[0] == 200
+        gateway.until(lambda: gateway.page("healthz")[0] == gateway.page("readyz")[0] == 200)
 
 
 def test_an_answer_that_comes_later(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
     """It waits, says so in a condition, survives a kill, asks the CA no second time, and is written when it comes."""
-    place = place_with(cluster, desk, tmp_path, worker, collect_every="1s")
+    place = place_with(cluster, desk, tmp_path, worker, collect_every="1s", lease=False)
     desk.does("wait")
     pem = csr_pem(node_subject(worker))
     with gateways.running(place) as gateway:
@@ -411,33 +412,29 @@ def test_the_watch_may_be_behind_our_own_writes(
 
 
 def test_another_replica_takes_over(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> None:
-    """After a kill when the lease has ended, after SIGTERM without waiting for that; never do two work, called alike or not."""
+    """After SIGTERM without waiting, after a kill when the lease has ended; never do two work, called alike or not."""
     workers = [f"w{7000 + number}" for number in range(3)]
     for name in workers:
         cluster.add_node(name)
-    place = place_with(cluster, desk, tmp_path, *workers, lease_duration="10s", lease_name="take-over", identity="cp1")
-    with gateways.running(place) as one:
+    lease = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/take-over"
+    place = place_with(cluster, desk, tmp_path, *workers, lease_name="take-over", identity="cp1", lease_duration="5m")
+    with gateways.running(place) as one, contextlib.ExitStack() as stack:
         until_signed(one, cluster, ask(cluster, workers[0]))
-        two = place.start("two")
-        try:
-            two.until(lambda: "standing by" in two.page("readyz")[1])
-            time.sleep(4)  # two looks at the lease
-            assert "is ours" not in two.text()
-            one.kill()
-            until_signed(two, cluster, ask(cluster, workers[1]))
-            assert "the lease take-over is ours" in two.text()
-            three = place.start("three")
-            three.until(lambda: "standing by" in three.page("readyz")[1])
-            lease = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/take-over"
-            before = cluster.client().get(lease)["spec"]["holderIdentity"]
-            assert two.end() == 0
-            assert cluster.client().get(lease)["spec"]["holderIdentity"] != before  # it is not waited for
-            until_signed(three, cluster, ask(cluster, workers[2]))
-            assert three.end() == 0
-        finally:
-            for gateway in (two,):
-                if gateway.process.poll() is None:
-                    gateway.kill()
+        place.gateway["lease_duration"] = "10s"  # theirs, and how often they look
+        two = stack.enter_context(gateways.begun(place, "two"))
+        two.until(lambda: "standing by" in two.page("readyz")[1])
+        time.sleep(4)  # two looks at the lease
+        assert "is ours" not in two.text()
+        before = cluster.client().get(lease)["spec"]["holderIdentity"]
+        assert one.end() == 0
+        assert cluster.client().get(lease)["spec"]["holderIdentity"] != before  # it is not waited for
+        until_signed(two, cluster, ask(cluster, workers[1]))
+        assert "the lease take-over is ours" in two.text()
+        three = stack.enter_context(gateways.begun(place, "three"))
+        three.until(lambda: three.page("readyz")[0] == 200)
+        two.kill()
+        until_signed(three, cluster, ask(cluster, workers[2]))
+        assert three.end() == 0
     assert len(desk.calls) == 3
 
 
@@ -468,15 +465,14 @@ def test_killed_at_each_write(
             setattr(proxy, moment, act)
             pem = csr_pem(node_subject(worker))
             name = ask(cluster, worker, pem=pem)
-            deadline = time.monotonic() + 120
-            while gateway.process.poll() is None and state_of(read(cluster, name)) != "signed":
+            deadline = time.monotonic() + 180
+            while gateway.process.poll() is None and not has_signed(gateway):
                 assert time.monotonic() < deadline, gateway.text()
                 time.sleep(0.02)
-            time.sleep(0.1)
-            kills += gateway.process.poll() is not None
             setattr(proxy, moment, lambda *_: None)
-            if gateway.process.poll() is None:
-                assert gateway.end() == 0
+            code = gateway.end()  # or it is being killed at this very moment
+            assert code in {0, -signal.SIGKILL}
+            kills += code != 0
             with gateways.running(place) as gateway:
                 leaf = leaf_for(cluster, until_signed(gateway, cluster, name), pem)
                 assert gateway.end() == 0
@@ -487,12 +483,18 @@ def test_killed_at_each_write(
     tried("kills of the gateway at a request of its own", kills)
 
 
+def has_signed(gateway: Gateway) -> bool:
+    """Whether it has heard that a certificate was written."""
+    return any(line.get("outcome") == "signed" for line in gateway.lines())
+
+
 @pytest.mark.parametrize("successor", ["one", "two"])
 def test_what_was_signed_for_a_killed_gateway_is_found(
     cluster: ClusterApi, worker: str, tmp_path: Path, successor: str
 ) -> None:
     """Killed between signing and writing: the same replica, or another one, finds the certificate, and none is signed anew."""
     place = place_with_openssl(cluster, tmp_path, worker)
+    place.gateway["lease_duration"] = "5s"  # the heir waits for it
     index = tmp_path / "gateway/ca/index.txt"
     pem = csr_pem(node_subject(worker))
     with api_proxy.between(cluster, gateways.USER) as proxy:
@@ -508,7 +510,7 @@ def test_what_was_signed_for_a_killed_gateway_is_found(
 
         proxy.before = act
         name = ask(cluster, worker, pem=pem)
-        gateway.process.wait(120)
+        gateway.process.wait(180)
         [signed] = index.read_text().splitlines()
         proxy.before = lambda *_: None
         with gateways.running(place, successor) as heir:
@@ -589,13 +591,19 @@ def test_a_lease_that_is_none(cluster: ClusterApi, desk: DeskProgram, worker: st
             assert gateway.page("healthz")[0] == 200
 
 
+#: The program, which waits for a CA at its end for as long as a machine may stall.
+_PATIENT = "from bridge.gateway import service\nservice._DRAIN_SECONDS = 150.0\nfrom bridge.entry import main\nmain()"
+
+
 def test_it_drains(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> None:
     """SIGTERM in the middle of a burst: what is at the CA is written, nothing is begun, and the end is clean."""
     workers = [f"w{9500 + number}" for number in range(12)]
     for name in workers:
         cluster.add_node(name)
     desk.does("hold")
-    with gateways.running(place_with(cluster, desk, tmp_path, *workers, concurrency=3)) as gateway:
+    place = place_with(cluster, desk, tmp_path, *workers, concurrency=3)
+    place.program = [sys.executable, "-c", _PATIENT]
+    with gateways.running(place) as gateway:
         names = [ask(cluster, name) for name in workers]
         gateway.until(lambda: len(desk.calls) == 3)
         gateway.process.send_signal(signal.SIGTERM)
@@ -620,11 +628,10 @@ def test_policy_and_inventory_are_read_again(
         name = ask(cluster, worker)
         gateway.until(lambda: "the inventory does not have node" in gateway.text())
         place.write_inventory(place.inventory + "garbage = \n")
-        gateway.until(lambda: gateway.page("readyz")[0] == 503)
-        assert "inventory.toml" in gateway.page("readyz")[1]
+        gateway.until(lambda: is_unready(gateway, "inventory.toml"))
         assert state_of(read(cluster, name)) == "open"
         place.write_inventory(place.inventory + '[node.x]\naddresses = ["1"]\n[node.y]\naddresses = ["2"]\n')
-        gateway.until(lambda: "node.y.addresses" in gateway.page("readyz")[1])
+        gateway.until(lambda: is_unready(gateway, "node.y.addresses"))
         [both] = [line["message"] for line in gateway.lines() if "node.y.addresses" in line["message"]]
         assert "node.x.addresses" in both
         assert both.isprintable()
@@ -633,7 +640,13 @@ def test_policy_and_inventory_are_read_again(
         gateway.until(lambda: "the inventory blocks node" in gateway.text())
         place.write_inventory(place.inventory + gateways.workers(worker))
         until_signed(gateway, cluster, name)
-        assert gateway.page("readyz")[0] == 200
+        gateway.until(lambda: gateway.page("readyz")[0] == 200)
+
+
+def is_unready(gateway: Gateway, word: str) -> bool:
+    """Whether it says that it is not ready, with this word in the reason."""
+    status, text = gateway.page("readyz")
+    return status == 503 and word in text
 
 
 def test_the_policy_counts_when_it_is_written(

@@ -137,7 +137,7 @@ def test_nothing_hostile_is_signed(cluster: ClusterApi, bao: openbao.OpenBao, tm
         twins |= {f"other-{n}": asking for n, asking in enumerate(OTHERS.values())}
         for name, asking in twins.items():
             assert ask(cluster, asking, name), name
-        gateway.until(lambda: answered(cluster, list(twins)) >= set(twins), 120, "wanted all twins to be signed")
+        gateway.until(lambda: answered(cluster, list(twins)) >= set(twins), 300, "wanted all twins to be signed")
         found = states(cluster)
         assert {name: state_of(found[name]) for name in twins} == dict.fromkeys(twins, "signed")
         assert not [name for name in there if found[name]["status"].get("certificate")]

@@ -22,6 +22,7 @@ from tests.kit.cluster_api import ClusterApi
 from tests.kit.gateways import Place
 from tests.kit.issuing import Signer
 from tests.kit.loopback import free_port
+from tests.kit.nodes import wait_for
 from tests.kit.pods import SIGNER
 
 pytestmark = pytest.mark.kube("kube-apiserver", "etcd")
@@ -58,6 +59,7 @@ def cluster() -> Iterator[ClusterApi]:
     ]  # fmt: skip
     with cluster_api.running() as found:
         gateways.add_role(found.client(), "publisher", rights, {"kind": "User", "name": USER})
+        wait_for("rights that count", lambda: found.client(USER).ask("GET", f"{COLLECTION}/{NAME}").status == 404)
         yield found
 
 
