@@ -126,9 +126,9 @@ def serving(
 
 def posts(url: str, directory: Path) -> list[tuple[str, int]]:
     """The requests that the server's log has so far, as (endpoint, status)."""
-    requests.get(f"{url}{kit.API}/health", timeout=60)  # logged when what came before it is
+    requests.get(f"{url}{kit.API}/health", timeout=180)  # logged when what came before it is
     log = next(directory.glob("*.log"))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while '/health"' not in log.read_text() and time.monotonic() < deadline:
         time.sleep(0.01)
     return [(name, int(status)) for name, status in re.findall(r'"POST /api/v1/cfssl/(\w+)" (\d+)', log.read_text())]
@@ -684,7 +684,7 @@ class TestTls:
             monkeypatch.setenv(name, str(kit.make_tls(tmp_path).ca))
         monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keylog"))
         with pytest.raises(requests.exceptions.ProxyError):  # for others they do count
-            requests.post(mutual["url"], timeout=60)
+            requests.post(mutual["url"], timeout=180)
         (tmp_path / "keylog").unlink(missing_ok=True)
         make(**mutual).sign(request(APISERVER))
         assert not (tmp_path / "keylog").exists()
@@ -700,7 +700,7 @@ class TestTls:
             context.minimum_version = ssl.TLSVersion.TLSv1_1
             context.set_ciphers("ALL:@SECLEVEL=0")
             with (
-                socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as plain,
+                socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=180) as plain,
                 context.wrap_socket(plain, server_hostname="127.0.0.1") as shaken,
             ):
                 assert shaken.version() == "TLSv1.1"
@@ -952,7 +952,7 @@ def test_only_what_is_needed_is_open(closed: dict[str, Any], tmp_path: Path) -> 
 
     def statuses(url: str) -> dict[str, int]:
         paths = {name: f"{kit.API}/{name}" if name else "/" for name in names}
-        return {name: requests.get(f"{url}{path}", timeout=60).status_code for name, path in paths.items()}
+        return {name: requests.get(f"{url}{path}", timeout=180).status_code for name, path in paths.items()}
 
     assert statuses(closed["url"]) == dict.fromkeys(names, 404)
     with serving(tmp_path, open_config(SERVER_USAGES), disable=False) as keys:

@@ -728,7 +728,7 @@ def test_the_header_names_the_profile(ra: kit.RegistrationAuthority, mac: dict[s
     """Where this system's openssl can, the server gives the usages of the named profile; where not, nothing is sent."""
     backend, count = make(url=ra.url("ca"), profile="{usage}", **mac), len(ra.requests("ca"))
     asked = request(SPECS["etcd-peer"])
-    if Program(name="openssl", timeout=timedelta(seconds=5), wait=timedelta()).version() >= OLDEST_WITH_PROFILES:
+    if Program(name="openssl", timeout=timedelta(minutes=2), wait=timedelta()).version() >= OLDEST_WITH_PROFILES:
         issued = backend.sign(asked)
         assert isinstance(issued, Issued)
         assert extended_key_usages(issued.leaf) == frozenset(eku.value for eku in asked.spec.ekus)
@@ -772,10 +772,13 @@ def test_a_program_that_does_not_end_is_stopped(
     with socket.create_server(("127.0.0.1", 0)) as there:
         url = f"http://127.0.0.1:{there.getsockname()[1]}"
         backend = make(url=url, openssl=str(path), timeout=timedelta(seconds=1), **mac)
-        with pytest.raises(BackendUnavailableError, match="stopped"):
-            backend.sign(request())
-    state = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
-    deadline = time.monotonic() + 120
+        pid, deadline = tmp_path / "pid", time.monotonic() + 180
+        while not (pid.exists() and pid.read_text()):  # it may be stopped before it has begun
+            assert time.monotonic() < deadline
+            with pytest.raises(BackendUnavailableError, match="stopped"):
+                backend.sign(request())
+    state = Path(f"/proc/{pid.read_text().strip()}/stat")
+    deadline = time.monotonic() + 180
     with contextlib.suppress(FileNotFoundError):  # it is gone, or waits for who inherited it
         while state.read_text().split()[2] != "Z":
             assert time.monotonic() < deadline

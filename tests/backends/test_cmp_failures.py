@@ -223,7 +223,7 @@ def test_words_of_openssl_that_nothing_here_leads_to(
     ra: kit.RegistrationAuthority, words: list[str], text: str
 ) -> None:
     """Words that only a later OpenSSL might print are shown unchanged."""
-    program = Program(name="openssl", timeout=timedelta(seconds=2), wait=timedelta())
+    program = Program(name="openssl", timeout=timedelta(minutes=2), wait=timedelta())
     words = [word.format(others=ra.directory / "others-ca.crt") for word in words]
     addressed = ["-config", "", "-batch", "-cmd", "p10cr", "-server", f"{ra.url('ca')}/.well-known/cmp/p/server"]
     more = ["-ref", kit.REFERENCE, "-recipient", "/CN=kubernetes", "-implicit_confirm", "-certout", "leaf.pem"]

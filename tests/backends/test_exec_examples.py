@@ -70,7 +70,12 @@ def opened(script: str, stand_in: StandIn, *arguments: str, profile: str = "{usa
     shutil.copy(EXAMPLES / script, program)
     program.chmod(0o755)
     return ExecBackend.from_settings(
-        ExecSettings(command=(str(program), *arguments), profile=profile, environment={"PATH": stand_in.path})
+        ExecSettings(
+            command=(str(program), *arguments),
+            profile=profile,
+            environment={"PATH": stand_in.path},
+            timeout=timedelta(minutes=3),
+        )
     )
 
 

@@ -82,7 +82,8 @@ def opened(directory: Path, token: Token, method: Method, tmp_path: Path) -> Ope
         place.write_text(f"{pin}\n")
         table = pkcs11 or token.settings(method, Secret("file", str(place)))
         uri = uri or token.uri("ca-key")
-        return OpensslBackend.from_settings(OpensslSettings(dir=directory, private_key=uri, pkcs11=table, **settings))
+        given = {"private_key": uri, "pkcs11": table, "timeout": timedelta(minutes=3), **settings}
+        return OpensslBackend.from_settings(OpensslSettings(dir=directory, **given))
 
     return opened
 

@@ -242,7 +242,8 @@ def token_file(directory: Path, token: str) -> VaultAuth:
 @contextlib.contextmanager
 def vault(url: str, auth: VaultAuth, **settings: object) -> Iterator[VaultBackend]:
     """A backend, closed at the end."""
-    checked = VaultSettings(url=url, auth=auth, **settings)  # type: ignore[arg-type]
+    given = {"timeout": timedelta(minutes=3), **settings}
+    checked = VaultSettings(url=url, auth=auth, **given)  # type: ignore[arg-type]
     assert list(checked.problems()) == []
     backend = VaultBackend.from_settings(checked)
     yield backend
@@ -556,24 +557,26 @@ def test_tokens_that_are_good_for_few_requests_fill_no_memory() -> None:
 
 
 def test_a_server_that_hangs_is_waited_for_once_and_not_by_each_thread_in_turn(tmp_path: Path) -> None:
-    """Eight workers that want a login have their error after two limits of time, and not after eight."""
+    """Eight workers that want a login have their error after two logins, and not after eight."""
     secret = file_secret(tmp_path / "secret", "s")
     auth = VaultAuth(method="approle", role_id=secret, secret_id=secret)
-    waited: list[float] = []
+    logins = 0
     with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(8) as pool:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         backend = VaultBackend.from_settings(VaultSettings(url=url, auth=auth, timeout=timedelta(seconds=1)))
 
         def look(_: int) -> None:
-            begin = time.monotonic()
             with pytest.raises(BackendUnavailableError):
                 backend.identity()
-            waited.append(time.monotonic() - begin)
 
         list(pool.map(look, range(8)))
+        silent.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                silent.accept()[0].close()
+                logins += 1
     backend.close()
-    assert len(waited) == 8
-    assert max(waited) < 5
+    assert 0 < logins <= 4  # each further one is for those who came when the one before had begun
 
 
 def test_does_not_log_in_again_for_what_the_policy_forbids(
@@ -852,7 +855,7 @@ def test_two_threads_that_look_back_differently_far_lose_nothing(
     monkeypatch.setattr(VaultBackend, "_read_one", read_one)
     with vault("http://127.0.0.1:1", token_file(tmp_path, "t")) as backend, ThreadPoolExecutor(2) as pool:
         near = pool.submit(backend._stored, now)
-        assert reading.wait(10)
+        assert reading.wait(180)
         far = pool.submit(backend._stored, now - timedelta(days=1))
         assert [list(near.result()), len(list(far.result()))] == [[], 1]
         assert len(list(backend._stored(now - timedelta(days=1)))) == 1
@@ -1093,7 +1096,7 @@ def test_a_refusal_whose_reason_is_lost_is_still_one(apiserver: SignRequest, tmp
 def test_a_rate_limit_says_when_to_come_back(pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path) -> None:
     """Status 429 is unavailable, with the time to wait that the server names."""
     pki.write("sys/quotas/config", enable_rate_limit_response_headers=True)
-    pki.write("sys/quotas/rate-limit/test", path="pki/sign/kubeadm-apiserver", rate=1, interval="20s")
+    pki.write("sys/quotas/rate-limit/test", path="pki/sign/kubeadm-apiserver", rate=1, interval="10m")
     try:
         with vault(pki.url, token_file(tmp_path, pki.root_token)) as backend:
             backend.sign(apiserver)
@@ -1101,7 +1104,7 @@ def test_a_rate_limit_says_when_to_come_back(pki: openbao.OpenBao, apiserver: Si
     finally:
         pki.request("DELETE", "sys/quotas/rate-limit/test")
     assert wait is not None
-    assert 0 < wait <= 20
+    assert 0 < wait <= 600
 
 
 def test_an_untrusted_server_is_refused(
