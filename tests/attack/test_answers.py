@@ -113,7 +113,7 @@ def attack(bridge: Bridge, request: pytest.FixtureRequest) -> Iterator[Attack]:
     bridge.pki.trust(authority.name, pem(root.certificate))
     with forger.forger(root.certificate, lambda _: Raw(b"")) as ca:
         bridge.add("renewal", {"key": algorithm})
-        bridge.add("backend.corp", {"type": "vault", "url": ca.url, "timeout": "20s", "retry_for": "1s"})
+        bridge.add("backend.corp", {"type": "vault", "url": ca.url, "timeout": "3m", "retry_for": "1s"})
         bridge.add("backend.corp.auth", {"method": "token", "token_file": bridge.secret("token", forger.TOKEN)})
         bridge.add(f"authority.{authority.name}", {"backend": "corp", "mount": forger.MOUNT, "role": "kubeadm-{name}"})
         yield Attack(bridge=bridge, forger=ca, root=root)
@@ -362,7 +362,7 @@ def test_an_answer_of_cfssl_that_is_no_certificate(spoilt: str, bridge: Bridge, 
     with cfssl.double({"server": key}, pem(root.certificate), usages=usages) as ca:
         ca.answers = [answer, lambda body: cfssl.Answer.result(certificate=leaf(body))]
         bridge.add("backend.corp", {"type": "cfssl", "url": ca.url, "auth_key_file": bridge.secret("key", key.hex())})
-        bridge.add("authority.ca", {"backend": "corp", "timeout": "20s", "retry_for": "1s"})
+        bridge.add("authority.ca", {"backend": "corp", "timeout": "3m", "retry_for": "1s"})
         assert_refused_soon(bridge)
         run = bridge.run("renew", "apiserver")
         assert run.returncode == 0, run.stderr

@@ -27,7 +27,7 @@ def pki(tmp_path: Path) -> Pki:
 def bridge_with(pki: Pki, directory: Path, script: Path, authority: str = "front-proxy-ca") -> Bridge:
     """The authority with one certificate has a program."""
     bridge = Bridge(pki=pki, directory=directory / "bridge")
-    bridge.add("backend.site", {"type": "exec", "command": [str(script)], "retry_for": "1s"})
+    bridge.add("backend.site", {"type": "exec", "command": [str(script)], "timeout": "3m", "retry_for": "1s"})
     bridge.add(f"authority.{authority}", {"backend": "site"})
     return bridge
 

@@ -1390,7 +1390,7 @@ def test_no_further_window_is_begun_after_an_interruption(
         goes_on.wait()
 
     def interrupted(*_: object) -> None:
-        wait_until(lambda: len(begun), lambda count: count == 2, timedelta(minutes=1), pause_seconds=0.01)
+        wait_until(lambda: len(begun), lambda count: count == 2, timedelta(minutes=3), pause_seconds=0.01)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(desk, "ThreadPoolExecutor", Pool)

@@ -378,7 +378,7 @@ def test_the_flags_mean_what_the_program_makes_of_them(api: ApiServer, tmp_path:
         "--leader-elect=false", f"--secure-port={free_port()}", *words,
     ]  # fmt: skip
     process = api.start("kube-controller-manager", command)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     try:
         while line not in (log := api.log("kube-controller-manager", 1000)):
             assert time.monotonic() < end, log

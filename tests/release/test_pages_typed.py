@@ -319,7 +319,7 @@ def test_a_cluster_that_signs(installed: Tree, pki: KubeadmPki, tmp_path: Path) 
             machine.run(again)
         place.policy = gateways.page_policy()
         with gateways.running(place):
-            machine.run("sed -i 's/^wait = .*/wait = \"60s\"/' /etc/ca-bridge/config.toml")
+            machine.run("sed -i 's/^wait = .*/wait = \"4m\"/' /etc/ca-bridge/config.toml")
             then(machine, page, "ca-bridge renew apiserver")
 
 

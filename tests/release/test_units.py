@@ -183,12 +183,12 @@ def test_a_program_of_another_user_signs_and_is_killed_at_its_limit(installed: T
     authorities = "".join(f'[authority.{name}]\nbackend = "site"\n' for name in ("ca", "etcd-ca", "front-proxy-ca"))
     program = "/usr/local/libexec/site-ca"
     table = f'[backend.site]\ntype = "exec"\ncommand = ["{program}", "/srv/ca"]\nuser = "helper"\n'
-    limits = 'timeout = "20s"\nretry_for = "1s"\n'
+    limits = 'timeout = "3m"\nretry_for = "1s"\n'
     installed.put("/etc/ca-bridge/config.toml", f"{table}{limits}{authorities}".encode())
     with installed.booted() as machine:
         hangs = SITE_CA % "sleep 12345 & sleep 12345"
         machine.run(f"mkdir -p /usr/local/libexec; cat >{program}; chmod 755 {program}", stdin=hangs.encode())
-        machine.run("sed -i 's/20s/2s/' /etc/ca-bridge/config.toml")
+        machine.run("sed -i 's/3m/2s/' /etc/ca-bridge/config.toml")
         machine.run(f"systemctl start {SERVICE}", check=False)
         assert properties(machine, SERVICE, "Result", "ExecMainStatus") == ["exit-code", "6"], machine.journal()
         assert "was still running after 2 s, and was killed" in machine.journal()
@@ -196,7 +196,7 @@ def test_a_program_of_another_user_signs_and_is_killed_at_its_limit(installed: T
         assert machine.run("grep -la '1234[5]' /proc/[0-9]*/cmdline", check=False).stdout == ""
         assert end_of(machine) < datetime.now(UTC) + timedelta(days=21)
         machine.run(f"cat >{program}", stdin=(SITE_CA % "").encode())
-        machine.run("sed -i 's/2s/20s/' /etc/ca-bridge/config.toml")
+        machine.run("sed -i 's/2s/3m/' /etc/ca-bridge/config.toml")
         machine.run(f"systemctl start {SERVICE}", check=False)
         assert properties(machine, SERVICE, "Result", "ExecMainStatus") == ["success", "0"], machine.journal()
         assert end_of(machine) > datetime.now(UTC) + timedelta(days=300)
@@ -222,12 +222,14 @@ def with_vault_est_and_cmp(bridge: Bridge, stack: ExitStack, _: Booted) -> None:
     tls, servers = est.make_tls(bridge.directory / "tls"), bridge.directory.parent / "servers"
     url = stack.enter_context(est.estserver(servers / "est", bridge.pki.ca_pem("etcd-ca"), tls))
     files = {key: str(path) for key, path in {**tls.agent("agent"), "ca_file": tls.ca}.items()}
-    bridge.add("backend.enrol", {"type": "est", "url": url, "label": "{usage}", "retry_for": "1s", **files})
+    bridge.add(
+        "backend.enrol", {"type": "est", "url": url, "label": "{usage}", "timeout": "2m", "retry_for": "1s", **files}
+    )
     bridge.add("authority.etcd-ca", {"backend": "enrol"})
     ra = stack.enter_context(cmp.registration_authority(servers / "ra"))
     ra.add_ca("fp", *bridge.pki.ca_pem("front-proxy-ca"), days=365)
     keys = ra.mac() | {"secret_file": bridge.secret("cmp", Path(ra.mac()["secret_file"]).read_text())}
-    bridge.add("backend.corp", {"type": "cmp", "url": ra.url("fp"), "timeout": "20s", "wait": "1s", **keys})
+    bridge.add("backend.corp", {"type": "cmp", "url": ra.url("fp"), "timeout": "2m", "wait": "1s", **keys})
     bridge.add("authority.front-proxy-ca", {"backend": "corp"})
 
 
@@ -324,7 +326,8 @@ def with_a_gateway(behind: Servers, bridge: Bridge, stack: ExitStack, machine: B
     put_gateway(machine, its, api.kubeconfig(gateways.USER))
     who = {"url": api.url, "ca_file": bridge.secret("cluster-ca.crt", api.trust.read_text())}
     token = bridge.secret("token", "none yet")
-    bridge.add("backend.cluster", {"type": "kubernetes", "wait": "60s", "retry_for": "5s", "token_file": token, **who})
+    limits = {"timeout": "2m", "wait": "5m", "retry_for": "5s"}
+    bridge.add("backend.cluster", {"type": "kubernetes", "token_file": token, **limits, **who})
     for authority in AUTHORITIES:
         bridge.add(f"authority.{authority}", {"backend": "cluster", "signer": f"{gateways.DOMAIN}/{{name}}"})
     for authority in AUTHORITIES:

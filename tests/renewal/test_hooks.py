@@ -375,7 +375,9 @@ def test_after_the_installation_the_hook_runs_once(make: Make, node: Node, store
 
 def test_a_hook_that_was_cut_off_by_kill_9_is_run_again(make: Make, node: Node, store: Store, log: Path) -> None:
     """The program is killed while the hook runs, and the hook with it, as systemd does."""
-    line = shell(f"echo $CA_BRIDGE_TRY >>{log}; test $CA_BRIDGE_TRY -gt 1 || sleep 60", "success")
+    line = (
+        shell(f"echo $CA_BRIDGE_TRY >>{log}; test $CA_BRIDGE_TRY -gt 1 || sleep 600", "success") + "\ntimeout = '10m'"
+    )
     program = textwrap.dedent(
         """
         import sys

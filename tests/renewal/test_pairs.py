@@ -156,6 +156,8 @@ def test_a_pair_that_does_not_work_goes_back(bridge: Bridge, place: Path, tmp_pa
     assert "did not work before" in run.stderr
     assert bridge.run("renew").returncode == Exit.NOT_LIVE
     with haproxy.serving(tmp_path / "haproxy", place / "tls.crt") as server:
+        bridge.tables = [table for table in bridge.tables if "prove_for" not in table]
+        bridge.add("restart", {"prove_for": "3m"})
         add(bridge, place, {"reload": server.reload, "prove": f"127.0.0.1:{server.port}"})
         run = bridge.run("renew")
         assert run.returncode == 0, run.stderr
@@ -179,7 +181,7 @@ def test_a_killed_run_leaves_a_pair_to_the_next_one(bridge: Bridge, place: Path,
             time.sleep(0.02)
         time.sleep(0.5)
         os.killpg(begun.pid, signal.SIGKILL)
-        begun.wait(60)
+        begun.wait(180)
         assert server.shown() == old
         add(bridge, place, {"reload": server.reload, "prove": prove})
         run = bridge.run("renew")

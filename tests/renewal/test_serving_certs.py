@@ -68,6 +68,10 @@ while openssl s_client -connect 127.0.0.1:"$(flag secure-port)" </dev/null >/dev
 setsid openssl s_server -quiet -www -accept 127.0.0.1:"$(flag secure-port)" \\
   -cert "${{cert:-{site}/own.crt}}" -key "${{key:-{site}/own.key}}" >{site}/$name.log 2>&1 </dev/null &
 echo $! >{site}/$name.pid
+until openssl s_client -connect 127.0.0.1:"$(flag secure-port)" </dev/null >/dev/null 2>&1; do
+  kill -0 $! 2>/dev/null || break
+  sleep 0.05
+done
 """
 
 
@@ -97,7 +101,7 @@ class Site:
         """Run the installed program; no kubelet is here, whose health would count."""
         paths = [str(self.directory / "kubelet.yaml"), *args, "--config", str(self.bridge.config)]
         words = [sys.executable, "-c", PROGRAM, *paths]
-        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=400)
 
     @property
     def node(self) -> Node:
@@ -167,7 +171,7 @@ def site(made: KubeadmPki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     pair = ["-keyout", str(tmp_path / "own.key"), "-out", str(tmp_path / "own.crt"), "-subj", "/CN=own", "-days", "9"]
     curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
     subprocess.run(["openssl", "req", "-x509", *curve, "-nodes", *pair], check=True, capture_output=True)
-    bridge.add("restart", {"method": "command", "min_interval": "1s", "prove_for": "1s", "timeout": "20s"})
+    bridge.add("restart", {"method": "command", "min_interval": "1s", "prove_for": "1s", "timeout": "3m"})
     bridge.add("restart.commands", {one.value: str(restart) for one in (MANAGER, SCHEDULER)})
     bridge.add("cluster", {"lease": False, "neighbours": "ignore"})
     for component in (MANAGER, SCHEDULER):

@@ -32,6 +32,7 @@ from bridge.state.audit import Damage, Record
 from bridge.state.install import KEY_MASK, Replacement, install
 from bridge.system import files
 from bridge.system.files import digest
+from bridge.system.waiting import wait_until
 from tests.kit import cfssl, openbao, opensslca
 from tests.kit.loopback import free_port
 from tests.kit.pki import Pki, handmade_pki
@@ -458,18 +459,22 @@ def test_a_recovery_is_recorded(run: Run, node: Pki, store: Store, command: str)
 def test_verify_beside_a_run_that_is_writing(store: Store) -> None:
     """A walk through the chain that begins at any time finds nothing wrong, across rotations, too."""
     once = AuditSettings(rotate_at=Size.from_setting("4KiB"))
-    ended = threading.Event()
+    ended, counts = threading.Event(), list[int]()
+
+    def walked(times: int) -> None:
+        """Wait for so many walks with different ends, however the two threads get their turns."""
+        wait_until(lambda: len(set(counts)), lambda seen: seen >= times, timedelta(minutes=3), pause_seconds=0.001)
 
     def write() -> None:
         for number in range(150):
+            walked(number // 10)
             with Record(store, once) as record:
                 for event in (audit.ASKED, audit.ISSUED, audit.VERIFIED):
                     record.add(event, "apiserver", result=f"{number}")
         ended.set()
 
-    writer = threading.Thread(target=write)
+    writer = threading.Thread(target=write, daemon=True)
     writer.start()
-    counts = []
     while not ended.is_set():
         count, damages = audit.verify(store)
         assert damages == []

@@ -683,6 +683,9 @@ def test_a_look_at_the_lock_holds_up_no_run(store: Store, monkeypatch: pytest.Mo
         pause(seconds)
 
     with monkeypatch.context() as patch:
+        patch.setattr(
+            "bridge.system.locks._LOOK", timedelta(minutes=3)
+        )  # a stalled machine has not looked twice by then
         patch.setattr("bridge.system.waiting.time.sleep", sleep)
         with lock(store.lock, "renew"):
             assert "renew" in str(held_by(store.lock))

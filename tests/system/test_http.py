@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives import serialization
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge import cluster
 from bridge.cluster import ANONYMOUS, Client
 from bridge.node import sample_pki
 from bridge.node.endpoints import Address, Server
@@ -251,7 +252,7 @@ def test_a_reset_connection_is_explained_by_the_alert_that_it_swallowed(tmp_path
         thread.start()
         trusting = http.context(files.ca.read_bytes(), None, None)
         port = listener.getsockname()[1]
-        peer = Peer(host="127.0.0.1", port=port, tls=lambda: trusting, alert_seconds=5)
+        peer = Peer(host="127.0.0.1", port=port, tls=lambda: trusting, alert_seconds=180)
         with pytest.raises(ClientRefusedError) as e:
             ask(KeptConnection(peer))
         thread.join(180)
@@ -290,6 +291,12 @@ def test_whatever_comes_is_an_answer_or_an_error_of_ours(text: bytes) -> None:
 
 
 # --- TLS, and clients of components -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no limit of time is given: a stalled machine takes longer than a component may."""
+    monkeypatch.setattr(cluster, "TIMEOUT_SECONDS", 180)
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +390,9 @@ def client(pki: Path, **more: Any) -> Client:
     return replace(ANONYMOUS, **{"trust_pem": (pki / "ca.crt").read_bytes(), **more})
 
 
-def asked(port: int, pki: Path, path: str = "/", *, seconds: float = 5, name: str | None = None, **more: Any) -> Answer:
+def asked(
+    port: int, pki: Path, path: str = "/", *, seconds: float = 180, name: str | None = None, **more: Any
+) -> Answer:
     """Ask the server on loopback."""
     return client(pki, **more).ask(Server(f"https://127.0.0.1:{port}", name), path, seconds=seconds)
 

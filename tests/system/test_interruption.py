@@ -15,6 +15,8 @@ from concurrent.futures import Future
 from bridge.system import waiting
 {listen}
 def hit():
+    while sys._current_frames()[threading.main_thread().ident].f_code.co_name != "wait":
+        time.sleep(0.01)
     time.sleep(0.3)
     signal.pthread_kill(threading.get_ident(), signal.{name})
 threading.Thread(target=hit, daemon=True).start()

@@ -59,8 +59,8 @@ def test_an_empty_path_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
 @dead_fs.needs_mount
 def test_a_program_on_a_dead_file_system_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before it is looked at, started, or started in a folder there; the same with a living one is done."""
-    monkeypatch.setattr(run_command, "_REACH_SECONDS", 0.3)
-    with dead_fs.mounted(tmp_path / "dead") as dead:
+    with dead_fs.mounted(tmp_path / "dead") as dead, monkeypatch.context() as patch:
+        patch.setattr(run_command, "_REACH_SECONDS", 0.3)
         begun = time.monotonic()
         failure = "could not be started: no answer of its file system"
         assert run(Command(words=[f"{dead}/program"], environment=PATH, limit=LONG)).failure == failure
@@ -88,12 +88,13 @@ def test_a_script_whose_interpreter_is_on_a_dead_file_system_is_given_up(
         return run(Command(words=words, environment=PATH, limit=timedelta(seconds=seconds), folder=tmp_path))
 
     assert ended([script("lives", script("between", "/bin/true"))]) == Ended(0)
-    monkeypatch.setattr(run_command, "_REACH_SECONDS", 0.3)
     with dead_fs.mounted(tmp_path / "dead") as dead:
         failure = "could not be started: no answer of its file system"
-        assert ended([script("itself", f"{dead}/python3 -u")]).failure == failure
-        assert ended([script("twice", script("between", f"{dead}/python3"))]).failure == failure
-        assert ended([script("relative", "dead/python3")]).failure == failure
+        with monkeypatch.context() as patch:
+            patch.setattr(run_command, "_REACH_SECONDS", 0.3)
+            assert ended([script("itself", f"{dead}/python3 -u")]).failure == failure
+            assert ended([script("twice", script("between", f"{dead}/python3"))]).failure == failure
+            assert ended([script("relative", "dead/python3")]).failure == failure
         assert ended([script("by-env", f"/usr/bin/env {dead}/python3")], 1).failure.startswith(
             "was still running after 1 s"
         )
@@ -127,10 +128,13 @@ def test_at_its_time_limit_a_command_is_killed_with_all_that_it_started(tmp_path
     """Grandchildren that ignore the friendly signals, too."""
     pids = tmp_path / "pids"
     script = f"trap '' TERM HUP; (trap '' TERM HUP; (echo $$ >>{pids}; exec sleep 600) & sh -c 'echo $$ >>{pids}; sleep 600') & echo $$ >>{pids}; wait"
+    pids.touch()
     started = time.monotonic()
-    ended = run_logged(["sh", "-c", script], PATH, timedelta(seconds=3), OutputLines(print))
-    assert ended == Ended(None, "was still running after 3 s, and was killed")
-    assert time.monotonic() - started < 300
+    while len(pids.read_text().split()) < 3:  # it may be killed before all of it has begun
+        pids.write_text("")
+        ended = run_logged(["sh", "-c", script], PATH, timedelta(seconds=3), OutputLines(print))
+        assert ended == Ended(None, "was still running after 3 s, and was killed")
+        assert time.monotonic() - started < 300
     deadline = time.monotonic() + 180
     while any(is_running(int(pid)) for pid in pids.read_text().split()) and time.monotonic() < deadline:
         time.sleep(0.02)

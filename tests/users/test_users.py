@@ -456,7 +456,7 @@ def test_with_a_role_of_openbao(pki: Pki, bao: openbao.OpenBao, tmp_path: Path, 
     bao.write(f"{mount}/roles/kubeadm-user", **role)
     bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     token = bridge.secret("token", bao.root_token)
-    bridge.add("backend.bao", {"type": "vault", "url": bao.url, "mount": mount, "retry_for": "1s"})
+    bridge.add("backend.bao", {"type": "vault", "url": bao.url, "mount": mount, "timeout": "3m", "retry_for": "1s"})
     bridge.add("backend.bao.auth", {"method": "token", "token_file": token})
     bridge.add("authority.ca", {"backend": "bao"})
     out = tmp_path / "bob.conf"
