@@ -518,6 +518,8 @@ def asking() -> Iterator[None]:
 def _migrate(connection: sa.Connection) -> None:
     if connection.dialect.name == "postgresql":  # doors that start at the same time make the tables one after the other
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_FORM_LOCK)))
+    else:  # likewise; and whole or not at all, for which SQLite's driver begins nothing before the first row
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
