@@ -59,6 +59,8 @@ _CSR_MODE = 0o644
 _PEM = re.compile(rb"-----BEGIN ((?:NEW )?CERTIFICATE REQUEST)-----[^-]*-----END \1-----")
 #: A desk refuses a request that is older than a month, unless its policy says otherwise.
 _CARRIED_ANEW = timedelta(days=20)
+#: CAs date certificates back; an older one is an earlier request's, with the same CSR.
+_DATED_BACK = timedelta(hours=1)
 _KEPT = (
     "other users may have written that, so the request is kept, and a good answer to it still counts: "
     "once the desk signs it, carry the same bundle there again"
@@ -370,7 +372,8 @@ def _has_ended(made: OpenUser, older: Kubeconfig | None, now: datetime) -> bool:
     """Whether a killed run has put the request's certificate into the kubeconfig, and it has ended meanwhile."""
     with contextlib.suppress(*UNREADABLE):
         leaf, *_ = load_pem_certificates((older and older.certificate_data) or b"")
-        return is_for(leaf, made.request.csr) and leaf.not_valid_after_utc <= now
+        is_its = is_for(leaf, made.request.csr) and leaf.not_valid_before_utc >= made.created - _DATED_BACK
+        return is_its and leaf.not_valid_after_utc <= now
     return False
 
 
