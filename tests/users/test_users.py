@@ -517,6 +517,25 @@ def test_through_a_desk(pki: Pki, tmp_path: Path) -> None:
     assert events == ["signed for others"]
 
 
+def test_a_csr_that_is_used_again_is_one_request_again(pki: Pki, tmp_path: Path) -> None:
+    """The kubeconfig's ended certificate is for the same key, and keeps the answer of today's request from no run."""
+    site = Carried.make(pki, tmp_path, '[users]\ngroups = ["dev"]\n')
+    path = requested(tmp_path / "home", "bob", "dev")
+    request = SignRequest(spec=USER, csr_pem=path.read_bytes(), validity=HOURS_8)
+    now, ca = datetime.now(UTC), pki.ca_pem("ca")
+    ended = Signer.load(*ca).issue(request, begin=now - timedelta(days=1), end=now - timedelta(hours=16))
+    server = "https://api.example.com:6443"
+    before = kubeconfig.FreshKubeconfig(server=server, cluster="kubernetes", user="bob", ca_pem=ca[0])
+    site.out.write_bytes(before.text(pem(ended.leaf), None, "home/bob.key"))
+
+    args = ("--group=dev", f"--csr={path}")
+    waits = site.user(*args)
+    signed = site.sign("--without-proof", "user")
+    done = site.user(*args)
+    assert [one.returncode for one in (waits, signed, done)] == [4, 0, 0], done.stderr
+    assert leaf_of(site.out).not_valid_after_utc > now
+
+
 @pytest.mark.parametrize(
     ("step", "later", "asks"),
     [("bridge.users._forget", 0, False), ("bridge.users._forget", 9, True), ("backends.exchange._remove", 0, True)],
