@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import alembic.command
 import pytest
@@ -226,8 +227,8 @@ def test_the_policy_is_asked_again_before_signing(own_door: EstDoor) -> None:
     assert len(own_door.desk.issued()) == 1
 
 
-def test_a_database_of_before_is_brought_to_this_form(tmp_path: Path) -> None:
-    """Requests that were kept by the version before are there, in the tables of now; EST's own are found again."""
+def test_a_database_of_before_is_brought_to_this_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that were kept by the version before are there, in the tables of now, also after a kill; EST's own are found again."""
     config = Config()
     config.set_main_option("script_location", str(Path(store.__file__).with_name("migrations")))
     engine = sa.create_engine(sqlite_url(tmp_path / "door.db"))
@@ -243,6 +244,10 @@ def test_a_database_of_before_is_brought_to_this_form(tmp_path: Path) -> None:
             "('old', 'aa', 'cp-1', 'kubernetes', '192.0.2.1', '2026-01-31 12:00:00', 'waiting', '', x'00')"
         ))  # fmt: skip
     engine.dispose()
+    with monkeypatch.context() as patched:
+        patched.setattr("alembic.op.create_index", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            Memory(sqlite_url(tmp_path / "door.db"))
     memory = Memory(sqlite_url(tmp_path / "door.db"))
     about = {"node": "cp-1", "cluster": "kubernetes", "peer": "192.0.2.1"}
     now = datetime(2026, 1, 31, 12, tzinfo=UTC)

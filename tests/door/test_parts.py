@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import signal
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -14,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import sqlalchemy as sa
@@ -92,6 +94,19 @@ def test_a_database_is_opened_again_and_a_newer_one_is_not(database: Database, t
     assert (kept.state, kept.received, kept.bundle) == ("waiting", NOW, b"bundle")
     with pytest.raises(DatabaseError, match="this version or an earlier one"):
         database.memory(tmp_path)
+
+
+def test_a_new_file_has_all_tables_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A door that is killed while it makes them leaves none; the next one would take a table without its index for whole."""
+    place = tmp_path / "door.db"
+    with monkeypatch.context() as patched:
+        patched.setattr("alembic.command.stamp", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            Memory(sqlite_url(place))
+    with closing(sqlite3.connect(place)) as file:
+        assert file.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+    with closing(Memory(sqlite_url(place))) as memory, memory.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
 
 
 def test_the_same_bundle_has_one_id(memory: Memory) -> None:
