@@ -527,7 +527,7 @@ def _migrate(connection: sa.Connection) -> None:
         if sa.inspect(connection).has_table("alembic_version"):
             alembic.command.upgrade(config, "head")
         else:
-            METADATA.create_all(connection)
+            METADATA.create_all(connection, checkfirst=False)  # a table of that name is another program's
             alembic.command.stamp(config, "head")
     except alembic.util.CommandError as e:
         text = f"the database: wanted tables of this version or an earlier one, found: {one_line(e)}"
