@@ -109,6 +109,17 @@ def test_a_new_file_has_all_tables_or_none(tmp_path: Path, monkeypatch: pytest.M
         assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
 
 
+def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
+    """A database with a table of our names, and no form of ours, is refused, and gets none of our tables."""
+    place = tmp_path / "door.db"
+    with closing(sqlite3.connect(place)) as file:
+        file.execute("CREATE TABLE certificates (serial TEXT)")
+    with pytest.raises(DatabaseError, match="certificates already exists"):
+        Memory(sqlite_url(place))
+    with closing(sqlite3.connect(place)) as file:
+        assert file.execute("SELECT name FROM sqlite_master").fetchall() == [("certificates",)]
+
+
 def test_the_same_bundle_has_one_id(memory: Memory) -> None:
     """Another bundle has another."""
     assert received(memory, "aa") == received(memory, "aa") != received(memory, "bb")
