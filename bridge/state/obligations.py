@@ -120,7 +120,7 @@ class UnprovenPair:
 
     unproven: NotProven = field(metadata=named("owed"))  #: With this one certificate.
     worked: bool  #: Its server showed the old pair before the installation, or nothing can be asked.
-    by_hand: bool = False  #: Installed with --no-restart: no run has it read again, or rolls it back.
+    by_hand: bool = False  #: With --no-restart, or by `rollback`: no run has it read again, or rolls it back.
     is_read: bool = False  #: Its program has read it again; what is left is to see that.
 
     @property
