@@ -14,8 +14,11 @@ import signal, sys, threading, time
 from concurrent.futures import Future
 from bridge.system import waiting
 {listen}
+def waits():
+    frame = sys._current_frames()[threading.main_thread().ident]
+    return frame.f_code.co_name == "wait" and frame.f_back.f_code.co_name == "result"  # a thread's start waits, too
 def hit():
-    while sys._current_frames()[threading.main_thread().ident].f_code.co_name != "wait":
+    while not waits():
         time.sleep(0.01)
     time.sleep(0.3)
     signal.pthread_kill(threading.get_ident(), signal.{name})
