@@ -127,7 +127,7 @@ def test_a_failed_command_says_how(words: list[str], ended: Ended) -> None:
 def test_at_its_time_limit_a_command_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
     """Grandchildren that ignore the friendly signals, too."""
     pids = tmp_path / "pids"
-    script = f"trap '' TERM HUP; (trap '' TERM HUP; (echo $$ >>{pids}; exec sleep 600) & sh -c 'echo $$ >>{pids}; sleep 600') & echo $$ >>{pids}; wait"
+    script = f"trap '' TERM HUP; (trap '' TERM HUP; sh -c 'echo $$ >>{pids}; exec sleep 600' & sh -c 'echo $$ >>{pids}; sleep 600') & echo $$ >>{pids}; wait"
     pids.touch()
     started = time.monotonic()
     while len(pids.read_text().split()) < 3:  # it may be killed before all of it has begun
