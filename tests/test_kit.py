@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -19,7 +20,7 @@ from bridge.node.processes import running
 from bridge.specs import AUTHORITIES
 from bridge.system.waiting import wait_until
 from tests import conftest
-from tests.kit import node, plan, programs, watching
+from tests.kit import looking, node, plan, programs, watching
 from tests.kit.cas import Bridge
 from tests.kit.loopback import alone, free_port
 from tests.kit.pki import KubeadmAlgorithm, KubeadmVersion, handmade_pki, kubeadm_pki
@@ -336,6 +337,19 @@ def test_a_manifest_that_leaves_while_the_watch_stalls_is_seen(tmp_path: Path) -
         (directory / "etcd.yaml").touch()
         watching._watch_manifests([one], seen, Stall())
     assert [(name, component) for _, name, component in seen.away] == [("n", "etcd")]
+
+
+@pytest.mark.parametrize(
+    ("said", "error"), [("etcdserver: request timed out", TimeoutError), ("configmaps is forbidden", ValueError)]
+)
+def test_an_answer_for_an_etcd_that_is_slow_is_a_late_one(
+    monkeypatch: pytest.MonkeyPatch, said: str, error: type[Exception]
+) -> None:
+    """An API server says so before its client's own limit of time is over."""
+    answer = looking.Answer(certificate=mock.Mock(), status=500, body=said.encode())
+    monkeypatch.setattr(watching, "ask", lambda *_, **__: answer)
+    with pytest.raises(error, match=said):
+        watching._write_and_read(mock.Mock(), "1")
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,10 @@ TRAFFIC = "traffic"
 # --- as a client -----------------------------------------------------------------------------------------------------
 
 
+#: What an API server answers for an etcd that is there, and was too slow: it leaves it to its client to ask again.
+_SLOW = (b"etcdserver: request timed out", b"etcdserver: leader changed", b"did not complete within requested timeout")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What a server answered, and the certificate that it showed."""
@@ -48,6 +52,11 @@ class Answer:
     certificate: x509.Certificate
     status: int
     body: bytes
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it says that etcd was too slow, as on a machine that stalls."""
+        return self.status != http.client.OK and any(words in self.body for words in _SLOW)
 
 
 def client(node: Node, name: str) -> ssl.SSLContext:
@@ -84,15 +93,11 @@ def ask(opened: http.client.HTTPSConnection, path: str, *, patch: object = None)
     return Answer(certificate=certificate, status=response.status, body=response.read())
 
 
-#: What an API server answers for an etcd that is there, and was too slow: it leaves it to its client to ask again.
-_SLOW = (b"etcdserver: request timed out", b"etcdserver: leader changed", b"did not complete within requested timeout")
-
-
 def ask_again(opened: http.client.HTTPSConnection, path: str, *, patch: object = None) -> Answer:
     """As `ask`; while etcd is too slow, as on a machine that stalls, it is asked again, 20 times at most (each takes 7 s)."""
     for _ in range(20):
         answer = ask(opened, path, patch=patch)
-        if not any(words in answer.body for words in _SLOW):
+        if not answer.is_late:
             break
     return answer
 

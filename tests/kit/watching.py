@@ -148,6 +148,8 @@ def _round(servers: Sequence[http.client.HTTPSConnection], turn: int) -> dict[st
 def _write_and_read(server: http.client.HTTPSConnection, value: str) -> None:
     path = f"/api/v1/namespaces/default/configmaps/{TRAFFIC}"
     wrote, read = ask(server, path, patch={"data": {"turn": value}}), ask(server, path)
+    if wrote.is_late or read.is_late:
+        raise TimeoutError(f"{wrote.body!r}, {read.body!r}")
     if (wrote.status, read.status) != (http.client.OK, http.client.OK):
         raise ValueError(f"wanted 200 twice, got {wrote.status} {wrote.body!r}, {read.status} {read.body!r}")
     if json.loads(read.body)["data"]["turn"] != value:
