@@ -279,9 +279,13 @@ def test_a_node_whose_api_server_is_down_may_be_repaired(nodes: list[Node], numb
 
         wait_for("the others", is_alone)
         assert_may(own, Component.APISERVER, rules=REFUSE, is_silent=True)
-        turn = run(own, "0")
-        assert turn.code == Exit.DONE
-        assert [event["event"] for event in turn.events] == ["begin", "end"]  # no note: the lease was had
+
+        def has_the_lease() -> bool:
+            turn = run(own, "0")
+            assert turn.code == Exit.DONE
+            return [event["event"] for event in turn.events] == ["begin", "end"]  # and no note that it goes without
+
+        wait_for("a turn with the lease", has_the_lease)
         refused(other, Component.APISERVER, f"kube-apiserver of {own.name}")
 
 

@@ -91,7 +91,8 @@ def test_another_nodes_account_gets_nothing(pki: KubeadmPki, api: ApiServer, pla
     and nothing moves.
     """
     bridge, before = bridge_with(pki, api, tmp_path / "bridge", account="ca-bridge-cp-9"), live_certificates(pki)
-    for role in ("ca-bridge-requester", *(f"ca-bridge-{NODE}:{authority}" for authority in AUTHORITIES)):
+    # the right to ask at last: bindings count in the order in which they were written
+    for role in (*(f"ca-bridge-{NODE}:{authority}" for authority in AUTHORITIES), "ca-bridge-requester"):
         binding = (
             f'{{apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRoleBinding, metadata: {{name: "cp-9-{role}"}}, '
         )

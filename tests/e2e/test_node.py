@@ -203,7 +203,7 @@ def test_comes_up_on_the_new_kubeconfig(site: Site, renewal: Renewal, restarts: 
     since = restarts.at[component]
     wait_for("a renewed lease", lambda: nodes.lease_renewed(site.node, "kube-system", component.value) > since)
     assert site.audit.certificates_of(user, since) == {fingerprint(renewal.certificates[name])}
-    assert nodes.is_healthy(site.node, component)
+    wait_for("its good health", lambda: nodes.is_healthy(site.node, component))
     assert nodes.containers(site.node)[component] != site.containers[component]
 
 

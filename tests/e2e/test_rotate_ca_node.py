@@ -123,7 +123,7 @@ def test_trust_restarts_what_reads_a_ca_once(bridge: LiveBridge, old_conf: Path)
     printed = step(bridge, "trust", "trusted")
     assert all(f"{one.value} in " in printed for one in Component)
     assert asked_by(bridge.node, old_conf) == "ok"
-    assert cas_of(bridge, "kube-public", "cluster-info", "kubeconfig") == 2
+    wait_for("both CAs for those who join", lambda: cas_of(bridge, "kube-public", "cluster-info", "kubeconfig") == 2)
     wait_for("both CAs in each namespace", lambda: cas_of(bridge, "default", "kube-root-ca.crt", "ca.crt") == 2)
 
 
@@ -226,7 +226,7 @@ def test_drop_leaves_the_new_cas_alone(site: Site, bridge: LiveBridge, old_conf:
     on_the_worker(site, "drop", "new")
     assert "Unauthorized" in asked_by(bridge.node, old_conf.with_name("both.conf"))
     assert asked_by(bridge.node, admin(bridge)) == "ok"
-    assert cas_of(bridge, "kube-public", "cluster-info", "kubeconfig") == 1
+    wait_for("the new CA for those who join", lambda: cas_of(bridge, "kube-public", "cluster-info", "kubeconfig") == 1)
     wait_for("the new CA alone in each namespace", lambda: cas_of(bridge, "default", "kube-root-ca.crt", "ca.crt") == 1)
     place = ("kube-system", "extension-apiserver-authentication")
     keys = ("client-ca-file", "requestheader-client-ca-file")
