@@ -135,10 +135,13 @@ def test_hostile_requests_keep_no_kubelet_waiting(cluster: ClusterApi, place: Pl
     assert {state_of(read(cluster, name)) for name in newer[1::2]} == {"open"}
 
 
-def test_a_watch_outlives_the_rights(cluster: ClusterApi, place: Place) -> None:
+def test_a_watch_outlives_the_rights(cluster: ClusterApi, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A running watch goes on delivering without any right, so that each has an end; the next one is refused."""
-    api = Api.of_gateway(cluster.kubeconfig(gateways.USER))
-    round_ = Watch(api, next(watch.kinds([CLIENT_KUBELET], [])))
+    api, kind = Api.of_gateway(cluster.kubeconfig(gateways.USER)), next(watch.kinds([CLIENT_KUBELET], []))
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "ROUND_SECONDS", 1)
+        Watch(api, kind).run(lambda _: None, lambda _: None, lambda: None)  # the API server ends it
+    round_ = Watch(api, kind)
     seen: list[str] = []
     admin, body = cluster.client(), cluster.client().get(BINDING)
     asked = csr_pem(node_subject("w1"))
@@ -158,7 +161,7 @@ def test_a_watch_outlives_the_rights(cluster: ClusterApi, place: Place) -> None:
     round_.run(changed, lambda _: None, withdraw)
     assert seen == ["alive", "behind-the-rights"]
     with pytest.raises(NoAnswerError):
-        Watch(api, next(watch.kinds([CLIENT_KUBELET], []))).run(changed, lambda _: None, lambda: None)
+        Watch(api, kind).run(changed, lambda _: None, lambda: None)
 
     del body["metadata"]["resourceVersion"], body["metadata"]["uid"]
     admin.create(BINDINGS, body)
