@@ -394,7 +394,7 @@ def test_a_hook_that_was_cut_off_by_kill_9_is_run_again(make: Make, node: Node, 
     serial = renewed(node).new_serials["apiserver"]
     process = subprocess.Popen([sys.executable, "-c", program, str(store.directory), f"[hooks]\n{line}", serial])
     deadline = time.monotonic() + 120
-    while not log.exists() and time.monotonic() < deadline:
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
