@@ -52,7 +52,7 @@ class Store:
         self.restarted = state_dir / "restarted.json"  #: When each component was last restarted.
         self.kubelet_copy = state_dir / "kubelet-client-current.pem"  #: The last one that was taken from the kubelet.
         self.unproven = state_dir / "unproven.json"  #: What was installed, and not yet seen in use.
-        self.postponed = state_dir / "postponed.json"  #: Installed with --no-restart, or put back by hand, and not yet seen in use.
+        self.postponed = state_dir / "postponed.json"  #: Installed with --no-restart, or put back; not yet seen in use.
         self.pairs = state_dir / "pairs.json"  #: Further pairs that were installed, and not yet seen in use.
         self.hooks = state_dir / "hooks.json"  #: Hooks that did not succeed yet.
         self.revocations = state_dir / "revocations.json"  #: Superseded certificates that are to be revoked.
