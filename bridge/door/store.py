@@ -21,6 +21,8 @@ import alembic.command
 import alembic.util
 import sqlalchemy as sa
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -516,13 +518,17 @@ def asking() -> Iterator[None]:
 
 
 def _migrate(connection: sa.Connection) -> None:
+    """Bring the tables to this version's form; where they have it, nothing is locked, and no writer is waited for."""
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    forms = MigrationContext.configure(connection).get_current_heads()
+    if forms == tuple(ScriptDirectory.from_config(config).get_heads()):
+        return
     if connection.dialect.name == "postgresql":  # doors that start at the same time make the tables one after the other
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_FORM_LOCK)))
     else:  # likewise; and whole or not at all, for which SQLite's driver begins nothing before the first row
         connection.exec_driver_sql("BEGIN IMMEDIATE")
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    config.attributes["connection"] = connection
     try:
         if sa.inspect(connection).has_table("alembic_version"):
             alembic.command.upgrade(config, "head")
@@ -531,7 +537,7 @@ def _migrate(connection: sa.Connection) -> None:
             alembic.command.stamp(config, "head")
     except alembic.util.CommandError as e:
         text = f"the database: wanted tables of this version or an earlier one, found: {one_line(e)}"
-        raise DatabaseError(text, hint="a newer ca-bridge has used it: install that version") from None
+        raise DatabaseError(text, hint="another version of ca-bridge has used it: install that one") from None
 
 
 def sqlite_url(path: Path) -> str:

@@ -26,7 +26,7 @@ from bridge.cli import serve
 from bridge.contract import Issued
 from bridge.desk.policy import PolicyVerdict
 from bridge.desk.workers import Judgement, Workers
-from bridge.door import app
+from bridge.door import app, store
 from bridge.door.app import Awaited, Door
 from bridge.door.doors import Doors
 from bridge.door.signing import Judged, Signing
@@ -107,6 +107,22 @@ def test_a_new_file_has_all_tables_or_none(tmp_path: Path, monkeypatch: pytest.M
         assert file.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
     with closing(Memory(sqlite_url(place))) as memory, memory.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
+
+
+def test_a_database_of_this_version_is_opened_while_another_program_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ca-bridge fleet` waits for no door's write; only a database that gets tables is locked."""
+    place = tmp_path / "door.db"
+    with closing(Memory(sqlite_url(place))) as first:
+        request = received(first)
+    monkeypatch.setattr(store, "_BUSY_SECONDS", 0)
+    with closing(sqlite3.connect(place, isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        with closing(Memory(sqlite_url(place))) as second:
+            assert second.find(request) is not None
+        with pytest.raises(DatabaseError, match="locked"), closing(Memory(sqlite_url(place))) as third:
+            received(third, "bb")
 
 
 def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
