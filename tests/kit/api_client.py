@@ -15,6 +15,8 @@ import requests
 
 from bridge.system.waiting import wait_until
 
+#: What an API server says where its etcd is there, and was too slow: it leaves it to its client to ask again.
+SLOW_ETCD = ("etcdserver: request timed out", "etcdserver: leader changed")
 CSRS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 
 

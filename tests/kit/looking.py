@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,9 @@ from cryptography import x509
 from bridge.node import kubeconfig
 from bridge.pki.certificates import fingerprint
 from bridge.specs import FRONT_PROXY_CA, SPECS
+from bridge.system.waiting import wait_until
 from tests.kit import cfssl
+from tests.kit.api_client import SLOW_ETCD
 from tests.kit.loopback import LoopbackServer
 from tests.kit.node import Node
 from tests.kit.nodes import wait_for
@@ -41,8 +43,7 @@ TRAFFIC = "traffic"
 # --- as a client -----------------------------------------------------------------------------------------------------
 
 
-#: What an API server answers for an etcd that is there, and was too slow: it leaves it to its client to ask again.
-_SLOW = (b"etcdserver: request timed out", b"etcdserver: leader changed", b"did not complete within requested timeout")
+_SLOW = tuple(words.encode() for words in (*SLOW_ETCD, "did not complete within requested timeout"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +95,10 @@ def ask(opened: http.client.HTTPSConnection, path: str, *, patch: object = None)
 
 
 def ask_again(opened: http.client.HTTPSConnection, path: str, *, patch: object = None) -> Answer:
-    """As `ask`; while etcd is too slow, as on a machine that stalls, it is asked again, 20 times at most (each takes 7 s)."""
-    for _ in range(20):
-        answer = ask(opened, path, patch=patch)
-        if not answer.is_late:
-            break
-    return answer
+    """As `ask`; while etcd is too slow, as on a machine that stalls, it is asked again."""
+    return wait_until(
+        lambda: ask(opened, path, patch=patch), lambda one: not one.is_late, timedelta(minutes=2), pause_seconds=0.5
+    )
 
 
 def _peer(socket: object) -> x509.Certificate:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from tests.kit import programs
+from tests.kit.api_client import SLOW_ETCD
 
 _SCRIPT = programs.KIT / "node.sh"
 _START_SECONDS = 480  # far more than the 15 of an idle machine; node.sh has its own, smaller limits
@@ -26,7 +27,7 @@ Form = Literal["reference", "data", "token"]
 #: What kubectl says of an API server, or of an etcd behind it, that will answer in a moment: where it has just begun, and
 #: on a machine that stalls.
 _IN_A_MOMENT = (
-    *("etcdserver: request timed out", "etcdserver: leader changed", "etcdserver: no leader", "connection refused"),
+    *(*SLOW_ETCD, "etcdserver: no leader", "connection refused"),
     *("was refused - did you specify", "TLS handshake timeout", "server is currently unable to handle the request"),
     *("Timeout: request did not complete", "client connection lost", "connection reset by peer", ": EOF"),
     *("readyz check failed", "RBAC: clusterrole"),
