@@ -281,9 +281,6 @@ def _san(san: x509.GeneralName, names: Mapping[str, str]) -> x509.GeneralName:
 
 # --- whether a live certificate has its name's identity; dates don't count ---------------------------------------------
 
-#: A node's name in the cluster (RFC 1123 subdomain, which is what Kubernetes takes).
-_NODE_IN_CN = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
-
 
 def identity_violations(
     spec: CertificateSpec,
@@ -331,7 +328,7 @@ def _is_user(found: str, wanted: str, leaf: x509.Certificate) -> bool:
         return found == wanted
     node = found.removeprefix(begin).removesuffix(end)
     is_named = bool(begin) or ("DNS", node) in san_entries(leaf)
-    return found == f"{begin}{node}{end}" and _NODE_IN_CN.fullmatch(node) is not None and is_named
+    return found == f"{begin}{node}{end}" and is_node_name(node) and is_named
 
 
 def _foreign_groups(
