@@ -40,7 +40,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.pki import bundle_format
 from bridge.pki.certificates import csr_fingerprint
 from bridge.pki.csr import fingerprint_text
-from bridge.pki.expiry import residual, rfc3339, seconds_left
+from bridge.pki.expiry import DAY, residual, rfc3339, seconds_left
 from bridge.renewal import RunOptions, Selection, airgap, nothing_due
 from bridge.state import Store
 from bridge.state.open_requests import OpenRequest, OpenRequests
@@ -142,7 +142,7 @@ def inspect_bundle(
 def pending_list(common: Common, output: OutputOption = Output.TEXT) -> None:
     """Show the open requests: their age, the time left, who has them, and their fingerprints."""
     settings, now = common.settings_with_record(), utc_now()
-    requests = sorted(OpenRequests(Store(settings.node.state_dir)), key=lambda one: (one.deadline or now, one.name))
+    requests = sorted(OpenRequests(Store(settings.node.state_dir)), key=lambda one: (_days_left(one, now), one.name))
     if output is Output.JSON:
         say_json(pending=[_pending_json(one, now) for one in requests])
     elif requests:
@@ -170,6 +170,11 @@ def pending_cancel(
     for name in done.missing:
         print_error(BridgeError("wanted a request that is open, found none", hint=hint), name)
     return Exit.FAILED if done.missing else Exit.DONE
+
+
+def _days_left(one: OpenRequest, now: datetime) -> int:
+    """By days and then by names: the certificates of one `kubeadm init` end a second or two apart, in no useful order."""
+    return seconds_left(one.deadline or now, now) // DAY
 
 
 def _pending_row(one: OpenRequest, now: datetime) -> tuple[str, ...]:

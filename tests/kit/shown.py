@@ -227,7 +227,7 @@ EXPIRED = {"expired": "ca-bridge check-expiration", "renew-expired": "ca-bridge 
 WORKER = {
     "worker": "ca-bridge check-expiration",
     "-export": "ca-bridge export /media/stick/w-1.request.json kubelet.conf",
-    "pending": "ca-bridge pending list",  # by the ends of certificates, to the second: of one alone the order is known
+    "pending": "ca-bridge pending list",
 }
 NEW_NODE = {
     "version": "ca-bridge --version",

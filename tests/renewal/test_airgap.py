@@ -33,6 +33,8 @@ from bridge.pki.bundle import AnswerBundle
 from bridge.pki.certificates import pem, serial_hex
 from bridge.pki.csr import PrivateKey, generate_key
 from bridge.specs import AUTHORITIES, SPECS
+from bridge.state import Store
+from bridge.state.open_requests import OpenRequests
 from tests.kit.airgap import Node
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs
 from tests.kit.cas import add_openssl
@@ -918,6 +920,22 @@ def test_the_list_of_what_is_open(node: Node) -> None:
     assert one["bundles"] == [bundle_format.digest(exported)]
     assert (one["state"], one["authority"], one["backend"]) == ("waiting", "ca", "")
     assert abs((datetime.fromisoformat(one["created"]) - now()).total_seconds()) < 60
+
+
+@pytest.mark.parametrize(("later", "first"), [(2, "apiserver"), (2 * 86400, FRONT)])
+def test_the_list_begins_with_what_ends_on_the_first_day(tmp_path: Path, later: int, first: str) -> None:
+    """Within a day the names decide: the certificates of one `kubeadm init` end a second or two apart."""
+    node = make_node(tmp_path, timedelta(days=20, hours=12))
+    node.export("apiserver", FRONT)
+    end = node.live()[FRONT].not_valid_after_utc + timedelta(seconds=later)
+    other = handmade_pki(tmp_path / "other", now=now() - timedelta(days=100), not_after=end)
+    replaces = x509.load_pem_x509_certificate((other.pki_dir / "apiserver.crt").read_bytes())
+    opened = OpenRequests(Store(node.state))
+    one = opened.by_name()["apiserver"]
+    opened.put(replace(one, request=replace(one.request, replaces=replaces)))
+    opened.save()
+    found = json.loads(node.run("pending", "list", "-o", "json").stdout)["pending"]
+    assert found[0]["name"] == first
 
 
 def test_the_list_says_the_fingerprint_of_a_bundle_once(node: Node) -> None:
