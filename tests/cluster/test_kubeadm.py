@@ -13,6 +13,7 @@ from bridge.cluster.api import Api
 from bridge.cluster.kubeadm import CLUSTER, KUBELETS, ConfigMapKey, NoConfigError
 from tests.kit import cluster_api
 from tests.kit.cluster_api import ClusterApi
+from tests.kit.nodes import wait_for
 
 MAPS = "/api/v1/namespaces/kube-system/configmaps"
 
@@ -95,6 +96,8 @@ def test_what_is_not_there_or_not_allowed(cluster: ClusterApi, api: Api) -> None
     cluster.client().create(
         f"{roles}/rolebindings", {"metadata": reader["metadata"], "subjects": [subject], "roleRef": ref}
     )
+    reads = cluster.client("reads")
+    wait_for("the right to read", lambda: reads.ask("GET", KUBELETS.path).ok)
     with pytest.raises(NoConfigError, match="found HTTP 403"):
         kubeadm.change(client(cluster.kubeconfig("reads")), KUBELETS, str.upper)
     assert kubeadm.read(api, KUBELETS).text == "kind: x\n# kept\n"
