@@ -948,7 +948,7 @@ def has_ended(pid: int) -> bool:
     def look() -> bool:
         try:
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             return True
 
     return wait_until(look, bool, timedelta(minutes=3), pause_seconds=0.02)
