@@ -58,18 +58,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayCluster
 
 def test_every_certificate_comes_through_the_gateway(cluster: GatewayCluster) -> None:
     """Each kubelet's certificate is in an object that a gateway has signed, and in its audit log; OpenBao signed it."""
-    working = [one for one in cluster.gateways.values() if (one.state_dir / "audit.jsonl").exists()]
-    recorded = {line["object"] for one in working for line in one.audit() if line["event"] == "issued"}
-    objects = gateways_objects(cluster)
-    for node in cluster.nodes:
-        for kind in CURRENT:
-            certificate = cluster.certificate(node, kind)
-            assert certificate is not None
-            der = certificate.public_bytes(Encoding.DER)
-            found = [name for name, chain in objects.items() if chain[0].public_bytes(Encoding.DER) == der]
-            assert len(found) == 1, (node.name, kind)
-            assert found[0] in recorded
-            certificate.verify_directly_issued_by(cluster.api.ca.certificate)
+    used = {(node.name, kind): cluster.certificate(node, kind) for node in cluster.nodes for kind in CURRENT}
+    objects = gateways_objects(cluster)  # after those: each may be another one in the next moment
+    recorded = {
+        line["object"] for one in cluster.gateways.values() for line in one.audit() if line["event"] == "issued"
+    }
+    for which, certificate in used.items():
+        assert certificate is not None
+        der = certificate.public_bytes(Encoding.DER)
+        found = [name for name, chain in objects.items() if chain[0].public_bytes(Encoding.DER) == der]
+        assert len(found) == 1, which
+        assert found[0] in recorded
+        certificate.verify_directly_issued_by(cluster.api.ca.certificate)
     assert set(cluster.control_plane.kubectl("get", "nodes", "-o", "name").stdout.split()) == {
         f"node/{node.name}" for node in cluster.nodes
     }
