@@ -48,19 +48,20 @@ class State:
 
     def put(self, name: str, holder: str, *, seconds: int = 60, renewed: str = "2026-01-01T00:00:00.000000Z") -> None:
         """Another client writes a lease."""
-        self.version += 1
-        self.leases[name] = {
-            "apiVersion": "coordination.k8s.io/v1",
-            "kind": "Lease",
-            "metadata": {"name": name, "namespace": "kube-system", "resourceVersion": str(self.version)},
-            "spec": {
-                "holderIdentity": holder,
-                "leaseDurationSeconds": seconds,
-                "renewTime": renewed,
-                "acquireTime": renewed,
-                "leaseTransitions": 3,
-            },
-        }
+        with self.mutex:  # not between the look and the write of a request
+            self.version += 1
+            self.leases[name] = {
+                "apiVersion": "coordination.k8s.io/v1",
+                "kind": "Lease",
+                "metadata": {"name": name, "namespace": "kube-system", "resourceVersion": str(self.version)},
+                "spec": {
+                    "holderIdentity": holder,
+                    "leaseDurationSeconds": seconds,
+                    "renewTime": renewed,
+                    "acquireTime": renewed,
+                    "leaseTransitions": 3,
+                },
+            }
 
 
 class _Handler(BaseHTTPRequestHandler):
