@@ -111,6 +111,8 @@ def renewal(site: Site) -> Renewal:
         assert run.returncode == 0, run.stderr
         new = live_certificates(site.bridge.pki)
         wait_for("the API server's new certificate", lambda: new["apiserver"] in seen.served)
+    proxy = fingerprint(new["front-proxy-client"])
+    wait_for("its new client certificate", lambda: site.extension.ask() == proxy)  # which it reads by itself as well
     etcd = {served(site.node, port, "etcd-healthcheck-client") for port in (ETCD_PORT, ETCD_PEER_PORT)}
     return Renewal(
         run=run,
