@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ class Browser:
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self.send("Page.enable")
+        while self.value("document.readyState") != "complete":  # or its end would be taken for the next page's
+            time.sleep(0.02)
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Ask the browser, and wait for its answer."""
