@@ -26,9 +26,8 @@ from bridge.state.open_requests import OpenRequest, OpenRequests
 from bridge.system import waiting
 from bridge.system.codec import labels, metric, named
 from bridge.system.console import print_error
-from bridge.system.files import write_atomically
+from bridge.system.files import remove_unfinished, write_atomically
 from bridge.system.locks import lock
-from bridge.system.many import remove_unfinished
 from bridge.system.paths import ForeignLinkError, opened
 from bridge.system.state_file import OnDamage, StateError, StateFile, coded
 

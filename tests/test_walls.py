@@ -203,7 +203,7 @@ _ALSO = {
     # what a node can be called
     "backends.kubernetes": ["bridge.pki.kubeadm_names"],
     # one login for all threads that want one, and a bounded memory of what is hidden
-    "backends.vault": ["bridge.system.many", "bridge.system.waiting"],
+    "backends.vault": ["bridge.system.waiting"],
     # a CA that is reached by files: the bundles' format, and what reads and writes files safely
     "backends.exchange": [
         *("bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.signatures"),

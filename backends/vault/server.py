@@ -23,8 +23,7 @@ from backends.http import Http, Wording, json_object, object_of, retry_after_sec
 from bridge.contract import CredentialEnd, Secret, SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.system import http
-from bridge.system.many import Combined
-from bridge.system.waiting import remember
+from bridge.system.waiting import Combined, remember
 from bridge.words import one_line
 
 if TYPE_CHECKING:

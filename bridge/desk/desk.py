@@ -27,7 +27,7 @@ from bridge.contract import Collects, Issued, Pending, SignRequest, SignsMany
 from bridge.desk import approval
 from bridge.desk.approval import Standing, UndecidedError
 from bridge.desk.policy import Policy, PolicyVerdict, judge
-from bridge.desk.records import Answered, Journal, Submitted
+from bridge.desk.records import Answered, Journal, NewFile, Submitted, write_together
 from bridge.desk.workers import AnsweredBundle, Judgement, ReadAhead, Workers, compared, for_request
 from bridge.errors import (
     BackendError,
@@ -48,7 +48,6 @@ from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, SIGNING_AUTHORITIES, SPECS, USER
 from bridge.state import audit
 from bridge.system.console import log
-from bridge.system.many import NewFile, write_together
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import StateError
 from bridge.words import one_line

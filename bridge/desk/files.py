@@ -24,7 +24,7 @@ from bridge.contract import Issued
 from bridge.desk import csr_directory, node_inventory
 from bridge.desk.desk import Delivery, Desk, Job, Observer
 from bridge.desk.policy import Policy, parse
-from bridge.desk.records import Archive, Journal, archive_directory
+from bridge.desk.records import Archive, Journal, NewFile, archive_directory
 from bridge.desk.workers import GARBAGE, WORTHWHILE, ReadAhead, Workers
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki import signatures
@@ -38,9 +38,8 @@ from bridge.settings.tables import RenewalSettings, Settings
 from bridge.specs import AUTHORITIES
 from bridge.state import Store, audit
 from bridge.system.console import log
-from bridge.system.files import how_to_begin, version
+from bridge.system.files import how_to_begin, remove_unfinished, version
 from bridge.system.locks import lock
-from bridge.system.many import NewFile, remove_unfinished
 from bridge.system.paths import (
     NoCaFileError,
     UnreadableError,

@@ -1,6 +1,6 @@
 """
 The desk's records: which requests CAs were asked for (the journal), and what was answered to each (the archive), found
-by the CSR, so that no request is signed twice.
+by the CSR, so that no request is signed twice; and how thousands of answers are written with one wait for the disk.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 from cryptography import x509
 
@@ -24,8 +26,7 @@ from bridge.pki.bundle_format import file_names, loads_answer
 from bridge.pki.certificates import csr_fingerprint
 from bridge.state import Store
 from bridge.state.open_requests import Kind, RequestLog
-from bridge.system.files import DIRECTORY_MODE, private_directory
-from bridge.system.many import NewFile, remove_unfinished
+from bridge.system.files import DIRECTORY_MODE, SECRET_MODE, private_directory, remove_unfinished, sync_directory
 from bridge.system.paths import UnreadableError, exposure, read_once
 
 _ARCHIVE = "desk-done"
@@ -205,3 +206,104 @@ def _at_desk(key: str, answer: Issued | Pending | Submitted, now: datetime) -> _
     if isinstance(answer, Pending):
         return _AtDesk(key=key, added=now, reference=answer.reference, note=answer.note)
     return _AtDesk(key=key, added=now, chain=answer)
+
+
+# --- many files, one wait for the disk (docs/evidence/numbers.md) -----------------------------------------------------
+
+#: Groups whose files are open at a time.
+_AT_ONCE = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewFile:
+    """A file that is to be there, whatever is there now."""
+
+    path: Path
+    data: bytes
+    mode: int = SECRET_MODE
+    links: Sequence[Path] = ()  #: Its other names, in the same directory; a name that is taken stays what it is.
+
+
+def write_together(groups: Sequence[Sequence[NewFile]]) -> list[OSError | None]:
+    """Write groups of files and wait for the disk once; no file of a group is put in place before all are on disk."""
+    errors: list[OSError | None] = []
+    for start in range(0, len(groups), _AT_ONCE):
+        some = [_Group([_File(new) for new in group]) for group in groups[start : start + _AT_ONCE]]
+        try:
+            for step in (_File.write, _File.sync, _File.put_in_place):
+                for group in some:
+                    group.each(step)
+            _sync_directories(some)
+        finally:
+            for group in some:
+                group.close()
+        errors += [group.error for group in some]
+    return errors
+
+
+def _sync_directories(groups: Sequence[_Group]) -> None:
+    """Flush the directories, or a power cut may take the new names away."""
+    for directory in {file.new.path.parent for group in groups for file in group.files}:
+        try:
+            sync_directory(directory)
+        except OSError as e:
+            for group in groups:
+                if any(file.new.path.parent == directory for file in group.files):
+                    group.error = group.error or e
+
+
+class _File:
+    """One file on its way: it has another name until it is on disk."""
+
+    def __init__(self, new: NewFile) -> None:
+        self.new = new
+        self._file: BinaryIO | None = None
+        self._temporary: Path | None = None
+
+    def write(self) -> None:
+        path = self.new.path
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
+        self._file, self._temporary = os.fdopen(descriptor, "wb"), Path(temporary)
+        self._file.write(self.new.data)
+        self._file.flush()
+        os.fchmod(descriptor, self.new.mode)
+
+    def sync(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def put_in_place(self) -> None:
+        if self._temporary is not None:
+            self._temporary.rename(self.new.path)
+            self._temporary = None
+        for link in self.new.links:
+            with contextlib.suppress(FileExistsError):
+                os.link(self.new.path, link)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what went wrong first is the cause
+            if self._temporary is not None:
+                self._temporary.unlink()
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+
+
+@dataclass
+class _Group:
+    """Files that are of no use without each other."""
+
+    files: Sequence[_File]
+    error: OSError | None = None  #: Nothing more is done.
+
+    def each(self, step: Callable[[_File], None]) -> None:
+        for file in self.files:
+            if self.error is None:
+                try:
+                    step(file)
+                except OSError as e:
+                    self.error = OSError(e.errno, e.strerror, str(file.new.path))
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()

@@ -42,9 +42,8 @@ from bridge.settings.tables import Settings
 from bridge.state import Store
 from bridge.system.codec import labels, metric
 from bridge.system.files import SECRET_MODE, write_atomically
-from bridge.system.many import SWITCH_SECONDS
 from bridge.system.paths import UnreadableError, open_secret, read_ca_file
-from bridge.system.waiting import Spared, back_off_seconds
+from bridge.system.waiting import SWITCH_SECONDS, Spared, back_off_seconds
 
 log = logging.getLogger("ca-bridge")
 

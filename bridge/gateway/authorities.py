@@ -32,8 +32,8 @@ from bridge.pki import verify
 from bridge.pki.verify import Expectation, Verified
 from bridge.settings.tables import Settings
 from bridge.specs import PODS, SIGNING_AUTHORITIES, CertificateSpec
-from bridge.system.many import Combined
 from bridge.system.paths import UnreadableError, read_ca_file
+from bridge.system.waiting import Combined
 
 log = logging.getLogger("ca-bridge")
 

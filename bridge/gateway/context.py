@@ -29,9 +29,8 @@ from bridge.specs import POD_SPECS, CertificateSpec
 from bridge.state import Store
 from bridge.state.audit import AuditError, Record
 from bridge.state.open_requests import Kind, RequestLog
-from bridge.system.many import Combined
 from bridge.system.state_file import StateError
-from bridge.system.waiting import back_off_seconds
+from bridge.system.waiting import Combined, back_off_seconds
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")

@@ -28,10 +28,9 @@ from bridge.pki.kubeadm_names import is_node_name
 from bridge.settings import Reader, Source
 from bridge.settings.tables import GatewaySettings
 from bridge.system.files import how_to_begin, version
-from bridge.system.many import Combined
 from bridge.system.paths import assert_ours, own_text
 from bridge.system.run_command import Command, passed_on, run
-from bridge.system.waiting import remember
+from bridge.system.waiting import Combined, remember
 
 log = logging.getLogger("ca-bridge")
 

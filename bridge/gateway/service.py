@@ -35,8 +35,7 @@ from bridge.specs import PODS
 from bridge.state import Store, credentials
 from bridge.state.audit import AuditError
 from bridge.system.locks import LockedError, lock
-from bridge.system.many import SWITCH_SECONDS
-from bridge.system.waiting import back_off_seconds
+from bridge.system.waiting import SWITCH_SECONDS, back_off_seconds
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")

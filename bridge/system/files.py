@@ -195,6 +195,14 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove_unfinished(directory: Path, pattern: str) -> None:
+    """Remove what a killed process left half written; whatever else is there under such a name is not ours."""
+    for path in directory.glob(pattern):
+        with contextlib.suppress(OSError):  # it does no harm
+            if stat.S_ISREG(path.lstat().st_mode):
+                path.unlink()
+
+
 def private_directory(path: Path) -> None:
     """Make a directory that only we can enter, or accept such a directory."""
     if not path.is_dir():

@@ -623,11 +623,11 @@ def test_an_answer_that_has_become_old_is_not_given_again(desk_: Desk, pki: Pki,
         ("state.open_requests", "RequestLog._append", False),  # the open requests
         ("ca", "CA.ask", False),  # signed, and not written down
         ("desk.desk", "Desk._verify", True),  # signed and written down
-        ("system.many", "_File.write", False),  # one answer is written, and not on disk
-        ("system.many", "_File.put_in_place", True),  # all are on disk
-        ("system.many", "_File.put_in_place", False),  # one is there
-        ("system.many", "os.link", False),  # one is remembered
-        ("system.many", "_sync_directories", False),  # all are there
+        ("desk.records", "_File.write", False),  # one answer is written, and not on disk
+        ("desk.records", "_File.put_in_place", True),  # all are on disk
+        ("desk.records", "_File.put_in_place", False),  # one is there
+        ("desk.records", "os.link", False),  # one is remembered
+        ("desk.records", "_sync_directories", False),  # all are there
         ("desk.files", "_remove", False),  # one is done
     ],
 )

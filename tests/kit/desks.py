@@ -29,7 +29,7 @@ SIGNING_STEPS = (
     ("state.open_requests", "RequestLog._append", False),  # what the CA is asked is in the journal
     ("ca", "CA.ask", False),  # signed, and not written down
     ("desk.desk", "Desk._verify", True),  # signed and in the journal
-    ("system.many", "_sync_directories", False),  # in the archive
+    ("desk.records", "_sync_directories", False),  # in the archive
     ("door.store", "Memory.conclude", True),  # as before
     ("door.store", "Memory.conclude", False),  # answered
 )

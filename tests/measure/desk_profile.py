@@ -23,14 +23,13 @@ from typing import TypeVar
 from bridge.contract import Issued
 from bridge.desk import workers
 from bridge.desk.policy import parse
-from bridge.desk.records import Archive, Journal, Submitted
+from bridge.desk.records import Archive, Journal, NewFile, Submitted, write_together
 from bridge.desk.workers import AnsweredBundle, Judgement, ReadBundle
 from bridge.pki.bundle import AnswerBundle, RequestBundle, sign_request
 from bridge.pki.bundle_format import dumps, loads_answer
 from bridge.pki.verify import Expectation
 from bridge.settings.tables import AuditSettings
 from bridge.state import Store, audit
-from bridge.system.many import NewFile, write_together
 from tests.measure import fleet
 
 _HEAD = ("step", "process", "ms a request")

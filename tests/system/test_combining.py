@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bridge.system.many import Combined
+from bridge.system.waiting import Combined
 
 
 def test_each_gets_its_own_result() -> None:

@@ -1,4 +1,4 @@
-"""Many files that are written together."""
+"""The desk's answers: many files that are written together, and what a killed run leaves of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from bridge.system import files, many
-from bridge.system.many import NewFile, remove_unfinished, write_together
+from bridge.desk import records
+from bridge.desk.records import NewFile, write_together
+from bridge.system import files
+from bridge.system.files import remove_unfinished
 
 
 def test_all_are_there_under_all_their_names(tmp_path: Path) -> None:
@@ -23,7 +25,7 @@ def test_all_are_there_under_all_their_names(tmp_path: Path) -> None:
             ),
             NewFile(path=tmp_path / f"{n}.own", data=b"own"),
         ]
-        for n in range(2 * many._AT_ONCE + 1)
+        for n in range(2 * records._AT_ONCE + 1)
     ]
     (tmp_path / "0").write_bytes(b"old")
 
@@ -100,7 +102,7 @@ def test_names_that_may_not_last_are_reported(tmp_path: Path, monkeypatch: pytes
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         files.sync_directory(path)
 
-    monkeypatch.setattr(many, "sync_directory", sync_directory)
+    monkeypatch.setattr(records, "sync_directory", sync_directory)
 
     error, other = write_together(groups)
 
