@@ -35,9 +35,9 @@ from cheroot.makefile import MakeFile
 from cheroot.ssl import Adapter
 from cryptography import x509
 
-from bridge.door.shares import Shares
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.certificates import pem
+from bridge.system.waiting import Shares
 
 log = logging.getLogger("ca-bridge")
 

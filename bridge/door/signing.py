@@ -36,7 +36,6 @@ from bridge.desk.workers import Judgement, ReadAhead, ReadBundle, Workers, read,
 from bridge.door import enrolments
 from bridge.door.doors import Doors, ask_first, assert_not_behind, identity, is_foreign, left_text, unanswered
 from bridge.door.enrolments import Enrolment
-from bridge.door.shares import Places
 from bridge.door.store import TO_SIGN, DatabaseError, DecisionRow, IssuedRow, Kept, Memory
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
@@ -45,6 +44,7 @@ from bridge.pki.certificates import csr_fingerprint, fingerprint, is_signed_by, 
 from bridge.settings.tables import Settings
 from bridge.state import Store, audit
 from bridge.system.paths import UnreadableError, read_ca_file
+from bridge.system.waiting import Places
 
 log = logging.getLogger("ca-bridge")
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
@@ -190,6 +191,93 @@ class Rate:
     def _left(self, name: str, now: float) -> float:
         left, since = self._buckets.get(name, (float(self._a_minute), now))
         return min(float(self._a_minute), left + (now - since) * self._a_minute / _MINUTE_SECONDS)
+
+
+# --- few places, and many addresses that want them --------------------------------------------------------------------
+
+
+class Shares(Generic[T]):
+    """
+    So many places, and a line for each address, from which each gets its turn; the caller has a lock.
+
+    One address has three quarters of the places at most, so that another one finds a place however long those in them
+    take; beyond that it waits for its own, and is turned away by other limits alone.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._free, self._most = places, places - places // 4
+        self._has: Counter[str] = Counter()
+        self._lines: dict[str, deque[T]] = {}  #: The address that had its turn last is last.
+
+    def wait(self, peer: str, one: T) -> None:
+        """Put one at the end of its address's line."""
+        self._lines.setdefault(peer, deque()).append(one)
+
+    def withdraw(self, peer: str, one: T) -> bool:
+        """Take one out of its line; False: it was not there any more."""
+        line = self._lines.get(peer, deque())
+        if one not in line:
+            return False
+        line.remove(one)
+        if not line:
+            del self._lines[peer]
+        return True
+
+    def next(self) -> tuple[str, T] | None:
+        """An address and the one that has a place now; None: no place is free for those that wait."""
+        peer = next((peer for peer in self._lines if self._free and self._has[peer] < self._most), None)
+        if peer is None:
+            return None
+        line = self._lines.pop(peer)
+        one = line.popleft()
+        if line:
+            self._lines[peer] = line
+        self._free -= 1
+        self._has[peer] += 1
+        return peer, one
+
+    def open(self) -> None:
+        """Let each have a place from now on."""
+        self._free = self._most = sys.maxsize
+
+    def give_back(self, peer: str) -> None:
+        """One of this address has left its place."""
+        self._free += 1
+        self._has[peer] -= 1
+        if not self._has[peer]:
+            del self._has[peer]
+
+
+class Places:
+    """Places that threads wait for."""
+
+    def __init__(self, places: int) -> None:
+        self._mutex = threading.Lock()
+        self._shares = Shares[threading.Event](places)
+
+    @contextlib.contextmanager
+    def taken(self, peer: str, seconds: float) -> Iterator[bool]:
+        """Run with a place; False: none came in time."""
+        turn = threading.Event()
+        with self._mutex:
+            self._shares.wait(peer, turn)
+            self._call()
+        if not turn.wait(seconds):
+            with self._mutex:
+                is_late = self._shares.withdraw(peer, turn)
+            if is_late:
+                yield False
+                return
+        try:
+            yield True
+        finally:
+            with self._mutex:
+                self._shares.give_back(peer)
+                self._call()
+
+    def _call(self) -> None:
+        while (found := self._shares.next()) is not None:
+            found[1].set()
 
 
 # --- many threads' calls, one call (docs/evidence/numbers.md) ---------------------------------------------------------

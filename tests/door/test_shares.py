@@ -18,9 +18,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from bridge.door.shares import Places, Shares
 from bridge.pki.bundle_format import dumps
-from bridge.system.waiting import wait_until
+from bridge.system.waiting import Places, Shares, wait_until
 from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.desks import Desk
 from tests.kit.pki import Pki
