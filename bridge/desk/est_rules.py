@@ -12,17 +12,18 @@ from cryptography import x509
 
 from bridge.errors import SettingsProblem
 from bridge.pki.bundle import BundledRequest
-from bridge.pki.certificates import UNREADABLE, attributes, subject_pattern
-from bridge.pki.csr import subject_line
-from bridge.pki.est_messages import OPERATIONS, other_names
+from bridge.pki.certificates import UNREADABLE, attributes, san_counts, subject_pattern
+from bridge.pki.csr import sans_line, subject_line
 from bridge.pki.kubeadm_names import is_node_name
 from bridge.pki.verify import client_problem
-from bridge.words import one_of
+from bridge.words import one_line, one_of
 
 _NODE = "{node}"
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
 #: The label of URLs without one.
 DEFAULT = "default"
+#: The operations, which no label may be called like (RFC 7030 §3.2.2).
+_OPERATIONS = ("cacerts", "csrattrs", "simpleenroll", "simplereenroll", "serverkeygen", "fullcmc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class EstRules:
 
 def is_label(text: str) -> bool:
     """Whether a label may have this name: one segment of a URL that nothing else is called."""
-    return _LABEL.fullmatch(text) is not None and text not in OPERATIONS and ".." not in text
+    return _LABEL.fullmatch(text) is not None and text not in _OPERATIONS and ".." not in text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,3 +102,16 @@ def asker_problem(
     except UNREADABLE:
         return "client: wanted a certificate that can be read, found another one"
     return other_names(request.csr, asker.certificate) if asker.renews else ""
+
+
+def other_names(csr: x509.CertificateSigningRequest, certificate: x509.Certificate) -> str:
+    """Why a CSR does not renew a certificate, by the values of subject and SANs (RFC 7030 §4.2.2); empty: it does."""
+    text = "wanted that of the certificate which is replaced"
+    try:
+        if attributes(certificate.subject) != attributes(csr.subject):
+            return f"subject: {text} ({subject_line(certificate)}), found {subject_line(csr)}"
+        if san_counts(certificate) != san_counts(csr):
+            return f"SAN: {text} ({sans_line(certificate)}), found {sans_line(csr)}"
+    except UNREADABLE as e:
+        return f"wanted names that can be read, found: {one_line(e)}"
+    return ""

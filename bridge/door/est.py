@@ -12,11 +12,12 @@ with a challengePassword is refused as one that asks for something else than SAN
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import logging
 import re
-from base64 import b64decode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -24,6 +25,7 @@ from http import HTTPStatus
 from typing import Any
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
 from bridge.desk.est_rules import DEFAULT, Asker, EstRules, node_of
 from bridge.door import enrolments
@@ -32,11 +34,10 @@ from bridge.door.enrolments import Enrolment
 from bridge.door.https import PEER
 from bridge.door.signing import Signing, asker_json, origin_problem
 from bridge.door.store import EnrolmentError, Kept, Memory
-from bridge.pki import node_proofs
+from bridge.pki import der, node_proofs
 from bridge.pki.bundle import BundledRequest, BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer, loads_request
-from bridge.pki.certificates import UNREADABLE, csr_fingerprint, fingerprint
-from bridge.pki.est_messages import MOST_BYTES, certs_only, csr_attributes, csr_of
+from bridge.pki.certificates import UNREADABLE, attributes, csr_fingerprint, fingerprint, san_counts
 from bridge.specs import CertificateSpec
 from bridge.words import one_line
 
@@ -45,6 +46,8 @@ log = logging.getLogger("ca-bridge")
 ROOT = "/.well-known/est/"
 _PATH = re.compile(r"/\.well-known/est/(?:([a-z0-9.-]{1,63})/)?(cacerts|csrattrs|simpleenroll|simplereenroll)")
 _CERTIFICATES = "application/pkcs7-mime; smime-type=certs-only"
+#: In base64; a CSR with RSA-4096 and a hundred names has a tenth of it.
+_MOST_BYTES = 64 << 10
 #: A client is kept waiting this long for an answer that may soon be there.
 _HOLD = timedelta(seconds=8)
 #: When a client is to come again: soon after it has asked, and then less often.
@@ -117,13 +120,13 @@ class Est:
         if self._door.ending.is_set():
             raise _later("wanted a running door, found one that is shutting down")
         self._chain(label)
-        used, der = None, environ.get(PEER)
-        if not renews and label.rules.secrets and (der is None or "HTTP_AUTHORIZATION" in environ):
+        used, shown = None, environ.get(PEER)
+        if not renews and label.rules.secrets and (shown is None or "HTTP_AUTHORIZATION" in environ):
             used = self._enrolment(environ)
             asker = Asker(label=label.name, certificate=None, renews=False, received=self._now())
             node = used.node
-        elif der is not None:
-            asker, node = self._client(der, label, renews=renews)
+        elif shown is not None:
+            asker, node = self._client(shown, label, renews=renews)
         else:
             wanted = "the certificate that is replaced" if renews else "a client certificate"
             raise _away(HTTPStatus.FORBIDDEN, f"wanted {wanted} in TLS, found none")
@@ -139,7 +142,7 @@ class Est:
         challenge = 'Basic realm="ca-bridge", charset="UTF-8"'
         scheme, _, text = str(environ.get("HTTP_AUTHORIZATION", "")).partition(" ")
         try:
-            user, _, secret = b64decode(text.strip(), validate=True).decode().partition(":")
+            user, _, secret = base64.b64decode(text.strip(), validate=True).decode().partition(":")
         except ValueError:
             scheme = user = secret = ""
         secret_hash = node_proofs.secret_hash(secret) if scheme.lower() == "basic" else None
@@ -149,10 +152,10 @@ class Est:
             raise _away(HTTPStatus.UNAUTHORIZED, f"wanted {wanted}, found neither", www_authenticate=challenge)
         return found
 
-    def _client(self, der: bytes, label: _Label, *, renews: bool) -> tuple[Asker, str]:
+    def _client(self, shown: bytes, label: _Label, *, renews: bool) -> tuple[Asker, str]:
         """The client that has shown this certificate, and the node that it asks for."""
         try:
-            certificate = x509.load_der_x509_certificate(der)
+            certificate = x509.load_der_x509_certificate(shown)
             node = node_of(certificate.subject, label.rules.clients)
         except UNREADABLE:
             raise _away(HTTPStatus.FORBIDDEN, "wanted a client certificate that can be read") from None
@@ -254,8 +257,8 @@ def _csr(environ: Environ) -> x509.CertificateSigningRequest:
         raise _away(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wanted no Content-Encoding, found one")
     # all of it, since a connection that is closed with bytes unread takes the answer away from the client
     body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-    if len(body) > MOST_BYTES:
-        raise _away(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"wanted at most {MOST_BYTES} bytes, found {len(body)}")
+    if len(body) > _MOST_BYTES:
+        raise _away(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"wanted at most {_MOST_BYTES} bytes, found {len(body)}")
     try:
         return csr_of(body)
     except ValueError as e:
@@ -286,3 +289,56 @@ def _away(status: HTTPStatus, text: str, **headers: str) -> _TurnedAwayError:
 
 def _later(text: str) -> _TurnedAwayError:
     return _away(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_LATER_SECONDS))
+
+
+# --- the bodies (RFC 7030, RFC 8951) ----------------------------------------------------------------------------------
+
+_RSA, _EC = bytes.fromhex("06092a864886f70d010101"), bytes.fromhex("06072a8648ce3d0201")
+#: Key algorithms as attributes: the type's OID, and an encoded value.
+_KEYS = {
+    "rsa-2048": (_RSA, bytes.fromhex("02020800")),
+    "rsa-3072": (_RSA, bytes.fromhex("02020c00")),
+    "rsa-4096": (_RSA, bytes.fromhex("02021000")),
+    "ecdsa-p256": (_EC, bytes.fromhex("06082a8648ce3d030107")),
+    "ecdsa-p384": (_EC, bytes.fromhex("06052b81040022")),
+}
+
+
+def csr_of(body: bytes) -> x509.CertificateSigningRequest:
+    """The CSR of an enrolment: base64 of its DER with any white space (RFC 8951 §3.1; ValueError says what was found)."""
+    wanted = "wanted the base64 of one CSR in DER, with neither PEM's lines around it nor a byte more"
+    try:
+        encoded = base64.b64decode(b"".join(body.split()), validate=True)
+    except binascii.Error:
+        found = "PEM" if b"-----BEGIN" in body else "other characters, or base64 that is cut off"
+        raise ValueError(f"{wanted}; found {found}") from None
+    try:
+        der.one(encoded, der.SEQUENCE)
+        csr = x509.load_der_x509_csr(encoded)
+        is_signed = csr.is_signature_valid
+        _ = (attributes(csr.subject), san_counts(csr))  # which are read only now
+    except (*UNREADABLE, UnicodeError) as e:
+        raise ValueError(f"{wanted}; found something else ({one_line(e, 100)})") from None
+    if csr.public_bytes(Encoding.DER) != encoded:
+        raise ValueError(f"{wanted}; found another encoding than DER")
+    if not is_signed:
+        raise ValueError("wanted a CSR that is signed with its own key, found another signature")
+    return csr
+
+
+def certs_only(certificates: Sequence[x509.Certificate]) -> bytes:
+    """A PKCS#7 with these certificates, a set, in lines of base64 as all clients take it (RFC 7030 §4.1.3, §4.2.3)."""
+    return _lines(pkcs7.serialize_certificates(list(certificates), Encoding.DER))
+
+
+def csr_attributes(keys: Sequence[str]) -> bytes:
+    """`CsrAttrs` (RFC 7030 §4.5.2) that names the key algorithms which may be, such as `rsa-2048`; others are left out."""
+    values: dict[bytes, list[bytes]] = {}
+    for kind, value in (_KEYS[key] for key in keys if key in _KEYS):
+        values.setdefault(kind, []).append(value)
+    found = [der.encoded(der.SEQUENCE, kind, der.encoded(der.SET, *sorted(some))) for kind, some in values.items()]
+    return _lines(der.encoded(der.SEQUENCE, *found))
+
+
+def _lines(data: bytes) -> bytes:
+    return base64.encodebytes(data).replace(b"\n", b"\r\n")

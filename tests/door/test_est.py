@@ -20,10 +20,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.door import store
+from bridge.door.est import csr_attributes
 from bridge.door.store import METADATA, Memory, sqlite_url
 from bridge.errors import Exit
 from bridge.pki.csr import generate_key, key_pem
-from bridge.pki.est_messages import csr_attributes
 from bridge.specs import SPECS
 from bridge.system.waiting import wait_until
 from tests.kit import programs

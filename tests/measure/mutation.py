@@ -44,7 +44,6 @@ TESTS = {
     "bridge/pki/bundle.py": _BUNDLE,
     "bridge/pki/signatures.py": ("tests/pki/test_signatures.py", *_BUNDLE),
     "bridge/pki/bundle_format.py": _BUNDLE,
-    "bridge/pki/est_messages.py": ("tests/pki/test_est_messages.py",),
     "bridge/pki/node_proofs.py": ("tests/pki/test_node_proofs.py",),
     "bridge/pki/budget.py": ("tests/pki/test_budget.py",),
     "bridge/pki/expiry.py": ("tests/pki/test_expiry.py",),

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 from cryptography.x509.oid import NameOID
 
 from bridge.contract import SignRequest
-from bridge.pki import est_messages
+from bridge.desk.est_rules import other_names
+from bridge.door.est import certs_only, csr_attributes, csr_of
 from bridge.pki.csr import generate_key
 from bridge.specs import SPECS
 from tests.kit.issuing import Signer, cn, name
@@ -37,7 +38,7 @@ _BODY = base64.encodebytes(_DER)
 @pytest.mark.parametrize("body", [_BODY, b"".join(_BODY.split()), b"\r\n\t " + _BODY.replace(b"\n", b" \r\n")])
 def test_a_csr_in_base64_is_read(body: bytes) -> None:
     """White space does not count (RFC 8951 §3.1)."""
-    assert est_messages.csr_of(body) == _CSR
+    assert csr_of(body) == _CSR
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_a_csr_in_base64_is_read(body: bytes) -> None:
 def test_another_body_is_refused(body: bytes, found: str) -> None:
     """The error says what was wanted: one CSR, whole, in DER, signed with its own key."""
     with pytest.raises(ValueError, match=found) as e:
-        est_messages.csr_of(body)
+        csr_of(body)
     assert str(e.value).startswith("wanted the base64 of one CSR in DER, with neither PEM's") or "own key" in str(
         e.value
     )
@@ -68,14 +69,14 @@ def test_a_csr_in_another_encoding_than_der_is_refused() -> None:
     """A length in more bytes than it needs is BER: what is signed must have one form."""
     assert _DER[:2] == b"\x30\x81", "a CSR of 128 to 255 bytes"
     with pytest.raises(ValueError, match=r"^wanted the base64 of one CSR in DER, .*; found ") as e:
-        est_messages.csr_of(base64.b64encode(b"\x30\x82\x00" + _DER[2:]))
+        csr_of(base64.b64encode(b"\x30\x82\x00" + _DER[2:]))
     assert "other characters" not in str(e.value)
 
 
 def test_certificates_go_in_a_pkcs7() -> None:
     """A set in lines of base64 that end with CR and LF."""
     found = [Signer.make(f"ca-{number}").certificate for number in range(2)]
-    body = est_messages.certs_only(found)
+    body = certs_only(found)
     assert set(pkcs7.load_der_pkcs7_certificates(base64.b64decode(body))) == set(found)
     assert body.endswith(b"\r\n")
     assert b"\n" not in body.replace(b"\r\n", b"")
@@ -95,7 +96,7 @@ _WORDS = {
 @pytest.mark.parametrize("keys", [*([one] for one in _WORDS), list(_WORDS), ["ed25519"], ["ed25519", "rsa-3072"]])
 def test_attributes_name_key_algorithms(keys: list[str]) -> None:
     """OpenSSL reads those that are asked for, each type once with its values, and no others."""
-    data = base64.b64decode(est_messages.csr_attributes(keys))
+    data = base64.b64decode(csr_attributes(keys))
     parse = ["openssl", "asn1parse", "-inform", "DER"]
     read = subprocess.run(parse, input=data, capture_output=True, check=True).stdout.decode()
     wanted = {word for key in keys for word in _WORDS.get(key, [])}
@@ -107,12 +108,12 @@ def test_a_renewal_has_the_same_names() -> None:
     """Subject and SANs are compared by their values; the answer names what differs, and both values."""
     request = SignRequest(spec=SPECS["apiserver"], csr_pem=_CSR.public_bytes(Encoding.PEM), validity=_DAY)
     leaf = Signer.make().issue(request).leaf
-    assert est_messages.other_names(_CSR, leaf) == ""
-    other = est_messages.other_names(made(name((NameOID.COMMON_NAME, "other"))), leaf)
+    assert other_names(_CSR, leaf) == ""
+    other = other_names(made(name((NameOID.COMMON_NAME, "other"))), leaf)
     assert other == "subject: wanted that of the certificate which is replaced (CN=web), found CN=other"
-    more = est_messages.other_names(made(sans=["a.example", "b.example"]), leaf)
+    more = other_names(made(sans=["a.example", "b.example"]), leaf)
     assert (
         more
         == "SAN: wanted that of the certificate which is replaced (DNS:a.example), found DNS:a.example, DNS:b.example"
     )
-    assert est_messages.other_names(made(sans=["a.example", "a.example"]), leaf) != ""
+    assert other_names(made(sans=["a.example", "a.example"]), leaf) != ""
