@@ -20,8 +20,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
-from bridge.ca import CA, UntrustedAnswerError, cross_behind, registry
-from bridge.ca.installed import owe_putting_away, put_away
+from bridge.ca import CA, UntrustedAnswerError, owe_putting_away, put_away, registry
 from bridge.ca.retry import Outage
 from bridge.contract import Carries, Collects, Continuity, Issued, Pending
 from bridge.errors import (
@@ -227,7 +226,7 @@ def issue(
         extra_subject=settings.extra_subject(CLUSTER_CA.name),
         longest=rules.max_validity,
         longest_name="users.max_validity",
-        cross=cross_behind(settings, CLUSTER_CA.name, anchors[0], now()),
+        cross=registry.cross_behind(settings, CLUSTER_CA.name, anchors[0], now()),
     )
     outage = Outage(configured.settings.retry_for, configured.label, progress.note)
     with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):

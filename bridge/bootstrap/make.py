@@ -27,7 +27,7 @@ from bridge.bootstrap import (
 from bridge.bootstrap.desired import Bootstrapped, DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
 from bridge.bootstrap.keys import Made
 from bridge.bootstrap.whole import NodeLook, look_at
-from bridge.ca import cross_behind
+from bridge.ca.registry import cross_behind
 from bridge.contract import SignRequest
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node.inventory import Item

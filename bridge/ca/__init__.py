@@ -1,12 +1,14 @@
-"""One CA at work: checked, asked, collected from, and its answers proven; beside this its backend, and when it is asked again."""
+"""
+One CA at work: checked, asked, collected from, its answers proven and put away; `registry` has its backend, and `retry`
+says when it is asked again.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
@@ -47,18 +49,20 @@ from bridge.errors import (
     BackendUnavailableError,
     BridgeError,
     SettingsError,
-    SettingsProblem,
     VerificationError,
     Violation,
 )
 from bridge.pki import verify
-from bridge.pki.certificates import fingerprint, load_pem_certificates, name_text, spki
+from bridge.pki.certificates import fingerprint
 from bridge.pki.csr import subject_line
 from bridge.pki.verify import Expectation, Verified
-from bridge.settings.tables import RenewalSettings, Settings
+from bridge.settings.tables import Settings
 from bridge.specs import CertificateSpec
+from bridge.state import Store
+from bridge.state.obligations import Collected, collected_file
+from bridge.state.open_requests import OpenRequests, OpenUsers
 from bridge.system.console import log
-from bridge.system.paths import own_text
+from bridge.system.state_file import StateError
 from bridge.system.waiting import workers
 
 #: Requests to one CA at a time. A desk's lot has more, since OpenBao with its storage on disk signs a quarter more
@@ -417,43 +421,36 @@ def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expect
     )
 
 
-# --- the certificate that an earlier CA gave to the one that signs now, which goes behind each new one -------------------
+# --- answers that are installed, which backends then put away; a killed run leaves that to the next one ---------------
 
 
-def load_cross(path: Path) -> x509.Certificate:
-    """Read the file that a setting names (SettingsError: it is not there, others can change it, or it has not one certificate)."""
-    what = "a cross certificate: the CA's name and key, certified by the CA before it"
-    hint = "the administrator of the earlier CA makes it; without it take `cross` out of the settings"
-    text = own_text(path, what, hint)
+def owe_putting_away(settings: Settings, store: Store, answers: Iterable[tuple[str, str]]) -> None:
+    """Record, before an installation, which answers (authority and reference) their backends put away after it."""
+    ours = [Collected(authority=a, reference=r) for a, r in answers if r and a in settings.authorities]
+    configured = registry.configured(settings, dict.fromkeys(one.authority for one in ours))
+    new = [one for one in ours if hasattr(configured[one.authority].backend_type, "put_away")]
+    if new:
+        file = collected_file(store)
+        file.put(tuple(dict.fromkeys([*(file.read() or ()), *new])))
+
+
+def put_away(settings: Settings, store: Store, note: Callable[[str], None]) -> None:
+    """Have backends remove the answers of which no request is open any more; a failure is reported once."""
+    if not store.collected.exists():
+        return
     try:
-        found = load_pem_certificates(text.encode())
-    except ValueError as e:
-        raise SettingsError([SettingsProblem("", what, str(e), path)]) from None
-    if len(found) != 1:
-        raise SettingsError([SettingsProblem("", what, f"{len(found)} certificates", path)])
-    return found[0]
-
-
-def is_cross_long_enough(cross: x509.Certificate, renewal: RenewalSettings, now: datetime) -> bool:
-    """Whether a certificate with this one behind it is not due at once."""
-    return cross.not_valid_after_utc - now > renewal.before.of(renewal.validity)
-
-
-def cross_behind(
-    settings: Settings, authority: str, anchor: x509.Certificate, now: datetime
-) -> x509.Certificate | None:
-    """As `cross_of`; None also if it ends so soon that the certificates before it would be due for renewal at once."""
-    found = cross_of(settings, authority, anchor)
-    return found if found is not None and is_cross_long_enough(found, settings.renewal, now) else None
-
-
-def cross_of(settings: Settings, authority: str, anchor: x509.Certificate) -> x509.Certificate | None:
-    """The cross certificate of the CA that signs for an authority; None: the settings name none (SettingsError: a wrong one)."""
-    ours = settings.authorities.get(authority)
-    if ours is None or ours.cross is None:
-        return None
-    found = load_cross(ours.cross)
-    if found.subject != anchor.subject or spki(found.public_key()) != spki(anchor.public_key()):
-        want = f"a cross certificate for {name_text(anchor.subject)} and its key, which signs now"
-        raise SettingsError([SettingsProblem("", want, f"one for {name_text(found.subject)}", ours.cross)])
-    return found
+        file = collected_file(store)
+        every, waiting = file.read() or (), {one.reference for one in (*OpenRequests(store), *OpenUsers(store))}
+        over = {one.reference: one.authority for one in every if one.reference not in waiting}
+        names = [name for name in over.values() if name in settings.authorities]
+        configured = registry.configured(settings, dict.fromkeys(names))
+        for reference, name in over.items():
+            try:
+                if name in configured:
+                    with contextlib.closing(CA.of(configured[name])) as ca:
+                        ca.put_away(reference)
+            except BackendError as e:
+                note(f"installed answers stay where they are: {e}; {e.hint}")
+        file.put(tuple(one for one in every if one.reference in waiting))
+    except (SettingsError, StateError) as e:
+        note(str(e))

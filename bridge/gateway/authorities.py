@@ -14,8 +14,8 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge.ca import CA, Answer, cross_of, is_cross_long_enough, registry, usages
-from bridge.ca.registry import Configured
+from bridge.ca import CA, Answer, registry, usages
+from bridge.ca.registry import Configured, cross_of, is_cross_long_enough
 from bridge.ca.retry import Rest
 from bridge.contract import (
     AsksValidity,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from bridge.ca.installed import owe_putting_away, put_away
+from bridge.ca import owe_putting_away, put_away
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, WaitingError
 from bridge.node.inventory import Node
 from bridge.renewal import NotReadyError, RunOptions, Selection, in_use, outcome_of, revocation

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.ca import RefusedByCheckError, UntrustedAnswerError, cross_behind
+from bridge.ca import RefusedByCheckError, UntrustedAnswerError
+from bridge.ca.registry import cross_behind
 from bridge.contract import Issued, Pending
 from bridge.errors import (
     BackendUnavailableError,

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from cryptography import x509
 
-from bridge.ca import load_cross
+from bridge.ca.registry import load_cross
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node import endpoints, kubeconfig
 from bridge.node.inventory import AuthorityState, Item, Node

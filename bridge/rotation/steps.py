@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
 from bridge import control_plane
-from bridge.ca import CA, is_cross_long_enough, registry
+from bridge.ca import CA, registry
 from bridge.ca.retry import Rest
 from bridge.contract import Spends
 from bridge.control_plane import ORDER, Reader
@@ -396,7 +396,7 @@ def violations(
     leaves = {item.spec.name: item.certificates[0] for item in one.items}
     if one.change.old != one.change.new:
         yield from new_ca_violations(one.change, leaves, others, now)
-        if one.change.cross is not None and not is_cross_long_enough(one.change.cross, settings.renewal, now):
+        if one.change.cross is not None and not registry.is_cross_long_enough(one.change.cross, settings.renewal, now):
             want = f"later than renewal.before ({settings.renewal.before}) from now on, or no certificate gets it"
             got = minute(one.change.cross.not_valid_after_utc)
             yield Violation(subject="cross certificate's notAfter", want=want, got=got)

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge import rotation
-from bridge.ca import cross_behind
+from bridge.ca.registry import cross_behind
 from bridge.cli.options import utc_now
 from bridge.errors import SettingsError
 from bridge.node import inventory, kubeconfig
