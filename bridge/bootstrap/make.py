@@ -40,8 +40,7 @@ from bridge.pki.kubeadm_names import NamingFacts, naming
 from bridge.pki.verify import Verified
 from bridge.renewal import airgap, outcome_of
 from bridge.renewal.issuance import Answered, issue, reaching
-from bridge.renewal.prepare import Prepared
-from bridge.renewal.readiness import assert_room
+from bridge.renewal.prepare import Prepared, assert_room
 from bridge.renewal.verify_and_install import await_validity, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec

@@ -27,7 +27,7 @@ from bridge.pki import expiry, verify
 from bridge.pki.certificates import UNREADABLE, leads_to, load_pem_certificates, name_text, san_entries
 from bridge.pki.expiry import CA_ENDS_SOON
 from bridge.renewal import ForeignIdentityError, foreign_identity
-from bridge.renewal.readiness import Allowed
+from bridge.renewal.prepare import Allowed
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, SUPER_ADMIN, Component
 from bridge.system.files import user_name

@@ -19,7 +19,8 @@ from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import load_pem_certificates, serial_hex
-from bridge.renewal import damage, readiness
+from bridge.renewal import damage
+from bridge.renewal.prepare import BYTES_NEEDED, INODES_NEEDED
 from bridge.settings.tables import Settings
 from bridge.state import Store, copies
 from bridge.system import files, jobs, locks
@@ -59,11 +60,11 @@ def disk_space(settings: Settings, *, node: bool = True) -> Iterator[Finding]:
         if found.free < _LITTLE:
             needs = f"{_LITTLE >> 20} MiB for a renewal, its backup and some time to come"
             text = f"wanted {needs}, found {found.free >> 10} KiB"
-            level: Level = "error" if found.free < readiness.BYTES_NEEDED else "warning"
+            level: Level = "error" if found.free < BYTES_NEEDED else "warning"
             yield Finding(level=level, check="disk-space", about=about, text=text, hint="make room there")
         if found.inodes is not None and found.inodes < _FEW_INODES:
             text = f"wanted {_FEW_INODES} inodes for new files, found {found.inodes}"
-            level = "error" if found.inodes < readiness.INODES_NEEDED else "warning"
+            level = "error" if found.inodes < INODES_NEEDED else "warning"
             yield Finding(level=level, check="inodes", about=about, text=text, hint="remove small files there")
 
 

@@ -27,7 +27,7 @@ from bridge.words import name_found
 if TYPE_CHECKING:  # a night with nothing due makes none of them
     from bridge.node.kubeconfig import FreshKubeconfig
     from bridge.pki.csr import Naming
-    from bridge.renewal.readiness import Allowed
+    from bridge.renewal.prepare import Allowed
     from bridge.renewal.verify_and_install import Proven
     from bridge.state.install import Replacement
     from bridge.state.open_requests import OpenRequest
@@ -311,7 +311,7 @@ class _Choice:
 def _allowed(settings: Settings) -> Allowed | None:
     if settings.policy.file is None:
         return None
-    from bridge.renewal.readiness import Allowed  # noqa: PLC0415 (only where the settings name a policy)
+    from bridge.renewal.prepare import Allowed  # noqa: PLC0415 (only where the settings name a policy)
 
     return Allowed(settings)
 

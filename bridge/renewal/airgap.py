@@ -37,6 +37,7 @@ from bridge.renewal.changes import decide
 from bridge.renewal.issuance import Answered, refused_as_shorter
 from bridge.renewal.prepare import (
     Prepared,
+    assert_room,
     live_pair,
     open_request,
     prepare,
@@ -46,7 +47,6 @@ from bridge.renewal.prepare import (
     take_up,
     with_continuity,
 )
-from bridge.renewal.readiness import assert_room
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings

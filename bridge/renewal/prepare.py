@@ -1,5 +1,6 @@
 """
-Keys and CSRs of a renewal, from the live certificates; an open request is used again.
+Keys and CSRs of a renewal, from the live certificates; an open request is used again. Before that, the room on the disks
+and the node's own policy are looked at.
 
 The names of a kubelet's serving certificate come from the settings, or from the node's own configuration; never from its
 `Node.status`, which a holder of a kubelet's credentials can write.
@@ -15,7 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -23,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.contract import Continuity, SignRequest
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig, manifests, pairs
 from bridge.node.inventory import Item
 from bridge.node.kubeconfig import FreshKubeconfig, KubeconfigError
@@ -38,8 +41,20 @@ from bridge.state import Outcome
 from bridge.state.install import fingerprint
 from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Run
-from bridge.system.files import DIRECTORY_MODE, Attributes, digest, sync_directory, write_staged
+from bridge.system.console import READ_ONLY_HINT
+from bridge.system.files import (
+    DIRECTORY_MODE,
+    Attributes,
+    DiskSpace,
+    digest,
+    disk_spaces,
+    sync_directory,
+    write_staged,
+)
 from bridge.system.paths import foreign_link
+
+if TYPE_CHECKING:
+    from bridge.desk.policy import Policy
 
 #: A desk takes no request that is older than its policy's `max_age` (30 days by default).
 _PROOF_ANEW = timedelta(days=7)
@@ -104,7 +119,7 @@ def prepare(
 def _prepare(item: Item, settings: Settings, made: OpenRequest | None, desired: Desired | None) -> Prepared | Outcome:
     try:
         live, was = live_pair(item)
-        algorithm = next_key(item, live, settings, made, desired)
+        algorithm = _next_key(item, live, settings, made, desired)
         naming = desired.naming if desired is not None else serving_names(item, settings)
         replaced = replaced_by_next(item, live)
         validity = settings.renewal.validity
@@ -119,7 +134,7 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None, desired: 
     return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was, kubeconfig=fresh)
 
 
-def next_key(
+def _next_key(
     item: Item, live: x509.Certificate | None, settings: Settings, made: OpenRequest | None, desired: Desired | None
 ) -> KeyAlgorithm:
     """The new key's algorithm: the settings', else the live certificate's, else kubeadm's configuration's."""
@@ -359,3 +374,88 @@ def _advertised(node: NodeSettings) -> list[str]:
         return []
     address = manifest.flags.get("--advertise-address", "") if manifest is not None else ""
     return [address] if address and is_host(address) else []
+
+
+# --- before a CA is asked: disk space, and the node's own policy ------------------------------------------------------
+
+#: A renewal of all twelve takes 0.3 MiB: new files beside the old ones, a backup, requests, a record.
+BYTES_NEEDED, INODES_NEEDED = 1 << 20, 64
+
+
+def assert_room(settings: Settings) -> None:
+    """Look at the disks of the state, PKI and kubeconfig directories (NotReadyError)."""
+    node = settings.node
+    found = list(disk_spaces((node.state_dir, node.pki_dir, node.kubeconfig_dir)))
+    if closed := [str(room.place) for room in found if room.is_read_only]:
+        text = f"file system of {', '.join(closed)}: wanted one that can be written to, found it read-only"
+        raise NotReadyError(text, hint=f"{READ_ONLY_HINT}, then run again; no CA was asked")
+    if problems := [text for text in map(_too_little, found) if text]:
+        raise NotReadyError("; ".join(problems), hint="make room there, then run again; no CA was asked")
+
+
+def _too_little(room: DiskSpace) -> str:
+    where = f"file system of {room.place}"
+    if room.free < BYTES_NEEDED:
+        return f"{where}: wanted {BYTES_NEEDED >> 10} KiB for a renewal, found {room.free >> 10} KiB"
+    if room.inodes is not None and room.inodes < INODES_NEEDED:
+        return f"{where}: wanted {INODES_NEEDED} inodes for a renewal, found {room.inodes}"
+    return ""
+
+
+class NotAllowedError(BridgeError):
+    """The node's own policy does not allow the next certificate; no CA was asked."""
+
+    exit_code = Exit.REFUSED
+
+    def __init__(self, item: Item, file: Path, problems: tuple[str, ...]) -> None:
+        self.problems = problems
+        key = f'"{item.spec.name}"' if "." in item.spec.name else item.spec.name
+        hint = f"if it is meant, allow it in the policy ([allow] or [certificate.{key}])"
+        if item.certificates:
+            what = f"find out who put {item.certificate_path} there"
+            hint = f"{what}, and put the right one back (an expired one will do); {hint}"
+        super().__init__(
+            f"this node's policy {file} does not allow the next certificate: {'; '.join(problems)}", hint=hint
+        )
+
+
+class Allowed:
+    """
+    A node's own allow-list: the policy that `[policy] file` names, in the form of a CA desk's; read when the first
+    certificate is judged.
+
+    A renewal takes over the names of the live certificate, so that an attacker who once put a certificate with more names
+    in its place would have them renewed for ever. With a policy, such a certificate is not renewed, and no CA is asked for it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The policy (SettingsError: the file can't be used)."""
+        from bridge.desk.files import load_policy  # noqa: PLC0415 (100 ms; only where the settings name a policy)
+
+        return load_policy(self._settings, self._settings.policy.file)
+
+    def error(self, item: Item, desired: Desired | None) -> BridgeError | None:
+        """The reason why the next certificate of this name must not be asked for; None: the policy allows it."""
+        from bridge.desk.policy import Planned, planned_problems  # noqa: PLC0415 (see above)
+
+        settings, live = self._settings, item.certificates[0] if item.certificates else None
+        try:
+            naming = desired.naming if desired is not None else serving_names(item, settings)
+            planned = Planned(
+                node=settings.node.node_name,
+                cluster=settings.node.cluster,
+                spec=item.spec,
+                naming=naming or csr.naming_of(present(item, live)),
+                key=_next_key(item, live, settings, None, desired),
+                validity=settings.renewal.validity,
+                replaces=replaced_by_next(item, live),
+            )
+        except BridgeError as e:  # the renewal would fail for it, too
+            return e
+        problems = planned_problems(planned, self.policy)
+        file = settings.policy.file
+        return NotAllowedError(item, file, problems) if problems and file is not None else None

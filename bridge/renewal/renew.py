@@ -14,19 +14,19 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 
+from bridge import control_plane
 from bridge.ca import CA, registry
 from bridge.contract import Carries, CollectsAll, Issued, Pending, Spends
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.node.inventory import Item, Node
 from bridge.pki import expiry, verify
 from bridge.pki.certificates import is_for, serial_hex
-from bridge.pki.expiry import due_from, duration_text
-from bridge.renewal import ALL, RunOptions, Selection, anchors_in, gate, new_keys, outcome_of, select
+from bridge.pki.expiry import due_from, duration_text, first_end
+from bridge.renewal import ALL, NotReadyError, RunOptions, Selection, anchors_in, gate, new_keys, outcome_of, select
 from bridge.renewal.changes import decide
 from bridge.renewal.gate import NotYetError
 from bridge.renewal.issuance import Answered, issue_all, reaching
-from bridge.renewal.prepare import Prepared, prepare, preparing
-from bridge.renewal.readiness import assert_room, without_restart
+from bridge.renewal.prepare import Prepared, assert_room, prepare, preparing
 from bridge.renewal.revocation import RevocationError
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
@@ -99,6 +99,30 @@ def renew(run: Run, transaction: Transaction, selection: Selection, node: Node, 
         remember(run, answered, proven)
         result = hold_back(run, unasked, failed) if unasked else transaction.install(selection, proven, failed)
     return transaction.conclude(selection, transaction.activate(selection, result))
+
+
+def without_restart(node: Node, settings: Settings, items: Sequence[Item], now: datetime) -> list[Outcome]:
+    """Outcomes of certificates whose components have to be restarted, and can't be; expired ones are none of them."""
+    if settings.restart.method == "none":
+        return []
+    from bridge.control_plane import restarts  # noqa: PLC0415 (40 ms; only where components are restarted)
+
+    reloads = control_plane.reloading(node, settings.node)
+    users = control_plane.stale([item.spec for item in items], reloads, settings.restart.components)
+    obstacles = {c: _no_way(e) for c in users if (e := restarts.obstacle(c, node, settings)) is not None}
+    return [
+        outcome_of(item, obstacles[component])
+        for item in items
+        if (component := item.spec.component) in obstacles
+        and not (item.certificates and first_end(item.renewable) <= now)
+        and component in control_plane.stale([item.spec], reloads, settings.restart.components)
+    ]
+
+
+def _no_way(error: BridgeError) -> NotReadyError:
+    hint = f"{error.hint}; or `ca-bridge renew --no-restart` installs it, and says what to restart"
+    text = f"not asked for, since its component could not be restarted: {error}"
+    return NotReadyError(text, hint=hint, exit_code=Exit.USAGE)
 
 
 def _prepare_and_issue(

@@ -26,13 +26,13 @@ from bridge.errors import (
 )
 from bridge.node import kubeconfig, kubelet, pairs
 from bridge.node.inventory import Item, Node
+from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import verify
-from bridge.pki.certificates import pem
+from bridge.pki.certificates import UNREADABLE, leads_to, load_pem_certificates, pem
 from bridge.pki.expiry import duration_text, first_end, is_due, minute, residual, seconds_left
-from bridge.renewal import NO_TRUST, MissingCertificateError, Trust, anchors_of, outcome_of
+from bridge.renewal import NO_TRUST, MissingCertificateError, NotReadyError, Trust, anchors_of, outcome_of
 from bridge.renewal.issuance import Answered, ShorterError
 from bridge.renewal.prepare import Prepared, open_request
-from bridge.renewal.readiness import half_rotated
 from bridge.settings.pairs import PairFiles
 from bridge.settings.tables import Settings
 from bridge.specs import CA
@@ -40,6 +40,7 @@ from bridge.state import Outcome, audit
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, KUBECONFIG_MASK, Replacement, install
 from bridge.state.session import Run
 from bridge.system.files import Attributes
+from bridge.system.paths import UnreadableError, read
 from bridge.system.state_file import StateError
 
 #: Below this version kubeadm reads one certificate a file (measured on 1.20; chains since 1.21).
@@ -87,7 +88,7 @@ def expectations(
     """Expectations by authority; and failures where the CA file can't be read, or the CA is only half replaced."""
     wanted = settings.node.kubernetes_version
     version = node.kubernetes_version if wanted is None else (wanted.major, wanted.minor)
-    half = half_rotated(node, settings.node.kubeconfig_dir)
+    half = _half_rotated(node, settings.node.kubeconfig_dir)
     demands: dict[str, verify.Expectation] = {}
     failed = []
     for item in items:
@@ -109,6 +110,46 @@ def expectations(
         except BridgeError as e:
             failed.append(outcome_of(item, e))
     return demands, failed
+
+
+def _half_rotated(node: Node, kubeconfig_dir: Path) -> NotReadyError | None:
+    """Find kubeconfigs that accept the API server's live certificate, and would refuse its next one."""
+    serving = next((item.certificates for item in node.items if item.spec.name == "apiserver"), ())
+    anchors = next((one.certificates for one in node.authorities if one.authority.name == "ca"), ())
+    if not serving or not anchors or (len(anchors) == 1 and leads_to(serving, anchors)):
+        return None
+    new = anchors[0]  # kubeadm and our own checks take the first for the root
+    behind = []
+    for spec in (item.spec for item in node.items if item.spec.kubeconfig and item.state == "present"):
+        trusted = _trusted(kubeconfig_dir / spec.base)
+        if not any(_is_same(one, new) for one in trusted) and leads_to(serving, trusted):
+            behind.append(str(kubeconfig_dir / spec.base))
+    if not behind:
+        return None
+    ca = next(one.path for one in node.authorities if one.authority.name == "ca")
+    return NotReadyError(
+        f"wanted the first CA of {ca} in each kubeconfig, since it signs the new certificates; "
+        f"found only the old one in {', '.join(behind)}",
+        hint="have both CAs in certificate-authority-data of every kubeconfig, of all nodes and people, before the new "
+        "one is the first in ca.crt (Kubernetes' “Manual Rotation of CA Certificates”); no CA was asked, and nothing was replaced",
+    )
+
+
+def _trusted(path: Path) -> list[x509.Certificate]:
+    """The CAs that a kubeconfig trusts; empty: it names none, or they can't be read."""
+    try:
+        data = kubeconfig.parse(read(path) or b"").ca_data
+        return load_pem_certificates(data) if data else []
+    except (KubeconfigError, UnreadableError, ValueError):
+        return []
+
+
+def _is_same(one: x509.Certificate, other: x509.Certificate) -> bool:
+    """Whether both are certificates of one CA, which may have been renewed for the same key."""
+    try:
+        return one.subject == other.subject and one.public_key() == other.public_key()
+    except UNREADABLE:
+        return False
 
 
 def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replacement]:

@@ -189,7 +189,7 @@ class RenewalSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySettings:
-    """Table `[policy]`; see `bridge.renewal.readiness`."""
+    """Table `[policy]`; see `bridge.renewal.prepare`."""
 
     #: A CA desk's policy that also holds on this node: a certificate whose names, key or lifetime it does not allow is
     #: not renewed. If not set, a renewal takes over the names of the live certificate, whatever they are.

@@ -11,7 +11,7 @@ import pytest
 
 from bridge.errors import Exit
 from bridge.node import inventory
-from bridge.renewal import NotReadyError, RunOptions, readiness, renew
+from bridge.renewal import NotReadyError, RunOptions, prepare, renew
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import RestartSettings, Settings
 from tests.kit.pki import Pki, handmade_pki
@@ -39,7 +39,7 @@ def renewed(settings: Settings, *names: str, restarts: bool = True) -> Result:
 def without_restart(settings: Settings, *names: str) -> list[str]:
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
     items = [item for item in node.items if item.spec.name in names]
-    return [outcome.name for outcome in readiness.without_restart(node, settings, items, datetime.now(UTC))]
+    return [outcome.name for outcome in renew.without_restart(node, settings, items, datetime.now(UTC))]
 
 
 def signed(tmp_path: Path) -> int:
@@ -58,7 +58,7 @@ def test_no_signature_is_spent_where_there_is_no_room(
     """Nothing was asked or replaced, and that counts as no CA's failure; with room the same run succeeds."""
     settings, old = settings_for(node, tmp_path), contents(node)
     with monkeypatch.context() as patch:
-        patch.setattr(readiness, limit, 1 << 70)
+        patch.setattr(prepare, limit, 1 << 70)
         for _ in range(3):
             with pytest.raises(NotReadyError, match=what):
                 renewed(settings)
