@@ -15,7 +15,7 @@ from bridge.cli.results import certificates_json, errors_json, print_pairs, prin
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute, rfc3339
-from bridge.renewal.transaction import put_back_and_retire
+from bridge.renewal.transaction import put_back_and_retire, set_damaged_aside
 from bridge.renewal.verify_and_install import Result
 from bridge.specs import SPECS, USER, Component
 from bridge.state import Store, audit, backups, copies
@@ -41,9 +41,7 @@ def recover(
     if not settings.node.state_dir.is_dir():
         say("nothing to recover: no run has been here")
         return Exit.DONE
-    from bridge.renewal import damage  # noqa: PLC0415 (loads all that restarts)
-
-    for moved in damage.set_aside(settings) if set_aside else ():
+    for moved in set_damaged_aside(settings) if set_aside else ():
         say_sentence(f"{moved.why}; it is {moved.kept} now")
         for sentence in filter(None, moved.afterwards):
             say_sentence(sentence, "  ")

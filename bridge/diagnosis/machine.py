@@ -19,8 +19,8 @@ from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import load_pem_certificates, serial_hex
-from bridge.renewal import damage
 from bridge.renewal.prepare import BYTES_NEEDED, INODES_NEEDED
+from bridge.renewal.transaction import state_files
 from bridge.settings.tables import Settings
 from bridge.state import Store, copies
 from bridge.system import files, jobs, locks
@@ -108,7 +108,7 @@ def state_directory(path: Path) -> Iterator[Finding]:
 
 def _state_files(store: Store) -> Iterator[Finding]:
     """Files that are not what we wrote, for which each run may end at once, so that no CA is ever asked."""
-    for file in damage.state_files(store):
+    for file in state_files(store):
         try:
             found: StateError | None = file.damage()
         except StateError as e:  # it can't be read

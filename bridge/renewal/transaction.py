@@ -1,18 +1,23 @@
-"""The steps around the installation of answers, which `renew`, `import` and `install` share."""
+"""
+The steps around the installation of answers, which `renew`, `import` and `install` share; and what an operator does to
+the state: an old backup is put back, damaged files are set aside.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bridge.ca import owe_putting_away, put_away
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, WaitingError
 from bridge.node.inventory import Node
 from bridge.renewal import NotReadyError, RunOptions, Selection, in_use, outcome_of, revocation
-from bridge.renewal.gate import Attempts
+from bridge.renewal.gate import Attempts, attempts_file, next_ca_file
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.renewal.revocation import RevocationError
 from bridge.renewal.verify_and_install import (
@@ -25,13 +30,22 @@ from bridge.renewal.verify_and_install import (
     record_failed,
 )
 from bridge.settings.tables import Settings
-from bridge.state import Outcome, audit, backups, copies
+from bridge.state import Outcome, Store, audit, backups, copies
 from bridge.state.copies import CopyError
-from bridge.state.obligations import postponed_file, unproven_file
-from bridge.state.open_requests import Unkept
-from bridge.state.session import Run, alone
+from bridge.state.install import journal_file, staging_file
+from bridge.state.obligations import (
+    copies_file,
+    hooks_file,
+    pairs_file,
+    postponed_file,
+    revocations_file,
+    unproven_file,
+)
+from bridge.state.open_requests import RENEWALS, USERS, Unkept, file_of
+from bridge.state.session import Run, alone, recording
+from bridge.state.static_pods import restart_file
 from bridge.system.console import Progress, print_error
-from bridge.system.state_file import StateError
+from bridge.system.state_file import StateError, StateFile
 
 if TYPE_CHECKING:  # 40 ms
     from bridge.renewal.activate import Activation
@@ -354,3 +368,65 @@ def _worse(one: BridgeError | None, other: BridgeError) -> BridgeError:
     if one is None or Exit.worst([one.exit_code, other.exit_code]) != one.exit_code:
         return other
     return one
+
+
+# --- damaged state files, for an operator who has read the consequences -----------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetAside:
+    """One file that was renamed."""
+
+    path: Path  #: Where it was.
+    kept: Path  #: Where it is.
+    why: str
+    afterwards: tuple[str, ...]  #: What is to be looked at now, a sentence each.
+
+
+def state_files(store: Store) -> list[StateFile[Any]]:
+    """All files whose damage stops a run; damage to the audit log's head does not."""
+    from bridge.control_plane.restarts import times_file  # noqa: PLC0415 (40 ms)
+
+    makers = (
+        restart_file,
+        journal_file,
+        staging_file,
+        unproven_file,
+        postponed_file,
+        pairs_file,
+        hooks_file,
+        revocations_file,
+        next_ca_file,
+    )
+    open_ = (file_of(RENEWALS, store.requests), file_of(USERS, store.users))
+    return [*(make(store) for make in makers), *open_, copies_file(store), attempts_file(store), times_file(store)]
+
+
+def set_damaged_aside(settings: Settings) -> list[SetAside]:
+    """Rename every damaged state file, and record that; with a journal goes its list of staged files, whole or not."""
+    with recording(settings, timedelta()) as (store, record):
+        damaged = [(file, str(error)) for file in state_files(store) if (error := file.damage()) is not None]
+        paths = [file.path for file, _ in damaged]
+        if store.journal in paths and store.staging not in paths and store.staging.exists():
+            damaged.append((staging_file(store), "it belongs to the journal"))
+        moved = []
+        for file, why in damaged:
+            about = _of_the_interrupted(store) if file.path == store.journal else ()
+            kept = file.set_aside()
+            record.add(audit.DAMAGED, result=f"{file.path.name} is {kept.name} now: {why}")
+            moved.append(SetAside(path=file.path, kept=kept, why=why, afterwards=(file.afterwards, *about)))
+    return moved
+
+
+def _of_the_interrupted(store: Store) -> tuple[str, ...]:
+    """Sentences about the installation whose journal is damaged, by the list of staged files."""
+    try:
+        staged = staging_file(store).read() or ()
+    except StateError:
+        return ()
+    there = [path for path in staged if path.exists()]
+    made = [one for one in backups.read_all(store)[0] if any(f"-{one.run_id}-" in path.name for path in staged)]
+    return (
+        *(f"{path} was staged and not installed; it stays" for path in there),
+        *(f"the old files of that run are in the backup {one.backup_id}" for one in made),
+    )

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from bridge.cli.app import app
 from bridge.errors import BridgeError, Exit
-from bridge.renewal import damage
+from bridge.renewal.transaction import state_files
 from bridge.state import Store, audit, install
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement
 from bridge.system.files import digest
@@ -163,7 +163,7 @@ def test_there_is_a_way_on_from_a_damaged_journal(
 
 def test_every_state_file_can_be_set_aside(node: Pki, store: Store, tmp_path: Path) -> None:
     """Each file whose damage can stop a run can be set aside; whole ones stay."""
-    files = damage.state_files(store)
+    files = state_files(store)
     assert {file.path for file in files} == {
         *(
             store.journal,

@@ -20,8 +20,8 @@ from bridge.desk.records import Journal
 from bridge.gateway.context import PendingRequests
 from bridge.monitoring import history_file
 from bridge.pki.certificates import pem
-from bridge.renewal import damage
 from bridge.renewal.gate import attempts_file
+from bridge.renewal.transaction import state_files
 from bridge.specs import Component
 from bridge.state import Store, obligations, open_requests
 from bridge.state.open_requests import RENEWALS, Kind, OpenRequests, OpenUsers, RequestLog, file_of
@@ -182,7 +182,7 @@ def document(path: Path) -> Mapping[str, Any]:
 
 def test_all_of_an_earlier_version_is_whole(old: Store) -> None:
     """None of its files counts as damaged."""
-    files = [file for file in damage.state_files(old) if file.path.exists()]
+    files = [file for file in state_files(old) if file.path.exists()]
     assert {file.path.name for file in files} == {
         f"{name}.json"
         for name in ("requests", "users", "unproven", "hooks", "revocations", "copies", "attempts", "restarted")

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from bridge.cli.app import app
 from bridge.control_plane import probes
 from bridge.pki.certificates import load_pem_certificates, pem
-from bridge.renewal import damage
+from bridge.renewal.transaction import state_files
 from bridge.state import Store, backups
 from bridge.state.open_requests import OpenRequests
 from bridge.system.state_file import StateFile
@@ -99,7 +99,7 @@ def test_it_goes_on_where_it_was(root: Path, node: Pki, run: Run) -> None:
     after = live_certificates(node)
     assert {name for name in after if after[name] != before[name]} == {PENDING, CUT_OFF}
     assert (node.pki_dir / "front-proxy-client.key").read_bytes() == key
-    left = [file.path.name for file in damage.state_files(store) if file.path.exists()]
+    left = [file.path.name for file in state_files(store) if file.path.exists()]
     assert left == ["restarted.json"]
     assert run("audit", "verify").exit_code == 0
 
@@ -122,13 +122,13 @@ def test_all_kinds_of_files_are_among_them(root: Path) -> None:
     store = Store(root / "state")
 
     def digests() -> dict[str, bool]:
-        paths = [file.path for file in damage.state_files(store) if file.path.exists()]
+        paths = [file.path for file in state_files(store) if file.path.exists()]
         return {path.name: "digest" in json.loads(path.read_bytes()) for path in [*paths, store.audit_head]}
 
     names = ["journal", "staging", "requests", "unproven", "hooks", "restarted"]
     assert digests() == {"audit.head": False, **{f"{name}.json": False for name in names}}
     file: StateFile[object]
-    for file in damage.state_files(store):
+    for file in state_files(store):
         if file.path.exists():
             document = json.loads(file.path.read_bytes())
             assert file.read()
