@@ -15,7 +15,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from bridge.ca import registry
-from bridge.cli.help import EXAMPLES, TASKS, examples_of
+from bridge.cli.app import EXAMPLES, TASKS, examples_of
 from bridge.cli.pages import sections, topics
 from bridge.cli.settings import initial
 from bridge.contract import GIVEN, BackendSettings, Secret
@@ -119,7 +119,7 @@ def test_the_manual_is_what_the_program_says() -> None:
 
 
 def test_each_command_has_a_task_and_an_example() -> None:
-    """`bridge/cli/help.py` has each command and no others; each example can be typed."""
+    """`bridge/cli/app.py` has each command and no others; each example can be typed."""
     names = {one.name: hasattr(one.context.command, "commands") for one in commands() if one.words}
     tasks = [name for ours in TASKS.values() for name in ours]
     assert sorted(tasks) == sorted(name for name in names if " " not in name)

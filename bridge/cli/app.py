@@ -1,18 +1,24 @@
 """
 The program `ca-bridge`: each command is in a file of its own, which is loaded when the command is used; it parses its
 options, calls a room, prints what came of it, and returns the exit code.
+
+Here is what is said of all commands: the task, the options that exclude each other, and examples. The help is plain
+text with whole sentences, from which `docs/commands.md` is made, too.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from bridge.cli.help import Group
 from bridge.cli.printing import say, say_usage
 
 #: The commands in each file below `bridge.cli`.
@@ -37,6 +43,343 @@ COMMANDS = {
 }
 #: The file of each command.
 FILES = {command: file for file, names in COMMANDS.items() for command in names}
+
+#: What `ca-bridge --help` shows: headings in the order of an operator's day, and the commands below each.
+TASKS: dict[str, dict[str, str]] = {
+    "Look, and change nothing": {
+        "check-expiration": "Show when certificates expire, as kubeadm does.",
+        "plan": "Show what the next `ca-bridge renew` would do.",
+        "prove": "Show what each component really serves and uses.",
+        "doctor": "Check that the next renewal will succeed.",
+    },
+    "Renew": {
+        "renew": "Renew what is due, or the named certificates.",
+        "restart": "Restart components that run on old certificates.",
+        "serving-certs": "Have controller manager and scheduler serve the CA's.",
+        "install": "Install keys and certificates from a directory.",
+    },
+    "Replace a CA": {"rotate-ca": "Put another CA in the place of this one, while the cluster runs."},
+    "Carry requests to a CA, and its answers back": {
+        "export": "Write requests for a CA desk into a file.",
+        "inspect": "Show what a request or an answer holds.",
+        "sign": "Sign requests at a CA desk, by its policy.",
+        "serve": "Sign what nodes ask for over HTTPS, by the desk's policy.",
+        "fleet": "Show all nodes of the door: what ends next, what failed.",
+        "enroll": "Make a new node's one-time secret for the door.",
+        "enrolments": "Show and withdraw these secrets.",
+        "serve-database": "Back up and restore the door's database.",
+        "approvals": "Decide about requests that wait for people.",
+        "import": "Install the answers of a CA desk.",
+        "pending": "Show and cancel requests that wait for an answer.",
+    },
+    "Sign for the cluster": {
+        "gateway": "Sign for kubelets and users, by the certificates API.",
+        "kubelets": "Have kubelets ask for serving certificates, or not.",
+        "trust": "Publish the roots that pods trust.",
+    },
+    "Go back, and clean up after a crash": {
+        "backups": "List the backups of replaced files.",
+        "rollback": "Put the files of a backup back.",
+        "recover": "Finish or undo an interrupted installation.",
+    },
+    "Make a new node": {"bootstrap": "Make what `kubeadm init` or `kubeadm join` needs."},
+    "Let people and machines in": {"kubeconfig": "Make kubeconfigs with short-lived certificates."},
+    "Set up": {
+        "settings": "Write, show and check the settings file.",
+        "setup": "Print what a CA, systemd, cron or Kubernetes needs.",
+        "backend": "Try a CA that the settings name.",
+        "demo": "Show the main job on a throwaway PKI.",
+        "help": "Show a page of the documents.",
+    },
+    "Keep the record": {"audit": "Show and verify the audit log."},
+}
+
+#: By command: an option, and the options that it can't be combined with.
+EXCLUDES: dict[str, dict[str, tuple[str, ...]]] = {
+    "renew": {
+        "--csr-only": (
+            *("--dry-run", "--rehearse", "--all-or-nothing", "--no-restart", "--wait"),
+            *("--add-san", "--drop-san", "--adopt-defaults", "--kubeadm-config"),
+        ),
+        "--rehearse": ("--dry-run", "--all-or-nothing", "--no-restart"),
+        "--dry-run": ("--wait",),
+    },
+    "doctor": {"--kubelets": ("--before-upgrade",), "--ca-keys": ("--before-upgrade", "--kubelets")},
+    "rotate-ca drop": {"--emergency": ("--without",)},
+    "bootstrap join": {"--control-plane": ("--worker",)},
+    "bootstrap check": {"--control-plane": ("--worker",)},
+}
+
+#: By command: an option, and the option without which it means nothing.
+NEEDS: dict[str, dict[str, str]] = {
+    "renew": {"--csr-only": "--csr-dir", "--csr-dir": "--csr-only", "--ahead": "--rehearse"},
+    "kubeconfig user": {"--key-file": "--csr"},
+    "rotate-ca drop": {"--accept-outage": "--emergency"},
+}
+
+#: Lines to type, each with what it does; each begins with its command.
+EXAMPLES = (
+    ("ca-bridge help", "List the pages."),
+    ("ca-bridge help emergency", "Everything has expired, or keys have leaked: what to do."),
+    ("ca-bridge kubeconfig request bob --group dev --group ops", "Make bob.key and bob.csr, on bob's machine."),
+    ("ca-bridge kubeconfig user bob --group dev --group ops --csr bob.csr", "Make bob.conf from bob's request."),
+    (
+        "ca-bridge kubeconfig user backup --validity 1h -o /etc/backup/kubeconfig",
+        "One for a machine, its key made here.",
+    ),
+    ("ca-bridge check-expiration", "Show the two tables that kubeadm shows."),
+    ("ca-bridge check-expiration --within 14d", "Exit with 3 if something expires within two weeks."),
+    ("ca-bridge check-expiration -o nagios -w 30d -c 7d", "One line for Nagios or Icinga."),
+    ("ca-bridge renew", "Renew what is due: the command for cron."),
+    ("ca-bridge renew apiserver etcd-server", "Renew these two now, due or not."),
+    ("ca-bridge renew all --no-restart", "Renew everything, and restart nothing."),
+    ("ca-bridge renew --rehearse --ahead 2d", "Rehearse what is due tomorrow: sign, prove, throw away."),
+    ("ca-bridge renew all --csr-only --csr-dir /root/csrs", "Only write keys and CSRs."),
+    ("ca-bridge renew apiserver --kubeadm-config kubeadm.yaml", "Make a missing one from kubeadm's file."),
+    ("ca-bridge renew --add-san apiserver=api2.example.com", "Give the API server one more name."),
+    ("ca-bridge serving-certs on", "Make, restart and prove; the last node writes kubeadm-config."),
+    ("ca-bridge serving-certs off", "Back to certificates of their own making."),
+    ("ca-bridge plan", "Show what the next `ca-bridge renew` would do."),
+    ("ca-bridge plan all -o json", "Show what `ca-bridge renew all` would do, for a program."),
+    ("ca-bridge rotate-ca status", "Show where the replacement stands on this node."),
+    ("ca-bridge rotate-ca plan", "Show what each phase would do, and whether the new CAs can work."),
+    ("ca-bridge rotate-ca trust", "The first phase, on each node."),
+    ("ca-bridge rotate-ca issue", "The second phase, on each node, when all trust the new CAs."),
+    ("ca-bridge rotate-ca issue --without worker-9", "Without a node that is gone for good."),
+    ("ca-bridge rotate-ca issue --keys-to /mnt/disk", "With kubeadm's own CA keys moved away from this node."),
+    ("ca-bridge rotate-ca drop", "The last phase, on each node, when nothing uses the old CAs."),
+    ("ca-bridge rotate-ca drop --emergency", "The old CA's key has leaked: what it costs to be rid of it now."),
+    ("ca-bridge rotate-ca back --ca etcd-ca", "Back by one phase, for one of the CAs."),
+    ("ca-bridge recover", "Finish or undo an interrupted installation."),
+    ("ca-bridge recover --set-aside", "Put damaged state files aside first."),
+    ("ca-bridge backups", "Show what a rollback could put back."),
+    ("ca-bridge rollback", "Put the newest backup back."),
+    ("ca-bridge rollback 20260304T050607.123456Z", "Put this one back; `ca-bridge backups` lists them."),
+    ("ca-bridge restart", "Restart what still runs on an old certificate."),
+    ("ca-bridge restart kube-scheduler", "Restart this component."),
+    ("ca-bridge export /media/stick/cp-1.request.json", "Write requests for what is due."),
+    ("ca-bridge export /media/stick/cp-1.request.json all", "Write requests for everything."),
+    ("ca-bridge inspect cp-1.request.json", "Show what is asked, and its fingerprint."),
+    ("ca-bridge import /media/stick/cp-1.answer.json", "Install the answers of a CA desk."),
+    ("ca-bridge import /media/stick/certificates", "Install certificates that came as files."),
+    ("ca-bridge pending list", "Show what waits, and for how long."),
+    ("ca-bridge pending cancel apiserver", "Forget this request; the next run makes a new one."),
+    ("ca-bridge pending cancel all", "Forget every open request."),
+    ("ca-bridge sign cp-1.request.json -o cp-1.answer.json --approve", "Sign one bundle, and ask first."),
+    ("ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox", "Answer an inbox: the CA host's job for cron."),
+    ("ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox --dry-run", "Say what would be signed or refused."),
+    ("ca-bridge install /root/csrs", "Install keys and the certificates beside them."),
+    ("ca-bridge prove", "Show what each component serves and uses."),
+    ("ca-bridge prove --wait 2m", "Wait up to two minutes until everything works."),
+    ("ca-bridge doctor", "Find what would make the next renewal fail."),
+    ("ca-bridge doctor -o json", "The same for a program."),
+    ("ca-bridge doctor --before-upgrade", "Say what `kubeadm upgrade` would do to certificates here."),
+    ("ca-bridge doctor --kubelets", "Show what every kubelet of the cluster serves with."),
+    ("ca-bridge doctor --ca-keys /", "Find out whether a CA's key is anywhere on this node."),
+    ("ca-bridge gateway --check", "Find out whether it could work; nothing is signed."),
+    ("ca-bridge gateway --log-format json", "Work until SIGTERM: the command of a unit or a pod."),
+    ("ca-bridge serve --log-format json", "Work until SIGTERM: the command of a unit."),
+    ("ca-bridge fleet", "Show the nodes, the worst first; exit 3 if one needs a person."),
+    ("ca-bridge fleet -o prometheus", "The same as metrics."),
+    ("ca-bridge enroll cp-4", "Print the secret of cp-4, good for one hour and one request."),
+    ("ca-bridge enroll worker-7 --certificate kubelet.conf --for 10m", "One for a worker's kubelet alone."),
+    ("ca-bridge approvals list", "Show what waits for people, and what it means."),
+    ("ca-bridge approvals show 3f9c2a7be01d4c55", "Show this request whole, before you decide."),
+    ("ca-bridge approvals approve 3f9c2a7be01d4c55", "Sign its digest with your key: yes."),
+    ('ca-bridge approvals refuse 3f9c2a7be01d4c55 --reason "no such change"', "The node gets this reason."),
+    ("ca-bridge enrolments list", "Show who may ask for first certificates, and who has."),
+    ("ca-bridge enrolments withdraw 3", "End number 3 now; its unsigned request is refused."),
+    ("ca-bridge serve-database status", "Count requests, and list those left to people."),
+    ("ca-bridge serve-database backup /backup/door.db", "Copy SQLite's file while the door works."),
+    ("ca-bridge serve-database restore /backup/door.db", "Put the copy in its place, while no door works."),
+    ("ca-bridge serve-database restored", "After pg_restore: have CAs asked what they have signed since."),
+    ("ca-bridge serve-database again 3f1c0a9b7e5d2468", "Have a request signed that was left to people."),
+    ("ca-bridge kubelets on", "Take this node as far as the others allow; run it on each node, then again."),
+    ("ca-bridge kubelets off", "The same backwards, the control-plane nodes first."),
+    ("ca-bridge trust publish", "Make the bundles of the policy's signers equal to pods.crt: for a timer."),
+    ("ca-bridge trust publish corp.example/spiffe", "Of this one, without a policy."),
+    ("ca-bridge trust publish --remove corp.example/old", "Take the bundle of a former signer away, too."),
+    ("ca-bridge setup vault", "Print roles and a policy for this node's certificates."),
+    ("ca-bridge setup openssl -o /root/for-the-ca", "Write an openssl.cnf for each CA into a directory."),
+    ("ca-bridge setup systemd --enable", "Install and start a timer for `ca-bridge renew`."),
+    ("ca-bridge setup cron --enable", "Write a file for /etc/cron.d instead."),
+    ("ca-bridge demo", "Show the main job in a temporary directory."),
+    ("ca-bridge demo --directory /tmp/ca-bridge-demo", "Keep the directory, to go on with it."),
+    ("ca-bridge bootstrap init --kubeadm-config cluster.yaml", "Get a machine ready for `kubeadm init`."),
+    (
+        "ca-bridge bootstrap init --kubeadm-config cluster.yaml --request cp-1.request.json",
+        "Write requests for a CA desk instead of asking a CA.",
+    ),
+    (
+        "ca-bridge bootstrap join --control-plane --shared - --name cp-2 --advertise-address 192.0.2.11",
+        "Get a machine ready for `kubeadm join`; what another node shares comes through a pipe.",
+    ),
+    ("ca-bridge bootstrap join --order w-1.order.json", "The same for what an administrator has ordered."),
+    ("ca-bridge bootstrap share --worker", "Print what a worker needs; no secret is in it."),
+    (
+        "ca-bridge bootstrap orders --nodes nodes.txt --kubeadm-config cluster.yaml -o orders",
+        "Prepare all nodes of a list.",
+    ),
+    (
+        "ca-bridge bootstrap setup vault --order orders/cp-1.order.json -o roles",
+        "Write roles and policies for a node that is yet to be made.",
+    ),
+    ("ca-bridge bootstrap check", "Look at all that `kubeadm init` needs."),
+    ("ca-bridge settings init vault", "Write /etc/ca-bridge/config.toml for Vault or OpenBao."),
+    ("ca-bridge settings init cfssl /tmp/config.toml", "Write it elsewhere, to read it first."),
+    ("ca-bridge settings show", "Show every key, with its value."),
+    ("ca-bridge settings check", "Find every error in the file."),
+    ("ca-bridge audit show --since 30d", "Show the last month."),
+    ("ca-bridge audit show --name apiserver -o json", "Show what concerns one certificate."),
+    ("ca-bridge audit verify", "Exit with 1 if a line was changed, removed or inserted."),
+    ("ca-bridge backend test ca", "Have real certificates signed by this authority's CA."),
+)
+
+
+#: Names of the parameters that `options.command` gives to every command, and click's own.
+COMMON = frozenset(("config", "pki_dir", "kubeconfig_dir", "state_dir", "verbose", "log_format", "help"))
+
+#: The program's name.
+PROGRAM = "ca-bridge"
+
+#: How wide the left column may get before its text goes on the next line.
+_WIDEST = 28
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a help text, on one line."""
+    paragraph = " ".join(inspect.cleandoc(text).split("\n\n")[0].split())
+    return re.split(r"(?<=[.]) (?=[A-Z])", paragraph)[0]
+
+
+def examples_of(command: str) -> list[tuple[str, str]]:
+    """Lines to type for a command such as `audit show`, each with what it does."""
+    return [one for one in EXAMPLES if f"{one[0]} ".startswith(f"{PROGRAM} {command} ")]
+
+
+def name_of(context: typer.Context) -> str:
+    """A command without the program's name, such as `audit show`."""
+    return context.command_path.partition(" ")[2]
+
+
+#: A hyphen at which no line is broken, until the text is printed.
+_HARD = "\N{NON-BREAKING HYPHEN}"
+
+
+def _hard(text: str) -> str:
+    """Keep words with hyphens whole: they are names of commands, files and options."""
+    return re.sub(r"(?<=\w)-(?=\w)", _HARD, text)
+
+
+class Command(TyperCommand):
+    """A command whose help ends with examples, and whose options are checked against each other."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse empty paths, which would be the working directory, options that can't be combined, or that lack another one."""
+        rest: list[str] = super().parse_args(ctx, args)
+        for one in self.params:
+            if one.type.name == "path" and "" in _values(ctx.params.get(one.name)):
+                raise typer.BadParameter("wanted a path, found an empty text: a variable that is not set?", ctx, one)
+        given = {
+            option for one in self.params if _is_given(ctx, one.name) for option in (*one.opts, *one.secondary_opts)
+        }
+        for option, others in EXCLUDES.get(name_of(ctx), {}).items():
+            clash = [other for other in others if other in given]
+            if option in given and clash:
+                raise typer.BadParameter(f"{option} can't be combined with {', '.join(clash)}", ctx)
+        for option, other in NEEDS.get(name_of(ctx), {}).items():
+            if option in given and other not in given:
+                raise typer.BadParameter(f"{option} needs {other}", ctx)
+        return rest
+
+    def get_help(self, ctx: Any) -> str:
+        """The whole help text."""
+        return super().get_help(ctx).replace(_HARD, "-")
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 (typer calls it)
+        """Write the command's description."""
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(_hard(inspect.cleandoc(self.help or "")))
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, the command's own options, and those of every command."""
+        parts: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], "Options of every command": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                is_argument = parameter.param_type_name == "argument"
+                own = "Arguments" if is_argument else "Options"
+                whole = (record[0], _hard(record[1]))
+                parts["Options of every command" if parameter.name in COMMON else own].append(whole)
+        parts["Options together"] = list(_together(name_of(ctx)))
+        for heading, records in parts.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records, col_max=_WIDEST)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write each example on a line that can be copied, and what it does below it."""
+        if examples := examples_of(name_of(ctx)):
+            with formatter.section("Examples"):
+                for line, sentence in examples:
+                    # a shell takes it as it is shown: where it is too wide, its lines end with a backslash
+                    typed = " \\\n".join(_wrapped(line, formatter.width - len(" \\"), "  ", "    "))
+                    meaning = "\n".join(_wrapped(sentence, formatter.width, " " * 6, " " * 6))
+                    formatter.write(f"{typed}\n{meaning}\n")
+
+
+def _is_given(context: Any, parameter: str | None) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _values(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _together(command: str) -> Iterator[tuple[str, str]]:
+    needs, excludes = NEEDS.get(command, {}), EXCLUDES.get(command, {})
+    for option in dict.fromkeys([*needs, *excludes]):
+        parts = [f"needs {needs[option]}"] if option in needs else []
+        parts += [f"not with {', '.join(excludes[option])}"] if option in excludes else []
+        yield option, _hard("; ".join(parts))
+
+
+def _wrapped(text: str, width: int, first: str, others: str) -> list[str]:
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
+
+
+class Group(TyperGroup):
+    """A group of commands, each with a sentence; those of the program are listed by task."""
+
+    def get_help(self, ctx: Any) -> str:
+        """The whole help text."""
+        return super().get_help(ctx).replace(_HARD, "-")
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 (typer calls it)
+        """The commands' names in the order of the help."""
+        return list(sentences_of(self))
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        """Write a section for each task, or one for a group within the program."""
+        sections = TASKS if self.name == PROGRAM else {"Commands": sentences_of(self)}
+        width = max(len(name) for ours in sections.values() for name in ours)
+        for heading, ours in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name.ljust(width), _hard(sentence)) for name, sentence in ours.items()])
+
+
+def sentences_of(group: Any) -> dict[str, str]:
+    """The first sentence of each command of a group; the program's own are in `TASKS`, and load no file."""
+    if group.name == PROGRAM:
+        return {name: sentence for ours in TASKS.values() for name, sentence in ours.items()}
+    return {name: first_sentence(one.help or "") for name, one in group.commands.items()}
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
 
 
 class _Commands(Mapping[str, Any]):

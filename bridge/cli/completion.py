@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge.cli.help import first_sentence, sentences_of
+from bridge.cli.app import first_sentence, sentences_of
 from bridge.cli.printing import say
 from bridge.errors import BridgeError
 from bridge.settings.load import Overrides

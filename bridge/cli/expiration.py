@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bridge.cli.app import Command
 from bridge.cli.expiration_forms import PhaseOfCa, look
-from bridge.cli.help import Command
 from bridge.cli.options import Common, command, duration_option, utc_now
 from bridge.cli.printing import say, say_usage
 from bridge.errors import BridgeError

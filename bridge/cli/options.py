@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from bridge.cli.help import Command, Group
+from bridge.cli.app import Command, Group
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import kubelet
 from bridge.pki.expiry import parse_duration

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridge.cli.help import COMMON, TASKS, examples_of, first_sentence, sentences_of
+from bridge.cli.app import COMMON, TASKS, examples_of, first_sentence, sentences_of
 from tests.kit.commands import NAME, Command, commands
 
 ROOT = Path(__file__).parents[2]
