@@ -125,15 +125,15 @@ def oldest_start(component: Component, named: Sequence[Path], proc: Path = PROC)
     return next(found, None)
 
 
-def reader_of(component: Component, path: Path, proc: Path = PROC) -> Process | None:
+def reader_of(component: Component, path: Path) -> Process | None:
     """The oldest process of a component that has this very file among its arguments; None: none can be seen."""
-    found = (one for one in running(component.value, proc) if any(_is_same(file, path) for file in _files(one)))
+    found = (one for one in running(component.value) if any(_is_same(file, path) for file in _files(one)))
     return next(found, None)
 
 
-def program_of(process: Process, proc: Path = PROC) -> Path:
+def program_of(process: Process) -> Path:
     """The program that would be started in its place now (OSError: it has ended, or is another user's)."""
-    return Path(os.readlink(proc / str(process.pid) / "exe").removesuffix(" (deleted)"))  # noqa: PTH115 (may not be there)
+    return Path(os.readlink(PROC / str(process.pid) / "exe").removesuffix(" (deleted)"))  # noqa: PTH115 (may not be there)
 
 
 class Age(NamedTuple):
