@@ -65,6 +65,7 @@ def spoilt(der: bytes, old: bytes, new: bytes) -> bytes:
 
 PRINTABLE = csr(x509.Name(name(*ONE, kind=_ASN1Type.PrintableString)))
 TWICE = x509.SubjectAlternativeName([x509.DNSName("a"), x509.DNSName("a")])
+CHANGED = (CSR := csr())[:-1] + bytes([CSR[-1] ^ 1])
 UNREADABLE = "a part of the CSR can't be read"
 ODD = {
     "too large": (b" " * 16385, "the CSR has more than 16 KiB"),
@@ -77,7 +78,7 @@ ODD = {
         spoilt(csr(), b"\x2a\x86\x48\xce\x3d\x03\x01\x07", b"\x2a\x86\x48\xce\x3d\x03\x01\x7f"),
         UNREADABLE,
     ),
-    "another signature": (raw_pem(csr()[:-1] + bytes([csr()[-1] ^ 1])), "the CSR is not signed with its own key"),
+    "another signature": (raw_pem(CHANGED), "the CSR is not signed with its own key"),
     "two values in an RDN": (
         pem(csr(x509.Name([x509.RelativeDistinguishedName(name(*ONE))]))),
         "the subject has several values in one RDN",
