@@ -19,7 +19,7 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 from bridge.pki.certificates import pem
@@ -121,6 +121,7 @@ class Normal:
             text = text.replace(here, on_page)
         for pattern, form in _DATES.items():
             text = re.sub(pattern, functools.partial(self._moved, form=form), text)
+        text = re.sub(r"\d{4}-\d\d-\d\d(?= \((\d+)d left)", self._day, text)
         text = re.sub(r"\b\d{6,}(?=[s:])", lambda seconds: str(round(int(seconds[0]) / 3600) * 3600), text)
         text = text.replace(str(Path(sys.executable).with_name("ca-bridge")), "/usr/bin/ca-bridge")
         for pattern, words in _WORDS.items():
@@ -130,10 +131,15 @@ class Normal:
         return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
 
     def _moved(self, found: re.Match[str], form: str) -> str:
-        began = self.began if "%H" in form else self.began.replace(hour=0, minute=0, second=0, microsecond=0)
-        hours = (datetime.strptime(found[0], form).replace(tzinfo=UTC) - began) / timedelta(hours=1)
+        hours = (datetime.strptime(found[0], form).replace(tzinfo=UTC) - self.began) / timedelta(hours=1)
         space = "".join(re.findall(r"\s+", found[0]))  # a line's end, where one ends there
         return (self.THEN + timedelta(hours=round(hours))).strftime(form).replace(" ", space)
+
+    def _day(self, found: re.Match[str]) -> str:
+        """The day of an end, by the days that are left and some hours: a run may go over midnight."""
+        days = (date.fromisoformat(found[0]) - datetime.now(UTC).date()).days
+        whole = int(found[1]) + 1
+        return f"{self.THEN + timedelta(days=whole):%Y-%m-%d}" if days in {whole - 1, whole} else found[0]
 
     def _named(self, found: re.Match[str], form: str) -> str:
         number = len(self._names)
@@ -146,7 +152,6 @@ _DATES = {
     r"\d{4}-\d\d-\d\d\s+\d\d:\d\d(?!:)": "%Y-%m-%d %H:%M",
     r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d": "%Y-%m-%dT%H:%M:%S",
     r"\d{8}T\d{6}Z": "%Y%m%dT%H%M%SZ",
-    r"\d{4}-\d\d-\d\d(?= \()": "%Y-%m-%d",
 }
 #: A one-time secret, which is a line of its own.
 _SECRET = re.compile(r"^[\w-]{43}$", re.MULTILINE)
@@ -163,7 +168,7 @@ _WORDS = {
 #: as long as most are.
 _NAMES = {
     r"\b[0-9A-F]{34,40}\b": "X" * 40,
-    r"\b[0-9A-F]{12,16}\b": "X" * 16,
+    r"\b[0-9A-F]{12,16}\b(?!…)": "X" * 16,
     r"\b[0-9A-Z]{5}(?:-[0-9A-Z]{5}){3}\b": "-".join(["X" * 5] * 4),
     r"\b[0-9a-f]{32}\b": "x" * 32,
     r"\b[0-9a-f]{16}…": "x" * 16 + "…",
