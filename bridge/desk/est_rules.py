@@ -1,4 +1,4 @@
-"""What a policy says of EST: the table `[est.LABEL]`, and who may ask for the label's certificate (pure)."""
+"""What a policy says of EST: the table `[est.LABEL]`, who may ask for its certificate, and for which names (pure)."""
 
 from __future__ import annotations
 

@@ -178,7 +178,8 @@ def not_in_use(directory: Path) -> Iterator[Case]:
 
 def credential(directory: Path) -> Iterator[Case]:
     """The gateway's kubeconfig ends in two hours, and nothing is due; then it has ended."""
-    own = handmade_pki(directory / "gateway", now=BEGIN - 30 * DAY, not_after=BEGIN + 2 * HOUR)
+    now = datetime.now(UTC)  # `BEGIN` may be an hour ago: all tests were collected then
+    own = handmade_pki(directory / "gateway", now=now - 30 * DAY, not_after=now + 2 * HOUR)
     node = Node(directory, more=f'[gateway]\nkubeconfig = "{own.kubeconfig_dir / "admin.conf"}"\n')
     assert node.night(0) == 0
     yield Case(text=node.text, later=HOUR, alerts=["CaBridgeCredentialEndsSoon"])

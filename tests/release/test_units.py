@@ -24,7 +24,7 @@ from tests.kit.cas import Bridge, add_cfssl, add_openssl, add_vault, live_certif
 from tests.kit.est import Tls
 from tests.kit.issuing import SERVER
 from tests.kit.pki import ADDRESS, NODE, handmade_pki
-from tests.kit.trees import Booted, Tree
+from tests.kit.trees import TIMER, Booted, Tree
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICE = "ca-bridge.service"
@@ -121,7 +121,7 @@ def test_the_timer_catches_up_and_renews_with_a_credential(installed: Tree, tmp_
     """After nights in which the machine was off; what the unit does not name is read-only; the next run is at night."""
     make_node(installed, tmp_path / "node", left=timedelta(days=20))
     installed.put(f"/etc/systemd/system/{SERVICE}.d/try.conf", READ_ONLY.encode())
-    installed.put("/etc/systemd/system/ca-bridge.timer.d/try.conf", AT_ONCE.encode())
+    installed.put(TIMER, AT_ONCE.encode())
     installed.run(f"mkdir -p {Path(STAMP).parent}; touch -d '3 days ago' {STAMP}")
     assert end_of(installed) < datetime.now(UTC) + timedelta(days=21)
     with installed.booted() as machine:

@@ -528,7 +528,7 @@ def shown(port: int, name: str) -> x509.Certificate:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with (
-        socket.create_connection(("127.0.0.1", port), 5) as plain,
+        socket.create_connection(("127.0.0.1", port), 180) as plain,
         context.wrap_socket(plain, server_hostname=name) as tls,
     ):
         return x509.load_der_x509_certificate(tls.getpeercert(binary_form=True) or b"")
