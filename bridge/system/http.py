@@ -10,6 +10,7 @@ or repetitions.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -458,6 +459,17 @@ def _has_ended(opened: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
+class _Closing(ssl.SSLSocket):
+    """A connection that is closed if it was reset by now, which Python's own leaves open (SSLSocket._create)."""
+
+    def getpeername(self) -> Any:
+        try:
+            return super().getpeername()
+        except OSError:
+            self.close()
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) from None
+
+
 def _connected(peer: Peer, seconds: float) -> socket.socket:
     """A new connection, on which small requests are not held back; an OSError of any kind where there is none."""
 
@@ -468,8 +480,7 @@ def _connected(peer: Peer, seconds: float) -> socket.socket:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if tls is None:
                 return raw
-            raw.getpeername()  # of one that was reset by now, Python's wrapper would be left open (SSLSocket._create)
-            name = peer.server_name or peer.host
+            tls.sslsocket_class, name = _Closing, peer.server_name or peer.host
             # An end without close_notify is an error, too: the answer may have been cut short.
             return tls.wrap_socket(raw, server_hostname=name, suppress_ragged_eofs=False)
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import ssl
 import struct
@@ -230,6 +231,26 @@ def test_an_answer_over_tls_ends_when_tls_says_so(tmp_path: Path, says_so: bool)
                 ask(connection)
         connection.close()
         thread.join(180)
+
+
+def test_a_connection_that_is_reset_before_tls_is_not_left_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's own socket for TLS would stay open until it is collected, and only then warn of it."""
+    create, trusting = socket.create_connection, http.context(cfssl.make_tls(tmp_path).ca.read_bytes(), None, None)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def reset(*where: Any) -> socket.socket:
+            opened, (there, _) = create(*where), listener.accept()
+            there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            there.close()
+            return opened
+
+        monkeypatch.setattr(socket, "create_connection", reset)
+        peer = Peer(host="127.0.0.1", port=listener.getsockname()[1], tls=lambda: trusting)
+        with pytest.raises(UnreachableError, match="connection reset by peer"):
+            ask(KeptConnection(peer))
+    gc.collect()
 
 
 def test_a_reset_connection_is_explained_by_the_alert_that_it_swallowed(tmp_path: Path) -> None:
