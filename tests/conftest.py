@@ -13,6 +13,7 @@ import functools
 import os
 import re
 import signal
+import ssl
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from bridge.system.http import TlsSocket
 from tests import counts
 from tests.kit import plan, programs
 
@@ -34,8 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
     A shell that starts them in the background lets them, and all that they start, ignore SIGINT. Hypothesis would
     take a busy machine for a fault; it tries the same examples in each run, so that a change fails by what it changes
     (`python -m tests.fuzz` goes on looking). How wide the tests' own terminal is (xdist tells its workers) is no matter of the
-    programs that they run, whose output goes into pipes.
+    programs that they run, whose output goes into pipes. A connection that its peer resets before the handshake is closed, also a
+    test's own: Python would leave it open, and warn in whatever test runs when it is forgotten.
     """
+    ssl.SSLContext.sslsocket_class = TlsSocket
     for name in ("COLUMNS", "LINES"):
         os.environ.pop(name, None)
     slow = [hypothesis.HealthCheck.too_slow]

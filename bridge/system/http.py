@@ -10,7 +10,6 @@ or repetitions.
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import re
@@ -459,15 +458,16 @@ def _has_ended(opened: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-class _Closing(ssl.SSLSocket):
-    """A connection that is closed if it was reset by now, which Python's own leaves open (SSLSocket._create)."""
+class TlsSocket(ssl.SSLSocket):
+    """Closed also where the peer has reset it before the handshake, when `SSLSocket._create` reads from it and leaves it open."""
 
-    def getpeername(self) -> Any:
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """Receive bytes; a reset ends the connection."""
         try:
-            return super().getpeername()
-        except OSError:
+            return super().recv(buflen, flags)
+        except ConnectionError:
             self.close()
-            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) from None
+            raise
 
 
 def _connected(peer: Peer, seconds: float) -> socket.socket:
@@ -480,7 +480,8 @@ def _connected(peer: Peer, seconds: float) -> socket.socket:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if tls is None:
                 return raw
-            tls.sslsocket_class, name = _Closing, peer.server_name or peer.host
+            tls.sslsocket_class = TlsSocket
+            name = peer.server_name or peer.host
             # An end without close_notify is an error, too: the answer may have been cut short.
             return tls.wrap_socket(raw, server_hostname=name, suppress_ragged_eofs=False)
         except BaseException:
