@@ -173,7 +173,7 @@ def pending_cancel(
 
 
 def _days_left(one: OpenRequest, now: datetime) -> int:
-    """By days and then by names: the certificates of one `kubeadm init` end a second or two apart, in no useful order."""
+    """Whole days, by which the list is ordered: the certificates of one `kubeadm init` end seconds apart, in no useful order."""
     return seconds_left(one.deadline or now, now) // DAY
 
 
