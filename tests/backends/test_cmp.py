@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import re
 import socket
@@ -38,6 +37,7 @@ from bridge.testing import BackendConformance, TestCA, sign_request, tampered
 from tests.kit import cfssl
 from tests.kit import cmp as kit
 from tests.kit.loopback import free_port
+from tests.kit.measured import is_running
 
 pytestmark = pytest.mark.kube("cmp-ra")
 
@@ -777,12 +777,10 @@ def test_a_program_that_does_not_end_is_stopped(
             assert time.monotonic() < deadline
             with pytest.raises(BackendUnavailableError, match="stopped"):
                 backend.sign(request())
-    state = Path(f"/proc/{pid.read_text().strip()}/stat")
     deadline = time.monotonic() + 180
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it is gone, or waits for who inherited it
-        while state.read_text().split()[2] != "Z":
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    while is_running(pid.read_text().strip()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # --- setup -----------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from tests.kit import dogtag, exec_programs
 from tests.kit.cas import Bridge, live_certificates
 from tests.kit.exec_programs import program
 from tests.kit.issuing import Signer, odd_certificates
+from tests.kit.measured import is_running
 from tests.kit.pki import handmade_pki
 
 CA = TestCA.make()
@@ -468,19 +469,11 @@ def test_what_is_printed_is_collapsed_and_cut(tmp_path: Path) -> None:
     assert text.isprintable()
 
 
-def _runs(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def _ends(pid: int) -> bool:
     end = time.monotonic() + 120
-    while _runs(pid) and time.monotonic() < end:
+    while is_running(pid) and time.monotonic() < end:
         time.sleep(0.01)
-    return not _runs(pid)
+    return not is_running(pid)
 
 
 @pytest.mark.parametrize("ending", ["exit 3", "wait"])
@@ -496,7 +489,7 @@ def test_nothing_that_it_started_outlives_it(tmp_path: Path, ending: str) -> Non
     try:
         assert _ends(pid)
     finally:
-        if _runs(pid):
+        if is_running(pid):
             os.kill(pid, signal.SIGKILL)
 
 

@@ -42,6 +42,7 @@ from bridge.specs import AUTHORITIES, EKU, SPECS, CertificateSpec
 from bridge.system.waiting import wait_until
 from bridge.testing import BackendConformance, TestCA, sign_request, tampered
 from tests.kit.cas import Bridge, add_openssl, live_certificates
+from tests.kit.measured import is_running
 from tests.kit.opensslca import REAL, make_ca_directory, program
 from tests.kit.pki import handmade_pki
 
@@ -944,14 +945,7 @@ def test_a_slow_program_is_stopped(directory: Path, tmp_path: Path) -> None:
 
 def has_ended(pid: int) -> bool:
     """Whether a process ends that was killed."""
-
-    def look() -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-
-    return wait_until(look, bool, timedelta(minutes=3), pause_seconds=0.02)
+    return wait_until(lambda: not is_running(pid), bool, timedelta(minutes=3), pause_seconds=0.02)
 
 
 def test_a_certificate_of_a_stopped_program_is_not_lost(directory: Path, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ from bridge.system.waiting import wait_until
 from tests.kit import cfssl
 from tests.kit.cas import Bridge
 from tests.kit.loopback import LoopbackServer
+from tests.kit.measured import is_running
 from tests.kit.nodes import wait_for
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.static_pod import interrupted
@@ -511,15 +512,7 @@ def test_a_command_that_does_not_end_is_killed_with_its_children(plane: Plane) -
         assert f"after {seconds} s, and was killed" in str(one.error)
         if pid.exists() and (number := pid.read_text().strip()):
             break
-    wait_for("the end of its child", lambda: not lives(number))
-
-
-def lives(pid: str) -> bool:
-    """Whether a process still runs; a zombie has ended, too."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    wait_for("the end of its child", lambda: not is_running(number))
 
 
 def test_a_program_that_is_not_there_is_reported(plane: Plane) -> None:

@@ -37,6 +37,7 @@ from bridge.pki.verify import Expectation
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import changed, make_bundle, old_pairs
 from tests.kit.desks import POLICY, Desk, make_desk
+from tests.kit.measured import is_running
 from tests.kit.pki import Pki, handmade_pki
 
 Pairs = dict[str, tuple[x509.Certificate, PrivateKey]]
@@ -271,14 +272,6 @@ def test_no_worker_outlives_a_killed_desk(tmp_path: Path) -> None:
     desk.stdout.close()
 
     assert not wait_until(lambda: is_running(worker), lambda runs: not runs, timedelta(seconds=120), pause_seconds=0.1)
-
-
-def is_running(pid: int) -> bool:
-    """A process that has ended and was not waited for is none."""
-    try:
-        return " Z " not in Path(f"/proc/{pid}/stat").read_text().partition(")")[2][:3]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.mark.parametrize("rests", [True, False])

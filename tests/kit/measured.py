@@ -1,4 +1,4 @@
-"""How long the program runs, and how much memory it takes."""
+"""How long the program runs, and how much memory it takes; and whether a process is there."""
 
 from __future__ import annotations
 
@@ -39,3 +39,11 @@ def peak_mb(pid: int) -> float:
     """The most memory that a process had, as the kernel keeps it (proc(5), VmHWM): looking takes no time from it."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+
+
+def is_running(pid: int | str) -> bool:
+    """Whether a process is there; one that has ended and was not waited for is none, nor one that goes while it is looked at."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

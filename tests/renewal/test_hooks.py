@@ -92,13 +92,6 @@ def to_run(store: Store) -> list[dict[str, object]]:
     return entries
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 # --- settings --------------------------------------------------------------------------------------------------------
 
 

@@ -26,17 +26,11 @@ from bridge.system.run_command import (
     run_logged,
 )
 from tests.kit import dead_fs
+from tests.kit.measured import is_running
 
 LONG = timedelta(minutes=10)
 PATH = {"PATH": os.environ["PATH"]}
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_command_is_reported_line_by_line_with_its_errors() -> None:
