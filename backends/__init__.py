@@ -1,1 +1,1 @@
-"""The CAs that ca-bridge can ask, one module each; found by entry point, never imported by `bridge`."""
+"""The CAs that ca-bridge can ask, one package each; found by entry point, never imported by `bridge`."""

@@ -22,8 +22,15 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 from requests.adapters import BaseAdapter
 
-from bridge.contract import CredentialEnd, Secret
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError, SettingsProblem
+from bridge.contract import CredentialEnd, Secret, SecretUnavailableError
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    LocalFileError,
+    SettingsError,
+    SettingsProblem,
+)
 from bridge.pki.budget import of_server
 from bridge.system.http import (
     Answer,
@@ -216,21 +223,24 @@ def without(text: str, hidden: Iterable[str | None]) -> str:
     return text
 
 
-def token_times(token: str) -> tuple[datetime | None, datetime] | None:
-    """When a JWT was issued, and when it ends, by its own claims (RFC 7519 §4.1); None: it is no JWT, or has no such claim."""
+def read_secret(place: Secret, what: str, hint: str) -> str:
+    """A secret of the operator's; a LocalFileError, which begins with `what` it is, where it can't be read."""
+    try:
+        return place.read()
+    except SecretUnavailableError as e:
+        raise LocalFileError(f"{what}: {e}", hint=hint) from e
+
+
+def token_end(key: str, secret: Secret, token: str) -> list[CredentialEnd]:
+    """The end of a JWT that is a backend's secret `key`, by its own claims (RFC 7519 §4.1); nothing for another kind of token."""
     try:
         payload = token.split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
         issued, end = claims.get("iat"), datetime.fromtimestamp(claims["exp"], UTC)
-        return (None if issued is None else datetime.fromtimestamp(issued, UTC)), end
+        begin = None if issued is None else datetime.fromtimestamp(issued, UTC)
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, OSError, RecursionError):
-        return None
-
-
-def token_end(key: str, secret: Secret, token: str) -> Iterator[CredentialEnd]:
-    """The end of a JWT that is a backend's secret `key`; nothing for another kind of token."""
-    if (times := token_times(token)) is not None:
-        yield secret_end(key, secret, *times)
+        return []
+    return [secret_end(key, secret, begin, end)]
 
 
 def secret_end(key: str, secret: Secret, begins: datetime | None, ends: datetime) -> CredentialEnd:

@@ -15,6 +15,7 @@ The map, from the ground up; each floor imports only what is below it (`tests/te
 - `cluster`: the cluster's Kubernetes API, and the one client for it
 - `control_plane`: looking at components and restarting them
 - `renewal`: the main job
+- `rotation`: the replacement of a CA while the cluster runs
 - `monitoring`: what monitors show, and how the last runs ended
 - `diagnosis`: whether the next renewal, and a restart, would succeed (`doctor`)
 - `gateway`: signing for the cluster's certificates API
@@ -22,5 +23,5 @@ The map, from the ground up; each floor imports only what is below it (`tests/te
 - `bootstrap`: day 0, what a new node needs before kubeadm makes it one
 - `cli`: commands, and all that is printed
 
-Backends are no part of it: they are found by entry point, and see the doors alone.
+Backends are no part of it: they are found by entry point, and see the doors and a few mechanisms that the table names.
 """

@@ -4,12 +4,15 @@ The contract with a backend: what a way to a CA must do, and what it may do.
 A backend talks to its CA and does nothing else.
 It is never given a private key of the node, writes no file on the node, and need not check what came
 back: `bridge.pki.verify` does that, for all backends alike.
+
+A method that asks the CA raises a BackendRefusedError where the CA says no or does not accept us, and a
+BackendUnavailableError where it does not answer; a docstring has these errors only where they mean more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +25,7 @@ from bridge.errors import BackendError, SettingsProblem, Violation
 from bridge.secret import GIVEN as GIVEN  # noqa: PLC0414 (backends import it from here)
 from bridge.secret import Secret as Secret  # noqa: PLC0414
 from bridge.secret import SecretUnavailableError as SecretUnavailableError  # noqa: PLC0414
+from bridge.secret import leaves
 from bridge.specs import DEFAULT_CLUSTER as DEFAULT_CLUSTER  # noqa: PLC0414
 from bridge.specs import GATEWAY_SPECS, SPECS, USER, Authority, CertificateSpec, KeyAlgorithm
 
@@ -105,7 +109,6 @@ class Backend(Protocol):
             BackendRefusedError: The CA said no; trying again cannot help.
             BackendUnavailableError: No answer, or "later"; trying again may help.
         """
-        ...
 
 
 @runtime_checkable
@@ -123,7 +126,6 @@ class SignsMany(Protocol):
             BackendRefusedError: For all of them.
             BackendUnavailableError: For all of them.
         """
-        ...
 
 
 @runtime_checkable
@@ -147,7 +149,6 @@ class Collects(Protocol):
             BackendRefusedError: The CA said no, or knows no such request any more; it will not be asked for again.
             BackendUnavailableError: No answer from the CA itself.
         """
-        ...
 
 
 @runtime_checkable
@@ -163,20 +164,14 @@ class CollectsAll(Protocol):
 
     def candidates(self, request: SignRequest, reference: str) -> Sequence[Issued]:
         """
-        All certificates that claim to be the answer, the likeliest first.
-
-        Args:
-            request: As it was sent.
-            reference: Of the latest `Pending`.
+        All certificates that claim to be the answer to what `collect` would be asked for, the likeliest first.
 
         Raises:
             BackendUnavailableError: The place can't be looked at.
         """
-        ...
 
     def accepted(self, request: SignRequest, reference: str) -> None:
         """Hear that one of the candidates passed: what lies there to ask for it may be put away. Never raises."""
-        ...
 
 
 @runtime_checkable
@@ -185,17 +180,13 @@ class PutsAway(Protocol):
 
     def put_away(self, reference: str) -> None:
         """
-        Remove what answers the requests of a `Pending`; none of them waits any more, and one or more are installed.
+        Remove what answers the requests of the latest `Pending`: none waits any more, and one or more are installed.
 
         Called after the installation, or by the next run if that one was killed.
-
-        Args:
-            reference: Of the latest `Pending`.
 
         Raises:
             BackendUnavailableError: It can't be removed; a warning says so, and it is not tried again.
         """
-        ...
 
 
 @runtime_checkable
@@ -234,12 +225,7 @@ class Checks(Protocol):
         Returns:
             The violations by certificate name; a name without any is left out.
             What the CA does not let us see is no violation.
-
-        Raises:
-            BackendRefusedError: The CA does not accept us.
-            BackendUnavailableError: No answer.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,17 +249,8 @@ class ChecksWhole(Protocol):
         """
         Compare names, groups, SANs, kinds of keys and lifetimes with the profile, role or section that would sign.
 
-        For `ca-bridge doctor`; what `check` finds need not be found again.
-
-        Returns:
-            The violations by certificate name; a name without any is left out.
-            What the CA does not let us see is no violation.
-
-        Raises:
-            BackendRefusedError: The CA does not accept us.
-            BackendUnavailableError: No answer.
+        For `ca-bridge doctor`. It returns what `check` returns, whose own findings need not be found again.
         """
-        ...
 
 
 @runtime_checkable
@@ -286,7 +263,6 @@ class Advises(Protocol):
 
         Such as: compare role kubeadm-apiserver of pki with what `ca-bridge setup vault --authority ca` prints.
         """
-        ...
 
 
 @runtime_checkable
@@ -299,7 +275,6 @@ class TellsTime(Protocol):
 
         Called after another question; it asks nothing itself. None: there was no answer with a date.
         """
-        ...
 
 
 @runtime_checkable
@@ -312,9 +287,7 @@ class ListsIssuers(Protocol):
 
         Raises:
             BackendRefusedError: The CA does not accept us, or has no certificate.
-            BackendUnavailableError: No answer.
         """
-        ...
 
 
 @runtime_checkable
@@ -323,7 +296,6 @@ class ListsIssuersOf(Protocol):
 
     def issuers_of(self, authority: str) -> list[x509.Certificate]:
         """As `ListsIssuers.issuers`, of the authority with this name, such as `etcd-ca`."""
-        ...
 
 
 @runtime_checkable
@@ -335,12 +307,7 @@ class Identifies(Protocol):
         A name that the CA's own log knows us by, such as a role's or a client certificate's; never a credential.
 
         Called after `check`, if there is one. Empty: the CA does not tell.
-
-        Raises:
-            BackendRefusedError: The CA does not accept us.
-            BackendUnavailableError: No answer.
         """
-        ...
 
 
 @runtime_checkable
@@ -349,7 +316,6 @@ class Spends(Protocol):
 
     def spends(self) -> str:
         """The thing that `check` and `identity` would use up, such as a wrapping token in a file, in words; empty: nothing."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -367,13 +333,7 @@ class TellsEnds(Protocol):
     """Optional: when a token or another secret ends, as far as the CA, or the secret itself, tells."""
 
     def credential_ends(self) -> Sequence[CredentialEnd]:
-        """
-        Ask, as far as we may; without those that have no end, or that something else renews.
-
-        Raises:
-            BackendRefusedError, BackendUnavailableError: As `sign`.
-        """
-        ...
+        """Ask, as far as we may; without those that have no end, or that something else renews."""
 
 
 @runtime_checkable
@@ -390,12 +350,7 @@ class Recalls(Protocol):
 
         Returns:
             One answer a request, in their order; None: it will be asked for again.
-
-        Raises:
-            BackendRefusedError: The CA does not accept us.
-            BackendUnavailableError: No answer.
         """
-        ...
 
 
 @runtime_checkable
@@ -403,13 +358,7 @@ class RecallsIfAllowed(Recalls, Protocol):
     """Optional: `recall` needs a right that the CA's owner may not have given; without it nothing is found."""
 
     def may_recall(self) -> bool:
-        """
-        Whether `recall` finds all that was signed for us.
-
-        Raises:
-            BackendRefusedError, BackendUnavailableError: As `recall`.
-        """
-        ...
+        """Whether `recall` finds all that was signed for us."""
 
 
 @runtime_checkable
@@ -422,9 +371,7 @@ class Revokes(Protocol):
 
         Raises:
             BackendRefusedError: The CA said no, or does not know the certificate.
-            BackendUnavailableError: No answer.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -443,7 +390,6 @@ class RevokesProven(Protocol):
 
     def revoke_proven(self, revocation: Revocation) -> None:
         """As `Revokes.revoke`; the other side may refuse it by its policy (BackendRefusedError)."""
-        ...
 
 
 @runtime_checkable
@@ -459,9 +405,7 @@ class TellsRevoked(Protocol):
 
         Raises:
             BackendRefusedError: The CA does not accept us, or can't say.
-            BackendUnavailableError: No answer.
         """
-        ...
 
 
 @runtime_checkable
@@ -478,7 +422,6 @@ class ListsRevoked(Protocol):
         Raises:
             BackendUnavailableError: No answer.
         """
-        ...
 
 
 @runtime_checkable
@@ -487,7 +430,6 @@ class Closes(Protocol):
 
     def close(self) -> None:
         """End connections and give back what is held; never raises for a CA that can't be reached."""
-        ...
 
 
 class BackendType(Protocol):
@@ -507,7 +449,6 @@ class BackendType(Protocol):
         Raises:
             SettingsError: A file that the settings name can't be used.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -563,7 +504,6 @@ class SetsUp(Protocol):
         Raises:
             BridgeError: The certificates can't be had from such a CA; says which and why.
         """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -594,7 +534,11 @@ class BackendSettings:
 
         By default those of secrets, and of paths in a field whose name ends with `key`; a backend adds what it has besides.
         """
-        yield from _secret_files(self)
+        for key, value in leaves(self):
+            if isinstance(value, Secret) and value.kind == "file" and "{" not in value.where:
+                yield Path(value.where)
+            elif isinstance(value, Path) and key.endswith("key"):
+                yield value
 
     def credentials(self) -> Iterator[tuple[str, Path]]:
         """
@@ -603,7 +547,9 @@ class BackendSettings:
         By default those in a field whose name ends with `client_cert`; a backend adds what it has besides. A file may
         also be a kubeconfig. None is opened.
         """
-        yield from _certificate_files(self)
+        for key, value in leaves(self):
+            if isinstance(value, Path) and key.endswith("client_cert"):
+                yield key, value
 
     def problems(self) -> Iterator[SettingsProblem]:
         """
@@ -613,26 +559,6 @@ class BackendSettings:
             Problems with a key relative to the backend's table, such as `auth.method`.
         """
         yield from ()
-
-
-def _secret_files(settings: Any) -> Iterator[Path]:
-    for one in fields(settings):
-        value = getattr(settings, one.name)
-        if isinstance(value, Secret) and value.kind == "file" and "{" not in value.where:
-            yield Path(value.where)
-        elif isinstance(value, Path) and one.name.endswith("key"):
-            yield value
-        elif is_dataclass(value) and not isinstance(value, (type, Secret)):
-            yield from _secret_files(value)
-
-
-def _certificate_files(settings: Any, table: str = "") -> Iterator[tuple[str, Path]]:
-    for one in fields(settings):
-        value = getattr(settings, one.name)
-        if isinstance(value, Path) and one.name.endswith("client_cert"):
-            yield f"{table}{one.name}", value
-        elif is_dataclass(value) and not isinstance(value, (type, Secret)):
-            yield from _certificate_files(value, f"{table}{one.name}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,15 +19,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
-from bridge.errors import Exit
+from bridge.errors import BridgeError, Exit
 
 if TYPE_CHECKING:
     from bridge.node.inventory import Item
     from bridge.settings.tables import Settings
     from bridge.specs import KeyAlgorithm
     from bridge.state.credentials import Credential
-
-_INTERRUPTED = 130  # as shells have it: 128 and SIGINT
 
 #: What may stand beside a command; anything else is for the command line proper.
 _PLACES = ("--config", "--pki-dir", "--kubeconfig-dir", "--state-dir")
@@ -41,7 +39,7 @@ def main() -> NoReturn:
         _run()
     except KeyboardInterrupt:  # before a command has begun
         os.write(2, b"error: interrupted, nothing was replaced\n")
-        os._exit(_INTERRUPTED)
+        os._exit(130)  # as shells have it: 128 and SIGINT
 
 
 def _open_standard_streams() -> None:
@@ -64,7 +62,7 @@ def _run() -> NoReturn:
         _end_quietly(quiet)
     table = expirations(sys.argv[1:])
     if table is not None:
-        _end(table.code, table.text)
+        _end(*table)
     from bridge.cli.app import app  # noqa: PLC0415 (see above)
     from bridge.system import waiting  # noqa: PLC0415
 
@@ -125,15 +123,8 @@ def _end_quietly(quiet: Quiet) -> NoReturn:
     _end(outcome.exit_code)
 
 
-class Table(NamedTuple):
-    """The text that `check-expiration` prints, and its exit code."""
-
-    text: str
-    code: int
-
-
-def expirations(arguments: Sequence[str]) -> Table | None:
-    """The table of a plain `check-expiration`; None: anything is odd, which the command line proper says."""
+def expirations(arguments: Sequence[str]) -> tuple[int, str] | None:
+    """Exit code and table of a plain `check-expiration`; None: anything is odd, which the command line proper says."""
     plain = _plain("check-expiration", arguments)
     if plain is None or plain.names:
         return None
@@ -151,10 +142,11 @@ def expirations(arguments: Sequence[str]) -> Table | None:
             own = credentials.seen(settings)
             if own is None and credentials.may_look(settings):
                 return None
-        text, troubles, code = look(inventory.of(settings.node), datetime.now(UTC), None, "table", own=own)
+        node, now = inventory.of(settings.node), datetime.now(UTC)
+        text, troubles, code = look(node, now, None, "table", renewal=settings.renewal, own=own)
     except Exception:  # noqa: BLE001 (the same again, with a command line that tells what it is)
         return None
-    return Table(text, code) if not troubles and text.isascii() else None
+    return (code, text) if not troubles and text.isascii() else None
 
 
 def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
@@ -168,7 +160,6 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
     if plain is None:
         return None
     names = plain.names
-    from bridge.errors import BridgeError  # noqa: PLC0415
     from bridge.node import inventory  # noqa: PLC0415 (see above)
     from bridge.renewal import RunOptions, nothing_due, select  # noqa: PLC0415
     from bridge.state import Store, is_checked  # noqa: PLC0415
@@ -181,24 +172,10 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
     except BridgeError:
         return None
     try:
-        is_something_left = store.is_interrupted or any(
-            map(
-                Path.exists,
-                (
-                    store.requests,
-                    store.hooks,
-                    store.unproven,
-                    store.postponed,
-                    store.pairs,
-                    store.revocations,
-                    store.copies,
-                    store.collected,
-                ),
-            )
-        )
-        is_held = not names and (
-            bool(settings.renewal.window or settings.renewal.jitter.most) or store.attempts.exists()
-        )
+        left = (store.requests, store.hooks, store.unproven, store.postponed, store.pairs, store.revocations)
+        is_something_left = store.is_interrupted or any(map(Path.exists, (*left, store.copies, store.collected)))
+        is_timed = bool(settings.renewal.window or settings.renewal.jitter.most)
+        is_held = not names and (is_timed or store.attempts.exists())
     except OSError:  # we may not look into the state directory
         return None
     if selection.items and not is_something_left and not is_held:
@@ -231,7 +208,6 @@ def _may_have_credentials(settings: Settings) -> bool:
 
 
 def _begin_keys(items: Sequence[Item], wanted: KeyAlgorithm | Literal["same"]) -> None:
-    from bridge.errors import BridgeError  # noqa: PLC0415
     from bridge.pki.csr import key_algorithm  # noqa: PLC0415 (only where something is renewed)
     from bridge.renewal import new_keys  # noqa: PLC0415
 
@@ -253,8 +229,6 @@ class _Plain(NamedTuple):
 
         settings = Overrides(*self.places).settings()
         if settings.node.pairs and not settings.node.name:
-            from bridge.errors import BridgeError  # noqa: PLC0415 (see above)
-
             raise BridgeError("names of further pairs may hold the node's")
         return settings
 

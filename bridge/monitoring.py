@@ -68,7 +68,6 @@ def history_file(store: Store) -> StateFile[History]:
 
 # --- the file ----------------------------------------------------------------------------------------------------------
 
-MODE = 0o644
 #: For another run that ends at the same moment.
 _WAIT = timedelta(seconds=10)
 
@@ -96,7 +95,15 @@ def written(settings: Settings, now: Callable[[], datetime], *, rehearsal: bool 
         ending.exit_code = _code_of(e)
         raise
     finally:
-        _write_or_report(settings, now(), ending, time.monotonic() - start, rehearsal=rehearsal)
+        code, ended, seconds = ending.exit_code, now(), time.monotonic() - start
+
+        def count(before: History | None) -> History:
+            if rehearsal:
+                return dataclasses.replace(before or History(), rehearsed=ended, rehearsal_exit_code=code)
+            return after(before, code, ended, seconds)
+
+        if not _write_or_report(settings, count, ended) and code in Exit.PRECEDENCE:
+            ending.exit_code = Exit.worst([code, MetricsError.exit_code])
 
 
 @contextlib.contextmanager
@@ -105,12 +112,7 @@ def kept_current(settings: Settings, now: Callable[[], datetime]) -> Iterator[No
     try:
         yield
     finally:
-        file = settings.metrics.file
-        if file is not None:
-            try:
-                write(settings, file, lambda before: before or History(), now())
-            except MetricsError as e:
-                print_error(e)
+        _write_or_report(settings, lambda before: before or History(), now())
 
 
 def _code_of(error: BaseException) -> int:
@@ -119,22 +121,15 @@ def _code_of(error: BaseException) -> int:
     return error.exit_code if isinstance(error, BridgeError) else Exit.FAILED
 
 
-def _write_or_report(settings: Settings, ended: datetime, ending: RunExit, seconds: float, *, rehearsal: bool) -> None:
-    code = ending.exit_code
-
-    def count(before: History | None) -> History:
-        if rehearsal:
-            return dataclasses.replace(before or History(), rehearsed=ended, rehearsal_exit_code=code)
-        return after(before, code, ended, seconds)
-
-    if settings.metrics.file is None:
-        return
+def _write_or_report(settings: Settings, count: Callable[[History | None], History], now: datetime) -> bool:
+    """Write the file, if the settings name one; False: an error was printed."""
     try:
-        write(settings, settings.metrics.file, count, ended)
-    except BridgeError as e:
+        if settings.metrics.file is not None:
+            write(settings, settings.metrics.file, count, now)
+    except MetricsError as e:
         print_error(e)
-        if code in Exit.PRECEDENCE:
-            ending.exit_code = Exit.worst([code, e.exit_code])
+        return False
+    return True
 
 
 def write(settings: Settings, file: Path, count: Callable[[History | None], History], now: datetime) -> None:
@@ -167,11 +162,13 @@ def known(settings: Settings, now: datetime) -> Remembered:
     """Read the state directory, with or without its lock, since each file is replaced whole (StateError: damage)."""
     store = Store(settings.node.state_dir)
     requests = OpenRequests(store).by_name()
+    may_be_late = any(path.exists() for path in (store.unproven, store.postponed, store.pairs))
+    late = in_use.late(settings, inventory.of(settings.node), now) if may_be_late else ()
     return Remembered(
         failures=attempts_file(store).read() or {},
         pending=tuple(one for one in requests.values() if one.is_waiting),
         history=history_file(store).read(),
-        late=_late(settings, now) if any(map(Path.exists, (store.unproven, store.postponed, store.pairs))) else (),
+        late=tuple(dict.fromkeys((one.certificate, one.component.value if one.component else "") for one in late)),
         own=credentials.metrics(credentials.seen(settings) or (), settings.renewal.before),
         phases=tuple(_phases(settings)) if any(one.next for one in settings.authorities.values()) else (),
     )
@@ -200,11 +197,6 @@ def known_here(settings: Settings, now: datetime) -> Remembered | None:
         return None
 
 
-def _late(settings: Settings, now: datetime) -> tuple[tuple[str, str], ...]:
-    found = in_use.late(settings, inventory.of(settings.node), now)
-    return tuple(dict.fromkeys((one.certificate, one.component.value if one.component else "") for one in found))
-
-
 def _put(file: Path, data: bytes) -> None:
     """
     Replace the file in one step, and remove the temporary files of killed runs.
@@ -216,7 +208,7 @@ def _put(file: Path, data: bytes) -> None:
         for one in place.path.parent.iterdir():
             if ours.fullmatch(one.name) and stat.S_ISREG(one.lstat().st_mode):
                 one.unlink(missing_ok=True)
-        write_atomically(place.path, data, MODE)
+        write_atomically(place.path, data, 0o644)
 
 
 # --- Prometheus' text format -----------------------------------------------------------------------------------------
@@ -229,9 +221,8 @@ class Remembered:
     failures: Mapping[str, Failures]  #: Runs in a row that failed, by authority.
     pending: tuple[OpenRequest, ...]  #: Requests that a CA has not answered yet.
     history: History | None  #: None: no run has ended yet.
-    late: tuple[
-        tuple[str, str], ...
-    ] = ()  #: Certificates that are installed and not in use, and their components; a further pair's program has no name.
+    #: Certificates that are installed and not in use, and their components; a further pair's program has no name.
+    late: tuple[tuple[str, str], ...] = ()
     own: str = ""  #: The metrics of our own credentials.
     phases: tuple[tuple[str, datetime], ...] = ()  #: Labels of CAs that are being replaced, and since when they fit.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 #: In a settings field's metadata: its value comes from the bridge, and no key of the settings file has its name.
 GIVEN = "given"
@@ -30,13 +32,8 @@ class Secret:
         return {"file": self.where, "env": f"${self.where}", "credential": f"credential {self.where}"}[self.kind]
 
     def read(self) -> str:
-        """
-        The secret, without white space around it.
-
-        Raises:
-            SecretUnavailableError: Not there, not readable, or empty.
-        """
-        raw = os.environ.get(self.where, "") if self.kind == "env" else self._read_file(self._path())
+        """The secret, without white space around it (SecretUnavailableError: not there, not readable, or empty)."""
+        raw = os.environ.get(self.where, "") if self.kind == "env" else self._read_file()
         value = raw.strip()
         if not value:
             raise SecretUnavailableError(f"wanted a secret in {self}, found nothing there")
@@ -53,9 +50,20 @@ class Secret:
             )
         return Path(directory, self.where)
 
-    def _read_file(self, path: Path) -> str:
+    def _read_file(self) -> str:
+        path = self._path()
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
             raise SecretUnavailableError(f"wanted a secret in {path}, found: {reason}") from None
+
+
+def leaves(table: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys and values of a table of settings, those of tables within it included, without what is given."""
+    for one in fields(table):
+        value, key = getattr(table, one.name), f"{prefix}{one.name}"
+        if is_dataclass(value) and not hasattr(value, "from_setting") and not isinstance(value, Secret):
+            yield from leaves(value, f"{key}.")
+        elif GIVEN not in one.metadata:
+            yield key, value

@@ -12,6 +12,7 @@ import enum
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 Usage = Literal["server", "client", "peer"]
@@ -89,8 +90,8 @@ class CertificateSpec:
     name: str  #: As in `kubeadm certs check-expiration`.
     authority: Authority
     ekus: frozenset[EKU]  #: Exactly these.
-    common_names: tuple[str, ...]  #: Who it is for; `{node}` stands for the node's name.
-    base: str  #: `{base}.crt` and `{base}.key` below `pki_dir`; for a kubeconfig its name in `kubeconfig_dir`.
+    common_names: tuple[str, ...] = ()  #: Who it is for; `{node}` stands for the node's name.
+    base: str = ""  #: `{base}.crt` and `{base}.key` below `pki_dir`; for a kubeconfig its name in `kubeconfig_dir`.
     groups: tuple[frozenset[str], ...] = (_NO_GROUP,)  #: Its O values, by kubeadm's versions: all of one, or fewer.
     kubeconfig: bool = False  #: The pair is embedded in a kubeconfig.
     component: Component | None = None  #: The process that reads it; None: people and kubeadm itself.
@@ -124,30 +125,18 @@ _CLIENT = frozenset({EKU.CLIENT_AUTH})
 _PEER = frozenset({EKU.SERVER_AUTH, EKU.CLIENT_AUTH})
 _KUBECONFIG_FLAGS = ("--kubeconfig", "--authentication-kubeconfig", "--authorization-kubeconfig")
 
-#: A client certificate for a person or a machine, in a kubeconfig of its own; on no node, and none of kubeadm's.
-USER = CertificateSpec(
-    name="user",
-    authority=CA,
-    ekus=_CLIENT,
-    common_names=(),
-    base="user",
-    kubeconfig=True,
-    optional=True,
-    listed=False,
-)
+# What several have in common.
+_kubeconfig = partial(CertificateSpec, authority=CA, ekus=_CLIENT, kubeconfig=True)
+_api_client = partial(CertificateSpec, ekus=_CLIENT, component=Component.APISERVER)
+_etcd = partial(CertificateSpec, authority=ETCD_CA, ekus=_PEER, component=Component.ETCD, by_node=True)
+_nodes = partial(CertificateSpec, authority=CA, component=Component.KUBELET, groups=(frozenset({"system:nodes"}),))
 
 #: In kubeadm's order (by name, byte-wise), then what kubeadm does not list.
 SPECS = {
     spec.name: spec
     for spec in (
-        CertificateSpec(
-            name="admin.conf",
-            authority=CA,
-            ekus=_CLIENT,
-            common_names=("kubernetes-admin",),
-            groups=(_ADMINS, _MASTERS),
-            base="admin.conf",
-            kubeconfig=True,
+        _kubeconfig(
+            name="admin.conf", base="admin.conf", common_names=("kubernetes-admin",), groups=(_ADMINS, _MASTERS)
         ),
         CertificateSpec(
             name="apiserver",
@@ -159,33 +148,26 @@ SPECS = {
             flags=("--tls-cert-file",),
             by_node=True,
         ),
-        CertificateSpec(
+        _api_client(
             name="apiserver-etcd-client",
             authority=ETCD_CA,
-            ekus=_CLIENT,
             common_names=("kube-apiserver-etcd-client",),
             groups=(_NO_GROUP, _MASTERS),
             base="apiserver-etcd-client",
-            component=Component.APISERVER,
             flags=("--etcd-certfile",),
         ),
-        CertificateSpec(
+        _api_client(
             name="apiserver-kubelet-client",
             authority=CA,
-            ekus=_CLIENT,
             common_names=("kube-apiserver-kubelet-client",),
             groups=(_NO_GROUP, _ADMINS | _MASTERS),
             base="apiserver-kubelet-client",
-            component=Component.APISERVER,
             flags=("--kubelet-client-certificate",),
         ),
-        CertificateSpec(
+        _kubeconfig(
             name="controller-manager.conf",
-            authority=CA,
-            ekus=_CLIENT,
             common_names=("system:kube-controller-manager",),
             base="controller-manager.conf",
-            kubeconfig=True,
             component=Component.CONTROLLER_MANAGER,
             flags=_KUBECONFIG_FLAGS,
             reloaded=False,
@@ -198,70 +180,43 @@ SPECS = {
             groups=(_NO_GROUP, _MASTERS),
             base="etcd/healthcheck-client",
         ),
-        CertificateSpec(
-            name="etcd-peer",
-            authority=ETCD_CA,
-            ekus=_PEER,
-            common_names=("{node}", "kube-etcd-peer"),
-            base="etcd/peer",
-            component=Component.ETCD,
-            flags=("--peer-cert-file",),
-            by_node=True,
+        _etcd(
+            name="etcd-peer", common_names=("{node}", "kube-etcd-peer"), base="etcd/peer", flags=("--peer-cert-file",)
         ),
-        CertificateSpec(
-            name="etcd-server",
-            authority=ETCD_CA,
-            ekus=_PEER,
-            common_names=("{node}", "kube-etcd"),
-            base="etcd/server",
-            component=Component.ETCD,
-            flags=("--cert-file",),
-            by_node=True,
-        ),
-        CertificateSpec(
+        _etcd(name="etcd-server", common_names=("{node}", "kube-etcd"), base="etcd/server", flags=("--cert-file",)),
+        _api_client(
             name="front-proxy-client",
             authority=FRONT_PROXY_CA,
-            ekus=_CLIENT,
             common_names=("front-proxy-client",),
             base="front-proxy-client",
-            component=Component.APISERVER,
             flags=("--proxy-client-cert-file",),
         ),
-        CertificateSpec(
+        _kubeconfig(
             name="scheduler.conf",
-            authority=CA,
-            ekus=_CLIENT,
             common_names=("system:kube-scheduler",),
             base="scheduler.conf",
-            kubeconfig=True,
             component=Component.SCHEDULER,
             flags=_KUBECONFIG_FLAGS,
             reloaded=False,
         ),
         # Only on the node where `kubeadm init` ran, and Kubernetes' page tells users to move it away:
         # https://kubernetes.io/docs/setup/best-practices/certificates/
-        CertificateSpec(
+        _kubeconfig(
             name="super-admin.conf",
-            authority=CA,
-            ekus=_CLIENT,
             common_names=("kubernetes-super-admin",),
             groups=(_MASTERS,),
             base="super-admin.conf",
-            kubeconfig=True,
             since=(1, 29),
             optional=True,
         ),
         # kubeadm leaves it to the kubelet's own rotation, which never ends where no CA key is in the
         # cluster: with embedded data it is ours.
-        CertificateSpec(
+        _nodes(
             name="kubelet.conf",
-            authority=CA,
             ekus=_CLIENT,
             common_names=("system:node:{node}",),
-            groups=(frozenset({"system:nodes"}),),
             base="kubelet.conf",
             kubeconfig=True,
-            component=Component.KUBELET,
             flags=("--kubeconfig",),
             optional=True,
             listed=False,
@@ -270,14 +225,11 @@ SPECS = {
         ),
         # A kubelet serves logs, exec and metrics with it; its default is self-signed. The API's signer for kubelets
         # demands this subject; certificates made by hand often have a node's name alone.
-        CertificateSpec(
+        _nodes(
             name="kubelet-server",
-            authority=CA,
             ekus=_SERVER,
             common_names=("system:node:{node}", "{node}"),
-            groups=(frozenset({"system:nodes"}),),
             base="kubelet-server",
-            component=Component.KUBELET,
             flags=("--tls-cert-file",),
             optional=True,
             listed=False,
@@ -321,32 +273,17 @@ SUPER_ADMIN = "super-admin.conf"
 
 #: What others ask for at the gateway, by our names; the certificates API's signers of the cluster's CA
 #: (https://kubernetes.io/docs/reference/access-authn-authz/certificate-signing-requests/#kubernetes-signers).
-KUBELET_CLIENT = CertificateSpec(
-    name="kubelet-client",
-    authority=CA,
-    ekus=_CLIENT,
-    common_names=("system:node:{node}",),
-    groups=(frozenset({"system:nodes"}),),
-    base="",
-    component=Component.KUBELET,
-)
-KUBELET_SERVING = CertificateSpec(
-    name="kubelet-serving",
-    authority=CA,
-    ekus=_SERVER,
-    common_names=("system:node:{node}",),
-    groups=(frozenset({"system:nodes"}),),
-    base="",
-    component=Component.KUBELET,
-)
-USER = CertificateSpec(name="user", authority=CA, ekus=_CLIENT, common_names=(), base="")
+KUBELET_CLIENT = _nodes(name="kubelet-client", ekus=_CLIENT, common_names=("system:node:{node}",))
+KUBELET_SERVING = _nodes(name="kubelet-serving", ekus=_SERVER, common_names=("system:node:{node}",))
+#: A client certificate for a person or a machine, in a kubeconfig of its own; on no node, and none of kubeadm's.
+USER = CertificateSpec(name="user", authority=CA, ekus=_CLIENT)
 #: The CA of pods' certificates, which is none of kubeadm's three.
 PODS = Authority(name="pods", base="pods")
 #: By their usage; pods' names are beside the CSR.
 POD_SPECS: dict[Usage, CertificateSpec] = {
-    "peer": CertificateSpec(name="pod", authority=PODS, ekus=_PEER, common_names=(), base=""),
-    "client": CertificateSpec(name="pod-client", authority=PODS, ekus=_CLIENT, common_names=(), base=""),
-    "server": CertificateSpec(name="pod-server", authority=PODS, ekus=_SERVER, common_names=(), base=""),
+    "peer": CertificateSpec(name="pod", authority=PODS, ekus=_PEER),
+    "client": CertificateSpec(name="pod-client", authority=PODS, ekus=_CLIENT),
+    "server": CertificateSpec(name="pod-server", authority=PODS, ekus=_SERVER),
 }
 GATEWAY_SPECS = {spec.name: spec for spec in (KUBELET_CLIENT, KUBELET_SERVING, USER, *POD_SPECS.values())}
 #: All CAs that the settings may name.
@@ -379,8 +316,6 @@ def pair_spec(name: str, authority: str, ekus: Iterable[EKU], reader: Component 
         name=name,
         authority=AUTHORITIES[authority],
         ekus=usages,
-        common_names=(),
-        base="",
         component=reader,
         listed=False,
         by_node=True,

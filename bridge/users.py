@@ -47,13 +47,12 @@ from bridge.state import Store, audit
 from bridge.state.open_requests import OpenUser, OpenUsers
 from bridge.state.session import alone, in_force
 from bridge.system.console import Progress
-from bridge.system.files import Attributes, sync_directory, write_atomically, write_staged
+from bridge.system.files import Attributes, reasons, sync_directory, write_atomically, write_staged
 from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read, read_ca_file, read_once
 from bridge.words import one_line
 
 #: Kubernetes accepts it everywhere, and it is made at once.
 DEFAULT_KEY: KeyAlgorithm = "ecdsa-p256"
-_CSR_MODE = 0o644
 #: No hyphen within a block, so that a file of BEGIN lines alone is read once, not once for each line.
 _PEM = re.compile(rb"-----BEGIN ((?:NEW )?CERTIFICATE REQUEST)-----[^-]*-----END \1-----")
 #: A desk refuses a request that is older than a month, unless its policy says otherwise.
@@ -100,16 +99,14 @@ def write_request(user: User, directory: Path, algorithm: KeyAlgorithm = DEFAULT
     """Make a key and a CSR for it, `NAME.key` (0600) and `NAME.csr`: both or neither, and never over an older file."""
     if wrong := [SettingsProblem(what, user_rules.NAME_FORM, found) for what, found in user_rules.misnamed(user)]:
         raise SettingsError(wrong)
-    stem = stem_of(user.name)
-    key = csr.generate_key(algorithm)
-    files = [(directory / f"{stem}.key", csr.key_pem(key), Attributes.private().mode)]
-    files.append((directory / f"{stem}.csr", make_csr(user, key), _CSR_MODE))
+    key_path, csr_path = (directory / f"{stem_of(user.name)}.{kind}" for kind in ("key", "csr"))
+    key, private = csr.generate_key(algorithm), Attributes.private()
     written: list[Path] = []
     try:
-        for path, data, mode in files:
-            private = Attributes.private()
-            write_staged(path, data, Attributes(mode=mode, uid=private.uid, gid=private.gid, extended={}))
-            written.append(path)
+        write_staged(key_path, csr.key_pem(key), private)
+        written.append(key_path)
+        write_staged(csr_path, make_csr(user, key), dataclasses.replace(private, mode=0o644))
+        written.append(csr_path)
         sync_directory(directory)
     except OSError as e:
         for path in written:
@@ -118,7 +115,7 @@ def write_request(user: User, directory: Path, algorithm: KeyAlgorithm = DEFAULT
             f"{e.filename or directory}: wanted to write a key and a CSR, found: {e.strerror}",
             hint="move the older ones away, or name another directory with -o",
         ) from None
-    return files[0][0], files[1][0]
+    return key_path, csr_path
 
 
 def load_csr(path: Path, user: User) -> bytes:
@@ -215,7 +212,9 @@ def issue(
     given = load_csr(order.csr, order.user) if order.csr is not None else None
     older = _assert_may_write(order)
     anchors, anchor_name = _anchors(settings, order)
-    server = _server(settings, order)
+    fresh = FreshKubeconfig(
+        server=_server(settings, order), cluster=settings.node.cluster, user=order.user.name, ca_pem=pem(*anchors)
+    )
     settings = in_force(settings, {CLUSTER_CA.name: anchors})
     configured = registry.configured(settings, [CLUSTER_CA.name])[CLUSTER_CA.name]
     expected = verify.Expectation(
@@ -237,12 +236,11 @@ def issue(
             _add(record, audit.VERIFIED, one, new=verified.leaf)
             record.write()
             owe_putting_away(settings, store, [(CLUSTER_CA.name, one.reference)])
-            _write(order, server, anchors, settings.node.cluster, verified, one)
+            _write(order, fresh, verified, one)
             _add(record, audit.INSTALLED, one, new=verified.leaf, result=f"in {order.out}")
             _forget(store, one)
         put_away(settings, store, progress.note)
-    key_file = "" if one.key_pem is not None else _key_file(order)
-    return Done(leaf=verified.leaf, server=server, backend=configured.label, key_file=key_file)
+    return Done(leaf=verified.leaf, server=fresh.server, backend=configured.label, key_file=_key_file(order, one))
 
 
 def _name(one: OpenUser) -> str:
@@ -434,26 +432,15 @@ class _Submission:
         requests.save()
 
 
-def _key_file(order: UserOrder) -> str:
-    return order.key_file or (order.csr.with_suffix(".key").name if order.csr is not None else "")
+def _key_file(order: UserOrder, one: OpenUser) -> str:
+    """Where the kubeconfig looks for the key; empty: it is in it."""
+    beside = order.csr.with_suffix(".key").name if order.csr is not None else ""
+    return (order.key_file or beside) if one.key_pem is None else ""
 
 
-def _write(
-    order: UserOrder,
-    server: str,
-    cas: tuple[x509.Certificate, ...],
-    cluster: str,
-    verified: verify.Verified,
-    one: OpenUser,
-) -> None:
+def _write(order: UserOrder, fresh: FreshKubeconfig, verified: verify.Verified, one: OpenUser) -> None:
     """Write the kubeconfig with mode 0600, with or without a key; while a CA is replaced, it trusts both."""
-    fresh = FreshKubeconfig(server=server, cluster=cluster, user=order.user.name, ca_pem=pem(*cas))
-    text = fresh.text(pem(*verified.chain), one.key_pem, "" if one.key_pem is not None else _key_file(order))
-    try:
-        with _held_open(order) as (path, _):
-            write_atomically(path, text)
-    except OSError as e:
-        raise BridgeError(
-            f"{order.out}: wanted to write the kubeconfig, found: {e.strerror}",
-            hint="run the same command again with a writable place",
-        ) from None
+    text = fresh.text(pem(*verified.chain), one.key_pem, _key_file(order, one))
+    wanted, hint = f"{order.out}: wanted to write the kubeconfig", "run the same command again with a writable place"
+    with reasons(BridgeError, wanted, hint=hint), _held_open(order) as (path, _):
+        write_atomically(path, text)

@@ -125,8 +125,9 @@ def test_each_command_has_a_task_and_an_example() -> None:
     assert sorted(tasks) == sorted(name for name in names if " " not in name)
     found = {name: examples_of(name) for name, is_group in names.items() if not is_group}
     assert [name for name in found if not found[name]] == []
-    assert sorted(EXAMPLES) == sorted(example for examples in found.values() for example in examples)
-    for line, _ in EXAMPLES:
+    shown = sorted(example for examples in found.values() for example in examples)
+    assert shown == sorted((f"{NAME} {line}", text) for line, text in EXAMPLES)
+    for line, _ in shown:
         assert why_not(line) is None
 
 

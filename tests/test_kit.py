@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 
+from bridge.errors import Exit
 from bridge.node.processes import running
 from bridge.specs import AUTHORITIES
 from bridge.system.waiting import wait_until
@@ -128,7 +129,7 @@ def test_what_is_not_skipped_passes_where_skips_are_forbidden(tmp_path: Path) ->
 
 def test_nodes_are_started_by_a_few_workers_file_by_file(tmp_path: Path) -> None:
     """All tests of a file that starts nodes, or shares a slow server, run in the same one of several workers; others are spread."""
-    several = ("-p", "xdist", "--numprocesses=4", "-rP")
+    several = ("-p", "xdist", f"--numprocesses={plan.NODE_WORKERS + 1}", "-rP")
 
     def workers(*files: str) -> dict[str, set[str]]:
         run = _pytest(tmp_path, FOUR_TESTS, *several, no_skip=True, files=files)
@@ -137,7 +138,7 @@ def test_nodes_are_started_by_a_few_workers_file_by_file(tmp_path: Path) -> None
         assert len(found) == 4 * len(files)
         return {name: {worker for worker, of in found if of == name} for name in (Path(file).name for file in files)}
 
-    found = workers(*(f"test_{number}_node.py" for number in range(4)))
+    found = workers(*(f"test_{number}_node.py" for number in range(plan.NODE_WORKERS + 1)))
     assert {len(one) for one in found.values()} == {1}
     assert len(set.union(*found.values())) == plan.NODE_WORKERS
     assert len(workers("test_it.py")["test_it.py"]) > 1
@@ -272,6 +273,24 @@ def test_a_warm_run_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "sitecustomize.py").write_text("print('a new process')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # counts when a process starts
     assert warm.run("--version").stdout.startswith("a new process\n")
+
+
+def test_no_test_reaches_outside_of_this_machine(tmp_path: Path) -> None:
+    """Neither this process nor a warm run of the program: an address of documentation is refused at once, a name is unknown."""
+    for host, found in {"192.0.2.10": "Network is unreachable", "api.example.com": "not known"}.items():
+        with pytest.raises(OSError, match=found):
+            socket.create_connection((host, 6443), timeout=0.001)
+        bridge = Bridge(pki=handmade_pki(tmp_path / host), directory=tmp_path / f"{host}-bridge")
+        bridge.add("authority.ca", {"backend": "away"})
+        bridge.add("backend.away", {"type": "gateway", "url": f"https://{host}:9443", "retry_for": "1s"})
+        run = bridge.run("renew", "admin.conf")
+        assert run.returncode == Exit.UNAVAILABLE, run.stderr
+        assert found.lower() in run.stderr
+    for look, asked in ((socket.gethostbyname, "api.example.com"), (socket.gethostbyaddr, "192.0.2.10")):
+        with pytest.raises(socket.gaierror, match="not known"):
+            look(asked)
+    with socket.socket(type=socket.SOCK_DGRAM) as datagrams, pytest.raises(OSError, match="Network is unreachable"):
+        datagrams.sendto(b"", ("192.0.2.10", 53))
 
 
 def test_a_quorum_is_lost_while_two_members_are_away_or_without_a_leader() -> None:

@@ -302,6 +302,27 @@ def test_the_walls_between_floors_can_fail(module: str, source: str) -> None:
     assert not list(floor_wall(allowed, module))
 
 
+def unmapped(text: str) -> set[str]:
+    """Our packages, doors and single modules that a map does not name, as `name`, `name.py` or `bridge/name/`."""
+    found = {module.split(".")[1] for module in modules("bridge") if module != "bridge"}
+    return {name for name in found if not re.search(rf"`(bridge/)?{name}(\.py|/)?`", text)}
+
+
+@pytest.mark.parametrize("page", ["bridge/__init__.py", "CONTRIBUTING.md"])
+def test_a_map_names_each_room(page: str) -> None:
+    """A newcomer finds each room in both maps."""
+    text = (Path(__file__).parents[1] / page).read_text()
+    assert unmapped(text) == set()
+    assert unmapped(text.replace("rotation", "")) == {"rotation"}
+
+
+def test_each_room_has_its_floor() -> None:
+    """No module of ours is without a wall, but for those that open on the whole house."""
+    assert [module for module in modules("bridge") if floor_of(module) is None] == [
+        module for module in modules("bridge") if module in {"bridge", *(f"bridge.{name}" for name in ROOF)}
+    ]
+
+
 @pytest.mark.parametrize("module", modules("backends"))
 def test_a_backend_sees_only_the_contract(module: str) -> None:
     """A backend can do nothing that a third party's could not."""

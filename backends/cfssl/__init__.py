@@ -32,6 +32,7 @@ from backends.http import (
     listed,
     pair_problems,
     pem_certificates,
+    read_secret,
     retry_after_seconds,
     tls_context,
     url_problems,
@@ -42,7 +43,6 @@ from bridge.contract import (
     Issued,
     Names,
     Secret,
-    SecretUnavailableError,
     Selector,
     SetupFile,
     SetupRequest,
@@ -324,10 +324,7 @@ def _certificate(result: Mapping[str, Any]) -> x509.Certificate:
 
 def _read_key(place: Secret) -> bytes:
     hint = "a good one: openssl rand -hex 32 (the server must have the same)"
-    try:
-        text = place.read()
-    except SecretUnavailableError as e:
-        raise LocalFileError(f"cfssl: HMAC key: {e}", hint=f"put it there; {hint}") from e
+    text = read_secret(place, "cfssl: HMAC key", f"put it there; {hint}")
     if not re.fullmatch("([0-9a-fA-F]{2})+", text):
         found = f"{len(text)} characters that are not"
         raise LocalFileError(f"cfssl: wanted pairs of hexadecimal digits in {place}, found {found}", hint=hint)

@@ -14,9 +14,8 @@ import re
 import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +23,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from backends.cfssl import EKU_NAMES
+from backends.cfssl import EKU_NAMES, CfsslSettings
 from bridge.contract import NamePatterns, Secret, SetupFile, SetupRequest
 from bridge.pki.certificates import extension
 from bridge.specs import AUTHORITIES, EKU, SPECS, Authority, CertificateSpec
@@ -102,47 +101,25 @@ def profile_beside(one: NamePatterns) -> dict[str, object]:
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Node:
+def _server(authority: Authority, settings: Mapping[str, Any]) -> CfsslSettings:
     """The node's settings of the server; where there are none, those that `ca-bridge settings init cfssl` writes."""
+    here, key = Path("/etc/ca-bridge"), settings.get("auth_key")
+    usual: dict[str, Any] = {
+        "url": f"https://cfssl.corp.example:{PORTS[authority.name]}",
+        "ca_file": here / "cfssl-ca.pem",
+        "client_cert": here / "client.pem",
+        "client_key": here / "client-key.pem",
+    }
+    if not (isinstance(key, Secret) and key.kind == "file" and "{usage}" in key.where):
+        key = Secret("file", f"{here}/{authority.name}-{{usage}}.hex")
+    return CfsslSettings(**{**usual, **settings, "auth_key": key})
 
-    url: str
-    ca_file: PurePath
-    client_cert: PurePath
-    client_key: PurePath
-    auth_key: str  #: A pattern with `{usage}`.
 
-    @classmethod
-    def of(cls, authority: Authority, settings: Mapping[str, Any]) -> _Node:
-        key = settings.get("auth_key")
-        pattern = key.where if isinstance(key, Secret) and key.kind == "file" else ""
-        return cls(
-            url=settings.get("url") or f"https://cfssl.corp.example:{PORTS[authority.name]}",
-            ca_file=settings.get("ca_file") or PurePath("/etc/ca-bridge/cfssl-ca.pem"),
-            client_cert=settings.get("client_cert") or PurePath("/etc/ca-bridge/client.pem"),
-            client_key=settings.get("client_key") or PurePath("/etc/ca-bridge/client-key.pem"),
-            auth_key=pattern if "{usage}" in pattern else f"/etc/ca-bridge/{authority.name}-{{usage}}.hex",
-        )
-
-    @property
-    def host(self) -> str:
-        return urlsplit(self.url).hostname or "localhost"
-
-    @property
-    def san(self) -> str:
-        try:
-            return f"IP:{ipaddress.ip_address(self.host)}"
-        except ValueError:
-            return f"DNS:{self.host}"
-
-    @property
-    def address(self) -> str:
-        """The address that the server listens on: one address if the url has it, else on all, where TLS lets in only its clients."""
-        return self.host if self.san.startswith("IP:") or self.host == "localhost" else "0.0.0.0"  # noqa: S104
-
-    def key_name(self, usage: str) -> str:
-        """The file of a profile's HMAC key on the node."""
-        return PurePath(self.auth_key.replace("{usage}", usage)).name
+def _san(host: str) -> str:
+    try:
+        return f"IP:{ipaddress.ip_address(host)}"
+    except ValueError:
+        return f"DNS:{host}"
 
 
 def text(
@@ -158,8 +135,9 @@ def text(
     config = escaped(
         json.dumps(signing_config(authority, certificates, validity, directory), indent=2, ensure_ascii=False)
     )
-    node = _Node.of(authority, settings)
-    quoted = shlex.quote(str(directory))
+    node = _server(authority, settings)
+    host, key_files = urlsplit(node.url).hostname or "localhost", str(node.auth_key)
+    san, quoted = _san(host), shlex.quote(str(directory))
     names = ", ".join(spec.name for spec in _ours(authority, certificates))
     return _SCRIPT.format(
         authority=authority.name,
@@ -171,17 +149,18 @@ def text(
         config=config,
         keys=" ".join(["deny", *(f"{authority.name}-{usage}" for usage in usages)]),
         node_keys="\n".join(
-            f"cp {quoted}/keys/{authority.name}-{usage}.hex {quoted}/node/{shlex.quote(node.key_name(usage))}"
+            f"cp {quoted}/keys/{authority.name}-{usage}.hex "
+            f"{quoted}/node/{shlex.quote(PurePath(key_files.replace('{usage}', usage)).name)}"
             for usage in usages
         ),
         node=node,
-        host=shlex.quote(node.host),
-        san=shlex.quote(node.san),
+        host=shlex.quote(host),
+        san=shlex.quote(san),
+        # on one address if the url has it, else on all, where TLS lets in only its clients
+        address=host if san.startswith("IP:") or host == "localhost" else "0.0.0.0",  # noqa: S104
         port=urlsplit(node.url).port or PORTS[authority.name],
-        ca_file=shlex.quote(node.ca_file.name),
-        client_cert=shlex.quote(node.client_cert.name),
-        client_key=shlex.quote(node.client_key.name),
         disabled=DISABLED,
+        **{key: shlex.quote(getattr(node, key).name) for key in ("ca_file", "client_cert", "client_key")},
     )
 
 
@@ -243,7 +222,7 @@ exec 9>&-
 
 # `info` needs no key and stays enabled: ca-bridge asks it for the CA and the usages before a signature.
 # Restart the server after a change of the configuration; "endpoint 'sign' is disabled" in the log is as intended.
-exec cfssl serve -address {node.address} -port {port} \
+exec cfssl serve -address {address} -port {port} \
   -ca {quoted}/{authority}.crt -ca-key {quoted}/{authority}.key -config {quoted}/{authority}.json \
   -tls-cert {quoted}/server.crt -tls-key {quoted}/server.key -min-tls-version 1.2 \
   -mutual-tls-ca {quoted}/bridge-clients-ca.crt -mutual-tls-cn '^ca-bridge$' \

@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from backends.cmp.program import ENROLMENT, OLDEST_WITH_PROFILES, Log, Program, Ran, body_of, failure, quoted
-from backends.http import pair_problems, subject_of, url_problems
+from backends.http import pair_problems, read_secret, subject_of, url_problems
 from bridge.contract import (
     BackendSettings,
     Issued,
@@ -29,7 +29,6 @@ from bridge.contract import (
     Names,
     Pending,
     Secret,
-    SecretUnavailableError,
     Selector,
     SetupFile,
     SetupRequest,
@@ -335,10 +334,7 @@ class CmpBackend:
         if place is None:
             return None
         hint = "a good one: openssl rand -hex 32 (the server must have the same)"
-        try:
-            text = place.read()
-        except SecretUnavailableError as e:
-            raise LocalFileError(f"cmp: shared secret: {e}", hint=f"put it there; {hint}") from e
+        text = read_secret(place, "cmp: shared secret", f"put it there; {hint}")
         secret = text.encode()
         if not text.isprintable() or not MIN_SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
             wanted = f"{MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes of printable text on one line"

@@ -326,14 +326,9 @@ class Rejection:
     def __str__(self) -> str:
         return ": ".join(filter(None, [", ".join(sorted(self.failures)), self.text])) or "it gave no reason"
 
-    @property
-    def may_pass(self) -> bool:
-        """Trying again may help."""
-        return bool(self.failures & _PASSING)
-
     def error(self, place: str) -> BackendError:
         """The refusal as an error for the operator."""
-        kind = BackendUnavailableError if self.may_pass else BackendRefusedError
+        kind = BackendUnavailableError if self.failures & _PASSING else BackendRefusedError
         hint = next((hint for name, hint in _FAILURE_HINTS.items() if name in self.failures), "")
         return kind(f"cmp: {place}: the server said no: {self}", hint=hint or "the server's log may say more")
 

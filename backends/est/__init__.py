@@ -35,6 +35,7 @@ from backends.http import (
     Wording,
     common_name,
     pair_problems,
+    read_secret,
     retry_after_seconds,
     tls_context,
     url_problems,
@@ -45,7 +46,6 @@ from bridge.contract import (
     Issued,
     Pending,
     Secret,
-    SecretUnavailableError,
     Selector,
     SetupFile,
     SetupRequest,
@@ -55,7 +55,6 @@ from bridge.errors import (
     BackendError,
     BackendRefusedError,
     BackendUnavailableError,
-    LocalFileError,
     SettingsProblem,
     Violation,
 )
@@ -127,8 +126,14 @@ class EstBackend:
     def __init__(self, settings: EstSettings) -> None:
         self._settings = settings
         self._label = Selector(settings.label, settings.labels, settings.node)
-        self._server = Server(settings)
         self._cas: dict[str, Sequence[x509.Certificate]] = {}  #: By label, as they were at the last look.
+        wording = Wording(
+            name="est",
+            not_ours=_NOT_EST,
+            tls=lambda reason: _tls_hint(reason, settings, datetime.now(UTC)),
+            cut_off=_CUT_OFF_HINT,
+        )
+        self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
 
     @classmethod
     def from_settings(cls, settings: EstSettings) -> EstBackend:
@@ -144,7 +149,7 @@ class EstBackend:
     def sign(self, request: SignRequest) -> Issued | Pending:
         """Have the server sign one CSR (`bridge.contract.Backend`); the label decides validity and usages."""
         label = self._label(request.spec)
-        answer = self._server.enrol(label, request.csr.public_bytes(Encoding.DER))
+        answer = self._enrol(label, request.csr.public_bytes(Encoding.DER))
         if answer.status == HTTPStatus.ACCEPTED:
             return _pending(request, answer, datetime.now(UTC))
         found = self._certificates(answer)
@@ -192,18 +197,18 @@ class EstBackend:
 
     def close(self) -> None:
         """Close the connections."""
-        self._server.http.close()
+        self._http.close()
 
     def _ca_certificates(self, label: str, *, anew: bool = False) -> Sequence[x509.Certificate]:
         found = self._cas.get(label)
         if found is None or anew:
-            found = self._cas[label] = self._certificates(self._server.ca_certificates(label))
+            found = self._cas[label] = self._certificates(self._cacerts(label))
         return found
 
     def _knows(self, label: str) -> bool:
         """Whether the server has the label; all else that is wrong is an error."""
         if label not in self._cas:
-            answer = self._server.ca_certificates(label)
+            answer = self._cacerts(label)
             if answer.status == HTTPStatus.NOT_FOUND:
                 return False
             self._cas[label] = self._certificates(answer)
@@ -211,7 +216,7 @@ class EstBackend:
 
     def _certificates(self, answer: Answer) -> list[x509.Certificate]:
         if answer.status != HTTPStatus.OK:
-            raise self._server.error(answer)
+            raise self._error(answer)
         try:
             return certificates(answer.body)
         except ValueError as e:
@@ -228,11 +233,58 @@ class EstBackend:
         first, ours = next(iter(self._cas.values())), self._cas[label]
         if not set(first) & set(ours):
             return [Violation(subject=subject, want=f"the same CA as other labels, {_names(first)}", got=_names(ours))]
-        entry = self._server.enrol(label, b"")
+        entry = self._enrol(label, b"")
         if entry.status in NO_ENTRY:
-            error = self._server.error(entry)
+            error = self._error(entry)
             return [Violation(subject=subject, want="that the server lets us enrol", got=f"{error}; {error.hint}")]
         return []
+
+    # --- the server ---------------------------------------------------------------------------------------------------
+
+    def _cacerts(self, label: str) -> Answer:
+        """`cacerts`, which needs no credentials."""
+        return self._send("GET", label, "cacerts", headers={"Accept": HEADERS["Accept"]})
+
+    def _enrol(self, label: str, csr_der: bytes) -> Answer:
+        """`simpleenroll`; without a CSR only to see whether the server accepts us."""
+        return self._send("POST", label, "simpleenroll", data=base64.b64encode(csr_der), headers=HEADERS)
+
+    def _error(self, answer: Answer) -> BackendError:
+        """The error for an answer without certificates."""
+        said = answer.text.removeprefix(f"{answer.status} ")
+        text = f"est: {answer.where}: HTTP {answer.status}" + (f", {said}" if said else "")
+        if answer.status in LATER_STATUSES:
+            hint = _LATER_HINTS.get(answer.status, "")
+            return BackendUnavailableError(text, hint=hint, retry_after_seconds=answer.retry_after_seconds)
+        return BackendRefusedError(text, hint=self._hint(answer))
+
+    def _hint(self, answer: Answer) -> str:
+        settings = self._settings
+        if 300 <= answer.status < 400:  # noqa: PLR2004 (RFC 9110 §15.4)
+            to = answer.header("Location") or "nowhere"
+            return f"redirects are not followed; if you trust it, give url the beginning of {to}"
+        if answer.status == HTTPStatus.UNAUTHORIZED:
+            return _unauthorized_hint(answer.header("WWW-Authenticate"), settings.username)
+        if answer.status == HTTPStatus.BAD_REQUEST and "host not allowed" in answer.text:
+            return "the host in url is not one of those that the server answers for"
+        return HINTS.get(answer.status, "the server's log may say more").format(who=_who(settings))
+
+    def _send(
+        self, method: str, label: str, operation: str, *, headers: Mapping[str, str], data: bytes | None = None
+    ) -> Answer:
+        url = operation_url(self._settings.url, label, operation)
+        secret = self._settings.password if method == "POST" else None  # `cacerts` needs none
+        password = read_secret(secret, "est: password", "put it there, or fix password_file") if secret else None
+        auth = password and HTTPBasicAuth(self._settings.username.encode(), password.encode())
+        answer = self._http.request(method, url, headers=headers, data=data, auth=auth)
+        return Answer(
+            where=url,
+            status=answer.status,
+            headers=answer.headers,
+            body=answer.body,
+            retry_after_seconds=retry_after_seconds(answer, datetime.now(UTC)),
+            hidden=[password, base64.b64encode(f"{self._settings.username}:{password}".encode()).decode()],
+        )
 
 
 #: Answers to a request without a CSR that a request with a CSR would get as well.
@@ -260,8 +312,6 @@ def _moment_text(moment: datetime) -> str:
 def _names(found: Sequence[x509.Certificate]) -> str:
     return one_line(" and ".join(one.subject.rfc4514_string() or "a nameless one" for one in found)) or "none"
 
-
-# --- the server ------------------------------------------------------------------------------------------------------
 
 #: Below the server's root (RFC 7030 §3.2.2).
 ROOT = ".well-known/est"
@@ -297,70 +347,6 @@ class Answer:
     def header(self, name: str) -> str:
         """A header as it may be shown; empty: there is none."""
         return one_line(without(self.headers.get(name.lower(), ""), self.hidden))
-
-
-class Server:
-    """The operations of EST."""
-
-    def __init__(self, settings: EstSettings) -> None:
-        self._settings = settings
-        wording = Wording(
-            name="est",
-            not_ours=_NOT_EST,
-            tls=lambda reason: _tls_hint(reason, settings, datetime.now(UTC)),
-            cut_off=_CUT_OFF_HINT,
-        )
-        self.http = Http(wording, settings.url, settings.timeout, settings.tls_context)
-
-    def ca_certificates(self, label: str) -> Answer:
-        """`cacerts`, which needs no credentials."""
-        return self._send("GET", label, "cacerts", headers={"Accept": HEADERS["Accept"]})
-
-    def enrol(self, label: str, csr_der: bytes) -> Answer:
-        """`simpleenroll`; without a CSR only to see whether the server accepts us."""
-        return self._send("POST", label, "simpleenroll", data=base64.b64encode(csr_der), headers=HEADERS)
-
-    def error(self, answer: Answer) -> BackendError:
-        """The error for an answer without certificates."""
-        said = answer.text.removeprefix(f"{answer.status} ")
-        text = f"est: {answer.where}: HTTP {answer.status}" + (f", {said}" if said else "")
-        if answer.status in LATER_STATUSES:
-            hint = _LATER_HINTS.get(answer.status, "")
-            return BackendUnavailableError(text, hint=hint, retry_after_seconds=answer.retry_after_seconds)
-        return BackendRefusedError(text, hint=self._hint(answer))
-
-    def _hint(self, answer: Answer) -> str:
-        settings = self._settings
-        if 300 <= answer.status < 400:  # noqa: PLR2004 (RFC 9110 §15.4)
-            to = answer.header("Location") or "nowhere"
-            return f"redirects are not followed; if you trust it, give url the beginning of {to}"
-        if answer.status == HTTPStatus.UNAUTHORIZED:
-            return _unauthorized_hint(answer.header("WWW-Authenticate"), settings.username)
-        if answer.status == HTTPStatus.BAD_REQUEST and "host not allowed" in answer.text:
-            return "the host in url is not one of those that the server answers for"
-        return HINTS.get(answer.status, "the server's log may say more").format(who=_who(settings))
-
-    def _send(
-        self, method: str, label: str, operation: str, *, headers: Mapping[str, str], data: bytes | None = None
-    ) -> Answer:
-        url = operation_url(self._settings.url, label, operation)
-        password = self._password() if method == "POST" else None  # `cacerts` needs none
-        auth = password and HTTPBasicAuth(self._settings.username.encode(), password.encode())
-        answer = self.http.request(method, url, headers=headers, data=data, auth=auth)
-        return Answer(
-            where=url,
-            status=answer.status,
-            headers=answer.headers,
-            body=answer.body,
-            retry_after_seconds=retry_after_seconds(answer, datetime.now(UTC)),
-            hidden=[password, base64.b64encode(f"{self._settings.username}:{password}".encode()).decode()],
-        )
-
-    def _password(self) -> str | None:
-        try:
-            return self._settings.password.read() if self._settings.password else None
-        except SecretUnavailableError as e:
-            raise LocalFileError(f"est: password: {e}", hint="put it there, or fix password_file") from e
 
 
 #: Statuses that may pass: a limit of requests or of time, a CA that fails behind the server, proxies (RFC 9110 §15.5

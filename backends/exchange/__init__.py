@@ -26,7 +26,8 @@ from bridge.pki.bundle_format import (
 )
 from bridge.pki.signatures import is_by
 from bridge.specs import CertificateSpec
-from bridge.system.files import write_atomically
+from bridge.system.files import reasons, write_atomically
+from bridge.system.files import version as version_of
 from bridge.system.paths import UnreadableError, read_once, read_public_key
 
 #: One look at an inbox costs no more; what was read is remembered, so that the next look goes on from there.
@@ -77,7 +78,7 @@ class ExchangeBackend:
         self._desk_key = None if settings.signed_by is None else read_public_key(settings.signed_by, "node.desk_key")
         #: Answers are proven to be the desk's, not those of anyone who can write to the inbox.
         self.authenticated = self._desk_key is not None
-        self._read: dict[Path, tuple[tuple[int, int, int], _Found]] = {}
+        self._read: dict[Path, tuple[tuple[int, ...], _Found]] = {}
 
     @classmethod
     def from_settings(cls, settings: ExchangeSettings) -> Self:
@@ -124,11 +125,8 @@ class ExchangeBackend:
     def _write(self, bundle: RequestBundle) -> tuple[Path, RequestBundle]:
         path = self._settings.outbox / request_file_name(bundle)
         try:
-            write_atomically(path, dumps(bundle), REQUEST_MODE)
-        except OSError as e:
-            raise BackendUnavailableError(
-                f"{path}: wanted to write the request bundle, found: {e.strerror}", hint="fix the outbox"
-            ) from e
+            with reasons(BackendUnavailableError, f"{path}: wanted to write the request bundle", hint="fix the outbox"):
+                write_atomically(path, dumps(bundle), REQUEST_MODE)
         except BundleError as e:
             raise BackendRefusedError(f"no bundle can be made of these requests: {e}") from e
         return path, bundle
@@ -173,12 +171,9 @@ class ExchangeBackend:
         self._inbox("", reference)
         found = [(path, version) for path, (version, seen) in self._read.items() if seen.digest == reference]
         for path, version in found:
-            try:
+            wanted = f"{path}: wanted to remove the installed answer"
+            with reasons(BackendUnavailableError, wanted, hint="remove it by hand"):
                 _remove(path, version)
-            except OSError as e:
-                raise BackendUnavailableError(
-                    f"{path}: wanted to remove the installed answer, found: {e.strerror}", hint="remove it by hand"
-                ) from e
             del self._read[path]
 
     def _outbox(self, node: str) -> Iterator[tuple[Path, RequestBundle]]:
@@ -212,7 +207,7 @@ class ExchangeBackend:
             status = path.lstat()
         except OSError:
             return None
-        version = _version(status)
+        version = version_of(status)
         known = self._read.get(path)
         if known is None or known[0] != version or (known[1].answer is None and known[1].digest == reference):
             budget.spend(min(status.st_size, MOST_BYTES), 1)
@@ -236,28 +231,21 @@ class ExchangeBackend:
 
     @staticmethod
     def _files(directory: Path) -> list[Path]:
-        try:
+        wanted = f"{directory}: wanted to look for bundles there"
+        with reasons(BackendUnavailableError, wanted, hint="mount or fix it"):
             return sorted(path for path in directory.iterdir() if path.suffix == ".json" and path.name[0] != ".")
-        except OSError as e:
-            raise BackendUnavailableError(
-                f"{directory}: wanted to look for bundles there, found: {e.strerror}", hint="mount or fix it"
-            ) from e
 
 
 def _node_of(request: SignRequest) -> str:
     return request.continuity.node if request.continuity is not None else ""
 
 
-def _version(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _remove(path: Path, version: tuple[int, int, int]) -> None:
+def _remove(path: Path, version: tuple[int, ...]) -> None:
     """Remove this very file: a user who can move the directory could put another one in its place meanwhile."""
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(FileNotFoundError):
-            if _version(os.stat(path.name, dir_fd=directory, follow_symlinks=False)) == version:
+            if version_of(os.stat(path.name, dir_fd=directory, follow_symlinks=False)) == version:
                 os.unlink(path.name, dir_fd=directory)
     finally:
         os.close(directory)

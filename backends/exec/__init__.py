@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -162,19 +162,19 @@ class ExecBackend:
         self._ask("IDENTIFY", authority)
         profiles = self._ask("GET-SUPPORTED-TEMPLATES", authority, silent=_NO_ANSWER)
         needed = self._ask("GET-NEW-REQUEST-REQUIREMENTS", authority, silent=_NO_ANSWER)
-        lacking = sorted(NOT_OURS_TO_GIVE & set(_names(needed or b"")) - self._settings.environment.keys())
+        lacking = sorted(NOT_OURS_TO_GIVE & set(_names(needed)) - self._settings.environment.keys())
         needs = [Violation(subject="the program's needs", want=name, got="nothing to set it from") for name in lacking]
-        offered = _names(profiles or b"")
+        offered = _names(profiles)
         found = {spec.name: [*_profile_violations(self._profile(spec), offered), *needs] for spec in specs}
         return {name: violations for name, violations in found.items() if violations}
 
     def issuers(self) -> list[x509.Certificate]:
         """Run the program with FETCH-ROOTS, without naming an authority; none if it does not know that operation."""
         printed = self._ask("FETCH-ROOTS", {}, silent=_NO_ANSWER)
-        if not (printed or b"").strip():
+        if not printed.strip():
             return []
         try:
-            found = certificates_of(printed or b"")
+            found = certificates_of(printed)
         except ValueError as e:
             raise self._refused(f"FETCH-ROOTS: wanted the CA's certificates, found {e}") from e
         # roots come first in this operation, and our callers want the signing certificate first
@@ -204,13 +204,13 @@ class ExecBackend:
 
     def _ask(
         self, operation: str, variables: Mapping[str, str], silent: Collection[int] = (_UNKNOWN_OPERATION,)
-    ) -> bytes | None:
-        """Ask the program for information: its output; None: its status says that it has no answer."""
+    ) -> bytes:
+        """Ask the program for information: its output; empty, too, where its status says that it has no answer."""
         ended = self._run(operation, variables)
         if ended.code == _ISSUED:
             return ended.output
         if ended.code in silent:
-            return None
+            return b""
         error = self._error(ended)
         if ended.code not in {_UNREACHABLE, _NOT_CONFIGURED}:
             error.hint = _UNKNOWN_HINT
@@ -263,9 +263,13 @@ class ExecBackend:
     def _request_variables(self, request: SignRequest) -> dict[str, str]:
         seconds = request.validity.total_seconds()
         days = -(-request.validity // timedelta(days=1))
-        profile = self._profile(request.spec)
+        optional = {
+            "CERTMONGER_CA_PROFILE": self._profile(request.spec),
+            "CA_BRIDGE_NODE": self._settings.node,
+            "CA_BRIDGE_REPLACES": request.replaces.public_bytes(Encoding.PEM).decode() if request.replaces else "",
+        }
         return {
-            **({"CERTMONGER_CA_PROFILE": profile} if profile else {}),
+            **{name: text for name, text in optional.items() if text},
             **_csr_variables(request.csr),
             **_names_variables(request.names),
             **_authority_variables(request.spec),
@@ -274,10 +278,6 @@ class ExecBackend:
             "CA_BRIDGE_EKUS": ekus_text(request.spec),
             "CA_BRIDGE_VALIDITY_SECONDS": f"{seconds:.0f}",
             "CA_BRIDGE_DAYS": str(days),
-            **({"CA_BRIDGE_NODE": self._settings.node} if self._settings.node else {}),
-            **(
-                {"CA_BRIDGE_REPLACES": request.replaces.public_bytes(Encoding.PEM).decode()} if request.replaces else {}
-            ),
         }
 
     def _refused(self, text: str, hint: str = "") -> BackendRefusedError:
@@ -423,18 +423,13 @@ def certificates_of(output: bytes) -> list[x509.Certificate]:
 def _texts(output: bytes) -> list[str]:
     try:
         document = of_server(output)
-        texts = list(_members(document))
+        further = [one["certificate"] for key in ("chain", "roots") for one in document.get(key) or ()]
+        texts = [document["certificate"], *further]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError('JSON without {"certificate": …, "chain": [{"certificate": …}]}') from None
     if not all(isinstance(text, str) and text.isascii() for text in texts):
         raise ValueError("JSON with a certificate that is no text")
     return texts
-
-
-def _members(document: Any) -> Iterator[Any]:
-    yield document["certificate"]
-    for key in ("chain", "roots"):
-        yield from (one["certificate"] for one in document.get(key) or ())
 
 
 def cookie_of(output: bytes) -> str:

@@ -15,14 +15,13 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from backends.exec import ENVIRONMENT, ekus_text
+from backends.exec import ENVIRONMENT, ExecSettings, ekus_text
 from bridge.contract import Selector, SetupFile, SetupRequest
-from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from bridge.errors import BridgeError, SettingsError
 from bridge.pki.certificates import extension, san_entries, san_entry
 from bridge.specs import EKU, SPECS
 from bridge.words import one_line
@@ -72,8 +71,10 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
     """A script for the authority that tries the program, for step-ca also one that makes its provisioners; for pods a text."""
     if wanted.patterns:
         return [SetupFile(name=f"{wanted.authority.name}.txt", text="".join(_beside(wanted)))]
-    profile, command = _selector(wanted.settings, wanted.node), _command(wanted.settings)
-    user = str(wanted.settings.get("user", ""))
+    settings = ExecSettings(**{"command": PROGRAM, **wanted.settings})
+    profile = Selector(settings.profile, settings.profiles, wanted.node)
+    if problems := list(profile.problems("profile", "profiles")):
+        raise SettingsError(problems)
     rows = [
         (name, profile(SPECS[name]), ekus_text(SPECS[name]), subject_text(certificate), sans_text(certificate))
         for name, certificate in wanted.certificates.items()
@@ -91,15 +92,15 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
         quoted_node=shlex.quote(wanted.node),
         authority=wanted.authority.name,
         table=table,
-        as_user=_AS_USER.format(user=shlex.quote(user)) if user not in ("", "root") else "",
+        as_user=_AS_USER.format(user=shlex.quote(settings.user)) if settings.user not in ("", "root") else "",
         cases="\n".join(_case(*row) for row in rows),
         days=-(-wanted.validity // timedelta(days=1)),
         seconds=int(wanted.validity.total_seconds()),
-        environment=_assignments({**ENVIRONMENT, **_texts(wanted.settings, "environment")}),
-        command=shlex.join(command),
+        environment=_assignments({**ENVIRONMENT, **settings.environment}),
+        command=shlex.join(settings.command),
     )
     tries = SetupFile(name=f"try-{wanted.authority.name}.sh", text=text, executable=True, by_node=True)
-    return [*([provisioners(wanted, profile)] if Path(*command[:1]).name == STEP_CA else []), tries]
+    return [*([provisioners(wanted, profile)] if Path(*settings.command[:1]).name == STEP_CA else []), tries]
 
 
 def _beside(wanted: SetupRequest) -> Iterator[str]:
@@ -120,29 +121,6 @@ def _case(name: str, profile: str, ekus: str, subject: str, sans: str) -> str:
 
 def _assignments(values: Mapping[str, str]) -> str:
     return " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
-
-
-def _selector(settings: Mapping[str, Any], node: str) -> Selector:
-    pattern = settings.get("profile", "{usage}")
-    selector = Selector(pattern if isinstance(pattern, str) else "{", _texts(settings, "profiles"), node)
-    problems = list(selector.problems("profile", "profiles"))
-    if problems:
-        raise SettingsError(problems)
-    return selector
-
-
-def _texts(settings: Mapping[str, Any], key: str) -> dict[str, str]:
-    table = settings.get(key, {})
-    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
-        raise SettingsError([SettingsProblem(key, "a table of texts", "something else")])
-    return table
-
-
-def _command(settings: Mapping[str, Any]) -> list[str]:
-    command = settings.get("command", PROGRAM)
-    if not isinstance(command, list | tuple) or not all(isinstance(word, str) for word in command):
-        raise SettingsError([SettingsProblem("command", "a list of texts", "something else")])
-    return list(command)
 
 
 def subject_text(certificate: x509.Certificate) -> str:

@@ -1,13 +1,15 @@
 """
 The door of `ca-bridge serve`: request bundles by HTTPS, with the continuity proof, and no secret of a CA on the node.
 
-Each batch is one bundle, as for a CA desk. The same bundle has the same id at the door, so that a run which was killed
-asks again without harm. The run waits a while for the answer, and leaves it to the next run where people have to decide.
+Each batch is one bundle, as for a CA desk, or several where one would be too long. The same bundle has the same id at the
+door, so that a run which was killed asks again without harm. The run waits a while for the answers, and leaves them to the
+next run where people have to decide.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import ssl
 import time
@@ -45,7 +47,7 @@ from bridge.errors import (
     Violation,
 )
 from bridge.pki import node_proofs
-from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle, bundle_of
+from bridge.pki.bundle import LARGEST_REQUEST_BYTES, AnswerBundle, BundleError, Refusal, RequestBundle, bundle_of
 from bridge.pki.bundle_format import answer_message, digest, dumps, loads_answer
 from bridge.pki.certificates import attributes, san_entries
 from bridge.pki.signatures import is_by
@@ -53,6 +55,8 @@ from bridge.specs import MASTERS, CertificateSpec
 from bridge.system.http import Answer
 from bridge.system.paths import read_public_key
 from bridge.words import one_line
+
+log = logging.getLogger(__name__)
 
 _REFERENCE = re.compile(r"([0-9a-f]{64})@([A-Za-z0-9_-]{1,100})")
 #: Answers that may be another one later.
@@ -64,8 +68,8 @@ _HINTS = {
     ),
     400: "are both sides of the same version?",
     404: "is `url` the door's own, without a path?",
-    413: "the door takes bundles of at most 1 MiB",
 }
+_LARGE_HINT = "look at the SANs of its live certificate, which the CSR repeats"
 _ENROL_HINT = "`ca-bridge enroll NODE` prints it at the door's host; it is good for one request"
 _UNSIGNED_HINT = "desk.answer_key of the door's policy signs its answers; node.desk_key of this node is its public key"
 _NOT_OURS = "is it the door (`ca-bridge serve`) that answers there, and not a proxy or another program?"
@@ -156,21 +160,22 @@ class GatewayBackend:
         return answer
 
     def sign_many(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
-        """All requests of a batch in one bundle; waits for the answers, as long as the settings say."""
+        """Each batch in one bundle, or in several (`_lots`); waits for the answers, as long as the settings say."""
         batches: dict[str, list[SignRequest]] = {}
         for request in requests:
             batches.setdefault(request.continuity.batch if request.continuity else "", []).append(request)
         end = time.monotonic() + self._settings.wait.total_seconds()
         found: dict[int, Issued | Pending | BackendError] = {}
-        for ours in batches.values():
-            answer = self._awaited(self._posted(bundle_of(ours, datetime.now(UTC))), end)
-            found |= {id(request): _given(answer, request) for request in ours}
+        posted = [(lot, self._posted(*made)) for ours in batches.values() for lot, made in _lots(ours)]
+        for lot, waiting in posted:
+            answer = self._awaited(waiting, end) if isinstance(waiting, Pending) else waiting
+            found |= {id(request): _given(answer, request) for request in lot}
         return [found[id(request)] for request in requests]
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
         """Ask for the answer once; a door that has lost the request is given it again."""
         found = self._read(self._look(reference), reference)
-        given = _given(found or self._posted(bundle_of([request], datetime.now(UTC))), request)
+        given = _given(found or self._posted(*_bundled([request])), request)
         if isinstance(given, BackendError):
             raise given
         return given
@@ -209,12 +214,14 @@ class GatewayBackend:
         except ValueError as e:
             raise BackendRefusedError(f"gateway: wanted certificates in PEM, found: {one_line(e)}") from e
 
-    def _posted(self, bundle: RequestBundle) -> Pending:
-        try:
-            data = dumps(bundle)
-        except BundleError as e:
-            raise BackendRefusedError(f"gateway: no bundle can be made of these requests: {e}") from e
+    def _posted(self, bundle: RequestBundle, data: bytes) -> Pending | BackendError:
+        """That the door has the bundle; a BackendError: it is against each of its requests, or they are too long."""
+        if len(data) > LARGEST_REQUEST_BYTES:
+            wanted = f"wanted at most {LARGEST_REQUEST_BYTES} bytes in the bundle of one request, found {len(data)}"
+            return BackendRefusedError(f"gateway: {wanted}", hint=_LARGE_HINT)
         answer = self._ask("POST", "/v1/requests", data, self._enrolled(bundle))
+        if answer.status == HTTPStatus.FORBIDDEN:
+            return _error(answer)
         if answer.status != HTTPStatus.ACCEPTED:
             raise _error(answer)
         request_digest, reference = digest(bundle), (json_object(answer.body) or {}).get("id")
@@ -232,8 +239,11 @@ class GatewayBackend:
         try:
             return {"Authorization": node_proofs.enrolment_proof(place.read(), digest(bundle))}
         except SecretUnavailableError as e:
-            if any(one.proof is None for one in bundle.requests):
+            unproven = [one.name for one in bundle.requests if one.proof is None]
+            if len(unproven) == len(bundle.requests):
                 raise LocalFileError(f"gateway: enrolment: {e}", hint=_ENROL_HINT) from e
+            if unproven:  # the door refuses these alone
+                log.warning("gateway: enrolment, for %s: %s; %s", ", ".join(unproven), e, _ENROL_HINT)
             return {}
         except ValueError as e:
             raise LocalFileError(f"gateway: wanted {e} in {place}, found something else", hint=_ENROL_HINT) from e
@@ -288,6 +298,24 @@ class GatewayBackend:
             found = "no signature" if signature is None else "another signature"
             wanted = f"an answer that is signed by the desk's key ({self._settings.signed_by})"
             raise BackendRefusedError(f"gateway: wanted {wanted}, found {found}", hint=_UNSIGNED_HINT)
+
+
+def _lots(requests: Sequence[SignRequest]) -> Iterator[tuple[Sequence[SignRequest], tuple[RequestBundle, bytes]]]:
+    """A batch with its bundle, or each half of it and so on where the bundle would be longer than a door takes."""
+    middle, made = len(requests) // 2, _bundled(requests)
+    if middle and len(made[1]) > LARGEST_REQUEST_BYTES:
+        yield from (*_lots(requests[:middle]), *_lots(requests[middle:]))
+    else:
+        yield requests, made
+
+
+def _bundled(requests: Sequence[SignRequest]) -> tuple[RequestBundle, bytes]:
+    """Their bundle, and its bytes."""
+    try:
+        bundle = bundle_of(requests, datetime.now(UTC))
+        return bundle, dumps(bundle)
+    except BundleError as e:
+        raise BackendRefusedError(f"gateway: no bundle can be made of these requests: {e}") from e
 
 
 def _given(answer: AnswerBundle | Pending | BackendError, request: SignRequest) -> Issued | Pending | BackendError:

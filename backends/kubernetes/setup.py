@@ -110,7 +110,7 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata: {{name: "{asks}"}}
 rules:
-- {{apiGroups: [certificates.k8s.io], resources: [signers], verbs: [request], resourceNames: {_flow(signers)}}}
+- {{apiGroups: [certificates.k8s.io], resources: [signers], verbs: [request], resourceNames: {json.dumps(signers)}}}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
@@ -164,7 +164,7 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
 metadata: {{name: {name}, namespace: {namespace}}}
 rules:
-- {{apiGroups: [cert-manager.io], resources: [signers], verbs: [reference], resourceNames: {_flow(names)}}}
+- {{apiGroups: [cert-manager.io], resources: [signers], verbs: [reference], resourceNames: {json.dumps(names)}}}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
@@ -188,7 +188,7 @@ rules:
 - apiGroups: [certificates.k8s.io]
   resources: [signers]
   verbs: [approve]
-  resourceNames: {_flow(signers)}
+  resourceNames: {json.dumps(signers)}
 """
 
 
@@ -222,10 +222,6 @@ kind: ValidatingAdmissionPolicyBinding
 metadata: {{name: {name}}}
 spec: {{policyName: {name}, validationActions: [Deny]}}
 """
-
-
-def _flow(names: Sequence[str]) -> str:
-    return json.dumps(list(names))
 
 
 def _quoted(text: Any) -> str:

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,7 +45,6 @@ from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableE
 from bridge.pki.certificates import UNREADABLE, asked_key_and_usages, extension, is_signed_by, key_and_usages, spki
 from bridge.specs import CertificateSpec, Usage
 
-_REVOKED_FOR_SECONDS = 1.0
 _FAILED_RUNS = 20  # in a row: more than it takes to halve 1000 down to a bad CSR, and no endless list of failures
 _BACKDATED = timedelta(minutes=5)  # clocks differ; kubeadm does the same
 _BACKDATED_LITTLE = timedelta(minutes=1)  # the API server refuses a pod's certificate that began 5 minutes ago
@@ -106,8 +104,8 @@ class OpensslBackend:
         self._settings = settings
         self._files = files
         self._key = private_key_of(files, settings)
-        self._revoked: tuple[float, x509.Name, frozenset[int]] | None = None  # when, the CA's name, serial numbers
         self._openssl = Openssl(program=settings.openssl, limit=settings.timeout, key=self._key)
+        self._seen: Snapshot | None = None  #: The index as it was read last, by any thread.
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
@@ -160,15 +158,16 @@ class OpensslBackend:
                 raise BackendRefusedError("wanted a certificate of this CA to revoke, found another CA's")
             with self._at_work(signers) as desk:
                 desk.revoke(certificate)
-        self._revoked = None
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
-        """Look the serial number up in the index, as it was at most `_REVOKED_FOR_SECONDS` ago."""
+        """Look the serial number of a certificate by this CA up in the index."""
+        return certificate.serial_number in self.revoked() and certificate.issuer == self.issuers()[0].subject
+
+    def revoked(self) -> frozenset[int]:
+        """The serial numbers that are revoked in the index; another CA may have used them, too."""
+        self.issuers()  # a CA whose directory is away is unavailable in the words in which it will be the next time
         with _os_errors():
-            if self._revoked is None or time.monotonic() - self._revoked[0] > _REVOKED_FOR_SECONDS:
-                self._revoked = time.monotonic(), self.issuers()[0].subject, self._database().revoked()
-            _, subject, serials = self._revoked
-            return certificate.serial_number in serials and certificate.issuer == subject
+            return self._database().revoked()
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """Find out whether a run could begin: program, certificate, database, key; the usages are always ours."""
@@ -208,9 +207,10 @@ class OpensslBackend:
         """Lock the database, and put right what a killed run left."""
         database = self._database()
         with database.locked(self._settings.timeout) as lock, self._folder(signers[0], database) as folder:
-            desk = _Desk(self._openssl, database, signers, folder, lock)
+            desk = _Desk(self._openssl, database, signers, folder, lock, seen=self._seen)
             desk.recover()
             yield desk
+            self._seen = desk.seen
 
     @contextmanager
     def _folder(self, signer: x509.Certificate, locked: Database | None = None) -> Iterator[Path]:
@@ -259,10 +259,11 @@ class _Desk:
         """Put right what a killed run left: no index, or certificates that are in no index."""
         self.database.check_folders()
         self.database.put_right()
-        self.seen = self.database.read()
+        self.seen = self.database.read(self.seen)
         for path in self._orphans(self.seen):
             # openssl adds the row itself, so that the certificate can be revoked by its number
             outcome = self._run("-extensions", "client", "-valid", f"newcerts/{path.name}")
+            self.database.adopt(self.seen.status)
             self.seen = self.database.read(self.seen)
             if int(path.stem, 16) not in self.seen.serials:
                 raise self.openssl.failure(outcome)
@@ -275,9 +276,12 @@ class _Desk:
         return [path for path, leaf in orphans if leaf.not_valid_after_utc > now and is_signed_by(leaf, signer)]
 
     def revoke(self, certificate: x509.Certificate) -> None:
-        self.database.back_up(self.database.read(self.seen))
+        before = self.database.read(self.seen)
+        self.database.back_up(before)
         self.folder.joinpath("superseded.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
         outcome = self._run("-revoke", "superseded.crt", "-crl_reason", "superseded")
+        self.database.adopt(before.status)
+        self.database.sync([])
         if outcome.code != 0 and _ALREADY_REVOKED not in outcome.messages:
             raise self.openssl.failure(outcome)
 
@@ -292,6 +296,7 @@ class _Desk:
                 answers |= refused | self._sign_or_halve(beside, alike, orders)
             for reading in self.readings:
                 answers |= reading.result()
+        self.database.sync([one.leaf.serial_number for one in answers.values() if isinstance(one, Issued)])
         if self.fatal is None:
             return answers
         if not any(isinstance(answer, Issued) for answer in answers.values()):
@@ -359,9 +364,9 @@ class _Desk:
         answers: _Answers = {}
         lost = []
         try:
-            with _os_errors():
-                self.database.sync(serials)
-            for serial, leaf in zip(serials, self.database.certificates(serials), strict=True):
+            # not as the index is now: openssl has written it anew for the next batch, perhaps
+            pattern = self.seen.status if self.seen else None
+            for serial, leaf in zip(serials, self.database.certificates(serials, pattern), strict=True):
                 if leaf is None:
                     lost.append(file_name(serial))
                 elif positions := waiting.get(spki(leaf.public_key())):

@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import BinaryIO
 
 from cryptography import x509
 
@@ -142,10 +144,11 @@ class Database:
     def read(self, earlier: Snapshot | None = None) -> Snapshot:
         """The index as it is."""
         try:
-            data = self.index.read_bytes()
+            with self._open() as file:
+                data, status = file.read(), os.fstat(file.fileno())
             if not data:
                 self._check_emptiness()
-            return Snapshot(data, _serials(data, earlier), self.index.stat())
+            return Snapshot(data, _serials(data, earlier), status)
         except FileNotFoundError as e:
             raise LocalFileError(
                 f"wanted the CA's database {self.index}, found no such file",
@@ -162,12 +165,18 @@ class Database:
 
     def revoked(self) -> frozenset[int]:
         """The serial numbers that are revoked; also while another run signs."""
-        if not self.index.exists():
-            time.sleep(_SETTLE_SECONDS)
         try:
-            return frozenset(int(serial, 16) for serial in _REVOKED.findall(self.index.read_bytes()))
+            with self._open() as file:
+                return frozenset(int(serial, 16) for serial in _REVOKED.findall(file.read()))
         except OSError as e:
             raise LocalFileError(f"wanted to read the CA's database {self.index}, found: {e.strerror}") from e
+
+    def _open(self) -> BinaryIO:
+        """Open the index, for which it waits while another run's `openssl ca` is between its renames."""
+        with suppress(FileNotFoundError):
+            return self.index.open("rb")
+        time.sleep(_SETTLE_SECONDS)
+        return self.index.open("rb")
 
     def _check_emptiness(self) -> None:
         """An index that lost all in a power cut looks like that of a new CA, and `openssl ca` takes it for that."""
@@ -177,8 +186,6 @@ class Database:
 
     def check(self) -> None:
         """Find out, changing nothing, whether a run could begin."""
-        if not self.index.exists():
-            time.sleep(_SETTLE_SECONDS)
         if self.index.exists() or self._remains() is None:
             self.read()
         self._unique_subject()
@@ -243,12 +250,14 @@ class Database:
         (found,) = self.certificates([serial])
         return found
 
-    def certificates(self, serials: Sequence[int]) -> Iterator[x509.Certificate | None]:
-        """As `certificate`, of thousands."""
+    def certificates(
+        self, serials: Sequence[int], pattern: os.stat_result | None = None
+    ) -> Iterator[x509.Certificate | None]:
+        """As `certificate`, of thousands; their files get the owner and the mode of `pattern`."""
         try:
             with folder_of(self.new_certs_dir) as folder:
                 for serial in serials:
-                    yield _parse_if_whole(_read_in(folder, file_name(serial)))
+                    yield _parse_if_whole(_read_in(folder, file_name(serial), pattern))
         except FileNotFoundError:  # no folder
             yield from (None for _ in serials)
         except OSError as e:
@@ -279,7 +288,7 @@ class Database:
         return found
 
     def _unknown_files(self, index: Snapshot) -> list[Path]:
-        names = (_CERTIFICATE_NAME.fullmatch(path.name) for path in self.new_certs_dir.iterdir())
+        names = (_CERTIFICATE_NAME.fullmatch(entry.name) for entry in os.scandir(self.new_certs_dir))
         return [self.new_certs_dir / name[0] for name in names if name and int(name[1], 16) not in index.serials]
 
     def _quarantine(self, path: Path) -> None:
@@ -319,7 +328,7 @@ class Database:
 
     def added(self, before: Snapshot, copy: Path) -> list[int]:
         """
-        The new serial numbers in order, by the index `before` the run; its files get the old owner and mode.
+        The new serial numbers in order, by the index `before` the run; it gets the old owner and mode.
 
         BackendRefusedError: the run damaged the index, and `copy` (from `back_up`) is the index again.
         """
@@ -334,15 +343,15 @@ class Database:
                 hint="a full disk does that, or a second openssl ca that does not take our lock; what was signed will"
                 " be recorded by the next run",
             ) from e
-        for path in (self.index, self.attributes):
-            with suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
-                _adopt(file.fileno(), before.status)
-        with folder_of(self.new_certs_dir) as folder:
-            for serial in serials:
-                with suppress(FileNotFoundError), _opened(folder, file_name(serial), os.O_RDONLY) as fd:
-                    _adopt(fd, before.status)
+        self.adopt(before.status)
         self.put_right()
         return serials
+
+    def adopt(self, pattern: os.stat_result) -> None:
+        """Give the index and its attributes, which each run writes anew, the owner and the mode that they had."""
+        for path in (self.index, self.attributes):
+            with suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
+                _adopt(file.fileno(), pattern)
 
     def sync(self, serials: Sequence[int]) -> None:
         """Make new certificates and the index survive a power cut."""
@@ -351,7 +360,8 @@ class Database:
         for path in () if many else (*paths, self.index, self.attributes):
             with suppress(FileNotFoundError):
                 _sync(path)
-        for folder in (self.new_certs_dir, self.index.parent):
+        folders = (self.new_certs_dir, self.index.parent)
+        for folder in {folder.stat().st_dev: folder for folder in folders}.values() if many else folders:
             _sync(folder, whole_file_system=many)
 
     def _pattern(self) -> os.stat_result:
@@ -405,9 +415,11 @@ def write_in(folder: int, name: str, data: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
 
 
-def _read_in(folder: int, name: str) -> bytes | None:
-    """A file of an open folder, up to `_LARGEST_FILE`."""
+def _read_in(folder: int, name: str, pattern: os.stat_result | None) -> bytes | None:
+    """A file of an open folder, up to `_LARGEST_FILE`; it gets the owner and the mode of `pattern`."""
     with suppress(FileNotFoundError), _opened(folder, name, os.O_RDONLY) as fd:
+        if pattern is not None:
+            _adopt(fd, pattern)
         return os.read(fd, min(os.fstat(fd).st_size, _LARGEST_FILE))
     return None
 
@@ -443,10 +455,13 @@ def _parse_if_whole(data: bytes | None) -> x509.Certificate | None:
 
 def _adopt(fd: int, pattern: os.stat_result) -> None:
     """Give a file the owner and the mode of another; only root can give one away, others leave it theirs."""
-    with suppress(PermissionError):
-        os.fchown(fd, pattern.st_uid, pattern.st_gid)
-    with suppress(PermissionError):
-        os.fchmod(fd, pattern.st_mode & 0o666)
+    found, mode = os.fstat(fd), pattern.st_mode & 0o666
+    if (found.st_uid, found.st_gid) != (pattern.st_uid, pattern.st_gid):
+        with suppress(PermissionError):
+            os.fchown(fd, pattern.st_uid, pattern.st_gid)
+    if stat.S_IMODE(found.st_mode) != mode:
+        with suppress(PermissionError):
+            os.fchmod(fd, mode)
 
 
 def _write(path: Path, data: bytes, pattern: os.stat_result) -> None:

@@ -19,8 +19,8 @@ import requests
 from hvac.adapters import RawAdapter
 from hvac.api.auth_methods import JWT, AppRole, Kubernetes, Userpass
 
-from backends.http import Http, Wording, json_object, object_of, retry_after_seconds, secret_end, token_end
-from bridge.contract import CredentialEnd, Secret, SecretUnavailableError
+from backends.http import Http, Wording, json_object, object_of, read_secret, retry_after_seconds, secret_end, token_end
+from bridge.contract import CredentialEnd, Secret
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.system import http
 from bridge.system.waiting import Combined, remember
@@ -165,10 +165,7 @@ class Server:
         """A secret of the operator's; a `token` has to be fit for a header. A LocalFileError where it can't be read."""
         if secret is None:
             raise TypeError("a secret that `VaultSettings.problems` demands is not set")
-        try:
-            value = secret.read()
-        except SecretUnavailableError as e:
-            raise LocalFileError(f"vault: {e}", hint="put the secret there, readable for this process") from e
+        value = read_secret(secret, "vault", "put the secret there, readable for this process")
         if token and not re.fullmatch(r"[!-~]+", value):
             raise LocalFileError(
                 f"vault: wanted a token in {secret}, found more than one word of ASCII text",
@@ -317,7 +314,7 @@ class Tokens:
             path = f"auth/{quote(self._mount)}/role/{quote(self._role_name, safe='')}/secret-id/lookup"
             looked = self._server.send("post", path, {"secret_id": self._server.read(auth.secret_id)}, token=token)
             return _ends("auth.secret_id", auth.secret_id, looked.data, "creation_time", "expiration_time")
-        return [] if auth.jwt is None else list(token_end("auth.jwt", auth.jwt, self._server.read(auth.jwt)))
+        return [] if auth.jwt is None else token_end("auth.jwt", auth.jwt, self._server.read(auth.jwt))
 
     def _read_secret_id(self) -> str:
         if not self._auth.wrapped:
@@ -331,27 +328,25 @@ class Tokens:
         The secret id in a wrapping token, which opens once. Its origin is checked before: anyone can wrap, but only the
         server's own paths wrap secret ids (https://openbao.org/docs/concepts/response-wrapping/).
         """
+
+        def alarm(text: str) -> BackendRefusedError:
+            return BackendRefusedError(f"vault: {text}", hint=_ALARM)
+
         source = self._auth.secret_id
         looked = self._server.send("post", "sys/wrapping/lookup", {"token": token})
         if looked.status == HTTPStatus.BAD_REQUEST:
-            raise BackendRefusedError(
-                f"vault: the wrapping token in {source} was opened before or has expired", hint=_ALARM
-            )
+            raise alarm(f"the wrapping token in {source} was opened before or has expired")
         created = str(looked.or_raise().data.get("creation_path"))
         if not re.fullmatch(rf"auth/{re.escape(self._mount)}/role/[^/]+/(custom-)?secret-id", created):
             message = f"wanted a secret id of auth/{self._mount} wrapped in {source}, found what {created} answered"
-            raise BackendRefusedError(f"vault: {self._server.presentable(message)}; it was not opened", hint=_ALARM)
+            raise alarm(f"{self._server.presentable(message)}; it was not opened")
         # not by hvac's call, which puts the token into the body: OpenBao wants it in the header where there is no other
         answer = self._server.send("post", "sys/wrapping/unwrap", token=token)
         if answer.status == HTTPStatus.BAD_REQUEST:
-            raise BackendRefusedError(
-                f"vault: the wrapping token in {source} was opened just now, not by us", hint=_ALARM
-            )
+            raise alarm(f"the wrapping token in {source} was opened just now, not by us")
         secret_id = answer.or_raise().data.get("secret_id")
         if not isinstance(secret_id, str):
-            raise BackendRefusedError(
-                f"vault: wanted a secret id wrapped in {source}, found something else", hint=_ALARM
-            )
+            raise alarm(f"wanted a secret id wrapped in {source}, found something else")
         return secret_id
 
 

@@ -6,13 +6,11 @@ certificate. `sign/:role` replaces the CSR's O by the role's: so each certificat
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -20,7 +18,7 @@ from typing import Literal
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from backends.vault import DEFAULT_ROLE, RoleOf, role_selector
+from backends.vault import DEFAULT_ROLE, RoleOf, VaultSettings, role_selector
 from bridge.contract import DEFAULT_CLUSTER, NamePatterns, Selector, SetupFile, SetupRequest, Wanted
 from bridge.errors import BridgeError, SettingsError, Violation
 from bridge.pki import certificates
@@ -61,23 +59,10 @@ _COMMON: Mapping[str, object] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """The keys of the backend's settings that the script depends on; the others may still be missing."""
-
-    mount: str = "pki"
-    issuer: str | None = None
-    role: str | None = None
-    roles: dict[str, str] = field(default_factory=dict)
-    mode: Literal["sign", "sign-verbatim"] = "sign"
-
-
 def setup(wanted: SetupRequest) -> list[SetupFile]:
     """A script for the authority's engine, with the mount, roles and mode that the settings name."""
-    known = {f.name for f in dataclasses.fields(Engine)}
-    engine = Engine(**{key: value for key, value in wanted.settings.items() if key in known})
-    problems = list(Selector(engine.role or DEFAULT_ROLE, engine.roles).problems("role", "roles"))
-    if problems:
+    engine = VaultSettings(**{"url": "", **wanted.settings})  # the server's own may still be missing
+    if problems := list(Selector(engine.role or DEFAULT_ROLE, engine.roles).problems("role", "roles")):
         raise SettingsError(problems)
     if wanted.patterns:
         script = _text_beside(engine, wanted)
@@ -96,7 +81,7 @@ def _policy_name(wanted: SetupRequest) -> str:
 
 
 def text(
-    engine: Engine, items: Mapping[str, x509.Certificate], validity: timedelta, policy_name: str, node: str = ""
+    engine: VaultSettings, items: Mapping[str, x509.Certificate], validity: timedelta, policy_name: str, node: str = ""
 ) -> str:
     """The script for one engine: the policy, and the roles, which mode `sign-verbatim` does not look at."""
     select = role_selector(engine.role, engine.roles, node)
@@ -105,7 +90,7 @@ def text(
     return commands(engine.mount, payloads, policy_name=policy_name, policy_text=allowed)
 
 
-def _text_beside(engine: Engine, wanted: SetupRequest) -> str:
+def _text_beside(engine: VaultSettings, wanted: SetupRequest) -> str:
     """The same for certificates whose names travel beside the CSR, as parameters (mode `sign` alone)."""
     select = role_selector(engine.role, engine.roles, "")
     payloads: dict[str, dict[str, object]] = {}

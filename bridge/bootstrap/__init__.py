@@ -36,6 +36,7 @@ from bridge.specs import (
     KUBELET_SERVER,
     SERVERS,
     SPECS,
+    SUPER_ADMIN,
     Authority,
     CertificateSpec,
 )
@@ -49,7 +50,6 @@ ROLES: tuple[Role, ...] = get_args(Role)
 #: Reads a file; None: there is no such file.
 Read = Callable[[Path], bytes | None]
 
-SUPER_ADMIN = "super-admin.conf"
 ETCD_CLIENT = SPECS["apiserver-etcd-client"]
 ETCD_DIRECTORY = Path("/var/lib/etcd")
 
@@ -337,11 +337,11 @@ def from_facts(facts: ConfigurationFacts) -> KubeadmConfig:
     return KubeadmConfig.of((node, {key: value for key, value in cluster.items() if value}, _KUBELET))
 
 
-def for_node(cluster: KubeadmConfig, facts: ConfigurationFacts) -> KubeadmConfig:
+def for_node(cluster: KubeadmConfig, name: str, address: str, socket: str = "") -> KubeadmConfig:
     """The cluster's configuration with the part of another node; for `certs generate-csr` on a control plane."""
-    registration = {"name": facts.name, "criSocket": facts.socket or cluster.socket}
+    registration = {"name": name, "criSocket": socket or cluster.socket}
     api = str(cluster.cluster.get("apiVersion", "kubeadm.k8s.io/v1beta4"))
-    node = _init_configuration(api, {"advertiseAddress": facts.address, "bindPort": cluster.port}, registration)
+    node = _init_configuration(api, {"advertiseAddress": address, "bindPort": cluster.port}, registration)
     return KubeadmConfig.of((node, *shared(cluster).documents))
 
 

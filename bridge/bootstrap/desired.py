@@ -126,7 +126,7 @@ def of_init(settings: Settings, said: NodeInputs) -> DesiredNode:
     node = None
     if said.order is not None:
         node = _ordered(said.order, ("init",))
-        config = for_node(said.order.cluster, _facts(node))
+        config = for_node(said.order.cluster, node.name, node.addresses[0], node.socket)
         data = config.text().encode()
     elif said.config is not None:
         config, data = read_configuration(said.config)
@@ -153,7 +153,7 @@ def of_join(settings: Settings, said: NodeInputs, role: Role | None) -> DesiredN
     """A further node; without a role the order says it."""
     cluster, own = _cluster(said)
     node = _joining(said, own, role)
-    config = for_node(cluster, _facts(node))
+    config = for_node(cluster, node.name, node.addresses[0], node.socket)
     if node.role == "worker" and not config.endpoint:
         raise KubeadmConfigError(
             "controlPlaneEndpoint: wanted the address by which a worker reaches the control plane, found none",
@@ -230,10 +230,6 @@ def _carried(said: NodeInputs) -> dict[str, tuple[x509.Certificate, ...]]:
                     hint="one of the two belongs to another cluster",
                 )
     return found
-
-
-def _facts(node: NewNode) -> ConfigurationFacts:
-    return ConfigurationFacts(name=node.name, address=node.addresses[0], socket=node.socket)
 
 
 def places_in(settings: Settings, config: KubeadmConfig) -> Places:

@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from cryptography import x509
 
 from bridge.bootstrap import (
     ETCD_CLIENT,
-    SUPER_ADMIN,
     Certificates,
     Places,
     Role,
@@ -43,7 +43,7 @@ from bridge.renewal.issuance import Answered, issue, reaching
 from bridge.renewal.prepare import Prepared, assert_room
 from bridge.renewal.verify_and_install import await_validity, remember, verify_all
 from bridge.settings.tables import Settings
-from bridge.specs import AUTHORITIES, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec
+from bridge.specs import AUTHORITIES, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec
 from bridge.state import Outcome, Store, audit
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, fingerprint, install
 from bridge.state.open_requests import OpenRequest
@@ -71,6 +71,7 @@ def make(
 
 
 def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
+    result = partial(Bootstrapped, role=desired.role, node=desired.node)
     whole.assert_no_cluster(desired)
     look = look_at(run.settings, desired, live, run.now())
     whole.assert_keys_closed(look)
@@ -79,10 +80,10 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
         there = {path: data for path in look.files() if (data := live(path)) is not None}
         _keep(desired, look, {**there, **desired.files})  # an earlier run may have ended before it did
         _forget(run)
-        return dataclasses.replace(_result(desired, []), is_complete=True)
+        return result(is_complete=True)
     whole.assert_no_leftovers(desired, look)
     if (count := put_back(run, desired)) > 0:
-        return dataclasses.replace(_result(desired, [], files=count), from_kept=True)
+        return result(files=count, is_complete=True, from_kept=True)
     cas = gather_authorities(
         run.settings, desired.places, desired.role, desired.inputs.ca_dir, desired.carried, run.now()
     )
@@ -98,7 +99,7 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     remember(run, answered, proven, by_hand=bool(desired.inputs.answers))
     run.record.write()
     if failed:
-        return _result(desired, failed, strange=strange)
+        return result(outcomes=tuple(failed), strange=tuple(strange))
     await_validity([one.verified.leaf for one in proven])
     certificates = [file for one in proven for file in one.files]
     made = open_requests.sa_key.encode(), open_requests.sa_public.encode()
@@ -107,20 +108,8 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     for one in proven:
         run.record.add(audit.INSTALLED, one.name, authority=one.prepared.authority, new=one.verified.leaf)
     run.record.write_or_warn()
-    return _result(desired, [one.outcome for one in proven], files=len(files), strange=strange)
-
-
-def _result(
-    desired: DesiredNode, outcomes: Sequence[Outcome], *, files: int = 0, strange: Sequence[BridgeError] = ()
-) -> Bootstrapped:
-    return Bootstrapped(
-        role=desired.role,
-        node=desired.node,
-        outcomes=tuple(outcomes),
-        files=files,
-        is_complete=files > 0,
-        strange=tuple(strange),
-    )
+    outcomes = tuple(one.outcome for one in proven)
+    return result(outcomes=outcomes, files=len(files), is_complete=bool(files), strange=tuple(strange))
 
 
 _DIRECTORY_MODE = 0o755
@@ -154,16 +143,13 @@ def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], k
 
 def put_back(run: Run, desired: DesiredNode) -> int:
     """Put copies of an earlier run in place, and return the number of files; 0: no copies."""
-    if (
-        desired.inputs.keep is None
-        or desired.inputs.anew
-        or not (desired.inputs.keep / f"{desired.node}.kept.json").exists()
-    ):
+    keep = desired.inputs.keep
+    if keep is None or desired.inputs.anew or not (keep / f"{desired.node}.kept.json").exists():
         return 0
-    found = kept_file(desired.inputs.keep, desired.node).read()
+    found = kept_file(keep, desired.node).read()
     if found is None or (found.role, found.config) != (desired.role, desired.mark):
         raise OtherNodeDesiredError(
-            f"{desired.inputs.keep}: wanted copies for this configuration and role, found copies for another",
+            f"{keep}: wanted copies for this configuration and role, found copies for another",
             hint="name another directory, or use --anew to have all signed again",
         )
     pem = _assert_own(run, desired, [Path(one.path) for one in found.files])
@@ -174,7 +160,7 @@ def put_back(run: Run, desired: DesiredNode) -> int:
     try:
         put_in_place(run, desired, [file for file in files if live(file.path) != file.data], pem)
     except NotWholeError as e:
-        e.hint = f"the copies in {desired.inputs.keep} are no longer usable: --anew has all signed again"
+        e.hint = f"the copies in {keep} are no longer usable: --anew has all signed again"
         raise
     run.record.add(audit.RECOVERED, result=f"put {len(files)} kept files of {desired.node} back in place")
     run.record.write_or_warn()

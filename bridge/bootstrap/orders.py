@@ -24,7 +24,6 @@ from cryptography import x509
 
 from bridge.bootstrap import (
     ROLES,
-    ConfigurationFacts,
     Places,
     Role,
     assert_usable,
@@ -321,8 +320,8 @@ def write_orders(
         raise KubeadmConfigError(f"{config}: wanted a ClusterConfiguration, found none")
     for node in listed:
         if node.role != "worker":
-            facts = ConfigurationFacts(name=node.name, address=node.addresses[0])
-            assert_usable(for_node(cluster, facts), str(settings.node.pki_dir), further=node.role != "init")
+            config_of_node = for_node(cluster, node.name, node.addresses[0])
+            assert_usable(config_of_node, str(settings.node.pki_dir), further=node.role != "init")
     places = places.with_config(cluster)
     found = gather_authorities(settings, places, "control-plane", ca_dir, {}, now)
     made = {node: (directory / f"{node.name}.order.json", order_for(cluster, found, node)) for node in listed}

@@ -160,9 +160,8 @@ class NodeLook:
             yield f"{path}: wanted the API server's address in it, found none"
         if spec.name != KUBELET_CONF:
             return
-        current = str(
-            self.places.kubelet_current
-        )  # embedded data would need its own renewal, and fail once it has expired
+        # embedded data would need its own renewal, and fail once it has expired
+        current = str(self.places.kubelet_current)
         if parsed.certificate_data or (parsed.certificate_file, parsed.key_file) != (current, current):
             yield f"{path}: wanted {current} as client-certificate and client-key, found something else"
 

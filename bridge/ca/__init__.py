@@ -13,36 +13,11 @@ from datetime import UTC, datetime
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
+from bridge import contract
 from bridge.ca import registry
 from bridge.ca.registry import Configured
 from bridge.ca.retry import Outage, Retry, T
-from bridge.contract import (
-    Advises,
-    Backend,
-    Checks,
-    ChecksWhole,
-    Collects,
-    CollectsAll,
-    CredentialEnd,
-    Identifies,
-    Issued,
-    ListsIssuers,
-    ListsIssuersOf,
-    ListsRevoked,
-    Pending,
-    PutsAway,
-    Recalls,
-    RecallsIfAllowed,
-    Revocation,
-    Revokes,
-    RevokesProven,
-    SignRequest,
-    SignsMany,
-    Spends,
-    TellsEnds,
-    TellsRevoked,
-    Wanted,
-)
+from bridge.contract import Backend, CredentialEnd, Issued, Pending, Revocation, SignRequest
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -119,12 +94,8 @@ class CA:
         opened: Backend | None = None,
     ) -> CA:
         """Open a backend, and ask what can be asked before a signature is spent; an error is part of the answer."""
-        ca = cls(
-            label=configured.label,
-            authority=configured.authority,
-            backend=opened,
-            retry=Outage(configured.settings.retry_for, configured.label, tell),
-        )
+        retry = Outage(configured.settings.retry_for, configured.label, tell)
+        ca = cls(label=configured.label, authority=configured.authority, backend=opened, retry=retry)
         try:
             ca.backend = opened or configured.open()
             ca.look(specs, expected)
@@ -144,12 +115,18 @@ class CA:
         self.identity = self.ask_identity()
 
     def preflight(
-        self, specs: Sequence[CertificateSpec], wanted: Sequence[Wanted], expected: Expectation | None
+        self, specs: Sequence[CertificateSpec], wanted: Sequence[contract.Wanted], expected: Expectation | None
     ) -> Mapping[str, BridgeError]:
-        """As the function `preflight`, and by all that the CA lets us see of profiles and roles for what is `wanted`."""
+        """
+        Look for what would go wrong, by all that the CA lets us see of profiles and roles for what is `wanted`: errors by
+        certificate name; without specs at the CA alone (BackendRefusedError: not the CA that is `expected`, or it rejects us).
+        """
         backend = self.opened()
-        found: dict[str, BridgeError] = dict(self._question(lambda: preflight(backend, specs, expected)))
-        if isinstance(backend, ChecksWhole) and wanted:
+        self.certificates = self.issuers()
+        if expected is not None and self.certificates:
+            assert_right_ca(self.certificates, expected)
+        found: dict[str, BridgeError] = dict(self._question(lambda: usages(backend, specs)))
+        if isinstance(backend, contract.ChecksWhole) and wanted:
             all_specs = [one.spec for one in wanted]
             refused = self._question(lambda: _errors(backend, all_specs, backend.check_whole(wanted)))
             return {**refused, **found}
@@ -158,15 +135,15 @@ class CA:
     def ask_identity(self) -> str | None:
         """Our name at the CA, for the audit log; None: the CA does not tell."""
         with contextlib.suppress(BackendError):
-            return (self.backend.identity() or None) if isinstance(self.backend, Identifies) else None
+            return (self.backend.identity() or None) if isinstance(self.backend, contract.Identifies) else None
         return None
 
     def ask_ends(self, table: str) -> dict[str, CredentialEnd]:
         """The ends of our credentials, by the settings' key below `table`; none where the CA does not show them."""
         backend = self.backend
-        if self.trouble is not None or not isinstance(backend, TellsEnds):
+        if self.trouble is not None or not isinstance(backend, contract.TellsEnds):
             return {}
-        if isinstance(backend, Spends) and backend.spends():
+        if isinstance(backend, contract.Spends) and backend.spends():
             return {}
         with contextlib.suppress(BackendError):
             return {f"{table}.{one.key}": one for one in backend.credential_ends()}
@@ -175,17 +152,13 @@ class CA:
     def issuers(self) -> tuple[x509.Certificate, ...]:
         """The CA's own certificates, the one that signs first; none: this CA does not tell."""
         backend = self.backend
-        if isinstance(backend, ListsIssuersOf):
+        if isinstance(backend, contract.ListsIssuersOf):
             return tuple(self._question(lambda: backend.issuers_of(self.authority)))
-        return tuple(self._question(backend.issuers)) if isinstance(backend, ListsIssuers) else ()
+        return tuple(self._question(backend.issuers)) if isinstance(backend, contract.ListsIssuers) else ()
 
     def error(self, name: str) -> BridgeError | None:
         """Why this certificate can't be asked for."""
         return self.trouble or self.wrong.get(name)
-
-    def advice(self, spec: CertificateSpec) -> str:
-        """The hint for an error about a certificate that is not what was asked for."""
-        return advice(self.backend, spec)
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
@@ -194,7 +167,7 @@ class CA:
     ) -> Sequence[Answer]:
         """Have the CA sign, all at once if it can; `done` gets the answers as they come, from several threads."""
         backend = self.opened()
-        if isinstance(backend, SignsMany):
+        if isinstance(backend, contract.SignsMany):
             answers = self._ask_many(backend, requests)
             done(list(zip(requests, answers, strict=True)))
             return answers
@@ -217,12 +190,12 @@ class CA:
         except BackendError as e:
             return e
 
-    def _ask_many(self, backend: SignsMany, requests: Sequence[SignRequest]) -> Sequence[Answer]:
+    def _ask_many(self, backend: contract.SignsMany, requests: Sequence[SignRequest]) -> Sequence[Answer]:
         tries = list[datetime]()
 
         def sign() -> Sequence[Answer]:
             known: Sequence[Issued | None] = [None] * len(requests)
-            if tries and isinstance(backend, Recalls):  # a CA that broke off may have signed some of them
+            if tries and isinstance(backend, contract.Recalls):  # a CA that broke off may have signed some of them
                 known = backend.recall(requests, tries[0])
             tries.append(datetime.now(UTC))
             rest = [request for request, one in zip(requests, known, strict=True) if one is None]
@@ -241,7 +214,7 @@ class CA:
     def collect(self, request: SignRequest, reference: str, expected: Expectation) -> Answer:
         """Ask for the answer that the CA owes; a backend's error is an answer."""
         backend, name = self.backend, request.spec.name
-        if not isinstance(backend, Collects):
+        if not isinstance(backend, contract.Collects):
             raise BridgeError(f'{self.label}: answered {name} with "later", and can\'t be asked later: a bug in it')
         try:
             return self._question(lambda: _collected(backend, request, reference, expected))
@@ -251,14 +224,14 @@ class CA:
     def tells(self) -> bool:
         """Whether the CA tells what it has signed for a run that was killed, as `recall` finds it."""
         backend = self.backend
-        if isinstance(backend, RecallsIfAllowed):
+        if isinstance(backend, contract.RecallsIfAllowed):
             return self._question(backend.may_recall)
-        return isinstance(backend, Recalls)
+        return isinstance(backend, contract.Recalls)
 
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
         """Look for what the CA signed for an earlier run that could not take the answer, in the requests' order; None: not known."""
         backend = self.backend
-        if not requests or not isinstance(backend, Recalls):
+        if not requests or not isinstance(backend, contract.Recalls):
             return [None] * len(requests)
         return self._question(lambda: backend.recall(requests, since))
 
@@ -267,53 +240,38 @@ class CA:
         try:
             return verify.check(answer, request, expected)
         except VerificationError as e:
-            e.hint = self.advice(request.spec)
+            e.hint = advice(self.backend, request.spec)
             raise
 
     def put_away(self, reference: str) -> None:
         """Let the backend remove answers that are installed."""
         backend = self.backend
-        if isinstance(backend, PutsAway):
+        if isinstance(backend, contract.PutsAway):
             self._question(lambda: backend.put_away(reference))
 
     # --- revoking -----------------------------------------------------------------------------------------------------
 
-    @property
-    def can_revoke(self) -> bool:
-        """Whether the backend can revoke."""
-        return isinstance(self.backend, Revokes)
-
     def revoke(self, certificate: x509.Certificate) -> None:
-        """Revoke a certificate of this CA, which `can_revoke`."""
+        """Revoke a certificate of this CA, whose backend `Revokes`."""
         backend = self.backend
-        if isinstance(backend, Revokes):
+        if isinstance(backend, contract.Revokes):
             self._question(lambda: backend.revoke(certificate))
 
-    @property
-    def wants_proof(self) -> bool:
-        """Whether the backend revokes for one that proves to hold the successor alone."""
-        return isinstance(self.backend, RevokesProven)
-
     def revoke_proven(self, revocation: Revocation) -> None:
-        """Revoke a superseded certificate at a CA that `wants_proof`."""
+        """Revoke a superseded certificate at a CA whose backend `RevokesProven`."""
         backend = self.backend
-        if isinstance(backend, RevokesProven):
+        if isinstance(backend, contract.RevokesProven):
             self._question(lambda: backend.revoke_proven(revocation))
-
-    @property
-    def tells_revoked(self) -> bool:
-        """Whether this CA says which of its certificates are revoked."""
-        return isinstance(self.backend, TellsRevoked)
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
         """Whether the CA has revoked it; False where this CA can't tell."""
         backend = self.backend
-        return isinstance(backend, TellsRevoked) and self._question(lambda: backend.is_revoked(certificate))
+        return isinstance(backend, contract.TellsRevoked) and self._question(lambda: backend.is_revoked(certificate))
 
     def revoked(self) -> Collection[int] | None:
         """The serial numbers of all that the CA has revoked; None: it lists none for us, see `is_revoked`."""
         backend = self.backend
-        return self._question(backend.revoked) if isinstance(backend, ListsRevoked) else None
+        return self._question(backend.revoked) if isinstance(backend, contract.ListsRevoked) else None
 
     def close(self) -> None:
         """Close the backend."""
@@ -345,10 +303,10 @@ def signer_of(configured: Configured, retry: Retry | None = None) -> tuple[x509.
 
 
 def _collected(
-    backend: Collects, request: SignRequest, reference: str, expected: verify.Expectation
+    backend: contract.Collects, request: SignRequest, reference: str, expected: verify.Expectation
 ) -> Issued | Pending:
     """The CA's answer; of several candidates, the first that passes. Errors as `Collects`, or an UntrustedAnswerError."""
-    if not isinstance(backend, CollectsAll):
+    if not isinstance(backend, contract.CollectsAll):
         return backend.collect(request, reference)
     wrong: list[VerificationError] = []
     for issued in backend.candidates(request, reference):
@@ -371,21 +329,9 @@ def _collected(
 # --- before a signature is spent --------------------------------------------------------------------------------------
 
 
-def preflight(
-    backend: Backend, specs: Sequence[CertificateSpec], expected: verify.Expectation | None
-) -> dict[str, RefusedByCheckError]:
-    """
-    Look for what would go wrong, before a signature is spent: errors by certificate name; without specs at the CA
-    alone, without `expected` at the usages alone (BackendRefusedError: another CA, or it rejects us).
-    """
-    if expected is not None and isinstance(backend, ListsIssuers) and (issuers := backend.issuers()):
-        assert_right_ca(issuers, expected)
-    return usages(backend, specs)
-
-
 def usages(backend: object, specs: Sequence[CertificateSpec]) -> dict[str, RefusedByCheckError]:
     """Find which certificates the CA would sign with other usages; errors by certificate name."""
-    return _errors(backend, specs, backend.check(specs) if specs and isinstance(backend, Checks) else {})
+    return _errors(backend, specs, backend.check(specs) if specs and isinstance(backend, contract.Checks) else {})
 
 
 def _errors(
@@ -398,7 +344,7 @@ def _errors(
 
 def advice(backend: object, spec: CertificateSpec) -> str:
     """The hint for an error about a certificate that is not what was asked for."""
-    return backend.advice(spec) if isinstance(backend, Advises) else VerificationError.hint
+    return backend.advice(spec) if isinstance(backend, contract.Advises) else VerificationError.hint
 
 
 def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expectation) -> None:

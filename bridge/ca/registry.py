@@ -16,6 +16,7 @@ from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.pki.certificates import load_pem_certificates, name_text, spki
 from bridge.settings import Key, Reader
 from bridge.settings.tables import RenewalSettings, Settings
+from bridge.state.credentials import CredentialFile, own_places
 from bridge.system.paths import own_text
 from bridge.words import name_found
 
@@ -96,6 +97,17 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
         hint = "`ca-bridge settings init` writes a commented file" if settings.source.file is None else ""
         raise SettingsError(sorted(problems, key=lambda one: one.line or 0) + missing, hint=hint)
     return {authority: result[authority] for authority in authorities}
+
+
+def credentials(settings: Settings, backends: Mapping[str, Configured]) -> list[CredentialFile]:
+    """The files of all our credentials; `backends` by authority, none of which is opened."""
+    found = list(own_places(settings))
+    for authority, one in backends.items():
+        over = settings.authority_tables.get(authority, {})
+        for key, path in one.settings.credentials():
+            table = f"authority.{authority}" if key.partition(".")[0] in over else f"backend.{one.name}"
+            found.append(CredentialFile(f"{table}.{key}", path))
+    return list(dict.fromkeys(found))
 
 
 def _given(settings: Settings) -> dict[str, Any]:

@@ -8,11 +8,14 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.system.console import is_attended, log
 from bridge.system.waiting import back_off_seconds
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 15.0
 _FIRST_REST_SECONDS, _LONGEST_REST_SECONDS = 1.0, 30.0
@@ -20,14 +23,6 @@ _FIRST_REST_SECONDS, _LONGEST_REST_SECONDS = 1.0, 30.0
 _TRIED_SECONDS = 5.0
 
 T = TypeVar("T")
-
-
-class Retry(Protocol):
-    """What happens to a question while the CA is unavailable."""
-
-    def ask(self, question: Callable[[], T]) -> T:
-        """Ask the CA; a BackendRefusedError comes at once, a BackendUnavailableError when this policy has waited."""
-        ...
 
 
 class Outage:
@@ -47,37 +42,19 @@ class Outage:
 
     def ask(self, question: Callable[[], T]) -> T:
         """Ask, and ask again while the CA is unavailable; once given up, it is not waited for a second time."""
+        from tenacity import Retrying, retry_if_exception_type  # noqa: PLC0415 (25 ms; only where a CA is asked)
+
         if self._gave_up is not None:
             raise BackendUnavailableError(str(self._gave_up), hint=self._gave_up.hint)
-        try:
-            return self._once(question)
-        except BackendUnavailableError as e:
-            first = [e]
-
-        def again() -> T:
-            if first:
-                raise first.pop()
-            return self._once(question)
-
-        return self._ask_again(again)
-
-    def _ask_again(self, question: Callable[[], T]) -> T:
-        from tenacity import Retrying, retry_if_exception_type  # noqa: PLC0415 (25 ms; only where a CA was unavailable)
-
         policy = Retrying(
             retry=retry_if_exception_type(BackendUnavailableError),
-            stop=lambda state: (
-                self._is_over(state.upcoming_sleep)
-                or _is_for_a_person(state.outcome.exception() if state.outcome else None)
-            ),
-            wait=lambda state: _wait(state.attempt_number, state.outcome.exception() if state.outcome else None),
-            before_sleep=lambda state: self._report(
-                state.upcoming_sleep, state.outcome.exception() if state.outcome else None
-            ),
+            stop=lambda state: self._is_over(state.upcoming_sleep) or _is_for_a_person(_error_of(state)),
+            wait=lambda state: _wait(state.attempt_number, _error_of(state)),
+            before_sleep=lambda state: self._report(state.upcoming_sleep, _error_of(state)),
             reraise=True,
         )
         try:
-            return policy(question)
+            return policy(lambda: self._once(question))
         except BackendUnavailableError as e:
             self._gave_up = e
             raise
@@ -116,6 +93,10 @@ class Outage:
         with self._lock:  # another thread's success may have ended the outage: then it has begun anew, just now
             lasted = time.monotonic() - self._since if self._since is not None else 0.0
             return lasted + upcoming_sleep_seconds > self._retry_for_seconds
+
+
+def _error_of(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome else None
 
 
 def _wait(attempt: int, error: BaseException | None) -> float:
@@ -180,3 +161,7 @@ class Rest:
             self._failures = 0
             if began >= self._failed:
                 self._until = 0.0
+
+
+#: What happens to a question while the CA is unavailable; a refusal comes at once.
+Retry = Outage | Rest

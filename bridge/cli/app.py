@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any
@@ -19,80 +18,59 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from bridge.cli.printing import say, say_usage
+from bridge.cli.printing import say, say_usage, wrapped
 
-#: The commands in each file below `bridge.cli`.
-COMMANDS = {
-    "expiration": ("check-expiration",),
-    "renew": ("plan", "renew", "install"),
-    "components": ("prove", "restart", "serving-certs", "kubelets"),
-    "doctor": ("doctor",),
-    "rotate_ca": ("rotate-ca",),
-    "carried": ("export", "inspect", "import", "pending"),
-    "desk": ("sign",),
-    "gateway": ("gateway", "trust"),
-    "serve": ("serve", "fleet", "enroll", "enrolments", "serve-database", "approvals"),
-    "history": ("backups", "rollback", "recover", "audit"),
-    "bootstrap": ("bootstrap",),
-    "users": ("kubeconfig",),
-    "settings": ("settings", "backend"),
-    "setup": ("setup",),
-    "demo": ("demo",),
-    "pages": ("help",),
-    "completion": ("complete",),
-}
-#: The file of each command.
-FILES = {command: file for file, names in COMMANDS.items() for command in names}
-
-#: What `ca-bridge --help` shows: headings in the order of an operator's day, and the commands below each.
-TASKS: dict[str, dict[str, str]] = {
+#: What `ca-bridge --help` shows: headings in the order of an operator's day; below each its commands, with their file here.
+TASKS: dict[str, dict[str, tuple[str, str]]] = {
     "Look, and change nothing": {
-        "check-expiration": "Show when certificates expire, as kubeadm does.",
-        "plan": "Show what the next `ca-bridge renew` would do.",
-        "prove": "Show what each component really serves and uses.",
-        "doctor": "Check that the next renewal will succeed.",
+        "check-expiration": ("expiration", "Show when certificates expire, as kubeadm does."),
+        "plan": ("renew", "Show what the next `ca-bridge renew` would do."),
+        "prove": ("components", "Show what each component really serves and uses."),
+        "doctor": ("doctor", "Check that the next renewal will succeed."),
     },
     "Renew": {
-        "renew": "Renew what is due, or the named certificates.",
-        "restart": "Restart components that run on old certificates.",
-        "serving-certs": "Have controller manager and scheduler serve the CA's.",
-        "install": "Install keys and certificates from a directory.",
+        "renew": ("renew", "Renew what is due, or the named certificates."),
+        "restart": ("components", "Restart components that run on old certificates."),
+        "serving-certs": ("components", "Have controller manager and scheduler serve the CA's."),
+        "install": ("renew", "Install keys and certificates from a directory."),
     },
-    "Replace a CA": {"rotate-ca": "Put another CA in the place of this one, while the cluster runs."},
+    "Replace a CA": {"rotate-ca": ("rotate_ca", "Put another CA in the place of this one, while the cluster runs.")},
     "Carry requests to a CA, and its answers back": {
-        "export": "Write requests for a CA desk into a file.",
-        "inspect": "Show what a request or an answer holds.",
-        "sign": "Sign requests at a CA desk, by its policy.",
-        "serve": "Sign what nodes ask for over HTTPS, by the desk's policy.",
-        "fleet": "Show all nodes of the door: what ends next, what failed.",
-        "enroll": "Make a new node's one-time secret for the door.",
-        "enrolments": "Show and withdraw these secrets.",
-        "serve-database": "Back up and restore the door's database.",
-        "approvals": "Decide about requests that wait for people.",
-        "import": "Install the answers of a CA desk.",
-        "pending": "Show and cancel requests that wait for an answer.",
+        "export": ("carried", "Write requests for a CA desk into a file."),
+        "inspect": ("carried", "Show what a request or an answer holds."),
+        "sign": ("desk", "Sign requests at a CA desk, by its policy."),
+        "serve": ("serve", "Sign what nodes ask for over HTTPS, by the desk's policy."),
+        "fleet": ("serve", "Show all nodes of the door: what ends next, what failed."),
+        "enroll": ("serve", "Make a new node's one-time secret for the door."),
+        "enrolments": ("serve", "Show and withdraw these secrets."),
+        "serve-database": ("serve", "Back up and restore the door's database."),
+        "approvals": ("serve", "Decide about requests that wait for people."),
+        "import": ("carried", "Install the answers of a CA desk."),
+        "pending": ("carried", "Show and cancel requests that wait for an answer."),
     },
     "Sign for the cluster": {
-        "gateway": "Sign for kubelets and users, by the certificates API.",
-        "kubelets": "Have kubelets ask for serving certificates, or not.",
-        "trust": "Publish the roots that pods trust.",
+        "gateway": ("gateway", "Sign for kubelets and users, by the certificates API."),
+        "kubelets": ("components", "Have kubelets ask for serving certificates, or not."),
+        "trust": ("gateway", "Publish the roots that pods trust."),
     },
     "Go back, and clean up after a crash": {
-        "backups": "List the backups of replaced files.",
-        "rollback": "Put the files of a backup back.",
-        "recover": "Finish or undo an interrupted installation.",
+        "backups": ("history", "List the backups of replaced files."),
+        "rollback": ("history", "Put the files of a backup back."),
+        "recover": ("history", "Finish or undo an interrupted installation."),
     },
-    "Make a new node": {"bootstrap": "Make what `kubeadm init` or `kubeadm join` needs."},
-    "Let people and machines in": {"kubeconfig": "Make kubeconfigs with short-lived certificates."},
+    "Make a new node": {"bootstrap": ("bootstrap", "Make what `kubeadm init` or `kubeadm join` needs.")},
+    "Let people and machines in": {"kubeconfig": ("users", "Make kubeconfigs with short-lived certificates.")},
     "Set up": {
-        "settings": "Write, show and check the settings file.",
-        "setup": "Print what a CA, systemd, cron or Kubernetes needs.",
-        "backend": "Try a CA that the settings name.",
-        "demo": "Show the main job on a throwaway PKI.",
-        "help": "Show a page of the documents.",
+        "settings": ("settings", "Write, show and check the settings file."),
+        "setup": ("setup", "Print what a CA, systemd, cron or Kubernetes needs."),
+        "backend": ("settings", "Try a CA that the settings name."),
+        "demo": ("demo", "Show the main job on a throwaway PKI."),
+        "help": ("pages", "Show a page of the documents."),
     },
-    "Keep the record": {"audit": "Show and verify the audit log."},
+    "Keep the record": {"audit": ("history", "Show and verify the audit log.")},
 }
+#: The file of each command.
+FILES = {command: file for ours in TASKS.values() for command, (file, _) in ours.items()} | {"complete": "completion"}
 
 #: By command: an option, and the options that it can't be combined with.
 EXCLUDES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -117,122 +95,116 @@ NEEDS: dict[str, dict[str, str]] = {
     "rotate-ca drop": {"--accept-outage": "--emergency"},
 }
 
-#: Lines to type, each with what it does; each begins with its command.
+#: Lines to type after the program's name, each with what it does; each begins with its command.
 EXAMPLES = (
-    ("ca-bridge help", "List the pages."),
-    ("ca-bridge help emergency", "Everything has expired, or keys have leaked: what to do."),
-    ("ca-bridge kubeconfig request bob --group dev --group ops", "Make bob.key and bob.csr, on bob's machine."),
-    ("ca-bridge kubeconfig user bob --group dev --group ops --csr bob.csr", "Make bob.conf from bob's request."),
+    ("help", "List the pages."),
+    ("help emergency", "Everything has expired, or keys have leaked: what to do."),
+    ("kubeconfig request bob --group dev --group ops", "Make bob.key and bob.csr, on bob's machine."),
+    ("kubeconfig user bob --group dev --group ops --csr bob.csr", "Make bob.conf from bob's request."),
+    ("kubeconfig user backup --validity 1h -o /etc/backup/kubeconfig", "One for a machine, its key made here."),
+    ("check-expiration", "Show the two tables that kubeadm shows."),
+    ("check-expiration --within 14d", "Exit with 3 if something expires within two weeks."),
+    ("check-expiration -o nagios -w 30d -c 7d", "One line for Nagios or Icinga."),
+    ("renew", "Renew what is due: the command for cron."),
+    ("renew apiserver etcd-server", "Renew these two now, due or not."),
+    ("renew all --no-restart", "Renew everything, and restart nothing."),
+    ("renew --rehearse --ahead 2d", "Rehearse what is due tomorrow: sign, prove, throw away."),
+    ("renew all --csr-only --csr-dir /root/csrs", "Only write keys and CSRs."),
+    ("renew apiserver --kubeadm-config kubeadm.yaml", "Make a missing one from kubeadm's file."),
+    ("renew --add-san apiserver=api2.example.com", "Give the API server one more name."),
+    ("serving-certs on", "Make, restart and prove; the last node writes kubeadm-config."),
+    ("serving-certs off", "Back to certificates of their own making."),
+    ("plan", "Show what the next `ca-bridge renew` would do."),
+    ("plan all -o json", "Show what `ca-bridge renew all` would do, for a program."),
+    ("rotate-ca status", "Show where the replacement stands on this node."),
+    ("rotate-ca plan", "Show what each phase would do, and whether the new CAs can work."),
+    ("rotate-ca trust", "The first phase, on each node."),
+    ("rotate-ca issue", "The second phase, on each node, when all trust the new CAs."),
+    ("rotate-ca issue --without worker-9", "Without a node that is gone for good."),
+    ("rotate-ca issue --keys-to /mnt/disk", "With kubeadm's own CA keys moved away from this node."),
+    ("rotate-ca drop", "The last phase, on each node, when nothing uses the old CAs."),
+    ("rotate-ca drop --emergency", "The old CA's key has leaked: what it costs to be rid of it now."),
+    ("rotate-ca back --ca etcd-ca", "Back by one phase, for one of the CAs."),
+    ("recover", "Finish or undo an interrupted installation."),
+    ("recover --set-aside", "Put damaged state files aside first."),
+    ("backups", "Show what a rollback could put back."),
+    ("rollback", "Put the newest backup back."),
+    ("rollback 20260304T050607.123456Z", "Put this one back; `ca-bridge backups` lists them."),
+    ("restart", "Restart what still runs on an old certificate."),
+    ("restart kube-scheduler", "Restart this component."),
+    ("export /media/stick/cp-1.request.json", "Write requests for what is due."),
+    ("export /media/stick/cp-1.request.json all", "Write requests for everything."),
+    ("inspect cp-1.request.json", "Show what is asked, and its fingerprint."),
+    ("import /media/stick/cp-1.answer.json", "Install the answers of a CA desk."),
+    ("import /media/stick/certificates", "Install certificates that came as files."),
+    ("pending list", "Show what waits, and for how long."),
+    ("pending cancel apiserver", "Forget this request; the next run makes a new one."),
+    ("pending cancel all", "Forget every open request."),
+    ("sign cp-1.request.json -o cp-1.answer.json --approve", "Sign one bundle, and ask first."),
+    ("sign /srv/desk/inbox -o /srv/desk/outbox", "Answer an inbox: the CA host's job for cron."),
+    ("sign /srv/desk/inbox -o /srv/desk/outbox --dry-run", "Say what would be signed or refused."),
+    ("install /root/csrs", "Install keys and the certificates beside them."),
+    ("prove", "Show what each component serves and uses."),
+    ("prove --wait 2m", "Wait up to two minutes until everything works."),
+    ("doctor", "Find what would make the next renewal fail."),
+    ("doctor -o json", "The same for a program."),
+    ("doctor --before-upgrade", "Say what `kubeadm upgrade` would do to certificates here."),
+    ("doctor --kubelets", "Show what every kubelet of the cluster serves with."),
+    ("doctor --ca-keys /", "Find out whether a CA's key is anywhere on this node."),
+    ("gateway --check", "Find out whether it could work; nothing is signed."),
+    ("gateway --log-format json", "Work until SIGTERM: the command of a unit or a pod."),
+    ("serve --log-format json", "Work until SIGTERM: the command of a unit."),
+    ("fleet", "Show the nodes, the worst first; exit 3 if one needs a person."),
+    ("fleet -o prometheus", "The same as metrics."),
+    ("enroll cp-4", "Print the secret of cp-4, good for one hour and one request."),
+    ("enroll worker-7 --certificate kubelet.conf --for 10m", "One for a worker's kubelet alone."),
+    ("approvals list", "Show what waits for people, and what it means."),
+    ("approvals show 3f9c2a7be01d4c55", "Show this request whole, before you decide."),
+    ("approvals approve 3f9c2a7be01d4c55", "Sign its digest with your key: yes."),
+    ('approvals refuse 3f9c2a7be01d4c55 --reason "no such change"', "The node gets this reason."),
+    ("enrolments list", "Show who may ask for first certificates, and who has."),
+    ("enrolments withdraw 3", "End number 3 now; its unsigned request is refused."),
+    ("serve-database status", "Count requests, and list those left to people."),
+    ("serve-database backup /backup/door.db", "Copy SQLite's file while the door works."),
+    ("serve-database restore /backup/door.db", "Put the copy in its place, while no door works."),
+    ("serve-database restored", "After pg_restore: have CAs asked what they have signed since."),
+    ("serve-database again 3f1c0a9b7e5d2468", "Have a request signed that was left to people."),
+    ("kubelets on", "Take this node as far as the others allow; run it on each node, then again."),
+    ("kubelets off", "The same backwards, the control-plane nodes first."),
+    ("trust publish", "Make the bundles of the policy's signers equal to pods.crt: for a timer."),
+    ("trust publish corp.example/spiffe", "Of this one, without a policy."),
+    ("trust publish --remove corp.example/old", "Take the bundle of a former signer away, too."),
+    ("setup vault", "Print roles and a policy for this node's certificates."),
+    ("setup openssl -o /root/for-the-ca", "Write an openssl.cnf for each CA into a directory."),
+    ("setup systemd --enable", "Install and start a timer for `ca-bridge renew`."),
+    ("setup cron --enable", "Write a file for /etc/cron.d instead."),
+    ("demo", "Show the main job in a temporary directory."),
+    ("demo --directory /tmp/ca-bridge-demo", "Keep the directory, to go on with it."),
+    ("bootstrap init --kubeadm-config cluster.yaml", "Get a machine ready for `kubeadm init`."),
     (
-        "ca-bridge kubeconfig user backup --validity 1h -o /etc/backup/kubeconfig",
-        "One for a machine, its key made here.",
-    ),
-    ("ca-bridge check-expiration", "Show the two tables that kubeadm shows."),
-    ("ca-bridge check-expiration --within 14d", "Exit with 3 if something expires within two weeks."),
-    ("ca-bridge check-expiration -o nagios -w 30d -c 7d", "One line for Nagios or Icinga."),
-    ("ca-bridge renew", "Renew what is due: the command for cron."),
-    ("ca-bridge renew apiserver etcd-server", "Renew these two now, due or not."),
-    ("ca-bridge renew all --no-restart", "Renew everything, and restart nothing."),
-    ("ca-bridge renew --rehearse --ahead 2d", "Rehearse what is due tomorrow: sign, prove, throw away."),
-    ("ca-bridge renew all --csr-only --csr-dir /root/csrs", "Only write keys and CSRs."),
-    ("ca-bridge renew apiserver --kubeadm-config kubeadm.yaml", "Make a missing one from kubeadm's file."),
-    ("ca-bridge renew --add-san apiserver=api2.example.com", "Give the API server one more name."),
-    ("ca-bridge serving-certs on", "Make, restart and prove; the last node writes kubeadm-config."),
-    ("ca-bridge serving-certs off", "Back to certificates of their own making."),
-    ("ca-bridge plan", "Show what the next `ca-bridge renew` would do."),
-    ("ca-bridge plan all -o json", "Show what `ca-bridge renew all` would do, for a program."),
-    ("ca-bridge rotate-ca status", "Show where the replacement stands on this node."),
-    ("ca-bridge rotate-ca plan", "Show what each phase would do, and whether the new CAs can work."),
-    ("ca-bridge rotate-ca trust", "The first phase, on each node."),
-    ("ca-bridge rotate-ca issue", "The second phase, on each node, when all trust the new CAs."),
-    ("ca-bridge rotate-ca issue --without worker-9", "Without a node that is gone for good."),
-    ("ca-bridge rotate-ca issue --keys-to /mnt/disk", "With kubeadm's own CA keys moved away from this node."),
-    ("ca-bridge rotate-ca drop", "The last phase, on each node, when nothing uses the old CAs."),
-    ("ca-bridge rotate-ca drop --emergency", "The old CA's key has leaked: what it costs to be rid of it now."),
-    ("ca-bridge rotate-ca back --ca etcd-ca", "Back by one phase, for one of the CAs."),
-    ("ca-bridge recover", "Finish or undo an interrupted installation."),
-    ("ca-bridge recover --set-aside", "Put damaged state files aside first."),
-    ("ca-bridge backups", "Show what a rollback could put back."),
-    ("ca-bridge rollback", "Put the newest backup back."),
-    ("ca-bridge rollback 20260304T050607.123456Z", "Put this one back; `ca-bridge backups` lists them."),
-    ("ca-bridge restart", "Restart what still runs on an old certificate."),
-    ("ca-bridge restart kube-scheduler", "Restart this component."),
-    ("ca-bridge export /media/stick/cp-1.request.json", "Write requests for what is due."),
-    ("ca-bridge export /media/stick/cp-1.request.json all", "Write requests for everything."),
-    ("ca-bridge inspect cp-1.request.json", "Show what is asked, and its fingerprint."),
-    ("ca-bridge import /media/stick/cp-1.answer.json", "Install the answers of a CA desk."),
-    ("ca-bridge import /media/stick/certificates", "Install certificates that came as files."),
-    ("ca-bridge pending list", "Show what waits, and for how long."),
-    ("ca-bridge pending cancel apiserver", "Forget this request; the next run makes a new one."),
-    ("ca-bridge pending cancel all", "Forget every open request."),
-    ("ca-bridge sign cp-1.request.json -o cp-1.answer.json --approve", "Sign one bundle, and ask first."),
-    ("ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox", "Answer an inbox: the CA host's job for cron."),
-    ("ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox --dry-run", "Say what would be signed or refused."),
-    ("ca-bridge install /root/csrs", "Install keys and the certificates beside them."),
-    ("ca-bridge prove", "Show what each component serves and uses."),
-    ("ca-bridge prove --wait 2m", "Wait up to two minutes until everything works."),
-    ("ca-bridge doctor", "Find what would make the next renewal fail."),
-    ("ca-bridge doctor -o json", "The same for a program."),
-    ("ca-bridge doctor --before-upgrade", "Say what `kubeadm upgrade` would do to certificates here."),
-    ("ca-bridge doctor --kubelets", "Show what every kubelet of the cluster serves with."),
-    ("ca-bridge doctor --ca-keys /", "Find out whether a CA's key is anywhere on this node."),
-    ("ca-bridge gateway --check", "Find out whether it could work; nothing is signed."),
-    ("ca-bridge gateway --log-format json", "Work until SIGTERM: the command of a unit or a pod."),
-    ("ca-bridge serve --log-format json", "Work until SIGTERM: the command of a unit."),
-    ("ca-bridge fleet", "Show the nodes, the worst first; exit 3 if one needs a person."),
-    ("ca-bridge fleet -o prometheus", "The same as metrics."),
-    ("ca-bridge enroll cp-4", "Print the secret of cp-4, good for one hour and one request."),
-    ("ca-bridge enroll worker-7 --certificate kubelet.conf --for 10m", "One for a worker's kubelet alone."),
-    ("ca-bridge approvals list", "Show what waits for people, and what it means."),
-    ("ca-bridge approvals show 3f9c2a7be01d4c55", "Show this request whole, before you decide."),
-    ("ca-bridge approvals approve 3f9c2a7be01d4c55", "Sign its digest with your key: yes."),
-    ('ca-bridge approvals refuse 3f9c2a7be01d4c55 --reason "no such change"', "The node gets this reason."),
-    ("ca-bridge enrolments list", "Show who may ask for first certificates, and who has."),
-    ("ca-bridge enrolments withdraw 3", "End number 3 now; its unsigned request is refused."),
-    ("ca-bridge serve-database status", "Count requests, and list those left to people."),
-    ("ca-bridge serve-database backup /backup/door.db", "Copy SQLite's file while the door works."),
-    ("ca-bridge serve-database restore /backup/door.db", "Put the copy in its place, while no door works."),
-    ("ca-bridge serve-database restored", "After pg_restore: have CAs asked what they have signed since."),
-    ("ca-bridge serve-database again 3f1c0a9b7e5d2468", "Have a request signed that was left to people."),
-    ("ca-bridge kubelets on", "Take this node as far as the others allow; run it on each node, then again."),
-    ("ca-bridge kubelets off", "The same backwards, the control-plane nodes first."),
-    ("ca-bridge trust publish", "Make the bundles of the policy's signers equal to pods.crt: for a timer."),
-    ("ca-bridge trust publish corp.example/spiffe", "Of this one, without a policy."),
-    ("ca-bridge trust publish --remove corp.example/old", "Take the bundle of a former signer away, too."),
-    ("ca-bridge setup vault", "Print roles and a policy for this node's certificates."),
-    ("ca-bridge setup openssl -o /root/for-the-ca", "Write an openssl.cnf for each CA into a directory."),
-    ("ca-bridge setup systemd --enable", "Install and start a timer for `ca-bridge renew`."),
-    ("ca-bridge setup cron --enable", "Write a file for /etc/cron.d instead."),
-    ("ca-bridge demo", "Show the main job in a temporary directory."),
-    ("ca-bridge demo --directory /tmp/ca-bridge-demo", "Keep the directory, to go on with it."),
-    ("ca-bridge bootstrap init --kubeadm-config cluster.yaml", "Get a machine ready for `kubeadm init`."),
-    (
-        "ca-bridge bootstrap init --kubeadm-config cluster.yaml --request cp-1.request.json",
+        "bootstrap init --kubeadm-config cluster.yaml --request cp-1.request.json",
         "Write requests for a CA desk instead of asking a CA.",
     ),
     (
-        "ca-bridge bootstrap join --control-plane --shared - --name cp-2 --advertise-address 192.0.2.11",
+        "bootstrap join --control-plane --shared - --name cp-2 --advertise-address 192.0.2.11",
         "Get a machine ready for `kubeadm join`; what another node shares comes through a pipe.",
     ),
-    ("ca-bridge bootstrap join --order w-1.order.json", "The same for what an administrator has ordered."),
-    ("ca-bridge bootstrap share --worker", "Print what a worker needs; no secret is in it."),
+    ("bootstrap join --order w-1.order.json", "The same for what an administrator has ordered."),
+    ("bootstrap share --worker", "Print what a worker needs; no secret is in it."),
+    ("bootstrap orders --nodes nodes.txt --kubeadm-config cluster.yaml -o orders", "Prepare all nodes of a list."),
     (
-        "ca-bridge bootstrap orders --nodes nodes.txt --kubeadm-config cluster.yaml -o orders",
-        "Prepare all nodes of a list.",
-    ),
-    (
-        "ca-bridge bootstrap setup vault --order orders/cp-1.order.json -o roles",
+        "bootstrap setup vault --order orders/cp-1.order.json -o roles",
         "Write roles and policies for a node that is yet to be made.",
     ),
-    ("ca-bridge bootstrap check", "Look at all that `kubeadm init` needs."),
-    ("ca-bridge settings init vault", "Write /etc/ca-bridge/config.toml for Vault or OpenBao."),
-    ("ca-bridge settings init cfssl /tmp/config.toml", "Write it elsewhere, to read it first."),
-    ("ca-bridge settings show", "Show every key, with its value."),
-    ("ca-bridge settings check", "Find every error in the file."),
-    ("ca-bridge audit show --since 30d", "Show the last month."),
-    ("ca-bridge audit show --name apiserver -o json", "Show what concerns one certificate."),
-    ("ca-bridge audit verify", "Exit with 1 if a line was changed, removed or inserted."),
-    ("ca-bridge backend test ca", "Have real certificates signed by this authority's CA."),
+    ("bootstrap check", "Look at all that `kubeadm init` needs."),
+    ("settings init vault", "Write /etc/ca-bridge/config.toml for Vault or OpenBao."),
+    ("settings init cfssl /tmp/config.toml", "Write it elsewhere, to read it first."),
+    ("settings show", "Show every key, with its value."),
+    ("settings check", "Find every error in the file."),
+    ("audit show --since 30d", "Show the last month."),
+    ("audit show --name apiserver -o json", "Show what concerns one certificate."),
+    ("audit verify", "Exit with 1 if a line was changed, removed or inserted."),
+    ("backend test ca", "Have real certificates signed by this authority's CA."),
 )
 
 
@@ -254,7 +226,7 @@ def first_sentence(text: str) -> str:
 
 def examples_of(command: str) -> list[tuple[str, str]]:
     """Lines to type for a command such as `audit show`, each with what it does."""
-    return [one for one in EXAMPLES if f"{one[0]} ".startswith(f"{PROGRAM} {command} ")]
+    return [(f"{PROGRAM} {line}", text) for line, text in EXAMPLES if f"{line} ".startswith(f"{command} ")]
 
 
 def name_of(context: typer.Context) -> str:
@@ -280,9 +252,10 @@ class Command(TyperCommand):
         for one in self.params:
             if one.type.name == "path" and "" in _values(ctx.params.get(one.name)):
                 raise typer.BadParameter("wanted a path, found an empty text: a variable that is not set?", ctx, one)
-        given = {
-            option for one in self.params if _is_given(ctx, one.name) for option in (*one.opts, *one.secondary_opts)
-        }
+        given: set[str] = set()
+        for one in self.params:
+            if getattr(ctx.get_parameter_source(one.name), "name", "") == "COMMANDLINE":
+                given.update(one.opts, one.secondary_opts)
         for option, others in EXCLUDES.get(name_of(ctx), {}).items():
             clash = [other for other in others if other in given]
             if option in given and clash:
@@ -324,14 +297,9 @@ class Command(TyperCommand):
             with formatter.section("Examples"):
                 for line, sentence in examples:
                     # a shell takes it as it is shown: where it is too wide, its lines end with a backslash
-                    typed = " \\\n".join(_wrapped(line, formatter.width - len(" \\"), "  ", "    "))
-                    meaning = "\n".join(_wrapped(sentence, formatter.width, " " * 6, " " * 6))
+                    typed = " \\\n".join(wrapped(f"  {line}", formatter.width - len(" \\"), 4))
+                    meaning = "\n".join(wrapped(f"{' ' * 6}{sentence}", formatter.width, 6))
                     formatter.write(f"{typed}\n{meaning}\n")
-
-
-def _is_given(context: Any, parameter: str | None) -> bool:
-    source = context.get_parameter_source(parameter)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _values(value: Any) -> Sequence[Any]:
@@ -346,12 +314,6 @@ def _together(command: str) -> Iterator[tuple[str, str]]:
         yield option, _hard("; ".join(parts))
 
 
-def _wrapped(text: str, width: int, first: str, others: str) -> list[str]:
-    return textwrap.wrap(
-        text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
-    )
-
-
 class Group(TyperGroup):
     """A group of commands, each with a sentence; those of the program are listed by task."""
 
@@ -361,22 +323,22 @@ class Group(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 (typer calls it)
         """The commands' names in the order of the help."""
-        return list(sentences_of(self))
+        return [name for ours in sections_of(self).values() for name in ours]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
         """Write a section for each task, or one for a group within the program."""
-        sections = TASKS if self.name == PROGRAM else {"Commands": sentences_of(self)}
+        sections = sections_of(self)
         width = max(len(name) for ours in sections.values() for name in ours)
         for heading, ours in sections.items():
             with formatter.section(heading):
                 formatter.write_dl([(name.ljust(width), _hard(sentence)) for name, sentence in ours.items()])
 
 
-def sentences_of(group: Any) -> dict[str, str]:
-    """The first sentence of each command of a group; the program's own are in `TASKS`, and load no file."""
+def sections_of(group: Any) -> dict[str, dict[str, str]]:
+    """By heading, the first sentence of each command of a group; the program's own are in `TASKS`, and load no file."""
     if group.name == PROGRAM:
-        return {name: sentence for ours in TASKS.values() for name, sentence in ours.items()}
-    return {name: first_sentence(one.help or "") for name, one in group.commands.items()}
+        return {heading: {name: sentence for name, (_, sentence) in ours.items()} for heading, ours in TASKS.items()}
+    return {"Commands": {name: first_sentence(one.help or "") for name, one in group.commands.items()}}
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -385,15 +347,10 @@ def sentences_of(group: Any) -> dict[str, str]:
 class _Commands(Mapping[str, Any]):
     """The commands by name; looking one up loads its file."""
 
-    def __init__(self) -> None:
-        self._loaded: dict[str, Any] = {}
-
     def __getitem__(self, name: str) -> Any:
-        if name not in self._loaded:
-            file = import_module(f"{__package__}.{FILES[name]}")
-            file.commands.rich_markup_mode = None  # as the program's
-            self._loaded.update(typer.main.get_group(file.commands).commands)
-        return self._loaded[name]
+        file = import_module(f"{__package__}.{FILES[name]}")
+        file.commands.rich_markup_mode = None  # as the program's
+        return typer.main.get_group(file.commands).commands[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(FILES)

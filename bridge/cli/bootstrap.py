@@ -109,13 +109,7 @@ def init(
     if facts.given() and (options.kubeadm_config or options.order):
         raise _both("--kubeadm-config or --order", f"the facts themselves ({_flags(facts)})")
     settings = common.settings()
-    said = _said(settings, options, facts)
-    node = desired.of_init(settings, said)
-    done = _make_and_report(settings, node, options.wait)
-    if done.is_complete:
-        _compare(settings, said)
-        _say_next(node)
-    return done.exit_code
+    return _run(settings, desired.of_init(settings, _said(settings, options, facts)), options.wait)
 
 
 @command(bootstrap, "join")
@@ -138,13 +132,7 @@ def join(
     """
     settings, role = common.settings(), _role(control_plane, worker)
     said = _said(settings, options, options.facts(), shared)
-    node = desired.of_join(settings, said, role)
-    done = _make_and_report(settings, node, options.wait)
-    if done.is_complete:
-        _compare(settings, said)
-        # neither token nor flag: both are in the file
-        say(f"\nnext, on this node:\n  kubeadm join --config {node.places.join_config}")
-    return done.exit_code
+    return _run(settings, desired.of_join(settings, said, role), options.wait)
 
 
 def _role(control_plane: bool, worker: bool) -> Role | None:
@@ -173,11 +161,14 @@ def _said(
     )
 
 
-def _make_and_report(settings: Settings, node: DesiredNode, wait: timedelta) -> Bootstrapped:
+def _run(settings: Settings, node: DesiredNode, wait: timedelta) -> int:
     with progress_shown() as progress:
         done = make(settings, node, utc_now, progress, wait)
     _report(done)
-    return done
+    if done.is_complete:
+        _compare(settings, node.inputs)
+        _say_next(node)
+    return done.exit_code
 
 
 @command(bootstrap, "share")
@@ -302,7 +293,7 @@ def check(
     program = "init" if role == "init" else "join"
     if problems:
         hint = "`ca-bridge bootstrap join` makes the missing files"
-        if program == "init":
+        if role == "init":
             joins = "a node that is to join is looked at with --control-plane or --worker"
             hint = f"`ca-bridge bootstrap init` makes the missing files; {joins}"
         raise NotWholeError("\n".join(problems), hint=hint)
@@ -316,7 +307,6 @@ def _flags(facts: ConfigurationFacts) -> str:
 
 
 def _report(done: Bootstrapped) -> None:
-    """Print what was signed, waits or failed."""
     rows = [
         (o.name, f"until {minute(o.new.not_valid_after_utc)}", f"by {o.backend}")
         for o in done.outcomes
@@ -353,7 +343,10 @@ def _compare(settings: Settings, said: NodeInputs) -> None:
 
 
 def _say_next(node: DesiredNode) -> None:
-    """Say how `kubeadm init` goes on; advise settings that are cheap now, and need a change on each node later."""
+    """Say how kubeadm goes on; advise settings that are cheap at `init`, and need a change on each node later."""
+    if node.role != "init":  # neither token nor flag: both are in the file
+        say(f"\nnext, on this node:\n  kubeadm join --config {node.places.join_config}")
+        return
     config, super_admin = node.places.kubeadm_config, node.places.kubeconfigs / "super-admin.conf"
     say(
         f"\nnext, on this node, without --upload-certs:\n"

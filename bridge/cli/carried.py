@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 from datetime import datetime
@@ -114,8 +113,7 @@ def import_answers(
     """
     settings, options = common.settings(), RunOptions(all_or_nothing=all_or_nothing, wait=wait)
     with monitoring.kept_current(settings, utc_now), progress_shown() as progress:
-        result, node, strange = airgap.import_answers(settings, paths, options, utc_now, progress)
-    result = dataclasses.replace(result, errors=(*result.errors, *strange))
+        result, node = airgap.import_answers(settings, paths, options, utc_now, progress)
     if result.outcomes or result.errors or output is Output.JSON:
         report(result, node, Selection(), settings, utc_now(), output)
     else:
@@ -161,15 +159,15 @@ def pending_cancel(
     """Forget requests and remove their keys; a later answer to them is refused."""
     settings, options = common.settings(), RunOptions(names=tuple(names), wait=wait)
     with monitoring.kept_current(settings, utc_now), progress_shown() as progress:
-        done = airgap.cancel(settings, options, utc_now, progress)
-    for one in done.requests:
+        cancelled, missing = airgap.cancel(settings, options, utc_now, progress)
+    for one in cancelled:
         say_sentence(f"{one.name}: cancelled; its key is removed, and an answer to it will be refused")
         if one.reference:
             log.warning("%s: %s still has the request, and may sign it", one.name, one.backend)
     hint = "`ca-bridge pending list` shows those that are"
-    for name in done.missing:
+    for name in missing:
         print_error(BridgeError("wanted a request that is open, found none", hint=hint), name)
-    return Exit.FAILED if done.missing else Exit.DONE
+    return Exit.FAILED if missing else Exit.DONE
 
 
 def _days_left(one: OpenRequest, now: datetime) -> int:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge.cli.app import first_sentence, sentences_of
+from bridge.cli.app import first_sentence, sections_of
 from bridge.cli.printing import say
 from bridge.errors import BridgeError
 from bridge.settings.load import Overrides
@@ -60,7 +60,7 @@ def _found(command: Any, rest: Sequence[str], last: str, typed: Sequence[str]) -
     elif last.startswith("-") and "--" not in rest:
         yield from _options(command, rest)
     elif hasattr(command, "commands"):
-        yield from sentences_of(command).items()
+        yield from (offer for ours in sections_of(command).values() for offer in ours.items())
     else:
         yield from _arguments(command, rest, options, typed)
 

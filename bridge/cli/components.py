@@ -63,11 +63,8 @@ def restart(
 def print_restarts(report: restarts.RestartReport, settings: Settings, output: Output) -> None:
     """Print what was restarted, or what the operator has to restart."""
     directory = settings.node.kubeconfig_dir / "manifests"
-    advice = {}
-    if report.advised:
-        advice = {
-            component.value: control_plane.how_to_restart(component, directory) for component in report.components
-        }
+    advised = report.components if report.advised else ()
+    advice = {one.value: control_plane.how_to_restart(one, directory) for one in advised}
     if output is Output.JSON:
         what = {"advice": advice} if report.advised else {"restarted": [_entry(one) for one in report.done]}
         unknown = None if report.unknown is None else report.unknown.reason
@@ -82,9 +79,8 @@ def print_restarts(report: restarts.RestartReport, settings: Settings, output: O
         say_table(rows or [["nothing was restarted"]])
     elif report.unknown is None:
         say("nothing to restart: every component runs on the certificates that are installed")
-    for error in (*(one.error for one in report.done), report.unknown):
-        if error is not None:
-            print_error(error)
+    for error in filter(None, (*(one.error for one in report.done), report.unknown)):
+        print_error(error)
 
 
 def _entry(one: restarts.Restarted) -> dict[str, object]:

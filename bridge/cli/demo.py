@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shlex
 import signal
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated
@@ -58,26 +58,26 @@ def demo(
     """
     with _directory_for(directory) as base:
         with doing("making a control plane and a CA", is_plain=False):
-            place = _make(base, utc_now())
-        story = _Story(place, is_temporary=directory is None)
+            _make(base, utc_now())
+        story = _Story(base, is_temporary=directory is None)
         story.play()
         return Exit.FAILED if story.wrong else Exit.DONE
 
 
 class _Story:
-    def __init__(self, place: _Place, *, is_temporary: bool) -> None:
-        self._place = place
+    def __init__(self, base: Path, *, is_temporary: bool) -> None:
+        self._base, self._kubernetes = base, base / "kubernetes"
         self._is_temporary = is_temporary
         self.wrong: list[str] = []
         self._step = 0
 
     def play(self) -> None:
         _say(_styled("ca-bridge: certificates of a kubeadm control plane whose CA keys are elsewhere", "heading"))
-        _say(f"Everything is in {self._place.base}; nothing else is touched.")
+        _say(f"Everything is in {self._base}; nothing else is touched.")
         self._plan()
         self._renewal()
         self._refusal()
-        before = self._place.contents()
+        before = self._contents()
         self._crash()
         self._rollback(before)
         self._record()
@@ -89,26 +89,26 @@ class _Story:
 
     def _renewal(self) -> None:
         self._headline("New keys, signed by the company's CA; verified, then installed in one step.")
-        before = self._place.contents()
+        before = self._contents()
         code = self._command("ca-bridge renew", 3, 2, until="These still run")
-        count = sum(before[path] != content for path, content in self._place.contents().items())
-        items = _node(self._place)
+        count = sum(before[path] != content for path, content in self._contents().items())
+        items = self._items()
         self._expect(code == Exit.DONE and count > len(items), f"{count} files were replaced")
         good = sum(map(_is_good, items))
         self._expect(good == len(items), f"`openssl verify -purpose` agrees: {good} have their usages")
 
     def _refusal(self) -> None:
         self._headline("A careless CA gives the API server a client's certificate: refused.")
-        before = self._place.contents()
+        before = self._contents()
         code = self._command("ca-bridge renew apiserver --config careless.toml", 4, 0)
-        same = self._place.contents() == before
+        same = self._contents() == before
         self._expect(code == Exit.REFUSED and same, f"exit code {code}; no file was changed")
 
     def _crash(self) -> None:
         self._headline("A run is killed while it replaces files; the next one ends what it began.")
         code = self._command("ca-bridge renew all", 0, 0, renamed=str(_RENAMED))
         self._expect(code == -signal.SIGKILL, f"kill -9 after {_RENAMED} files: the node has old and new ones")
-        code, items = self._command("ca-bridge recover", 2, 0), _node(self._place)
+        code, items = self._command("ca-bridge recover", 2, 0), self._items()
         paired = sum(map(_is_pair, items))
         text = f"every key belongs to its certificate: {paired} of {len(items)}"
         self._expect(code == Exit.DONE and paired == len(items), text)
@@ -116,7 +116,7 @@ class _Story:
     def _rollback(self, before: dict[Path, bytes]) -> None:
         self._headline("Going back is one command, and is itself backed up.")
         code = self._command("ca-bridge rollback", 2, 2, until="These still run")
-        same = self._place.contents() == before
+        same = self._contents() == before
         self._expect(code == Exit.DONE and same, "every file is as it was before that run")
 
     def _record(self) -> None:
@@ -133,6 +133,12 @@ class _Story:
             _say(f"{_INDENT}{_styled(f'$ {line}', 'hint')}")
             say_sentence(text, f"{_INDENT}    ")
 
+    def _contents(self) -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in sorted(self._kubernetes.rglob("*")) if path.is_file()}
+
+    def _items(self) -> Sequence[Item]:
+        return inventory.read(self._kubernetes / "pki", self._kubernetes, self._kubernetes / "kubelet").items
+
     def _headline(self, text: str) -> None:
         self._step += 1
         _say(f"\n{_styled(str(self._step), 'number')} {_styled(text, 'heading')}")
@@ -140,12 +146,21 @@ class _Story:
     def _command(self, typed: str, head: int, tail: int, *, until: str = "", renamed: str = "all") -> int:
         """Run it, kill it after it has `renamed` files, show its first and last lines, and return its exit code."""
         _say(f"{_INDENT}{_styled(f'$ {typed}', 'hint')}")
+        ours = {"CA_BRIDGE_CONFIG": str(self._base / "config.toml"), "COLUMNS": str(_WIDTH - len(_INDENT))}
         with doing(f"running {typed}", is_plain=False):
-            done = self._run([renamed, str(self._place.kubernetes), *typed.split()[1:]])
+            done = subprocess.run(
+                python_command(_RUN, renamed, str(self._kubernetes), *typed.split()[1:]),
+                cwd=self._base,
+                env={**os.environ, **ours},
+                check=False,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         lines = done.stdout.splitlines()
-        if until:
-            lines = lines[: next((number for number, line in enumerate(lines) if line.startswith(until)), len(lines))]
-        lines = [line for line in lines if line]
+        shown = itertools.takewhile(lambda line: not line.startswith(until), lines) if until else lines
+        lines = [line for line in shown if line]
         last = lines[len(lines) - tail :] if tail else []
         hidden = len(lines) - head - len(last)
         for line in lines[:head] if hidden > 0 else lines:
@@ -155,19 +170,6 @@ class _Story:
             for line in last:
                 _say(_toned(_wrapped(line)))
         return done.returncode
-
-    def _run(self, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        ours = {"CA_BRIDGE_CONFIG": str(self._place.settings), "COLUMNS": str(_WIDTH - len(_INDENT))}
-        return subprocess.run(
-            python_command(_RUN, *words),
-            cwd=self._place.base,
-            env={**os.environ, **ours},
-            check=False,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
 
     def _expect(self, is_so: bool, text: str) -> None:
         """Say it, or that it is not so."""
@@ -193,10 +195,6 @@ def _toned(line: str) -> str:
     level, colon, text = line.partition(":")
     is_level = level.strip() in {"error", "hint", "warning"}
     return f"{_styled(level + colon, level.strip())}{text}" if is_level and colon else line
-
-
-def _node(place: _Place) -> Sequence[Item]:
-    return inventory.read(place.kubernetes / "pki", place.kubernetes, place.kubernetes / "kubelet").items
 
 
 def _is_pair(item: Item) -> bool:
@@ -235,18 +233,11 @@ _SETTINGS = """\
 [backend.desk]
 type = "openssl"
 passphrase_file = "{base}/passphrase"
-
-[authority.ca]
+"""
+_AUTHORITY = """
+[authority.{name}]
 backend = "desk"
-dir = "{base}/corporate-ca/ca"
-
-[authority.etcd-ca]
-backend = "desk"
-dir = "{base}/corporate-ca/etcd-ca"
-
-[authority.front-proxy-ca]
-backend = "desk"
-dir = "{base}/corporate-ca/front-proxy-ca"
+dir = "{base}/corporate-ca/{name}"
 """
 
 _CARELESS_SETTINGS = """\
@@ -275,22 +266,6 @@ openssl x509 -req -in "$work/csr" -CA {ca}/ca.crt -CAkey {ca}/ca.key -passin fil
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    base: Path
-
-    @property
-    def kubernetes(self) -> Path:
-        return self.base / "kubernetes"
-
-    @property
-    def settings(self) -> Path:
-        return self.base / "config.toml"
-
-    def contents(self) -> dict[Path, bytes]:
-        return {path: path.read_bytes() for path in sorted(self.kubernetes.rglob("*")) if path.is_file()}
-
-
 @contextlib.contextmanager
 def _directory_for(wanted: Path | None) -> Iterator[Path]:
     """The named directory, which stays and must be empty, or a temporary one."""
@@ -304,20 +279,19 @@ def _directory_for(wanted: Path | None) -> Iterator[Path]:
     yield wanted.absolute()
 
 
-def _make(base: Path, now: datetime) -> _Place:
+def _make(base: Path, now: datetime) -> None:
     """Everything, as it is 345 days after `kubeadm init`."""
-    place = _Place(base=base)
     made, not_after = now - timedelta(days=365 - _DAYS_LEFT), now + timedelta(days=_DAYS_LEFT)
-    cas = sample_pki.make(place.kubernetes, now=made, not_after=not_after)
+    cas = sample_pki.make(base / "kubernetes", now=made, not_after=not_after)
     for name, ca in cas.items():
         directory = base / "corporate-ca" / name
         sample_pki.create_openssl_directory(directory, ca.certificate_pem, ca.key_pem, _PASSPHRASE)
     words = {"ca": shlex.quote(str(base / "corporate-ca/ca")), "passphrase": shlex.quote(str(base / "passphrase"))}
     _write(base / "passphrase", f"{_PASSPHRASE}\n", 0o600)
-    _write(place.settings, (_NODE_SETTINGS + _SETTINGS).format(base=base), 0o644)
+    authorities = "".join(_AUTHORITY.format(base=base, name=name) for name in cas)
+    _write(base / "config.toml", (_NODE_SETTINGS + _SETTINGS).format(base=base) + authorities, 0o644)
     _write(base / "careless.toml", (_NODE_SETTINGS + _CARELESS_SETTINGS).format(base=base), 0o644)
     _write(base / "careless-ca", _CARELESS_CA.format(**words), 0o755)
-    return place
 
 
 def _write(path: Path, text: str, mode: int) -> None:

@@ -108,8 +108,7 @@ def _dry_run(desk: Desk, session: Session) -> list[int]:
     jobs, _ = session.work(desk)
     for job in jobs(None):
         desk.judged(job)
-        good = [request.name for request in job.to_sign]
-        if good:
+        if good := [request.name for request in job.to_sign]:
             say_sentence(f"{_who(job)}: would sign {', '.join(good)}")
         if job.again:
             say_sentence(f"{_who(job)}: signed before, and not again: {', '.join(sorted(job.again))}")
@@ -184,10 +183,8 @@ def _counts(signed: int, again: int, refused: int) -> str:
 
 @contextlib.contextmanager
 def _observer(total: int, codes: list[int]) -> Iterator[_Observer]:
-    if not (is_lively(sys.stderr) and total > 1):
-        yield _Observer(total, codes)
-        return
-    with doing("signing") as line:
+    is_line = is_lively(sys.stderr) and total > 1
+    with doing("signing") if is_line else contextlib.nullcontext() as line:
         yield _Observer(total, codes, line)
 
 

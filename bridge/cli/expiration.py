@@ -6,12 +6,10 @@ https://nagios-plugins.org/doc/guidelines.html.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -34,6 +32,7 @@ if TYPE_CHECKING:
     from bridge.renewal.gate import Failures
     from bridge.state.credentials import Credential
 
+_Output = Literal["table", "json", "yaml", "prometheus", "nagios"]
 _WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
 _UNKNOWN = 3  #: The status of a check that could not look.
 #: What is still not renewed with this share of `renewal.before` left was passed over by many nights.
@@ -42,27 +41,17 @@ _CRITICAL_SHARE = 1 / 3
 commands = typer.Typer()
 
 
-class ExpirationOutput(StrEnum):
-    """Formats of `check-expiration`."""
-
-    TABLE = "table"
-    JSON = "json"
-    YAML = "yaml"
-    PROMETHEUS = "prometheus"
-    NAGIOS = "nagios"
-
-
 class _Check(Command):
     """The command; a wrong option gives a monitor's own output and exit code."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Parse the command line."""
-        with _shown_to_nagios(is_wanted=any(word.endswith(ExpirationOutput.NAGIOS) for word in args)):
+        with _shown_to_nagios(is_wanted=any(word.endswith("nagios") for word in args)):
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         """Do what it says."""
-        with _shown_to_nagios(is_wanted=ctx.params["output"] == ExpirationOutput.NAGIOS):
+        with _shown_to_nagios(is_wanted=ctx.params["output"] == "nagios"):
             return super().invoke(ctx)
 
 
@@ -82,7 +71,7 @@ def _shown_to_nagios(*, is_wanted: bool) -> Iterator[None]:
 @command(commands, "check-expiration", _Check)
 def check_expiration(
     common: Common,
-    output: Annotated[ExpirationOutput, typer.Option("--output", "-o", help="Format.")] = ExpirationOutput.TABLE,
+    output: Annotated[_Output, typer.Option("--output", "-o", help="Format.")] = "table",
     within: Annotated[
         timedelta | None,
         duration_option('Exit with 3 if one expires within this time, such as "30d", is missing or not valid yet.'),
@@ -99,22 +88,22 @@ def check_expiration(
 
     It reads files only: it asks no API server, opens no key file and writes nothing.
     """
-    if (warning or critical) and output is not ExpirationOutput.NAGIOS:
+    if (warning or critical) and output != "nagios":
         raise typer.BadParameter("-w and -c are for -o nagios; for exit code 3 there is --within")
     if warning is not None and critical is not None and critical > warning:
         raise typer.BadParameter("-c has to be shorter than -w: else no warning comes before it is critical")
-    if output is ExpirationOutput.NAGIOS:
+    if output == "nagios":
         return _check_for_nagios(common, within if warning is None else warning, critical)
     settings = common.settings()
     known = None
-    if output is ExpirationOutput.PROMETHEUS:
+    if output == "prometheus":
         from bridge import monitoring  # noqa: PLC0415 (for monitors alone)
 
         known = monitoring.known_here(settings, utc_now())
-    node, own = inventory.of(settings.node), _own(settings)
-    phases = _phases(settings, node)
-    found = look(node, utc_now(), within, output.value, renewal=settings.renewal, known=known, own=own, phases=phases)
-    return _print(*found, is_styled=output is ExpirationOutput.TABLE)
+    node, now, own = inventory.of(settings.node), utc_now(), _own(settings)
+    phases = _phases(settings, node, now)
+    found = look(node, now, within, output, renewal=settings.renewal, known=known, own=own, phases=phases)
+    return _print(*found, is_styled=output == "table")
 
 
 def _check_for_nagios(common: Common, warning: timedelta | None, critical: timedelta | None) -> int:
@@ -141,16 +130,10 @@ def _print(text: str, troubles: Sequence[str], code: int, *, is_styled: bool = F
 
 def _failures(settings: Settings) -> Mapping[str, Failures] | None:
     """The failed runs in a row by authority; None: this user may not see them."""
-    from bridge.renewal.gate import Attempts  # noqa: PLC0415 (for monitors alone)
+    from bridge.renewal.gate import attempts_file  # noqa: PLC0415 (for monitors alone)
+    from bridge.state import credentials  # noqa: PLC0415 (as above)
 
-    directory = settings.node.state_dir
-    try:
-        directory.lstat()
-    except FileNotFoundError:
-        return {}
-    except OSError:
-        return None
-    return Attempts(Store(directory)).authorities if os.access(directory, os.R_OK | os.X_OK) else None
+    return attempts_file(Store(settings.node.state_dir)).read() or {} if credentials.may_look(settings) else None
 
 
 def _own(settings: Settings) -> list[Credential] | None:
@@ -167,13 +150,13 @@ def _own(settings: Settings) -> list[Credential] | None:
     from bridge.ca import registry  # noqa: PLC0415 (it loads the backends)
 
     try:
-        places = credentials.places(settings, registry.configured(settings, settings.authorities))
+        places = registry.credentials(settings, registry.configured(settings, settings.authorities))
     except BridgeError:
         return None
     return credentials.look(settings, places, Store(settings.node.state_dir))
 
 
-def _phases(settings: Settings, node: Node) -> list[PhaseOfCa] | None:
+def _phases(settings: Settings, node: Node, now: datetime) -> list[PhaseOfCa] | None:
     """The phase of each CA that is being replaced; None: this user may not see it."""
     if not any(ours.next for ours in settings.authorities.values()):
         return []
@@ -181,7 +164,7 @@ def _phases(settings: Settings, node: Node) -> list[PhaseOfCa] | None:
 
     try:
         found = places.look(settings, node, ())
-        return [PhaseOfCa(name, one.standing.text, one.since) for name, one in found.items()]
+        return [PhaseOfCa(name, one.standing.text, one.since, one.is_late(now)) for name, one in found.items()]
     except (BridgeError, OSError):
         return None
 
@@ -231,7 +214,8 @@ def nagios_check(
     unused = [] if failures is None else in_use.late(settings, node, now)
     critical = [*_critical(late), *_unlisted(late), *(f"{one.name} expired" for one in own if one.has_ended(now))]
     critical += [f"{one.name} unreadable" for one in own if one.ends is None and not lacks_rights(one.trouble)]
-    slow = [] if failures is None else list(_late_phases(settings, node, now))
+    phases = None if failures is None else _phases(settings, node, now)
+    slow = [f"{one.name} is in phase {one.phase} since {minute(one.since)}" for one in phases or () if one.is_late]
     near = [f"{one.name} ends in {residual(seconds_left(one.ends or now, now))}"
             for one in own if one.is_near(settings.renewal.before, now) and not one.has_ended(now)]  # fmt: skip
     warning = [*_warning(early, late, failures, unused), *slow, *near]
@@ -243,20 +227,7 @@ def nagios_check(
     return f"CERTIFICATES {_WORDS[status]} - {what}{unseen}{' | ' if data else ''}{data}", list(early.troubles), status
 
 
-def _late_phases(settings: Settings, node: Node, now: datetime) -> Iterator[str]:
-    """CAs whose replacement stays between two phases, or was forgotten."""
-    if not any(ours.next for ours in settings.authorities.values()):
-        return
-    from bridge.rotation import places  # noqa: PLC0415 (where a CA is being replaced)
-
-    with contextlib.suppress(BridgeError, OSError):  # a file that can't be read has a row
-        for name, one in places.look(settings, node, ()).items():
-            if one.is_late(now):
-                yield f"{name} is in phase {one.standing.text} since {minute(one.since)}"
-
-
 def _unknown(why: str) -> str:
-    """The line of a check that could not look."""
     return f"CERTIFICATES {_WORDS[_UNKNOWN]} - {_in_line(why)}"
 
 

@@ -38,6 +38,7 @@ class PhaseOfCa(NamedTuple):
     name: str
     phase: str  #: Such as `trusted`, or `trusted → issued` where that is half done.
     since: datetime
+    is_late: bool  #: Whether it stays between two phases, or was forgotten.
 
 
 def look(
@@ -189,7 +190,6 @@ def _short(row: Row, header: Sequence[str]) -> list[str]:
 
 
 def _others(row: Row, header: Sequence[str]) -> list[str]:
-    """The cells behind name and date."""
     left = "<invalid>" if row.early else residual(row.seconds_left or 0)  # as kubeadm shows one that has ended
     authority = [] if header is _AUTHORITY_HEADER else [row.authority or ""]
     return [left, *authority, "yes" if row.external else "no"]

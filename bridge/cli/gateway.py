@@ -24,7 +24,7 @@ from bridge.gateway.nodes import Nodes
 from bridge.gateway.roots import name_of
 from bridge.gateway.rules import KUBERNETES_SIGNERS, Grant, SignerRules
 from bridge.gateway.service import Service
-from bridge.settings.tables import Settings
+from bridge.settings.tables import GatewaySettings, Settings
 from bridge.system.console import log, print_error
 from bridge.words import has_controls
 
@@ -198,9 +198,10 @@ def _config(settings: Settings) -> tuple[str, dict[str, Path]]:
         settings.gateway, kubeconfig=None, state_dir=None, lease_namespace=NAMESPACE,
         policy=Path("/etc/ca-bridge/gateway-policy.toml"), inventory=Path("/etc/ca-bridge/inventory.toml"),
     )  # fmt: skip
+    usual = set(lines_of(GatewaySettings()))
     lines = ["[node]", 'name = "gateway"', f"cluster = {json.dumps(settings.node.cluster)}",
              f'pki_dir = "{TRUST}"', 'state_dir = "/dev/shm/ca-bridge"', "", "[audit]", 'rotate_at = "8MiB"',
-             'keep_total = "40MiB"', "", "[gateway]", *_changed(gateway)]  # fmt: skip
+             'keep_total = "40MiB"', "", "[gateway]", *(line for line in lines_of(gateway) if line not in usual)]  # fmt: skip
     backends = registry.configured(settings, settings.authorities)
     for name, type_name in {one.name: one.type_name for one in backends.values()}.items():
         lines += ["", f"[backend.{json.dumps(name)}]", f"type = {json.dumps(type_name)}"]
@@ -208,14 +209,6 @@ def _config(settings: Settings) -> tuple[str, dict[str, Path]]:
         lines += ["", f"[authority.{authority}]", f"backend = {json.dumps(configured.name)}"]
         lines += lines_of(_moved(configured.settings, files))
     return "\n".join(lines) + "\n", files
-
-
-def _changed(table: Any) -> Iterator[str]:
-    usual = {field.name: field.default for field in dataclasses.fields(table)}
-    for line in lines_of(table):
-        key = line.partition(" = ")[0]
-        if getattr(table, key, None) != usual.get(key):
-            yield line
 
 
 def _moved(table: Any, files: dict[str, Path]) -> Any:
@@ -294,14 +287,17 @@ def publish(
     """
     found = roots.publish(common.settings(), signers or (), remove or ())
     entries = []
-    for one in found:
-        if one.error is not None:
-            print_error(BridgeError(f"{one.signer}: {one.error}", hint=one.error.hint))
-        elif one.outcome is not None and output is Output.TEXT:
-            say_sentence(f"{one.signer}: {_WORDS[one.outcome].format(name=one.name)}")
-        error = str(one.error) if one.error is not None else ""
-        entries.append({"signer": one.signer, "name": one.name, "outcome": one.outcome or "failed", "error": error})
-    code = Exit.worst([one.error.exit_code for one in found if one.error is not None])
+    for signer, outcome in found.items():
+        entry = {"signer": signer, "name": name_of(signer), "outcome": "failed", "error": ""}
+        if isinstance(outcome, BridgeError):
+            print_error(BridgeError(f"{signer}: {outcome}", hint=outcome.hint))
+            entry["error"] = str(outcome)
+        else:
+            entry["outcome"] = outcome
+            if output is Output.TEXT:
+                say_sentence(f"{signer}: {_WORDS[outcome].format(name=entry['name'])}")
+        entries.append(entry)
+    code = Exit.worst([one.exit_code for one in found.values() if isinstance(one, BridgeError)])
     if output is Output.JSON:
         say_json(exitCode=code, bundles=entries)
     return code

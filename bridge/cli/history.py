@@ -100,7 +100,6 @@ def _backup_row(backup: backups.Backup) -> tuple[str, ...]:
 
 
 def _say_backup(backup: backups.Backup) -> None:
-    """Print a backup's certificates with their serial numbers, and its files."""
     say("  ".join(_backup_row(backup)))
     for one in backup.certificates:
         say(f"  {printable(one.get('name'))}")

@@ -120,10 +120,6 @@ def command(to: typer.Typer, name: str, cls: type[Command] = Command) -> Callabl
     return register
 
 
-#: Exceptions that end a command as they should.
-_TYPERS_OWN = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
-
-
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
     """Turn an exception into a message on standard error and the promised exit code."""
@@ -141,7 +137,7 @@ def _errors() -> Iterator[None]:
         elif changed_here:
             text, hint = f"interrupted after {changed_here[-1]} was changed", "the same command again goes on"
         _fail(BridgeError(text, hint=hint), waiting.exit_code(e))
-    except _TYPERS_OWN:
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):  # end a command as they should
         raise
     except OSError as e:
         _fail(BridgeError(f"{f'{e.filename}: ' if e.filename else ''}{e.strerror or type(e).__name__}"))

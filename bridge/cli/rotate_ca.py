@@ -14,6 +14,7 @@ from bridge import monitoring
 from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_table, say_verdict
 from bridge.cli.results import print_errors, print_restart, say_waiting, warn_of_waiting
+from bridge.control_plane import neighbours
 from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.node.inventory import Node
@@ -38,10 +39,6 @@ CaOption = Annotated[
     typer.Option(
         "--ca", metavar="NAME", help="ca, etcd-ca or front-proxy-ca; repeatable. [default: each with a next CA]"
     ),
-]
-WithoutOption = Annotated[
-    list[str] | None,
-    typer.Option("--without", metavar="NODE", help="Go on without this node, which can't be asked; repeatable."),
 ]
 
 
@@ -173,7 +170,7 @@ def _lagging(settings: Settings, node: Node, one: Replaced) -> list[Held]:
     phase = one.standing.phase
     if phase is None or not node.manifests or node.is_etcd_host:
         return []
-    return holders.lagging(settings, node, one.name, one.change, phase)
+    return holders.look(neighbours.connect(node, settings), one.name, one.change, phase)
 
 
 def _json(one: Replaced, lagging: Sequence[Held]) -> dict[str, Any]:
@@ -182,7 +179,7 @@ def _json(one: Replaced, lagging: Sequence[Held]) -> dict[str, Any]:
         "name": one.name,
         "phase": None if now.phase is None else now.phase.value,
         "halfDone": None if now.next is None else now.next.value,
-        "kind": one.change.kind.value,
+        "kind": "the same key, and another certificate" if one.change.keeps_key else "another key",
         "old": {"subject": name_text(one.change.old.subject), "sha256": fingerprint(one.change.old)},
         "new": {"subject": name_text(one.change.new.subject), "sha256": fingerprint(one.change.new)},
         "since": rfc3339(one.since),
@@ -262,7 +259,10 @@ class _Options:
 class _GatedOptions(_Options):
     """The options of a phase that checks other nodes first."""
 
-    without: WithoutOption = None
+    without: Annotated[
+        list[str] | None,
+        typer.Option("--without", metavar="NODE", help="Go on without this node, which can't be asked; repeatable."),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import signal
 from contextlib import closing
 from datetime import timedelta
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -78,18 +77,12 @@ def assert_installed(command: str) -> None:
         raise MissingExtraError(f"{command} needs {', '.join(_NEEDED.values())}, found no {', '.join(missing)}")
 
 
-class FleetOutput(StrEnum):
-    """Formats of the list."""
-
-    TEXT = "text"
-    JSON = "json"
-    PROMETHEUS = "prometheus"
-
-
 @command(commands, "fleet")
 def fleet(
     common: Common,
-    output: Annotated[FleetOutput, typer.Option("--output", "-o", help="Format of the list.")] = FleetOutput.TEXT,
+    output: Annotated[
+        Literal["text", "json", "prometheus"], typer.Option("--output", "-o", help="Format of the list.")
+    ] = "text",
 ) -> int:
     """
     List the nodes that have asked this door, the worst first: what ends next, what failed, who was not heard of.
@@ -104,9 +97,9 @@ def fleet(
     settings = common.settings_with_record()
     with closing(open_memory(settings)) as memory:
         nodes = rules.fleet(memory, settings.renewal.before, utc_now())
-    if output is FleetOutput.JSON:
+    if output == "json":
         say_json(nodes=[_node_json(one) for one in nodes])
-    elif output is FleetOutput.PROMETHEUS:
+    elif output == "prometheus":
         say(rules.metrics(nodes))
     elif nodes:
         styles = ["error" if one.state in rules.RED else "" for one in nodes]

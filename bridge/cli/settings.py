@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from bridge.ca import registry
 from bridge.ca.conformance import ABILITIES, CHECKS, FURTHER_ABILITIES, Check, NotSupportedError, Trial, abilities
 from bridge.cli.options import ZERO, Common, command, duration_option, group, utc_now
 from bridge.cli.printing import say, say_sentence
-from bridge.contract import GIVEN, Backend, CollectsAll, ListsIssuers, Secret, Selector, Spends
+from bridge.contract import Backend, CollectsAll, ListsIssuers, Secret, Selector, Spends
 from bridge.desk import files as desk_files
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.node import inventory
@@ -27,16 +26,16 @@ from bridge.node.inventory import Node
 from bridge.node.sample_pki import Cluster, ThrowawayCA, ca_certificate, leaf_certificate
 from bridge.pki import csr, verify
 from bridge.pki.expiry import duration_text
+from bridge.secret import leaves
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import Commands, Components, Settings, for_next, for_rehearsal
 from bridge.settings.windows import Windows
 from bridge.specs import AUTHORITIES, SPECS
-from bridge.system.console import doing, printable
+from bridge.system.console import doing, log, printable
 from bridge.system.files import shipped
 from bridge.words import name_found
 
 commands = typer.Typer()
-log = logging.getLogger("ca-bridge")
 settings_group = group(commands, "settings", "Write, show and check the settings file.")
 backend_group = group(commands, "backend", "Try a CA that the settings name.")
 
@@ -103,11 +102,9 @@ def doubts(settings: Settings) -> Iterator[str]:
         yield "no CA is named: `ca-bridge settings init KIND FILE` writes tables for one to a new file"
     found: dict[str, None] = {}
     for configured in backends.values():
-        for key, value in _leaves(configured.settings):
-            texts = value if isinstance(value, tuple) else (value,)
-            examples = (one for one in texts if isinstance(one, str) and _EXAMPLE_NAME.search(one))
-            found |= dict.fromkeys(f"{configured.label}: {key} is still an example's: {one}" for one in examples)
-        files = [value for _, value in _leaves(configured.settings) if isinstance(value, Path)]
+        examples = ((key, text) for key, text in _texts(configured.settings) if _EXAMPLE_NAME.search(text))
+        found |= dict.fromkeys(f"{configured.label}: {key} is still an example's: {text}" for key, text in examples)
+        files = [value for _, value in leaves(configured.settings) if isinstance(value, Path)]
         files += _secret_files(configured, settings)
         found |= dict.fromkeys(f"{configured.label}: {path} is not there" for path in files if _is_absent(path))
     yield from found
@@ -117,25 +114,20 @@ def doubts(settings: Settings) -> Iterator[str]:
 _EXAMPLE_NAME = re.compile(r"(?<![\w-])example\.(com|net|org)(?![\w.-])|\.example(?![\w.-])|:111122223333:")
 
 
-def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys and values of a backend's settings, those of tables within them included."""
-    for field in dataclasses.fields(values):
-        value, key = getattr(values, field.name), f"{prefix}{field.name}"
-        if GIVEN in field.metadata:
-            continue
+def _texts(table: Any) -> Iterator[tuple[str, str]]:
+    """The texts in a backend's settings, each with its key."""
+    for key, value in leaves(table):
         if isinstance(value, Mapping):
-            yield from ((f"{key}.{name}", one) for name, one in value.items())
-        elif dataclasses.is_dataclass(value) and not hasattr(value, "from_setting") and not isinstance(value, Secret):
-            yield from _leaves(value, f"{key}.")
+            yield from ((f"{key}.{name}", text) for name, text in value.items())
         else:
-            yield key, value
+            yield from ((key, one) for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, str))
 
 
 def _secret_files(configured: registry.Configured, settings: Settings) -> Iterator[Path]:
     """The files of an authority's secrets; where their place is a pattern, those of its certificates on this node."""
     items = inventory.of(settings.node).items
     ours = [item.spec for item in items if item.spec.authority.name == configured.authority and item.managed]
-    for _, value in _leaves(configured.settings):
+    for _, value in leaves(configured.settings):
         if isinstance(value, Secret) and value.kind == "file":
             place = Selector(value.where, node=settings.node.node_name)
             yield from (Path(place(spec)) for spec in ours) if "{" in value.where else [Path(value.where)]
@@ -145,19 +137,13 @@ def _is_absent(path: Path) -> bool:
     """Whether a file is missing; one that this user may not read counts as there."""
     try:
         path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        pass
+    except OSError as e:
+        return isinstance(e, FileNotFoundError | NotADirectoryError)
     return False
 
 
 #: A CA host has no control plane: its file has none of a node's tables.
 _DESK = "desk"
-
-
-#: A backend's type that is no example's name: `gateway` alone is the signer in a cluster.
-_ALSO_CALLED = {"gateway": "door"}
 
 
 def initial(kind: str | None) -> str:
@@ -167,7 +153,7 @@ def initial(kind: str | None) -> str:
     kinds = {name: text for name, text in sorted(examples.items()) if "\n[authority.ca]" in text}
     if kind is None:
         return "\n".join([general, *(_behind(name, text) for name, text in kinds.items() if name != _DESK)])
-    kind = _ALSO_CALLED.get(kind, kind)
+    kind = "door" if kind == "gateway" else kind  # the backend's type; alone it is the signer in a cluster
     if kind not in kinds:
         raise SettingsError([SettingsProblem("KIND", f"one of {', '.join(kinds)}", name_found(kind, kinds))])
     if kind == _DESK:
@@ -212,19 +198,14 @@ def in_force(settings: Settings) -> str:
     return "\n".join(lines) + "\n"
 
 
-def lines_of(values: Any, prefix: str = "") -> Iterator[str]:
+def lines_of(table: Any) -> Iterator[str]:
     """A table's keys in force, as lines of TOML."""
-    for field in dataclasses.fields(values):
-        value, key = getattr(values, field.name), f"{prefix}{field.name}"
-        if GIVEN in field.metadata or value in (None, "", timedelta()):  # no key; or as if it were not set
-            continue
+    for key, value in leaves(table):
         if isinstance(value, Secret):
             yield f"{key}_{value.kind} = {json.dumps(value.where)}"
-        elif dataclasses.is_dataclass(value) and not hasattr(value, "from_setting"):
-            yield from lines_of(value, f"{key}.")
         elif isinstance(value, Mapping):
             yield from (f"{key}.{json.dumps(name)} = {json.dumps(text)}" for name, text in value.items())
-        else:
+        elif value not in (None, "", timedelta()):  # else as if it were not set
             yield f"{key} = {json.dumps(_plain(value))}"
 
 

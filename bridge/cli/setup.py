@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,13 +29,13 @@ from bridge.renewal.prepare import serving_names
 from bridge.settings.tables import NodeSettings, Settings, for_next
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, PODS, SIGNING_AUTHORITIES
 from bridge.system import jobs
-from bridge.system.files import DIRECTORY_MODE
+from bridge.system.console import log
+from bridge.system.files import DIRECTORY_MODE, reasons
 from bridge.system.jobs import Job, Places
-from bridge.system.paths import UnreadableError, read
+from bridge.system.paths import UnreadableError, read_present
 from bridge.words import name_found
 
 commands = typer.Typer()
-log = logging.getLogger("ca-bridge")
 #: Certificates by authority and name.
 ByAuthority = Mapping[str, Mapping[str, x509.Certificate]]
 
@@ -136,14 +135,12 @@ def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
     written = []
     for file in files:
         path = directory / file.name
-        try:
+        with reasons(BridgeError, f"{path}: wanted to write it", hint="name an empty directory"):
             directory.mkdir(parents=True, exist_ok=True)
             with path.open("x", encoding="utf-8") as opened:
                 # not by its name, where the directory's owner may have put a link meanwhile
                 os.fchmod(opened.fileno(), 0o755 if file.executable else 0o644)
                 opened.write(file.text)
-        except OSError as e:
-            raise BridgeError(f"{path}: wanted to write it, found: {e.strerror}", hint="name an empty directory") from e
         written.append(path)
     return written
 
@@ -233,9 +230,8 @@ def _warn_of_defaults(settings: Settings, type_name: str, authorities: Iterable[
 
 
 def _live_certificates(settings: Settings, authority: str | None) -> dict[str, dict[str, x509.Certificate]]:
-    items = inventory.of(settings.node).items
     found: dict[str, dict[str, x509.Certificate]] = {}
-    for item in items:
+    for item in inventory.of(settings.node).items:
         name = item.spec.authority.name
         if item.pair is not None:
             why = "the CA's administrator decides what it needs for a further pair"
@@ -285,10 +281,7 @@ def _to_be_asked(item: Item, settings: Settings) -> x509.Certificate | None:
 def _nodes(file: Path, own: str) -> dict[str, dict[str, str]]:
     """A list of nodes: for each, its name and addresses by this node's."""
     try:
-        data = read(file)
-        if data is None:
-            raise UnreadableError("no file")  # noqa: TRY301
-        listed = {node.name: node.addresses for node in parse_nodes(data.decode())}
+        listed = {node.name: node.addresses for node in parse_nodes(read_present(file).decode())}
         if len({len(addresses) for addresses in listed.values()}) > 1:
             raise ValueError("wanted as many addresses for each node, found more for some")  # noqa: TRY301
     except UnreadableError as e:

@@ -55,20 +55,9 @@ class NoAnswerError(BridgeError):
 
     exit_code: ClassVar[int] = Exit.UNAVAILABLE
     hint = "is the API server up, and is it the one that the kubeconfig names?"
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        hint: str | None = None,
-        is_unknown: bool = False,
-        is_too_long: bool = False,
-        is_from_server: bool = False,
-    ) -> None:
-        self.is_unknown = is_unknown  #: A server does not know who we are (HTTP 401).
-        self.is_too_long = is_too_long  #: A server has more to say than an answer may hold.
-        self.is_from_server = is_from_server  #: A server turned this request away, and may accept another one.
-        super().__init__(message, hint=hint)
+    is_unknown = False  #: A server does not know who we are (HTTP 401).
+    is_too_long = False  #: A server has more to say than an answer may hold.
+    is_from_server = False  #: A server turned this request away, and may accept another one.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,21 +85,17 @@ class Reply:
         """The document of an answer to a GET (NoAnswerError: another status than 200)."""
         if self.status == HTTPStatus.OK:
             return self.document
-        text = f"wanted {path.partition('?')[0]}, found HTTP {self.status} {self.message}"
-        raise NoAnswerError(text.rstrip(), is_from_server=True)
+        error = NoAnswerError(f"wanted {path.partition('?')[0]}, found HTTP {self.status} {self.message}".rstrip())
+        error.is_from_server = True
+        raise error
 
 
 class _Request(NamedTuple):
     method: str
     path: str
     body: bytes | None
-    accept: str
-    content_type: str
+    headers: Mapping[str, str]
     longest: int
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Accept": self.accept, **({"Content-Type": self.content_type} if self.body is not None else {})}
 
 
 class Api:
@@ -126,7 +111,7 @@ class Api:
     ) -> None:
         """Take clients and servers in the order of trial; with `again`, which reads them anew, HTTP 403 is an answer."""
         self.clients = tuple(clients)
-        self._servers = tuple(dict.fromkeys(servers))
+        self.servers = tuple(dict.fromkeys(servers))  #: Those that are known, the likeliest first.
         self._troubles = tuple(troubles)
         self._again = again
         self._read_at = time.monotonic()
@@ -147,19 +132,14 @@ class Api:
         return cls(found.clients, found.servers, again=lambda: of_gateway(config))
 
     @property
-    def servers(self) -> Sequence[Server]:
-        """The servers that are known, the likeliest first."""
-        return self._servers
-
-    @property
     def server(self) -> str:
         """The first one, for messages."""
-        return str(self._servers[0].place)
+        return str(self.servers[0].place)
 
     def add(self, servers: Sequence[Server]) -> None:
         """Add servers, to be tried after the others."""
         with self._mutex:
-            self._servers = tuple(dict.fromkeys((*self._servers, *servers)))
+            self.servers = tuple(dict.fromkeys((*self.servers, *servers)))
 
     def ask(
         self,
@@ -177,7 +157,8 @@ class Api:
         After a connection that ended too early the request is made once more: writes must bear that (resourceVersion).
         """
         data = None if body is None else _encode(body).encode()
-        request = _Request(method, path, data, accept, content_type, longest)
+        headers = {"Accept": accept, **({"Content-Type": content_type} if data is not None else {})}
+        request = _Request(method, path, data, headers, longest)
         if self._again is not None and time.monotonic() - self._read_at >= _READ_AGAIN_SECONDS:
             self._read_anew(self.clients)
         clients = self.clients
@@ -216,13 +197,14 @@ class Api:
 
     def _over(self, clients: Sequence[Client], request: _Request) -> Reply:
         found, is_unknown, is_too_long, is_from_server = list(self._troubles), False, False, False
-        for server in self._servers:
+        for server in self.servers:
             for client in clients:
                 try:
                     reply = self._exchange(server, client, request)
                 except HttpsError as e:
                     found.append(f"{server.url}: {e}")
-                    is_too_long |= isinstance(e, TooLongError)
+                    if isinstance(e, TooLongError):
+                        is_too_long = is_from_server = True
                     if isinstance(e, ClientRefusedError):
                         continue
                     break
@@ -234,14 +216,14 @@ class Api:
                     continue
                 self._prefer(server)
                 return reply
-        text = f"no answer from the cluster's API: {'; '.join(found) or 'no server is known'}"
-        is_from_server |= is_too_long
-        raise NoAnswerError(text, is_unknown=is_unknown, is_too_long=is_too_long, is_from_server=is_from_server)
+        error = NoAnswerError(f"no answer from the cluster's API: {'; '.join(found) or 'no server is known'}")
+        error.is_unknown, error.is_too_long, error.is_from_server = is_unknown, is_too_long, is_from_server
+        raise error
 
     def _prefer(self, server: Server) -> None:
-        if self._servers[0] != server:
+        if self.servers[0] != server:
             with self._mutex:
-                self._servers = tuple(sorted(self._servers, key=lambda one: one != server))
+                self.servers = tuple(sorted(self.servers, key=lambda one: one != server))
 
     def _exchange(self, server: Server, client: Client, request: _Request) -> Reply:
         reply = self._sent(server, client, request)
@@ -260,10 +242,9 @@ class Api:
         limits: dict[str, Any] = {"seconds": seconds, "longest": request.longest}
         try:
             answer = connection.ask(request.method, request.path, headers, request.body, **limits)
-        except LateError:
-            raise
-        except UnreachableError:
-            if not connection.is_kept:  # the server may have ended an old one at this moment
+        except UnreachableError as e:
+            # the server may have ended an old one at this moment
+            if isinstance(e, LateError) or not connection.is_kept:
                 raise
             answer = connection.ask(request.method, request.path, headers, request.body, **limits)
         return Reply(status=answer.status, body=answer.body)
@@ -290,7 +271,7 @@ class Api:
             self._read_at = time.monotonic()
             with contextlib.suppress(AccessError):
                 found = self._again()
-                self.clients, self._servers = found.clients, found.servers
+                self.clients, self.servers = found.clients, found.servers
 
     def close(self) -> None:
         """End the connections of all threads, which ask no more."""
@@ -301,7 +282,7 @@ class Api:
     @contextlib.contextmanager
     def lines(self, path: str, silence_seconds: float, longest: int) -> Iterator[Lines]:
         """A stream of JSON lines from the first server; it is dead after `silence_seconds` (NoAnswerError)."""
-        server, clients = self._servers[0], self.clients
+        server, clients = self.servers[0], self.clients
         connection = KeptConnection(clients[0].peer(server))
         headers = {"Accept": JSON, **clients[0].headers}
         try:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
+from bridge.cluster import below
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION
@@ -61,8 +62,7 @@ class Found(NamedTuple):
 def read(api: Api, place: ConfigMapKey) -> Found:
     """Read a text (NoAnswerError: no API server answers)."""
     reply = api.ask("GET", place.path)
-    data = reply.document.get("data")
-    text = data.get(place.key) if isinstance(data, dict) and reply.status == HTTPStatus.OK else None
+    text = below(reply.document, "data", place.key) if reply.status == HTTPStatus.OK else None
     return Found(text=text if isinstance(text, str) else None, status=reply.status, object=reply.document)
 
 

@@ -46,8 +46,7 @@ def reloading(node: Node, settings: NodeSettings, proc: Path = processes.PROC) -
     }
     if (version := settings.kubernetes_version) is not None:
         versions[Component.APISERVER] = (version.major, version.minor)
-    known = {component: version for component, version in versions.items() if version is not None}
-    return frozenset(one for one, first in FIRST_RELOADING.items() if one in known and known[one] >= first)
+    return frozenset(one for one, found in versions.items() if found is not None and found >= FIRST_RELOADING[one])
 
 
 def _is_older_than_manifest(component: Component, manifest: Manifest, settings: NodeSettings, proc: Path) -> bool:

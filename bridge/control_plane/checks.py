@@ -29,7 +29,6 @@ from bridge.control_plane.probes import (
     accepted,
     ask_all,
     first,
-    leaf,
     text_of,
 )
 from bridge.node import endpoints, kubeconfig, kubelet, manifests, processes
@@ -257,9 +256,11 @@ def _etcd(look: Look) -> Iterator[Check]:
         )
         places = endpoints.listening(flags, listen, advertised)
         yield from (serving.at(place, look.now) for place in places)
-        judge = functools.partial(_etcd_peer if prefix else _etcd_as_client, look, serving)
-        if places:
-            yield Check(Component.ETCD, name, f"is accepted by {'its peers' if prefix else 'etcd'}", judge)
+        if places and prefix:
+            yield Check(Component.ETCD, name, "is accepted by its peers", functools.partial(_etcd_peer, look, serving))
+        elif places:  # it is a client of itself with the certificate that it serves (etcd-io/etcd#9785)
+            judge = functools.partial(_etcd_client, serving.as_client, _own_etcd(flags))
+            yield Check(Component.ETCD, name, "is accepted by etcd", judge)
 
 
 def _own_etcd(flags: Flags) -> list[Server]:
@@ -275,9 +276,8 @@ def _linearizable_read(client: Client, servers: Sequence[Server]) -> str:
     return accepted(ask_all(client, servers, "/v3/kv/range", method="POST", body=body))
 
 
-def _etcd_as_client(look: Look, serving: Serving) -> Verdict:
-    """etcd is a client of itself with the certificate that it serves (etcd-io/etcd#9785)."""
-    return Verdict("current", _linearizable_read(serving.as_client(), _own_etcd(look.node.flags(Component.ETCD))))
+def _etcd_client(client: Callable[[], Client], servers: Sequence[Server]) -> Verdict:
+    return Verdict("current", _linearizable_read(client(), servers))
 
 
 def _etcd_peer(look: Look, serving: Serving) -> Verdict:
@@ -382,11 +382,8 @@ def _kubelet_place(look: Look) -> Address:
     """The kubelet's address and port by its configuration, without which it has its defaults."""
     root = kubelet.configuration(look.machine.kubelet_config)
     found = {} if root is None else kubelet.values(root, ("address", "port"))
-    address, own = (
-        found.get("address", ""),
-        look.node.flags(Component.APISERVER).get("--advertise-address", "127.0.0.1"),
-    )
-    port = int(found.get("port") or endpoints.PORTS[Component.KUBELET])
+    address, port = found.get("address", ""), int(found.get("port") or endpoints.PORTS[Component.KUBELET])
+    own = look.node.flags(Component.APISERVER).get("--advertise-address", "127.0.0.1")
     return Address(own if endpoints.is_any(address) else address, port)
 
 
@@ -502,7 +499,7 @@ def _kubelet_pair(look: Look, item: Item) -> Verdict:
     if not item.managed or (item.rotates and _was_written_by_a_kubelet(item.certificate_path)):
         return Verdict("not-ours", f"{item.certificate_path} is rotated by the kubelet itself")
     ours, copy = item.certificates[0], look.machine.kubelet_copy
-    if item.embedded and paths.read(copy) is not None and (used := leaf(copy)) != ours:
+    if item.embedded and (data := paths.read(copy)) is not None and (used := first(copy, data)) != ours:
         if is_rotated(copy, used, item.certificate_path, ours):
             return Verdict("not-ours", f"uses {copy}, which is younger, and rotated by the kubelet itself")
         detail = f"uses its copy {copy}, serial {serial_hex(used)}; {item.certificate_path} has {serial_hex(ours)}"
@@ -592,11 +589,7 @@ def _people(look: Look) -> Iterator[Check]:
     for name in ("etcd-healthcheck-client", "apiserver-etcd-client"):
         item = look.item(name)
         if item is not None and item.spec.component is None and item.key_path is not None and servers:
-            judge = functools.partial(_asks_etcd, item.certificate_path, item.key_path, item.anchor_path, servers)
-            yield Check(None, name, "is accepted by etcd", judge)
+            client = functools.partial(Client.of, item.certificate_path, item.key_path, item.anchor_path)
+            yield Check(None, name, "is accepted by etcd", functools.partial(_etcd_client, client, servers))
     for name in ("admin.conf", "super-admin.conf"):
         yield from _kubeconfig(look, name)
-
-
-def _asks_etcd(certificate: Path, key: Path, trust: Path, servers: Sequence[Server]) -> Verdict:
-    return Verdict("current", _linearizable_read(Client.of(certificate, key, trust), servers))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote
 
-from bridge.cluster import ANONYMOUS, Client, below, items, kubeadm, text_of
+from bridge.cluster import ANONYMOUS, below, items, kubeadm, text_of
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import neighbours, restarts
 from bridge.control_plane.restarts import Restarted, Restarts
@@ -409,16 +409,14 @@ class Served:
 
 def all_served(api: Api, trust_pem: bytes, flags: Flags) -> list[Served]:
     """Look at the kubelet of each Node object, as an API server with these flags does (NoAnswerError: none answers)."""
-    client = replace(ANONYMOUS, name="the API server", trust_pem=trust_pem)
     every = list(nodes(api))
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
-        return list(pool.map(lambda one: _look(one, client, flags), every))
+        return list(pool.map(lambda one: _look(one, trust_pem, flags), every))
 
 
 def served(api: Api, name: str, trust_pem: bytes, flags: Flags) -> Served:
     """The same for one node."""
-    client = replace(ANONYMOUS, name="the API server", trust_pem=trust_pem)
-    return _look(api.get(f"{_NODES}/{quote(name, safe='')}"), client, flags)
+    return _look(api.get(f"{_NODES}/{quote(name, safe='')}"), trust_pem, flags)
 
 
 def nodes(api: Api) -> Iterator[Mapping[str, Any]]:
@@ -426,12 +424,12 @@ def nodes(api: Api) -> Iterator[Mapping[str, Any]]:
     return api.every(_NODES, _PAGE)
 
 
-def _look(node: Mapping[str, Any], client: Client, flags: Flags) -> Served:
+def _look(node: Mapping[str, Any], trust_pem: bytes, flags: Flags) -> Served:
     name, place = name_of(node), place_of(node, flags)
     if place is None:
         return Served(node=name, trouble="wanted its address in its Node object, found none")
     try:
-        leaf = client.served(place)
+        leaf = replace(ANONYMOUS, trust_pem=trust_pem).served(place)
     except HttpsError as e:
         return Served(node=name, place=place, trouble=f"{e}{_issuer(place)}")
     return Served(node=name, place=place, end=leaf.not_valid_after_utc)
@@ -462,14 +460,10 @@ def authorities(api: Api, own: str, own_flags: Flags) -> dict[str, str]:
     # a mirror pod follows some seconds after a restart
     found: dict[str, Flags] = {own: own_flags}
     for pod in items(api.get(_API_SERVERS), "items"):
-        words = [str(word) for one in items(pod, "spec", "containers") for word in _command_and_args(one)]
+        lists = [one.get(key) for one in items(pod, "spec", "containers") for key in ("command", "args")]
+        words = [str(word) for listed in lists if isinstance(listed, list) for word in listed]
         found.setdefault(one_line(text_of(pod, "spec", "nodeName")), flags_of(words))
     return {node: flags.get(AUTHORITY, "") for node, flags in sorted(found.items())}
-
-
-def _command_and_args(container: Mapping[str, Any]) -> Sequence[Any]:
-    parts = [container.get("command"), container.get("args")]
-    return [word for part in parts if isinstance(part, list) for word in part]
 
 
 def request_of(api: Api, node: str) -> str:

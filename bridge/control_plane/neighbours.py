@@ -8,12 +8,12 @@ import json
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from http import HTTPStatus
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from bridge.cluster import apiserver_port, document, items, local_url, text_of, url_of
@@ -61,9 +61,10 @@ class Instance:
 class Neighbours:
     """The instances of etcd and the API server on all nodes, as far as they could be seen."""
 
-    instances: tuple[Instance, ...]  #: Those of this node among them.
+    instances: tuple[Instance, ...] = ()  #: Those of this node among them.
     alarms: tuple[str, ...] = ()  #: Of any member of etcd.
-    unseen: Mapping[Component, str]  #: ETCD, APISERVER: why it is not known who the others are.
+    #: ETCD, APISERVER: why it is not known who the others are.
+    unseen: Mapping[Component, str] = field(default_factory=dict)
 
     @property
     def others(self) -> list[Instance]:
@@ -91,40 +92,29 @@ class Neighbours:
 
 def look(node: Node, settings: Settings) -> Neighbours:
     """Look at the control plane from this node; a fault is no error."""
-    etcd = _look_at_etcd(node) if node.local_etcd and Component.ETCD in node.manifests else _Seen()
-    servers = _Seen()
-    if not node.is_etcd_host:  # nothing there may ask an API server
-        api = Api.of_node(node, settings.node.kubeconfig_dir)
-        api.add([Server(url) for url in _beside_etcd(etcd.instances, node)])
-        servers = _look_at_api(api, node, settings.node.node_name)
-    troubles = {Component.ETCD: etcd.trouble, Component.APISERVER: servers.trouble}
-    unseen = {kind: trouble for kind, trouble in troubles.items() if trouble}
-    return Neighbours(instances=(*etcd.instances, *servers.instances), alarms=etcd.alarms, unseen=unseen)
+    etcd = _look_at_etcd(node)
+    if node.is_etcd_host:  # nothing there may ask an API server
+        return etcd
+    servers = _look_at_api(_connected(node, settings, etcd), node, settings.node.node_name)
+    instances = (*etcd.instances, *servers.instances)
+    return Neighbours(instances=instances, alarms=etcd.alarms, unseen={**etcd.unseen, **servers.unseen})
 
 
 def connect(node: Node, settings: Settings) -> Api:
     """The cluster's API: this node's server, admin.conf's, and those beside etcd's members."""
+    return _connected(node, settings, _look_at_etcd(node))
+
+
+def _connected(node: Node, settings: Settings, etcd: Neighbours) -> Api:
     api = Api.of_node(node, settings.node.kubeconfig_dir)
-    if node.local_etcd and Component.ETCD in node.manifests:
-        api.add([Server(url) for url in _beside_etcd(_look_at_etcd(node).instances, node)])
+    hosts = [urlsplit(member.url).hostname for member in etcd.others]  # kubeadm has an API server beside each
+    api.add([Server(url_of(host, apiserver_port(node))) for host in hosts if host])
     return api
 
 
-def _beside_etcd(members: Iterable[Instance], node: Node) -> list[str]:
-    """URLs of API servers beside etcd's members: kubeadm has one for each."""
-    hosts = [urlsplit(member.url).hostname for member in members if not member.own]
-    return [url_of(host, apiserver_port(node)) for host in hosts if host]
-
-
-class _Seen(NamedTuple):
-    """The instances of one kind, as far as they could be seen."""
-
-    instances: tuple[Instance, ...] = ()
-    alarms: tuple[str, ...] = ()
-    trouble: str = ""  #: Why the others are not known.
-
-
-def _look_at_etcd(node: Node) -> _Seen:
+def _look_at_etcd(node: Node) -> Neighbours:
+    if not node.local_etcd or Component.ETCD not in node.manifests:
+        return Neighbours()
     etcd = Etcd.of(node)
     flags = node.manifests[Component.ETCD].flags
     own_url = endpoints.etcd_url(flags)
@@ -133,7 +123,7 @@ def _look_at_etcd(node: Node) -> _Seen:
     try:
         listed, own_id, alarms = _members(etcd, flags, own)
     except http.HttpsError as e:
-        return _Seen(instances=(own,), trouble=str(e))
+        return Neighbours(instances=(own,), unseen={Component.ETCD: str(e)})
     others = [_as_instance(member) for member in listed if not _is_own(member, own_id, flags)]
     if endpoints.ETCD_HTTP_ONLY in flags:  # then the URLs that members tell are for gRPC alone
         others = [replace(one, url=one.url and _beside(one.url, own_url)) for one in others]
@@ -141,9 +131,8 @@ def _look_at_etcd(node: Node) -> _Seen:
         states = list(pool.map(lambda one: _member_state(etcd, one), others))
     names = {member.id: member.name or member.id for member in listed}
     own = replace(own, voter=not any(member.learner for member in listed if _is_own(member, own_id, flags)))
-    return _Seen(
-        instances=(own, *states), alarms=tuple(f"etcd of {names.get(who, who)}: alarm {what}" for who, what in alarms)
-    )
+    told = tuple(f"etcd of {names.get(who, who)}: alarm {what}" for who, what in alarms)
+    return Neighbours(instances=(own, *states), alarms=told)
 
 
 def _members(
@@ -206,20 +195,20 @@ def _without_answer(instance: Instance, error: http.HttpsError) -> Instance:
     return replace(instance, state=state, reason=str(error), answers=state == "unknown")
 
 
-def _look_at_api(api: Api, node: Node, node_name: str) -> _Seen:
+def _look_at_api(api: Api, node: Node, node_name: str) -> Neighbours:
     own_url = local_url(node)
     instances = [_api_server(node_name, own_url, own=True)] if own_url is not None else []
-    trouble = ""
+    unseen: dict[Component, str] = {}
     try:
         found = api_servers(api, node)
     except NoAnswerError as e:
-        trouble = str(e)
+        unseen = {Component.APISERVER: str(e)}
     else:
         instances += [_api_server(name, url, own=False) for name, url in found if name != node_name and url != own_url]
     if not api.clients:
-        return _Seen(trouble=trouble)
+        return Neighbours(unseen=unseen)
     with ThreadPoolExecutor(max_workers=8) as pool:
-        return _Seen(instances=tuple(pool.map(lambda one: _ready(api, one), instances)), trouble=trouble)
+        return Neighbours(instances=tuple(pool.map(lambda one: _ready(api, one), instances)), unseen=unseen)
 
 
 def _api_server(name: str, url: str, *, own: bool) -> Instance:
@@ -320,7 +309,8 @@ def assert_may_restart(component: Component, node: Node, settings: Settings, *, 
     rules = settings.cluster
     if rules.neighbours == "ignore" or component is Component.KUBELET:
         return
-    neighbours, found = _after_waiting(component, node, settings, note)
+    neighbours = _after_waiting(component, node, settings, note)
+    found = obstacles(neighbours, component)
     for text in not_seen(neighbours, component):
         note(f"could not be looked at: {text}")
     if found and neighbours.own_is_down(component):
@@ -329,37 +319,32 @@ def assert_may_restart(component: Component, node: Node, settings: Settings, *, 
         raise NeighbourError(_refusal(component, neighbours, found, rules))
 
 
-def _after_waiting(
-    component: Component, node: Node, settings: Settings, note: Callable[[str], None]
-) -> tuple[Neighbours, list[str]]:
+def _after_waiting(component: Component, node: Node, settings: Settings, note: Callable[[str], None]) -> Neighbours:
     """Wait until there is no reason against a restart or the time is over; a component that is down does not wait."""
     rules, said = settings.cluster, list[str]()
 
-    def tell(seen: tuple[Neighbours, list[str]]) -> None:
+    def tell(seen: Neighbours) -> None:
         if rules.neighbours == "wait" and not said:
-            said.append(f"waiting up to {duration_text(rules.neighbour_wait)} for {'; '.join(seen[1])}")
+            said.append(
+                f"waiting up to {duration_text(rules.neighbour_wait)} for {'; '.join(obstacles(seen, component))}"
+            )
             note(f"{component.value}: {said[0]}")
 
     with doing(f"{component.value}: looking whether the other nodes are well", is_plain=False):
         return wait_until(
             lambda: _after_an_election(component, node, settings),
-            lambda seen: not seen[1] or seen[0].own_is_down(component),
+            lambda seen: not obstacles(seen, component) or seen.own_is_down(component),
             rules.neighbour_wait if rules.neighbours == "wait" else timedelta(),
             pause_seconds=_LOOK_SECONDS,
             between=tell,
         )
 
 
-def _after_an_election(component: Component, node: Node, settings: Settings) -> tuple[Neighbours, list[str]]:
+def _after_an_election(component: Component, node: Node, settings: Settings) -> Neighbours:
     """Look; if this node's component is down as well, again for as long as etcd may need to elect a new leader."""
-
-    def seen() -> tuple[Neighbours, list[str]]:
-        neighbours = look(node, settings)
-        return neighbours, obstacles(neighbours, component)
-
     return wait_until(
-        seen,
-        lambda seen: not seen[1] or not seen[0].own_is_down(component),
+        lambda: look(node, settings),
+        lambda seen: not obstacles(seen, component) or not seen.own_is_down(component),
         timedelta(seconds=_ELECTION_SECONDS),
         pause_seconds=_LOOK_SECONDS,
     )

@@ -68,13 +68,8 @@ class Check(NamedTuple):
             return Verdict("unknown", f"{e.filename}: {e.strerror}")
 
 
-def leaf(path: Path) -> x509.Certificate:
-    """The first certificate of a file or kubeconfig."""
-    return first(path, file_contents(path))
-
-
 def first(path: Path, data: bytes) -> x509.Certificate:
-    """The first certificate of a file that was read already."""
+    """The first certificate of a file's content."""
     try:
         return load_pem_certificates(data)[0]
     except ValueError as e:
@@ -259,15 +254,14 @@ class Etcd:
     def of(cls, node: Node, *, trusting: bool = False) -> Etcd:
         """A client of the node's etcd; with `trusting` it accepts any server, such as one with an expired certificate."""
         clients, troubles = [], []
-        for item in node.items:
-            if item.spec.name in _CLIENTS and item.key_path is not None:
+        for item in filter(None, map(node.item, _CLIENTS)):
+            if item.key_path is not None:
                 trust = None if trusting else item.anchor_path
                 try:
-                    clients.append((item.spec.name, Client.of(item.certificate_path, item.key_path, trust)))
+                    clients.append(Client.of(item.certificate_path, item.key_path, trust))
                 except (UnreadableError, ValueError) as e:
                     troubles.append(f"{item.spec.name}: {e}")
-        clients.sort(key=lambda one: _CLIENTS.index(one[0]))
-        return cls([client for _, client in clients], troubles)
+        return cls(clients, troubles)
 
     def ask(self, server: Server, path: str, body: bytes | None = None) -> http.Answer:
         """Ask with the first of our certificates that it accepts; without TLS with none."""

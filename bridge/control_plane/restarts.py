@@ -74,14 +74,9 @@ class Restarts:
 
     def all(self, components: Sequence[Component]) -> list[Restarted]:
         """Restart these until one fails; a result for each in their order, then for each other component that is not healthy."""
-        out, left = [], []
-        for component in control_plane.ORDER:
-            if component in components:
-                error = obstacle(component, self.node, self.settings) or self._too_soon(component)
-                if error is not None:
-                    out.append(Restarted(component=component, error=error))
-                else:
-                    left.append(component)
+        ordered = [one for one in control_plane.ORDER if one in components]
+        errors = {one: obstacle(one, self.node, self.settings) or self._too_soon(one) for one in ordered}
+        left = [one for one, error in errors.items() if error is None]
         done: list[Restarted] = []
         try:
             if left:
@@ -92,13 +87,10 @@ class Restarts:
                         done.append(one)
         except BridgeError as e:  # it is not our turn
             done += [Restarted(component=component, error=e) for component in left[len(done) :]]
-        return [*out, *done]
+        return [*(Restarted(component=one, error=error) for one, error in errors.items() if error is not None), *done]
 
     def with_text(self, component: Component, content: bytes | None) -> tuple[list[Restarted], list[Restarted]]:
-        """
-        Restart a component with a new text of its manifest (None: with its serving pair), and where it does not come back
-        with the old one; the restarts with each.
-        """
+        """Restart it with a new manifest (None: with its serving pair), or else with the old one; the restarts with each."""
         path = manifests.path_of(component, self.settings.node.kubeconfig_dir)
         old, contents = path.read_bytes(), {} if content is None else {component: content}
         done = dataclasses.replace(self, contents=contents).all([component])

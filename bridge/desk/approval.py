@@ -16,7 +16,6 @@ from datetime import datetime
 from typing import Literal, cast
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bridge.errors import SettingsProblem, WaitingError
 from bridge.pki import signatures
@@ -36,7 +35,7 @@ from bridge.pki.csr import algorithm_name, key_line, subject_line
 from bridge.pki.expiry import duration_text, rfc3339
 from bridge.pki.verify import client_problem
 from bridge.specs import MASTERS, USER
-from bridge.words import one_line
+from bridge.words import one_line, some
 
 Verdict = Literal["approved", "refused"]
 Evidence = Literal["signature", "door"]
@@ -118,11 +117,6 @@ class Decision:
             approver=approver, verdict=cast("Verdict", verdict), reason=reason, decided=decided,
             certificate=certificate, evidence=kind, proof=proof,
         )  # fmt: skip
-
-
-def sign(decision: Decision, digest: str, key: PrivateKeyTypes) -> bytes:
-    """The person's signature over a decision about the bundle with this digest (ValueError: another kind of key)."""
-    return signatures.sign(key, decision.message(digest))
 
 
 def code(decision: Decision, digest: str, secret: bytes) -> bytes:
@@ -322,16 +316,10 @@ def differences(request: BundledRequest) -> Iterator[str]:
     sans, olds = san_counts(request.csr), san_counts(old)
     for verb, found in (("gets", sans - olds), ("loses", olds - sans)):
         if found:
-            yield f"{verb} the names {_listed(found)}"
+            names = (one_line(f"{kind}:{value}", 100) for kind, value in sorted(found))
+            yield f"{verb} the names {some(names, _MOST_NAMES)}"
     if (key := key_line(request.csr)) != (was := algorithm_name(old.public_key())):
         yield f"key: {key}, before {was}"
     lived = old.not_valid_after_utc - old.not_valid_before_utc
     if request.validity > lived * 1.1:
         yield f"valid for {duration_text(request.validity)}, before for {lived.days}d"
-
-
-def _listed(found: Collection[tuple[str, str]]) -> str:
-    texts = [one_line(f"{kind}:{value}", 100) for kind, value in sorted(found)]
-    return ", ".join(texts[:_MOST_NAMES]) + (
-        f" and {len(texts) - _MOST_NAMES} more" if len(texts) > _MOST_NAMES else ""
-    )

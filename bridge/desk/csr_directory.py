@@ -64,15 +64,16 @@ def load(directory: Path, *, node: str, cluster: str, validity: timedelta, creat
     for path in paths:
         relative = path.relative_to(directory)
         spec = spec_of(relative)
-        try:
-            if spec is None:
-                raise CsrDirectoryError(f"wanted one of kubeadm's names, such as apiserver{_SUFFIX}")  # noqa: TRY301
-            if spec.name in files:
-                raise CsrDirectoryError(f"wanted one CSR for {spec.name}, found {files[spec.name]} too")  # noqa: TRY301
-            requests.append(_request(spec, path, validity))
-            files[spec.name] = relative
-        except CsrDirectoryError as e:
-            problems.append(f"{path}: {e}")
+        if spec is None:
+            problems.append(f"{path}: wanted one of kubeadm's names, such as apiserver{_SUFFIX}")
+        elif spec.name in files:
+            problems.append(f"{path}: wanted one CSR for {spec.name}, found {files[spec.name]} too")
+        else:
+            try:
+                requests.append(_request(spec, path, validity))
+                files[spec.name] = relative
+            except CsrDirectoryError as e:
+                problems.append(f"{path}: {e}")
     if problems or not requests:
         raise CsrDirectoryError(
             "\n".join(problems) or f"{directory}: wanted CSRs, found none",

@@ -23,25 +23,24 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bridge.ca import CA, PARALLEL_REQUESTS, Answer, UntrustedAnswerError, registry
-from bridge.contract import Collects, Issued, Pending, SignRequest, SignsMany
+from bridge.contract import Collects, Issued, Pending, SignRequest, SignsMany, TellsRevoked
 from bridge.desk import approval
 from bridge.desk.approval import Standing, UndecidedError
 from bridge.desk.policy import Policy, PolicyVerdict, judge
 from bridge.desk.records import Answered, Journal, NewFile, Submitted, write_together
-from bridge.desk.workers import AnsweredBundle, Judgement, ReadAhead, Workers, compared, for_request
+from bridge.desk.workers import Judgement, ReadBundle, Workers, compared, reason_against
 from bridge.errors import (
     BackendError,
     BackendUnavailableError,
     BridgeError,
     Exit,
     LocalFileError,
-    VerificationError,
     WaitingError,
 )
-from bridge.pki import signatures, verify
+from bridge.pki import signatures
 from bridge.pki.bundle import AnswerBundle, BundledRequest, Refusal, RequestBundle, refusal, sign_request
 from bridge.pki.bundle_format import answer_message, describe
-from bridge.pki.certificates import serial_hex
+from bridge.pki.certificates import is_signed_by, serial_hex
 from bridge.pki.expiry import minute
 from bridge.pki.verify import Expectation
 from bridge.settings.tables import Settings
@@ -55,8 +54,9 @@ from bridge.words import one_line
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
 #: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part.
 _FIRST_WINDOW, _LARGEST_WINDOW = 250, 1000
-#: The size of a window's files. Honest bundles stay below it; up to five windows are in memory.
-_LARGEST_WINDOW_BYTES = 8 << 20
+#: The size of a window's files. A thousand requests of P-256 keys stay below it; up to four windows are in memory, where
+#: a byte of a stranger's SANs may take 35.
+_LARGEST_WINDOW_BYTES = 2 << 20
 #: A certificate that was revoked after a run has begun is noticed by the run within this time.
 _LISTED_SECONDS = 1.0
 #: Windows for which CAs are asked at the same time, since near its end one window has few requests left.
@@ -70,6 +70,8 @@ _SLICE = 100
 SIGNED, DELIVERED = "signed for others", "delivered again"
 
 DeskAnswer = Issued | Refusal
+#: The jobs of a window, by worker, and the worker's reasons against their answers; None: no worker has read them.
+_Asked = list[tuple[list["Job"], Future[list[dict[str, str]] | None] | None]]
 
 
 class RefusedByPolicyError(BridgeError):
@@ -113,7 +115,7 @@ class Job:
     label: str  #: For messages, such as the bundle's file.
     delivery: Callable[[AnswerBundle], Delivery]
     size_bytes: int = 0  #: The file's.
-    ahead: ReadAhead | None = None  #: The bundle as a worker has read and judged it.
+    ahead: ReadBundle | None = None  #: The bundle as it was read and judged before.
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Certificates of an answer that is there already.
     #: Certificates that were signed before, which are answered again.
     answered: Mapping[str, Answered] = field(default_factory=dict)
@@ -270,7 +272,7 @@ class Desk:
         return Judgement(policy=self._policy, cas=cas, now=self._now(), without_proof=self._without_proof)
 
     def _verdict(self, job: Job, request: BundledRequest) -> PolicyVerdict:
-        foreseen = job.ahead.read.verdicts.get(request.name) if job.ahead is not None else None
+        foreseen = job.ahead.verdicts.get(request.name) if job.ahead is not None else None
         certificates = self._cas[request.authority].certificates
         try:
             waived, held = self._without_proof | job.vouched.keys(), job.origin is not None and job.origin.held
@@ -290,17 +292,16 @@ class Desk:
         lists = {authority: self._listed(authority) for authority in {one.authority for one in requests}}
 
         def look(request: BundledRequest) -> None:
-            old, listed = proven[request.name], lists[request.authority]
-            ca = self._cas[request.authority].ca
+            old, authority = proven[request.name], self._cas[request.authority]
             try:
-                if ca.is_revoked(old) if listed is None else old.serial_number in listed:
+                if _is_revoked(old, lists[request.authority], authority):
                     found = f"found the revoked one with serial {serial_hex(old)}"
                     problems[request.name].append(f"proof: wanted one by a certificate that is not revoked, {found}")
             except BackendError as e:
                 job.troubles[request.name] = e
 
         unlisted = [one for one in requests if lists[one.authority] is None]
-        if len(unlisted) > 1 and any(ca.ca.tells_revoked for ca in self._cas.values()):
+        if len(unlisted) > 1 and any(isinstance(ca.ca.backend, TellsRevoked) for ca in self._cas.values()):
             list(self._lookups.map(look, requests))
         else:
             for request in requests:
@@ -319,7 +320,7 @@ class Desk:
     def _answer_again(self, job: Job, request: BundledRequest, answered: Answered) -> DeskAnswer:
         """The certificate that was signed for this CSR, so that an old bundle gets no second one."""
         issued = answered.issued
-        if issued is not None and self._violations(job.requests[request.name], issued) is None:
+        if issued is not None and not self._reason_against(job.requests[request.name], issued):
             job.again.add(request.name)
             return issued
         return refusal(
@@ -441,11 +442,11 @@ class Desk:
         self._lists.clear()
         self._asking.clear()
         with ThreadPoolExecutor(_ASKED_AT_ONCE) as signing:
-            open_: deque[tuple[list[Job], Future[None]]] = deque()
+            open_: deque[tuple[list[Job], Future[_Asked]]] = deque()
             try:
                 for window in _windows(map(self._to_be_asked, map(self.judged, jobs)), self._largest_window):
                     open_.append((window, signing.submit(self._sign, window, journal)))
-                    if len(open_) > _ASKED_AT_ONCE + _AHEAD:
+                    while len(open_) > _ASKED_AT_ONCE + (0 if open_[0][1].done() else _AHEAD):
                         self._finish(*open_.popleft(), journal, record, observer)
                 while open_:
                     self._finish(*open_.popleft(), journal, record, observer)
@@ -475,19 +476,22 @@ class Desk:
         at_once = any(hasattr(one.backend_type, "sign_many") for one in self._configured.values())
         return _LARGEST_WINDOW if at_once else _FIRST_WINDOW
 
-    def _sign(self, window: Sequence[Job], journal: Journal) -> None:
-        """Ask all CAs at the same time, each for the requests of all bundles of the window."""
+    def _sign(self, window: Sequence[Job], journal: Journal) -> _Asked:
+        """Ask all CAs at the same time, each for the requests of all bundles of the window; then workers to compare."""
         lots: dict[str, list[tuple[Job, SignRequest]]] = defaultdict(list)
         for job in window:
             for request in job.to_sign:
                 earlier = job.earlier.get(request.name)
-                if earlier is not None and self._violations(job.requests[request.name], earlier) is None:
+                if earlier is not None and not self._reason_against(job.requests[request.name], earlier):
                     job.answers[request.name] = earlier
                     job.again.add(request.name)
                 else:
                     lots[request.authority].append((job, job.requests[request.name]))
         with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
             list(pool.map(lambda lot: self._sign_or_leave(self._cas[lot[0]], lot[1], journal), lots.items()))
+        by = {name: self._expectation(name, ca.anchors) for name, ca in self._cas.copy().items()}
+        parts = [(chunk, list(some)) for chunk, some in groupby(window, lambda job: job.ahead and job.ahead.chunk)]
+        return [(some, self._ask_worker(chunk, some, by)) for chunk, some in parts]
 
     def _sign_or_leave(self, authority: _Authority, lot: Sequence[tuple[Job, SignRequest]], journal: Journal) -> None:
         try:
@@ -510,7 +514,7 @@ class Desk:
             elif isinstance(known, Pending) and isinstance(ca.backend, Collects):
                 expected = self._expectation(request.spec.authority.name, authority.anchors)
                 _note(job, request, ca.collect(request, known.reference, expected), journal)
-            elif isinstance(known, Issued) and self._violations(request, known) is None:
+            elif isinstance(known, Issued) and not self._reason_against(request, known):
                 _note(job, request, known, None)
                 if known.leaf in journal.recorded:
                     job.recorded.add(request.spec.name)
@@ -542,7 +546,7 @@ class Desk:
             return []
         rest = []
         for (job, request, _), issued in zip(submitted, found, strict=True):
-            if issued is None or self._violations(request, issued) is not None:  # the key's, from another request
+            if issued is None or self._reason_against(request, issued):  # the key's, from another request
                 rest.append((job, request))
             else:
                 _note(job, request, issued, journal)
@@ -552,15 +556,15 @@ class Desk:
         return rest
 
     def _finish(
-        self, window: Sequence[Job], signed: Future[None], journal: Journal, record: audit.Record, observer: Observer
+        self, window: Sequence[Job], signed: Future[_Asked], journal: Journal, record: audit.Record, observer: Observer
     ) -> None:
         """Verify, record, deliver; in this order, so that nothing leaves unrecorded."""
-        signed.result()
-        for job in window:
-            job.take_from_twins()
-        for job, reasons in self._compared(window):
-            self._verify(job, reasons)
-            self._record(job, record)
+        for jobs, answer in signed.result():
+            found = answer.result() if answer is not None else None
+            for job, reasons in zip(jobs, found or [{} for _ in jobs], strict=True):
+                job.take_from_twins()
+                self._verify(job, reasons)
+                self._record(job, record)
         record.write()
         for job, where in zip(window, self._delivered(window), strict=True):
             certificates = {one.leaf for one in job.answers.values() if isinstance(one, Issued)}
@@ -582,15 +586,6 @@ class Desk:
             for job, delivery, error in zip(window, deliveries, errors, strict=True)
         ]
 
-    def _compared(self, window: Sequence[Job]) -> Iterator[tuple[Job, Mapping[str, str]]]:
-        """Each job, with the workers' reasons against its answers."""
-        by = {name: self._expectation(name, ca.anchors) for name, ca in self._cas.items()}
-        parts = [(chunk, list(some)) for chunk, some in groupby(window, lambda job: job.ahead and job.ahead.chunk)]
-        answers = [self._ask_worker(chunk, some, by) for chunk, some in parts]
-        for (_, some), answer in zip(parts, answers, strict=True):
-            found = answer.result() if answer is not None else None
-            yield from zip(some, found or [{} for _ in some], strict=True)
-
     def _ask_worker(
         self, chunk: int | None, jobs: Sequence[Job], by: Mapping[str, Expectation]
     ) -> Future[list[dict[str, str]] | None] | None:
@@ -598,10 +593,7 @@ class Desk:
         if chunk is None or not self._workers:
             return None
         answered = [
-            AnsweredBundle(
-                number=job.ahead.number,
-                answers={name: answer for name, answer in job.answers.items() if isinstance(answer, Issued)},
-            )
+            (job.ahead.number, {name: one for name, one in job.answers.items() if isinstance(one, Issued)})
             for job in jobs
             if job.ahead is not None
         ]
@@ -613,17 +605,15 @@ class Desk:
             answer = job.answers.get(request.name)
             if not isinstance(answer, Issued):
                 continue
-            reason = reasons.get(request.name)
-            if reason is None:
-                error = self._violations(job.requests[request.name], answer)
-                reason = error.reason if error is not None else ""
-            if reason:
-                job.answers[request.name] = refusal(f"the desk's CA signed something else: {reason}")
+            found = reasons.get(request.name)
+            if found is None:
+                found = self._reason_against(job.requests[request.name], answer)
+            if found:
+                job.answers[request.name] = refusal(f"the desk's CA signed something else: {found}")
 
-    def _violations(self, request: SignRequest, issued: Issued) -> VerificationError | None:
+    def _reason_against(self, request: SignRequest, issued: Issued) -> str:
         authority = request.spec.authority.name
-        expected = self._expectation(authority, self._cas[authority].anchors)
-        return verify.error_of(issued, request, for_request(request, expected))
+        return reason_against(issued, request, self._expectation(authority, self._cas[authority].anchors))
 
     def _record(self, job: Job, record: audit.Record) -> None:
         about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"
@@ -710,6 +700,21 @@ def _proof_of(job: Job, request: BundledRequest) -> x509.Certificate | None:
     if job.verdicts[request.name].proven:
         return request.replaces
     return job.origin.certificate if job.origin is not None else None
+
+
+def _is_revoked(old: x509.Certificate, listed: Collection[int] | None, by: _Authority) -> bool:
+    """
+    By the CA's list, or else by the CA itself; BackendError, as `CA.is_revoked`.
+
+    Another CA of before may have used a listed number. A CA may list a certificate of its own that it knows no more, as
+    OpenBao and Vault do once they have tidied an ended one away.
+    """
+    if listed is not None:
+        if old.serial_number not in listed:
+            return False
+        if any(is_signed_by(old, one) for one in by.ca.certificates[:1]):
+            return True
+    return by.ca.is_revoked(old)
 
 
 def _problems_of(origin: Origin | None) -> list[str]:

@@ -25,7 +25,7 @@ from bridge.desk import csr_directory, node_inventory
 from bridge.desk.desk import Delivery, Desk, Job, Observer
 from bridge.desk.policy import Policy, parse
 from bridge.desk.records import Archive, Journal, NewFile, archive_directory
-from bridge.desk.workers import GARBAGE, WORTHWHILE, ReadAhead, Workers
+from bridge.desk.workers import GARBAGE, WORTHWHILE, ReadBundle, Workers
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki import signatures
 from bridge.pki.budget import MOST_BYTES
@@ -212,41 +212,33 @@ def books_open(
             yield journal, record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Received:
-    """A request bundle as it came, by whatever way."""
+def job_of(
+    bundle: RequestBundle,
+    request_digest: str,
+    data: bytes,
+    archive: Archive,
+    *,
+    label: str,
+    where: str,
+    place: Callable[[bytes], Sequence[NewFile]],
+    conclude: Callable[[AnswerBundle, bytes], None],
+) -> Job:
+    """
+    The desk's job for a bundle that came as `data`, which answers what was signed before from the archive.
 
-    bundle: RequestBundle
-    digest: str
-    data: bytes  #: What is archived.
-    label: str  #: For messages, such as the bundle's file.
-    where: str  #: Where the answer goes, for messages.
+    `where` says in messages where the answer goes; `place` has further files for it; `conclude` gets it, and its bytes,
+    when all files are safe on disk.
+    """
 
-    def job(
-        self,
-        archive: Archive,
-        place: Callable[[bytes], Sequence[NewFile]],
-        conclude: Callable[[AnswerBundle, bytes], None],
-    ) -> Job:
-        """
-        The desk's job, which answers what was signed before from the archive.
+    def delivery(answer: AnswerBundle) -> Delivery:
+        written = dumps(answer)
+        files = [*place(written), *archive.files(bundle, request_digest, data, answer, written)]
+        return Delivery(where=where, files=files, conclude=lambda: conclude(answer, written))
 
-        `place` has further files for the answer; `conclude` gets it, and its bytes, when all files are safe on disk.
-        """
-
-        def delivery(answer: AnswerBundle) -> Delivery:
-            written = dumps(answer)
-            files = [*place(written), *archive.files(self.bundle, self.digest, self.data, answer, written)]
-            return Delivery(where=self.where, files=files, conclude=lambda: conclude(answer, written))
-
-        return Job(
-            bundle=self.bundle,
-            digest=self.digest,
-            label=self.label,
-            delivery=delivery,
-            size_bytes=len(self.data),
-            answered=archive.answers(self.bundle),
-        )
+    answered = archive.answers(bundle)
+    return Job(
+        bundle=bundle, digest=request_digest, label=label, delivery=delivery, size_bytes=len(data), answered=answered
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,9 +359,9 @@ class Session:
                 text = f"wanted a file of at most {MOST_BYTES} bytes with a bundle, found: {e}"
                 self._passed_over(one_line(path), BridgeError(text))
 
-    def _inbox_job(self, file: _InboxFile, outbox: Path, ahead: ReadAhead | None) -> Job | None:
+    def _inbox_job(self, file: _InboxFile, outbox: Path, ahead: ReadBundle | None) -> Job | None:
         try:
-            bundle = ahead.read.bundle if ahead is not None else loads(file.data)
+            bundle = ahead.bundle if ahead is not None else loads(file.data)
         except IncompleteBundleError as e:
             if self._now().timestamp() - file.status.st_mtime > STALE.total_seconds():
                 written = minute(datetime.fromtimestamp(file.status.st_mtime, UTC))
@@ -378,7 +370,7 @@ class Session:
             return None
         if isinstance(bundle, AnswerBundle):
             return None  # inbox and outbox may be one directory
-        request_digest = ahead.read.digest if ahead is not None else digest(bundle)
+        request_digest = ahead.digest if ahead is not None else digest(bundle)
         if request_digest in self._seen:
             log.info("%s: a second copy of the same bundle; the next run archives it", one_line(file.path))
             return None
@@ -394,8 +386,10 @@ class Session:
         def place(written: bytes) -> list[NewFile]:
             return [NewFile(path=out, data=written, mode=_ANSWER_MODE)]
 
-        received = Received(bundle=bundle, digest=request_digest, data=data, label=one_line(path), where=str(out))
-        job = received.job(self._archive, place, lambda _, __: remove())
+        job = job_of(
+            bundle, request_digest, data, self._archive,
+            label=one_line(path), where=str(out), place=place, conclude=lambda *_: remove(),
+        )  # fmt: skip
         job.earlier = _earlier(out, request_digest)
         return job
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from bridge.errors import SettingsProblem
-from bridge.pki.kubeadm_names import address, is_host_name, is_node_name
-from bridge.settings import Reader, opened
+from bridge.pki.csr import address
+from bridge.pki.kubeadm_names import is_host_name, is_node_name
+from bridge.settings import opened
 
 _LOCAL = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 #: kubeadm's service of the API; each with and without the rest of its name.
@@ -118,32 +118,17 @@ class Inventory:
     def _others(self, node: str) -> Iterator[tuple[str, NodeEntry]]:
         return ((name, entry) for name, entry in self.control_planes.items() if name != node)
 
-    def problems(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
-        """Entries with forbidden names or addresses: (key, wanted, found)."""
-        for name, entry in self.nodes.items():
-            for kind, value in sorted(entry.sans(name)):
-                if self.is_never_a_nodes((kind, value), name):
-                    wanted = "none of the API's, of services or of another control-plane node"
-                    yield ("node", name), wanted, value
-
 
 def parse(text: str, file: Path | None = None) -> Inventory:
     """The inventory from TOML text."""
     reader, document = opened(text, file)
     tables = reader.tables(document, ("cluster", "node"))
     cluster = reader.read(ClusterEntry, tables["cluster"], ("cluster",)) or ClusterEntry()
-    inventory = Inventory(cluster=cluster, nodes=_nodes(reader, tables["node"]))
-    for key, wanted, found in inventory.problems():
-        reader.add(key, wanted, found)
+    nodes = reader.each(NodeEntry, tables["node"], ("node",), is_node_name, "a node's name")
+    inventory = Inventory(cluster=cluster, nodes=nodes)
+    for name, entry in nodes.items():
+        for san in sorted(entry.sans(name)):
+            if inventory.is_never_a_nodes(san, name):
+                reader.add(("node", name), "none of the API's, of services or of another control-plane node", san[1])
     reader.raise_problems()
     return inventory
-
-
-def _nodes(reader: Reader, tables: Mapping[str, Any]) -> dict[str, NodeEntry]:
-    nodes = {}
-    for name, table in tables.items():
-        if not is_node_name(name):
-            reader.add(("node", name), "a node's name", repr(name))
-        elif (entry := reader.table(NodeEntry, table, ("node", name))) is not None:
-            nodes[name] = entry
-    return nodes

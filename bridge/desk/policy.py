@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +25,9 @@ from bridge.errors import SettingsProblem
 from bridge.pki import user_rules
 from bridge.pki.bundle import CARRIED, REQUEST_VERSIONS, BundledRequest, RequestBundle
 from bridge.pki.certificates import CN_OID, O_OID, attributes, san_counts, san_entry, subject_pattern, subject_text
-from bridge.pki.csr import Naming, algorithm_name, requested
+from bridge.pki.csr import Naming, address, algorithm_name, requested
 from bridge.pki.expiry import duration_text, minute
-from bridge.pki.kubeadm_names import address, is_host_name
+from bridge.pki.kubeadm_names import is_host_name
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.pki.user_rules import Limits, User
 from bridge.settings import Reader, opened
@@ -48,6 +49,8 @@ from bridge.words import one_line, one_of
 _CLOCKS_DIFFER = timedelta(days=1)
 #: Of a text in a refusal, and of several; people read them.
 _LONGEST_SHOWN, _MOST_SHOWN = 100, 5
+#: A stranger's request may have tens of thousands, each with all that the policy allows.
+_MOST_PROBLEMS = 100
 #: More than any control-plane node has; a replaced certificate may have more.
 _MOST_SANS = 100
 _ETCD_SANS = ("{node}", "localhost", "127.0.0.1", "::1")
@@ -178,11 +181,6 @@ class CertificateRules:
         if is_pair and self.groups is not None:
             yield SettingsProblem("groups", "whole subjects for a node's further pair", "groups")
 
-    @property
-    def ekus(self) -> frozenset[EKU]:
-        """The usages of a further pair."""
-        return frozenset(_USAGES[usage] for usage in self.usages)
-
 
 _USAGES = {"server": EKU.SERVER_AUTH, "client": EKU.CLIENT_AUTH}
 
@@ -234,20 +232,23 @@ class Policy:
         if name in SPECS:
             return SPECS[name]
         rules = self.certificates.get(name)
-        return None if rules is None else pair_spec(name, rules.authority, rules.ekus)
+        return None if rules is None else pair_spec(name, rules.authority, map(_USAGES.__getitem__, rules.usages))
+
+    def rules(self, name: str) -> CertificateRules:
+        """The rules for this certificate; without a table they limit nothing."""
+        return self.certificates.get(name, CertificateRules())
 
     def longest_validity(self, name: str) -> timedelta:
         """The longest validity that a request for this certificate may have."""
-        return self.certificates.get(name, CertificateRules()).max_validity or self.allow.max_validity
+        return self.rules(name).max_validity or self.allow.max_validity
 
     def keys(self, name: str) -> Sequence[str]:
         """The key algorithms that a certificate of this name may have."""
-        return self.certificates.get(name, CertificateRules()).keys or self.allow.keys
+        return self.rules(name).keys or self.allow.keys
 
     def needs_approval(self, name: str) -> bool:
         """Whether a certificate is signed only when people have approved it."""
-        rules = self.certificates.get(name)
-        return ((rules.approval if rules is not None else None) or self.allow.approval) == "required"
+        return (self.rules(name).approval or self.allow.approval) == "required"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,32 +287,24 @@ def read(reader: Reader, document: Mapping[str, Any]) -> Policy:
 
 
 def _certificates(reader: Reader, tables: Mapping[str, Any]) -> dict[str, CertificateRules]:
-    rules = {}
-    for name, table in tables.items():
-        if name not in SPECS and not is_pair_name(name):
-            wanted = f"one of {', '.join(SPECS)}, or the name of a node's further pair"
-            reader.add(("certificate", name), wanted, repr(name))
-        elif (read := reader.table(CertificateRules, table, ("certificate", name))) is not None:
-            rules[name] = read
-            for problem in read.pair_problems(is_pair=name not in SPECS):
-                reader.add(("certificate", name, problem.key), problem.wanted, problem.found)
+    wanted, key = f"one of {', '.join(SPECS)}, or the name of a node's further pair", ("certificate",)
+    rules = reader.each(CertificateRules, tables, key, lambda name: name in SPECS or is_pair_name(name), wanted)
+    for name, one in rules.items():
+        for problem in one.pair_problems(is_pair=name not in SPECS):
+            reader.add((*key, name, problem.key), problem.wanted, problem.found)
     return rules
 
 
 def _est(
     reader: Reader, tables: Mapping[str, Any], certificates: Mapping[str, CertificateRules]
 ) -> dict[str, EstRules]:
-    rules = {}
-    for label, table in tables.items():
-        if not is_label(label):
-            wanted = "a label of small letters, digits, hyphens and dots that no operation of EST is called like"
-            reader.add(("est", label), wanted, repr(label))
-        elif (read := reader.table(EstRules, table, ("est", label))) is not None:
-            rules[label] = read
-            name = read.certificate or label
-            if name not in SPECS and name not in certificates:
-                wanted = f"one of {', '.join(SPECS)}, or one with a table [certificate.{name}]"
-                reader.add(("est", label, "certificate"), wanted, repr(name))
+    wanted = "a label of small letters, digits, hyphens and dots that no operation of EST is called like"
+    rules = reader.each(EstRules, tables, ("est",), is_label, wanted)
+    for label, one in rules.items():
+        name = one.certificate or label
+        if name not in SPECS and name not in certificates:
+            wanted = f"one of {', '.join(SPECS)}, or one with a table [certificate.{name}]"
+            reader.add(("est", label, "certificate"), wanted, repr(name))
     return rules
 
 
@@ -326,8 +319,8 @@ def judge(
     held: bool = False,
 ) -> PolicyVerdict:
     """
-    Every problem of a request, and whether its proof holds. The desk's certificates of its authority are `cas`; `held`:
-    who asks has proven by TLS to have the key of the certificate that is replaced, whose names it keeps.
+    A request's problems, of thousands the first, and whether its proof holds. The desk's certificates of its authority
+    are `cas`; `held`: who asks has proven by TLS to have the key of the certificate that is replaced, whose names it keeps.
     """
     if blocked := _blocked(bundle.node, policy) or _unlisted(request.name, policy):
         return PolicyVerdict(problems=(blocked,), proven=False)
@@ -336,12 +329,12 @@ def judge(
     unproven: str | None = "a user's"
     try:
         if request.name == USER.name:
-            problems += _user_problems(request, policy, waived=waived)
+            problems += islice(_user_problems(request, policy, waived=waived), _MOST_PROBLEMS)
         else:
             unproven, can_be_waived = _proof_trouble(request, bundle, policy, cas, now, held=held)
             if unproven and not (waived and can_be_waived):
                 problems.append(f"proof: {unproven}")
-            problems += _what(request, bundle, policy, proven=not unproven)
+            problems += islice(_what(request, bundle, policy, proven=not unproven), _MOST_PROBLEMS)
     except (ValueError, UnsupportedAlgorithm, x509.UnsupportedGeneralNameType, x509.DuplicateExtension) as e:
         problems.append(f"CSR: wanted one that can be read, found: {one_line(e)}")
     return PolicyVerdict(problems=tuple(problems), proven=not unproven)
@@ -363,17 +356,16 @@ class Planned:
 def planned_problems(planned: Planned, policy: Policy) -> tuple[str, ...]:
     """Every problem of a renewal by a node's own policy; the node holds the key of what it replaces, so no proof is needed."""
     name, node = planned.spec.name, planned.node
-    rules = policy.certificates.get(name, CertificateRules())
     if blocked := _blocked(node, policy) or _unlisted(name, policy):
         return (blocked,)
     subject, sans = attributes(planned.naming.subject), Counter(map(san_entry, planned.naming.sans))
     return (
         *_who(node, planned.cluster, policy.allow),
         *_spec_problems(name, planned.spec.authority.name, planned.spec.ekus, policy),
-        *_limit_problems(name, planned.validity, rules, policy.allow),
-        *_key_problems(planned.key, rules.keys or policy.allow.keys),
-        *_subject_problems(name, subject, rules, policy.allow, node, planned.replaces),
-        *_san_problems(name, sans, _with_inventory(name, rules, policy, node), node, planned.replaces),
+        *_limit_problems(name, planned.validity, policy),
+        *_key_problems(planned.key, policy.keys(name)),
+        *_subject_problems(name, subject, policy, node, planned.replaces),
+        *_san_problems(name, sans, _with_inventory(name, policy, node), node, planned.replaces),
     )
 
 
@@ -430,33 +422,38 @@ def _proof_trouble(
 
 
 def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, proven: bool) -> Iterator[str]:
-    name, csr, rules = request.name, request.csr, policy.certificates.get(request.name, CertificateRules())
-    yield from _limit_problems(name, request.validity, rules, policy.allow)
+    name, csr = request.name, request.csr
+    yield from _limit_problems(name, request.validity, policy)
     yield from _spec_problems(name, request.authority, request.ekus, policy)
-    yield from _csr_problems(csr, rules.keys or policy.allow.keys, sans=True)
+    yield from _csr_problems(csr, policy.keys(name), sans=True)
     old = request.replaces if proven else None
-    yield from _subject_problems(name, attributes(csr.subject), rules, policy.allow, bundle.node, old)
-    listed = _with_inventory(name, rules, policy, bundle.node)
-    if listed.sans == () and rules.sans is None:
+    yield from _subject_problems(name, attributes(csr.subject), policy, bundle.node, old)
+    listed = _with_inventory(name, policy, bundle.node)
+    if listed.sans == () and policy.rules(name).sans is None:
         yield f"node: wanted one that the inventory ({policy.desk.inventory}) has, and does not block, found {bundle.node}"
     yield from _san_problems(name, san_counts(csr), listed, bundle.node, old)
 
 
-def _limit_problems(name: str, validity: timedelta, rules: CertificateRules, allow: Allow) -> Iterator[str]:
-    if name in SPECS and name not in allow.names:
-        yield f"name: wanted {one_of(allow.names)}, found {name}"
-    longest = rules.max_validity or allow.max_validity
-    if validity > longest:
+def _limit_problems(name: str, validity: timedelta, policy: Policy) -> Iterator[str]:
+    if name in SPECS and name not in policy.allow.names:
+        yield f"name: wanted {one_of(policy.allow.names)}, found {name}"
+    if validity > (longest := policy.longest_validity(name)):
         yield f"validity: wanted at most {duration_text(longest)}, found {duration_text(validity)}"
 
 
-def _with_inventory(name: str, rules: CertificateRules, policy: Policy, node: str) -> CertificateRules:
-    """The rules, with the inventory's SANs for a node's serving certificate whose SANs the policy does not list."""
+def _with_inventory(name: str, policy: Policy, node: str) -> CertificateRules:
+    """
+    The rules, with the inventory's SANs for a node's serving certificate whose SANs the policy does not list; none for a
+    node that is not in it, or is blocked.
+    """
+    rules = policy.rules(name)
     if name not in _BY_INVENTORY or policy.nodes is None or rules.sans is not None:
         return rules
-    own = _listed(policy.nodes, node)
-    local = _SANS[name] if own and SPECS[name].by_flag else ()
-    return dataclasses.replace(rules, sans=(*own, *local))
+    entry = policy.nodes.nodes.get(node)
+    if entry is None or entry.blocked:
+        return dataclasses.replace(rules, sans=())
+    local = _SANS[name] if SPECS[name].by_flag else ()
+    return dataclasses.replace(rules, sans=(*sorted(value for _, value in entry.sans(node)), *local))
 
 
 def _unlisted(name: str, policy: Policy) -> str:
@@ -521,18 +518,12 @@ def _user_problems(request: BundledRequest, policy: Policy, *, waived: bool) -> 
     yield from user_rules.problems(user, request.validity, policy.users.limits)
 
 
-def _listed(nodes: Inventory, name: str) -> tuple[str, ...]:
-    """SANs that the inventory allows in a node's kubelet certificate; none for a node that is not in it, or is blocked."""
-    entry = nodes.nodes.get(name)
-    return () if entry is None or entry.blocked else tuple(sorted(value for _, value in entry.sans(name)))
-
-
 def name_problems(
     name: str, csr: x509.CertificateSigningRequest, policy: Policy, node: str, own_sans: Sequence[str]
 ) -> Iterator[str]:
     """Problems with the names in a CSR without a replaced certificate and a proof; `own_sans` are known to be the node's."""
-    rules = policy.certificates.get(name, CertificateRules())
-    yield from _subject_problems(name, attributes(csr.subject), rules, policy.allow, node, None)
+    rules = policy.rules(name)
+    yield from _subject_problems(name, attributes(csr.subject), policy, node, None)
     if name in _SANS or rules.sans is not None:
         listed = _SANS[name] if rules.sans is None else rules.sans
         rules = dataclasses.replace(rules, sans=(*listed, *own_sans))
@@ -540,16 +531,11 @@ def name_problems(
 
 
 def _subject_problems(
-    name: str,
-    found: Sequence[tuple[str, str]],
-    rules: CertificateRules,
-    allow: Allow,
-    node: str,
-    replaced: x509.Certificate | None,
+    name: str, found: Sequence[tuple[str, str]], policy: Policy, node: str, replaced: x509.Certificate | None
 ) -> Iterator[str]:
-    old = attributes(replaced.subject) if replaced is not None else None
+    rules, old = policy.rules(name), attributes(replaced.subject) if replaced is not None else None
     if (O_OID, MASTERS) in found:
-        yield from _masters_problem(old, may_be=name in allow.masters)
+        yield from _masters_problem(old, may_be=name in policy.allow.masters)
     rest = sorted(item for item in found if item != (O_OID, MASTERS))
     if rules.subjects is not None:
         if not any(rest == subject_pattern(text, node) for text in rules.subjects):
@@ -586,14 +572,15 @@ def _masters_problem(old: Sequence[tuple[str, str]] | None, *, may_be: bool) -> 
 
 
 def _san_problems(
-    name: str,
-    found: Counter[San],
-    rules: CertificateRules,
-    node: str,
-    replaced: x509.Certificate | None,
+    name: str, found: Counter[San], rules: CertificateRules, node: str, replaced: x509.Certificate | None
 ) -> Iterator[str]:
     """By the policy's list, or else by the replaced certificate, or else by kubeadm's own names."""
     old = Counter[San]() if replaced is None else san_counts(replaced)
+    most = max(_MOST_SANS, old.total())
+    if found.total() > most:
+        yield f"SAN: wanted at most {most}, found {found.total()}"
+    if len(found) > most:  # to compare a megabyte of a stranger's names with each rule takes seconds
+        return
     if rules.sans is None and replaced is not None:
         wanted, others = "those of the replaced certificate", found.keys() - old.keys()
     else:
@@ -608,9 +595,6 @@ def _san_problems(
     if repeated:
         texts = [f"{kind}:{value} {times} times" for (kind, value), times in sorted(repeated.items())]
         yield f"SAN: wanted each once, found {_some(texts)}"
-    most = max(_MOST_SANS, old.total())
-    if found.total() > most:
-        yield f"SAN: wanted at most {most}, found {found.total()}"
 
 
 # --- names as a policy writes them --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from datetime import datetime
 from cryptography import x509
 
 from bridge.ca import CA, registry
-from bridge.contract import Revocation
+from bridge.contract import Revocation, Revokes
 from bridge.desk.desk import at_once
 from bridge.desk.policy import Policy, node_problems
 from bridge.errors import BackendUnavailableError, BridgeError, Exit
@@ -88,8 +88,7 @@ def _assert_replaced(revocation: Revocation, successor: Signed, known: Known, ca
     for _ in range(_MOST_LINKS):
         if link is None or (link.name, link.node, link.cluster, link.authority) != who:
             break
-        asked = link.asked()
-        if asked is None:
+        if (asked := link.asked()) is None:
             break
         request, bundle = asked
         if request.replaces is None or proof_problem(request, bundle) or origin_problem(request, cas):
@@ -112,7 +111,7 @@ def revoke(settings: Settings, authority: str, revocation: Revocation) -> None:
     """
     configured = at_once(registry.configured(settings, [authority])[authority])
     with contextlib.closing(CA.of(configured)) as ca:
-        if not ca.can_revoke:
+        if not isinstance(ca.backend, Revokes):
             raise NotRevokedError(
                 f"wanted a CA that can revoke, found {ca.label}", hint="revoke it by the CA's own means"
             )

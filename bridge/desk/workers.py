@@ -4,7 +4,7 @@ Processes that do the desk's arithmetic ahead: read a bundle, verify its signatu
 They exist for the row "`sign` of an inbox" of docs/evidence/numbers.md. They touch no CA, file or clock: they get
 bytes, and answer with the bundle and its problems. The desk does itself what they did not do, so that losing one costs
 only time, and the next task begins another. A worker keeps each bundle until its answers come, so that nothing is sent
-or parsed twice, and ends with the desk, even a killed one, when its standard input ends. `ProcessPoolExecutor` costs the
+twice, and ends with the desk, even a killed one, when its standard input ends. `ProcessPoolExecutor` costs the
 same processor time; but its processes import from the current directory, and a pool for each worker and a thread in it
 would have to do the rest.
 """
@@ -21,8 +21,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
+from functools import lru_cache
 from itertools import count
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -81,26 +82,23 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadBundle:
-    """A request bundle as a worker has read it."""
+    """A request bundle that was read, and judged as far as there are verdicts."""
 
     bundle: RequestBundle
     digest: str  #: The bundle's.
-    verdicts: Mapping[str, PolicyVerdict]  #: By name; the desk judges the requests that are missing.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnsweredBundle:
-    """The CAs' answers to the bundle with this number, by certificate name."""
-
-    number: int
-    answers: Mapping[str, Issued]
+    #: By certificate name; the desk gives those that are missing.
+    verdicts: Mapping[str, PolicyVerdict] = field(default_factory=dict)
+    by: Judgement | None = None  #: A door keeps by what the verdicts are.
+    number: int = 0  #: A worker knows the bundle by it.
+    chunk: int | None = None  #: With which it was at the worker; None: no worker has it.
 
 
 # --- in the worker ----------------------------------------------------------------------------------------------------
 
-#: Bundles that were read and will be compared, with their sizes, by the desk's number. Of those beyond this limit, which
-#: people may decide about in days, the desk compares the answers by itself.
-_known: dict[int, tuple[RequestBundle, int]] = {}
+#: Bundles that were read and will be compared, as bytes, by the desk's number: what was read of a stranger's SANs takes 35
+#: times as much. Of those beyond this limit, which people may decide about in days, and of those that could not be
+#: judged, the desk compares the answers by itself.
+_known: dict[int, bytes] = {}
 _LARGEST_KNOWN_BYTES = 32 << 20
 
 
@@ -115,9 +113,9 @@ def _read_one(number: int, data: bytes, by: Judgement) -> ReadBundle | BundleErr
     except BundleError as e:
         return e
     found = verdicts(bundle, by)
-    if not found or not all(one.problems for one in found.values()):  # else there will be no answer
-        _known[number] = bundle, len(data)
-        while sum(size for _, size in _known.values()) > _LARGEST_KNOWN_BYTES:
+    if not all(one.problems for one in found.values()):  # else it may be a stranger's
+        _known[number] = bytes(ForkingPickler.dumps(bundle))
+        while sum(map(len, _known.values())) > _LARGEST_KNOWN_BYTES:
             del _known[next(iter(_known))]
     return ReadBundle(bundle=bundle, digest=digest, verdicts=found)
 
@@ -132,31 +130,35 @@ def verdicts(bundle: RequestBundle, by: Judgement, *, held: bool = False) -> dic
     return found
 
 
-def compared(answered: Sequence[AnsweredBundle], by: Mapping[str, Expectation]) -> list[dict[str, str]]:
-    """Why each certificate is not what was asked for, by name; nothing about a bundle that this worker lacks."""
-    reasons = []
-    for one in answered:
-        bundle, _ = _known.pop(one.number, (None, 0))
-        by_name = {request.name: request for request in bundle.requests} if bundle is not None else {}
-        reasons.append(
-            {
-                name: _reason(issued, sign_request(by_name[name], bundle), by[by_name[name].authority])
-                for name, issued in one.answers.items()
-                if bundle is not None
-            }
-        )
-    return reasons
+def compared(
+    answered: Sequence[tuple[int, Mapping[str, Issued]]], by: Mapping[str, Expectation]
+) -> list[dict[str, str]]:
+    """Why each certificate of these bundles, by number, is not what was asked for; nothing about a bundle that is not here."""
+    return [
+        _reasons(answers, ForkingPickler.loads(kept), by) if (kept := _known.pop(number, None)) is not None else {}
+        for number, answers in answered
+    ]
 
 
-def _reason(issued: Issued, request: SignRequest, expected: Expectation) -> str:
-    error = verify.error_of(issued, request, for_request(request, expected))
+def _reasons(answers: Mapping[str, Issued], bundle: RequestBundle, by: Mapping[str, Expectation]) -> dict[str, str]:
+    requests = {request.name: request for request in bundle.requests}
+    return {
+        name: reason_against(issued, sign_request(requests[name], bundle), by[requests[name].authority])
+        for name, issued in answers.items()
+    }
+
+
+def reason_against(issued: Issued, request: SignRequest, expected: Expectation) -> str:
+    """
+    Why a certificate is not what was asked for; empty: it is.
+
+    A user's may live for hours, which is too short for kubeadm's.
+    """
+    if request.spec == USER:
+        least = request.validity / _LEAST_SHARE
+        expected = replace(expected, min_validity=min(expected.min_validity, least))
+    error = verify.error_of(issued, request, expected)
     return error.reason if error is not None else ""
-
-
-def for_request(request: SignRequest, expected: Expectation) -> Expectation:
-    """The demands on one answer: a user's certificate may live for hours, which is too short for kubeadm's."""
-    least = request.validity / _LEAST_SHARE
-    return replace(expected, min_validity=min(expected.min_validity, least)) if request.spec == USER else expected
 
 
 def serve() -> None:
@@ -181,8 +183,22 @@ def _csr(der: bytes) -> x509.CertificateSigningRequest:
     return x509.load_der_x509_csr(der)
 
 
+def _in_bytes(policy: Policy) -> tuple[Callable[[bytes], Policy], tuple[bytes]]:
+    """With an inventory of thousands of nodes it takes longer than a bundle: it is made into bytes once, and read once."""
+    kept = vars(policy)
+    if "in_bytes" not in kept:
+        kept["in_bytes"] = bytes(ForkingPickler.dumps({one.name: kept[one.name] for one in fields(policy)}))
+    return _policy, (kept["in_bytes"],)
+
+
+@lru_cache(maxsize=1)
+def _policy(in_bytes: bytes) -> Policy:
+    return Policy(**ForkingPickler.loads(in_bytes))
+
+
 # both sides are this program, so that bytes which were checked once are only parsed
 ForkingPickler.register(x509.Certificate, lambda one: (_certificate, (one.public_bytes(Encoding.DER),)))
+ForkingPickler.register(Policy, _in_bytes)
 ForkingPickler.register(x509.CertificateSigningRequest, lambda one: (_csr, (one.public_bytes(Encoding.DER),)))
 
 
@@ -244,15 +260,6 @@ class _Worker:
         self._end()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadAhead:
-    """A bundle that a worker has read, and which one."""
-
-    number: int  #: In the order in which they were read.
-    chunk: int | None  #: With which it was at the worker; None: no worker has it.
-    read: ReadBundle
-
-
 def _chunks(files: Iterable[_File]) -> Iterator[list[_File]]:
     chunk: list[_File] = []
     size_bytes, enough = 0, FIRST_CHUNK
@@ -267,13 +274,10 @@ def _chunks(files: Iterable[_File]) -> Iterator[list[_File]]:
 
 
 def _arrived(
-    files: Sequence[_File],
-    numbers: Iterable[int],
-    chunk: int,
-    answer: Future[list[ReadBundle | BundleError] | None],
-) -> Iterator[tuple[_File, ReadAhead | None]]:
+    files: Sequence[_File], numbers: Iterable[int], chunk: int, answer: Future[list[ReadBundle | BundleError] | None]
+) -> Iterator[tuple[_File, ReadBundle | None]]:
     for file, number, one in zip(files, numbers, answer.result() or (None for _ in files), strict=True):
-        yield file, ReadAhead(number=number, chunk=chunk, read=one) if isinstance(one, ReadBundle) else None
+        yield file, replace(one, number=number, chunk=chunk) if isinstance(one, ReadBundle) else None
 
 
 class Workers:
@@ -297,22 +301,19 @@ class Workers:
 
     def read_ahead(
         self, files: Iterable[_File], by: Callable[[], Judgement]
-    ) -> Iterator[tuple[_File, ReadAhead | None]]:
+    ) -> Iterator[tuple[_File, ReadBundle | None]]:
         """Each file in its order, as a worker read it ahead by the CAs of `by`; None: no worker did."""
         if not self._workers:
             yield from ((file, None) for file in files)
             return
-        ahead: deque[
-            tuple[Sequence[_File], Mapping[int, bytes], int, Future[list[ReadBundle | BundleError] | None]]
-        ] = deque()
-        numbers = count()
+        ahead, numbers = deque[Iterator[tuple[_File, ReadBundle | None]]](), count()
         for chunk, some in enumerate(_chunks(files)):
             bundles, judgement = {next(numbers): file.data for file in some}, by()
-            ahead.append((some, bundles, chunk, self.submit(chunk, read, bundles, judgement)))
+            ahead.append(_arrived(some, bundles, chunk, self.submit(chunk, read, bundles, judgement)))
             if len(ahead) > (_CHUNKS_AHEAD if judgement.cas else 0):
-                yield from _arrived(*ahead.popleft())
+                yield from ahead.popleft()
         while ahead:
-            yield from _arrived(*ahead.popleft())
+            yield from ahead.popleft()
 
     def tend(self, longest_seconds: float) -> None:
         """End workers that are at one task for longer; from any thread."""

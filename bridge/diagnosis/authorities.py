@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from bridge.ca import CA, registry
 from bridge.ca.retry import Rest
-from bridge.contract import Backend, ListsIssuers, Spends, TellsTime, Wanted
+from bridge.contract import Backend, Spends, TellsTime, Wanted
 from bridge.diagnosis import Finding, Level, from_error
 from bridge.diagnosis.installed import private_file
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError
@@ -49,7 +49,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     items = [item for item in node.items if item.managed and item.state == "present" and not item.foreign]
     names = dict.fromkeys(item.spec.authority.name for item in items)
     if not settings.authorities:
-        yield from _credentials(settings, credentials.places(settings, {}), now)
+        yield from _credentials(settings, credentials.own_places(settings), now)
         place = settings.source.file or "no settings file"
         words = (
             f"by hand: no [authority.NAME] ({place}), so that no CA was asked; `ca-bridge export` writes requests for a "
@@ -133,7 +133,7 @@ def ask_all(
         for problem in e.problems:
             yield Finding.error("settings", "settings", str(problem), e.hint)
         return
-    yield from _credentials(settings, credentials.places(settings, backends), now)
+    yield from _credentials(settings, registry.credentials(settings, backends), now)
     silent: dict[str, BackendUnavailableError] = {}
     with contextlib.ExitStack() as opened:  # until all were asked, since they may share a login
         for name, configured in backends.items():
@@ -179,15 +179,15 @@ def _ask(
         path = "" if one.file is None else str(one.file)
         yield _end(Credential(name=key, path=path, ends=one.ends, begins=one.begins, reported=now), settings, now)
     if not wrong:
-        yield Finding.ok("backend", _about(configured), _answers(configured, backend, spends))
+        yield Finding.ok("backend", _about(configured), _answers(reached, spends))
 
 
-def _answers(configured: registry.Configured, backend: Backend, spends: str) -> str:
+def _answers(reached: CA, spends: str) -> str:
     rest = f"; the login and its rights were not checked, because that would use up {spends}" if spends else ""
-    if not isinstance(backend, ListsIssuers):
+    if not reached.certificates:
         unknown = "no CA was asked, so which CA signs, and what, is unknown until it answers"
-        return f"{configured.label} can be used; {unknown}{rest}"
-    return f"{configured.label} answers, and is the right CA{rest}"
+        return f"{reached.label} can be used; {unknown}{rest}"
+    return f"{reached.label} answers, and is the right CA{rest}"
 
 
 def _clock(backend: Backend, configured: registry.Configured) -> Iterator[Finding]:
@@ -206,7 +206,7 @@ def _clock(backend: Backend, configured: registry.Configured) -> Iterator[Findin
 # --- our own credentials -----------------------------------------------------------------------------------------------
 
 
-def _credentials(settings: Settings, places: Sequence[CredentialFile], now: datetime) -> Iterator[Finding]:
+def _credentials(settings: Settings, places: Iterable[CredentialFile], now: datetime) -> Iterator[Finding]:
     """Findings about files alone; what a CA says of a token comes with the question whether it answers."""
     return (_end(one, settings, now) for one in credentials.look(settings, places, None))
 

@@ -128,50 +128,6 @@ def _decoded(text: bytes) -> bytes:
         return b""
 
 
-class Walk:
-    """All regular files below directories of this machine, each once."""
-
-    def __init__(self) -> None:
-        self.seen: set[tuple[int, int]] = set()
-        self.closed = 0  #: Directories and files that could not be looked at.
-        self.remote: set[str] = set()  #: Places of other machines' file systems, which are left out.
-
-    def below(self, root: Path) -> Iterator[Path]:
-        """The files below a directory, without following a link."""
-        kinds, waiting = mounts(), [str(root)]
-        while waiting:
-            try:
-                with os.scandir(waiting.pop()) as entries:
-                    found = sorted(entries, key=lambda entry: entry.name)
-            except OSError as e:
-                self._count(e)
-                continue
-            for entry in found:
-                try:
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting += [entry.path] if self._is_here(kinds.get(entry.path, ""), entry.path) else []
-                    elif entry.is_file(follow_symlinks=False) and self._is_new(entry.stat(follow_symlinks=False)):
-                        yield Path(entry.path)
-                except OSError as e:
-                    self._count(e)
-
-    def _is_here(self, kind: str, place: str) -> bool:
-        if _REMOTE.fullmatch(kind):
-            self.remote.add(place)
-            return False
-        return not _NO_FILES.fullmatch(kind)
-
-    def _is_new(self, status: os.stat_result) -> bool:
-        """Whether this file was not seen by another name."""
-        key = (status.st_dev, status.st_ino)
-        is_new = key not in self.seen
-        self.seen.add(key)
-        return is_new
-
-    def _count(self, error: OSError) -> None:
-        self.closed += not isinstance(error, FileNotFoundError)
-
-
 _EMPTY = "`ca-bridge help gateway` says how the flags are emptied, and what signs instead"
 _SECRETS = "/api/v1/secrets"
 #: A Secret has up to 1 MiB, which base64 makes longer, and a page at most 4 MiB.
@@ -245,13 +201,14 @@ class _Search:
     def __init__(self, node: Node) -> None:
         self._cas = _by_authority(node)
         self._unknown = [state for state in node.authorities if state.authority.name not in self._cas]
-        self._walk = Walk()
+        self._seen: set[tuple[int, int]] = set()
+        self._remote: set[str] = set()  #: Places of other machines' file systems, which are left out.
         self._found = self._closed = self._cut = self._secrets = 0
         self._encrypted: list[str] = []
 
     def below(self, root: Path, level: Level, passed: Collection[Path] = ()) -> Iterator[Finding]:
         """A finding for each file with a CA's key."""
-        for path in self._walk.below(root):
+        for path in self._files(root):
             if path in passed:
                 continue
             held = Held.by_file(path)
@@ -261,6 +218,41 @@ class _Search:
                 text = f"wanted no key of a CA on this node, found the key of {names}"
                 about = one_line(str(path), _LONGEST_PATH)
                 yield Finding(level=level, check="ca-key-copy", about=about, text=text, hint=_GONE)
+
+    def _files(self, root: Path) -> Iterator[Path]:
+        """All regular files below a directory of this machine, each once, without following a link."""
+        kinds, waiting = mounts(), [str(root)]
+        while waiting:
+            try:
+                with os.scandir(waiting.pop()) as entries:
+                    found = sorted(entries, key=lambda entry: entry.name)
+            except OSError as e:
+                self._count(e)
+                continue
+            for entry in found:
+                try:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting += [entry.path] if self._is_here(kinds.get(entry.path, ""), entry.path) else []
+                    elif entry.is_file(follow_symlinks=False) and self._is_new(entry.stat(follow_symlinks=False)):
+                        yield Path(entry.path)
+                except OSError as e:
+                    self._count(e)
+
+    def _is_here(self, kind: str, place: str) -> bool:
+        if _REMOTE.fullmatch(kind):
+            self._remote.add(place)
+            return False
+        return not _NO_FILES.fullmatch(kind)
+
+    def _is_new(self, status: os.stat_result) -> bool:
+        """Whether this file was not seen by another name."""
+        key = (status.st_dev, status.st_ino)
+        is_new = key not in self._seen
+        self._seen.add(key)
+        return is_new
+
+    def _count(self, error: OSError) -> None:
+        self._closed += not isinstance(error, FileNotFoundError)
 
     def in_cluster(self, api: Api) -> Iterator[Finding]:
         """A finding for each Secret with a CA's key, and for kubeadm's, which has all of them."""
@@ -295,15 +287,15 @@ class _Search:
         for place in self._encrypted:
             text = "has an encrypted key, which can't be compared with the CAs'"
             yield Finding.warning("ca-key-search", place, text, "find out whose it is, and delete a CA's")
-        if closed := self._closed + self._walk.closed:
-            text = f"{closed} files or directories could not be read"
+        if self._closed:
+            text = f"{self._closed} files or directories could not be read"
             yield Finding.warning("ca-key-search", f"{root}, closed", text, "run it as root; a disk may be broken")
-        read = f"{len(self._walk.seen)} files" + (f" and {self._secrets} Secrets" if self._secrets else "")
+        read = f"{len(self._seen)} files" + (f" and {self._secrets} Secrets" if self._secrets else "")
         text = f"looked for the keys of {', '.join(self._cas)} in {read}: {self._found} have such a key"
         if self._cut:
             text += f"; not read: the rest of {self._cut} files behind 64 MiB"
         yield Finding.note("ca-key-search", str(root), text)
-        for place in sorted(self._walk.remote):
+        for place in sorted(self._remote):
             yield Finding.note("ca-key-search", place, "another machine's file system was not looked at")
 
 

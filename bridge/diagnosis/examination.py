@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 from cryptography import x509
@@ -48,7 +47,7 @@ def _of_node(settings: Settings, *looks: Callable[[Node], Iterator[Finding]]) ->
         yield from_error("no-node", "node", inventory.NoNodeError(settings.node.pki_dir))
         return
     for look in looks:
-        yield from _whole(partial(look, node))
+        yield from _whole(look(node))
 
 
 def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
@@ -57,24 +56,24 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     is_desk = desk_files.policy_path(settings).is_file()
     settings = in_force(settings, node.bundles)
     if node.is_here:
-        yield from _whole(lambda: installed.look(node, settings, now))
-        yield from _whole(lambda: ca_keys.look(node, settings))
-        yield from _whole(lambda: use.look_at_pairs(node, settings, now))
-        yield from _whole(lambda: use.look(node, settings, now))
-        yield from _whole(lambda: machine.look(node, settings, now))
-        yield from _whole(lambda: authorities.look(node, settings, now))
+        yield from _whole(installed.look(node, settings, now))
+        yield from _whole(ca_keys.look(node, settings))
+        yield from _whole(use.look_at_pairs(node, settings, now))
+        yield from _whole(use.look(node, settings, now))
+        yield from _whole(machine.look(node, settings, now))
+        yield from _whole(authorities.look(node, settings, now))
     elif not is_desk:
         error = inventory.NoNodeError(settings.node.pki_dir)
         hint = f"{error.hint}; a CA desk has its policy in {desk_files.policy_path(settings)}"
         yield Finding.error("no-node", "node", str(error), hint)
     if is_desk:
-        yield from _whole(lambda: look_at_desk(settings, now))
+        yield from _whole(look_at_desk(settings, now))
 
 
-def _whole(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """Run one part of the examination; what can't be looked at ends it, and no other."""
+def _whole(part: Iterator[Finding]) -> Iterator[Finding]:
+    """One part of the examination; what can't be looked at ends it, and no other."""
     try:
-        yield from look()
+        yield from part
     except OSError as e:
         place = str(e.filename or "this machine")
         yield Finding.error("unreadable", place, f"wanted to look at it, found: {e.strerror}")
@@ -100,9 +99,8 @@ def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from machine.jobs_of_cron()
     yield from machine.desk_directories()
     if not settings.authorities:
-        yield Finding.error(
-            "settings", "settings", "wanted an [authority.NAME] for each CA that signs here, found none"
-        )
+        text = "wanted an [authority.NAME] for each CA that signs here, found none"
+        yield Finding.error("settings", "settings", text)
     questions = {name: _question(name, policy, settings, now) for name in settings.authorities}
     yield from authorities.ask_all(settings, dict.fromkeys(questions), questions, now)
     yield from _cas(settings, now)
@@ -111,9 +109,8 @@ def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
 def _question(name: str, policy: Policy | None, settings: Settings, now: datetime) -> authorities.Question:
     # not every site has the CA sign what its kubelets serve with
     specs = [spec for spec in SPECS.values() if spec.authority.name == name and spec.of_kubeadm]
-    anchors: tuple[
-        x509.Certificate, ...
-    ] = ()  # the cluster's, as the policy names them; else the backends tell their own
+    # the cluster's, as the policy names them; else the backends tell their own
+    anchors: tuple[x509.Certificate, ...] = ()
     if policy is not None and policy.desk.ca_dir is not None:
         with contextlib.suppress(UnreadableError):
             anchors = read_ca_file(policy.desk.ca_dir / SIGNING_AUTHORITIES[name].certificate_file)

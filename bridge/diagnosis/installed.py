@@ -51,7 +51,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     anchors = {state.authority.name: state.certificates for state in node.authorities}
     # without a kubelet's client certificate a rebooted node stays down: nothing is worse, and it comes first
     for item in sorted(node.items, key=lambda one: one.spec.name != KUBELET_CONF):
-        if item.pair is not None:  # `diagnosis.pairs` looks at it
+        if item.pair is not None:  # `use.look_at_pairs` looks at it
             continue
         if item.foreign:
             yield from _operators(item, now) if item.spec.by_flag else _self_made(item, node, now)
@@ -461,17 +461,14 @@ def _host(url: str) -> str:
 def is_named(certificate: x509.Certificate, host: str) -> bool:
     """Whether a host name or address is among a certificate's SANs (RFC 6125 §6.4: a wildcard stands for one label)."""
     try:
-        address = str(ipaddress.ip_address(host.strip("[]")))
-    except ValueError:
-        address = ""
-    try:
         entries = san_entries(certificate)
     except UNREADABLE:
         return False
-    if address:
-        return ("IP", address) in entries
-    names = {value.lower() for kind, value in entries if kind == "DNS"}
-    return host.lower() in names or f"*.{host.lower().partition('.')[2]}" in names
+    try:
+        return ("IP", str(ipaddress.ip_address(host.strip("[]")))) in entries
+    except ValueError:
+        names = {value.lower() for kind, value in entries if kind == "DNS"}
+        return host.lower() in names or f"*.{host.lower().partition('.')[2]}" in names
 
 
 _PUBLIC_KEY = re.compile(rb"-----BEGIN ([A-Z ]*PUBLIC KEY)-----[^-]*-----END \1-----")

@@ -259,8 +259,6 @@ def _client_certificate(path: Path) -> x509.Certificate | None:
 
 def _name_of_old(certificate: x509.Certificate, admins: Mapping[str, Item]) -> str:
     """The name of the certificate that it is an earlier one of: the same subject and the same CA's name; empty: of none."""
-    for name, item in admins.items():
-        for live in item.certificates[:1]:
-            if (live.subject, live.issuer) == (certificate.subject, certificate.issuer):
-                return name
-    return ""
+    names = (certificate.subject, certificate.issuer)
+    ours = ((name, live) for name, item in admins.items() for live in item.certificates[:1])
+    return next((name for name, live in ours if (live.subject, live.issuer) == names), "")

@@ -30,7 +30,7 @@ from bridge.pki.csr import names_of
 from bridge.pki.kubeadm_names import NamingFacts, NoFactError
 from bridge.renewal import hooks, in_use
 from bridge.settings.pairs import PairFiles, PairSettings
-from bridge.settings.tables import Settings
+from bridge.settings.tables import Settings, command_words
 from bridge.specs import SERVERS, Component
 from bridge.state import Store
 from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS
@@ -394,7 +394,7 @@ def _key_file(name: str, files: PairFiles) -> Iterator[Finding]:
 
 def _reload(pair: PairSettings) -> Iterator[Finding]:
     """The command could be run, before a certificate is spent on it."""
-    words, manifest = pair.reload_words(), pair.static_pod
+    words, manifest = command_words(pair.reload), pair.static_pod
     if manifest is not None and not pod_name(manifest):
         text = f"wanted the manifest of a static pod in {manifest}, found none"
         yield Finding.error("pair-reload", pair.name, text)

@@ -22,15 +22,17 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
+from bridge.desk.workers import ReadBundle
 from bridge.door import enrolments
 from bridge.door.enrolments import Enrolment
-from bridge.door.signing import BusyError, Judged, Signing
+from bridge.door.signing import BusyError, Signing
 from bridge.door.store import TO_SIGN, DatabaseError, EnrolmentError, Kept, Memory
 from bridge.errors import BridgeError
-from bridge.pki.bundle import BundleError, RequestBundle
+from bridge.pki.bundle import BundleError
 from bridge.pki.certificates import pem
 from bridge.settings.tables import Settings
 from bridge.system.waiting import Rate, remember, wait_until
@@ -50,10 +52,10 @@ _LOOK_SECONDS = 0.25
 _PAUSE_SECONDS = 30
 #: The part of the threads that may wait for answers.
 _PART_AWAITING = 4
-#: The part of the room for requests that no CA's certificate is there to judge by.
-_PART_UNJUDGED = 10
+#: The part of the room for requests that no CA's certificate is there to judge by, and the longest of them: a whole node's
+#: has 40,000 bytes, and each round reads two hundred of them again.
+_PART_UNJUDGED, _LONGEST_UNJUDGED_BYTES = 10, 64 << 10
 _ID = re.compile(r"/v1/requests/([A-Za-z0-9_-]{43})")
-_AUTHORITY = re.compile(r"/v1/authorities/([a-z-]{1,100})")
 _CHAIN = "application/pem-certificate-chain"
 _CERTIFICATE = re.compile(r"/v1/certificates/([a-z0-9.-]{1,100})/([0-9a-f]{64})")
 
@@ -80,6 +82,14 @@ class Reply:
         """An error's answer: what was wanted, what was found, what to do next."""
         hint = error.hint if isinstance(error, BridgeError) else ""
         return cls.of(status, {"error": one_line(error, 2000), **({"hint": hint} if hint else {})}, **headers)
+
+
+class TurnedAwayError(Exception):
+    """A request ends with this answer, and nothing is kept of it."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__()
+        self.reply = reply
 
 
 class Awaited:
@@ -146,6 +156,14 @@ class Door:
         self._rate = Rate(ours.requests_per_minute)
         self._authorities = sorted(settings.authorities)
         self._pages = pages
+        #: What answers GET, by the path.
+        self._paths: Mapping[re.Pattern[str], Callable[..., Reply]] = {
+            _ID: self._answer,
+            _CERTIFICATE: self._certificate,
+            re.compile("/v1/authorities"): lambda: Reply.of(HTTPStatus.OK, {"authorities": self._authorities}),
+            re.compile(f"/v1/authorities/({'|'.join(map(re.escape, self._authorities))})"): self._issuers,
+            **{re.compile(re.escape(path)): partial(_page, page) for path, page in pages.items()},
+        }
         #: Called with the peer and the id of each new request.
         self.brought: Callable[[Environ, str], object] = lambda *_: None
         self._mutex = threading.Lock()
@@ -163,13 +181,16 @@ class Door:
         """WSGI."""
         request_id, began = secrets.token_hex(8), time.monotonic()
         try:
-            reply = self._too_fast(environ) or self._reply(environ)
+            self._assert_slow(environ["REMOTE_ADDR"])
+            reply = self._reply(environ)
+        except TurnedAwayError as e:
+            reply = e.reply
         except DatabaseError as e:
             log.error("%s", e, extra={"request": request_id})  # noqa: TRY400
             reply = Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, e, retry_after=str(_PAUSE_SECONDS))
         with self._mutex:
             self.answers[int(reply.status)] += 1
-        method, path, peer = (str(environ.get(key, "")) for key in ("REQUEST_METHOD", "PATH_INFO", "REMOTE_ADDR"))
+        method, path, peer = (environ[key] for key in ("REQUEST_METHOD", "PATH_INFO", "REMOTE_ADDR"))
         if path not in self._pages:
             path_text = _ID.sub("/v1/requests/…", path)  # who knows the id gets the answer
             text = "%s %s from %s: %d in %.0f ms"
@@ -190,45 +211,26 @@ class Door:
         start(f"{int(reply.status)} {reply.status.phrase}", list(headers.items()))
         return [body]
 
-    def _too_fast(self, environ: Environ) -> Reply | None:
+    def _assert_slow(self, peer: str) -> None:
         with self._mutex:
-            seconds = self._rate.take(str(environ.get("REMOTE_ADDR", "")), time.monotonic())
-        if not seconds:
-            return None
-        text = f"wanted at most {self._settings.requests_per_minute} requests a minute from one address, found more"
-        return Reply.error(HTTPStatus.TOO_MANY_REQUESTS, text, retry_after=str(math.ceil(seconds)))
+            seconds = self._rate.take(peer, time.monotonic())
+        if seconds:
+            text = f"wanted at most {self._settings.requests_per_minute} requests a minute from one address, found more"
+            raise away(HTTPStatus.TOO_MANY_REQUESTS, text, retry_after=str(math.ceil(seconds)))
 
     def _reply(self, environ: Environ) -> Reply:
-        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        path = environ["PATH_INFO"]
         if path == "/v1/requests":
-            if method == "POST":
-                return self._post(environ)
-            return Reply.error(HTTPStatus.METHOD_NOT_ALLOWED, "wanted POST", allow="POST")
+            assert_method(environ, "POST")
+            return self._post(environ)
         for beginning, reply in self.below.items():
             if path.startswith(beginning):
                 return reply(environ)
-        found = self._found(path)
-        if found is None:
-            return Reply.error(HTTPStatus.NOT_FOUND, "wanted a page of the door, found another path")
-        if method != "GET":
-            return Reply.error(HTTPStatus.METHOD_NOT_ALLOWED, "wanted GET", allow="GET")
-        return found()
-
-    def _found(self, path: str) -> Callable[[], Reply] | None:
-        if (page := self._pages.get(path)) is not None:
-            return lambda: _page(*page())
-        if (match := _ID.fullmatch(path)) is not None:
-            request_id = match[1]
-            return lambda: self._answer(request_id)
-        if (match := _CERTIFICATE.fullmatch(path)) is not None:
-            name, csr = match[1], match[2]
-            return lambda: self._certificate(name, csr)
-        if (match := _AUTHORITY.fullmatch(path)) is not None and match[1] in self._authorities:
-            name = match[1]
-            return lambda: self._issuers(name)
-        if path == "/v1/authorities":
-            return lambda: Reply.of(HTTPStatus.OK, {"authorities": self._authorities})
-        return None
+        for pattern, get in self._paths.items():
+            if (match := pattern.fullmatch(path)) is not None:
+                assert_method(environ, "GET")
+                return get(*match.groups())
+        return Reply.error(HTTPStatus.NOT_FOUND, "wanted a page of the door, found another path")
 
     def _issuers(self, authority: str) -> Reply:
         if not (found := self._signing.chains.get(authority, ())):
@@ -243,72 +245,60 @@ class Door:
             text = "wanted a running door, found one that is shutting down"
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_SOON_SECONDS))
         data = json_body(environ)
-        if isinstance(data, Reply):
-            return data
         try:
-            bundle, request_digest, judged = self._signing.read(data, str(environ.get("REMOTE_ADDR", "")))
+            one = self._signing.read(data, environ["REMOTE_ADDR"])
         except BundleError as e:
             return Reply.error(HTTPStatus.BAD_REQUEST, e)
         except BusyError as e:
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, e, retry_after=str(_PAUSE_SECONDS))
-        kept = self._memory.find_digest(request_digest)
-        if kept is None:
-            received = self._receive(environ, data, bundle, request_digest, judged)
-            if isinstance(received, Reply):
-                return received
-            request_id = received
-        else:
-            request_id = kept.id
+        kept = self._memory.find(one.digest, "digest")
+        request_id = kept.id if kept else self._receive(environ, data, one)
         self.arrived.set()
-        document = {"id": request_id, "digest": request_digest, "state": "waiting" if kept is None else kept.state}
-        place = f"/v1/requests/{request_id}"
-        return Reply.of(
-            HTTPStatus.ACCEPTED, document, location=place, retry_after=str(self._soon_seconds(request_digest))
-        )
+        document = {"id": request_id, "digest": one.digest, "state": "waiting" if kept is None else kept.state}
+        place, soon = f"/v1/requests/{request_id}", str(self._soon_seconds(one.digest))
+        return Reply.of(HTTPStatus.ACCEPTED, document, location=place, retry_after=soon)
 
-    def _receive(
-        self, environ: Environ, data: bytes, bundle: RequestBundle, request_digest: str, judged: Judged | None
-    ) -> str | Reply:
-        """The id of a request that is new, or why it is not kept."""
-        peer = str(environ.get("REMOTE_ADDR", ""))
+    def _receive(self, environ: Environ, data: bytes, one: ReadBundle) -> str:
+        """Keep a request that is new; its id."""
+        peer, bundle = environ["REMOTE_ADDR"], one.bundle
         try:
-            used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), bundle, request_digest)
+            used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), one)
             vouched = frozenset(used.vouches(bundle) if used is not None else ())
-            if judged is None or vouched:
-                judged = self._signing.judged(bundle, vouched)
-            if judged.refused:
-                return _refused(bundle, request_digest, peer, judged.refused)
-            if (refused := self.too_many(peer, is_judged=self._signing.judges(bundle))) is not None:
-                return refused
+            if one.by is None or vouched:
+                one = self._signing.judged(one, vouched)
+            if reason := self._signing.refused(one):
+                raise _refused(one, peer, reason)
+            self.assert_room(peer, is_judged=self._signing.judges(bundle), size=len(data))
             who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
             number = used.id if used is not None else None
-            request_id = self._memory.receive(data, digest=request_digest, now=self._now(), enrolment=number, **who)
+            request_id = self._memory.receive(data, digest=one.digest, now=self._now(), enrolment=number, **who)
             with self._mutex:
-                remember(self._turns, request_digest, self._answered + self.to_sign, self._settings.waiting)
-            self._signing.expect(data, judged)
+                remember(self._turns, one.digest, self._answered + self.to_sign, self._settings.waiting)
+            if not vouched:  # a round judges those anew
+                self._signing.expect(data, one)
             self.brought(environ, request_id)
         except EnrolmentError as e:
-            return _refused(bundle, request_digest, peer, e)
-        text = "request %s of %s was received"
-        log.info(text, request_digest[:16], bundle.node, extra={"request": request_digest[:16], "requester": peer})
+            raise _refused(one, peer, e) from None
+        text, short = "request %s of %s was received", one.digest[:16]
+        log.info(text, short, bundle.node, extra={"request": short, "requester": peer})
         return request_id
 
-    def _enrolment(self, authorization: str, bundle: RequestBundle, request_digest: str) -> Enrolment | None:
+    def _enrolment(self, authorization: str, one: ReadBundle) -> Enrolment | None:
         """The enrolment that the header proves; one that lets nothing in is no error where each request has a proof."""
         if not authorization:
             return None
         try:
-            return enrolments.proven_by(self._memory, authorization, bundle, request_digest, self._now())
+            return enrolments.proven_by(self._memory, authorization, one.bundle, one.digest, self._now())
         except EnrolmentError:
-            if all(one.proof is not None for one in bundle.requests):
+            if all(request.proof is not None for request in one.bundle.requests):
                 return None
             raise
 
-    def too_many(self, peer: str, *, is_judged: bool) -> Reply | None:
+    def assert_room(self, peer: str, *, is_judged: bool, size: int = 0) -> None:
         """
-        The answer where no further request of this address may wait, or none at all; None: one may.
+        Turn a request of this size away where no further one of this address may wait, or none at all.
 
-        A request that could not be judged gets a tenth of the room, so that strangers take no node's place.
+        A request that could not be judged gets a tenth of the room, so that strangers take no node's place, and no memory.
         """
         found = self._memory.unanswered(peer)
         every, theirs, self.to_sign = found.every, found.theirs, found.to_sign
@@ -317,11 +307,13 @@ class Door:
         most, most_theirs = -(-self._settings.waiting // part), -(-self._settings.waiting_per_peer // part)
         if theirs >= most_theirs:
             text = f"wanted at most {most_theirs} {kind} of one address that wait, found {theirs}"
-            return Reply.error(HTTPStatus.TOO_MANY_REQUESTS, text, **later)
+            raise away(HTTPStatus.TOO_MANY_REQUESTS, text, **later)
+        if not is_judged and size > _LONGEST_UNJUDGED_BYTES:
+            text = f"wanted at most {_LONGEST_UNJUDGED_BYTES} bytes for a CA that was not reached yet, found {size}"
+            raise away(HTTPStatus.SERVICE_UNAVAILABLE, text, **later)
         if every >= most:
             text = f"wanted at most {most} {kind} that wait, found {every}"
-            return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, **later)
-        return None
+            raise away(HTTPStatus.SERVICE_UNAVAILABLE, text, **later)
 
     def _answer(self, request_id: str) -> Reply:
         kept = self._memory.find(request_id)
@@ -357,26 +349,46 @@ class Door:
         return min(max(_SOON_SECONDS, ahead // _PACE), _LATER_SECONDS)
 
     def _certificate(self, name: str, csr: str) -> Reply:
-        chain = self._memory.issued_for(csr, name)
+        chain = self._memory.issued_among([csr]).get((csr, name))
         if chain is None:
             return Reply.error(HTTPStatus.NOT_FOUND, "wanted a CSR that was signed here, found another one")
         return Reply(status=HTTPStatus.OK, body=chain, kind=_CHAIN)
 
 
-def json_body(environ: Environ) -> bytes | Reply:
-    """The body of a request in JSON, not parsed; or the answer where the header says that it is something else."""
-    if str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip() != "application/json":
-        return Reply.error(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wanted Content-Type: application/json")
+def away(status: HTTPStatus, error: BridgeError | str, **headers: str) -> TurnedAwayError:
+    """An error, as an answer that is raised."""
+    return TurnedAwayError(Reply.error(status, error, **headers))
+
+
+def assert_method(environ: Environ, *allowed: str) -> None:
+    """Turn a request with another method away."""
+    if environ["REQUEST_METHOD"] not in allowed:
+        methods = ", ".join(allowed)
+        raise away(HTTPStatus.METHOD_NOT_ALLOWED, f"wanted {methods}", allow=methods)
+
+
+def kind_of(environ: Environ) -> str:
+    """The media type of a request's body, without its parameters."""
+    return str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip()
+
+
+def body_of(environ: Environ) -> bytes:
+    """All of a request's body, since a connection that is closed with bytes unread takes the answer away."""
     data: bytes = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
     return data
 
 
-def _refused(bundle: RequestBundle, request_digest: str, peer: str, reason: BridgeError | str) -> Reply:
-    text = "request %s of %s from %s is refused: %s"
-    log.warning(
-        text, request_digest[:16], bundle.node, peer, one_line(reason, 2000), extra={"request": request_digest[:16]}
-    )
-    return Reply.error(HTTPStatus.FORBIDDEN, reason)
+def json_body(environ: Environ) -> bytes:
+    """The body of a request in JSON, not parsed; a request whose header says something else is turned away."""
+    if kind_of(environ) != "application/json":
+        raise away(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wanted Content-Type: application/json")
+    return body_of(environ)
+
+
+def _refused(one: ReadBundle, peer: str, reason: BridgeError | str) -> TurnedAwayError:
+    text, short = "request %s of %s from %s is refused: %s", one.digest[:16]
+    log.warning(text, short, one.bundle.node, peer, one_line(reason, 2000), extra={"request": short})
+    return away(HTTPStatus.FORBIDDEN, reason)
 
 
 def _note(kept: Kept) -> str:
@@ -388,6 +400,6 @@ def _note(kept: Kept) -> str:
     return f"request {kept.digest[:16]} waits for its turn"
 
 
-def _page(status: int, text: str) -> Reply:
-    kind = "text/plain; version=0.0.4; charset=utf-8"
+def _page(page: Callable[[], tuple[int, str]]) -> Reply:
+    (status, text), kind = page(), "text/plain; version=0.0.4; charset=utf-8"
     return Reply(status=HTTPStatus(status), body=text.encode(), kind=kind)

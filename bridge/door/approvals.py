@@ -18,7 +18,7 @@ import json
 import logging
 import re
 from base64 import b64decode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from http import HTTPStatus
@@ -30,9 +30,9 @@ import jinja2
 from cryptography import x509
 
 from bridge.desk import approval
-from bridge.desk.approval import LONGEST_REASON, Decision, Matter, Standing, Trust, Verdict, differences, sentence
+from bridge.desk.approval import LONGEST_REASON, Decision, Standing, Verdict, differences, sentence
 from bridge.desk.policy import PolicyVerdict
-from bridge.door.app import Reply
+from bridge.door.app import Reply, assert_method, body_of, kind_of
 from bridge.door.https import PEER
 from bridge.door.signing import Signing
 from bridge.door.store import Kept, Memory
@@ -107,18 +107,15 @@ class Case:
 class Approvals:
     """Called from many threads."""
 
-    def __init__(
-        self, memory: Memory, signing: Signing, trust: Callable[[], Trust], decided: Callable[[], object]
-    ) -> None:
-        """`trust` is that of now; `decided` is called when there is something to sign."""
-        self._memory = memory
-        self._signing = signing
-        self._trust = trust
+    def __init__(self, memory: Memory, signing: Signing, decided: Callable[[], object]) -> None:
+        """`decided` is called when there is something to sign."""
+        self.memory = memory
+        self.signing = signing
         self._decided = decided
 
     def person(self, environ: Mapping[str, Any]) -> Person:
         """The person behind a request (NotDecidedError: a client that may not decide)."""
-        der, trust = environ.get(PEER), self._trust()
+        der, trust = environ.get(PEER), self.signing.trust()
         if der is None:
             raise NotDecidedError("wanted a person's certificate in the handshake, found none")
         try:
@@ -128,7 +125,7 @@ class Approvals:
         if found := client_problem(leaf, trust.anchors, trust.now):
             raise NotDecidedError(found)
         try:
-            name = approval.person(leaf, self._signing.policy.approvals.approvers)
+            name = approval.person(leaf, self.signing.policy.approvals.approvers)
         except ValueError as e:
             raise NotDecidedError(str(e)) from None
         return Person(name=name, certificate=leaf)
@@ -136,21 +133,19 @@ class Approvals:
     @property
     def rules(self) -> approval.ApprovalRules:
         """The policy's rules about approvals."""
-        return self._signing.policy.approvals
+        return self.signing.policy.approvals
 
-    def waiting(self) -> list[Case]:
-        """The requests that people have to decide about, the oldest first."""
-        found = []
-        for one in self._memory.in_state("undecided")[:MOST]:
+    def waiting(self) -> Iterator[Case]:
+        """The requests that people have to decide about, the oldest first; each is read when it is its turn."""
+        for one in self.memory.in_state("undecided", MOST):
             try:
-                found.append(self._case(one))
+                yield self._case(one)
             except UnknownError as e:  # one that can't be read keeps no other from being decided about
                 log.error("request %s: %s", one.digest[:16], e)  # noqa: TRY400
-        return found
 
     def case(self, digest: str) -> Case:
         """The request with this digest, in whatever state (UnknownError)."""
-        kept = self._memory.find_digest(digest)
+        kept = self.memory.find(digest, "digest")
         if kept is None:
             raise UnknownError("wanted the digest of a request, found another text")
         return self._case(kept)
@@ -166,18 +161,20 @@ class Approvals:
         return Case(
             kept=kept,
             bundle=bundle,
-            standing=self._signing.standing(kept, bundle),
-            verdicts=self._signing.verdicts(kept, bundle),
-            need_approval=frozenset(filter(self._signing.policy.needs_approval, (one.name for one in bundle.requests))),
+            standing=self.signing.standing(kept, bundle),
+            verdicts=self.signing.verdicts(kept, bundle),
+            need_approval=frozenset(filter(self.signing.policy.needs_approval, (one.name for one in bundle.requests))),
         )
 
-    def brought(self, environ: Mapping[str, Any], request_id: str, now: datetime) -> None:
+    def brought(self, environ: Mapping[str, Any], request_id: str) -> None:
         """Remember the person, if one with a certificate has brought a request: the same one does not decide about it."""
         try:
             person = self.person(environ)
         except NotDecidedError:
             return
-        self._memory.decide(request_id, approver=person.name, verdict="asked", reason="", evidence=None, now=now)
+        self.memory.decide(
+            request_id, approver=person.name, verdict="asked", reason="", evidence=None, now=self.signing.trust().now
+        )
 
     def decide(self, person: Person, digest: str, verdict: Verdict, reason: str, signature: bytes | None) -> Case:
         """
@@ -185,7 +182,7 @@ class Approvals:
 
         Without a signature the evidence is the door's word that this person decided.
         """
-        case, trust = self.case(digest), self._trust()
+        case, trust = self.case(digest), self.signing.trust()
         if case.kept.state != "undecided":
             raise TooLateError(f"wanted a request that waits for people, found one that is {case.kept.state}")
         if verdict == "refused" and not reason.strip():
@@ -197,8 +194,7 @@ class Approvals:
         )  # fmt: skip
         if signature is None:
             decision = replace(decision, proof=approval.code(decision, digest, trust.secret))
-        asked_by = self._signing.asked_by(case.kept)
-        matter = Matter(bundle=case.bundle, digest=digest, rules=self.rules, asked_by=asked_by)
+        matter = self.signing.matter(case.kept, case.bundle, self.memory.decisions(case.kept.id))
         if found := approval.problem(decision, matter, trust):
             raise NotDecidedError(found)
         return self._kept(case, decision)
@@ -206,10 +202,10 @@ class Approvals:
     def _kept(self, case: Case, decision: Decision) -> Case:
         earlier = [one.verdict for one in case.standing.decisions if one.approver == decision.approver]
         about = {"approver": decision.approver, "verdict": decision.verdict, "reason": decision.reason}
-        is_kept = not earlier and self._memory.decide(
+        is_kept = not earlier and self.memory.decide(
             case.kept.id, **about, evidence=decision.evidence_bytes(), now=decision.decided, again=True
         )
-        found = self._signing.standing(case.kept, case.bundle)
+        found = self.signing.standing(case.kept, case.bundle)
         is_decided = found.refused is not None or len(found.approved) >= self.rules.count
         # the door may have been killed before it said so in the request's state, or the policy wants fewer people now
         if not is_kept and not (is_decided and earlier == [decision.verdict]):
@@ -218,7 +214,7 @@ class Approvals:
         who = {"request": short, "requester": decision.approver}
         log.info(text, short, case.bundle.node, decision.verdict, decision.approver, extra=who)
         if is_decided:
-            self._memory.move(case.kept.id, "refused" if found.refused else "approved", before=["undecided"])
+            self.memory.move(case.kept.id, "refused" if found.refused else "approved", before=["undecided"])
         self._decided()
         return self.case(case.kept.digest)
 
@@ -240,7 +236,7 @@ def listed(case: Case, rules: approval.ApprovalRules) -> dict[str, Any]:
 
 
 def entry(case: Case, rules: approval.ApprovalRules, cas: Mapping[str, tuple[x509.Certificate, ...]]) -> dict[str, Any]:
-    """A request whole, as JSON: with its bundle, from which the reader computes everything anew."""
+    """A request whole, as JSON: its bundle, of which the reader computes everything anew, and the CAs behind the door."""
     return {
         **listed(case, rules),
         "bundle": json.loads(case.kept.bundle),
@@ -258,10 +254,8 @@ def entry(case: Case, rules: approval.ApprovalRules, cas: Mapping[str, tuple[x50
 class Api:
     """The addresses below /v1/approvals."""
 
-    def __init__(self, approvals: Approvals, cas: Callable[[], Mapping[str, tuple[x509.Certificate, ...]]]) -> None:
-        """`cas` are those behind the door, for the reader to compare with."""
+    def __init__(self, approvals: Approvals) -> None:
         self._approvals = approvals
-        self._cas = cas
 
     def __call__(self, environ: Mapping[str, Any]) -> Reply:
         """The answer."""
@@ -269,9 +263,7 @@ class Api:
         if match is None:
             return Reply.error(HTTPStatus.NOT_FOUND, "wanted /v1/approvals, or a request's digest below it")
         method, request_digest = environ["REQUEST_METHOD"], match[1]
-        allowed = "GET" if request_digest is None else "GET, POST"
-        if method not in allowed.split(", "):
-            return Reply.error(HTTPStatus.METHOD_NOT_ALLOWED, f"wanted {allowed}", allow=allowed)
+        assert_method(environ, "GET", *([] if request_digest is None else ["POST"]))
         try:
             person = self._approvals.person(environ)
             rules = self._approvals.rules
@@ -281,14 +273,14 @@ class Api:
             case = (
                 self._approvals.case(request_digest) if method == "GET" else self._post(environ, person, request_digest)
             )
-            return Reply.of(HTTPStatus.OK, {"approver": person.name, **entry(case, rules, self._cas())})
+            return Reply.of(HTTPStatus.OK, {"approver": person.name, **entry(case, rules, self._approvals.signing.cas)})
         except NotDecidedError as e:
             return Reply.error(e.status, e)
 
     def _post(self, environ: Mapping[str, Any], person: Person, request_digest: str) -> Case:
-        if str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip() != "application/json":
+        if kind_of(environ) != "application/json":
             raise NotDecidedError("wanted Content-Type: application/json, found another one", hint="")
-        verdict, reason, signature = read_decision(environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)))
+        verdict, reason, signature = read_decision(body_of(environ))
         return self._approvals.decide(person, request_digest, verdict, reason, signature)
 
 
@@ -325,6 +317,11 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _TEMPLATES = Path(__file__).with_name("templates")
+#: How the templates show what is no text; each result is escaped as any other.
+_FILTERS: Mapping[str, Callable[..., object]] = {
+    "minute": minute, "duration": duration_text, "fingerprint": short_fingerprint, "serial": serial_hex,
+    "subject": subject_line, "sans": sans_line, "key": key_line, "differences": differences,
+}  # fmt: skip
 
 
 class ForgedFormError(NotDecidedError):
@@ -336,17 +333,17 @@ class ForgedFormError(NotDecidedError):
 class Pages:
     """The addresses below /approvals; called from many threads."""
 
-    def __init__(self, approvals: Approvals, memory: Memory, secret: bytes, now: Callable[[], datetime]) -> None:
+    def __init__(self, approvals: Approvals, secret: bytes, now: Callable[[], datetime]) -> None:
         """`secret` makes the forms' tokens."""
         self._approvals = approvals
-        self._memory = memory
+        self._memory = approvals.memory
         self._secret = secret
         self._now = now
         self._templates = jinja2.Environment(
             loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
             trim_blocks=True, lstrip_blocks=True,
         )  # fmt: skip
-        self._templates.filters["minute"] = minute
+        self._templates.filters |= _FILTERS
         self._style = (_TEMPLATES / "style.css").read_bytes()
 
     def __call__(self, environ: Mapping[str, Any]) -> Reply:
@@ -374,14 +371,13 @@ class Pages:
             error = BridgeError("wanted a page, found another address")
             return self._html("error.html", HTTPStatus.NOT_FOUND, error=error, title="No such page")
         if match[1] is None:
-            cases = [self._view(one) for one in self._approvals.waiting()]
-            return self._html("list.html", person=person, cases=cases, title="Waiting requests")
+            return self._html("list.html", person=person, cases=self._approvals.waiting(), title="Waiting requests")
         case = self._approvals.case(match[1])
         title = f"Request of {case.bundle.node}"
         token = self._token(person, match[1])
         may_here = case.kept.state == "undecided" and self._approvals.rules.evidence != "signature"
         more: dict[str, Any] = {"longest": LONGEST_REASON, "token": token, "may_here": may_here}
-        return self._html("case.html", person=person, case=self._view(case), title=title, **more)
+        return self._html("case.html", person=person, case=case, title=title, **more)
 
     # --- a decision ---------------------------------------------------------------------------------------------------
 
@@ -410,47 +406,20 @@ class Pages:
     # --- what there is ------------------------------------------------------------------------------------------------
 
     def _certificates(self, person: Person, query: str) -> Reply:
-        found = self._memory.ending(query, self._now(), MOST)
         now = self._now()
-        rows = [{"one": one, "days": (one.ends - now).days} for one in found]
+        rows = [{"one": one, "days": (one.ends - now).days} for one in self._memory.ending(query, now, MOST)]
         return self._html("certificates.html", person=person, rows=rows, query=query, most=MOST, title="Certificates")
 
     def _record(self, person: Person, query: str) -> Reply:
-        rows = []
-        for kept in self._memory.search(query, MOST):
-            people = [one for one in self._memory.decisions(kept.id) if one.verdict != "asked"]
-            rows.append({"kept": kept, "people": people})
+        rows = [
+            {"kept": kept, "people": [one for one in self._memory.decisions(kept.id) if one.verdict != "asked"]}
+            for kept in self._memory.search(query, MOST)
+        ]
         return self._html("record.html", person=person, rows=rows, query=query, most=MOST, title="The record")
 
-    def _view(self, case: Case) -> dict[str, Any]:
-        return {
-            "kept": case.kept,
-            "bundle": case.bundle,
-            "fingerprint": short_fingerprint(case.bundle),
-            "have": len(case.standing.approved),
-            "need": self._approvals.rules.count,
-            "decisions": case.standing.decisions,
-            "certificates": [
-                {
-                    "name": one.name,
-                    "authority": one.authority,
-                    "means": case.sentence(one),
-                    "subject": subject_line(one.csr),
-                    "sans": sans_line(one.csr),
-                    "usages": ", ".join(sorted(eku.label for eku in one.ekus)),
-                    "validity": duration_text(one.validity),
-                    "key": key_line(one.csr),
-                    "replaces": one.replaces,
-                    "serial": serial_hex(one.replaces) if one.replaces is not None else "",
-                    "differs": list(differences(one)),
-                    "verdict": case.verdicts.get(one.name),
-                }
-                for one in case.requests
-            ],
-        }
-
     def _html(self, template: str, status: HTTPStatus = HTTPStatus.OK, **values: Any) -> Reply:
-        text = self._templates.get_template(template).render(**{"person": None, **values})
+        values = {"person": None, "rules": self._approvals.rules, **values}
+        text = self._templates.get_template(template).render(**values)
         return Reply(status=status, body=text.encode(), kind="text/html; charset=utf-8", headers=_HEADERS)
 
 
@@ -464,12 +433,11 @@ def _query(environ: Mapping[str, Any]) -> str:
 
 def _form(environ: Mapping[str, Any]) -> dict[str, str]:
     """The fields of a form, each once (ForgedFormError: another document)."""
-    kind = str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip()
     length = int(environ.get("CONTENT_LENGTH") or 0)
-    if kind != "application/x-www-form-urlencoded" or length > _LONGEST_FORM_BYTES:
+    if kind_of(environ) != "application/x-www-form-urlencoded" or length > _LONGEST_FORM_BYTES:
         raise ForgedFormError("wanted a form of this page, found another document")
     try:
-        text = environ["wsgi.input"].read(length).decode("ascii")
+        text = body_of(environ).decode("ascii")
         found = parse_qs(text, keep_blank_values=True, max_num_fields=10, strict_parsing=True, errors="strict")
     except ValueError:
         raise ForgedFormError("wanted a form of this page, found another text") from None

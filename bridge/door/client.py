@@ -19,10 +19,10 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
-from bridge.desk import approval
 from bridge.desk.approval import Decision, Verdict
 from bridge.desk.files import load_signing_key
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.pki import signatures
 from bridge.pki.budget import OverBudgetError, of_server
 from bridge.pki.bundle import RequestBundle
 from bridge.pki.bundle_format import describe, digest, loads_request
@@ -118,7 +118,7 @@ class Reviewer:
             approver="", verdict=verdict, reason=reason.strip(), decided=self._now, certificate=self._leaf,
             evidence="signature", proof=b"",
         )  # fmt: skip
-        signature = b64encode(approval.sign(decision, review.digest, self._key)).decode()
+        signature = b64encode(signatures.sign(self._key, decision.message(review.digest))).decode()
         body = {"verdict": verdict, "reason": decision.reason, "signature": signature}
         return self._verified(self._ask("POST", f"/v1/approvals/{review.digest}", body), review.digest)
 
@@ -138,14 +138,12 @@ class Reviewer:
             raise DoorError(f"the door: wanted the request bundle, found: {e}") from None
         if digest(bundle) != wanted:
             raise DoorError(f"the door: wanted request {wanted[:16]}, found {digest(bundle)[:16]}")
-        cas = document.get("cas")
-        found: dict[str, list[x509.Certificate]] = {}
-        for name, text in (cas if isinstance(cas, dict) else {}).items():
-            try:
-                found[name] = load_pem_certificates(str(text).encode())
-            except ValueError as e:
-                raise DoorError(f"the door: wanted CA certificates, found: {one_line(e)}") from None
-        return Review(bundle=bundle, digest=wanted, document=document, cas=found)
+        cas = found if isinstance(found := document.get("cas"), dict) else {}
+        try:
+            cas = {name: load_pem_certificates(str(text).encode()) for name, text in cas.items()}
+        except ValueError as e:
+            raise DoorError(f"the door: wanted CA certificates, found: {one_line(e)}") from None
+        return Review(bundle=bundle, digest=wanted, document=document, cas=cas)
 
     def _ask(self, method: str, target: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
         headers = {"Accept": "application/json"} | ({"Content-Type": "application/json"} if body is not None else {})

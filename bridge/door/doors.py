@@ -20,14 +20,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from bridge.contract import Issued, Pending, SignRequest
-from bridge.desk.records import Journal, Submitted
 from bridge.door.store import (
     DOORS,
     ENROLMENTS,
@@ -42,7 +41,6 @@ from bridge.door.store import (
     open_memory,
 )
 from bridge.errors import BridgeError, Exit
-from bridge.pki.bundle import BundledRequest, RequestBundle, sign_request
 from bridge.settings.tables import Settings
 from bridge.state import Store, audit
 from bridge.state.session import recording
@@ -61,7 +59,6 @@ SILENT = timedelta(seconds=60)
 #: A door that could not say for this time that it lives asks no CA: less than `SILENT` by what an exchange takes.
 STALE_SECONDS = 30.0
 #: How far a node's clock may be behind ours.
-_SLACK = timedelta(minutes=5)
 _NODE_SLACK = timedelta(hours=1)
 
 
@@ -87,12 +84,12 @@ class Doors:
 
     def __init__(self, memory: Memory, store: Store, door: str) -> None:
         """`door` is the name of the state directory (`identity`)."""
+        self._memory = memory
         self._engine = memory.engine
         self._store = store
         self.door = door
         self.is_ending = False  #: From then on no CA is asked; what CAs were asked before is still taken.
         self._heard = 0.0  #: When the database last heard of us, by the monotonic clock.
-        self._recorded: int | None = None
 
     # --- who lives ----------------------------------------------------------------------------------------------------
 
@@ -117,8 +114,7 @@ class Doors:
 
     def names(self) -> dict[str, str]:
         """The hosts of all doors, by door."""
-        with asking(), self._engine.connect() as connection:
-            return {door: host for door, host in connection.execute(sa.select(DOORS.c.id, DOORS.c.host))}  # noqa: C416 (a row is no pair for mypy)
+        return {row["id"]: row["host"] for row in self._memory.select(sa.select(DOORS))}
 
     @property
     def _is_shared(self) -> bool:
@@ -182,39 +178,27 @@ class Doors:
             claimed = ours.values(begun=now, signer=self.door, state=state).returning(REQUESTS.c.id)
             return int(number), set(connection.execute(claimed).scalars())
 
-    def leave(self, request_id: str, text: str) -> None:
-        """Leave a request to people, with the reason; the door that began it may still sign it."""
-        with asking(), self._engine.begin() as connection:
-            connection.execute(REQUESTS.update().where(REQUESTS.c.id == request_id).values(state="left", note=text))
-
     def again(self, digest: str) -> int:
         """Let requests that were left, and whose digest begins like this, be signed without a question; their number."""
         which = sa.and_(REQUESTS.c.state == "left", REQUESTS.c.digest.startswith(digest, autoescape=True))
-        with asking(), self._engine.begin() as connection:
-            done = connection.execute(REQUESTS.update().where(which).values(state="waiting", signer="", note=""))
-            return done.rowcount
+        return self._memory.change(REQUESTS.update().where(which).values(state="waiting", signer="", note=""))
 
     # --- the past -----------------------------------------------------------------------------------------------------
 
     def round(self) -> int:
         """The newest round of this door that the database knows of."""
-        with asking(), self._engine.connect() as connection:
-            return int(connection.execute(sa.select(DOORS.c.round).where(DOORS.c.id == self.door)).scalar() or 0)
+        found = self._memory.select(sa.select(DOORS.c.round).where(DOORS.c.id == self.door))
+        return next((int(row["round"]) for row in found), 0)
 
+    @cached_property
     def recorded(self) -> int:
-        """The newest round of this door in its audit log."""
-        if self._recorded is None:
-            self._recorded = newest_round(audit.events(self._store, None, None), self.door)
-        return self._recorded
-
-    def began(self, number: int) -> None:
-        """Remember that lines of this round may be in the audit log."""
-        self._recorded = max(number, self._recorded or 0)
+        """The newest round of this door of which lines may be in its audit log; a round that begins adds its own."""
+        return newest_round(audit.events(self._store, None, None), self.door)
 
     def restored(self) -> datetime | None:
         """The time of the database's last restore."""
-        with asking(), self._engine.connect() as connection:
-            return connection.execute(sa.select(RESTORES.c.restored).order_by(RESTORES.c.id.desc()).limit(1)).scalar()
+        found = self._memory.select(sa.select(RESTORES).order_by(RESTORES.c.id.desc()).limit(1))
+        return next((row["restored"] for row in found), None)
 
     def reconcile(self, now: datetime, by: str) -> int:
         """
@@ -227,8 +211,8 @@ class Doors:
         unanswered = ours.request.in_(sa.select(REQUESTS.c.id).where(REQUESTS.c.state.in_(UNANSWERED)))
         with asking(), self._engine.begin() as connection:
             connection.execute(RESTORES.insert().values(restored=now, by=by[:253]))
-            known = DOORS.update().where(DOORS.c.id == self.door, DOORS.c.round < self.recorded())
-            connection.execute(known.values(round=self.recorded()))
+            known = DOORS.update().where(DOORS.c.id == self.door, DOORS.c.round < self.recorded)
+            connection.execute(known.values(round=self.recorded))
             is_open = sa.or_(sa.and_(ours.used.is_(None), ours.ends > now), unanswered)
             found = ENROLMENTS.update().where(ours.withdrawn.is_(None), is_open)
             return connection.execute(found.values(withdrawn=now)).rowcount
@@ -261,17 +245,6 @@ def left_text(one: Kept, doors: Mapping[str, str]) -> str:
         f"a CA may have signed it for {where}, and can't tell: start that door again, or look for the certificate at "
         f"the CA, then `ca-bridge serve-database again {one.digest[:16]}` has it signed"
     )
-
-
-def unanswered(requests: Iterable[BundledRequest], bundle: RequestBundle, journal: Journal) -> list[SignRequest]:
-    """Those of these requests of a bundle to which the journal has no answer."""
-    sign_requests = [sign_request(one, bundle) for one in requests]
-    return [one for one in sign_requests if not isinstance(journal.get(one), Issued | Pending)]
-
-
-def ask_first(requests: Iterable[SignRequest], created: datetime, journal: Journal) -> None:
-    """Write down that CAs may have signed these requests, so that the desk asks them before it has anything signed."""
-    journal.add((one, Submitted(created - _SLACK)) for one in requests)
 
 
 def assert_not_behind(recorded: int, remembered: int) -> None:

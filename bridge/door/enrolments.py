@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from bridge.desk.files import load_policy
 from bridge.desk.policy import node_problems
-from bridge.door.store import ENROLMENTS, EnrolmentError, Memory, asking, open_memory
+from bridge.door.store import ENROLMENTS, EnrolmentError, Memory, open_memory
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki import node_proofs
 from bridge.pki.bundle import RequestBundle
@@ -104,8 +104,7 @@ def for_requests(memory: Memory, ids: Collection[str]) -> dict[str, Enrolment]:
 
 def _found(memory: Memory, which: sa.ColumnElement[bool]) -> list[Enrolment]:
     query = sa.select(ENROLMENTS).where(which).order_by(ENROLMENTS.c.id.desc())
-    with asking(), memory.engine.connect() as connection:
-        return [Enrolment.of(row) for row in connection.execute(query).mappings()]
+    return [Enrolment.of(row) for row in memory.select(query)]
 
 
 # --- at the door's host -----------------------------------------------------------------------------------------------
@@ -138,9 +137,8 @@ def enroll(settings: Settings, policy_file: Path | None, wanted: Wanted, now: da
     about = f"node {wanted.node}, cluster {wanted.cluster}{limit}, until {minute(now + wanted.lasts)}"
     with closing(open_memory(settings)) as memory:
         _recorded(settings, audit.ENROLLED, about)
-        with asking(), memory.engine.begin() as connection:
-            [number] = connection.execute(ENROLMENTS.insert().values(**row)).inserted_primary_key or [None]
-        [made] = _found(memory, ENROLMENTS.c.id == number)
+        memory.change(ENROLMENTS.insert().values(**row))
+        [made] = _found(memory, ENROLMENTS.c.secret_hash == row["secret_hash"])
     return made, secret
 
 
@@ -157,11 +155,8 @@ def withdraw(settings: Settings, number: int, now: datetime) -> Enrolment:
         if not found:
             raise SettingsError([SettingsProblem("NUMBER", "an enrolment of `ca-bridge enrolments`", str(number))])
         _recorded(settings, audit.WITHDRAWN, f"enrolment {number} of node {found[0].node}, cluster {found[0].cluster}")
-        with asking(), memory.engine.begin() as connection:
-            ours = ENROLMENTS.c
-            connection.execute(
-                ENROLMENTS.update().where(ours.id == number, ours.withdrawn.is_(None)).values(withdrawn=now)
-            )
+        is_open = (ENROLMENTS.c.id == number, ENROLMENTS.c.withdrawn.is_(None))
+        memory.change(ENROLMENTS.update().where(*is_open).values(withdrawn=now))
         return _found(memory, ENROLMENTS.c.id == number)[0]
 
 

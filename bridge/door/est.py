@@ -28,15 +28,16 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
 from bridge.desk.est_rules import DEFAULT, Asker, EstRules, node_of
+from bridge.desk.workers import ReadBundle
 from bridge.door import enrolments
-from bridge.door.app import Door, Environ, Reply
+from bridge.door.app import Door, Environ, Reply, TurnedAwayError, body_of, kind_of
 from bridge.door.enrolments import Enrolment
 from bridge.door.https import PEER
 from bridge.door.signing import Signing, asker_json, origin_problem
 from bridge.door.store import EnrolmentError, Kept, Memory
 from bridge.pki import der, node_proofs
 from bridge.pki.bundle import BundledRequest, BundleError, Refusal, RequestBundle
-from bridge.pki.bundle_format import digest, dumps, loads_answer, loads_request
+from bridge.pki.bundle_format import dumps, loads_answer, loads_digested
 from bridge.pki.certificates import UNREADABLE, attributes, csr_fingerprint, fingerprint, san_counts
 from bridge.specs import CertificateSpec
 from bridge.words import one_line
@@ -52,14 +53,6 @@ _MOST_BYTES = 64 << 10
 _HOLD = timedelta(seconds=8)
 #: When a client is to come again: soon after it has asked, and then less often.
 _SOON_SECONDS, _LATER_SECONDS = 2, 30
-
-
-class _TurnedAwayError(Exception):
-    """The answer to a request that is not kept."""
-
-    def __init__(self, reply: Reply) -> None:
-        super().__init__()
-        self.reply = reply
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,24 +71,20 @@ class Est:
         self._signing = signing
         self._now = now
 
-    def reply(self, environ: Environ) -> Reply:
+    def __call__(self, environ: Environ) -> Reply:
         """The answer to a request below `ROOT`."""
         match = _PATH.fullmatch(environ["PATH_INFO"])
-        try:
-            if match is None:
-                raise _away(HTTPStatus.NOT_FOUND, "wanted an operation of EST that is here, found another path")
-            label, operation = self._label(match[1] or DEFAULT), match[2]
-            method = "GET" if operation in ("cacerts", "csrattrs") else "POST"
-            if environ["REQUEST_METHOD"] != method:
-                raise _away(HTTPStatus.METHOD_NOT_ALLOWED, f"wanted {method}", allow=method)
-            if operation == "cacerts":
-                return self._cacerts(label)
-            if operation == "csrattrs":
-                body = csr_attributes(self._signing.policy.keys(label.spec.name))
-                return _encoded(body, "application/csrattrs")
-            return self._enrol(environ, label, renews=operation == "simplereenroll")
-        except _TurnedAwayError as e:
-            return e.reply
+        if match is None:
+            raise _away(HTTPStatus.NOT_FOUND, "wanted an operation of EST that is here, found another path")
+        label, operation = self._label(match[1] or DEFAULT), match[2]
+        method = "GET" if operation in ("cacerts", "csrattrs") else "POST"
+        if environ["REQUEST_METHOD"] != method:
+            raise _away(HTTPStatus.METHOD_NOT_ALLOWED, f"wanted {method}", allow=method)
+        if operation == "cacerts":
+            return _encoded(certs_only(self._chain(label)), _CERTIFICATES)
+        if operation == "csrattrs":
+            return _encoded(csr_attributes(self._signing.policy.keys(label.spec.name)), "application/csrattrs")
+        return self._enrol(environ, label, renews=operation == "simplereenroll")
 
     def _label(self, name: str) -> _Label:
         policy = self._signing.policy
@@ -104,9 +93,6 @@ class Est:
         if rules is None or spec is None:
             raise _away(HTTPStatus.NOT_FOUND, "wanted a label of this door, found another one")
         return _Label(name=name, rules=rules, spec=spec)
-
-    def _cacerts(self, label: _Label) -> Reply:
-        return _encoded(certs_only(self._chain(label)), _CERTIFICATES)
 
     def _chain(self, label: _Label) -> tuple[x509.Certificate, ...]:
         authority = label.spec.authority.name
@@ -132,7 +118,7 @@ class Est:
             raise _away(HTTPStatus.FORBIDDEN, f"wanted {wanted} in TLS, found none")
         csr = _csr(environ)
         again = _again(asker, used, csr)
-        kept = self._memory.find_again(again)
+        kept = self._memory.find(again, "again")
         if kept is None:
             kept = self._receive(self._bundle(label, asker, node, csr, again), asker, used, again, environ)
         return self._answered(kept)
@@ -166,7 +152,7 @@ class Est:
 
     def _bundle(
         self, label: _Label, asker: Asker, node: str, csr: x509.CertificateSigningRequest, again: str
-    ) -> RequestBundle:
+    ) -> ReadBundle:
         """The request in the form that the desk judges; its names are the policy's and TLS's."""
         spec, policy = label.spec, self._signing.policy
         request = BundledRequest(
@@ -183,36 +169,37 @@ class Est:
             batch=again[:32], node=node, cluster=label.rules.cluster, created=created, requests=(request,)
         )
         try:
-            return loads_request(dumps(bundle))  # what the next round will read
+            bundle, request_digest = loads_digested(dumps(bundle))  # what the next round will read
         except BundleError as e:
             raise _away(HTTPStatus.BAD_REQUEST, str(e)) from None
+        return ReadBundle(bundle=bundle, digest=request_digest)
 
-    def _receive(
-        self, bundle: RequestBundle, asker: Asker, used: Enrolment | None, again: str, environ: Environ
-    ) -> Kept:
+    def _receive(self, one: ReadBundle, asker: Asker, used: Enrolment | None, again: str, environ: Environ) -> Kept:
         """Keep a request that may be signed (a client that proves nothing fills no disk)."""
-        [request], peer, request_digest = bundle.requests, str(environ.get("REMOTE_ADDR", "")), digest(bundle)
-        about = {"request": request_digest[:16], "requester": peer}
-        if reason := self._reason(bundle, asker, used):
+        bundle, peer, short = one.bundle, environ["REMOTE_ADDR"], one.digest[:16]
+        [request], about = bundle.requests, {"request": short, "requester": peer}
+        if reason := self._reason(one, asker, used):
             text = "request of %s for %s, %s, from %s is refused: %s"
             log.warning(text, bundle.node, request.name, asker.text, peer, one_line(reason, 2000), extra=about)
             raise _away(HTTPStatus.FORBIDDEN, reason)
-        if (too_many := self._door.too_many(peer, is_judged=True)) is not None:
-            raise _TurnedAwayError(too_many)
+        self._door.assert_room(peer, is_judged=True)
         who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
         who |= {"origin": asker_json(asker), "again": again, "enrolment": used.id if used is not None else None}
         try:
-            request_id = self._memory.receive(dumps(bundle), digest=request_digest, now=asker.received, **who)
+            request_id = self._memory.receive(dumps(bundle), digest=one.digest, now=asker.received, **who)
         except EnrolmentError as e:  # another request was first
             raise _away(HTTPStatus.FORBIDDEN, str(e)) from None
-        log.info("request %s of %s was received, %s", request_digest[:16], bundle.node, asker.text, extra=about)
+        log.info("request %s of %s was received, %s", short, bundle.node, asker.text, extra=about)
         self._door.brought(environ, request_id)
         self._door.arrived.set()
-        return self._found(request_id)
+        if (kept := self._memory.find(request_id)) is None:
+            raise _later("wanted the request that was received, found that it was removed")
+        return kept
 
-    def _reason(self, bundle: RequestBundle, asker: Asker, used: Enrolment | None) -> str:
+    def _reason(self, one: ReadBundle, asker: Asker, used: Enrolment | None) -> str:
         """Why a request is not kept; empty: it is."""
-        [request], signing = bundle.requests, self._signing
+        bundle, signing = one.bundle, self._signing
+        [request] = bundle.requests
         if used is not None:
             try:
                 used.assert_for(bundle.node, bundle.cluster, asker.received)
@@ -220,13 +207,7 @@ class Est:
                 return str(e)
         vouched = [request.name] if used is None else used.vouches(bundle)
         reason = origin_problem(asker, request, bundle.node, signing.policy, signing.cas)
-        return reason or signing.judged(bundle, frozenset(vouched), held=asker.renews).refused
-
-    def _found(self, request_id: str) -> Kept:
-        kept = self._memory.find(request_id)
-        if kept is None:
-            raise _later("wanted the request that was received, found that it was removed")
-        return kept
+        return reason or signing.refused(signing.judged(one, frozenset(vouched), held=asker.renews))
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
@@ -251,12 +232,11 @@ class Est:
 
 def _csr(environ: Environ) -> x509.CertificateSigningRequest:
     """The CSR of a request's body."""
-    if str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip().lower() != "application/pkcs10":
+    if kind_of(environ).lower() != "application/pkcs10":
         raise _away(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wanted Content-Type: application/pkcs10, found another one")
     if environ.get("HTTP_CONTENT_ENCODING", "identity") != "identity":
         raise _away(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wanted no Content-Encoding, found one")
-    # all of it, since a connection that is closed with bytes unread takes the answer away from the client
-    body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    body = body_of(environ)
     if len(body) > _MOST_BYTES:
         raise _away(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"wanted at most {_MOST_BYTES} bytes, found {len(body)}")
     try:
@@ -283,11 +263,11 @@ def _text(status: HTTPStatus, text: str, **headers: str) -> Reply:
     return Reply(status=status, body=body, kind="text/plain; charset=utf-8", headers=named)
 
 
-def _away(status: HTTPStatus, text: str, **headers: str) -> _TurnedAwayError:
-    return _TurnedAwayError(_text(status, text, **headers))
+def _away(status: HTTPStatus, text: str, **headers: str) -> TurnedAwayError:
+    return TurnedAwayError(_text(status, text, **headers))
 
 
-def _later(text: str) -> _TurnedAwayError:
+def _later(text: str) -> TurnedAwayError:
     return _away(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_LATER_SECONDS))
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, get_args
 
 import sqlalchemy as sa
 
-from bridge.door.store import CERTIFICATES, ENROLMENTS, REQUESTS, Memory, asking
+from bridge.door.store import CERTIFICATES, ENROLMENTS, REQUESTS, Memory
 from bridge.pki.expiry import Before
 from bridge.specs import SUPER_ADMIN, USER
 from bridge.system.codec import labels, metric
@@ -22,7 +22,7 @@ from bridge.words import one_line
 
 #: The worst first.
 NodeState = Literal["expired", "silent", "failed", "waits", "new", "ok"]
-STATES: tuple[NodeState, ...] = ("expired", "silent", "failed", "waits", "new", "ok")
+STATES: tuple[NodeState, ...] = get_args(NodeState)
 #: An operator has to look at these nodes.
 RED: tuple[NodeState, ...] = ("expired", "silent", "failed")
 PREFIX = "ca_bridge_fleet"
@@ -87,16 +87,15 @@ def _state(last: _Last | None) -> tuple[NodeState, str]:
 
 def _covered(memory: Memory) -> dict[_Place, list[_Covered]]:
     ours = CERTIFICATES.c
-    newest = sa.func.max(ours.ends).label("newest")
+    newest = (sa.func.max(column).label(column.name) for column in (ours.begins, ours.ends))
     query = (
-        sa.select(ours.node, ours.cluster, ours.name, sa.func.max(ours.begins), newest)
+        sa.select(ours.node, ours.cluster, ours.name, *newest)
         .where(ours.name.not_in(_NOT_A_NODES))
         .group_by(ours.node, ours.cluster, ours.name)
     )
     found: dict[_Place, list[_Covered]] = {}
-    with asking(), memory.engine.connect() as connection:
-        for node, cluster, name, begins, ends in connection.execute(query):
-            found.setdefault((node, cluster), []).append((name, begins, ends))
+    for row in memory.select(query):
+        found.setdefault((row["node"], row["cluster"]), []).append((row["name"], row["begins"], row["ends"]))
     return found
 
 
@@ -106,15 +105,16 @@ def _last(memory: Memory) -> dict[_Place, _Last]:
     newest = latest.group_by(ours.node, ours.cluster).subquery()
     same = (ours.node == newest.c.node, ours.cluster == newest.c.cluster, ours.received == newest.c.at)
     query = sa.select(ours.node, ours.cluster, ours.received, ours.state, ours.note).join(newest, sa.and_(*same))
-    with asking(), memory.engine.connect() as connection:
-        return {(row[0], row[1]): (row[2], row[3], one_line(row[4])) for row in connection.execute(query)}
+    return {
+        (row["node"], row["cluster"]): (row["received"], row["state"], one_line(row["note"]))
+        for row in memory.select(query)
+    }
 
 
 def _enrolled(memory: Memory) -> list[_Place]:
     ours = ENROLMENTS.c
     query = sa.select(ours.node, ours.cluster).where(ours.withdrawn.is_(None)).distinct()
-    with asking(), memory.engine.connect() as connection:
-        return [(row[0], row[1]) for row in connection.execute(query)]
+    return [(row["node"], row["cluster"]) for row in memory.select(query)]
 
 
 def metrics(nodes: Sequence[FleetNode]) -> str:

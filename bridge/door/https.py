@@ -25,7 +25,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,10 @@ from cheroot.ssl import Adapter
 from cryptography import x509
 
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from bridge.pki.bundle import LARGEST_REQUEST_BYTES
 from bridge.pki.certificates import pem
+from bridge.settings.tables import ServeSettings, address_of
+from bridge.system.files import version
 from bridge.system.waiting import Shares
 
 log = logging.getLogger("ca-bridge")
@@ -51,23 +53,12 @@ Anchors = Callable[[], Sequence[x509.Certificate]]
 _LONGEST_HEAD_BYTES = 16 << 10
 #: A chunk's size, and no extension, since programs disagree about where those end.
 _CHUNK, _LONGEST_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,6})\r\n"), 16
+#: A million of one byte each take seconds before the application sees a request; programs send some kilobytes in each.
+_MOST_CHUNKS = 1000
 _BACKLOG = 128
 #: A connection without a request is closed after this time.
 _IDLE_SECONDS = 15
 _LOOK_SECONDS = 0.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """The limits for clients."""
-
-    body_bytes: int
-    exchange_seconds: float  #: From a request's first byte to its answer's last one; the handshake counts.
-    connections: int
-    connections_per_peer: int
-    threads: int
-    #: Below this path a body may come in chunks, as Go's clients send what they have not counted; empty: nowhere.
-    chunked_below: bytes = b""
 
 
 class _Tls(Adapter):
@@ -77,7 +68,7 @@ class _Tls(Adapter):
         super().__init__(certificate, key)
         self._files = (certificate, key)
         self._anchors = anchors
-        self._seen: list[tuple[int, int]] = []
+        self._seen: list[tuple[int, ...]] = []
         with contextlib.suppress(OSError):  # the context says which file is not there
             self._seen = self._versions()
         self._trusted = tuple(anchors())
@@ -119,8 +110,8 @@ class _Tls(Adapter):
                     if is_read:
                         log.info("the server certificate %s was read again", self._files[0])
 
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(one.stat().st_ino, one.stat().st_mtime_ns) for one in self._files]
+    def _versions(self) -> list[tuple[int, ...]]:
+        return [version(one.stat()) for one in self._files]
 
 
 def server_context(certificate: Path, key: Path, anchors: Sequence[x509.Certificate] = ()) -> ssl.SSLContext:
@@ -171,7 +162,9 @@ class _Request(cheroot_server.HTTPRequest):
             self.close_connection = True  # whatever follows is not read
             self._body = _unchunked(self.conn.rfile, self.server.max_request_body_size)
             if self._body is None:
-                self.simple_response("400 Bad Request", "A chunk has its size in hexadecimal digits, and nothing else.")
+                most = f"At most {self.server.max_request_body_size} bytes in {_MOST_CHUNKS} chunks"
+                text = f"{most}; each has its size in hexadecimal digits, and nothing else."
+                self.simple_response("400 Bad Request", text)
                 return False
             del self.inheaders[b"Transfer-Encoding"]
             self.inheaders[b"Content-Length"], self.chunked_read = b"%d" % len(self._body), False
@@ -183,7 +176,7 @@ class _Request(cheroot_server.HTTPRequest):
         return True
 
     def _may_be_chunked(self) -> bool:
-        below, headers = self.server.limits.chunked_below, self.inheaders
+        below, headers = self.server.chunked_below, self.inheaders
         is_one = headers.get(b"Transfer-Encoding") == b"chunked" and b"Content-Length" not in headers
         return is_one and bool(below) and self.path.startswith(below)
 
@@ -201,7 +194,9 @@ class _Request(cheroot_server.HTTPRequest):
 def _unchunked(file: Any, most: int) -> bytes | None:
     """A body in chunks (RFC 9112 §7.1), without extensions and trailers, of so many bytes at most; None: another one."""
     body = bytearray()
-    while (match := _CHUNK.fullmatch(file.readline(_LONGEST_CHUNK_LINE))) is not None:
+    for _ in range(_MOST_CHUNKS):
+        if (match := _CHUNK.fullmatch(file.readline(_LONGEST_CHUNK_LINE))) is None:
+            return None
         size = int(match[1], 16)
         data = file.read(size + 2) if len(body) + size <= most else b""
         if len(data) != size + 2 or not data.endswith(b"\r\n"):
@@ -254,25 +249,38 @@ class _Connection(cheroot_server.HTTPConnection):
             super().close()
 
 
-class _Server(wsgi.Server):
+class Https(wsgi.Server):
+    """A server at work; all but `port` and `counts` is for cheroot and our connections."""
+
     ConnectionClass = _Connection
 
-    def __init__(self, address: tuple[str, int], application: Any, tls: _Tls, limits: Limits) -> None:
+    def __init__(self, ours: ServeSettings, application: Any, anchors: Anchors, chunked_below: bytes) -> None:
+        self.exchange_seconds = ours.exchange_for.total_seconds()
         super().__init__(
-            address, application, numthreads=limits.threads, max=limits.threads, server_name="ca-bridge",
-            request_queue_size=_BACKLOG, timeout=_IDLE_SECONDS, shutdown_timeout=int(limits.exchange_seconds),
+            address_of(ours.listen), application, numthreads=ours.threads, max=ours.threads, server_name="ca-bridge",
+            request_queue_size=_BACKLOG, timeout=_IDLE_SECONDS, shutdown_timeout=int(self.exchange_seconds),
         )  # fmt: skip
-        self.ssl_adapter = tls
+        self.ssl_adapter = _Tls(ours.certificate, ours.key, anchors)
         self.max_request_header_size = _LONGEST_HEAD_BYTES
-        self.max_request_body_size = limits.body_bytes
-        self.keep_alive_conn_limit = limits.connections
-        self.limits = limits
+        self.max_request_body_size = LARGEST_REQUEST_BYTES
+        self.keep_alive_conn_limit = ours.connections
+        self.limits = ours
+        self.chunked_below = chunked_below
         self.mutex = threading.Lock()
         self.working: set[_Connection] = set()
         self.open: set[_Connection] = set()
         self.peers: Counter[str] = Counter()
-        self.shares = Shares[_Connection](limits.threads)
+        self.shares = Shares[_Connection](ours.threads)
         self.turned_away = 0
+
+    @property
+    def port(self) -> int:
+        """The port, which may have been asked for as 0."""
+        return int(self.bind_addr[1])
+
+    def counts(self) -> dict[str, int]:
+        """Open connections, those at work, and those that were turned away so far."""
+        return {"open": len(self.open), "working": len(self.working), "turned_away": self.turned_away}
 
     def process_conn(self, conn: _Connection) -> None:
         """A new connection waits for its first byte without a thread; one with something to read gets one."""
@@ -336,7 +344,7 @@ class _Server(wsgi.Server):
 
     def end_slow(self) -> None:
         """End exchanges that take too long; their threads wake up with an error."""
-        limit = time.monotonic() - self.limits.exchange_seconds
+        limit = time.monotonic() - self.exchange_seconds
         with self.mutex:
             slow = [conn for conn in self.working if conn.began < limit]
         for conn in slow:
@@ -348,38 +356,20 @@ class _Server(wsgi.Server):
         log.log(level if level >= logging.ERROR else logging.DEBUG, "https: %s", msg, exc_info=traceback or None)
 
 
-class Https:
-    """A server at work."""
-
-    def __init__(self, server: _Server) -> None:
-        self._server = server
-
-    @property
-    def port(self) -> int:
-        """The port, which may have been asked for as 0."""
-        return int(self._server.bind_addr[1])
-
-    def counts(self) -> dict[str, int]:
-        """Open connections, those at work, and those that were turned away so far."""
-        ours = self._server
-        return {"open": len(ours.open), "working": len(ours.working), "turned_away": ours.turned_away}
-
-
 @contextlib.contextmanager
-def serving(
-    address: tuple[str, int], application: Any, files: tuple[Path, Path], limits: Limits, anchors: Anchors = tuple
-) -> Iterator[Https]:
+def serving(ours: ServeSettings, application: Any, anchors: Anchors, chunked_below: bytes = b"") -> Iterator[Https]:
     """
     Serve for as long as the block runs; at its end exchanges get their time, and no new one begins.
 
-    `files` are the server certificate and its key; `anchors` is asked for each connection, from any thread.
+    `anchors` is asked for each connection, from any thread. Below the path `chunked_below` a body may come in chunks, as
+    Go's clients send what they have not counted; empty: nowhere.
     """
-    server = _Server(address, application, _Tls(*files, anchors), limits)
+    server = Https(ours, application, anchors, chunked_below)
     os.environ.pop("LISTEN_PID", None)  # cheroot would take any descriptor 3 for its socket
     try:
         server.prepare()
     except OSError as e:
-        text = f"serve.listen: wanted to listen at {address[0]}:{address[1]}, found: {e.strerror or e}"
+        text = f"serve.listen: wanted to listen at {ours.listen}, found: {e.strerror or e}"
         raise BridgeError(text, hint="another port, or another address of this machine") from None
     over = threading.Event()
 
@@ -391,7 +381,7 @@ def serving(
     for thread in threads:
         thread.start()
     try:
-        yield Https(server)
+        yield server
     finally:
         server.stop()
         over.set()

@@ -12,7 +12,7 @@ from cryptography import x509
 from bridge.contract import Revocation
 from bridge.desk import revocations
 from bridge.desk.revocations import NotRevokedError, Signed
-from bridge.door.app import Environ, Reply, json_body
+from bridge.door.app import Environ, Reply, assert_method, json_body
 from bridge.door.signing import Signing
 from bridge.door.store import Memory
 from bridge.errors import BackendRefusedError, BridgeError
@@ -31,6 +31,10 @@ ROOT = "/v1/revocations"
 #: For a round of signing, which holds the state directory's lock as well.
 _WAIT = timedelta(seconds=5)
 _PAUSE_SECONDS = 30
+#: Two certificates with a hundred names each have half of it; a byte of a stranger's names may take 35 of memory.
+_MOST_BYTES = 64 << 10
+#: Of a serial number in the log; 40 digits are usual (RFC 5280 §4.1.2.2).
+_LONGEST_SERIAL = 100
 
 
 class Revocations:
@@ -47,19 +51,18 @@ class Revocations:
         """The answer."""
         if environ["PATH_INFO"] != ROOT:
             return Reply.error(HTTPStatus.NOT_FOUND, f"wanted {ROOT}")
-        if environ["REQUEST_METHOD"] != "POST":
-            return Reply.error(HTTPStatus.METHOD_NOT_ALLOWED, "wanted POST", allow="POST")
-        body = json_body(environ)
-        if isinstance(body, Reply):
-            return body
+        assert_method(environ, "POST")
+        if len(data := json_body(environ)) > _MOST_BYTES:
+            text = f"wanted at most {_MOST_BYTES} bytes, found {len(data)}"
+            return Reply.error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
         try:
-            revocation = revocation_of(body)
+            revocation = revocation_of(data)
         except BundleError as e:
             return Reply.error(HTTPStatus.BAD_REQUEST, e)
-        return self._revoke(revocation, str(environ.get("REMOTE_ADDR", "")))
+        return self._revoke(revocation, environ["REMOTE_ADDR"])
 
     def _revoke(self, revocation: Revocation, peer: str) -> Reply:
-        serial, whose = serial_hex(revocation.certificate), "an unknown node"
+        serial, whose = one_line(serial_hex(revocation.certificate), _LONGEST_SERIAL), "an unknown node"
         try:
             known = revocations.assert_may(
                 revocation, self._known, self._signing.policy, self._signing.cas, self._now()

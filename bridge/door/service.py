@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from http import HTTPStatus
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,12 @@ from bridge.door import fleet
 from bridge.door.app import Door
 from bridge.door.approvals import Api, Approvals, Pages
 from bridge.door.est import ROOT, Est
-from bridge.door.https import Https, Limits, serving
+from bridge.door.https import Https, serving
 from bridge.door.revocations import ROOT as REVOCATIONS
 from bridge.door.revocations import Revocations
 from bridge.door.signing import Next, OwnClusterError, Signing
 from bridge.door.store import DatabaseError, open_memory
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
-from bridge.pki.budget import MOST_BYTES
 from bridge.pki.certificates import spki
 from bridge.settings.tables import Settings
 from bridge.state import Store
@@ -79,21 +79,19 @@ class Service:
         self._persons: tuple[x509.Certificate, ...] = ()
         self._signing = Signing(settings, self.memory, policy_file, now, self._trust)
         self._signing.look()
-        est_cas = self._signing.policy.est_cas.values()
-        self._persons = _persons(settings, [*self._signing.cas.values(), *est_cas])
+        self._persons = _persons(settings, self._others())
         self._assert_labels()
         for name, text in self._signing.troubles.items():
             log.warning("%s: %s; requests for it wait", name, text)
         pages = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
         self._door = Door(settings, self.memory, self._signing, now, pages)
-        est = Est(self._door, self.memory, self._signing, now)
-        self._door.below[ROOT] = est.reply
+        self._door.below[ROOT] = Est(self._door, self.memory, self._signing, now)
         self._door.below[REVOCATIONS] = Revocations(settings, self.memory, self._signing, now)
-        approvals = Approvals(self.memory, self._signing, self._trust, self._door.arrived.set)
-        self._door.below["/v1/approvals"] = Api(approvals, lambda: self._signing.cas)
-        self._door.below["/approvals"] = Pages(approvals, self.memory, self._secret, now)
+        approvals = Approvals(self.memory, self._signing, self._door.arrived.set)
+        self._door.below["/v1/approvals"] = Api(approvals)
+        self._door.below["/approvals"] = Pages(approvals, self._secret, now)
         self._signing.answered = self._door.answered
-        self._door.brought = lambda environ, request_id: approvals.brought(environ, request_id, now())
+        self._door.brought = approvals.brought
         self._ending = False
         self._fatal: OwnClusterError | None = None
         self._trouble = ""  #: Of the last round.
@@ -106,22 +104,11 @@ class Service:
 
     def run(self, started: Callable[[int], None]) -> None:
         """Work until `stop`; `started` gets the port."""
-        ours = self._settings.serve
-        limits = Limits(
-            body_bytes=MOST_BYTES,
-            exchange_seconds=ours.exchange_for.total_seconds(),
-            connections=ours.connections,
-            connections_per_peer=ours.connections_per_peer,
-            threads=ours.threads,
-            chunked_below=ROOT.encode(),
-        )
-        address = ours.address or ("", 0)  # the settings were looked at
         gc.set_threshold(GARBAGE)  # bundles are many objects with no cycle
         sys.setswitchinterval(SWITCH_SECONDS)
         spare = max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
         with contextlib.closing(self.memory), contextlib.closing(Workers(spare)) as self._signing.workers:
-            files = (ours.certificate, ours.key)
-            with serving(address, self._door, files, limits, self._anchors) as self._https:
+            with serving(self._settings.serve, self._door, self._anchors, ROOT.encode()) as self._https:
                 self._thread.start()
                 started(self._https.port)
                 heard = time.monotonic()
@@ -158,17 +145,17 @@ class Service:
                 wanted = f"a certificate by {' or '.join(here)}, which the settings have"
                 raise SettingsError([SettingsProblem(f"est.{label}", wanted, f"one by {spec.authority.name}")])
 
+    def _others(self) -> list[x509.Certificate]:
+        """The CAs that sign for nodes and agents."""
+        return [*chain(*self._signing.cas.values(), *self._signing.policy.est_cas.values())]
+
     def _anchors(self) -> list[x509.Certificate]:
         """The CAs whose certificates clients may show: those of nodes, and those of people."""
-        nodes = [one for authority in sorted(self._signing.cas) for one in self._signing.cas[authority]]
-        est = [one for found in self._signing.policy.est_cas.values() for one in found]
-        return list(dict.fromkeys([*nodes, *est, *self._persons]))
+        return list(dict.fromkeys([*self._others(), *self._persons]))
 
     def _trust(self) -> Trust:
         """By what people's decisions are verified; a CA that signs for nodes or agents signs for no person."""
-        others = [*self._signing.cas.values(), *self._signing.policy.est_cas.values()]
-        keys = {spki(one.public_key()) for some in others for one in some}
-        anchors = tuple(one for one in self._persons if spki(one.public_key()) not in keys)
+        anchors = tuple(one for one in self._persons if not _shares_key(one, self._others()))
         return Trust(anchors=anchors, secret=self._secret, now=self._now())
 
     # --- signing ------------------------------------------------------------------------------------------------------
@@ -195,13 +182,11 @@ class Service:
                 log.exception("a round of signing ended (a bug: report it)")
                 self._failed(f"internal error: {type(e).__name__}")
             failures = failures + 1 if after in {"down", "later"} else 0
+            pause = back_off_seconds(failures, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
             if after == "down":
-                self._door.ending.wait(back_off_seconds(failures, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS))
-            elif after == "busy":
-                self._door.arrived.wait(_FIRST_PAUSE_SECONDS)
+                self._door.ending.wait(pause)
             elif after != "more":
-                pause = back_off_seconds(failures, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
-                self._door.arrived.wait(pause if after == "later" else _IDLE_SECONDS)
+                self._door.arrived.wait({"busy": _FIRST_PAUSE_SECONDS, "later": pause, "idle": _IDLE_SECONDS}[after])
 
     def _failed(self, text: str) -> None:
         if text != self._trouble:
@@ -230,7 +215,7 @@ class Service:
         if self._trouble:
             yield "no round of signing succeeds; the log says why"
         try:
-            self.memory.counts()
+            self.memory.find("")
         except DatabaseError:
             yield "the database does not answer"
 
@@ -271,7 +256,11 @@ def secret(store: Store) -> bytes:
     return found
 
 
-def _persons(settings: Settings, others: Sequence[Sequence[x509.Certificate]]) -> tuple[x509.Certificate, ...]:
+def _shares_key(ca: x509.Certificate, others: Sequence[x509.Certificate]) -> bool:
+    return spki(ca.public_key()) in {spki(one.public_key()) for one in others}
+
+
+def _persons(settings: Settings, others: Sequence[x509.Certificate]) -> tuple[x509.Certificate, ...]:
     """The CAs of people who decide (SettingsError: the file can't be read, or has a CA that signs for nodes or agents)."""
     path = settings.serve.approvers_ca
     if path is None:
@@ -281,11 +270,9 @@ def _persons(settings: Settings, others: Sequence[Sequence[x509.Certificate]]) -
         found = tuple(read_ca_file(path))
     except UnreadableError as e:
         raise SettingsError([SettingsProblem("serve.approvers_ca", wanted, f"{path}: {e}")]) from None
-    keys = {spki(one.public_key()) for some in others for one in some}
-    if any(spki(one.public_key()) in keys for one in found):
-        raise SettingsError(
-            [SettingsProblem("serve.approvers_ca", wanted, f"{path}: a CA that signs for nodes or agents")]
-        )
+    if any(_shares_key(one, others) for one in found):
+        problem = SettingsProblem("serve.approvers_ca", wanted, f"{path}: a CA that signs for nodes or agents")
+        raise SettingsError([problem])
     return found
 
 

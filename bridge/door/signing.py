@@ -17,28 +17,29 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from cryptography import x509
 
-from bridge.contract import Issued
+from bridge.contract import Issued, Pending, SignRequest
 from bridge.desk import approval
 from bridge.desk.approval import Decision, Matter, Standing, Trust, UndecidedError
 from bridge.desk.desk import Desk, Job, Origin, OtherDeskError
 from bridge.desk.est_rules import Asker, asker_problem
-from bridge.desk.files import Received, books_open, load_answer_key, load_policy
+from bridge.desk.files import books_open, job_of, load_answer_key, load_policy
 from bridge.desk.policy import Policy, PolicyVerdict
-from bridge.desk.records import Answered, Archive, Journal, archive_directory
-from bridge.desk.workers import Judgement, ReadAhead, ReadBundle, Workers, read, verdicts
+from bridge.desk.records import Answered, Archive, Journal, Submitted, archive_directory
+from bridge.desk.workers import Judgement, ReadBundle, Workers, read, verdicts
 from bridge.door import enrolments
-from bridge.door.doors import Doors, ask_first, assert_not_behind, identity, is_foreign, left_text, unanswered
+from bridge.door.doors import Doors, assert_not_behind, identity, is_foreign, left_text
 from bridge.door.enrolments import Enrolment
-from bridge.door.store import TO_SIGN, DatabaseError, DecisionRow, IssuedRow, Kept, Memory
+from bridge.door.store import TO_SIGN, UNANSWERED, DatabaseError, DecisionRow, IssuedRow, Kept, Memory
 from bridge.errors import BridgeError, Exit, WaitingError
-from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
+from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, loads_digested, loads_request
 from bridge.pki.certificates import csr_fingerprint, fingerprint, is_signed_by, pem, serial_hex
 from bridge.settings.tables import Settings
@@ -50,8 +51,8 @@ log = logging.getLogger("ca-bridge")
 
 #: Requests of a round; the answers of a round are there together.
 _MOST = 200
-#: Bundles that are kept in memory, as they were read when they came, and the longest of them.
-_MOST_READ, _LONGEST_READ_BYTES = 3 * _MOST, 64 << 10
+#: The size of all bundles that are kept in memory, as they were read when they came: three rounds of whole nodes.
+_LARGEST_READ_BYTES = 32 << 20
 #: Bundles that this process reads or judges at the same time: with more, the thread that signs hardly gets a turn, and
 #: the CA has to wait for it.
 _JUDGED_AT_ONCE = 2
@@ -65,6 +66,8 @@ _FRESH = timedelta(minutes=1)
 _OPEN_SECONDS = 300.0
 #: For a `sign` that works on the same state directory.
 _WAIT = timedelta(seconds=5)
+#: How far a node's clock may be behind ours.
+_SLACK = timedelta(minutes=5)
 #: Where a pod has the CA certificate of its cluster.
 POD_CA = Path("/var/run/secrets/kubernetes.io/serviceaccount/ca.crt")
 
@@ -91,17 +94,6 @@ class BusyError(BridgeError):
         super().__init__(f"wanted to read the bundle within {_WORKER_SECONDS:g} s, found too much to do")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
-    """A bundle as it was read and judged when it came."""
-
-    bundle: RequestBundle
-    refused: str = ""  #: Why no request of it can be signed; empty: some may be, or a CA is not there to say it.
-    by: Judgement | None = None  #: By what it was judged; None: the CAs were not there yet.
-    verdicts: Mapping[str, PolicyVerdict] = field(default_factory=dict)  #: By certificate name.
-    number: int | None = None  #: By which a worker knows the bundle.
-
-
 class Signing:
     """The rounds; used by one thread."""
 
@@ -113,14 +105,13 @@ class Signing:
         now: Callable[[], datetime],
         trust: Callable[[], Trust] | None = None,
     ) -> None:
-        """Read the policy and its keys (SettingsError); no CA is asked yet. Without `trust` no decision counts."""
+        """Read the policy (SettingsError); no CA is asked yet. Without `trust` no decision counts."""
         self._settings = settings
         self._memory = memory
         self._policy_file = policy_file
         self._now = now
-        self._trust = trust or (lambda: Trust(anchors=(), secret=b"", now=now()))
-        self._policy = load_policy(settings, policy_file)
-        self._answer_key = load_answer_key(self._policy)
+        self.trust = trust or (lambda: Trust(anchors=(), secret=b"", now=now()))
+        self.policy = load_policy(settings, policy_file)  #: As it was read last; from any thread.
         self._store = Store(settings.node.state_dir)
         self.doors = Doors(memory, self._store, identity(self._store))
         self._desk: Desk | None = None
@@ -138,7 +129,7 @@ class Signing:
         self._judging = threading.Semaphore(_JUDGED_AT_ONCE)
         self._at_workers = Places(_AT_WORKERS)
         #: Bundles of requests that came lately, by the bytes that they were read from.
-        self._read: dict[bytes, Judged] = {}
+        self._read: dict[bytes, ReadBundle] = {}
         self.answered: Callable[[str], object] = lambda _: None  #: Called with the digest of each answered request.
         self._recorded: set[x509.Certificate] = set()  #: See `Journal.recorded`.
         self._held = 0  #: Requests that wait for a CA or people to tell, and keep no place in a round from others.
@@ -149,18 +140,17 @@ class Signing:
         desk = self._desk_of_now()
         desk.open_all()
         self.troubles = {name: str(error) for name, error in desk.troubles().items()}
-        chains = {name: desk.chain(name) for name in self._settings.authorities}
-        self.chains = {**self.chains, **{name: chain for name, chain in chains.items() if chain}}
+        names = self._settings.authorities
+        self.chains = {**self.chains, **{name: chain for name in names if (chain := desk.chain(name))}}
         assert_elsewhere(self._settings, desk.certificates)
-        found = {name: desk.certificates(name) for name in self._settings.authorities}
-        self.cas = {**self.cas, **{name: some for name, some in found.items() if some}}
+        self.cas = {**self.cas, **{name: some for name in names if (some := desk.certificates(name))}}
         # a CA that is down now has the certificates that it had
         self._judgement = replace(desk.judgement(), cas=self.cas)
         return desk
 
-    def read(self, data: bytes, peer: str) -> tuple[RequestBundle, str, Judged | None]:
+    def read(self, data: bytes, peer: str) -> ReadBundle:
         """
-        A bundle from this address, its digest, and the judgement where a worker has made it; from any thread.
+        A bundle from this address, judged where a worker has read it; from any thread.
 
         BundleError: it is none. BusyError: it was not read in time.
         """
@@ -168,18 +158,18 @@ class Signing:
         with self._at_workers.taken(peer, _WORKER_SECONDS) as has_place:
             if not has_place:
                 raise BusyError
-            if self.workers and (by := self._judgement) is not None:
-                by, number = replace(by, now=self._now()), next(self._turns)
-                if (one := self._by_worker(self.workers, number, data, by, over)) is not None:
-                    refused = self._refused(one.bundle, one.verdicts)
-                    judged = Judged(bundle=one.bundle, refused=refused, by=by, verdicts=one.verdicts, number=number)
-                    return one.bundle, one.digest, judged
+            if (one := self._by_worker(data, over)) is not None:
+                return one
             with self._judging:
-                return *loads_digested(data), None
+                bundle, request_digest = loads_digested(data)
+                return ReadBundle(bundle=bundle, digest=request_digest)
 
-    def _by_worker(self, workers: Workers, number: int, data: bytes, by: Judgement, over: float) -> ReadBundle | None:
-        """The bundle as a worker has read it (BundleError: it is none); None: the worker is no more."""
-        answer = workers.submit(number, read, {number: data}, by)
+    def _by_worker(self, data: bytes, over: float) -> ReadBundle | None:
+        """The bundle as a worker has read and judged it (BundleError: it is none); None: no worker can, or by nothing yet."""
+        if not self.workers or self._judgement is None:
+            return None
+        by, number = replace(self._judgement, now=self._now()), next(self._turns)
+        answer = self.workers.submit(number, read, {number: data}, by)
         try:
             found = answer.result(over - time.monotonic())
         except TimeoutError:
@@ -190,13 +180,12 @@ class Signing:
         [one] = found
         if isinstance(one, BundleError):
             raise one
-        return one
+        return replace(one, by=by, number=number, chunk=number)
 
-    def judged(
-        self, bundle: RequestBundle, without_proof: frozenset[str] = frozenset(), *, held: bool = False
-    ) -> Judged:
+    def judged(self, one: ReadBundle, without_proof: frozenset[str] = frozenset(), *, held: bool = False) -> ReadBundle:
         """
-        The desk's judgement before a request is kept, from any thread: a client that proves nothing fills no disk.
+        The bundle with the desk's verdicts before a request is kept, from any thread: a client that proves nothing fills
+        no disk. There are none while the CAs are not there yet.
 
         Those in `without_proof` need no continuity proof; `held` as in `bridge.desk.policy.judge`.
         """
@@ -204,13 +193,14 @@ class Signing:
         if by is not None:
             by = replace(by, now=self._now(), without_proof=without_proof)
         with self._judging:
-            found = verdicts(bundle, by, held=held) if by is not None else {}
-        return Judged(bundle=bundle, refused=self._refused(bundle, found), by=by, verdicts=found)
+            found = verdicts(one.bundle, by, held=held) if by is not None else {}
+        return replace(one, by=by, verdicts=found, chunk=None)
 
-    def _refused(self, bundle: RequestBundle, found: Mapping[str, PolicyVerdict]) -> str:
+    def refused(self, one: ReadBundle) -> str:
+        """Why no request of a bundle can be signed; empty: some may be, or a CA is not there to say it."""
         reasons = dict[str, str]()
-        for request in bundle.requests:
-            verdict = found.get(request.name)
+        for request in one.bundle.requests:
+            verdict = one.verdicts.get(request.name)
             if request.authority not in self._settings.authorities:
                 wanted = " or ".join(sorted(self._settings.authorities))
                 reasons[request.name] = f"wanted a request for {wanted}, found one for {request.authority}"
@@ -225,35 +215,30 @@ class Signing:
         ours = self._settings.authorities
         return all(one.authority in self.cas or one.authority not in ours for one in bundle.requests)
 
-    def expect(self, data: bytes, judged: Judged) -> None:
+    def expect(self, data: bytes, one: ReadBundle) -> None:
         """Keep a bundle that a round will want, so that it is not read and judged twice; from any thread."""
-        if len(self._read) >= _MOST_READ:  # other doors signed them, or people refused them
+        if sum(map(len, [*self._read, data])) > _LARGEST_READ_BYTES:  # other doors signed them, or people refused them
             self._read.clear()
-        if len(data) <= _LONGEST_READ_BYTES:
-            self._read[data] = judged
+        self._read[data] = one
 
-    def _taken(self, one: Kept) -> Judged:
-        """The bundle of a request (BundleError); it is the database's content that is signed."""
-        return self._read.pop(one.bundle, None) or Judged(bundle=loads_request(one.bundle))
-
-    def _foreseen(self, judged: Judged, request_digest: str) -> ReadAhead | None:
+    def _is_fresh(self, one: ReadBundle) -> bool:
         """
-        The verdicts of when a request came, where judging it now would find the same: by the same policy and CAs, with
-        nothing waived, moments ago. Whether a certificate is revoked is no part of them, and is asked in each round.
+        Whether judging a bundle now would find the verdicts of when it came: by the same policy and CAs, with nothing
+        waived, moments ago. Whether a certificate is revoked is no part of them, and is asked in each round.
         """
-        by, now = judged.by, self._judgement
+        by, now = one.by, self._judgement
         if by is None or now is None or abs(self._now() - by.now) > _FRESH:
-            return None
-        if (by.policy, by.cas, by.without_proof) != (now.policy, now.cas, frozenset()):
-            return None
-        found = ReadBundle(bundle=judged.bundle, digest=request_digest, verdicts=judged.verdicts)
-        return ReadAhead(number=judged.number or 0, chunk=judged.number, read=found)
+            return False
+        return (by.policy, by.cas, by.without_proof) == (now.policy, now.cas, frozenset())
 
     def round(self) -> Next:
         """Judge and sign what waits."""
         self.doors.alive()
         if not self.doors.to_sign(1):
-            return self._look_again() if self.troubles or self._has_new_policy() else "idle"
+            if self.troubles or self._has_new_policy():  # are the CAs back, and what is judged by now?
+                self.close()
+                self.look()
+            return "down" if self.troubles else "idle"
         with self.doors.turn() as is_ours:
             return self._round() if is_ours else "busy"
 
@@ -262,7 +247,7 @@ class Signing:
         while self._has_new_policy():  # to reach a CA takes time, in which the policy may change
             desk = self.look()
         with books_open(self._settings, self._store, self._now, _WAIT, "ca-bridge serve") as (journal, record):
-            archive = Archive(self._policy.desk.archive or archive_directory(self._store), self._store.directory)
+            archive = Archive(self.policy.desk.archive or archive_directory(self._store), self._store.directory)
             if not self._is_prepared:  # while the lock is held: it removes what a killed process left unfinished
                 archive.prepare()
                 self._is_prepared = True
@@ -279,7 +264,7 @@ class Signing:
 
     def _begun(self, desk: Desk, archive: Archive, journal: Journal, record: audit.Record) -> list[Kept]:
         """The requests of this round, written down as ours; what another door has begun is asked for at its CA first."""
-        assert_not_behind(self.doors.recorded(), self.doors.round())
+        assert_not_behind(self.doors.recorded, self.doors.round())
         restored, ours = self.doors.restored(), []
         most, self._held = _MOST + self._held, 0
         for one in self.doors.to_sign(most):
@@ -292,8 +277,7 @@ class Signing:
                 log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400
                 continue
             if is_foreign(one, bundle.created, self.doors.door, restored):
-                known = {**self._answered(bundle), **archive.answers(bundle)}
-                unknown = unanswered([r for r in bundle.requests if r.name not in known], bundle, journal)
+                unknown = self._unanswered(bundle, archive, journal)
                 if any(request.spec.authority.name in self.troubles for request in unknown):
                     self._held += 1  # whether its CA can tell is not known now
                     continue
@@ -302,21 +286,22 @@ class Signing:
                     if one.state != "left":
                         text = left_text(one, self.doors.names())
                         log.error("request %s of %s is left to people: %s", one.digest[:16], one.node, text)
-                        self.doors.leave(one.id, text)
+                        self._memory.move(one.id, "left", before=UNANSWERED, note=text)
                     continue
-                ask_first(unknown, bundle.created, journal)
+                # CAs may have signed these: the desk asks them before it has anything signed
+                journal.add((request, Submitted(bundle.created - _SLACK)) for request in unknown)
             ours.append(one)
         number, claimed = self.doors.begin([one.id for one in ours], self._now())
-        self.doors.began(number)
+        self.doors.recorded = max(number, self.doors.recorded)
         record.common = {"door": self.doors.door, "round": number}
         journal.before_asking = self.doors.assert_ours
         return [one for one in ours if one.id in claimed]
 
-    def _look_again(self) -> Next:
-        """Find out whether CAs that could not be used are back, and judge by the policy of now."""
-        self.close()
-        self.look()
-        return "down" if self.troubles else "idle"
+    def _unanswered(self, bundle: RequestBundle, archive: Archive, journal: Journal) -> list[SignRequest]:
+        """The requests to which neither a door's answers nor our archive and journal have the certificate."""
+        known = {**self._answered(bundle), **archive.answers(bundle)}
+        requests = [sign_request(one, bundle) for one in bundle.requests if one.name not in known]
+        return [one for one in requests if not isinstance(journal.get(one), Issued | Pending)]
 
     def close(self) -> None:
         """Close the backends; the next round opens them again."""
@@ -325,37 +310,32 @@ class Signing:
         self._desk = None
 
     def _has_new_policy(self) -> bool:
-        return load_policy(self._settings, self._policy_file) != self._policy
+        return load_policy(self._settings, self._policy_file) != self.policy
 
     def _desk_of_now(self) -> Desk:
         policy = load_policy(self._settings, self._policy_file)
         is_old = time.monotonic() - self._opened > _OPEN_SECONDS
-        if self._desk is None or is_old or policy != self._policy:
+        if self._desk is None or is_old or policy != self.policy:
             self.close()
-            self._policy, self._answer_key = policy, load_answer_key(policy)
-            self._desk = Desk(self._settings, policy, self._now, answer_key=self._answer_key, waits=False)
-            self._opened, self._is_prepared = time.monotonic(), False
+            self._desk = Desk(self._settings, policy, self._now, answer_key=load_answer_key(policy), waits=False)
+            self.policy, self._opened, self._is_prepared = policy, time.monotonic(), False
         return self._desk
-
-    @property
-    def policy(self) -> Policy:
-        """The policy as it was read last."""
-        return self._policy
 
     def _jobs(self, kept: Sequence[Kept], archive: Archive) -> Iterator[Job]:
         used = enrolments.for_requests(self._memory, [one.id for one in kept])
         for one in kept:
             try:
-                judged = self._taken(one)
-                bundle = judged.bundle
-                received = Received(
-                    bundle=bundle, digest=one.digest, data=one.bundle, label=f"request {one.digest[:16]}", where=one.id
-                )
-                job = received.job(archive, lambda _: (), self._conclusion(one, bundle))
+                # it is the database's content that is signed
+                expected = self._read.pop(one.bundle, None)
+                bundle = expected.bundle if expected is not None else loads_request(one.bundle)
+                job = job_of(
+                    bundle, one.digest, one.bundle, archive, label=f"request {one.digest[:16]}", where=one.id,
+                    place=lambda _: (), conclude=partial(self._conclude, one, bundle),
+                )  # fmt: skip
                 job.origin, job.vouched = self._proven(one, bundle, used.get(one.id))
                 job.answered = {**self._answered(bundle), **job.answered}
-                if job.origin is None and not job.vouched:
-                    job.ahead = self._foreseen(judged, one.digest)
+                if expected is not None and self._is_fresh(expected) and job.origin is None and not job.vouched:
+                    job.ahead = expected
                 job.standing = self.standing(one, bundle)
                 job.noted = one.note or ""
                 yield job
@@ -374,12 +354,9 @@ class Signing:
                 found[name] = Answered(signed=leaf.not_valid_before_utc, issued=issued)
         return found
 
-    def _conclusion(self, one: Kept, bundle: RequestBundle) -> Callable[[AnswerBundle, bytes], None]:
-        def conclude(answer: AnswerBundle, written: bytes) -> None:
-            refused = [f"{name}: {each.reason}" for name, each in answer.answers.items() if isinstance(each, Refusal)]
-            self._memory.conclude(one.id, written, rows(bundle, answer), self._now(), "; ".join(refused))
-
-        return conclude
+    def _conclude(self, one: Kept, bundle: RequestBundle, answer: AnswerBundle, written: bytes) -> None:
+        refused = [f"{name}: {each.reason}" for name, each in answer.answers.items() if isinstance(each, Refusal)]
+        self._memory.conclude(one.id, written, rows(bundle, answer), self._now(), "; ".join(refused))
 
     def _note(self, kept: Sequence[Kept], left: _Left) -> None:
         for one in kept:
@@ -401,20 +378,16 @@ class Signing:
                 decisions.append(Decision.kept(**about, decided=row.decided, evidence=row.signature or b""))
             except ValueError as e:
                 decisions.append(str(e))
-        rules = self._policy.approvals
-        matter = Matter(bundle=bundle, digest=digest(bundle), rules=rules, asked_by=self._asked_by(one, rows))
-        found = approval.standing(decisions, matter, self._trust())
+        found = approval.standing(decisions, self.matter(one, bundle, rows), self.trust())
         for text in found.void:
             log.warning("request %s: a decision does not count: %s", one.digest[:16], text)
         return found
 
-    def asked_by(self, one: Kept) -> set[str]:
-        """The people who brought a request, or gave its node the secret for it; from any thread."""
-        return self._asked_by(one, self._memory.decisions(one.id))
-
-    def _asked_by(self, one: Kept, decisions: Sequence[DecisionRow]) -> set[str]:
-        brought = {row.approver for row in decisions if row.verdict == "asked"}
-        return brought | {used.created_by for used in enrolments.for_requests(self._memory, [one.id]).values()}
+    def matter(self, one: Kept, bundle: RequestBundle, decisions: Sequence[DecisionRow]) -> Matter:
+        """A request for people to decide about, with those who brought it, or gave its node the secret; from any thread."""
+        asked_by = {row.approver for row in decisions if row.verdict == "asked"}
+        asked_by |= {used.created_by for used in enrolments.for_requests(self._memory, [one.id]).values()}
+        return Matter(bundle=bundle, digest=digest(bundle), rules=self.policy.approvals, asked_by=asked_by)
 
     def verdicts(self, one: Kept, bundle: RequestBundle) -> Mapping[str, PolicyVerdict]:
         """The policy's judgement of now, by certificate name, as far as it can be had; from any thread."""
@@ -436,7 +409,7 @@ class Signing:
         if one.origin is None:
             return None, vouched
         asker, [request] = _asker(one), bundle.requests
-        problem = origin_problem(asker, request, bundle.node, self._policy, self.cas)
+        problem = origin_problem(asker, request, bundle.node, self.policy, self.cas)
         signers, shown = self.cas.get(request.authority, ()), asker.certificate
         is_ours = shown is not None and any(is_signed_by(shown, ca) for ca in signers)
         origin = Origin(problem=problem, held=asker.renews, certificate=shown if is_ours else None)
@@ -478,26 +451,22 @@ class _Left:
 
 def rows(bundle: RequestBundle, answer: AnswerBundle) -> list[IssuedRow]:
     """The issued certificates of an answer, as they are remembered (pure)."""
-    found = []
-    for request in bundle.requests:
-        issued = answer.answers.get(request.name)
-        if isinstance(issued, Issued):
-            leaf = issued.leaf
-            found.append(
-                IssuedRow(
-                    fingerprint=fingerprint(leaf),
-                    csr=csr_fingerprint(request.csr),
-                    name=request.name,
-                    authority=request.authority,
-                    node=bundle.node,
-                    cluster=bundle.cluster,
-                    serial=serial_hex(leaf),
-                    begins=leaf.not_valid_before_utc,
-                    ends=leaf.not_valid_after_utc,
-                    chain=b"".join(map(pem, (leaf, *issued.intermediates))),
-                )
-            )
-    return found
+    return [
+        IssuedRow(
+            fingerprint=fingerprint(issued.leaf),
+            csr=csr_fingerprint(request.csr),
+            name=request.name,
+            authority=request.authority,
+            node=bundle.node,
+            cluster=bundle.cluster,
+            serial=serial_hex(issued.leaf),
+            begins=issued.leaf.not_valid_before_utc,
+            ends=issued.leaf.not_valid_after_utc,
+            chain=pem(issued.leaf, *issued.intermediates),
+        )
+        for request in bundle.requests
+        if isinstance(issued := answer.answers.get(request.name), Issued)
+    ]
 
 
 def assert_elsewhere(

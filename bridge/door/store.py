@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +93,7 @@ REQUESTS = sa.Table(
     sa.Column("bundle", sa.LargeBinary, nullable=False),  # as it was received
     sa.Column("answer", sa.LargeBinary),  # an answer bundle
     sa.Column("signer", sa.String(64)),  # the door that has begun it; empty: people say that none has
-    sa.Column("origin", sa.LargeBinary),  # of an EST request: who asked, as `bridge.door.est.Origins` writes it
+    sa.Column("origin", sa.LargeBinary),  # of an EST request: who asked, as `bridge.door.signing.asker_json` writes it
     sa.Column("again", _DIGEST, index=True, unique=True),  # of an EST request: the same once more has the same
 )
 DECISIONS = sa.Table(
@@ -237,6 +237,7 @@ _CONCLUDE = _CHANGE.where(REQUESTS.c.state != "answered")
 _KNOWN = sa.select(CERTIFICATES.c.fingerprint).where(
     CERTIFICATES.c.fingerprint.in_(sa.bindparam("prints", expanding=True))
 )
+_ISSUED = sa.select(*(CERTIFICATES.c[name] for name in IssuedRow.__slots__))
 _ISSUED_AMONG = (
     sa.select(CERTIFICATES.c.csr, CERTIFICATES.c.name, CERTIFICATES.c.chain)
     .where(CERTIFICATES.c.csr.in_(sa.bindparam("csrs", expanding=True)))
@@ -244,11 +245,9 @@ _ISSUED_AMONG = (
 )
 # by what is in the index: a door has many more that are answered
 _UNANSWERED = sa.select(
-    sa.func.count(),
-    *(
-        sa.func.coalesce(sa.func.sum(sa.case((part, 1), else_=0)), 0)
-        for part in (REQUESTS.c.peer == sa.bindparam("peer"), REQUESTS.c.state.in_(TO_SIGN))
-    ),
+    sa.func.count().label("every"),
+    sa.func.count().filter(REQUESTS.c.peer == sa.bindparam("peer")).label("theirs"),
+    sa.func.count().filter(REQUESTS.c.state.in_(TO_SIGN)).label("to_sign"),
 ).where(REQUESTS.c.state.in_(UNANSWERED))
 _DECISIONS = (
     sa.select(*(DECISIONS.c[name] for name in DecisionRow.__slots__))
@@ -280,6 +279,16 @@ class Memory:
     def close(self) -> None:
         """Close the connections."""
         self.engine.dispose()
+
+    def select(self, query: sa.Executable, values: Mapping[str, Any] | None = None) -> Sequence[sa.RowMapping]:
+        """All rows of a query."""
+        with asking(), self.engine.connect() as connection:
+            return connection.execute(query, values).mappings().all()
+
+    def change(self, statement: sa.Executable, values: Mapping[str, Any] | None = None) -> int:
+        """Execute one statement; the number of rows that it has changed."""
+        with asking(), self.engine.begin() as connection:
+            return connection.execute(statement, values).rowcount
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -318,43 +327,27 @@ class Memory:
                     return str(connection.execute(query).scalar_one())
         return request_id
 
-    def find(self, request_id: str) -> Kept | None:
-        """The request with this id."""
-        return self._one("id", request_id)
+    def find(self, value: str, column: Literal["id", "digest", "again"] = "id") -> Kept | None:
+        """The request with this id, with this digest of its bundle, or the EST request that is the same as this one."""
+        return next((Kept(**row) for row in self.select(_REQUEST_BY[column], {"value": value})), None)
 
-    def find_digest(self, digest: str) -> Kept | None:
-        """The request whose bundle has this digest."""
-        return self._one("digest", digest)
-
-    def find_again(self, again: str) -> Kept | None:
-        """The EST request that is the same as this one."""
-        return self._one("again", again)
-
-    def _one(self, column: str, value: str) -> Kept | None:
-        with asking(), self.engine.connect() as connection:
-            row = connection.execute(_REQUEST_BY[column], {"value": value}).mappings().one_or_none()
-            return Kept(**row) if row is not None else None
-
-    def in_state(self, state: State) -> list[Kept]:
-        """All requests in this state, the oldest first."""
-        return self._kept(REQUESTS.c.state == state, REQUESTS.c.received)
+    def in_state(self, state: State, most: int | None = None) -> list[Kept]:
+        """All requests in this state, or so many, the oldest first."""
+        return self._kept(REQUESTS.c.state == state, REQUESTS.c.received, most=most)
 
     def _kept(self, which: sa.ColumnElement[bool], *order: Any, most: int | None = None) -> list[Kept]:
-        query = sa.select(REQUESTS).where(which).order_by(*order).limit(most)
-        with asking(), self.engine.connect() as connection:
-            return [Kept(**row) for row in connection.execute(query).mappings()]
+        return [Kept(**row) for row in self.select(sa.select(REQUESTS).where(which).order_by(*order).limit(most))]
 
     def note(self, request_id: str, text: str) -> None:
         """Write down why there is no answer yet."""
-        with asking(), self.engine.begin() as connection:
-            connection.execute(_CHANGE, {"which": request_id, "note": text[:2000]})
+        self.change(_CHANGE, {"which": request_id, "note": text[:2000]})
 
     def conclude(
         self, request_id: str, answer: bytes, issued: Sequence[IssuedRow], now: datetime, note: str = ""
     ) -> None:
         """Write down the answer, what was issued, and what was refused, in one step; what is known already stays as it is."""
         values = {"state": "answered", "answer": answer, "answered": now, "note": note[:2000]}
-        rows = [_columns(one) | {"request": request_id} for one in issued]
+        rows = [asdict(one) | {"request": request_id} for one in issued]
         prints = [one.fingerprint for one in issued]
         with asking(), self.engine.begin() as connection:
             connection.execute(_CONCLUDE, {"which": request_id, **values})  # the first answer stays
@@ -364,9 +357,8 @@ class Memory:
 
     def counts(self) -> dict[str, int]:
         """The number of requests in each state."""
-        query = sa.select(REQUESTS.c.state, sa.func.count()).group_by(REQUESTS.c.state)
-        with asking(), self.engine.connect() as connection:
-            return {state: count for state, count in connection.execute(query)}  # noqa: C416 (a row is no pair for mypy)
+        query = sa.select(REQUESTS.c.state, sa.func.count().label("count")).group_by(REQUESTS.c.state)
+        return {row["state"]: row["count"] for row in self.select(query)}
 
     def forget(self, before: datetime) -> None:
         """Drop what answered requests hold, and ended certificates, from before this time; that they were there stays."""
@@ -377,9 +369,8 @@ class Memory:
 
     def unanswered(self, peer: str) -> Unanswered:
         """The numbers of requests without an answer."""
-        with asking(), self.engine.connect() as connection:
-            every, theirs, waiting = connection.execute(_UNANSWERED, {"peer": peer}).one()
-            return Unanswered(every=int(every), theirs=int(theirs), to_sign=int(waiting))
+        [row] = self.select(_UNANSWERED, {"peer": peer})
+        return Unanswered(**row)
 
     # --- decisions ----------------------------------------------------------------------------------------------------
 
@@ -414,14 +405,12 @@ class Memory:
 
     def decisions(self, request_id: str) -> list[DecisionRow]:
         """The people's actions on a request, the first one first."""
-        with asking(), self.engine.connect() as connection:
-            return [DecisionRow(**row) for row in connection.execute(_DECISIONS, {"of": request_id}).mappings()]
+        return [DecisionRow(**row) for row in self.select(_DECISIONS, {"of": request_id})]
 
     def move(self, request_id: str, state: State, *, before: Sequence[State], note: str = "") -> None:
         """Bring a request from one of these states to another one; a request in a further state stays there."""
         which = (REQUESTS.c.id == request_id) & REQUESTS.c.state.in_(before)
-        with asking(), self.engine.begin() as connection:
-            connection.execute(REQUESTS.update().where(which).values(state=state, note=note[:2000]))
+        self.change(REQUESTS.update().where(which).values(state=state, note=note[:2000]))
 
     def search(self, text: str, most: int) -> list[Kept]:
         """Requests of which node, cluster, digest, state or an approver has this text, the newest first."""
@@ -434,37 +423,23 @@ class Memory:
 
     def issued_among(self, csrs: Sequence[str]) -> dict[tuple[str, str], bytes]:
         """The newest certificate for each CSR and name, by the CSRs' digests."""
-        with asking(), self.engine.connect() as connection:
-            found = connection.execute(_ISSUED_AMONG, {"csrs": csrs})
-            return {(csr, name): chain for csr, name, chain in found}
+        return {(row["csr"], row["name"]): row["chain"] for row in self.select(_ISSUED_AMONG, {"csrs": csrs})}
 
     def ending(self, text: str, now: datetime, most: int) -> list[IssuedRow]:
         """Certificates that are valid, the next to end first, of which node, cluster, name or serial number has this text."""
         ours = CERTIFICATES.c
         named = [one.contains(text, autoescape=True) for one in (ours.node, ours.cluster, ours.name, ours.serial)]
-        query = sa.select(*(ours[name] for name in IssuedRow.__slots__)).where(sa.or_(*named), ours.ends > now)
-        with asking(), self.engine.connect() as connection:
-            found = connection.execute(query.order_by(ours.ends).limit(most)).mappings()
-            return [IssuedRow(**row) for row in found]
+        query = _ISSUED.where(sa.or_(*named), ours.ends > now).order_by(ours.ends).limit(most)
+        return [IssuedRow(**row) for row in self.select(query)]
 
     def signed_for(self, found: str) -> tuple[IssuedRow, bytes] | None:
         """The certificate with this fingerprint, and the bundle that asked for it, which is empty once it was dropped."""
-        ours = CERTIFICATES.c
-        query = sa.select(REQUESTS.c.bundle, *(ours[name] for name in IssuedRow.__slots__)).join_from(
-            CERTIFICATES, REQUESTS, REQUESTS.c.id == ours.request
-        )
-        with asking(), self.engine.connect() as connection:
-            row = connection.execute(query.where(ours.fingerprint == found)).mappings().one_or_none()
-        if row is None:
-            return None
-        return IssuedRow(**{name: row[name] for name in IssuedRow.__slots__}), row["bundle"]
-
-    def issued_for(self, csr: str, name: str) -> bytes | None:
-        """The newest certificate for the CSR with this digest, with its intermediates in PEM."""
-        ours = CERTIFICATES.c
-        query = sa.select(ours.chain).where(ours.csr == csr, ours.name == name).order_by(ours.begins.desc()).limit(1)
-        with asking(), self.engine.connect() as connection:
-            return connection.execute(query).scalar()
+        query = _ISSUED.add_columns(REQUESTS.c.bundle).join(REQUESTS, REQUESTS.c.id == CERTIFICATES.c.request)
+        for row in self.select(query.where(CERTIFICATES.c.fingerprint == found)):
+            columns = dict(row)
+            bundle = columns.pop("bundle")
+            return IssuedRow(**columns), bundle
+        return None
 
 
 def _use_up(connection: sa.Connection, enrolment: int, request_id: str, now: datetime) -> None:
@@ -472,10 +447,6 @@ def _use_up(connection: sa.Connection, enrolment: int, request_id: str, now: dat
     is_open = (ours.id == enrolment, ours.used.is_(None), ours.withdrawn.is_(None), ours.ends > now)
     if connection.execute(ENROLMENTS.update().where(*is_open).values(used=now, request=request_id)).rowcount != 1:
         raise EnrolmentError("enrolment: wanted a secret that is open, found that another request was first")
-
-
-def _columns(one: IssuedRow) -> dict[str, Any]:
-    return {name: getattr(one, name) for name in IssuedRow.__slots__}
 
 
 def _engine(text: str) -> sa.Engine:

@@ -57,6 +57,7 @@ class AuthorityOfSigners:
         self._end = self._end_of_anchors()
         self._issuer_end: datetime | None = None
         self.identity = ""  #: Our name at the CA, if it tells, as at the last look.
+        self._min_validity = settings.gateway.min_validity
         self._renewal, self._signer = settings.renewal, self._anchors[0]
         # pods have each root in their bundle, and need none behind their certificates
         self._cross = None if self._each_anchor_counts else cross_of(settings, self.name, self._signer)
@@ -124,28 +125,28 @@ class AuthorityOfSigners:
         """Pods trust each root of the file, of which there are two while one is replaced; kubeadm reads the first alone."""
         return self.name == PODS.name
 
-    def verified(self, answer: Issued, request: SignRequest, expected: Expectation) -> Verified:
-        """Prove an answer (VerificationError)."""
+    def verified(self, answer: Issued, request: SignRequest, longest: timedelta, now: datetime) -> Verified:
+        """Prove an answer; `longest` is what the policy allows (VerificationError)."""
+        expected = self._expected(request, longest, now)
         if self._each_anchor_counts and len(expected.anchors) > 1:
             by_anchor = [replace(expected, anchors=(one,)) for one in expected.anchors]
             good = (one for one in by_anchor[1:] if verify.error_of(answer, request, one) is None)
             expected = next(good, by_anchor[0])
         return self.ca.verified(answer, request, expected)
 
-    def collect(self, request: SignRequest, reference: str, expected: Expectation) -> Issued | Pending:
+    def collect(self, request: SignRequest, reference: str, longest: timedelta, now: datetime) -> Issued | Pending:
         """The CA's answer by now."""
-        answer = self.ca.collect(request, reference, expected)
+        answer = self.ca.collect(request, reference, self._expected(request, longest, now))
         if isinstance(answer, BackendError):
             raise answer
         return answer
 
-    def expected(self, request: SignRequest, longest: timedelta, min_validity: timedelta, now: datetime) -> Expectation:
-        """The demands on an answer: `longest` is what the policy allows, and shorter ones than `min_validity` are of no use."""
+    def _expected(self, request: SignRequest, longest: timedelta, now: datetime) -> Expectation:
         return Expectation(
             anchors=self.anchors(),
             anchor_name=self._anchor_file.name,
             now=now,
-            min_validity=min(min_validity, request.validity * 0.5),
+            min_validity=min(self._min_validity, request.validity * 0.5),
             extra_subject=self._extra_subject,
             longest=request.validity if self.asks_validity else longest,
             cross=self._cross_behind(now),
@@ -172,15 +173,9 @@ def opened(settings: Settings, specs: Sequence[CertificateSpec]) -> dict[str, Au
     names = [name for name in SIGNING_AUTHORITIES if any(spec.authority.name == name for spec in specs)]
     configured = registry.configured(settings, names)
     found = {name: AuthorityOfSigners(one, settings, specs) for name, one in configured.items()}
-    if PODS.name in found:
-        _assert_names_beside(found[PODS.name], settings)
-    return found
-
-
-def _assert_names_beside(authority: AuthorityOfSigners, settings: Settings) -> None:
-    """A pod's CSR is empty, so that a backend that copies its names would have certificates without any signed."""
-    backend = authority.ca.backend
-    if not isinstance(backend, NamesBesideCsr) or not backend.names_beside_csr:
+    ca = found[PODS.name].ca if PODS.name in found else None
+    # a pod's CSR is empty, so that a backend that copies its names would have certificates without any signed
+    if ca is not None and not (isinstance(ca.backend, NamesBesideCsr) and ca.backend.names_beside_csr):
         wanted = f"{registry.with_names_beside_csr()} (if its settings let it)"
-        problem = settings.source.problem(("authority", PODS.name, "backend"), wanted, authority.ca.label)
-        raise SettingsError([problem])
+        raise SettingsError([settings.source.problem(("authority", PODS.name, "backend"), wanted, ca.label)])
+    return found

@@ -5,12 +5,11 @@ end.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -25,10 +24,11 @@ from bridge.gateway.queue import Job, Queue
 from bridge.gateway.rules import spec_of
 from bridge.gateway.watch import AnyObject, PodObject
 from bridge.settings.tables import AuditSettings, Settings
-from bridge.specs import POD_SPECS, CertificateSpec
+from bridge.specs import POD_SPECS
 from bridge.state import Store
 from bridge.state.audit import AuditError, Record
 from bridge.state.open_requests import Kind, RequestLog
+from bridge.system.files import digest
 from bridge.system.state_file import StateError
 from bridge.system.waiting import Combined, back_off_seconds
 from bridge.words import one_line
@@ -51,7 +51,8 @@ class Leader:
         self._seconds = duration.total_seconds() * _SHARE
         self._good_until = 0.0
         self._said: str | None = None  #: The last trouble; None: nothing was logged yet.
-        self._doubtful_before: datetime | None = None
+        #: When we took it from a replica that had not given it back, ourselves before a crash or an outage included.
+        self.doubtful_before: datetime | None = None
         self._changed = threading.Condition()
         self._can_work: Callable[[], bool] = lambda: True
         self._keeper = Keeper(self._renew, duration)
@@ -66,10 +67,6 @@ class Leader:
     def is_ours(self) -> bool:
         """Whether we may work."""
         return time.monotonic() < self._good_until
-
-    def doubtful_before(self) -> datetime | None:
-        """When we took it from a replica that had not given it back, ourselves before a crash or an outage included."""
-        return self._doubtful_before
 
     def wait(self, seconds: float) -> bool:
         """Wait for it to be ours."""
@@ -106,7 +103,7 @@ class Leader:
             self._good_until = 0.0
         else:
             if not was_ours:
-                self._doubtful_before = datetime.now(UTC) if self._lease.taken_from else None
+                self.doubtful_before = datetime.now(UTC) if self._lease.taken_from else None
             self._good_until = began + self._seconds
         self._say(f"standing by: {other} has the lease {self._lease.name}" if other else "")
         with self._changed:
@@ -124,11 +121,7 @@ class Alone:
     threads = ()
 
     def __init__(self) -> None:
-        self._began = datetime.now(UTC)
-
-    def doubtful_before(self) -> datetime | None:
-        """The beginning of this run, since the run before it may have died."""
-        return self._began
+        self.doubtful_before = datetime.now(UTC)  #: The run before this one may have died.
 
     def start(self, _: Callable[[], bool]) -> None:
         """Do nothing."""
@@ -152,46 +145,30 @@ _MOST_TOGETHER = 256
 _ROOM_BYTES = 256 << 10
 _AGAIN_SECONDS = 5.0
 
-Line = dict[str, Any]  #: One event of one request, for `Record.add`.
+Line = dict[str, Any]  #: One event of one request, for `Record.add`; or all of it but the event.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class About:
-    """The facts that each line about a request repeats."""
-
-    spec: CertificateSpec
-    more: Mapping[str, str]
-
-    @classmethod
-    def of(cls, one: AnyObject, backend: str = "", identity: str = "") -> About:
-        """The facts about an object of one of our signers; names in it are the requester's choice."""
-        spec = POD_SPECS["peer"] if isinstance(one, PodObject) else spec_of(one.request.signer)
-        if spec is None:
-            raise AssertionError("only signers that have a spec are looked at")
-        found = {
-            "request": one.uid,
-            "object": one_line(one.name),
-            "signer": one.request.signer,
-            "requester": one_line(one.request.username),
-            "csrSha256": hashlib.sha256(one.request.pem).hexdigest(),
-            "backend": backend,
-            "identity": identity,
-        }
-        if isinstance(one, PodObject):
-            pod_request = one.request
-            pod = {
-                "namespace": pod_request.namespace,
-                "pod": pod_request.pod,
-                "serviceAccount": pod_request.service_account,
-            }
-            pod |= {"podUID": pod_request.pod_uid, "requester": f"system:node:{pod_request.node}"}
-            found |= {key: one_line(value) for key, value in pod.items()}
-        return cls(spec=spec, more={key: value for key, value in found.items() if value})
-
-    def line(self, event: str, **values: Any) -> Line:
-        """One event."""
-        spec = self.spec
-        return {"event": event, "name": spec.name, "authority": spec.authority.name, "more": self.more, **values}
+def facts_of(one: AnyObject, authority: AuthorityOfSigners | None = None) -> Line:
+    """What each line about an object of one of our signers repeats; names in it are the requester's choice."""
+    spec = POD_SPECS["peer"] if isinstance(one, PodObject) else spec_of(one.request.signer)
+    if spec is None:
+        raise AssertionError("only signers that have a spec are looked at")
+    found = {
+        "request": one.uid,
+        "object": one_line(one.name),
+        "signer": one.request.signer,
+        "requester": one_line(one.request.username),
+        "csrSha256": digest(one.request.pem),
+        "backend": authority.ca.label if authority is not None else "",
+        "identity": authority.identity if authority is not None else "",
+    }
+    if isinstance(one, PodObject):
+        request = one.request
+        pod = {"namespace": request.namespace, "pod": request.pod, "serviceAccount": request.service_account}
+        pod |= {"podUID": request.pod_uid, "requester": f"system:node:{request.node}"}
+        found |= {key: one_line(value) for key, value in pod.items()}
+    more = {key: value for key, value in found.items() if value}
+    return {"name": spec.name, "authority": spec.authority.name, "more": more}
 
 
 class Ledger:
@@ -200,21 +177,21 @@ class Ledger:
     def __init__(self, store: Store, settings: AuditSettings) -> None:
         self.trouble = ""  #: Why the latest lines were not written.
         self._failing_since = self._tried = 0.0
-        self._head_is_old = self._head_is_due = False
+        self._head_is_old = False
         self._path = store.audit
         self._record = Record(store, settings)
         self._together: Combined[Line | None, None] = Combined(self._write, _MOST_TOGETHER)
         self._noted: list[Line] = []
         self._mutex = threading.Lock()
 
-    def write(self, line: Line) -> None:
+    def write(self, facts: Line, event: str, **values: Any) -> None:
         """Write a line, which is safe on disk when this returns."""
-        self._together(line)
+        self._together({**facts, "event": event, **values})
 
-    def note(self, line: Line) -> None:
+    def note(self, facts: Line, event: str, **values: Any) -> None:
         """Write a line with the next that is written, or at the next `flush`: it is about what has happened already."""
         with self._mutex:
-            self._noted.append(line)
+            self._noted.append({**facts, "event": event, **values})
 
     def flush(self) -> None:
         """Write noted lines and the newest line's number; called each second, it tries less often after a failure."""
@@ -224,7 +201,6 @@ class Ledger:
             self._tried = time.monotonic()
             self._try_room()
         if self._noted or self._head_is_old or self.trouble:
-            self._head_is_due = True
             self._together(None)
 
     def failing_seconds(self) -> float:
@@ -251,9 +227,9 @@ class Ledger:
         try:
             self._record.write(head_later=True)
             self._head_is_old = True
-            if self._head_is_due:
+            if None in lines or self.trouble:  # which may be the head's: a line alone does not end it
                 self._record.write_head()
-                self._head_is_old = self._head_is_due = False
+                self._head_is_old = False
         except AuditError as e:
             if not self.trouble:
                 self._failing_since = time.monotonic()
@@ -275,7 +251,6 @@ class LeftError(Exception):
     def __init__(self, outcome: str, reason: str, seconds: float | None = None) -> None:
         super().__init__(reason)
         self.outcome = outcome
-        self.reason = reason
         self.seconds = seconds  #: Until then; None: the longer, the more often it was left.
 
 
@@ -358,18 +333,12 @@ class Context:
         if not self.holder.is_ours():
             raise LeftError("left", "another replica works", 0.5)
 
-    def about(self, one: AnyObject, authority: AuthorityOfSigners | None = None) -> About:
-        """The facts that the audit log's lines about a request repeat."""
-        if authority is None:
-            return About.of(one)
-        return About.of(one, authority.ca.label, authority.identity)
-
-    def record_quietly(self, about: About, event: str, error: BackendError | VerificationError) -> None:
+    def record_quietly(self, facts: Line, event: str, error: BackendError | VerificationError) -> None:
         """Record what has happened already; if that fails, the log has it, and `/readyz` fails."""
         try:
-            self.ledger.write(about.line(event, error=error))
+            self.ledger.write(facts, event, error=error)
         except AuditError as e:
-            log.error("%s; the audit log lacks: %s", e, event, extra={"request": about.more["request"]})  # noqa: TRY400
+            log.error("%s; the audit log lacks: %s", e, event, extra={"request": facts["more"]["request"]})  # noqa: TRY400
 
     def drop_pending(self, uid: str) -> None:
         """Forget a request at a CA: it has been answered, or never will be."""

@@ -9,7 +9,6 @@ import base64
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -22,7 +21,7 @@ from bridge.cluster import text_of
 from bridge.cluster.api import JSON, MERGE_PATCH, METADATA, NoAnswerError, Reply
 from bridge.errors import BridgeError
 from bridge.gateway import watch
-from bridge.gateway.context import AFTER_REFUSAL_SECONDS, Context, GoneError, LeftError, NotAllowedError, extra
+from bridge.gateway.context import AFTER_REFUSAL_SECONDS, Context, GoneError, LeftError
 from bridge.gateway.nodes import NodeStates
 from bridge.gateway.policy import (
     USUAL_BYTES,
@@ -36,16 +35,14 @@ from bridge.gateway.policy import (
     judge,
     node_of,
 )
-from bridge.gateway.queue import Job, Look
+from bridge.gateway.queue import Job, Look, key_of
 from bridge.gateway.rules import NODE_USER, spec_of
 from bridge.gateway.watch import AnyObject, NotAnObjectError, PodObject, SigningRequest, parse
 from bridge.pki.certificates import CN_OID, attributes, pem
 from bridge.pki.expiry import rfc3339
 from bridge.pki.verify import Verified
-from bridge.specs import GATEWAY_SPECS, CertificateSpec
-from bridge.state import audit
-from bridge.system.waiting import Rate, remember
-from bridge.words import one_line
+from bridge.specs import GATEWAY_SPECS
+from bridge.system.waiting import Rate
 
 log = logging.getLogger("ca-bridge")
 
@@ -69,10 +66,10 @@ class Judge:
         with self._mutex:
             if job.look.is_hostile:
                 return self._requesters.reserve(f"hostile\n{user}", now)
-            if job.look.counts and job.look.is_known:
+            if job.look.key and job.look.is_known:
                 # each node has a rate, since all that join with one bootstrap token are one user
                 # by requester, too: another node could name this one until its own kubelet had to wait
-                return self._nodes.reserve(job.key, now)
+                return self._nodes.reserve(job.look.key, now)
             return self._requesters.reserve(user, now)
 
     def look(self, one: AnyObject) -> Look:
@@ -81,11 +78,10 @@ class Judge:
         allowed. A large CSR has to wait for its turn: thousands would delay all requests behind them.
         """
         one = _ours(one)
-        spec = self._spec(one)
-        if spec is None or len(one.request.pem) > USUAL_BYTES:
+        world = self._world(one, time.monotonic() - _RECENT_SECONDS)
+        if world is None or len(one.request.pem) > USUAL_BYTES:
             return Look()
         node = node_of(one.request)
-        world = self._world(spec, time.monotonic() - _RECENT_SECONDS)
         entry = world.inventory.nodes.get(node) if node is not None else None
         if entry is not None:
             state = NodeState(exists=one.request.username == f"{NODE_USER}{node}")
@@ -93,18 +89,16 @@ class Judge:
         verdict = judge(one.request, world)
         is_hostile, is_known = isinstance(verdict, Hostile), entry is not None
         counts = isinstance(verdict, Allowed) if is_known else node is not None and not is_hostile
-        return Look(node=node, counts=counts, is_known=is_known, is_hostile=is_hostile)
+        return Look(key=key_of(one, node) if counts else "", is_known=is_known, is_hostile=is_hostile)
 
     def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
         """The policy's verdict; for a write, files and Node object are looked at now, else they may have been a second ago."""
         one, nodes = _ours(job.one), self._context.nodes
-        node = node_of(one.request)
         since = time.monotonic() - (0.0 if at_write else _RECENT_SECONDS)
-        spec = self._spec(one)
-        if spec is None:
+        world = self._world(one, since)
+        if world is None:
             return Later("the policy had no table for this signer when the gateway was started; restart it")
-        world = self._world(spec, since)
-        verdict = judge(one.request, world)
+        node, verdict = node_of(one.request), judge(one.request, world)
         # no program, DNS or API server is asked about a request that is hostile by its own words
         if node is not None and not isinstance(verdict, Hostile):
             try:
@@ -117,20 +111,17 @@ class Judge:
                 itself = one.request.username == f"{NODE_USER}{node}"
                 state = self._states.state(node, since, newer=itself, with_readiness=entry.rejoin and not itself)
                 verdict = judge(one.request, replace(world, entry=entry, state=state))
-        rules = world.policy.signers.get(one.request.signer)
-        if isinstance(verdict, Allowed) and rules is not None and rules.approval == "required":
-            if one.is_approved_by_person:
-                return verdict
+        needs_person = isinstance(verdict, Allowed) and world.policy.signers[one.request.signer].approval == "required"
+        if needs_person and not one.is_approved_by_person:
             found = "only a controller has approved it, which does not count" if one.has(watch.APPROVED) else ""
             return Later(f"{found or 'it was not approved yet'} (approval = required)")
         return verdict
 
-    def _spec(self, one: SigningRequest) -> CertificateSpec | None:
-        spec = spec_of(one.request.signer)
-        return spec if spec is not None and spec.authority.name in self._context.authorities else None
-
-    def _world(self, spec: CertificateSpec, since: float) -> World:
-        context = self._context
+    def _world(self, one: SigningRequest, since: float) -> World | None:
+        """None: the policy had no table for its signer when the gateway was started."""
+        context, spec = self._context, spec_of(one.request.signer)
+        if spec is None or spec.authority.name not in context.authorities:
+            return None
         policy, inventory = context.nodes.files(since)
         return World(
             policy=policy,
@@ -151,7 +142,6 @@ def _ours(one: AnyObject) -> SigningRequest:
 # --- the writes -------------------------------------------------------------------------------------------------------
 
 _TURNS = 5  # each 409 means that another client has written
-_MOST_ANSWERED = 10_000
 
 
 class Writer:
@@ -162,57 +152,30 @@ class Writer:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._mutex = threading.Lock()
-        self._answered_uids: OrderedDict[str, None] = OrderedDict()  # uids of objects that we gave an answer to
-
-    def has_answered(self, uid: str) -> bool:
-        """Whether we wrote the object's certificate or refusal; the watch may still show an older version of it."""
-        return uid in self._answered_uids
-
-    def _remember(self, uid: str) -> None:
-        with self._mutex:
-            remember(self._answered_uids, uid, None, _MOST_ANSWERED)
 
     # --- answers ----------------------------------------------------------------------------------------------------
     # each raises GoneError (the object is finished or another), LeftError or NoAnswerError where it was not written
 
-    def deny(self, job: Job, hostile: Hostile) -> None:
-        """Deny the request without the reason; if another client has approved it, write `Failed` instead."""
-        context = self._context
-        context.ledger.write(context.about(job.one).line(audit.REFUSED, error=NotAllowedError(hostile.reason)))
-        for _ in self.turns(job):
-            is_approved = job.one.has(watch.APPROVED)
-            subresource, kind = ("status", watch.FAILED) if is_approved else ("approval", watch.DENIED)
-            body = with_condition(job.one, kind, watch.NOT_ALLOWED, context.now())
-            if self._patch(job.one, subresource, body).status == HTTPStatus.OK:
-                self._denied(job, kind, hostile.reason)
-                return
-
-    def _denied(self, job: Job, kind: str, reason: str) -> None:
-        self._remember(job.one.uid)
-        self._context.metrics.count(job.one.request.signer, kind.lower())
-        log.info("%s: %s", kind.lower(), one_line(reason), extra=extra(job, kind.lower()))
-        self._context.give_up(job.one.uid, "it was denied")
+    def deny(self, job: Job, hostile: Hostile) -> str:
+        """Deny it without the reason, or write `Failed` if another client has approved it: which; empty: it has changed."""
+        del hostile
+        is_approved = job.one.has(watch.APPROVED)
+        subresource, kind = ("status", watch.FAILED) if is_approved else ("approval", watch.DENIED)
+        return kind if self._marked(job, subresource, kind, watch.NOT_ALLOWED) else ""
 
     def tell(self, job: Job, outcome: str, reason: str) -> None:
         """Say nothing: a CSR object's owner reads its conditions, and its events are seldom looked at."""
 
-    def failed_unanswered(self, job: Job) -> None:
-        """The CA has not answered in time."""
-        for _ in self.turns(job):
-            body = with_condition(job.one, watch.FAILED, watch.NOT_ANSWERED, self._context.now())
-            if self._patch(job.one, "status", body).status == HTTPStatus.OK:
-                self._remember(job.one.uid)
-                return
+    def fail_unanswered(self, job: Job) -> bool:
+        """Write that the CA has not answered in time; False: nothing is written into such an object."""
+        return any(self._marked(job, "status", watch.FAILED, watch.NOT_ANSWERED) for _ in self.turns(job))
 
     def waits(self, job: Job) -> None:
         """A CA has the request and answers later; nothing is written where the object says so already."""
         if job.one.has(watch.PENDING_AT_CA):
             return
         for _ in self.turns(job):
-            body = with_condition(job.one, watch.PENDING_AT_CA, watch.WAITS, self._context.now())
-            reply = self._patch(job.one, "status", body)
-            if reply.status == HTTPStatus.OK:
+            if reply := self._marked(job, "status", watch.PENDING_AT_CA, watch.WAITS):
                 self._take_over(job, reply)
                 return
 
@@ -227,16 +190,13 @@ class Writer:
         one, context = job.one, self._context
         if not one.has(watch.APPROVED):
             body = with_condition(one, watch.APPROVED, watch.ALLOWS, context.now())
-            reply = self._patch(one, "approval", body, accept=METADATA)
+            reply = self._patch(job, "approval", body, accept=METADATA)
             if reply.status != HTTPStatus.OK:
                 return False
             job.one = replace(one, version=_version(reply), conditions=tuple(body["status"]["conditions"]))
         context.assert_ours()
         body = with_certificate(job.one, pem(*found.chain))
-        if self._patch(job.one, "status", body, accept=METADATA).status != HTTPStatus.OK:
-            return False
-        self._remember(job.one.uid)
-        return True
+        return self._patch(job, "status", body, accept=METADATA).status == HTTPStatus.OK
 
     # --- objects ----------------------------------------------------------------------------------------------------
 
@@ -250,9 +210,7 @@ class Writer:
 
     def _read_again(self, job: Job) -> None:
         reply = self._context.api.ask("GET", job.one.path)
-        if reply.status == HTTPStatus.NOT_FOUND:
-            raise GoneError("the object is gone")
-        self.assert_well(reply, "get the object")
+        self._assert_well(reply, "get the object")
         self._take_over(job, reply)
         if job.one.is_finished:
             raise GoneError("another client has answered it")
@@ -267,27 +225,33 @@ class Writer:
             raise GoneError("another object has its name by now")
         job.one = found
 
-    def _patch(self, one: AnyObject, subresource: str, body: Mapping[str, Any], *, accept: str = JSON) -> Reply:
+    def _marked(self, job: Job, subresource: str, kind: str, reason: str) -> Reply | None:
+        """Write a further condition; None: the object has changed."""
+        reply = self._patch(job, subresource, with_condition(job.one, kind, reason, self._context.now()))
+        return reply if reply.status == HTTPStatus.OK else None
+
+    def _patch(self, job: Job, subresource: str, body: Mapping[str, Any], *, accept: str = JSON) -> Reply:
         """Write; 200, or that it has changed."""
-        reply = self._context.api.ask("PATCH", f"{one.path}/{subresource}", body, MERGE_PATCH, accept=accept)
-        if reply.status == HTTPStatus.NOT_FOUND:
-            raise GoneError("the object is gone")
+        reply = self._context.api.ask("PATCH", f"{job.one.path}/{subresource}", body, MERGE_PATCH, accept=accept)
         if reply.status == HTTPStatus.UNPROCESSABLE_ENTITY:
-            self._assert_changed(one, f"wanted to write its {subresource}, found HTTP {reply.status} {reply.message}")
-        elif reply.status not in {HTTPStatus.OK, HTTPStatus.CONFLICT}:
-            self.assert_well(reply, f"write its {subresource}")
+            self._unprocessable(job, subresource, reply)
+        elif reply.status != HTTPStatus.CONFLICT:
+            self._assert_well(reply, f"write its {subresource}")
         return reply
 
-    def _assert_changed(self, one: AnyObject, refusal: str) -> None:
+    def _unprocessable(self, job: Job, subresource: str, reply: Reply) -> None:
         """Leave the job for longer each time where no other client's write is against ours, but the API server or a policy."""
-        found = self._context.api.ask("GET", one.path)
-        if text_of(found.document, "metadata", "resourceVersion") == one.version:
+        found = self._context.api.ask("GET", job.one.path)
+        if text_of(found.document, "metadata", "resourceVersion") == job.one.version:
+            refusal = f"wanted to write its {subresource}, found HTTP {reply.status} {reply.message}"
             log.error("%s (is an admission policy or a webhook of the cluster against it?)", refusal)
             raise LeftError("left", refusal)
 
     @staticmethod
-    def assert_well(reply: Reply, what: str) -> None:
+    def _assert_well(reply: Reply, what: str) -> None:
         """Leave the job for a while after any other answer than 200."""
+        if reply.status == HTTPStatus.NOT_FOUND:
+            raise GoneError("the object is gone")
         if reply.status != HTTPStatus.OK:
             reason = f"wanted to {what}, found HTTP {reply.status} {reply.message}"
             log.error("%s (has the gateway the rights that `ca-bridge help gateway` names?)", reason)

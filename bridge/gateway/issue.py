@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
+import threading
 import time
 import traceback
+from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
 from bridge.ca import UntrustedAnswerError
 from bridge.cluster.api import NoAnswerError
-from bridge.contract import Continuity, Issued, Names, Pending, SignRequest
+from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, LocalFileError, VerificationError
 from bridge.gateway.authorities import AuthorityOfSigners
 from bridge.gateway.context import (
     MOST_PENDING_AT_CA,
-    About,
     Context,
     GoneError,
     LeftError,
+    NotAllowedError,
     PendingAtCa,
     after_refusal,
     extra,
+    facts_of,
 )
 from bridge.gateway.csrs import Judge, Writer, name_in
-from bridge.gateway.pod_policy import AllowedPod
 from bridge.gateway.pods import PodJudge, PodWriter
 from bridge.gateway.policy import Allowed, Hostile, Later
 from bridge.gateway.queue import Job
 from bridge.gateway.watch import AnyObject, PodObject, chain_of
 from bridge.pki.certificates import load_pem_certificates
-from bridge.pki.verify import CLOCK_SKEW, Expectation, Verified
+from bridge.pki.verify import CLOCK_SKEW, Verified
 from bridge.state import audit
 from bridge.state.audit import AuditError
+from bridge.system.files import digest
 from bridge.system.state_file import StateError
-from bridge.system.waiting import back_off_seconds
+from bridge.system.waiting import back_off_seconds, remember
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -46,6 +48,7 @@ log = logging.getLogger("ca-bridge")
 _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 1.0, 300.0
 #: A job is looked at again after this when too many wait for their turn.
 _CROWDED_SECONDS = 60.0
+_MOST_ANSWERED = 10_000
 _RECALLED = "the CA had signed it already, and its answer was lost"
 
 
@@ -54,9 +57,7 @@ class _Asking:
     job: Job
     request: SignRequest
     authority: AuthorityOfSigners
-    about: About
     longest: timedelta  #: That the policy gives.
-    digest: str  #: Of the CSR.
     at_ca: PendingAtCa | None  #: The CA has it already.
 
 
@@ -67,6 +68,9 @@ class Issuing:
         self._context = context
         self._judge, self._writer = Judge(context), Writer(context)
         self._pod_judge, self._pod_writer = PodJudge(context), PodWriter(context)
+        self._mutex = threading.Lock()
+        #: Uids of objects that have our certificate or refusal; the watch may still show an older version of them.
+        self._answered: OrderedDict[str, None] = OrderedDict()
 
     def _judge_of(self, one: AnyObject) -> Judge | PodJudge:
         return self._pod_judge if isinstance(one, PodObject) else self._judge
@@ -83,12 +87,12 @@ class Issuing:
             is_in_work = context.queue.remove(one.uid)  # then it is our own write, as a rule, and counted there
             if one.is_deleted:
                 context.give_up(one.uid, "the object is gone")
-            if one.certificate and not is_in_work and not self._writer_of(one).has_answered(one.uid):
+            if one.certificate and not is_in_work and one.uid not in self._answered:
                 with contextlib.suppress(ValueError, BridgeError):
                     leaf = load_pem_certificates(chain_of(one))[0]
                     context.metrics.saw(one.request.signer, name_in(one, leaf), leaf.not_valid_after_utc)
             return
-        if self._writer_of(one).has_answered(one.uid):
+        if one.uid in self._answered:
             return  # this version is older than our own write
         for uid in context.queue.put(one, self._judge_of(one).look):
             context.give_up(uid, "a newer request of the same node has come")
@@ -130,7 +134,7 @@ class Issuing:
             log.info("left to the client that has changed it: %s", e, extra=extra(job, "conflict"))
             context.give_up(job.one.uid, "another client has answered, deleted or replaced the object")
         except LeftError as e:
-            return self._left(job, e.outcome, e.reason, e.seconds)
+            return self._left(job, e.outcome, str(e), e.seconds)
         except (NoAnswerError, AuditError, StateError) as e:
             return self._left(job, "left", str(e), for_owner="the gateway has trouble of its own; its log says which")
         return None
@@ -151,7 +155,7 @@ class Issuing:
 
     def _answer(self, job: Job) -> None:
         context, writer = self._context, self._writer_of(job.one)
-        if writer.has_answered(job.one.uid):
+        if job.one.uid in self._answered:
             return  # this version is older than our own write: no CA is asked twice
         self._assert_current(job)
         at_ca = context.pending_at_ca.get(job.one.uid)
@@ -160,30 +164,41 @@ class Issuing:
         verdict = self._allowed(job)
         if verdict is None:
             return
-        authority = context.authorities[verdict.spec.authority.name]
         is_new = job.verified is None
         if job.verified is None:
-            job.verified, job.signed_for = self._signed(job, verdict, authority, at_ca), _content(verdict)
+            job.verified, job.signed_for = self._signed(job, verdict, at_ca), _content(verdict)
         found = job.verified
         for _ in writer.turns(job):
+            self._assert_current(job)
             verdict = self._allowed(job, at_write=True)
             if verdict is None:
                 raise GoneError("it was allowed when it was signed, and is not any more")
             self._assert_of_use(job, verdict, found, is_new=is_new)
             if writer.issue(job, verdict, found):
-                self._written(job, found, authority)
+                self._remember(job)
+                self._written(job, verdict.name, found)
                 return
 
     def _allowed(self, job: Job, *, at_write: bool = False) -> Allowed | None:
         """The verdict at this moment, for a write of this very moment; None: the request was denied."""
-        self._assert_current(job)
         verdict = self._judge_of(job.one).verdict(job, at_write=at_write)
         if isinstance(verdict, Later):
             raise LeftError("left", verdict.reason)
         if isinstance(verdict, Hostile):
-            self._writer_of(job.one).deny(job, verdict)
+            self._deny(job, verdict)
             return None
         return verdict
+
+    def _deny(self, job: Job, hostile: Hostile) -> None:
+        context, writer = self._context, self._writer_of(job.one)
+        context.ledger.write(facts_of(job.one), audit.REFUSED, error=NotAllowedError(hostile.reason))
+        for _ in writer.turns(job):
+            if outcome := writer.deny(job, hostile).lower():
+                self._remember(job)
+                context.metrics.count(job.one.request.signer, outcome)
+                log.info("%s: %s", outcome, one_line(hostile.reason), extra=extra(job, outcome))
+                context.give_up(job.one.uid, "it was denied")
+                return
 
     def _assert_turn(self, job: Job) -> None:
         wait = self._judge_of(job.one).turn(job)
@@ -212,42 +227,37 @@ class Issuing:
             job.verified = None
             raise LeftError("bad-answer", refused, after_refusal(job))
 
-    def _written(self, job: Job, found: Verified, authority: AuthorityOfSigners) -> None:
-        context, signer, name = self._context, job.one.request.signer, name_in(job.one, found.leaf)
-        end = found.leaf.not_valid_after_utc
-        context.metrics.signed(signer, name, end, time.monotonic() - job.arrived, context.now())
+    def _remember(self, job: Job) -> None:
+        with self._mutex:
+            remember(self._answered, job.one.uid, None, _MOST_ANSWERED)
+
+    def _written(self, job: Job, name: str, found: Verified) -> None:
+        context, end = self._context, found.leaf.not_valid_after_utc
+        context.metrics.signed(job.one.request.signer, name, end, time.monotonic() - job.arrived, context.now())
         log.info("signed %s, until %s UTC", one_line(name), end.strftime("%F %T"), extra=extra(job, "signed"))
-        context.ledger.note(context.about(job.one, authority).line(audit.INSTALLED, new=found.leaf))
+        context.ledger.note(job.facts, audit.INSTALLED, new=found.leaf)
         context.drop_pending(job.one.uid)
 
     # --- asking the CA ----------------------------------------------------------------------------------------------
 
-    def _signed(self, job: Job, verdict: Allowed, authority: AuthorityOfSigners, at_ca: PendingAtCa | None) -> Verified:
-        context = self._context
-        digest = hashlib.sha256(verdict.csr.pem).hexdigest()
-        if at_ca is not None and (at_ca.csr_sha256 != digest or at_ca.object_name != job.one.name):
+    def _signed(self, job: Job, verdict: Allowed, at_ca: PendingAtCa | None) -> Verified:
+        context, authority = self._context, self._context.authorities[verdict.spec.authority.name]
+        if at_ca is not None and (at_ca.csr_sha256 != digest(verdict.csr.pem) or at_ca.object_name != job.one.name):
             at_ca = None
-        asking = _Asking(
-            job=job,
-            request=self._request(job.one, verdict, at_ca),
-            authority=authority,
-            about=context.about(job.one, authority),
-            longest=verdict.longest,
-            digest=digest,
-            at_ca=at_ca,
-        )
+        job.facts, request = facts_of(job.one, authority), self._request(job.one, verdict, at_ca)
+        asking = _Asking(job=job, request=request, authority=authority, longest=verdict.longest, at_ca=at_ca)
         try:
             if (recalled := self._recalled(asking)) is not None:
                 return recalled
             answer = self._from_ca(asking)
         except BackendUnavailableError as e:
-            context.record_quietly(asking.about, audit.UNAVAILABLE, e)
+            context.record_quietly(job.facts, audit.UNAVAILABLE, e)
             raise LeftError("ca-unavailable", str(e), authority.rest.seconds_left() + 0.5) from None
         except UntrustedAnswerError as e:  # the CA may still answer
-            context.record_quietly(asking.about, audit.REFUSED, e)
+            context.record_quietly(job.facts, audit.REFUSED, e)
             raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
         except BackendRefusedError as e:
-            context.record_quietly(asking.about, audit.REFUSED, e)
+            context.record_quietly(job.facts, audit.REFUSED, e)
             if not isinstance(e, LocalFileError):  # the CA was not asked, and still has the request
                 context.drop_pending(job.one.uid)
             hint = f" ({e.hint})" if e.hint else ""
@@ -255,26 +265,22 @@ class Issuing:
         return self._accepted(asking, answer)
 
     def _accepted(self, asking: _Asking, answer: Issued) -> Verified:
-        context = self._context
+        context, job = self._context, asking.job
         try:
-            found = asking.authority.verified(answer, asking.request, self._expected(asking))
+            found = asking.authority.verified(answer, asking.request, asking.longest, context.now())
         except VerificationError as e:
-            context.record_quietly(asking.about, audit.REFUSED, e)
-            context.drop_pending(asking.job.one.uid)
-            raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(asking.job)) from None
-        context.ledger.write(asking.about.line(audit.ISSUED, new=found.leaf))
+            context.record_quietly(job.facts, audit.REFUSED, e)
+            context.drop_pending(job.one.uid)
+            raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
+        context.ledger.write(job.facts, audit.ISSUED, new=found.leaf)
         return found
-
-    def _expected(self, asking: _Asking) -> Expectation:
-        least = self._context.settings.gateway.min_validity
-        return asking.authority.expected(asking.request, asking.longest, least, self._context.now())
 
     def _request(self, one: AnyObject, verdict: Allowed, at_ca: PendingAtCa | None) -> SignRequest:
         validity = timedelta(seconds=at_ca.validity_seconds) if at_ca is not None else verdict.validity
         return SignRequest(
             spec=verdict.spec,
             csr_pem=verdict.csr.pem,
-            names=_names(verdict),
+            names=verdict.names,
             validity=timedelta(seconds=int(validity.total_seconds())),
             continuity=Continuity(
                 batch=_batch(one.uid),
@@ -287,8 +293,8 @@ class Issuing:
 
     def _recalled(self, asking: _Asking) -> Verified | None:
         """A certificate that the CA signed for a gateway that died, or that did not reach us; None: ask the CA."""
-        job, authority = asking.job, asking.authority
-        doubtful = self._context.holder.doubtful_before()
+        context, job, authority = self._context, asking.job, asking.authority
+        doubtful = context.holder.doubtful_before
         if not authority.recalls or asking.at_ca is not None or job.was_recalled:
             return None
         if not job.was_asked and (doubtful is None or job.one.created > doubtful + CLOCK_SKEW):
@@ -299,10 +305,10 @@ class Issuing:
         if answer is None:
             return None
         try:
-            found = authority.verified(answer, asking.request, self._expected(asking))
+            found = authority.verified(answer, asking.request, asking.longest, context.now())
         except VerificationError:  # such as too short a life by now: the CA is asked for another
             return None
-        self._context.ledger.write(asking.about.line(audit.ISSUED, new=found.leaf, result=_RECALLED))
+        context.ledger.write(job.facts, audit.ISSUED, new=found.leaf, result=_RECALLED)
         return found
 
     def _from_ca(self, asking: _Asking) -> Issued:
@@ -310,9 +316,9 @@ class Issuing:
         self._assert_may_ask(authority)
         if at_ca is not None:
             self._assert_in_time(job, at_ca)
-            answer = authority.collect(asking.request, at_ca.reference, self._expected(asking))
+            answer = authority.collect(asking.request, at_ca.reference, asking.longest, context.now())
         else:
-            context.ledger.write(asking.about.line(audit.ASKED))
+            context.ledger.write(job.facts, audit.ASKED)
             job.was_asked, job.was_recalled = True, False
             answer = authority.sign(asking.request)
             job.was_asked = False
@@ -338,7 +344,7 @@ class Issuing:
                     uid=one.uid,
                     object_name=one.name,
                     signer=one.request.signer,
-                    csr_sha256=asking.digest,
+                    csr_sha256=digest(asking.request.csr_pem),
                     reference=answer.reference,
                     validity_seconds=int(asking.request.validity.total_seconds()),
                     asked=at_ca.asked if at_ca is not None else context.now(),
@@ -346,26 +352,23 @@ class Issuing:
             )
             context.pending_at_ca.save()
         if at_ca is None:
-            context.ledger.write(asking.about.line(audit.PENDING, result=answer.note or "the CA answers later"))
+            context.ledger.write(asking.job.facts, audit.PENDING, result=answer.note or "the CA answers later")
 
     def _assert_in_time(self, job: Job, at_ca: PendingAtCa) -> None:
         """Give up on a CA that has not answered for `gateway.pending_for`."""
         context, why = self._context, "the CA has not answered in time (gateway.pending_for)"
         if context.now() - at_ca.asked < context.settings.gateway.pending_for:
             return
-        context.ledger.write(context.about(job.one).line(audit.CANCELLED, result=why))
-        self._writer_of(job.one).failed_unanswered(job)
+        context.ledger.write(facts_of(job.one), audit.CANCELLED, result=why)
+        if self._writer_of(job.one).fail_unanswered(job):
+            self._remember(job)
         context.drop_pending(job.one.uid)
         raise GoneError(why)
 
 
-def _names(verdict: Allowed) -> Names | None:
-    return verdict.names if isinstance(verdict, AllowedPod) else None
-
-
 def _content(verdict: Allowed) -> tuple[object, ...]:
     """All that a verdict lets a certificate say, except when it begins and ends."""
-    return verdict.csr.pem, verdict.spec, verdict.longest, _names(verdict)
+    return verdict.csr.pem, verdict.spec, verdict.longest, verdict.names
 
 
 def _batch(uid: str) -> str:
@@ -373,4 +376,4 @@ def _batch(uid: str) -> str:
     try:
         return UUID(uid).hex
     except ValueError:
-        return hashlib.sha256(uid.encode()).hexdigest()[:32]
+        return digest(uid.encode())[:32]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
 from bridge.cluster import items
@@ -279,11 +279,6 @@ _NAMES_A_REQUEST = 20
 _NO_LIST_SECONDS = 60.0
 
 
-class _Wanted(NamedTuple):
-    name: str
-    with_readiness: bool
-
-
 class NodeStates:
     """May be used by any thread."""
 
@@ -291,7 +286,7 @@ class NodeStates:
         self._api = api
         self._mutex = threading.Lock()
         self._known: dict[str, tuple[NodeState, float]] = {}
-        self._together: Combined[_Wanted, NodeState | NoAnswerError] = Combined(self._looked_at, _MOST_TOGETHER)
+        self._together = Combined(self._looked_at, _MOST_TOGETHER)
         self._latest: tuple[frozenset[str], float] = (frozenset(), -math.inf)  # a list, and when it was asked for
         self._lists_from = 0.0
 
@@ -305,7 +300,7 @@ class NodeStates:
         there, listed = self._latest
         if listed >= since and name not in there and not newer:
             return NodeState(exists=False)
-        found = self._together(_Wanted(name, with_readiness))
+        found = self._together((name, with_readiness))
         if isinstance(found, NoAnswerError):
             raise found
         with self._mutex:
@@ -314,26 +309,26 @@ class NodeStates:
             self._known[name] = (found, now)
         return found
 
-    def _looked_at(self, wanted: Sequence[_Wanted]) -> list[NodeState | NoAnswerError]:
+    def _looked_at(self, wanted: Sequence[tuple[str, bool]]) -> list[NodeState | NoAnswerError]:
+        """The state of each name, or why it is not known; the other half says whether its readiness counts."""
         there = self._listed(len(wanted))
-        found: list[NodeState | NoAnswerError] = []
-        for one in wanted:
-            if there is not None and not (one.with_readiness and one.name in there):
-                found.append(NodeState(exists=one.name in there, ready=one.name in there))
-                continue
-            try:
-                found.append(self._ask(one.name))
-            except NoAnswerError as e:
-                found.append(e)
-        return found
+        return [
+            self._ask(name)
+            if there is None or (with_readiness and name in there)
+            else NodeState(exists=name in there, ready=name in there)
+            for name, with_readiness in wanted
+        ]
 
-    def _ask(self, name: str) -> NodeState:
-        reply = self._api.ask("GET", f"{_NODES}/{quote(name, safe='')}")
+    def _ask(self, name: str) -> NodeState | NoAnswerError:
+        try:
+            reply = self._api.ask("GET", f"{_NODES}/{quote(name, safe='')}")
+        except NoAnswerError as e:
+            return e
         if reply.status == HTTPStatus.OK:
             return NodeState(exists=True, ready=is_ready(reply.document))
         if reply.status == HTTPStatus.NOT_FOUND:
             return NodeState(exists=False)
-        raise NoAnswerError(f"wanted to look at node {name}, found HTTP {reply.status} {reply.message}")
+        return NoAnswerError(f"wanted to look at node {name}, found HTTP {reply.status} {reply.message}")
 
     def _listed(self, wanted: int) -> frozenset[str] | None:
         """The names of all nodes; None: to ask for each is less work, or there is no list."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 
-from bridge.contract import Names
 from bridge.desk.node_inventory import Inventory
 from bridge.gateway.policy import Allowed, GatewayPolicy, Hostile, Later, Verdict, read_csr
 from bridge.gateway.rules import IN_PATH, KEY_TYPES, Identity, PodSignerRules, is_never_a_pods
@@ -49,25 +48,15 @@ class PodRequest:
         return {key: getattr(self, key) for key in IN_PATH}
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A volume's source `podCertificate`."""
-
-    signer: str
-    key_type: str
-    seconds: int
-    annotations: tuple[tuple[str, str], ...]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodState:
-    """A Pod object."""
+    """A Pod object, as far as it is about one request."""
 
     uid: str
     node: str
     service_account: str
     phase: str
-    sources: frozenset[Source]
+    key_types: frozenset[str]  #: Of its volumes with the request's signer, lifetime and annotations.
     ends: datetime | None = None  #: When its grace period ends, if it was deleted.
 
 
@@ -87,15 +76,6 @@ class PodWorld:
     labels: Mapping[str, str] | None  #: The namespace's.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AllowedPod(Allowed):
-    """The request may be signed, with these names."""
-
-    names: Names
-    most: timedelta  #: That the pod takes, from the certificate's beginning on.
-    refresh: int  #: Per cent of the life.
-
-
 def judge(request: PodRequest, world: PodWorld) -> Verdict:
     """Judge a request: sign it, refuse it, or leave it for later."""
     rules, csr = world.policy.pod_signers.get(request.signer), own_words(request)
@@ -108,14 +88,17 @@ def judge(request: PodRequest, world: PodWorld) -> Verdict:
     names = rules.names(request.parts, _identity(request, rules))
     if names is None or any(is_never_a_pods(name) or name in world.inventory.taken_names for name in names.dns):
         return Later("the policy gives this pod no names, too long ones, or names of the API server or of a node")
-    validity = _validity(request, rules, world)
+    longest, left = min(rules.max_validity, world.policy.allow.max_validity), world.ca_end - world.now
+    of_pod = timedelta(seconds=request.seconds) - rules.backdating  # by which the CA backdates
+    validity = min(longest, left - _BEFORE_THE_CA_ENDS, of_pod)
+    validity = timedelta(seconds=validity // timedelta(seconds=1))
     if validity < rules.least - rules.backdating:
         return Later(f"the CA's certificate ends at {world.ca_end:%Y-%m-%d %H:%M}, or allow.max_validity is too short")
-    return AllowedPod(
+    return Allowed(
         spec=rules.spec,
         csr=csr,
         validity=validity,
-        longest=_longest(rules, world),
+        longest=longest,
         name=f"{request.namespace}/{request.service_account}",
         names=names,
         most=timedelta(seconds=request.seconds),
@@ -176,8 +159,7 @@ def _invented(request: PodRequest, csr: CsrData, pod: PodState) -> Iterator[Host
     """NodeRestriction compares neither lifetime nor key nor annotations with the pod, and other callers not at all."""
     if (pod.node, pod.service_account) != (request.node, request.service_account):
         yield _open("the pod has another node or service account")
-    source = Source(request.signer, KEY_TYPES.get(key_of(csr), ""), request.seconds, request.annotations)
-    if source not in pod.sources:
+    if KEY_TYPES.get(key_of(csr), "") not in pod.key_types:
         yield _open("the pod has no volume with this signer, key type, lifetime and annotations")
 
 
@@ -222,14 +204,3 @@ def _identity(request: PodRequest, rules: PodSignerRules) -> Identity | None:
         if in_namespace and any(fnmatchcase(request.service_account, pattern) for pattern in one.service_accounts):
             return one
     return None
-
-
-def _longest(rules: PodSignerRules, world: PodWorld) -> timedelta:
-    return min(rules.max_validity, world.policy.allow.max_validity)
-
-
-def _validity(request: PodRequest, rules: PodSignerRules, world: PodWorld) -> timedelta:
-    """The shortest of the policy's limit, the CA's, and the pod's (less the time by which the CA backdates)."""
-    left = world.ca_end - world.now - _BEFORE_THE_CA_ENDS
-    found = min(_longest(rules, world), left, timedelta(seconds=request.seconds) - rules.backdating)
-    return timedelta(seconds=found // timedelta(seconds=1))

@@ -6,27 +6,18 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from datetime import datetime, timedelta
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from bridge.cluster import items, mapping
-from bridge.cluster.api import MERGE_PATCH, METADATA, Api, NoAnswerError, Reply
+from bridge.cluster.api import JSON, METADATA, NoAnswerError, Reply
 from bridge.gateway import watch
-from bridge.gateway.context import Context, GoneError, LeftError, NotAllowedError, after_refusal
+from bridge.gateway.context import Context, LeftError, after_refusal
 from bridge.gateway.csrs import Writer, condition_of, identity_of
 from bridge.gateway.nodes import Remembered
-from bridge.gateway.pod_policy import (
-    USUAL_SECONDS,
-    AllowedPod,
-    PodRequest,
-    PodState,
-    PodWorld,
-    Source,
-    judge,
-    own_words,
-)
+from bridge.gateway.pod_policy import USUAL_SECONDS, PodRequest, PodState, PodWorld, judge, own_words
 from bridge.gateway.policy import Allowed, Hostile, Later, Verdict
 from bridge.gateway.queue import Job, Look
 from bridge.gateway.rules import dates_problem, refresh_at
@@ -35,12 +26,15 @@ from bridge.pki.certificates import pem
 from bridge.pki.expiry import rfc3339
 from bridge.pki.verify import Verified
 from bridge.specs import PODS
-from bridge.state import audit
 from bridge.system.waiting import Rate
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
 
+T = TypeVar("T")
+
+#: A Pod object has 5 to 60 kB, and its users may write 3 MB, which take 40 in memory: of each thread at once, a gigabyte.
+_LONGEST_LOOKED_AT = 512 << 10
 #: Of the API server's words.
 _LONGEST_REASON = 200
 
@@ -61,7 +55,11 @@ class PodJudge:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._looks = Looks(context.api)
+        # nothing else of an account, a node, a namespace or a pod is kept, since its users choose the rest
+        self._uids: Remembered[str, str | None] = Remembered(_RECENT_SECONDS)
+        self._labels: Remembered[tuple[str, ...], Mapping[str, Any]] = Remembered(_RECENT_SECONDS)
+        self._pods: Remembered[str, PodState | None] = Remembered(_RECENT_SECONDS)  # by the request's UID
+        self._reading = threading.Lock()
         self._mutex = threading.Lock()
         ours = context.settings.gateway
         self._rates = (Rate(ours.node_rate), Rate(ours.pod_rate), Rate(ours.pod_namespace_rate))
@@ -94,70 +92,66 @@ class PodJudge:
         hostile = own_words(request)
         if isinstance(hostile, Hostile):  # nothing is looked up for it
             return hostile
-        pod = self._looks.pod(request, at_write=at_write)
-        account = self._looks.uid(
-            f"namespaces/{quoted(request.namespace)}/serviceaccounts/{quoted(request.service_account)}"
-        )
-        node = self._looks.uid(f"nodes/{quoted(request.node)}")
-        labels: Mapping[str, str] | None = None
-        if rules is not None and rules.namespace_labels:
-            labels = self._looks.labels(f"namespaces/{quoted(request.namespace)}")
+        namespace = f"namespaces/{quoted(request.namespace)}"
         world = PodWorld(
             policy=policy,
             cluster=context.settings.node.cluster,
             inventory=inventory,
+            created=job.one.created,
+            pod=self._pod(job, at_write=at_write),
+            account_uid=self._uid(f"{namespace}/serviceaccounts/{quoted(request.service_account)}"),
+            node_uid=self._uid(f"nodes/{quoted(request.node)}"),
+            labels=self._labels_of(namespace, rules.namespace_labels) if rules is not None else None,
             ca_end=context.authorities[PODS.name].end(),
             now=context.now(),
-            created=job.one.created,
-            pod=pod,
-            account_uid=account,
-            node_uid=node,
-            labels=labels,
         )
         return judge(request, world)
 
+    # --- what the API server has at present ---------------------------------------------------------------------------
 
-class Looks:
-    """The API server's present objects of pods, their nodes and accounts; may be used by any thread."""
-
-    def __init__(self, api: Api) -> None:
-        self._api = api
-        # nothing else of an account or a node is kept, since its users choose the rest
-        self._uids: Remembered[str, str | None] = Remembered(_RECENT_SECONDS)
-        self._labels: Remembered[str, Mapping[str, str]] = Remembered(_RECENT_SECONDS)
-        self._pods: Remembered[str, PodState | None] = Remembered(_RECENT_SECONDS)
-
-    def pod(self, request: PodRequest, *, at_write: bool) -> PodState | None:
-        """A pod as it is at this moment, or for a write as it was a moment ago; None: there is none of this name."""
-        path = f"namespaces/{quoted(request.namespace)}/pods/{quoted(request.pod)}"
-        if at_write and (known := self._pods.get(path)) is not None:
+    def _pod(self, job: Job, *, at_write: bool) -> PodState | None:
+        """A request's pod as it is at this moment, or for a write as it was a moment ago; None: there is none of this name."""
+        if at_write and (known := self._pods.get(job.one.uid)) is not None:
             return known[0]
-        now = time.monotonic()
-        document = self._get(path, "application/json")
-        found = None if document is None else pod_state(document)
-        self._pods.put(path, found, now)
+        request, now = _request(job.one), time.monotonic()
+        path = f"namespaces/{quoted(request.namespace)}/pods/{quoted(request.pod)}"
+        found = self._looked_at(path, JSON, lambda document: pod_state(document, request))
+        self._pods.put(job.one.uid, found, now)
         return found
 
-    def uid(self, path: str) -> str | None:
+    def _uid(self, path: str) -> str | None:
         """An object's UID, as it was a moment ago; None: it is not there."""
+        return self._uids.of(
+            path, lambda: self._looked_at(path, METADATA, lambda found: str(mapping(found, "metadata").get("uid", "")))
+        )
 
-        def ask() -> str | None:
-            document = self._get(path, METADATA)
-            return None if document is None else str(mapping(document, "metadata").get("uid", ""))
+    def _labels_of(self, path: str, wanted: Mapping[str, str]) -> Mapping[str, Any]:
+        """Those of an object's labels that are wanted, as they were a moment ago; none: it has none, or is not there."""
+        if not wanted:
+            return {}
 
-        return self._uids.of(path, ask)
+        def read(document: Mapping[str, Any]) -> Mapping[str, Any]:
+            return {key: value for key, value in mapping(document, "metadata", "labels").items() if key in wanted}
 
-    def labels(self, path: str) -> Mapping[str, str]:
-        """An object's labels, as they were a moment ago; none: it has none, or is not there."""
-        return self._labels.of(path, lambda: mapping(self._get(path, METADATA), "metadata", "labels"))
+        return self._labels.of((path, *wanted), lambda: self._looked_at(path, METADATA, read) or {})
 
-    def _get(self, path: str, accept: str) -> Mapping[str, Any] | None:
-        reply = self._api.ask("GET", f"/api/v1/{path}", accept=accept)
-        return None if reply.status == HTTPStatus.NOT_FOUND else reply.found(path)
+    def _looked_at(self, path: str, accept: str, read: Callable[[Mapping[str, Any]], T]) -> T | None:
+        """What is read of an object; None: it is not there."""
+        try:
+            reply = self._context.api.ask("GET", f"/api/v1/{path}", accept=accept, longest=_LONGEST_LOOKED_AT)
+        except NoAnswerError as e:
+            if e.is_too_long:
+                wanted = f"at most {_LONGEST_LOOKED_AT >> 10} KiB"
+                raise LeftError("left", f"{path}: wanted {wanted}, found more: shorten the object") from None
+            raise
+        if reply.status == HTTPStatus.NOT_FOUND:
+            return None
+        with self._reading:  # one at a time, since an object takes ten times as much when it is parsed
+            return read(reply.found(path))
 
 
-def pod_state(document: Mapping[str, Any]) -> PodState:
-    """All of a Pod object that a verdict depends on; what is not in its usual shape is left out."""
+def pod_state(document: Mapping[str, Any], request: PodRequest) -> PodState:
+    """All of a Pod object that a verdict on this request depends on; what is not in its usual shape is left out."""
     metadata, spec = mapping(document, "metadata"), mapping(document, "spec")
     deleted = metadata.get("deletionTimestamp")
     return PodState(
@@ -165,22 +159,20 @@ def pod_state(document: Mapping[str, Any]) -> PodState:
         node=str(spec.get("nodeName", "")),
         service_account=str(spec.get("serviceAccountName", "")),
         phase=str(mapping(document, "status").get("phase", "")),
-        sources=frozenset(_sources(spec)),
+        key_types=frozenset(_key_types(spec, request)),
         ends=datetime.fromisoformat(deleted) if isinstance(deleted, str) else None,
     )
 
 
-def _sources(spec: Mapping[str, Any]) -> Iterator[Source]:
+def _key_types(spec: Mapping[str, Any], request: PodRequest) -> Iterator[str]:
+    """The key types of the pod's volumes with the request's signer, lifetime and annotations."""
+    wanted = request.signer, request.seconds, dict(request.annotations)
     for volume in items(spec, "volumes"):
         for one in items(volume, "projected", "sources"):
             if source := mapping(one, "podCertificate"):
-                annotations = mapping(source, "userAnnotations")
-                yield Source(
-                    signer=str(source.get("signerName", "")),
-                    key_type=str(source.get("keyType", "")),
-                    seconds=int(source.get("maxExpirationSeconds") or USUAL_SECONDS),
-                    annotations=tuple(sorted((str(key), str(value)) for key, value in annotations.items())),
-                )
+                seconds = int(source.get("maxExpirationSeconds") or USUAL_SECONDS)
+                if (source.get("signerName"), seconds, mapping(source, "userAnnotations")) == wanted:
+                    yield str(source.get("keyType", ""))
 
 
 def _request(one: AnyObject) -> PodRequest:
@@ -197,21 +189,19 @@ class PodWriter(Writer):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
+        self._mutex = threading.Lock()
         self._events = Rate(_EVENTS_A_MINUTE)
         self._cannot_tell = False
 
-    def deny(self, job: Job, hostile: Hostile) -> None:
-        """Deny the request, with words for the pod's owner."""
-        context = self._context
-        context.ledger.write(context.about(job.one).line(audit.REFUSED, error=NotAllowedError(hostile.reason)))
-        for _ in self.turns(job):
-            condition = condition_of(watch.DENIED, hostile.code, hostile.message, context.now())
-            if self._answered(job, {"conditions": [condition]}):
-                self._denied(job, watch.DENIED, hostile.reason)
-                return
+    def deny(self, job: Job, hostile: Hostile) -> str:
+        """Deny the request, with words for the pod's owner; empty: it has changed."""
+        condition = condition_of(watch.DENIED, hostile.code, hostile.message, self._context.now())
+        return watch.DENIED if self._answered(job, {"conditions": [condition]}) else ""
 
-    def failed_unanswered(self, job: Job) -> None:
-        """Nothing is written: an outage is no reason why a pod should never start."""
+    def fail_unanswered(self, job: Job) -> bool:
+        """Write nothing: an outage is no reason why a pod should never start."""
+        del job
+        return False
 
     def waits(self, job: Job) -> None:
         """Nothing is written: the API server takes no condition but a final one."""
@@ -245,40 +235,31 @@ class PodWriter(Writer):
 
     def trouble(self, verdict: Allowed, found: Verified) -> str:
         """Why the API server would not take this certificate now."""
-        leaf = found.leaf
-        longest = verdict.most if isinstance(verdict, AllowedPod) else timedelta()
-        now = self._context.now()
-        return dates_problem(leaf.not_valid_before_utc, leaf.not_valid_after_utc, longest, now)
+        begin, end = found.leaf.not_valid_before_utc, found.leaf.not_valid_after_utc
+        return dates_problem(begin, end, verdict.most, self._context.now())
 
     def issue(self, job: Job, verdict: Allowed, found: Verified) -> bool:
         """Write the certificate with its dates; False: the object has changed."""
         context = self._context
         context.assert_ours()
         begin, end = found.leaf.not_valid_before_utc, found.leaf.not_valid_after_utc
-        percent = verdict.refresh if isinstance(verdict, AllowedPod) else 0
         status = {
             "conditions": [condition_of("Issued", watch.ALLOWS, "", context.now())],
             "certificateChain": pem(found.leaf, *found.intermediates).decode("ascii"),
             "notBefore": rfc3339(begin),
             "notAfter": rfc3339(end),
-            "beginRefreshAt": rfc3339(refresh_at(begin, end, percent)),
+            "beginRefreshAt": rfc3339(refresh_at(begin, end, verdict.refresh)),
         }
-        if not self._answered(job, status):
-            return False
-        self._remember(job.one.uid)
-        return True
+        return self._answered(job, status)
 
     def _answered(self, job: Job, status: Mapping[str, Any]) -> bool:
-        """Whether it was written; the API server's reason for a refusal repeats the chain before its last words."""
         body = {"metadata": identity_of(job.one), "status": status}
-        reply: Reply = self._context.api.ask("PATCH", f"{job.one.path}/status", body, MERGE_PATCH, accept=METADATA)
-        if reply.status == HTTPStatus.NOT_FOUND:
-            raise GoneError("the object is gone")
-        if reply.status == HTTPStatus.UNPROCESSABLE_ENTITY:
-            self._read_again(job)  # or it is finished, or another object, by now
-            job.verified = None
-            reason = one_line(reply.message[-_LONGEST_REASON:])
-            raise LeftError("bad-answer", f"the API server does not take the answer: …{reason}", after_refusal(job))
-        if reply.status not in {HTTPStatus.OK, HTTPStatus.CONFLICT}:
-            self.assert_well(reply, "write its status")
-        return reply.status == HTTPStatus.OK
+        return self._patch(job, "status", body, accept=METADATA).status == HTTPStatus.OK
+
+    def _unprocessable(self, job: Job, subresource: str, reply: Reply) -> None:
+        """Leave the job; the API server's reason repeats the chain before its last words."""
+        del subresource
+        self._read_again(job)  # or it is finished, or another object, by now
+        job.verified = None
+        reason = one_line(reply.message[-_LONGEST_REASON:])
+        raise LeftError("bad-answer", f"the API server does not take the answer: …{reason}", after_refusal(job))

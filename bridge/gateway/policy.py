@@ -11,6 +11,8 @@ from pathlib import Path
 
 from cryptography import x509
 
+from bridge.cluster import mapping
+from bridge.contract import Names
 from bridge.desk import policy
 from bridge.desk.node_inventory import Inventory, NodeEntry
 from bridge.desk.policy import Policy, name_problems
@@ -19,10 +21,8 @@ from bridge.gateway.rules import (
     NODE_USER,
     NODES_GROUP,
     SYSTEM,
-    Grant,
     PodSignerRules,
     SignerRules,
-    is_no_false_node,
     read_pod_signers,
     read_signers,
     spec_of,
@@ -37,7 +37,6 @@ from bridge.words import one_line
 
 #: A CA's certificate ends this much later than what it signs, so that a clock or two may differ.
 _BEFORE_THE_CA_ENDS = timedelta(minutes=5)
-_NODE_PLACEHOLDER, _USER_PLACEHOLDER = "{node}", "{user}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +50,9 @@ class GatewayPolicy(Policy):
 def parse(text: str, file: Path | None = None) -> GatewayPolicy:
     """A policy from TOML text."""
     reader, document = opened(text, file)
-    signers, pod_signers = (
-        found if isinstance(found := document.get(key), dict) else {} for key in ("signer", "pod_signer")
-    )
-    read, read_pods = read_signers(reader, signers), read_pod_signers(reader, pod_signers)
-    found = GatewayPolicy(signers=read, pod_signers=read_pods, **vars(policy.read(reader, document)))
+    signers = read_signers(reader, mapping(document, "signer"))
+    pod_signers = read_pod_signers(reader, mapping(document, "pod_signer"))
+    found = GatewayPolicy(signers=signers, pod_signers=pod_signers, **vars(policy.read(reader, document)))
     for name in ("kubelet.conf", KUBELET_SERVER):
         if found.needs_approval(name):
             wanted = 'approval = "required" in the table of the [signer], since no desk decides about it here'
@@ -92,7 +89,10 @@ class Allowed:
     csr: CsrData
     validity: timedelta
     longest: timedelta  #: The policy's limit, whatever the request says: a CA with profiles decides itself.
-    name: str  #: The certificate's: a node's, a user's, or kubeadm's name of a certificate; for metrics.
+    name: str  #: The certificate's, for metrics; see `csrs.name_in`.
+    names: Names | None = None  #: A pod's, whose CSR has none.
+    most: timedelta = timedelta()  #: That a pod takes, from the certificate's beginning on.
+    refresh: int = 0  #: Per cent of the life, for a pod.
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,38 +169,17 @@ def judge(request: Request, world: World) -> Verdict:
     csr = read_csr(request.pem)
     if isinstance(csr, OddRequestError):
         return Hostile(str(csr))
-    keys = rules.keys or world.policy.allow.keys
-    who = _form_problem(request, csr, spec, keys) or _who(request, csr, spec, rules, world)
+    who = _who(request, csr, spec, rules, world)
     if not isinstance(who, str):
         return who
-    validity = _validity(request, spec, rules, world)
-    if (trouble := _trouble_here(validity, world)) is not None:
-        return trouble
-    longest = _longest(spec, rules, world.policy)
-    return Allowed(spec=spec, csr=csr, validity=validity, longest=longest, name=who)
-
-
-def _trouble_here(validity: timedelta, world: World) -> Later | None:
+    longest, left = _longest(spec, rules, world.policy), world.ca_end - world.now - _BEFORE_THE_CA_ENDS
+    # a request is never refused for its length
+    validity = min(longest, left, request.asked_validity if request.asked_validity is not None else longest)
     if not any(fnmatchcase(world.cluster, one) for one in world.policy.allow.clusters):
         return Later(f"the policy's allow.clusters does not have this cluster, {world.cluster}")
     if validity < world.min_validity:
         return Later(f"the CA's certificate ends at {world.ca_end:%Y-%m-%d %H:%M}")
-    return None
-
-
-def _form_problem(request: Request, csr: CsrData, spec: CertificateSpec, keys: tuple[str, ...]) -> Hostile | None:
-    if not usages_fit(spec, request.usages):
-        return Hostile(f"usages: {', '.join(sorted(request.usages))}")
-    if csr.key not in keys:
-        return Hostile(f"key: wanted {' or '.join(keys)}, found {csr.key}")
-    return None
-
-
-def _validity(request: Request, spec: CertificateSpec, rules: SignerRules, world: World) -> timedelta:
-    """The shortest of the requested, the policy's and the CA's own; a request is never refused for its length."""
-    longest = _longest(spec, rules, world.policy)
-    left = world.ca_end - world.now - _BEFORE_THE_CA_ENDS
-    return min(longest, left, request.asked_validity if request.asked_validity is not None else longest)
+    return Allowed(spec=spec, csr=csr, validity=validity, longest=longest, name=who)
 
 
 def _longest(spec: CertificateSpec, rules: SignerRules, policy: Policy) -> timedelta:
@@ -211,6 +190,11 @@ def _longest(spec: CertificateSpec, rules: SignerRules, policy: Policy) -> timed
 
 def _who(request: Request, csr: CsrData, spec: CertificateSpec, rules: SignerRules, world: World) -> str | Verdict:
     """Return the name the certificate is for, or the verdict against it."""
+    if not usages_fit(spec, request.usages):
+        return Hostile(f"usages: {', '.join(sorted(request.usages))}")
+    keys = rules.keys or world.policy.allow.keys
+    if csr.key not in keys:
+        return Hostile(f"key: wanted {' or '.join(keys)}, found {csr.key}")
     if spec in (KUBELET_CLIENT, KUBELET_SERVING):
         return _kubelet(request, csr, spec, rules, world)
     if spec is USER:
@@ -252,8 +236,7 @@ def _requester(
 
 def _presence(name: str, world: World, *, bootstraps: bool) -> Later | None:
     """The inventory has the node; its Node object exists if it asks for itself, and does not (or may come back) for a token."""
-    entry, state = world.entry, world.state
-    trouble = None
+    entry, state, trouble = world.entry, world.state, ""
     if not any(fnmatchcase(name, one) for one in world.policy.allow.nodes):
         trouble = f"the policy's allow.nodes does not have {name}"
     elif entry is None:
@@ -262,15 +245,13 @@ def _presence(name: str, world: World, *, bootstraps: bool) -> Later | None:
         trouble = f"the inventory blocks node {name}"
     elif state is None:
         trouble = f"the API did not tell whether node {name} is there"
-    if entry is None or state is None or trouble:
-        return Later(trouble or "")
-    if not bootstraps:
-        return None if state.exists else Later(f"there is no Node object {name} any more")
-    if not state.exists or (entry.rejoin and not state.ready):
-        return None
-    if not entry.rejoin:
-        return Later(f"node {name} is there already; rejoin = true in the inventory lets it come back while NotReady")
-    return Later(f"node {name} is there, and ready")
+    elif not bootstraps:
+        trouble = "" if state.exists else f"there is no Node object {name} any more"
+    elif state.exists and not entry.rejoin:
+        trouble = f"node {name} is there already; rejoin = true in the inventory lets it come back while NotReady"
+    elif state.exists and state.ready:
+        trouble = f"node {name} is there, and ready"
+    return Later(trouble) if trouble else None
 
 
 def _serving_sans(csr: CsrData, name: str, world: World) -> Hostile | Later | None:
@@ -308,7 +289,7 @@ def _is_granted(csr: CsrData, text: str, username: str) -> bool:
         pattern = attributes(x509.Name.from_rfc4514_string(text))
     except ValueError:
         return False
-    return csr.subject == tuple(sorted((oid, value.replace(_USER_PLACEHOLDER, username)) for oid, value in pattern))
+    return csr.subject == tuple(sorted((oid, value.replace("{user}", username)) for oid, value in pattern))
 
 
 def _control_plane(
@@ -316,38 +297,22 @@ def _control_plane(
 ) -> str | Verdict:
     if spec.name not in world.policy.allow.names:
         return Later(f"the policy's allow.names does not have {spec.name}")
-    if any(oid == O_OID and value == MASTERS for oid, value in csr.subject) and spec.name not in (
-        world.policy.allow.masters
-    ):
+    if (O_OID, MASTERS) in csr.subject and spec.name not in world.policy.allow.masters:
         return Hostile(f"subject: the group {MASTERS}")
-    nodes = _granted_nodes(request, rules.grants, world)
+    nodes = sorted(  # for which the requester may ask: itself, or all
+        name
+        for name, entry in world.inventory.control_planes.items()
+        if not entry.blocked
+        and any(fnmatchcase(name, one) for one in world.policy.allow.nodes)
+        and any(grant.is_for(request.username, request.groups, node=name) for _, grant in rules.grants)
+    )
     if not nodes:
         return Hostile(f"no grant lets {one_line(request.username)} ask for {spec.name}")
     problems: list[str] = []
     for name in nodes:
-        entry = world.inventory.nodes[name]
-        own = [value for _, value in entry.sans(name)]
+        own = [value for _, value in world.inventory.nodes[name].sans(name)]
         found = list(name_problems(spec.name, csr.parsed, world.policy, name, own))
         if not found:
             return spec.name
         problems = problems or found
     return Hostile(one_line("; ".join(problems)))
-
-
-def _granted_nodes(request: Request, grants: Iterable[tuple[str, Grant]], world: World) -> list[str]:
-    """The control-plane nodes for which the requester may ask: itself, or all."""
-    nodes = {
-        name: entry
-        for name, entry in world.inventory.control_planes.items()
-        if not entry.blocked and any(fnmatchcase(name, one) for one in world.policy.allow.nodes)
-    }
-    found = set()
-    for _, grant in grants:
-        if grant.is_for(request.username, request.groups):
-            found |= set(nodes)
-        for name in nodes:
-            asks = any(_NODE_PLACEHOLDER in user and user.replace(_NODE_PLACEHOLDER, name) == request.username
-                       for user in grant.users)  # fmt: skip
-            if asks and is_no_false_node(request.username, request.groups):
-                found.add(name)
-    return sorted(found)

@@ -9,8 +9,9 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Any
 
 from bridge.gateway.watch import AnyObject
 from bridge.pki.verify import Verified
@@ -23,17 +24,14 @@ MOST_JOBS = 20_000
 _MOST_REMEMBERED = 20_000
 _MOST_REMOVED = 500
 
-Newest = tuple[datetime, int]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
     """What a request says of itself, beside the files."""
 
-    node: str | None = None  #: Its certificate would be this node's; None: no node's.
-    #: It may be signed. If not, it supersedes no other job, and no other job supersedes it: with a node's credentials and
-    #: refused requests alone, its kubelet could be kept waiting for ever.
-    counts: bool = False
+    #: See `key_of`; empty: it may not be signed, or is about no node. Then it supersedes no other job, and no other job
+    #: supersedes it: with a node's credentials and refused requests alone, its kubelet could be kept waiting for ever.
+    key: str = ""
     is_known: bool = False  #: The inventory has the node.
     is_hostile: bool = False  #: It will be refused for its own words.
 
@@ -51,19 +49,16 @@ class Job:
     last_event: str = ""  #: The last reason in an event for the object's owner.
     verified: Verified | None = None  #: The CA's answer, not written yet.
     signed_for: tuple[object, ...] = ()  #: What the policy gave when `verified` was signed.
+    facts: dict[str, Any] = field(default_factory=dict)  #: What each line of the audit log said about it then.
     was_asked: bool = False  #: The CA was asked, and its answer did not come.
     was_recalled: bool = False  #: Since then it was looked for, and was not there.
+    later: AnyObject | None = None  #: A newer version, which has come while this one is worked at.
     removed: bool = False
 
-    @property
-    def key(self) -> str:
-        """Signer, user and node, of whose jobs only the newest counts; empty: the job stands alone."""
-        return key_of(self.one, self.look)
 
-
-def key_of(one: AnyObject, look: Look) -> str:
-    """See `Job.key`; a kubelet reads only its newest request."""
-    return f"{one.request.signer}\n{one.request.username}\n{look.node}" if look.counts else ""
+def key_of(one: AnyObject, node: str | None) -> str:
+    """Signer, user and node, of whose jobs only the newest counts: a kubelet reads only its newest request."""
+    return f"{one.request.signer}\n{one.request.username}\n{node}"
 
 
 class Queue:
@@ -81,8 +76,7 @@ class Queue:
         self._jobs: dict[str, Job] = {}  # by uid: waiting or delayed
         self._ready: OrderedDict[str, deque[Job]] = OrderedDict()  # by user, whose turn is next first
         self._delayed: list[tuple[float, int, Job]] = []
-        self._later: dict[str, AnyObject] = {}  # a newer version of an object that is being worked at
-        self._newest: OrderedDict[str, tuple[Newest, str]] = OrderedDict()
+        self._newest: OrderedDict[str, tuple[tuple[datetime, int], str]] = OrderedDict()
         self._shares: Counter[str] = Counter()  # bytes by user
         self._bytes = 0
         self.overflowed = False
@@ -90,8 +84,8 @@ class Queue:
     def put(self, one: AnyObject, look: Callable[[AnyObject], Look]) -> list[str]:
         """Take in an object that is new or has changed; the uids of older objects of its key, which count no longer."""
         with self._changed:
-            if one.uid in self._working:
-                self._later[one.uid] = one
+            if (worked_at := self._working.get(one.uid)) is not None:
+                worked_at.later = one
                 return []
             known = self._jobs.get(one.uid)
             if known is not None:
@@ -105,7 +99,7 @@ class Queue:
                 return []
         found = look(one)  # without the lock: it takes a while
         with self._changed:
-            superseded = self._supersede(one, key_of(one, found))
+            superseded = self._supersede(one, found.key)
             if superseded is None or not self._make_room(one):
                 return []
             job = Job(one=one, look=found, arrived=time.monotonic())
@@ -173,17 +167,16 @@ class Queue:
     def is_newest(self, job: Job) -> bool:
         """Whether no newer job of its key has come."""
         with self._changed:
-            known = self._newest.get(job.key)
-            return not job.key or known is None or known[1] == job.one.uid
+            known = self._newest.get(job.look.key)  # never the empty one
+            return known is None or known[1] == job.one.uid
 
     def remove(self, uid: str) -> bool:
         """Take an object out: it is finished, or gone. True: it is being worked at."""
         with self._changed:
-            self._later.pop(uid, None)
             self._remove(uid)
             job = self._working.get(uid)
             if job is not None:
-                job.removed = True
+                job.removed, job.later = True, None
             return job is not None
 
     def _remove(self, uid: str) -> None:
@@ -254,7 +247,7 @@ class Queue:
         """End the work on a job, unless its object has changed meanwhile."""
         with self._changed:
             del self._working[job.one.uid]
-            later = self._later.pop(job.one.uid, None)
+            later, job.later = job.later, None
         if later is not None and not later.is_finished and later.version != job.one.version:
             self.put(later, lambda _: job.look)
 
@@ -262,7 +255,7 @@ class Queue:
         """Put a job back, unless it was removed meanwhile: it is looked at again after these seconds, or when its object changes."""
         with self._changed:
             del self._working[job.one.uid]
-            later = self._later.pop(job.one.uid, None)
+            later, job.later = job.later, None
             if later is not None and later.is_finished:
                 return
             has_changed = later is not None and later.version != job.one.version
@@ -290,7 +283,7 @@ class Queue:
         """Another replica works from here on."""
         with self._changed:
             for job in (*self._jobs.values(), *self._working.values()):
-                job.removed = True
+                job.removed, job.later = True, None
             self._reset()
 
     def close(self) -> None:

@@ -5,16 +5,18 @@ another name, and without our label none, is ever removed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 
+from cryptography import x509
+
 from bridge.cluster import below, mapping
-from bridge.cluster.api import MERGE_PATCH, Api, NoAnswerError, Reply
+from bridge.cluster.api import JSON, MERGE_PATCH, Api, NoAnswerError, Reply
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.gateway import policy
 from bridge.gateway.authorities import read_anchors
@@ -62,7 +64,7 @@ class Roots:
         self._said: dict[str, str] = {}
         self.good: dict[str, bool] = {}  #: By signer: the object is as it should be.
 
-    def keep(self, signer: str, roots: bytes | None) -> None:
+    def keep(self, signer: str, roots: str | None) -> None:
         """Have the object with these certificates in PEM, or with None no object of ours; the log says what was done."""
         trouble, name = "", name_of(signer)
         try:
@@ -81,7 +83,7 @@ class Roots:
             log.error("the roots of %s are not published: %s", signer, trouble)
         self._said[signer] = trouble
 
-    def publish(self, signer: str, roots: bytes | None) -> Outcome:
+    def publish(self, signer: str, roots: str | None) -> Outcome:
         """Have the object with these certificates, or with None no object of ours (NoAnswerError, NotPublishedError)."""
         for _ in range(_TRIES):
             outcome = self._once(signer, roots)
@@ -89,7 +91,7 @@ class Roots:
                 return outcome
         raise NotPublishedError(f"another client changes {name_of(signer)} all the time")
 
-    def _once(self, signer: str, roots: bytes | None) -> Outcome | None:
+    def _once(self, signer: str, roots: str | None) -> Outcome | None:
         """None: another client has changed the object meanwhile."""
         self._group = self._group or served(self._api, BUNDLES)
         collection = f"{self._group}/{BUNDLES}"
@@ -98,52 +100,47 @@ class Roots:
         if reply.status == HTTPStatus.NOT_FOUND:
             if self._group != GROUP:  # an upgrade may have taken this version away
                 self._group = ""
-            return self._create(collection, signer, roots) if roots is not None else "absent"
+            if roots is None:
+                return "absent"
+            spec = {"signerName": signer, "trustBundle": roots}
+            body = {"metadata": {"name": name_of(signer), "labels": _LABEL}, "spec": spec}
+            return self._wrote("published", "POST", collection, body)
         if reply.status != HTTPStatus.OK:
             raise _refusal("GET", reply)
         document = reply.document
         if not below(document, "metadata", "resourceVersion"):
             raise NoAnswerError(f"{self._api.server}: wanted {name_of(signer)}, found something else")
-        if roots is not None:
-            return self._changed(path, roots, document)
-        return self._removed(path, document) if _is_ours(document) else "foreign"
-
-    def _create(self, collection: str, signer: str, roots: bytes) -> Outcome | None:
-        body = {
-            "metadata": {"name": name_of(signer), "labels": _LABEL},
-            "spec": {"signerName": signer, "trustBundle": roots.decode("ascii")},
-        }
-        return _outcome("POST", self._api.ask("POST", collection, body), HTTPStatus.CREATED, "published")
-
-    def _changed(self, path: str, roots: bytes, document: Mapping[str, Any]) -> Outcome | None:
-        if below(document, "spec", "trustBundle") == roots.decode("ascii") and _is_ours(document):
+        if roots is None:
+            return self._removed(path, document) if _is_ours(document) else "foreign"
+        if below(document, "spec", "trustBundle") == roots and _is_ours(document):
             return "unchanged"
         metadata = {"resourceVersion": document["metadata"]["resourceVersion"], "labels": _LABEL}
-        body = {"metadata": metadata, "spec": {"trustBundle": roots.decode("ascii")}}
-        return _outcome("PATCH", self._api.ask("PATCH", path, body, MERGE_PATCH), HTTPStatus.OK, "replaced")
+        body = {"metadata": metadata, "spec": {"trustBundle": roots}}
+        return self._wrote("replaced", "PATCH", path, body, MERGE_PATCH)
 
     def _removed(self, path: str, document: Mapping[str, Any]) -> Outcome | None:
         conditions = {key: below(document, "metadata", key) for key in ("uid", "resourceVersion")}
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": conditions}
-        reply = self._api.ask("DELETE", path, body)
-        return "absent" if reply.status == HTTPStatus.NOT_FOUND else _outcome("DELETE", reply, HTTPStatus.OK, "removed")
+        return self._wrote("removed", "DELETE", path, body)
 
-
-def _outcome(method: str, reply: Reply, good: HTTPStatus, outcome: Outcome) -> Outcome | None:
-    if reply.status == good:
-        return outcome
-    if reply.status in {HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND}:
-        return None
-    raise _refusal(method, reply)
+    def _wrote(
+        self, outcome: Outcome, method: str, path: str, body: Mapping[str, Any], content_type: str = JSON
+    ) -> Outcome | None:
+        reply = self._api.ask(method, path, body, content_type)
+        if reply.status in {HTTPStatus.OK, HTTPStatus.CREATED}:
+            return outcome
+        if reply.status in {HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND}:
+            return None
+        raise _refusal(method, reply)
 
 
 def _refusal(method: str, reply: Reply) -> NotPublishedError:
     return NotPublishedError(one_line(f"{method}: HTTP {reply.status} {reply.message}"))
 
 
-def text_of(roots: tuple[Any, ...]) -> bytes:
+def text_of(roots: Sequence[x509.Certificate]) -> str:
     """Certificates in PEM, each once, as the API server wants them."""
-    return pem(*dict.fromkeys(roots))
+    return pem(*dict.fromkeys(roots)).decode("ascii")
 
 
 def _is_ours(document: Mapping[str, Any]) -> bool:
@@ -151,30 +148,18 @@ def _is_ours(document: Mapping[str, Any]) -> bool:
     return all(labels.get(key) == value for key, value in _LABEL.items())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishedBundle:
-    """A signer's bundle after the run."""
-
-    signer: str
-    name: str
-    outcome: Outcome | None  #: None: there is an error.
-    error: BridgeError | None = None
-
-
-def publish(settings: Settings, signers: Sequence[str], remove: Sequence[str]) -> list[PublishedBundle]:
-    """Publish the roots of these signers, or of the policy's, and remove the bundles of others (SettingsError)."""
+def publish(settings: Settings, signers: Sequence[str], remove: Sequence[str]) -> dict[str, Outcome | BridgeError]:
+    """By signer: publish the roots of these, or of the policy's, and remove the bundles of others (SettingsError)."""
     wanted = _wanted_bundles(settings, signers, remove)
-    text = text_of(read_anchors(settings.node.pki_dir / PODS.certificate_file)) if any(wanted.values()) else b""
-    api = _api(settings)
-    roots, found = Roots(api), []
-    for signer, is_published in sorted(wanted.items()):
-        outcome, error = None, None
-        try:
-            outcome = roots.publish(signer, text if is_published else None)
-        except (NoAnswerError, NotPublishedError) as e:
-            error = e
-        found.append(PublishedBundle(signer=signer, name=name_of(signer), outcome=outcome, error=error))
-    api.close()
+    text = text_of(read_anchors(settings.node.pki_dir / PODS.certificate_file)) if any(wanted.values()) else ""
+    found: dict[str, Outcome | BridgeError] = {}
+    with contextlib.closing(_api(settings)) as api:
+        roots = Roots(api)
+        for signer, is_published in sorted(wanted.items()):
+            try:
+                found[signer] = roots.publish(signer, text if is_published else None)
+            except (NoAnswerError, NotPublishedError) as e:
+                found[signer] = e
     return found
 
 

@@ -25,7 +25,6 @@ from bridge.specs import (
     SPECS,
     USER,
     CertificateSpec,
-    Usage,
 )
 
 T = TypeVar("T")
@@ -67,11 +66,6 @@ def is_own_signer(signer: str) -> bool:
     return bool(is_ours and _SIGNERS_NAME.fullmatch(name))
 
 
-def is_no_false_node(username: str, groups: frozenset[str]) -> bool:
-    """Whether a user that is called like a node is one."""
-    return not username.startswith(NODE_USER) or NODES_GROUP in groups
-
-
 def usages_fit(spec: CertificateSpec, usages: frozenset[str]) -> bool:
     """Whether `spec.usages` is what such a certificate has: its EKUs and signatures, and encipherment for RSA keys."""
     needed = {_USAGES[eku] for eku in spec.ekus}
@@ -100,13 +94,14 @@ class Grant:
                 wanted = f"no user or group of Kubernetes' own ({SYSTEM}…)"
                 yield SettingsProblem("subjects", wanted, repr(text))
 
-    def is_for(self, username: str, groups: frozenset[str]) -> bool:
+    def is_for(self, username: str, groups: frozenset[str], node: str = "") -> bool:
         """
-        Whether the grant lets a user ask, `{node}` apart; a node's user name counts only with the nodes' group, as in
-        the API server's authorizer, since an identity provider may have a user of that name.
+        Whether the grant lets a user ask, `{node}` being this one; a node's user name counts only with the nodes' group,
+        as in the API server's authorizer, since an identity provider may have a user of that name.
         """
-        by_name = username in self.users and is_no_false_node(username, groups)
-        return by_name or not groups.isdisjoint(self.groups)
+        users = {*self.users, *(user.replace("{node}", node) for user in self.users if node)}
+        is_false_node = username.startswith(NODE_USER) and NODES_GROUP not in groups
+        return (username in users and not is_false_node) or not groups.isdisjoint(self.groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,8 +282,7 @@ class PodSignerRules:
     @property
     def spec(self) -> CertificateSpec:
         """The certificate's usages and CA."""
-        usages: Usage = self.usages
-        return POD_SPECS[usages]
+        return POD_SPECS[self.usages]
 
     @property
     def least(self) -> timedelta:

@@ -11,8 +11,8 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from functools import cached_property
 from http import HTTPStatus
 from typing import NamedTuple
@@ -28,9 +28,9 @@ from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
 from bridge.gateway.roots import Roots
 from bridge.gateway.rules import CLIENT_KUBELET, spec_of
-from bridge.gateway.watch import CSRS, SILENCE_SECONDS, Kind, Watch, kinds, served
+from bridge.gateway.watch import CSRS, SILENCE_SECONDS, Watch, served
 from bridge.gateway.watch import PODS as POD_REQUESTS
-from bridge.settings.tables import GatewaySettings, Settings
+from bridge.settings.tables import GatewaySettings, Settings, address_of
 from bridge.specs import PODS
 from bridge.state import Store, credentials
 from bridge.state.audit import AuditError
@@ -63,34 +63,6 @@ _DRAIN_SECONDS = 25.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 15.0
 
 
-@contextlib.contextmanager
-def _alone(store: Store) -> Iterator[None]:
-    """Hold the state directory, which only one gateway may use."""
-    try:
-        with lock(store.lock, shlex.join(sys.argv), timedelta()):
-            yield
-    except LockedError as e:
-        e.hint = "each gateway has a state directory of its own: end the other one, or set gateway.state_dir"
-        raise
-
-
-class _Watching:
-    """Objects of one kind, watched round after round by a thread of its own."""
-
-    def __init__(self, kind: Kind) -> None:
-        self.kind = kind
-        self.watch: Watch | None = None  #: The round of now, or the last one.
-        self.trouble = "the API server was not asked yet"
-        self.alive = time.monotonic()
-
-    def is_alive(self, api: Api) -> None:
-        """Something has come from the API server."""
-        self.alive = time.monotonic()
-        if self.trouble:
-            log.info("watching %s of %s", self.kind.what, api.server)
-            self.trouble = ""
-
-
 class Service:
     """The gateway as a whole: made of the settings, started, run and ended."""
 
@@ -117,7 +89,8 @@ class Service:
         self._now = now
         self._started, self._ending = False, False
         self._stop = threading.Event()
-        self._watching = [_Watching(kind) for kind in kinds(self.kubernetes_signers, self.pod_signers)]
+        self._watching = [Watch(self.api, self.kubernetes_signers)] if self.kubernetes_signers else []
+        self._watching += [Watch(self.api, (one,), of_pods=True) for one in self.pod_signers]
         self._threads: list[threading.Thread] = []
         self._roots = Roots(self.api)
 
@@ -149,9 +122,13 @@ class Service:
         store = Store(self.settings.gateway.state_dir or self.settings.node.state_dir / "gateway")
         store.prepare()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_alone(store))
+            try:
+                stack.enter_context(lock(store.lock, shlex.join(sys.argv)))
+            except LockedError as e:
+                e.hint = "each gateway has a state directory of its own: end the other one, or set gateway.state_dir"
+                raise
             port = None
-            address = self.settings.gateway.address
+            address = address_of(self.settings.gateway.listen)
             if self.settings.gateway.serve_status and address is not None:
                 by_path = {"/metrics": self._metrics_page, "/healthz": self._healthz, "/readyz": self._readyz}
                 port = stack.enter_context(pages.serving(address, by_path))
@@ -167,7 +144,7 @@ class Service:
             many = any(one.signs_many for one in self.authorities.values())
             count = max(self.settings.gateway.concurrency, _THREADS_OF_MANY if many else 0)
             threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(count)]
-            threads += [threading.Thread(target=self._watch_on, args=(one,), name=f"watch of {one.kind.what}", daemon=True)
+            threads += [threading.Thread(target=self._watch_on, args=(one,), name=f"watch of {one.what}", daemon=True)
                         for one in self._watching]  # fmt: skip
             if self.pod_signers:
                 threads.append(threading.Thread(target=self._keep_roots, name="roots", daemon=True))
@@ -220,30 +197,29 @@ class Service:
         while not self._stop.is_set():
             self._issuing.work(_IDLE_SECONDS)
 
-    def _watch_on(self, ours: _Watching) -> None:
+    def _watch_on(self, watch: Watch) -> None:
         failures = 0
         while not self._stop.is_set():
-            ours.alive = time.monotonic()
+            watch.alive = time.monotonic()
             if not self.holder.wait(_TICK_SECONDS):
                 continue
-            watch = ours.watch = Watch(self.api, ours.kind)
             try:
-                watch.run(self._issuing.changed, self._issuing.over, lambda: ours.is_alive(self.api))
+                watch.run(self._issuing.changed, self._issuing.over)
                 failures = 0
             except NoAnswerError as e:
-                if not ours.trouble:
+                if not watch.trouble:
                     log.warning("%s; it is begun anew", e)
-                ours.trouble = str(e)
+                watch.trouble = str(e)
                 self._stop.wait(back_off_seconds(failures, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS))
                 failures += 1
             except Exception as e:  # noqa: BLE001 (without a watch nothing would ever be signed again)
-                ours.trouble = f"internal error: {type(e).__name__}"
+                watch.trouble = f"internal error: {type(e).__name__}"
                 log.error("the watch ended with %s (a bug: report it); it is begun anew", type(e).__name__)  # noqa: TRY400
                 self._stop.wait(_LONGEST_PAUSE_SECONDS)
             finally:
                 if watch.left_out:
                     log.warning("%d objects with one of our signers' names were too large to be read", watch.left_out)
-                    self.metrics.count(ours.kind.signers[0], "too-large", watch.left_out)
+                    self.metrics.count(watch.signers[0], "too-large", watch.left_out)
             if not self.holder.is_ours():
                 self.context.queue.forget()
 
@@ -265,10 +241,9 @@ class Service:
                 if is_full:
                     text = "more requests are waiting than fit into the queue, most of them by %s: some are looked at later"
                     log.warning(text, one_line(queue.greediest()))
-            watches = [one.watch for one in self._watching if one.watch is not None]
-            if watches and (not self.holder.is_ours() or all(map(self._is_new_round_due, watches))):
+            if not self.holder.is_ours() or all(map(self._is_new_round_due, self._watching)):
                 queue.overflowed = False
-                for watch in watches:
+                for watch in self._watching:
                     watch.end()
 
     def _is_new_round_due(self, watch: Watch) -> bool:
@@ -292,9 +267,8 @@ class Service:
         log.info("ending: nothing new is begun")
         self._stop.set()
         self.context.queue.close()
-        for one in self._watching:
-            if one.watch is not None:
-                one.watch.end()
+        for watch in self._watching:
+            watch.end()
         deadline = time.monotonic() + _DRAIN_SECONDS
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -315,7 +289,7 @@ class Service:
             states = {"waiting": waiting, "working": working, "at-ca": len(self.context.pending_at_ca)}
             flags = {
                 "queue_overflowed": queue.overflowed,
-                "watch_complete": all(one.watch is not None and one.watch.has_seen_all() for one in self._watching),
+                "watch_complete": all(one.has_seen_all() for one in self._watching),
                 "leader": self.holder.is_ours(),
                 "api_up": not any(one.trouble for one in self._watching),
                 "inventory_good": not self.nodes.trouble,
@@ -332,7 +306,7 @@ class Service:
     def _places(self) -> list[credentials.CredentialFile]:
         """The files by which the gateway logs in at the API server and the CAs."""
         backends = registry.configured(self.settings, self.settings.authorities)
-        return credentials.places(self.settings, backends)
+        return registry.credentials(self.settings, backends)
 
     def _healthz(self) -> tuple[int, str]:
         return _page(self._sick(), "ok\n")
@@ -357,10 +331,9 @@ class Service:
         if self.holder.is_ours():
             for one in self._watching:
                 yield one.trouble
-                if one.watch is not None and not one.watch.has_seen_all():
-                    age = time.monotonic() - one.watch.began
-                    if age > _LONGEST_READING_SECONDS:
-                        yield f"the watch has not read all {one.kind.what} for {age:.0f} s"
+                age = time.monotonic() - one.began
+                if age > _LONGEST_READING_SECONDS and not one.has_seen_all():
+                    yield f"the watch has not read all {one.what} for {age:.0f} s"
         elif isinstance(self.holder, Leader) and time.monotonic() - self.holder.last_answer > SILENCE_SECONDS:
             yield "the API server does not answer"
 
@@ -444,14 +417,13 @@ def assert_rights(api: Api, rights: Iterator[Right]) -> None:
 
 def _is_given(api: Api, right: Right) -> bool:
     """A right on a signer may also be given for all signers of its domain, as the API server has it."""
-    names, attributes = [right.name], {key: value for key, value in right._asdict().items() if value}
-    if right.resource == "signers":
-        names.append(f"{right.name.partition('/')[0]}/*")
-    return any(_is_allowed(api, {**attributes, **({"name": name} if name else {})}) for name in names)
+    names = [right.name, f"{right.name.partition('/')[0]}/*"] if right.resource == "signers" else [right.name]
+    return any(_is_allowed(api, right._replace(name=name)) for name in names)
 
 
-def _is_allowed(api: Api, attributes: Mapping[str, str]) -> bool:
+def _is_allowed(api: Api, right: Right) -> bool:
     kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
+    attributes = {key: value for key, value in right._asdict().items() if value}
     reply = api.ask("POST", _REVIEWS, {**kind, "spec": {"resourceAttributes": attributes}})
     status = reply.document.get("status")
     if reply.status != HTTPStatus.CREATED or not isinstance(status, dict):

@@ -6,8 +6,9 @@ time, so that withdrawn rights take effect and missed objects come again.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
+import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from bridge.cluster.api import Api, Lines, NoAnswerError
 from bridge.gateway.pod_policy import USUAL_SECONDS, PodRequest
 from bridge.gateway.policy import Request
 from bridge.pki.budget import Budget, json_of
+
+log = logging.getLogger("ca-bridge")
 
 GROUP = "/apis/certificates.k8s.io/v1"
 CSRS, PODS = "certificatesigningrequests", "podcertificaterequests"
@@ -40,8 +43,9 @@ ALLOWS, NOT_ALLOWED, NOT_ANSWERED, WAITS = "PolicyAllows", "NotAllowed", "NotAns
 LONGEST_OBJECT_BYTES = 64 << 10
 #: Python needs about so much for an object besides its texts.
 _OBJECT_BYTES = 4 << 10
-#: And for each of a requester's groups: a company's directory may give hundreds, and a grant may name the last.
-_GROUP_BYTES = 150
+#: And for each of a requester's groups (a company's directory may give hundreds, and a grant may name the last), and of
+#: a pod's annotations, which its users choose.
+_TEXT_BYTES = 150
 #: Of objects, namespaces, service accounts and nodes that are quoted for a path.
 _MOST_NAMES = 1000
 
@@ -134,7 +138,7 @@ def parse(document: Any, size: int) -> SigningRequest:
             pem=base64.b64decode(_text(spec["request"]), validate=True),
         )
         certificate = _text(status.get("certificate") or "")
-        common = _common(document, size + _GROUP_BYTES * len(groups))
+        common = _common(document, size + _TEXT_BYTES * len(groups))
         return SigningRequest(request=request, certificate=certificate, **common)
     except _MALFORMED as e:
         raise NotAnObjectError(f"{type(e).__name__}") from None
@@ -161,12 +165,17 @@ def parse_pod(document: Any, size: int) -> PodObject:
         )
         certificate = _text(status.get("certificateChain") or "")
         group = BETA_GROUP if document.get("apiVersion") == BETA_GROUP.removeprefix("/apis/") else GROUP
-        return PodObject(request=request, certificate=certificate, group=group, **_common(document, size))
+        return PodObject(
+            request=request,
+            certificate=certificate,
+            group=group,
+            **_common(document, size + _TEXT_BYTES * len(annotations)),
+        )
     except _MALFORMED as e:
         raise NotAnObjectError(f"{type(e).__name__}") from None
 
 
-_MALFORMED = (KeyError, TypeError, AttributeError, ValueError, binascii.Error, OverflowError)
+_MALFORMED = (KeyError, TypeError, AttributeError, ValueError, OverflowError)
 
 
 def _common(document: Any, size: int) -> dict[str, Any]:
@@ -215,27 +224,6 @@ ROUND_SECONDS = 300
 _QUIET_SECONDS = 2.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
-    """Objects that are watched together."""
-
-    what: str
-    resource: str
-    signers: tuple[str, ...]
-    parse: Callable[[Any, int], AnyObject]
-    selector: str = ""  #: Of fields.
-    beta: bool = False  #: An API server may have it in v1beta1 alone.
-
-
-def kinds(signers: Sequence[str], pod_signers: Sequence[str]) -> Iterator[Kind]:
-    """All that is to be watched; pods' requests stay for a quarter of an hour, so that each of their signers is by itself."""
-    if signers:
-        yield Kind(what="requests", resource=CSRS, signers=tuple(signers), parse=parse)
-    for one in pod_signers:
-        what, selector = f"requests of pods for {one}", f"spec.signerName={one}"
-        yield Kind(what=what, resource=PODS, signers=(one,), parse=parse_pod, selector=selector, beta=True)
-
-
 def served(api: Api, resource: str) -> str:
     """The group with the version in which the API server has a resource: v1, or else v1beta1 (NoAnswerError: neither)."""
     for group in (GROUP, BETA_GROUP):
@@ -249,42 +237,45 @@ def served(api: Api, resource: str) -> str:
 
 
 class Watch:
-    """One round of watching; `end` is for another thread."""
+    """All objects of some signers, watched round after round by one thread; `end` and the public values are for others."""
 
-    def __init__(self, api: Api, kind: Kind) -> None:
+    def __init__(self, api: Api, signers: Sequence[str], *, of_pods: bool = False) -> None:
+        """Of pods there is one signer: their requests stay for a quarter of an hour."""
         self._api = api
-        self._kind = kind
+        self._of_pods = of_pods
+        self.signers = signers
+        self.what = f"requests of pods for {signers[0]}" if of_pods else "requests"
         #: An object without the text of one of these names is not read.
-        self._wanted = {signer: json.dumps(signer).encode() for signer in kind.signers}
+        self._wanted = {signer: json.dumps(signer).encode() for signer in signers}
         self._lines: Lines | None = None
         self._mutex = threading.Lock()
-        self._ended = False
-        self._heard: float | None = None  #: When something came for the last time.
-        self._has_seen_all = False
-        self.began = time.monotonic()
-        self.left_out = 0  #: Objects that were too large.
+        self._ended = self._has_seen_all = False
+        self.began = math.inf  #: The round of now, or the last one.
+        self.left_out = 0  #: Objects of this round that were too large.
+        self.alive = time.monotonic()  #: When something came for the last time.
+        self.trouble = "the API server was not asked yet"
 
-    def run(self, changed: Callable[[AnyObject], None], over: Callable[[str], None], alive: Callable[[], None]) -> None:
+    def run(self, changed: Callable[[AnyObject], None], over: Callable[[str], None]) -> None:
         """
         Watch for one round, until the server ends it or `end` is called: `changed` gets each object as it is now, `over`
         the uid of one that was deleted or refused, into which nothing more is to be written.
         """
+        self._ended = self._has_seen_all = False
+        self.began, self.left_out = time.monotonic(), 0
         query = {"watch": 1, "allowWatchBookmarks": "true", "timeoutSeconds": ROUND_SECONDS}
-        if self._kind.selector:
-            query["fieldSelector"] = self._kind.selector
-        group = served(self._api, self._kind.resource) if self._kind.beta else GROUP  # an upgrade may have changed it
-        path = f"{group}/{self._kind.resource}?{urlencode(query)}"
-        with self._api.lines(path, SILENCE_SECONDS, LONGEST_OBJECT_BYTES) as lines:
+        path = COLLECTION
+        if self._of_pods:
+            query["fieldSelector"] = f"spec.signerName={self.signers[0]}"
+            path = f"{served(self._api, PODS)}/{PODS}"  # an upgrade may have changed it
+        with self._api.lines(f"{path}?{urlencode(query)}", SILENCE_SECONDS, LONGEST_OBJECT_BYTES) as lines:
+            self._is_alive()
             with self._mutex:
                 if self._ended:
                     return
                 self._lines = lines
             try:
-                alive()
-                self._heard = time.monotonic()
                 for line in lines:
-                    self._heard = time.monotonic()
-                    alive()
+                    self._is_alive()
                     self._event(line, changed, over)
             except NoAnswerError:
                 if not self._ended:
@@ -292,6 +283,12 @@ class Watch:
             finally:
                 self._lines = None
                 self.left_out += lines.left_out
+
+    def _is_alive(self) -> None:
+        self.alive = time.monotonic()
+        if self.trouble:
+            log.info("watching %s of %s", self.what, self._api.server)
+            self.trouble = ""
 
     def _event(self, line: bytes, changed: Callable[[AnyObject], None], over: Callable[[str], None]) -> None:
         if not any(name in line for name in self._wanted.values()):
@@ -308,15 +305,15 @@ class Watch:
             if kind == "DELETED" or _is_refused(document):  # 18,000 of 20,000 objects in docs/pod-certificates.md
                 over(_text(document["metadata"]["uid"]))
                 return
-            found = self._kind.parse(document, len(line))
-        except (ValueError, KeyError, TypeError, AttributeError, NotAnObjectError):
+            found = (parse_pod if self._of_pods else parse)(document, len(line))
+        except (ValueError, KeyError, TypeError, AttributeError):
             return
         if found.request.signer in self._wanted:
             changed(found)
 
     def has_seen_all(self) -> bool:
         """Whether this round has got to the end of the objects that existed when it began."""
-        if self._heard is not None and time.monotonic() - self._heard > _QUIET_SECONDS:
+        if self._lines is not None and time.monotonic() - self.alive > _QUIET_SECONDS:
             self._has_seen_all = True
         return self._has_seen_all
 

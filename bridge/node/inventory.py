@@ -205,16 +205,15 @@ def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -
     found, troubles = _manifests(kubeconfig_dir)
     if kubelet.trouble is not None:
         troubles.append(f"kubelet: {kubelet.trouble}")
+    role: Role = "etcd host" if _is_etcd_host(pki_dir, kubeconfig_dir) else "control plane"
     if not found and _is_worker(pki_dir, kubeconfig_dir):
-        return _worker(pki_dir, kubeconfig_dir, kubelet, troubles)
-    if _is_etcd_host(pki_dir, kubeconfig_dir):
-        return _etcd_host(pki_dir, found, troubles)
-    local_etcd = _has_local_etcd(found, pki_dir, kubeconfig_dir)
-    apiserver_flags = {} if local_etcd else found[Component.APISERVER].flags
-    authorities = _authorities(pki_dir, apiserver_flags, local_etcd=local_etcd)
+        role = "worker"
+    local_etcd = role != "worker" and _has_local_etcd(found, pki_dir, kubeconfig_dir)
+    apiserver_flags = found[Component.APISERVER].flags if Component.APISERVER in found else {}
+    authorities = _authorities(role, pki_dir, apiserver_flags, local_etcd=local_etcd)
     by_name = {state.authority.name: state for state in authorities}
     items: list[Item] = []
-    for spec in SPECS.values():
+    for spec in _specs(role, kubeconfig_dir):
         authority = by_name.get(spec.authority.name)
         if authority is None:
             continue
@@ -230,19 +229,6 @@ def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -
             items.append(file_item(spec, authority, pki_dir / f"{spec.base}.crt", pki_dir / f"{spec.base}.key"))
         elif spec == _ETCD_CLIENT:
             items.append(_external_etcd_client(authority, apiserver_flags))
-    return _node(pki_dir, items, authorities, troubles, found, local_etcd=local_etcd)
-
-
-def _node(
-    pki_dir: Path,
-    items: Sequence[Item],
-    authorities: tuple[AuthorityState, ...],
-    troubles: Sequence[str],
-    found: Mapping[Component, Manifest],
-    *,
-    local_etcd: bool,
-    role: Role = "control plane",
-) -> Node:
     return Node(
         items=_with_shared_files(items),
         authorities=authorities,
@@ -251,6 +237,18 @@ def _node(
         role=role,
         troubles=(*_no_directory(pki_dir), *troubles_of(items, authorities), *troubles),
     )
+
+
+def _specs(role: Role, kubeconfig_dir: Path) -> list[CertificateSpec]:
+    """The certificates that a node of a role may have, as they are there."""
+    if role == "worker":
+        people = [name for name in _PEOPLES if _exists(kubeconfig_dir / SPECS[name].base)]
+        return [SPECS[name] for name in (*people, KUBELET_CONF, KUBELET_SERVER)]
+    if role == "control plane":
+        return list(SPECS.values())
+    # the API servers' client certificate lies there to be copied, and no process reads it
+    copied = replace(_ETCD_CLIENT, component=None, flags=(), optional=True)
+    return [copied if spec == _ETCD_CLIENT else spec for spec in SPECS.values()]
 
 
 def troubles_of(items: Sequence[Item], authorities: Sequence[AuthorityState]) -> Iterator[str]:
@@ -283,19 +281,6 @@ def _traces(
         yield manifests.path_of(component, kubeconfig_dir)
 
 
-def _worker(pki_dir: Path, kubeconfig_dir: Path, kubelet: KubeletFiles, troubles: Sequence[str]) -> Node:
-    """A worker's node: one CA, a kubelet, and administrators' kubeconfigs."""
-    authority = authority_state(CA, pki_dir / CA.certificate_file, pki_dir / CA.key_file, listed=True)
-    kubeconfigs = [
-        _kubeconfig_item(spec, authority, kubeconfig_dir / spec.base, kubelet)
-        for name in _PEOPLES
-        if _exists(kubeconfig_dir / (spec := SPECS[name]).base)
-    ]
-    client = _kubeconfig_item(_KUBELET, authority, kubeconfig_dir / _KUBELET.base, kubelet)
-    items = [*kubeconfigs, client, *_serving_items(authority, kubelet)]
-    return _node(pki_dir, items, (authority,), troubles, {}, local_etcd=False, role="worker")
-
-
 def _is_etcd_host(pki_dir: Path, kubeconfig_dir: Path) -> bool:
     """Whether etcd's own files are there, and none that a control plane or a worker has besides."""
     own = [spec for spec in SPECS.values() if spec.authority == ETCD_CA and spec != _ETCD_CLIENT]
@@ -305,18 +290,6 @@ def _is_etcd_host(pki_dir: Path, kubeconfig_dir: Path) -> bool:
     foreign += [pki_dir / "sa.key", *_traces(others, components, pki_dir, kubeconfig_dir)]
     traces = _traces(own, [Component.ETCD], pki_dir, kubeconfig_dir)
     return any(map(_exists, traces)) and not any(map(_exists, foreign))
-
-
-def _etcd_host(pki_dir: Path, found: Mapping[Component, Manifest], troubles: Sequence[str]) -> Node:
-    """A host of etcd alone; the API servers' client certificate lies there to be copied, and no process reads it."""
-    authority = authority_state(ETCD_CA, pki_dir / ETCD_CA.certificate_file, pki_dir / ETCD_CA.key_file, listed=True)
-    copied = replace(_ETCD_CLIENT, component=None, flags=(), optional=True)
-    items = [
-        file_item(spec, authority, pki_dir / f"{spec.base}.crt", pki_dir / f"{spec.base}.key")
-        for spec in (copied if one == _ETCD_CLIENT else one for one in SPECS.values())
-        if spec.authority == ETCD_CA
-    ]
-    return _node(pki_dir, items, (authority,), troubles, found, local_etcd=True, role="etcd host")
 
 
 def _with_shared_files(items: Sequence[Item]) -> tuple[Item, ...]:
@@ -384,15 +357,17 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _authorities(pki_dir: Path, apiserver_flags: Mapping[str, str], *, local_etcd: bool) -> tuple[AuthorityState, ...]:
+def _authorities(
+    role: Role, pki_dir: Path, apiserver_flags: Mapping[str, str], *, local_etcd: bool
+) -> tuple[AuthorityState, ...]:
     """The node's CAs, with an external etcd's only if the API server uses TLS with it."""
     states = []
-    for authority in AUTHORITIES.values():
+    for authority in {"worker": (CA,), "etcd host": (ETCD_CA,)}.get(role, tuple(AUTHORITIES.values())):
         if authority != ETCD_CA or local_etcd:
             path, key = pki_dir / authority.certificate_file, pki_dir / authority.key_file
             states.append(authority_state(authority, path, key, listed=True))
         elif "--etcd-certfile" in apiserver_flags:
-            path = _host_path(apiserver_flags.get("--etcd-cafile", ""))
+            path = Path("/", apiserver_flags.get("--etcd-cafile", ""))  # where kubeadm mounts it; containers start in /
             states.append(authority_state(authority, path, None, listed=False))
     return tuple(states)
 
@@ -410,11 +385,6 @@ def authority_state(authority: Authority, path: Path, key_path: Path | None, *, 
     return AuthorityState(
         authority=authority, path=path, certificates=every, key=key, state=state, trouble=trouble, listed=listed
     )
-
-
-def _host_path(flag: str) -> Path:
-    """A path in a component's flag: kubeadm mounts it where it is on the host, and containers start in /."""
-    return Path("/", flag)
 
 
 def _certificates_in(path: Path) -> _Found:
@@ -437,8 +407,8 @@ def file_item(spec: CertificateSpec, authority: AuthorityState, certificate_path
 
 def _external_etcd_client(authority: AuthorityState, apiserver_flags: Mapping[str, str]) -> Item:
     """The API server's client certificate for an etcd that is elsewhere; kubeadm neither lists nor renews it."""
-    path = _host_path(apiserver_flags["--etcd-certfile"])
-    key_path = _host_path(apiserver_flags.get("--etcd-keyfile", ""))
+    path = Path("/", apiserver_flags["--etcd-certfile"])
+    key_path = Path("/", apiserver_flags.get("--etcd-keyfile", ""))
     managed = authority.state == "present" and "--etcd-keyfile" in apiserver_flags
     return _item(_ETCD_CLIENT, authority, _certificates_in(path), path, key_path, managed=managed, listed=False)
 
@@ -514,8 +484,8 @@ def _component_server(
     is_named = TLS_CERTIFICATE in manifest.flags
     spec = replace(spec, optional=not is_named, reloaded=is_named)  # a restart has it named
     if is_named:
-        path = _host_path(manifest.flags[TLS_CERTIFICATE])
-        key_path = _host_path(manifest.flags.get(TLS_KEY, ""))
+        path = Path("/", manifest.flags[TLS_CERTIFICATE])
+        key_path = Path("/", manifest.flags.get(TLS_KEY, ""))
         if TLS_KEY not in manifest.flags:
             trouble = f"wanted {TLS_KEY} beside {TLS_CERTIFICATE} in the manifest, found none"
     if _real(path) in {_real(one) for item in others for one in (item.certificate_path, item.key_path) if one}:
@@ -552,10 +522,8 @@ def _referring_item(
     if found.state == "missing":
         trouble = f"wanted the certificate {certificate_path} that {path} refers to, found nothing"
         found = _Found(state="broken", trouble=trouble + (_older(certificate_path) if spec == _KUBELET else ""))
-    rotates = spec == _KUBELET
-    managed = not rotates or authority.key == "external"
-    item = _item(spec, authority, found, certificate_path, key_path, managed=managed, listed=spec.listed)
-    return replace(item, rotates=rotates)
+    managed = spec != _KUBELET or authority.key == "external"
+    return _item(spec, authority, found, certificate_path, key_path, managed=managed, listed=spec.listed)
 
 
 def _older(current: Path) -> str:

@@ -52,8 +52,7 @@ def edited(
         volume = ["- hostPath:", f"    path: {path}", "    type: DirectoryOrCreate", f"  name: {mount.name}"]
         text = _with_entry(text, _listed(text, component, "volumes"), volume)
     done = (bom + text).encode()
-    wanted = {**before.flags, **{flag: value for flag, value in flags.items() if value is not None}}
-    wanted = {flag: value for flag, value in wanted.items() if flags.get(flag, "") is not None}
+    wanted = {flag: value for flag, value in {**before.flags, **flags}.items() if value is not None}
     if manifests.parse(component, done).flags != wanted:
         raise YamlError("wanted a manifest as kubeadm writes it, one flag a line, found another form")
     return done
@@ -117,21 +116,20 @@ def _scalar(value: str) -> str:
     return value if _PLAIN.fullmatch(value) else json.dumps(value)
 
 
-def _listed(text: str, component: Component, key: str) -> YamlNode | None:
-    """The list of a container's mounts, or of its pod's volumes."""
+def _listed(text: str, component: Component, key: str) -> list[YamlNode]:
+    """A container's mounts, or its pod's volumes."""
     root = document(text)
-    return container(root, component.value).get(key) if key == "volumeMounts" else pod(root).get(key)
+    listed = (container(root, component.value) if key == "volumeMounts" else pod(root)).get(key)
+    return [] if listed is None else listed.items()
 
 
 def _is_mounted(text: str, component: Component, path: str) -> bool:
-    listed = _listed(text, component, "volumeMounts")
-    found = [one.get("mountPath") for one in listed.items()] if listed is not None else []
+    found = [one.get("mountPath") for one in _listed(text, component, "volumeMounts")]
     return any(one is not None and PurePath(path).is_relative_to(one.text()) for one in found)
 
 
-def _with_entry(text: str, listed: YamlNode | None, lines: Sequence[str]) -> str:
+def _with_entry(text: str, entries: Sequence[YamlNode], lines: Sequence[str]) -> str:
     """The text with one more entry at the end of a list."""
-    entries = listed.items() if listed is not None else []
     if not entries:
         raise YamlError("wanted volumes in the manifest, as kubeadm writes them, found none")
     indent = re.match(r" *(?=- )", text[text.rfind("\n", 0, entries[-1].place.start) + 1 :])
@@ -141,8 +139,8 @@ def _with_entry(text: str, listed: YamlNode | None, lines: Sequence[str]) -> str
     return text[:end] + "".join(f"{indent[0]}{line}\n" for line in lines) + text[end:]
 
 
-def _without_entry(text: str, listed: YamlNode | None, name: str) -> str:
-    for entry in reversed(listed.items() if listed is not None else []):
+def _without_entry(text: str, entries: Sequence[YamlNode], name: str) -> str:
+    for entry in reversed(entries):
         found = entry.get("name")
         if found is not None and found.text() == name:
             begin, end = _block(text, entry)

@@ -359,16 +359,13 @@ def _edited(
 
 def _flags(spec: CertificateSpec, pki_dir: Path) -> dict[str, str]:
     """Our own place of a pair, by the names of a component's arguments."""
-    return {_argument(TLS_CERTIFICATE): f"{pki_dir / spec.base}.crt", _argument(TLS_KEY): f"{pki_dir / spec.base}.key"}
-
-
-def _argument(flag: str) -> str:
-    return flag.removeprefix("--")
+    places = {TLS_CERTIFICATE: f"{pki_dir / spec.base}.crt", TLS_KEY: f"{pki_dir / spec.base}.key"}
+    return {flag.removeprefix("--"): place for flag, place in places.items()}
 
 
 def is_named_by(cluster: Mapping[str, Any], component: Component) -> bool:
     """Whether kubeadm would write a manifest that names a pair."""
-    return _argument(TLS_CERTIFICATE) in manifest_flags.arguments(cluster, component)
+    return TLS_CERTIFICATE.removeprefix("--") in manifest_flags.arguments(cluster, component)
 
 
 def is_ours_in(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> bool:

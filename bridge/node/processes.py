@@ -294,24 +294,19 @@ def _crictl(*arguments: str) -> dict[str, Any]:
 
 def _sandboxes(component: Component) -> dict[str, bool]:
     """The static pods that may be the component's, and whether each has kubeadm's label."""
-    labels = (None, component.value)
-    return _static_pods(component.value, lambda pod: _label(pod) in labels)
+    found = _static_pods(component.value)
+    return {pod: label is not None for pod, label in found.items() if label in (None, component.value)}
 
 
-def _static_pods(name: str, is_ours: Callable[[Any], bool] = lambda _: True) -> dict[str, bool]:
-    """Static pods that are called after this name in their manifest, and their node; whether each has kubeadm's label."""
+def _static_pods(name: str) -> dict[str, Any]:
+    """Static pods that are called after this name and their node; with kubeadm's label, which no `etcd-defrag` has."""
     found = _crictl("pods", "--state", "ready")
     try:
         called = [one for one in found.get("items") or () if one["metadata"]["name"].startswith(f"{name}-")]
         static = [one for one in called if one.get("annotations", {}).get("kubernetes.io/config.source") == "file"]
-        return {f"pod {one['id'][:13]}": _label(one) is not None for one in static if is_ours(one)}
+        return {f"pod {one['id'][:13]}": one.get("labels", {}).get("component") for one in static}
     except (LookupError, AttributeError, TypeError) as e:
         raise ValueError("something else") from e
-
-
-def _label(pod: Any) -> Any:
-    """The value of a label that kubeadm's pods have, and an operator's `etcd-defrag` has not."""
-    return pod.get("labels", {}).get("component")
 
 
 def _in_process_table(component: Component) -> frozenset[str]:

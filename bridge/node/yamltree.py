@@ -155,14 +155,11 @@ def split_bom(data: bytes) -> tuple[str, str]:
 
 def events(text: str, most: int = 1) -> Iterator[yaml.Event]:
     """PyYAML's events."""
-    place = ""
     try:
         yield from _limited(yaml.parse(text, Loader=_LOADER), most)
-    except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark or e.context_mark
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None) or getattr(e, "context_mark", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    except yaml.YAMLError:
-        place = ""
     else:
         return
     # Not raised inside `except`: PyYAML's errors quote the text round the place.

@@ -38,7 +38,7 @@ class Budget:
     ) -> None:
         """Begin; `clock` counts seconds, and is needed for a limit of time alone."""
         self._size, self._steps, self._seconds = size, steps, seconds
-        self._bytes_left, self._steps_left = size, steps
+        self._bytes_left, self.steps_left = size, steps
         self._clock = clock
         self._end = None if seconds is None else clock() + seconds
 
@@ -46,8 +46,8 @@ class Budget:
         """Take bytes and steps, or raise an OverBudgetError: they, or the time, are used up."""
         if not self.allows(size):
             raise OverBudgetError(f"at most {self._size} bytes", f"{self._size - self._bytes_left}")
-        self._steps_left -= steps
-        if self._steps_left < 0:
+        self.steps_left -= steps
+        if self.steps_left < 0:
             raise OverBudgetError(f"at most {self._steps} values", "more")
         if self.seconds_left() <= 0:
             raise OverBudgetError(f"no more than can be read within {self._seconds:g} s", "more")
@@ -56,11 +56,6 @@ class Budget:
         """Take bytes alone, and say whether there were as many."""
         self._bytes_left -= size
         return self._bytes_left >= 0
-
-    @property
-    def steps_left(self) -> int:
-        """The steps that are left."""
-        return self._steps_left
 
     def seconds_left(self) -> float:
         """The time that is left; without a limit it is infinite."""

@@ -22,6 +22,10 @@ CARRIED: Mapping[str, CertificateSpec] = {**SPECS, USER.name: USER}
 
 LONGEST_TEXT = 2000
 
+#: What a door takes. A control plane's with keys of 4096 bits has 70,000, and 4,600 for each further pair; of a node's
+#: junk beside a good request each byte may take 35 of memory.
+LARGEST_REQUEST_BYTES = 256 << 10
+
 
 def is_carried(name: object) -> bool:
     """Whether a bundle may ask for a certificate of this name."""

@@ -7,7 +7,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 from cryptography import x509
@@ -38,10 +37,6 @@ CN_OID, O_OID = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dot
 
 #: A P-256 point, the shortest public half of a key, has 65 bytes and a zero before them.
 _SHORTEST_PUBLIC = 64
-#: Certificates and CSRs whose SANs are remembered: a judge asks for them several times in a row.
-_REMEMBERED = 64
-#: Certificates and CSRs whose PEM or digest is remembered: a desk needs each three times while it signs hundreds.
-_MOST_REMEMBERED = 1024
 
 _BEGIN = re.compile(rb"^-----BEGIN CERTIFICATE-----[ \t]*\r?$", re.MULTILINE)
 _END = b"-----END CERTIFICATE-----"
@@ -102,14 +97,9 @@ def load_der_certificate(der: bytes) -> x509.Certificate:
 
 def pem(*certificates: x509.Certificate) -> bytes:
     """PEM blocks as kubeadm writes them: 64 characters a line, LF, a newline at the end."""
-    return b"".join(map(_one_pem, certificates))
-
-
-@lru_cache(maxsize=_MOST_REMEMBERED)
-def _one_pem(certificate: x509.Certificate) -> bytes:
     from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415 (4 ms, which a look needs not)
 
-    return certificate.public_bytes(Encoding.PEM)
+    return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates)
 
 
 def serial_hex(certificate: x509.Certificate) -> str:
@@ -124,7 +114,6 @@ def fingerprint(certificate: x509.Certificate) -> str:
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
-@lru_cache(maxsize=_MOST_REMEMBERED)
 def csr_fingerprint(csr: x509.CertificateSigningRequest) -> str:
     """SHA-256 over the DER bytes, lower-case hex."""
     from hashlib import sha256  # noqa: PLC0415 (likewise)
@@ -136,13 +125,8 @@ def csr_fingerprint(csr: x509.CertificateSigningRequest) -> str:
 
 def attributes(name: x509.Name) -> list[tuple[str, str]]:
     """(dotted OID, value) of every attribute, in the order of the certificate; a value that is no text as `#HEX`."""
-    return [
-        (
-            attribute.oid.dotted_string,
-            attribute.value if isinstance(attribute.value, str) else f"#{attribute.value.hex()}",
-        )
-        for attribute in name
-    ]
+    found = [(attribute.oid.dotted_string, attribute.value) for attribute in name]
+    return [(oid, value if isinstance(value, str) else f"#{value.hex()}") for oid, value in found]
 
 
 def subject_pattern(text: str, node: str) -> list[tuple[str, str]] | None:
@@ -182,12 +166,7 @@ def san_entries(subject: x509.Certificate | x509.CertificateSigningRequest) -> s
 
 def san_counts(subject: x509.Certificate | x509.CertificateSigningRequest) -> Counter[tuple[str, str]]:
     """How often each of `san_entries` stands in the extension."""
-    return Counter(_sans(subject))
-
-
-@lru_cache(maxsize=_REMEMBERED)
-def _sans(subject: x509.Certificate | x509.CertificateSigningRequest) -> tuple[tuple[str, str], ...]:
-    return tuple(map(san_entry, extension(subject, x509.SubjectAlternativeName) or ()))
+    return Counter(map(san_entry, extension(subject, x509.SubjectAlternativeName) or ()))
 
 
 _SAN_TYPES: dict[type[x509.GeneralName], str] = {

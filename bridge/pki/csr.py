@@ -10,7 +10,7 @@ import ipaddress
 import re
 from base64 import b32encode, b64decode
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +22,7 @@ from cryptography.x509.oid import ExtensionOID, NameOID
 
 from bridge.errors import BridgeError
 from bridge.pki import der
-from bridge.pki.certificates import CN_OID, O_OID, UNREADABLE, attributes, name_text, san_counts, san_entry
+from bridge.pki.certificates import CN_OID, O_OID, UNREADABLE, attributes, extension, name_text, san_counts, san_entry
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 from bridge.words import one_line
 
@@ -118,7 +118,14 @@ def build_for(naming: Naming, key: PrivateKey) -> bytes:
 
 def naming_of(certificate: x509.Certificate) -> Naming:
     """The subject and SANs of a certificate."""
-    subject, san = _subject(certificate), _san(certificate)
+    try:
+        subject = certificate.subject
+    except UNREADABLE as e:
+        raise CannotCarryError(f"subject: wanted attributes that can be read, found: {e}") from None
+    try:
+        san = extension(certificate, x509.SubjectAlternativeName)
+    except UNREADABLE as e:
+        raise CannotCarryError(f"SAN: wanted names of a type that a CSR can be made with, found: {e}") from None
     if san is None and not subject:
         raise CannotCarryError("subject: wanted a subject or a SAN, found neither in the live certificate")
     return Naming(subject=subject, sans=tuple(san or ()))
@@ -130,22 +137,6 @@ def _signed(naming: Naming, key: PrivateKey) -> x509.CertificateSigningRequest:
         # RFC 5280 §4.2.1.6: critical only where the subject is empty
         builder = builder.add_extension(x509.SubjectAlternativeName(naming.sans), critical=not naming.subject)
     return builder.sign(key, signature_hash(key))
-
-
-def _subject(certificate: x509.Certificate) -> x509.Name:
-    try:
-        return certificate.subject
-    except UNREADABLE as e:
-        raise CannotCarryError(f"subject: wanted attributes that can be read, found: {e}") from None
-
-
-def _san(certificate: x509.Certificate) -> x509.SubjectAlternativeName | None:
-    try:
-        return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return None
-    except UNREADABLE as e:
-        raise CannotCarryError(f"SAN: wanted names of a type that a CSR can be made with, found: {e}") from None
 
 
 def signature_hash(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:
@@ -180,11 +171,7 @@ class Naming:
 
     def is_of(self, csr: x509.CertificateSigningRequest | x509.Certificate) -> bool:
         """Whether a CSR, or a certificate, says exactly this; the order makes no difference."""
-        found = csr.extensions
-        try:
-            sans = set(found.get_extension_for_class(x509.SubjectAlternativeName).value)
-        except x509.ExtensionNotFound:
-            sans = set()
+        sans = set(extension(csr, x509.SubjectAlternativeName) or ())
         return sorted(attributes(csr.subject)) == sorted(attributes(self.subject)) and sans == set(self.sans)
 
     @property
@@ -216,10 +203,16 @@ def general_name(text: str) -> x509.GeneralName:
     kind, colon, value = text.partition(":")
     if colon and kind in {"DNS", "IP"}:
         return _dns(value) if kind == "DNS" else x509.IPAddress(ipaddress.ip_address(value))
+    found = address(text)
+    return _dns(text) if found is None else x509.IPAddress(found)
+
+
+def address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Parse an IP address; None: another text."""
     try:
-        return x509.IPAddress(ipaddress.ip_address(text))
+        return ipaddress.ip_address(text)
     except ValueError:
-        return _dns(text)
+        return None  # a network, as in name constraints: no host has it
 
 
 def _dns(value: str) -> x509.DNSName:
@@ -235,36 +228,35 @@ _MOST_SANS = 100
 
 def subject_line(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:
     """The subject."""
-    try:
-        return one_line(name_text(subject.subject)) or "(no subject)"
-    except UNREADABLE as e:
-        return f"(a subject that can't be read: {one_line(e)})"
+    return _line("a subject", lambda: one_line(name_text(subject.subject)) or "(no subject)")
 
 
 def issuer_line(certificate: x509.Certificate) -> str:
     """The issuer's name."""
-    try:
-        return one_line(name_text(certificate.issuer))
-    except UNREADABLE as e:
-        return f"(an issuer that can't be read: {one_line(e)})"
+    return _line("an issuer", lambda: one_line(name_text(certificate.issuer)))
 
 
 def sans_line(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:
     """The SANs in alphabetical order; of more than a policy allows, as many."""
-    try:
+
+    def line() -> str:
         texts = [one_line(f"{kind}:{value}") for kind, value in sorted(san_counts(subject).elements())]
-    except UNREADABLE as e:
-        return f"(extensions that can't be read: {one_line(e)})"
-    more = [f"and {len(texts) - _MOST_SANS} more"] if len(texts) > _MOST_SANS else []
-    return ", ".join([*texts[:_MOST_SANS], *more]) or "none"
+        more = [f"and {len(texts) - _MOST_SANS} more"] if len(texts) > _MOST_SANS else []
+        return ", ".join([*texts[:_MOST_SANS], *more]) or "none"
+
+    return _line("extensions", line)
 
 
 def key_line(csr: x509.CertificateSigningRequest) -> str:
     """The key's algorithm and size."""
+    return _line("one", lambda: algorithm_name(csr.public_key()))
+
+
+def _line(what: str, line: Callable[[], str]) -> str:
     try:
-        return algorithm_name(csr.public_key())
+        return line()
     except UNREADABLE as e:
-        return f"(one that can't be read: {one_line(e)})"
+        return f"({what} that can't be read: {one_line(e)})"
 
 
 #: Crockford's alphabet, without I, L, O and U, so that nothing is heard or written for something else.
@@ -380,7 +372,9 @@ def _strict_subject(csr: x509.CertificateSigningRequest) -> tuple[tuple[str, str
 def odd_attributes(csr: x509.CertificateSigningRequest) -> list[str]:
     """OIDs of attributes other than one extensionRequest, since CAs in Go read each list of extensions."""
     found = [attribute.oid.dotted_string for attribute in csr.attributes]
-    return [oid for position, oid in enumerate(found) if oid != _EXTENSION_REQUEST or oid in found[:position]]
+    if _EXTENSION_REQUEST in found:
+        found.remove(_EXTENSION_REQUEST)  # the first; looking back from each takes seconds for a megabyte of them
+    return found
 
 
 def requested(csr: x509.CertificateSigningRequest, *besides: x509.ObjectIdentifier) -> list[str]:

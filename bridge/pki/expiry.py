@@ -143,9 +143,7 @@ class Before:
     def from_setting(cls, value: object) -> Before:
         """Such as `"30d"` or `"33%"`."""
         wanted = 'a duration such as "30d", or a share of the lifetime such as "33%"'
-        if not isinstance(value, str):
-            raise ValueError(wanted)  # noqa: TRY004 (the settings' way to say what was wanted)
-        share = re.fullmatch(r"([0-9]{1,2})%", value)
+        share = re.fullmatch(r"([0-9]{1,2})%", value) if isinstance(value, str) else None
         if share is None:
             try:
                 return cls(remaining=parse_duration(value))

@@ -23,7 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 from bridge.errors import Violation
 from bridge.pki import der
 from bridge.pki.certificates import UNREADABLE, extension, oid_label
-from bridge.pki.csr import issuer_line, subject_line
+from bridge.pki.csr import address, issuer_line, subject_line
 from bridge.specs import EKU
 from bridge.words import one_line
 
@@ -269,17 +269,9 @@ def _is_constraint(base: x509.GeneralName) -> bool:
     if isinstance(base, x509.IPAddress):
         return isinstance(base.value, ipaddress.IPv4Network | ipaddress.IPv6Network)
     value = str(base.value)
-    if isinstance(base, x509.UniformResourceIdentifier) and _is_address(value):
+    if isinstance(base, x509.UniformResourceIdentifier) and address(value) is not None:
         return False
     return value == "" or _DOMAIN.fullmatch(value.removeprefix(".")) is not None
-
-
-def _is_address(value: str) -> bool:
-    try:
-        ipaddress.ip_address(value)
-    except ValueError:
-        return False
-    return True
 
 
 def _crl_points(points: x509.CRLDistributionPoints, _: bool) -> Iterator[Violation]:
@@ -380,7 +372,8 @@ def _links(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
 def _policies(sent: Sequence[x509.Certificate]) -> Iterator[Violation]:
     """If an issuer demands policies, one must be in all certificates below it (RFC 5280 §6.1 allows more)."""
     mapped = [each for each in sent if _mappings(each)]
-    demanded = [each for each in sent if _demands_policy(each)]
+    constraints = [(each, extension(each, x509.PolicyConstraints)) for each in sent]
+    demanded = [each for each, own in constraints if own is not None and own.require_explicit_policy is not None]
     if any(_ANY_POLICY_DER in pair for each in mapped for pair in _mappings(each)):
         yield Violation(subject="chain", want="no policy mapped from or to anyPolicy", got=subject_line(mapped[0]))
     if not demanded:
@@ -398,11 +391,6 @@ def _mappings(certificate: x509.Certificate) -> list[tuple[bytes, bytes]]:
     values = [value for oid, value in _raw_extensions(certificate) if oid == _MAPPINGS]
     pairs = [pair.children() for value in values for pair in der.one(value, der.SEQUENCE).children()]
     return [(issuer.content, subject.content) for issuer, subject in pairs]
-
-
-def _demands_policy(certificate: x509.Certificate) -> bool:
-    constraints = extension(certificate, x509.PolicyConstraints)
-    return constraints is not None and constraints.require_explicit_policy is not None
 
 
 def _policy_oids(certificate: x509.Certificate) -> set[str]:

@@ -150,31 +150,22 @@ def text_of(names: Iterable[x509.GeneralName]) -> str:
 
 #: Begins a kubelet's CN; what follows is the node's name (kubeadm, kubeconfig.go).
 _NODE_USER = "system:node:"
-_LONGEST_NODE_NAME = 253
+_LONGEST_NAME = 253
 #: RFC 1123 subdomains, as the API wants Node objects to be called.
 _NODE_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 
 
 def is_node_name(text: str) -> bool:
     """Whether a Node object can have this name."""
-    return len(text) <= _LONGEST_NODE_NAME and _NODE_NAME.fullmatch(text) is not None
+    return len(text) <= _LONGEST_NAME and _NODE_NAME.fullmatch(text) is not None
 
 
-_LONGEST_HOST_NAME = 253
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 def is_host_name(name: str) -> bool:
     """Labels of letters, digits and hyphens with dots between them (RFC 1123 §2.1, RFC 1035 §2.3.4)."""
-    return len(name) <= _LONGEST_HOST_NAME and all(map(_LABEL.fullmatch, name.split(".")))
-
-
-def address(value: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Parse an IP address; None: another text."""
-    try:
-        return ipaddress.ip_address(value)
-    except ValueError:
-        return None  # a network, as in name constraints: no host has it
+    return len(name) <= _LONGEST_NAME and all(map(_LABEL.fullmatch, name.split(".")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509 import verification
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from bridge.contract import Issued, Names, SignRequest
+from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError, Violation
 from bridge.pki import expiry, go_x509
 from bridge.pki.certificates import (
@@ -99,7 +99,7 @@ class Verified:
 
 def check(issued: Issued, request: SignRequest, expected: Expectation) -> Verified:
     """Compare a CA's answer with our request, never with other data of the CA."""
-    violations = [*_unreadable(issued), *_unreadable_anchor(expected)]
+    violations = list(_unreadable(issued, expected))
     path: tuple[x509.Certificate, ...] = ()
     if not violations:
         violations = list(_violations(issued, request, expected))
@@ -132,17 +132,14 @@ _PARTS: dict[str, Callable[[x509.Certificate], object]] = {
 }
 
 
-def _unreadable(issued: Issued) -> Iterator[Violation]:
-    """Parts that can't be read; without them no other check makes sense."""
+def _unreadable(issued: Issued, expected: Expectation) -> Iterator[Violation]:
+    """Parts of the answer, and of the node's CA certificate, that can't be read; without them no other check makes sense."""
     for part, why in _parts_unreadable(issued.leaf):
         yield Violation(subject=part, want="one that can be read", got=why)
     for intermediate in issued.intermediates:
         for part, why in _parts_unreadable(intermediate):
             yield Violation(subject=part, want="one that can be read", got=f"an intermediate's that can't: {why}")
 
-
-def _unreadable_anchor(expected: Expectation) -> Iterator[Violation]:
-    """Parts of the node's CA certificate that can't be read."""
     for anchor in expected.anchors[:1]:
         for part, why in _parts_unreadable(anchor):
             want = f"a CA certificate in {expected.anchor_name} that can be read"
@@ -187,7 +184,11 @@ def _public_key(leaf: x509.Certificate, csr: x509.CertificateSigningRequest) -> 
 
 def _subject(leaf: x509.Certificate, request: SignRequest, extra: frozenset[tuple[str, str]]) -> Iterator[Violation]:
     """The same attributes with the same values, in any order and grouping, since CAs written in Go rebuild the name."""
-    subject = request.csr.subject if request.names is None else _named(request.names)
+    if request.names is None:
+        subject = request.csr.subject
+    else:
+        cn = request.names.common_name
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, cn)] if cn else [])
     requested, answered = attributes(subject), attributes(leaf.subject)
     if requested == answered:
         return
@@ -198,13 +199,11 @@ def _subject(leaf: x509.Certificate, request: SignRequest, extra: frozenset[tupl
         )
 
 
-def _named(names: Names) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names.common_name)] if names.common_name else [])
-
-
 def _sans(leaf: x509.Certificate, request: SignRequest) -> Iterator[Violation]:
     """The same names by type, none more often than asked; below an empty subject critical (RFC 5280 §4.2.1.6)."""
-    names = request.names
+    names, kind = request.names, x509.SubjectAlternativeName
+    if names is None and extension(request.csr, kind) == extension(leaf, kind):
+        return  # as a rule, and sooner told
     if names is None:
         want = san_counts(request.csr)
     else:
@@ -277,22 +276,17 @@ def _form(leaf: x509.Certificate) -> Iterator[Violation]:
         yield Violation(subject="version", want="v3", got=leaf.version.name)
     if leaf.serial_number <= 0:
         yield Violation(subject="serial number", want="a positive number", got=str(leaf.serial_number))
-    try:
-        algorithm = leaf.signature_hash_algorithm
-    except UnsupportedAlgorithm:
-        yield Violation(
-            subject="signature", want="SHA-256 or stronger", got=oid_label(leaf.signature_algorithm_oid.dotted_string)
-        )
-        return
-    if isinstance(algorithm, _WEAK_HASHES):
-        yield Violation(subject="signature", want="SHA-256 or stronger", got=algorithm.name)
+    if (weak := _weak_algorithm(leaf)) is not None:
+        yield Violation(subject="signature", want="SHA-256 or stronger", got=weak)
 
 
-def _is_weakly_signed(certificate: x509.Certificate) -> bool:
+def _weak_algorithm(certificate: x509.Certificate) -> str | None:
+    """The algorithm of a signature by a weak hash, or one that the library does not know; None: a strong one."""
     try:
-        return isinstance(certificate.signature_hash_algorithm, _WEAK_HASHES)
+        algorithm = certificate.signature_hash_algorithm
     except UnsupportedAlgorithm:
-        return True
+        return oid_label(certificate.signature_algorithm_oid.dotted_string)
+    return algorithm.name if isinstance(algorithm, _WEAK_HASHES) else None
 
 
 def _dates(leaf: x509.Certificate, request: SignRequest, expected: Expectation) -> Iterator[Violation]:
@@ -412,7 +406,7 @@ def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reas
         return Violation(
             subject="issuer", want=want, got=f"issuer {name_text(leaf.issuer)}, and no certificate of that name"
         )
-    if not _is_weakly_signed(leaf):  # the library can't verify weak signatures
+    if _weak_algorithm(leaf) is None:  # the library can't verify weak signatures
         signers = [candidate for candidate in candidates if is_signed_by(leaf, candidate)]
         if not signers:
             return Violation(subject="issuer", want=want, got=f"another key under the name {name_text(leaf.issuer)}")

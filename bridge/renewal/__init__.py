@@ -47,11 +47,6 @@ class Changes:
     adopt_defaults: bool = False  #: Subjects as kubeadm of this cluster's version would make them.
     kubeadm_config: Path | None = None  #: kubeadm's configuration file; None: the cluster's ConfigMap.
 
-    @property
-    def is_any(self) -> bool:
-        """Whether a live certificate's names are to change."""
-        return bool(self.add or self.drop or self.adopt_defaults)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trust:
@@ -222,9 +217,9 @@ class _Choice:
     asked_for: Mapping[str, x509.Certificate | None]  #: By name, the certificate that an open request replaces.
     waiting: Collection[str]
     desired: DesiredByName
-    lost_keys: Mapping[str, str] = field(default_factory=dict)  #: By name, what is wrong with the certificate's key.
-    lost_cas: Collection[str] = ()  #: CAs whose certificate can't be read; without it no certificate can be proven.
-    allowed: Callable[[], Allowed | None] = lambda: None  #: By the node's own policy; None: there is none.
+    lost_keys: Mapping[str, str]  #: By name, what is wrong with the certificate's key.
+    lost_cas: Collection[str]  #: CAs whose certificate can't be read; without it no certificate can be proven.
+    allowed: Callable[[], Allowed]  #: By the node's own policy, where the settings name one.
     waived: list[str] = field(default_factory=list)
 
     def of(self, name: str) -> Item | Outcome | str | None:
@@ -232,7 +227,10 @@ class _Choice:
         item, desired = self.node.item(name), self.desired.get(name)
         by_hand = name in self.options.names
         if item is None:
-            return _absent(SPECS[name], item, self.node)
+            error = MissingCertificateError(
+                f"wanted a certificate to renew, found none: {_why_not_here(SPECS[name], self.node)}"
+            )
+            return Outcome(name=name, authority=SPECS[name].authority.name, error=error)
         if isinstance(desired, BridgeError):
             return outcome_of(item, desired)
         if item.state == "missing":
@@ -273,7 +271,8 @@ class _Choice:
         if not is_wanted and item.spec.optional and not by_hand:
             return f"{item.spec.name} is not on this node, which is normal for it"
         if not is_wanted:
-            return _absent(item.spec, item, self.node)
+            text = f"wanted a certificate to renew in {item.certificate_path}, found nothing"
+            return outcome_of(item, MissingCertificateError(text, hint=_restore(item.spec)))
         try:
             anchors_of(item)
         except MissingCertificateError as e:
@@ -292,8 +291,8 @@ class _Choice:
     def _unless(self, error: BridgeError | None, item: Item) -> Item | Outcome:
         """The item, unless there is an error, or the node's own policy does not allow it."""
         desired = self.desired.get(item.spec.name)
-        if error is None and (allowed := self.allowed()) is not None:
-            error = allowed.error(item, None if isinstance(desired, BridgeError) else desired)
+        if error is None and self.settings.policy.file is not None:
+            error = self.allowed().error(item, None if isinstance(desired, BridgeError) else desired)
         return item if error is None else outcome_of(item, error)
 
     def _against(self, item: Item) -> BridgeError | None:
@@ -308,9 +307,7 @@ class _Choice:
         return None if is_judged or item.foreign else foreign_identity(item, self.settings)
 
 
-def _allowed(settings: Settings) -> Allowed | None:
-    if settings.policy.file is None:
-        return None
+def _allowed(settings: Settings) -> Allowed:
     from bridge.renewal.prepare import Allowed  # noqa: PLC0415 (only where the settings name a policy)
 
     return Allowed(settings)
@@ -417,15 +414,6 @@ def _restore(spec: CertificateSpec, first: str = "") -> str:
     is_made = spec.listed or spec.by_flag or spec.name == KUBELET_CONF
     anew = f"; or {first}`ca-bridge renew {spec.name}` makes it anew from kubeadm's configuration"
     return f"{RESTORE}{anew if is_made else ''}"
-
-
-def _absent(spec: CertificateSpec, item: Item | None, node: Node) -> Outcome:
-    if item is None:
-        error = MissingCertificateError(f"wanted a certificate to renew, found none: {_why_not_here(spec, node)}")
-    else:
-        text = f"wanted a certificate to renew in {item.certificate_path}, found nothing"
-        error = MissingCertificateError(text, hint=_restore(spec))
-    return Outcome(name=spec.name, authority=spec.authority.name, error=error)
 
 
 def _why_not_here(spec: CertificateSpec, node: Node) -> str:

@@ -6,7 +6,7 @@ The states of an installation, in the order of this file:
 - unproven: recorded on disk before the installation, until every certificate is seen in use. A run that was cut off, or
   could not restart a component, leaves it to the next run, due or not.
 - proving: components are restarted, and looked at until all is in use or `restart.prove_for` is over.
-- outcome: two tables turn the findings into a ruling.
+- outcome: two rules turn the findings into a ruling.
 - rollback: the old files come back, unless `restart.on_failure` is "keep". It is recorded the same way, until every
   restarted component runs on the old files again.
 """
@@ -31,7 +31,7 @@ from bridge.pki.certificates import serial_hex
 from bridge.renewal import in_use
 from bridge.renewal.hooks import HookEvent
 from bridge.renewal.in_use import NotLiveError, sentence
-from bridge.specs import AUTHORITIES, CertificateSpec, Component
+from bridge.specs import AUTHORITIES, Component
 from bridge.state import Outcome, backups
 from bridge.state.obligations import NotProven, unproven_file
 from bridge.state.session import Run
@@ -136,7 +136,7 @@ def _to_restart(run: Run, node: Node, unproven: NotProven) -> list[Component]:
     """The components to restart before the first look: none that reloads; of earlier runs and with "needed" only stale ones."""
     wanted = run.settings.restart.components
     reloads = control_plane.reloading(node, run.settings.node)
-    specs = {name: node.spec(name) for name in unproven.names} | _read_at_start(node, unproven)
+    specs = {name: in_use.installed_spec(node, name) for name in unproven.names}
     is_ours = {one.name: one.newest_run == run.record.run_id for one in unproven.certificates}
     new = control_plane.stale([specs[name] for name in unproven.names if is_ours[name]], reloads, wanted)
     others = control_plane.stale([specs[name] for name in unproven.names if not is_ours[name]], reloads, wanted)
@@ -157,15 +157,6 @@ def _has_read(report: ProofReport) -> bool:
     """Whether the kubelet is seen to use its new client certificate, or to reload it."""
     found = [f for f in report.findings if f.component is Component.KUBELET and f.what.startswith("has read")]
     return bool(found) and all(f.state in ("current", "next-connection") for f in found)
-
-
-def _read_at_start(node: Node, unproven: NotProven) -> dict[str, CertificateSpec]:
-    """Specs of pairs that a kubelet got from a signer, and reads at its start only (measured on 1.37)."""
-    return {
-        item.spec.name: dataclasses.replace(item.spec, reloaded=False)
-        for item in node.items
-        if item.spec.name in unproven.names and item.rotates
-    }
 
 
 def _backup_of(run: Run, unproven: NotProven, *, newest: bool) -> backups.Backup | None:
@@ -222,7 +213,7 @@ def _look_until(run: Run, counts: Callable[[ProofFinding], bool]) -> ProofReport
     return proof.within(run.read_node, run.settings, run.now, run.settings.restart.prove_for, counts=counts)
 
 
-# --- outcome: the tables ---------------------------------------------------------------------------------------------
+# --- outcome: the rules ----------------------------------------------------------------------------------------------
 
 
 class Meaning(Enum):
@@ -246,45 +237,31 @@ class Ruling(Enum):
     FAILED = "it goes back, or stays, as restart.on_failure says"
 
 
-_ANY = (True, False)
-
-#: The state that was seen; whether the component's restart is postponed; whether it is ours to restart (the settings
-#: list it, or have no list, and there is a way); whether it was not so before. A state in no row is well.
-_MEANINGS: tuple[tuple[tuple[ProofState, ...], tuple[bool, ...], tuple[bool, ...], bool, Meaning], ...] = (
-    (("stale", "refused", "no-answer", "unknown"), _ANY, _ANY, False, Meaning.AS_BEFORE),
-    (("stale",), (True,), _ANY, True, Meaning.LATER),
-    (("stale",), (False,), (False,), True, Meaning.LEFT),
-    (("stale",), (False,), (True,), True, Meaning.NOT_IN_USE),
-    (("refused", "no-answer"), _ANY, _ANY, True, Meaning.BROKEN),
-    (("unknown",), _ANY, _ANY, True, Meaning.UNSEEN),
-)
-
-
 def meaning(state: ProofState, *, postponed: bool, ours: bool, new: bool) -> Meaning | None:
-    """Read the row of one finding; None: all is well."""
-    for states, postponements, owners, news, result in _MEANINGS:
-        if state in states and postponed in postponements and ours in owners and new == news:
-            return result
-    return None
-
-
-#: The first row of which any meaning was found.
-_RULINGS = (
-    ({Meaning.BROKEN, Meaning.NOT_IN_USE}, Ruling.FAILED),
-    ({Meaning.UNSEEN}, Ruling.UNPROVEN),
-    ({Meaning.LEFT}, Ruling.LEFT),
-)
+    """
+    The meaning of one finding; None: all is well. A component is `ours` to restart if the settings list it, or have no
+    list, and there is a way; a finding is `new` if it was not so before the installation.
+    """
+    if state not in ("stale", "unknown", *_FAILED):
+        return None
+    if not new:
+        return Meaning.AS_BEFORE
+    if state != "stale":
+        return Meaning.UNSEEN if state == "unknown" else Meaning.BROKEN
+    if postponed:
+        return Meaning.LATER
+    return Meaning.NOT_IN_USE if ours else Meaning.LEFT
 
 
 def rule(meanings: Collection[Meaning], *, postponed: bool, failed: bool, impossible: bool = False) -> Ruling:
     """Decide the outcome of the installation; a postponed or impossible restart has not failed."""
-    if failed:
-        return Ruling.FAILED
-    if postponed and Meaning.BROKEN not in meanings:
+    if postponed and not failed and Meaning.BROKEN not in meanings:
         return Ruling.POSTPONED
-    if impossible and not {Meaning.BROKEN, Meaning.NOT_IN_USE} & set(meanings):
-        return Ruling.LEFT
-    return next((ruling for found, ruling in _RULINGS if found & set(meanings)), Ruling.PROVEN)
+    if failed or Meaning.BROKEN in meanings or Meaning.NOT_IN_USE in meanings:
+        return Ruling.FAILED
+    if Meaning.UNSEEN in meanings and not impossible:
+        return Ruling.UNPROVEN
+    return Ruling.LEFT if impossible or Meaning.LEFT in meanings else Ruling.PROVEN
 
 
 # --- outcome ---------------------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -29,31 +29,20 @@ from bridge.errors import BackendRefusedError, BridgeError, Exit, WaitingError
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.pki import bundle, bundle_format, csr, signatures, verify
-from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, IncompleteBundleError, Refusal, RequestBundle
+from bridge.pki.bundle import AnswerBundle, BundleError, IncompleteBundleError, Refusal, RequestBundle
 from bridge.pki.certificates import UNREADABLE, certificates_in, fingerprint, is_ca, is_for, name_text, serial_hex
 from bridge.pki.csr import PrivateKey, fingerprint_text
-from bridge.renewal import ALL, RunOptions, Selection, assert_known, outcome_of, select
+from bridge.renewal import ALL, RunOptions, Selection, assert_known, outcome_of, prepare, select
 from bridge.renewal.changes import decide
 from bridge.renewal.issuance import Answered, refused_as_shorter
-from bridge.renewal.prepare import (
-    Prepared,
-    assert_room,
-    live_pair,
-    open_request,
-    prepare,
-    present,
-    replaced_by_next,
-    serving_names,
-    take_up,
-    with_continuity,
-)
+from bridge.renewal.prepare import Prepared, assert_room
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.specs import CertificateSpec
 from bridge.state import Outcome, audit
 from bridge.state.open_requests import OpenRequest, OpenRequests
-from bridge.state.session import Run, begun, give_up
+from bridge.state.session import Now, Run, begun, give_up
 from bridge.system.console import Progress, log, printable
 from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, read, read_once, read_present, read_public_key
@@ -72,9 +61,7 @@ class Exported:
     skipped: tuple[str, ...]  #: Sentences for the operator.
 
 
-def export(
-    settings: Settings, path: Path, options: RunOptions, now: Callable[[], datetime], progress: Progress
-) -> tuple[Exported, Node]:
+def export(settings: Settings, path: Path, options: RunOptions, now: Now, progress: Progress) -> tuple[Exported, Node]:
     """Write keys into the state directory and requests into a bundle; a pending request is exported again as it is."""
     assert_free(path, RequestBundle)
     with begun(settings, now, progress, options.wait) as (run, node):
@@ -82,34 +69,28 @@ def export(
         selection = select(node, settings, options, now(), requests=run.requests, desired=desired)
         for sentence in selection.notes:
             progress.note(sentence)
-        shorter = refused_as_shorter(selection.items, settings, now())
-        items = [one for one in selection.items if one.spec.name not in shorter]
-        made = [
-            *prepare(items, settings, run.requests.by_name(), selection.desired),
-            *(outcome_of(one, shorter[one.spec.name]) for one in selection.items if one.spec.name in shorter),
-        ]
+        selection = selection.without(refused_as_shorter(selection.items, settings, now()))
+        made = prepare.prepare(selection.items, settings, run.requests.by_name(), selection.desired)
         prepared = [one for one in made if isinstance(one, Prepared)]
         failed = (*selection.failed, *(one for one in made if isinstance(one, Outcome)))
         record_failed(run.record, failed)
-        if not prepared:
-            return Exported(bundle=None, again=(), failed=failed, skipped=selection.skipped), node
         for one in prepared:
             if one.open is None and (old := run.requests.get(one.name)) is not None and old.is_waiting:
                 progress.note(
                     f"{one.name}: not the key and CSR of before: another kind of key (renewal.key), another validity or other names are wanted now"
                 )
-        requests, prepared = carry(run, prepared, path)
+        requests, prepared = carry(run, prepared, path) if prepared else (None, [])
         again = tuple(one.name for one in prepared if one.open is not None)
         return Exported(bundle=requests, again=again, failed=failed, skipped=selection.skipped), node
 
 
 def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBundle, list[Prepared]]:
     """Write requests into a bundle; they and their keys are safe in the state directory before."""
-    prepared = with_continuity(prepared, run.settings, run.now())
+    prepared = prepare.with_continuity(prepared, run.settings, run.now())
     requests = bundle.bundle_of([one.request for one in prepared], run.now())
     data, digest = bundle_format.dumps(requests), bundle_format.digest(requests)
     for one in prepared:
-        request = open_request(run, one)
+        request = prepare.open_request(run, one)
         carried = tuple(dict.fromkeys((*request.bundles, digest)))
         run.requests.put(dataclasses.replace(request, request=one.request, bundles=carried))
         run.record.describe(one.name, one.request, f"bundle {bundle_format.short_fingerprint(requests)}", None)
@@ -136,38 +117,34 @@ def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
         raise BridgeError(f"{path}: {e}", hint=e.hint) from None
     cas = known_cas(settings)
     text = bundle_format.describe(found, now, cas)
-    if isinstance(found, RequestBundle) and any(_doubt(one, found, cas) for one in found.requests):
-        return text, Exit.REFUSED
+    if isinstance(found, RequestBundle):
+        for one in found.requests:
+            if signatures.proof_problem(one, found) or signatures.usages_problem(one):
+                return text, Exit.REFUSED
+            if one.authority in cas and signatures.origin_problem(one, cas[one.authority]):
+                return text, Exit.REFUSED
     return text, Exit.DONE
 
 
-def _doubt(one: BundledRequest, whole: RequestBundle, cas: Mapping[str, Sequence[x509.Certificate]]) -> str | None:
-    """The problem of a continuity proof, as far as this machine can tell."""
-    problem = signatures.proof_problem(one, whole) or signatures.usages_problem(one)
-    return problem or (signatures.origin_problem(one, cas[one.authority]) if one.authority in cas else None)
-
-
 def import_answers(
-    settings: Settings, paths: Sequence[Path], options: RunOptions, now: Callable[[], datetime], progress: Progress
-) -> tuple[Result, Node, list[BridgeError]]:
+    settings: Settings, paths: Sequence[Path], options: RunOptions, now: Now, progress: Progress
+) -> tuple[Result, Node]:
     """Match certificates to open requests by public key, verify them, and install them as `renew` does."""
     with begun(settings, now, progress, options.wait) as (run, as_found):
         transaction = Transaction(run, options)
         node = transaction.settle_earlier(as_found)
         if not transaction.may_go_on:
-            return transaction.with_earlier(Result(outcomes=())), node, []
+            return transaction.with_earlier(Result(outcomes=())), node
         found = answers_in(run, paths)
         result = _finish_import(run, node, found, transaction)
-        left = tuple(_still_waiting(node, run.requests, result))
-        return dataclasses.replace(result, outcomes=(*result.outcomes, *left)), node, found.strange
-
-
-def _still_waiting(node: Node, requests: OpenRequests, result: Result) -> Iterator[Outcome]:
-    reported = {outcome.name for outcome in result.outcomes}
-    for one in requests:
-        item = node.item(one.name)
-        if one.is_waiting and one.name not in reported and item is not None:
-            yield outcome_of(item, WaitingError("no answer to it was among these"), one.backend)
+        reported = {outcome.name for outcome in result.outcomes}
+        left = [
+            outcome_of(item, WaitingError("no answer to it was among these"), one.backend)
+            for one in run.requests
+            if one.is_waiting and one.name not in reported and (item := node.item(one.name)) is not None
+        ]
+        outcomes, errors = (*result.outcomes, *left), (*result.errors, *found.strange)
+        return dataclasses.replace(result, outcomes=outcomes, errors=errors), node
 
 
 def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction) -> Result:
@@ -185,14 +162,10 @@ def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction)
 
 
 def _answered(run: Run, node: Node, items: Sequence[Item], found: Found) -> tuple[list[Answered], list[Outcome]]:
-    prepared, failed = [], []
-    for item in items:
-        made = run.requests.get(item.spec.name)
-        one = take_up(item, made) if made is not None else None
-        if isinstance(one, Prepared):
-            prepared.append(one)
-        elif one is not None:
-            failed.append(one)
+    made = run.requests.by_name()
+    taken_up = [prepare.take_up(item, made[item.spec.name]) for item in items]
+    prepared = [one for one in taken_up if isinstance(one, Prepared)]
+    failed = [one for one in taken_up if isinstance(one, Outcome)]
     expected, unproved = expectations(node, run.settings, [one.item for one in prepared], run.now())
     unproven = {outcome.name for outcome in unproved}
     answered = [answered_by(run, one, found, expected[one.authority]) for one in prepared if one.name not in unproven]
@@ -228,11 +201,21 @@ class Found:
 
     candidates: dict[str, list[Candidate]] = field(default_factory=dict)  #: By certificate name.
     strange: list[BridgeError] = field(default_factory=list)  #: Answers to something else.
-    loose: dict[Path, list[x509.Certificate]] = field(default_factory=dict)
+    loose: list[tuple[Path, x509.Certificate]] = field(default_factory=list)
 
     def refuse(self, path: Path, text: str, hint: str | None = None) -> None:
         """Keep an answer to something else, or of unknown origin, as an error."""
         self.strange.append(BridgeError(f"{path}: {text}", hint=hint, exit_code=Exit.REFUSED))
+
+    def keep(self, path: Path, loose: Iterable[x509.Certificate]) -> None:
+        """Keep certificates whose dates can be read: the library does that late, and refuses the year 0."""
+        for one in loose:
+            try:
+                _ = one.not_valid_before_utc, one.not_valid_after_utc
+            except UNREADABLE as e:
+                self.refuse(path, f"wanted a certificate with dates, found: {e}")
+            else:
+                self.loose.append((path, one))
 
     def take(self, name: str, answer: Issued | BridgeError, path: Path) -> None:
         """Keep an answer; `best` chooses between several."""
@@ -240,9 +223,8 @@ class Found:
 
     def take_loose(self, request: SignRequest) -> list[x509.Certificate]:
         """Keep the loose certificates for the request's key, each with all CA certificates that might lead to its CA."""
-        loose = [(path, certificate) for path, ones in self.loose.items() for certificate in ones]
-        cas = tuple(certificate for _, certificate in loose if is_ca(certificate))
-        leaves = [(path, certificate) for path, certificate in loose if is_for(certificate, request.csr)]
+        cas = tuple(certificate for _, certificate in self.loose if is_ca(certificate))
+        leaves = [(path, certificate) for path, certificate in self.loose if is_for(certificate, request.csr)]
         for path, leaf in leaves:
             self.take(request.spec.name, Issued(leaf=leaf, intermediates=cas), path)
         return [leaf for _, leaf in leaves]
@@ -250,17 +232,15 @@ class Found:
     def best(self, one: Prepared, expected: verify.Expectation) -> Candidate:
         """The latest certificate that passes, so that no decoy hides it; else the latest one; else a refusal."""
         latest = sorted(self.candidates[one.name], key=lambda candidate: candidate.begin, reverse=True)
-        for candidate in latest:
-            answer = candidate.answer
-            if isinstance(answer, Issued) and verify.error_of(answer, one.request, expected) is None:
-                return candidate
-        return latest[0]
+        certificates = ((each, each.answer) for each in latest if isinstance(each.answer, Issued))
+        good = (each for each, issued in certificates if verify.error_of(issued, one.request, expected) is None)
+        return next(good, latest[0])
 
 
 def answers_in(run: Run, paths: Sequence[Path]) -> Found:
     """Read the answers in carried files to open requests; an answer to another request is recorded."""
     found = Found()
-    for path in paths:
+    for path in dict.fromkeys(paths):
         is_directory = path.is_dir()
         for file in _files_in(path) if is_directory else [path]:
             _read_answer(run, file, found, skip=is_directory)
@@ -291,7 +271,7 @@ def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
         elif (loose := certificates_in(data)) and run.settings.node.desk_key is not None:
             found.refuse(path, f"{_SIGNED}, found loose certificates", _SIGNED_HINT)
         else:
-            found.loose[path] = [one for one in loose if _has_dates(one, path, found)]
+            found.keep(path, loose)
     except BundleError as e:
         code = Exit.FAILED if isinstance(e, IncompleteBundleError) else Exit.REFUSED
         error = BridgeError(f"{path}: {e}", hint=e.hint, exit_code=code)
@@ -316,16 +296,6 @@ def _is_authentic(run: Run, answer: AnswerBundle) -> bool:
         return True
     key, signature = read_public_key(path, "node.desk_key"), answer.signature
     return signature is not None and signatures.is_by(key, signature, bundle_format.answer_message(answer))
-
-
-def _has_dates(certificate: x509.Certificate, path: Path, found: Found) -> bool:
-    """Whether a certificate's dates can be read: the library does that late, and refuses the year 0."""
-    try:
-        _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    except UNREADABLE as e:
-        found.refuse(path, f"wanted a certificate with dates, found: {e}")
-        return False
-    return True
 
 
 def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> None:
@@ -357,7 +327,7 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> No
 def _match_loose(requests: OpenRequests, found: Found) -> None:
     """Match loose certificates by public key; one that is neither a CA's nor for an open request is refused by name."""
     matched = {fingerprint(leaf) for one in requests for leaf in found.take_loose(one.request)}
-    for path, certificate in [(path, one) for path, ones in found.loose.items() for one in ones]:
+    for path, certificate in found.loose:
         if fingerprint(certificate) not in matched and not is_ca(certificate):
             text = f"wanted the certificate of a request that waits here, found {_about(certificate)} for another key"
             found.refuse(path, text, "it answers a cancelled or older request, or another node's")
@@ -380,31 +350,22 @@ def answered_by(run: Run, one: Prepared, found: Found, expected: verify.Expectat
     return Answered(prepared=one, expected=expected, label=label, answer=best.answer)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cancelled:
-    """The result of `pending cancel`."""
-
-    requests: tuple[OpenRequest, ...]
-    missing: tuple[str, ...]  #: Names of which no request is open.
-
-
-def cancel(settings: Settings, options: RunOptions, now: Callable[[], datetime], progress: Progress) -> Cancelled:
-    """Forget requests and their keys; answers to them are refused from now on."""
+def cancel(
+    settings: Settings, options: RunOptions, now: Now, progress: Progress
+) -> tuple[list[OpenRequest], list[str]]:
+    """Forget requests and their keys, so that later answers are refused; returns them, and the names that have none."""
     names = options.names
     with begun(settings, now, progress, options.wait) as (run, node):
-        there = [one.name for one in run.requests]
+        there = run.requests.by_name()
         assert_known(names, node, there)
-        cancelled: list[OpenRequest] = []
-        for name in there if ALL in names else [name for name in there if name in names]:
-            made = run.requests.drop(name)
-            if made is not None:
-                run.record.describe(name, made.request, made.backend or "bundle", None)
-                run.record.add(audit.CANCELLED, name, authority=made.request.spec.authority.name)
-                cancelled.append(made)
+        cancelled = [one for one in there.values() if ALL in names or one.name in names]
+        for one in cancelled:
+            run.requests.drop(one.name)
+            run.record.describe(one.name, one.request, one.backend or "bundle", None)
+            run.record.add(audit.CANCELLED, one.name, authority=one.request.spec.authority.name)
         run.record.write()
         run.requests.save()
-    missing = tuple(name for name in names if name != ALL and name not in there)
-    return Cancelled(requests=tuple(cancelled), missing=missing)
+    return cancelled, [name for name in names if name != ALL and name not in there]
 
 
 # --- install DIR -----------------------------------------------------------------------------------------------------
@@ -421,23 +382,15 @@ class DirectoryError(BridgeError):
     exit_code: ClassVar[int] = Exit.USAGE
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Contents:
-    """Keys and certificates that were found in a directory, each file read once."""
+class _Contents(NamedTuple):
+    """What was found in a directory, each file read once."""
 
-    keys: dict[str, PrivateKey] = field(default_factory=dict, repr=False)  #: By certificate name.
-    key_files: dict[str, Path] = field(default_factory=dict)
-    found: Found = field(default_factory=Found)  #: The certificates.
-
-    def take_key(self, spec: CertificateSpec, path: Path, key: PrivateKey) -> None:
-        if spec.name in self.keys:
-            other = self.key_files[spec.name]
-            raise DirectoryError(f"{path}: wanted one key for {spec.name}, found {other} too", hint="move one away")
-        self.keys[spec.name], self.key_files[spec.name] = key, path
+    keys: dict[str, tuple[Path, PrivateKey]]  #: By certificate name.
+    found: Found  #: The certificates.
 
 
 def install_directory(
-    settings: Settings, directory: Path, options: RunOptions, now: Callable[[], datetime], progress: Progress
+    settings: Settings, directory: Path, options: RunOptions, now: Now, progress: Progress
 ) -> tuple[Result, Node, Selection]:
     """Verify a directory's certificates as a CA's answers, and install them with their keys."""
     contents = _read(directory, {pair.name: pair.spec for pair in settings.node.pairs})
@@ -484,15 +437,15 @@ def _install(
 
 
 def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
-    key, path = contents.keys[item.spec.name], contents.key_files[item.spec.name]
+    path, key = contents.keys[item.spec.name]
     own = item.key_path or item.certificate_path
     if item.certificates and item.key_trouble is None and os.path.realpath(path) == os.path.realpath(own):
         raise DirectoryError(
             f"{path}: wanted a new key, found the one that is in use", hint="name the directory of the new keys"
         )
-    live, was = live_pair(item)
-    naming, replaced = serving_names(item, settings), replaced_by_next(item, live)
-    pem = csr.build_for(naming, key) if naming is not None else csr.build(present(item, live), key)
+    live, was = prepare.live_pair(item)
+    naming, replaced = prepare.serving_names(item, settings), prepare.replaced_by_next(item, live)
+    pem = csr.build_for(naming, key) if naming is not None else csr.build(prepare.present(item, live), key)
     request = SignRequest(spec=item.spec, csr_pem=pem, validity=settings.renewal.validity, replaces=replaced)
     if not contents.found.take_loose(request):
         raise WaitingError(
@@ -504,7 +457,8 @@ def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
 
 def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> _Contents:
     """Read every file once: keys by kubeadm's names, certificates under any name."""
-    contents = _Contents()
+    keys: dict[str, tuple[Path, PrivateKey]] = {}
+    found = Found()
     for path in _files(directory):
         relative = path.relative_to(directory)
         try:
@@ -517,21 +471,24 @@ def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> _Contents:
         spec, key_pem = _key_in(relative, data, pairs)
         if spec is not None and key_pem is not None:
             _assert_ours(path, status.st_mode)
-            contents.take_key(spec, path, _private_key(path, key_pem))
+            key = _private_key(path, key_pem)
+            if spec.name in keys:
+                other, _ = keys[spec.name]
+                raise DirectoryError(f"{path}: wanted one key for {spec.name}, found {other} too", hint="move one away")
+            keys[spec.name] = path, key
         elif b"PRIVATE KEY-----" not in data:
             try:
-                loose = certificates_in(data)
-                contents.found.loose[path] = [one for one in loose if _has_dates(one, path, contents.found)]
+                found.keep(path, certificates_in(data))
             except ValueError as e:
                 log.info("%s: passed over: %s", path, e)
-    for error in contents.found.strange:
+    for error in found.strange:
         log.warning("%s", error)
-    if not contents.keys:
+    if not keys:
         raise DirectoryError(
             f"{directory}: wanted private keys named as kubeadm names them (apiserver.key, etcd/server.key), found none",
             hint="`ca-bridge renew --csr-only --csr-dir DIR` writes them; `ca-bridge import` takes certificates alone",
         )
-    return contents
+    return _Contents(keys, found)
 
 
 def _files(directory: Path) -> list[Path]:
@@ -547,9 +504,8 @@ def _key_in(
     relative: Path, data: bytes, pairs: Mapping[str, CertificateSpec]
 ) -> tuple[CertificateSpec | None, bytes | None]:
     """The key in `NAME.key` (a further pair's, too), or in a kubeconfig that `generate-csr` made."""
-    spec = spec_of(relative, _KEY) or pairs.get(relative.as_posix().removesuffix(_KEY))
     if relative.suffix == _KEY:
-        return spec, data
+        return spec_of(relative, _KEY) or pairs.get(relative.as_posix().removesuffix(_KEY)), data
     spec = spec_of(relative, "")
     if spec is None or not spec.kubeconfig:
         return None, None

@@ -68,7 +68,7 @@ class NotBoundError(BridgeError):
 def decide(node: Node, settings: Settings, options: RunOptions) -> DesiredByName:
     """Decide the names of the next certificates where they differ from the live ones (SettingsError: a wrong name)."""
     names, changes = options.names, options.changes
-    if not names and not changes.is_any:
+    if not (names or changes.add or changes.drop or changes.adopt_defaults):
         return {}
     assert_known([*names, *changes.add, *changes.drop], node)
     _assert_named(names, changes)
@@ -307,7 +307,8 @@ class _Decision:
         if found:
             raise NotBoundError(
                 f"{rights}; wanted it ({needed.role} for {needed.kind} {needed.who}), found {found}",
-                hint=f"`kubeadm upgrade apply` makes it; or: {needed.command}",
+                hint=f"`kubeadm upgrade apply` makes it; or: kubectl create clusterrolebinding {needed.name} "
+                f"--clusterrole={needed.role} --{needed.kind.lower()}={needed.who}",
             )
         return [f"{rights}, which is there"]
 
@@ -331,12 +332,6 @@ class _Binding(NamedTuple):
     role: str
     kind: str  #: Of its subject: `User` or `Group`.
     who: str
-
-    @property
-    def command(self) -> str:
-        return (
-            f"kubectl create clusterrolebinding {self.name} --clusterrole={self.role} --{self.kind.lower()}={self.who}"
-        )
 
 
 def _needed_by(naming: Naming, spec: CertificateSpec) -> _Binding | None:

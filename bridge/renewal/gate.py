@@ -209,24 +209,18 @@ class Attempts:
         """Count a run, safe on disk when this returns; an error for each authority that failed and needs a person."""
         before = dict(self.authorities)
         for name in authorities:
-            if name in failed:
-                self.authorities[name] = _one_more(before.get(name), failed[name], now)
-            else:
+            if (error := failed.get(name)) is None:
                 self.authorities.pop(name, None)
+                continue
+            one, reason = before.get(name), error.reason[:_LONGEST_REASON]
+            count, since = (one.count, one.since) if one is not None else (0, now)
+            self.authorities[name] = Failures(
+                count=count + 1, since=since, last=now, exit_code=error.exit_code, reason=reason
+            )
         if self.authorities != before:
             self._file.put(self.authorities)
         ours = [(name, one) for name, one in self.authorities.items() if name in failed]
         return [NeedsAPersonError(name, one) for name, one in ours if one.needs_a_person]
-
-
-def _one_more(before: Failures | None, error: BridgeError, now: datetime) -> Failures:
-    return Failures(
-        count=before.count + 1 if before is not None else 1,
-        since=before.since if before is not None else now,
-        last=now,
-        exit_code=error.exit_code,
-        reason=error.reason[:_LONGEST_REASON],
-    )
 
 
 def attempts_file(store: Store) -> StateFile[dict[str, Failures]]:

@@ -143,7 +143,7 @@ class Hooks:
                 why = "it is no longer in the settings"
             if why:
                 log.info("hook %s of run %s is not run again: %s", hooks.event, hooks.run_id, why)
-                self._forget(hooks)
+                self._remember(hooks, is_over=True)
             else:
                 errors += self._deliver(hooks, Exit.FAILED if hooks.event == FAILURE else Exit.NOT_LIVE)
         return errors
@@ -209,20 +209,17 @@ class Hooks:
     def _kept(self, hooks: HooksToRun, *, is_over: bool = False) -> str:
         """Record that a hook is to run, or has run; a sentence if that failed, and the hook runs nevertheless."""
         try:
-            self._forget(hooks) if is_over else self._remember(hooks)
+            self._remember(hooks, is_over=is_over)
         except StateError as e:
             return f"it may run once more, or be forgotten: {e}"
         return ""
 
-    def _remember(self, hooks: HooksToRun) -> None:
-        others = [one for one in self._others(hooks) if not (one.event == hooks.event == FAILURE)]  # the newest will do
-        for one in others[: -(_MOST_REMEMBERED - 1)]:
-            log.warning("hook %s of run %s is given up: too many others have failed since", one.event, one.run_id)
-        self._file.put((*others[-(_MOST_REMEMBERED - 1) :], hooks))
-
-    def _forget(self, hooks: HooksToRun) -> None:
-        self._file.put(self._others(hooks))
-
-    def _others(self, hooks: HooksToRun) -> tuple[HooksToRun, ...]:
+    def _remember(self, hooks: HooksToRun, *, is_over: bool = False) -> None:
         every = self._file.read() or ()
-        return tuple(one for one in every if (one.event, one.run_id) != (hooks.event, hooks.run_id))
+        others = [one for one in every if (one.event, one.run_id) != (hooks.event, hooks.run_id)]
+        if not is_over:
+            others = [one for one in others if not (one.event == hooks.event == FAILURE)]  # the newest will do
+            for one in others[: -(_MOST_REMEMBERED - 1)]:
+                log.warning("hook %s of run %s is given up: too many others have failed since", one.event, one.run_id)
+            others = [*others[-(_MOST_REMEMBERED - 1) :], hooks]
+        self._file.put(tuple(others))

@@ -12,7 +12,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.node import processes
 from bridge.node.inventory import Node
 from bridge.settings.tables import Components, Settings
-from bridge.specs import Component
+from bridge.specs import CertificateSpec, Component
 from bridge.state import Outcome, Store
 from bridge.state.obligations import NotProven, postponed_file, unproven_file
 from bridge.state.session import Run
@@ -35,18 +35,22 @@ def record_due(run: Run, done: Sequence[Outcome], file: StateFile[NotProven]) ->
     """Write down, before the installation, which certificates are in use only after a restart that an operator makes."""
     node, unproven = run.read_node(), file.read() or NotProven(certificates=())
     reloads = control_plane.reloading(node, run.settings.node)
-    rotating = {item.spec.name for item in node.items if item.rotates}
     here = running(node)
 
     def is_read_at_start(name: str) -> bool:
-        spec = dataclasses.replace(node.spec(name), reloaded=node.spec(name).reloaded and name not in rotating)
-        return bool(here & set(control_plane.stale([spec], reloads, Components("needed"))))
+        return bool(here & set(control_plane.stale([installed_spec(node, name)], reloads, Components("needed"))))
 
     unproven = unproven.live_on(node).with_installed(
         (one for one in done if is_read_at_start(one.name)), run.record.run_id
     )
     if unproven.certificates:
         file.put(unproven)
+
+
+def installed_spec(node: Node, name: str) -> CertificateSpec:
+    """The spec of a certificate; a pair that its kubelet got from a signer is read at its start alone (measured on 1.37)."""
+    spec, item = node.spec(name), node.item(name)
+    return dataclasses.replace(spec, reloaded=False) if item is not None and item.rotates else spec
 
 
 def running(node: Node) -> set[Component]:

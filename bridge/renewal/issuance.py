@@ -8,26 +8,28 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, wait
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
-from cryptography import x509
-
-from bridge.ca import CA, registry
+from bridge.ca import CA, advice, registry
 from bridge.contract import AsksValidity, Backend, Carries, Collects, Issued, Pending, SignRequest, SignsMany
 from bridge.errors import BridgeError, Exit, VerificationError
 from bridge.node.inventory import Item
 from bridge.pki import verify
 from bridge.pki.expiry import duration_text, minute
+from bridge.renewal import new_keys
 from bridge.renewal.prepare import Making, Prepared, open_request, with_continuity
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
-from bridge.state import Outcome, audit
+from bridge.state import Outcome, audit, credentials
 from bridge.state.session import Run, give_up
 from bridge.system.console import Progress, log
 from bridge.system.paths import open_secret
 from bridge.system.waiting import workers
 
 Answer = Issued | Pending | BridgeError
+#: By authority.
+Expected = Mapping[str, verify.Expectation]
+Reached = Mapping[str, CA]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,19 +49,16 @@ class ShorterError(BridgeError):
     exit_code = Exit.USAGE
     hint = 'set shorter = "allow" in [renewal] if that is meant, or a longer validity'
 
-    def __init__(self, validity: timedelta, end: datetime, old: x509.Certificate) -> None:
-        super().__init__(
-            f"wanted a certificate that does not end before the live one, {minute(old.not_valid_after_utc)}, "
-            f"found renewal.validity = {duration_text(validity)}, which ends {minute(end)}"
-        )
-
 
 def shortened(item: Item, settings: Settings, now: datetime) -> ShorterError | None:
     """The error if the wanted validity ends before the live certificate does."""
     end = now + settings.renewal.validity
     if not item.certificates or not verify.is_shorter(end, item.certificates[0]):
         return None
-    return ShorterError(settings.renewal.validity, end, item.certificates[0])
+    return ShorterError(
+        f"wanted a certificate that does not end before the live one, {minute(item.certificates[0].not_valid_after_utc)}, "
+        f"found renewal.validity = {duration_text(settings.renewal.validity)}, which ends {minute(end)}"
+    )
 
 
 def refused_as_shorter(items: Sequence[Item], settings: Settings, now: datetime) -> dict[str, ShorterError]:
@@ -71,8 +70,8 @@ def refused_as_shorter(items: Sequence[Item], settings: Settings, now: datetime)
 
 @contextlib.contextmanager
 def reaching(
-    settings: Settings, items: Sequence[Item], expected: Mapping[str, verify.Expectation], progress: Progress
-) -> Iterator[Callable[[], Mapping[str, CA]]]:
+    settings: Settings, items: Sequence[Item], expected: Expected, progress: Progress
+) -> Iterator[Callable[[], Reached]]:
     """Log in to all CAs concurrently, and run their checks; yields a function that waits for them, closes them at the end."""
     backends = registry.configured(settings, dict.fromkeys(item.spec.authority.name for item in items))
 
@@ -134,10 +133,11 @@ def _warn_of_open_secrets(configured: registry.Configured) -> None:
                 log.warning("%s", found.hint, extra={"is_hint": True})
 
 
-def issue_all(
-    run: Run, making: Making, reached: Mapping[str, CA], expected: Mapping[str, verify.Expectation]
-) -> tuple[list[Answered], list[Outcome]]:
+def issue_all(run: Run, making: Making, reached: Reached, expected: Expected) -> tuple[list[Answered], list[Outcome]]:
     """Issue each certificate as soon as its key is there, or all at once where a CA wants that; answers and failures."""
+    new_keys.use_last_core()
+    # for the nights on which none is asked
+    credentials.remember(run.store, {name: one for ca in reached.values() for name, one in ca.ends.items()}, run.now())
     at_once = any(isinstance(ca.backend, SignsMany | Collects | Carries) for ca in reached.values())
     left, answered = set(making), {}
     while left:
@@ -149,9 +149,7 @@ def issue_all(
     return done_in_order, [one for one in every if isinstance(one, Outcome)]
 
 
-def issue(
-    run: Run, prepared: Sequence[Prepared], reached: Mapping[str, CA], expected: Mapping[str, verify.Expectation]
-) -> list[Answered]:
+def issue(run: Run, prepared: Sequence[Prepared], reached: Reached, expected: Expected) -> list[Answered]:
     """Ask all CAs concurrently, each for its certificates or for pending answers; first disk and log, then the CA."""
     prepared = _opened(run, prepared, reached)
     for one in prepared:
@@ -167,22 +165,17 @@ def issue(
     with workers(len(AUTHORITIES)) as pool:
         for part in pool.map(lambda lot: _ask(reached, expected, lot, run.progress), lots.values()):
             answers |= part
+    answered = []
     for one in prepared:
-        if isinstance(answer := answers[one.name], Issued):
+        ca, answer, wanted = reached[one.authority], answers[one.name], expected[one.authority]
+        if isinstance(answer, Issued):
             run.record.add(audit.ISSUED, one.name, authority=one.authority, new=answer.leaf)
-    return [
-        Answered(
-            prepared=one,
-            expected=expected[one.authority],
-            label=reached[one.authority].label,
-            answer=answers[one.name],
-            advice=reached[one.authority].advice(one.item.spec),
-        )
-        for one in prepared
-    ]
+        hint = advice(ca.backend, one.item.spec)
+        answered.append(Answered(prepared=one, expected=wanted, label=ca.label, answer=answer, advice=hint))
+    return answered
 
 
-def _opened(run: Run, prepared: Sequence[Prepared], reached: Mapping[str, CA]) -> list[Prepared]:
+def _opened(run: Run, prepared: Sequence[Prepared], reached: Reached) -> list[Prepared]:
     """Save requests to a CA that answers later, with their keys, before it is asked; carried ones name the node."""
     opened = {one.name: one for one in prepared}
     to_carry: dict[tuple[int, str], list[Prepared]] = defaultdict(list)
@@ -214,12 +207,7 @@ def _drop_unfit(run: Run, one: Prepared) -> None:
         run.requests.drop(one.name)
 
 
-def _ask(
-    reached: Mapping[str, CA],
-    expected: Mapping[str, verify.Expectation],
-    prepared: Sequence[Prepared],
-    progress: Progress,
-) -> dict[str, Answer]:
+def _ask(reached: Reached, expected: Expected, prepared: Sequence[Prepared], progress: Progress) -> dict[str, Answer]:
     """The answers of one backend by certificate name; one that its preflight refused is not asked for."""
     ca = reached[prepared[0].authority]
     answers: dict[str, Answer] = {}

@@ -9,6 +9,7 @@ A debt is on disk before the installation: after a kill the next run has the pro
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,7 +24,7 @@ from bridge.node.inventory import Item, Node
 from bridge.node.manifests import pod_name
 from bridge.renewal.activate import RolledBackError, UnprovenError, backup_of
 from bridge.renewal.in_use import NotLiveError
-from bridge.settings.tables import Settings
+from bridge.settings.tables import Settings, command_words
 from bridge.state import Outcome, Store, audit, backups, static_pods
 from bridge.state.obligations import NotProven, UnprovenPair, pairs_file
 from bridge.state.session import Run
@@ -142,19 +143,20 @@ def _left_to_people(run: Run, one: UnprovenPair, item: Item, done: Finished) -> 
 
 
 def _take_up(run: Run, one: UnprovenPair, item: Item, done: Finished) -> UnprovenPair | None:
-    failure = None if one.is_read else _have_read(run, item)
-    if failure is None and _reloads(item) and not one.is_read:
-        done.read.append(one.name)
-        one = dataclasses.replace(one, is_read=True)
-        _keep(run, one, one)  # a later run only looks
-    verdict = None if failure is not None else _until_current(run, item)
-    if failure is None and (verdict is None or verdict.state == "current"):
-        done.proven += verdict is not None
-        return None
-    why = failure or (f"{verdict.state}: {verdict.detail}" if verdict is not None else "")
-    if failure is None and verdict is not None and verdict.state == "unknown":
-        done.errors.append(UnprovenError(f"installed, and not proven: {one.name}: {verdict.detail}"))
-        return one
+    why = None if one.is_read else _have_read(run, item)
+    if why is None:
+        if _reloads(item) and not one.is_read:
+            done.read.append(one.name)
+            one = dataclasses.replace(one, is_read=True)
+            _keep(run, one, one)  # a later run only looks
+        verdict = _until_current(run, item)
+        if verdict is None or verdict.state == "current":
+            done.proven += verdict is not None
+            return None
+        if verdict.state == "unknown":
+            done.errors.append(UnprovenError(f"installed, and not proven: {one.name}: {verdict.detail}"))
+            return one
+        why = f"{verdict.state}: {verdict.detail}"
     stays = _why_it_stays(run, one, item)
     if stays:
         done.errors.append(NotLiveError(f"{one.name}: installed, and not in use: {why}; {stays}", hint=how(item)))
@@ -186,7 +188,9 @@ def _have_read(run: Run, item: Item) -> str | None:
             failure = _restart(run, pair.static_pod)
         else:
             variables = {"CA_BRIDGE_CERTIFICATE": pair.name}
-            failure = command_failure(pair.name, pair.reload_words(), variables, run.settings.restart.timeout) or None
+            failure = (
+                command_failure(pair.name, command_words(pair.reload), variables, run.settings.restart.timeout) or None
+            )
     run.record.add(audit.RESTARTED, pair.name, error=NotLiveError(failure) if failure else None)
     run.record.write_or_warn()
     return failure
@@ -197,10 +201,7 @@ def _restart(run: Run, manifest: Path) -> str | None:
     name = pod_name(manifest)
     if not name:
         return f"wanted the manifest of a static pod in {manifest}, found none"
-
-    def look() -> frozenset[str]:
-        return processes.instances_of_pod(name)
-
+    look = functools.partial(processes.instances_of_pod, name)
     try:
         look()
         pod = Pod(name=name, manifest=manifest, instances=look, trouble=lambda: None if look() else "no pod of it runs",
@@ -246,10 +247,9 @@ def _go_back(run: Run, one: UnprovenPair, item: Item, done: Finished) -> Unprove
         return one
     item = own(run.read_node()).get(one.name, item)
     failure = _have_read(run, item)
-    verdict = None if failure is not None else _until_current(run, item)
-    works = failure is None and (verdict is None or verdict.state == "current")
-    reason = failure or (verdict.detail if verdict is not None else "")
-    after = "the old pair is in use again" if works else f"the old one does not work, either: {reason}"
+    if failure is None and (verdict := _until_current(run, item)) is not None and verdict.state != "current":
+        failure = verdict.detail
+    after = "the old pair is in use again" if failure is None else f"the old one does not work, either: {failure}"
     done.back[one.name] = RolledBackError(f"{one.name}: rolled back, since {why}; {after}")
     return None
 

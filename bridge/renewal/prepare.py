@@ -9,12 +9,11 @@ The names of a kubelet's serving certificate come from the settings, or from the
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -42,15 +41,7 @@ from bridge.state.install import fingerprint
 from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Run
 from bridge.system.console import READ_ONLY_HINT
-from bridge.system.files import (
-    DIRECTORY_MODE,
-    Attributes,
-    DiskSpace,
-    digest,
-    disk_spaces,
-    sync_directory,
-    write_staged,
-)
+from bridge.system.files import DIRECTORY_MODE, Attributes, DiskSpace, digest, disk_spaces, sync_directory, write_staged
 from bridge.system.paths import foreign_link
 
 if TYPE_CHECKING:
@@ -88,18 +79,14 @@ Making = Sequence[Future[Prepared | Outcome]]
 
 @contextlib.contextmanager
 def preparing(
-    items: Sequence[Item],
-    settings: Settings,
-    requests: Mapping[str, OpenRequest],
-    desired: Mapping[str, Desired] | None = None,
+    items: Sequence[Item], settings: Settings, requests: Mapping[str, OpenRequest], desired: Mapping[str, Desired]
 ) -> Iterator[Making]:
     """Make keys and CSRs in the order of the items, on all cores, while other work goes on, and no longer than that."""
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
-        names = [item.spec.name for item in items]
         yield [
-            pool.submit(_prepare, item, settings, requests.get(name), (desired or {}).get(name))
-            for item, name in zip(items, names, strict=True)
+            pool.submit(_prepare, item, settings, requests.get(item.spec.name), desired.get(item.spec.name))
+            for item in items
         ]
     finally:
         pool.shutdown(cancel_futures=True)
@@ -112,7 +99,7 @@ def prepare(
     desired: Mapping[str, Desired] | None = None,
 ) -> list[Prepared | Outcome]:
     """Make keys and CSRs, and wait for them."""
-    with preparing(items, settings, requests or {}, desired) as making:
+    with preparing(items, settings, requests or {}, desired or {}) as making:
         return [one.result() for one in making]
 
 
@@ -179,9 +166,8 @@ def with_continuity(prepared: Sequence[Prepared], settings: Settings, now: datet
     if len(said) == 1 and all(_still_says_it(one, settings, now) for one in prepared):
         return list(prepared)
     batch, created = secrets.token_hex(16), now.replace(microsecond=0)
-    proofs = [_continuity(one, settings, batch, created) for one in prepared]
-    requests = [dataclasses.replace(one.request, continuity=who) for one, who in zip(prepared, proofs, strict=True)]
-    return [dataclasses.replace(one, request=request) for one, request in zip(prepared, requests, strict=True)]
+    proofs = [(one, _continuity(one, settings, batch, created)) for one in prepared]
+    return [replace(one, request=replace(one.request, continuity=who)) for one, who in proofs]
 
 
 def _still_says_it(one: Prepared, settings: Settings, now: datetime) -> bool:
@@ -421,11 +407,8 @@ class NotAllowedError(BridgeError):
 
 class Allowed:
     """
-    A node's own allow-list: the policy that `[policy] file` names, in the form of a CA desk's; read when the first
-    certificate is judged.
-
-    A renewal takes over the names of the live certificate, so that an attacker who once put a certificate with more names
-    in its place would have them renewed for ever. With a policy, such a certificate is not renewed, and no CA is asked for it.
+    A node's own policy, in the form of a CA desk's, read when the first certificate is judged. Without it a certificate
+    with more names, which an attacker once put in a live one's place, would have them renewed for ever.
     """
 
     def __init__(self, settings: Settings) -> None:

@@ -8,40 +8,39 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from cryptography import x509
 
 from bridge import control_plane
 from bridge.ca import CA, registry
-from bridge.contract import Carries, CollectsAll, Issued, Pending, Spends
+from bridge.contract import Carries, CollectsAll, Issued, Pending, Revokes, Spends
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.node.inventory import Item, Node
 from bridge.pki import expiry, verify
 from bridge.pki.certificates import is_for, serial_hex
 from bridge.pki.expiry import due_from, duration_text, first_end
-from bridge.renewal import ALL, NotReadyError, RunOptions, Selection, anchors_in, gate, new_keys, outcome_of, select
+from bridge.renewal import ALL, NotReadyError, RunOptions, Selection, anchors_in, gate, outcome_of, select
 from bridge.renewal.changes import decide
 from bridge.renewal.gate import NotYetError
-from bridge.renewal.issuance import Answered, issue_all, reaching
+from bridge.renewal.issuance import Answered, Expected, Reached, issue_all, reaching
 from bridge.renewal.prepare import Prepared, assert_room, prepare, preparing
 from bridge.renewal.revocation import RevocationError
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
-from bridge.settings.tables import Settings, anchor, for_rehearsal, is_scratch
+from bridge.settings.tables import Settings, for_rehearsal
 from bridge.specs import AUTHORITIES
 from bridge.state import Outcome, audit, credentials, remember_checked
 from bridge.state.credentials import Credential
 from bridge.state.open_requests import OpenRequest, Unkept
-from bridge.state.session import Run, begun
+from bridge.state.session import Now, Run, begun
 from bridge.system.console import Progress, is_attended, log
 
 
-def run(
-    settings: Settings, options: RunOptions, now: Callable[[], datetime], progress: Progress
-) -> tuple[Result, Node, Selection]:
+def run(settings: Settings, options: RunOptions, now: Now, progress: Progress) -> tuple[Result, Node, Selection]:
     """Renew what is due, or the named certificates, and make a named one that is missing; an error: nothing was replaced."""
     is_terminal = is_attended()
     if not options.names and (delay := gate.delay(settings, now(), is_terminal=is_terminal)):
@@ -75,7 +74,7 @@ def run(
 
 def _check(settings: Settings, run: Run) -> list[Credential]:
     """The credentials of every backend's table, though no CA is asked: a mistake (SettingsError) shows up at once."""
-    places = credentials.places(settings, registry.configured(settings, settings.authorities))
+    places = registry.credentials(settings, registry.configured(settings, settings.authorities))
     remember_checked(settings, run.store, places)
     return credentials.look(settings, places, run.store)
 
@@ -145,21 +144,11 @@ def _prepare_and_issue(
             if earlier:
                 unasked = [*(one.prepared for one in kept), *(one for one in made if isinstance(one, Prepared))]
                 return [], earlier, unasked
-        cas = reached()
-        new_keys.use_last_core()
-        _remember_ends(run, cas)
-        issued, unmade = issue_all(run, making, cas, expected)
+        issued, unmade = issue_all(run, making, reached(), expected)
     return [*kept, *issued], [*earlier, *unmade], []
 
 
-def _remember_ends(run: Run, cas: Mapping[str, CA]) -> None:
-    """Keep what the CAs have said of our tokens, for the nights on which none is asked."""
-    credentials.remember(run.store, {name: one for ca in cas.values() for name, one in ca.ends.items()}, run.now())
-
-
-def _kept(
-    run: Run, items: Sequence[Item], selection: Selection, expected: Mapping[str, verify.Expectation]
-) -> list[Answered]:
+def _kept(run: Run, items: Sequence[Item], selection: Selection, expected: Expected) -> list[Answered]:
     """Answers that an earlier run verified and did not install; no CA is asked for them again."""
     answered = {one.name: one for one in run.requests if one.answer is not None}
     earlier = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.desired)
@@ -230,7 +219,7 @@ class Rehearsal:
         return Exit.worst([*(one.exit_code for one in self.failed), *(one.exit_code for one in self.errors)])
 
 
-def rehearse(settings: Settings, options: RunOptions, now: Callable[[], datetime], progress: Progress) -> Rehearsal:
+def rehearse(settings: Settings, options: RunOptions, now: Now, progress: Progress) -> Rehearsal:
     """Rehearse the renewal of the named certificates, or of all, with the settings of `[authority.NAME.rehearsal]`."""
     options = dataclasses.replace(options, names=options.names or (ALL,))
     with begun(settings, now, progress, options.wait) as (ours, node):
@@ -247,14 +236,12 @@ def _within(selection: Selection, settings: Settings, now: datetime, ahead: time
     """The selection without certificates that are far from being due."""
     if ahead is None:
         return selection
-    renewal = settings.renewal
-
-    def is_near(item: Item) -> bool:
-        return not item.certificates or now + ahead >= due_from(
-            item.renewable, renewal.before, renewal.validity, rotates=item.rotates
-        )
-
-    items = tuple(item for item in selection.items if is_near(item))
+    before, validity = settings.renewal.before, settings.renewal.validity
+    items = tuple(
+        item
+        for item in selection.items
+        if not item.certificates or now + ahead >= due_from(item.renewable, before, validity, rotates=item.rotates)
+    )
     skipped = selection.skipped if items else (*selection.skipped, f"nothing is due within {duration_text(ahead)}")
     return dataclasses.replace(selection, items=items, skipped=skipped)
 
@@ -284,8 +271,6 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
         reaching(run.settings, items, expected, run.progress) as reached,
     ):
         cas = reached()
-        new_keys.use_last_core()
-        _remember_ends(run, cas)
         answered, unmade = issue_all(run, making, cas, expected)
         proven, failed = verify_all(run, answered, [*selection.failed, *without.values(), *unmade])
         revoked, errors = _thrown_away(run, answered, cas)
@@ -301,12 +286,13 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
 
 def _expected(one: verify.Expectation, settings: Settings, authority: str) -> verify.Expectation:
     """The expectation of a rehearsal: a scratch role may give a short life, and a scratch CA may be another CA."""
-    if not is_scratch(settings, authority):
+    ours = settings.authorities.get(authority)
+    if ours is None or not ours.rehearsal:
         return one
     one = dataclasses.replace(one, min_validity=timedelta(), shorter_allowed=True)
-    path = anchor(settings, authority)
-    if path is None:
+    if (named := ours.rehearsal.get("anchor")) is None:
         return one
+    path = Path(named)
     anchors = anchors_in(path, "the CA certificate of a rehearsal (anchor)", "put it there")
     return dataclasses.replace(one, anchors=anchors, anchor_name=str(path))
 
@@ -337,18 +323,17 @@ def _reworded(outcome: Outcome) -> Outcome:
 
 
 def _thrown_away(
-    run: Run, answered: Sequence[Answered], reached: Mapping[str, CA]
+    run: Run, answered: Sequence[Answered], reached: Reached
 ) -> tuple[set[x509.Certificate], list[BridgeError]]:
     """Revoke each certificate that was signed for our keys, whether it passed or not."""
     revoked: set[x509.Certificate] = set()
     errors: list[BridgeError] = []
     unable: dict[str, list[str]] = {}
-    for authority in AUTHORITIES:
-        ca = reached.get(authority)
-        signed = _signed([one for one in answered if one.prepared.authority == authority], ca, run.now())
-        for name, leaf in signed:
-            if ca is None or not ca.can_revoke:
-                unable.setdefault(ca.label if ca is not None else authority, []).append(name)
+    for authority in (name for name in AUTHORITIES if name in reached):
+        ca = reached[authority]
+        for name, leaf in _signed([one for one in answered if one.prepared.authority == authority], ca, run.now()):
+            if not isinstance(ca.backend, Revokes):
+                unable.setdefault(ca.label, []).append(name)
                 continue
             try:
                 ca.revoke(leaf)
@@ -370,12 +355,12 @@ def _thrown_away(
     return revoked, errors
 
 
-def _signed(answered: Sequence[Answered], ca: CA | None, now: datetime) -> list[tuple[str, x509.Certificate]]:
+def _signed(answered: Sequence[Answered], ca: CA, now: datetime) -> list[tuple[str, x509.Certificate]]:
     """Names and certificates to revoke: those for our new keys, also where the answer was lost and the CA finds it."""
     found = [(one, one.answer.leaf) for one in answered if isinstance(one.answer, Issued)]
     lost = [one for one in answered if isinstance(one.answer, Pending | BackendError)]
     with contextlib.suppress(BackendError):  # as lost as before
-        if ca is not None and lost and ca.tells():
+        if lost and ca.tells():
             recalled = ca.recall([one.prepared.request for one in lost], now - timedelta(days=1))
             found += [(one, answer.leaf) for one, answer in zip(lost, recalled, strict=True) if answer is not None]
     return [(one.prepared.name, leaf) for one, leaf in found if is_for(leaf, one.prepared.request.csr)]

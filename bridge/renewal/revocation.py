@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 
 from bridge.ca import CA, registry
-from bridge.contract import Revocation
+from bridge.contract import Revocation, Revokes, RevokesProven
 from bridge.errors import BackendUnavailableError, BridgeError, LocalFileError
 from bridge.node.inventory import Node
 from bridge.renewal import prepare
@@ -121,12 +121,12 @@ def _revoke(
     done: list[Superseded] = []
     errors: list[BridgeError] = []
     with contextlib.closing(CA.of(configured)) as ca:
-        if not ca.can_revoke and not ca.wants_proof:
+        if not isinstance(ca.backend, Revokes | RevokesProven):
             run.progress.note(f"renewal.revoke: {ca.label} can't revoke: {_names(ours)}")
             return list(ours), []
         for one in ours:
             try:
-                if ca.wants_proof:
+                if isinstance(ca.backend, RevokesProven):
                     ca.revoke_proven(_word(one, run, node))
                 else:
                     ca.revoke(one.certificate)

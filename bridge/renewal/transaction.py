@@ -7,42 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.ca import owe_putting_away, put_away
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, WaitingError
 from bridge.node.inventory import Node
-from bridge.renewal import NotReadyError, RunOptions, Selection, in_use, outcome_of, revocation
+from bridge.renewal import NotReadyError, RunOptions, Selection, in_use, outcome_of, revocation, verify_and_install
 from bridge.renewal.gate import Attempts, attempts_file, next_ca_file
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.renewal.revocation import RevocationError
-from bridge.renewal.verify_and_install import (
-    HeldBackError,
-    Proven,
-    Result,
-    await_validity,
-    hold_back,
-    install_all,
-    record_failed,
-)
+from bridge.renewal.verify_and_install import HeldBackError, Proven, Result
 from bridge.settings.tables import Settings
-from bridge.state import Outcome, Store, audit, backups, copies
+from bridge.state import Outcome, Store, audit, backups, copies, obligations
 from bridge.state.copies import CopyError
 from bridge.state.install import journal_file, staging_file
-from bridge.state.obligations import (
-    copies_file,
-    hooks_file,
-    pairs_file,
-    postponed_file,
-    revocations_file,
-    unproven_file,
-)
 from bridge.state.open_requests import RENEWALS, USERS, Unkept, file_of
-from bridge.state.session import Run, alone, recording
+from bridge.state.session import Now, Run, alone, recording
 from bridge.state.static_pods import restart_file
 from bridge.system.console import Progress, print_error
 from bridge.system.state_file import StateError, StateFile
@@ -121,19 +105,19 @@ class Transaction:
     def install(self, selection: Selection, proven: Sequence[Proven], failed: Sequence[Outcome]) -> Result:
         """Install the certificates that passed, in one step (BridgeError: nothing was replaced); first record what follows."""
         if failed and self._options.all_or_nothing:
-            return hold_back(self._run, [one.prepared for one in proven], failed)
+            return verify_and_install.hold_back(self._run, [one.prepared for one in proven], failed)
         if not proven:
             return Result(outcomes=tuple(failed))
         done = [one.outcome for one in proven]
-        await_validity([one.verified.leaf for one in proven])
+        verify_and_install.await_validity([one.verified.leaf for one in proven])
         self._run.record.write()  # the audit log comes before the installation
         with self.owing():
             self._options.trust.gate(proven)
             try:
                 self._owe(selection, done)
-                backup_id = install_all(self._run, proven, self._options.trust)
+                backup_id = verify_and_install.install_all(self._run, proven, self._options.trust)
             except BridgeError as e:
-                record_failed(self._run.record, [outcome_of(one.prepared.item, e) for one in proven])
+                verify_and_install.record_failed(self._run.record, [outcome_of(one.prepared.item, e) for one in proven])
                 raise
         return Result(outcomes=(*done, *failed), backup_id=backup_id)
 
@@ -151,7 +135,7 @@ class Transaction:
     @contextlib.contextmanager
     def owing(self) -> Iterator[None]:
         """Where nothing is installed in this block, go back to what was unproven before: its serial numbers may be the live ones."""
-        file = unproven_file(self._run.store)
+        file = obligations.unproven_file(self._run.store)
         before = file.read() if self._options.restarts else None
         try:
             yield
@@ -171,9 +155,9 @@ class Transaction:
         if not done:
             return
         if not self._options.restarts:
-            in_use.record_due(self._run, done, postponed_file(self._run.store))
+            in_use.record_due(self._run, done, obligations.postponed_file(self._run.store))
         elif self._run.settings.restart.method == "none":
-            in_use.record_due(self._run, done, unproven_file(self._run.store))
+            in_use.record_due(self._run, done, obligations.unproven_file(self._run.store))
         else:
             from bridge.renewal import activate  # noqa: PLC0415 (see above)
 
@@ -199,7 +183,7 @@ class Transaction:
         if not self._is_to_prove:
             return result
         if self._run.settings.restart.method == "none":  # said by each run from the next one on
-            unproven, ours = unproven_file(self._run.store).read(), self._run.record.run_id
+            unproven, ours = obligations.unproven_file(self._run.store).read(), self._run.record.run_id
             is_ours = unproven is not None and any(one.newest_run == ours for one in unproven.certificates)
             return dataclasses.replace(result, left_to_people=is_ours)
         from bridge.renewal import activate  # noqa: PLC0415 (see above)
@@ -258,10 +242,8 @@ class Transaction:
 
     def _hooks_of_earlier(self, events: Mapping[str, HookEvent]) -> list[HookError]:
         """Run the hooks of earlier runs, whose installations have an outcome by now, or still have none."""
-        errors: list[HookError] = []
-        for run_id, event in events.items():
-            errors += Hooks(self._run.settings, self._run.store, run_id).finished(event)
-        return self._recorded(errors)
+        earlier = [(Hooks(self._run.settings, self._run.store, run_id), event) for run_id, event in events.items()]
+        return self._recorded([error for hooks, event in earlier for error in hooks.finished(event)])
 
     def _counted(self, selection: Selection, result: Result, errors: Sequence[BridgeError]) -> list[BridgeError]:
         of_the_run = [e for e in errors if not isinstance(e, _NOT_OF_A_CA)]
@@ -321,13 +303,7 @@ def _rolled_back(one: Outcome, error: BridgeError) -> Outcome:
 
 
 def put_back_and_retire(
-    settings: Settings,
-    backup_id: str | None,
-    now: Callable[[], datetime],
-    progress: Progress,
-    *,
-    force: bool,
-    wait: timedelta,
+    settings: Settings, backup_id: str | None, now: Now, progress: Progress, *, force: bool, wait: timedelta
 ) -> tuple[backups.Rollback, Node]:
     """
     Put back a backup, or the newest, all or none, then delete old ones (RollbackRefusedError: it is not fit). Files that
@@ -350,24 +326,17 @@ def by_authority(
 ) -> tuple[list[str], dict[str, BridgeError]]:
     """The authorities that failed or succeeded in this run, and the worst error of those that failed (pure)."""
     by_name = {outcome.name: outcome for outcome in result.outcomes}
-    reached: list[str] = []
-    failed: dict[str, BridgeError] = {}
+    reached: dict[str, list[BridgeError]] = {}
     for item in selection.items:
         outcome, authority = by_name.get(item.spec.name), item.spec.authority.name
         own = outcome.error if outcome is not None else None
         if (outcome is None and not errors) or isinstance(own, WaitingError | HeldBackError | NotReadyError):
             continue
-        reached.append(authority)
-        for error in (own, *errors):
-            if error is not None:
-                failed[authority] = _worse(failed.get(authority), error)
-    return list(dict.fromkeys(reached)), failed
-
-
-def _worse(one: BridgeError | None, other: BridgeError) -> BridgeError:
-    if one is None or Exit.worst([one.exit_code, other.exit_code]) != one.exit_code:
-        return other
-    return one
+        reached.setdefault(authority, []).extend(error for error in (own, *errors) if error is not None)
+    failed = {
+        name: min(found, key=lambda e: Exit.PRECEDENCE.index(e.exit_code)) for name, found in reached.items() if found
+    }
+    return list(reached), failed
 
 
 # --- damaged state files, for an operator who has read the consequences -----------------------------------------------
@@ -391,15 +360,15 @@ def state_files(store: Store) -> list[StateFile[Any]]:
         restart_file,
         journal_file,
         staging_file,
-        unproven_file,
-        postponed_file,
-        pairs_file,
-        hooks_file,
-        revocations_file,
+        obligations.unproven_file,
+        obligations.postponed_file,
+        obligations.pairs_file,
+        obligations.hooks_file,
+        obligations.revocations_file,
         next_ca_file,
     )
-    open_ = (file_of(RENEWALS, store.requests), file_of(USERS, store.users))
-    return [*(make(store) for make in makers), *open_, copies_file(store), attempts_file(store), times_file(store)]
+    others = (file_of(RENEWALS, store.requests), file_of(USERS, store.users), obligations.copies_file(store))
+    return [*(make(store) for make in makers), *others, attempts_file(store), times_file(store)]
 
 
 def set_damaged_aside(settings: Settings) -> list[SetAside]:

@@ -245,11 +245,6 @@ class Proven:
         return self.prepared.name
 
     @property
-    def chain(self) -> tuple[x509.Certificate, ...]:
-        """The content of its file, the leaf first."""
-        return self.verified.chain
-
-    @property
     def outcome(self) -> Outcome:
         """The outcome of its installation."""
         one, new = self.prepared, self.verified.leaf
@@ -273,10 +268,10 @@ def verify_all(
         else:
             issuers = (*verified.intermediates, *one.expected.anchors[:1])
             ca_end = min(issuer.not_valid_after_utc for issuer in issuers)
-            proven.append(Proven(prepared=one.prepared, label=one.label, verified=verified, ca_end=ca_end, files=files))
-    for passed in proven:
-        new, authority = passed.verified.leaf, passed.prepared.authority
-        run.record.add(audit.VERIFIED, passed.name, authority=authority, new=new, result=_shorter(passed) or "ok")
+            passed = Proven(prepared=one.prepared, label=one.label, verified=verified, ca_end=ca_end, files=files)
+            proven.append(passed)
+            new, authority = verified.leaf, one.prepared.authority
+            run.record.add(audit.VERIFIED, passed.name, authority=authority, new=new, result=_shorter(passed) or "ok")
     record_failed(run.record, failed)
     return proven, failed
 
@@ -401,8 +396,8 @@ def _note_short_lives(run: Run, proven: Sequence[Proven]) -> None:
     renewal, now = run.settings.renewal, run.now()
     short: dict[str, list[str]] = {}
     for one in proven:
-        if is_due(one.chain, renewal.before, renewal.validity, now):
-            short.setdefault(residual(seconds_left(first_end(one.chain), now)), []).append(one.name)
+        if is_due(one.verified.chain, renewal.before, renewal.validity, now):
+            short.setdefault(residual(seconds_left(first_end(one.verified.chain), now)), []).append(one.name)
     for lifetime, names in short.items():
         run.progress.note(
             f"{', '.join(names)}: wanted a lifetime of more than renewal.before ({renewal.before}), got {lifetime}: "

@@ -36,20 +36,6 @@ class Phase(enum.Enum):
     NEW = "new"
 
 
-class Kind(enum.Enum):
-    """The parts of a CA that change; they decide which phases there are."""
-
-    NEW_KEY = "another key"
-    SAME_KEY = "the same key, and another certificate"
-
-
-#: The phases that each kind passes, in their order: leaves of a CA that keeps its key need not be issued anew.
-PATHS: Mapping[Kind, tuple[Phase, ...]] = {
-    Kind.NEW_KEY: (Phase.OLD, Phase.TRUSTED, Phase.ISSUED, Phase.NEW),
-    Kind.SAME_KEY: (Phase.OLD, Phase.NEW),
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Change:
     """The old CA and the new one."""
@@ -59,20 +45,19 @@ class Change:
     cross: x509.Certificate | None = None  #: The new CA's name and key, certified by the old CA.
 
     @property
-    def kind(self) -> Kind:
-        """Whether the CA keeps its key."""
-        is_same = spki(self.old.public_key()) == spki(self.new.public_key())
-        return Kind.SAME_KEY if is_same else Kind.NEW_KEY
+    def keeps_key(self) -> bool:
+        """Whether the CA has the same key, and another certificate."""
+        return spki(self.old.public_key()) == spki(self.new.public_key())
 
     @property
     def path(self) -> tuple[Phase, ...]:
-        """The phases from the old CA to the new one."""
-        return PATHS[self.kind]
+        """The phases from the old CA to the new one; leaves of a CA that keeps its key need not be issued anew."""
+        return (Phase.OLD, Phase.NEW) if self.keeps_key else (Phase.OLD, Phase.TRUSTED, Phase.ISSUED, Phase.NEW)
 
     @property
     def spares(self) -> Phase | None:
         """The phase that a node may leave out: behind a cross certificate the old CA's trust is enough for new leaves."""
-        return Phase.TRUSTED if self.cross is not None and self.kind is Kind.NEW_KEY else None
+        return Phase.TRUSTED if self.cross is not None and not self.keeps_key else None
 
     @property
     def steps(self) -> Iterator[tuple[Phase, Phase]]:
@@ -165,7 +150,7 @@ def differences(seen: Seen, change: Change, phase: Phase) -> Iterator[Difference
     for path, data in seen.kubeconfigs.items():
         if set(data) != set(bundle):
             yield Difference(path, texts(bundle), texts(data))
-    if change.kind is Kind.SAME_KEY:  # a leaf leads to both
+    if change.keeps_key:  # a leaf leads to both
         return
     for name, found in seen.leaves.items():
         if found != signer:
@@ -199,8 +184,8 @@ def new_ca_violations(
         yield from _is_a_ca(new)
         yield from _valid(new, now)
         yield from _keys(new, others)
-        yield from _same_key(change) if change.kind is Kind.SAME_KEY else _another_key(change, leaves)
-        if change.cross is not None and change.kind is Kind.NEW_KEY:
+        yield from _same_key(change) if change.keeps_key else _another_key(change, leaves)
+        if change.cross is not None and not change.keeps_key:
             yield from _cross(change, change.cross, now)
     except UNREADABLE as e:
         yield Violation(subject="new CA", want="a certificate that can be read", got=str(e))
@@ -276,12 +261,9 @@ def _unlimited(old: x509.Certificate, cross: x509.Certificate) -> Iterator[Viola
     if limits is not None and limits.path_length == 0:
         got = "pathlen:0 in the old CA, which forbids it"
         yield Violation(subject="path", want="an old CA that may certify another one", got=got)
-    limits_of_cross = {
-        "nameConstraints": extension(cross, x509.NameConstraints),
-        "extendedKeyUsage": extension(cross, x509.ExtendedKeyUsage),
-    }
-    for name in (name for name, found in limits_of_cross.items() if found is not None):
-        yield Violation(subject=name, want="none", got="one, which old clients alone would obey")
+    for name, kind in (("nameConstraints", x509.NameConstraints), ("extendedKeyUsage", x509.ExtendedKeyUsage)):
+        if extension(cross, kind) is not None:
+            yield Violation(subject=name, want="none", got="one, which old clients alone would obey")
 
 
 def _same_name(change: Change, leaves: Mapping[str, x509.Certificate]) -> Iterator[Violation]:

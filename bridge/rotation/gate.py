@@ -20,14 +20,14 @@ from bridge.control_plane import kubelet_serving, neighbours
 from bridge.control_plane.probes import Etcd
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node import endpoints, kubeconfig
-from bridge.node.endpoints import Address, Server
+from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.processes import file_contents
 from bridge.pki.certificates import fingerprint, leads_to
 from bridge.pki.expiry import duration_text
 from bridge.renewal.gate import next_ca_file
-from bridge.rotation import Change, Kind, Phase, holders, objects, text, texts
+from bridge.rotation import Change, Phase, holders, objects, text, texts
 from bridge.rotation.objects import KEYS, LATELY, Word
 from bridge.specs import CA, ETCD_CA, KUBELET_CONF, SPECS, Component
 from bridge.state import audit
@@ -126,17 +126,15 @@ class Gate:
             _assert_together(node, steps)
             return
         alone = {step.ca.name: step for step in steps
-                 if step.target in (Phase.OLD, Phase.NEW) and step.ca.change.kind is Kind.NEW_KEY}  # fmt: skip
-        left = {name: step.ca.change.signer(step.target) for name, step in alone.items()}
-        kinds = [kind for kind, name in _SERVED_BY.items() if name in left]
-        # a handshake shows us the leaf alone
-        between = {name: _intermediates(step.ca) for name, step in alone.items()}
+                 if step.target in (Phase.OLD, Phase.NEW) and not step.ca.change.keeps_key}  # fmt: skip
+        kinds = [kind for kind, name in _SERVED_BY.items() if name in alone]
 
         def judge(spot: Spot) -> str:
-            parts, name = urlsplit(spot.server.url), _SERVED_BY[spot.kind]
-            served, ca = ANONYMOUS.served(Address(parts.hostname or "", parts.port or 0)), left[name]
-            is_of_it = leads_to((served, *between[name]), (ca,))
-            return "" if is_of_it else f"it has a certificate of another CA than {text(ca)}"
+            step = alone[_SERVED_BY[spot.kind]]
+            ca = step.ca.change.signer(step.target)
+            # a handshake shows us the leaf alone
+            chain = (ANONYMOUS.served(spot.server.place), *_intermediates(step.ca))
+            return "" if leads_to(chain, (ca,)) else f"it has a certificate of another CA than {text(ca)}"
 
         self._assert_all(run, node, kinds, judge)
         if not node.is_worker and not node.is_etcd_host:
@@ -206,7 +204,7 @@ def has_asked(run: Run, authority: str) -> bool:
 def _asks_the_cluster(step: Step) -> bool:
     """Whether a step needs the phase before on nodes and in objects; a cross certificate leads what trusts the old CA to both."""
     change, here = step.ca.change, step.ca.standing.phase
-    if step.ca.name not in KEYS or change.kind is not Kind.NEW_KEY:
+    if step.ca.name not in KEYS or change.keeps_key:
         return False
     is_first_leaf = step.target is Phase.ISSUED and here is Phase.TRUSTED and change.cross is None
     is_return = step.target is Phase.TRUSTED and here is Phase.ISSUED  # maybe from “new”, a minute ago
@@ -234,10 +232,7 @@ def assert_said(
     *,
     has_begun: bool = False,
 ) -> None:
-    """
-    Nodes have said that they are in the phase before, others than `own` lately, unless it `has_begun` here (pure;
-    NotReadyEverywhereError: one has not).
-    """
+    """Nodes have said that they are in the phase before, others lately, unless it `has_begun` (NotReadyEverywhereError)."""
     signer, others = change.signer(target), {node: said for node, said in words.items() if node != own}
     if target is Phase.ISSUED:
         what = f"trust {text(change.new)}"

@@ -15,21 +15,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any
 
 from cryptography import x509
 
 from bridge.cluster import items, kubeadm, mapping
 from bridge.cluster.api import Api, NoAnswerError
-from bridge.control_plane import READS_AGAIN, neighbours
+from bridge.control_plane import READS_AGAIN
 from bridge.node import kubeconfig
-from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.manifests import tag_of
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.rotation import Bundle, Change, Phase
 from bridge.rotation.objects import AUTHENTICATION
-from bridge.settings.tables import Settings
 from bridge.specs import CA, FRONT_PROXY_CA
 from bridge.system.console import doing
 from bridge.words import one_line, some
@@ -43,33 +41,23 @@ _MOST_NODES = 10
 _LEADS = "the controller manager that leads has not read ca.crt yet"
 
 
-class _Kind(NamedTuple):
-    """A kind of object that may hold a CA, and where it is listed."""
-
-    name: str  #: As kubectl has it.
-    path: str
-
-
-_ROOT_CAS = _Kind("ConfigMap", f"/api/v1/configmaps?fieldSelector=metadata.name%3D{_ROOT_CA}")
-_CONFIG_MAPS = _Kind("ConfigMap", f"/api/v1/configmaps?fieldSelector=metadata.name%21%3D{_ROOT_CA}")
+_ROOT_CAS = f"/api/v1/configmaps?fieldSelector=metadata.name%3D{_ROOT_CA}"
+_CONFIG_MAPS = f"/api/v1/configmaps?fieldSelector=metadata.name%21%3D{_ROOT_CA}"
 #: Helm's releases are large, and hold what is in other objects, too.
-_SECRETS = _Kind("Secret", "/api/v1/secrets?fieldSelector=type%21%3Dhelm.sh%2Frelease.v1")
+_SECRETS = "/api/v1/secrets?fieldSelector=type%21%3Dhelm.sh%2Frelease.v1"
 #: The newest version that the cluster has, of a kind that is not on everywhere.
-_TRUST_BUNDLES = [
-    _Kind("ClusterTrustBundle", f"/apis/certificates.k8s.io/{version}/clustertrustbundles")
-    for version in ("v1", "v1beta1")
-]
+_TRUST_BUNDLES = [f"/apis/certificates.k8s.io/{version}/clustertrustbundles" for version in ("v1", "v1beta1")]
 #: kubeadm's kube-proxy, and the object from which its pods' CA file is made.
 _PROXIES = "/api/v1/namespaces/kube-system/pods?labelSelector=k8s-app%3Dkube-proxy"
 _CA_OF_PROXIES = f"/api/v1/namespaces/kube-system/configmaps/{_ROOT_CA}"
 _RESTART_PROXIES = "kubectl -n kube-system rollout restart daemonset kube-proxy"
 #: Where others keep a CA by which the API server verifies them, in `caBundle`.
-_CALLED = (
-    _Kind("ValidatingWebhookConfiguration", "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"),
-    _Kind("MutatingWebhookConfiguration", "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations"),
-    _Kind("APIService", "/apis/apiregistration.k8s.io/v1/apiservices"),
-    _Kind("CustomResourceDefinition", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"),
-)
+_CALLED = {
+    "ValidatingWebhookConfiguration": "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations",
+    "MutatingWebhookConfiguration": "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations",
+    "APIService": "/apis/apiregistration.k8s.io/v1/apiservices",
+    "CustomResourceDefinition": "/apis/apiextensions.k8s.io/v1/customresourcedefinitions",
+}
 #: ConfigMaps that the verbs of `rotate-ca` change, or the API servers make.
 _OURS = {("kube-public", "cluster-info"), ("kube-system", "extension-apiserver-authentication")}
 #: Labels and types by which others mark what is theirs.
@@ -91,11 +79,6 @@ class Held:
     command: str = ""
 
 
-def lagging(settings: Settings, node: Node, authority: str, change: Change, phase: Phase) -> list[Held]:
-    """`look` with a node's rights."""
-    return look(neighbours.connect(node, settings), authority, change, phase)
-
-
 def look(api: Api, authority: str, change: Change, phase: Phase) -> list[Held]:
     """The cluster's objects that do not hold the CAs of a phase yet, and other owners' objects that hold the old CA."""
     if authority not in _KEYS:
@@ -113,15 +96,15 @@ def look(api: Api, authority: str, change: Change, phase: Phase) -> list[Held]:
 def _looked_through(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
     bundle = change.bundle(phase)
     yield from _seen("cluster-info", _cluster_info(api, bundle))
-    yield from _seen(_ROOT_CA, _followers(api.every(_ROOT_CAS.path, _PAGE), bundle, _ROOT_CA, _config_map))
+    yield from _seen(_ROOT_CA, _followers(api.every(_ROOT_CAS, _PAGE), bundle, _ROOT_CA, _config_map))
     yield from _seen("Secrets", _secrets(api, change, phase))
     yield from _seen("ClusterTrustBundles", _trust_bundles(api, change, phase))
     if phase is Phase.TRUSTED:  # `issue` turns the order in their file, and writes it anew
         yield from _seen("kube-proxy", _proxies(api, bundle))
     if phase is not Phase.OLD:
         yield from _seen("ConfigMaps", _config_maps(api, change, phase))
-        for kind in _CALLED:
-            yield from _seen(f"{kind.name}s", _called(api, kind, change, phase))
+        for kind, path in _CALLED.items():
+            yield from _seen(f"{kind}s", _called(api, kind, path, change, phase))
 
 
 def _seen(what: str, found: Iterable[Held]) -> Iterator[Held]:
@@ -143,7 +126,7 @@ def behind(api: Api, authority: str, wanted: Bundle) -> list[str]:
         info = _in_cluster_info(api)
         if info is not None and not set(wanted) <= info:
             found.append(str(kubeadm.CLUSTER_INFO))
-        maps = api.every(_ROOT_CAS.path, _PAGE)
+        maps = api.every(_ROOT_CAS, _PAGE)
         late = [one for one in maps if not set(wanted) <= set(_certificates(_config_map(one)))]
         found += [f"{_ROOT_CA} of {one_line(str(mapping(one, 'metadata').get('namespace')))}" for one in late]
     return found
@@ -193,8 +176,7 @@ def _followers(
     """A sentence about objects that the controller manager writes when it becomes the leader (measured on 1.37)."""
     behind = [_name(one) for one in objects if set(_certificates(held(one))) != set(bundle)]
     if behind:
-        names = ", ".join(behind[:3]) + (f" and {more} more" if (more := len(behind) - 3) > 0 else "")
-        yield Held(f"{what} of {names}: wanted the CAs of this phase, found others: {_LEADS}")
+        yield Held(f"{what} of {some(behind)}: wanted the CAs of this phase, found others: {_LEADS}")
 
 
 def _config_map(one: Mapping[str, Any]) -> Any:
@@ -204,29 +186,29 @@ def _config_map(one: Mapping[str, Any]) -> Any:
 def _secrets(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
     """Tokens of service accounts, which the controller manager keeps, and then those of others."""
     tokens: list[Mapping[str, Any]] = []
-    for one in api.every(_SECRETS.path, _PAGE):
+    for one in api.every(_SECRETS, _PAGE):
         if one.get("type") == _TOKEN:
             names = {**mapping(one, "metadata"), "annotations": {}, "managedFields": []}
             tokens.append({"metadata": names, "data": {"ca.crt": mapping(one, "data").get("ca.crt")}})
         elif phase is not Phase.OLD:
-            yield from _of_data(_SECRETS.name, one, change, phase, _decoded)
+            yield from _of_data("Secret", one, change, phase, _decoded)
     yield from _followers(
         tokens, change.bundle(phase), "ca.crt of the service account tokens", lambda one: _text(_config_map(one))
     )
 
 
 def _trust_bundles(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
-    for kind in _TRUST_BUNDLES:
-        if api.ask("GET", f"{kind.path}?limit=1").status == HTTPStatus.NOT_FOUND:
+    for path in _TRUST_BUNDLES:
+        if api.ask("GET", f"{path}?limit=1").status == HTTPStatus.NOT_FOUND:
             continue
         serving = []
-        for one in api.every(kind.path, _PAGE):
+        for one in api.every(path, _PAGE):
             spec = mapping(one, "spec")
             if spec.get("signerName") == _SERVING:
                 serving.append(one)
             elif phase is not Phase.OLD and isinstance(text := spec.get("trustBundle"), str):
-                pointer = "/spec/trustBundle"
-                yield from _foreign(kind.name, one, "trustBundle", text.encode(), change, phase, _json_patch(pointer))
+                patch = _json_patch("/spec/trustBundle")
+                yield from _foreign("ClusterTrustBundle", one, "trustBundle", text.encode(), change, phase, patch)
         # its name has a digest of the content: for a moment the old one and the new one are there
         if serving and not any(
             set(_certificates(mapping(one, "spec").get("trustBundle"))) == set(change.bundle(phase)) for one in serving
@@ -271,10 +253,10 @@ _Patch = Callable[[str], str]
 
 
 def _config_maps(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
-    for one in api.every(_CONFIG_MAPS.path, _PAGE):
+    for one in api.every(_CONFIG_MAPS, _PAGE):
         metadata = mapping(one, "metadata")
         if (metadata.get("namespace"), metadata.get("name")) not in _OURS:
-            yield from _of_data(_CONFIG_MAPS.name, one, change, phase, lambda value: str(value).encode())
+            yield from _of_data("ConfigMap", one, change, phase, lambda value: str(value).encode())
 
 
 def _of_data(
@@ -286,19 +268,18 @@ def _of_data(
         has_key = key == "tls.crt" and "tls.key" in data
 
         def patch(text: str, key: str = key) -> str:
-            new = base64.b64encode(text.encode()).decode() if kind == _SECRETS.name else text
+            new = base64.b64encode(text.encode()).decode() if kind == "Secret" else text
             return f"--type=merge -p {shlex.quote(json.dumps({'data': {key: new}}))}"
 
         yield from _foreign(kind, one, key, decoded(value), change, phase, None if has_key else patch)
 
 
-def _called(api: Api, kind: _Kind, change: Change, phase: Phase) -> Iterator[Held]:
-    for one in api.every(kind.path, _PAGE):
+def _called(api: Api, kind: str, path: str, change: Change, phase: Phase) -> Iterator[Held]:
+    for one in api.every(path, _PAGE):
         for pointer, data in _bundles(one):
             where = ".".join(pointer.strip("/").split("/"))
-            yield from _foreign(
-                kind.name, one, where, _decoded(data), change, phase, _json_patch(pointer, is_bytes=True)
-            )
+            patch = _json_patch(pointer, is_bytes=True)
+            yield from _foreign(kind, one, where, _decoded(data), change, phase, patch)
 
 
 def _bundles(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:

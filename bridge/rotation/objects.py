@@ -223,9 +223,8 @@ def _not_this_node(
     node: Mapping[str, Any], chain: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate], now: datetime
 ) -> str:
     """Why a chain is not that of the node's kubelet; empty: it is (UNREADABLE)."""
-    leaf, names = chain[0], attributes(chain[0].subject)
-    users = common_names(leaf.subject)
-    is_its_kubelet = users == [f"system:node:{_name(node)}"] and (O_OID, "system:nodes") in names
+    leaf, user = chain[0], f"system:node:{text_of(node, 'metadata', 'name')}"
+    is_its_kubelet = common_names(leaf.subject) == [user] and (O_OID, "system:nodes") in attributes(leaf.subject)
     if not is_its_kubelet or EKU.CLIENT_AUTH.value not in (extended_key_usages(leaf) or ()):
         return "what its Node object says is signed with another certificate than its kubelet's"
     if not leads_to(chain, anchors) or leaf.not_valid_after_utc < now:
@@ -237,12 +236,8 @@ def _message(word: Word, authority: str, node: Mapping[str, Any]) -> bytes:
     uid = text_of(node, "metadata", "uid")
     if not uid:
         raise ValueError("wanted the UID of a Node object, found none")
-    texts = (authority, _name(node), uid, *_texts(word))
+    texts = (authority, text_of(node, "metadata", "name"), uid, *_texts(word))
     return signatures.framed([_CONTEXT, *(text.encode() for text in texts)])
-
-
-def _name(node: Mapping[str, Any]) -> str:
-    return text_of(node, "metadata", "name")
 
 
 def _texts(word: Word) -> tuple[str, ...]:

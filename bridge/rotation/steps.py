@@ -25,7 +25,7 @@ from bridge.renewal.gate import next_ca_file
 from bridge.renewal.renew import renew
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Proven, Result
-from bridge.rotation import Bundle, Kind, Phase, differences, new_ca_violations, objects, places, text, texts, untimely
+from bridge.rotation import Bundle, Phase, differences, new_ca_violations, objects, places, text, texts, untimely
 from bridge.rotation.gate import Gate
 from bridge.rotation.places import Replaced, with_ca
 from bridge.settings.tables import Settings, for_next
@@ -134,12 +134,9 @@ def _done(
     """The end of a verb: the cluster's objects follow the files, and the phases are read off the files once more."""
     result = _with_objects(run, node, steps, result)
     after = places.look(run.settings, run.read_node(), names)
-    unproven = unproven_file(run.store).read() if run.settings.restart.method == "none" else None
-    late = (
-        {*unproven.to_restart, *(node.spec(name).component for name in unproven.names)}
-        if unproven is not None
-        else set()
-    )
+    read = unproven_file(run.store).read() if run.settings.restart.method == "none" else None
+    unproven = read or NotProven(certificates=())
+    late = {*unproven.to_restart, *(node.spec(name).component for name in unproven.names)}
     if is_over:  # last of all: a `back` that is killed before it is the same one when it is repeated
         _note_going_back(run.store, {step.ca.name: None for step in steps})
     return Done(
@@ -152,13 +149,8 @@ def _done(
 
 def _going_back(store: Store) -> StateFile[dict[str, Phase]]:
     """The phases that a `back` is about to reach, by authority."""
-    return coded(
-        dict[str, Phase],
-        store.going_back,
-        "the phases to which CAs of this node go back",
-        OnDamage.SET_ASIDE,
-        key="phases",
-    )
+    what = "the phases to which CAs of this node go back"
+    return coded(dict[str, Phase], store.going_back, what, OnDamage.SET_ASIDE, key="phases")
 
 
 def _note_going_back(store: Store, phases: Mapping[str, Phase | None]) -> None:
@@ -242,7 +234,7 @@ def straight_to_the_new_ca(one: Replaced) -> Step:
     now = one.standing
     if now.phase is None:
         raise _of_no_phase(one)
-    if one.change.kind is Kind.SAME_KEY and one.change.old != one.change.new:
+    if one.change.keeps_key and one.change.old != one.change.new:
         raise OrderError(
             f"{one.name}: wanted a CA with another key, found {text(one.change.new)} with the old one's",
             hint="a thief of the key has the next CA's, too; nothing was replaced",
@@ -337,9 +329,9 @@ def assert_signed_by_it(settings: Settings, steps: Mapping[str, Step], proven: S
     for one in proven:
         name = one.prepared.item.spec.authority.name
         new = steps[name].ca.change.new
-        if _must_sign_itself(settings, name) and not is_signed_by(one.chain[0], new):
+        if _must_sign_itself(settings, name) and not is_signed_by(one.verified.leaf, new):
             raise NewCaError(
-                f"{one.name}: wanted a signature of {text(new)} itself, found one of {name_text(one.chain[0].issuer)} below "
+                f"{one.name}: wanted a signature of {text(new)} itself, found one of {name_text(one.verified.leaf.issuer)} below "
                 "it: what the first one signs for others is trusted, too",
                 hint="`ca-bridge rotate-ca back`, then next.anchor with the certificate that signs; a CA above it that signs "
                 'for this cluster alone is taken with next.above = "allowed"; nothing was replaced',
@@ -352,7 +344,7 @@ def assert_keys_can_leave(steps: Sequence[Step], node: Node, settings: Settings,
         places.assert_takes_keys(gate.keys_to, settings.node)
     for step in steps:
         one = step.ca
-        if step.target is Phase.OLD or one.change.kind is Kind.SAME_KEY:
+        if step.target is Phase.OLD or one.change.keeps_key:
             continue
         if flags := places.signing_flags(node, one):
             raise OrderError(
@@ -370,7 +362,7 @@ def assert_keys_can_leave(steps: Sequence[Step], node: Node, settings: Settings,
 
 def _leaves(step: Step) -> bool:
     """Whether the former CA signs no more from this step on, so that its key must not be beside the new one's certificate."""
-    return step.target in (Phase.ISSUED, Phase.NEW) and step.ca.change.kind is Kind.NEW_KEY
+    return step.target in (Phase.ISSUED, Phase.NEW) and not step.ca.change.keeps_key
 
 
 def _without_keys(run: Run, steps: Sequence[Step], result: Result, gate: Gate) -> Result:
@@ -484,7 +476,7 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
         if first := [step for step in steps if gate.emergency or step.ca.standing.phase is Phase.OLD]:
             _owe_reading(run, going_on, node, first, ())
         assert_signed_by_it(settings, ours, proven)
-        gate.assert_accepted(run, node, {one.name: (pem(*one.chain), one.prepared.key_pem) for one in proven})
+        gate.assert_accepted(run, node, {one.name: (pem(*one.verified.chain), one.prepared.key_pem) for one in proven})
 
     trust = Trust(bundles=bundles, files=tuple(files), edit=_edit(steps), gate=accepted, stays=gate.emergency)
     options = RunOptions(names=names, all_or_nothing=True, trust=trust)

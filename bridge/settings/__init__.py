@@ -196,6 +196,16 @@ class Reader:
         self.add(key, "a table", found_text(value))
         return None
 
+    def each(
+        self, schema: type[T], tables: Mapping[str, Any], key: Key, is_name: Callable[[str], bool], wanted: str
+    ) -> dict[str, T]:
+        """The tables below a key that can be read, by name; a name that can't be is a problem."""
+        for name in tables:
+            if not is_name(name):
+                self.add((*key, name), wanted, repr(name))
+        found = {name: self.table(schema, table, (*key, name)) for name, table in tables.items() if is_name(name)}
+        return {name: one for name, one in found.items() if one is not None}
+
     def values(self, schema: type[Any], table: Mapping[str, Any], prefix: Key) -> dict[str, Any]:
         """The values of the given keys, by field; an unreadable value is None, and a problem."""
         if not table:  # most of them

@@ -181,10 +181,6 @@ class PairSettings(PairFiles):
         """Whether the settings say how its own program reads it again."""
         return bool(self.reload) or self.static_pod is not None
 
-    def reload_words(self) -> list[str]:
-        """The words of its command; none if it has none."""
-        return command_words(self.reload)
-
 
 _EKUS = {"server": EKU.SERVER_AUTH, "client": EKU.CLIENT_AUTH}
 

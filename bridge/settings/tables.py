@@ -594,18 +594,13 @@ class GatewaySettings:
         if not _SHORTEST_ELECTION <= self.lease_duration <= _LONGEST_ELECTION:
             wanted = f"{duration_text(_SHORTEST_ELECTION)} to {duration_text(_LONGEST_ELECTION)}"
             yield SettingsProblem("lease_duration", wanted, duration_text(self.lease_duration))
-        if self.address is None:
+        if address_of(self.listen) is None:
             yield SettingsProblem("listen", "an address and a port such as 127.0.0.1:9880", repr(self.listen))
         for key in ("requester_rate", "node_rate", "pod_rate", "pod_namespace_rate"):
             if getattr(self, key) < 1:
                 yield SettingsProblem(key, "at least 1", str(getattr(self, key)))
         if not 1 <= self.concurrency <= _MOST_THREADS:
             yield SettingsProblem("concurrency", f"1 to {_MOST_THREADS}", str(self.concurrency))
-
-    @property
-    def address(self) -> tuple[str, int] | None:
-        """Host and port of `listen`."""
-        return address_of(self.listen)
 
 
 def address_of(text: str) -> tuple[str, int] | None:
@@ -643,7 +638,7 @@ class ServeSettings:
 
     def problems(self) -> Iterator[SettingsProblem]:
         """An address that is none, and numbers that let no request in."""
-        if self.address is None:
+        if address_of(self.listen) is None:
             yield SettingsProblem("listen", "an address and a port such as 0.0.0.0:9443", repr(self.listen))
         for key in ("connections", "connections_per_peer", "requests_per_minute", "waiting", "waiting_per_peer"):
             if getattr(self, key) < 1:
@@ -659,11 +654,6 @@ class ServeSettings:
         # whatever a URL's reader takes for a password, which may have any character
         if re.match(r"\w[^:]*://.*:.*@", self.database) or re.search(r"[?&][^=]*password=", self.database):
             yield SettingsProblem("database", "no password in it: `database_password_file` says where it is", "one")
-
-    @property
-    def address(self) -> tuple[str, int] | None:
-        """Host and port of `listen`."""
-        return address_of(self.listen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -746,16 +736,3 @@ def _overlaid(settings: Settings, tables: Mapping[str, Mapping[str, str]]) -> Se
     replaced = {one.backend for one in settings.authorities.values()} - {one.backend for one in authorities.values()}
     backends = {name: table for name, table in settings.backends.items() if name not in replaced}
     return replace(settings, authorities=authorities, authority_tables=own, backends=backends)
-
-
-def anchor(settings: Settings, authority: str) -> Path | None:
-    """The CA certificates that a rehearsal's answers must lead to; None: the node's own."""
-    ours = settings.authorities.get(authority)
-    named = ours.rehearsal.get("anchor") if ours is not None else None
-    return Path(named) if named is not None else None
-
-
-def is_scratch(settings: Settings, authority: str) -> bool:
-    """Whether a rehearsal uses other settings than a renewal, so that its answers may be worse."""
-    ours = settings.authorities.get(authority)
-    return ours is not None and bool(ours.rehearsal)

@@ -24,17 +24,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import SignRequest
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, WaitingError
-from bridge.pki.certificates import UNREADABLE, fingerprint, name_text, serial_hex
+from bridge.pki.certificates import UNREADABLE, csr_fingerprint, fingerprint, name_text, serial_hex
 from bridge.settings.tables import AuditSettings
 from bridge.state import Store
 from bridge.system import console
 from bridge.system.console import log, print_error
 from bridge.system.files import append, digest, sync_directory, user_name, version, write_atomically
-from bridge.system.state_file import OnDamage, StateDamagedError, StateError, StateFile
+from bridge.system.state_file import OnDamage, StateDamagedError, StateError, StateFile, coded
 
 SYSLOG = Path("/dev/log")
 
@@ -118,7 +117,7 @@ class Record:
         """Remember facts that each later line about a certificate repeats."""
         old = request.replaces
         self._known[name] = {
-            "csrSha256": digest(request.csr.public_bytes(Encoding.DER)),
+            "csrSha256": csr_fingerprint(request.csr),
             "previousSerialNumber": _serial(old),
             "backend": backend,
             "identity": identity,
@@ -303,7 +302,7 @@ class Chain:
         """Add lines behind the last good one, with one write and one fsync."""
         store = self._store
         if not store.audit_head.exists() and not files(store):
-            _write_head(store, START)  # before the first line, so that a missing head always means something
+            _head_file(store).put(START)  # before the first line, so that a missing head always means something
         last, troubles = _set_aside_torn(store)
         last, more = _continued(store, last)
         own = [_damage(events[0], text) for text in (*troubles, *more)]
@@ -316,7 +315,7 @@ class Chain:
         found = append(store.audit, b"".join(lines))
         _delete(old)  # not before the log says so
         if not head_later:
-            _write_head(store, last)
+            _head_file(store).put(last)
         return lines, last, found
 
     def _outdated(self) -> list[Path]:
@@ -333,7 +332,7 @@ class Chain:
         """Write down which line is the newest."""
         last, _ = _set_aside_torn(self._store)
         if last.sequence and head_if_any(self._store) != last:
-            _write_head(self._store, last)
+            _head_file(self._store).put(last)
 
 
 def _damage(event: Mapping[str, Any], text: str) -> dict[str, Any]:
@@ -373,23 +372,14 @@ def files(store: Store) -> list[Path]:
     return [*sorted(rotated, key=lambda path: int(path.stem[6:])), *([store.audit] if store.audit.exists() else [])]
 
 
-def _write_head(store: Store, link: Link) -> None:
-    _head_file(store).replace({"sequence": link.sequence, "sha256": link.sha256})
-
-
 def _head_file(store: Store) -> StateFile[Link]:
-    return StateFile(
-        path=store.audit_head,
-        what="the newest line's number and digest",
-        parse=lambda document: Link(int(document["sequence"]), str(document["sha256"])),
-        keys=frozenset({"sequence", "sha256"}),
-        on_damage=OnDamage.REFUSE,  # here by a line of the record, which goes on after its last good one
-    )
+    # here by a line of the record, which goes on after its last good one
+    return coded(Link, store.audit_head, "the newest line's number and digest", OnDamage.REFUSE)
 
 
 def _rotate(store: Store, last: Link) -> None:
     """Rename the file after the number of its last line; the next file continues the chain."""
-    _write_head(store, last)  # or a crash in between could leave it behind the lines that are no longer looked at
+    _head_file(store).put(last)  # or a crash in between could leave it behind the lines that are no longer looked at
     store.audit.rename(store.directory / f"audit-{last.sequence:08}.jsonl")
     sync_directory(store.directory)
 

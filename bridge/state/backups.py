@@ -591,11 +591,8 @@ def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[
     """Delete old backups, and return their IDs; never the newest, the newest fit one, or any before all is proven."""
     found, _ = read_all(store)
     keep = settings.backups
-    old = [
-        backup
-        for newer, backup in enumerate(found)
-        if newer > 0 and (newer >= keep.keep or now - backup.created > keep.keep_for)
-    ]
+    earliest = now - keep.keep_for
+    old = [one for newer, one in enumerate(found[1:], start=1) if newer >= keep.keep or one.created < earliest]
     if not old or any(map(Path.exists, (store.unproven, store.postponed, store.pairs))):
         return []
     last_good = next(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from cryptography import x509
 
@@ -22,7 +22,7 @@ from bridge.state import Store, checked_credentials
 from bridge.system.paths import UnreadableError, read
 
 if TYPE_CHECKING:  # a night with nothing due makes none of them
-    from bridge.contract import BackendSettings, CredentialEnd
+    from bridge.contract import CredentialEnd
     from bridge.system.state_file import StateFile
 
 
@@ -31,20 +31,6 @@ class CredentialFile(NamedTuple):
 
     name: str  #: The settings' key, such as `backend.corp.client_cert`.
     path: Path
-
-
-class Configured(Protocol):
-    """A backend as one authority uses it (`bridge.ca.registry.Configured`)."""
-
-    @property
-    def name(self) -> str:
-        """The name of its table."""
-        ...
-
-    @property
-    def settings(self) -> BackendSettings:
-        """Its keys."""
-        ...
 
 
 class CredentialEndedError(BridgeError):
@@ -119,19 +105,8 @@ class Credential:
 _KEYS = ("node.desk_key", "node.order_key")
 
 
-def places(settings: Settings, backends: Mapping[str, Configured]) -> list[CredentialFile]:
-    """The files of all our credentials; `backends` by authority, none of which is opened."""
-    found = list(_own_places(settings))
-    for authority, one in backends.items():
-        over = settings.authority_tables.get(authority, {})
-        for key, path in one.settings.credentials():
-            table = f"authority.{authority}" if key.partition(".")[0] in over else f"backend.{one.name}"
-            found.append(CredentialFile(f"{table}.{key}", path))
-    return list(dict.fromkeys(found))
-
-
-def _own_places(settings: Settings) -> Iterator[CredentialFile]:
-    """Files that the program's own tables name."""
+def own_places(settings: Settings) -> Iterator[CredentialFile]:
+    """Files that the program's own tables name; `bridge.ca.registry.credentials` has the backends', too."""
     paths = (settings.node.desk_key, settings.node.order_key, settings.gateway.kubeconfig)
     for name, path in zip((*_KEYS, "gateway.kubeconfig"), paths, strict=True):
         if path is not None:
@@ -154,7 +129,7 @@ def seen(settings: Settings) -> list[Credential] | None:
     """All of them without loading a backend; None: the settings were not checked yet, or this user may not see that."""
     store = Store(settings.node.state_dir)
     if not settings.authorities or settings.source.file is None:
-        return look(settings, list(_own_places(settings)), None)
+        return look(settings, own_places(settings), None)
     listed = checked_credentials(settings, store) if may_look(settings) else None
     return None if listed is None else look(settings, [CredentialFile(*one) for one in listed], store)
 

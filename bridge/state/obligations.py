@@ -77,13 +77,8 @@ class NotProven:
 
     def unreadable_on(self, node: Node) -> list[Item]:
         """Certificates of these on the node that can't be read now, and may come back."""
-        return [
-            item
-            for item in node.items
-            if item.spec.name in self.names
-            and item.state != "present"
-            and not (item.state == "missing" and item.spec.optional)
-        ]
+        ours = [item for item in node.items if item.spec.name in self.names and item.state != "present"]
+        return [item for item in ours if item.state != "missing" or not item.spec.optional]
 
     def is_new(self, certificate: str | None, what: str) -> bool:
         """Whether a failed check of a certificate held before the installation."""

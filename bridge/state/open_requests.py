@@ -19,7 +19,7 @@ from bridge.state import Store
 from bridge.system import codec
 from bridge.system.codec import named
 from bridge.system.console import log
-from bridge.system.files import append, write_atomically
+from bridge.system.files import append, reasons, write_atomically
 from bridge.system.state_file import NOT_OURS, OnDamage, StateError, StateFile, sealed_line, unsealed
 
 T = TypeVar("T")
@@ -231,17 +231,22 @@ class RequestLog(Generic[T]):
     def _append(self) -> None:
         lines = {key: self._line(key) for key in self._changed}
         path = self._file.path
-        with self._reasons():
+        with reasons(StateError, f"{path}: wanted to write down {self._kind.what}"):
             if path.exists() and path.stat().st_size > self._end:
                 os.truncate(path, self._end)
             append(path, b"".join(lines.values()))
         self._written(lines)
 
     def _rewrite(self) -> None:
-        with self._reasons():
-            lines = {key: self._line(key) for key in self._found}
+        path = self._file.path
+        with reasons(StateError, f"{path}: wanted to write down {self._kind.what}"):
+            written = path.read_bytes() if self._kind.lies_on_disk else b""
+            lines = {
+                key: written[one.offset : one.offset + one.length] if isinstance(one, _Place) else self._line(key)
+                for key, one in self._found.items()
+            }
             head = [sealed_line({_HEAD: self._kind.name, _COUNT: len(lines)})] if self._kind.has_keys else []
-            write_atomically(self._file.path, b"".join([*head, *lines.values()]))
+            write_atomically(path, b"".join([*head, *lines.values()]))
         self._lines = self._end = 0
         self._must_rewrite = self._kind.has_keys
         self._written(lines)
@@ -252,14 +257,6 @@ class RequestLog(Generic[T]):
                 self._found[key] = _Place(self._end, len(line))
             self._end += len(line)
             self._lines += 1
-
-    @contextlib.contextmanager
-    def _reasons(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as e:
-            text = f"{self._file.path}: wanted to write down {self._kind.what}, found: {e.strerror}"
-            raise StateError(text) from e
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,8 @@ from bridge.system.state_file import OnDamage, StateError, StateFile, coded
 if TYPE_CHECKING:
     from cryptography import x509
 
+Now = Callable[[], datetime]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
@@ -39,7 +41,7 @@ class Run:
     requests: OpenRequests
     record: audit.Record
     progress: Progress
-    now: Callable[[], datetime]
+    now: Now
 
     def read_node(self) -> Node:
         """Read the node's files now."""
@@ -117,9 +119,7 @@ def _forget_installed(settings: Settings, store: Store, tell: Callable[[Recovery
 
 
 @contextlib.contextmanager
-def begun(
-    settings: Settings, now: Callable[[], datetime], progress: Progress, wait: timedelta
-) -> Iterator[tuple[Run, Node]]:
+def begun(settings: Settings, now: Now, progress: Progress, wait: timedelta) -> Iterator[tuple[Run, Node]]:
     """`alone`, for a run with requests; requests whose certificates were replaced meanwhile are forgotten."""
     with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
         run = Run(
@@ -133,11 +133,8 @@ def begun(
 
 def in_force(settings: Settings, bundles: Mapping[str, Sequence[x509.Certificate]]) -> Settings:
     """The settings of CAs that sign now: a next one's, where it is the first in its CA file, whose content is given."""
-    names = [
-        name
-        for name, ours in settings.authorities.items()
-        if ours.next and _signs(Path(ours.next["anchor"]), bundles.get(name, ()))
-    ]
+    anchors = {name: Path(ours.next["anchor"]) for name, ours in settings.authorities.items() if ours.next}
+    names = [name for name, anchor in anchors.items() if _signs(anchor, bundles.get(name, ()))]
     return for_next(settings, names) if names else settings
 
 

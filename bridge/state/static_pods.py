@@ -27,7 +27,7 @@ from bridge.pki.expiry import duration_text
 from bridge.state import Store, changed_here
 from bridge.state.install import STAGED_PREFIX, attributes_from, attributes_json
 from bridge.system.console import log
-from bridge.system.files import Attributes, digest, exchange, sync_directory, write_atomically, write_staged
+from bridge.system.files import Attributes, digest, exchange, reasons, sync_directory, write_atomically, write_staged
 from bridge.system.state_file import OnDamage, StateFile
 from bridge.system.waiting import wait_until
 
@@ -186,10 +186,8 @@ def journal_of(name: str, manifest: Path, content: bytes | None = None) -> dict[
     """A journal with the whole manifest that is to be put back (None: as it is), even if the moved file is lost."""
     if content is not None and manifest.is_symlink():
         raise RestartError(f"{manifest}: wanted to change the manifest of {name}, found a symlink")
-    try:
+    with reasons(RestartError, f"{manifest}: wanted the manifest of {name}"):
         old, attributes = manifest.read_bytes(), Attributes.of(manifest)
-    except OSError as e:
-        raise RestartError(f"{manifest}: wanted the manifest of {name}, found: {e.strerror}") from e
     return {
         "version": 1,
         "component": name,

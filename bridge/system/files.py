@@ -12,9 +12,10 @@ import pwd
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bridge.errors import BridgeError
 from bridge.system.paths import exposure
@@ -40,6 +41,15 @@ def digest(data: bytes) -> str:
 def version(status: os.stat_result) -> tuple[int, ...]:
     """What differs once a file was changed, or another one is in its place."""
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@contextlib.contextmanager
+def reasons(kind: Callable[..., BridgeError], wanted: str, **more: Any) -> Iterator[None]:
+    """Turn an OSError into one of ours, which says what was `wanted`, such as `PATH: wanted to write it`, and found."""
+    try:
+        yield
+    except OSError as e:
+        raise kind(f"{wanted}, found: {e.strerror}", **more) from e
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,17 +90,14 @@ def _extended(path: Path) -> dict[str, bytes]:
 def is_frozen(path: Path) -> bool:
     """Whether the file or directory is immutable or append-only (chattr(1)), which not even root can rename over."""
     flags = array.array("i", [0])
-    try:
+    with contextlib.suppress(OSError):  # its reader says so; a file system without such flags
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False  # its reader says so
-    try:
-        fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, flags)
-    except OSError:
-        return False  # a file system without such flags
-    finally:
-        os.close(descriptor)
-    return bool(flags[0] & (_FS_IMMUTABLE_FL | _FS_APPEND_FL))
+        try:
+            fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, flags)
+        finally:
+            os.close(descriptor)
+        return bool(flags[0] & (_FS_IMMUTABLE_FL | _FS_APPEND_FL))
+    return False
 
 
 def write_staged(path: Path, data: bytes, attributes: Attributes) -> None:

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from bridge.errors import BridgeError
-from bridge.system.files import DIRECTORY_MODE, user_name, write_atomically
+from bridge.system.files import DIRECTORY_MODE, reasons, user_name, write_atomically
 from bridge.system.paths import program_exposure
 from bridge.system.run_command import Command, run
 from bridge.words import has_controls
@@ -232,7 +232,7 @@ def make_directory(path: Path, user: str, mode: int) -> None:
         assert_may_write(path, user, "of the job's user")
         return
     account = pwd.getpwnam(user)
-    try:
+    with reasons(JobError, f"{path}: wanted to make it", hint=_install(path, user)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=DIRECTORY_MODE)
         # by a descriptor, so that a link in its place is not followed
@@ -244,8 +244,6 @@ def make_directory(path: Path, user: str, mode: int) -> None:
                     os.fchown(descriptor, account.pw_uid, account.pw_gid)
         finally:
             os.close(descriptor)
-    except OSError as e:
-        raise JobError(f"{path}: wanted to make it, found: {e.strerror}", hint=_install(path, user)) from e
 
 
 def assert_may_write(path: Path, user: str, which: str) -> None:

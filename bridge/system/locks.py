@@ -51,11 +51,10 @@ def take_lock(descriptor: int, wait: timedelta) -> bool:
     """Take the flock(2) of an open file, which ends with the last process that has the file open."""
 
     def is_ours() -> bool:
-        try:
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+            return True
+        return False
 
     with doing("waiting for another run to end", is_plain=False):
         return wait_until(is_ours, bool, wait, pause_seconds=_LOCK_POLL_SECONDS)

@@ -236,15 +236,11 @@ def trusted_users() -> set[int]:
     ours = {0, os.geteuid()}
     spans = [line.split() for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
     if not any(int(first) == 0 and int(count) for first, _, count in spans):
-        ours.add(_unknown_user())
+        try:
+            ours.add(int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii")))
+        except FileNotFoundError:  # a unit with ProcSubset=pid
+            ours.add(_OVERFLOW_UID)
     return ours
-
-
-def _unknown_user() -> int:
-    try:
-        return int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
-    except FileNotFoundError:  # a unit with ProcSubset=pid
-        return _OVERFLOW_UID
 
 
 def _exposed(step: _Step, trusted: set[int], also: int | None) -> Exposure | None:

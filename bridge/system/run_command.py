@@ -123,12 +123,9 @@ def run(
     abandoned a few seconds later, as `failure` says. True from `is_enough`, which gets the seconds so far, stops it.
     """
     begin, account = time.monotonic(), command.account
-    # the groups are set only where the account changes, since that takes root
-    becoming: dict[str, Any] = (
-        {"user": account.uid, "group": account.gid, "extra_groups": account.groups}
-        if account is not None and account.is_other
-        else {}
-    )
+    becoming: dict[str, Any] = {}
+    if account is not None and account.is_other:  # the groups are set only then, since that takes root
+        becoming = {"user": account.uid, "group": account.gid, "extra_groups": account.groups}
     try:
         _assert_within_reach(command)
         process = subprocess.Popen(

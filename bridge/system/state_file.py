@@ -18,7 +18,7 @@ from cryptography import x509
 
 from bridge.errors import BridgeError, Exit
 from bridge.system import codec
-from bridge.system.files import digest, sync_directory, write_atomically
+from bridge.system.files import digest, reasons, sync_directory, write_atomically
 
 log = logging.getLogger("ca-bridge")
 
@@ -113,13 +113,10 @@ class StateFile(Generic[T]):
 
     def content(self) -> bytes | None:
         """Its bytes; None: no such file."""
-        try:
+        wanted = f"{self.path}: wanted to read {self.what}"
+        with reasons(StateUnreadableError, wanted, exit_code=self.exit_code), contextlib.suppress(FileNotFoundError):
             return self.path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as e:
-            text = f"{self.path}: wanted to read {self.what}, found: {e.strerror}"
-            raise StateUnreadableError(text, exit_code=self.exit_code) from e
+        return None
 
     def put(self, value: T | None) -> None:
         """Write another value, safe on disk when this returns; None or an empty one removes the file."""
@@ -129,28 +126,22 @@ class StateFile(Generic[T]):
 
     def replace(self, document: Mapping[str, Any]) -> None:
         """Write another content, safe on disk when this returns."""
-        try:
+        with reasons(StateError, f"{self.path}: wanted to write down {self.what}"):
             write_atomically(self.path, sealed(document))
-        except OSError as e:
-            raise StateError(f"{self.path}: wanted to write down {self.what}, found: {e.strerror}") from e
 
     def remove(self) -> None:
         """Remove it for good; there may be none."""
-        try:
+        with reasons(StateError, f"{self.path}: wanted to remove it"):
             self.path.unlink(missing_ok=True)
             sync_directory(self.path.parent)
-        except OSError as e:
-            raise StateError(f"{self.path}: wanted to remove it, found: {e.strerror}") from e
 
     def set_aside(self) -> Path:
         """Give it another name, beside it, and return that; nothing is lost."""
         data = self.content() or b""
         kept = self.path.with_name(f"{self.path.name}.damaged-{digest(data)[:8]}")
-        try:
+        with reasons(StateError, f"{self.path}: wanted to rename it to {kept.name}"):
             self.path.rename(kept)
             sync_directory(kept.parent)
-        except OSError as e:
-            raise StateError(f"{self.path}: wanted to rename it to {kept.name}, found: {e.strerror}") from e
         return kept
 
 

@@ -11,20 +11,26 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
+from backends.openssl import OpensslBackend
 from bridge.contract import Issued
 from bridge.desk.desk import Desk as Run
 from bridge.desk.desk import Job
 from bridge.desk.files import Options, Session, load_policy
 from bridge.errors import Exit
-from bridge.pki.bundle import RequestBundle
+from bridge.node.sample_pki import Cluster, leaf_certificate
+from bridge.pki.bundle import Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer, request_file_name
 from bridge.pki.certificates import serial_hex
+from bridge.pki.csr import generate_key
 from bridge.settings.load import load
+from bridge.specs import SPECS
+from bridge.testing import TestCA
 from tests.counts import Tried
 from tests.kit import forged
 from tests.kit.bundles import make_bundle, old_pairs
-from tests.kit.desks import Desk, make_desk
+from tests.kit.desks import POLICY, Desk, make_desk
 from tests.kit.pki import Pki, handmade_pki
 
 #: Bundles that are forged, and a good one beside so many of them.
@@ -252,13 +258,17 @@ def test_what_was_answered_and_is_lost_is_not_signed_again(desk_: Desk, bundle: 
     assert len(desk_.issued()) == 1
 
 
+def list_as_revoked(desk_: Desk, old: x509.Certificate) -> None:
+    row = f"R\t301231235959Z\t261101000000Z,keyCompromise\t{serial_hex(old)}\tunknown\t/CN=kube-apiserver\n"
+    (desk_.ca("ca") / "index.txt").write_text(row)
+
+
 def test_a_proof_by_a_revoked_certificate_is_refused(desk_: Desk, pki: Pki) -> None:
     """The CA's own index lists it as revoked, and no option overrides that; the other certificates are signed."""
     bundle = make_bundle(old_pairs(pki, ["apiserver", "scheduler.conf"]))
     old = bundle.requests[0].replaces
     assert old is not None
-    row = f"R\t301231235959Z\t261101000000Z,keyCompromise\t{serial_hex(old)}\tunknown\t/CN=kube-apiserver\n"
-    (desk_.ca("ca") / "index.txt").write_text(row)
+    list_as_revoked(desk_, old)
     put(desk_, bundle)
 
     run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox, "--without-proof", "apiserver")
@@ -271,3 +281,36 @@ def test_a_proof_by_a_revoked_certificate_is_refused(desk_: Desk, pki: Pki) -> N
     [path] = desk_.outbox.iterdir()
     assert isinstance(loads_answer(path.read_bytes()).answers["scheduler.conf"], Issued)
     assert len(desk_.issued()) == 2  # the revoked one's row, and one signature
+
+
+def test_a_listed_certificate_is_revoked_though_its_ca_knows_it_no_more(
+    desk_: Desk, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vault answers so for an ended certificate that it has tidied away, and lists its number still."""
+    old = bundle.requests[0].replaces
+    assert old is not None
+    list_as_revoked(desk_, old)
+    monkeypatch.setattr(OpensslBackend, "is_revoked", lambda *_: False)
+    put(desk_, bundle)
+
+    run_with(desk_, lambda: None)
+
+    [path] = desk_.outbox.iterdir()
+    refused = loads_answer(path.read_bytes()).answers["apiserver"]
+    assert isinstance(refused, Refusal)
+    assert "found the revoked one" in refused.reason
+    assert len(desk_.issued()) == 1  # the revoked one's row
+
+
+def test_a_revoked_number_is_the_ca_s_own(desk_: Desk) -> None:
+    """A certificate of the former CA is a good proof, although this CA has revoked one of its own with the same number."""
+    former, key, now = TestCA.make("former"), generate_key("ecdsa-p256"), datetime.now(UTC)
+    begin, end = now - timedelta(days=1), now + timedelta(days=1)
+    old = leaf_certificate(SPECS["apiserver"], key, former, Cluster(), not_before=begin, not_after=end)
+    file = desk_.directory / "former.crt"
+    file.write_bytes(former.certificate_pem)
+    desk_.policy.write_text(POLICY.replace("[allow]", f'former_cas = {{ ca = "{file}" }}\n\n[allow]'))
+    list_as_revoked(desk_, old)
+    put(desk_, make_bundle({"apiserver": (old, key)}))
+
+    assert sign(desk_) == Exit.DONE

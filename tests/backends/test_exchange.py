@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.exchange import ExchangeBackend, ExchangeSettings, _remove, _version
+from backends.exchange import ExchangeBackend, ExchangeSettings, _remove
 from bridge.ca import registry
 from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError
@@ -23,6 +23,7 @@ from bridge.pki import bundle, bundle_format
 from bridge.pki.bundle import AnswerBundle
 from bridge.settings.load import load, parse
 from bridge.specs import AUTHORITIES, SPECS
+from bridge.system.files import version
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import programs, warm
 from tests.kit.issuing import Signer
@@ -172,7 +173,7 @@ def test_installed_answers_are_put_away(tmp_path: Path) -> None:
 
     opened(tmp_path).put_away(f"{1:064x}")
     assert all(path.exists() for path in [*paths, other, half])
-    _remove(paths[0], _version(other.lstat()))
+    _remove(paths[0], version(other.lstat()))
     assert paths[0].exists()
     backend.put_away(reference)
     backend.put_away(reference)

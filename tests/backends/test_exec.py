@@ -977,26 +977,28 @@ def test_the_script_of_setup_runs_the_program_as_the_settings_user(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("values", "key"),
+    ("line", "key"),
     [
-        ({"command": "/bin/x"}, "command"),
-        ({"profile": "{host}"}, "profile"),
-        ({"profile": 7}, "profile"),
-        ({"environment": {"X": 7}}, "environment"),
+        ('command = "/bin/x"', "backend.x.command"),
+        ('profile = "{host}"', "profile"),
+        ("profile = 7", "backend.x.profile"),
+        ("environment = {X = 7}", "backend.x.environment.X"),
     ],
 )
-def test_setup_names_settings_that_can_not_be_used(values: dict[str, object], key: str) -> None:
+def test_setup_names_settings_that_can_not_be_used(line: str, key: str) -> None:
     """`setup` names unusable settings, though it needs none of them."""
-    wanted = SetupRequest(
-        authority=AUTHORITIES["ca"],
-        certificates={"apiserver": LIVE},
-        validity=timedelta(days=365),
-        node="cp-1",
-        cluster="kubernetes",
-        settings=values,
-    )
+    settings = parse(f'[authority.ca]\nbackend = "x"\n[backend.x]\ntype = "exec"\n{line}\n')
     with pytest.raises(SettingsError) as e:
-        ExecBackend.setup(wanted)
+        ExecBackend.setup(
+            SetupRequest(
+                authority=AUTHORITIES["ca"],
+                certificates={"apiserver": LIVE},
+                validity=timedelta(days=365),
+                node="cp-1",
+                cluster="kubernetes",
+                settings=registry.keys_so_far(settings, "ca", "exec"),
+            )
+        )
     assert [problem.key for problem in e.value.problems] == [key]
 
 

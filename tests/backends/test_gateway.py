@@ -6,20 +6,28 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from backends.gateway import GatewayBackend, GatewaySettings
 from bridge.ca import registry
 from bridge.cli.settings import initial
 from bridge.contract import GIVEN, SetupRequest
 from bridge.desk import policy
+from bridge.errors import BackendRefusedError, BackendUnavailableError
+from bridge.pki.bundle import sign_request
 from bridge.pki.certificates import san_entries
 from bridge.settings.load import parse
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import BackendConformance, TestCA
+from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.cas import live_certificates
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.policies import ALL_NAMES
@@ -56,6 +64,24 @@ class TestConformance(BackendConformance):
         del tmp_path
         settings = GatewaySettings(url="https://127.0.0.1:9", ca_file=door.ca, timeout=timedelta(seconds=3))
         return GatewayBackend.from_settings(settings)
+
+
+def test_a_request_that_no_door_takes_is_not_sent(pki: Pki) -> None:
+    """The node says how long it is and where to look; a door would close the connection before it has read the bundle."""
+    bundle = make_bundle(old_pairs(pki, ["apiserver"]))
+    [one] = [sign_request(one, bundle) for one in bundle.requests]
+    names = x509.SubjectAlternativeName([x509.DNSName(f"{number}.corp.example") for number in range(12_000)])
+    csr = x509.CertificateSigningRequestBuilder(one.csr.subject, [x509.Extension(names.oid, False, names)])
+    large = csr.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256()).public_bytes(Encoding.PEM)
+    settings = GatewaySettings(url="https://127.0.0.1:9", timeout=timedelta(seconds=3))
+    with closing(GatewayBackend.from_settings(settings)) as backend:
+        with pytest.raises(
+            BackendRefusedError, match=r"wanted at most 262144 bytes in the bundle of one request, found \d+"
+        ) as e:
+            backend.sign(replace(one, csr_pem=large))
+        with pytest.raises(BackendUnavailableError):
+            backend.sign(one)
+    assert "SANs" in e.value.hint
 
 
 @pytest.fixture(scope="module")

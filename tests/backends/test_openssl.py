@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
+from backends import openssl
 from backends.openssl import OpensslBackend
 from backends.openssl import settings as openssl_settings
 from backends.openssl.index import Database, IndexDamagedError, parse_index
@@ -242,9 +243,40 @@ def test_tells_what_is_revoked(directory: Path) -> None:
         old.not_valid_before_utc, old.not_valid_after_utc,
     ).sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())  # fmt: skip
     assert [backend.is_revoked(one) for one in (old, new, CA.leaf(SERVER), another)] == [True, False, False, False]
+    assert backend.revoked() == {old.serial_number}
     (directory / "index.txt").unlink()
     with pytest.raises(BackendRefusedError, match=r"index\.txt"):
         opened(directory).is_revoked(old)
+
+
+def test_the_index_is_read_while_openssl_renames_it(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`openssl ca` renames index.txt to index.txt.old before the new one takes its place; both readers wait for that."""
+    backend, index, aside = opened(directory), directory / "index.txt", directory / "aside"
+    leaf = backend.sign(renewal()).leaf
+    backend.revoke(leaf)
+    is_there: list[bool] = []
+
+    def come_back(_: float) -> None:
+        is_there.append(index.exists())
+        aside.rename(index)
+
+    monkeypatch.setattr("backends.openssl.index.time.sleep", come_back)
+    for look in (backend.revoked, lambda: Database(index, directory / "newcerts").read().serials):
+        index.rename(aside)
+        assert look() == {leaf.serial_number}
+    assert is_there == [False, False]
+
+
+def test_a_revocation_is_on_disk_before_it_is_reported(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut could take it back, and the CA's record of it would be wrong."""
+    backend, index = opened(directory), directory / "index.txt"
+    leaf = backend.sign(renewal()).leaf
+    synced: list[tuple[Path, bytes]] = []
+    monkeypatch.setattr("backends.openssl.index._sync", lambda path, **_: synced.append((path, index.read_bytes())))
+
+    backend.revoke(leaf)
+
+    assert (index, index.read_bytes()) in synced
 
 
 def test_what_was_revoked_is_no_killed_runs_answer(directory: Path) -> None:
@@ -1338,7 +1370,8 @@ def test_the_lock_outlives_a_killed_bridge(directory: Path, tmp_path: Path) -> N
 # Owners, modes, links and odd names
 
 
-def test_keeps_the_mode_and_the_owner_of_the_index(directory: Path) -> None:
+@pytest.mark.parametrize("last", ["sign", "revoke", "recover"])
+def test_keeps_the_mode_and_the_owner_of_the_index(directory: Path, last: str) -> None:
     """The CA's own user can still read and write the database after a run with another umask, or of root."""
     files = [directory / "index.txt", directory / "index.txt.attr"]
     owner = (65534, 65534) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
@@ -1347,7 +1380,15 @@ def test_keeps_the_mode_and_the_owner_of_the_index(directory: Path) -> None:
         os.chown(path, *owner)
     umask = os.umask(0o077)
     try:
-        serial = opened(directory).sign(renewal()).leaf.serial_number
+        leaf = opened(directory).sign(renewal()).leaf
+        if last == "revoke":
+            opened(directory).revoke(leaf)
+        elif last == "recover":
+            (directory / "index.txt").write_bytes(b"")  # the certificate is there, and its row is not
+            (directory / "index.txt.old").write_bytes(b"")
+            for copy in directory.glob("index.txt.ca-bridge.*"):
+                copy.unlink()
+            assert opened(directory).recall([], datetime.now(UTC)) == []
     finally:
         os.umask(umask)
     lock = directory / ".ca-bridge.lock"  # no other user may hold it
@@ -1355,7 +1396,27 @@ def test_keeps_the_mode_and_the_owner_of_the_index(directory: Path) -> None:
         status = path.stat()
         assert (path.name, stat.S_IMODE(status.st_mode)) == (path.name, 0o600 if path == lock else 0o640)
         assert (status.st_uid, status.st_gid) == owner
-    assert certificates(directory) == {serial}
+    assert certificates(directory) == {leaf.serial_number}
+
+
+def test_new_certificates_get_the_mode_that_the_index_had_before(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read while openssl signs the next batch, which writes the index anew, with another mode."""
+    index = directory / "index.txt"
+    index.chmod(0o640)
+    read = openssl._Desk._read
+
+    def meanwhile(*args: Any) -> Any:
+        index.chmod(0o604)
+        return read(*args)
+
+    monkeypatch.setattr(openssl._Desk, "_read", meanwhile)
+
+    opened(directory).sign(renewal())
+
+    [path] = directory.glob("newcerts/*.pem")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 def test_follows_a_linked_index(directory: Path, tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.node.kubeadm_config import parse_documents as parse
 from tests.kit.new_node import ADDRESS, CONFIG, ENDPOINT, NAME
 
-FACTS = ConfigurationFacts(name="cp-2", address="192.0.2.11")
-
 
 def test_what_decides_names_is_read() -> None:
     """The values come from the node's document and the cluster's."""
@@ -39,7 +37,7 @@ def test_it_survives_being_written() -> None:
 def test_another_node_has_the_same_cluster() -> None:
     """Only the node's part is another one's."""
     first = parse(CONFIG.encode())
-    other = for_node(first, FACTS)
+    other = for_node(first, "cp-2", "192.0.2.11")
 
     assert other.cluster == first.cluster
     assert (other.name, other.address, other.socket) == ("cp-2", "192.0.2.11", first.socket)
@@ -48,7 +46,7 @@ def test_another_node_has_the_same_cluster() -> None:
 @pytest.mark.parametrize("control_plane", [True, False])
 def test_joining_needs_no_token(*, control_plane: bool) -> None:
     """Discovery is by a file; nothing in it is secret."""
-    node = for_node(parse(CONFIG.encode()), FACTS)
+    node = for_node(parse(CONFIG.encode()), "cp-2", "192.0.2.11")
     base = {"kind": "JoinConfiguration", "nodeRegistration": {"taints": [], "ignorePreflightErrors": ["Swap"]}}
     found = join_configuration(node, "/etc/kubernetes/admin.conf", "File", control_plane=control_plane, base=base)
     [document] = found.documents

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from bridge.bootstrap import ConfigurationFacts, Role, for_node, keys, orders, shared, specs_of
+from bridge.bootstrap import Role, for_node, keys, orders, shared, specs_of
 from bridge.bootstrap.orders import Order, OrderError, new_node, order_for
 from bridge.node.kubeadm_config import parse_documents as parse
 from bridge.pki.certificates import attributes, san_entries
@@ -29,8 +29,7 @@ def test_names_are_what_kubeadm_asks_for(role: Role, tmp_path: Path) -> None:
         for ones in keys.expected_certificates(order, datetime.now(UTC)).values()
         for name, one in ones.items()
     }
-    facts = ConfigurationFacts(name="cp-7", address="192.0.2.17", socket="unix:///run/none.sock")
-    text = for_node(config, facts).text().encode()
+    text = for_node(config, "cp-7", "192.0.2.17", "unix:///run/none.sock").text().encode()
     made = keys.by_kubeadm(str(programs.require("kubeadm")), config.version, text, specs_of(role), tmp_path)
 
     assert made.keys() <= found.keys()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -48,6 +48,32 @@ class HasIssuer:
 
 def expected(anchor: x509.Certificate) -> Expectation:
     return Expectation(anchors=(anchor,), anchor_name="ca.crt", now=NOW, min_validity=timedelta())
+
+
+@dataclass
+class HasIssuers:
+    """A backend that several authorities share; it tells nothing of others."""
+
+    by_authority: Mapping[str, x509.Certificate]
+
+    def issuers_of(self, authority: str) -> list[x509.Certificate]:
+        """The one that signs for this authority."""
+        return [one for name, one in self.by_authority.items() if name == authority]
+
+    def sign(self, request: SignRequest) -> Issued:
+        """Never asked."""
+        raise NotImplementedError
+
+
+def test_a_shared_backend_is_asked_for_the_authoritys_own_ca() -> None:
+    """`doctor` finds another CA behind a door, as a renewal does; where the door tells none, nothing is compared."""
+    ours, other = Signer.make().certificate, Signer.make("other").certificate
+    backend = HasIssuers({"ca": ours, "etcd-ca": other})
+    found = {name: CA(label="door", backend=backend, retry=Rest(), authority=name) for name in ("ca", "front-proxy-ca")}
+    assert [one.preflight([], (), expected(ours)) for one in found.values()] == [{}, {}]
+    assert {name: one.certificates for name, one in found.items()} == {"ca": (ours,), "front-proxy-ca": ()}
+    with pytest.raises(BackendRefusedError, match=r"wanted the CA of ca\.crt"):
+        CA(label="door", backend=backend, retry=Rest(), authority="etcd-ca").preflight([], (), expected(ours))
 
 
 @pytest.mark.attack("N21")

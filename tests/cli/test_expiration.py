@@ -623,7 +623,7 @@ def test_a_plain_command_loads_no_command_line(tmp_path: Path) -> None:
     now = datetime.now(UTC)
     table = entry.expirations(plain)
     assert table is not None
-    assert (table.code, table.text in (ours(node, now=now), ours(node))) == (0, True)
+    assert (table[0], table[1] in (ours(node, now=now), ours(node))) == (0, True)
     for other in ([*plain, "-o", "json"], [*plain, "-v"], ["check-expiration", "apiserver", *plain[1:]], ["plan"]):
         assert entry.expirations(other) is None
     node.pki_dir.joinpath("apiserver.crt").write_text("nothing")
@@ -632,3 +632,18 @@ def test_a_plain_command_loads_no_command_line(tmp_path: Path) -> None:
     run = subprocess.run(program, capture_output=True, text=True, check=False)
     assert (run.returncode, "!INVALID! apiserver" in run.stdout) == (1, True)
     assert "apiserver.crt" in run.stderr
+
+
+@pytest.mark.parametrize(("before", "style"), [("60d", "warning"), ("40d", "ok")])
+def test_a_plain_commands_colours_are_by_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, style: str
+) -> None:
+    """A certificate that the settings call due stands out on the short way to the table, too."""
+    node = handmade_pki(tmp_path, not_after=datetime.now(UTC) + 50 * DAY)
+    config = tmp_path / "config.toml"
+    config.write_text(f'[renewal]\nbefore = "{before}"\n')
+    monkeypatch.setattr(expiration_forms, "styled", lambda text, style, _: f"{style} {text}")
+    places = ["--config", str(config), "--pki-dir", str(node.pki_dir), "--kubeconfig-dir", str(node.kubeconfig_dir)]
+    found = entry.expirations(["check-expiration", *places])
+    assert found is not None
+    assert f"{style} apiserver " in found[1]

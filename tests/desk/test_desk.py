@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -1407,10 +1407,44 @@ def test_no_further_window_is_begun_after_an_interruption(
     assert len(begun) == 2
 
 
+@pytest.mark.parametrize("is_signed", [True, False])
+def test_a_window_is_finished_once_it_is_signed_and_two_others_are_asked_for(
+    desk_: Desk, pairs: Pairs, monkeypatch: pytest.MonkeyPatch, is_signed: bool
+) -> None:
+    """One that CAs are still at is waited for when one more is read."""
+    told: list[tuple[str, str]] = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, _: object, window: list[desk.Job], *__: object) -> Future[Any]:  # type: ignore[override]
+            told.append(("asked", window[0].label))
+            future: Future[Any] = Future()
+            if is_signed:
+                future.set_result([])
+            return future
+
+    def finish(_: object, window: list[desk.Job], *__: object) -> None:
+        told.append(("finished", window[0].label))
+
+    monkeypatch.setattr(desk, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(desk, "_windows", lambda jobs, _: ([job] for job in jobs))
+    for name, double in {"judged": lambda _, job: job, "_finish": finish}.items():
+        monkeypatch.setattr(desk.Desk, name, double)
+    settings, bundle = load(desk_.config), make_bundle(some(pairs, "apiserver"))
+    jobs = [desk.Job(bundle=bundle, digest="", label=label, delivery=no_delivery) for label in "12345"]
+    one = desk.Desk(settings, files.load_policy(settings, desk_.policy), lambda: datetime.now(UTC))
+    nothing: Any = SimpleNamespace(tidy=lambda: None)
+    with contextlib.closing(one):
+        one.run(jobs, nothing, nothing, nothing)
+
+    meanwhile = 2 if is_signed else 3
+    assert told[: meanwhile + 2] == [*(("asked", label) for label in "12345"[: meanwhile + 1]), ("finished", "1")]
+    assert [label for what, label in told if what == "finished"] == list("12345")
+
+
 def test_a_window_is_bounded_by_bytes(pairs: Pairs) -> None:
     """Large bundles are signed a few at a time, so that a thousand of them are not in memory; small ones together."""
     bundle, nowhere = make_bundle(some(pairs, "apiserver")), desk.Delivery(where="", files=(), conclude=lambda: None)
-    for size, windows in ((1 << 20, [8, 2]), (1 << 10, [10])):
+    for size, windows in ((1 << 20, [2] * 5), (1 << 10, [10])):
         one = partial(desk.Job, bundle=bundle, digest="", label="", delivery=lambda _: nowhere, size_bytes=size)
         jobs = [one() for _ in range(10)]
         assert [len(window) for window in desk._windows(jobs, desk._LARGEST_WINDOW)] == windows

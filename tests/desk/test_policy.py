@@ -525,7 +525,18 @@ def test_each_san_once(bundle: RequestBundle, pairs: Pairs, judged: Judge) -> No
     assert "SAN: wanted each once, found DNS:kubernetes 4000 times" in judged(twice, "apiserver", rules)
     assert "SAN: wanted each once, found DNS:kubernetes 4000 times" in judged(twice, "apiserver")
     assert judged(more, "apiserver", rules) == "SAN: wanted at most 100, found 101"
+    others = MASTERS + '[certificate.apiserver]\nsans = ["kubernetes"]\n'
+    # no rule is asked about any of them: a stranger's may be a hundred thousand
+    assert judged(more, "apiserver", others) == "SAN: wanted at most 100, found 101"
     assert judged(enough, "apiserver", rules) == ""
+
+
+def test_a_refusal_has_no_thousands_of_reasons(bundle: RequestBundle, pairs: Pairs, judged: Judge) -> None:
+    """A stranger asks for as many groups as a bundle has room for, and each reason says what the policy allows."""
+    groups = ",".join(f"O=group-{number}" for number in range(1000))
+    asked = with_csr(bundle, pairs, "scheduler.conf", csr_for(f"{groups},CN=system:kube-scheduler"))
+
+    assert judged(asked, "scheduler.conf").count("group: wanted none, found group-") == 100
 
 
 def test_a_refusal_is_for_people(bundle: RequestBundle, pairs: Pairs, judged: Judge) -> None:

@@ -118,6 +118,21 @@ def test_a_profile_that_is_too_short_is_found(tmp_path: Path) -> None:
     assert all("expiry: wanted at least 700d, or its answer is refused, got 8760h" in one[3] for one in found)
 
 
+def test_a_ca_that_shows_no_certificate_is_not_called_the_right_one(tmp_path: Path) -> None:
+    """A program without certmonger's FETCH-ROOTS can be used; by its answer alone it is seen which CA it asks."""
+    bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\n[ "$CERTMONGER_OPERATION" = IDENTIFY ] || exit 6\n')
+    program.chmod(0o755)
+    bridge.add("backend.site", {"type": "exec", "command": [str(program)]})
+    for authority in ("ca", "etcd-ca", "front-proxy-ca"):
+        bridge.add(f"authority.{authority}", {"backend": "site"})
+    said = {
+        one.text for one in examine(with_node_name(load(bridge.config)), datetime.now(UTC)) if one.check == "backend"
+    }
+    assert [text.partition(";")[0] for text in said] == ["site (exec) can be used"]
+
+
 @pytest.mark.parametrize("hours", [2, 0, -2])
 def test_the_clocks_are_compared(tmp_path: Path, hours: int) -> None:
     """The date in the CA's answers shows a wrong clock in both directions; the same clock is no finding."""

@@ -15,10 +15,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.contract import Issued
-from bridge.desk import approval
 from bridge.desk.approval import Decision, Verdict
 from bridge.door.store import DECISIONS, REQUESTS, sqlite_url
 from bridge.errors import Exit
+from bridge.pki import signatures
 from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer, short_fingerprint
 from bridge.pki.csr import PrivateKey
@@ -99,7 +99,11 @@ def signed(
         approver="", verdict=verdict, reason=reason, decided=datetime.now(UTC), certificate=leaf,
         evidence="signature", proof=b"",
     )  # fmt: skip
-    return {"verdict": verdict, "reason": reason, "signature": b64encode(approval.sign(decision, asked, key)).decode()}
+    return {
+        "verdict": verdict,
+        "reason": reason,
+        "signature": b64encode(signatures.sign(key, decision.message(asked))).decode(),
+    }
 
 
 def decide(team: Team, agent: Mapping[str, Path], bundle: RequestBundle, body: Mapping[str, Any]) -> Answer:

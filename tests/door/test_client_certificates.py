@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from bridge.door.https import PEER, Https, Limits, serving
+from bridge.door.https import PEER, Https, serving
 from bridge.errors import Exit
 from bridge.pki.certificates import pem
 from bridge.pki.verify import client_problem
+from bridge.settings.tables import ServeSettings
 from tests.kit.desks import make_desk
 from tests.kit.est import Tls, make_tls
 from tests.kit.issuing import SERVER, Signer
 from tests.kit.pki import handmade_pki
 from tests.kit.serving import add_door, running
 
-_LIMITS = Limits(body_bytes=1000, exchange_seconds=600, connections=50, connections_per_peer=50, threads=4)
 _LONG_AGO = datetime.now(UTC) - timedelta(days=1)
 
 
@@ -35,6 +35,12 @@ def make_signer(name: str, parent: Signer | None = None) -> Signer:
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
     return make_tls(tmp_path_factory.mktemp("tls"))
+
+
+def settings(tls: Tls) -> ServeSettings:
+    """With time for a slow machine."""
+    patience = timedelta(minutes=10)
+    return ServeSettings(listen="127.0.0.1:0", certificate=tls.server_cert, key=tls.server_key, exchange_for=patience)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +64,7 @@ def server(tls: Tls, signers: Mapping[str, Signer]) -> Iterator[Https]:
         return [" ".join(counts).encode()]
 
     anchors = [signers[purpose].certificate for purpose in ("people", "nodes")]
-    files = (tls.server_cert, tls.server_key)
-    with serving(("127.0.0.1", 0), application, files, _LIMITS, lambda: anchors) as https:
+    with serving(settings(tls), application, lambda: anchors) as https:
         yield https
 
 
@@ -138,8 +143,7 @@ def test_the_anchors_are_those_of_now(tls: Tls, signers: Mapping[str, Signer]) -
         return [b"some" if PEER in environ else b"none"]
 
     agent = tls.agent("late", signer=signers["nodes"])
-    files = (tls.server_cert, tls.server_key)
-    with serving(("127.0.0.1", 0), application, files, _LIMITS, lambda: anchors) as https:
+    with serving(settings(tls), application, lambda: anchors) as https:
         before = ask(tls, https.port, agent)
         anchors.append(signers["nodes"].certificate)
         after = ask(tls, https.port, agent)

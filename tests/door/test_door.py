@@ -13,13 +13,15 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from http.client import HTTPException
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
 from backends.gateway import GatewayBackend, GatewaySettings
@@ -27,7 +29,8 @@ from backends.openssl.index import LOCK_NAME
 from bridge.contract import Issued, Pending, SignRequest
 from bridge.desk.desk import SIGNED
 from bridge.errors import BackendRefusedError, BackendUnavailableError, Exit
-from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
+from bridge.pki import csr as csrs
+from bridge.pki.bundle import LARGEST_REQUEST_BYTES, AnswerBundle, Refusal, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.pki.csr import PrivateKey
 from bridge.specs import SPECS
@@ -431,6 +434,32 @@ def test_a_node_is_renewed_whole_without_a_secret(tmp_path: Path) -> None:
     assert run.returncode == Exit.DONE, run.stderr
 
 
+def test_doctor_compares_the_doors_cas_with_the_nodes(tmp_path: Path) -> None:
+    """Another CA behind the door is found before the night in which its answers would be refused."""
+    node = handmade_pki(tmp_path / "node")
+    desk = make_desk(tmp_path / "desk", node)
+    bridge = Bridge(pki=node, directory=tmp_path / "bridge")
+    for authority in desk.authorities:
+        bridge.add(f"authority.{authority}", {"backend": "door"})
+    with running(add_door(desk.config, desk.directory)) as door:
+        bridge.add("backend.door", {"type": "gateway", "url": door.url, "ca_file": str(door.ca)})
+        paths = [f"/v1/authorities/{authority}" for authority in desk.authorities]
+        # the door looks for its CAs when it begins
+        wait_until(
+            lambda: {door.ask("GET", path).status for path in paths},
+            lambda seen: seen == {200},
+            _PATIENCE,
+            pause_seconds=0.1,
+        )
+        good = bridge.run("doctor")
+        (node.pki_dir / "front-proxy-ca.crt").write_bytes(node.ca_pem("ca")[0])
+        bad = json.loads(bridge.run("doctor", "-o", "json").stdout)
+
+    assert good.stdout.count("door (gateway) answers, and is the right CA") == 1
+    found = {about: one["level"] for one in bad["findings"] if one["check"] == "backend" for about in one["about"]}
+    assert found == {"backend of ca": "ok", "backend of etcd-ca": "ok", "backend of front-proxy-ca": "error"}
+
+
 def test_a_killed_node_finds_its_certificate(common: ServeProgram, pairs: Pairs, node_end: NodeEnd) -> None:
     """The CSR alone, which no other machine knows, finds its certificate; another CSR finds none."""
     bundle, other = make_bundle(some(pairs, "apiserver")), make_bundle(some(pairs, "apiserver"))
@@ -532,7 +561,73 @@ def test_what_is_no_bundle_is_not_kept(common: ServeProgram, pairs: Pairs) -> No
 
     assert statuses == {"type": 415, "text": 400, "empty": 400, "changed": 400, "good": 202}
     head = b"POST /v1/requests HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    assert raw(common, head % ((1 << 20) + 1)).startswith(b"HTTP/1.1 413 ")  # before the bytes come
+    assert raw(common, head % (LARGEST_REQUEST_BYTES + 1)).startswith(b"HTTP/1.1 413 ")  # before the bytes come
+
+
+def large_certificate(key: rsa.RSAPrivateKey, names: int) -> x509.Certificate:
+    """As a company's CA with a key of 4096 bits signs it: long names, its own URLs, and so many SANs."""
+    issuer = [
+        (NameOID.ORGANIZATION_NAME, "o" * 60),
+        (NameOID.ORGANIZATIONAL_UNIT_NAME, "u" * 60),
+        (NameOID.COMMON_NAME, "c" * 60),
+    ]
+    sans = x509.SubjectAlternativeName(
+        [x509.DNSName(f"{number:02}.control-plane.production.corp.example") for number in range(1 + names)]
+    )
+    lists = [x509.UniformResourceIdentifier(f"http://pki.corp.example/{'l' * 60}.crl")]
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder(
+            subject_name=x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "cp-1")]),
+            issuer_name=x509.Name([x509.NameAttribute(oid, value) for oid, value in issuer]),
+            public_key=key.public_key(),
+            serial_number=x509.random_serial_number(),
+            not_valid_before=now,
+            not_valid_after=now + VALIDITY,
+        )
+        .add_extension(sans, critical=False)
+        .add_extension(x509.CRLDistributionPoints([x509.DistributionPoint(lists, None, None, None)]), critical=False)
+        .sign(key, hashes.SHA512())
+    )
+
+
+def test_the_largest_bundle_of_a_node_is_taken(common: ServeProgram) -> None:
+    """
+    Keys of 4096 bits, every certificate of a control plane and as many further pairs, twenty SANs in each second one.
+
+    It is read and judged, and one of 1.4 times its size would be.
+    """
+    key = rsa.generate_private_key(public_exponent=65537, key_size=4096)
+    old: Pairs = {name: (large_certificate(key, 20 * (number % 2)), key) for number, name in enumerate(SPECS)}
+    bundle = make_bundle(old, build=lambda one: x509.load_pem_x509_csr(csrs.build(one, key)))
+    further = [replace(one, name=f"pair-{number}") for number, one in enumerate(bundle.requests)]
+    data = dumps(replace(bundle, requests=(*bundle.requests, *further)))
+
+    assert 1.4 * len(data) < LARGEST_REQUEST_BYTES
+    assert common.post(data).status == 403  # by the policy, for each certificate
+
+
+def test_a_batch_that_no_bundle_holds_goes_in_several(
+    door: ServeProgram, desk: Desk, pairs: Pairs, node_end: NodeEnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle each of whose requests the door is against takes nothing from the others, and a single long one is not sent."""
+    bundle = make_bundle(some(pairs, "apiserver", "admin.conf", "etcd-server", "front-proxy-client"))
+    for name in ("apiserver", "admin.conf"):
+        bundle = changed(bundle, name, proof=b"forged")
+    half = replace(bundle, requests=bundle.requests[:2])
+    monkeypatch.setattr("backends.gateway.LARGEST_REQUEST_BYTES", len(dumps(half)) + 200)
+    requests = [sign_request(one, bundle) for one in bundle.requests]
+    end = node_end(door, _PATIENCE)
+
+    answers = end.sign_many(requests)
+
+    assert [type(one) for one in answers] == [BackendRefusedError, BackendRefusedError, Issued, Issued]
+    assert "HTTP 403" in str(answers[0])
+    assert len(desk.issued()) == 2
+    assert 'ca_bridge_serve_requests{state="answered"} 1' in door.ask("GET", "/metrics").body.decode()
+    monkeypatch.setattr("backends.gateway.LARGEST_REQUEST_BYTES", 1000)
+    late = end.sign_many(requests[2:])
+    assert all("wanted at most 1000 bytes in the bundle of one request" in str(one) for one in late)
 
 
 def test_each_metric_is_in_the_document(common: ServeProgram) -> None:

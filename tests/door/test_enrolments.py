@@ -251,7 +251,7 @@ def test_a_use_that_comes_too_late_keeps_no_request(tmp_path: Path) -> None:
     try:
         with pytest.raises(EnrolmentError):
             memory.receive(b"bundle", digest="aa", enrolment=7, **who)  # type: ignore[arg-type]
-        assert memory.find_digest("aa") is None
+        assert memory.find("aa", "digest") is None
         assert memory.receive(b"bundle", digest="aa", **who)  # type: ignore[arg-type]
     finally:
         memory.close()
@@ -280,8 +280,28 @@ def test_a_node_proves_itself_with_the_file(door: ServeProgram, desk: Desk, pki:
     place.write_text(f"{enrolled(desk)}\n")
 
     assert [type(one) for one in asked(door, bundle, place)] == [Issued, Issued]
-    with pytest.raises(BackendRefusedError, match="found one that is used"):
-        asked(door, first(pki), place)
+    again = asked(door, first(pki), place)
+    assert [type(one) for one in again] == [BackendRefusedError] * 2
+    assert all("found one that is used" in str(one) for one in again)
+
+
+def test_one_certificate_without_a_proof_stops_no_other(
+    door: ServeProgram, pki: Pki, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A node that has lost one certificate, and whose secret is gone: the door refuses that one, and signs the others."""
+    bundle = changed(make_bundle(old_pairs(pki, ["scheduler.conf", "admin.conf"])), "admin.conf", proof=None)
+    bundle = changed(bundle, "admin.conf", replaces=None)
+
+    answers = asked(door, bundle, tmp_path / "gone")
+
+    found = {one.name: answer for one, answer in zip(bundle.requests, answers, strict=True)}
+    assert isinstance(found["scheduler.conf"], Issued)
+    refused = found["admin.conf"]
+    assert isinstance(refused, BackendRefusedError)
+    assert "proof: wanted" in str(refused)
+    [warned] = caplog.messages
+    assert "for admin.conf: wanted a secret in" in warned
+    assert "enroll NODE" in warned
 
 
 def test_a_node_with_live_certificates_uses_no_secret_up(

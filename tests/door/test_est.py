@@ -255,7 +255,7 @@ def test_a_database_of_before_is_brought_to_this_form(tmp_path: Path, monkeypatc
         memory.receive(b"", digest=digest, now=now, origin=b"{}", again="same", **about)  # type: ignore[arg-type]
         for digest in ("bb", "cc")
     ]
-    old, new = memory.find("old"), memory.find_again("same")
+    old, new = memory.find("old"), memory.find("same", "again")
     with memory.engine.connect() as connection:
         differences = compare_metadata(MigrationContext.configure(connection), METADATA)
     memory.close()

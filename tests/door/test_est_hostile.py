@@ -219,6 +219,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Stage], Found], Callable[[Stage], Found]
     "in chunks with half a line end": ("400", lambda s: s.chunked("%x\n%s\n0\n\n"), good_chunks),
     "in chunks without an end": ("400", lambda s: s.chunked("%x\r\n%s\r\nend\r\n"), good_chunks),
     "in a chunk that is longer than all may be": ("400", lambda s: s.chunked("ffffff\r\n%.0x%s\r\n0\r\n\r\n"), good_chunks),
+    "in a thousand chunks and one": ("400", lambda s: s.chunked("1\r\n\n\r\n" * 999 + CHUNKS), good_chunks),
     "in chunks elsewhere": ("411", lambda s: s.chunked(CHUNKS, path="/v1/requests"), good_chunks),
     "length with a sign": ("411", lambda s: s.raw(f"{_TYPE}Content-Length: +LENGTH\r\n"), plain_head),
     "blank before a colon": ("400", lambda s: s.raw(f"{_TYPE}Content-Length : LENGTH\r\n"), plain_head),

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import signal
 import sqlite3
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -25,15 +26,16 @@ from alembic.migration import MigrationContext
 from bridge.cli import serve
 from bridge.contract import Issued
 from bridge.desk.policy import PolicyVerdict
-from bridge.desk.workers import Judgement, Workers
-from bridge.door import app, store
+from bridge.desk.workers import Judgement, ReadBundle, Workers
+from bridge.door import app, approvals, store
 from bridge.door.app import Awaited, Door
 from bridge.door.doors import Doors
-from bridge.door.signing import Judged, Signing
+from bridge.door.service import Service
+from bridge.door.signing import Signing
 from bridge.door.store import METADATA, DatabaseError, IssuedRow, Memory, Unanswered, sqlite_url
 from bridge.errors import Exit
 from bridge.pki.bundle import BundleError, Refusal, RequestBundle
-from bridge.pki.bundle_format import digest, dumps, loads_answer, loads_digested
+from bridge.pki.bundle_format import digest, dumps, loads_answer, loads_request
 from bridge.settings import Source
 from bridge.settings.load import load
 from bridge.settings.tables import ServeSettings, Settings
@@ -162,8 +164,7 @@ def test_a_request_goes_from_waiting_to_answered(memory: Memory, tmp_path: Path)
     assert memory.counts() == {"answered": 1, "waiting": 1}
     assert memory.unanswered("192.0.2.1") == Unanswered(every=1, theirs=1, to_sign=1)
     assert memory.unanswered("192.0.2.2") == Unanswered(every=1, theirs=0, to_sign=1)
-    assert memory.issued_for("cc", "apiserver") == b"pem"
-    assert memory.issued_for("cc", "etcd-server") is None
+    assert memory.issued_among(["cc"]) == {("cc", "apiserver"): b"pem"}
 
 
 # --- a disk that is full ----------------------------------------------------------------------------------------------
@@ -209,11 +210,16 @@ def posted(door: Door, data: bytes, peer: str = "192.0.2.1") -> tuple[str, dict[
     return started[0], started[1], json.loads(body)
 
 
+def unjudged(bundle: RequestBundle) -> ReadBundle:
+    return ReadBundle(bundle=bundle, digest=digest(bundle))
+
+
 def make_application(memory: Memory, *, is_judged: bool = True, a_minute: int = 1000, waiting: int = 10) -> Door:
     serve = ServeSettings(waiting=waiting, waiting_per_peer=waiting, requests_per_minute=a_minute)
     signing: Any = SimpleNamespace(
-        read=lambda data, _: (*loads_digested(data), None),
-        judged=lambda found, _: Judged(bundle=found),
+        read=lambda data, _: unjudged(loads_request(data)),
+        judged=lambda one, _: one,
+        refused=lambda _: "",
         judges=lambda _: is_judged,
         expect=lambda *_: None,
     )
@@ -239,6 +245,62 @@ def test_what_can_not_be_judged_gets_a_tenth_of_the_room(memory: Memory, pki: Pk
 
     assert statuses == ["202 Accepted", "429 Too Many Requests", "503 Service Unavailable"]
     assert posted(make_application(memory), third)[0] == "202 Accepted"
+
+
+def test_what_can_not_be_judged_is_not_long(memory: Memory, pki: Pki) -> None:
+    """A stranger's, of which rounds hold two hundred, would take a door's memory; a node's comes again for its CA."""
+    data = dumps(make_bundle(old_pairs(pki, ["apiserver"])))
+    long = data + b" " * ((64 << 10) + 1 - len(data))
+    unjudged = make_application(memory, is_judged=False, waiting=1000)
+    status, headers, document = posted(unjudged, long)
+
+    assert (status, headers["Retry-After"]) == ("503 Service Unavailable", "30")
+    assert document["error"] == "wanted at most 65536 bytes for a CA that was not reached yet, found 65537"
+    assert posted(make_application(memory), long)[0] == "202 Accepted"
+    assert posted(unjudged, dumps(make_bundle(old_pairs(pki, ["apiserver"]))))[0] == "202 Accepted"
+
+
+def test_a_list_for_people_reads_no_more_than_it_shows(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand bundles may wait for people, and a look at the first of them is not to take the memory of all."""
+    for number in range(3):
+        memory.move(received(memory, f"{number}"), "undecided", before=["waiting"])
+    found: list[int] = []
+    select = memory.select
+
+    def counted(*query: Any) -> Any:
+        rows = select(*query)
+        found.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(memory, "select", counted)
+    monkeypatch.setattr(approvals, "MOST", 2)
+    list(approvals.Approvals(memory, Mock(), Mock()).waiting())
+
+    assert found == [2]
+
+
+def test_a_look_at_readiness_counts_nothing(memory: Memory) -> None:
+    """Strangers may ask: the database says in one step that it answers, however many requests it has."""
+    statements: list[str] = []
+    sa.event.listen(memory.engine, "before_cursor_execute", lambda *about: statements.append(about[2]))
+    door: Any = SimpleNamespace(_door=Mock(ending=threading.Event()), _trouble="", memory=memory)
+
+    assert list(Service._unready(door)) == []
+    assert statements
+    assert not any("count(" in one for one in statements)
+
+
+def test_a_list_for_people_has_one_bundle_in_memory(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is read when it is its turn: two hundred with a stranger's SANs would take more than a door's unit has."""
+    for number in range(3):
+        memory.move(received(memory, f"{number}"), "undecided", before=["waiting"])
+    read = Mock(return_value=Mock(requests=[]))
+    monkeypatch.setattr(approvals, "loads_request", read)
+    waiting = iter(approvals.Approvals(memory, Mock(), Mock()).waiting())
+    next(waiting)
+
+    assert read.call_count == 1
+    assert len(list(waiting)) == 2
 
 
 def test_where_many_wait_nodes_look_again_later(memory: Memory, pki: Pki) -> None:
@@ -354,16 +416,16 @@ CHANGES: dict[str, Callable[[Judgement], Judgement]] = {
 def test_a_judgement_counts_in_the_round_while_nothing_has_changed(
     desk: Desk, memory: Memory, bundle: RequestBundle, what: str
 ) -> None:
-    """A refusal that the policy does not give is taken over, or else the request is judged again, and signed."""
-    data = dumps(bundle)
+    """A refusal that the policy does not give is taken over, or else the request is judged again, and signed; a long one, too."""
+    data = dumps(bundle) + b" " * 100_000
     place = memory.receive(
         data, digest=digest(bundle), node=bundle.node, cluster=bundle.cluster, peer="192.0.2.1", now=now()
     )
     signing = Signing(load(desk.config), memory, desk.policy, now)
     signing.look()
-    judged = signing.judged(bundle)
+    judged = signing.judged(unjudged(bundle))
     assert judged.by is not None
-    assert not judged.refused
+    assert not signing.refused(judged)
     refused = PolicyVerdict(problems=("judged when it came",), proven=True)
     signing.expect(data, replace(judged, by=CHANGES[what](judged.by), verdicts={"apiserver": refused}))
     signing.round()
@@ -374,6 +436,20 @@ def test_a_judgement_counts_in_the_round_while_nothing_has_changed(
     assert kept.answer is not None
     answer = loads_answer(kept.answer).answers["apiserver"]
     assert isinstance(answer, Refusal if what == "nothing" else Issued)
+
+
+def test_what_came_takes_so_many_bytes_of_memory(
+    desk: Desk, memory: Memory, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest bundles are kept for a round, as long as the limit has room for all; the others are read again."""
+    monkeypatch.setattr("bridge.door.signing._LARGEST_READ_BYTES", 25)
+    signing = Signing(load(desk.config), memory, desk.policy, now)
+    kept = []
+    for number in range(5):
+        signing.expect(b"%d" % number * 10, unjudged(bundle))
+        kept.append([one[:1] for one in signing._read])
+
+    assert kept == [[b"0"], [b"0", b"1"], [b"2"], [b"2", b"3"], [b"4"]]
 
 
 @pytest.mark.parametrize(("when", "kind"), [("before it", Refusal), ("while it begins", Refusal), ("after it", Issued)])
@@ -388,7 +464,7 @@ def test_a_round_is_by_one_policy(
         data = dumps(one)
         places.append(received(memory, digest(one), data=data, now=now()))
         if number:
-            signing.expect(data, signing.judged(one))
+            signing.expect(data, signing.judged(unjudged(one)))
 
     def change(*_: object) -> None:
         desk.policy.write_text(desk.policy.read_text().replace("cp-*", "other-*"))
@@ -457,8 +533,8 @@ def test_requests_that_come_do_not_hold_up_a_round(
         signing.close()
 
     assert workers.most == room
-    assert [(one, asked) for one, asked, _ in found] == [(one, digest(one)) for one in every]
-    assert all(judged is not None and judged.bundle == one for one, _, judged in found)
+    assert [(one.bundle, one.digest) for one in found] == [(one, digest(one)) for one in every]
+    assert all(one.by is not None for one in found)
 
 
 def test_a_malformed_bundle_is_read_by_a_worker_alone(
@@ -478,7 +554,7 @@ def test_a_malformed_bundle_is_read_by_a_worker_alone(
         monkeypatch.setattr("bridge.door.signing.loads_digested", lambda _: pytest.fail("read by the door itself"))
         with pytest.raises(BundleError) as by_worker:
             signing.read(malformed, "192.0.2.1")
-        assert signing.read(dumps(bundle), "192.0.2.1")[0] == bundle
+        assert signing.read(dumps(bundle), "192.0.2.1").bundle == bundle
     signing.close()
     assert (str(by_worker.value), by_worker.value.hint) == (str(alone.value), alone.value.hint)
 

@@ -26,14 +26,14 @@ from tests.kit.pki import Pki
 from tests.kit.serving import ServeProgram, add_door, running
 
 #: A flood's bundles, as many as one address may have connections but a few, and the requests in each.
-_FLOOD, _REQUESTS = 60, 550
+_FLOOD, _REQUESTS = 60, 140
 _PATIENCE = timedelta(minutes=3)
 #: The program, in which a bundle may wait for its reading for as long as a busy machine takes for the whole flood.
 _PATIENT = "from bridge.door import signing\nsigning._WORKER_SECONDS = 300.0\nfrom bridge.entry import main\nmain()"
 
 
 def costly(pki: Pki) -> bytes:
-    """A bundle near the limit of size, which takes fifty times as long to read as a node's."""
+    """A bundle near the limit of size, which takes a dozen times as long to read as a node's."""
     bundle, key = make_bundle(old_pairs(pki, ["apiserver"])), ec.generate_private_key(ec.SECP256R1())
     [one] = bundle.requests
     requests = []

@@ -17,8 +17,8 @@ from cryptography import x509
 from bridge.gateway import policy
 from bridge.gateway.policy import Request
 from bridge.gateway.rules import CLIENT_KUBELET, SERVING
-from bridge.gateway.service import Service, _Watching
-from bridge.gateway.watch import Watch, kinds
+from bridge.gateway.service import Service
+from bridge.gateway.watch import Watch
 from bridge.pki.csr import OddRequestError
 from bridge.system.waiting import wait_until
 from tests.kit import cluster_api, gateways, hostile_csrs
@@ -224,7 +224,7 @@ class Quiet(Service):
         self._stop = threading.Event()
         self._started = self._ending = False
         self._threads = []
-        self._watching = [_Watching(next(kinds([CLIENT_KUBELET], [])))]
+        self._watching = [Watch(None, [CLIENT_KUBELET])]  # type: ignore[arg-type]
         self._watching[0].alive, self._watching[0].trouble = 0.0, ""
         self._now = lambda: datetime.now(UTC)
         self.looks = 0
@@ -291,7 +291,8 @@ def test_a_replica_that_does_not_get_to_the_end_of_what_is_there_is_not_ready(mo
     service.nodes, service._started = SimpleNamespace(trouble=""), True  # type: ignore[assignment]
     service.context = SimpleNamespace(ledger=SimpleNamespace(trouble=""))  # type: ignore[assignment]
     service.holder = SimpleNamespace(is_ours=lambda: True)  # type: ignore[assignment]
-    round_ = service._watching[0].watch = Watch(None, service._watching[0].kind)  # type: ignore[arg-type]
+    [round_] = service._watching
+    round_.began = clock[0]
     clock[0] += 120
     assert service._readyz() == (200, "ok: this replica works\n")
     clock[0] += 1

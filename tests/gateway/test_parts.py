@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import socket
 import threading
 import time
-import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -26,14 +26,14 @@ from bridge.cluster.api import Lines, NoAnswerError, Reply
 from bridge.cluster.lease import Keeper
 from bridge.contract import BackendSettings
 from bridge.errors import BridgeError
-from bridge.gateway import nodes, queue
+from bridge.gateway import context, nodes, queue
 from bridge.gateway import pages as status_pages
 from bridge.gateway.authorities import AuthorityOfSigners
-from bridge.gateway.context import LeftError, PendingAtCa, PendingRequests
+from bridge.gateway.context import Ledger, LeftError, PendingAtCa, PendingRequests
 from bridge.gateway.csrs import Writer, with_certificate, with_condition
 from bridge.gateway.pages import Metrics, serving
 from bridge.gateway.pod_policy import PodRequest
-from bridge.gateway.pods import Looks, PodJudge, PodWriter
+from bridge.gateway.pods import PodJudge, PodWriter
 from bridge.gateway.queue import Job, Look, Queue
 from bridge.gateway.watch import (
     ALLOWS,
@@ -47,18 +47,20 @@ from bridge.gateway.watch import (
     PodObject,
     SigningRequest,
     Watch,
-    kinds,
     parse,
+    parse_pod,
 )
 from bridge.pki.certificates import pem
 from bridge.settings import load
-from bridge.settings.tables import GatewaySettings, address_of
-from bridge.state import Store
+from bridge.settings.tables import AuditSettings, GatewaySettings, address_of
+from bridge.state import Store, audit
+from bridge.state.audit import AuditError
 from bridge.system import waiting
 from bridge.system.waiting import Rate, wait_until
 from tests.kit import issuing
 from tests.kit.forged import validity, with_field
 from tests.kit.issuing import Signer
+from tests.kit.measured import traced
 
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
 
@@ -104,7 +106,7 @@ def test_no_more_is_read_of_a_refused_object_than_its_uid(
     changed: list[str] = []
     over: list[str] = []
     line = json.dumps({"type": kind, "object": one}, separators=(",", ":")).encode()
-    round_ = Watch(None, next(kinds(["kubernetes.io/kubelet-serving"], [])))  # type: ignore[arg-type]
+    round_ = Watch(None, ["kubernetes.io/kubelet-serving"])  # type: ignore[arg-type]
     round_._event(line, lambda found: changed.append(found.uid), over.append)
     assert (changed, over) == ({"changed": ["u1"]}.get(how, []), {"over": ["u1"]}.get(how, []))
 
@@ -120,9 +122,9 @@ def no_node(_: object) -> Look:
     return Look()
 
 
-def of_w1(_: object) -> Look:
+def of_w1(new: SigningRequest | PodObject) -> Look:
     """It is about the node w1, and may be signed."""
-    return Look(node="w1", counts=True)
+    return Look(key=queue.key_of(new, "w1"))
 
 
 # --- the queue --------------------------------------------------------------------------------------------------------
@@ -147,7 +149,7 @@ def test_a_hostile_request_replaces_no_honest_one() -> None:
         line = Queue()
         for uid in order:
             late = 5 if uid == "hostile" else 0
-            assert line.put(one(uid, seconds=late), lambda new: Look(node="w1", counts=new.uid == "honest")) == []
+            assert line.put(one(uid, seconds=late), lambda new: of_w1(new) if new.uid == "honest" else Look()) == []
         jobs = list(iter(lambda: line.take(0), None))  # noqa: B023
         assert sorted(job.one.uid for job in jobs) == ["honest", "hostile"]
         assert all(line.is_newest(job) for job in jobs)
@@ -384,31 +386,60 @@ def test_what_a_pod_asks_for_in_vain_takes_nothing_of_its_namespaces_rate() -> N
     assert judge.turn(pod_job(pod_uid="p2", node="w2")) == 0
 
 
-def test_what_users_write_into_their_accounts_and_pods_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 300 service accounts with 100 kB of annotations the UIDs are remembered, and of as many pods those of two seconds."""
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+def test_what_users_write_into_their_objects_fills_no_memory() -> None:
+    """Of 100 service accounts, namespaces and pods with thousands of annotations, labels and volumes little is remembered."""
+    many = {f"corp.example/{number}": "" for number in range(2000)}
+    sources = [{"podCertificate": {"signerName": "corp.example/spiffe", "userAnnotations": many, "keyType": "RSA2048"}}]
+    sources += [
+        {"podCertificate": {"signerName": f"corp.example/{number}", "keyType": "RSA3072"}} for number in range(2000)
+    ]
+    document = {
+        "metadata": {"uid": "u", "annotations": many, "labels": {**many, "mtls": "yes"}},
+        "spec": {"volumes": [{"projected": {"sources": sources}}]},
+    }
+    body = json.dumps(document).encode()
+    judge = PodJudge(context_of(lambda: Reply(status=200, body=body)))
+    with traced() as memory:
+        for number in range(100):
+            assert judge._uid(f"namespaces/shop/serviceaccounts/s{number}") == "u"
+            assert judge._labels_of(f"namespaces/n{number}", {"mtls": "yes"}) == {"mtls": "yes"}
+            job = pod_job(f"r{number}", annotations=tuple(many.items()))
+            found = judge._pod(job, at_write=False)
+            assert found is not None
+            assert found.key_types == {"RSA2048"}
+            assert judge._pod(job, at_write=True) is found
+        assert memory()[0] < 1 << 20
+
+
+def test_objects_of_users_are_parsed_one_at_a_time() -> None:
+    """Each thread that looks at a pod has its answer of up to half a megabyte, and one thread what that becomes: five."""
+    held: list[bool] = []
+
+    class Seen(Reply):
+        def found(self, path: str) -> Any:
+            held.append(judge._reading.locked())
+            return super().found(path)
+
+    judge = PodJudge(context_of(lambda: Seen(status=200, body=b"{}")))
+    judge._pod(pod_job(), at_write=False)
+    judge._uid("nodes/w1")
+    assert (held, judge._reading.locked()) == ([True, True], False)
+
+
+def test_a_pod_of_megabytes_is_not_read() -> None:
+    """Its request waits, and the reason names the pod; other trouble of the API server is no fault of the pod's."""
+    error = NoAnswerError("a longer one")
+    error.is_too_long = True
 
     def answer() -> Reply:
-        clock[0] += 0.1
-        note = {"corp.example/note": f"{clock[0]:.1f}" + "x" * 100_000}
-        source = {"podCertificate": {"signerName": "corp.example/spiffe", "userAnnotations": note}}
-        spec = {"volumes": [{"projected": {"sources": [source]}}]}
-        return Reply(
-            status=200, body=json.dumps({"metadata": {"uid": "u", "annotations": note}, "spec": spec}).encode()
-        )
+        raise error
 
-    looks = Looks(context_of(answer).api)
-    tracemalloc.start()
-    try:
-        for number in range(300):
-            assert looks.uid(f"namespaces/shop/serviceaccounts/s{number}") == "u"
-            found = looks.pod(pod_job(pod=f"p{number}").one.request, at_write=False)  # type: ignore[arg-type]
-            assert found is not None
-            assert looks.pod(pod_job(pod=f"p{number}").one.request, at_write=True) is found  # type: ignore[arg-type]
-        assert tracemalloc.get_traced_memory()[0] < 10 << 20
-    finally:
-        tracemalloc.stop()
+    judge = PodJudge(context_of(answer))
+    with pytest.raises(LeftError, match=r"^namespaces/shop/pods/web: wanted at most 512 KiB, found more: shorten"):
+        judge._pod(pod_job(), at_write=False)
+    error.is_too_long = False
+    with pytest.raises(NoAnswerError):
+        judge._pod(pod_job(), at_write=False)
 
 
 def test_more_pods_that_wait_than_events_take_none_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,14 +484,25 @@ def test_whatever_comes_is_an_object_or_not(value: Any, part: str, key: str) -> 
 def test_each_of_a_requesters_groups_counts_and_takes_its_room() -> None:
     """A person's grant may be for the last of hundreds; of thousands the queue holds as many objects as it has room for."""
     text = json.dumps(document(groups=[*(f"g{number}" for number in range(6000)), "developers"]))
-    tracemalloc.start()
-    try:
+    with traced() as memory:
         found = parse(json.loads(text), len(text))
-        assert tracemalloc.get_traced_memory()[0] < found.size
-    finally:
-        tracemalloc.stop()
+        assert memory()[0] < found.size
     assert "developers" in found.request.groups
     assert one().size < 6000
+
+
+def test_each_of_a_pods_annotations_takes_its_room() -> None:
+    """Who makes a pod chooses thousands, of which a queue that counts their JSON alone would hold seven times its room."""
+    spec = dict.fromkeys(("podName", "podUID", "serviceAccountName", "serviceAccountUID", "nodeName", "nodeUID"), "x")
+    spec |= {"signerName": "corp.example/spiffe", "stubPKCS10Request": "AAAA"}
+    many = {"unverifiedUserAnnotations": {f"a.b/{number}": "" for number in range(4000)}}
+    metadata = {**document()["metadata"], "namespace": "shop"}
+    text = json.dumps({"metadata": metadata, "spec": {**spec, **many}})
+    with traced() as memory:
+        found = parse_pod(json.loads(text), len(text))
+        assert memory()[0] < found.size
+    assert len(found.request.annotations) == 4000
+    assert parse_pod({"metadata": metadata, "spec": spec}, 1000).size < 6000
 
 
 def test_what_is_written_names_the_object() -> None:
@@ -568,6 +610,33 @@ def test_requests_at_a_ca_survive(tmp_path: Path) -> None:
     assert [one.uid for one in PendingRequests(store)] == ["u2"]
 
 
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_signed_while_the_records_head_can_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cut end would not be noticed: a line ends the trouble with the head no sooner than the head is there."""
+    monkeypatch.setattr(context, "_AGAIN_SECONDS", 0.0)
+    store = Store(tmp_path / "state")
+    store.prepare()
+    ledger, facts = Ledger(store, AuditSettings()), {"name": "kubelet-serving", "more": {"request": "u1"}}
+    ledger.write(facts, audit.ASKED)
+    ledger.flush()
+    head = store.audit_head.read_bytes()
+    store.audit_head.unlink()
+    store.audit_head.mkdir()
+    ledger.write(facts, audit.ASKED)
+    for tried in (ledger.flush, lambda: ledger.write(facts, audit.ISSUED), ledger.flush):
+        with pytest.raises(AuditError):
+            tried()
+        assert ledger.trouble
+    store.audit_head.rmdir()
+    store.audit_head.write_bytes(head)
+    ledger.write(facts, audit.ISSUED)
+    assert (ledger.trouble, audit.verify(store)) == ("", (4, []))
+
+
 # --- CAs --------------------------------------------------------------------------------------------------------------
 
 
@@ -631,6 +700,19 @@ def test_many_connections_use_up_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
             connection.close()
         with pytest.raises(BridgeError, match="wanted to listen"), serving(("127.0.0.1", port), pages):
             pass
+
+
+def test_headers_of_megabytes_use_up_nothing() -> None:
+    """Each of 16 connections could send a hundred lines of 64 KiB; of a request that is no longer than usual, each line is read."""
+    many = b"GET /healthz HTTP/1.1\r\n" + b"X: %b\r\n" % (b"x" * 60_000) * 90 + b"\r\n"
+    with serving(("127.0.0.1", 0), {"/healthz": lambda: (200, "ok\n")}) as port:
+        with traced() as memory:
+            address = ("127.0.0.1", port)
+            with socket.create_connection(address, timeout=60) as connection, contextlib.suppress(ConnectionError):
+                connection.sendall(many)
+                connection.recv(1000)
+            assert memory()[1] < 1 << 20
+        assert requests.get(f"http://127.0.0.1:{port}/healthz", headers={"X": "x" * 4000}, timeout=60).text == "ok\n"
 
 
 @pytest.mark.parametrize("listen", ["[::1]:0", "127.0.0.1:0", "localhost:0"])
@@ -846,7 +928,7 @@ def test_a_list_of_nodes_says_for_a_while_which_are_not_there() -> None:
 
     states = nodes.NodeStates(Listing())  # type: ignore[arg-type]
     begin = time.monotonic()
-    states._looked_at([nodes._Wanted(f"w{number}", with_readiness=False) for number in range(10)])
+    states._looked_at([(f"w{number}", False) for number in range(10)])
     assert len(listed) == 1
 
     def exists(name: str, since: float, *, newer: bool = False) -> bool:

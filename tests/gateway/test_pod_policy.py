@@ -16,8 +16,8 @@ from bridge.contract import Names
 from bridge.desk import node_inventory
 from bridge.errors import SettingsError
 from bridge.gateway import policy
-from bridge.gateway.pod_policy import AllowedPod, PodRequest, PodState, PodWorld, Source, judge
-from bridge.gateway.policy import Hostile, Later
+from bridge.gateway.pod_policy import PodRequest, PodState, PodWorld, judge
+from bridge.gateway.policy import Allowed, Hostile, Later
 from bridge.gateway.rules import dates_problem, patterns, refresh_at
 from tests.kit import pods
 from tests.kit.gateways import csr_pem
@@ -29,8 +29,7 @@ REQUEST = PodRequest(
     signer=SIGNER, namespace="shop", pod="web-0", pod_uid="p", service_account="web", service_account_uid="s",
     node="w1", node_uid="n", seconds=86400, annotations=(), pem=PEM,
 )  # fmt: skip
-SOURCE = Source(signer=SIGNER, key_type="ECDSAP256", seconds=86400, annotations=())
-POD = PodState(uid="p", node="w1", service_account="web", phase="Pending", sources=frozenset({SOURCE}))
+POD = PodState(uid="p", node="w1", service_account="web", phase="Pending", key_types=frozenset({"ECDSAP256"}))
 INVENTORY = node_inventory.parse('[cluster]\nendpoints = ["api.example.com"]\n[node.cp1]\ncontrol_plane = true\n')
 
 
@@ -51,12 +50,12 @@ def with_keys(keys: str) -> str:
 def test_names_are_the_policys() -> None:
     """Namespace and service account in the SPIFFE ID, an identity's DNS names beside it; another account has none."""
     found = judge(REQUEST, world())
-    assert isinstance(found, AllowedPod)
+    assert isinstance(found, Allowed)
     assert found.names == Names(
         uris=(f"spiffe://{TRUST_DOMAIN}/ns/shop/sa/web",), dns=("web.shop.svc", "web-0.web.shop.svc")
     )
     other = judge(replace(REQUEST, service_account="db"), world(pod=replace(POD, service_account="db")))
-    assert isinstance(other, AllowedPod)
+    assert isinstance(other, Allowed)
     assert other.names == Names(uris=(f"spiffe://{TRUST_DOMAIN}/ns/shop/sa/db",))
 
 
@@ -82,30 +81,26 @@ def test_what_may_pass_later_is_left(changes: Mapping[str, Any]) -> None:
     """A denied pod never starts, so that nothing is denied for what is missing now; a twin in its grace period is signed."""
     assert isinstance(judge(REQUEST, world(**changes)), Later)
     ends = replace(POD, ends=NOW + timedelta(seconds=1))
-    assert isinstance(judge(REQUEST, world(pod=ends)), AllowedPod)
+    assert isinstance(judge(REQUEST, world(pod=ends)), Allowed)
 
 
 @pytest.mark.parametrize(
-    ("changes", "source", "code"),
+    ("changes", "code"),
     [
-        ({"namespace": "kube-system"}, {}, "NotAllowed"),
-        ({"seconds": 4199}, {"seconds": 4199}, "NotAllowed"),
-        ({"annotations": (("x.y/z", "1"),)}, {"annotations": (("x.y/z", "1"),)}, "InvalidUnverifiedUserAnnotations"),
-        (
-            {"annotations": (("corp.example/tier", "iron"),)},
-            {"annotations": (("corp.example/tier", "iron"),)},
-            "InvalidUnverifiedUserAnnotations",
-        ),
+        ({"namespace": "kube-system"}, "NotAllowed"),
+        ({"seconds": 4199}, "NotAllowed"),
+        ({"annotations": (("x.y/z", "1"),)}, "InvalidUnverifiedUserAnnotations"),
+        ({"annotations": (("corp.example/tier", "iron"),)}, "InvalidUnverifiedUserAnnotations"),
     ],
 )
-def test_what_the_policy_does_not_allow(changes: Any, source: Any, code: str) -> None:
+def test_what_the_policy_does_not_allow(changes: Any, code: str) -> None:
     """A first request is denied with words for its owner; the next one of a running pod waits for a better policy."""
-    request, mounted = replace(REQUEST, **changes), frozenset({replace(SOURCE, **source)})
-    first = judge(request, world(pod=replace(POD, sources=mounted)))
+    request = replace(REQUEST, **changes)
+    first = judge(request, world())
     assert isinstance(first, Hostile)
     assert first.code == code
     assert first.message != "not allowed"
-    assert isinstance(judge(request, world(pod=replace(POD, sources=mounted, phase="Running"))), Later)
+    assert isinstance(judge(request, world(pod=replace(POD, phase="Running"))), Later)
 
 
 def test_a_key_that_the_policy_does_not_take() -> None:
@@ -120,19 +115,19 @@ def test_a_namespace_by_its_labels() -> None:
     text = with_keys('namespace_labels = { "corp.example/mtls" = "yes" }')
     assert isinstance(judge(REQUEST, world(text)), Hostile)
     assert isinstance(judge(REQUEST, world(text, labels={"corp.example/mtls": "no"})), Hostile)
-    assert isinstance(judge(REQUEST, world(text, labels={"corp.example/mtls": "yes"})), AllowedPod)
+    assert isinstance(judge(REQUEST, world(text, labels={"corp.example/mtls": "yes"})), Allowed)
     elsewhere = replace(REQUEST, namespace="other")
     assert isinstance(judge(elsewhere, world(text, labels={"corp.example/mtls": "yes"})), Hostile)
 
 
 def test_an_hour_of_a_ca_with_exact_dates() -> None:
     """The API server counts from the backdated beginning: with exact dates an hour passes, and without them it would not."""
-    hour, mounted = replace(REQUEST, seconds=3600), frozenset({replace(SOURCE, seconds=3600)})
-    for exact, wanted in (("false", Hostile), ("true", AllowedPod)):
+    hour = replace(REQUEST, seconds=3600)
+    for exact, wanted in (("false", Hostile), ("true", Allowed)):
         text = with_keys(f'backdating = "1m"\nexact_dates = {exact}')
-        found = judge(hour, world(text, pod=replace(POD, sources=mounted)))
+        found = judge(hour, world(text))
         assert isinstance(found, wanted), found
-        if isinstance(found, AllowedPod):
+        if isinstance(found, Allowed):
             assert found.validity == timedelta(minutes=59)
 
 
@@ -140,9 +135,8 @@ def test_the_life_is_the_shortest_one_asked_for() -> None:
     """The lifetime is the shortest of the policy's, the CA's, and the pod's without the CA's backdating, so that the API server takes it."""
 
     def life(request: PodRequest = REQUEST, text: str = pods.POLICY, **changes: Any) -> timedelta:
-        mounted = frozenset({replace(SOURCE, seconds=request.seconds)})
-        found = judge(request, world(text, pod=replace(POD, sources=mounted), **changes))
-        assert isinstance(found, AllowedPod)
+        found = judge(request, world(text, **changes))
+        assert isinstance(found, Allowed)
         assert found.most == timedelta(seconds=request.seconds)
         return found.validity
 
@@ -238,7 +232,7 @@ def test_a_name_that_is_too_long_is_given_to_no_pod() -> None:
     templates = [(f'dns = ["{one}"]', most) for one, most in longest.items()]
     for line, most in [*templates, ('dns = ["web.svc"]\ncommon_name = "{pod}"', 64)]:
         text = pods.POLICY.replace('dns = ["web.{namespace}.svc", "{pod}.web.{namespace}.svc"]', line)
-        for length, wanted in ((most, AllowedPod), (most + 1, Later)):
+        for length, wanted in ((most, Allowed), (most + 1, Later)):
             found = judge(replace(REQUEST, pod="p" * length), world(text))
             assert isinstance(found, wanted), (line, length)
 

@@ -137,11 +137,11 @@ def test_hostile_requests_keep_no_kubelet_waiting(cluster: ClusterApi, place: Pl
 
 def test_a_watch_outlives_the_rights(cluster: ClusterApi, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A running watch goes on delivering without any right, so that each has an end; the next one is refused."""
-    api, kind = Api.of_gateway(cluster.kubeconfig(gateways.USER)), next(watch.kinds([CLIENT_KUBELET], []))
+    api = Api.of_gateway(cluster.kubeconfig(gateways.USER))
     with monkeypatch.context() as patch:
         patch.setattr(watch, "ROUND_SECONDS", 1)
-        Watch(api, kind).run(lambda _: None, lambda _: None, lambda: None)  # the API server ends it
-    round_ = Watch(api, kind)
+        Watch(api, [CLIENT_KUBELET]).run(lambda _: None, lambda _: None)  # the API server ends it
+    round_ = Watch(api, [CLIENT_KUBELET])
     seen: list[str] = []
     admin, body = cluster.client(), cluster.client().get(BINDING)
     asked = csr_pem(node_subject("w1"))
@@ -158,10 +158,11 @@ def test_a_watch_outlives_the_rights(cluster: ClusterApi, place: Place, monkeypa
         seen.append(one.name)
         round_.end()
 
-    round_.run(changed, lambda _: None, withdraw)
+    monkeypatch.setattr(round_, "_is_alive", withdraw)
+    round_.run(changed, lambda _: None)
     assert seen == ["alive", "behind-the-rights"]
     with pytest.raises(NoAnswerError):
-        Watch(api, kind).run(changed, lambda _: None, lambda: None)
+        Watch(api, [CLIENT_KUBELET]).run(changed, lambda _: None)
 
     del body["metadata"]["resourceVersion"], body["metadata"]["uid"]
     admin.create(BINDINGS, body)

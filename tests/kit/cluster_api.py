@@ -149,7 +149,7 @@ class ClusterApi:
     def start_server(self) -> None:
         """The API server, which may have been stopped."""
         with (self.directory / "kube-apiserver.log").open("ab") as log:
-            self.server = subprocess.Popen(list(self.arguments), stdout=log, stderr=log, env={"PATH": os.defpath})
+            self.server = subprocess.Popen(list(self.arguments), stdout=log, stderr=log, env=programs.environment())
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline and self.server.poll() is None:
             with contextlib.suppress(requests.exceptions.ConnectionError):
@@ -200,7 +200,7 @@ def running(
                     "--listen-peer-urls", peer_url, "--initial-advertise-peer-urls", peer_url,
                     "--initial-cluster", f"one={peer_url}",
                 ],
-                stdout=log, stderr=log, env={"PATH": os.defpath},
+                stdout=log, stderr=log, env=programs.environment(),
             )  # fmt: skip
         stack.callback(_end, etcd)
         cluster = ClusterApi(directory=directory, ca=cas["ca"], cas=cas, port=free_port(), etcd=etcd)

@@ -67,9 +67,9 @@ def why_not(line: str) -> str | None:
         words = words[1:] if context.parent is None or words else words
         if not words or words[0].startswith("-"):
             break
-        if words[0] not in context.command.commands:
+        command = context.command.commands.get(words[0])
+        if command is None:
             return f"no command {words[0]}"
-        command = context.command.commands[words[0]]
         context = command.context_class(command, info_name=words[0], parent=context)
     rest = words if hasattr(context.command, "commands") else words[1:]
     try:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from backends.openssl.index import Database
 from bridge.specs import AUTHORITIES
 from tests.kit import opensslca, warm
 from tests.kit.pki import Pki
@@ -77,8 +78,9 @@ class Desk:
         return self.directory / "cas" / authority
 
     def issued(self) -> list[str]:
-        """The rows of all databases."""
-        return [row for name in self.authorities for row in (self.ca(name) / "index.txt").read_text().splitlines()]
+        """The rows of all databases, while `openssl ca` may be at work on them."""
+        databases = [Database(self.ca(name) / "index.txt", self.ca(name) / "newcerts") for name in self.authorities]
+        return [row for database in databases for row in database.read().data.decode().splitlines()]
 
     def runs(self) -> list[str]:
         """The arguments of each `openssl` process so far."""

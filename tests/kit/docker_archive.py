@@ -36,7 +36,8 @@ def layer(files: Sequence[Path]) -> bytes:
 
 def config(files: Sequence[Path], blob: bytes) -> bytes:
     """The image's configuration (https://github.com/opencontainers/image-spec/blob/main/config.md)."""
-    run: dict[str, object] = {"Env": ["PATH=/usr/local/bin"]}
+    # GOGC: Go looks for garbage when five times as much is used; with its default a node takes a tenth more processor time.
+    run: dict[str, object] = {"Env": ["PATH=/usr/local/bin", "GOGC=400"]}
     if files[0].name == "pause":
         run["Entrypoint"] = ["/pause"]
     return json.dumps(

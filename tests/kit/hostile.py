@@ -1,7 +1,7 @@
 """
 Answers of a CA that are wrong in one way, each with a twin that is right.
 
-One table for two suites: `tests/test_verify.py` shows each certificate to the checks alone, `test_answers.py` has
+One table for two suites: `tests/pki/test_verify.py` shows each certificate to the checks alone, `test_answers.py` has
 each sent to the whole program.
 """
 

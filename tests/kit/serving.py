@@ -183,9 +183,9 @@ def make_door(
 
 @contextmanager
 def running(program: ServeProgram, command: Sequence[str] = (CA_BRIDGE,)) -> Iterator[ServeProgram]:
-    """Started, and stopped at the end."""
-    program.start(command)
+    """Started, and stopped at the end, also where it does not begin to serve."""
     try:
+        program.start(command)
         yield program
     finally:
         if program.process is not None and program.process.poll() is None:

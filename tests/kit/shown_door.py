@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from bridge.door.doors import Doors, left_text
-from bridge.door.store import Memory, database_file, sqlite_url
+from bridge.door.doors import left_text
+from bridge.door.store import UNANSWERED, Memory, database_file, sqlite_url
 from bridge.pki.certificates import pem
 from bridge.state import Store, audit
 from bridge.system.waiting import wait_until
@@ -97,9 +97,9 @@ class Site:
         """The digest of a request that a door on another host had begun, as a door leaves it that finds it so."""
         store = Store(self.door.root / "var/lib/ca-bridge")
         with contextlib.closing(Memory(sqlite_url(database_file(store)))) as memory:
-            doors = Doors(memory, store, "another")
             [one] = memory.in_state("undecided")
-            doors.leave(one.id, left_text(replace(one, signer="gone"), {"gone": "ca-door-1"}))
+            text = left_text(replace(one, signer="gone"), {"gone": "ca-door-1"})
+            memory.move(one.id, "left", before=UNANSWERED, note=text)
         return one.digest[:16]
 
 

@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.kit import fence
+
 #: The command line, with what `renew`, `sign` and `bootstrap` load of the rooms and of two backends.
 _MODULES = (
     *("bridge.cli.app", "bridge.cli.bootstrap", "bridge.cli.desk", "bridge.cli.renew"),
@@ -34,9 +36,10 @@ _LARGEST = 1 << 17
 #: How variables begin that count when a process starts, and not later.
 _READ_AT_THE_START = ("PYTHON", "OPENSSL_", "LD_", "TZ")
 _SERVER = """
-import importlib, json, os, socket, sys, traceback
+import importlib, json, os, runpy, socket, sys, traceback
 gate = socket.socket(fileno=int(sys.argv[1]))
-for name in sys.argv[2:]:
+runpy.run_path(sys.argv[2])["hold"]()
+for name in sys.argv[3:]:
     importlib.import_module(name)
 from bridge.entry import main
 while True:
@@ -97,9 +100,10 @@ class Warm:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._gate, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        python = [sys.executable, "-P", "-c", _SERVER.format(largest=_LARGEST)]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _SERVER.format(largest=_LARGEST), str(theirs.fileno()), *_MODULES],
+                [*python, str(theirs.fileno()), fence.__file__, *_MODULES],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=_environment(),

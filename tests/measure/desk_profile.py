@@ -24,7 +24,7 @@ from bridge.contract import Issued
 from bridge.desk import workers
 from bridge.desk.policy import parse
 from bridge.desk.records import Archive, Journal, NewFile, Submitted, write_together
-from bridge.desk.workers import AnsweredBundle, Judgement, ReadBundle
+from bridge.desk.workers import Judgement, ReadBundle
 from bridge.pki.bundle import AnswerBundle, RequestBundle, sign_request
 from bridge.pki.bundle_format import dumps, loads_answer
 from bridge.pki.verify import Expectation
@@ -121,13 +121,12 @@ def _worker(steps: _Steps, made: fleet.Fleet, desk: Path) -> list[RequestBundle]
         for name, some in cas.items()
     }
     answers = _answers(desk)
-    answered = [
-        AnsweredBundle(number=number, answers=_issued(answers[one.bundle.batch])) for number, one in enumerate(whole)
-    ]
+    answered = [(number, _issued(answers[one.bundle.batch])) for number, one in enumerate(whole)]
+    workers.read(data, judged)  # a worker keeps for it what could be judged
     reasons = steps.measure(
         "comparing certificates with requests", "worker", lambda: workers.compared(answered, expected)
     )
-    if any(reason for one in reasons for reason in one.values()):
+    if not all(reasons) or any(reason for one in reasons for reason in one.values()):
         raise SystemExit(f"wanted certificates as they were asked for, found {reasons}")
     return [one.bundle for one in whole]
 

@@ -40,6 +40,8 @@ def test_a_row_above_its_limit_says_so() -> None:
     row = bench.Row(work="a", against="b", ours=[1.0, 6.0, 2.0], theirs=[1.0, 1.0, 1.0], limit=2.0)
     assert row.cells()[-2:] == ("2.00", "2.0")
     assert replace(row, limit=1.9).cells()[-2:] == ("2.00", "1.9, **missed**")
+    assert replace(row, ours=[2.003] * 3).cells()[-2:] == ("2.00", "2.0")  # what is printed is judged
+    assert replace(row, ours=[2.006] * 3).cells()[-2:] == ("2.01", "2.0, **missed**")
 
 
 def test_where_the_desks_time_goes(tmp_path: Path) -> None:

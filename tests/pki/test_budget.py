@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import tracemalloc
 
 import pytest
 
 from bridge.pki.budget import MOST_BYTES, MOST_OF_SERVER, MOST_STEPS, Budget, OverBudgetError, json_of, of_server
+from tests.kit.measured import traced
 
 pytestmark = pytest.mark.attack("N5")
 
@@ -84,11 +84,10 @@ def test_json_is_what_it_was(value: object, indent: int | None) -> None:
 )
 def test_a_megabyte_becomes_no_hundred(data: bytes) -> None:
     """It is refused before any of it is made; the twin has half as many values as there may be."""
-    tracemalloc.start()
-    with pytest.raises(OverBudgetError, match="at most"):
-        json_of(data)
-    assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    tracemalloc.stop()
+    with traced() as memory:
+        with pytest.raises(OverBudgetError, match="at most"):
+            json_of(data)
+        assert memory()[1] < 1 << 20
     assert len(json_of(b"[" + b"[]," * (MOST_STEPS // 2 - 2) + b"[]]")) == MOST_STEPS // 2 - 1
 
 

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from base64 import b64encode
+from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from bridge.pki import der
 from bridge.pki.certificates import (
     attributes,
     certificates_in,
+    csr_fingerprint,
     extended_key_usages,
     extension,
     fingerprint,
@@ -58,7 +61,7 @@ def certificate(*extensions: x509.ExtensionType, subject: x509.Name | None = Non
         .public_key(ROOT.key.public_key())
         .serial_number(number)
         .not_valid_before(NOW)
-        .not_valid_after(NOW.replace(year=2030))
+        .not_valid_after(NOW + timedelta(days=1000))
     )
     for one in extensions:
         builder = builder.add_extension(one, critical=False)
@@ -383,6 +386,20 @@ def test_who_signed_it_and_for_which_key() -> None:
     assert spki(leaf.key.public_key()) == leaf.key.public_key().public_bytes(
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )
+
+
+def test_what_strangers_send_is_kept_nowhere() -> None:
+    """
+    A door reads thousands of different CSRs, and certificates that they are to replace, each with up to a megabyte of
+    names, which take thirty of memory.
+    """
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(ROOT.key, hashes.SHA256())
+    old = Signer.make("stranger").certificate
+    before = sys.getrefcount(request), sys.getrefcount(old)
+    assert re.fullmatch("[0-9a-f]{64}", csr_fingerprint(request))
+    assert (san_counts(request), san_entries(request)) == (Counter(), set())
+    assert (san_counts(old), pem(old)) == (Counter(), old.public_bytes(serialization.Encoding.PEM))
+    assert (sys.getrefcount(request), sys.getrefcount(old)) == before
 
 
 def test_oids_have_names_where_there_are_some() -> None:

@@ -209,7 +209,8 @@ def test_refuses_an_expired_anchor() -> None:
     expired = Signer.make(begin=NOW - timedelta(days=20), end=NOW - timedelta(days=1))
     found = {v.subject: v for v in violations(expired.issue(request()), expected=expectation(expired))}
     assert set(found) == {"chain", "notAfter"}
-    dates, clock = "from 2026-11-05 to 2026-11-24", "this node's clock says 2026-11-25 12:00:00 UTC"
+    dates = f"from {NOW - timedelta(days=20):%Y-%m-%d} to {NOW - timedelta(days=1):%Y-%m-%d}"
+    clock = f"this node's clock says {NOW:%Y-%m-%d} 12:00:00 UTC"
     assert found["chain"].got == f"ca.crt is valid only {dates} ({clock}; is one of the two wrong?)"
 
 
@@ -255,7 +256,7 @@ def test_the_longest_lifetime_counts_from_now() -> None:
     check(root().issue(request(), end=last), request(), allowed)
     [violation] = violations(root().issue(request(), end=last + SECOND), expected=allowed)
     assert violation == Violation(
-        subject="notAfter", want="at most 30d (longest in [users])", got="until 2026-12-25 12:10:01 UTC"
+        subject="notAfter", want="at most 30d (longest in [users])", got=f"until {last + SECOND:%Y-%m-%d} 12:10:01 UTC"
     )
     [unnamed] = violations(root().issue(request(), end=last + SECOND), expected=replace(allowed, longest_name=""))
     assert unnamed.want == "at most 30d"
@@ -284,7 +285,8 @@ def test_a_beginning_long_ago_may_be_a_wrong_clock() -> None:
     for begin, is_named in ((NOW - 2 * DAY, False), (NOW - 2 * DAY - SECOND, True)):
         for end in (NOW, NOW + DAY):
             [violation] = violations(root().issue(request(), begin=begin, end=end))
-            said = f" (it begins at {begin:%Y-%m-%d %H:%M:%S} UTC, and this node's clock says 2026-11-25 12:00:00 UTC; "
+            clock = f"this node's clock says {NOW:%Y-%m-%d} 12:00:00 UTC"
+            said = f" (it begins at {begin:%Y-%m-%d %H:%M:%S} UTC, and {clock}; "
             assert violation.got.endswith(f"UTC{said}is one of the two wrong?)" if is_named else f"{end:%H:%M:%S} UTC")
             assert violation.want == ("in the future" if end == NOW else "at least 7d of validity")
 

@@ -290,7 +290,7 @@ def test_a_rollback_of_the_first_one_takes_the_flags_out(site: Site) -> None:
     assert not site.pair("scheduler-server")[0].exists()
     assert site.run("rollback").returncode == 0
     assert (site.item("scheduler-server").state, site.item("scheduler-server").named) == ("present", False)
-    restarted = site.run("restart", "kube-scheduler")
+    restarted = site.run("restart", "kube-scheduler", "--force")
     assert restarted.returncode == 0, restarted.stderr
     assert site.served() == dict.fromkeys(NAMES, "current")
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from bridge.rotation import Bundle, Change, Kind, Phase, Seen, differences, standing
+from bridge.rotation import Bundle, Change, Phase, Seen, differences, standing
 from tests.kit.issuing import NOW, Signer
 
 CONFS = ("admin.conf", "kubelet.conf")
@@ -111,7 +111,7 @@ def test_what_belongs_to_no_phase_is_named(odd: Seen) -> None:
 def test_a_renewed_ca_takes_one_step() -> None:
     """With the same key no leaf is issued anew: old and new are the only phases, and leaves do not count."""
     c = renewed()
-    assert (c.kind, c.path) == (Kind.SAME_KEY, (Phase.OLD, Phase.NEW))
+    assert (c.keeps_key, c.path) == (True, (Phase.OLD, Phase.NEW))
     assert standing(seen((c.old,)), c).phase is Phase.OLD
     assert standing(seen((c.new,)), c).phase is Phase.NEW
     assert standing(seen((c.new,), data=(c.old,)), c).text == "old → new"

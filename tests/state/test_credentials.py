@@ -116,7 +116,7 @@ def test_each_kind_of_ca_names_its_client_certificate(kind: str) -> None:
     files = f'{field} = "/c.crt"\nclient_key = "/c.key"'
     own = f'[authority.etcd-ca]\nbackend = "x"\n{field} = "/other.crt"'
     settings = parse(f'[backend.x]\ntype = "{kind}"\n{keys}\n{files}\n[authority.ca]\nbackend = "x"\n{own}')
-    found = credentials.places(settings, registry.configured(settings, settings.authorities))
+    found = registry.credentials(settings, registry.configured(settings, settings.authorities))
     assert found == [
         CredentialFile(f"backend.x.{field}", Path("/c.crt")),
         CredentialFile(f"authority.etcd-ca.{field}", Path("/other.crt")),
@@ -146,7 +146,7 @@ backend = "k"
 backend = "c"
 """
     settings = parse(text)
-    found = credentials.places(settings, registry.configured(settings, settings.authorities))
+    found = registry.credentials(settings, registry.configured(settings, settings.authorities))
     assert [(one.name, str(one.path)) for one in found] == [
         ("gateway.kubeconfig", "/g.conf"),
         ("backend.k.kubeconfig", "/k.conf"),
@@ -255,7 +255,7 @@ def test_check_expiration_has_a_table_of_its_own(site: Site) -> None:
     assert NAME not in rest
     plain = entry.expirations(["check-expiration", "--config", str(site.bridge.config)])
     assert plain is not None
-    assert plain.text == table.stdout
+    assert plain[1] == table.stdout
     environment = {**os.environ, "COLUMNS": "60"}
     narrow = subprocess.run(
         site.bridge.command("check-expiration"), env=environment, capture_output=True, text=True, check=False
