@@ -8,10 +8,11 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from bridge import dataclass
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, Row, report

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
+
+from bridge import dataclass
 
 #: In a settings field's metadata: its value comes from the bridge, and no key of the settings file has its name.
 GIVEN = "given"

@@ -24,6 +24,8 @@ import bridge
 #: The doors on the ground floor, and those that open on the whole house.
 DOORS = ("contract", "errors", "secret", "specs", "words")
 ROOF = ("entry", "testing")
+#: What the package itself has, for all.
+DATACLASS = "bridge.dataclass"
 _GROUND = {"doors"}
 _LOOKS = _GROUND | {"pki", "system", "settings", "node"}
 _KEEPS = _LOOKS | {"state"}
@@ -186,7 +188,7 @@ def floor_wall(source: str, module: str) -> Iterator[str]:
     floor = floor_of(module)
     if floor is None:
         return
-    for name in imports(source, module):
+    for name in imports(source, module) - {DATACLASS}:
         target = floor_of(name) or ("the roof" if within(name, "bridge") else floor)
         if target != floor and target not in FLOORS[floor]:
             yield name
@@ -236,7 +238,7 @@ def pure_wall(source: str, module: str) -> Iterator[str]:
     From other rooms it takes types, which say what it is given: `from bridge.contract import Issued`.
     """
     ours = [f"bridge.{name}" for name in PURE]
-    for name in imports(source, module):
+    for name in imports(source, module) - {DATACLASS}:
         if name.split(".")[0] in IMPURE_MODULES:
             yield name
         a_type = re.fullmatch(r"bridge(\.\w+)+\.[A-Z]\w*", name)

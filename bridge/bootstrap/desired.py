@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from cryptography import x509
 
+from bridge import dataclass
 from bridge.bootstrap import (
     ETCD_DIRECTORY,
     Certificates,
@@ -52,7 +53,7 @@ class OtherNodeDesiredError(BridgeError):
 class NodeInputs:
     """The operator's options of `bootstrap init` and `bootstrap join`."""
 
-    facts: ConfigurationFacts = ConfigurationFacts()  # noqa: RUF009 (frozen)
+    facts: ConfigurationFacts = ConfigurationFacts()
     config: Path | None = None  #: kubeadm's configuration.
     order: Order | None = None
     given: Order | None = field(default=None, repr=False)  #: What another node shares.

@@ -6,13 +6,14 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
 from cryptography import x509
 
+from bridge import dataclass
 from bridge.bootstrap import (
     ETCD_CLIENT,
     Certificates,

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from bridge import dataclass
 from bridge.cli.app import Command
 from bridge.cli.expiration_forms import PhaseOfCa, look
 from bridge.cli.options import Common, command, duration_option, utc_now

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from cryptography import x509
 
+from bridge import dataclass
 from bridge.ca import registry
 from bridge.cli.options import Common, command
 from bridge.cli.printing import say

@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -18,6 +17,7 @@ from urllib.parse import quote, urlsplit
 
 from cryptography import x509
 
+from bridge import dataclass
 from bridge.cluster import ANONYMOUS, Client
 from bridge.control_plane import KUBELET_COPY, readers, reloading
 from bridge.control_plane.probes import (

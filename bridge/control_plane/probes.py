@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from cryptography import x509
 
+from bridge import dataclass
 from bridge.cluster import ANONYMOUS, Client, below, document, items, mapping
 from bridge.cluster.api import Api
 from bridge.errors import BridgeError

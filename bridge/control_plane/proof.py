@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from bridge import dataclass
 from bridge.control_plane import ORDER, checks
 from bridge.control_plane.checks import Machine
 from bridge.control_plane.probes import Check, ProofState

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from datetime import datetime
 from functools import lru_cache
 from itertools import count
@@ -32,6 +32,7 @@ from typing import Protocol, TypeVar
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from bridge import dataclass
 from bridge.contract import Issued, SignRequest
 from bridge.desk.policy import Policy, PolicyVerdict, judge
 from bridge.pki import verify

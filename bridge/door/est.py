@@ -18,7 +18,6 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
 from http import HTTPStatus
@@ -27,6 +26,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
+from bridge import dataclass
 from bridge.desk.est_rules import DEFAULT, Asker, EstRules, node_of
 from bridge.desk.workers import ReadBundle
 from bridge.door import enrolments

@@ -10,10 +10,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from bridge import dataclass
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.cluster.lease import Keeper, Lease
 from bridge.errors import BackendError, BackendRefusedError, BridgeError, VerificationError

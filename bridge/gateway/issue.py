@@ -8,10 +8,10 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
-from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
+from bridge import dataclass
 from bridge.ca import UntrustedAnswerError
 from bridge.cluster.api import NoAnswerError
 from bridge.contract import Continuity, Issued, Pending, SignRequest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from bridge import dataclass
 from bridge.cluster import mapping
 from bridge.contract import Names
 from bridge.desk import policy

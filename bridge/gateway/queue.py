@@ -9,10 +9,11 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from datetime import datetime
 from typing import Any
 
+from bridge import dataclass
 from bridge.gateway.watch import AnyObject
 from bridge.pki.verify import Verified
 from bridge.system.waiting import remember

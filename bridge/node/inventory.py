@@ -6,12 +6,13 @@ import os
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cryptography import x509
 
+from bridge import dataclass
 from bridge.errors import BridgeError
 from bridge.node import manifests
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from bridge import dataclass
 from bridge.pki.budget import Budget, OverBudgetError
 
 #: kubeadm's files have less than 12 levels; libyaml has a limit of 100 or 1000, the parser in Python none.

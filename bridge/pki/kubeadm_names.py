@@ -9,7 +9,6 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import NameOID
 
+from bridge import dataclass
 from bridge.errors import BridgeError, Violation
 from bridge.pki.certificates import O_OID, UNREADABLE, attributes, common_names, leads_to, san_entries
 from bridge.pki.csr import Naming, general_name, issuer_line, subject_of

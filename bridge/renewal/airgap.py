@@ -12,7 +12,7 @@ import dataclasses
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -22,6 +22,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from bridge import dataclass
 from bridge.contract import Issued, SignRequest
 from bridge.desk.csr_directory import spec_of
 from bridge.desk.files import assert_free, known_cas

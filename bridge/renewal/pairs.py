@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from pathlib import Path
 
+from bridge import dataclass
 from bridge.control_plane import checks
 from bridge.control_plane.probes import Verdict
 from bridge.control_plane.proof import ProofFinding

@@ -9,13 +9,12 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
 
-from bridge import control_plane
+from bridge import control_plane, dataclass
 from bridge.ca import CA, registry
 from bridge.contract import Carries, CollectsAll, Issued, Pending, Revokes, Spends
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError

@@ -6,13 +6,14 @@ import contextlib
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
 
+from bridge import dataclass
 from bridge.errors import BridgeError
 from bridge.node import kubeconfig, pairs
 from bridge.node.inventory import Item, Node

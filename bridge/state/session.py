@@ -7,11 +7,12 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge import dataclass
 from bridge.errors import BridgeError
 from bridge.node import inventory
 from bridge.node.inventory import Node

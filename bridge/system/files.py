@@ -13,10 +13,11 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bridge import dataclass
 from bridge.errors import BridgeError
 from bridge.system.paths import exposure
 

@@ -18,7 +18,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse, RemoteDisconnected
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from bridge import dataclass
 from bridge.errors import BridgeError, Exit
 from bridge.pki.budget import Budget
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
@@ -149,6 +150,9 @@ def context(trust_pem: bytes | None, certificate_pem: bytes | None, key_pem: byt
     UntrustedError: an anchor can't be read; ClientRefusedError: our certificate or key can't be used.
     """
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    tls.options &= (
+        ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    )  # Python 3.11.2 sets it: an answer that was cut off would be a whole one
     tls.set_alpn_protocols(["http/1.1"])
     if trust_pem is None:
         tls.check_hostname = False

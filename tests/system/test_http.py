@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives import serialization
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends.http import tls_context
 from bridge import cluster
 from bridge.cluster import ANONYMOUS, Client
 from bridge.node import sample_pki
@@ -207,7 +208,8 @@ def test_a_connection_is_kept_and_nothing_is_left_on_it() -> None:
 
 
 @pytest.mark.parametrize("says_so", [True, False])
-def test_an_answer_over_tls_ends_when_tls_says_so(tmp_path: Path, says_so: bool) -> None:
+@pytest.mark.parametrize("is_backend", [False, True])
+def test_an_answer_over_tls_ends_when_tls_says_so(tmp_path: Path, says_so: bool, is_backend: bool) -> None:
     """An answer without a length is whole if a close_notify ends it; without, an attacker may have cut it short."""
     files = cfssl.make_tls(tmp_path)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -224,7 +226,7 @@ def test_an_answer_over_tls_ends_when_tls_says_so(tmp_path: Path, says_so: bool)
         thread = threading.Thread(target=serve, args=[listener], daemon=True)
         thread.start()
         port = listener.getsockname()[1]
-        trusting = http.context(files.ca.read_bytes(), None, None)
+        trusting = tls_context(files.ca, None, None) if is_backend else http.context(files.ca.read_bytes(), None, None)
         connection = KeptConnection(Peer(host="127.0.0.1", port=port, tls=lambda: trusting))
         if says_so:
             assert ask(connection).body == b"hello"
@@ -553,6 +555,7 @@ def test_the_key_is_never_on_disk(pki: Path) -> None:
     program = """
 import os, sys
 from pathlib import Path
+from backends.http import tls_context
 from bridge.system import http
 opened = []
 writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
