@@ -220,9 +220,9 @@ class GatewayBackend:
             wanted = f"wanted at most {LARGEST_REQUEST_BYTES} bytes in the bundle of one request, found {len(data)}"
             return BackendRefusedError(f"gateway: {wanted}", hint=_LARGE_HINT)
         answer = self._ask("POST", "/v1/requests", data, self._enrolled(bundle))
-        if answer.status == HTTPStatus.FORBIDDEN:
-            return _error(answer)
         if answer.status != HTTPStatus.ACCEPTED:
+            if answer.status == HTTPStatus.FORBIDDEN or (answer.status == HTTPStatus.BAD_REQUEST and _said(answer)):
+                return _error(answer)  # the next bundle may be taken
             raise _error(answer)
         request_digest, reference = digest(bundle), (json_object(answer.body) or {}).get("id")
         if not isinstance(reference, str) or _REFERENCE.fullmatch(f"{request_digest}@{reference}") is None:
@@ -330,9 +330,14 @@ def _given(answer: AnswerBundle | Pending | BackendError, request: SignRequest) 
     return BackendRefusedError(f"{signer}: wanted a CA for {request.spec.authority.name}, found none at this door")
 
 
-def _error(answer: Answer) -> BackendError:
+def _said(answer: Answer) -> str:
+    """The door's own words; empty for an answer of something before it."""
     said = (json_object(answer.body) or {}).get("error")
-    text = f"gateway: HTTP {answer.status}" + (f", {one_line(said, 2000)}" if isinstance(said, str) else "")
+    return one_line(said, 2000) if isinstance(said, str) else ""
+
+
+def _error(answer: Answer) -> BackendError:
+    text = ", ".join(filter(None, (f"gateway: HTTP {answer.status}", _said(answer))))
     if answer.status in _LATER:
         wanted = retry_after_seconds(answer, datetime.now(UTC))
         return BackendUnavailableError(text, retry_after_seconds=wanted)

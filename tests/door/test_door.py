@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from http.client import HTTPException
 from pathlib import Path
 
@@ -607,8 +608,9 @@ def test_the_largest_bundle_of_a_node_is_taken(common: ServeProgram) -> None:
     assert common.post(data).status == 403  # by the policy, for each certificate
 
 
+@pytest.mark.parametrize("status", [HTTPStatus.FORBIDDEN, HTTPStatus.BAD_REQUEST])
 def test_a_batch_that_no_bundle_holds_goes_in_several(
-    door: ServeProgram, desk: Desk, pairs: Pairs, node_end: NodeEnd, monkeypatch: pytest.MonkeyPatch
+    door: ServeProgram, desk: Desk, pairs: Pairs, node_end: NodeEnd, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     """A bundle each of whose requests the door is against takes nothing from the others, and a single long one is not sent."""
     bundle = make_bundle(some(pairs, "apiserver", "admin.conf", "etcd-server", "front-proxy-client"))
@@ -618,11 +620,14 @@ def test_a_batch_that_no_bundle_holds_goes_in_several(
     monkeypatch.setattr("backends.gateway.LARGEST_REQUEST_BYTES", len(dumps(half)) + 200)
     requests = [sign_request(one, bundle) for one in bundle.requests]
     end = node_end(door, _PATIENCE)
+    if status == HTTPStatus.BAD_REQUEST:  # as a door of another version may find a bundle
+        of_another = lambda one: dumps(one).replace(b"admin.conf", b"admin_conf")  # noqa: E731
+        monkeypatch.setattr("backends.gateway.dumps", of_another)
 
     answers = end.sign_many(requests)
 
     assert [type(one) for one in answers] == [BackendRefusedError, BackendRefusedError, Issued, Issued]
-    assert "HTTP 403" in str(answers[0])
+    assert f"HTTP {status:d}, " in str(answers[0])
     assert len(desk.issued()) == 2
     assert 'ca_bridge_serve_requests{state="answered"} 1' in door.ask("GET", "/metrics").body.decode()
     monkeypatch.setattr("backends.gateway.LARGEST_REQUEST_BYTES", 1000)
