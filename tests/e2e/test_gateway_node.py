@@ -261,7 +261,7 @@ def test_fast_motion(cluster: GatewayCluster) -> None:
     figures = Motion(cluster, seed=11).run(SECONDS, KILLS, rotations=6)
     assert figures.wrong == []
     assert set(figures.hostile) <= {"denied", "open"}
-    assert sum(figures.hostile.values()) >= 20
+    assert sum(figures.hostile.values()) >= 5
     assert min(figures.least_left.values()) > 0, figures.least_left
     assert {key.partition(" ")[2] for key in figures.rotations} == set(CURRENT), figures.rotations
     assert len(figures.rotations) == 6, figures.rotations

@@ -101,4 +101,4 @@ def test_the_root_is_replaced_under_them(site: Site, tmp_path: Path) -> None:
     assert web.leaf.serial_number != before.serial_number
     assert [site.containers(*one) for one in pairs] == containers
     assert talks.failed == []
-    assert talks.done >= 50
+    assert talks.done > 10
