@@ -43,6 +43,7 @@ from bridge.system.http import (
     TooLongError,
     UntrustedError,
     context,
+    is_cut_off,
 )
 from bridge.words import one_line
 
@@ -180,7 +181,7 @@ class Http(BaseAdapter):
             return (
                 "the name could not be looked up: is the host in `url` right, and does this machine's resolver know it?"
             )
-        if isinstance(cause, ssl.SSLEOFError | ConnectionResetError | BrokenPipeError) and self._wording.cut_off:
+        if is_cut_off(cause) and self._wording.cut_off:
             return self._wording.cut_off
         return self._wording.silent
 

@@ -150,9 +150,8 @@ def context(trust_pem: bytes | None, certificate_pem: bytes | None, key_pem: byt
     UntrustedError: an anchor can't be read; ClientRefusedError: our certificate or key can't be used.
     """
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    tls.options &= (
-        ~ssl.OP_IGNORE_UNEXPECTED_EOF
-    )  # Python 3.11.2 sets it: an answer that was cut off would be a whole one
+    # which Python 3.11.2 sets: an answer that was cut off would be a whole one
+    tls.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
     tls.set_alpn_protocols(["http/1.1"])
     if trust_pem is None:
         tls.check_hostname = False
@@ -241,7 +240,7 @@ class KeptConnection:
         except (OSError, HTTPException) as e:
             self.close()
             ours = _as_ours(e, limits.seconds)
-            if isinstance(e, _CUT_OFF) and not self.is_kept:
+            if is_cut_off(e) and not self.is_kept:
                 ours = _alert(self._peer) or ours
             raise ours from ours.__cause__ or e
         except BaseException:
@@ -517,6 +516,11 @@ def _alert(peer: Peer) -> HttpsError | None:
     return None
 
 
+def is_cut_off(error: BaseException | None) -> bool:
+    """Whether the other side ended the connection; Python 3.11.2 has no class of its own for an end in the midst of TLS."""
+    return isinstance(error, _CUT_OFF) or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"
+
+
 def _as_ours(error: Exception, seconds: float) -> HttpsError:
     """The one place where Python's errors become ours."""
     if isinstance(error, TimeoutError):
@@ -528,7 +532,7 @@ def _as_ours(error: Exception, seconds: float) -> HttpsError:
         text = reason.replace("_", " ").lower()
         if "ALERT" in reason and any(part in reason for part in _TURNED_AWAY):
             return ClientRefusedError(f"the client certificate was refused: {text}")
-        return (UnreachableError if isinstance(error, _CUT_OFF) else HandshakeError)(text)
+        return (UnreachableError if is_cut_off(error) else HandshakeError)(text)
     if isinstance(error, OSError):
         return UnreachableError((error.strerror or str(error) or type(error).__name__).lower())
     return UnreachableError(f"wanted an answer in HTTP, found {one_line(str(error) or type(error).__name__, 80)}")

@@ -228,3 +228,22 @@ def test_the_example_names_the_version_that_it_was_tried_with() -> None:
     """The kit's."""
     said = subprocess.run([programs.require("step-ca"), "version"], capture_output=True, text=True, check=True).stdout
     assert f"Tried with step-ca and step {said.partition('/')[2].split()[0]}." in step_ca.EXAMPLE.read_text()
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("\033[32m✔\033[0m CA: https://ca.example:8502 \nerror: no SAN evil.example", 2),
+        ("error: https://ca.example:8503 forbids it", 2),
+        ("error: HTTP 503 Service Unavailable", 3),
+        ("dial tcp 192.0.2.1:443: connect: connection refused", 3),
+    ],
+)
+def test_a_port_is_no_status(tmp_path: Path, said: str, status: int) -> None:
+    """What `step` says holds the CA's URL, whose port may end like a status that means "not now"."""
+    step = tmp_path / "step"
+    step.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{said}\nEND\nexit 1\n")
+    step.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{step_ca.PATH}", "CERTMONGER_CA_PROFILE": "any", "CERTMONGER_CSR": "any"}
+    words = [str(step_ca.EXAMPLE), "https://ca.example:8502", "root.crt", "password"]
+    assert subprocess.run(words, env=environment, capture_output=True, check=False).returncode == status

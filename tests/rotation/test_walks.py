@@ -18,6 +18,7 @@ from hypothesis import Phase as Stage
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from bridge import dataclass
 from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.pki.certificates import leads_to, load_pem_certificates
@@ -49,7 +50,7 @@ def make_node(directory: Path) -> Pki:
     return pki
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Others(Open):
     """A gate that looks at the CA files and certificates of the other nodes, as their servers would."""
 
