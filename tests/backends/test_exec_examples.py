@@ -148,6 +148,7 @@ def test_aws_answers_later(stand_in: StandIn) -> None:
         ('Could not connect to the endpoint URL: "https://acm-pca', BackendUnavailableError),
         ("An error occurred (AccessDeniedException) when calling", BackendRefusedError),
         ("An error occurred (InvalidStateException) when calling", BackendRefusedError),
+        ("An error occurred (AccessDeniedException) for connect.example", BackendRefusedError),
     ],
 )
 def test_aws_tells_no_from_not_now(stand_in: StandIn, said: str, error: type[BackendError]) -> None:
@@ -210,6 +211,8 @@ def test_google_is_not_asked_for_a_second_one(stand_in: StandIn) -> None:
     [
         ("ERROR: (gcloud.privateca.certificates.create) UNAVAILABLE: backend", BackendUnavailableError),
         ("ERROR: (gcloud.privateca.certificates.create) PERMISSION_DENIED: no", BackendRefusedError),
+        ("ERROR: (gcloud.privateca.certificates.create) PERMISSION_DENIED: pool internal", BackendRefusedError),
+        ("ERROR: (gcloud.privateca.certificates.create) connection reset", BackendUnavailableError),
         ("ERROR: (gcloud.privateca.certificates.create) INVALID_ARGUMENT: validity", BackendRefusedError),
     ],
 )

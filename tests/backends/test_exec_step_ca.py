@@ -235,6 +235,8 @@ def test_the_example_names_the_version_that_it_was_tried_with() -> None:
     [
         ("\033[32m✔\033[0m CA: https://ca.example:8502 \nerror: no SAN evil.example", 2),
         ("error: https://ca.example:8503 forbids it", 2),
+        ("The request could not be completed: no SAN timeout.example. Re-run with STEPDEBUG=1.", 2),
+        ("The certificate authority encountered an Internal Server Error. Please see the logs.", 3),
         ("error: HTTP 503 Service Unavailable", 3),
         ("dial tcp 192.0.2.1:443: connect: connection refused", 3),
     ],
