@@ -40,7 +40,7 @@ _URI = re.compile(r"pkcs11:(?:[A-Za-z0-9._~:@!()*+,&=;?/-]|%[0-9A-Fa-f]{2})+")
 _NAMES = {"token", "manufacturer", "serial", "model", "object", "id", "type", "slot-id"}
 
 _WRONG_PASSPHRASE = re.compile(r"wrong password|bad decrypt|empty password|bad password read", re.IGNORECASE)
-_NO_KEY = re.compile(r"CA private key|private key from|(?:read|find) key", re.IGNORECASE)
+_NO_KEY = re.compile(r"CA private key|private key (?:of key )?from|(?:read|find) key", re.IGNORECASE)
 
 _NO_METHOD = re.compile(r"invalid engine|No store loader found", re.IGNORECASE)
 _MODULE_FAILED = re.compile(r"Unable to load module|Module initialization failed|Error \d+ returned by C_Initialize")

@@ -298,6 +298,9 @@ class _Response(HTTPResponse):
 
     fields: dict[str, str]  #: By name in small letters; the last of several.
 
+    def flush(self) -> None:
+        """Nothing; from Python 3.13 on the library's prints a traceback where what it reads from was closed before it."""
+
     def begin(self) -> None:
         """Read the head, and how the body ends."""
         self.status = HTTPStatus.CONTINUE

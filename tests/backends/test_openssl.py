@@ -35,9 +35,17 @@ from backends import openssl
 from backends.openssl import OpensslBackend
 from backends.openssl import settings as openssl_settings
 from backends.openssl.index import Database, IndexDamagedError, parse_index
+from backends.openssl.program import KeyFile
 from backends.openssl.settings import ConfigDoubtError, OpensslSettings, parse_config
 from bridge.contract import Issued, Secret, SignRequest
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, Exit, SettingsError
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    Exit,
+    LocalFileError,
+    SettingsError,
+)
 from bridge.node import sample_pki
 from bridge.specs import AUTHORITIES, EKU, SPECS, CertificateSpec
 from bridge.system.waiting import wait_until
@@ -1774,3 +1782,12 @@ def test_with_standard_streams_closed_the_passphrase_arrives(tmp_path: Path, clo
     command = ["sh", "-c", script, "sh", *bridge.command("renew", "front-proxy-client")]
     assert subprocess.run(command, check=False, timeout=400).returncode == 0
     assert live_certificates(bridge.pki)["front-proxy-client"] != before
+
+
+@pytest.mark.parametrize("words", ["Could not read CA private key", "Could not find private key of key from ca.key"])
+def test_a_key_that_is_none_is_named(tmp_path: Path, words: str) -> None:
+    """As OpenSSL 3.0 and 3.5 say it."""
+    key = tmp_path / "ca.key"
+    found = KeyFile(path=key, secret=None).failure(f"{words}\n", words)
+    assert isinstance(found, LocalFileError)
+    assert str(key) in str(found)

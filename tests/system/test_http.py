@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import select
 import socket
 import ssl
@@ -571,3 +572,13 @@ print(opened)
     command = [sys.executable, "-c", program, str(pki), noticed]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == ["[]", f"['{noticed}']"]
+
+
+def test_an_answer_whose_source_was_closed_before_it_is_closed_without_a_word() -> None:
+    """As the garbage collector may do it after a cut-off answer: Python 3.13 printed a traceback on the operator's terminal."""
+    opened = mock.Mock(makefile=lambda _: io.BytesIO(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhe"))
+    answer = http._Response(opened, method="GET")
+    answer.begin()
+    answer.fp.close()
+    answer.close()
+    assert answer.closed
