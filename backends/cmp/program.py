@@ -458,7 +458,13 @@ _RULES: Sequence[_Rule] = (
         _NOT_CMP,
     ),
     _Rule(r"total timeout", "the answer came too late and was thrown away", "a longer `timeout` may help", later=True),
-    _Rule(r"transfer error", "no answer", "run again later", hint_tls=_TLS_CLIENT, later=True),
+    _Rule(
+        r"transfer error",  # the server ended the connection while openssl wrote, perhaps
+        "no answer",
+        "does the server speak what `url` says, HTTP or HTTPS? if so, run again later",
+        hint_tls=_TLS_CLIENT,
+        later=True,
+    ),
     _Rule(
         r"missing trust anchor",
         "the server signed its answer, and nothing here says whether it may",

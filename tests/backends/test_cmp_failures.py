@@ -372,7 +372,7 @@ def context(tls: cfssl.Tls, *, mutual: bool = False) -> ssl.SSLContext:
 def test_33_the_wrong_scheme(ra: kit.RegistrationAuthority, mac: dict[str, Any], tls: cfssl.Tls) -> None:
     """HTTP to a port that speaks TLS, and TLS to one that does not: unavailable, with the question that leads on."""
     with kit.front("", tls=context(tls)) as front:
-        error = error_of(make(front.url.replace("https:", "http:"), timeout=timedelta(seconds=2), **mac))
+        error = error_of(make(front.url.replace("https:", "http:"), timeout=timedelta(seconds=20), **mac))
     assert type(error) is UNAVAILABLE
     assert "HTTP or HTTPS" in error.hint
     error = error_of(
