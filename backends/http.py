@@ -311,7 +311,6 @@ def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path
     """
     # not create_default_context, which would obey SSLKEYLOGFILE
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # as for the cluster's API
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.hostname_checks_common_name = False
     problems = []

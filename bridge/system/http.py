@@ -150,8 +150,6 @@ def context(trust_pem: bytes | None, certificate_pem: bytes | None, key_pem: byt
     UntrustedError: an anchor can't be read; ClientRefusedError: our certificate or key can't be used.
     """
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    # which Python 3.11.2 sets: an answer that was cut off would be a whole one
-    tls.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
     tls.set_alpn_protocols(["http/1.1"])
     if trust_pem is None:
         tls.check_hostname = False
@@ -488,7 +486,8 @@ def _connected(peer: Peer, seconds: float) -> socket.socket:
                 return raw
             tls.sslsocket_class = TlsSocket
             name = peer.server_name or peer.host
-            # An end without close_notify is an error, too: the answer may have been cut short.
+            # An end without close_notify is an error, too: the answer may have been cut short. Python 3.11.2 sets the option.
+            tls.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
             return tls.wrap_socket(raw, server_hostname=name, suppress_ragged_eofs=False)
         except BaseException:
             raw.close()
