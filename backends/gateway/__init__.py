@@ -69,7 +69,7 @@ _HINTS = {
     400: "are both sides of the same version?",
     404: "is `url` the door's own, without a path?",
 }
-_LARGE_HINT = "look at the SANs of its live certificate, which the CSR repeats"
+_LARGE_HINT = "look at the SANs of the request, which are those of the live certificate"
 _ENROL_HINT = "`ca-bridge enroll NODE` prints it at the door's host; it is good for one request"
 _UNSIGNED_HINT = "desk.answer_key of the door's policy signs its answers; node.desk_key of this node is its public key"
 _NOT_OURS = "is it the door (`ca-bridge serve`) that answers there, and not a proxy or another program?"
@@ -250,15 +250,15 @@ class GatewayBackend:
 
     def _awaited(self, waiting: Pending, end: float) -> AnswerBundle | Pending:
         """The answer, or what is still to wait for when the time is over."""
-        pause = 0.0
-        while (left := end - time.monotonic()) > 0:
+        pause, left = 0.0, self._settings.wait.total_seconds()  # one look, even where other bundles took all the time
+        while left > 0:
             time.sleep(min(pause, left))
             answer = self._look(waiting.reference)
             pause = min(retry_after_seconds(answer, datetime.now(UTC)) or _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
             looked = self._read(answer, waiting.reference)
             if isinstance(looked, AnswerBundle):
                 return looked
-            waiting = looked or waiting
+            waiting, left = looked or waiting, end - time.monotonic()
         return waiting
 
     def _look(self, reference: str) -> Answer:

@@ -630,6 +630,9 @@ def test_a_batch_that_no_bundle_holds_goes_in_several(
     assert f"HTTP {status:d}, " in str(answers[0])
     assert len(desk.issued()) == 2
     assert 'ca_bridge_serve_requests{state="answered"} 1' in door.ask("GET", "/metrics").body.decode()
+    again = node_end(door, timedelta(microseconds=1)).sign_many(requests[2:])  # looked for once, when the time is over
+    first, second = ([one.leaf for one in found if isinstance(one, Issued)] for found in (answers, again))
+    assert first == second
     monkeypatch.setattr("backends.gateway.LARGEST_REQUEST_BYTES", 1000)
     late = end.sign_many(requests[2:])
     assert all("wanted at most 1000 bytes in the bundle of one request" in str(one) for one in late)
