@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -91,6 +92,28 @@ class Http(BaseAdapter):
         """Send one request without the overhead of `requests`; any status is an answer (BackendError: none came)."""
         return self._answer(f"{method} {url}", lambda: self._exchange(method, _target(url), headers, body))
 
+    def ask_all(
+        self, method: str, headers: Mapping[str, str], wanted: Sequence[tuple[str, bytes]]
+    ) -> list[Answer | BackendError]:
+        """As `ask`, for several URLs with their bodies at the same time, each over a connection of its own."""
+        sent: list[Callable[[], Answer] | BackendError] = []
+        for url, body in wanted:
+            if sent and isinstance(sent[-1], BackendUnavailableError):  # each further try may last as long
+                sent.append(sent[-1])
+                continue
+            try:
+                with self._errors(f"{method} {url}"):
+                    sent.append(self._sent(method, _target(url), headers, body))
+            except BackendError as e:
+                sent.append(e)
+        return [self._read(f"{method} {url}", one) for (url, _), one in zip(wanted, sent, strict=True)]
+
+    def _read(self, where: str, sent: Callable[[], Answer] | BackendError) -> Answer | BackendError:
+        try:
+            return sent if isinstance(sent, BackendError) else self._answer(where, sent)
+        except BackendError as e:
+            return e
+
     @property
     def clock_ahead(self) -> timedelta | None:
         """How far the server's clock was ahead of ours at its latest answer (RFC 9110 §6.6.1, whole seconds); None: it did not say."""
@@ -135,25 +158,41 @@ class Http(BaseAdapter):
             self._idle.pop().close()
 
     def _exchange(self, method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
+        return self._sent(method, target, headers, body)()
+
+    def _sent(self, method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> Callable[[], Answer]:
         try:
             connection = self._idle.pop()
         except IndexError:
             connection = KeptConnection(self._peer)
-        answer = connection.ask(method, target, headers, body, seconds=self._seconds)
-        self._idle.append(connection)
+        read = connection.sent(method, target, headers, body, seconds=self._seconds)
+
+        def answer() -> Answer:
+            found = read()
+            self._idle.append(connection)
+            return found
+
         return answer
 
     # --- errors -------------------------------------------------------------------------------------------------------
 
     def _answer(self, where: str, exchange: Callable[[], Answer]) -> Answer:
+        with self._errors(where):
+            try:
+                answer = exchange()
+            except BrokenOffError as e:
+                if not self._wording.status_suffices or 200 <= e.status < 300:  # noqa: PLR2004
+                    raise
+                answer = Answer(status=e.status, body=b"")  # the reason is lost, the status says enough
+        self._clock = (answer.headers.get("date", ""), datetime.now(UTC))
+        return answer
+
+    @contextlib.contextmanager
+    def _errors(self, where: str) -> Iterator[None]:
         """The one place where what keeps an answer from us becomes a backend's error."""
         name = self._wording.name
         try:
-            answer = exchange()
-        except BrokenOffError as e:
-            if not self._wording.status_suffices or 200 <= e.status < 300:  # noqa: PLR2004
-                raise self._error(where, e) from e
-            answer = Answer(status=e.status, body=b"")  # the reason is lost, the status says enough
+            yield
         except HttpsError as e:
             raise self._error(where, e) from e
         except SettingsError as e:  # the files were good when we began
@@ -161,8 +200,6 @@ class Http(BaseAdapter):
         except ValueError as e:  # a header's value may be in its text, as in those of `requests`
             text = f"{name}: {where}: the request could not be made: {type(e).__name__}"
             raise BackendRefusedError(text, hint=self._wording.not_ours) from None
-        self._clock = (answer.headers.get("date", ""), datetime.now(UTC))
-        return answer
 
     def _error(self, where: str, error: HttpsError) -> BackendError:
         wording, cause = self._wording, error.__cause__

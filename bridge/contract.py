@@ -129,6 +129,19 @@ class SignsMany(Protocol):
 
 
 @runtime_checkable
+class SignsSideBySide(Protocol):
+    """Optional: sign several at the same time, each by a request of its own, without a thread for each."""
+
+    def sign_side_by_side(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
+        """
+        Have the CA sign all; what goes wrong with one of them is that one's answer.
+
+        Returns:
+            One answer a request, in their order, as `sign` has it or raises it.
+        """
+
+
+@runtime_checkable
 class Collects(Protocol):
     """
     Optional: ask for the answer to a request that was `Pending`, in a later process.

@@ -38,7 +38,7 @@ from bridge.contract import (
     SignRequest,
     Wanted,
 )
-from bridge.errors import BackendRefusedError, LocalFileError, SettingsProblem, Violation
+from bridge.errors import BackendError, BackendRefusedError, LocalFileError, SettingsProblem, Violation
 from bridge.pki.certificates import UNREADABLE, asked_key_and_usages, is_signed_by, key_and_usages
 from bridge.specs import EKU, PODS, CertificateSpec
 from bridge.system.waiting import workers
@@ -182,7 +182,27 @@ class VaultBackend:
 
     def sign(self, request: SignRequest) -> Issued:
         """Have one CSR signed; see `bridge.contract.Backend.sign`."""
-        answer = self._send("post", self._sign_path(self._role(request.spec)), self._sign_body(request)).or_raise()
+        path, body = self._wanted(request)
+        return self._issued(request, self._send("post", path, body))
+
+    def sign_side_by_side(self, requests: Sequence[SignRequest]) -> list[Issued | BackendError]:
+        """Have several signed at the same time; those whose token was not accepted are sent again, with another one."""
+        found = list[Issued | BackendError]()
+        answers = self._server.post_all(list(map(self._wanted, requests)), self._tokens.get())
+        for request, answer in zip(requests, answers, strict=True):
+            try:
+                if isinstance(answer, BackendError):
+                    raise answer
+                found.append(self.sign(request) if answer.token_rejected else self._issued(request, answer))
+            except BackendError as e:
+                found.append(e)
+        return found
+
+    def _wanted(self, request: SignRequest) -> tuple[str, dict[str, object]]:
+        return self._sign_path(self._role(request.spec)), self._sign_body(request)
+
+    def _issued(self, request: SignRequest, answer: Answer) -> Issued:
+        answer.or_raise()
         for warning in texts(answer.body.get("warnings"))[:_MOST_WARNINGS]:
             # Such as a lifetime that was cut to the mount's maximum, which is no error to the server.
             log.warning("%s: %s", request.spec.name, self._server.presentable(warning))

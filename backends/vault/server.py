@@ -177,10 +177,19 @@ class Server:
         self, method: Literal["get", "post"], path: str, body: object = None, *, token: str | None = None
     ) -> Answer:
         """Send one request, without repeating it; errors are those of `Http.ask`."""
-        headers = {**self._headers, "X-Vault-Token": token} if token else self._headers
         data = None if body is None else json.dumps(body).encode()
         url = f"{self._url}/v1/{path}"
-        return self._answer(self.http.ask(method.upper(), url, headers, data), f"{method.upper()} {url}")
+        return self._answer(self.http.ask(method.upper(), url, self._with(token), data), f"{method.upper()} {url}")
+
+    def post_all(self, wanted: Sequence[tuple[str, object]], token: str) -> list[Answer | BackendError]:
+        """As `send`, for several paths with their bodies at the same time; an error is an answer."""
+        bodies = [(f"{self._url}/v1/{path}", json.dumps(body).encode()) for path, body in wanted]
+        answers = self.http.ask_all("POST", self._with(token), bodies)
+        return [one if isinstance(one, BackendError) else self._answer(one, f"POST {url}")
+                for (url, _), one in zip(bodies, answers, strict=True)]  # fmt: skip
+
+    def _with(self, token: str | None) -> Mapping[str, str]:
+        return {**self._headers, "X-Vault-Token": token} if token else self._headers
 
     def login(self, path: str, request: Callable[[RawAdapter], requests.Response]) -> Answer:
         """Let hvac send one login, without repeating it; messages name the path."""

@@ -211,6 +211,25 @@ class CA:
             e.is_for_all = True
             return [e] * len(requests)
 
+    def ask_side_by_side(self, requests: Sequence[SignRequest]) -> Sequence[Answer]:
+        """As `ask`, by one thread where the backend can do that; what fails is not asked for again."""
+        backend = self.opened()
+        if len(requests) == 1 or not isinstance(backend, contract.SignsSideBySide):
+            return self.ask(requests)
+        found: Sequence[Answer] = ()
+
+        def sign() -> None:
+            nonlocal found
+            found = backend.sign_side_by_side(requests)
+            if late := next((one for one in found if isinstance(one, BackendUnavailableError)), None):
+                raise late
+
+        try:
+            self._question(sign)
+        except BackendError as e:
+            return found or [e] * len(requests)
+        return found
+
     def collect(self, request: SignRequest, reference: str, expected: Expectation) -> Answer:
         """Ask for the answer that the CA owes; a backend's error is an answer."""
         backend, name = self.backend, request.spec.name

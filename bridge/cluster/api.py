@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field
 from functools import cached_property
@@ -91,12 +93,35 @@ class Reply:
         raise error
 
 
-class _Request(NamedTuple):
+class Request(NamedTuple):
+    """A request to the API; `request_of` makes it."""
+
     method: str
     path: str
     body: bytes | None
     headers: Mapping[str, str]
     longest: int
+
+
+def request_of(
+    method: str,
+    path: str,
+    body: Mapping[str, Any] | None = None,
+    content_type: str = JSON,
+    *,
+    accept: str = JSON,
+    longest: int = _MAX_ANSWER_BYTES,
+) -> Request:
+    """A request with a body in JSON, or without one."""
+    data = None if body is None else _encode(body).encode()
+    headers = {"Accept": accept, **({"Content-Type": content_type} if data is not None else {})}
+    return Request(method, path, data, headers, longest)
+
+
+class _Kept(NamedTuple):
+    server: Server
+    client: Client
+    connection: KeptConnection
 
 
 class Api:
@@ -117,8 +142,7 @@ class Api:
         self._again = again
         self._read_at = time.monotonic()
         self._mutex = threading.Lock()
-        self._own = threading.local()
-        self._opened: set[KeptConnection] = set()
+        self._idle: deque[_Kept] = deque()  #: Connections that are not in use.
 
     @classmethod
     def of_node(cls, node: Node, kubeconfig_dir: Path) -> Api:
@@ -157,9 +181,10 @@ class Api:
 
         After a connection that ended too early the request is made once more: writes must bear that (resourceVersion).
         """
-        data = None if body is None else _encode(body).encode()
-        headers = {"Accept": accept, **({"Content-Type": content_type} if data is not None else {})}
-        request = _Request(method, path, data, headers, longest)
+        return self.answer(request_of(method, path, body, content_type, accept=accept, longest=longest))
+
+    def answer(self, request: Request) -> Reply:
+        """As `ask`, for a request that is made already."""
         if self._again is not None and time.monotonic() - self._read_at >= _READ_AGAIN_SECONDS:
             self._read_anew(self.clients)
         clients = self.clients
@@ -170,6 +195,32 @@ class Api:
                 raise
         self._read_anew(clients)
         return self._over(self.clients, request)
+
+    def answers(self, requests: Sequence[Request]) -> list[Reply | NoAnswerError]:
+        """As `answer`, for several at once, each over a connection of its own; an error is an answer, too."""
+        reads: list[Callable[[], Reply]] = []
+        server, client = self.servers[0], self.clients[0]
+        with contextlib.suppress(HttpsError):  # a server that is not there may keep each further try waiting as long
+            reads.extend(self._sent(self._kept(server, client), one) for one in requests if len(requests) > 1)
+        found: list[Reply | NoAnswerError] = []
+        trouble: NoAnswerError | None = None
+        for request, read in itertools.zip_longest(requests, reads):
+            reply = self._reply_of(read) if read is not None else None
+            try:
+                if reply is None and trouble is not None:
+                    raise trouble
+                found.append(reply or self.answer(request))
+            except NoAnswerError as e:
+                trouble = None if e.is_from_server else e
+                found.append(e)
+        return found
+
+    def _reply_of(self, read: Callable[[], Reply]) -> Reply | None:
+        """The answer to one of several requests; None: it has to be made by itself, where other servers are tried, too."""
+        with contextlib.suppress(HttpsError):
+            reply = _assert_now(read())
+            return reply if reply.status not in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN} else None
+        return None
 
     def get(self, path: str) -> Mapping[str, Any]:
         """The object or list at a path (NoAnswerError: also where the answer is another one)."""
@@ -196,7 +247,7 @@ class Api:
             more = f"&continue={quote(following, safe='')}"
         raise NoAnswerError(f"wanted all of {path}, found more than {_MOST_PAGES * page}")
 
-    def _over(self, clients: Sequence[Client], request: _Request) -> Reply:
+    def _over(self, clients: Sequence[Client], request: Request) -> Reply:
         found, is_unknown, is_too_long, is_from_server = list(self._troubles), False, False, False
         for server in self.servers:
             for client in clients:
@@ -226,43 +277,46 @@ class Api:
             with self._mutex:
                 self.servers = tuple(sorted(self.servers, key=lambda one: one != server))
 
-    def _exchange(self, server: Server, client: Client, request: _Request) -> Reply:
-        reply = self._sent(server, client, request)
-        if reply.status in _NOT_NOW or reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            raise UnreachableError(f"wanted an answer, found HTTP {reply.status} {reply.message}".rstrip())
+    def _exchange(self, server: Server, client: Client, request: Request) -> Reply:
+        reply = _assert_now(self._once_more(server, client, request))
         if self._again is None:
             whole_document(reply.body)
         return reply
 
     # --- connections --------------------------------------------------------------------------------------------------
 
-    def _sent(self, server: Server, client: Client, request: _Request) -> Reply:
-        connection = self._connection(server, client)
-        headers = {**client.headers, **request.headers}
-        seconds = NODE_TIMEOUT_SECONDS if self._again is None else TIMEOUT_SECONDS
-        limits: dict[str, Any] = {"seconds": seconds, "longest": request.longest}
+    def _once_more(self, server: Server, client: Client, request: Request) -> Reply:
+        """The answer; the server may have ended a kept connection at this moment."""
+        kept = self._kept(server, client)
         try:
-            answer = connection.ask(request.method, request.path, headers, request.body, **limits)
+            return self._sent(kept, request)()
         except UnreachableError as e:
-            # the server may have ended an old one at this moment
-            if isinstance(e, LateError) or not connection.is_kept:
+            if isinstance(e, LateError) or not kept.connection.is_kept:
                 raise
-            answer = connection.ask(request.method, request.path, headers, request.body, **limits)
-        return Reply(status=answer.status, body=answer.body)
+            return self._sent(kept, request)()
 
-    def _connection(self, server: Server, client: Client) -> KeptConnection:
-        """The thread's own connection to this server."""
-        kept: tuple[Server, Client, KeptConnection] | None = getattr(self._own, "kept", None)
-        if kept is not None and kept[0] is server and kept[1] is client:
-            return kept[2]
-        connection = KeptConnection(client.peer(server))
-        self._own.kept = (server, client, connection)
-        with self._mutex:
-            if kept is not None:
-                kept[2].close()
-                self._opened.discard(kept[2])
-            self._opened.add(connection)
-        return connection
+    def _sent(self, kept: _Kept, request: Request) -> Callable[[], Reply]:
+        """Send a request; what is returned reads its answer."""
+        method, path, body, headers, longest = request
+        given = {**kept.client.headers, **headers}
+        seconds = NODE_TIMEOUT_SECONDS if self._again is None else TIMEOUT_SECONDS
+        read = kept.connection.sent(method, path, given, body, seconds=seconds, longest=longest)
+
+        def reply() -> Reply:
+            answer = read()
+            self._idle.append(kept)
+            return Reply(status=answer.status, body=answer.body)
+
+        return reply
+
+    def _kept(self, server: Server, client: Client) -> _Kept:
+        """A connection to this server that is not in use; a new one if there is none."""
+        with contextlib.suppress(IndexError):
+            while kept := self._idle.pop():
+                if kept.server is server and kept.client is client:
+                    return kept
+                kept.connection.close()
+        return _Kept(server, client, KeptConnection(client.peer(server)))
 
     def _read_anew(self, old: Sequence[Client]) -> None:
         """Read the credentials again; the old ones stay if they can't be read now."""
@@ -275,10 +329,9 @@ class Api:
                 self.clients, self.servers = found.clients, found.servers
 
     def close(self) -> None:
-        """End the connections of all threads, which ask no more."""
-        with self._mutex:
-            for connection in self._opened:
-                connection.close()
+        """End the connections that are not in use."""
+        while self._idle:
+            self._idle.pop().connection.close()
 
     @contextlib.contextmanager
     def lines(self, path: str, silence_seconds: float, longest: int) -> Iterator[Lines]:
@@ -299,6 +352,13 @@ class Api:
             raise NoAnswerError(f"{server.place}: {e}") from None
         finally:
             connection.close()
+
+
+def _assert_now(reply: Reply) -> Reply:
+    """An answer to the request itself (UnreachableError: the server is not able to answer now)."""
+    if reply.status in _NOT_NOW or reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        raise UnreachableError(f"wanted an answer, found HTTP {reply.status} {reply.message}".rstrip())
+    return reply
 
 
 class Lines:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from bridge.contract import (
     RecallsIfAllowed,
     SignRequest,
     SignsMany,
+    SignsSideBySide,
 )
 from bridge.errors import BackendError, SettingsError, SettingsProblem
 from bridge.pki import verify
@@ -66,11 +67,16 @@ class AuthorityOfSigners:
         self.signs_many = isinstance(backend, SignsMany)
         # one that has to list and read all that it has stored would do so for each request after a start
         self.recalls = isinstance(backend, Recalls) and not isinstance(backend, RecallsIfAllowed)
-        self._signed_together: Combined[SignRequest, Answer] = Combined(self.ca.ask, _MOST_TOGETHER)
-        self._recalled_together: Combined[tuple[SignRequest, datetime], Issued | None] = Combined(
+        self.signs_side_by_side = isinstance(backend, SignsSideBySide)
+        #: Has requests signed; several at the same time are one round trip where the CA can do that.
+        self.signed: Callable[[Sequence[SignRequest]], Sequence[Answer]] = self.ca.ask_side_by_side
+        if self.signs_many:
+            self.signed = Combined(self.ca.ask, _MOST_TOGETHER).all
+        #: What the CA signed for an earlier gateway, which died before it stored it: requests and since when, in one look.
+        self.recalled = Combined[tuple[SignRequest, datetime], Issued | None](
             lambda wanted: self.ca.recall([request for request, _ in wanted], min(since for _, since in wanted)),
             _MOST_TOGETHER,
-        )
+        ).all
 
     def anchors(self) -> tuple[x509.Certificate, ...]:
         """The CA's certificates, from the cluster's own file; read again each minute."""
@@ -108,17 +114,6 @@ class AuthorityOfSigners:
                 path = verify.verified_path(issuers[0], issuers[1:], anchor, now)
                 ends.append(min(one.not_valid_after_utc for one in path))
         return max(ends, default=None)
-
-    def sign(self, request: SignRequest) -> Issued | Pending:
-        """Have one signed; several at the same time are one round trip where the CA can do that."""
-        answer = self._signed_together(request) if self.signs_many else self.ca.ask_one(request)
-        if isinstance(answer, BackendError):
-            raise answer
-        return answer
-
-    def recall(self, request: SignRequest, since: datetime) -> Issued | None:
-        """The certificate that the CA signed for an earlier gateway, which died before it stored it; one look for several."""
-        return self._recalled_together((request, since))
 
     @property
     def _each_anchor_counts(self) -> bool:

@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -31,7 +30,7 @@ from bridge.state.audit import AuditError, Record
 from bridge.state.open_requests import Kind, RequestLog
 from bridge.system.files import digest
 from bridge.system.state_file import StateError
-from bridge.system.waiting import Combined, back_off_seconds
+from bridge.system.waiting import Combined, Together, back_off_seconds
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -189,6 +188,10 @@ class Ledger:
         """Write a line, which is safe on disk when this returns."""
         self._together({**facts, "event": event, **values})
 
+    def line(self, facts: Line, event: str, **values: Any) -> Together[None]:
+        """The step that writes a line with those of other jobs; it is safe on disk then."""
+        return Together(self._together.all, {**facts, "event": event, **values})
+
     def note(self, facts: Line, event: str, **values: Any) -> None:
         """Write a line with the next that is written, or at the next `flush`: it is about what has happened already."""
         with self._mutex:
@@ -327,7 +330,7 @@ class Context:
     metrics: Metrics
     holder: Leader | Alone
     now: Callable[[], datetime]
-    queue: Queue = field(default_factory=Queue)
+    queue: Queue
 
     def assert_ours(self) -> None:
         """Leave the job if another replica works."""

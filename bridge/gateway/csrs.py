@@ -18,7 +18,7 @@ from typing import Any
 from cryptography import x509
 
 from bridge.cluster import text_of
-from bridge.cluster.api import JSON, MERGE_PATCH, METADATA, NoAnswerError, Reply
+from bridge.cluster.api import JSON, MERGE_PATCH, METADATA, NoAnswerError, Reply, request_of
 from bridge.errors import BridgeError
 from bridge.gateway import watch
 from bridge.gateway.context import AFTER_REFUSAL_SECONDS, Context, GoneError, LeftError
@@ -42,7 +42,7 @@ from bridge.pki.certificates import CN_OID, attributes, pem
 from bridge.pki.expiry import rfc3339
 from bridge.pki.verify import Verified
 from bridge.specs import GATEWAY_SPECS
-from bridge.system.waiting import Rate
+from bridge.system.waiting import Rate, Steps, Together
 
 log = logging.getLogger("ca-bridge")
 
@@ -91,8 +91,9 @@ class Judge:
         counts = isinstance(verdict, Allowed) if is_known else node is not None and not is_hostile
         return Look(key=key_of(one, node) if counts else "", is_known=is_known, is_hostile=is_hostile)
 
-    def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
+    def verdict(self, job: Job, *, at_write: bool = False) -> Steps[Verdict]:
         """The policy's verdict; for a write, files and Node object are looked at now, else they may have been a second ago."""
+        yield from ()  # what it looks up is remembered for many jobs
         one, nodes = _ours(job.one), self._context.nodes
         since = time.monotonic() - (0.0 if at_write else _RECENT_SECONDS)
         world = self._world(one, since)
@@ -184,19 +185,19 @@ class Writer:
         del verdict, found
         return ""
 
-    def issue(self, job: Job, verdict: Allowed, found: Verified) -> bool:
+    def issue(self, job: Job, verdict: Allowed, found: Verified) -> Steps[bool]:
         """Approve, unless another client did, and write the certificate; False: the object has changed."""
         del verdict
         one, context = job.one, self._context
         if not one.has(watch.APPROVED):
             body = with_condition(one, watch.APPROVED, watch.ALLOWS, context.now())
-            reply = self._patch(job, "approval", body, accept=METADATA)
+            reply = yield from self._patched(job, "approval", body)
             if reply.status != HTTPStatus.OK:
                 return False
             job.one = replace(one, version=_version(reply), conditions=tuple(body["status"]["conditions"]))
         context.assert_ours()
-        body = with_certificate(job.one, pem(*found.chain))
-        return self._patch(job, "status", body, accept=METADATA).status == HTTPStatus.OK
+        reply = yield from self._patched(job, "status", with_certificate(job.one, pem(*found.chain)))
+        return reply.status == HTTPStatus.OK
 
     # --- objects ----------------------------------------------------------------------------------------------------
 
@@ -230,9 +231,18 @@ class Writer:
         reply = self._patch(job, subresource, with_condition(job.one, kind, reason, self._context.now()))
         return reply if reply.status == HTTPStatus.OK else None
 
+    def _patched(self, job: Job, subresource: str, body: Mapping[str, Any]) -> Steps[Reply]:
+        """As `_patch`, with other jobs' writes; the answer has no more than metadata."""
+        request = request_of("PATCH", f"{job.one.path}/{subresource}", body, MERGE_PATCH, accept=METADATA)
+        reply: Reply = yield Together(self._context.api.answers, request)
+        return self._judged(job, subresource, reply)
+
     def _patch(self, job: Job, subresource: str, body: Mapping[str, Any], *, accept: str = JSON) -> Reply:
         """Write; 200, or that it has changed."""
         reply = self._context.api.ask("PATCH", f"{job.one.path}/{subresource}", body, MERGE_PATCH, accept=accept)
+        return self._judged(job, subresource, reply)
+
+    def _judged(self, job: Job, subresource: str, reply: Reply) -> Reply:
         if reply.status == HTTPStatus.UNPROCESSABLE_ENTITY:
             self._unprocessable(job, subresource, reply)
         elif reply.status != HTTPStatus.CONFLICT:

@@ -39,7 +39,7 @@ from bridge.state import audit
 from bridge.state.audit import AuditError
 from bridge.system.files import digest
 from bridge.system.state_file import StateError
-from bridge.system.waiting import back_off_seconds, remember
+from bridge.system.waiting import Steps, Together, back_off_seconds, in_step, remember
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -105,39 +105,38 @@ class Issuing:
     # --- one job ----------------------------------------------------------------------------------------------------
 
     def work(self, seconds: float) -> bool:
-        """Take the next job and work at it; False: there was none in this time."""
+        """Take the next jobs and work at them, side by side; False: there were none in this time."""
         queue = self._context.queue
-        job = queue.take(seconds)
-        if job is None:
-            return False
-        try:
-            seconds_until = self._worked(job)
-        except Exception as e:  # noqa: BLE001 (one request's trouble is not the others')
-            [*_, where] = traceback.extract_tb(e.__traceback__)
-            text = f"internal error: {type(e).__name__} at {where.filename}:{where.lineno}"
-            log.error("%s (a bug: report it)", text, extra=extra(job))  # noqa: TRY400 (a traceback may hold secrets)
-            seconds_until = _LONGEST_LOOK_SECONDS
-        if seconds_until is None:
-            queue.done(job)
-        else:
-            queue.delay(job, seconds_until)
-        return True
+        jobs = queue.take(seconds)
+        for job, error in in_step({job: self._answer(job) for job in jobs}):
+            seconds_until = self._ended(job, error)
+            if seconds_until is None:
+                queue.done(job)
+            else:
+                queue.delay(job, seconds_until)
+        return bool(jobs)
 
-    def _worked(self, job: Job) -> float | None:
+    def _ended(self, job: Job, error: Exception | None) -> float | None:
         """Seconds until the job is looked at again; None: nothing more is to be done."""
         context = self._context
-        try:
-            self._answer(job)
-        except GoneError as e:
-            job.verified = None
-            context.metrics.count(job.one.request.signer, "conflict")
-            log.info("left to the client that has changed it: %s", e, extra=extra(job, "conflict"))
-            context.give_up(job.one.uid, "another client has answered, deleted or replaced the object")
-        except LeftError as e:
-            return self._left(job, e.outcome, str(e), e.seconds)
-        except (NoAnswerError, AuditError, StateError) as e:
-            return self._left(job, "left", str(e), for_owner="the gateway has trouble of its own; its log says which")
-        return None
+        match error:
+            case None:
+                return None
+            case GoneError():
+                job.verified = None
+                context.metrics.count(job.one.request.signer, "conflict")
+                log.info("left to the client that has changed it: %s", error, extra=extra(job, "conflict"))
+                context.give_up(job.one.uid, "another client has answered, deleted or replaced the object")
+                return None
+            case LeftError():
+                return self._left(job, error.outcome, str(error), error.seconds)
+            case NoAnswerError() | AuditError() | StateError():
+                own = "the gateway has trouble of its own; its log says which"
+                return self._left(job, "left", str(error), for_owner=own)
+        [*_, where] = traceback.extract_tb(error.__traceback__)
+        text = f"internal error: {type(error).__name__} at {where.filename}:{where.lineno}"
+        log.error("%s (a bug: report it)", text, extra=extra(job))  # a traceback may hold secrets
+        return _LONGEST_LOOK_SECONDS
 
     def _left(self, job: Job, outcome: str, reason: str, seconds: float | None = None, *, for_owner: str = "") -> float:
         if job.said != reason:
@@ -153,7 +152,7 @@ class Issuing:
 
     # --- the steps --------------------------------------------------------------------------------------------------
 
-    def _answer(self, job: Job) -> None:
+    def _answer(self, job: Job) -> Steps[None]:
         context, writer = self._context, self._writer_of(job.one)
         if job.one.uid in self._answered:
             return  # this version is older than our own write: no CA is asked twice
@@ -161,27 +160,27 @@ class Issuing:
         at_ca = context.pending_at_ca.get(job.one.uid)
         if not job.begun and at_ca is None:
             self._assert_turn(job)
-        verdict = self._allowed(job)
+        verdict = yield from self._allowed(job)
         if verdict is None:
             return
         is_new = job.verified is None
         if job.verified is None:
-            job.verified, job.signed_for = self._signed(job, verdict, at_ca), _content(verdict)
+            job.verified, job.signed_for = (yield from self._signed(job, verdict, at_ca)), _content(verdict)
         found = job.verified
         for _ in writer.turns(job):
             self._assert_current(job)
-            verdict = self._allowed(job, at_write=True)
+            verdict = yield from self._allowed(job, at_write=True)
             if verdict is None:
                 raise GoneError("it was allowed when it was signed, and is not any more")
             self._assert_of_use(job, verdict, found, is_new=is_new)
-            if writer.issue(job, verdict, found):
+            if (yield from writer.issue(job, verdict, found)):
                 self._remember(job)
                 self._written(job, verdict.name, found)
                 return
 
-    def _allowed(self, job: Job, *, at_write: bool = False) -> Allowed | None:
+    def _allowed(self, job: Job, *, at_write: bool = False) -> Steps[Allowed | None]:
         """The verdict at this moment, for a write of this very moment; None: the request was denied."""
-        verdict = self._judge_of(job.one).verdict(job, at_write=at_write)
+        verdict = yield from self._judge_of(job.one).verdict(job, at_write=at_write)
         if isinstance(verdict, Later):
             raise LeftError("left", verdict.reason)
         if isinstance(verdict, Hostile):
@@ -240,16 +239,16 @@ class Issuing:
 
     # --- asking the CA ----------------------------------------------------------------------------------------------
 
-    def _signed(self, job: Job, verdict: Allowed, at_ca: PendingAtCa | None) -> Verified:
+    def _signed(self, job: Job, verdict: Allowed, at_ca: PendingAtCa | None) -> Steps[Verified]:
         context, authority = self._context, self._context.authorities[verdict.spec.authority.name]
         if at_ca is not None and (at_ca.csr_sha256 != digest(verdict.csr.pem) or at_ca.object_name != job.one.name):
             at_ca = None
         job.facts, request = facts_of(job.one, authority), self._request(job.one, verdict, at_ca)
         asking = _Asking(job=job, request=request, authority=authority, longest=verdict.longest, at_ca=at_ca)
         try:
-            if (recalled := self._recalled(asking)) is not None:
+            if (recalled := (yield from self._recalled(asking))) is not None:
                 return recalled
-            answer = self._from_ca(asking)
+            answer = yield from self._from_ca(asking)
         except BackendUnavailableError as e:
             context.record_quietly(job.facts, audit.UNAVAILABLE, e)
             raise LeftError("ca-unavailable", str(e), authority.rest.seconds_left() + 0.5) from None
@@ -262,9 +261,9 @@ class Issuing:
                 context.drop_pending(job.one.uid)
             hint = f" ({e.hint})" if e.hint else ""
             raise LeftError("ca-refused", f"{e}{hint}", after_refusal(job)) from None
-        return self._accepted(asking, answer)
+        return (yield from self._accepted(asking, answer))
 
-    def _accepted(self, asking: _Asking, answer: Issued) -> Verified:
+    def _accepted(self, asking: _Asking, answer: Issued) -> Steps[Verified]:
         context, job = self._context, asking.job
         try:
             found = asking.authority.verified(answer, asking.request, asking.longest, context.now())
@@ -272,7 +271,7 @@ class Issuing:
             context.record_quietly(job.facts, audit.REFUSED, e)
             context.drop_pending(job.one.uid)
             raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
-        context.ledger.write(job.facts, audit.ISSUED, new=found.leaf)
+        yield context.ledger.line(job.facts, audit.ISSUED, new=found.leaf)
         return found
 
     def _request(self, one: AnyObject, verdict: Allowed, at_ca: PendingAtCa | None) -> SignRequest:
@@ -291,7 +290,7 @@ class Issuing:
             ),
         )
 
-    def _recalled(self, asking: _Asking) -> Verified | None:
+    def _recalled(self, asking: _Asking) -> Steps[Verified | None]:
         """A certificate that the CA signed for a gateway that died, or that did not reach us; None: ask the CA."""
         context, job, authority = self._context, asking.job, asking.authority
         doubtful = context.holder.doubtful_before
@@ -300,7 +299,7 @@ class Issuing:
         if not job.was_asked and (doubtful is None or job.one.created > doubtful + CLOCK_SKEW):
             return None
         self._assert_may_ask(authority)
-        answer = authority.recall(asking.request, job.one.created - CLOCK_SKEW)
+        answer: Issued | None = yield Together(authority.recalled, (asking.request, job.one.created - CLOCK_SKEW))
         job.was_recalled = True
         if answer is None:
             return None
@@ -308,19 +307,19 @@ class Issuing:
             found = authority.verified(answer, asking.request, asking.longest, context.now())
         except VerificationError:  # such as too short a life by now: the CA is asked for another
             return None
-        context.ledger.write(job.facts, audit.ISSUED, new=found.leaf, result=_RECALLED)
+        yield context.ledger.line(job.facts, audit.ISSUED, new=found.leaf, result=_RECALLED)
         return found
 
-    def _from_ca(self, asking: _Asking) -> Issued:
+    def _from_ca(self, asking: _Asking) -> Steps[Issued]:
         context, job, authority, at_ca = self._context, asking.job, asking.authority, asking.at_ca
         self._assert_may_ask(authority)
         if at_ca is not None:
             self._assert_in_time(job, at_ca)
-            answer = authority.collect(asking.request, at_ca.reference, asking.longest, context.now())
+            answer: Issued | Pending = authority.collect(asking.request, at_ca.reference, asking.longest, context.now())
         else:
-            context.ledger.write(job.facts, audit.ASKED)
+            yield context.ledger.line(job.facts, audit.ASKED)
             job.was_asked, job.was_recalled = True, False
-            answer = authority.sign(asking.request)
+            answer = yield Together(authority.signed, asking.request)
             job.was_asked = False
         if isinstance(answer, Issued):
             return answer

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import Any, TypeVar
 
 from bridge.cluster import items, mapping
-from bridge.cluster.api import JSON, METADATA, NoAnswerError, Reply
+from bridge.cluster.api import JSON, METADATA, NoAnswerError, Reply, Request, request_of
 from bridge.gateway import watch
 from bridge.gateway.context import Context, LeftError, after_refusal
 from bridge.gateway.csrs import Writer, condition_of, identity_of
@@ -26,7 +26,7 @@ from bridge.pki.certificates import pem
 from bridge.pki.expiry import rfc3339
 from bridge.pki.verify import Verified
 from bridge.specs import PODS
-from bridge.system.waiting import Rate
+from bridge.system.waiting import Rate, Steps, Together
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -82,7 +82,7 @@ class PodJudge:
         del one
         return Look()
 
-    def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
+    def verdict(self, job: Job, *, at_write: bool = False) -> Steps[Verdict]:
         """The policy's verdict, by the pod as it is at this moment; for a write, it may have been looked at a moment ago."""
         context, request = self._context, _request(job.one)
         if PODS.name not in context.authorities:
@@ -98,7 +98,7 @@ class PodJudge:
             cluster=context.settings.node.cluster,
             inventory=inventory,
             created=job.one.created,
-            pod=self._pod(job, at_write=at_write),
+            pod=(yield from self._pod(job, at_write=at_write)),
             account_uid=self._uid(f"{namespace}/serviceaccounts/{quoted(request.service_account)}"),
             node_uid=self._uid(f"nodes/{quoted(request.node)}"),
             labels=self._labels_of(namespace, rules.namespace_labels) if rules is not None else None,
@@ -109,13 +109,17 @@ class PodJudge:
 
     # --- what the API server has at present ---------------------------------------------------------------------------
 
-    def _pod(self, job: Job, *, at_write: bool) -> PodState | None:
+    def _pod(self, job: Job, *, at_write: bool) -> Steps[PodState | None]:
         """A request's pod as it is at this moment, or for a write as it was a moment ago; None: there is none of this name."""
         if at_write and (known := self._pods.get(job.one.uid)) is not None:
             return known[0]
         request, now = _request(job.one), time.monotonic()
         path = f"namespaces/{quoted(request.namespace)}/pods/{quoted(request.pod)}"
-        found = self._looked_at(path, JSON, lambda document: pod_state(document, request))
+        try:
+            reply: Reply = yield Together(self._context.api.answers, _look(path, JSON))
+        except NoAnswerError as e:
+            raise _of(path, e) from None
+        found = self._read(path, reply, lambda document: pod_state(document, request))
         self._pods.put(job.one.uid, found, now)
         return found
 
@@ -138,16 +142,27 @@ class PodJudge:
     def _looked_at(self, path: str, accept: str, read: Callable[[Mapping[str, Any]], T]) -> T | None:
         """What is read of an object; None: it is not there."""
         try:
-            reply = self._context.api.ask("GET", f"/api/v1/{path}", accept=accept, longest=_LONGEST_LOOKED_AT)
+            reply = self._context.api.answer(_look(path, accept))
         except NoAnswerError as e:
-            if e.is_too_long:
-                wanted = f"at most {_LONGEST_LOOKED_AT >> 10} KiB"
-                raise LeftError("left", f"{path}: wanted {wanted}, found more: shorten the object") from None
-            raise
+            raise _of(path, e) from None
+        return self._read(path, reply, read)
+
+    def _read(self, path: str, reply: Reply, read: Callable[[Mapping[str, Any]], T]) -> T | None:
         if reply.status == HTTPStatus.NOT_FOUND:
             return None
         with self._reading:  # one at a time, since an object takes ten times as much when it is parsed
             return read(reply.found(path))
+
+
+def _look(path: str, accept: str) -> Request:
+    return request_of("GET", f"/api/v1/{path}", accept=accept, longest=_LONGEST_LOOKED_AT)
+
+
+def _of(path: str, error: NoAnswerError) -> Exception:
+    """The error about an object that can't be looked at."""
+    if not error.is_too_long:
+        return error
+    return LeftError("left", f"{path}: wanted at most {_LONGEST_LOOKED_AT >> 10} KiB, found more: shorten the object")
 
 
 def pod_state(document: Mapping[str, Any], request: PodRequest) -> PodState:
@@ -196,7 +211,8 @@ class PodWriter(Writer):
     def deny(self, job: Job, hostile: Hostile) -> str:
         """Deny the request, with words for the pod's owner; empty: it has changed."""
         condition = condition_of(watch.DENIED, hostile.code, hostile.message, self._context.now())
-        return watch.DENIED if self._answered(job, {"conditions": [condition]}) else ""
+        body = {"metadata": identity_of(job.one), "status": {"conditions": [condition]}}
+        return watch.DENIED if self._patch(job, "status", body, accept=METADATA).status == HTTPStatus.OK else ""
 
     def fail_unanswered(self, job: Job) -> bool:
         """Write nothing: an outage is no reason why a pod should never start."""
@@ -238,7 +254,7 @@ class PodWriter(Writer):
         begin, end = found.leaf.not_valid_before_utc, found.leaf.not_valid_after_utc
         return dates_problem(begin, end, verdict.most, self._context.now())
 
-    def issue(self, job: Job, verdict: Allowed, found: Verified) -> bool:
+    def issue(self, job: Job, verdict: Allowed, found: Verified) -> Steps[bool]:
         """Write the certificate with its dates; False: the object has changed."""
         context = self._context
         context.assert_ours()
@@ -250,11 +266,8 @@ class PodWriter(Writer):
             "notAfter": rfc3339(end),
             "beginRefreshAt": rfc3339(refresh_at(begin, end, verdict.refresh)),
         }
-        return self._answered(job, status)
-
-    def _answered(self, job: Job, status: Mapping[str, Any]) -> bool:
-        body = {"metadata": identity_of(job.one), "status": status}
-        return self._patch(job, "status", body, accept=METADATA).status == HTTPStatus.OK
+        reply = yield from self._patched(job, "status", {"metadata": identity_of(job.one), "status": status})
+        return reply.status == HTTPStatus.OK
 
     def _unprocessable(self, job: Job, subresource: str, reply: Reply) -> None:
         """Leave the job; the API server's reason repeats the chain before its last words."""

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from bridge import dataclass
-from bridge.gateway.watch import AnyObject
+from bridge.gateway.watch import AnyObject, PodObject
 from bridge.pki.verify import Verified
 from bridge.system.waiting import remember
 
@@ -65,17 +65,21 @@ def key_of(one: AnyObject, node: str | None) -> str:
 class Queue:
     """May be used by any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, lot: int = 1) -> None:
+        """`lot`: so many requests of pods one thread takes at once, and no other thread meanwhile; 1: each thread takes one."""
+        self._lot = lot
         self._changed = threading.Condition()
         self._order = itertools.count()
         self._working: dict[str, Job] = {}
+        self._lot_left = 0  # jobs of the lot that is at work
         self._closed = False
         self._watched = math.inf  # when a thread wakes up for a delayed job
         self._reset()
 
     def _reset(self) -> None:
         self._jobs: dict[str, Job] = {}  # by uid: waiting or delayed
-        self._ready: OrderedDict[str, deque[Job]] = OrderedDict()  # by user, whose turn is next first
+        #: By whether lots are taken of them, and by user, whose turn is next first.
+        self._ready: dict[bool, OrderedDict[str, deque[Job]]] = {False: OrderedDict(), True: OrderedDict()}
         self._delayed: list[tuple[float, int, Job]] = []
         self._newest: OrderedDict[str, tuple[tuple[datetime, int], str]] = OrderedDict()
         self._shares: Counter[str] = Counter()  # bytes by user
@@ -106,7 +110,6 @@ class Queue:
             job = Job(one=one, look=found, arrived=time.monotonic())
             self._add(job)
             self._line_up(job)
-            self._changed.notify()
             return superseded
 
     def has_room(self) -> bool:
@@ -134,7 +137,10 @@ class Queue:
 
     def _line_up(self, job: Job) -> None:
         """Every user has a line, and the lines have their turns, so that a flood is in no other user's way."""
-        self._ready.setdefault(job.one.request.username, deque()).append(job)
+        is_of_lot = self._is_of_lot(job)
+        self._ready[is_of_lot].setdefault(job.one.request.username, deque()).append(job)
+        if not (is_of_lot and self._lot_left):  # else it waits for the lot that is at work
+            self._changed.notify()
 
     def _add(self, job: Job) -> None:
         self._jobs[job.one.uid] = job
@@ -194,22 +200,20 @@ class Queue:
         job.removed = True
         self._add(fresh)
         self._line_up(fresh)
-        self._changed.notify()
 
-    def take(self, seconds: float) -> Job | None:
-        """The next job, for which `done` or `delay` has to be called; None: none came in time, or the queue is closed."""
+    def take(self, seconds: float) -> list[Job]:
+        """The next jobs, for each of which `done` or `delay` has to be called; none came in time, or the queue is closed."""
         deadline = time.monotonic() + seconds
         with self._changed:
             while True:
                 now = time.monotonic()
                 self._line_up_due(now)
-                job = self._next()
-                if job is not None:
+                if jobs := self._next():
                     if self._delayed and self._delayed[0][0] < self._watched:
                         self._changed.notify()  # this thread will not watch the time now
-                    return job
+                    return jobs
                 if self._closed or now >= deadline:
-                    return None
+                    return []
                 self._wait(now, deadline)
 
     def _line_up_due(self, now: float) -> None:
@@ -217,19 +221,32 @@ class Queue:
             job = heapq.heappop(self._delayed)[2]
             if not job.removed:
                 self._line_up(job)
-                self._changed.notify()
 
-    def _next(self) -> Job | None:
-        while self._ready:
-            user, jobs = self._ready.popitem(last=False)
+    def _next(self) -> list[Job]:
+        if jobs := self._next_of(self._ready[False], 1):
+            return jobs
+        if self._lot_left:
+            return []
+        lot = self._next_of(self._ready[True], self._lot)
+        self._lot_left = len(lot)
+        return lot
+
+    def _next_of(self, ready: OrderedDict[str, deque[Job]], most: int) -> list[Job]:
+        found: list[Job] = []
+        while ready and len(found) < most:
+            user, jobs = ready.popitem(last=False)
             job = jobs.popleft()
             if jobs:
-                self._ready[user] = jobs
+                ready[user] = jobs
             if not job.removed:
                 self._working[job.one.uid] = job
                 self._pop(job.one.uid)
-                return job
-        return None
+                found.append(job)
+        return found
+
+    def _is_of_lot(self, job: Job) -> bool:
+        """A verdict on another request may wait for a program or a name server, and would keep the whole lot waiting."""
+        return self._lot > 1 and isinstance(job.one, PodObject)
 
     def _wait(self, now: float, deadline: float) -> None:
         """Wait for a change; only one thread waits for the time of a delayed job, which would wake a hundred of them."""
@@ -244,10 +261,17 @@ class Queue:
             if self._watched == due:
                 self._watched = math.inf
 
+    def _end_work(self, job: Job) -> None:
+        del self._working[job.one.uid]
+        if self._is_of_lot(job):
+            self._lot_left -= 1
+            if not self._lot_left and self._ready[True]:
+                self._changed.notify()
+
     def done(self, job: Job) -> None:
         """End the work on a job, unless its object has changed meanwhile."""
         with self._changed:
-            del self._working[job.one.uid]
+            self._end_work(job)
             later, job.later = job.later, None
         if later is not None and not later.is_finished and later.version != job.one.version:
             self.put(later, lambda _: job.look)
@@ -255,7 +279,7 @@ class Queue:
     def delay(self, job: Job, seconds: float) -> None:
         """Put a job back, unless it was removed meanwhile: it is looked at again after these seconds, or when its object changes."""
         with self._changed:
-            del self._working[job.one.uid]
+            self._end_work(job)
             later, job.later = job.later, None
             if later is not None and later.is_finished:
                 return
@@ -270,7 +294,7 @@ class Queue:
                 self._line_up(job)
             else:
                 heapq.heappush(self._delayed, (time.monotonic() + seconds, next(self._order), job))
-            self._changed.notify()
+                self._changed.notify()
 
     def wake(self) -> None:
         """Look at all delayed jobs at once: something has changed."""
@@ -291,7 +315,8 @@ class Queue:
         """Take no new jobs, and forget those that are not being worked at."""
         with self._changed:
             self._closed = True
-            self._ready.clear()
+            for ready in self._ready.values():
+                ready.clear()
             self._changed.notify_all()
 
     def counts(self) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from bridge.gateway.context import Alone, Context, Leader, Ledger, PendingReques
 from bridge.gateway.issue import Issuing
 from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
+from bridge.gateway.queue import Queue
 from bridge.gateway.roots import Roots
 from bridge.gateway.rules import CLIENT_KUBELET, spec_of
 from bridge.gateway.watch import CSRS, SILENCE_SECONDS, Watch, served
@@ -136,6 +137,7 @@ class Service:
             self.context = Context(
                 settings=self.settings, api=self.api, nodes=self.nodes, authorities=self.authorities,
                 ledger=ledger, pending_at_ca=PendingRequests(store), metrics=self.metrics, holder=self.holder, now=self._now,
+                queue=Queue(lot=self._lot()),
             )  # fmt: skip
             self._issuing = Issuing(self.context)
             self._started = True
@@ -157,6 +159,12 @@ class Service:
             sys.setswitchinterval(SWITCH_SECONDS)
             self._tick_until_stopped()
             self._drain(threads)
+
+    def _lot(self) -> int:
+        """So many pods' requests go through all steps side by side, where their CA can sign several at once."""
+        pods = self.authorities.get(PODS.name)
+        can = pods is not None and (pods.signs_many or pods.signs_side_by_side)
+        return self.settings.gateway.concurrency if can else 1
 
     def _look_at_cas(self) -> Iterator[threading.Thread]:
         """The threads that look at the CAs, once all have had their first look; one that hangs holds up no other one's signers."""

@@ -199,19 +199,38 @@ class KeptConnection:
         longest: int = MAX_ANSWER_BYTES,
     ) -> Answer:
         """Send one request and read its whole answer (HttpsError: none, or a longer one; ValueError: it can't be sent)."""
+        return self.sent(method, target, headers, body, seconds=seconds, longest=longest)()
+
+    def sent(
+        self,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        *,
+        seconds: float,
+        longest: int = MAX_ANSWER_BYTES,
+    ) -> Callable[[], Answer]:
+        """As `ask`, in two steps: send one request; what is returned reads its answer, before the next request."""
         limits = _Limits(seconds, longest)
         with self.in_time(limits):
-            response, received = self._begun(method, target, headers, body, limits)
-            content = _body(response, longest)
-            if response.will_close or received.has_more():  # what came unasked is no request's answer
-                self.close()
-            return Answer(status=response.status, headers=response.fields, body=content)
+            opened = self._send(method, target, headers, body, limits)
+
+        def answer() -> Answer:
+            with self.in_time(limits):
+                response, received = _begun(opened, method, limits)
+                content = _body(response, longest)
+                if response.will_close or received.has_more():  # what came unasked is no request's answer
+                    self.close()
+                return Answer(status=response.status, headers=response.fields, body=content)
+
+        return answer
 
     def stream(self, target: str, headers: Mapping[str, str], *, seconds: float) -> Stream:
         """Send one GET, read the head of its answer, and return the open answer; the caller closes the connection."""
         limits = _Limits(seconds, _PIECE_BYTES)
         with self.in_time(limits):
-            response, _ = self._begun("GET", target, headers, None, limits)
+            response, _ = _begun(self._send("GET", target, headers, None, limits), "GET", limits)
         return Stream(response, self, limits)
 
     def end(self) -> None:
@@ -245,19 +264,16 @@ class KeptConnection:
             self.close()
             raise
 
-    def _begun(
+    def _send(
         self, method: str, target: str, headers: Mapping[str, str], body: bytes | None, limits: _Limits
-    ) -> tuple[_Response, _Received]:
+    ) -> socket.socket:
         data = _head(method, target, {"Host": self._host, **headers}, body) + (body or b"")
         opened = self._opened(limits)
         unsent = memoryview(data)
         while unsent:
             limits.hold(opened)
             unsent = unsent[opened.send(unsent) :]
-        received = _Received(opened, limits)
-        response = _Response(cast(socket.socket, received), method=method)
-        response.begin()
-        return response, received
+        return opened
 
     def _opened(self, limits: _Limits) -> socket.socket:
         if self._socket is not None and _has_ended(self._socket):
@@ -266,6 +282,13 @@ class KeptConnection:
         if self._socket is None:
             self._socket = _connected(self._peer, limits.seconds_left())
         return self._socket
+
+
+def _begun(opened: socket.socket, method: str, limits: _Limits) -> tuple[_Response, _Received]:
+    received = _Received(opened, limits)
+    response = _Response(cast(socket.socket, received), method=method)
+    response.begin()
+    return response, received
 
 
 def _head(method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> bytes:

@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -288,14 +288,14 @@ SWITCH_SECONDS = 0.05
 
 
 class _Place(Generic[T, R]):
-    __slots__ = ("error", "item", "leads", "results", "turn")
+    __slots__ = ("error", "items", "leads", "results", "turn")
 
-    def __init__(self, item: T) -> None:
-        self.item = item
-        self.turn = threading.Lock()  # held until there is a result, or it is our turn to do it for all
+    def __init__(self, items: Sequence[T]) -> None:
+        self.items = items
+        self.turn = threading.Lock()  # held until there are results, or it is our turn to do it for all
         self.turn.acquire()
         self.leads = False
-        self.results: list[R] = []  # empty after an error
+        self.results: list[R] = []
         self.error: BaseException | None = None
 
 
@@ -304,11 +304,11 @@ class Combined(Generic[T, R]):
     Batches concurrent calls into one.
 
     A caller that comes while no batch is at work calls the function for all that wait, in their order; the others sleep
-    until they have their result, or lead the next batch.
+    until they have their results, or lead the next batch.
     """
 
     def __init__(self, together: Callable[[Sequence[T]], Sequence[R]], most: int) -> None:
-        """`together` returns one result an item, in their order; what it raises, each caller gets."""
+        """`together` returns one result an item, in their order; what it raises, each caller gets. At most `most` callers at once."""
         self._together = together
         self._most = most
         self._mutex = threading.Lock()
@@ -317,7 +317,11 @@ class Combined(Generic[T, R]):
 
     def __call__(self, item: T) -> R:
         """The result for one item."""
-        place: _Place[T, R] = _Place(item)
+        return self.all((item,))[0]
+
+    def all(self, items: Sequence[T]) -> Sequence[R]:
+        """The results for several items of one caller."""
+        place: _Place[T, R] = _Place(items)
         with self._mutex:
             self._line.append(place)
             place.leads, self._busy = not self._busy, True
@@ -327,15 +331,15 @@ class Combined(Generic[T, R]):
             self._lead()
         if place.error is not None:
             raise place.error
-        return place.results[0]
+        return place.results
 
     def _lead(self) -> None:
         """Call the function for the first in the line, ourselves among them; the next in the line leads then."""
         with self._mutex:
             batch = [self._line.popleft() for _ in range(min(len(self._line), self._most))]
         try:
-            results = self._together([place.item for place in batch])
-            for place, result in zip(batch, results, strict=True):
+            items = [(place, item) for place in batch for item in place.items]
+            for (place, _), result in zip(items, self._together([item for _, item in items]), strict=True):
                 place.results.append(result)
         except BaseException as e:  # noqa: BLE001 (each caller gets it)
             for place in batch:
@@ -349,3 +353,39 @@ class Combined(Generic[T, R]):
         for place in batch:
             if not place.leads:
                 place.turn.release()
+
+
+# --- many jobs of one thread, one call --------------------------------------------------------------------------------
+
+
+class Together(NamedTuple, Generic[R]):
+    """What a job asks for by `yield`, and gets together with other jobs: an item of one call, with one result for each."""
+
+    call: Callable[[Sequence[Any]], Sequence[R | Exception]]
+    item: object
+
+
+Steps = Generator[Together[Any], Any, R]
+
+
+def in_step(jobs: Mapping[K, Steps[None]]) -> Iterator[tuple[K, Exception | None]]:
+    """Let jobs go on side by side, and collect what they ask for into one call each time; each job that ends, with its error."""
+    results: dict[K, Any] = dict.fromkeys(jobs)
+    while results:
+        wanted: dict[Callable[..., Any], list[tuple[K, object]]] = {}
+        for job, result in results.items():
+            try:
+                step = jobs[job].throw(result) if isinstance(result, Exception) else jobs[job].send(result)
+            except StopIteration:
+                yield job, None
+            except Exception as e:  # noqa: BLE001 (one job's trouble is not the others')
+                yield job, e
+            else:
+                wanted.setdefault(step.call, []).append((job, step.item))
+        results = {}
+        for call, asked in wanted.items():
+            try:
+                answers = call([item for _, item in asked])
+            except Exception as e:  # noqa: BLE001 (each job gets it)
+                answers = [e] * len(asked)
+            results |= zip([job for job, _ in asked], answers, strict=True)
