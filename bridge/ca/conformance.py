@@ -34,6 +34,7 @@ ABILITIES = {
 }
 #: Those that no check is about.
 FURTHER_ABILITIES = {
+    "sign_side_by_side": contract.SignsSideBySide,
     "put_away": contract.PutsAway,
     "recall": contract.Recalls,
     "revoke": contract.Revokes,
@@ -225,13 +226,18 @@ def _is_refused(ask: Callable[[], Issued]) -> None:
 
 def signs_many_in_the_order_asked(trial: Trial) -> None:
     """A batch is answered in its order, and one bad CSR in it fails alone."""
-    if not isinstance(trial.backend, contract.SignsMany):
+    backend = trial.backend
+    if isinstance(backend, contract.SignsMany):
+        sign = backend.sign_many
+    elif isinstance(backend, contract.SignsSideBySide):
+        sign = backend.sign_side_by_side
+    else:
         raise NotSupportedError("signs one by one")
     spoilt, *others = [trial.request(spec) for spec in trial.specs]
     # a bundle that is carried has one request a name
     good = others if others or isinstance(trial.backend, contract.Carries) else [trial.request(trial.specs[0])]
     requests = trial.carried([tampered(spoilt), *good])
-    bad, *answers = trial.backend.sign_many(requests)
+    bad, *answers = sign(requests)
     for request, answer in zip(requests[1:], answers, strict=True):
         trial.verify(trial.awaited(request, answer), request)
     _is_refused(lambda: trial.awaited(requests[0], bad))

@@ -218,6 +218,7 @@ class KeptConnection:
 
         def answer() -> Answer:
             with self.in_time(limits):
+                limits.bear(opened)
                 response, received = _begun(opened, method, limits)
                 content = _body(response, longest)
                 if response.will_close or received.has_more():  # what came unasked is no request's answer
@@ -276,7 +277,7 @@ class KeptConnection:
         return opened
 
     def _opened(self, limits: _Limits) -> socket.socket:
-        if self._socket is not None and _has_ended(self._socket):
+        if self._socket is not None and _has_come(self._socket):  # something unasked
             self.close()
         self.is_kept = self._socket is not None
         if self._socket is None:
@@ -415,12 +416,19 @@ class _Limits:
         self.seconds = seconds
         self._budget = Budget(longest + _SPARE_BYTES, seconds=seconds, clock=time.monotonic)
         self._longest = longest
+        self._spare = 0.0  # Seconds beyond the budget.
         self.silence: float | None = None  #: Seconds; then nothing else is limited any more.
+
+    def bear(self, opened: socket.socket) -> None:
+        """Leave a tenth of the time to an answer that came while its caller read others'."""
+        lacking = self.seconds / 10 - self._budget.seconds_left()
+        if lacking > 0 and _has_come(opened):
+            self._spare = lacking
 
     def seconds_left(self) -> float:
         if self.silence is not None:
             return self.silence
-        left = self._budget.seconds_left()
+        left = self._budget.seconds_left() + self._spare
         if left <= 0:
             raise TimeoutError
         return left
@@ -476,8 +484,8 @@ class _Reader(io.RawIOBase):
         return received
 
 
-def _has_ended(opened: socket.socket) -> bool:
-    """Whether the server has ended the connection, or sent something unasked."""
+def _has_come(opened: socket.socket) -> bool:
+    """Whether there is something to read: the beginning of an answer, or the connection's end."""
     if isinstance(opened, ssl.SSLSocket) and opened.pending():
         return True
     poll = select.poll()

@@ -385,7 +385,7 @@ def in_step(jobs: Mapping[K, Steps[None]]) -> Iterator[tuple[K, Exception | None
         results = {}
         for call, asked in wanted.items():
             try:
-                answers = call([item for _, item in asked])
+                answers = zip(asked, call([item for _, item in asked]), strict=True)
+                results |= {job: answer for (job, _), answer in answers}
             except Exception as e:  # noqa: BLE001 (each job gets it)
-                answers = [e] * len(asked)
-            results |= zip([job for job, _ in asked], answers, strict=True)
+                results |= {job: e for job, _ in asked}

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives import serialization
 from bridge.gateway import watch
 from bridge.gateway.context import Context, Ledger, PendingRequests
 from bridge.gateway.issue import Issuing
+from bridge.gateway.queue import Queue
 from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
 from bridge.gateway.service import Service
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
@@ -381,7 +382,7 @@ def test_the_watch_may_be_behind_our_own_writes(
             Context(
                 settings=settings, api=service.api, nodes=service.nodes, authorities=service.authorities,
                 ledger=Ledger(store, settings.audit), pending_at_ca=PendingRequests(store), metrics=service.metrics,
-                holder=service.holder, now=lambda: datetime.now(UTC),
+                holder=service.holder, now=lambda: datetime.now(UTC), queue=Queue(),
             )
         )  # fmt: skip
 

@@ -56,7 +56,7 @@ from bridge.settings.tables import AuditSettings, GatewaySettings, address_of
 from bridge.state import Store, audit
 from bridge.state.audit import AuditError
 from bridge.system import waiting
-from bridge.system.waiting import Rate, wait_until
+from bridge.system.waiting import Rate, Steps, in_step, wait_until
 from tests.kit import issuing
 from tests.kit.forged import validity, with_field
 from tests.kit.issuing import Signer
@@ -127,6 +127,13 @@ def of_w1(new: SigningRequest | PodObject) -> Look:
     return Look(key=queue.key_of(new, "w1"))
 
 
+def taken(line: Queue, seconds: float = 0) -> Job | None:
+    """The next job of a queue without lots."""
+    jobs = line.take(seconds)
+    assert len(jobs) <= 1
+    return jobs[0] if jobs else None
+
+
 # --- the queue --------------------------------------------------------------------------------------------------------
 
 
@@ -136,8 +143,7 @@ def test_the_newest_of_a_node_takes_the_place_of_the_others() -> None:
     for number, uid in ((3, "c"), (1, "a"), (2, "b")):
         line.put(one(uid, seconds=number), of_w1)
     line.put(one("other", username="system:bootstrap:abcdef"), of_w1)
-    taken = [job.one.uid for job in iter(lambda: line.take(0), None)]
-    assert taken == ["c", "other"]
+    assert [job.one.uid for job in iter(lambda: taken(line), None)] == ["c", "other"]
     again = Queue()
     assert again.put(one("a", seconds=1), of_w1) == []
     assert again.put(one("b", seconds=2), of_w1) == ["a"]
@@ -150,7 +156,7 @@ def test_a_hostile_request_replaces_no_honest_one() -> None:
         for uid in order:
             late = 5 if uid == "hostile" else 0
             assert line.put(one(uid, seconds=late), lambda new: of_w1(new) if new.uid == "honest" else Look()) == []
-        jobs = list(iter(lambda: line.take(0), None))  # noqa: B023
+        jobs = list(iter(lambda: taken(line), None))  # noqa: B023
         assert sorted(job.one.uid for job in jobs) == ["honest", "hostile"]
         assert all(line.is_newest(job) for job in jobs)
 
@@ -159,12 +165,12 @@ def test_what_changes_while_it_is_worked_at_is_looked_at_again() -> None:
     """The newer version is kept for afterwards; one that has an answer by then is not."""
     line = Queue()
     line.put(one(version=1), no_node)
-    job = line.take(0)
+    job = taken(line)
     assert job is not None
     line.put(one(version=2), no_node)
-    assert line.take(0) is None
+    assert taken(line) is None
     line.done(job)
-    again = line.take(0)
+    again = taken(line)
     assert again is not None
     assert again.one.version == "2"
     line.remove("u1")
@@ -176,46 +182,46 @@ def test_what_is_removed_while_it_is_worked_at_does_not_come_back() -> None:
     """A deleted object, and each one once another replica works, would be looked at for ever; one that comes anew is kept."""
     line = Queue()
 
-    def taken() -> Job:
+    def worked_at() -> Job:
         line.put(one(), no_node)
-        job = line.take(0)
+        job = taken(line)
         assert job is not None
         return job
 
     for end in (lambda: line.remove("u1"), line.forget):
-        job = taken()
+        job = worked_at()
         end()
         line.delay(job, 0)
         assert line.counts() == (0, 0)
-    job = taken()
+    job = worked_at()
     line.forget()
     line.put(one(), no_node)  # by the watch, once this replica works again
     line.delay(job, 0)
-    assert line.take(2) is job
+    assert taken(line, 2) is job
     line.delay(job, 0)
-    assert line.take(2) is job
+    assert taken(line, 2) is job
 
 
 def test_what_is_delayed_comes_back_in_time_or_when_it_changes() -> None:
     """A delayed request comes back at its time or when it changes, and not before; `wake` brings all of them back."""
     line = Queue()
     line.put(one(), no_node)
-    job = line.take(0)
+    job = taken(line)
     assert job is not None
     begun = time.monotonic()
     line.delay(job, 0.15)
-    assert line.take(180) is job
+    assert taken(line, 180) is job
     assert time.monotonic() - begun >= 0.15
     line.delay(job, 600)
-    assert line.take(0) is None
+    assert taken(line) is None
     line.put(one(version=8), no_node)
-    changed = line.take(0)
+    changed = taken(line)
     assert changed is not None
     assert changed.one.version == "8"
     line.delay(changed, 600)
-    assert line.take(0) is None
+    assert taken(line) is None
     line.wake()
-    assert line.take(0) is changed
+    assert taken(line) is changed
 
 
 def test_a_job_that_is_due_wakes_one_thread_and_not_all() -> None:
@@ -223,7 +229,7 @@ def test_a_job_that_is_due_wakes_one_thread_and_not_all() -> None:
     line, jobs, woken = Queue(), [], []
     for number in range(10):
         line.put(one(f"u{number}"), no_node)
-        jobs.append(line.take(0))
+        jobs.append(taken(line))
     first = line._changed.wait
 
     def wait(timeout: float | None = None) -> bool:
@@ -233,11 +239,11 @@ def test_a_job_that_is_due_wakes_one_thread_and_not_all() -> None:
             woken.append(timeout)
 
     line._changed.wait = wait  # type: ignore[method-assign]
-    taken: list[float] = []
+    times: list[float] = []
 
     def work() -> None:
-        while line.take(600) is not None:
-            taken.append(time.monotonic())
+        while taken(line, 600) is not None:
+            times.append(time.monotonic())
 
     threads = [threading.Thread(target=work) for _ in range(50)]
     for thread in threads:
@@ -246,8 +252,8 @@ def test_a_job_that_is_due_wakes_one_thread_and_not_all() -> None:
     for number, job in enumerate(reversed(jobs)):  # the later ones first
         assert job is not None
         line.delay(job, 0.1 * (10 - number))
-    assert wait_until(lambda: len(taken), lambda count: count == 10, timedelta(minutes=3), pause_seconds=0.02) == 10
-    late = [at - begun - 0.1 * number for number, at in enumerate(taken, 1)]
+    assert wait_until(lambda: len(times), lambda count: count == 10, timedelta(minutes=3), pause_seconds=0.02) == 10
+    late = [at - begun - 0.1 * number for number, at in enumerate(times, 1)]
     assert len(woken) <= 4 * 10
     line.close()
     for thread in threads:
@@ -268,7 +274,7 @@ def test_a_flood_does_not_fill_the_memory() -> None:
     small.put(replace(one("large"), size=queue.MOST_BYTES - 10), no_node)
     small.put(replace(one("next"), size=100), no_node)
     assert small.overflowed
-    assert small.take(0) is not None
+    assert taken(small) is not None
     small.put(replace(one("next"), size=100), no_node)
     assert small.counts() == (1, 1)
 
@@ -279,17 +285,17 @@ def test_a_flood_in_the_queue_gives_way() -> None:
     for number in range(30):
         line.put(replace(one(f"flood{number}", username="mallory"), size=queue.MOST_BYTES // 20), no_node)
     assert (line.counts(), line.greediest()) == ((20, 0), "mallory")
-    job = line.take(0)
+    job = taken(line)
     assert job is not None
     job.begun = True
     line.delay(job, 60)
     for number in range(15):
         line.put(replace(one(f"w{number}", username=f"w{number % 3}"), size=queue.MOST_BYTES // 20), no_node)
     line.put(replace(one("flood31", username="mallory"), size=queue.MOST_BYTES // 20), no_node)
-    taken = [found.one.request.username for found in iter(lambda: line.take(0), None)]
-    assert {user: taken.count(user) for user in taken} == {"mallory": 4, "w0": 5, "w1": 5, "w2": 5}
+    users = [found.one.request.username for found in iter(lambda: taken(line), None)]
+    assert {user: users.count(user) for user in users} == {"mallory": 4, "w0": 5, "w1": 5, "w2": 5}
     line.wake()
-    assert line.take(0) is job  # a thread had begun it
+    assert taken(line) is job  # a thread had begun it
     assert line.greediest() == ""
 
 
@@ -301,9 +307,9 @@ def test_each_requester_has_its_turn() -> None:
         line.put(one(f"flood{number}", username="mallory"), no_node)
     for number in range(2):
         line.put(one(f"w2-{number}", username="w2"), no_node)
-    taken = [job.one.uid for job in iter(lambda: line.take(0), None)]
-    assert taken[:5] == ["flood0", "w2-0", "flood1", "w2-1", "flood2"]
-    assert len(taken) == 52
+    order = [job.one.uid for job in iter(lambda: taken(line), None)]
+    assert order[:5] == ["flood0", "w2-0", "flood1", "w2-1", "flood2"]
+    assert len(order) == 52
 
 
 def test_what_changes_its_size_is_counted_as_it_is() -> None:
@@ -313,9 +319,59 @@ def test_what_changes_its_size_is_counted_as_it_is() -> None:
     line.put(replace(one(version=2), size=queue.MOST_BYTES), no_node)
     line.put(replace(one("u2", username="other"), size=queue.MOST_BYTES), no_node)
     assert line.overflowed
-    assert line.take(0) is not None
+    assert taken(line) is not None
     line.put(replace(one("u2", username="other"), size=queue.MOST_BYTES), no_node)
     assert line.counts() == (1, 1)
+
+
+def pod_object(uid: str) -> PodObject:
+    found = pod_job(uid).one
+    assert isinstance(found, PodObject)
+    return found
+
+
+def test_pods_requests_are_taken_in_lots() -> None:
+    """One thread has a lot at a time, and the next one when all of it has ended; other requests are taken one by one meanwhile."""
+    line = Queue(lot=3)
+    for number in range(5):
+        line.put(pod_object(f"pod{number}"), no_node)
+    line.put(one("csr"), no_node)
+    first, lot = line.take(0), line.take(0)
+    assert [[job.one.uid for job in jobs] for jobs in (first, lot)] == [["csr"], ["pod0", "pod1", "pod2"]]
+    assert line.take(0) == []
+    line.put(one("another"), no_node)
+    assert [job.one.uid for job in line.take(0)] == ["another"]
+    woken: list[list[Job]] = []
+    thread = threading.Thread(target=lambda: woken.append(line.take(600)))
+    thread.start()
+    for job in lot[:2]:
+        line.done(job)
+    assert line.take(0) == []
+    line.delay(lot[2], 600)
+    thread.join(180)
+    assert [job.one.uid for job in woken[0]] == ["pod3", "pod4"]
+
+
+def test_without_lots_pods_requests_are_taken_one_by_one() -> None:
+    """Several threads have one each, as those of kubelets."""
+    line = Queue()
+    for number in range(2):
+        line.put(pod_object(f"pod{number}"), no_node)
+    assert [job.one.uid for _ in range(2) for job in line.take(0)] == ["pod0", "pod1"]
+
+
+def test_a_lot_that_another_replica_took_over_ends() -> None:
+    """What was worked at when the lease was lost counts as ended, and a new lot begins once this replica works again."""
+    line = Queue(lot=3)
+    for number in range(2):
+        line.put(pod_object(f"pod{number}"), no_node)
+    lot = line.take(0)
+    line.forget()
+    line.put(pod_object("pod7"), no_node)
+    assert line.take(0) == []
+    for job in lot:
+        line.delay(job, 0)
+    assert [job.one.uid for job in line.take(0)] == ["pod7"]
 
 
 def test_nothing_is_taken_after_the_end() -> None:
@@ -323,7 +379,7 @@ def test_nothing_is_taken_after_the_end() -> None:
     line = Queue()
     threading.Timer(0.1, line.close).start()
     begin = time.monotonic()
-    assert line.take(600) is None
+    assert taken(line, 600) is None
     assert time.monotonic() - begin < 300
 
 
@@ -373,8 +429,23 @@ def pod_job(uid: str = "r1", **request: Any) -> Job:
 
 def context_of(answer: Callable[[], Reply]) -> Any:
     """Settings as they are without a file, and an API server that answers like this."""
-    api = SimpleNamespace(ask=lambda *_, **__: answer())
+    api = SimpleNamespace(
+        ask=lambda *_, **__: answer(), answer=lambda _: answer(), answers=lambda requests: [answer() for _ in requests]
+    )
     return SimpleNamespace(settings=SimpleNamespace(gateway=GatewaySettings()), api=api, now=lambda: NOW)
+
+
+def done(steps: Steps[Any]) -> Any:
+    """What a job's steps come to, when it goes on alone."""
+    found = []
+
+    def job() -> Steps[None]:
+        found.append((yield from steps))
+
+    [(_, error)] = in_step({0: job()})
+    if error is not None:
+        raise error
+    return found[0]
 
 
 def test_what_a_pod_asks_for_in_vain_takes_nothing_of_its_namespaces_rate() -> None:
@@ -404,10 +475,10 @@ def test_what_users_write_into_their_objects_fills_no_memory() -> None:
             assert judge._uid(f"namespaces/shop/serviceaccounts/s{number}") == "u"
             assert judge._labels_of(f"namespaces/n{number}", {"mtls": "yes"}) == {"mtls": "yes"}
             job = pod_job(f"r{number}", annotations=tuple(many.items()))
-            found = judge._pod(job, at_write=False)
+            found = done(judge._pod(job, at_write=False))
             assert found is not None
             assert found.key_types == {"RSA2048"}
-            assert judge._pod(job, at_write=True) is found
+            assert done(judge._pod(job, at_write=True)) is found
         assert memory()[0] < 1 << 20
 
 
@@ -421,7 +492,7 @@ def test_objects_of_users_are_parsed_one_at_a_time() -> None:
             return super().found(path)
 
     judge = PodJudge(context_of(lambda: Seen(status=200, body=b"{}")))
-    judge._pod(pod_job(), at_write=False)
+    done(judge._pod(pod_job(), at_write=False))
     judge._uid("nodes/w1")
     assert (held, judge._reading.locked()) == ([True, True], False)
 
@@ -436,10 +507,10 @@ def test_a_pod_of_megabytes_is_not_read() -> None:
 
     judge = PodJudge(context_of(answer))
     with pytest.raises(LeftError, match=r"^namespaces/shop/pods/web: wanted at most 512 KiB, found more: shorten"):
-        judge._pod(pod_job(), at_write=False)
+        done(judge._pod(pod_job(), at_write=False))
     error.is_too_long = False
     with pytest.raises(NoAnswerError):
-        judge._pod(pod_job(), at_write=False)
+        done(judge._pod(pod_job(), at_write=False))
 
 
 def test_more_pods_that_wait_than_events_take_none_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from backends.vault.setup import role_beside
 from bridge.gateway import policy, roots, watch
 from bridge.gateway.context import Context, Ledger, PendingRequests
 from bridge.gateway.issue import Issuing
+from bridge.gateway.queue import Queue
 from bridge.gateway.rules import KEY_TYPES, patterns
 from bridge.gateway.service import Service
 from bridge.pki.certificates import is_for, pem
@@ -454,7 +455,7 @@ def test_a_certificate_that_has_waited_for_too_long_is_made_anew_at_once(
             Context(
                 settings=settings, api=service.api, nodes=service.nodes, authorities=service.authorities,
                 ledger=Ledger(store, settings.audit), pending_at_ca=PendingRequests(store), metrics=service.metrics,
-                holder=service.holder, now=lambda: datetime.now(UTC) + ahead[0],
+                holder=service.holder, now=lambda: datetime.now(UTC) + ahead[0], queue=Queue(lot=8),
             )
         )  # fmt: skip
         pod = make_pod(cluster)

@@ -1,15 +1,15 @@
-"""Several callers, one call."""
+"""Several callers, one call; several jobs of one thread, one call."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bridge.system.waiting import Combined
+from bridge.system.waiting import Combined, Steps, Together, in_step
 
 
 def test_each_gets_its_own_result() -> None:
@@ -62,3 +62,73 @@ def test_too_few_results_are_an_error() -> None:
     none: Combined[int, int] = Combined(lambda _: [], 8)
     with pytest.raises(ValueError, match="shorter"):
         none(1)
+
+
+def test_a_caller_with_several_items_gets_their_results() -> None:
+    """From many threads with one to five items each, all in their order, beside others' in the same call."""
+    combined: Combined[int, int] = Combined(lambda items: [2 * item for item in items], 8)
+    wanted = [list(range(number, number + 1 + number % 5)) for number in range(200)]
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(combined.all, wanted))
+    assert found == [[2 * item for item in items] for items in wanted]
+
+
+# --- jobs in step -----------------------------------------------------------------------------------------------------
+
+
+def test_what_jobs_ask_for_is_one_call_each_time() -> None:
+    """Jobs with one, two and three questions need three calls; each ends when it is through, with its own answers."""
+    calls: list[list[object]] = []
+
+    def doubled(items: Sequence[int]) -> list[int]:
+        calls.append(list(items))
+        return [2 * item for item in items]
+
+    found: dict[int, list[int]] = {number: [] for number in (1, 2, 3)}
+
+    def job(count: int) -> Steps[None]:
+        for number in range(count):
+            found[count].append((yield Together(doubled, 10 * count + number)))
+
+    assert list(in_step({count: job(count) for count in (1, 2, 3)})) == [(1, None), (2, None), (3, None)]
+    assert calls == [[10, 20, 30], [21, 31], [32]]
+    assert found == {1: [20], 2: [40, 42], 3: [60, 62, 64]}
+
+
+def test_one_jobs_trouble_is_not_the_others() -> None:
+    """An error as an answer is raised in its job alone, which may bear it; one of the call is raised in each of its jobs."""
+
+    def one_bad(items: Sequence[str]) -> list[str | Exception]:
+        return [OSError(item) if "bad" in item else item for item in items]
+
+    def all_bad(items: Sequence[str]) -> list[str]:
+        raise ValueError(f"{len(items)} items")
+
+    def job(first: str, second: Callable[[Sequence[str]], Sequence[str | Exception]]) -> Steps[None]:
+        try:
+            yield Together(one_bad, first)
+        except OSError:
+            if first == "bad":
+                raise
+        yield Together(second, first)
+
+    jobs = {"bad": job("bad", one_bad), "bad, borne": job("bad, borne", all_bad), "good": job("good", all_bad)}
+    jobs["other"] = job("other", one_bad)
+    ended = dict(in_step(jobs))
+    assert {name: type(error) for name, error in ended.items()} == {
+        "bad": OSError,
+        "bad, borne": ValueError,
+        "good": ValueError,
+        "other": type(None),
+    }
+    assert str(ended["good"]) == "2 items"
+
+
+def test_too_few_answers_are_an_error_of_their_jobs() -> None:
+    """No job gets another's answer in the place of a missing one, and jobs with another question go on."""
+
+    def job(call: Callable[[Sequence[int]], Sequence[int]]) -> Steps[None]:
+        assert (yield Together(call, 1)) == 1
+
+    ended = dict(in_step({"a": job(lambda _: []), "b": job(list)}))
+    assert (type(ended["a"]), ended["b"]) == (ValueError, None)
