@@ -67,7 +67,7 @@ class AuthorityOfSigners:
         self.signs_many = isinstance(backend, SignsMany)
         # one that has to list and read all that it has stored would do so for each request after a start
         self.recalls = isinstance(backend, Recalls) and not isinstance(backend, RecallsIfAllowed)
-        self.signs_side_by_side = isinstance(backend, SignsSideBySide)
+        self.signs_lots = self.signs_many or isinstance(backend, SignsSideBySide)
         #: Has requests signed; several at the same time are one round trip where the CA can do that.
         self.signed: Callable[[Sequence[SignRequest]], Sequence[Answer]] = self.ca.ask_side_by_side
         if self.signs_many:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from bridge import dataclass
-from bridge.cluster.api import Api, NoAnswerError
+from bridge.cluster.api import Api, NoAnswerError, Reply, Request
 from bridge.cluster.lease import Keeper, Lease
 from bridge.errors import BackendError, BackendRefusedError, BridgeError, VerificationError
 from bridge.gateway.authorities import AuthorityOfSigners
@@ -336,6 +336,11 @@ class Context:
         """Leave the job if another replica works."""
         if not self.holder.is_ours():
             raise LeftError("left", "another replica works", 0.5)
+
+    def write_all(self, requests: Sequence[Request]) -> Sequence[Reply | NoAnswerError]:
+        """The API server's answers to writes of a lot, if no other replica works by now."""
+        self.assert_ours()
+        return self.api.answers(requests)
 
     def record_quietly(self, facts: Line, event: str, error: BackendError | VerificationError) -> None:
         """Record what has happened already; if that fails, the log has it, and `/readyz` fails."""

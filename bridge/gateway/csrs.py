@@ -93,7 +93,6 @@ class Judge:
 
     def verdict(self, job: Job, *, at_write: bool = False) -> Steps[Verdict]:
         """The policy's verdict; for a write, files and Node object are looked at now, else they may have been a second ago."""
-        yield from ()  # what it looks up is remembered for many jobs
         one, nodes = _ours(job.one), self._context.nodes
         since = time.monotonic() - (0.0 if at_write else _RECENT_SECONDS)
         world = self._world(one, since)
@@ -110,7 +109,8 @@ class Judge:
                 entry = nodes.with_dns(node, entry, addresses_of(one.request))
                 # usually a token's node does not exist yet; a node that asks for itself may have just registered
                 itself = one.request.username == f"{NODE_USER}{node}"
-                state = self._states.state(node, since, newer=itself, with_readiness=entry.rejoin and not itself)
+                with_readiness = entry.rejoin and not itself
+                state = yield from self._states.state(node, since, newer=itself, with_readiness=with_readiness)
                 verdict = judge(one.request, replace(world, entry=entry, state=state))
         needs_person = isinstance(verdict, Allowed) and world.policy.signers[one.request.signer].approval == "required"
         if needs_person and not one.is_approved_by_person:
@@ -234,7 +234,7 @@ class Writer:
     def _patched(self, job: Job, subresource: str, body: Mapping[str, Any]) -> Steps[Reply]:
         """As `_patch`, with other jobs' writes; the answer has no more than metadata."""
         request = request_of("PATCH", f"{job.one.path}/{subresource}", body, MERGE_PATCH, accept=METADATA)
-        reply: Reply = yield Together(self._context.api.answers, request)
+        reply: Reply = yield Together(self._context.write_all, request)
         return self._judged(job, subresource, reply)
 
     def _patch(self, job: Job, subresource: str, body: Mapping[str, Any], *, accept: str = JSON) -> Reply:

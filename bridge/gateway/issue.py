@@ -8,11 +8,12 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
+from collections.abc import Sequence
 from datetime import timedelta
 from uuid import UUID
 
 from bridge import dataclass
-from bridge.ca import UntrustedAnswerError
+from bridge.ca import Answer, UntrustedAnswerError
 from bridge.cluster.api import NoAnswerError
 from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, LocalFileError, VerificationError
@@ -109,7 +110,13 @@ class Issuing:
         queue = self._context.queue
         jobs = queue.take(seconds)
         for job, error in in_step({job: self._answer(job) for job in jobs}):
-            seconds_until = self._ended(job, error)
+            try:
+                seconds_until = self._ended(job, error)
+            except Exception as e:  # noqa: BLE001 (one request's trouble is not the others')
+                [*_, where] = traceback.extract_tb(e.__traceback__)
+                text = f"internal error: {type(e).__name__} at {where.filename}:{where.lineno}"
+                log.error("%s (a bug: report it)", text, extra=extra(job))  # noqa: TRY400 (a traceback may hold secrets)
+                seconds_until = _LONGEST_LOOK_SECONDS
             if seconds_until is None:
                 queue.done(job)
             else:
@@ -133,10 +140,7 @@ class Issuing:
             case NoAnswerError() | AuditError() | StateError():
                 own = "the gateway has trouble of its own; its log says which"
                 return self._left(job, "left", str(error), for_owner=own)
-        [*_, where] = traceback.extract_tb(error.__traceback__)
-        text = f"internal error: {type(error).__name__} at {where.filename}:{where.lineno}"
-        log.error("%s (a bug: report it)", text, extra=extra(job))  # a traceback may hold secrets
-        return _LONGEST_LOOK_SECONDS
+        raise error
 
     def _left(self, job: Job, outcome: str, reason: str, seconds: float | None = None, *, for_owner: str = "") -> float:
         if job.said != reason:
@@ -184,13 +188,13 @@ class Issuing:
         if isinstance(verdict, Later):
             raise LeftError("left", verdict.reason)
         if isinstance(verdict, Hostile):
-            self._deny(job, verdict)
+            yield from self._deny(job, verdict)
             return None
         return verdict
 
-    def _deny(self, job: Job, hostile: Hostile) -> None:
+    def _deny(self, job: Job, hostile: Hostile) -> Steps[None]:
         context, writer = self._context, self._writer_of(job.one)
-        context.ledger.write(facts_of(job.one), audit.REFUSED, error=NotAllowedError(hostile.reason))
+        yield context.ledger.line(facts_of(job.one), audit.REFUSED, error=NotAllowedError(hostile.reason))
         for _ in writer.turns(job):
             if outcome := writer.deny(job, hostile).lower():
                 self._remember(job)
@@ -319,13 +323,19 @@ class Issuing:
         else:
             yield context.ledger.line(job.facts, audit.ASKED)
             job.was_asked, job.was_recalled = True, False
-            answer = yield Together(authority.signed, asking.request)
+            answer = yield Together(self._answers, (authority, asking.request))
             job.was_asked = False
         if isinstance(answer, Issued):
             return answer
         self._keep(asking, answer)
         self._writer_of(job.one).waits(job)
         raise LeftError("pending", "the CA answers later", context.settings.gateway.collect_every.total_seconds())
+
+    def _answers(self, wanted: Sequence[tuple[AuthorityOfSigners, SignRequest]]) -> Sequence[Answer]:
+        """Of one CA: a lot has no requests to another one."""
+        self._context.assert_ours()  # other jobs' steps may have taken a while
+        [authority] = {one for one, _ in wanted}
+        return authority.signed([request for _, request in wanted])
 
     def _assert_may_ask(self, authority: AuthorityOfSigners) -> None:
         if (rest := authority.rest.turn()) > 0:

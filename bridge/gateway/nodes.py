@@ -30,7 +30,7 @@ from bridge.settings.tables import GatewaySettings
 from bridge.system.files import how_to_begin, version
 from bridge.system.paths import assert_ours, own_text
 from bridge.system.run_command import Command, passed_on, run
-from bridge.system.waiting import Combined, remember
+from bridge.system.waiting import Combined, Steps, Together, remember
 
 log = logging.getLogger("ca-bridge")
 
@@ -286,11 +286,11 @@ class NodeStates:
         self._api = api
         self._mutex = threading.Lock()
         self._known: dict[str, tuple[NodeState, float]] = {}
-        self._together = Combined(self._looked_at, _MOST_TOGETHER)
+        self._together = Combined(self._looked_at, _MOST_TOGETHER).all
         self._latest: tuple[frozenset[str], float] = (frozenset(), -math.inf)  # a list, and when it was asked for
         self._lists_from = 0.0
 
-    def state(self, name: str, since: float, *, newer: bool, with_readiness: bool) -> NodeState:
+    def state(self, name: str, since: float, *, newer: bool, with_readiness: bool) -> Steps[NodeState]:
         """The node's state, by a look no older than `since`; `newer` repeats a look that did not find it."""
         now = time.monotonic()
         with self._mutex:
@@ -300,9 +300,7 @@ class NodeStates:
         there, listed = self._latest
         if listed >= since and name not in there and not newer:
             return NodeState(exists=False)
-        found = self._together((name, with_readiness))
-        if isinstance(found, NoAnswerError):
-            raise found
+        found: NodeState = yield Together(self._together, (name, with_readiness))
         with self._mutex:
             if len(self._known) >= _MOST_NODES:
                 self._known.clear()

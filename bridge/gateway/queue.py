@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from bridge import dataclass
-from bridge.gateway.watch import AnyObject, PodObject
+from bridge.gateway.watch import AnyObject
 from bridge.pki.verify import Verified
 from bridge.system.waiting import remember
 
@@ -44,6 +44,7 @@ class Job:
     one: AnyObject
     look: Look
     arrived: float  #: Monotonic.
+    lane: str = ""  #: Whose jobs are taken in lots; empty: this one is taken alone.
     begun: bool = False  #: It has its turn by the rates.
     attempts: int = 0
     said: str = ""  #: The last reason why it was left, which is logged once.
@@ -65,21 +66,21 @@ def key_of(one: AnyObject, node: str | None) -> str:
 class Queue:
     """May be used by any thread."""
 
-    def __init__(self, lot: int = 1) -> None:
-        """`lot`: so many requests of pods one thread takes at once, and no other thread meanwhile; 1: each thread takes one."""
-        self._lot = lot
+    def __init__(self, lane: Callable[[AnyObject], str] = lambda _: "", lot: int = 1) -> None:
+        """Of a lane that has a name, one thread takes up to `lot` jobs at once, and no other thread takes any meanwhile."""
+        self._lane, self._lot = lane, lot
         self._changed = threading.Condition()
         self._order = itertools.count()
         self._working: dict[str, Job] = {}
-        self._lot_left = 0  # jobs of the lot that is at work
+        self._lots: Counter[str] = Counter()  # jobs of the lot that is at work, by lane
         self._closed = False
         self._watched = math.inf  # when a thread wakes up for a delayed job
         self._reset()
 
     def _reset(self) -> None:
         self._jobs: dict[str, Job] = {}  # by uid: waiting or delayed
-        #: By whether lots are taken of them, and by user, whose turn is next first.
-        self._ready: dict[bool, OrderedDict[str, deque[Job]]] = {False: OrderedDict(), True: OrderedDict()}
+        #: By lane, and in it by user, whose turn is next first.
+        self._ready: dict[str, OrderedDict[str, deque[Job]]] = {}
         self._delayed: list[tuple[float, int, Job]] = []
         self._newest: OrderedDict[str, tuple[tuple[datetime, int], str]] = OrderedDict()
         self._shares: Counter[str] = Counter()  # bytes by user
@@ -107,7 +108,7 @@ class Queue:
             superseded = self._supersede(one, found.key)
             if superseded is None or not self._make_room(one):
                 return []
-            job = Job(one=one, look=found, arrived=time.monotonic())
+            job = Job(one=one, look=found, arrived=time.monotonic(), lane=self._lane(one))
             self._add(job)
             self._line_up(job)
             return superseded
@@ -137,9 +138,8 @@ class Queue:
 
     def _line_up(self, job: Job) -> None:
         """Every user has a line, and the lines have their turns, so that a flood is in no other user's way."""
-        is_of_lot = self._is_of_lot(job)
-        self._ready[is_of_lot].setdefault(job.one.request.username, deque()).append(job)
-        if not (is_of_lot and self._lot_left):  # else it waits for the lot that is at work
+        self._ready.setdefault(job.lane, OrderedDict()).setdefault(job.one.request.username, deque()).append(job)
+        if not self._lots[job.lane]:  # else it waits for the lot that is at work
             self._changed.notify()
 
     def _add(self, job: Job) -> None:
@@ -223,13 +223,12 @@ class Queue:
                 self._line_up(job)
 
     def _next(self) -> list[Job]:
-        if jobs := self._next_of(self._ready[False], 1):
-            return jobs
-        if self._lot_left:
-            return []
-        lot = self._next_of(self._ready[True], self._lot)
-        self._lot_left = len(lot)
-        return lot
+        for lane in [lane for lane, ready in self._ready.items() if ready and not self._lots[lane]]:
+            self._ready[lane] = self._ready.pop(lane)  # its next turn is after the others'
+            if jobs := self._next_of(self._ready[lane], self._lot if lane else 1):
+                self._lots[lane] += len(jobs) if lane else 0
+                return jobs
+        return []
 
     def _next_of(self, ready: OrderedDict[str, deque[Job]], most: int) -> list[Job]:
         found: list[Job] = []
@@ -243,10 +242,6 @@ class Queue:
                 self._pop(job.one.uid)
                 found.append(job)
         return found
-
-    def _is_of_lot(self, job: Job) -> bool:
-        """A verdict on another request may wait for a program or a name server, and would keep the whole lot waiting."""
-        return self._lot > 1 and isinstance(job.one, PodObject)
 
     def _wait(self, now: float, deadline: float) -> None:
         """Wait for a change; only one thread waits for the time of a delayed job, which would wake a hundred of them."""
@@ -263,9 +258,9 @@ class Queue:
 
     def _end_work(self, job: Job) -> None:
         del self._working[job.one.uid]
-        if self._is_of_lot(job):
-            self._lot_left -= 1
-            if not self._lot_left and self._ready[True]:
+        if job.lane:
+            self._lots[job.lane] -= 1
+            if not self._lots[job.lane] and self._ready.get(job.lane):
                 self._changed.notify()
 
     def done(self, job: Job) -> None:
@@ -315,8 +310,7 @@ class Queue:
         """Take no new jobs, and forget those that are not being worked at."""
         with self._changed:
             self._closed = True
-            for ready in self._ready.values():
-                ready.clear()
+            self._ready.clear()
             self._changed.notify_all()
 
     def counts(self) -> tuple[int, int]:

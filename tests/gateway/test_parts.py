@@ -324,6 +324,10 @@ def test_what_changes_its_size_is_counted_as_it_is() -> None:
     assert line.counts() == (1, 1)
 
 
+def lane_of_pods(one: SigningRequest | PodObject) -> str:
+    return "pods" if isinstance(one, PodObject) else ""
+
+
 def pod_object(uid: str) -> PodObject:
     found = pod_job(uid).one
     assert isinstance(found, PodObject)
@@ -332,7 +336,7 @@ def pod_object(uid: str) -> PodObject:
 
 def test_pods_requests_are_taken_in_lots() -> None:
     """One thread has a lot at a time, and the next one when all of it has ended; other requests are taken one by one meanwhile."""
-    line = Queue(lot=3)
+    line = Queue(lane_of_pods, 3)
     for number in range(5):
         line.put(pod_object(f"pod{number}"), no_node)
     line.put(one("csr"), no_node)
@@ -362,7 +366,7 @@ def test_without_lots_pods_requests_are_taken_one_by_one() -> None:
 
 def test_a_lot_that_another_replica_took_over_ends() -> None:
     """What was worked at when the lease was lost counts as ended, and a new lot begins once this replica works again."""
-    line = Queue(lot=3)
+    line = Queue(lane_of_pods, 3)
     for number in range(2):
         line.put(pod_object(f"pod{number}"), no_node)
     lot = line.take(0)
@@ -949,7 +953,7 @@ def test_what_counts_at_a_write_is_looked_at_then(tmp_path: Path) -> None:
     watched = nodes.WatchedFile(file, "inventory", lambda text, _: text)
 
     def seen(since: float) -> tuple[bool, str]:
-        return states.state("w1", since, newer=False, with_readiness=False).exists, watched.get(since)
+        return done(states.state("w1", since, newer=False, with_readiness=False)).exists, watched.get(since)
 
     assert seen(time.monotonic()) == (True, "old")
     there.clear()
@@ -1003,7 +1007,7 @@ def test_a_list_of_nodes_says_for_a_while_which_are_not_there() -> None:
     assert len(listed) == 1
 
     def exists(name: str, since: float, *, newer: bool = False) -> bool:
-        return states.state(name, since, newer=newer, with_readiness=False).exists
+        return bool(done(states.state(name, since, newer=newer, with_readiness=False)).exists)
 
     names.append("w11")
     assert not exists("w11", begin)
