@@ -24,7 +24,7 @@ from bridge.gateway.queue import Job, Queue
 from bridge.gateway.rules import spec_of
 from bridge.gateway.watch import AnyObject, PodObject
 from bridge.settings.tables import AuditSettings, Settings
-from bridge.specs import POD_SPECS
+from bridge.specs import POD_SPECS, CertificateSpec
 from bridge.state import Store
 from bridge.state.audit import AuditError, Record
 from bridge.state.open_requests import Kind, RequestLog
@@ -148,11 +148,17 @@ _AGAIN_SECONDS = 5.0
 Line = dict[str, Any]  #: One event of one request, for `Record.add`; or all of it but the event.
 
 
-def facts_of(one: AnyObject, authority: AuthorityOfSigners | None = None) -> Line:
-    """What each line about an object of one of our signers repeats; names in it are the requester's choice."""
+def spec_for(one: AnyObject) -> CertificateSpec:
+    """The spec, and with it the CA, of an object of one of our signers."""
     spec = POD_SPECS["peer"] if isinstance(one, PodObject) else spec_of(one.request.signer)
     if spec is None:
         raise AssertionError("only signers that have a spec are looked at")
+    return spec
+
+
+def facts_of(one: AnyObject, authority: AuthorityOfSigners | None = None) -> Line:
+    """What each line about an object of one of our signers repeats; names in it are the requester's choice."""
+    spec = spec_for(one)
     found = {
         "request": one.uid,
         "object": one_line(one.name),

@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import field, replace
 from datetime import datetime
 from typing import Any
@@ -44,7 +44,7 @@ class Job:
     one: AnyObject
     look: Look
     arrived: float  #: Monotonic.
-    lane: str = ""  #: Whose jobs are taken in lots; empty: this one is taken alone.
+    lane: str = ""  #: The CA's name.
     begun: bool = False  #: It has its turn by the rates.
     attempts: int = 0
     said: str = ""  #: The last reason why it was left, which is logged once.
@@ -66,9 +66,9 @@ def key_of(one: AnyObject, node: str | None) -> str:
 class Queue:
     """May be used by any thread."""
 
-    def __init__(self, lane: Callable[[AnyObject], str] = lambda _: "", lot: int = 1) -> None:
-        """Of a lane that has a name, one thread takes up to `lot` jobs at once, and no other thread takes any meanwhile."""
-        self._lane, self._lot = lane, lot
+    def __init__(self, lane: Callable[[AnyObject], str] = lambda _: "", lots: Mapping[str, int] | None = None) -> None:
+        """Of a lane in `lots` one thread takes up to so many jobs at once, and no other thread takes any meanwhile."""
+        self._lane, self._most = lane, lots or {}
         self._changed = threading.Condition()
         self._order = itertools.count()
         self._working: dict[str, Job] = {}
@@ -225,8 +225,8 @@ class Queue:
     def _next(self) -> list[Job]:
         for lane in [lane for lane, ready in self._ready.items() if ready and not self._lots[lane]]:
             self._ready[lane] = self._ready.pop(lane)  # its next turn is after the others'
-            if jobs := self._next_of(self._ready[lane], self._lot if lane else 1):
-                self._lots[lane] += len(jobs) if lane else 0
+            if jobs := self._next_of(self._ready[lane], self._most.get(lane, 1)):
+                self._lots[lane] += len(jobs) if lane in self._most else 0
                 return jobs
         return []
 
@@ -258,7 +258,7 @@ class Queue:
 
     def _end_work(self, job: Job) -> None:
         del self._working[job.one.uid]
-        if job.lane:
+        if self._lots[job.lane]:
             self._lots[job.lane] -= 1
             if not self._lots[job.lane] and self._ready.get(job.lane):
                 self._changed.notify()

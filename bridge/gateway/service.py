@@ -22,14 +22,14 @@ from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BackendError, BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.gateway import authorities, pages, roots
 from bridge.gateway.authorities import AuthorityOfSigners
-from bridge.gateway.context import Alone, Context, Leader, Ledger, PendingRequests
+from bridge.gateway.context import Alone, Context, Leader, Ledger, PendingRequests, spec_for
 from bridge.gateway.issue import Issuing
 from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
 from bridge.gateway.queue import Queue
 from bridge.gateway.roots import Roots
 from bridge.gateway.rules import CLIENT_KUBELET, spec_of
-from bridge.gateway.watch import CSRS, SILENCE_SECONDS, AnyObject, PodObject, Watch, served
+from bridge.gateway.watch import CSRS, SILENCE_SECONDS, Watch, served
 from bridge.gateway.watch import PODS as POD_REQUESTS
 from bridge.settings.tables import GatewaySettings, Settings, address_of
 from bridge.specs import PODS
@@ -41,8 +41,8 @@ from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
 
-#: Jobs of a lot at least: what a CA signs in one go costs it the less.
-_LOT = 64
+#: So many jobs at least go through all steps together where a CA signs many in one go, each of which costs it time.
+_LOT_OF_MANY = 64
 #: So many threads wait where a CA signs many in one go: it gets all that wait together.
 _THREADS_OF_MANY = 96
 #: Python looks for cycles after 700 new objects; hundreds of requests at once have many more, and hardly a cycle.
@@ -135,17 +135,17 @@ class Service:
             if self.settings.gateway.serve_status and address is not None:
                 by_path = {"/metrics": self._metrics_page, "/healthz": self._healthz, "/readyz": self._readyz}
                 port = stack.enter_context(pages.serving(address, by_path))
-            ledger = Ledger(store, self.settings.audit)
+            ledger, lots = Ledger(store, self.settings.audit), self._lots()
             self.context = Context(
                 settings=self.settings, api=self.api, nodes=self.nodes, authorities=self.authorities,
                 ledger=ledger, pending_at_ca=PendingRequests(store), metrics=self.metrics, holder=self.holder, now=self._now,
-                queue=Queue(self._lane, max(self.settings.gateway.concurrency, _LOT)),
+                queue=Queue(lambda one: spec_for(one).authority.name, lots),
             )  # fmt: skip
             self._issuing = Issuing(self.context)
             self._started = True
             cas = list(self._look_at_cas())
             self.holder.start(lambda: not ledger.trouble)
-            many = any(one.signs_many for one in self.authorities.values()) and not self._takes_lots
+            many = any(one.signs_many for one in self.authorities.values()) and not lots
             count = max(self.settings.gateway.concurrency, _THREADS_OF_MANY if many else 0)
             threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(count)]
             threads += [threading.Thread(target=self._watch_on, args=(one,), name=f"watch of {one.what}", daemon=True)
@@ -162,16 +162,16 @@ class Service:
             self._tick_until_stopped()
             self._drain(threads)
 
-    def _lane(self, one: AnyObject) -> str:
-        """The CA whose requests go through all steps in lots; empty: a thread takes this one alone."""
-        spec = None if isinstance(one, PodObject) else spec_of(one.request.signer)
-        authority = self.authorities.get(spec.authority.name if spec is not None else PODS.name)
-        return authority.name if authority is not None and authority.signs_lots and self._takes_lots else ""
-
-    @property
-    def _takes_lots(self) -> bool:
-        """Whether no verdict waits for a program or a name server, which would keep a whole lot waiting."""
-        return self.settings.gateway.inventory_command is None and not self.settings.gateway.reverse_dns
+    def _lots(self) -> dict[str, int]:
+        """
+        How many requests go through all steps together, by the CA; none where a verdict may wait for a program or a name
+        server, and would keep the others of its lot waiting.
+        """
+        ours = self.settings.gateway
+        if ours.inventory_command is not None or ours.reverse_dns:
+            return {}
+        sizes = {True: max(ours.concurrency, _LOT_OF_MANY), False: ours.concurrency}
+        return {name: sizes[one.signs_many] for name, one in self.authorities.items() if one.signs_lots}
 
     def _look_at_cas(self) -> Iterator[threading.Thread]:
         """The threads that look at the CAs, once all have had their first look; one that hangs holds up no other one's signers."""

@@ -336,12 +336,12 @@ def pod_object(uid: str) -> PodObject:
 
 def test_pods_requests_are_taken_in_lots() -> None:
     """One thread has a lot at a time, and the next one when all of it has ended; other requests are taken one by one meanwhile."""
-    line = Queue(lane_of_pods, 3)
+    line = Queue(lane_of_pods, {"pods": 3})
     for number in range(5):
         line.put(pod_object(f"pod{number}"), no_node)
     line.put(one("csr"), no_node)
-    first, lot = line.take(0), line.take(0)
-    assert [[job.one.uid for job in jobs] for jobs in (first, lot)] == [["csr"], ["pod0", "pod1", "pod2"]]
+    lot, other = line.take(0), line.take(0)
+    assert [[job.one.uid for job in jobs] for jobs in (lot, other)] == [["pod0", "pod1", "pod2"], ["csr"]]
     assert line.take(0) == []
     line.put(one("another"), no_node)
     assert [job.one.uid for job in line.take(0)] == ["another"]
@@ -366,7 +366,7 @@ def test_without_lots_pods_requests_are_taken_one_by_one() -> None:
 
 def test_a_lot_that_another_replica_took_over_ends() -> None:
     """What was worked at when the lease was lost counts as ended, and a new lot begins once this replica works again."""
-    line = Queue(lane_of_pods, 3)
+    line = Queue(lane_of_pods, {"pods": 3})
     for number in range(2):
         line.put(pod_object(f"pod{number}"), no_node)
     lot = line.take(0)

@@ -455,7 +455,7 @@ def test_a_certificate_that_has_waited_for_too_long_is_made_anew_at_once(
             Context(
                 settings=settings, api=service.api, nodes=service.nodes, authorities=service.authorities,
                 ledger=Ledger(store, settings.audit), pending_at_ca=PendingRequests(store), metrics=service.metrics,
-                holder=service.holder, now=lambda: datetime.now(UTC) + ahead[0], queue=Queue(lambda _: "pods", 8),
+                holder=service.holder, now=lambda: datetime.now(UTC) + ahead[0], queue=Queue(lambda _: "pods", {"pods": 8}),
             )
         )  # fmt: skip
         pod = make_pod(cluster)
