@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 
 from bridge import dataclass
-from bridge.desk.node_inventory import Inventory
+from bridge.desk.node_inventory import Inventory, NodeEntry
 from bridge.gateway.policy import Allowed, GatewayPolicy, Hostile, Later, Verdict, read_csr
 from bridge.gateway.rules import IN_PATH, KEY_TYPES, Identity, PodSignerRules, is_never_a_pods
 from bridge.pki.csr import CsrData, OddRequestError
@@ -74,6 +74,7 @@ class PodWorld:
     account_uid: str | None
     node_uid: str | None
     labels: Mapping[str, str] | None  #: The namespace's.
+    entry: NodeEntry | None  #: The node's.
 
 
 def judge(request: PodRequest, world: PodWorld) -> Verdict:
@@ -133,8 +134,7 @@ def key_of(csr: CsrData) -> str:
 
 def _absent(request: PodRequest, world: PodWorld, pod: PodState) -> Iterator[str]:
     """Why no pod is waiting for the answer now; the pod may still come, or the object is deleted by itself."""
-    name = request.node
-    entry = world.inventory.nodes.get(name)
+    name, entry = request.node, world.entry
     if pod.uid != request.pod_uid:
         yield "another pod has this name by now"
     if pod.phase not in {"Pending", "Running"}:

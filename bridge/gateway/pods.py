@@ -7,12 +7,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime
 from http import HTTPStatus
 from typing import Any, TypeVar
 
 from bridge.cluster import items, mapping
 from bridge.cluster.api import JSON, METADATA, NoAnswerError, Reply, Request, request_of
+from bridge.errors import BridgeError
 from bridge.gateway import watch
 from bridge.gateway.context import Context, LeftError, after_refusal
 from bridge.gateway.csrs import Writer, condition_of, identity_of
@@ -102,10 +104,18 @@ class PodJudge:
             account_uid=self._uid(f"{namespace}/serviceaccounts/{quoted(request.service_account)}"),
             node_uid=self._uid(f"nodes/{quoted(request.node)}"),
             labels=self._labels_of(namespace, rules.namespace_labels) if rules is not None else None,
+            entry=inventory.nodes.get(request.node),
             ca_end=context.authorities[PODS.name].end(),
             now=context.now(),
         )
-        return judge(request, world)
+        verdict = judge(request, world)
+        if isinstance(verdict, Allowed) and world.entry is None:  # no program is asked about what is not signed anyhow
+            try:
+                entry = context.nodes.entry(request.node, inventory)
+            except BridgeError as e:
+                return Later(str(e))
+            verdict = judge(request, replace(world, entry=entry))
+        return verdict
 
     # --- what the API server has at present ---------------------------------------------------------------------------
 

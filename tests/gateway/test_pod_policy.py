@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from bridge.contract import Names
 from bridge.desk import node_inventory
+from bridge.desk.node_inventory import NodeEntry
 from bridge.errors import SettingsError
 from bridge.gateway import policy
 from bridge.gateway.pod_policy import PodRequest, PodState, PodWorld, judge
@@ -37,7 +38,7 @@ def world(text: str = pods.POLICY, **changes: Any) -> PodWorld:
     """As it is for a pod that may have a certificate."""
     usual = PodWorld(
         policy=policy.parse(text), cluster="kubernetes", inventory=INVENTORY, ca_end=NOW + timedelta(days=100), now=NOW,
-        created=NOW, pod=POD, account_uid="s", node_uid="n", labels={},
+        created=NOW, pod=POD, account_uid="s", node_uid="n", labels={}, entry=None,
     )  # fmt: skip
     return replace(usual, **changes)
 
@@ -74,7 +75,7 @@ def test_names_are_the_policys() -> None:
         {"created": NOW - timedelta(minutes=15)},
         {"cluster": "other"},
         {"ca_end": NOW + timedelta(minutes=50)},
-        {"inventory": node_inventory.parse("[node.w1]\nblocked = true\n")},
+        {"entry": NodeEntry(blocked=True)},
     ],
 )
 def test_what_may_pass_later_is_left(changes: Mapping[str, Any]) -> None:

@@ -414,6 +414,28 @@ def test_what_changes_while_the_ca_signs(cluster: ClusterApi, bao: OpenBao, ca: 
             assert outcome(pod.read(name)) == ""
 
 
+@pytest.mark.attack("P4")
+def test_a_node_that_a_program_blocks(cluster: ClusterApi, ca: Signer, tmp_path: Path) -> None:
+    """`inventory_command` is asked for nodes that the file does not have, and its answer is remembered; while it fails, their pods wait."""
+    place = pods.with_openssl(pods.place(cluster, tmp_path), ca)
+    program, asked, answers = tmp_path / "cmdb", tmp_path / "asked", tmp_path / "answers"
+    for node, answer in {"w71": '{"blocked": true}', "w72": "what?", "w73": "{}"}.items():
+        gateways.written(answers / node, answer)
+    gateways.written(program, f'#!/bin/sh\necho "$1" >>{asked}\ncat {answers}/"$1" 2>/dev/null || true\n', 0o755)
+    place.gateway["inventory_command"] = str(program)
+    blocked, unclear, known, *more = (make_pod(cluster, node=node) for node in ("w71", "w72", *["w73"] * 20))
+    with gateways.running(place) as gateway:
+        requests = [(pod, pod.ask()) for pod in (blocked, unclear, known, *more)]
+        for pod, name in requests[2:]:
+            until(gateway, pod, name)
+        gateway.until(lambda: "the inventory blocks node w71" in gateway.text())
+        gateway.until(lambda: f"{program} w72: wanted an object in JSON" in gateway.text())
+        assert [outcome(pod.read(name)) for pod, name in requests[:2]] == ["", ""]
+        assert asked.read_text().split().count("w73") <= 21  # and not once more for each at its write
+        gateways.written(answers / "w72", "{}")
+        until(gateway, *requests[1])
+
+
 def test_a_name_that_the_policy_takes_back_before_the_write(cluster: ClusterApi, ca: Signer, tmp_path: Path) -> None:
     """While the API server takes no answer, a DNS name is taken out: it is in no certificate; what stays as it was is signed once."""
     with api_proxy.between(cluster, gateways.USER) as proxy:
