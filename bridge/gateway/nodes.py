@@ -110,23 +110,23 @@ class Remembered(Generic[K, V]):
         self._asking = [threading.Lock() for _ in range(_MOST_ASKING)]
         self._answers: OrderedDict[K, tuple[V, float]] = OrderedDict()
 
-    def of(self, key: K, ask: Callable[[], V]) -> V:
+    def of(self, key: K, ask: Callable[[], V], since: float = -math.inf) -> V:
         """The answer; if it is not known, one thread asks, and the others that want the same wait for it."""
-        known = self.get(key)
+        known = self.get(key, since)
         if known is None:
             with self._asking[hash(key) % _MOST_ASKING]:
-                known = self.get(key)
+                known = self.get(key, since)
                 if known is None:
                     now = time.monotonic()
                     known = (ask(),)
                     self.put(key, known[0], now)
         return known[0]
 
-    def get(self, key: K) -> tuple[V] | None:
-        """The answer; None: it is not known."""
+    def get(self, key: K, since: float = -math.inf) -> tuple[V] | None:
+        """The answer to what was asked since then (monotonic); None: it is not known."""
         with self._mutex:
             found = self._answers.get(key)
-        return (found[0],) if found is not None and time.monotonic() - found[1] < self._seconds else None
+        return (found[0],) if found is not None and found[1] >= max(since, time.monotonic() - self._seconds) else None
 
     def put(self, key: K, value: V, since: float | None = None) -> None:
         """Remember an answer to what was asked then (monotonic; None: a moment ago)."""

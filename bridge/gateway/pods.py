@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -85,11 +86,22 @@ class PodJudge:
         return Look()
 
     def verdict(self, job: Job, *, at_write: bool = False) -> Steps[Verdict]:
-        """The policy's verdict, by the pod as it is at this moment; for a write, it may have been looked at a moment ago."""
+        """
+        The policy's verdict, by the pod as it is at this moment, or for a write by what was looked at a moment ago; a denial,
+        after which a pod never starts, by all as it is at this moment.
+        """
+        now = time.monotonic()
+        verdict = yield from self._judged(job, now if at_write else now - _RECENT_SECONDS, at_write=at_write)
+        if isinstance(verdict, Hostile):
+            # what the first look saw in this moment is not looked at again: the files for a write, and else the pod
+            verdict = yield from self._judged(job, now, now, at_write=not at_write)
+        return verdict
+
+    def _judged(self, job: Job, files_since: float, since: float = -math.inf, *, at_write: bool) -> Steps[Verdict]:
         context, request = self._context, _request(job.one)
         if PODS.name not in context.authorities:
             return Later("the policy had no table for this signer when the gateway was started; restart it")
-        policy, inventory = context.nodes.files(time.monotonic() - (0.0 if at_write else _RECENT_SECONDS))
+        policy, inventory = context.nodes.files(files_since)
         rules = policy.pod_signers.get(request.signer)
         hostile = own_words(request)
         if isinstance(hostile, Hostile):  # nothing is looked up for it
@@ -101,9 +113,9 @@ class PodJudge:
             inventory=inventory,
             created=job.one.created,
             pod=(yield from self._pod(job, at_write=at_write)),
-            account_uid=self._uid(f"{namespace}/serviceaccounts/{quoted(request.service_account)}"),
-            node_uid=self._uid(f"nodes/{quoted(request.node)}"),
-            labels=self._labels_of(namespace, rules.namespace_labels) if rules is not None else None,
+            account_uid=self._uid(f"{namespace}/serviceaccounts/{quoted(request.service_account)}", since),
+            node_uid=self._uid(f"nodes/{quoted(request.node)}", since),
+            labels=self._labels_of(namespace, rules.namespace_labels, since) if rules is not None else None,
             entry=inventory.nodes.get(request.node),
             ca_end=context.authorities[PODS.name].end(),
             now=context.now(),
@@ -133,13 +145,15 @@ class PodJudge:
         self._pods.put(job.one.uid, found, now)
         return found
 
-    def _uid(self, path: str) -> str | None:
+    def _uid(self, path: str, since: float = -math.inf) -> str | None:
         """An object's UID, as it was a moment ago; None: it is not there."""
-        return self._uids.of(
-            path, lambda: self._looked_at(path, METADATA, lambda found: str(mapping(found, "metadata").get("uid", "")))
-        )
 
-    def _labels_of(self, path: str, wanted: Mapping[str, str]) -> Mapping[str, Any]:
+        def read(document: Mapping[str, Any]) -> str:
+            return str(mapping(document, "metadata").get("uid", ""))
+
+        return self._uids.of(path, lambda: self._looked_at(path, METADATA, read), since)
+
+    def _labels_of(self, path: str, wanted: Mapping[str, str], since: float = -math.inf) -> Mapping[str, Any]:
         """Those of an object's labels that are wanted, as they were a moment ago; none: it has none, or is not there."""
         if not wanted:
             return {}
@@ -147,7 +161,7 @@ class PodJudge:
         def read(document: Mapping[str, Any]) -> Mapping[str, Any]:
             return {key: value for key, value in mapping(document, "metadata", "labels").items() if key in wanted}
 
-        return self._labels.of((path, *wanted), lambda: self._looked_at(path, METADATA, read) or {})
+        return self._labels.of((path, *wanted), lambda: self._looked_at(path, METADATA, read) or {}, since)
 
     def _looked_at(self, path: str, accept: str, read: Callable[[Mapping[str, Any]], T]) -> T | None:
         """What is read of an object; None: it is not there."""

@@ -302,6 +302,23 @@ def test_a_refresh_that_the_policy_does_not_allow_any_more(cluster: ClusterApi, 
         until(gateway, running, waits)
 
 
+def test_a_denial_counts_what_was_put_right_a_moment_ago(cluster: ClusterApi, ca: Signer, tmp_path: Path) -> None:
+    """A namespace whose label, and a policy whose namespace, came after a look at them that still counts otherwise."""
+    labels = pods.POLICY.replace('namespaces = ["shop", "bank"]\n', 'namespace_labels = { mtls = "yes" }\n', 1)
+    place = pods.with_openssl(pods.place(cluster, tmp_path, labels), ca)
+    first, second, third = (make_pod(cluster, "lab", "x") for _ in range(3))
+    with gateways.running(place) as gateway:
+        until(gateway, first, first.ask(), "Denied")
+        assert cluster.client().patch("/api/v1/namespaces/lab", {"metadata": {"labels": {"mtls": "yes"}}}).ok
+        until(gateway, second, second.ask())
+        asked = make_pod(cluster, "lab", "x")
+        place.write_policy(labels.replace('"yes"', '"no"'))
+        gateway.until(lambda: "policy.toml again" in gateway.text())
+        until(gateway, asked, asked.ask(), "Denied")
+        place.write_policy(labels)
+        until(gateway, third, third.ask())
+
+
 @pytest.mark.parametrize(
     ("type_name", "text"),
     [("exec", 'command = ["/bin/false"]'), ("vault", 'url = "http://127.0.0.1:1"\nmode = "sign-verbatim"')],
