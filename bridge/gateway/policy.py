@@ -29,9 +29,11 @@ from bridge.gateway.rules import (
     spec_of,
     usages_fit,
 )
+from bridge.pki import user_rules
 from bridge.pki.certificates import CN_OID, O_OID, attributes
 from bridge.pki.csr import CsrData, OddRequestError, read_strictly
 from bridge.pki.kubeadm_names import is_node_name
+from bridge.pki.user_rules import User
 from bridge.settings import opened
 from bridge.specs import KUBELET_CLIENT, KUBELET_SERVER, KUBELET_SERVING, MASTERS, USER, CertificateSpec
 from bridge.words import one_line
@@ -184,9 +186,10 @@ def judge(request: Request, world: World) -> Verdict:
 
 
 def _longest(spec: CertificateSpec, rules: SignerRules, policy: Policy) -> timedelta:
-    """The shortest that the signer's table, the certificate's table and `[allow]` give."""
+    """The shortest that the signer's table, the certificate's table, `[allow]` and for users `[users]` give."""
     own = policy.certificates[spec.name].max_validity if spec.name in policy.certificates else None
-    return min(one for one in (rules.max_validity, own, policy.allow.max_validity) if one is not None)
+    of_users = policy.users.max_validity if spec is USER and policy.users is not None else None
+    return min(one for one in (rules.max_validity, own, of_users, policy.allow.max_validity) if one is not None)
 
 
 def _who(request: Request, csr: CsrData, spec: CertificateSpec, rules: SignerRules, world: World) -> str | Verdict:
@@ -199,7 +202,7 @@ def _who(request: Request, csr: CsrData, spec: CertificateSpec, rules: SignerRul
     if spec in (KUBELET_CLIENT, KUBELET_SERVING):
         return _kubelet(request, csr, spec, rules, world)
     if spec is USER:
-        return _user(request, csr, rules)
+        return _user(request, csr, rules, world.policy)
     return _control_plane(request, csr, spec, rules, world)
 
 
@@ -273,7 +276,7 @@ def _texts(values: Iterable[str]) -> str:
     return one_line(", ".join(sorted(values)))
 
 
-def _user(request: Request, csr: CsrData, rules: SignerRules) -> str | Verdict:
+def _user(request: Request, csr: CsrData, rules: SignerRules, policy: Policy) -> str | Verdict:
     if csr.sans:
         return Hostile("SAN: a user's certificate has none")
     if any(oid in (CN_OID, O_OID) and value.startswith(SYSTEM) for oid, value in csr.subject):
@@ -281,6 +284,9 @@ def _user(request: Request, csr: CsrData, rules: SignerRules) -> str | Verdict:
     grants = [grant for _, grant in rules.grants if grant.is_for(request.username, request.groups)]
     if not any(_is_granted(csr, text, request.username) for grant in grants for text in grant.subjects):
         return Hostile(f"no grant lets {one_line(request.username)} have this subject")
+    user = User(name=csr.cn, groups=tuple(value for oid, value in csr.subject if oid == O_OID))
+    if policy.users is not None and (found := user_rules.name_problems(user, policy.users.limits)):
+        return Hostile(f"[users]: {'; '.join(found)}")
     return csr.cn
 
 

@@ -163,6 +163,26 @@ def test_a_grant_puts_the_user_into_values_alone() -> None:
     assert isinstance(user("zoe", (cn, "zoe")), Hostile)
 
 
+def test_a_table_of_users_limits_what_grants_give() -> None:
+    """Names, groups and lifetimes: a grant gives no more than `[users]` allows, and all that it names where there is no such table."""
+    head = '[allow]\nclusters = ["kubernetes"]\nnodes = ["*"]\n'
+    grants = f'[signer."{CLIENT}".grant.x]\nusers = ["alice"]\nsubjects = ["O=dev-a,CN={{user}}", "O=ops,CN={{user}}", '
+    grants += '"O=kubeadm:cluster-admins,CN={user}", "O=dev-a,CN=bob", "CN=kubernetes-admin"]\n'
+    table = '[users]\ngroups = ["dev-*"]\nnames = ["alice"]\nmax_validity = "8h"\n'
+    cn, org = hostile_csrs.CN, hostile_csrs.ORG
+    subjects = [
+        [(org, "dev-a"), (cn, "alice")], [(org, "ops"), (cn, "alice")], [(org, "kubeadm:cluster-admins"), (cn, "alice")],
+        [(org, "dev-a"), (cn, "bob")], [(cn, "kubernetes-admin")],
+    ]  # fmt: skip
+    requests = [replace(asked(CLIENT, pem=csr_pem(one)), username="alice", groups=frozenset()) for one in subjects]
+    first, *others = (judge(one, world(policy=head + table + grants)) for one in requests)
+    assert validity(first) == timedelta(hours=8)
+    assert [type(one) for one in others] == [Hostile] * 4
+    assert {validity(judge(one, world(policy=head + grants))) for one in requests} == {timedelta(days=100, minutes=-5)}
+    admins = table + 'allow = ["kubeadm:cluster-admins"]\n'
+    assert isinstance(judge(requests[2], world(policy=head + admins + grants)), Allowed)
+
+
 def test_each_hostile_case_is_judged_alike_without_an_api_server() -> None:
     """The same cases that a real API server lets through, by the rules alone: denied, or left."""
     wrong = {}
