@@ -283,9 +283,9 @@ def _older(path: Path, order: UserOrder) -> Kubeconfig | None:
             found = kubeconfig.parse(read_once(path)[0])
         except FileNotFoundError:
             return None
-    if found is None or found.user != order.user.name:
+    if found is None or found.user != order.user.name or found.has_others or not found.certificate_data:
         raise BridgeError(
-            f"{order.out}: wanted no file, or an older kubeconfig of {order.user.name}, found something else",
+            f"{order.out}: wanted no file, or an older kubeconfig of {order.user.name} alone, found something else",
             hint="name another file with -o",
         )
     return found

@@ -50,6 +50,7 @@ class Kubeconfig:
     token_file: str | None = None  #: Instead of a client certificate.
     not_editable: str | None = None  #: Why `with_credentials` would refuse.
     key_fits: bool | None = None  #: The embedded key is the embedded certificate's; None: it can't be seen.
+    has_others: bool = False  #: Clusters, contexts or users beside those of the current context.
 
 
 def parse(data: bytes) -> Kubeconfig:
@@ -261,6 +262,7 @@ def _parse(root: YamlNode) -> Kubeconfig:
         token_file=_text(user, "tokenFile") or None,
         not_editable=_not_editable(root),
         key_fits=_key_fits(user),
+        has_others=any(len(node.items()) > 1 for key in ("clusters", "contexts", "users") if (node := root.get(key))),
     )
 
 

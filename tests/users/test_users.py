@@ -19,6 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -159,6 +160,15 @@ def test_a_machine_gets_its_key_made_here(bridge: Bridge, tmp_path: Path) -> Non
     refused = bridge.run(*args[:-1], f"--output={other}")
     assert (refused.returncode, other.read_text()) == (1, "precious")
     assert bridge.run("kubeconfig", "user", "else", f"--output={out}").returncode == 1
+    whole, [entry] = yaml.safe_load(out.read_text()), yaml.safe_load(out.read_text())["users"]
+    for more in (
+        {"users": [entry, {"name": "lab", "user": {"token": "x"}}]},
+        {"users": [{**entry, "user": {"token": "x"}}]},
+    ):
+        other.write_text(text := yaml.safe_dump({**whole, **more}))
+        refused = bridge.run(*args[:-1], f"--output={other}")
+        assert (refused.returncode, other.read_text()) == (1, text)
+        assert "an older kubeconfig of backup alone" in " ".join(refused.stderr.split())
     lines = [json.loads(line) for line in (bridge.directory / "state/audit.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["asked", "issued", "verified", "installed"] * 2
     assert {line["name"] for line in lines} == {"user backup"}
