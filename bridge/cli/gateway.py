@@ -77,7 +77,6 @@ _SHIPPED_ITEMS = (
     "items: [{key: role-id, path: files/role-id}, {key: secret-id, path: files/secret-id}, "
     "{key: vault-ca.crt, path: files/vault-ca.crt}]"
 )
-_MONTH_SECONDS = 2592000
 
 
 def manifests(settings: Settings, shipped: Path) -> list[SetupFile]:
@@ -164,9 +163,6 @@ spec:
   - expression: {json.dumps(who)}
     message: this signer is not granted to you
     reason: Forbidden
-  - expression: '!has(object.spec.expirationSeconds) || object.spec.expirationSeconds <= {_MONTH_SECONDS}'
-    message: the request is for longer than 30 days
-    reason: Invalid
   - expression: '!has(object.metadata.finalizers) && !has(object.metadata.ownerReferences)'
     message: a request has no finalizers and no owners
     reason: Invalid
