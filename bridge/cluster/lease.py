@@ -91,10 +91,20 @@ class Lease:
             if wrote.status in {HTTPStatus.OK, HTTPStatus.CREATED}:
                 self.taken_from = record.holder
                 return ""
-            # 404: deleted meanwhile. If a write succeeded and its answer got lost, the next turn finds that it is ours.
-            if wrote.status not in {HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND}:
+            # If a write succeeded and its answer got lost, the next turn finds that it is ours. A new lease's 404 is its namespace.
+            was_deleted = found.status == HTTPStatus.OK and wrote.status == HTTPStatus.NOT_FOUND
+            if wrote.status != HTTPStatus.CONFLICT and not was_deleted:
                 raise NoAnswerError(f"wanted the lease {self.name}, found HTTP {wrote.status} {wrote.message}".rstrip())
         raise NoAnswerError(f"wanted the lease {self.name}, found that it changed each time")
+
+    def trial(self) -> str:
+        """Why it could not be made, by a dry run, where it is not there yet; empty: it is there, or could be made."""
+        if self._api.ask("GET", f"{self._collection}/{self.name}").status != HTTPStatus.NOT_FOUND:
+            return ""
+        body = self._rewritten({"metadata": {"name": self.name}})
+        made = self._api.ask("POST", f"{self._collection}?dryRun=All", body)
+        is_good = made.status in {HTTPStatus.CREATED, HTTPStatus.CONFLICT}
+        return "" if is_good else f"HTTP {made.status} {made.message}".rstrip()
 
     def give_back(self) -> None:
         """Release it at once, if it is ours."""

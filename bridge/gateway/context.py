@@ -47,10 +47,10 @@ class Leader:
     """A replica's hold on the lease; without one (`Alone`) it always works."""
 
     def __init__(self, api: Api, path: tuple[str, str], identity: str, duration: timedelta) -> None:
-        self._lease = Lease(api, path, identity, duration=duration, longest=_MOST_DURATIONS * duration)
+        self.lease = Lease(api, path, identity, duration=duration, longest=_MOST_DURATIONS * duration)
         self._seconds = duration.total_seconds() * _SHARE
         self._good_until = 0.0
-        self._said: str | None = None  #: The last trouble; None: nothing was logged yet.
+        self.said: str | None = None  #: The last trouble, which was logged; None: nothing was logged yet.
         #: When we took it from a replica that had not given it back, ourselves before a crash or an outage included.
         self.doubtful_before: datetime | None = None
         self._changed = threading.Condition()
@@ -83,18 +83,18 @@ class Leader:
             return
         self._good_until = 0.0
         try:
-            self._lease.give_back()
+            self.lease.give_back()
         except NoAnswerError as e:
-            log.warning("the lease %s was not given back, and expires: %s", self._lease.name, e)
+            log.warning("the lease %s was not given back, and expires: %s", self.lease.name, e)
 
     def _renew(self) -> None:
         if not self._can_work():
             self._give_back()
-            self._say(f"the lease {self._lease.name} is left to others, since the record can't be written")
+            self._say(f"the lease {self.lease.name} is left to others, since the record can't be written")
             return
         was_ours, began = self.is_ours(), time.monotonic()
         try:
-            other = self._lease.take()
+            other = self.lease.take()
         except NoAnswerError as e:
             self._say(str(e))
             raise
@@ -103,16 +103,16 @@ class Leader:
             self._good_until = 0.0
         else:
             if not was_ours:
-                self.doubtful_before = datetime.now(UTC) if self._lease.taken_from else None
+                self.doubtful_before = datetime.now(UTC) if self.lease.taken_from else None
             self._good_until = began + self._seconds
-        self._say(f"standing by: {other} has the lease {self._lease.name}" if other else "")
+        self._say(f"standing by: {other} has the lease {self.lease.name}" if other else "")
         with self._changed:
             self._changed.notify_all()
 
     def _say(self, trouble: str) -> None:
-        if trouble != self._said:
-            self._said = trouble
-            (log.warning if trouble else log.info)("%s", trouble or f"the lease {self._lease.name} is ours")
+        if trouble != self.said:
+            self.said = trouble
+            (log.warning if trouble else log.info)("%s", trouble or f"the lease {self.lease.name} is ours")
 
 
 class Alone:

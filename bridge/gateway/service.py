@@ -100,6 +100,9 @@ class Service:
     def check(self) -> Iterator[str]:
         """Ask the API server (NoAnswerError, ApiRefusesError) and the CAs (BackendError), and sign nothing."""
         assert_rights(self.api, rights_needed(self.kubernetes_signers, self.settings.gateway, self.pod_signers))
+        if isinstance(self.holder, Leader) and (found := self.holder.lease.trial()):
+            wanted = f"wanted to make the lease {self.holder.lease.name}, which is not there yet"
+            raise ApiRefusesError(f"{self.api.server}: {wanted}, found {found}")
         for resource in (POD_REQUESTS, roots.BUNDLES) if self.pod_signers else ():
             served(self.api, resource)
         for authority in self.authorities.values():
@@ -350,7 +353,7 @@ class Service:
                 if age > _LONGEST_READING_SECONDS and not one.has_seen_all():
                     yield f"the watch has not read all {one.what} for {age:.0f} s"
         elif isinstance(self.holder, Leader) and time.monotonic() - self.holder.last_answer > SILENCE_SECONDS:
-            yield "the API server does not answer"
+            yield self.holder.said or "the API server does not answer"
 
 
 def _page(troubles: Iterator[str], good: str) -> tuple[int, str]:
@@ -391,7 +394,7 @@ class Right(NamedTuple):
 def rights_needed(
     signers: Sequence[str], settings: GatewaySettings, pod_signers: Sequence[str] = ()
 ) -> Iterator[Right]:
-    """The rights that docs/gateway.md names, except to create the lease, which may exist already (pure)."""
+    """The rights that docs/gateway.md names, except to create the lease, which `Lease.trial` looks at (pure)."""
     if signers:
         yield from _on_requests(CSRS, ("approval", "status"), signers, ("approve", "sign"))
     if pod_signers:

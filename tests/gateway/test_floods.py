@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from cryptography import x509
 
+from bridge.cluster.api import NoAnswerError, Reply
 from bridge.gateway import policy
+from bridge.gateway.context import Leader
 from bridge.gateway.policy import Request
 from bridge.gateway.rules import CLIENT_KUBELET, SERVING
 from bridge.gateway.service import Service
@@ -299,6 +301,21 @@ def test_a_replica_that_does_not_get_to_the_end_of_what_is_there_is_not_ready(mo
     assert service._readyz() == (503, "the watch has not read all requests for 121 s\n")
     round_._event(b'{"type":"BOOKMARK","object":{}}', lambda _: None, lambda _: None)
     assert service._readyz() == (200, "ok: this replica works\n")
+
+
+def test_a_replica_that_can_not_have_the_lease_says_why() -> None:
+    """An API server that refuses it answers all the same."""
+    service = Quiet()
+    service.nodes, service._started = SimpleNamespace(trouble=""), True  # type: ignore[assignment]
+    service.context = SimpleNamespace(ledger=SimpleNamespace(trouble=""))  # type: ignore[assignment]
+    answers = [Reply(status=404, body=b"{}"), Reply(status=404, body=b'{"message": "no such namespace"}')]
+    api: Any = SimpleNamespace(ask=lambda *_: answers.pop(0))
+    service.holder = Leader(api, ("nowhere", "one"), "me", timedelta(seconds=10))
+    service.holder.last_answer = -1000.0
+    assert service._readyz() == (503, "the API server does not answer\n")
+    with pytest.raises(NoAnswerError):
+        service.holder._renew()
+    assert service._readyz() == (503, "wanted the lease one, found HTTP 404 no such namespace\n")
 
 
 @pytest.mark.attack("G4")

@@ -34,6 +34,7 @@ from tests.kit.api_client import CSRS, ApiClient
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.desk_program import DeskProgram
 from tests.kit.gateways import Gateway, Place, chain, conditions, csr_pem, node_subject, read, state_of
+from tests.kit.nodes import wait_for
 from tests.kit.opensslca import make_ca_directory
 
 pytestmark = pytest.mark.kube("kube-apiserver", "etcd")
@@ -862,6 +863,24 @@ def test_check_says_what_is_missing(cluster: ClusterApi, tmp_path: Path) -> None
     place.write_policy = lambda text: None  # type: ignore[method-assign]  # noqa: ARG005
     code, text = checked(place)
     assert (code, "mode 0666" in text) == (2, True), text
+
+
+def test_a_lease_that_can_not_be_made(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> None:
+    """`--check` finds that the namespace or the right to create it is missing, and a running gateway says so."""
+    admin, place = cluster.client(), place_with(cluster, desk, tmp_path, lease_name="not-there")
+    assert checked(place)[0] == 0
+    place.user = "without-create"
+    rights = [{"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "update"]}]
+    gateways.add_role(admin, place.user, rights, {"kind": "User", "name": place.user}, namespace="kube-system")
+    role = admin.get(f"/apis/rbac.authorization.k8s.io/v1/clusterroles/{gateways.USER}")["rules"]
+    gateways.add_role(admin, place.user, role, {"kind": "User", "name": place.user})
+    code, text = checked(place)
+    assert (code, 'cannot create resource "leases"' in " ".join(text.split())) == (5, True), text
+    gateways.add_role(admin, "leases", [{**rights[0], "verbs": ["*"]}], {"kind": "User", "name": place.user})
+    place.gateway["lease_namespace"] = "no-such"
+    wait_for("the right", lambda: 'namespaces "no-such" not found' in " ".join(checked(place)[1].split()))
+    with gateways.begun(place, "one") as gateway:
+        gateway.until(lambda: 'namespaces \\"no-such\\" not found' in gateway.text())
 
 
 def test_one_state_directory_is_for_one(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> None:
