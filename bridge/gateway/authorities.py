@@ -14,7 +14,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge.ca import CA, Answer, registry, usages
+from bridge.ca import CA, Answer, assert_right_ca, registry, usages
 from bridge.ca.registry import Configured, cross_of, is_cross_long_enough
 from bridge.ca.retry import Rest
 from bridge.contract import (
@@ -100,10 +100,14 @@ class AuthorityOfSigners:
         return max(ends) if self._each_anchor_counts else ends[0]
 
     def check(self, now: datetime) -> list[str]:
-        """Ask who it is and whether its roles or profiles fit; each problem is a sentence."""
+        """Ask who it is (BackendRefusedError: another CA) and whether its roles or profiles fit; each problem is a sentence."""
+        self.identity = self.ca.ask_identity() or self.identity
         if issuers := self.ca.issuers():
             self._issuer_end = self._end_of_path(issuers, now)
-        self.identity = self.ca.ask_identity() or self.identity
+            if self._issuer_end is None:
+                file = self._anchor_file.name
+                wanted = Expectation(anchors=self.anchors(), anchor_name=file, now=now, min_validity=self._min_validity)
+                assert_right_ca(issuers, wanted)
         return [f"{self.ca.label}: {name}: {error}" for name, error in usages(self.ca.backend, self._specs).items()]
 
     def _end_of_path(self, issuers: Sequence[x509.Certificate], now: datetime) -> datetime | None:

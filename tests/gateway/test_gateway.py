@@ -842,7 +842,12 @@ def test_check_says_what_is_missing(cluster: ClusterApi, tmp_path: Path) -> None
         place.policy = policy.replace(head, f'{head}approval = "required"\n')
         code, text = checked(place)
         assert (code, "kubeadm:node-autoapprove-certificate-rotation" in text) == (0, True), text
-        place.policy = policy
+        place.policy, place.trust = policy, cluster.pki_dir.parent / "another"
+        place.trust.mkdir(exist_ok=True)
+        (place.trust / "ca.crt").write_bytes(cluster.cas["front-proxy-ca"].certificate_pem)
+        code, text = checked(place)
+        assert (code, "wanted the CA of ca.crt" in " ".join(text.split())) == (5, True), text
+        place.trust = None
         role = {**gateways.ROLES["kubeadm-kubelet-serving"], "client_flag": True}
         bao.write("pki/roles/kubeadm-kubelet-serving", **role)
         code, text = checked(place)

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from bridge.cluster.api import Lines, NoAnswerError, Reply
 from bridge.cluster.lease import Keeper
 from bridge.contract import BackendSettings
-from bridge.errors import BridgeError
+from bridge.errors import BackendRefusedError, BridgeError
 from bridge.gateway import context, nodes, queue
 from bridge.gateway import pages as status_pages
 from bridge.gateway.authorities import AuthorityOfSigners
@@ -740,7 +740,8 @@ def test_a_cas_other_certificates_shorten_no_life(tmp_path: Path) -> None:
         assert authority.end() == wanted.certificate.not_valid_after_utc
     for first_shown in (year_0, other.certificate):  # whose answers are refused
         authority = authority_of(tmp_path, root, first_shown, *above)
-        assert authority.check(now) == []
+        with pytest.raises(BackendRefusedError, match="wanted the CA of ca"):
+            authority.check(now)
         assert authority.end() == root.certificate.not_valid_after_utc
 
 
