@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -91,29 +91,34 @@ class AuthorityOfSigners:
             return self._anchors
 
     def end(self) -> datetime:
-        """The end of the CA's certificate, or of an intermediate that signs, if that is earlier."""
+        """The end of the path from the one that signs, if the CA tells which; else of the first of its certificates to end."""
         self.anchors()
-        return min(self._end, self._issuer_end) if self._issuer_end is not None else self._end
+        return self._issuer_end or self._end
 
     def _end_of_anchors(self) -> datetime:
         ends = [one.not_valid_after_utc for one in self._anchors]
-        return max(ends) if self._each_anchor_counts else ends[0]
+        if not self._each_anchor_counts:
+            return ends[0]
+        # each may be the one that signs, unless it has ended: what outlives it would be refused
+        return min((end for end in ends if end > datetime.now(UTC)), default=ends[0])
 
     def check(self, now: datetime) -> list[str]:
         """Ask who it is (BackendRefusedError: another CA) and whether its roles or profiles fit; each problem is a sentence."""
         self.identity = self.ca.ask_identity() or self.identity
         if issuers := self.ca.issuers():
-            self._issuer_end = self._end_of_path(issuers, now)
+            self._issuer_end = self._end_of_path(issuers, now, self.anchors())
             if self._issuer_end is None:
                 file = self._anchor_file.name
                 wanted = Expectation(anchors=self.anchors(), anchor_name=file, now=now, min_validity=self._min_validity)
                 assert_right_ca(issuers, wanted)
         return [f"{self.ca.label}: {name}: {error}" for name, error in usages(self.ca.backend, self._specs).items()]
 
-    def _end_of_path(self, issuers: Sequence[x509.Certificate], now: datetime) -> datetime | None:
+    def _end_of_path(
+        self, issuers: Sequence[x509.Certificate], now: datetime, anchors: Sequence[x509.Certificate]
+    ) -> datetime | None:
         """The end of the path from the one that signs to an anchor: a CA may also show its old certificates, and other roots."""
         ends = []
-        for anchor in self.anchors() if self._each_anchor_counts else self.anchors()[:1]:
+        for anchor in anchors if self._each_anchor_counts else anchors[:1]:
             with contextlib.suppress(NoPathError):
                 path = verify.verified_path(issuers[0], issuers[1:], anchor, now)
                 ends.append(min(one.not_valid_after_utc for one in path))
@@ -130,7 +135,10 @@ class AuthorityOfSigners:
         if self._each_anchor_counts and len(expected.anchors) > 1:
             by_anchor = [replace(expected, anchors=(one,)) for one in expected.anchors]
             good = (one for one in by_anchor[1:] if verify.error_of(answer, request, one) is None)
-            expected = next(good, by_anchor[0])
+            its = (
+                one for one in by_anchor if self._end_of_path((answer.leaf, *answer.intermediates), now, one.anchors)
+            )
+            expected = next(good, None) or next(its, by_anchor[0])  # an error is about the one that it leads to
         return self.ca.verified(answer, request, expected)
 
     def collect(self, request: SignRequest, reference: str, longest: timedelta, now: datetime) -> Issued | Pending:

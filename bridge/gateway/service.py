@@ -190,15 +190,20 @@ class Service:
             one.wait(max(0.0, deadline - time.monotonic()))
 
     def _keep_looking(self, authority: AuthorityOfSigners, looked: threading.Event) -> None:
-        """Check a CA as `--check` does, and read its issuers again: a new intermediate lives longer than the one before it."""
+        """
+        Check a CA as `--check` does, and read its issuers again, each hour and when its certificate here is another one: a
+        new intermediate lives longer than the one before it, and a new root than the old one.
+        """
         while not self._stop.is_set():
+            anchors, until = authority.anchors(), time.monotonic() + _ISSUERS_SECONDS
             try:
                 for text in authority.check(self._now()):
                     log.warning("%s", text)
             except BackendError as e:
                 log.warning("%s: %s", authority.ca.label, e)
             looked.set()
-            self._stop.wait(_ISSUERS_SECONDS)
+            while time.monotonic() < until and authority.anchors() == anchors and not self._stop.wait(_TICK_SECONDS):
+                pass
 
     def _keep_roots(self) -> None:
         """Keep what pods trust equal to what the CA's answers are proven by; one replica does."""

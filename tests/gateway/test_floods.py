@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -244,7 +245,12 @@ def test_the_issuers_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new intermediate of the CA lives longer than the one that was there when the gateway began."""
     monkeypatch.setattr("bridge.gateway.service._ISSUERS_SECONDS", 0.01)
     service = Quiet()
-    ca: Any = SimpleNamespace(check=service.look)
+    ca: Any = SimpleNamespace(check=service.look, anchors=lambda: ())
+    service._keep_looking(ca, threading.Event())
+    assert service.looks == 3
+    monkeypatch.undo()  # an hour; another root in `pods.crt` makes it look at once
+    service, roots = Quiet(), itertools.count(1)
+    ca = SimpleNamespace(check=service.look, anchors=lambda: (next(roots),))
     service._keep_looking(ca, threading.Event())
     assert service.looks == 3
 
@@ -260,7 +266,9 @@ def test_a_ca_that_hangs_holds_up_no_other_when_the_gateway_starts(monkeypatch: 
         return []
 
     checks = {"ca": hang, "etcd-ca": service.look, "front-proxy-ca": hang, "pods": service.look}
-    service.authorities = {name: SimpleNamespace(name=name, check=check) for name, check in checks.items()}  # type: ignore[misc]
+    service.authorities = {
+        name: SimpleNamespace(name=name, check=check, anchors=tuple) for name, check in checks.items()
+    }  # type: ignore[misc]
     threads = list(service._look_at_cas())
     wait_until(lambda: service.looks, lambda count: count == 2, timedelta(minutes=3), pause_seconds=0.01)
     assert (silent.wait(180), service.looks, [one.is_alive() for one in threads]) == (True, 2, [True] * 4)

@@ -745,6 +745,25 @@ def test_a_cas_other_certificates_shorten_no_life(tmp_path: Path) -> None:
         assert authority.end() == root.certificate.not_valid_after_utc
 
 
+def test_of_two_roots_for_pods_the_one_that_signs_counts(tmp_path: Path) -> None:
+    """Where the CA does not tell which of them signs, no request is for longer than either of them lives."""
+    now = datetime.now(UTC)
+    ended, old, new = (
+        Signer.make(f"root {days}", begin=now - timedelta(days=50), end=now + timedelta(days=days))
+        for days in (-2, 2, 99)
+    )
+    (tmp_path / "pods.crt").write_bytes(pem(ended.certificate, new.certificate, old.certificate))
+    for backend, wanted in (
+        (SimpleNamespace(), old),
+        (SimpleNamespace(issuers=lambda: [new.certificate]), new),
+        (SimpleNamespace(issuers=lambda: [old.certificate]), old),
+    ):
+        ca: Any = SimpleNamespace(authority="pods", label="pods", open=lambda: backend, settings=BackendSettings())  # noqa: B023
+        authority = AuthorityOfSigners(ca, load.parse(f'[node]\npki_dir = "{tmp_path}"\n'), [])
+        assert authority.check(now) == []
+        assert authority.end() == wanted.certificate.not_valid_after_utc
+
+
 # --- what can be asked about it ---------------------------------------------------------------------------------------
 
 

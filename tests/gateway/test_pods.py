@@ -234,6 +234,7 @@ def test_a_ca_that_answers_wrongly_or_not(cluster: ClusterApi, bao: OpenBao, ca:
     asked = pod.ask()
     with gateways.running(place, "wrong") as gateway:
         until(gateway, pod, asked)
+    pods.trust(place, Signer.make("another", begin=datetime.now(UTC) - timedelta(days=1)), ca)
     for number, (what, change) in enumerate(wrong.items()):
         bao.add_roles(mount, {"kubeadm-pod": {**usual, **change}})
         asked = pod.ask()
@@ -241,6 +242,7 @@ def test_a_ca_that_answers_wrongly_or_not(cluster: ClusterApi, bao: OpenBao, ca:
         with gateways.running(place, f"wrong-{number}") as gateway:
             gateway.until(lambda: said(gateway, uid), 180, what)  # noqa: B023
             assert outcome(pod.read(asked)) == "", what
+            assert "another" not in gateway.text(), what  # the reason is about the root that the answer leads to
         bao.add_roles(mount, {"kubeadm-pod": usual})
         with gateways.running(place, f"right-{number}") as gateway:
             until(gateway, pod, asked)
