@@ -33,7 +33,7 @@ from bridge.pki import verify
 from bridge.pki.verify import Expectation, Verified
 from bridge.settings.tables import Settings
 from bridge.specs import PODS, SIGNING_AUTHORITIES, CertificateSpec
-from bridge.system.paths import UnreadableError, read_ca_file
+from bridge.system.paths import UnreadableError, assert_ours, read_ca_file
 from bridge.system.waiting import Combined
 
 log = logging.getLogger("ca-bridge")
@@ -168,11 +168,13 @@ class AuthorityOfSigners:
 
 
 def read_anchors(path: Path) -> tuple[x509.Certificate, ...]:
-    """The certificates of a CA file (SettingsError: there are none)."""
+    """The certificates of a CA file (SettingsError: there are none, or others can change it: answers are proven by them)."""
     try:
+        assert_ours(path)
         return read_ca_file(path)
-    except UnreadableError as e:
-        raise SettingsError([SettingsProblem("node.pki_dir", "the CA's certificate", f"{path}: {e}")]) from None
+    except (OSError, UnreadableError) as e:
+        found = e.strerror if isinstance(e, OSError) else e
+        raise SettingsError([SettingsProblem("node.pki_dir", "the CA's certificate", f"{path}: {found}")]) from None
 
 
 def opened(settings: Settings, specs: Sequence[CertificateSpec]) -> dict[str, AuthorityOfSigners]:

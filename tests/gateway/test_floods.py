@@ -266,9 +266,8 @@ def test_a_ca_that_hangs_holds_up_no_other_when_the_gateway_starts(monkeypatch: 
         return []
 
     checks = {"ca": hang, "etcd-ca": service.look, "front-proxy-ca": hang, "pods": service.look}
-    service.authorities = {
-        name: SimpleNamespace(name=name, check=check, anchors=tuple) for name, check in checks.items()
-    }  # type: ignore[misc]
+    cas: Any = {name: SimpleNamespace(name=name, check=check, anchors=tuple) for name, check in checks.items()}
+    service.authorities = cas
     threads = list(service._look_at_cas())
     wait_until(lambda: service.looks, lambda count: count == 2, timedelta(minutes=3), pause_seconds=0.01)
     assert (silent.wait(180), service.looks, [one.is_alive() for one in threads]) == (True, 2, [True] * 4)

@@ -176,9 +176,14 @@ def test_a_bundle_of_a_megabyte_keeps_no_signer_waiting(cluster: ClusterApi, pla
 
 
 def test_without_an_answer_or_roots(cluster: ClusterApi, place: Place) -> None:
-    """Exit 6 for an API server that is not there, 2 for a file of roots that is not there."""
+    """Exit 6 for an API server that is not there, 2 for a file of roots that is not there, or that others can change."""
     assert run(place).returncode == Exit.USAGE
     pods.trust(place, ca())
+    assert place.trust is not None
+    (place.trust / "pods.crt").chmod(0o666)
+    refused = run(place)
+    assert (refused.returncode, "mode 0666" in refused.stderr) == (Exit.USAGE, True), refused.stderr
+    (place.trust / "pods.crt").chmod(0o644)
     nowhere = place.directory / "nowhere.conf"
     content = cluster.kubeconfig(USER).read_text().replace(f":{cluster.port}", f":{free_port()}")
     gateways.written(nowhere, content, 0o600)
