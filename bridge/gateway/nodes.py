@@ -38,6 +38,8 @@ K = TypeVar("K")
 V = TypeVar("V")
 T = TypeVar("T")
 
+#: A file that does not count is read again after this, changed or not.
+_AGAIN_SECONDS = 5.0
 _COMMAND_LIMIT = timedelta(seconds=10)
 _ROOM_SECONDS = 0.25
 _REMEMBERED_SECONDS = 60.0
@@ -60,7 +62,7 @@ class WatchedFile(Generic[T]):
         self._parse = parse
         self._mutex = threading.Lock()
         self._stamp = self._look()
-        self._looked = time.monotonic()
+        self._looked = self._tried = time.monotonic()
         self._value = self._read()
         self.trouble = ""  #: Why the file as it is now does not count.
         self.changes = 0
@@ -72,8 +74,9 @@ class WatchedFile(Generic[T]):
         with self._mutex:
             if self._looked < since:
                 now, stamp = time.monotonic(), self._look()
-                if stamp != self._stamp:
-                    self._stamp = stamp
+                # a directory that is put right is not seen by the file's stamp
+                if stamp != self._stamp or (self.trouble and now - self._tried >= _AGAIN_SECONDS):
+                    self._stamp, self._tried = stamp, now
                     self._again()
                 self._looked = now
             return self._value
@@ -82,9 +85,10 @@ class WatchedFile(Generic[T]):
         try:
             self._value = self._read()
         except BridgeError as e:
-            self.trouble = str(e)
+            before, self.trouble = self.trouble, str(e)
             found = "; ".join(self.trouble.splitlines())  # a line of the log is one line
-            log.error("%s; the %s that was read before goes on counting", found, self._what)  # noqa: TRY400
+            if self.trouble != before:
+                log.error("%s; the %s that was read before goes on counting", found, self._what)  # noqa: TRY400
         else:
             self.trouble = ""
             self.changes += 1

@@ -640,7 +640,10 @@ def test_policy_and_inventory_are_read_again(
         assert "\N{REPLACEMENT CHARACTER}" not in both
         place.write_inventory(place.inventory + gateways.workers(worker, more="blocked = true\n"))
         gateway.until(lambda: "the inventory blocks node" in gateway.text())
+        tmp_path.chmod(0o777)
         place.write_inventory(place.inventory + gateways.workers(worker))
+        gateway.until(lambda: is_unready(gateway, "mode 0777"))
+        tmp_path.chmod(0o700)
         until_signed(gateway, cluster, name)
         gateway.until(lambda: gateway.page("readyz")[0] == 200)
 
