@@ -393,7 +393,7 @@ class Right(NamedTuple):
 
     def __str__(self) -> str:
         what = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
-        return " ".join(filter(None, (self.verb, what, self.name)))
+        return " ".join(filter(None, (self.verb, what, self.name, self.namespace and f"in namespace {self.namespace}")))
 
 
 def rights_needed(

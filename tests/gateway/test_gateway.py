@@ -861,8 +861,9 @@ def test_check_says_what_is_missing(cluster: ClusterApi, tmp_path: Path) -> None
     code, text = checked(place)
     assert (code, "found that it is missing" in text) == (5, True), text
     flat = " ".join(text.split())
-    for right in ("to patch certificatesigningrequests/approval", "to sign signers kubernetes.io/kubelet-serving"):
-        assert right in flat
+    for right in ("patch certificatesigningrequests/approval", "sign signers kubernetes.io/kubelet-serving",
+                  "update leases ca-bridge-gateway in namespace kube-system"):  # fmt: skip
+        assert f"to {right}" in flat
     assert "to list certificatesigningrequests" not in flat  # every user may list them here
     place.gateway["kubeconfig"] = str(tmp_path / "gone.conf")
     assert checked(place)[0] == 2
