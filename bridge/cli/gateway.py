@@ -244,7 +244,9 @@ def _with_files(text: str, files: Mapping[str, Path]) -> str:
     if not mark:
         text = "wanted the example of a Secret in the shipped manifests, found none"
         raise BridgeError(text, hint="reinstall the program")
-    given = " ".join(shlex.quote(f"--from-file={name}={path}") for name, path in files.items())
+    for path in filter(Path.is_dir, files.values()):
+        log.warning("%s is a directory, which no Secret can hold: run the gateway as a systemd unit for this CA", path)
+    given = " ".join(shlex.quote(f"--from-file={name}={path}") for name, path in files.items() if not path.is_dir())
     return f"{head}# The files that config.toml names; made once, and again when one of them changes:\n#   kubectl -n {NAMESPACE} create secret generic ca-bridge-gateway {given}\n"
 
 

@@ -69,6 +69,8 @@ def test_a_gateway_works_with_it(api: ApiServer, tmp_path: Path) -> None:
     place.gateway |= {"lease_namespace": "ca-bridge"}
     run = setup(place.write())
     assert run.returncode == 0, run.stderr
+    assert "is a directory, which no Secret can hold" in " ".join(run.stderr.split())
+    assert "--from-file=ca=" not in run.stdout
     found = documents(run.stdout)
     assert ("Secret", "ca-bridge-gateway") not in found
     signers = found["ClusterRole", "ca-bridge-gateway"]["rules"][3]["resourceNames"]
