@@ -152,7 +152,7 @@ def _absent(request: PodRequest, world: PodWorld, pod: PodState) -> Iterator[str
     if not any(fnmatchcase(world.cluster, one) for one in world.policy.allow.clusters):
         yield f"the policy's allow.clusters does not have this cluster, {world.cluster}"
     if world.now - world.created > _OLDEST:
-        yield "the request is too old: the kubelet has another one by now, or soon"
+        yield "the request is too old: the kubelet has another one by now, or soon; or this machine's clock is ahead"
 
 
 def _invented(request: PodRequest, csr: CsrData, pod: PodState) -> Iterator[Hostile]:
