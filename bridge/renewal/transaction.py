@@ -63,6 +63,7 @@ class Transaction:
 
     def settle_earlier(self, node: Node) -> Node:
         """Do what earlier runs have left (hooks, proof, copies), whether something is due or not; the node after that."""
+        _assert_not_begun(self._run, node)
         self._errors += self._recorded(self._hooks.again(node))
         if self._is_to_prove:
             from bridge.renewal import activate  # noqa: PLC0415 (40 ms; only where components are restarted)
@@ -276,6 +277,17 @@ def with_activation(result: Result, done: Activation, apart: Collection[str] = (
         restarted=tuple(f"{one.component.value} in {one.seconds:.1f} s" for one in done.restarted if one.seconds),
         proven=done.proven,
     )
+
+
+def _assert_not_begun(run: Run, node: Node) -> None:
+    """Refuse a new node whose bootstrap waits, since it is put in place as a whole (NotReadyError)."""
+    open_ = [one for one in run.requests if one.request.replaces is None and node.live(one.name) is None]
+    if open_ and run.store.bootstrap.exists():
+        raise NotReadyError(
+            f"wanted a node that is made, found one whose bootstrap waits with {len(open_)} requests; nothing was replaced",
+            hint="run its `ca-bridge bootstrap init` or `join` again, with --answer FILE where the answer was carried; "
+            "`ca-bridge pending cancel all` gives it up",
+        )
 
 
 def with_pairs(run: Run, result: Result) -> Result:

@@ -556,7 +556,7 @@ def test_copies_of_another_configuration_are_not_used(node: NewNode) -> None:
 
 
 def test_through_a_desk_by_hand(tmp_path: Path) -> None:
-    """A bundle out, an answer in: it waits with 4, asks for the same again, and goes on with the answer."""
+    """A bundle out, an answer in: it waits with 4, asks for the same again, and goes on with the answer; no other command does."""
     node = NewNode.make(tmp_path / "node", backend=False)
     desk = make_desk(tmp_path / "desk", node.cas, policy=POLICY)
     certificates = tmp_path / "certificates"
@@ -569,8 +569,14 @@ def test_through_a_desk_by_hand(tmp_path: Path) -> None:
     still = node.init(*given)
     between = node.files()
     signed = desk.run("sign", request, "-o", answer)
+    shutil.copytree(certificates, node.places.pki)
+    brought = node.files()
+    alone = [node.bridge.run(*args) for args in (("import", str(answer)), ("renew",), ("renew", "apiserver"))]
+    assert node.files() == brought
     done = node.init(*given, "--answer", answer)
 
+    assert {run.returncode for run in alone} == {1}, [run.stderr for run in alone]
+    assert all("--answer FILE" in run.stderr for run in alone)
     assert waits.returncode == 4, waits.stderr
     assert still.returncode == 4, still.stderr
     assert between == {}
@@ -627,6 +633,9 @@ def test_through_an_exchange(tmp_path: Path) -> None:
     assert sorted(desk.inbox.iterdir()) == bundles
     assert len(bundles) == 1
     signed = desk.run("sign", desk.inbox, "-o", desk.outbox)
+    nightly = node.bridge.run("renew")
+    assert nightly.returncode == 1, nightly.stdout
+    assert "bootstrap init" in nightly.stderr
     done = node.init()
 
     assert (waits.returncode, still.returncode) == (4, 4), waits.stderr + still.stderr
