@@ -116,8 +116,8 @@ def build_for(naming: Naming, key: PrivateKey) -> bytes:
     return csr.public_bytes(serialization.Encoding.PEM)
 
 
-def naming_of(certificate: x509.Certificate) -> Naming:
-    """The subject and SANs of a certificate."""
+def naming_of(certificate: x509.Certificate | x509.CertificateSigningRequest) -> Naming:
+    """The subject and SANs of a certificate, or of a CSR."""
     try:
         subject = certificate.subject
     except UNREADABLE as e:

@@ -164,7 +164,7 @@ def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction)
 
 def _answered(run: Run, node: Node, items: Sequence[Item], found: Found) -> tuple[list[Answered], list[Outcome]]:
     made = run.requests.by_name()
-    taken_up = [prepare.take_up(item, made[item.spec.name]) for item in items]
+    taken_up = [prepare.take_up(item, made[item.spec.name], run.settings) for item in items]
     prepared = [one for one in taken_up if isinstance(one, Prepared)]
     failed = [one for one in taken_up if isinstance(one, Outcome)]
     expected, unproved = expectations(node, run.settings, [one.item for one in prepared], run.now())

@@ -112,7 +112,7 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None, desired: 
         replaced = replaced_by_next(item, live)
         validity = settings.renewal.validity
         if made is not None and made.request.validity == validity and _fits(item, made, replaced, algorithm, naming):
-            return _of_open(item, made, was)
+            return _of_open(item, made, was, settings)
         key = new_keys.take(algorithm)
         csr_pem = csr.build_for(naming, key) if naming is not None else csr.build(present(item, live), key)
         request = SignRequest(spec=item.spec, csr_pem=csr_pem, validity=validity, replaces=replaced)
@@ -136,7 +136,10 @@ def _next_key(
     return desired.key if desired is not None and desired.key is not None else _USUAL_KEY
 
 
-def _of_open(item: Item, made: OpenRequest, was: Mapping[Path, str | None]) -> Prepared:
+def _of_open(item: Item, made: OpenRequest, was: Mapping[Path, str | None], settings: Settings) -> Prepared:
+    """The open request, which the node's own policy of now has to allow (NotAllowedError)."""
+    if settings.policy.file is not None and (error := Allowed(settings).error(item, None, made.request)) is not None:
+        raise error
     fresh = made.kubeconfig
     return Prepared(item=item, request=made.request, key_pem=made.key_pem, was=was, open=made, kubeconfig=fresh)
 
@@ -148,7 +151,7 @@ def open_request(run: Run, one: Prepared) -> OpenRequest:
     )
 
 
-def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
+def take_up(item: Item, made: OpenRequest, settings: Settings) -> Prepared | Outcome:
     """Use an open request whose answer is there, whatever kind of key the settings name today."""
     try:
         if item.obstacle is not None:
@@ -156,9 +159,9 @@ def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
         live, was = live_pair(item)
         if made.request.replaces != replaced_by_next(item, live):
             raise MissingCertificateError("its certificate was replaced since it was asked for")
+        return _of_open(item, made, was, settings)
     except BridgeError as e:
         return outcome_of(item, e)
-    return _of_open(item, made, was)
 
 
 def with_continuity(prepared: Sequence[Prepared], settings: Settings, now: datetime) -> list[Prepared]:
@@ -390,15 +393,17 @@ def _too_little(room: DiskSpace) -> str:
 
 
 class NotAllowedError(BridgeError):
-    """The node's own policy does not allow the next certificate; no CA was asked."""
+    """The node's own policy does not allow the next certificate: no CA was asked, or the answer is not installed."""
 
     exit_code = Exit.REFUSED
 
-    def __init__(self, item: Item, file: Path, problems: tuple[str, ...]) -> None:
+    def __init__(self, item: Item, file: Path, problems: tuple[str, ...], *, is_asked: bool) -> None:
         self.problems = problems
         key = f'"{item.spec.name}"' if "." in item.spec.name else item.spec.name
         hint = f"if it is meant, allow it in the policy ([allow] or [certificate.{key}])"
-        if item.certificates:
+        if is_asked:
+            hint = f"`ca-bridge pending cancel {item.spec.name}` gives the open request up; {hint}"
+        elif item.certificates:
             what = f"find out who put {item.certificate_path} there"
             hint = f"{what}, and put the right one back (an expired one will do); {hint}"
         super().__init__(
@@ -422,24 +427,31 @@ class Allowed:
 
         return load_policy(self._settings, self._settings.policy.file)
 
-    def error(self, item: Item, desired: Desired | None) -> BridgeError | None:
-        """The reason why the next certificate of this name must not be asked for; None: the policy allows it."""
+    def error(self, item: Item, desired: Desired | None, asked: SignRequest | None = None) -> BridgeError | None:
+        """The reason why the next certificate, or the one that was `asked` for, must not be had; None: the policy allows it."""
         from bridge.desk.policy import Planned, planned_problems  # noqa: PLC0415 (see above)
 
         settings, live = self._settings, item.certificates[0] if item.certificates else None
         try:
-            naming = desired.naming if desired is not None else serving_names(item, settings)
+            if asked is not None:
+                naming, key = csr.naming_of(asked.csr), csr.algorithm_name(asked.csr.public_key())
+            else:
+                wanted = desired.naming if desired is not None else serving_names(item, settings)
+                naming = wanted or csr.naming_of(present(item, live))
+                key = _next_key(item, live, settings, None, desired)
             planned = Planned(
                 node=settings.node.node_name,
                 cluster=settings.node.cluster,
                 spec=item.spec,
-                naming=naming or csr.naming_of(present(item, live)),
-                key=_next_key(item, live, settings, None, desired),
-                validity=settings.renewal.validity,
+                naming=naming,
+                key=key,
+                validity=asked.validity if asked is not None else settings.renewal.validity,
                 replaces=replaced_by_next(item, live),
             )
         except BridgeError as e:  # the renewal would fail for it, too
             return e
         problems = planned_problems(planned, self.policy)
         file = settings.policy.file
-        return NotAllowedError(item, file, problems) if problems and file is not None else None
+        if not problems or file is None:
+            return None
+        return NotAllowedError(item, file, problems, is_asked=asked is not None)

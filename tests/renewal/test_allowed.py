@@ -20,6 +20,7 @@ from bridge.settings.load import load
 from bridge.settings.tables import Settings
 from bridge.specs import SUPER_ADMIN
 from tests.kit.cas import Bridge, add_openssl
+from tests.kit.desks import make_desk
 from tests.kit.issuing import Signer, signed_again
 from tests.kit.pki import ADDRESS, NODE, Pki, handmade_pki
 from tests.kit.renewing import Quiet
@@ -142,6 +143,25 @@ def test_a_name_that_is_added_has_to_be_allowed(site: Site) -> None:
     run = site.bridge.run("renew", "apiserver", "--add-san", f"apiserver={EVIL}")
     assert (run.returncode, f"found DNS:{EVIL}" in run.stderr) == (Exit.REFUSED, True)
     assert site.bridge.run("renew", "apiserver", "--add-san", "apiserver=new.example.com").returncode == 0
+
+
+def test_a_request_that_waits_is_judged_by_the_policy_of_now(site: Site, tmp_path: Path) -> None:
+    """Its answer is not installed under a policy that was tightened or is gone; by one that allows it, it is."""
+    bundle, answer = str(tmp_path / "request.json"), str(tmp_path / "answer.json")
+    wider = ALLOW + SANS.replace('".example.com"', f'".example.com", "{EVIL}"')
+    desk = make_desk(tmp_path / "desk", site.pki, policy=wider)
+    site.write(wider)
+    assert site.bridge.run("export", bundle, "apiserver", "--add-san", f"apiserver={EVIL}").returncode == 0
+    assert desk.run("sign", bundle, "-o", answer).returncode == 0
+    site.write(ALLOW + SANS)
+    runs = [site.bridge.run(*args, "apiserver") for args in (["renew"], ["export", bundle])]
+    runs.append(site.bridge.run("import", answer))
+    assert [(run.returncode, f"found DNS:{EVIL}" in run.stderr) for run in runs] == [(Exit.REFUSED, True)] * 3
+    assert all("`ca-bridge pending cancel apiserver`" in run.stderr for run in runs)
+    site.policy.unlink()
+    assert site.bridge.run("import", answer).returncode == Exit.USAGE
+    site.write(wider)
+    assert site.bridge.run("import", answer).returncode == 0
 
 
 def test_a_policy_that_cannot_be_used_renews_nothing(site: Site) -> None:
