@@ -248,7 +248,7 @@ class Desk:
             if problems[request.name]:
                 job.answers[request.name] = refusal("; ".join(problems[request.name]))
             elif request.name in job.answered:
-                job.answers[request.name] = self._answer_again(job, request, job.answered[request.name])
+                self._answer_again(job, request, job.answered[request.name])
         if self._approve is not None and job.to_sign:
             self._ask_person(self._approve, job)
         self._assert_approved(job)
@@ -318,16 +318,30 @@ class Desk:
             self._lists[authority] = listed, read
         return listed
 
-    def _answer_again(self, job: Job, request: BundledRequest, answered: Answered) -> DeskAnswer:
-        """The certificate that was signed for this CSR, so that an old bundle gets no second one."""
+    def _answer_again(self, job: Job, request: BundledRequest, answered: Answered) -> None:
+        """Answer with the certificate that was signed for this CSR, so that an old bundle gets no second one."""
         issued = answered.issued
         if issued is not None and not self._reason_against(job.requests[request.name], issued):
             job.again.add(request.name)
-            return issued
-        return refusal(
+            self._hand_out(job, job.requests[request.name], issued)
+            return
+        job.answers[request.name] = refusal(
             f"wanted a request that was not answered before, found one whose certificate was signed {minute(answered.signed)}"
             " and is no longer valid: `ca-bridge pending cancel` at the node, then a new request"
         )
+
+    def _hand_out(self, job: Job, request: SignRequest, issued: Issued) -> None:
+        """Answer with a certificate that was signed before, unless its CA has revoked it since then."""
+        name, authority = request.spec.name, request.spec.authority.name
+        try:
+            is_revoked = _is_revoked(issued.leaf, self._listed(authority), self._cas[authority])
+        except BackendError as e:
+            job.troubles[name] = e
+            return
+        job.answers[name] = issued if not is_revoked else refusal(
+            f"wanted a request that was not answered before, found one whose certificate {serial_hex(issued.leaf)} was"
+            " revoked: `ca-bridge pending cancel` at the node, then a new request"
+        )  # fmt: skip
 
     def _trouble(self, request: BundledRequest) -> BridgeError | None:
         if request.authority not in self._configured:
@@ -484,8 +498,8 @@ class Desk:
             for request in job.to_sign:
                 earlier = job.earlier.get(request.name)
                 if earlier is not None and not self._reason_against(job.requests[request.name], earlier):
-                    job.answers[request.name] = earlier
                     job.again.add(request.name)
+                    self._hand_out(job, job.requests[request.name], earlier)
                 else:
                     lots[request.authority].append((job, job.requests[request.name]))
         with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
@@ -516,7 +530,7 @@ class Desk:
                 expected = self._expectation(request.spec.authority.name, authority.anchors)
                 _note(job, request, ca.collect(request, known.reference, expected), journal)
             elif isinstance(known, Issued) and not self._reason_against(request, known):
-                _note(job, request, known, None)
+                self._hand_out(job, request, known)
                 if known.leaf in journal.recorded:
                     job.recorded.add(request.spec.name)
             else:  # nothing is known, it has lain there for long, or another backend, which knows of nothing, is asked now

@@ -652,6 +652,33 @@ def test_a_killed_run_is_taken_up_again(
     assert desk_.run("audit", "verify").returncode == 0
 
 
+@pytest.mark.parametrize("memory", ["archive", "outbox", "journal"])
+def test_what_was_revoked_is_not_handed_out_again(desk_: Desk, pairs: Pairs, tmp_path: Path, memory: str) -> None:
+    """Wherever the desk finds a certificate of before, the request is refused once its CA has revoked it; another one goes out again."""
+    put(desk_, bundle := make_bundle(some(pairs, "apiserver", "etcd-peer")))
+    if memory == "journal":
+        _run_killed(desk_, tmp_path, "desk.desk", "Desk._verify", before=True)
+    else:
+        assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == 0
+        shutil.rmtree(desk_.state / "desk-answered")
+        put(desk_, bundle)
+    if memory == "archive":
+        assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == 0
+        put(desk_, bundle)
+        shutil.rmtree(desk_.outbox)
+        desk_.outbox.mkdir()
+    index = desk_.ca("ca") / "index.txt"
+    index.write_text(re.sub(r"^V\t(\w+)\t", r"R\t\1\t261201000000Z,keyCompromise", index.read_text()))
+
+    run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+
+    [again] = [answer.answers for answer in answers_of(desk_)]
+    assert (run.returncode, type(again["etcd-peer"])) == (Exit.REFUSED, Issued)
+    assert isinstance(refused := again["apiserver"], Refusal)
+    assert "was revoked: `ca-bridge pending cancel` at the node" in refused.reason
+    assert len(desk_.issued()) == 2
+
+
 @pytest.mark.slow
 def test_killed_at_any_time_nothing_is_signed_twice(desk_: Desk, pki: Pki, pairs: Pairs) -> None:
     """Again and again, while `openssl ca` is at work, too; in the end there is one certificate a request."""
