@@ -341,27 +341,33 @@ def _begin(run: Run, desired: DesiredNode) -> Unfinished:
     """Go on with what an earlier run has begun, or make keys and CSRs."""
     file = unfinished_file(run.store)
     found, open_requests = file.read(), run.requests.by_name()
-    if found is not None and set(found.names) <= open_requests.keys():
-        if (found.role, found.config) == (desired.role, desired.mark) and not desired.inputs.anew:
-            return found
-        if not desired.inputs.anew and any(one.is_waiting for one in run.requests):
+    if found is not None and open_requests.keys() & set(found.names) and not desired.inputs.anew:
+        if (found.role, found.config) == (desired.role, desired.mark):
+            return found if set(found.names) <= open_requests.keys() else _begun(run, desired, found)
+        if any(one.is_waiting for one in run.requests):
             raise OtherNodeDesiredError(
                 "wanted to continue with the requests that wait, found another configuration, name or role"
             )
+    if open_requests and desired.inputs.request is None:
+        _assert_asks(run, [one for one in desired.places.specs(desired.role) if one not in desired.places.brought])
     for name in open_requests:
         give_up(run, name, "a new node's keys are made anew")
         run.requests.drop(name)
     file.remove()
-    return _begun_anew(run, desired)
+    return _begun(run, desired)
 
 
-def _begun_anew(run: Run, desired: DesiredNode) -> Unfinished:
+def _begun(run: Run, desired: DesiredNode, found: Unfinished | None = None) -> Unfinished:
+    """Make the keys and CSRs that lack: all of them, or those of names that were refused or cancelled since `found`."""
     made = _made_keys(run, desired)
     keys.assert_fits(made, desired.node)
     for name, one in made.items():
-        run.requests.put(_open(run, SPECS[name], one))
+        if run.requests.get(name) is None:
+            run.requests.put(_open(run, SPECS[name], one))
     run.requests.save()
     sa = ("", "") if desired.role != "init" else keys.sa_pair_if_new(desired.places, keys.algorithm_of(made))
+    if found is not None:
+        sa = found.sa_key, found.sa_public
     fresh = Unfinished(
         role=desired.role,
         config=desired.mark,
@@ -519,14 +525,20 @@ def _carried(
 def _ask_cas(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]) -> list[Answered]:
     if not prepared:
         return []
-    lacking = {one.authority for one in prepared} - run.settings.authorities.keys()
-    if lacking:
-        names = ", ".join(name for name in AUTHORITIES if name in lacking)
-        hint = "an [authority.NAME] table in the settings, or --request BUNDLE for a CA desk"
-        raise BridgeError(f"wanted a CA or a desk for {names}, found none", hint=hint, exit_code=Exit.USAGE)
     items = [one.item for one in prepared]
+    _assert_asks(run, [item.spec for item in items])
     with reaching(run.settings, items, expected, run.progress) as reached:
         return issue(run, prepared, reached(), expected)
+
+
+def _assert_asks(run: Run, specs: Sequence[CertificateSpec]) -> None:
+    """Make sure that the settings name a CA for each of these."""
+    lacking = [one for one in specs if one.authority.name not in run.settings.authorities]
+    if lacking:
+        authorities = ", ".join(name for name in AUTHORITIES if name in {one.authority.name for one in lacking})
+        text = f"{some(one.name for one in lacking)}: wanted a CA or a desk for {authorities}, found none"
+        hint = "an [authority.NAME] table in the settings, or --request BUNDLE for a CA desk"
+        raise BridgeError(text, hint=hint, exit_code=Exit.USAGE)
 
 
 def _proven_before(one: Prepared, expected: Mapping[str, verify.Expectation]) -> Answered | None:

@@ -18,9 +18,10 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from bridge.bootstrap import ROLES, specs_of
+from bridge.bootstrap import ROLES, keys, specs_of
 from bridge.bootstrap.whole import NodeLook
 from bridge.node import kubeconfig
+from bridge.pki.bundle_format import loads_request
 from bridge.pki.certificates import load_pem_certificates, san_entries
 from bridge.pki.csr import generate_key, key_pem
 from bridge.specs import AUTHORITIES
@@ -78,6 +79,14 @@ def copy(ready: NewNode, tmp_path: Path) -> NewNode:
     conf = node.places.kubeconfigs / "kubelet.conf"
     conf.write_text(conf.read_text().replace(str(ready.root), str(node.root)))
     return node
+
+
+def put_cas(node: NewNode) -> None:
+    """Put the CAs' certificates in place."""
+    for name, authority in AUTHORITIES.items():
+        path = node.places.pki / authority.certificate_file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(node.cas.ca_files(name)[0], path)
 
 
 def look(node: NewNode) -> NodeLook:
@@ -622,11 +631,9 @@ def test_through_an_exchange(tmp_path: Path) -> None:
     node = NewNode.make(tmp_path / "node", backend=False)
     desk = make_desk(tmp_path / "desk", node.cas, policy=POLICY)
     node.bridge.add("backend.door", {"type": "exchange", "outbox": str(desk.inbox), "inbox": str(desk.outbox)})
-    for name, authority in AUTHORITIES.items():
+    for name in AUTHORITIES:
         node.bridge.add(f"authority.{name}", {"backend": "door"})
-        path = node.places.pki / authority.certificate_file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(node.cas.ca_files(name)[0], path)
+    put_cas(node)
     waits = node.init()
     bundles = sorted(desk.inbox.iterdir())
     still = node.init()
@@ -642,6 +649,62 @@ def test_through_an_exchange(tmp_path: Path) -> None:
     assert signed.returncode == 0, signed.stderr
     assert done.returncode == 0, done.stderr
     assert look(node).problems() == []
+
+
+@pytest.mark.parametrize("how", ["refused", "cancelled"])
+def test_only_what_lacks_is_made_anew(tmp_path: Path, how: str) -> None:
+    """After a signed refusal of one, or its cancellation, the next run asks for that one alone; the others stay."""
+    node = NewNode.make(tmp_path / "node", backend=False)
+    key = generate_key("ecdsa-p256")
+    secret, public = node.bridge.secret("answer.key", key_pem(key).decode()), tmp_path / "answer.pub"
+    public.write_bytes(keys.sa_public_pem(key))
+    good = f'[desk]\nanswer_key = "{secret}"\n\n{POLICY}'
+    first = good.replace('masters = ["super-admin.conf"]', "masters = []") if how == "refused" else good
+    desk = make_desk(tmp_path / "desk", node.cas, policy=first)
+    node.bridge.tables[0] += f'desk_key = "{public}"\n'
+    node.bridge.add("backend.door", {"type": "exchange", "outbox": str(desk.inbox), "inbox": str(desk.outbox)})
+    for name in AUTHORITIES:
+        node.bridge.add(f"authority.{name}", {"backend": "door"})
+    put_cas(node)
+    assert node.init().returncode == 4
+    desk.run("sign", desk.inbox, "-o", desk.outbox)
+    signed = desk.issued()
+    if how == "refused":
+        assert node.init().returncode == 5
+    else:
+        assert node.bridge.run("pending", "cancel", "super-admin.conf").returncode == 0
+    desk.policy.write_text(good)
+    waits = node.init()
+    assert (waits.returncode, "made anew" in waits.stderr) == (4, False)
+    desk.run("sign", desk.inbox, "-o", desk.outbox)
+    done = node.init()
+
+    assert done.returncode == 0, done.stderr
+    assert len(desk.issued()) == 13 + (how == "cancelled")
+    assert set(signed) <= set(desk.issued())
+    assert look(node).problems() == []
+
+
+def test_nothing_is_given_up_before_a_desk_or_a_ca_is_known(tmp_path: Path) -> None:
+    """A run that can ask neither keeps all keys and requests; with --request it asks for the cancelled one alone."""
+    node = NewNode.make(tmp_path / "node", backend=False)
+    desk = make_desk(tmp_path / "desk", node.cas, policy=POLICY)
+    put_cas(node)
+    one, two, answer, other = (tmp_path / f"{name}.json" for name in ("one", "two", "answer", "other"))
+    assert node.init("--request", one).returncode == 4
+    assert desk.run("sign", one, "-o", answer).returncode == 0
+    before = (node.state / "requests.json").read_bytes()
+    anew = node.init("--anew", "--answer", answer)
+    assert (anew.returncode, (node.state / "requests.json").read_bytes()) == (2, before)
+    assert node.bridge.run("pending", "cancel", "super-admin.conf").returncode == 0
+    lacks = node.init("--answer", answer)
+    assert (lacks.returncode, "super-admin.conf: wanted a CA or a desk for ca" in lacks.stderr) == (2, True)
+    asks = node.init("--answer", answer, "--request", two)
+    assert asks.returncode == 4, asks.stderr
+    assert [request.name for request in loads_request(two.read_bytes()).requests] == ["super-admin.conf"]
+    assert desk.run("sign", two, "-o", other).returncode == 0
+    done = node.init("--answer", other)
+    assert done.returncode == 0, done.stderr
 
 
 def test_another_request_does_not_throw_away_what_waits(tmp_path: Path) -> None:
