@@ -157,6 +157,9 @@ def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction)
         assert_room(run.settings)
         answered, failed = _answered(run, node, items, found)
         proven, failed = verify_all(run, answered, failed)
+        for one in answered if run.settings.node.desk_key is not None else ():
+            if isinstance(one.answer, BackendRefusedError) and one.prepared.open and one.prepared.open.is_waiting:
+                run.requests.drop(one.prepared.name)  # a signed refusal ends the request
         remember(run, answered, proven, by_hand=True)
         result = transaction.install(selection, proven, failed)
     return transaction.conclude(selection, transaction.activate(selection, result))
@@ -317,7 +320,7 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> No
         given = answer.answers.get(one.name)
         if isinstance(given, Refusal):
             again = "carry the same request there again; `ca-bridge pending cancel` gives it up"
-            if node.desk_key is not None:  # a signed refusal ends the request
+            if node.desk_key is not None and not run.store.bootstrap.exists():  # it ends the request
                 again = "`ca-bridge export` makes a new request"
             hint = f"once the desk's policy allows it, {again}"
             found.take(one.name, BackendRefusedError(f"refused by {answer.signer}: {given.reason}", hint=hint), path)

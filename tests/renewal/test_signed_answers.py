@@ -78,13 +78,18 @@ def test_only_signed_answers_count_in_an_inbox(node: Node, desk: Desk, tmp_path:
 
 
 def test_the_desks_own_refusal_ends_a_request(node: Node, desk: Desk, tmp_path: Path) -> None:
-    """Only the desk could have written it, so that the request's key is dropped; without the desk's key in the settings it is kept."""
+    """Only the desk could have written it, so that the request's key is dropped, by `renew` and `import`; otherwise it is kept."""
     outbox, inbox = node.add_exchange()
     trust(node, tmp_path / "desk.pub")
     desk.policy.write_text(desk.policy.read_text().replace('nodes = ["cp-*"]', 'nodes = ["other"]'))
     assert node.run("renew", "apiserver").returncode == 4
     assert desk.run("sign", outbox, "-o", inbox).returncode == 5
     assert node.run("renew", "apiserver").returncode == 5
+    assert not node.open()
+    node.export("apiserver")
+    assert desk.run("sign", node.carried / "bundle.json", "-o", node.carried / "answer.json").returncode == 5
+    run = node.run("import", node.carried / "answer.json")
+    assert (run.returncode, "`ca-bridge export` makes a new request" in run.stderr) == (5, True)
     assert not node.open()
 
 
