@@ -280,7 +280,8 @@ class Session:
             jobs, total = self.work(desk)
             self._archive.prepare()
             if self._options.out is not None and self._options.out.is_dir():
-                remove_unfinished(self._options.out, ".*.answer.json.*")
+                ours = answer_suffix(self._settings.authorities)  # another desk may be writing there
+                remove_unfinished(self._options.out, f".*-{'[0-9a-f]' * 32}{ours}.*")
             workers = Workers(None if total >= WORTHWHILE else 0)
             stack.callback(workers.close)
             desk.run(jobs(workers), journal, record, stack.enter_context(observed(total)), workers)

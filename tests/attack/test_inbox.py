@@ -194,14 +194,15 @@ def test_forged_bundles_do_not_delay_the_others(desk_: Desk, pki: Pki, tried: Tr
 def test_odd_things_in_the_outbox_do_not_stop_the_desk(desk_: Desk, bundle: RequestBundle, tmp_path: Path) -> None:
     """A file that looks like the rest of a killed run is removed, and anything else of that name is left alone."""
     put(desk_, bundle)
-    (desk_.outbox / ".x.answer.json.y").mkdir()
-    (desk_.outbox / ".z.answer.json.link").symlink_to(tmp_path / "nowhere")
-    (desk_.outbox / ".half.answer.json.a1b2").write_bytes(b"{")
+    begin = f".cp-1-{'0' * 32}.answer.json"
+    (desk_.outbox / f"{begin}.y").mkdir()
+    (desk_.outbox / f"{begin}.link").symlink_to(tmp_path / "nowhere")
+    (desk_.outbox / f"{begin}.a1b2").write_bytes(b"{")
 
     assert sign(desk_) == 0
     names = {path.name for path in desk_.outbox.iterdir()}
-    assert names > {".x.answer.json.y", ".z.answer.json.link"}
-    assert ".half.answer.json.a1b2" not in names
+    assert names > {f"{begin}.y", f"{begin}.link"}
+    assert f"{begin}.a1b2" not in names
 
 
 def test_a_damaged_line_in_the_journal_does_not_stop_the_desk(desk_: Desk, bundle: RequestBundle) -> None:

@@ -433,10 +433,13 @@ def test_a_desk_with_one_of_the_cas_answers_for_that_one(tmp_path: Path, pki: Pk
 
 
 def test_two_desks_answer_side_by_side(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
-    """Their answers have names of their own, in one outbox and on one stick."""
+    """Their answers have names of their own, in one outbox and on one stick; neither removes what another one writes."""
     bundle = make_bundle(some(pairs, "apiserver", "etcd-server"))
     (tmp_path / "b.json").write_bytes(dumps(bundle))
     (tmp_path / "out").mkdir()
+    halves = [tmp_path / "out" / f".cp-1-{'0b' * 16}{suffix}.answer.json.a1b2" for suffix in ("", ".front-proxy-ca")]
+    for path in (*halves, tmp_path / "out" / f".cp-1-{'0b' * 16}.ca.answer.json.a1b2"):
+        path.write_bytes(b"{")
     for authority in ("ca", "etcd-ca"):
         desk_ = make_desk(tmp_path / authority, pki, authorities=[authority])
         put(desk_, bundle)
@@ -445,7 +448,7 @@ def test_two_desks_answer_side_by_side(tmp_path: Path, pki: Pki, pairs: Pairs) -
 
     stem = file_names(bundle.node, digest(bundle))[1].removesuffix(".answer.json")
     paths = [tmp_path / "out" / f"{stem}.{name}.answer.json" for name in ("ca", "etcd-ca")]
-    assert sorted((tmp_path / "out").iterdir()) == paths
+    assert sorted((tmp_path / "out").iterdir()) == sorted([*halves, *paths])
     paths += [tmp_path / f"b.{name}.answer.json" for name in ("ca", "etcd-ca")]
     assert [list(loads_answer(path.read_bytes()).answers) for path in paths] == [["apiserver"], ["etcd-server"]] * 2
 
