@@ -124,17 +124,22 @@ def _ca_of(path: Path, setting: str, hint: str) -> list[x509.Certificate]:
 _A_FILE = "a bundle is carried as a file; standard output has what is in it for people"
 
 
-def assert_free(path: Path, kind: type[AnswerBundle | RequestBundle]) -> None:
-    """An older bundle of this kind may be overwritten, nothing else: no link, no device, no other file."""
+def assert_free(path: Path, kind: type[AnswerBundle | RequestBundle], node: str, cluster: str) -> None:
+    """An older bundle of this kind and node may be overwritten, nothing else: no link, no device, no other file."""
     what = "request" if kind is RequestBundle else "answer"
     if path.name == "-":
         raise SettingsError([SettingsProblem("", f"the name of a file for the {what} bundle", "-")], hint=_A_FILE)
+    found = "something else"
     with contextlib.suppress(FileNotFoundError, UnreadableError, BundleError):
-        if isinstance(loads(read_once(path)[0]), kind):
-            return
+        if isinstance(there := loads(read_once(path)[0]), kind):
+            if (there.node, there.cluster) == (node, cluster):
+                return
+            found = f"that of node {one_line(there.node)}, cluster {one_line(there.cluster)}"
     if os.path.lexists(path):
-        wanted = f"no file, or {'an' if what == 'answer' else 'a'} {what} bundle of before"
-        raise BridgeError(f"{path}: wanted {wanted}, found something else", hint="name another file")
+        wanted = (
+            f"no file, or {'an' if what == 'answer' else 'a'} {what} bundle of before (node {node}, cluster {cluster})"
+        )
+        raise BridgeError(f"{path}: wanted {wanted}, found {found}", hint="name another file")
 
 
 def load_answer_key(policy: Policy) -> PrivateKeyTypes | None:
@@ -294,7 +299,6 @@ class Session:
             beside = source.with_name(f"{source.stem}{answer_suffix(self._settings.authorities)}")
             target = out or beside
             assert_writable(target.parent)
-            assert_free(target, AnswerBundle)
             bundle = self._one_bundle(source, target)
             return lambda _: iter([bundle]), 1
         if self._options.node or self._options.cluster or (out is None and csr_directory.find(source)):
@@ -330,6 +334,7 @@ class Session:
             raise BridgeError(f"{path}: wanted a request bundle, found: {e}") from None
         except BundleError as e:
             raise BridgeError(f"{path}: {e}", hint=e.hint) from None
+        assert_free(out, AnswerBundle, bundle.node, bundle.cluster)
         return self._job(bundle, digest(bundle), data, path, out, lambda: None)
 
     def _inbox(

@@ -64,7 +64,7 @@ class Exported:
 
 def export(settings: Settings, path: Path, options: RunOptions, now: Now, progress: Progress) -> tuple[Exported, Node]:
     """Write keys into the state directory and requests into a bundle; a pending request is exported again as it is."""
-    assert_free(path, RequestBundle)
+    assert_free(path, RequestBundle, settings.node.node_name, settings.node.cluster)
     with begun(settings, now, progress, options.wait) as (run, node):
         desired = decide(node, settings, options)
         selection = select(node, settings, options, now(), requests=run.requests, desired=desired)
@@ -87,6 +87,7 @@ def export(settings: Settings, path: Path, options: RunOptions, now: Now, progre
 
 def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBundle, list[Prepared]]:
     """Write requests into a bundle; they and their keys are safe in the state directory before."""
+    assert_free(path, RequestBundle, run.settings.node.node_name, run.settings.node.cluster)
     prepared = prepare.with_continuity(prepared, run.settings, run.now())
     requests = bundle.bundle_of([one.request for one in prepared], run.now())
     data, digest = bundle_format.dumps(requests), bundle_format.digest(requests)

@@ -1313,15 +1313,19 @@ def test_what_is_due_is_signed_again_for_the_same_csr(tmp_path: Path, pki: Pki, 
 
 @pytest.mark.attack("N14")
 def test_an_answer_takes_no_other_files_place(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
-    """A device, a link, or any other file stays as it is; an older answer to the same bundle is written again."""
+    """A device, a link, another node's answer, or any other file stays as it is; an older answer to the same bundle is written again."""
     (tmp_path / "b.json").write_bytes(dumps(make_bundle(some(pairs, "apiserver"))))
     answer, link, other = tmp_path / "a.json", tmp_path / "link", tmp_path / "notes"
     other.write_text("mine")
     link.symlink_to(answer)
-    for taken in (Path("/dev/null"), link, other, tmp_path / "b.json"):
+    (tmp_path / "b9.json").write_bytes(dumps(make_bundle(some(pairs, "etcd-peer"), node="cp-9")))
+    desk_.run("sign", tmp_path / "b9.json", "-o", tmp_path / "a9.json")  # a refusal, as the certificate is cp-1's
+    others = (tmp_path / "a9.json").read_bytes()
+    for taken in (Path("/dev/null"), link, other, tmp_path / "b.json", tmp_path / "a9.json"):
         run = desk_.run("sign", tmp_path / "b.json", "-o", taken)
         assert (run.returncode, "wanted no file, or an answer bundle of before" in run.stderr) == (1, True), taken
     assert (other.read_text(), Path("/dev/null").is_char_device(), desk_.issued()) == ("mine", True, [])
+    assert (tmp_path / "a9.json").read_bytes() == others
 
     assert [desk_.run("sign", tmp_path / "b.json", "-o", answer).returncode for _ in range(2)] == [0, 0]
     assert desk_.run("sign", tmp_path / "b.json", "-o", link).returncode == 1

@@ -250,7 +250,7 @@ def test_another_validity_is_a_new_request(node: Node) -> None:
 
 
 def test_no_other_file_is_overwritten(node: Node) -> None:
-    """A request bundle of before may be; a foreign file, an answer or a directory not, and no key is made."""
+    """A request bundle of before may be; a foreign file, another node's, an answer or a directory not, and no key is made."""
     path = node.carried / "bundle.json"
     path.write_text("precious")
     run = node.run("export", path)
@@ -259,6 +259,11 @@ def test_no_other_file_is_overwritten(node: Node) -> None:
     assert path.read_text() == "precious"
     assert node.run("export", node.carried).returncode == 1
     assert not node.open()
+    others = bundle_format.dumps(make_bundle(old_pairs(node.pki, ["apiserver"]), node="cp-9"))
+    path.write_bytes(others)
+    run = node.run("export", path)
+    assert (run.returncode, path.read_bytes(), node.open()) == (1, others, {})
+    assert "found that of node cp-9, cluster kubernetes" in run.stderr
 
     path.unlink()
     node.export()
