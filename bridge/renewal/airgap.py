@@ -33,12 +33,12 @@ from bridge.pki import bundle, bundle_format, csr, signatures, verify
 from bridge.pki.bundle import AnswerBundle, BundleError, IncompleteBundleError, Refusal, RequestBundle
 from bridge.pki.certificates import UNREADABLE, certificates_in, fingerprint, is_ca, is_for, name_text, serial_hex
 from bridge.pki.csr import PrivateKey, fingerprint_text
-from bridge.renewal import ALL, RunOptions, Selection, assert_known, outcome_of, prepare, select
+from bridge.renewal import ALL, RunOptions, Selection, assert_known, lost_keys, outcome_of, prepare, select
 from bridge.renewal.changes import decide
 from bridge.renewal.issuance import Answered, refused_as_shorter
 from bridge.renewal.prepare import Prepared, assert_room
 from bridge.renewal.transaction import Transaction
-from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
+from bridge.renewal.verify_and_install import Proven, Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.specs import CertificateSpec
 from bridge.state import Outcome, audit
@@ -432,6 +432,7 @@ def _install(
                 else:
                     answered.append(answered_by(run, made, contents.found, expected[made.authority], "install"))
         proven, failed = verify_all(run, answered, failed)
+        proven = _without_those_in_place(run, node, proven)
         if not (failed and options.all_or_nothing):
             for one in proven:
                 give_up(run, one.prepared.name, "another certificate is installed in its place")  # of another key
@@ -439,6 +440,16 @@ def _install(
             remember(run, [one for one in answered if one.prepared.name in names], proven)
         result = transaction.install(selection, proven, failed)
     return transaction.conclude(selection, transaction.activate(selection, result))
+
+
+def _without_those_in_place(run: Run, node: Node, proven: Sequence[Proven]) -> list[Proven]:
+    """Leave out pairs that are live already, since another backup would replace a useful one; say so."""
+    lost, same = lost_keys(node), {one.name for one in proven if one.verified.chain == one.prepared.item.certificates}
+    other = {item.spec.name for item in node.items if item.spec.name in lost or item.copy or item.unlike}
+    there = [one.name for one in proven if one.name in same - other]
+    if there:
+        run.progress.note(f"{', '.join(there)}: left out, since this key and certificate are in place already")
+    return [one for one in proven if one.name not in there]
 
 
 def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:

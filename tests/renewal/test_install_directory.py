@@ -111,6 +111,27 @@ def test_what_renew_wrote_and_another_ca_program_signed_is_installed(
     assert not store.requests.exists()
 
 
+def test_what_is_in_place_is_not_installed_again(node: Pki, settings: Settings, directory: Path) -> None:
+    """A second run makes no backup and says why; a lost key, or a new certificate for the same key, is installed."""
+    sign_all(node, directory)
+    assert len(install(settings, directory).renewed) == 12
+    before, backups = contents(node), list(Store(settings.node.state_dir).backups.iterdir())
+    quiet = Quiet()
+    result = airgap.install_directory(settings, directory, RunOptions(), now, quiet)[0]
+    assert (result.exit_code, result.outcomes, contents(node)) == (0, (), before)
+    assert [note.partition(": ")[2] for note in quiet.notes] == [
+        "left out, since this key and certificate are in place already"
+    ]
+    assert list(Store(settings.node.state_dir).backups.iterdir()) == backups
+    (node.pki_dir / "apiserver.key").write_bytes((node.pki_dir / "front-proxy-client.key").read_bytes())
+    csr = directory / "etcd-peer.csr"
+    younger = signed(node, csr, directory, begin=now() - timedelta(minutes=4))
+    csr.with_suffix(".crt").write_bytes(younger.public_bytes(Encoding.PEM))
+    result = install(settings, directory)
+    assert sorted(outcome.name for outcome in result.renewed) == ["apiserver", "etcd-peer"]
+    assert_pair_is_from(node, directory, "apiserver")
+
+
 def test_the_nodes_own_directory_is_refused(node: Pki, settings: Settings, tmp_path: Path) -> None:
     """Its keys are in use, and an installed directory's are to be removed; a copy of it is as good as any other."""
     before = contents(node)
