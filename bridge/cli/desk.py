@@ -21,9 +21,11 @@ from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle import Refusal
 from bridge.settings.tables import Settings
 from bridge.state import audit
+from bridge.system import waiting
 from bridge.system.console import Doing, columns, doing, is_lively, log, print_error, printable
 
 _SECONDS_BETWEEN_LINES = 10.0
+_INTERRUPTED = "interrupted; the same command again delivers what was signed, and goes on"
 
 commands = typer.Typer()
 
@@ -94,11 +96,14 @@ def _run(settings: Settings, options: Options, wait: timedelta, *, dry_run: bool
     key = load_answer_key(rules)
     desk = Desk(settings, rules, utc_now, without_proof=options.without_proof, approve=approver, answer_key=key)
     session = Session(settings, rules, options, utc_now, passed_over)
-    with contextlib.closing(desk):
-        if dry_run:
-            codes += _dry_run(desk, session)
-        elif not session.run(desk, wait, lambda total: _observer(total, codes)):
-            say(f"{options.source}: no request bundles")
+    try:
+        with contextlib.closing(desk):
+            if dry_run:
+                codes += _dry_run(desk, session)
+            elif not session.run(desk, wait, lambda total: _observer(total, codes)):
+                say(f"{options.source}: no request bundles")
+    except KeyboardInterrupt as e:
+        raise BridgeError(_INTERRUPTED, exit_code=waiting.exit_code(e)) from None
     return Exit.worst(codes)
 
 
@@ -124,7 +129,7 @@ def _tell_troubles(job: Job) -> list[int]:
     """Print each reason once, with the names that it is for; the errors' exit codes."""
     reasons: dict[tuple[str, int, str], list[str]] = {}
     errors: dict[str, BridgeError] = {
-        **{name: RefusedByPolicyError(one.reason) for name, one in job.answers.items() if isinstance(one, Refusal)},
+        **{name: _refused(job, name, one) for name, one in job.answers.items() if isinstance(one, Refusal)},
         **job.troubles,
     }
     for name, error in errors.items():
@@ -136,6 +141,15 @@ def _tell_troubles(job: Job) -> list[int]:
         about = f"{job.label}: {', '.join(names)}: {said}".removesuffix(": ")
         print_error(error, about, has_hint=names is last[hint])
     return [error.exit_code for error in errors.values()]
+
+
+def _refused(job: Job, name: str, answer: Refusal) -> BridgeError:
+    verdict = job.verdicts.get(name)
+    is_for_proof = verdict is not None and verdict.may_waive and answer.reason.startswith("proof: ")
+    hint = (
+        "after a look at who asks, `ca-bridge sign --without-proof NAME` signs what the policy allows without a proof"
+    )
+    return RefusedByPolicyError(answer.reason, hint=hint if is_for_proof else None)
 
 
 class _Observer:

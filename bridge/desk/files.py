@@ -38,7 +38,7 @@ from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.specs import AUTHORITIES
 from bridge.state import Store, audit
-from bridge.system.console import log
+from bridge.system.console import ROOT_HINT, log
 from bridge.system.files import how_to_begin, remove_unfinished, version
 from bridge.system.locks import lock
 from bridge.system.paths import (
@@ -211,7 +211,14 @@ def books_open(
     settings: Settings, store: Store, now: Callable[[], datetime], wait: timedelta, holder: str
 ) -> Iterator[tuple[Journal, audit.Record]]:
     """The journal and the record of one run of the desk, which has the state directory for itself (LockedError)."""
-    store.prepare()
+    try:
+        store.prepare()
+    except (PermissionError, BridgeError) as e:
+        if isinstance(e, BridgeError) and e.hint != ROOT_HINT:
+            raise
+        text = f"{store.directory}: wanted a state directory of the desk's user {os.geteuid()}, found none"
+        hint = f"as root: install -d -m 0700 -o {os.geteuid()} {store.directory}, after a look at who else uses it"
+        raise BridgeError(text, hint=hint) from None
     with lock(store.lock, holder, wait):
         journal = Journal(store.desk_answers, now())
         with audit.Record(store, settings.audit) as record:

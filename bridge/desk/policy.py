@@ -257,6 +257,7 @@ class PolicyVerdict:
 
     problems: tuple[str, ...]  #: Empty: it may be signed.
     proven: bool  #: The proof holds, by this CA's certificate of the same name and usages.
+    may_waive: bool = False  #: The proof is a problem, and a person at the desk can do without it (`--without-proof`).
 
 
 def parse(text: str, file: Path | None = None) -> Policy:
@@ -327,6 +328,7 @@ def judge(
     problems = [*_who(bundle.node, bundle.cluster, policy.allow), *_age(bundle, policy.allow, now)]
     waived = policy.allow.proof == "optional" or request.name in without_proof
     unproven: str | None = "a user's"
+    can_be_waived = False
     try:
         if request.name == USER.name:
             problems += islice(_user_problems(request, policy, waived=waived), _MOST_PROBLEMS)
@@ -337,7 +339,8 @@ def judge(
             problems += islice(_what(request, bundle, policy, proven=not unproven), _MOST_PROBLEMS)
     except (ValueError, UnsupportedAlgorithm, x509.UnsupportedGeneralNameType, x509.DuplicateExtension) as e:
         problems.append(f"CSR: wanted one that can be read, found: {one_line(e)}")
-    return PolicyVerdict(problems=tuple(problems), proven=not unproven)
+    may_waive = bool(unproven) and can_be_waived and not waived
+    return PolicyVerdict(problems=tuple(problems), proven=not unproven, may_waive=may_waive)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

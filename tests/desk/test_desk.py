@@ -46,7 +46,7 @@ from bridge.pki.kubeadm_names import builder_of
 from bridge.pki.verify import Expectation, check
 from bridge.settings.load import load
 from bridge.specs import AUTHORITIES, SPECS
-from bridge.state import audit
+from bridge.state import Store, audit
 from bridge.system import paths
 from bridge.system.locks import lock
 from bridge.system.waiting import wait_until
@@ -181,14 +181,27 @@ def test_a_refusal_goes_back_with_its_reason(desk_: Desk, pairs: Pairs, tmp_path
     assert isinstance(answer.answers["apiserver"], Issued)
     assert answer.answers["scheduler.conf"] == Refusal(reason="proof: wanted a continuity proof, found none")
     assert "scheduler.conf: refused: proof: wanted a continuity proof, found none" in run.stderr
+    assert "`ca-bridge sign --without-proof NAME`" in run.stderr
     assert [event["event"] for event in events(desk_)] == [desk.SIGNED, "refused"]
+
+
+def test_a_state_directory_of_root_is_given_to_the_desks_user(
+    desk_: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hint has the command for it, and does not say that the desk be run as root."""
+    settings, store, now = load(desk_.config), Store(tmp_path / "roots"), datetime.now(UTC)
+    store.directory.mkdir(mode=0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1000)
+    with pytest.raises(BridgeError) as e, files.books_open(settings, store, lambda: now, timedelta(), "sign"):
+        pass
+    assert e.value.hint.startswith(f"as root: install -d -m 0700 -o {os.getuid() + 1000} {store.directory}")
 
 
 @pytest.mark.first_use("13")
 def test_help_against_several_refusals_is_shown_once(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
     """Each reason is an error of its own; the hint that all of them have comes last."""
-    bundle = changed(make_bundle(some(pairs, "apiserver", "scheduler.conf")), "scheduler.conf", proof=None)
-    bundle = changed(bundle, "apiserver", validity=timedelta(days=3650))
+    bundle = changed(make_bundle(some(pairs, "apiserver", "scheduler.conf")), "apiserver", validity=10 * VALIDITY)
+    bundle = changed(bundle, "scheduler.conf", validity=11 * VALIDITY)
     (tmp_path / "b.json").write_bytes(dumps(bundle))
     said = desk_.run("sign", tmp_path / "b.json", "-o", tmp_path / "a.json").stderr.splitlines()
     assert [line.partition(":")[0] for line in said] == ["error", "error", "hint"], said
@@ -1096,6 +1109,13 @@ def _at_a_terminal(desk_: Desk, words: list[str], *args: str | Path) -> tuple[in
     _, status = os.waitpid(pid, 0)
     os.close(terminal)
     return os.waitstatus_to_exitcode(status), seen.decode(errors="replace")
+
+
+def test_a_person_ends_it_with_ctrl_c(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
+    """The message is about the desk's work, and not about a node's files."""
+    (tmp_path / "b.json").write_bytes(dumps(make_bundle(some(pairs, "apiserver"))))
+    code, seen = _at_a_terminal(desk_, ["\x03"], "sign", tmp_path / "b.json", "--approve")
+    assert (code, "interrupted; the same command again" in seen, desk_.issued()) == (130, True, [])
 
 
 def test_a_person_approves_each_bundle(desk_: Desk, pki: Pki, pairs: Pairs) -> None:
