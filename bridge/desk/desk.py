@@ -421,6 +421,7 @@ class Desk:
             anchor_name=SIGNING_AUTHORITIES[authority].certificate_file,
             now=self._now(),
             min_validity=self._settings.renewal.min_validity,
+            shorter_allowed=self._settings.renewal.shorter == "allow",
             extra_subject=self._settings.authorities[authority].extra_subject,
         )
 

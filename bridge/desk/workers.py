@@ -39,14 +39,13 @@ from bridge.pki import verify
 from bridge.pki.bundle import BundleError, RequestBundle, sign_request
 from bridge.pki.bundle_format import loads_digested
 from bridge.pki.verify import Expectation
-from bridge.specs import USER
 from bridge.system.console import log
 from bridge.system.run_command import python_command
 
 #: Fewer bundles are done before a worker has loaded what it needs.
 WORTHWHILE = 50
 _MOST = 4
-_LEAST_SHARE = 2  #: A user's certificate lives for half the asked time at least.
+_LEAST_SHARE = 2  #: A certificate that was asked for a short time lives for half of it at least.
 #: Bundles that a worker gets at once; the first time few, which tell the desk what CAs there are to judge by.
 CHUNK, FIRST_CHUNK = 20, 1
 #: The size of a chunk's files, so that large bundles do not fill the memory; honest ones stay below it.
@@ -153,11 +152,10 @@ def reason_against(issued: Issued, request: SignRequest, expected: Expectation) 
     """
     Why a certificate is not what was asked for; empty: it is.
 
-    A user's may live for hours, which is too short for kubeadm's.
+    One that was asked for a few days or hours, as a user's, may live that short.
     """
-    if request.spec == USER:
-        least = request.validity / _LEAST_SHARE
-        expected = replace(expected, min_validity=min(expected.min_validity, least))
+    least = request.validity / _LEAST_SHARE
+    expected = replace(expected, min_validity=min(expected.min_validity, least))
     error = verify.error_of(issued, request, expected)
     return error.reason if error is not None else ""
 

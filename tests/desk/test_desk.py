@@ -1081,6 +1081,24 @@ def test_what_a_ca_signs_wrongly_does_not_go_out(
     assert "desk.ca_dir" in desk_.run("sign", desk_.inbox, "-o", desk_.outbox).stderr
 
 
+def test_a_shorter_life_goes_out_where_the_desk_s_settings_allow_it(desk_: Desk, pairs: Pairs) -> None:
+    """It ends before the replaced one, or lives for less than `min_validity`, as it was asked for; else it is withheld."""
+
+    def signed(days: int) -> desk.DeskAnswer:
+        bundle = make_bundle(some(pairs, "scheduler.conf"), validity=timedelta(days=days))
+        put(desk_, bundle)
+        desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+        [answer] = [one for one in answers_of(desk_) if one.request_digest == digest(bundle)]
+        return answer.answers["scheduler.conf"]
+
+    refused = signed(60)
+    assert isinstance(refused, Refusal)
+    assert "wanted not before the replaced certificate's" in refused.reason
+    with desk_.config.open("a") as file:
+        file.write('\n[renewal]\nshorter = "allow"\n')
+    assert [type(signed(days)) for days in (60, 2)] == [Issued, Issued]
+
+
 # --- a person ---------------------------------------------------------------------------------------------------------
 
 
