@@ -127,6 +127,9 @@ class Job:
     recorded: set[str] = field(default_factory=set)
     verdicts: dict[str, PolicyVerdict] = field(default_factory=dict)
     answers: dict[str, DeskAnswer] = field(default_factory=dict)
+    withheld: dict[str, x509.Certificate] = field(
+        default_factory=dict
+    )  #: What a CA has signed wrongly, for the record.
     troubles: dict[str, BridgeError] = field(default_factory=dict)  #: Why there is no answer yet.
     #: The troubles that an earlier run has recorded: the same are not recorded in each run, while a CA is away.
     noted: str = ""
@@ -625,6 +628,7 @@ class Desk:
             if found is None:
                 found = self._reason_against(job.requests[request.name], answer)
             if found:
+                job.withheld[request.name] = answer.leaf
                 job.answers[request.name] = refusal(f"the desk's CA signed something else: {found}")
 
     def _reason_against(self, request: SignRequest, issued: Issued) -> str:
@@ -651,8 +655,8 @@ class Desk:
             if isinstance(answer, Issued):
                 record.add(event, request.name, new=answer.leaf, result=f"{about}{unproven}", **common)  # type: ignore[arg-type]
             elif isinstance(answer, Refusal):
-                error = RefusedByPolicyError(f"{about}: {answer.reason}")
-                record.add(audit.REFUSED, request.name, error=error, **common)  # type: ignore[arg-type]
+                error, withheld = RefusedByPolicyError(f"{about}: {answer.reason}"), job.withheld.get(request.name)
+                record.add(audit.REFUSED, request.name, error=error, new=withheld, **common)  # type: ignore[arg-type]
             elif trouble is not None and not isinstance(trouble, WaitingError | OtherDeskError):
                 kind = BackendUnavailableError if trouble.exit_code == Exit.UNAVAILABLE else BridgeError
                 record.add(audit.event_of(trouble), request.name, error=kind(f"{about}: {trouble.reason}"), **common)  # type: ignore[arg-type]

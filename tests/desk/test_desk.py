@@ -1094,6 +1094,7 @@ def test_a_shorter_life_goes_out_where_the_desk_s_settings_allow_it(desk_: Desk,
     refused = signed(60)
     assert isinstance(refused, Refusal)
     assert "wanted not before the replaced certificate's" in refused.reason
+    assert [one["serialNumber"] in desk_.issued()[0] for one in events(desk_)] == [True]  # for those who revoke it
     with desk_.config.open("a") as file:
         file.write('\n[renewal]\nshorter = "allow"\n')
     assert [type(signed(days)) for days in (60, 2)] == [Issued, Issued]
