@@ -238,15 +238,14 @@ class GatewayBackend:
             return {}
         try:
             return {"Authorization": node_proofs.enrolment_proof(place.read(), digest(bundle))}
-        except SecretUnavailableError as e:
+        except (SecretUnavailableError, ValueError) as e:
+            text = f"wanted {e} in {place}, found something else" if isinstance(e, ValueError) else str(e)
             unproven = [one.name for one in bundle.requests if one.proof is None]
             if len(unproven) == len(bundle.requests):
-                raise LocalFileError(f"gateway: enrolment: {e}", hint=_ENROL_HINT) from e
+                raise LocalFileError(f"gateway: enrolment: {text}", hint=_ENROL_HINT) from e
             if unproven:  # the door refuses these alone
-                log.warning("gateway: enrolment, for %s: %s; %s", ", ".join(unproven), e, _ENROL_HINT)
+                log.warning("gateway: enrolment, for %s: %s; %s", ", ".join(unproven), text, _ENROL_HINT)
             return {}
-        except ValueError as e:
-            raise LocalFileError(f"gateway: wanted {e} in {place}, found something else", hint=_ENROL_HINT) from e
 
     def _awaited(self, waiting: Pending, end: float) -> AnswerBundle | Pending:
         """The answer, or what is still to wait for when the time is over."""

@@ -285,22 +285,30 @@ def test_a_node_proves_itself_with_the_file(door: ServeProgram, desk: Desk, pki:
     assert all("found one that is used" in str(one) for one in again)
 
 
+@pytest.mark.parametrize("left", ["", "no secret of an enrolment", "used"])
 def test_one_certificate_without_a_proof_stops_no_other(
-    door: ServeProgram, pki: Pki, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    door: ServeProgram, desk: Desk, pki: Pki, tmp_path: Path, caplog: pytest.LogCaptureFixture, left: str
 ) -> None:
-    """A node that has lost one certificate, and whose secret is gone: the door refuses that one, and signs the others."""
+    """A node that has lost one certificate, and whose secret is gone or used: the door refuses that one, and signs the others."""
     bundle = changed(make_bundle(old_pairs(pki, ["scheduler.conf", "admin.conf"])), "admin.conf", proof=None)
-    bundle = changed(bundle, "admin.conf", replaces=None)
+    bundle, place = changed(bundle, "admin.conf", replaces=None), tmp_path / "enrolment"
+    if left:
+        place.write_text(enrolled(desk) if left == "used" else left)
+    if left == "used":
+        awaited(door, shown(door, first(pki), place.read_text()))
 
-    answers = asked(door, bundle, tmp_path / "gone")
+    answers = asked(door, bundle, place)
 
     found = {one.name: answer for one, answer in zip(bundle.requests, answers, strict=True)}
     assert isinstance(found["scheduler.conf"], Issued)
     refused = found["admin.conf"]
     assert isinstance(refused, BackendRefusedError)
     assert "proof: wanted" in str(refused)
+    if left == "used":
+        assert "found one that is used since" in "".join(door.said)
+        return
     [warned] = caplog.messages
-    assert "for admin.conf: wanted a secret in" in warned
+    assert "for admin.conf: wanted" in warned
     assert "enroll NODE" in warned
 
 
