@@ -34,11 +34,13 @@ from bridge.door.store import (
     RESTORES,
     TO_SIGN,
     UNANSWERED,
+    DatabaseError,
     Kept,
     Memory,
     asking,
     database_file,
     open_memory,
+    sqlite_url,
 )
 from bridge.errors import BridgeError, Exit
 from bridge.settings.tables import Settings
@@ -294,9 +296,7 @@ def opened(settings: Settings) -> Iterator[tuple[Memory, Doors]]:
     """The database, and this host's door in it."""
     store = Store(settings.node.state_dir)
     with contextlib.closing(open_memory(settings)) as memory:
-        doors = Doors(memory, store, identity(store))
-        doors.alive()
-        yield memory, doors
+        yield memory, Doors(memory, store, identity(store))
 
 
 def back_up(settings: Settings, to: Path) -> None:
@@ -305,6 +305,9 @@ def back_up(settings: Settings, to: Path) -> None:
     source = database_file(Store(settings.node.state_dir))
     if not source.exists():
         raise UpkeepError(f"{source}: wanted the door's database, found none")
+    if to.exists() and (to.samefile(source) or not to.is_file()):
+        found = "the database itself" if to.samefile(source) else "something else"
+        raise UpkeepError(f"{to}: wanted a file for the copy, or a path where nothing is, found {found}")
     _copied(source, to)
 
 
@@ -321,8 +324,20 @@ def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tupl
     with lock(store.door_lock, "ca-bridge serve-database"):
         place = database_file(store)
         new, old = place.with_name(f"{place.name}.new"), place.with_name(f"{place.name}.old")
+        if (is_there := place.exists()) and old.exists():
+            raise UpkeepError(
+                f"{old}: wanted no file there, since the present database goes there, found one",
+                hint="an earlier restore has left it: move it away, and restore again; nothing was replaced",
+            )
         _copied(copy, new)
-        if is_there := place.exists():
+        try:  # nothing is replaced by what this version can't use
+            with contextlib.closing(Memory(sqlite_url(new))) as memory:
+                Doors(memory, store, "").names()
+        except DatabaseError as e:
+            for end in ("", "-wal", "-shm"):
+                new.with_name(new.name + end).unlink(missing_ok=True)
+            raise UpkeepError(f"{copy}: {e}", hint=f"{e.hint}; nothing was replaced") from None
+        if is_there:
             with contextlib.closing(sqlite3.connect(place)) as connection:
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             place.replace(old)
@@ -336,6 +351,7 @@ def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tupl
 def reconcile(settings: Settings, now: Callable[[], datetime]) -> int:
     """Write down, in the database and in the audit log, that it was restored; how many one-time secrets are withdrawn."""
     with opened(settings) as (_, doors), recording(settings, _WAIT) as (_, record):
+        doors.alive()  # a database from before this door has no row of it
         withdrawn = doors.reconcile(now(), audit.who()["user"])
         about = f"the door's database; round {doors.round()} is the newest one; one-time secrets withdrawn: {withdrawn}"
         record.add(audit.RESTORED, result=about)
@@ -364,8 +380,11 @@ def _assert_file(settings: Settings) -> None:
 
 def _copied(source: Path, to: Path) -> None:
     """A copy of a database of the door by SQLite itself, which takes what is in its log, too."""
-    descriptor, temporary = tempfile.mkstemp(dir=to.parent, prefix=f".{to.name}.")  # 0600
-    os.close(descriptor)
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=to.parent, prefix=f".{to.name}.")  # 0600
+        os.close(descriptor)
+    except OSError as e:
+        raise UpkeepError(f"{to}: wanted a place for a copy, found: {e.strerror}") from None
     try:
         with (
             contextlib.closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)) as old,
@@ -381,6 +400,6 @@ def _copied(source: Path, to: Path) -> None:
         Path(temporary).replace(to)
         sync_directory(to.parent)
     except (sqlite3.Error, OSError) as e:
-        raise UpkeepError(f"{source}: wanted a database of a door, found: {e}") from None
+        raise UpkeepError(f"{source}: wanted a database of a door, and room for its copy at {to}, found: {e}") from None
     finally:
         Path(temporary).unlink(missing_ok=True)

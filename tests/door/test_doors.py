@@ -6,6 +6,7 @@ import contextlib
 import re
 import shutil
 import signal
+import sqlite3
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -505,6 +506,64 @@ def test_a_copy_is_put_back_while_no_door_works(desk: Desk, bundle: RequestBundl
     assert (again.returncode, "what was there before" in again.stdout) == (Exit.DONE, False), (
         again.stdout + again.stderr
     )
+
+
+def upkept(desk: Desk) -> Path:
+    """A door that does not work, and its database."""
+    add_door(desk.config, desk.directory)
+    assert desk.run("serve-database", "status").returncode == Exit.DONE
+    return database_file(Store(desk.state))
+
+
+def test_a_look_at_the_database_says_of_no_door_that_it_lives(desk: Desk) -> None:
+    """Else the requests of a door that has ended would wait longer for another one; `restored` makes its row."""
+    database = upkept(desk)
+
+    def doors() -> int:
+        with contextlib.closing(sqlite3.connect(database)) as connection:
+            return len(connection.execute("SELECT * FROM doors").fetchall())
+
+    assert doors() == 0
+    assert desk.run("serve-database", "restored").returncode == Exit.DONE
+    assert doors() == 1
+
+
+def test_a_copy_that_can_not_be_used_replaces_nothing(desk: Desk) -> None:
+    """A newer version's, another program's, and any copy where an earlier restore has left the file of before."""
+    database, copy = upkept(desk), desk.directory / "copy"
+    assert desk.run("serve-database", "backup", copy).returncode == Exit.DONE
+    newer = Path(shutil.copy(copy, desk.directory / "newer"))
+    with contextlib.closing(sqlite3.connect(newer)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'later'")
+    other = desk.directory / "other"
+    with contextlib.closing(sqlite3.connect(other)) as connection, connection:
+        connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        connection.execute("CREATE TABLE requests (id TEXT)")
+    before = database.read_bytes()
+
+    for one in (newer, other):
+        refused = desk.run("serve-database", "restore", one)
+        assert (refused.returncode, "nothing was replaced" in " ".join(refused.stderr.split())) == (Exit.USAGE, True), (
+            refused.stderr
+        )
+    assert database.read_bytes() == before
+    assert [*desk.state.glob("door.db.*")] == []
+    assert desk.run("serve-database", "restore", copy).returncode == Exit.DONE
+    refused = desk.run("serve-database", "restore", copy)
+    assert (refused.returncode, "move it away" in refused.stderr) == (Exit.USAGE, True), refused.stderr
+    assert database.with_name("door.db.old").read_bytes() == before
+
+
+@pytest.mark.parametrize("target", ["/dev/full", "door.db", "no/copy"])
+def test_a_backup_goes_to_a_file_of_its_own(desk: Desk, target: str) -> None:
+    """A device, the database itself and a directory that is not there are named, and stay as they are."""
+    database = upkept(desk)
+    before, device = database.stat().st_ino, Path("/dev/full").stat().st_mode
+    refused = desk.run("serve-database", "backup", desk.state / target)
+
+    assert refused.returncode == Exit.USAGE, refused.stderr
+    assert f"{desk.state / target}: wanted" in " ".join(refused.stderr.split())
+    assert (database.stat().st_ino, Path("/dev/full").stat().st_mode) == (before, device)
 
 
 def test_postgresql_is_copied_by_its_own_programs(desk: Desk, shared_database: Database) -> None:
