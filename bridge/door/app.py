@@ -51,6 +51,8 @@ _PACE = 60
 _LOOK_SECONDS = 0.25
 #: When a node that was turned away may come again.
 _PAUSE_SECONDS = 30
+#: For clients, which may be anyone; the log has what the database said, with its address, user and files.
+_DATABASE = DatabaseError("the database: wanted an answer, found none; the door's log says why")
 #: The part of the threads that may wait for answers.
 _PART_AWAITING = 4
 #: The part of the room for requests that no CA's certificate is there to judge by, and the longest of them: a whole node's
@@ -188,7 +190,7 @@ class Door:
             reply = e.reply
         except DatabaseError as e:
             log.error("%s", e, extra={"request": request_id})  # noqa: TRY400
-            reply = Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, e, retry_after=str(_PAUSE_SECONDS))
+            reply = Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, _DATABASE, retry_after=str(_PAUSE_SECONDS))
         with self._mutex:
             self.answers[int(reply.status)] += 1
         method, path, peer = (environ[key] for key in ("REQUEST_METHOD", "PATH_INFO", "REMOTE_ADDR"))

@@ -338,8 +338,8 @@ def test_an_answer_that_comes_soon_is_waited_for(memory: Memory, monkeypatch: py
     assert awaited.over(kept, timedelta()).answer == b"{}"
 
 
-def test_a_full_disk_takes_no_request(tmp_path: Path, bundle: RequestBundle) -> None:
-    """503 with Retry-After, and a sentence without the disk's place; with room the same bundle is taken."""
+def test_a_full_disk_takes_no_request(tmp_path: Path, bundle: RequestBundle, caplog: pytest.LogCaptureFixture) -> None:
+    """503 with Retry-After, and a sentence without the database's own words, which the log has."""
     memory = Memory(sqlite_url(tmp_path / "door.db"))
     door = make_application(memory)
     big = json.dumps({**json.loads(dumps(bundle)), "digest": digest(bundle)}).encode() + b" " * 100_000
@@ -352,7 +352,8 @@ def test_a_full_disk_takes_no_request(tmp_path: Path, bundle: RequestBundle) -> 
 
     assert full[0] == "503 Service Unavailable"
     assert full[1]["Retry-After"] == "30"
-    assert "is full" in full[2]["error"]
+    assert full[2]["error"] == "the database: wanted an answer, found none; the door's log says why"
+    assert "is full" in caplog.text
 
 
 REQUEST_COUNT = sa.text("SELECT count(*) FROM requests")
