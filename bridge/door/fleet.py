@@ -46,13 +46,13 @@ class FleetNode:
 def fleet(memory: Memory, before: Before, now: datetime) -> list[FleetNode]:
     """All nodes, the worst first, then by what ends next; `before` is `renewal.before`, as nodes have it."""
     covered, last = _covered(memory), _last(memory)
-    places = dict.fromkeys((*covered, *last, *_enrolled(memory)))
+    places = dict.fromkeys((*covered, *last, *_enrolled(memory, now)))
     found = [_node(place, covered.get(place, ()), last.get(place), before, now) for place in places]
     return sorted(found, key=lambda one: (STATES.index(one.state), one.ends or now, one.cluster, one.node))
 
 
 _Place = tuple[str, str]  # node, cluster
-_Covered = tuple[str, datetime, datetime]  # name, begin and end of the certificate that ends last
+_Covered = tuple[str, datetime, datetime]  # name, begin and end of the newest certificate
 _Last = tuple[datetime, str, str]  # received, state, note
 
 
@@ -87,12 +87,10 @@ def _state(last: _Last | None) -> tuple[NodeState, str]:
 
 def _covered(memory: Memory) -> dict[_Place, list[_Covered]]:
     ours = CERTIFICATES.c
-    newest = (sa.func.max(column).label(column.name) for column in (ours.begins, ours.ends))
-    query = (
-        sa.select(ours.node, ours.cluster, ours.name, *newest)
-        .where(ours.name.not_in(_NOT_A_NODES))
-        .group_by(ours.node, ours.cluster, ours.name)
-    )
+    whose = (ours.node, ours.cluster, ours.name)
+    begun = sa.select(*whose, sa.func.max(ours.begins).label("begins")).group_by(*whose).subquery()
+    newest = sa.and_(*(column == begun.c[column.name] for column in (*whose, ours.begins)))
+    query = sa.select(*whose, ours.begins, ours.ends).where(ours.name.not_in(_NOT_A_NODES)).join(begun, newest)
     found: dict[_Place, list[_Covered]] = {}
     for row in memory.select(query):
         found.setdefault((row["node"], row["cluster"]), []).append((row["name"], row["begins"], row["ends"]))
@@ -111,9 +109,9 @@ def _last(memory: Memory) -> dict[_Place, _Last]:
     }
 
 
-def _enrolled(memory: Memory) -> list[_Place]:
+def _enrolled(memory: Memory, now: datetime) -> list[_Place]:
     ours = ENROLMENTS.c
-    query = sa.select(ours.node, ours.cluster).where(ours.withdrawn.is_(None)).distinct()
+    query = sa.select(ours.node, ours.cluster).where(ours.withdrawn.is_(None), ours.ends > now).distinct()
     return [(row["node"], row["cluster"]) for row in memory.select(query)]
 
 

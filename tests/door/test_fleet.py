@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bridge.door.fleet import fleet, metrics
-from bridge.door.store import IssuedRow, Memory, sqlite_url
+from bridge.door.store import ENROLMENTS, IssuedRow, Memory, sqlite_url
 from bridge.errors import Exit
 from bridge.pki.expiry import Before
 from tests.kit.desks import make_desk
@@ -29,7 +29,14 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
 
 
 def asked(
-    memory: Memory, node: str, ago: timedelta, *, left: timedelta | None = None, note: str = "", name: str = ""
+    memory: Memory,
+    node: str,
+    ago: timedelta,
+    *,
+    left: timedelta | None = None,
+    note: str = "",
+    name: str = "",
+    life: timedelta = _YEAR,
 ) -> None:
     """A node's request; with `left` it was answered by a certificate that ends then."""
     heard = NOW - ago
@@ -40,7 +47,7 @@ def asked(
         return
     row = IssuedRow(
         fingerprint=f"{node} {ago} {name}", csr="cc", name=name or "apiserver", authority="ca", node=node,
-        cluster="kubernetes", serial="01", begins=NOW + left - _YEAR, ends=NOW + left, chain=b"pem",
+        cluster="kubernetes", serial="01", begins=NOW + left - life, ends=NOW + left, chain=b"pem",
     )  # fmt: skip
     memory.conclude(request, b"answer", [row], heard, note)
 
@@ -74,6 +81,17 @@ def test_what_people_have_is_no_nodes(memory: Memory) -> None:
     asked(memory, "cp-1", timedelta(days=1), left=300 * timedelta(days=1))
 
     assert [(one.state, one.name) for one in fleet(memory, _BEFORE, NOW)] == [("ok", "apiserver")]
+
+
+def test_the_newest_certificate_counts(memory: Memory) -> None:
+    """An older one that ends later covers nothing: the node has replaced it; nor is a node new whose secret is over."""
+    day = timedelta(days=1)
+    asked(memory, "cp-1", 20 * day, left=300 * day)
+    asked(memory, "cp-1", 10 * day, left=-day, life=9 * day)
+    row = {"node": "cp-2", "cluster": "kubernetes", "created": NOW - day, "created_by": "root", "ends": NOW}
+    memory.change(ENROLMENTS.insert().values(**row, secret_hash="aa"))
+
+    assert [(one.node, one.state) for one in fleet(memory, _BEFORE, NOW)] == [("cp-1", "expired")]
 
 
 def test_the_metrics_have_every_node(memory: Memory) -> None:
