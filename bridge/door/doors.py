@@ -185,6 +185,11 @@ class Doors:
         which = sa.and_(REQUESTS.c.state == "left", REQUESTS.c.digest.startswith(digest, autoescape=True))
         return self._memory.change(REQUESTS.update().where(which).values(state="waiting", signer="", note=""))
 
+    def judge_again(self) -> None:
+        """Have the policy asked once more about requests of this door that people have not decided about."""
+        ours = sa.and_(REQUESTS.c.state == "undecided", REQUESTS.c.signer == self.door)
+        self._memory.change(REQUESTS.update().where(ours).values(state="waiting"))
+
     # --- the past -----------------------------------------------------------------------------------------------------
 
     def round(self) -> int:

@@ -157,6 +157,8 @@ def withdraw(settings: Settings, number: int, now: datetime) -> Enrolment:
         _recorded(settings, audit.WITHDRAWN, f"enrolment {number} of node {found[0].node}, cluster {found[0].cluster}")
         is_open = (ENROLMENTS.c.id == number, ENROLMENTS.c.withdrawn.is_(None))
         memory.change(ENROLMENTS.update().where(*is_open).values(withdrawn=now))
+        if found[0].request is not None:  # the next round refuses it
+            memory.move(found[0].request, "waiting", before=["undecided"])
         return _found(memory, ENROLMENTS.c.id == number)[0]
 
 

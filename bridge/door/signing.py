@@ -315,6 +315,8 @@ class Signing:
     def _desk_of_now(self) -> Desk:
         policy = load_policy(self._settings, self._policy_file)
         is_old = time.monotonic() - self._opened > _OPEN_SECONDS
+        if policy != self.policy or not self._opened:  # it has changed, also while no door was there
+            self.doors.judge_again()
         if self._desk is None or is_old or policy != self.policy:
             self.close()
             self._desk = Desk(self._settings, policy, self._now, answer_key=load_answer_key(policy), waits=False)

@@ -22,8 +22,9 @@ from bridge.pki import signatures
 from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer, short_fingerprint
 from bridge.pki.csr import PrivateKey
+from bridge.pki.node_proofs import enrolment_proof
 from bridge.system.waiting import wait_until
-from tests.kit.bundles import make_bundle, old_pairs
+from tests.kit.bundles import changed, make_bundle, old_pairs
 from tests.kit.desks import POLICY, make_desk
 from tests.kit.est_door import TYPE, body_of, make_csr
 from tests.kit.issuing import Signer
@@ -219,8 +220,10 @@ def test_the_policy_is_asked_again_after_the_approval(own: Team, bundle: Request
     alice = own.agent("alice")
     with running(own.door):
         place = brought(own.door, bundle)
-        own.desk.policy.write_text(own.desk.policy.read_text().replace('nodes = ["cp-*"]', 'nodes = ["cp-9"]'))
+        away = own.desk.ca("ca").rename(own.desk.directory / "away")
         run = own.run(alice, "approve", digest(bundle))
+        own.desk.policy.write_text(own.desk.policy.read_text().replace('nodes = ["cp-*"]', 'nodes = ["cp-9"]'))
+        away.rename(own.desk.ca("ca"))
         answer = awaited(own.door, place).answers["apiserver"]
 
     assert run.returncode == Exit.DONE, run.stderr
@@ -230,6 +233,31 @@ def test_the_policy_is_asked_again_after_the_approval(own: Team, bundle: Request
 
 
 # --- rows that no person has written ----------------------------------------------------------------------------------
+
+
+def test_the_policy_is_asked_again_while_people_decide(own: Team, bundle: RequestBundle, pairs: Pairs) -> None:
+    """Where it needs no approval any more, also since a time without a door, or the one-time secret was withdrawn."""
+    bare = make_bundle({"front-proxy-client": pairs["front-proxy-client"]})
+    bare = changed(bare, "front-proxy-client", replaces=None, proof=None)
+    tighter = APPROVALS.replace("[allow]", '[allow]\nnames = ["etcd-server"]')
+    with running(own.door):
+        secret = own.desk.run("enroll", "cp-1").stdout.strip()
+        authorization = enrolment_proof(secret, digest(bare))
+        secretly = place_of(own.door.post(dumps(bare), Authorization=authorization))
+        in_state(own.door, secretly, "undecided")
+        assert own.desk.run("enrolments", "withdraw", "1").returncode == Exit.DONE
+        answers = [awaited(own.door, secretly)]
+        asked, other = brought(own.door, bundle), make_bundle({"etcd-server": pairs["etcd-server"]})
+        stays = brought(own.door, other)
+        own.desk.policy.write_text(tighter)
+        answers.append(awaited(own.door, asked))
+        in_state(own.door, stays, "undecided")
+        own.door.stop()
+    own.desk.policy.write_text(POLICY)
+    with running(own.door):
+        answers.append(awaited(own.door, stays))
+
+    assert [type(one) for answer in answers for one in answer.answers.values()] == [Refusal, Refusal, Issued]
 
 
 def rows(own: Team, bundle: RequestBundle, **values: Any) -> None:
