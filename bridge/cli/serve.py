@@ -23,6 +23,8 @@ from bridge.system.locks import lock
 from bridge.words import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from bridge.desk.approval import Verdict
     from bridge.door.client import Review, Reviewer
     from bridge.door.enrolments import Enrolment
@@ -382,11 +384,19 @@ def _decide(common: Common, digest: str, verdict: Verdict, reason: str, output: 
         f"{verdict} {review.digest[:_SHORT]} of {review.bundle.node} (fingerprint {short_fingerprint(review.bundle)})"
     )
     say_sentence(printable(f"{text}: {document.get('approvals')} approvals, the request is {document.get('state')}"))
+    for text in _refusals(document) if verdict == "approved" else ():
+        say_sentence(printable(text))
 
 
 def _certificates(one: dict[str, Any]) -> list[dict[str, Any]]:
     found = one.get("certificates")
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+
+def _refusals(document: Mapping[str, Any]) -> list[str]:
+    found = document.get("policy")
+    reasons = found.items() if isinstance(found, dict) else ()
+    return [f"{name}: the policy refuses it: {one}" for name, some in reasons if isinstance(some, list) for one in some]
 
 
 def _print(review: Review) -> None:
@@ -398,6 +408,8 @@ def _print(review: Review) -> None:
     for request in review.bundle.requests:
         for text in differences(request):
             say_sentence(printable(f"{request.name} differs: {text}"))
+    for text in _refusals(review.document):
+        say_sentence(printable(text))
     decisions = review.document.get("decisions")
     for one in decisions if isinstance(decisions, list) else ():
         if isinstance(one, dict):

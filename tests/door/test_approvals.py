@@ -260,6 +260,19 @@ def test_the_policy_is_asked_again_while_people_decide(own: Team, bundle: Reques
     assert [type(one) for answer in answers for one in answer.answers.values()] == [Refusal, Refusal, Issued]
 
 
+def test_a_person_reads_what_the_policy_refuses(team: Team, pairs: Pairs) -> None:
+    """In the terminal, before and after the approval of the others; a refusal by a person has no such line."""
+    alice, names = team.agent("alice"), ["apiserver", "etcd-server"]
+    for verdict, expected in (("approve", 1), ("refuse", 0)):
+        bundle = changed(make_bundle({name: pairs[name] for name in names}), "etcd-server", proof=None)
+        place = brought(team.door, bundle)
+        words = [verdict, digest(bundle), *(["--reason", "no"] if verdict == "refuse" else [])]
+        shown, decided = team.run(alice, "show", digest(bundle)), team.run(alice, *words)
+        counts = [one.stdout.count("etcd-server: the policy refuses it: proof: wanted") for one in (shown, decided)]
+        assert counts == [1, expected], (shown.stdout, decided.stdout)
+        awaited(team.door, place)
+
+
 def rows(own: Team, bundle: RequestBundle, **values: Any) -> None:
     """Write a decision into the database, and say there that the request is approved."""
     engine = sa.create_engine(sqlite_url(own.desk.state / "door.db"), connect_args={"timeout": 180})
