@@ -92,7 +92,7 @@ class Decision:
         if self.evidence == "door":
             parts += [self.approver, rfc3339(self.decided)]
         context = _SIGNED if self.evidence == "signature" else _ATTESTED
-        return signatures.framed([context, *(part.encode() for part in parts)])
+        return signatures.framed([context, *(part.encode(errors="surrogatepass") for part in parts)])
 
     def evidence_bytes(self) -> bytes:
         """The evidence as it is kept."""

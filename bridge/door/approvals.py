@@ -367,7 +367,7 @@ class Pages:
             error = BridgeError("wanted GET")
             return self._html("error.html", HTTPStatus.METHOD_NOT_ALLOWED, error=error, title="Not done")
         if path in lists:
-            return lists[path](person, _query(environ))
+            return lists[path](person, query(environ))
         if match is None:
             error = BridgeError("wanted a page, found another address")
             return self._html("error.html", HTTPStatus.NOT_FOUND, error=error, title="No such page")
@@ -424,12 +424,13 @@ class Pages:
         return Reply(status=status, body=text.encode(), kind="text/html; charset=utf-8", headers=_HEADERS)
 
 
-def _query(environ: Mapping[str, Any]) -> str:
+def query(environ: Mapping[str, Any]) -> str:
+    """The text that a page is asked to search for."""
     try:
         found = parse_qs(str(environ.get("QUERY_STRING", "")), max_num_fields=10).get("q", [""])[0]
     except ValueError:
         return ""
-    return found[:_LONGEST_QUERY]
+    return found.replace("\0", "")[:_LONGEST_QUERY]  # which PostgreSQL takes in no text
 
 
 def _form(environ: Mapping[str, Any]) -> dict[str, str]:

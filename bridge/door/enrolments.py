@@ -24,6 +24,7 @@ from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki import node_proofs
 from bridge.pki.bundle import RequestBundle
 from bridge.pki.expiry import duration_text, minute
+from bridge.pki.kubeadm_names import is_node_name
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS, USER
 from bridge.state import audit
@@ -32,6 +33,8 @@ from bridge.state.session import recording
 LONGEST = timedelta(days=30)
 #: For a round of signing, which has the state directory's lock.
 _WAIT = timedelta(minutes=1)
+#: SQLite takes no such number.
+_BEYOND = 1 << 63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +154,7 @@ def listed(settings: Settings) -> list[Enrolment]:
 def withdraw(settings: Settings, number: int, now: datetime) -> Enrolment:
     """End an enrolment; a request that it was used for, and that is not signed yet, is refused."""
     with closing(open_memory(settings)) as memory:
-        found = _found(memory, ENROLMENTS.c.id == number)
+        found = _found(memory, ENROLMENTS.c.id == number) if number < _BEYOND else []
         if not found:
             raise SettingsError([SettingsProblem("NUMBER", "an enrolment of `ca-bridge enrolments`", str(number))])
         _recorded(settings, audit.WITHDRAWN, f"enrolment {number} of node {found[0].node}, cluster {found[0].cluster}")
@@ -173,6 +176,8 @@ def _assert_sensible(wanted: Wanted, settings: Settings, policy_file: Path | Non
     problems, policy = [], load_policy(settings, policy_file)
     if not timedelta(minutes=1) <= wanted.lasts <= LONGEST:
         problems.append(SettingsProblem("--for", f"1m to {duration_text(LONGEST)}", duration_text(wanted.lasts)))
+    if not is_node_name(wanted.node):
+        problems.append(SettingsProblem("NODE", "the name of one node, as kubeadm gets it", repr(wanted.node)))
     known = [*policy.allow.names, *(name for name in policy.certificates if name not in SPECS)]
     unknown = [name for name in wanted.certificates if name not in known]
     problems += [SettingsProblem("--certificate", f"one of {', '.join(known)}", repr(name)) for name in unknown]

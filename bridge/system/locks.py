@@ -22,7 +22,7 @@ class LockedError(BridgeError):
     """Another run works on this node."""
 
     exit_code: ClassVar[int] = Exit.LOCKED
-    hint = "run again when it has ended, or with --wait 10m; `ca-bridge doctor` says whether it hangs"
+    hint = "run again when it has ended, or with --wait 10m where the command has that; `ca-bridge doctor` says whether it hangs"
 
 
 @contextlib.contextmanager

@@ -146,10 +146,12 @@ def test_a_person_refuses(team: Team, bundle: RequestBundle) -> None:
     bob = team.agent("bob")
     place = brought(team.door, bundle)
     without = decide(team, bob, bundle, signed(bob, digest(bundle), "refused", ""))
+    odd = team.run(bob, "refuse", digest(bundle), "--reason", "\udcff")  # a byte that is no UTF-8
     run = team.run(bob, "refuse", digest(bundle), "--reason", "no call came")
     answer = awaited(team.door, place).answers["apiserver"]
 
     assert without.status == 403
+    assert (odd.returncode, "wanted a reason of one line" in odd.stderr) == (Exit.REFUSED, True), odd.stderr
     assert run.returncode == Exit.DONE, run.stderr
     assert answer == Refusal(reason="not approved: no call came (bob)")
 

@@ -371,16 +371,20 @@ def test_what_the_policy_has_no_place_for_is_refused_at_once(desk: Desk) -> None
         desk.run("enroll", "cp-1", "--certificate", "user"),
         desk.run("enroll", "cp-1", "--for", "365d"),
         desk.run("enrolments", "withdraw", "999"),
+        desk.run("enrolments", "withdraw", str(1 << 63)),
+        desk.run("enroll", "cp-*"),
     ]
 
-    assert [one.returncode for one in wrong] == [Exit.USAGE] * 5
-    assert [one.stdout for one in wrong] == [""] * 5
+    assert [one.returncode for one in wrong] == [Exit.USAGE] * 7
+    assert [one.stdout for one in wrong] == [""] * 7
     words = [
         "node: wanted cp-*, as the policy has it, found worker-1",
         "as the policy has it, found other",
         "found 'user'",
         "1m to 30d",
         "found 999",
+        "found 9223372036854775808",
+        "NODE: wanted the name of one node",
     ]
     assert [word for word, one in zip(words, wrong, strict=True) if word not in one.stderr] == []
 

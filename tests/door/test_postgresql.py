@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bridge.contract import Issued
+from bridge.door.approvals import query
 from bridge.door.store import DatabaseError, Memory
 from bridge.errors import Exit
 from bridge.pki.bundle import AnswerBundle
@@ -109,6 +111,14 @@ def answered(door: ServeProgram, bundle: bytes) -> AnswerBundle:
     place = door.post(bundle).headers["location"]
     answer = wait_until(lambda: door.ask("GET", place), lambda one: one.status == 200, _PATIENCE, pause_seconds=0.2)
     return loads_answer(answer.body)
+
+
+def test_a_search_for_what_no_text_has_finds_all(shared_database: Database) -> None:
+    """PostgreSQL refuses a NUL in any text; the page leaves it out of the query."""
+    with contextlib.closing(Memory(shared_database.url, shared_database.password)) as memory:
+        with pytest.raises(DatabaseError):
+            memory.search("\0", 1)
+        assert memory.search(query({"QUERY_STRING": "q=%00cp-1"}), 1) == []
 
 
 def test_doors_that_start_together_make_the_tables_once(shared_database: Database) -> None:
