@@ -74,6 +74,10 @@ _ENROL_HINT = "`ca-bridge enroll NODE` prints it at the door's host; it is good 
 _UNSIGNED_HINT = "desk.answer_key of the door's policy signs its answers; node.desk_key of this node is its public key"
 _NOT_OURS = "is it the door (`ca-bridge serve`) that answers there, and not a proxy or another program?"
 _TLS_HINT = "ca_file has the CA certificate of the door's server certificate, and `url` a name that is in it"
+_ENDED_HINT = (
+    "the door's server certificate has ended, or this node's clock is wrong: a new one goes into the file that "
+    "serve.certificate of the door's settings names, and is read by itself"
+)
 #: Between two looks for an answer, unless the door says otherwise.
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
 
@@ -111,7 +115,9 @@ class GatewayBackend:
         self._settings = settings
         signed_by = settings.signed_by
         self._desk_key = None if signed_by is None else read_public_key(signed_by, "node.desk_key")
-        wording = Wording(name="gateway", not_ours=_NOT_OURS, tls=lambda _: _TLS_HINT)
+        wording = Wording(
+            name="gateway", not_ours=_NOT_OURS, tls=lambda text: _ENDED_HINT if "has expired" in text else _TLS_HINT
+        )
         self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
 
     @classmethod

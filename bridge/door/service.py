@@ -39,7 +39,7 @@ from bridge.door.store import DatabaseError, open_memory
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.certificates import spki
 from bridge.settings.tables import Settings
-from bridge.state import Store
+from bridge.state import Store, credentials
 from bridge.system.codec import labels, metric
 from bridge.system.files import SECRET_MODE, write_atomically
 from bridge.system.paths import UnreadableError, open_secret, read_ca_file
@@ -83,6 +83,9 @@ class Service:
         self._assert_labels()
         for name, text in self._signing.troubles.items():
             log.warning("%s: %s; requests for it wait", name, text)
+        served = [credentials.CredentialFile(credentials.SERVED, settings.serve.certificate)]
+        for text in credentials.warnings(credentials.look(settings, served, None), settings, now()):
+            log.warning("%s", text)
         pages = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
         self._door = Door(settings, self.memory, self._signing, now, pages)
         self._door.below[ROOT] = Est(self._door, self.memory, self._signing, now)

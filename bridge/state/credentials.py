@@ -18,7 +18,7 @@ from bridge import dataclass
 from bridge.errors import BridgeError, Exit
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import ROTATION_IS_LATE, Before, first_end, left_text, minute
-from bridge.settings.tables import Settings
+from bridge.settings.tables import ServeSettings, Settings
 from bridge.state import Store, checked_credentials
 from bridge.system.paths import UnreadableError, read
 
@@ -104,12 +104,14 @@ class Credential:
 
 
 _KEYS = ("node.desk_key", "node.order_key")
+SERVED = "serve.certificate"
 
 
 def own_places(settings: Settings) -> Iterator[CredentialFile]:
     """Files that the program's own tables name; `bridge.ca.registry.credentials` has the backends', too."""
-    paths = (settings.node.desk_key, settings.node.order_key, settings.gateway.kubeconfig)
-    for name, path in zip((*_KEYS, "gateway.kubeconfig"), paths, strict=True):
+    door = settings.serve.certificate if settings.serve != ServeSettings() else None  # else no door has these settings
+    paths = (settings.node.desk_key, settings.node.order_key, settings.gateway.kubeconfig, door)
+    for name, path in zip((*_KEYS, "gateway.kubeconfig", SERVED), paths, strict=True):
         if path is not None:
             yield CredentialFile(name, path)
 

@@ -50,16 +50,14 @@ def own_settings(desk: Desk, pki: Pki, door: ServeProgram) -> Path:
     return config
 
 
-def first_pair(config: Path, pki: Pki, door: ServeProgram) -> None:
+def first_pair(config: Path, pki: Pki, door: ServeProgram, left: timedelta = timedelta(days=20)) -> None:
     """A certificate that a person had signed, in the door's files."""
     pair, key = load(config).node.pairs[0], csr.generate_key("ecdsa-p256")
     request = SignRequest(
         spec=pair.spec, csr_pem=csr.build_for(pair.naming, key), validity=timedelta(days=20), replaces=None
     )
     now = datetime.now(UTC)
-    issued = Signer.load(*pki.ca_pem("ca")).issue(
-        request, begin=now - timedelta(minutes=5), end=now + timedelta(days=20)
-    )
+    issued = Signer.load(*pki.ca_pem("ca")).issue(request, begin=now - timedelta(minutes=5), end=now + left)
     door.certificate.write_bytes(pem(issued.leaf))
     door.key.write_bytes(csr.key_pem(key))
 
@@ -73,6 +71,20 @@ def renewed(config: Path) -> subprocess.CompletedProcess[str]:
 
 def shown(door: ServeProgram) -> x509.Certificate:
     return x509.load_pem_x509_certificate(ssl.get_server_certificate(("127.0.0.1", door.port)).encode())
+
+
+def test_an_ended_certificate_is_named_on_both_sides(desk: Desk, pki: Pki) -> None:
+    """The door says so at its start, and `doctor` by its settings; a node's hint looks for it at the door, and not in `ca_file`."""
+    door = add_door(desk.config, desk.directory)
+    first_pair(own_settings(desk, pki, door), pki, door, -timedelta(minutes=1))
+    with running(door):
+        refused = " ".join(renewed(own_settings(desk, pki, door)).stderr.split())
+    looked = desk.run("doctor")
+
+    ended = f"own credential serve.certificate ({door.certificate}): wanted one that is valid"
+    assert [ended in line["message"] for line in door.lines()].count(True) == 1
+    assert ended in " ".join(looked.stdout.split()), looked.stdout
+    assert ("certificate has expired" in refused, "serve.certificate of the door's settings" in refused) == (True, True)
 
 
 def test_the_doors_own_certificate_renews_itself(desk: Desk, pki: Pki) -> None:
