@@ -239,11 +239,11 @@ def user_name(uid: int) -> str:
 def how_to_own(path: Path, owner: int) -> str:
     """A hint for a directory of another user, which may be a CA desk's that root must not use."""
     hint = f"chown {os.geteuid()} {path} && chmod 700 {path}, after a look at who else uses it"
-    return hint if owner == os.geteuid() else f"is it a CA desk's? {_run_as(owner)}; otherwise {hint}"
+    return hint if owner == os.geteuid() else f"is it a CA desk's or a door's? {_run_as(owner)}; otherwise {hint}"
 
 
 def _run_as(uid: int) -> str:
-    return "run it as root (sudo)" if uid == 0 else f"run it as user {uid}"
+    return "run it as root (sudo)" if uid == 0 else f"run it as its user (`runuser -u {user_name(uid)} -- ca-bridge …`)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -158,7 +158,10 @@ def test_root_gets_no_hint_to_take_a_desks_directory(bridge: Bridge) -> None:
     state.chmod(0o700)
     os.chown(state, 65534, -1)
     for run in (bridge.run("renew", "apiserver"), bridge.run("doctor")):
-        assert f"hint: is it a CA desk's? run it as user 65534; otherwise {hint}" in run.stderr + run.stdout
+        assert (
+            f"hint: is it a CA desk's or a door's? run it as its user (`runuser -u nobody -- ca-bridge …`); otherwise {hint}"
+            in run.stderr + run.stdout
+        )
 
 
 def test_the_hint_to_be_root_is_for_those_who_are_not() -> None:
