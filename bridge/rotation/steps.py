@@ -563,7 +563,9 @@ def _issue_back(run: Run, transaction: Transaction, node: Node, steps: Sequence[
     _record(run, steps)
     transaction.owe_use(backups.outcomes_of(backup, node))
     edit = functools.partial(_as_target, steps=steps)
-    done = backups.put_back(backup, run.settings, run.store, run.record, node, run.now(), lambda _: False, edit)
+    done = backups.put_back(
+        backup, run.settings, run.store, run.record, node, run.now(), lambda one: one.subject == backups.PHASE, edit
+    )
     result = Result(outcomes=done.outcomes, backup_id=done.replaced_backup_id, errors=done.late)
     return transaction.activated(result)
 

@@ -19,7 +19,7 @@ from bridge.node import kubeconfig, pairs
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import path_of
 from bridge.pki import csr, verify
-from bridge.pki.certificates import UNREADABLE, leads_to, load_pem_certificates
+from bridge.pki.certificates import UNREADABLE, load_pem_certificates
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, KUBELET_SERVER, SERVERS, is_pair_name
 from bridge.state import Outcome, Store, audit, copies, static_pods
@@ -202,8 +202,10 @@ class Problem:
 
 
 _PAIR, _NO_PAIR = "a certificate and its private key", "another key, or none that can be read"
+#: Of a CA file of another phase: `rotate-ca back` puts it back, and the way back of a step that failed.
+PHASE = "phase"
 #: No client would trust it: another CA signed it, or the CA was changed.
-_NEVER_FORCED = ("chain", "issuer", "public key", "extensions", "critical extension")
+_NEVER_FORCED = ("chain", "issuer", "public key", "extensions", "critical extension", PHASE)
 
 
 def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -> list[Problem]:
@@ -225,7 +227,7 @@ def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -
 
 
 def _trust_problems(backup: Backup, authority: str, node: Node) -> Iterator[Problem]:
-    """Problems of a CA file: damage, or a certificate of the node that leads to none of its CAs."""
+    """Problems of a CA file: damage, or CAs of another phase of a replacement, to which no gate leads."""
     files = files_of(backup, authority)
     state = next((one for one in node.authorities if one.authority.name == authority), None)
     places = {state.path.resolve()} if state is not None else set()
@@ -238,17 +240,10 @@ def _trust_problems(backup: Backup, authority: str, node: Node) -> Iterator[Prob
         yield Problem(
             certificate=authority, wanted="a file with CA certificates", found="none, or one that can't be read"
         )
-        return
-    cut_off = []
-    for item in node.items:
-        if item.spec.authority.name == authority and item.certificates and not item.foreign:
-            with contextlib.suppress(BridgeError, OSError, *UNREADABLE):  # it has a problem of its own
-                own = files_of(backup, item.spec.name)
-                leads = leads_to(pair_of(own, item)[0] if own else item.certificates, bundle)
-                cut_off += [] if leads else [item.spec.name]
-    if cut_off:
-        found = f"certificates of another CA: {', '.join(cut_off)} (`ca-bridge rotate-ca back` goes back)"
-        yield Problem(certificate=authority, wanted="CAs of all certificates", found=found, subject="issuer")
+    elif state is not None and bundle != state.certificates:
+        wanted = f"the CAs of {state.path}, in their order"
+        found = "those of another phase (`ca-bridge rotate-ca back` goes back by one)"
+        yield Problem(certificate=authority, wanted=wanted, found=found, subject=PHASE)
 
 
 def cas_of(backup: Backup, authority: str) -> tuple[x509.Certificate, ...]:

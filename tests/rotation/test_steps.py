@@ -35,6 +35,7 @@ from bridge.node import inventory, kubeconfig
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
 from bridge.renewal import RunOptions, renew
+from bridge.renewal.transaction import put_back_and_retire
 from bridge.rotation import Phase, places, steps
 from bridge.rotation.gate import SplitError, has_asked
 from bridge.rotation.steps import Verb
@@ -566,19 +567,18 @@ def test_a_ca_that_can_not_sign_leaves_the_phase_as_it_was(settings: Settings, p
 
 
 @pytest.mark.rotation("our backups")
-def test_a_rollback_across_a_phase_is_refused(settings: Settings) -> None:
-    """The first backup has a CA file without the CA of the live certificates; the way round it is named."""
-    reach(settings, Verb.ISSUE)
-    store, node = Store(settings.node.state_dir), inventory.of(settings.node)
-    issued, trusted = backups.read_all(store)[0]
-    assert not backups.problems_of(issued, settings, node, utc_now())
-    problems = [str(one) for one in backups.problems_of(trusted, settings, node, utc_now())]
-    assert any("rotate-ca back" in one for one in problems)
-    assert all(
-        not one.can_be_forced
-        for one in backups.problems_of(trusted, settings, node, utc_now())
-        if one.certificate in AUTHORITIES
-    )
+@pytest.mark.parametrize("reached", [Verb.TRUST, Verb.ISSUE, Verb.DROP])
+def test_a_rollback_across_a_phase_is_refused(settings: Settings, pki: Pki, reached: Verb) -> None:
+    """Forced or not, although the backup of `issue` has its own certificates; within a phase nothing stands against it."""
+    reach(settings, reached)
+    before = contents(pki)
+    for force in (False, True):
+        with pytest.raises(backups.RollbackRefusedError, match=r"ca: phase: wanted the CAs of .*rotate-ca back"):
+            put_back_and_retire(settings, None, utc_now, Quiet(), force=force, wait=timedelta())
+    assert contents(pki) == before
+    assert renew.run(settings, RunOptions(names=("apiserver",)), utc_now, Quiet())[0].exit_code == 0
+    put_back_and_retire(settings, None, utc_now, Quiet(), force=False, wait=timedelta())
+    assert contents(pki) == before
 
 
 def test_a_kubelets_pair_behind_its_symlink_is_no_reason_against_a_rollback(settings: Settings, pki: Pki) -> None:
@@ -587,7 +587,7 @@ def test_a_kubelets_pair_behind_its_symlink_is_no_reason_against_a_rollback(sett
     reach(settings, Verb.TRUST)
     node, (trusted,) = inventory.of(settings.node), backups.read_all(Store(settings.node.state_dir))[0]
     assert "kubelet.conf" in trusted.names
-    assert not backups.problems_of(trusted, settings, node, utc_now())
+    assert {one.subject for one in backups.problems_of(trusted, settings, node, utc_now())} == {backups.PHASE}
     current.resolve().write_bytes(b"")
     problems = [str(one) for one in backups.problems_of(trusted, settings, inventory.of(settings.node), utc_now())]
     assert [one for one in problems if one.startswith("kubelet.conf: wanted a certificate and its private key")]
