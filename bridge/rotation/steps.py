@@ -619,6 +619,6 @@ def _backup_of(run: Run, steps: Sequence[Step]) -> Backup:
     found = ", ".join(wanted)
     raise NoWayBackError(
         f"{found}: wanted a backup of the phase “{steps[0].target.value}” with the old CA's certificates, found none; "
-        "`drop --emergency` makes none, since it passes no phase on its way",
+        "`drop --emergency` from the phase “old” makes none, and old ones are deleted once the table `next` is gone",
         hint=f"{NoWayBackError.hint}; CAs that were issued one by one go back so: --ca {next(iter(wanted))}",
     )

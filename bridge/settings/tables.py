@@ -434,7 +434,7 @@ class BackupSettings:
     """Table `[backups]`; see `backups.retire`."""
 
     #: How many backups to keep. After an installation the oldest above this number are deleted, but never the newest
-    #: one nor the newest that can be restored.
+    #: one, the newest that can be restored, nor, while a CA is replaced, that of `rotate-ca issue`.
     keep: int = 10
     #: Backups that are older than this are deleted as well; usually longer than a certificate's lifetime.
     keep_for: timedelta = timedelta(days=400)

@@ -584,7 +584,7 @@ def _has_the_same_cas(file: File) -> bool:
 
 
 def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[str]:
-    """Delete old backups, and return their IDs; never the newest, the newest fit one, or any before all is proven."""
+    """Delete old backups, and return their IDs; never the newest (fit) one, `issue`'s for `back`, or any before all is proven."""
     found, _ = read_all(store)
     keep = settings.backups
     earliest = now - keep.keep_for
@@ -594,9 +594,13 @@ def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[
     last_good = next(
         (backup for backup in found if not problems_of(with_pairs(backup, node)[0], settings, node, now)), None
     )
+    kept = [last_good]
+    for name, bundle in node.bundles.items():  # certificates of a former CA, which `rotate-ca back` puts back
+        if bundle and name in settings.authorities and settings.authorities[name].next:
+            kept.append(next((one for one in found if cas_of(one, name)[:1] not in ((), bundle[:1])), None))
     deleted = []
     for backup in reversed(old):
-        if backup is last_good:
+        if backup in kept:
             continue
         try:
             delete(backup)

@@ -153,7 +153,7 @@ def test_back_says_what_it_can_not_do(settings: Settings, pki: Pki) -> None:
     assert run(settings, Verb.BACK).exit_code == 0
     assert phases(settings) == dict.fromkeys(AUTHORITIES, "issued")
     before = contents(pki)
-    with pytest.raises(steps.NoWayBackError, match="`drop --emergency` makes none"):
+    with pytest.raises(steps.NoWayBackError, match="`drop --emergency` from the phase “old” makes none"):
         run(settings, Verb.BACK)
     assert contents(pki) == before
 

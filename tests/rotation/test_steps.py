@@ -355,6 +355,20 @@ def test_a_back_to_a_ca_that_no_backup_has_changes_nothing_and_says_the_way(sett
     assert phases(settings)["ca"] == "issued"
 
 
+def test_the_way_back_outlives_many_renewals(settings: Settings, pki: Pki) -> None:
+    """While the settings have a next CA, the backup of `issue` is deleted neither for its number nor for its age; others are."""
+    reach(settings, Verb.TRUST)
+    trusted = contents(pki)
+    kept = dataclasses.replace(settings.backups, keep=1, keep_for=timedelta())
+    settings = dataclasses.replace(settings, backups=kept)
+    assert run(settings, Verb.ISSUE).exit_code == 0
+    for _ in range(3):
+        assert renew.run(settings, RunOptions(names=("front-proxy-client",)), utc_now, Quiet())[0].exit_code == 0
+    assert len(backups.read_all(Store(settings.node.state_dir))[0]) == 2
+    assert run(settings, Verb.BACK).exit_code == 0
+    assert contents(pki) == trusted
+
+
 def test_cas_that_were_issued_one_by_one_go_back_one_by_one(settings: Settings) -> None:
     """No backup has the certificates of all; the hint names the option."""
     reach(settings, Verb.TRUST)
