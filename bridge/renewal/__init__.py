@@ -119,7 +119,7 @@ class MissingCertificateError(BridgeError):
 
 
 class NotReadyError(BridgeError):
-    """Something on this node has to be fixed first; no CA was asked."""
+    """Something on this node, or on another one, has to be fixed first; no CA has a part in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

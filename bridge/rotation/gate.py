@@ -26,6 +26,7 @@ from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.processes import file_contents
 from bridge.pki.certificates import fingerprint, leads_to
 from bridge.pki.expiry import duration_text
+from bridge.renewal import NotReadyError
 from bridge.renewal.gate import next_ca_file
 from bridge.rotation import Change, Phase, holders, objects, text, texts
 from bridge.rotation.objects import KEYS, LATELY, Word
@@ -60,7 +61,7 @@ _LOOK_SECONDS = 2.0
 _MOST_NAMED = 10
 
 
-class NotReadyEverywhereError(BridgeError):
+class NotReadyEverywhereError(NotReadyError):
     """Another node is not in the phase before, or can't be asked."""
 
     exit_code: ClassVar[int] = Exit.UNAVAILABLE

@@ -35,9 +35,10 @@ from bridge.node import inventory, kubeconfig
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
 from bridge.renewal import RunOptions, renew
+from bridge.renewal.gate import Attempts
 from bridge.renewal.transaction import put_back_and_retire
 from bridge.rotation import Phase, places, steps
-from bridge.rotation.gate import SplitError, has_asked
+from bridge.rotation.gate import NotReadyEverywhereError, SplitError, has_asked
 from bridge.rotation.steps import Verb
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, Component
@@ -196,6 +197,24 @@ def test_new_certificates_that_a_gate_refuses_leave_nothing_to_restart(settings:
     assert not store.unproven.exists()
     run(settings, Verb.DROP, ["ca"], Open(emergency=True))
     assert store.unproven.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_counted"), [(NotReadyEverywhereError("cp-2 is down"), False), (steps.NewCaError("another CA"), True)]
+)
+def test_another_node_that_is_not_ready_is_no_failure_of_the_ca(
+    settings: Settings, error: BridgeError, is_counted: bool
+) -> None:
+    """Renewals by a CA that answers make no pause, however often `issue` was tried; an unfit answer is the CA's."""
+    reach(settings, Verb.TRUST)
+
+    class Refusing(Open):
+        def assert_accepted(self, *_: object) -> None:
+            raise error
+
+    with pytest.raises(type(error)):
+        run(settings, Verb.ISSUE, gate=Refusing())
+    assert bool(Attempts(Store(settings.node.state_dir)).authorities) is is_counted
 
 
 @pytest.mark.parametrize("is_lost", [True, False])
