@@ -95,7 +95,8 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     open_requests = _begin(run, desired)
     prepared = _prepared(run, desired, open_requests)
     answered, waiting, strange = _gather_answers(run, desired, prepared, _expectations(run, desired, cas))
-    composer = Composer(desired=desired, servers=open_requests.servers, authorities=cas, now=run.now())
+    servers = open_requests.servers
+    composer = Composer(settings=run.settings, desired=desired, servers=servers, authorities=cas, now=run.now())
     proven, failed = verify_all(run, answered, waiting, composer.certificate)
     remember(run, answered, proven, by_hand=bool(desired.inputs.answers))
     run.record.write()
@@ -285,6 +286,7 @@ def kept_file(directory: Path, node: str) -> StateFile[Kept]:
 class Composer:
     """Makes a new node's files from answers."""
 
+    settings: Settings
     desired: DesiredNode
     servers: Mapping[str, str]  #: By kubeconfig.
     authorities: Certificates
@@ -329,11 +331,11 @@ class Composer:
                 yield _replacement("kubeadm", path, _PRIVATE, data)
 
     def _kubeconfig(self, name: str, leaf: x509.Certificate) -> FreshKubeconfig:
-        """A kubeconfig in kubeadm's form; every version of kubeadm accepts the first certificate of ca.crt alone."""
+        """A kubeconfig in kubeadm's form."""
         [user] = common_names(leaf.subject)
         named = self.desired.config.cluster.get("clusterName")
         cluster = named if isinstance(named, str) and named else "kubernetes"
-        ca_pem = pem(self.authorities["ca"][0])
+        ca_pem = pem(*self.settings.embedded("ca", self.authorities["ca"]))
         return FreshKubeconfig(server=self.servers[name], cluster=cluster, user=user, ca_pem=ca_pem)
 
 

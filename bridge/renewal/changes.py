@@ -196,7 +196,7 @@ class _Decision:
         if not server:
             raise NoFactError("wanted the API server's address, found none")
         user = item.spec.common_names[0].replace("{node}", facts.node)
-        ca_pem = pem(anchors_of(item)[0])  # as kubeadm: the first, which is the one that signs
+        ca_pem = pem(*self.settings.embedded(item.spec.authority.name, anchors_of(item)))
         return FreshKubeconfig(server=server, cluster=config.cluster_name, user=user, ca_pem=ca_pem)
 
     # --- a change of a live certificate ------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from bridge.specs import DEFAULT_CLUSTER, KUBELET_SERVER, SUPER_ADMIN, Component
 from bridge.words import name_found
 
 if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
+
     from bridge.settings.pairs import PairSettings
 else:  # `bridge.settings.load` makes them, and loads that module where the settings name one
     PairSettings = Any
@@ -707,6 +709,11 @@ class Settings:
         """The subject attributes, as (OID, value), that this authority's certificates may have or lack."""
         ours = self.authorities.get(authority)
         return ours.extra_subject if ours is not None else frozenset()
+
+    def embedded(self, authority: str, bundle: tuple[Certificate, ...]) -> tuple[Certificate, ...]:
+        """The CAs of a new kubeconfig: all while the CA is replaced, else the first, which every version of kubeadm accepts."""
+        ours = self.authorities.get(authority)
+        return bundle if ours is not None and ours.next else bundle[:1]
 
 
 #: Keys of the table that are not the backend's.

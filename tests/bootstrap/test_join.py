@@ -632,3 +632,5 @@ def test_a_node_that_joins_while_a_ca_is_replaced_asks_the_ca_that_signs(tmp_pat
     assert joined.returncode == 0, joined.stderr
     leaf = load_pem_certificates(other.places.kubelet_current.read_bytes())[0]
     assert leaf.issuer == made.signer.certificate.subject
+    parsed = kubeconfig.parse((other.places.kubeconfigs / "kubelet.conf").read_bytes())
+    assert load_pem_certificates(parsed.ca_data or b"") == load_pem_certificates(place.read_bytes())

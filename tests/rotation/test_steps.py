@@ -34,7 +34,7 @@ from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.node import inventory, kubeconfig
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
-from bridge.renewal import RunOptions, renew
+from bridge.renewal import Changes, RunOptions, renew
 from bridge.renewal.gate import Attempts
 from bridge.renewal.transaction import put_back_and_retire
 from bridge.rotation import Phase, places, steps
@@ -215,6 +215,23 @@ def test_another_node_that_is_not_ready_is_no_failure_of_the_ca(
     with pytest.raises(type(error)):
         run(settings, Verb.ISSUE, gate=Refusing())
     assert bool(Attempts(Store(settings.node.state_dir)).authorities) is is_counted
+
+
+@pytest.mark.kube
+@pytest.mark.parametrize(("reached", "count"), [(None, 1), (Verb.TRUST, 2)])
+def test_a_kubeconfig_that_is_made_anew_trusts_the_cas_of_the_phase(
+    tmp_path: Path, reached: Verb | None, count: int
+) -> None:
+    """With one of two the API server of a node that is further would be refused; the phase stays what it is."""
+    pki = kubeadm_pki(tmp_path / "node", algorithm="ECDSA-P256")
+    settings = with_next(pki, tmp_path)
+    reach(settings, reached)
+    before, conf = phases(settings), pki.kubeconfig_dir / "admin.conf"
+    conf.unlink()
+    options = RunOptions(names=("admin.conf",), changes=Changes(kubeadm_config=pki.config_file))
+    assert renew.run(settings, options, utc_now, Quiet())[0].exit_code == 0
+    assert len(load_pem_certificates(kubeconfig.parse(conf.read_bytes()).ca_data or b"")) == count
+    assert phases(settings) == before
 
 
 @pytest.mark.parametrize("is_lost", [True, False])
