@@ -566,7 +566,15 @@ def _issue_back(run: Run, transaction: Transaction, node: Node, steps: Sequence[
     done = backups.put_back(
         backup, run.settings, run.store, run.record, node, run.now(), lambda one: one.subject == backups.PHASE, edit
     )
-    result = Result(outcomes=done.outcomes, backup_id=done.replaced_backup_id, errors=done.late)
+    errors = [*done.late]
+    if left := sorted({name for step in steps for name in _leaves_to_issue(step)} - {*backup.names}):
+        text = f"{', '.join(left)}: wanted certificates of the CA before, found that they were made after `issue`"
+        hint = (
+            f"they work, since both CAs are trusted: `ca-bridge renew {' '.join(left)}` replaces them now; then "
+            "`ca-bridge rotate-ca trust`, which says to other nodes that this one is back"
+        )
+        errors.append(NoWayBackError(text, hint=hint))
+    result = Result(outcomes=done.outcomes, backup_id=done.replaced_backup_id, errors=tuple(errors))
     return transaction.activated(result)
 
 

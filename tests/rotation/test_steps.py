@@ -234,6 +234,26 @@ def test_a_kubeconfig_that_is_made_anew_trusts_the_cas_of_the_phase(
     assert phases(settings) == before
 
 
+@pytest.mark.kube
+def test_a_back_is_not_done_while_a_certificate_that_no_backup_has_is_the_new_cas(tmp_path: Path) -> None:
+    """It was made after `issue`; no word goes to other nodes, and the command in the hint completes the phase."""
+    pki = kubeadm_pki(tmp_path / "node", algorithm="ECDSA-P256")
+    settings, conf = with_next(pki, tmp_path), pki.kubeconfig_dir / "admin.conf"
+    reach(settings, Verb.TRUST)
+    conf.unlink()
+    assert run(settings, Verb.ISSUE).exit_code == 0
+    options = RunOptions(names=("admin.conf",), changes=Changes(kubeadm_config=pki.config_file))
+    assert renew.run(settings, options, utc_now, Quiet())[0].exit_code == 0
+    done = run(settings, Verb.BACK)
+    assert (done.exit_code, done.phases["ca"]) == (Exit.FAILED, "trusted → issued")
+    [error] = done.result.errors
+    assert str(error).startswith("admin.conf: wanted certificates of the CA before")
+    assert "`ca-bridge renew admin.conf`" in error.hint
+    assert renew.run(settings, RunOptions(names=("admin.conf",)), utc_now, Quiet())[0].exit_code == 0
+    assert phases(settings) == dict.fromkeys(AUTHORITIES, "trusted")
+    assert all(step.is_there for step in run(settings, Verb.TRUST).steps)
+
+
 @pytest.mark.parametrize("is_lost", [True, False])
 def test_a_kubelet_whose_pair_is_lost_trusts_the_new_ca(settings: Settings, pki: Pki, is_lost: bool) -> None:
     """Its kubeconfig has the CAs of the phase, whatever has become of the files that it refers to."""
