@@ -157,10 +157,11 @@ class Restarts:
         now = datetime.now(UTC)
         if restarted is None or not (last := restarted.at) <= now < last + interval:
             return None
+        at_once = "with --force" if self.contents else f"`ca-bridge restart {component.value} --force` does it at once"
         return RestartPostponedError(
             f"{component.value}: wanted {duration_text(interval)} since its last restart (restart.min_interval), found "
             f"{int((now - last).total_seconds())} s",
-            hint=f"run again after {last + interval:%H:%M:%S} UTC, or with --force",
+            hint=f"run again after {last + interval:%H:%M:%S} UTC, or {at_once}",
         )
 
     def _wait_for_the_others(self, component: Component, to_come: Sequence[Component]) -> None:

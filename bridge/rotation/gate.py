@@ -76,8 +76,9 @@ class SplitError(BridgeError):
 
     exit_code: ClassVar[int] = Exit.USAGE
     hint = (
-        "`ca-bridge rotate-ca trust --ca etcd-ca` on every member, then `issue`, then `drop`: no pause is needed between "
-        "them, and etcd goes on; the other CAs are named with --ca meanwhile; nothing was replaced"
+        "`ca-bridge rotate-ca trust --ca etcd-ca` on every member, then `issue`, then `drop`: no client has to be waited for, "
+        "and etcd goes on (`ca-bridge restart --force` does not wait for restart.min_interval); the other CAs are named with "
+        "--ca meanwhile; nothing was replaced"
     )
 
 

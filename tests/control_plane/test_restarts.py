@@ -394,6 +394,8 @@ def test_never_twice_within_the_interval_unless_forced(plane: Plane) -> None:
     assert plane.restart(SCHEDULER)[0].error is None
     held, done = plane.restart(SCHEDULER, MANAGER)
     assert (held.component, held.exit_code, held.seconds) == (SCHEDULER, Exit.UNAVAILABLE, None)
+    assert held.error is not None
+    assert held.error.hint.endswith("or `ca-bridge restart kube-scheduler --force` does it at once")
     assert (done.component, done.exit_code) == (MANAGER, Exit.DONE)
     assert plane.ran == ["kube-scheduler", "kube-controller-manager"]
     assert plane.restart(SCHEDULER, force=True)[0].error is None
