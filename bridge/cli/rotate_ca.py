@@ -92,7 +92,7 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
         return
     rows = [(one.name, one.standing.text, minute(one.since), text(one.change.old), text(one.change.new))
             for one in found.values()]  # fmt: skip
-    say_table([("CA", "PHASE", "SINCE", "NOW", "NEXT"), *rows], (3,))
+    say_table([("CA", "PHASE", "SINCE", "OLD", "NEW"), *rows], (3,))
     for one in found.values():
         now = one.standing
         left = now.differing if now.phase is None else differences(one.seen, one.change, now.next) if now.next else ()

@@ -577,6 +577,8 @@ def test_the_plan_says_which_backend_does_not_tell_the_certificate_that_signs(
     planned = bridge.run("rotate-ca", "plan")
     assert planned.returncode == 0, planned.stderr
     assert ("next (cmp) does not say which certificate signs" in " ".join(planned.stdout.split())) is is_silent
+    columns = bridge.run("rotate-ca", "status").stdout.splitlines()[0]
+    assert columns.split() == ["CA", "PHASE", "SINCE", "OLD", "NEW"]
 
 
 def test_a_new_ca_that_others_can_change_is_not_trusted(settings: Settings, pki: Pki) -> None:
