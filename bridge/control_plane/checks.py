@@ -215,7 +215,7 @@ def _have_read_cas(look: Look) -> Iterator[Check]:
     for component, path, name in (*readers(look.node), (Component.KUBELET, conf, KUBELET_CONF)):
         if str(path.resolve()) in written:
             judge = functools.partial(_read_once, look, component, path)
-            yield Check(component, name, f"has read {path}", judge)
+            yield Check(component, name, f"has read the CAs of {path}", judge)
 
 
 def _read_once(look: Look, component: Component, path: Path, by: Sequence[Path] = ()) -> Verdict:

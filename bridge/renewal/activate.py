@@ -47,7 +47,9 @@ class RolledBackError(BridgeError):
     """An installed certificate did not work, and the old files are back."""
 
     exit_code: ClassVar[int] = Exit.ROLLED_BACK
-    hint = "the CA's certificates passed every check and can't work in this cluster: see the failed check"
+    hint = (
+        "the new files had passed every check before; the error says what did not work, or not start again, with them"
+    )
 
 
 class UnprovenError(BridgeError):

@@ -112,14 +112,13 @@ def run(
             result = _without_keys(ours, steps, transaction.with_earlier(Result(outcomes=())), gate)
             return _done(ours, node, names, steps, result, is_over=transaction.may_go_on)
         gate.assert_open(ours, node, to_do)
-        if verb is Verb.BACK:
-            _note_going_back(ours.store, {step.ca.name: step.target for step in to_do})
-            _give_up_asked(ours, to_do)
         if verb is Verb.ISSUE or (gate.emergency and any(_leaves_to_issue(step) for step in to_do)):
             result = _issue(ours, transaction, node, to_do, gate)
         elif verb is Verb.BACK and any(_leaves_to_issue(step) for step in to_do):
             result = transaction.with_earlier(_issue_back(ours, transaction, node, to_do, gate))
         else:
+            if verb is Verb.BACK:
+                _begin_back(ours, to_do)
             trusting = transaction.going_on(ours, RunOptions(trust=Trust(stays=gate.emergency)))
             result = transaction.with_earlier(_trust(ours, trusting, node, to_do))
         result = _without_keys(ours, steps, result, gate)
@@ -537,8 +536,9 @@ def _forget_asked(run: Run, names: Collection[str]) -> None:
     file.put(tuple(name for name in file.read() or () if name not in names))
 
 
-def _give_up_asked(run: Run, steps: Sequence[Step]) -> None:
-    """The CA that signs from now on gets no answer of the next one for its own, and no renewal waits for one."""
+def _begin_back(run: Run, steps: Sequence[Step]) -> None:
+    """Note where it goes; the CA that signs from now on takes no answer of the next one, and no renewal waits for one."""
+    _note_going_back(run.store, {step.ca.name: step.target for step in steps})
     next_cas, signing = next_ca_file(run.store).read() or (), (Phase.TRUSTED, Phase.OLD)
     back = [step.ca for step in steps if step.target in signing]
     names = {one.name for one in back if one.standing.phase is Phase.ISSUED or one.name in next_cas}
@@ -560,6 +560,7 @@ def _issue_back(run: Run, transaction: Transaction, node: Node, steps: Sequence[
     names = {*wanted, *(item.spec.name for item in node.items if item.spec.authority.name in wanted)}
     backup = dataclasses.replace(backup, files=tuple(f for f in backup.files if f.certificate in names))
     gate.assert_accepted(run, node, dict(_pairs(backup, node)))
+    _begin_back(run, steps)
     _record(run, steps)
     transaction.owe_use(backups.outcomes_of(backup, node))
     edit = functools.partial(_as_target, steps=steps)

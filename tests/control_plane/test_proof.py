@@ -619,7 +619,7 @@ def test_an_api_server_that_is_older_than_the_ca_file_that_we_wrote_is_stale(sit
     path = site.pki / "etcd/ca.crt"
     site.flags = {"--etcd-cafile": str(path)}
     run_since_boot(site, Component.APISERVER, f"--etcd-cafile={path}", f"--tls-cert-file={site.pki}/apiserver.crt")
-    what = f"has read {path}"
+    what = f"has read the CAs of {path}"
     assert not [one for one in site.look().findings if one.what == what]
     store = Store(site.directory / "state")
     store.prepare()
@@ -644,5 +644,5 @@ def test_an_api_server_reads_the_ca_of_kubelets_again_from_1_36_on(site: Site, v
     site.version = version
     for flags, is_stale in (({}, False), ({"--kubelet-certificate-authority": str(path)}, reads_once)):
         site.flags = flags
-        found = [one.state for one in site.look().findings if one.what == f"has read {path}"]
+        found = [one.state for one in site.look().findings if one.what == f"has read the CAs of {path}"]
         assert found == (["stale"] if is_stale else [])

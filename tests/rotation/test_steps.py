@@ -90,6 +90,7 @@ def test_kubeadm_takes_the_node_in_each_phase_and_back(tmp_path: Path) -> None:
     ("what", "state", "is_held_back"),
     [
         ("has read /etc/kubernetes/scheduler.conf", "stale", True),
+        ("has read the CAs of /etc/kubernetes/kubelet.conf", "stale", True),
         ("has read /etc/kubernetes/scheduler.conf", "current", False),
         ("has read /var/lib/kubelet/pki/kubelet-client-current.pem", "stale", False),
     ],
@@ -125,7 +126,7 @@ def see_as_unread(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
     read = ProofFinding(
         component=Component.APISERVER,
         certificate="apiserver-kubelet-client",
-        what=f"has read {pki.pki_dir}/ca.crt",
+        what=f"has read the CAs of {pki.pki_dir}/ca.crt",
         state="stale",
         detail="",
     )
@@ -451,6 +452,19 @@ def test_a_back_that_was_killed_stays_the_same_one_while_another_ca_goes_back(
     for phase in ("trusted", "old"):
         assert run(settings, Verb.BACK, ["ca"]).exit_code == 0
         assert phases(settings) == {"ca": phase, "etcd-ca": "trusted", "front-proxy-ca": "issued"}
+    assert not Store(settings.node.state_dir).going_back.exists()
+
+
+def test_a_back_that_a_gate_refuses_leaves_no_trace(settings: Settings) -> None:
+    """Another node is away: the next `back` may have another target."""
+    reach(settings, Verb.ISSUE)
+
+    class Refusing(Open):
+        def assert_accepted(self, *_: object) -> None:
+            raise NotReadyEverywhereError("cp-2 is down")
+
+    with pytest.raises(NotReadyEverywhereError):
+        run(settings, Verb.BACK, gate=Refusing())
     assert not Store(settings.node.state_dir).going_back.exists()
 
 
