@@ -408,6 +408,7 @@ def test_the_watch_may_be_behind_our_own_writes(
     another.changed(old[0])
     assert another.work(0)
     assert len(desk.calls) == 2
+    service.api.close()
 
 
 # --- replicas, kills, drains ------------------------------------------------------------------------------------------

@@ -510,6 +510,7 @@ def test_a_certificate_that_has_waited_for_too_long_is_made_anew_at_once(
         ahead[0] = timedelta()
         assert issuing.work(10)
         assert outcome(pod.read(asked)) == "Issued"
+        service.api.close()
 
 
 def is_logged(gateway: Gateway, uid: str, found: str) -> bool:
