@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -33,7 +34,7 @@ from bridge.specs import (
     CertificateSpec,
     Component,
 )
-from bridge.system.paths import UnreadableError
+from bridge.system.paths import UnreadableError, kind
 from bridge.system.paths import read as read_file
 
 if TYPE_CHECKING:
@@ -573,12 +574,14 @@ def _key_trouble(found: _Found, certificate_path: Path, key_path: Path | None) -
     if key_path is None or _real(key_path) == _real(certificate_path):
         return f"{wanted} in it, found none or another certificate's" if found.has_key is False else None
     try:
-        size = key_path.stat().st_size
+        status = key_path.stat()
     except FileNotFoundError:
         return f"{wanted} in {key_path}, found nothing"
     except (OSError, ValueError):  # not ours to look at, or no path
         return None
-    return None if size else f"{wanted} in {key_path}, found an empty file"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{wanted} in {key_path}, found {kind(status.st_mode)}"
+    return None if status.st_size else f"{wanted} in {key_path}, found an empty file"
 
 
 def other_key(item: Item) -> str | None:

@@ -43,7 +43,7 @@ from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Run
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.files import DIRECTORY_MODE, Attributes, DiskSpace, digest, disk_spaces, sync_directory, write_staged
-from bridge.system.paths import foreign_link
+from bridge.system.paths import ForeignLinkError, UnreadableError, foreign_link, opened, read_once
 
 if TYPE_CHECKING:
     from bridge.desk.policy import Policy
@@ -198,14 +198,13 @@ def _continuity(one: Prepared, settings: Settings, batch: str, created: datetime
 
 
 #: A key that is missing, broken, encrypted, or of an odd type.
-NO_KEY = (OSError, ValueError, TypeError, UnsupportedAlgorithm)
+NO_KEY = (MissingCertificateError, ValueError, TypeError, UnsupportedAlgorithm)
 
 
 def live_key(item: Item) -> PrivateKeyTypes:
     """The key of the live certificate (NO_KEY: it can't be had)."""
-    path = item.key_path or item.certificate_path
-    data = path.read_bytes() if item.key_path else kubeconfig.key_data(path.read_bytes()) or b""
-    return load_pem_private_key(csr.key_block(data), None)
+    data = read_live(item.key_path or item.certificate_path) or b""
+    return load_pem_private_key(csr.key_block(data if item.key_path else kubeconfig.key_data(data) or b""), None)
 
 
 def _fits(
@@ -231,7 +230,7 @@ def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | Non
     for path in paths:
         if (foreign := foreign_link(path)) is not None:
             raise BridgeError(str(foreign), hint=foreign.hint)
-    contents = {path: _read(path) for path in paths}
+    contents = {path: read_live(path) for path in paths}
     data = contents[item.certificate_path]
     old_key = contents.get(item.key_path) if item.key_path is not None else None
     if old_key and _PRIVATE_KEY not in old_key:
@@ -265,7 +264,7 @@ def _was_elsewhere(item: Item) -> dict[Path, str | None]:
     for files in item.pair.places:
         for key, path in files.paths():
             wanted, marker = ("a private key", _PRIVATE_KEY) if key == "key_file" else ("certificates", _CERTIFICATE)
-            if (data := _read(path)) and marker not in data:
+            if (data := read_live(path)) and marker not in data:
                 raise BridgeError(
                     f"{path}: wanted {wanted} in PEM, which is replaced, found something else",
                     hint=f"does [certificate.{item.spec.name}] name the right file? Move it away, and a renewal makes it",
@@ -290,13 +289,16 @@ def present(item: Item, live: x509.Certificate | None) -> x509.Certificate:
     return live
 
 
-def _read(path: Path) -> bytes | None:
+def read_live(path: Path) -> bytes | None:
+    """The content of a file that is to be replaced, behind no link that others could have made; None: there is none."""
     try:
-        return path.read_bytes()
+        with opened(path) as place:
+            return read_once(place.path)[0]
     except FileNotFoundError:
         return None  # a renewal needs no old key
-    except OSError as e:
-        raise MissingCertificateError(f"{path}: wanted to read it, found: {e.strerror}") from e
+    except (OSError, ForeignLinkError, UnreadableError) as e:
+        found = e.strerror if isinstance(e, OSError) else e
+        raise MissingCertificateError(f"{path}: wanted to read it, found: {found}") from e
 
 
 def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:

@@ -32,7 +32,7 @@ from bridge.pki.certificates import UNREADABLE, leads_to, load_pem_certificates,
 from bridge.pki.expiry import duration_text, first_end, is_due, minute, residual, seconds_left
 from bridge.renewal import NO_TRUST, MissingCertificateError, NotReadyError, Trust, anchors_of, outcome_of
 from bridge.renewal.issuance import Answered, ShorterError
-from bridge.renewal.prepare import Prepared, open_request
+from bridge.renewal.prepare import Prepared, open_request, read_live
 from bridge.settings.pairs import PairFiles
 from bridge.settings.tables import Settings
 from bridge.specs import CA
@@ -216,10 +216,7 @@ def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacemen
 
 def _conf(one: Prepared, chain: bytes) -> bytes:
     path, fresh = one.item.certificate_path, one.kubeconfig
-    try:
-        return path.read_bytes() if fresh is None else fresh.text(chain, one.key_pem)
-    except OSError as e:
-        raise MissingCertificateError(f"{path}: wanted to read it, found: {e.strerror}") from e
+    return (read_live(path) or b"") if fresh is None else fresh.text(chain, one.key_pem)
 
 
 def _embedding(one: Prepared, conf: bytes, chain: bytes) -> bytes:

@@ -380,15 +380,14 @@ def _unproven(
     live = item.certificates[0] if item.certificates else leaf
     try:
         expected = verify.Expectation(
-            anchors=tuple(load_pem_certificates(item.anchor_path.read_bytes())),
+            anchors=read_ca_file(item.anchor_path),
             anchor_name=str(item.anchor_path),
             now=now,
             min_validity=timedelta(),
             extra_subject=extra,
         )
-    except (OSError, ValueError) as e:
-        reason = str(e.strerror if isinstance(e, OSError) else e)
-        yield Problem(certificate=name, wanted=f"the CA certificate {item.anchor_path}", found=reason)
+    except UnreadableError as e:
+        yield Problem(certificate=name, wanted=f"the CA certificate {item.anchor_path}", found=str(e))
         return
     for one in pairs.findings(item.spec, certificates, key_pem, expected, live):
         violation = one.violation

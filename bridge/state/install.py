@@ -21,7 +21,7 @@ from bridge.node.processes import Written
 from bridge.state import Store, replaced_here
 from bridge.system.console import log
 from bridge.system.files import Attributes, digest, is_frozen, sync_directory, write_staged
-from bridge.system.paths import foreign_link
+from bridge.system.paths import UnreadableError, foreign_link, read_once
 from bridge.system.state_file import OnDamage, StateError, StateFile, coded
 
 STAGED_PREFIX = ".ca-bridge-"
@@ -88,10 +88,29 @@ class Recovery:
 
 
 def fingerprint(path: Path) -> str | None:
-    """The SHA-256 of a file's content, or of a symlink's target; None: neither is there."""
+    """The SHA-256 of a file's content, or of a symlink's target; None: neither is there (InstallError: something else)."""
     if path.is_symlink():
         return link_digest(str(path.readlink()))
-    return digest(path.read_bytes()) if path.exists() else None
+    try:
+        return digest(_content(path))
+    except FileNotFoundError:
+        return None
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_once(path)[0]
+    except UnreadableError as e:
+        raise InstallError(
+            f"{path}: wanted the file that is to be replaced, found {e}", hint="find out who put it there"
+        ) from e
+
+
+def _holds(path: Path, sha256: str) -> bool:
+    """Whether a file with this content, or such a symlink, is there, and not something else."""
+    with contextlib.suppress(InstallError):
+        return fingerprint(path) == sha256
+    return False
 
 
 def link_digest(leads_to: str) -> str:
@@ -265,7 +284,7 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
         if target.replacement.is_link:
             entry["leads_to"] = str(target.path.readlink()) if target.path.is_symlink() else None
         if target.attributes is not None:
-            data, name = target.path.read_bytes(), f"{number:02}-{target.path.name}"
+            data, name = _content(target.path), f"{number:02}-{target.path.name}"
             write_staged(directory / name, data, Attributes.private())
             entry |= {"backup": name, "sha256": digest(data), "attributes": attributes_json(Attributes.of(target.path))}
         files.append(entry)
@@ -307,9 +326,9 @@ def _forward(journal: Mapping[str, Any]) -> None:
         path, staged = Path(target["path"]), Path(target["staged"])
         if target["sha256"] is None:
             path.unlink(missing_ok=True)
-        elif fingerprint(staged) == target["sha256"]:
+        elif _holds(staged, target["sha256"]):
             staged.rename(path)
-        elif fingerprint(path) != target["sha256"]:
+        elif not _holds(path, target["sha256"]):
             raise InstallError(f"{path}: wanted its new content here or in {staged}, found neither")
     for directory in {Path(target["path"]).parent for target in journal["targets"]}:
         sync_directory(directory)
@@ -335,7 +354,7 @@ def _back(store: Store, journal: dict[str, Any]) -> None:
             staged.rename(path)
         elif entry["backup"] is None:
             path.unlink(missing_ok=True)
-        elif fingerprint(path) != entry["sha256"]:
+        elif not _holds(path, entry["sha256"]):
             write_staged(staged, (directory / entry["backup"]).read_bytes(), attributes_from(entry["attributes"]))
             staged.rename(path)
         sync_directory(path.parent)

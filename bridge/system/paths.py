@@ -77,9 +77,9 @@ def regular_file(path: Path, flags: int = 0) -> Iterator[tuple[int, os.stat_resu
         except OSError as e:
             raise UnreadableError(e.strerror or str(e)) from e
         if stat.S_ISDIR(status.st_mode):
-            raise _DirectoryError("not a regular file")
+            raise _DirectoryError("a directory, not a regular file")
         if not stat.S_ISREG(status.st_mode):
-            raise UnreadableError("a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file")
+            raise UnreadableError(f"{kind(status.st_mode)}, not a regular file")
         try:
             descriptor = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as e:
@@ -97,6 +97,12 @@ def _content(descriptor: int) -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise UnreadableError(f"more than {MAX_FILE_BYTES} bytes")
     return data
+
+
+def kind(mode: int) -> str:
+    """The words for what a mode (stat) stands for."""
+    names = {stat.S_IFREG: "a file", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a symbolic link"}
+    return (names | {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}).get(stat.S_IFMT(mode), "a device")
 
 
 class NoCaFileError(UnreadableError):
@@ -253,10 +259,9 @@ def _exposed(step: _Step, trusted: set[int], also: int | None) -> Exposure | Non
         return Exposure(path=path, wanted=wanted, found=f"user {status.st_uid}", hint=hint)
     if stat.S_ISLNK(status.st_mode) or not _others_can_change(status):
         return None
-    kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a file"
     return Exposure(
         path=path,
-        wanted=f"{kind} that only its owner can write to",
+        wanted=f"{kind(status.st_mode)} that only its owner can write to",
         found=f"mode {stat.S_IMODE(status.st_mode):04o}",
         hint=f"chmod go-w {path}, after a look at it",
     )

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from bridge.desk.files import load_policy
 from bridge.errors import BridgeError, Exit, SettingsError
-from bridge.renewal import RunOptions, renew
+from bridge.node import inventory
+from bridge.renewal import MissingCertificateError, RunOptions, prepare, renew
+from bridge.renewal.prepare import live_key
+from bridge.renewal.transaction import put_back_and_retire
 from bridge.settings import load
+from bridge.settings.tables import Settings
 from bridge.state import Store
+from bridge.state import install as installing
 from bridge.state.install import KEY_MASK, InstallError, Replacement, install
 from bridge.system.files import digest
 from tests.kit.pki import Pki, handmade_pki
@@ -159,6 +166,106 @@ def test_an_installation_does_not_even_stage_beside_such_a_link(tmp_path: Path) 
     os.chown(place, 0, 0)
     install(store, [one], "run1", {})
     assert target.read_bytes() == b"new"
+
+
+def a_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def a_huge_file(path: Path) -> None:
+    os.truncate(path, 3 << 30)
+
+
+ODD = [
+    pytest.param(a_fifo, "a FIFO, not a regular file", id="FIFO"),
+    pytest.param(a_huge_file, "more than 1048576 bytes", id="huge"),
+]
+
+
+@pytest.mark.parametrize(("put", "found"), ODD)
+def test_what_is_no_file_in_a_keys_place_stops_its_own_renewal_alone(
+    node: Pki, tmp_path: Path, put: Callable[[Path], None], found: str
+) -> None:
+    """Neither a FIFO nor a file of 3 GiB holds root up: the other certificate is renewed."""
+    key, other = node.pki_dir / "etcd/server.key", node.pki_dir / "apiserver.key"
+    before = other.read_bytes()
+    put(key)
+    [error] = renewed(node, tmp_path, SERVER, "apiserver")
+    assert f"{key}: wanted to read it, found: {found}" in str(error)
+    assert other.read_bytes() != before
+    item = inventory.read(node.pki_dir, node.kubeconfig_dir).item(SERVER)
+    assert item is not None
+    assert ("found a FIFO" in str(item.key_trouble)) is (put is a_fifo)
+    with pytest.raises(MissingCertificateError, match=found):
+        live_key(item)
+
+
+def rolled_back(settings: Settings) -> None:
+    now, none = partial(datetime.now, UTC), timedelta()
+    put_back_and_retire(settings, None, now, Quiet(), force=False, wait=none)
+
+
+@pytest.mark.parametrize(("put", "found"), ODD)
+def test_what_is_no_file_in_a_keys_place_stops_a_rollback(
+    node: Pki, tmp_path: Path, put: Callable[[Path], None], found: str
+) -> None:
+    """Nothing is replaced, and the same rollback works once the file, and the CA's, are as they were."""
+    settings = settings_for(node, tmp_path)
+    key, ca = node.pki_dir / "etcd/server.key", node.pki_dir / "etcd/ca.crt"
+    renew.run(settings, RunOptions(names=(SERVER,)), lambda: datetime.now(UTC), Quiet())
+    new = key.read_bytes()
+    for path, content in ((key, new), (ca, ca.read_bytes())):
+        put(path)
+        with pytest.raises(BridgeError, match=found):
+            rolled_back(settings)
+        path.unlink()
+        path.write_bytes(content)
+    rolled_back(settings)
+    assert key.read_bytes() != new
+
+
+@pytest.mark.parametrize(("put", "found"), ODD)
+@pytest.mark.parametrize("step", ["_stage", "_back_up", "_times_to_keep"])
+def test_what_comes_into_a_keys_place_while_it_is_replaced_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, put: Callable[[Path], None], found: str
+) -> None:
+    """The staged file's name shows when: before the commit point nothing is replaced, and after it all goes back."""
+    store = Store(tmp_path / "state")
+    store.prepare()
+    files = [tmp_path / "server.crt", tmp_path / "server.key"]
+    for path in files:
+        path.write_bytes(b"old")
+    act = getattr(installing, step)
+
+    def then(*args: object) -> object:
+        done = act(*args)
+        for path in tmp_path.glob(".ca-bridge-*server.key" if step == "_times_to_keep" else "server.key"):
+            put(path)
+        return done
+
+    monkeypatch.setattr(installing, step, then)
+    new = [
+        Replacement(certificate="x", path=path, data=b"new", mode_mask=KEY_MASK, was=digest(b"old")) for path in files
+    ]
+    says = "all was put back" if step == "_times_to_keep" else f"nothing was replaced: {files[1]}: .*{found}"
+    with pytest.raises(InstallError, match=says):
+        install(store, new, "run1", {})
+    assert files[0].read_bytes() == b"old"
+    assert not store.is_interrupted
+
+
+def test_a_link_that_comes_after_the_look_for_links_is_not_followed(
+    node: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each directory is opened once, so a key that its owner moves away meanwhile is never another file of root's."""
+    key = node.pki_dir / "etcd/server.key"
+    os.chown(key.parent, SOMEBODY, 0)
+    key.rename(tmp_path / "key")
+    key.symlink_to(tmp_path / "key")
+    monkeypatch.setattr(prepare, "foreign_link", lambda _: None)
+    [error] = renewed(node, tmp_path, SERVER)
+    assert f"{key}: wanted to read it, found: {key}: wanted no link" in str(error)
 
 
 def test_a_secret_that_others_can_read_is_a_warning(

@@ -652,7 +652,7 @@ def test_plan_doctor_and_recover_tell(node: Pki, home: Path, tmp_path: Path) -> 
     os.mkfifo(bad)
     doctor = " ".join(bridge.run("doctor").stdout.split())
     assert f"ok {good}: holds the certificate of admin.conf, and is refreshed with it" in doctor
-    assert f"error {bad}: wanted a copy of a kubeconfig that only its owner can change, found: not a" in doctor
+    assert f"error {bad}: wanted a copy of a kubeconfig that only its owner can change, found: a FIFO" in doctor
     renewal = bridge.run("renew")
     assert renewal.returncode == Exit.NOT_LIVE
     assert f"error: {bad}: wanted a copy of a kubeconfig that only its owner can change" in renewal.stderr
