@@ -46,6 +46,7 @@ from bridge.system.http import (
     context,
     is_cut_off,
 )
+from bridge.system.paths import open_regular
 from bridge.words import one_line
 
 #: For the second look at a connection that broke.
@@ -329,7 +330,8 @@ def is_loopback(host: str) -> bool:
 def subject_of(client_cert: Path, backend: str) -> x509.Name:
     """The subject of a client certificate; a BackendRefusedError of this backend where the file has none that can be read."""
     try:
-        return x509.load_pem_x509_certificate(client_cert.read_bytes()).subject
+        with open_regular(client_cert) as file:
+            return x509.load_pem_x509_certificate(file.read()).subject
     except (OSError, ValueError) as e:
         text = f"{backend}: {client_cert}: wanted the client certificate, found {type(e).__name__}"
         raise BackendRefusedError(text) from e
@@ -353,15 +355,18 @@ def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path
     problems = []
     try:
         if ca_file:
-            context.load_verify_locations(ca_file)
+            with open_regular(ca_file) as file:
+                context.load_verify_locations(f"/proc/self/fd/{file.fileno()}")
         else:
             load_system_cas(context)
     except OSError as e:
         problems.append(SettingsProblem("ca_file", "a file with PEM certificates", f"{ca_file}: {e.strerror}"))
     if client_cert and client_key:
         try:
-            # without the function OpenSSL would ask the terminal for a passphrase, and a cron job would hang
-            context.load_cert_chain(client_cert, client_key, password=lambda: "")
+            with open_regular(client_cert) as one, open_regular(client_key) as other:
+                certificate, key = (f"/proc/self/fd/{file.fileno()}" for file in (one, other))
+                # without the function OpenSSL would ask the terminal for a passphrase, and a cron job would hang
+                context.load_cert_chain(certificate, key, password=lambda: "")
         except (OSError, ValueError) as e:
             reason = (isinstance(e, OSError) and e.strerror) or str(e)
             wanted = "PEM files with a certificate and its key, not encrypted"

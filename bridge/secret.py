@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -12,6 +14,9 @@ from bridge import dataclass
 
 #: In a settings field's metadata: its value comes from the bridge, and no key of the settings file has its name.
 GIVEN = "given"
+#: For the program that writes a secret into a pipe, which may have to decrypt it.
+_PIPE_SECONDS = 10
+_MAX_BYTES = 1 << 20
 
 
 class SecretUnavailableError(Exception):
@@ -55,10 +60,27 @@ class Secret:
     def _read_file(self) -> str:
         path = self._path()
         try:
-            return path.read_text(encoding="utf-8")
+            return _content(path).decode()
         except (OSError, UnicodeDecodeError) as e:
             reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
             raise SecretUnavailableError(f"wanted a secret in {path}, found: {reason}") from None
+
+
+def _content(path: Path) -> bytes:
+    """The content of a file or a pipe; a FIFO without a writer, or a file without end, is an OSError."""
+    descriptor, data = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), b""
+    try:
+        ready = select.poll()
+        ready.register(descriptor, select.POLLIN)
+        while ready.poll(_PIPE_SECONDS * 1000):
+            if not (more := os.read(descriptor, _MAX_BYTES)):
+                return data
+            data += more
+            if len(data) > _MAX_BYTES:
+                raise OSError(errno.EFBIG, f"more than {_MAX_BYTES} bytes")
+        raise OSError(errno.ETIMEDOUT, f"a pipe that said nothing for {_PIPE_SECONDS} s")
+    finally:
+        os.close(descriptor)
 
 
 def leaves(table: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -199,9 +199,9 @@ _ALSO = {
     # a program, with limits and the end of all that it started, and the messages that it leaves
     "backends.cmp": ["bridge.system.run_command", "bridge.pki.der"],
     # a program, which only root and its account may change
-    "backends.exec": ["bridge.system.run_command", "bridge.system.paths"],
+    "backends.exec": ["bridge.system.run_command"],
     # a program, and a database of files with a lock like ours
-    "backends.openssl": [f"bridge.system.{room}" for room in ("run_command", "files", "locks", "paths")],
+    "backends.openssl": [f"bridge.system.{room}" for room in ("run_command", "files", "locks")],
     # what a node can be called
     "backends.kubernetes": ["bridge.pki.kubeadm_names"],
     # one login for all threads that want one, and a bounded memory of what is hidden
@@ -209,20 +209,17 @@ _ALSO = {
     # a CA that is reached by files: the bundles' format, and what reads and writes files safely
     "backends.exchange": [
         *("bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.signatures"),
-        *("bridge.system.files", "bridge.system.paths"),
+        "bridge.system.files",
     ],
     # the bundles' format
-    "backends.gateway": [
-        *(f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "node_proofs", "signatures")),
-        "bridge.system.paths",
-    ],
+    "backends.gateway": [f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "node_proofs", "signatures")],
 }
 
 
 def backend_wall(source: str, module: str) -> Iterator[str]:
-    """Of ours, a backend imports the doors, how HTTP, JSON and certificates are read, its family's files, and what `_ALSO` says."""
+    """Of ours, a backend imports the doors, how HTTP, JSON, files and certificates are read, its family's files, and what `_ALSO` says."""
     family = ".".join(module.split(".")[:2])
-    readers = ("bridge.system.http", "bridge.pki.budget", "bridge.pki.certificates")
+    readers = ("bridge.system.http", "bridge.system.paths", "bridge.pki.budget", "bridge.pki.certificates")
     allowed = [*(f"bridge.{door}" for door in DOORS), *readers, *_ALSO.get(family, ())]
     for name in imports(source, module):
         if within(name, "bridge") and not any(within(name, one) for one in allowed):

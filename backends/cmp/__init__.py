@@ -46,6 +46,7 @@ from bridge.errors import (
 from bridge.pki.certificates import extended_key_usages, is_signed, name_text, san_entries
 from bridge.specs import EKU, SPECS, CertificateSpec
 from bridge.system.http import UnreachableError, reach
+from bridge.system.paths import open_regular
 
 #: RFC 9811 §3.3; with `/p/` and a name behind it the server's profile of that name (RFC 9483 §6.1).
 WELL_KNOWN = ".well-known/cmp"
@@ -150,7 +151,8 @@ def check_files(settings: CmpSettings) -> None:
 def _file_problems(name: str, file: Path, label: bytes) -> Iterator[SettingsProblem]:
     wanted = f"a PEM file with a {label.decode().lower()}"
     try:
-        data = file.read_bytes()
+        with open_regular(file) as opened:
+            data = opened.read()
     except OSError as e:
         yield SettingsProblem(name, wanted, f"{file}: {e.strerror}")
         return

@@ -60,6 +60,7 @@ from bridge.errors import (
 )
 from bridge.pki.certificates import extended_key_usages, is_for, is_signed_by, name_text, san_entries
 from bridge.specs import EKU, SPECS, CertificateSpec
+from bridge.system.paths import open_regular
 from bridge.words import escaped, one_line
 
 _EXAMPLE_URL = "https://est.corp.example"
@@ -420,8 +421,8 @@ def _our_verdict_hint(reason: str) -> str:
 
 def _agent_faults(client_cert: Path, now: datetime) -> Iterator[str]:
     """Faults for which any server refuses a client certificate; none if the file can't be read."""
-    with contextlib.suppress(OSError, ValueError):
-        agent = x509.load_pem_x509_certificate(client_cert.read_bytes())
+    with contextlib.suppress(OSError, ValueError), open_regular(client_cert) as file:
+        agent = x509.load_pem_x509_certificate(file.read())
         if not agent.not_valid_before_utc <= now <= agent.not_valid_after_utc:
             yield f"it is valid from {agent.not_valid_before_utc:%Y-%m-%d} to {agent.not_valid_after_utc:%Y-%m-%d} only"
         usages = extended_key_usages(agent)

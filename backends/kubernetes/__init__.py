@@ -65,6 +65,7 @@ from bridge.errors import (
 )
 from bridge.pki.certificates import is_for
 from bridge.specs import EKU, MASTERS, SPECS, CertificateSpec
+from bridge.system.paths import open_regular
 from bridge.words import one_line
 
 CSRS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
@@ -240,7 +241,7 @@ def _data(table: Mapping[str, Any], key: str, directory: Path) -> bytes | None:
 
 
 def _bounded(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
         raise ValueError(f"more than {_MAX_BYTES} bytes in {path.name}")

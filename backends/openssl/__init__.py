@@ -44,6 +44,7 @@ from bridge.contract import BackendSettings, Issued, Names, SetupFile, SetupRequ
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
 from bridge.pki.certificates import UNREADABLE, asked_key_and_usages, extension, is_signed_by, key_and_usages, spki
 from bridge.specs import CertificateSpec, Usage
+from bridge.system.paths import open_regular
 
 _FAILED_RUNS = 20  # in a row: more than it takes to halve 1000 down to a bad CSR, and no endless list of failures
 _BACKDATED = timedelta(minutes=5)  # clocks differ; kubeadm does the same
@@ -186,7 +187,8 @@ class OpensslBackend:
         """The certificates in the CA's certificate file."""
         path = self._files.certificate
         try:
-            return x509.load_pem_x509_certificates(path.read_bytes())
+            with open_regular(path) as file:
+                return x509.load_pem_x509_certificates(file.read())
         except OSError as e:
             text = f"wanted the CA's certificate in {path}, found: {e.strerror}"
             raise LocalFileError(text, hint=CA_PLACE_HINT) from e

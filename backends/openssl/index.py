@@ -20,15 +20,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from cryptography import x509
 
 from backends.openssl.settings import CA_PLACE_HINT, ConfigDoubtError, parse_config
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.system.locks import take_lock
-from bridge.system.paths import Exposure, exposure
+from bridge.system.paths import Exposure, exposure, open_regular
 
 #: For operators, too: `flock DIR/.ca-bridge.lock openssl ca …`
 LOCK_NAME = ".ca-bridge.lock"
@@ -171,12 +171,12 @@ class Database:
         except OSError as e:
             raise LocalFileError(f"wanted to read the CA's database {self.index}, found: {e.strerror}") from e
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> FileIO:
         """Open the index, for which it waits while another run's `openssl ca` is between its renames."""
         with suppress(FileNotFoundError):
-            return self.index.open("rb")
+            return open_regular(self.index)
         time.sleep(_SETTLE_SECONDS)
-        return self.index.open("rb")
+        return open_regular(self.index)
 
     def _check_emptiness(self) -> None:
         """An index that lost all in a power cut looks like that of a new CA, and `openssl ca` takes it for that."""
@@ -350,7 +350,7 @@ class Database:
     def adopt(self, pattern: os.stat_result) -> None:
         """Give the index and its attributes, which each run writes anew, the owner and the mode that they had."""
         for path in (self.index, self.attributes):
-            with suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
+            with suppress(FileNotFoundError), open_regular(path) as file:
                 _adopt(file.fileno(), pattern)
 
     def sync(self, serials: Sequence[int]) -> None:
@@ -426,7 +426,7 @@ def _read_in(folder: int, name: str, pattern: os.stat_result | None) -> bytes | 
 
 @contextmanager
 def _opened(folder: int, name: str, flags: int) -> Iterator[int]:
-    fd = os.open(name, flags | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    fd = os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
         yield fd
     finally:
@@ -435,7 +435,7 @@ def _opened(folder: int, name: str, flags: int) -> Iterator[int]:
 
 def _read_if_there(path: Path, at_most: int = -1) -> bytes | None:
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             # a buffer as large as the limit takes longer to make than a certificate to read
             size = os.fstat(file.fileno()).st_size
             return file.read(min(size, at_most)) if at_most >= 0 else file.readall()

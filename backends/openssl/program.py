@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from bridge.contract import Secret, SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsProblem
 from bridge.pki.certificates import spki
+from bridge.system.paths import open_regular
 from bridge.system.run_command import Command, openssl_environment, run
 
 # --- the key ---------------------------------------------------------------------------------------------------------
@@ -101,8 +102,7 @@ class KeyFile:
     def check(self) -> None:
         """Make sure, without openssl, that the file can be opened."""
         try:
-            with self.path.open("rb"):
-                pass
+            open_regular(self.path).close()
         except OSError as e:
             text = f"wanted the CA's private key in {self}, found: {e.strerror}"
             raise LocalFileError(text, hint="put it back, or set `private_key` to its file") from e

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import stat
@@ -86,6 +87,15 @@ def regular_file(path: Path, flags: int = 0) -> Iterator[tuple[int, os.stat_resu
             raise UnreadableError(e.strerror or str(e)) from e
         stack.callback(os.close, descriptor)
         yield descriptor, status
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """A regular file, opened for reading; an OSError for all that is none, such as a FIFO, at which others would wait."""
+    try:
+        with regular_file(path) as (descriptor, _):
+            return io.FileIO(os.dup(descriptor))
+    except UnreadableError as e:
+        raise OSError(errno.EINVAL, str(e), str(path)) from e
 
 
 def _content(descriptor: int) -> bytes:

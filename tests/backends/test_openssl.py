@@ -788,6 +788,18 @@ class TestCertificate:
             call(opened(directory))
         assert (e.value.exit_code, bool(e.value.hint)) == (Exit.USAGE, True)
 
+    @pytest.mark.parametrize("file", ["ca.crt", "ca.key", "index.txt", "index.txt.attr"])
+    def test_does_not_wait_at_a_fifo(
+        self, directory: Path, file: str, call: Callable[[OpensslBackend], object]
+    ) -> None:
+        """A FIFO in the place of a file is named, and nothing waits for its writer."""
+        (directory / file).unlink(missing_ok=True)
+        os.mkfifo(directory / file)
+        with pytest.raises(
+            BackendRefusedError, match=f"{re.escape(str(directory / file))}.*a FIFO, not a regular file"
+        ):
+            call(opened(directory))
+
     @pytest.mark.parametrize("key", [b"", b"junk", TestCA.make("x").key_pem], ids=["empty", "junk", "another CA's"])
     def test_refuses_a_key_that_is_not_its_own(
         self, directory: Path, key: bytes, call: Callable[[OpensslBackend], object]

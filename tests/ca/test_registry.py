@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from bridge import secret as secret_places
 from bridge.ca import CA, registry
 from bridge.ca.retry import Outage
 from bridge.contract import (
@@ -190,6 +193,20 @@ def test_secrets_are_read_from_their_place(tmp_path: Path, monkeypatch: pytest.M
     for secret in places:
         with pytest.raises(SecretUnavailableError):
             secret.read()
+
+
+def test_a_pipe_gives_a_secret_within_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer may begin late; a FIFO without one, and a file without end, are errors that name the place."""
+    os.mkfifo(tmp_path / "fifo")
+    pipe, endless = Secret("file", str(tmp_path / "fifo")), Secret("file", "/dev/zero")
+    writer = threading.Timer(0.2, (tmp_path / "fifo").write_text, ["s3cret\n"])
+    writer.start()
+    assert pipe.read() == "s3cret"
+    writer.join()
+    monkeypatch.setattr(secret_places, "_PIPE_SECONDS", 0.1)
+    for place, found in ((pipe, "a pipe that said nothing for 0.1 s"), (endless, "more than 1048576 bytes")):
+        with pytest.raises(SecretUnavailableError, match=f"wanted a secret in {place}, found: {found}"):
+            place.read()
 
 
 def test_a_selector_prefers_names_to_usages_to_the_pattern() -> None:

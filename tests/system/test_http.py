@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import os
 import select
 import socket
 import ssl
@@ -32,6 +33,7 @@ from hypothesis import strategies as st
 from backends.http import tls_context
 from bridge import cluster
 from bridge.cluster import ANONYMOUS, Client
+from bridge.errors import SettingsError
 from bridge.node import sample_pki
 from bridge.node.endpoints import Address, Server
 from bridge.pki.certificates import load_pem_certificates
@@ -236,6 +238,17 @@ def test_an_answer_over_tls_ends_when_tls_says_so(tmp_path: Path, says_so: bool,
                 ask(connection)
         connection.close()
         thread.join(180)
+
+
+@pytest.mark.parametrize("odd", range(3))
+def test_no_fifo_is_taken_for_a_certificate_or_key(tmp_path: Path, odd: int) -> None:
+    """OpenSSL would wait for a writer for ever; the setting and the FIFO are named instead."""
+    files = cfssl.make_tls(tmp_path)
+    good = [files.ca, files.server_cert, files.server_key]
+    tls_context(*good)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(SettingsError, match=r"fifo.*: a FIFO, not a regular file"):
+        tls_context(*(tmp_path / "fifo" if place == odd else path for place, path in enumerate(good)))
 
 
 def test_a_reset_connection_is_explained_by_the_alert_that_it_swallowed(tmp_path: Path) -> None:
