@@ -213,7 +213,7 @@ def _have_read_cas(look: Look) -> Iterator[Check]:
     written = look.written
     conf = look.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base
     for component, path, name in (*readers(look.node), (Component.KUBELET, conf, KUBELET_CONF)):
-        if str(path.resolve()) in written:
+        if os.path.realpath(path) in written:
             judge = functools.partial(_read_once, look, component, path)
             yield Check(component, name, f"has read the CAs of {path}", judge)
 

@@ -26,7 +26,7 @@ from bridge.state import Store, copies
 from bridge.system import files, jobs, locks
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.files import disk_spaces
-from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read_once
+from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read_once, real_path
 from bridge.system.state_file import StateError
 from bridge.system.waiting import within
 from bridge.words import one_line
@@ -74,7 +74,7 @@ def _frozen(node: Node) -> Iterator[Finding]:
     for item in node.items:
         if item.managed and item.state == "present":
             for file in filter(None, (item.certificate_path, item.key_path)):
-                real = file.resolve()
+                real = real_path(file)
                 paths |= {path: item.spec.name for path in (real, real.parent) if path not in paths}
     for path, name in paths.items():
         if files.is_frozen(path):

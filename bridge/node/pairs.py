@@ -49,7 +49,7 @@ from bridge.settings.pairs import PairFiles, PairSettings, collisions
 from bridge.settings.tables import NodeSettings
 from bridge.specs import AUTHORITIES, EKU, SERVERS, CertificateSpec, Component
 from bridge.system.files import Attributes
-from bridge.system.paths import UnreadableError, exposure, foreign_link, read
+from bridge.system.paths import UnreadableError, exposure, foreign_link, read, real_path
 
 #: `missing`: no key at all; `unreadable`: not PEM, or with a passphrase; `other`: another certificate's; `unusable`: an
 #: algorithm that Kubernetes does not take; `certificate`: the certificate itself is wrong; `incomparable`: the
@@ -174,20 +174,15 @@ def _taken(node: Node, settings: NodeSettings, pairs: Sequence[PairSettings]) ->
     real = [dataclasses.replace(_real(pair), copies=tuple(map(_real, pair.copies))) for pair in pairs]
     return {
         name: PairPlaceError(f"wanted {wanted}, found {file}", hint=f"name other files in [certificate.{name}]")
-        for name, wanted, file in collisions(real, [_path(path) for path in (*ours, *places)])
+        for name, wanted, file in collisions(real, [real_path(path) for path in (*ours, *places)])
     }
 
 
 def _real(files: _Files) -> _Files:
     """The same files by their real paths."""
-    ca_file = None if files.ca_file is None else _path(files.ca_file)
-    certificate_file, key_file = _path(files.certificate_file), _path(files.key_file)
+    ca_file = None if files.ca_file is None else real_path(files.ca_file)
+    certificate_file, key_file = real_path(files.certificate_file), real_path(files.key_file)
     return dataclasses.replace(files, certificate_file=certificate_file, key_file=key_file, ca_file=ca_file)
-
-
-def _path(path: Path) -> Path:
-    """Follow a path's links, whether its target exists or not."""
-    return Path(os.path.realpath(path))
 
 
 def _obstacle(pair: PairSettings) -> BridgeError | None:
@@ -202,7 +197,7 @@ def _obstacle_at(files: PairFiles) -> BridgeError | None:
     for _, path in files.paths():
         if not path.parent.is_dir():
             return PairPlaceError(f"wanted a directory for {path}, found none", hint=f"mkdir -p {path.parent}")
-        found = foreign_link(path) or exposure(_path(path).parent)
+        found = foreign_link(path) or exposure(real_path(path).parent)
         if found is not None:
             wanted = f"wanted {path} in a directory that only root can change, found {found}"
             return PairPlaceError(wanted, hint=f"{found.hint}; the file itself may belong to another user (owner)")

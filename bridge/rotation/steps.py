@@ -36,6 +36,7 @@ from bridge.state.install import Replacement, install
 from bridge.state.obligations import NotProven, unproven_file
 from bridge.state.session import Run, begun, give_up
 from bridge.system.console import Progress
+from bridge.system.paths import real_path
 from bridge.system.state_file import OnDamage, StateFile, coded
 
 if TYPE_CHECKING:
@@ -403,8 +404,8 @@ _KUBECONFIGS = ("controller-manager.conf", "scheduler.conf", KUBELET_CONF)
 
 def readers(node: Node, ca: Replaced) -> list[Reader]:
     """The components of this node that read the file of this CA at their start alone."""
-    real = ca.state.path.resolve()
-    return [one for one in control_plane.readers(node) if one.path.resolve() == real]
+    real = real_path(ca.state.path)
+    return [one for one in control_plane.readers(node) if real_path(one.path) == real]
 
 
 def _trust(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]) -> Result:

@@ -37,7 +37,7 @@ from bridge.state.install import (
 )
 from bridge.system.console import log
 from bridge.system.files import Attributes, digest, sync_directory
-from bridge.system.paths import UnreadableError, read_ca_file
+from bridge.system.paths import UnreadableError, read_ca_file, real_path
 from bridge.system.state_file import StateError
 from bridge.words import counted
 
@@ -230,7 +230,7 @@ def _trust_problems(backup: Backup, authority: str, node: Node) -> Iterator[Prob
     """Problems of a CA file: damage, or CAs of another phase of a replacement, to which no gate leads."""
     files = files_of(backup, authority)
     state = next((one for one in node.authorities if one.authority.name == authority), None)
-    places = {state.path.resolve()} if state is not None else set()
+    places = {real_path(state.path)} if state is not None else set()
     damage = [*_elsewhere(authority, files, places), *_damaged(authority, files)]
     yield from damage
     if damage:
@@ -279,18 +279,18 @@ def _problems(
 
 def _misplaced(name: str, files: Sequence[File], item: Item, kubeconfig_dir: Path) -> Iterator[Problem]:
     """Problems of files that do not belong to this node's certificate."""
-    places = {path.resolve() for path in (item.key_path, item.certificate_path) if path is not None}
+    places = {real_path(path) for path in (item.key_path, item.certificate_path) if path is not None}
     if item.pair is not None:
-        places = {path.resolve() for files in item.pair.places for _, path in files.paths()}
+        places = {real_path(path) for files in item.pair.places for _, path in files.paths()}
     if item.current is not None:
-        places |= {(kubeconfig_dir / item.spec.base).resolve(), item.current.parent.resolve() / item.current.name}
+        places |= {real_path(kubeconfig_dir / item.spec.base), real_path(item.current.parent) / item.current.name}
     yield from _elsewhere(name, [file for file in files if not _is_kubelets(file, item)], places)
 
 
 def _elsewhere(name: str, files: Sequence[File], places: Collection[Path]) -> Iterator[Problem]:
     """Problems of files for other places of this node, or of another one."""
     for file in files:
-        place = file.path if file.is_link else file.path.resolve()
+        place = file.path if file.is_link else real_path(file.path)
         if place not in places:
             wanted = " or ".join(sorted(map(str, places))) or "a certificate of this node"
             yield Problem(certificate=name, wanted=f"a file for {wanted}", found=f"one for {file.path}")
@@ -298,7 +298,7 @@ def _elsewhere(name: str, files: Sequence[File], places: Collection[Path]) -> It
 
 def _is_kubelets(file: File, item: Item) -> bool:
     """Whether it is one of the dated files beside the symlink that leads to the one in use."""
-    if item.current is None or file.path.resolve().parent != item.current.parent.resolve():
+    if item.current is None or real_path(file.path).parent != real_path(item.current.parent):
         return False
     return re.fullmatch(DATED.format(item.current.name.removesuffix("-current.pem")), file.path.name) is not None
 
@@ -328,7 +328,7 @@ def _content_behind(link: File, files: Sequence[File]) -> bytes | None:
     target = link.target
     if target is None:
         return None
-    copies = [file.copy for file in files if file.copy is not None and file.path.resolve() == target.resolve()]
+    copies = [file.copy for file in files if file.copy is not None and real_path(file.path) == real_path(target)]
     path = copies[0] if copies else target
     return path.read_bytes() if path.is_file() else None
 
@@ -337,9 +337,9 @@ def pair_of(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], 
     """Certificates, the leaf first, and key (PEM)."""
     if item.current is not None and (pair := _kubelets_pair(files, item)) is not None:
         return pair
-    contents = {file.path.resolve(): file.copy.read_bytes() for file in files if file.copy is not None}
-    certificate_path = item.certificate_path.resolve()
-    key_path = item.key_path.resolve() if item.key_path is not None else certificate_path
+    contents = {real_path(file.path): file.copy.read_bytes() for file in files if file.copy is not None}
+    certificate_path = real_path(item.certificate_path)
+    key_path = real_path(item.key_path) if item.key_path is not None else certificate_path
     missing = [str(path) for path in dict.fromkeys((certificate_path, key_path)) if path not in contents]
     if missing:
         raise BackupError(f"no {' and no '.join(missing)}")
@@ -552,14 +552,14 @@ def _replacement(file: File, node: Node) -> Replacement:
     if item is None:
         mask = CERTIFICATE_MASK  # a CA file
     elif item.pair is not None:
-        keys = {files.key_file.resolve() for files in item.pair.places}
-        mask = pairs.KEY_MASK if file.path.resolve() in keys else CERTIFICATE_MASK
+        keys = {real_path(files.key_file) for files in item.pair.places}
+        mask = pairs.KEY_MASK if real_path(file.path) in keys else CERTIFICATE_MASK
     elif item.spec.kubeconfig and file.path.name == item.spec.base:
         mask = KUBECONFIG_MASK
     elif item.key_path is None or item.current is not None:
         mask = KEY_MASK
     else:
-        mask = KEY_MASK if file.path.resolve() == item.key_path.resolve() else CERTIFICATE_MASK
+        mask = KEY_MASK if real_path(file.path) == real_path(item.key_path) else CERTIFICATE_MASK
     return Replacement(
         certificate=file.certificate,
         path=file.path,

@@ -21,7 +21,7 @@ from bridge.node.processes import Written
 from bridge.state import Store, replaced_here
 from bridge.system.console import log
 from bridge.system.files import Attributes, digest, is_frozen, sync_directory, write_staged
-from bridge.system.paths import UnreadableError, foreign_link, read_once
+from bridge.system.paths import UnreadableError, foreign_link, read_once, real_path
 from bridge.system.state_file import OnDamage, StateError, StateFile, coded
 
 STAGED_PREFIX = ".ca-bridge-"
@@ -222,7 +222,7 @@ def _target(replacement: Replacement, run_id: str) -> Target:
             path.parent.mkdir(mode=PKI_DIRECTORY_MODE, exist_ok=True)
         # the PKI directory is mounted into pods, and an operator's symlinks have their reasons: both stay
         is_followed = path.exists() and not replacement.is_link
-        real = path.resolve(strict=True) if is_followed else path.parent.resolve(strict=True) / path.name
+        real = real_path(path, strict=True) if is_followed else real_path(path.parent, strict=True) / path.name
         is_file = real.exists() and not real.is_symlink()
         attributes = Attributes.of(real).narrowed(replacement.mode_mask) if is_file else None
     except OSError as e:

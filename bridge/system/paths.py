@@ -166,6 +166,11 @@ def assert_ours(path: Path) -> None:
         raise SettingsError([SettingsProblem("", found.wanted, found.found, found.path)], hint=found.hint)
 
 
+def real_path(path: Path, *, strict: bool = False) -> Path:
+    """Follow a path's links, whether its target exists or not; unlike `Path.resolve` it does not fail at a loop of them."""
+    return Path(os.path.realpath(path, strict=strict))
+
+
 def mounts() -> dict[str, str]:
     """The mount points, with their kinds of file system (proc(5), mountinfo); empty: the kernel does not tell."""
     try:
@@ -218,7 +223,7 @@ def foreign_link(path: Path) -> Exposure | None:
     for step in _steps(path):
         if step.status is None or not stat.S_ISLNK(step.status.st_mode):
             continue
-        directory = step.path.parent.resolve()
+        directory = real_path(step.path.parent)
         found = exposure(directory)
         if found is not None or step.status.st_uid not in trusted_users():
             reason = f"a link in {found.path if found else directory}, where others can put one"

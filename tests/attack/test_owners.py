@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bridge.desk.files import load_policy
+from bridge.diagnosis import machine
 from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.node import inventory
 from bridge.renewal import MissingCertificateError, RunOptions, prepare, renew
@@ -223,6 +224,20 @@ def test_what_is_no_file_in_a_keys_place_stops_a_rollback(
         path.write_bytes(content)
     rolled_back(settings)
     assert key.read_bytes() != new
+
+
+@pytest.mark.parametrize("file", ["server.key", "server.crt"])
+def test_a_loop_of_links_is_no_internal_error(node: Pki, tmp_path: Path, file: str) -> None:
+    """`doctor` goes on, and a rollback is refused by the link's name."""
+    settings = settings_for(node, tmp_path)
+    renew.run(settings, RunOptions(names=(SERVER,)), lambda: datetime.now(UTC), Quiet())
+    link = node.pki_dir / "etcd" / file
+    link.unlink()
+    link.symlink_to(file)
+    os.chown(link.parent, SOMEBODY, 0)
+    list(machine.look(inventory.of(settings.node), settings, datetime.now(UTC)))
+    with pytest.raises(BridgeError, match=f"{link}: wanted no link"):
+        rolled_back(settings)
 
 
 @pytest.mark.parametrize(("put", "found"), ODD)
