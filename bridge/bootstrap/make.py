@@ -109,7 +109,7 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     put_in_place(run, desired, files, composer.kubelet_pem)
     for one in proven:
         run.record.add(audit.INSTALLED, one.name, authority=one.prepared.authority, new=one.verified.leaf)
-    run.record.write_or_warn()
+    run.record.write_late()
     outcomes = tuple(one.outcome for one in proven)
     return result(outcomes=outcomes, files=len(files), is_complete=bool(files), strange=tuple(strange))
 
@@ -165,7 +165,7 @@ def put_back(run: Run, desired: DesiredNode) -> int:
         e.hint = f"the copies in {keep} are no longer usable: --anew has all signed again"
         raise
     run.record.add(audit.RECOVERED, result=f"put {len(files)} kept files of {desired.node} back in place")
-    run.record.write_or_warn()
+    run.record.write_late()
     return len(files)
 
 

@@ -56,7 +56,7 @@ def recover(
 
 
 def _exit_code_of_late(late: Sequence[BridgeError]) -> int:
-    """About copies that could not be refreshed."""
+    """About copies that could not be refreshed, and lines that the audit log lacks."""
     for error in late:
         print_error(error)
     return Exit.worst([error.exit_code for error in late])

@@ -149,7 +149,7 @@ class _Switch:
 
     def _note(self, text: str, name: str = Component.KUBELET.value) -> None:
         self.restarts.record.add(audit.CONFIGURED, name, result=text)
-        self.restarts.record.write_or_warn()
+        self.restarts.record.write_late()
         self.done.append(text)
         self.tell(text)  # into a pipe that nothing may read any more
 

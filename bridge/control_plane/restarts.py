@@ -83,7 +83,7 @@ class Restarts:
                 with self._turn() as may_restart:
                     for one in self._one_by_one(left, may_restart):
                         self.record.add(audit.RESTARTED, one.component.value, error=one.error)
-                        self.record.write_or_warn()  # a crash in the next one takes nothing from the record
+                        self.record.write_late()  # a crash in the next one takes nothing from the record
                         done.append(one)
         except BridgeError as e:  # it is not our turn
             done += [Restarted(component=component, error=e) for component in left[len(done) :]]

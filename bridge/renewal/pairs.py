@@ -193,7 +193,7 @@ def _have_read(run: Run, item: Item) -> str | None:
                 command_failure(pair.name, command_words(pair.reload), variables, run.settings.restart.timeout) or None
             )
     run.record.add(audit.RESTARTED, pair.name, error=NotLiveError(failure) if failure else None)
-    run.record.write_or_warn()
+    run.record.write_late()
     return failure
 
 

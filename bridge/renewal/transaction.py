@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # 40 ms
 
 
 #: No CA has a part in these.
-_NOT_OF_A_CA = (HookError, SettingsError, PostponedError, NotReadyError, RevocationError, CopyError)
+_NOT_OF_A_CA = (HookError, SettingsError, PostponedError, NotReadyError, RevocationError, CopyError, audit.AuditError)
 
 
 class Transaction:
@@ -215,6 +215,7 @@ class Transaction:
         return dataclasses.replace(result, errors=(*result.errors, *errors))
 
     def _ended(self, selection: Selection, result: Result) -> Result:
+        result = dataclasses.replace(result, errors=(*result.errors, *self._run.record.end()))
         more = self._count_and_run_hooks(selection, result, result.errors)
         if result.backup_id is not None:
             node = self._node or self._run.read_node()
@@ -223,8 +224,8 @@ class Transaction:
 
     def with_earlier(self, result: Result) -> Result:
         """The result with errors about earlier runs, and about certificates of --no-restart that are not in use yet."""
-        postponed = in_use.settle_postponed(self._run)
-        return dataclasses.replace(result, errors=(*self._errors, *result.errors, *postponed))
+        late = [*in_use.settle_postponed(self._run), *self._run.record.end()]
+        return dataclasses.replace(result, errors=(*self._errors, *result.errors, *late))
 
     def _count_and_run_hooks(
         self, selection: Selection, result: Result, errors: Sequence[BridgeError]
@@ -330,7 +331,7 @@ def put_back_and_retire(
             found, settings, store, record, node, now(), lambda one: force and one.can_be_forced, owe=owe
         )
         backups.retire(store, settings, node, now())
-    return dataclasses.replace(done, stays=stays), node
+        return dataclasses.replace(done, stays=stays, late=(*done.late, *record.end())), node
 
 
 def by_authority(

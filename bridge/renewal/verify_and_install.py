@@ -354,7 +354,7 @@ def install_all(run: Run, proven: Sequence[Proven], trust: Trust = NO_TRUST) -> 
     for one in proven:
         run.record.add(audit.INSTALLED, one.name, authority=one.prepared.authority, new=one.verified.leaf)
         run.requests.drop(one.name)
-    run.record.write_or_warn()  # restart and proof may take minutes, and be killed
+    run.record.write_late()  # restart and proof may take minutes, and be killed
     try:
         run.requests.save()
     except StateError as e:

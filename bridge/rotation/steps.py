@@ -421,7 +421,7 @@ def _trust(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
         for step in steps:
             run.record.add(audit.FAILED, step.ca.name, authority=step.ca.name, error=e)
         raise
-    run.record.write_or_warn()
+    run.record.write_late()
     return transaction.activated(Result(outcomes=(), backup_id=backup_id))
 
 

@@ -112,6 +112,7 @@ class Record:
         self._known: dict[str, dict[str, Any]] = {}
         self.common: Mapping[str, Any] = {}  #: Facts that each further line repeats.
         self._chain = Chain(store, settings)
+        self._late: list[AuditError] = []
 
     def describe(self, name: str, request: SignRequest, backend: str, identity: str | None) -> None:
         """Remember facts that each later line about a certificate repeats."""
@@ -180,15 +181,24 @@ class Record:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.write_or_warn()  # whichever way the run ended
+        for error in self.end():  # whichever way the run ended
+            print_error(error)
 
-    def write_or_warn(self) -> None:
-        """Write the lines; where it is too late to stop, report which ones the log lacks."""
+    def end(self) -> list[AuditError]:
+        """Write the lines; once each, the errors about lines that the log lacks since it was too late to stop."""
+        self.write_late()
+        late, self._late = self._late, []
+        return late
+
+    def write_late(self) -> None:
+        """Write the lines; where it is too late to stop, warn, and `end` says which ones the log lacks."""
         lost = [f"{line['event']} {line.get('name', '')}".strip() for line in self._waiting]
         try:
             self.write()
         except AuditError as e:
-            print_error(AuditError(f"{e}; the audit log lacks of run {self.run_id}: {', '.join(lost)}", hint=_REPAIR))
+            text = f"{e}; the audit log lacks of run {self.run_id}: {', '.join(lost)}"
+            log.warning("%s", text)  # a restart may take minutes, and be killed
+            self._late.append(AuditError(text, hint=_REPAIR))
 
 
 def who() -> dict[str, str]:

@@ -421,7 +421,7 @@ class Rollback:
     replaced_backup_id: str  #: The backup of the files that it replaced.
     outcomes: tuple[Outcome, ...]
     removed: tuple[Path, ...]  #: Were not there when the backup was made.
-    late: tuple[BridgeError, ...] = ()  #: About copies that still hold a replaced certificate.
+    late: tuple[BridgeError, ...] = ()  #: About copies that still hold a replaced certificate, and the audit log.
     stays: tuple[str, ...] = ()  #: Certificates that were missing before, and were left alone.
 
 
@@ -476,7 +476,7 @@ def put_back(
     for o in outcomes:
         record.add(audit.ROLLED_BACK, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
     late = copies.finish(settings, store, record)
-    record.write_or_warn()  # the next steps may take minutes, and be killed
+    record.write_late()  # the next steps may take minutes, and be killed
     return Rollback(
         backup=backup,
         replaced_backup_id=replaced,

@@ -406,10 +406,12 @@ def test_nothing_is_installed_without_a_record(run: Run, node: Pki, store: Store
     assert leaf(node) != before
 
 
-def test_after_the_installation_a_lost_line_is_reported_loudly(
-    run: Run, node: Pki, store: Store, monkeypatch: pytest.MonkeyPatch
+def test_after_the_installation_a_lost_line_is_a_failure(
+    run: Run, config: Path, node: Pki, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The certificates are in place: the run is a success, and says what the record lacks."""
+    """The new certificates stay, also by a rollback; the run says what the log lacks, and the `failure` hook runs."""
+    text = f'[hooks]\nsuccess = "/bin/touch {tmp_path}/success"\nfailure = "/bin/touch {tmp_path}/failure"\n'
+    config.write_text(config.read_text() + text)
     before, write = leaf(node), files.append
 
     def full_after(path: Path, data: bytes) -> None:
@@ -419,10 +421,16 @@ def test_after_the_installation_a_lost_line_is_reported_loudly(
 
     monkeypatch.setattr(audit, "append", full_after)
     result = run("renew", "apiserver")
-    assert result.exit_code == 0
-    assert "No space left on device" in result.stderr
+    assert result.exit_code == 1
+    assert result.stderr.count("No space left on device") == 2  # when it happens, and at the end
     assert "installed apiserver" in result.stderr
     assert of(store, "apiserver")[-1] == ("verified", 0)
+    assert leaf(node) != before
+    assert [(tmp_path / hook).exists() for hook in ("success", "failure")] == [False, True]
+    before, new = leaf(node), before
+    result = run("rollback")
+    assert (result.exit_code, leaf(node)) == (1, new)
+    assert "rolled-back apiserver" in result.stderr
 
 
 def test_an_installation_that_failed_is_recorded(run: Run, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
