@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import re
 import secrets
 from collections.abc import Callable, Iterator
@@ -47,7 +48,7 @@ from bridge.state import Store, audit
 from bridge.state.open_requests import OpenUser, OpenUsers
 from bridge.state.session import alone, in_force
 from bridge.system.console import Progress
-from bridge.system.files import Attributes, reasons, sync_directory, write_atomically, write_staged
+from bridge.system.files import Attributes, reasons, remove_unfinished, sync_directory, write_atomically, write_staged
 from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read, read_ca_file, read_once
 from bridge.words import one_line
 
@@ -443,4 +444,6 @@ def _write(order: UserOrder, fresh: FreshKubeconfig, verified: verify.Verified, 
     text = fresh.text(pem(*verified.chain), one.key_pem, _key_file(order, one))
     wanted, hint = f"{order.out}: wanted to write the kubeconfig", "run the same command again with a writable place"
     with reasons(BridgeError, wanted, hint=hint), _held_open(order) as (path, _):
+        # what a killed run left holds a key
+        remove_unfinished(path.parent, f".{glob.escape(path.name)}.????????")
         write_atomically(path, text)

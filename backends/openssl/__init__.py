@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,6 +52,7 @@ _BACKDATED = timedelta(minutes=5)  # clocks differ; kubeadm does the same
 _BACKDATED_LITTLE = timedelta(minutes=1)  # the API server refuses a pod's certificate that began 5 minutes ago
 _MEMORY = "/dev/shm"  # noqa: S108 (the folder made in it is private)
 _PREFIX = "ca-bridge-"
+_LONGEST_CHECK = 86_400  # seconds
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
 #: Others would mean something in an openssl.cnf.
 _PLAIN_SAN = re.compile(r"(?:[a-z]+://)?[A-Za-z0-9._/-]+")
@@ -220,14 +222,15 @@ class OpensslBackend:
         # 0700, and in memory where Linux offers that: a run may have a thousand CSR files
         in_memory = "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK | os.X_OK)
         parent = Path(_MEMORY if in_memory else tempfile.gettempdir())
+        database = locked or self._database()
         if locked is not None:
             _sweep(parent, locked)
         with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name:
             folder = Path(name)
+            folder.joinpath("database").symlink_to(database.index.parent)
             if locked is not None:
-                folder.joinpath("database").symlink_to(locked.index.parent)
                 folder.joinpath("newcerts").symlink_to(locked.new_certs_dir)
-            config = _config(self._database().index.name, self._settings.digest, self._key)
+            config = _config(database.index.name, self._settings.digest, self._key)
             folder.joinpath("openssl.cnf").write_text(config, encoding="ascii")
             folder.joinpath("ca.crt").write_bytes(signer.public_bytes(Encoding.PEM))
             if isinstance(self._key, KeyFile):
@@ -236,10 +239,12 @@ class OpensslBackend:
 
 
 def _sweep(parent: Path, locked: Database) -> None:
-    """Remove what killed runs left: only the holder of a database's lock may have a folder for it."""
+    """Remove what killed runs left: only the holder of a database's lock may have a folder for it, or a short check."""
     for path in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another's
-            if path.lstat().st_uid == os.geteuid() and path.joinpath("database").readlink() == locked.index.parent:
+            status, is_for_us = path.lstat(), path.joinpath("database").readlink() == locked.index.parent
+            is_left = path.joinpath("newcerts").is_symlink() or time.time() - status.st_mtime > _LONGEST_CHECK
+            if status.st_uid == os.geteuid() and is_for_us and is_left:
                 shutil.rmtree(path)
 
 

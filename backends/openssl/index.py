@@ -27,6 +27,7 @@ from cryptography import x509
 
 from backends.openssl.settings import CA_PLACE_HINT, ConfigDoubtError, parse_config
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError
+from bridge.system.files import remove_unfinished
 from bridge.system.locks import take_lock
 from bridge.system.paths import Exposure, exposure, open_regular
 
@@ -316,6 +317,7 @@ class Database:
 
     def back_up(self, before: Snapshot) -> Path:
         """Keep a copy of the index; `.old` is no backup, since the next run puts a damaged index there."""
+        remove_unfinished(self.index.parent, f".{self.index.name}{_BACKUP}*.????????")
         copy = self._beside(datetime.now(UTC).strftime(f"{_BACKUP}%Y%m%dT%H%M%S.%fZ"))
         _write(copy, before.data, before.status)
         for path in self._backups()[:-_BACKUPS_KEPT]:

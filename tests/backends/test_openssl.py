@@ -1387,6 +1387,22 @@ def test_the_lock_outlives_a_killed_bridge(directory: Path, tmp_path: Path) -> N
     shutil.rmtree(other)
 
 
+def test_what_a_killed_check_or_copy_left_goes_with_the_next_run(directory: Path, tmp_path: Path) -> None:
+    """A check that may still run keeps its folder; one of the day before does not, and no hidden copy of the index stays."""
+    killed = "import os\ntype(backend._openssl).public_key = lambda *_: os.kill(os.getpid(), 9)\nbackend.check([])\n"
+    script = SIGN_SOME.partition("for path")[0] + killed
+    subprocess.run([sys.executable, "-c", script, ROOT, directory], check=False)
+    [left] = tmp_path.joinpath("tmp").iterdir()
+    os.close(tempfile.mkstemp(dir=directory, prefix=".index.txt.ca-bridge.20260101T000000.000000Z.")[0])
+    directory.joinpath(".index.txt.swp").touch()
+    opened(directory).sign(renewal())
+    assert left.exists()
+    assert [path.name for path in directory.glob(".index*")] == [".index.txt.swp"]
+    os.utime(left, (0, 0))
+    opened(directory).sign(renewal())
+    assert not left.exists()
+
+
 # Owners, modes, links and odd names
 
 

@@ -11,6 +11,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,6 +114,19 @@ def test_a_person_keeps_the_key(bridge: Bridge, tmp_path: Path) -> None:
     assert timedelta(hours=7) < leaf.not_valid_after_utc - datetime.now(UTC) <= HOURS_8
     (home / "leaf.pem").write_bytes(parsed.certificate_data or b"")
     ssl.create_default_context().load_cert_chain(home / "leaf.pem", home / "bob.key")  # raises unless they are a pair
+
+
+def test_a_key_that_a_killed_run_left_goes(bridge: Bridge, tmp_path: Path) -> None:
+    """The next run for the same file removes the half-written one beside it, and nothing else."""
+    out, others = tmp_path / "bob[1].conf", [tmp_path / ".bob[1].conf.mine", tmp_path / ".bob1.conf.abcdefgh"]
+    descriptor, left = tempfile.mkstemp(dir=tmp_path, prefix=f".{out.name}.")
+    os.close(descriptor)
+    for path in others:
+        path.touch()
+    run = bridge.run("kubeconfig", "user", "bob", "--group=dev", f"--output={out}")
+    assert run.returncode == 0, run.stderr
+    assert not Path(left).exists()
+    assert all(path.exists() for path in others)
 
 
 def test_while_a_ca_is_replaced_a_kubeconfig_trusts_both(tmp_path: Path) -> None:
