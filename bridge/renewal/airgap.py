@@ -310,7 +310,10 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> No
         found.refuse(path, f"{text}, found one to node {answer.node} of cluster {answer.cluster}")
         return
     matching = [one for one in run.requests if answer.request_digest in (*one.bundles, one.reference)]
-    if not matching:
+    live = run.read_node() if answer.answers and not matching else None
+    if live and all(isinstance(one, Issued) and one.leaf == live.live(name) for name, one in answer.answers.items()):
+        run.progress.note(f"{path}: all its certificates are installed already")
+    elif not matching:
         found.refuse(
             path,
             "wanted an answer to a request that waits here, found one to the bundle with the fingerprint "

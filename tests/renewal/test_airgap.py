@@ -706,7 +706,7 @@ def test_a_refusal_is_reported_with_its_reason(node: Node, desk: Desk) -> None:
 
 
 def test_answers_to_something_else_are_refused_by_name(node: Node, desk: Desk) -> None:
-    """A cancelled request, another node's, one that is done, a changed byte: exit 5, and nothing is replaced."""
+    """A cancelled request, another node's, a changed byte: exit 5, and nothing is replaced; what is installed is fine."""
     node.export("apiserver")
     cancelled = sign(desk, node, to="cancelled.json")
     assert node.run("pending", "cancel", "apiserver").returncode == 0
@@ -736,6 +736,10 @@ def test_answers_to_something_else_are_refused_by_name(node: Node, desk: Desk) -
     assert len(node.events("refused")) >= 4
 
     assert node.run("import", good).returncode == 0
+    again = node.run("import", good)
+    assert again.returncode == 0
+    assert f"{good}: all its certificates are installed already" in again.stderr
+    assert node.run("rollback").returncode == 0
     again = node.run("import", good)
     assert again.returncode == 5
     assert again.stdout == ""
