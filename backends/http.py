@@ -29,6 +29,7 @@ from bridge.errors import (
     BackendRefusedError,
     BackendUnavailableError,
     LocalFileError,
+    NoVerdictError,
     SettingsError,
     SettingsProblem,
 )
@@ -197,7 +198,7 @@ class Http(BaseAdapter):
         except HttpsError as e:
             raise self._error(where, e) from e
         except SettingsError as e:  # the files were good when we began
-            raise BackendRefusedError(f"{name}: {e}", hint=e.hint) from e
+            raise LocalFileError(f"{name}: {e}", hint=e.hint) from e
         except ValueError as e:  # a header's value may be in its text, as in those of `requests`
             text = f"{name}: {where}: the request could not be made: {type(e).__name__}"
             raise BackendRefusedError(text, hint=self._wording.not_ours) from None
@@ -205,11 +206,11 @@ class Http(BaseAdapter):
     def _error(self, where: str, error: HttpsError) -> BackendError:
         wording, cause = self._wording, error.__cause__
         if isinstance(error, TooLongError):
-            return BackendRefusedError(f"{wording.name}: {where}: {error}", hint=wording.not_ours)
+            return NoVerdictError(f"{wording.name}: {where}: {error}", hint=wording.not_ours)
         if isinstance(error, UntrustedError | ClientRefusedError | HandshakeError):
             text = one_line(cause or error)
             hint = _CLOCK_HINT if "not yet valid" in text else wording.tls(text)
-            return BackendRefusedError(f"{wording.name}: {where}: TLS: {text}", hint=hint)
+            return NoVerdictError(f"{wording.name}: {where}: TLS: {text}", hint=hint)
         return BackendUnavailableError(f"{wording.name}: {where}: {error}", hint=self._hint(cause))
 
     def _hint(self, cause: BaseException | None) -> str:

@@ -160,6 +160,7 @@ class Collects(Protocol):
 
         Raises:
             BackendRefusedError: The CA said no, or knows no such request any more; it will not be asked for again.
+            NoVerdictError: The CA could not be asked as things are set up; the request stays open.
             BackendUnavailableError: No answer from the CA itself.
         """
 

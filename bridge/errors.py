@@ -133,7 +133,11 @@ class BackendRefusedError(BackendError):
     exit_code = Exit.REFUSED
 
 
-class LocalFileError(BackendRefusedError):
+class NoVerdictError(BackendRefusedError):
+    """The CA could not be asked as things are set up, or something else answered; a request that waits stays open."""
+
+
+class LocalFileError(NoVerdictError):
     """A file on this machine that a backend needs is not there, or can't be used; no CA was asked."""
 
     exit_code = Exit.USAGE

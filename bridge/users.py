@@ -29,7 +29,7 @@ from bridge.errors import (
     BackendRefusedError,
     BridgeError,
     Exit,
-    LocalFileError,
+    NoVerdictError,
     SettingsError,
     SettingsProblem,
     VerificationError,
@@ -402,7 +402,7 @@ class _Submission:
         except BridgeError as e:
             if isinstance(e, UntrustedAnswerError):
                 e.hint = _KEPT
-            elif isinstance(e, BackendRefusedError | VerificationError) and not isinstance(e, LocalFileError):
+            elif isinstance(e, BackendRefusedError | VerificationError) and not isinstance(e, NoVerdictError):
                 _forget(self._store, one)  # its CA said no, or signed something else
             _add(self._record, audit.event_of(e), one, error=e)
             raise

@@ -39,6 +39,7 @@ from bridge.errors import (
     BackendRefusedError,
     BackendUnavailableError,
     LocalFileError,
+    NoVerdictError,
     SettingsError,
     SettingsProblem,
     Violation,
@@ -317,7 +318,7 @@ class CmpBackend:
         found = self._version
         if profile and found < OLDEST_WITH_PROFILES:
             wanted = ".".join(map(str, OLDEST_WITH_PROFILES))
-            raise BackendRefusedError(
+            raise NoVerdictError(
                 f"cmp: wanted openssl {wanted} or newer, which can name a profile, found {found[0]}.{found[1]}",
                 hint="use `path` instead of `profile`, or name a newer program in `openssl`",
             )

@@ -17,7 +17,13 @@ from datetime import timedelta
 from pathlib import Path
 from subprocess import STDOUT
 
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    LocalFileError,
+    NoVerdictError,
+)
 from bridge.pki import der
 from bridge.system.run_command import Command, Ended, openssl_environment, run
 from bridge.words import one_line
@@ -67,13 +73,13 @@ class Program:
         found = (int(match[1]), int(match[2])) if match else (0, 0)
         if found < OLDEST:
             wanted = f"cmp: wanted OpenSSL 3.0 or newer as {self.name!r}, found {quoted(text)}"
-            raise BackendRefusedError(wanted, hint="`openssl` in the settings can name another program")
+            raise NoVerdictError(wanted, hint="`openssl` in the settings can name another program")
         return found
 
     def run(self, words: Sequence[str], given: Mapping[str, bytes], secret: bytes | None = None) -> Ran:
         """
         Run `openssl cmp` in a temporary directory with files that hold no secret; `secret` is in no file, environment
-        or process list. BackendRefusedError: no such program; BackendUnavailableError: time limit, signal or full disk.
+        or process list. LocalFileError: no such program; BackendUnavailableError: time limit, signal or full disk.
         """
         seconds, wait = _whole_seconds(self.timeout), _whole_seconds(self.wait)
         # An answer that comes after the total is thrown away, issued or not: so it is beyond all that is wanted.
@@ -135,7 +141,7 @@ class Program:
         ended = run(command, lambda data: output.extend(data[: _MOST_MESSAGE_BYTES - len(output)]), STDOUT, is_enough)
         if ended.error is not None:
             text = f"cmp: wanted {self.name}, which {ended.failure}"
-            raise BackendRefusedError(text, hint="install openssl 3.0 or newer")
+            raise LocalFileError(text, hint="install openssl 3.0 or newer")
         if ended.code is not None and ended.code < 0:
             raise BackendUnavailableError(f"cmp: openssl {ended.failure}")
         return ended, bytes(output)

@@ -55,6 +55,7 @@ from bridge.errors import (
     BackendError,
     BackendRefusedError,
     BackendUnavailableError,
+    NoVerdictError,
     SettingsProblem,
     Violation,
 )
@@ -223,9 +224,7 @@ class EstBackend:
         except ValueError as e:
             found = f"{e}: {answer.text}" if answer.text else str(e)
             hint = f"is it an EST server that answers below {self._settings.url}, and not a proxy or a log-in page?"
-            raise BackendRefusedError(
-                f"est: {answer.where}: wanted certificates in PKCS#7, found {found}", hint=hint
-            ) from e
+            raise NoVerdictError(f"est: {answer.where}: wanted certificates in PKCS#7, found {found}", hint=hint) from e
 
     def _label_violations(self, label: str) -> list[Violation]:
         subject = f"label {label!r}" if label else "no label"
@@ -257,7 +256,8 @@ class EstBackend:
         if answer.status in LATER_STATUSES:
             hint = _LATER_HINTS.get(answer.status, "")
             return BackendUnavailableError(text, hint=hint, retry_after_seconds=answer.retry_after_seconds)
-        return BackendRefusedError(text, hint=self._hint(answer))
+        kind = BackendRefusedError if answer.status in _VERDICTS else NoVerdictError
+        return kind(text, hint=self._hint(answer))
 
     def _hint(self, answer: Answer) -> str:
         settings = self._settings
@@ -290,6 +290,8 @@ class EstBackend:
 
 #: Answers to a request without a CSR that a request with a CSR would get as well.
 NO_ENTRY = frozenset({401, 403, 404, 405})
+#: Answers about the request; others say that we are not let in, or that no EST server answers at url.
+_VERDICTS = frozenset({400, 403, 409, 410, 413, 415, 422})
 
 
 def _digest(request: SignRequest) -> str:

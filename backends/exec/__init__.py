@@ -25,6 +25,8 @@ from bridge.errors import (
     BackendError,
     BackendRefusedError,
     BackendUnavailableError,
+    LocalFileError,
+    NoVerdictError,
     SettingsError,
     SettingsProblem,
     Violation,
@@ -57,6 +59,8 @@ LONGEST_VARIABLE = (32 << 12) - 1
 _ISSUED, _WAIT, _UNREACHABLE, _NOT_CONFIGURED, _WAIT_SECONDS, _UNKNOWN_OPERATION = 0, 1, 3, 4, 5, 6
 #: For optional information: also a refusal, such as dogtag-submit's of a list of profiles.
 _NO_ANSWER = (2, _UNKNOWN_OPERATION)
+#: The program could not ask its CA: it lacks settings, or a shell could not start what it calls.
+_NO_VERDICT = (_NOT_CONFIGURED, 126, 127)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,16 +249,17 @@ class ExecBackend:
             raise BackendUnavailableError(f"exec: {self._program}: wanted a program, found: {e.strerror}") from e
         except OSError as e:
             text = f"wanted a program, found: {e.strerror}"
-            raise self._refused(text, "`command` begins with its path") from e
+            raise self._refused(text, "`command` begins with its path", LocalFileError) from e
         if found is not None:
-            raise self._refused(f"{found.path}: wanted {found.wanted}, found {found.found}", found.hint)
+            text = f"{found.path}: wanted {found.wanted}, found {found.found}"
+            raise self._refused(text, found.hint, LocalFileError)
 
     def _stopped(self, operation: str, ended: Ended, answer: _Answer) -> BackendError:
         if isinstance(ended.error, TimeoutError):
             return BackendUnavailableError(f"exec: {self._program}: {ended.failure}")
         if ended.error is not None:
             number = ended.error.errno if isinstance(ended.error, OSError) else None
-            return self._refused(ended.failure, _START_HINTS.get(number or 0, ""))
+            return self._refused(ended.failure, _START_HINTS.get(number or 0, ""), LocalFileError)
         text = f"{operation} {ended.failure}{_printed(answer)}"
         if ended.stopped == "output":
             return self._refused(text)
@@ -280,8 +285,10 @@ class ExecBackend:
             "CA_BRIDGE_DAYS": str(days),
         }
 
-    def _refused(self, text: str, hint: str = "") -> BackendRefusedError:
-        return BackendRefusedError(f"exec: {self._program}: {text}", hint=hint)
+    def _refused(
+        self, text: str, hint: str = "", kind: type[BackendRefusedError] = BackendRefusedError
+    ) -> BackendRefusedError:
+        return kind(f"exec: {self._program}: {text}", hint=hint)
 
     def _error(self, ended: _Answer) -> BackendError:
         if ended.code < 0:
@@ -292,7 +299,7 @@ class ExecBackend:
         text = f"ended with status {ended.code}{about}{_printed(ended)}"
         if ended.code in {_WAIT, _UNREACHABLE}:
             return BackendUnavailableError(f"exec: {self._program}: {text}", hint=hint)
-        return self._refused(text, hint)
+        return self._refused(text, hint, NoVerdictError if ended.code in _NO_VERDICT else BackendRefusedError)
 
 
 _START_HINTS = {

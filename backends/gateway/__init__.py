@@ -43,6 +43,7 @@ from bridge.errors import (
     BackendRefusedError,
     BackendUnavailableError,
     LocalFileError,
+    NoVerdictError,
     SettingsProblem,
     Violation,
 )
@@ -290,9 +291,9 @@ class GatewayBackend:
         try:
             bundle = loads_answer(answer.body)
         except BundleError as e:
-            raise BackendRefusedError(f"gateway: wanted an answer bundle, found: {e}", hint=_NOT_OURS) from e
+            raise NoVerdictError(f"gateway: wanted an answer bundle, found: {e}", hint=_NOT_OURS) from e
         if bundle.request_digest != reference.partition("@")[0]:
-            raise BackendRefusedError("gateway: wanted the answer to our request, found another one's", hint=_NOT_OURS)
+            raise NoVerdictError("gateway: wanted the answer to our request, found another one's", hint=_NOT_OURS)
         self._assert_signed(bundle)
         return bundle
 
@@ -302,7 +303,7 @@ class GatewayBackend:
         if key is not None and (signature is None or not is_by(key, signature, answer_message(bundle))):
             found = "no signature" if signature is None else "another signature"
             wanted = f"an answer that is signed by the desk's key ({self._settings.signed_by})"
-            raise BackendRefusedError(f"gateway: wanted {wanted}, found {found}", hint=_UNSIGNED_HINT)
+            raise NoVerdictError(f"gateway: wanted {wanted}, found {found}", hint=_UNSIGNED_HINT)
 
 
 def _lots(requests: Sequence[SignRequest]) -> Iterator[tuple[Sequence[SignRequest], tuple[RequestBundle, bytes]]]:
@@ -346,7 +347,8 @@ def _error(answer: Answer) -> BackendError:
     if answer.status in _LATER:
         wanted = retry_after_seconds(answer, datetime.now(UTC))
         return BackendUnavailableError(text, retry_after_seconds=wanted)
-    return BackendRefusedError(text, hint=_HINTS.get(answer.status, _NOT_OURS))
+    kind = BackendRefusedError if _said(answer) and answer.status != HTTPStatus.UNAUTHORIZED else NoVerdictError
+    return kind(text, hint=_HINTS.get(answer.status, _NOT_OURS))
 
 
 #: The policy's own default, and what its rules for SANs can name.

@@ -59,6 +59,7 @@ from bridge.errors import (
     BackendRefusedError,
     BackendUnavailableError,
     LocalFileError,
+    NoVerdictError,
     SettingsError,
     SettingsProblem,
     Violation,
@@ -380,11 +381,13 @@ class KubernetesBackend:
     def _look(self, reference: str) -> Answer:
         name, _, uid = reference.partition(" ")
         answer = self._api.ask("GET", path_of(name))
-        is_another = answer.status == HTTPStatus.OK and _metadata(answer.document, "uid") != uid
-        if is_another or answer.status == HTTPStatus.NOT_FOUND:
+        found = _metadata(answer.document, "uid")
+        if found not in {"", uid} or (
+            answer.status == HTTPStatus.NOT_FOUND and answer.document.get("kind") == "Status"
+        ):
             hint = "without an answer it is removed after 24 hours, with one after an hour; the next run asks anew"
             raise BackendRefusedError(f"kubernetes: {one_line(name)}: wanted our request, found it removed", hint=hint)
-        if answer.status != HTTPStatus.OK:
+        if answer.status != HTTPStatus.OK or not found:
             raise self._api.error(answer)
         return answer
 
@@ -577,7 +580,8 @@ class Api:
             return BackendRefusedError(text, hint="the CSR is too large for an object: fewer SANs")
         if answer.status in _LATER or answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             return BackendUnavailableError(text, retry_after_seconds=answer.retry_after_seconds)
-        return BackendRefusedError(text, hint=_HINTS.get(answer.status, "the API server's audit log may say more"))
+        kind = BackendRefusedError if answer.status in _VERDICTS else NoVerdictError
+        return kind(text, hint=_HINTS.get(answer.status, "the API server's audit log may say more"))
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
         token = self._settings.bearer()
@@ -593,6 +597,8 @@ class Api:
 _NOT_KUBERNETES = "is it a Kubernetes API server that answers at url?"
 #: Statuses below 500 that may pass: a conflict, a version that is gone, time and rate.
 _LATER = frozenset({408, 409, 410, 425, 429})
+#: Statuses about the request itself; others are about our rights, or of something before the API server.
+_VERDICTS = frozenset({413, 422})
 _HINTS: Mapping[int, str] = {
     HTTPStatus.BAD_REQUEST: _NOT_KUBERNETES,
     HTTPStatus.UNAUTHORIZED: "the API server does not know the token or client certificate: expired, deleted, or another "

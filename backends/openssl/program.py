@@ -368,7 +368,7 @@ class Openssl:
     ) -> ProcessEnd:
         """
         Run a command that uses the private key, without a terminal and our environment; `inherited` file descriptors
-        are kept, `csrs` is how many it signs (BackendRefusedError: no such program, key or passphrase).
+        are kept, `csrs` is how many it signs (LocalFileError: no such program, key or passphrase).
         """
         self.key.check()
         # a pipe is in no file, no environment and no process list; with the newline and its end closed openssl
@@ -418,7 +418,7 @@ class Openssl:
     ) -> ProcessEnd:
         program = shutil.which(self.program)
         if not program:
-            raise BackendRefusedError(
+            raise LocalFileError(
                 f"wanted the program {self.program!r}, found none", hint="install openssl, or set `openssl` to its path"
             )
         output = bytearray()
@@ -439,7 +439,7 @@ class Openssl:
             messages.seek(0)
             notes = messages.read().decode(errors="replace")
         if ended.error is not None:
-            raise BackendRefusedError(f"wanted {program}, which {ended.failure}")
+            raise LocalFileError(f"wanted {program}, which {ended.failure}")
         return ProcessEnd(None, limit=limit) if ended.stopped else ProcessEnd(ended.code, bytes(output), notes)
 
     def failure(self, outcome: ProcessEnd) -> BackendError:

@@ -23,6 +23,7 @@ from bridge.errors import (
     BackendRefusedError,
     BackendUnavailableError,
     BridgeError,
+    NoVerdictError,
     SettingsError,
     VerificationError,
     Violation,
@@ -49,7 +50,7 @@ Answer = Issued | Pending | BackendError
 Answered = tuple[SignRequest, Answer]
 
 
-class UntrustedAnswerError(BackendRefusedError):
+class UntrustedAnswerError(NoVerdictError):
     """A refusal or a wrong certificate that another user may have written: it ends no request."""
 
     hint = (

@@ -23,7 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bridge import dataclass
-from bridge.ca import CA, PARALLEL_REQUESTS, Answer, UntrustedAnswerError, registry
+from bridge.ca import CA, PARALLEL_REQUESTS, Answer, registry
 from bridge.contract import Collects, Issued, Pending, SignRequest, SignsMany, TellsRevoked
 from bridge.desk import approval
 from bridge.desk.approval import Standing, UndecidedError
@@ -35,7 +35,7 @@ from bridge.errors import (
     BackendUnavailableError,
     BridgeError,
     Exit,
-    LocalFileError,
+    NoVerdictError,
     WaitingError,
 )
 from bridge.pki import signatures
@@ -758,7 +758,7 @@ def _note(job: Job, request: SignRequest, answer: Answer, journal: Journal | Non
         job.answers[name] = answer
     elif isinstance(answer, Pending):
         job.troubles[name] = WaitingError(answer.note or "the CA answers later")
-    elif isinstance(answer, BackendUnavailableError | UntrustedAnswerError | LocalFileError) or answer.is_for_all:
+    elif isinstance(answer, BackendUnavailableError | NoVerdictError) or answer.is_for_all:
         job.troubles[name] = answer
     else:
         job.answers[name] = refusal(f"the CA refused: {answer.reason}")

@@ -16,7 +16,7 @@ from bridge import dataclass
 from bridge.ca import Answer, UntrustedAnswerError
 from bridge.cluster.api import NoAnswerError
 from bridge.contract import Continuity, Issued, Pending, SignRequest
-from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, LocalFileError, VerificationError
+from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, NoVerdictError, VerificationError
 from bridge.gateway.authorities import AuthorityOfSigners
 from bridge.gateway.context import (
     MOST_PENDING_AT_CA,
@@ -261,7 +261,7 @@ class Issuing:
             raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
         except BackendRefusedError as e:
             context.record_quietly(job.facts, audit.REFUSED, e)
-            if not isinstance(e, LocalFileError):  # the CA was not asked, and still has the request
+            if not isinstance(e, NoVerdictError):  # the CA was not asked, and still has the request
                 context.drop_pending(job.one.uid)
             hint = f" ({e.hint})" if e.hint else ""
             raise LeftError("ca-refused", f"{e}{hint}", after_refusal(job)) from None

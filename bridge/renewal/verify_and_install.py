@@ -12,14 +12,14 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge import dataclass
-from bridge.ca import RefusedByCheckError, UntrustedAnswerError
+from bridge.ca import RefusedByCheckError
 from bridge.ca.registry import cross_behind
 from bridge.contract import Issued, Pending
 from bridge.errors import (
     BackendUnavailableError,
     BridgeError,
     Exit,
-    LocalFileError,
+    NoVerdictError,
     SettingsError,
     VerificationError,
     WaitingError,
@@ -302,15 +302,16 @@ def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *
             run.requests.put(dataclasses.replace(kept, reference="", note=""))
         else:
             run.requests.drop(kept.name)
+            if kept.is_waiting:
+                run.progress.note(f"{name}: dropped the request of {minute(kept.created)} with its key, as it is over")
     run.requests.save()
 
 
 #: Errors after which the CA may still sign the request.
 _NOT_ASKED = (
     BackendUnavailableError,
-    UntrustedAnswerError,
+    NoVerdictError,
     RefusedByCheckError,
-    LocalFileError,
     SettingsError,
     ShorterError,
 )

@@ -703,7 +703,7 @@ def test_an_openssl_without_the_command_is_refused(
 
 def test_no_openssl_is_refused(ra: kit.RegistrationAuthority, mac: dict[str, Any]) -> None:
     """The error names the missing program."""
-    with pytest.raises(BackendRefusedError, match="/nosuch/openssl"):
+    with pytest.raises(LocalFileError, match="/nosuch/openssl"):
         make(url=ra.url("ca"), openssl="/nosuch/openssl", **mac).sign(request())
 
 

@@ -27,7 +27,14 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from backends.est import EstBackend, EstSettings
 from bridge.ca import registry
 from bridge.contract import Issued, Pending, Secret, SetsUp, SetupRequest, SignRequest
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError, VerificationError
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    NoVerdictError,
+    SettingsError,
+    VerificationError,
+)
 from bridge.pki import verify
 from bridge.pki.certificates import name_text, san_entries
 from bridge.pki.csr import generate_key
@@ -501,30 +508,30 @@ def test_a_certificate_from_the_year_0_is_refused(double: kit.Double, ours: EstB
 
 
 STATUSES: Mapping[str, tuple[Answer, type[BackendError], str, str]] = {
-    "204": (Answer(status=204), BackendRefusedError, "HTTP 204", "EST server"),
+    "204": (Answer(status=204), NoVerdictError, "HTTP 204", "EST server"),
     "302": (
         Answer(status=302, headers={"Location": "https://elsewhere.example/.well-known/est/simpleenroll"}),
-        BackendRefusedError,
+        NoVerdictError,
         "HTTP 302",
         "https://elsewhere.example/",
     ),
-    "307, nowhere": (Answer(status=307), BackendRefusedError, "HTTP 307", "nowhere"),
+    "307, nowhere": (Answer(status=307), NoVerdictError, "HTTP 307", "nowhere"),
     "400": (Answer.text(400, "bad proof-of-possession"), BackendRefusedError, "bad proof-of-possession", "tls-unique"),
     "401": (
         Answer.text(401, "authorization required", WWW_Authenticate='Basic realm="est"'),
-        BackendRefusedError,
+        NoVerdictError,
         "HTTP 401, authorization required",
         "username and password_file",
     ),
     "401, Digest": (
         Answer.text(401, "authorization required", WWW_Authenticate='Digest realm="est, Basic", qop="auth"'),
-        BackendRefusedError,
+        NoVerdictError,
         "HTTP 401",
         "the server wants Digest",
     ),
     "403": (Answer.text(403, "not you"), BackendRefusedError, "HTTP 403, not you", "policy"),
-    "404": (Answer.text(404, "page not found"), BackendRefusedError, "HTTP 404", "label"),
-    "405": (Answer(status=405), BackendRefusedError, "HTTP 405", "EST server"),
+    "404": (Answer.text(404, "page not found"), NoVerdictError, "HTTP 404", "label"),
+    "405": (Answer(status=405), NoVerdictError, "HTTP 405", "EST server"),
     "408": (Answer(status=408), BackendUnavailableError, "HTTP 408", ""),
     "413": (Answer(status=413), BackendRefusedError, "HTTP 413", "length of a CSR"),
     "415": (
@@ -533,12 +540,12 @@ STATUSES: Mapping[str, tuple[Answer, type[BackendError], str, str]] = {
         "HTTP 415, missing Content-Transfer-Encoding header",
         "proxy",
     ),
-    "418": (Answer(status=418), BackendRefusedError, "HTTP 418", "log"),
-    "421": (Answer(status=421), BackendRefusedError, "HTTP 421", "host in url"),
+    "418": (Answer(status=418), NoVerdictError, "HTTP 418", "log"),
+    "421": (Answer(status=421), NoVerdictError, "HTTP 421", "host in url"),
     "422": (Answer(status=422), BackendRefusedError, "HTTP 422", "policy"),
     "429": (Answer.text(429, "rate limit exceeded"), BackendUnavailableError, "rate limit exceeded", "how often"),
     "500": (Answer.text(500, "internal server error"), BackendUnavailableError, "internal server error", "64 KiB"),
-    "501": (Answer(status=501), BackendRefusedError, "HTTP 501", "log"),
+    "501": (Answer(status=501), NoVerdictError, "HTTP 501", "log"),
     "502": (
         Answer(status=502, body=b"<html><title>Bad Gateway</title>", headers={"Content-Type": "text/html"}),
         BackendUnavailableError,
@@ -620,7 +627,27 @@ def test_a_later_no(double: kit.Double, ours: EstBackend) -> None:
     assert isinstance(answer, Pending)
     e = failure(lambda: ours.collect(asked, answer.reference))
     assert isinstance(e, BackendRefusedError)
+    assert not isinstance(e, NoVerdictError)
     assert "the approver said no" in str(e)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer.text(401, "who?"),
+        Answer(status=302, headers={"Location": "https://sso.example/"}),
+        Answer(status=200, headers={"Content-Type": "text/html"}, body=b"<html>"),
+        Answer.text(404, "no such page"),
+    ],
+)
+def test_what_is_no_verdict_keeps_an_order(double: kit.Double, ours: EstBackend, answer: Answer) -> None:
+    """A server that does not let us in, or is none of EST's, has not refused the request that waits."""
+    double.answers += [Answer(status=202), answer]
+    asked = request(APISERVER)
+    first = ours.sign(asked)
+    assert isinstance(first, Pending)
+    assert isinstance(failure(lambda: ours.collect(asked, first.reference)), NoVerdictError)
+    verify.check(issued(ours.collect(asked, first.reference)), asked, expectation())
 
 
 # ------------------------------------------------------------------------------------------------------- labels, preflight

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from backends.exec import ENVIRONMENT, ExecBackend, ExecSettings, certificates_of, cookie_of, display_text
 from bridge.ca import registry
 from bridge.contract import Issued, Pending, SetupRequest, SignRequest
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsError
 from bridge.pki.certificates import attributes, extended_key_usages, san_counts
 from bridge.settings.load import parse
 from bridge.specs import AUTHORITIES, SPECS
@@ -521,7 +521,7 @@ def test_a_csr_that_no_variable_holds_is_refused(tmp_path: Path) -> None:
 
 
 def refused(path: Path, message: str, hint: str = "") -> None:
-    with pytest.raises(BackendRefusedError, match=re.escape(message)) as e:
+    with pytest.raises(LocalFileError, match=re.escape(message)) as e:
         opened(path).sign(REQUEST)
     assert hint in e.value.hint
 
@@ -869,6 +869,36 @@ def test_a_killed_run_does_not_ask_twice(one: Bridge, tmp_path: Path) -> None:
     run = one.run("renew", "front-proxy-client")
     assert run.returncode == 4, run.stderr
     assert [(path, path.read_bytes()) for path in desk.glob("*.csr")] == [(ticket, asked)]
+
+
+def test_only_the_programs_word_ends_an_order(one: Bridge, tmp_path: Path) -> None:
+    """A request that waits outlives a program that is gone, can't be run or lacks its settings; a refusal drops it, and says so."""
+    script, order = Path(one.directory.parent, "ca/site-ca"), ("renew", "front-proxy-client")
+    asks = exec_programs.person(tmp_path / "desk").read_text()
+    script.write_text(asks)
+    assert one.run(*order).returncode == 4
+
+    def listed() -> str:
+        """The fingerprint of the request's key, or the end of "nothing is pending"."""
+        return one.run("pending", "list").stdout.split()[-1]
+
+    waiting = listed()
+
+    def left(code: int) -> str:
+        run = one.run(*order)
+        assert run.returncode == code, run.stderr
+        assert ("dropped the request" in run.stderr) == (code == 5 and "status 2" in run.stderr)
+        return listed()
+
+    script.chmod(0o644)
+    assert left(2) == waiting
+    script.unlink()
+    assert left(2) == waiting
+    for text in ("exit 4", "no-such-command"):
+        program(script, text)
+        assert left(5) == waiting
+    program(script, "exit 2")
+    assert left(5) == "pending"
 
 
 def test_doctor_finds_what_is_wrong_with_a_program(one: Bridge) -> None:

@@ -21,7 +21,14 @@ from cryptography import x509
 from backends.kubernetes import KubernetesBackend, KubernetesSettings, _object, parse_kubeconfig
 from bridge.ca import registry
 from bridge.contract import Issued, Pending, Secret, SetupRequest, SignRequest, Wanted
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, BridgeError, SettingsError
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    BridgeError,
+    NoVerdictError,
+    SettingsError,
+)
 from bridge.pki.certificates import pem
 from bridge.settings.load import parse
 from bridge.specs import AUTHORITIES, SPECS, CertificateSpec
@@ -563,6 +570,9 @@ class _Handler(BaseHTTPRequestHandler):
         spec = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == CSRS
         assert spec["kind"] == "CertificateSigningRequest"
+        self._answer()
+
+    def _answer(self) -> None:
         status, headers, body = self.answers.pop(0)
         self.send_response(status)
         for name, value in headers.items():
@@ -570,6 +580,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        """Likewise."""
+        self._answer()
 
     def log_message(self, *args: object) -> None:
         """Nothing."""
@@ -609,6 +623,25 @@ def test_what_is_no_api_server(tmp_path: Path, body: bytes) -> None:
     """A page, or anything else without an object in JSON, is not quoted."""
     with answering(tmp_path, [(403, {}, body)]) as backend:
         assert "HTTP 403: no object in JSON" in str(failure(lambda: backend.sign(request())))
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (401, status_of(401, "Unauthorized")),
+        (403, status_of(403, "forbidden")),
+        (302, b""),
+        (200, b"<html>Log in</html>"),
+        (404, b"<html>nothing here</html>"),
+    ],
+)
+def test_what_is_no_verdict_keeps_an_order(tmp_path: Path, status: int, body: bytes) -> None:
+    """Lost rights, or a page before the API server, do not say that the object is gone."""
+    times = 2 if status == 401 else 1  # with the credentials as they are then
+    with answering(tmp_path, [(status, {}, body)] * times) as backend:
+        failure(lambda: backend.collect(request(), "ca-bridge-x 17"), NoVerdictError)
+    with answering(tmp_path, [(404, {}, status_of(404, "not found"))]) as backend:
+        assert not isinstance(failure(lambda: backend.collect(request(), "ca-bridge-x 17")), NoVerdictError)
 
 
 def test_the_token_is_never_repeated(tmp_path: Path) -> None:

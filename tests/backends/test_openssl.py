@@ -847,7 +847,7 @@ class TestCertificate:
         broken.write_text("#!/nonexistent/interpreter\n")
         broken.chmod(0o755)
         for missing in (str(tmp_path / "nowhere"), "no-such-openssl", str(broken)):
-            with pytest.raises(BackendRefusedError, match=re.escape(missing)):
+            with pytest.raises(LocalFileError, match=re.escape(missing)):
                 call(opened(directory, openssl=missing))
         call(opened(directory, openssl=str(REAL)))
 
